@@ -1,0 +1,190 @@
+"""Cut the kernel's super-packets into IP packets, without touching the payload.
+
+Owns the reading of the virtio_net_hdr that comes before a packet read from the TUN. ``plan_cut``
+judges the frame once; ``cut_header`` writes the header of one segment; the payload stays where it
+was read, for a gather list. Each payload byte is summed once; the constant part of each header's
+sum once per super-packet.
+Source: linux/virtio_net.h, RFC 9293 (seq, FIN/PSH), RFC 3168 6.1.2 (CWR on the first only),
+RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id).
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from checksum cimport csum_add, csum_fold, csum_not, csum_pseudo, ip4_set_csum
+from drops cimport DROP_BAD_GSO, DROP_BAD_L4_HEADER, PASS, drop_t
+from packet cimport ip_src, ip_t
+from wire cimport (
+    GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_ID, IP4_LEN, IP6_LEN, IP6_PAYLOAD,
+    PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF,
+    TCP_SEQ, UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET, VNET_CSUM_START, VNET_F_NEEDS_CSUM,
+    VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, load_be16, load_be32, load_u16, store_be16,
+    store_be32, store_u16,
+)
+
+
+cdef enum:
+    MAX_L4_HDR = 60               # a TCP header with all options
+    MAX_SEG_HDR = 120             # and an IPv4 header with all of its own before it
+
+
+cdef struct cut_t:
+    bint tcp
+    uint8_t version
+    uint32_t ip_hdr_len
+    uint32_t hdr_len        # IP and transport header of each segment
+    uint32_t payload_len    # of the whole super-packet
+    uint32_t gso_size       # payload bytes of each segment but perhaps the last, >= 1
+    uint32_t n              # segments, >= 1
+    uint32_t seq            # TCP: of the first segment, host order
+    uint32_t ip_id          # IPv4: of the first segment, host order
+    uint64_t l4_base        # sum of the transport header without what differs, and of the
+                            # pseudo-header without its length
+
+
+cdef inline bint is_super(const uint8_t* vnet) noexcept nogil:
+    return vnet[VNET_GSO_TYPE] != GSO_NONE
+
+
+cdef inline drop_t complete_checksum(
+    const uint8_t* vnet, uint8_t* p, size_t n
+) noexcept nogil:
+    """Finish the transport checksum that the kernel left to us (NEEDS_CSUM, no GSO).
+
+    p[0:n] is the IP packet behind the vnet header; the field holds the pseudo-header's sum.
+    drops  BAD_GSO when the offsets leave the packet
+    """
+    cdef size_t start, field
+    cdef uint16_t csum
+    if not vnet[VNET_FLAGS] & VNET_F_NEEDS_CSUM:
+        return PASS
+    start = load_u16(vnet + VNET_CSUM_START)
+    field = start + load_u16(vnet + VNET_CSUM_OFFSET)
+    if field + 2 > n:
+        return DROP_BAD_GSO
+    csum = csum_not(csum_add(p + start, n - start, 0))
+    if csum == 0 and field - start == UDP_CSUM:
+        csum = 0xFFFF
+    store_u16(p + field, csum)
+    return PASS
+
+
+cdef inline drop_t plan_cut(
+    const uint8_t* vnet, uint8_t* p, size_t n, const ip_t* ip, cut_t* cut
+) noexcept nogil:
+    """Judge a super-packet and prepare its header as the template of all segments.
+
+    p      the IP packet, n bytes, at most 65535; the transport header's varying fields are
+           cleared or restored here and by ``cut_header``
+    ip     from ``parse_ip``
+    drops  BAD_GSO: gso_size 0, unknown type, type and protocol at odds, checksum offsets at odds
+           with the headers; BAD_L4_HEADER: the TCP or UDP header does not parse
+    """
+    cdef uint8_t kind = vnet[VNET_GSO_TYPE]
+    cdef uint8_t* l4 = p + ip.hdr_len
+    cdef size_t l4_len = n - ip.hdr_len
+    cdef uint32_t l4_hdr, csum_off
+    if kind & ~GSO_ECN == GSO_TCPV4 or kind & ~GSO_ECN == GSO_TCPV6:
+        if ip.version != (4 if kind & ~GSO_ECN == GSO_TCPV4 else 6) or ip.proto != PROTO_TCP:
+            return DROP_BAD_GSO
+        cut.tcp = True
+        csum_off = TCP_CSUM
+        if l4_len < TCP_MIN:
+            return DROP_BAD_L4_HEADER
+        l4_hdr = (l4[TCP_OFF] >> 4) * 4
+        if l4_hdr < TCP_MIN or l4_hdr > l4_len:
+            return DROP_BAD_L4_HEADER
+    elif kind == GSO_UDP_L4:
+        if ip.proto != PROTO_UDP:
+            return DROP_BAD_GSO
+        cut.tcp = False
+        csum_off = UDP_CSUM
+        l4_hdr = UDP_LEN
+        if l4_len < UDP_LEN:
+            return DROP_BAD_L4_HEADER
+    else:
+        return DROP_BAD_GSO
+    cut.gso_size = load_u16(vnet + VNET_GSO_SIZE)
+    if cut.gso_size == 0 or ip.fragment:
+        return DROP_BAD_GSO
+    if vnet[VNET_FLAGS] & VNET_F_NEEDS_CSUM and (
+        load_u16(vnet + VNET_CSUM_START) != ip.hdr_len
+        or load_u16(vnet + VNET_CSUM_OFFSET) != csum_off
+    ):
+        return DROP_BAD_GSO
+    cut.version = ip.version
+    cut.ip_hdr_len = ip.hdr_len
+    cut.hdr_len = ip.hdr_len + l4_hdr
+    if cut.hdr_len + cut.gso_size > 65535:
+        return DROP_BAD_GSO
+    cut.payload_len = <uint32_t>(n - cut.hdr_len)
+    cut.n = (cut.payload_len + cut.gso_size - 1) // cut.gso_size
+    if cut.n == 0:
+        cut.n = 1
+    cut.seq = load_be32(l4 + TCP_SEQ) if cut.tcp else 0
+    cut.ip_id = load_be16(p + IP4_ID)
+    store_u16(l4 + csum_off, 0)
+    cut.l4_base = csum_pseudo(ip_src(p, ip), ip.addr_len, ip.proto, 0)
+    if not cut.tcp:
+        store_u16(l4 + UDP_LENGTH, 0)
+    cut.l4_base = csum_add(l4, l4_hdr, cut.l4_base)
+    if cut.tcp:
+        # seq and flags differ from segment to segment: out of the constant sum, by
+        # ones-complement subtraction (adding the complement of each word)
+        cut.l4_base += (
+            <uint64_t>(<uint16_t>~load_u16(l4 + TCP_SEQ))
+            + <uint16_t>~load_u16(l4 + TCP_SEQ + 2)
+            + <uint16_t>~load_u16(l4 + TCP_OFF)
+        )
+    return PASS
+
+
+cdef inline uint32_t cut_payload_len(const cut_t* cut, uint32_t i) noexcept nogil:
+    """Payload bytes of segment i; all are gso_size but the last, which may be shorter."""
+    if i + 1 < cut.n:
+        return cut.gso_size
+    return cut.payload_len - i * cut.gso_size
+
+
+cdef inline void cut_header(
+    const cut_t* cut, const uint8_t* template, uint32_t i, const uint8_t* payload, uint8_t* out
+) noexcept nogil:
+    """Write the IP and transport header of segment i to out[0:hdr_len].
+
+    template  the super-packet's headers as ``plan_cut`` left them; out may be the template itself
+              for the last segment written
+    payload   of this segment, cut_payload_len(i) bytes
+    """
+    cdef uint32_t len_ = cut_payload_len(cut, i)
+    cdef uint32_t l4_len = cut.hdr_len - cut.ip_hdr_len + len_
+    cdef uint8_t* l4 = out + cut.ip_hdr_len
+    cdef uint64_t acc
+    cdef uint16_t csum
+    cdef uint8_t flags
+    if out != template:
+        memcpy(out, template, cut.hdr_len)
+    if cut.version == 4:
+        store_be16(out + IP4_LEN, cut.hdr_len + len_)
+        store_be16(out + IP4_ID, cut.ip_id + i)
+        ip4_set_csum(out, cut.ip_hdr_len)
+    else:
+        store_be16(out + IP6_PAYLOAD, cut.hdr_len - IP6_LEN + len_)
+    acc = cut.l4_base + ((l4_len & 0xFF) << 8 | l4_len >> 8)
+    if cut.tcp:
+        store_be32(l4 + TCP_SEQ, cut.seq + i * cut.gso_size)
+        flags = l4[TCP_FLAGS]
+        if i != 0:
+            flags &= ~TCP_F_CWR
+        if i + 1 != cut.n:
+            flags &= ~(TCP_F_FIN | TCP_F_PSH)
+        l4[TCP_FLAGS] = flags
+        acc += load_u16(l4 + TCP_SEQ)
+        acc += load_u16(l4 + TCP_SEQ + 2)
+        acc += load_u16(l4 + TCP_OFF)
+        csum = csum_not(csum_add(payload, len_, acc))
+        store_u16(l4 + TCP_CSUM, csum)
+    else:
+        store_be16(l4 + UDP_LENGTH, l4_len)
+        acc += load_u16(l4 + UDP_LENGTH)
+        csum = csum_not(csum_add(payload, len_, acc))
+        store_u16(l4 + UDP_CSUM, csum if csum != 0 else 0xFFFF)

@@ -1,0 +1,155 @@
+"""The system calls of the fast path, as the C library declares them. Owns nothing."""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from posix.types cimport time_t
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void* iov_base
+        size_t iov_len
+    ssize_t writev(int fd, const iovec* iov, int n)
+
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void* buf, size_t n)
+    ssize_t write(int fd, const void* buf, size_t n)
+    int close(int fd)
+
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        time_t tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec* ts)
+    int CLOCK_MONOTONIC
+
+
+cdef extern from "<netinet/in.h>" nogil:
+    cdef struct sockaddr:
+        pass
+    cdef struct in_addr:
+        uint32_t s_addr
+    cdef struct in6_addr:
+        uint8_t s6_addr[16]
+    cdef struct sockaddr_in:
+        uint16_t sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+    cdef struct sockaddr_in6:
+        uint16_t sin6_family
+        uint16_t sin6_port
+        in6_addr sin6_addr
+        uint32_t sin6_scope_id
+    enum: AF_INET
+    enum: AF_INET6
+    enum: IPPROTO_IP
+    enum: IPPROTO_IPV6
+    enum: IPPROTO_UDP
+    enum: IP_RECVERR
+    enum: IPV6_RECVERR
+
+
+cdef extern from "<sys/socket.h>" nogil:
+    cdef struct msghdr:
+        void* msg_name
+        uint32_t msg_namelen
+        iovec* msg_iov
+        size_t msg_iovlen
+        void* msg_control
+        size_t msg_controllen
+        int msg_flags
+    cdef struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    cdef struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    cmsghdr* CMSG_FIRSTHDR(msghdr* m)
+    cmsghdr* CMSG_NXTHDR(msghdr* m, cmsghdr* c)
+    uint8_t* CMSG_DATA(cmsghdr* c)
+    size_t CMSG_LEN(size_t n)
+    size_t CMSG_SPACE(size_t n)
+    int sendmmsg(int fd, mmsghdr* msgs, unsigned int n, int flags)
+    int recvmmsg(int fd, mmsghdr* msgs, unsigned int n, int flags, timespec* timeout)
+    ssize_t recvmsg(int fd, msghdr* msg, int flags)
+    enum: MSG_DONTWAIT
+    enum: MSG_ERRQUEUE
+    enum: MSG_TRUNC
+    enum: MSG_NOSIGNAL
+
+
+cdef extern from "<netinet/udp.h>" nogil:
+    """
+    #ifndef UDP_SEGMENT
+    #define UDP_SEGMENT 103
+    #endif
+    #ifndef UDP_GRO
+    #define UDP_GRO 104
+    #endif
+    """
+    enum: UDP_SEGMENT
+    enum: UDP_GRO
+
+
+cdef extern from "<linux/errqueue.h>" nogil:
+    """
+    #include <time.h>
+    """
+    cdef struct sock_extended_err:
+        uint32_t ee_errno
+        uint8_t ee_origin
+        uint8_t ee_type
+        uint8_t ee_code
+        uint32_t ee_info
+    enum: SO_EE_ORIGIN_LOCAL
+    enum: SO_EE_ORIGIN_ICMP
+    enum: SO_EE_ORIGIN_ICMP6
+
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint32_t u32
+        uint64_t u64
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int ep, int op, int fd, epoll_event* event)
+    int epoll_wait(int ep, epoll_event* events, int n, int timeout)
+    enum: EPOLL_CLOEXEC
+    enum: EPOLL_CTL_ADD
+    enum: EPOLL_CTL_MOD
+    enum: EPOLL_CTL_DEL
+    enum: EPOLLIN
+    enum: EPOLLOUT
+    enum: EPOLLERR
+
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initial, int flags)
+    enum: EFD_CLOEXEC
+    enum: EFD_NONBLOCK
+
+
+cdef extern from * nogil:
+    """
+    /* One spelling each for the orderings that cross threads (GCC and clang). */
+    #define udptun_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+    #define udptun_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define udptun_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    """
+    void* load_ptr "udptun_load"(void** p)
+    void store_ptr "udptun_store"(void** p, void* v)
+    uint64_t load_flag "udptun_load"(uint64_t* p)
+    void store_flag "udptun_store"(uint64_t* p, uint64_t v)
+    void full_fence "udptun_fence"()
+
+
+cdef inline uint64_t now_ns() noexcept nogil:
+    """Monotonic time."""
+    cdef timespec ts
+    clock_gettime(CLOCK_MONOTONIC, &ts)
+    return <uint64_t>ts.tv_sec * 1000000000 + <uint64_t>ts.tv_nsec

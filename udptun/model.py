@@ -1,0 +1,157 @@
+"""What the tunnel is told: endpoints and routes. Frozen, validated once, here.
+
+A leaf: imports only ``errors``. Owns the textual forms a person or a file uses
+(``DST via IP [port P] [mtu M]``) and their JSON twins. The compiled core parses whole tables of
+the same grammar without the interpreter; the tests hold the two parsers to each other.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import FieldError
+
+DEFAULT_PORT = 8285
+MIN_MTU = 68  # RFC 791: every IPv4 hop takes 68 octets
+MAX_MTU = 65535
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def parse_address(field: str, value: object, where: str = "") -> IPAddress:
+    try:
+        if not isinstance(value, str) or "%" in value:
+            raise ValueError
+        return ipaddress.ip_address(value)
+    except ValueError:
+        raise FieldError(field, value, "an IPv4 or IPv6 address", where) from None
+
+
+def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
+    """A prefix in CIDR form. Host bits must be clear: 10.0.0.1/8 is more often a slip than meant."""
+    try:
+        if not isinstance(value, str) or "%" in value:
+            raise ValueError
+        _, slash, length = value.partition("/")
+        if slash and not (length.isascii() and length.isdigit()):
+            raise ValueError
+        interface = ipaddress.ip_interface(value)
+    except ValueError:
+        raise FieldError(field, value, "a prefix such as 10.244.2.0/24", where) from None
+    if interface.ip != interface.network.network_address:
+        expected = f"a prefix without host bits ({interface.network})"
+        raise FieldError(field, value, expected, where)
+    return interface.network
+
+
+def parse_number(field: str, value: object, low: int, high: int, where: str = "") -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 9:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise FieldError(field, value, f"a whole number from {low} to {high}", where)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address and UDP port on the underlay. Text: ``192.0.2.1:8285``, ``[2001:db8::1]:8285``."""
+
+    address: IPAddress
+    port: int = DEFAULT_PORT
+
+    @classmethod
+    def parse(cls, text: str, field: str = "endpoint") -> Endpoint:
+        host, port = text, str(DEFAULT_PORT)
+        if text.startswith("["):
+            host, bracket, rest = text[1:].partition("]")
+            if not bracket or (rest and not rest.startswith(":")):
+                raise FieldError(field, text, "ADDRESS, ADDRESS:PORT or [IPV6]:PORT")
+            port = rest[1:] if rest else port
+        elif text.count(":") == 1:
+            host, _, port = text.partition(":")
+        return cls(parse_address(field, host), parse_number(f"{field} port", port, 1, 65535))
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Packets to ``dst`` go to the peer at ``via``:``port``.
+
+    mtu  the largest inner packet for this route, in bytes, or None for what the path allows
+    """
+
+    dst: IPNetwork
+    via: IPAddress
+    port: int = DEFAULT_PORT
+    mtu: int | None = None
+
+    @classmethod
+    def make(
+        cls, dst: object, via: object, port: object = DEFAULT_PORT, mtu: object = None,
+        where: str = "",
+    ) -> Route:
+        """From untrusted values, each checked; raises FieldError naming the field."""
+        return cls(
+            parse_prefix("dst", dst, where),
+            parse_address("via", via, where),
+            parse_number("port", port, 1, 65535, where),
+            None if mtu is None else parse_number("mtu", mtu, MIN_MTU, MAX_MTU, where),
+        )
+
+    @classmethod
+    def from_words(cls, words: Sequence[str], where: str = "") -> Route:
+        """From ``DST via IP [port P] [mtu M]``, already split on blanks."""
+        if len(words) < 3 or words[1] != "via":
+            raise FieldError("route", " ".join(words), "DST via IP [port P] [mtu M]", where)
+        values: dict[str, object] = {}
+        rest = words[3:]
+        for i in range(0, len(rest), 2):
+            name = rest[i]
+            if name not in ("port", "mtu") or name in values:
+                raise FieldError("route", name, "port P or mtu M, each once", where)
+            if i + 1 == len(rest):
+                raise FieldError(name, "", "a value after it", where)
+            values[name] = rest[i + 1]
+        return cls.make(words[0], words[2], where=where, **values)
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "") -> Route:
+        """From ``{"dst", "via", "port"?, "mtu"?}``; ``mtu`` may be null."""
+        if not isinstance(value, Mapping):
+            raise FieldError("route", value, "an object with dst and via", where)
+        for name in value:
+            if name not in ("dst", "via", "port", "mtu"):
+                raise FieldError("route", name, "only dst, via, port and mtu", where)
+        for name in ("dst", "via"):
+            if name not in value:
+                raise FieldError(name, None, "a value (it is required)", where)
+        return cls.make(**value, where=where)
+
+    def to_json(self) -> dict[str, object]:
+        return {"dst": str(self.dst), "via": str(self.via), "port": self.port, "mtu": self.mtu}
+
+    def __str__(self) -> str:
+        mtu = "" if self.mtu is None else f" mtu {self.mtu}"
+        return f"{self.dst} via {self.via} port {self.port}{mtu}"
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDiff:
+    """What a change did to the table, in routes."""
+
+    generation: int
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "generation": self.generation, "added": self.added,
+            "changed": self.changed, "removed": self.removed,
+        }
