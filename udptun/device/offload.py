@@ -1,0 +1,130 @@
+"""The vocabulary of offloads: what was asked for, what the kernel gives, what is in use.
+
+Owns the feature names, the grammar of ``--offload`` and which feature needs which. Refuses to
+know how a feature is probed: ``tun`` and ``net.udp`` do that and report here. Any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..errors import FieldError
+
+MEANINGS: dict[str, str] = {
+    "tun-gso": "vnet_hdr: TCP super-packets from and to the TUN",
+    "tun-uso": "UDP super-packets from and to the TUN (kernel 6.2)",
+    "udp-gso": "UDP_SEGMENT: many datagrams in one send",
+    "udp-gro": "UDP_GRO: many datagrams in one receive",
+    "tcp-merge": "received TCP segments are joined into one TUN write",
+    "udp-merge": "received UDP datagrams of a flow are joined into one TUN write",
+    "batch": "recvmmsg, sendmmsg and several packets per turn",
+}
+FEATURES: tuple[str, ...] = tuple(MEANINGS)
+NEEDS: dict[str, str] = {"tun-uso": "tun-gso", "tcp-merge": "tun-gso", "udp-merge": "tun-uso"}
+KERNEL_FEATURES = frozenset({"tun-gso", "tun-uso", "udp-gso", "udp-gro"})
+
+ASKED = "asked"  # the cause of what the operator turned off
+
+
+@dataclass(frozen=True)
+class OffloadRequest:
+    """Which features the operator allows. Text: ``auto``, ``off``, ``auto,-udp-merge``,
+    ``off,+batch``; without ``auto`` or ``off`` in front, ``auto`` is meant."""
+
+    features: frozenset[str] = frozenset(FEATURES)
+
+    @classmethod
+    def parse(cls, text: str) -> OffloadRequest:
+        words = [word.strip() for word in text.split(",")]
+        features = set(FEATURES)
+        if words[0] in ("auto", "off"):
+            if words.pop(0) == "off":
+                features.clear()
+        for word in words:
+            sign, name = word[:1], word[1:]
+            if sign not in ("+", "-") or name not in MEANINGS:
+                raise FieldError(
+                    "offload", word, f"auto, off, or one of {', '.join(FEATURES)} with + or -"
+                )
+            if sign == "+":
+                features.add(name)
+            else:
+                features.discard(name)
+        return cls(frozenset(features))
+
+    def __str__(self) -> str:
+        without = [f"-{name}" for name in FEATURES if name not in self.features]
+        only = [f"+{name}" for name in FEATURES if name in self.features]
+        return ",".join(["auto", *without] if len(without) <= len(only) else ["off", *only])
+
+
+class Probed(Protocol):
+    """What a device or socket found out: ``Tun`` and ``UdpSocket`` are such."""
+
+    @property
+    def features(self) -> frozenset[str]: ...
+
+    @property
+    def off(self) -> Mapping[str, str]: ...
+
+
+@dataclass
+class Capabilities:
+    """What ``status`` shows.
+
+    found   kernel features that were probed and granted
+    in_use  features that the data path may use now
+    off     every other feature, with its cause
+    """
+
+    found: frozenset[str] = frozenset()
+    in_use: frozenset[str] = frozenset()
+    off: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def combine(cls, request: OffloadRequest, parts: Iterable[Probed]) -> Capabilities:
+        """From all devices and sockets of a forwarder: a feature counts if none of them lacks it.
+
+        A kernel feature that no part reports on is off: nobody probed it.
+        """
+        granted: set[str] = set()
+        refused: dict[str, str] = {}
+        for part in parts:
+            granted |= part.features
+            for name, cause in part.off.items():
+                refused.setdefault(name, cause)
+        capabilities = cls(found=frozenset(KERNEL_FEATURES & granted - refused.keys()))
+        in_use = set()
+        for name in FEATURES:  # what a feature needs stands before it
+            cause = refused.get(name)
+            if name not in request.features:
+                cause = ASKED
+            elif cause is None and name in NEEDS and NEEDS[name] not in in_use:
+                cause = f"needs {NEEDS[name]}"
+            elif cause is None and name in KERNEL_FEATURES and name not in granted:
+                cause = "not probed"
+            if cause is None:
+                in_use.add(name)
+            else:
+                capabilities.off[name] = cause
+        capabilities.in_use = frozenset(in_use)
+        return capabilities
+
+    def lose(self, name: str, cause: str) -> tuple[str, ...]:
+        """Turn ``name`` off at run time, and what needs it. Returns what was lost by this call."""
+        lost: list[str] = []
+        for other in FEATURES:
+            if other in self.in_use and (other == name or NEEDS.get(other) in lost):
+                self.off[other] = cause if other == name else f"needs {NEEDS[other]}"
+                lost.append(other)
+        self.in_use -= frozenset(lost)
+        return tuple(lost)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "found": [name for name in FEATURES if name in self.found],
+            "in_use": [name for name in FEATURES if name in self.in_use],
+            "off": {name: self.off[name] for name in FEATURES if name in self.off},
+        }

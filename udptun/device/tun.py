@@ -1,0 +1,281 @@
+"""Open a TUN device with every offload that was asked for and that the kernel grants.
+
+Owns the ioctls on ``/dev/net/tun`` and the write probe. Refuses to know addresses, routes and MTU
+(``net.netlink``) and what is read or written (the compiled core). Any thread; no shared state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import struct
+from dataclasses import dataclass, field
+
+from ..errors import DeviceError, FieldError
+from .fault import device_error
+from .offload import ASKED, OffloadRequest
+
+log = logging.getLogger(__name__)
+
+DEVICE = "/dev/net/tun"
+IFNAMSIZ = 16  # linux/if.h, with the closing zero
+
+# linux/if_tun.h
+TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TUNGETIFF = 0x800454D2
+TUNSETVNETHDRSZ = 0x400454D8
+IFF_TUN, IFF_MULTI_QUEUE, IFF_PERSIST = 0x0001, 0x0100, 0x0800
+IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x1000, 0x4000, 0x8000
+TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 0x01, 0x02, 0x04, 0x08
+TUN_F_USO4, TUN_F_USO6 = 0x20, 0x40
+TSO = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
+USO = TUN_F_USO4 | TUN_F_USO6  # the kernel takes both or none
+
+SIOCGIFFLAGS, IFF_UP = 0x8913, 0x1  # linux/sockios.h, linux/if.h
+
+VNET_HDR_LEN = 10  # struct virtio_net_hdr, linux/virtio_net.h; in native byte order by default
+VNET_HDR = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
+NEEDS_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4 = 1, 1, 4, 5
+
+Ifreq = struct.Struct("16sH22x")
+
+
+@dataclass
+class Tun:
+    """An open TUN device: it lives until ``close`` (a persistent one longer).
+
+    name      as the kernel has it (it fills in ``tun%d``)
+    fds       one per queue, non-blocking, close-on-exec; owned by this object
+    vnet_hdr  each packet read or written is led by VNET_HDR_LEN bytes; the same as
+              ``"tun-gso" in features``
+    features  of tun-gso and tun-uso, those granted
+    off       feature -> cause; a merge whose write the kernel refuses stands here too
+    """
+
+    name: str
+    fds: tuple[int, ...]
+    vnet_hdr: bool
+    features: frozenset[str]
+    off: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: str, queues: int, request: OffloadRequest) -> Tun:
+        """Open ``queues`` queues of the device ``name``, making it if it is not there.
+
+        Raises FieldError for a name that no device can have, DeviceError for what the kernel
+        refuses. The device is not brought up here: the write probe needs it down.
+        """
+        check_name(name)
+        if "tun-gso" in request.features:
+            fds, real_name = _open_queues(name, queues, IFF_VNET_HDR)
+            tun = cls(real_name, fds, True, frozenset())
+            try:
+                cause = tun._enable(request)
+            except BaseException:
+                tun.close()
+                raise
+            if cause is None:
+                return tun
+            tun.close()
+        else:
+            cause = ASKED
+        fds, real_name = _open_queues(name, queues, 0)
+        tun = cls(real_name, fds, False, frozenset(), {"tun-gso": cause, "tun-uso": "needs tun-gso"})
+        # A persistent device may still have the offloads of its last user.
+        _set_offload(fds[0], 0)
+        return tun
+
+    def close(self) -> None:
+        """Close all queues; a device that is not persistent goes away with the last one."""
+        fds, self.fds = self.fds, ()
+        for fd in fds:
+            os.close(fd)
+
+    def _enable(self, request: OffloadRequest) -> str | None:
+        """Turn the offloads on and probe them. Returns why there are none, or None."""
+        # Header size and offloads belong to the device, not to the queue.
+        try:
+            fcntl.ioctl(self.fds[0], TUNSETVNETHDRSZ, struct.pack("i", VNET_HDR_LEN))
+        except OSError as error:
+            return self._give_up(f"kernel refuses TUNSETVNETHDRSZ: {_name(error)}")
+        tries: list[tuple[int, tuple[str, ...]]] = [(TSO | TUN_F_TSO_ECN, ()), (TSO, ("ECN",))]
+        if "tun-uso" in request.features:
+            tries = [(TSO | TUN_F_TSO_ECN | USO, ()),
+                     *((offload, ("USO", *without)) for offload, without in tries)]
+        else:
+            self.off["tun-uso"] = ASKED
+        cause = None
+        for offload, without in tries:
+            refused = _set_offload(self.fds[0], offload)
+            if refused is None:
+                break
+            cause = refused
+        else:
+            return self._give_up(f"kernel refuses TUNSETOFFLOAD TSO: {cause}")
+        for what in without:
+            # Without ECN the kernel itself cuts the packets that have CWR set: no feature of ours.
+            log.warning("%s: %s off: kernel refuses TUNSETOFFLOAD %s: %s",
+                        self.name, {"USO": "tun-uso", "ECN": "TSO_ECN"}[what], what, cause)
+        if "USO" in without:
+            self.off["tun-uso"] = f"kernel refuses TUNSETOFFLOAD USO: {cause}"
+        self.features = frozenset({"tun-gso", "tun-uso"} - self.off.keys())
+        self._probe_writes()
+        return None
+
+    def _give_up(self, cause: str) -> str:
+        log.warning("%s: tun-gso off: %s", self.name, cause)
+        return cause
+
+    def _probe_writes(self) -> None:
+        """Offer super-packets to the device while it is down.
+
+        The kernel parses the header first and finds the device down later: EIO says that it took
+        the format, EINVAL that it did not. Nothing is delivered, but each probe counts as one
+        rx_dropped of the device. On a device that is up a probe would be a packet, so none is
+        sent; the data path falls back when the first write fails.
+        """
+        if _is_up(self.name):
+            return
+        probes = [("tcp-merge", "TSO4", _probe_frame(4, GSO_TCPV4)),
+                  ("tcp-merge", "TSO6", _probe_frame(6, GSO_TCPV6))]
+        if "tun-uso" in self.features:
+            probes += [("udp-merge", "USO4", _probe_frame(4, GSO_UDP_L4)),
+                       ("udp-merge", "USO6", _probe_frame(6, GSO_UDP_L4))]
+        for feature, what, frame in probes:
+            try:
+                os.write(self.fds[0], frame)
+            except OSError as error:
+                if error.errno == errno.EIO or feature in self.off:
+                    continue
+                self.off[feature] = f"kernel refuses {what} writes: {_name(error)}"
+                log.warning("%s: %s off: %s", self.name, feature, self.off[feature])
+
+
+def check_name(name: str) -> None:
+    """Raise FieldError unless the kernel takes ``name`` for a device (net/core/dev.c)."""
+    encoded = os.fsencode(name)
+    if (
+        not 0 < len(encoded) < IFNAMSIZ
+        or name in (".", "..")
+        or any(char in "/:\0" or char.isspace() for char in name)
+    ):
+        raise FieldError("tun", name, f"a device name of 1 to {IFNAMSIZ - 1} bytes, without "
+                                      "blanks, '/' and ':'")
+
+
+def _open_queues(name: str, queues: int, flags: int) -> tuple[tuple[int, ...], str]:
+    fds: list[int] = []
+    flags |= IFF_TUN | IFF_NO_PI
+    if queues > 1:
+        flags |= IFF_MULTI_QUEUE
+    try:
+        for _ in range(queues):
+            fds.append(_open_device())
+            name = _attach(fds[-1], name, flags, first=len(fds) == 1)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return tuple(fds), name
+
+
+def _open_device() -> int:
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        hint = {
+            errno.ENOENT: "modprobe tun, or give the container this device",
+            errno.ENODEV: "modprobe tun, or give the container this device",
+            errno.ENXIO: "modprobe tun, or give the container this device",
+            errno.EPERM: "the container may not use this device",
+            errno.EACCES: "this user may not use this device",
+        }.get(error.errno or 0, "")
+        raise device_error(error.errno or 0, f"opening {DEVICE}", hint) from None
+
+
+def _attach(fd: int, name: str, flags: int, first: bool) -> str:
+    """Make ``fd`` a queue of the device. Returns the device's name."""
+    doing = f"opening the TUN device {name}"
+    try:
+        if first and flags & IFF_MULTI_QUEUE:
+            # Without IFF_TUN_EXCL the kernel would add our queues to the device of another
+            # process. A persistent device is there before its user: that one is meant for us.
+            with contextlib.suppress(FileExistsError):
+                return _set_iff(fd, name, flags | IFF_TUN_EXCL)
+            real_name = _set_iff(fd, name, flags)
+            if not _is_persistent(fd):
+                raise OSError(errno.EBUSY, "")
+            return real_name
+        return _set_iff(fd, name, flags)
+    except OSError as error:
+        raise _attach_error(error, doing) from None
+
+
+def _set_iff(fd: int, name: str, flags: int) -> str:
+    request = Ifreq.pack(os.fsencode(name), flags)
+    try:
+        answer = fcntl.ioctl(fd, TUNSETIFF, request)
+    except OSError as error:
+        if error.errno == errno.EBUSY and flags & IFF_TUN_EXCL:
+            raise FileExistsError from None
+        raise
+    return os.fsdecode(Ifreq.unpack(answer)[0].rstrip(b"\0"))
+
+
+def _is_persistent(fd: int) -> bool:
+    answer = fcntl.ioctl(fd, TUNGETIFF, bytes(Ifreq.size))
+    return bool(Ifreq.unpack(answer)[1] & IFF_PERSIST)
+
+
+def _attach_error(error: OSError, doing: str) -> DeviceError:
+    hint = {
+        errno.EPERM: "this needs CAP_NET_ADMIN, or a persistent device that this user owns",
+        errno.EBUSY: "the device is in use by another process",
+        errno.EINVAL: "the name belongs to a device of another kind, or to a TUN device made "
+                      "with another multi_queue setting (a forwarder with other --workers?)",
+        errno.E2BIG: "the device has all the queues that it can have",
+    }.get(error.errno or 0, "")
+    return device_error(error.errno or 0, doing, hint)
+
+
+def _set_offload(fd: int, offload: int) -> str | None:
+    """Returns None, or the name of the error with which the kernel refused."""
+    try:
+        fcntl.ioctl(fd, TUNSETOFFLOAD, offload)
+    except OSError as error:
+        return _name(error)
+    return None
+
+
+def _is_up(name: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
+        answer = fcntl.ioctl(any_socket, SIOCGIFFLAGS, Ifreq.pack(os.fsencode(name), 0))
+    return bool(Ifreq.unpack(answer)[1] & IFF_UP)
+
+
+def _probe_frame(version: int, gso_type: int) -> bytes:
+    """A super-packet of two segments, 8 bytes of payload each."""
+    payload = bytes(16)
+    if gso_type == GSO_UDP_L4:
+        l4 = struct.pack("!HHHH", 9, 9, 8 + len(payload), 0)
+        protocol, csum_offset = socket.IPPROTO_UDP, 6
+    else:
+        l4 = struct.pack("!HHIIBBHHH", 9, 9, 0, 0, 5 << 4, 0x10, 0, 0, 0)
+        protocol, csum_offset = socket.IPPROTO_TCP, 16
+    l4_len = len(l4) + len(payload)
+    if version == 4:
+        ip = struct.pack("!BBHHHBBH8x", 0x45, 0, 20 + l4_len, 0, 0, 64, protocol, 0)
+    else:
+        ip = struct.pack("!IHBB32x", 6 << 28, l4_len, protocol, 64)
+    header = VNET_HDR.pack(NEEDS_CSUM, gso_type, len(ip) + len(l4), 8, len(ip), csum_offset)
+    return header + ip + l4 + payload
+
+
+def _name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error.errno))
+

@@ -1,0 +1,142 @@
+"""Open the UDP socket of the underlay with every option that the data path relies on.
+
+Owns socket options and their probing. Refuses to know peers, the error queue's content and what
+is sent (the compiled core). Any thread; no shared state.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from dataclasses import dataclass, field
+
+from ..device.fault import device_error
+from ..device.offload import ASKED, OffloadRequest
+from ..model import Endpoint
+
+log = logging.getLogger(__name__)
+
+# linux/in.h
+IP_MTU_DISCOVER, IP_RECVERR = 10, 11
+PMTUDISC_PROBE = 3  # set DF, but do not apply the kernel's own path MTU: we keep it per peer
+# linux/in6.h
+IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG = 23, 25, 62
+# asm-generic/socket.h
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
+# linux/udp.h
+UDP_SEGMENT, UDP_GRO = 103, 104
+
+RCVBUF = 8 << 20  # some milliseconds of a saturated link while the worker is off the core
+SNDBUF = 4 << 20
+
+
+@dataclass
+class UdpSocket:
+    """A bound, non-blocking UDP socket that sets DF; lives until ``close``.
+
+    endpoint  where it is bound
+    features  of udp-gso and udp-gro, those granted; udp-gro is on already
+    off       feature -> cause
+    rcvbuf, sndbuf  what the kernel gave, in its own accounting (twice the bytes asked for)
+    """
+
+    socket: socket.socket
+    endpoint: Endpoint
+    features: frozenset[str]
+    off: dict[str, str] = field(default_factory=dict)
+    rcvbuf: int = 0
+    sndbuf: int = 0
+
+    @property
+    def fd(self) -> int:
+        return self.socket.fileno()
+
+    @property
+    def family(self) -> int:
+        return self.socket.family
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> UdpSocket:
+    """Open and bind. Raises DeviceError naming the endpoint.
+
+    reuse_port  let several sockets of this user share the endpoint (one per worker)
+    """
+    doing = f"opening the UDP socket {listen}"
+    family = socket.AF_INET6 if listen.address.version == 6 else socket.AF_INET
+    try:
+        sock = socket.socket(
+            family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
+    except OSError as error:
+        hint = "this host has no IPv6" if error.errno == errno.EAFNOSUPPORT else ""
+        raise device_error(error.errno or 0, doing, hint) from None
+    try:
+        _set_path_options(sock)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        udp = UdpSocket(
+            sock, listen, frozenset(),
+            rcvbuf=_enlarge(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, RCVBUF),
+            sndbuf=_enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, SNDBUF),
+        )
+        _probe(udp, request)
+        # Last: from here on datagrams arrive, and they must meet the options above.
+        sock.bind((str(listen.address), listen.port))
+    except OSError as error:
+        sock.close()
+        hint = {
+            errno.EADDRINUSE: "another process listens there",
+            errno.EADDRNOTAVAIL: "no interface has this address",
+            errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE",
+        }.get(error.errno or 0, "")
+        raise device_error(error.errno or 0, doing, hint) from None
+    if udp.rcvbuf < 2 * RCVBUF:
+        log.info("%s: receive buffer %d KiB instead of %d: no CAP_NET_ADMIN; see net.core.rmem_max",
+                 listen, udp.rcvbuf >> 10, 2 * RCVBUF >> 10)
+    return udp
+
+
+def _set_path_options(sock: socket.socket) -> None:
+    """DF on every datagram; what the path answers comes through the error queue."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+        sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+
+
+def _enlarge(sock: socket.socket, force: int, plain: int, size: int) -> int:
+    """Returns the buffer size that the kernel gave."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, force, size)  # beyond rmem_max: needs CAP_NET_ADMIN
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, plain, size)
+    return sock.getsockopt(socket.SOL_SOCKET, plain)
+
+
+def _probe(udp: UdpSocket, request: OffloadRequest) -> None:
+    # UDP_SEGMENT is given with each send: the socket's own value goes back to none.
+    probes = {"udp-gso": ("UDP_SEGMENT", UDP_SEGMENT, (1400, 0)),
+              "udp-gro": ("UDP_GRO", UDP_GRO, (1,))}
+    features = set()
+    for feature, (option_name, option, values) in probes.items():
+        if feature not in request.features:
+            udp.off[feature] = ASKED
+            continue
+        try:
+            for value in values:
+                udp.socket.setsockopt(socket.IPPROTO_UDP, option, value)
+        except OSError as error:
+            name = errno.errorcode.get(error.errno or 0, str(error.errno))
+            udp.off[feature] = f"kernel refuses {option_name}: {name}"
+            log.warning("%s: %s off: %s", udp.endpoint, feature, udp.off[feature])
+        else:
+            features.add(feature)
+    udp.features = frozenset(features)
