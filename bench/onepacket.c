@@ -1,0 +1,440 @@
+/* onepacket: an IPv4 over UDP tunnel that moves one packet per system call.
+ *
+ * It behaves as the UDP backend of flannel does, and is written from a description of that
+ * behaviour: the raw inner IPv4 packet is the UDP payload; one thread, one buffer, poll on TUN,
+ * socket and control socket; one read and one send a packet; a linear list of routes, first match,
+ * a hit swapped to the front; the TTL decremented on both sides; ICMP net unreachable where there
+ * is no route; no word to the sender about MTUs; the outer source address never looked at.
+ *
+ * Two uses: the foreign peer in the tests, and the baseline of all speed comparisons. So its
+ * oddities are kept on purpose, and it must not be made faster or slower than that shape.
+ *
+ *   onepacket --tun NAME --address A.B.C.D --network CIDR --listen IP:PORT --mtu N
+ *             [--route CIDR=IP:PORT]... [--ctl PATH | --ctl-fd N]
+ *
+ * Prints "ready" when packets can come. SIGTERM and SIGINT end it with exit code 0.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <linux/if_tun.h>
+#include <net/if.h>
+#include <net/route.h>
+#include <netinet/in.h>
+#include <netinet/ip.h>
+#include <netinet/ip_icmp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static void die(const char *doing) {
+	perror(doing);
+	exit(1);
+}
+
+static void usage(const char *format, ...) {
+	va_list args;
+	va_start(args, format);
+	fprintf(stderr, "onepacket: ");
+	vfprintf(stderr, format, args);
+	fprintf(stderr, "\n");
+	va_end(args);
+	exit(2);
+}
+
+/* Routes. Addresses are in network order throughout. */
+
+struct route {
+	in_addr_t net, mask;
+	struct sockaddr_in next_hop;
+};
+
+static struct route *routes;
+static size_t routes_n, routes_room;
+
+static in_addr_t mask_of(int length) {
+	return length == 0 ? 0 : htonl(~(uint32_t)0 << (32 - length));
+}
+
+static void set_route(in_addr_t net, int length, in_addr_t via, uint16_t port) {
+	struct route route = {.mask = mask_of(length)};
+	size_t i;
+
+	route.net = net & route.mask;
+	route.next_hop.sin_family = AF_INET;
+	route.next_hop.sin_addr.s_addr = via;
+	route.next_hop.sin_port = htons(port);
+	for (i = 0; i < routes_n; i++)
+		if (routes[i].net == route.net && routes[i].mask == route.mask)
+			break;
+	if (i == routes_n) {
+		if (routes_n == routes_room) {
+			routes_room = routes_room ? 2 * routes_room : 16;
+			routes = realloc(routes, routes_room * sizeof *routes);
+			if (!routes)
+				die("realloc");
+		}
+		routes_n++;
+	}
+	routes[i] = route;
+}
+
+static void del_route(in_addr_t net, int length) {
+	in_addr_t mask = mask_of(length);
+
+	for (size_t i = 0; i < routes_n; i++)
+		if (routes[i].net == (net & mask) && routes[i].mask == mask) {
+			routes[i] = routes[--routes_n];
+			return;
+		}
+}
+
+static const struct sockaddr_in *find_route(in_addr_t dst) {
+	for (size_t i = 0; i < routes_n; i++)
+		if ((dst & routes[i].mask) == routes[i].net) {
+			struct route hit = routes[i];
+			routes[i] = routes[0];
+			routes[0] = hit;
+			return &routes[0].next_hop;
+		}
+	return NULL;
+}
+
+/* Packets. */
+
+static uint16_t checksum(const void *data, size_t len) {
+	const uint8_t *p = data;
+	uint32_t sum = 0;
+
+	for (; len > 1; len -= 2, p += 2)
+		sum += (uint32_t)p[0] << 8 | p[1];
+	if (len)
+		sum += (uint32_t)p[0] << 8;
+	while (sum >> 16)
+		sum = (sum & 0xffff) + (sum >> 16);
+	return htons((uint16_t)~sum);
+}
+
+/* False when the TTL reached 0. One that arrives as 0 wraps around, as flannel's does. */
+static bool decrement_ttl(struct iphdr *ip) {
+	uint32_t sum;
+
+	if (--ip->ttl == 0)
+		return false;
+	/* RFC 1624: the word that holds the TTL fell by 0x0100, so the sum's complement rises by it. */
+	sum = (uint32_t)ntohs(ip->check) + 0x0100;
+	ip->check = htons((uint16_t)(sum + (sum >> 16)));
+	return true;
+}
+
+struct unreachable {
+	struct iphdr ip;
+	struct icmphdr icmp;
+	uint8_t offender[15 * 4 + 8];
+} __attribute__((packed));
+
+static void send_net_unreachable(int tun, in_addr_t source, const struct iphdr *offender,
+				 size_t len) {
+	struct unreachable out = {0};
+	size_t header_len = offender->ihl * 4u, quoted = header_len + 8;
+	size_t total = sizeof out.ip + sizeof out.icmp + quoted;
+
+	if (offender->protocol == IPPROTO_ICMP || (ntohs(offender->frag_off) & IP_OFFMASK) ||
+	    offender->ihl == 15 || quoted > len)
+		return;
+	out.ip.version = 4;
+	out.ip.ihl = 5;
+	out.ip.tot_len = htons((uint16_t)total);
+	out.ip.ttl = 8;
+	out.ip.protocol = IPPROTO_ICMP;
+	out.ip.saddr = source;
+	out.ip.daddr = offender->saddr;
+	out.ip.check = checksum(&out.ip, sizeof out.ip);
+	out.icmp.type = ICMP_DEST_UNREACH;
+	out.icmp.code = ICMP_NET_UNREACH;
+	memcpy(out.offender, offender, quoted);
+	out.icmp.checksum = checksum(&out.icmp, sizeof out.icmp + quoted);
+	if (write(tun, &out, total) < 0 && errno != EAGAIN)
+		perror("write ICMP to the TUN");
+}
+
+/* One packet each way. True when there was one. */
+
+static bool tun_to_udp(int tun, int sock, in_addr_t address, uint8_t *buf, size_t room) {
+	struct iphdr *ip = (struct iphdr *)buf;
+	const struct sockaddr_in *next_hop;
+	ssize_t len = read(tun, buf, room);
+
+	if (len < 0) {
+		if (errno != EAGAIN && errno != EINTR)
+			perror("read from the TUN");
+		return false;
+	}
+	if ((size_t)len < sizeof *ip)
+		return true;
+	next_hop = find_route(ip->daddr);
+	if (!next_hop) {
+		send_net_unreachable(tun, address, ip, (size_t)len);
+		return true;
+	}
+	if (decrement_ttl(ip) && sendto(sock, buf, (size_t)len, 0, (const struct sockaddr *)next_hop,
+					sizeof *next_hop) < 0 && errno != EAGAIN && errno != ECONNREFUSED)
+		perror("send over UDP");
+	return true;
+}
+
+static bool udp_to_tun(int sock, int tun, uint8_t *buf, size_t room) {
+	struct iphdr *ip = (struct iphdr *)buf;
+	ssize_t len = recv(sock, buf, room, 0);
+
+	if (len < 0) {
+		if (errno != EAGAIN && errno != EINTR && errno != ECONNREFUSED)
+			perror("receive over UDP");
+		return false;
+	}
+	if ((size_t)len < sizeof *ip)
+		return true; /* a keepalive, or rubbish */
+	if (decrement_ttl(ip) && write(tun, buf, (size_t)len) < 0 && errno != EAGAIN && errno != EINVAL)
+		perror("write to the TUN");
+	return true;
+}
+
+/* Control messages: 20 bytes, one a datagram, host order but for the addresses. */
+
+enum { SET_ROUTE = 1, DEL_ROUTE = 2, STOP = 3 };
+
+struct command {
+	int32_t cmd;
+	in_addr_t dest_net;
+	int32_t dest_net_len;
+	in_addr_t next_hop_ip;
+	int16_t next_hop_port;
+	uint8_t pad[2];
+};
+_Static_assert(sizeof(struct command) == 20, "the wire format of the control messages");
+
+static volatile sig_atomic_t stopping;
+
+static void on_signal(int number) {
+	(void)number;
+	stopping = 1;
+}
+
+/* False when the other side has closed. */
+static bool process_command(int ctl) {
+	struct command c;
+	ssize_t len = recv(ctl, &c, sizeof c, MSG_TRUNC | MSG_DONTWAIT);
+
+	if (len < 0)
+		return errno == EAGAIN || errno == EINTR;
+	if (len == 0)
+		return false;
+	if (len != sizeof c || (c.cmd != STOP && (c.dest_net_len < 0 || c.dest_net_len > 32))) {
+		fprintf(stderr, "a control message that cannot be used: %zd bytes\n", len);
+		return true;
+	}
+	if (c.cmd == SET_ROUTE)
+		set_route(c.dest_net, c.dest_net_len, c.next_hop_ip, (uint16_t)c.next_hop_port);
+	else if (c.cmd == DEL_ROUTE)
+		del_route(c.dest_net, c.dest_net_len);
+	else if (c.cmd == STOP)
+		stopping = 1;
+	return true;
+}
+
+/* Set-up. */
+
+static void parse_cidr(const char *text, in_addr_t *net, int *length) {
+	char host[INET_ADDRSTRLEN + 1] = "", extra;
+
+	if (sscanf(text, "%16[0-9.]/%d%c", host, length, &extra) != 2 || *length < 0 || *length > 32 ||
+	    inet_pton(AF_INET, host, net) != 1)
+		usage("not a prefix such as 10.244.0.0/16: %s", text);
+}
+
+static struct sockaddr_in parse_endpoint(const char *text) {
+	struct sockaddr_in at = {.sin_family = AF_INET};
+	char host[INET_ADDRSTRLEN + 1] = "", extra;
+	unsigned port = 0;
+
+	if (sscanf(text, "%16[0-9.]:%u%c", host, &port, &extra) != 2 || port < 1 || port > 65535 ||
+	    inet_pton(AF_INET, host, &at.sin_addr) != 1)
+		usage("not an endpoint such as 192.0.2.1:8285: %s", text);
+	at.sin_port = htons((uint16_t)port);
+	return at;
+}
+
+static void add_route_option(char *text) {
+	char *equals = strchr(text, '=');
+	struct sockaddr_in via;
+	in_addr_t net;
+	int length;
+
+	if (!equals)
+		usage("not CIDR=IP:PORT: %s", text);
+	*equals = 0;
+	parse_cidr(text, &net, &length);
+	via = parse_endpoint(equals + 1);
+	set_route(net, length, via.sin_addr.s_addr, ntohs(via.sin_port));
+}
+
+static void put_address(struct sockaddr *at, in_addr_t address) {
+	struct sockaddr_in in = {.sin_family = AF_INET, .sin_addr.s_addr = address};
+	memcpy(at, &in, sizeof in);
+}
+
+static void configure(int request, const struct ifreq *ifr, int fd, const char *doing) {
+	struct ifreq copy = *ifr;
+	if (ioctl(fd, (unsigned long)request, &copy) < 0)
+		die(doing);
+}
+
+static int open_tun(const char *name, in_addr_t address, int mtu, const char *network) {
+	struct ifreq ifr = {0};
+	struct rtentry route = {0};
+	in_addr_t net;
+	int length, config = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	int tun = open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+
+	if (tun < 0 || config < 0)
+		die("open /dev/net/tun");
+	snprintf(ifr.ifr_name, sizeof ifr.ifr_name, "%s", name);
+	ifr.ifr_flags = IFF_TUN | IFF_NO_PI;
+	if (ioctl(tun, TUNSETIFF, &ifr) < 0)
+		die("make the TUN");
+	put_address(&ifr.ifr_addr, address);
+	configure(SIOCSIFADDR, &ifr, config, "set the TUN's address");
+	put_address(&ifr.ifr_netmask, mask_of(32));
+	configure(SIOCSIFNETMASK, &ifr, config, "set the TUN's netmask");
+	ifr.ifr_mtu = mtu;
+	configure(SIOCSIFMTU, &ifr, config, "set the TUN's MTU");
+	ifr.ifr_flags = IFF_UP | IFF_RUNNING;
+	configure(SIOCSIFFLAGS, &ifr, config, "set the TUN up");
+	parse_cidr(network, &net, &length);
+	put_address(&route.rt_dst, net & mask_of(length));
+	put_address(&route.rt_genmask, mask_of(length));
+	route.rt_flags = RTF_UP;
+	route.rt_dev = ifr.ifr_name;
+	if (ioctl(config, SIOCADDRT, &route) < 0 && errno != EEXIST)
+		die("add the network's route");
+	close(config);
+	return tun;
+}
+
+static int listen_for_control(const char *path) {
+	struct sockaddr_un at = {.sun_family = AF_UNIX};
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+
+	if (strlen(path) >= sizeof at.sun_path)
+		usage("too long for a socket's path: %s", path);
+	strcpy(at.sun_path, path);
+	unlink(path);
+	if (fd < 0 || bind(fd, (struct sockaddr *)&at, sizeof at) < 0 || listen(fd, 1) < 0)
+		die(path);
+	return fd;
+}
+
+static void run(int tun, int sock, int ctl, int listener, in_addr_t address, size_t room) {
+	enum { TUN, SOCK, CTL, LISTENER, FDS };
+	uint8_t *buf = malloc(room);
+	struct sigaction act = {.sa_handler = on_signal};
+	sigset_t stop_signals, waiting;
+
+	if (!buf)
+		die("malloc");
+	/* Signals come only while waiting, so that none is lost between the check and the wait. */
+	sigemptyset(&stop_signals);
+	sigaddset(&stop_signals, SIGTERM);
+	sigaddset(&stop_signals, SIGINT);
+	sigprocmask(SIG_BLOCK, &stop_signals, &waiting);
+	sigdelset(&waiting, SIGTERM);
+	sigdelset(&waiting, SIGINT);
+	sigaction(SIGTERM, &act, NULL);
+	sigaction(SIGINT, &act, NULL);
+
+	puts("ready");
+	fflush(stdout);
+	while (!stopping) {
+		struct pollfd fds[FDS] = {
+			[TUN] = {.fd = tun, .events = POLLIN},
+			[SOCK] = {.fd = sock, .events = POLLIN},
+			[CTL] = {.fd = ctl, .events = POLLIN},
+			[LISTENER] = {.fd = ctl < 0 ? listener : -1, .events = POLLIN},
+		};
+		if (ppoll(fds, FDS, NULL, &waiting) < 0) {
+			if (errno == EINTR)
+				continue;
+			die("poll");
+		}
+		if (fds[CTL].revents && !process_command(ctl)) {
+			close(ctl);
+			ctl = -1;
+		}
+		if (fds[LISTENER].revents)
+			ctl = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+		/* Until both run dry, which under load is never: the control socket starves. */
+		while (tun_to_udp(tun, sock, address, buf, room) | udp_to_tun(sock, tun, buf, room)) {
+			sigset_t pending;
+			sigpending(&pending);
+			if (sigismember(&pending, SIGTERM) || sigismember(&pending, SIGINT))
+				break;
+		}
+	}
+	free(buf);
+}
+
+int main(int argc, char **argv) {
+	enum { OPT_TUN = 1, ADDRESS, NETWORK, LISTEN, MTU, ROUTE, CTL, CTL_FD };
+	static const struct option options[] = {
+		{"tun", required_argument, NULL, OPT_TUN},  {"address", required_argument, NULL, ADDRESS},
+		{"network", required_argument, NULL, NETWORK}, {"listen", required_argument, NULL, LISTEN},
+		{"mtu", required_argument, NULL, MTU},      {"route", required_argument, NULL, ROUTE},
+		{"ctl", required_argument, NULL, CTL},      {"ctl-fd", required_argument, NULL, CTL_FD},
+		{0},
+	};
+	const char *name = NULL, *network = NULL, *at = NULL, *ctl_path = NULL;
+	struct sockaddr_in local;
+	in_addr_t address = 0;
+	int option, mtu = 0, ctl = -1, listener = -1, tun, sock;
+
+	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1)
+		switch (option) {
+		case OPT_TUN: name = optarg; break;
+		case NETWORK: network = optarg; break;
+		case LISTEN: at = optarg; break;
+		case MTU: mtu = atoi(optarg); break;
+		case ROUTE: add_route_option(optarg); break;
+		case CTL: ctl_path = optarg; break;
+		case CTL_FD: ctl = atoi(optarg); break;
+		case ADDRESS:
+			if (inet_pton(AF_INET, optarg, &address) != 1)
+				usage("not an IPv4 address: %s", optarg);
+			break;
+		default: return 2;
+		}
+	if (!name || !network || !at || !address || mtu < 68 || mtu > 65535 || optind != argc)
+		usage("--tun, --address, --network, --listen and --mtu (68..65535) are required");
+
+	local = parse_endpoint(at);
+	sock = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (sock < 0 || bind(sock, (struct sockaddr *)&local, sizeof local) < 0)
+		die(at);
+	tun = open_tun(name, address, mtu, network);
+	if (ctl_path)
+		listener = listen_for_control(ctl_path);
+	run(tun, sock, ctl, listener, address, (size_t)mtu);
+	if (ctl_path)
+		unlink(ctl_path);
+	return 0;
+}

@@ -1,0 +1,530 @@
+"""Network namespaces as hosts, the links between them, and the processes in them.
+
+Owns: everything it makes, until ``Lab.close``: the namespaces (named ``ut<pid>-<n>-<host>``), the
+devices in them, the processes, one temporary folder. All of it goes on return, on an exception, on
+Ctrl-C, SIGTERM and SIGHUP. After a kill -9 of the lab its processes die with it (parent death
+signal) and the names it left are removed by the next lab. Refuses to know: what the processes do.
+Main thread only: see the package's docstring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ipaddress
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self, TypeVar
+
+from .tools import SEARCH_PATH
+
+NETNS_DIR = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_GRACE_SECONDS = 5.0
+
+# The same on every machine, whatever its administrator chose for new namespaces. ICMP errors of
+# the kernel are not rate-limited: a test that waits for one must not depend on who asked before.
+_SYSCTL = (
+    "net.ipv4.conf.all.rp_filter=0",
+    "net.ipv4.conf.default.rp_filter=0",
+    "net.ipv4.conf.all.accept_local=0",
+    "net.ipv4.conf.default.accept_local=0",
+    "net.ipv4.icmp_ratelimit=0",
+    "net.ipv6.icmp.ratelimit=0",
+    "net.ipv6.conf.all.disable_ipv6=0",
+    "net.ipv6.conf.default.disable_ipv6=0",
+    "net.ipv6.conf.all.accept_dad=0",
+    "net.ipv6.conf.default.accept_dad=0",
+    "net.ipv6.conf.all.accept_ra=0",
+    "net.ipv6.conf.default.accept_ra=0",
+    "net.ipv6.conf.default.router_solicitations=0",
+)
+_FORWARDING = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+
+# Which of a veth's offloads each profile turns off. P1: super-packets cross the wire whole. P2: the
+# sender's kernel cuts them in software, the receiver's GRO joins them again. P3: nobody joins.
+PROFILES = {
+    "P1": {},
+    "P2": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "on"},
+    "P3": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "off"},
+}
+
+_T = TypeVar("_T")
+
+
+class LabError(Exception):
+    """The lab could not do what was asked; says what, and what the tool said."""
+
+
+class Unavailable(LabError):
+    """This machine's kernel does not have what was asked for."""
+
+
+def wait_for(predicate: Callable[[], _T], what: str, seconds: float = 10.0) -> _T:
+    """The first true value of ``predicate``, asked every 10 ms; LabError at the deadline."""
+    deadline = time.monotonic() + seconds
+    while not (value := predicate()):
+        if time.monotonic() > deadline:
+            raise LabError(f"waited {seconds:g} s in vain for {what}")
+        time.sleep(0.01)
+    return value
+
+
+class Process:
+    """A program running on a host, with its output in a file. Its own session and group."""
+
+    def __init__(self, host: Host, argv: Sequence[str], popen: subprocess.Popen[bytes], log: Path):
+        self.host, self.argv, self.log = host, list(argv), log
+        self._popen = popen
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._popen.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        return self._popen.poll()
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def signal(self, number: int) -> None:
+        self._popen.send_signal(number)
+
+    def wait(self, seconds: float = 10.0) -> int:
+        try:
+            return self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise LabError(f"still running after {seconds:g} s: {self}") from None
+
+    def wait_for_output(self, text: str, seconds: float = 10.0) -> None:
+        def seen() -> bool:
+            if text in self.text():
+                return True
+            if not self.alive:
+                raise LabError(f"ended ({self.returncode}) before saying {text!r}: {self}")
+            return False
+
+        try:
+            wait_for(seen, repr(text), seconds)
+        except LabError as e:
+            raise LabError(f"{e}; its output:\n{self.text()}") from None
+
+    def stop(self, seconds: float = _GRACE_SECONDS) -> int:
+        """SIGTERM, and SIGKILL to the whole group when that does not help in time."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(seconds)
+        return self.kill()
+
+    def kill(self) -> int:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._popen.wait()
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.argv)} (on {self.host.name})"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One end of a link: a device on a host, with its addresses."""
+
+    host: Host
+    name: str
+    v4: ipaddress.IPv4Interface
+    v6: ipaddress.IPv6Interface
+
+    def set_mtu(self, mtu: int) -> None:
+        self.host.ip(f"link set {self.name} mtu {mtu}")
+
+    def offloads(self, **switches: str) -> None:
+        """Turn offloads "on" or "off", by their ethtool names with ``_`` for ``-``."""
+        words = [w for k, v in switches.items() for w in (k.replace("_", "-"), v)]
+        if words:
+            self.host.run(["ethtool", "-K", self.name, *words])
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins two hosts: one veth pair, or two routers with a narrower wire between them."""
+
+    a: Interface
+    b: Interface
+    middle: tuple[Interface, ...] = ()  # the two ends of the wire between the routers
+    wires: tuple[Interface, ...] = ()  # every device of the link
+
+    @property
+    def routers(self) -> tuple[Host, ...]:
+        return tuple(end.host for end in self.middle)
+
+    def set_middle_mtu(self, mtu: int) -> None:
+        for end in self.middle:
+            end.set_mtu(mtu)
+
+    def profile(self, name: str) -> None:
+        """P1, P2 or P3 on every device of the link: see PROFILES."""
+        for end in self.wires:
+            end.offloads(**PROFILES[name])
+
+
+@dataclass(eq=False)
+class Host:
+    """One network namespace. ``v4`` and ``v6`` are its addresses on its first link."""
+
+    lab: Lab
+    name: str
+    namespace: str
+    interfaces: list[Interface] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
+
+    @property
+    def v4(self) -> ipaddress.IPv4Address:
+        return self.interfaces[0].v4.ip
+
+    @property
+    def v6(self) -> ipaddress.IPv6Address:
+        return self.interfaces[0].v6.ip
+
+    def _argv(self, argv: Sequence[str]) -> list[str]:
+        return [
+            *("ip", "netns", "exec", self.namespace),
+            *("setpriv", "--pdeathsig", "KILL", "--"),
+            *argv,
+        ]
+
+    def run(
+        self, argv: Sequence[str], *, check: bool = True, seconds: float = 60.0,
+        text: str | None = None, env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run to the end, output captured, ``text`` on standard input."""
+        return _run(self._argv(argv), check=check, seconds=seconds, text=text, env=env)
+
+    def start(
+        self, argv: Sequence[str], *, name: str | None = None, env: dict[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> Process:
+        """Start and leave running; the lab ends it when it closes."""
+        name = name or Path(argv[0]).name
+        log = self.lab.folder / f"{self.name}-{name}-{next(self.lab.numbers)}.log"
+        with log.open("wb") as out:
+            popen = subprocess.Popen(
+                self._argv(argv), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True, env=_environment(env), pass_fds=pass_fds,
+            )
+        process = Process(self, argv, popen, log)
+        self.processes.append(process)
+        return process
+
+    def ip(self, *lines: str) -> None:
+        """Commands of ip(8), one a line, in one process."""
+        text = "".join(line + "\n" for line in lines)
+        _run(["ip", "-n", self.namespace, "-batch", "-"], text=text)
+
+    def sysctl(self, *settings: str) -> None:
+        self.run(["sysctl", "-qw", *settings])
+
+    def nft(self, text: str) -> None:
+        self.run(["nft", "-f", "-"], text=text)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """This thread in the host's namespace; sockets opened meanwhile stay there for good."""
+        with _open_netns(Path("/proc/thread-self/ns/net")) as home:
+            with _open_netns(NETNS_DIR / self.namespace) as there:
+                _setns(there)
+            try:
+                yield
+            finally:
+                _setns(home)
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        with self.inside():
+            return socket.socket(family, kind, protocol)
+
+    def forwarding(self) -> None:
+        self.sysctl(*_FORWARDING)
+
+    def pod(
+        self, subnet: str, subnet6: str | None = None, mtu: int = 1472, name: str = "pod"
+    ) -> Host:
+        """A host behind this one: the first address of each subnet is here, the second there.
+
+        Link the node first: the addresses of its first link are the node's own.
+        """
+        pod = self.lab.host(f"{self.name}-{name}")
+        net4 = ipaddress.IPv4Network(subnet)
+        v4 = [ipaddress.IPv4Interface((net4[i], net4.prefixlen)) for i in (1, 2)]
+        net6 = ipaddress.IPv6Network(subnet6) if subnet6 else self.lab.next_subnets()[1]
+        v6 = [ipaddress.IPv6Interface((net6[i], net6.prefixlen)) for i in (1, 2)]
+        self.lab.wire(self, pod, mtu, (v4[0], v6[0]), (v4[1], v6[1]))
+        pod.ip(f"route add default via {v4[0].ip}", f"route add default via {v6[0].ip}")
+        self.forwarding()
+        return pod
+
+
+_Addresses = tuple[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
+
+
+class Lab:
+    """A set of hosts that exists while the context is open."""
+
+    _count = itertools.count()
+    _open: set[str] = set()  # noqa: RUF012 - shared on purpose: the labs of this process
+
+    def __init__(self) -> None:
+        self.hosts: list[Host] = []
+        self.numbers = itertools.count()
+        self._subnets = itertools.count(1)
+        self._saved_handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        if os.geteuid() != 0:
+            raise LabError("making network namespaces needs root")
+        self.prefix = f"ut{os.getpid()}-{next(self._count)}-"
+        self._open.add(self.prefix)
+        self._catch_signals()
+        try:
+            _remove_stale(self._open)
+            self.folder = Path(tempfile.mkdtemp(prefix="udptun-lab-"))
+        except BaseException:
+            self._finish()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> str:
+        """Remove everything; a sentence that says what. Not to be interrupted half-way."""
+        if self.prefix not in self._open:
+            return "nothing was left to remove"
+        with _deaf():
+            processes = [p for host in self.hosts for p in host.processes if p.alive]
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+            for host in self.hosts:
+                for process in host.processes:
+                    process.stop()
+            namespaces = [host.namespace for host in self.hosts]
+            for namespace in namespaces:
+                _remove_namespace(namespace)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.hosts.clear()
+            self._finish()
+        return f"{len(namespaces)} namespaces with their devices, {len(processes)} processes"
+
+    def _finish(self) -> None:
+        self._open.discard(self.prefix)
+        for number, handler in self._saved_handlers.items():
+            signal.signal(number, handler)
+        self._saved_handlers.clear()
+
+    def _catch_signals(self) -> None:
+        """Make SIGTERM and SIGHUP unwind the stack as Ctrl-C does, unless someone else has them."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                self._saved_handlers[number] = signal.signal(number, _exit_on_signal)
+
+    def host(self, name: str) -> Host:
+        host = Host(self, name, self.prefix + name)
+        self.hosts.append(host)  # before it exists, so that no interrupt can come in between
+        _run(["ip", "netns", "add", host.namespace])
+        host.sysctl(*_SYSCTL)
+        host.ip("link set lo up")
+        return host
+
+    def next_subnets(self) -> tuple[ipaddress.IPv4Network, ipaddress.IPv6Network]:
+        """Unused ones, from the ranges set aside for test networks (RFC 2544, RFC 4193)."""
+        n = next(self._subnets)
+        v6 = ipaddress.IPv6Network(f"fd18:0:0:{n:x}::/64")
+        return ipaddress.IPv4Network(f"198.18.{n}.0/24"), v6
+
+    def wire(
+        self, a: Host, b: Host, mtu: int = 1500,
+        at_a: _Addresses | None = None, at_b: _Addresses | None = None,
+    ) -> tuple[Interface, Interface]:
+        """One veth pair."""
+        if at_a is None or at_b is None:
+            net4, net6 = self.next_subnets()
+            at_a, at_b = _nth(net4, net6, 1), _nth(net4, net6, 2)
+        ends = (
+            Interface(a, f"eth{len(a.interfaces)}", *at_a),
+            Interface(b, f"eth{len(b.interfaces)}", *at_b),
+        )
+        _run([
+            *("ip", "link", "add", ends[0].name, "mtu", str(mtu), "netns", a.namespace),
+            *("type", "veth"),
+            *("peer", "name", ends[1].name, "mtu", str(mtu), "netns", b.namespace),
+        ])
+        _bring_up(*ends)
+        return ends
+
+    def link(self, a: Host, b: Host, mtu: int = 1500, middle_mtu: int | None = None) -> Link:
+        """Join two hosts; with ``middle_mtu`` through two routers and a narrower wire."""
+        if middle_mtu is None:
+            ends = self.wire(a, b, mtu)
+            return Link(*ends, wires=ends)
+        n = next(self.numbers)
+        r, s = self.host(f"router{n}a"), self.host(f"router{n}b")
+        a_end, r_end = self.wire(a, r, mtu)
+        r_mid, s_mid = self.wire(r, s, middle_mtu)
+        s_end, b_end = self.wire(s, b, mtu)
+        for router in (r, s):
+            router.forwarding()
+        for host, target, gateway in (
+            (a, b_end, r_end), (b, a_end, s_end), (r, b_end, s_mid), (s, a_end, r_mid),
+        ):
+            host.ip(
+                f"route add {target.v4.network} via {gateway.v4.ip}",
+                f"route add {target.v6.network} via {gateway.v6.ip}",
+            )
+        wires = (a_end, r_end, r_mid, s_mid, s_end, b_end)
+        return Link(a_end, b_end, (r_mid, s_mid), wires)
+
+    def segment(self, *hosts: Host, mtu: int = 1500) -> list[Interface]:
+        """Join any number of hosts by a bridge, which is a namespace of its own."""
+        bridge = self.host(f"bridge{next(self.numbers)}")
+        bridge.ip("link add br0 type bridge", f"link set br0 mtu {mtu} up")
+        net4, net6 = self.next_subnets()
+        ends = []
+        for n, host in enumerate(hosts, start=1):
+            end = Interface(host, f"eth{len(host.interfaces)}", *_nth(net4, net6, n))
+            port = f"port{n}"
+            _run([
+                *("ip", "link", "add", end.name, "mtu", str(mtu), "netns", host.namespace),
+                *("type", "veth"),
+                *("peer", "name", port, "mtu", str(mtu), "netns", bridge.namespace),
+            ])
+            bridge.ip(f"link set {port} master br0 up")
+            _bring_up(end)
+            ends.append(end)
+        return ends
+
+
+def _bring_up(*ends: Interface) -> None:
+    # Both ends up before the addresses come: a neighbour solicitation that leaves before the other
+    # end hears costs the first packet a second.
+    for end in ends:
+        end.host.ip(f"link set {end.name} up")
+    for end in ends:
+        end.host.ip(
+            f"address add {end.v4} dev {end.name}", f"address add {end.v6} dev {end.name} nodad"
+        )
+        end.host.interfaces.append(end)
+
+
+def _nth(net4: ipaddress.IPv4Network, net6: ipaddress.IPv6Network, n: int) -> _Addresses:
+    return (
+        ipaddress.IPv4Interface((net4[n], net4.prefixlen)),
+        ipaddress.IPv6Interface((net6[n], net6.prefixlen)),
+    )
+
+
+def _environment(extra: dict[str, str] | None) -> dict[str, str]:
+    env = dict(os.environ)
+    env["PATH"] = f"{env.get('PATH', '')}:{SEARCH_PATH}"
+    env["LC_ALL"] = "C"  # the outputs are parsed
+    return env | (extra or {})
+
+
+def _run(
+    argv: Sequence[str], *, check: bool = True, seconds: float = 60.0, text: str | None = None,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    # In a session of its own: a Ctrl-C on the terminal is for us, we end what we started.
+    standard_input: dict[str, object] = (
+        {"stdin": subprocess.DEVNULL} if text is None else {"input": text}
+    )
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=seconds, start_new_session=True,
+            env=_environment(env), check=False, **standard_input,  # type: ignore[call-overload]
+        )
+    except FileNotFoundError as e:
+        raise LabError(f"{e.filename} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise LabError(f"still running after {seconds:g} s: {' '.join(argv)}") from None
+    if check and done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()) + (f"\n{text}" if text else "")
+        raise LabError(f"{' '.join(argv)} failed ({done.returncode}): {said}")
+    return done
+
+
+def _remove_namespace(namespace: str) -> None:
+    """And whatever still runs in it: only our own processes can."""
+    pids = _run(["ip", "netns", "pids", namespace], check=False).stdout.split()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    _run(["ip", "netns", "del", namespace], check=False)
+
+
+def _remove_stale(in_use: set[str]) -> None:
+    """The names that killed labs left: their maker is dead, or had our process id before us."""
+    if not NETNS_DIR.is_dir():
+        return
+    for entry in NETNS_DIR.iterdir():
+        match = re.match(r"(ut(\d+)-\d+-)", entry.name)
+        if match is None or match[1] in in_use:
+            continue
+        if int(match[2]) == os.getpid() or not Path(f"/proc/{match[2]}").exists():
+            _remove_namespace(entry.name)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """No signal interrupts the removal; one that came meanwhile is handled after it."""
+    numbers = {signal.SIGINT, *_STOP_SIGNALS}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _setns(descriptor: int) -> None:
+    if _libc.setns(descriptor, CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"setns: {os.strerror(number)}")
+
+
+@contextlib.contextmanager
+def _open_netns(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,101 @@
+"""Ping and iperf3 between hosts, with their answers as numbers.
+
+Owns: the command lines and the parsing of what these tools print. Refuses to know: what lies
+between the two hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from .hosts import Host, LabError
+
+_IPERF_PORT = 5201
+
+
+@dataclass(frozen=True)
+class Ping:
+    """``rtt_*`` in milliseconds, None when nothing came back. ``errors``: ping's lines on them."""
+
+    sent: int
+    received: int
+    rtt_min: float | None = None
+    rtt_avg: float | None = None
+    rtt_max: float | None = None
+    errors: tuple[str, ...] = ()
+
+    @property
+    def loss_percent(self) -> float:
+        return 100.0 * (self.sent - self.received) / self.sent
+
+
+def ping(
+    host: Host, address: object, *, count: int = 3, interval: float = 0.05, wait: float = 2.0,
+    size: int = 56, df: bool | None = None, source: object = None, ttl: int | None = None,
+) -> Ping:
+    """``size`` is ping's: payload bytes. ``df`` None leaves it to the kernel."""
+    argv = ["ping", "-n", "-c", str(count), "-i", str(interval), "-W", str(wait), "-s", str(size)]
+    if df is not None:
+        argv += ["-M", "do" if df else "dont"]
+    if source is not None:
+        argv += ["-I", str(source)]
+    if ttl is not None:
+        argv += ["-t", str(ttl)]
+    output = host.run([*argv, str(address)], check=False, seconds=30 + count * (interval + wait))
+    text = output.stdout
+    counts = re.search(r"(\d+) packets transmitted, (\d+) received", text)
+    if counts is None:
+        raise LabError(f"ping {address} on {host.name}: {(output.stderr or text).strip()}")
+    times = re.search(r"= ([\d.]+)/([\d.]+)/([\d.]+)/", text)
+    rtt = [float(t) for t in times.groups()] if times else [None] * 3
+    errors = [line for line in text.splitlines() if line.startswith(("From ", "ping: "))]
+    errors += [line for line in output.stderr.splitlines() if line]
+    return Ping(int(counts[1]), int(counts[2]), *rtt, errors=tuple(errors))
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What the receiver got. ``lost_percent`` for UDP, ``retransmits`` for TCP, else None."""
+
+    bits_per_second: float
+    retransmits: int | None = None
+    lost_percent: float | None = None
+
+
+def iperf3(
+    server: Host, client: Host, address: object, *, seconds: float = 3, streams: int = 1,
+    reverse: bool = False, udp_bits_per_second: float | None = None, length: int | None = None,
+    port: int = _IPERF_PORT,
+) -> Throughput:
+    """Traffic from ``client`` to ``address`` on ``server``; the other way with ``reverse``."""
+    listening = server.start(
+        ["iperf3", "-s", "-1", "--forceflush", "-B", str(address), "-p", str(port)]
+    )
+    try:
+        listening.wait_for_output("Server listening")
+        argv = ["iperf3", "-J", "-c", str(address), "-p", str(port), "-t", f"{seconds:g}"]
+        argv += ["-P", str(streams), "--connect-timeout", "5000"]
+        if reverse:
+            argv.append("-R")
+        if udp_bits_per_second is not None:
+            argv += ["-u", "-b", f"{udp_bits_per_second:.0f}"]
+        if length is not None:
+            argv += ["-l", str(length)]
+        done = client.run(argv, check=False, seconds=seconds + 30)
+    finally:
+        listening.kill()
+    try:
+        report = json.loads(done.stdout)
+    except ValueError:
+        raise LabError(f"iperf3 {address}: {(done.stderr or done.stdout).strip()}") from None
+    if "error" in report:
+        raise LabError(f"iperf3 {address}: {report['error']}")
+    end = report["end"]
+    if udp_bits_per_second is not None:
+        total = end["sum"]
+        received = total["bits_per_second"] * (1 - total["lost_percent"] / 100)
+        return Throughput(received, lost_percent=total["lost_percent"])
+    sent = end["sum_sent"].get("retransmits")
+    return Throughput(end["sum_received"]["bits_per_second"], retransmits=sent)

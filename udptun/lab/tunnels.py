@@ -1,0 +1,213 @@
+"""The tunnels a lab starts: udptun's forwarder, bench/onepacket, the kernel's VXLAN.
+
+Owns: their command lines, their readiness, and a plan of overlay addresses. Refuses to know: how
+they work inside; of the forwarder it uses what any operator can, the command line and the control
+socket.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .hosts import Host, LabError, Process, Unavailable, wait_for
+
+PORT = 8285
+NETWORK = ipaddress.IPv4Network("10.244.0.0/16")
+NETWORK6 = ipaddress.IPv6Network("fd44::/32")
+
+
+@dataclass(frozen=True)
+class Node:
+    """The overlay addresses of node number n: its tunnel's own, its pods' subnets."""
+
+    v4: ipaddress.IPv4Address
+    v6: ipaddress.IPv6Address
+    subnet: ipaddress.IPv4Network
+    subnet6: ipaddress.IPv6Network
+
+
+def node(n: int) -> Node:
+    # Not the first address of the IPv6 subnet: routers own that one as anycast (RFC 4291 2.6.1).
+    subnet6 = ipaddress.IPv6Network(f"fd44:0:{n:x}::/64")
+    subnet = ipaddress.IPv4Network(f"10.244.{n}.0/24")
+    return Node(subnet[0], subnet6[15], subnet, subnet6)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Forwarder:
+    """A running ``udptun forward`` and its control socket."""
+
+    def __init__(self, process: Process, control: Path, routes_file: Path) -> None:
+        self.process, self.control, self.routes_file = process, control, routes_file
+
+    @classmethod
+    def start(
+        cls, host: Host, *, listen: Sequence[object] = (), addresses: Sequence[object] = (),
+        networks: Sequence[object] = (NETWORK,), routes: Iterable[str] = (),
+        tun: str = "udptun0", mtu: int | None = None, workers: object = None,
+        offload: str | None = None, source_check: str | None = None, state: Path | None = None,
+        extra: Sequence[str] = (), pass_fds: Sequence[int] = (), wait: bool = True,
+    ) -> Forwarder:
+        """Start one with a route file; returns when it answers, unless told not to ``wait``.
+
+        ``listen`` holds addresses (IPv6 ones too), the host's first IPv4 one when empty.
+        """
+        folder = host.lab.folder
+        control, routes_file = folder / f"{host.name}.sock", folder / f"{host.name}.routes"
+        routes_file.write_text("".join(f"{route}\n" for route in routes))
+        argv = ["forward", "--tun", tun, "--control", str(control), "--routes", str(routes_file)]
+        for address in addresses:
+            argv += ["--address", str(address)]
+        for network in networks:
+            argv += ["--network", str(network)]
+        for address in listen or (host.v4,):
+            argv += ["--listen", _endpoint(address)]
+        for name, value in (
+            ("mtu", mtu), ("workers", workers), ("offload", offload),
+            ("source-check", source_check), ("state", state),
+        ):
+            if value is not None:
+                argv += [f"--{name}", str(value)]
+        process = host.start([*_UDPTUN, *argv, *extra], name="udptun", pass_fds=pass_fds)
+        forwarder = cls(process, control, routes_file)
+        if wait:
+            forwarder.wait_ready()
+        return forwarder
+
+    @property
+    def host(self) -> Host:
+        return self.process.host
+
+    def wait_ready(self, seconds: float = 15.0) -> None:
+        def answers() -> bool:
+            if not self.process.alive:
+                raise LabError(f"the forwarder ended:\n{self.process.text()}")
+            try:
+                return bool(self.get("/v1/healthz"))
+            except (OSError, http.client.HTTPException):
+                return False
+
+        try:
+            wait_for(answers, f"{self.control} to answer", seconds)
+        except LabError as e:
+            raise LabError(f"{e}; the forwarder's log:\n{self.process.text()}") from None
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, Any]:
+        """(HTTP status, JSON or None) from the control socket."""
+        connection = _UnixConnection(self.control)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            data = response.read()
+        finally:
+            connection.close()
+        return response.status, json.loads(data) if data.strip().startswith((b"{", b"[")) else None
+
+    def get(self, path: str) -> Any:
+        status, answer = self.request("GET", path)
+        if status != 200:
+            raise LabError(f"GET {path}: {status} {answer}")
+        return answer if answer is not None else True
+
+    def status(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.get("/v1/status")
+        return answer
+
+    def udptun(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A client command, e.g. ``udptun("route", "list", "-o", "json")``."""
+        return self.host.run(
+            [*_UDPTUN, *argv], check=check, env={"UDPTUN_SOCKET": str(self.control)}
+        )
+
+    def drops(self) -> dict[tuple[str, str], int]:
+        """Packets by (direction, reason), those at zero left out; by the command line."""
+        rows = json.loads(self.udptun("drops", "-o", "json").stdout)["drops"]
+        return {(r["direction"], r["reason"]): r["packets"] for r in rows if r["packets"]}
+
+    def rss_kib(self) -> int:
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.split("VmRSS:")[1].split()[0])
+
+    def stop(self) -> int:
+        """SIGTERM and wait: its exit code."""
+        self.process.signal(signal.SIGTERM)
+        return self.process.wait()
+
+
+_UDPTUN = (sys.executable, "-m", "udptun")
+
+
+def _endpoint(address: object) -> str:
+    return f"[{address}]:{PORT}" if ":" in str(address) else f"{address}:{PORT}"
+
+
+class OnePacket:
+    """A running bench/onepacket: flannel's UDP proxy as a small C program."""
+
+    def __init__(self, process: Process, control: Path) -> None:
+        self.process, self.control = process, control
+
+    @classmethod
+    def start(
+        cls, host: Host, binary: Path, *, address: object, routes: Iterable[str] = (),
+        listen: object = None, network: object = NETWORK, tun: str = "flannel0", mtu: int = 1472,
+    ) -> OnePacket:
+        """``routes``: ``CIDR=IP:PORT``."""
+        control = host.lab.folder / f"{host.name}-onepacket.sock"
+        argv = [str(binary), "--tun", tun, "--address", str(address), "--network", str(network)]
+        argv += ["--listen", _endpoint(listen or host.v4), "--mtu", str(mtu), "--ctl", str(control)]
+        for route in routes:
+            argv += ["--route", route]
+        process = host.start(argv)
+        process.wait_for_output("ready")
+        return cls(process, control)
+
+
+_VXLAN_ID = 77
+_VXLAN_PORT = 4789
+
+
+def vxlan(
+    a: Host, b: Host, mtu: int = 1450
+) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
+    """A kernel VXLAN between the hosts' first links: the addresses at its ends.
+
+    Raises Unavailable, with the kernel's words, where the kernel has none.
+    """
+    net4, _ = a.lab.next_subnets()
+    ends = ((a, b, net4[1]), (b, a, net4[2]))
+    for here, there, address in ends:
+        device = here.interfaces[0].name
+        try:
+            here.ip(
+                f"link add vxlan0 mtu {mtu} type vxlan id {_VXLAN_ID} dstport {_VXLAN_PORT} "
+                f"local {here.v4} remote {there.v4} dev {device}"
+            )
+        except LabError as e:
+            words = str(e).partition("): ")[2].splitlines()
+            raise Unavailable(f"this kernel has no vxlan ({words[0] if words else e})") from None
+        here.ip(f"address add {address}/24 dev vxlan0", "link set vxlan0 up")
+    return net4[1], net4[2]
