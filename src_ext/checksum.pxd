@@ -11,7 +11,13 @@ from wire cimport IP4_CSUM, load_u16, store_u16, swap16
 
 
 cdef extern from "checksum.h" nogil:
+    ctypedef uint64_t (*udptun_csum_fn)(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil
     uint64_t udptun_csum_add(const uint8_t* p, size_t n, uint64_t acc) noexcept
+    uint64_t udptun_csum_short(const uint8_t* p, size_t n, uint64_t acc) noexcept
+    # what this CPU has, for the tests: udptun_csum_add calls the last one from 64 bytes on
+    const char** udptun_csum_names
+    udptun_csum_fn* udptun_csum_fns
+    int udptun_csum_n
 
 
 cdef inline uint64_t csum_add(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil:
@@ -21,9 +27,8 @@ cdef inline uint64_t csum_add(const uint8_t* p, size_t n, uint64_t acc) noexcept
 
 cdef inline uint16_t csum_fold(uint64_t acc) noexcept nogil:
     """Fold to 16 bits, not inverted, native order."""
-    acc = (acc & 0xFFFFFFFF) + (acc >> 32)
-    acc = (acc & 0xFFFFFFFF) + (acc >> 32)
-    acc = (acc & 0xFFFF) + (acc >> 16)
+    acc = (acc & 0xFFFFFFFFu) + (acc >> 32)
+    acc = (acc & 0xFFFFFFFFu) + (acc >> 32)
     acc = (acc & 0xFFFF) + (acc >> 16)
     return <uint16_t>((acc & 0xFFFF) + (acc >> 16))
 

@@ -1,0 +1,125 @@
+"""Cut an IPv4 packet into fragments for a smaller MTU, in gather form: new headers, old payload.
+
+Owns no state and copies no payload. Refuses to know: whether the packet may be cut (the caller
+looks at DF and the IP version). Callers have parsed the IP header: these are not for hostile bytes,
+but for the options, which are parsed here.
+Source: RFC 791 3.1 (options, copied flag), 3.2 (fragmentation procedure).
+
+The packet comes in two pieces: hdr[0:ip_hdr_len + lead_len] is the IP header and, behind it, what
+else the caller has made anew (a transport header); data is the rest, in place.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memcpy
+
+from checksum cimport ip4_set_csum
+from wire cimport (
+    IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, load_be16, store_be16,
+)
+
+
+cdef enum:
+    FRAG_HDR_MAX = 128  # an IP header of 60 and a lead of 60, and some
+    OPT_END = 0
+    OPT_NOP = 1
+    OPT_COPIED = 0x80
+
+
+cdef struct frag_t:  # one fragment: hdr, then data
+    uint8_t* hdr  # the caller's out_hdr, borrowed until it is written again
+    uint32_t hdr_len  # the lead of the first fragment included
+    const uint8_t* data  # into the caller's data
+    uint32_t data_len
+
+
+cdef inline int fragment_n(
+    size_t ip_hdr_len, size_t lead_len, size_t data_len, size_t mtu
+) noexcept nogil:
+    """How many fragments of at most mtu bytes; 0: the MTU cannot hold the header, the lead and 8
+    bytes of payload. 1: the packet fits as it is."""
+    cdef size_t payload = lead_len + data_len
+    cdef size_t room, step
+    if mtu < ip_hdr_len:
+        return 0
+    room = mtu - ip_hdr_len
+    if payload <= room:
+        return 1
+    step = room & ~<size_t>7
+    if step == 0 or step < lead_len:
+        return 0
+    return <int>(1 + (payload - room + step - 1) / step)
+
+
+cdef inline size_t fragment_options(
+    const uint8_t* hdr, size_t ip_hdr_len, uint8_t* out
+) noexcept nogil:
+    """Copy to out (40 bytes) the options that go on every fragment, padded with end-of-list to
+    whole words. An option that runs over the header ends the list. Returns the bytes written."""
+    cdef size_t off = IP4_MIN
+    cdef size_t used = 0
+    cdef size_t opt_len
+    while off < ip_hdr_len and hdr[off] != OPT_END:
+        if hdr[off] == OPT_NOP:
+            off += 1
+            continue
+        if off + 1 >= ip_hdr_len:
+            break
+        opt_len = hdr[off + 1]
+        if opt_len < 2 or off + opt_len > ip_hdr_len:
+            break
+        if hdr[off] & OPT_COPIED:
+            memcpy(out + used, hdr + off, opt_len)
+            used += opt_len
+        off += opt_len
+    while used & 3:
+        out[used] = OPT_END
+        used += 1
+    return used
+
+
+cdef inline void fragment_at(
+    const uint8_t* hdr, size_t ip_hdr_len, size_t lead_len,
+    const uint8_t* data, size_t data_len, size_t mtu, int i, uint8_t* out_hdr, frag_t* out
+) noexcept nogil:
+    """Make the i-th of fragment_n(...) fragments.
+
+    hdr      20..60 bytes of IP header, then lead_len <= 60; its length field is not read
+    i        0..fragment_n - 1; every fragment but the last carries the same payload, which is
+             what fits behind the whole header, so that offsets do not depend on the options
+    out_hdr  FRAG_HDR_MAX bytes: the first fragment's whole header and lead, or a later one's
+             header with the copied options; apart from hdr
+    out      out.data borrows from data
+    A packet that is a fragment itself: its offset is added, its MF stays on the last. An offset
+    that leaves the field (such a packet reassembles to over 65535 bytes) stays at the field's
+    end, where every receiver refuses it.
+    """
+    cdef size_t room = mtu - ip_hdr_len
+    cdef size_t step = room & ~<size_t>7
+    cdef size_t off = <size_t>i * step
+    cdef size_t left = lead_len + data_len - off
+    cdef bint last = left <= room
+    cdef size_t take = left if last else step
+    cdef uint32_t frag = load_be16(hdr + IP4_FRAG)
+    cdef size_t units = (frag & IP4_OFFSET) + off / 8
+    cdef size_t hdr_len = ip_hdr_len
+    if i == 0:
+        memcpy(out_hdr, hdr, ip_hdr_len + lead_len)
+        out.hdr_len = <uint32_t>(ip_hdr_len + lead_len)
+        out.data = data
+        out.data_len = <uint32_t>(take - lead_len)
+    else:
+        memcpy(out_hdr, hdr, IP4_MIN)
+        hdr_len = IP4_MIN + fragment_options(hdr, ip_hdr_len, out_hdr + IP4_MIN)
+        out_hdr[0] = <uint8_t>(0x40 | (hdr_len >> 2))
+        out.hdr_len = <uint32_t>hdr_len
+        out.data = data + (off - lead_len)
+        out.data_len = <uint32_t>take
+    out.hdr = out_hdr
+    if units > IP4_OFFSET:
+        units = IP4_OFFSET
+    frag = (frag & ~<uint32_t>IP4_OFFSET) | <uint32_t>units
+    if not last:
+        frag |= IP4_MF
+    store_be16(out_hdr + IP4_LEN, <uint32_t>(hdr_len + take))
+    store_be16(out_hdr + IP4_FRAG, frag)
+    ip4_set_csum(out_hdr, hdr_len)

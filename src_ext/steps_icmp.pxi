@@ -1,0 +1,112 @@
+# ICMP errors, fragments and checksums, each alone. Included by _steps.pyx: for the tests only.
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from checksum cimport (
+    csum_add, csum_fold, udptun_csum_fn, udptun_csum_fns, udptun_csum_n, udptun_csum_names,
+    udptun_csum_short,
+)
+from drops cimport PASS, drop_t
+from fragment cimport FRAG_HDR_MAX, frag_t, fragment_at, fragment_n
+from icmp cimport (
+    ICMP_MAX, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_bucket_t,
+)
+from icmp cimport icmp_error as c_icmp_error
+from packet cimport check_total_len, ip_t, parse_ip
+from wire cimport swap16
+
+from udptun.drops import DROP_REASONS as _ICMP_DROP_REASONS
+from udptun.reference import Dropped as _IcmpDropped
+
+_ICMP_KINDS = {
+    "no_route": ICMP_NO_ROUTE, "ttl_exceeded": ICMP_TTL_EXCEEDED, "too_big": ICMP_TOO_BIG,
+}
+
+
+def icmp_error(bytes packet, str kind, bytes source, uint32_t mtu=0):
+    """The ICMP error about packet from our address source, or None where the RFCs forbid one."""
+    cdef uint8_t out[ICMP_MAX]
+    cdef int c_kind = _ICMP_KINDS[kind]
+    cdef size_t n
+    if packet and len(source) != (4 if packet[0] >> 4 == 4 else 16):
+        raise ValueError(f"source is {len(source)} bytes, want the packet's family")
+    n = c_icmp_error(packet, len(packet), c_kind, source, mtu, out)
+    return PyBytes_FromStringAndSize(<char*>out, n) if n else None
+
+
+def icmp_allow_run(times_ns):
+    """What a new token bucket answers at these times, one after the other."""
+    cdef icmp_bucket_t bucket = icmp_bucket_t(0, 0)
+    return [bool(icmp_allow(&bucket, now_ns)) for now_ns in times_ns]
+
+
+def fragment(bytes packet, size_t mtu, size_t lead_len=0):
+    """Cut an IPv4 packet for mtu; lead_len bytes behind the IP header travel with the header, as
+    a transport header does. Raises Dropped: too_big with DF, for IPv6 and for too small an MTU."""
+    cdef ip_t ip
+    cdef frag_t frag
+    cdef uint8_t out_hdr[FRAG_HDR_MAX]
+    cdef const uint8_t* p = packet
+    cdef size_t data_len
+    cdef int n
+    cdef drop_t verdict = parse_ip(p, len(packet), &ip)
+    if verdict == PASS:
+        verdict = check_total_len(&ip, len(packet))
+    if verdict != PASS:
+        raise _IcmpDropped(_ICMP_DROP_REASONS[<int>verdict - 1].name)
+    if ip.total_len <= mtu:
+        return [packet[:ip.total_len]]
+    if lead_len > 60 or ip.hdr_len + lead_len > ip.total_len:
+        raise ValueError("lead_len is over 60 or over the payload")
+    data_len = ip.total_len - ip.hdr_len - lead_len
+    n = 0 if ip.dont_fragment else fragment_n(ip.hdr_len, lead_len, data_len, mtu)
+    if n == 0:
+        raise _IcmpDropped("too_big")
+    out = []
+    for i in range(n):
+        fragment_at(
+            p, ip.hdr_len, lead_len, p + ip.hdr_len + lead_len, data_len, mtu, i, out_hdr, &frag)
+        out.append((<char*>frag.hdr)[:frag.hdr_len] + (<char*>frag.data)[:frag.data_len])
+    return out
+
+
+cdef uint64_t _initial_sum(initial) except? 0:
+    """A big-endian sum as the words lie in memory."""
+    while initial > 0xFFFF:
+        initial = (initial & 0xFFFF) + (initial >> 16)
+    return swap16(initial)
+
+
+def checksum(const uint8_t[::1] data, initial=0):
+    """The ones-complement sum of data's big-endian words (RFC 1071), folded, not inverted."""
+    cdef size_t n = data.shape[0]
+    cdef const uint8_t* p = &data[0] if n else NULL
+    return swap16(csum_fold(csum_add(p, n, _initial_sum(initial))))
+
+
+cdef class _Checksum:
+    """One implementation, whatever the dispatcher would choose."""
+
+    cdef udptun_csum_fn fn
+
+    def __call__(self, const uint8_t[::1] data, initial=0):
+        cdef size_t n = data.shape[0]
+        cdef const uint8_t* p = &data[0] if n else NULL
+        return swap16(csum_fold(self.fn(p, n, _initial_sum(initial))))
+
+
+cdef uint64_t _csum_short(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil:
+    return udptun_csum_short(p, n, acc)
+
+
+def checksum_implementations():
+    """{name: callable like checksum} of all that this CPU has, the slowest first."""
+    cdef _Checksum one = _Checksum.__new__(_Checksum)
+    one.fn = _csum_short
+    found = {"short": one}
+    for i in range(udptun_csum_n):
+        one = _Checksum.__new__(_Checksum)
+        one.fn = udptun_csum_fns[i]
+        found[udptun_csum_names[i].decode()] = one
+    return found
