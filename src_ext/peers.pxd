@@ -36,9 +36,12 @@ cdef struct peer_t:
     uint64_t path_mtu_ns        # when it was learned; 0 = it is the link's
     uint32_t said_mtu           # control side: the path MTU last told to subscribers
     uint64_t mark               # control side: the generation that last used it
+    uint32_t ordinal            # control side: its place among that generation's peers
     uint32_t sa_len
     sockaddr_in6 sa             # large enough for sockaddr_in
-    peer_t* same_addr           # in the snapshot in force: next peer at this address
+    peer_t* same_addr           # next peer at this address, by rising port: whatever mix of
+                                # old and new links a reader meets, the walk ends
+    peer_t* building            # control side: same_addr of the snapshot being built
     peer_counters_t* counters   # one a worker
 
 
@@ -64,9 +67,8 @@ cdef struct snapshot_t:
     size_t hops_n
     addr_map_t peers            # by outer address: the first of same_addr
     addr_map_t own              # inner sources that only we may have
-    uint64_t generation
-    snapshot_t* older           # control side: retired, waiting for the workers to let go
-    uint64_t retired_at
+    size_t peers_n
+    uint64_t generation         # of publishing; rises by 1
 
 
 cdef inline uint32_t addr_hash(const uint8_t* addr, size_t addr_len) noexcept nogil:
@@ -114,6 +116,20 @@ cdef inline addr_slot_t* addr_map_put(
         memcpy(slot.addr, addr, addr_len)
         slot.addr_len = <uint8_t>addr_len
     return slot
+
+
+cdef inline int addr_map_grow(addr_map_t* m) noexcept nogil:
+    """Double the room. Returns -1 without memory; the map is then as it was."""
+    cdef addr_map_t bigger
+    cdef uint32_t i
+    if addr_map_init(&bigger, m.mask + 1) < 0:
+        return -1
+    for i in range(m.mask + 1):
+        if m.slots[i].addr_len != 0:
+            addr_map_put(&bigger, m.slots[i].addr, m.slots[i].addr_len).peer = m.slots[i].peer
+    free(m.slots)
+    m[0] = bigger
+    return 0
 
 
 cdef inline hop_t* find_hop(

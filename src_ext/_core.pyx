@@ -1,0 +1,426 @@
+"""The compiled core, as Python sees it: RouteTable, Core and Worker.
+
+Owns the memory of workers, snapshots and peers, and the few Python calls that start, feed and read
+them. What happens to a packet stands in the .pxd files, in the order given by README.md.
+
+Threading: ``Core`` belongs to the control thread; ``Worker.run`` to the worker's. Counters are
+read across threads without locks: each is one aligned word that one thread writes.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.errno cimport errno
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
+from drops cimport DROP_CLOSED, DROP_REASONS_N
+from encap cimport path_limit
+from io cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close, epoll_create1,
+    epoll_ctl, epoll_event, eventfd, now_ns, sockaddr_in6, store_flag, write,
+)
+from lpm cimport lpm_bytes
+from merge cimport merge_reset
+from peers cimport (
+    addr_map_init, addr_map_put, find_hop, hop_t, peer_counters_t, peer_free, peer_t,
+    snapshot_free, snapshot_t,
+)
+from publish cimport build_snapshot, limbo_t, put_in_force, reclaim
+from routes cimport route_t, route_vec_t
+from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, borrow, give_back, run, turn
+from worker cimport (
+    CMSG_ROOM, NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GONE, NOTE_UDP_GSO,
+    NOTE_UDP_MERGE, RX_SLOT, RX_SLOTS, TX_BUF, TX_HDR, TX_SEGS, count_drop, direction_t, shared_t,
+    worker_t,
+)
+
+from udptun.drops import DECAP, DROP_REASONS, ENCAP
+from udptun.errors import FieldError
+
+include "route_table.pxi"
+
+
+cdef extern from * nogil:
+    """
+    #define udptun_take(p) __atomic_exchange_n((p), 0, __ATOMIC_ACQ_REL)
+    """
+    uint64_t take_flags "udptun_take"(uint64_t* p)
+
+
+SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
+NOTES = {
+    "path_mtu": NOTE_PATH_MTU, "udp-gso": NOTE_UDP_GSO, "tcp-merge": NOTE_TCP_MERGE,
+    "udp-merge": NOTE_UDP_MERGE, "tun_gone": NOTE_TUN_GONE, "udp_gone": NOTE_UDP_GONE,
+}
+
+
+cdef dict direction_dict(const direction_t* d):
+    cdef uint64_t dropped = 0
+    cdef int i
+    for i in range(DROP_REASONS_N):
+        dropped += d.drops[i]
+    return {
+        "read": d.read, "generated": d.generated, "delivered": d.delivered,
+        "dropped": dropped, "queued": d.queued,
+    }
+
+
+cdef class Core:
+    """What all workers share: the snapshot in force, and what it replaced.
+
+    source_check  "strict", "peer" or "off"
+    workers_n     how many Worker objects will be made
+    link_mtus     (IPv4, IPv6): outer bytes the underlay takes, 0 without a listener of the family
+    tun_addresses the TUN's own, packed: the source of ICMP errors
+    notify_fd     an eventfd, borrowed: written when a worker has something to tell
+    """
+    cdef shared_t shared
+    cdef worker_t** workers
+    cdef limbo_t* limbo
+    cdef uint64_t generation
+    cdef uint32_t link_mtu4
+    cdef uint32_t link_mtu6
+    cdef list own               # packed addresses
+    cdef list objects           # the Worker of each index
+    cdef RouteTable table       # the one in force: its rows are the snapshot's hops
+
+    def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
+                  int notify_fd):
+        cdef bytes packed
+        self.workers = <worker_t**>calloc(workers_n, sizeof(void*))
+        if self.workers == NULL:
+            raise MemoryError
+        self.shared.workers_n = workers_n
+        self.shared.source_check = SOURCE_CHECKS[source_check]
+        self.shared.notify_fd = notify_fd
+        self.link_mtu4, self.link_mtu6 = link_mtus
+        self.objects = []
+        self.own = []
+        for packed in tun_addresses:
+            self.own.append(packed)
+            if len(packed) == 4:
+                memcpy(self.shared.tun_addr4, <const uint8_t*>packed, 4)
+                self.shared.has_addr4 = True
+            else:
+                memcpy(self.shared.tun_addr6, <const uint8_t*>packed, 16)
+                self.shared.has_addr6 = True
+        self.publish(RouteTable())
+
+    def __dealloc__(self):
+        # every Worker holds a reference to its Core, so none is left that could look
+        cdef limbo_t* limbo
+        cdef uint32_t i
+        cdef peer_t* peer
+        cdef peer_t* next_
+        if self.workers == NULL:
+            return
+        limbo = reclaim(self.limbo, self.workers, 0)
+        if self.shared.snapshot != NULL:
+            for i in range(self.shared.snapshot.peers.mask + 1):
+                peer = self.shared.snapshot.peers.slots[i].peer
+                while peer != NULL:
+                    next_ = peer.same_addr
+                    peer_free(peer)
+                    peer = next_
+            snapshot_free(self.shared.snapshot)
+        free(self.workers)
+
+    def check(self, RouteTable table):
+        """Refuse a table with a next hop that no listener can reach (FieldError)."""
+        cdef size_t i, bad = table.vec.n
+        cdef bint has4 = self.link_mtu4 != 0, has6 = self.link_mtu6 != 0
+        with nogil:
+            for i in range(table.vec.n):
+                if not (has4 if table.vec.items[i].via_family == 4 else has6):
+                    bad = i
+                    break
+        if bad < table.vec.n:
+            row = table.row(bad)
+            family = "IPv4" if has4 else "IPv6"
+            raise FieldError("via", row[1], f"an {family} address: there is no other listener",
+                             f"route {row[0]}")
+
+    def publish(self, RouteTable table):
+        """Put a table in force. Workers see it at their next turn; nothing waits for them.
+
+        The table must not change afterwards. Raises FieldError as ``check``, MemoryError.
+        """
+        cdef snapshot_t* new
+        cdef bytes packed
+        self.check(table)
+        with nogil:
+            new = build_snapshot(
+                self.shared.snapshot, table.vec.items, table.vec.n, self.generation + 1,
+                self.link_mtu4, self.link_mtu6, self.shared.workers_n,
+            )
+        if new == NULL:
+            raise MemoryError
+        if addr_map_init(&new.own, len(self.own) + 1) < 0:
+            raise MemoryError
+        for packed in self.own:
+            addr_map_put(&new.own, <const uint8_t*>packed, len(packed))
+        self.generation += 1
+        self.table = table
+        with nogil:
+            self.limbo = put_in_force(&self.shared, new, self.limbo)
+        self.collect()
+
+    def set_own_addresses(self, addresses):
+        """Inner sources that are refused on receive: packed addresses, the TUN's always among
+        them. Takes effect with the table in force published again."""
+        cdef set packed = set(addresses)
+        if self.shared.has_addr4:
+            packed.add(PyBytes_FromStringAndSize(<char*>self.shared.tun_addr4, 4))
+        if self.shared.has_addr6:
+            packed.add(PyBytes_FromStringAndSize(<char*>self.shared.tun_addr6, 16))
+        if packed != set(self.own):
+            self.own = sorted(packed)
+            self.publish(self.table)
+
+    def collect(self):
+        """Free what no worker can see any more. Called on each publish, and now and then."""
+        cdef uint32_t n = <uint32_t>len(self.objects)
+        with nogil:
+            self.limbo = reclaim(self.limbo, self.workers, n)
+
+    def peers(self):
+        """[(address, port, path_mtu, encap_packets, encap_bytes, decap_packets, decap_bytes,
+        seconds since last seen or None)], by ordinal; addresses packed."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef list rows = [None] * s.peers_n
+        cdef peer_t* peer
+        cdef peer_counters_t sum_
+        cdef peer_counters_t* c
+        cdef uint64_t now = now_ns()
+        cdef uint32_t i, k
+        for i in range(s.peers.mask + 1):
+            peer = s.peers.slots[i].peer
+            while peer != NULL:
+                memset(&sum_, 0, sizeof(sum_))
+                for k in range(self.shared.workers_n):
+                    c = &peer.counters[k]
+                    sum_.encap_packets += c.encap_packets
+                    sum_.encap_bytes += c.encap_bytes
+                    sum_.decap_packets += c.decap_packets
+                    sum_.decap_bytes += c.decap_bytes
+                    sum_.last_seen_ns = max(sum_.last_seen_ns, c.last_seen_ns)
+                seen = None
+                if sum_.last_seen_ns:
+                    seen = max(0.0, (<double>now - <double>sum_.last_seen_ns) / 1e9)
+                rows[peer.ordinal] = (
+                    PyBytes_FromStringAndSize(<char*>peer.addr, peer.addr_len), peer.port,
+                    peer.path_mtu, sum_.encap_packets, sum_.encap_bytes, sum_.decap_packets,
+                    sum_.decap_bytes, seen,
+                )
+                peer = peer.same_addr
+        return rows
+
+    def hop_ordinals(self, size_t start, size_t count):
+        """The peer's ordinal of each of the routes start .. start + count."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef size_t i
+        return [s.hops[i].peer.ordinal for i in range(start, min(start + count, s.hops_n))]
+
+    def trace(self, bytes address):
+        """(row of the table in force, largest inner packet) for a packed address, or None."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef hop_t* hop = find_hop(s, <const uint8_t*>address, len(address))
+        if hop == NULL:
+            return None
+        return self.table.row(hop - s.hops), path_limit(hop)
+
+    def path_mtu_changes(self, double forget_seconds):
+        """[(address, port, path_mtu)] of peers whose path MTU changed since the last call.
+        What was learned longer ago than forget_seconds is forgotten (RFC 1191 6.3)."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint64_t forget = <uint64_t>(forget_seconds * 1e9)
+        cdef uint64_t now = now_ns()
+        cdef peer_t* peer
+        cdef uint32_t i
+        cdef list changes = []
+        for i in range(s.peers.mask + 1):
+            peer = s.peers.slots[i].peer
+            while peer != NULL:
+                if peer.path_mtu_ns != 0 and now > peer.path_mtu_ns + forget:
+                    peer.path_mtu_ns = 0
+                    peer.path_mtu = peer.link_mtu
+                if peer.path_mtu != peer.said_mtu:
+                    peer.said_mtu = peer.path_mtu
+                    changes.append((
+                        PyBytes_FromStringAndSize(<char*>peer.addr, peer.addr_len), peer.port,
+                        peer.path_mtu,
+                    ))
+                peer = peer.same_addr
+        return changes
+
+    def packets(self):
+        """Both sides of the invariant, summed over the workers:
+        {direction: {read, generated, delivered, dropped, queued}}."""
+        cdef Worker w
+        total = {ENCAP: dict.fromkeys(("read", "generated", "delivered", "dropped", "queued"), 0)}
+        total[DECAP] = dict(total[ENCAP])
+        for w in self.objects:
+            for direction, counts in (
+                (ENCAP, direction_dict(&w.w.encap)), (DECAP, direction_dict(&w.w.decap)),
+            ):
+                for name, value in counts.items():
+                    total[direction][name] += value
+        return total
+
+    def drops(self):
+        """[(reason, direction, packets)] for each reason in each direction where it can occur."""
+        cdef Worker w
+        cdef int i
+        rows = []
+        for i, reason in enumerate(DROP_REASONS, start=1):
+            for direction in reason.directions:
+                n = 0
+                for w in self.objects:
+                    n += w.w.encap.drops[i] if direction == ENCAP else w.w.decap.drops[i]
+                rows.append((reason.name, direction, n))
+        return rows
+
+    def table_bytes(self):
+        """Memory of the look-up structure in force."""
+        return lpm_bytes(self.shared.snapshot.lpm)
+
+
+cdef class Worker:
+    """One data worker: a TUN queue, at most one UDP socket per family, and one thread's state.
+
+    All descriptors are borrowed and must be non-blocking. Features are what is to be used:
+    "tun-gso" (frames carry a vnet header), "udp-gso", "tcp-merge", "udp-merge", "batch".
+    """
+    cdef worker_t* w
+    cdef readonly Core core
+
+    def __cinit__(self, Core core, int tun_fd, int udp_fd4, int udp_fd6, features,
+                  uint32_t gso_max_segs=64):
+        cdef worker_t* w
+        cdef uint32_t i
+        if len(core.objects) == core.shared.workers_n:
+            raise ValueError("the core was made for fewer workers")
+        w = self.w = <worker_t*>calloc(1, sizeof(worker_t))
+        if w == NULL:
+            raise MemoryError
+        w.epoll_fd = w.wake_fd = -1
+        w.tx_buf = <uint8_t*>calloc(1, TX_BUF)
+        w.tx_hdrs = <uint8_t*>calloc(TX_SEGS, TX_HDR)
+        w.rx_buf = <uint8_t*>calloc(RX_SLOTS, RX_SLOT)
+        if w.tx_buf == NULL or w.tx_hdrs == NULL or w.rx_buf == NULL:
+            raise MemoryError
+        w.shared = &core.shared
+        w.index = <uint32_t>len(core.objects)
+        w.tun_fd, w.udp_fd4, w.udp_fd6 = tun_fd, udp_fd4, udp_fd6
+        w.vnet_len = 10 if "tun-gso" in features else 0
+        w.udp_gso = "udp-gso" in features
+        w.batch = "batch" in features
+        w.merge.tcp = "tcp-merge" in features
+        w.merge.udp = "udp-merge" in features
+        w.gso_max_segs = gso_max_segs
+        w.rx_slots = RX_SLOTS if w.batch else 1
+        merge_reset(&w.merge)
+        for i in range(RX_SLOTS):
+            w.rx_iov[i].iov_base = w.rx_buf + i * RX_SLOT
+            w.rx_iov[i].iov_len = RX_SLOT
+            w.rx_msgs[i].msg_hdr.msg_name = &w.rx_from[i]
+            w.rx_msgs[i].msg_hdr.msg_iov = &w.rx_iov[i]
+            w.rx_msgs[i].msg_hdr.msg_iovlen = 1
+            w.rx_msgs[i].msg_hdr.msg_control = &w.rx_cmsg[i][0]
+        w.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if w.epoll_fd < 0 or w.wake_fd < 0:
+            raise OSError(errno, "cannot make the worker's epoll set")
+        self.watch(tun_fd, ON_TUN)
+        self.watch(w.wake_fd, ON_WAKE)
+        if udp_fd4 >= 0:
+            self.watch(udp_fd4, ON_UDP4)
+        if udp_fd6 >= 0:
+            self.watch(udp_fd6, ON_UDP6)
+        self.core = core
+        core.workers[w.index] = w
+        core.objects.append(self)
+
+    cdef watch(self, int fd, uint64_t what):
+        cdef epoll_event event
+        event.events = EPOLLIN
+        event.data.u64 = what
+        if epoll_ctl(self.w.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0:
+            raise OSError(errno, f"cannot poll descriptor {fd}")
+
+    def __dealloc__(self):
+        if self.w == NULL:
+            return
+        if self.w.epoll_fd >= 0:
+            close(self.w.epoll_fd)
+        if self.w.wake_fd >= 0:
+            close(self.w.wake_fd)
+        free(self.w.tx_buf)
+        free(self.w.tx_hdrs)
+        free(self.w.rx_buf)
+        free(self.w)
+
+    def fileno(self):
+        """An epoll set, readable when there is work: for the loop's add_reader."""
+        return self.w.epoll_fd
+
+    def run(self, int linger_ms):
+        """Work without the GIL until idle for linger_ms, or called. The worker's thread only."""
+        with nogil:
+            run(self.w, linger_ms)
+
+    def call(self):
+        """Make ``run`` return at once, now and until ``answer``. Any thread."""
+        cdef uint64_t one = 1
+        store_flag(&self.w.called, 1)
+        write(self.w.wake_fd, &one, 8)
+
+    def answer(self):
+        """The call was heard: ``run`` works again."""
+        store_flag(&self.w.called, 0)
+
+    def drain(self, double seconds):
+        """Forward what is in the queues already, for at most so long; then count what still
+        waits as dropped. Only when ``run`` is over for good."""
+        cdef worker_t* w = self.w
+        cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
+        cdef bint more = True
+        with nogil:
+            while more and now_ns() < end:
+                w.now = now_ns()
+                borrow(w)
+                w.udp_ready4 = w.udp_fd4 >= 0
+                w.udp_ready6 = w.udp_fd6 >= 0
+                w.tun_ready = not w.tun_asleep
+                more = turn(w)
+            count_drop(&w.encap, DROP_CLOSED, w.encap.queued)
+            w.encap.queued = 0
+            w.segs_n = w.buckets_n = w.hdrs_n = w.tx_used = 0
+            give_back(w)
+
+    def take_notes(self):
+        """What happened since the last call, by the names in NOTES."""
+        cdef uint64_t notes = take_flags(&self.w.notes)
+        return [name for name, bit in NOTES.items() if notes & bit]
+
+    def in_use(self):
+        """Of the features that may be switched off at run time, those still on."""
+        return {
+            name for name, on in (
+                ("udp-gso", self.w.udp_gso), ("tcp-merge", self.w.merge.tcp),
+                ("udp-merge", self.w.merge.udp),
+            ) if on
+        }
+
+    def counters(self):
+        cdef worker_t* w = self.w
+        return {
+            "index": w.index, "turns": w.turns, "loop_returns": w.loop_returns,
+            "queued": w.encap.queued, "icmp_sent": w.icmp_sent,
+            "icmp_suppressed": w.icmp_suppressed,
+            "syscalls": {
+                "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,
+                "receive": w.syscalls_recv, "wait": w.syscalls_wait,
+            },
+        }

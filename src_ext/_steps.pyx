@@ -1,0 +1,146 @@
+"""Each step of the fast path, callable alone: for tests and micro benchmarks.
+
+Owns nothing but the wrapping. The signatures are those of ``udptun.reference``, which is the
+oracle; the product never imports this module.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+from cut cimport (
+    complete_checksum, cut_header, cut_payload_len, cut_t, is_super, plan_cut,
+)
+from drops cimport DROP_SHORT_PACKET, PASS, drop_t
+from io cimport iovec
+from merge cimport (
+    MERGE_HDR, MERGE_IOV, MERGE_PACKETS, merge_add, merge_gather, merge_packet_t, merge_reset,
+    merge_t, output_t,
+)
+from packet cimport check_total_len, ip_t, parse_ip
+from packet cimport decrement_hop_limit as decrement
+from wire cimport VNET_LEN
+
+from udptun.drops import DROP_REASONS
+from udptun.reference import Dropped
+
+include "steps_icmp.pxi"
+include "steps_lpm.pxi"
+
+
+cdef check(drop_t verdict):
+    if verdict != PASS:
+        raise Dropped(DROP_REASONS[<int>verdict - 1].name)
+
+
+cdef uint8_t* exact_copy(bytes data) except NULL:
+    """The bytes in an allocation of exactly their size, so that a sanitizer sees any step
+    beyond; freed by the caller."""
+    cdef uint8_t* p = <uint8_t*>malloc(len(data) or 1)
+    if p == NULL:
+        raise MemoryError
+    memcpy(p, <const uint8_t*>data, len(data))
+    return p
+
+
+def check_packet(bytes packet):
+    cdef uint8_t* p = exact_copy(packet)
+    cdef ip_t ip
+    cdef drop_t verdict
+    try:
+        verdict = parse_ip(p, len(packet), &ip)
+        if verdict == PASS:
+            verdict = check_total_len(&ip, len(packet))
+        check(verdict)
+        return ip.total_len
+    finally:
+        free(p)
+
+
+def decrement_hop_limit(bytes packet):
+    cdef uint8_t* p = exact_copy(packet)
+    cdef ip_t ip
+    try:
+        check(parse_ip(p, len(packet), &ip))
+        check(decrement(p, ip.version))
+        return PyBytes_FromStringAndSize(<char*>p, len(packet))
+    finally:
+        free(p)
+
+
+def cut(bytes frame):
+    cdef uint8_t* f
+    cdef uint8_t* p
+    cdef uint8_t hdr[128]
+    cdef ip_t ip
+    cdef cut_t plan
+    cdef size_t n
+    cdef uint32_t i
+    if len(frame) < VNET_LEN:
+        raise Dropped("short_packet")
+    f = exact_copy(frame)
+    try:
+        p = f + VNET_LEN
+        n = len(frame) - <size_t>VNET_LEN
+        check(parse_ip(p, n, &ip))
+        if not is_super(f):
+            check(check_total_len(&ip, n))
+            check(complete_checksum(f, p, n))
+            return [PyBytes_FromStringAndSize(<char*>p, n)]
+        check(plan_cut(f, p, n, &ip, &plan))
+        out = []
+        for i in range(plan.n):
+            cut_header(&plan, p, i, p + plan.hdr_len + i * plan.gso_size, hdr)
+            out.append(
+                PyBytes_FromStringAndSize(<char*>hdr, plan.hdr_len)
+                + PyBytes_FromStringAndSize(
+                    <char*>p + plan.hdr_len + i * plan.gso_size, cut_payload_len(&plan, i)
+                )
+            )
+        return out
+    finally:
+        free(f)
+
+
+def merge(list packets, bint tcp=True, bint udp=True):
+    """Packets that do not parse are a caller's error here: the core drops them before."""
+    cdef merge_t* m = <merge_t*>calloc(1, sizeof(merge_t))
+    cdef uint8_t** copies = <uint8_t**>calloc(len(packets) + 1, sizeof(void*))
+    cdef uint8_t scratch[MERGE_HDR]
+    cdef iovec* iov = <iovec*>calloc(MERGE_IOV + 2, sizeof(iovec))
+    cdef ip_t ip
+    cdef int i, k, n
+    cdef output_t* out
+    if m == NULL or copies == NULL or iov == NULL:
+        raise MemoryError
+    frames = []
+    try:
+        if len(packets) > MERGE_PACKETS:
+            raise ValueError(f"at most {MERGE_PACKETS} packets")
+        m.tcp, m.udp = tcp, udp
+        merge_reset(m)
+        for i, packet in enumerate(packets):
+            copies[i] = exact_copy(packet)
+            check(parse_ip(copies[i], len(packet), &ip))
+            check(check_total_len(&ip, len(packet)))
+            merge_add(m, copies[i], len(packet), &ip)
+        for i in range(m.outputs_n):
+            out = &m.outputs[i]
+            if out.n == 1:
+                frames.append(bytes(VNET_LEN) + PyBytes_FromStringAndSize(
+                    <char*>m.packets[out.first].data, m.packets[out.first].len))
+                continue
+            memset(scratch, 0, sizeof(scratch))
+            n = merge_gather(m, out, scratch, iov)
+            frames.append(b"".join([
+                PyBytes_FromStringAndSize(<char*>iov[k].iov_base, iov[k].iov_len)
+                for k in range(n)
+            ]))
+        return frames
+    finally:
+        for i in range(len(packets)):
+            free(copies[i])
+        free(copies)
+        free(iov)
+        free(m)

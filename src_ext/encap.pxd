@@ -1,0 +1,248 @@
+"""TUN to UDP: parse, look up, cut, and let the datagrams wait for the next flush.
+
+Owns the road of one frame out (``encap_frame``) and the draining of the TUN (``drain_tun``).
+Counted in inner IP packets: a super-packet counts as the packets it is cut into.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from cut cimport (
+    MAX_SEG_HDR, complete_checksum, cut_header, cut_payload_len, cut_t, is_super, plan_cut,
+)
+from drops cimport (
+    DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_SHORT_PACKET, DROP_TOO_BIG, DROP_TTL_EXCEEDED,
+    DROP_TUN_WRITE, PASS, drop_t,
+)
+from fragment cimport frag_t, fragment_at, fragment_n
+from icmp cimport (
+    ICMP_KINDS_N, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_error,
+)
+from io cimport read, write
+from packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
+from peers cimport find_hop, hop_t, peer_t
+from send cimport flush, header_room, queue_full, queue_segment
+from worker cimport (
+    NOTE_TUN_GONE, TX_FRAME, TX_SEGS, count_drop, note, worker_t,
+)
+
+
+cdef enum:
+    TUN_FRAMES = 256            # of one turn
+    TUN_BYTES = 262144
+
+
+cdef inline size_t make_icmp(
+    worker_t* w, const uint8_t* p, size_t n, const ip_t* ip, int kind, uint32_t mtu, uint8_t* out
+) noexcept nogil:
+    """An ICMP error about p[0:n] from our TUN address; 0: none is due, or too many were sent."""
+    cdef const uint8_t* source
+    cdef size_t made
+    if not (w.shared.has_addr4 if ip.version == 4 else w.shared.has_addr6):
+        return 0
+    source = w.shared.tun_addr4 if ip.version == 4 else w.shared.tun_addr6
+    made = icmp_error(p, n, kind, source, mtu, out)
+    if made == 0:
+        return 0
+    if not icmp_allow(&w.icmp_buckets[kind + (0 if ip.version == 4 else ICMP_KINDS_N)], w.now):
+        w.icmp_suppressed += 1
+        return 0
+    w.icmp_sent += 1
+    return made
+
+
+cdef inline void icmp_to_tun(
+    worker_t* w, const uint8_t* p, size_t n, const ip_t* ip, int kind, uint32_t mtu
+) noexcept nogil:
+    """Answer the inner sender on this side."""
+    cdef size_t made = make_icmp(w, p, n, ip, kind, mtu, w.icmp_out + 10)
+    if made == 0:
+        return
+    memset(w.icmp_out, 0, 10)
+    w.decap.generated += 1
+    w.syscalls_write += 1
+    if write(w.tun_fd, w.icmp_out + 10 - w.vnet_len, made + w.vnet_len) < 0:
+        count_drop(&w.decap, DROP_TUN_WRITE, 1)
+    else:
+        w.decap.delivered += 1
+
+
+cdef inline bint room_for(worker_t* w, uint32_t segs, const uint8_t* frame_end) noexcept nogil:
+    """Make room for more segments of a frame that ends at frame_end, which must stay."""
+    if w.segs_n + segs <= TX_SEGS:
+        return True
+    if not flush(w):
+        return False
+    w.tx_used = <uint32_t>(frame_end - w.tx_buf)
+    return segs <= TX_SEGS
+
+
+cdef inline void queue_fragments(
+    worker_t* w, peer_t* peer, uint8_t* hdr, uint32_t ip_hdr_len, uint32_t lead_len,
+    uint8_t* data, uint32_t data_len, uint32_t limit, const uint8_t* frame_end
+) noexcept nogil:
+    """Send one IPv4 packet, given as headers and data, as fragments of at most limit bytes."""
+    cdef int n = fragment_n(ip_hdr_len, lead_len, data_len, limit)
+    cdef frag_t frag
+    cdef int i
+    if n <= 0:
+        count_drop(&w.encap, DROP_TOO_BIG, 1)
+        return
+    if not room_for(w, n, frame_end):
+        count_drop(&w.encap, DROP_NO_BUFFER, 1)
+        return
+    w.encap.generated += n - 1
+    for i in range(n):
+        fragment_at(hdr, ip_hdr_len, lead_len, data, data_len, limit, i, header_room(w), &frag)
+        queue_segment(w, peer, frag.hdr, frag.hdr_len, <uint8_t*>frag.data, frag.data_len)
+
+
+cdef inline void queue_cut(
+    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, const cut_t* cut, uint32_t limit
+) noexcept nogil:
+    """Send a super-packet's segments.
+
+    The first segment's headers stand before its payload already; they are the template of the
+    others, so it is written last and sent first.
+    """
+    cdef uint8_t* payload = p + cut.hdr_len
+    cdef const uint8_t* end = payload + cut.payload_len
+    cdef bint fits = cut.hdr_len + cut.gso_size <= limit
+    cdef uint8_t* hdr
+    cdef uint32_t i
+    if cut.n > TX_SEGS or not room_for(w, cut.n, end):
+        count_drop(&w.encap, DROP_NO_BUFFER, cut.n)
+        return
+    if not fits:
+        queue_cut_fragments(w, peer, p, ip, cut, limit)
+        return
+    queue_segment(w, peer, p, cut.hdr_len + cut_payload_len(cut, 0), NULL, 0)
+    for i in range(1, cut.n):
+        hdr = header_room(w)
+        cut_header(cut, p, i, payload + i * cut.gso_size, hdr)
+        queue_segment(
+            w, peer, hdr, cut.hdr_len, payload + i * cut.gso_size, cut_payload_len(cut, i)
+        )
+    cut_header(cut, p, 0, payload, p)
+
+
+cdef inline void queue_cut_fragments(
+    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, const cut_t* cut, uint32_t limit
+) noexcept nogil:
+    """Send a super-packet whose segments do not fit the path and may be fragmented (IPv4, no DF).
+    A last segment that fits comes out of the fragmenting whole."""
+    cdef uint8_t hdr[MAX_SEG_HDR]
+    cdef uint8_t* payload = p + cut.hdr_len
+    cdef uint32_t i
+    for i in range(cut.n):
+        cut_header(cut, p, i, payload + i * cut.gso_size, hdr)
+        queue_fragments(
+            w, peer, hdr, ip.hdr_len, cut.hdr_len - ip.hdr_len, payload + i * cut.gso_size,
+            cut_payload_len(cut, i), limit, payload + cut.payload_len,
+        )
+
+
+cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nogil:
+    """One frame from the TUN: the road out.
+
+    frame  a vnet header if the TUN has them, and an IP packet; borrowed until the next flush
+    """
+    cdef uint8_t* p = frame + w.vnet_len
+    cdef ip_t ip
+    cdef cut_t cut
+    cdef drop_t verdict
+    cdef hop_t* hop
+    cdef uint32_t limit
+    cdef bint super_packet
+    if n < w.vnet_len:
+        w.encap.read += 1
+        count_drop(&w.encap, DROP_SHORT_PACKET, 1)
+        return
+    n -= w.vnet_len
+    super_packet = w.vnet_len != 0 and is_super(frame)
+    cut.n = 1
+    verdict = parse_ip(p, n, &ip)
+    if verdict == PASS:
+        if super_packet:
+            verdict = plan_cut(frame, p, n, &ip, &cut)
+        else:
+            verdict = check_total_len(&ip, n)
+            if verdict == PASS and w.vnet_len != 0:
+                verdict = complete_checksum(frame, p, n)
+    if verdict != PASS:
+        w.encap.read += 1
+        count_drop(&w.encap, verdict, 1)
+        return
+    w.encap.read += cut.n
+
+    hop = find_hop(w.snapshot, ip_src(p, &ip) + ip.addr_len, ip.addr_len)
+    if hop == NULL:
+        refuse(w, p, n, &ip, &cut, super_packet, DROP_NO_ROUTE, ICMP_NO_ROUTE, 0)
+        return
+    verdict = decrement_hop_limit(p, ip.version)
+    if verdict != PASS:
+        refuse(w, p, n, &ip, &cut, super_packet, verdict, ICMP_TTL_EXCEEDED, 0)
+        return
+    limit = path_limit(hop)
+    if super_packet:
+        if cut.hdr_len + cut.gso_size > limit and cut.hdr_len + cut.payload_len > limit:
+            if ip.dont_fragment:
+                refuse(w, p, n, &ip, &cut, True, DROP_TOO_BIG, ICMP_TOO_BIG, limit)
+                return
+        queue_cut(w, hop.peer, p, &ip, &cut, limit)
+    elif n <= limit:
+        queue_segment(w, hop.peer, p, <uint32_t>n, NULL, 0)
+    elif ip.dont_fragment:
+        refuse(w, p, n, &ip, &cut, False, DROP_TOO_BIG, ICMP_TOO_BIG, limit)
+    else:
+        queue_fragments(
+            w, hop.peer, p, ip.hdr_len, 0, p + ip.hdr_len, <uint32_t>n - ip.hdr_len, limit, p + n
+        )
+
+
+cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
+    """The largest inner packet that the route and the peer's path take."""
+    cdef uint32_t limit = hop.peer.path_mtu - hop.peer.overhead
+    return hop.mtu if hop.mtu != 0 and hop.mtu < limit else limit
+
+
+cdef inline void refuse(
+    worker_t* w, uint8_t* p, size_t n, const ip_t* ip, const cut_t* cut, bint super_packet,
+    drop_t reason, int kind, uint32_t mtu
+) noexcept nogil:
+    """Drop what was read and tell its sender, about the first packet of a super-packet."""
+    count_drop(&w.encap, reason, cut.n)
+    if super_packet:
+        cut_header(cut, p, 0, p + cut.hdr_len, p)
+        n = cut.hdr_len + cut_payload_len(cut, 0)
+    icmp_to_tun(w, p, n, ip, kind, mtu)
+
+
+cdef inline bint drain_tun(worker_t* w) noexcept nogil:
+    """Read frames until the TUN is empty, the sockets are full, or the turn's share is used.
+    True: there may be more to read."""
+    cdef uint32_t frames = 0
+    cdef size_t bytes_ = 0
+    cdef ssize_t n
+    cdef uint8_t* frame
+    while frames < TUN_FRAMES and bytes_ < TUN_BYTES:
+        if queue_full(w, 64) and not flush(w):
+            return False
+        frame = w.tx_buf + w.tx_used
+        w.syscalls_read += 1
+        n = read(w.tun_fd, frame, TX_FRAME)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            if errno != EAGAIN:
+                note(w, NOTE_TUN_GONE)
+            flush(w)
+            return False
+        w.tx_used += (<uint32_t>n + 63) & ~<uint32_t>63
+        frames += 1
+        bytes_ += n
+        encap_frame(w, frame, n)
+        if not w.batch and not flush(w):
+            return False
+    return flush(w)

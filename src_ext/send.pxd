@@ -1,0 +1,318 @@
+"""The sending end: segments that wait, gathered into as few system calls as the kernel allows.
+
+Owns the queue between reading the TUN and sendmmsg: ``queue_segment`` takes one datagram by
+reference, ``flush`` sends what waits. Segments to one peer keep their order; a run of equal size
+(the last may be shorter) becomes one UDP_SEGMENT message. What the kernel refuses as a run is sent
+again one by one; nothing is lost to a probe.
+
+Bytes are borrowed from tx_buf and tx_hdrs until the flush that sends them ends.
+Source: udp(7), ip(7) (IP_RECVERR), linux net/ipv4/udp.c (UDP_SEGMENT's limits), RFC 1191, RFC 8201.
+"""
+
+from libc.errno cimport (
+    EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, EOPNOTSUPP, errno,
+)
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from drops cimport DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, drop_t
+from io cimport (
+    AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR, IPPROTO_IP,
+    IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE, MSG_NOSIGNAL,
+    SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT, cmsghdr, iovec, msghdr,
+    recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
+)
+from peers cimport addr_map_find, peer_t
+from wire cimport swap16
+from worker cimport (
+    CMSG_ROOM, NOTE_PATH_MTU, NOTE_UDP_GONE, NOTE_UDP_GSO, TX_FULL, TX_HDR, TX_MSGS, TX_PEERS,
+    TX_SEGS, bucket_t, count_drop, note, seg_t, worker_t,
+)
+
+
+cdef enum:
+    MAX_UDP_PAYLOAD = 65507     # of one send, all segments together
+    RETRIES = 4                 # of a send that reports somebody else's ICMP error
+    MIN_PATH_MTU4 = 552         # Linux's net.ipv4.route.min_pmtu: a forged ICMP error may not
+    MIN_PATH_MTU6 = 1280        # throttle us to nothing
+    UNKNOWN_MTU4 = 576          # a router that does not say (RFC 1191 5)
+
+
+cdef inline bint waiting(const worker_t* w) noexcept nogil:
+    return w.segs_n != 0
+
+
+cdef inline bint queue_full(const worker_t* w, uint32_t segs) noexcept nogil:
+    """Whether a flush must come before ``segs`` more segments and one more frame."""
+    return w.segs_n + segs > TX_SEGS or w.tx_used > TX_FULL or w.buckets_n == TX_PEERS
+
+
+cdef inline uint8_t* header_room(worker_t* w) noexcept nogil:
+    """TX_HDR bytes until the flush."""
+    w.hdrs_n += 1
+    return w.tx_hdrs + (w.hdrs_n - 1) * TX_HDR
+
+
+cdef inline void queue_segment(
+    worker_t* w, peer_t* peer, uint8_t* hdr, uint32_t hdr_len, uint8_t* data, uint32_t data_len
+) noexcept nogil:
+    """Let one datagram wait; not queue_full."""
+    cdef seg_t* seg = &w.segs[w.segs_n]
+    cdef bucket_t* bucket = NULL
+    cdef uint32_t i
+    for i in range(w.buckets_n):
+        if w.buckets[i].peer == peer:
+            bucket = &w.buckets[i]
+            w.segs[bucket.last].next = w.segs_n
+            break
+    if bucket == NULL:
+        bucket = &w.buckets[w.buckets_n]
+        w.buckets_n += 1
+        bucket.peer = peer
+        bucket.first = w.segs_n
+    bucket.last = w.segs_n
+    seg.hdr = hdr
+    seg.hdr_len = hdr_len
+    seg.data = data
+    seg.data_len = data_len
+    seg.next = -1
+    w.segs_n += 1
+    w.encap.queued += 1
+
+
+cdef inline uint32_t seg_len(const seg_t* seg) noexcept nogil:
+    return seg.hdr_len + seg.data_len
+
+
+cdef inline int udp_fd(const worker_t* w, const peer_t* peer) noexcept nogil:
+    return w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
+
+
+cdef inline void learn_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
+    """Lower the peer's path MTU (outer bytes). Raising it is left to the control side's clock."""
+    cdef uint32_t low = MIN_PATH_MTU4 if peer.addr_len == 4 else MIN_PATH_MTU6
+    if mtu == 0:
+        mtu = UNKNOWN_MTU4
+    if mtu < low:
+        mtu = low
+    if mtu >= peer.path_mtu:
+        return
+    peer.path_mtu = mtu
+    peer.path_mtu_ns = w.now
+    note(w, NOTE_PATH_MTU)
+
+
+cdef inline void read_errors(worker_t* w, int fd) noexcept nogil:
+    """Empty the socket's error queue, and learn path MTUs from it."""
+    cdef msghdr msg
+    cdef sockaddr_in6 dest
+    cdef uint8_t control[512]
+    cdef cmsghdr* c
+    cdef sock_extended_err err
+    cdef const uint8_t* addr
+    cdef size_t addr_len
+    cdef uint32_t mtu
+    cdef bint found
+    cdef peer_t* peer
+    cdef int i
+    for i in range(1024):
+        memset(&msg, 0, sizeof(msg))
+        msg.msg_name = &dest
+        msg.msg_namelen = sizeof(dest)
+        msg.msg_control = control
+        msg.msg_controllen = sizeof(control)
+        if recvmsg(fd, &msg, MSG_ERRQUEUE | MSG_DONTWAIT) < 0:
+            if errno == EINTR:
+                continue
+            return
+        found = False
+        mtu = 0
+        c = CMSG_FIRSTHDR(&msg)
+        while c != NULL:
+            if (
+                (c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_RECVERR)
+                or (c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_RECVERR)
+            ) and c.cmsg_len >= CMSG_LEN(sizeof(err)):
+                memcpy(&err, CMSG_DATA(c), sizeof(err))
+                if err.ee_errno == EMSGSIZE and (
+                    err.ee_origin == SO_EE_ORIGIN_LOCAL or err.ee_origin == SO_EE_ORIGIN_ICMP
+                    or err.ee_origin == SO_EE_ORIGIN_ICMP6
+                ):
+                    mtu = err.ee_info
+                    found = True
+            c = CMSG_NXTHDR(&msg, c)
+        if not found or msg.msg_namelen == 0:
+            continue
+        if dest.sin6_family == AF_INET:
+            addr = <const uint8_t*>&(<sockaddr_in*>&dest).sin_addr
+            addr_len = 4
+        else:
+            addr = <const uint8_t*>&dest.sin6_addr
+            addr_len = 16
+        peer = addr_map_find(&w.snapshot.peers, addr, addr_len).peer
+        while peer != NULL:
+            learn_path_mtu(w, peer, mtu)
+            peer = peer.same_addr
+
+
+cdef inline uint32_t build_messages(
+    worker_t* w, int fd, uint32_t bucket_i, int32_t seg_i, uint32_t run_max
+) noexcept nogil:
+    """Describe waiting segments as at most TX_MSGS messages, from segment seg_i of bucket
+    bucket_i on, for the peers of one socket. Returns how many messages."""
+    cdef uint32_t n = 0, iov_n = 0, run, total, size, length
+    cdef bucket_t* bucket
+    cdef seg_t* seg
+    cdef msghdr* msg
+    cdef cmsghdr* c
+    cdef uint16_t gso
+    while bucket_i < w.buckets_n and n < TX_MSGS:
+        bucket = &w.buckets[bucket_i]
+        bucket_i += 1
+        if udp_fd(w, bucket.peer) != fd:
+            continue
+        if seg_i < 0:
+            seg_i = bucket.first
+        while seg_i >= 0 and n < TX_MSGS:
+            msg = &w.tx_msgs[n].msg_hdr
+            msg.msg_name = &bucket.peer.sa
+            msg.msg_namelen = bucket.peer.sa_len
+            msg.msg_iov = &w.tx_iov[iov_n]
+            msg.msg_iovlen = 0
+            msg.msg_control = NULL
+            msg.msg_controllen = 0
+            msg.msg_flags = 0
+            w.tx_msg_first[n] = seg_i
+            run = total = 0
+            size = seg_len(&w.segs[seg_i])
+            while seg_i >= 0 and run < run_max:
+                seg = &w.segs[seg_i]
+                length = seg_len(seg)
+                if run != 0 and (length > size or total + length > MAX_UDP_PAYLOAD):
+                    break
+                w.tx_iov[iov_n].iov_base = seg.hdr
+                w.tx_iov[iov_n].iov_len = seg.hdr_len
+                iov_n += 1
+                if seg.data_len != 0:
+                    w.tx_iov[iov_n].iov_base = seg.data
+                    w.tx_iov[iov_n].iov_len = seg.data_len
+                    iov_n += 1
+                run += 1
+                total += length
+                seg_i = seg.next
+                if length < size:
+                    break
+            msg.msg_iovlen = &w.tx_iov[iov_n] - msg.msg_iov
+            if run > 1:
+                msg.msg_control = &w.tx_cmsg[n][0]
+                msg.msg_controllen = CMSG_SPACE(sizeof(gso))
+                c = CMSG_FIRSTHDR(msg)
+                c.cmsg_level = IPPROTO_UDP
+                c.cmsg_type = UDP_SEGMENT
+                c.cmsg_len = CMSG_LEN(sizeof(gso))
+                gso = <uint16_t>size
+                memcpy(CMSG_DATA(c), &gso, sizeof(gso))
+            w.tx_msg_n[n] = run
+            n += 1
+        if seg_i >= 0:
+            break
+    return n
+
+
+cdef inline void account(
+    worker_t* w, peer_t* peer, int32_t seg_i, uint32_t n, drop_t verdict
+) noexcept nogil:
+    """n segments from seg_i on have left the queue: sent (PASS), or dropped."""
+    cdef uint64_t bytes_ = 0
+    cdef uint32_t i
+    w.encap.queued -= n
+    if verdict != 0:
+        count_drop(&w.encap, verdict, n)
+        return
+    for i in range(n):
+        bytes_ += seg_len(&w.segs[seg_i])
+        seg_i = w.segs[seg_i].next
+    w.encap.delivered += n
+    peer.counters[w.index].encap_packets += n
+    peer.counters[w.index].encap_bytes += bytes_
+
+
+cdef inline int32_t skip(const worker_t* w, int32_t seg_i, uint32_t n) noexcept nogil:
+    while n > 0:
+        seg_i = w.segs[seg_i].next
+        n -= 1
+    return seg_i
+
+
+cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
+    """Send what waits for the peers of one socket. False: the socket is full, the rest waits."""
+    cdef uint32_t n, i, bucket_i = 0, run_max, tries = 0
+    cdef int sent, e
+    cdef bucket_t* bucket
+    cdef bint one_by_one = False
+    while True:
+        while bucket_i < w.buckets_n and (
+            w.buckets[bucket_i].first < 0 or udp_fd(w, w.buckets[bucket_i].peer) != fd
+        ):
+            bucket_i += 1
+        if bucket_i == w.buckets_n:
+            return True
+        run_max = w.gso_max_segs if w.udp_gso and not one_by_one else 1
+        n = build_messages(w, fd, bucket_i, w.buckets[bucket_i].first, run_max)
+        w.syscalls_send += 1
+        sent = sendmmsg(fd, w.tx_msgs, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+        e = errno
+        for i in range(<uint32_t>sent if sent > 0 else 0):
+            while w.buckets[bucket_i].first < 0 or udp_fd(w, w.buckets[bucket_i].peer) != fd:
+                bucket_i += 1
+            bucket = &w.buckets[bucket_i]
+            account(w, bucket.peer, bucket.first, w.tx_msg_n[i], <drop_t>0)
+            bucket.first = skip(w, bucket.first, w.tx_msg_n[i])
+        if sent > 0:
+            tries = 0
+            one_by_one = False
+            continue
+
+        bucket = &w.buckets[bucket_i]
+        if e == EINTR:
+            continue
+        if e == EAGAIN:
+            return False
+        if w.tx_msg_n[0] > 1:
+            # a run was refused: the device cannot (EIO), the kernel does not know how (EINVAL),
+            # or it is too long for the path (EMSGSIZE). The same packets go again singly.
+            if e == EIO or e == EINVAL or e == EOPNOTSUPP:
+                w.udp_gso = False
+                note(w, NOTE_UDP_GSO)
+                continue
+            if e == EMSGSIZE:
+                one_by_one = True
+                continue
+        if e == ENOBUFS or e == ENOMEM:
+            account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_NO_BUFFER)
+        elif e == EMSGSIZE:
+            read_errors(w, fd)
+            account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_TOO_BIG)
+        elif tries < RETRIES:
+            # an ICMP error about an earlier datagram, perhaps another peer's, is reported by the
+            # next call and then forgotten: this datagram was not tried yet
+            read_errors(w, fd)
+            tries += 1
+            continue
+        else:
+            account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_SEND_ERROR)
+        bucket.first = skip(w, bucket.first, w.tx_msg_n[0])
+        tries = 0
+
+
+cdef inline bint flush(worker_t* w) noexcept nogil:
+    """Send all that waits. False: a socket is full; call again when it is writable."""
+    cdef bint done = True
+    if w.segs_n != 0:
+        if w.udp_fd4 >= 0 and not flush_socket(w, w.udp_fd4):
+            done = False
+        if w.udp_fd6 >= 0 and not flush_socket(w, w.udp_fd6):
+            done = False
+    if done:
+        w.segs_n = w.buckets_n = w.hdrs_n = w.tx_used = 0
+    return done

@@ -1,0 +1,152 @@
+"""The state of one data worker: its descriptors, buffers, counters and switches.
+
+Owns the layout; the steps that use it are in send.pxd, encap.pxd, decap.pxd and turn.pxd. One
+thread writes it. The control side reads the counters, and writes only ``told`` and the snapshot
+pointer of ``shared_t``.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from drops cimport DROP_REASONS_N, drop_t
+from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
+from io cimport iovec, mmsghdr, sockaddr_in6, write
+from merge cimport MERGE_HDR, MERGE_IOV, merge_t
+from peers cimport peer_t, snapshot_t
+
+
+cdef enum:
+    TX_SEGS = 1024              # datagrams that may wait for one flush
+    TX_PEERS = 32               # different peers among them
+    TX_MSGS = 64                # messages of one sendmmsg
+    TX_IOV = 2 * TX_SEGS        # header and payload each
+    TX_HDR = 128                # scratch for one segment's headers
+    TX_FRAME = 10 + 65536       # the longest read from the TUN
+    TX_FULL = 65536             # bytes that wait before a flush: keeps the buffer in cache
+    TX_BUF = TX_FULL + TX_FRAME + 65536
+
+    RX_SLOTS = 64               # datagrams of one recvmmsg
+    RX_SLOT = 65536             # the longest UDP payload, or the longest GRO run
+    RX_SET = 262144             # bytes one turn should receive at most, to stay in cache
+
+    CMSG_ROOM = 64
+
+    # shown to the control side, once each, through worker_t.notes
+    NOTE_PATH_MTU = 1
+    NOTE_UDP_GSO = 2            # switched off at run time
+    NOTE_TCP_MERGE = 4
+    NOTE_UDP_MERGE = 8
+    NOTE_TUN_GONE = 16
+    NOTE_UDP_GONE = 32
+
+
+cdef struct direction_t:
+    uint64_t read
+    uint64_t generated
+    uint64_t delivered
+    uint64_t queued
+    uint64_t drops[DROP_REASONS_N]
+
+
+cdef struct seg_t:
+    uint8_t* hdr                # headers, or a whole packet
+    uint8_t* data               # payload behind them; NULL if hdr is whole
+    uint32_t hdr_len
+    uint32_t data_len
+    int32_t next                # to the same peer; -1 = last
+
+
+cdef struct bucket_t:           # the waiting segments of one peer, in order
+    peer_t* peer
+    int32_t first
+    int32_t last
+
+
+cdef struct shared_t:
+    snapshot_t* snapshot        # swapped by the control side, read once a turn
+    uint32_t workers_n
+    uint32_t source_check
+    uint8_t tun_addr4[4]
+    uint8_t tun_addr6[16]
+    bint has_addr4
+    bint has_addr6
+    int notify_fd               # eventfd of the control side
+
+
+cdef struct worker_t:
+    shared_t* shared
+    snapshot_t* snapshot        # borrowed for the turn, and while segments wait
+    uint64_t busy               # 1 while a snapshot is borrowed: see turn.pxd
+    uint64_t seen               # generation of the snapshot borrowed
+    uint64_t called             # control side: 1 = return to the loop
+    uint64_t notes              # NOTE_*: set here, cleared by the control side
+    uint64_t now
+    uint32_t index
+
+    int epoll_fd
+    int wake_fd
+    int tun_fd
+    int udp_fd4                 # -1 = no listener of this family
+    int udp_fd6
+    uint32_t udp_interest       # epoll events asked of the UDP sockets
+    bint tun_asleep             # back-pressure: the TUN is not polled
+    bint tun_ready
+    bint udp_ready4
+    bint udp_ready6
+
+    # switches: what is in use
+    uint32_t vnet_len           # 10, or 0 without tun-gso
+    bint udp_gso
+    bint batch
+    uint32_t gso_max_segs       # segments of one UDP_SEGMENT send
+
+    direction_t encap
+    direction_t decap
+    uint64_t icmp_sent
+    uint64_t icmp_suppressed
+    uint64_t turns
+    uint64_t loop_returns
+    uint64_t syscalls_read
+    uint64_t syscalls_write
+    uint64_t syscalls_send
+    uint64_t syscalls_recv
+    uint64_t syscalls_wait
+    icmp_bucket_t icmp_buckets[2 * ICMP_KINDS_N]
+
+    # waiting to be sent
+    uint8_t* tx_buf             # TX_BUF bytes: frames as read, ICMP as made
+    uint32_t tx_used
+    uint32_t segs_n
+    uint32_t buckets_n
+    uint32_t hdrs_n
+    seg_t segs[TX_SEGS]
+    bucket_t buckets[TX_PEERS]
+    uint8_t* tx_hdrs            # TX_SEGS * TX_HDR
+    iovec tx_iov[TX_IOV]
+    mmsghdr tx_msgs[TX_MSGS]
+    uint8_t tx_cmsg[TX_MSGS][CMSG_ROOM]
+    int32_t tx_msg_first[TX_MSGS]   # the message's first segment
+    uint32_t tx_msg_n[TX_MSGS]      # and how many
+
+    # received
+    uint8_t* rx_buf             # RX_SLOTS * RX_SLOT
+    uint32_t rx_slots           # for the next recvmmsg
+    iovec rx_iov[RX_SLOTS]
+    mmsghdr rx_msgs[RX_SLOTS]
+    sockaddr_in6 rx_from[RX_SLOTS]
+    uint8_t rx_cmsg[RX_SLOTS][CMSG_ROOM]
+    merge_t merge
+    uint8_t wr_hdr[MERGE_HDR]
+    iovec wr_iov[MERGE_IOV + 2]
+    uint8_t icmp_out[10 + ICMP_MAX]
+
+
+cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept nogil:
+    d.drops[<int>reason] += n
+
+
+cdef inline void note(worker_t* w, uint64_t what) noexcept nogil:
+    """Tell the control side, once until it has looked."""
+    cdef uint64_t one = 1
+    if w.notes & what != what:
+        w.notes |= what
+        write(w.shared.notify_fd, &one, 8)
