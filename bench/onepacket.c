@@ -224,11 +224,15 @@ struct command {
 };
 _Static_assert(sizeof(struct command) == 20, "the wire format of the control messages");
 
-static volatile sig_atomic_t stopping;
+static const char *ctl_path;
+static bool stopping;
 
+/* The kernel removes the TUN and all else with the process. */
 static void on_signal(int number) {
 	(void)number;
-	stopping = 1;
+	if (ctl_path)
+		unlink(ctl_path);
+	_exit(0);
 }
 
 /* False when the other side has closed. */
@@ -348,21 +352,10 @@ static int listen_for_control(const char *path) {
 static void run(int tun, int sock, int ctl, int listener, in_addr_t address, size_t room) {
 	enum { TUN, SOCK, CTL, LISTENER, FDS };
 	uint8_t *buf = malloc(room);
-	struct sigaction act = {.sa_handler = on_signal};
-	sigset_t stop_signals, waiting;
+	bool active;
 
 	if (!buf)
 		die("malloc");
-	/* Signals come only while waiting, so that none is lost between the check and the wait. */
-	sigemptyset(&stop_signals);
-	sigaddset(&stop_signals, SIGTERM);
-	sigaddset(&stop_signals, SIGINT);
-	sigprocmask(SIG_BLOCK, &stop_signals, &waiting);
-	sigdelset(&waiting, SIGTERM);
-	sigdelset(&waiting, SIGINT);
-	sigaction(SIGTERM, &act, NULL);
-	sigaction(SIGINT, &act, NULL);
-
 	puts("ready");
 	fflush(stdout);
 	while (!stopping) {
@@ -372,11 +365,8 @@ static void run(int tun, int sock, int ctl, int listener, in_addr_t address, siz
 			[CTL] = {.fd = ctl, .events = POLLIN},
 			[LISTENER] = {.fd = ctl < 0 ? listener : -1, .events = POLLIN},
 		};
-		if (ppoll(fds, FDS, NULL, &waiting) < 0) {
-			if (errno == EINTR)
-				continue;
+		if (poll(fds, FDS, -1) < 0)
 			die("poll");
-		}
 		if (fds[CTL].revents && !process_command(ctl)) {
 			close(ctl);
 			ctl = -1;
@@ -384,12 +374,10 @@ static void run(int tun, int sock, int ctl, int listener, in_addr_t address, siz
 		if (fds[LISTENER].revents)
 			ctl = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 		/* Until both run dry, which under load is never: the control socket starves. */
-		while (tun_to_udp(tun, sock, address, buf, room) | udp_to_tun(sock, tun, buf, room)) {
-			sigset_t pending;
-			sigpending(&pending);
-			if (sigismember(&pending, SIGTERM) || sigismember(&pending, SIGINT))
-				break;
-		}
+		do {
+			active = tun_to_udp(tun, sock, address, buf, room);
+			active |= udp_to_tun(sock, tun, buf, room);
+		} while (active);
 	}
 	free(buf);
 }
@@ -403,7 +391,7 @@ int main(int argc, char **argv) {
 		{"ctl", required_argument, NULL, CTL},      {"ctl-fd", required_argument, NULL, CTL_FD},
 		{0},
 	};
-	const char *name = NULL, *network = NULL, *at = NULL, *ctl_path = NULL;
+	const char *name = NULL, *network = NULL, *at = NULL;
 	struct sockaddr_in local;
 	in_addr_t address = 0;
 	int option, mtu = 0, ctl = -1, listener = -1, tun, sock;
@@ -433,6 +421,8 @@ int main(int argc, char **argv) {
 	tun = open_tun(name, address, mtu, network);
 	if (ctl_path)
 		listener = listen_for_control(ctl_path);
+	signal(SIGTERM, on_signal);
+	signal(SIGINT, on_signal);
 	run(tun, sock, ctl, listener, address, (size_t)mtu);
 	if (ctl_path)
 		unlink(ctl_path);

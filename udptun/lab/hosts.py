@@ -31,6 +31,7 @@ from typing import Self, TypeVar
 from .tools import SEARCH_PATH
 
 NETNS_DIR = Path("/run/netns")
+_FOLDER = "udptun-lab-"
 CLONE_NEWNET = 0x40000000
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 5.0
@@ -305,7 +306,7 @@ class Lab:
         self._catch_signals()
         try:
             _remove_stale(self._open)
-            self.folder = Path(tempfile.mkdtemp(prefix="udptun-lab-"))
+            self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER + self.prefix))
         except BaseException:
             self._finish()
             raise
@@ -486,15 +487,18 @@ def _remove_namespace(namespace: str) -> None:
 
 
 def _remove_stale(in_use: set[str]) -> None:
-    """The names that killed labs left: their maker is dead, or had our process id before us."""
-    if not NETNS_DIR.is_dir():
-        return
-    for entry in NETNS_DIR.iterdir():
-        match = re.match(r"(ut(\d+)-\d+-)", entry.name)
+    """What killed labs left, whose maker is dead or had our process id before us."""
+    folders = Path(tempfile.gettempdir()).glob(_FOLDER + "ut*")
+    for entry in [*NETNS_DIR.glob("ut*"), *folders]:
+        match = re.match(r"(ut(\d+)-\d+-)", entry.name.removeprefix(_FOLDER))
         if match is None or match[1] in in_use:
             continue
-        if int(match[2]) == os.getpid() or not Path(f"/proc/{match[2]}").exists():
+        if int(match[2]) != os.getpid() and Path(f"/proc/{match[2]}").exists():
+            continue
+        if entry.parent == NETNS_DIR:
             _remove_namespace(entry.name)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from .hosts import Host, LabError
+from .hosts import Host, LabError, Process
 
 _IPERF_PORT = 5201
 
@@ -67,9 +68,12 @@ class Throughput:
 def iperf3(
     server: Host, client: Host, address: object, *, seconds: float = 3, streams: int = 1,
     reverse: bool = False, udp_bits_per_second: float | None = None, length: int | None = None,
-    port: int = _IPERF_PORT,
+    port: int = _IPERF_PORT, tick: Callable[[int], None] = lambda second: None,
 ) -> Throughput:
-    """Traffic from ``client`` to ``address`` on ``server``; the other way with ``reverse``."""
+    """Traffic from ``client`` to ``address`` on ``server``; the other way with ``reverse``.
+
+    ``tick`` is called as each second of it passes.
+    """
     listening = server.start(
         ["iperf3", "-s", "-1", "--forceflush", "-B", str(address), "-p", str(port)]
     )
@@ -83,13 +87,17 @@ def iperf3(
             argv += ["-u", "-b", f"{udp_bits_per_second:.0f}"]
         if length is not None:
             argv += ["-l", str(length)]
-        done = client.run(argv, check=False, seconds=seconds + 30)
+        sending = client.start(argv)
+        try:
+            _watch(sending, seconds, tick)
+        finally:
+            sending.kill()
     finally:
         listening.kill()
     try:
-        report = json.loads(done.stdout)
+        report = json.loads(sending.text())
     except ValueError:
-        raise LabError(f"iperf3 {address}: {(done.stderr or done.stdout).strip()}") from None
+        raise LabError(f"iperf3 {address}: {sending.text().strip()}") from None
     if "error" in report:
         raise LabError(f"iperf3 {address}: {report['error']}")
     end = report["end"]
@@ -99,3 +107,14 @@ def iperf3(
         return Throughput(received, lost_percent=total["lost_percent"])
     sent = end["sum_sent"].get("retransmits")
     return Throughput(end["sum_received"]["bits_per_second"], retransmits=sent)
+
+
+def _watch(process: Process, seconds: float, tick: Callable[[int], None]) -> None:
+    for second in range(1, int(seconds) + 31):
+        try:
+            process.wait(1.0)
+            return
+        except LabError:
+            if second < seconds:
+                tick(second)
+    raise LabError(f"still running {seconds + 30:g} s after its start: {process}")

@@ -19,8 +19,8 @@ PACKAGES = {
     "tcpdump": "tcpdump",
     "traceroute": "traceroute",
 }
-# What making hosts and measuring between them takes; the tests want the rest as well.
-LAB_TOOLS = ("ip", "ping", "iperf3", "nft", "ethtool", "sysctl", "setpriv")
+# What making hosts and measuring between them takes; the tests use the rest as well.
+LAB_TOOLS = ("ip", "ping", "iperf3", "sysctl", "setpriv")
 
 # Tools of administrators live in the sbin folders, which a user's PATH may leave out.
 SEARCH_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -36,5 +36,4 @@ def missing_tools(wanted: Iterable[str] = LAB_TOOLS) -> list[tuple[str, str]]:
 
 
 def install_command(missing: Iterable[tuple[str, str]]) -> str:
-    packages = sorted({package for _, package in missing})
-    return "apt-get install -y " + " ".join(packages)
+    return "apt-get install -y " + " ".join(sorted({package for _, package in missing}))

@@ -1,0 +1,123 @@
+# Everything one does with a clone of udptun. `make` alone lists the targets.
+
+PYTHON ?= python3
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+CFLAGS ?= -O2
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+EXTENSION_SOURCES := setup.py udptun/drops.py $(filter-out %.c src_ext/drops.pxd,$(wildcard src_ext/*))
+# Tools of administrators live in the sbin folders, which a user's PATH may leave out.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+export DEBIAN_FRONTEND := noninteractive
+
+DEMO_TOOLS := ip:iproute2 ping:iputils-ping iperf3:iperf3 nft:nftables ethtool:ethtool \
+  sysctl:procps setpriv:util-linux
+TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test sanitize lint clean FORCE
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z\/]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: $(VENV)/extension.stamp ## make .venv with udptun in it (.venv/bin/udptun)
+
+demo: build ## show it: two hosts, a tunnel, pings and TCP (as root)
+	$(call need,$(DEMO_TOOLS),exit 1)
+	@$(VENV)/bin/udptun demo $(ARGS)
+
+test: build $(VENV)/test.stamp bench/onepacket ## run all tests, those in network namespaces as root
+	$(call need,$(TEST_TOOLS),true)
+	@$(PY) -m pytest $(ARGS)
+
+# The package is built a second time, aside, and found first; the tests are those of the core.
+SANITIZED := build/sanitize
+SANITIZE_TESTS = $(wildcard tests/wire tests/test_lpm.py tests/test_route_table.py tests/test_worker*.py)
+sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer and UBSan
+	@echo "building the extension with sanitizers"
+	@rm -rf $(SANITIZED)
+	@UDPTUN_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib PYTHONSAFEPATH=1 \
+	$(PY) -m pytest --import-mode=append -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+
+lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
+	@$(VENV)/bin/ruff check udptun tests bench setup.py
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/cython-lint src_ext
+
+bench/onepacket: bench/onepacket.c ## the one-packet tunnel that udptun is compared with
+	@$(CC) $(CFLAGS) -Wall -Wextra -o $@ $<
+
+clean: ## remove all that was made here
+	@rm -rf $(VENV) build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd bench/onepacket
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	@find udptun tests bench -name __pycache__ -type d -exec rm -rf {} +
+
+# Install Debian packages of the tools that are missing, as root; else say so, and $(2).
+# $(1) holds tool:package pairs.
+define need
+@missing=""; \
+for pair in $(1); do \
+  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
+done; \
+$(call install,$$missing,$(2))
+endef
+
+# The list of packages is only fetched when the one at hand does not have them.
+define install
+if [ -n "$(strip $(1))" ]; then \
+  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+    echo "installing$(1)"; \
+    apt-get install -y -qq $(1) >/dev/null 2>&1 || \
+      { apt-get update -qq && apt-get install -y -qq $(1) >/dev/null; }; \
+  else \
+    echo "missing here; install with: apt-get install -y$(1)" >&2; $(2); \
+  fi; \
+fi
+endef
+
+# What pyproject.toml asks for under a key, one requirement a line.
+requirements = $(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1), sep="\n")'
+
+$(VENV)/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "udptun needs Python 3.11 or newer: make PYTHON=/path/to/it" >&2; exit 1; }
+	@missing=""; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' \
+	  2>/dev/null || missing="$$missing python3-dev"; \
+	command -v $(CC) >/dev/null || missing="$$missing gcc libc6-dev"; \
+	$(call install,$$missing,exit 1)
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed.stamp: pyproject.toml $(VENV)/made.stamp
+	@echo "installing what udptun is built with and runs on"
+	@$(call requirements,["build-system"]["requires"]) >$@.txt
+	@$(call requirements,["project"]["dependencies"]) >>$@.txt
+	@$(PY) -m pip install -q -r $@.txt
+	@echo "compiling the extension, installing udptun"
+	@$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Compiled anew when a source changed, or when somebody removed the result.
+$(VENV)/extension.stamp: $(VENV)/installed.stamp $(EXTENSION_SOURCES) \
+    $(if $(wildcard udptun/_core.*.so),,FORCE)
+	@$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/%.stamp: pyproject.toml $(VENV)/made.stamp
+	@echo "installing what the $* targets take"
+	@$(call requirements,["project"]["optional-dependencies"]["$*"]) >$@.txt
+	@$(PY) -m pip install -q -r $@.txt
+	@touch $@
