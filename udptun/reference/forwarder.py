@@ -1,0 +1,195 @@
+"""A forwarder without sockets: one frame or datagram in, what must go out, and the counters.
+
+Owns: the order of the steps in each direction, the source check, and who gets an ICMP error.
+Refuses to know: system calls, batches, merging, rates. One thread.
+"""
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..drops import DECAP, DIRECTIONS, ENCAP
+from ..model import Endpoint, IPAddress, Route
+from .cut import cut
+from .fragment import fragment
+from .icmp import icmp_error
+from .packet import Dropped, check_packet, decrement_hop_limit, parse_header
+
+Datagram = tuple[Endpoint, bytes]  # where to, the UDP payload
+
+UDP_LEN = 8
+OUTER_LEN = {4: 20 + UDP_LEN, 6: 40 + UDP_LEN}
+
+
+@dataclass
+class Encapsulated:
+    """What one frame from the TUN becomes."""
+
+    datagrams: list[Datagram] = field(default_factory=list)
+    icmp: list[bytes] = field(default_factory=list)  # IP packets for our own TUN
+
+
+@dataclass
+class Decapsulated:
+    """What one datagram from the socket becomes."""
+
+    packet: bytes | None = None  # for the TUN
+    icmp: list[Datagram] = field(default_factory=list)  # back to the inner sender
+
+
+@dataclass
+class Counts:
+    """In inner IP packets: read + generated = delivered + the direction's drops."""
+
+    read: int = 0
+    generated: int = 0
+    delivered: int = 0
+
+
+class ReferenceForwarder:
+    """The road of one packet, both ways.
+
+    routes            overlapping prefixes allowed; the longest that covers an address wins
+    own_addresses     of this host: no datagram may claim one as its inner source
+    tun_addresses     the TUN's, at most one a family: the source of our ICMP errors
+    source_check      "strict": the outer address, any port, is a peer's, and the inner source lies
+                      in a subnet routed to that peer or is the peer's own; "peer": only the
+                      first; "off": anybody
+    path_mtu          largest outer packet in bytes towards an endpoint, where it has been learned
+    underlay_mtu      the same for all other endpoints
+
+    ``counts[direction]`` and ``drops[reason, direction]`` count as soon as it happens. A cut frame
+    counts as its segments, one that cannot be cut as 1. Fragments beyond the first are generated.
+    An ICMP error is generated and delivered in the direction in which it leaves.
+    """
+
+    def __init__(
+        self,
+        routes: Iterable[Route],
+        *,
+        own_addresses: Iterable[IPAddress] = (),
+        tun_addresses: Iterable[IPAddress] = (),
+        source_check: str = "strict",
+        path_mtu: Mapping[Endpoint, int] | None = None,
+        underlay_mtu: int = 1500,
+    ) -> None:
+        self.routes = list(routes)
+        self.own_addresses = frozenset(own_addresses)
+        self.tun_addresses: dict[int, IPAddress] = {
+            address.version: address for address in tun_addresses
+        }
+        self.source_check = source_check
+        self.path_mtu = dict(path_mtu or {})
+        self.underlay_mtu = underlay_mtu
+        self.counts = {direction: Counts() for direction in DIRECTIONS}
+        self.drops: Counter[tuple[str, str]] = Counter()
+
+    def encap(self, frame: bytes) -> Encapsulated:
+        """TUN to UDP: cut, look up, take a hop off, fit to the path.
+
+        frame  virtio_net_hdr and IP packet, as ``cut`` takes it
+        The segments of a super-packet share its header and fate, so at most one ICMP error tells of
+        them all: the one about the first.
+        """
+        result = Encapsulated()
+        counts = self.counts[ENCAP]
+        try:
+            packets = cut(frame)
+        except Dropped as drop:
+            counts.read += 1
+            self.drops[drop.reason, ENCAP] += 1
+            return result
+        counts.read += len(packets)
+        for packet in packets:
+            route = self.look_up(parse_header(packet).destination)
+            try:
+                if route is None:
+                    raise Dropped("no_route")
+                forwarded = decrement_hop_limit(packet)
+                pieces = fragment(forwarded, self.inner_mtu(route))
+            except Dropped as drop:
+                self.drops[drop.reason, ENCAP] += 1
+                mtu = self.inner_mtu(route) if route is not None else 0
+                if not result.icmp:
+                    result.icmp = self._icmp_to_tun(packet, drop.reason, mtu)
+                continue
+            counts.generated += len(pieces) - 1
+            counts.delivered += len(pieces)
+            result.datagrams += [(Endpoint(route.via, route.port), piece) for piece in pieces]
+        return result
+
+    def decap(self, outer_source: Endpoint, datagram: bytes) -> Decapsulated:
+        """UDP to TUN: admit the sender, parse, admit the inner source, take a hop off.
+
+        datagram  the UDP payload: a raw IP packet; shorter ones are keepalives
+        """
+        result = Decapsulated()
+        counts = self.counts[DECAP]
+        counts.read += 1
+        try:
+            self._admit_peer(outer_source)
+            packet = datagram[: check_packet(datagram)]
+            self._admit_source(outer_source, packet)
+            result.packet = decrement_hop_limit(packet)
+        except Dropped as drop:
+            self.drops[drop.reason, DECAP] += 1
+            if drop.reason == "ttl_exceeded":
+                result.icmp = self._icmp_to_peer(packet)
+            return result
+        counts.delivered += 1
+        return result
+
+    def look_up(self, address: bytes) -> Route | None:
+        """The route with the longest prefix that covers address (4 or 16 bytes), by linear scan."""
+        wanted = ipaddress.ip_address(address)
+        covering = [
+            route for route in self.routes
+            if route.dst.version == wanted.version and wanted in route.dst
+        ]
+        return max(covering, key=lambda route: route.dst.prefixlen, default=None)
+
+    def inner_mtu(self, route: Route) -> int:
+        """The largest inner packet on this route: what the path takes, and the route's own cap."""
+        outer = self.path_mtu.get(Endpoint(route.via, route.port), self.underlay_mtu)
+        fits = outer - OUTER_LEN[route.via.version]
+        return fits if route.mtu is None else min(fits, route.mtu)
+
+    def _admit_peer(self, outer_source: Endpoint) -> None:
+        peers = {route.via for route in self.routes}
+        if self.source_check != "off" and outer_source.address not in peers:
+            raise Dropped("unknown_peer")
+
+    def _admit_source(self, outer_source: Endpoint, packet: bytes) -> None:
+        source = parse_header(packet).source
+        inner = ipaddress.ip_address(source)
+        if inner in self.own_addresses:
+            raise Dropped("own_source")
+        if self.source_check != "strict" or inner == outer_source.address:
+            return
+        route = self.look_up(source)
+        if route is None or route.via != outer_source.address:
+            raise Dropped("source_not_routed")
+
+    def _icmp_about(self, packet: bytes, reason: str, mtu: int) -> bytes | None:
+        """The ICMP error owed about a packet, from our TUN address of its family if we have one."""
+        ours = self.tun_addresses.get(parse_header(packet).version)
+        return None if ours is None else icmp_error(packet, reason, ours.packed, mtu)
+
+    def _icmp_to_tun(self, packet: bytes, reason: str, mtu: int) -> list[bytes]:
+        error = self._icmp_about(packet, reason, mtu)
+        if error is None:
+            return []
+        self.counts[DECAP].generated += 1
+        self.counts[DECAP].delivered += 1
+        return [error]
+
+    def _icmp_to_peer(self, packet: bytes) -> list[Datagram]:
+        """Time exceeded, to whoever the inner source is routed to."""
+        error = self._icmp_about(packet, "ttl_exceeded", 0)
+        route = self.look_up(parse_header(packet).source)
+        if error is None or route is None:
+            return []
+        self.counts[ENCAP].generated += 1
+        self.counts[ENCAP].delivered += 1
+        return [(Endpoint(route.via, route.port), error)]

@@ -1,0 +1,86 @@
+"""Cut an IPv4 packet into fragments.
+
+Owns: RFC 791's fragmentation. Refuses to know: which MTU holds, and whom to tell if it cannot be
+done. Pure functions.
+"""
+
+import struct
+
+from .packet import (
+    IPV4_MF,
+    IPV4_MIN,
+    IPV4_OFFSET,
+    Dropped,
+    check_packet,
+    parse_header,
+    with_ipv4_checksum,
+)
+
+_END_OF_LIST = 0
+_NO_OPERATION = 1
+_COPIED = 0x80
+
+
+def fragment(packet: bytes, mtu: int) -> list[bytes]:
+    """An IP packet as pieces of at most mtu bytes each.
+
+    packet   one IP packet; padding behind the declared length is removed
+    returns  the packet alone, unchanged, if it fits (whatever its DF or version); else fragments in
+             order. The first has the whole header; later ones only the options with the copied
+             flag. All but the last carry the same payload: the multiple of 8 that fits behind the
+             whole header. A packet that is itself a fragment goes on from its own offset, and its
+             own More-Fragments stays on the last piece.
+    drops    as check_packet; too_big: DF, or IPv6, or mtu cannot hold the header and 8 bytes
+    source   RFC 791 3.1 (options), 3.2 (fragmentation); RFC 8200 4.5 (no IPv6 router fragments)
+    An offset past the field's end belongs to a packet that reassembles to more than 65535 bytes: it
+    stays at the field's end, where every receiver refuses it.
+    """
+    packet = packet[: check_packet(packet)]
+    header = parse_header(packet)
+    if len(packet) <= mtu:
+        return [packet]
+    room = (mtu - header.header_len) // 8 * 8
+    if header.dont_fragment or room < 8:
+        raise Dropped("too_big")
+
+    first_header = packet[: header.header_len]
+    options = _copied_options(first_header[IPV4_MIN:])
+    later_header = first_header[:IPV4_MIN] + options
+    payload = packet[header.header_len :]
+    pieces = []
+    at = 0
+    while at < len(payload):
+        left = len(payload) - at
+        last = left <= mtu - header.header_len
+        size = left if last else room
+        offset = min((header.fragment_word & IPV4_OFFSET) + at // 8, IPV4_OFFSET)
+        word = (header.fragment_word & ~IPV4_OFFSET) | offset
+        if not last:
+            word |= IPV4_MF
+        base = first_header if at == 0 else later_header
+        pieces.append(_fragment_header(base, size, word) + payload[at : at + size])
+        at += size
+    return pieces
+
+
+def _fragment_header(base: bytes, payload_len: int, fragment_word: int) -> bytes:
+    start = struct.pack("!BBH", 0x40 | len(base) // 4, base[1], len(base) + payload_len)
+    return with_ipv4_checksum(start + base[4:6] + fragment_word.to_bytes(2, "big") + base[8:])
+
+
+def _copied_options(options: bytes) -> bytes:
+    """The options that go on every fragment, padded to whole words with end-of-list. An option
+    whose length is impossible ends the list; no-operations are only padding and are left out."""
+    kept = b""
+    at = 0
+    while at < len(options) and options[at] != _END_OF_LIST:
+        if options[at] == _NO_OPERATION:
+            at += 1
+            continue
+        length = options[at + 1] if at + 1 < len(options) else 0
+        if length < 2 or at + length > len(options):
+            break
+        if options[at] & _COPIED:
+            kept += options[at : at + length]
+        at += length
+    return kept + bytes(-len(kept) % 4)

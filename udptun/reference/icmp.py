@@ -1,0 +1,139 @@
+"""The ICMP error about one packet, and when there must be none.
+
+Owns: the rules of RFC 1122 3.2.2, RFC 1812 4.3.2 and RFC 4443 2.4. Refuses to know: rates, routes,
+where the error goes. Pure functions.
+"""
+
+import struct
+
+from .checksum import checksum, complement, transport_sum
+from .packet import (
+    DESTINATION_OPTIONS,
+    FRAGMENT,
+    HOP_BY_HOP,
+    IPV4_OFFSET,
+    IPV6_LEN,
+    PROTO_ICMP,
+    PROTO_ICMP6,
+    ROUTING,
+    Dropped,
+    IPHeader,
+    parse_header,
+    with_ipv4_checksum,
+)
+
+# kind: (type, code)
+ICMP4 = {"no_route": (3, 0), "ttl_exceeded": (11, 0), "too_big": (3, 4)}
+ICMP6 = {"no_route": (1, 0), "ttl_exceeded": (3, 0), "too_big": (2, 0)}
+ICMP4_ERRORS = frozenset({3, 4, 5, 11, 12})
+ICMP6_FIRST_INFORMATIONAL = 128
+ICMP6_REDIRECT = 137
+
+HOP_LIMIT = 64
+TOS = 0xC0  # internetwork control: RFC 1812 4.3.2.5
+ICMP4_MAX = 576  # bytes of the whole error: RFC 1812 4.3.2.3
+ICMP6_MAX = 1280  # RFC 4443 2.4 (c)
+MTU4_MIN = 68  # RFC 791 3.2
+MTU6_MIN = 1280  # RFC 8200 5
+EXTENSION_HEADERS_MAX = 8  # more of them are taken for an attack
+
+
+def icmp_error(packet: bytes, kind: str, source: bytes, mtu: int = 0) -> bytes | None:
+    """The IP packet that tells the sender of packet what became of it, or None.
+
+    packet   hostile bytes from the IP header on; quoted up to its declared length, as far as the
+             error stays within 576 (IPv4) or 1280 (IPv6) bytes
+    kind     "no_route" (IPv4 type 3 code 0, IPv6 1/0), "ttl_exceeded" (11/0, 3/0),
+             "too_big" (3/4, 2/0)
+    source   our address in the packet's family, 4 or 16 bytes
+    mtu      "too_big" only: bytes of IP packet that fit; 68..65535 (IPv4) or 1280.. (IPv6) is said
+    returns  None if the packet's header does not parse or the RFCs forbid an error: about an ICMP
+             error, about a later fragment, to a multicast or broadcast destination (IPv6 too_big is
+             allowed, path MTU discovery needs it), from a source that is not one host
+    source   RFC 792, RFC 1191 4, RFC 1122 3.2.2, RFC 1812 4.3.2; RFC 4443 2.4, 3.1 to 3.3
+    """
+    try:
+        header = parse_header(packet)
+    except Dropped:
+        return None
+    if header.total_len < header.header_len:
+        return None
+    packet = packet[: header.total_len]
+    if header.version == 4:
+        return _icmp4(packet, header, kind, source, mtu) if _allowed4(packet, header) else None
+    return _icmp6(packet, header, kind, source, mtu) if _allowed6(packet, header, kind) else None
+
+
+def _icmp4(packet: bytes, header: IPHeader, kind: str, source: bytes, mtu: int) -> bytes:
+    type_, code = ICMP4[kind]
+    next_hop_mtu = min(max(mtu, MTU4_MIN), 0xFFFF) if kind == "too_big" else 0
+    quote = packet[: ICMP4_MAX - 20 - 8]
+    body = struct.pack("!BBHHH", type_, code, 0, 0, next_hop_mtu) + quote
+    body = body[:2] + complement(checksum(body)).to_bytes(2, "big") + body[4:]
+    start = struct.pack("!BBHHHBBH", 0x45, TOS, 20 + len(body), 0, 0, HOP_LIMIT, PROTO_ICMP, 0)
+    return with_ipv4_checksum(start + source + header.source) + body
+
+
+def _icmp6(packet: bytes, header: IPHeader, kind: str, source: bytes, mtu: int) -> bytes:
+    type_, code = ICMP6[kind]
+    word = max(mtu, MTU6_MIN) if kind == "too_big" else 0
+    quote = packet[: ICMP6_MAX - 40 - 8]
+    body = struct.pack("!BBHI", type_, code, 0, word) + quote
+    value = complement(transport_sum(source, header.source, PROTO_ICMP6, body))
+    body = body[:2] + value.to_bytes(2, "big") + body[4:]
+    start = struct.pack("!IHBB", 6 << 28, len(body), PROTO_ICMP6, HOP_LIMIT)
+    return start + source + header.source + body
+
+
+def _allowed4(packet: bytes, header: IPHeader) -> bool:
+    """RFC 1122 3.2.2. Not one host: 0/8, 127/8, multicast 224/4, reserved 240/4 with broadcast."""
+    if header.source[0] in (0, 127) or header.source[0] >= 224:
+        return False
+    if 224 <= header.destination[0] < 240 or header.destination == b"\xff" * 4:
+        return False
+    if header.fragment_word & IPV4_OFFSET:
+        return False
+    if header.protocol == PROTO_ICMP:
+        message = packet[header.header_len :]
+        return bool(message) and message[0] not in ICMP4_ERRORS
+    return True
+
+
+def _allowed6(packet: bytes, header: IPHeader, kind: str) -> bool:
+    """RFC 4443 2.4 (e). Extension headers are walked to see whether this is an ICMPv6 error; where
+    the walk breaks off nobody knows, so nothing is sent."""
+    if header.source[0] == 0xFF or header.source in (bytes(16), bytes(15) + b"\x01"):
+        return False
+    if header.destination[0] == 0xFF and kind != "too_big":
+        return False
+    found = _upper_layer(packet, header)
+    if found is None:
+        return False
+    protocol, message = found
+    if protocol != PROTO_ICMP6:
+        return True
+    return bool(message) and (
+        message[0] >= ICMP6_FIRST_INFORMATIONAL and message[0] != ICMP6_REDIRECT
+    )
+
+
+def _upper_layer(packet: bytes, header: IPHeader) -> tuple[int, bytes] | None:
+    """The protocol behind the IPv6 extension headers and its bytes; None if the chain breaks off,
+    is too long, or leads to a later fragment."""
+    next_header, at = header.protocol, IPV6_LEN
+    seen = 0
+    while next_header in (HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS):
+        extension = packet[at : at + 8]
+        if len(extension) < 8 or seen == EXTENSION_HEADERS_MAX:
+            return None
+        seen += 1
+        if next_header == FRAGMENT:
+            if int.from_bytes(extension[2:4], "big") & 0xFFF8:
+                return None
+            length = 8
+        else:
+            length = 8 + 8 * extension[1]
+        if at + length > len(packet):
+            return None
+        next_header, at = extension[0], at + length
+    return next_header, packet[at:]

@@ -1,0 +1,246 @@
+"""Merge received packets of a flow into frames that the TUN takes as one super-packet.
+
+Owns: which packets may become one, and the frame that says so. Refuses to know: hop limits, source
+checks, how many packets a batch has. Pure functions.
+
+The kernel does not verify checksums of a merged frame, so only verified packets are merged; every
+other packet goes to the TUN as it came and the kernel judges it. What is merged must be cut again
+into the same packets by anyone who forwards it, so every header field that a cut copies is equal.
+"""
+
+import struct
+from typing import NamedTuple
+
+from .checksum import checksum, pseudo_header, transport_sum
+from .cut import (
+    GSO_TCPV4,
+    GSO_TCPV6,
+    GSO_UDP_L4,
+    NEEDS_CSUM,
+    TCP_ACK,
+    TCP_CSUM_OFFSET,
+    TCP_PSH,
+    UDP_CSUM_OFFSET,
+    VNET_HDR,
+)
+from .packet import (
+    EXTENSION_HEADERS,
+    IP_MAX,
+    IPV4_MIN,
+    PROTO_TCP,
+    PROTO_UDP,
+    Dropped,
+    IPHeader,
+    check_packet,
+    parse_header,
+    with_ipv4_checksum,
+)
+
+UDP_SEGMENTS_MAX = 64  # UDP_MAX_SEGMENTS of kernels before 6.9
+
+Flow = tuple[int, bytes, bytes, bytes]  # protocol, source, destination, both ports
+
+
+class _Segment(NamedTuple):
+    """A packet that may be merged."""
+
+    packet: bytes
+    header: IPHeader
+    payload_at: int  # offset of the payload
+
+    @property
+    def payload(self) -> bytes:
+        return self.packet[self.payload_at :]
+
+    @property
+    def transport(self) -> bytes:
+        """The transport header."""
+        return self.packet[self.header.header_len : self.payload_at]
+
+    @property
+    def ident(self) -> int:
+        return int.from_bytes(self.packet[4:6], "big")
+
+    @property
+    def seq(self) -> int:
+        return int.from_bytes(self.transport[4:8], "big")
+
+    @property
+    def pushed(self) -> bool:
+        return self.header.protocol == PROTO_TCP and bool(self.transport[13] & TCP_PSH)
+
+
+# What a packet does to the open groups.
+_SEALS_NOTHING = "nothing"
+_SEALS_FLOW = "flow"
+_SEALS_ALL = "all"
+
+
+def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[bytes]:
+    """Frames for a TUN with IFF_VNET_HDR: 10 bytes virtio_net_hdr, then one IP packet or several
+    merged.
+
+    packets  whole IP packets in the order of arrival; any bytes
+    tcp, udp whether that protocol is merged at all
+    returns  frames in the order of each one's first packet; within a flow packets keep their order,
+             but for a pure ACK, which may come after data that came behind it. A packet that is
+             merged with none is ten zero bytes and the packet as it came, right or wrong.
+    merged   n >= 2 packets: NEEDS_CSUM, gso_size = payload of the first, hdr_len and csum_start
+             from the headers; the transport checksum is the pseudo-header's sum, not inverted;
+             lengths of the whole, IPv4 header checksum made right, IPv4 id of the first, PSH of
+             the last. At most 65535 bytes with headers; UDP at most 64 packets.
+
+    A packet joins the open group of its flow if
+    - IPv4: 20 bytes of header with a right checksum, no fragment; IPv6: no extension header;
+      declared length = bytes that came; the transport checksum is there and right; payload > 0
+    - TCP: flags exactly ACK or ACK and PSH, reserved bits included; sequence number adjacent; ack
+      number, window, urgent pointer and options as the first's. UDP: its length = the IP payload
+    - TOS or traffic class, flow label, TTL or hop limit, IPv4's DF and reserved bit as the first's;
+      with DF clear the IPv4 id is the next one
+    - its payload is no longer than the first's. A shorter one, or PSH, closes the group.
+    A packet that might join some group but not this one closes it and opens its own. One that may
+    not be merged at all closes the open group of its flow; one whose ports cannot be known (a
+    fragment, extension headers, too short, no IP) closes all; a pure ACK (flags exactly ACK, no
+    payload) and other protocols close none.
+    source   linux/virtio_net.h; linux net/ipv4/tcp_offload.c and udp_offload.c (the kernel's GRO)
+    """
+    groups: list[list[_Segment] | bytes] = []  # in order of output; bytes: a packet on its own
+    open_groups: dict[Flow, list[_Segment]] = {}
+    for packet in packets:
+        flow, segment, seals = _classify(packet)
+        wanted = segment is not None and (tcp if flow and flow[0] == PROTO_TCP else udp)
+        if flow is None or segment is None or not wanted:
+            groups.append(packet)
+            if seals == _SEALS_ALL:
+                open_groups.clear()
+            elif seals == _SEALS_FLOW and flow is not None:
+                open_groups.pop(flow, None)
+            continue
+        group = open_groups.get(flow)
+        if group is not None and _joins(group, segment):
+            group.append(segment)
+        else:
+            group = [segment]
+            groups.append(group)
+            open_groups[flow] = group
+        if segment.pushed or len(segment.payload) < len(group[0].payload):
+            del open_groups[flow]
+    return [_frame(group) for group in groups]
+
+
+def _classify(packet: bytes) -> tuple[Flow | None, _Segment | None, str]:
+    """The packet's flow if known, the segment if it may be merged, and what it seals if not."""
+    try:
+        total_len = check_packet(packet)
+    except Dropped:
+        return None, None, _SEALS_ALL
+    header = parse_header(packet)
+    if header.protocol not in (PROTO_TCP, PROTO_UDP):
+        hidden = header.version == 6 and header.protocol in EXTENSION_HEADERS
+        return None, None, _SEALS_ALL if hidden else _SEALS_NOTHING
+    transport = packet[header.header_len : total_len]
+    if header.is_fragment or len(transport) < 4:
+        return None, None, _SEALS_ALL
+    flow = (header.protocol, header.source, header.destination, transport[:4])
+
+    transport_len, seals = _judge_transport(header.protocol, transport)
+    mergeable = (
+        transport_len > 0
+        and len(transport) > transport_len
+        and total_len == len(packet)
+        and (header.version == 6 or _plain_ipv4(packet, header))
+        and transport_sum(header.source, header.destination, header.protocol, transport) == 0xFFFF
+    )
+    if not mergeable:
+        return flow, None, seals
+    return flow, _Segment(packet, header, header.header_len + transport_len), seals
+
+
+def _judge_transport(protocol: int, transport: bytes) -> tuple[int, str]:
+    """The length of a transport header that allows merging, else 0; and what the packet seals if it
+    is not merged."""
+    if protocol == PROTO_UDP:
+        if len(transport) < 8 or transport[6:8] == b"\0\0":
+            return 0, _SEALS_FLOW
+        return 8 if int.from_bytes(transport[4:6], "big") == len(transport) else 0, _SEALS_FLOW
+    length = (transport[12] >> 4) * 4 if len(transport) >= 20 else 0
+    if not 20 <= length <= len(transport):
+        return 0, _SEALS_FLOW
+    flags = int.from_bytes(transport[12:14], "big") & 0x0FFF  # with the reserved bits
+    if flags == TCP_ACK and len(transport) == length:
+        return 0, _SEALS_NOTHING
+    return length if flags in (TCP_ACK, TCP_ACK | TCP_PSH) else 0, _SEALS_FLOW
+
+
+def _plain_ipv4(packet: bytes, header: IPHeader) -> bool:
+    return header.header_len == IPV4_MIN and checksum(packet[:IPV4_MIN]) == 0xFFFF
+
+
+def _joins(group: list[_Segment], segment: _Segment) -> bool:
+    first = group[0]
+    merged_len = sum(len(member.payload) for member in group)
+    if len(segment.payload) > len(first.payload):
+        return False
+    if first.payload_at + merged_len + len(segment.payload) > IP_MAX:
+        return False
+    if not _continues_ip(first, segment, len(group)):
+        return False
+    if segment.header.protocol == PROTO_UDP:
+        return len(group) < UDP_SEGMENTS_MAX
+    return _continues_tcp(first, segment, merged_len)
+
+
+def _continues_ip(first: _Segment, segment: _Segment, index: int) -> bool:
+    if segment.header.hop_limit != first.header.hop_limit:
+        return False
+    if segment.header.version == 6:
+        return segment.packet[:4] == first.packet[:4]  # traffic class, flow label
+    return (
+        segment.packet[1] == first.packet[1]  # TOS
+        and segment.header.fragment_word == first.header.fragment_word  # DF, reserved bit
+        and (first.header.dont_fragment or segment.ident == (first.ident + index) % 2**16)
+    )
+
+
+def _continues_tcp(first: _Segment, segment: _Segment, merged_len: int) -> bool:
+    mine, theirs = segment.transport, first.transport
+    return (
+        segment.seq == (first.seq + merged_len) % 2**32
+        and mine[8:12] == theirs[8:12]  # ack number
+        and mine[12] == theirs[12]  # header length
+        and mine[14:16] == theirs[14:16]  # window
+        and mine[18:] == theirs[18:]  # urgent pointer, options
+    )
+
+
+def _frame(group: list[_Segment] | bytes) -> bytes:
+    if isinstance(group, bytes):
+        return bytes(VNET_HDR.size) + group
+    first, last = group[0], group[-1]
+    if len(group) == 1:
+        return bytes(VNET_HDR.size) + first.packet
+    header = first.header
+    payload = b"".join(member.payload for member in group)
+    transport_len = len(first.transport) + len(payload)
+    pseudo_sum = checksum(
+        pseudo_header(header.source, header.destination, header.protocol, transport_len)
+    ).to_bytes(2, "big")
+    if header.protocol == PROTO_TCP:
+        gso_type = GSO_TCPV4 if header.version == 4 else GSO_TCPV6
+        csum_offset = TCP_CSUM_OFFSET
+        flags = first.transport[13] | last.transport[13]
+        transport = first.transport[:13] + bytes([flags]) + first.transport[14:16]
+        transport += pseudo_sum + first.transport[18:]
+    else:
+        gso_type = GSO_UDP_L4
+        csum_offset = UDP_CSUM_OFFSET
+        transport = first.transport[:4] + struct.pack("!H", transport_len) + pseudo_sum
+    if header.version == 4:
+        total_len = struct.pack("!H", header.header_len + transport_len)
+        ip = with_ipv4_checksum(first.packet[:2] + total_len + first.packet[4:20])
+    else:
+        ip = first.packet[:4] + struct.pack("!H", transport_len) + first.packet[6:40]
+    vnet = VNET_HDR.pack(
+        NEEDS_CSUM, gso_type, first.payload_at, len(first.payload), header.header_len, csum_offset
+    )
+    return vnet + ip + transport + payload
