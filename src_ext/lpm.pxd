@@ -1,0 +1,376 @@
+"""Longest prefix match: from an inner address to its route.
+
+Owns: the look-up structure, a poptrie: Asai & Ohara, "Poptrie: A Compressed Trie with Population
+Count for Fast and Scalable Software IP Routing Table Lookup", SIGCOMM 2015, sections 3.1 to 3.4
+(64-way nodes, leaf bit vector, direct pointing). Ours besides:
+
+- The bits that all prefixes share are compared once and skipped, so that a cluster's /64s inside
+  one /48 are no deeper than its IPv4 /24s. A default route does not count; it is kept aside.
+- The width of the direct table follows the number of routes, and is chosen such that the commonest
+  prefix length ends on a node's edge: a table of few routes is small and quick to build.
+
+Both families share all code: an address is 128 bits in two words, IPv4 in the upper half of the
+first, and the compiler drops the second word where it is a constant 0.
+
+Refuses to know: next hops, peers, Python. Values are 1 + index into the routes it was built from,
+0 is "no route".
+
+Threading: immutable once built; any number of threads may look up without locks. Who frees it
+must know that nobody looks up any more.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memset
+from routes cimport load_be64, route_t
+
+
+cdef extern from "lpm.h" nogil:
+    int cpu_has_popcount()
+    unsigned int popcount64(uint64_t x, int fast)
+
+
+cdef enum:
+    LPM_STRIDE = 6              # bits that one node consumes: 64 slots
+    LPM_DIRECT_MAX = 18         # widest direct table: 1 MiB
+    LPM_LEAF = 0x80000000       # in a direct entry: a value, not the index of a node
+
+
+ctypedef struct lpm_node_t:
+    uint64_t children           # bit i: slot i is a node, else a leaf
+    uint64_t runs               # bit i: slot i is a leaf and begins a run of equal leaves
+    uint32_t first_leaf         # index of this node's first run in leaves
+    uint32_t first_child        # index of its first child in nodes
+
+
+ctypedef struct lpm_trie_t:
+    uint64_t shared[2]          # the bits that all prefixes (but a default route) share ...
+    uint64_t shared_mask[2]
+    unsigned int shared_n       # ... and how many they are, 0..127
+    unsigned int direct_n       # bits of the direct table, 1..LPM_DIRECT_MAX
+    uint32_t otherwise          # value where the shared bits differ: the default route's
+    int fast_popcount
+    uint32_t* direct            # 1 << direct_n entries, owned
+    lpm_node_t* nodes           # owned
+    uint32_t* leaves            # owned
+    size_t nodes_n
+    size_t nodes_cap
+    size_t leaves_n
+    size_t leaves_cap
+
+
+cdef struct lpm_t:
+    lpm_trie_t v4
+    lpm_trie_t v6
+
+
+# Look-up
+
+cdef inline uint32_t _lpm_descend(
+    const lpm_trie_t* trie, uint64_t high, uint64_t low, int fast
+) noexcept nogil:
+    """From the first bit after the shared ones to the value."""
+    cdef uint32_t entry = trie.direct[high >> (64 - trie.direct_n)]
+    cdef uint64_t bit
+    cdef const lpm_node_t* node
+    if entry & LPM_LEAF:
+        return entry & ~<uint32_t>LPM_LEAF
+    high = high << trie.direct_n | low >> (64 - trie.direct_n)
+    low <<= trie.direct_n
+    while True:
+        node = &trie.nodes[entry]
+        bit = <uint64_t>1 << (high >> (64 - LPM_STRIDE))
+        if not node.children & bit:
+            return trie.leaves[node.first_leaf
+                               + popcount64(node.runs & ((bit << 1) - 1), fast) - 1]
+        entry = node.first_child + popcount64(node.children & (bit - 1), fast)
+        high = high << LPM_STRIDE | low >> (64 - LPM_STRIDE)
+        low <<= LPM_STRIDE
+
+
+cdef inline uint32_t _lpm_lookup(
+    const lpm_trie_t* trie, uint64_t high, uint64_t low
+) noexcept nogil:
+    cdef unsigned int skip = trie.shared_n
+    if ((high ^ trie.shared[0]) & trie.shared_mask[0]
+            | (low ^ trie.shared[1]) & trie.shared_mask[1]):
+        return trie.otherwise
+    if skip >= 64:
+        high = low << (skip - 64)
+        low = 0
+    elif skip:
+        high = high << skip | low >> (64 - skip)
+        low <<= skip
+    if trie.fast_popcount:
+        return _lpm_descend(trie, high, low, 1)
+    return _lpm_descend(trie, high, low, 0)
+
+
+cdef inline uint32_t lpm_lookup4(const lpm_t* lpm, uint32_t addr) noexcept nogil:
+    """addr in host order."""
+    return _lpm_lookup(&lpm.v4, <uint64_t>addr << 32, 0)
+
+
+cdef inline uint32_t lpm_lookup6(const lpm_t* lpm, const uint8_t* addr16) noexcept nogil:
+    """addr16: 16 bytes in network order, any alignment."""
+    return _lpm_lookup(&lpm.v6, load_be64(addr16), load_be64(addr16 + 8))
+
+
+# Build
+
+cdef inline uint64_t _lpm_bits(
+    const route_t* route, unsigned int off, unsigned int n
+) noexcept nogil:
+    """The n (1..63) bits of the destination from bit ``off`` (0..127) on, zeros beyond its end."""
+    cdef uint64_t high = load_be64(route.dst), low = load_be64(route.dst + 8)
+    if off >= 64:
+        high = low << (off - 64)
+    elif off:
+        high = high << off | low >> (64 - off)
+    return high >> (64 - n)
+
+
+cdef inline uint32_t _lpm_new_nodes(lpm_trie_t* trie, size_t n) noexcept nogil:
+    """Index of n fresh nodes in a row, or LPM_LEAF without memory."""
+    cdef size_t at = trie.nodes_n, cap = trie.nodes_cap
+    cdef lpm_node_t* nodes
+    if at + n > cap:
+        cap = 2 * cap + n
+        nodes = <lpm_node_t*>realloc(trie.nodes, cap * sizeof(lpm_node_t))
+        if nodes == NULL or cap >= LPM_LEAF:
+            if nodes != NULL:
+                trie.nodes = nodes
+            return LPM_LEAF
+        trie.nodes = nodes
+        trie.nodes_cap = cap
+    trie.nodes_n = at + n
+    return <uint32_t>at
+
+
+cdef inline int _lpm_new_leaf(lpm_trie_t* trie, uint32_t value) noexcept nogil:
+    cdef uint32_t* leaves
+    cdef size_t cap
+    if trie.leaves_n == trie.leaves_cap:
+        cap = 2 * trie.leaves_cap + 64
+        leaves = <uint32_t*>realloc(trie.leaves, cap * sizeof(uint32_t))
+        if leaves == NULL:
+            return -1
+        trie.leaves = leaves
+        trie.leaves_cap = cap
+    trie.leaves[trie.leaves_n] = value
+    trie.leaves_n += 1
+    return 0
+
+
+cdef inline int _lpm_fill(
+    lpm_trie_t* trie, uint32_t at, unsigned int depth, const route_t* routes,
+    size_t low, size_t high, uint32_t value
+) noexcept nogil:
+    """Fill node ``at``, which decides the bits from ``depth`` on. 0, or -1 without memory.
+
+    low, high  the routes inside this node's prefix that are longer than ``depth``
+    value      of the longest prefix that covers the whole node
+
+    Recurses at most 128 / LPM_STRIDE deep. A prefix stands before those inside it, so a later
+    route simply overwrites the slots of an earlier one.
+    """
+    cdef uint32_t values[64]
+    cdef size_t starts[64]
+    cdef size_t ends[64]
+    cdef lpm_node_t node
+    cdef size_t i, slot, span
+    cdef unsigned int edge = depth + LPM_STRIDE
+    cdef uint32_t child, last = 0
+    cdef bint open_run = False
+    memset(&node, 0, sizeof(node))
+    for slot in range(64):
+        values[slot] = value
+    for i in range(low, high):
+        slot = _lpm_bits(&routes[i], depth, LPM_STRIDE)
+        if routes[i].dst_len <= edge:
+            span = <size_t>1 << (edge - routes[i].dst_len)
+            while span:
+                values[slot] = <uint32_t>i + 1
+                slot += 1
+                span -= 1
+        else:
+            if not node.children >> slot & 1:
+                node.children |= <uint64_t>1 << slot
+                starts[slot] = i
+            ends[slot] = i + 1
+    node.first_leaf = <uint32_t>trie.leaves_n
+    for slot in range(64):
+        if node.children >> slot & 1:
+            continue
+        if not open_run or values[slot] != last:
+            last = values[slot]
+            open_run = True
+            node.runs |= <uint64_t>1 << slot
+            if _lpm_new_leaf(trie, last) < 0:
+                return -1
+    if node.children:
+        node.first_child = _lpm_new_nodes(trie, popcount64(node.children, 0))
+        if node.first_child == LPM_LEAF:
+            return -1
+    trie.nodes[at] = node
+    child = node.first_child
+    for slot in range(64):
+        if node.children >> slot & 1:
+            if _lpm_fill(trie, child, edge, routes, starts[slot], ends[slot],
+                         values[slot]) < 0:
+                return -1
+            child += 1
+    return 0
+
+
+cdef inline void _lpm_share(
+    lpm_trie_t* trie, const route_t* first, const route_t* last
+) noexcept nogil:
+    """Find the bits that all routes from ``first`` to ``last`` share, given their least length.
+
+    trie.shared_n comes in as that length. In sorted order, what the first and the last share is
+    shared by all between.
+    """
+    cdef uint64_t a[2]
+    cdef uint64_t b[2]
+    cdef unsigned int n = 0
+    a[0], a[1] = load_be64(first.dst), load_be64(first.dst + 8)
+    b[0], b[1] = load_be64(last.dst), load_be64(last.dst + 8)
+    while n < trie.shared_n and not (a[n >> 6] ^ b[n >> 6]) >> (63 - (n & 63)) & 1:
+        trie.shared_mask[n >> 6] |= <uint64_t>1 << (63 - (n & 63))
+        n += 1
+    trie.shared_n = n
+    trie.shared[0] = a[0] & trie.shared_mask[0]
+    trie.shared[1] = a[1] & trie.shared_mask[1]
+
+
+cdef inline unsigned int _lpm_direct_width(
+    size_t n, unsigned int commonest, unsigned int shared
+) noexcept nogil:
+    """Bits of the direct table: at most 16 entries a route, and such that the commonest prefix
+    length ends exactly there or on the edge of a node below.
+    """
+    cdef unsigned int widest = LPM_STRIDE, rest = commonest - shared
+    while widest < LPM_DIRECT_MAX and <size_t>1 << widest < 8 * n:
+        widest += 1
+    if rest <= widest:
+        return rest
+    return widest - (widest + LPM_STRIDE * 22 - rest) % LPM_STRIDE
+
+
+cdef inline int _lpm_build_trie(
+    lpm_trie_t* trie, const route_t* routes, size_t low, size_t high
+) noexcept nogil:
+    """Build the trie of routes[low:high], all of one family. 0, or -1 without memory."""
+    cdef size_t lengths[129]
+    cdef size_t i, slot, first, entries
+    cdef unsigned int length, edge
+    cdef uint32_t at
+    cdef void* shrunk
+    trie.fast_popcount = cpu_has_popcount()
+    trie.direct_n = 1
+    if low < high and routes[low].dst_len == 0:
+        trie.otherwise = <uint32_t>low + 1
+        low += 1
+    if low < high:
+        memset(lengths, 0, sizeof(lengths))
+        for i in range(low, high):
+            lengths[routes[i].dst_len] += 1
+        length = 1
+        while not lengths[length]:
+            length += 1
+        trie.shared_n = length - 1  # one bit at least is left for the direct table
+        _lpm_share(trie, &routes[low], &routes[high - 1])
+        for i in range(1, 129):
+            if lengths[i] >= lengths[length]:
+                length = <unsigned int>i
+        trie.direct_n = _lpm_direct_width(high - low, length, trie.shared_n)
+    entries = <size_t>1 << trie.direct_n
+    edge = trie.shared_n + trie.direct_n
+    trie.direct = <uint32_t*>malloc(entries * sizeof(uint32_t))
+    trie.nodes_cap = (high - low) // 2 + 4
+    trie.nodes = <lpm_node_t*>malloc(trie.nodes_cap * sizeof(lpm_node_t))
+    if trie.direct == NULL or trie.nodes == NULL:
+        return -1
+    for slot in range(entries):
+        trie.direct[slot] = trie.otherwise | LPM_LEAF
+    i = low
+    while i < high:
+        slot = _lpm_bits(&routes[i], trie.shared_n, trie.direct_n)
+        if routes[i].dst_len <= edge:
+            entries = <size_t>1 << (edge - routes[i].dst_len)
+            for first in range(slot, slot + entries):
+                trie.direct[first] = (<uint32_t>i + 1) | LPM_LEAF
+            i += 1
+            continue
+        first = i
+        while (i < high and routes[i].dst_len > edge
+               and _lpm_bits(&routes[i], trie.shared_n, trie.direct_n) == slot):
+            i += 1
+        at = _lpm_new_nodes(trie, 1)
+        if at == LPM_LEAF:
+            return -1
+        if _lpm_fill(trie, at, edge, routes, first, i,
+                     trie.direct[slot] & ~<uint32_t>LPM_LEAF) < 0:
+            return -1
+        trie.direct[slot] = at
+    # Give back what doubling took too much; a failure to shrink leaves the block as it is.
+    shrunk = realloc(trie.nodes, (trie.nodes_n + 1) * sizeof(lpm_node_t))
+    if shrunk != NULL:
+        trie.nodes = <lpm_node_t*>shrunk
+        trie.nodes_cap = trie.nodes_n + 1
+    shrunk = realloc(trie.leaves, (trie.leaves_n + 1) * sizeof(uint32_t))
+    if shrunk != NULL:
+        trie.leaves = <uint32_t*>shrunk
+        trie.leaves_cap = trie.leaves_n + 1
+    return 0
+
+
+cdef inline void _lpm_free_trie(lpm_trie_t* trie) noexcept nogil:
+    free(trie.direct)
+    free(trie.nodes)
+    free(trie.leaves)
+
+
+cdef inline void lpm_free(lpm_t* lpm) noexcept nogil:
+    """NULL is allowed."""
+    if lpm != NULL:
+        _lpm_free_trie(&lpm.v4)
+        _lpm_free_trie(&lpm.v6)
+        free(lpm)
+
+
+cdef inline lpm_t* lpm_build(const route_t* routes, size_t n) noexcept nogil:
+    """The look-up structure of a sorted table without repeats; owned by the caller.
+
+    routes   borrowed during the call only
+    returns  NULL without memory, or for 2**31 routes and more
+    """
+    cdef size_t n4 = 0, high = n, middle
+    cdef lpm_t* lpm
+    if n >= LPM_LEAF - 1:
+        return NULL
+    while n4 < high:
+        middle = n4 + (high - n4) // 2
+        if routes[middle].dst_family == 4:
+            n4 = middle + 1
+        else:
+            high = middle
+    lpm = <lpm_t*>calloc(1, sizeof(lpm_t))
+    if lpm == NULL:
+        return NULL
+    if (_lpm_build_trie(&lpm.v4, routes, 0, n4) < 0
+            or _lpm_build_trie(&lpm.v6, routes, n4, n) < 0):
+        lpm_free(lpm)
+        return NULL
+    return lpm
+
+
+cdef inline size_t _lpm_trie_bytes(const lpm_trie_t* trie) noexcept nogil:
+    return ((sizeof(uint32_t) << trie.direct_n) + trie.nodes_cap * sizeof(lpm_node_t)
+            + trie.leaves_cap * sizeof(uint32_t))
+
+
+cdef inline size_t lpm_bytes(const lpm_t* lpm) noexcept nogil:
+    """Bytes of memory that it holds."""
+    return sizeof(lpm_t) + _lpm_trie_bytes(&lpm.v4) + _lpm_trie_bytes(&lpm.v6)
