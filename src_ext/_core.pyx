@@ -26,7 +26,7 @@ from peers cimport (
     addr_map_init, addr_map_put, find_hop, hop_t, peer_counters_t, peer_free, peer_t,
     snapshot_free, snapshot_t,
 )
-from publish cimport build_snapshot, limbo_t, put_in_force, reclaim
+from publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
 from routes cimport route_t, route_vec_t
 from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, borrow, give_back, run, turn
 from worker cimport (
@@ -141,30 +141,44 @@ cdef class Core:
             raise FieldError("via", row[1], f"an {family} address: there is no other listener",
                              f"route {row[0]}")
 
-    def publish(self, RouteTable table):
-        """Put a table in force. Workers see it at their next turn; nothing waits for them.
+    def prepare(self, RouteTable table):
+        """Build all that a look-up needs, aside: the long part. Any thread, one at a time, and
+        nothing else may be prepared before it is committed or thrown away.
 
         The table must not change afterwards. Raises FieldError as ``check``, MemoryError.
         """
-        cdef snapshot_t* new
-        cdef bytes packed
+        cdef Prepared prepared = Prepared(self, table)
         self.check(table)
         with nogil:
-            new = build_snapshot(
+            prepared.snapshot = build_snapshot(
                 self.shared.snapshot, table.vec.items, table.vec.n, self.generation + 1,
                 self.link_mtu4, self.link_mtu6, self.shared.workers_n,
             )
-        if new == NULL:
+        if prepared.snapshot == NULL:
             raise MemoryError
+        return prepared
+
+    def commit(self, Prepared prepared):
+        """Put what was prepared in force: microseconds. Workers see it at their next turn;
+        nothing waits for them. The control thread only."""
+        cdef snapshot_t* new = prepared.snapshot
+        cdef bytes packed
+        if new == NULL or new.generation != self.generation + 1:
+            raise ValueError("prepared for another generation")
         if addr_map_init(&new.own, len(self.own) + 1) < 0:
             raise MemoryError
         for packed in self.own:
             addr_map_put(&new.own, <const uint8_t*>packed, len(packed))
+        prepared.snapshot = NULL
         self.generation += 1
-        self.table = table
+        self.table = prepared.table
         with nogil:
             self.limbo = put_in_force(&self.shared, new, self.limbo)
         self.collect()
+
+    def publish(self, RouteTable table):
+        """``prepare`` and ``commit`` in one, for a small table."""
+        self.commit(self.prepare(table))
 
     def set_own_addresses(self, addresses):
         """Inner sources that are refused on receive: packed addresses, the TUN's always among
@@ -215,6 +229,9 @@ cdef class Core:
                 )
                 peer = peer.same_addr
         return rows
+
+    def peers_n(self):
+        return self.shared.snapshot.peers_n
 
     def hop_ordinals(self, size_t start, size_t count):
         """The peer's ordinal of each of the routes start .. start + count."""
@@ -284,6 +301,20 @@ cdef class Core:
     def table_bytes(self):
         """Memory of the look-up structure in force."""
         return lpm_bytes(self.shared.snapshot.lpm)
+
+
+cdef class Prepared:
+    """A snapshot that is built and not yet in force."""
+    cdef Core core
+    cdef RouteTable table
+    cdef snapshot_t* snapshot
+
+    def __cinit__(self, Core core, RouteTable table):
+        self.core, self.table = core, table
+
+    def __dealloc__(self):
+        if self.snapshot != NULL:
+            drop_unpublished(self.snapshot, self.core.shared.snapshot)
 
 
 cdef class Worker:

@@ -53,7 +53,6 @@ cdef inline peer_t* want_peer(
     peer.building = link[0]
     link[0] = peer
     peer.mark = new.generation
-    peer.ordinal = <uint32_t>new.peers_n
     new.peers_n += 1
     return peer
 
@@ -136,7 +135,7 @@ cdef inline limbo_t* put_in_force(
 ) noexcept nogil:
     """Swap the pointer; returns the limbo with what the old snapshot leaves behind."""
     cdef snapshot_t* old = shared.snapshot
-    cdef uint32_t i
+    cdef uint32_t i, ordinal = 0
     cdef peer_t* peer
     if old != NULL:
         # before any link changes: the old chains are still whole
@@ -150,6 +149,8 @@ cdef inline limbo_t* put_in_force(
     for i in range(new.peers.mask + 1):
         peer = new.peers.slots[i].peer
         while peer != NULL:
+            peer.ordinal = ordinal
+            ordinal += 1
             peer.same_addr = peer.building
             peer = peer.building
     store_ptr(<void**>&shared.snapshot, new)

@@ -1,0 +1,85 @@
+"""Keep the route table on disk, so that a forwarder that was killed starts with the last one.
+
+Owns the state file: the route file's grammar, replaced atomically, at most once per DELAY_SECONDS.
+Control loop; the writing is done in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import FieldError
+
+if TYPE_CHECKING:
+    from .._core import RouteTable
+
+log = logging.getLogger(__name__)
+
+DELAY_SECONDS = 0.05
+SLICE = 4096  # routes formatted at a time
+
+
+class StateFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._table: RouteTable | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
+
+    def load(self) -> RouteTable | None:
+        """The table of the last run, or None. A file that cannot be read as one is set aside."""
+        from .._core import RouteTable
+
+        try:
+            return RouteTable.parse_text(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except FieldError as error:
+            aside = self.path.with_name(self.path.name + ".bad")
+            self.path.replace(aside)
+            log.error("%s does not hold a route table and is now %s: %s", self.path, aside, error)
+            return None
+
+    def save_soon(self, table: RouteTable) -> None:
+        """Write this table, or a later one, shortly."""
+        self._table = table
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._save_later())
+
+    async def flush(self) -> None:
+        """Return when what was to be saved is on disk."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self._save()
+
+    async def _save_later(self) -> None:
+        await asyncio.sleep(DELAY_SECONDS)
+        while self._table is not None:
+            # shielded: a write under way is finished, not torn, when flush overtakes
+            await asyncio.shield(self._save())
+
+    async def _save(self) -> None:
+        async with self._writing:
+            table, self._table = self._table, None
+            if table is None:
+                return
+            try:
+                await asyncio.to_thread(self._write, table)
+            except OSError as error:
+                log.error("cannot keep the route table in %s: %s", self.path, error)
+
+    def _write(self, table: RouteTable) -> None:
+        new = self.path.with_name(self.path.name + ".new")
+        with new.open("wb") as file:
+            for start in range(0, len(table), SLICE):
+                file.write(table.text_slice(start, SLICE))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path)

@@ -1,0 +1,58 @@
+"""A worker's thread: a uvloop loop that wakes the compiled worker when there is work.
+
+Owns the thread and its loop. The loop knows one descriptor, the worker's epoll set; its callback
+is one call that returns when the worker was idle for LINGER_MS or is called away. While it works it
+needs neither the GIL nor the loop, so nothing the control side does can hold it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+import uvloop
+
+if TYPE_CHECKING:
+    from .._core import Worker
+
+LINGER_MS = 200  # packets come in conversations: a wake-up through the loop costs more than a wait
+
+
+class WorkerThread:
+    def __init__(self, worker: Worker, index: int) -> None:
+        self.worker = worker
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._running = threading.Event()
+        self._thread = threading.Thread(
+            target=self._main, name=f"udptun-worker-{index}", daemon=True
+        )
+
+    def start(self) -> None:
+        """Start, and return when the worker listens to its descriptors."""
+        self._thread.start()
+        self._running.wait()
+
+    def stop(self) -> None:
+        """Take the worker off its descriptors and join the thread. What is queued stays queued."""
+        if self._loop is None:
+            return
+        self.worker.call()
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._loop = None
+
+    def _main(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        loop.add_reader(self.worker.fileno(), self.worker.run, LINGER_MS)
+        self._running.set()
+        try:
+            await self._stop.wait()
+        finally:
+            loop.remove_reader(self.worker.fileno())
+            self.worker.answer()
