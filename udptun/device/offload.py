@@ -30,8 +30,11 @@ ASKED = "asked"  # the cause of what the operator turned off
 
 @dataclass(frozen=True)
 class OffloadRequest:
-    """Which features the operator allows. Text: ``auto``, ``off``, ``auto,-udp-merge``,
-    ``off,+batch``; without ``auto`` or ``off`` in front, ``auto`` is meant."""
+    """Which features the operator allows.
+
+    Text: ``auto``, ``off``, ``auto,-udp-merge``, ``off,+batch``; without ``auto`` or ``off`` in
+    front, ``auto`` is meant.
+    """
 
     features: frozenset[str] = frozenset(FEATURES)
 
@@ -39,9 +42,8 @@ class OffloadRequest:
     def parse(cls, text: str) -> OffloadRequest:
         words = [word.strip() for word in text.split(",")]
         features = set(FEATURES)
-        if words[0] in ("auto", "off"):
-            if words.pop(0) == "off":
-                features.clear()
+        if words[0] in ("auto", "off") and words.pop(0) == "off":
+            features.clear()
         for word in words:
             sign, name = word[:1], word[1:]
             if sign not in ("+", "-") or name not in MEANINGS:
@@ -93,12 +95,11 @@ class Capabilities:
         refused: dict[str, str] = {}
         for part in parts:
             granted |= part.features
-            for name, cause in part.off.items():
-                refused.setdefault(name, cause)
+            refused = {**part.off, **refused}
         capabilities = cls(found=frozenset(KERNEL_FEATURES & granted - refused.keys()))
-        in_use = set()
+        in_use: set[str] = set()
         for name in FEATURES:  # what a feature needs stands before it
-            cause = refused.get(name)
+            cause: str | None = refused.get(name)
             if name not in request.features:
                 cause = ASKED
             elif cause is None and name in NEEDS and NEEDS[name] not in in_use:

@@ -85,7 +85,8 @@ class Tun:
         else:
             cause = ASKED
         fds, real_name = _open_queues(name, queues, 0)
-        tun = cls(real_name, fds, False, frozenset(), {"tun-gso": cause, "tun-uso": "needs tun-gso"})
+        off = {"tun-gso": cause, "tun-uso": "needs tun-gso"}
+        tun = cls(real_name, fds, False, frozenset(), off)
         # A persistent device may still have the offloads of its last user.
         _set_offload(fds[0], 0)
         return tun
@@ -109,8 +110,9 @@ class Tun:
                      *((offload, ("USO", *without)) for offload, without in tries)]
         else:
             self.off["tun-uso"] = ASKED
-        cause = None
-        for offload, without in tries:
+        cause: str | None = None
+        without: tuple[str, ...] = ()
+        for offload, without in tries:  # noqa: B007 - what the last try did without
             refused = _set_offload(self.fds[0], offload)
             if refused is None:
                 break

@@ -1,0 +1,196 @@
+"""Opening real TUN devices, and what the kernel may refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+
+import pytest
+from own_netns import in_own_netns, ip_json, sh
+
+from udptun.device import tun as module
+from udptun.device.offload import Capabilities, OffloadRequest
+from udptun.device.tun import Tun
+from udptun.errors import DeviceError, FieldError
+
+AUTO, OFF = OffloadRequest(), OffloadRequest(frozenset())
+NAME = "utE0"
+
+
+def opened(queues=1, request=AUTO, name=NAME):
+    return contextlib.closing(Tun.open(name, queues, request))
+
+
+@contextlib.contextmanager
+def refused(number, *words):
+    with pytest.raises(DeviceError) as caught:
+        yield
+    assert caught.value.errno == number
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@in_own_netns
+def test_all_offloads():
+    with opened() as tun:
+        assert (tun.name, len(tun.fds), tun.vnet_hdr, tun.off) == (NAME, 1, True, {})
+        assert tun.features == {"tun-gso", "tun-uso"}
+        (link,) = ip_json(f"-s link show {NAME}")
+        assert link["linkinfo"]["info_data"]["vnet_hdr"]
+        assert not link["linkinfo"]["info_data"]["pi"]
+        assert "UP" not in link["flags"]
+        assert link["stats64"]["rx"]["packets"] == 0  # the write probes delivered nothing
+    assert ip_json("link show type tun") == []
+    assert tun.fds == ()
+    tun.close()
+
+
+@in_own_netns
+def test_fds_are_ready_for_the_loop_and_stay_ours():
+    with opened(queues=3) as tun:
+        assert len(set(tun.fds)) == 3
+        assert not any(os.get_inheritable(fd) or os.get_blocking(fd) for fd in tun.fds)
+        (link,) = ip_json(f"link show {NAME}")
+        assert link["linkinfo"]["info_data"]["multi_queue"]
+        assert link["linkinfo"]["info_data"]["numqueues"] == 3
+
+
+@in_own_netns
+def test_no_vnet_hdr_unless_asked():
+    for text in ("off", "auto,-tun-gso"):
+        with opened(request=OffloadRequest.parse(text)) as tun:
+            assert (tun.vnet_hdr, tun.features) == (False, frozenset())
+            assert tun.off == {"tun-gso": "asked", "tun-uso": "needs tun-gso"}
+            assert not ip_json(f"link show {NAME}")[0]["linkinfo"]["info_data"]["vnet_hdr"]
+
+
+@in_own_netns
+def test_without_uso():
+    with opened(request=OffloadRequest.parse("auto,-tun-uso")) as tun:
+        assert (tun.vnet_hdr, tun.features, tun.off) == (
+            True, {"tun-gso"}, {"tun-uso": "asked"},
+        )
+
+
+@in_own_netns
+def test_the_kernel_names_the_device():
+    with opened(name="utE%d") as first, opened(name="utE%d") as second:
+        assert (first.name, second.name) == ("utE0", "utE1")
+
+
+@in_own_netns
+@pytest.mark.parametrize("queues", [1, 2])
+def test_name_in_use(queues):
+    with opened(queues), refused(errno.EBUSY, NAME, "in use by another process"):
+        Tun.open(NAME, queues, AUTO)
+    with opened(queues):  # the failed one left nothing behind
+        pass
+
+
+@in_own_netns
+def test_name_of_another_kind():
+    with refused(errno.EINVAL, "opening the TUN device lo", "another kind"):
+        Tun.open("lo", 1, AUTO)
+
+
+@in_own_netns
+@pytest.mark.parametrize(("queues", "kind"), [(1, ""), (2, " multi_queue")])
+def test_persistent_device_is_for_its_user(queues, kind):
+    sh(f"ip tuntap add {NAME} mode tun{kind}")
+    with opened(queues) as tun:
+        assert tun.vnet_hdr
+    with opened(queues, OFF) as tun:
+        assert not tun.vnet_hdr
+    assert ip_json("link show type tun") != []
+
+
+@in_own_netns
+def test_no_probe_on_a_device_that_is_up():
+    sh(f"ip tuntap add {NAME} mode tun", f"ip link set {NAME} up")
+    with opened() as tun:
+        assert tun.features == {"tun-gso", "tun-uso"}
+        received = ip_json(f"-s link show {NAME}")[0]["stats64"]["rx"]
+        assert (received["packets"], received["dropped"], received["errors"]) == (0, 0, 0)
+
+
+@in_own_netns
+def test_the_write_probe_can_tell():
+    """The kernel assumption: on a device that is down, EINVAL for a format, EIO for the rest."""
+    with opened() as tun:
+        for version, gso_type, expected in (
+            (4, module.GSO_TCPV4, errno.EIO), (6, module.GSO_TCPV6, errno.EIO),
+            (4, module.GSO_UDP_L4, errno.EIO), (6, module.GSO_UDP_L4, errno.EIO),
+            (4, 0x77, errno.EINVAL),
+        ):
+            with pytest.raises(OSError) as caught:
+                os.write(tun.fds[0], module._probe_frame(version, gso_type))
+            assert caught.value.errno == expected, (version, gso_type)
+
+
+@in_own_netns
+@pytest.mark.parametrize(
+    ("refuse", "features", "off"),
+    [
+        (module.USO, {"tun-gso"}, {"tun-uso": "kernel refuses TUNSETOFFLOAD USO: EINVAL"}),
+        (module.TUN_F_TSO_ECN | module.USO, {"tun-gso"},
+         {"tun-uso": "kernel refuses TUNSETOFFLOAD USO: EINVAL"}),
+        (module.TUN_F_CSUM, set(),
+         {"tun-gso": "kernel refuses TUNSETOFFLOAD TSO: EINVAL", "tun-uso": "needs tun-gso"}),
+    ],
+)
+def test_old_kernel(monkeypatch, caplog, refuse, features, off):
+    real = module._set_offload
+    monkeypatch.setattr(
+        module, "_set_offload", lambda fd, bits: "EINVAL" if bits & refuse else real(fd, bits)
+    )
+    with opened() as tun:
+        assert (tun.features, tun.off, tun.vnet_hdr) == (features, off, bool(features))
+        assert ip_json(f"link show {NAME}")[0]["linkinfo"]["info_data"]["vnet_hdr"] == tun.vnet_hdr
+    assert all(cause in caplog.text for cause in off.values() if cause.startswith("kernel"))
+
+
+@in_own_netns
+@pytest.mark.parametrize(
+    ("gso_type", "off"),
+    [
+        (module.GSO_UDP_L4, {"udp-merge": "kernel refuses USO4 writes: EINVAL"}),
+        (module.GSO_TCPV6, {"tcp-merge": "kernel refuses TSO6 writes: EINVAL"}),
+    ],
+)
+def test_refused_writes_turn_the_merge_off(monkeypatch, gso_type, off):
+    def write(fd, frame):
+        raise OSError(errno.EINVAL if frame[1] == gso_type else errno.EIO, "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        tun = Tun.open(NAME, 1, AUTO)
+    with contextlib.closing(tun):
+        assert (tun.features, tun.off) == ({"tun-gso", "tun-uso"}, off)
+        assert off.items() <= Capabilities.combine(AUTO, [tun]).off.items()
+
+
+@pytest.mark.parametrize("name", ["", "x" * 16, "é" * 8, "a b", "a/b", "a:b", ".", "..", "a\0"])
+def test_bad_name(name):
+    with pytest.raises(FieldError) as caught:
+        Tun.open(name, 1, AUTO)
+    assert caught.value.field == "tun"
+
+
+def test_no_device_node(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "DEVICE", str(tmp_path / "tun"))
+    with refused(errno.ENOENT, str(tmp_path / "tun"), "modprobe tun"):
+        Tun.open(NAME, 1, AUTO)
+
+
+def test_no_capability(monkeypatch, tmp_path):
+    node = tmp_path / "tun"
+    node.touch()
+    monkeypatch.setattr(module, "DEVICE", str(node))
+
+    def ioctl(*_):
+        raise PermissionError(errno.EPERM, "")
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    with refused(errno.EPERM, NAME, "CAP_NET_ADMIN"):
+        Tun.open(NAME, 1, AUTO)

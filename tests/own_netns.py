@@ -1,0 +1,68 @@
+"""Run one test in a network namespace of its own.
+
+A network namespace belongs to a thread: the test runs in a new thread that leaves ours, and what it
+made goes with the thread. Threads and processes that the test starts are in there too. For tests of
+one host only; those that need several use ``udptun.lab``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import inspect
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+CLONE_NEWNET = 0x40000000  # linux/sched.h
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def sh(*commands: str) -> str:
+    """Run each command; all must succeed. Returns what the last one wrote."""
+    out = ""
+    for command in commands:
+        done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        out = done.stdout
+    return out
+
+
+def ip_json(command: str) -> Any:
+    return json.loads(sh(f"ip -j -d {command}") or "[]")
+
+
+def in_own_netns(test: Callable[..., Any]) -> Callable[..., None]:
+    """Decorator for a test, plain or async."""
+
+    @pytest.mark.netns
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root: makes a network namespace")
+        raised: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                if _libc.unshare(CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+                sh("ip link set lo up")
+                result = test(*args, **kwargs)
+                if inspect.iscoroutine(result):
+                    asyncio.run(result)
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        if raised:
+            raise raised[0]
+
+    return run

@@ -1,0 +1,433 @@
+"""Talk netlink: set up the TUN, read the host's addresses, watch them change.
+
+Owns the only import of pyroute2 and the thread it runs in. pyroute2 needs an asyncio loop that is
+not uvloop's, and its import costs as much as the rest of a start: so the import happens in the
+thread, begun by the constructor, while the caller goes on. Refuses to know the overlay's routes
+and peers. Threading rule: every public method may be called from any thread, the ``async`` ones
+from any asyncio loop; pyroute2 objects never leave the netlink thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from ..device.fault import device_error
+from ..errors import FieldError
+from ..model import IPAddress, IPNetwork
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# linux/rtnetlink.h
+RTM_NEWLINK = 16
+RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
+NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4  # linux/netlink.h
+IFLA_AF_SPEC, IFLA_INET_CONF = 26, 1  # linux/if_link.h
+IPV4_DEVCONF_ACCEPT_LOCAL = 23  # linux/ip.h
+IN6_ADDR_GEN_MODE_NONE = 1  # linux/if_link.h
+IFF_UP = 0x1  # linux/if.h
+IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # linux/if_addr.h
+RT_SCOPE_UNIVERSE = 0
+
+IPV6_MIN_MTU = 1280  # RFC 8200, section 5
+TXQUEUELEN = 5000
+SETTLE_SECONDS = 0.02  # address changes come in bursts: read once per burst
+DUMP_TRIES = 5
+
+
+class Netlink:
+    """One netlink thread; ``close`` joins it. A context manager too."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
+        self._ipr: Any = None
+        self._failure: Exception | None = None
+        self._turn = asyncio.Lock()
+        self._stop = asyncio.Event()
+        self._gate = threading.Lock()
+        self._closing = False
+        self._watch: Any = None
+        self._watchers: list[Callable[[frozenset[IPAddress]], None]] = []
+        self._seen: frozenset[IPAddress] | None = None
+        self._reread: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="netlink", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- public -----------------------------------------------------------------------------------
+
+    async def underlay_mtu(self, address: IPAddress) -> tuple[str, int]:
+        """The interface that has this local address, and its MTU in bytes."""
+        return await self._call(self._underlay_mtu(address))
+
+    async def configure_tun(
+        self,
+        name: str,
+        mtu: int,
+        addresses: Iterable[IPAddress],
+        networks: Iterable[IPNetwork],
+        *,
+        txqueuelen: int = TXQUEUELEN,
+        gso_max_segs: int | None = None,
+        gso_max_size: int | None = None,
+    ) -> None:
+        """Give the device all it needs and bring it up; nothing outside the device is changed.
+
+        addresses  each is given as a host address (/32, /128)
+        networks   each gets a route through the device
+        gso_max_*  largest super-packet that the host builds; a kernel that refuses is only logged
+        """
+        await self._call(self._configure_tun(
+            name, mtu, tuple(addresses), tuple(networks), txqueuelen=txqueuelen,
+            gso={"gso_max_segs": gso_max_segs, "gso_max_size": gso_max_size},
+        ))
+
+    async def local_addresses(self) -> frozenset[IPAddress]:
+        """All addresses of all interfaces of this network namespace."""
+        return await self._call(self._local_addresses())
+
+    def watch_addresses(self, callback: Callable[[frozenset[IPAddress]], None]) -> None:
+        """Call ``callback`` in the netlink thread with all local addresses: once soon, and then
+        whenever they have changed. Nothing between the two can be missed."""
+        self._submit(self._add_watcher(callback))
+
+    def close(self) -> None:
+        """Stop the thread and wait for it. Calls under way end with a DeviceError."""
+        with self._gate:
+            if not self._closing:
+                self._closing = True
+                self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    # -- the thread -------------------------------------------------------------------------------
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._gate:  # whatever is submitted is seen by _shut
+            if self._closing:
+                work.close()
+                raise device_error(errno.EBADF, "talking netlink", "already closed")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` in the netlink thread, wait for it in the caller's loop."""
+        future = self._submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise device_error(errno.ECANCELED, "talking netlink", "closed meanwhile") from None
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._main())
+        finally:
+            asyncio.set_event_loop(None)
+            self._loop.close()
+
+    async def _main(self) -> None:
+        await self._open()
+        await self._stop.wait()
+        await self._shut()
+
+    async def _open(self) -> None:
+        try:
+            # All of pyroute2's __init__ runs whatever is imported: no name in it is cheaper.
+            from pyroute2 import AsyncIPRoute
+
+            # Calls may be waiting already: the first of them must not set up a second transport.
+            async with self._turn:
+                self._ipr = AsyncIPRoute(ext_ack=True)
+                await self._ipr.setup_endpoint()
+        except Exception as error:
+            self._failure = error  # each call reports it
+
+    async def _shut(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._watch is not None:
+            self._loop.remove_reader(self._watch.socket.fileno())
+            self._watch.close()
+        if self._ipr is not None:
+            self._ipr.close()
+            await asyncio.sleep(0)  # the transport closes its socket in the next turn
+
+    @contextlib.asynccontextmanager
+    async def _doing(self, doing: str) -> AsyncIterator[Any]:
+        """Gives the socket; makes what fails a DeviceError that says what was being done.
+
+        One at a time: the kernel answers EBUSY to a request during a dump on the same socket.
+        """
+        async with self._turn:
+            if isinstance(self._failure, OSError):
+                raise device_error(self._failure.errno or 0, "opening netlink")
+            if self._failure is not None:
+                raise self._failure
+            from pyroute2 import NetlinkError
+
+            try:
+                yield self._ipr
+            except NetlinkError as error:
+                # The kernel's own sentence, where it has one, says more than the number.
+                said = str(error.args[1]) if len(error.args) > 1 else ""
+                number = error.code if error.code > 0 else errno.EINTR  # a dump interrupted
+                if said == os.strerror(number):
+                    said = ""
+                raise device_error(number, doing, said) from None
+            except OSError as error:
+                raise device_error(error.errno or errno.EIO, doing) from None
+
+    async def _dump(self, doing: str, kind: str) -> list[Any]:
+        """All messages of a dump. One that changes under way is taken again, as the kernel asks."""
+        from pyroute2 import NetlinkDumpInterrupted
+
+        async with self._doing(doing) as ipr:
+            for _ in range(DUMP_TRIES - 1):
+                with contextlib.suppress(NetlinkDumpInterrupted):
+                    return [message async for message in await getattr(ipr, kind)("dump")]
+            return [message async for message in await getattr(ipr, kind)("dump")]
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    async def _addresses(self, doing: str) -> list[tuple[IPAddress, int]]:
+        found = []
+        for message in await self._dump(doing, "addr"):
+            # On a point-to-point link IFA_ADDRESS is the other end.
+            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            if text:
+                found.append((ipaddress.ip_address(text), int(message["index"])))
+        return found
+
+    async def _local_addresses(self) -> frozenset[IPAddress]:
+        return frozenset(address for address, _ in await self._addresses("reading all addresses"))
+
+    async def _underlay_mtu(self, address: IPAddress) -> tuple[str, int]:
+        doing = f"looking for the interface with the address {address}"
+        for local, index in await self._addresses(doing):
+            if local == address:
+                async with self._doing(doing) as ipr:
+                    (link,) = await ipr.link("get", index=index)
+                return link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_MTU")
+        hint = "a wildcard address has no one MTU" if address.is_unspecified else \
+            "no interface has this address"
+        raise device_error(errno.EADDRNOTAVAIL, doing, hint)
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    async def _add_watcher(self, callback: Callable[[frozenset[IPAddress]], None]) -> None:
+        self._watchers.append(callback)
+        try:
+            await self._subscribe()
+        except OSError as error:
+            log.error("local addresses are not watched: %s", error)
+        self._seen = None  # so that the new watcher hears the present state
+        self._changed()
+
+    async def _subscribe(self) -> None:
+        if self._watch is not None:
+            return
+        async with self._doing("subscribing to address changes"):
+            from pyroute2 import IPRSocket
+
+            watch = IPRSocket()
+            watch.bind(groups=RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+            watch.socket.setblocking(False)
+            self._loop.add_reader(watch.socket.fileno(), self._on_message)
+            self._watch = watch
+
+    def _on_message(self) -> None:
+        """Something changed. What it was does not matter: everything is read again, so a lost
+        message (ENOBUFS) loses nothing."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    self._watch.socket.recv(65536)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._reread is None:
+            self._reread = self._loop.create_task(self._tell_watchers())
+
+    async def _tell_watchers(self) -> None:
+        try:
+            if self._seen is not None:
+                await asyncio.sleep(SETTLE_SECONDS)
+        finally:
+            self._reread = None  # what changes from here on needs another read
+        try:
+            addresses = await self._local_addresses()
+        except OSError as error:
+            log.error("%s", error)
+            return
+        if addresses == self._seen:
+            return
+        self._seen = addresses
+        for callback in tuple(self._watchers):
+            try:
+                callback(addresses)
+            except Exception:
+                log.exception("a watcher of local addresses failed")
+
+    # -- configuring ------------------------------------------------------------------------------
+
+    async def _configure_tun(
+        self, name: str, mtu: int, addresses: tuple[IPAddress, ...],
+        networks: tuple[IPNetwork, ...], *, txqueuelen: int, gso: Mapping[str, int | None],
+    ) -> None:
+        doing = f"setting up {name}"
+        try:
+            index = socket.if_nametoindex(name)
+        except OSError:  # without an errno
+            raise device_error(errno.ENODEV, doing) from None
+        wants_v6 = any(item.version == 6 for item in (*addresses, *networks))
+        if wants_v6 and mtu < IPV6_MIN_MTU:  # the kernel would take IPv6 off the device
+            raise FieldError("mtu", mtu, f"at least {IPV6_MIN_MTU} for IPv6 inside the tunnel")
+        async with self._doing(f"{doing}: MTU {mtu}, queue length {txqueuelen}") as ipr:
+            await ipr.link("set", index=index, mtu=mtu, txqlen=txqueuelen)
+        await self._quieten(name, index, wants_v6)
+        await self._accept_local(name, index)
+        for option, value in gso.items():
+            if value is not None:
+                try:
+                    async with self._doing(f"{doing}: {option} {value}") as ipr:
+                        await ipr.link("set", index=index, **{option: value})
+                except OSError as error:
+                    log.warning("%s", error)
+        for address in addresses:
+            await self._add_address(name, index, address)
+        async with self._doing(f"bringing up {name}") as ipr:
+            await ipr.link("set", index=index, flags=IFF_UP, change=IFF_UP)
+        for network in networks:
+            await self._add_route(name, index, network)
+
+    async def _quieten(self, name: str, index: int, wants_v6: bool) -> None:
+        """The kernel must not talk on the tunnel on its own account: without a link-local address
+        it sends no router solicitations."""
+        conf = Path("/proc/sys/net/ipv6/conf", name)
+        if not conf.exists():
+            if wants_v6:
+                raise device_error(
+                    errno.EAFNOSUPPORT, f"setting up IPv6 on {name}", "this host has no IPv6"
+                )
+            return
+        disabled = conf / "disable_ipv6"
+        if wants_v6 and disabled.read_text().strip() == "1":
+            try:
+                disabled.write_text("0")
+            except OSError as error:
+                raise device_error(
+                    error.errno or 0, f"turning IPv6 on for {name}",
+                    f"net.ipv6.conf.{name}.disable_ipv6 is 1",
+                ) from None
+        async with self._doing(f"setting up {name}: no link-local address") as ipr:
+            await ipr.link("set", index=index, IFLA_AF_SPEC={"attrs": [
+                ("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}),
+            ]})
+
+    async def _accept_local(self, name: str, index: int) -> None:
+        """Let ICMP errors that carry our own address in through this device, and only this.
+
+        Over netlink, not /proc/sys: a container without privileges has that read-only.
+        """
+        async with self._doing(f"setting up {name}: accept_local") as ipr:
+            answer = await ipr.nlm_request(
+                _accept_local_message(index), RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK
+            )
+            async for _ in answer:
+                pass
+
+    async def _add_address(self, name: str, index: int, address: IPAddress) -> None:
+        flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE if address.version == 6 else 0
+        async with self._doing(f"giving {name} the address {address}") as ipr:
+            await ipr.addr("replace", index=index, address=str(address),
+                           prefixlen=address.max_prefixlen, flags=flags)
+
+    async def _add_route(self, name: str, index: int, network: IPNetwork) -> None:
+        doing = f"routing {network} through {name}"
+        family = socket.AF_INET6 if network.version == 6 else socket.AF_INET
+        try:
+            async with self._doing(doing) as ipr:
+                await ipr.route("add", family=family, dst=str(network), oif=index,
+                                scope=RT_SCOPE_UNIVERSE)
+        except OSError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            holder = await self._route_holder(doing, network)
+            if holder != index:
+                raise device_error(
+                    errno.EEXIST, doing, f"the host routes it through {_interface(holder)}"
+                ) from None
+
+    async def _route_holder(self, doing: str, network: IPNetwork) -> int | None:
+        """The interface index of the host's own route to exactly this network."""
+        for message in await self._dump(doing, "route"):
+            if (
+                message["dst_len"] == network.prefixlen
+                and message.get_attr("RTA_DST") == str(network.network_address)
+                and message.get_attr("RTA_TABLE") == 254
+            ):
+                oif: int | None = message.get_attr("RTA_OIF")
+                return oif
+        return None
+
+
+def _interface(index: int | None) -> str:
+    try:
+        return socket.if_indextoname(index or 0)
+    except OSError:
+        return "another next hop"
+
+
+def _accept_local_message(index: int) -> Any:
+    """pyroute2 reads the kernel's device settings as one structure but cannot write a single one
+    of them: this is the message that does, in pyroute2's own terms."""
+    from pyroute2.netlink import nla, nlmsg
+
+    class LinkMessage(nlmsg):  # type: ignore[misc]
+        fields = (("family", "B"), ("__align", "x"), ("ifi_type", "H"), ("index", "i"),
+                  ("flags", "I"), ("change", "I"))
+        nla_map = ((IFLA_AF_SPEC, "IFLA_AF_SPEC", "af_spec"),)
+
+        class af_spec(nla):  # type: ignore[misc]
+            nla_map = ((int(socket.AF_INET), "AF_INET", "inet"),)
+
+            class inet(nla):  # type: ignore[misc]
+                nla_map = ((IFLA_INET_CONF, "IFLA_INET_CONF", "conf"),)
+
+                class conf(nla):  # type: ignore[misc]
+                    nla_map = ((IPV4_DEVCONF_ACCEPT_LOCAL, "ACCEPT_LOCAL", "uint32"),)
+
+    message = LinkMessage()
+    message["index"] = index
+    conf = {"attrs": [("ACCEPT_LOCAL", 1)]}
+    message["attrs"] = [
+        ("IFLA_AF_SPEC", {"attrs": [("AF_INET", {"attrs": [("IFLA_INET_CONF", conf)]})]})
+    ]
+    return message
