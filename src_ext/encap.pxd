@@ -41,7 +41,7 @@ cdef inline size_t make_icmp(
     cdef size_t made
     if not (w.shared.has_addr4 if ip.version == 4 else w.shared.has_addr6):
         return 0
-    source = w.shared.tun_addr4 if ip.version == 4 else w.shared.tun_addr6
+    source = &w.shared.tun_addr4[0] if ip.version == 4 else &w.shared.tun_addr6[0]
     made = icmp_error(p, n, kind, source, mtu, out)
     if made == 0:
         return 0

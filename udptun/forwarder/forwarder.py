@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OVERHEAD = {4: 28, 6: 48}  # outer IP and UDP header
-MAX_UDP_PAYLOAD = 65507
 HOUSEKEEPING_SECONDS = 1.0
 FORGET_PATH_MTU_SECONDS = 600.0  # RFC 1191 6.3
 DRAIN_SECONDS = 0.5
@@ -123,10 +122,7 @@ class Forwarder:
         for thread in self._threads:
             thread.start()
         close.callback(self._stop_workers)
-        await netlink.configure_tun(
-            tun.name, self.mtu, config.addresses, config.networks,
-            gso_max_segs=MAX_UDP_PAYLOAD // self.mtu,
-        )
+        await netlink.configure_tun(tun.name, self.mtu, config.addresses, config.networks)
 
         loop = asyncio.get_running_loop()
         loop.add_reader(notify, self._on_notify, notify)
