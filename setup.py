@@ -31,7 +31,8 @@ def write_drops_pxd() -> None:
 
 
 def extension(name: str) -> Extension:
-    compile_args = ["-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"]
+    compile_args = ["-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function",
+                    "-Wno-sign-compare"]
     link_args = []
     macros = [("CYTHON_WITHOUT_ASSERTIONS", None)]
     if SANITIZE:

@@ -86,8 +86,8 @@ def cut(bytes frame):
         check(parse_ip(p, n, &ip))
         if not is_super(f):
             check(check_total_len(&ip, n))
-            check(complete_checksum(f, p, n))
-            return [PyBytes_FromStringAndSize(<char*>p, n)]
+            check(complete_checksum(f, p, ip.total_len))
+            return [PyBytes_FromStringAndSize(<char*>p, ip.total_len)]
         check(plan_cut(f, p, n, &ip, &plan))
         out = []
         for i in range(plan.n):

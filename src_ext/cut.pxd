@@ -13,10 +13,10 @@ from libc.string cimport memcpy
 
 from checksum cimport csum_add, csum_fold, csum_not, csum_pseudo, ip4_set_csum
 from drops cimport DROP_BAD_GSO, DROP_BAD_L4_HEADER, PASS, drop_t
-from packet cimport ip_src, ip_t
+from packet cimport ip_src, ip_t, is_extension
 from wire cimport (
     GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_ID, IP4_LEN, IP6_LEN, IP6_PAYLOAD,
-    PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF,
+    IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF,
     TCP_SEQ, UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET, VNET_CSUM_START, VNET_F_NEEDS_CSUM,
     VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, load_be16, load_be32, load_u16, store_be16,
     store_be32, store_u16,
@@ -34,7 +34,7 @@ cdef struct cut_t:
     uint32_t ip_hdr_len
     uint32_t hdr_len        # IP and transport header of each segment
     uint32_t payload_len    # of the whole super-packet
-    uint32_t gso_size       # payload bytes of each segment but perhaps the last, >= 1
+    uint32_t gso_size       # payload bytes of each segment but perhaps the last
     uint32_t n              # segments, >= 1
     uint32_t seq            # TCP: of the first segment, host order
     uint32_t ip_id          # IPv4: of the first segment, host order
@@ -84,28 +84,30 @@ cdef inline drop_t plan_cut(
     cdef uint8_t* l4 = p + ip.hdr_len
     cdef size_t l4_len = n - ip.hdr_len
     cdef uint32_t l4_hdr, csum_off
-    if kind & ~GSO_ECN == GSO_TCPV4 or kind & ~GSO_ECN == GSO_TCPV6:
-        if ip.version != (4 if kind & ~GSO_ECN == GSO_TCPV4 else 6) or ip.proto != PROTO_TCP:
+    cut.tcp = kind & ~GSO_ECN == GSO_TCPV4 or kind & ~GSO_ECN == GSO_TCPV6
+    if cut.tcp:
+        if ip.version != (4 if kind & ~GSO_ECN == GSO_TCPV4 else 6):
             return DROP_BAD_GSO
-        cut.tcp = True
+    elif kind != GSO_UDP_L4:
+        return DROP_BAD_GSO
+    if ip.version == 6 and is_extension(ip.proto):
+        return DROP_BAD_L4_HEADER
+    if ip.proto != (PROTO_TCP if cut.tcp else PROTO_UDP):
+        return DROP_BAD_GSO
+    if cut.tcp:
         csum_off = TCP_CSUM
         if l4_len < TCP_MIN:
             return DROP_BAD_L4_HEADER
         l4_hdr = (l4[TCP_OFF] >> 4) * 4
         if l4_hdr < TCP_MIN or l4_hdr > l4_len:
             return DROP_BAD_L4_HEADER
-    elif kind == GSO_UDP_L4:
-        if ip.proto != PROTO_UDP:
-            return DROP_BAD_GSO
-        cut.tcp = False
+    else:
         csum_off = UDP_CSUM
         l4_hdr = UDP_LEN
         if l4_len < UDP_LEN:
             return DROP_BAD_L4_HEADER
-    else:
-        return DROP_BAD_GSO
     cut.gso_size = load_u16(vnet + VNET_GSO_SIZE)
-    if cut.gso_size == 0 or ip.fragment:
+    if cut.gso_size == 0 or ip.fragment or n > IP_MAX:
         return DROP_BAD_GSO
     if vnet[VNET_FLAGS] & VNET_F_NEEDS_CSUM and (
         load_u16(vnet + VNET_CSUM_START) != ip.hdr_len
@@ -115,12 +117,12 @@ cdef inline drop_t plan_cut(
     cut.version = ip.version
     cut.ip_hdr_len = ip.hdr_len
     cut.hdr_len = ip.hdr_len + l4_hdr
-    if cut.hdr_len + cut.gso_size > 65535:
-        return DROP_BAD_GSO
     cut.payload_len = <uint32_t>(n - cut.hdr_len)
-    cut.n = (cut.payload_len + cut.gso_size - 1) // cut.gso_size
-    if cut.n == 0:
-        cut.n = 1
+    if cut.gso_size > cut.payload_len:
+        cut.gso_size = cut.payload_len
+    cut.n = 1
+    if cut.payload_len != 0:
+        cut.n = (cut.payload_len + cut.gso_size - 1) // cut.gso_size
     cut.seq = load_be32(l4 + TCP_SEQ) if cut.tcp else 0
     cut.ip_id = load_be16(p + IP4_ID)
     store_u16(l4 + csum_off, 0)

@@ -19,7 +19,7 @@ from io cimport (
     cmsghdr, iovec, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, writev,
 )
 from merge cimport (
-    MERGE_PACKETS, hides_ports, merge_add, merge_gather, merge_packet_t, merge_reset, output_t,
+    MERGE_PACKETS, merge_add, merge_gather, merge_packet_t, merge_reset, output_t,
 )
 from packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
 from peers cimport find_hop, find_peer, hop_t, is_own, peer_t

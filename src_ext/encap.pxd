@@ -168,8 +168,10 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
             verdict = plan_cut(frame, p, n, &ip, &cut)
         else:
             verdict = check_total_len(&ip, n)
-            if verdict == PASS and w.vnet_len != 0:
-                verdict = complete_checksum(frame, p, n)
+            if verdict == PASS:
+                n = ip.total_len
+                if w.vnet_len != 0:
+                    verdict = complete_checksum(frame, p, n)
     if verdict != PASS:
         w.encap.read += 1
         count_drop(&w.encap, verdict, 1)

@@ -19,11 +19,11 @@ from libc.string cimport memcmp, memcpy, memset
 
 from checksum cimport csum_add, csum_fold, csum_pseudo, ip4_set_csum
 from io cimport iovec
-from packet cimport ip_src, ip_t
+from packet cimport ip_t, is_extension
 from wire cimport (
     GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_DF, IP4_FRAG, IP4_ID, IP4_LEN, IP4_MIN, IP4_PROTO,
     IP4_SRC, IP4_TOS, IP4_TTL, IP6_LEN, IP6_PAYLOAD, IP6_SRC, IP_MAX, PROTO_TCP, PROTO_UDP,
-    TCP_ACK, TCP_CSUM, TCP_F_ACK, TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF, TCP_SEQ, TCP_WINDOW,
+    TCP_ACK, TCP_CSUM, TCP_F_ACK, TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF, TCP_SEQ, TCP_URGENT, TCP_WINDOW,
     UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET, VNET_CSUM_START, VNET_F_NEEDS_CSUM,
     VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, VNET_HDR_LEN, VNET_LEN, load_be16, load_be32,
     load_u16, store_be16, store_u16, swap16,
@@ -126,7 +126,8 @@ cdef inline bint same_headers(
     const uint8_t* a, const uint8_t* b, const output_t* out, uint8_t version
 ) noexcept nogil:
     """Whether two packets of equal header lengths agree in all that a merge must keep: addresses,
-    ports, TOS or traffic class and flow label, hop limit, DF, and TCP's ack, window, options."""
+    ports, TOS or traffic class and flow label, hop limit, DF, and TCP's ack, window, urgent
+    pointer and options."""
     cdef const uint8_t* ta = a + out.ip_hdr_len
     cdef const uint8_t* tb = b + out.ip_hdr_len
     if version == 4:
@@ -143,6 +144,7 @@ cdef inline bint same_headers(
     return (
         memcmp(ta + TCP_ACK, tb + TCP_ACK, 5) == 0
         and memcmp(ta + TCP_WINDOW, tb + TCP_WINDOW, 2) == 0
+        and memcmp(ta + TCP_URGENT, tb + TCP_URGENT, 2) == 0
         and memcmp(
             ta + TCP_MIN, tb + TCP_MIN, out.hdr_len - out.ip_hdr_len - <uint32_t>TCP_MIN
         ) == 0
@@ -166,7 +168,7 @@ cdef inline void merge_add(
     cdef output_t* out
     cdef int32_t i
 
-    if ip.fragment or ip.total_len != n or (ip.version == 6 and hides_ports(ip.proto)):
+    if ip.fragment or ip.total_len != n or (ip.version == 6 and is_extension(ip.proto)):
         m.seal += 1
         merge_append(m, p, n)
         return
@@ -269,14 +271,6 @@ cdef inline void merge_add(
     out.flags = flags
     flow.seal = m.seal
     flow.output = i
-
-
-cdef inline bint hides_ports(uint8_t next_header) noexcept nogil:
-    """IPv6 extension headers: hop-by-hop, routing, fragment, ESP, AH, destination options."""
-    return (
-        next_header == 0 or next_header == 43 or next_header == 44
-        or next_header == 50 or next_header == 51 or next_header == 60
-    )
 
 
 cdef inline int merge_gather(

@@ -76,6 +76,15 @@ cdef inline const uint8_t* ip_src(const uint8_t* p, const ip_t* ip) noexcept nog
     return p + (IP4_SRC if ip.version == 4 else IP6_SRC)
 
 
+cdef inline bint is_extension(uint8_t next_header) noexcept nogil:
+    """IPv6 headers that stand before, or hide, the transport: hop-by-hop, routing, fragment, ESP,
+    AH, destination options."""
+    return (
+        next_header == 0 or next_header == 43 or next_header == 44
+        or next_header == 50 or next_header == 51 or next_header == 60
+    )
+
+
 cdef inline drop_t decrement_hop_limit(uint8_t* p, uint8_t version) noexcept nogil:
     """One hop less, with the IPv4 checksum kept as right, or as wrong, as it came.
 

@@ -29,8 +29,8 @@ def icmp_error(bytes packet, str kind, bytes source, uint32_t mtu=0):
     cdef uint8_t out[ICMP_MAX]
     cdef int c_kind = _ICMP_KINDS[kind]
     cdef size_t n
-    if packet and len(source) != (4 if packet[0] >> 4 == 4 else 16):
-        raise ValueError(f"source is {len(source)} bytes, want the packet's family")
+    if not packet or len(source) != {4: 4, 6: 16}.get(packet[0] >> 4):
+        return None
     n = c_icmp_error(packet, len(packet), c_kind, source, mtu, out)
     return PyBytes_FromStringAndSize(<char*>out, n) if n else None
 

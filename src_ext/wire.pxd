@@ -56,6 +56,7 @@ cdef enum:
     TCP_FLAGS = 13
     TCP_WINDOW = 14
     TCP_CSUM = 16
+    TCP_URGENT = 18
     TCP_F_FIN = 0x01
     TCP_F_PSH = 0x08
     TCP_F_ACK = 0x10
