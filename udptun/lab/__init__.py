@@ -13,6 +13,7 @@ the processes it starts are bound to die with the thread that started them.
 
 from .hosts import Host, Interface, Lab, LabError, Link, Process, Unavailable, wait_for
 from .measure import Ping, Throughput, iperf3, ping
+from .pair import Pair, Side, pair
 from .tools import missing_tools
 from .tunnels import Forwarder, Node, OnePacket, node, vxlan
 
@@ -25,13 +26,16 @@ __all__ = [
     "Link",
     "Node",
     "OnePacket",
+    "Pair",
     "Ping",
     "Process",
+    "Side",
     "Throughput",
     "Unavailable",
     "iperf3",
     "missing_tools",
     "node",
+    "pair",
     "ping",
     "vxlan",
     "wait_for",

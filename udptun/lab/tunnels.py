@@ -63,7 +63,7 @@ class Forwarder:
     @classmethod
     def start(
         cls, host: Host, *, listen: Sequence[object] = (), addresses: Sequence[object] = (),
-        networks: Sequence[object] = (NETWORK,), routes: Iterable[str] = (),
+        networks: Sequence[object] = (NETWORK,), routes: Iterable[str] | None = (),
         tun: str = "udptun0", mtu: int | None = None, workers: object = None,
         offload: str | None = None, source_check: str | None = None, state: Path | None = None,
         extra: Sequence[str] = (), pass_fds: Sequence[int] = (), wait: bool = True,
@@ -71,11 +71,14 @@ class Forwarder:
         """Start one with a route file; returns when it answers, unless told not to ``wait``.
 
         ``listen`` holds addresses (IPv6 ones too), the host's first IPv4 one when empty.
+        ``routes`` None: without a route file.
         """
         folder = host.lab.folder
         control, routes_file = folder / f"{host.name}.sock", folder / f"{host.name}.routes"
-        routes_file.write_text("".join(f"{route}\n" for route in routes))
-        argv = ["forward", "--tun", tun, "--control", str(control), "--routes", str(routes_file)]
+        argv = ["forward", "--tun", tun, "--control", str(control)]
+        if routes is not None:
+            routes_file.write_text("".join(f"{route}\n" for route in routes))
+            argv += ["--routes", str(routes_file)]
         for address in addresses:
             argv += ["--address", str(address)]
         for network in networks:
@@ -141,6 +144,11 @@ class Forwarder:
         return self.host.run(
             [*_UDPTUN, *argv], check=check, env={"UDPTUN_SOCKET": str(self.control)}
         )
+
+    def start_udptun(self, *argv: str) -> Process:
+        """A client command that goes on, e.g. ``start_udptun("events", "-w", "-o", "json")``."""
+        env = {"UDPTUN_SOCKET": str(self.control), "PYTHONUNBUFFERED": "1"}
+        return self.host.start([*_UDPTUN, *argv], name="client", env=env)
 
     def drops(self) -> dict[tuple[str, str], int]:
         """Packets by (direction, reason), those at zero left out; by the command line."""

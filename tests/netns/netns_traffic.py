@@ -1,0 +1,207 @@
+"""What the tests send through a tunnel, and counters that are not udptun's.
+
+The sockets live in the hosts' namespaces, the program in this process: so a test can wait for each
+datagram instead of guessing a pace, and compare every byte.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from udptun.lab import Forwarder, Host, wait_for
+
+UDP_SEGMENT = 103
+SO_RCVBUFFORCE = 33
+_ROOM = 1 << 25
+
+
+def family(address: object) -> int:
+    return socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+
+
+def transfer_tcp(
+    client: Host, server: Host, address: object, *, size: int = 4 << 20, seconds: float = 60
+) -> None:
+    """``size`` random bytes each way at the same time over one connection; hashes compared."""
+    listener = server.socket(family(address), socket.SOCK_STREAM)
+    calling = client.socket(family(address), socket.SOCK_STREAM)
+    with listener, calling:
+        listener.bind((str(address), 0))
+        listener.listen(1)
+        for end in (listener, calling):
+            end.settimeout(seconds)
+        calling.connect((str(address), listener.getsockname()[1]))
+        accepted, _ = listener.accept()
+        accepted.settimeout(seconds)
+        with accepted:
+            _both_ways(calling, accepted, size)
+
+
+def _both_ways(left: socket.socket, right: socket.socket, size: int) -> None:
+    results: dict[str, str | BaseException] = {}
+
+    def send(name: str, end: socket.socket) -> None:
+        data = random.Random(name).randbytes(size)
+        try:
+            end.sendall(data)
+            end.shutdown(socket.SHUT_WR)
+            results[f"{name} sent"] = hashlib.sha256(data).hexdigest()
+        except OSError as e:
+            results[f"{name} sent"] = e
+
+    def receive(name: str, end: socket.socket) -> None:
+        digest = hashlib.sha256()
+        try:
+            while data := end.recv(1 << 18):
+                digest.update(data)
+            results[f"{name} received"] = digest.hexdigest()
+        except OSError as e:
+            results[f"{name} received"] = e
+
+    threads = [
+        threading.Thread(target=work, args=(name, end), daemon=True)
+        for work, name, end in (
+            (send, "there", left), (receive, "there", right),
+            (send, "back", right), (receive, "back", left),
+        )
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in ("there", "back"):
+        for what in ("sent", "received"):
+            result = results[f"{name} {what}"]
+            assert isinstance(result, str), f"{name}, {what}: {result!r}"
+        assert results[f"{name} received"] == results[f"{name} sent"], f"bytes changed on {name}"
+
+
+class UdpFlow:
+    """A socket on each of two hosts. Every burst is awaited whole: none may be lost or change."""
+
+    def __init__(self, source: Host, target: Host, address: object) -> None:
+        self.receiver = target.socket(family(address), socket.SOCK_DGRAM)
+        self.receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _ROOM)
+        self.receiver.bind((str(address), 0))
+        self.receiver.settimeout(5)
+        self.sender = source.socket(family(address), socket.SOCK_DGRAM)
+        self.sender.connect(self.receiver.getsockname()[:2])
+
+    def __enter__(self) -> "UdpFlow":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.receiver.close()
+        self.sender.close()
+
+    def expect(self, payloads: Sequence[bytes]) -> None:
+        for n, payload in enumerate(payloads):
+            try:
+                got = self.receiver.recv(1 << 16)
+            except TimeoutError:
+                raise AssertionError(f"lost: datagram {n} of {len(payloads)}") from None
+            assert got == payload, f"datagram {n}: {len(got)} bytes, {len(payload)} were sent"
+
+    def exchange(self, payloads: Sequence[bytes]) -> None:
+        for payload in payloads:
+            self.sender.send(payload)
+        self.expect(payloads)
+
+    def exchange_super(self, payload: bytes, segment: int) -> None:
+        """One send with UDP_SEGMENT; it arrives as datagrams of ``segment`` bytes and a rest."""
+        ancillary = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", segment))]
+        self.sender.sendmsg([payload], ancillary)
+        self.expect([payload[i : i + segment] for i in range(0, len(payload), segment)])
+
+
+def exchange_udp(source: Host, target: Host, address: object, largest: int) -> None:
+    """Small, large, odd, equal and mixed datagrams, super-packets with a short last one too.
+
+    largest  the UDP payload that fits one packet of the tunnel
+    """
+    rng = random.Random(largest)
+    with UdpFlow(source, target, address) as flow:
+        for sizes in (
+            [0, 1, 17, 18, 19, 64, 65], [64] * 40, [largest] * 40, [largest, 1, largest, 2],
+            [rng.randrange(1, largest) for _ in range(40)], [1200] * 20 + [700],
+        ):
+            flow.exchange([rng.randbytes(size) for size in sizes])
+        for total, segment in (
+            (largest * 30, largest), (1200 * 40 + 1, 1200), (64 * 60, 64), (999, 1000),
+            (1000 * 2 - 1, 1000),
+        ):
+            flow.exchange_super(rng.randbytes(total), segment)
+
+
+@contextlib.contextmanager
+def nft_counters(host: Host, device: str, **rules: str) -> Iterator["Counters"]:
+    """Count packets that come in on ``device``, by nft expressions. The kernel does the counting."""
+    lines = "\n".join(
+        f"    counter {name} {{}}" for name in rules
+    ) + f"\n    chain c {{ type filter hook ingress device {device} priority 0;\n" + "\n".join(
+        f"      {expression} counter name {name}" for name, expression in rules.items()
+    )
+    table = f"watch_{device}"
+    host.nft(f"table netdev {table} {{\n{lines}\n    }}\n}}\n")
+    try:
+        yield Counters(host, table)
+    finally:
+        host.nft(f"delete table netdev {table}\n")
+
+
+class Counters:
+    def __init__(self, host: Host, table: str) -> None:
+        self._host, self._table = host, table
+
+    def packets(self) -> dict[str, int]:
+        text = self._host.run(["nft", "-j", "list", "table", "netdev", self._table]).stdout
+        found = [o["counter"] for o in json.loads(text)["nftables"] if "counter" in o]
+        return {c["name"]: c["packets"] for c in found}
+
+
+def snmp(host: Host, protocol: str) -> dict[str, int]:
+    """The host's counters of one protocol, from /proc/net/snmp."""
+    lines = host.run(["cat", "/proc/net/snmp"]).stdout.splitlines()
+    names, values = (
+        line.split()[1:] for line in lines if line.startswith(f"{protocol}:")
+    )
+    return dict(zip(names, map(int, values), strict=True))
+
+
+def device_counters(host: Host, device: str) -> dict[str, int]:
+    text = host.run(["ip", "-j", "-s", "link", "show", "dev", device]).stdout
+    stats = json.loads(text)[0]["stats64"]
+    return {"received": stats["rx"]["packets"], "sent": stats["tx"]["packets"]}
+
+
+def settled_packets(forwarder: Forwarder) -> dict[str, dict[str, int]]:
+    """``packets`` of status once nothing waits and nothing comes in any more."""
+    last: list[object] = []
+
+    def idle() -> dict[str, dict[str, int]] | None:
+        packets: dict[str, dict[str, int]] = forwarder.status()["packets"]
+        last.append(packets)
+        time.sleep(0.05)
+        quiet = len(last) > 3 and last[-4:] == [packets] * 4
+        return packets if quiet and not any(p["queued"] for p in packets.values()) else None
+
+    return wait_for(idle, "the forwarder to be idle")
+
+
+def assert_invariant(forwarder: Forwarder) -> dict[str, dict[str, int]]:
+    """read + generated = delivered + dropped + queued, and the drops by reason add up."""
+    packets = settled_packets(forwarder)
+    drops = forwarder.drops()
+    for direction, p in packets.items():
+        came, went = p["read"] + p["generated"], p["delivered"] + p["dropped"] + p["queued"]
+        assert came == went, f"{direction}: {p}"
+        by_reason = sum(n for (where, _), n in drops.items() if where == direction)
+        assert by_reason == p["dropped"], f"{direction}: {p}, {drops}"
+    return packets
+

@@ -1,0 +1,50 @@
+"""Every byte arrives as it left, whatever the path does with super-packets and whatever is off."""
+
+import pytest
+from netns_traffic import assert_invariant, exchange_udp, transfer_tcp
+
+from udptun.device.offload import FEATURES
+from udptun.lab import pair
+
+ALL_ON = "auto"
+
+
+@pytest.mark.parametrize("profile", ["P1", "P2", "P3"])
+@pytest.mark.parametrize("offload", [ALL_ON, "off", *(f"auto,-{name}" for name in FEATURES)])
+def test_bytes_arrive_unchanged(lab, profile, offload):
+    if profile != "P1" and offload not in (ALL_ON, "off"):
+        pytest.skip("single features are turned off on the path that exercises them most, P1")
+    move_everything(pair(lab, offload=offload), profile)
+
+
+@pytest.mark.parametrize("offload", [ALL_ON, "off"])
+def test_bytes_arrive_unchanged_over_ipv6(lab, offload):
+    move_everything(pair(lab, outer=6, offload=offload), "P1", mtu=1452)
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_bytes_arrive_unchanged_with_more_workers(lab, workers):
+    move_everything(pair(lab, workers=workers), "P1")
+
+
+def test_each_end_has_its_own_offloads(lab):
+    tunnel = pair(lab, start=False)
+    tunnel.a.start(offload="off")
+    tunnel.b.start()
+    move_everything(tunnel, "P2")
+
+
+def move_everything(tunnel, profile, mtu=1472):
+    a, b = tunnel.sides
+    tunnel.link.profile(profile)
+    # From a socket on the node, and forwarded for a pod: the kernel fills in the headers of
+    # super-packets differently.
+    transfer_tcp(a.host, b.host, b.v4)
+    transfer_tcp(a.host, b.host, b.v6)
+    transfer_tcp(a.pod, b.pod, b.pod_v4)
+    transfer_tcp(b.pod, a.pod, a.pod_v6)
+    exchange_udp(a.host, b.host, b.v4, mtu - 28)
+    exchange_udp(a.pod, b.pod, b.pod_v6, mtu - 48)
+    for side in tunnel.sides:
+        packets = assert_invariant(side.forwarder)
+        assert side.forwarder.drops().keys() <= {("encap", "no_route")}, packets

@@ -1,0 +1,93 @@
+"""What the forwarders count, held against what the kernel counts."""
+
+from netns_traffic import (
+    UdpFlow,
+    assert_invariant,
+    device_counters,
+    nft_counters,
+    settled_packets,
+    transfer_tcp,
+)
+
+from udptun.lab import Link, Pair, pair, ping
+
+
+def test_single_packets(lab):
+    """One by one, every counter on the way says the same."""
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+    count = 500
+    with UdpFlow(a.host, b.host, b.v4) as flow, at_wire(tunnel.link) as wire:
+        before = Counts(tunnel, wire)
+        for _ in range(count // 20):
+            flow.exchange([bytes([n]) * 100 for n in range(20)])
+        after = Counts(tunnel, wire)
+    assert after.since(before) == {
+        "a: TUN": count, "a: encap read": count, "a: encap delivered": count,
+        "wire": count, "b: decap read": count, "b: decap delivered": count,
+    }
+    for side in tunnel.sides:
+        assert_invariant(side.forwarder)
+
+
+class Counts(dict):
+    """The counters along the road from a to b, once all is quiet."""
+
+    def __init__(self, tunnel: Pair, wire) -> None:
+        a, b = tunnel.sides
+        for side, name, direction in ((a, "a", "encap"), (b, "b", "decap")):
+            packets = settled_packets(side.forwarder)[direction]
+            for what in ("read", "delivered"):
+                self[f"{name}: {direction} {what}"] = packets[what]
+        self["a: TUN"] = device_counters(a.host, "udptun0")["sent"]
+        self["wire"] = wire.packets()["tunnel"]
+
+    def since(self, before: "Counts") -> dict[str, int]:
+        return {name: value - before[name] for name, value in self.items()}
+
+
+def at_wire(link: Link):
+    """Every packet as it crosses: nothing joins super-packets here, and nothing is joined."""
+    link.profile("P3")
+    return nft_counters(
+        link.b.host, link.b.name,
+        tunnel="udp dport 8285",
+        fragments="ip frag-off & 0x3fff != 0",
+        long="meta length > 1500",
+        # Besides the tunnel only the neighbours' talk: ARP, and ICMPv6 for MLD and ND.
+        other_ipv4="ip protocol != udp",
+        tcp="meta l4proto tcp",
+        other_ports="udp dport != 8285",
+    )
+
+
+def test_bulk_crosses_the_wire_in_the_tunnel_only(lab):
+    """Under TCP of both families: each packet is one datagram, none fragmented, none too long."""
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+    with at_wire(tunnel.link) as wire:
+        before, start = Counts(tunnel, wire), wire.packets()
+        for address in (b.v4, b.v6, b.pod_v4):
+            transfer_tcp(a.pod, b.pod if address == b.pod_v4 else b.host, address)
+        after, end = Counts(tunnel, wire), wire.packets()
+    moved = after.since(before)
+    assert moved["wire"] > 3 * (4 << 20) / 1472
+    assert moved["a: encap delivered"] == moved["wire"] == moved["b: decap read"]
+    crossed = {name: end[name] - start[name] for name in end}
+    assert crossed.pop("tunnel") == moved["wire"]
+    assert crossed == dict.fromkeys(crossed, 0)
+    for side in tunnel.sides:
+        assert_invariant(side.forwarder)
+
+
+def test_drops_stand_in_the_balance(lab):
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+    before = a.forwarder.drops()
+    ping(a.host, "10.244.99.1", count=20, interval=0.002, wait=0.2)
+    drops = a.forwarder.drops()
+    assert drops["encap", "no_route"] - before.get(("encap", "no_route"), 0) == 20
+    # Each was read, and answered at most once; no answer is counted as a packet of the other side.
+    packets = assert_invariant(a.forwarder)
+    assert packets["encap"]["dropped"] >= 20
+    assert_invariant(b.forwarder)

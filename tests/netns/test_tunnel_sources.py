@@ -1,0 +1,170 @@
+"""Who may send into the tunnel, and what rubbish does to it.
+
+A third host on the segment plays the stranger; the datagrams are made by hand, byte by byte.
+"""
+
+import random
+import socket
+import struct
+
+import pytest
+from netns_traffic import (
+    assert_invariant,
+    nft_counters,
+    settled_packets,
+)
+
+from udptun.lab import Forwarder, node, wait_for
+from udptun.lab.tunnels import NETWORK, NETWORK6
+from udptun.reference import checksum
+
+PORT = 8285
+TARGET_PORT = 4242
+
+
+def inner_packet(source, target, payload: bytes, ttl: int = 64) -> bytes:
+    """A whole UDP packet over IPv4 or IPv6, all checksums right (RFC 791, 8200, 768)."""
+    udp = struct.pack("!HHHH", TARGET_PORT, TARGET_PORT, 8 + len(payload), 0) + payload
+    pseudo = source.packed + target.packed + struct.pack("!II", len(udp), socket.IPPROTO_UDP)
+    udp = udp[:6] + _complement(pseudo + udp) + udp[8:]
+    if source.version == 6:
+        head = struct.pack("!IHBB", 6 << 28, len(udp), socket.IPPROTO_UDP, ttl)
+        return head + source.packed + target.packed + udp
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, ttl, socket.IPPROTO_UDP, 0)
+    head += source.packed + target.packed
+    return head[:10] + _complement(head) + head[12:] + udp
+
+
+def _complement(data: bytes) -> bytes:
+    return struct.pack("!H", ~checksum(data) & 0xFFFF or 0xFFFF)
+
+
+class Ground:
+    """Node 1 with its forwarder; node 2 without one, so that its datagrams can be forged from its
+    own address; a stranger. Node 3 has a route and no host: its subnet is another peer's."""
+
+    def __init__(self, lab, **options) -> None:
+        self.target, self.peer, self.stranger = (lab.host(n) for n in ("target", "peer", "stranger"))
+        lab.segment(self.target, self.peer, self.stranger)
+        absent = self.stranger.v4 + 100
+        self.at = node(1)
+        self.forwarder = Forwarder.start(
+            self.target, addresses=[self.at.v4, self.at.v6], networks=[NETWORK, NETWORK6],
+            routes=[
+                f"{node(2).subnet} via {self.peer.v4}", f"{node(2).subnet6} via {self.peer.v4}",
+                f"{node(3).subnet} via {absent}", f"{node(3).subnet6} via {absent}",
+            ],
+            **options,
+        )
+        self.received = {}
+        for family, address in ((4, self.at.v4), (6, self.at.v6)):
+            kind = socket.AF_INET6 if family == 6 else socket.AF_INET
+            receiver = self.target.socket(kind, socket.SOCK_DGRAM)
+            receiver.bind((str(address), TARGET_PORT))
+            receiver.setblocking(False)
+            self.received[family] = receiver
+
+    def inject(self, host, packets) -> None:
+        with host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for packet in packets:
+                sender.sendto(packet, (str(self.target.v4), PORT))
+
+    def read(self) -> int:
+        return settled_packets(self.forwarder)["decap"]["read"]
+
+    def arrived(self, family: int) -> list[bytes]:
+        got = []
+        while True:
+            try:
+                got.append(self.received[family].recv(2048))
+            except BlockingIOError:
+                return got
+
+
+# (who sends, whose inner address) -> the reason to refuse it, in each mode
+MATRIX = {
+    ("stranger", "peer's"): ("unknown_peer", "unknown_peer", None),
+    ("stranger", "nobody's"): ("unknown_peer", "unknown_peer", None),
+    ("stranger", "own"): ("unknown_peer", "unknown_peer", "own_source"),
+    ("peer", "peer's"): (None, None, None),
+    ("peer", "another peer's"): ("source_not_routed", None, None),
+    ("peer", "nobody's"): ("source_not_routed", None, None),
+    ("peer", "own"): ("own_source", "own_source", "own_source"),
+    ("peer", "the peer's outer"): (None, None, None),
+}
+
+
+@pytest.mark.parametrize("offload", ["auto", "off"])
+@pytest.mark.parametrize("mode", ["strict", "peer", "off"])
+def test_who_may_send(lab, mode, offload):
+    ground = Ground(lab, source_check=mode, offload=offload)
+    for family in (4, 6):
+        name = f"v{family}"
+        sources = {
+            "peer's": getattr(node(2), name) + 1, "another peer's": getattr(node(3), name) + 1,
+            "nobody's": getattr(node(9), name) + 1, "own": getattr(ground.at, name),
+            "the peer's outer": ground.peer.v4,
+        }
+        for (who, whose), reasons in MATRIX.items():
+            source = sources[whose]
+            if source.version != family:
+                continue
+            reason = reasons[["strict", "peer", "off"].index(mode)]
+            payload = f"{who} as {whose}".encode()
+            packet = inner_packet(source, getattr(ground.at, name), payload)
+            before, already = ground.forwarder.drops(), ground.read()
+            ground.inject(getattr(ground, who), [packet])
+            wait_for(lambda already=already: ground.read() == already + 1, "the packet to be read")
+            after = ground.forwarder.drops()
+            changes = {k: n - before.get(k, 0) for k, n in after.items() if n != before.get(k, 0)}
+            context = f"IPv{family}: {who} with {whose} address"
+            if reason is None:
+                assert ({k for k in changes if k[0] == "decap"}, context) == (set(), context)
+                assert (ground.arrived(family), context) == ([payload], context)
+            else:
+                assert (changes, context) == ({("decap", reason): 1}, context)
+                assert (ground.arrived(family), context) == ([], context)
+    assert_invariant(ground.forwarder)
+
+
+def rubbish(count: int):
+    """Random bytes, half of them with a version nibble and lengths that look like an IP packet."""
+    rng = random.Random(8285)
+    for n in range(count):
+        data = bytearray(rng.randbytes(rng.choice([0, 1, 19, 20, 39, 40, rng.randrange(1473)])))
+        if len(data) > 20 and n % 2:
+            data[0] = rng.choice([0x45, 0x46, 0x4F, 0x44, 0x60])
+            if n % 4 == 1:
+                data[2:4] = struct.pack("!H", len(data))
+                data[4:6] = struct.pack("!H", len(data) - 40 if len(data) >= 40 else 0)
+            data[6:10] = bytes([rng.choice([0, 0x20, 0x40]), 0, 64, rng.choice([1, 6, 17, 44])])
+        yield bytes(data)
+
+
+@pytest.mark.parametrize("offload", ["auto", "off"])
+def test_rubbish_is_counted_and_harms_nothing(lab, offload):
+    ground = Ground(lab, source_check="off", offload=offload)
+    count = 4000
+    packets = list(rubbish(count))
+    with nft_counters(ground.target, "eth0", came=f"udp dport {PORT}") as wire:
+        already = ground.read()
+        for i in range(0, count, 100):
+            ground.inject(ground.stranger, packets[i : i + 100])
+            wait_for(lambda n=already + i + 100: total(ground) >= n, "the burst to be read")
+        came = wire.packets()["came"]
+    assert came == count
+    assert ground.read() - already == came
+    drops = ground.forwarder.drops()
+    for reason in ("short_packet", "bad_version", "bad_header_len", "bad_total_len"):
+        assert drops.get(("decap", reason), 0) > 0, drops
+    assert_invariant(ground.forwarder)
+    good = inner_packet(node(2).v4 + 1, ground.at.v4, b"still here")
+    ground.arrived(4)
+    ground.inject(ground.peer, [good])
+    wait_for(lambda: b"still here" in ground.arrived(4), "a good packet to come through")
+    assert ground.forwarder.process.alive
+    assert "Traceback" not in ground.forwarder.process.text()
+
+
+def total(ground: Ground) -> int:
+    return ground.forwarder.status()["packets"]["decap"]["read"]
