@@ -1,0 +1,66 @@
+"""udptun: IP packets over UDP, on flannel's wire format.
+
+The public API, loaded on first use (PEP 562): a client command that only asks a running forwarder
+something must not pay for the data plane. ``from udptun import Forwarder`` works as usual.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .control.client import ControlClient
+    from .errors import (
+        ControlError,
+        DeviceError,
+        FieldError,
+        GenerationMismatch,
+        NoForwarder,
+        RouteExists,
+        UdptunError,
+    )
+    from .forwarder import Forwarder, ForwarderConfig, OffloadRequest
+    from .model import Endpoint, Route, RouteDiff
+
+__all__ = [
+    "ControlClient",
+    "ControlError",
+    "DeviceError",
+    "Endpoint",
+    "FieldError",
+    "Forwarder",
+    "ForwarderConfig",
+    "GenerationMismatch",
+    "NoForwarder",
+    "OffloadRequest",
+    "Route",
+    "RouteDiff",
+    "RouteExists",
+    "UdptunError",
+    "__version__",
+]
+
+_HOMES = {
+    "control.client": ("ControlClient",),
+    "errors": (
+        "ControlError", "DeviceError", "FieldError", "GenerationMismatch", "NoForwarder",
+        "RouteExists", "UdptunError",
+    ),
+    "forwarder": ("Forwarder", "ForwarderConfig", "OffloadRequest"),
+    "model": ("Endpoint", "Route", "RouteDiff"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,59 @@
+"""A click group whose commands are imported when they are called, and how errors end the program.
+
+Owns: import on demand, and the one place where an error of ours becomes a line on stderr and an
+exit code: 1 for what failed, 2 for what was asked wrongly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UdptunError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Failure(click.ClickException):
+    """The command could not be carried out: one line on stderr, exit code 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"udptun: error: {self.message}", file=file, err=file is None)
+
+
+def failure_of(exc: UdptunError | OSError) -> Failure:
+    text = exc.strerror if isinstance(exc, UdptunError) and isinstance(exc, OSError) else None
+    return Failure(text or str(exc))
+
+
+class LazyGroup(click.Group):
+    """``commands_at``: name -> (``.module:attribute`` in this package, one line of help)."""
+
+    def __init__(
+        self, *args: Any, commands_at: Mapping[str, tuple[str, str]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._at = commands_at
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._at)  # in the order of use, not of the alphabet
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._at:
+            return None
+        module, _, attribute = self._at[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module, __package__), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in self._at.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UdptunError as exc:
+            raise failure_of(exc) from exc

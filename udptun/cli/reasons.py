@@ -1,0 +1,37 @@
+"""The list of drop reasons, for people: ``udptun drops --explain`` and docs/drops.md.
+
+``python -m udptun.cli.reasons > docs/drops.md`` writes the page anew; a test holds it to the list.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ..drops import DROP_REASONS
+
+COLUMNS = ("reason", "direction", "meaning")
+
+PAGE = """\
+# Drop reasons
+
+Every packet that udptun drops is counted once, under one of these reasons. `udptun drops` shows
+the counts. *encap* is the way from the TUN to UDP, *decap* the way from UDP to the TUN. In each
+direction, in inner IP packets: read + generated = delivered + dropped + queued.
+
+This page is generated from `udptun/drops.py` by `python -m udptun.cli.reasons > docs/drops.md`.
+
+"""
+
+
+def rows() -> list[tuple[str, str, str]]:
+    return [(r.name, ", ".join(r.directions), r.meaning) for r in DROP_REASONS]
+
+
+def page() -> str:
+    lines = ["| reason | direction | meaning |", "|---|---|---|"]
+    lines += [f"| `{name}` | {directions} | {meaning} |" for name, directions, meaning in rows()]
+    return PAGE + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

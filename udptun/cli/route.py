@@ -1,0 +1,122 @@
+"""``udptun route``: look at the table and change it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import ControlError, FieldError
+from .lazy import Failure
+from .options import client, echo_json, echo_table, no_headers, output, socket
+
+if TYPE_CHECKING:
+    from ..model import Route
+
+WORDS = "DST via IP [port P] [mtu M]"
+
+
+@click.group()
+def route() -> None:
+    """List and change the routes of a running forwarder.
+
+    A route is written as for ip(8): 10.244.2.0/24 via 192.0.2.2 [port 8285] [mtu 1400]
+    """
+
+
+@route.command("list")
+@output
+@no_headers
+@socket
+@click.pass_context
+def list_(ctx: click.Context, output: str, no_headers: bool) -> None:
+    """List the routes."""
+    if output == "json":
+        for piece in client(ctx).routes_text():
+            click.echo(piece, nl=False)
+        return
+    columns = ("dst", "via", "port", "mtu")
+    rows = ([route[c] for c in columns] for route in client(ctx).routes()["routes"])
+    echo_table([c.upper() for c in columns], rows, no_headers)
+
+
+@route.command()
+@click.argument("words", nargs=-1, required=True, metavar=WORDS)
+@socket
+@click.pass_context
+def add(ctx: click.Context, words: tuple[str, ...]) -> None:
+    """Add a route.
+
+    Adding what is already there succeeds. If the prefix has another next hop, nothing changes
+    and the exit code is 1.
+    """
+    try:
+        client(ctx).add(_parse(words))
+    except ControlError as exc:
+        if exc.code != "route_exists":
+            raise
+        raise Failure(f"{exc} (route_exists): use `udptun route replace` to change it") from exc
+
+
+@route.command()
+@click.argument("words", nargs=-1, required=True, metavar=WORDS)
+@socket
+@click.pass_context
+def replace(ctx: click.Context, words: tuple[str, ...]) -> None:
+    """Add a route, or change the one to the same prefix."""
+    client(ctx).put(_parse(words))
+
+
+@route.command("del")
+@click.argument("dst")
+@socket
+@click.pass_context
+def delete(ctx: click.Context, dst: str) -> None:
+    """Delete the route to DST. Succeeds if there is none."""
+    from ..model import parse_prefix
+
+    try:
+        prefix = parse_prefix("DST", dst)
+    except FieldError as exc:
+        raise click.UsageError(str(exc)) from exc
+    client(ctx).delete(prefix)
+
+
+@route.command()
+@click.argument("file")
+@output
+@socket
+@click.pass_context
+def sync(ctx: click.Context, file: str, output: str) -> None:
+    """Replace all routes by those in FILE (- for standard input), in one step.
+
+    FILE has one route a line: DST via IP [port P] [mtu M]; # starts a comment. If any line is
+    wrong, nothing changes.
+    """
+    name = "standard input" if file == "-" else file
+    try:
+        body = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as exc:
+        raise Failure(f"{name}: {exc.strerror}") from exc
+    try:
+        diff = client(ctx).replace_text(body)
+    except ControlError as exc:
+        raise Failure(f"{name}: {exc}") from exc
+    if output == "json":
+        echo_json(diff.to_json())
+    else:
+        click.echo(
+            f"added {diff.added}, changed {diff.changed}, removed {diff.removed} "
+            f"(generation {diff.generation})"
+        )
+
+
+def _parse(words: tuple[str, ...]) -> Route:
+    from ..model import Route
+
+    try:
+        return Route.from_words(words)
+    except FieldError as exc:
+        raise click.UsageError(str(exc)) from exc

@@ -1,0 +1,185 @@
+"""``udptun status``, ``drops``, ``events`` and ``trace``: what a forwarder says of itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from ..errors import ControlError
+from .options import client, echo_json, echo_table, no_headers, output, socket
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@click.command()
+@output
+@socket
+@click.pass_context
+def status(ctx: click.Context, output: str) -> None:
+    """Show the device, its peers and the packet counts."""
+    found = client(ctx).status()
+    if output == "json":
+        echo_json(found)
+    else:
+        click.echo("\n\n".join([_device(found), *map(_peer, found["peers"])]))
+
+
+@click.command()
+@output
+@no_headers
+@click.option("--all", "show_all", is_flag=True, help="Show reasons without a drop, too.")
+@click.option("--explain", is_flag=True, help="Explain every reason; asks no forwarder.")
+@socket
+@click.pass_context
+def drops(
+    ctx: click.Context, output: str, no_headers: bool, show_all: bool, explain: bool
+) -> None:
+    """Show how many packets were dropped, and why.
+
+    Encap is the way from the TUN to UDP, decap the way back. As JSON every reason is listed.
+    """
+    if explain:
+        from .reasons import COLUMNS, rows
+
+        if output == "json":
+            echo_json({"reasons": [dict(zip(COLUMNS, row, strict=True)) for row in rows()]})
+        else:
+            echo_table([c.upper() for c in COLUMNS], rows(), no_headers)
+        return
+    found = client(ctx).drops()
+    if output == "json":
+        echo_json({"drops": found})
+        return
+    shown = [
+        (drop["reason"], drop["direction"], drop["packets"])
+        for drop in found
+        if show_all or drop["packets"]
+    ]
+    echo_table(["REASON", "DIRECTION", "PACKETS"], shown, no_headers)
+
+
+@click.command()
+@click.argument("address")
+@output
+@socket
+@click.pass_context
+def trace(ctx: click.Context, address: str, output: str) -> None:
+    """Show which route, peer and MTU a packet to ADDRESS gets, or why it would be dropped."""
+    try:
+        found = client(ctx).trace(address)
+    except ControlError as exc:
+        if exc.code == "bad_request":
+            raise click.BadParameter(str(exc), param_hint="ADDRESS") from exc
+        raise
+    if output == "json":
+        echo_json(found)
+        return
+    verdict = found["verdict"]
+    if found["reason"]:
+        verdict += f" ({found['reason']})"
+    route = found["route"]
+    if isinstance(route, dict):
+        route = f"{route['dst']} via {route['via']} port {route['port']}" + (
+            f" mtu {route['mtu']}" if route["mtu"] else ""
+        )
+    lines = {
+        "address": found["address"], "verdict": verdict, "route": route,
+        "peer": found["peer"], "mtu": found["mtu"],
+    }
+    for name, value in lines.items():
+        click.echo(f"{name + ':':<9}{'-' if value is None else value}")
+
+
+@click.command()
+@click.option("-w", "--watch", is_flag=True, help="Wait for what is to come, until Ctrl-C.")
+@output
+@socket
+@click.pass_context
+def events(ctx: click.Context, watch: bool, output: str) -> None:
+    """Show the latest events, or with -w those to come.
+
+    As JSON: one object a line, the first one a "hello" that tells the generation of the route
+    table.
+    """
+    try:
+        for event in client(ctx).events(follow=watch):
+            if output == "json":
+                click.echo(json.dumps(event))
+            elif event["type"] != "hello":
+                click.echo(_event(event))
+    except KeyboardInterrupt:
+        sys.exit(130)  # the usual end of watching, said as shells say it
+
+
+def _event(event: dict[str, Any]) -> str:
+    rest = {k: v for k, v in event.items() if k not in ("time", "type")}
+    text = rest.pop("dst", "") or rest.pop("message", "")
+    words = [text] if text else []
+    words += [f"{k} {v}" for k, v in rest.items() if v is not None]
+    return f"{event['time']}  {event['type']:<15}  {' '.join(words)}"
+
+
+def _device(found: dict[str, Any]) -> str:
+    device, capabilities = found["device"], found["capabilities"]
+    off = [f"{name} ({cause})" for name, cause in capabilities["off"].items()]
+    lines = [
+        ("version", f"{found['version']}, process {found['pid']}, "
+                    f"up for {_duration(found['uptime_seconds'])}"),
+        ("addresses", _listed(device["addresses"])),
+        ("networks", _listed(device["networks"])),
+        ("listening", _listed(device["listen"])),
+        ("mtu", device["mtu"]),
+        ("routes", f"{found['route_count']} (generation {found['generation']})"),
+        ("source check", found["source_check"]),
+        ("workers", len(found["workers"])),
+        ("offloads", _listed(capabilities["in_use"])),
+    ]
+    if off:
+        lines.append(("off", _listed(off)))
+    for direction in ("encap", "decap"):
+        lines.append((f"packets {direction}", _packets(found["packets"][direction])))
+    return _block("device", device["name"], lines)
+
+
+def _peer(peer: dict[str, Any]) -> str:
+    encap, decap = peer["encap"], peer["decap"]
+    seen = peer["last_seen_seconds"]
+    return _block("peer", peer["endpoint"], [
+        ("subnets", _listed(peer["subnets"])),
+        ("last seen", "never" if seen is None else f"{_duration(seen)} ago"),
+        ("transfer", f"{_size(decap['bytes'])} received, {_size(encap['bytes'])} sent"),
+        ("packets", f"{decap['packets']} received, {encap['packets']} sent"),
+        ("path mtu", peer["path_mtu"]),
+    ])
+
+
+def _block(kind: str, name: str, lines: list[tuple[str, object]]) -> str:
+    return "\n".join([f"{kind}: {name}", *(f"  {label}: {value}" for label, value in lines)])
+
+
+def _listed(values: list[str]) -> str:
+    return ", ".join(values) or "(none)"
+
+
+def _packets(side: dict[str, int]) -> str:
+    names = ("read", "generated", "delivered", "dropped", "queued")
+    return ", ".join(f"{side[name]} {name}" for name in names)
+
+
+def _size(count: int) -> str:
+    """Bytes, in the unit that leaves fewest digits before the point."""
+    power = min(max(count.bit_length() - 1, 0) // 10, len(UNITS) - 1)
+    return f"{count / 1024**power:.2f} {UNITS[power]}" if power else f"{count} B"
+
+
+def _duration(seconds: float) -> str:
+    """The two largest units: ``2 hours, 5 minutes``."""
+    left, parts = int(seconds), []
+    for name, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count, left = divmod(left, length)
+        if count:
+            parts.append(f"{count} {name}{'s' if count > 1 else ''}")
+    return ", ".join(parts[:2]) or "0 seconds"

@@ -1,0 +1,300 @@
+"""The calling end of the control API: synchronous, standard library only, quick to import.
+
+Owns one connection, kept open between calls. Refuses to know what the answers are for: they come
+back as the JSON of docs/control.md, except for the diff of a route change. Threading: one thread
+per client.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import json
+import os
+import select
+import socket
+import struct
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ControlError, NoForwarder
+from . import protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+    from ..model import Route, RouteDiff
+
+TIMEOUT = 30.0  # seconds; the forwarder answers within milliseconds
+EXIT_SECONDS = 5.0  # from the closed control socket to the end of the process
+CHUNK = 64 * 1024
+
+
+class ControlClient:
+    """Talks to the forwarder at the socket ``path``. Connects at the first call.
+
+    Every call raises NoForwarder if nobody answers and ControlError if the answer is an error.
+    """
+
+    def __init__(
+        self, path: str = protocol.DEFAULT_SOCKET, timeout: float | None = TIMEOUT
+    ) -> None:
+        self.path = str(path)
+        self._connection = _UnixConnection(self.path, timeout)
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    # Reading
+
+    def status(self) -> dict[str, Any]:
+        return self._get(protocol.STATUS)
+
+    def drops(self) -> list[dict[str, Any]]:
+        drops: list[dict[str, Any]] = self._get(protocol.DROPS)["drops"]
+        return drops
+
+    def routes(self) -> dict[str, Any]:
+        """``{"generation": N, "routes": [{"dst", "via", "port", "mtu"}]}``."""
+        return self._get(protocol.ROUTES)
+
+    def routes_text(self) -> Iterator[bytes]:
+        """The same as JSON text, in pieces as they arrive."""
+        response = self._request("GET", protocol.ROUTES)
+        while piece := self._read(response, CHUNK):
+            yield piece
+
+    def trace(self, address: str) -> dict[str, Any]:
+        from urllib.parse import quote
+
+        return self._get(f"{protocol.TRACE}?address={quote(address)}")
+
+    def metrics(self) -> str:
+        return self._read(self._request("GET", protocol.METRICS)).decode()
+
+    def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
+        """A ``hello``, then events: those to come until the forwarder stops, or the last ones.
+
+        While it is being read no other call may be made on this client.
+        """
+        response = self._request("GET", f"{protocol.EVENTS}?follow={int(follow)}")
+        if follow:
+            self._connection.wait_for_ever()
+        try:
+            while line := self._read_line(response):
+                yield json.loads(line)
+        finally:
+            self.close()
+
+    # Changing
+
+    def add(self, route: Route) -> RouteDiff:
+        """Add ``route``; ControlError ``route_exists`` if its prefix has another next hop."""
+        return self._put(route, {"If-None-Match": "*"})
+
+    def put(self, route: Route) -> RouteDiff:
+        """Add ``route``, or put it in the place of the one with the same prefix."""
+        return self._put(route, {})
+
+    def delete(self, dst: object) -> RouteDiff:
+        """Delete the route to the prefix ``dst``; if there is none, nothing changes."""
+        return self._change("DELETE", protocol.route_path(str(dst)))
+
+    def replace(
+        self, routes: Iterable[Route], expect_generation: int | None = None
+    ) -> RouteDiff:
+        """Replace the whole table in one step.
+
+        ControlError ``generation_mismatch`` if it is no longer at ``expect_generation``.
+        """
+        body = protocol.dump({"routes": [route.to_json() for route in routes]})
+        return self._replace(body, protocol.JSON_TYPE, expect_generation)
+
+    def replace_text(self, body: bytes, expect_generation: int | None = None) -> RouteDiff:
+        """As ``replace``, from the text of a route file."""
+        return self._replace(body, protocol.TEXT_TYPE, expect_generation)
+
+    def stop(self, exit_seconds: float = EXIT_SECONDS) -> None:
+        """Ask the forwarder to stop; return when its process is gone.
+
+        If the process lives on, because a forwarder is only a part of it, or is not in sight, as
+        from another PID namespace, the closed connection has to do.
+        """
+        self.close()  # the end of this very connection is a sign
+        with self._connection.handle() as sock:
+            packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            with _process(struct.unpack("3i", packed)[0]) as process:
+                self._read(self._request("POST", protocol.STOP))
+                try:
+                    sock.recv(1)
+                except TimeoutError:
+                    raise NoForwarder(
+                        f"the forwarder on {self.path} took the request but is still there"
+                    ) from None
+                except OSError:
+                    pass  # gone without a goodbye
+                if process is not None:
+                    select.select([process], [], [], exit_seconds)
+
+    # The wire
+
+    def _get(self, target: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._read(self._request("GET", target)))
+        return answer
+
+    def _put(self, route: Route, headers: dict[str, str]) -> RouteDiff:
+        values = route.to_json()
+        path = protocol.route_path(str(values.pop("dst")))
+        headers["Content-Type"] = protocol.JSON_TYPE
+        return self._change("PUT", path, protocol.dump(values), headers)
+
+    def _replace(self, body: bytes, content_type: str, expect: int | None) -> RouteDiff:
+        headers = {"Content-Type": content_type}
+        if expect is not None:
+            headers["If-Match"] = protocol.format_generation(expect)
+        if len(body) > protocol.MAX_TABLE_BODY:
+            raise ControlError("too_large", f"the table is over {protocol.MAX_TABLE_BODY} bytes")
+        return self._change("PUT", protocol.ROUTES, body, headers)
+
+    def _change(
+        self, method: str, path: str, body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> RouteDiff:
+        from ..model import RouteDiff
+
+        response = self._request(method, path, body, headers or {})
+        return RouteDiff(**json.loads(self._read(response)))
+
+    def _request(
+        self, method: str, target: str, body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> http.client.HTTPResponse:
+        """Send a request and read the head of its answer.
+
+        A kept connection may have been closed meanwhile: then once more on a new one, which is
+        safe, as every request may be repeated.
+        """
+        kept = self._connection.sock is not None
+        try:
+            response = self._try(method, target, body, headers or {})
+        except (ConnectionError, http.client.HTTPException) as exc:
+            self.close()
+            if not kept:
+                raise self._went_away(exc) from exc
+            try:
+                response = self._try(method, target, body, headers or {})
+            except (ConnectionError, http.client.HTTPException) as again:
+                self.close()
+                raise self._went_away(again) from again
+        if response.status >= 400:
+            raise protocol.parse_error(response.status, self._read(response))
+        return response
+
+    def _try(
+        self, method: str, target: str, body: bytes | None, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
+        try:
+            try:
+                self._connection.request(method, target, body, headers)
+            except BrokenPipeError:
+                # Refused before it was read to the end: the answer says why.
+                return self._connection.take_answer(method)
+            return self._connection.getresponse()
+        except TimeoutError as exc:
+            self.close()
+            raise self._went_away(exc) from exc
+
+    def _read(self, response: http.client.HTTPResponse, amount: int | None = None) -> bytes:
+        try:
+            return response.read(amount)
+        except (OSError, http.client.HTTPException) as exc:
+            self.close()
+            raise self._went_away(exc) from exc
+
+    def _read_line(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.readline()
+        except (OSError, http.client.HTTPException) as exc:
+            raise self._went_away(exc) from exc
+
+    def _went_away(self, exc: Exception) -> NoForwarder:
+        if isinstance(exc, TimeoutError):
+            return NoForwarder(f"the forwarder on {self.path} does not answer")
+        return NoForwarder(f"the forwarder on {self.path} closed the connection")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float | None) -> None:
+        super().__init__("localhost")
+        self._path = path
+        self._timeout = timeout
+
+    def connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(self._timeout)
+        try:
+            sock.connect(self._path)
+        except OSError as exc:
+            sock.close()
+            raise _no_forwarder(self._path, exc) from exc
+        self.sock = sock
+
+    def handle(self) -> socket.socket:
+        """A handle of its own on the connection, which outlives the last answer."""
+        if self.sock is None:
+            self.connect()
+        handle: socket.socket = self.sock.dup()
+        handle.settimeout(self._timeout)
+        return handle
+
+    def wait_for_ever(self) -> None:
+        self.sock.settimeout(None)
+
+    def take_answer(self, method: str) -> http.client.HTTPResponse:
+        """The answer to a request that could not be sent in full."""
+        response = self.response_class(self.sock, method=method)
+        response.begin()
+        self.close()  # half a request was sent: no other may follow
+        return response
+
+
+@contextmanager
+def _process(pid: int) -> Iterator[int | None]:
+    """A descriptor that becomes readable when the process ends; None if there is none to see."""
+    if pid == os.getpid():
+        yield None
+        return
+    try:
+        fd = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _no_forwarder(path: str, exc: OSError) -> NoForwarder:
+    if isinstance(exc, PermissionError):
+        return NoForwarder(
+            f"{path}: permission denied: only root and the socket's group may talk to the forwarder"
+        )
+    if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ECONNREFUSED):
+        return NoForwarder(
+            f"no forwarder answers on {path}: start one with `udptun forward ...`, or name its "
+            "socket with --socket or UDPTUN_SOCKET"
+        )
+    return NoForwarder(f"no forwarder answers on {path}: {exc.strerror or exc}")

@@ -1,0 +1,185 @@
+"""Flannel's own control messages: 20 bytes each, over SOCK_SEQPACKET, no reply.
+
+Owns the format (what flanneld's UDP backend sends to its forwarder) and the two ways in: a socket
+path and an inherited descriptor. Refuses to know who sends, and how routes are kept. Flannel sends
+SET_ROUTE again at each lease renewal, so everything here may be repeated. Threading: one loop, the
+forwarder's control loop; each connection's messages are applied in order, one at a time.
+
+source  flannel, pkg/backend/udp (the proxy's command struct)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import DeviceError, FieldError, UdptunError
+from ..model import Route
+from .sockets import UnixListener, listen_unix
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from pathlib import Path
+
+    from .surface import Controlled
+
+log = logging.getLogger(__name__)
+
+# cmd i32 host, dest_net 4 bytes, dest_net_len i32 host, next_hop_ip 4 bytes, next_hop_port 16 bits
+# host (flannel's type is signed; ports over 32767 are meant unsigned), 2 pad bytes
+MESSAGE = struct.Struct("=i4si4sHxx")
+SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
+
+COMPLAINT_SECONDS = 5.0  # between log lines about bad messages
+ACCEPT_PAUSE = 0.5  # seconds after a failed accept
+
+
+@dataclass(frozen=True, slots=True)
+class SetRoute:
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class DelRoute:
+    dst: ipaddress.IPv4Network
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+def parse_message(data: bytes) -> SetRoute | DelRoute | Stop:
+    """One message, hostile or not; raises FieldError."""
+    if len(data) != MESSAGE.size:
+        raise FieldError("length", len(data), f"{MESSAGE.size} bytes")
+    cmd, net, net_len, hop, port = MESSAGE.unpack(data)
+    if cmd == STOP:
+        return Stop()
+    if cmd not in (SET_ROUTE, DEL_ROUTE):
+        raise FieldError("cmd", cmd, "1 (set route), 2 (delete route) or 3 (stop)")
+    if not 0 <= net_len <= 32:
+        raise FieldError("dest_net_len", net_len, "0 to 32")
+    dst = ipaddress.IPv4Network((net, net_len), strict=False)
+    if cmd == DEL_ROUTE:
+        return DelRoute(dst)
+    if port == 0:
+        raise FieldError("next_hop_port", port, "1 to 65535")
+    return SetRoute(Route(dst, ipaddress.IPv4Address(hop), port))
+
+
+class FlannelControl:
+    """Applies flannel's messages to ``forwarder``, from any number of sockets, until ``close``."""
+
+    def __init__(self, forwarder: Controlled) -> None:
+        self._forwarder = forwarder
+        self._listeners: list[UnixListener] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._quiet_until = 0.0
+        self._unsaid = 0
+
+    async def listen(self, path: Path) -> None:
+        """Take connections at ``path``; raises DeviceError as the control socket does."""
+        listener = await listen_unix(path, socket.SOCK_SEQPACKET)
+        self._listeners.append(listener)
+        self._spawn(self._accept(listener))
+
+    def adopt(self, fd: int) -> None:
+        """Take messages from an inherited descriptor, which is ours to close from now on."""
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as exc:
+            raise DeviceError(
+                exc.errno or errno.EBADF, f"flannel control fd {fd}: {exc.strerror}"
+            ) from exc
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            sock.detach()
+            raise DeviceError(
+                errno.EPROTOTYPE, f"flannel control fd {fd} is not a Unix SOCK_SEQPACKET socket"
+            )
+        sock.set_inheritable(False)
+        self._spawn(self._serve(sock, f"fd {fd}"))
+
+    async def close(self) -> None:
+        for listener in self._listeners:
+            listener.unlink()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._listeners.clear()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: UnixListener) -> None:
+        loop = asyncio.get_running_loop()
+        with listener.sock:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listener.sock)
+                except OSError as exc:  # out of descriptors, say: the listener itself is fine
+                    self._complain(f"{listener.path}: accept: {exc.strerror}")
+                    await asyncio.sleep(ACCEPT_PAUSE)
+                    continue
+                if listener.may_connect(sock):
+                    self._spawn(self._serve(sock, str(listener.path)))
+                else:
+                    sock.close()
+                    self._complain(f"{listener.path}: refused a peer outside the socket's group")
+
+    async def _serve(self, sock: socket.socket, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        with sock:
+            sock.setblocking(False)
+            while True:
+                try:
+                    data = await loop.sock_recv(sock, MESSAGE.size + 1)
+                except OSError as exc:
+                    log.info("flannel control %s: %s", name, exc.strerror)
+                    return
+                if not data and _hung_up(sock):
+                    log.debug("flannel control %s: closed by the other side", name)
+                    return
+                await self._apply(data, name)
+
+    async def _apply(self, data: bytes, name: str) -> None:
+        try:
+            match parse_message(data):
+                case SetRoute(route):
+                    await self._forwarder.put_route(route)
+                case DelRoute(dst):
+                    await self._forwarder.delete_route(dst)
+                case Stop():
+                    log.info("flannel control %s: asked to stop", name)
+                    self._forwarder.request_stop()
+        except UdptunError as exc:
+            self._complain(f"{name}: message ignored: {exc}")
+        except Exception:
+            log.exception("flannel control %s: message failed", name)
+
+    def _complain(self, what: str) -> None:
+        """Log, but not as fast as a broken sender can send."""
+        now = asyncio.get_running_loop().time()
+        if now < self._quiet_until:
+            self._unsaid += 1
+            return
+        more = f" (and {self._unsaid} more)" if self._unsaid else ""
+        log.warning("flannel control %s%s", what, more)
+        self._quiet_until = now + COMPLAINT_SECONDS
+        self._unsaid = 0
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    """Whether an empty read was the end: on SOCK_SEQPACKET an empty message looks the same."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))

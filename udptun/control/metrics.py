@@ -1,0 +1,100 @@
+"""The counters as Prometheus text, read at scrape: nothing is counted here.
+
+Owns the names and labels of the metrics. Imported at the first scrape, in a thread: the
+forwarder must not wait for prometheus_client. Rendering runs on the control loop.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from .._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client import Metric
+
+    from .surface import Controlled
+
+PACKET_STATES = ("read", "generated", "delivered", "dropped")
+
+
+class CounterCollector(Collector):
+    def __init__(self, forwarder: Controlled) -> None:
+        self._forwarder = forwarder
+
+    def collect(self) -> Iterator[Metric]:
+        counters = self._forwarder.counters()
+        yield InfoMetricFamily("udptun_build", "The running version.", {"version": __version__})
+
+        packets = CounterMetricFamily(
+            "udptun_packets", "Inner IP packets: read + generated = delivered + dropped + queued.",
+            labels=("direction", "state"),
+        )
+        queued = GaugeMetricFamily(
+            "udptun_queued_packets", "Inner IP packets on their way.", labels=("direction",)
+        )
+        for direction, side in counters["packets"].items():
+            for state in PACKET_STATES:
+                packets.add_metric((direction, state), side[state])
+            queued.add_metric((direction,), side["queued"])
+        yield packets
+        yield queued
+
+        drops = CounterMetricFamily(
+            "udptun_drops", "Dropped inner IP packets by reason.", labels=("direction", "reason")
+        )
+        for drop in counters["drops"]:
+            drops.add_metric((drop["direction"], drop["reason"]), drop["packets"])
+        yield drops
+
+        icmp = CounterMetricFamily(
+            "udptun_icmp", "ICMP errors owed to inner senders.", labels=("state",)
+        )
+        for state, count in counters["icmp"].items():
+            icmp.add_metric((state,), count)
+        yield icmp
+
+        syscalls = CounterMetricFamily(
+            "udptun_syscalls", "System calls on the data path.", labels=("call",)
+        )
+        for call, count in counters["syscalls"].items():
+            syscalls.add_metric((call,), count)
+        yield syscalls
+
+        batches = CounterMetricFamily(
+            "udptun_worker_batches", "Batches forwarded by each worker.", labels=("worker",)
+        )
+        returns = CounterMetricFamily(
+            "udptun_worker_loop_returns", "Returns of each worker to its event loop.",
+            labels=("worker",),
+        )
+        for worker in counters["workers"]:
+            batches.add_metric((str(worker["index"]),), worker["batches"])
+            returns.add_metric((str(worker["index"]),), worker["loop_returns"])
+        yield batches
+        yield returns
+
+        yield GaugeMetricFamily("udptun_peers", "Peers with a route.", counters["peers_n"])
+        yield GaugeMetricFamily("udptun_routes", "Routes in force.", counters["routes_n"])
+        yield GaugeMetricFamily(
+            "udptun_route_generation", "Grows by one with each change of the route table.",
+            counters["generation"],
+        )
+
+
+class Metrics:
+    def __init__(self, forwarder: Controlled) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(CounterCollector(forwarder))
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The text and its content type, in the format the scraper asked for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type

@@ -1,0 +1,380 @@
+"""The forwarder's HTTP end: requests on a Unix socket become calls on the forwarder.
+
+Owns connections, routing, body limits and the shape of every answer (docs/control.md). Refuses to
+know how routes are kept or packets move. Threading: one loop, the forwarder's control loop; a
+large body is only collected here, never decoded, and large answers go out piece by piece.
+
+Import it once traffic flows: aiohttp takes a good part of a second to load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from contextlib import ExitStack, aclosing
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import web
+
+from ..errors import ControlError, FieldError, UdptunError
+from ..model import Route, parse_address, parse_prefix
+from . import protocol
+from .feed import Feed
+from .sockets import UnixListener, listen_unix
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from pathlib import Path
+
+    from ..model import RouteDiff
+    from .metrics import Metrics
+    from .surface import Controlled
+
+    Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 1.0  # for answers under way when the server closes
+
+
+class ControlServer:
+    """Serves ``forwarder`` at the socket ``path`` from ``start`` to ``close``."""
+
+    def __init__(self, forwarder: Controlled, path: Path) -> None:
+        self.path = path
+        self._forwarder = forwarder
+        self._feed = Feed()
+        self._metrics: Metrics | None = None
+        self._running: _Running | None = None
+        self._handlers: dict[str, dict[str, Handler]] = {
+            protocol.STATUS: {"GET": self._get_status},
+            protocol.DROPS: {"GET": self._get_drops},
+            protocol.ROUTES: {"GET": self._get_routes, "PUT": self._put_routes},
+            protocol.TRACE: {"GET": self._get_trace},
+            protocol.EVENTS: {"GET": self._get_events},
+            protocol.STOP: {"POST": self._post_stop},
+            protocol.HEALTHZ: {"GET": self._get_healthz},
+            protocol.METRICS: {"GET": self._get_metrics},
+        }
+        self._route_handlers: dict[str, Handler] = {
+            "DELETE": self._delete_route, "PUT": self._put_route,
+        }
+
+    async def start(self) -> None:
+        """Raises DeviceError if the path is taken or cannot be used."""
+        listener = await listen_unix(self.path, socket.SOCK_STREAM)
+        manager = _Manager(self._handle, listener)
+        try:
+            loop = asyncio.get_running_loop()
+            server = await loop.create_unix_server(manager, sock=listener.sock)
+        except BaseException:
+            listener.unlink()
+            listener.sock.close()
+            raise
+        self._running = _Running(listener, manager, server)
+        events = self._running.subscription.enter_context(self._forwarder.subscribe())
+        self._running.pump = loop.create_task(self._feed.pump(events))
+        log.debug("control socket at %s", self.path)
+
+    async def close(self) -> None:
+        """Remove the socket file, let answers under way finish for a moment, drop the rest."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        running.listener.unlink()
+        running.server.close()
+        self._feed.end()
+        if running.pump is not None:
+            running.pump.cancel()
+            (ended,) = await asyncio.gather(running.pump, return_exceptions=True)
+            if isinstance(ended, Exception):
+                log.error("the event stream broke", exc_info=ended)
+        running.subscription.close()
+        await asyncio.sleep(0)  # let requests that have just arrived reach their handler
+        running.manager.pre_shutdown()
+        await running.manager.shutdown(CLOSE_SECONDS)
+
+    # Routing
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            if not cast(_Connection, request.protocol).allowed:
+                raise ControlError(
+                    "forbidden", f"only root and the group of {self.path} may use this socket"
+                )
+            return await self._find(request)(request)
+        except ConnectionError:
+            raise  # the client is gone
+        except web.RequestPayloadError as exc:
+            return _error("bad_request", f"the body does not parse: {exc}")
+        except Exception as exc:
+            return _error_of(exc, request)
+
+    def _find(self, request: web.BaseRequest) -> Handler:
+        path = request.rel_url.raw_path
+        handlers = self._handlers.get(path)
+        if handlers is None and protocol.parse_route_path(path) is not None:
+            handlers = self._route_handlers
+        if handlers is None:
+            raise ControlError("not_found", f"{path} does not exist: see docs/control.md")
+        handler = handlers.get(request.method)
+        if handler is None:
+            raise _MethodNotAllowed(path, request.method, tuple(handlers))
+        return handler
+
+    # Reading
+
+    async def _get_status(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await _stream(request, self._forwarder.status_chunks())
+
+    async def _get_drops(self, request: web.BaseRequest) -> web.StreamResponse:
+        return _answer({"drops": self._forwarder.drops()})
+
+    async def _get_routes(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await _stream(request, self._forwarder.route_chunks())
+
+    async def _get_trace(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            address = parse_address("address", request.query.get("address"))
+        except FieldError as exc:
+            raise ControlError("bad_request", str(exc)) from None
+        return _answer(self._forwarder.trace(address))
+
+    async def _get_healthz(self, request: web.BaseRequest) -> web.StreamResponse:
+        return _answer({"status": "ok"})
+
+    async def _get_metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._metrics is None:
+            self._metrics = (await asyncio.to_thread(_load_metrics))(self._forwarder)
+        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _get_events(self, request: web.BaseRequest) -> web.StreamResponse:
+        follow = protocol.parse_follow(request.query.get("follow"))
+        response = _stream_response(protocol.NDJSON_TYPE)
+        response.headers["Cache-Control"] = "no-store"
+        await response.prepare(request)
+        reader = self._feed.open()
+        hello = protocol.dump({"type": "hello", "generation": self._forwarder.generation})
+        connection = cast(_Connection, request.protocol)
+        connection.on_lost = reader.end
+        try:
+            if follow and self._running is not None:
+                await response.write(hello)
+                while lines := await reader.take():
+                    await response.write(lines)
+            else:
+                await response.write(hello + b"".join(self._feed.recent))
+        finally:
+            connection.on_lost = None
+            self._feed.drop(reader)
+        await response.write_eof()
+        return response
+
+    # Changing
+
+    async def _put_routes(self, request: web.BaseRequest) -> web.StreamResponse:
+        expect = protocol.parse_if_match(request.headers.get("If-Match"))
+        body = await _body(request, protocol.MAX_TABLE_BODY)
+        if request.content_type == protocol.TEXT_TYPE:
+            diff = await self._forwarder.replace_routes_text(body, expect)
+        else:
+            diff = await self._forwarder.replace_routes_json(body, expect)
+        return _changed(diff)
+
+    async def _put_route(self, request: web.BaseRequest) -> web.StreamResponse:
+        only_add = protocol.parse_if_none_match(request.headers.get("If-None-Match"))
+        dst = _destination(request)
+        values = _loads(await _body(request, protocol.MAX_BODY))
+        if not isinstance(values, dict):
+            raise FieldError("route", values, "an object with via")
+        route = Route.from_json({"dst": dst, **values})
+        if route.dst != parse_prefix("dst", dst):
+            raise FieldError("dst", values["dst"], f"the prefix in the path ({dst}), or none")
+        if only_add:
+            return _changed(await self._forwarder.add_route(route))
+        return _changed(await self._forwarder.put_route(route))
+
+    async def _delete_route(self, request: web.BaseRequest) -> web.StreamResponse:
+        dst = parse_prefix("dst", _destination(request))
+        return _changed(await self._forwarder.delete_route(dst))
+
+    async def _post_stop(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = _answer({"stopping": True}, status=202)
+        await response.prepare(request)
+        await response.write_eof()  # out before the server closes
+        self._forwarder.request_stop()
+        return response
+
+
+class _Running:
+    """What exists between start and close."""
+
+    def __init__(
+        self, listener: UnixListener, manager: _Manager, server: asyncio.AbstractServer
+    ) -> None:
+        self.listener = listener
+        self.manager = manager
+        self.server = server
+        self.subscription = ExitStack()
+        self.pump: asyncio.Task[None] | None = None
+
+
+class _Manager(web.Server):
+    """Makes a connection for each client; its base closes them all at the end."""
+
+    def __init__(self, handler: Handler, listener: UnixListener) -> None:
+        super().__init__(handler)
+        self.listener = listener
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self)
+
+
+class _Connection(web.RequestHandler):
+    """One client: knows whether it may come in, says errors in JSON, notices when it leaves."""
+
+    __slots__ = ("_listener", "allowed", "on_lost")
+
+    def __init__(self, manager: _Manager) -> None:
+        super().__init__(
+            manager,
+            loop=asyncio.get_running_loop(),
+            logger=log,
+            access_log=cast(logging.Logger, None),  # none is asked for; aiohttp's type lacks it
+            tcp_keepalive=False,
+            auto_decompress=False,
+        )
+        self._listener = manager.listener
+        self.allowed = False
+        self.on_lost: Callable[[], None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.allowed = self._listener.may_connect(transport.get_extra_info("socket"))
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self.on_lost is not None:
+            self.on_lost()
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Errors that reach no handler of ours: a request that is no HTTP."""
+        log.debug("bad request on %s: %s", self._listener.path, message)
+        reason = (message or "").partition("\n")[0].rstrip(": ")
+        response = _error("bad_request", f"the request is not valid HTTP: {reason}")
+        response.force_close()
+        return response
+
+
+class _MethodNotAllowed(ControlError):
+    def __init__(self, path: str, method: str, allowed: tuple[str, ...]) -> None:
+        self.allow = ", ".join(allowed)
+        super().__init__("method_not_allowed", f"{path} takes {self.allow}, not {method}")
+
+
+# Answers
+
+_NAME = {"Server": "udptun"}  # in the place of aiohttp's, which tells versions
+
+
+def _answer(value: object, status: int = 200) -> web.Response:
+    return web.Response(
+        body=protocol.dump(value), status=status, content_type=protocol.JSON_TYPE, headers=_NAME
+    )
+
+
+def _changed(diff: RouteDiff) -> web.Response:
+    return _answer(diff.to_json())
+
+
+def _error(code: str, message: str) -> web.Response:
+    return _answer({"error": {"code": code, "message": message}}, protocol.STATUS_OF[code])
+
+
+def _error_of(exc: Exception, request: web.BaseRequest) -> web.Response:
+    known = protocol.error_of(exc)
+    if known is None:
+        log.error("%s %s failed", request.method, request.rel_url.raw_path, exc_info=exc)
+        reason = str(exc) if isinstance(exc, UdptunError) else "see the forwarder's log"
+        return _error("internal", f"the request failed: {reason}")
+    response = _error(known.code, known.message)
+    if isinstance(exc, _MethodNotAllowed):
+        response.headers["Allow"] = exc.allow
+    if known.code in ("forbidden", "too_large"):
+        response.force_close()
+    return response
+
+
+def _stream_response(content_type: str) -> web.StreamResponse:
+    return web.StreamResponse(headers={"Content-Type": content_type, **_NAME})
+
+
+async def _stream(
+    request: web.BaseRequest, chunks: AsyncGenerator[bytes, None]
+) -> web.StreamResponse:
+    """Send JSON text piece by piece. An error before the first piece is still a JSON error."""
+    async with aclosing(chunks):
+        first = await anext(chunks, b"")
+        response = _stream_response(protocol.JSON_TYPE)
+        await response.prepare(request)
+        try:
+            await response.write(first)
+            async for chunk in chunks:
+                await response.write(chunk)
+        except ConnectionError:
+            raise
+        except Exception as exc:
+            log.exception("%s %s broke off", request.method, request.rel_url.raw_path)
+            raise ConnectionResetError("the answer broke off") from exc  # no end mark is sent
+        await response.write_eof(b"\n")
+    return response
+
+
+# Requests
+
+
+async def _body(request: web.BaseRequest, limit: int) -> bytes:
+    """The whole body, undecoded. Joining lets go of the GIL, unlike a growing bytearray."""
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise ControlError("bad_request", "Content-Encoding: only identity is understood")
+    too_large = ControlError("too_large", f"the body is over {limit} bytes")
+    if (request.content_length or 0) > limit:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.content.iter_any():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _loads(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise ControlError("bad_json", f"the body is not JSON: {exc}") from None
+
+
+def _destination(request: web.BaseRequest) -> str:
+    """The prefix in the path. A condition that is not kept must not look as if it were."""
+    if "If-Match" in request.headers:
+        raise ControlError("bad_request", "If-Match: only for PUT /v1/routes")
+    dst = protocol.parse_route_path(request.rel_url.raw_path)
+    assert dst is not None  # else the request would not have come here
+    return dst
+
+
+def _load_metrics() -> type[Metrics]:
+    from .metrics import Metrics
+
+    return Metrics

@@ -1,0 +1,186 @@
+"""Socket files: made with the right mode from the first moment, guarded, removed if still ours.
+
+Owns: the directory and mode rules, which of two forwarders gets a path, and who may connect.
+Refuses to know: what is spoken on the socket. Threading: called on one loop; touches no process
+state such as the umask, so other threads cannot notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import secrets
+import socket
+import stat
+import struct
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+DIRECTORY_MODE = 0o750
+SOCKET_MODE = 0o660
+BACKLOG = 128
+LOCK_TRIES, LOCK_PAUSE = 100, 0.05  # another forwarder holds the lock for about a millisecond
+SO_PEERGROUPS = 59  # Linux 4.13; the socket module has no name for it
+
+
+class UnixListener:
+    """A listening socket and the file that leads to it."""
+
+    def __init__(self, sock: socket.socket, path: Path, inode: tuple[int, int], gid: int) -> None:
+        self.sock = sock
+        self.path = path
+        self._inode = inode
+        self._gid = gid
+
+    def may_connect(self, peer: socket.socket) -> bool:
+        """Only root, the forwarder's own user and members of the socket's group get in.
+
+        The file's mode says the same; this holds even after somebody widened it. A change of the
+        file's group counts from the next connection on.
+        """
+        with suppress(OSError):
+            found = self.path.stat()
+            if (found.st_dev, found.st_ino) == self._inode:
+                self._gid = found.st_gid
+        packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, gid = struct.unpack("3i", packed)
+        return uid in (0, os.geteuid()) or gid == self._gid or self._gid in _peer_groups(peer)
+
+    def unlink(self) -> None:
+        """Remove the file unless it leads to somebody else by now.
+
+        Call it while the socket still listens: until then no other forwarder takes the path, so
+        nothing can come between the look and the removal.
+        """
+        with suppress(OSError):
+            found = self.path.lstat()
+            if (found.st_dev, found.st_ino) == self._inode:
+                self.path.unlink()
+
+
+async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
+    """Listen at ``path``: replaces a stale socket, refuses a live one and what is no socket.
+
+    Of several forwarders that want the same path exactly one gets it: look and bind happen under
+    a lock on the directory, and the socket listens before it can be seen.
+    """
+    with _explained(path):
+        _make_directory(path.parent)
+        async with _locked(path.parent):
+            _refuse_occupied(path, kind)
+            return _bind(path, kind)
+
+
+def _bind(path: Path, kind: socket.SocketKind) -> UnixListener:
+    """Bind beside the path and rename: the path shows a listening 0660 socket or nothing.
+
+    On Linux a socket file takes its mode from the socket's own inode, less the umask. So fchmod
+    before bind keeps it narrow at once, and chmod undoes what the umask took away.
+    """
+    sock = socket.socket(socket.AF_UNIX, kind)
+    hidden = path.with_name(f".{path.name}.{secrets.token_hex(2)}")
+    try:
+        sock.setblocking(False)
+        os.fchmod(sock.fileno(), SOCKET_MODE)
+        sock.bind(str(hidden))
+        try:
+            hidden.chmod(SOCKET_MODE)
+            sock.listen(BACKLOG)
+            made = hidden.stat()
+            hidden.rename(path)
+        except BaseException:
+            hidden.unlink(missing_ok=True)
+            raise
+    except BaseException:
+        sock.close()
+        raise
+    return UnixListener(sock, path, (made.st_dev, made.st_ino), made.st_gid)
+
+
+def _refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise DeviceError(errno.EEXIST, f"{path} exists and is not a socket: left untouched")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return  # nobody listens: stale
+        except OSError as exc:
+            # A full backlog (EAGAIN) or another socket type (EPROTOTYPE) is somebody, too.
+            if exc.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
+                raise
+    raise DeviceError(
+        errno.EADDRINUSE, f"{path} is in use: another process is listening on this socket"
+    )
+
+
+def _make_directory(directory: Path) -> None:
+    """Make what is missing, 0750 whatever the umask says; never change what is there."""
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for made in reversed(missing):
+        try:
+            made.mkdir(DIRECTORY_MODE)
+        except FileExistsError:
+            continue  # another forwarder was faster
+        fd = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(fd, DIRECTORY_MODE)
+        finally:
+            os.close(fd)
+
+
+@asynccontextmanager
+async def _locked(directory: Path) -> AsyncIterator[None]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for _ in range(LOCK_TRIES):
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            await asyncio.sleep(LOCK_PAUSE)
+        else:
+            raise DeviceError(errno.EBUSY, f"{directory} is locked by another process")
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DeviceError:
+        raise
+    except OSError as exc:
+        reason = exc.strerror or str(exc)  # a path over 107 bytes has no errno
+        raise DeviceError(
+            exc.errno or errno.EINVAL, f"cannot listen on {path}: {reason}"
+        ) from exc
+
+
+def _peer_groups(peer: socket.socket) -> set[int]:
+    """The peer's supplementary groups.
+
+    getsockopt is limited to 1024 bytes here, 256 groups: with more the kernel answers ERANGE, and
+    the peer has to get in by its primary group.
+    """
+    try:
+        packed = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+    except OSError:
+        return set()
+    return set(struct.unpack(f"{len(packed) // 4}I", packed))
