@@ -33,11 +33,12 @@ LONGEST_ROUTE = 65536  # bytes of a wrong route that are still looked into for t
 def _each_key_once(where):
     """A hook for json.loads, which would silently take the last of two equal keys."""
     def hook(pairs):
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        members = {}
+        for name, value in pairs:
+            if name in members:
                 raise FieldError("route", name, "each key once", where)
-        return dict(pairs)
+            members[name] = value
+        return members
     return hook
 
 
