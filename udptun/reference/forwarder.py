@@ -120,7 +120,7 @@ class ReferenceForwarder:
         return result
 
     def decap(self, outer_source: Endpoint, datagram: bytes) -> Decapsulated:
-        """UDP to TUN: admit the sender, parse, admit the inner source, take a hop off.
+        """UDP to TUN: parse, admit the sender and the inner source, take a hop off.
 
         datagram  the UDP payload: a raw IP packet; shorter ones are keepalives
         """
@@ -128,8 +128,8 @@ class ReferenceForwarder:
         counts = self.counts[DECAP]
         counts.read += 1
         try:
-            self._admit_peer(outer_source)
             packet = datagram[: check_packet(datagram)]
+            self._admit_peer(outer_source)
             self._admit_source(outer_source, packet)
             result.packet = decrement_hop_limit(packet)
         except Dropped as drop:
@@ -188,7 +188,7 @@ class ReferenceForwarder:
         """Time exceeded, to whoever the inner source is routed to."""
         error = self._icmp_about(packet, "ttl_exceeded", 0)
         route = self.look_up(parse_header(packet).source)
-        if error is None or route is None:
+        if error is None or route is None or len(error) > self.inner_mtu(route):
             return []
         self.counts[ENCAP].generated += 1
         self.counts[ENCAP].delivered += 1

@@ -29,7 +29,6 @@ from .packet import (
     IPV4_MIN,
     PROTO_TCP,
     PROTO_UDP,
-    Dropped,
     IPHeader,
     check_packet,
     parse_header,
@@ -37,6 +36,7 @@ from .packet import (
 )
 
 UDP_SEGMENTS_MAX = 64  # UDP_MAX_SEGMENTS of kernels before 6.9
+TCP_SEGMENTS_MAX = 1000  # a frame is one writev of at most UIO_MAXIOV = 1024 pieces
 
 Flow = tuple[int, bytes, bytes, bytes]  # protocol, source, destination, both ports
 
@@ -80,7 +80,7 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
     """Frames for a TUN with IFF_VNET_HDR: 10 bytes virtio_net_hdr, then one IP packet or several
     merged.
 
-    packets  whole IP packets in the order of arrival; any bytes
+    packets  in the order of arrival; check_packet has passed each
     tcp, udp whether that protocol is merged at all
     returns  frames in the order of each one's first packet; within a flow packets keep their order,
              but for a pure ACK, which may come after data that came behind it. A packet that is
@@ -88,7 +88,8 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
     merged   n >= 2 packets: NEEDS_CSUM, gso_size = payload of the first, hdr_len and csum_start
              from the headers; the transport checksum is the pseudo-header's sum, not inverted;
              lengths of the whole, IPv4 header checksum made right, IPv4 id of the first, PSH of
-             the last. At most 65535 bytes with headers; UDP at most 64 packets.
+             the last. At most 65535 bytes with headers; UDP at most 64 packets, TCP 1000.
+    drops    as check_packet: for a list with such a packet in it nothing is returned
 
     A packet joins the open group of its flow if
     - IPv4: 20 bytes of header with a right checksum, no fragment; IPv6: no extension header;
@@ -99,14 +100,16 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
       with DF clear the IPv4 id is the next one
     - its payload is no longer than the first's. A shorter one, or PSH, closes the group.
     A packet that might join some group but not this one closes it and opens its own. One that may
-    not be merged at all closes the open group of its flow; one whose ports cannot be known (a
-    fragment, extension headers, too short, no IP) closes all; a pure ACK (flags exactly ACK, no
-    payload) and other protocols close none.
+    not be merged at all closes the open group of its flow; one whose ports cannot be trusted (any
+    fragment, IPv6 extension headers, padding behind the declared length, TCP or UDP with less than
+    a fixed header) closes all; a pure ACK (flags exactly ACK, no payload) and other protocols close
+    none.
     source   linux/virtio_net.h; linux net/ipv4/tcp_offload.c and udp_offload.c (the kernel's GRO)
     """
     groups: list[list[_Segment] | bytes] = []  # in order of output; bytes: a packet on its own
     open_groups: dict[Flow, list[_Segment]] = {}
     for packet in packets:
+        check_packet(packet)
         flow, segment, seals = _classify(packet)
         wanted = segment is not None and (tcp if flow and flow[0] == PROTO_TCP else udp)
         if flow is None or segment is None or not wanted:
@@ -130,16 +133,14 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
 
 def _classify(packet: bytes) -> tuple[Flow | None, _Segment | None, str]:
     """The packet's flow if known, the segment if it may be merged, and what it seals if not."""
-    try:
-        total_len = check_packet(packet)
-    except Dropped:
-        return None, None, _SEALS_ALL
     header = parse_header(packet)
+    transport = packet[header.header_len :]
+    hidden = header.version == 6 and header.protocol in EXTENSION_HEADERS
+    if header.is_fragment or header.total_len != len(packet) or hidden:
+        return None, None, _SEALS_ALL
     if header.protocol not in (PROTO_TCP, PROTO_UDP):
-        hidden = header.version == 6 and header.protocol in EXTENSION_HEADERS
-        return None, None, _SEALS_ALL if hidden else _SEALS_NOTHING
-    transport = packet[header.header_len : total_len]
-    if header.is_fragment or len(transport) < 4:
+        return None, None, _SEALS_NOTHING
+    if len(transport) < (20 if header.protocol == PROTO_TCP else 8):
         return None, None, _SEALS_ALL
     flow = (header.protocol, header.source, header.destination, transport[:4])
 
@@ -147,7 +148,6 @@ def _classify(packet: bytes) -> tuple[Flow | None, _Segment | None, str]:
     mergeable = (
         transport_len > 0
         and len(transport) > transport_len
-        and total_len == len(packet)
         and (header.version == 6 or _plain_ipv4(packet, header))
         and transport_sum(header.source, header.destination, header.protocol, transport) == 0xFFFF
     )
@@ -160,16 +160,15 @@ def _judge_transport(protocol: int, transport: bytes) -> tuple[int, str]:
     """The length of a transport header that allows merging, else 0; and what the packet seals if it
     is not merged."""
     if protocol == PROTO_UDP:
-        if len(transport) < 8 or transport[6:8] == b"\0\0":
-            return 0, _SEALS_FLOW
-        return 8 if int.from_bytes(transport[4:6], "big") == len(transport) else 0, _SEALS_FLOW
-    length = (transport[12] >> 4) * 4 if len(transport) >= 20 else 0
+        whole = int.from_bytes(transport[4:6], "big") == len(transport)
+        return 8 if whole and transport[6:8] != b"\0\0" else 0, _SEALS_FLOW
+    length, reserved, flags = (transport[12] >> 4) * 4, transport[12] & 0x0F, transport[13]
     if not 20 <= length <= len(transport):
         return 0, _SEALS_FLOW
-    flags = int.from_bytes(transport[12:14], "big") & 0x0FFF  # with the reserved bits
     if flags == TCP_ACK and len(transport) == length:
         return 0, _SEALS_NOTHING
-    return length if flags in (TCP_ACK, TCP_ACK | TCP_PSH) else 0, _SEALS_FLOW
+    mergeable = reserved == 0 and flags in (TCP_ACK, TCP_ACK | TCP_PSH)
+    return length if mergeable else 0, _SEALS_FLOW
 
 
 def _plain_ipv4(packet: bytes, header: IPHeader) -> bool:
@@ -187,7 +186,7 @@ def _joins(group: list[_Segment], segment: _Segment) -> bool:
         return False
     if segment.header.protocol == PROTO_UDP:
         return len(group) < UDP_SEGMENTS_MAX
-    return _continues_tcp(first, segment, merged_len)
+    return len(group) < TCP_SEGMENTS_MAX and _continues_tcp(first, segment, merged_len)
 
 
 def _continues_ip(first: _Segment, segment: _Segment, index: int) -> bool:

@@ -1,0 +1,31 @@
+"""The two implementations of the data path's steps: the same tests run on both."""
+
+import importlib
+from types import ModuleType
+
+import pytest
+
+
+def _load(name: str) -> ModuleType:
+    if name == "reference":
+        return importlib.import_module("udptun.reference")
+    try:
+        return importlib.import_module("udptun._steps")
+    except ImportError as error:
+        pytest.fail(
+            f"udptun._steps cannot be imported ({error}). Build it: `make build`, or"
+            " `python setup.py build_ext --inplace`.",
+            pytrace=False,
+        )
+
+
+@pytest.fixture(scope="session", params=["reference", "compiled"])
+def impl(request: pytest.FixtureRequest) -> ModuleType:
+    """Each implementation in turn."""
+    return _load(request.param)
+
+
+@pytest.fixture(scope="session")
+def compiled() -> ModuleType:
+    """The compiled steps, for tests that hold them to the reference."""
+    return _load("compiled")
