@@ -129,10 +129,14 @@ class Netlink:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` in the netlink thread, wait for it in the caller's loop."""
+        """Run ``work`` in the netlink thread, wait for it in the caller's loop.
+
+        A caller that is cancelled stops waiting, but the work goes on: a dump left half read
+        would make the kernel answer EBUSY to the next request.
+        """
         future = self._submit(work)
         try:
-            return await asyncio.wrap_future(future)
+            return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -248,9 +252,9 @@ class Netlink:
         self._changed()
 
     async def _subscribe(self) -> None:
-        if self._watch is not None:
-            return
         async with self._doing("subscribing to address changes"):
+            if self._watch is not None:
+                return
             from pyroute2 import IPRSocket
 
             watch = IPRSocket()
@@ -269,6 +273,7 @@ class Netlink:
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
+                    log.info("messages about addresses were lost: reading all addresses again")
         self._changed()
 
     def _changed(self) -> None:

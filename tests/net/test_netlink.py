@@ -1,0 +1,312 @@
+"""Netlink against the real kernel, seen through ip(8) and /proc."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import queue
+import select
+import socket
+import struct
+import threading
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+import uvloop
+from own_netns import in_own_netns, ip_json, sh
+
+from udptun.device.offload import OffloadRequest
+from udptun.device.tun import Tun
+from udptun.errors import DeviceError, FieldError
+from udptun.net.netlink import Netlink
+
+NAME = "utE0"
+OWN4, OWN6 = ip_address("10.244.1.0"), ip_address("fd00:1::")
+NET4, NET6 = ip_network("10.244.0.0/16"), ip_network("fd00::/16")
+MTU = 1400
+
+
+def opened(name=NAME, text="off"):
+    return contextlib.closing(Tun.open(name, 1, OffloadRequest.parse(text)))
+
+
+@contextlib.contextmanager
+def refused(number, *words):
+    with pytest.raises(DeviceError) as caught:
+        yield
+    assert caught.value.errno == number
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def addresses_of(name):
+    return {(item["local"], item["prefixlen"]) for item in
+            ip_json(f"address show dev {name}")[0]["addr_info"]}
+
+
+def routes_of(name):
+    return {(route["dst"], route.get("scope", "global")) for version in (4, 6) for route in
+            ip_json(f"-{version} route show dev {name}")}
+
+
+@in_own_netns
+async def test_configure():
+    with opened(text="auto") as tun, Netlink() as netlink:
+        await netlink.configure_tun(
+            tun.name, MTU, [OWN4, OWN6], [NET4, NET6], gso_max_segs=44, gso_max_size=65000
+        )
+        (link,) = ip_json(f"link show {NAME}")
+        assert {"UP", "LOWER_UP"} <= set(link["flags"])
+        assert (link["mtu"], link["txqlen"]) == (MTU, 5000)
+        assert (link["gso_max_segs"], link["gso_max_size"]) == (44, 65000)
+        assert link["inet6_addr_gen_mode"] == "none"
+        assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
+        assert routes_of(NAME) == {(str(NET4), "global"), (str(NET6), "global")}
+        # A second time, as after a reload: nothing to complain about, nothing doubled.
+        await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
+        assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
+
+
+@in_own_netns
+async def test_only_this_device_accepts_local():
+    with opened("utE0.5") as tun, opened("utE1"), Netlink() as netlink:
+        await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
+        conf = Path("/proc/sys/net/ipv4/conf")
+        accepting = {path.name for path in conf.iterdir()
+                     if (path / "accept_local").read_text().strip() == "1"}
+        assert accepting == {"utE0.5"}
+
+
+@in_own_netns
+async def test_the_kernel_says_nothing_on_its_own():
+    """No router solicitation, no group report: whatever is on the TUN, somebody sent."""
+    with opened() as tun, Netlink() as netlink:
+        await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
+        # The first solicitation and report would come within a second (RFC 4861, RFC 3810).
+        assert select.select([tun.fds[0]], [], [], 1.5)[0] == []
+
+
+def icmp_port_unreachable(own, quoted):
+    """From our own address to our own address, about a packet that we read from the TUN."""
+    def checksum(data):
+        total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+        total = (total >> 16) + (total & 0xFFFF)
+        return ~(total + (total >> 16)) & 0xFFFF
+
+    body = struct.pack("!BBHI", 3, 3, 0, 0) + quoted[:28]
+    body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 0, 0, 64, 1, 0,
+                       own.packed, own.packed)
+    return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + body
+
+
+@in_own_netns
+@pytest.mark.parametrize("rp_filter", [0, 1, 2])
+@pytest.mark.parametrize("accept", [True, False])
+async def test_icmp_from_our_own_address_arrives(rp_filter, accept):
+    """... with every rp_filter, since the address is on this device; and only by accept_local."""
+    for name in ("all", "default"):
+        Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text(str(rp_filter))
+    with opened() as tun, Netlink() as netlink:
+        await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
+        assert Path(f"/proc/sys/net/ipv4/conf/{NAME}/rp_filter").read_text() == f"{rp_filter}\n"
+        if not accept:
+            Path(f"/proc/sys/net/ipv4/conf/{NAME}/accept_local").write_text("0")
+        with open(tun.fds[0], "r+b", buffering=0, closefd=False) as device, \
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+            asker.connect(("10.244.2.9", 9))
+            asker.send(bytes(2))
+            packet = device.read(MTU)
+            device.write(icmp_port_unreachable(OWN4, packet))
+            asker.setblocking(False)
+            with pytest.raises(ConnectionRefusedError if accept else BlockingIOError):
+                asker.recv(1)
+
+
+@in_own_netns
+async def test_ipv6_disabled_on_the_host():
+    for name in ("all", "default"):
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+    with opened() as tun, Netlink() as netlink:
+        await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
+        assert addresses_of(NAME) == {(str(OWN4), 32)}
+        # Who gives an IPv6 address wants IPv6: on this device, and on no other.
+        await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
+        assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
+        assert Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text() == "1\n"
+
+
+@in_own_netns
+async def test_small_mtu():
+    with opened() as tun, Netlink() as netlink:
+        await netlink.configure_tun(tun.name, 1000, [OWN4], [NET4])
+        assert ip_json(f"link show {NAME}")[0]["mtu"] == 1000
+        with pytest.raises(FieldError) as caught:
+            await netlink.configure_tun(tun.name, 1279, [OWN4, OWN6], [NET4])
+        assert caught.value.field == "mtu"
+
+
+@in_own_netns
+async def test_underlay_mtu():
+    sh("ip link add utEa type veth peer name utEb", "ip link set utEa mtu 1450",
+       "ip address add 192.0.2.1 peer 192.0.2.9/32 dev utEa",
+       "ip address add 2001:db8::1/64 dev utEa nodad")
+    with Netlink() as netlink:
+        assert await netlink.underlay_mtu(ip_address("192.0.2.1")) == ("utEa", 1450)
+        assert await netlink.underlay_mtu(ip_address("2001:db8::1")) == ("utEa", 1450)
+        for address in ("192.0.2.9", "192.0.2.2", "0.0.0.0"):  # the first is the other end
+            with refused(errno.EADDRNOTAVAIL, address):
+                await netlink.underlay_mtu(ip_address(address))
+
+
+@in_own_netns
+async def test_local_addresses_under_uvloop_and_many_at_once():
+    sh("ip address add 192.0.2.1/24 dev lo", "ip address add 2001:db8::1/128 dev lo nodad")
+    expected = {ip_address(text) for text in ("127.0.0.1", "::1", "192.0.2.1", "2001:db8::1")}
+
+    async def ask():
+        return await asyncio.gather(*(netlink.local_addresses() for _ in range(10)))
+
+    with Netlink() as netlink:
+        assert await netlink.local_addresses() == expected
+        box = []
+
+        def other_loop():  # in a thread, since this one has a running loop
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                box.extend(runner.run(ask()))
+
+        thread = threading.Thread(target=other_loop)
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        assert box == [expected] * 10
+
+
+@in_own_netns
+def test_watch_addresses():
+    heard = queue.SimpleQueue()
+    local = {ip_address("127.0.0.1"), ip_address("::1")}
+    new = ip_address("192.0.2.1")
+    with Netlink() as netlink:
+        netlink.watch_addresses(lambda found: heard.put((found, threading.current_thread().name)))
+        assert heard.get(timeout=10) == (local, "netlink")
+        sh(f"ip address add {new}/24 dev lo")
+        assert heard.get(timeout=10)[0] == local | {new}
+        sh(f"ip address del {new}/24 dev lo")
+        assert heard.get(timeout=10)[0] == local
+    assert heard.empty()
+
+
+@in_own_netns
+def test_watch_survives_a_lost_message(caplog):
+    """A storm overflows the netlink socket (ENOBUFS): the end of it is heard all the same."""
+    last = queue.SimpleQueue()
+    gate = threading.Event()
+    first = threading.Event()
+    caplog.set_level("INFO")
+
+    def callback(found):
+        first.set()
+        assert gate.wait(timeout=60)  # the netlink thread reads nothing meanwhile
+        last.put(found)
+
+    with Netlink() as netlink:
+        netlink.watch_addresses(callback)
+        assert first.wait(timeout=10)
+        netlink._watch.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sh(*(f"ip address add 192.0.2.{i}/32 dev lo" for i in range(1, 100)))
+        gate.set()
+        while len(last.get(timeout=10)) != 2 + 99:
+            pass
+    assert "lost" in caplog.text  # the storm did overflow the socket
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@in_own_netns
+def test_a_failing_watcher_does_not_stop_the_others(caplog):
+    heard = queue.SimpleQueue()
+
+    def fail(_):
+        raise RuntimeError("utE")
+
+    with Netlink() as netlink:
+        netlink.watch_addresses(fail)
+        netlink.watch_addresses(heard.put)
+        assert heard.get(timeout=10)
+        sh("ip address add 192.0.2.1/24 dev lo")
+        while ip_address("192.0.2.1") not in heard.get(timeout=10):
+            pass
+    assert "RuntimeError: utE" in caplog.text
+
+
+@in_own_netns
+async def test_errors_say_what_was_being_done():
+    sh("ip link add utEa type veth peer name utEb", "ip address add 192.0.2.1/24 dev utEa",
+       "ip link set utEa up", "ip route add 198.51.100.0/24 dev utEa")
+    with opened() as tun, Netlink() as netlink:
+        with refused(errno.ENODEV, "utE9"):
+            await netlink.configure_tun("utE9", MTU, [], [])
+        with refused(errno.EINVAL, NAME, "MTU 70000", "greater than"):
+            await netlink.configure_tun(NAME, 70000, [], [])
+        with refused(errno.EEXIST, "198.51.100.0/24", NAME, "through utEa"):
+            await netlink.configure_tun(NAME, MTU, [], [ip_network("198.51.100.0/24")])
+        assert tun.fds
+
+
+@in_own_netns
+async def test_gso_limits_are_only_logged(caplog):
+    with opened(), Netlink() as netlink:
+        await netlink.configure_tun(NAME, MTU, [OWN4], [NET4], gso_max_segs=1 << 20)
+        assert "UP" in ip_json(f"link show {NAME}")[0]["flags"]
+    assert "gso_max_segs 1048576" in caplog.text
+
+
+async def test_close():
+    netlink = Netlink()
+    netlink.close()  # while it still imports
+    netlink.close()
+    with refused(errno.EBADF, "already closed"):
+        await netlink.local_addresses()
+    with refused(errno.EBADF):
+        netlink.watch_addresses(print)
+    assert not netlink._thread.is_alive()
+
+
+async def test_close_ends_calls_under_way():
+    netlink = Netlink()
+    gate = threading.Event()
+    netlink._loop.call_soon_threadsafe(gate.wait, 60)  # nothing is answered before the close
+    calls = [asyncio.create_task(netlink.local_addresses()) for _ in range(10)]
+    await asyncio.sleep(0)  # one turn: all are submitted
+    closer = threading.Thread(target=netlink.close)
+    closer.start()
+    while not netlink._closing:
+        await asyncio.sleep(0)
+    with netlink._gate:  # close has given its order
+        gate.set()
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    closer.join()
+    assert {getattr(item, "errno", None) for item in done} == {errno.ECANCELED}
+
+
+async def test_a_cancelled_caller_is_cancelled():
+    with Netlink() as netlink:
+        assert await netlink.local_addresses()
+        for _ in range(20):  # wherever it is caught, the socket stays usable
+            call = asyncio.create_task(netlink.local_addresses())
+            await asyncio.sleep(0)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert await netlink.local_addresses()
+
+
+async def test_pyroute2_that_does_not_open(monkeypatch):
+    import pyroute2
+
+    def refuse(**_):
+        raise OSError(errno.EMFILE, "")
+
+    monkeypatch.setattr(pyroute2, "AsyncIPRoute", refuse)
+    with Netlink() as netlink, refused(errno.EMFILE, "opening netlink"):
+        await netlink.local_addresses()

@@ -1,0 +1,140 @@
+"""The options of the UDP socket, as the kernel reports them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from ipaddress import ip_address
+
+import pytest
+from own_netns import in_own_netns, sh
+
+from udptun.device.offload import OffloadRequest
+from udptun.errors import DeviceError
+from udptun.model import Endpoint
+from udptun.net import udp as module
+from udptun.net.udp import open_udp
+
+AUTO = OffloadRequest()
+LOCAL = {4: Endpoint(ip_address("127.0.0.1"), 0), 6: Endpoint(ip_address("::1"), 0)}
+
+
+def opened(endpoint=LOCAL[4], request=AUTO, reuse_port=False):
+    return contextlib.closing(open_udp(endpoint, request, reuse_port))
+
+
+def bound(udp):
+    """Where the kernel bound a socket that asked for port 0."""
+    return Endpoint(udp.endpoint.address, udp.socket.getsockname()[1])
+
+
+@contextlib.contextmanager
+def refused(number, *words):
+    with pytest.raises(DeviceError) as caught:
+        yield
+    assert caught.value.errno == number
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_options(version):
+    with opened(LOCAL[version]) as udp:
+        option = udp.socket.getsockopt
+        assert udp.family == (socket.AF_INET if version == 4 else socket.AF_INET6)
+        assert not os.get_inheritable(udp.fd)
+        assert not os.get_blocking(udp.fd)
+        if version == 4:
+            assert option(socket.IPPROTO_IP, module.IP_MTU_DISCOVER) == module.PMTUDISC_PROBE
+            assert option(socket.IPPROTO_IP, module.IP_RECVERR) == 1
+        else:
+            assert option(socket.IPPROTO_IPV6, module.IPV6_MTU_DISCOVER) == module.PMTUDISC_PROBE
+            assert option(socket.IPPROTO_IPV6, module.IPV6_DONTFRAG) == 1
+            assert option(socket.IPPROTO_IPV6, module.IPV6_RECVERR) == 1
+            assert option(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
+        assert option(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 0
+        assert udp.rcvbuf == option(socket.SOL_SOCKET, socket.SO_RCVBUF) > 0
+        assert udp.sndbuf == option(socket.SOL_SOCKET, socket.SO_SNDBUF) > 0
+        if os.geteuid() == 0:
+            assert (udp.rcvbuf, udp.sndbuf) == (2 * module.RCVBUF, 2 * module.SNDBUF)
+
+
+def test_offloads():
+    with opened() as udp:
+        assert (udp.features, udp.off) == ({"udp-gso", "udp-gro"}, {})
+        assert udp.socket.getsockopt(socket.IPPROTO_UDP, module.UDP_GRO) == 1
+        assert udp.socket.getsockopt(socket.IPPROTO_UDP, module.UDP_SEGMENT) == 0
+
+
+def test_offloads_not_asked():
+    with opened(request=OffloadRequest.parse("auto,-udp-gro")) as udp:
+        assert (udp.features, udp.off) == ({"udp-gso"}, {"udp-gro": "asked"})
+        assert udp.socket.getsockopt(socket.IPPROTO_UDP, module.UDP_GRO) == 0
+
+
+def test_old_kernel(monkeypatch, caplog):
+    # An option that no kernel has, in the place of one that an old kernel lacks.
+    monkeypatch.setattr(module, "UDP_SEGMENT", 9999)
+    with opened() as udp:
+        assert udp.features == {"udp-gro"}
+        assert udp.off == {"udp-gso": "kernel refuses UDP_SEGMENT: ENOPROTOOPT"}
+    assert udp.off["udp-gso"] in caplog.text
+
+
+def test_without_capability(monkeypatch):
+    """Then the buffers are what rmem_max and wmem_max allow."""
+
+    class Socket(socket.socket):
+        def setsockopt(self, level, option, value):
+            if option in (module.SO_RCVBUFFORCE, module.SO_SNDBUFFORCE):
+                raise PermissionError(errno.EPERM, "")
+            super().setsockopt(level, option, value)
+
+    monkeypatch.setattr(module.socket, "socket", Socket)
+    with opened() as udp:
+        assert 0 < udp.rcvbuf <= 2 * module.RCVBUF
+        assert 0 < udp.sndbuf <= 2 * module.SNDBUF
+
+
+def test_in_use():
+    with opened() as udp, refused(errno.EADDRINUSE, str(bound(udp)), "another process"):
+        open_udp(bound(udp), AUTO, False)
+
+
+def test_reuse_port_is_for_our_workers():
+    with opened(reuse_port=True) as first, opened(bound(first), reuse_port=True) as second:
+        assert first.fd != second.fd
+        with refused(errno.EADDRINUSE):
+            open_udp(bound(first), AUTO, False)
+
+
+def test_no_such_address():
+    with refused(errno.EADDRNOTAVAIL, "192.0.2.1:8285", "no interface has this address"):
+        open_udp(Endpoint(ip_address("192.0.2.1")), AUTO, False)
+
+
+def test_no_ipv6(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EAFNOSUPPORT, "")
+
+    monkeypatch.setattr(module.socket, "socket", refuse)
+    with refused(errno.EAFNOSUPPORT, "[::1]:0", "no IPv6"):
+        open_udp(LOCAL[6], AUTO, False)
+
+
+@in_own_netns
+def test_datagrams_are_never_fragmented_and_the_path_answers():
+    """Above the link's MTU: refused at once; the error queue has the MTU (linux/errqueue.h)."""
+    sh("ip link set lo mtu 1400")
+    with opened() as udp, opened() as other:
+        to = other.socket.getsockname()
+        assert udp.socket.sendto(bytes(1372), to) == 1372
+        with pytest.raises(OSError) as caught:
+            udp.socket.sendto(bytes(1373), to)
+        assert caught.value.errno == errno.EMSGSIZE
+        _, controls, flags, _ = udp.socket.recvmsg(2000, 512, socket.MSG_ERRQUEUE)
+        assert flags & socket.MSG_ERRQUEUE
+        number, _, _, _, _, mtu = struct.unpack_from("IBBBBI", controls[0][2])
+        assert (number, mtu) == (errno.EMSGSIZE, 1400)
