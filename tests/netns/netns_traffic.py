@@ -142,13 +142,12 @@ def exchange_udp(source: Host, target: Host, address: object, largest: int) -> N
 @contextlib.contextmanager
 def nft_counters(host: Host, device: str, **rules: str) -> Iterator["Counters"]:
     """Count packets that come in on ``device``, by nft expressions. The kernel does the counting."""
-    lines = "\n".join(
-        f"    counter {name} {{}}" for name in rules
-    ) + f"\n    chain c {{ type filter hook ingress device {device} priority 0;\n" + "\n".join(
-        f"      {expression} counter name {name}" for name, expression in rules.items()
-    )
+    # The prefix keeps the names apart from nft's own words.
+    counters = "\n".join(f"  counter n_{name} {{}}" for name in rules)
+    statements = "\n".join(f"    {rule} counter name n_{name}" for name, rule in rules.items())
+    chain = f"type filter hook ingress device {device} priority 0;\n{statements}"
     table = f"watch_{device}"
-    host.nft(f"table netdev {table} {{\n{lines}\n    }}\n}}\n")
+    host.nft(f"table netdev {table} {{\n{counters}\n  chain c {{\n{chain}\n  }}\n}}\n")
     try:
         yield Counters(host, table)
     finally:
@@ -162,7 +161,7 @@ class Counters:
     def packets(self) -> dict[str, int]:
         text = self._host.run(["nft", "-j", "list", "table", "netdev", self._table]).stdout
         found = [o["counter"] for o in json.loads(text)["nftables"] if "counter" in o]
-        return {c["name"]: c["packets"] for c in found}
+        return {c["name"].removeprefix("n_"): c["packets"] for c in found}
 
 
 def snmp(host: Host, protocol: str) -> dict[str, int]:

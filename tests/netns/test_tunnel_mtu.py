@@ -66,8 +66,8 @@ def test_mtu_of_a_route_where_icmp_is_filtered(narrow):
     a, b = narrow.sides
     for router in narrow.link.routers:
         router.nft(
-            "table inet silent { chain c { type filter hook output priority 0;\n"
-            "icmp type destination-unreachable drop\nicmpv6 type packet-too-big drop\n} }\n"
+            "table inet silent {\n chain c {\n  type filter hook output priority 0;\n"
+            "  icmp type destination-unreachable drop\n  icmpv6 type packet-too-big drop\n }\n}\n"
         )
     result = ping(a.pod, b.pod_v4, count=3, size=BIG, df=True, wait=0.3)
     assert (result.received, result.errors) == (0, ()), "the filter does not filter"

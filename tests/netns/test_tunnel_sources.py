@@ -3,16 +3,13 @@
 A third host on the segment plays the stranger; the datagrams are made by hand, byte by byte.
 """
 
+import json
 import random
 import socket
 import struct
 
 import pytest
-from netns_traffic import (
-    assert_invariant,
-    nft_counters,
-    settled_packets,
-)
+from netns_traffic import assert_invariant, nft_counters
 
 from udptun.lab import Forwarder, node, wait_for
 from udptun.lab.tunnels import NETWORK, NETWORK6
@@ -70,7 +67,7 @@ class Ground:
                 sender.sendto(packet, (str(self.target.v4), PORT))
 
     def read(self) -> int:
-        return settled_packets(self.forwarder)["decap"]["read"]
+        return self.forwarder.status()["packets"]["decap"]["read"]
 
     def arrived(self, family: int) -> list[bytes]:
         got = []
@@ -125,6 +122,9 @@ def test_who_may_send(lab, mode, offload):
                 assert (changes, context) == ({("decap", reason): 1}, context)
                 assert (ground.arrived(family), context) == ([], context)
     assert_invariant(ground.forwarder)
+    shown = json.loads(ground.forwarder.udptun("drops", "-o", "json").stdout)["drops"]
+    told = {(d["direction"], d["reason"]): d["packets"] for d in shown if d["packets"]}
+    assert told == ground.forwarder.drops()
 
 
 def rubbish(count: int):
@@ -150,7 +150,7 @@ def test_rubbish_is_counted_and_harms_nothing(lab, offload):
         already = ground.read()
         for i in range(0, count, 100):
             ground.inject(ground.stranger, packets[i : i + 100])
-            wait_for(lambda n=already + i + 100: total(ground) >= n, "the burst to be read")
+            wait_for(lambda n=already + i + 100: ground.read() >= n, "the burst to be read")
         came = wire.packets()["came"]
     assert came == count
     assert ground.read() - already == came
@@ -164,7 +164,3 @@ def test_rubbish_is_counted_and_harms_nothing(lab, offload):
     wait_for(lambda: b"still here" in ground.arrived(4), "a good packet to come through")
     assert ground.forwarder.process.alive
     assert "Traceback" not in ground.forwarder.process.text()
-
-
-def total(ground: Ground) -> int:
-    return ground.forwarder.status()["packets"]["decap"]["read"]

@@ -259,8 +259,11 @@ class Host:
                 _setns(home)
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        """A socket of this program on that host; closed with the lab, if not before."""
         with self.inside():
-            return socket.socket(family, kind, protocol)
+            made = socket.socket(family, kind, protocol)
+        self.lab.sockets.append(made)
+        return made
 
     def forwarding(self) -> None:
         self.sysctl(*_FORWARDING)
@@ -294,6 +297,7 @@ class Lab:
 
     def __init__(self) -> None:
         self.hosts: list[Host] = []
+        self.sockets: list[socket.socket] = []
         self.numbers = itertools.count()
         self._subnets = itertools.count(1)
         self._saved_handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
@@ -330,6 +334,8 @@ class Lab:
             for host in self.hosts:
                 for process in host.processes:
                     process.stop()
+            for made in self.sockets:
+                made.close()
             namespaces = [host.namespace for host in self.hosts]
             for namespace in namespaces:
                 _remove_namespace(namespace)

@@ -90,5 +90,7 @@ def pair(
     made = Pair(lab, link, a, b)
     if start:
         for side in made.sides:
-            side.start()
+            side.start(wait=False)
+        for side in made.sides:
+            side.forwarder.wait_ready()
     return made

@@ -151,8 +151,8 @@ class Forwarder:
         return self.host.start([*_UDPTUN, *argv], name="client", env=env)
 
     def drops(self) -> dict[tuple[str, str], int]:
-        """Packets by (direction, reason), those at zero left out; by the command line."""
-        rows = json.loads(self.udptun("drops", "-o", "json").stdout)["drops"]
+        """Packets by (direction, reason), those at zero left out."""
+        rows = self.get("/v1/drops")["drops"]
         return {(r["direction"], r["reason"]): r["packets"] for r in rows if r["packets"]}
 
     def rss_kib(self) -> int:
