@@ -1,0 +1,158 @@
+"""Keep each flow on one queue of a TUN device that has several.
+
+Owns a small eBPF program and its loading. By itself the kernel moves a flow to the queue that last
+wrote a packet of its other direction: the flow then passes through another worker, and packets
+overtake each other. Refuses to know who reads the queues. Any thread; no shared state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import socket
+import struct
+import sys
+
+log = logging.getLogger(__name__)
+
+TUNSETSTEERINGEBPF = 0x800454E0  # linux/if_tun.h
+BPF_PROG_LOAD, BPF_PROG_TYPE_SOCKET_FILTER = 5, 1  # linux/bpf.h
+BPF_SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+
+# linux/bpf_common.h, linux/bpf.h
+_LD_ABS, _LD_IND = 0x20, 0x40
+_W, _H, _B = 0x00, 0x08, 0x10
+_MOV64, _ADD32, _AND32, _MUL32, _LSH32, _RSH32 = 0xB7, 0x04, 0x54, 0x24, 0x64, 0x74
+_BY_REGISTER = 0x08  # the second operand is a register, not the constant
+_JA, _JEQ, _JNE, _EXIT = 0x05, 0x15, 0x55, 0x95
+_GOLDEN = 0x9E3779B1 - (1 << 32)  # Knuth's multiplicative hash, as a signed constant
+
+Step = tuple[int, int, int, int, str]  # opcode, destination, source, constant, jump label
+
+
+def attach_steering(fd: int) -> str | None:
+    """Attach the program to the device of this queue; it holds for all of its queues.
+
+    Loading needs CAP_BPF or CAP_SYS_ADMIN on most hosts. Returns None, or the cause why the
+    kernel's own way stays in force; that is logged here.
+    """
+    program = -1
+    try:
+        program = _load(_assemble(_program()))
+        fcntl.ioctl(fd, TUNSETSTEERINGEBPF, struct.pack("i", program))
+    except OSError as error:
+        cause = errno.errorcode.get(error.errno or 0, str(error.errno))
+        log.info("flows may move between TUN queues: the kernel refuses a steering program: %s",
+                 cause)
+        return cause
+    finally:
+        if program >= 0:
+            os.close(program)  # the device holds it
+    return None
+
+
+def _program() -> list[Step | str]:
+    """Hash addresses, protocol and ports of the inner packet. Strings are jump labels.
+
+    r6 is the packet as LD_ABS wants it, r7 the sum, r8 the protocol, r9 where the ports are. Sums
+    make both directions of a flow equal. A load beyond the packet ends the program with 0.
+    """
+    def load(size: int, at: int) -> Step:
+        return (_LD_ABS | size, 0, 0, at, "")
+
+    def load_from_r9(size: int, at: int) -> Step:
+        return (_LD_IND | size, 0, 9, at, "")
+
+    def constant(opcode: int, register: int, value: int) -> Step:
+        return (opcode, register, 0, value, "")
+
+    def move(to: int, register: int) -> Step:
+        return (_MOV64 | _BY_REGISTER, to, register, 0, "")
+
+    def jump(opcode: int, register: int, value: int, label: str) -> Step:
+        return (opcode, register, 0, value, label)
+
+    add: Step = (_ADD32 | _BY_REGISTER, 7, 0, 0, "")
+    leave: Step = (_EXIT, 0, 0, 0, "")
+    return [
+        move(6, 1),
+        constant(_MOV64, 7, 0),
+        load(_B, 0),
+        constant(_RSH32, 0, 4),
+        jump(_JEQ, 0, 6, "ipv6"),
+        jump(_JNE, 0, 4, "other"),
+        load(_W, 12), add, load(_W, 16), add,
+        load(_B, 9), move(8, 0),
+        load(_H, 6),
+        constant(_AND32, 0, 0x3FFF),  # more fragments, or not the first: all without ports
+        jump(_JNE, 0, 0, "mix"),
+        load(_B, 0),
+        constant(_AND32, 0, 0x0F),
+        constant(_LSH32, 0, 2),
+        move(9, 0),
+        jump(_JA, 0, 0, "ports"),
+        "ipv6",
+        *(step for at in range(8, 40, 4) for step in (load(_W, at), add)),
+        load(_B, 6), move(8, 0),
+        constant(_MOV64, 9, 40),
+        "ports",
+        jump(_JEQ, 8, socket.IPPROTO_TCP, "with_ports"),
+        jump(_JNE, 8, socket.IPPROTO_UDP, "mix"),
+        "with_ports",
+        constant(_MUL32, 7, 31),
+        load_from_r9(_H, 0), add, load_from_r9(_H, 2), add,
+        "mix",
+        (_ADD32 | _BY_REGISTER, 7, 8, 0, ""),
+        constant(_MUL32, 7, _GOLDEN),
+        constant(_RSH32, 7, 16),
+        move(0, 7),
+        leave,
+        "other",
+        constant(_MOV64, 0, 0),
+        leave,
+    ]
+
+
+def _assemble(program: list[Step | str]) -> bytes:
+    """struct bpf_insn, linux/bpf.h; the kernel takes them in native byte order."""
+    labels: dict[str, int] = {}
+    steps: list[Step] = []
+    for item in program:
+        if isinstance(item, str):
+            labels[item] = len(steps)
+        else:
+            steps.append(item)
+    code = bytearray()
+    for at, (opcode, destination, source, value, label) in enumerate(steps):
+        offset = labels[label] - at - 1 if label else 0
+        if sys.byteorder == "little":  # two bit fields: the compiler fills them from that end
+            registers = destination | source << 4
+        else:
+            registers = destination << 4 | source
+        code += struct.pack("=BBhi", opcode, registers, offset, value)
+    return bytes(code)
+
+
+def _load(code: bytes) -> int:
+    """bpf(BPF_PROG_LOAD). Returns the program's file descriptor; raises OSError."""
+    number = BPF_SYSCALL.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, "bpf")
+    instructions = ctypes.create_string_buffer(code, len(code))
+    license_text = ctypes.create_string_buffer(b"Apache-2.0")
+    attributes = ctypes.create_string_buffer(struct.pack(
+        "=IIQQ", BPF_PROG_TYPE_SOCKET_FILTER, len(code) // 8,
+        ctypes.addressof(instructions), ctypes.addressof(license_text),
+    ), 128)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    fd = int(libc.syscall(
+        ctypes.c_long(number), ctypes.c_long(BPF_PROG_LOAD), attributes,
+        ctypes.c_long(len(attributes)),
+    ))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "bpf")
+    return fd
