@@ -100,7 +100,8 @@ cdef inline void icmp_to_peer(
 cdef inline void decap_packet(
     worker_t* w, sender_t* from_, uint8_t* p, size_t n
 ) noexcept nogil:
-    """One inner packet: the road in, up to the coalescer. p is borrowed until the write."""
+    """One inner packet: the road in, up to the coalescer. p is borrowed until the write. What stands
+    behind the declared length is padding and goes no further."""
     cdef ip_t ip
     cdef drop_t verdict
     w.decap.read += 1
@@ -116,7 +117,7 @@ cdef inline void decap_packet(
     if verdict != PASS:
         count_drop(&w.decap, verdict, 1)
         return
-    merge_add(&w.merge, p, n, &ip)
+    merge_add(&w.merge, p, ip.total_len, &ip)
 
 
 cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:

@@ -20,7 +20,9 @@ from icmp cimport (
     ICMP_KINDS_N, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_error,
 )
 from io cimport read, write
-from packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
+from packet cimport (
+    check_total_len, decrement_hop_limit, hop_limit_spent, ip_src, ip_t, parse_ip,
+)
 from peers cimport find_hop, hop_t, peer_t
 from send cimport flush, header_room, queue_full, queue_segment
 from worker cimport (
@@ -99,7 +101,7 @@ cdef inline void queue_fragments(
 
 
 cdef inline void queue_cut(
-    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, const cut_t* cut, uint32_t limit
+    worker_t* w, peer_t* peer, uint8_t* p, const cut_t* cut
 ) noexcept nogil:
     """Send a super-packet's segments.
 
@@ -107,15 +109,10 @@ cdef inline void queue_cut(
     others, so it is written last and sent first.
     """
     cdef uint8_t* payload = p + cut.hdr_len
-    cdef const uint8_t* end = payload + cut.payload_len
-    cdef bint fits = cut.hdr_len + cut.gso_size <= limit
     cdef uint8_t* hdr
     cdef uint32_t i
-    if cut.n > TX_SEGS or not room_for(w, cut.n, end):
+    if cut.n > TX_SEGS or not room_for(w, cut.n, payload + cut.payload_len):
         count_drop(&w.encap, DROP_NO_BUFFER, cut.n)
-        return
-    if not fits:
-        queue_cut_fragments(w, peer, p, ip, cut, limit)
         return
     queue_segment(w, peer, p, cut.hdr_len + cut_payload_len(cut, 0), NULL, 0)
     for i in range(1, cut.n):
@@ -125,6 +122,18 @@ cdef inline void queue_cut(
             w, peer, hdr, cut.hdr_len, payload + i * cut.gso_size, cut_payload_len(cut, i)
         )
     cut_header(cut, p, 0, payload, p)
+
+
+cdef inline void queue_last(
+    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, const cut_t* cut
+) noexcept nogil:
+    """Of a super-packet whose full segments do not fit the path, send the last one, which does."""
+    cdef uint8_t* payload = p + cut.hdr_len + (cut.n - 1) * cut.gso_size
+    cdef uint32_t len_ = cut_payload_len(cut, cut.n - 1)
+    cdef uint8_t* hdr = header_room(w)
+    cut_header(cut, p, cut.n - 1, payload, hdr)
+    decrement_hop_limit(hdr, ip.version)
+    queue_segment(w, peer, hdr, cut.hdr_len, payload, len_)
 
 
 cdef inline void queue_cut_fragments(
@@ -153,8 +162,8 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
     cdef cut_t cut
     cdef drop_t verdict
     cdef hop_t* hop
-    cdef uint32_t limit
-    cdef bint super_packet
+    cdef uint32_t limit, count
+    cdef bint super_packet, too_big
     if n < w.vnet_len:
         w.encap.read += 1
         count_drop(&w.encap, DROP_SHORT_PACKET, 1)
@@ -180,27 +189,37 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
 
     hop = find_hop(w.snapshot, ip_src(p, &ip) + ip.addr_len, ip.addr_len)
     if hop == NULL:
-        refuse(w, p, n, &ip, &cut, super_packet, DROP_NO_ROUTE, ICMP_NO_ROUTE, 0)
+        refuse(w, p, n, &ip, &cut, super_packet, cut.n, DROP_NO_ROUTE, ICMP_NO_ROUTE, 0)
         return
-    verdict = decrement_hop_limit(p, ip.version)
-    if verdict != PASS:
-        refuse(w, p, n, &ip, &cut, super_packet, verdict, ICMP_TTL_EXCEEDED, 0)
+    if hop_limit_spent(p, ip.version):
+        refuse(
+            w, p, n, &ip, &cut, super_packet, cut.n, DROP_TTL_EXCEEDED, ICMP_TTL_EXCEEDED, 0
+        )
         return
     limit = path_limit(hop)
     if super_packet:
-        if cut.hdr_len + cut.gso_size > limit and cut.hdr_len + cut.payload_len > limit:
-            if ip.dont_fragment:
-                refuse(w, p, n, &ip, &cut, True, DROP_TOO_BIG, ICMP_TOO_BIG, limit)
-                return
-        queue_cut(w, hop.peer, p, &ip, &cut, limit)
-    elif n <= limit:
-        queue_segment(w, hop.peer, p, <uint32_t>n, NULL, 0)
-    elif ip.dont_fragment:
-        refuse(w, p, n, &ip, &cut, False, DROP_TOO_BIG, ICMP_TOO_BIG, limit)
+        too_big = cut.hdr_len + cut.gso_size > limit
     else:
+        too_big = n > limit
+    if too_big and ip.dont_fragment:
+        count = cut.n
+        if super_packet and cut.hdr_len + cut_payload_len(&cut, cut.n - 1) <= limit:
+            queue_last(w, hop.peer, p, &ip, &cut)
+            count -= 1
+        refuse(w, p, n, &ip, &cut, super_packet, count, DROP_TOO_BIG, ICMP_TOO_BIG, limit)
+        return
+    decrement_hop_limit(p, ip.version)
+    if super_packet:
+        if too_big:
+            queue_cut_fragments(w, hop.peer, p, &ip, &cut, limit)
+        else:
+            queue_cut(w, hop.peer, p, &cut)
+    elif too_big:
         queue_fragments(
             w, hop.peer, p, ip.hdr_len, 0, p + ip.hdr_len, <uint32_t>n - ip.hdr_len, limit, p + n
         )
+    else:
+        queue_segment(w, hop.peer, p, <uint32_t>n, NULL, 0)
 
 
 cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
@@ -211,10 +230,10 @@ cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
 
 cdef inline void refuse(
     worker_t* w, uint8_t* p, size_t n, const ip_t* ip, const cut_t* cut, bint super_packet,
-    drop_t reason, int kind, uint32_t mtu
+    uint32_t count, drop_t reason, int kind, uint32_t mtu
 ) noexcept nogil:
-    """Drop what was read and tell its sender, about the first packet of a super-packet."""
-    count_drop(&w.encap, reason, cut.n)
+    """Drop ``count`` of the packets read and tell their sender, about the first of them."""
+    count_drop(&w.encap, reason, count)
     if super_packet:
         cut_header(cut, p, 0, p + cut.hdr_len, p)
         n = cut.hdr_len + cut_payload_len(cut, 0)
@@ -240,6 +259,9 @@ cdef inline bint drain_tun(worker_t* w) noexcept nogil:
             if errno != EAGAIN:
                 note(w, NOTE_TUN_GONE)
             flush(w)
+            return False
+        if n == 0:
+            note(w, NOTE_TUN_GONE)
             return False
         w.tx_used += (<uint32_t>n + 63) & ~<uint32_t>63
         frames += 1

@@ -85,6 +85,11 @@ cdef inline bint is_extension(uint8_t next_header) noexcept nogil:
     )
 
 
+cdef inline bint hop_limit_spent(const uint8_t* p, uint8_t version) noexcept nogil:
+    """Whether the packet came with a hop limit of 0 or 1 and may go no further."""
+    return p[IP4_TTL if version == 4 else IP6_HOPS] <= 1
+
+
 cdef inline drop_t decrement_hop_limit(uint8_t* p, uint8_t version) noexcept nogil:
     """One hop less, with the IPv4 checksum kept as right, or as wrong, as it came.
 
@@ -92,7 +97,7 @@ cdef inline drop_t decrement_hop_limit(uint8_t* p, uint8_t version) noexcept nog
     """
     cdef uint8_t* field = p + (IP4_TTL if version == 4 else IP6_HOPS)
     cdef uint32_t acc
-    if field[0] <= 1:
+    if hop_limit_spent(p, version):
         return DROP_TTL_EXCEEDED
     if version == 4:
         # HC' = ~(~HC + ~m + m'), where m is the word of TTL and protocol (RFC 1624 eqn 3)

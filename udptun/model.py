@@ -31,7 +31,7 @@ def parse_address(field: str, value: object, where: str = "") -> IPAddress:
 
 
 def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
-    """A prefix in CIDR form. Host bits must be clear: 10.0.0.1/8 is more often a slip than meant."""
+    """A prefix in CIDR form. Host bits must be clear: 10.0.0.1/8 is more often a slip."""
     try:
         if not isinstance(value, str) or "%" in value:
             raise ValueError

@@ -485,9 +485,10 @@ def _parse_file(path: Path) -> _core.RouteTable:
     try:
         return _core.RouteTable.parse_text(path.read_bytes())
     except FieldError as error:
-        raise FieldError(error.field, error.value, error.expected, f"{path}: {error.where}") from None
+        where = f"{path}: {error.where}"
+        raise FieldError(error.field, error.value, error.expected, where) from None
     except OSError as error:
-        raise DeviceError(error.errno, f"reading the route file {path}: {error.strerror}") from None
+        raise DeviceError(error.errno, f"reading {path}: {error.strerror}") from None
 
 
 def _endpoint(packed: bytes, port: int) -> str:

@@ -1,0 +1,354 @@
+"""The compiled worker against the reference forwarder, packet by packet, without a kernel TUN.
+
+A SOCK_SEQPACKET pair stands in for the TUN (one message is one frame); UDP goes over loopback.
+"""
+
+import contextlib
+import ipaddress
+import os
+import random
+import socket
+import struct
+
+import pytest
+
+from tests.wire.craft import NEEDS_CSUM, TCPV4, TCPV6, UDP_L4, Flow, ip4, ip6
+from udptun import _core, reference
+from udptun.drops import DECAP, DIRECTIONS, ENCAP
+from udptun.model import Endpoint, Route
+
+NO_VNET = ("udp-gso", "udp-gro", "batch")  # what is left without tun-gso
+ALL = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge", "batch")
+HERE = "127.0.0.1"
+PEERS = ("127.0.0.2", "127.0.0.3")
+STRANGER = "127.0.0.9"
+TUN4, TUN6 = ipaddress.ip_address("10.244.1.0"), ipaddress.ip_address("fd00:1::")
+UDP_GRO = 104
+
+
+class Rig:
+    """One worker between a stand-in TUN and loopback sockets, beside a reference forwarder."""
+
+    def __init__(self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64):
+        self.features = features
+        self.closing = contextlib.ExitStack()
+        self.tun, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.tun, ours):
+            self.closing.enter_context(end)
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        self.udp = self.bound(HERE)
+        if "udp-gro" in features:
+            self.udp.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+        self.outside = {a: self.bound(a) for a in (*PEERS, STRANGER)}
+        ports = {a: self.outside[a].getsockname()[1] for a in PEERS}
+        self.routes = [
+            Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu),
+            Route.make("10.244.3.0/24", PEERS[1], ports[PEERS[1]], mtu),
+            Route.make("10.244.3.128/25", PEERS[0], ports[PEERS[0]], mtu),
+            Route.make("fd00:2::/64", PEERS[0], ports[PEERS[0]], mtu),
+            Route.make("fd00:3::/64", PEERS[1], ports[PEERS[1]], mtu),
+        ]
+        self.notify = os.eventfd(0, os.EFD_NONBLOCK)
+        self.closing.callback(os.close, self.notify)
+        self.core = _core.Core(source_check, 1, (1500, 0), [TUN4.packed, TUN6.packed], self.notify)
+        self.core.publish(_core.RouteTable.parse_text("\n".join(map(str, self.routes)).encode()))
+        self.worker = _core.Worker(
+            self.core, ours.fileno(), self.udp.fileno(), -1, features, gso_max_segs
+        )
+        self.reference = reference.ReferenceForwarder(
+            self.routes, own_addresses=[TUN4, TUN6], tun_addresses=[TUN4, TUN6],
+            source_check=source_check,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.closing.close()
+
+    def bound(self, address):
+        sock = self.closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        sock.bind((address, 0))
+        return sock
+
+    @property
+    def vnet(self):
+        return "tun-gso" in self.features
+
+    def write(self, frame):
+        """A frame as the kernel would hand it over; without tun-gso it has no vnet header."""
+        self.tun.send(frame if self.vnet else frame[10:])
+
+    def send(self, address, datagram):
+        self.outside[address].sendto(datagram, self.udp.getsockname())
+
+    def work(self):
+        self.worker.run(1)
+
+    def from_tun(self):
+        """IP packets that the worker wrote, cut again where it merged."""
+        packets = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                frame = self.tun.recv(1 << 17)
+                packets += reference.cut(frame) if self.vnet else [frame]
+        return packets
+
+    def at(self, address):
+        datagrams = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                datagrams.append(self.outside[address].recv(1 << 16))
+        return datagrams
+
+    def counts(self):
+        return {
+            direction: {name: row[name] for name in ("read", "generated", "delivered")}
+            for direction, row in self.core.packets().items()
+        }
+
+    def reference_counts(self):
+        return {
+            direction: {
+                "read": c.read, "generated": c.generated, "delivered": c.delivered,
+            } for direction, c in self.reference.counts.items()
+        }
+
+    def drops(self):
+        return {(reason, direction): n for reason, direction, n in self.core.drops() if n}
+
+    def check_invariant(self):
+        for direction in DIRECTIONS:
+            row = self.core.packets()[direction]
+            assert row["read"] + row["generated"] == (
+                row["delivered"] + row["dropped"] + row["queued"]
+            ), direction
+
+
+def frames(rng):
+    """A mix of what a TUN may hand over: good, odd and hostile."""
+    version = rng.choice((4, 6))
+    third = rng.choice((2, 2, 3, 3, 9))
+    dst = f"10.244.{third}.{rng.choice((5, 200))}" if version == 4 else f"fd00:{third}::5"
+    flow = Flow(
+        version, src=ipaddress.ip_address("10.244.1.7" if version == 4 else "fd00:1::7").packed,
+        dst=ipaddress.ip_address(dst).packed, sport=rng.randrange(1, 5),
+        ttl=rng.choice((64, 64, 64, 2, 1, 0)), flags=rng.choice((0x4000, 0)),
+    )
+    payload = rng.randbytes(rng.choice((0, 1, 100, 1400, 1432, 3000, 20000)))
+    kind = rng.randrange(7)
+    if kind == 0:
+        return flow.tcp_super(payload or b"x", rng.choice((100, 536, 1400)))
+    if kind == 1:
+        return flow.udp_super(payload or b"x", rng.choice((536, 1200, 1400)))
+    if kind == 2:
+        return bytes(10) + flow.tcp(payload)
+    if kind in (3, 4):
+        return bytes(10) + flow.udp(payload)
+    if kind == 5:
+        return bytes(10) + rng.randbytes(rng.randrange(80))
+    frame = bytearray(flow.tcp_super(payload or b"x", 1000))
+    for _ in range(3):
+        frame[rng.randrange(min(len(frame), 70))] = rng.randrange(256)
+    return bytes(frame)
+
+
+def without_id(packets):
+    """A merge keeps one IPv4 id, which means nothing with DF (RFC 6864): blank it and its sum."""
+    return [
+        p[:4] + bytes(2) + p[6:10] + bytes(2) + p[12:] if p[0] >> 4 == 4 else p for p in packets
+    ]
+
+
+def by_flow(packets):
+    """The packets of each flow in their order. Pure ACKs are left out: data may pass them."""
+    flows = {}
+    for packet in packets:
+        ip_len, proto, key = (
+            (20, packet[9], packet[12:24]) if packet[0] >> 4 == 4 else (40, packet[6], packet[8:44])
+        )
+        if proto == 17 or len(packet) > ip_len + 20:
+            flows.setdefault((proto, key), []).append(packet)
+    return flows
+
+
+def icmp_kinds(packets):
+    return [p for p in packets if p[0] >> 4 == 4 and p[9] == 1 or p[0] >> 4 == 6 and p[6] == 58]
+
+
+@pytest.mark.parametrize("without", [None, "tun-gso", "udp-gso", "batch"])
+@pytest.mark.parametrize("mtu", [None, 600])
+def test_encap_equals_reference(without, mtu):
+    features = NO_VNET if without == "tun-gso" else [f for f in ALL if f != without]
+    for seed in range(40):
+        rng = random.Random(f"{seed}-{without}-{mtu}")
+        with Rig(features, mtu=mtu) as rig:
+            expected = {a: [] for a in PEERS}
+            icmp = []
+            for _ in range(12):
+                frame = frames(rng)
+                if not rig.vnet and frame[1]:
+                    continue  # without vnet headers there are no super-packets
+                if not rig.vnet:
+                    frame = bytes(10) + frame[10:]  # nor checksums left to us
+                if len(frame) == 10:
+                    continue  # an empty message would be an end of file to a socket pair
+                result = rig.reference.encap(frame)
+                for endpoint, datagram in result.datagrams:
+                    expected[str(endpoint.address)].append(datagram)
+                icmp += result.icmp
+                rig.write(frame)
+            rig.work()
+            for address in PEERS:
+                assert rig.at(address) == expected[address]
+            assert rig.from_tun() == icmp
+            assert rig.counts() == rig.reference_counts()
+            assert rig.drops() == {k: n for k, n in rig.reference.drops.items() if n}
+            rig.check_invariant()
+
+
+@pytest.mark.parametrize("source_check", ["strict", "peer", "off"])
+@pytest.mark.parametrize("without", [None, "tun-gso", "udp-gro", "tcp-merge", "udp-merge", "batch"])
+def test_decap_equals_reference(without, source_check):
+    features = NO_VNET if without == "tun-gso" else [f for f in ALL if f != without]
+    for seed in range(30):
+        rng = random.Random(f"{seed}-{without}-{source_check}")
+        with Rig(features, source_check) as rig:
+            packets, icmp = [], []
+            seq = 1000
+            for number in range(40):
+                source = rng.choice((2, 2, 2, 3, 1))
+                version = rng.choice((4, 4, 6))
+                text = f"10.244.{source}.{rng.choice((0, 7))}" if version == 4 else f"fd00:{source}::"
+                flow = Flow(
+                    version, src=ipaddress.ip_address(text).packed,
+                    dst=ipaddress.ip_address("10.244.1.9" if version == 4 else "fd00:1::9").packed,
+                    sport=rng.randrange(2), ttl=rng.choice((64, 64, 64, 1)),
+                )
+                data = rng.randbytes(rng.choice((0, 1, 500, 500, 500, 1400)))
+                made = rng.randrange(6)
+                if made == 0:
+                    datagram = rng.randbytes(rng.randrange(60))
+                elif made == 1:
+                    datagram = flow.udp(data)
+                else:
+                    datagram = flow.tcp(data, seq=seq, ident=number)
+                    seq += len(data)
+                if rng.random() < 0.05:
+                    datagram += bytes(rng.randrange(9))
+                sender = rng.choice((PEERS[0], PEERS[0], PEERS[1], STRANGER))
+                result = rig.reference.decap(
+                    Endpoint.parse("%s:%d" % rig.outside[sender].getsockname()), datagram
+                )
+                if result.packet is not None:
+                    packets.append(result.packet)
+                icmp += [d for _, d in result.icmp]
+                rig.send(sender, datagram)
+            rig.work()
+            written, packets = without_id(rig.from_tun()), without_id(packets)
+            assert sorted(written) == sorted(packets)
+            assert by_flow(written) == by_flow(packets)
+            if without == "tun-gso":
+                assert written == packets
+            assert sorted(sum((rig.at(a) for a in PEERS), [])) == sorted(icmp)
+            assert rig.counts() == rig.reference_counts()
+            assert rig.drops() == {k: n for k, n in rig.reference.drops.items() if n}
+            rig.check_invariant()
+
+
+def test_a_refused_run_is_sent_again_one_by_one():
+    """A kernel that refuses UDP_SEGMENT: nothing is lost, and it is not asked again."""
+    with Rig(gso_max_segs=1000) as rig:
+        flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
+        sent = [flow.udp(bytes([i]) * 10) for i in range(250)]
+        for packet in sent:
+            rig.write(bytes(10) + packet)
+        rig.work()
+        expected = [reference.decrement_hop_limit(packet) for packet in sent]
+        assert rig.at(PEERS[0]) == expected
+        assert rig.worker.take_notes() == ["udp-gso"]
+        assert "udp-gso" not in rig.worker.in_use()
+        rig.check_invariant()
+
+
+def test_a_refused_merge_is_written_again_one_by_one():
+    with Rig() as rig:
+        # a merged write is longer than this buffer takes, each packet alone is not
+        rig.tun.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        flow = Flow(src=ipaddress.ip_address("10.244.2.5").packed,
+                    dst=ipaddress.ip_address("10.244.1.5").packed)
+        sent = [flow.tcp(b"x" * 1000, seq=1000 * i, ident=i) for i in range(20)]
+        for packet in sent:
+            rig.send(PEERS[0], packet)
+        rig.work()
+        assert rig.from_tun() == [reference.decrement_hop_limit(packet) for packet in sent]
+        rig.check_invariant()
+
+
+def test_arbitrary_bytes_both_ways_keep_the_invariant():
+    rng = random.Random(7)
+    with Rig(source_check="off") as rig:
+        for _ in range(300):
+            for _ in range(10):
+                rig.send(STRANGER, rng.randbytes(rng.randrange(200)))
+                rig.write(rng.randbytes(rng.randrange(10, 200)))
+            rig.work()
+            rig.check_invariant()
+            rig.tun.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    rig.tun.recv(1 << 17)
+        assert rig.core.packets()[ENCAP]["read"] >= 3000
+        assert rig.core.packets()[DECAP]["read"] >= 3000
+
+
+@pytest.mark.parametrize("version, kind", [(4, TCPV4), (6, TCPV6), (4, UDP_L4)])
+def test_lying_super_packets_are_counted_drops(version, kind):
+    body = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 0xF0, 0x10, 0, 0, 0)
+    proto = 17 if kind == UDP_L4 else 6
+    packet = ip4(body, proto) if version == 4 else ip6(body, proto)
+    with Rig() as rig:
+        for gso_size in (0, 1, 65535):
+            for start in (0, 20, 65535):
+                rig.write(struct.pack("=BBHHHH", NEEDS_CSUM, kind, 0, gso_size, start, 6) + packet)
+        rig.work()
+        rig.check_invariant()
+        assert rig.core.packets()[ENCAP]["read"] >= 9
+
+
+def test_icmp_is_rate_limited_and_counted():
+    with Rig() as rig:
+        flow = Flow(dst=ipaddress.ip_address("10.9.9.9").packed)
+        for _ in range(200):
+            rig.write(bytes(10) + flow.udp(b"hello"))
+        rig.work()
+        counters = rig.worker.counters()
+        assert counters["icmp_sent"] + counters["icmp_suppressed"] == 200
+        assert 50 <= counters["icmp_sent"] < 200
+        assert len(icmp_kinds(rig.from_tun())) == counters["icmp_sent"]
+        rig.check_invariant()
+
+
+def test_routes_may_change_while_packets_are_read():
+    """Peers and snapshots come and go between turns; the memory checker watches in `make sanitize`."""
+    with Rig() as rig:
+        flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
+        for i in range(300):
+            route = Route.make("10.244.2.0/24", PEERS[i % 2], 1024 + i % 7)
+            table = _core.RouteTable.parse_text(str(route).encode())
+            rig.write(bytes(10) + flow.udp(b"x"))
+            rig.core.publish(table)
+            rig.work()
+        rig.check_invariant()
+        assert len(rig.core.peers()) == 1
+
+
+def test_a_next_hop_without_listener_is_refused():
+    with Rig() as rig:
+        table = _core.RouteTable.parse_text(b"10.0.0.0/8 via 2001:db8::1")
+        with pytest.raises(ValueError, match=r"via: '2001:db8::1' is not valid: expected an IPv4"):
+            rig.core.publish(table)
+        assert len(rig.core.peers()) == 2  # what was in force still is
