@@ -446,11 +446,11 @@ cdef inline size_t utf8_n(const uint8_t* text, size_t n) noexcept nogil:
 cdef inline bint json_escape(parse_t* p, uint32_t* value) noexcept nogil:
     """What follows a backslash; a surrogate is not joined to the next one."""
     cdef uint8_t c = json_peek(p)
-    cdef int i
+    cdef int _i
     value[0] = c
     if c == c'u':
         value[0] = 0
-        for i in range(4):
+        for _i in range(4):
             p.at += 1
             c = json_peek(p)
             if hex_digit(c) < 0:

@@ -1,0 +1,437 @@
+"""RouteTable: its parsers against model.Route, its changes against set arithmetic."""
+
+import ipaddress
+import json
+import random
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from udptun._core import RouteTable
+from udptun.errors import FieldError, RouteExists
+from udptun.model import Route
+from udptun.reference.lpm import table_order
+
+v4 = st.integers(0, (1 << 32) - 1).map(ipaddress.IPv4Address)
+v6 = st.one_of(
+    st.integers(0, (1 << 128) - 1),
+    # Runs of zero groups, as RFC 5952 has rules for them.
+    st.lists(st.sampled_from((0, 0, 0, 1, 0xA, 0xFFFF)), min_size=8, max_size=8).map(
+        lambda groups: int("".join(f"{g:04x}" for g in groups), 16)),
+    st.integers(0, (1 << 32) - 1).map(lambda n: 0xFFFF << 32 | n),
+).map(ipaddress.IPv6Address)
+addresses = st.one_of(v4, v6)
+
+
+@st.composite
+def prefixes(draw):
+    address = draw(addresses)
+    length = draw(st.integers(0, address.max_prefixlen))
+    return ipaddress.ip_network(f"{address}/{length}", strict=False)
+
+
+routes = st.builds(Route, prefixes(), addresses, st.integers(1, 65535),
+                   st.none() | st.integers(68, 65535))
+tables = st.lists(routes, unique_by=lambda r: r.dst, max_size=30)
+
+
+def rows(table):
+    return [table.row(i) for i in range(len(table))]
+
+
+def expected_rows(some):
+    return [(str(r.dst), str(r.via), r.port, r.mtu)
+            for r in sorted(some, key=lambda r: table_order(r.dst))]
+
+
+def parse_json(routes_json):
+    return RouteTable.parse_json(b'{"routes":[%s]}' % routes_json)
+
+
+def outcome(parse, *args):
+    """What a parser says: rows, or the error as a person reads it."""
+    try:
+        return parse(*args)
+    except FieldError as error:
+        return str(error)
+
+
+# Addresses and prefixes: the same strings as ipaddress takes, the same text as it gives
+
+SOUP = st.text("0123456789abcdefABCDEF:./%g -+_\u0663", max_size=45)
+
+
+@st.composite
+def address_texts(draw):
+    """Valid addresses, in forms other than the canonical too, and near misses."""
+    address = draw(addresses)
+    text = draw(st.sampled_from((str(address), address.exploded, str(address).upper())))
+    if address.version == 6 and draw(st.booleans()):
+        head, _, _ = address.exploded.rpartition(":")
+        head, _, _ = head.rpartition(":")
+        text = f"{head}:{ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)}"
+    if draw(st.booleans()):
+        at = draw(st.integers(0, len(text)))
+        cut = draw(st.integers(0, 2))
+        text = text[:at] + draw(st.sampled_from(("", "0", ":", "::", ".", "/", "%1", "f"))) \
+            + text[at + cut:]
+    return text
+
+
+@given(st.one_of(address_texts(), SOUP))
+@example("::")
+@example(":::")
+@example("1::")
+@example("::1:2:3:4:5:6:7")
+@example("::1:2:3:4:5:6:7:8")
+@example("1:2:3:4:5:6:7::")
+@example("1:2:3:4:5:6:7:8::")
+@example("1::2::3")
+@example(":1:2:3:4:5:6:7")
+@example("1:2:3:4:5:6:7:")
+@example("::1.2.3.4")
+@example("1:2:3:4:5:6:1.2.3.4")
+@example("1:2:3:4:5:6:7:1.2.3.4")
+@example("1:2:3:4:5::1.2.3.4")
+@example("1:2:3:4:5:6::1.2.3.4")
+@example("::1.2.3.04")
+@example("::1.2.3.4:5")
+@example("01.2.3.4")
+@example("1.2.3.256")
+@example("1.2.3")
+@example("1.2.3.4.")
+@example("12345::")
+@example("fe80::1%eth0")
+def test_addresses_are_those_of_ipaddress(text):
+    value = {"dst": "10.0.0.0/8", "via": text}
+
+    def oracle():
+        return str(Route.from_json(value, "routes[0]").via)
+
+    assert outcome(lambda: parse_json(json.dumps(value).encode()).row(0)[1]) == outcome(oracle)
+
+
+@given(
+    st.one_of(address_texts(), prefixes().map(str), SOUP),
+    st.sampled_from(("", "/", "/0", "/8", "/024", "/24", "/32", "/33", "/128", "/129", "/-1",
+                     "/+8", "/ 8", "/8 ", "/255.0.0.0", "/8/8", "/\u0668", "/99999999999")),
+)
+@example("10.0.0.0/", "0" * 4290 + "24")
+@example("10.0.0.0/", "0" * 4310 + "24")
+def test_prefixes_are_those_of_the_model(text, suffix):
+    value = {"dst": text + suffix, "via": "192.0.2.1"}
+
+    def oracle():
+        return str(Route.from_json(value, "routes[0]").dst)
+
+    assert outcome(lambda: parse_json(json.dumps(value).encode()).row(0)[0]) == outcome(oracle)
+
+
+# Whole tables
+
+@given(tables)
+def test_both_forms_give_the_table_of_the_model(some):
+    text = "\r\n".join(f"  {r}\t# as written" for r in some)
+    body = json.dumps({"generation": 7, "routes": [r.to_json() for r in some]}, indent=1)
+    assert rows(RouteTable.parse_text(text.encode())) == expected_rows(some)
+    assert rows(RouteTable.parse_json(body.encode())) == expected_rows(some)
+
+
+@given(tables, st.integers(0, 40), st.integers(0, 40))
+def test_slices_round_trip(some, start, count):
+    table = RouteTable.parse_text("\n".join(map(str, some)).encode())
+    part = expected_rows(some)[start:start + count]
+    assert rows(RouteTable.parse_text(table.text_slice(start, count))) == part
+    assert rows(parse_json(table.json_slice(start, count))) == part
+    ordered = sorted(some, key=lambda r: table_order(r.dst))[start:start + count]
+    assert table.text_slice(start, count).decode().splitlines() == list(map(str, ordered))
+    assert json.loads(b"[%s]" % table.json_slice(start, count)) == [r.to_json() for r in ordered]
+
+
+WORDS = st.one_of(
+    st.sampled_from(("via", "port", "mtu", "via", "port", "mtu", "10.0.0.0/8", "192.0.2.1", "::",
+                     "0", "1", "67", "68", "65535", "65536", "008285", "1234567890", "1e3", "-1",
+                     "\x00", "\u0661", "10.0.0.1/8")),
+    SOUP, prefixes().map(str), addresses.map(str),
+)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=8))
+@example(["10.0.0.0/8", "via"])
+@example(["10.0.0.0/8", "via", "::", "port"])
+@example(["10.0.0.0/8", "via", "::", "port", "1", "port", "1"])
+@example(["10.0.0.0/8", "via", "::", "mtu", "1", "mtu", "1"])
+@example(["10.0.0.0/8", "via", "::", "ttl", "1"])
+def test_lines_are_those_of_the_model(words):
+    line = " ".join(words)
+    words = [w.decode() for w in line.encode().split()]
+
+    def oracle():
+        return expected_rows([Route.from_words(words, "line 2")] if words else [])
+
+    assert outcome(lambda: rows(RouteTable.parse_text(f"\n{line}\n".encode()))) == outcome(oracle)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 70000), st.integers(), st.floats(allow_nan=False,
+    allow_infinity=False), st.text(max_size=5), WORDS, st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+KEYS = st.sampled_from(("dst", "via", "port", "mtu") * 2 + ("ttl", "", "dstx"))
+OBJECTS = st.one_of(
+    VALUES, st.dictionaries(KEYS, VALUES, max_size=5),
+    st.builds(lambda r, extra: {**r.to_json(), **extra}, routes,
+              st.dictionaries(KEYS, VALUES, max_size=1)),
+)
+
+
+@given(OBJECTS, st.booleans(), st.sampled_from((None, 2)))
+def test_objects_are_those_of_the_model(value, ascii_only, indent):
+    body = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "replace")
+    value = json.loads(body)  # as it comes over the wire
+
+    def oracle():
+        first = Route.make("192.0.2.77/32", "192.0.2.1")
+        return expected_rows([first, Route.from_json(value, "routes[1]")])
+
+    def parse():
+        return rows(parse_json(b'{"dst":"192.0.2.77","via":"192.0.2.1"}, %s' % body))
+
+    assert outcome(parse) == outcome(oracle)
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.text(max_size=4), inner, max_size=3), max_leaves=8), st.booleans())
+def test_any_json_is_recognised_as_json(value, ascii_only):
+    """A value that is no route is a wrong route; only what is not JSON is a wrong body."""
+    text = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    with pytest.raises(FieldError) as caught:
+        parse_json(text)
+    assert caught.value.where == "routes[0]"
+    assert caught.value.expected != "a route of the usual length"
+
+
+JSON_SOUP = st.lists(st.sampled_from([
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'"routes"', b'"generation"', b'"dst"',
+    b'"via"', b'"port"', b'"mtu"', b'"10.0.0.0/8"', b'"::1"', b"null", b"true", b"1", b"-", b"0",
+    b".5", b"e1", b" ", b"\n", b"\\u0064", b"\xff", b"\xc3\xa9", b"\x00", b"NaN",
+    b'{"dst":"10.0.0.0/8","via":"::1"}', b'{"routes":[', b"]}",
+]), max_size=25).map(b"".join)
+
+
+@given(st.one_of(st.binary(max_size=60), JSON_SOUP,
+                 JSON_SOUP.map(lambda soup: b'{"routes":[' + soup)))
+def test_arbitrary_bytes_are_parsed_or_refused(body):
+    for parse in (RouteTable.parse_json, RouteTable.parse_text):
+        try:
+            table = parse(body)
+        except FieldError as error:
+            assert str(error)
+        else:
+            assert rows(RouteTable.parse_text(table.text_slice(0, 99))) == rows(table)
+
+
+@given(JSON_SOUP.map(lambda soup: b'{"routes":[' + soup))
+def test_strict_json_only(body):
+    """Whatever is taken is JSON to Python too."""
+    try:
+        table = RouteTable.parse_json(body)
+    except FieldError as error:
+        if error.where.startswith("byte"):
+            assert 0 <= int(error.where.split()[1]) <= len(body)
+    else:
+        value = json.loads(body)
+        assert set(value) <= {"routes", "generation"}
+        assert len(value["routes"]) == len(table)
+
+
+@pytest.mark.parametrize(("body", "byte"), [
+    (b"", 0),
+    (b"[]", 0),
+    (b"{}", 1),
+    (b'{"generation":1}', 15),
+    (b'{"routes":{}}', 10),
+    (b'{"routes":[]', 12),
+    (b'{"routes":[],}', 13),
+    (b'{"routes":[],"routes":[]}', 13),
+    (b'{"routes":[],"other":1}', 13),
+    (b'{"routes":[]}}', 13),
+    (b'{"routes":[NaN]}', 11),
+    (b'{"routes":[-]}', 12),
+    (b'{"generation":01}', 15),
+    (b'{"routes":["\xff"]}', 12),
+    (b'{"routes":["\xed\xa0\x80"]}', 12),
+    (b'{"routes":["\t"]}', 12),
+    (b'{"routes":[' + b"[" * 40 + b"]" * 40 + b"]}", 43),
+    (b'\xef\xbb\xbf{"routes":[]}', 0),
+])
+def test_what_is_not_the_json_we_want_names_the_byte(body, byte):
+    with pytest.raises(FieldError) as caught:
+        RouteTable.parse_json(body)
+    assert (caught.value.field, caught.value.where) == ("body", f"byte {byte}")
+
+
+def test_escapes_in_strings():
+    text = rb'{"\u0064st":"\u0031\u0030.0.0.0\/8","via":"::\u0061","port":"8\u0031"}'
+    assert rows(parse_json(text)) == [("10.0.0.0/8", "::a", 81, None)]
+
+
+def test_a_long_string_with_escapes_is_refused():
+    with pytest.raises(FieldError, match=r"routes\[0\]: route: .*usual length"):
+        parse_json(rb'{"dst":"10.0.0.0\/%s8","via":"::"}' % (b"0" * 600))
+
+
+def test_a_number_too_long_for_python_is_refused():
+    with pytest.raises(FieldError, match=r"routes\[0\]: route: .*usual length"):
+        parse_json(b'{"dst":"::","via":"::","port":%s}' % (b"9" * 5000))
+
+
+def test_a_key_twice_is_refused():
+    with pytest.raises(FieldError, match=r"routes\[1\]: route: 'via' .* each key once"):
+        parse_json(b'{"dst":"::","via":"::"},{"via":"::1","dst":"::1","via":"::1"}')
+
+
+def test_a_route_of_unreasonable_length_is_not_looked_into():
+    with pytest.raises(FieldError, match=r"line 1: route: .*usual length"):
+        RouteTable.parse_text(b"x " * 100_000)
+
+
+@given(tables.filter(bool), st.data())
+def test_a_prefix_twice_names_the_later_one(some, data):
+    """The first route in the text whose prefix came before, wherever it stands."""
+    again = data.draw(st.sampled_from(some))
+    at = data.draw(st.integers(some.index(again) + 1, len(some)))
+    given_routes = [*some[:at], Route.make(str(again.dst), "192.0.2.99"), *some[at:]]
+    message = f"dst: {str(again.dst)!r} is not valid: expected each prefix once"
+    body = json.dumps({"routes": [r.to_json() for r in given_routes]}).encode()
+    assert outcome(RouteTable.parse_json, body) == f"routes[{at}]: {message}"
+    text = "# two lines a route\n" + "\n\n".join(map(str, given_routes))
+    assert outcome(RouteTable.parse_text, text.encode()) == f"line {2 + 2 * at}: {message}"
+
+
+# Changes
+
+class Model:
+    """A table as a dict."""
+
+    def __init__(self):
+        self.routes = {}
+
+    def set(self, route, replace):
+        present = self.routes.get(route.dst)
+        if present == route:
+            return "same"
+        if present and not replace:
+            return f"There is a route already: {present}."
+        self.routes[route.dst] = route
+        return "changed" if present else "added"
+
+
+SMALL = st.builds(
+    Route.make, st.sampled_from(("0.0.0.0/0", "10.0.0.0/8", "10.0.0.0/16", "10.1.0.0/16", "::/0",
+                                 "2001:db8::/32", "2001:db8::/64", "::/128")),
+    st.sampled_from(("192.0.2.1", "2001:db8::1")), st.sampled_from((8285, 1)),
+    st.sampled_from((None, 1400)),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(("add", "put", "delete")), SMALL), max_size=40))
+def test_changes_one_at_a_time(steps):
+    table, model = RouteTable(), Model()
+    for step, route in steps:
+        dst = str(route.dst)
+        if step == "delete":
+            assert table.delete(dst) == (model.routes.pop(route.dst, None) is not None)
+            assert table.get(dst) is None
+            continue
+        replace = step == "put"
+        try:
+            said = table.set(dst, str(route.via), route.port, route.mtu, replace)
+        except RouteExists as error:
+            said = str(error)
+        assert said == model.set(route, replace)
+        (row,) = expected_rows([model.routes[route.dst]])
+        assert table.get(dst) == row
+    assert rows(table) == expected_rows(model.routes.values())
+
+
+def test_changes_check_their_values():
+    table = RouteTable()
+    for bad in (("10.0.0.1/8", "192.0.2.1", 1, None), ("10.0.0.0/8", "x", 1, None),
+                ("10.0.0.0/8", "192.0.2.1", 0, None), ("10.0.0.0/8", "192.0.2.1", 1, 67)):
+        with pytest.raises(FieldError):
+            table.set(*bad, True)
+    with pytest.raises(FieldError):
+        table.delete("10.0.0.1/8")
+    with pytest.raises(FieldError):
+        table.get("nowhere")
+    with pytest.raises(IndexError):
+        table.row(0)
+    assert len(table) == 0
+    assert table.json_slice(0, 10) == b""
+    assert table.sizeof() == 0
+
+
+@given(st.lists(SMALL, unique_by=lambda r: r.dst), st.lists(SMALL, unique_by=lambda r: r.dst),
+       st.integers(0, 20))
+def test_difference_is_set_arithmetic(before, after, limit):
+    old, new = (RouteTable.parse_text("\n".join(map(str, some)).encode())
+                for some in (before, after))
+    then, now = {r.dst: r for r in before}, {r.dst: r for r in after}
+    added, removed = now.keys() - then.keys(), then.keys() - now.keys()
+    changed = {dst for dst in now.keys() & then.keys() if now[dst] != then[dst]}
+    assert new.diff_from(old) == (len(added), len(changed), len(removed))
+    wanted = [("added" if dst in added else "changed" if dst in changed else "removed",
+               *expected_rows([now.get(dst) or then[dst]])[0])
+              for dst in sorted(added | changed | removed, key=table_order)]
+    assert new.changes_from(old, limit) == wanted[:limit]
+    assert new.changes_from(old, 1 << 60) == wanted
+
+
+def test_a_copy_is_its_own():
+    table = RouteTable.parse_text(b"10.0.0.0/8 via 192.0.2.1")
+    copy = table.copy()
+    assert copy.generation == table.generation
+    table.set("10.0.0.0/8", "192.0.2.2", 1, None, True)
+    table.set("::/0", "192.0.2.2", 1)
+    assert rows(copy) == [("10.0.0.0/8", "192.0.2.1", 8285, None)]
+    assert rows(RouteTable().copy()) == []
+
+
+def test_a_hundred_thousand_routes():
+    rng = random.Random(11)
+    numbers = rng.sample(range(1 << 24), 100_000)
+    text = "".join(f"{ipaddress.IPv4Address(n << 8)}/24 via 192.0.2.{n % 200 + 1}\n"
+                   for n in numbers)
+    table = RouteTable.parse_text(text.encode())
+    assert len(table) == 100_000
+    assert table.sizeof() < 8 << 20
+    body = b",".join(table.json_slice(start, 1000) for start in range(0, 100_000, 1000))
+    again = parse_json(body)
+    assert again.diff_from(table) == (0, 0, 0)
+    first = sorted(numbers)[0]
+    dst, via = f"{ipaddress.IPv4Address(first << 8)}/24", f"192.0.2.{first % 200 + 1}"
+    assert table.row(0) == (dst, via, 8285, None)
+    assert table.delete(table.row(50_000)[0])
+    assert again.diff_from(table) == (1, 0, 0)
+    with pytest.raises(FieldError, match=r"line 100001: dst: .* each prefix once"):
+        RouteTable.parse_text((text + text.partition("\n")[0]).encode())
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_bench_parse(benchmark, form):
+    """A table of 100,000 routes in no order."""
+    rng = random.Random(12)
+    some = [f"{ipaddress.IPv4Address(n << 8)}/24" for n in rng.sample(range(1 << 24), 100_000)]
+    if form == "text":
+        body = "".join(f"{dst} via 192.0.2.2 port 8285\n" for dst in some).encode()
+        parse = RouteTable.parse_text
+    else:
+        body = json.dumps({"routes": [
+            {"dst": dst, "via": "192.0.2.2", "port": 8285, "mtu": None} for dst in some
+        ]}).encode()
+        parse = RouteTable.parse_json
+    assert len(benchmark(parse, body)) == 100_000
