@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 from .. import _core
 from .._version import __version__
 from ..device.offload import Capabilities
+from ..device.steering import attach_steering
 from ..device.tun import Tun
 from ..errors import DeviceError, FieldError, GenerationMismatch, UdptunError
 from ..model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
@@ -94,6 +95,8 @@ class Forwarder:
         tun = Tun.open(config.tun, config.workers_n, config.offload)
         close.callback(tun.close)
         self.tun_name = tun.name
+        if len(tun.fds) > 1:
+            attach_steering(tun.fds[0])  # a flow stays on its queue: the order is kept
         sockets = self._open_sockets()
         for socket in sockets:
             close.callback(socket.close)
