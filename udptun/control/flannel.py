@@ -89,7 +89,7 @@ class FlannelControl:
         """Take connections at ``path``; raises DeviceError as the control socket does."""
         listener = await listen_unix(path, socket.SOCK_SEQPACKET)
         self._listeners.append(listener)
-        self._spawn(self._accept(listener))
+        self._spawn(self._accept(listener), listener.sock)
 
     def adopt(self, fd: int) -> None:
         """Take messages from an inherited descriptor, which is ours to close from now on."""
@@ -105,7 +105,7 @@ class FlannelControl:
                 errno.EPROTOTYPE, f"flannel control fd {fd} is not a Unix SOCK_SEQPACKET socket"
             )
         sock.set_inheritable(False)
-        self._spawn(self._serve(sock, f"fd {fd}"))
+        self._spawn(self._serve(sock, f"fd {fd}"), sock)
 
     async def close(self) -> None:
         for listener in self._listeners:
@@ -115,41 +115,41 @@ class FlannelControl:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listeners.clear()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None], sock: socket.socket) -> None:
+        """Run ``work`` on ``sock``, which is closed at its end even if it never began."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: sock.close())
 
     async def _accept(self, listener: UnixListener) -> None:
         loop = asyncio.get_running_loop()
-        with listener.sock:
-            while True:
-                try:
-                    sock, _ = await loop.sock_accept(listener.sock)
-                except OSError as exc:  # out of descriptors, say: the listener itself is fine
-                    self._complain(f"{listener.path}: accept: {exc.strerror}")
-                    await asyncio.sleep(ACCEPT_PAUSE)
-                    continue
-                if listener.may_connect(sock):
-                    self._spawn(self._serve(sock, str(listener.path)))
-                else:
-                    sock.close()
-                    self._complain(f"{listener.path}: refused a peer outside the socket's group")
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener.sock)
+            except OSError as exc:  # out of descriptors, say: the listener itself is fine
+                self._complain(f"{listener.path}: accept: {exc.strerror}")
+                await asyncio.sleep(ACCEPT_PAUSE)
+                continue
+            if listener.may_connect(sock):
+                self._spawn(self._serve(sock, str(listener.path)), sock)
+            else:
+                sock.close()
+                self._complain(f"{listener.path}: refused a peer outside the socket's group")
 
     async def _serve(self, sock: socket.socket, name: str) -> None:
         loop = asyncio.get_running_loop()
-        with sock:
-            sock.setblocking(False)
-            while True:
-                try:
-                    data = await loop.sock_recv(sock, MESSAGE.size + 1)
-                except OSError as exc:
-                    log.info("flannel control %s: %s", name, exc.strerror)
-                    return
-                if not data and _hung_up(sock):
-                    log.debug("flannel control %s: closed by the other side", name)
-                    return
-                await self._apply(data, name)
+        sock.setblocking(False)
+        while True:
+            try:
+                data = await loop.sock_recv(sock, MESSAGE.size + 1)
+            except OSError as exc:
+                log.info("flannel control %s: %s", name, exc.strerror)
+                return
+            if not data and _hung_up(sock):
+                log.debug("flannel control %s: closed by the other side", name)
+                return
+            await self._apply(data, name)
 
     async def _apply(self, data: bytes, name: str) -> None:
         try:

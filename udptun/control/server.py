@@ -76,6 +76,7 @@ class ControlServer:
         self._running = _Running(listener, manager, server)
         events = self._running.subscription.enter_context(self._forwarder.subscribe())
         self._running.pump = loop.create_task(self._feed.pump(events))
+        self._running.pump.add_done_callback(_tell_if_broken)
         log.debug("control socket at %s", self.path)
 
     async def close(self) -> None:
@@ -88,9 +89,7 @@ class ControlServer:
         self._feed.end()
         if running.pump is not None:
             running.pump.cancel()
-            (ended,) = await asyncio.gather(running.pump, return_exceptions=True)
-            if isinstance(ended, Exception):
-                log.error("the event stream broke", exc_info=ended)
+            await asyncio.gather(running.pump, return_exceptions=True)
         running.subscription.close()
         await asyncio.sleep(0)  # let requests that have just arrived reach their handler
         running.manager.pre_shutdown()
@@ -279,6 +278,11 @@ class _MethodNotAllowed(ControlError):
     def __init__(self, path: str, method: str, allowed: tuple[str, ...]) -> None:
         self.allow = ", ".join(allowed)
         super().__init__("method_not_allowed", f"{path} takes {self.allow}, not {method}")
+
+
+def _tell_if_broken(pump: asyncio.Task[None]) -> None:
+    if not pump.cancelled() and pump.exception() is not None:
+        log.error("no more events: their source broke", exc_info=pump.exception())
 
 
 # Answers

@@ -1,0 +1,270 @@
+"""A forwarder that only remembers, and a real control server for it on a real loop and socket.
+
+Owns what the tests of control and of the command line need in the place of the data plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from udptun.drops import DROP_REASONS
+from udptun.errors import FieldError, GenerationMismatch, RouteExists
+from udptun.model import IPAddress, IPNetwork, Route, RouteDiff
+
+VERSION = "0.1.0"
+
+
+class FakeForwarder:
+    """The calls that control makes, on a dict of routes."""
+
+    def __init__(self) -> None:
+        self.generation = 1
+        self.table: dict[IPNetwork, Route] = {}
+        self.stopped = asyncio.Event()
+        self.fail_with: Exception | None = None
+        self.bodies: list[bytes] = []
+        self.calls: list[str] = []
+        self._queues: list[asyncio.Queue[dict[str, Any]]] = []
+
+    # routes
+
+    async def add_route(self, route: Route) -> RouteDiff:
+        self._call(f"add {route}")
+        there = self.table.get(route.dst)
+        if there not in (None, route):
+            raise RouteExists(f"{route.dst} goes via {there.via} already")
+        return self._change({**self.table, route.dst: route})
+
+    async def put_route(self, route: Route) -> RouteDiff:
+        self._call(f"put {route}")
+        return self._change({**self.table, route.dst: route})
+
+    async def delete_route(self, dst: IPNetwork) -> RouteDiff:
+        self._call(f"delete {dst}")
+        return self._change({d: r for d, r in self.table.items() if d != dst})
+
+    async def replace_routes_json(
+        self, body: bytes, expect_generation: int | None = None
+    ) -> RouteDiff:
+        self.bodies.append(body)
+        try:
+            rows = json.loads(body)["routes"]
+        except ValueError:
+            raise FieldError("body", body[:20], "a JSON object with routes") from None
+        return self._replace(
+            [Route.from_json(row, f"routes[{i}]") for i, row in enumerate(rows)], expect_generation
+        )
+
+    async def replace_routes_text(
+        self, body: bytes, expect_generation: int | None = None
+    ) -> RouteDiff:
+        self.bodies.append(body)
+        lines = [line.partition("#")[0].split() for line in body.decode().splitlines()]
+        return self._replace(
+            [Route.from_words(w, f"line {i}") for i, w in enumerate(lines, 1) if w],
+            expect_generation,
+        )
+
+    def _replace(self, routes: list[Route], expect: int | None) -> RouteDiff:
+        self._call("replace")
+        if expect not in (None, self.generation):
+            raise GenerationMismatch(f"the table is at generation {self.generation}, not {expect}")
+        return self._change({route.dst: route for route in routes})
+
+    def _change(self, table: dict[IPNetwork, Route]) -> RouteDiff:
+        added = table.keys() - self.table.keys()
+        removed = self.table.keys() - table.keys()
+        changed = {d for d in table.keys() & self.table.keys() if table[d] != self.table[d]}
+        self.table = table
+        if added or removed or changed:
+            self.generation += 1
+        for dst in sorted(added, key=str):
+            self.emit({"time": "2026-11-23T12:00:00.000+00:00", "type": "route_added",
+                       **table[dst].to_json()})
+        return RouteDiff(self.generation, len(added), len(changed), len(removed))
+
+    def _call(self, what: str) -> None:
+        self.calls.append(what)
+        if self.fail_with is not None:
+            raise self.fail_with
+
+    # reading
+
+    async def route_chunks(self) -> AsyncGenerator[bytes, None]:
+        yield b'{"generation":%d,"routes":[' % self.generation
+        for i, route in enumerate(self.table.values()):
+            yield (b"," if i else b"") + json.dumps(route.to_json()).encode()
+            if self.fail_with is not None:
+                raise self.fail_with
+        yield b"]}"
+
+    async def status_chunks(self) -> AsyncGenerator[bytes, None]:
+        if self.fail_with is not None:
+            raise self.fail_with
+        text = json.dumps(status_of(self.generation, len(self.table))).encode()
+        for start in range(0, len(text), 100):
+            yield text[start : start + 100]
+
+    def drops(self) -> list[dict[str, Any]]:
+        return [
+            {"reason": r.name, "direction": d, "packets": 7 * (r.name == "no_route")}
+            for r in DROP_REASONS for d in r.directions
+        ]
+
+    def trace(self, address: IPAddress) -> dict[str, Any]:
+        for dst, route in self.table.items():
+            if address in dst:
+                return {"address": str(address), "verdict": "forward", "reason": None,
+                        "route": route.to_json(), "peer": f"{route.via}:{route.port}", "mtu": 1472}
+        return {"address": str(address), "verdict": "drop", "reason": "no_route", "route": None,
+                "peer": None, "mtu": None}
+
+    def counters(self) -> dict[str, Any]:
+        return {
+            "packets": status_of(1, 0)["packets"], "drops": self.drops(), "peers_n": 1,
+            "routes_n": len(self.table), "generation": self.generation,
+            "icmp": {"sent": 3, "suppressed": 4}, "syscalls": {"readv": 5, "sendmmsg": 6},
+            "workers": [{"index": 0, "batches": 8, "loop_returns": 9, "queued": 0}],
+        }
+
+    # events and life
+
+    @contextmanager
+    def subscribe(self) -> Iterator[AsyncIterator[dict[str, Any]]]:
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._queues.append(queue)
+
+        async def events() -> AsyncIterator[dict[str, Any]]:
+            while True:
+                yield await queue.get()
+
+        try:
+            yield events()
+        finally:
+            self._queues.remove(queue)
+
+    def emit(self, event: dict[str, Any]) -> None:
+        for queue in self._queues:
+            queue.put_nowait(event)
+
+    @property
+    def subscribers_n(self) -> int:
+        return len(self._queues)
+
+    def request_stop(self) -> None:
+        self.stopped.set()
+
+
+def status_of(generation: int, route_count: int) -> dict[str, Any]:
+    side = {"read": 10, "generated": 1, "delivered": 8, "dropped": 2, "queued": 1}
+    return {
+        "version": VERSION, "pid": os.getpid(), "uptime_seconds": 3723.5,
+        "generation": generation, "route_count": route_count, "source_check": "strict",
+        "device": {
+            "name": "udptun0", "mtu": 1472, "addresses": ["10.244.1.0"],
+            "networks": ["10.244.0.0/16"], "listen": ["192.0.2.1:8285"],
+        },
+        "capabilities": {
+            "found": ["tun-gso", "udp-gso"], "in_use": ["tun-gso", "udp-gso", "batch"],
+            "off": {"udp-merge": "asked"},
+        },
+        "workers": [{"index": 0, "batches": 0, "loop_returns": 0, "queued": 1}],
+        "peers": [
+            {
+                "endpoint": "192.0.2.2:8285", "subnets": ["10.244.2.0/24"],
+                "encap": {"packets": 12, "bytes": 1536}, "decap": {"packets": 3, "bytes": 999},
+                "path_mtu": 1500, "last_seen_seconds": 3.4,
+            },
+            {
+                "endpoint": "[2001:db8::3]:8285", "subnets": [],
+                "encap": {"packets": 0, "bytes": 0}, "decap": {"packets": 0, "bytes": 0},
+                "path_mtu": 1500, "last_seen_seconds": None,
+            },
+        ],
+        "packets": {"encap": side, "decap": dict(side, read=20, delivered=18)},
+    }
+
+
+class LoopThread:
+    """A uvloop loop in a thread, so that tests can use plain blocking clients."""
+
+    def __enter__(self) -> LoopThread:
+        ready: Future[asyncio.AbstractEventLoop] = Future()
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._main(ready))
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+        self.loop = ready.result(10)
+        return self
+
+    async def _main(self, ready: Future[asyncio.AbstractEventLoop]) -> None:
+        self._end = asyncio.Event()
+        ready.set_result(asyncio.get_running_loop())
+        await self._end.wait()
+
+    def __exit__(self, *exc: object) -> None:
+        self.loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def run(self, make: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Await ``make(*args)`` there."""
+
+        async def there() -> Any:
+            return await make(*args)
+
+        return asyncio.run_coroutine_threadsafe(there(), self.loop).result(20)
+
+    def call(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Call ``work(*args)`` there, between two turns of the loop."""
+
+        async def there() -> Any:
+            return work(*args)
+
+        return self.run(there)
+
+
+class Served:
+    """A fake forwarder behind a real control server; ``stop`` on it closes the server."""
+
+    def __init__(self, thread: LoopThread, path: Path) -> None:
+        self.thread, self.path = thread, path
+
+    def __enter__(self) -> Served:
+        from udptun.control.server import ControlServer
+
+        self.forwarder: FakeForwarder = self.thread.call(FakeForwarder)
+        self.server = ControlServer(self.forwarder, self.path)
+        self.thread.run(self.server.start)
+        self._closing = asyncio.run_coroutine_threadsafe(self._close(), self.thread.loop)
+        return self
+
+    async def _close(self) -> None:
+        await self.forwarder.stopped.wait()
+        await self.server.close()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.thread.call(self.forwarder.request_stop)
+        self._closing.result(20)
+
+    def events(self, *events: dict[str, Any]) -> None:
+        """Emit all at once, before any reader gets a turn."""
+        self.thread.call(lambda: [self.forwarder.emit(event) for event in events])
+
+

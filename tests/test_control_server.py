@@ -1,0 +1,588 @@
+"""The control API as any HTTP client sees it: a real server, socket and loop; a fake forwarder."""
+
+import http.client
+import json
+import logging
+import re
+import socket
+import stat
+import subprocess
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import VERSION, LoopThread, Served, status_of
+from prometheus_client.parser import text_string_to_metric_families
+
+from udptun.control import feed, protocol, server, sockets
+from udptun.errors import DeviceError, UdptunError
+
+
+@pytest.fixture(scope="module")
+def thread() -> Iterator[LoopThread]:
+    with LoopThread() as running:
+        yield running
+
+
+@pytest.fixture
+def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
+    with Served(thread, tmp_path / "udptun.sock") as running:
+        yield running
+
+
+class Http(http.client.HTTPConnection):
+    """A client of its own, so that the server is not only tested against ours."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(10)
+        self.sock.connect(str(self._path))
+
+    def ask(
+        self, method: str, path: str, body: Any = None, **headers: str
+    ) -> tuple[int, Any, http.client.HTTPResponse]:
+        if isinstance(body, dict):
+            body = json.dumps(body)
+        self.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        response = self.getresponse()
+        text = response.read()
+        kind = response.headers["Content-Type"].partition(";")[0]
+        return response.status, json.loads(text) if kind == protocol.JSON_TYPE else text, response
+
+
+@pytest.fixture
+def http_(served: Served) -> Iterator[Http]:
+    connection = Http(served.path)
+    yield connection
+    connection.close()
+
+
+def ask_once(
+    served: Served, method: str, path: str, body: Any = None
+) -> tuple[int, Any, http.client.HTTPResponse]:
+    connection = Http(served.path)
+    try:
+        return connection.ask(method, path, body)
+    finally:
+        connection.close()
+
+
+def raw(path: Path, request: bytes) -> bytes:
+    """All that the server answers until it closes the connection."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        sock.sendall(request)
+        answer = b""
+        while piece := sock.recv(65536):
+            answer += piece
+        return answer
+
+
+# Reading
+
+
+def test_status(http_: Http) -> None:
+    code, body, response = http_.ask("GET", "/v1/status")
+    assert code == 200
+    assert body == status_of(1, 0) | {"pid": body["pid"]}
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.headers["Transfer-Encoding"] == "chunked"
+    assert response.headers["Server"] == "udptun"
+
+
+def test_drops(http_: Http, served: Served) -> None:
+    code, body, _ = http_.ask("GET", "/v1/drops")
+    assert code == 200
+    assert body == {"drops": served.forwarder.drops()}
+
+
+def test_trace(http_: Http) -> None:
+    http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
+    _, body, _ = http_.ask("GET", "/v1/trace?address=10.244.2.9")
+    assert (body["verdict"], body["peer"]) == ("forward", "192.0.2.2:8285")
+    _, body, _ = http_.ask("GET", "/v1/trace?address=2001:db8::1")
+    assert (body["verdict"], body["reason"]) == ("drop", "no_route")
+
+
+@pytest.mark.parametrize("query", ["", "?address=", "?address=10.0.0.0/8", "?address=x"])
+def test_trace_of_no_address(http_: Http, query: str) -> None:
+    code, body, _ = http_.ask("GET", f"/v1/trace{query}")
+    assert (code, body["error"]["code"]) == (400, "bad_request")
+    assert "address" in body["error"]["message"]
+
+
+def test_healthz(http_: Http) -> None:
+    assert http_.ask("GET", "/v1/healthz")[:2] == (200, {"status": "ok"})
+
+
+def test_one_connection_serves_many_requests(http_: Http) -> None:
+    sockets_seen = set()
+    for _ in range(3):
+        http_.ask("GET", "/v1/routes")
+        http_.ask("GET", "/v1/nowhere")
+        sockets_seen.add(http_.sock)
+    assert len(sockets_seen) == 1
+
+
+# Routes
+
+
+def test_routes_one_by_one(http_: Http) -> None:
+    put = http_.ask("PUT", "/v1/routes/10.244.2.0%2F24", {"via": "192.0.2.2"})
+    assert put[:2] == (200, {"generation": 2, "added": 1, "changed": 0, "removed": 0})
+    same = http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2", "port": 8285})
+    assert same[:2] == (200, {"generation": 2, "added": 0, "changed": 0, "removed": 0})
+    other = http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.3", "mtu": 1400})
+    assert other[:2] == (200, {"generation": 3, "added": 0, "changed": 1, "removed": 0})
+    v6 = http_.ask("PUT", "/v1/routes/2001:db8:5::%2F64", {"via": "2001:db8::1"})
+    assert v6[0] == 200
+    assert http_.ask("GET", "/v1/routes")[1] == {
+        "generation": 4,
+        "routes": [
+            {"dst": "10.244.2.0/24", "via": "192.0.2.3", "port": 8285, "mtu": 1400},
+            {"dst": "2001:db8:5::/64", "via": "2001:db8::1", "port": 8285, "mtu": None},
+        ],
+    }
+    gone = http_.ask("DELETE", "/v1/routes/10.244.2.0/24")
+    assert gone[:2] == (200, {"generation": 5, "added": 0, "changed": 0, "removed": 1})
+    again = http_.ask("DELETE", "/v1/routes/10.244.2.0/24")
+    assert again[:2] == (200, {"generation": 5, "added": 0, "changed": 0, "removed": 0})
+
+
+def test_a_listed_route_can_be_put_back(http_: Http) -> None:
+    http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
+    (route,) = http_.ask("GET", "/v1/routes")[1]["routes"]
+    assert http_.ask("PUT", "/v1/routes/10.244.2.0/24", route)[1]["changed"] == 0
+
+
+def test_add_only(http_: Http) -> None:
+    path, only_add = "/v1/routes/10.244.2.0/24", {"If_None_Match": "*"}
+    assert http_.ask("PUT", path, {"via": "192.0.2.2"}, **only_add)[0] == 200
+    assert http_.ask("PUT", path, {"via": "192.0.2.2"}, **only_add)[0] == 200
+    code, body, _ = http_.ask("PUT", path, {"via": "192.0.2.3"}, **only_add)
+    assert (code, body["error"]["code"]) == (409, "route_exists")
+
+
+@pytest.mark.parametrize(
+    ("dst", "body", "code", "says"),
+    [
+        ("10.244.2.0/24", b"", "bad_json", "not JSON"),
+        ("10.244.2.0/24", b"{", "bad_json", "not JSON"),
+        ("10.244.2.0/24", b"[" * 60000, "bad_json", "not JSON"),
+        ("10.244.2.0/24", b"\xff", "bad_json", "not JSON"),
+        ("10.244.2.0/24", b"[]", "bad_route", "an object with via"),
+        ("10.244.2.0/24", b"{}", "bad_route", "via"),
+        ("10.244.2.0/24", b'{"via":"x"}', "bad_route", "via: 'x'"),
+        ("10.244.2.0/24", b'{"via":"192.0.2.2","prot":1}', "bad_route", "'prot'"),
+        ("10.244.2.0/24", b'{"via":"192.0.2.2","mtu":1}', "bad_route", "mtu: 1"),
+        ("10.244.2.0/24", b'{"via":"192.0.2.2","dst":"10.0.0.0/8"}', "bad_route", "in the path"),
+        ("10.244.2.1/24", b'{"via":"192.0.2.2"}', "bad_route", "without host bits"),
+        ("nonsense", b'{"via":"192.0.2.2"}', "bad_route", "dst: 'nonsense'"),
+    ],
+)
+def test_bad_route(served: Served, dst: str, body: bytes, code: str, says: str) -> None:
+    status, answer, _ = ask_once(served, "PUT", f"/v1/routes/{dst}", body)
+    assert (status, answer["error"]["code"]) == (400, code)
+    assert says in answer["error"]["message"]
+    assert served.forwarder.calls == []
+
+
+def test_replace_as_json_and_as_text(http_: Http, served: Served) -> None:
+    table = {"routes": [{"dst": "10.1.0.0/16", "via": "192.0.2.1"}]}
+    code, body, _ = http_.ask("PUT", "/v1/routes", table, Content_Type="application/json")
+    assert (code, body) == (200, {"generation": 2, "added": 1, "changed": 0, "removed": 0})
+    text = b"10.2.0.0/16 via 192.0.2.1  # two\n\n10.3.0.0/16 via 192.0.2.1\n"
+    code, body, _ = http_.ask("PUT", "/v1/routes", text, Content_Type="text/plain; charset=utf-8")
+    assert (code, body) == (200, {"generation": 3, "added": 2, "changed": 0, "removed": 1})
+    assert served.forwarder.bodies == [json.dumps(table).encode(), text]
+
+
+def test_replace_on_a_generation(http_: Http) -> None:
+    code, body, _ = http_.ask("PUT", "/v1/routes", {"routes": []}, If_Match='"9"')
+    assert (code, body["error"]["code"]) == (409, "generation_mismatch")
+    assert http_.ask("PUT", "/v1/routes", {"routes": []}, If_Match='"1"')[0] == 200
+    code, body, _ = http_.ask("PUT", "/v1/routes", {"routes": []}, If_Match="1")
+    assert (code, body["error"]["code"]) == (400, "bad_request")
+
+
+def test_a_condition_that_would_not_be_kept_is_refused(http_: Http, served: Served) -> None:
+    path = "/v1/routes/10.0.0.0/8"
+    for method, body in (("PUT", {"via": "192.0.2.1"}), ("DELETE", None)):
+        code, answer, _ = http_.ask(method, path, body, If_Match='"1"')
+        assert (code, answer["error"]["code"]) == (400, "bad_request")
+    assert served.forwarder.calls == []
+
+
+def test_bad_table(http_: Http) -> None:
+    code, body, _ = http_.ask("PUT", "/v1/routes", {"routes": [{"dst": "10.1.0.0/16"}]})
+    assert (code, body["error"]["code"]) == (400, "bad_route")
+    assert body["error"]["message"].startswith("routes[0]: via")
+    code, body, _ = http_.ask("PUT", "/v1/routes", "10.1.0.0/16 to x", Content_Type="text/plain")
+    assert (code, body["error"]["code"]) == (400, "bad_route")
+    assert body["error"]["message"].startswith("line 1: route")
+    code, body, _ = http_.ask("PUT", "/v1/routes", "{")
+    assert (code, body["error"]["code"]) == (400, "bad_json")
+
+
+def test_a_large_body_arrives_whole(http_: Http, served: Served) -> None:
+    text = b"# %s\n" % (b"x" * 5_000_000) + b"10.1.0.0/16 via 192.0.2.1\n"
+    code, body, _ = http_.ask("PUT", "/v1/routes", text, Content_Type="text/plain")
+    assert (code, body["added"]) == (200, 1)
+    assert served.forwarder.bodies == [text]
+
+
+# Refusals
+
+
+def test_not_found(http_: Http) -> None:
+    for path in ("/", "/v1", "/v1/nowhere", "/v1/routes/", "/v2/status", "//v1/status"):
+        code, body, _ = http_.ask("GET", path)
+        assert (code, body["error"]["code"]) == (404, "not_found"), path
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/v1/status", "GET"),
+        ("DELETE", "/v1/routes", "GET, PUT"),
+        ("GET", "/v1/routes/10.0.0.0/8", "DELETE, PUT"),
+        ("GET", "/v1/stop", "POST"),
+        ("PATCH", "/metrics", "GET"),
+    ],
+)
+def test_method_not_allowed(http_: Http, method: str, path: str, allow: str) -> None:
+    code, body, response = http_.ask(method, path)
+    assert (code, body["error"]["code"]) == (405, "method_not_allowed")
+    assert response.headers["Allow"] == allow
+
+
+@pytest.mark.parametrize(
+    ("path", "limit"), [("/v1/routes/10.0.0.0/8", "MAX_BODY"), ("/v1/routes", "MAX_TABLE_BODY")]
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_too_large(
+    http_: Http, monkeypatch: pytest.MonkeyPatch, path: str, limit: str, chunked: bool
+) -> None:
+    monkeypatch.setattr(protocol, limit, 1000)
+    body = (b"x" * 1001) if not chunked else iter([b"x" * 600, b"x" * 401])
+    code, answer, response = http_.ask("PUT", path, body)
+    assert (code, answer["error"]["code"]) == (413, "too_large")
+    assert "1000 bytes" in answer["error"]["message"]
+    assert response.will_close
+
+
+def test_too_large_is_said_before_the_body_is_sent(served: Served) -> None:
+    head = (
+        b"PUT /v1/routes HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n" % (protocol.MAX_TABLE_BODY + 1)
+    )
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(served.path))
+        sock.sendall(head)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_encoded_body_is_refused(http_: Http, served: Served) -> None:
+    code, body, _ = http_.ask("PUT", "/v1/routes", b"\x1f\x8b", Content_Encoding="gzip")
+    assert (code, body["error"]["code"]) == (400, "bad_request")
+    assert served.forwarder.bodies == []
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET /v1/status HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"GET /v1/status HTTP/1.1\r\nX: " + b"y" * 20000 + b"\r\n\r\n",
+        b"PUT /v1/routes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["tls", "length", "header", "chunk"],
+)
+def test_what_is_no_http_gets_a_json_error(served: Served, request_: bytes) -> None:
+    head, _, body = raw(served.path, request_).partition(b"\r\n\r\n")
+    assert head.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
+    assert b"application/json" in head
+    assert json.loads(body)["error"]["code"] == "bad_request"
+
+
+def test_http_1_0_client(served: Served) -> None:
+    head, _, body = raw(served.path, b"GET /v1/routes HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200")
+    assert json.loads(body) == {"generation": 1, "routes": []}
+
+
+def test_a_stranger_is_forbidden_everything(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets.UnixListener, "may_connect", lambda self, peer: False)
+    for method, path in (("GET", "/v1/status"), ("POST", "/v1/stop"), ("GET", "/nowhere")):
+        code, body, response = ask_once(served, method, path)
+        assert (code, body["error"]["code"]) == (403, "forbidden")
+        assert response.will_close
+    assert not served.forwarder.stopped.is_set()
+
+
+def test_an_error_nobody_foresaw_is_internal_and_logged(
+    http_: Http, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.forwarder.fail_with = ZeroDivisionError("private detail")
+    code, body, _ = http_.ask("DELETE", "/v1/routes/10.0.0.0/8")
+    assert (code, body["error"]["code"]) == (500, "internal")
+    assert "private" not in body["error"]["message"]
+    assert "ZeroDivisionError: private detail" in caplog.text
+    served.forwarder.fail_with = UdptunError("the TUN device is gone")
+    assert "TUN device is gone" in http_.ask("GET", "/v1/status")[1]["error"]["message"]
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_whole(
+    http_: Http, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
+    served.forwarder.fail_with = ZeroDivisionError()
+    with pytest.raises(http.client.IncompleteRead):
+        http_.ask("GET", "/v1/routes")
+    assert "broke off" in caplog.text
+
+
+# Events
+
+
+class EventStream:
+    def __init__(self, served: Served, query: str = "") -> None:
+        self._http = Http(served.path)
+        self._http.request("GET", f"/v1/events{query}")
+        self.response = self._http.getresponse()
+
+    def next(self) -> dict[str, Any]:
+        line = self.response.readline()
+        assert line.endswith(b"\n")
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def close(self) -> None:
+        self.response.close()
+        self._http.close()
+
+
+def event(number: int) -> dict[str, Any]:
+    return {"time": "2026-11-23T12:00:00.000+00:00", "type": "error", "message": f"no. {number}"}
+
+
+def test_events_are_followed_from_now_on(served: Served, http_: Http) -> None:
+    http_.ask("PUT", "/v1/routes/10.1.0.0/16", {"via": "192.0.2.1"})
+    stream = EventStream(served)
+    assert stream.response.headers["Content-Type"] == "application/x-ndjson"
+    assert stream.response.headers["Cache-Control"] == "no-store"
+    assert stream.next() == {"type": "hello", "generation": 2}
+    http_.ask("PUT", "/v1/routes/10.2.0.0/16", {"via": "192.0.2.1"})
+    added = stream.next()
+    assert (added["type"], added["dst"], added["via"]) == (
+        "route_added", "10.2.0.0/16", "192.0.2.1",
+    )
+    stream.close()
+
+
+def test_recent_events_are_kept(served: Served, http_: Http) -> None:
+    follower = EventStream(served)
+    follower.next()
+    served.events(*map(event, range(150)))
+    while follower.next() != event(149):
+        pass
+    lines = http_.ask("GET", "/v1/events?follow=0")[1].splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"type": "hello", "generation": 1}, *map(event, range(50, 150)),
+    ]
+    follower.close()
+
+
+def test_bad_follow(http_: Http) -> None:
+    code, body, _ = http_.ask("GET", "/v1/events?follow=maybe")
+    assert (code, body["error"]["code"]) == (400, "bad_request")
+
+
+def test_a_slow_reader_loses_the_oldest_and_is_told(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stalled reader holds up neither the forwarder nor another reader."""
+    monkeypatch.setattr(feed, "QUEUE_LINES", 10)
+    padded = [event(i) | {"padding": "x" * 60_000} for i in range(100)]
+    slow, quick = EventStream(served), EventStream(served)
+    quick.next()
+    for one in padded:
+        served.events(one)
+        assert quick.next() == one
+    slow.next()
+    got = []
+    while not got or got[-1] != padded[-1]:
+        got.append(slow.next())
+    (notice,) = [e for e in got if "lost" in e]
+    read = [e for e in got if "lost" not in e]
+    assert notice["type"] == "error"
+    assert notice["message"].startswith(f"{notice['lost']} events were lost")
+    assert notice["lost"] + len(read) == 100
+    at = got.index(notice)
+    assert read == padded[:at] + padded[at + notice["lost"] :]
+    slow.close()
+    quick.close()
+
+
+def test_a_reader_that_leaves_is_forgotten(thread: LoopThread, served: Served) -> None:
+    left = threading.Event()
+    stream = EventStream(served)
+    stream.next()
+    drop = served.server._feed.drop
+    served.server._feed.drop = lambda reader: (drop(reader), left.set())  # type: ignore
+    stream.close()
+    assert left.wait(10)
+    assert thread.call(lambda: len(served.server._feed._readers)) == 0
+
+
+# Metrics
+
+
+def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics(http_: Http, served: Served) -> None:
+    http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
+    code, body, response = http_.ask("GET", "/metrics")
+    assert code == 200
+    assert response.headers["Content-Type"].startswith("text/plain; version=")
+    found = samples(body.decode())
+    expected = {
+        ("udptun_build_info", (VERSION,)): 1,
+        ("udptun_packets_total", ("encap", "read")): 10,
+        ("udptun_packets_total", ("decap", "delivered")): 18,
+        ("udptun_queued_packets", ("encap",)): 1,
+        ("udptun_drops_total", ("encap", "no_route")): 7,
+        ("udptun_drops_total", ("decap", "unknown_peer")): 0,
+        ("udptun_icmp_total", ("sent",)): 3,
+        ("udptun_icmp_total", ("suppressed",)): 4,
+        ("udptun_syscalls_total", ("readv",)): 5,
+        ("udptun_worker_batches_total", ("0",)): 8,
+        ("udptun_worker_loop_returns_total", ("0",)): 9,
+        ("udptun_peers", ()): 1,
+        ("udptun_routes", ()): 1,
+        ("udptun_route_generation", ()): 2,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def test_every_metric_keeps_to_the_conventions(http_: Http) -> None:
+    text = http_.ask("GET", "/metrics")[1].decode()
+    for family in text_string_to_metric_families(text):
+        assert re.fullmatch(r"udptun_[a-z0-9_]+", family.name)
+        assert family.documentation.endswith(".")
+        for sample in family.samples:
+            assert (family.type == "counter") == sample.name.endswith("_total")
+            assert set(sample.labels) <= {
+                "direction", "state", "reason", "worker", "call", "version",
+            }
+
+
+def test_openmetrics_for_who_asks(http_: Http) -> None:
+    accept = "application/openmetrics-text; version=1.0.0"
+    _, body, response = http_.ask("GET", "/metrics", Accept=accept)
+    assert response.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+
+
+# Life
+
+
+def test_stop_answers_before_it_stops(served: Served, http_: Http) -> None:
+    assert http_.ask("POST", "/v1/stop")[:2] == (202, {"stopping": True})
+    served._closing.result(10)
+    assert not served.path.exists()
+
+
+def test_close_ends_streams_properly_and_idle_connections(served: Served, http_: Http) -> None:
+    http_.ask("GET", "/v1/healthz")
+    stream = EventStream(served)
+    stream.next()
+    served.close()
+    assert stream.response.readline() == b""  # and not IncompleteRead
+    assert http_.sock.recv(1) == b""
+    stream.close()
+
+
+def test_close_does_not_wait_for_a_reader_that_stalls(
+    thread: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CLOSE_SECONDS", 0.05)
+    with Served(thread, tmp_path / "udptun.sock") as served:
+
+        async def endless() -> AsyncGenerator[bytes, None]:
+            while True:
+                yield b" " * 65536
+
+        served.forwarder.route_chunks = endless  # type: ignore[method-assign]
+        stalled = Http(served.path)
+        stalled.request("GET", "/v1/routes")
+        assert stalled.sock.recv(10) == b"HTTP/1.1 2"
+        served.close()
+        stalled.close()
+
+
+def test_start_close_start(thread: LoopThread, tmp_path: Path) -> None:
+    for _ in range(2):
+        with Served(thread, tmp_path / "udptun.sock") as served:
+            assert ask_once(served, "GET", "/v1/healthz")[0] == 200
+            assert thread.call(lambda f=served.forwarder: f.subscribers_n) == 1
+        assert not served.path.exists()
+        assert served.forwarder.subscribers_n == 0
+
+
+def test_close_without_start_and_twice(thread: LoopThread, tmp_path: Path) -> None:
+    with Served(thread, tmp_path / "udptun.sock") as served:
+        served.close()
+        thread.run(served.server.close)
+
+
+def test_second_server_on_the_same_path_is_refused(served: Served, thread: LoopThread) -> None:
+    second = server.ControlServer(served.forwarder, served.path)
+    with pytest.raises(DeviceError, match=re.escape(str(served.path))):
+        thread.run(second.start)
+    thread.run(second.close)
+    assert ask_once(served, "GET", "/v1/healthz")[0] == 200
+    assert stat.S_IMODE(served.path.stat().st_mode) == 0o660
+
+
+def test_a_broken_event_source_is_logged_and_the_rest_goes_on(
+    thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    with Served(thread, tmp_path / "udptun.sock") as served:
+        served.events({"type": "error", "message": object()})
+        assert ask_once(served, "GET", "/v1/healthz")[0] == 200
+    assert "their source broke" in caplog.text
+
+
+def test_curl_can_drive_it(served: Served) -> None:
+    """The examples in docs/control.md are of this form."""
+    curl = ["curl", "-sS", "--fail-with-body", "--unix-socket", str(served.path)]
+
+    def run(*argv: str) -> str:
+        done = subprocess.run([*curl, *argv], check=True, capture_output=True, text=True)
+        return done.stdout
+
+    base = "http://localhost/v1"
+    run("-X", "PUT", f"{base}/routes/10.244.2.0/24", "-d", '{"via": "192.0.2.2"}')
+    file = served.path.parent / "routes"
+    file.write_text("10.9.0.0/16 via 192.0.2.9\n")
+    text = ("-H", "Content-Type: text/plain", "--data-binary", f"@{file}")
+    run("-X", "PUT", f"{base}/routes", *text)
+    assert json.loads(run(f"{base}/routes"))["routes"][0]["dst"] == "10.9.0.0/16"
