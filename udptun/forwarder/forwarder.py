@@ -140,7 +140,7 @@ class Forwarder:
             self._state.save_soon(table)
         close.callback(self._hub.close)
         log.info("%s is up: mtu %d, %d routes, offloads %s", tun.name, self.mtu, len(table),
-                 " ".join(self.capabilities.to_json()["in_use"]) or "none")
+                 " ".join(sorted(self.capabilities.in_use)) or "none")
         for name, cause in self.capabilities.off.items():
             log.info("%s is off: %s", name, cause)
         await self._start_control()
@@ -464,7 +464,7 @@ class Forwarder:
             if drop["packets"]:
                 log.info("dropped %(packets)d: %(reason)s, %(direction)s", drop)
 
-    def _workers(self) -> list[dict[str, Any]]:
+    def _workers(self) -> list[_core.WorkerCounters]:
         return [thread.worker.counters() for thread in self._threads]
 
 
