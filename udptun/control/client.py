@@ -93,7 +93,7 @@ class ControlClient:
         if follow:
             self._connection.wait_for_ever()
         try:
-            while line := self._read_line(response):
+            for line in self._lines(response):
                 yield json.loads(line)
         finally:
             self.close()
@@ -145,6 +145,7 @@ class ControlClient:
                     ) from None
                 except OSError:
                     pass  # gone without a goodbye
+                self.close()
                 if process is not None:
                     select.select([process], [], [], exit_seconds)
 
@@ -183,21 +184,22 @@ class ControlClient:
     ) -> http.client.HTTPResponse:
         """Send a request and read the head of its answer.
 
-        A kept connection may have been closed meanwhile: then once more on a new one, which is
-        safe, as every request may be repeated.
+        A kept connection may have been closed meanwhile: then once more on a new one. That is
+        safe, as every request may be repeated, but for those that ask for a generation.
         """
-        kept = self._connection.sock is not None
+        headers = headers or {}
+        again = self._connection.sock is not None and "If-Match" not in headers
         try:
-            response = self._try(method, target, body, headers or {})
+            response = self._try(method, target, body, headers)
         except (ConnectionError, http.client.HTTPException) as exc:
             self.close()
-            if not kept:
+            if not again:
                 raise self._went_away(exc) from exc
             try:
-                response = self._try(method, target, body, headers or {})
-            except (ConnectionError, http.client.HTTPException) as again:
+                response = self._try(method, target, body, headers)
+            except (ConnectionError, http.client.HTTPException) as exc_again:
                 self.close()
-                raise self._went_away(again) from again
+                raise self._went_away(exc_again) from exc_again
         if response.status >= 400:
             raise protocol.parse_error(response.status, self._read(response))
         return response
@@ -223,9 +225,13 @@ class ControlClient:
             self.close()
             raise self._went_away(exc) from exc
 
-    def _read_line(self, response: http.client.HTTPResponse) -> bytes:
+    def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """Lines as they come. HTTPResponse.readline takes a broken connection for the end."""
+        rest = b""
         try:
-            return response.readline()
+            while piece := response.read1(CHUNK):
+                *lines, rest = (rest + piece).split(b"\n")
+                yield from lines
         except (OSError, http.client.HTTPException) as exc:
             raise self._went_away(exc) from exc
 

@@ -1,0 +1,308 @@
+"""The calling end: against the real server, and against servers that misbehave."""
+
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fakes import LoopThread, Served
+
+from udptun.control import client as client_module
+from udptun.control import protocol
+from udptun.control.client import ControlClient
+from udptun.errors import ControlError, NoForwarder
+from udptun.model import Route, RouteDiff
+
+ROUTE = Route.make("10.244.2.0/24", "192.0.2.2")
+OTHER = Route.make("10.244.2.0/24", "192.0.2.3", 9000, 1400)
+SIX = Route.make("2001:db8:5::/64", "2001:db8::1")
+
+
+@pytest.fixture(scope="module")
+def thread() -> Iterator[LoopThread]:
+    with LoopThread() as running:
+        yield running
+
+
+@pytest.fixture
+def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
+    with Served(thread, tmp_path / "udptun.sock") as running:
+        yield running
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[ControlClient]:
+    with ControlClient(str(served.path)) as connected:
+        yield connected
+
+
+def test_reading(client: ControlClient, served: Served) -> None:
+    assert client.status()["device"]["name"] == "udptun0"
+    assert client.drops() == served.forwarder.drops()
+    assert client.routes() == {"generation": 1, "routes": []}
+    assert b"".join(client.routes_text()) == b'{"generation":1,"routes":[]}\n'
+    assert client.trace("10.244.2.9")["reason"] == "no_route"
+    assert "udptun_build_info" in client.metrics()
+
+
+def test_changing(client: ControlClient) -> None:
+    assert client.add(ROUTE) == RouteDiff(2, added=1)
+    assert client.add(ROUTE) == RouteDiff(2)
+    with pytest.raises(ControlError) as caught:
+        client.add(OTHER)
+    assert caught.value.code == "route_exists"
+    assert client.put(OTHER) == RouteDiff(3, changed=1)
+    assert client.put(SIX) == RouteDiff(4, added=1)
+    assert client.routes()["routes"] == [OTHER.to_json(), SIX.to_json()]
+    assert client.delete(OTHER.dst) == RouteDiff(5, removed=1)
+    assert client.delete("10.244.2.0/24") == RouteDiff(5)
+
+
+def test_replacing(client: ControlClient) -> None:
+    assert client.replace([ROUTE, SIX]) == RouteDiff(2, added=2)
+    assert client.replace([OTHER], expect_generation=2) == RouteDiff(3, changed=1, removed=1)
+    with pytest.raises(ControlError) as caught:
+        client.replace([], expect_generation=2)
+    assert caught.value.code == "generation_mismatch"
+    assert client.replace_text(f"{SIX}\n".encode()) == RouteDiff(4, added=1, removed=1)
+    with pytest.raises(ControlError, match=r"line 2: via: 'x'"):
+        client.replace_text(b"\n10.0.0.0/8 via x\n")
+
+
+def test_one_connection_is_kept(client: ControlClient) -> None:
+    client.status()
+    sock = client._connection.sock
+    with pytest.raises(ControlError):
+        client.trace("x")
+    list(client.routes_text())
+    client.metrics()
+    assert client._connection.sock is sock
+
+
+def test_events(client: ControlClient, served: Served) -> None:
+    events = client.events()
+    assert next(events) == {"type": "hello", "generation": 1}
+    with ControlClient(str(served.path)) as other:
+        other.add(ROUTE)
+    assert next(events)["dst"] == "10.244.2.0/24"
+    served.close()
+    assert list(events) == []
+
+
+def test_recent_events(client: ControlClient) -> None:
+    client.add(ROUTE)
+    assert [e["type"] for e in client.events(follow=False)] == ["hello", "route_added"]
+    assert client.status()["generation"] == 2  # the client is of use again
+
+
+def test_following_waits_longer_than_for_an_answer(served: Served) -> None:
+    with ControlClient(str(served.path), timeout=0.05) as client:
+        events = client.events()
+        next(events)
+        assert client._connection.sock.gettimeout() is None
+        events.close()
+
+
+def test_stop_returns_when_the_socket_is_gone(client: ControlClient, served: Served) -> None:
+    client.status()
+    client.stop()
+    served._closing.result(10)
+    assert not served.path.exists()
+
+
+def test_stop_waits_for_the_process(tmp_path: Path) -> None:
+    """The server closes its connections first; its process has still to end."""
+    import subprocess
+
+    path = tmp_path / "udptun.sock"
+    script = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]); listener.listen()
+print("ready", flush=True)
+connection, _ = listener.accept()
+connection.recv(65536)
+connection.sendall(b'HTTP/1.1 202 OK\\r\\nContent-Type: x\\r\\nContent-Length: 2\\r\\n\\r\\n{}')
+connection.close()
+sys.stdin.read()
+"""
+    argv = [sys.executable, "-S", "-c", script, str(path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stdin.close()
+        ControlClient(str(path)).stop()
+        assert process.wait(0) == 0
+
+
+# Nobody there
+
+
+def test_no_socket(tmp_path: Path) -> None:
+    path = tmp_path / "udptun.sock"
+    with pytest.raises(NoForwarder) as caught:
+        ControlClient(str(path)).status()
+    assert str(caught.value) == (
+        f"no forwarder answers on {path}: start one with `udptun forward ...`, or name its "
+        "socket with --socket or UDPTUN_SOCKET"
+    )
+
+
+def test_stale_socket(tmp_path: Path) -> None:
+    path = tmp_path / "udptun.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    with pytest.raises(NoForwarder, match="start one with"):
+        ControlClient(str(path)).routes()
+
+
+def test_permission_denied_has_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(self: socket.socket, address: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(client_module.socket.socket, "connect", connect, raising=False)
+    with pytest.raises(NoForwarder, match="permission denied: only root and the socket's group"):
+        ControlClient(str(tmp_path / "x")).status()
+
+
+def test_path_that_no_socket_can_have(tmp_path: Path) -> None:
+    with pytest.raises(NoForwarder, match="too long"):
+        ControlClient("/" + "x" * 200).status()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NoForwarder, match="no forwarder answers"):
+        ControlClient(str(tmp_path / "file")).status()
+
+
+# Servers that misbehave
+
+
+@contextmanager
+def serving(path: Path, *answers: Callable[[socket.socket], None]) -> Iterator[ControlClient]:
+    """One connection after the other, each given to the next of ``answers``."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    done = threading.Event()
+
+    def serve() -> None:
+        for answer in answers:
+            connection, _ = listener.accept()
+            with connection:
+                answer(connection)
+        done.wait(20)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with ControlClient(str(path), timeout=5) as client:
+            yield client
+    finally:
+        done.set()
+        thread.join()
+        listener.close()
+
+
+def say(text: bytes, times: int = 1) -> Callable[[socket.socket], None]:
+    def answer(connection: socket.socket) -> None:
+        for _ in range(times):
+            connection.recv(65536)
+            connection.sendall(text)
+
+    return answer
+
+
+DROPS = b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"drops":[]}'
+
+
+def test_a_kept_connection_that_was_closed_is_made_again(tmp_path: Path) -> None:
+    with serving(tmp_path / "s", say(DROPS), say(DROPS, times=2)) as client:
+        assert client.drops() == client.drops() == client.drops() == []
+
+
+def test_a_server_that_only_hangs_up(tmp_path: Path) -> None:
+    hang_up = say(b"")
+    with (
+        serving(tmp_path / "s", hang_up) as client,
+        pytest.raises(NoForwarder, match="closed the connection"),
+    ):
+        client.status()
+    with serving(tmp_path / "t", say(DROPS), hang_up) as client:
+        client.drops()
+        with pytest.raises(NoForwarder, match="closed the connection"):
+            client.drops()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+        b"SSH-2.0-OpenSSH\r\n",
+    ],
+    ids=["short", "chunked", "no http"],
+)
+def test_an_answer_that_breaks_off(tmp_path: Path, text: bytes) -> None:
+    with (
+        serving(tmp_path / "s", say(text)) as client,
+        pytest.raises(NoForwarder, match="closed the connection"),
+    ):
+        client.status()
+
+
+def test_events_that_break_off(tmp_path: Path) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{}\n\r\n"
+    with serving(tmp_path / "s", say(head)) as client:
+        events = client.events()
+        assert next(events) == {}
+        with pytest.raises(NoForwarder, match="closed the connection"):
+            next(events)
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
+    released = threading.Event()
+
+    def stall(connection: socket.socket) -> None:
+        released.wait(20)
+
+    with serving(tmp_path / "s", stall) as client:
+        client._connection._timeout = 0.05
+        with pytest.raises(NoForwarder, match="does not answer"):
+            client.status()
+        released.set()
+
+
+def test_an_error_that_is_not_ours(tmp_path: Path) -> None:
+    text = b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n"
+    with serving(tmp_path / "s", say(text)) as client, pytest.raises(ControlError) as caught:
+        client.status()
+    assert caught.value.code == "internal"
+
+
+def test_a_table_that_is_too_large_is_not_sent(
+    client: ControlClient, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_TABLE_BODY", 10)
+    with pytest.raises(ControlError) as caught:
+        client.replace_text(b"# 34567890")
+        client.replace_text(b"# 345678901")
+    assert caught.value.code == "too_large"
+    assert served.forwarder.bodies == [b"# 34567890"]
+
+
+def test_a_refusal_before_the_end_of_the_request_is_read(tmp_path: Path) -> None:
+    """A server that answers 413 and closes leaves the client with a broken pipe."""
+
+    def refuse(connection: socket.socket) -> None:
+        connection.recv(10)
+        body = b'{"error":{"code":"too_large","message":"no"}}'
+        connection.sendall(b"HTTP/1.1 413 X\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+    with serving(tmp_path / "s", refuse, say(DROPS)) as client:
+        with pytest.raises(ControlError) as caught:
+            client.replace_text(b"#" * 10_000_000)
+        assert caught.value.code == "too_large"
+        assert client.drops() == []

@@ -1,0 +1,184 @@
+"""Endpoints and routes: what is read, what is refused and in which words; the lazy package."""
+
+import subprocess
+import sys
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import udptun
+from udptun import model
+from udptun.cli import reasons
+from udptun.drops import DIRECTIONS, DROP_REASONS
+from udptun.errors import FieldError, UdptunError
+from udptun.model import Endpoint, Route, RouteDiff
+
+networks = st.one_of(
+    st.builds(lambda a, n: ip_network((a, n), strict=False), st.ip_addresses(v=4),
+              st.integers(0, 32)),
+    st.builds(lambda a, n: ip_network((a, n), strict=False),
+              st.ip_addresses(v=6), st.integers(0, 128)),
+)
+routes = st.builds(
+    Route, networks, st.ip_addresses(), st.integers(1, 65535),
+    st.none() | st.integers(model.MIN_MTU, model.MAX_MTU),
+)
+
+
+def field_of(excinfo: pytest.ExceptionInfo[FieldError]) -> tuple[str, object]:
+    return excinfo.value.field, excinfo.value.value
+
+
+@given(routes)
+def test_route_text_and_json_are_read_back(route: Route) -> None:
+    assert Route.from_words(str(route).split()) == route
+    assert Route.from_json(route.to_json()) == route
+
+
+@given(st.ip_addresses(), st.integers(1, 65535))
+def test_endpoint_text_is_read_back(address: object, port: int) -> None:
+    endpoint = Endpoint(address, port)  # type: ignore[arg-type]
+    assert Endpoint.parse(str(endpoint)) == endpoint
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "port"),
+    [
+        ("192.0.2.1", "192.0.2.1", 8285),
+        ("192.0.2.1:9", "192.0.2.1", 9),
+        ("2001:db8::1", "2001:db8::1", 8285),
+        ("[2001:db8::1]", "2001:db8::1", 8285),
+        ("[2001:db8::1]:9", "2001:db8::1", 9),
+    ],
+)
+def test_endpoint(text: str, address: str, port: int) -> None:
+    assert Endpoint.parse(text) == Endpoint(ip_address(address), port)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ":", "192.0.2.1:", "192.0.2.1:0", "192.0.2.1:65536", "192.0.2.1:+1", "192.0.2.1:1:2",
+     "[2001:db8::1", "[2001:db8::1]9", "[2001:db8::1]:", "fe80::1%eth0", "host:1", "192.0.2.1/32"],
+)
+def test_bad_endpoint(text: str) -> None:
+    with pytest.raises(FieldError, match="--listen"):
+        Endpoint.parse(text, "--listen")
+
+
+def test_route_defaults() -> None:
+    route = Route.from_words(["10.244.2.0/24", "via", "192.0.2.2"])
+    assert route == Route(ip_network("10.244.2.0/24"), ip_address("192.0.2.2"), 8285, None)
+    assert str(route) == "10.244.2.0/24 via 192.0.2.2 port 8285"
+    words = ["10.0.0.1", "via", "192.0.2.2", "mtu", "1400", "port", "9"]
+    host = Route(ip_network("10.0.0.1/32"), ip_address("192.0.2.2"), 9, 1400)
+    assert Route.from_words(words) == host
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("", "route", ""),
+        ("10.0.0.0/8 via", "route", "10.0.0.0/8 via"),
+        ("10.0.0.0/8 dev eth0", "route", "10.0.0.0/8 dev eth0"),
+        ("10.0.0.0/8 via 192.0.2.1 metric 3", "route", "metric"),
+        ("10.0.0.0/8 via 192.0.2.1 port 1 port 2", "route", "port"),
+        ("10.0.0.0/8 via 192.0.2.1 port", "port", ""),
+        ("10.0.0.0/8 via 192.0.2.1 port 0", "port", 0),
+        ("10.0.0.0/8 via 192.0.2.1 port 70000", "port", 70000),
+        ("10.0.0.0/8 via 192.0.2.1 port -1", "port", "-1"),
+        ("10.0.0.0/8 via 192.0.2.1 mtu 67", "mtu", 67),
+        ("10.0.0.0/8 via 192.0.2.1 mtu 65536", "mtu", 65536),
+        ("10.0.0.0/8 via 192.0.2.256", "via", "192.0.2.256"),
+        ("10.0.0.0/8 via 192.0.2.0/24", "via", "192.0.2.0/24"),
+        ("10.0.0.0/8 via fe80::1%eth0", "via", "fe80::1%eth0"),
+        ("10.0.0.1/8 via 192.0.2.1", "dst", "10.0.0.1/8"),
+        ("10.0.0.0/33 via 192.0.2.1", "dst", "10.0.0.0/33"),
+        ("10.0.0.0/ via 192.0.2.1", "dst", "10.0.0.0/"),
+        ("10.0.0.0/255.0.0.0 via 192.0.2.1", "dst", "10.0.0.0/255.0.0.0"),
+        ("010.0.0.0/8 via 192.0.2.1", "dst", "010.0.0.0/8"),
+        ("default via 192.0.2.1", "dst", "default"),
+    ],
+)
+def test_bad_words(text: str, field: str, value: object) -> None:
+    with pytest.raises(FieldError, match=r"^line 7: ") as caught:
+        Route.from_words(text.split(), "line 7")
+    assert field_of(caught) == (field, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (None, "route"),
+        ([], "route"),
+        ({}, "dst"),
+        ({"dst": "10.0.0.0/8"}, "via"),
+        ({"dst": 10, "via": "192.0.2.1"}, "dst"),
+        ({"dst": "10.0.0.0/8", "via": None}, "via"),
+        ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "metric": 1}, "route"),
+        ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "port": None}, "port"),
+        ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "port": True}, "port"),
+        ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "port": 1.0}, "port"),
+        ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "mtu": []}, "mtu"),
+    ],
+)
+def test_bad_json(value: object, field: str) -> None:
+    with pytest.raises(FieldError, match=r"^routes\[3\]: ") as caught:
+        Route.from_json(value, "routes[3]")
+    assert caught.value.field == field
+
+
+def test_host_bits_are_refused_with_what_was_meant() -> None:
+    with pytest.raises(FieldError, match=r"without host bits \(10\.0\.0\.0/8\)"):
+        model.parse_prefix("dst", "10.1.2.3/8")
+
+
+def test_diff_to_json() -> None:
+    assert RouteDiff(7, 1, 2, 3).to_json() == {
+        "generation": 7, "added": 1, "changed": 2, "removed": 3,
+    }
+
+
+# The one list of drop reasons
+
+
+def test_drop_reasons_are_named_once_and_in_known_directions() -> None:
+    names = [reason.name for reason in DROP_REASONS]
+    assert len(set(names)) == len(names)
+    for reason in DROP_REASONS:
+        assert reason.name.isidentifier() and reason.name == reason.name.lower()
+        assert reason.directions and set(reason.directions) <= set(DIRECTIONS)
+        assert reason.meaning.endswith(".") and "|" not in reason.meaning
+
+
+def test_docs_drops_md_is_up_to_date(pytestconfig: pytest.Config) -> None:
+    text = (pytestconfig.rootpath / "docs" / "drops.md").read_text()
+    assert text == reasons.page(), "run python -m udptun.cli.reasons > docs/drops.md"
+
+
+# The package
+
+
+def test_public_names_are_where_they_are_said_to_be() -> None:
+    assert set(udptun._HOME_OF) == set(udptun.__all__) - {"__version__"}
+    assert set(udptun.__all__) <= set(dir(udptun))
+    assert udptun.Route is Route
+    assert issubclass(udptun.FieldError, UdptunError)
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = udptun.Nonsense
+
+
+def test_import_udptun_loads_nearly_nothing() -> None:
+    script = """
+import sys
+before = set(sys.modules)
+import udptun
+new = {name for name in sys.modules if name not in before}
+print(sorted(n for n in new if n.startswith("udptun")), *sorted(new & {
+    "asyncio", "ipaddress", "socket", "json", "click", "http.client", "dataclasses"}))
+assert udptun.__version__
+"""
+    argv = [sys.executable, "-c", script]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['udptun', 'udptun._version']"
