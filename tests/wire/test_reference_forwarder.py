@@ -1,0 +1,324 @@
+"""The one-packet forwarder: the order of the steps, who is told, who may send, and the counters."""
+
+import ipaddress
+from collections import Counter
+
+import craft
+import pytest
+import strategies
+from craft import A4, A6, B4, PLAIN, UDP, Flow, addr, ip4, ip6
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udptun.drops import DECAP, DIRECTIONS, DROP_REASONS, ENCAP
+from udptun.model import Endpoint, Route
+from udptun.reference import ReferenceForwarder, fragment, icmp_error
+
+PEER = Endpoint.parse("192.0.2.2:8285")
+OTHER = Endpoint.parse("192.0.2.3:9000")
+PEER6 = Endpoint.parse("[2001:db8::2]:8285")
+STRANGER = Endpoint.parse("203.0.113.66:8285")
+ROUTES = [
+    Route.make("10.244.0.0/16", "192.0.2.3", 9000),
+    Route.make("10.244.2.0/24", "192.0.2.2"),
+    Route.make("10.244.3.0/24", "192.0.2.2", mtu=1000),
+    Route.make("fd00:2::/64", "192.0.2.2"),
+    Route.make("fd00:3::/64", "2001:db8::2"),
+]
+OURS = [ipaddress.ip_address(a) for a in ("10.244.1.0", "fd00:1::", "192.0.2.1")]
+DATA = bytes(3000)
+
+
+def make(**changes):
+    arguments = {"own_addresses": OURS, "tun_addresses": OURS[:2], **changes}
+    return ReferenceForwarder(ROUTES, **arguments)
+
+
+def check_invariant(forwarder):
+    for direction in DIRECTIONS:
+        counts = forwarder.counts[direction]
+        drops = sum(n for (_, way), n in forwarder.drops.items() if way == direction)
+        assert counts.read + counts.generated == counts.delivered + drops
+    known = {(reason.name, way) for reason in DROP_REASONS for way in reason.directions}
+    assert set(forwarder.drops) <= known
+
+
+def lowered(packet, hops=1):
+    at = 8 if packet[0] >> 4 == 4 else 7
+    if at == 7:
+        return packet[:7] + bytes([packet[7] - hops]) + packet[8:]
+    header = packet[:8] + bytes([packet[8] - hops]) + packet[9 : craft.ip_len(packet)]
+    return craft.set_checksum(header, 10) + packet[craft.ip_len(packet) :]
+
+
+# --- TUN to UDP ---
+
+
+def test_a_packet_goes_to_the_longest_prefix():
+    forwarder = make()
+    for dst, endpoint in (("10.244.2.9", PEER), ("10.244.9.9", OTHER), ("10.244.3.1", PEER)):
+        packet = ip4(b"x" * 9, UDP, A4, dst)
+        assert forwarder.encap(PLAIN + packet).datagrams == [(endpoint, lowered(packet))]
+    packet = ip6(b"x" * 9, UDP, A6, "fd00:3::1")
+    assert forwarder.encap(PLAIN + packet).datagrams == [(PEER6, lowered(packet))]
+    assert forwarder.counts[ENCAP].delivered == 4
+    check_invariant(forwarder)
+
+
+@pytest.mark.parametrize(("version", "dst"), [(4, "198.51.100.1"), (6, "2001:db8:9::1")])
+def test_no_route(version, dst):
+    forwarder = make()
+    packet = Flow(version, dst=addr(dst), ttl=1).udp(b"x")
+    result = forwarder.encap(PLAIN + packet)
+    assert not result.datagrams
+    ours = addr("10.244.1.0" if version == 4 else "fd00:1::")
+    assert result.icmp == [icmp_error(packet, "no_route", ours)]
+    assert forwarder.drops == {("no_route", ENCAP): 1}
+    check_invariant(forwarder)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+@pytest.mark.parametrize("ttl", [0, 1])
+def test_super_packet_whose_hops_are_over(version, kind, ttl):
+    """Regression 11: every segment is dropped, the sender is told once, about the first."""
+    forwarder = make()
+    flow = Flow(version, ttl=ttl)
+    frame = flow.tcp_super(DATA, 1000) if kind == "tcp" else flow.udp_super(DATA, 1000)
+    first = flow.tcp(DATA[:1000]) if kind == "tcp" else flow.udp(DATA[:1000])
+    result = forwarder.encap(frame)
+    assert not result.datagrams
+    ours = addr("10.244.1.0" if version == 4 else "fd00:1::")
+    assert result.icmp == [icmp_error(first, "ttl_exceeded", ours)]
+    assert forwarder.drops == {("ttl_exceeded", ENCAP): 3}
+    assert forwarder.counts[ENCAP].read == 3
+    assert forwarder.counts[DECAP].generated == 1
+    check_invariant(forwarder)
+
+
+def test_a_super_packet_is_as_many_packets_as_it_is_cut_into():
+    forwarder = make()
+    flow = Flow(ttl=2)
+    result = forwarder.encap(flow.tcp_super(DATA, 1000, ident=3))
+    assert result.datagrams == [
+        (PEER, lowered(flow.tcp(DATA[at : at + 1000], seq=1000 + at, ident=3 + at // 1000)))
+        for at in (0, 1000, 2000)
+    ]
+    assert forwarder.counts[ENCAP].read == forwarder.counts[ENCAP].delivered == 3
+    check_invariant(forwarder)
+
+
+@pytest.mark.parametrize(
+    ("dst", "mtu"), [("10.244.2.9", 1472), ("10.244.3.9", 1000)], ids=["path", "route"]
+)
+def test_too_big_with_df(dst, mtu):
+    forwarder = make()
+    fits = ip4(DATA[: mtu - 20], UDP, A4, dst)
+    over = ip4(DATA[: mtu - 19], UDP, A4, dst)
+    assert len(forwarder.encap(PLAIN + fits).datagrams) == 1
+    result = forwarder.encap(PLAIN + over)
+    assert not result.datagrams
+    assert result.icmp == [icmp_error(over, "too_big", addr("10.244.1.0"), mtu)]
+    assert forwarder.drops == {("too_big", ENCAP): 1}
+    check_invariant(forwarder)
+
+
+def test_too_big_ipv6():
+    forwarder = make()
+    over = ip6(DATA[: 1472 - 39], UDP, A6, "fd00:2::1")
+    assert forwarder.encap(PLAIN + over).icmp == [
+        icmp_error(over, "too_big", addr("fd00:1::"), 1472)
+    ]
+    over = ip6(DATA[: 1452 - 39], UDP, A6, "fd00:3::1")
+    assert forwarder.encap(PLAIN + over).icmp == [
+        icmp_error(over, "too_big", addr("fd00:1::"), 1452)
+    ]
+
+
+def test_path_mtu_of_one_endpoint():
+    forwarder = make(path_mtu={PEER: 1300})
+    packet = ip4(DATA[:1300], UDP, A4, B4)
+    assert forwarder.encap(PLAIN + packet).icmp == [
+        icmp_error(packet, "too_big", addr("10.244.1.0"), 1272)
+    ]
+    assert forwarder.encap(PLAIN + ip4(DATA[:1300], UDP, A4, "10.244.9.9")).datagrams
+
+
+def test_without_df_it_gets_through_in_pieces():
+    forwarder = make()
+    packet = ip4(DATA, UDP, A4, B4, flags=0)
+    result = forwarder.encap(PLAIN + packet)
+    assert result.datagrams == [(PEER, piece) for piece in fragment(lowered(packet), 1472)]
+    assert not result.icmp
+    counts = forwarder.counts[ENCAP]
+    assert (counts.read, counts.generated, counts.delivered) == (1, 2, 3)
+    check_invariant(forwarder)
+
+
+def test_a_frame_that_cannot_be_cut_is_one_packet():
+    forwarder = make()
+    forwarder.encap(Flow().tcp_super(DATA, 0))
+    forwarder.encap(b"")
+    assert forwarder.drops == {("bad_gso", ENCAP): 1, ("short_packet", ENCAP): 1}
+    assert forwarder.counts[ENCAP].read == 2
+    check_invariant(forwarder)
+
+
+def test_no_address_of_the_family_no_icmp():
+    forwarder = make(tun_addresses=OURS[:1])
+    assert not forwarder.encap(PLAIN + ip6(b"x", UDP, A6, "2001:db8::9")).icmp
+    assert forwarder.counts[DECAP].generated == 0
+    check_invariant(forwarder)
+
+
+def test_icmp_errors_are_never_answered():
+    forwarder = make()
+    error = icmp_error(ip4(b"x" * 8, UDP, "198.51.100.7", B4), "no_route", addr(A4))
+    result = forwarder.encap(PLAIN + error)
+    assert forwarder.drops == {("no_route", ENCAP): 1}
+    assert not result.icmp
+
+
+# --- UDP to TUN ---
+
+
+def test_from_a_peer():
+    forwarder = make()
+    packet = ip4(b"x" * 9, UDP, B4, A4)
+    result = forwarder.decap(PEER, packet + b"padding")
+    assert (result.packet, result.icmp) == (lowered(packet), [])
+    check_invariant(forwarder)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "strict", "peer", "off"),
+    [
+        (PEER, "10.244.2.9", None, None, None),
+        (Endpoint.parse("192.0.2.2:1"), "10.244.2.9", None, None, None),  # any port
+        (PEER, "192.0.2.2", None, None, None),  # the peer itself
+        (PEER, "10.244.9.9", "source_not_routed", None, None),  # the other peer's
+        (OTHER, "10.244.2.9", "source_not_routed", None, None),  # a longer prefix is PEER's
+        (OTHER, "192.0.2.2", "source_not_routed", None, None),
+        (PEER, "198.51.100.1", "source_not_routed", None, None),
+        (STRANGER, "10.244.2.9", "unknown_peer", "unknown_peer", None),
+        (STRANGER, "203.0.113.66", "unknown_peer", "unknown_peer", None),
+        (PEER, "10.244.1.0", "own_source", "own_source", "own_source"),
+        (PEER, "192.0.2.1", "own_source", "own_source", "own_source"),
+        (STRANGER, "10.244.1.0", "unknown_peer", "unknown_peer", "own_source"),
+        (PEER, "fd00:2::5", None, None, None),
+        (PEER6, "fd00:3::5", None, None, None),
+        (PEER6, "fd00:2::5", "source_not_routed", None, None),
+        (PEER6, "2001:db8::2", None, None, None),
+        (PEER, "fd00:1::", "own_source", "own_source", "own_source"),
+    ],
+)
+def test_who_may_send(outer, inner, strict, peer, off):
+    for mode, reason in (("strict", strict), ("peer", peer), ("off", off)):
+        forwarder = make(source_check=mode)
+        packet = ip6(b"", UDP, inner, A6) if ":" in inner else ip4(b"", UDP, inner, A4)
+        result = forwarder.decap(outer, packet)
+        if reason is None:
+            assert result.packet == lowered(packet), mode
+            assert not forwarder.drops
+        else:
+            assert result.packet is None, mode
+            assert forwarder.drops == {(reason, DECAP): 1}
+        check_invariant(forwarder)
+
+
+@pytest.mark.parametrize(
+    ("datagram", "reason"),
+    [
+        (b"", "short_packet"),
+        (b"\x45" * 19, "short_packet"),  # a keepalive
+        (b"\x00" * 40, "bad_version"),
+        (b"\x44" + bytes(40), "bad_header_len"),
+        (ip4(b"x" * 9, UDP, B4, A4)[:-1], "bad_total_len"),
+    ],
+)
+def test_malformed_datagrams(datagram, reason):
+    forwarder = make(source_check="off")
+    assert forwarder.decap(STRANGER, datagram).packet is None
+    assert forwarder.drops == {(reason, DECAP): 1}
+    check_invariant(forwarder)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("ttl", [0, 1])
+def test_hops_that_end_here_are_told_through_the_tunnel(version, ttl):
+    forwarder = make()
+    flow = Flow(version, ttl=ttl)
+    back = Flow(version, src=flow.destination, dst=flow.source, ttl=ttl)
+    packet = back.udp(b"x" * 9)
+    result = forwarder.decap(PEER, packet)
+    assert result.packet is None
+    ours = addr("10.244.1.0" if version == 4 else "fd00:1::")
+    assert result.icmp == [(PEER, icmp_error(packet, "ttl_exceeded", ours))]
+    assert forwarder.drops == {("ttl_exceeded", DECAP): 1}
+    assert forwarder.counts[ENCAP].generated == forwarder.counts[ENCAP].delivered == 1
+    check_invariant(forwarder)
+
+
+def test_nowhere_to_send_the_error():
+    forwarder = make(source_check="off")
+    packet = ip4(b"x", UDP, "198.51.100.7", A4, ttl=1)
+    assert not forwarder.decap(STRANGER, packet).icmp
+    check_invariant(forwarder)
+
+
+def test_two_forwarders_in_a_row():
+    """What one sends the other delivers, two hops lower."""
+    here = make()
+    there = ReferenceForwarder(
+        [Route.make("10.244.1.0/24", "192.0.2.1"), Route.make("fd00:1::/64", "192.0.2.1")],
+        own_addresses=[PEER.address],
+    )
+    for version in (4, 6):
+        flow = Flow(version, ttl=64)
+        result = here.encap(flow.tcp_super(DATA, 999, ident=1))
+        delivered = [
+            there.decap(Endpoint.parse("192.0.2.1:8285"), datagram).packet
+            for _, datagram in result.datagrams
+        ]
+        assert delivered == [
+            lowered(flow.tcp(DATA[at : at + 999], seq=1000 + at, ident=1 + at // 999), 2)
+            for at in range(0, 3000, 999)
+        ]
+    check_invariant(here)
+    check_invariant(there)
+
+
+# --- the invariant, whatever comes ---
+
+
+@given(
+    st.lists(st.one_of(
+        strategies.frames, strategies.mutated(strategies.frames), strategies.noisy_frames,
+        st.builds(lambda f, d: f.tcp_super(d, 700), st.sampled_from(strategies.FLOWS),
+                  strategies.payloads()),
+    ), max_size=5),
+    st.lists(st.tuples(
+        st.sampled_from([PEER, OTHER, PEER6, STRANGER]),
+        st.one_of(strategies.packets(), strategies.mutated(strategies.packets()), strategies.noise),
+    ), max_size=5),
+    st.sampled_from(["strict", "peer", "off"]),
+    st.integers(576, 1500),
+)
+def test_nothing_is_lost_uncounted(frames, datagrams, source_check, underlay_mtu):
+    forwarder = make(source_check=source_check, underlay_mtu=underlay_mtu)
+    out = Counter()
+    for frame in frames:
+        result = forwarder.encap(frame)
+        out[ENCAP] += len(result.datagrams)
+        out[DECAP] += len(result.icmp)
+        for endpoint, datagram in result.datagrams:
+            overhead = 28 if endpoint.address.version == 4 else 48
+            assert len(datagram) + overhead <= underlay_mtu
+    for source, datagram in datagrams:
+        result = forwarder.decap(source, datagram)
+        out[DECAP] += result.packet is not None
+        out[ENCAP] += len(result.icmp)
+    for direction in DIRECTIONS:
+        assert forwarder.counts[direction].delivered == out[direction]
+    assert forwarder.counts[DECAP].read == len(datagrams)
+    check_invariant(forwarder)
