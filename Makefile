@@ -17,7 +17,7 @@ export PIP_ROOT_USER_ACTION := ignore
 export DEBIAN_FRONTEND := noninteractive
 
 DEMO_TOOLS := ip:iproute2 ping:iputils-ping iperf3:iperf3 nft:nftables ethtool:ethtool \
-  sysctl:procps setpriv:util-linux
+  sysctl:procps
 TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute
 
 .DEFAULT_GOAL := help

@@ -58,7 +58,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         for lab in dict.fromkeys(labs):
             for host in lab.hosts:
                 for process in host.processes:
-                    if text := process.text()[-4000:].strip():
+                    if text := process.text()[-2000:].strip():
                         report.sections.append((str(process), text))
     return report
 

@@ -141,7 +141,7 @@ def exchange_udp(source: Host, target: Host, address: object, largest: int) -> N
 
 @contextlib.contextmanager
 def nft_counters(host: Host, device: str, **rules: str) -> Iterator["Counters"]:
-    """Count packets that come in on ``device``, by nft expressions. The kernel does the counting."""
+    """Count packets that come in on ``device``, by nft expressions: the kernel's own counting."""
     # The prefix keeps the names apart from nft's own words.
     counters = "\n".join(f"  counter n_{name} {{}}" for name in rules)
     statements = "\n".join(f"    {rule} counter name n_{name}" for name, rule in rules.items())
@@ -179,28 +179,40 @@ def device_counters(host: Host, device: str) -> dict[str, int]:
     return {"received": stats["rx"]["packets"], "sent": stats["tx"]["packets"]}
 
 
-def settled_packets(forwarder: Forwarder) -> dict[str, dict[str, int]]:
-    """``packets`` of status once nothing waits and nothing comes in any more."""
-    last: list[object] = []
+Packets = dict[str, dict[str, int]]
+Drops = dict[tuple[str, str], int]
 
-    def idle() -> dict[str, dict[str, int]] | None:
-        packets: dict[str, dict[str, int]] = forwarder.status()["packets"]
-        last.append(packets)
+
+def settled(forwarder: Forwarder) -> tuple[Packets, Drops]:
+    """Status' ``packets`` and the drops of one moment in which nothing moves any more.
+
+    A kernel speaks now and then by itself on a new device (IPv6 routers are asked for, multicast
+    groups are joined), so two equal looks at the first enclose the one at the second.
+    """
+    seen: list[Packets] = []
+
+    def look() -> tuple[Packets, Drops] | None:
+        drops = forwarder.drops()
+        seen.append(forwarder.status()["packets"])
+        quiet = len(seen) > 3 and seen[-4:] == [seen[-1]] * 4
+        if quiet and not any(p["queued"] for p in seen[-1].values()):
+            return seen[-1], drops
         time.sleep(0.05)
-        quiet = len(last) > 3 and last[-4:] == [packets] * 4
-        return packets if quiet and not any(p["queued"] for p in packets.values()) else None
+        return None
 
-    return wait_for(idle, "the forwarder to be idle")
+    return wait_for(look, "the forwarder to be idle")
 
 
-def assert_invariant(forwarder: Forwarder) -> dict[str, dict[str, int]]:
+def settled_packets(forwarder: Forwarder) -> Packets:
+    return settled(forwarder)[0]
+
+
+def assert_invariant(forwarder: Forwarder) -> Packets:
     """read + generated = delivered + dropped + queued, and the drops by reason add up."""
-    packets = settled_packets(forwarder)
-    drops = forwarder.drops()
+    packets, drops = settled(forwarder)
     for direction, p in packets.items():
         came, went = p["read"] + p["generated"], p["delivered"] + p["dropped"] + p["queued"]
         assert came == went, f"{direction}: {p}"
         by_reason = sum(n for (where, _), n in drops.items() if where == direction)
         assert by_reason == p["dropped"], f"{direction}: {p}, {drops}"
     return packets
-

@@ -37,7 +37,7 @@ def exchange_everything(a, b, pod_a, pod_b):
     def attempt(*hosts_and_address) -> None:
         try:
             transfer_tcp(*hosts_and_address, size=8 << 20)
-        except BaseException as e:  # noqa: BLE001 - raised again below
+        except BaseException as e:
             failures.append(e)
 
     # Sockets are opened in this thread's namespace: threads have one each.

@@ -41,7 +41,8 @@ class Ground:
     own address; a stranger. Node 3 has a route and no host: its subnet is another peer's."""
 
     def __init__(self, lab, **options) -> None:
-        self.target, self.peer, self.stranger = (lab.host(n) for n in ("target", "peer", "stranger"))
+        self.target, self.peer = lab.host("target"), lab.host("peer")
+        self.stranger = lab.host("stranger")
         lab.segment(self.target, self.peer, self.stranger)
         absent = self.stranger.v4 + 100
         self.at = node(1)

@@ -99,7 +99,7 @@ def _show(lab: Lab, voice: Voice, seconds: int) -> bool:
         _ping(voice, "ping host a -> host b", a, at_b.v4),
         _ping(voice, "ping pod a -> pod b", pods[0], far_pod),
     ]
-    tunnel = _tcp(voice, "TCP over udptun", b, a, at_b.v4, seconds)
+    tunnel = _tcp(voice, "TCP over udptun", (b, a), at_b.v4, seconds)
     kernel: Throughput | None = None
     kernel_ping: Ping | None = None
     try:
@@ -108,7 +108,7 @@ def _show(lab: Lab, voice: Voice, seconds: int) -> bool:
         voice.step("TCP over kernel VXLAN", f"not measured: {e}")
     else:
         kernel_ping = _ping(voice, "ping over kernel VXLAN", a, over_vxlan)
-        kernel = _tcp(voice, "TCP over kernel VXLAN", b, a, over_vxlan, seconds)
+        kernel = _tcp(voice, "TCP over kernel VXLAN", (b, a), over_vxlan, seconds)
 
     voice.say()
     voice.title(f"  {'':<16}{'loss':>8}{'round trip':>14}{'TCP, one stream':>20}")
@@ -152,13 +152,13 @@ def _ping(voice: Voice, what: str, host: Host, address: object) -> Ping:
 
 
 def _tcp(
-    voice: Voice, what: str, server: Host, client: Host, address: object, seconds: int
+    voice: Voice, what: str, hosts: tuple[Host, Host], address: object, seconds: int
 ) -> Throughput:
     def tick(second: int) -> None:
         voice.progress(what, f"{second} of {seconds} s")
 
     tick(0)
-    result = iperf3(server, client, address, seconds=seconds, tick=tick)
+    result = iperf3(*hosts, address, seconds=seconds, tick=tick)
     voice.step(what, _rate(result))
     return result
 

@@ -33,6 +33,7 @@ from .tools import SEARCH_PATH
 NETNS_DIR = Path("/run/netns")
 _FOLDER = "udptun-lab-"
 CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 5.0
 
@@ -207,11 +208,7 @@ class Host:
         return self.interfaces[0].v6.ip
 
     def _argv(self, argv: Sequence[str]) -> list[str]:
-        return [
-            *("ip", "netns", "exec", self.namespace),
-            *("setpriv", "--pdeathsig", "KILL", "--"),
-            *argv,
-        ]
+        return ["ip", "netns", "exec", self.namespace, *argv]
 
     def run(
         self, argv: Sequence[str], *, check: bool = True, seconds: float = 60.0,
@@ -231,6 +228,7 @@ class Host:
             popen = subprocess.Popen(
                 self._argv(argv), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True, env=_environment(env), pass_fds=pass_fds,
+                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - one thread: see the top
             )
         process = Process(self, argv, popen, log)
         self.processes.append(process)
@@ -465,13 +463,10 @@ def _run(
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     # In a session of its own: a Ctrl-C on the terminal is for us, we end what we started.
-    standard_input: dict[str, object] = (
-        {"stdin": subprocess.DEVNULL} if text is None else {"input": text}
-    )
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=seconds, start_new_session=True,
-            env=_environment(env), check=False, **standard_input,  # type: ignore[call-overload]
+            env=_environment(env), check=False, input=text or "",
         )
     except FileNotFoundError as e:
         raise LabError(f"{e.filename} is not installed") from None
@@ -523,6 +518,17 @@ def _deaf() -> Iterator[None]:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """For a new child, between fork and exec: end when ``parent`` ends, whatever ends it."""
+
+    def between() -> None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return between
 
 
 def _setns(descriptor: int) -> None:

@@ -50,10 +50,10 @@ def ping(
     if counts is None:
         raise LabError(f"ping {address} on {host.name}: {(output.stderr or text).strip()}")
     times = re.search(r"= ([\d.]+)/([\d.]+)/([\d.]+)/", text)
-    rtt = [float(t) for t in times.groups()] if times else [None] * 3
+    low, mean, high = map(float, times.groups()) if times else (None, None, None)
     errors = [line for line in text.splitlines() if line.startswith(("From ", "ping: "))]
     errors += [line for line in output.stderr.splitlines() if line]
-    return Ping(int(counts[1]), int(counts[2]), *rtt, errors=tuple(errors))
+    return Ping(int(counts[1]), int(counts[2]), low, mean, high, tuple(errors))
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ PACKAGES = {
     "nft": "nftables",
     "ethtool": "ethtool",
     "sysctl": "procps",
-    "setpriv": "util-linux",
     "tcpdump": "tcpdump",
     "traceroute": "traceroute",
 }
 # What making hosts and measuring between them takes; the tests use the rest as well.
-LAB_TOOLS = ("ip", "ping", "iperf3", "sysctl", "setpriv")
+LAB_TOOLS = ("ip", "ping", "iperf3", "sysctl")
 
 # Tools of administrators live in the sbin folders, which a user's PATH may leave out.
 SEARCH_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"

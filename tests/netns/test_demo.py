@@ -1,0 +1,76 @@
+"""``udptun demo`` as a person runs it."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from udptun.lab import wait_for
+
+DEMO = [sys.executable, "-m", "udptun", "demo", "--seconds", "1"]
+
+
+def leftovers(pid: int) -> list[str]:
+    return [p.name for p in Path("/run/netns").glob(f"ut{pid}-*")]
+
+
+def test_it_shows_what_it_promises_and_cleans_up():
+    with subprocess.Popen(
+        DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as demo:
+        text = demo.communicate(timeout=100)[0]
+    assert demo.returncode == 0, text
+    for expected in ("host a", "pod 10.244.2.2", "20 of 20 came back", "Gbit/s", "loss",
+                     "round trip", "VXLAN", "removed 4 namespaces"):
+        assert expected in text
+    assert "\x1b" not in text, "colour without a terminal"
+    assert not leftovers(demo.pid)
+
+
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_colour_is_for_terminals_that_want_it(no_colour):
+    ours, theirs = pty.openpty()
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    env |= {"NO_COLOR": "1"} if no_colour else {}
+    with subprocess.Popen(DEMO, stdout=theirs, env=env, start_new_session=True) as demo:
+        os.close(theirs)
+        seen = b""
+        while b"forwarder on host a" not in seen:
+            seen += os.read(ours, 4096)
+        demo.send_signal(signal.SIGINT)
+        demo.wait(30)
+    os.close(ours)
+    assert (b"\x1b[1m" in seen) is not no_colour
+    assert not leftovers(demo.pid)
+
+
+def test_ctrl_c_leaves_nothing_behind():
+    with subprocess.Popen(
+        DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as demo:
+        wait_for(lambda: len(leftovers(demo.pid)) == 4, "the hosts")
+        seen = ""
+        while "ping host a" not in seen:
+            seen += demo.stdout.readline()
+        demo.send_signal(signal.SIGINT)
+        text = demo.communicate(timeout=30)[0]
+    assert demo.returncode == 130
+    assert "interrupted; removed 4 namespaces" in text
+    assert "Traceback" not in text
+    assert not leftovers(demo.pid)
+
+
+def test_it_needs_root():
+    done = subprocess.run(
+        ["setpriv", "--reuid", "65534", "--clear-groups", *DEMO],
+        capture_output=True, text=True, check=False,
+    )
+    if "Permission denied" in done.stderr and "udptun demo" not in done.stderr:
+        pytest.skip("nobody may not read this interpreter")
+    assert done.returncode == 1
+    assert done.stderr.startswith("udptun demo needs root")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,147 @@
+"""The maker of hosts itself: what it makes works, and nothing of it stays."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from udptun.lab import Lab, LabError, Unavailable, iperf3, ping, vxlan, wait_for
+
+NETNS = Path("/run/netns")
+
+
+def names(pid: int) -> list[str]:
+    return [p.name for p in NETNS.glob(f"ut{pid}-*")]
+
+
+def test_links_segments_and_pods_reach_each_other(lab):
+    a, b = lab.host("a"), lab.host("b")
+    lab.link(a, b)
+    hosts = [lab.host(name) for name in "cde"]
+    lab.segment(*hosts)
+    c, _, e = hosts
+    pod = c.pod("10.1.1.0/24", "fd01::/64")
+    e.ip(f"route add 10.1.1.0/24 via {c.v4}", f"route add fd01::/64 via {c.v6}")
+    for host, address in (
+        (a, b.v4), (a, b.v6), (c, e.v4), (c, e.v6), (e, "10.1.1.2"), (e, "fd01::2"),
+    ):
+        assert ping(host, address).received == 3, f"{host.name} -> {address}"
+    assert ping(pod, e.v4).received == 3
+
+
+def test_a_narrow_middle_answers_like_a_router(lab):
+    a, b = lab.host("a"), lab.host("b")
+    link = lab.link(a, b, middle_mtu=1300)
+    assert any("mtu = 1300" in e for e in ping(a, b.v4, size=1400, df=True).errors)
+    assert any("mtu=1300" in e for e in ping(b, a.v6, size=1400).errors)
+    link.set_middle_mtu(1500)
+    fresh = ping(b, a.v4, size=1400, df=True)
+    assert fresh.received == 3
+
+
+def test_profiles_set_what_they_say(lab):
+    a, b = lab.host("a"), lab.host("b")
+    link = lab.link(a, b)
+    for profile, gso, gro in (("P2", "off", "on"), ("P3", "off", "off")):
+        link.profile(profile)
+        features = a.run(["ethtool", "-k", "eth0"]).stdout
+        assert f"generic-segmentation-offload: {gso}" in features
+        assert f"tcp-segmentation-offload: {gso}" in features
+        assert f"generic-receive-offload: {gro}" in features
+
+
+def test_iperf3_gives_numbers_or_its_own_words(lab):
+    a, b = lab.host("a"), lab.host("b")
+    lab.link(a, b)
+    assert iperf3(b, a, b.v4, seconds=1).bits_per_second > 1e6
+    udp = iperf3(b, a, b.v4, seconds=1, udp_bits_per_second=8e6, length=100)
+    assert udp.lost_percent is not None
+    b.ip("link set eth0 down")
+    with pytest.raises(LabError, match="iperf3"):
+        iperf3(b, a, b.v4, seconds=1)
+
+
+def test_vxlan_or_the_reason_why_not(lab):
+    a, b = lab.host("a"), lab.host("b")
+    lab.link(a, b)
+    try:
+        here, there = vxlan(a, b)
+    except Unavailable as e:
+        pytest.skip(str(e))
+    assert here != there
+    assert ping(a, there).received == 3
+
+
+def test_an_exception_removes_everything():
+    with pytest.raises(RuntimeError), Lab() as lab:
+        process = lab.host("a").start(["sleep", "1000"])
+        prefix, folder = lab.prefix, lab.folder
+        raise RuntimeError
+    assert not [p for p in NETNS.iterdir() if p.name.startswith(prefix)]
+    assert not folder.exists()
+    assert not Path(f"/proc/{process.pid}").exists()
+
+
+# Makes a lab with a process in it, says so, and waits for its end.
+VICTIM = """
+import signal, sys
+from udptun.lab import Lab
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with Lab() as lab:
+    process = lab.host("a").start(["sleep", "1000"])
+    print(process.pid, lab.folder, flush=True)
+    signal.pause()
+"""
+
+
+def start_victim() -> tuple[subprocess.Popen, int, Path]:
+    victim = subprocess.Popen([sys.executable, "-c", VICTIM], stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.DEVNULL, start_new_session=True)
+    pid, folder = victim.stdout.readline().split()
+    return victim, int(pid), Path(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_removes_everything(number):
+    victim, pid, folder = start_victim()
+    with victim:
+        assert names(victim.pid)
+        victim.send_signal(number)
+        assert victim.wait(20) != 0
+    assert not names(victim.pid)
+    assert not folder.exists()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_a_killed_lab_leaves_is_removed_by_the_next():
+    victim, pid, folder = start_victim()
+    with victim:
+        victim.kill()
+        victim.wait()
+    wait_for(lambda: not alive(pid), "its process to die with it")
+    assert names(victim.pid)
+    assert folder.exists()
+    with Lab() as other:
+        assert not names(victim.pid)
+        assert not folder.exists()
+        assert other.folder.exists()
+
+
+def alive(pid: int) -> bool:
+    """A zombie is dead: who reaps it is not our affair."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_two_labs_at_once_do_not_meet():
+    with Lab() as one, Lab() as two:
+        one.host("a")
+        two.host("a")
+        assert len(names(os.getpid())) >= 2
+        one.close()
+        assert two.host("b").run(["true"]).returncode == 0
