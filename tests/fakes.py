@@ -42,7 +42,7 @@ class FakeForwarder:
         self._call(f"add {route}")
         there = self.table.get(route.dst)
         if there not in (None, route):
-            raise RouteExists(f"{route.dst} goes via {there.via} already")
+            raise RouteExists(f"There is a route already: {there}.")
         return self._change({**self.table, route.dst: route})
 
     async def put_route(self, route: Route) -> RouteDiff:

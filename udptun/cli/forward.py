@@ -79,22 +79,25 @@ def default_control() -> str:
 
 
 FILE = click.Path(path_type=Path)
+FIELDS = {
+    "address": "addresses", "network": "networks", "routes": "routes_file", "state": "state_file",
+}
 
 
 @click.command()
 @click.option("--tun", type=Parsed("name", _tun), default="udptun0", show_default=True,
               help="Name of the TUN device to make.")
-@click.option("--address", "addresses", type=Parsed("address", _address), multiple=True,
+@click.option("--address", type=Parsed("address", _address), multiple=True,
               help="Overlay address of this host, on the TUN as /32 or /128. Once per family.")
-@click.option("--network", "networks", type=Parsed("prefix", _network), multiple=True,
+@click.option("--network", type=Parsed("prefix", _network), multiple=True,
               help="Overlay network, which gets a route through the TUN. May be repeated.")
-@click.option("--listen", "listen", type=Parsed("address[:port]", _listen), multiple=True,
+@click.option("--listen", type=Parsed("address[:port]", _listen), multiple=True,
               required=True,
               help="Underlay address and UDP port of this host. Once per family.")
 @click.option("--control", type=FILE, default=default_control, metavar="PATH",
               help="Control socket to make.  [default: udptun.sock in $RUNTIME_DIRECTORY "
                    "or /run/udptun]")
-@click.option("--routes", "routes_file", type=FILE, metavar="FILE",
+@click.option("--routes", type=FILE, metavar="FILE",
               help="Route file to start with; read again on SIGHUP.")
 @click.option("--mtu", type=Parsed("auto|n", _auto_or_number), default="auto", show_default=True,
               help="MTU of the TUN. auto: the underlay's, less 28 over IPv4 or 48 over IPv6.")
@@ -107,7 +110,7 @@ FILE = click.Path(path_type=Path)
               show_default=True,
               help="Whom to take packets from. strict: a known peer, and only from inner "
                    "addresses routed to it; peer: any known peer; off: anybody.")
-@click.option("--state", "state_file", type=FILE, metavar="FILE",
+@click.option("--state", type=FILE, metavar="FILE",
               help="Keep the route table in FILE, and start with it.")
 @click.option("--flannel-control", type=FILE, metavar="PATH",
               help="SOCK_SEQPACKET socket to make for flannel's own control messages.")
@@ -134,6 +137,9 @@ def forward(verbose: int, **values: Any) -> None:
 def _config(values: dict[str, Any]) -> ForwarderConfig:
     from ..forwarder import ForwarderConfig
 
+    # the options are named for people and for UDPTUN_FORWARD_*, the fields for code
+    for option, field in FIELDS.items():
+        values[field] = values.pop(option)
     try:
         return ForwarderConfig(**values)
     except FieldError as exc:

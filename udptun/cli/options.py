@@ -70,7 +70,8 @@ class Parsed(_ParamType):
         try:
             return self._parse(value)
         except FieldError as exc:
-            self.fail(f"{exc.value!r} is not valid: expected {exc.expected}", param, ctx)
+            part = "" if exc.value == value else f", not {exc.value!r}"
+            self.fail(f"{value!r} is not valid: expected {exc.expected}{part}", param, ctx)
 
 
 def echo_json(value: object) -> None:

@@ -57,7 +57,8 @@ def add(ctx: click.Context, words: tuple[str, ...]) -> None:
     except ControlError as exc:
         if exc.code != "route_exists":
             raise
-        raise Failure(f"{exc} (route_exists): use `udptun route replace` to change it") from exc
+        there = str(exc).rstrip(".")
+        raise Failure(f"{there} (route_exists): use `udptun route replace` to change it") from exc
 
 
 @route.command()

@@ -1,0 +1,390 @@
+"""The command line: words in, words and exit codes out, against a real control server."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from fakes import LoopThread, Served
+
+from udptun.cli import COMMANDS, cli
+from udptun.cli.options import echo_table
+from udptun.cli.show import _duration, _size
+from udptun.control import protocol
+
+ROUTE = "10.244.2.0/24 via 192.0.2.2"
+
+
+@pytest.fixture(scope="module")
+def thread() -> Iterator[LoopThread]:
+    with LoopThread() as running:
+        yield running
+
+
+@pytest.fixture
+def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
+    with Served(thread, tmp_path / "udptun.sock") as running:
+        yield running
+
+
+class Udptun:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, words: str, stdin: str | None = None, **env: str | None) -> Result:
+        env = {"UDPTUN_SOCKET": str(self._path)} | env
+        return CliRunner().invoke(cli, words.split(), input=stdin, env=env, prog_name="udptun")
+
+    def json(self, words: str) -> Any:
+        result = self(f"{words} -o json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+
+@pytest.fixture
+def udptun(served: Served) -> Udptun:
+    return Udptun(served.path)
+
+
+def says(result: Result, code: int, *texts: str) -> None:
+    assert result.exit_code == code, result.output
+    for text in texts:
+        assert text in result.stderr
+
+
+# Routes
+
+
+def test_add_replace_del(udptun: Udptun) -> None:
+    for words in (
+        f"route add {ROUTE}", f"route add {ROUTE} port 8285", "route del 10.9.0.0/16",
+        f"route replace {ROUTE} port 9000 mtu 1400", "route add 2001:db8:5::/64 via 2001:db8::1",
+    ):
+        result = udptun(words)
+        assert (result.exit_code, result.output) == (0, ""), words
+    assert udptun.json("route list") == {
+        "generation": 4,
+        "routes": [
+            {"dst": "10.244.2.0/24", "via": "192.0.2.2", "port": 9000, "mtu": 1400},
+            {"dst": "2001:db8:5::/64", "via": "2001:db8::1", "port": 8285, "mtu": None},
+        ],
+    }
+    assert udptun("route del 10.244.2.0/24").exit_code == 0
+    assert len(udptun.json("route list")["routes"]) == 1
+
+
+def test_adding_another_next_hop_fails_and_names_the_way(udptun: Udptun) -> None:
+    udptun(f"route add {ROUTE}")
+    result = udptun("route add 10.244.2.0/24 via 192.0.2.3")
+    says(result, 1, "udptun: error:", "route_exists", "use `udptun route replace`")
+    assert udptun.json("route list")["routes"][0]["via"] == "192.0.2.2"
+
+
+def test_list_as_a_table(udptun: Udptun) -> None:
+    udptun(f"route add {ROUTE}")
+    udptun("route add 2001:db8:5::/64 via 2001:db8::1 port 9 mtu 1400")
+    assert udptun("route list").stdout.splitlines() == [
+        "DST              VIA          PORT   MTU",
+        "10.244.2.0/24    192.0.2.2    8285     -",
+        "2001:db8:5::/64  2001:db8::1     9  1400",
+    ]
+    assert udptun("route list --no-headers").stdout.startswith("10.244.2.0/24    192.0.2.2")
+
+
+def test_an_empty_table(udptun: Udptun) -> None:
+    assert udptun("route list").stdout == "DST  VIA  PORT  MTU\n"
+    assert udptun("route list --no-headers").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("route add 10.0.0.1/8 via 192.0.2.2", "dst: '10.0.0.1/8' is not valid: expected a prefix"),
+        ("route add 10.0.0.0/8 via peer", "via: 'peer' is not valid: expected an IPv4"),
+        ("route add 10.0.0.0/8", "expected DST via IP [port P] [mtu M]"),
+        ("route replace 10.0.0.0/8 via 192.0.2.2 port 0", "port: 0 is not valid"),
+        ("route add", "Missing argument"),
+        ("route del nonsense", "DST: 'nonsense' is not valid"),
+        ("route del", "Missing argument"),
+        ("route sync", "Missing argument"),
+        ("route list -o yaml", "'yaml' is not one of"),
+        ("route flush", "No such command"),
+        ("nonsense", "No such command"),
+        ("status --nonsense", "No such option"),
+        ("trace nonsense", "address: 'nonsense' is not valid"),
+    ],
+)
+def test_usage_errors_exit_2(udptun: Udptun, served: Served, words: str, text: str) -> None:
+    says(udptun(words), 2, text)
+    assert served.forwarder.calls == []
+
+
+def test_sync(udptun: Udptun, tmp_path: Path) -> None:
+    file = tmp_path / "routes"
+    file.write_text("# peers\n10.1.0.0/16 via 192.0.2.1\n10.2.0.0/16 via 192.0.2.2 mtu 1400\n")
+    result = udptun(f"route sync {file}")
+    assert result.stdout == "added 2, changed 0, removed 0 (generation 2)\n"
+    result = udptun("route sync -", stdin="10.1.0.0/16 via 192.0.2.9\n")
+    assert result.stdout == "added 0, changed 1, removed 1 (generation 3)\n"
+    assert udptun("route sync - -o json", stdin="").stdout == (
+        '{\n  "generation": 4,\n  "added": 0,\n  "changed": 0,\n  "removed": 1\n}\n'
+    )
+
+
+def test_sync_errors_name_file_line_and_field(udptun: Udptun, tmp_path: Path) -> None:
+    file = tmp_path / "routes"
+    file.write_text("10.1.0.0/16 via 192.0.2.1\n10.2.0.0/16 via 192.0.2.2 mtu 1\n")
+    says(udptun(f"route sync {file}"), 1, f"udptun: error: {file}: line 2: mtu: 1 is not valid")
+    says(udptun("route sync -", stdin="x"), 1, "error: standard input: line 1: route")
+    says(udptun(f"route sync {tmp_path}/absent"), 1, "absent: No such file or directory")
+    assert udptun.json("route list") == {"generation": 1, "routes": []}
+
+
+# Readers
+
+
+def test_status(udptun: Udptun) -> None:
+    result = udptun("status")
+    assert result.stdout == f"""\
+device: udptun0
+  version: 0.1.0, process {os.getpid()}, up for 1 hour, 2 minutes
+  addresses: 10.244.1.0
+  networks: 10.244.0.0/16
+  listening: 192.0.2.1:8285
+  mtu: 1472
+  routes: 0 (generation 1)
+  source check: strict
+  workers: 1
+  offloads: tun-gso, udp-gso, batch
+  off: udp-merge (asked)
+  packets encap: 10 read, 1 generated, 8 delivered, 2 dropped, 1 queued
+  packets decap: 20 read, 1 generated, 18 delivered, 2 dropped, 1 queued
+
+peer: 192.0.2.2:8285
+  subnets: 10.244.2.0/24
+  last seen: 3 seconds ago
+  transfer: 999 B received, 1.50 KiB sent
+  packets: 3 received, 12 sent
+  path mtu: 1500
+
+peer: [2001:db8::3]:8285
+  subnets: (none)
+  last seen: never
+  transfer: 0 B received, 0 B sent
+  packets: 0 received, 0 sent
+  path mtu: 1500
+"""
+    assert udptun.json("status")["peers"][0]["endpoint"] == "192.0.2.2:8285"
+
+
+def test_drops(udptun: Udptun, served: Served) -> None:
+    assert udptun("drops").stdout.splitlines() == [
+        "REASON    DIRECTION  PACKETS",
+        "no_route  encap            7",
+    ]
+    everything = served.forwarder.drops()
+    assert len(udptun("drops --all --no-headers").stdout.splitlines()) == len(everything)
+    assert udptun.json("drops") == {"drops": everything}
+
+
+def test_drops_explained_without_a_forwarder(tmp_path: Path) -> None:
+    udptun = Udptun(tmp_path / "absent")
+    assert "ICMP net unreachable" in udptun("drops --explain").stdout
+    first = udptun.json("drops --explain")["reasons"][0]
+    assert set(first) == {"reason", "direction", "meaning"}
+
+
+def test_trace(udptun: Udptun) -> None:
+    udptun(f"route add {ROUTE} mtu 1400")
+    assert udptun("trace 10.244.2.9").stdout.splitlines() == [
+        "address: 10.244.2.9",
+        "verdict: forward",
+        "route:   10.244.2.0/24 via 192.0.2.2 port 8285 mtu 1400",
+        "peer:    192.0.2.2:8285",
+        "mtu:     1472",
+    ]
+    assert udptun("trace 10.9.9.9").stdout.splitlines()[1:3] == [
+        "verdict: drop (no_route)", "route:   -",
+    ]
+    assert udptun.json("trace 2001:db8::1")["verdict"] == "drop"
+
+
+def test_recent_events(udptun: Udptun) -> None:
+    udptun(f"route add {ROUTE}")
+    assert udptun("events").stdout == (
+        "2026-11-23T12:00:00.000+00:00  route_added      "
+        "10.244.2.0/24 via 192.0.2.2 port 8285\n"
+    )
+    lines = [json.loads(line) for line in udptun("events -o json").stdout.splitlines()]
+    assert [line["type"] for line in lines] == ["hello", "route_added"]
+
+
+def test_version(tmp_path: Path) -> None:
+    udptun = Udptun(tmp_path / "absent")
+    assert udptun("version").stdout == udptun("--version").stdout == "udptun 0.1.0\n"
+    assert udptun.json("version") == {"version": "0.1.0"}
+
+
+# The socket
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["status", "drops", "trace 10.0.0.1", "events", "events -w", "stop", "route list",
+     f"route add {ROUTE}", f"route replace {ROUTE}", "route del 10.0.0.0/8", "route sync -"],
+)
+def test_no_forwarder(tmp_path: Path, words: str) -> None:
+    result = Udptun(tmp_path / "absent")(words, stdin="")
+    says(result, 1, "udptun: error: no forwarder answers on", "udptun forward", "UDPTUN_SOCKET")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_socket_is_named_by_either_option_or_the_environment(served: Served) -> None:
+    lost = Udptun(Path("/nonexistent"))
+    assert lost("status").exit_code == 1
+    assert lost(f"--socket {served.path} status").exit_code == 0
+    assert lost(f"status --socket {served.path}").exit_code == 0
+    assert lost(f"--socket /other status --socket {served.path}").exit_code == 0
+    assert lost(f"route list --socket {served.path}").exit_code == 0
+    assert lost("status", UDPTUN_SOCKET=str(served.path)).exit_code == 0
+    result = lost("status", UDPTUN_SOCKET=None)
+    says(result, 1, protocol.DEFAULT_SOCKET)
+
+
+def test_stop(udptun: Udptun, served: Served) -> None:
+    assert udptun("stop").exit_code == 0
+    assert served.forwarder.stopped.is_set()
+
+
+# Help and parts
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(tmp_path: Path, name: str) -> None:
+    udptun = Udptun(tmp_path)
+    result = udptun(f"{name} -h")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: udptun {name}")
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
+
+
+def test_overall_help_lists_every_command_in_order_of_use(tmp_path: Path) -> None:
+    out = Udptun(tmp_path)("--help").stdout
+    listed = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
+    assert listed == list(COMMANDS)
+    assert "UDPTUN_SOCKET" in out
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536, "1.50 KiB"),
+     (5 * 1024**2, "5.00 MiB"), (1024**4, "1.00 TiB"), (5000 * 1024**4, "5000.00 TiB")],
+)
+def test_size(count: int, text: str) -> None:
+    assert _size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 seconds"), (1.9, "1 second"), (61, "1 minute, 1 second"), (3600, "1 hour"),
+     (90061, "1 day, 1 hour"), (86400 * 3 + 5, "3 days, 5 seconds")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text
+
+
+def test_table_of_nothing_but_absent_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_table(["A", "B"], [("x", None), ("yy", None)])
+    assert capsys.readouterr().out == "A   B\nx   -\nyy  -\n"
+
+
+# As processes
+
+
+def run(*argv: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "udptun", *argv], capture_output=True, text=True, check=check,
+        timeout=60, **options,
+    )
+
+
+def test_as_a_process(served: Served) -> None:
+    socket = str(served.path)
+    run("route", "add", *ROUTE.split(), "--socket", socket)
+    assert "10.244.2.0/24" in run("--socket", socket, "route", "list").stdout
+    failed = run("route", "add", "10.244.2.0/24", "via", "192.0.2.3", "--socket", socket,
+                 check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("udptun: error: ")
+    assert "Traceback" not in failed.stderr
+
+
+def test_watching_prints_each_event_as_it_comes_and_ends_with_the_forwarder(
+    served: Served,
+) -> None:
+    argv = [sys.executable, "-m", "udptun", "events", "-w", "-o", "json", "--socket",
+            str(served.path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        assert json.loads(watching.stdout.readline())["type"] == "hello"
+        run("route", "add", *ROUTE.split(), "--socket", str(served.path))
+        assert json.loads(watching.stdout.readline())["dst"] == "10.244.2.0/24"
+        served.close()
+        assert watching.stdout.readline() == ""
+        assert watching.wait(20) == 0
+
+
+def test_ctrl_c_ends_watching_quietly(served: Served) -> None:
+    argv = [sys.executable, "-m", "udptun", "events", "-w", "-o", "json", "--socket",
+            str(served.path)]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as watching:
+        assert watching.stdout is not None
+        watching.stdout.readline()
+        watching.send_signal(2)
+        out, err = watching.communicate(timeout=20)
+    assert (watching.returncode, out, err) == (130, "", "")
+
+
+HEAVY = {
+    "asyncio", "aiohttp", "pyroute2", "uvloop", "prometheus_client", "logging", "dataclasses",
+    "udptun._core", "udptun.model", "udptun.forwarder", "udptun.lab",
+    "concurrent.futures", "multiprocessing", "subprocess", "tempfile", "unittest",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "needs"),
+    [
+        ("status", set()),
+        ("drops", set()),
+        ("trace 10.244.2.9", set()),
+        ("events", set()),
+        ("route list", set()),
+        ("version", set()),
+        (f"route add {ROUTE}", {"udptun.model", "dataclasses"}),
+        ("route del 10.0.0.0/8", {"udptun.model", "dataclasses"}),
+    ],
+)
+def test_client_commands_import_little(served: Served, words: str, needs: set[str]) -> None:
+    """What makes a client command start fast; measuring the time itself would be no test."""
+    script = f"""
+import sys
+from udptun.cli import cli
+code = cli.main({words.split()!r}, prog_name="udptun", standalone_mode=False)
+assert not code, code
+print("loaded:", *sys.modules, file=sys.stderr)
+"""
+    env = dict(os.environ, UDPTUN_SOCKET=str(served.path))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env
+    )
+    loaded = set(done.stderr.split("loaded:")[1].split())
+    assert loaded & HEAVY <= needs
+    assert not {name for name in loaded if name.startswith(("email.mime", "udptun.control.server"))}

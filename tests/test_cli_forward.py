@@ -1,0 +1,264 @@
+"""``udptun forward``: what its options become, what they refuse, and what signals do.
+
+The forwarder itself is a fake here, in a process of its own; tests/netns runs the real one.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from udptun.cli import cli
+from udptun.cli.forward import default_control
+
+NEEDED = ["--listen", "192.0.2.1"]
+
+
+def invoke(*argv: str, **env: str) -> Result:
+    return CliRunner().invoke(cli, ["forward", *argv], env=env, prog_name="udptun")
+
+
+@pytest.mark.parametrize(
+    ("argv", "option", "value", "expected"),
+    [
+        (["--listen", "peer:8285"], "--listen", "'peer'", "an IPv4 or IPv6 address"),
+        (["--listen", "192.0.2.1:0"], "--listen", "'192.0.2.1:0'", "from 1 to 65535, not 0"),
+        (["--listen", "0.0.0.0:8285"], "--listen", "'0.0.0.0:8285'", "the address of one"),
+        ([*NEEDED, "--listen", "192.0.2.2"], "--listen", "'192.0.2.2'", "at most"),
+        ([*NEEDED, "--address", "10.244.1.0/32"], "--address", "'10.244.1.0/32'", "address"),
+        ([*NEEDED, "--address", "10.0.0.1", "--address", "10.0.0.2"], "--address", "'10.0.0.2'",
+         "at most"),
+        ([*NEEDED, "--network", "10.244.0.1/16"], "--network", "'10.244.0.1/16'",
+         "(10.244.0.0/16)"),
+        ([*NEEDED, "--mtu", "big"], "--mtu", "'big'", "auto or a whole number"),
+        ([*NEEDED, "--mtu", "100"], "--mtu", "100", "auto, or from 576"),
+        ([*NEEDED, "--workers", "0"], "--workers", "'0'", "auto or a whole number"),
+        ([*NEEDED, "--workers", "1000"], "--workers", "1000", "from 1 to 64"),
+        ([*NEEDED, "--offload", "auto,udp-gso"], "--offload", "'udp-gso'", "tun-gso"),
+        ([*NEEDED, "--offload", "on"], "--offload", "'on'", "auto, off"),
+        ([*NEEDED, "--source-check", "loose"], "--source-check", "'loose'", "'strict'"),
+        ([*NEEDED, "--tun", "a/b"], "--tun", "'a/b'", "a device name"),
+        ([*NEEDED, "--tun", "x" * 16], "--tun", "'xxxxxxxxxxxxxxxx'", "15 characters"),
+        ([*NEEDED, "--flannel-control-fd", "-1"], "--flannel-control-fd", "-1", "x>=0"),
+        ([], "--listen", "", "Missing option"),
+    ],
+)
+def test_a_bad_value_exits_2_and_is_named(
+    argv: list[str], option: str, value: str, expected: str
+) -> None:
+    result = invoke(*argv)
+    assert result.exit_code == 2, result.output
+    for text in (option, value, expected):
+        assert text in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_default_control_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    assert default_control() == "/run/udptun/udptun.sock"
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/a:/run/b")
+    assert default_control() == "/run/a/udptun.sock"
+
+
+# In a process of its own
+
+PROGRAM = '''
+import asyncio, os, sys
+import udptun.forwarder
+from udptun.errors import DeviceError, FieldError
+
+class Fake:
+    """Says on stdout what it is asked; ``how`` is what goes wrong."""
+
+    def __init__(self, config):
+        self.config, self.how, self.stop = config, os.environ.get("HOW"), asyncio.Event()
+
+    async def __aenter__(self):
+        if self.how == "device":
+            raise DeviceError(1, "opening the TUN device udptun0: Operation not permitted")
+        if self.how == "route":
+            raise FieldError("via", "x", "an IPv4 address", "routes.txt: line 3")
+        if self.how == "os":
+            raise FileNotFoundError(2, "No such file or directory", "/state")
+        if self.how == "bug":
+            raise ZeroDivisionError("a bug")
+        print("up", type(asyncio.get_running_loop()).__module__, flush=True)
+        return self
+
+    async def __aexit__(self, *exc):
+        print("draining", flush=True)
+        if self.how == "stuck":
+            await asyncio.Event().wait()
+
+    async def wait_stopped(self):
+        await self.stop.wait()
+
+    def request_stop(self):
+        self.stop.set()
+
+    async def reload(self):
+        print("reload", flush=True)
+        if self.how == "reload":
+            raise FieldError("via", "x", "an IPv4 address", "routes.txt: line 3")
+
+    def log_state(self):
+        print("state", flush=True)
+
+udptun.forwarder.Forwarder = Fake
+if os.environ.get("HOW") == "config":
+    class Recorder(Fake):
+        async def __aenter__(self):
+            fields = {name: str(getattr(self.config, name)) for name in self.config.__slots__}
+            import json
+            print(json.dumps(fields))
+            self.stop.set()
+            return self
+    udptun.forwarder.Forwarder = Recorder
+from udptun.cli import main
+main()
+'''
+
+
+@contextmanager
+def forwarding(
+    *argv: str, how: str = "", **env: str
+) -> Iterator["subprocess.Popen[str]"]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "forward", *NEEDED, *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"} | {"HOW": how} | env,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_0(number: signal.Signals) -> None:
+    with forwarding() as process:
+        assert line(process) == "up uvloop"
+        process.send_signal(number)
+        code, out, err = end(process)
+    assert (code, out) == (0, "draining\n")
+    assert f"INFO udptun: {number.name}: stopping" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_exits_at_once(second: signal.Signals) -> None:
+    with forwarding(how="stuck") as process:
+        line(process)
+        process.send_signal(signal.SIGTERM)
+        assert line(process) == "draining"
+        process.send_signal(second)
+        code, _, err = end(process)
+    assert code == 1
+    assert f"{second.name} again: exiting at once" in err
+
+
+def test_hup_reloads_and_usr1_logs_the_state() -> None:
+    with forwarding() as process:
+        line(process)
+        process.send_signal(signal.SIGHUP)
+        assert line(process) == "reload"
+        process.send_signal(signal.SIGUSR1)
+        assert line(process) == "state"
+        process.terminate()
+        assert end(process)[0] == 0
+
+
+def test_a_route_file_that_does_not_parse_leaves_the_forwarder_running() -> None:
+    with forwarding(how="reload") as process:
+        line(process)
+        process.send_signal(signal.SIGHUP)
+        assert line(process) == "reload"
+        process.terminate()
+        code, _, err = end(process)
+    assert code == 0
+    assert "the routes stay as they are: routes.txt: line 3: via: 'x' is not valid" in err
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("device", "udptun: error: opening the TUN device udptun0: Operation not permitted"),
+        ("route", "udptun: error: routes.txt: line 3: via: 'x' is not valid: expected an IPv4"),
+        ("os", "udptun: error: [Errno 2] No such file or directory: '/state'"),
+    ],
+)
+def test_a_failure_is_one_line_and_exit_1(how: str, says: str) -> None:
+    with forwarding(how=how) as process:
+        code, _, err = end(process)
+    assert code == 1
+    assert err.startswith(says)
+    assert err.count("\n") == 1
+    with forwarding("-vv", how=how) as process:
+        code, _, err = end(process)
+    assert code == 1
+    assert "Traceback" in err and says in err
+
+
+def test_a_bug_shows_itself() -> None:
+    with forwarding(how="bug") as process:
+        code, _, err = end(process)
+    assert code == 1
+    assert "Traceback" in err and "ZeroDivisionError: a bug" in err
+
+
+def test_options_become_the_config() -> None:
+    words = """--listen [2001:db8::1]:9 --tun wire0 --address 10.244.1.0 --address fd00::1
+               --network 10.244.0.0/16 --network fd00::/48 --control /c --routes /r --state /s
+               --mtu 1400 --workers 2 --offload auto,-udp-merge --source-check peer
+               --flannel-control /f --flannel-control-fd 7"""
+    with forwarding(*words.split(), how="config") as process:
+        config = json.loads(line(process))
+    plain = {k: re.sub(r"IPv[46](Address|Network)\('([^']*)'\)", r"\2", v)
+             for k, v in config.items()}
+    assert plain == {
+        "listen": "(Endpoint(address=192.0.2.1, port=8285), "
+                  "Endpoint(address=2001:db8::1, port=9))",
+        "tun": "wire0", "addresses": "(10.244.1.0, fd00::1)",
+        "networks": "(10.244.0.0/16, fd00::/48)", "control": "/c", "routes_file": "/r",
+        "state_file": "/s", "mtu": "1400", "workers": "2", "offload": "auto,-udp-merge",
+        "source_check": "peer", "flannel_control": "/f", "flannel_control_fd": "7",
+    }
+
+
+def test_defaults_and_environment(tmp_path: Path) -> None:
+    env = {"RUNTIME_DIRECTORY": str(tmp_path), "UDPTUN_FORWARD_ADDRESS": "10.244.1.0 fd00::1"}
+    with forwarding("--workers", "auto", how="config", **env) as process:
+        config = json.loads(line(process))
+    assert config["control"] == f"{tmp_path}/udptun.sock"
+    assert config["addresses"] == "(IPv4Address('10.244.1.0'), IPv6Address('fd00::1'))"
+    assert (config["mtu"], config["workers"]) == ("None", "None")
+    assert (config["tun"], config["offload"], config["source_check"]) == (
+        "udptun0", "auto", "strict",
+    )
+
+
+def test_the_journal_keeps_its_own_time() -> None:
+    with forwarding(JOURNAL_STREAM="8:1") as process:
+        line(process)
+        process.terminate()
+        err = end(process)[2]
+    assert err.startswith("INFO udptun: SIGTERM: stopping\n")
