@@ -1,0 +1,198 @@
+"""Imports point one way. The tree is parsed, not imported: an import inside a function counts too.
+
+A module follows the rule with the longest name that covers it; it may import what its rule names,
+and what lies below that. Third-party packages have one home each.
+"""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "udptun"
+
+LEAVES = {"errors", "model", "drops", "_version"}
+RULES = {
+    "errors": set(),
+    "drops": set(),
+    "_version": set(),
+    "model": {"errors"},
+    "reference": {"errors", "model", "drops", "reference"},
+    "device": LEAVES | {"device"},
+    "net": LEAVES | {"device", "net"},
+    "control.protocol": {"errors", "model"},
+    "control.client": {"errors", "model", "control.protocol"},
+    "control": LEAVES | {"control"},
+    "forwarder": LEAVES | {
+        "_core", "control.flannel", "control.server", "device", "forwarder", "net",
+    },
+    "leases": LEAVES | {"leases"},
+    "node": LEAVES | {"control.client", "leases", "net", "node"},
+    "lab": LEAVES | {"lab"},
+    "cli": LEAVES | {
+        "cli", "control.client", "control.protocol", "device.offload", "forwarder", "lab", "node",
+    },
+    "__main__": {"cli"},
+    "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API
+}
+THIRD_PARTY = {
+    "aiohttp": {"control.server"},
+    "click": {"cli"},
+    "prometheus_client": {"control.metrics"},
+    "pyroute2": {"net.netlink"},
+    "uvloop": {"cli.forward", "forwarder"},
+}
+EXTENSIONS = {"_core", "_steps"}
+
+
+def covers(name, module):
+    return module == name or module.startswith(f"{name}.")
+
+
+def module_name(path, root):
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path, root, modules):
+    """(line, package, module) of each import: package "" is ours, and module is within it."""
+    here = path.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = here[: len(here) - node.level + 1] if node.level else ()
+            base = ".".join(filter(None, (*above, node.module or "")))
+            base = f"{root.name}.{base}".rstrip(".") if node.level else base
+            names = [(base, alias.name) for alias in node.names]
+        else:
+            continue
+        for base, name in names:
+            package, _, module = base.partition(".")
+            if package != root.name:
+                yield node.lineno, package, ""
+                continue
+            inner = f"{module}.{name}".lstrip(".") if name else module
+            yield node.lineno, "", inner if inner in modules else module
+
+
+def violations(root, rules, third_party):
+    """Sentences, one for each import that points the wrong way."""
+    paths = sorted(root.rglob("*.py"))
+    modules = {module_name(path, root) for path in paths} | EXTENSIONS
+    found = []
+    for path in paths:
+        module = module_name(path, root)
+        rule = max((name for name in rules if covers(name, module)), key=len, default=None)
+        if rule is None:
+            found.append(f"{module}: no rule covers it")
+            continue
+        for line, package, target in imported(path, root, modules):
+            where = f"{module}:{line}"
+            if not package:
+                if not any(covers(name, target) for name in rules[rule]):
+                    found.append(f"{where} imports {target or 'the public API'}")
+            elif package in third_party:
+                if not any(covers(home, module) for home in third_party[package]):
+                    found.append(f"{where} imports {package}")
+            elif package not in sys.stdlib_module_names:
+                found.append(f"{where} imports {package}, which has no home")
+    return found
+
+
+def test_imports_point_one_way():
+    assert violations(PACKAGE, RULES, THIRD_PARTY) == []
+
+
+def test_the_rules_have_no_circle():
+    """Between rooms; within a room a module may import its neighbours."""
+    rooms = {}
+    for name, allowed in RULES.items():
+        room = name.partition(".")[0] or "udptun"
+        rooms.setdefault(room, set()).update(target.partition(".")[0] for target in allowed)
+    graph = {room: targets - {room} for room, targets in rooms.items()}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "want"),
+    [
+        ("errors.py", "from .model import Route", "errors:1 imports model"),
+        ("model.py", "from .drops import ENCAP", "model:1 imports drops"),
+        ("reference/cut.py", "from ..device.tun import Tun",
+         "reference.cut:1 imports device.tun"),
+        ("reference/cut.py", "from .. import _core", "reference.cut:1 imports _core"),
+        ("reference/cut.py", "import scapy", "reference.cut:1 imports scapy, which has no home"),
+        ("device/tun.py", "import udptun.reference", "device.tun:1 imports reference"),
+        ("device/tun.py", "from ..forwarder import Forwarder", "device.tun:1 imports forwarder"),
+        ("forwarder/a.py", "from .. import reference", "forwarder.a:1 imports reference"),
+        ("forwarder/a.py", "from .. import cut", "forwarder.a:1 imports the public API"),
+        ("forwarder/a.py", "from ..control import client",
+         "forwarder.a:1 imports control.client"),
+        ("forwarder/a.py", "def f():\n    from udptun.cli import main",
+         "forwarder.a:2 imports cli"),
+        ("forwarder/a.py", "import os\nimport pyroute2.netlink as n",
+         "forwarder.a:2 imports pyroute2"),
+        ("net/udp.py", "from pyroute2 import IPRoute", "net.udp:1 imports pyroute2"),
+        ("control/client.py", "import aiohttp", "control.client:1 imports aiohttp"),
+        ("control/client.py", "from .server import ControlServer",
+         "control.client:1 imports control.server"),
+        ("leases/etcd.py", "from ..forwarder import Forwarder",
+         "leases.etcd:1 imports forwarder"),
+        ("cli/route.py", "if TYPE_CHECKING:\n    from ..net.netlink import Netlink",
+         "cli.route:2 imports net.netlink"),
+        ("cli/route.py", "from . import lazy\nfrom .. import device",
+         "cli.route:2 imports device"),
+        ("stray.py", "import os", "stray: no rule covers it"),
+    ],
+)
+def test_the_check_fails_on_a_made_up_tree(tmp_path, path, source, want):
+    """Each wrong import, alone in an otherwise clean tree, is found and named."""
+    root = tmp_path / "udptun"
+    for clean in (
+        "__init__.py", "errors.py", "model.py", "drops.py", "cli/__init__.py", "cli/lazy.py",
+        "control/client.py", "control/server.py", "device/__init__.py", "device/tun.py",
+        "forwarder/__init__.py", "leases/etcd.py", "net/netlink.py", "net/udp.py",
+        "reference/__init__.py", "reference/cut.py",
+    ):
+        (root / clean).parent.mkdir(parents=True, exist_ok=True)
+        (root / clean).write_text("import os\nfrom typing import Any\n")
+    (root / "net/netlink.py").write_text("import pyroute2\nfrom ..errors import DeviceError\n")
+    (root / "forwarder/__init__.py").write_text("from .. import _core\nfrom ..device import tun\n")
+    (root / "cli/lazy.py").write_text("import click\nfrom ..control.client import ControlClient\n")
+    assert violations(root, RULES, THIRD_PARTY) == []
+    (root / path).write_text(source)
+    assert violations(root, RULES, THIRD_PARTY) == [want]
+
+
+def loaded_by(statement):
+    """The names in sys.modules after one statement in a fresh interpreter."""
+    script = f"{statement}\nimport sys\nprint(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True,
+        cwd=PACKAGE.parent, timeout=60,
+    )
+    return set(result.stdout.split())
+
+
+CLIENT = "udptun.cli.route, udptun.cli.show, udptun.cli.stop, udptun.cli.version"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import udptun", "import udptun.cli", f"import {CLIENT}, udptun.control.client"],
+)
+def test_client_commands_start_light(statement):
+    heavy = {
+        "aiohttp", "asyncio", "prometheus_client", "pyroute2", "uvloop", "udptun._core",
+        "udptun.forwarder", "udptun.net", "udptun.reference",
+    }
+    assert not loaded_by(statement) & heavy
+
+
+def test_the_data_plane_is_loaded_when_asked_for():
+    """The public API is lazy, and what is heavy is seen when it is there."""
+    assert loaded_by("from udptun import Forwarder") >= {"uvloop", "udptun._core"}
