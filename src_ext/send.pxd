@@ -286,13 +286,11 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
                 note(w, NOTE_UDP_GSO)
                 continue
             if e == EMSGSIZE:
+                read_errors(w, fd)
                 one_by_one = True
                 continue
         if e == ENOBUFS or e == ENOMEM:
             account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_NO_BUFFER)
-        elif e == EMSGSIZE:
-            read_errors(w, fd)
-            account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_TOO_BIG)
         elif tries < RETRIES:
             # an ICMP error about an earlier datagram, perhaps another peer's, is reported by the
             # next call and then forgotten: this datagram was not tried yet
@@ -300,7 +298,10 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
             tries += 1
             continue
         else:
-            account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_SEND_ERROR)
+            account(
+                w, bucket.peer, bucket.first, w.tx_msg_n[0],
+                DROP_TOO_BIG if e == EMSGSIZE else DROP_SEND_ERROR,
+            )
         bucket.first = skip(w, bucket.first, w.tx_msg_n[0])
         tries = 0
 
