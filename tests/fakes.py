@@ -22,6 +22,10 @@ from udptun.errors import FieldError, GenerationMismatch, RouteExists
 from udptun.model import IPAddress, IPNetwork, Route, RouteDiff
 
 VERSION = "0.1.0"
+WORKER = {
+    "index": 0, "turns": 8, "loop_returns": 9, "queued": 1, "icmp_sent": 3, "icmp_suppressed": 4,
+    "syscalls": {"read": 5, "write": 6, "send": 7, "receive": 8, "wait": 9},
+}
 
 
 class FakeForwarder:
@@ -133,8 +137,8 @@ class FakeForwarder:
         return {
             "packets": status_of(1, 0)["packets"], "drops": self.drops(), "peers_n": 1,
             "routes_n": len(self.table), "generation": self.generation,
-            "icmp": {"sent": 3, "suppressed": 4}, "syscalls": {"readv": 5, "sendmmsg": 6},
-            "workers": [{"index": 0, "batches": 8, "loop_returns": 9, "queued": 0}],
+            "icmp": {"sent": 3, "suppressed": 4}, "syscalls": WORKER["syscalls"],
+            "workers": [WORKER],
         }
 
     # events and life
@@ -178,7 +182,7 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
             "found": ["tun-gso", "udp-gso"], "in_use": ["tun-gso", "udp-gso", "batch"],
             "off": {"udp-merge": "asked"},
         },
-        "workers": [{"index": 0, "batches": 0, "loop_returns": 0, "queued": 1}],
+        "workers": [WORKER],
         "peers": [
             {
                 "endpoint": "192.0.2.2:8285", "subnets": ["10.244.2.0/24"],

@@ -177,7 +177,7 @@ def test_a_second_signal_exits_at_once(second: signal.Signals) -> None:
 
 
 def test_hup_reloads_and_usr1_logs_the_state() -> None:
-    with forwarding() as process:
+    with forwarding("--routes", "/r") as process:
         line(process)
         process.send_signal(signal.SIGHUP)
         assert line(process) == "reload"
@@ -188,7 +188,7 @@ def test_hup_reloads_and_usr1_logs_the_state() -> None:
 
 
 def test_a_route_file_that_does_not_parse_leaves_the_forwarder_running() -> None:
-    with forwarding(how="reload") as process:
+    with forwarding("--routes", "/r", how="reload") as process:
         line(process)
         process.send_signal(signal.SIGHUP)
         assert line(process) == "reload"
@@ -196,6 +196,18 @@ def test_a_route_file_that_does_not_parse_leaves_the_forwarder_running() -> None
         code, _, err = end(process)
     assert code == 0
     assert "the routes stay as they are: routes.txt: line 3: via: 'x' is not valid" in err
+
+
+def test_hup_without_a_route_file_changes_nothing() -> None:
+    with forwarding() as process:
+        line(process)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGUSR1)
+        assert line(process) == "state"
+        process.terminate()
+        code, _, err = end(process)
+    assert code == 0
+    assert "no route file was given" in err
 
 
 @pytest.mark.parametrize(

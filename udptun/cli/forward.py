@@ -204,7 +204,9 @@ class _Signals:
         """Only once started: the start itself reads the route file."""
         import asyncio
 
-        if self.started and not self._stopping:
+        if self._forwarder.config.routes_file is None:
+            log.info("SIGHUP: no route file was given, the routes stay as they are")
+        elif self.started and not self._stopping:
             task = asyncio.get_running_loop().create_task(self._reload())
             self._reloads.add(task)
             task.add_done_callback(self._reloads.discard)

@@ -68,17 +68,18 @@ class CounterCollector(Collector):
             syscalls.add_metric((call,), count)
         yield syscalls
 
-        batches = CounterMetricFamily(
-            "udptun_worker_batches", "Batches forwarded by each worker.", labels=("worker",)
+        turns = CounterMetricFamily(
+            "udptun_worker_turns", "Turns of each worker: one bounded batch each way.",
+            labels=("worker",),
         )
         returns = CounterMetricFamily(
             "udptun_worker_loop_returns", "Returns of each worker to its event loop.",
             labels=("worker",),
         )
         for worker in counters["workers"]:
-            batches.add_metric((str(worker["index"]),), worker["batches"])
+            turns.add_metric((str(worker["index"]),), worker["turns"])
             returns.add_metric((str(worker["index"]),), worker["loop_returns"])
-        yield batches
+        yield turns
         yield returns
 
         yield GaugeMetricFamily("udptun_peers", "Peers with a route.", counters["peers_n"])

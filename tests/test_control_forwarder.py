@@ -1,0 +1,197 @@
+"""The real forwarder, driven as an operator drives it: no fake between the command and the core.
+
+Also holds the fake of the other tests to the real one: the same shapes, the same metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fakes
+from own_netns import in_own_netns, sh
+from prometheus_client.parser import text_string_to_metric_families
+from test_flannel_messages import message
+
+from udptun.control.client import ControlClient
+from udptun.control.metrics import Metrics
+from udptun.errors import ControlError
+from udptun.model import Route, parse_address
+
+UDPTUN = [sys.executable, "-m", "udptun"]
+ROUTE = Route.make("10.244.2.0/24", "192.0.2.2", mtu=1400)
+
+
+class Running:
+    def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.routes = folder / "routes"
+        self.socket = folder / "run" / "udptun.sock"
+        self.flannel = folder / "run" / "flannel.sock"
+
+    def __call__(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*UDPTUN, "--socket", str(self.socket), *argv], capture_output=True, text=True,
+            check=False, timeout=60,
+        )
+
+    def client(self) -> ControlClient:
+        return ControlClient(str(self.socket))
+
+    def wait_for_log(self, text: str) -> None:
+        """Read the log up to the line that has ``text``."""
+        assert self.process.stderr is not None
+        seen = []
+        for line in self.process.stderr:
+            seen.append(line)
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} was not logged: {''.join(seen)}")
+
+
+@contextmanager
+def forwarding(*argv: str, table: str = "") -> Iterator[Running]:
+    sh("ip link add utD0 type veth peer name utD1", "ip address add 192.0.2.1/24 dev utD0",
+       "ip link set utD0 up", "ip link set utD1 up")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = subprocess.Popen(
+            [*UDPTUN, "forward", "--tun", "utD", "--address", "10.244.1.0",
+             "--network", "10.244.0.0/16", "--listen", "192.0.2.1", "-v",
+             "--control", str(folder / "run" / "udptun.sock"),
+             "--flannel-control", str(folder / "run" / "flannel.sock"),
+             "--routes", str(folder / "routes"), *argv],
+            stderr=subprocess.PIPE, text=True,
+        )
+        running = Running(folder, process)
+        try:
+            running.routes.write_text(table)
+            running.wait_for_log("control socket at")
+            yield running
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def shape(value: Any) -> Any:
+    """The value with types in the place of what differs from run to run."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+@in_own_netns
+def test_the_fake_of_the_other_tests_is_like_the_real_one() -> None:
+    fake = fakes.FakeForwarder()
+    with forwarding("--offload", "auto,-udp-merge") as udptun, udptun.client() as client:
+        client.put(ROUTE)
+        real, faked = client.status(), fakes.status_of(1, 1)
+        real["peers"][0]["last_seen_seconds"] = 1.0  # nobody was seen
+        real["capabilities"]["off"] = faked["capabilities"]["off"]  # whatever the kernel lacks
+        assert shape(real) == shape(faked)
+        assert set(real["packets"]) == set(faked["packets"])
+        reasons = [(d["reason"], d["direction"]) for d in client.drops()]
+        assert sorted(reasons) == sorted((d["reason"], d["direction"]) for d in fake.drops())
+        fake.table[ROUTE.dst] = ROUTE
+        for address in ("10.244.2.9", "10.9.9.9"):
+            there = fake.trace(parse_address("address", address))
+            assert client.trace(address) == there | {"mtu": there["mtu"] and 1400}
+
+        def series(text: str) -> set[tuple[str, tuple[str, ...]]]:
+            return {
+                (sample.name, tuple(sample.labels.values()))
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+            }
+
+        assert series(client.metrics()) == series(Metrics(fake).render("")[0].decode())
+
+
+@in_own_netns
+def test_an_operators_day() -> None:
+    with forwarding(table="10.244.3.0/24 via 192.0.2.3\n") as udptun:
+        assert udptun("route", "add", *str(ROUTE).split()).returncode == 0
+        assert udptun("route", "add", *str(ROUTE).split()).returncode == 0
+        other = udptun("route", "add", "10.244.2.0/24", "via", "192.0.2.9")
+        assert (other.returncode, "route_exists" in other.stderr) == (1, True)
+        unreachable = udptun("route", "add", "10.9.0.0/16", "via", "2001:db8::1")
+        assert unreachable.returncode == 1
+        assert "there is no other listener" in unreachable.stderr
+        assert "trace" not in unreachable.stderr.lower()
+        listed = json.loads(udptun("route", "list", "-o", "json").stdout)
+        assert [route["dst"] for route in listed["routes"]] == ["10.244.2.0/24", "10.244.3.0/24"]
+        assert "mtu:     1400" in udptun("trace", "10.244.2.9").stdout
+        assert "drop (no_route)" in udptun("trace", "10.9.9.9").stdout
+
+        assert udptun("route", "sync", str(udptun.routes)).stdout == (
+            "added 0, changed 0, removed 1 (generation 3)\n"
+        )
+        udptun.routes.write_text("10.244.4.0/24 via 192.0.2.4\n10.244.5.0/24 via nobody\n")
+        wrong = udptun("route", "sync", str(udptun.routes))
+        assert f"{udptun.routes}: line 2: via: 'nobody' is not valid" in wrong.stderr
+        udptun.process.send_signal(signal.SIGHUP)
+        udptun.wait_for_log("line 2: via: 'nobody'")
+        assert "10.244.3.0/24" in udptun("route", "list").stdout
+
+        types = [json.loads(line)["type"]
+                 for line in udptun("events", "-o", "json").stdout.splitlines()]
+        assert types[0] == "hello"
+        assert {"route_added", "route_removed", "routes_replaced"} <= set(types)
+
+        assert udptun("stop").returncode == 0
+        assert udptun.process.wait(20) == 0
+        assert not udptun.socket.exists() and not udptun.flannel.exists()
+        assert "utD:" not in sh("ip link show")
+        assert udptun("status").returncode == 1
+
+
+@in_own_netns
+def test_flannels_messages_arrive() -> None:
+    with forwarding() as udptun, udptun.client() as client:
+        events = udptun.client().events()
+        next(events)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as flannel:
+            flannel.connect(str(udptun.flannel))
+            flannel.send(message(1))
+            assert next(events)["dst"] == "10.244.2.0/24"
+            assert client.routes()["routes"][0]["via"] == "192.0.2.2"
+            flannel.send(message(3))
+        assert udptun.process.wait(20) == 0
+        events.close()
+
+
+@in_own_netns
+def test_a_table_that_is_no_json_has_its_own_code() -> None:
+    with forwarding() as udptun, udptun.client() as client:
+        for body, code in ((b"{", "bad_json"), (b'{"routes":[{}]}', "bad_route")):
+            try:
+                client._replace(body, "application/json", None)
+            except ControlError as exc:
+                assert exc.code == code
+            else:
+                raise AssertionError(f"{body!r} was taken")
+
+
+@in_own_netns
+def test_a_second_forwarder_on_the_same_socket_is_refused() -> None:
+    with forwarding() as udptun:
+        second = subprocess.run(
+            [*UDPTUN, "forward", "--tun", "utD2", "--listen", "192.0.2.1:9999",
+             "--control", str(udptun.socket)],
+            capture_output=True, text=True, check=False, timeout=60,
+        )
+        assert second.returncode == 1
+        assert f"udptun: error: {udptun.socket} is in use" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert udptun("status").returncode == 0
+        assert "utD2" not in sh("ip link show")
