@@ -10,6 +10,7 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 EXTENSION_SOURCES := setup.py udptun/drops.py $(filter-out %.c src_ext/drops.pxd,$(wildcard src_ext/*))
+BUILT := $(wildcard udptun/_core.*.so)
 # Tools of administrators live in the sbin folders, which a user's PATH may leave out.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -110,10 +111,13 @@ $(VENV)/installed.stamp: pyproject.toml $(VENV)/made.stamp
 	@$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Compiled anew when a source changed, or when somebody removed the result.
-$(VENV)/extension.stamp: $(VENV)/installed.stamp $(EXTENSION_SOURCES) \
-    $(if $(wildcard udptun/_core.*.so),,FORCE)
-	@$(PY) setup.py -q build_ext --inplace
+# Compiled anew when a source changed, or when somebody removed the result. The installation has
+# just compiled it when no source is newer than that.
+$(VENV)/extension.stamp: $(VENV)/installed.stamp $(EXTENSION_SOURCES) $(if $(BUILT),,FORCE)
+	@if [ -z "$$(ls udptun/_core.*.so 2>/dev/null)" ] || \
+	  [ -n "$$(find $(EXTENSION_SOURCES) -newer $(VENV)/installed.stamp)" ]; then \
+	  echo "compiling the extension"; $(PY) setup.py -q build_ext --inplace; \
+	fi
 	@touch $@
 
 $(VENV)/%.stamp: pyproject.toml $(VENV)/made.stamp
