@@ -3,6 +3,7 @@
 import http.client
 import json
 import logging
+import os
 import re
 import socket
 import stat
@@ -571,18 +572,45 @@ def test_a_broken_event_source_is_logged_and_the_rest_goes_on(
     assert "their source broke" in caplog.text
 
 
-def test_curl_can_drive_it(served: Served) -> None:
-    """The examples in docs/control.md are of this form."""
-    curl = ["curl", "-sS", "--fail-with-body", "--unix-socket", str(served.path)]
+# docs/control.md
 
-    def run(*argv: str) -> str:
-        done = subprocess.run([*curl, *argv], check=True, capture_output=True, text=True)
-        return done.stdout
 
-    base = "http://localhost/v1"
-    run("-X", "PUT", f"{base}/routes/10.244.2.0/24", "-d", '{"via": "192.0.2.2"}')
-    file = served.path.parent / "routes"
-    file.write_text("10.9.0.0/16 via 192.0.2.9\n")
-    text = ("-H", "Content-Type: text/plain", "--data-binary", f"@{file}")
-    run("-X", "PUT", f"{base}/routes", *text)
-    assert json.loads(run(f"{base}/routes"))["routes"][0]["dst"] == "10.9.0.0/16"
+@pytest.fixture(scope="module")
+def page(pytestconfig: pytest.Config) -> str:
+    return (pytestconfig.rootpath / "docs" / "control.md").read_text()
+
+
+def test_the_page_names_every_code_path_and_metric(page: str, http_: Http, served: Served) -> None:
+    for code, status in protocol.STATUS_OF.items():
+        assert f"| `{code}` | {status} |" in page
+    for path, methods in served.server._handlers.items():
+        for method in methods:
+            assert f"`{method} {path}" in page
+    for method in served.server._route_handlers:
+        assert f"`{method} /v1/routes/DST`" in page
+    for family in text_string_to_metric_families(http_.ask("GET", "/metrics")[1].decode()):
+        for sample in family.samples:
+            assert f"`{sample.name}`" in page
+
+
+def test_the_pages_curl_commands_work(page: str, served: Served, tmp_path: Path) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
+    endless = "-N"
+    commands = [
+        command
+        for block in blocks
+        for command in re.findall(r"^curl .*?(?<!\\)$", block, re.S | re.M)
+        if endless not in command
+    ]
+    assert len(commands) >= 10
+    (tmp_path / "routes").write_text("10.9.0.0/16 via 192.0.2.9\n")
+    for command in commands:
+        quick = command.replace("curl ", "curl -sS --fail-with-body ", 1)
+        done = subprocess.run(
+            ["bash", "-c", quick], cwd=tmp_path, env={**os.environ, "SOCK": str(served.path)},
+            capture_output=True, text=True, check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        assert done.stdout
+    assert commands[-1].endswith("/v1/stop")
+    assert [str(dst) for dst in served.forwarder.table] == ["10.9.0.0/16"]
