@@ -345,6 +345,18 @@ def test_udp_checksum_zero(impl):
 
 
 @BOTH
+def test_udp_checksum_zero_that_would_verify(impl, version):
+    """Bytes that sum to 0xFFFF with a field of 0: it still says that no checksum was made."""
+    flow = Flow(version)
+    field = craft.transport(flow.udp(b"\0\0"))[6:8]
+    right = flow.udp(field)
+    assert craft.transport(right)[6:8] == b"\xff\xff"
+    packets = [patch(right, flow.ip_len + 6, b"\0\0")] * 3
+    assert impl.merge(packets) == alone(packets)
+    assert shape(impl.merge([right] * 3)) == [3]
+
+
+@BOTH
 def test_udp_shorter_last(impl, version):
     flow = Flow(version)
     sizes = [100, 100, 40, 100, 100, 101, 100]

@@ -6,7 +6,7 @@ and ``drops``. The product never imports this package; a missing extension is an
 reason to fall back to this. Threading: functions are pure; a ``ReferenceForwarder`` belongs to one
 thread.
 
-Reading order is packet order: packet, checksum, cut, fragment, icmp, merge, forwarder.
+Reading order is packet order: packet, checksum, cut, lpm, fragment, icmp, merge, forwarder.
 """
 
 from .checksum import checksum
@@ -14,6 +14,7 @@ from .cut import cut
 from .forwarder import Decapsulated, Encapsulated, ReferenceForwarder
 from .fragment import fragment
 from .icmp import icmp_error
+from .lpm import Lpm
 from .merge import merge
 from .packet import Dropped, check_packet, decrement_hop_limit
 
@@ -21,6 +22,7 @@ __all__ = [
     "Decapsulated",
     "Dropped",
     "Encapsulated",
+    "Lpm",
     "ReferenceForwarder",
     "check_packet",
     "checksum",
