@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,7 +80,6 @@ def test_merge_of_hostile_packets(compiled, packets, hostile):
         assert sum(len(frame) for frame in got) >= sum(len(frame) for frame in want)
 
 
-@pytest.mark.slow
 def test_a_long_walk_through_hostile_frames(compiled):
     """Regression 12: mutations without a shrinker, many of them; the seed is fixed."""
     rng = random.Random(791)
