@@ -5,6 +5,7 @@ Owns the words of the command line and what signals mean. Refuses to know how a 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -181,6 +182,9 @@ async def _serve(config: ForwarderConfig) -> None:
     loop.add_signal_handler(signal.SIGUSR1, signals.log_state)
     async with forwarder:
         signals.started = True
+        # What is loaded by now stays: a collection that walks it would hold up the control API.
+        gc.collect()
+        gc.freeze()
         await forwarder.wait_stopped()
 
 
