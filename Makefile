@@ -47,8 +47,8 @@ sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitize
 	@UDPTUN_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib PYTHONSAFEPATH=1 \
-	$(PY) -m pytest --import-mode=append -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR) PYTHONSAFEPATH=1 \
+	$(PY) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
 
 lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
 	@$(VENV)/bin/ruff check udptun tests bench setup.py
