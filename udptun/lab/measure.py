@@ -58,20 +58,26 @@ def ping(
 
 @dataclass(frozen=True)
 class Throughput:
-    """What the receiver got. ``lost_percent`` for UDP, ``retransmits`` for TCP, else None."""
+    """What the receivers got. ``lost_percent`` for UDP, ``retransmits`` for TCP, else None.
+
+    ``received_bytes``: of TCP, at the server and at the client.
+    """
 
     bits_per_second: float
     retransmits: int | None = None
     lost_percent: float | None = None
+    received_bytes: tuple[int, int] = (0, 0)
 
 
 def iperf3(
     server: Host, client: Host, address: object, *, seconds: float = 3, streams: int = 1,
-    reverse: bool = False, udp_bits_per_second: float | None = None, length: int | None = None,
-    port: int = _IPERF_PORT, tick: Callable[[int], None] = lambda second: None,
+    reverse: bool = False, both: bool = False, udp_bits_per_second: float | None = None,
+    length: int | None = None, port: int = _IPERF_PORT,
+    tick: Callable[[int], None] = lambda second: None,
 ) -> Throughput:
     """Traffic from ``client`` to ``address`` on ``server``; the other way with ``reverse``.
 
+    ``both``: TCP in both directions at once, ``streams`` in each.
     ``tick`` is called as each second of it passes.
     """
     listening = server.start(
@@ -83,6 +89,8 @@ def iperf3(
         argv += ["-P", str(streams), "--connect-timeout", "5000"]
         if reverse:
             argv.append("-R")
+        if both:
+            argv.append("--bidir")
         if udp_bits_per_second is not None:
             argv += ["-u", "-b", f"{udp_bits_per_second:.0f}"]
         if length is not None:
@@ -105,8 +113,15 @@ def iperf3(
         total = end["sum"]
         received = total["bits_per_second"] * (1 - total["lost_percent"] / 100)
         return Throughput(received, lost_percent=total["lost_percent"])
-    sent = end["sum_sent"].get("retransmits")
-    return Throughput(end["sum_received"]["bits_per_second"], retransmits=sent)
+    sums = [end["sum_received"], end["sum_received_bidir_reverse"]] if both else [
+        end["sum_received"]
+    ]
+    there = [part["bytes"] for part in sums]
+    return Throughput(
+        sum(part["bits_per_second"] for part in sums),
+        retransmits=end["sum_sent"].get("retransmits"),
+        received_bytes=(0, there[0]) if reverse else (there[0], sum(there[1:])),
+    )
 
 
 def _watch(process: Process, seconds: float, tick: Callable[[int], None]) -> None:

@@ -66,7 +66,8 @@ class Forwarder:
         networks: Sequence[object] = (NETWORK,), routes: Iterable[str] | None = (),
         tun: str = "udptun0", mtu: int | None = None, workers: object = None,
         offload: str | None = None, source_check: str | None = None, state: Path | None = None,
-        extra: Sequence[str] = (), pass_fds: Sequence[int] = (), wait: bool = True,
+        extra: Sequence[str] = (), pass_fds: Sequence[int] = (), env: dict[str, str] | None = None,
+        wait: bool = True,
     ) -> Forwarder:
         """Start one with a route file; returns when it answers, unless told not to ``wait``.
 
@@ -91,7 +92,7 @@ class Forwarder:
         ):
             if value is not None:
                 argv += [f"--{name}", str(value)]
-        process = host.start([*_UDPTUN, *argv, *extra], name="udptun", pass_fds=pass_fds)
+        process = host.start([*_UDPTUN, *argv, *extra], name="udptun", env=env, pass_fds=pass_fds)
         forwarder = cls(process, control, routes_file)
         if wait:
             forwarder.wait_ready()
