@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[_SKIPPED] = f"{len(ours)} tests in network namespaces were SKIPPED: {obstacle}"
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+) -> Generator[None, None, None]:
+    yield  # last, below the long list of skipped tests
     if message := config.stash.get(_SKIPPED, None):
         terminalreporter.section("NOT TESTED: the tunnel itself", sep="!", red=True, bold=True)
         terminalreporter.line(message, red=True, bold=True)
