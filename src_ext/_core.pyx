@@ -9,7 +9,7 @@ read across threads without locks: each is one aligned word that one thread writ
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport errno
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -18,7 +18,7 @@ from drops cimport DROP_CLOSED, DROP_REASONS_N
 from encap cimport path_limit
 from io cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close, epoll_create1,
-    epoll_ctl, epoll_event, eventfd, now_ns, sockaddr_in6, store_flag, write,
+    epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
 from lpm cimport lpm_bytes
 from merge cimport merge_reset
@@ -30,7 +30,7 @@ from publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, re
 from routes cimport route_t, route_vec_t
 from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, borrow, give_back, run, turn
 from worker cimport (
-    CMSG_ROOM, NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GONE, NOTE_UDP_GSO,
+    NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO,
     NOTE_UDP_MERGE, RX_SLOT, RX_SLOTS, TX_BUF, TX_HDR, TX_SEGS, count_drop, direction_t, shared_t,
     worker_t,
 )
@@ -51,7 +51,7 @@ cdef extern from * nogil:
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 NOTES = {
     "path_mtu": NOTE_PATH_MTU, "udp-gso": NOTE_UDP_GSO, "tcp-merge": NOTE_TCP_MERGE,
-    "udp-merge": NOTE_UDP_MERGE, "tun_gone": NOTE_TUN_GONE, "udp_gone": NOTE_UDP_GONE,
+    "udp-merge": NOTE_UDP_MERGE, "tun_gone": NOTE_TUN_GONE,
 }
 
 

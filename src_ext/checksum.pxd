@@ -7,7 +7,7 @@ constant parts of headers are summed once and payloads once per segment.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from wire cimport IP4_CSUM, load_u16, store_u16, swap16
+from wire cimport IP4_CSUM, store_u16, swap16
 
 
 cdef extern from "checksum.h" nogil:

@@ -24,10 +24,10 @@ from merge cimport (
 from packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
 from peers cimport find_hop, find_peer, hop_t, is_own, peer_t
 from send cimport queue_full, queue_segment, read_errors
-from wire cimport PROTO_TCP, load_be16
+from wire cimport load_be16
 from worker cimport (
-    CMSG_ROOM, NOTE_TCP_MERGE, NOTE_UDP_GONE, NOTE_UDP_MERGE, RX_SET, RX_SLOT, RX_SLOTS,
-    count_drop, note, worker_t,
+    CMSG_ROOM, NOTE_TCP_MERGE, NOTE_UDP_MERGE, RX_SET, RX_SLOT, RX_SLOTS, count_drop, note,
+    worker_t,
 )
 
 
@@ -100,8 +100,8 @@ cdef inline void icmp_to_peer(
 cdef inline void decap_packet(
     worker_t* w, sender_t* from_, uint8_t* p, size_t n
 ) noexcept nogil:
-    """One inner packet: the road in, up to the coalescer. p is borrowed until the write. What stands
-    behind the declared length is padding and goes no further."""
+    """One inner packet: the road in, up to the coalescer. p is borrowed until the write. What
+    stands behind the declared length is padding and goes no further."""
     cdef ip_t ip
     cdef drop_t verdict
     w.decap.read += 1

@@ -5,8 +5,8 @@ Counted in inner IP packets: a super-packet counts as the packets it is cut into
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memset
 
 from cut cimport (
     MAX_SEG_HDR, complete_checksum, cut_header, cut_payload_len, cut_t, is_super, plan_cut,

@@ -1,6 +1,6 @@
 """The system calls of the fast path, as the C library declares them. Owns nothing."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from posix.types cimport time_t
 

@@ -12,8 +12,8 @@ from drops cimport (
     DROP_TTL_EXCEEDED, PASS, drop_t,
 )
 from wire cimport (
-    IP4_CSUM, IP4_DF, IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC, IP4_TTL,
-    IP6_HOPS, IP6_LEN, IP6_NEXT, IP6_PAYLOAD, IP6_SRC, load_be16, load_u16, store_u16, swap16,
+    IP4_CSUM, IP4_DF, IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC,
+    IP4_TTL, IP6_HOPS, IP6_LEN, IP6_NEXT, IP6_PAYLOAD, IP6_SRC, load_be16, load_u16, store_u16,
 )
 
 

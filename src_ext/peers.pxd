@@ -10,7 +10,7 @@ each worker counts in its own ``peer_counters_t``.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy
 
 from io cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
 from lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
@@ -39,8 +39,9 @@ cdef struct peer_t:
     uint32_t ordinal            # control side: its place among that generation's peers
     uint32_t sa_len
     sockaddr_in6 sa             # large enough for sockaddr_in
-    peer_t* same_addr           # next peer at this address, by rising port: whatever mix of
-                                # old and new links a reader meets, the walk ends
+    # The next peer at this address, by rising port: whatever mix of old and new links a reader
+    # meets, the walk ends.
+    peer_t* same_addr
     peer_t* building            # control side: same_addr of the snapshot being built
     peer_counters_t* counters   # one a worker
 

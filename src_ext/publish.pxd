@@ -5,15 +5,15 @@ and the limbo in which retired snapshots and peers wait until no worker can see 
 Threading: one control thread, without the GIL for the long parts; workers are never waited for.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp
 
 from io cimport full_fence, load_flag, store_ptr
 from lpm cimport lpm_build
 from peers cimport (
-    addr_map_find, addr_map_grow, addr_map_init, addr_map_put, addr_map_t, addr_slot_t, hop_t,
-    peer_free, peer_new, peer_t, snapshot_free, snapshot_t,
+    addr_map_find, addr_map_grow, addr_map_init, addr_map_put, addr_slot_t, hop_t, peer_free,
+    peer_new, peer_t, snapshot_free, snapshot_t,
 )
 from routes cimport route_t
 from worker cimport shared_t, worker_t
@@ -119,7 +119,7 @@ cdef inline snapshot_t* build_snapshot(
 cdef inline limbo_t* retire(
     limbo_t* limbo, snapshot_t* snapshot, peer_t* peer, uint64_t until
 ) noexcept nogil:
-    """Put one thing at the head of the list. Without memory it is leaked rather than freed early."""
+    """Put one thing at the head of the list. Without memory it leaks: never freed early."""
     cdef limbo_t* item = <limbo_t*>calloc(1, sizeof(limbo_t))
     if item == NULL:
         return limbo

@@ -10,7 +10,7 @@ worker is not busy, or has seen a later one. The two full fences (here, and afte
 side's swap) make sure that one side sees the other's store.
 """
 
-from libc.errno cimport EINTR, errno
+
 from libc.stdint cimport uint32_t, uint64_t
 
 from decap cimport receive

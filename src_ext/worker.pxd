@@ -5,7 +5,7 @@ thread writes it. The control side reads the counters, and writes only ``told`` 
 pointer of ``shared_t``.
 """
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from drops cimport DROP_REASONS_N, drop_t
 from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
@@ -36,7 +36,6 @@ cdef enum:
     NOTE_TCP_MERGE = 4
     NOTE_UDP_MERGE = 8
     NOTE_TUN_GONE = 16
-    NOTE_UDP_GONE = 32
 
 
 cdef struct direction_t:

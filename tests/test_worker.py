@@ -176,7 +176,7 @@ def by_flow(packets):
 
 
 def icmp_kinds(packets):
-    return [p for p in packets if p[0] >> 4 == 4 and p[9] == 1 or p[0] >> 4 == 6 and p[6] == 58]
+    return [p for p in packets if p[9 if p[0] >> 4 == 4 else 6] in (1, 58)]
 
 
 @pytest.mark.parametrize("without", [None, "tun-gso", "udp-gso", "batch"])
@@ -222,7 +222,8 @@ def test_decap_equals_reference(without, source_check):
             for number in range(40):
                 source = rng.choice((2, 2, 2, 3, 1))
                 version = rng.choice((4, 4, 6))
-                text = f"10.244.{source}.{rng.choice((0, 7))}" if version == 4 else f"fd00:{source}::"
+                host = rng.choice((0, 7))
+                text = f"10.244.{source}.{host}" if version == 4 else f"fd00:{source}::"
                 flow = Flow(
                     version, src=ipaddress.ip_address(text).packed,
                     dst=ipaddress.ip_address("10.244.1.9" if version == 4 else "fd00:1::9").packed,
@@ -241,7 +242,7 @@ def test_decap_equals_reference(without, source_check):
                     datagram += bytes(rng.randrange(9))
                 sender = rng.choice((PEERS[0], PEERS[0], PEERS[1], STRANGER))
                 result = rig.reference.decap(
-                    Endpoint.parse("%s:%d" % rig.outside[sender].getsockname()), datagram
+                    Endpoint.parse(":".join(map(str, rig.outside[sender].getsockname()))), datagram
                 )
                 if result.packet is not None:
                     packets.append(result.packet)
@@ -253,7 +254,7 @@ def test_decap_equals_reference(without, source_check):
             assert by_flow(written) == by_flow(packets)
             if without == "tun-gso":
                 assert written == packets
-            assert sorted(sum((rig.at(a) for a in PEERS), [])) == sorted(icmp)
+            assert sorted([d for a in PEERS for d in rig.at(a)]) == sorted(icmp)
             assert rig.counts() == rig.reference_counts()
             assert rig.drops() == {k: n for k, n in rig.reference.drops.items() if n}
             rig.check_invariant()
@@ -333,7 +334,7 @@ def test_icmp_is_rate_limited_and_counted():
 
 
 def test_routes_may_change_while_packets_are_read():
-    """Peers and snapshots come and go between turns; the memory checker watches in `make sanitize`."""
+    """Peers and snapshots come and go between turns; `make sanitize` watches the memory."""
     with Rig() as rig:
         flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
         for i in range(300):
