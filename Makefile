@@ -23,7 +23,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test sanitize lint clean FORCE
+.PHONY: help build demo test soak sanitize lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ demo: build ## show it: two hosts, a tunnel, pings and TCP (as root)
 test: build $(VENV)/test.stamp bench/onepacket ## run all tests, those in network namespaces as root
 	$(call need,$(TEST_TOOLS),true)
 	@$(PY) -m pytest $(ARGS)
+
+soak: build $(VENV)/test.stamp ## ten minutes of full load with a route change every 10 ms (as root)
+	@UDPTUN_SOAK_SECONDS=600 $(PY) -m pytest tests/netns/test_tunnel_life.py -k under_load -s $(ARGS)
 
 # The package is built a second time, aside, and found first; the tests are those of the core.
 SANITIZED := build/sanitize
