@@ -72,12 +72,13 @@ class Throughput:
 def iperf3(
     server: Host, client: Host, address: object, *, seconds: float = 3, streams: int = 1,
     reverse: bool = False, both: bool = False, udp_bits_per_second: float | None = None,
-    length: int | None = None, port: int = _IPERF_PORT,
+    length: int | None = None, congestion: str | None = None, port: int = _IPERF_PORT,
     tick: Callable[[int], None] = lambda second: None,
 ) -> Throughput:
     """Traffic from ``client`` to ``address`` on ``server``; the other way with ``reverse``.
 
     ``both``: TCP in both directions at once, ``streams`` in each.
+    ``congestion``: TCP's congestion control, None for the machine's own.
     ``tick`` is called as each second of it passes.
     """
     listening = server.start(
@@ -93,6 +94,8 @@ def iperf3(
             argv.append("--bidir")
         if udp_bits_per_second is not None:
             argv += ["-u", "-b", f"{udp_bits_per_second:.0f}"]
+        if congestion is not None:
+            argv += ["-C", congestion]
         if length is not None:
             argv += ["-l", str(length)]
         sending = client.start(argv)
