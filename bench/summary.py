@@ -1,0 +1,114 @@
+"""The lines of a run as figures: by series and value, the accepted blocks of each contender.
+
+Owns: which lines count. A refused slot has no value; a slot of a rejected block is left out; what
+was left out is listed with its reason. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from . import stats
+from .record import Line
+
+Key = tuple[str, str, str]  # metric, profile, variant
+
+
+@dataclass
+class Figures:
+    """One value of one series."""
+
+    key: Key
+    value: str
+    blocks: list[dict[str, list[float]]] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for block in self.blocks for name in block))
+
+    def level(self, name: str) -> stats.Estimate | None:
+        return stats.estimate(stats.levels(self.blocks, name))
+
+    def ratio(self, name: str, against: str) -> stats.Estimate | None:
+        return stats.estimate(stats.ratios(self.blocks, name, against))
+
+    def noise(self) -> stats.Estimate | None:
+        return stats.noise(self.blocks)
+
+
+@dataclass
+class Run:
+    """All of a run."""
+
+    figures: dict[tuple[Key, str], Figures] = field(default_factory=dict)
+    rejected: list[tuple[Key, int, str]] = field(default_factory=list)
+    refused: list[tuple[Key, int, str, str]] = field(default_factory=list)
+    accepted: dict[Key, int] = field(default_factory=dict)
+    busy: dict[Key, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    contenders: dict[str, Line] = field(default_factory=dict)
+    offloads: dict[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    ended: str = "interrupted"
+    began: float = 0.0
+    seconds: float = 0.0
+
+    def get(self, metric: str, profile: str, variant: str, value: str) -> Figures | None:
+        return self.figures.get(((metric, profile, variant), value))
+
+    def of(self, metric: str, value: str) -> list[Figures]:
+        """In the order in which they were measured."""
+        return [f for (key, v), f in self.figures.items() if key[0] == metric and v == value]
+
+
+def load(lines: Iterable[Line]) -> Run:
+    run = Run()
+    slots: dict[tuple[Key, int], list[Line]] = {}
+    for line in lines:
+        match line["kind"]:
+            case "run":
+                run.machine, run.command = line["machine"], line["command"]
+                run.began = line["at"]
+            case "note":
+                run.notes.append(line["text"])
+            case "contender":
+                run.contenders[line["name"]] = line
+            case "offloads":
+                run.offloads[line["profile"]] = line["text"]
+            case "slot":
+                slots.setdefault((_key(line), line["block"]), []).append(line)
+            case "block":
+                _close(run, line, slots.pop((_key(line), line["block"]), []))
+            case "end":
+                run.ended = line["how"]
+        run.seconds = max(run.seconds, line.get("at", 0.0) - run.began)
+    # The slots that remain are of a block that was never finished: no comparison.
+    return run
+
+
+def _key(line: Line) -> Key:
+    return line["metric"], line["profile"], line["variant"]
+
+
+def _close(run: Run, end: Line, slots: list[Line]) -> None:
+    key, block = _key(end), end["block"]
+    run.refused += [(key, block, s["contender"], s["refused"]) for s in slots if s["refused"]]
+    run.accepted.setdefault(key, 0)
+    if end["rejected"]:
+        run.rejected.append((key, block, end["rejected"]))
+        return
+    run.accepted[key] += 1
+    names = dict.fromkeys(value for s in slots for value in s["values"])
+    for name in names:
+        figures = run.figures.setdefault((key, name), Figures(key, name))
+        measured: dict[str, list[float]] = {}
+        for s in slots:
+            if name in s["values"]:
+                measured.setdefault(s["contender"], []).append(s["values"][name])
+        figures.blocks.append(measured)
+    for contender in dict.fromkeys(s["contender"] for s in slots):
+        busy = [s["busy"] for s in slots if s["contender"] == contender and "busy" in s]
+        if busy:
+            run.busy.setdefault(key, {})[contender] = fmean(busy)

@@ -1,0 +1,50 @@
+"""How the values of the metrics are written, and which way is better. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .stats import Estimate
+
+
+@dataclass(frozen=True)
+class Unit:
+    title: str
+    unit: str
+    factor: float
+    more_is_better: bool
+
+
+UNITS = {
+    "bits_per_second": Unit("TCP throughput", "Gbit/s", 1e-9, True),
+    "cpu_seconds_per_gb": Unit("CPU time of the whole system", "s/GB", 1, False),
+    "p50_ns": Unit("round trip, p50", "us", 1e-3, False),
+    "p99_ns": Unit("round trip, p99", "us", 1e-3, False),
+    "p999_ns": Unit("round trip, p99.9", "us", 1e-3, False),
+    "pps_without_loss": Unit("rate without loss", "kpps", 1e-3, True),
+    "pps_at_half_percent": Unit("rate at 0.5 % loss", "kpps", 1e-3, True),
+    "pps_delivered": Unit("delivered at full rate", "kpps", 1e-3, True),
+    "gap_ns": Unit("longest gap while routes are replaced", "us", 1e-3, False),
+    "quiet_gap_ns": Unit("longest gap without that", "us", 1e-3, False),
+    "apply_ns": Unit("time until the answer", "ms", 1e-6, False),
+    "rss_bytes": Unit("resident memory", "MB", 1e-6, False),
+    "start_ns": Unit("start to first forwarded packet", "ms", 1e-6, False),
+    "lookup_ns": Unit("look-up", "ns", 1, False),
+}
+
+
+def number(value: float) -> str:
+    """Three significant digits, as people write them."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def spread(estimate: Estimate | None, factor: float = 1.0) -> str:
+    """"8.12 (7.90..8.30)", or a dash."""
+    if estimate is None:
+        return "-"
+    scaled = estimate.scaled(factor)
+    return f"{number(scaled.median)} ({number(scaled.low)}..{number(scaled.high)})"
