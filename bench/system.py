@@ -1,0 +1,109 @@
+"""The machine: what it is, and how busy it was.
+
+Owns: reading /proc, and the facts that a report opens with. CPU time is that of the whole system:
+most of a tunnel's work is the kernel's, in interrupts that no process is charged for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from .tools import ROOT
+
+_HERTZ = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class CpuTime:
+    """Seconds of all cores together since the start of the machine."""
+
+    busy: float
+    idle: float
+    stolen: float
+
+    @property
+    def total(self) -> float:
+        return self.busy + self.idle + self.stolen
+
+    def __sub__(self, before: CpuTime) -> CpuTime:
+        return CpuTime(
+            self.busy - before.busy, self.idle - before.idle, self.stolen - before.stolen
+        )
+
+
+def parse_stat(text: str, hertz: int = _HERTZ) -> CpuTime:
+    """The first line of /proc/stat; proc(5) has the order of its numbers."""
+    ticks = [int(word) for word in text.split("\n", 1)[0].split()[1:9]]
+    user, nice, system, idle, iowait, irq, softirq, stolen = ticks
+    return CpuTime(
+        (user + nice + system + irq + softirq) / hertz, (idle + iowait) / hertz, stolen / hertz
+    )
+
+
+def cpu_time() -> CpuTime:
+    return parse_stat(Path("/proc/stat").read_text())
+
+
+def facts() -> dict[str, str]:
+    """What a reader needs to know of the machine to compare figures."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
+    flags = re.search(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)
+    found = {
+        "processor": f"{os.cpu_count()} x {model[1] if model else platform.machine()}",
+        "virtual": "yes" if flags and " hypervisor" in flags[1] else "not said",
+        "memory": f"{int(memory[1]) / 2**20:.1f} GiB" if memory else "not said",
+        "kernel": platform.release(),
+        "distribution": _distribution(),
+        "clock": _text("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
+        "TCP": _text("/proc/sys/net/ipv4/tcp_congestion_control"),
+        "Python": platform.python_version(),
+        "iperf3": _first_line("iperf3", "--version"),
+        "revision": revision(),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def revision() -> str:
+    """Of the repository; says so when what ran is not what was committed."""
+    described = _first_line("git", "-C", str(ROOT), "log", "-1", "--format=%h of %cs")
+    changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
+    return described + (", with changes" if described and changed else "")
+
+
+def offloads(lines: str) -> str:
+    """The switches of ``ethtool -k`` that the profiles turn, in one line."""
+    wanted = {
+        "tcp-segmentation-offload": "tso", "generic-segmentation-offload": "gso",
+        "generic-receive-offload": "gro", "tx-udp-segmentation": "tx-udp-segmentation",
+    }
+    found = dict(re.findall(r"^\s*([\w-]+): (on|off)", lines, re.MULTILINE))
+    return " ".join(f"{short} {found[name]}" for name, short in wanted.items() if name in found)
+
+
+def _distribution() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return ""
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _first_line(*argv: str) -> str:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
