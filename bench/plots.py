@@ -1,0 +1,78 @@
+"""PNG plots of a run, when matplotlib is installed (the `bench` extra).
+
+Owns: how they look. One picture a metric and value; bars are medians, whiskers the intervals.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from .summary import Figures, Run
+from .units import UNITS
+
+_PLOTTED = (
+    "bits_per_second", "cpu_seconds_per_gb", "p50_ns", "p99_ns", "pps_at_half_percent",
+    "pps_delivered",
+)
+_COLOURS = {
+    "direct": "#9aa0a6", "vxlan": "#5f6368", "udptun": "#1a73e8", "udptun --offload off": "#8ab4f8",
+    "onepacket": "#d93025", "copylimit": "#188038",
+}
+
+
+def available() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(run: Run, folder: Path) -> list[str]:
+    """The names of the files made in ``folder``."""
+    if not available():
+        return []
+    made = []
+    for metric in dict.fromkeys(key[0] for key, _ in run.figures):
+        for value in _PLOTTED:
+            figures = run.of(metric, value)
+            if figures:
+                name = f"{metric}-{value.replace('_', '-')}.png"
+                _bars(figures, folder / name)
+                made.append(name)
+    return made
+
+
+def _bars(series: list[Figures], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    unit = UNITS[series[0].value]
+    names = list(dict.fromkeys(name for figures in series for name in figures.names()))
+    width = 0.8 / len(names)
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.6 * len(series) + 2), 4), dpi=120)
+    for i, name in enumerate(names):
+        places, heights, below, above = [], [], [], []
+        for at, figures in enumerate(series):
+            level = figures.level(name)
+            if level is None:
+                continue
+            scaled = level.scaled(unit.factor)
+            places.append(at + (i - (len(names) - 1) / 2) * width)
+            heights.append(scaled.median)
+            below.append(scaled.median - scaled.low)
+            above.append(scaled.high - scaled.median)
+        axes.bar(
+            places, heights, width, yerr=(below, above), label=name, color=_COLOURS.get(name),
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )
+    axes.set_xticks(
+        range(len(series)), [" ".join(f.key[1:]).strip("- ").replace(" ", "\n") for f in series]
+    )
+    better = "more" if unit.more_is_better else "less"
+    axes.set_title(f"{unit.title}, {unit.unit} ({better} is better)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
