@@ -5,7 +5,8 @@ judges the frame once; ``cut_header`` writes the header of one segment; the payl
 was read, for a gather list. Each payload byte is summed once; the constant part of each header's
 sum once per super-packet.
 Source: linux/virtio_net.h, RFC 9293 (seq, FIN/PSH), RFC 3168 6.1.2 (CWR on the first only),
-RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id).
+RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id), RFC 8200 4 (extension headers: Linux
+hands over TCP super-packets with those of a socket's sticky options).
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -13,7 +14,7 @@ from libc.string cimport memcpy
 
 from checksum cimport csum_add, csum_fold, csum_not, csum_pseudo, ip4_set_csum
 from drops cimport DROP_BAD_GSO, DROP_BAD_L4_HEADER, PASS, drop_t
-from packet cimport ip_src, ip_t, is_extension
+from packet cimport ip_src, ip_t, skip_extensions
 from wire cimport (
     GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_ID, IP4_LEN, IP6_LEN, IP6_PAYLOAD,
     IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF,
@@ -31,7 +32,7 @@ cdef enum:
 cdef struct cut_t:
     bint tcp
     uint8_t version
-    uint32_t ip_hdr_len
+    uint32_t ip_hdr_len     # with IPv6 extension headers
     uint32_t hdr_len        # IP and transport header of each segment
     uint32_t payload_len    # of the whole super-packet
     uint32_t gso_size       # payload bytes of each segment but perhaps the last
@@ -78,22 +79,33 @@ cdef inline drop_t plan_cut(
            cleared or restored here and by ``cut_header``
     ip     from ``parse_ip``
     drops  BAD_GSO: gso_size 0, unknown type, type and protocol at odds, checksum offsets at odds
-           with the headers; BAD_L4_HEADER: the TCP or UDP header does not parse
+           with the headers; BAD_L4_HEADER: the TCP or UDP header does not parse, or the
+           extension headers before it do not, or all headers are over MAX_SEG_HDR
     """
     cdef uint8_t kind = vnet[VNET_GSO_TYPE]
-    cdef uint8_t* l4 = p + ip.hdr_len
-    cdef size_t l4_len = n - ip.hdr_len
+    cdef uint8_t* l4
+    cdef size_t l4_len
     cdef uint32_t l4_hdr, csum_off
+    cdef uint32_t ip_hdr_len = ip.hdr_len
+    cdef uint8_t want, proto
+    cdef drop_t verdict
     cut.tcp = kind & ~GSO_ECN == GSO_TCPV4 or kind & ~GSO_ECN == GSO_TCPV6
     if cut.tcp:
         if ip.version != (4 if kind & ~GSO_ECN == GSO_TCPV4 else 6):
             return DROP_BAD_GSO
     elif kind != GSO_UDP_L4:
         return DROP_BAD_GSO
-    if ip.version == 6 and is_extension(ip.proto):
-        return DROP_BAD_L4_HEADER
-    if ip.proto != (PROTO_TCP if cut.tcp else PROTO_UDP):
-        return DROP_BAD_GSO
+    want = PROTO_TCP if cut.tcp else PROTO_UDP
+    if ip.proto != want:
+        proto = ip.proto
+        if ip.version == 6:
+            verdict = skip_extensions(p, n, &proto, &ip_hdr_len)
+            if verdict != PASS:
+                return verdict
+        if proto != want:
+            return DROP_BAD_GSO
+    l4 = p + ip_hdr_len
+    l4_len = n - ip_hdr_len
     if cut.tcp:
         csum_off = TCP_CSUM
         if l4_len < TCP_MIN:
@@ -106,17 +118,19 @@ cdef inline drop_t plan_cut(
         l4_hdr = UDP_LEN
         if l4_len < UDP_LEN:
             return DROP_BAD_L4_HEADER
+    if ip_hdr_len + l4_hdr > MAX_SEG_HDR:
+        return DROP_BAD_L4_HEADER
     cut.gso_size = load_u16(vnet + VNET_GSO_SIZE)
     if cut.gso_size == 0 or ip.fragment or n > IP_MAX:
         return DROP_BAD_GSO
     if vnet[VNET_FLAGS] & VNET_F_NEEDS_CSUM and (
-        load_u16(vnet + VNET_CSUM_START) != ip.hdr_len
+        load_u16(vnet + VNET_CSUM_START) != ip_hdr_len
         or load_u16(vnet + VNET_CSUM_OFFSET) != csum_off
     ):
         return DROP_BAD_GSO
     cut.version = ip.version
-    cut.ip_hdr_len = ip.hdr_len
-    cut.hdr_len = ip.hdr_len + l4_hdr
+    cut.ip_hdr_len = ip_hdr_len
+    cut.hdr_len = ip_hdr_len + l4_hdr
     cut.payload_len = <uint32_t>(n - cut.hdr_len)
     if cut.gso_size > cut.payload_len:
         cut.gso_size = cut.payload_len
@@ -126,7 +140,7 @@ cdef inline drop_t plan_cut(
     cut.seq = load_be32(l4 + TCP_SEQ) if cut.tcp else 0
     cut.ip_id = load_be16(p + IP4_ID)
     store_u16(l4 + csum_off, 0)
-    cut.l4_base = csum_pseudo(ip_src(p, ip), ip.addr_len, ip.proto, 0)
+    cut.l4_base = csum_pseudo(ip_src(p, ip), ip.addr_len, want, 0)
     if not cut.tcp:
         store_u16(l4 + UDP_LENGTH, 0)
     cut.l4_base = csum_add(l4, l4_hdr, cut.l4_base)

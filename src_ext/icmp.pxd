@@ -9,6 +9,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from checksum cimport csum_add, csum_not, csum_pseudo, ip4_set_csum
+from packet cimport (
+    EXT_DESTINATION, EXT_FRAGMENT, EXT_HOP_BY_HOP, EXT_MAX_N, EXT_ROUTING,
+)
 from wire cimport (
     IP4_DST, IP4_FRAG, IP4_LEN, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC, IP4_TOS, IP4_TTL,
     IP6_DST, IP6_HOPS, IP6_LEN, IP6_NEXT, IP6_PAYLOAD, IP6_SRC, PROTO_ICMP, PROTO_ICMP6,
@@ -33,11 +36,6 @@ cdef enum:
     MTU4_MIN = 68
     MTU6_MIN = 1280
 
-    EXT_HOP_BY_HOP = 0
-    EXT_ROUTING = 43
-    EXT_FRAGMENT = 44
-    EXT_DESTINATION = 60
-    EXT_MAX_N = 8
     ICMP6_FIRST_INFO = 128  # types below are errors: RFC 4443 2.1
     ICMP6_REDIRECT = 137
 

@@ -1,20 +1,33 @@
 """The IP header: parse what may be hostile, and decrement the hop limit.
 
 Owns nothing. ``parse_ip`` is the only place where the bytes of an IP header are believed for the
-first time; every later step relies on its bounds.
-Source: RFC 791 3.1, RFC 8200 3, RFC 1624 eqn 3 (incremental checksum).
+first time, and ``skip_extensions`` for IPv6 extension headers; every later step relies on their
+bounds.
+Source: RFC 791 3.1, RFC 8200 3, 4, RFC 1624 eqn 3 (incremental checksum).
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from drops cimport (
-    DROP_BAD_HEADER_LEN, DROP_BAD_TOTAL_LEN, DROP_BAD_VERSION, DROP_SHORT_PACKET,
+    DROP_BAD_HEADER_LEN, DROP_BAD_L4_HEADER, DROP_BAD_TOTAL_LEN, DROP_BAD_VERSION, DROP_SHORT_PACKET,
     DROP_TTL_EXCEEDED, PASS, drop_t,
 )
 from wire cimport (
     IP4_CSUM, IP4_DF, IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC,
     IP4_TTL, IP6_HOPS, IP6_LEN, IP6_NEXT, IP6_PAYLOAD, IP6_SRC, load_be16, load_u16, store_u16,
 )
+
+
+cdef enum:
+    # IPv6 extension headers: RFC 8200 4
+    EXT_HOP_BY_HOP = 0
+    EXT_ROUTING = 43
+    EXT_FRAGMENT = 44
+    EXT_ESP = 50
+    EXT_AUTHENTICATION = 51
+    EXT_DESTINATION = 60
+    EXT_MAX_N = 8               # more of them in one packet are taken for an attack
+    EXT_SEGMENTS_LEFT = 3       # offset in a routing header
 
 
 cdef struct ip_t:
@@ -80,9 +93,40 @@ cdef inline bint is_extension(uint8_t next_header) noexcept nogil:
     """IPv6 headers that stand before, or hide, the transport: hop-by-hop, routing, fragment, ESP,
     AH, destination options."""
     return (
-        next_header == 0 or next_header == 43 or next_header == 44
-        or next_header == 50 or next_header == 51 or next_header == 60
+        next_header == EXT_HOP_BY_HOP or next_header == EXT_ROUTING
+        or next_header == EXT_FRAGMENT or next_header == EXT_ESP
+        or next_header == EXT_AUTHENTICATION or next_header == EXT_DESTINATION
     )
+
+
+cdef inline drop_t skip_extensions(
+    const uint8_t* p, size_t n, uint8_t* next_header, uint32_t* off
+) noexcept nogil:
+    """Find what an IPv6 packet p[0:n], n >= 40, carries behind its extension headers.
+
+    next_header, off  out: the protocol and where it begins, at most n
+    drops  BAD_L4_HEADER: the chain leaves the packet or is too long; a fragment, ESP or
+           authentication header; a routing header with segments left, for the transport's
+           checksum is over the route's last address then (RFC 8200 8.1)
+    """
+    cdef uint8_t kind = p[IP6_NEXT]
+    cdef size_t at = IP6_LEN
+    cdef int left = EXT_MAX_N
+    while is_extension(kind):
+        if kind == EXT_FRAGMENT or kind == EXT_ESP or kind == EXT_AUTHENTICATION:
+            return DROP_BAD_L4_HEADER
+        if left == 0 or n - at < 8:
+            return DROP_BAD_L4_HEADER
+        if kind == EXT_ROUTING and p[at + EXT_SEGMENTS_LEFT] != 0:
+            return DROP_BAD_L4_HEADER
+        left -= 1
+        kind = p[at]
+        at += 8 + 8 * <size_t>p[at + 1]
+        if at > n:
+            return DROP_BAD_L4_HEADER
+    next_header[0] = kind
+    off[0] = <uint32_t>at
+    return PASS
 
 
 cdef inline bint hop_limit_spent(const uint8_t* p, uint8_t version) noexcept nogil:

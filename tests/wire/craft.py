@@ -6,6 +6,7 @@ ones-complement sum of 16-bit words is the whole byte string, read as one number
 
 import ipaddress
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = (1 << i for i in range(8))
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
 NEEDS_CSUM = 1
 TCPV4, TCPV6, UDP_L4, ECN = 1, 4, 5, 0x80
+HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS = 0, 43, 60
 A4, B4 = "10.244.1.7", "10.244.2.9"
 A6, B6 = "fd00:1::7", "fd00:2::9"
 TIMESTAMPS = bytes.fromhex("0101080a0000000100000002")  # NOP NOP, kind 8: value 1, echo 2
@@ -64,6 +66,16 @@ def ip6(
     return start + src + dst + payload
 
 
+def chain(extensions: Sequence[tuple[int, bytes]], proto: int) -> tuple[int, bytes]:
+    """The first next header, and IPv6 extension headers that lead to proto. Each is given as its
+    number and what follows next header and length: 6 bytes, or 8 more, or 16 more ..."""
+    packed = b""
+    for number, body in reversed(extensions):
+        packed = bytes([proto, (len(body) - 6) // 8]) + body + packed
+        proto = number
+    return proto, packed
+
+
 @dataclass(frozen=True)
 class Flow:
     """Addresses, ports and IP header fields shared by the packets of a flow."""
@@ -78,6 +90,7 @@ class Flow:
     label: int = 0
     flags: int = 0x4000
     ip_options: bytes = b""
+    extensions: tuple[tuple[int, bytes], ...] = ()  # IPv6: see ``chain``
 
     @property
     def source(self) -> bytes:
@@ -89,12 +102,15 @@ class Flow:
 
     @property
     def ip_len(self) -> int:
-        return 40 if self.version == 6 else 20 + len(self.ip_options)
+        if self.version == 6:
+            return 40 + len(chain(self.extensions, 0)[1])
+        return 20 + len(self.ip_options)
 
     def ip(self, transport: bytes, proto: int, ident: int = 0x1234) -> bytes:
         if self.version == 6:
+            first, packed = chain(self.extensions, proto)
             return ip6(
-                transport, proto, self.source, self.destination,
+                packed + transport, first, self.source, self.destination,
                 ttl=self.ttl, tos=self.tos, label=self.label,
             )
         return ip4(
@@ -175,7 +191,21 @@ def transport(packet: bytes) -> bytes:
 
 
 def ip_len(packet: bytes) -> int:
-    return (packet[0] & 15) * 4 if packet[0] >> 4 == 4 else 40
+    """With IPv6 extension headers, as far as they lie in the packet."""
+    return upper(packet)[1]
+
+
+def upper(packet: bytes) -> tuple[int, int]:
+    """The protocol behind the IP header and its options or extension headers, and where."""
+    if packet[0] >> 4 == 4:
+        return packet[9], (packet[0] & 15) * 4
+    proto, at = packet[6], 40
+    while proto in (HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS):
+        after = at + 8 + 8 * packet[at + 1] if at + 1 < len(packet) else len(packet) + 1
+        if after > len(packet):
+            break
+        proto, at = packet[at], after
+    return proto, at
 
 
 def tcp_seq(packet: bytes) -> int:
@@ -202,16 +232,16 @@ def ident(packet: bytes) -> int:
 def check_valid(packet: bytes) -> None:
     """Lengths agree with the bytes, and every checksum in an unfragmented packet is right."""
     if packet[0] >> 4 == 4:
-        header, proto = packet[: ip_len(packet)], packet[9]
+        header = packet[: ip_len(packet)]
         src, dst = packet[12:16], packet[16:20]
         assert int.from_bytes(packet[2:4], "big") == len(packet)
         assert ones_sum(header) == 0xFFFF
         fragment = bool(int.from_bytes(packet[6:8], "big") & 0x3FFF)
     else:
-        proto, src, dst, fragment = packet[6], packet[8:24], packet[24:40], False
+        src, dst, fragment = packet[8:24], packet[24:40], False
         assert packet[0] >> 4 == 6
         assert int.from_bytes(packet[4:6], "big") == len(packet) - 40
-    segment = transport(packet)
+    proto, segment = upper(packet)[0], transport(packet)
     if proto == UDP and not fragment:
         assert int.from_bytes(segment[4:6], "big") == len(segment)
         assert segment[6:8] != b"\0\0"

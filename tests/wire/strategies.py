@@ -5,11 +5,14 @@ from dataclasses import replace
 from craft import (
     ACK,
     CWR,
+    DESTINATION_OPTIONS,
     ECE,
     FIN,
+    HOP_BY_HOP,
     ICMP,
     PLAIN,
     PSH,
+    ROUTING,
     RST,
     SYN,
     TIMESTAMPS,
@@ -33,7 +36,24 @@ def payloads(max_size=2000, min_size=0):
 
 
 @st.composite
-def flows(draw, ip_options=False):
+def extensions(draw, room=56):
+    """IPv6 extension headers with which Linux hands a super-packet over, in at most room bytes:
+    options of any content, and routes that have come to their end."""
+    found = []
+    while room >= 8 and draw(st.booleans()):
+        number = draw(st.sampled_from([HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS]))
+        size = draw(st.sampled_from([size for size in (6, 14, 22, 54) if size + 2 <= room]))
+        body = draw(st.binary(min_size=size, max_size=size))
+        if number == ROUTING:
+            body = body[:1] + b"\0" + body[2:]
+        found.append((number, body))
+        room -= 2 + size
+    return tuple(found)
+
+
+@st.composite
+def flows(draw, more_headers=False):
+    """more_headers: IPv4 options or IPv6 extension headers too."""
     version = draw(st.sampled_from([4, 6]))
     size = 4 if version == 4 else 16
     return Flow(
@@ -47,14 +67,16 @@ def flows(draw, ip_options=False):
         label=draw(st.integers(0, 0xFFFFF)),
         flags=draw(st.sampled_from([0, 0x4000, 0x8000, 0xC000])),
         ip_options=draw(st.sampled_from([b"", b"\x94\x04\0\0", b"\x01" * 40]))
-        if ip_options and version == 4 else b"",
+        if more_headers and version == 4 else b"",
+        extensions=draw(extensions(16)) if more_headers and version == 6 else (),
     )
 
 
 @st.composite
 def super_frames(draw):
-    """What the kernel may hand over: any flags, IPv4 options, any gso_size."""
-    flow = draw(flows(ip_options=True))
+    """What the kernel may hand over: any flags, IPv4 options or IPv6 extension headers, any
+    gso_size."""
+    flow = draw(flows(more_headers=True))
     payload = draw(payloads())
     gso_size = draw(st.one_of(st.integers(1, 65535), st.integers(20, 1500)))
     if len(payload) // gso_size > 300:
@@ -164,7 +186,7 @@ def mutated(draw, source):
         if not data:
             break
         # headers are where it hurts
-        at = draw(st.one_of(st.integers(0, min(79, len(data) - 1)), st.integers(0, len(data) - 1)))
+        at = draw(st.one_of(st.integers(0, min(99, len(data) - 1)), st.integers(0, len(data) - 1)))
         kind = draw(st.sampled_from(["byte", "byte", "byte", "bit", "word", "truncate", "extend"]))
         if kind == "byte":
             data[at] = draw(st.integers(0, 255))
@@ -182,11 +204,28 @@ def mutated(draw, source):
 @st.composite
 def packets(draw):
     """One valid IP packet."""
-    flow = draw(flows(ip_options=True))
+    flow = draw(flows(more_headers=True))
     data = draw(payloads())
     if draw(st.booleans()):
         return flow.udp(data)
     return flow.tcp(data, flags=draw(st.integers(0, 255)), options=draw(tcp_options))
+
+
+@st.composite
+def chained_frames(draw):
+    """IPv6 super-packets behind chains of any kind, length and truth."""
+    numbers = st.sampled_from([0, 43, 60, 60, 60, 60, 44, 50, 51, 59, 135])
+    bodies = st.one_of(
+        st.just(bytes(6)), st.sampled_from([6, 14, 22, 40 * 8 - 2]).map(bytes),
+        st.binary(min_size=6, max_size=6),
+    )
+    flow = Flow(6, extensions=tuple(draw(st.lists(st.tuples(numbers, bodies), max_size=10))))
+    payload = draw(payloads(100))
+    if draw(st.booleans()):
+        frame = flow.udp_super(payload, draw(st.integers(1, 40)))
+    else:
+        frame = flow.tcp_super(payload, draw(st.integers(1, 40)), options=draw(tcp_options))
+    return frame[: draw(st.integers(0, len(frame)))] if draw(st.booleans()) else frame
 
 
 plain_frames = st.builds(lambda packet: PLAIN + packet, packets())

@@ -7,11 +7,14 @@ import pytest
 from craft import (
     ACK,
     CWR,
+    DESTINATION_OPTIONS,
     ECE,
     FIN,
+    HOP_BY_HOP,
     NEEDS_CSUM,
     PLAIN,
     PSH,
+    ROUTING,
     RST,
     SYN,
     TCPV4,
@@ -384,7 +387,106 @@ def test_tcp_header_that_takes_all_the_bytes(impl):
     assert impl.cut(frame) == [flow.tcp(b"", options=b"\x01" * 20)]
 
 
-@pytest.mark.parametrize("next_header", [0, 43, 44, 50, 51, 60])
-def test_extension_headers_before_the_transport(impl, next_header):
-    frame = patch(Flow(6).tcp_super(PAYLOAD[:40], 10), 10 + 6, bytes([next_header]))
-    assert dropped(impl, frame) == "bad_l4_header"
+# --- IPv6 extension headers: Linux keeps TCP super-packets whole behind a socket's sticky ones ---
+
+OPTIONS = (DESTINATION_OPTIONS, bytes.fromhex("0104 0000 0000"))  # PadN
+LONG_OPTIONS = (DESTINATION_OPTIONS, bytes.fromhex("0114") + bytes(20))
+HOP_OPTIONS = (HOP_BY_HOP, bytes.fromhex("0104 0000 0000"))
+ROUTE = (ROUTING, bytes([4, 0, 0, 0, 0, 0]) + bytes(range(16)))  # RFC 8754, no segments left
+CHAINS = [
+    (OPTIONS,), (LONG_OPTIONS,), (HOP_OPTIONS,), (ROUTE,), (HOP_OPTIONS, OPTIONS),
+    (OPTIONS, ROUTE, OPTIONS),
+]
+
+
+@pytest.mark.parametrize("extensions", CHAINS)
+def test_every_segment_has_the_extension_headers(impl, extensions):
+    flow = Flow(6, extensions=extensions)
+    data = PAYLOAD[:50]
+    for frame, whole in ((flow.tcp_super(data, 20, seq=7), flow.tcp), (flow.udp_super(data, 20),
+                                                                       flow.udp)):
+        segments = impl.cut(frame)
+        fields = [{"seq": 7 + at} if whole == flow.tcp else {} for at in (0, 20, 40)]
+        assert segments == [
+            whole(data[at : at + 20], **more) for at, more in zip((0, 20, 40), fields, strict=True)
+        ]
+        for segment in segments:
+            check_valid(segment)
+
+
+def test_checksum_start_is_behind_the_extension_headers(impl):
+    flow = Flow(6, extensions=(HOP_OPTIONS, OPTIONS))
+    for frame in (flow.tcp_super(PAYLOAD[:40], 10), flow.udp_super(PAYLOAD[:40], 10)):
+        for wrong in (40, 48, 64):
+            assert dropped(impl, patch(frame, 6, struct.pack("=H", wrong))) == "bad_gso"
+        assert len(impl.cut(patch(frame, 6, struct.pack("=H", 56)))) == 4
+
+
+def test_partial_checksum_behind_extension_headers_is_completed(impl):
+    flow = Flow(6, extensions=(OPTIONS,))
+    frame = flow.tcp_super(PAYLOAD[:40], 10)
+    plain = patch(frame, 1, b"\0")  # as the kernel hands over what is no longer than a segment
+    assert impl.cut(plain) == [flow.tcp(PAYLOAD[:40])]
+
+
+@pytest.mark.parametrize("hiding", [44, 50, 51])
+def test_extension_headers_that_hide_the_transport(impl, hiding):
+    for extensions in (((hiding, bytes(6)),), (OPTIONS, (hiding, bytes(6))),
+                       ((hiding, bytes(6)), OPTIONS)):
+        flow = Flow(6, extensions=extensions)
+        assert dropped(impl, flow.tcp_super(PAYLOAD[:40], 10)) == "bad_l4_header"
+        assert dropped(impl, flow.udp_super(PAYLOAD[:40], 10)) == "bad_l4_header"
+
+
+@pytest.mark.parametrize("kind", [0, 2, 3, 4, 253])
+def test_a_route_that_is_not_at_its_end(impl, kind):
+    """The checksum is over the route's last address, not over the header's (RFC 8200 8.1)."""
+    for left in (1, 255):
+        route = (ROUTING, bytes([kind, left]) + bytes(20))
+        for extensions in ((route,), (ROUTE, route), (OPTIONS, route, OPTIONS)):
+            frame = Flow(6, extensions=extensions).tcp_super(PAYLOAD[:40], 10)
+            assert dropped(impl, frame) == "bad_l4_header"
+
+
+def test_extension_headers_that_leave_the_packet(impl):
+    flow = Flow(6, extensions=(OPTIONS, HOP_OPTIONS))
+    frame = flow.tcp_super(b"", 10)
+    for length in range(40, 56):
+        assert dropped(impl, frame[: 10 + length]) == "bad_l4_header"
+    for at in (41, 49):
+        for words in (100, 255):
+            assert dropped(impl, patch(frame, 10 + at, bytes([words]))) == "bad_l4_header"
+    # The last one takes all that there is: no byte is left for TCP.
+    alone = Flow(6, extensions=(OPTIONS,)).tcp_super(b"xxxx", 10)
+    assert dropped(impl, patch(alone, 10 + 41, b"\3")) == "bad_l4_header"
+
+
+def test_at_most_eight_extension_headers(impl):
+    flow = Flow(6, extensions=(OPTIONS,) * 8)
+    assert impl.cut(flow.udp_super(b"abc", 2)) == [flow.udp(b"ab"), flow.udp(b"c")]
+    flow = Flow(6, extensions=(OPTIONS,) * 9)
+    assert dropped(impl, flow.udp_super(b"abc", 2)) == "bad_l4_header"
+
+
+def test_at_most_120_bytes_of_headers(impl):
+    """As with all IPv4 and TCP options; longer ones would not fit where headers are made."""
+    flow = Flow(6, extensions=(LONG_OPTIONS, LONG_OPTIONS, OPTIONS))
+    fits, more = {"options": b"\1" * 4}, {"options": b"\1" * 8}
+    assert impl.cut(flow.tcp_super(b"abc", 2, **fits)) == [
+        flow.tcp(b"ab", seq=1000, **fits), flow.tcp(b"c", seq=1002, **fits),
+    ]
+    assert dropped(impl, flow.tcp_super(b"abc", 2, **more)) == "bad_l4_header"
+
+
+def test_another_protocol_behind_the_extension_headers(impl):
+    flow = Flow(6, extensions=(OPTIONS,))
+    for frame in (flow.tcp_super(PAYLOAD[:40], 10), flow.udp_super(PAYLOAD[:40], 10)):
+        for other in (58, 59, 135):
+            assert dropped(impl, patch(frame, 10 + 40, bytes([other]))) == "bad_gso"
+    assert dropped(impl, patch(flow.tcp_super(b"x" * 40, 10), 1, bytes([UDP_L4]))) == "bad_gso"
+
+
+@pytest.mark.parametrize("protocol", [0, 43, 44, 50, 51, 60])
+def test_ipv4_has_no_extension_headers(impl, protocol):
+    frame = patch(Flow().tcp_super(PAYLOAD[:40], 10), 10 + 9, bytes([protocol]))
+    assert dropped(impl, frame) == "bad_gso"

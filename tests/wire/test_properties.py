@@ -15,7 +15,7 @@ from udptun.reference import Dropped
 def flow_of(packet):
     size = 8 if packet[0] >> 4 == 4 else 32
     at = 12 if packet[0] >> 4 == 4 else 8
-    proto = packet[9] if packet[0] >> 4 == 4 else packet[6]
+    proto, _ = craft.upper(packet)
     return packet[0] >> 4, proto, packet[at : at + size], craft.transport(packet)[:4]
 
 

@@ -8,10 +8,15 @@ import struct
 
 from .checksum import checksum, complement, transport_sum
 from .packet import (
+    DESTINATION_OPTIONS,
     EXTENSION_HEADERS,
+    EXTENSION_HEADERS_MAX,
+    HOP_BY_HOP,
     IP_MAX,
+    IPV6_LEN,
     PROTO_TCP,
     PROTO_UDP,
+    ROUTING,
     Dropped,
     IPHeader,
     check_packet,
@@ -31,6 +36,7 @@ GSO_ECN = 0x80  # or'ed to the TCP types
 TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK, TCP_URG, TCP_ECE, TCP_CWR = (1 << i for i in range(8))
 TCP_CSUM_OFFSET = 16
 UDP_CSUM_OFFSET = 6
+HEADERS_MAX = 120  # of one segment: IPv4 with all options and TCP with all options
 
 
 def cut(frame: bytes) -> list[bytes]:
@@ -46,9 +52,10 @@ def cut(frame: bytes) -> list[bytes]:
     drops    as check_packet (of a super-packet: as parse_header);
              bad_gso: unknown type; type at odds with version or protocol; gso_size 0; a fragment;
              over 65535 bytes; checksum offsets at odds with the headers or outside the packet;
-             bad_l4_header: the TCP or UDP header is cut off or its length is impossible, or IPv6
-             extension headers stand before it
-    source   linux/virtio_net.h, RFC 9293 3.1, RFC 3168 6.1.2, RFC 768, RFC 6864
+             bad_l4_header: the TCP or UDP header is cut off or its length is impossible, or the
+             IPv6 extension headers before it hide it (``_behind_extensions``); over 120 bytes of
+             headers
+    source   linux/virtio_net.h, RFC 9293 3.1, RFC 3168 6.1.2, RFC 768, RFC 6864, RFC 8200 4, 8.1
     """
     if len(frame) < VNET_HDR.size:
         raise Dropped("short_packet")
@@ -61,13 +68,20 @@ def cut(frame: bytes) -> list[bytes]:
         return [packet]
 
     header = parse_header(packet)
-    protocol = _protocol_of(gso_type, header)
-    transport = packet[header.header_len :]
+    protocol = _protocol_of(gso_type, header.version)
+    found, transport_at = header.protocol, header.header_len
+    if header.version == 6:
+        found, transport_at = _behind_extensions(packet, header.protocol)
+    if found != protocol:
+        raise Dropped("bad_gso")
+    transport = packet[transport_at:]
     transport_len = _transport_header_len(protocol, transport)
+    if transport_at + transport_len > HEADERS_MAX:
+        raise Dropped("bad_l4_header")
     field = TCP_CSUM_OFFSET if protocol == PROTO_TCP else UDP_CSUM_OFFSET
     if gso_size == 0 or header.is_fragment or len(packet) > IP_MAX:
         raise Dropped("bad_gso")
-    if flags & NEEDS_CSUM and (csum_start, csum_offset) != (header.header_len, field):
+    if flags & NEEDS_CSUM and (csum_start, csum_offset) != (transport_at, field):
         raise Dropped("bad_gso")
 
     payload = transport[transport_len:]
@@ -80,7 +94,8 @@ def cut(frame: bytes) -> list[bytes]:
         else:
             segment = transport[:4] + struct.pack("!HH", transport_len + len(piece), 0)
         segment = _with_checksum(header, protocol, segment + piece, field)
-        segments.append(_ip_header(packet, header, index, len(segment)) + segment)
+        ip = _ip_header(packet[:transport_at], header.version, index, len(segment))
+        segments.append(ip + segment)
     return segments
 
 
@@ -96,20 +111,39 @@ def _complete_checksum(packet: bytes, start: int, offset: int) -> bytes:
     return packet[:field] + value.to_bytes(2, "big") + packet[field + 2 :]
 
 
-def _protocol_of(gso_type: int, header: IPHeader) -> int:
+def _protocol_of(gso_type: int, version: int) -> int:
     if gso_type & ~GSO_ECN in (GSO_TCPV4, GSO_TCPV6):
-        protocol = PROTO_TCP
-        if header.version != (4 if gso_type & ~GSO_ECN == GSO_TCPV4 else 6):
+        if version != (4 if gso_type & ~GSO_ECN == GSO_TCPV4 else 6):
             raise Dropped("bad_gso")
-    elif gso_type == GSO_UDP_L4:
-        protocol = PROTO_UDP
-    else:
-        raise Dropped("bad_gso")
-    if header.version == 6 and header.protocol in EXTENSION_HEADERS:
-        raise Dropped("bad_l4_header")
-    if header.protocol != protocol:
-        raise Dropped("bad_gso")
-    return protocol
+        return PROTO_TCP
+    if gso_type == GSO_UDP_L4:
+        return PROTO_UDP
+    raise Dropped("bad_gso")
+
+
+def _behind_extensions(packet: bytes, next_header: int) -> tuple[int, int]:
+    """What follows the IPv6 header and its extension headers, and where.
+
+    drops  bad_l4_header: the chain leaves the packet or is of more than 8 headers; a fragment, ESP
+           or authentication header, with which a segment is not made of its super-packet's
+           headers; a routing header with segments left: the checksum is over the last address of
+           the route then, not over the destination that stands in the header (RFC 8200 8.1)
+    """
+    at = IPV6_LEN
+    seen = 0
+    while next_header in EXTENSION_HEADERS:
+        if next_header not in (HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS):
+            raise Dropped("bad_l4_header")
+        extension = packet[at : at + 8]
+        if len(extension) < 8 or seen == EXTENSION_HEADERS_MAX:
+            raise Dropped("bad_l4_header")
+        if next_header == ROUTING and extension[3] != 0:
+            raise Dropped("bad_l4_header")
+        seen += 1
+        next_header, at = extension[0], at + 8 + 8 * extension[1]
+        if at > len(packet):
+            raise Dropped("bad_l4_header")
+    return next_header, at
 
 
 def _transport_header_len(protocol: int, transport: bytes) -> int:
@@ -146,10 +180,12 @@ def _with_checksum(header: IPHeader, protocol: int, segment: bytes, offset: int)
     return segment[:offset] + value.to_bytes(2, "big") + segment[offset + 2 :]
 
 
-def _ip_header(packet: bytes, header: IPHeader, index: int, transport_len: int) -> bytes:
-    """The super-packet's IP header for segment number index: own length, IPv4 id + index."""
-    if header.version == 6:
-        return packet[:4] + transport_len.to_bytes(2, "big") + packet[6:40]
-    ident = (int.from_bytes(packet[4:6], "big") + index) % 2**16
-    lengths = struct.pack("!HH", header.header_len + transport_len, ident)
-    return with_ipv4_checksum(packet[:2] + lengths + packet[6 : header.header_len])
+def _ip_header(headers: bytes, version: int, index: int, transport_len: int) -> bytes:
+    """The super-packet's IP header, with IPv6 extension headers, for segment number index: own
+    length, IPv4 id + index."""
+    if version == 6:
+        length = len(headers) - IPV6_LEN + transport_len
+        return headers[:4] + length.to_bytes(2, "big") + headers[6:]
+    ident = (int.from_bytes(headers[4:6], "big") + index) % 2**16
+    lengths = struct.pack("!HH", len(headers) + transport_len, ident)
+    return with_ipv4_checksum(headers[:2] + lengths + headers[6:])

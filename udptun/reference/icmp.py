@@ -9,6 +9,7 @@ import struct
 from .checksum import checksum, complement, transport_sum
 from .packet import (
     DESTINATION_OPTIONS,
+    EXTENSION_HEADERS_MAX,
     FRAGMENT,
     HOP_BY_HOP,
     IPV4_OFFSET,
@@ -35,7 +36,6 @@ ICMP4_MAX = 576  # bytes of the whole error: RFC 1812 4.3.2.3
 ICMP6_MAX = 1280  # RFC 4443 2.4 (c)
 MTU4_MIN = 68  # RFC 791 3.2
 MTU6_MIN = 1280  # RFC 8200 5
-EXTENSION_HEADERS_MAX = 8  # more of them are taken for an attack
 
 
 def icmp_error(packet: bytes, kind: str, source: bytes, mtu: int = 0) -> bytes | None:
