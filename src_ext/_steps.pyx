@@ -25,8 +25,9 @@ from wire cimport VNET_LEN
 from udptun.drops import DROP_REASONS
 from udptun.reference import Dropped
 
-include "steps_icmp.pxi"
-include "steps_lpm.pxi"
+# All zero, to begin with: gcc does not see that check() raises before an unset one is used.
+cdef ip_t NO_IP
+cdef cut_t NO_CUT
 
 
 cdef check(drop_t verdict):
@@ -44,9 +45,13 @@ cdef uint8_t* exact_copy(bytes data) except NULL:
     return p
 
 
+include "steps_icmp.pxi"
+include "steps_lpm.pxi"
+
+
 def check_packet(bytes packet):
     cdef uint8_t* p = exact_copy(packet)
-    cdef ip_t ip
+    cdef ip_t ip = NO_IP
     cdef drop_t verdict
     try:
         verdict = parse_ip(p, len(packet), &ip)
@@ -60,7 +65,7 @@ def check_packet(bytes packet):
 
 def decrement_hop_limit(bytes packet):
     cdef uint8_t* p = exact_copy(packet)
-    cdef ip_t ip
+    cdef ip_t ip = NO_IP
     try:
         check(parse_ip(p, len(packet), &ip))
         check(decrement(p, ip.version))
@@ -73,8 +78,8 @@ def cut(bytes frame):
     cdef uint8_t* f
     cdef uint8_t* p
     cdef uint8_t hdr[128]
-    cdef ip_t ip
-    cdef cut_t plan
+    cdef ip_t ip = NO_IP
+    cdef cut_t plan = NO_CUT
     cdef size_t n
     cdef uint32_t i
     if len(frame) < VNET_LEN:
@@ -109,7 +114,7 @@ def merge(list packets, bint tcp=True, bint udp=True):
     cdef uint8_t** copies = <uint8_t**>calloc(len(packets) + 1, sizeof(void*))
     cdef uint8_t scratch[MERGE_HDR]
     cdef iovec* iov = <iovec*>calloc(MERGE_IOV + 2, sizeof(iovec))
-    cdef ip_t ip
+    cdef ip_t ip = NO_IP
     cdef int i, k, n
     cdef output_t* out
     if m == NULL or copies == NULL or iov == NULL:

@@ -1,7 +1,10 @@
-# ICMP errors, fragments and checksums, each alone. Included by _steps.pyx: for the tests only.
+# ICMP errors, fragments and checksums, each alone. Included by _steps.pyx, whose check and
+# exact_copy it uses: for the tests only.
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy
 
 from checksum cimport (
     csum_add, csum_fold, udptun_csum_fn, udptun_csum_fns, udptun_csum_n, udptun_csum_names,
@@ -13,11 +16,9 @@ from icmp cimport (
     ICMP_MAX, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_bucket_t,
 )
 from icmp cimport icmp_error as c_icmp_error
+from posix.stdlib cimport posix_memalign
 from packet cimport check_total_len, ip_t, parse_ip
 from wire cimport swap16
-
-from udptun.drops import DROP_REASONS as _ICMP_DROP_REASONS
-from udptun.reference import Dropped as _IcmpDropped
 
 _ICMP_KINDS = {
     "no_route": ICMP_NO_ROUTE, "ttl_exceeded": ICMP_TTL_EXCEEDED, "too_big": ICMP_TOO_BIG,
@@ -28,11 +29,19 @@ def icmp_error(bytes packet, str kind, bytes source, uint32_t mtu=0):
     """The ICMP error about packet from our address source, or None where the RFCs forbid one."""
     cdef uint8_t out[ICMP_MAX]
     cdef int c_kind = _ICMP_KINDS[kind]
+    cdef uint8_t* p = NULL
+    cdef uint8_t* address = NULL
     cdef size_t n
     if not packet or len(source) != {4: 4, 6: 16}.get(packet[0] >> 4):
         return None
-    n = c_icmp_error(packet, len(packet), c_kind, source, mtu, out)
-    return PyBytes_FromStringAndSize(<char*>out, n) if n else None
+    try:
+        p = exact_copy(packet)
+        address = exact_copy(source)
+        n = c_icmp_error(p, len(packet), c_kind, address, mtu, out)
+        return PyBytes_FromStringAndSize(<char*>out, n) if n else None
+    finally:
+        free(address)
+        free(p)
 
 
 def icmp_allow_run(times_ns):
@@ -44,31 +53,40 @@ def icmp_allow_run(times_ns):
 def fragment(bytes packet, size_t mtu, size_t lead_len=0):
     """Cut an IPv4 packet for mtu; lead_len bytes behind the IP header travel with the header, as
     a transport header does. Raises Dropped: too_big with DF, for IPv6 and for too small an MTU."""
-    cdef ip_t ip
+    cdef ip_t ip = NO_IP
     cdef frag_t frag
     cdef uint8_t out_hdr[FRAG_HDR_MAX]
-    cdef const uint8_t* p = packet
+    cdef uint8_t* p = exact_copy(packet)
     cdef size_t data_len
     cdef int n
-    cdef drop_t verdict = parse_ip(p, len(packet), &ip)
-    if verdict == PASS:
-        verdict = check_total_len(&ip, len(packet))
-    if verdict != PASS:
-        raise _IcmpDropped(_ICMP_DROP_REASONS[<int>verdict - 1].name)
-    if ip.total_len <= mtu:
-        return [packet[:ip.total_len]]
-    if lead_len > 60 or ip.hdr_len + lead_len > ip.total_len:
-        raise ValueError("lead_len is over 60 or over the payload")
-    data_len = ip.total_len - ip.hdr_len - lead_len
-    n = 0 if ip.dont_fragment else fragment_n(ip.hdr_len, lead_len, data_len, mtu)
-    if n == 0:
-        raise _IcmpDropped("too_big")
-    out = []
-    for i in range(n):
-        fragment_at(
-            p, ip.hdr_len, lead_len, p + ip.hdr_len + lead_len, data_len, mtu, i, out_hdr, &frag)
-        out.append((<char*>frag.hdr)[:frag.hdr_len] + (<char*>frag.data)[:frag.data_len])
-    return out
+    try:
+        check(parse_ip(p, len(packet), &ip))
+        check(check_total_len(&ip, len(packet)))
+        if ip.total_len <= mtu:
+            return [packet[:ip.total_len]]
+        if lead_len > 60 or ip.hdr_len + lead_len > ip.total_len:
+            raise ValueError("lead_len is over 60 or over the payload")
+        data_len = ip.total_len - ip.hdr_len - lead_len
+        n = 0 if ip.dont_fragment else fragment_n(ip.hdr_len, lead_len, data_len, mtu)
+        if n == 0:
+            raise Dropped("too_big")
+        out = []
+        for i in range(n):
+            fragment_at(
+                p, ip.hdr_len, lead_len, p + ip.hdr_len + lead_len, data_len, mtu, i, out_hdr,
+                &frag)
+            out.append((<char*>frag.hdr)[:frag.hdr_len] + (<char*>frag.data)[:frag.data_len])
+        return out
+    finally:
+        free(p)
+
+
+cdef uint64_t _csum_add(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil:
+    return csum_add(p, n, acc)
+
+
+cdef uint64_t _csum_short(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil:
+    return udptun_csum_short(p, n, acc)
 
 
 cdef uint64_t _initial_sum(initial) except? 0:
@@ -78,11 +96,25 @@ cdef uint64_t _initial_sum(initial) except? 0:
     return swap16(initial)
 
 
+cdef uint16_t _checksum_by(udptun_csum_fn fn, const uint8_t[::1] data, initial) except? 0:
+    """Of a copy as exact_copy's that also lies at data's place within 64 bytes."""
+    cdef uint64_t acc = _initial_sum(initial)
+    cdef size_t n = data.shape[0]
+    cdef const uint8_t* source = &data[0] if n else NULL
+    cdef size_t lead = <size_t>source & 63
+    cdef void* block = NULL
+    if posix_memalign(&block, 64, lead + n or 1) != 0:
+        raise MemoryError
+    if n:
+        memcpy(<uint8_t*>block + lead, source, n)
+    acc = fn(<uint8_t*>block + lead, n, acc)
+    free(block)
+    return swap16(csum_fold(acc))
+
+
 def checksum(const uint8_t[::1] data, initial=0):
     """The ones-complement sum of data's big-endian words (RFC 1071), folded, not inverted."""
-    cdef size_t n = data.shape[0]
-    cdef const uint8_t* p = &data[0] if n else NULL
-    return swap16(csum_fold(csum_add(p, n, _initial_sum(initial))))
+    return _checksum_by(_csum_add, data, initial)
 
 
 cdef class _Checksum:
@@ -91,13 +123,7 @@ cdef class _Checksum:
     cdef udptun_csum_fn fn
 
     def __call__(self, const uint8_t[::1] data, initial=0):
-        cdef size_t n = data.shape[0]
-        cdef const uint8_t* p = &data[0] if n else NULL
-        return swap16(csum_fold(self.fn(p, n, _initial_sum(initial))))
-
-
-cdef uint64_t _csum_short(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil:
-    return udptun_csum_short(p, n, acc)
+        return _checksum_by(self.fn, data, initial)
 
 
 def checksum_implementations():
