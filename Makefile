@@ -23,10 +23,10 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test soak sanitize lint clean FORCE
+.PHONY: help build demo test soak bench bench-full bench-micro sanitize lint clean FORCE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z\/]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/extension.stamp ## make .venv with udptun in it (.venv/bin/udptun)
 
@@ -58,11 +58,24 @@ lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/cython-lint src_ext
 
-bench/onepacket: bench/onepacket.c ## the one-packet tunnel that udptun is compared with
+BENCH_PROGRAMS := bench/onepacket bench/udpload bench/copylimit
+
+bench: build $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare it: TCP and round trips, 8 minutes (as root)
+	$(call need,$(DEMO_TOOLS),exit 1)
+	@$(PY) -m bench quick $(ARGS)
+
+bench-full: build $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare all there is to compare, 60 minutes (as root)
+	$(call need,$(DEMO_TOOLS),exit 1)
+	@$(PY) -m bench full $(ARGS)
+
+bench-micro: build $(VENV)/test.stamp ## time the single steps of the core
+	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-only $(ARGS)
+
+$(BENCH_PROGRAMS): %: %.c
 	@$(CC) $(CFLAGS) -Wall -Wextra -o $@ $<
 
 clean: ## remove all that was made here
-	@rm -rf $(VENV) build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd bench/onepacket
+	@rm -rf $(VENV) build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd $(BENCH_PROGRAMS)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	@find udptun tests bench -name __pycache__ -type d -exec rm -rf {} +
 
