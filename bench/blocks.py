@@ -97,7 +97,9 @@ def run_blocks(
         accepted += 1
         if accepted == blocks:
             break
-    s.progress.step(f"{series}: {accepted} blocks")
+    if accepted < blocks:
+        s.recorder.note(f"{series}: {accepted} of {blocks} blocks, too many were rejected")
+    s.progress.step(f"{series}: {accepted} of {blocks} blocks")
 
 
 def record_alone(

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from udptun.lab import Forwarder, Host, Lab, LabError, Link, ping
+from udptun.lab import Forwarder, Host, Lab, Link, ping, wait_for
 
 PROFILES = ("P1", "P2", "P3")
+_FIND_EACH_OTHER_SECONDS = 30.0
 
 
 @dataclass(eq=False)
@@ -40,13 +42,16 @@ class Road:
     forwarders: tuple[Forwarder, ...] = ()
     restart: Callable[[], Forwarder] | None = None
     set_routes: Callable[[Sequence[str]], None] | None = None
+    settle_seconds: float = 0
     facts: dict[str, object] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Pings pass both ways; also the ARP and everything else that happens once."""
-        result = ping(self.a, self.at_b, count=3)
-        if result.received == 0:
-            raise LabError(f"no ping comes through {self.name}: {'; '.join(result.errors)}")
+        """Pings pass, at the latest when both ends have found each other; and ARP is over."""
+        wait_for(
+            lambda: ping(self.a, self.at_b, count=2, wait=0.5).received,
+            f"a ping to come through {self.name}", _FIND_EACH_OTHER_SECONDS,
+        )
+        time.sleep(self.settle_seconds)
 
     def forget_ended(self) -> None:
         """Drop the processes that have ended: the lab need not end thousands of them again."""

@@ -13,6 +13,7 @@ Owns: the format, and its reading. A file bench/contenders/NAME.toml, or one giv
     start     the command that runs and stays
     ready     optional: words in its output that say it is up; else its device is awaited
     setup     commands of ip(8), when the device is there
+    settle    optional: seconds that it takes to be at its best after the first packet
     [files]   name = text, written to {dir} first
 
 Every text may hold {here} {there} (underlay addresses), {inner} {inner_there} (addresses to
@@ -37,7 +38,7 @@ from .base import PROFILES, Contender, Road
 
 DESCRIPTIONS = Path(__file__).resolve().parent
 _REQUIRED = {"title", "carries", "device", "mtu", "start"}
-_OPTIONAL = {"programs", "package", "profiles", "prepare", "ready", "setup", "files"}
+_OPTIONAL = {"programs", "package", "profiles", "prepare", "ready", "settle", "setup", "files"}
 
 
 def names() -> list[str]:
@@ -100,7 +101,7 @@ def contender(name: str, description: Mapping[str, Any]) -> Contender:
             _start(host, description, values)
         return Road(
             name, a, b, link, net4[1], net4[2], description["carries"], description["mtu"],
-            facts={"title": description["title"]},
+            facts={"title": description["title"]}, settle_seconds=description.get("settle", 0),
         )
 
     return Contender(name, lay, tuple(description.get("profiles", PROFILES)))
