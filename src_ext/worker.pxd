@@ -1,7 +1,7 @@
 """The state of one data worker: its descriptors, buffers, counters and switches.
 
 Owns the layout; the steps that use it are in send.pxd, encap.pxd, decap.pxd and turn.pxd. One
-thread writes it. The control side reads the counters, and writes only ``told`` and the snapshot
+thread writes it. The control side reads the counters, and writes only ``called`` and the snapshot
 pointer of ``shared_t``.
 """
 
@@ -86,7 +86,6 @@ cdef struct worker_t:
     int tun_fd
     int udp_fd4                 # -1 = no listener of this family
     int udp_fd6
-    uint32_t udp_interest       # epoll events asked of the UDP sockets
     bint tun_asleep             # back-pressure: the TUN is not polled
     bint tun_ready
     bint udp_ready4

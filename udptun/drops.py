@@ -30,15 +30,16 @@ DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("bad_l4_header", (ENCAP,), "A super-packet's TCP or UDP header does not parse."),
     DropReason("no_route", (ENCAP,), "No route covers the destination (ICMP net unreachable)."),
     DropReason("ttl_exceeded", _BOTH, "The hop limit reached 0 here (ICMP time exceeded)."),
-    DropReason("too_big", _BOTH, "Bigger than the peer's path or the TUN takes, and may not be "
-                                 "fragmented (ICMP fragmentation needed, packet too big)."),
+    DropReason("too_big", (ENCAP,), "Bigger than the peer's path takes, and may not be fragmented "
+                                    "(ICMP fragmentation needed, packet too big)."),
     DropReason("send_error", (ENCAP,), "The kernel refused the datagram, also when tried again."),
-    DropReason("no_buffer", (ENCAP,), "The kernel had no memory to send the datagram (ENOBUFS)."),
+    DropReason("no_buffer", (ENCAP,), "No memory in the kernel to send it (ENOBUFS), or no room among "
+                                      "what waits for a full socket."),
     DropReason("unknown_peer", (DECAP,), "The outer source address is no peer of ours."),
     DropReason("source_not_routed", (DECAP,), "The inner source is not in a subnet routed to the "
                                               "peer that sent it (source check strict)."),
     DropReason("own_source", (DECAP,), "The inner source is one of this host's own addresses."),
     DropReason("truncated", (DECAP,), "The datagram was longer than the receive buffer."),
     DropReason("tun_write", (DECAP,), "The TUN refused the packet."),
-    DropReason("closed", _BOTH, "Still waiting to be sent when the forwarder stopped."),
+    DropReason("closed", (ENCAP,), "Still waiting to be sent when the forwarder stopped."),
 )
