@@ -35,11 +35,11 @@ UNITS = {
 
 def number(value: float) -> str:
     """Three significant digits, as people write them."""
-    if value == 0:
-        return "0"
     if abs(value) >= 100:
         return f"{value:.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def spread(estimate: Estimate | None, factor: float = 1.0) -> str:

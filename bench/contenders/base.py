@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -51,7 +50,11 @@ class Road:
             lambda: ping(self.a, self.at_b, count=2, wait=0.5).received,
             f"a ping to come through {self.name}", _FIND_EACH_OTHER_SECONDS,
         )
-        time.sleep(self.settle_seconds)
+        if self.settle_seconds:
+            every = 0.05
+            size = self.inner_mtu - 28
+            ping(self.a, self.at_b, count=int(self.settle_seconds / every), interval=every,
+                 size=size)
 
     def forget_ended(self) -> None:
         """Drop the processes that have ended: the lab need not end thousands of them again."""

@@ -13,7 +13,7 @@ Owns: the format, and its reading. A file bench/contenders/NAME.toml, or one giv
     start     the command that runs and stays
     ready     optional: words in its output that say it is up; else its device is awaited
     setup     commands of ip(8), when the device is there
-    settle    optional: seconds that it takes to be at its best after the first packet
+    settle    optional: seconds of pings that it takes to be at its best
     [files]   name = text, written to {dir} first
 
 Every text may hold {here} {there} (underlay addresses), {inner} {inner_there} (addresses to
@@ -47,7 +47,7 @@ def names() -> list[str]:
 
 def installed_names() -> tuple[str, ...]:
     """Those whose programs are on this machine."""
-    return tuple(name for name in names() if not _missing(_read(name)))
+    return tuple(name for name in names() if not missing(_read(name)))
 
 
 def load(name: str) -> Contender:
@@ -64,8 +64,8 @@ def parse(text: str, name: str) -> dict[str, Any]:
         description = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{name}: {e}") from None
-    if missing := _REQUIRED - description.keys():
-        raise ValueError(f"{name}: missing {', '.join(sorted(missing))}")
+    if lacking := _REQUIRED - description.keys():
+        raise ValueError(f"{name}: missing {', '.join(sorted(lacking))}")
     if unknown := description.keys() - _REQUIRED - _OPTIONAL:
         raise ValueError(f"{name}: unknown {', '.join(sorted(unknown))}")
     if bad := set(description.get("profiles", ())) - set(PROFILES):
@@ -81,9 +81,9 @@ def words(command: str | list[str], values: Mapping[str, object]) -> list[str]:
 
 def contender(name: str, description: Mapping[str, Any]) -> Contender:
     def lay(lab: Lab, a: Host, b: Host, link: Link) -> Road:
-        if missing := _missing(description):
+        if absent := missing(description):
             package = description.get("package", "another source")
-            raise Unavailable(f"{', '.join(missing)} not installed (Debian: {package})")
+            raise Unavailable(f"{', '.join(absent)} not installed (Debian: {package})")
         net4, _ = lab.next_subnets()
         ends = {}
         for side, other, here, there, n in (("a", "b", a, b, 1), ("b", "a", b, a, 2)):
@@ -107,7 +107,8 @@ def contender(name: str, description: Mapping[str, Any]) -> Contender:
     return Contender(name, lay, tuple(description.get("profiles", PROFILES)))
 
 
-def _missing(description: Mapping[str, Any]) -> list[str]:
+def missing(description: Mapping[str, Any]) -> list[str]:
+    """Its programs that are not on this machine."""
     return [
         name for name in description.get("programs", ())
         if shutil.which(name) is None and shutil.which(name, path=SEARCH_PATH) is None
