@@ -69,7 +69,8 @@ bench-full: build $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare all there is 
 	@$(PY) -m bench full $(ARGS)
 
 bench-micro: build $(VENV)/test.stamp ## time the single steps of the core
-	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-only $(ARGS)
+	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-only \
+	  --benchmark-columns=min,median,rounds $(ARGS)
 
 $(BENCH_PROGRAMS): %: %.c
 	@$(CC) $(CFLAGS) -Wall -Wextra -o $@ $<

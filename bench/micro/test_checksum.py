@@ -1,0 +1,22 @@
+"""Checksums: GB/s of each implementation that this CPU has, by length.
+
+A call from Python is included: of short ones it is most.
+"""
+
+import pytest
+
+from udptun import reference
+from udptun._steps import checksum_implementations
+
+LENGTHS = (40, 64, 576, 1460, 65536)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", checksum_implementations())
+def test_checksum(benchmark, gb_per_second, name, length):
+    benchmark.group = f"checksum of {length} bytes"
+    data = bytes(range(256)) * (length // 256 + 1)
+    data = data[:length]
+    fn = checksum_implementations()[name]
+    assert benchmark(fn, data, 0) == reference.checksum(data)
+    gb_per_second(length)

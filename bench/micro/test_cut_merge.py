@@ -1,0 +1,44 @@
+"""Cutting super-packets and merging packets: ns for each packet.
+
+As tests call the steps: with a copy in and a Python object for each packet out, which the fast
+path does not have. To be compared with itself, before and after a change.
+"""
+
+import pytest
+
+from bench.micro import packets
+from udptun import reference
+from udptun._steps import cut, merge
+
+SHAPES = {"tcp 44 x 1420": ("tcp", 44, 1420), "udp 44 x 1420": ("udp", 44, 1420),
+          "udp 64 x 64": ("udp", 64, 64), "tcp 2 x 1420": ("tcp", 2, 1420)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_merge(benchmark, ns_each, shape):
+    benchmark.group = "merge"
+    run = packets.run(*SHAPES[shape])
+    frames = benchmark(merge, run)
+    assert frames == reference.merge(run)
+    assert len(frames) == 1
+    ns_each(len(run))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cut(benchmark, ns_each, shape):
+    benchmark.group = "cut"
+    run = packets.run(*SHAPES[shape])
+    [frame] = merge(run)
+    assert benchmark(cut, frame) == run
+    ns_each(len(run))
+
+
+@pytest.mark.parametrize("shape", ["tcp 44 x 1420"])
+def test_packets_apart(benchmark, ns_each, shape):
+    """What is offered to merge and cannot be: every second packet is missing."""
+    benchmark.group = "merge, in vain"
+    run = packets.run(*SHAPES[shape])[::2]
+    frames = benchmark(merge, run)
+    assert len(frames) == len(run)
+    ns_each(len(run))
+

@@ -1,0 +1,32 @@
+"""Look-ups in the compiled tables: ns for each, by what is asked and how large the table is.
+
+A round is 65,536 addresses; the sum of what it found is compared with single look-ups.
+"""
+
+from functools import cache
+
+import pytest
+
+from bench import tables
+from udptun._steps import Lpm
+
+SIZES = (10, 100, 1000, 10_000, 100_000, 1_000_000)
+
+
+@cache
+def table(n, family):
+    return Lpm(tables.text(n, family))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", ["hit", "miss", "random"])
+def test_lookup(benchmark, ns_each, kind, n, family):
+    benchmark.group = f"look-up, {kind}, IPv{family}"
+    lpm, blob = table(n, family), tables.addresses(kind, n, family)
+    size = tables.WIDTHS[family] // 8
+    expected = sum(lpm.lookup(blob[i : i + size]) for i in range(0, len(blob), size))
+    assert expected == 0 if kind == "miss" else kind == "random" or expected
+    assert benchmark(lpm.bench, blob, family, 1) == expected
+    benchmark.extra_info["table_bytes"] = lpm.sizeof()
+    ns_each(tables.ADDRESSES)
