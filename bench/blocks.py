@@ -162,6 +162,8 @@ def spoiled(
     lines: Sequence[dict[str, Any]], anchor_name: str, anchor: str | None
 ) -> str | None:
     """Why a block is rejected; None when it is not."""
+    if not any(line["values"] for line in lines):
+        return "every figure was refused"
     stolen = max(line["stolen"] for line in lines)
     if stolen > STOLEN_MOST:
         return f"{stolen:.1%} of the CPU time was stolen by the host"

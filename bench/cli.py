@@ -48,7 +48,7 @@ SINGLE = {
     "cpu": (tcp, Plan(5, 3, ("P1",), _LIMIT, ("1 there",))),
     "rtt": (rtt, Plan(5, 2, ("P1",))),
     "pps": (pps, Plan(3, 1, ("P1",))),
-    "gap": (gap, Plan(5, 2, ("P1",), ("udptun",))),
+    "gap": (gap, Plan(10, 2, ("P1",), ("udptun",))),
     "memory": (memory, Plan(3, 3, ("P1",), ("udptun",))),
     "start": (start, Plan(10, 1, ("P1",), ("udptun",))),
     "scale": (scale, Plan(3, 1, ("P1",), ("udptun", "onepacket"))),
@@ -62,11 +62,10 @@ def full() -> tuple[tuple[Step, ...], float]:
     compared = (*_LIMIT, *here)
     return (
         (
-            (tcp, Plan(8, 2, contenders=compared, variants=("1 there",))),
-            (rtt, Plan(5, 2, ("P1",), (*_FEW, *here), ("udp idle", "udp bulk"))),
-            (pps, Plan(3, 1, ("P1",), variants=("64 bytes",))),
-            SINGLE["gap"], SINGLE["memory"], SINGLE["start"], SINGLE["lookup"],
-            (scale, Plan(3, 1, ("P1",), ("udptun", "onepacket"))),
+            (tcp, Plan(12, 2, contenders=compared, variants=("1 there",))),
+            (rtt, Plan(8, 2, ("P1",), (*_FEW, *here), ("udp idle", "udp bulk"))),
+            (pps, Plan(6, 1, ("P1",), variants=("64 bytes",))),
+            SINGLE["gap"], SINGLE["memory"], SINGLE["start"], SINGLE["lookup"], SINGLE["scale"],
             (pps, Plan(2, 1, ("P1",), _TUNNELS, ("256 bytes", "512 bytes", "1400 bytes"))),
             (rtt, Plan(3, 1, ("P1",), _FEW, ("tcp idle", "tcp bulk"))),
             (tcp, Plan(3, 2, ("P1", "P2", "P3"), _FEW,

@@ -154,41 +154,46 @@ def _left_out(run: Run) -> list[str]:
 
 def terminal(run: Run) -> str:
     """The same for a person at a terminal: one line a contender and series, without Markdown."""
+    if not run.figures:
+        return "no block was finished: nothing to compare"
     rows: list[tuple[str, ...]] = []
+    names = {name for figures in run.figures.values() for name in figures.names()}
+    references = [name for name in REFERENCES[:2] if name in names]
     for (key, value), figures in run.figures.items():
         unit = UNITS[value]
         title = " ".join(word for word in key if word not in ("", "-"))
         for name in figures.names():
-            vs = figures.ratio(name, "vxlan") if name != "vxlan" else None
-            one = figures.ratio(name, "onepacket") if name != "onepacket" else None
             rows.append((
                 title, unit.title, name, f"{spread(figures.level(name), unit.factor)} {unit.unit}",
-                spread(vs), spread(one),
+                *("1" if name == other else spread(figures.ratio(name, other))
+                  for other in references),
             ))
-    lines = _columns(("", "", "contender", "median (95 %)", "vs vxlan", "vs onepacket"), rows)
+    header = ("", "", "contender", "median (95 %)", *(f"vs {name}" for name in references))
+    lines = _columns(header, rows, merged=2)
     shown = [v for v in verdicts(run) if v.measured]
     if shown:
         words = {True: "holds", False: "MISSED", None: "-"}
         lines += ["", *_columns(("floor", "measured", "limit", ""), [
             (v.floor.row, _with_unit(v.measured, v.floor.unit), number(v.floor.floor),
              words[v.holds]) for v in shown
-        ])]
+        ], merged=0)]
     if run.rejected or run.refused:
         lines += ["", f"left out: {len(run.rejected)} blocks rejected, "
                       f"{len(run.refused)} figures refused; the report has the reasons"]
     return "\n".join(lines)
 
 
-def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned; what repeats from the line above is left blank."""
+def _columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], merged: int
+) -> list[str]:
+    """Aligned; of the first ``merged`` columns, what repeats from the line above is left blank."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(f"{w:<{n}}" for w, n in zip(header, widths, strict=True)).rstrip()]
-    before: Sequence[str] = ()
-    for row in rows:
+    lines, before = [], list(header)
+    for row in [header, *rows]:
         cells = list(row)
-        for i in range(2):
-            if len(row) > 4 and before and row[: i + 1] == before[: i + 1]:
+        for i in range(merged):
+            if list(row[: i + 1]) == before[: i + 1] and row is not header:
                 cells[i] = ""
         lines.append("  ".join(f"{w:<{n}}" for w, n in zip(cells, widths, strict=True)).rstrip())
-        before = row
+        before = list(row)
     return lines

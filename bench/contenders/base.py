@@ -15,6 +15,8 @@ from udptun.lab import Forwarder, Host, Lab, Link, ping, wait_for
 PROFILES = ("P1", "P2", "P3")
 _FIND_EACH_OTHER_SECONDS = 30.0
 
+Extra = tuple[str, str]  # a prefix and its next hop
+
 
 @dataclass(eq=False)
 class Road:
@@ -26,7 +28,7 @@ class Road:
     device       the tunnel's, the same on both hosts; "" for none
     forwarders   udptun's, of hosts a and b; empty for the others
     restart      starts udptun's forwarder on host a again, without waiting for it
-    set_routes   gives host a these routes to b beside its own, instead of those given before
+    set_routes   gives host a routes beside its own, instead of those given before
     """
 
     name: str
@@ -40,7 +42,7 @@ class Road:
     device: str = ""
     forwarders: tuple[Forwarder, ...] = ()
     restart: Callable[[], Forwarder] | None = None
-    set_routes: Callable[[Sequence[str]], None] | None = None
+    set_routes: Callable[[Sequence[Extra]], None] | None = None
     settle_seconds: float = 0
     facts: dict[str, object] = field(default_factory=dict)
 

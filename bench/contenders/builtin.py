@@ -16,7 +16,7 @@ from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, no
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
 
 from ..tools import program
-from .base import Contender, Road
+from .base import Contender, Extra, Road
 
 _LINK_MTU = 1500
 _IP_UDP = 28  # an IPv4 and a UDP header
@@ -61,8 +61,8 @@ def udptun(words: str, checkout: str, options: list[str]) -> Contender:
         )
         own = forwarders[0].routes_file.read_text()
 
-        def set_routes(prefixes: Sequence[str]) -> None:
-            text = own + "".join(f"{prefix} via {b.v4}\n" for prefix in prefixes)
+        def set_routes(routes: Sequence[Extra]) -> None:
+            text = own + "".join(f"{prefix} via {via}\n" for prefix, via in routes)
             put_routes(road.forwarders[0], text.encode(), "text/plain")
 
         road.set_routes = set_routes
@@ -93,12 +93,12 @@ def _onepacket(lab: Lab, a: Host, b: Host, link: Link) -> Road:
         )
         for here, plan, there, other in ((a, plans[0], b, plans[1]), (b, plans[1], a, plans[0]))
     ]
-    given: list[str] = []
+    given: list[Extra] = []
 
-    def set_routes(prefixes: Sequence[str]) -> None:
-        _command(programs[0].control, _DELETE, given[::-1], b)
-        _command(programs[0].control, _SET, prefixes, b)
-        given[:] = prefixes
+    def set_routes(routes: Sequence[Extra]) -> None:
+        _command(programs[0].control, _DELETE, given[::-1])
+        _command(programs[0].control, _SET, routes)
+        given[:] = routes
 
     return Road(
         "onepacket", a, b, link, plans[0].v4, plans[1].v4, f"udp dport {PORT}", mtu, "flannel0",
@@ -109,15 +109,15 @@ def _onepacket(lab: Lab, a: Host, b: Host, link: Link) -> Road:
 _SET, _DELETE = 1, 2
 
 
-def _command(control: Path, command: int, prefixes: Sequence[str], via: Host) -> None:
+def _command(control: Path, command: int, routes: Sequence[Extra]) -> None:
     """flannel's control messages: 20 bytes each, host order but for the addresses."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
         s.settimeout(30)
         s.connect(str(control))
-        for prefix in prefixes:
-            network = ipaddress.IPv4Network(prefix)
+        for prefix, via in routes:
+            network, hop = ipaddress.IPv4Network(prefix), ipaddress.IPv4Address(via)
             net = network.network_address.packed
-            s.send(struct.pack("=i4si4sh2x", command, net, network.prefixlen, via.v4.packed, PORT))
+            s.send(struct.pack("=i4si4sh2x", command, net, network.prefixlen, hop.packed, PORT))
 
 
 def _copylimit(lab: Lab, a: Host, b: Host, link: Link) -> Road:

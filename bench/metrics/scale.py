@@ -1,6 +1,8 @@
-"""Scaling: 64-byte packets at 0.5 % loss with 1..100,000 routes, in turn to an address of each.
+"""Scaling: 64-byte packets at 0.5 % loss over 1..100,000 routes, and to 1..100 peers.
 
-The addresses are all host b's, and the routes lead there: what differs is the look-up alone.
+Each packet goes to another address; there is one for each route. With "routes" they all lead to
+host b. With "peers" they lead to as many addresses of host b, whose kernel hands what comes there
+to its one tunnel (nft, destination NAT; with one peer, too, so that they can be compared).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from udptun.lab.tunnels import PORT
+
 from ..blocks import Measured, Refused, Series, run_blocks
 from ..contenders import Road
 from ..load import stream
@@ -17,8 +21,11 @@ from ..session import Session
 from .plan import Plan
 from .pps import THRESHOLDS, Search, Trial
 
-VARIANTS = ("1 routes", "100 routes", "10000 routes", "100000 routes")
+VARIANTS = (
+    "1 routes", "100 routes", "10000 routes", "100000 routes", "1 peers", "10 peers", "100 peers",
+)
 _AREA = ipaddress.IPv4Network("10.64.0.0/10")
+_FIRST_PEER = 101
 _SIZE = 64
 _TRIAL_SHARE = 0.5
 
@@ -41,22 +48,50 @@ def way(road: Road) -> Iterator[None]:
         road.b.ip(f"route del local {_AREA} dev lo")
 
 
+@contextlib.contextmanager
+def peers(road: Road, n: int) -> Iterator[list[str]]:
+    """``n`` more addresses of host b's, where its tunnel is reached as well."""
+    end = road.b.interfaces[0]
+    net = end.v4.network
+    addresses = [str(net[_FIRST_PEER + i]) for i in range(n)]
+    rule = f"ip daddr {net} udp dport {PORT} dnat to {end.v4.ip}"
+    chain = f"chain c {{\n type nat hook prerouting priority dstnat;\n {rule}\n }}"
+    with contextlib.ExitStack() as made:
+        for address in addresses:
+            road.b.ip(f"address add {address}/{net.prefixlen} dev {end.name}")
+            made.callback(road.b.ip, f"address del {address}/{net.prefixlen} dev {end.name}")
+        road.b.nft(f"table ip bench_peers {{\n {chain}\n}}\n")
+        made.callback(road.b.nft, "delete table ip bench_peers\n")
+        yield addresses
+
+
 @dataclass(frozen=True)
 class Spread:
     """The slot."""
 
-    routes: int
+    n: int
+    what: str
     seconds: float
 
     def __call__(self, road: Road) -> Measured:
         if road.set_routes is None:
             raise Refused("its routes cannot be set from here")
+        with contextlib.ExitStack() as made:
+            made.enter_context(way(road))
+            hops = [str(road.b.v4)]
+            if self.what == "peers":
+                hops = made.enter_context(peers(road, self.n))
+            made.callback(road.set_routes, ())
+            road.set_routes([(p, hops[i % len(hops)]) for i, p in enumerate(prefixes(self.n))])
+            return self._search(road)
+
+    def _search(self, road: Road) -> Measured:
         received_bytes = 0
 
         def ask(rate: float) -> Trial:
             nonlocal received_bytes
             sent, received = stream(
-                road, seconds=self.seconds, rate=round(rate), size=_SIZE, spread=self.routes,
+                road, seconds=self.seconds, rate=round(rate), size=_SIZE, spread=self.n,
                 address=_AREA.network_address, listen="0.0.0.0",
             )
             if not sent["sent"]:
@@ -67,13 +102,7 @@ class Spread:
                 full=not rate, late=received["late"],
             )
 
-        with way(road):
-            road.set_routes(prefixes(self.routes))
-            try:
-                search = Search(ask)
-                value = search.highest(THRESHOLDS["pps_at_half_percent"])
-            finally:
-                road.set_routes(())
+        value = Search(ask).highest(THRESHOLDS["pps_at_half_percent"])
         if not value:
             raise Refused("more than 0.5 % lost at any rate")
         return Measured({"pps_at_half_percent": value}, (received_bytes, 0))
@@ -82,9 +111,10 @@ class Spread:
 def run(s: Session, plan: Plan) -> None:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
+            n, what = variant.split()
             trial = plan.seconds * _TRIAL_SHARE
             run_blocks(
                 s, Series("scale", profile, variant), plan.contenders,
-                Spread(int(variant.split()[0]), trial), blocks=plan.blocks,
-                slot_seconds=14 * trial, mirrored=False,
+                Spread(int(n), what, trial), blocks=plan.blocks, slot_seconds=14 * trial,
+                mirrored=False,
             )

@@ -35,5 +35,9 @@ def test_an_anchor_far_from_itself_spoils_it():
     assert spoiled(lines, "d", None) is None
 
 
+def test_a_block_without_any_figure_is_none():
+    assert spoiled([slot("d", None), slot("u", None)], "d", None) == "every figure was refused"
+
+
 def test_a_refused_slot_is_no_reason():
     assert spoiled([slot("d", 10.0), slot("d", None)], "d", "bits_per_second") is None
