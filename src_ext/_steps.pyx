@@ -5,17 +5,17 @@ oracle; the product never imports this module.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from cut cimport (
     complete_checksum, cut_header, cut_payload_len, cut_t, is_super, plan_cut,
 )
-from drops cimport DROP_SHORT_PACKET, PASS, drop_t
+from drops cimport PASS, drop_t
 from io cimport iovec
 from merge cimport (
-    MERGE_HDR, MERGE_IOV, MERGE_PACKETS, merge_add, merge_gather, merge_packet_t, merge_reset,
+    MERGE_HDR, MERGE_IOV, MERGE_PACKETS, merge_add, merge_gather, merge_reset,
     merge_t, output_t,
 )
 from packet cimport check_total_len, ip_t, parse_ip
@@ -91,7 +91,7 @@ def cut(bytes frame):
         check(parse_ip(p, n, &ip))
         if not is_super(f):
             check(check_total_len(&ip, n))
-            check(complete_checksum(f, p, ip.total_len))
+            check(complete_checksum(f, p, ip.total_len, &ip))
             return [PyBytes_FromStringAndSize(<char*>p, ip.total_len)]
         check(plan_cut(f, p, n, &ip, &plan))
         out = []

@@ -17,10 +17,10 @@ from drops cimport DROP_BAD_GSO, DROP_BAD_L4_HEADER, PASS, drop_t
 from packet cimport ip_src, ip_t, skip_extensions
 from wire cimport (
     GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_ID, IP4_LEN, IP6_LEN, IP6_PAYLOAD,
-    IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF,
-    TCP_SEQ, UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET, VNET_CSUM_START, VNET_F_NEEDS_CSUM,
-    VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, load_be16, load_be32, load_u16, store_be16,
-    store_be32, store_u16,
+    IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH, TCP_FLAGS, TCP_MIN,
+    TCP_OFF, TCP_SEQ, UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET, VNET_CSUM_START,
+    VNET_F_NEEDS_CSUM, VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, load_be16, load_be32, load_u16,
+    store_be16, store_be32, store_u16,
 )
 
 
@@ -39,8 +39,7 @@ cdef struct cut_t:
     uint32_t n              # segments, >= 1
     uint32_t seq            # TCP: of the first segment, host order
     uint32_t ip_id          # IPv4: of the first segment, host order
-    uint64_t l4_base        # sum of the transport header without what differs, and of the
-                            # pseudo-header without its length
+    uint64_t l4_base        # sum of pseudo-header and transport header without what differs
 
 
 cdef inline bint is_super(const uint8_t* vnet) noexcept nogil:
@@ -48,12 +47,13 @@ cdef inline bint is_super(const uint8_t* vnet) noexcept nogil:
 
 
 cdef inline drop_t complete_checksum(
-    const uint8_t* vnet, uint8_t* p, size_t n
+    const uint8_t* vnet, uint8_t* p, size_t n, const ip_t* ip
 ) noexcept nogil:
     """Finish the transport checksum that the kernel left to us (NEEDS_CSUM, no GSO).
 
     p[0:n] is the IP packet behind the vnet header; the field holds the pseudo-header's sum.
-    drops  BAD_GSO when the offsets leave the packet
+    ip     from ``parse_ip``: it stays true of p
+    drops  BAD_GSO when the offsets lead into the IP header or out of the packet
     """
     cdef size_t start, field
     cdef uint16_t csum
@@ -61,7 +61,7 @@ cdef inline drop_t complete_checksum(
         return PASS
     start = load_u16(vnet + VNET_CSUM_START)
     field = start + load_u16(vnet + VNET_CSUM_OFFSET)
-    if field + 2 > n:
+    if start < ip.hdr_len or field + 2 > n:
         return DROP_BAD_GSO
     csum = csum_not(csum_add(p + start, n - start, 0))
     if csum == 0 and field - start == UDP_CSUM:

@@ -180,7 +180,7 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
             if verdict == PASS:
                 n = ip.total_len
                 if w.vnet_len != 0:
-                    verdict = complete_checksum(frame, p, n)
+                    verdict = complete_checksum(frame, p, n, &ip)
     if verdict != PASS:
         w.encap.read += 1
         count_drop(&w.encap, verdict, 1)

@@ -9,8 +9,8 @@ Source: RFC 791 3.1, RFC 8200 3, 4, RFC 1624 eqn 3 (incremental checksum).
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from drops cimport (
-    DROP_BAD_HEADER_LEN, DROP_BAD_L4_HEADER, DROP_BAD_TOTAL_LEN, DROP_BAD_VERSION, DROP_SHORT_PACKET,
-    DROP_TTL_EXCEEDED, PASS, drop_t,
+    DROP_BAD_HEADER_LEN, DROP_BAD_L4_HEADER, DROP_BAD_TOTAL_LEN, DROP_BAD_VERSION,
+    DROP_SHORT_PACKET, DROP_TTL_EXCEEDED, PASS, drop_t,
 )
 from wire cimport (
     IP4_CSUM, IP4_DF, IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC,

@@ -116,6 +116,16 @@ def test_checksum_offsets_at_the_packets_end(impl):
         assert dropped(impl, vnet + packet) == "bad_gso"
 
 
+@BOTH
+def test_checksum_inside_the_ip_header(impl, version):
+    """It would write over what has been read there already: the version, the length."""
+    flow = Flow(version)
+    for start in range(flow.ip_len):
+        for offset in (0, 6):
+            vnet = vnet_hdr(flags=NEEDS_CSUM, csum_start=start, csum_offset=offset)
+            assert dropped(impl, vnet + flow.udp(b"hello")) == "bad_gso"
+
+
 def test_stale_gso_fields_without_a_type_mean_nothing(impl):
     """Regression 5: only flags and gso_type say what the other fields are worth."""
     packet = Flow().udp(b"hello")

@@ -51,7 +51,8 @@ def cut(frame: bytes) -> list[bytes]:
              else left as they came.
     drops    as check_packet (of a super-packet: as parse_header);
              bad_gso: unknown type; type at odds with version or protocol; gso_size 0; a fragment;
-             over 65535 bytes; checksum offsets at odds with the headers or outside the packet;
+             over 65535 bytes; checksum offsets at odds with the headers, inside the IP header or
+             outside the packet;
              bad_l4_header: the TCP or UDP header is cut off or its length is impossible, or the
              IPv6 extension headers before it hide it (``_behind_extensions``); over 120 bytes of
              headers
@@ -64,6 +65,8 @@ def cut(frame: bytes) -> list[bytes]:
     if gso_type == GSO_NONE:
         packet = packet[: check_packet(packet)]
         if flags & NEEDS_CSUM:
+            if csum_start < parse_header(packet).header_len:
+                raise Dropped("bad_gso")
             packet = _complete_checksum(packet, csum_start, csum_offset)
         return [packet]
 
