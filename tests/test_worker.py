@@ -137,6 +137,7 @@ def frames(rng):
         version, src=ipaddress.ip_address("10.244.1.7" if version == 4 else "fd00:1::7").packed,
         dst=ipaddress.ip_address(dst).packed, sport=rng.randrange(1, 5),
         ttl=rng.choice((64, 64, 64, 2, 1, 0)), flags=rng.choice((0x4000, 0)),
+        extensions=rng.choice(((), (), ((60, bytes(6)),))),
     )
     payload = rng.randbytes(rng.choice((0, 1, 100, 1400, 1432, 3000, 20000)))
     kind = rng.randrange(7)

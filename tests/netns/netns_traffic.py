@@ -26,9 +26,13 @@ def family(address: object) -> int:
 
 
 def transfer_tcp(
-    client: Host, server: Host, address: object, *, size: int = 4 << 20, seconds: float = 60
+    client: Host, server: Host, address: object, *, size: int = 4 << 20, seconds: float = 60,
+    sticky: Sequence[tuple[int, bytes]] = (),
 ) -> None:
-    """``size`` random bytes each way at the same time over one connection; hashes compared."""
+    """``size`` random bytes each way at the same time over one connection; hashes compared.
+
+    sticky  the client's IPv6 socket options with the extension headers of all that it sends
+    """
     listener = server.socket(family(address), socket.SOCK_STREAM)
     calling = client.socket(family(address), socket.SOCK_STREAM)
     with listener, calling:
@@ -36,6 +40,8 @@ def transfer_tcp(
         listener.listen(1)
         for end in (listener, calling):
             end.settimeout(seconds)
+        for option, value in sticky:
+            calling.setsockopt(socket.IPPROTO_IPV6, option, value)
         calling.connect((str(address), listener.getsockname()[1]))
         accepted, _ = listener.accept()
         accepted.settimeout(seconds)
