@@ -15,6 +15,8 @@ The road of a figure through this package, a file a step:
     summary       the lines of a run as figures; floors holds some of them to a limit
     report        Markdown and the table on the terminal; plots draws, readme fills README.md
 
+Beside it: micro/ times single steps, instructions counts what they take; tables is their input.
+
 Needs root, since hosts are network namespaces (udptun.lab). All of it is removed at the end, on an
 error and on Ctrl-C.
 """

@@ -17,7 +17,7 @@ from types import ModuleType
 from udptun.lab import Lab, LabError, missing_tools
 from udptun.lab.tools import install_command
 
-from . import plots, readme, record, report, system
+from . import instructions, plots, readme, record, report, system
 from .contenders import find
 from .contenders.external import installed_names
 from .metrics import gap, lookup, memory, pps, rtt, scale, start, tcp
@@ -118,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("lines", type=Path, help="the run's folder or its lines")
     command.add_argument("--readme", type=Path, default=ROOT / "README.md")
     command.set_defaults(run=lambda a: readme.rewrite(a.readme, load(record.read(a.lines))))
+    text = "instructions that single steps take on fixed input (valgrind)"
+    command = commands.add_parser("instructions", help=text, description=text)
+    command.add_argument("--save", type=Path, metavar="FILE", help="write the counts there")
+    command.add_argument("--check", type=Path, metavar="FILE",
+                         help="fail when a step takes more than it says")
+    command.set_defaults(run=lambda a: instructions.run(a.save, a.check))
     return parser
 
 
