@@ -7,6 +7,7 @@ Threading: ``Core`` belongs to the control thread; ``Worker.run`` to the worker'
 read across threads without locks: each is one aligned word that one thread writes.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -28,10 +29,10 @@ from peers cimport (
 )
 from publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
 from routes cimport route_t, route_vec_t
-from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, borrow, give_back, run, turn
+from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, drain, give_back, run
 from worker cimport (
     NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO,
-    NOTE_UDP_MERGE, RX_SLOT, RX_SLOTS, TX_BUF, TX_HDR, TX_SEGS, count_drop, direction_t, shared_t,
+    NOTE_UDP_MERGE, RX_SLOT, RX_SLOTS, TX_BUF, TX_FRAME_SEGS, TX_HDR, TX_SEGS, count_drop, direction_t, shared_t,
     worker_t,
 )
 
@@ -48,6 +49,7 @@ cdef extern from * nogil:
     uint64_t take_flags "udptun_take"(uint64_t* p)
 
 
+MAX_FRAME_SEGS = TX_FRAME_SEGS  # of one super-packet: what the TUN is told
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 NOTES = {
     "path_mtu": NOTE_PATH_MTU, "udp-gso": NOTE_UDP_GSO, "tcp-merge": NOTE_TCP_MERGE,
@@ -83,6 +85,7 @@ cdef class Core:
     cdef uint32_t link_mtu6
     cdef list own               # packed addresses
     cdef list objects           # the Worker of each index
+    cdef bint preparing         # a Prepared is alive: there may be one at a time
     cdef RouteTable table       # the one in force: its rows are the snapshot's hops
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
@@ -147,14 +150,19 @@ cdef class Core:
 
         The table must not change afterwards. Raises FieldError as ``check``, MemoryError.
         """
-        cdef Prepared prepared = Prepared(self, table)
+        cdef Prepared prepared
         self.check(table)
+        if self.preparing:
+            raise RuntimeError("another table is being prepared")
+        self.preparing = True
+        prepared = Prepared(self, table)
         with nogil:
             prepared.snapshot = build_snapshot(
                 self.shared.snapshot, table.vec.items, table.vec.n, self.generation + 1,
                 self.link_mtu4, self.link_mtu6, self.shared.workers_n,
             )
         if prepared.snapshot == NULL:
+            self.preparing = False
             raise MemoryError
         return prepared
 
@@ -170,6 +178,7 @@ cdef class Core:
         for packed in self.own:
             addr_map_put(&new.own, <const uint8_t*>packed, len(packed))
         prepared.snapshot = NULL
+        self.preparing = False
         self.generation += 1
         self.table = prepared.table
         with nogil:
@@ -182,15 +191,16 @@ cdef class Core:
 
     def set_own_addresses(self, addresses):
         """Inner sources that are refused on receive: packed addresses, the TUN's always among
-        them. Takes effect with the table in force published again."""
+        them. Takes effect when the next table, or the same again, is committed; returns whether
+        there is anything new."""
         cdef set packed = set(addresses)
         if self.shared.has_addr4:
             packed.add(PyBytes_FromStringAndSize(<char*>self.shared.tun_addr4, 4))
         if self.shared.has_addr6:
             packed.add(PyBytes_FromStringAndSize(<char*>self.shared.tun_addr6, 16))
-        if packed != set(self.own):
-            self.own = sorted(packed)
-            self.publish(self.table)
+        changed = packed != set(self.own)
+        self.own = sorted(packed)
+        return changed
 
     def collect(self):
         """Free what no worker can see any more. Called on each publish, and now and then."""
@@ -303,6 +313,7 @@ cdef class Core:
         return lpm_bytes(self.shared.snapshot.lpm)
 
 
+@cython.no_gc_clear  # __dealloc__ needs the core
 cdef class Prepared:
     """A snapshot that is built and not yet in force."""
     cdef Core core
@@ -315,6 +326,7 @@ cdef class Prepared:
     def __dealloc__(self):
         if self.snapshot != NULL:
             drop_unpublished(self.snapshot, self.core.shared.snapshot)
+            self.core.preparing = False
 
 
 cdef class Worker:
@@ -416,15 +428,8 @@ cdef class Worker:
         waits as dropped. Only when ``run`` is over for good."""
         cdef worker_t* w = self.w
         cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
-        cdef bint more = True
         with nogil:
-            while more and now_ns() < end:
-                w.now = now_ns()
-                borrow(w)
-                w.udp_ready4 = w.udp_fd4 >= 0
-                w.udp_ready6 = w.udp_fd6 >= 0
-                w.tun_ready = not w.tun_asleep
-                more = turn(w)
+            drain(w, end)
             count_drop(&w.encap, DROP_CLOSED, w.encap.queued)
             w.encap.queued = 0
             w.segs_n = w.buckets_n = w.hdrs_n = w.tx_used = 0

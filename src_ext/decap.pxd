@@ -87,10 +87,10 @@ cdef inline void icmp_to_peer(
     cdef hop_t* hop = find_hop(w.snapshot, ip_src(p, ip), ip.addr_len)
     cdef uint8_t* out = w.tx_buf + w.tx_used
     cdef size_t made
-    if hop == NULL or queue_full(w, 64):
+    if hop == NULL or queue_full(w, 1):
         return
-    made = make_icmp(w, p, n, ip, ICMP_TTL_EXCEEDED, 0, out)
-    if made == 0 or made > path_limit(hop):
+    made = make_icmp(w, p, n, ip, ICMP_TTL_EXCEEDED, 0, path_limit(hop), out)
+    if made == 0:
         return
     w.tx_used += ICMP_MAX
     w.encap.generated += 1

@@ -17,7 +17,7 @@ from drops cimport (
 )
 from fragment cimport frag_t, fragment_at, fragment_n
 from icmp cimport (
-    ICMP_KINDS_N, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_error,
+    ICMP_KINDS_N, ICMP_MAX, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_error,
 )
 from io cimport read, write
 from packet cimport (
@@ -26,7 +26,7 @@ from packet cimport (
 from peers cimport find_hop, hop_t, peer_t
 from send cimport flush, header_room, queue_full, queue_segment
 from worker cimport (
-    NOTE_TUN_GONE, TX_FRAME, TX_SEGS, count_drop, note, worker_t,
+    NOTE_TUN_GONE, TX_FRAME, TX_FRAME_SEGS, TX_SEGS, count_drop, note, worker_t,
 )
 
 
@@ -36,16 +36,18 @@ cdef enum:
 
 
 cdef inline size_t make_icmp(
-    worker_t* w, const uint8_t* p, size_t n, const ip_t* ip, int kind, uint32_t mtu, uint8_t* out
+    worker_t* w, const uint8_t* p, size_t n, const ip_t* ip, int kind, uint32_t mtu,
+    uint32_t limit, uint8_t* out
 ) noexcept nogil:
-    """An ICMP error about p[0:n] from our TUN address; 0: none is due, or too many were sent."""
+    """An ICMP error about p[0:n] from our TUN address, at most limit bytes; 0: none is due, it does
+    not fit, or too many were sent."""
     cdef const uint8_t* source
     cdef size_t made
     if not (w.shared.has_addr4 if ip.version == 4 else w.shared.has_addr6):
         return 0
     source = &w.shared.tun_addr4[0] if ip.version == 4 else &w.shared.tun_addr6[0]
     made = icmp_error(p, n, kind, source, mtu, out)
-    if made == 0:
+    if made == 0 or made > limit:
         return 0
     if not icmp_allow(&w.icmp_buckets[kind + (0 if ip.version == 4 else ICMP_KINDS_N)], w.now):
         w.icmp_suppressed += 1
@@ -58,7 +60,7 @@ cdef inline void icmp_to_tun(
     worker_t* w, const uint8_t* p, size_t n, const ip_t* ip, int kind, uint32_t mtu
 ) noexcept nogil:
     """Answer the inner sender on this side."""
-    cdef size_t made = make_icmp(w, p, n, ip, kind, mtu, w.icmp_out + 10)
+    cdef size_t made = make_icmp(w, p, n, ip, kind, mtu, ICMP_MAX, w.icmp_out + 10)
     if made == 0:
         return
     memset(w.icmp_out, 0, 10)
@@ -248,7 +250,7 @@ cdef inline bint drain_tun(worker_t* w) noexcept nogil:
     cdef ssize_t n
     cdef uint8_t* frame
     while frames < TUN_FRAMES and bytes_ < TUN_BYTES:
-        if queue_full(w, 64) and not flush(w):
+        if queue_full(w, TX_FRAME_SEGS) and not flush(w):
             return False
         frame = w.tx_buf + w.tx_used
         w.syscalls_read += 1

@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 
-from io cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
+from io cimport AF_INET, AF_INET6, load_ptr, sockaddr_in, sockaddr_in6
 from lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
 from wire cimport load_be32, load_u32, load_u64, swap16
 
@@ -154,7 +154,7 @@ cdef inline peer_t* find_peer(
     while peer != NULL:
         if peer.port == port:
             return peer
-        peer = peer.same_addr
+        peer = <peer_t*>load_ptr(<void**>&peer.same_addr)
     return first
 
 

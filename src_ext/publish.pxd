@@ -74,6 +74,8 @@ cdef inline void drop_unpublished(snapshot_t* new, const snapshot_t* old) noexce
                     kept = kept.same_addr
             if kept == NULL:
                 peer_free(peer)
+            else:
+                kept.mark = old.generation
             peer = next_
     snapshot_free(new)
 
@@ -151,7 +153,7 @@ cdef inline limbo_t* put_in_force(
         while peer != NULL:
             peer.ordinal = ordinal
             ordinal += 1
-            peer.same_addr = peer.building
+            store_ptr(<void**>&peer.same_addr, peer.building)
             peer = peer.building
     store_ptr(<void**>&shared.snapshot, new)
     full_fence()

@@ -63,13 +63,16 @@ cdef inline void queue_segment(
     for i in range(w.buckets_n):
         if w.buckets[i].peer == peer:
             bucket = &w.buckets[i]
-            w.segs[bucket.last].next = w.segs_n
             break
     if bucket == NULL:
         bucket = &w.buckets[w.buckets_n]
         w.buckets_n += 1
         bucket.peer = peer
+        bucket.first = -1
+    if bucket.first < 0:  # new, or emptied by a flush that another peer's segments ended
         bucket.first = w.segs_n
+    else:
+        w.segs[bucket.last].next = w.segs_n
     bucket.last = w.segs_n
     seg.hdr = hdr
     seg.hdr_len = hdr_len
@@ -102,8 +105,8 @@ cdef inline void learn_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcep
     note(w, NOTE_PATH_MTU)
 
 
-cdef inline void read_errors(worker_t* w, int fd) noexcept nogil:
-    """Empty the socket's error queue, and learn path MTUs from it."""
+cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
+    """Empty the socket's error queue, and learn path MTUs from it. False: it was empty."""
     cdef msghdr msg
     cdef sockaddr_in6 dest
     cdef uint8_t control[512]
@@ -124,7 +127,7 @@ cdef inline void read_errors(worker_t* w, int fd) noexcept nogil:
         if recvmsg(fd, &msg, MSG_ERRQUEUE | MSG_DONTWAIT) < 0:
             if errno == EINTR:
                 continue
-            return
+            return i != 0
         found = False
         mtu = 0
         c = CMSG_FIRSTHDR(&msg)
@@ -153,6 +156,7 @@ cdef inline void read_errors(worker_t* w, int fd) noexcept nogil:
         while peer != NULL:
             learn_path_mtu(w, peer, mtu)
             peer = peer.same_addr
+    return True
 
 
 cdef inline uint32_t build_messages(
@@ -249,7 +253,8 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
     cdef uint32_t n, i, bucket_i = 0, run_max, tries = 0
     cdef int sent, e
     cdef bucket_t* bucket
-    cdef bint one_by_one = False
+    cdef bint one_by_one = False        # until something was sent
+    cdef bint doubt = False             # a run was refused: will its packets go singly?
     while True:
         while bucket_i < w.buckets_n and (
             w.buckets[bucket_i].first < 0 or udp_fd(w, w.buckets[bucket_i].peer) != fd
@@ -269,8 +274,13 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
             account(w, bucket.peer, bucket.first, w.tx_msg_n[i], <drop_t>0)
             bucket.first = skip(w, bucket.first, w.tx_msg_n[i])
         if sent > 0:
+            if <uint32_t>sent < n:
+                read_errors(w, fd)  # why the next one stopped is told there only
+            if doubt:
+                w.udp_gso = False
+                note(w, NOTE_UDP_GSO)
             tries = 0
-            one_by_one = False
+            one_by_one = doubt = False
             continue
 
         bucket = &w.buckets[bucket_i]
@@ -279,22 +289,22 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
         if e == EAGAIN:
             return False
         if w.tx_msg_n[0] > 1:
-            # a run was refused: the device cannot (EIO), the kernel does not know how (EINVAL),
-            # or it is too long for the path (EMSGSIZE). The same packets go again singly.
+            # a run was refused: the device cannot (EIO), the kernel does not know how, or its
+            # segments are too long for the path (EMSGSIZE, on older kernels EINVAL too). The same
+            # packets go again singly: when they do go, it was the run that was not wanted.
             if e == EIO or e == EINVAL or e == EOPNOTSUPP:
-                w.udp_gso = False
-                note(w, NOTE_UDP_GSO)
+                one_by_one = doubt = True
                 continue
             if e == EMSGSIZE:
                 read_errors(w, fd)
                 one_by_one = True
                 continue
+        doubt = False
         if e == ENOBUFS or e == ENOMEM:
             account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_NO_BUFFER)
-        elif tries < RETRIES:
+        elif (read_errors(w, fd) and tries < RETRIES) or tries == 0:
             # an ICMP error about an earlier datagram, perhaps another peer's, is reported by the
             # next call and then forgotten: this datagram was not tried yet
-            read_errors(w, fd)
             tries += 1
             continue
         else:
@@ -307,13 +317,13 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
 
 
 cdef inline bint flush(worker_t* w) noexcept nogil:
-    """Send all that waits. False: a socket is full; call again when it is writable."""
-    cdef bint done = True
+    """Send all that waits. False: a socket is full (which, says full4 and full6); call again when
+    it is writable."""
+    w.full4 = w.full6 = False
     if w.segs_n != 0:
-        if w.udp_fd4 >= 0 and not flush_socket(w, w.udp_fd4):
-            done = False
-        if w.udp_fd6 >= 0 and not flush_socket(w, w.udp_fd6):
-            done = False
-    if done:
-        w.segs_n = w.buckets_n = w.hdrs_n = w.tx_used = 0
-    return done
+        w.full4 = w.udp_fd4 >= 0 and not flush_socket(w, w.udp_fd4)
+        w.full6 = w.udp_fd6 >= 0 and not flush_socket(w, w.udp_fd6)
+    if w.full4 or w.full6:
+        return False
+    w.segs_n = w.buckets_n = w.hdrs_n = w.tx_used = 0
+    return True

@@ -16,6 +16,7 @@ from peers cimport peer_t, snapshot_t
 
 cdef enum:
     TX_SEGS = 1024              # datagrams that may wait for one flush
+    TX_FRAME_SEGS = 512         # kept free for the next frame; the TUN's gso_max_segs
     TX_PEERS = 32               # different peers among them
     TX_MSGS = 64                # messages of one sendmmsg
     TX_IOV = 2 * TX_SEGS        # header and payload each
@@ -86,7 +87,12 @@ cdef struct worker_t:
     int tun_fd
     int udp_fd4                 # -1 = no listener of this family
     int udp_fd6
-    bint tun_asleep             # back-pressure: the TUN is not polled
+    bint full4                  # back-pressure: the last flush left segments for this socket
+    bint full6
+    bint asked4                 # and it is polled for room
+    bint asked6
+    bint tun_asleep             # and the TUN is not polled
+    bint ready                  # the last poll saw something
     bint tun_ready
     bint udp_ready4
     bint udp_ready6

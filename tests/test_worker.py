@@ -29,7 +29,9 @@ UDP_GRO = 104
 class Rig:
     """One worker between a stand-in TUN and loopback sockets, beside a reference forwarder."""
 
-    def __init__(self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64):
+    def __init__(
+        self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64, udp6=False
+    ):
         self.features = features
         self.closing = contextlib.ExitStack()
         self.tun, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -51,10 +53,17 @@ class Rig:
         ]
         self.notify = os.eventfd(0, os.EFD_NONBLOCK)
         self.closing.callback(os.close, self.notify)
-        self.core = _core.Core(source_check, 1, (1500, 0), [TUN4.packed, TUN6.packed], self.notify)
+        fd6 = -1
+        if udp6:  # a second listener, which nobody uses
+            sock6 = self.closing.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+            sock6.setblocking(False)
+            sock6.bind(("::1", 0))
+            fd6 = sock6.fileno()
+        link_mtus = (1500, 1500 if udp6 else 0)
+        self.core = _core.Core(source_check, 1, link_mtus, [TUN4.packed, TUN6.packed], self.notify)
         self.core.publish(_core.RouteTable.parse_text("\n".join(map(str, self.routes)).encode()))
         self.worker = _core.Worker(
-            self.core, ours.fileno(), self.udp.fileno(), -1, features, gso_max_segs
+            self.core, ours.fileno(), self.udp.fileno(), fd6, features, gso_max_segs
         )
         self.reference = reference.ReferenceForwarder(
             self.routes, own_addresses=[TUN4, TUN6], tun_addresses=[TUN4, TUN6],

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -60,6 +60,7 @@ class Forwarder:
         self._stop = asyncio.Event()
         self._failure: UdptunError | None = None
         self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
         self._table = _core.RouteTable()
         self._state = StateFile(config.state_file) if config.state_file else None
         self._core: _core.Core
@@ -115,17 +116,20 @@ class Forwarder:
             config.source_check, config.workers_n, (link_mtus[4], link_mtus[6]),
             [address.packed for address in config.addresses], notify,
         )
-        self._core.publish(table)
         self._core.set_own_addresses(a.packed for a in await netlink.local_addresses())
+        self._core.publish(table)
         self._table = table
         self.generation = 1
 
         self._make_workers(tun, sockets)
         # the device goes up with its table in force and its queues watched
+        close.push_async_callback(asyncio.to_thread, self._stop_workers)
         for thread in self._threads:
             thread.start()
-        close.callback(self._stop_workers)
-        await netlink.configure_tun(tun.name, self.mtu, config.addresses, config.networks)
+        await netlink.configure_tun(
+            tun.name, self.mtu, config.addresses, config.networks,
+            gso_max_segs=_core.MAX_FRAME_SEGS,
+        )
 
         loop = asyncio.get_running_loop()
         loop.add_reader(notify, self._on_notify, notify)
@@ -135,6 +139,7 @@ class Forwarder:
         )
         housekeeping = loop.create_task(self._keep_house())
         close.push_async_callback(_cancel, housekeeping)
+        close.push_async_callback(self._finish_changes)
         if self._state is not None:
             close.push_async_callback(self._state.flush)
             self._state.save_soon(table)
@@ -240,11 +245,13 @@ class Forwarder:
             self.request_stop()
 
     def _on_addresses(self, addresses: frozenset[IPAddress]) -> None:
-        asyncio.get_running_loop().create_task(self._set_own(addresses))
+        self._begin(self._set_own(addresses))
 
     async def _set_own(self, addresses: frozenset[IPAddress]) -> None:
         async with self._changing:
-            self._core.set_own_addresses(address.packed for address in addresses)
+            if self._core.set_own_addresses(address.packed for address in addresses):
+                large = len(self._table) > LARGE_TABLE
+                self._core.commit(await _aside(large, self._core.prepare, self._table))
 
     async def _keep_house(self) -> None:
         while True:
@@ -269,11 +276,27 @@ class Forwarder:
 
     async def add_route(self, route: Route) -> RouteDiff:
         """Raises RouteExists when the prefix has another next hop; the same again is no change."""
-        return await self._set_route(route, replace=False)
+        return await asyncio.shield(self._begin(self._set_route(route, replace=False)))
 
     async def put_route(self, route: Route) -> RouteDiff:
         """Add, or replace what the prefix has."""
-        return await self._set_route(route, replace=True)
+        return await asyncio.shield(self._begin(self._set_route(route, replace=True)))
+
+    def _begin(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A change that has begun is finished, also when its caller is cancelled meanwhile: what
+        is prepared in a helper thread must be committed or thrown away under the lock."""
+        task = asyncio.get_running_loop().create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller, who may be gone, is the one to tell
+
+    async def _finish_changes(self) -> None:
+        await asyncio.gather(*self._changes, return_exceptions=True)
 
     async def _set_route(self, route: Route, replace: bool) -> RouteDiff:
         async with self._changing:
@@ -284,6 +307,10 @@ class Forwarder:
             return await self._put_in_force(table)
 
     async def delete_route(self, dst: IPNetwork) -> RouteDiff:
+        """An absent route is no error and no change."""
+        return await asyncio.shield(self._begin(self._delete_route(dst)))
+
+    async def _delete_route(self, dst: IPNetwork) -> RouteDiff:
         async with self._changing:
             table = self._table.copy()
             if not table.delete(str(dst)):
@@ -302,13 +329,15 @@ class Forwarder:
 
         Raises FieldError naming the entry and field, GenerationMismatch.
         """
-        return await self._replace(_core.RouteTable.parse_json, body, expect_generation)
+        change = self._replace(_core.RouteTable.parse_json, body, expect_generation)
+        return await asyncio.shield(self._begin(change))
 
     async def replace_routes_text(
         self, body: bytes, expect_generation: int | None = None
     ) -> RouteDiff:
         """Replace the whole table with a route file's text. Raises as ``replace_routes_json``."""
-        return await self._replace(_core.RouteTable.parse_text, body, expect_generation)
+        change = self._replace(_core.RouteTable.parse_text, body, expect_generation)
+        return await asyncio.shield(self._begin(change))
 
     async def _replace(
         self, parse: Callable[[bytes], _core.RouteTable], body: bytes, expect: int | None
@@ -325,8 +354,11 @@ class Forwarder:
         """Read the route file again. Raises FieldError or OSError; the table is then as it was."""
         if self.config.routes_file is None:
             raise FieldError("routes", None, "a route file, given at start")
+        return await asyncio.shield(self._begin(self._reload(self.config.routes_file)))
+
+    async def _reload(self, path: Path) -> RouteDiff:
         async with self._changing:
-            table = await asyncio.to_thread(_parse_file, self.config.routes_file)
+            table = await asyncio.to_thread(_parse_file, path)
             return await self._put_in_force(table)
 
     async def _put_in_force(self, table: _core.RouteTable) -> RouteDiff:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -25,6 +26,7 @@ class WorkerThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._running = threading.Event()
+        self._failure: Exception | None = None
         self._thread = threading.Thread(
             target=self._main, name=f"udptun-worker-{index}", daemon=True
         )
@@ -33,19 +35,29 @@ class WorkerThread:
         """Start, and return when the worker listens to its descriptors."""
         self._thread.start()
         self._running.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Take the worker off its descriptors and join the thread. What is queued stays queued."""
         if self._loop is None:
             return
         self.worker.call()
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with suppress(RuntimeError):  # its loop ended by itself
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._loop = None
 
     def _main(self) -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve())
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        except Exception as error:
+            self._failure = error  # told by start; a loop that serves does not fail
+            if self._running.is_set():
+                raise
+        finally:
+            self._running.set()
 
     async def _serve(self) -> None:
         self._loop = loop = asyncio.get_running_loop()
