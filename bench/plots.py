@@ -15,6 +15,7 @@ _PLOTTED = (
     "bits_per_second", "cpu_seconds_per_gb", "p50_ns", "p99_ns", "pps_at_half_percent",
     "pps_delivered",
 )
+_MOST = 8  # groups of bars in one picture
 _COLOURS = {
     "direct": "#9aa0a6", "vxlan": "#5f6368", "udptun": "#1a73e8", "udptun --offload off": "#8ab4f8",
     "onepacket": "#d93025", "copylimit": "#188038",
@@ -32,12 +33,20 @@ def draw(run: Run, folder: Path) -> list[str]:
     made = []
     for metric in dict.fromkeys(key[0] for key, _ in run.figures):
         for value in _PLOTTED:
-            figures = run.of(metric, value)
-            if figures:
-                name = f"{metric}-{value.replace('_', '-')}.png"
+            for part, figures in _parts(run.of(metric, value)):
+                words = [metric, part, value] if part else [metric, value]
+                name = "-".join(words).replace("_", "-").replace(" ", "-") + ".png"
                 _bars(figures, folder / name)
                 made.append(name)
     return made
+
+
+def _parts(series: list[Figures]) -> list[tuple[str, list[Figures]]]:
+    """Too many for one picture: one for each variant, if that has several profiles."""
+    variants = dict.fromkeys(figures.key[2] for figures in series)
+    if len(series) <= _MOST or len(variants) == len(series):
+        return [("", series)] if series else []
+    return [(v, [figures for figures in series if figures.key[2] == v]) for v in variants]
 
 
 def _bars(series: list[Figures], path: Path) -> None:

@@ -43,8 +43,10 @@ def number(value: float) -> str:
 
 
 def spread(estimate: Estimate | None, factor: float = 1.0) -> str:
-    """"8.12 (7.90..8.30)", or a dash."""
+    """"8.12 (7.90..8.30)", without the interval when there was one block, or a dash."""
     if estimate is None:
         return "-"
     scaled = estimate.scaled(factor)
+    if estimate.n == 1:
+        return number(scaled.median)
     return f"{number(scaled.median)} ({number(scaled.low)}..{number(scaled.high)})"
