@@ -30,6 +30,7 @@ cdef enum:
     # The limits of udptun.model; the tests hold the two to each other.
     ROUTE_PORT = 8285           # where none is given
     ROUTE_MTU_MIN = 68
+    ROUTE_MTU6_MIN = 1280
     ROUTE_TEXT_MAX = 160        # longest route in any form, and some
     JSON_DEPTH = 32             # deepest nesting that is followed
     JSON_STRING_MAX = 512       # longest string with escapes that is decoded
@@ -334,6 +335,28 @@ cdef inline bint next_word(
     return word_n[0] > 0
 
 
+cdef inline bint sound_route(const route_t* route) noexcept nogil:
+    """What holds between and beyond the single fields, as model.Route.make has it: the next hop is
+    one host's address, and IPv6 is not asked to fit into less than RFC 8200 section 5 allows."""
+    cdef const uint8_t* via = &route.via[0]
+    cdef int i
+    if route.dst_family == 6 and route.mtu != 0 and route.mtu < ROUTE_MTU6_MIN:
+        return False
+    if route.via_family == 4:
+        return 0 < via[0] < 224
+    if via[0] == 0xFF:
+        return False
+    for i in range(10):
+        if via[i] != 0:
+            return True
+    if via[10] == 0xFF and via[11] == 0xFF:
+        return False
+    for i in range(10, 16):
+        if via[i] != 0:
+            return True
+    return False
+
+
 cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexcept nogil:
     """A line without its comment: 1 a route, 0 blank, -1 wrong."""
     cdef size_t at = 0, word_n, value_n
@@ -363,7 +386,7 @@ cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexce
             return -1
     if not route.port:
         route.port = ROUTE_PORT
-    return 1
+    return 1 if sound_route(route) else -1
 
 
 cdef inline bint keep_route(parse_t* p, const route_t* route) noexcept nogil:
@@ -646,7 +669,7 @@ cdef inline bint json_route(parse_t* p, route_t* route) noexcept nogil:
         json_space(p)
         if json_peek(p) == c'}':
             p.at += 1
-            return seen & 3 == 3
+            return seen & 3 == 3 and sound_route(route)
         if not json_byte(p, c','):
             return False
 

@@ -21,9 +21,19 @@ networks = st.one_of(
     st.builds(lambda a, n: ip_network((a, n), strict=False),
               st.ip_addresses(v=6), st.integers(0, 128)),
 )
+
+
+def is_host(address):
+    """Whether a datagram can be sent to it; what a next hop must be."""
+    try:
+        return model.parse_next_hop("via", str(address)) == address
+    except FieldError:
+        return False
+
+
 routes = st.builds(
-    Route, networks, st.ip_addresses(), st.integers(1, 65535),
-    st.none() | st.integers(model.MIN_MTU, model.MAX_MTU),
+    Route, networks, st.ip_addresses().filter(is_host), st.integers(1, 65535),
+    st.none() | st.integers(model.MIN_MTU6, model.MAX_MTU),
 )
 
 
@@ -91,6 +101,13 @@ def test_route_defaults() -> None:
         ("10.0.0.0/8 via 192.0.2.1 mtu 67", "mtu", 67),
         ("10.0.0.0/8 via 192.0.2.1 mtu 65536", "mtu", 65536),
         ("10.0.0.0/8 via 192.0.2.256", "via", "192.0.2.256"),
+        ("10.0.0.0/8 via 0.0.0.0", "via", "0.0.0.0"),
+        ("10.0.0.0/8 via 224.0.0.1", "via", "224.0.0.1"),
+        ("10.0.0.0/8 via 255.255.255.255", "via", "255.255.255.255"),
+        ("10.0.0.0/8 via ::", "via", "::"),
+        ("10.0.0.0/8 via ff02::1", "via", "ff02::1"),
+        ("10.0.0.0/8 via ::ffff:192.0.2.1", "via", "::ffff:192.0.2.1"),
+        ("fd00::/64 via 192.0.2.1 mtu 1279", "mtu", 1279),
         ("10.0.0.0/8 via 192.0.2.0/24", "via", "192.0.2.0/24"),
         ("10.0.0.0/8 via fe80::1%eth0", "via", "fe80::1%eth0"),
         ("10.0.0.1/8 via 192.0.2.1", "dst", "10.0.0.1/8"),

@@ -33,8 +33,8 @@ DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("too_big", (ENCAP,), "Bigger than the peer's path takes, and may not be fragmented "
                                     "(ICMP fragmentation needed, packet too big)."),
     DropReason("send_error", (ENCAP,), "The kernel refused the datagram, also when tried again."),
-    DropReason("no_buffer", (ENCAP,), "No memory in the kernel to send it (ENOBUFS), or no room among "
-                                      "what waits for a full socket."),
+    DropReason("no_buffer", (ENCAP,), "No memory in the kernel to send it (ENOBUFS), or no room "
+                                      "among what waits for a full socket."),
     DropReason("unknown_peer", (DECAP,), "The outer source address is no peer of ours."),
     DropReason("source_not_routed", (DECAP,), "The inner source is not in a subnet routed to the "
                                               "peer that sent it (source check strict)."),

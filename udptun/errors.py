@@ -29,6 +29,9 @@ class GenerationMismatch(UdptunError):
 class DeviceError(UdptunError, OSError):
     """A system call on a device or socket failed: keeps errno, says what was being done."""
 
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
 
 class ControlError(UdptunError):
     """The forwarder answered a control request with an error: stable ``code``, a sentence."""

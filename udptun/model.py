@@ -15,6 +15,7 @@ from .errors import FieldError
 
 DEFAULT_PORT = 8285
 MIN_MTU = 68  # RFC 791: every IPv4 hop takes 68 octets
+MIN_MTU6 = 1280  # RFC 8200 section 5: an IPv6 sender need not go below
 MAX_MTU = 65535
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -28,6 +29,18 @@ def parse_address(field: str, value: object, where: str = "") -> IPAddress:
         return ipaddress.ip_address(value)
     except ValueError:
         raise FieldError(field, value, "an IPv4 or IPv6 address", where) from None
+
+
+def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
+    """The address of one host, to which a datagram can be sent."""
+    address = parse_address(field, value, where)
+    if isinstance(address, ipaddress.IPv4Address):
+        sound = 0 < address.packed[0] < 224
+    else:
+        sound = not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
+    if not sound:
+        raise FieldError(field, value, "the address of one host", where)
+    return address
 
 
 def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
@@ -97,12 +110,12 @@ class Route:
         where: str = "",
     ) -> Route:
         """From untrusted values, each checked; raises FieldError naming the field."""
-        return cls(
-            parse_prefix("dst", dst, where),
-            parse_address("via", via, where),
-            parse_number("port", port, 1, 65535, where),
-            None if mtu is None else parse_number("mtu", mtu, MIN_MTU, MAX_MTU, where),
-        )
+        prefix = parse_prefix("dst", dst, where)
+        next_hop = parse_next_hop("via", via, where)
+        port_number = parse_number("port", port, 1, 65535, where)
+        low = MIN_MTU if prefix.version == 4 else MIN_MTU6
+        limit = None if mtu is None else parse_number("mtu", mtu, low, MAX_MTU, where)
+        return cls(prefix, next_hop, port_number, limit)
 
     @classmethod
     def from_words(cls, words: Sequence[str], where: str = "") -> Route:

@@ -54,6 +54,9 @@ class ForwarderConfig:
         for endpoint in self.listen:
             if endpoint.address.is_unspecified or endpoint.address.is_multicast:
                 raise FieldError("listen", str(endpoint), "the address of one interface")
+        for address in self.addresses:
+            if address.is_unspecified or address.is_multicast or address.is_loopback:
+                raise FieldError("address", str(address), "an address of the overlay")
         if self.source_check not in SOURCE_CHECKS:
             raise FieldError("source-check", self.source_check, "strict, peer or off")
         if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_TUN_MTU:

@@ -42,6 +42,7 @@ HOUSEKEEPING_SECONDS = 1.0
 FORGET_PATH_MTU_SECONDS = 600.0  # RFC 1191 6.3
 DRAIN_SECONDS = 0.5
 LARGE_TABLE = 2000  # routes from which a change is worth a helper thread
+KERNEL_REFUSALS = ("send_error", "tun_write")
 SLICE = 500  # routes shown at a time: well under a millisecond of the GIL
 EVENTS_MAX = 1000  # routes of one change that are told one by one
 
@@ -62,7 +63,10 @@ class Forwarder:
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
         self._table = _core.RouteTable()
-        self._state = StateFile(config.state_file) if config.state_file else None
+        self._state = None
+        if config.state_file is not None:
+            self._state = StateFile(config.state_file, self._complain)
+        self._unsent = 0
         self._core: _core.Core
         self._threads: list[WorkerThread] = []
         self._started = time.monotonic()
@@ -92,7 +96,7 @@ class Forwarder:
         close = self._closing
         netlink = Netlink()  # first: it loads in its own thread meanwhile
         close.callback(netlink.close)
-        table = self._first_table()
+        table, origin = self._first_table()
         tun = Tun.open(config.tun, config.workers_n, config.offload)
         close.callback(tun.close)
         self.tun_name = tun.name
@@ -117,7 +121,11 @@ class Forwarder:
             [address.packed for address in config.addresses], notify,
         )
         self._core.set_own_addresses(a.packed for a in await netlink.local_addresses())
-        self._core.publish(table)
+        try:
+            self._core.publish(table)
+        except FieldError as error:
+            where = f"{origin}: {error.where}"
+            raise FieldError(error.field, error.value, error.expected, where) from None
         self._table = table
         self.generation = 1
 
@@ -126,10 +134,7 @@ class Forwarder:
         close.push_async_callback(asyncio.to_thread, self._stop_workers)
         for thread in self._threads:
             thread.start()
-        await netlink.configure_tun(
-            tun.name, self.mtu, config.addresses, config.networks,
-            gso_max_segs=_core.MAX_FRAME_SEGS,
-        )
+        await self._configure_tun(netlink)
 
         loop = asyncio.get_running_loop()
         loop.add_reader(notify, self._on_notify, notify)
@@ -137,18 +142,25 @@ class Forwarder:
         netlink.watch_addresses(
             lambda addresses: _call_in(loop, self._on_addresses, addresses)
         )
+        netlink.watch_link(tun.name, lambda up: _call_in(loop, self._on_link, netlink, up))
         housekeeping = loop.create_task(self._keep_house())
         close.push_async_callback(_cancel, housekeeping)
         close.push_async_callback(self._finish_changes)
         if self._state is not None:
+            await self._state.save(table)  # that it can be kept is known before traffic flows
             close.push_async_callback(self._state.flush)
-            self._state.save_soon(table)
         close.callback(self._hub.close)
         log.info("%s is up: mtu %d, %d routes, offloads %s", tun.name, self.mtu, len(table),
                  " ".join(sorted(self.capabilities.in_use)) or "none")
         for name, cause in self.capabilities.off.items():
             log.info("%s is off: %s", name, cause)
         await self._start_control()
+
+    async def _configure_tun(self, netlink: Netlink) -> None:
+        await netlink.configure_tun(
+            self.tun_name, self.mtu, self.config.addresses, self.config.networks,
+            gso_max_segs=_core.MAX_FRAME_SEGS,
+        )
 
     async def close(self) -> None:
         """Drain what is queued, then remove all that ``start`` made."""
@@ -168,9 +180,11 @@ class Forwarder:
         config = self.config
         sockets: list[UdpSocket] = []
         try:
-            for _ in range(config.workers_n):
+            for index in range(config.workers_n):
                 for endpoint in config.listen:
-                    sockets.append(open_udp(endpoint, config.offload, config.workers_n > 1))
+                    sockets.append(open_udp(endpoint, config.offload, reuse_port=index > 0))
+                    if index == 0 and config.workers_n > 1:
+                        sockets[-1].let_join()
         except BaseException:
             for socket in sockets:
                 socket.close()
@@ -231,6 +245,21 @@ class Forwarder:
             log.info("path MTU to %s is %d", endpoint, path_mtu)
             self._hub.emit("peer_mtu", endpoint=endpoint, path_mtu=path_mtu)
 
+    def _look_at_errors(self) -> None:
+        """Tell, at most once a second, that the kernel refuses what we send or write."""
+        unsent = sum(
+            packets for reason, _, packets in self._core.drops() if reason in KERNEL_REFUSALS
+        )
+        if unsent > self._unsent:
+            self._complain(
+                f"the kernel refused {unsent - self._unsent} packets lately; see `udptun drops`"
+            )
+        self._unsent = unsent
+
+    def _complain(self, message: str) -> None:
+        log.error("%s", message)
+        self._hub.emit("error", message=message)
+
     def _lose(self, feature: str) -> None:
         cause = "the kernel refused it at run time"
         for name in self.capabilities.lose(feature, cause):
@@ -239,10 +268,23 @@ class Forwarder:
 
     def _fail(self, message: str) -> None:
         if self._failure is None:
-            log.error("%s", message)
             self._failure = UdptunError(message)
-            self._hub.emit("error", message=message)
+            self._complain(message)
             self.request_stop()
+
+    def _on_link(self, netlink: Netlink, up: bool) -> None:
+        if up:
+            self._begin(self._restore_tun(netlink))
+        elif self._failure is None:
+            self._complain(f"{self.tun_name} was set down: nothing is forwarded until it is up")
+
+    async def _restore_tun(self, netlink: Netlink) -> None:
+        """The kernel took routes and IPv6 addresses away when the device was set down."""
+        try:
+            await self._configure_tun(netlink)
+            log.warning("%s is up again, with its addresses and routes", self.tun_name)
+        except (UdptunError, OSError) as error:
+            self._complain(str(error))
 
     def _on_addresses(self, addresses: frozenset[IPAddress]) -> None:
         self._begin(self._set_own(addresses))
@@ -258,17 +300,21 @@ class Forwarder:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             self._core.collect()
             self._look_at_workers()
+            self._look_at_errors()
 
     # -- the route table --------------------------------------------------------------------------
 
-    def _first_table(self) -> _core.RouteTable:
+    def _first_table(self) -> tuple[_core.RouteTable, Path | None]:
+        """The table to start with, and the file it is from."""
         table = self._state.load() if self._state is not None else None
+        routes_file = self.config.routes_file
         if table is not None:
-            log.info("%d routes from %s", len(table), self.config.state_file)
-            return table
-        if self.config.routes_file is not None:
-            return _parse_file(self.config.routes_file)
-        return _core.RouteTable()
+            log.info("%d routes from %s%s", len(table), self.config.state_file,
+                     "" if routes_file is None else f"; {routes_file} is read on SIGHUP only")
+            return table, self.config.state_file
+        if routes_file is not None:
+            return _parse_file(routes_file), routes_file
+        return _core.RouteTable(), None
 
     @property
     def route_count(self) -> int:
@@ -354,7 +400,11 @@ class Forwarder:
         """Read the route file again. Raises FieldError or OSError; the table is then as it was."""
         if self.config.routes_file is None:
             raise FieldError("routes", None, "a route file, given at start")
-        return await asyncio.shield(self._begin(self._reload(self.config.routes_file)))
+        try:
+            return await asyncio.shield(self._begin(self._reload(self.config.routes_file)))
+        except (UdptunError, OSError) as error:
+            self._hub.emit("error", message=f"the route file was not loaded: {error}")
+            raise
 
     async def _reload(self, path: Path) -> RouteDiff:
         async with self._changing:
@@ -482,7 +532,7 @@ class Forwarder:
             "address": str(address), "verdict": "forward", "reason": None,
             "route": {"dst": dst, "via": via, "port": port, "mtu": mtu},
             "peer": str(Endpoint(ipaddress.ip_address(via), port)),
-            "mtu": limit,
+            "mtu": min(limit, self.mtu),
         }
 
     def log_state(self) -> None:

@@ -7,26 +7,27 @@ Control loop; the writing is done in a thread.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..device.fault import device_error
 from ..errors import FieldError
 
 if TYPE_CHECKING:
     from .._core import RouteTable
 
-log = logging.getLogger(__name__)
-
 DELAY_SECONDS = 0.05
+RETRY_SECONDS = 5.0
 SLICE = 4096  # routes formatted at a time
 
 
 class StateFile:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
         self.path = path
+        self._complain = complain
         self._table: RouteTable | None = None
         self._task: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
@@ -42,8 +43,18 @@ class StateFile:
         except FieldError as error:
             aside = self.path.with_name(self.path.name + ".bad")
             self.path.replace(aside)
-            log.error("%s does not hold a route table and is now %s: %s", self.path, aside, error)
+            self._complain(f"{self.path} does not hold a route table and is now {aside}: {error}")
             return None
+        except OSError as error:
+            raise device_error(error.errno or 0, f"reading the state file {self.path}") from None
+
+    async def save(self, table: RouteTable) -> None:
+        """Write this table now; makes the directory. Raises DeviceError."""
+        try:
+            self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            await asyncio.to_thread(self._write, table)
+        except OSError as error:
+            raise device_error(error.errno or 0, f"writing the state file {self.path}") from None
 
     def save_soon(self, table: RouteTable) -> None:
         """Write this table, or a later one, shortly."""
@@ -63,17 +74,22 @@ class StateFile:
         await asyncio.sleep(DELAY_SECONDS)
         while self._table is not None:
             # shielded: a write under way is finished, not torn, when flush overtakes
-            await asyncio.shield(self._save())
+            if not await asyncio.shield(self._save()):
+                await asyncio.sleep(RETRY_SECONDS)
 
-    async def _save(self) -> None:
+    async def _save(self) -> bool:
+        """False: it could not be written, and is kept to be tried again."""
         async with self._writing:
             table, self._table = self._table, None
             if table is None:
-                return
+                return True
             try:
                 await asyncio.to_thread(self._write, table)
             except OSError as error:
-                log.error("cannot keep the route table in %s: %s", self.path, error)
+                self._table = self._table or table
+                self._complain(f"cannot keep the route table in {self.path}: {error.strerror}")
+                return False
+            return True
 
     def _write(self, table: RouteTable) -> None:
         new = self.path.with_name(self.path.name + ".new")

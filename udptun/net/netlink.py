@@ -16,6 +16,7 @@ import ipaddress
 import logging
 import os
 import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 # linux/rtnetlink.h
 RTM_NEWLINK = 16
-RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
+RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
 NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4  # linux/netlink.h
 IFLA_AF_SPEC, IFLA_INET_CONF = 26, 1  # linux/if_link.h
 IPV4_DEVCONF_ACCEPT_LOCAL = 23  # linux/ip.h
@@ -42,6 +43,8 @@ IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # linux/if_addr.h
 RT_SCOPE_UNIVERSE = 0
 
 IPV6_MIN_MTU = 1280  # RFC 8200, section 5
+# struct nlmsghdr (length, type) and ifinfomsg behind it (index, flags)
+LINK_MESSAGE = struct.Struct("=IH10x4xiI4x")
 TXQUEUELEN = 5000
 SETTLE_SECONDS = 0.02  # address changes come in bursts: read once per burst
 DUMP_TRIES = 5
@@ -60,6 +63,7 @@ class Netlink:
         self._closing = False
         self._watch: Any = None
         self._watchers: list[Callable[[frozenset[IPAddress]], None]] = []
+        self._links: dict[int, tuple[bool, Callable[[bool], None]]] = {}
         self._seen: frozenset[IPAddress] | None = None
         self._reread: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="netlink", daemon=True)
@@ -110,6 +114,11 @@ class Netlink:
         """Call ``callback`` in the netlink thread with all local addresses: once soon, and then
         whenever they have changed. Nothing between the two can be missed."""
         self._submit(self._add_watcher(callback))
+
+    def watch_link(self, name: str, callback: Callable[[bool], None]) -> None:
+        """Call ``callback`` in the netlink thread when the device, which is up now, is set down
+        (False) and up again (True). The kernel takes routes off a device that is set down."""
+        self._links[socket.if_nametoindex(name)] = (True, callback)
 
     def close(self) -> None:
         """Stop the thread and wait for it. Calls under way end with a DeviceError."""
@@ -258,7 +267,7 @@ class Netlink:
             from pyroute2 import IPRSocket
 
             watch = IPRSocket()
-            watch.bind(groups=RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+            watch.bind(groups=RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
             watch.socket.setblocking(False)
             self._loop.add_reader(watch.socket.fileno(), self._on_message)
             self._watch = watch
@@ -269,12 +278,24 @@ class Netlink:
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    self._watch.socket.recv(65536)
+                    self._look_for_links(self._watch.socket.recv(65536))
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
                     log.info("messages about addresses were lost: reading all addresses again")
         self._changed()
+
+    def _look_for_links(self, messages: bytes) -> None:
+        at = 0
+        while at + LINK_MESSAGE.size <= len(messages):
+            length, kind, index, flags = LINK_MESSAGE.unpack_from(messages, at)
+            if kind == RTM_NEWLINK and index in self._links:
+                was_up, callback = self._links[index]
+                is_up = bool(flags & IFF_UP)
+                self._links[index] = (is_up, callback)
+                if is_up != was_up:
+                    callback(is_up)
+            at += max(length + 3 & ~3, LINK_MESSAGE.size)
 
     def _changed(self) -> None:
         if self._reread is None:

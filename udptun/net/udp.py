@@ -56,6 +56,11 @@ class UdpSocket:
     def family(self) -> int:
         return self.socket.family
 
+    def let_join(self) -> None:
+        """Let sockets opened with ``reuse_port`` share the endpoint from now on. The first one is
+        bound without: so it is refused where another program listens already."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
     def close(self) -> None:
         self.socket.close()
 
@@ -63,7 +68,7 @@ class UdpSocket:
 def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> UdpSocket:
     """Open and bind. Raises DeviceError naming the endpoint.
 
-    reuse_port  let several sockets of this user share the endpoint (one per worker)
+    reuse_port  join the socket that is bound there already, see ``let_join``
     """
     doing = f"opening the UDP socket {listen}"
     family = socket.AF_INET6 if listen.address.version == 6 else socket.AF_INET

@@ -1,0 +1,98 @@
+"""The composed forwarder on a real TUN, through its Python API: what a node daemon relies on."""
+
+import asyncio
+import contextlib
+import errno
+import random
+
+import pytest
+
+from tests.own_netns import in_own_netns, ip_json, sh
+from udptun import Endpoint, Forwarder, ForwarderConfig, Route
+from udptun.errors import DeviceError, FieldError
+from udptun.model import parse_address, parse_prefix
+
+HERE = "192.0.2.1"
+
+
+def config(**changes):
+    sh(f"ip addr replace {HERE}/32 dev lo")
+    options = {
+        "listen": (Endpoint.parse(HERE),),
+        "addresses": (parse_address("address", "10.244.1.0"),),
+        "networks": (parse_prefix("network", "10.244.0.0/16"),),
+    }
+    return ForwarderConfig(**options | changes)
+
+
+def many_routes(n, via="192.0.2.9"):
+    return "\n".join(
+        f"10.{i >> 8 & 255}.{i & 255}.0/24 via {via} port {1024 + i % 3000}" for i in range(n)
+    ).encode()
+
+
+@in_own_netns
+async def test_a_change_whose_caller_is_cancelled_is_finished():
+    rng = random.Random(3)
+    async with Forwarder(config()) as forwarder:
+        bodies = [many_routes(5000, f"192.0.2.{n}") for n in range(9, 13)]
+        for i in range(40):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rng.uniform(0.0005, 0.008)):
+                    await forwarder.replace_routes_text(bodies[i % 4])
+            await forwarder.put_route(Route.make("10.0.0.0/8", f"192.0.2.{20 + i}"))
+        await forwarder.replace_routes_text(bodies[0])
+        status = await forwarder.status()
+        assert status["route_count"] == 5000
+        assert len(status["peers"]) == 3000
+        assert {peer["endpoint"].split(":")[0] for peer in status["peers"]} == {"192.0.2.9"}
+
+
+@in_own_netns
+async def test_a_device_that_was_set_down_gets_back_what_it_lost():
+    addresses = (parse_address("address", "10.244.1.0"), parse_address("address", "fd00:1::"))
+    async with Forwarder(config(addresses=addresses, mtu=1400)) as forwarder:
+        with forwarder.subscribe() as events:
+            sh("ip link set udptun0 down", "ip link set udptun0 up")
+            async for event in events:
+                assert event["type"] == "error"
+                assert "set down" in event["message"]
+                break
+        async with asyncio.timeout(10):
+            while not (
+                ip_json("route show 10.244.0.0/16") and ip_json("-6 addr show dev udptun0")[0]
+            ):
+                await asyncio.sleep(0.01)
+
+
+@in_own_netns
+async def test_two_programs_do_not_share_an_endpoint():
+    async with Forwarder(config(workers=2)):
+        with pytest.raises(DeviceError, match="another process listens there") as caught:
+            await Forwarder(config(workers=2, tun="udptun1")).start()
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+@in_own_netns
+async def test_a_state_file_that_cannot_be_kept_is_refused(tmp_path):
+    with pytest.raises(DeviceError, match="writing the state file /proc/none"):
+        await Forwarder(config(state_file=type(tmp_path)("/proc/none"))).start()
+    kept = tmp_path / "made" / "routes"
+    async with Forwarder(config(state_file=kept)) as forwarder:
+        await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
+    assert kept.read_text() == "10.244.2.0/24 via 192.0.2.2 port 8285\n"
+
+
+@in_own_netns
+async def test_a_file_with_an_unreachable_next_hop_is_named(tmp_path):
+    routes = tmp_path / "routes"
+    routes.write_text("10.244.2.0/24 via 2001:db8::2\n")
+    with pytest.raises(FieldError, match=rf"{routes}: route 10.244.2.0/24: via: "):
+        await Forwarder(config(routes_file=routes)).start()
+
+
+@in_own_netns
+async def test_a_trace_promises_no_more_than_the_device_takes():
+    async with Forwarder(config(mtu=1300)) as forwarder:
+        await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
+        assert forwarder.trace(parse_address("address", "10.244.2.9"))["mtu"] == 1300
