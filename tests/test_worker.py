@@ -48,8 +48,8 @@ class Rig:
             Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu),
             Route.make("10.244.3.0/24", PEERS[1], ports[PEERS[1]], mtu),
             Route.make("10.244.3.128/25", PEERS[0], ports[PEERS[0]], mtu),
-            Route.make("fd00:2::/64", PEERS[0], ports[PEERS[0]], mtu),
-            Route.make("fd00:3::/64", PEERS[1], ports[PEERS[1]], mtu),
+            Route.make("fd00:2::/64", PEERS[0], ports[PEERS[0]], mtu and 1280),
+            Route.make("fd00:3::/64", PEERS[1], ports[PEERS[1]], mtu and 1280),
         ]
         self.notify = os.eventfd(0, os.EFD_NONBLOCK)
         self.closing.callback(os.close, self.notify)
