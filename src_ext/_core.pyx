@@ -31,8 +31,8 @@ from publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, re
 from routes cimport route_t, route_vec_t
 from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, drain, give_back, run
 from worker cimport (
-    NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO,
-    NOTE_UDP_MERGE, RX_SLOT, RX_SLOTS, TX_BUF, TX_FRAME_SEGS, TX_HDR, TX_SEGS, count_drop, direction_t, shared_t,
+    NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO, NOTE_UDP_MERGE, RX_SLOT,
+    RX_SLOTS, TX_BUF, TX_FRAME_SEGS, TX_HDR, TX_SEGS, count_drop, direction_t, shared_t,
     worker_t,
 )
 
@@ -112,13 +112,12 @@ cdef class Core:
 
     def __dealloc__(self):
         # every Worker holds a reference to its Core, so none is left that could look
-        cdef limbo_t* limbo
         cdef uint32_t i
         cdef peer_t* peer
         cdef peer_t* next_
         if self.workers == NULL:
             return
-        limbo = reclaim(self.limbo, self.workers, 0)
+        reclaim(self.limbo, self.workers, 0)
         if self.shared.snapshot != NULL:
             for i in range(self.shared.snapshot.peers.mask + 1):
                 peer = self.shared.snapshot.peers.slots[i].peer

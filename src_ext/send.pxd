@@ -228,14 +228,15 @@ cdef inline void account(
 ) noexcept nogil:
     """n segments from seg_i on have left the queue: sent (PASS), or dropped."""
     cdef uint64_t bytes_ = 0
-    cdef uint32_t i
+    cdef uint32_t i = 0
     w.encap.queued -= n
     if verdict != 0:
         count_drop(&w.encap, verdict, n)
         return
-    for i in range(n):
+    while i < n:
         bytes_ += seg_len(&w.segs[seg_i])
         seg_i = w.segs[seg_i].next
+        i += 1
     w.encap.delivered += n
     peer.counters[w.index].encap_packets += n
     peer.counters[w.index].encap_bytes += bytes_
