@@ -21,7 +21,6 @@ from io cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close, epoll_create1,
     epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
-from lpm cimport lpm_bytes
 from merge cimport merge_reset
 from peers cimport (
     addr_map_init, addr_map_put, find_hop, hop_t, peer_counters_t, peer_free, peer_t,
@@ -306,10 +305,6 @@ cdef class Core:
                     n += w.w.encap.drops[i] if direction == ENCAP else w.w.decap.drops[i]
                 rows.append((reason.name, direction, n))
         return rows
-
-    def table_bytes(self):
-        """Memory of the look-up structure in force."""
-        return lpm_bytes(self.shared.snapshot.lpm)
 
 
 @cython.no_gc_clear  # __dealloc__ needs the core
