@@ -19,7 +19,7 @@ export DEBIAN_FRONTEND := noninteractive
 
 DEMO_TOOLS := ip:iproute2 ping:iputils-ping iperf3:iperf3 nft:nftables ethtool:ethtool \
   sysctl:procps
-TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute
+TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-server
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -123,6 +123,8 @@ $(VENV)/installed.stamp: pyproject.toml $(VENV)/made.stamp
 	@echo "installing what udptun is built with and runs on"
 	@$(call requirements,["build-system"]["requires"]) >$@.txt
 	@$(call requirements,["project"]["dependencies"]) >>$@.txt
+	@$(call requirements,["project"]["optional-dependencies"]["etcd"]) >>$@.txt
+	@$(call requirements,["project"]["optional-dependencies"]["kube"]) >>$@.txt
 	@$(PY) -m pip install -q -r $@.txt
 	@echo "compiling the extension, installing udptun"
 	@$(PY) -m pip install -q --no-build-isolation --no-deps -e .

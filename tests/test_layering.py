@@ -30,7 +30,7 @@ RULES = {
         "_core", "control.flannel", "control.server", "device", "forwarder", "net",
     },
     "leases": LEAVES | {"leases"},
-    "node": LEAVES | {"control.client", "leases", "net", "node"},
+    "node": LEAVES | {"control.client", "control.protocol", "leases", "net", "node"},
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
         "cli", "control.client", "control.protocol", "device.offload", "forwarder", "lab", "node",
@@ -39,10 +39,15 @@ RULES = {
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API
 }
 THIRD_PARTY = {
-    "aiohttp": {"control.server"},
+    "aiohttp": {"control.server", "node.health"},
     "click": {"cli"},
-    "prometheus_client": {"control.metrics"},
-    "pyroute2": {"net.netlink"},
+    "google": {"leases.etcd"},  # protobuf
+    "grpc": {"leases.etcd"},
+    "httpx2": {"leases.kube"},  # what lightkube raises
+    "lightkube": {"leases.kube"},
+    "msgspec": {"leases"},
+    "prometheus_client": {"control.metrics", "node.metrics"},
+    "pyroute2": {"net.netlink", "net.underlay", "net.vxlan"},
     "uvloop": {"cli.forward", "forwarder"},
 }
 EXTENSIONS = {"_core", "_steps"}

@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +119,14 @@ class Netlink:
         """Call ``callback`` in the netlink thread when the device, which is up now, is set down
         (False) and up again (True). The kernel takes routes off a device that is set down."""
         self._links[socket.if_nametoindex(name)] = (True, callback)
+
+    async def work(self, doing: str, job: Callable[[Any], Awaitable[T]]) -> T:
+        """Run ``job`` with the route socket (pyroute2's AsyncIPRoute) in the netlink thread.
+
+        For the other modules of this room, which split what there is to do on a host: nothing of
+        pyroute2 may leave ``job``. What fails becomes a DeviceError that says ``doing``.
+        """
+        return await self._call(self._work(doing, job))
 
     def close(self) -> None:
         """Stop the thread and wait for it. Calls under way end with a DeviceError."""
@@ -223,6 +231,10 @@ class Netlink:
                 with contextlib.suppress(NetlinkDumpInterrupted):
                     return [message async for message in await getattr(ipr, kind)("dump")]
             return [message async for message in await getattr(ipr, kind)("dump")]
+
+    async def _work(self, doing: str, job: Callable[[Any], Awaitable[T]]) -> T:
+        async with self._doing(doing) as ipr:
+            return await job(ipr)
 
     # -- reading ----------------------------------------------------------------------------------
 

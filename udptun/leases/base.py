@@ -1,0 +1,185 @@
+"""The contract between a store of leases and the node daemon, whichever store it is.
+
+Owns: what a lease is, what a source tells (a snapshot first, then changes), what it is asked, how
+it reports its health. A source heals by itself: an outage ends no iteration and forgets no lease,
+it only shows in ``health``. Asyncio, one loop; no threads.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import UdptunError
+from ..model import IPNetwork
+
+if TYPE_CHECKING:
+    from .netconf import NetConfig
+
+
+class StoreDown(UdptunError):
+    """The store does not answer, or not as one that works: trying again may help."""
+
+
+class StoreRefused(UdptunError):
+    """The store answered, and trying again will not help: credentials, permissions, no podCIDR."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subnets:
+    """The overlay prefixes of one node, at most one per family."""
+
+    v4: ipaddress.IPv4Network | None = None
+    v6: ipaddress.IPv6Network | None = None
+
+    def __iter__(self) -> Iterator[IPNetwork]:
+        return (subnet for subnet in (self.v4, self.v6) if subnet is not None)
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self)) or "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a node says of itself beside its subnets: flannel's LeaseAttrs.
+
+    backend_type     "vxlan", "udp", ...; "" where a flannel of UDP mode says nothing
+    backend_data     any JSON value, parsed; None where there is none. Data of a backend that is
+                     not ours is kept as it is
+    backend_v6_data  the same for the IPv6 underlay
+    """
+
+    public_ip: ipaddress.IPv4Address | None = None
+    public_ipv6: ipaddress.IPv6Address | None = None
+    backend_type: str = ""
+    backend_data: Any = None
+    backend_v6_data: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A node's subnets and what it says of itself.
+
+    key       names the lease in its store: etcd's subnet key, a node's name. Unique there
+    name      the node's name, where the store knows one: for people only
+    reserved  an operator put it there for good: routed like any lease, never given to another
+    """
+
+    key: str
+    subnets: Subnets
+    attributes: Attributes
+    name: str = ""
+    reserved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One lease added (``old`` is None), removed (``new`` is None) or changed."""
+
+    old: Lease | None
+    new: Lease | None
+
+    @property
+    def key(self) -> str:
+        lease = self.new or self.old
+        assert lease is not None
+        return lease.key
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All leases there are, the own one among them. The first thing a source tells, once."""
+
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What happened since, in order; what came together (one response, one listing) together."""
+
+    changes: tuple[Change, ...]
+
+
+@dataclass(slots=True)
+class SourceHealth:
+    """How a source is. Written by the source, read by /readyz, /metrics and the log.
+
+    connected       the store answered last time, and its watch is in order
+    error           why not, in a sentence; "" when connected
+    last_contact    time.monotonic() of the last sign of life of the store, or None
+    lease           "none", "held", or "lost": no longer ours, and we are taking it back
+    lease_error     why it is lost, in a sentence
+    lease_expires   time.time() when it runs out if it is not renewed, or None: never
+    errors_n        failed exchanges with the store since the start
+    relists_n       times everything was listed again because the watch could not go on
+    skipped         entries that cannot be used, by key, each with the reason
+    """
+
+    connected: bool = False
+    error: str = ""
+    last_contact: float | None = None
+    lease: str = "none"
+    lease_error: str = ""
+    lease_expires: float | None = None
+    errors_n: int = 0
+    relists_n: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class LeaseSource(Protocol):
+    """One store. ``network`` and ``acquire`` try once, within a few seconds; the others go on."""
+
+    kind: str  # "file", "etcd", "kubernetes"
+    health: SourceHealth
+
+    async def network(self) -> NetConfig:
+        """The network's configuration. StoreDown, StoreRefused, FieldError (it is not valid)."""
+
+    async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
+        """Get this node's lease, or the one it has already, and publish ``attributes`` in it.
+
+        former  what this node had last, to be had again if it is free; may be empty
+        Safe to repeat, and to repeat with other attributes. StoreDown, StoreRefused.
+        """
+
+    async def hold(self, lease: Lease) -> None:
+        """Keep the lease until cancelled: renew it, take it back when it is lost."""
+
+    def updates(self) -> AsyncIterator[Snapshot | Changes]:
+        """A Snapshot, as soon as the store gives one, then Changes, until closed. Never raises
+        for an outage; an entry that cannot be used is skipped and said in ``health``."""
+
+    async def aclose(self) -> None:
+        """Let go of the store; the lease stays."""
+
+
+class LeaseBook:
+    """The leases a source knows, by key; turns what the store says into changes."""
+
+    def __init__(self) -> None:
+        self._leases: dict[str, Lease] = {}
+
+    @property
+    def leases(self) -> Mapping[str, Lease]:
+        return self._leases
+
+    def put(self, lease: Lease) -> Change | None:
+        """None if nothing about it is new."""
+        old = self._leases.get(lease.key)
+        if old == lease:
+            return None
+        self._leases[lease.key] = lease
+        return Change(old, lease)
+
+    def remove(self, key: str) -> Change | None:
+        old = self._leases.pop(key, None)
+        return None if old is None else Change(old, None)
+
+    def replace(self, leases: Iterable[Lease]) -> tuple[Change, ...]:
+        """The whole truth, listed again: what differs from what was known, removals first."""
+        fresh = {lease.key: lease for lease in leases}
+        gone = [change for key in [*self._leases] if key not in fresh
+                if (change := self.remove(key))]
+        return (*gone, *(change for lease in fresh.values() if (change := self.put(lease))))
