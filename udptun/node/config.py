@@ -1,0 +1,150 @@
+"""What the daemon is told at start. Frozen; what contradicts itself is refused here, by field.
+
+Owns the defaults, which are flannel's where flannel has the option. Refuses to know how an option
+is spelled on the command line (``udptun.cli.node``) and what a store or an interface is made of.
+FieldError names the option. Pure data, imports nothing heavy: from any thread.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..control.protocol import DEFAULT_SOCKET
+from ..errors import FieldError
+from ..leases.kube.config import KubeConfig
+from ..model import IPAddress
+
+BACKENDS = ("auto", "udp", "vxlan")
+FORWARDERS = ("spawn", "external")
+ETCD_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")
+ETCD_PREFIX = "/coreos.com/network"
+SUBNET_FILE = Path("/run/flannel/subnet.env")
+STATE_DIR = Path("/var/lib/udptun")
+MAX_TUN_NAME = 15  # linux/if.h IFNAMSIZ, less the closing zero
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdOptions:
+    """Where etcd is, and who we are to it.
+
+    endpoints     http://HOST:PORT or https://HOST:PORT, tried in this order
+    prefix        flannel's keys are below it
+    keyfile       with certfile: our client certificate
+    cafile        signs the servers' certificates; None: the system's authorities
+    renew_margin  seconds before its end at which a lease is renewed
+    """
+
+    endpoints: tuple[str, ...] = ETCD_ENDPOINTS
+    prefix: str = ETCD_PREFIX
+    keyfile: Path | None = None
+    certfile: Path | None = None
+    cafile: Path | None = None
+    username: str = ""
+    password: str = field(default="", repr=False)
+    renew_margin: int = 60 * 60
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise FieldError("etcd-endpoints", "", "at least one http://HOST:PORT")
+        for endpoint in self.endpoints:
+            if not re.fullmatch(r"https?://[^/\s,]+/?", endpoint):
+                raise FieldError("etcd-endpoints", endpoint, "http://HOST:PORT or https://...")
+        if not 60 <= self.renew_margin <= 1439 * 60:
+            raise FieldError("subnet-lease-renew-margin", self.renew_margin // 60,
+                             "from 1 to 1439 minutes: less than the day a lease lasts")
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceOptions:
+    """Which interface leads to the other nodes. flannel's order: as the fields stand here.
+
+    names        addresses or names of interfaces, the first that is there
+    regexes      searched for in each interface's name and address, when no name was found
+    can_reach    the interface of the kernel's route to this address
+    public_ip    published in the place of the interface's own address; where it is local and
+                 nothing above is given, it chooses the interface as well
+    """
+
+    names: tuple[str, ...] = ()
+    regexes: tuple[str, ...] = ()
+    can_reach: IPAddress | None = None
+    public_ip: ipaddress.IPv4Address | None = None
+    public_ipv6: ipaddress.IPv6Address | None = None
+
+    def __post_init__(self) -> None:
+        for regex in self.regexes:
+            try:
+                re.compile(regex)
+            except re.error as exc:
+                raise FieldError(
+                    "iface-regex", regex, f"a regular expression ({exc})"
+                ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """One node daemon. Exactly one of ``hosts``, ``etcd``, ``kube`` is the store of leases.
+
+    node_name         which node of ``hosts`` we are; "": by hostname, else by local address
+    backend           "auto", "udp", "vxlan"; None: what net-conf.json says
+    advertise         say in our lease what we can do beyond flannel
+    subnet_file       flannel's subnet.env
+    iptables_resync   seconds between looks at the firewall rules
+    tun               name of the forwarder's device
+    control           the forwarder's socket
+    forwarder         "spawn": start one where none answers; "external": somebody else does
+    forward_file      what the forwarder shall be is written there; default: beside ``control``
+    state_dir         kept over restarts: the last known leases, the forwarder's table
+    healthz_port      0: no health server
+    cleanup           remove all that a daemon with this configuration made, and end
+    """
+
+    hosts: Path | None = None
+    etcd: EtcdOptions | None = None
+    kube: KubeConfig | None = None
+    interface: InterfaceOptions = field(default_factory=InterfaceOptions)
+    node_name: str = ""
+    backend: str | None = None
+    advertise: bool = True
+    subnet_file: Path = SUBNET_FILE
+    ip_masq: bool = False
+    iptables_forward_rules: bool = True
+    iptables_resync: int = 5
+    tun: str = "udptun0"
+    control: Path = Path(DEFAULT_SOCKET)
+    forwarder: str = "spawn"
+    forward_file: Path = None  # type: ignore[assignment]  # __post_init__ completes it
+    state_dir: Path = STATE_DIR
+    healthz_ip: IPAddress = ipaddress.IPv4Address("0.0.0.0")
+    healthz_port: int = 0
+    cleanup: bool = False
+
+    def __post_init__(self) -> None:
+        stores = [store for store in (self.hosts, self.etcd, self.kube) if store is not None]
+        if len(stores) != 1:
+            raise FieldError("hosts", str(self.hosts), "one store of leases: a file, etcd or "
+                             "Kubernetes, and no other beside it")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise FieldError("backend", self.backend, "auto, udp or vxlan")
+        if self.forwarder not in FORWARDERS:
+            raise FieldError("forwarder", self.forwarder, "spawn or external")
+        if self.iptables_resync < 1:
+            raise FieldError("iptables-resync", self.iptables_resync, "at least 1 second")
+        if not 0 <= self.healthz_port <= 65535:
+            raise FieldError("healthz-port", self.healthz_port, "from 0 (off) to 65535")
+        if not re.fullmatch(r"[^/\s:]{1,15}", self.tun) or self.tun in (".", "..") or (
+            len(self.tun.encode()) > MAX_TUN_NAME
+        ):
+            raise FieldError("tun", self.tun, f"a device name of up to {MAX_TUN_NAME} characters")
+        if self.forward_file is None:
+            object.__setattr__(self, "forward_file", self.control.with_name("forward.json"))
+
+    @property
+    def store(self) -> str:
+        """As LeaseSource.kind: "file", "etcd" or "kubernetes"."""
+        if self.hosts is not None:
+            return "file"
+        return "etcd" if self.etcd is not None else "kubernetes"
