@@ -1,0 +1,96 @@
+"""What an etcd source is told, checked. Loads nothing heavy, so that a command line may use it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from posixpath import normpath
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from ...errors import FieldError
+
+DEFAULT_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")  # as flannel
+DEFAULT_PREFIX = "/coreos.com/network"
+DEFAULT_PORT = 2379  # where an endpoint names none
+TTL_S = 86400
+
+
+class Target(NamedTuple):
+    """An endpoint as gRPC wants it."""
+
+    address: str  # "192.0.2.1:2379", "[2001:db8::1]:2379", "etcd.example:2379"
+    secure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdConfig:
+    """Where etcd is, who we are to it, and how long a lease lives. FieldError where it is wrong.
+
+    endpoints             http:// or https:// URLs of members of one cluster, in any order. Without
+                          a scheme: https where certificates are given, else http
+    prefix                flannel's keys are ``<prefix>/config`` and ``<prefix>/subnets/...``
+    keyfile, certfile     our client certificate, PEM files; both or neither
+    cafile                the authority to hold the members to; empty: those of the system
+    username, password    etcd's own users; empty: none
+    renew_margin_minutes  a lease is renewed this long before it ends; flannel takes 1 to 1439
+    ttl_seconds           how long a lease lives; flannel's is a day, shorter ones are for tests
+    """
+
+    endpoints: tuple[str, ...] = DEFAULT_ENDPOINTS
+    prefix: str = DEFAULT_PREFIX
+    keyfile: str = ""
+    certfile: str = ""
+    cafile: str = ""
+    username: str = ""
+    password: str = field(default="", repr=False)
+    renew_margin_minutes: float = 60
+    ttl_seconds: int = TTL_S
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise FieldError("etcd-endpoints", "", "at least one URL")
+        _ = self.targets
+        if not self.prefix.strip("/"):
+            raise FieldError("etcd-prefix", self.prefix, f"a key such as {DEFAULT_PREFIX}")
+        if bool(self.keyfile) != bool(self.certfile):
+            missing = "etcd-certfile" if self.keyfile else "etcd-keyfile"
+            raise FieldError(missing, "", "a file: key and certificate go together")
+        if self.password and not self.username:
+            raise FieldError("etcd-username", "", "a user, as there is a password")
+        if not 0 < self.renew_margin < self.ttl_seconds:
+            raise FieldError("subnet-lease-renew-margin", self.renew_margin_minutes,
+                             f"minutes above 0 and below {self.ttl_seconds / 60:g}, a lease's life")
+
+    @property
+    def renew_margin(self) -> float:
+        """In seconds."""
+        return self.renew_margin_minutes * 60
+
+    @property
+    def root(self) -> str:
+        """The prefix as keys begin with it: tidied as flannel's path.Join does."""
+        return normpath(re.sub("/+", "/", self.prefix))
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        tls = bool(self.certfile or self.cafile)
+        found = dict.fromkeys(_target(url.strip(), tls) for url in self.endpoints)
+        if len({target.secure for target in found}) > 1:
+            raise FieldError("etcd-endpoints", ",".join(self.endpoints),
+                             "all of them http or all of them https")
+        return tuple(found)
+
+
+def _target(url: str, tls: bool) -> Target:
+    text = url if "://" in url else f"{'https' if tls else 'http'}://{url}"
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port, parts = None, None, urlsplit("")
+    if (parts.scheme not in ("http", "https") or not host or parts.username is not None
+            or parts.path not in ("", "/") or parts.query or parts.fragment):
+        raise FieldError("etcd-endpoints", url, "a URL such as http://192.0.2.1:2379")
+    host = f"[{host}]" if ":" in host else host
+    return Target(f"{host}:{DEFAULT_PORT if port is None else port}", parts.scheme == "https")
