@@ -23,7 +23,7 @@ ETCD_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")
 ETCD_PREFIX = "/coreos.com/network"
 SUBNET_FILE = Path("/run/flannel/subnet.env")
 STATE_DIR = Path("/var/lib/udptun")
-MAX_TUN_NAME = 15  # linux/if.h IFNAMSIZ, less the closing zero
+ANY_ADDRESS = ipaddress.IPv4Address("0.0.0.0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,19 @@ class EtcdOptions:
     def __post_init__(self) -> None:
         if not self.endpoints:
             raise FieldError("etcd-endpoints", "", "at least one http://HOST:PORT")
-        for endpoint in self.endpoints:
-            if not re.fullmatch(r"https?://[^/\s,]+/?", endpoint):
-                raise FieldError("etcd-endpoints", endpoint, "http://HOST:PORT or https://...")
+        complete = tuple(map(self._complete, self.endpoints))
+        object.__setattr__(self, "endpoints", complete)
         if not 60 <= self.renew_margin <= 1439 * 60:
             raise FieldError("subnet-lease-renew-margin", self.renew_margin // 60,
                              "from 1 to 1439 minutes: less than the day a lease lasts")
+
+    def _complete(self, endpoint: str) -> str:
+        """etcd's own client takes HOST:PORT, too, and then uses TLS if it has a certificate."""
+        found = re.fullmatch(r"(https?://)?([^/\s,]+)/?", endpoint)
+        if found is None:
+            raise FieldError("etcd-endpoints", endpoint, "http://HOST:PORT or https://HOST:PORT")
+        certain = self.keyfile is not None and self.certfile is not None
+        return (found[1] or ("https://" if certain else "http://")) + found[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +86,7 @@ class InterfaceOptions:
             try:
                 re.compile(regex)
             except re.error as exc:
-                raise FieldError(
-                    "iface-regex", regex, f"a regular expression ({exc})"
-                ) from None
+                raise FieldError("iface-regex", regex, f"a regular expression ({exc})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ class NodeConfig:
     forwarder: str = "spawn"
     forward_file: Path = None  # type: ignore[assignment]  # __post_init__ completes it
     state_dir: Path = STATE_DIR
-    healthz_ip: IPAddress = ipaddress.IPv4Address("0.0.0.0")
+    healthz_ip: IPAddress = ANY_ADDRESS
     healthz_port: int = 0
     cleanup: bool = False
 
@@ -135,10 +140,6 @@ class NodeConfig:
             raise FieldError("iptables-resync", self.iptables_resync, "at least 1 second")
         if not 0 <= self.healthz_port <= 65535:
             raise FieldError("healthz-port", self.healthz_port, "from 0 (off) to 65535")
-        if not re.fullmatch(r"[^/\s:]{1,15}", self.tun) or self.tun in (".", "..") or (
-            len(self.tun.encode()) > MAX_TUN_NAME
-        ):
-            raise FieldError("tun", self.tun, f"a device name of up to {MAX_TUN_NAME} characters")
         if self.forward_file is None:
             object.__setattr__(self, "forward_file", self.control.with_name("forward.json"))
 
