@@ -14,54 +14,15 @@ from pathlib import Path
 
 from ..control.protocol import DEFAULT_SOCKET
 from ..errors import FieldError
+from ..leases.etcd.config import EtcdConfig
 from ..leases.kube.config import KubeConfig
 from ..model import IPAddress
 
 BACKENDS = ("auto", "udp", "vxlan")
 FORWARDERS = ("spawn", "external")
-ETCD_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")
-ETCD_PREFIX = "/coreos.com/network"
 SUBNET_FILE = Path("/run/flannel/subnet.env")
 STATE_DIR = Path("/var/lib/udptun")
 ANY_ADDRESS = ipaddress.IPv4Address("0.0.0.0")
-
-
-@dataclass(frozen=True, slots=True)
-class EtcdOptions:
-    """Where etcd is, and who we are to it.
-
-    endpoints     http://HOST:PORT or https://HOST:PORT, tried in this order
-    prefix        flannel's keys are below it
-    keyfile       with certfile: our client certificate
-    cafile        signs the servers' certificates; None: the system's authorities
-    renew_margin  seconds before its end at which a lease is renewed
-    """
-
-    endpoints: tuple[str, ...] = ETCD_ENDPOINTS
-    prefix: str = ETCD_PREFIX
-    keyfile: Path | None = None
-    certfile: Path | None = None
-    cafile: Path | None = None
-    username: str = ""
-    password: str = field(default="", repr=False)
-    renew_margin: int = 60 * 60
-
-    def __post_init__(self) -> None:
-        if not self.endpoints:
-            raise FieldError("etcd-endpoints", "", "at least one http://HOST:PORT")
-        complete = tuple(map(self._complete, self.endpoints))
-        object.__setattr__(self, "endpoints", complete)
-        if not 60 <= self.renew_margin <= 1439 * 60:
-            raise FieldError("subnet-lease-renew-margin", self.renew_margin // 60,
-                             "from 1 to 1439 minutes: less than the day a lease lasts")
-
-    def _complete(self, endpoint: str) -> str:
-        """etcd's own client takes HOST:PORT, too, and then uses TLS if it has a certificate."""
-        found = re.fullmatch(r"(https?://)?([^/\s,]+)/?", endpoint)
-        if found is None:
-            raise FieldError("etcd-endpoints", endpoint, "http://HOST:PORT or https://HOST:PORT")
-        certain = self.keyfile is not None and self.certfile is not None
-        return (found[1] or ("https://" if certain else "http://")) + found[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +69,7 @@ class NodeConfig:
     """
 
     hosts: Path | None = None
-    etcd: EtcdOptions | None = None
+    etcd: EtcdConfig | None = None
     kube: KubeConfig | None = None
     interface: InterfaceOptions = field(default_factory=InterfaceOptions)
     node_name: str = ""
