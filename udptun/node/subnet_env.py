@@ -1,0 +1,155 @@
+"""subnet.env: what this node's lease is, for whoever attaches pods to it.
+
+Owns the file's form, which flannel set: the CNI plugin, scripts that source it and systemd's
+EnvironmentFile read it. Refuses to know where a lease comes from. Plain blocking calls on a few
+hundred bytes; any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ..errors import FieldError
+from ..leases.base import Subnets
+from ..model import MAX_MTU, MIN_MTU, parse_number
+
+log = logging.getLogger(__name__)
+
+MODE = 0o644  # every program on the host may read it
+
+
+@dataclass(frozen=True, slots=True)
+class SubnetEnv:
+    """One subnet.env. ``network`` and ``subnet`` go together, and so do the IPv6 two.
+
+    subnet   the lease's prefix, 10.42.1.0/24; in the file stands its first host, 10.42.1.1/24
+    mtu      the largest inner packet, bytes
+    ip_masq  we masquerade, so the CNI plugin need not
+    """
+
+    network: ipaddress.IPv4Network | None
+    subnet: ipaddress.IPv4Network | None
+    network6: ipaddress.IPv6Network | None
+    subnet6: ipaddress.IPv6Network | None
+    mtu: int
+    ip_masq: bool
+
+    def text(self) -> str:
+        """As flannel writes it, byte for byte."""
+        lines = []
+        if self.network and self.subnet:
+            lines += [f"FLANNEL_NETWORK={self.network}",
+                      f"FLANNEL_SUBNET={self.subnet[1]}/{self.subnet.prefixlen}"]
+        if self.network6 and self.subnet6:
+            lines += [f"FLANNEL_IPV6_NETWORK={self.network6}",
+                      f"FLANNEL_IPV6_SUBNET={self.subnet6[1]}/{self.subnet6.prefixlen}"]
+        lines += [f"FLANNEL_MTU={self.mtu}", f"FLANNEL_IPMASQ={str(self.ip_masq).lower()}"]
+        return "".join(f"{line}\n" for line in lines)
+
+    @classmethod
+    def parse(cls, text: str, where: str = "") -> Self:
+        """FieldError naming the variable that is missing or wrong; unknown ones are ignored."""
+        values = _values(text)
+        has_v6 = bool({"FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"} & values.keys())
+        has_v4 = not has_v6 or bool({"FLANNEL_NETWORK", "FLANNEL_SUBNET"} & values.keys())
+        masq = values.get("FLANNEL_IPMASQ", "")
+        if masq not in ("true", "false"):
+            raise FieldError("FLANNEL_IPMASQ", masq, "true or false", where)
+        return cls(
+            _network4("FLANNEL_NETWORK", values, where) if has_v4 else None,
+            _network4("FLANNEL_SUBNET", values, where) if has_v4 else None,
+            _network6("FLANNEL_IPV6_NETWORK", values, where) if has_v6 else None,
+            _network6("FLANNEL_IPV6_SUBNET", values, where) if has_v6 else None,
+            parse_number("FLANNEL_MTU", values.get("FLANNEL_MTU"), MIN_MTU, MAX_MTU, where),
+            masq == "true",
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """None where there is no such file. FieldError, OSError."""
+        text = _read(path)
+        return None if text is None else cls.parse(text, str(path))
+
+    def write(self, path: Path) -> bool:
+        """Replace the file as a whole, so that no reader sees half of one. False if it said the
+        same already and was left alone. OSError."""
+        text = self.text()
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == text.encode() and path.stat().st_mode & 0o777 == MODE:
+                return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(handle, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fchmod(handle, MODE)  # mkstemp's 0600, whatever the umask
+                os.fsync(handle)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+        return True
+
+
+def former_subnets(path: Path) -> Subnets:
+    """What this node had last, as far as the file tells: what is wrong in it is only logged, since
+    the rest is still worth asking for."""
+    try:
+        values = _values(_read(path) or "")
+    except OSError as error:
+        log.warning("%s cannot be read for the former subnet: %s", path, error)
+        return Subnets()
+    v4, v6 = None, None
+    try:
+        v4 = _network4("FLANNEL_SUBNET", values, str(path)) if "FLANNEL_SUBNET" in values else None
+    except FieldError as error:
+        log.warning("the former subnet is not known: %s", error)
+    try:
+        v6 = _network6("FLANNEL_IPV6_SUBNET", values, str(path)) \
+            if "FLANNEL_IPV6_SUBNET" in values else None
+    except FieldError as error:
+        log.warning("the former IPv6 subnet is not known: %s", error)
+    return Subnets(v4, v6)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _values(text: str) -> dict[str, str]:
+    """The assignments of a file that a shell could source: comments, quotes and ``export`` are
+    taken as a shell takes them; the last one of a name counts."""
+    values = {}
+    for line in text.splitlines():
+        name, equals, value = line.strip().removeprefix("export ").partition("=")
+        if equals and not name.startswith("#"):
+            values[name.strip()] = value.strip().strip("\"'")
+    return values
+
+
+def _network4(field: str, values: Mapping[str, str], where: str) -> ipaddress.IPv4Network:
+    try:
+        return ipaddress.IPv4Interface(values.get(field, "")).network
+    except ValueError:
+        expected = "an IPv4 prefix such as 10.42.1.1/24"
+        raise FieldError(field, values.get(field), expected, where) from None
+
+
+def _network6(field: str, values: Mapping[str, str], where: str) -> ipaddress.IPv6Network:
+    try:
+        return ipaddress.IPv6Interface(values.get(field, "")).network
+    except ValueError:
+        expected = "an IPv6 prefix such as fc00:0:0:1::1/64"
+        raise FieldError(field, values.get(field), expected, where) from None
