@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,10 @@ import click
 
 from ..control.protocol import DEFAULT_SOCKET
 from ..errors import FieldError, UdptunError
+from . import logs
 from .lazy import Failure, failure_of
 from .options import Parsed
+from .wait import take_options
 
 if TYPE_CHECKING:
     from ..device.offload import OffloadRequest
@@ -29,7 +30,7 @@ log = logging.getLogger("udptun")
 MAX_TUN_NAME = 15  # linux/if.h IFNAMSIZ, less the closing zero
 
 
-def _tun(text: str) -> str:
+def tun_name(text: str) -> str:
     if not 0 < len(text.encode()) <= MAX_TUN_NAME or "/" in text or not text.isprintable() or (
         " " in text or text in (".", "..")
     ):
@@ -86,7 +87,7 @@ FIELDS = {
 
 
 @click.command()
-@click.option("--tun", type=Parsed("name", _tun), default="udptun0", show_default=True,
+@click.option("--tun", type=Parsed("name", tun_name), default="udptun0", show_default=True,
               help="Name of the TUN device to make.")
 @click.option("--address", type=Parsed("address", _address), multiple=True,
               help="Overlay address of this host, on the TUN as /32 or /128. Once per family.")
@@ -117,16 +118,20 @@ FIELDS = {
               help="SOCK_SEQPACKET socket to make for flannel's own control messages.")
 @click.option("--flannel-control-fd", type=click.IntRange(min=0), metavar="N",
               help="The same on an inherited descriptor.")
+@click.option("--wait-for", type=FILE, metavar="FILE", is_eager=True,
+              callback=take_options,
+              help="Wait until FILE is there, and take the options from it that are not given "
+                   "here: a JSON object, keyed as these options are.")
 @click.option("-v", "--verbose", count=True, help="Log more; twice: tracebacks, too.")
-def forward(verbose: int, **values: Any) -> None:
+def forward(verbose: int, wait_for: Path | None, **values: Any) -> None:
     """Run a forwarder: make the TUN device, and carry its packets to peers and back.
 
     SIGTERM or Ctrl-C sends what is queued, removes what was made and exits; a second one exits
     at once. SIGHUP reads the route file again, SIGUSR1 logs the state.
     """
-    _start_logging(verbose)
+    logs.start(verbose)
     try:
-        _run(_config(values))
+        _run(_config(values, wait_for))
     except (UdptunError, OSError, ImportError) as exc:
         if verbose >= 2:
             log.error("stopped by an error", exc_info=exc)
@@ -135,7 +140,7 @@ def forward(verbose: int, **values: Any) -> None:
         raise failure_of(exc) from exc
 
 
-def _config(values: dict[str, Any]) -> ForwarderConfig:
+def _config(values: dict[str, Any], told_by: Path | None) -> ForwarderConfig:
     from ..forwarder import ForwarderConfig
 
     # the options are named for people and for UDPTUN_FORWARD_*, the fields for code
@@ -144,18 +149,9 @@ def _config(values: dict[str, Any]) -> ForwarderConfig:
     try:
         return ForwarderConfig(**values)
     except FieldError as exc:
-        raise click.UsageError(f"--{exc}") from exc  # its fields are named as the options are
-
-
-def _start_logging(verbose: int) -> None:
-    # The journal keeps its own clock.
-    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
-    logging.basicConfig(
-        stream=sys.stderr, format=f"{stamp}%(levelname)s %(name)s: %(message)s",
-        level=logging.INFO,
-    )
-    if verbose:
-        log.setLevel(logging.DEBUG)
+        # its fields are named as the options are
+        where = f" (some options are from {told_by})" if told_by else ""
+        raise click.UsageError(f"--{exc}{where}") from exc
 
 
 def _run(config: ForwarderConfig) -> None:

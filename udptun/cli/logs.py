@@ -1,0 +1,41 @@
+"""How a long-running command writes its log: to stderr, as text or as one JSON object a line.
+
+Owns the forms. Refuses to know who logs what. Called once at the start, from the main thread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+
+log = logging.getLogger("udptun")
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def start(verbose: int = 0, form: str = "text") -> None:
+    """``verbose`` of 1 and more: our own DEBUG lines, too. A second call changes only that."""
+    # The journal keeps its own clock.
+    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter() if form == "json"
+        else logging.Formatter(f"{stamp}%(levelname)s %(name)s: %(message)s")
+    )
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    if verbose:
+        log.setLevel(logging.DEBUG)
