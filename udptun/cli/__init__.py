@@ -18,6 +18,7 @@ COMMANDS = {
     "events": (".show:events", "Show the latest events, or follow them with -w."),
     "trace": (".show:trace", "Show what happens to a packet to ADDRESS."),
     "stop": (".stop:stop", "Stop a running forwarder."),
+    "ext": (".ext:ext", "Commands for flanneld's extension backend."),
     "demo": (".demo:demo", "Show a tunnel between two hosts made for the purpose."),
     "version": (".version:version", "Show the version."),
 }

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ..control.client import ControlClient
 from ..errors import FieldError, NoForwarder, UdptunError
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from ..control.client import ControlClient
 
 FORWARD_FILE = "forward.json"  # beside the control socket, unless told otherwise
 LOG_FILE = "forwarder.log"
@@ -105,6 +108,8 @@ def spawn(forward_file: Path, log: Path) -> subprocess.Popen[bytes]:
     It holds nothing of ours: no terminal, no pipe that a parent reads to its end, no descriptor.
     What it says goes to ``log``.
     """
+    import subprocess
+
     log.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     with log.open("ab") as out:
