@@ -1,27 +1,30 @@
-"""Choose the interface that carries the overlay: flannel's options, in flannel's order.
+"""Choose the interface that carries the overlay: by flannel's options, in flannel's order.
 
 Owns the order of choice and what is said when nothing fits. Refuses to read the host itself
 (``net/underlay.py``) and to follow it as it changes: the daemon asks again. Asyncio, any loop.
 
 Differs from flannel in this: where an option settles one family's address only, the other one is
-the interface's best; a ``--public-ip`` that is not local (behind a NAT) leaves the choice to the
-default route; the overlay's own devices are never chosen; an IPv6 link-local address is never
-taken, since a peer cannot send to it.
+the interface's best; a ``--public-ip`` that is not local (a NAT is before us) leaves the choice to
+the default route; the overlay's own devices are never chosen, though a pattern may well match
+their addresses after a restart; an IPv6 link-local address is never taken, since a peer cannot
+send to it.
 """
 
 from __future__ import annotations
 
-import errno
 import ipaddress
+import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from ..errors import DeviceError, FieldError, UdptunError
+from ..errors import DeviceError, UdptunError
 from ..model import IPAddress
 from ..net.netlink import Netlink
 from ..net.underlay import Interface, default_routes, interfaces, route_to
+from .config import InterfaceOptions
+
+log = logging.getLogger(__name__)
 
 
 class NoInterface(UdptunError):
@@ -29,36 +32,12 @@ class NoInterface(UdptunError):
 
 
 @dataclass(frozen=True, slots=True)
-class InterfaceOptions:
-    """flannel's options of these names. A pattern that cannot be compiled is a FieldError.
-
-    iface        names or addresses, tried in order
-    iface_regex  patterns, tried in order, each on addresses first and then on names; unanchored
-    can_reach    the interface that the kernel would use towards this address
-    public_ip    published in place of the interface's own
-    """
-
-    iface: tuple[str, ...] = ()
-    iface_regex: tuple[str, ...] = ()
-    can_reach: IPAddress | None = None
-    public_ip: ipaddress.IPv4Address | None = None
-    public_ipv6: ipaddress.IPv6Address | None = None
-
-    def __post_init__(self) -> None:
-        for pattern in self.iface_regex:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise FieldError("iface-regex", pattern, f"a pattern ({error})") from None
-
-
-@dataclass(frozen=True, slots=True)
 class Underlay:
     """The interface that carries the overlay, and this node's addresses on it.
 
     mtu       of the interface, bytes
-    address   to bind to, address6 for IPv6; None for a family that is not wanted
-    public    to publish, public6 for IPv6; None for a family neither wanted nor given
+    address   to bind to, ``address6`` for IPv6; None for a family that is not wanted
+    public    to publish, ``public6`` for IPv6; None for a family neither wanted nor given
     """
 
     name: str
@@ -74,9 +53,140 @@ async def choose(
     netlink: Netlink, options: InterfaceOptions, want_v4: bool, want_v6: bool,
     own: Collection[str] = (),
 ) -> Underlay:
-    """The interface that carries the overlay.
+    """The interface that carries the overlay, with an address of each family that is wanted.
 
-    own  names of devices of the overlay itself, which are never chosen
-    NoInterface, DeviceError.
+    own  names of the overlay's own devices
+    NoInterface; DeviceError when the host cannot be read.
     """
-    raise NotImplementedError
+    there = tuple(one for one in await interfaces(netlink) if one.name not in own)
+    choice = _Choice(netlink, options, want_v4, want_v6, there)
+    interface, settled = await choice.make()
+    address = choice.address(interface, settled, 4) if want_v4 else None
+    address6 = choice.address(interface, settled, 6) if want_v6 else None
+    if interface.mtu == 0:
+        raise choice.nothing(f"{interface.name}: has no MTU")
+    if not interface.up:
+        log.warning("%s carries the overlay and is set down", interface.name)
+    assert not isinstance(address, ipaddress.IPv6Address)
+    assert not isinstance(address6, ipaddress.IPv4Address)
+    return Underlay(
+        interface.name, interface.index, interface.mtu, address, address6,
+        options.public_ip or address, options.public_ipv6 or address6,
+    )
+
+
+# What a way of choosing came to: an interface, and the addresses on it that it has settled.
+_Found = tuple[Interface, tuple[IPAddress, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """One choice under way."""
+
+    netlink: Netlink
+    options: InterfaceOptions
+    want_v4: bool
+    want_v6: bool
+    there: Sequence[Interface]
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        return (4,) * self.want_v4 + (6,) * self.want_v6
+
+    async def make(self) -> _Found:
+        options = self.options
+        if not (options.names or options.regexes or options.can_reach):
+            return self._by_public_ip() or await self._by_default_route()
+        tried: list[str] = []
+        for name in options.names:
+            if found := self._by_name(name):
+                return found
+            tried.append(f"--iface={name}")
+        for regex in options.regexes:
+            if found := self._by_regex(re.compile(regex)):
+                return found
+            tried.append(f"--iface-regex={regex}")
+        if options.can_reach is not None:
+            return await self._by_route(options.can_reach, tried)
+        raise self.nothing(f"{', '.join(tried)}: none matches")
+
+    def address(
+        self, interface: Interface, settled: Iterable[IPAddress], version: int
+    ) -> IPAddress:
+        """The settled address of the family, else the interface's best."""
+        for address in (*settled, *_usable(interface)):
+            if address.version == version:
+                return address
+        only = ", only a link-local one" if any(
+            address.version == version for address in interface.addresses) else ""
+        raise self.nothing(f"{interface.name}: has no IPv{version} address that can be used{only}")
+
+    def nothing(self, why: str) -> NoInterface:
+        there = ", ".join(
+            f"{one.name} ({', '.join(map(str, one.addresses)) or 'no address'})"
+            for one in self.there
+        )
+        return NoInterface(f"no interface for the overlay: {why}; there are {there or 'none'}")
+
+    # -- the ways of choosing ---------------------------------------------------------------------
+
+    def _by_name(self, name: str) -> _Found | None:
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return next(((one, ()) for one in self.there if one.name == name), None)
+        return self._by_address(address)
+
+    def _by_address(self, address: IPAddress) -> _Found | None:
+        return next(((one, (address,)) for one in self.there if address in one.addresses), None)
+
+    def _by_regex(self, regex: re.Pattern[str]) -> _Found | None:
+        """By addresses, of each family that is wanted; if no interface has such, by name."""
+        for one in self.there:
+            matches = [address for address in _usable(one) if regex.search(str(address))]
+            if {address.version for address in matches} >= set(self.versions):
+                return one, tuple(matches)
+        return next(((one, ()) for one in self.there if regex.search(one.name)), None)
+
+    async def _by_route(self, address: IPAddress, tried: Sequence[str]) -> _Found:
+        looked_for = ", ".join((*tried, f"--iface-can-reach={address}"))
+        if found := self._by_address(address):  # the route to an own address is through lo
+            return found
+        try:
+            route = await route_to(self.netlink, address)
+        except DeviceError as error:
+            raise self.nothing(f"{looked_for}: {error}") from None
+        settled = () if route.source is None else (route.source,)
+        for one in self.there:
+            if one.index == route.index:
+                return one, settled
+        raise self.nothing(f"{looked_for}: none matches, the route there is the overlay's own")
+
+    def _by_public_ip(self) -> _Found | None:
+        public = self.options.public_ip if self.want_v4 else self.options.public_ipv6
+        return None if public is None else self._by_address(public)
+
+    async def _by_default_route(self) -> _Found:
+        by_index = {one.index: one for one in self.there}
+        chosen: list[Interface] = []
+        for version in self.versions:
+            ways = await default_routes(self.netlink, version)
+            found = next((by_index[index] for index in ways if index in by_index), None)
+            if found is None:
+                raise self.nothing(
+                    f"there is no IPv{version} default route, and none of --iface, --iface-regex,"
+                    " --iface-can-reach and a local --public-ip says which to use")
+            chosen.append(found)
+        if chosen[0] != chosen[-1]:
+            raise self.nothing(
+                f"the IPv4 default route goes through {chosen[0].name}, the IPv6 one through"
+                f" {chosen[-1].name}: --iface must say which to use")
+        return chosen[0], ()
+
+
+def _usable(interface: Interface) -> tuple[IPAddress, ...]:
+    """Addresses at which another host can reach us."""
+    return tuple(
+        address for address in interface.addresses
+        if not address.is_loopback and not (address.version == 6 and address.is_link_local)
+    )

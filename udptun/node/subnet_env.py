@@ -87,15 +87,16 @@ class SubnetEnv:
                 return False
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        fresh = Path(name)
         try:
-            with open(handle, "w") as file:
+            with os.fdopen(handle, "w") as file:
                 file.write(text)
                 file.flush()
                 os.fchmod(handle, MODE)  # mkstemp's 0600, whatever the umask
                 os.fsync(handle)
-            os.replace(name, path)
+            fresh.replace(path)
         except BaseException:
-            os.unlink(name)
+            fresh.unlink()
             raise
         return True
 
@@ -110,12 +111,13 @@ def former_subnets(path: Path) -> Subnets:
         return Subnets()
     v4, v6 = None, None
     try:
-        v4 = _network4("FLANNEL_SUBNET", values, str(path)) if "FLANNEL_SUBNET" in values else None
+        if "FLANNEL_SUBNET" in values:
+            v4 = _network4("FLANNEL_SUBNET", values, str(path))
     except FieldError as error:
         log.warning("the former subnet is not known: %s", error)
     try:
-        v6 = _network6("FLANNEL_IPV6_SUBNET", values, str(path)) \
-            if "FLANNEL_IPV6_SUBNET" in values else None
+        if "FLANNEL_IPV6_SUBNET" in values:
+            v6 = _network6("FLANNEL_IPV6_SUBNET", values, str(path))
     except FieldError as error:
         log.warning("the former IPv6 subnet is not known: %s", error)
     return Subnets(v4, v6)

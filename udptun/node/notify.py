@@ -1,0 +1,94 @@
+"""Tell systemd how we are: sd_notify(3), without its library.
+
+Owns the socket that NOTIFY_SOCKET names and the watchdog's interval. Refuses to know what ready
+means. Without systemd every call does nothing; none raises. Any thread; a send takes microseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Self
+
+from ..model import parse_number
+
+log = logging.getLogger(__name__)
+
+SEND_TIMEOUT_S = 1.0  # systemd reads at once; should it hang, the overlay must not
+_MAX_USEC = 999_999_999
+
+
+class Notifier:
+    """Speaks to the service manager at ``address``; to nobody where that is "".
+
+    watchdog_s  the manager ends a service it has not heard of for so long; None: never
+    """
+
+    def __init__(self, address: str = "", watchdog_s: float | None = None) -> None:
+        self.watchdog_s = watchdog_s if address else None
+        self._address = address
+        self._failed = False
+
+    @classmethod
+    def from_environment(cls, environ: MutableMapping[str, str] = os.environ) -> Self:
+        """What systemd told this process. The variables are taken out: a child that inherited them
+        would speak in our name."""
+        address = environ.pop("NOTIFY_SOCKET", "")
+        usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        watchdog_s = None
+        if usec and pid in ("", str(os.getpid())):
+            try:
+                watchdog_s = parse_number("WATCHDOG_USEC", usec, 1, _MAX_USEC) / 1e6
+            except ValueError as error:
+                log.warning("%s: the watchdog will not be fed", error)
+        return cls(address, watchdog_s)
+
+    def ready(self, status: str = "") -> None:
+        """The node is a member: after the start, and again after a reload."""
+        self._send("READY=1", *_status(status))
+
+    def reloading(self) -> None:
+        """A reload begins; ``ready`` ends it. The time is what Type=notify-reload asks for."""
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send("RELOADING=1", f"MONOTONIC_USEC={now_us}")
+
+    def stopping(self, status: str = "") -> None:
+        self._send("STOPPING=1", *_status(status))
+
+    def status(self, text: str) -> None:
+        """One line for ``systemctl status``."""
+        self._send(*_status(text))
+
+    def watchdog(self) -> None:
+        self._send("WATCHDOG=1")
+
+    async def feed(self, alive: Callable[[], bool]) -> None:
+        """Feed the watchdog twice in its interval, as long as ``alive`` says so, until cancelled.
+        Without a watchdog: return at once."""
+        while self.watchdog_s is not None:
+            if alive():
+                self.watchdog()
+            await asyncio.sleep(self.watchdog_s / 2)
+
+    def _send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        # "@" stands for the zero byte that begins an abstract address.
+        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(SEND_TIMEOUT_S)
+                sock.sendto("\n".join(lines).encode(), address)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.warning("systemd does not take notifications at %s: %s", self._address, error)
+            self._failed = True
+
+
+def _status(text: str) -> tuple[str, ...]:
+    return (f"STATUS={' '.join(text.split())}",) if text else ()
