@@ -1,0 +1,380 @@
+"""``udptun ext`` as flanneld runs it: split on blanks, variables expanded, exec; or by a shell.
+
+The configuration is the one that docs/flannel.md shows. Forwarders are real, between namespaces.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from udptun.cli import cli
+from udptun.control.client import ControlClient
+from udptun.errors import FieldError, NoForwarder
+from udptun.lab import Host, Lab, missing_tools, ping, wait_for
+from udptun.model import Route
+from udptun.node.extension import advertisement, peer_route
+from udptun.node.launch import ForwarderSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK = "10.244.0.0/16"
+COMMANDS = ("PreStartupCommand", "PostStartupCommand", "SubnetAddCommand", "SubnetRemoveCommand")
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or bool(missing_tools()), reason="network namespaces: root and their tools"
+)
+
+
+def documented_backend() -> dict[str, str]:
+    """The Backend of the configuration in docs/flannel.md."""
+    page = (ROOT / "docs" / "flannel.md").read_text()
+    blocks = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (backend,) = [
+        config["Backend"] for block in blocks
+        if (config := json.loads(block)).get("Backend", {}).get("Type") == "extension"
+    ]
+    return backend
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A PATH with ``udptun`` on it, as flanneld has."""
+    program = tmp_path / "bin" / "udptun"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m udptun "$@"\n')
+    program.chmod(0o755)
+    return f"{program.parent}:{os.environ['PATH']}"
+
+
+class Flanneld:
+    """What flanneld's extension backend does on one node, and nothing else of it.
+
+    ``by_shell``: as before flannel 0.28.2.
+    """
+
+    def __init__(self, folder: Path, path: str, host: Host | None = None, by_shell: bool = False):
+        folder.mkdir()
+        self.backend = documented_backend()
+        self.control = folder / "run" / "udptun.sock"
+        self.state = folder / "state"
+        self.host, self._by_shell = host, by_shell
+        self.env = {
+            **os.environ, "PATH": path, "UDPTUN_SOCKET": str(self.control),
+            "UDPTUN_EXT_STATE_DIR": str(self.state),
+        }
+        self.env.pop("INVOCATION_ID", None)
+
+    def _argv(self, command: str, env: dict[str, str]) -> list[str]:
+        if self._by_shell:
+            return ["sh", "-c", command]
+        return [re.sub(r"\$\{?(\w+)\}?", lambda name: env.get(name[1], ""), word)
+                for word in command.split()]
+
+    def run(self, name: str, stdin: str = "", **variables: str) -> tuple[int, str]:
+        """The exit code and what flanneld keeps of the output: both streams, trimmed."""
+        env = self.env | variables
+        argv = self._argv(self.backend[name], env)
+        if self.host is not None:
+            argv = ["ip", "netns", "exec", self.host.namespace, *argv]
+        # Like Go's CombinedOutput it ends only when nobody holds the pipe any more.
+        done = subprocess.run(
+            argv, env=env, input=stdin + "\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, check=False, timeout=60, start_new_session=True,
+        )
+        return done.returncode, done.stdout.strip()
+
+    def pre(self) -> str:
+        code, said = self.run("PreStartupCommand")
+        assert code == 0, said
+        return json.loads(json.dumps(said))  # as BackendData, and back at the peer
+
+    def post(self, subnet: str, public_ip: object, **more: str) -> tuple[int, str]:
+        return self.run(
+            "PostStartupCommand",
+            **{"NETWORK": NETWORK, "SUBNET": subnet, "IPV6SUBNET": "::/0",
+               "PUBLIC_IP": str(public_ip), "PUBLIC_IPV6": "<nil>"} | more,
+        )
+
+    def add(self, subnet: str, public_ip: object, advertised: str) -> tuple[int, str]:
+        return self.run("SubnetAddCommand", advertised, SUBNET=subnet, PUBLIC_IP=str(public_ip))
+
+    def remove(self, subnet: str, public_ip: object, advertised: str) -> tuple[int, str]:
+        return self.run("SubnetRemoveCommand", advertised, SUBNET=subnet, PUBLIC_IP=str(public_ip))
+
+    def status(self) -> dict[str, Any]:
+        with ControlClient(str(self.control)) as client:
+            return client.status()
+
+    def routes(self) -> list[Route]:
+        with ControlClient(str(self.control)) as client:
+            return [Route.from_json(route) for route in client.routes()["routes"]]
+
+
+QUIET = (0, "")
+SUBNETS = ("10.244.1.0/24", "10.244.2.0/24")
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def pair(lab: Lab, path: str) -> tuple[Flanneld, Flanneld]:
+    """Two hosts, nothing started."""
+    a, b = lab.host("a"), lab.host("b")
+    lab.link(a, b)
+    return Flanneld(lab.folder / "a", path, a), Flanneld(lab.folder / "b", path, b)
+
+
+def bring_up(pair: tuple[Flanneld, Flanneld]) -> None:
+    hosts = [node.host for node in pair]
+    said = [node.pre() for node in pair]
+    for node, host, subnet in zip(pair, hosts, SUBNETS, strict=True):
+        assert node.post(subnet, host.v4) == QUIET
+    assert pair[0].add(SUBNETS[1], hosts[1].v4, said[1]) == QUIET
+    assert pair[1].add(SUBNETS[0], hosts[0].v4, said[0]) == QUIET
+
+
+# The whole way, with real forwarders
+
+
+@needs_root
+@pytest.mark.netns
+@pytest.mark.parametrize("by_shell", [False, True])
+def test_two_flannelds_make_an_overlay(lab: Lab, path: str, by_shell: bool) -> None:
+    a, b = lab.host("a"), lab.host("b")
+    lab.link(a, b)
+    nodes = tuple(Flanneld(lab.folder / h.name, path, h, by_shell) for h in (a, b))
+    bring_up(nodes)
+    pods = a.pod(SUBNETS[0]), b.pod(SUBNETS[1])
+    assert ping(a, "10.244.2.0").received == 3
+    assert ping(pods[0], "10.244.2.2").received == 3
+    advertised = nodes[1].pre()
+    # On each renewal of the lease flanneld says all of it again: nothing changes.
+    before = nodes[0].status()
+    assert nodes[0].add(SUBNETS[1], b.v4, advertised) == QUIET
+    assert nodes[0].post(SUBNETS[0], a.v4) == QUIET
+    after = nodes[0].status()
+    assert (after["pid"], after["generation"]) == (before["pid"], before["generation"])
+    # The peer leaves.
+    assert nodes[0].remove(SUBNETS[1], b.v4, advertised) == QUIET
+    assert nodes[0].routes() == []
+    assert ping(a, "10.244.2.0", count=1, wait=0.3).received == 0
+    assert nodes[0].remove(SUBNETS[1], b.v4, advertised) == QUIET  # once more is no error
+
+
+@needs_root
+@pytest.mark.netns
+def test_the_forwarder_outlives_flanneld_and_is_found_again(pair) -> None:
+    bring_up(pair)
+    node = pair[0]
+    pid = node.status()["pid"]
+    assert os.getsid(pid) == pid
+    assert os.getpgid(pid) == pid
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        assert descriptor.name not in ("0", "1", "2") or "pipe" not in str(descriptor.readlink())
+    # flanneld starts anew: the same commands again, and the TUN is not touched.
+    assert node.post(SUBNETS[0], node.host.v4) == QUIET
+    assert node.status()["pid"] == pid
+    assert ping(node.host, "10.244.2.0").received == 3
+
+
+@needs_root
+@pytest.mark.netns
+def test_another_lease_replaces_the_forwarder(pair) -> None:
+    bring_up(pair)
+    node, host = pair[0], pair[0].host
+    pid = node.status()["pid"]
+    # The new subnet is one that a peer had: what was kept of it must not shadow our own.
+    node.add("10.244.9.0/24", "192.0.2.9", "")
+    code, said = node.post("10.244.9.0/24", host.v4)
+    assert code == 0
+    assert "10.244.1.0 instead of 10.244.9.0" in said
+    status = node.status()
+    assert status["pid"] != pid
+    assert status["device"]["addresses"] == ["10.244.9.0"]
+    assert [str(route.dst) for route in node.routes()] == [SUBNETS[1]]
+
+
+@needs_root
+@pytest.mark.netns
+def test_a_dead_forwarder_is_brought_back_by_the_next_command(pair) -> None:
+    """With the routes it had: flanneld says them only once a day."""
+    bring_up(pair)
+    node, host = pair[0], pair[0].host
+    wait_for(lambda: "10.244.2.0" in (node.state / "routes").read_text(), "the state file")
+    os.kill(node.status()["pid"], signal.SIGKILL)
+    wait_for(lambda: "udptun0" not in host.run(["ip", "link"]).stdout, "the TUN to go")
+    assert node.add("10.244.3.0/24", "192.0.2.3", "") == QUIET
+    assert [str(route.dst) for route in node.routes()] == [SUBNETS[1], "10.244.3.0/24"]
+    assert ping(host, "10.244.2.0").received == 3
+
+
+@needs_root
+@pytest.mark.netns
+def test_somebody_elses_forwarder_is_waited_for(pair) -> None:
+    """A unit or container of its own, started before there is a lease."""
+    node, host = pair[0], pair[0].host
+    node.env["UDPTUN_EXT_FORWARDER"] = "external"
+    process = host.start(
+        [sys.executable, "-m", "udptun", "forward", "--wait-for",
+         str(node.control.with_name("forward.json"))]
+    )
+    assert node.post(SUBNETS[0], host.v4) == QUIET
+    assert node.status()["pid"] == process.pid
+
+
+@needs_root
+@pytest.mark.netns
+def test_a_forwarder_that_cannot_start_says_why(pair) -> None:
+    """PUBLIC_IP is a NAT's, not ours. flanneld ends on this, and shows the line."""
+    node = pair[0]
+    code, said = node.post(SUBNETS[0], "192.0.2.77")
+    assert code == 1
+    assert said.startswith("udptun: error: the forwarder ended as soon as it was started:")
+    assert "192.0.2.77" in said
+    node.env["UDPTUN_EXT_LISTEN"] = str(node.host.v4)
+    assert node.post(SUBNETS[0], "192.0.2.77") == QUIET
+
+
+@needs_root
+@pytest.mark.netns
+def test_the_options_of_one_node_come_from_its_environment(pair) -> None:
+    node, host = pair[0], pair[0].host
+    node.env |= {"UDPTUN_EXT_PORT": "8286", "UDPTUN_EXT_MTU": "1400"}
+    assert json.loads(node.pre()) == {"udptun": {"port": 8286, "mtu": 1400}}
+    assert node.post(SUBNETS[0], host.v4) == QUIET
+    device = node.status()["device"]
+    assert (device["listen"], device["mtu"]) == ([f"{host.v4}:8286"], 1400)
+
+
+@needs_root
+@pytest.mark.netns
+def test_ipv6_is_said_not_to_be_carried(pair) -> None:
+    code, said = pair[0].post(SUBNETS[0], pair[0].host.v4, IPV6SUBNET="fd00:0:0:1::/64")
+    assert code == 0
+    assert "only IPv4" in said
+
+
+# Without a forwarder
+
+
+def test_the_documented_commands_need_no_shell() -> None:
+    """Also not by accident: a word with a quote or a blank works by sh only."""
+    backend = documented_backend()
+    assert set(backend) == {"Type", *COMMANDS}
+    for name in COMMANDS:
+        program, group, command = backend[name].split()
+        assert (program, group) == ("udptun", "ext")
+        found = cli.get_command(click.Context(cli), "ext")
+        assert isinstance(found, click.Group)
+        assert command in found.commands
+
+
+def test_only_the_advertisement_is_printed(tmp_path: Path, path: str) -> None:
+    flanneld = Flanneld(tmp_path / "node", path)
+    assert json.loads(flanneld.pre()) == {"udptun": {"port": 8285}}
+    assert len(flanneld.pre().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("advertised", "port", "mtu"),
+    [
+        ("\n", 8285, None),
+        (advertisement(8286, 1400) + "\n", 8286, 1400),
+        ('{"udptun":{"port":8287}}\n', 8287, None),
+        ("what another program printed\n", 8285, None),
+        ('{"udptun":{"port":"no"}}\n', 8285, None),
+        ("[]\n", 8285, None),
+    ],
+)
+def test_what_a_peer_advertises(advertised: str, port: int, mtu: int | None) -> None:
+    env = {"SUBNET": "10.244.2.0/24", "PUBLIC_IP": "192.0.2.2"}
+    assert peer_route(env, advertised) == Route.make("10.244.2.0/24", "192.0.2.2", port, mtu)
+
+
+@pytest.mark.parametrize(
+    ("env", "field"),
+    [
+        ({"PUBLIC_IP": "192.0.2.2"}, "SUBNET"),
+        ({"SUBNET": "10.244.2.0/24"}, "PUBLIC_IP"),
+        ({"SUBNET": "10.244.2.1/24", "PUBLIC_IP": "192.0.2.2"}, "SUBNET"),
+        ({"SUBNET": "10.244.2.0/24", "PUBLIC_IP": "<nil>"}, "PUBLIC_IP"),
+    ],
+)
+def test_what_flanneld_must_say(env: dict[str, str], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        peer_route(env, "")
+    assert caught.value.field == field
+
+
+def test_what_is_missing_is_named_and_exits_2(tmp_path: Path, path: str) -> None:
+    flanneld = Flanneld(tmp_path / "node", path)
+    code, said = flanneld.run("SubnetAddCommand", PUBLIC_IP="192.0.2.2", SUBNET="10.244.2/24")
+    assert code == 2
+    assert "SUBNET: '10.244.2/24' is not valid" in said
+
+
+def test_a_route_before_the_first_start_is_refused(tmp_path: Path, path: str) -> None:
+    flanneld = Flanneld(tmp_path / "node", path)
+    code, said = flanneld.add("10.244.2.0/24", "192.0.2.2", "")
+    assert code == 1
+    assert "`udptun ext up` comes first" in said
+    with pytest.raises(NoForwarder):
+        flanneld.status()
+
+
+SPEC = ForwarderSpec(
+    control="/run/udptun/udptun.sock", listen=("192.0.2.1:8285",), addresses=("10.244.1.0",),
+    networks=("10.244.0.0/16",), tun="udptun0", state="/var/lib/udptun/routes",
+)
+DEVICE = {
+    "name": "udptun0", "addresses": ["10.244.1.0"], "networks": ["10.244.0.0/16"],
+    "listen": ["192.0.2.1:8285"], "mtu": 1472,
+}
+
+
+def test_what_a_forwarder_shall_be_survives_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "made" / "forward.json"
+    for spec in (SPEC, dataclasses.replace(SPEC, mtu=1400)):
+        spec.write(file)
+        assert ForwarderSpec.read(file) == spec
+    assert [entry.name for entry in file.parent.iterdir()] == ["forward.json"]
+    file.write_text('{"tun": "udptun0"}')
+    with pytest.raises(FieldError, match="the options of a forwarder"):
+        ForwarderSpec.read(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, ""),
+        ({"name": "tun0"}, "its device: tun0 instead of udptun0"),
+        ({"addresses": []}, "its addresses:"),
+        ({"networks": ["10.245.0.0/16"]}, "its networks: 10.245.0.0/16 instead"),
+        ({"listen": ["192.0.2.2:8285"]}, "it listens on: 192.0.2.2:8285 instead"),
+        ({"mtu": 1400}, ""),
+    ],
+)
+def test_which_running_forwarder_fits(change: dict[str, Any], why: str) -> None:
+    found = SPEC.misfit({"device": DEVICE | change})
+    assert found.startswith(why)
+    assert bool(found) is bool(why)
+
+
+def test_a_forwarder_with_another_mtu_fits_unless_one_was_asked_for() -> None:
+    asked = dataclasses.replace(SPEC, mtu=1400)
+    assert asked.misfit({"device": DEVICE}) == "its MTU: 1472 instead of 1400"
+    assert asked.misfit({"device": DEVICE | {"mtu": 1400}}) == ""
