@@ -1,0 +1,267 @@
+"""The network's configuration, flannel's net-conf.json: read as flannel reads it, checked once.
+
+Owns: the names, the defaults and the rules of flannel's ``subnet.Config``, and the options of its
+udp and vxlan backends. Refuses to know where the text comes from, and which backend a node takes
+in the end. What flannel accepts is accepted: names in any case, unknown fields, host bits in a
+network. Pure functions of their arguments: from any thread.
+
+source  flannel's pkg/subnet/config.go and its Documentation/configuration.md
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..errors import FieldError
+from ..model import DEFAULT_PORT, MAX_MTU, MIN_MTU, IPAddress, IPNetwork, parse_number
+
+MAX_VNI = (1 << 24) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class NetConfig:
+    """One overlay network. A family that is off has None for its network.
+
+    subnet_len    prefix length of a node's subnet; 0 where subnets are not ours to choose
+    subnet_min    base of the first subnet that may be given to a node, and subnet_max of the last
+    nftables      flannel's EnableNFTables; our rules are nftables' in either case
+    backend_type  in lower case; "udp" without a Backend, as flannel, and "" for one without a
+                  Type. Any word passes: the command line may overrule it
+    backend       all that stands in Backend, names in lower case
+    text          what was parsed, as it was
+    """
+
+    text: str
+    network: ipaddress.IPv4Network | None
+    network6: ipaddress.IPv6Network | None
+    subnet_len: int
+    subnet_min: ipaddress.IPv4Address | None
+    subnet_max: ipaddress.IPv4Address | None
+    subnet6_len: int
+    subnet6_min: ipaddress.IPv6Address | None
+    subnet6_max: ipaddress.IPv6Address | None
+    nftables: bool
+    backend_type: str
+    backend: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str, *, check_subnets: bool = True, where: str = "") -> NetConfig:
+        """FieldError says which field is wrong.
+
+        check_subnets  False where the store gives each node its subnet: as in flannel, SubnetLen,
+                       SubnetMin and SubnetMax are then ignored, right or wrong
+        where          names the text for a person, for the error
+        """
+        fields = _decode(text, where)
+        v4 = v6 = _OFF
+        if _flag(fields, "EnableIPv4", where, default=True):
+            v4 = _family(fields, _V4, check_subnets, where)
+        if _flag(fields, "EnableIPv6", where):
+            v6 = _family(fields, _V6, check_subnets, where)
+        if v4.network is None and v6.network is None:
+            raise FieldError("EnableIPv4", False, "at least one family to be enabled", where)
+        backend_type, backend = _backend(fields, where)
+        config = cls(
+            text, v4.network, v6.network, v4.length, v4.first, v4.last, v6.length, v6.first,
+            v6.last, _flag(fields, "EnableNFTables", where), backend_type, backend,
+        )
+        if backend_type in ("auto", "udp", "vxlan"):
+            config._check_options(where)
+        return config
+
+    @property
+    def networks(self) -> tuple[IPNetwork, ...]:
+        """Those that are enabled, IPv4 first."""
+        return tuple(net for net in (self.network, self.network6) if net is not None)
+
+    # Port is the named backend's. A node that takes another one beside it or in its place, by
+    # --backend, uses that one's default, and so do its peers. With "auto" it is the UDP data
+    # path's: that is the one which every node has.
+
+    @property
+    def udp_port(self) -> int:
+        """Where nodes listen that say nothing else."""
+        if self.backend_type in ("auto", "udp"):
+            return self._number("Port", DEFAULT_PORT, 1, 65535)
+        return DEFAULT_PORT
+
+    @property
+    def vxlan_port(self) -> int:
+        """0: the kernel's own, 8472."""
+        return self._number("Port", 0, 0, 65535) if self.backend_type == "vxlan" else 0
+
+    @property
+    def vni(self) -> int:
+        return self._number("VNI", 1, 0, MAX_VNI)
+
+    @property
+    def mtu(self) -> int | None:
+        """To be taken for the underlay's, in bytes; None: the interface's own."""
+        return self._number("MTU", 0, MIN_MTU, MAX_MTU) or None
+
+    @property
+    def direct_routing(self) -> bool:
+        return _flag(self.backend, "DirectRouting", within="Backend.")
+
+    @property
+    def learning(self) -> bool:
+        return _flag(self.backend, "Learning", within="Backend.")
+
+    @property
+    def gbp(self) -> bool:
+        return _flag(self.backend, "GBP", within="Backend.")
+
+    def _number(self, name: str, default: int, low: int, high: int, where: str = "") -> int:
+        return _number(self.backend, name, default, low, high, where, "Backend.")
+
+    def _check_options(self, where: str) -> None:
+        """At once, so that a wrong one is not found where a node first needs it."""
+        self._number("Port", 0, 0, 65535, where)
+        self._number("VNI", 1, 0, MAX_VNI, where)
+        self._number("MTU", 0, MIN_MTU, MAX_MTU, where)
+        for name in ("DirectRouting", "Learning", "GBP"):
+            _flag(self.backend, name, where, within="Backend.")
+
+
+class _Names(NamedTuple):
+    """One family's fields, and flannel's numbers for it."""
+
+    version: int
+    network: str
+    length: str
+    first: str
+    last: str
+    usual_len: int  # of a node's subnet, where the network is large enough for four of them
+    max_len: int  # room for a tunnel device and a bridge on each node
+    max_network_len: int
+
+
+_V4 = _Names(4, "Network", "SubnetLen", "SubnetMin", "SubnetMax", 24, 30, 28)
+_V6 = _Names(6, "IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax", 64, 126, 124)
+
+
+class _Family(NamedTuple):
+    network: Any = None  # a network and addresses of one family: the caller knows which
+    length: int = 0
+    first: Any = None
+    last: Any = None
+
+
+_OFF = _Family()
+
+
+def _family(fields: Mapping[str, Any], names: _Names, check_subnets: bool, where: str) -> _Family:
+    network = _network(fields, names, where)
+    if not check_subnets:
+        return _Family(network)
+    if network.prefixlen > names.max_network_len:
+        raise FieldError(names.network, str(network),
+                         f"a /{names.max_network_len} or larger", where)
+    shortest = network.prefixlen + 2  # four subnets at least
+    length = _number(fields, names.length, max(names.usual_len, shortest), shortest,
+                     names.max_len, where)
+    size = 1 << (network.max_prefixlen - length)
+    # The first subnet is left out: its base is the network's own address.
+    lowest = int(network.network_address)
+    first = _base(fields, names.first, network, lowest + size, size, where)
+    highest = int(network.broadcast_address) + 1 - size
+    last = _base(fields, names.last, network, highest, size, where)
+    if first > last:
+        raise FieldError(names.last, str(last), f"an address from {names.first} on", where)
+    return _Family(network, length, first, last)
+
+
+def _network(fields: Mapping[str, Any], names: _Names, where: str) -> IPNetwork:
+    value = fields.get(names.network.lower())
+    try:
+        address, _, length = value.partition("/")  # type: ignore[union-attr]
+        if not (length.isascii() and length.isdigit()) or "%" in address:
+            raise ValueError  # a netmask, or nothing: Go takes neither
+        network = ipaddress.ip_network(value, strict=False)  # type: ignore[arg-type]
+        if network.version != names.version:
+            raise ValueError
+    except (ValueError, AttributeError):
+        example = "10.244.0.0/16" if names.version == 4 else "fd00:10:244::/56"
+        raise FieldError(names.network, value, f"an IPv{names.version} network such as {example}",
+                         where) from None
+    return network
+
+
+def _base(fields: Mapping[str, Any], name: str, network: IPNetwork, default: int, size: int,
+          where: str) -> IPAddress:
+    """An address where a subnet begins; absent, or all zeros, for the default."""
+    family = type(network.network_address)
+    value = fields.get(name.lower())
+    try:
+        if value is not None and (not isinstance(value, str) or "%" in value):
+            raise ValueError
+        address = family(value) if value else family(0)
+    except ValueError:
+        raise FieldError(name, value, f"an IPv{network.version} address", where) from None
+    address = address if int(address) else family(default)
+    if address not in network:
+        raise FieldError(name, value, f"an address within {network}", where)
+    if int(address) % size:
+        length = network.max_prefixlen - size.bit_length() + 1
+        raise FieldError(name, value, f"an address where a /{length} begins", where)
+    return address
+
+
+def _backend(fields: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
+    if "backend" not in fields:
+        return "udp", {}
+    backend = fields["backend"] if fields["backend"] is not None else {}
+    if not isinstance(backend, dict):
+        raise FieldError("Backend", backend, "an object", where)
+    kind = backend.get("type")
+    if kind is not None and not isinstance(kind, str):
+        raise FieldError("Backend.Type", kind, "a word such as udp or vxlan", where)
+    return (kind or "").lower(), backend
+
+
+def _decode(text: str, where: str) -> Mapping[str, Any]:
+    """Fields by name in lower case, which is how Go compares them; of two, the last counts."""
+    try:
+        value = json.loads(text, object_pairs_hook=_lower, parse_constant=_refuse)
+    except json.JSONDecodeError as exc:
+        line = text.split("\n")[exc.lineno - 1].strip()
+        place = ", ".join(filter(None, (where, f"line {exc.lineno}")))
+        raise FieldError("the configuration", line, f"JSON ({exc.msg})", place) from None
+    except (ValueError, RecursionError) as exc:
+        raise FieldError("the configuration", text[:40], f"JSON ({exc})", where) from None
+    if not isinstance(value, dict):
+        raise FieldError("the configuration", value, "an object with Network in it", where)
+    return value
+
+
+def _lower(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name.lower(): value for name, value in pairs}
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def _flag(fields: Mapping[str, Any], name: str, where: str = "", *, default: bool = False,
+          within: str = "") -> bool:
+    value = fields.get(name.lower())
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise FieldError(within + name, value, "true or false", where)
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str, default: int, low: int, high: int, where: str,
+            within: str = "") -> int:
+    """Absent, null and 0 are the default: Go cannot tell them apart."""
+    value = fields.get(name.lower())
+    if value is None or (value == 0 and not isinstance(value, bool)):
+        return default
+    if isinstance(value, str):  # which JSON has for numbers only by mistake
+        raise FieldError(within + name, value, f"a whole number from {low} to {high}", where)
+    return parse_number(within + name, value, low, high, where)
