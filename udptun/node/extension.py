@@ -37,11 +37,7 @@ def peer_route(env: Environment, advertised: str) -> Route:
     advertised  what the peer's own command printed; a peer that says nothing of use listens where
                 everybody does
     """
-    try:
-        data = json.loads(advertised)
-    except ValueError:
-        data = None
-    advert = read(Attributes(backend_data=data)) or Advert(DEFAULT_PORT, None)
+    advert = read(Attributes(backend_data=advertised)) or Advert(DEFAULT_PORT)
     via = parse_next_hop("PUBLIC_IP", _said(env, "PUBLIC_IP"))
     return Route(peer_subnet(env), via, advert.port, advert.mtu)
 

@@ -1,0 +1,281 @@
+"""A cluster on a lab's hosts: a real etcd, and per node a daemon, its forwarder and a pod.
+
+Owns: the command lines of etcd and ``udptun node``, where their files lie, and how one sees that
+they are up. Refuses to know: how they work inside; it uses the command line, ``/readyz``,
+``subnet.env`` and etcd's JSON gateway, as any operator can. Main thread, as the whole lab.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import ipaddress
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .hosts import Host, Lab, LabError, Process, wait_for
+from .tools import SEARCH_PATH
+
+PREFIX = "/coreos.com/network"
+NETWORK_CONFIG: Mapping[str, Any] = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
+ETCD_PORT = 2379
+HEALTH_PORT = 8080  # each node has its own namespace
+
+
+def etcd_obstacle() -> str | None:
+    """Why no etcd can be started here."""
+    found = shutil.which("etcd") or shutil.which("etcd", path=SEARCH_PATH)
+    return None if found else "etcd is not installed (apt-get install -y etcd-server)"
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP to an address as ``host`` sees it."""
+
+    def __init__(self, host: Host, address: object, port: int) -> None:
+        super().__init__(str(address), port, timeout=10)
+        self._from = host
+
+    def connect(self) -> None:
+        with self._from.inside():
+            super().connect()
+
+
+class Etcd:
+    """One etcd member on a host, with its data in the lab's folder."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.url = f"http://{host.v4}:{ETCD_PORT}"
+        self.process = self._start()
+
+    def _start(self) -> Process:
+        peers = f"http://{self.host.v4}:2380"
+        process = self.host.start([
+            "etcd", "--name", "lab", "--data-dir", str(self.host.lab.folder / "etcd"),
+            "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
+            "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers,
+            "--initial-cluster", f"lab={peers}", "--unsafe-no-fsync",
+        ])
+        wait_for(self._answers, f"etcd on {self.url}", 20)
+        return process
+
+    def _answers(self) -> bool:
+        try:
+            self._ask("/v3/maintenance/status", {})
+        except (OSError, http.client.HTTPException, LabError):
+            return False
+        return True
+
+    def stop(self) -> None:
+        """kill -9: nobody gets a goodbye."""
+        self.process.kill()
+
+    def start(self) -> None:
+        """Again, on the same data."""
+        self.process = self._start()
+
+    def put(self, key: str, value: str) -> None:
+        self._ask("/v3/kv/put", {"key": _encode(key), "value": _encode(value)})
+
+    def delete(self, key: str) -> None:
+        self._ask("/v3/kv/deleterange", {"key": _encode(key)})
+
+    def under(self, prefix: str) -> dict[str, str]:
+        """Keys and values."""
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        answer = self._ask(
+            "/v3/kv/range", {"key": _encode(prefix), "range_end": _encode(end)}
+        )
+        return {_decode(kv["key"]): _decode(kv.get("value", "")) for kv in answer.get("kvs", [])}
+
+    def leases(self) -> dict[str, Any]:
+        """What nodes have said of themselves, by subnet key."""
+        head = f"{PREFIX}/subnets/"
+        return {key.removeprefix(head): json.loads(value)
+                for key, value in self.under(head).items()}
+
+    def revoke(self, subnet: object) -> None:
+        """As when the lease of a node runs out."""
+        self.delete(f"{PREFIX}/subnets/{str(subnet).replace('/', '-')}")
+
+    def _ask(self, path: str, question: object) -> Any:
+        connection = _Connection(self.host, self.host.v4, ETCD_PORT)
+        try:
+            connection.request("POST", path, json.dumps(question))
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise LabError(f"etcd {path}: {response.status} {answer}")
+        return answer
+
+
+def _encode(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _decode(text: str) -> str:
+    return base64.b64decode(text).decode()
+
+
+@dataclass(eq=False)
+class Member:
+    """One node: ``udptun node`` on a host, started with what its cluster says and ``options``.
+
+    external  the forwarder is a process of its own that waits for the daemon's file, as a unit or
+              container; else the daemon starts it
+    """
+
+    host: Host
+    store: Sequence[str]
+    options: tuple[str, ...] = ()
+    external: bool = False
+    daemon: Process = field(init=False)
+    forwarder: Process | None = None
+    pod: Host = field(init=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.host.lab.folder / f"node-{self.host.name}"
+
+    @property
+    def control(self) -> Path:
+        return self.folder / "run" / "udptun.sock"
+
+    @property
+    def subnet_file(self) -> Path:
+        return self.folder / "subnet.env"
+
+    def argv(self, *more: str) -> list[str]:
+        return [
+            sys.executable, "-m", "udptun", "node", *self.store,
+            f"--iface={self.host.interfaces[0].name}", f"--subnet-file={self.subnet_file}",
+            f"--control={self.control}", f"--state-dir={self.folder / 'state'}",
+            f"--healthz-port={HEALTH_PORT}", "--healthz-ip=127.0.0.1",
+            f"--forwarder={'external' if self.external else 'spawn'}", *self.options, *more,
+        ]
+
+    def start(self, *more: str) -> None:
+        self.folder.mkdir(exist_ok=True)
+        if self.external and (self.forwarder is None or not self.forwarder.alive):
+            waiting = ["--wait-for", str(self.control.with_name("forward.json"))]
+            self.forwarder = self.host.start(
+                [sys.executable, "-m", "udptun", "forward", *waiting], name="forwarder"
+            )
+        self.daemon = self.host.start(self.argv(*more), name="node")
+
+    def ready(self) -> tuple[bool, str]:
+        """(ready, what it says of itself)."""
+        connection = _Connection(self.host, "127.0.0.1", HEALTH_PORT)
+        try:
+            connection.request("GET", "/readyz?verbose")
+            response = connection.getresponse()
+            return response.status == 200, response.read().decode()
+        except (OSError, http.client.HTTPException) as exc:
+            return False, str(exc)
+        finally:
+            connection.close()
+
+    def wait_ready(self, seconds: float = 30) -> None:
+        said = ""
+
+        def is_ready() -> bool:
+            nonlocal said
+            if not self.daemon.alive:
+                raise LabError(f"the node daemon ended:\n{self.daemon.text()}")
+            good, said = self.ready()
+            return good
+
+        try:
+            wait_for(is_ready, f"{self.host.name} to be ready", seconds)
+        except LabError as exc:
+            raise LabError(f"{exc}: {said}\n{self.daemon.text()}") from None
+
+    @property
+    def env(self) -> dict[str, str]:
+        """subnet.env."""
+        lines = self.subnet_file.read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+    @property
+    def subnet(self) -> ipaddress.IPv4Network:
+        return ipaddress.IPv4Interface(self.env["FLANNEL_SUBNET"]).network
+
+    @property
+    def pod_v4(self) -> ipaddress.IPv4Address:
+        return self.subnet[2]
+
+    def add_pod(self) -> Host:
+        """A pod with the node's MTU, in its subnet: when it is ready."""
+        self.pod = self.host.pod(str(self.subnet), mtu=int(self.env["FLANNEL_MTU"]))
+        return self.pod
+
+    def udptun(self, *argv: str) -> str:
+        """What a client command prints, e.g. ``udptun("route", "list")``."""
+        return self.host.run(
+            [sys.executable, "-m", "udptun", *argv], env={"UDPTUN_SOCKET": str(self.control)}
+        ).stdout
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(self.udptun("status", "-o", "json"))
+        return status
+
+    def routes(self) -> set[str]:
+        """``DST via IP`` of what the forwarder has."""
+        listed = json.loads(self.udptun("route", "list", "-o", "json"))["routes"]
+        return {f"{route['dst']} via {route['via']}" for route in listed}
+
+    def stop(self) -> int:
+        """SIGTERM to the daemon, which leaves the forwarder running: its exit code."""
+        self.daemon.signal(signal.SIGTERM)
+        return self.daemon.wait()
+
+    def clean_up(self) -> None:
+        """Stop the daemon and have it remove all that it made on the host."""
+        self.stop()
+        if self.forwarder is not None:
+            self.forwarder.stop()
+        self.host.run(self.argv("--cleanup"))
+
+
+class Cluster:
+    """Nodes on one segment, and an etcd on it, too. Nothing runs but etcd until it is started."""
+
+    def __init__(
+        self, lab: Lab, count: int, *, config: Mapping[str, Any] = NETWORK_CONFIG,
+        options: Sequence[str] = (), external: bool = False,
+    ) -> None:
+        self.lab = lab
+        hosts = [lab.host(f"n{number}") for number in range(1, count + 1)]
+        store = lab.host("etcd")
+        lab.segment(*hosts, store)
+        self.etcd = Etcd(store)
+        self.etcd.put(f"{PREFIX}/config", json.dumps(config))
+        flags = [f"--etcd-endpoints={self.etcd.url}"]
+        self.members = [Member(host, flags, tuple(options), external) for host in hosts]
+
+    def start(self, members: Iterable[Member] | None = None) -> None:
+        """Start nodes together; returns when all are ready, with a pod each."""
+        starting = list(self.members if members is None else members)
+        for member in starting:
+            member.start()
+        for member in starting:
+            member.wait_ready()
+            member.add_pod()
+
+
+def unreachable(members: Sequence[Member], wait: float = 1.0) -> list[str]:
+    """Pings from every pod to every other, all at once: those that no answer came back to."""
+    started = [
+        (f"{a.host.name} -> {b.host.name}",
+         a.pod.start(["ping", "-n", "-c1", f"-W{wait:g}", str(b.pod_v4)]))
+        for a in members for b in members if a is not b
+    ]
+    return [pair for pair, ping in started if ping.wait(wait + 20) != 0]
