@@ -12,6 +12,7 @@ from .options import DEFAULT_SOCKET
 
 COMMANDS = {
     "forward": (".forward:forward", "Run a forwarder on this host."),
+    "node": (".node:node", "Make this machine a node of an overlay, and keep it one."),
     "route": (".route:route", "List and change the routes of a running forwarder."),
     "status": (".show:status", "Show the device, its peers and the packet counts."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),

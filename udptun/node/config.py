@@ -18,6 +18,8 @@ from ..leases.etcd.config import EtcdConfig
 from ..leases.kube.config import KubeConfig
 from ..model import IPAddress
 
+__all__ = ["BACKENDS", "FORWARDERS", "EtcdConfig", "InterfaceOptions", "KubeConfig", "NodeConfig"]
+
 BACKENDS = ("auto", "udp", "vxlan")
 FORWARDERS = ("spawn", "external")
 SUBNET_FILE = Path("/run/flannel/subnet.env")

@@ -1,0 +1,124 @@
+"""Go's way of writing flags, on a click command: what starts a flanneld starts ``udptun node``.
+
+Owns the spelling: ``-x`` is ``--x``; ``--x=value`` or, but for booleans, ``--x value``; a boolean
+alone is true; a flag given twice counts as given last, but for those that collect. Environment:
+the first variable that is set and not empty. Refuses to know any flag. Differs from Go's package
+in one thing: what is not a flag is refused, where Go would ignore it and all that follows it.
+
+Source: Go's package flag, FlagSet.parseOne and Value of bool and int; flannel's main.go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # no generic before click 8.2
+
+TRUE = ("1", "t", "T", "TRUE", "true", "True")  # strconv.ParseBool
+FALSE = ("0", "f", "F", "FALSE", "false", "False")
+NUMBER = re.compile(r"[+-]?[0-9][0-9a-zA-Z_]*")
+
+
+class Bool(_ParamType):
+    name = "boolean"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> bool:
+        if isinstance(value, bool):
+            return value
+        if value not in TRUE + FALSE:
+            self.fail(f"{value!r} is not valid: expected true or false", param, ctx)
+        return value in TRUE
+
+
+class Int(_ParamType):
+    """``low`` and up. In any of Go's bases: 10, 0x0a, 0o12, 012, 1_000."""
+
+    name = "n"
+
+    def __init__(self, low: int | None = None) -> None:
+        self._low = low
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            number = value if isinstance(value, int) else int(_octal(value), 0)
+        except ValueError:
+            self.fail(f"{value!r} is not valid: expected a whole number", param, ctx)
+        if self._low is not None and number < self._low:
+            self.fail(f"{value!r} is not valid: expected at least {self._low}", param, ctx)
+        return number
+
+
+def _octal(text: str) -> str:
+    return re.sub(r"^([+-]?)0_?(?=[0-7])", r"\g<1>0o", text)
+
+
+class Collected(click.Option):
+    """A flag that may be repeated. Its variable holds one value, blanks and all, as in flannel."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"multiple": True}))
+
+    def value_from_envvar(self, ctx: click.Context) -> tuple[str, ...] | None:
+        value = self.resolve_envvar_value(ctx)
+        return None if value is None else (value,)
+
+
+class Level(click.Option):
+    """A number that is 1 where the flag stands alone: Go's would take the next word, whatever."""
+
+
+class GoCommand(click.Command):
+    """Understands Go's spelling of its options; the classes above say which may stand alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(self._spelled(ctx, args)))
+
+    def _spelled(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
+        """Each flag as click takes it without a doubt: one word, value and all."""
+        flags = {opt.lstrip("-"): param for param in self.get_params(ctx) for opt in param.opts}
+        words = deque(args)
+        while words:
+            word = words.popleft()
+            if word == "--" and not words:
+                return
+            if word in ("-", "--") or not word.startswith("-"):
+                raise click.UsageError(
+                    f"{word!r} is not a flag. Write the value of a flag as --flag=value.", ctx
+                )
+            name, equals, value = word[1:].removeprefix("-").partition("=")
+            flag = flags.get(name)
+            if flag is None:
+                near = [f"--{other}" for other in get_close_matches(name, flags)]
+                raise click.NoSuchOption(word.partition("=")[0], possibilities=near, ctx=ctx)
+            if isinstance(flag, click.Option) and flag.is_flag:  # click's own --help
+                yield f"--{name}"
+                continue
+            if not equals:
+                value = _value(flag, word, words, ctx)
+            yield f"{max(flag.opts, key=len)}={value}"
+
+
+def _value(
+    flag: click.Parameter, word: str, words: deque[str], ctx: click.Context
+) -> str:
+    """What a flag means that has no ``=``."""
+    if isinstance(flag.type, Bool):
+        return "true"
+    if isinstance(flag, Level) and not (words and NUMBER.fullmatch(words[0])):
+        return "1"
+    if not words:
+        raise click.BadOptionUsage(word, f"{word} needs a value.", ctx)
+    return words.popleft()

@@ -1,0 +1,281 @@
+"""``udptun node``: flanneld's command line and ours, made into what the daemon is told.
+
+Owns the flags, their variables and what contradicts what. Refuses to know what the daemon does
+with it: ``udptun.node`` is imported when the command line is right.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from .._version import __version__
+from ..errors import FieldError, UdptunError
+from ..model import IPAddress, parse_address
+from ..node.config import (
+    BACKENDS,
+    FORWARDERS,
+    EtcdConfig,
+    InterfaceOptions,
+    KubeConfig,
+    NodeConfig,
+)
+from . import logs
+from .forward import tun_name
+from .goflags import Bool, Collected, GoCommand, Int, Level
+from .lazy import Failure, failure_of
+from .options import Parsed
+
+log = logging.getLogger("udptun")
+
+# The defaults: what a flanneld without flags is told.
+STOCK = NodeConfig(etcd=EtcdConfig())
+ETCD = EtcdConfig()
+KUBE = KubeConfig(node_name="any")
+
+# Newer flags of flanneld, which its command lines may have, and why they do nothing here.
+WITHOUT_EFFECT = {
+    "ip_blackhole_route": "packets to unused addresses of our subnet are answered by the forwarder",
+    "ip_masq_fully_random_disable": "source ports are chosen by the kernel's default",
+    "vmodule": "-v is for all modules",
+    "log_backtrace_at": "-v=2 shows where errors come from",
+}
+
+
+def flag(*names: str, cls: type[click.Option] = click.Option, **settings: Any) -> Callable[
+    [Callable[..., Any]], Callable[..., Any]
+]:
+    """An option with its variables: ours goes before flannel's."""
+    variable = max(names, key=len).lstrip("-").replace("-", "_").upper()
+    settings.setdefault("envvar", [f"UDPTUN_NODE_{variable}", f"FLANNELD_{variable}"])
+    return click.option(*names, cls=cls, **settings)
+
+
+def boolean(name: str, default: bool, text: str, **settings: Any) -> Callable[
+    [Callable[..., Any]], Callable[..., Any]
+]:
+    return flag(name, type=Bool(), default=str(default).lower(), show_default=True,
+                metavar="[=true|false]", help=text, **settings)
+
+
+def _empty_is_none(parse: Callable[[str], object]) -> Callable[[str], object]:
+    return lambda text: parse(text) if text else None
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise FieldError("", text, "the path of a file or directory")
+    return Path(text)
+
+
+def _address(version: int | None = None) -> Callable[[str], IPAddress]:
+    def parse(text: str) -> IPAddress:
+        address = parse_address("", text)
+        if version not in (None, address.version):
+            raise FieldError("", text, f"an IPv{version} address")
+        return address
+
+    return parse
+
+
+PATH = Parsed("file", _file)
+OPTIONAL_PATH = Parsed("file", _empty_is_none(Path))
+ADDRESS = Parsed("address", _empty_is_none(_address()))
+IPV4 = Parsed("address", _empty_is_none(_address(4)))
+IPV6 = Parsed("address", _empty_is_none(_address(6)))
+
+
+def default_state_dir() -> str:
+    """Where a service manager gave us a directory to keep state in, else the usual place."""
+    return os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or str(STOCK.state_dir)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(f"udptun {__version__}")
+        ctx.exit()
+
+
+@click.command(cls=GoCommand)
+@flag("--hosts", type=OPTIONAL_PATH, metavar="FILE",
+      help="Take leases from this list of nodes, TOML or JSON, instead of etcd.")
+@flag("--node-name", default="", metavar="NAME",
+      help="Which of the nodes we are.  [default: by hostname or address; in Kubernetes NODE_NAME]")
+@flag("--etcd-endpoints", default=",".join(ETCD.endpoints), show_default=True,
+      metavar="URL,...", help="Members of the etcd cluster.")
+@flag("--etcd-prefix", default=ETCD.prefix, show_default=True, metavar="KEY",
+      help="flannel's keys are below it.")
+@flag("--etcd-keyfile", default="", metavar="FILE", help="Key of our client certificate.")
+@flag("--etcd-certfile", default="", metavar="FILE", help="Our client certificate.")
+@flag("--etcd-cafile", default="", metavar="FILE", help="Authority that signs etcd's certificates.")
+@flag("--etcd-username", default="", metavar="NAME", help="User of etcd.")
+@flag("--etcd-password", default="", metavar="TEXT",
+      help="Password; better given as UDPTUN_NODE_ETCD_PASSWORD, which ps does not show.")
+@flag("--subnet-lease-renew-margin", type=Int(), default=int(ETCD.renew_margin_minutes),
+      show_default=True, metavar="MINUTES",
+      help="How long before its end a lease in etcd is renewed, from 1 to 1439.")
+@boolean("--kube-subnet-mgr", False, "Take leases from Kubernetes instead of etcd.")
+@flag("--kube-api-url", default="", metavar="URL",
+      help="API server; not needed in a pod.")
+@flag("--kubeconfig-file", type=OPTIONAL_PATH, metavar="FILE",
+      help="How to reach the API server; not needed in a pod.")
+@flag("--kube-annotation-prefix", default=KUBE.annotation_prefix,
+      show_default=True, metavar="PREFIX", help="Of the annotations on nodes.")
+@flag("--net-config-path", type=PATH, default=KUBE.net_config_path,
+      show_default=True, metavar="FILE", help="The network's configuration, with Kubernetes.")
+@boolean("--set-node-network-unavailable", True,
+         "Set the node's condition NetworkUnavailable to False when it is ready.")
+@flag("--iface", cls=Collected, metavar="NAME|ADDRESS",
+      help="Interface to the other nodes; may be repeated, the first that is there is taken.")
+@flag("--iface-regex", cls=Collected, metavar="REGEX",
+      help="The same by regular expression, after --iface; may be repeated.")
+@flag("--iface-can-reach", type=ADDRESS, metavar="ADDRESS",
+      help="The interface from which this address is reached.")
+@flag("--public-ip", type=IPV4, metavar="ADDRESS",
+      help="Our address as others reach it.  [default: the interface's]")
+@flag("--public-ipv6", type=IPV6, metavar="ADDRESS", help="The same over IPv6.")
+@flag("--backend", type=click.Choice(BACKENDS),
+      help="auto: VXLAN where kernel and peer can, else UDP.  [default: Backend.Type of the "
+           "network's configuration]")
+@flag("--advertise", type=click.Choice(["on", "off"]), default="on", show_default=True,
+      help="Whether to say in our lease what we can do beyond flannel.")
+@flag("--subnet-file", type=PATH, default=STOCK.subnet_file, show_default=True,
+      metavar="FILE", help="Where to say subnet and MTU, for the CNI plugin.")
+@boolean("--ip-masq", False, "Masquerade what leaves the overlay.")
+@boolean("--iptables-forward-rules", True, "Accept what is forwarded from and to the overlay.")
+@flag("--iptables-resync", type=Int(1), default=STOCK.iptables_resync,
+      show_default=True, metavar="SECONDS",
+      help="How often to put back firewall rules that are gone.")
+@flag("--tun", type=Parsed("name", tun_name), default=STOCK.tun, show_default=True,
+      help="Name of the forwarder's TUN device.")
+@flag("--control", type=OPTIONAL_PATH, metavar="PATH",
+      help="The forwarder's control socket.  [default: that of udptun --socket]")
+@flag("--forwarder", type=click.Choice(FORWARDERS), default=STOCK.forwarder,
+      show_default=True,
+      help="spawn: start a forwarder where none answers; external: something else does.")
+@flag("--forward-file", type=OPTIONAL_PATH, metavar="FILE",
+      help="Where to say what the forwarder shall be, for its --wait-for.  [default: forward.json "
+           "beside the control socket]")
+@flag("--state-dir", type=PATH, default=default_state_dir, metavar="DIR",
+      help="What is kept over restarts.  [default: $STATE_DIRECTORY or /var/lib/udptun]")
+@flag("--healthz-ip", type=ADDRESS, default=STOCK.healthz_ip, show_default=True, metavar="ADDRESS",
+      help="Where to answer /healthz, /livez, /readyz and /metrics.")
+@flag("--healthz-port", type=Int(0), default=STOCK.healthz_port, show_default=True,
+      metavar="PORT",
+      help="The same; 0: nowhere.")
+@boolean("--cleanup", False, "Stop the forwarder, remove all that the daemon made, and exit.",
+         envvar=None, allow_from_autoenv=False)
+@flag("-v", "--v", "verbose", cls=Level, type=Int(0), default=0, metavar="N",
+      help="Log more; -v=2: tracebacks, too.")
+@flag("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+      help="How to log, on stderr.")
+@boolean("--ip-blackhole-route", False, "", hidden=True)
+@boolean("--ip-masq-fully-random-disable", False, "", hidden=True)
+@flag("--vmodule", default="", hidden=True)
+@flag("--log_backtrace_at", default="", hidden=True)
+@boolean("--version", False, "Show the version and exit.", envvar=None, allow_from_autoenv=False,
+         is_eager=True, expose_value=False, callback=_print_version)
+@click.pass_context
+def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) -> None:
+    """Make this machine a node of an overlay, and keep it one.
+
+    Takes flanneld's flags in Go's spelling (-x, --x, --x=value) and its variables; for --iface that
+    is UDPTUN_NODE_IFACE or else FLANNELD_IFACE. The command line goes before them.
+
+    SIGTERM or Ctrl-C ends the daemon and leaves all in place: the forwarder goes on. A second one
+    ends it at once. SIGHUP reads the list of nodes again and compares everything.
+    """
+    logs.start(verbose, log_format)
+    try:
+        config = _config(ctx, values)
+    except FieldError as exc:
+        dashes = "--" if exc.field.replace("-", "_") in values else ""
+        raise click.UsageError(f"{dashes}{exc}", ctx) from exc
+    for name, why in WITHOUT_EFFECT.items():
+        if values[name]:
+            log.warning("--%s has no effect: %s", name.replace("_", "-"), why)
+    try:
+        _run(config)
+    except (UdptunError, OSError, ImportError) as exc:
+        if verbose >= 2:
+            log.error("stopped by an error", exc_info=exc)
+        if isinstance(exc, ImportError):
+            raise Failure(str(exc)) from exc
+        raise failure_of(exc) from exc
+
+
+def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
+    if values["hosts"] is not None:
+        _refuse_another_store(ctx, values)
+    as_told = ("hosts", "node_name", "backend", "subnet_file", "ip_masq", "iptables_forward_rules",
+               "iptables_resync", "tun", "forwarder", "forward_file", "state_dir", "healthz_port",
+               "cleanup")
+    return NodeConfig(
+        etcd=None if values["hosts"] or values["kube_subnet_mgr"] else _etcd(values),
+        kube=_kube(values) if values["kube_subnet_mgr"] else None,
+        interface=InterfaceOptions(
+            # given empty, as by a template, is not given
+            names=tuple(filter(None, values["iface"])),
+            regexes=tuple(filter(None, values["iface_regex"])),
+            can_reach=values["iface_can_reach"],
+            public_ip=values["public_ip"],
+            public_ipv6=values["public_ipv6"],
+        ),
+        advertise=values["advertise"] == "on",
+        control=values["control"] or Path(ctx.find_root().params["socket"]),
+        healthz_ip=values["healthz_ip"] or STOCK.healthz_ip,
+        **{name: values[name] for name in as_told},
+    )
+
+
+def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
+    """flanneld ignores etcd's flags beside --kube-subnet-mgr; a list of nodes is ours to guard."""
+    sources = {name: ctx.get_parameter_source(name) for name in values
+               if name.startswith("etcd_") or (name == "kube_subnet_mgr" and values[name])}
+    for name, source in sources.items():
+        if source is ParameterSource.DEFAULT:
+            continue
+        given = f"--{name.replace('_', '-')}"
+        if source is ParameterSource.ENVIRONMENT:
+            given += f" (from UDPTUN_NODE_{name.upper()} or FLANNELD_{name.upper()})"
+        raise click.UsageError(f"--hosts and {given} name two stores of leases: give one.", ctx)
+
+
+def _etcd(values: dict[str, Any]) -> EtcdConfig:
+    return EtcdConfig(
+        endpoints=tuple(filter(None, map(str.strip, values["etcd_endpoints"].split(",")))),
+        prefix=values["etcd_prefix"],
+        keyfile=values["etcd_keyfile"],
+        certfile=values["etcd_certfile"],
+        cafile=values["etcd_cafile"],
+        username=values["etcd_username"],
+        password=values["etcd_password"],
+        renew_margin_minutes=values["subnet_lease_renew_margin"],
+    )
+
+
+def _kube(values: dict[str, Any]) -> KubeConfig:
+    return KubeConfig(
+        node_name=values["node_name"] or os.environ.get("NODE_NAME", ""),
+        pod_name=os.environ.get("POD_NAME", ""),
+        pod_namespace=os.environ.get("POD_NAMESPACE", ""),
+        api_url=values["kube_api_url"],
+        kubeconfig_file=values["kubeconfig_file"],
+        annotation_prefix=values["kube_annotation_prefix"] or KUBE.annotation_prefix,
+        net_config_path=values["net_config_path"],
+        set_node_network_unavailable=values["set_node_network_unavailable"],
+    )
+
+
+def _run(config: NodeConfig) -> None:
+    import asyncio
+
+    from ..node.daemon import run
+
+    asyncio.run(run(config))
