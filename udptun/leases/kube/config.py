@@ -32,9 +32,12 @@ class KubeConfig:
     set_node_network_unavailable  publish the condition NetworkUnavailable=False
     service_account               directory with token, ca.crt and namespace
     request_timeout               a request that is not answered for so long has failed
-    watch_timeout                 the server is asked to end each watch after so long; one that was
-                                  silent for longer, bookmarks included, is dead
-    retry_min, retry_max          pauses between attempts while the API server is down
+    watch_timeout                 the server is asked to end each watch after so long
+    watch_silence                 a watch without even a bookmark for so long is dead; the server
+                                  sends one in about a minute
+    resync                        our node is looked at so often, also if nothing is said of it
+    retry_min, retry_max          pauses between attempts while the API server is down; a short
+                                  one brings the truth soon after it is back
     page                          nodes a listing asks for at once
     """
 
@@ -47,11 +50,13 @@ class KubeConfig:
     net_config_path: Path = Path("/etc/kube-flannel/net-conf.json")
     set_node_network_unavailable: bool = True
     service_account: Path = SERVICE_ACCOUNT
-    request_timeout: float = 10.0
+    request_timeout: float = 5.0
     watch_timeout: int = 300
+    watch_silence: float = 90.0
+    resync: float = 300.0
     retry_min: float = 0.1
-    retry_max: float = 5.0
-    page: int = 500
+    retry_max: float = 1.0
+    page: int = 250
 
     def __post_init__(self) -> None:
         if not self.node_name and not (self.pod_name and self.pod_namespace):
