@@ -103,12 +103,13 @@ class GoCommand(click.Command):
             if flag is None:
                 near = [f"--{other}" for other in get_close_matches(name, flags)]
                 raise click.NoSuchOption(word.partition("=")[0], possibilities=near, ctx=ctx)
+            long = max(flag.opts, key=len)
             if isinstance(flag, click.Option) and flag.is_flag:  # click's own --help
-                yield f"--{name}"
+                yield long
                 continue
             if not equals:
                 value = _value(flag, word, words, ctx)
-            yield f"{max(flag.opts, key=len)}={value}"
+            yield f"{long}={value}"
 
 
 def _value(

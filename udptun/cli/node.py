@@ -52,7 +52,8 @@ def flag(*names: str, cls: type[click.Option] = click.Option, **settings: Any) -
     [Callable[..., Any]], Callable[..., Any]
 ]:
     """An option with its variables: ours goes before flannel's."""
-    variable = max(names, key=len).lstrip("-").replace("-", "_").upper()
+    longest = max((name for name in names if name.startswith("-")), key=len)
+    variable = longest.lstrip("-").replace("-", "_").upper()
     settings.setdefault("envvar", [f"UDPTUN_NODE_{variable}", f"FLANNELD_{variable}"])
     return click.option(*names, cls=cls, **settings)
 
