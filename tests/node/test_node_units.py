@@ -1,0 +1,100 @@
+"""deploy/: a node's units start what exists, keep apart what must live apart, and fit together.
+
+``tests/test_docs.py`` holds the pages and the forwarder's own unit.
+"""
+
+import re
+import shutil
+import subprocess
+from configparser import RawConfigParser
+from pathlib import Path
+
+import click
+import pytest
+from click.core import ParameterSource
+
+from udptun.cli import cli
+from udptun.node.config import NodeConfig
+from udptun.node.launch import FORWARD_FILE
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+NODE = DEPLOY / "udptun-node.service"
+FORWARDER = DEPLOY / "udptun-node-forwarder.service"
+
+
+class _Unit(RawConfigParser):
+    """Repeated keys, and comments of whole lines only, as systemd has them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(strict=False, comment_prefixes=("#",), inline_comment_prefixes=None)
+        self.optionxform = str  # type: ignore[assignment,method-assign]
+        self.read(path)
+
+    def words(self, key: str) -> list[str]:
+        return self["Service"][key].split()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
+def test_systemd_understands_the_units(tmp_path: Path) -> None:
+    for unit in (NODE, FORWARDER):
+        text = unit.read_text().replace("/usr/local/bin/udptun", "/bin/true")
+        (tmp_path / unit.name).write_text(text)
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", "--recursive-errors=one",
+         *(str(tmp_path / unit.name) for unit in (NODE, FORWARDER))],
+        capture_output=True, text=True, check=False,
+    )
+    ours = [line for line in checked.stderr.splitlines() if "udptun" in line]
+    assert ours == []
+
+
+def test_the_forwarder_has_a_life_of_its_own() -> None:
+    """A daemon that starts it itself would take it along when systemd ends the unit."""
+    environment = dict(re.findall(r"^Environment=(\w+)=(.*)$", NODE.read_text(), re.MULTILINE))
+    assert environment == {"UDPTUN_NODE_FORWARDER": "external"}
+    node, forwarder = _Unit(NODE), _Unit(FORWARDER)
+    assert "udptun-node-forwarder.service" in node["Unit"]["Wants"].split()
+    for tie in ("PartOf", "BindsTo", "Requires", "PropagatesReloadTo"):
+        assert tie not in node["Unit"]
+        assert tie not in forwarder["Unit"]
+
+
+def test_the_forwarder_waits_for_the_file_that_the_daemon_writes() -> None:
+    *command, file = _Unit(FORWARDER).words("ExecStart")
+    assert command == ["/usr/local/bin/udptun", "forward", "--wait-for"]
+    assert Path(file) == NodeConfig(hosts=Path("hosts.toml")).forward_file
+    assert Path(file).name == FORWARD_FILE  # what `udptun ext` writes
+
+
+@pytest.mark.parametrize("unit", [NODE, FORWARDER], ids=lambda path: path.stem)
+def test_both_may_write_where_they_must(unit: Path) -> None:
+    """And neither takes the other's files away when it ends."""
+    found = _Unit(unit)
+    assert "udptun" in found.words("RuntimeDirectory")
+    assert found.words("StateDirectory") == ["udptun"]
+    assert found.words("RuntimeDirectoryPreserve") == ["yes"]
+    assert found.words("CapabilityBoundingSet") == ["CAP_NET_ADMIN"]
+    assert "User" not in found["Service"]
+    assert "DynamicUser" not in found["Service"]
+
+
+def test_the_daemon_starts_with_the_example_of_its_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each variable, commented out or not, is an option, and its value is one that is taken."""
+    assert _Unit(NODE).words("ExecStart") == ["/usr/local/bin/udptun", "node"]
+    text = (DEPLOY / "node.env").read_text()
+    values = dict(re.findall(r"^#?(UDPTUN_NODE_\w+)=(.*)$", text, re.MULTILINE))
+    assert len(values) > 8
+    node = cli.get_command(click.Context(cli), "node")
+    assert node is not None
+    for name, value in values.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with click.Context(cli, info_name="udptun", auto_envvar_prefix="UDPTUN") as parent:
+                context = node.make_context("node", [], parent=parent)
+        from_there = {
+            param for param in context.params
+            if context.get_parameter_source(param) is ParameterSource.ENVIRONMENT
+        }
+        assert from_there == {name.removeprefix("UDPTUN_NODE_").lower()}
