@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import struct
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from ..model import IPAddress
+from .dump import attributes, dump
 from .netlink import DUMP_TRIES, IFF_UP, Netlink
 
 # linux/if_addr.h
 IFA_F_TEMPORARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x01, 0x08, 0x20, 0x40
-RT_TABLE_MAIN = 254  # linux/rtnetlink.h
-RTN_UNICAST = 1
+# linux/rtnetlink.h
+RTM_GETROUTE = 26
+RT_TABLE_MAIN, RTN_UNICAST = 254, 1
+RTA_OIF, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 4, 6, 9, 15
+RTMSG = struct.Struct("=8BI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
+RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, interface number
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +69,8 @@ async def default_routes(netlink: Netlink, version: int) -> tuple[int, ...]:
 
     version  4 or 6. A route over several next hops counts with its first. DeviceError
     """
-    async def read(ipr: Any) -> tuple[int, ...]:
-        return await _default_routes(ipr, version)
+    async def read(_: Any) -> tuple[int, ...]:
+        return _default_routes(version)
 
     return await netlink.work(f"reading the IPv{version} routes", read)
 
@@ -70,9 +78,8 @@ async def default_routes(netlink: Netlink, version: int) -> tuple[int, ...]:
 async def route_to(netlink: Netlink, address: IPAddress) -> RouteTo:
     """The kernel's answer for one destination. DeviceError: ENETUNREACH where there is no way."""
     async def ask(ipr: Any) -> RouteTo:
-        (message,) = [item async for item in await ipr.route(
-            "get", family=_family(address.version), dst=str(address))]
-        return RouteTo(_out_interface(message), _address(message.get_attr("RTA_PREFSRC")),
+        (message,) = await ipr.route("get", family=_family(address.version), dst=str(address))
+        return RouteTo(message.get_attr("RTA_OIF"), _address(message.get_attr("RTA_PREFSRC")),
                        _address(message.get_attr("RTA_GATEWAY")))
 
     return await netlink.work(f"asking for the route to {address}", ask)
@@ -81,13 +88,13 @@ async def route_to(netlink: Netlink, address: IPAddress) -> RouteTo:
 # -- in the netlink thread ------------------------------------------------------------------------
 
 
-async def _dump(ipr: Any, kind: str, **what: Any) -> list[Any]:
+async def _all(ipr: Any, kind: str) -> list[Any]:
     """All messages of a dump; one that changes under way is taken again, as the kernel asks."""
     from pyroute2 import NetlinkDumpInterrupted
 
     for last in range(DUMP_TRIES - 1, -1, -1):
         try:
-            return [message async for message in await getattr(ipr, kind)("dump", **what)]
+            return [message async for message in await getattr(ipr, kind)("dump")]
         except NetlinkDumpInterrupted:
             if not last:
                 raise
@@ -96,7 +103,7 @@ async def _dump(ipr: Any, kind: str, **what: Any) -> list[Any]:
 
 async def _interfaces(ipr: Any) -> tuple[Interface, ...]:
     addresses: dict[int, list[tuple[int, IPAddress]]] = {}
-    for message in await _dump(ipr, "addr"):
+    for message in await _all(ipr, "addr"):
         # On a point-to-point link IFA_ADDRESS is the other end. IPv6 has no IFA_LOCAL there.
         address = _address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
         flags = message.get_attr("IFA_FLAGS") or message["flags"]
@@ -109,7 +116,7 @@ async def _interfaces(ipr: Any) -> tuple[Interface, ...]:
             tuple(address for _, address in
                   sorted(addresses.get(message["index"], ()), key=lambda item: item[0])),
         )
-        for message in await _dump(ipr, "link")
+        for message in await _all(ipr, "link")
     ]
     return tuple(sorted(found, key=lambda interface: interface.index))
 
@@ -126,23 +133,31 @@ def _rank(address: IPAddress, flags: int) -> int:
     return 2 * address.is_link_local + bool(flags & passing)
 
 
-async def _default_routes(ipr: Any, version: int) -> tuple[int, ...]:
-    routes = [
-        (message.get_attr("RTA_PRIORITY") or 0, _out_interface(message))
-        for message in await _dump(ipr, "route", family=_family(version), table=RT_TABLE_MAIN)
-        if message["dst_len"] == 0 and message["type"] == RTN_UNICAST
-    ]
+def _default_routes(version: int) -> tuple[int, ...]:
+    family = _family(version)
+    asked = RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, 0, 0, RTN_UNICAST, 0)
+    routes = []
+    for message in dump(RTM_GETROUTE, asked):
+        # Of the overlay's thousands no more than this is read.
+        _, dst_len, _, _, _, _, _, kind, _ = RTMSG.unpack_from(message)
+        if dst_len == 0 and kind == RTN_UNICAST:
+            about = attributes(message[RTMSG.size:])
+            if _number(about.get(RTA_TABLE)) == RT_TABLE_MAIN:
+                routes.append((_number(about.get(RTA_PRIORITY)), _out_interface(about)))
     routes.sort(key=lambda route: route[0])  # the kernel prefers the lowest metric
     return tuple(index for _, index in routes)
 
 
-def _out_interface(message: Any) -> int:
+def _out_interface(route: Mapping[int, memoryview]) -> int:
     """The interface of a route, or of the first of its next hops."""
-    index = message.get_attr("RTA_OIF")
-    if index is None:
-        hops = message.get_attr("RTA_MULTIPATH") or ()
-        index = next((hop["oif"] for hop in hops), 0)
-    return cast(int, index)
+    if RTA_OIF not in route and RTA_MULTIPATH in route:
+        return cast(int, RTNEXTHOP.unpack_from(route[RTA_MULTIPATH])[3])
+    return _number(route.get(RTA_OIF))
+
+
+def _number(attribute: memoryview | None) -> int:
+    """A u32 in host order; 0 where there is none."""
+    return int.from_bytes(attribute or b"", sys.byteorder)
 
 
 def _family(version: int) -> int:

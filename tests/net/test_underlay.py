@@ -1,0 +1,136 @@
+"""What the host has beneath the overlay, read from the real kernel."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import subprocess
+from ipaddress import ip_address
+
+import pytest
+from own_netns import in_own_netns, sh
+
+from udptun.errors import DeviceError
+from udptun.net.netlink import Netlink
+from udptun.net.underlay import default_routes, interfaces, route_to
+
+PAIR = ("ip link add name eth0 type veth peer name eth1", "ip link set eth0 up",
+        "ip link set eth1 up")
+
+
+def index(name):
+    return socket.if_nametoindex(name)
+
+
+async def addresses_of(netlink, name):
+    (interface,) = [one for one in await interfaces(netlink) if one.name == name]
+    return [str(address) for address in interface.addresses]
+
+
+@in_own_netns
+async def test_interfaces():
+    sh(*PAIR, "ip link set eth0 mtu 1400", "ip link set eth1 down",
+       "ip address add 192.0.2.1/24 dev eth0")
+    with Netlink() as netlink:
+        found = {one.name: one for one in await interfaces(netlink)}
+    assert [*found] == sorted(found, key=index)
+    assert (found["eth0"].index, found["eth0"].mtu, found["eth0"].up) == (index("eth0"), 1400, True)
+    assert (found["eth1"].mtu, found["eth1"].up, found["eth1"].addresses) == (1500, False, ())
+    assert found["lo"].addresses == (ip_address("127.0.0.1"), ip_address("::1"))
+
+
+@in_own_netns
+async def test_the_best_address_comes_first():
+    sh(*PAIR,
+       "ip address add 169.254.7.7/16 dev eth0",
+       "ip address add 192.0.2.1/24 dev eth0",
+       "ip address add 192.0.2.9/24 dev eth0",  # a secondary address: the same flag as temporary
+       "ip address add 198.51.100.1/24 dev eth0 preferred_lft 0",
+       "ip address add 2001:db8::2/64 dev eth0 nodad",
+       "ip address add 2001:db8::1/64 dev eth0 nodad preferred_lft 0")
+    with Netlink() as netlink:
+        found = await addresses_of(netlink, "eth0")
+    v4 = [address for address in found if "." in address]
+    v6 = [address for address in found if ":" in address]
+    assert v4 == ["192.0.2.1", "192.0.2.9", "198.51.100.1", "169.254.7.7"]
+    assert v6[:2] == ["2001:db8::2", "2001:db8::1"]
+    assert v6[2].startswith("fe80::")
+
+
+@in_own_netns
+async def test_the_address_is_ours_and_not_the_other_end():
+    sh(*PAIR, "ip address add 192.0.2.1 peer 192.0.2.2 dev eth0",
+       "ip address add 2001:db8::1 peer 2001:db8::2 dev eth0 nodad")
+    with Netlink() as netlink:
+        found = await addresses_of(netlink, "eth0")
+    assert {"192.0.2.1", "2001:db8::1"} <= {*found}
+    assert not {"192.0.2.2", "2001:db8::2"} & {*found}
+
+
+@in_own_netns
+@pytest.mark.parametrize(("version", "net0", "net2"), [
+    (4, "192.0.2.{}", "198.51.100.{}"), (6, "2001:db8::{}", "2001:db8:1::{}"),
+])
+async def test_default_routes(version, net0, net2):
+    """Lowest metric first; no other table's, and none that leads nowhere."""
+    tail = "/24" if version == 4 else "/64 nodad"
+    sh(*PAIR, "ip link add name eth2 type veth peer name eth3", "ip link set eth2 up",
+       "ip link set eth3 up",
+       f"ip address add {net0.format(1)}{tail} dev eth0",
+       f"ip address add {net2.format(1)}{tail} dev eth2")
+    routes = f"ip -{version} route add"
+    with Netlink() as netlink:
+        assert await default_routes(netlink, version) == ()
+        sh(f"{routes} default via {net2.format(7)} dev eth2 table 100")
+        assert await default_routes(netlink, version) == ()
+        sh(f"{routes} unreachable default metric 5")
+        assert await default_routes(netlink, version) == ()
+        sh(f"{routes} default via {net2.format(9)} dev eth2 metric 300",
+           f"{routes} default via {net0.format(8)} dev eth0 metric 20")
+        assert await default_routes(netlink, version) == (index("eth0"), index("eth2"))
+        assert await default_routes(netlink, 10 - version) == ()
+
+
+@in_own_netns
+@pytest.mark.parametrize(("version", "address", "gateway"), [
+    (4, "192.0.2.1/24", "192.0.2.{}"), (6, "2001:db8::1/64 nodad", "2001:db8::{}"),
+])
+async def test_a_default_route_over_several_next_hops(version, address, gateway):
+    sh(*PAIR, f"ip address add {address} dev eth0",
+       f"ip -{version} route add default nexthop via {gateway.format(8)} dev eth0"
+       f" nexthop via {gateway.format(9)} dev eth0")
+    with Netlink() as netlink:
+        assert set(await default_routes(netlink, version)) == {index("eth0")}
+
+
+@in_own_netns
+async def test_a_default_route_among_thousands():
+    """A node of a large cluster has a route for each of its peers."""
+    routes = "".join(f"route add 10.{n >> 8}.{n & 255}.0/24 dev eth0\n" for n in range(5000))
+    sh(*PAIR, "ip address add 192.0.2.1/24 dev eth0")
+    subprocess.run(("ip", "-batch", "-"), input=routes, text=True, check=True)
+    sh("ip route add default via 192.0.2.254")
+    with Netlink() as netlink:
+        assert await default_routes(netlink, 4) == (index("eth0"),)
+
+
+@in_own_netns
+async def test_route_to():
+    sh(*PAIR,
+       "ip address add 192.0.2.1/24 dev eth0", "ip address add 2001:db8::1/64 dev eth0 nodad",
+       "ip route add 198.51.100.0/24 via 192.0.2.254",
+       "ip -6 route add 2001:db8:1::/64 via 2001:db8::fe")
+    with Netlink() as netlink:
+        for destination, source, gateway in (
+            ("192.0.2.7", "192.0.2.1", None),
+            ("198.51.100.7", "192.0.2.1", "192.0.2.254"),
+            ("2001:db8::7", "2001:db8::1", None),
+            ("2001:db8:1::7", "2001:db8::1", "2001:db8::fe"),
+        ):
+            route = await route_to(netlink, ip_address(destination))
+            assert (route.index, str(route.source), route.gateway and str(route.gateway)) == \
+                (index("eth0"), source, gateway)
+        for nowhere in ("203.0.113.1", "2001:db8:2::1"):
+            with pytest.raises(DeviceError, match=f"asking for the route to {nowhere}") as caught:
+                await route_to(netlink, ip_address(nowhere))
+            assert caught.value.errno == errno.ENETUNREACH

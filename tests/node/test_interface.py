@@ -1,0 +1,203 @@
+"""Which interface carries the overlay, on a host with several."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from ipaddress import ip_address
+
+import pytest
+from own_netns import in_own_netns, sh
+
+from udptun.errors import FieldError
+from udptun.net.netlink import Netlink
+from udptun.node.config import InterfaceOptions
+from udptun.node.interface import NoInterface, choose
+
+HOST = (
+    "ip link add name eth0 type veth peer name peer0",
+    "ip link add name eth1 type veth peer name peer1",
+    "ip link set eth0 up mtu 1400", "ip link set peer0 up",
+    "ip link set eth1 up mtu 1450", "ip link set peer1 up",
+    "ip address add 192.0.2.1/24 dev eth0", "ip address add 192.0.2.2/24 dev eth0",
+    "ip address add 198.51.100.1/24 dev eth1",
+    "ip address add 2001:db8::1/64 dev eth0 nodad",
+    "ip address add 2001:db8:1::1/64 dev eth1 nodad",
+)
+DEFAULT0 = ("ip route add default via 192.0.2.254", "ip -6 route add default via 2001:db8::fe")
+
+
+def options(**given):
+    for name in ("can_reach", "public_ip", "public_ipv6"):
+        if name in given:
+            given[name] = ip_address(given[name])
+    return InterfaceOptions(**given)
+
+
+async def chosen(want_v4=True, want_v6=False, own=(), **given):
+    """name, address, IPv6 address of what is chosen."""
+    with Netlink() as netlink:
+        underlay = await choose(netlink, options(**given), want_v4, want_v6, own)
+    return (underlay.name, underlay.address and str(underlay.address),
+            underlay.address6 and str(underlay.address6))
+
+
+@contextlib.contextmanager
+def refused(*words):
+    """With the words, and with what there is."""
+    with pytest.raises(NoInterface) as caught:
+        yield
+    for word in (*words, "there are lo (127.0.0.1, ::1)", "eth1 (198.51.100.1, 2001:db8:1::1"):
+        assert word in str(caught.value)
+
+
+E0, E1 = ("eth0", "192.0.2.1", None), ("eth1", "198.51.100.1", None)
+
+
+@in_own_netns
+@pytest.mark.parametrize(("given", "want"), [
+    ({"names": ("eth1",)}, E1),
+    ({"names": ("198.51.100.1",)}, E1),
+    ({"names": ("192.0.2.2",)}, ("eth0", "192.0.2.2", None)),
+    ({"names": ("eth7", "203.0.113.9", "eth1")}, E1),
+    ({"names": ("2001:db8:1::1",)}, E1),  # settles the interface; its IPv4 address is its best
+    ({"regexes": (r"198\.51\..*",)}, E1),
+    ({"regexes": (r"2\.2$",)}, ("eth0", "192.0.2.2", None)),
+    ({"regexes": ("^eth1$",)}, E1),
+    ({"regexes": ("^nothing$", "th1")}, E1),
+    ({"regexes": ("eth",)}, E0),  # the first
+    ({"regexes": ("1",)}, E0),  # an address goes before any name; never a loopback address
+    ({"can_reach": "198.51.100.77"}, E1),
+    ({"can_reach": "198.51.100.1"}, E1),  # the kernel would say lo
+    ({"can_reach": "2001:db8:1::77"}, E1),
+    ({"can_reach": "8.8.8.8"}, E0),
+    ({"public_ip": "198.51.100.1"}, E1),
+    ({"public_ip": "203.0.113.5"}, E0),  # behind a NAT: the default route
+    ({}, E0),
+    # flannel's order
+    ({"names": ("eth1",), "regexes": ("eth0",), "can_reach": "192.0.2.7",
+      "public_ip": "192.0.2.2"}, E1),
+    ({"names": ("eth7",), "regexes": ("eth1",), "can_reach": "192.0.2.7"}, E1),
+    ({"regexes": ("eth7",), "can_reach": "198.51.100.7", "public_ip": "192.0.2.2"}, E1),
+])
+async def test_the_order_of_choice(given, want):
+    sh(*HOST, *DEFAULT0)
+    assert await chosen(**given) == want
+
+
+@in_own_netns
+@pytest.mark.parametrize(("given", "want"), [
+    ({}, ("eth0", "192.0.2.1", "2001:db8::1")),
+    ({"names": ("eth1",)}, ("eth1", "198.51.100.1", "2001:db8:1::1")),
+    ({"names": ("192.0.2.2",)}, ("eth0", "192.0.2.2", "2001:db8::1")),
+    ({"names": ("2001:db8:1::1",)}, ("eth1", "198.51.100.1", "2001:db8:1::1")),
+    # A pattern on addresses must match one of each family.
+    ({"regexes": (r"^198|2001:db8::1$", r"^198|2001:db8:1::")},
+     ("eth1", "198.51.100.1", "2001:db8:1::1")),
+    ({"can_reach": "198.51.100.7"}, ("eth1", "198.51.100.1", "2001:db8:1::1")),
+    ({"public_ip": "198.51.100.1"}, ("eth1", "198.51.100.1", "2001:db8:1::1")),
+])
+async def test_dual_stack(given, want):
+    sh(*HOST, *DEFAULT0)
+    assert await chosen(want_v6=True, **given) == want
+
+
+@in_own_netns
+@pytest.mark.parametrize("given", [
+    {}, {"names": ("eth0",)}, {"regexes": ("^2001:db8::",)}, {"public_ipv6": "2001:db8::1"},
+    {"can_reach": "2001:db8::77"},
+])
+async def test_ipv6_alone(given):
+    sh(*HOST, *DEFAULT0)
+    assert await chosen(want_v4=False, want_v6=True, **given) == ("eth0", None, "2001:db8::1")
+
+
+@in_own_netns
+async def test_what_is_published():
+    sh(*HOST, *DEFAULT0)
+    with Netlink() as netlink:
+        plain = await choose(netlink, options(), True, False)
+        assert (plain.mtu, plain.public, plain.public6) == (1400, plain.address, None)
+        behind = await choose(
+            netlink, options(public_ip="203.0.113.5", public_ipv6="2001:db8:9::1"), True, True)
+    assert (str(behind.address), str(behind.address6)) == ("192.0.2.1", "2001:db8::1")
+    assert (str(behind.public), str(behind.public6)) == ("203.0.113.5", "2001:db8:9::1")
+
+
+@in_own_netns
+@pytest.mark.parametrize(("given", "words"), [
+    ({"names": ("eth7", "203.0.113.9")}, ["--iface=eth7, --iface=203.0.113.9: none matches"]),
+    ({"regexes": ("^x",)}, ["--iface-regex=^x: none matches"]),
+    # What was asked for and is not there is not replaced by the default route.
+    ({"names": ("eth7",), "can_reach": "203.0.113.1"},
+     ["--iface=eth7, --iface-can-reach=203.0.113.1", "Network is unreachable"]),
+    ({"names": ("peer0",)}, ["peer0: has no IPv4 address"]),
+    ({"names": ("lo",)}, ["lo: has no IPv4 address"]),
+    ({}, ["there is no IPv4 default route", "--iface"]),
+])
+async def test_nothing_fits(given, words):
+    sh(*HOST)
+    with refused(*words):
+        await chosen(**given)
+
+
+@in_own_netns
+async def test_both_default_routes_must_agree():
+    sh(*HOST, "ip route add default via 192.0.2.254", "ip -6 route add default via 2001:db8:1::fe")
+    with refused("IPv4 default route goes through eth0, the IPv6 one through eth1", "--iface"):
+        await chosen(want_v6=True)
+
+
+@in_own_netns
+async def test_a_link_local_ipv6_address_is_not_enough():
+    sh(*HOST, "ip address add 203.0.113.1/24 dev peer0")
+    with refused("peer0: has no IPv6 address that can be used, only a link-local one"):
+        await chosen(want_v6=True, names=("peer0",))
+
+
+@in_own_netns
+async def test_the_overlays_own_devices_are_never_chosen():
+    """After a restart they are there, with addresses that a pattern may well match."""
+    sh(*HOST, "ip tuntap add udptun0 mode tun", "ip address add 203.0.113.0/32 dev udptun0",
+       "ip link set udptun0 up", "ip route add default dev udptun0",
+       "ip route add default via 198.51.100.254 metric 100")
+    own = {"udptun0"}
+    assert await chosen(regexes=("203", "eth1"), own=own) == E1
+    assert await chosen(own=own) == E1
+    with refused("--iface=udptun0: none matches"):
+        await chosen(names=("udptun0",), own=own)
+    with refused("--iface-can-reach=203.0.113.77: none matches"):
+        await chosen(can_reach="203.0.113.77", own=own)
+
+
+@in_own_netns
+async def test_a_device_that_is_down_is_taken_and_said(caplog):
+    sh(*HOST, "ip link set eth1 down")
+    with caplog.at_level(logging.WARNING):
+        assert await chosen(names=("eth1",)) == E1
+    assert "eth1 carries the overlay and is set down" in caplog.text
+
+
+@in_own_netns
+async def test_a_change_of_address_is_seen_by_choosing_again():
+    sh(*HOST, *DEFAULT0)
+    changed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def look(addresses):
+        if ip_address("192.0.2.77") in addresses:
+            loop.call_soon_threadsafe(changed.set)
+
+    with Netlink() as netlink:
+        before = await choose(netlink, options(), True, False)
+        netlink.watch_addresses(look)
+        sh("ip address add 192.0.2.77/25 dev eth0", "ip address del 192.0.2.1/24 dev eth0")
+        await asyncio.wait_for(changed.wait(), 10)
+        after = await choose(netlink, options(names=("eth0",)), True, False)
+    assert (str(before.address), str(after.public)) == ("192.0.2.1", "192.0.2.77")
+
+
+def test_a_pattern_that_cannot_be_compiled():
+    with pytest.raises(FieldError, match=r"iface-regex: 'eth\['"):
+        options(regexes=("eth[",))
