@@ -49,7 +49,7 @@ class Notifier:
 
     def ready(self, status: str = "") -> None:
         """The node is a member: after the start, and again after a reload."""
-        self._send("READY=1", *_status(status))
+        self._send("READY=1", *([_status(status)] if status else ()))
 
     def reloading(self) -> None:
         """A reload begins; ``ready`` ends it. The time is what Type=notify-reload asks for."""
@@ -57,11 +57,11 @@ class Notifier:
         self._send("RELOADING=1", f"MONOTONIC_USEC={now_us}")
 
     def stopping(self, status: str = "") -> None:
-        self._send("STOPPING=1", *_status(status))
+        self._send("STOPPING=1", *([_status(status)] if status else ()))
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``."""
-        self._send(*_status(text))
+        """One line for ``systemctl status``; "" takes it away."""
+        self._send(_status(text))
 
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
@@ -90,5 +90,5 @@ class Notifier:
             self._failed = True
 
 
-def _status(text: str) -> tuple[str, ...]:
-    return (f"STATUS={' '.join(text.split())}",) if text else ()
+def _status(text: str) -> str:
+    return f"STATUS={' '.join(text.split())}"

@@ -60,7 +60,7 @@ class SubnetEnv:
         values = _values(text)
         has_v6 = bool({"FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"} & values.keys())
         has_v4 = not has_v6 or bool({"FLANNEL_NETWORK", "FLANNEL_SUBNET"} & values.keys())
-        masq = values.get("FLANNEL_IPMASQ", "")
+        masq = values.get("FLANNEL_IPMASQ")
         if masq not in ("true", "false"):
             raise FieldError("FLANNEL_IPMASQ", masq, "true or false", where)
         return cls(

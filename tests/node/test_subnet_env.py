@@ -1,0 +1,174 @@
+"""subnet.env, byte for byte as flannel writes it and as its readers read it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import subprocess
+import threading
+from ipaddress import ip_network
+
+import pytest
+
+from udptun.errors import FieldError
+from udptun.leases.base import Subnets
+from udptun.node.subnet_env import SubnetEnv, former_subnets
+
+V4 = {"network": ip_network("10.42.0.0/16"), "subnet": ip_network("10.42.0.0/24")}
+V6 = {"network6": ip_network("fc00::/48"), "subnet6": ip_network("fc00:0:0:1::/64")}
+NONE = dict.fromkeys(("network", "subnet", "network6", "subnet6"))
+DUAL = SubnetEnv(**V4, **V6, mtu=1450, ip_masq=False)
+DUAL_TEXT = """\
+FLANNEL_NETWORK=10.42.0.0/16
+FLANNEL_SUBNET=10.42.0.1/24
+FLANNEL_IPV6_NETWORK=fc00::/48
+FLANNEL_IPV6_SUBNET=fc00:0:0:1::1/64
+FLANNEL_MTU=1450
+FLANNEL_IPMASQ=false
+"""
+
+
+@pytest.mark.parametrize(("env", "text"), [
+    (SubnetEnv(**(NONE | V4), mtu=1472, ip_masq=True), """\
+FLANNEL_NETWORK=10.42.0.0/16
+FLANNEL_SUBNET=10.42.0.1/24
+FLANNEL_MTU=1472
+FLANNEL_IPMASQ=true
+"""),
+    (DUAL, DUAL_TEXT),
+    (SubnetEnv(**(NONE | V6), mtu=1430, ip_masq=False), """\
+FLANNEL_IPV6_NETWORK=fc00::/48
+FLANNEL_IPV6_SUBNET=fc00:0:0:1::1/64
+FLANNEL_MTU=1430
+FLANNEL_IPMASQ=false
+"""),
+])
+def test_written_as_flannel_does_and_read_back(tmp_path, env, text):
+    path = tmp_path / "flannel" / "subnet.env"
+    assert env.write(path)
+    assert path.read_bytes() == text.encode()
+    assert SubnetEnv.read(path) == env
+    assert former_subnets(path) == Subnets(env.subnet, env.subnet6)
+
+
+def test_mode_whatever_the_umask_and_nothing_beside(tmp_path):
+    path = tmp_path / "subnet.env"
+    before = os.umask(0o077)
+    try:
+        DUAL.write(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_left_alone_when_nothing_is_new(tmp_path):
+    """What watches the file (the CNI plugin's installer, systemd) is not woken for nothing."""
+    path = tmp_path / "subnet.env"
+    assert DUAL.write(path)
+    before = path.stat()
+    assert not DUAL.write(path)
+    assert path.stat().st_ino == before.st_ino
+    path.chmod(0o600)
+    assert DUAL.write(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_no_reader_sees_half_a_file(tmp_path):
+    path = tmp_path / "subnet.env"
+    one, other = DUAL, SubnetEnv(**V4, **V6, mtu=1400, ip_masq=True)
+    one.write(path)
+    seen, done = set(), threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(100):
+            other.write(path)
+            one.write(path)
+    finally:
+        done.set()
+        reader.join()
+    assert seen <= {one.text(), other.text()}
+
+
+def test_a_failed_write_leaves_what_was(tmp_path, monkeypatch):
+    path = tmp_path / "subnet.env"
+    path.write_text("before")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        DUAL.write(path)
+    assert path.read_text() == "before"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_shell_can_source_it(tmp_path):
+    DUAL.write(tmp_path / "subnet.env")
+    script = f". {tmp_path}/subnet.env; echo $FLANNEL_SUBNET $FLANNEL_MTU"
+    done = subprocess.run(("sh", "-c", script), capture_output=True, text=True, check=True)
+    assert done.stdout == "10.42.0.1/24 1450\n"
+
+
+def test_read_as_a_shell_reads(tmp_path):
+    path = tmp_path / "subnet.env"
+    path.write_text(
+        "# by hand\n\nexport FLANNEL_NETWORK='10.42.0.0/16'\nFLANNEL_SUBNET=10.9.0.1/24\n"
+        ' FLANNEL_SUBNET="10.42.0.1/24"  \nFLANNEL_MTU=1450\nOTHER\n#FLANNEL_MTU=9\n'
+        "FLANNEL_IPMASQ=true"
+    )
+    assert SubnetEnv.read(path) == SubnetEnv(**(NONE | V4), mtu=1450, ip_masq=True)
+
+
+@pytest.mark.parametrize(("old", "new", "field", "value"), [
+    ("FLANNEL_NETWORK=10.42.0.0/16\n", "", "FLANNEL_NETWORK", None),
+    ("FLANNEL_IPV6_SUBNET=fc00:0:0:1::1/64\n", "", "FLANNEL_IPV6_SUBNET", None),
+    ("10.42.0.1/24", "10.42.0/24", "FLANNEL_SUBNET", "10.42.0/24"),
+    ("10.42.0.1/24", "fc00::1/64", "FLANNEL_SUBNET", "fc00::1/64"),
+    ("MTU=1450", "MTU=x", "FLANNEL_MTU", "x"),
+    ("MTU=1450", "MTU=67", "FLANNEL_MTU", 67),
+    ("FLANNEL_MTU=1450\n", "", "FLANNEL_MTU", None),
+    ("IPMASQ=false", "IPMASQ=yes", "FLANNEL_IPMASQ", "yes"),
+    ("FLANNEL_IPMASQ=false\n", "", "FLANNEL_IPMASQ", None),
+])
+def test_what_is_wrong_is_named(tmp_path, old, new, field, value):
+    path = tmp_path / "subnet.env"
+    assert old in DUAL_TEXT
+    path.write_text(DUAL_TEXT.replace(old, new))
+    with pytest.raises(FieldError) as caught:
+        SubnetEnv.read(path)
+    assert (caught.value.field, caught.value.value, caught.value.where) == (field, value, str(path))
+
+
+def test_no_file(tmp_path):
+    assert SubnetEnv.read(tmp_path / "none") is None
+    assert former_subnets(tmp_path / "none") == Subnets()
+
+
+@pytest.mark.parametrize(("text", "want", "said"), [
+    # What else is wrong does not matter: the subnet is still worth asking for.
+    ("FLANNEL_SUBNET=10.42.0.1/24\nFLANNEL_MTU=x\n", Subnets(V4["subnet"]), ""),
+    (DUAL_TEXT.replace("10.42.0.1", "10.42"), Subnets(None, V6["subnet6"]), "'10.42/24'"),
+    (DUAL_TEXT.replace("1::1/64", "x"), Subnets(V4["subnet"]), "'fc00:0:0:x'"),
+    ("\xff\0", Subnets(), ""),
+])
+def test_the_former_subnet_of_a_broken_file(tmp_path, caplog, text, want, said):
+    path = tmp_path / "subnet.env"
+    path.write_text(text, encoding="latin-1")
+    with caplog.at_level(logging.WARNING):
+        assert former_subnets(path) == want
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
+def test_a_former_subnet_that_cannot_be_read(tmp_path, caplog):
+    assert former_subnets(tmp_path) == Subnets()
+    assert "Is a directory" in caplog.text
