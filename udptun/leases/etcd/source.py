@@ -1,0 +1,57 @@
+"""The etcd source: one client, all leases followed, our own kept.
+
+Owns: the composition, and the health of the whole. Asyncio, one loop.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from ..base import Attributes, Changes, Lease, Snapshot, SourceHealth, Subnets
+from ..netconf import NetConfig
+from .client import Client
+from .config import EtcdConfig
+from .follow import Follower
+from .tenure import Tenure
+
+
+class EtcdSource:
+    """A LeaseSource over flannel's keys in etcd; see udptun.leases.base for the contract.
+
+    draw  picks one of the free subnets' bases
+    """
+
+    kind = "etcd"
+
+    def __init__(
+        self, config: EtcdConfig, draw: Callable[[Sequence[int]], int] = random.choice
+    ) -> None:
+        self.health = SourceHealth(error="not asked yet")
+        self._config = config
+        self._client = Client(config, self._count_failure)
+        self._tenure = Tenure(self._client, config, self.health, draw)
+
+    async def network(self) -> NetConfig:
+        return await self._tenure.network()
+
+    async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
+        return await self._tenure.acquire(attributes, former)
+
+    async def hold(self, lease: Lease) -> None:
+        await self._tenure.hold(lease)
+
+    def updates(self) -> AsyncGenerator[Snapshot | Changes, None]:
+        return Follower(
+            self._client, self._config.root, self.health, self._config.ttl_seconds,
+            self._tenure.touched, self._report,
+        ).updates()
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    def _count_failure(self) -> None:
+        self.health.errors_n += 1
+
+    def _report(self, error: str) -> None:
+        self.health.connected, self.health.error = not error, error
