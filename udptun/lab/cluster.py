@@ -21,6 +21,7 @@ from typing import Any
 
 from .hosts import Host, Lab, LabError, Process, wait_for
 from .tools import SEARCH_PATH
+from .tunnels import control_request
 
 PREFIX = "/coreos.com/network"
 NETWORK_CONFIG: Mapping[str, Any] = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
@@ -129,14 +130,16 @@ def _decode(text: str) -> str:
 class Member:
     """One node: ``udptun node`` on a host, started with what its cluster says and ``options``.
 
-    external  the forwarder is a process of its own that waits for the daemon's file, as a unit or
-              container; else the daemon starts it
+    external     the forwarder is a process of its own that waits for the daemon's file, as a unit
+                 or container has one; else the daemon starts it
+    environment  of the daemon, beside our own
     """
 
     host: Host
     store: Sequence[str]
     options: tuple[str, ...] = ()
     external: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
     daemon: Process = field(init=False)
     forwarder: Process | None = None
     pod: Host = field(init=False)
@@ -169,7 +172,7 @@ class Member:
             self.forwarder = self.host.start(
                 [sys.executable, "-m", "udptun", "forward", *waiting], name="forwarder"
             )
-        self.daemon = self.host.start(self.argv(*more), name="node")
+        self.daemon = self.host.start(self.argv(*more), name="node", env=self.environment)
 
     def ready(self) -> tuple[bool, str]:
         """(ready, what it says of itself)."""
@@ -214,23 +217,27 @@ class Member:
 
     def add_pod(self) -> Host:
         """A pod with the node's MTU, in its subnet: when it is ready."""
-        self.pod = self.host.pod(str(self.subnet), mtu=int(self.env["FLANNEL_MTU"]))
+        name = f"pod{next(self.host.lab.numbers)}"
+        self.pod = self.host.pod(str(self.subnet), mtu=int(self.env["FLANNEL_MTU"]), name=name)
         return self.pod
 
-    def udptun(self, *argv: str) -> str:
-        """What a client command prints, e.g. ``udptun("route", "list")``."""
-        return self.host.run(
-            [sys.executable, "-m", "udptun", *argv], env={"UDPTUN_SOCKET": str(self.control)}
-        ).stdout
+    def remove_pod(self) -> None:
+        self.pod.ip(f"link del {self.pod.interfaces[0].name}")  # and its other end, on the node
 
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(self.udptun("status", "-o", "json"))
-        return status
+    def ask(self, path: str) -> Any:
+        """What the forwarder answers."""
+        status, answer = control_request(self.control, "GET", path)
+        if status != 200:
+            raise LabError(f"GET {path} on {self.host.name}: {status} {answer}")
+        return answer
+
+    def forwarder_pid(self) -> int:
+        pid: int = self.ask("/v1/status")["pid"]
+        return pid
 
     def routes(self) -> set[str]:
         """``DST via IP`` of what the forwarder has."""
-        listed = json.loads(self.udptun("route", "list", "-o", "json"))["routes"]
-        return {f"{route['dst']} via {route['via']}" for route in listed}
+        return {f"{route['dst']} via {route['via']}" for route in self.ask("/v1/routes")["routes"]}
 
     def stop(self) -> int:
         """SIGTERM to the daemon, which leaves the forwarder running: its exit code."""

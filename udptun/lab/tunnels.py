@@ -54,6 +54,21 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def control_request(
+    control: Path, method: str, path: str, body: bytes | None = None,
+    headers: dict[str, str] | None = None,
+) -> tuple[int, Any]:
+    """(HTTP status, JSON or None) from a control socket."""
+    connection = _UnixConnection(control)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        data = response.read()
+    finally:
+        connection.close()
+    return response.status, json.loads(data) if data.strip().startswith((b"{", b"[")) else None
+
+
 class Forwarder:
     """A running ``udptun forward`` and its control socket."""
 
@@ -121,14 +136,7 @@ class Forwarder:
         headers: dict[str, str] | None = None,
     ) -> tuple[int, Any]:
         """(HTTP status, JSON or None) from the control socket."""
-        connection = _UnixConnection(self.control)
-        try:
-            connection.request(method, path, body, headers or {})
-            response = connection.getresponse()
-            data = response.read()
-        finally:
-            connection.close()
-        return response.status, json.loads(data) if data.strip().startswith((b"{", b"[")) else None
+        return control_request(self.control, method, path, body, headers)
 
     def get(self, path: str) -> Any:
         status, answer = self.request("GET", path)

@@ -138,12 +138,17 @@ def wait_ready(
         if not why:
             return
         if ended:
-            raise NotStarted(f"the forwarder ended as soon as it was started: {_tail(log) or why}")
+            said = log_tail(log) or why
+            raise NotStarted(f"the forwarder ended as soon as it was started: {said}")
         if time.monotonic() > deadline:
             raise NotStarted(f"waited {seconds:g} s in vain for the forwarder: {why}")
         time.sleep(POLL_SECONDS)
 
 
-def _tail(log: Path) -> str:
-    """The last lines of the log, on one line."""
-    return " ".join(log.read_bytes()[-LOG_TAIL:].decode(errors="replace").split())
+def log_tail(log: Path) -> str:
+    """The last words of a forwarder that ended, on one line; "" where there are none."""
+    try:
+        text = log.read_bytes()[-LOG_TAIL:]
+    except OSError:
+        return ""
+    return " ".join(text.decode(errors="replace").split())
