@@ -38,8 +38,9 @@ def read(attributes: Attributes) -> Advert | None:
     said = _object(attributes.backend_data).get(KEY)
     if not isinstance(said, Mapping):
         return None
-    port, mtu = said.get("port"), said.get("mtu")
-    if not _within(port, 1, 65535) or not (mtu is None or _within(mtu, MIN_MTU, MAX_MTU)):
+    port = _number(said.get("port"), 1, 65535)
+    mtu = _number(said.get("mtu"), MIN_MTU, MAX_MTU)
+    if port is None or (mtu is None and said.get("mtu") is not None):
         return None
     return Advert(port, mtu)
 
@@ -60,5 +61,6 @@ def _object(backend_data: Any) -> Mapping[str, Any]:
     return backend_data if isinstance(backend_data, Mapping) else {}
 
 
-def _within(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+def _number(value: Any, low: int, high: int) -> int | None:
+    sound = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return value if sound else None

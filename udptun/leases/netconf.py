@@ -78,6 +78,11 @@ class NetConfig:
         """Those that are enabled, IPv4 first."""
         return tuple(net for net in (self.network, self.network6) if net is not None)
 
+    @property
+    def subnets_checked(self) -> bool:
+        """Whether it was parsed with ``check_subnets``."""
+        return bool(self.subnet_len or self.subnet6_len)
+
     # Port is the named backend's. A node that takes another one beside it or in its place, by
     # --backend, uses that one's default, and so do its peers. With "auto" it is the UDP data
     # path's: that is the one which every node has.
@@ -170,7 +175,7 @@ def _family(fields: Mapping[str, Any], names: _Names, check_subnets: bool, where
     first = _base(fields, names.first, network, lowest + size, size, where)
     highest = int(network.broadcast_address) + 1 - size
     last = _base(fields, names.last, network, highest, size, where)
-    if first > last:
+    if int(first) > int(last):
         raise FieldError(names.last, str(last), f"an address from {names.first} on", where)
     return _Family(network, length, first, last)
 

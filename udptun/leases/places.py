@@ -1,0 +1,114 @@
+"""Where in a TOML or JSON text a value stands: for error messages, and only then.
+
+Neither of the standard library's parsers tells. This one checks nothing: it reads text that they
+have accepted already. Paths are written as ``nodes[3].public``. Pure functions: from any thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from contextlib import suppress
+
+_TOKEN = re.compile(
+    r'''"""(?:\\.|[^\\])*?"{3,5} | \'\'\'.*?\'{3,5}  # TOML's strings of several lines
+      | "(?:\\.|[^"\\])*"        | '[^']*'
+      | [\[\]{}=:,]              | [^\s\[\]{}=:,"'\#]+
+      | \#[^\n]*                 | \n''',
+    re.VERBOSE | re.DOTALL,
+)
+
+
+class Places:
+    """The lines of one text.
+
+    repeated  paths that occur more than once, in order: in JSON a parser takes the last
+    """
+
+    def __init__(self, text: str) -> None:
+        self._lines: dict[str, int] = {}
+        self.repeated: list[str] = []
+        self._tokens: list[tuple[str, int]] = []
+        self._i = 0
+        line = 1
+        for token in _TOKEN.findall(text):
+            if token[0] not in "\n#":
+                self._tokens.append((token, line))
+            line += token.count("\n")
+        with suppress(IndexError, RecursionError):  # what was found until then is good
+            self._document()
+
+    def line(self, path: str) -> int | None:
+        """Of this value, or of the nearest one around it; None if it stands nowhere."""
+        while path not in self._lines:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+            if not path:
+                return None
+        return self._lines[path]
+
+    def _document(self) -> None:
+        if self._peek() == "{":  # JSON
+            self._value("")
+            return
+        within, tables = "", Counter[str]()
+        while self._peek():
+            if self._peek() != "[":
+                self._pair(within)
+                continue
+            line = self._tokens[self._i][1]
+            within = self._key("]").lstrip("[")
+            if self._peek() == "]":  # [[table of an array]]
+                self._next()
+                tables[within] += 1
+                within = f"{within}[{tables[within] - 1}]"
+            self._mark(within, line)
+
+    def _pair(self, within: str) -> None:
+        line = self._tokens[self._i][1]
+        path = f"{within}.{self._key('=:')}".lstrip(".")
+        self._mark(path, line)
+        self._value(path)
+
+    def _value(self, path: str) -> None:
+        token = self._next()
+        if token == "{":
+            while self._more("}"):
+                self._pair(path)
+        elif token == "[":
+            i = 0
+            while self._more("]"):
+                self._mark(f"{path}[{i}]", self._tokens[self._i][1])
+                self._value(f"{path}[{i}]")
+                i += 1
+        else:
+            while self._peek() == ":":  # the rest of a TOML time
+                self._next()
+                self._next()
+
+    def _more(self, end: str) -> bool:
+        """Is there another item before ``end``? Takes the comma, or the end."""
+        if self._peek() == ",":
+            self._next()
+        if self._peek() != end:
+            return True
+        self._next()
+        return False
+
+    def _key(self, ends: str) -> str:
+        parts = []
+        while (token := self._next()) not in ends:
+            parts.append(token.strip("\"'"))
+        return "".join(parts)
+
+    def _mark(self, path: str, line: int) -> None:
+        if path in self._lines:
+            self.repeated.append(path)
+        self._lines[path] = line
+
+    def _peek(self) -> str:
+        return self._tokens[self._i][0] if self._i < len(self._tokens) else ""
+
+    def _next(self) -> str:
+        token = self._tokens[self._i][0]
+        self._i += 1
+        return token

@@ -1,0 +1,191 @@
+"""The last known truth on disk: what holds while the store cannot be asked, also after a restart.
+
+Owns one file: its form, and that it is replaced as a whole, at most once per pause. Refuses to
+know when what it keeps is to be used. Asyncio, one loop; a helper thread writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .base import Attributes, Lease, Subnets
+from .netconf import NetConfig
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+PAUSE_SECONDS = 1.0
+RETRY_SECONDS = 10.0
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True, slots=True)
+class LastKnown:
+    """What a store said last.
+
+    store    of which store this is; what one store said says nothing of another
+    network  the network's configuration
+    lease    our own, or None if there was none
+    leases   all there were, our own among them
+    """
+
+    store: str
+    network: NetConfig
+    lease: Lease | None
+    leases: tuple[Lease, ...]
+
+
+class Saved:
+    """One file, of one daemon. The directory is made when it is needed."""
+
+    def __init__(self, path: Path, *, pause_s: float = PAUSE_SECONDS) -> None:
+        self.path = path
+        self._pause_s = pause_s
+        self._next: LastKnown | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+
+    def load(self, store: str) -> LastKnown | None:
+        """What was kept of this store, or None. A file that is broken is set aside. Blocks."""
+        try:
+            known = _decode(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            log.error("%s cannot be read: %s", self.path, exc.strerror)
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+            aside = self.path.with_name(self.path.name + ".bad")
+            with suppress(OSError):
+                self.path.replace(aside)
+            log.error("%s does not hold leases and is now %s: %r", self.path, aside, exc)
+            return None
+        if known.store != store:
+            log.info("%s is of %s, not of %s: not used", self.path, known.store, store)
+            return None
+        return known
+
+    def keep(self, known: LastKnown) -> None:
+        """To be written soon; of several the last one counts. A disk that takes nothing is said
+        in the log, and tried again."""
+        self._next = known
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._write_all())
+
+    async def aclose(self) -> None:
+        """Write what waits, now and once."""
+        self._closing.set()
+        if self._task is not None:
+            await self._task
+
+    async def _write_all(self) -> None:
+        pause, complained = self._pause_s, False
+        while self._next is not None:
+            await self._pause(pause)
+            known = self._next
+            try:
+                await asyncio.to_thread(self._write, known)
+            except OSError as exc:
+                if not complained:
+                    log.error("the leases are not saved to %s: %s", self.path, exc.strerror)
+                if self._closing.is_set():
+                    return
+                pause, complained = RETRY_SECONDS, True
+                continue
+            if self._next is known:
+                self._next = None
+            pause, complained = self._pause_s, False
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), seconds)
+
+    def _write(self, known: LastKnown) -> None:
+        """So that after a crash at any point the old file is there whole, or the new one."""
+        self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        fresh = self.path.with_name(self.path.name + ".new")
+        with fresh.open("wb") as file:
+            file.write(_encode(known))
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path)
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _encode(known: LastKnown) -> bytes:
+    content = {
+        "version": VERSION,
+        "store": known.store,
+        "network": known.network.text,
+        "subnets_checked": known.network.subnets_checked,
+        "lease": known.lease and _lease_to_json(known.lease),
+        "leases": [_lease_to_json(lease) for lease in known.leases],
+    }
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+
+
+def _decode(data: bytes) -> LastKnown:
+    content = json.loads(data)
+    if content["version"] != VERSION:
+        raise ValueError(f"it is of version {content['version']}, not {VERSION}")
+    return LastKnown(
+        content["store"],
+        NetConfig.parse(content["network"], check_subnets=content["subnets_checked"]),
+        content["lease"] and _lease_from_json(content["lease"]),
+        tuple(map(_lease_from_json, content["leases"])),
+    )
+
+
+def _lease_to_json(lease: Lease) -> dict[str, Any]:
+    attributes = lease.attributes
+    fields = {
+        "key": lease.key,
+        "name": lease.name,
+        "reserved": lease.reserved,
+        "v4": _text(lease.subnets.v4),
+        "v6": _text(lease.subnets.v6),
+        "public_ip": _text(attributes.public_ip),
+        "public_ipv6": _text(attributes.public_ipv6),
+        "backend_type": attributes.backend_type,
+        "backend_data": attributes.backend_data,
+        "backend_v6_data": attributes.backend_v6_data,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _lease_from_json(fields: Mapping[str, Any]) -> Lease:
+    return Lease(
+        fields["key"],
+        Subnets(_of(ipaddress.IPv4Network, fields, "v4"), _of(ipaddress.IPv6Network, fields, "v6")),
+        Attributes(
+            _of(ipaddress.IPv4Address, fields, "public_ip"),
+            _of(ipaddress.IPv6Address, fields, "public_ipv6"),
+            fields["backend_type"],
+            fields.get("backend_data"),
+            fields.get("backend_v6_data"),
+        ),
+        fields["name"],
+        fields["reserved"],
+    )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _of(kind: Callable[[str], Kind], fields: Mapping[str, Any], name: str) -> Kind | None:
+    return kind(fields[name]) if name in fields else None
