@@ -1,0 +1,350 @@
+"""/healthz, /livez, /readyz and /metrics of the daemon, over real HTTP; and what makes it ready."""
+
+import asyncio
+import http.client
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+from fakes import LoopThread, Served
+from node_reports import ready, starting
+from prometheus_client.parser import text_string_to_metric_families
+
+from udptun.errors import DeviceError
+from udptun.model import parse_address
+from udptun.node.health import HealthServer
+from udptun.node.readiness import CHECKS, MAX_NAMED, State, is_ready, judge
+from udptun.node.report import NodeReport
+
+LOOPBACK = parse_address("address", "127.0.0.1")
+
+
+def states(report: NodeReport) -> dict[str, State]:
+    """The checks that find something to complain of."""
+    return {check.name: check.state for check in judge(report) if check.state is not State.OK}
+
+
+def told(report: NodeReport, name: str) -> str:
+    (found,) = (check for check in judge(report) if check.name == name)
+    return str(found)
+
+
+# What makes a node ready
+
+
+def test_a_node_in_order() -> None:
+    report = ready()
+    assert is_ready(judge(report))
+    assert states(report) == {}
+    lines = "\n".join(map(str, judge(report)))
+    for text in ("[+]store: etcd answers; 8 leases", "[+]lease: 10.5.1.0/24, for 11 h, renewed",
+                 "[+]interface: eth0, published as 192.0.2.1; inner MTU 1450",
+                 "[+]forwarder: has all 7 routes", "[+]peers: 2 by UDP, 5 by VXLAN"):
+        assert text in lines
+
+
+def test_a_node_that_starts_is_ready_in_no_respect() -> None:
+    assert set(states(starting())) == set(CHECKS) - {"peers"}
+    assert set(states(starting()).values()) == {State.FAILED}
+
+
+def set_store_down(report: NodeReport) -> None:
+    report.source.connected, report.source.error = False, "no answer for 5 s"
+
+
+def set_stale(report: NodeReport) -> None:
+    set_store_down(report)
+    report.stale, report.source.lease = True, "none"
+
+
+def set_never_told(report: NodeReport) -> None:
+    set_store_down(report)
+    report.applied = None
+
+
+def set_skipped(report: NodeReport) -> None:
+    report.source.skipped = {"10.5.9.0-24": "no PublicIP"}
+
+
+def set_lost(report: NodeReport) -> None:
+    report.source.lease, report.source.lease_error = "lost", "192.0.2.9 has it"
+
+
+def set_expired(report: NodeReport) -> None:
+    report.source.lease_expires = time.time() - 100
+
+
+def set_no_lease(report: NodeReport) -> None:
+    report.lease, report.lease_error = None, "no subnet is free"
+
+
+def set_not_published(report: NodeReport) -> None:
+    report.lease_error = "no permission to write"
+
+
+def set_no_interface(report: NodeReport) -> None:
+    report.underlay, report.interface_error = None, "no interface eth9"
+
+
+def set_interface_gone(report: NodeReport) -> None:
+    report.interface_error = "eth0 has no address any more"
+
+
+def set_no_forwarder(report: NodeReport) -> None:
+    report.forwarder.connected, report.forwarder.error = False, "nobody answers on /run/s"
+
+
+def set_out_of_step(report: NodeReport) -> None:
+    report.forwarder.in_step = False
+
+
+def set_no_subnet_env(report: NodeReport) -> None:
+    report.subnet_env_error = "No space left on device"
+
+
+def set_no_firewall(report: NodeReport) -> None:
+    report.firewall_error = "nft is not there"
+
+
+def set_unreachable(report: NodeReport) -> None:
+    why = "its vxlan backend ignores a UDP-only node"
+    report.peers.unreachable = MappingProxyType({"10.5.7.0-24": why})
+
+
+def set_refused(report: NodeReport) -> None:
+    report.peers.refused = {"10.5.8.0-24": "Network is unreachable"}
+
+
+def set_waiting(report: NodeReport) -> None:
+    report.waiting = "for the network's configuration"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found", "says"),
+    [
+        (set_waiting, {"start": State.FAILED}, "[-]start: for the network's configuration"),
+        (set_store_down, {"store": State.DEGRADED},
+         "[!]store: etcd: no answer for 5 s; last answer 3 s ago\n"
+         "    the leases in force are the last it told"),
+        (set_stale, {"store": State.DEGRADED, "lease": State.DEGRADED},
+         "the leases in force are those kept on disk"),
+        (set_never_told, {"store": State.FAILED}, "[-]store: etcd: no answer for 5 s"),
+        (set_skipped, {"store": State.DEGRADED},
+         "    1 cannot be used:\n    10.5.9.0-24: no PublicIP"),
+        (set_lost, {"lease": State.DEGRADED},
+         "[!]lease: 10.5.1.0/24: lost, being taken back: 192.0.2.9 has it"),
+        (set_expired, {"lease": State.DEGRADED}, "[!]lease: 10.5.1.0/24: ran out 100 s ago"),
+        (set_no_lease, {"lease": State.FAILED}, "[-]lease: no subnet is free"),
+        (set_not_published, {"lease": State.DEGRADED}, "10.5.1.0/24: no permission to write"),
+        (set_no_interface, {"interface": State.FAILED}, "[-]interface: no interface eth9"),
+        (set_interface_gone, {"interface": State.FAILED}, "eth0 has no address any more"),
+        (set_no_forwarder, {"forwarder": State.FAILED}, "[-]forwarder: nobody answers on /run/s"),
+        (set_out_of_step, {"forwarder": State.FAILED}, "has 7 routes, not all of them right"),
+        (set_no_subnet_env, {"subnet-env": State.FAILED}, "[-]subnet-env: No space left on device"),
+        (set_no_firewall, {"firewall": State.FAILED}, "[-]firewall: nft is not there"),
+        (set_unreachable, {"peers": State.DEGRADED},
+         "    1 cannot be reached:\n    10.5.7.0-24: its vxlan backend ignores a UDP-only node"),
+        (set_refused, {"peers": State.DEGRADED},
+         "    1 refused:\n    10.5.8.0-24: Network is unreachable"),
+    ],
+)
+def test_one_thing_wrong_is_told_apart(
+    spoil: Callable[[NodeReport], None], found: dict[str, State], says: str
+) -> None:
+    report = ready()
+    spoil(report)
+    assert states(report) == found
+    assert is_ready(judge(report)) == (State.FAILED not in found.values())
+    assert says in told(report, next(iter(found)))
+
+
+def test_a_lease_without_an_end() -> None:
+    report = ready()
+    report.source.lease_expires = None
+    assert told(report, "lease") == "[+]lease: 10.5.1.0/24, for good"
+
+
+def test_a_vxlan_node_needs_no_forwarder() -> None:
+    report = ready()
+    set_no_forwarder(report)
+    report.backend = "vxlan"
+    assert states(report) == {}
+
+
+def test_why_there_is_no_vxlan_is_no_complaint() -> None:
+    report = ready()
+    report.no_vxlan = "the kernel has no vxlan module"
+    assert states(report) == {}
+    assert "no VXLAN here: the kernel has no vxlan module" in told(report, "peers")
+
+
+def test_of_many_peers_the_first_are_named() -> None:
+    report = ready()
+    report.peers = replace(report.peers, unreachable={f"{n:04}": "far" for n in range(5000)})
+    lines = told(report, "peers").splitlines()
+    assert lines[1].strip() == "5000 cannot be reached:"
+    assert lines[2].strip() == "0000: far"
+    assert lines[-1].strip() == f"and {5000 - MAX_NAMED} more"
+    assert len(lines) == MAX_NAMED + 3
+
+
+# Over HTTP
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[HealthServer]:
+    running = HealthServer(ready(), LOOPBACK, 0, tmp_path / "udptun.sock")
+    await running.start()
+    yield running
+    await running.aclose()
+
+
+Answer = tuple[int, dict[str, str], str]
+
+
+async def ask(server: HealthServer, path: str, method: str = "GET") -> Answer:
+    """As any HTTP client would."""
+    def exchange() -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        try:
+            connection.request(method, path)
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read().decode()
+        finally:
+            connection.close()
+
+    return await asyncio.to_thread(exchange)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/livez", "/healthz/"])
+async def test_alive_whatever_else(server: HealthServer, path: str) -> None:
+    server._report = starting()
+    status, headers, body = await ask(server, path)
+    assert (status, body) == (200, "ok\n")
+    assert headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert headers["Server"] == "udptun"
+
+
+async def test_ready(server: HealthServer) -> None:
+    assert (await ask(server, "/readyz"))[::2] == (200, "ok\n")
+    status, _, body = await ask(server, "/readyz?verbose")
+    assert status == 200
+    lines = body.splitlines()
+    assert [line.partition(":")[0] for line in lines[:-1]] == [f"[+]{name}" for name in CHECKS]
+    assert lines[-1] == "readyz check passed"
+
+
+async def test_not_ready_says_what_has_failed(server: HealthServer) -> None:
+    set_no_forwarder(server._report)
+    set_unreachable(server._report)
+    status, _, body = await ask(server, "/readyz")
+    assert status == 503
+    assert body == "[-]forwarder: nobody answers on /run/s\nreadyz check failed\n"
+    status, _, body = await ask(server, "/readyz?verbose")
+    assert status == 503
+    assert "[+]store: " in body and "[!]peers: " in body and "[-]forwarder: " in body
+
+
+async def test_ready_again_when_it_is(server: HealthServer) -> None:
+    set_waiting(server._report)
+    assert (await ask(server, "/readyz"))[0] == 503
+    server._report.waiting = ""
+    assert (await ask(server, "/readyz"))[0] == 200
+
+
+async def test_a_store_that_is_down_leaves_the_node_ready(server: HealthServer) -> None:
+    set_store_down(server._report)
+    assert (await ask(server, "/readyz"))[0] == 200
+    status, _, body = await ask(server, "/readyz/store")
+    assert status == 503
+    assert body.startswith("[!]store: etcd: no answer for 5 s")
+
+
+async def test_single_checks(server: HealthServer) -> None:
+    for name in CHECKS:
+        status, _, body = await ask(server, f"/readyz/{name}")
+        assert (status, body.partition(":")[0]) == (200, f"[+]{name}")
+    status, _, body = await ask(server, "/readyz/etcd")
+    assert status == 404
+    assert "start, store, lease" in body
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("HEAD", "/healthz", 200), ("HEAD", "/readyz", 200), ("GET", "/", 404), ("GET", "/x", 404),
+     ("POST", "/healthz", 405), ("DELETE", "/metrics", 405)],
+)
+async def test_other_requests(server: HealthServer, method: str, path: str, status: int) -> None:
+    have, headers, body = await ask(server, path, method)
+    assert have == status
+    if status == 405:
+        assert headers["Allow"] == "GET, HEAD"
+    if method == "HEAD":
+        assert body == ""
+
+
+async def test_a_port_that_is_taken(server: HealthServer) -> None:
+    second = HealthServer(ready(), LOOPBACK, server.port, Path("/none"))
+    with pytest.raises(DeviceError, match=f"127.0.0.1 port {server.port}: "):
+        await second.start()
+    await second.aclose()
+
+
+async def test_over_ipv6(tmp_path: Path) -> None:
+    running = HealthServer(ready(), parse_address("a", "::1"), 0, tmp_path / "s")
+    await running.start()
+    try:
+        reader, writer = await asyncio.open_connection("::1", running.port)
+        writer.write(b"GET /livez HTTP/1.0\r\n\r\n")
+        assert (await reader.read()).endswith(b"ok\n")
+        writer.close()
+        await writer.wait_closed()
+    finally:
+        await running.aclose()
+
+
+# Metrics
+
+
+@pytest.fixture(scope="module")
+def thread() -> Iterator[LoopThread]:
+    with LoopThread() as running:
+        yield running
+
+
+async def test_the_forwarders_metrics_follow_ours(
+    server: HealthServer, thread: LoopThread, tmp_path: Path
+) -> None:
+    with Served(thread, tmp_path / "udptun.sock"):
+        status, headers, body = await ask(server, "/metrics")
+    assert status == 200
+    assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    names = [family.name for family in text_string_to_metric_families(body)]
+    assert len(names) == len(set(names))  # a family that comes twice spoils the whole scrape
+    assert {"udptun_node_leases", "udptun_packets", "udptun_build_info"} <= {
+        sample.name for family in text_string_to_metric_families(body) for sample in family.samples
+    } | set(names)
+
+
+async def test_metrics_without_a_forwarder(server: HealthServer) -> None:
+    status, _, body = await ask(server, "/metrics")
+    assert status == 200
+    assert "udptun_node_leases 8.0" in body
+    assert "udptun_packets" not in body
+
+
+async def test_a_forwarder_that_hangs_does_not_hold_up_a_scrape(
+    server: HealthServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("udptun.node.health.FORWARDER_SECONDS", 0.1)
+    taken = asyncio.Event()
+    hanging = await asyncio.start_unix_server(
+        lambda reader, writer: taken.set(), tmp_path / "udptun.sock"
+    )
+    async with hanging:
+        status, _, body = await ask(server, "/metrics")
+        assert (status, taken.is_set()) == (200, True)
+        assert "udptun_node_ready 1.0" in body

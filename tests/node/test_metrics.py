@@ -1,0 +1,81 @@
+"""The daemon's metrics: that they say what the report says, and that the docs know them all."""
+
+import re
+from pathlib import Path
+
+from node_reports import ready, starting
+from prometheus_client.parser import text_string_to_metric_families
+
+from udptun._version import __version__
+from udptun.node.metrics import Metrics
+from udptun.node.readiness import CHECKS
+from udptun.node.report import NodeReport
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "node.md"
+
+
+def samples(report: NodeReport) -> dict[str, float]:
+    """By name and labels, without the prefix that all of them have."""
+    found = {}
+    for family in text_string_to_metric_families(Metrics(report).render().decode()):
+        assert family.documentation.endswith(".")
+        for sample in family.samples:
+            labels = ",".join(value for _, value in sorted(sample.labels.items()))
+            name = sample.name.removeprefix("udptun_node_")
+            assert name != sample.name
+            found[f"{name}{{{labels}}}" if labels else name] = sample.value
+    return found
+
+
+def test_what_the_report_says() -> None:
+    have = samples(ready())
+    for name, value in {
+        f"build_info{{etcd,{__version__}}}": 1, "ready": 1, "check_ok{store}": 1,
+        "store_up": 1, "store_errors_total": 4, "store_relists_total": 2, "leases": 8,
+        "leases_skipped": 0, "leases_stale": 0, "lease_held": 1, "watch_lag_seconds": 0.25,
+        "route_changes_total{udp}": 9, "route_changes_total{vxlan}": 6, "peers{udp}": 2,
+        "peers{vxlan}": 5, "peers{none}": 0, "peers_refused": 0, "mtu_bytes": 1450,
+        "forwarder_up": 1, "forwarder_in_step": 1, "forwarder_routes": 7,
+        "forwarder_starts_total": 1, "forwarder_table_replaces_total": 3,
+    }.items():
+        assert have[name] == value, name
+    assert have["store_silence_seconds"] >= 3
+    assert have["applied_age_seconds"] >= 1
+    assert have["lease_expiry_time_seconds"] > have["start_time_seconds"]
+    assert {f"check_ok{{{name}}}" for name in CHECKS} <= set(have)
+
+
+def test_trouble_shows() -> None:
+    report = ready()
+    report.source.connected, report.source.lease, report.stale = False, "lost", True
+    report.source.skipped = {"a": "b"}
+    report.forwarder.connected = False
+    report.peers.unreachable, report.peers.refused = {"c": "d", "e": "f"}, {"g": "h"}
+    have = samples(report)
+    for name, value in {
+        "ready": 0, "check_ok{store}": 0, "check_ok{peers}": 0, "check_ok{firewall}": 1,
+        "store_up": 0, "lease_held": 0, "leases_stale": 1, "leases_skipped": 1,
+        "forwarder_up": 0, "peers{none}": 2, "peers_refused": 1,
+    }.items():
+        assert have[name] == value, name
+
+
+def test_what_is_not_known_yet_is_left_out() -> None:
+    have = samples(starting())
+    assert have["ready"] == 0
+    assert not {"store_silence_seconds", "applied_age_seconds", "lease_expiry_time_seconds"} & set(
+        have
+    )
+
+
+def test_no_label_grows_with_the_cluster() -> None:
+    report, before = ready(), len(samples(ready()))
+    report.peers.unreachable = {str(n): "far" for n in range(1000)}
+    report.source.skipped = {str(n): "bad" for n in range(1000)}
+    assert len(samples(report)) == before
+
+
+def test_every_metric_is_explained() -> None:
+    text = Metrics(ready()).render().decode()
+    have = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    assert set(re.findall(r"^(udptun_node_\S+)", PAGE.read_text(), re.MULTILINE)) == have
