@@ -1,0 +1,551 @@
+"""A small Kubernetes API server over real HTTP: nodes, pods, and the refusals of the real one.
+
+Owns the exchanges of the API's concept pages, as far as a node agent meets them: tokens and client
+certificates, RBAC from a ClusterRole, lists in pages, watches with bookmarks, 410, strategic-merge
+patches of the status subresource, validation. It keeps one history of versions, as etcd does, and
+can forget it. Knows nothing of udptun. One asyncio loop, that of the test.
+"""
+
+import asyncio
+import base64
+import contextlib
+import copy
+import itertools
+import json
+import re
+import ssl
+import uuid
+from bisect import bisect_right
+from datetime import UTC, datetime
+from operator import itemgetter
+
+from aiohttp import web
+
+ADMIN = "admin-token"
+MAX_ANNOTATIONS = 256 * 1024  # bytes, all keys and values of an object
+_PATCHES = (
+    "application/json-patch+json", "application/merge-patch+json",
+    "application/strategic-merge-patch+json", "application/apply-patch+yaml",
+)
+_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?")
+
+
+class Refusal(Exception):
+    """A Status: what the server answers instead."""
+
+    def __init__(self, code, reason, message, **details):
+        self.status = {
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": message, "reason": reason, "code": code,
+        }
+        if details:
+            self.status["details"] = details
+        super().__init__(message)
+
+
+def not_found(kind, name):
+    return Refusal(404, "NotFound", f'{kind} "{name}" not found', name=name, kind=kind)
+
+
+def invalid(kind, name, field, value, why):
+    return Refusal(
+        422, "Invalid", f'{kind} "{name}" is invalid: {field}: Invalid value: {value!r}: {why}',
+        name=name, kind=kind,
+        causes=[{"reason": "FieldValueInvalid", "message": why, "field": field}],
+    )
+
+
+def bad_request(message):
+    return Refusal(400, "BadRequest", message)
+
+
+def expired(message="The provided continue parameter is too old to display a consistent list "
+                    "result. You can start a new list without the continue parameter."):
+    return Refusal(410, "Expired", message)
+
+
+def node(name, *pod_cidrs, annotations=None, conditions=(), **status):
+    """A Node as a kubelet and the node controller leave it."""
+    spec = {"podCIDR": pod_cidrs[0], "podCIDRs": list(pod_cidrs)} if pod_cidrs else {}
+    return {
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name},
+                     **({"annotations": annotations} if annotations else {})},
+        "spec": spec,
+        "status": {"conditions": [
+            {"type": "Ready", "status": "True", "reason": "KubeletReady"}, *conditions], **status},
+    }
+
+
+class KubeApi:
+    """``async with KubeApi() as api``: listens on 127.0.0.1, at a port it keeps over restarts."""
+
+    def __init__(self, tls=None, port=0):
+        self._tls = tls
+        self.port = port
+        self._versions = itertools.count(1000)
+        self.version = next(self._versions)
+        self.compacted = self.version  # what refers to before it is answered with 410
+        self.nodes, self.pods = {}, {}
+        self.history = []  # (version, type, object, object before)
+        self.users = {ADMIN: ("admin", None)}  # token -> (user, rules; None: all is allowed)
+        self.requests = []  # (method, path with query, user) of every request
+        self.bookmark_seconds = 60.0
+        self.gone_as_event = True  # 410 of a watch: an ERROR event, or the HTTP status
+        self.refuse_next = []  # a Refusal or None for each next request of users with rules
+        self.answering = asyncio.Event()  # cleared: requests are taken and left without an answer
+        self.answering.set()
+        self.on_page = None  # called after each page of a list but the last
+        self._news = asyncio.Condition()
+        self._watches = {}  # task -> request
+        self._runner = None
+
+    # the process
+
+    @property
+    def url(self):
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+
+    async def start(self):
+        app = web.Application(middlewares=[self._every])
+        app.router.add_get("/api/v1/nodes", self._list_or_watch)
+        app.router.add_post("/api/v1/nodes", self._create)
+        app.router.add_get("/api/v1/nodes/{name}", self._get)
+        app.router.add_patch("/api/v1/nodes/{name}", self._patch)
+        app.router.add_patch("/api/v1/nodes/{name}/status", self._patch_status)
+        app.router.add_delete("/api/v1/nodes/{name}", self._delete)
+        app.router.add_get("/api/v1/namespaces/{namespace}/pods/{name}", self._pod)
+        self._runner = web.AppRunner(app, shutdown_timeout=0)
+        await self._runner.setup()
+        site = web.TCPSite(
+            self._runner, "127.0.0.1", self.port, ssl_context=self._tls, reuse_address=True
+        )
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self):
+        """As a kill would: connections end in the middle of what they were doing."""
+        await self.cut_watches()
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def __aenter__(self):
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_):
+        self.answering.set()
+        await self.stop()
+
+    async def cut_watches(self):
+        """Their connections are lost."""
+        for task, request in list(self._watches.items()):
+            if request.transport is not None:
+                request.transport.abort()
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await task
+
+    @property
+    def watches_n(self):
+        return len(self._watches)
+
+    # what the cluster does
+
+    def allow(self, token, user, rules):
+        """A token for a user who may do what ``rules`` of a ClusterRole say."""
+        self.users[token] = (user, rules)
+
+    def expire(self, token):
+        del self.users[token]
+
+    def compact(self):
+        """Forget how things came to be as they are; watches that are there are told all."""
+        self.compacted = self.version
+
+    async def put(self, new):
+        """Create or replace a node; there is a new version of it if it differs."""
+        name = new["metadata"]["name"]
+        old = self.nodes.get(name)
+        meta = {
+            "uid": str(uuid.uuid4()), "creationTimestamp": now(), **(old or {}).get("metadata", {}),
+            **copy.deepcopy(new["metadata"]),
+        }
+        meta.pop("resourceVersion", None)
+        new = {**copy.deepcopy(new), "metadata": meta}
+        if old is not None and _unversioned(old) == new:
+            return old  # the real server does not write what is there already
+        self.version = next(self._versions)
+        meta["resourceVersion"] = str(self.version)
+        self.nodes[name] = new
+        self.history.append((self.version, "ADDED" if old is None else "MODIFIED", new, old))
+        await self._tell()
+        return new
+
+    async def annotate(self, name, **changes):
+        """Change annotations by their last part: annotate("n1", public_ip="..."); None deletes."""
+        changed = copy.deepcopy(self.nodes[name])
+        there = changed["metadata"].setdefault("annotations", {})
+        for last, value in changes.items():
+            key = "flannel.alpha.coreos.com/" + last.replace("_", "-")
+            if value is None:
+                there.pop(key, None)
+            else:
+                there[key] = value
+        await self.put(changed)
+
+    async def delete(self, name):
+        old = self.nodes.pop(name)
+        self.version = next(self._versions)
+        gone = copy.deepcopy(old)
+        gone["metadata"]["resourceVersion"] = str(self.version)
+        self.history.append((self.version, "DELETED", gone, old))
+        await self._tell()
+
+    async def pass_over(self, n=1):
+        """Versions go by with things that are no nodes."""
+        for _ in range(n):
+            self.version = next(self._versions)
+        await self._tell()
+
+    async def _tell(self):
+        async with self._news:
+            self._news.notify_all()
+
+    # every request
+
+    @web.middleware
+    async def _every(self, request, handler):
+        try:
+            user, rules = self._user(request)
+            self.requests.append((request.method, str(request.rel_url), user))
+            await self.answering.wait()
+            if rules is not None and self.refuse_next and (refusal := self.refuse_next.pop(0)):
+                raise refusal
+            self._authorize(request, user, rules)
+            return await handler(request)
+        except Refusal as e:
+            return web.json_response(e.status, status=e.status["code"])
+        except web.HTTPNotFound:
+            return web.Response(status=404, text="404 page not found\n")
+        except web.HTTPMethodNotAllowed:
+            refusal = Refusal(405, "MethodNotAllowed", "the server does not allow this method on "
+                              "the requested resource")
+            return web.json_response(refusal.status, status=405)
+
+    def _user(self, request):
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme == "Bearer" and token in self.users:
+            return self.users[token]
+        if scheme == "Basic" and base64.b64decode(token).decode() in self.users:
+            return self.users[base64.b64decode(token).decode()]
+        peer = request.transport.get_extra_info("peercert")
+        if peer:  # system:masters, as the client certificate of a kubeadm admin says
+            return dict(entry[0] for entry in peer["subject"])["commonName"], None
+        self.requests.append((request.method, str(request.rel_url), None))
+        raise Refusal(401, "Unauthorized", "Unauthorized")
+
+    def _authorize(self, request, user, rules):
+        if rules is None:
+            return
+        info = request.match_info
+        status = "/status" if request.path.endswith("/status") else ""
+        resource = ("pods" if "/pods/" in request.path else "nodes") + status
+        verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(request.method)
+        if verb is None:
+            watching = request.query.get("watch") in ("1", "true")
+            verb = "get" if "name" in info else "watch" if watching else "list"
+        for rule in rules:
+            if ("" in rule["apiGroups"] and resource in rule["resources"]
+                    and verb in rule["verbs"]):
+                return
+        name = f' "{info["name"]}"' if "name" in info else ""
+        where = (f'in the namespace "{info["namespace"]}"' if "namespace" in info
+                 else "at the cluster scope")
+        raise Refusal(
+            403, "Forbidden",
+            f'{resource}{name} is forbidden: User "{user}" cannot {verb} resource "{resource}" in '
+            f'API group "" {where}', name=info.get("name", ""), kind=resource,
+        )
+
+    # reading
+
+    async def _get(self, request):
+        name = request.match_info["name"]
+        if name not in self.nodes:
+            raise not_found("nodes", name)
+        return web.json_response(self.nodes[name])
+
+    async def _pod(self, request):
+        namespace, name = request.match_info["namespace"], request.match_info["name"]
+        if (namespace, name) not in self.pods:
+            raise not_found("pods", name)
+        where = self.pods[namespace, name]
+        return web.json_response({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": namespace, "name": name},
+            "spec": {"nodeName": where} if where else {},
+        })
+
+    async def _list_or_watch(self, request):
+        if request.query.get("watch") in ("1", "true"):
+            return await self._watch(request)
+        return await self._list(request)
+
+    async def _list(self, request):
+        selected = _selector(request)
+        limit, token = _number(request, "limit", 0), request.query.get("continue", "")
+        if token:
+            if request.query.get("resourceVersion"):
+                raise bad_request("specifying resource version is not allowed when using continue")
+            try:
+                version, after = json.loads(base64.urlsafe_b64decode(token))
+            except ValueError:
+                raise bad_request("continue key is not valid") from None
+            if version < self.compacted:
+                raise expired()
+        else:
+            version, after = self.version, ""
+            self._known(request.query.get("resourceVersion", ""))
+        there = self._at(version)
+        names = [name for name in sorted(there) if name > after and selected(name)]
+        page = names[:limit] if limit else names
+        metadata = {"resourceVersion": str(version)}
+        if len(page) < len(names):
+            token = json.dumps([version, page[-1]]).encode()
+            metadata["continue"] = base64.urlsafe_b64encode(token).decode()
+            metadata["remainingItemCount"] = len(names) - len(page)
+            if self.on_page is not None:
+                await self.on_page()
+        items = [{k: v for k, v in there[name].items() if k not in ("apiVersion", "kind")}
+                 for name in page]
+        return web.json_response(
+            {"kind": "NodeList", "apiVersion": "v1", "metadata": metadata, "items": items})
+
+    def _at(self, version):
+        """All nodes as they were: what came later is undone, last first."""
+        there = dict(self.nodes)
+        for when, _, new, old in reversed(self.history):
+            if when <= version:
+                break
+            name = new["metadata"]["name"]
+            if old is None:
+                del there[name]
+            else:
+                there[name] = old
+        return there
+
+    def _known(self, text):
+        """The number of a resourceVersion that the server can have given out."""
+        if text in ("", "0"):
+            return 0
+        if not text.isdigit():
+            raise bad_request(f'Invalid value: "{text}": strconv.ParseUint: invalid syntax')
+        if int(text) > self.version:
+            raise Refusal(
+                504, "Timeout", f"Timeout: Too large resource version: {text}, current: "
+                f"{self.version}", retryAfterSeconds=1,
+                causes=[{"reason": "ResourceVersionTooLarge",
+                         "message": "Too large resource version"}],
+            )
+        return int(text)
+
+    async def _watch(self, request):
+        selected = _selector(request)
+        start = self._known(request.query.get("resourceVersion", ""))
+        seconds = _number(request, "timeoutSeconds", 1800)
+        bookmarks = request.query.get("allowWatchBookmarks") in ("1", "true")
+        gone = expired(f"too old resource version: {start} ({self.compacted})")
+        too_old = start and start < self.compacted
+        if too_old and not self.gone_as_event:
+            raise gone
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        self._watches[asyncio.current_task()] = request
+        try:
+            if too_old:
+                await _line(response, "ERROR", gone.status)
+                return response
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                async with asyncio.timeout(seconds):
+                    await self._stream(response, start, selected, bookmarks)
+            return response
+        finally:
+            del self._watches[asyncio.current_task()]
+
+    async def _stream(self, response, start, selected, bookmarks):
+        if not start:  # the state of the moment, as if it had all just come
+            start = self.version
+            for name in sorted(self.nodes):
+                if selected(name):
+                    await _line(response, "ADDED", self.nodes[name])
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self.bookmark_seconds
+        while True:
+            await self.answering.wait()
+            fresh = self.history[bisect_right(self.history, start, key=itemgetter(0)):]
+            start = self.version
+            for _, kind, new, _ in fresh:
+                if selected(new["metadata"]["name"]):
+                    await _line(response, kind, new)
+            async with self._news:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(due):
+                        await self._news.wait_for(lambda at=start: self.version > at)
+            if loop.time() >= due:
+                due = loop.time() + self.bookmark_seconds
+                if bookmarks and start == self.version:
+                    await _line(response, "BOOKMARK", {
+                        "kind": "Node", "apiVersion": "v1",
+                        "metadata": {"resourceVersion": str(start), "creationTimestamp": None},
+                        "spec": {}, "status": {"daemonEndpoints": {"kubeletEndpoint": {"Port": 0}}},
+                    })
+
+    # writing
+
+    async def _create(self, request):
+        new = await _body(request)
+        name = new.get("metadata", {}).get("name", "")
+        if name in self.nodes:
+            raise Refusal(409, "AlreadyExists", f'nodes "{name}" already exists', name=name)
+        _validate(new, None)
+        return web.json_response(await self.put(new), status=201)
+
+    async def _delete(self, request):
+        name = request.match_info["name"]
+        if name not in self.nodes:
+            raise not_found("nodes", name)
+        await self.delete(name)
+        return web.json_response({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+
+    async def _patch(self, request):
+        return await self._patched(request, "status")
+
+    async def _patch_status(self, request):
+        return await self._patched(request, "spec")
+
+    async def _patched(self, request, untouched):
+        """``untouched``: the half of the object that this way of writing leaves as it is."""
+        name = request.match_info["name"]
+        kind = request.content_type
+        if kind not in _PATCHES:
+            raise Refusal(
+                415, "UnsupportedMediaType", "the body of the request was in an unknown format - "
+                f"accepted media types include: {', '.join(_PATCHES)}")
+        patch = await _body(request)
+        old = self.nodes.get(name)
+        if old is None:
+            raise not_found("nodes", name)
+        wanted = patch.get("metadata", {}).get("resourceVersion")
+        if wanted is not None and wanted != old["metadata"]["resourceVersion"]:
+            raise Refusal(
+                409, "Conflict", f'Operation cannot be fulfilled on nodes "{name}": the object has '
+                "been modified; please apply your changes to the latest version and try again",
+                name=name, kind="nodes")
+        new = _merge(old, patch, strategic=kind.endswith("/strategic-merge-patch+json"))
+        new[untouched] = old.get(untouched, {})
+        for fixed in ("name", "uid", "creationTimestamp"):
+            if new["metadata"].get(fixed) != old["metadata"].get(fixed):
+                raise invalid("Node", name, f"metadata.{fixed}", new["metadata"].get(fixed),
+                              "field is immutable")
+        _validate(new, old)
+        return web.json_response(await self.put(new))
+
+
+def now():
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _unversioned(obj):
+    metadata = {k: v for k, v in obj["metadata"].items() if k != "resourceVersion"}
+    return {**obj, "metadata": metadata}
+
+
+async def _line(response, kind, obj):
+    await response.write(json.dumps({"type": kind, "object": obj}).encode() + b"\n")
+
+
+async def _body(request):
+    try:
+        body = await request.json()
+    except ValueError as e:
+        raise bad_request(f"error decoding: {e}") from e
+    if not isinstance(body, dict):
+        raise bad_request("json: cannot unmarshal into Go value of type map[string]interface {}")
+    return body
+
+
+def _number(request, name, default):
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not text.isdigit():
+        raise bad_request(f'{name}: Invalid value: "{text}"')
+    return int(text)
+
+
+def _selector(request):
+    text = request.query.get("fieldSelector", "")
+    if not text:
+        return lambda name: True
+    field, _, wanted = text.partition("=")
+    if field not in ("metadata.name", "spec.unschedulable"):
+        raise bad_request(f'Unable to find "/v1, Resource=nodes" that match field selector '
+                          f'"{text}": field label not supported: {field}')
+    return lambda name: name == wanted.lstrip("=")
+
+
+def _merge(old, patch, strategic, path=""):
+    """RFC 7386; strategic: lists of conditions are merged by their type."""
+    merged = copy.deepcopy(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        where = f"{path}.{key}"
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            merged[key] = _merge(merged.get(key), value, strategic, where)
+        elif strategic and where == ".status.conditions":
+            by_type = {c["type"]: c for c in merged.get(key, [])}
+            for condition in value:
+                if "type" not in condition:
+                    raise bad_request("map: map[] does not contain declared merge key: type")
+                by_type[condition["type"]] = {**by_type.get(condition["type"], {}), **condition}
+            merged[key] = list(by_type.values())
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _validate(new, old):
+    name = new["metadata"]["name"]
+    annotations = new["metadata"].get("annotations", {})
+    for key, value in annotations.items():
+        if not isinstance(value, str):
+            raise bad_request("json: cannot unmarshal into Go struct field "
+                              "ObjectMeta.metadata.annotations of type string")
+        if not _KEY.fullmatch(key):
+            raise invalid("Node", name, "metadata.annotations", key, "name part must be valid")
+    if sum(len(k) + len(v) for k, v in annotations.items()) > MAX_ANNOTATIONS:
+        raise Refusal(422, "Invalid", f'Node "{name}" is invalid: metadata.annotations: Too long: '
+                      "may not be more than 262144 bytes")
+    if len(new.get("spec", {}).get("podCIDRs", [])) > 2:
+        raise invalid("Node", name, "spec.podCIDRs", new["spec"]["podCIDRs"],
+                      "may specify no more than one CIDR for each IP family")
+    before = (old or {}).get("spec", {}).get("podCIDR")
+    if before and new.get("spec", {}).get("podCIDR") != before:
+        raise Refusal(422, "Invalid", f'Node "{name}" is invalid: spec.podCIDRs: Forbidden: node '
+                      "updates may not change podCIDR except from \"\" to valid")
+    for condition in new.get("status", {}).get("conditions", []):
+        if condition.get("status") not in ("True", "False", "Unknown"):
+            raise invalid("Node", name, "status.conditions.status", condition.get("status"),
+                          "must be True, False or Unknown")
+
+
+def server_tls(certificate, key, client_authority=None):
+    """TLS for the server; with an authority, clients may show a certificate of it."""
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    if client_authority is not None:
+        tls.load_verify_locations(client_authority)
+        tls.verify_mode = ssl.CERT_OPTIONAL
+    return tls

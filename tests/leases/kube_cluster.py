@@ -1,0 +1,146 @@
+"""A cluster for the tests of the Kubernetes source: the small server, or one that is given.
+
+Owns the way in: an administrator's calls over HTTP, and the files a node agent is given. The real
+kube-apiserver is at KUBE_APISERVER_URL, and KUBE_APISERVER_TOKEN is an administrator's there.
+"""
+
+import json
+import os
+import uuid
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+import yaml
+from kube_api import ADMIN, KubeApi, node
+
+from udptun.leases.kube.config import KubeConfig
+from udptun.leases.kube.source import KubeSource
+
+PREFIX = "flannel.alpha.coreos.com/"
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy/kubernetes"
+NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
+DUAL_STACK = {**NET_CONF, "EnableIPv6": True, "IPv6Network": "fd00:10::/56"}
+REAL_URL = os.environ.get("KUBE_APISERVER_URL", "")
+SERVERS = [
+    "small",
+    pytest.param("real", marks=pytest.mark.skipif(
+        not REAL_URL, reason="KUBE_APISERVER_URL is not given")),
+]
+
+
+def deployed_rules():
+    """What deploy/ allows the node daemon."""
+    documents = yaml.safe_load_all((DEPLOY / "rbac.yaml").read_text())
+    return next(d["rules"] for d in documents if d["kind"] == "ClusterRole")
+
+
+def flannel(**last_parts):
+    """Annotations by their last part: flannel(public_ip="192.0.2.1")."""
+    return {PREFIX + key.replace("_", "-"): value for key, value in last_parts.items()}
+
+
+def member(name, address, *pod_cidrs, **more):
+    """A node on which flannel's UDP backend runs."""
+    says = {"kube_subnet_manager": "true", "backend_type": "", "backend_data": "null",
+            "public_ip": address, **more}
+    return node(name, *pod_cidrs, annotations=flannel(**says))
+
+
+class Cluster:
+    """An administrator of an API server. Names of nodes are its own, and go when it goes."""
+
+    def __init__(self, url, token, directory, small=None):
+        self.url, self.token, self.directory, self.small = url, token, directory, small
+        self.prefix = "" if small else f"udptun-test-{uuid.uuid4().hex[:8]}-"
+        self.verify = small is not None or not url.startswith("https")
+        self.http = httpx2.AsyncClient(
+            base_url=url, headers={"Authorization": f"Bearer {token}"}, verify=self.verify)
+        self._made, self._sources = set(), []
+
+    def name(self, short):
+        return self.prefix + short
+
+    async def call(self, method, path, body=None, kind="application/json", **params):
+        content = None if body is None else json.dumps(body)
+        headers = {} if body is None else {"Content-Type": kind}
+        return await self.http.request(
+            method, path, content=content, headers=headers, params=params)
+
+    async def create(self, new):
+        new = json.loads(json.dumps(new))
+        short = new["metadata"]["name"]
+        new["metadata"]["name"] = self.name(short)
+        answer = await self.call("POST", "/api/v1/nodes", new)
+        assert answer.status_code == 201, answer.text
+        self._made.add(short)
+
+    async def annotate(self, short, **last_parts):
+        path = f"/api/v1/nodes/{self.name(short)}"
+        body = {"metadata": {"annotations": flannel(**last_parts)}}
+        answer = await self.call("PATCH", path, body, "application/merge-patch+json")
+        assert answer.status_code == 200, answer.text
+
+    async def delete(self, short):
+        answer = await self.call("DELETE", f"/api/v1/nodes/{self.name(short)}")
+        assert answer.status_code == 200, answer.text
+        self._made.discard(short)
+
+    async def get(self, short):
+        return (await self.call("GET", f"/api/v1/nodes/{self.name(short)}")).json()
+
+    async def annotations(self, short):
+        """Those of flannel, by their last part."""
+        there = (await self.get(short))["metadata"].get("annotations", {})
+        return {k.removeprefix(PREFIX): v for k, v in there.items() if k.startswith(PREFIX)}
+
+    async def condition(self, short):
+        conditions = (await self.get(short))["status"].get("conditions", [])
+        return next((c for c in conditions if c["type"] == "NetworkUnavailable"), None)
+
+    def config(self, me="n1", net_conf=None, token=None, **options):
+        """For a node agent, with a kubeconfig of its own."""
+        (self.directory / "net-conf.json").write_text(json.dumps(net_conf or NET_CONF))
+        (self.directory / "token").write_text(token or self.token)
+        kubeconfig = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "it",
+            "clusters": [{"name": "it", "cluster": {
+                "server": self.url, "insecure-skip-tls-verify": not self.verify}}],
+            "users": [{"name": "me", "user": {"tokenFile": "token"}}],
+            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "me"}}],
+        }
+        (self.directory / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+        options = {"node_name": self.name(me), "retry_min": 0.01, "retry_max": 0.05,
+                   "kubeconfig_file": self.directory / "kubeconfig", **options}
+        return KubeConfig(net_config_path=self.directory / "net-conf.json", **options)
+
+    def source(self, *args, **options):
+        source = KubeSource(self.config(*args, **options))
+        self._sources.append(source)
+        return source
+
+    async def aclose(self):
+        for source in self._sources:
+            await source.aclose()
+        for short in list(self._made) if self.small is None else ():
+            await self.delete(short)
+        await self.http.aclose()
+
+
+@asynccontextmanager
+async def open_cluster(which, directory, **options):
+    if which == "real":
+        cluster = Cluster(REAL_URL, os.environ.get("KUBE_APISERVER_TOKEN", ""), directory)
+        try:
+            yield cluster
+        finally:
+            await cluster.aclose()
+        return
+    async with KubeApi(**options) as api:
+        api.allow("agent", "system:serviceaccount:kube-udptun:udptun", deployed_rules())
+        cluster = Cluster(api.url, ADMIN, directory, api)
+        try:
+            yield cluster
+        finally:
+            await cluster.aclose()

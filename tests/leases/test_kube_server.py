@@ -1,0 +1,141 @@
+"""The small API server answers as the real one: each test runs on both, where there is one."""
+
+import asyncio
+import json
+
+import pytest
+from kube_api import node
+from kube_cluster import SERVERS, flannel, open_cluster
+
+STRATEGIC = "application/strategic-merge-patch+json"
+
+
+@pytest.fixture(params=SERVERS)
+async def cluster(request, tmp_path):
+    async with open_cluster(request.param, tmp_path) as cluster:
+        yield cluster
+
+
+async def lines(cluster, n, **params):
+    """The first n events of a watch."""
+    found = []
+    params = {"watch": "true", **params}
+    async with asyncio.timeout(10):
+        async with cluster.http.stream("GET", "/api/v1/nodes", params=params) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                found.append(json.loads(line))
+                if len(found) == n:
+                    return found
+    return found
+
+
+async def version(cluster):
+    return (await cluster.call("GET", "/api/v1/nodes")).json()["metadata"]["resourceVersion"]
+
+
+async def test_a_stranger_is_refused(cluster):
+    answer = await cluster.http.get("/api/v1/nodes", headers={"Authorization": "Bearer no"})
+    assert answer.status_code == 401
+    assert answer.json()["reason"] == "Unauthorized"
+    assert answer.json()["kind"] == "Status"
+
+
+async def test_a_list_comes_in_pages_of_one_version(cluster):
+    for name in ("a", "b", "c"):
+        await cluster.create(node(name))
+    first = (await cluster.call("GET", "/api/v1/nodes", limit="1")).json()
+    assert len(first["items"]) == 1
+    await cluster.create(node("d"))
+    rest = (await cluster.call(
+        "GET", "/api/v1/nodes", **{"continue": first["metadata"]["continue"]})).json()
+    names = {n["metadata"]["name"] for n in first["items"] + rest["items"]}
+    assert {cluster.name(s) for s in "abc"} <= names
+    assert cluster.name("d") not in names
+    assert rest["metadata"]["resourceVersion"] == first["metadata"]["resourceVersion"]
+    assert not rest["metadata"].get("continue")
+    assert (await cluster.call("GET", "/api/v1/nodes", **{"continue": "x"})).status_code == 400
+
+
+async def test_a_watch_tells_what_came_after_its_version(cluster):
+    await cluster.create(node("before"))
+    start = await version(cluster)
+    await cluster.create(node("a", "10.244.1.0/24"))
+    await cluster.annotate("a", public_ip="192.0.2.1")
+    await cluster.delete("a")
+    events = await lines(cluster, 3, resourceVersion=start)
+    assert [e["type"] for e in events] == ["ADDED", "MODIFIED", "DELETED"]
+    assert {e["object"]["metadata"]["name"] for e in events} == {cluster.name("a")}
+    versions = [int(e["object"]["metadata"]["resourceVersion"]) for e in events]
+    assert versions == sorted(set(versions))
+
+
+async def test_a_watch_ends_when_it_was_asked_to(cluster):
+    start = await version(cluster)
+    assert [e for e in await lines(cluster, 9, resourceVersion=start, timeoutSeconds="1")
+            if e["object"]["metadata"].get("name", "").startswith(cluster.prefix or " ")] == []
+
+
+async def test_versions_that_are_none(cluster):
+    answer = await cluster.call("GET", "/api/v1/nodes", watch="true", resourceVersion="x")
+    assert answer.status_code == 400
+
+
+async def test_a_node_that_is_not_there(cluster):
+    path = f"/api/v1/nodes/{cluster.name('none')}"
+    for answer in (
+        await cluster.call("GET", path),
+        await cluster.call("PATCH", f"{path}/status", {"metadata": {}}, STRATEGIC),
+    ):
+        assert (answer.status_code, answer.json()["reason"]) == (404, "NotFound")
+
+
+async def test_the_status_subresource_takes_annotations_and_conditions_and_no_spec(cluster):
+    condition = {"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp"}
+    await cluster.create(node("a", "10.244.1.0/24"))
+    answer = await cluster.call(
+        "PATCH", f"/api/v1/nodes/{cluster.name('a')}/status",
+        {"metadata": {"annotations": flannel(public_ip="192.0.2.1")},
+         "spec": {"unschedulable": True}, "status": {"conditions": [condition]}}, STRATEGIC,
+    )
+    assert answer.status_code == 200
+    after = await cluster.get("a")
+    assert "unschedulable" not in after["spec"]
+    assert (await cluster.annotations("a")) == {"public-ip": "192.0.2.1"}
+    kinds = {c["type"] for c in after["status"]["conditions"]}
+    assert {"Ready", "NetworkUnavailable"} <= kinds  # merged by type, not replaced
+
+
+async def test_null_takes_an_annotation_away_and_a_patch_of_nothing_new_is_no_event(cluster):
+    await cluster.create(node("a", annotations=flannel(public_ip="192.0.2.1", backend_type="")))
+    path = f"/api/v1/nodes/{cluster.name('a')}/status"
+    body = {"metadata": {"annotations": flannel(public_ip=None)}}
+    first = (await cluster.call("PATCH", path, body, STRATEGIC)).json()
+    assert (await cluster.annotations("a")) == {"backend-type": ""}
+    second = (await cluster.call("PATCH", path, body, STRATEGIC)).json()
+    assert second["metadata"]["resourceVersion"] == first["metadata"]["resourceVersion"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "code"),
+    [
+        ({"metadata": {"annotations": {"x": 1}}}, STRATEGIC, 400),
+        ({"metadata": {"annotations": {"not a key": "1"}}}, STRATEGIC, 422),
+        ({"metadata": {"annotations": {"x": "1" * 300_000}}}, STRATEGIC, 422),
+        ({"metadata": {"resourceVersion": "1"}}, STRATEGIC, 409),
+        ({"metadata": {}}, "application/json", 415),
+    ],
+)
+async def test_patches_that_are_refused(cluster, body, kind, code):
+    await cluster.create(node("a"))
+    answer = await cluster.call("PATCH", f"/api/v1/nodes/{cluster.name('a')}/status", body, kind)
+    assert answer.status_code == code, answer.text
+    assert answer.json()["code"] == code
+
+
+async def test_a_pod_cidr_stays(cluster):
+    await cluster.create(node("a", "10.244.1.0/24"))
+    body = {"spec": {"podCIDR": "10.244.2.0/24", "podCIDRs": ["10.244.2.0/24"]}}
+    answer = await cluster.call("PATCH", f"/api/v1/nodes/{cluster.name('a')}", body, STRATEGIC)
+    assert answer.status_code in (403, 422)
+    assert (await cluster.get("a"))["spec"]["podCIDR"] == "10.244.1.0/24"

@@ -1,0 +1,744 @@
+"""The Kubernetes source against an API server over real HTTP.
+
+Tests with ``cluster`` run on the small server and on a real one, if one is given; those with
+``small`` do to the server what cannot be done to a real one.
+"""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_network
+
+import pytest
+from kube_api import Refusal, expired, node
+from kube_cluster import DUAL_STACK, NET_CONF, SERVERS, flannel, member, open_cluster
+
+from udptun.errors import FieldError
+from udptun.leases.base import (
+    Attributes,
+    Changes,
+    Snapshot,
+    StoreDown,
+    StoreRefused,
+    Subnets,
+)
+
+ME = Attributes(public_ip=IPv4Address("192.0.2.1"))
+ME6 = Attributes(public_ip=IPv4Address("192.0.2.1"), public_ipv6=IPv6Address("2001:db8::1"))
+UDP_DATA = {"udptun": {"port": 8285, "mtu": 1450}}
+VXLAN_DATA = {"VNI": 1, "VtepMAC": "12:c6:65:89:b4:e3", **UDP_DATA}
+
+
+@pytest.fixture(params=SERVERS)
+async def cluster(request, tmp_path):
+    async with open_cluster(request.param, tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def small(tmp_path):
+    async with open_cluster("small", tmp_path) as cluster:
+        yield cluster
+
+
+async def until(what, predicate, seconds=10):
+    """Ask every 10 ms; the predicate may be a coroutine function."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = predicate()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        await asyncio.sleep(0.01)
+
+
+class Told:
+    """What a source tells of the nodes of this test, put together as a daemon would."""
+
+    def __init__(self, source, prefix=""):
+        self.source, self.prefix = source, prefix
+        self.leases, self.changes, self.snapshots_n = {}, [], 0
+
+    async def listen(self):
+        async for news in self.source.updates():
+            if isinstance(news, Snapshot):
+                self.snapshots_n += 1
+                self.leases = {x.key: x for x in news.leases if x.key.startswith(self.prefix)}
+                continue
+            assert isinstance(news, Changes)
+            assert news.changes
+            for change in news.changes:
+                if not change.key.startswith(self.prefix):
+                    continue
+                assert self.leases.get(change.key) == change.old
+                self.changes.append(change)
+                if change.new is None:
+                    del self.leases[change.key]
+                else:
+                    self.leases[change.key] = change.new
+
+    def short(self):
+        """{node: public address}, without the test's prefix."""
+        return {key.removeprefix(self.prefix): str(lease.attributes.public_ip)
+                for key, lease in self.leases.items()}
+
+
+@asynccontextmanager
+async def listening(cluster, source):
+    told = Told(source, cluster.prefix)
+    async with running(told.listen()):
+        await until("the snapshot", lambda: told.snapshots_n)
+        await until("the watch", lambda: source.health.connected)
+        yield told
+    assert told.snapshots_n == 1
+
+
+@asynccontextmanager
+async def running(coroutine):
+    """Beside the test, which fails if it ends."""
+    task = asyncio.create_task(coroutine)
+    try:
+        yield task
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+# acquiring
+
+
+async def test_a_udp_node_says_what_flannel_says(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    source = cluster.source()
+    lease = await source.acquire(ME, Subnets())
+    assert lease.key == lease.name == cluster.name("n1")
+    assert lease.subnets == Subnets(ip_network("10.244.1.0/24"))
+    assert lease.attributes == ME
+    assert not lease.reserved
+    assert await cluster.annotations("n1") == {
+        "kube-subnet-manager": "true", "backend-type": "", "backend-data": "null",
+        "public-ip": "192.0.2.1",
+    }
+    assert source.health.lease == "held"
+    assert source.health.lease_expires is None
+
+
+async def test_a_vxlan_node_says_what_flannel_says_and_that_it_has_udp(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    data = {"VNI": 1, "VtepMAC": "12:c6:65:89:b4:e3"}
+    await cluster.source().acquire(
+        Attributes(IPv4Address("192.0.2.1"), None, "vxlan", data), Subnets())
+    assert (await cluster.annotations("n1"))["backend-data"] == \
+        '{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}'
+    await cluster.source().acquire(
+        Attributes(IPv4Address("192.0.2.1"), None, "vxlan", VXLAN_DATA), Subnets())
+    there = await cluster.annotations("n1")
+    assert there["backend-type"] == "vxlan"
+    assert there["backend-data"] == (
+        '{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3","udptun":{"port":8285,"mtu":1450}}')
+
+
+async def test_dual_stack(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24", "fd00:10:0:1::/64"))
+    data6 = {"VNI": 1, "VtepMAC": "0e:00:00:00:00:01"}
+    attributes = Attributes(ME6.public_ip, ME6.public_ipv6, "vxlan", VXLAN_DATA, data6)
+    lease = await cluster.source(net_conf=DUAL_STACK).acquire(attributes, Subnets())
+    assert lease.subnets == Subnets(
+        ip_network("10.244.1.0/24"), IPv6Network("fd00:10:0:1::/64"))
+    there = await cluster.annotations("n1")
+    assert there["public-ipv6"] == "2001:db8::1"
+    assert there["backend-v6-data"] == '{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}'
+    async with listening(cluster, cluster.source(net_conf=DUAL_STACK)) as told:
+        assert told.leases == {lease.key: lease}
+
+
+async def test_what_is_said_already_is_not_written_again(small):
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source()
+    await source.acquire(ME, Subnets())
+    version = small.small.version
+    await source.acquire(ME, Subnets())
+    assert small.small.version == version
+    assert [m for m, *_ in small.small.requests].count("PATCH") == 1
+
+
+async def test_what_a_former_backend_left_is_taken_away(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24", annotations=flannel(
+        public_ipv6="2001:db8::9", backend_v6_data="{}", backend_type="vxlan", other="stays")))
+    await cluster.source().acquire(ME, Subnets())
+    assert await cluster.annotations("n1") == {
+        "kube-subnet-manager": "true", "backend-type": "", "backend-data": "null",
+        "public-ip": "192.0.2.1", "other": "stays",
+    }
+
+
+async def test_an_operators_address_goes_first(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24", annotations=flannel(
+        public_ip_overwrite="198.51.100.7", public_ipv6_overwrite="2001:db8::7")))
+    source = cluster.source()
+    lease = await source.acquire(ME6, Subnets())
+    assert lease.attributes.public_ip == IPv4Address("198.51.100.7")
+    there = await cluster.annotations("n1")
+    assert (there["public-ip"], there["public-ipv6"]) == ("198.51.100.7", "2001:db8::7")
+    lease = await source.acquire(ME, Subnets())  # no IPv6 any more: nothing to overwrite
+    assert lease.attributes.public_ipv6 is None
+
+
+async def test_the_address_that_stands_for_public_ip(cluster):
+    await cluster.create(node("n1", annotations=flannel(node_public_ip="198.51.100.8")))
+    assert await cluster.source().node_public() == (IPv4Address("198.51.100.8"), None)
+
+
+async def test_another_prefix_of_annotations(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    source = cluster.source(annotation_prefix="example.org/net")
+    lease = await source.acquire(ME, Subnets())
+    assert (await cluster.get("n1"))["metadata"]["annotations"] == {
+        "example.org/net-kube-subnet-manager": "true", "example.org/net-backend-type": "",
+        "example.org/net-backend-data": "null", "example.org/net-public-ip": "192.0.2.1",
+    }
+    async with listening(cluster, source) as told:
+        assert told.leases == {lease.key: lease}
+
+
+@pytest.mark.parametrize(
+    ("pod_cidrs", "net_conf", "says"),
+    [
+        ((), NET_CONF, "podCIDR"),
+        (("192.168.1.0/24",), NET_CONF, "10.244.0.0/16"),
+        (("10.0.0.0/8",), NET_CONF, "10.244.0.0/16"),
+        (("10.244.1.0/24", "fd00:10::/64"), NET_CONF, "IPv6Network"),
+        (("fd00:10::/64",), NET_CONF, "Network"),
+        (("10.244.1.0/24",), DUAL_STACK, "IPv6Network"),
+        (("10.244.1.0/24", "fd00:99::/64"), DUAL_STACK, "fd00:10::/56"),
+    ],
+)
+async def test_pod_cidrs_that_do_not_fit_are_refused_and_nothing_is_written(
+    cluster, pod_cidrs, net_conf, says
+):
+    await cluster.create(node("n1", *pod_cidrs))
+    with pytest.raises(StoreRefused, match=says):
+        await cluster.source(net_conf=net_conf).acquire(ME, Subnets())
+    assert await cluster.annotations("n1") == {}
+
+
+async def test_with_ipv4_off_its_pod_cidr_is_no_matter(cluster):
+    await cluster.create(node("n1", "10.1.0.0/24", "fd00:10:0:1::/64"))
+    net_conf = {**DUAL_STACK, "EnableIPv4": False}
+    del net_conf["Network"]
+    lease = await cluster.source(net_conf=net_conf).acquire(ME6, Subnets())
+    assert lease.subnets == Subnets(None, IPv6Network("fd00:10:0:1::/64"))
+
+
+async def test_a_node_that_is_not_there_is_named(cluster):
+    with pytest.raises(StoreRefused, match=f"get node {cluster.name('n1')}.*404"):
+        await cluster.source().acquire(ME, Subnets())
+
+
+async def test_an_overwrite_that_is_no_address_is_refused(cluster):
+    await cluster.create(
+        node("n1", "10.244.1.0/24", annotations=flannel(public_ip_overwrite="here")))
+    with pytest.raises(StoreRefused, match="public-ip-overwrite: 'here'"):
+        await cluster.source().acquire(ME, Subnets())
+
+
+async def test_our_pod_says_which_node_it_is(small):
+    await small.create(node("n1", "10.244.1.0/24"))
+    small.small.pods["kube-udptun", "udptun-x7k"] = "n1"
+    source = small.source(
+        token="agent", node_name="", pod_name="udptun-x7k", pod_namespace="kube-udptun")
+    assert (await source.acquire(ME, Subnets())).name == "n1"
+
+
+async def test_a_pod_that_is_not_there_or_on_no_node(small):
+    small.small.pods["kube-udptun", "waits"] = ""
+    for pod, error in (("none", StoreRefused), ("waits", StoreDown)):
+        source = small.source(node_name="", pod_name=pod, pod_namespace="kube-udptun")
+        with pytest.raises(error, match=f"pod kube-udptun/{pod}"):
+            await source.acquire(ME, Subnets())
+
+
+async def test_a_conflict_may_be_tried_again(small):
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source(token="agent")
+    conflict = Refusal(409, "Conflict", "the object has been modified")
+    small.small.refuse_next = [None, conflict]  # the get, then the patch
+    with pytest.raises(StoreDown, match=r"409.*modified"):
+        await source.acquire(ME, Subnets())
+    await source.acquire(ME, Subnets())
+
+
+async def test_what_the_deployed_role_allows_is_enough(small):
+    """All that a source does, with the token of the service account in deploy/."""
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source(token="agent")
+    lease = await source.acquire(ME, Subnets())
+    async with listening(small, source) as told, running(source.hold(lease)):
+        await until("the condition", lambda: small.condition("n1"))
+        assert told.short() == {"n1": "192.0.2.1"}
+    users = {user for *_, user in small.small.requests}
+    assert "system:serviceaccount:kube-udptun:udptun" in users
+
+
+@pytest.mark.parametrize("resource", ["nodes", "nodes/status"])
+async def test_a_right_that_is_missing_is_named(small, resource):
+    await small.create(node("n1", "10.244.1.0/24"))
+    rules = [{"apiGroups": [""], "resources": [r], "verbs": ["get", "list", "watch", "patch"]}
+             for r in {"nodes", "nodes/status"} - {resource}]
+    small.small.allow("less", "less", rules)
+    with pytest.raises(StoreRefused, match=f'403.*resource "{resource}"'):
+        await small.source(token="less").acquire(ME, Subnets())
+
+
+# the configuration
+
+
+async def test_the_networks_configuration_is_flannels_file(small):
+    network = await small.source().network()
+    assert str(network.network) == "10.244.0.0/16"
+    assert network.backend_type == "udp"
+
+
+async def test_a_file_that_is_missing_or_wrong(small):
+    source = small.source()
+    path = small.directory / "net-conf.json"
+    path.unlink()
+    with pytest.raises(StoreRefused, match=r"net-conf\.json"):
+        await source.network()
+    path.write_text('{"Network": "10.244.0.0"}')
+    with pytest.raises(FieldError, match=r"net-conf\.json"):
+        await source.network()
+
+
+async def test_subnet_lengths_are_the_clusters_matter(small):
+    """Flannel's rules for them hold with etcd only."""
+    source = small.source(net_conf={**NET_CONF, "SubnetLen": 31})
+    assert str((await source.network()).network) == "10.244.0.0/16"
+
+
+# listing and watching
+
+
+async def test_nodes_come_change_and_go(cluster):
+    await cluster.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+    async with listening(cluster, cluster.source()) as told:
+        assert told.short() == {"n1": "192.0.2.1", "n2": "192.0.2.2"}
+        await cluster.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
+        await until("n3", lambda: "n3" in told.short())
+        await cluster.annotate("n2", public_ip="192.0.2.22")
+        await until("the address", lambda: told.short()["n2"] == "192.0.2.22")
+        await cluster.delete("n1")
+        await until("n1's end", lambda: "n1" not in told.short())
+        assert told.short() == {"n2": "192.0.2.22", "n3": "192.0.2.3"}
+        assert len(told.changes) == 3
+
+
+async def test_nodes_without_flannel_are_no_leases(cluster):
+    await cluster.create(node("bare", "10.244.1.0/24"))
+    await cluster.create(member("off", "192.0.2.2", "10.244.2.0/24", kube_subnet_manager="false"))
+    source = cluster.source()
+    async with listening(cluster, source) as told:
+        assert told.leases == {}
+        assert not any(key.startswith(cluster.prefix or "bare") for key in source.health.skipped)
+        await cluster.annotate("off", kube_subnet_manager="true")
+        await until("a lease", lambda: told.short() == {"off": "192.0.2.2"})
+        await cluster.annotate("off", kube_subnet_manager=None)
+        await until("its end", lambda: told.short() == {})
+
+
+async def test_one_family_of_two_may_change(cluster):
+    """Flannel ignores an update if either family is as it was."""
+    both = {"public_ipv6": "2001:db8::2"}
+    await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24", "fd00:10:0:2::/64", **both))
+    async with listening(cluster, cluster.source(net_conf=DUAL_STACK)) as told:
+        await cluster.annotate("n2", public_ipv6="2001:db8::22")
+        await until("one change", lambda: told.changes)
+        await cluster.annotate("n2", public_ip="192.0.2.22")
+        await until("the other", lambda: len(told.changes) == 2)
+        (lease,) = told.leases.values()
+        assert str(lease.attributes.public_ip) == "192.0.2.22"
+        assert str(lease.attributes.public_ipv6) == "2001:db8::22"
+
+
+async def test_a_node_made_anew_with_another_subnet_is_a_change(cluster):
+    """A podCIDR changes with its node only; flannel does not notice."""
+    await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+    async with listening(cluster, cluster.source()) as told:
+        await cluster.delete("n2")
+        await cluster.create(member("n2", "192.0.2.2", "10.244.22.0/24"))
+        key = cluster.name("n2")
+        await until("the subnet", lambda: key in told.leases and
+                    told.leases[key].subnets == Subnets(ip_network("10.244.22.0/24")))
+
+
+async def test_a_heartbeat_is_no_change(small):
+    await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+    async with listening(small, small.source()) as told:
+        for i in range(5):
+            there = small.small.nodes["n2"]
+            await small.small.put({**there, "status": {"images": [{"sizeBytes": i}]}})
+        await small.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
+        await until("n3", lambda: told.changes)
+        assert [c.key for c in told.changes] == ["n3"]
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        ({"public_ip": "here"}, "public-ip: 'here'"),
+        ({"public_ip": "224.0.0.1"}, "public-ip"),
+        ({"public_ip": "2001:db8::1"}, "public-ip"),
+        ({"public_ip": ""}, "public-ip"),
+        ({"public_ipv6": "192.0.2.2"}, "public-ipv6"),
+        ({"backend_data": "{"}, "backend-data"),
+        ({"backend_data": "[" * 2000}, "backend-data"),
+        ({"backend_v6_data": "nul"}, "backend-v6-data"),
+    ],
+)
+async def test_a_node_that_says_nonsense_keeps_what_it_said_before(cluster, says, why):
+    await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+    await cluster.create(member("bad", "192.0.2.9", "10.244.9.0/24", **says))
+    source = cluster.source()
+    async with listening(cluster, source) as told:
+        assert told.short() == {"n2": "192.0.2.2"}
+        assert why in source.health.skipped[cluster.name("bad")]
+        await cluster.annotate("n2", **says)
+        await until("the report", lambda: cluster.name("n2") in source.health.skipped)
+        await cluster.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
+        await until("n3", lambda: "n3" in told.short())
+        assert told.short() == {"n2": "192.0.2.2", "n3": "192.0.2.3"}
+        mended = dict.fromkeys(says) | {"public_ip": "192.0.2.22", "backend_data": "null"}
+        await cluster.annotate("n2", **mended)
+        await until("n2 as mended", lambda: told.short()["n2"] == "192.0.2.22")
+        assert cluster.name("n2") not in source.health.skipped
+
+
+async def test_a_node_without_a_subnet_is_reported_until_it_has_one(cluster):
+    await cluster.create(member("n2", "192.0.2.2"))
+    source = cluster.source()
+    async with listening(cluster, source) as told:
+        assert "podCIDR" in source.health.skipped[cluster.name("n2")]
+        body = {"spec": {"podCIDR": "10.244.2.0/24", "podCIDRs": ["10.244.2.0/24"]}}
+        await cluster.call("PATCH", f"/api/v1/nodes/{cluster.name('n2')}", body,
+                           "application/merge-patch+json")
+        await until("n2", lambda: told.short() == {"n2": "192.0.2.2"})
+        assert cluster.name("n2") not in source.health.skipped
+
+
+async def test_lists_are_read_in_pages(small):
+    for i in range(7):
+        await small.create(member(f"n{i}", f"192.0.2.{i + 1}", f"10.244.{i}.0/24"))
+    async with listening(small, small.source(page=3)) as told:
+        assert len(told.leases) == 7
+    lists = [url for _, url, _ in small.small.requests if "limit=3" in url]
+    assert len(lists) == 3
+
+
+async def test_a_list_that_takes_too_long_is_asked_for_at_once(small):
+    for i in range(7):
+        await small.create(member(f"n{i}", f"192.0.2.{i + 1}", f"10.244.{i}.0/24"))
+
+    async def forget():
+        await small.small.pass_over()
+        small.small.compact()
+
+    small.small.on_page = forget
+    async with listening(small, small.source(page=3)) as told:
+        assert len(told.leases) == 7
+
+
+# what goes wrong with a watch
+
+
+@pytest.mark.parametrize("as_event", [True, False])
+async def test_a_forgotten_version_lists_again_and_tells_the_difference(small, as_event):
+    small.small.gone_as_event = as_event
+    for i in (1, 2, 3):
+        await small.create(member(f"n{i}", f"192.0.2.{i}", f"10.244.{i}.0/24"))
+    source = small.source()
+    async with listening(small, source) as told:
+        await small.small.stop()
+        await small.small.delete("n1")
+        await small.small.annotate("n2", public_ip="192.0.2.22")
+        await small.small.put(member("n4", "192.0.2.4", "10.244.4.0/24"))
+        small.small.compact()
+        await small.small.start()
+        await until("the difference", lambda: told.short() == {
+            "n2": "192.0.2.22", "n3": "192.0.2.3", "n4": "192.0.2.4"})
+        assert len(told.changes) == 3  # n3 was not touched
+        assert source.health.relists_n == 1
+
+
+async def test_a_bookmark_spares_listing_again(small):
+    small.small.bookmark_seconds = 0.02
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    source = small.source()
+    async with listening(small, source) as told:
+        await small.small.pass_over(100)
+        version = small.small.version
+        seen = source.health.last_contact
+        await until("a bookmark", lambda: source.health.last_contact > seen)
+        small.small.compact()
+        await small.small.cut_watches()
+        await until("the next watch", lambda: small.small.watches_n)
+        await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+        await until("n2", lambda: "n2" in told.short())
+        assert source.health.relists_n == 0
+        watches = [url for _, url, _ in small.small.requests if f"resourceVersion={version}" in url]
+        assert watches
+
+
+async def test_a_lost_connection_goes_on_where_it_was(small):
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    source = small.source()
+    async with listening(small, source) as told:
+        for i in range(2, 7):
+            await small.small.cut_watches()
+            await small.create(member(f"n{i}", f"192.0.2.{i}", f"10.244.{i}.0/24"))
+        await until("all", lambda: len(told.leases) == 6)
+        assert source.health.relists_n == 0
+        lists = [url for _, url, _ in small.small.requests
+                 if "watch" not in url and "limit" in url]
+        assert len(lists) == 1
+
+
+async def test_a_watch_that_ends_in_order_goes_on(small):
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    source = small.source(watch_timeout=1)
+    async with listening(small, source) as told:
+        watches = lambda: [url for _, url, _ in small.small.requests if "watch=" in url]  # noqa: E731
+        await until("a second watch", lambda: len(watches()) > 1)
+        assert source.health.errors_n == 0
+        await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+        await until("n2", lambda: "n2" in told.short())
+
+
+async def test_a_server_that_is_gone_forgets_no_lease(small):
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    source = small.source()
+    async with listening(small, source) as told:
+        await small.small.stop()
+        await until("the report", lambda: not source.health.connected)
+        assert "nodes" in source.health.error
+        assert source.health.errors_n
+        assert told.short() == {"n1": "192.0.2.1"}
+        await small.small.put(member("n2", "192.0.2.2", "10.244.2.0/24"))
+        await small.small.start()
+        await until("n2", lambda: "n2" in told.short())
+        await until("order", lambda: source.health.connected)
+        assert source.health.error == ""
+        assert source.health.relists_n == 0
+
+
+async def test_a_server_that_was_not_there_at_start(small):
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    await small.small.stop()
+    source = small.source()
+    with pytest.raises(StoreDown):
+        await source.acquire(ME, Subnets())
+    told = Told(source)
+    async with running(told.listen()):
+        await until("the report", lambda: source.health.errors_n > 2)
+        assert told.snapshots_n == 0
+        await small.small.start()
+        await until("the snapshot", lambda: told.short() == {"n1": "192.0.2.1"})
+
+
+async def test_a_frozen_server_is_noticed(small):
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    source = small.source(watch_silence=0.2, request_timeout=0.2)
+    async with listening(small, source) as told:
+        small.small.answering.clear()
+        await until("the report", lambda: "does not answer" in source.health.error)
+        assert not source.health.connected
+        with pytest.raises(StoreDown, match="does not answer"):
+            await source.acquire(ME, Subnets())
+        small.small.answering.set()
+        await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+        await until("n2", lambda: "n2" in told.short())
+        await until("order", lambda: source.health.connected)
+
+
+@pytest.mark.parametrize("code", [429, 500, 503, 403, 410])
+async def test_a_server_that_refuses_for_a_while(small, code):
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    source = small.source(token="agent")
+    async with listening(small, source) as told:
+        refusal = expired() if code == 410 else Refusal(code, "Reason", "not now")
+        small.small.refuse_next = [refusal] * 3
+        await small.small.cut_watches()
+        await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+        await until("n2", lambda: "n2" in told.short())
+
+
+async def test_a_proxy_that_answers_in_its_own_way(small):
+    """What comes back need not be of Kubernetes."""
+    async def page(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n<p>no</p>")
+        writer.close()
+
+    server = await asyncio.start_server(page, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        source = small.source(api_url=url)
+        with pytest.raises(StoreDown, match="not one of Kubernetes"):
+            await source.acquire(ME, Subnets())
+
+
+# credentials
+
+
+async def test_a_token_that_expires_is_read_again(small):
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source(token="agent")
+    lease = await source.acquire(ME, Subnets())
+    rules = small.small.users["agent"]
+    async with listening(small, source) as told:
+        assert told.short() == {"n1": "192.0.2.1"}
+        small.small.expire("agent")
+        await small.small.cut_watches()
+        await until("the report", lambda: "401" in source.health.error)
+        with pytest.raises(StoreRefused, match="401"):
+            await source.acquire(ME, Subnets())
+        small.small.allow("fresh", *rules)
+        (small.directory / "token").write_text("fresh")
+        await until("order", lambda: source.health.connected)
+        assert await source.acquire(ME, Subnets()) == lease
+
+
+async def test_a_token_that_is_missing_is_named(small):
+    source = small.source()
+    (small.directory / "token").unlink()
+    with pytest.raises(StoreRefused, match="token"):
+        await source.acquire(ME, Subnets())
+
+
+# holding
+
+
+async def test_holding_says_that_the_network_is_there(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24", conditions=[
+        {"type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated"}]))
+    source = cluster.source()
+    lease = await source.acquire(ME, Subnets())
+    assert (await cluster.condition("n1"))["status"] == "True"  # not before the host is set up
+
+    async def up():
+        condition = await cluster.condition("n1")
+        return condition["status"] == "False" and condition
+
+    async with running(source.hold(lease)):
+        condition = await until("the condition", up)
+        assert condition["reason"] == "FlannelIsUp"
+        assert condition["lastTransitionTime"].endswith("Z")
+
+
+async def test_the_network_condition_may_be_somebody_elses(small):
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source(set_node_network_unavailable=False)
+    lease = await source.acquire(ME, Subnets())
+    async with running(source.hold(lease)):
+        gets = lambda: [u for m, u, _ in small.small.requests if u.endswith("/nodes/n1")]  # noqa: E731
+        await until("a look", lambda: len(gets()) > 1)
+        assert await small.condition("n1") is None
+
+
+async def test_annotations_that_are_taken_away_are_put_back(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    source = cluster.source()
+    lease = await source.acquire(ME, Subnets())
+    whole = await cluster.annotations("n1")
+    async with listening(cluster, source), running(source.hold(lease)):
+        await cluster.annotate("n1", kube_subnet_manager=None, public_ip="203.0.113.1")
+
+        async def mended():
+            return await cluster.annotations("n1") == whole
+
+        await until("the annotations", mended)
+
+
+async def test_an_overwrite_that_comes_later_is_published(cluster):
+    """Flannel looks at it at its start only."""
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    source = cluster.source()
+    lease = await source.acquire(ME, Subnets())
+    async with listening(cluster, source) as told, running(source.hold(lease)):
+        await cluster.annotate("n1", public_ip_overwrite="198.51.100.7")
+        await until("the address", lambda: told.short() == {"n1": "198.51.100.7"})
+        await cluster.annotate("n1", public_ip_overwrite=None)
+        await until("our own again", lambda: told.short() == {"n1": "192.0.2.1"})
+
+
+async def test_a_node_that_registers_again_is_told_all_again(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    source = cluster.source()
+    lease = await source.acquire(ME, Subnets())
+    async with listening(cluster, source) as told, running(source.hold(lease)):
+        await until("the condition", lambda: cluster.condition("n1"))
+        await cluster.delete("n1")
+        await until("the loss", lambda: source.health.lease == "lost")
+        assert "404" in source.health.lease_error
+        await cluster.create(node("n1", "10.244.1.0/24"))
+        await until("the lease", lambda: source.health.lease == "held")
+        await until("the condition", lambda: cluster.condition("n1"))
+        await until("the news", lambda: told.short() == {"n1": "192.0.2.1"})
+
+
+async def test_a_node_that_gets_another_subnet_has_lost_its_lease(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    source = cluster.source()
+    lease = await source.acquire(ME, Subnets())
+    async with listening(cluster, source), running(source.hold(lease)):
+        await cluster.delete("n1")
+        await cluster.create(member("n1", "192.0.2.1", "10.244.9.0/24"))
+        await until("the loss", lambda: "10.244.9.0/24" in source.health.lease_error)
+        assert source.health.lease == "lost"
+    lease = await source.acquire(ME, lease.subnets)
+    assert lease.subnets == Subnets(ip_network("10.244.9.0/24"))
+    assert source.health.lease == "held"
+
+
+async def test_an_outage_loses_no_lease(small):
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source()
+    lease = await source.acquire(ME, Subnets())
+    async with running(source.hold(lease)):
+        await until("the condition", lambda: small.condition("n1"))
+    await small.small.stop()
+    async with running(source.hold(lease)):
+        await until("failures", lambda: source.health.errors_n > 3)
+        assert source.health.lease == "held"
+        small.small.nodes["n1"]["metadata"]["annotations"].clear()
+        await small.small.start()
+
+        async def mended():
+            return (await small.annotations("n1")).get("public-ip") == "192.0.2.1"
+
+        await until("the annotations", mended)
+
+
+async def test_a_refused_patch_while_holding_is_tried_again(small):
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source(token="agent")
+    lease = await source.acquire(ME, Subnets())
+    conflict = Refusal(409, "Conflict", "the object has been modified")
+    small.small.refuse_next = [None, conflict]  # the get, then the patch of the condition
+    async with running(source.hold(lease)):
+        await until("the condition", lambda: small.condition("n1"))
+
+
+async def test_a_daemon_that_starts_from_its_memory_publishes_when_it_can(small):
+    """Without acquire: the saved lease is held."""
+    await small.create(node("n1", "10.244.1.0/24"))
+    lease = await small.source().acquire(ME, Subnets())
+    await small.small.annotate("n1", public_ip=None)
+    async with running(small.source().hold(lease)):
+        async def mended():
+            return (await small.annotations("n1")).get("public-ip") == "192.0.2.1"
+
+        await until("the annotations", mended)
