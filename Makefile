@@ -23,7 +23,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test soak bench bench-full bench-micro sanitize lint clean FORCE
+.PHONY: help build demo demo-etcd test soak bench bench-full bench-micro sanitize lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ build: $(VENV)/extension.stamp ## make .venv with udptun in it (.venv/bin/udptun
 demo: build ## show it: two hosts, a tunnel, pings and TCP (as root)
 	$(call need,$(DEMO_TOOLS),exit 1)
 	@$(VENV)/bin/udptun demo $(ARGS)
+
+demo-etcd: build ## show a cluster: etcd, nodes that join and leave, pods (as root)
+	$(call need,$(DEMO_TOOLS) etcd:etcd-server,exit 1)
+	@$(PY) -m udptun.lab.demo_etcd $(ARGS)
 
 test: build $(VENV)/test.stamp bench/onepacket ## run all tests, those in network namespaces as root
 	$(call need,$(TEST_TOOLS),true)

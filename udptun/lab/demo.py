@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -47,16 +48,27 @@ class Voice:
 
 def run(seconds: int = 4, out: TextIO | None = None) -> int:
     """Show it; the exit code: 0 when no ping was lost and TCP went through the tunnel."""
+    return perform("udptun demo", lambda lab, voice: _show(lab, voice, seconds), out)
+
+
+def perform(
+    command: str, story: Callable[[Lab, Voice], bool], out: TextIO | None = None,
+    obstacle: str | None = None,
+) -> int:
+    """Tell a story in a lab of its own, and say what was removed; the exit code.
+
+    obstacle  what is in the way of this story, beyond what is in the way of every one
+    """
     voice = Voice(out or sys.stdout)
-    complaint = _what_is_in_the_way()
+    complaint = _what_is_in_the_way() or obstacle
     if complaint:
-        print(complaint, file=sys.stderr)
+        print(f"{command} needs {complaint}", file=sys.stderr)
         return 1
     lab, removed = Lab(), "nothing: nothing was made"
     try:
         with lab:
             try:
-                good = _show(lab, voice, seconds)
+                good = story(lab, voice)
             finally:
                 removed = lab.close()
     except KeyboardInterrupt:
@@ -73,12 +85,12 @@ def run(seconds: int = 4, out: TextIO | None = None) -> int:
 
 def _what_is_in_the_way() -> str | None:
     if os.geteuid() != 0:
-        return "udptun demo needs root: it makes hosts as network namespaces (try sudo)"
+        return "root: it makes hosts as network namespaces (try sudo)"
     if missing := missing_tools():
         names = ", ".join(tool for tool, _ in missing)
-        return f"udptun demo needs {names}: {install_command(missing)}"
+        return f"{names}: {install_command(missing)}"
     if not Path("/dev/net/tun").exists():
-        return "udptun demo needs /dev/net/tun: modprobe tun, or give this container the device"
+        return "/dev/net/tun: modprobe tun, or give this container the device"
     return None
 
 
