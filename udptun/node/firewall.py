@@ -172,7 +172,10 @@ class Firewall:
             # Behind the first line nft shows the place in its input.
             said = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
             raise FirewallError(f"{command}: {said}")
-        answer: list[Json] = json.loads(done.stdout)["nftables"] if done.stdout.strip() else []
+        try:
+            answer: list[Json] = json.loads(done.stdout)["nftables"] if done.stdout else []
+        except (ValueError, KeyError, TypeError):
+            raise FirewallError(f"{command}: answers what is not its JSON") from None
         return answer
 
 

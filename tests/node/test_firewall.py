@@ -1,0 +1,300 @@
+"""The rules in the real kernel, seen through nft; what they do to packets is in tests/netns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+from ipaddress import ip_network
+
+import pytest
+from own_netns import in_own_netns, sh
+
+from udptun.node import firewall as firewall_module
+from udptun.node.firewall import Firewall, FirewallError, FirewallRules
+
+RULES = FirewallRules(
+    ip_network("10.42.0.0/16"), ip_network("10.42.1.0/24"),
+    ip_network("fc00::/48"), ip_network("fc00:0:0:1::/64"), masquerade=True, forward=True,
+)
+IN_FORCE = """\
+table ip udptun-ipv4 {
+	chain postrtg {
+		type nat hook postrouting priority srcnat; policy accept;
+		meta mark & 0x00004000 == 0x00004000 return
+		ip saddr 10.42.1.0/24 ip daddr 10.42.0.0/16 return
+		ip saddr 10.42.0.0/16 ip daddr 10.42.1.0/24 return
+		ip saddr != 10.42.0.0/16 ip daddr 10.42.1.0/24 return
+		ip saddr 10.42.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
+		ip saddr != 10.42.0.0/16 ip daddr 10.42.0.0/16 masquerade fully-random
+	}
+
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		ip saddr 10.42.0.0/16 accept
+		ip daddr 10.42.0.0/16 accept
+	}
+}
+table ip6 udptun-ipv6 {
+	chain postrtg {
+		type nat hook postrouting priority srcnat; policy accept;
+		meta mark & 0x00004000 == 0x00004000 return
+		ip6 saddr fc00:0:0:1::/64 ip6 daddr fc00::/48 return
+		ip6 saddr fc00::/48 ip6 daddr fc00:0:0:1::/64 return
+		ip6 saddr != fc00::/48 ip6 daddr fc00:0:0:1::/64 return
+		ip6 saddr fc00::/48 ip6 daddr != ff00::/8 masquerade fully-random
+		ip6 saddr != fc00::/48 ip6 daddr fc00::/48 masquerade fully-random
+	}
+
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		ip6 saddr fc00::/48 accept
+		ip6 daddr fc00::/48 accept
+	}
+}
+"""
+
+
+def ruleset(handles=False):
+    """All tables, sorted: nft lists one that was replaced last."""
+    text = sh("nft -a list ruleset" if handles else "nft list ruleset")
+    return "".join(sorted(f"table {table}" for table in text.split("table ")[1:]))
+
+
+def chains():
+    """As "family table chain"."""
+    listed = json.loads(sh("nft -j list chains"))["nftables"]
+    return {" ".join(item["chain"][key] for key in ("family", "table", "name"))
+            for item in listed if "chain" in item}
+
+
+@in_own_netns
+async def test_flannels_rules_in_flannels_order():
+    assert await Firewall(RULES).sync()
+    assert ruleset() == IN_FORCE
+
+
+@in_own_netns
+async def test_what_is_in_force_is_not_touched():
+    """Not by another look, and not by a daemon that was started again."""
+    firewall = Firewall(RULES)
+    await firewall.sync()
+    before = ruleset(handles=True)
+    assert not await firewall.sync()
+    assert not await Firewall(RULES).sync()
+    assert ruleset(handles=True) == before
+
+
+@in_own_netns
+@pytest.mark.parametrize("damage", [
+    "delete table ip udptun-ipv4",
+    "flush table ip6 udptun-ipv6",
+    "delete table ip udptun-ipv4; delete table ip6 udptun-ipv6",
+    "delete chain ip udptun-ipv4 forward",
+    "flush chain ip udptun-ipv4 postrtg",
+    "insert rule ip udptun-ipv4 postrtg ip saddr 10.42.0.0/16 accept",
+    "add rule ip6 udptun-ipv6 forward drop",
+    "add chain ip udptun-ipv4 forward { policy drop; }",
+    "add set ip udptun-ipv4 strange { type ipv4_addr; }",
+    "add table ip udptun-ipv4 { flags dormant; }",
+    # the same rules in another order
+    "flush chain ip udptun-ipv4 forward; add rule ip udptun-ipv4 forward ip daddr 10.42.0.0/16"
+    " accept; add rule ip udptun-ipv4 forward ip saddr 10.42.0.0/16 accept",
+])
+async def test_damage_is_mended(damage):
+    firewall = Firewall(RULES)
+    await firewall.sync()
+    sh(f"nft {damage}")
+    assert ruleset() != IN_FORCE
+    assert await firewall.sync()
+    assert ruleset() == IN_FORCE
+
+
+@in_own_netns
+async def test_the_hosts_own_rules_are_left_alone():
+    sh("nft add table ip nat", "nft add table inet filter",
+       "nft add chain inet filter forward { type filter hook forward priority 0; }",
+       "nft add rule inet filter forward ip saddr 203.0.113.0/24 drop",
+       "nft add table ip flannel-ipv4")
+    before = ruleset(handles=True)
+    firewall = Firewall(RULES)
+    await firewall.sync()
+    sh("nft flush table ip udptun-ipv4")
+    await firewall.sync()
+    await firewall.remove()
+    assert ruleset(handles=True) == before
+
+
+@in_own_netns
+async def test_another_wish():
+    firewall = Firewall(RULES)
+    await firewall.sync()
+    firewall.want = dataclasses.replace(RULES, subnet=ip_network("10.42.9.0/24"))
+    assert await firewall.sync()
+    assert ruleset() == IN_FORCE.replace("10.42.1.0", "10.42.9.0")
+    both = {"ip udptun-ipv4 ", "ip6 udptun-ipv6 "}
+    for want, left in (
+        ({"masquerade": False}, {table + "forward" for table in both}),
+        ({"forward": False}, {table + "postrtg" for table in both}),
+        ({"network6": None, "subnet6": None}, {"ip udptun-ipv4 postrtg", "ip udptun-ipv4 forward"}),
+        ({"network": None, "subnet": None}, {"ip6 udptun-ipv6 postrtg", "ip6 udptun-ipv6 forward"}),
+        # No lease yet: nothing to masquerade for.
+        ({"subnet": None, "subnet6": None}, {table + "forward" for table in both}),
+        ({"masquerade": False, "forward": False}, set()),
+    ):
+        firewall.want = dataclasses.replace(RULES, **want)
+        assert await firewall.sync()
+        assert not await firewall.sync()
+        assert chains() == left
+    assert ruleset() == ""  # no empty table either
+
+
+@in_own_netns
+async def test_a_subnet_of_one_address():
+    """nft writes a prefix of full length without one."""
+    firewall = Firewall(dataclasses.replace(RULES, subnet=ip_network("10.42.1.7/32")))
+    assert await firewall.sync()
+    assert "ip saddr 10.42.1.7 ip daddr 10.42.0.0/16 return" in ruleset()
+    assert not await Firewall(firewall.want).sync()
+
+
+@in_own_netns
+async def test_remove():
+    """By one that has put nothing there itself: --cleanup."""
+    await Firewall(RULES).sync()
+    firewall = Firewall(FirewallRules())
+    assert await firewall.remove()
+    assert ruleset() == ""
+    assert not await firewall.remove()
+    kept = Firewall(RULES)
+    await kept.remove()
+    assert not await kept.sync()  # what was removed does not come back with the next look
+    assert ruleset() == ""
+
+
+def program(tmp_path, text):
+    """A stand-in for nft."""
+    path = tmp_path / "nft"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@in_own_netns
+async def test_an_nft_that_writes_the_rules_in_another_way(tmp_path):
+    """Flags became a list in later releases: that is not damage, to be mended each time."""
+    nft = program(tmp_path, """nft "$@" | sed 's/"fully-random"/["fully-random"]/g'""")
+    firewall = Firewall(RULES, nft)
+    assert await firewall.sync()
+    before = ruleset(handles=True)
+    assert not await firewall.sync()
+    assert ruleset(handles=True) == before
+    sh("nft flush chain ip udptun-ipv4 postrtg")
+    assert await firewall.sync()
+    assert ruleset() == IN_FORCE
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("echo Operation not permitted >&2; exit 1", ["list table ip udptun-ipv4",
+                                                  "Operation not permitted"]),
+    ("exit 3", ["exit code 3"]),
+    ("echo what", ["answers what is not its JSON"]),
+    ("exec sleep 60", ["no answer in 0.05 s"]),
+])
+async def test_nft_fails(tmp_path, monkeypatch, text, words):
+    if "sleep" in text:
+        monkeypatch.setattr(firewall_module, "NFT_TIMEOUT_S", 0.05)
+    firewall = Firewall(RULES, program(tmp_path, text))
+    with pytest.raises(FirewallError) as caught:
+        await firewall.sync()
+    for word in words:
+        assert word in str(caught.value)
+    assert firewall.error == str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "words"), [
+    (None, "does not run: No such file or directory (Debian has it in the package nftables)"),
+    (0o644, "does not run: Permission denied"),
+])
+async def test_nft_is_not_there(tmp_path, mode, words):
+    path = tmp_path / "nft"
+    if mode is not None:
+        path.write_text("")
+        path.chmod(mode)
+    firewall = Firewall(RULES, str(path))
+    with pytest.raises(FirewallError, match="does not run") as caught:
+        await firewall.sync()
+    assert words in str(caught.value)
+
+
+@contextlib.asynccontextmanager
+async def keeping(firewall):
+    task = asyncio.create_task(firewall.keep(0.01))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(predicate):
+    async with asyncio.timeout(30):
+        while not predicate():
+            await asyncio.sleep(0.01)
+
+
+@in_own_netns
+async def test_kept_in_force():
+    async with keeping(Firewall(RULES)):
+        await until(lambda: ruleset() == IN_FORCE)
+        sh("nft delete table ip udptun-ipv4")
+        await until(lambda: ruleset() == IN_FORCE)
+    assert ruleset() == IN_FORCE  # left in place when the daemon ends
+
+
+@in_own_netns
+async def test_an_error_is_said_once_and_gone_when_it_is_over(tmp_path, caplog):
+    asked = tmp_path / "asked"
+    nft = program(tmp_path, f"""\
+echo >> {asked}
+if [ -e {tmp_path}/broken ]; then echo "Error: out of order" >&2; exit 1; fi
+exec nft "$@"
+""")
+    (tmp_path / "broken").touch()
+    firewall = Firewall(RULES, nft)
+    async with keeping(firewall):
+        await until(lambda: asked.exists() and len(asked.read_text()) > 2)
+        assert "out of order" in firewall.error
+        (tmp_path / "broken").unlink()
+        await until(lambda: not firewall.error)
+    assert ruleset() == IN_FORCE
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+
+
+@in_own_netns
+async def test_a_host_that_drops_is_named_once(caplog):
+    """As Docker does it: our accept cannot lift that, and nothing else would say so."""
+    sh("nft add table ip filter",
+       "nft add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",
+       "nft add chain ip filter INPUT { type filter hook input priority 0; policy drop; }")
+    firewall = Firewall(RULES)
+    assert [sentence.split(" drops")[0] for sentence in await firewall.obstacles()] == \
+        ["ip filter FORWARD"]
+    looks = 0
+    obstacles = firewall.obstacles
+
+    async def counted():
+        nonlocal looks
+        looks += 1
+        return await obstacles()
+
+    firewall.obstacles = counted
+    async with keeping(firewall):
+        await until(lambda: looks > 2)
+    assert caplog.text.count("ip filter FORWARD drops") == 1
+    firewall.want = dataclasses.replace(RULES, forward=False)
+    assert await firewall.obstacles() == ()
