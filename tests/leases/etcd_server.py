@@ -1,0 +1,252 @@
+"""Real etcd for the tests: one member or several, with TLS or users, to be killed and frozen.
+
+The tests speak to it through its JSON gateway, so that what our client writes and reads is held
+against an encoding that is not ours.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from udptun.lab.hosts import wait_for
+
+PREFIX = "/coreos.com/network"
+
+needs_etcd = pytest.mark.skipif(
+    shutil.which("etcd") is None, reason="needs etcd (apt-get install etcd-server)"
+)
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def b64(text):
+    return base64.b64encode(text if isinstance(text, bytes) else text.encode()).decode()
+
+
+class Authority:
+    """A certificate authority, and certificates for 127.0.0.1 and for clients, as PEM files."""
+
+    def __init__(self, folder: Path, name: str = "ca") -> None:
+        self.folder = folder
+        self.cafile, self.cakey = folder / f"{name}.pem", folder / f"{name}.key"
+        self._openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+                      "-nodes", "-days", "2", "-subj", f"/CN=test {name}",
+                      "-keyout", self.cakey, "-out", self.cafile)
+
+    def issue(self, name, extension="subjectAltName=IP:127.0.0.1"):
+        """(certificate file, key file)"""
+        cert, key, request = (self.folder / f"{name}.{kind}" for kind in ("pem", "key", "csr"))
+        extensions = self.folder / f"{name}.ext"
+        extensions.write_text(extension + "\n")
+        self._openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                      "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+        self._openssl("x509", "-req", "-in", request, "-CA", self.cafile, "-CAkey", self.cakey,
+                      "-CAcreateserial", "-days", "2", "-extfile", extensions, "-out", cert)
+        return cert, key
+
+    def _openssl(self, *args):
+        subprocess.run(["openssl", *map(str, args)], check=True, capture_output=True)
+
+
+class Etcd:
+    """One member. ``url`` is for the client under test, the gateway of the tests is beside it."""
+
+    def __init__(self, folder: Path, name="m0", ports=None, cluster=None, tls=()):
+        client, self._gateway_port, peer = ports or free_ports(3)
+        self.folder, self.data = folder, folder / name
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{client}"
+        self.gateway = f"http://127.0.0.1:{self._gateway_port}"
+        self.headers = {}
+        self._argv = [
+            "etcd", "--name", name, "--data-dir", str(self.data), "--log-outputs", "stderr",
+            "--heartbeat-interval", "50", "--election-timeout", "500",
+            "--listen-client-urls", f"{self.url},{self.gateway}",
+            "--advertise-client-urls", self.gateway,
+            "--listen-peer-urls", f"http://127.0.0.1:{peer}",
+            "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
+            "--initial-cluster", cluster or f"{name}=http://127.0.0.1:{peer}",
+            "--unsafe-no-fsync", *tls,
+        ]
+        self._process = None
+
+    def start(self, wait=True):
+        with (self.folder / "etcd.log").open("ab") as log:
+            self._process = subprocess.Popen(self._argv, stderr=log)
+        if wait:
+            self.wait_healthy()
+        return self
+
+    def wait_healthy(self):
+        def healthy():
+            assert self._process.poll() is None, (self.folder / "etcd.log").read_text()[-2000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(
+                f"{self.gateway}/health", timeout=2
+            ) as answer:
+                return json.load(answer)["health"] == "true"
+
+        wait_for(healthy, f"etcd at {self.url}", 30)
+
+    def kill(self):
+        if self._process is not None:
+            self.resume()
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def wipe(self):
+        """All data gone, as after a disk was replaced. The member must be dead."""
+        shutil.rmtree(self.data)
+
+    def freeze(self):
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self):
+        self._process.send_signal(signal.SIGCONT)
+
+    async def ask(self, path, **body):
+        return await asyncio.to_thread(self.ask_now, path, **body)
+
+    def ask_now(self, path, **body):
+        request = urllib.request.Request(
+            f"{self.gateway}/v3/{path}", json.dumps(body).encode(), self.headers
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise AssertionError(f"{path}: {error.read().decode()}") from None
+
+    async def put(self, key, value, ttl=None):
+        """Under the prefix; without ``ttl`` as an operator would, without a lease."""
+        lease = 0 if ttl is None else (await self.ask("lease/grant", TTL=ttl))["ID"]
+        await self.ask("kv/put", key=b64(f"{PREFIX}/{key}"), value=b64(value), lease=lease)
+
+    async def put_raw(self, key, value):
+        await self.ask("kv/put", key=b64(key), value=b64(value))
+
+    async def delete(self, key):
+        await self.ask("kv/deleterange", key=b64(f"{PREFIX}/{key}"))
+
+    async def get(self, key):
+        """The record of one key: value as bytes, numbers as int; None if it is not there."""
+        kvs = (await self.ask("kv/range", key=b64(f"{PREFIX}/{key}"))).get("kvs")
+        if not kvs:
+            return None
+        kv = kvs[0]
+        return {
+            "value": base64.b64decode(kv["value"]), "lease": int(kv.get("lease", 0)),
+            "version": int(kv["version"]), "mod_revision": int(kv["mod_revision"]),
+        }
+
+    async def subnet_keys(self):
+        start, end = b64(f"{PREFIX}/subnets/"), b64(f"{PREFIX}/subnets0")
+        kvs = (await self.ask("kv/range", key=start, range_end=end)).get("kvs", [])
+        return [base64.b64decode(kv["key"]).decode().rpartition("/")[2] for kv in kvs]
+
+    async def lease_ids(self):
+        return {int(lease["ID"]) for lease in (await self.ask("lease/leases")).get("leases", [])}
+
+    async def ttl(self, key):
+        answer = await self.ask("lease/timetolive", ID=(await self.get(key))["lease"])
+        return int(answer["TTL"]), int(answer["grantedTTL"])
+
+    async def compact(self):
+        revision = int((await self.ask("kv/range", key=b64("x")))["header"]["revision"])
+        await self.ask("kv/compaction", revision=revision, physical=True)
+
+    async def enable_auth(self):
+        """root/secret, who may all, and flannel/pass, who may the prefix."""
+        for user, password in (("root", "secret"), ("flannel", "pass")):
+            await self.ask("auth/user/add", name=user, password=password)
+            await self.ask("auth/role/add", name=user)
+            await self.ask("auth/user/grant", user=user, role=user)
+        await self.ask("auth/role/grant", name="flannel", perm={
+            "permType": "READWRITE", "key": b64(f"{PREFIX}/"), "range_end": b64(f"{PREFIX}0"),
+        })
+        await self.ask("auth/enable")
+        await self.log_in()
+
+    async def log_in(self):
+        self.headers = {}
+        answer = await self.ask("auth/authenticate", name="root", password="secret")
+        self.headers = {"Authorization": answer["token"]}
+
+
+def cluster(folder, count):
+    """Members of one cluster, started."""
+    ports = [free_ports(3) for _ in range(count)]
+    peers = ",".join(f"m{i}=http://127.0.0.1:{peer}" for i, (_, _, peer) in enumerate(ports))
+    members = [Etcd(folder, f"m{i}", ports[i], peers) for i in range(count)]
+    for member in members:
+        member.start(wait=False)
+    for member in members:
+        member.wait_healthy()
+    return members
+
+
+
+async def until(predicate, what, seconds=20.0):
+    """The first true value of ``predicate``, which may be async; asked every 10 ms."""
+    async def asking():
+        while True:
+            value = predicate()
+            if asyncio.iscoroutine(value):
+                value = await value
+            if value:
+                return value
+            await asyncio.sleep(0.01)
+
+    try:
+        return await asyncio.wait_for(asking(), seconds)
+    except TimeoutError:
+        pytest.fail(f"waited {seconds:g} s in vain for {what}")
+
+
+class Followed:
+    """The updates of a source as they come, in a task of its own: the leases as they are now."""
+
+    def __init__(self, source):
+        self.source, self.batches, self.leases = source, [], {}
+        self.snapshots = 0
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self):
+        async with contextlib.aclosing(self.source.updates()) as updates:
+            async for update in updates:
+                if hasattr(update, "leases"):
+                    self.snapshots += 1
+                    self.leases = {lease.key: lease for lease in update.leases}
+                    continue
+                self.batches.append(update.changes)
+                for change in update.changes:
+                    assert self.leases.get(change.key) == change.old
+                    if change.new is None:
+                        del self.leases[change.key]
+                    else:
+                        self.leases[change.key] = change.new
+
+    async def ready(self):
+        await until(lambda: self.snapshots and self.source.health.connected, "the snapshot")
+        return self
+
+    async def close(self):
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task

@@ -1,0 +1,393 @@
+"""The etcd source against a real etcd: our own lease, from the first choice to taking it back."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import time
+
+import pytest
+from etcd_server import Etcd, Followed, needs_etcd, until
+
+from udptun.errors import FieldError
+from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subnets
+from udptun.leases.etcd.config import EtcdConfig
+from udptun.leases.etcd.source import EtcdSource
+
+pytestmark = needs_etcd
+
+CONFIG = '{"Network": "10.5.0.0/16", "SubnetLen": 24, "Backend": {"Type": "udp", "Port": 8285}}'
+DUAL = ('{"EnableIPv6": true, "Network": "10.5.0.0/16", "IPv6Network": "fc00::/48",'
+        ' "Backend": {"Type": "vxlan"}}')
+NONE = Subnets()
+
+
+def me(last=1, **more):
+    return Attributes(ipaddress.IPv4Address(f"192.0.2.{last}"), **more)
+
+
+def subnets(v4, v6=None):
+    return Subnets(ipaddress.IPv4Network(v4), None if v6 is None else ipaddress.IPv6Network(v6))
+
+
+def value_of(last):
+    return f'{{"PublicIP":"192.0.2.{last}","PublicIPv6":null}}'
+
+
+@pytest.fixture
+def etcd(tmp_path):
+    server = Etcd(tmp_path).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def make(etcd):
+    """Makes sources; closes them."""
+    async with contextlib.AsyncExitStack() as stack:
+        def make(**options):
+            draw = options.pop("draw", min)
+            source = EtcdSource(EtcdConfig((etcd.url,), **options), draw)
+            stack.push_async_callback(source.aclose)
+            return source
+        yield make
+
+
+@pytest.fixture
+async def holding():
+    """Holds a lease in a task of its own."""
+    tasks = []
+
+    def hold(source, lease):
+        tasks.append(asyncio.create_task(source.hold(lease)))
+        return tasks[-1]
+
+    yield hold
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(result, asyncio.CancelledError)
+
+
+# The network's configuration
+
+async def test_network_is_read(etcd, make):
+    await etcd.put("config", CONFIG)
+    network = await make().network()
+    assert str(network.network) == "10.5.0.0/16" and network.text == CONFIG
+
+
+async def test_network_that_is_not_there_may_come(make):
+    with pytest.raises(StoreDown, match="/coreos.com/network/config is not there"):
+        await make().network()
+
+
+@pytest.mark.parametrize("text", ["{", '{"Network": "10.5.0.0/33"}', b"\xff{}",
+                                  '{"EnableIPv4": false, "EnableIPv6": true,'
+                                  ' "IPv6Network": "fc00::/48"}'])
+async def test_network_that_is_wrong_says_where(etcd, make, text):
+    await etcd.put("config", text)
+    with pytest.raises(FieldError, match="etcd key /coreos.com/network/config"):
+        await make().network()
+
+
+async def test_another_prefix(etcd, make):
+    await etcd.put_raw("/other/net/config", CONFIG)
+    assert (await make(prefix="/other//net/").network()).subnet_len == 24
+
+
+async def test_nobody_there(etcd, make):
+    etcd.kill()
+    source = make()
+    with pytest.raises(StoreDown, match=r"etcd at 127\.0\.0\.1"):
+        await source.network()
+    assert source.health.errors_n == 1
+
+
+# Getting a lease
+
+async def test_a_lease_is_what_flannel_writes(etcd, make):
+    await etcd.put("config", CONFIG)
+    source = make()
+    lease = await source.acquire(me(), NONE)
+    assert lease == Lease("10.5.1.0-24", subnets("10.5.1.0/24"), me())
+    assert await etcd.subnet_keys() == ["10.5.1.0-24"]
+    assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(1).encode()
+    left, granted = await etcd.ttl("subnets/10.5.1.0-24")
+    assert granted == 86400 and left > 86300
+    assert source.health.lease == "held"
+    assert 86300 < source.health.lease_expires - time.time() <= 86400
+
+
+async def test_a_dual_stack_vxlan_lease_is_what_flannel_writes(etcd, make):
+    await etcd.put("config", DUAL)
+    attributes = Attributes(
+        ipaddress.IPv4Address("192.0.2.1"), ipaddress.IPv6Address("2001:db8::1"), "vxlan",
+        {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff"}, {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:00"},
+    )
+    lease = await make().acquire(attributes, NONE)
+    assert lease.subnets == subnets("10.5.1.0/24", "fc00:0:0:1::/64")
+    record = await etcd.get("subnets/10.5.1.0-24&fc00:0:0:1::-64")
+    assert record["value"] == (
+        b'{"PublicIP":"192.0.2.1","PublicIPv6":"2001:db8::1","BackendType":"vxlan",'
+        b'"BackendData":{"VNI":1,"VtepMAC":"aa:bb:cc:dd:ee:ff"},'
+        b'"BackendV6Data":{"VNI":1,"VtepMAC":"aa:bb:cc:dd:ee:00"}}'
+    )
+
+
+async def test_a_lease_with_our_address_is_reused(etcd, make):
+    await etcd.put("config", CONFIG)
+    await etcd.put("subnets/10.5.77.0-24", value_of(1), ttl=50)
+    lease = await make().acquire(me(), subnets("10.5.9.0/24"))
+    assert lease.key == "10.5.77.0-24" and not lease.reserved
+    assert (await etcd.ttl("subnets/10.5.77.0-24"))[1] == 86400
+    assert await etcd.subnet_keys() == ["10.5.77.0-24"]
+
+
+@pytest.mark.parametrize("key", ["10.9.0.0-24", "10.5.77.0-25", "10.5.77.0-24&fc00:0:0:1::-64"])
+async def test_a_lease_with_our_address_that_does_not_fit_is_given_up(etcd, make, key):
+    await etcd.put("config", CONFIG)
+    await etcd.put(f"subnets/{key}", value_of(1), ttl=500)
+    assert (await make().acquire(me(), NONE)).key == "10.5.1.0-24"
+    assert await etcd.subnet_keys() == ["10.5.1.0-24"]
+
+
+async def test_a_reservation_with_our_address_is_used_and_stays_one(etcd, make, holding):
+    await etcd.put("config", CONFIG)
+    await etcd.put("subnets/10.5.50.0-24", value_of(1))
+    await etcd.put("subnets/10.5.60.0-24", value_of(1), ttl=500)
+    source = make(ttl_seconds=2, renew_margin_minutes=1.9 / 60)
+    lease = await source.acquire(me(backend_type="vxlan"), subnets("10.5.60.0/24"))
+    assert lease.key == "10.5.50.0-24" and lease.reserved
+    assert source.health.lease_expires is None
+    holding(source, lease)
+    await etcd.put("subnets/10.5.50.0-24", value_of(1))  # the operator says it again
+
+    async def ours_again():
+        return b"vxlan" in (await etcd.get("subnets/10.5.50.0-24"))["value"]
+
+    followed = await Followed(source).ready()
+    await until(ours_again, "our attributes in the reservation")
+    assert (await etcd.get("subnets/10.5.50.0-24"))["lease"] == 0
+    assert followed.leases["10.5.50.0-24"].reserved
+    await followed.close()
+
+
+async def test_a_reservation_that_does_not_fit_is_left_alone(etcd, make):
+    await etcd.put("config", CONFIG)
+    await etcd.put("subnets/10.9.0.0-24", value_of(1))
+    assert (await make().acquire(me(), NONE)).key == "10.5.1.0-24"
+    assert await etcd.subnet_keys() == ["10.5.1.0-24", "10.9.0.0-24"]
+
+
+async def test_another_nodes_reservation_is_never_taken(etcd, make):
+    await etcd.put("config", CONFIG)
+    await etcd.put("subnets/10.5.1.0-24", value_of(9))
+    await etcd.put("subnets/10.5.2.0-24", "{}")  # unusable, and taken all the same
+    await etcd.put("subnets/10.5.3.128-25", value_of(8))
+    lease = await make().acquire(me(), subnets("10.5.1.0/24"))
+    assert lease.key == "10.5.4.0-24"
+    assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(9).encode()
+
+
+async def test_the_former_subnet_is_had_again(etcd, make):
+    await etcd.put("config", CONFIG)
+    assert (await make().acquire(me(), subnets("10.5.200.0/24"))).key == "10.5.200.0-24"
+    # taken by another, outside, of another length, of other families: another one
+    for i, former in enumerate([
+        subnets("10.5.200.0/24"), subnets("10.6.1.0/24"), subnets("10.5.1.0/25"),
+        subnets("10.5.201.0/24", "fc00::/64"),
+    ], start=1):
+        assert (await make().acquire(me(i + 1), former)).key == f"10.5.{i}.0-24"
+
+
+async def test_no_subnet_is_left(etcd, make):
+    await etcd.put("config", '{"Network": "10.5.0.0/22", "SubnetLen": 24,'
+                             ' "SubnetMin": "10.5.2.0", "SubnetMax": "10.5.3.0"}')
+    for last in (1, 2):
+        await make().acquire(me(last), NONE)
+    with pytest.raises(StoreRefused, match=r"10\.5\.2\.0 to 10\.5\.3\.0 are taken"):
+        await make().acquire(me(3), NONE)
+
+
+async def test_a_lost_race_is_tried_again(etcd, make):
+    """Ten nodes all want the first free subnet at once; each gets one, and nobody's grant stays."""
+    await etcd.put("config", CONFIG)
+    sources = [make() for _ in range(10)]
+    leases = await asyncio.gather(
+        *(source.acquire(me(i), NONE) for i, source in enumerate(sources, start=1))
+    )
+    assert sorted(lease.key for lease in leases) == sorted(f"10.5.{i}.0-24" for i in range(1, 11))
+    for lease in leases:
+        assert str(lease.attributes.public_ip) in str(await etcd.get(f"subnets/{lease.key}"))
+    assert len(await etcd.lease_ids()) == 10
+
+
+async def test_acquire_again_with_other_attributes_keeps_the_subnet(etcd, make):
+    """The node's public address changed: nothing in the store but our key says whose it is."""
+    await etcd.put("config", CONFIG)
+    source = make()
+    first = await source.acquire(me(1), NONE)
+    second = await source.acquire(me(2), NONE)
+    assert second.key == first.key and second.attributes == me(2)
+    assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(2).encode()
+    assert await etcd.subnet_keys() == ["10.5.1.0-24"]
+    assert len(await etcd.lease_ids()) == 1  # the first grant is given back
+
+
+async def test_no_other_network_is_touched(etcd, make):
+    await etcd.put("config", CONFIG)
+    await etcd.put("subnets.old/10.5.1.0-24", value_of(1))
+    source = make()
+    assert (await source.acquire(me(2), NONE)).key == "10.5.1.0-24"
+    followed = await Followed(source).ready()
+    assert [*followed.leases] == ["10.5.1.0-24"] and not source.health.skipped
+    await followed.close()
+
+
+# Keeping it
+
+async def test_a_lease_is_renewed_before_it_ends(etcd, make, holding):
+    await etcd.put("config", CONFIG)
+    source = make(ttl_seconds=3, renew_margin_minutes=2 / 60)
+    followed = await Followed(source).ready()
+    lease = await source.acquire(me(), NONE)
+    first = (await etcd.get("subnets/10.5.1.0-24"))["lease"]
+    holding(source, lease)
+
+    async def renewed_twice():
+        record = await etcd.get("subnets/10.5.1.0-24")
+        assert record, "it ran out"
+        return record["version"] >= 3
+
+    await until(renewed_twice, "two renewals")
+    assert first not in await etcd.lease_ids()
+    assert source.health.lease == "held"
+    assert [batch[0].new.key for batch in followed.batches] == ["10.5.1.0-24"]  # no news
+    await followed.close()
+
+
+async def test_a_node_that_is_gone_is_forgotten(etcd, make):
+    """Lease expiry on a fast clock: nobody renews, the lease ends, its peers hear of it."""
+    await etcd.put("config", CONFIG)
+    followed = await Followed(make()).ready()
+    await make(ttl_seconds=1, renew_margin_minutes=0.01).acquire(me(), NONE)
+    await until(lambda: followed.leases, "the lease")
+    await until(lambda: not followed.leases, "its end")
+    await followed.close()
+
+
+async def test_a_deleted_lease_is_taken_back(etcd, make, holding, caplog):
+    await etcd.put("config", CONFIG)
+    source = make()
+    lease = await source.acquire(me(), subnets("10.5.50.0/24"))
+    followed = await Followed(source).ready()
+    holding(source, lease)
+    await etcd.delete("subnets/10.5.50.0-24")
+
+    async def back():
+        record = await etcd.get("subnets/10.5.50.0-24")
+        return record and record["value"] == value_of(1).encode() and record["lease"]
+
+    await until(back, "our lease")
+    await until(lambda: source.health.lease == "held", "its health")
+    assert "our lease of 10.5.50.0/24 is lost" in caplog.text
+    await until(lambda: "10.5.50.0-24" in followed.leases, "the news")
+    await followed.close()
+
+
+async def test_a_deleted_reservation_becomes_a_lease(etcd, make, holding):
+    await etcd.put("config", CONFIG)
+    await etcd.put("subnets/10.5.50.0-24", value_of(1))
+    source = make()
+    holding(source, await source.acquire(me(), NONE))
+    followed = await Followed(source).ready()
+    await etcd.delete("subnets/10.5.50.0-24")
+    await until(lambda: "10.5.50.0-24" in followed.leases
+                and not followed.leases["10.5.50.0-24"].reserved, "a lease in its place")
+    assert (await etcd.ttl("subnets/10.5.50.0-24"))[1] == 86400
+    await followed.close()
+
+
+async def test_a_lease_taken_by_another_is_loud_and_had_back_when_it_is_free(
+    etcd, make, holding, caplog
+):
+    await etcd.put("config", CONFIG)
+    source = make()
+    lease = await source.acquire(me(), NONE)
+    followed = await Followed(source).ready()
+    holding(source, lease)
+    await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
+    await until(lambda: source.health.lease == "lost", "the loss")
+    assert "10.5.1.0/24 is the lease of 192.0.2.66 now" in source.health.lease_error
+    assert any(record.levelno == logging.ERROR and "192.0.2.66" in record.message
+               for record in caplog.records)
+    assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(66).encode()
+    await etcd.delete("subnets/10.5.1.0-24")
+    await until(lambda: source.health.lease == "held", "our lease back")
+    assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(1).encode()
+    await followed.close()
+
+
+async def test_renewal_does_not_write_over_another(etcd, make, holding):
+    """The watch is silent (nobody follows): the compare alone must stop a renewal."""
+    await etcd.put("config", CONFIG)
+    source = make(ttl_seconds=3, renew_margin_minutes=2 / 60)
+    lease = await source.acquire(me(), NONE)
+    await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
+    holding(source, lease)
+    await until(lambda: source.health.lease == "lost", "the loss")
+    assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(66).encode()
+
+
+async def test_a_key_of_ours_that_somebody_spoilt_is_mended(etcd, make, holding):
+    await etcd.put("config", CONFIG)
+    source = make()
+    lease = await source.acquire(me(), NONE)
+    followed = await Followed(source).ready()
+    holding(source, lease)
+    await etcd.put("subnets/10.5.1.0-24", '{"PublicIP":"192.0', ttl=500)
+
+    async def mended():
+        return (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(1).encode()
+
+    await until(mended, "our value")
+    await until(lambda: not source.health.skipped, "the follower to see it")
+    await followed.close()
+
+
+async def test_hold_after_a_restart_that_could_not_acquire(etcd, make, holding):
+    """The store was down when the daemon started on what it knew: hold finds out the rest."""
+    await etcd.put("config", CONFIG)
+    lease = await make().acquire(me(), NONE)
+    source = make()
+    holding(source, lease)
+    await until(lambda: source.health.lease == "held", "the lease")
+    other = make()
+    holding(other, Lease("10.5.1.0-24", subnets("10.5.1.0/24"), me(7)))
+    await until(lambda: "192.0.2.1" in other.health.lease_error, "the loss")
+
+
+async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, make, holding):
+    await etcd.put("config", CONFIG)
+    source = make(ttl_seconds=2, renew_margin_minutes=1 / 60)
+    lease = await source.acquire(me(), subnets("10.5.50.0/24"))
+    followed = await Followed(source).ready()
+    holding(source, lease)
+    etcd.kill()
+    await until(lambda: source.health.lease == "lost", "the end of the lease")
+    assert "ran out" in source.health.lease_error
+    etcd.start()
+    await until(lambda: source.health.lease == "held", "the lease")
+    assert await etcd.subnet_keys() == ["10.5.50.0-24"]
+    await followed.close()
+
+
+async def test_an_unused_grant_is_used_for_the_next_attempt(etcd, make):
+    await etcd.put("config", CONFIG)
+    source = make()
+    source._tenure._spare = await source._tenure._grant()
+    await source.acquire(me(), NONE)
+    assert len(await etcd.lease_ids()) == 1
+    assert json.loads((await etcd.get("subnets/10.5.1.0-24"))["value"])
