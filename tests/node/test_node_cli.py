@@ -4,6 +4,7 @@ The daemon itself is a fake here.
 """
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -313,3 +314,10 @@ def test_what_a_store_does_not_need_is_not_loaded() -> None:
     ).stdout.split()
     assert not {"grpc", "google", "lightkube", "aiohttp", "prometheus_client", "pyroute2",
                 "uvloop", "asyncio"} & set(loaded)
+
+
+def test_every_option_is_explained() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "node.md").read_text()
+    for param in node.params:
+        name = param.opts[0]
+        assert re.search(rf"[` ]{name}[` ,]", page), name
