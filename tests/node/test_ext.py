@@ -177,6 +177,19 @@ def test_two_flannelds_make_an_overlay(lab: Lab, path: str, by_shell: bool) -> N
 
 @needs_root
 @pytest.mark.netns
+def test_a_peer_that_moved_is_followed(pair) -> None:
+    """flanneld says its subnet again, with another address; perhaps it has another port, too."""
+    node = pair[0]
+    node.post(SUBNETS[0], node.host.v4)
+    for address, port, mtu in (
+        ("192.0.2.2", 8285, None), ("192.0.2.9", 8285, None), ("192.0.2.9", 8286, 1400),
+    ):
+        assert node.add(SUBNETS[1], address, advertisement(port, mtu)) == QUIET
+        assert node.routes() == [Route.make(SUBNETS[1], address, port, mtu)]
+
+
+@needs_root
+@pytest.mark.netns
 def test_the_forwarder_outlives_flanneld_and_is_found_again(pair) -> None:
     bring_up(pair)
     node = pair[0]
