@@ -1,0 +1,172 @@
+"""Netlink route requests by the thousand: packed by the caller, sent many in one system call.
+
+pyroute2 makes and awaits each request on its own, some 2,000 a second; thousands of neighbours,
+forwarding entries and routes want two orders more. Owns the message header, the answers and the
+order of both. Refuses to know what is in a request. Threading rule: one thread; calls block for
+as long as the kernel takes, which answers within the call.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+# linux/netlink.h
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
+NLM_F_ACK_TLVS = 0x200
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLMSGERR_ATTR_MSG = 1
+SOL_NETLINK = 270
+NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
+
+HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with this, type
+ATTRIBUTE_TYPE = 0x3FFF  # less the flags for nested and network order
+ERRNO = struct.Struct("=i")  # negative; what struct nlmsgerr and the end of a dump begin with
+NLMSGERR_LEN = ERRNO.size + HEADER.size  # the header of the request is in it
+RECEIVE_LEN = 1 << 16  # the kernel fills at most half of it at a time
+# So many answers, should all be errors, fit the smallest usual receive buffer (208 KiB).
+CHUNK_N = 128
+DUMP_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request: a message type with its flags (NLM_F_CREATE and the like) and its body."""
+
+    kind: int
+    flags: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The kernel's errno for one request, and its own sentence where it has one."""
+
+    number: int
+    said: str
+
+    def __str__(self) -> str:
+        return self.said or os.strerror(self.number)
+
+
+class RouteSocket:
+    """A NETLINK_ROUTE socket of the network namespace of the thread that makes it."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+        )
+        self._sequence = 0
+        for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
+            try:
+                self._socket.setsockopt(SOL_NETLINK, option, 1)
+            except OSError as error:  # an old kernel: less is said, and more is dumped
+                if error.errno != errno.ENOPROTOOPT:
+                    self._socket.close()
+                    raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    def send(self, requests: Sequence[Request]) -> dict[int, Refusal]:
+        """Have all requests carried out, in order. What one does is no matter to the next.
+
+        returns  what was refused, by position in ``requests``
+        raises   OSError: no more is known of any
+        """
+        refused: dict[int, Refusal] = {}
+        for start in range(0, len(requests), CHUNK_N):
+            chunk = requests[start : start + CHUNK_N]
+            first = self._sequence + 1
+            self._sequence += len(chunk)
+            message = bytearray()
+            for sequence, request in enumerate(chunk, first):
+                # The kernel answers what fails, and what asks for it: the last, to end the list.
+                flags = request.flags | NLM_F_REQUEST
+                if sequence == self._sequence:
+                    flags |= NLM_F_ACK
+                message += HEADER.pack(
+                    HEADER.size + len(request.body), request.kind, flags, sequence, 0
+                )
+                message += request.body
+            self._socket.send(message)
+            last = 0
+            while last != self._sequence:
+                for _, flags, last, answer in self._receive():
+                    refusal = _refusal(answer, flags)
+                    if refusal is not None:
+                        refused[start + last - first] = refusal
+        return refused
+
+    def dump(self, kind: int, body: bytes) -> list[memoryview]:
+        """The bodies of all messages that answer a dump request. OSError.
+
+        One during which something changed is taken again, as the kernel asks; the last try counts
+        as it is.
+        """
+        for _ in range(DUMP_TRIES):
+            found, whole = self._dump(kind, body)
+            if whole:
+                break
+        return found
+
+    def _dump(self, kind: int, body: bytes) -> tuple[list[memoryview], bool]:
+        self._sequence += 1
+        self._socket.send(HEADER.pack(
+            HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0
+        ) + body)
+        found: list[memoryview] = []
+        whole = True
+        while True:
+            for answer_kind, flags, _, answer in self._receive():
+                whole = whole and not flags & NLM_F_DUMP_INTR
+                if answer_kind not in (NLMSG_ERROR, NLMSG_DONE):
+                    found.append(answer)
+                    continue
+                refusal = _refusal(answer, flags)
+                if refusal is not None:
+                    raise OSError(refusal.number, str(refusal))
+                return found, whole
+
+    def _receive(self) -> Iterator[tuple[int, int, int, memoryview]]:
+        """Type, flags, sequence and body of each message of one datagram."""
+        data = memoryview(self._socket.recv(RECEIVE_LEN))
+        at = 0
+        while at < len(data):
+            length, kind, flags, sequence, _ = HEADER.unpack_from(data, at)
+            yield kind, flags, sequence, data[at + HEADER.size : at + length]
+            at += length + 3 & ~3
+
+
+def attributes(body: memoryview, start: int) -> dict[int, memoryview]:
+    """The attributes that follow the fixed part of a message, by type. The kernel's: trusted."""
+    found = {}
+    end = len(body)
+    while start + ATTRIBUTE.size <= end:
+        length, kind = ATTRIBUTE.unpack_from(body, start)
+        found[kind & ATTRIBUTE_TYPE] = body[start + ATTRIBUTE.size : start + length]
+        start += length + 3 & ~3
+    return found
+
+
+def _refusal(answer: memoryview, flags: int) -> Refusal | None:
+    number = -ERRNO.unpack_from(answer)[0]
+    if number == 0:
+        return None
+    said = b""
+    if flags & NLM_F_ACK_TLVS:
+        said = bytes(attributes(answer, NLMSGERR_LEN).get(NLMSGERR_ATTR_MSG, b""))
+    return Refusal(number, said.rstrip(b"\0").decode("utf-8", "replace"))

@@ -1,0 +1,217 @@
+"""What the kernel holds for the peers of a VXLAN device: read it, and change it in bulk.
+
+Owns three tables of a device, and of those peers only: permanent neighbours, forwarding entries,
+routes. Keys and values are bytes as they stand in netlink messages, so that thousands are compared
+and sent without an object for each. Refuses to know who the peers are. Threading rule: as
+``RouteSocket``.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .batch import Refusal, Request, RouteSocket, attributes
+
+# linux/netlink.h, linux/rtnetlink.h
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
+RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
+RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255  # the latter matches any
+RTPROT_KERNEL = 2
+RTPROT_UDPTUN = 85  # marks what is ours; nobody else is known to use it
+# linux/neighbour.h
+NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
+NUD_PERMANENT, NTF_SELF = 0x80, 0x02
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+AF_BRIDGE = 7
+# The kernel's metric for a route that is given none; another one's route is not ours to touch.
+METRIC = {4: 0, 6: 1024}
+
+NDMSG = struct.Struct("=B3xiHBB")  # family, interface, state, flags, type
+RTMSG = struct.Struct("=8BI")  # family, lengths 2, TOS, table, protocol, scope, type; flags
+NUMBER = struct.Struct("=I")
+NUMBER_ATTRIBUTE = struct.Struct("=HHI")
+# The whole body of a request: the above, then attributes, by IP version.
+NEIGHBOUR = {version: struct.Struct(f"{NDMSG.format}HH{size}sHH6s2x")
+             for version, size in ((4, 4), (6, 16))}
+ROUTE = {version: struct.Struct(f"{RTMSG.format}HH{size}sHH{size}sHHI")
+         for version, size in ((4, 4), (6, 16))}
+
+Prefix = tuple[bytes, int]  # network address, length in bits
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """All addresses and MACs in network order.
+
+    neighbours  address in the overlay -> MAC
+    forwarding  MAC -> address on the underlay
+    routes      prefix -> next hop; through the device if that is the prefix's own base address,
+                else straight to a peer
+    """
+
+    neighbours: dict[bytes, bytes] = field(default_factory=dict)
+    forwarding: dict[bytes, bytes] = field(default_factory=dict)
+    routes: dict[Prefix, bytes] = field(default_factory=dict)
+
+
+class EntrySocket:
+    """The tables of one device. version: of its underlay, and of what it carries."""
+
+    def __init__(self, netlink: RouteSocket, index: int, version: int) -> None:
+        self._netlink, self._index, self._version = netlink, index, version
+
+    def read(self) -> Entries:
+        """What is there now. OSError."""
+        found = Entries()
+        for address, mac in self._neighbours(FAMILY[self._version]):
+            found.neighbours[address] = mac
+        for address, mac in self._neighbours(AF_BRIDGE):
+            if any(mac) and not mac[0] & 1:  # others stand for broadcast and groups
+                found.forwarding[mac] = address
+        for prefix, next_hop, index, protocol in self._routes():
+            if next_hop and (index == self._index or protocol == RTPROT_UDPTUN):
+                found.routes[prefix] = next_hop
+        return found
+
+    def put_neighbours(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
+        """Each (address, MAC), in place of what stands for the address. OSError."""
+        return self._send([self._neighbour(*item) for item in items])
+
+    def put_forwarding(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
+        """Each (MAC, address on the underlay), in place of what stands for the MAC. OSError."""
+        return self._send([self._forwarding(*item) for item in items])
+
+    def put_routes(
+        self, items: Iterable[tuple[Prefix, bytes]], ours: dict[Prefix, bytes]
+    ) -> list[Refusal | None]:
+        """Each (prefix, next hop), in place of any route to the prefix except the kernel's own:
+        that one leads to a network that this host is on. OSError.
+
+        ours  what is there already of ours, to be replaced without looking
+        """
+        wanted = list(items)
+        refused = self._send([
+            self._route(prefix, hop, NLM_F_REPLACE if prefix in ours else NLM_F_EXCL)
+            for prefix, hop in wanted
+        ])
+        taken = [at for at, refusal in enumerate(refused)
+                 if refusal is not None and refusal.number == errno.EEXIST]
+        if taken:
+            kernels = {prefix: index for prefix, _, index, protocol in self._routes()
+                       if protocol == RTPROT_KERNEL}
+            for at in taken:
+                if (holder := kernels.get(wanted[at][0])) is not None:
+                    refused[at] = Refusal(errno.EEXIST, f"this host is on it, at {_name(holder)}")
+            again = [at for at in taken if wanted[at][0] not in kernels]
+            results = self._send([self._route(*wanted[at], NLM_F_REPLACE) for at in again])
+            for at, result in zip(again, results, strict=True):
+                refused[at] = result
+        return refused
+
+    def delete(self, entries: Entries) -> list[str]:
+        """Remove these, routes first; sentences about those that the kernel keeps. OSError."""
+        requests = [
+            *(self._route(prefix, hop, None) for prefix, hop in entries.routes.items()),
+            *(self._neighbour(address, mac, RTM_DELNEIGH)
+              for address, mac in entries.neighbours.items()),
+            *(self._forwarding(mac, address, RTM_DELNEIGH)
+              for mac, address in entries.forwarding.items()),
+        ]
+        names = [
+            *(f"the route to {_text(prefix[0])}/{prefix[1]}" for prefix in entries.routes),
+            *(f"the neighbour {_text(address)}" for address in entries.neighbours),
+            *(f"the forwarding entry {mac.hex(':')}" for mac in entries.forwarding),
+        ]
+        return [
+            f"removing {name}: {refusal}"
+            for name, refusal in zip(names, self._send(requests), strict=True)
+            if refusal is not None and refusal.number not in (errno.ENOENT, errno.ESRCH)
+        ]
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def _send(self, requests: list[Request]) -> list[Refusal | None]:
+        refused = self._netlink.send(requests)
+        return [refused.get(at) for at in range(len(requests))]
+
+    def _neighbour(self, address: bytes, mac: bytes, kind: int = RTM_NEWNEIGH) -> Request:
+        return self._neighbour_request(
+            kind, FAMILY[self._version], 0, RTN_UNICAST, address, mac)
+
+    def _forwarding(self, mac: bytes, address: bytes, kind: int = RTM_NEWNEIGH) -> Request:
+        return self._neighbour_request(kind, AF_BRIDGE, NTF_SELF, 0, address, mac)
+
+    def _neighbour_request(
+        self, kind: int, family: int, flags: int, type_: int, address: bytes, mac: bytes
+    ) -> Request:
+        mode = NLM_F_CREATE | NLM_F_REPLACE if kind == RTM_NEWNEIGH else 0
+        return Request(kind, mode, NEIGHBOUR[self._version].pack(
+            family, self._index, NUD_PERMANENT, flags, type_,
+            4 + len(address), NDA_DST, address, 4 + len(mac), NDA_LLADDR, mac,
+        ))
+
+    def _route(self, prefix: Prefix, next_hop: bytes, mode: int | None) -> Request:
+        """mode: NLM_F_REPLACE or NLM_F_EXCL; None to delete."""
+        base, length = prefix
+        through = next_hop == base
+        size = len(base)
+        return Request(
+            RTM_DELROUTE if mode is None else RTM_NEWROUTE,
+            0 if mode is None else NLM_F_CREATE | mode,
+            ROUTE[self._version].pack(
+                FAMILY[self._version], length, 0, 0, RT_TABLE_MAIN,
+                0 if mode is None else RTPROT_UDPTUN,
+                RT_SCOPE_NOWHERE if mode is None else RT_SCOPE_UNIVERSE,
+                RTN_UNICAST, RTNH_F_ONLINK if through else 0,
+                4 + size, RTA_DST, base, 4 + size, RTA_GATEWAY, next_hop,
+                8, RTA_OIF, self._index if through else 0,
+            ),
+        )
+
+    # -- dumps ------------------------------------------------------------------------------------
+
+    def _neighbours(self, family: int) -> Iterable[tuple[bytes, bytes]]:
+        """(address, MAC) of each permanent neighbour or forwarding entry of the device."""
+        request = NDMSG.pack(family, 0, 0, 0, 0) + NUMBER_ATTRIBUTE.pack(
+            8, NDA_IFINDEX, self._index)
+        for body in self._netlink.dump(RTM_GETNEIGH, request):
+            _, index, state, _, _ = NDMSG.unpack_from(body)
+            if index == self._index and state == NUD_PERMANENT:
+                found = attributes(body, NDMSG.size)
+                if NDA_DST in found and NDA_LLADDR in found:
+                    yield bytes(found[NDA_DST]), bytes(found[NDA_LLADDR])
+
+    def _routes(self) -> Iterable[tuple[Prefix, bytes, int, int]]:
+        """Prefix, next hop (b"": none), interface and protocol of each route of the main table
+        that one of ours could stand for. The default routes are not."""
+        request = RTMSG.pack(FAMILY[self._version], 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
+        for body in self._netlink.dump(RTM_GETROUTE, request):
+            _, length, _, tos, table, protocol, _, kind, _ = RTMSG.unpack_from(body)
+            if table == RT_TABLE_MAIN and kind == RTN_UNICAST and tos == 0 and length > 0:
+                found = attributes(body, RTMSG.size)
+                if _number(found.get(RTA_PRIORITY)) in (0, METRIC[self._version]):
+                    prefix = bytes(found[RTA_DST]), length
+                    next_hop = bytes(found.get(RTA_GATEWAY, b""))
+                    yield prefix, next_hop, _number(found.get(RTA_OIF)), protocol
+
+
+def _number(value: memoryview | None) -> int:
+    return 0 if value is None else int(NUMBER.unpack(value)[0])
+
+
+def _name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return "an interface that is gone"
+
+
+def _text(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
