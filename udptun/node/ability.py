@@ -19,13 +19,11 @@ from ..net.vxlan import OVERHEAD as VXLAN_OVERHEAD
 from ..net.vxlan import VxlanConfig, VxlanDevice
 from .config import BACKENDS, NodeConfig
 from .interface import Underlay
-from .launch import LOG_FILE, ForwarderSpec
+from .launch import ForwarderSpec
 from .plan import Here
 
 UDP_OVERHEAD = {4: 28, 6: 48}  # outer IP and UDP header, bytes
 STATE_FILE = "routes"  # the forwarder's table, in the state directory
-
-__all__ = ["LOG_FILE", "Ability", "backend", "vxlan_name", "vxlan_wanted"]
 
 
 def backend(config: NodeConfig, network: NetConfig) -> str:

@@ -78,6 +78,13 @@ class ForwarderKeeper:
         self._spec, self._fits = spec, False
         self._stir()
 
+    async def dismiss(self) -> None:
+        """There shall be none. Of a forwarder that is not ours nothing is known, nor done."""
+        self._spec, self._routes, self._fits = None, None, False
+        self._wake.set()
+        if self._forward_file.exists():
+            await dismiss(self._control, self._forward_file)
+
     def replace(self, routes: Mapping[IPNetwork, Route]) -> None:
         """The whole table, from now on."""
         self._routes = dict(routes)
@@ -288,3 +295,20 @@ class ForwarderKeeper:
 
     async def _call(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+async def dismiss(control: Path, forward_file: Path) -> bool:
+    """Stop the forwarder that ``forward_file`` asks for, if it runs, and take the file away first:
+    who starts it again is to wait. True if one was stopped. NoForwarder: it does not stop."""
+    forward_file.unlink(missing_ok=True)
+
+    def stop() -> bool:
+        with ControlClient(str(control), CALL_SECONDS) as client:
+            try:
+                client.status()
+            except NoForwarder:
+                return False
+            client.stop()
+            return True
+
+    return await asyncio.to_thread(stop)

@@ -207,6 +207,10 @@ class Plan:
     def udp_n(self) -> int:
         return sum(1 for found in self._reach.values() if found.routes and not found.peers)
 
+    def key_of(self, subnet: IPNetwork) -> str:
+        """Whose it is; the subnet itself, in words, when nobody's."""
+        return self._holder.get(subnet, str(subnet))
+
     def change(self, changes: Iterable[Change]) -> Delta:
         """Take changes in, in their order; what is different afterwards."""
         before = Delta()

@@ -1,0 +1,501 @@
+"""The node daemon: lease, host and routes kept as the store says, whatever goes down around it.
+
+Owns the order of things: what is done at the start, at each change, at the end, and what holds
+while the store does not answer. Everything that is done to the host is one procedure, ``_settle``,
+which may be repeated and changes only what differs; start, reload, another address, another lease
+and the return of a store are nothing but reasons to run it. Refuses to know how any part works.
+One asyncio loop, plain asyncio's; netlink and the control client have threads of their own.
+
+Fail-static: what the store said last is on disk, and is in force until the store says otherwise.
+The end of the daemon, however it comes, ends nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import DeviceError, FieldError, UdptunError
+from ..leases.advert import read as read_advert
+from ..leases.base import (
+    Attributes,
+    Change,
+    Lease,
+    LeaseBook,
+    Snapshot,
+    StoreDown,
+    StoreRefused,
+)
+from ..leases.netconf import NetConfig
+from ..leases.saved import LastKnown, Saved
+from ..net.netlink import Netlink
+from .ability import vxlan_name
+from .cleanup import SAVED_FILE, clean_up
+from .config import InterfaceOptions, NodeConfig
+from .host import Host
+from .interface import NoInterface, choose
+from .notify import Notifier
+from .plan import Here, Plan
+from .report import NodeReport
+from .source import make_source, store_name
+from .subnet_env import former_subnets
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RETRY_SECONDS = 1.0  # before the store, or the host, is asked again for what it refused
+STORE_PATIENCE_SECONDS = 2.0  # what is kept on disk comes into force when the store takes longer
+RESYNC_SECONDS = 60.0  # between looks at what others may have done to our VXLAN entries
+LOOK_SECONDS = 1.0  # between looks at our own health, for the service manager and the log
+LOCK_FILE = "lock"
+
+_STORE_FAILED = (StoreDown, StoreRefused, FieldError, TimeoutError)
+
+
+class AlreadyRunning(UdptunError):
+    """Another daemon uses the same state directory."""
+
+
+async def run(config: NodeConfig) -> None:
+    """One node daemon, until SIGTERM or SIGINT; with ``cleanup`` the end of all that one made.
+
+    Raises UdptunError or OSError for what no waiting can mend. Call it from the main thread.
+    """
+    with locked(config.state_dir), Netlink() as netlink:
+        if config.cleanup:
+            await clean_up(config, netlink)
+        else:
+            await Daemon(config, netlink).run()
+
+
+@contextlib.contextmanager
+def locked(state_dir: Path) -> Iterator[None]:
+    """Two daemons on one host, or one beside a cleanup, would undo each other's work."""
+    state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    with (state_dir / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"a node daemon runs already with the state in {state_dir}") \
+                from None
+        yield
+
+
+class Daemon:
+    def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
+        self._config = config
+        self._netlink = netlink
+        self._source = make_source(config, netlink)
+        self.report = NodeReport(self._source.kind, self._source.health)
+        self._host = Host(config, netlink, self.report)
+        self._saved = Saved(config.state_dir / SAVED_FILE)
+        self._notifier = Notifier.from_environment()
+
+        # What is known: from disk first, then from the store.
+        self._network: NetConfig | None = None
+        self._lease: Lease | None = None
+        self._book = LeaseBook()
+        self._published: Attributes | None = None  # what the store took from us since our start
+        self._ask = True  # network and lease are to be asked for, whatever is known
+        self._plan: Plan | None = None
+
+        self._again = asyncio.Event()  # a reason to settle
+        self._told = asyncio.Event()  # the leases in force are those of the store, or of the disk
+        self._applying = asyncio.Lock()
+        self._stopping = asyncio.Event()
+        self._reloading = False
+        self._held: Lease | None = None
+        self._holding: asyncio.Task[None] | None = None
+        self._complained = ""
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, signal.Signals(number).name)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        work = loop.create_task(self._work())
+        stop = loop.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._notifier.stopping()
+            work.cancel()
+            stop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+
+    def _stop(self, name: str) -> None:
+        if self._stopping.is_set():
+            log.warning("%s again: exiting at once", name)
+            logging.shutdown()
+            os._exit(1)
+        log.info("%s: ending; forwarder, routes and lease stay", name)
+        self._stopping.set()
+
+    def _reload(self) -> None:
+        log.info("SIGHUP: reading everything again")
+        self._notifier.reloading()
+        self._reloading = self._ask = True
+        reload: Callable[[], None] | None = getattr(self._source, "reload", None)
+        if reload is not None:  # a store that is not asked anyway, and may be told to look now
+            reload()
+        self._host.keeper.resync()
+        self._again.set()
+
+    async def _work(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await self._start(tasks)
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            if self._holding is not None:
+                self._holding.cancel()
+            await self._saved.aclose()
+            await self._source.aclose()
+
+    async def _start(self, tasks: asyncio.TaskGroup) -> None:
+        self._take_from_disk()
+        if self._config.healthz_port:
+            tasks.create_task(self._answer_for_health())
+        tasks.create_task(self._notifier.feed(lambda: True))
+        tasks.create_task(self._host.keeper.run())
+        loop = asyncio.get_running_loop()
+        self._netlink.watch_addresses(lambda _: _call_in(loop, self._again.set))
+        await self._settle_first()
+        tasks.create_task(self._keep_settled())
+        tasks.create_task(self._follow())
+        tasks.create_task(self._keep_peers())
+        if self._host.rules_wanted:
+            tasks.create_task(self._host.firewall.keep(self._config.iptables_resync))
+        tasks.create_task(self._look_at_ourselves())
+        tasks.create_task(self._announce())
+
+    async def _answer_for_health(self) -> None:
+        from .health import HealthServer  # late: aiohttp is megabytes
+
+        config = self._config
+        server = HealthServer(self.report, config.healthz_ip, config.healthz_port, config.control)
+        await server.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await server.aclose()
+
+    async def _announce(self) -> None:
+        """Say that the start is over: what we know is in force."""
+        self.report.waiting = f"waiting for the leases of {self._source.kind}"
+        await self._told.wait()
+        if self._plan is not None and self._plan.here.udp_port is not None:
+            self.report.waiting = "waiting for the forwarder"
+            await self._host.keeper.in_step()
+        self.report.waiting = ""
+        log.info("ready: %s", self._status())
+        self._notifier.ready(self._status())
+
+    def _status(self) -> str:
+        report = self.report
+        subnets = report.lease.subnets if report.lease is not None else "no lease"
+        return (f"{subnets}, {report.leases_n} leases, "
+                f"{report.peers.udp_n} peers by UDP and {report.peers.vxlan_n} by VXLAN"
+                + (", kept from before: the store is down" if report.stale else ""))
+
+    async def _look_at_ourselves(self) -> None:
+        """What others are to know of changes that nobody tells us."""
+        status, lease_error = "", ""
+        while True:
+            self.report.firewall_error = self._host.firewall.error
+            if not self.report.waiting and status != (status := self._status()):
+                self._notifier.status(status)
+            if lease_error != (lease_error := self._source.health.lease_error) and lease_error:
+                log.error("our lease: %s", lease_error)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    # -- what is known ----------------------------------------------------------------------------
+
+    def _take_from_disk(self) -> None:
+        known = self._saved.load(store_name(self._config))
+        if known is not None:
+            self._network, self._lease = known.network, known.lease
+            self._book.replace(known.leases)
+            self.report.lease, self.report.leases_n = known.lease, len(known.leases)
+
+    def _keep_on_disk(self) -> None:
+        assert self._network is not None
+        self._saved.keep(LastKnown(
+            store_name(self._config), self._network, self._lease, tuple(self._book.leases.values()),
+        ))
+
+    async def _asked(self, question: Coroutine[Any, Any, T], known: object) -> T:
+        """The store's answer; a store that is slow gets less time where an answer is known."""
+        async with asyncio.timeout(None if known is None else STORE_PATIENCE_SECONDS):
+            return await question
+
+    # -- settling ---------------------------------------------------------------------------------
+
+    async def _settle_first(self) -> None:
+        """Until the host is set up, as the store says or as it said before our start."""
+        while True:
+            try:
+                if not await self._settle():
+                    self.report.stale = True
+                    self._told.set()
+                    log.warning("going on with what the store said before: %d leases",
+                                len(self._book.leases))
+                return
+            except (StoreDown, NoInterface, DeviceError) as exc:
+                if isinstance(exc, DeviceError) and exc.errno in (errno.EPERM, errno.EACCES):
+                    raise
+                self._complain(exc)
+                self.report.waiting = str(exc)
+            await self._sleep()
+
+    async def _keep_settled(self) -> None:
+        settled = not self.report.stale
+        while True:
+            if settled:
+                await self._again.wait()
+            else:
+                await self._sleep()
+            self._again.clear()
+            try:
+                settled = await self._settle()
+            except (UdptunError, OSError) as exc:
+                self._complain(exc)
+                settled = False
+            if settled:
+                self._complained = ""
+            if self._reloading:
+                self._reloading = False
+                self._notifier.ready(self._status())
+
+    async def _sleep(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._again.wait(), RETRY_SECONDS)
+        self._again.clear()
+
+    def _complain(self, why: Exception) -> None:
+        """Once for each reason: it is tried again every second."""
+        text = str(why) or f"the store does not answer within {STORE_PATIENCE_SECONDS:g} s"
+        if text != self._complained:
+            log.error("%s", text)
+        self._complained = text
+
+    async def _settle(self) -> bool:
+        """Make the host what the store says. False: what the store said before had to do.
+
+        Raises what the store raises where nothing is known from before; NoInterface, DeviceError,
+        NoVxlan, FieldError, OSError.
+        """
+        ask, self._ask = self._ask, False
+        try:
+            current = await self._settle_with(ask)
+        except BaseException:
+            self._ask = True
+            raise
+        self._ask = self._ask or not current
+        return current
+
+    async def _settle_with(self, ask: bool) -> bool:
+        current = True
+        network, lease = self._network, self._lease
+        options, own = self._config.interface, None
+        if ask or network is None:
+            try:
+                network = await self._asked(self._source.network(), network)
+            except _STORE_FAILED as exc:
+                current = self._fall_back(exc, network)
+        assert network is not None
+        want_v4, want_v6 = network.network is not None, network.network6 is not None
+        if self._source.kind == "file":  # it is the store that says what we are
+            lease, current = await self._acquire(Attributes(), ask, current)
+            said, own = lease.attributes, read_advert(lease.attributes)
+            options = _with_public(options, said)
+            want_v4, want_v6 = said.public_ip is not None, said.public_ipv6 is not None
+        elif self._source.kind == "kubernetes" and current:
+            options = await self._with_annotated(options)
+
+        ours = (self._config.tun, vxlan_name(network.vni, 4), vxlan_name(network.vni, 6))
+        try:
+            underlay = await choose(self._netlink, options, want_v4, want_v6, ours)
+        except (NoInterface, DeviceError) as exc:
+            self.report.interface_error = str(exc)
+            raise
+        if self.report.underlay not in (None, underlay):
+            log.warning("the underlay has changed: %s at %s", underlay.name,
+                        underlay.public or underlay.public6)
+        self.report.underlay, self.report.interface_error = underlay, ""
+
+        former = None if lease is None else lease.attributes
+        ability = await self._host.prepare(network, underlay, former, own)
+        if self._source.kind != "file":
+            attributes = ability.attributes(self._config.advertise)
+            lease, current = await self._acquire(attributes, ask, current)
+        assert lease is not None
+        await self._host.settle(ability, lease)
+        self._network, self._lease = network, lease
+        self.report.lease = lease
+        await self._plan_for(ability.here(lease))
+        self._keep_on_disk()
+        if current:
+            self._hold(lease)
+        return current
+
+    def _fall_back(self, exc: Exception, known: object) -> bool:
+        """Go on with what is known; where nothing is, there is nothing to go on with."""
+        if known is None:
+            if isinstance(exc, TimeoutError):
+                raise StoreDown("the store does not answer") from None
+            raise exc
+        self._complain(exc)
+        self.report.lease_error = str(exc)
+        return False
+
+    async def _acquire(
+        self, attributes: Attributes, ask: bool, current: bool
+    ) -> tuple[Lease, bool]:
+        """Our lease, and whether the store has confirmed it and what it says."""
+        lease = self._lease
+        if current and (ask or lease is None or attributes != self._published):
+            former = former_subnets(self._config.subnet_file)
+            if not any(former) and lease is not None:
+                former = lease.subnets
+            try:
+                got = await self._asked(self._source.acquire(attributes, former), lease)
+            except _STORE_FAILED as exc:
+                current = self._fall_back(exc, lease)
+            else:
+                if lease is not None and got.subnets != lease.subnets:
+                    log.error("our subnets are %s now: what the pods of %s send does not come "
+                              "back", got.subnets, lease.subnets)
+                self._published = attributes
+                self.report.lease_error = ""
+                return got, current
+        if lease is None:
+            raise StoreDown("there is no lease yet")
+        return lease, current
+
+    async def _with_annotated(self, options: InterfaceOptions) -> InterfaceOptions:
+        """A node's own annotations go before the options."""
+        from ..leases.kube.source import KubeSource
+
+        assert isinstance(self._source, KubeSource)
+        try:
+            public, public6 = await self._asked(self._source.node_public(), self._lease)
+        except _STORE_FAILED as exc:
+            self._complain(exc)  # whether it matters, acquire is about to say
+            return options
+        return _with_public(options, Attributes(public, public6), first=True)
+
+    def _hold(self, lease: Lease) -> None:
+        if self._held == lease:
+            return
+        if self._holding is not None:
+            self._holding.cancel()
+        self._held = lease
+        self._holding = asyncio.get_running_loop().create_task(self._source.hold(lease))
+        self._holding.add_done_callback(_died)
+
+    # -- the other nodes --------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Put in force what the store says, from its first word on."""
+        async with contextlib.aclosing(self._source.updates()) as updates:  # type: ignore[type-var]
+            async for update in updates:
+                since = time.monotonic()
+                if isinstance(update, Snapshot):
+                    changes = self._book.replace(update.leases)
+                else:
+                    changes = update.changes
+                    for change in changes:
+                        if change.new is not None:
+                            self._book.put(change.new)
+                        else:
+                            self._book.remove(change.key)
+                self.report.leases_n = len(self._book.leases)
+                await self._take(changes, since)
+                if isinstance(update, Snapshot):
+                    self.report.stale = False
+                    self._told.set()
+                if self._ask:  # the store is back: ask it for the rest, too
+                    self._again.set()
+
+    async def _take(self, changes: tuple[Change, ...], since: float) -> None:
+        if not changes:
+            return
+        async with self._applying:
+            assert self._plan is not None and self._lease is not None
+            delta = self._plan.change(changes)
+            try:
+                await self._host.put(self._plan, delta, since)
+            except DeviceError as exc:  # all of it again: nothing of a change may be lost
+                log.error("%s", exc)
+                self._again.set()
+            for change in changes:
+                if change.key == self._lease.key and change.new is not None \
+                        and not _same(change.new, self._lease):
+                    self._ask = True
+                    self._again.set()
+            self._keep_on_disk()
+
+    async def _plan_for(self, here: Here) -> None:
+        async with self._applying:
+            if self._plan is not None and self._plan.here == here:
+                await self._host.resync()
+                return
+            self._plan = Plan(here, self._book.leases.values())
+            await self._host.put_all(self._plan, time.monotonic())
+
+    async def _keep_peers(self) -> None:
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            async with self._applying:
+                try:
+                    await self._host.resync()
+                except DeviceError as exc:
+                    log.error("%s", exc)
+
+
+def _with_public(
+    options: InterfaceOptions, said: Attributes, first: bool = False
+) -> InterfaceOptions:
+    """Public addresses from elsewhere, where the options have none, or in their place."""
+    if first:
+        return replace(options, public_ip=said.public_ip or options.public_ip,
+                       public_ipv6=said.public_ipv6 or options.public_ipv6)
+    return replace(options, public_ip=options.public_ip or said.public_ip,
+                   public_ipv6=options.public_ipv6 or said.public_ipv6)
+
+
+def _same(one: Lease, other: Lease) -> bool:
+    return (one.subnets, one.attributes) == (other.subnets, other.attributes)
+
+
+def _died(task: asyncio.Task[None]) -> None:
+    """A source holds a lease until it is cancelled: anything else is a mistake of ours."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("the lease is not kept any more", exc_info=error)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a group of tasks: the others are mostly its consequences."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop closed meanwhile
+        loop.call_soon_threadsafe(work)
