@@ -6,11 +6,13 @@ import errno
 import socket
 import subprocess
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
-from own_netns import in_own_netns, sh
+from own_netns import in_own_netns, ip_json, sh
 
 from udptun.errors import DeviceError
+from udptun.lab import wait_for
 from udptun.net.netlink import Netlink
 from udptun.net.underlay import default_routes, interfaces, route_to
 
@@ -55,6 +57,24 @@ async def test_the_best_address_comes_first():
     assert v4 == ["192.0.2.1", "192.0.2.9", "198.51.100.1", "169.254.7.7"]
     assert v6[:2] == ["2001:db8::2", "2001:db8::1"]
     assert v6[2].startswith("fe80::")
+
+
+@in_own_netns
+async def test_a_temporary_address_is_not_the_best():
+    """RFC 8981: it is gone tomorrow. The kernel lists it first."""
+    conf = Path("/proc/sys/net/ipv6/conf/eth0")
+    sh(*PAIR)
+    (conf / "use_tempaddr").write_text("2")
+    (conf / "dad_transmits").write_text("0")
+    sh("ip address add 2001:db8::1/64 dev eth0 mngtmpaddr nodad")
+
+    def checked():
+        return [item["local"] for item in ip_json("-6 address show dev eth0")[0]["addr_info"]
+                if item.get("temporary") and not item.get("tentative")]
+
+    (temporary,) = wait_for(checked, "the temporary address")
+    with Netlink() as netlink:
+        assert (await addresses_of(netlink, "eth0"))[:2] == ["2001:db8::1", temporary]
 
 
 @in_own_netns

@@ -229,6 +229,25 @@ async def test_nft_is_not_there(tmp_path, mode, words):
     assert words in str(caught.value)
 
 
+async def test_nft_is_not_needed_where_nothing_is_wanted(tmp_path):
+    firewall = Firewall(FirewallRules(), str(tmp_path / "nft"))
+    assert not await firewall.sync()
+    assert not await firewall.remove()
+
+
+@in_own_netns
+@pytest.mark.parametrize("broken", ["udptun-ipv4", "udptun-ipv6"])
+async def test_one_familys_trouble_is_not_the_others(tmp_path, broken):
+    firewall = Firewall(RULES, program(tmp_path, f"""\
+case "$*" in *{broken}) echo "Error: out of order" >&2; exit 1;; esac
+exec nft "$@"
+"""))
+    with pytest.raises(FirewallError, match=f"{broken}: Error: out of order$"):
+        await firewall.sync()
+    assert len(chains()) == 2
+    assert not any(broken in chain for chain in chains())
+
+
 @contextlib.asynccontextmanager
 async def keeping(firewall):
     task = asyncio.create_task(firewall.keep(0.01))

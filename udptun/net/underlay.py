@@ -124,13 +124,13 @@ async def _interfaces(ipr: Any) -> tuple[Interface, ...]:
 def _rank(address: IPAddress, flags: int) -> int:
     """How good an address is to be found at, 0 best; the kernel's order decides between equals.
 
-    Worse is what goes away (temporary, deprecated), cannot be used yet (tentative) or is known on
-    one link only. The flag of a temporary address is that of a secondary one in IPv4.
+    From worst to best: known on one link only; on its way out; gone tomorrow (temporary); not
+    checked yet for being somebody else's.
     """
-    passing = IFA_F_DEPRECATED | IFA_F_TENTATIVE
-    if address.version == 6:
-        passing |= IFA_F_TEMPORARY
-    return 2 * address.is_link_local + bool(flags & passing)
+    # In IPv4 that flag marks a second address of a subnet, which is as good as the first.
+    temporary = flags & IFA_F_TEMPORARY and address.version == 6
+    return (8 * bool(address.is_link_local) + 4 * bool(flags & IFA_F_DEPRECATED)
+            + 2 * bool(temporary) + bool(flags & IFA_F_TENTATIVE))
 
 
 def _default_routes(version: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import ipaddress
 import json
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ MASQUERADE: Json = {"masquerade": {"flags": "fully-random"}}
 
 class FirewallError(UdptunError):
     """The rules could not be read or set; the sentence is nft's, or says why nft did not run."""
+
+
+class _GarbledError(FirewallError):
+    """nft answered something that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +84,19 @@ class Firewall:
         self._in_force: dict[str, tuple[list[Json] | None, list[Json] | None]] = {}
 
     async def sync(self) -> bool:
-        """Put in force what is wanted. True if something had to be changed. FirewallError."""
-        try:
-            changed = [await self._sync(family) for family in TABLES]
-        except FirewallError as error:
-            self.error = str(error)
-            raise
-        self.error = ""
-        return any(changed)
+        """Put in force what is wanted. True if something had to be changed. FirewallError: one
+        family's trouble does not keep the other from being done."""
+        changed = False
+        failed: dict[str, None] = {}  # a set that keeps its order: both may say the same
+        for family in TABLES:
+            try:
+                changed |= await self._sync(family)
+            except FirewallError as error:
+                failed[str(error)] = None
+        self.error = "; ".join(failed)
+        if failed:
+            raise FirewallError(self.error)
+        return changed
 
     async def keep(self, every_s: float) -> None:
         """``sync`` now and every so many seconds, until cancelled; an error is logged once."""
@@ -129,7 +139,12 @@ class Firewall:
 
     async def _sync(self, family: str) -> bool:
         want = list(_content(family, self.want)) or None
-        there = await self._read(family)
+        if want is None and shutil.which(self._nft) is None:
+            return False  # a host without nft, which needs none
+        try:
+            there = await self._read(family)
+        except _GarbledError:  # nft 1.0.6 on a table with flags: not ours, then
+            there = []
         if there == want or self._in_force.get(family) == (want, there):
             return False
         table = {"table": _table(family)}
@@ -175,7 +190,7 @@ class Firewall:
         try:
             answer: list[Json] = json.loads(done.stdout)["nftables"] if done.stdout else []
         except (ValueError, KeyError, TypeError):
-            raise FirewallError(f"{command}: answers what is not its JSON") from None
+            raise _GarbledError(f"{command}: answers what is not its JSON") from None
         return answer
 
 
