@@ -202,6 +202,47 @@ def cluster(folder, count):
 
 
 
+class Relay:
+    """TCP between a client and a member, to be cut while the tests go on speaking to the member."""
+
+    def __init__(self, url):
+        self._port_behind = int(url.rpartition(":")[2])
+        (self._port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._server, self._links = None, set()
+
+    async def open(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+
+    async def cut(self):
+        self._server.close()
+        for task in [*self._links]:
+            task.cancel()
+        await asyncio.gather(*self._links, return_exceptions=True)
+        await self._server.wait_closed()
+
+    async def _serve(self, reader, writer):
+        self._links.add(asyncio.current_task())
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port_behind)
+        try:
+            await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+        except (asyncio.CancelledError, OSError):
+            pass
+        finally:
+            self._links.discard(asyncio.current_task())
+            for end in (writer, far_writer):
+                end.close()
+                with contextlib.suppress(OSError):
+                    await end.wait_closed()
+
+    @staticmethod
+    async def _copy(reader, writer):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
 async def until(predicate, what, seconds=20.0):
     """The first true value of ``predicate``, which may be async; asked every 10 ms."""
     async def asking():

@@ -79,7 +79,7 @@ async def test_network_is_read(etcd, make):
 
 
 async def test_network_that_is_not_there_may_come(make):
-    with pytest.raises(StoreDown, match="/coreos.com/network/config is not there"):
+    with pytest.raises(StoreDown, match=r"/coreos\.com/network/config is not there"):
         await make().network()
 
 
@@ -88,7 +88,7 @@ async def test_network_that_is_not_there_may_come(make):
                                   ' "IPv6Network": "fc00::/48"}'])
 async def test_network_that_is_wrong_says_where(etcd, make, text):
     await etcd.put("config", text)
-    with pytest.raises(FieldError, match="etcd key /coreos.com/network/config"):
+    with pytest.raises(FieldError, match=r"etcd key /coreos\.com/network/config"):
         await make().network()
 
 
