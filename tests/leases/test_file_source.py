@@ -1,0 +1,487 @@
+"""The hosts file as a store of leases: what it says, what is refused, and that changes are seen."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udptun.errors import FieldError
+from udptun.leases import file as file_module
+from udptun.leases.advert import Advert, read
+from udptun.leases.base import (
+    Attributes,
+    Change,
+    Changes,
+    Snapshot,
+    StoreDown,
+    StoreRefused,
+    Subnets,
+)
+from udptun.leases.file import FileSource
+from udptun.leases.hosts import parse
+from udptun.leases.places import Places
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "hosts.toml"
+NOTHING = (Attributes(), Subnets())
+
+
+def toml(*nodes, network="10.42.0.0/16"):
+    """A hosts file of nodes 1, 2, ...: named, reached and placed by their number."""
+    return f'network = "{network}"\n' + "".join(
+        f'\n[[nodes]]\nname = "n{i}"\npublic = "192.0.2.{i}"\nsubnets = "10.42.{i}.0/24"\n'
+        for i in nodes
+    )
+
+
+def lease(i, text=None):
+    (found,) = (lease for lease in parse((text or toml(i)).encode(), "").leases
+                if lease.key == f"n{i}")
+    return found
+
+
+def refusal(text, name="hosts.toml"):
+    with pytest.raises(FieldError) as caught:
+        parse(text.encode(), name)
+    return caught.value
+
+
+# What a file says
+
+
+def test_the_documented_example():
+    hosts = parse(EXAMPLE.read_bytes(), "hosts.toml")
+    assert hosts.network.network == IPv4Network("10.42.0.0/16")
+    assert hosts.network.network6 is None
+    assert (hosts.network.backend_type, hosts.network.udp_port) == ("udp", 8285)
+    alpha, beta, gamma = hosts.leases
+    assert (alpha.key, alpha.name) == ("alpha", "alpha")
+    assert alpha.subnets == Subnets(IPv4Network("10.42.1.0/24"))
+    assert alpha.attributes.public_ip == IPv4Address("192.0.2.1")
+    assert alpha.attributes.public_ipv6 is None
+    assert read(alpha.attributes) == Advert(8285, 1400)
+    assert read(beta.attributes) == Advert(8286, 1400)
+    assert gamma.attributes.public_ipv6 == IPv6Address("2001:db8::7")
+    assert read(gamma.attributes) == Advert(8285, 1280)
+
+
+def test_json_says_the_same():
+    text = toml(1, 2)
+    content = {
+        "network": "10.42.0.0/16",
+        "nodes": [{"name": f"n{i}", "public": [f"192.0.2.{i}"], "subnets": [f"10.42.{i}.0/24"]}
+                  for i in (1, 2)],
+    }
+    want = parse(text.encode(), "hosts.toml")
+    assert parse(json.dumps(content).encode(), "hosts.json") == want
+    assert parse(json.dumps(content, indent=2).encode(), "hosts") == want
+    assert parse(text.encode(), "hosts") == want
+    assert read(want.leases[0].attributes) == Advert(8285, None)
+
+
+def test_both_families():
+    hosts = parse(b'''
+        network = ["fd00:42::/48", "10.42.0.0/16"]
+        port = 9000
+        [[nodes]]
+        name = "six"
+        public = "2001:db8::1"
+        subnets = ["10.42.1.0/24", "fd00:42:0:1::/64"]
+        mtu = 1280
+    ''', "hosts.toml")
+    assert hosts.network.networks == (IPv4Network("10.42.0.0/16"), IPv6Network("fd00:42::/48"))
+    assert hosts.network.udp_port == 9000
+    (six,) = hosts.leases
+    assert six.subnets == Subnets(IPv4Network("10.42.1.0/24"), IPv6Network("fd00:42:0:1::/64"))
+    assert (six.attributes.public_ip, six.attributes.public_ipv6) == (
+        None, IPv6Address("2001:db8::1"))
+    assert read(six.attributes) == Advert(9000, 1280)
+
+
+# What is refused: node 2's table begins in line 8, its name, public and subnets are the next three
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "line"),
+    [
+        ('network = "10.42.0.0/16"', "", "network", None),
+        ('"10.42.0.0/16"', '"10.42.0.1/16"', "network", 1),
+        ('"10.42.0.0/16"', '["10.42.0.0/16", "10.43.0.0/16"]', "network", 1),
+        ('"10.42.0.0/16"', "[]", "network", 1),
+        ('"10.42.0.0/16"', '"10.42.0.0/16"\nport = 0', "port", 2),
+        ('"10.42.0.0/16"', '"10.42.0.0/16"\nmtu = 60', "mtu", 2),
+        ('"10.42.0.0/16"', '"10.42.0.0/16"\nmtus = 1400', "mtus", 2),
+        ('name = "n2"', "", "name", 8),
+        ('name = "n2"', "name = 2", "name", 9),
+        ('name = "n2"', 'name = "n 2"', "name", 9),
+        ('name = "n2"', 'name = ""', "name", 9),
+        ('name = "n2"', 'name = "n1"', "name", 9),
+        ('public = "192.0.2.2"', "", "public", 8),
+        ('"192.0.2.2"', '"192.0.2.256"', "public", 10),
+        ('"192.0.2.2"', '"192.0.2.2:8285"', "public", 10),
+        ('"192.0.2.2"', '"224.0.0.1"', "public", 10),
+        ('"192.0.2.2"', '["192.0.2.2",\n"192.0.2.9"]', "public", 10),
+        ('"192.0.2.2"', '["192.0.2.2",\n"nowhere"]', "public", 11),
+        ('"192.0.2.2"', '"192.0.2.1"', "public", 10),
+        ('"192.0.2.2"', "2020-01-01 07:32:00", "public", 10),
+        ('subnets = "10.42.2.0/24"', "", "subnets", 8),
+        ('"10.42.2.0/24"', "[]", "subnets", 11),
+        ('"10.42.2.0/24"', '["10.42.2.0/24", "10.42.9.0/24"]', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.42.2.1/24"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.43.2.0/24"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.0.0.0/8"', "subnets", 11),
+        ('"10.42.2.0/24"', '"fd00:42::/64"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.42.2.0/31"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.42.1.0/24"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.42.1.128/25"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.42.0.0/22"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.42.2.0/24"\nport = "x"', "port", 12),
+        ('"10.42.2.0/24"', '"10.42.2.0/24"\nmtu = 65536', "mtu", 12),
+        ('"10.42.2.0/24"', '"10.42.2.0/24"\nvia = "192.0.2.9"', "via", 12),
+        ('"10.42.2.0/24"', '"10.42.2.0/24"\nname = "again"', "the text", 12),
+        ('"10.42.2.0/24"', '"10.42.2.0/24', "the text", 11),
+        ("[[nodes]]", "[nodes]", "the text", 8),
+    ],
+)
+def test_a_mistake_is_refused_with_line_and_field(old, new, field, line):
+    error = refusal(toml(1, 2).replace(old, new))
+    assert error.field == field
+    assert error.where == ("hosts.toml" if line is None else f"hosts.toml line {line}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "line"),
+    [
+        ('"10.42.0.0/16"', '"10.42"', "network", 1),
+        ('"n2"', '"n 2"', "name", 5),
+        ('"n2"', '"n1"', "name", 5),
+        ('"n2"', "NaN", "name", 5),
+        ('"192.0.2.2"', '"host"', "public", 7),
+        ('"10.42.2.0/24"', '"10.42.1.0/24"', "subnets", 8),
+        ('"10.42.2.0/24"', '"10.42.2.0/24", "name": "n3"', "name", 8),
+        ('"name": "n2",', '"name": "n2"', "the text", 6),
+    ],
+)
+def test_a_mistake_in_json_too(old, new, field, line):
+    text = '''{"network": "10.42.0.0/16", "nodes": [
+  {"name": "n1", "public": "192.0.2.1", "subnets": "10.42.1.0/24"},
+
+  {
+    "name": "n2",
+    "public": [
+      "192.0.2.2"],
+    "subnets": "10.42.2.0/24"
+  }
+]}'''
+    assert len(parse(text.encode(), "hosts.json").leases) == 2
+    error = refusal(text.replace(old, new), "hosts.json")
+    assert (error.field, error.where) == (field, f"hosts.json line {line}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hosts", ""), ("hosts.toml", ""), ("hosts.json", ""), ("hosts.json", "[]"),
+        ("hosts.json", "null"), ("hosts.json", "{"), ("hosts.json", "[" * 100000),
+        ("hosts.toml", "a = " + "[" * 9999),
+        ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = 5'),
+        ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = [5]'),
+        ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = []'),  # a file cut short flushes nothing
+        ("hosts.json", '{"network": "10.42.0.0/16", "nodes": {"a": 1}}'),
+        ("hosts.json", '{"network": ' + "9" * 5000 + "}"),
+    ],
+)
+def test_what_is_no_hosts_file_is_refused(name, text):
+    assert refusal(text, name).where.startswith(name)
+
+
+def test_what_is_no_text_is_refused():
+    with pytest.raises(FieldError, match=r"hosts line 2: the text: b'\\xff'"):
+        parse(b'network = "10.42.0.0/16"\n# \xff\n', "hosts")
+
+
+@given(st.data())
+def test_whatever_is_cut_out_the_answer_is_a_field_error_or_nodes(data):
+    text = EXAMPLE.read_text()
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(start + 40, len(text))))
+    try:
+        assert parse((text[:start] + text[end:]).encode(), "hosts.toml").leases
+    except FieldError as error:
+        assert error.where.startswith("hosts.toml")
+
+
+def test_places_in_all_that_toml_can_write():
+    places = Places('''# a [comment] = "with" 'all' kinds
+a = """
+[[nodes]] "quoted \\""" b = 1"""
+b = \'\'\'
+[c]\'\'\'
+when = 1979-05-27T07:32:00Z
+[c]  # after
+d = [ # in between ]
+  "x", 'y]',
+  { e = [1,
+         2], "f" = {} },
+]
+g."h" = 1
+[[nodes]]
+name = "one"
+[nodes.more]
+z = 1
+[[nodes]]
+name = "two"
+''')
+    lines = {"a": 2, "b": 4, "when": 6, "c": 7, "c.d": 8, "c.d[0]": 9, "c.d[1]": 9, "c.d[2].e": 10,
+             "c.d[2].e[1]": 11, "c.d[2].f": 11, "c.g.h": 13, "nodes[0]": 14, "nodes[0].name": 15,
+             "nodes.more.z": 17, "nodes[1]": 18, "nodes[1].name": 19}
+    assert {path: places.line(path) for path in lines} == lines
+    assert places.line("nodes[1].public[3]") == 18
+    assert places.line("unheard.of") is None
+    assert not places.repeated
+
+
+# Watching
+
+
+@asynccontextmanager
+async def watching(path, **options):
+    """A source, and a function that awaits the next thing it tells."""
+    source = FileSource(path, hostname="n1", **{"poll_s": 0.01, **options})
+    told = asyncio.Queue()
+
+    async def listen():
+        async for update in source.updates():
+            told.put_nowait(update)
+
+    async def following():
+        async with asyncio.timeout(20):
+            return await told.get()
+
+    task = asyncio.create_task(listen())
+    try:
+        yield source, following
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await source.aclose()
+
+
+async def until(predicate, seconds=20.0):
+    async with asyncio.timeout(seconds):
+        while not predicate():
+            await asyncio.sleep(0.005)
+
+
+def replace(path, text):
+    """As an editor does it."""
+    fresh = path.with_name(path.name + "~")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    path = tmp_path / "hosts.toml"
+    path.write_text(toml(1, 2))
+    return path
+
+
+async def test_a_snapshot_then_what_changes(hosts):
+    async with watching(hosts) as (source, following):
+        assert await following() == Snapshot((lease(1), lease(2)))
+        assert source.health.connected
+        replace(hosts, toml(1, 2, 3))
+        assert await following() == Changes((Change(None, lease(3)),))
+        moved = toml(1, 3).replace("192.0.2.3", "192.0.2.33")
+        replace(hosts, moved)
+        assert await following() == Changes(
+            (Change(lease(2), None), Change(lease(3), lease(3, moved)))
+        )
+
+
+async def test_an_edit_in_place_is_seen(hosts):
+    async with watching(hosts) as (_, following):
+        await following()
+        inode = hosts.stat().st_ino
+        hosts.write_text(toml(1, 3))  # of the same length
+        assert hosts.stat().st_ino == inode
+        assert await following() == Changes((Change(lease(2), None), Change(None, lease(3))))
+
+
+async def test_a_configmap_swaps_a_link_beside_the_file(tmp_path):
+    """As the kubelet does: hosts.toml -> ..data/hosts.toml, and ..data -> a directory."""
+    for version, nodes in (("v1", (1, 2)), ("v2", (1, 2, 3))):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "hosts.toml").write_text(toml(*nodes))
+    data, path = tmp_path / "..data", tmp_path / "hosts.toml"
+    data.symlink_to("v1")
+    path.symlink_to("..data/hosts.toml")
+    async with watching(path) as (_, following):
+        assert await following() == Snapshot((lease(1), lease(2)))
+        fresh = tmp_path / "..data_tmp"
+        fresh.symlink_to("v2")
+        fresh.replace(data)
+        assert await following() == Changes((Change(None, lease(3)),))
+
+
+async def test_a_half_written_file_is_not_taken_for_the_whole(hosts, monkeypatch):
+    """The first half names fewer nodes and is valid: to believe it would remove the others."""
+    async with watching(hosts, poll_s=3600) as (source, following):
+        await following()
+        # From here on any state counts as fresh; the writer goes on while the source waits.
+        monkeypatch.setattr(file_module, "QUIET_SECONDS", 3600)
+        clock = SimpleNamespace(
+            time=file_module.time.time, monotonic=file_module.time.monotonic,
+            sleep=lambda seconds: hosts.write_text(toml(1, 2, 3)),
+        )
+        monkeypatch.setattr(file_module, "time", clock)
+        hosts.write_text(toml(1))
+        source.reload()
+        assert await following() == Changes((Change(None, lease(3)),))
+
+
+async def test_a_bad_edit_is_refused_and_the_last_good_state_holds(hosts, caplog):
+    async with watching(hosts) as (source, following):
+        await following()
+        replace(hosts, toml(1, 2, 3).replace("192.0.2.3", "192.0.2"))
+        await until(lambda: source.health.error)
+        assert not source.health.connected
+        want = f"{hosts} line 15: public: '192.0.2' is not valid"
+        assert source.health.error.startswith(want)
+        assert (await source.network()).network == IPv4Network("10.42.0.0/16")
+        assert await source.acquire(*NOTHING) == lease(1)
+        looked = source.health.last_contact
+        await until(lambda: source.health.last_contact > looked)
+        assert caplog.text.count(want) == 1
+        assert source.health.errors_n == 1
+        replace(hosts, toml(1, 2, 3))
+        assert await following() == Changes((Change(None, lease(3)),))
+        assert source.health.connected and not source.health.error
+
+
+async def test_a_file_that_is_gone_takes_no_node_with_it(hosts):
+    async with watching(hosts) as (source, following):
+        await following()
+        hosts.rename(hosts.with_suffix(".old"))
+        await until(lambda: source.health.error)
+        assert source.health.error == f"{hosts} cannot be read: No such file or directory"
+        replace(hosts, toml(1))
+        assert await following() == Changes((Change(lease(2), None),))
+
+
+async def test_a_file_that_comes_later(tmp_path):
+    path = tmp_path / "hosts.toml"
+    async with watching(path) as (source, following):
+        await until(lambda: source.health.error)
+        with pytest.raises(StoreDown, match="No such file"):
+            await source.network()
+        with pytest.raises(StoreDown, match="No such file"):
+            await source.acquire(*NOTHING)
+        path.write_text("network = 1")
+        await until(lambda: "line 1" in source.health.error)
+        with pytest.raises(FieldError, match="line 1: network"):
+            await source.network()
+        with pytest.raises(StoreRefused, match="line 1: network"):
+            await source.acquire(*NOTHING)
+        replace(path, toml(1))
+        assert await following() == Snapshot((lease(1),))
+
+
+async def test_what_others_read_first_is_told_all_the_same(hosts):
+    """acquire() and network() look at the file too: they must not eat a change."""
+    async with watching(hosts, poll_s=3600) as (source, following):
+        await following()
+        replace(hosts, toml(1, 2, 3))
+        await source.acquire(*NOTHING)
+        source.reload()
+        assert await following() == Changes((Change(None, lease(3)),))
+
+
+async def test_reload_does_not_wait_and_reads_what_seems_the_same(hosts, monkeypatch):
+    monkeypatch.setattr(file_module, "_settled", lambda path: (1,))
+    async with watching(hosts, poll_s=3600) as (source, following):
+        await following()
+        replace(hosts, toml(1))
+        source.reload()
+        assert await following() == Changes((Change(lease(2), None),))
+
+
+async def test_each_iteration_begins_with_a_snapshot(hosts):
+    source = FileSource(hosts)
+    for _ in range(2):
+        updates = source.updates()
+        assert await anext(updates) == Snapshot((lease(1), lease(2)))
+        await updates.aclose()
+
+
+async def test_another_network_is_said_not_taken_in_silence(hosts, caplog):
+    async with watching(hosts) as (source, following):
+        await following()
+        replace(hosts, toml(1, network="10.0.0.0/8"))
+        await following()
+        assert "the network is another one now" in caplog.text
+        assert (await source.network()).network == IPv4Network("10.0.0.0/8")
+
+
+# Which node we are
+
+
+def addresses(*texts):
+    async def local():
+        return [IPv4Address("127.0.0.1"), *map(IPv4Address, texts)]
+    return local
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({"node_name": "n2", "hostname": "n1", "addresses": addresses("192.0.2.1")}, 2),
+        ({"hostname": "n2", "addresses": addresses("192.0.2.1")}, 2),
+        ({"hostname": "n2.example.org", "addresses": addresses("192.0.2.1")}, 2),
+        ({"hostname": "other", "addresses": addresses("192.0.2.2")}, 2),
+    ],
+)
+async def test_a_machine_finds_itself(hosts, options, want):
+    source = FileSource(hosts, **options)
+    assert source.health.lease == "none"
+    assert await source.acquire(*NOTHING) == lease(want)
+    assert source.health.lease == "held"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"node_name": "x", "hostname": "n1"}, ["no node x", "n1, n2"]),
+        ({"hostname": "x", "addresses": addresses("192.0.2.9")},
+         ["hostname x", "192.0.2.9", "n1, n2", "--node-name"]),
+        ({"hostname": "x", "addresses": addresses("192.0.2.1", "192.0.2.2")},
+         ["n1, n2", "hostname x", "--node-name"]),
+    ],
+)
+async def test_a_machine_that_is_not_there_hears_what_is(hosts, options, said):
+    with pytest.raises(StoreRefused) as caught:
+        await FileSource(hosts, **options).acquire(*NOTHING)
+    assert all(word in str(caught.value) for word in (str(hosts), *said))
+
+
+async def test_an_entry_of_ours_that_goes_is_a_lost_lease_until_it_is_back(hosts, caplog):
+    async with watching(hosts) as (source, following):
+        await following()
+        holding = asyncio.create_task(source.hold(await source.acquire(*NOTHING)))
+        replace(hosts, toml(2))
+        assert await following() == Changes((Change(lease(1), None),))
+        assert source.health.lease == "lost"
+        assert source.health.lease_error == f"{hosts} has no node n1 any more"
+        assert source.health.lease_error in caplog.text
+        replace(hosts, toml(1, 2))
+        assert await following() == Changes((Change(None, lease(1)),))
+        assert (source.health.lease, source.health.lease_error) == ("held", "")
+        assert not holding.done()
+        holding.cancel()
+        await asyncio.gather(holding, return_exceptions=True)

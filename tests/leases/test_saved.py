@@ -1,0 +1,202 @@
+"""The last known leases on disk: what is read is what was written, or nothing."""
+
+import asyncio
+import json
+import logging
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+import pytest
+
+from udptun.leases import saved
+from udptun.leases.base import Attributes, Lease, Subnets
+from udptun.leases.netconf import NetConfig
+from udptun.leases.saved import LastKnown, Saved
+
+ETCD = "etcd http://192.0.2.1:2379 /coreos.com/network"
+NETWORK = NetConfig.parse('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": 7}}')
+OWN = Lease(
+    "10.5.1.0-24&fc00:0:0:1::-64",
+    Subnets(IPv4Network("10.5.1.0/24"), IPv6Network("fc00:0:0:1::/64")),
+    Attributes(IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"), "vxlan",
+               {"VNI": 7, "VtepMAC": "aa:bb:cc:dd:ee:ff", "other": ["<&>", None]}, {"VNI": 7}),
+    name="alpha",
+    reserved=True,
+)
+# of the JSON values a peer may write, those that are easily taken for "nothing"
+ODD = [
+    Lease(f"10.5.{i}.0-24", Subnets(IPv4Network(f"10.5.{i}.0/24")), Attributes(backend_data=data))
+    for i, data in enumerate((None, 0, False, "", [], {}, "\ud800"), start=2)
+]
+
+
+def known(*leases, store=ETCD, lease=OWN):
+    return LastKnown(store, NETWORK, lease, leases or (OWN, *ODD))
+
+
+async def write(path, what):
+    file = Saved(path)
+    file.keep(what)
+    await file.aclose()
+
+
+async def test_what_was_kept_is_read_again(tmp_path):
+    path = tmp_path / "not" / "yet" / "leases.json"
+    await write(path, known())
+    assert Saved(path).load(ETCD) == known()
+    await write(path, known(OWN, lease=None))
+    assert Saved(path).load(ETCD) == known(OWN, lease=None)
+    assert [entry.name for entry in path.parent.iterdir()] == ["leases.json"]
+
+
+async def test_a_network_whose_subnets_the_store_gives(tmp_path):
+    path = tmp_path / "leases.json"
+    network = NetConfig.parse('{"Network": "10.5.0.0/29", "SubnetLen": 99}', check_subnets=False)
+    what = LastKnown("kubernetes", network, None, ())
+    await write(path, what)
+    assert Saved(path).load("kubernetes") == what
+
+
+def test_nothing_was_kept(tmp_path):
+    assert Saved(tmp_path / "leases.json").load(ETCD) is None
+
+
+async def test_another_store_says_nothing_of_this_one(tmp_path):
+    path = tmp_path / "leases.json"
+    await write(path, known())
+    assert Saved(path).load("kubernetes") is None
+    assert Saved(path).load(ETCD) is not None
+
+
+def _without(key):
+    def damage(content):
+        del content["leases"][0][key]
+    return damage
+
+
+def _with(**fields):
+    return lambda content: content.update(fields)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"", b"\xff", b"[]", b"null", b"{}", b"[" * 100000,
+        _without("key"), _without("backend_type"), _without("reserved"),
+        _with(version=2), _with(network="{}"), _with(network=None), _with(leases=None),
+        _with(leases=[5]), _with(lease="x"), _with(leases=[{"key": "k", "v4": "10.0.0.1/8"}]),
+    ],
+)
+async def test_a_broken_file_is_set_aside_and_said(tmp_path, caplog, damage):
+    path = tmp_path / "leases.json"
+    await write(path, known())
+    if isinstance(damage, bytes):
+        path.write_bytes(damage)
+    else:
+        content = json.loads(path.read_bytes())
+        damage(content)
+        path.write_text(json.dumps(content))
+    broken = path.read_bytes()
+    assert Saved(path).load(ETCD) is None
+    assert not path.exists()
+    assert (tmp_path / "leases.json.bad").read_bytes() == broken
+    assert "leases.json.bad" in caplog.text
+    await write(path, known())
+    assert Saved(path).load(ETCD) == known()
+
+
+async def test_a_file_that_may_not_be_read_is_left_there(tmp_path, caplog):
+    path = tmp_path / "leases.json"
+    path.mkdir()
+    assert Saved(path).load(ETCD) is None
+    assert path.exists()
+    assert "cannot be read" in caplog.text
+
+
+async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
+    path = tmp_path / "leases.json"
+    file = Saved(path)
+    written, pauses_over = [], asyncio.Semaphore(0)
+    write_one, file._write = file._write, lambda what: (written.append(what), write_one(what))
+    file._pause = lambda seconds: pauses_over.acquire()
+    for last in ODD[-3:]:
+        for lease in (*ODD, last):
+            file.keep(known(lease))
+            await asyncio.sleep(0)
+        pauses_over.release()
+        await until(lambda last=last: written and written[-1] == known(last))
+    pauses_over.release()
+    await file.aclose()
+    assert len(written) == 3
+    assert Saved(path).load(ETCD) == known(ODD[-1])
+
+
+async def test_what_comes_while_writing_is_written_too(tmp_path):
+    path = tmp_path / "leases.json"
+    file = Saved(path, pause_s=0)
+    loop = asyncio.get_running_loop()
+    write_one = file._write
+
+    def write_and_change(what):
+        write_one(what)
+        if what != known(OWN):
+            asyncio.run_coroutine_threadsafe(change(), loop).result()
+
+    async def change():
+        file.keep(known(OWN))
+
+    file._write = write_and_change
+    file.keep(known())
+    await until(lambda: path.exists() and Saved(path).load(ETCD) == known(OWN))
+    await file.aclose()
+
+
+async def test_closing_writes_without_the_pause(tmp_path):
+    path = tmp_path / "leases.json"
+    file = Saved(path, pause_s=3600)
+    file.keep(known())
+    await asyncio.sleep(0)
+    assert not path.exists()
+    await file.aclose()
+    assert Saved(path).load(ETCD) == known()
+
+
+async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
+    tmp_path, caplog, monkeypatch
+):
+    """And what was there before is still whole."""
+    path = tmp_path / "leases.json"
+    await write(path, known(OWN))
+    monkeypatch.setattr(saved, "RETRY_SECONDS", 0.01)
+    full, tries = True, []
+
+    def fsync(fd):
+        tries.append(fd)
+        if full:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saved.os, "fsync", fsync)
+    file = Saved(path, pause_s=0)
+    with caplog.at_level(logging.ERROR):
+        file.keep(known())
+        await until(lambda: len(tries) >= 3)
+    assert Saved(path).load(ETCD) == known(OWN)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the leases are not saved to {path}: No space left on device"
+    ]
+    full = False
+    await until(lambda: Saved(path).load(ETCD) == known())
+    await file.aclose()
+
+
+async def test_closing_does_not_wait_for_a_full_disk(tmp_path):
+    path = tmp_path / "file" / "leases.json"
+    path.parent.write_text("no directory")
+    file = Saved(path)
+    file.keep(known())
+    await asyncio.wait_for(file.aclose(), 30)
+
+
+async def until(predicate, seconds=10.0):
+    async with asyncio.timeout(seconds):
+        while not predicate():
+            await asyncio.sleep(0.005)
