@@ -1,0 +1,105 @@
+"""deploy/kubernetes: the manifests start what exists, allow what is needed, and fit together."""
+
+import json
+import shutil
+import subprocess
+
+import click
+import pytest
+import yaml
+from kube_cluster import DEPLOY, deployed_rules
+
+from udptun.cli import cli
+from udptun.leases.netconf import NetConfig
+from udptun.node.config import NodeConfig
+
+
+def documents(name):
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def pod():
+    (daemon_set,) = documents("daemonset.yaml")
+    return daemon_set["spec"]["template"]["spec"]
+
+
+def container(name):
+    return next(c for c in pod()["containers"] if c["name"] == name)
+
+
+def test_the_daemon_may_do_what_flannel_may_and_nothing_else():
+    found = {(r, verb) for rule in deployed_rules() for r in rule["resources"]
+             for verb in rule["verbs"]}
+    assert found == {
+        ("pods", "get"), ("nodes", "get"), ("nodes", "list"), ("nodes", "watch"),
+        ("nodes/status", "patch"),
+    }
+
+
+def test_the_account_is_the_pods():
+    account, role, binding = documents("rbac.yaml")
+    (namespace,) = documents("namespace.yaml")
+    assert pod()["serviceAccountName"] == account["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", **account["metadata"]}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    for name in ("rbac.yaml", "config.yaml", "daemonset.yaml"):
+        for document in documents(name):
+            if not document["kind"].startswith("Cluster"):
+                assert document["metadata"]["namespace"] == namespace["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", ["node", "forwarder"])
+def test_neither_container_is_privileged(name):
+    rights = container(name)["securityContext"]
+    assert rights["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert "privileged" not in rights
+    assert rights["allowPrivilegeEscalation"] is False
+
+
+def test_all_mounts_are_of_volumes_and_both_containers_share_what_they_must():
+    volumes = {v["name"]: v for v in pod()["volumes"]}
+    mounts = {}
+    for part in (*pod()["initContainers"], *pod()["containers"]):
+        mounts[part["name"]] = {m["mountPath"]: m["name"] for m in part["volumeMounts"]}
+        assert set(mounts[part["name"]].values()) <= set(volumes)
+    for path in ("/run/udptun", "/var/lib/udptun"):
+        assert mounts["node"][path] == mounts["forwarder"][path]
+        assert volumes[mounts["node"][path]]["hostPath"]["path"] == path
+    assert volumes[mounts["forwarder"]["/dev/net/tun"]]["hostPath"]["type"] == "CharDevice"
+    assert mounts["node"]["/run/flannel"] == "run-flannel"
+
+
+def test_the_daemons_command_is_taken(monkeypatch):
+    name, *args = container("node")["args"]
+    (variable,) = container("node")["env"]
+    monkeypatch.setenv(variable["name"], "n1")
+    with click.Context(cli, info_name="udptun") as parent:
+        params = cli.get_command(parent, name).make_context(name, args, parent=parent).params
+    assert (params["kube_subnet_mgr"], params["forwarder"]) == (True, "external")
+    for probe in ("readinessProbe", "livenessProbe"):
+        where = container("node")[probe]["httpGet"]
+        there = str(params["healthz_ip"]), params["healthz_port"]
+        assert (where["host"], where["port"]) == there
+
+
+def test_the_forwarder_waits_for_the_file_that_the_daemon_writes():
+    file = NodeConfig(hosts=DEPLOY).forward_file
+    assert container("forwarder")["args"] == ["forward", "--wait-for", str(file)]
+
+
+def test_the_configuration_is_one():
+    (config,) = documents("config.yaml")
+    network = NetConfig.parse(config["data"]["net-conf.json"], check_subnets=False)
+    assert network.network is not None
+    cni = json.loads(config["data"]["cni-conf.json"])
+    assert [p["type"] for p in cni["plugins"]] == ["flannel", "portmap"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
+def test_kustomize_takes_it_and_names_the_image_everywhere():
+    built = subprocess.run(
+        ["kubectl", "kustomize", str(DEPLOY)], capture_output=True, text=True, check=True)
+    kinds = {d["kind"] for d in yaml.safe_load_all(built.stdout)}
+    assert kinds == {"Namespace", "ServiceAccount", "ClusterRole", "ClusterRoleBinding",
+                     "ConfigMap", "DaemonSet"}
+    assert "image: udptun\n" not in built.stdout
