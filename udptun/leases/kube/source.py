@@ -75,10 +75,9 @@ class KubeSource:
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
         """As published: with the address of public-ip-overwrite, if an operator has set that."""
-        network = await self.network()
         node = await self._api.node(await self._name())
         with _refused(node):
-            subnets = _within(network, node)
+            subnets = _within(await self.network(), node)
             published = self._annotations.published(node, attributes)
         await self._publish(node, published)
         self._asked = attributes
@@ -286,7 +285,7 @@ class _Pause:
 
 @contextmanager
 def _refused(node: Node) -> Iterator[None]:
-    """What stands in our own node is for an operator to mend."""
+    """What is wrong with our own node, or with the network it is in, an operator must mend."""
     try:
         yield
     except FieldError as e:

@@ -1,0 +1,199 @@
+"""The way to the API server: flannel's order of precedence, TLS, and credentials of each kind."""
+
+import asyncio
+import json
+import subprocess
+from ipaddress import IPv4Address
+
+import pytest
+import yaml
+from kube_api import ADMIN, KubeApi, node, server_tls
+from kube_cluster import NET_CONF, deployed_rules
+
+from udptun.errors import FieldError
+from udptun.leases.base import Attributes, StoreDown, StoreRefused, Subnets
+from udptun.leases.kube.config import KubeConfig
+from udptun.leases.kube.source import KubeSource
+
+ME = Attributes(public_ip=IPv4Address("192.0.2.1"))
+
+
+def openssl(*args, cwd):
+    subprocess.run(["openssl", *args], cwd=cwd, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """An authority, a server at 127.0.0.1 and a client called "admin", as PEM files."""
+    where = tmp_path_factory.mktemp("certificates")
+    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl(*new, "-x509", "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key",
+            "-out", "ca.crt", cwd=where)
+    (where / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    for name in ("server", "admin"):
+        openssl(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", "request",
+                cwd=where)
+        openssl("x509", "-req", "-in", "request", "-days", "2", "-CA", "ca.crt", "-CAkey",
+                "ca.key", "-CAcreateserial", "-extfile", "names", "-out", f"{name}.crt", cwd=where)
+    return where
+
+
+@pytest.fixture
+async def api(certificates):
+    tls = server_tls(
+        certificates / "server.crt", certificates / "server.key", certificates / "ca.crt")
+    async with KubeApi(tls) as api:
+        api.allow("agent", "system:serviceaccount:kube-udptun:udptun", deployed_rules())
+        await api.put(node("n1", "10.244.1.0/24"))
+        yield api
+
+
+@pytest.fixture
+def account(tmp_path, certificates):
+    """A service account's directory, as the kubelet mounts it."""
+    directory = tmp_path / "serviceaccount"
+    directory.mkdir()
+    (directory / "token").write_text("agent")
+    (directory / "namespace").write_text("kube-udptun")
+    (directory / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
+    return directory
+
+
+@pytest.fixture
+async def acquire(tmp_path):
+    """Acquire a lease with this configuration, and close the source."""
+    net_conf = tmp_path / "net-conf.json"
+    net_conf.write_text(json.dumps(NET_CONF))
+
+    async def acquire(**options):
+        options = {"service_account": tmp_path / "none", **options}
+        source = KubeSource(KubeConfig(node_name="n1", net_config_path=net_conf, **options))
+        try:
+            return await source.acquire(ME, Subnets())
+        finally:
+            await source.aclose()
+
+    return acquire
+
+
+def kubeconfig(path, server, cluster=(), user=()):
+    path.write_text(yaml.safe_dump({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": server, **dict(cluster)}}],
+        "users": [{"name": "u", "user": dict(user)}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+    }))
+    return path
+
+
+async def test_a_pod_uses_its_service_account(api, account, acquire, monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.port))
+    assert (await acquire(service_account=account)).name == "n1"
+    assert {user for *_, user in api.requests} == {"system:serviceaccount:kube-udptun:udptun"}
+
+
+async def test_a_client_certificate(api, certificates, tmp_path, acquire):
+    path = kubeconfig(
+        tmp_path / "kubeconfig", api.url,
+        {"certificate-authority": str(certificates / "ca.crt")},
+        {"client-certificate": str(certificates / "admin.crt"),
+         "client-key": str(certificates / "admin.key")},
+    )
+    await acquire(kubeconfig_file=path)
+    assert {user for *_, user in api.requests} == {"admin"}
+
+
+async def test_a_server_of_another_authority_is_not_trusted(api, tmp_path, acquire):
+    path = kubeconfig(tmp_path / "kubeconfig", api.url, user={"token": ADMIN})
+    with pytest.raises(StoreDown, match="CERTIFICATE_VERIFY_FAILED"):
+        await acquire(kubeconfig_file=path)
+    assert api.requests == []
+
+
+async def test_the_url_goes_before_the_kubeconfigs(api, certificates, tmp_path, acquire):
+    path = kubeconfig(
+        tmp_path / "kubeconfig", "https://192.0.2.1:6443",
+        {"certificate-authority": str(certificates / "ca.crt")}, {"token": ADMIN})
+    assert (await acquire(kubeconfig_file=path, api_url=api.url)).name == "n1"
+
+
+async def test_a_url_with_https_goes_with_the_pods_credentials(api, account, acquire):
+    assert (await acquire(service_account=account, api_url=api.url)).name == "n1"
+
+
+async def test_a_url_without_tls_is_never_given_a_token(account, acquire):
+    async with KubeApi() as plain:
+        plain.allow("agent", "agent", None)
+        with pytest.raises(StoreRefused, match="401"):
+            await acquire(service_account=account, api_url=plain.url)
+
+
+@pytest.mark.parametrize("text", ["", "{", "- a", "clusters: 1", "current-context: x"])
+async def test_a_kubeconfig_that_is_none_is_named(tmp_path, acquire, text):
+    path = tmp_path / "kubeconfig"
+    path.write_text(text)
+    with pytest.raises(StoreRefused, match="kubeconfig"):
+        await acquire(kubeconfig_file=path)
+
+
+async def test_no_credentials_at_all(tmp_path, acquire):
+    with pytest.raises(StoreRefused, match=str(tmp_path / "none")):
+        await acquire()
+    with pytest.raises(StoreRefused, match="absent"):
+        await acquire(kubeconfig_file=tmp_path / "absent")
+
+
+async def test_a_source_without_credentials_goes_on_trying(api, account, tmp_path, monkeypatch):
+    """The token may be mounted a moment later."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.port))
+    account.rename(tmp_path / "later")
+    source = KubeSource(KubeConfig(node_name="n1", service_account=account, retry_max=0.05))
+    news = source.updates()
+    snapshot = asyncio.ensure_future(anext(news))
+    try:
+        async with asyncio.timeout(10):
+            while not source.health.errors_n:
+                await asyncio.sleep(0.01)
+            assert str(account) in source.health.error
+            (tmp_path / "later").rename(account)
+            assert (await snapshot).leases == ()
+    finally:
+        snapshot.cancel()
+        await asyncio.gather(snapshot, return_exceptions=True)
+        await news.aclose()
+        await source.aclose()
+
+
+# the configuration itself
+
+
+def test_the_prefix_is_completed_as_flannel_does():
+    for given, whole in (
+        ("flannel.alpha.coreos.com", "flannel.alpha.coreos.com/"),
+        ("flannel.alpha.coreos.com/", "flannel.alpha.coreos.com/"),
+        ("example.org/net", "example.org/net-"),
+        ("example.org/net-", "example.org/net-"),
+    ):
+        assert KubeConfig(node_name="n", annotation_prefix=given).annotation_prefix == whole
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("kube-annotation-prefix", {"annotation_prefix": "a/b/c"}),
+        ("kube-annotation-prefix", {"annotation_prefix": "org"}),
+        ("kube-annotation-prefix", {"annotation_prefix": "Example.org"}),
+        ("kube-annotation-prefix", {"annotation_prefix": ""}),
+        ("kube-api-url", {"api_url": "127.0.0.1:6443"}),
+        ("kube-api-url", {"api_url": "unix:///run/api"}),
+        ("NODE_NAME", {"node_name": ""}),
+        ("NODE_NAME", {"node_name": "", "pod_name": "p"}),
+        ("NODE_NAME", {"node_name": "", "pod_namespace": "n"}),
+    ],
+)
+def test_what_cannot_work_is_refused_by_field(field, options):
+    with pytest.raises(FieldError) as caught:
+        KubeConfig(**{"node_name": "n", **options})
+    assert caught.value.field == field
