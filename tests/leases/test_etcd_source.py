@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ipaddress
-import json
 import logging
 import time
 
@@ -12,6 +11,8 @@ from etcd_server import Etcd, Followed, needs_etcd, until
 
 from udptun.errors import FieldError
 from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subnets
+from udptun.leases.etcd import messages
+from udptun.leases.etcd.client import Client
 from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.etcd.source import EtcdSource
 
@@ -384,10 +385,46 @@ async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, ma
     await followed.close()
 
 
-async def test_an_unused_grant_is_used_for_the_next_attempt(etcd, make):
+@pytest.mark.parametrize("times", [0, 1, 2])
+async def test_a_write_whose_answer_is_lost(etcd, make, monkeypatch, times):
+    """Not written, written, written twice over: one subnet, one grant, and it is known as ours."""
     await etcd.put("config", CONFIG)
     source = make()
-    source._tenure._spare = await source._tenure._grant()
-    await source.acquire(me(), NONE)
-    assert len(await etcd.lease_ids()) == 1
-    assert json.loads((await etcd.get("subnets/10.5.1.0-24"))["value"])
+    real, lost = Client.call, []
+
+    async def call(client, method, request):
+        if method is messages.TXN and not lost:
+            lost.append(request)
+            for _ in range(times):
+                await real(client, method, request)
+            raise StoreDown("the answer is lost")
+        return await real(client, method, request)
+
+    monkeypatch.setattr(Client, "call", call)
+    with pytest.raises(StoreDown, match="is lost"):
+        await source.acquire(me(), NONE)
+    assert source.health.lease == "none"
+    assert (await source.acquire(me(), NONE)).key == "10.5.1.0-24"
+    assert source.health.lease == "held"
+    assert await etcd.subnet_keys() == ["10.5.1.0-24"]
+    assert {(await etcd.get("subnets/10.5.1.0-24"))["lease"]} == await etcd.lease_ids()
+
+
+async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(etcd, make, holding):
+    """A mistake of the operator; they write what differs, and slower and slower."""
+    await etcd.put("config", CONFIG)
+    for backend_type in ("udp", "vxlan"):
+        source = make()
+        attributes = me(backend_type=backend_type)
+        holding(source, await source.acquire(attributes, NONE))
+        followed = await Followed(source).ready()
+
+    async def version():
+        return (await etcd.get("subnets/10.5.1.0-24"))["version"]
+
+    await until(lambda: len(followed.batches) > 4, "the fight")
+    began, at = await version(), asyncio.get_running_loop().time()
+    await until(lambda: len(followed.batches) > 8, "more of it")
+    rate = (await version() - began) / (asyncio.get_running_loop().time() - at)
+    assert rate < 20  # at the watch's speed it would be hundreds
+    await followed.close()

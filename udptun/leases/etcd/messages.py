@@ -27,24 +27,14 @@ message KeyValue { bytes key = 1; int64 mod_revision = 3; bytes value = 5; int64
 message RangeRequest { bytes key = 1; bytes range_end = 2; }
 message RangeResponse { ResponseHeader header = 1; repeated KeyValue kvs = 2; }
 message PutRequest { bytes key = 1; bytes value = 2; int64 lease = 3; }
-message PutResponse { ResponseHeader header = 1; }
 message DeleteRangeRequest { bytes key = 1; bytes range_end = 2; }
-message DeleteRangeResponse { ResponseHeader header = 1; int64 deleted = 2; }
 
 message Compare {
     int32 result = 1; int32 target = 2; bytes key = 3; int64 version = 4; int64 mod_revision = 6;
 }
-message RequestOp {
-    RangeRequest request_range = 1; PutRequest request_put = 2;
-    DeleteRangeRequest request_delete_range = 3;
-}
-message ResponseOp { RangeResponse response_range = 1; }
-message TxnRequest {
-    repeated Compare compare = 1; repeated RequestOp success = 2; repeated RequestOp failure = 3;
-}
-message TxnResponse {
-    ResponseHeader header = 1; bool succeeded = 2; repeated ResponseOp responses = 3;
-}
+message RequestOp { PutRequest request_put = 2; DeleteRangeRequest request_delete_range = 3; }
+message TxnRequest { repeated Compare compare = 1; repeated RequestOp success = 2; }
+message TxnResponse { ResponseHeader header = 1; bool succeeded = 2; }
 
 message LeaseGrantRequest { int64 TTL = 1; }
 message LeaseGrantResponse { ResponseHeader header = 1; int64 ID = 2; int64 TTL = 3; }

@@ -245,17 +245,12 @@ class Tenure:
             success=[messages.RequestOp(
                 request_put=messages.PutRequest(key=key, value=value, lease=grant_id)
             )],
-            failure=[messages.RequestOp(request_range=messages.RangeRequest(key=key))],
         ))
-        revision = int(answer.header.revision)
-        if not answer.succeeded:
-            kvs = answer.responses[0].response_range.kvs
-            if not (grant_id and kvs and kvs[0].lease == grant_id and kvs[0].value == value):
-                return False
-            revision = int(kvs[0].mod_revision)  # written by an attempt whose answer was lost
+        if not answer.succeeded:  # or an attempt whose answer was lost has written: the next look
+            return False          # finds our address there
         former_id = self._held.lease_id if self._held else 0
         self._spare = None
-        self._own(lease, revision, grant_id, ends)
+        self._own(lease, int(answer.header.revision), grant_id, ends)
         if grant_id:
             self._granted.add(grant_id)
         if former_id in self._granted - {grant_id}:
@@ -269,8 +264,8 @@ class Tenure:
     async def _grant(self) -> tuple[int, float]:
         """A lease for our key, and when it ends.
 
-        One that was granted but not used, as far as we know, is used for the next attempt: a write
-        whose answer was lost is known by it, and failed attempts leave no heap of leases behind.
+        One that was granted and not used, as far as we know, is used for the next attempt, so that
+        failed ones leave no heap of leases behind. It may carry our key, if an answer was lost.
         """
         ttl_s = self._config.ttl_seconds
         if self._spare is not None and self._spare[1] - time.monotonic() > 0.9 * ttl_s:

@@ -1,0 +1,191 @@
+"""Who we are to a real etcd, and who it is to us: TLS, client certificates, user and password."""
+
+import asyncio
+import contextlib
+import ipaddress
+
+import pytest
+from etcd_server import Authority, Etcd, Followed, needs_etcd, until
+
+from udptun.leases.base import Attributes, StoreDown, StoreRefused, Subnets
+from udptun.leases.etcd.config import EtcdConfig
+from udptun.leases.etcd.source import EtcdSource
+
+pytestmark = needs_etcd
+
+CONFIG = '{"Network": "10.5.0.0/16"}'
+ME = Attributes(ipaddress.IPv4Address("192.0.2.1"))
+
+
+@pytest.fixture
+async def make():
+    """Makes sources; closes them."""
+    async with contextlib.AsyncExitStack() as stack:
+        def make(etcd, **options):
+            source = EtcdSource(EtcdConfig((etcd.url,), **options))
+            stack.push_async_callback(source.aclose)
+            return source
+        yield make
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def tls_etcd(tmp_path, authority):
+    cert, key = authority.issue("server")
+    server = Etcd(tmp_path, tls=("--cert-file", str(cert), "--key-file", str(key))).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def mutual_etcd(tmp_path, authority):
+    cert, key = authority.issue("server")
+    server = Etcd(tmp_path, tls=(
+        "--cert-file", str(cert), "--key-file", str(key),
+        "--client-cert-auth", "--trusted-ca-file", str(authority.cafile),
+    )).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def auth_etcd(tmp_path):
+    server = Etcd(tmp_path).start()
+    await server.put("config", CONFIG)
+    await server.enable_auth()
+    yield server
+    server.kill()
+
+
+async def test_tls(tls_etcd, authority, make):
+    await tls_etcd.put("config", CONFIG)
+    source = make(tls_etcd, cafile=str(authority.cafile))
+    assert (await source.acquire(ME, Subnets())).subnets.v4
+    followed = await Followed(source).ready()
+    assert len(followed.leases) == 1
+    await followed.close()
+
+
+async def test_a_server_of_another_authority_is_not_believed(tls_etcd, tmp_path, make):
+    other = Authority(tmp_path, "other")
+    for options in ({"cafile": str(other.cafile)}, {}):  # and the system's authorities
+        with pytest.raises(StoreDown, match="etcd at"):
+            await make(tls_etcd, **options).network()
+
+
+async def test_plain_text_to_a_tls_port_is_a_failure(tls_etcd, make):
+    tls_etcd.url = tls_etcd.url.replace("https", "http")
+    with pytest.raises(StoreDown):
+        await make(tls_etcd).network()
+
+
+async def test_client_certificates(mutual_etcd, authority, make):
+    await mutual_etcd.put("config", CONFIG)
+    cert, key = authority.issue("node", "extendedKeyUsage=clientAuth")
+    source = make(mutual_etcd, cafile=str(authority.cafile), certfile=str(cert), keyfile=str(key))
+    assert (await source.acquire(ME, Subnets())).subnets.v4
+    with pytest.raises(StoreDown):
+        await make(mutual_etcd, cafile=str(authority.cafile)).network()
+
+
+async def test_a_replaced_certificate_is_read_again(mutual_etcd, authority, tmp_path, make):
+    """The first is of an authority that the server does not know; then the file changes."""
+    await mutual_etcd.put("config", CONFIG)
+    (tmp_path / "other").mkdir()
+    cert, key = Authority(tmp_path / "other").issue("node", "extendedKeyUsage=clientAuth")
+    source = make(mutual_etcd, cafile=str(authority.cafile), certfile=str(cert), keyfile=str(key))
+    with pytest.raises(StoreDown):
+        await source.network()
+    good_cert, good_key = authority.issue("node", "extendedKeyUsage=clientAuth")
+    good_cert.replace(cert)
+    good_key.replace(key)
+    assert (await source.network()).network
+
+
+async def test_a_file_that_is_not_there_is_named(tls_etcd, make):
+    with pytest.raises(StoreRefused, match="cannot read --etcd-cafile /nowhere"):
+        await make(tls_etcd, cafile="/nowhere").network()
+
+
+async def test_user_and_password(auth_etcd, make):
+    source = make(auth_etcd, username="flannel", password="pass")
+    lease = await source.acquire(ME, Subnets())
+    followed = await Followed(source).ready()
+    assert [*followed.leases] == [lease.key]
+    await auth_etcd.put("subnets/10.5.200.0-24", '{"PublicIP":"192.0.2.9"}')
+    await until(lambda: "10.5.200.0-24" in followed.leases, "news")
+    await followed.close()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "user name is empty"),
+    ({"username": "flannel", "password": "wrong"}, "invalid user ID or password"),
+    ({"username": "nobody", "password": "pass"}, "invalid user ID or password"),
+    ({"username": "flannel", "password": "pass", "prefix": "/elsewhere"}, "permission denied"),
+])
+async def test_a_refusal_says_why(auth_etcd, make, options, message):
+    source = make(auth_etcd, **options)
+    with pytest.raises(StoreRefused, match=message):
+        await source.network()
+    followed = Followed(source)
+    await until(lambda: message in source.health.error, "the same of the watch")
+    assert not source.health.connected
+    await followed.close()
+
+
+async def test_a_user_where_nobody_asks_for_one(tmp_path, make):
+    etcd = Etcd(tmp_path).start()
+    try:
+        await etcd.put("config", CONFIG)
+        source = make(etcd, username="flannel", password="pass")
+        assert (await source.network()).network
+        await etcd.enable_auth()  # from now on somebody does
+        assert (await source.network()).network
+    finally:
+        etcd.kill()
+
+
+async def test_tokens_that_the_store_forgot(auth_etcd, make):
+    """A member keeps tokens in memory: after a restart ours is none, for calls and the watch."""
+    source = make(auth_etcd, username="flannel", password="pass")
+    lease = await source.acquire(ME, Subnets())
+    followed = await Followed(source).ready()
+    holding = asyncio.create_task(source.hold(lease))
+    auth_etcd.kill()
+    await until(lambda: not source.health.connected, "the outage")
+    auth_etcd.start()
+    await until(lambda: source.health.connected, "the watch")
+    assert (await source.network()).network
+    await auth_etcd.log_in()
+    await auth_etcd.put("subnets/10.5.200.0-24", '{"PublicIP":"192.0.2.9"}')
+    await until(lambda: "10.5.200.0-24" in followed.leases, "the watch to go on")
+    holding.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await holding
+    await followed.close()
+
+
+async def test_a_change_of_roles_does_not_stop_us(auth_etcd, make):
+    source = make(auth_etcd, username="flannel", password="pass")
+    await source.network()
+    await auth_etcd.ask("auth/role/add", name="another")  # each token is older than this now
+    assert (await source.network()).network
+
+
+async def test_a_permission_that_is_taken_away_keeps_what_is_known(auth_etcd, make):
+    source = make(auth_etcd, username="flannel", password="pass")
+    lease = await source.acquire(ME, Subnets())
+    followed = await Followed(source).ready()
+    await auth_etcd.ask("auth/user/revoke", name="flannel", role="flannel")
+    auth_etcd.kill()
+    auth_etcd.start()
+    await until(lambda: "permission denied" in source.health.error, "the refusal")
+    assert [*followed.leases] == [lease.key]
+    await auth_etcd.log_in()
+    await auth_etcd.ask("auth/user/grant", user="flannel", role="flannel")
+    await until(lambda: source.health.connected, "the watch")
+    await followed.close()
