@@ -267,7 +267,9 @@ def test_two_stores_of_which_one_is_in_a_variable(daemon: FakeDaemon) -> None:
     [
         (DeviceError(1, "making udptun0: Operation not permitted"),
          "udptun: error: making udptun0: Operation not permitted\n"),
-        (ImportError("etcd needs grpcio"), "udptun: error: etcd needs grpcio\n"),
+        (ModuleNotFoundError("No module named 'grpc'", name="grpc"),
+         "udptun: error: No module named 'grpc': pip install 'udptun[etcd]'\n"),
+        (ImportError("a file is broken"), "udptun: error: a file is broken\n"),
         (FileNotFoundError(2, "No such file", "/h"), "udptun: error: [Errno 2] No such file: '/h"),
     ],
 )

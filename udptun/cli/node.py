@@ -35,14 +35,17 @@ from .options import Parsed
 log = logging.getLogger("udptun")
 
 # The defaults: what a flanneld without flags is told.
-STOCK = NodeConfig(etcd=EtcdConfig())
 ETCD = EtcdConfig()
+STOCK = NodeConfig(etcd=ETCD)
 KUBE = KubeConfig(node_name="any")
+
+# What the stores need beyond udptun itself, by what is missing then.
+EXTRAS = {"grpc": "etcd", "google": "etcd", "lightkube": "kube", "httpx2": "kube"}
 
 # Newer flags of flanneld, which its command lines may have, and why they do nothing here.
 WITHOUT_EFFECT = {
-    "ip_blackhole_route": "packets to unused addresses of our subnet are answered by the forwarder",
-    "ip_masq_fully_random_disable": "source ports are chosen by the kernel's default",
+    "ip_blackhole_route": "no route is made for our own subnet",
+    "ip_masq_fully_random_disable": "masquerading always picks source ports at random",
     "vmodule": "-v is for all modules",
     "log_backtrace_at": "-v=2 shows where errors come from",
 }
@@ -207,7 +210,9 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
         if verbose >= 2:
             log.error("stopped by an error", exc_info=exc)
         if isinstance(exc, ImportError):
-            raise Failure(str(exc)) from exc
+            extra = EXTRAS.get((exc.name or "").partition(".")[0])
+            hint = f": pip install 'udptun[{extra}]'" if extra else ""
+            raise Failure(f"{exc}{hint}") from exc
         raise failure_of(exc) from exc
 
 
