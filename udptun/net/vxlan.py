@@ -33,7 +33,7 @@ from .netlink import (
     Netlink,
 )
 from .vxlan_entries import Entries, EntrySocket
-from .vxlan_peers import Application, PeerFailure, VxlanPeer, parse_mac, without
+from .vxlan_peers import Application, PeerFailure, VxlanPeer, parse_mac, take
 
 __all__ = ["OVERHEAD", "PeerFailure", "Vxlan", "VxlanConfig", "VxlanDevice", "VxlanPeer"]
 
@@ -172,7 +172,7 @@ class Vxlan:
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
             self._known.pop(device.index, None)
-            return self._apply(device, Application(entries, entries.read(), Entries(), trust=True),
+            return self._apply(device, Application(entries, Entries(), entries.read(), trust=True),
                                put)
 
         return await self._entries(f"telling {device.name} its peers", device, work)
@@ -180,14 +180,15 @@ class Vxlan:
     async def change(
         self, device: VxlanDevice, put: Iterable[VxlanPeer] = (), remove: Iterable[IPNetwork] = (),
     ) -> tuple[PeerFailure, ...]:
-        """Remove the peers of some subnets, add or change others. As ``sync``."""
+        """Remove the peers of some subnets, add or change others. As ``sync``, but what is there
+        is remembered, not read, and whatever is put is sent."""
         peers = tuple(put)
         touched = {*remove, *(peer.subnet for peer in peers)}
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
-            have = self._known.pop(device.index, None) or entries.read()
-            return self._apply(
-                device, Application(entries, have, without(have, touched), trust=False), peers)
+            now = self._known.pop(device.index, None) or entries.read()
+            former = take(now, touched)
+            return self._apply(device, Application(entries, now, former, trust=False), peers)
 
         return await self._entries(f"changing the peers of {device.name}", device, work)
 
@@ -197,7 +198,7 @@ class Vxlan:
         application.put(peers, device.name, device.version)
         for sentence in application.clear():
             log.warning("%s: %s", device.name, sentence)
-        self._known[device.index] = application.entries
+        self._known[device.index] = application.now  # unless it failed: then read again
         return tuple(application.failures)
 
     async def _entries(
@@ -297,17 +298,21 @@ class Vxlan:
                 async for message in await ipr.addr("dump", index=index)
             }
 
+        present = {address for address in await self._netlink.work(
+            f"reading the addresses of {name}", read) if not address.is_link_local}
+        wanted = {ipaddress.ip_interface(address) for address in addresses}
+        for address in present - wanted:
+            await self._address(f"taking {address} from {name}", "del", index, address)
+        for address in wanted - present:
+            await self._address(f"giving {name} {address}", "add", index, address)
+
+    async def _address(self, doing: str, verb: str, index: int, address: IPInterface) -> None:
         async def change(ipr: Any) -> None:
             flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE if address.version == 6 else 0
             await ipr.addr(verb, index=index, address=str(address.ip),
                            prefixlen=address.network.prefixlen, flags=flags)
 
-        present = {address for address in await self._netlink.work(
-            f"reading the addresses of {name}", read) if not address.is_link_local}
-        wanted = {ipaddress.ip_interface(address) for address in addresses}
-        for verb, changed in (("del", present - wanted), ("add", wanted - present)):
-            for address in changed:
-                await self._netlink.work(f"addresses of {name}: {verb} {address}", change)
+        await self._netlink.work(doing, change)
 
 
 @dataclass(frozen=True, slots=True)

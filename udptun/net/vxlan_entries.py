@@ -42,6 +42,8 @@ NEIGHBOUR = {version: struct.Struct(f"{NDMSG.format}HH{size}sHH6s2x")
              for version, size in ((4, 4), (6, 16))}
 ROUTE = {version: struct.Struct(f"{RTMSG.format}HH{size}sHH{size}sHHI")
          for version, size in ((4, 4), (6, 16))}
+LINK_ROUTE = struct.Struct(f"{RTMSG.format}HH16sHHI")
+ON_LINK = b""  # in the place of a next hop
 
 Prefix = tuple[bytes, int]  # network address, length in bits
 
@@ -53,7 +55,9 @@ class Entries:
     neighbours  address in the overlay -> MAC
     forwarding  MAC -> address on the underlay
     routes      prefix -> next hop; through the device if that is the prefix's own base address,
-                else straight to a peer
+                else straight to a peer. ON_LINK: the base address itself is behind the device,
+                which the kernel must know before it takes an IPv6 next hop there, if any other
+                route leads to that address
     """
 
     neighbours: dict[bytes, bytes] = field(default_factory=dict)
@@ -76,7 +80,7 @@ class EntrySocket:
             if any(mac) and not mac[0] & 1:  # others stand for broadcast and groups
                 found.forwarding[mac] = address
         for prefix, next_hop, index, protocol in self._routes():
-            if next_hop and (index == self._index or protocol == RTPROT_UDPTUN):
+            if protocol == RTPROT_UDPTUN or (index == self._index and next_hop != ON_LINK):
                 found.routes[prefix] = next_hop
         return found
 
@@ -160,20 +164,19 @@ class EntrySocket:
     def _route(self, prefix: Prefix, next_hop: bytes, mode: int | None) -> Request:
         """mode: NLM_F_REPLACE or NLM_F_EXCL; None to delete."""
         base, length = prefix
-        through = next_hop == base
         size = len(base)
-        return Request(
-            RTM_DELROUTE if mode is None else RTM_NEWROUTE,
-            0 if mode is None else NLM_F_CREATE | mode,
-            ROUTE[self._version].pack(
-                FAMILY[self._version], length, 0, 0, RT_TABLE_MAIN,
-                0 if mode is None else RTPROT_UDPTUN,
-                RT_SCOPE_NOWHERE if mode is None else RT_SCOPE_UNIVERSE,
-                RTN_UNICAST, RTNH_F_ONLINK if through else 0,
-                4 + size, RTA_DST, base, 4 + size, RTA_GATEWAY, next_hop,
-                8, RTA_OIF, self._index if through else 0,
-            ),
-        )
+        through = next_hop == base
+        kind, flags, protocol, scope = (RTM_DELROUTE, 0, 0, RT_SCOPE_NOWHERE) if mode is None \
+            else (RTM_NEWROUTE, NLM_F_CREATE | mode, RTPROT_UDPTUN, RT_SCOPE_UNIVERSE)
+        head = (FAMILY[self._version], length, 0, 0, RT_TABLE_MAIN, protocol, scope, RTN_UNICAST)
+        if next_hop == ON_LINK:
+            return Request(kind, flags, LINK_ROUTE.pack(
+                *head, 0, 4 + size, RTA_DST, base, 8, RTA_OIF, self._index))
+        return Request(kind, flags, ROUTE[self._version].pack(
+            *head, RTNH_F_ONLINK if through else 0,
+            4 + size, RTA_DST, base, 4 + size, RTA_GATEWAY, next_hop,
+            8, RTA_OIF, self._index if through else 0,
+        ))
 
     # -- dumps ------------------------------------------------------------------------------------
 
@@ -189,7 +192,7 @@ class EntrySocket:
                     yield bytes(found[NDA_DST]), bytes(found[NDA_LLADDR])
 
     def _routes(self) -> Iterable[tuple[Prefix, bytes, int, int]]:
-        """Prefix, next hop (b"": none), interface and protocol of each route of the main table
+        """Prefix, next hop, interface and protocol of each route of the main table
         that one of ours could stand for. The default routes are not."""
         request = RTMSG.pack(FAMILY[self._version], 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
         for body in self._netlink.dump(RTM_GETROUTE, request):
@@ -198,7 +201,7 @@ class EntrySocket:
                 found = attributes(body, RTMSG.size)
                 if _number(found.get(RTA_PRIORITY)) in (0, METRIC[self._version]):
                     prefix = bytes(found[RTA_DST]), length
-                    next_hop = bytes(found.get(RTA_GATEWAY, b""))
+                    next_hop = bytes(found.get(RTA_GATEWAY, ON_LINK))
                     yield prefix, next_hop, _number(found.get(RTA_OIF)), protocol
 
 

@@ -10,15 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from ..device.fault import device_error
 from ..errors import DeviceError, FieldError
 from ..model import IPAddress, IPNetwork
 from .batch import Refusal
-from .vxlan_entries import Entries, EntrySocket, Prefix
-
-K = TypeVar("K", bytes, Prefix)
+from .vxlan_entries import ON_LINK, Entries, EntrySocket, Prefix
 
 MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE | re.ASCII)
 
@@ -59,122 +56,135 @@ class PeerFailure:
     error: DeviceError | FieldError
 
 
-def prefix_of(subnet: IPNetwork) -> Prefix:
-    return subnet.network_address.packed, subnet.prefixlen
+def take(entries: Entries, subnets: Iterable[IPNetwork]) -> Entries:
+    """Take out what there is for these subnets, and return it. A MAC may stand for other subnets
+    too: what is known of it is returned and stays."""
+    taken = Entries()
+    for subnet in subnets:
+        base = subnet.network_address.packed
+        for prefix in ((base, subnet.prefixlen), (base, subnet.max_prefixlen)):
+            if (hop := entries.routes.pop(prefix, None)) is not None:
+                taken.routes[prefix] = hop
+        if (mac := entries.neighbours.pop(base, None)) is not None:
+            taken.neighbours[base] = mac
+            if (address := entries.forwarding.get(mac)) is not None:
+                taken.forwarding[mac] = address
+    return taken
 
 
-def without(have: Entries, subnets: Iterable[IPNetwork]) -> Entries:
-    """The entries of all the other subnets."""
-    prefixes = {prefix_of(subnet) for subnet in subnets}
-    bases = {base for base, _ in prefixes}
-    neighbours = {base: mac for base, mac in have.neighbours.items() if base not in bases}
-    used = set(neighbours.values())  # a MAC stays as long as one subnet is behind it
-    return Entries(
-        neighbours,
-        {mac: address for mac, address in have.forwarding.items() if mac in used},
-        {prefix: hop for prefix, hop in have.routes.items() if prefix not in prefixes},
-    )
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A peer in the kernel's terms."""
+
+    peer: VxlanPeer
+    prefix: Prefix
+    mac: bytes
+    endpoint: bytes
 
 
 class Application:
-    """Bring the kernel from ``have`` to ``entries`` and the peers that are put.
+    """Put peers in force, and take away what is of no more use.
 
-    entries   at first what shall stay, at last what is in force
-    failures  the peers that are not
-    trust     what ``have`` holds is in the kernel: it need not be sent again
+    now       the entries that stay; becomes what is in force
+    former    those that are to go, unless they are put again
+    trust     the kernel has what ``former`` says: it need not be sent again
+    failures  the peers that are not in force
     """
 
-    def __init__(
-        self, socket: EntrySocket, have: Entries, entries: Entries, *, trust: bool
-    ) -> None:
-        self.entries = entries
+    def __init__(self, socket: EntrySocket, now: Entries, former: Entries, *, trust: bool) -> None:
+        self.now = now
         self.failures: list[PeerFailure] = []
-        self._socket, self._have, self._trust = socket, have, trust
+        self._socket, self._former, self._trust = socket, former, trust
 
-    def put(self, peers: Sequence[VxlanPeer], device: str, version: int) -> None:
-        """Each after what it needs: else the kernel would ask the network who is there. OSError.
+    def put(self, peers: Iterable[VxlanPeer], device: str, version: int) -> None:
+        """Each entry after what it needs: a route without its neighbour would have the kernel ask
+        who is there. OSError.
 
         version  of the device's underlay, and of the subnets it carries
         """
-        fitting = [peer for peer in peers if self._fits(peer, device, version)]
-        straight = [peer for peer in fitting if peer.direct]
+        rows = [
+            _Row(peer, (peer.subnet.network_address.packed, peer.subnet.prefixlen),
+                 parse_mac("VtepMAC", peer.mac), peer.endpoint.packed)
+            for peer in peers if self._fits(peer, device, version)
+        ]
         # The kernel itself knows what is on the link: it refuses a next hop that is not.
-        refused = self._put_routes(straight, [peer.endpoint.packed for peer in straight])
-        through = self._put_macs(
-            [peer for peer in fitting if not peer.direct or peer in refused], device)
-        refused = self._put_routes(
-            through, [peer.subnet.network_address.packed for peer in through])
-        for peer, refusal in refused.items():
-            self._refused(peer, device, refusal)
+        off_link = self._put_routes(
+            (row, row.prefix, row.endpoint) for row in rows if row.peer.direct)
+        through = self._own_macs([row for row in rows if not row.peer.direct or row in off_link])
+        refused = self._put_macs(through)
+        if version == 6:
+            refused |= self._put_routes(
+                (row, (row.prefix[0], 128), ON_LINK) for row in through if row not in refused)
+        refused |= self._put_routes(
+            (row, row.prefix, row.prefix[0]) for row in through if row not in refused)
+        for row, refusal in refused.items():
+            doing = f"reaching {row.peer} through {device}"
+            error = device_error(refusal.number, doing, refusal.said)
+            self.failures.append(PeerFailure(row.peer, error))
 
     def clear(self) -> list[str]:
-        """Take away what there was and shall be no more; sentences about what stays. OSError."""
-        have, now = self._have, self.entries
+        """Take away what is former and not in force; sentences about what the kernel keeps.
+        OSError."""
+        now, former = self.now, self._former
+        used = set(now.neighbours.values())
+        unused = {mac: address for mac, address in former.forwarding.items() if mac not in used}
+        for mac in unused:
+            now.forwarding.pop(mac, None)
         return self._socket.delete(Entries(
-            _less(have.neighbours, now.neighbours), _less(have.forwarding, now.forwarding),
-            _less(have.routes, now.routes),
+            {base: mac for base, mac in former.neighbours.items() if base not in now.neighbours},
+            unused,
+            {prefix: hop for prefix, hop in former.routes.items() if prefix not in now.routes},
         ))
 
     def _fits(self, peer: VxlanPeer, device: str, version: int) -> bool:
         for name, value in (("subnet", peer.subnet), ("endpoint", peer.endpoint)):
             if value.version != version:
-                self.failures.append(PeerFailure(peer, FieldError(
-                    name, str(value), f"IPv{version}, which {device} carries")))
+                expected = f"of IPv{version}, which {device} carries"
+                self.failures.append(PeerFailure(peer, FieldError(name, str(value), expected)))
                 return False
         return True
 
-    def _put_macs(self, peers: Iterable[VxlanPeer], device: str) -> list[VxlanPeer]:
-        """Neighbours and forwarding entries; returns the peers that have both."""
-        have, now = self._have, self.entries
-        sound: list[tuple[VxlanPeer, bytes, bytes, bytes]] = []
-        holders: dict[bytes, IPAddress] = {}
-        for peer in peers:
-            mac = parse_mac("VtepMAC", peer.mac)
-            holder = holders.setdefault(mac, peer.endpoint)
-            if holder == peer.endpoint:
-                base = peer.subnet.network_address.packed
-                sound.append((peer, base, mac, peer.endpoint.packed))
+    def _own_macs(self, rows: Iterable[_Row]) -> list[_Row]:
+        """Those whose MAC does not stand for another endpoint: the kernel has one for each."""
+        holders: dict[bytes, _Row] = {}
+        sound = []
+        for row in rows:
+            holder = holders.setdefault(row.mac, row)
+            if holder.endpoint == row.endpoint:
+                sound.append(row)
             else:
-                self.failures.append(PeerFailure(peer, FieldError(
-                    "VtepMAC", peer.mac, f"a MAC of its own ({holder} has it)")))
-        neighbours = [item for item in sound
-                      if not (self._trust and have.neighbours.get(item[1]) == item[2])]
-        forwarding = [item for item in sound
-                      if not (self._trust and have.forwarding.get(item[2]) == item[3])]
-        refused: dict[VxlanPeer, Refusal] = {}
-        for items, answers in (
-            (neighbours, self._socket.put_neighbours([item[1:3] for item in neighbours])),
-            (forwarding, self._socket.put_forwarding([item[2:4] for item in forwarding])),
-        ):
-            for item, refusal in zip(items, answers, strict=True):
-                if refusal is not None:
-                    refused[item[0]] = refusal
-        for peer, base, mac, endpoint in sound:
-            if peer in refused:
-                self._refused(peer, device, refused[peer])
-            else:
-                now.neighbours[base] = mac
-                now.forwarding[mac] = endpoint
-        return [item[0] for item in sound if item[0] not in refused]
+                expected = f"a MAC of its own ({holder.peer} has it)"
+                self.failures.append(PeerFailure(
+                    row.peer, FieldError("VtepMAC", row.peer.mac, expected)))
+        return sound
 
-    def _put_routes(
-        self, peers: Sequence[VxlanPeer], hops: Sequence[bytes]
-    ) -> dict[VxlanPeer, Refusal]:
-        have, now = self._have.routes, self.entries.routes
-        wanted = [(peer, prefix_of(peer.subnet), hop)
-                  for peer, hop in zip(peers, hops, strict=True)]
-        fresh = [item for item in wanted
-                 if not (self._trust and have.get(item[1]) == item[2])]
-        answers = self._socket.put_routes([item[1:] for item in fresh], have)
-        refused = {item[0]: refusal for item, refusal in zip(fresh, answers, strict=True)
-                   if refusal is not None}
-        now.update((prefix, hop) for peer, prefix, hop in wanted if peer not in refused)
+    def _put_macs(self, rows: Sequence[_Row]) -> dict[_Row, Refusal]:
+        now, former = self.now, self._former
+        new = rows, rows
+        if self._trust:
+            new = ([row for row in rows if former.neighbours.get(row.prefix[0]) != row.mac],
+                   [row for row in rows if former.forwarding.get(row.mac) != row.endpoint])
+        refused = _by_row(new[0], self._socket.put_neighbours(
+            [(row.prefix[0], row.mac) for row in new[0]]))
+        refused |= _by_row(new[1], self._socket.put_forwarding(
+            [(row.mac, row.endpoint) for row in new[1]]))
+        for row in rows:
+            if row not in refused:
+                now.neighbours[row.prefix[0]] = row.mac
+                now.forwarding[row.mac] = row.endpoint
         return refused
 
-    def _refused(self, peer: VxlanPeer, device: str, refusal: Refusal) -> None:
-        doing = f"reaching {peer} through {device}"
-        self.failures.append(PeerFailure(peer, device_error(refusal.number, doing, refusal.said)))
+    def _put_routes(self, routes: Iterable[tuple[_Row, Prefix, bytes]]) -> dict[_Row, Refusal]:
+        former, wanted = self._former.routes, list(routes)
+        new = wanted
+        if self._trust:
+            new = [item for item in wanted if former.get(item[1]) != item[2]]
+        refused = _by_row([row for row, _, _ in new], self._socket.put_routes(
+            [(prefix, hop) for _, prefix, hop in new], former))
+        self.now.routes.update(
+            (prefix, hop) for row, prefix, hop in wanted if row not in refused)
+        return refused
 
 
-def _less(have: dict[K, bytes], now: dict[K, bytes]) -> dict[K, bytes]:
-    return {key: value for key, value in have.items() if key not in now}
+def _by_row(rows: Sequence[_Row], answers: Sequence[Refusal | None]) -> dict[_Row, Refusal]:
+    return {row: answer for row, answer in zip(rows, answers, strict=True) if answer is not None}

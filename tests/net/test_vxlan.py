@@ -1,0 +1,598 @@
+"""VXLAN devices and their peers against the real kernel, seen through ip(8) and bridge(8)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+import select
+import socket
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+from own_netns import in_own_netns, ip_json, sh
+
+from udptun.errors import DeviceError, FieldError
+from udptun.net import batch
+from udptun.net import vxlan as module
+from udptun.net.netlink import Netlink
+from udptun.net.vxlan import OVERHEAD, PeerFailure, Vxlan, VxlanConfig, VxlanPeer
+
+NAME, MTU = "flannel.1", 1400
+LOCAL = {4: ip_address("192.0.2.1"), 6: ip_address("2001:db8::1")}
+BASE = {4: ip_address("10.5.0.0"), 6: ip_address("fd05::")}
+MACS = [f"02:00:00:00:00:{number:02x}" for number in range(1, 10)]
+both = pytest.mark.parametrize("version", [4, 6])
+
+
+def underlay(mtu=1500):
+    """One wire to 192.0.2.0/24 and 2001:db8::/64; returns the number of our end."""
+    sh("ip link add utEa type veth peer name utEb", f"ip link set utEa mtu {mtu} up",
+       "ip link set utEb up", "ip address add 192.0.2.1/24 dev utEa",
+       "ip address add 2001:db8::1/64 dev utEa nodad")
+    return socket.if_nametoindex("utEa")
+
+
+def config(version=4, **what):
+    index = socket.if_nametoindex("utEa")
+    return replace(VxlanConfig(NAME, 1, 0, index, LOCAL[version], MTU), **what)
+
+
+def subnet(number, version=4):
+    if version == 4:
+        return ip_network(f"10.5.{number}.0/24")
+    return ip_network(f"fd05:0:0:{number:x}::/64")
+
+
+def peer(number, version=4, at=None, mac=None, direct=False):
+    """Peer ``number``, at an address on the wire unless told another."""
+    at = at or (f"192.0.2.{100 + number}" if version == 4 else f"2001:db8::{100 + number}")
+    return VxlanPeer(subnet(number, version), mac or MACS[number - 1], ip_address(at), direct)
+
+
+@contextlib.asynccontextmanager
+async def opened(version=4, **what):
+    with Netlink() as netlink:
+        vxlan = Vxlan(netlink)
+        yield vxlan, await vxlan.ensure(config(version, **what), [BASE[version]])
+
+
+@contextlib.contextmanager
+def refused(number, *words):
+    with pytest.raises(DeviceError) as caught:
+        yield
+    assert caught.value.errno == number
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def links():
+    return {link["ifname"] for link in ip_json("link show")}
+
+
+def link_info():
+    (link,) = ip_json(f"link show {NAME}")
+    return link
+
+
+def routes(version=4):
+    """Prefix -> (next hop, device, onlink) of the routes of somebody's making."""
+    return {
+        route["dst"]: (route["gateway"], route["dev"], "onlink" in route["flags"])
+        for route in ip_json(f"-{version} route show") if "gateway" in route
+    }
+
+
+def neighbours(version=4):
+    return {item["dst"]: item["lladdr"] for item in
+            ip_json(f"-{version} neigh show dev {NAME} nud permanent")}
+
+
+def forwarding():
+    return {item["mac"]: item["dst"] for item in json.loads(sh(f"bridge -j fdb show dev {NAME}"))}
+
+
+def assert_in_force(*peers, version=4):
+    """These go through the device, and nothing else does."""
+    assert routes(version) == {
+        str(item.subnet): (str(item.subnet.network_address), NAME, True) for item in peers}
+    assert neighbours(version) == {
+        str(item.subnet.network_address): item.mac for item in peers}
+    assert forwarding() == {item.mac: str(item.endpoint) for item in peers}
+
+
+# -- probing --------------------------------------------------------------------------------------
+
+
+@in_own_netns
+async def test_probe():
+    before = links()
+    with Netlink() as netlink:
+        assert await Vxlan(netlink).probe() is None
+    assert links() == before
+
+
+@both
+@in_own_netns
+async def test_probe_beside_the_device_in_use(version):
+    """The same port is shared only by devices that are alike."""
+    underlay()
+    async with opened(version, gbp=True) as (vxlan, _):
+        assert await vxlan.probe(config(version, gbp=True)) is None
+        assert "in use" in await vxlan.probe(config(version))
+    assert links() == {"lo", "utEa", "utEb", NAME}
+
+
+@in_own_netns
+async def test_probe_says_why_not(monkeypatch):
+    before = links()
+    with Netlink() as netlink, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as busy:
+        busy.bind(("0.0.0.0", 8472))
+        assert "in use" in await Vxlan(netlink).probe()
+        monkeypatch.setattr(module, "KIND", "vxlanX")  # as to a kernel without the module
+        assert "Unknown device type" in await Vxlan(netlink).probe()
+    assert links() == before
+
+
+@in_own_netns
+async def test_probe_after_one_that_was_killed():
+    sh(f"ip link add {module.PROBE_NAME} type vxlan id {module.PROBE_VNI} dstport 8472")
+    with Netlink() as netlink:
+        assert await Vxlan(netlink).probe() is None
+    assert links() == {"lo"}
+
+
+# -- the device -----------------------------------------------------------------------------------
+
+
+@both
+@in_own_netns
+async def test_device_as_flannel_makes_it(version):
+    underlay()
+    async with opened(version) as (_, device):
+        link = link_info()
+        data = link["linkinfo"]["info_data"]
+        assert link["linkinfo"]["info_kind"] == "vxlan"
+        assert (data["id"], data["port"], data["link"]) == (1, 8472, "utEa")
+        assert data["local" if version == 4 else "local6"] == str(LOCAL[version])
+        assert not data["learning"]
+        assert "gbp" not in data
+        assert not {"l2miss", "l3miss", "proxy", "external", "group"} & {
+            name for name, value in data.items() if value}
+        assert {"UP", "LOWER_UP"} <= set(link["flags"])
+        assert (device.name, device.index, device.mac, device.mtu, device.version) == (
+            NAME, link["ifindex"], link["address"], MTU, version)
+        assert int(device.mac[:2], 16) & 3 == 2  # one host's, of local administration
+        assert [(item["local"], item["prefixlen"]) for item in
+                ip_json(f"address show {NAME}")[0]["addr_info"]] == [
+            (str(BASE[version]), BASE[version].max_prefixlen)]
+        assert Path(f"/proc/sys/net/ipv6/conf/{NAME}/accept_ra").read_text() == "0\n"
+
+
+@both
+@in_own_netns
+async def test_a_device_that_fits_is_adopted(version):
+    """... with its peers, after a restart too."""
+    underlay()
+    async with opened(version) as (vxlan, device):
+        await vxlan.sync(device, [peer(1, version)])
+    with Netlink() as netlink:
+        assert await Vxlan(netlink).ensure(config(version)) == device
+        assert_in_force(peer(1, version), version=version)
+        assert await Vxlan(netlink).ensure(config(version), [BASE[version]]) == device
+        assert_in_force(peer(1, version), version=version)
+
+
+@both
+@in_own_netns
+async def test_addresses_become_those_given(version):
+    underlay()
+    async with opened(version) as (vxlan, _):
+        await vxlan.ensure(config(version), [BASE[version] + 256])
+        assert [item["local"] for item in ip_json(f"address show {NAME}")[0]["addr_info"]] == [
+            str(BASE[version] + 256)]
+        await vxlan.ensure(config(version))
+        assert [item["local"] for item in ip_json(f"address show {NAME}")[0]["addr_info"]] == [
+            str(BASE[version] + 256)]
+
+
+@in_own_netns
+async def test_a_device_set_down_comes_up():
+    underlay()
+    async with opened() as (vxlan, device):
+        await vxlan.sync(device, [peer(1)])
+        sh(f"ip link set {NAME} down")  # takes its routes and neighbours
+        assert await vxlan.ensure(config()) == device
+        assert await vxlan.sync(device, [peer(1)]) == ()
+        assert_in_force(peer(1))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ({"vni": 2}, "VNI 1 where 2 is wanted"),
+        ({"port": 4789}, "port 8472 where 4789"),
+        ({"learning": True}, "learning 0 where 1"),
+        ({"gbp": True}, "GBP"),
+        ({"local": ip_address("192.0.2.2")}, "local address 192.0.2.1 where 192.0.2.2"),
+        ({"local": LOCAL[6]}, "local address"),
+        ({"underlay_index": 1}, "underlay interface"),
+    ],
+)
+@in_own_netns
+async def test_a_device_that_does_not_fit_is_made_anew(what, words, caplog):
+    underlay()
+    async with opened() as (vxlan, device):
+        again = await vxlan.ensure(config(**what))
+        assert again.index != device.index
+        assert again.mac == device.mac == link_info()["address"]
+        assert words in caplog.text
+        caplog.clear()
+        assert await vxlan.ensure(config(**what)) == again
+        assert not caplog.text
+
+
+@in_own_netns
+async def test_a_device_of_somebody_elses_making():
+    """Options that would take packets another way are not overlooked."""
+    underlay()
+    sh(f"ip link add {NAME} type vxlan id 1 dev utEa local 192.0.2.1 dstport 8472 nolearning "
+       "l2miss")
+    index = socket.if_nametoindex(NAME)
+    async with opened() as (_, device):
+        assert device.index != index
+
+
+@in_own_netns
+async def test_mtu_and_mac_change_in_place():
+    underlay()
+    async with opened() as (vxlan, device):
+        again = await vxlan.ensure(config(mtu=1300, mac=MACS[0].upper()))
+        assert again == replace(device, mtu=1300, mac=MACS[0])
+        assert (link_info()["mtu"], link_info()["address"]) == (1300, MACS[0])
+
+
+@both
+@in_own_netns
+async def test_mtu_is_what_the_underlay_leaves(version):
+    underlay()
+    async with opened(version, mtu=1500 - OVERHEAD[version]) as (vxlan, device):
+        assert device.mtu == link_info()["mtu"] == 1500 - OVERHEAD[version]
+        for _ in range(2):  # a device made, one adopted
+            with refused(errno.EINVAL, NAME, "MTU"):
+                await vxlan.ensure(config(version, mtu=1501 - OVERHEAD[version]))
+        await vxlan.remove(NAME)
+        with refused(errno.EINVAL, NAME, "MTU"):
+            await vxlan.ensure(config(version, mtu=1501 - OVERHEAD[version]))
+        assert NAME not in links()  # half made, of no use
+
+
+@in_own_netns
+async def test_values_that_cannot_be():
+    underlay()
+    with Netlink() as netlink:
+        for what in ({"version": 6, "mtu": 1279}, {"mac": "01:00:00:00:00:01"}):
+            with pytest.raises(FieldError):
+                await Vxlan(netlink).ensure(config(**what))
+    assert NAME not in links()
+
+
+@in_own_netns
+async def test_what_is_in_the_way_stays():
+    underlay()
+    with Netlink() as netlink:
+        vxlan = Vxlan(netlink)
+        sh("ip link add other type vxlan id 1 dstport 8472")
+        with refused(errno.EEXIST, NAME, "VNI"):
+            await vxlan.ensure(config())
+        sh("ip link del other", f"ip link add {NAME} type veth peer name utEc")
+        with refused(errno.EEXIST, NAME, "not a VXLAN device"):
+            await vxlan.ensure(config())
+        with refused(errno.EEXIST, NAME, "not a VXLAN device"):
+            await vxlan.remove(NAME)
+        assert {NAME, "utEc"} < links()
+
+
+@in_own_netns
+async def test_a_taken_port_leaves_no_device():
+    underlay()
+    with Netlink() as netlink, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as busy:
+        busy.bind(("0.0.0.0", 8472))
+        with refused(errno.EADDRINUSE, NAME):
+            await Vxlan(netlink).ensure(config())
+    assert NAME not in links()
+
+
+@both
+@in_own_netns
+async def test_remove(version):
+    underlay()
+    sh(f"ip -{version} route add {subnet(9, version)} via {peer(9, version).endpoint}")
+    async with opened(version) as (vxlan, device):
+        await vxlan.sync(device, [peer(1, version), peer(2, version, direct=True)])
+        assert len(routes(version)) == 3
+        await vxlan.remove(NAME)
+        assert NAME not in links()
+        assert set(routes(version)) == {str(subnet(9, version))}  # not of our making
+        await vxlan.remove(NAME)
+        with refused(errno.ENODEV, NAME):
+            await vxlan.sync(device, [peer(1, version)])
+
+
+# -- peers ----------------------------------------------------------------------------------------
+
+
+@both
+@in_own_netns
+async def test_sync_is_the_whole_truth(version):
+    underlay()
+    async with opened(version) as (vxlan, device):
+        one, two, three = (peer(number, version) for number in (1, 2, 3))
+        assert await vxlan.sync(device, [one, two]) == ()
+        assert_in_force(one, two, version=version)
+        moved = replace(two, endpoint=one.endpoint + 50)
+        renewed = replace(three, mac=MACS[7])
+        assert await vxlan.sync(device, [moved, three]) == ()
+        assert_in_force(moved, three, version=version)
+        assert await vxlan.sync(device, [moved, renewed]) == ()
+        assert_in_force(moved, renewed, version=version)
+        assert await vxlan.sync(device, []) == ()
+        assert_in_force(version=version)
+
+
+@both
+@in_own_netns
+async def test_sync_sends_the_difference(version, monkeypatch):
+    sent = []
+    send = batch.RouteSocket.send
+    monkeypatch.setattr(batch.RouteSocket, "send",
+                        lambda self, requests: sent.extend(requests) or send(self, requests))
+    underlay()
+    peers = [peer(number, version) for number in range(1, 9)]
+    async with opened(version) as (vxlan, device):
+        await vxlan.sync(device, peers)
+        assert len(sent) == 8 * (3 if version == 4 else 4)
+        sent.clear()
+        await vxlan.sync(device, peers)
+        assert not sent
+        # What somebody took away or changed comes back, and nothing else is sent.
+        sh(f"ip -{version} route del {subnet(1, version)}",
+           f"ip -{version} neigh del {subnet(2, version).network_address} dev {NAME}",
+           f"bridge fdb replace {MACS[2]} dev {NAME} dst {LOCAL[version] + 9}")
+        await vxlan.sync(device, peers)
+        assert len(sent) == 3
+        assert_in_force(*peers, version=version)
+
+
+@both
+@in_own_netns
+async def test_what_is_not_of_a_peer_is_let_alone(version):
+    underlay()
+    via = peer(9, version).endpoint
+    foreign = [
+        f"ip -{version} route add {subnet(7, version)} via {via}",
+        f"ip -{version} route add {subnet(8, version)} via {via} table 100",
+        f"ip -{version} route add {subnet(8, version)} via {via} metric 5000",
+        f"ip -{version} neigh add {subnet(9, version).network_address} lladdr {MACS[8]} dev utEa",
+        f"bridge fdb append 00:00:00:00:00:00 dev {NAME} dst {via}",
+    ]
+    async with opened(version) as (vxlan, device):
+        sh(*foreign)
+        await vxlan.sync(device, [peer(1, version)])
+        await vxlan.sync(device, [])
+        await vxlan.change(device, [peer(2, version)], [subnet(7, version), subnet(8, version)])
+    assert len(routes(version)) == 3
+    assert ip_json(f"-{version} route show table 100")
+    assert ip_json(f"-{version} neigh show dev utEa nud permanent")
+    assert forwarding() == {
+        "00:00:00:00:00:00": str(via), MACS[1]: str(peer(2, version).endpoint)}
+
+
+@both
+@in_own_netns
+async def test_change(version):
+    underlay()
+    async with opened(version) as (vxlan, device):
+        one, two, three = (peer(number, version) for number in (1, 2, 3))
+        await vxlan.sync(device, [one])
+        assert await vxlan.change(device, [two, three]) == ()
+        assert_in_force(one, two, three, version=version)
+        moved = replace(two, endpoint=one.endpoint + 50, mac=MACS[7])
+        assert await vxlan.change(device, [moved], [three.subnet]) == ()
+        assert_in_force(one, moved, version=version)
+        assert await vxlan.change(device, [], [three.subnet]) == ()  # gone already
+        assert_in_force(one, moved, version=version)
+
+
+@both
+@in_own_netns
+async def test_change_after_a_restart(version):
+    underlay()
+    async with opened(version) as (vxlan, device):
+        await vxlan.sync(device, [peer(1, version), peer(2, version)])
+    with Netlink() as netlink:
+        assert await Vxlan(netlink).change(device, [], [subnet(1, version)]) == ()
+    assert_in_force(peer(2, version), version=version)
+
+
+@in_own_netns
+async def test_a_mac_stays_while_a_subnet_is_behind_it():
+    """A node that gets another subnet is for a while at both."""
+    underlay()
+    async with opened() as (vxlan, device):
+        old, new = peer(1), replace(peer(1), subnet=subnet(2))
+        await vxlan.sync(device, [old])
+        await vxlan.change(device, [new])
+        await vxlan.change(device, [], [old.subnet])
+        assert_in_force(new)
+        await vxlan.change(device, [old], [new.subnet])
+        assert_in_force(old)
+
+
+@both
+@in_own_netns
+async def test_direct(version):
+    """Straight to those on the link, through the device to the others; and back."""
+    underlay()
+    near = peer(1, version, direct=True)
+    far = peer(2, version, at="198.51.100.2" if version == 4 else "2001:db8:1::2", direct=True)
+    straight = {str(near.subnet): (str(near.endpoint), "utEa", False)}
+    through = {str(far.subnet): (str(far.subnet.network_address), NAME, True)}
+    async with opened(version) as (vxlan, device):
+        sh(f"ip -{version} route add default via {LOCAL[version] + 1}")
+        for _ in range(2):
+            assert await vxlan.sync(device, [near, far]) == ()
+            default = routes(version).pop("default")
+            assert routes(version) == {**straight, **through, "default": default}
+            assert list(forwarding()) == [far.mac]
+        sh(f"ip -{version} route del default")
+        assert await vxlan.change(device, [replace(near, direct=False)], [far.subnet]) == ()
+        assert_in_force(replace(near, direct=False), version=version)
+        assert await vxlan.change(device, [near]) == ()
+        assert (routes(version), neighbours(version), forwarding()) == (straight, {}, {})
+        # A new process knows its own.
+    with Netlink() as netlink:
+        assert await Vxlan(netlink).sync(device, []) == ()
+    assert routes(version) == {}
+
+
+@in_own_netns
+async def test_packets_go_to_the_peer():
+    """What leaves on the wire: VXLAN (RFC 7348) to the endpoint, the peer's MAC inside."""
+    underlay()
+    mac = bytes.fromhex("020000000099")
+    with contextlib.closing(socket.socket(
+        socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)  # ETH_P_IP
+    )) as wire, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        wire.bind(("utEb", 0x0800))
+        async with opened() as (vxlan, device):
+            target = peer(1, mac=mac.hex(":"))
+            sh(f"ip neigh add {target.endpoint} lladdr 02:aa:aa:aa:aa:aa dev utEa")
+            assert await vxlan.sync(device, [target]) == ()
+            sender.sendto(b"inside", ("10.5.1.7", 9))
+            assert select.select([wire], [], [], 10)[0]
+            outer = wire.recv(2000)[14:]
+        udp, inner = outer[20:28], outer[36:]
+        assert (outer[12:16], outer[16:20]) == (LOCAL[4].packed, target.endpoint.packed)
+        assert int.from_bytes(udp[2:4]) == 8472
+        assert outer[28:36] == bytes([8, 0, 0, 0, 0, 0, 1, 0])  # a valid VNI: 1
+        assert inner[:6] == mac
+        assert inner[14 + 12 : 14 + 20] == BASE[4].packed + bytes([10, 5, 1, 7])
+        assert inner.endswith(b"inside")
+
+
+@both
+@in_own_netns
+async def test_the_network_is_routed_elsewhere(version):
+    """As it is beside a TUN that reaches the other peers; also when that comes later."""
+    underlay()
+    network = f"{BASE[version]}/{16 if version == 4 else 32}"
+    async with opened(version) as (vxlan, device):
+        await vxlan.sync(device, [peer(1, version)])
+        sh(f"ip -{version} route add {network} dev utEa")
+        assert await vxlan.change(device, [replace(peer(1, version), mac=MACS[5])]) == ()
+        assert await vxlan.sync(device, [peer(1, version), peer(2, version)]) == ()
+        assert_in_force(peer(1, version), peer(2, version), version=version)
+        await vxlan.sync(device, [])
+        assert not ip_json(f"-{version} route show dev {NAME} proto 85")
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def told(failures: tuple[PeerFailure, ...]):
+    return {failure.peer.subnet: str(failure.error) for failure in failures}
+
+
+@in_own_netns
+async def test_one_refused_peer_is_no_matter_to_the_others():
+    """Wherever it stands in the batch."""
+    underlay()
+    peers = [
+        VxlanPeer(ip_network((0x0A060000 + 256 * i, 24)), f"02:00:00:01:{i >> 8:02x}:{i & 255:02x}",
+                  ip_address("192.0.2.9"))
+        for i in range(3 * batch.CHUNK_N)
+    ]
+    at = (0, batch.CHUNK_N - 1, batch.CHUNK_N, 3 * batch.CHUNK_N - 1)
+    for number, i in enumerate(at):  # an address of this host's own network is no next hop
+        peers[i] = replace(peers[i], subnet=ip_network(f"127.0.{number}.0/24"))
+    async with opened() as (vxlan, device):
+        for told_again in (vxlan.sync(device, peers), vxlan.change(device, peers)):
+            failures = await told_again
+            assert [failure.peer for failure in failures] == [peers[i] for i in at]
+            assert {failure.error.errno for failure in failures} == {errno.EINVAL}
+            assert set(routes()) == {
+                str(item.subnet) for i, item in enumerate(peers) if i not in at}
+        assert re.search(r"reaching 127\.0\.0\.0/24 at 192\.0\.2\.9 through flannel\.1: "
+                         r"Invalid argument", str(failures[0].error))
+
+
+@in_own_netns
+async def test_a_network_of_this_host_is_not_taken():
+    underlay()
+    own = replace(peer(1), subnet=ip_network("192.0.2.0/24"))
+    async with opened() as (vxlan, device):
+        for failures in (await vxlan.sync(device, [own, peer(2)]),
+                         await vxlan.change(device, [own, replace(peer(3), direct=True)]),
+                         await vxlan.change(device, [replace(own, direct=True)])):
+            assert set(told(failures)) == {own.subnet}
+            assert "this host is on it, at utEa" in told(failures)[own.subnet]
+    assert [route["dev"] for route in ip_json("route show 192.0.2.0/24")] == ["utEa"]
+    assert set(routes()) == {str(subnet(2)), str(subnet(3))}
+
+
+@both
+@in_own_netns
+async def test_another_ones_route_to_a_peer_is_replaced(version):
+    """As flannel does: what a flanneld left there would keep the peer out of reach."""
+    underlay()
+    sh(f"ip -{version} route add {subnet(1, version)} via {LOCAL[version] + 8}")
+    async with opened(version) as (vxlan, device):
+        assert await vxlan.sync(device, [peer(1, version)]) == ()
+        assert_in_force(peer(1, version), version=version)
+
+
+@in_own_netns
+async def test_peers_that_cannot_be_reached_together():
+    underlay()
+    async with opened() as (vxlan, device):
+        twin = replace(peer(2), mac=peer(1).mac)
+        await vxlan.sync(device, [peer(2), peer(3)])
+        failures = await vxlan.change(device, [peer(1), twin, peer(4, version=6)])
+        assert "VtepMAC" in told(failures)[twin.subnet]
+        assert str(peer(1).endpoint) in told(failures)[twin.subnet]
+        assert "IPv4" in told(failures)[subnet(4, 6)]
+        assert_in_force(peer(1), peer(3))  # what led to the twin before is gone
+
+
+@pytest.mark.parametrize(
+    "mac", ["", "02:00:00:00:00", "02-00-00-00-00-01", "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff",
+            "01:00:5e:00:00:01", "02:00:00:00:00:0g", "02:00:00:00:00:01\n"],
+)
+def test_macs_that_are_no_hosts(mac):
+    with pytest.raises(FieldError) as caught:
+        VxlanPeer(subnet(1), mac, LOCAL[4])
+    assert caught.value.field == "VtepMAC"
+
+
+@in_own_netns
+def test_an_interrupted_dump_is_taken_again(monkeypatch):
+    receive = batch.RouteSocket._receive
+    turns = []
+
+    def interrupted(self):
+        turns.append(None)
+        flag = batch.NLM_F_DUMP_INTR if len(turns) == 1 else 0
+        for kind, flags, sequence, body in receive(self):
+            yield kind, flags | flag, sequence, body
+
+    monkeypatch.setattr(batch.RouteSocket, "_receive", interrupted)
+    with batch.RouteSocket() as netlink:
+        body = bytes([socket.AF_INET, *bytes(11)])
+        assert netlink.dump(26, body)  # RTM_GETROUTE
+        assert len(turns) == 4  # twice the routes and the end
+        with pytest.raises(OSError, match="nvalid") as caught:
+            netlink.dump(26, b"\1" * 12)
+        assert caught.value.errno == errno.EINVAL
