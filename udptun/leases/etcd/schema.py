@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import sys
 from typing import Any, NoReturn
 
 from ...errors import FieldError
@@ -21,6 +22,13 @@ from ..base import Attributes, Subnets
 _GO_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 _KEY = re.compile(r"([0-9.]+)-([0-9]{1,2})(?:&([0-9a-f:]+)-([0-9]{1,3}))?")
 _KEY_EXPECTED = "a key such as 10.5.52.0-24 or 10.5.52.0-24&fc00:0:0:1::-64"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would make one per lease
 
 
 def config_key(root: str) -> bytes:
@@ -73,7 +81,7 @@ def write_value(attributes: Attributes) -> bytes:
 def read_value(value: bytes) -> Attributes:
     """FieldError: not JSON, cut short, a field of the wrong type, or no address to send to."""
     try:
-        fields = json.loads(value.decode(), parse_constant=_no_constant)
+        fields = _DECODER.decode(value.decode())
     except (ValueError, RecursionError) as error:
         raise FieldError("value", _beginning(value), f"JSON ({error})") from None
     if not isinstance(fields, dict):
@@ -89,7 +97,7 @@ def read_value(value: bytes) -> Attributes:
     if not isinstance(backend_type, str):
         raise FieldError("BackendType", backend_type, "a string")
     return Attributes(
-        v4, v6, backend_type, fields.get("backenddata"), fields.get("backendv6data")
+        v4, v6, sys.intern(backend_type), fields.get("backenddata"), fields.get("backendv6data")
     )
 
 
@@ -100,10 +108,6 @@ def _address(field: str, value: object, family: type) -> Any:
     if not isinstance(address, family):
         raise FieldError(field, value, f"an {family.__name__.removesuffix('Address')} address")
     return address
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _beginning(value: bytes) -> str:
