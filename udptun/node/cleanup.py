@@ -24,6 +24,7 @@ from .source import store_name
 log = logging.getLogger(__name__)
 
 SAVED_FILE = "leases.json"
+LOCK_FILE = "lock"
 
 
 class NotAllRemoved(UdptunError):
@@ -57,7 +58,8 @@ async def clean_up(config: NodeConfig, netlink: Netlink) -> None:
             log.info("removed the firewall rules")
     with trying():
         config.subnet_file.unlink(missing_ok=True)
-    for name in (STATE_FILE, f"{STATE_FILE}.new", LOG_FILE, SAVED_FILE, f"{SAVED_FILE}.new"):
+    for name in (STATE_FILE, f"{STATE_FILE}.new", LOG_FILE, SAVED_FILE, f"{SAVED_FILE}.new",
+                 LOCK_FILE):
         with trying():
             (config.state_dir / name).unlink(missing_ok=True)
     if failed:

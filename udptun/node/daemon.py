@@ -40,7 +40,7 @@ from ..leases.netconf import NetConfig
 from ..leases.saved import LastKnown, Saved
 from ..net.netlink import Netlink
 from .ability import vxlan_name
-from .cleanup import SAVED_FILE, clean_up
+from .cleanup import LOCK_FILE, SAVED_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
 from .host import Host
 from .interface import NoInterface, choose
@@ -57,7 +57,6 @@ RETRY_SECONDS = 1.0  # before the store, or the host, is asked again for what it
 STORE_PATIENCE_SECONDS = 2.0  # what is kept on disk comes into force when the store takes longer
 RESYNC_SECONDS = 60.0  # between looks at what others may have done to our VXLAN entries
 LOOK_SECONDS = 1.0  # between looks at our own health, for the service manager and the log
-LOCK_FILE = "lock"
 
 _STORE_FAILED = (StoreDown, StoreRefused, FieldError, TimeoutError)
 
@@ -116,7 +115,7 @@ class Daemon:
         self._reloading = False
         self._held: Lease | None = None
         self._holding: asyncio.Task[None] | None = None
-        self._complained = ""
+        self._complained: set[str] = set()
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -239,8 +238,9 @@ class Daemon:
         ))
 
     async def _asked(self, question: Coroutine[Any, Any, T], known: object) -> T:
-        """The store's answer; a store that is slow gets less time where an answer is known."""
-        async with asyncio.timeout(None if known is None else STORE_PATIENCE_SECONDS):
+        """The store's answer; at the start less time is given to it where one is known."""
+        hurry = self._plan is None and known is not None
+        async with asyncio.timeout(STORE_PATIENCE_SECONDS if hurry else None):
             return await question
 
     # -- settling ---------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class Daemon:
                 self._complain(exc)
                 settled = False
             if settled:
-                self._complained = ""
+                self._complained.clear()
             if self._reloading:
                 self._reloading = False
                 self._notifier.ready(self._status())
@@ -287,11 +287,11 @@ class Daemon:
         self._again.clear()
 
     def _complain(self, why: Exception) -> None:
-        """Once for each reason: it is tried again every second."""
+        """Once for each reason, until all is in order: it is tried again every second."""
         text = str(why) or f"the store does not answer within {STORE_PATIENCE_SECONDS:g} s"
-        if text != self._complained:
+        if text not in self._complained:
             log.error("%s", text)
-        self._complained = text
+            self._complained.add(text)
 
     async def _settle(self) -> bool:
         """Make the host what the store says. False: what the store said before had to do.
@@ -303,7 +303,7 @@ class Daemon:
         try:
             current = await self._settle_with(ask)
         except BaseException:
-            self._ask = True
+            self._ask = self._ask or ask
             raise
         self._ask = self._ask or not current
         return current
@@ -341,6 +341,8 @@ class Daemon:
         former = None if lease is None else lease.attributes
         ability = await self._host.prepare(network, underlay, former, own)
         if self._source.kind != "file":
+            if self._plan is not None and lease is not None:
+                await self._host.settle(ability, lease)  # the host need not wait for the store
             attributes = ability.attributes(self._config.advertise)
             lease, current = await self._acquire(attributes, ask, current)
         assert lease is not None
@@ -380,6 +382,8 @@ class Daemon:
                 if lease is not None and got.subnets != lease.subnets:
                     log.error("our subnets are %s now: what the pods of %s send does not come "
                               "back", got.subnets, lease.subnets)
+                if attributes != self._published:
+                    log.info("published in our lease %s: %s", got.key, _words(got.attributes))
                 self._published = attributes
                 self.report.lease_error = ""
                 return got, current
@@ -481,6 +485,11 @@ def _with_public(
 
 def _same(one: Lease, other: Lease) -> bool:
     return (one.subnets, one.attributes) == (other.subnets, other.attributes)
+
+
+def _words(said: Attributes) -> str:
+    public = " and ".join(str(one) for one in (said.public_ip, said.public_ipv6) if one)
+    return f"{public}, backend {said.backend_type or 'udp'}"
 
 
 def _died(task: asyncio.Task[None]) -> None:
