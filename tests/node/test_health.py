@@ -40,9 +40,9 @@ def test_a_node_in_order() -> None:
     assert is_ready(judge(report))
     assert states(report) == {}
     lines = "\n".join(map(str, judge(report)))
-    for text in ("[+]store: etcd answers; 8 leases", "[+]lease: 10.5.1.0/24, for 11 h, renewed",
+    for text in ("[+]store: etcd answers; leases: 8", "[+]lease: 10.5.1.0/24, for 11 h, renewed",
                  "[+]interface: eth0, published as 192.0.2.1; inner MTU 1450",
-                 "[+]forwarder: has all 7 routes", "[+]peers: 2 by UDP, 5 by VXLAN"):
+                 "[+]forwarder: has all routes: 7", "[+]peers: 2 by UDP, 5 by VXLAN"):
         assert text in lines
 
 
@@ -142,7 +142,7 @@ def set_waiting(report: NodeReport) -> None:
         (set_no_interface, {"interface": State.FAILED}, "[-]interface: no interface eth9"),
         (set_interface_gone, {"interface": State.FAILED}, "eth0 has no address any more"),
         (set_no_forwarder, {"forwarder": State.FAILED}, "[-]forwarder: nobody answers on /run/s"),
-        (set_out_of_step, {"forwarder": State.FAILED}, "has 7 routes, not all of them right"),
+        (set_out_of_step, {"forwarder": State.FAILED}, "not all of its routes are right; routes: 7"),
         (set_no_subnet_env, {"subnet-env": State.FAILED}, "[-]subnet-env: No space left on device"),
         (set_no_firewall, {"firewall": State.FAILED}, "[-]firewall: nft is not there"),
         (set_unreachable, {"peers": State.DEGRADED},

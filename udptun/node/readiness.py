@@ -73,7 +73,7 @@ def _store(report: NodeReport) -> _Said:
         return _say(State.DEGRADED, why, f"the leases in force are {kept}", *skipped)
     state = State.DEGRADED if skipped or report.stale else State.OK
     stale = ("the leases in force are those kept on disk",) if report.stale else ()
-    return _say(state, f"{store} answers; {report.leases_n} leases", *stale, *skipped)
+    return _say(state, f"{store} answers; leases: {report.leases_n}", *stale, *skipped)
 
 
 def _lease(report: NodeReport) -> _Said:
@@ -111,8 +111,8 @@ def _forwarder(report: NodeReport) -> _Said:
     if not forwarder.connected:
         return _say(State.FAILED, forwarder.error or "does not answer")
     if not forwarder.in_step:
-        return _say(State.FAILED, f"has {forwarder.routes_n} routes, not all of them right")
-    return _say(State.OK, f"has all {forwarder.routes_n} routes")
+        return _say(State.FAILED, f"not all of its routes are right; routes: {forwarder.routes_n}")
+    return _say(State.OK, f"has all routes: {forwarder.routes_n}")
 
 
 def _subnet_env(report: NodeReport) -> _Said:
