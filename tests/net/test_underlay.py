@@ -13,6 +13,7 @@ from own_netns import in_own_netns, ip_json, sh
 
 from udptun.errors import DeviceError
 from udptun.lab import wait_for
+from udptun.net import batch
 from udptun.net.netlink import Netlink
 from udptun.net.underlay import default_routes, interfaces, route_to
 
@@ -78,6 +79,17 @@ async def test_a_temporary_address_is_not_the_best():
 
 
 @in_own_netns
+async def test_an_address_that_is_somebody_elses_is_not_ours():
+    """The kernel keeps one for which duplicate address detection failed, and does not use it."""
+    sh(*PAIR, "ip address add 2001:db8::1/64 dev eth1 nodad",
+       "ip address add 2001:db8::1/64 dev eth0")
+    wait_for(lambda: any(item.get("dadfailed") for item in
+                         ip_json("-6 address show dev eth0")[0]["addr_info"]), "the detection")
+    with Netlink() as netlink:
+        assert "2001:db8::1" not in await addresses_of(netlink, "eth0")
+
+
+@in_own_netns
 async def test_the_address_is_ours_and_not_the_other_end():
     sh(*PAIR, "ip address add 192.0.2.1 peer 192.0.2.2 dev eth0",
        "ip address add 2001:db8::1 peer 2001:db8::2 dev eth0 nodad")
@@ -88,11 +100,14 @@ async def test_the_address_is_ours_and_not_the_other_end():
 
 
 @in_own_netns
+@pytest.mark.parametrize("kernel", ["this", "before 4.20"])
 @pytest.mark.parametrize(("version", "net0", "net2"), [
     (4, "192.0.2.{}", "198.51.100.{}"), (6, "2001:db8::{}", "2001:db8:1::{}"),
 ])
-async def test_default_routes(version, net0, net2):
+async def test_default_routes(monkeypatch, version, net0, net2, kernel):
     """Lowest metric first; no other table's, and none that leads nowhere."""
+    if kernel != "this":  # one that does not filter
+        monkeypatch.setattr(batch, "NETLINK_GET_STRICT_CHK", 999)
     tail = "/24" if version == 4 else "/64 nodad"
     sh(*PAIR, "ip link add name eth2 type veth peer name eth3", "ip link set eth2 up",
        "ip link set eth3 up",

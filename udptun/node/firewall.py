@@ -1,8 +1,7 @@
 """Masquerade and forward rules: flannel's, in nftables tables of our own.
 
 Owns the tables ``ip udptun-ipv4`` and ``ip6 udptun-ipv6``, each as a whole, and nothing else of
-the host's rules. Refuses to know leases and interfaces. Asyncio, any loop; calls on one object one
-after the other.
+the host's rules. Refuses to know leases and interfaces. Asyncio, one loop for an object.
 
 Each ``sync`` reads the rules back and replaces a table, in one transaction, only where it differs.
 An accept in a table of ours cannot lift a drop in another: what the host's own rules refuse stays
@@ -79,6 +78,7 @@ class Firewall:
         self.want = want
         self.error = ""
         self._nft = nft
+        self._turn = asyncio.Lock()  # a table is read, compared and replaced by one at a time
         # What nft read back of what we have put in, by family: another release may write the same
         # rules in another way, and must not be taken for a change each time.
         self._in_force: dict[str, tuple[list[Json] | None, list[Json] | None]] = {}
@@ -88,11 +88,12 @@ class Firewall:
         family's trouble does not keep the other from being done."""
         changed = False
         failed: dict[str, None] = {}  # a set that keeps its order: both may say the same
-        for family in TABLES:
-            try:
-                changed |= await self._sync(family)
-            except FirewallError as error:
-                failed[str(error)] = None
+        async with self._turn:
+            for family in TABLES:
+                try:
+                    changed |= await self._sync(family)
+                except FirewallError as error:
+                    failed[str(error)] = None
         self.error = "; ".join(failed)
         if failed:
             raise FirewallError(self.error)
