@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +103,14 @@ def test_both_families():
     assert read(six.attributes) == Advert(9000, 1280)
 
 
+def test_an_mtu_must_do_for_ipv6():
+    text = toml(1) + 'mtu = 1279\n'
+    assert read(parse(text.encode(), "").leases[0].attributes) == Advert(8285, 1279)
+    six = text.replace('"10.42.0.0/16"', '"fd00::/16"').replace('"10.42.1.0/24"', '"fd00:1::/64"')
+    error = refusal(six)
+    assert (error.field, error.where) == ("mtu", "hosts.toml line 7")
+
+
 # What is refused: node 2's table begins in line 8, its name, public and subnets are the next three
 
 
@@ -135,6 +143,7 @@ def test_both_families():
         ('"10.42.2.0/24"', '"10.42.2.1/24"', "subnets", 11),
         ('"10.42.2.0/24"', '"10.43.2.0/24"', "subnets", 11),
         ('"10.42.2.0/24"', '"10.0.0.0/8"', "subnets", 11),
+        ('"10.42.2.0/24"', '"10.42.0.0/15"', "subnets", 11),
         ('"10.42.2.0/24"', '"fd00:42::/64"', "subnets", 11),
         ('"10.42.2.0/24"', '"10.42.2.0/31"', "subnets", 11),
         ('"10.42.2.0/24"', '"10.42.1.0/24"', "subnets", 11),
@@ -365,14 +374,44 @@ async def test_a_bad_edit_is_refused_and_the_last_good_state_holds(hosts, caplog
         assert source.health.connected and not source.health.error
 
 
-async def test_a_file_that_is_gone_takes_no_node_with_it(hosts):
+async def test_a_file_that_is_gone_takes_no_node_with_it(hosts, caplog):
     async with watching(hosts) as (source, following):
         await following()
         hosts.rename(hosts.with_suffix(".old"))
         await until(lambda: source.health.error)
         assert source.health.error == f"{hosts} cannot be read: No such file or directory"
+        for _ in range(3):
+            assert await source.acquire(*NOTHING) == lease(1)
+        assert caplog.text.count("No such file") == source.health.errors_n == 1
         replace(hosts, toml(1))
         assert await following() == Changes((Change(lease(2), None),))
+
+
+@pytest.mark.parametrize("text", [toml(1), "network = 1"])
+async def test_a_file_is_read_once_for_each_state_it_is_in(hosts, text, monkeypatch):
+    reads, read_one = [], file_module._read
+    monkeypatch.setattr(file_module, "_read", lambda path: (reads.append(path), read_one(path))[1])
+    hosts.write_text(text)
+    source = FileSource(hosts)
+    for _ in range(3):
+        with suppress(FieldError):
+            await source.network()
+    assert len(reads) == 1
+
+
+async def test_a_read_that_failed_is_tried_again(hosts, monkeypatch):
+    failures, read_one = [OSError(5, "Input/output error")], file_module._read
+
+    def unreliable(path):
+        if failures:
+            raise failures.pop()
+        return read_one(path)
+
+    monkeypatch.setattr(file_module, "_read", unreliable)
+    source = FileSource(hosts, hostname="n1")
+    with pytest.raises(StoreDown, match="Input/output error"):
+        await source.acquire(*NOTHING)
+    assert await source.acquire(*NOTHING) == lease(1)
 
 
 async def test_a_file_that_comes_later(tmp_path):

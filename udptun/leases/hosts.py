@@ -178,10 +178,12 @@ def _refuse_shared(leases: Sequence[Lease]) -> None:
         advert = read(lease.attributes)
         for address in (lease.attributes.public_ip, lease.attributes.public_ipv6):
             if address is not None:
-                claim(i, "public", str(address), address, advert and advert.port)
-    held = sorted(((subnet, i) for i, lease in enumerate(leases) for subnet in lease.subnets),
-                  key=lambda item: (item[0].version, item[0]))
-    for (subnet, i), (other, j) in pairwise(held):  # prefixes are disjoint, or one holds the next
+                claim(i, "public", str(address), address.packed, advert and advert.port)
+    held = [(subnet.version, int(subnet.network_address), subnet.prefixlen, i, subnet)
+            for i, lease in enumerate(leases) for subnet in lease.subnets]
+    held.sort()
+    # In this order prefixes are disjoint, or one holds the next.
+    for (*_, i, subnet), (*_, j, other) in pairwise(held):
         if other.network_address in subnet:
             first, second = sorted((i, j))
             raise FieldError("subnets", str(subnet if second == i else other),
