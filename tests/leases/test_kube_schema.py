@@ -52,7 +52,7 @@ def test_what_is_published_is_read_back_whatever_was_there(before, attributes):
 
 @given(
     st.dictionaries(st.sampled_from(KEYS), st.text() | st.sampled_from([
-        "true", "null", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "fe80::1%eth0", "[", "1e999",
+        "true", "null", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "fe80::1%eth0", "[",
     ])),
     st.text() | st.sampled_from(["", "10.244.1.0/24", "10.244.1.1/24", "::/0", "10.0.0.0/33"]),
     st.none() | st.lists(st.sampled_from(["10.244.1.0/24", "fd00::/64", "x", ""]), max_size=3),
