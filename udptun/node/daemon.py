@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -201,6 +202,9 @@ class Daemon:
             self.report.waiting = "waiting for the forwarder"
             await self._host.keeper.in_step()
         self.report.waiting = ""
+        # What is loaded and known by now stays: a collection that walks it would hold up a change.
+        gc.collect()
+        gc.freeze()
         log.info("ready: %s", self._status())
         self._notifier.ready(self._status())
 
