@@ -81,6 +81,13 @@ def test_a_file_that_is_there_gives_the_options(tmp_path: Path) -> None:
     assert (told["routes_file"], told["source_check"]) == ("None", "strict")  # as without a file
 
 
+def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
+    path = write(tmp_path / "forward.json", WANTED)
+    with forwarding(UDPTUN_FORWARD_WAIT_FOR=str(path)) as process:
+        code, told, _ = end(process)
+    assert (code, told["tun"]) == (0, "wire0")
+
+
 def test_it_waits_for_the_file_and_its_directory(tmp_path: Path) -> None:
     path = tmp_path / "run" / "udptun" / "forward.json"
     with forwarding("--wait-for", str(path)) as process:
@@ -163,3 +170,6 @@ def test_a_path_that_cannot_be_read(tmp_path: Path) -> None:
         code, _, err = end(process)
     assert code == 1
     assert err == f"udptun: error: {tmp_path}: Is a directory\n"
+    below = write(tmp_path / "file", {}) / "forward.json"
+    with forwarding("--wait-for", str(below)) as process:
+        assert end(process)[::2] == (1, f"udptun: error: {below}: Not a directory\n")

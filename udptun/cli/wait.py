@@ -48,7 +48,7 @@ def _wait(path: Path) -> bytes:
     while True:
         try:
             return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             if not waited:
                 logs.start()
                 log.info("waiting for %s, which says what to forward", path)
