@@ -14,6 +14,7 @@ from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subne
 from udptun.leases.etcd import messages
 from udptun.leases.etcd.client import Client
 from udptun.leases.etcd.config import EtcdConfig
+from udptun.leases.etcd.pauses import Pauses
 from udptun.leases.etcd.source import EtcdSource
 
 pytestmark = needs_etcd
@@ -410,21 +411,24 @@ async def test_a_write_whose_answer_is_lost(etcd, make, monkeypatch, times):
     assert {(await etcd.get("subnets/10.5.1.0-24"))["lease"]} == await etcd.lease_ids()
 
 
-async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(etcd, make, holding):
-    """A mistake of the operator; they write what differs, and slower and slower."""
+async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(
+    etcd, make, holding, monkeypatch
+):
+    """A mistake of the operator. Each writes what differs, and after each time makes a pause."""
+    paused = []
+    monkeypatch.setattr(Pauses, "next", lambda self: paused.append(self) or 0.02)
     await etcd.put("config", CONFIG)
     for backend_type in ("udp", "vxlan"):
         source = make()
-        attributes = me(backend_type=backend_type)
-        holding(source, await source.acquire(attributes, NONE))
         followed = await Followed(source).ready()
+        holding(source, await source.acquire(me(backend_type=backend_type), NONE))
 
     async def version():
         return (await etcd.get("subnets/10.5.1.0-24"))["version"]
 
-    await until(lambda: len(followed.batches) > 4, "the fight")
-    began, at = await version(), asyncio.get_running_loop().time()
-    await until(lambda: len(followed.batches) > 8, "more of it")
-    rate = (await version() - began) / (asyncio.get_running_loop().time() - at)
-    assert rate < 20  # at the watch's speed it would be hundreds
+    async def fought():
+        return await version() > 12
+
+    await until(fought, "the fight")
+    assert len(paused) >= await version() - 4  # two first writes, two under way
     await followed.close()

@@ -165,8 +165,10 @@ class Tenure:
     # Keeping it
 
     async def _keep(self) -> bool:
-        """Look at our key, and do what it takes; whether somebody else had changed it. _Taken,
-        StoreDown, StoreRefused."""
+        """Look at our key, and do what it takes; say whether somebody else had changed it.
+
+        _Taken, StoreDown, StoreRefused.
+        """
         held = self._held
         assert held is not None
         key = self._prefix + held.lease.key.encode()
@@ -180,11 +182,11 @@ class Tenure:
                 raise StoreDown("another node was faster")  # who, the next look tells
             log.warning("our lease of %s is ours again", held.lease.subnets)
             return True
-        elif kv.mod_revision != held.mod_revision or self._health.lease == "lost":
+        if kv.mod_revision != held.mod_revision or self._health.lease == "lost":
             if not await self._adopt(kv, held):
                 await self._write(held, held.lease)
             return True
-        elif held.ends is not None and time.monotonic() >= held.ends - self._config.renew_margin:
+        if held.ends is not None and time.monotonic() >= held.ends - self._config.renew_margin:
             await self._write(held, held.lease)
             log.info("our lease of %s is renewed", held.lease.subnets)
         return False
@@ -236,7 +238,11 @@ class Tenure:
             raise _Taken(f"{lease.subnets} is the lease of {owner} now")
 
     async def _put(self, lease: Lease, seen: Entry | None) -> bool:
-        """Write our key if it is still as ``seen``, or (None) not there. False: it is not."""
+        """Write our key if it is still as ``seen``, or (None) not there.
+
+        False: it is not. If that was an attempt of ours whose answer was lost, the next look finds
+        our address in it.
+        """
         key = self._prefix + lease.key.encode()
         grant_id, ends = (0, None) if lease.reserved else await self._grant()
         value = write_value(lease.attributes)
@@ -246,8 +252,8 @@ class Tenure:
                 request_put=messages.PutRequest(key=key, value=value, lease=grant_id)
             )],
         ))
-        if not answer.succeeded:  # or an attempt whose answer was lost has written: the next look
-            return False          # finds our address there
+        if not answer.succeeded:
+            return False
         former_id = self._held.lease_id if self._held else 0
         self._spare = None
         self._own(lease, int(answer.header.revision), grant_id, ends)
