@@ -53,7 +53,8 @@ async def choose(
     netlink: Netlink, options: InterfaceOptions, want_v4: bool, want_v6: bool,
     own: Collection[str] = (),
 ) -> Underlay:
-    """The interface that carries the overlay, with an address of each family that is wanted.
+    """The interface that carries the overlay, with an address of each family that is wanted: one
+    of them at least.
 
     own  names of the overlay's own devices
     NoInterface; DeviceError when the host cannot be read.
