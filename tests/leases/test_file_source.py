@@ -197,7 +197,7 @@ def test_a_mistake_in_json_too(old, new, field, line):
     [
         ("hosts", ""), ("hosts.toml", ""), ("hosts.json", ""), ("hosts.json", "[]"),
         ("hosts.json", "null"), ("hosts.json", "{"), ("hosts.json", "[" * 100000),
-        ("hosts.toml", "a = " + "[" * 9999),
+        ("hosts.toml", "a = " + "[" * 9999), ("hosts.toml", "port = " + "9" * 5000),
         ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = 5'),
         ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = [5]'),
         ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = []'),  # a file cut short flushes nothing
@@ -207,6 +207,14 @@ def test_a_mistake_in_json_too(old, new, field, line):
 )
 def test_what_is_no_hosts_file_is_refused(name, text):
     assert refusal(text, name).where.startswith(name)
+
+
+@pytest.mark.parametrize("depth", [100, 300, 600, 900, 960, 990])
+@pytest.mark.parametrize("field", ["network", "nodes", "x"])
+def test_no_depth_is_too_deep_for_an_answer(field, depth):
+    nested = "[" * depth + "]" * depth
+    assert refusal(f'{{"{field}": {nested}}}', "hosts.json").where.startswith("hosts.json")
+    assert refusal(f"{field} = {nested}", "hosts.toml").where.startswith("hosts.toml")
 
 
 def test_what_is_no_text_is_refused():
@@ -253,6 +261,12 @@ name = "two"
     assert places.line("nodes[1].public[3]") == 18
     assert places.line("unheard.of") is None
     assert not places.repeated
+
+
+@given(st.text("[]{}=:,\"'#\n ab"))
+def test_places_of_what_is_neither_toml_nor_json(text):
+    for odd in (text, "{" + text, "a = " + text + "[" * 5000):
+        Places(odd).line("a[0].b")
 
 
 # Watching

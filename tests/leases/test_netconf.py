@@ -197,6 +197,14 @@ def test_what_is_no_json_object_is_refused(text):
         NetConfig.parse(text, where="etcd")
 
 
+@pytest.mark.parametrize("depth", [300, 600, 900, 960, 990])
+@pytest.mark.parametrize("field", ["Network", "Backend", "Comment"])
+def test_no_depth_is_too_deep_for_an_answer(field, depth):
+    nested = "[" * depth + "]" * depth
+    with pytest.raises(FieldError):
+        NetConfig.parse(f'{{"{field}": {nested}}}')
+
+
 def test_a_syntax_error_has_its_line():
     with pytest.raises(FieldError, match=r"net-conf.json, line 3: .*'\"Backend\"'"):
         NetConfig.parse('{\n  "Network": "10.5.0.0/16"\n  "Backend"\n}', where="net-conf.json")

@@ -48,6 +48,16 @@ async def test_what_was_kept_is_read_again(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["leases.json"]
 
 
+async def test_a_peer_whose_data_cannot_be_written_takes_no_other_with_it(tmp_path):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    deep = Lease("10.5.9.0-24", Subnets(), Attributes(backend_data=nested))
+    path = tmp_path / "leases.json"
+    await write(path, known(OWN, deep, *ODD))
+    assert Saved(path).load(ETCD) == known()
+
+
 async def test_a_network_whose_subnets_the_store_gives(tmp_path):
     path = tmp_path / "leases.json"
     network = NetConfig.parse('{"Network": "10.5.0.0/29", "SubnetLen": 99}', check_subnets=False)

@@ -63,19 +63,23 @@ def parse(data: bytes, name: str) -> Hosts:
                          f"{name} line {line}") from None
     is_json = name.endswith(".json") or (not name.endswith(".toml")
                                          and text.lstrip().startswith("{"))
-    content = _json(text, name) if is_json else _toml(text, name)
     try:
-        return _hosts(content)
-    except FieldError as exc:  # its place is a path within the content
-        line_n = Places(text).line(exc.where)
-        where = name if line_n is None else f"{name} line {line_n}"
-        raise FieldError(exc.field, exc.value, exc.expected, where) from None
+        content = _json(text, name) if is_json else _toml(text, name)
+        try:
+            return _hosts(content)
+        except FieldError as exc:  # its place is a path within the content
+            line_n = Places(text).line(exc.where)
+            where = name if line_n is None else f"{name} line {line_n}"
+            raise FieldError(exc.field, exc.value, exc.expected, where) from None
+    except RecursionError:  # from the parser, or while showing a value
+        raise FieldError("the text", text[:40], "values that are not nested so deep",
+                         name) from None
 
 
 def _toml(text: str, name: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+    except ValueError as exc:  # TOMLDecodeError, or a number that is too long
         said = re.search(r"line (\d+)", str(exc))
         raise _syntax(text, name, int(said[1]) if said else None, f"TOML ({exc})") from None
 
@@ -97,7 +101,7 @@ def _json(text: str, name: str) -> Mapping[str, Any]:
         raise _syntax(text, name, exc.lineno, f"JSON ({exc.msg})") from None
     except FieldError:
         raise
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise _syntax(text, name, None, f"JSON ({exc})") from None
     if not isinstance(content, dict):
         raise FieldError("the file", content, "an object with network and nodes", name)

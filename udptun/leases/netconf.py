@@ -56,7 +56,15 @@ class NetConfig:
                        SubnetMin and SubnetMax are then ignored, right or wrong
         where          names the text for a person, for the error
         """
-        fields = _decode(text, where)
+        try:
+            return cls._of(_decode(text, where), text, check_subnets, where)
+        except RecursionError:  # from the parser, or while showing a value
+            raise FieldError("the configuration", text[:40], "values that are not nested so deep",
+                             where) from None
+
+    @classmethod
+    def _of(cls, fields: Mapping[str, Any], text: str, check_subnets: bool,
+            where: str) -> NetConfig:
         v4 = v6 = _OFF
         if _flag(fields, "EnableIPv4", where, default=True):
             v4 = _family(fields, _V4, check_subnets, where)
@@ -236,7 +244,7 @@ def _decode(text: str, where: str) -> Mapping[str, Any]:
         line = text.split("\n")[exc.lineno - 1].strip()
         place = ", ".join(filter(None, (where, f"line {exc.lineno}")))
         raise FieldError("the configuration", line, f"JSON ({exc.msg})", place) from None
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise FieldError("the configuration", text[:40], f"JSON ({exc})", where) from None
     if not isinstance(value, dict):
         raise FieldError("the configuration", value, "an object with Network in it", where)

@@ -127,15 +127,24 @@ class Saved:
 
 
 def _encode(known: LastKnown) -> bytes:
-    content = {
+    """JSON, a lease on each line.
+
+    Lease by lease, since the encoder keeps the GIL: for thousands at once the loop would stand
+    still. And a peer's data may be nested deeper than can be written: that one is left out.
+    """
+    head = json.dumps({
         "version": VERSION,
         "store": known.store,
         "network": known.network.text,
         "subnets_checked": known.network.subnets_checked,
         "lease": known.lease and _lease_to_json(known.lease),
-        "leases": [_lease_to_json(lease) for lease in known.leases],
-    }
-    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+    })
+    lines = []
+    for lease in known.leases:
+        with suppress(RecursionError):
+            lines.append(json.dumps(_lease_to_json(lease), separators=(",", ":")))
+    body = ",\n".join(lines)
+    return f'{head[:-1]}, "leases": [\n{body}\n]}}\n'.encode()
 
 
 def _decode(data: bytes) -> LastKnown:
