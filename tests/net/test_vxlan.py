@@ -18,6 +18,7 @@ from own_netns import in_own_netns, ip_json, sh
 from udptun.errors import DeviceError, FieldError
 from udptun.net import batch
 from udptun.net import vxlan as module
+from udptun.net.batch import Refusal
 from udptun.net.netlink import Netlink
 from udptun.net.vxlan import OVERHEAD, PeerFailure, Vxlan, VxlanConfig, VxlanPeer
 
@@ -246,6 +247,20 @@ async def test_a_device_of_somebody_elses_making():
 
 
 @in_own_netns
+async def test_a_device_of_flanneld_is_adopted():
+    """It has a link-local address, which stays: flanneld may come back."""
+    underlay()
+    sh(f"ip link add {NAME} type vxlan id 1 dev utEa local 192.0.2.1 dstport 8472 nolearning",
+       f"ip link set {NAME} up", f"ip address add 10.9.9.0/32 dev {NAME}")
+    index = socket.if_nametoindex(NAME)
+    async with opened() as (_, device):
+        assert device.index == index
+        assert [item["scope"] for item in ip_json(f"address show {NAME}")[0]["addr_info"]] == [
+            "global", "link"]
+        assert str(BASE[4]) == ip_json(f"address show {NAME}")[0]["addr_info"][0]["local"]
+
+
+@in_own_netns
 async def test_mtu_and_mac_change_in_place():
     underlay()
     async with opened() as (vxlan, device):
@@ -374,16 +389,18 @@ async def test_what_is_not_of_a_peer_is_let_alone(version):
     foreign = [
         f"ip -{version} route add {subnet(7, version)} via {via}",
         f"ip -{version} route add {subnet(8, version)} via {via} table 100",
-        f"ip -{version} route add {subnet(8, version)} via {via} metric 5000",
+        f"ip -{version} route add {subnet(1, version)} dev {NAME} metric 5000 onlink "
+        f"via {subnet(1, version).network_address}",
         f"ip -{version} neigh add {subnet(9, version).network_address} lladdr {MACS[8]} dev utEa",
         f"bridge fdb append 00:00:00:00:00:00 dev {NAME} dst {via}",
     ]
     async with opened(version) as (vxlan, device):
         sh(*foreign)
         await vxlan.sync(device, [peer(1, version)])
+        assert len(ip_json(f"-{version} route show {subnet(1, version)}")) == 2
         await vxlan.sync(device, [])
         await vxlan.change(device, [peer(2, version)], [subnet(7, version), subnet(8, version)])
-    assert len(routes(version)) == 3
+    assert set(routes(version)) == {str(subnet(number, version)) for number in (1, 2, 7)}
     assert ip_json(f"-{version} route show table 100")
     assert ip_json(f"-{version} neigh show dev utEa nud permanent")
     assert forwarding() == {
@@ -565,6 +582,30 @@ async def test_peers_that_cannot_be_reached_together():
         assert str(peer(1).endpoint) in told(failures)[twin.subnet]
         assert "IPv4" in told(failures)[subnet(4, 6)]
         assert_in_force(peer(1), peer(3))  # what led to the twin before is gone
+
+
+@both
+@in_own_netns
+async def test_a_peer_half_in_force_has_no_route(version, monkeypatch):
+    """So that its packets may take another way; and what led to it before is gone."""
+    def refuse_first(self, items):
+        return [put(self, [item])[0] if item[0] != first else Refusal(errno.ENOBUFS, "")
+                for item in items]
+
+    first = bytes.fromhex(MACS[0].replace(":", ""))
+    put = module.EntrySocket.put_forwarding
+    underlay()
+    async with opened(version) as (vxlan, device):
+        await vxlan.sync(device, [peer(1, version)])
+        monkeypatch.setattr(module.EntrySocket, "put_forwarding", refuse_first)
+        moved = replace(peer(1, version), endpoint=LOCAL[version] + 77)
+        for told_again in (vxlan.change(device, [moved, peer(2, version)]),
+                           vxlan.sync(device, [moved, peer(2, version)])):
+            failures = await told_again
+            assert [item.peer for item in failures] == [moved]
+            assert failures[0].error.errno == errno.ENOBUFS
+            assert_in_force(peer(2, version), version=version)
+            assert not ip_json(f"-{version} route show {subnet(1, version).network_address}")
 
 
 @pytest.mark.parametrize(

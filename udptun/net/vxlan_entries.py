@@ -18,6 +18,7 @@ from .batch import Refusal, Request, RouteSocket, attributes
 
 # linux/netlink.h, linux/rtnetlink.h
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
+PUT = NLM_F_CREATE | NLM_F_REPLACE
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
@@ -40,6 +41,7 @@ NUMBER_ATTRIBUTE = struct.Struct("=HHI")
 # The whole body of a request: the above, then attributes, by IP version.
 NEIGHBOUR = {version: struct.Struct(f"{NDMSG.format}HH{size}sHH6s2x")
              for version, size in ((4, 4), (6, 16))}
+MAC_ONLY = struct.Struct(f"{NDMSG.format}HH6s2x")
 ROUTE = {version: struct.Struct(f"{RTMSG.format}HH{size}sHH{size}sHHI")
          for version, size in ((4, 4), (6, 16))}
 LINK_ROUTE = struct.Struct(f"{RTMSG.format}HH16sHHI")
@@ -125,8 +127,7 @@ class EntrySocket:
             *(self._route(prefix, hop, None) for prefix, hop in entries.routes.items()),
             *(self._neighbour(address, mac, RTM_DELNEIGH)
               for address, mac in entries.neighbours.items()),
-            *(self._forwarding(mac, address, RTM_DELNEIGH)
-              for mac, address in entries.forwarding.items()),
+            *(self._no_forwarding(mac) for mac in entries.forwarding),
         ]
         names = [
             *(f"the route to {_text(prefix[0])}/{prefix[1]}" for prefix in entries.routes),
@@ -146,20 +147,21 @@ class EntrySocket:
         return [refused.get(at) for at in range(len(requests))]
 
     def _neighbour(self, address: bytes, mac: bytes, kind: int = RTM_NEWNEIGH) -> Request:
-        return self._neighbour_request(
-            kind, FAMILY[self._version], 0, RTN_UNICAST, address, mac)
-
-    def _forwarding(self, mac: bytes, address: bytes, kind: int = RTM_NEWNEIGH) -> Request:
-        return self._neighbour_request(kind, AF_BRIDGE, NTF_SELF, 0, address, mac)
-
-    def _neighbour_request(
-        self, kind: int, family: int, flags: int, type_: int, address: bytes, mac: bytes
-    ) -> Request:
-        mode = NLM_F_CREATE | NLM_F_REPLACE if kind == RTM_NEWNEIGH else 0
-        return Request(kind, mode, NEIGHBOUR[self._version].pack(
-            family, self._index, NUD_PERMANENT, flags, type_,
-            4 + len(address), NDA_DST, address, 4 + len(mac), NDA_LLADDR, mac,
+        return Request(kind, PUT if kind == RTM_NEWNEIGH else 0, NEIGHBOUR[self._version].pack(
+            FAMILY[self._version], self._index, NUD_PERMANENT, 0, RTN_UNICAST,
+            4 + len(address), NDA_DST, address, 4 + 6, NDA_LLADDR, mac,
         ))
+
+    def _forwarding(self, mac: bytes, address: bytes) -> Request:
+        return Request(RTM_NEWNEIGH, PUT, NEIGHBOUR[self._version].pack(
+            AF_BRIDGE, self._index, NUD_PERMANENT, NTF_SELF, 0,
+            4 + len(address), NDA_DST, address, 4 + 6, NDA_LLADDR, mac,
+        ))
+
+    def _no_forwarding(self, mac: bytes) -> Request:
+        """Wherever the MAC leads."""
+        return Request(RTM_DELNEIGH, 0, MAC_ONLY.pack(
+            AF_BRIDGE, self._index, NUD_PERMANENT, NTF_SELF, 0, 4 + 6, NDA_LLADDR, mac))
 
     def _route(self, prefix: Prefix, next_hop: bytes, mode: int | None) -> Request:
         """mode: NLM_F_REPLACE or NLM_F_EXCL; None to delete."""

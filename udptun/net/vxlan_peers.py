@@ -121,6 +121,7 @@ class Application:
             doing = f"reaching {row.peer} through {device}"
             error = device_error(refusal.number, doing, refusal.said)
             self.failures.append(PeerFailure(row.peer, error))
+            self._withdraw(row)
 
     def clear(self) -> list[str]:
         """Take away what is former and not in force; sentences about what the kernel keeps.
@@ -173,6 +174,16 @@ class Application:
                 now.neighbours[row.prefix[0]] = row.mac
                 now.forwarding[row.mac] = row.endpoint
         return refused
+
+    def _withdraw(self, row: _Row) -> None:
+        """Leave to ``clear`` what came into force of a peer of which the rest did not."""
+        now, former = self.now, self._former
+        base = row.prefix[0]
+        now.neighbours.pop(base, None)
+        former.neighbours[base] = row.mac
+        former.forwarding[row.mac] = row.endpoint
+        if (hop := now.routes.pop((base, 128), None)) is not None:
+            former.routes[base, 128] = hop
 
     def _put_routes(self, routes: Iterable[tuple[_Row, Prefix, bytes]]) -> dict[_Row, Refusal]:
         former, wanted = self._former.routes, list(routes)
