@@ -84,6 +84,12 @@ class Etcd:
     def put(self, key: str, value: str) -> None:
         self._ask("/v3/kv/put", {"key": _encode(key), "value": _encode(value)})
 
+    def put_together(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """In one transaction; etcd takes 128 at most."""
+        puts = [{"requestPut": {"key": _encode(key), "value": _encode(value)}}
+                for key, value in pairs]
+        self._ask("/v3/kv/txn", {"success": puts})
+
     def delete(self, key: str) -> None:
         self._ask("/v3/kv/deleterange", {"key": _encode(key)})
 
@@ -176,13 +182,21 @@ class Member:
 
     def ready(self) -> tuple[bool, str]:
         """(ready, what it says of itself)."""
-        connection = _Connection(self.host, "127.0.0.1", HEALTH_PORT)
         try:
-            connection.request("GET", "/readyz?verbose")
-            response = connection.getresponse()
-            return response.status == 200, response.read().decode()
+            status, said = self._health("/readyz?verbose")
         except (OSError, http.client.HTTPException) as exc:
             return False, str(exc)
+        return status == 200, said
+
+    def metrics(self) -> str:
+        return self._health("/metrics")[1]
+
+    def _health(self, path: str) -> tuple[int, str]:
+        connection = _Connection(self.host, "127.0.0.1", HEALTH_PORT)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
         finally:
             connection.close()
 
@@ -279,10 +293,14 @@ class Cluster:
 
 
 def unreachable(members: Sequence[Member], wait: float = 1.0) -> list[str]:
-    """Pings from every pod to every other, all at once: those that no answer came back to."""
-    started = [
-        (f"{a.host.name} -> {b.host.name}",
-         a.pod.start(["ping", "-n", "-c1", f"-W{wait:g}", str(b.pod_v4)]))
-        for a in members for b in members if a is not b
-    ]
-    return [pair for pair, ping in started if ping.wait(wait + 20) != 0]
+    """One ping from every pod to every other: the pairs that no answer came back for."""
+    failed = []
+    for member in members:
+        peers = {str(peer.pod_v4): peer for peer in members if peer is not member}
+        pings = "".join(
+            f"ping -n -q -c1 -W{wait:g} {address} >/dev/null || echo {address} & "
+            for address in peers
+        )
+        silent = member.pod.run(["sh", "-c", f"{pings} wait"]).stdout.split()
+        failed += [f"{member.host.name} -> {peers[address].host.name}" for address in silent]
+    return failed

@@ -104,7 +104,7 @@ def _has_route(member: Member, peer: Member) -> bool:
 
 
 def _all_to_all(voice: Voice, members: Sequence[Member]) -> bool:
-    what = "ping, every pod to every other"
+    what = "ping, all pods to all others"
     pairs = len(members) * (len(members) - 1)
     missing: list[str] = []
 

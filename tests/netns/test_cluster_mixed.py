@@ -1,0 +1,153 @@
+"""Clusters of unlike nodes: one that may not make VXLAN devices, and a stock flannel node.
+
+Stock flannel is what it leaves in the kernel and in etcd: a vxlan device with static entries, and a
+lease. ``no_vxlan.c`` makes the kernel refuse vxlan to one process.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from netns_traffic import transfer_tcp
+
+from udptun.lab import ping, wait_for
+from udptun.lab.cluster import PREFIX, Cluster, Member, etcd_obstacle, unreachable
+
+pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+
+VXLAN = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
+UNDERLAY_MTU = 1500
+VXLAN_OVERHEAD = 50
+
+
+@pytest.fixture(scope="session")
+def no_vxlan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process whose kernel has no vxlan."""
+    built = tmp_path_factory.mktemp("preload") / "no_vxlan.so"
+    source = Path(__file__).with_name("no_vxlan.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(built), str(source)], check=True)
+    return {"LD_PRELOAD": str(built)}
+
+
+def all_reach_all(members: list[Member]) -> None:
+    wait_for(lambda: not unreachable(members), "all pods to reach all others", 20)
+
+
+def way(member: Member, peer: Member) -> str:
+    """The device that packets to a peer's pod leave by."""
+    words = member.host.run(["ip", "route", "get", str(peer.pod_v4)]).stdout.split()
+    return words[words.index("dev") + 1]
+
+
+def lease_of(cluster: Cluster, member: Member) -> dict:
+    return cluster.etcd.leases()[str(member.subnet).replace("/", "-")]
+
+
+def test_the_kernel_refuses_as_one_without_vxlan(lab, no_vxlan):
+    """The means of the tests below: that it is the kernel who says no."""
+    host = lab.host("a")
+    add = ["ip", "link", "add", "v0", "type", "vxlan", "id", "7", "dstport", "8472"]
+    refused = host.run(add, check=False, env=no_vxlan)
+    assert "Unknown device type" in refused.stderr
+    host.run(add)
+
+
+def test_one_node_without_vxlan(lab, no_vxlan):
+    """Every node reaches every other, each pair by the best that both have."""
+    cluster = Cluster(lab, 3, config=VXLAN, options=["--backend=auto"])
+    a, b, without = cluster.members
+    without.environment = no_vxlan
+    cluster.start()
+    all_reach_all(cluster.members)
+    assert (way(a, b), way(b, a)) == ("flannel.1", "flannel.1")
+    assert (way(a, without), way(without, a), way(b, without)) == ("udptun0",) * 3
+    # nodes with both ways have the narrower one's MTU, and no packet of it is too large anywhere
+    mtu = UNDERLAY_MTU - VXLAN_OVERHEAD
+    assert (a.env["FLANNEL_MTU"], b.env["FLANNEL_MTU"]) == (str(mtu), str(mtu))
+    for source, target in ((a, b), (a, without), (without, a)):
+        assert ping(source.pod, target.pod_v4, size=mtu - 28, df=True).received == 3
+    transfer_tcp(without.pod, a.pod, a.pod_v4)
+    # said in the lease, and once in the log why
+    lease = lease_of(cluster, a)
+    assert lease["BackendType"] == "vxlan"
+    assert lease["BackendData"]["VNI"] == 1
+    assert lease["BackendData"]["udptun"] == {"port": 8285, "mtu": mtu}
+    lease = lease_of(cluster, without)
+    assert "BackendType" not in lease
+    inner = int(without.env["FLANNEL_MTU"])
+    assert lease["BackendData"] == {"udptun": {"port": 8285, "mtu": inner}}
+    (why,) = [line for line in without.daemon.text().splitlines() if " WARNING " in line]
+    assert "no VXLAN" in why
+    assert "Unknown device type" in why
+    # it gets vxlan, with a new kernel perhaps: the pairs change over
+    without.stop()
+    without.environment = {}
+    without.start()
+    wait_for(lambda: way(a, without) == way(without, b) == "flannel.1", "the better way", 20)
+    all_reach_all(cluster.members)
+
+
+class Stock:
+    """A stock flannel node with the vxlan backend: its device, its lease, its entries for peers."""
+
+    def __init__(self, cluster: Cluster, member: Member) -> None:
+        self.host, self._cluster = member.host, cluster
+        self.subnet = "10.244.200.0/24"
+        end = self.host.interfaces[0]
+        self.host.ip(
+            f"link add flannel.1 type vxlan id 1 dstport 8472 local {self.host.v4} "
+            f"dev {end.name} nolearning",
+            "address add 10.244.200.0/32 dev flannel.1", "link set flannel.1 up",
+        )
+        shown = self.host.run(["ip", "-j", "link", "show", "flannel.1"]).stdout
+        self.mac = json.loads(shown)[0]["address"]
+        cluster.etcd.put(f"{PREFIX}/subnets/{self.subnet.replace('/', '-')}", json.dumps({
+            "PublicIP": str(self.host.v4), "PublicIPv6": None, "BackendType": "vxlan",
+            "BackendData": {"VNI": 1, "VtepMAC": self.mac},
+        }))
+        self.pod = self.host.pod(self.subnet, mtu=1450)
+
+    def learn(self) -> list[str]:
+        """As flannel's watch does: leases of type vxlan, and no others. Returns their subnets."""
+        known = []
+        for key, lease in self._cluster.etcd.leases().items():
+            subnet = key.replace("-", "/")
+            if lease.get("BackendType") == "vxlan" and subnet != self.subnet:
+                base, mac = subnet.split("/")[0], lease["BackendData"]["VtepMAC"]
+                self.host.run(["bridge", "fdb", "replace", mac, "dev", "flannel.1",
+                               "dst", lease["PublicIP"]])
+                self.host.ip(
+                    f"neigh replace {base} lladdr {mac} dev flannel.1 nud permanent",
+                    f"route replace {subnet} via {base} dev flannel.1 onlink",
+                )
+                known.append(subnet)
+        return known
+
+
+def test_a_stock_flannel_node_in_the_middle(lab, no_vxlan):
+    cluster = Cluster(lab, 3, config=VXLAN, options=["--backend=auto"])
+    with_vxlan, without, third = cluster.members
+    without.environment = no_vxlan
+    stock = Stock(cluster, third)
+    cluster.start([with_vxlan, without])
+    all_reach_all([with_vxlan, without])
+    assert stock.learn() == [str(with_vxlan.subnet)]
+    assert ping(with_vxlan.pod, "10.244.200.2").received == 3
+    assert ping(stock.pod, with_vxlan.pod_v4).received == 3
+    # The node without vxlan says which peer it cannot have, and why.
+    assert ping(without.pod, "10.244.200.2", count=1, wait=0.5).received == 0
+    _, said = without.ready()
+    assert "10.244.200.0" in said
+    assert "ignores" in said
+    assert "10.244.200.0" in without.daemon.text()
+
+
+def test_without_an_advertisement_the_lease_is_flannels(lab):
+    cluster = Cluster(lab, 2, config=VXLAN, options=["--advertise=off"])
+    cluster.start()
+    all_reach_all(cluster.members)
+    for key, value in cluster.etcd.under(f"{PREFIX}/subnets/").items():
+        lease = json.loads(value)
+        assert list(lease) == ["PublicIP", "PublicIPv6", "BackendType", "BackendData"], key
+        assert list(lease["BackendData"]) == ["VNI", "VtepMAC"]

@@ -1,0 +1,164 @@
+"""A running transfer does not notice what happens to those who only tell where packets go.
+
+The daemon is killed the hard ways: its whole process group, its whole cgroup, as a service manager
+does it. etcd is killed, and with it gone the daemon is started again.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_traffic import SteadyPing, SteadyTransfer
+
+from udptun.lab import wait_for
+from udptun.lab.cluster import Cluster, Member, etcd_obstacle
+
+pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+
+# A minute where figures are wanted: UDPTUN_OUTAGE_SECONDS=60
+OUTAGE_SECONDS = float(os.environ.get("UDPTUN_OUTAGE_SECONDS", "5"))
+STALL_SECONDS = 0.2  # TCP waits as long before it sends a lost packet again (RTO_MIN)
+
+
+def tun_of(member: Member) -> str:
+    """The device with its index: another one, made anew under the same name, has another."""
+    return member.host.run(["ip", "-o", "link", "show", "udptun0"]).stdout.split(":")[0]
+
+
+def end_process_group(member: Member) -> None:
+    os.killpg(member.daemon.pid, signal.SIGKILL)
+    member.daemon.wait()
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of version 2, as systemd makes one for each unit."""
+    for root in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
+        if (root / "cgroup.procs").exists():
+            made = root / f"udptun-test-{os.getpid()}"
+            break
+    else:
+        pytest.skip("no cgroup of version 2 here")
+    try:
+        made.mkdir()
+    except OSError as exc:
+        pytest.skip(f"no cgroup can be made: {exc.strerror}")
+    try:
+        if not (made / "cgroup.kill").exists():
+            pytest.skip("this kernel cannot kill a cgroup (Linux 5.14)")
+        yield made
+    finally:
+        wait_for(lambda: not (made / "cgroup.procs").read_text(), "the cgroup to be empty")
+        made.rmdir()
+
+
+def test_the_daemons_process_group_is_killed(lab):
+    """By hand: the forwarder was started by the daemon, and lives on."""
+    cluster = Cluster(lab, 2)
+    cluster.start()
+    a, b = cluster.members
+    forwarder, device = a.forwarder_pid(), tun_of(a)
+    transfer = SteadyTransfer(a.pod, b.pod, b.pod_v4)
+    steady = SteadyPing(b.pod, a.pod_v4)
+    for _ in range(2):
+        end_process_group(a)
+        a.start()
+        a.wait_ready()
+    assert steady.lost() == 0
+    assert transfer.finish() > 0
+    assert (a.forwarder_pid(), tun_of(a)) == (forwarder, device)
+    assert transfer.stall < STALL_SECONDS
+
+
+def test_the_daemons_cgroup_is_killed(lab, cgroup):
+    """As deployed: daemon and forwarder in a unit or a container each."""
+    cluster = Cluster(lab, 2, external=True)
+    cluster.start()
+    a, b = cluster.members
+    assert a.forwarder is not None
+    (cgroup / "cgroup.procs").write_text(str(a.daemon.pid))
+    for child in Path(f"/proc/{a.daemon.pid}/task/{a.daemon.pid}/children").read_text().split():
+        (cgroup / "cgroup.procs").write_text(child)
+    device = tun_of(a)
+    transfer = SteadyTransfer(a.pod, b.pod, b.pod_v4)
+    steady = SteadyPing(b.pod, a.pod_v4)
+    (cgroup / "cgroup.kill").write_text("1")
+    a.daemon.wait()
+    a.start()
+    a.wait_ready()
+    assert steady.lost() == 0
+    assert transfer.finish() > 0
+    assert (a.forwarder_pid(), tun_of(a)) == (a.forwarder.pid, device)
+    assert transfer.stall < STALL_SECONDS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(OUTAGE_SECONDS + 120)
+def test_etcd_is_down_and_a_daemon_starts_again_meanwhile(lab):
+    cluster = Cluster(lab, 3)
+    cluster.start()
+    a, b, c = cluster.members
+    subnet, device, routes = a.subnet, tun_of(a), a.routes()
+    transfer = SteadyTransfer(a.pod, b.pod, b.pod_v4)
+    steady = SteadyPing(c.pod, a.pod_v4)
+    cluster.etcd.stop()
+    until = time.monotonic() + OUTAGE_SECONDS
+    a.daemon.kill()
+    a.start()
+    a.daemon.wait_for_output("etcd")  # it says that it has none
+    # While it lasts: the outage itself is what is looked at.
+    while time.monotonic() < until:
+        assert a.routes() == routes
+        time.sleep(0.5)
+    _, said = a.ready()
+    assert "[!]store" in said
+    assert a.subnet == subnet
+    cluster.etcd.start()
+    a.wait_ready()
+    # What happens after the outage is heard of.
+    leaving = c.subnet
+    assert steady.lost() == 0
+    cluster.etcd.revoke(leaving)
+    c.daemon.kill()
+    wait_for(lambda: not any(r.startswith(f"{leaving} ") for r in a.routes()), "the route to go")
+    received = transfer.finish()
+    assert (a.subnet, tun_of(a)) == (subnet, device)
+    print(f"{received} bytes, longest stall {transfer.stall * 1000:.0f} ms")
+    assert transfer.stall < STALL_SECONDS
+
+
+def test_sigterm_leaves_the_packets_flowing(lab):
+    """And the second SIGTERM is not needed."""
+    cluster = Cluster(lab, 2)
+    cluster.start()
+    a, b = cluster.members
+    steady = SteadyPing(a.pod, b.pod_v4)
+    device = tun_of(a)
+    assert a.stop() == 0
+    assert b.stop() == 0
+    assert a.host.run(["ip", "route", "get", str(b.pod_v4)]).stdout.split()[2] == "udptun0"
+    for member in (a, b):
+        member.start()
+        member.wait_ready()
+    assert steady.lost() == 0
+    assert tun_of(a) == device
+
+
+def test_cleanup_leaves_nothing(lab):
+    cluster = Cluster(lab, 2, options=["--ip-masq", "--backend=auto"])
+    a = cluster.members[0]
+    links = a.host.run(["ip", "-br", "link"]).stdout
+    routes = a.host.run(["ip", "route"]).stdout
+    a.start()
+    a.wait_ready()
+    assert a.host.run(["ip", "-br", "link"]).stdout != links
+    assert "udptun" in a.host.run(["nft", "list", "tables"]).stdout
+    a.clean_up()
+    assert a.host.run(["ip", "-br", "link"]).stdout == links
+    assert a.host.run(["ip", "route"]).stdout == routes
+    assert a.host.run(["nft", "list", "tables"]).stdout == ""
+    assert not a.subnet_file.exists()
+    assert not a.control.exists()
