@@ -386,6 +386,21 @@ async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, ma
     await followed.close()
 
 
+@pytest.mark.parametrize("ticks", range(4))
+async def test_hold_ends_when_it_is_told_to(etcd, make, ticks):
+    """At the moment of news too, wherever the loop stands with it."""
+    await etcd.put("config", CONFIG)
+    source = make()
+    task = asyncio.create_task(source.hold(await source.acquire(me(), NONE)))
+    await until(lambda: source._tenure._touched._waiters, "it to wait for news")
+    source._tenure.touched(None)
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=5)
+    assert done and task.cancelled()
+
+
 @pytest.mark.parametrize("times", [0, 1, 2])
 async def test_a_write_whose_answer_is_lost(etcd, make, monkeypatch, times):
     """Not written, written, written twice over: one subnet, one grant, and it is known as ours."""

@@ -119,7 +119,8 @@ class Tenure:
             if contested:  # whoever it was may answer at once: do not fight at the watch's speed
                 await asyncio.sleep(pauses.next())
             try:
-                await asyncio.wait_for(self._touched.wait(), pause)
+                async with asyncio.timeout(pause):  # wait_for may swallow a cancellation
+                    await self._touched.wait()
             except TimeoutError:
                 if not self._said:
                     pauses.reset()
