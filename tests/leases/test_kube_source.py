@@ -742,3 +742,17 @@ async def test_a_daemon_that_starts_from_its_memory_publishes_when_it_can(small)
             return (await small.annotations("n1")).get("public-ip") == "192.0.2.1"
 
         await until("the annotations", mended)
+
+
+async def test_holding_ends_when_cancelled_in_the_moment_of_news(small):
+    """asyncio.wait_for of Python 3.11 loses a cancellation then, and the daemon would not end."""
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source()
+    lease = await source.acquire(ME, Subnets())
+    task = asyncio.create_task(source.hold(lease))
+    await until("the condition", lambda: small.condition("n1"))
+    await until("rest", lambda: source._own_changed._waiters)
+    source._own_changed.set()
+    task.cancel()
+    await asyncio.wait({task}, timeout=5)
+    assert task.cancelled()

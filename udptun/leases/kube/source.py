@@ -106,7 +106,8 @@ class KubeSource:
                 continue
             pause.reset()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._own_changed.wait(), self._config.resync)
+                async with asyncio.timeout(self._config.resync):
+                    await self._own_changed.wait()
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
         book = LeaseBook()
