@@ -188,7 +188,7 @@ class EntrySocket:
             8, NDA_IFINDEX, self._index)
         for body in self._netlink.dump(RTM_GETNEIGH, request):
             _, index, state, _, _ = NDMSG.unpack_from(body)
-            if index == self._index and state == NUD_PERMANENT:
+            if index == self._index and state & NUD_PERMANENT:
                 found = attributes(body, NDMSG.size)
                 if NDA_DST in found and NDA_LLADDR in found:
                     yield bytes(found[NDA_DST]), bytes(found[NDA_LLADDR])
