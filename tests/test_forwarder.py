@@ -9,7 +9,7 @@ import pytest
 
 from tests.own_netns import in_own_netns, ip_json, sh
 from udptun import Endpoint, Forwarder, ForwarderConfig, Route
-from udptun.errors import DeviceError, FieldError
+from udptun.errors import DeviceError, FieldError, UdptunError
 from udptun.model import parse_address, parse_prefix
 
 HERE = "192.0.2.1"
@@ -71,6 +71,34 @@ async def test_two_programs_do_not_share_an_endpoint():
         with pytest.raises(DeviceError, match="another process listens there") as caught:
             await Forwarder(config(workers=2, tun="udptun1")).start()
         assert caught.value.errno == errno.EADDRINUSE
+
+
+@in_own_netns
+async def test_a_taken_control_socket_is_found_before_the_host_is_touched(tmp_path):
+    path = tmp_path / "control.sock"
+    async with Forwarder(config(control=path)):
+        before = ip_json("link")
+        with pytest.raises(DeviceError, match="in use") as caught:
+            await Forwarder(
+                config(control=path, tun="udptun1", listen=(Endpoint.parse(f"{HERE}:9"),))
+            ).start()
+        assert caught.value.errno == errno.EADDRINUSE
+        # an index is used up by each device that is made
+        sh("ip link add probe type bridge")
+        [probe] = [link for link in ip_json("link") if link["ifname"] == "probe"]
+        assert probe["ifindex"] == max(link["ifindex"] for link in before) + 1
+
+
+@in_own_netns
+async def test_a_forwarder_that_does_not_run_takes_no_routes():
+    forwarder = Forwarder(config())
+    route = Route.make("10.244.2.0/24", "192.0.2.2")
+    with pytest.raises(UdptunError, match="not running"):
+        await forwarder.add_route(route)
+    async with forwarder:
+        await forwarder.add_route(route)
+    with pytest.raises(UdptunError, match="not running"):
+        await forwarder.replace_routes([])
 
 
 @in_own_netns

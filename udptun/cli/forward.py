@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,8 @@ MAX_TUN_NAME = 15  # linux/if.h IFNAMSIZ, less the closing zero
 
 
 def tun_name(text: str) -> str:
-    if not 0 < len(text.encode()) <= MAX_TUN_NAME or "/" in text or not text.isprintable() or (
-        " " in text or text in (".", "..")
+    if not 0 < len(text.encode()) <= MAX_TUN_NAME or not text.isprintable() or (
+        any(c in text for c in "/: ") or text in (".", "..")  # linux net/core/dev.c dev_valid_name
     ):
         raise FieldError("--tun", text, f"a device name of up to {MAX_TUN_NAME} characters")
     return text
@@ -63,7 +64,7 @@ def _auto_or_number(text: str) -> int | None:
     if text == "auto":
         return None
     try:
-        return parse_number("", text, 1, 65535)
+        return parse_number("", text, 0, 65535)
     except FieldError:
         raise FieldError("", text, "auto or a whole number") from None
 
@@ -130,6 +131,8 @@ def forward(verbose: int, wait_for: Path | None, **values: Any) -> None:
     at once. SIGHUP reads the route file again, SIGUSR1 logs the state.
     """
     logs.start(verbose)
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they mean nothing yet, least of all death
     try:
         _run(_config(values, wait_for))
     except (UdptunError, OSError, ImportError) as exc:
@@ -165,7 +168,6 @@ def _run(config: ForwarderConfig) -> None:
 
 async def _serve(config: ForwarderConfig) -> None:
     import asyncio
-    import signal
 
     from ..forwarder import Forwarder
 

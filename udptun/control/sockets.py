@@ -79,6 +79,12 @@ async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
             return _bind(path, kind)
 
 
+def refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
+    """Raise DeviceError where ``listen_unix`` would: for those who want to know early."""
+    with _explained(path):
+        _refuse_occupied(path, kind)
+
+
 def _bind(path: Path, kind: socket.SocketKind) -> UnixListener:
     """Bind beside the path and rename: the path shows a listening 0660 socket or nothing.
 

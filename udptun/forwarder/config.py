@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..device.offload import OffloadRequest
 from ..errors import FieldError
-from ..model import Endpoint, IPAddress, IPNetwork
+from ..model import MIN_MTU6, Endpoint, IPAddress, IPNetwork
 
 SOURCE_CHECKS = ("strict", "peer", "off")
 MIN_TUN_MTU = 576  # RFC 791: every host takes datagrams of 576 octets
@@ -61,6 +61,14 @@ class ForwarderConfig:
             raise FieldError("source-check", self.source_check, "strict, peer or off")
         if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_TUN_MTU:
             raise FieldError("mtu", self.mtu, f"auto, or from {MIN_TUN_MTU} to {MAX_TUN_MTU}")
+        if self.mtu is not None and self.mtu < MIN_MTU6 and any(
+            item.version == 6 for item in (*self.addresses, *self.networks)
+        ):
+            raise FieldError("mtu", self.mtu, f"at least {MIN_MTU6} for IPv6 inside the tunnel")
+        if self.control is not None and self.control == self.flannel_control:
+            raise FieldError(
+                "flannel-control", str(self.flannel_control), "another path than --control"
+            )
         if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
             raise FieldError("workers", self.workers, f"auto, or from 1 to {MAX_WORKERS}")
 

@@ -14,6 +14,7 @@ import ipaddress
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager, AsyncExitStack
@@ -22,6 +23,7 @@ from typing import Any, Self, TypeVar
 
 from .. import _core
 from .._version import __version__
+from ..control.sockets import refuse_occupied
 from ..device.offload import Capabilities
 from ..device.steering import attach_steering
 from ..device.tun import Tun
@@ -59,6 +61,7 @@ class Forwarder:
         self._hub = EventHub()
         self._closing = AsyncExitStack()
         self._stop = asyncio.Event()
+        self._running = False
         self._failure: UdptunError | None = None
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
@@ -97,14 +100,20 @@ class Forwarder:
         netlink = Netlink()  # first: it loads in its own thread meanwhile
         close.callback(netlink.close)
         table, origin = self._first_table()
+        for path, kind in (
+            (config.control, socket.SOCK_STREAM),
+            (config.flannel_control, socket.SOCK_SEQPACKET),
+        ):
+            if path is not None:  # made last, but a host is not touched in vain
+                refuse_occupied(path, kind)
         tun = Tun.open(config.tun, config.workers_n, config.offload)
         close.callback(tun.close)
         self.tun_name = tun.name
         if len(tun.fds) > 1:
             attach_steering(tun.fds[0])  # a flow stays on its queue: the order is kept
         sockets = self._open_sockets()
-        for socket in sockets:
-            close.callback(socket.close)
+        for opened in sockets:
+            close.callback(opened.close)
         self.capabilities = Capabilities.combine(config.offload, [tun, *sockets])
 
         link_mtus = {4: 0, 6: 0}
@@ -128,6 +137,7 @@ class Forwarder:
             raise FieldError(error.field, error.value, error.expected, where) from None
         self._table = table
         self.generation = 1
+        self._running = True
 
         self._make_workers(tun, sockets)
         # the device goes up with its table in force and its queues watched
@@ -164,6 +174,7 @@ class Forwarder:
 
     async def close(self) -> None:
         """Drain what is queued, then remove all that ``start`` made."""
+        self._running = False
         closing, self._closing = self._closing, AsyncExitStack()
         await closing.aclose()
 
@@ -186,8 +197,8 @@ class Forwarder:
                     if index == 0 and config.workers_n > 1:
                         sockets[-1].let_join()
         except BaseException:
-            for socket in sockets:
-                socket.close()
+            for opened in sockets:
+                opened.close()
             raise
         return sockets
 
@@ -195,7 +206,7 @@ class Forwarder:
         per_worker = len(self.config.listen)
         for index in range(self.config.workers_n):
             mine = sockets[index * per_worker : (index + 1) * per_worker]
-            fds = {socket.endpoint.address.version: socket.fd for socket in mine}
+            fds = {opened.endpoint.address.version: opened.fd for opened in mine}
             worker = _core.Worker(
                 self._core, tun.fds[index], fds.get(4, -1), fds.get(6, -1),
                 self.capabilities.in_use,
@@ -273,6 +284,8 @@ class Forwarder:
             self.request_stop()
 
     def _on_link(self, netlink: Netlink, up: bool) -> None:
+        if not self._running:
+            return
         if up:
             self._begin(self._restore_tun(netlink))
         elif self._failure is None:
@@ -287,7 +300,8 @@ class Forwarder:
             self._complain(str(error))
 
     def _on_addresses(self, addresses: frozenset[IPAddress]) -> None:
-        self._begin(self._set_own(addresses))
+        if self._running:
+            self._begin(self._set_own(addresses))
 
     async def _set_own(self, addresses: frozenset[IPAddress]) -> None:
         async with self._changing:
@@ -331,6 +345,9 @@ class Forwarder:
     def _begin(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A change that has begun is finished, also when its caller is cancelled meanwhile: what
         is prepared in a helper thread must be committed or thrown away under the lock."""
+        if not self._running:
+            change.close()
+            raise UdptunError("the forwarder is not running")
         task = asyncio.get_running_loop().create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._ended)
