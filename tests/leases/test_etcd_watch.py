@@ -273,27 +273,33 @@ async def test_a_member_without_a_leader_is_no_store(tmp_path, follow):
 
 async def test_a_wiped_store_takes_no_lease_away(etcd, follow):
     """Peers go on being reached while they take their leases back, each by its own daemon."""
-    await etcd.put("config", CONFIG)
-    for i in (1, 2, 3, 4):
+    relay = Relay(etcd.url)
+    await relay.open()
+    for i in (1, 2, 3, 4, 5):
         await etcd.put(f"subnets/10.5.{i}.0-24", value_of(i), ttl=500)
-    followed = await (await follow(etcd.url, ttl_seconds=12, renew_margin_minutes=0.1)).ready()
+    followed = await (await follow(relay.url, ttl_seconds=12, renew_margin_minutes=0.1)).ready()
+    await relay.cut()
     etcd.kill()
     etcd.wipe()
     etcd.start()
+    await etcd.put("subnets/10.5.55.0-24", value_of(5), ttl=500)  # back already, elsewhere
+    await relay.open()
     health = followed.source.health
     await until(lambda: health.relists_n and health.connected, "the wipe to be noticed")
-    assert followed.leases.keys() == {f"10.5.{i}.0-24" for i in (1, 2, 3, 4)}
+    assert followed.leases.keys() == {f"10.5.{i}.0-24" for i in (1, 2, 3, 4, 55)}
     await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)  # back
     await etcd.put("subnets/10.5.2.0-24", value_of(9), ttl=500)  # another's
     await etcd.put("subnets/10.5.33.0-24", value_of(3), ttl=500)  # back elsewhere
     await until(lambda: "10.5.33.0-24" in followed.leases, "news from the new store")
     assert public_ips(followed) == {
         "10.5.1.0-24": "192.0.2.1", "10.5.2.0-24": "192.0.2.9", "10.5.33.0-24": "192.0.2.3",
-        "10.5.4.0-24": "192.0.2.4",
+        "10.5.4.0-24": "192.0.2.4", "10.5.55.0-24": "192.0.2.5",
     }
     # The fourth never comes back: it ends when its lease would have.
     await until(lambda: "10.5.4.0-24" not in followed.leases, "the end of what is forgotten", 40)
-    assert followed.leases.keys() == {"10.5.1.0-24", "10.5.2.0-24", "10.5.33.0-24"}
+    assert followed.leases.keys() == {f"10.5.{i}.0-24" for i in (1, 2, 33, 55)}
+    await followed.source.aclose()
+    await relay.cut()
 
 
 async def test_our_lease_in_a_wiped_store_is_put_back(etcd, follow):
