@@ -59,8 +59,15 @@ class ControlClient:
 
     # Reading
 
-    def status(self) -> dict[str, Any]:
-        return self._get(protocol.STATUS)
+    def status(self, peers: bool = True) -> dict[str, Any]:
+        """``peers`` False: without them, who may be very many."""
+        if peers:
+            return self._get(protocol.STATUS)
+        text = self._read(self._request("GET", protocol.STATUS))
+        # Each is dropped as soon as it is read, so that memory is not needed for all.
+        found: dict[str, Any] = json.loads(
+            text, object_hook=lambda value: None if "last_seen_seconds" in value else value)
+        return found | {"peers": []}
 
     def drops(self) -> list[dict[str, Any]]:
         drops: list[dict[str, Any]] = self._get(protocol.DROPS)["drops"]

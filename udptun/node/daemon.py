@@ -32,7 +32,6 @@ from ..leases.base import (
     Attributes,
     Change,
     Lease,
-    LeaseBook,
     Snapshot,
     StoreDown,
     StoreRefused,
@@ -104,13 +103,13 @@ class Daemon:
         # What is known: from disk first, then from the store.
         self._network: NetConfig | None = None
         self._lease: Lease | None = None
-        self._book = LeaseBook()
+        self._leases: dict[str, Lease] = {}
         self._published: Attributes | None = None  # what the store took from us since our start
         self._ask = True  # network and lease are to be asked for, whatever is known
         self._plan: Plan | None = None
 
         self._again = asyncio.Event()  # a reason to settle
-        self._told = asyncio.Event()  # the leases in force are those of the store, or of the disk
+        self._told = asyncio.Event()  # there are leases in force: the store's, or the disk's
         self._applying = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._reloading = False
@@ -174,9 +173,10 @@ class Daemon:
         tasks.create_task(self._host.keeper.run())
         loop = asyncio.get_running_loop()
         self._netlink.watch_addresses(lambda _: _call_in(loop, self._again.set))
-        await self._settle_first()
-        tasks.create_task(self._keep_settled())
+        current = await self._settle_first()
         tasks.create_task(self._follow())
+        tasks.create_task(self._take_leases_from_disk(current))
+        tasks.create_task(self._keep_settled(current))
         tasks.create_task(self._keep_peers())
         if self._host.rules_wanted:
             tasks.create_task(self._host.firewall.keep(self._config.iptables_resync))
@@ -229,16 +229,37 @@ class Daemon:
     # -- what is known ----------------------------------------------------------------------------
 
     def _take_from_disk(self) -> None:
+        """What this node is. The leases are not taken: the store has them, mostly, and nobody needs
+        the memory for two lists of them."""
         known = self._saved.load(store_name(self._config))
         if known is not None:
             self._network, self._lease = known.network, known.lease
-            self._book.replace(known.leases)
-            self.report.lease, self.report.leases_n = known.lease, len(known.leases)
+            self.report.lease = known.lease
+
+    async def _take_leases_from_disk(self, current: bool) -> None:
+        """When the store does not tell its own. Until then nothing is put in force: the forwarder
+        and the kernel go on with what they have."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STORE_PATIENCE_SECONDS if current else 0):
+                await self._told.wait()
+        async with self._applying:
+            known = None if self._told.is_set() else self._saved.load(store_name(self._config))
+            if known is None:
+                return
+            assert self._plan is not None
+            self._leases = {lease.key: lease for lease in known.leases}
+            await self._put_all(self._plan.here, time.monotonic())
+            self.report.leases_n, self.report.stale = len(self._leases), True
+            self._told.set()
+        log.warning("the store does not tell the leases: those it told before are in force, %d",
+                    len(self._leases))
 
     def _keep_on_disk(self) -> None:
+        if not self._told.is_set():
+            return  # what is there is more than we know
         assert self._network is not None
         self._saved.keep(LastKnown(
-            store_name(self._config), self._network, self._lease, tuple(self._book.leases.values()),
+            store_name(self._config), self._network, self._lease, tuple(self._leases.values()),
         ))
 
     async def _asked(self, question: Coroutine[Any, Any, T], known: object) -> T:
@@ -249,16 +270,11 @@ class Daemon:
 
     # -- settling ---------------------------------------------------------------------------------
 
-    async def _settle_first(self) -> None:
+    async def _settle_first(self) -> bool:
         """Until the host is set up, as the store says or as it said before our start."""
         while True:
             try:
-                if not await self._settle():
-                    self.report.stale = True
-                    self._told.set()
-                    log.warning("going on with what the store said before: %d leases",
-                                len(self._book.leases))
-                return
+                return await self._settle()
             except (StoreDown, NoInterface, DeviceError) as exc:
                 if isinstance(exc, DeviceError) and exc.errno in (errno.EPERM, errno.EACCES):
                     raise
@@ -266,8 +282,7 @@ class Daemon:
                 self.report.waiting = str(exc)
             await self._sleep()
 
-    async def _keep_settled(self) -> None:
-        settled = not self.report.stale
+    async def _keep_settled(self, settled: bool) -> None:
         while True:
             if settled:
                 await self._again.wait()
@@ -424,49 +439,67 @@ class Daemon:
             async for update in updates:
                 since = time.monotonic()
                 if isinstance(update, Snapshot):
-                    changes = self._book.replace(update.leases)
+                    await self._take_all(update.leases, since)
                 else:
-                    changes = update.changes
-                    for change in changes:
-                        if change.new is not None:
-                            self._book.put(change.new)
-                        else:
-                            self._book.remove(change.key)
-                self.report.leases_n = len(self._book.leases)
-                await self._take(changes, since)
-                if isinstance(update, Snapshot):
-                    self.report.stale = False
-                    self._told.set()
+                    await self._take(update.changes, since)
+                self.report.leases_n = len(self._leases)
+                self._keep_on_disk()
                 if self._ask:  # the store is back: ask it for the rest, too
                     self._again.set()
 
+    async def _take_all(self, leases: tuple[Lease, ...], since: float) -> None:
+        """Made anew, not compared with what was known: so nothing holds that any longer. Those
+        who put it in force compare it with what they have."""
+        async with self._applying:
+            self._leases = {lease.key: lease for lease in leases}
+            assert self._plan is not None and self._lease is not None
+            self._look_at_own(self._leases.get(self._lease.key))
+            self._told.set()
+            await self._put_all(self._plan.here, since)
+            self.report.stale = False
+
     async def _take(self, changes: tuple[Change, ...], since: float) -> None:
-        if not changes:
-            return
         async with self._applying:
             assert self._plan is not None and self._lease is not None
-            delta = self._plan.change(changes)
+            for change in changes:
+                if change.new is None:
+                    self._leases.pop(change.key, None)
+                else:
+                    self._leases[change.key] = change.new
+                if change.key == self._lease.key:
+                    self._look_at_own(change.new)
             try:
-                await self._host.put(self._plan, delta, since)
+                await self._host.put(self._plan, self._plan.change(changes), since)
             except DeviceError as exc:  # all of it again: nothing of a change may be lost
                 log.error("%s", exc)
                 self._again.set()
-            for change in changes:
-                if change.key == self._lease.key and change.new is not None \
-                        and not _same(change.new, self._lease):
-                    self._ask = True
-                    self._again.set()
-            self._keep_on_disk()
+
+    def _look_at_own(self, own: Lease | None) -> None:
+        """Ours may be changed by others, in a file or by an operator; that it is gone is for the
+        source to mend."""
+        if own is not None and self._lease is not None and not _same(own, self._lease):
+            self._ask = True
+            self._again.set()
+
+    async def _put_all(self, here: Here, since: float) -> None:
+        self._plan = Plan(here, self._leases.values())
+        try:
+            await self._host.put_all(self._plan, since)
+        except DeviceError as exc:
+            log.error("%s", exc)
+            self._again.set()
 
     async def _plan_for(self, here: Here) -> None:
         async with self._applying:
-            if self._plan is not None and self._plan.here == here:
+            if not self._told.is_set():
+                self._plan = Plan(here)
+            elif self._plan is not None and self._plan.here == here:
                 await self._host.resync()
-                return
-            self._plan = Plan(here, self._book.leases.values())
-            await self._host.put_all(self._plan, time.monotonic())
+            else:
+                await self._put_all(here, time.monotonic())
 
     async def _keep_peers(self) -> None:
+        await self._told.wait()
         while True:
             await asyncio.sleep(RESYNC_SECONDS)
             async with self._applying:

@@ -156,7 +156,8 @@ class ForwarderKeeper:
 
     async def _attend(self, spec: ForwarderSpec, gone: asyncio.Future[bytes]) -> None:
         """Serve a forwarder that is there, until it is gone or something else is wanted."""
-        why = spec.misfit(await self._call(self._client.status))
+        status = await self._call(lambda: self._client.status(peers=False))
+        why = spec.misfit(status)
         if why:
             if time.monotonic() < self._not_before:  # so it was made just now, or stopped in vain
                 self._fail(f"the forwarder is not as wanted: {why}")
@@ -307,7 +308,7 @@ async def dismiss(control: Path, forward_file: Path) -> bool:
     def stop() -> bool:
         with ControlClient(str(control), CALL_SECONDS) as client:
             try:
-                client.status()
+                client.status(peers=False)
             except NoForwarder:
                 return False
             client.stop()
