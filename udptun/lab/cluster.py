@@ -101,6 +101,11 @@ class Etcd:
         )
         return {_decode(kv["key"]): _decode(kv.get("value", "")) for kv in answer.get("kvs", [])}
 
+    def compact(self) -> None:
+        """Forget what was before now."""
+        revision = self._ask("/v3/kv/range", {"key": _encode("/")})["header"]["revision"]
+        self._ask("/v3/kv/compaction", {"revision": revision, "physical": True})
+
     def leases(self) -> dict[str, Any]:
         """What nodes have said of themselves, by subnet key."""
         head = f"{PREFIX}/subnets/"
