@@ -17,7 +17,7 @@ from types import ModuleType
 from udptun.lab import Lab, LabError, missing_tools
 from udptun.lab.tools import install_command
 
-from . import instructions, plots, readme, record, report, system
+from . import flame, instructions, plots, readme, record, report, system
 from .contenders import find
 from .contenders.external import installed_names
 from .metrics import gap, lookup, memory, pps, rtt, scale, start, tcp
@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         "full": "everything, 60 minutes at most",
         **{name: (module.__doc__ or "").split("\n")[0] for name, (module, _) in SINGLE.items()},
     }
-    for name, text in described.items():
+    for name, words in described.items():
+        text = words.replace("%", "%%")  # argparse formats it
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=_measure, what=name)
         command.add_argument("--blocks", type=int, help="blocks to accept of each series")
@@ -118,6 +119,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("lines", type=Path, help="the run's folder or its lines")
     command.add_argument("--readme", type=Path, default=ROOT / "README.md")
     command.set_defaults(run=lambda a: readme.rewrite(a.readme, load(record.read(a.lines))))
+    text = "flame graph of one TCP stream through a contender (perf)"
+    command = commands.add_parser("flame", help=text, description=text)
+    command.add_argument("--contender", default="udptun", metavar="WORDS")
+    command.add_argument("--profile", default="P1", choices=("P1", "P2", "P3"))
+    command.add_argument("--seconds", type=int, default=5)
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    command.set_defaults(run=_flame)
     text = "instructions that single steps take on fixed input (valgrind)"
     command = commands.add_parser("instructions", help=text, description=text)
     command.add_argument("--save", type=Path, metavar="FILE", help="write the counts there")
@@ -205,6 +213,18 @@ def finish(folder: Path, lines: list[record.Line]) -> str:
 def _report_again(arguments: argparse.Namespace) -> int:
     print(finish(arguments.folder, record.read(arguments.folder)))
     return 0
+
+
+def _flame(arguments: argparse.Namespace) -> int:
+    obstacle = _obstacle()
+    try:
+        if obstacle is None:
+            flame.run(arguments.contender, arguments.profile, arguments.seconds, arguments.out)
+            return 0
+    except LabError as e:
+        obstacle = str(e)
+    print(f"bench: {obstacle}", file=sys.stderr)
+    return 1
 
 
 def _command() -> str:
