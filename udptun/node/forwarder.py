@@ -237,48 +237,49 @@ class ForwarderKeeper:
                 # As text, which is a third of the JSON, and of the work to make it.
                 table = "".join([f"{route}\n" for route in self._routes.values()]).encode()
                 diff = await self._call(lambda: self._client.replace_text(table))
-                self._note(diff, since, whole)
-                return
-            for subnet, route in pending.items():
-                self._note(await self._call(self._one(subnet, route)), since, whole)
+                if self._count(diff):
+                    log.info("routes put in force: %d added, %d changed, %d removed",
+                             diff.added, diff.changed, diff.removed)
+                self._report.forwarder.replaces_n += 1
+            else:
+                for subnet, route in pending.items():
+                    before = self._generation
+                    diff = await self._call(self._one(subnet, route))
+                    if diff.generation != before + bool(self._count(diff)):
+                        self._put_all_back()
         except BaseException:
-            self._all = True
-            self._since = since
+            self._all, self._since = True, since
             raise
+        report = self._report
+        report.forwarder.routes_n = len(self._routes)
+        if since is not None:
+            report.applied = time.monotonic()
+            report.lag = report.applied - since
+        if not (self._all or self._pending):
+            report.forwarder.in_step = True
+            self._in_step.set()
 
     def _one(self, subnet: IPNetwork, route: Route | None) -> Callable[[], RouteDiff]:
         if route is None:
             return lambda: self._client.delete(subnet)
         return lambda: self._client.put(route)
 
-    def _note(self, diff: RouteDiff, since: float | None, whole: bool) -> None:
-        """Book a change that is in force."""
-        changed = diff.added + diff.changed + diff.removed
-        if not whole and diff.generation != self._generation + bool(changed):
-            log.warning("somebody else has changed the forwarder's routes: putting them all")
-            self._all = True
-            self._wake.set()
+    def _count(self, diff: RouteDiff) -> int:
         self._generation = diff.generation
-        report, now = self._report, time.monotonic()
-        report.route_changes_n["udp"] += changed
-        report.forwarder.replaces_n += whole
-        report.forwarder.routes_n = len(self._routes or ())
-        if since is not None:
-            report.applied, report.lag = now, now - since
-        if not (self._all or self._pending):
-            report.forwarder.in_step = True
-            self._in_step.set()
-        if whole and changed:
-            log.info("routes put in force: %d added, %d changed, %d removed",
-                     diff.added, diff.changed, diff.removed)
+        changed = diff.added + diff.changed + diff.removed
+        self._report.route_changes_n["udp"] += changed
+        return changed
+
+    def _put_all_back(self) -> None:
+        log.warning("somebody else has changed the forwarder's routes: putting them all")
+        self.resync()
 
     async def _check(self) -> None:
         """Nothing was to do for a while: is the forwarder still as we left it?"""
         events = await self._call(lambda: list(self._client.events(follow=False)))
-        if events[0]["generation"] != self._generation and not self._all and \
-                self._routes is not None:
-            log.warning("somebody else has changed the forwarder's routes: putting them all")
-            self.resync()
+        if self._routes is not None and not self._all and \
+                events[0]["generation"] != self._generation:
+            self._put_all_back()
 
     # -- waiting ----------------------------------------------------------------------------------
 

@@ -1,0 +1,309 @@
+"""A forwarder is found or started, and its routes stay ours: against a real control server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from fakes import LoopThread, Served
+
+from udptun.control.client import ControlClient
+from udptun.leases.base import SourceHealth
+from udptun.model import Route
+from udptun.node import forwarder as module
+from udptun.node.forwarder import ForwarderKeeper
+from udptun.node.launch import ForwarderSpec
+from udptun.node.report import NodeReport
+
+
+def route(n, via=2):
+    return Route(ipaddress.ip_network(f"10.244.{n}.0/24"), ipaddress.ip_address(f"192.0.2.{via}"))
+
+
+def table(*routes):
+    return {one.dst: one for one in routes}
+
+
+async def until(predicate, what, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not (value := predicate()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        await asyncio.sleep(0.01)
+    return value
+
+
+@pytest.fixture
+def thread():
+    with LoopThread() as loop_thread:
+        yield loop_thread
+
+
+@pytest.fixture
+def control(tmp_path):
+    return tmp_path / "udptun.sock"
+
+
+@pytest.fixture
+def spec(control):
+    """What FakeForwarder says it is."""
+    return ForwarderSpec(
+        control=str(control), listen=("192.0.2.1:8285",), addresses=("10.244.1.0",),
+        networks=("10.244.0.0/16",), tun="udptun0", state="/nowhere", mtu=1472,
+    )
+
+
+@pytest.fixture
+async def keeper(control, tmp_path):
+    """Running; of a forwarder that somebody else starts."""
+    async with running(control, tmp_path) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def running(control, tmp_path, spawned=False):
+    report = NodeReport("file", SourceHealth())
+    made = ForwarderKeeper(
+        control, tmp_path / "forward.json", tmp_path / "forwarder.log", spawned, report)
+    made.report = report
+    task = asyncio.create_task(made.run())
+    try:
+        yield made
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+class Child:
+    """A started process, of which only this is asked."""
+
+    pid, returncode = 4711, None
+
+    def poll(self):
+        return self.returncode
+
+
+async def test_one_that_runs_and_fits_is_adopted_and_keeps_routes_that_are_ours(
+    thread, control, keeper, spec
+):
+    with Served(thread, control) as served:
+        with ControlClient(str(control)) as client:
+            client.put(route(2))
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.in_step()
+        assert served.forwarder.generation == 2  # nothing changed
+        assert keeper.report.forwarder.connected
+        assert not served.forwarder.stopped.is_set()
+
+
+async def test_nothing_is_taken_from_a_forwarder_before_routes_are_known(
+    thread, control, keeper, spec
+):
+    with Served(thread, control) as served:
+        with ControlClient(str(control)) as client:
+            client.put(route(2))
+        keeper.want(spec)
+        await until(lambda: keeper.report.forwarder.connected, "the forwarder to be adopted")
+        keeper.resync()
+        await asyncio.sleep(0)
+        assert served.forwarder.table == table(route(2))
+
+
+async def test_a_few_changes_are_put_one_by_one_and_many_at_once(thread, control, keeper, spec):
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(route(2), route(3)))
+        await keeper.in_step()
+        served.forwarder.calls.clear()
+        keeper.change({route(2).dst: None, route(4).dst: route(4)})
+        await keeper.in_step()
+        assert served.forwarder.table == table(route(3), route(4))
+        assert served.forwarder.calls == ["delete 10.244.2.0/24", f"put {route(4)}"]
+        served.forwarder.calls.clear()
+        keeper.change({one.dst: one for one in (route(n, 9) for n in range(2, 102))})
+        await keeper.in_step()
+        assert served.forwarder.calls == ["replace"]
+        assert len(served.forwarder.table) == 100
+        assert keeper.report.route_changes_n["udp"] == 2 + 2 + 100
+
+
+async def test_what_changes_during_a_change_is_put_after_it(thread, control, keeper, spec):
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.in_step()
+        for n in range(3, 60):
+            keeper.change({route(n).dst: route(n)})
+            if n % 7 == 0:
+                await asyncio.sleep(0)
+        await keeper.in_step()
+        assert served.forwarder.table == table(*(route(n) for n in range(2, 60)))
+
+
+async def test_after_a_reconnect_all_is_put_again(thread, control, keeper, spec):
+    with Served(thread, control) as first:
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.in_step()
+        first.close()
+    await until(lambda: not keeper.report.forwarder.connected, "the end to be noticed")
+    keeper.change({route(3).dst: route(3)})
+    with Served(thread, control) as second:
+        await keeper.in_step()
+        assert second.forwarder.table == table(route(2), route(3))
+
+
+async def test_routes_that_somebody_else_changed_are_put_back(
+    thread, control, keeper, spec, monkeypatch
+):
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.05)
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.in_step()
+        with ControlClient(str(control)) as client:
+            client.put(route(66))
+            client.delete(route(2).dst)
+        await until(lambda: served.forwarder.table == table(route(2)), "our routes to be back")
+
+
+async def test_a_change_of_somebody_else_between_ours_is_seen_at_once(
+    thread, control, keeper, spec
+):
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.in_step()
+        with ControlClient(str(control)) as client:
+            client.put(route(66))
+        keeper.change({route(3).dst: route(3)})
+        await until(lambda: served.forwarder.table == table(route(2), route(3)), "our routes")
+
+
+async def test_a_failed_change_is_tried_again_as_a_whole(
+    thread, control, keeper, spec, monkeypatch
+):
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.in_step()
+        served.forwarder.fail_with = RuntimeError("as made for the test")
+        keeper.change({route(3).dst: route(3)})
+        await until(lambda: keeper.report.forwarder.error, "the error to be told")
+        assert not keeper.report.forwarder.in_step
+        served.forwarder.fail_with = None
+        await keeper.in_step()
+        assert served.forwarder.table == table(route(2), route(3))
+        assert keeper.report.forwarder.error == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("listen", ("192.0.2.9:8285",), "it listens on"), ("mtu", 1400, "MTU"),
+        ("addresses", ("10.244.9.0",), "addresses"), ("tun", "udptun9", "device"),
+        ("networks", ("10.0.0.0/8",), "networks"),
+    ],
+)
+async def test_one_that_does_not_fit_is_stopped_with_the_reason(
+    thread, control, keeper, spec, caplog, field, value, said
+):
+    with Served(thread, control) as served:
+        keeper.want(replace(spec, **{field: value}))
+        await until(served.forwarder.stopped.is_set, "it to be stopped")
+        assert any("not as wanted" in text and said in text for text in caplog.messages)
+
+
+async def test_a_change_of_what_is_wanted_stops_it_and_keeps_the_routes(
+    thread, control, keeper, spec
+):
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.in_step()
+        keeper.want(replace(spec, mtu=1400))
+        await until(served.forwarder.stopped.is_set, "it to be stopped")
+    keeper.want(spec)
+    with Served(thread, control) as second:
+        await keeper.in_step()
+        assert second.forwarder.table == table(route(2))
+
+
+async def test_the_file_says_what_is_wanted_before_any_forwarder_is_there(
+    keeper, spec, tmp_path
+):
+    keeper.want(spec)
+    assert json.loads((tmp_path / "forward.json").read_text()) == spec.to_json()
+    await until(lambda: "--wait-for" in keeper.report.forwarder.error, "the reason to be told")
+
+
+async def test_an_equal_file_is_left_alone(keeper, spec, tmp_path):
+    spec.write(tmp_path / "forward.json")
+    before = (tmp_path / "forward.json").stat()
+    keeper.want(spec)
+    after = (tmp_path / "forward.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+async def test_one_is_started_where_none_answers(thread, control, tmp_path, spec, monkeypatch):
+    served = Served(thread, control)
+
+    def spawn(forward_file, log):
+        assert ForwarderSpec.read(forward_file) == spec
+        served.__enter__()
+        return Child()
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    async with running(control, tmp_path, spawned=True) as keeper:
+        keeper.replace(table(route(2)))
+        keeper.want(spec)
+        await keeper.in_step()
+        assert keeper.report.forwarder.starts_n == 1
+        assert served.forwarder.table == table(route(2))
+    assert not served.forwarder.stopped.is_set()  # the keeper's end is not the forwarder's
+    served.close()
+
+
+async def test_one_that_ends_at_once_is_started_with_pauses_and_its_words_are_told(
+    control, tmp_path, spec, monkeypatch
+):
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.2)
+    started = []
+
+    def spawn(forward_file, log):
+        log.write_text("TUN: operation not permitted\n")
+        started.append(time.monotonic())
+        child = Child()
+        child.returncode = 1
+        return child
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    async with running(control, tmp_path, spawned=True) as keeper:
+        keeper.want(spec)
+        await until(lambda: len(started) == 3, "three attempts")
+        assert "operation not permitted" in keeper.report.forwarder.error
+    assert started[2] - started[1] > 0.15
+
+
+async def test_dismiss_takes_the_file_away_before_it_stops(thread, control, keeper, spec, tmp_path):
+    forward_file = tmp_path / "forward.json"
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace({})
+        await keeper.in_step()
+        await keeper.dismiss()
+        assert served.forwarder.stopped.is_set()
+    assert not forward_file.exists()
+
+
+async def test_dismiss_leaves_alone_what_was_never_ours(thread, control, keeper):
+    with Served(thread, control) as served:
+        await keeper.dismiss()
+        assert not served.forwarder.stopped.is_set()
