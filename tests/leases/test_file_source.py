@@ -465,6 +465,26 @@ async def test_reload_does_not_wait_and_reads_what_seems_the_same(hosts, monkeyp
         assert await following() == Changes((Change(lease(2), None),))
 
 
+@pytest.mark.parametrize("steps", range(5))
+async def test_an_end_that_meets_a_reload_is_an_end(hosts, steps):
+    source = FileSource(hosts, poll_s=3600)
+    told = asyncio.Event()
+
+    async def listen():
+        async for _ in source.updates():
+            told.set()
+
+    task = asyncio.create_task(listen())
+    async with asyncio.timeout(20):
+        await told.wait()
+    source.reload()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=20)
+    assert done
+
+
 async def test_each_iteration_begins_with_a_snapshot(hosts):
     source = FileSource(hosts)
     for _ in range(2):

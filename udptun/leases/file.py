@@ -126,8 +126,9 @@ class FileSource:
         return self._hosts
 
     async def _pause(self) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._asked.wait(), self._poll_s)
+        with suppress(TimeoutError):  # wait_for loses a cancellation that meets the event
+            async with asyncio.timeout(self._poll_s):
+                await self._asked.wait()
         self._asked.clear()
 
     async def _look(self) -> None:

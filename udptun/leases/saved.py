@@ -108,7 +108,8 @@ class Saved:
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
 
     def _write(self, known: LastKnown) -> None:
         """So that after a crash at any point the old file is there whole, or the new one."""
