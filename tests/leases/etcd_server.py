@@ -191,6 +191,13 @@ class Etcd:
         await self.ask("auth/enable")
         await self.log_in()
 
+    async def forget_tokens(self):
+        """All that were given out are none from now on, after a restart too."""
+        await self.ask("auth/disable")
+        self.headers = {}
+        await self.ask("auth/enable")
+        await self.log_in()
+
     async def log_in(self):
         self.headers = {}
         answer = await self.ask("auth/authenticate", name="root", password="secret")

@@ -1,6 +1,5 @@
 """Who we are to a real etcd, and who it is to us: TLS, client certificates, user and password."""
 
-import asyncio
 import contextlib
 import ipaddress
 
@@ -149,23 +148,26 @@ async def test_a_user_where_nobody_asks_for_one(tmp_path, make):
         etcd.kill()
 
 
-async def test_tokens_that_the_store_forgot(auth_etcd, make):
-    """A member keeps tokens in memory: after a restart ours is none, for calls and the watch."""
+async def test_a_token_that_the_store_forgot(auth_etcd, make):
     source = make(auth_etcd, username="flannel", password="pass")
-    lease = await source.acquire(ME, Subnets())
+    await source.network()
+    await auth_etcd.forget_tokens()
+    assert (await source.network()).network
+
+
+async def test_a_token_that_the_store_forgot_stops_no_watch(auth_etcd, make):
+    """Nobody asks anything else meanwhile: the watch alone must find out."""
+    source = make(auth_etcd, username="flannel", password="pass")
     followed = await Followed(source).ready()
-    holding = asyncio.create_task(source.hold(lease))
+    await auth_etcd.forget_tokens()
     auth_etcd.kill()
     await until(lambda: not source.health.connected, "the outage")
     auth_etcd.start()
     await until(lambda: source.health.connected, "the watch")
-    assert (await source.network()).network
     await auth_etcd.log_in()
     await auth_etcd.put("subnets/10.5.200.0-24", '{"PublicIP":"192.0.2.9"}')
     await until(lambda: "10.5.200.0-24" in followed.leases, "the watch to go on")
-    holding.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await holding
+    assert source.health.relists_n == 0
     await followed.close()
 
 
