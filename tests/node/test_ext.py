@@ -281,7 +281,37 @@ def test_ipv6_is_said_not_to_be_carried(pair) -> None:
     assert "only IPv4" in said
 
 
+@needs_root
+@pytest.mark.netns
+def test_a_unit_that_would_take_the_forwarder_along_is_told_so(pair) -> None:
+    pair[0].env["INVOCATION_ID"] = "0" * 32  # as systemd sets it
+    code, said = pair[0].post(SUBNETS[0], pair[0].host.v4)
+    assert code == 0
+    assert "KillMode=process" in said
+    assert "--forwarder external" in said
+
+
 # Without a forwarder
+
+
+def test_the_commands_of_each_peer_import_little(tmp_path: Path) -> None:
+    """flanneld runs one after the other, thousands of them when it starts."""
+    script = (
+        "import sys\nfrom udptun.cli import cli\n"
+        "cli.main(['ext', 'add'], prog_name='udptun', standalone_mode=False)"
+    )
+    env = os.environ | {
+        "UDPTUN_SOCKET": str(tmp_path / "none.sock"), "SUBNET": "10.244.2.0/24",
+        "PUBLIC_IP": "192.0.2.2",
+    }
+    traced = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", script], env=env, input="", text=True,
+        capture_output=True, check=False,
+    ).stderr
+    loaded = {line.rpartition("|")[2].strip() for line in traced.splitlines() if "|" in line}
+    assert {"udptun.node.extension", "udptun.control.client"} <= loaded
+    heavy = {"asyncio", "aiohttp", "grpc", "pyroute2", "subprocess", "uvloop", "udptun._core"}
+    assert not loaded & heavy
 
 
 def test_the_documented_commands_need_no_shell() -> None:

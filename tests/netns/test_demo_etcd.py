@@ -1,0 +1,42 @@
+"""``make demo-etcd`` as a person runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from udptun.lab.cluster import etcd_obstacle
+
+pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+
+DEMO = [sys.executable, "-m", "udptun.lab.demo_etcd"]
+
+
+@pytest.mark.slow
+def test_it_shows_nodes_that_come_and_go_and_cleans_up():
+    with subprocess.Popen(
+        DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as demo:
+        text = demo.communicate(timeout=110)[0]
+    assert demo.returncode == 0, text
+    for pairs in (6, 12, 6):
+        _, found, text = text.partition(f"{pairs} of {pairs} came back")
+        assert found
+    count = re.search(r"(\d+) of (\d+) pings came back", text)
+    assert count
+    assert count[1] == count[2]
+    assert "removed 10 namespaces" in text
+    assert not [*Path("/run/netns").glob(f"ut{demo.pid}-*")]
+
+
+def test_it_needs_root():
+    done = subprocess.run(
+        ["setpriv", "--reuid", "65534", "--clear-groups", *DEMO],
+        capture_output=True, text=True, check=False,
+    )
+    if "Permission denied" in done.stderr and "demo-etcd" not in done.stderr:
+        pytest.skip("nobody may not read this interpreter")
+    assert done.returncode == 1
+    assert done.stderr.startswith("make demo-etcd needs root")
