@@ -23,7 +23,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test soak bench bench-full bench-micro sanitize lint clean FORCE
+.PHONY: help build demo demo-etcd test soak bench bench-full bench-micro bench-instructions sanitize lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,7 +74,12 @@ bench-full: build $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare all there is 
 
 bench-micro: build $(VENV)/test.stamp ## time the single steps of the core
 	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-only \
+	  --benchmark-storage=bench/baselines --benchmark-compare=0001 \
 	  --benchmark-columns=min,median,rounds $(ARGS)
+
+bench-instructions: build $(VENV)/test.stamp ## count the core's instructions, hold them to the last count
+	$(call need,valgrind:valgrind,exit 1)
+	@$(PY) -m bench instructions --check bench/baselines/instructions.json $(ARGS)
 
 $(BENCH_PROGRAMS): %: %.c
 	@$(CC) $(CFLAGS) -Wall -Wextra -o $@ $<

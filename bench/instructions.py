@@ -10,6 +10,7 @@ The Python objects around a step are counted, too; they are the same before and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -29,20 +30,27 @@ _ROUNDS = 10
 _COLLECT = {
     "cut": "__pyx_pw_6udptun_6_steps_*cut", "merge": "__pyx_pw_6udptun_6_steps_*merge",
     "lookup": "__pyx_pw_6udptun_6_steps_*bench",
+    "out": "__pyx_pw_6udptun_5_core_6Worker_*run", "in": "__pyx_pw_6udptun_5_core_6Worker_*run",
 }
 STEPS = {
     "cut tcp 44 x 1420": "cut", "cut udp 64 x 64": "cut", "merge tcp 44 x 1420": "merge",
     "merge udp 64 x 64": "merge", "lookup v4 random 1000": "lookup",
-    "lookup v6 random 1000": "lookup",
+    "lookup v6 random 1000": "lookup", "out tcp 44 x 1420": "out", "in tcp 44 x 1420": "in",
 }
 
 
 def replay(step: str) -> None:
     """What runs under valgrind: the step on its input, a few rounds."""
     kind, *words = step.split()
-    work = _look_up(words) if kind == "lookup" else _packets(kind, words)
-    for _ in range(_ROUNDS):
-        work()
+    with contextlib.ExitStack() as stack:
+        if kind == "lookup":
+            work = _look_up(words)
+        elif kind in ("out", "in"):
+            work = _path(stack, kind, words)
+        else:
+            work = _packets(kind, words)
+        for _ in range(_ROUNDS):
+            work()
 
 
 def _packets(kind: str, words: list[str]) -> Callable[[], object]:
@@ -55,6 +63,27 @@ def _packets(kind: str, words: list[str]) -> Callable[[], object]:
         return lambda: merge(run)
     frame = _super_packet(run)
     return lambda: cut(frame)
+
+
+def _path(stack: contextlib.ExitStack, kind: str, words: list[str]) -> Callable[[], object]:
+    """A worker's whole way with one frame, or one received run; the kernel's part not counted."""
+    from .micro import packets
+    from .micro.path import Path as Worker
+
+    run = packets.run(words[0], int(words[1]), int(words[3]))
+    frame, worker = _super_packet(run), stack.enter_context(Worker())
+
+    def out() -> None:
+        worker.send_frame(frame)
+        worker.work()
+        worker.received(worker.peer)
+
+    def into() -> None:
+        worker.send_run(run)
+        worker.work()
+        worker.received(worker.tun)
+
+    return out if kind == "out" else into
 
 
 def _super_packet(run: list[bytes]) -> bytes:

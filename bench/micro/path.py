@@ -1,0 +1,79 @@
+"""One worker with a stand-in for the TUN: a frame is a message of a SOCK_SEQPACKET pair.
+
+Owns: the sockets and the worker between them; the peer is a UDP socket on loopback. The kernel's
+part of the work is real, but for the TUN's: what is timed here is compared with itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from types import TracebackType
+from typing import Self
+
+from udptun import _core
+
+UDP_SEGMENT, UDP_GRO = 103, 104  # linux/udp.h
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+_ROOM = 8 << 20
+_FEATURES = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge", "batch")
+
+
+class Path:
+    """``send_frames`` and ``work``: the road out. ``send_run`` and ``work``: the road in."""
+
+    def __init__(self) -> None:
+        self._closing = contextlib.ExitStack()
+        self.tun, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.tun, ours):
+            self._closing.enter_context(end)
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+        self._udp, self.peer = self._bound("127.0.0.1"), self._bound("127.0.0.2")
+        notify = os.eventfd(0, os.EFD_NONBLOCK)
+        self._closing.callback(os.close, notify)
+        core = _core.Core("off", 1, (1500, 0), [bytes((10, 99, 1, 0))], notify)
+        port = self.peer.getsockname()[1]
+        core.publish(_core.RouteTable.parse_text(b"10.0.0.0/8 via 127.0.0.2 port %d" % port))
+        self._worker = _core.Worker(core, ours.fileno(), self._udp.fileno(), -1, _FEATURES, 64)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing.close()
+
+    def _bound(self, address: str) -> socket.socket:
+        sock = self._closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _ROOM)
+        sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+        sock.bind((address, 0))
+        return sock
+
+    def send_frame(self, frame: bytes) -> None:
+        """What the kernel would hand over: a vnet header and an IP packet."""
+        self.tun.send(frame)
+
+    def send_run(self, packets: list[bytes]) -> None:
+        """Packets of equal size, as the peer sends them: one UDP_SEGMENT message."""
+        control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", len(packets[0])))]
+        self.peer.sendmsg([b"".join(packets)], control, 0, self._udp.getsockname())
+
+    def work(self) -> None:
+        """All there is to do; it ends a millisecond after that."""
+        self._worker.run(1)
+
+    @staticmethod
+    def received(sock: socket.socket) -> int:
+        """Bytes that wait in ``tun`` or ``peer``; they are taken."""
+        n = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                n += len(sock.recv(1 << 18))
+        return n
