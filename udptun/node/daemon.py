@@ -74,7 +74,12 @@ async def run(config: NodeConfig) -> None:
         if config.cleanup:
             await clean_up(config, netlink)
         else:
-            await Daemon(config, netlink).run()
+            daemon = Daemon(config, netlink)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, daemon.stop, signal.Signals(number).name)
+            loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+            await daemon.run()
 
 
 @contextlib.contextmanager
@@ -120,10 +125,8 @@ class Daemon:
     # -- life -------------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        """Until ``stop``, or until what no waiting can mend."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop, signal.Signals(number).name)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
         work = loop.create_task(self._work())
         stop = loop.create_task(self._stopping.wait())
         try:
@@ -135,16 +138,18 @@ class Daemon:
             with contextlib.suppress(asyncio.CancelledError):
                 await work
 
-    def _stop(self, name: str) -> None:
+    def stop(self, why: str) -> None:
+        """End, and leave all in place. Asked again: exit at once."""
         if self._stopping.is_set():
-            log.warning("%s again: exiting at once", name)
+            log.warning("%s again: exiting at once", why)
             logging.shutdown()
             os._exit(1)
-        log.info("%s: ending; forwarder, routes and lease stay", name)
+        log.info("%s: ending; forwarder, routes and lease stay", why)
         self._stopping.set()
 
-    def _reload(self) -> None:
-        log.info("SIGHUP: reading everything again")
+    def reload(self) -> None:
+        """Ask the store for everything again, and look whether all on the host is as it should."""
+        log.info("reading everything again")
         self._notifier.reloading()
         self._reloading = self._ask = True
         reload: Callable[[], None] | None = getattr(self._source, "reload", None)
@@ -289,6 +294,7 @@ class Daemon:
             else:
                 await self._sleep()
             self._again.clear()
+            reloading, self._reloading = self._reloading, False
             try:
                 settled = await self._settle()
             except (UdptunError, OSError) as exc:
@@ -296,8 +302,7 @@ class Daemon:
                 settled = False
             if settled:
                 self._complained.clear()
-            if self._reloading:
-                self._reloading = False
+            if reloading:
                 self._notifier.ready(self._status())
 
     async def _sleep(self) -> None:

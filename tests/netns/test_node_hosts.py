@@ -1,0 +1,217 @@
+"""Three machines with one list of nodes are an overlay, whatever ends and comes back on them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cluster_traffic import SteadyPing
+
+from udptun.lab import Lab, LabError, ping, wait_for
+from udptun.lab.cluster import Member, unreachable
+
+
+class Overlay:
+    """Nodes on one segment, and the list of them, which they share."""
+
+    def __init__(self, lab: Lab, *options: str, external: bool = False, v6: bool = False) -> None:
+        hosts = [lab.host(f"n{i}") for i in (1, 2, 3)]
+        lab.segment(*hosts)
+        self.v6 = v6
+        self.file = lab.folder / "hosts.toml"
+        self.members = [
+            Member(host, [f"--hosts={self.file}"], (f"--node-name={host.name}", *options), external)
+            for host in hosts
+        ]
+        self.write()
+
+    def write(self, *more: str, **changed: str) -> None:
+        """The list; ``n2="..."`` puts other lines for that node."""
+        networks = ["10.244.0.0/16", *(["fd44::/32"] if self.v6 else [])]
+        text = [f"network = {networks}", *more]
+        for i, member in enumerate(self.members, 1):
+            subnets = [f"10.244.{i}.0/24", *([f"fd44:0:{i}::/64"] if self.v6 else [])]
+            text += [f'[[nodes]]\nname = "n{i}"', changed.get(
+                f"n{i}", f'public = "{member.host.v4}"\nsubnets = {subnets}')]
+        fresh = self.file.with_suffix(".new")
+        fresh.write_text("\n".join(text) + "\n")
+        fresh.replace(self.file)
+
+    def start(self) -> None:
+        for member in self.members:
+            member.start()
+        for member in self.members:
+            member.wait_ready()
+            member.add_pod()
+
+    def assert_whole(self) -> None:
+        missing: list[str] = []
+
+        def reached() -> bool:
+            missing[:] = unreachable(self.members)
+            return not missing
+
+        try:
+            wait_for(reached, "all pods to reach all others", 20)
+        except LabError as exc:
+            raise LabError(f"{exc}: {missing}") from None
+
+
+@pytest.fixture
+def overlay(lab):
+    made = Overlay(lab)
+    made.start()
+    return made
+
+
+def tun_of(member: Member) -> str:
+    """What names this very device: its number and when it was made do not come again."""
+    return member.host.run(["ip", "-o", "link", "show", "udptun0"]).stdout.split(":")[0]
+
+
+def kill_group(member: Member) -> None:
+    """The daemon, and all that shares its process group."""
+    os.killpg(member.daemon.pid, signal.SIGKILL)
+    member.daemon.wait()
+
+
+def alive(pid: int) -> bool:
+    """One that has ended may stay as a zombie where nobody reaps orphans: it has no words left."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except FileNotFoundError:
+        return False
+
+
+def test_three_machines_and_one_file_are_an_overlay(overlay):
+    overlay.assert_whole()
+    a, b, _ = overlay.members
+    assert ping(a.host, b.pod_v4).received == 3  # a host, too
+    assert a.env["FLANNEL_SUBNET"] == "10.244.1.1/24"
+    assert a.env["FLANNEL_MTU"] == "1472"
+    assert a.routes() == {f"10.244.{i}.0/24 via {m.host.v4}"
+                          for i, m in enumerate(overlay.members, 1) if m is not a}
+
+
+def test_the_end_of_a_daemon_is_not_noticed(overlay):
+    """kill -9 of its process group, SIGTERM, and its return: not a packet, not a device."""
+    a, b, _ = overlay.members
+    before = (tun_of(a), a.forwarder_pid(), a.ask("/v1/routes"))
+    steady = SteadyPing(a.pod, b.pod_v4)
+    for end in (kill_group, Member.stop):
+        end(a)
+        assert (tun_of(a), a.forwarder_pid()) == before[:2]
+        a.start()
+        a.wait_ready()
+    assert (tun_of(a), a.forwarder_pid(), a.ask("/v1/routes")) == before
+    assert steady.lost() == 0
+
+
+def test_a_forwarder_that_is_killed_comes_back_with_its_routes(overlay):
+    a, *_ = overlay.members
+    killed, routes = a.forwarder_pid(), a.routes()
+    os.kill(killed, signal.SIGKILL)
+
+    def back() -> bool:
+        try:
+            return a.forwarder_pid() != killed and a.routes() == routes
+        except (OSError, LabError):
+            return False
+
+    wait_for(back, "another forwarder with the routes")
+    overlay.assert_whole()
+
+
+def test_a_forwarder_that_is_gone_with_its_daemon_is_started_by_the_next(overlay):
+    """As a reboot, but for the devices."""
+    a, *_ = overlay.members
+    os.kill(a.forwarder_pid(), signal.SIGKILL)
+    kill_group(a)
+    a.start()
+    a.wait_ready()
+    overlay.assert_whole()
+
+
+def test_an_edit_is_followed_and_a_bad_one_is_refused_with_its_place(overlay):
+    a, b, c = overlay.members
+    overlay.write(n3=f'public = "{c.host.v4}"\nsubnets = "10.244.3.0/24"\nport = 8300')
+    wait_for(lambda: any(route["port"] == 8300 for route in a.ask("/v1/routes")["routes"]),
+             "the peer's new port")
+    wait_for(lambda: c.ask("/v1/status")["device"]["listen"] == [f"{c.host.v4}:8300"]
+             if c.control.exists() else False, "its own forwarder to listen there", 20)
+    overlay.assert_whole()
+    routes = a.routes()
+    overlay.write(n2='public = "192.0.2.300"\nsubnets = "10.244.2.0/24"')
+    a.daemon.wait_for_output("line ")
+    assert "192.0.2.300" in a.daemon.text()
+    assert "[!]store" in a.ready()[1]
+    assert a.routes() == routes
+    # A daemon that starts now goes on with what was good last.
+    kill_group(b)
+    b.start()
+    b.wait_ready()
+    overlay.assert_whole()
+    overlay.write()
+    wait_for(lambda: "[+]store" in a.ready()[1], "the good file to be taken")
+
+
+def test_a_node_that_is_taken_out_is_reached_no_more(overlay):
+    a, _, c = overlay.members
+    text = overlay.file.read_text()
+    overlay.file.write_text(text[: text.rindex("[[nodes]]")])
+    wait_for(lambda: f"10.244.3.0/24 via {c.host.v4}" not in a.routes(), "its route to go")
+    # It goes on itself with what it was: nobody has said that it is another.
+    wait_for(lambda: "[!]lease" in c.ready()[1], "it to say so")
+    assert c.forwarder_pid()
+
+
+def test_an_external_forwarder_is_told_by_the_file_and_adopted(lab):
+    overlay = Overlay(lab, external=True)
+    overlay.start()
+    overlay.assert_whole()
+    a, *_ = overlay.members
+    assert a.forwarder is not None
+    assert a.forwarder_pid() == a.forwarder.pid
+    kill_group(a)
+    a.start()
+    a.wait_ready()
+    assert a.forwarder.alive
+    overlay.assert_whole()
+
+
+def test_both_families_over_an_ipv4_underlay(lab):
+    overlay = Overlay(lab, v6=True)
+    overlay.start()
+    a, b, _ = overlay.members
+    for member in (a, b):
+        net6 = f"fd44:0:{member.host.name[1]}:"
+        end = member.pod.interfaces[0]
+        member.host.ip(f"address add {net6}:1/64 dev eth1 nodad")
+        member.pod.ip(f"address add {net6}:2/64 dev {end.name} nodad",
+                      f"route replace default via {net6}:1")
+    assert ping(a.pod, "fd44:0:2::2").received == 3
+    assert ping(a.host, "fd44:0:2::2").received == 3
+    assert "FLANNEL_IPV6_SUBNET" in a.env
+
+
+def test_cleanup_leaves_a_host_as_it_was(lab):
+    overlay = Overlay(lab, "--ip-masq")
+    a, *_ = overlay.members
+
+    def state() -> str:
+        return a.host.run(["sh", "-c", "ip -o link; ip -o addr; ip route; nft list ruleset"]).stdout
+
+    before = state()
+    a.start()
+    a.wait_ready()
+    assert state() != before
+    pid = a.forwarder_pid()
+    refused = a.host.run(a.argv("--cleanup"), check=False)
+    assert refused.returncode == 1
+    assert "runs already" in refused.stderr
+    a.clean_up()
+    assert state() == before
+    assert not alive(pid)
+    assert [path for path in a.folder.rglob("*") if path.is_file()] == []

@@ -1,0 +1,436 @@
+"""The daemon's order of things, with a store and a forwarder that do as the test says.
+
+The host is real, a network namespace with one interface; the forwarder is a table behind a real
+control server, which fits what the daemon wants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from fakes import LoopThread, Served
+from own_netns import in_own_netns, sh
+
+from udptun.errors import FieldError
+from udptun.leases.advert import Advert, embed
+from udptun.leases.base import (
+    Attributes,
+    Change,
+    Changes,
+    Lease,
+    Snapshot,
+    SourceHealth,
+    StoreDown,
+    StoreRefused,
+    Subnets,
+)
+from udptun.leases.etcd.config import EtcdConfig
+from udptun.leases.netconf import NetConfig
+from udptun.net.netlink import Netlink
+from udptun.node import daemon as module
+from udptun.node.config import InterfaceOptions, NodeConfig
+from udptun.node.daemon import AlreadyRunning, Daemon, locked, run
+
+NETWORK = NetConfig.parse('{"Network": "10.244.0.0/16"}')
+OURS = Subnets(IPv4Network("10.244.1.0/24"))
+
+
+def peer(n, via=None):
+    return Lease(f"10.244.{n}.0-24", Subnets(IPv4Network(f"10.244.{n}.0/24")),
+                 Attributes(IPv4Address(f"192.0.2.{via or n}")))
+
+
+class Store:
+    """A LeaseSource that answers what the test puts in it, or raises it."""
+
+    kind = "etcd"
+
+    def __init__(self):
+        self.health = SourceHealth()
+        self.network_answer = NETWORK
+        self.acquire_answer = OURS
+        self.published = []
+        self.formers = []
+        self.networks_n = 0
+        self.held = None
+        self.closed = False
+        self.news = asyncio.Queue()
+
+    async def network(self):
+        self.networks_n += 1
+        return _answer(self.network_answer)
+
+    async def acquire(self, attributes, former):
+        subnets = _answer(self.acquire_answer)
+        self.published.append(attributes)
+        self.formers.append(former)
+        return Lease(str(subnets.v4), subnets, attributes)
+
+    async def hold(self, lease):
+        self.held = lease
+        await asyncio.Event().wait()
+
+    async def updates(self):
+        while True:
+            yield await self.news.get()
+
+    def tell(self, *leases):
+        own = Lease(str(OURS.v4), OURS, self.published[-1]) if self.published else None
+        self.news.put_nowait(Snapshot((*leases, *([own] if own else ()))))
+
+    def fail(self, error):
+        self.network_answer = self.acquire_answer = error
+
+    def mend(self):
+        self.network_answer, self.acquire_answer = NETWORK, OURS
+
+    async def aclose(self):
+        self.closed = True
+
+
+def _answer(answer):
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+async def until(predicate, what, seconds=15.0):
+    deadline = time.monotonic() + seconds
+    while not (value := predicate()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        await asyncio.sleep(0.01)
+    return value
+
+
+class Node:
+    """A daemon and what is around it. ``config`` may be changed between two runs."""
+
+    def __init__(self, tmp_path, monkeypatch):
+        self.store = Store()
+        self.folder = tmp_path
+        self.config = NodeConfig(
+            etcd=EtcdConfig(), interface=InterfaceOptions(names=("under0",)),
+            subnet_file=tmp_path / "subnet.env", control=tmp_path / "run" / "udptun.sock",
+            state_dir=tmp_path / "state", forwarder="external", iptables_forward_rules=False,
+        )
+        monkeypatch.setattr(module, "make_source", lambda config, netlink: self.store)
+        monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
+        sh("ip link add under0 mtu 1500 type veth peer name wire", "ip link set wire up",
+           "ip addr add 192.0.2.1/24 dev under0", "ip link set under0 up")
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        with Netlink() as netlink:
+            daemon = Daemon(self.config, netlink)
+            task = asyncio.create_task(daemon.run())
+            try:
+                yield daemon
+            finally:
+                daemon.stop("the test")
+                await task
+        self.store.closed = False
+
+    def ready(self, daemon):
+        return until(lambda: not daemon.report.waiting, f"ready: {daemon.report.waiting}")
+
+    @property
+    def forward_file(self):
+        return json.loads((self.folder / "run" / "forward.json").read_text())
+
+    async def known_before(self, *leases):
+        """A run while the store told these."""
+        async with self.running() as daemon:
+            await until(lambda: self.store.published, "the lease")
+            self.store.tell(*leases)
+            await self.ready(daemon)
+        self.store = Store()
+
+
+def told(*leases):
+    """The forwarder's table for these."""
+    return {str(lease.subnets.v4): str(lease.attributes.public_ip) for lease in leases}
+
+
+def table(served):
+    return {str(dst): str(route.via) for dst, route in served.forwarder.table.items()}
+
+
+@pytest.fixture
+def served(tmp_path):
+    (tmp_path / "run").mkdir()
+    with LoopThread() as thread, Served(thread, tmp_path / "run" / "udptun.sock") as running:
+        yield running
+
+
+@pytest.fixture
+def node_of(tmp_path, monkeypatch):
+    """Makes a Node, in the namespace of the caller."""
+    return lambda: Node(tmp_path, monkeypatch)
+
+
+@in_own_netns
+async def test_what_the_store_says_is_put_in_force(served, node_of):
+    node = node_of()
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        assert daemon.report.waiting  # the leases are not known yet
+        node.store.tell(peer(2), peer(3))
+        await node.ready(daemon)
+        assert table(served) == told(peer(2), peer(3))
+        (published,) = node.store.published
+        assert published == Attributes(
+            IPv4Address("192.0.2.1"), None, "", embed(None, Advert(8285, 1472)))
+        assert node.config.subnet_file.read_text() == (
+            "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\n"
+            "FLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n")
+        assert node.forward_file["listen"] == ["192.0.2.1:8285"]
+        assert daemon.report.leases_n == 3
+        assert daemon.report.peers.udp_n == 2
+        assert not daemon.report.stale
+        await until(lambda: node.store.held, "the lease to be held")
+
+        changes = (Change(peer(2), None), Change(peer(3), peer(3, 33)), Change(None, peer(4)))
+        node.store.news.put_nowait(Changes(changes))
+        await until(lambda: table(served) == told(peer(3, 33), peer(4)), "the change")
+        assert daemon.report.leases_n == 3
+    assert not served.forwarder.stopped.is_set()
+    assert table(served) == told(peer(3, 33), peer(4))
+
+
+@in_own_netns
+async def test_without_the_advertisement_the_lease_is_flannels(served, node_of):
+    node = node_of()
+    node.config = replace(node.config, advertise=False)
+    async with node.running():
+        await until(lambda: node.store.published, "the lease")
+    assert node.store.published == [Attributes(IPv4Address("192.0.2.1"))]
+
+
+@in_own_netns
+async def test_with_the_store_down_at_start_what_it_said_before_is_in_force(served, node_of):
+    node = node_of()
+    await node.known_before(peer(2), peer(3))
+    served.forwarder.table = {}  # as after a reboot
+    node.store.fail(StoreDown("etcd is away"))
+    async with node.running() as daemon:
+        await node.ready(daemon)
+        assert table(served) == told(peer(2), peer(3))
+        assert daemon.report.stale
+        assert daemon.report.lease_error == "etcd is away"
+        assert daemon.report.lease.subnets == OURS
+        # It is back: one diff, and the lease is ours again.
+        node.store.mend()
+        node.store.tell(peer(2), peer(4))
+        await until(lambda: table(served) == told(peer(2), peer(4)), "the truth")
+        await until(lambda: node.store.held, "the lease to be held")
+        assert not daemon.report.stale
+        assert daemon.report.lease_error == ""
+
+
+@in_own_netns
+async def test_until_the_leases_are_told_nothing_in_force_is_touched(
+    served, node_of, monkeypatch
+):
+    """The store answers, and takes its time to list: a forwarder that runs goes on as it is."""
+    node = node_of()
+    await node.known_before(peer(2))
+    calls = served.forwarder.calls
+    calls.clear()
+    monkeypatch.setattr(module, "STORE_PATIENCE_SECONDS", 0.3)
+    async with node.running() as daemon:
+        await until(lambda: daemon.report.forwarder.connected, "the forwarder")
+        await until(lambda: node.store.published, "the lease")
+        assert calls == []
+        await until(lambda: daemon.report.stale, "the leases on disk to be taken")
+        await node.ready(daemon)
+        assert table(served) == told(peer(2))
+        assert served.forwarder.generation == 2  # nothing was new about them
+
+
+@in_own_netns
+async def test_a_store_that_never_answers_is_not_waited_for(served, node_of, monkeypatch):
+    node = node_of()
+    await node.known_before(peer(2))
+    monkeypatch.setattr(module, "STORE_PATIENCE_SECONDS", 0.1)
+
+    async def never():
+        await asyncio.Event().wait()
+
+    node.store.network = never
+    async with node.running() as daemon:
+        await until(lambda: daemon.report.stale, "what is known to be in force")
+        assert table(served) == told(peer(2))
+
+
+@in_own_netns
+async def test_without_anything_known_a_store_that_is_down_is_waited_for(served, node_of):
+    node = node_of()
+    node.store.fail(StoreDown("etcd is away"))
+    async with node.running() as daemon:
+        await until(lambda: daemon.report.waiting == "etcd is away", "the reason to be told")
+        node.store.mend()
+        node.store.news.put_nowait(Snapshot((peer(2),)))
+        await node.ready(daemon)
+        assert table(served) == told(peer(2))
+
+
+@pytest.mark.parametrize(
+    "error", [StoreRefused("no podCIDR"), FieldError("Network", "x", "an IPv4 network")]
+)
+def test_a_refusal_ends_a_daemon_that_knows_nothing(served, node_of, error):
+    @in_own_netns
+    async def check():
+        node = node_of()
+        node.store.fail(error)
+        with Netlink() as netlink, pytest.raises(type(error), match=str(error)[:10]):
+            await Daemon(node.config, netlink).run()
+        assert node.store.closed
+
+    check()
+
+
+@in_own_netns
+async def test_a_refusal_does_not_end_one_that_knows_what_was_before(served, node_of):
+    node = node_of()
+    await node.known_before(peer(2))
+    node.store.fail(StoreRefused("the password is wrong"))
+    async with node.running() as daemon:
+        await node.ready(daemon)
+        assert table(served) == told(peer(2))
+        assert daemon.report.lease_error == "the password is wrong"
+
+
+@in_own_netns
+async def test_a_backend_of_others_is_refused_with_its_name(served, node_of):
+    node = node_of()
+    node.store.network_answer = NetConfig.parse(
+        '{"Network": "10.244.0.0/16", "Backend": {"Type": "wireguard"}}')
+    with Netlink() as netlink, pytest.raises(FieldError, match="wireguard"):
+        await Daemon(node.config, netlink).run()
+
+
+@in_own_netns
+async def test_another_address_is_published_and_listened_at(served, node_of):
+    node = node_of()
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.tell(peer(2))
+        await node.ready(daemon)
+        sh("ip addr del 192.0.2.1/24 dev under0")
+        await until(lambda: daemon.report.interface_error, "the loss to be told")
+        sh("ip addr add 192.0.2.7/24 dev under0")
+        await until(lambda: len(node.store.published) == 2, "the new address to be published")
+        assert node.store.published[-1].public_ip == IPv4Address("192.0.2.7")
+        assert node.forward_file["listen"] == ["192.0.2.7:8285"]
+        await until(served.forwarder.stopped.is_set, "the old forwarder to be stopped")
+        assert daemon.report.interface_error == ""
+
+
+@in_own_netns
+async def test_addresses_that_do_not_matter_change_nothing(served, node_of):
+    node = node_of()
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.tell(peer(2))
+        await node.ready(daemon)
+        calls = len(served.forwarder.calls)
+        sh("ip link add pods type veth peer name pod", "ip addr add 10.244.1.1/24 dev pods",
+           "ip addr add 192.0.2.99/24 dev under0")
+        await asyncio.sleep(0.2)  # that nothing happens has no event
+        assert len(node.store.published) == 1
+        assert len(served.forwarder.calls) == calls
+
+
+@in_own_netns
+async def test_a_lease_that_others_changed_is_asked_for_and_taken(served, node_of):
+    node = node_of()
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.tell(peer(2))
+        await node.ready(daemon)
+        fresh = Subnets(IPv4Network("10.244.77.0/24"))
+        old = daemon.report.lease
+        node.store.acquire_answer = fresh
+        node.store.news.put_nowait(Changes((Change(old, replace(old, subnets=fresh)),)))
+        await until(lambda: "10.244.77.1/24" in node.config.subnet_file.read_text(), "subnet.env")
+        assert node.forward_file["address"] == ["10.244.77.0"]
+
+
+@in_own_netns
+async def test_reload_asks_the_store_again_and_puts_routes_back(served, node_of):
+    node = node_of()
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.tell(peer(2))
+        await node.ready(daemon)
+        served.forwarder.table = {}
+        node.config.subnet_file.unlink()
+        daemon.reload()
+        await until(lambda: table(served) == told(peer(2)), "the routes")
+        await until(node.config.subnet_file.exists, "subnet.env")
+        await until(lambda: node.store.networks_n == 2, "the network to be asked for")
+
+
+@in_own_netns
+async def test_the_former_subnet_is_asked_for(served, node_of):
+    node = node_of()
+    await node.known_before(peer(2))
+    async with node.running():
+        await until(lambda: node.store.published, "the lease")
+        assert node.store.formers == [OURS]
+
+
+@in_own_netns
+async def test_peers_that_no_way_leads_to_are_told(served, node_of, caplog):
+    node = node_of()
+    stock = replace(peer(2), attributes=Attributes(
+        IPv4Address("192.0.2.2"), None, "vxlan", {"VNI": 1, "VtepMAC": "0e:00:00:00:00:02"}))
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.tell(stock, peer(3))
+        await node.ready(daemon)
+        assert "only UDP" in daemon.report.peers.unreachable[stock.key]
+        assert table(served) == told(peer(3))
+        assert any(stock.key in text for text in caplog.messages)
+
+
+def test_a_second_daemon_on_the_same_state_is_refused(tmp_path):
+    with locked(tmp_path), pytest.raises(AlreadyRunning, match=str(tmp_path)), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@in_own_netns
+async def test_cleanup_removes_what_a_daemon_made_and_may_be_repeated(served, node_of):
+    node = node_of()
+    node.config = replace(node.config, ip_masq=True)
+    await node.known_before(peer(2))
+    assert "udptun-ipv4" in sh("nft list ruleset")
+    (node.folder / "state" / "routes").write_text("")
+    for _ in range(2):
+        await run(replace(node.config, cleanup=True))
+        assert served.forwarder.stopped.is_set()
+        assert not [*(node.folder / "state").iterdir()]
+        assert not node.config.subnet_file.exists()
+        assert not (node.folder / "run" / "forward.json").exists()
+        assert "udptun" not in sh("nft list ruleset")
+
+
+@in_own_netns
+async def test_cleanup_leaves_a_stock_flannels_device_alone(served, node_of):
+    node = node_of()
+    await node.known_before(peer(2))
+    try:
+        sh("ip link add flannel.1 type vxlan id 1 dev under0 dstport 8472")
+    except AssertionError:
+        pytest.skip("this kernel has no vxlan")
+    await run(replace(node.config, cleanup=True))
+    assert "flannel.1" in sh("ip link")
+
