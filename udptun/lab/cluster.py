@@ -151,9 +151,9 @@ class Member:
     options: tuple[str, ...] = ()
     external: bool = False
     environment: dict[str, str] = field(default_factory=dict)
-    daemon: Process = field(init=False)
+    daemon: Process = field(init=False, repr=False)
     forwarder: Process | None = None
-    pod: Host = field(init=False)
+    pod: Host = field(init=False, repr=False)
 
     @property
     def folder(self) -> Path:
