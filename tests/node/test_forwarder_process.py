@@ -307,3 +307,15 @@ async def test_dismiss_leaves_alone_what_was_never_ours(thread, control, keeper)
     with Served(thread, control) as served:
         await keeper.dismiss()
         assert not served.forwarder.stopped.is_set()
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_it_ends_when_told_to_at_any_moment(thread, control, tmp_path, spec, turns):
+    """Also while it leaves a forwarder that is not as wanted."""
+    with Served(thread, control):
+        async with running(control, tmp_path) as keeper:
+            keeper.want(spec)
+            await until(lambda: keeper.report.forwarder.connected, "the forwarder to be adopted")
+            keeper.want(replace(spec, mtu=1400))
+            for _ in range(turns):
+                await asyncio.sleep(0)

@@ -120,6 +120,7 @@ class Daemon:
         self._reloading = False
         self._held: Lease | None = None
         self._holding: asyncio.Task[None] | None = None
+        self._tasks: asyncio.TaskGroup | None = None
         self._complained: set[str] = set()
 
     # -- life -------------------------------------------------------------------------------------
@@ -165,12 +166,11 @@ class Daemon:
         except BaseExceptionGroup as group:
             raise _first(group) from None
         finally:
-            if self._holding is not None:
-                self._holding.cancel()
             await self._saved.aclose()
             await self._source.aclose()
 
     async def _start(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
         self._take_from_disk()
         if self._config.healthz_port:
             tasks.create_task(self._answer_for_health())
@@ -307,7 +307,8 @@ class Daemon:
 
     async def _sleep(self) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._again.wait(), RETRY_SECONDS)
+            async with asyncio.timeout(RETRY_SECONDS):  # wait_for may lose a cancellation
+                await self._again.wait()
         self._again.clear()
 
     def _complain(self, why: Exception) -> None:
@@ -433,8 +434,8 @@ class Daemon:
         if self._holding is not None:
             self._holding.cancel()
         self._held = lease
-        self._holding = asyncio.get_running_loop().create_task(self._source.hold(lease))
-        self._holding.add_done_callback(_died)
+        assert self._tasks is not None
+        self._holding = self._tasks.create_task(self._source.hold(lease))
 
     # -- the other nodes --------------------------------------------------------------------------
 
@@ -532,13 +533,6 @@ def _same(one: Lease, other: Lease) -> bool:
 def _words(said: Attributes) -> str:
     public = " and ".join(str(one) for one in (said.public_ip, said.public_ipv6) if one)
     return f"{public}, backend {said.backend_type or 'udp'}"
-
-
-def _died(task: asyncio.Task[None]) -> None:
-    """A source holds a lease until it is cancelled: anything else is a mistake of ours."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("the lease is not kept any more", exc_info=error)
-        signal.raise_signal(signal.SIGTERM)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

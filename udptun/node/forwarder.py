@@ -10,7 +10,6 @@ its own that makes one call at a time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -150,8 +149,9 @@ class ForwarderKeeper:
         finally:
             gone.cancel()
             writer.close()
-            with contextlib.suppress(OSError, asyncio.CancelledError):
-                await gone
+            await asyncio.wait({gone})  # which, unlike awaiting it, keeps its end apart from ours
+            if not gone.cancelled():
+                gone.exception()
             self._report.forwarder.connected = self._fits = False
 
     async def _attend(self, spec: ForwarderSpec, gone: asyncio.Future[bytes]) -> None:
