@@ -35,9 +35,10 @@ def all_reach_all(members: list[Member]) -> None:
 
 
 def way(member: Member, peer: Member) -> str:
-    """The device that packets to a peer's pod leave by."""
-    words = member.host.run(["ip", "route", "get", str(peer.pod_v4)]).stdout.split()
-    return words[words.index("dev") + 1]
+    """The device that packets to a peer's pod leave by; "" while there is none."""
+    shown = member.host.run(["ip", "route", "get", str(peer.pod_v4)], check=False).stdout
+    _, _, after = shown.partition(" dev ")
+    return after.partition(" ")[0]
 
 
 def lease_of(cluster: Cluster, member: Member) -> dict:
