@@ -39,7 +39,7 @@ RULES = {
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API
 }
 THIRD_PARTY = {
-    "aiohttp": {"control.server", "node.health"},
+    "aiohttp": {"control.server"},
     "click": {"cli"},
     "google": {"leases.etcd"},  # protobuf
     "grpc": {"leases.etcd"},

@@ -44,6 +44,7 @@ from .cleanup import LOCK_FILE, SAVED_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
 from .host import Host
 from .interface import NoInterface, choose
+from .memory import give_back, one_arena
 from .notify import Notifier
 from .plan import Here, Plan
 from .report import NodeReport
@@ -70,6 +71,7 @@ async def run(config: NodeConfig) -> None:
 
     Raises UdptunError or OSError for what no waiting can mend. Call it from the main thread.
     """
+    one_arena()
     with locked(config.state_dir), Netlink() as netlink:
         if config.cleanup:
             await clean_up(config, netlink)
@@ -189,7 +191,7 @@ class Daemon:
         tasks.create_task(self._announce())
 
     async def _answer_for_health(self) -> None:
-        from .health import HealthServer  # late: aiohttp is megabytes
+        from .health import HealthServer  # late: only where a port was given
 
         config = self._config
         server = HealthServer(self.report, config.healthz_ip, config.healthz_port, config.control)
@@ -210,6 +212,7 @@ class Daemon:
         # What is loaded and known by now stays: a collection that walks it would hold up a change.
         gc.collect()
         gc.freeze()
+        give_back()
         log.info("ready: %s", self._status())
         self._notifier.ready(self._status())
 

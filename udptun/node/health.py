@@ -2,17 +2,23 @@
 
 Owns: /healthz and /livez (the loop turns: 200), /readyz (503 until ready; ``?verbose`` says why;
 /readyz/NAME is one check), /metrics (ours, then the forwarder's). Reads the report, changes
-nothing. Refuses to judge what it reads (``readiness.py``). Plain asyncio, the daemon's loop; the
-forwarder is asked in a helper thread. Import it only where a port was given: aiohttp is megabytes.
+nothing. Refuses to judge what it reads (``readiness.py``). The standard library's HTTP server: a
+larger one is ten megabytes in every node, for a request every ten seconds. A request has a thread
+that speaks HTTP; the answer is made on the daemon's loop, so that one that is stuck gives none.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from typing import TYPE_CHECKING, cast
-
-from aiohttp import web
+import socket
+import threading
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
 
 from ..control.client import ControlClient
 from ..errors import DeviceError, UdptunError
@@ -29,9 +35,17 @@ log = logging.getLogger(__name__)
 
 TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-KEEPALIVE_SECONDS = 75.0  # longer than scrapes are apart
-CLOSE_SECONDS = 1.0  # for answers under way
+REQUEST_SECONDS = 10.0  # for a client to send its request and take its answer
+ANSWER_SECONDS = 10.0  # for the loop to make one
+THREADS_MAX = 64  # in the whole process: more requests at a time are refused
 FORWARDER_SECONDS = 2.0  # for its metrics, so that a scrape ends in time without it
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class HealthServer:
@@ -47,52 +61,45 @@ class HealthServer:
         self._report = report
         self._control = control
         self._metrics: Metrics | None = None
-        self._manager: web.Server | None = None
-        self._listener: asyncio.Server | None = None
+        self._http: _Http | None = None
 
     async def start(self) -> None:
         """DeviceError when the address cannot be had."""
-        manager = web.Server(
-            self._answer,
-            access_log=cast(logging.Logger, None),  # none is asked for; aiohttp's type lacks it
-            keepalive_timeout=KEEPALIVE_SECONDS,
-        )
+        loop = asyncio.get_running_loop()
         try:
-            self._listener = await asyncio.get_running_loop().create_server(
-                manager, str(self.address), self.port, reuse_address=True
-            )
+            http = _Http(self, loop)
         except OSError as exc:
             where = f"{self.address} port {self.port}"
             raise DeviceError(
                 exc.errno, f"answering for health on {where}: {exc.strerror}"
             ) from exc
-        self._manager = manager
-        self.port = self._listener.sockets[0].getsockname()[1]
+        self._http = http
+        self.port = http.server_address[1]
+        loop.add_reader(http.fileno(), http.handle_request)
         log.info("answering for health on %s port %d", self.address, self.port)
 
     async def aclose(self) -> None:
-        if self._listener is None or self._manager is None:
-            return
-        self._listener.close()
-        await self._manager.shutdown(CLOSE_SECONDS)
-        await self._listener.wait_closed()
-        self._listener = self._manager = None
+        if self._http is not None:
+            asyncio.get_running_loop().remove_reader(self._http.fileno())
+            self._http.server_close()
+            self._http = None
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        path = request.path.rstrip("/")
-        if request.method not in ("GET", "HEAD"):
+    async def answer(self, method: str, target: str) -> Answer:
+        url = urlsplit(target)
+        path = url.path.rstrip("/")
+        if method not in ("GET", "HEAD"):
             return _text("only GET and HEAD are understood here\n", 405, Allow="GET, HEAD")
         if path in ("/healthz", "/livez"):
             return _text("ok\n")
         if path == "/readyz":
-            return self._readyz("verbose" in request.query)
+            return self._readyz("verbose" in parse_qs(url.query, keep_blank_values=True))
         if path.startswith("/readyz/"):
             return self._one_check(path.removeprefix("/readyz/"))
         if path == "/metrics":
-            return web.Response(body=await self._render(), headers={"Content-Type": METRICS})
+            return Answer(await self._render(), headers={"Content-Type": METRICS})
         return _text("not found: there are /healthz, /livez, /readyz and /metrics\n", 404)
 
-    def _readyz(self, verbose: bool) -> web.Response:
+    def _readyz(self, verbose: bool) -> Answer:
         """Without ``verbose`` a ready node says ok, one that is not says what has failed."""
         checks = judge(self._report)
         ready = is_ready(checks)
@@ -102,7 +109,7 @@ class HealthServer:
         verdict = "readyz check passed" if ready else "readyz check failed"
         return _text("\n".join([*map(str, told), verdict, ""]), 200 if ready else 503)
 
-    def _one_check(self, name: str) -> web.Response:
+    def _one_check(self, name: str) -> Answer:
         """Stricter: what is degraded has not passed, for those whom this one thing concerns."""
         found: list[Check] = [check for check in judge(self._report) if check.name == name]
         if not found:
@@ -125,14 +132,63 @@ class HealthServer:
             return ""
 
 
-def _text(text: str, status: int = 200, **headers: str) -> web.Response:
-    return web.Response(
-        body=text.encode(), status=status,
-        headers={"Content-Type": TEXT, "Cache-Control": "no-store", "Server": "udptun", **headers},
-    )
+def _text(text: str, status: int = 200, **headers: str) -> Answer:
+    plain = {"Content-Type": TEXT, "Cache-Control": "no-store"}
+    return Answer(text.encode(), status, plain | headers)
 
 
 def _load_metrics() -> type[Metrics]:
     from .metrics import Metrics
 
     return Metrics
+
+
+class _Http(ThreadingHTTPServer):
+    """The listening socket; ``handle_request`` takes one connection, and gives it a thread."""
+
+    timeout = 0  # whoever calls handle_request has seen that there is one
+    request_queue_size = 64
+
+    def __init__(self, health: HealthServer, loop: asyncio.AbstractEventLoop) -> None:
+        self.health, self.loop = health, loop
+        v6 = health.address.version == 6
+        self.address_family = socket.AF_INET6 if v6 else socket.AF_INET
+        super().__init__((str(health.address), health.port), _Request)
+
+    def server_bind(self) -> None:
+        """Without the base's look-up of our own name, which may ask a name server."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def verify_request(self, request: object, client_address: object) -> bool:
+        return threading.active_count() <= THREADS_MAX
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        log.debug("a request for health from %s failed", client_address, exc_info=True)
+
+
+class _Request(BaseHTTPRequestHandler):
+    server: _Http
+    timeout = REQUEST_SECONDS
+
+    def _answer(self) -> None:
+        made = self.server.health.answer(self.command, self.path)
+        with contextlib.suppress(RuntimeError, CancelledError):  # the loop has ended
+            future = asyncio.run_coroutine_threadsafe(made, self.server.loop)
+            answer = future.result(ANSWER_SECONDS)
+            self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(answer.body)))
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _answer
+
+    def version_string(self) -> str:
+        return "udptun"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
