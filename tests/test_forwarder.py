@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +126,11 @@ async def test_a_trace_promises_no_more_than_the_device_takes():
     async with Forwarder(config(mtu=1300)) as forwarder:
         await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
         assert forwarder.trace(parse_address("address", "10.244.2.9"))["mtu"] == 1300
+
+
+@in_own_netns
+async def test_a_worker_takes_short_turns_and_pushes_nobody_aside():
+    async with Forwarder(config()):
+        tasks = {int(task.name) for task in Path("/proc/self/task").iterdir()}
+        batch = [task for task in tasks if os.sched_getscheduler(task) == os.SCHED_BATCH]
+    assert len(batch) == 1

@@ -8,7 +8,10 @@ needs neither the GIL nor the loop, so nothing the control side does can hold it
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import platform
+import struct
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -19,6 +22,29 @@ if TYPE_CHECKING:
     from .._core import Worker
 
 LINGER_MS = 200  # packets come in conversations: a wake-up through the loop costs more than a wait
+
+
+SLICE_NS = 100_000  # the shortest that Linux takes
+
+# struct sched_attr, linux/sched/types.h: size, policy, flags, nice, priority, runtime, deadline,
+# period; the system call has no name in the C library
+SCHED_ATTR = struct.Struct("=IIQiIQQQ")
+SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
+
+
+def _be_scheduled_in_short_turns() -> None:
+    """Set how this thread gets its core where cores are scarce.
+
+    A batch thread does not push aside the program that just got its packet: small datagrams then
+    wait in our queues rather than overflow its socket. With a short slice (Linux 6.12; older ones
+    ignore it) the thread is chosen again sooner: a packet behind bulk traffic waits less.
+    """
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
+    number = SYS_SCHED_SETATTR.get(platform.machine())
+    if number is not None:
+        attr = SCHED_ATTR.pack(SCHED_ATTR.size, os.SCHED_BATCH, 0, 0, 0, SLICE_NS, 0, 0)
+        ctypes.CDLL(None).syscall(number, 0, attr, 0)
 
 
 class WorkerThread:
@@ -50,10 +76,7 @@ class WorkerThread:
         self._loop = None
 
     def _main(self) -> None:
-        # Where cores are scarce, a batch thread does not push aside the program that just got its
-        # packet: small datagrams then wait in our queues rather than overflow its socket.
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
+        _be_scheduled_in_short_turns()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._serve())
