@@ -121,8 +121,8 @@ def test_etcd_is_down_and_a_daemon_starts_again_meanwhile(lab):
     # What happens after the outage is heard of.
     leaving = c.subnet
     assert steady.lost() == 0
+    c.daemon.kill()  # first: it would take its lease back at once
     cluster.etcd.revoke(leaving)
-    c.daemon.kill()
     wait_for(lambda: not any(r.startswith(f"{leaving} ") for r in a.routes()), "the route to go")
     received = transfer.finish()
     assert (a.subnet, tun_of(a)) == (subnet, device)

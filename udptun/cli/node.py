@@ -106,7 +106,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
-@click.command(cls=GoCommand)
+@click.command(cls=GoCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @flag("--hosts", type=OPTIONAL_PATH, metavar="FILE",
       help="Take leases from this list of nodes, TOML or JSON, instead of etcd.")
 @flag("--node-name", default="", metavar="NAME",
