@@ -16,7 +16,6 @@ import logging
 import platform
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FieldError
@@ -34,6 +33,7 @@ from .base import (
 )
 from .hosts import Hosts, parse
 from .netconf import NetConfig
+from .waiting import wait_at_most
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +126,7 @@ class FileSource:
         return self._hosts
 
     async def _pause(self) -> None:
-        with suppress(TimeoutError):  # wait_for loses a cancellation that meets the event
-            async with asyncio.timeout(self._poll_s):
-                await self._asked.wait()
+        await wait_at_most(self._asked, self._poll_s)
         self._asked.clear()
 
     async def _look(self) -> None:

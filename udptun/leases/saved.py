@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from .base import Attributes, Lease, Subnets
 from .netconf import NetConfig
+from .waiting import wait_at_most
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Saved:
     async def _write_all(self) -> None:
         pause, complained = self._pause_s, False
         while self._next is not None:
-            await self._pause(pause)
+            await wait_at_most(self._closing, pause)
             known = self._next
             try:
                 await asyncio.to_thread(self._write, known)
@@ -105,11 +106,6 @@ class Saved:
             if self._next is known:
                 self._next = None
             pause, complained = self._pause_s, False
-
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._closing.wait()
 
     def _write(self, known: LastKnown) -> None:
         """So that after a crash at any point the old file is there whole, or the new one."""

@@ -38,6 +38,7 @@ from ..leases.base import (
 )
 from ..leases.netconf import NetConfig
 from ..leases.saved import LastKnown, Saved
+from ..leases.waiting import wait_at_most
 from ..net.netlink import Netlink
 from .ability import vxlan_name
 from .cleanup import LOCK_FILE, SAVED_FILE, clean_up
@@ -247,9 +248,7 @@ class Daemon:
     async def _take_leases_from_disk(self, current: bool) -> None:
         """When the store does not tell its own. Until then nothing is put in force: the forwarder
         and the kernel go on with what they have."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STORE_PATIENCE_SECONDS if current else 0):
-                await self._told.wait()
+        await wait_at_most(self._told, STORE_PATIENCE_SECONDS if current else 0)
         async with self._applying:
             known = None if self._told.is_set() else self._saved.load(store_name(self._config))
             if known is None:
@@ -309,9 +308,7 @@ class Daemon:
                 self._notifier.ready(self._status())
 
     async def _sleep(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RETRY_SECONDS):  # wait_for may lose a cancellation
-                await self._again.wait()
+        await wait_at_most(self._again, RETRY_SECONDS)
         self._again.clear()
 
     def _complain(self, why: Exception) -> None:

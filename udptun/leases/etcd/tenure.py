@@ -20,6 +20,7 @@ from typing import Any
 from ...errors import FieldError
 from ..base import Attributes, Lease, SourceHealth, StoreDown, StoreRefused, Subnets
 from ..netconf import NetConfig
+from ..waiting import wait_at_most
 from . import messages
 from .allocate import Entry, choose, fits, is_mine, own_entries
 from .client import Client
@@ -118,12 +119,8 @@ class Tenure:
                 pause = pauses.next()
             if contested:  # whoever it was may answer at once: do not fight at the watch's speed
                 await asyncio.sleep(pauses.next())
-            try:
-                async with asyncio.timeout(pause):  # wait_for may swallow a cancellation
-                    await self._touched.wait()
-            except TimeoutError:
-                if not self._said:
-                    pauses.reset()
+            if not await wait_at_most(self._touched, pause) and not self._said:
+                pauses.reset()
 
     @property
     def _lease(self) -> Lease:

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 
 from ...errors import FieldError
 from ...model import IPNetwork
@@ -29,6 +29,7 @@ from ..base import (
     Subnets,
 )
 from ..netconf import NetConfig
+from ..waiting import wait_at_most
 from .api import Api, Event, Gone
 from .config import KubeConfig
 from .schema import Annotations, FullNode, Node, network_up_patch
@@ -105,9 +106,7 @@ class KubeSource:
                 await pause.wait()
                 continue
             pause.reset()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._config.resync):
-                    await self._own_changed.wait()
+            await wait_at_most(self._own_changed, self._config.resync)
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
         book = LeaseBook()
