@@ -21,7 +21,7 @@ from io cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close, epoll_create1,
     epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
-from merge cimport merge_reset
+from merge cimport MERGE_FRAME, merge_reset
 from peers cimport (
     addr_map_init, addr_map_put, find_hop, hop_t, peer_counters_t, peer_free, peer_t,
     snapshot_free, snapshot_t,
@@ -31,8 +31,7 @@ from routes cimport route_t, route_vec_t
 from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, drain, give_back, run
 from worker cimport (
     NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO, NOTE_UDP_MERGE, RX_SLOT,
-    RX_SLOTS, TX_BUF, TX_FRAME_SEGS, TX_HDR, TX_SEGS, count_drop, direction_t, shared_t,
-    worker_t,
+    RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, count_drop, direction_t, shared_t, worker_t,
 )
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
@@ -342,10 +341,11 @@ cdef class Worker:
         if w == NULL:
             raise MemoryError
         w.epoll_fd = w.wake_fd = -1
-        w.tx_buf = <uint8_t*>calloc(1, TX_BUF)
-        w.tx_hdrs = <uint8_t*>calloc(TX_SEGS, TX_HDR)
+        w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
+        w.tx_out = <uint8_t*>calloc(1, TX_OUT)
+        w.wr_frame = <uint8_t*>calloc(1, MERGE_FRAME)
         w.rx_buf = <uint8_t*>calloc(RX_SLOTS, RX_SLOT)
-        if w.tx_buf == NULL or w.tx_hdrs == NULL or w.rx_buf == NULL:
+        if w.tx_frame == NULL or w.tx_out == NULL or w.rx_buf == NULL or w.wr_frame == NULL:
             raise MemoryError
         w.shared = &core.shared
         w.index = <uint32_t>len(core.objects)
@@ -393,9 +393,10 @@ cdef class Worker:
             close(self.w.epoll_fd)
         if self.w.wake_fd >= 0:
             close(self.w.wake_fd)
-        free(self.w.tx_buf)
-        free(self.w.tx_hdrs)
+        free(self.w.tx_frame)
+        free(self.w.tx_out)
         free(self.w.rx_buf)
+        free(self.w.wr_frame)
         free(self.w)
 
     def fileno(self):
@@ -426,7 +427,7 @@ cdef class Worker:
             drain(w, end)
             count_drop(&w.encap, DROP_CLOSED, w.encap.queued)
             w.encap.queued = 0
-            w.segs_n = w.buckets_n = w.hdrs_n = w.tx_used = 0
+            w.segs_n = w.buckets_n = w.tx_used = 0
             give_back(w)
 
     def take_notes(self):

@@ -7,16 +7,14 @@ oracle; the product never imports this module.
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from cut cimport (
-    complete_checksum, cut_header, cut_payload_len, cut_t, is_super, plan_cut,
+    MAX_SEG_HDR, complete_checksum, cut_segment, cut_t, is_super, plan_cut,
 )
 from drops cimport PASS, drop_t
-from io cimport iovec
 from merge cimport (
-    MERGE_HDR, MERGE_IOV, MERGE_PACKETS, merge_add, merge_gather, merge_reset,
-    merge_t, output_t,
+    MERGE_FRAME, MERGE_PACKETS, merge_add, merge_frame, merge_reset, merge_t, output_t,
 )
 from packet cimport check_total_len, ip_t, parse_ip
 from packet cimport decrement_hop_limit as decrement
@@ -77,7 +75,7 @@ def decrement_hop_limit(bytes packet):
 def cut(bytes frame):
     cdef uint8_t* f
     cdef uint8_t* p
-    cdef uint8_t hdr[128]
+    cdef uint8_t* segment = NULL
     cdef ip_t ip = NO_IP
     cdef cut_t plan = NO_CUT
     cdef size_t n
@@ -94,17 +92,16 @@ def cut(bytes frame):
             check(complete_checksum(f, p, ip.total_len, &ip))
             return [PyBytes_FromStringAndSize(<char*>p, ip.total_len)]
         check(plan_cut(f, p, n, &ip, &plan))
+        segment = <uint8_t*>malloc(MAX_SEG_HDR + plan.gso_size)
+        if segment == NULL:
+            raise MemoryError
         out = []
         for i in range(plan.n):
-            cut_header(&plan, p, i, p + plan.hdr_len + i * plan.gso_size, hdr)
-            out.append(
-                PyBytes_FromStringAndSize(<char*>hdr, plan.hdr_len)
-                + PyBytes_FromStringAndSize(
-                    <char*>p + plan.hdr_len + i * plan.gso_size, cut_payload_len(&plan, i)
-                )
-            )
+            n = cut_segment(&plan, p, i, segment)
+            out.append(PyBytes_FromStringAndSize(<char*>segment, n))
         return out
     finally:
+        free(segment)
         free(f)
 
 
@@ -112,12 +109,12 @@ def merge(list packets, bint tcp=True, bint udp=True):
     """Packets that do not parse are a caller's error here: the core drops them before."""
     cdef merge_t* m = <merge_t*>calloc(1, sizeof(merge_t))
     cdef uint8_t** copies = <uint8_t**>calloc(len(packets) + 1, sizeof(void*))
-    cdef uint8_t scratch[MERGE_HDR]
-    cdef iovec* iov = <iovec*>calloc(MERGE_IOV + 2, sizeof(iovec))
+    cdef uint8_t* frame = <uint8_t*>malloc(MERGE_FRAME)
     cdef ip_t ip = NO_IP
-    cdef int i, k, n
+    cdef int i
+    cdef size_t n
     cdef output_t* out
-    if m == NULL or copies == NULL or iov == NULL:
+    if m == NULL or copies == NULL or frame == NULL:
         raise MemoryError
     frames = []
     try:
@@ -136,16 +133,12 @@ def merge(list packets, bint tcp=True, bint udp=True):
                 frames.append(bytes(VNET_LEN) + PyBytes_FromStringAndSize(
                     <char*>m.packets[out.first].data, m.packets[out.first].len))
                 continue
-            memset(scratch, 0, sizeof(scratch))
-            n = merge_gather(m, out, scratch, iov)
-            frames.append(b"".join([
-                PyBytes_FromStringAndSize(<char*>iov[k].iov_base, iov[k].iov_len)
-                for k in range(n)
-            ]))
+            n = merge_frame(m, out, frame)
+            frames.append(PyBytes_FromStringAndSize(<char*>frame, n))
         return frames
     finally:
         for i in range(len(packets)):
             free(copies[i])
         free(copies)
-        free(iov)
+        free(frame)
         free(m)

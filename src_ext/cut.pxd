@@ -1,9 +1,8 @@
-"""Cut the kernel's super-packets into IP packets, without touching the payload.
+"""Cut the kernel's super-packets into IP packets.
 
 Owns the reading of the virtio_net_hdr that comes before a packet read from the TUN. ``plan_cut``
-judges the frame once; ``cut_header`` writes the header of one segment; the payload stays where it
-was read, for a gather list. Each payload byte is summed once; the constant part of each header's
-sum once per super-packet.
+judges the frame once; ``cut_header`` writes the header of one segment, ``cut_segment`` all of it.
+Each payload byte is summed once; the constant part of each header's sum once per super-packet.
 Source: linux/virtio_net.h, RFC 9293 (seq, FIN/PSH), RFC 3168 6.1.2 (CWR on the first only),
 RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id), RFC 8200 4 (extension headers: Linux
 hands over TCP super-packets with those of a socket's sticky options).
@@ -204,3 +203,18 @@ cdef inline void cut_header(
         acc += load_u16(l4 + UDP_LENGTH)
         csum = csum_not(csum_add(payload, len_, acc))
         store_u16(l4 + UDP_CSUM, csum if csum != 0 else 0xFFFF)
+
+
+cdef inline uint32_t cut_segment(
+    const cut_t* cut, const uint8_t* template, uint32_t i, uint8_t* out
+) noexcept nogil:
+    """Write segment i whole to ``out``; returns its length.
+
+    template  the super-packet as ``plan_cut`` left it, its payload behind its headers; apart from
+              out
+    """
+    cdef const uint8_t* payload = template + cut.hdr_len + i * cut.gso_size
+    cdef uint32_t len_ = cut_payload_len(cut, i)
+    cut_header(cut, template, i, payload, out)
+    memcpy(out + cut.hdr_len, payload, len_)
+    return cut.hdr_len + len_

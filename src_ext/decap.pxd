@@ -6,24 +6,24 @@ pass. Counted in inner IP packets: after splitting and before merging.
 
 from libc.errno cimport EAGAIN, EINVAL, errno
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from drops cimport (
     DROP_OWN_SOURCE, DROP_SOURCE_NOT_ROUTED, DROP_TRUNCATED, DROP_TTL_EXCEEDED, DROP_TUN_WRITE,
     DROP_UNKNOWN_PEER, PASS, drop_t,
 )
 from encap cimport make_icmp, path_limit
-from icmp cimport ICMP_MAX, ICMP_TTL_EXCEEDED
+from icmp cimport ICMP_TTL_EXCEEDED
 from io cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
-    cmsghdr, iovec, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, writev,
+    cmsghdr, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, write,
 )
 from merge cimport (
-    MERGE_PACKETS, merge_add, merge_gather, merge_packet_t, merge_reset, output_t,
+    MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
 )
 from packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
 from peers cimport find_hop, find_peer, hop_t, is_own, peer_t
-from send cimport queue_full, queue_segment, read_errors
+from send cimport queue_full, queue_segment, read_errors, segment_room
 from wire cimport load_be16
 from worker cimport (
     CMSG_ROOM, NOTE_TCP_MERGE, NOTE_UDP_MERGE, RX_SET, RX_SLOT, RX_SLOTS, count_drop, note,
@@ -85,16 +85,14 @@ cdef inline void icmp_to_peer(
 ) noexcept nogil:
     """Tell an inner sender behind a peer that its packet's hops ended here."""
     cdef hop_t* hop = find_hop(w.snapshot, ip_src(p, ip), ip.addr_len)
-    cdef uint8_t* out = w.tx_buf + w.tx_used
     cdef size_t made
     if hop == NULL or queue_full(w, 1):
         return
-    made = make_icmp(w, p, n, ip, ICMP_TTL_EXCEEDED, 0, path_limit(hop), out)
+    made = make_icmp(w, p, n, ip, ICMP_TTL_EXCEEDED, 0, path_limit(hop), segment_room(w))
     if made == 0:
         return
-    w.tx_used += ICMP_MAX
     w.encap.generated += 1
-    queue_segment(w, hop.peer, out, <uint32_t>made, NULL, 0)
+    queue_segment(w, hop.peer, <uint32_t>made)
 
 
 cdef inline void decap_packet(
@@ -122,19 +120,13 @@ cdef inline void decap_packet(
 
 cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:
     """Write packets, verbatim and each alone, from packet i on along its output."""
-    cdef uint8_t zeros[10]
-    cdef iovec iov[2]
     cdef merge_packet_t* packet
-    for k in range(10):
-        zeros[k] = 0
+    memset(w.wr_frame, 0, w.vnet_len)
     while i >= 0:
         packet = &w.merge.packets[i]
-        iov[0].iov_base = zeros
-        iov[0].iov_len = w.vnet_len
-        iov[1].iov_base = packet.data
-        iov[1].iov_len = packet.len
+        memcpy(w.wr_frame + w.vnet_len, packet.data, packet.len)
         w.syscalls_write += 1
-        if writev(w.tun_fd, iov, 2) < 0:
+        if write(w.tun_fd, w.wr_frame, w.vnet_len + packet.len) < 0:
             count_drop(&w.decap, DROP_TUN_WRITE, 1)
         else:
             w.decap.delivered += 1
@@ -145,16 +137,16 @@ cdef inline void write_outputs(worker_t* w) noexcept nogil:
     """Write all that this turn received, in order. A merged write that the kernel refuses is
     written again packet by packet, and that kind of merging stays off."""
     cdef int32_t i
-    cdef int n
+    cdef size_t n
     cdef output_t* out
     for i in range(w.merge.outputs_n):
         out = &w.merge.outputs[i]
         if out.n == 1:
             write_packets(w, out.first)
             continue
-        n = merge_gather(&w.merge, out, w.wr_hdr, w.wr_iov)
+        n = merge_frame(&w.merge, out, w.wr_frame)
         w.syscalls_write += 1
-        if writev(w.tun_fd, w.wr_iov, n) >= 0:
+        if write(w.tun_fd, w.wr_frame, n) >= 0:
             w.decap.delivered += out.n
             continue
         if errno == EINVAL:

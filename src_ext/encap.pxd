@@ -6,10 +6,11 @@ Counted in inner IP packets: a super-packet counts as the packets it is cut into
 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from cut cimport (
-    MAX_SEG_HDR, complete_checksum, cut_header, cut_payload_len, cut_t, is_super, plan_cut,
+    MAX_SEG_HDR, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_t, is_super,
+    plan_cut,
 )
 from drops cimport (
     DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_SHORT_PACKET, DROP_TOO_BIG, DROP_TTL_EXCEEDED,
@@ -24,7 +25,7 @@ from packet cimport (
     check_total_len, decrement_hop_limit, hop_limit_spent, ip_src, ip_t, parse_ip,
 )
 from peers cimport find_hop, hop_t, peer_t
-from send cimport flush, header_room, queue_full, queue_segment
+from send cimport flush, queue_full, queue_packet, queue_segment, segment_room
 from worker cimport (
     NOTE_TUN_GONE, TX_FRAME, TX_FRAME_SEGS, TX_SEGS, count_drop, note, worker_t,
 )
@@ -72,19 +73,16 @@ cdef inline void icmp_to_tun(
         w.decap.delivered += 1
 
 
-cdef inline bint room_for(worker_t* w, uint32_t segs, const uint8_t* frame_end) noexcept nogil:
-    """Make room for more segments of a frame that ends at frame_end, which must stay."""
-    if w.segs_n + segs <= TX_SEGS:
-        return True
-    if not flush(w):
+cdef inline bint room_for(worker_t* w, uint32_t segs) noexcept nogil:
+    """Make room for more segments of the frame at hand."""
+    if segs > TX_SEGS:
         return False
-    w.tx_used = <uint32_t>(frame_end - w.tx_buf)
-    return segs <= TX_SEGS
+    return w.segs_n + segs <= TX_SEGS or flush(w)
 
 
 cdef inline void queue_fragments(
     worker_t* w, peer_t* peer, uint8_t* hdr, uint32_t ip_hdr_len, uint32_t lead_len,
-    uint8_t* data, uint32_t data_len, uint32_t limit, const uint8_t* frame_end
+    uint8_t* data, uint32_t data_len, uint32_t limit
 ) noexcept nogil:
     """Send one IPv4 packet, given as headers and data, as fragments of at most limit bytes."""
     cdef int n = fragment_n(ip_hdr_len, lead_len, data_len, limit)
@@ -93,49 +91,35 @@ cdef inline void queue_fragments(
     if n <= 0:
         count_drop(&w.encap, DROP_TOO_BIG, 1)
         return
-    if not room_for(w, n, frame_end):
+    if not room_for(w, n):
         count_drop(&w.encap, DROP_NO_BUFFER, 1)
         return
     w.encap.generated += n - 1
     for i in range(n):
-        fragment_at(hdr, ip_hdr_len, lead_len, data, data_len, limit, i, header_room(w), &frag)
-        queue_segment(w, peer, frag.hdr, frag.hdr_len, <uint8_t*>frag.data, frag.data_len)
+        fragment_at(hdr, ip_hdr_len, lead_len, data, data_len, limit, i, segment_room(w), &frag)
+        memcpy(segment_room(w) + frag.hdr_len, frag.data, frag.data_len)
+        queue_segment(w, peer, frag.hdr_len + frag.data_len)
 
 
 cdef inline void queue_cut(
     worker_t* w, peer_t* peer, uint8_t* p, const cut_t* cut
 ) noexcept nogil:
-    """Send a super-packet's segments.
-
-    The first segment's headers stand before its payload already; they are the template of the
-    others, so it is written last and sent first.
-    """
-    cdef uint8_t* payload = p + cut.hdr_len
-    cdef uint8_t* hdr
+    """Send a super-packet's segments."""
     cdef uint32_t i
-    if cut.n > TX_SEGS or not room_for(w, cut.n, payload + cut.payload_len):
+    if not room_for(w, cut.n):
         count_drop(&w.encap, DROP_NO_BUFFER, cut.n)
         return
-    queue_segment(w, peer, p, cut.hdr_len + cut_payload_len(cut, 0), NULL, 0)
-    for i in range(1, cut.n):
-        hdr = header_room(w)
-        cut_header(cut, p, i, payload + i * cut.gso_size, hdr)
-        queue_segment(
-            w, peer, hdr, cut.hdr_len, payload + i * cut.gso_size, cut_payload_len(cut, i)
-        )
-    cut_header(cut, p, 0, payload, p)
+    for i in range(cut.n):
+        queue_segment(w, peer, cut_segment(cut, p, i, segment_room(w)))
 
 
 cdef inline void queue_last(
     worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, const cut_t* cut
 ) noexcept nogil:
     """Of a super-packet whose full segments do not fit the path, send the last one, which does."""
-    cdef uint8_t* payload = p + cut.hdr_len + (cut.n - 1) * cut.gso_size
-    cdef uint32_t len_ = cut_payload_len(cut, cut.n - 1)
-    cdef uint8_t* hdr = header_room(w)
-    cut_header(cut, p, cut.n - 1, payload, hdr)
-    decrement_hop_limit(hdr, ip.version)
-    queue_segment(w, peer, hdr, cut.hdr_len, payload, len_)
+    cdef uint32_t n = cut_segment(cut, p, cut.n - 1, segment_room(w))
+    decrement_hop_limit(segment_room(w), ip.version)
+    queue_segment(w, peer, n)
 
 
 cdef inline void queue_cut_fragments(
@@ -150,14 +134,14 @@ cdef inline void queue_cut_fragments(
         cut_header(cut, p, i, payload + i * cut.gso_size, hdr)
         queue_fragments(
             w, peer, hdr, ip.hdr_len, cut.hdr_len - ip.hdr_len, payload + i * cut.gso_size,
-            cut_payload_len(cut, i), limit, payload + cut.payload_len,
+            cut_payload_len(cut, i), limit,
         )
 
 
 cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nogil:
     """One frame from the TUN: the road out.
 
-    frame  a vnet header if the TUN has them, and an IP packet; borrowed until the next flush
+    frame  a vnet header if the TUN has them, and an IP packet; overwritten
     """
     cdef uint8_t* p = frame + w.vnet_len
     cdef ip_t ip
@@ -218,10 +202,10 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
             queue_cut(w, hop.peer, p, &cut)
     elif too_big:
         queue_fragments(
-            w, hop.peer, p, ip.hdr_len, 0, p + ip.hdr_len, <uint32_t>n - ip.hdr_len, limit, p + n
+            w, hop.peer, p, ip.hdr_len, 0, p + ip.hdr_len, <uint32_t>n - ip.hdr_len, limit
         )
     else:
-        queue_segment(w, hop.peer, p, <uint32_t>n, NULL, 0)
+        queue_packet(w, hop.peer, p, <uint32_t>n)
 
 
 cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
@@ -248,13 +232,11 @@ cdef inline bint drain_tun(worker_t* w) noexcept nogil:
     cdef uint32_t frames = 0
     cdef size_t bytes_ = 0
     cdef ssize_t n
-    cdef uint8_t* frame
     while frames < TUN_FRAMES and bytes_ < TUN_BYTES:
         if queue_full(w, TX_FRAME_SEGS) and not flush(w):
             return False
-        frame = w.tx_buf + w.tx_used
         w.syscalls_read += 1
-        n = read(w.tun_fd, frame, TX_FRAME)
+        n = read(w.tun_fd, w.tx_frame, TX_FRAME)
         if n < 0:
             if errno == EINTR:
                 continue
@@ -265,10 +247,9 @@ cdef inline bint drain_tun(worker_t* w) noexcept nogil:
         if n == 0:
             note(w, NOTE_TUN_GONE)
             return False
-        w.tx_used += (<uint32_t>n + 63) & ~<uint32_t>63
         frames += 1
         bytes_ += n
-        encap_frame(w, frame, n)
+        encap_frame(w, w.tx_frame, n)
         if not w.batch and not flush(w):
             return False
     return flush(w)

@@ -1,7 +1,8 @@
 """Merge received packets into super-packets for one write to the TUN.
 
 Owns the coalescer: the packets of one turn in arrival order, gathered into outputs; an output is
-one packet, or a run of segments of one flow. Payloads stay where they were received.
+one packet, or a run of segments of one flow. Payloads stay where they were received until
+``merge_frame`` puts them together.
 
 An output is placed where its first packet came, so the order within a flow is kept. A packet that
 its flow cannot take seals the flow: nothing later joins what came before it. A pure ACK does not
@@ -18,7 +19,6 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from checksum cimport csum_add, csum_fold, csum_pseudo, ip4_set_csum
-from io cimport iovec
 from packet cimport ip_t, is_extension
 from wire cimport (
     GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_FRAG, IP4_ID, IP4_LEN, IP4_MIN, IP4_SRC, IP4_TOS,
@@ -33,8 +33,7 @@ cdef enum:
     MERGE_PACKETS = 2048        # in one turn
     MERGE_FLOWS = 256           # remembered at once; a power of two
     MERGE_UDP_MAX = 64          # segments of a UDP super-packet: the kernel's UDP_MAX_SEGMENTS
-    MERGE_IOV = 1000            # segments of one write: under the kernel's UIO_MAXIOV
-    MERGE_HDR = VNET_LEN + 120  # a vnet header and the largest headers of a merged packet
+    MERGE_FRAME = VNET_LEN + IP_MAX  # the longest frame written to the TUN
 
 
 cdef struct merge_packet_t:
@@ -223,7 +222,7 @@ cdef inline void merge_add(
             not out.closed and out.tcp == tcp and out.hdr_len == hdr_len
             and out.ip_hdr_len == ip.hdr_len
             and payload_len <= out.gso_size and out.total_len + payload_len <= IP_MAX
-            and out.n < <uint32_t>(MERGE_IOV if tcp else MERGE_UDP_MAX)
+            and (tcp or out.n < MERGE_UDP_MAX)
             and (not tcp or seq == out.next_seq)
             and (ip.version == 6 or ip.dont_fragment or id_ == out.next_id)
             and same_headers(m.packets[out.first].data, p, out, ip.version)
@@ -272,32 +271,32 @@ cdef inline void merge_add(
     flow.output = i
 
 
-cdef inline int merge_gather(
-    const merge_t* m, const output_t* out, uint8_t* scratch, iovec* iov
+cdef inline size_t merge_frame(
+    const merge_t* m, const output_t* out, uint8_t* frame
 ) noexcept nogil:
-    """Describe one merged output (n > 1) as a frame for writev.
+    """Write one merged output (n > 1) as a frame for the TUN, vnet header first.
 
-    scratch  MERGE_HDR bytes for the vnet header and the merged headers
-    iov      out.n + 1 entries
-    returns  how many entries are used
+    frame    room for MERGE_FRAME bytes
+    returns  how many are used
     """
     cdef const merge_packet_t* packet = &m.packets[out.first]
-    cdef uint8_t* ip = scratch + VNET_LEN
+    cdef uint8_t* ip = frame + VNET_LEN
     cdef uint8_t* l4 = ip + out.ip_hdr_len
+    cdef uint8_t* end = ip + out.hdr_len
     cdef bint v4 = out.ip_hdr_len != IP6_LEN
     cdef uint32_t l4_len = out.total_len - out.ip_hdr_len
     cdef uint32_t proto = PROTO_TCP if out.tcp else PROTO_UDP
-    cdef int k = 0
+    cdef uint32_t len_
     cdef uint16_t csum
-    scratch[VNET_FLAGS] = VNET_F_NEEDS_CSUM
+    frame[VNET_FLAGS] = VNET_F_NEEDS_CSUM
     if not out.tcp:
-        scratch[VNET_GSO_TYPE] = GSO_UDP_L4
+        frame[VNET_GSO_TYPE] = GSO_UDP_L4
     else:
-        scratch[VNET_GSO_TYPE] = GSO_TCPV4 if v4 else GSO_TCPV6
-    store_u16(scratch + VNET_HDR_LEN, out.hdr_len)
-    store_u16(scratch + VNET_GSO_SIZE, <uint16_t>out.gso_size)
-    store_u16(scratch + VNET_CSUM_START, out.ip_hdr_len)
-    store_u16(scratch + VNET_CSUM_OFFSET, TCP_CSUM if out.tcp else UDP_CSUM)
+        frame[VNET_GSO_TYPE] = GSO_TCPV4 if v4 else GSO_TCPV6
+    store_u16(frame + VNET_HDR_LEN, out.hdr_len)
+    store_u16(frame + VNET_GSO_SIZE, <uint16_t>out.gso_size)
+    store_u16(frame + VNET_CSUM_START, out.ip_hdr_len)
+    store_u16(frame + VNET_CSUM_OFFSET, TCP_CSUM if out.tcp else UDP_CSUM)
     memcpy(ip, packet.data, out.hdr_len)
     if v4:
         store_be16(ip + IP4_LEN, out.total_len)
@@ -312,12 +311,10 @@ cdef inline int merge_gather(
     else:
         store_be16(l4 + UDP_LENGTH, l4_len)
         store_u16(l4 + UDP_CSUM, csum)
-    iov[0].iov_base = scratch
-    iov[0].iov_len = VNET_LEN + out.hdr_len
     while True:
-        k += 1
-        iov[k].iov_base = packet.data + out.hdr_len
-        iov[k].iov_len = packet.len - out.hdr_len
+        len_ = packet.len - out.hdr_len
+        memcpy(end, packet.data + out.hdr_len, len_)
+        end += len_
         if packet.next < 0:
-            return k + 1
+            return end - frame
         packet = &m.packets[packet.next]

@@ -1,11 +1,13 @@
 """The sending end: segments that wait, gathered into as few system calls as the kernel allows.
 
-Owns the queue between reading the TUN and sendmmsg: ``queue_segment`` takes one datagram by
-reference, ``flush`` sends what waits. Segments to one peer keep their order; a run of equal size
-(the last may be shorter) becomes one UDP_SEGMENT message. What the kernel refuses as a run is sent
-again one by one; nothing is lost to a probe.
+Owns the queue between reading the TUN and sendmmsg: a datagram is written at ``segment_room`` and
+counted in by ``queue_segment``; ``flush`` sends what waits. Segments to one peer keep their order; a
+run of equal size (the last may be shorter) becomes one UDP_SEGMENT message. What the kernel refuses
+as a run is sent again one by one; nothing is lost to a probe.
 
-Bytes are borrowed from tx_buf and tx_hdrs until the flush that sends them ends.
+Datagrams lie one behind the other in tx_out, until the flush that sends them ends: a run to one
+peer is one piece of memory, which the kernel takes several times faster than a gather list of its
+headers and payloads (docs/performance.md).
 Source: udp(7), ip(7) (IP_RECVERR), linux net/ipv4/udp.c (UDP_SEGMENT's limits), RFC 1191, RFC 8201.
 """
 
@@ -25,8 +27,8 @@ from io cimport (
 from peers cimport addr_map_find, peer_t
 
 from worker cimport (
-    NOTE_PATH_MTU, NOTE_UDP_GSO, TX_FULL, TX_HDR, TX_MSGS, TX_PEERS, TX_SEGS, bucket_t,
-    count_drop, note, seg_t, worker_t,
+    NOTE_PATH_MTU, NOTE_UDP_GSO, TX_FULL, TX_MSGS, TX_PEERS, TX_SEGS, bucket_t, count_drop, note,
+    seg_t, worker_t,
 )
 
 
@@ -47,16 +49,13 @@ cdef inline bint queue_full(const worker_t* w, uint32_t segs) noexcept nogil:
     return w.segs_n + segs > TX_SEGS or w.tx_used > TX_FULL or w.buckets_n == TX_PEERS
 
 
-cdef inline uint8_t* header_room(worker_t* w) noexcept nogil:
-    """TX_HDR bytes until the flush."""
-    w.hdrs_n += 1
-    return w.tx_hdrs + (w.hdrs_n - 1) * TX_HDR
+cdef inline uint8_t* segment_room(worker_t* w) noexcept nogil:
+    """Where the next datagram is to be written."""
+    return w.tx_out + w.tx_used
 
 
-cdef inline void queue_segment(
-    worker_t* w, peer_t* peer, uint8_t* hdr, uint32_t hdr_len, uint8_t* data, uint32_t data_len
-) noexcept nogil:
-    """Let one datagram wait; not queue_full."""
+cdef inline void queue_segment(worker_t* w, peer_t* peer, uint32_t n) noexcept nogil:
+    """Let the datagram of n bytes at ``segment_room`` wait; not queue_full."""
     cdef seg_t* seg = &w.segs[w.segs_n]
     cdef bucket_t* bucket = NULL
     cdef uint32_t i
@@ -74,17 +73,20 @@ cdef inline void queue_segment(
     else:
         w.segs[bucket.last].next = w.segs_n
     bucket.last = w.segs_n
-    seg.hdr = hdr
-    seg.hdr_len = hdr_len
-    seg.data = data
-    seg.data_len = data_len
+    seg.data = segment_room(w)
+    seg.len = n
     seg.next = -1
+    w.tx_used += n
     w.segs_n += 1
     w.encap.queued += 1
 
 
-cdef inline uint32_t seg_len(const seg_t* seg) noexcept nogil:
-    return seg.hdr_len + seg.data_len
+cdef inline void queue_packet(
+    worker_t* w, peer_t* peer, const uint8_t* p, uint32_t n
+) noexcept nogil:
+    """Let a copy of the packet wait; not queue_full."""
+    memcpy(segment_room(w), p, n)
+    queue_segment(w, peer, n)
 
 
 cdef inline int udp_fd(const worker_t* w, const peer_t* peer) noexcept nogil:
@@ -164,7 +166,8 @@ cdef inline uint32_t build_messages(
 ) noexcept nogil:
     """Describe waiting segments as at most TX_MSGS messages, from segment seg_i of bucket
     bucket_i on, for the peers of one socket. Returns how many messages."""
-    cdef uint32_t n = 0, iov_n = 0, run, total, size, length
+    cdef uint32_t n = 0, iov_n = 0, run, total, size
+    cdef uint8_t* end               # of the last piece
     cdef bucket_t* bucket
     cdef seg_t* seg
     cdef msghdr* msg
@@ -186,25 +189,24 @@ cdef inline uint32_t build_messages(
             msg.msg_control = NULL
             msg.msg_controllen = 0
             msg.msg_flags = 0
-            w.tx_msg_first[n] = seg_i
             run = total = 0
-            size = seg_len(&w.segs[seg_i])
+            size = w.segs[seg_i].len
+            end = NULL
             while seg_i >= 0 and run < run_max:
                 seg = &w.segs[seg_i]
-                length = seg_len(seg)
-                if run != 0 and (length > size or total + length > MAX_UDP_PAYLOAD):
+                if run != 0 and (seg.len > size or total + seg.len > MAX_UDP_PAYLOAD):
                     break
-                w.tx_iov[iov_n].iov_base = seg.hdr
-                w.tx_iov[iov_n].iov_len = seg.hdr_len
-                iov_n += 1
-                if seg.data_len != 0:
+                if seg.data == end:
+                    w.tx_iov[iov_n - 1].iov_len += seg.len
+                else:
                     w.tx_iov[iov_n].iov_base = seg.data
-                    w.tx_iov[iov_n].iov_len = seg.data_len
+                    w.tx_iov[iov_n].iov_len = seg.len
                     iov_n += 1
+                end = seg.data + seg.len
                 run += 1
-                total += length
+                total += seg.len
                 seg_i = seg.next
-                if length < size:
+                if seg.len < size:
                     break
             msg.msg_iovlen = &w.tx_iov[iov_n] - msg.msg_iov
             if run > 1:
@@ -234,7 +236,7 @@ cdef inline void account(
         count_drop(&w.encap, verdict, n)
         return
     while i < n:
-        bytes_ += seg_len(&w.segs[seg_i])
+        bytes_ += w.segs[seg_i].len
         seg_i = w.segs[seg_i].next
         i += 1
     w.encap.delivered += n
@@ -326,5 +328,5 @@ cdef inline bint flush(worker_t* w) noexcept nogil:
         w.full6 = w.udp_fd6 >= 0 and not flush_socket(w, w.udp_fd6)
     if w.full4 or w.full6:
         return False
-    w.segs_n = w.buckets_n = w.hdrs_n = w.tx_used = 0
+    w.segs_n = w.buckets_n = w.tx_used = 0
     return True

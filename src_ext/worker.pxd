@@ -7,10 +7,11 @@ pointer of ``shared_t``.
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
+from cut cimport MAX_SEG_HDR
 from drops cimport DROP_REASONS_N, drop_t
 from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from io cimport iovec, mmsghdr, sockaddr_in6, write
-from merge cimport MERGE_HDR, MERGE_IOV, merge_t
+from merge cimport MERGE_FRAME, merge_t
 from peers cimport peer_t, snapshot_t
 
 
@@ -19,11 +20,9 @@ cdef enum:
     TX_FRAME_SEGS = 512         # kept free for the next frame; the TUN's gso_max_segs
     TX_PEERS = 32               # different peers among them
     TX_MSGS = 64                # messages of one sendmmsg
-    TX_IOV = 2 * TX_SEGS        # header and payload each
-    TX_HDR = 128                # scratch for one segment's headers
     TX_FRAME = 10 + 65536       # the longest read from the TUN
-    TX_FULL = 65536             # bytes that wait before a flush: keeps the buffer in cache
-    TX_BUF = TX_FULL + TX_FRAME + 65536
+    TX_FULL = 100000            # bytes that wait before a flush: keeps them in cache
+    TX_OUT = TX_FULL + TX_FRAME + TX_SEGS * MAX_SEG_HDR  # and one frame more, cut into datagrams
 
     RX_SLOTS = 64               # datagrams of one recvmmsg
     RX_SLOT = 65536             # the longest UDP payload, or the longest GRO run
@@ -47,11 +46,9 @@ cdef struct direction_t:
     uint64_t drops[DROP_REASONS_N]
 
 
-cdef struct seg_t:
-    uint8_t* hdr                # headers, or a whole packet
-    uint8_t* data               # payload behind them; NULL if hdr is whole
-    uint32_t hdr_len
-    uint32_t data_len
+cdef struct seg_t:              # one datagram
+    uint8_t* data
+    uint32_t len
     int32_t next                # to the same peer; -1 = last
 
 
@@ -117,19 +114,17 @@ cdef struct worker_t:
     icmp_bucket_t icmp_buckets[2 * ICMP_KINDS_N]
 
     # waiting to be sent
-    uint8_t* tx_buf             # TX_BUF bytes: frames as read, ICMP as made
+    uint8_t* tx_frame           # TX_FRAME bytes: the frame read last
+    uint8_t* tx_out             # TX_OUT bytes: datagrams, one behind the other
     uint32_t tx_used
     uint32_t segs_n
     uint32_t buckets_n
-    uint32_t hdrs_n
     seg_t segs[TX_SEGS]
     bucket_t buckets[TX_PEERS]
-    uint8_t* tx_hdrs            # TX_SEGS * TX_HDR
-    iovec tx_iov[TX_IOV]
+    iovec tx_iov[TX_SEGS]
     mmsghdr tx_msgs[TX_MSGS]
     uint8_t tx_cmsg[TX_MSGS][CMSG_ROOM]
-    int32_t tx_msg_first[TX_MSGS]   # the message's first segment
-    uint32_t tx_msg_n[TX_MSGS]      # and how many
+    uint32_t tx_msg_n[TX_MSGS]  # segments of the message
 
     # received
     uint8_t* rx_buf             # RX_SLOTS * RX_SLOT
@@ -139,8 +134,7 @@ cdef struct worker_t:
     sockaddr_in6 rx_from[RX_SLOTS]
     uint8_t rx_cmsg[RX_SLOTS][CMSG_ROOM]
     merge_t merge
-    uint8_t wr_hdr[MERGE_HDR]
-    iovec wr_iov[MERGE_IOV + 2]
+    uint8_t* wr_frame           # MERGE_FRAME bytes: the frame written last
     uint8_t icmp_out[10 + ICMP_MAX]
 
 

@@ -36,7 +36,6 @@ from .packet import (
 )
 
 UDP_SEGMENTS_MAX = 64  # UDP_MAX_SEGMENTS of kernels before 6.9
-TCP_SEGMENTS_MAX = 1000  # a frame is one writev of at most UIO_MAXIOV = 1024 pieces
 
 Flow = tuple[int, bytes, bytes, bytes]  # protocol, source, destination, both ports
 
@@ -88,7 +87,7 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
     merged   n >= 2 packets: NEEDS_CSUM, gso_size = payload of the first, hdr_len and csum_start
              from the headers; the transport checksum is the pseudo-header's sum, not inverted;
              lengths of the whole, IPv4 header checksum made right, IPv4 id of the first, PSH of
-             the last. At most 65535 bytes with headers; UDP at most 64 packets, TCP 1000.
+             the last. At most 65535 bytes with headers; UDP at most 64 packets.
     drops    as check_packet: for a list with such a packet in it nothing is returned
 
     A packet joins the open group of its flow if
@@ -186,7 +185,7 @@ def _joins(group: list[_Segment], segment: _Segment) -> bool:
         return False
     if segment.header.protocol == PROTO_UDP:
         return len(group) < UDP_SEGMENTS_MAX
-    return len(group) < TCP_SEGMENTS_MAX and _continues_tcp(first, segment, merged_len)
+    return _continues_tcp(first, segment, merged_len)
 
 
 def _continues_ip(first: _Segment, segment: _Segment, index: int) -> bool:
