@@ -18,8 +18,8 @@ from decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from drops cimport DROP_CLOSED, DROP_REASONS_N
 from encap cimport path_limit
 from io cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close, epoll_create1,
-    epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, close,
+    epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
 from merge cimport MERGE_FRAME, merge_reset
 from peers cimport (
@@ -28,7 +28,7 @@ from peers cimport (
 )
 from publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
 from routes cimport route_t, route_vec_t
-from turn cimport ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, drain, give_back, run
+from turn cimport drain, give_back, run, watch
 from worker cimport (
     NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO, NOTE_UDP_MERGE, RX_SLOT,
     RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, count_drop, direction_t, shared_t, worker_t,
@@ -334,6 +334,7 @@ cdef class Worker:
     def __cinit__(self, Core core, int tun_fd, int udp_fd4, int udp_fd6, features,
                   uint32_t gso_max_segs=64):
         cdef worker_t* w
+        cdef epoll_event event
         cdef uint32_t i
         if len(core.objects) == core.shared.workers_n:
             raise ValueError("the core was made for fewer workers")
@@ -369,22 +370,16 @@ cdef class Worker:
         w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if w.epoll_fd < 0 or w.wake_fd < 0:
             raise OSError(errno, "cannot make the worker's epoll set")
-        self.watch(tun_fd, ON_TUN)
-        self.watch(w.wake_fd, ON_WAKE)
-        if udp_fd4 >= 0:
-            self.watch(udp_fd4, ON_UDP4)
-        if udp_fd6 >= 0:
-            self.watch(udp_fd6, ON_UDP6)
+        for i, fd in enumerate((w.wake_fd, tun_fd, udp_fd4, udp_fd6)):
+            w.polled[i].fd = fd
+            w.polled[i].events = POLLIN
+        event.events = EPOLLIN
+        event.data.u64 = 0
+        if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not watch(w):
+            raise OSError(errno, "cannot fill the worker's epoll set")
         self.core = core
         core.workers[w.index] = w
         core.objects.append(self)
-
-    cdef watch(self, int fd, uint64_t what):
-        cdef epoll_event event
-        event.events = EPOLLIN
-        event.data.u64 = what
-        if epoll_ctl(self.w.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0:
-            raise OSError(errno, f"cannot poll descriptor {fd}")
 
     def __dealloc__(self):
         if self.w == NULL:

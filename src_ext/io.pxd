@@ -118,14 +118,21 @@ cdef extern from "<sys/epoll.h>" nogil:
         epoll_data_t data
     int epoll_create1(int flags)
     int epoll_ctl(int ep, int op, int fd, epoll_event* event)
-    int epoll_wait(int ep, epoll_event* events, int n, int timeout)
     enum: EPOLL_CLOEXEC
     enum: EPOLL_CTL_ADD
-    enum: EPOLL_CTL_MOD
     enum: EPOLL_CTL_DEL
     enum: EPOLLIN
-    enum: EPOLLOUT
-    enum: EPOLLERR
+
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd* fds, unsigned long n, int timeout)
+    enum: POLLIN
+    enum: POLLOUT
+    enum: POLLERR
 
 
 cdef extern from "<sys/eventfd.h>" nogil:

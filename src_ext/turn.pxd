@@ -11,25 +11,23 @@ side's swap) make sure that one side sees the other's store.
 """
 
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
+from libc.string cimport memset
 
 from decap cimport receive
 from encap cimport drain_tun
 from io cimport (
-    EPOLL_CTL_MOD, EPOLLERR, EPOLLIN, EPOLLOUT, epoll_ctl, epoll_event, epoll_wait, full_fence,
-    load_flag, load_ptr, now_ns, read, store_flag,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLERR, POLLIN, POLLOUT, epoll_ctl, epoll_event, full_fence,
+    load_flag, load_ptr, now_ns, poll, read, store_flag,
 )
 from peers cimport snapshot_t
 from send cimport flush, read_errors, waiting
-from worker cimport NOTE_TUN_GONE, note, worker_t
+from worker cimport (
+    NOTE_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, note, worker_t,
+)
 
 
 cdef enum:
-    ON_TUN = 0                  # epoll_event.data
-    ON_WAKE = 1
-    ON_UDP4 = 2
-    ON_UDP6 = 3
-
     POLL_TURNS = 64             # a busy worker looks for errors this often
 
 
@@ -48,25 +46,12 @@ cdef inline void give_back(worker_t* w) noexcept nogil:
         store_flag(&w.busy, 0)
 
 
-cdef inline void ask(worker_t* w, int fd, uint32_t what, uint32_t events) noexcept nogil:
-    cdef epoll_event event
-    event.events = events
-    event.data.u64 = what
-    epoll_ctl(w.epoll_fd, EPOLL_CTL_MOD, fd, &event)
-
-
 cdef inline void set_pressure(worker_t* w) noexcept nogil:
     """After a flush: while a socket is full, poll it for room, and the TUN not at all."""
-    cdef bint asleep = w.full4 or w.full6
-    if asleep != w.tun_asleep:
-        w.tun_asleep = asleep
-        ask(w, w.tun_fd, ON_TUN, 0 if asleep else EPOLLIN)
-    if w.full4 != w.asked4:
-        w.asked4 = w.full4
-        ask(w, w.udp_fd4, ON_UDP4, EPOLLIN | (EPOLLOUT if w.full4 else 0))
-    if w.full6 != w.asked6:
-        w.asked6 = w.full6
-        ask(w, w.udp_fd6, ON_UDP6, EPOLLIN | (EPOLLOUT if w.full6 else 0))
+    w.tun_asleep = w.full4 or w.full6
+    w.polled[ON_TUN].events = 0 if w.tun_asleep else POLLIN
+    w.polled[ON_UDP4].events = POLLIN | (POLLOUT if w.full4 else 0)
+    w.polled[ON_UDP6].events = POLLIN | (POLLOUT if w.full6 else 0)
 
 
 cdef inline bint turn(worker_t* w) noexcept nogil:
@@ -90,31 +75,31 @@ cdef inline bint turn(worker_t* w) noexcept nogil:
     return more
 
 
+cdef inline bint readable(worker_t* w, int which, int fd) noexcept nogil:
+    """Whether a polled socket is. An error counts as readable: receiving clears it."""
+    cdef short events = w.polled[which].revents
+    if events & POLLERR:
+        read_errors(w, fd)
+    return events & (POLLIN | POLLERR) != 0
+
+
 cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
-    """Poll, and mark what is ready. A socket's error counts as readable: receiving clears it."""
-    cdef epoll_event events[8]
+    """Poll, and mark what is ready."""
     cdef uint64_t value
-    cdef int i, n
     w.syscalls_wait += 1
-    n = epoll_wait(w.epoll_fd, events, 8, timeout_ms)
+    w.ready = poll(w.polled, POLLED_N, timeout_ms) > 0
     w.now = now_ns()
     borrow(w)
-    w.ready = n > 0
-    for i in range(n):
-        if events[i].data.u64 == ON_TUN:
-            w.tun_ready = True
-            if events[i].events & EPOLLERR:
-                note(w, NOTE_TUN_GONE)
-        elif events[i].data.u64 == ON_WAKE:
-            read(w.wake_fd, &value, 8)
-        elif events[i].data.u64 == ON_UDP4:
-            if events[i].events & EPOLLERR:
-                read_errors(w, w.udp_fd4)
-            w.udp_ready4 = (events[i].events & (EPOLLIN | EPOLLERR)) != 0
-        elif events[i].data.u64 == ON_UDP6:
-            if events[i].events & EPOLLERR:
-                read_errors(w, w.udp_fd6)
-            w.udp_ready6 = (events[i].events & (EPOLLIN | EPOLLERR)) != 0
+    w.tun_ready = w.udp_ready4 = w.udp_ready6 = False
+    if not w.ready:
+        return
+    if w.polled[ON_WAKE].revents & POLLIN:
+        read(w.wake_fd, &value, 8)
+    if w.polled[ON_TUN].revents & POLLERR:
+        note(w, NOTE_TUN_GONE)
+    w.tun_ready = w.polled[ON_TUN].revents & (POLLIN | POLLERR) != 0
+    w.udp_ready4 = readable(w, ON_UDP4, w.udp_fd4)
+    w.udp_ready6 = readable(w, ON_UDP6, w.udp_fd6)
 
 
 cdef inline void look_everywhere(worker_t* w) noexcept nogil:
@@ -126,10 +111,34 @@ cdef inline void look_everywhere(worker_t* w) noexcept nogil:
     w.udp_ready6 = w.udp_fd6 >= 0
 
 
+cdef inline bint watch(worker_t* w) noexcept nogil:
+    """Put the descriptors that packets come through into the epoll set. False: one did not go in,
+    and the loop would never learn of its packets."""
+    cdef epoll_event event
+    cdef bint all_ = True
+    cdef int i
+    memset(&event, 0, sizeof(event))
+    for i in range(ON_TUN, POLLED_N):
+        if w.polled[i].fd >= 0:
+            event.events = w.polled[i].events
+            all_ &= epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.polled[i].fd, &event) == 0
+    return all_
+
+
+cdef inline void unwatch(worker_t* w) noexcept nogil:
+    """Take them out: an epoll set is told of each packet at once, by whoever brings it, whether
+    somebody waits or not."""
+    cdef int i
+    for i in range(ON_TUN, POLLED_N):
+        if w.polled[i].fd >= 0:
+            epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.polled[i].fd, NULL)
+
+
 cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
     """Work until there was nothing to do for linger_ms, or the control side calls."""
     cdef int timeout = 0
     cdef bint more = False
+    unwatch(w)
     while True:
         if more and w.turns % POLL_TURNS != 0:
             look_everywhere(w)
@@ -137,14 +146,14 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             look_everywhere(w)
             wait_for_work(w, 0)  # for errors, and the wake-up
         else:
-            w.tun_ready = w.udp_ready4 = w.udp_ready6 = False
             if timeout:
                 give_back(w)
             wait_for_work(w, timeout)
-            if not w.ready and timeout:
+            if not w.ready and timeout and watch(w):
                 break
             timeout = linger_ms
         if load_flag(&w.called) or w.notes & NOTE_TUN_GONE:
+            watch(w)
             break
         more = turn(w)
     give_back(w)

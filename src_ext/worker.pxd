@@ -10,7 +10,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from cut cimport MAX_SEG_HDR
 from drops cimport DROP_REASONS_N, drop_t
 from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
-from io cimport iovec, mmsghdr, sockaddr_in6, write
+from io cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
 from merge cimport MERGE_FRAME, merge_t
 from peers cimport peer_t, snapshot_t
 
@@ -21,7 +21,7 @@ cdef enum:
     TX_PEERS = 32               # different peers among them
     TX_MSGS = 64                # messages of one sendmmsg
     TX_FRAME = 10 + 65536       # the longest read from the TUN
-    TX_FULL = 100000            # bytes that wait before a flush: keeps them in cache
+    TX_FULL = 131072           # bytes that wait before a flush: keeps them in cache
     TX_OUT = TX_FULL + TX_FRAME + TX_SEGS * MAX_SEG_HDR  # and one frame more, cut into datagrams
 
     RX_SLOTS = 64               # datagrams of one recvmmsg
@@ -29,6 +29,12 @@ cdef enum:
     RX_SET = 262144             # bytes one turn should receive at most, to stay in cache
 
     CMSG_ROOM = 64
+
+    ON_WAKE = 0                 # worker_t.polled
+    ON_TUN = 1                  # from here on: what packets come through
+    ON_UDP4 = 2
+    ON_UDP6 = 3
+    POLLED_N = 4
 
     # shown to the control side, once each, through worker_t.notes
     NOTE_PATH_MTU = 1
@@ -79,15 +85,14 @@ cdef struct worker_t:
     uint64_t now
     uint32_t index
 
-    int epoll_fd
+    int epoll_fd                # for the loop: see turn.pxd
     int wake_fd
     int tun_fd
     int udp_fd4                 # -1 = no listener of this family
     int udp_fd6
+    pollfd polled[POLLED_N]
     bint full4                  # back-pressure: the last flush left segments for this socket
     bint full6
-    bint asked4                 # and it is polled for room
-    bint asked6
     bint tun_asleep             # and the TUN is not polled
     bint ready                  # the last poll saw something
     bint tun_ready
