@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from cut cimport (
-    MAX_SEG_HDR, complete_checksum, cut_segment, cut_t, is_super, plan_cut,
+    SEG_HDR_ROOM, complete_checksum, cut_segment, cut_start, cut_t, is_super, plan_cut,
 )
 from drops cimport PASS, drop_t
 from merge cimport (
@@ -92,9 +92,10 @@ def cut(bytes frame):
             check(complete_checksum(f, p, ip.total_len, &ip))
             return [PyBytes_FromStringAndSize(<char*>p, ip.total_len)]
         check(plan_cut(f, p, n, &ip, &plan))
-        segment = <uint8_t*>malloc(MAX_SEG_HDR + plan.gso_size)
+        segment = <uint8_t*>malloc(SEG_HDR_ROOM + plan.gso_size)
         if segment == NULL:
             raise MemoryError
+        cut_start(&plan, p)
         out = []
         for i in range(plan.n):
             n = cut_segment(&plan, p, i, segment)

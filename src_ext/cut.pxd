@@ -1,7 +1,8 @@
 """Cut the kernel's super-packets into IP packets.
 
 Owns the reading of the virtio_net_hdr that comes before a packet read from the TUN. ``plan_cut``
-judges the frame once; ``cut_header`` writes the header of one segment, ``cut_segment`` all of it.
+judges the frame once, ``cut_start`` makes its headers a template, ``cut_segment`` writes a segment,
+``cut_header`` only its headers.
 Each payload byte is summed once; the constant part of each header's sum once per super-packet.
 Source: linux/virtio_net.h, RFC 9293 (seq, FIN/PSH), RFC 3168 6.1.2 (CWR on the first only),
 RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id), RFC 8200 4 (extension headers: Linux
@@ -11,21 +12,22 @@ hands over TCP super-packets with those of a socket's sticky options).
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from checksum cimport csum_add, csum_fold, csum_not, csum_pseudo, ip4_set_csum
+from checksum cimport csum_add, csum_not, csum_pseudo
 from drops cimport DROP_BAD_GSO, DROP_BAD_L4_HEADER, PASS, drop_t
 from packet cimport ip_src, ip_t, skip_extensions
 from wire cimport (
-    GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_ID, IP4_LEN, IP6_LEN, IP6_PAYLOAD,
-    IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH, TCP_FLAGS, TCP_MIN,
-    TCP_OFF, TCP_SEQ, UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET, VNET_CSUM_START,
-    VNET_F_NEEDS_CSUM, VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, load_be16, load_be32, load_u16,
-    store_be16, store_be32, store_u16,
+    GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_CSUM, IP4_ID, IP4_LEN, IP6_LEN,
+    IP6_PAYLOAD, IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH,
+    TCP_FLAGS, TCP_MIN, TCP_OFF, TCP_SEQ, UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET,
+    VNET_CSUM_START, VNET_F_NEEDS_CSUM, VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, load_be16,
+    load_be32, load_u16, store_be16, store_be32, store_u16, swap16,
 )
 
 
 cdef enum:
     MAX_L4_HDR = 60               # a TCP header with all options
     MAX_SEG_HDR = 120             # and an IPv4 header with all of its own before it
+    SEG_HDR_ROOM = 128
 
 
 cdef struct cut_t:
@@ -38,7 +40,12 @@ cdef struct cut_t:
     uint32_t n              # segments, >= 1
     uint32_t seq            # TCP: of the first segment, host order
     uint32_t ip_id          # IPv4: of the first segment, host order
-    uint64_t l4_base        # sum of pseudo-header and transport header without what differs
+    uint64_t pseudo         # sum of the pseudo-header without the length
+    # by ``cut_start``: the headers, with zeros for what differs from segment to segment, and sums
+    uint8_t flags           # TCP: of the super-packet
+    uint64_t ip_base        # of the IPv4 header
+    uint64_t l4_base        # of the pseudo-header without the length, and the transport header
+    uint8_t hdr[SEG_HDR_ROOM]
 
 
 cdef inline bint is_super(const uint8_t* vnet) noexcept nogil:
@@ -72,10 +79,10 @@ cdef inline drop_t complete_checksum(
 cdef inline drop_t plan_cut(
     const uint8_t* vnet, uint8_t* p, size_t n, const ip_t* ip, cut_t* cut
 ) noexcept nogil:
-    """Judge a super-packet and prepare its header as the template of all segments.
+    """Judge a super-packet and say how it is to be cut.
 
-    p      the IP packet, n bytes, at most 65535; the transport header's varying fields are
-           cleared or restored here and by ``cut_header``
+    p      the IP packet, n bytes, at most 65535; the transport header's checksum and UDP's length
+           are cleared
     ip     from ``parse_ip``
     drops  BAD_GSO: gso_size 0, unknown type, type and protocol at odds, checksum offsets at odds
            with the headers; BAD_L4_HEADER: the TCP or UDP header does not parse, or the
@@ -139,18 +146,9 @@ cdef inline drop_t plan_cut(
     cut.seq = load_be32(l4 + TCP_SEQ) if cut.tcp else 0
     cut.ip_id = load_be16(p + IP4_ID)
     store_u16(l4 + csum_off, 0)
-    cut.l4_base = csum_pseudo(ip_src(p, ip), ip.addr_len, want, 0)
+    cut.pseudo = csum_pseudo(ip_src(p, ip), ip.addr_len, want, 0)
     if not cut.tcp:
         store_u16(l4 + UDP_LENGTH, 0)
-    cut.l4_base = csum_add(l4, l4_hdr, cut.l4_base)
-    if cut.tcp:
-        # seq and flags differ from segment to segment: out of the constant sum, by
-        # ones-complement subtraction (adding the complement of each word)
-        cut.l4_base += (
-            <uint64_t>(<uint16_t>~load_u16(l4 + TCP_SEQ))
-            + <uint16_t>~load_u16(l4 + TCP_SEQ + 2)
-            + <uint16_t>~load_u16(l4 + TCP_OFF)
-        )
     return PASS
 
 
@@ -161,60 +159,78 @@ cdef inline uint32_t cut_payload_len(const cut_t* cut, uint32_t i) noexcept nogi
     return cut.payload_len - i * cut.gso_size
 
 
-cdef inline void cut_header(
-    const cut_t* cut, const uint8_t* template, uint32_t i, const uint8_t* payload, uint8_t* out
-) noexcept nogil:
-    """Write the IP and transport header of segment i to out[0:hdr_len].
+cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
+    """Take the super-packet's headers at p as the template of all segments: what ``plan_cut`` left
+    of them, and with the hop limit that the segments are to have."""
+    cdef uint8_t* l4 = cut.hdr + cut.ip_hdr_len
+    memcpy(cut.hdr, p, cut.hdr_len)
+    cut.ip_base = 0
+    if cut.version == 4:
+        store_u16(cut.hdr + IP4_LEN, 0)
+        store_u16(cut.hdr + IP4_ID, 0)
+        store_u16(cut.hdr + IP4_CSUM, 0)
+        cut.ip_base = csum_add(cut.hdr, cut.ip_hdr_len, 0)
+    if cut.tcp:
+        cut.flags = l4[TCP_FLAGS]
+        l4[TCP_FLAGS] = 0
+        store_be32(l4 + TCP_SEQ, 0)
+    cut.l4_base = csum_add(l4, cut.hdr_len - cut.ip_hdr_len, cut.pseudo)
 
-    template  the super-packet's headers as ``plan_cut`` left them; out may be the template itself
-              for the last segment written
-    payload   of this segment, cut_payload_len(i) bytes
+
+cdef inline void cut_header(
+    const cut_t* cut, const uint8_t* payload, uint32_t i, uint8_t* out
+) noexcept nogil:
+    """Write the headers of segment i. Nothing written is read again: a load that meets narrower
+    stores in flight waits for them.
+
+    payload  of this segment, cut_payload_len(i) bytes; apart from out
+    out      SEG_HDR_ROOM bytes: what is behind the headers is overwritten too
     """
     cdef uint32_t len_ = cut_payload_len(cut, i)
     cdef uint32_t l4_len = cut.hdr_len - cut.ip_hdr_len + len_
     cdef uint8_t* l4 = out + cut.ip_hdr_len
-    cdef uint64_t acc
-    cdef uint16_t csum
-    cdef uint8_t flags
-    if out != template:
-        memcpy(out, template, cut.hdr_len)
+    cdef uint64_t acc = cut.l4_base + swap16(l4_len)
+    cdef uint32_t seq
+    cdef uint16_t csum, total, id_
+    cdef uint8_t flags = cut.flags
+    memcpy(out, cut.hdr, SEG_HDR_ROOM // 2)
+    if cut.hdr_len > SEG_HDR_ROOM // 2:
+        memcpy(out + SEG_HDR_ROOM // 2, cut.hdr + SEG_HDR_ROOM // 2, SEG_HDR_ROOM // 2)
     if cut.version == 4:
-        store_be16(out + IP4_LEN, cut.hdr_len + len_)
-        store_be16(out + IP4_ID, cut.ip_id + i)
-        ip4_set_csum(out, cut.ip_hdr_len)
+        total = swap16(cut.hdr_len + len_)
+        id_ = swap16(cut.ip_id + i)
+        store_u16(out + IP4_LEN, total)
+        store_u16(out + IP4_ID, id_)
+        store_u16(out + IP4_CSUM, csum_not(cut.ip_base + total + id_))
     else:
         store_be16(out + IP6_PAYLOAD, cut.hdr_len - IP6_LEN + len_)
-    acc = cut.l4_base + ((l4_len & 0xFF) << 8 | l4_len >> 8)
     if cut.tcp:
-        store_be32(l4 + TCP_SEQ, cut.seq + i * cut.gso_size)
-        flags = l4[TCP_FLAGS]
         if i != 0:
             flags &= ~TCP_F_CWR
         if i + 1 != cut.n:
             flags &= ~(TCP_F_FIN | TCP_F_PSH)
         l4[TCP_FLAGS] = flags
-        acc += load_u16(l4 + TCP_SEQ)
-        acc += load_u16(l4 + TCP_SEQ + 2)
-        acc += load_u16(l4 + TCP_OFF)
-        csum = csum_not(csum_add(payload, len_, acc))
-        store_u16(l4 + TCP_CSUM, csum)
+        seq = cut.seq + i * cut.gso_size
+        store_be32(l4 + TCP_SEQ, seq)
+        acc += <uint32_t>swap16(flags) + swap16(seq >> 16) + swap16(seq)
+        store_u16(l4 + TCP_CSUM, csum_not(csum_add(payload, len_, acc)))
     else:
         store_be16(l4 + UDP_LENGTH, l4_len)
-        acc += load_u16(l4 + UDP_LENGTH)
+        acc += swap16(l4_len)
         csum = csum_not(csum_add(payload, len_, acc))
         store_u16(l4 + UDP_CSUM, csum if csum != 0 else 0xFFFF)
 
 
 cdef inline uint32_t cut_segment(
-    const cut_t* cut, const uint8_t* template, uint32_t i, uint8_t* out
+    const cut_t* cut, const uint8_t* p, uint32_t i, uint8_t* out
 ) noexcept nogil:
-    """Write segment i whole to ``out``; returns its length.
+    """Write segment i whole; returns its length.
 
-    template  the super-packet as ``plan_cut`` left it, its payload behind its headers; apart from
-              out
+    p    the super-packet; apart from out
+    out  room for SEG_HDR_ROOM bytes and a payload of gso_size
     """
-    cdef const uint8_t* payload = template + cut.hdr_len + i * cut.gso_size
+    cdef const uint8_t* payload = p + cut.hdr_len + i * cut.gso_size
     cdef uint32_t len_ = cut_payload_len(cut, i)
-    cut_header(cut, template, i, payload, out)
+    cut_header(cut, payload, i, out)
     memcpy(out + cut.hdr_len, payload, len_)
     return cut.hdr_len + len_

@@ -9,8 +9,8 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from cut cimport (
-    MAX_SEG_HDR, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_t, is_super,
-    plan_cut,
+    SEG_HDR_ROOM, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_start, cut_t,
+    is_super, plan_cut,
 )
 from drops cimport (
     DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_SHORT_PACKET, DROP_TOO_BIG, DROP_TTL_EXCEEDED,
@@ -102,10 +102,11 @@ cdef inline void queue_fragments(
 
 
 cdef inline void queue_cut(
-    worker_t* w, peer_t* peer, uint8_t* p, const cut_t* cut
+    worker_t* w, peer_t* peer, const uint8_t* p, cut_t* cut
 ) noexcept nogil:
     """Send a super-packet's segments."""
     cdef uint32_t i
+    cut_start(cut, p)
     if not room_for(w, cut.n):
         count_drop(&w.encap, DROP_NO_BUFFER, cut.n)
         return
@@ -114,27 +115,31 @@ cdef inline void queue_cut(
 
 
 cdef inline void queue_last(
-    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, const cut_t* cut
+    worker_t* w, peer_t* peer, const uint8_t* p, cut_t* cut
 ) noexcept nogil:
     """Of a super-packet whose full segments do not fit the path, send the last one, which does."""
-    cdef uint32_t n = cut_segment(cut, p, cut.n - 1, segment_room(w))
-    decrement_hop_limit(segment_room(w), ip.version)
+    cdef uint32_t n
+    cut_start(cut, p)
+    n = cut_segment(cut, p, cut.n - 1, segment_room(w))
+    decrement_hop_limit(segment_room(w), cut.version)
     queue_segment(w, peer, n)
 
 
 cdef inline void queue_cut_fragments(
-    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, const cut_t* cut, uint32_t limit
+    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, cut_t* cut, uint32_t limit
 ) noexcept nogil:
     """Send a super-packet whose segments do not fit the path and may be fragmented (IPv4, no DF).
     A last segment that fits comes out of the fragmenting whole."""
-    cdef uint8_t hdr[MAX_SEG_HDR]
-    cdef uint8_t* payload = p + cut.hdr_len
+    cdef uint8_t hdr[SEG_HDR_ROOM]
+    cdef uint8_t* payload
     cdef uint32_t i
+    cut_start(cut, p)
     for i in range(cut.n):
-        cut_header(cut, p, i, payload + i * cut.gso_size, hdr)
+        payload = p + cut.hdr_len + i * cut.gso_size
+        cut_header(cut, payload, i, hdr)
         queue_fragments(
-            w, peer, hdr, ip.hdr_len, cut.hdr_len - ip.hdr_len, payload + i * cut.gso_size,
-            cut_payload_len(cut, i), limit,
+            w, peer, hdr, ip.hdr_len, cut.hdr_len - ip.hdr_len, payload, cut_payload_len(cut, i),
+            limit,
         )
 
 
@@ -190,7 +195,7 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
     if too_big and ip.dont_fragment:
         count = cut.n
         if super_packet and cut.hdr_len + cut_payload_len(&cut, cut.n - 1) <= limit:
-            queue_last(w, hop.peer, p, &ip, &cut)
+            queue_last(w, hop.peer, p, &cut)
             count -= 1
         refuse(w, p, n, &ip, &cut, super_packet, count, DROP_TOO_BIG, ICMP_TOO_BIG, limit)
         return
@@ -215,13 +220,16 @@ cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
 
 
 cdef inline void refuse(
-    worker_t* w, uint8_t* p, size_t n, const ip_t* ip, const cut_t* cut, bint super_packet,
+    worker_t* w, uint8_t* p, size_t n, const ip_t* ip, cut_t* cut, bint super_packet,
     uint32_t count, drop_t reason, int kind, uint32_t mtu
 ) noexcept nogil:
     """Drop ``count`` of the packets read and tell their sender, about the first of them."""
+    cdef uint8_t hdr[SEG_HDR_ROOM]
     count_drop(&w.encap, reason, count)
     if super_packet:
-        cut_header(cut, p, 0, p + cut.hdr_len, p)
+        cut_start(cut, p)
+        cut_header(cut, p + cut.hdr_len, 0, hdr)
+        memcpy(p, hdr, cut.hdr_len)
         n = cut.hdr_len + cut_payload_len(cut, 0)
     icmp_to_tun(w, p, n, ip, kind, mtu)
 

@@ -17,18 +17,18 @@ from libc.errno cimport (
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from drops cimport DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, drop_t
+from drops cimport DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, PASS, drop_t
 from io cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
     IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
     MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
     cmsghdr, msghdr, recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
 )
-from peers cimport addr_map_find, peer_t
+from peers cimport addr_map_find, peer_counters_t, peer_t
 
 from worker cimport (
     NOTE_PATH_MTU, NOTE_UDP_GSO, TX_FULL, TX_MSGS, TX_PEERS, TX_SEGS, bucket_t, count_drop, note,
-    seg_t, worker_t,
+    run_t, seg_t, worker_t,
 )
 
 
@@ -218,7 +218,9 @@ cdef inline uint32_t build_messages(
                 c.cmsg_len = CMSG_LEN(sizeof(gso))
                 gso = <uint16_t>size
                 memcpy(CMSG_DATA(c), &gso, sizeof(gso))
-            w.tx_msg_n[n] = run
+            w.tx_runs[n].n = run
+            w.tx_runs[n].bytes_ = total
+            w.tx_runs[n].next = seg_i
             n += 1
         if seg_i >= 0:
             break
@@ -226,29 +228,18 @@ cdef inline uint32_t build_messages(
 
 
 cdef inline void account(
-    worker_t* w, peer_t* peer, int32_t seg_i, uint32_t n, drop_t verdict
+    worker_t* w, bucket_t* bucket, const run_t* run, drop_t verdict
 ) noexcept nogil:
-    """n segments from seg_i on have left the queue: sent (PASS), or dropped."""
-    cdef uint64_t bytes_ = 0
-    cdef uint32_t i = 0
-    w.encap.queued -= n
-    if verdict != 0:
-        count_drop(&w.encap, verdict, n)
+    """A run has left the queue: sent (PASS), or dropped."""
+    cdef peer_counters_t* counters = &bucket.peer.counters[w.index]
+    w.encap.queued -= run.n
+    bucket.first = run.next
+    if verdict != PASS:
+        count_drop(&w.encap, verdict, run.n)
         return
-    while i < n:
-        bytes_ += w.segs[seg_i].len
-        seg_i = w.segs[seg_i].next
-        i += 1
-    w.encap.delivered += n
-    peer.counters[w.index].encap_packets += n
-    peer.counters[w.index].encap_bytes += bytes_
-
-
-cdef inline int32_t skip(const worker_t* w, int32_t seg_i, uint32_t n) noexcept nogil:
-    while n > 0:
-        seg_i = w.segs[seg_i].next
-        n -= 1
-    return seg_i
+    w.encap.delivered += run.n
+    counters.encap_packets += run.n
+    counters.encap_bytes += run.bytes_
 
 
 cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
@@ -273,9 +264,7 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
         for i in range(<uint32_t>sent if sent > 0 else 0):
             while w.buckets[bucket_i].first < 0 or udp_fd(w, w.buckets[bucket_i].peer) != fd:
                 bucket_i += 1
-            bucket = &w.buckets[bucket_i]
-            account(w, bucket.peer, bucket.first, w.tx_msg_n[i], <drop_t>0)
-            bucket.first = skip(w, bucket.first, w.tx_msg_n[i])
+            account(w, &w.buckets[bucket_i], &w.tx_runs[i], PASS)
         if sent > 0:
             if <uint32_t>sent < n:
                 read_errors(w, fd)  # why the next one stopped is told there only
@@ -291,7 +280,7 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
             continue
         if e == EAGAIN:
             return False
-        if w.tx_msg_n[0] > 1:
+        if w.tx_runs[0].n > 1:
             # a run was refused: the device cannot (EIO), the kernel does not know how, or its
             # segments are too long for the path (EMSGSIZE, on older kernels EINVAL too). The same
             # packets go again singly: when they do go, it was the run that was not wanted.
@@ -304,7 +293,7 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
                 continue
         doubt = False
         if e == ENOBUFS or e == ENOMEM:
-            account(w, bucket.peer, bucket.first, w.tx_msg_n[0], DROP_NO_BUFFER)
+            account(w, bucket, &w.tx_runs[0], DROP_NO_BUFFER)
         elif (read_errors(w, fd) and tries < RETRIES) or tries == 0:
             # an ICMP error about an earlier datagram, perhaps another peer's, is reported by the
             # next call and then forgotten: this datagram was not tried yet
@@ -312,10 +301,8 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
             continue
         else:
             account(
-                w, bucket.peer, bucket.first, w.tx_msg_n[0],
-                DROP_TOO_BIG if e == EMSGSIZE else DROP_SEND_ERROR,
+                w, bucket, &w.tx_runs[0], DROP_TOO_BIG if e == EMSGSIZE else DROP_SEND_ERROR
             )
-        bucket.first = skip(w, bucket.first, w.tx_msg_n[0])
         tries = 0
 
 

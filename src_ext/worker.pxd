@@ -7,7 +7,7 @@ pointer of ``shared_t``.
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
-from cut cimport MAX_SEG_HDR
+from cut cimport SEG_HDR_ROOM
 from drops cimport DROP_REASONS_N, drop_t
 from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from io cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
@@ -21,8 +21,8 @@ cdef enum:
     TX_PEERS = 32               # different peers among them
     TX_MSGS = 64                # messages of one sendmmsg
     TX_FRAME = 10 + 65536       # the longest read from the TUN
-    TX_FULL = 131072           # bytes that wait before a flush: keeps them in cache
-    TX_OUT = TX_FULL + TX_FRAME + TX_SEGS * MAX_SEG_HDR  # and one frame more, cut into datagrams
+    TX_FULL = 262144           # bytes that wait before a flush: keeps them in cache
+    TX_OUT = TX_FULL + TX_FRAME + TX_SEGS * SEG_HDR_ROOM  # and one frame more, cut
 
     RX_SLOTS = 64               # datagrams of one recvmmsg
     RX_SLOT = 65536             # the longest UDP payload, or the longest GRO run
@@ -56,6 +56,12 @@ cdef struct seg_t:              # one datagram
     uint8_t* data
     uint32_t len
     int32_t next                # to the same peer; -1 = last
+
+
+cdef struct run_t:              # segments that go out as one message
+    uint32_t n
+    uint32_t bytes_
+    int32_t next                # the segment behind them
 
 
 cdef struct bucket_t:           # the waiting segments of one peer, in order
@@ -129,7 +135,7 @@ cdef struct worker_t:
     iovec tx_iov[TX_SEGS]
     mmsghdr tx_msgs[TX_MSGS]
     uint8_t tx_cmsg[TX_MSGS][CMSG_ROOM]
-    uint32_t tx_msg_n[TX_MSGS]  # segments of the message
+    run_t tx_runs[TX_MSGS]
 
     # received
     uint8_t* rx_buf             # RX_SLOTS * RX_SLOT
