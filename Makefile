@@ -60,7 +60,7 @@ sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitize
 lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
 	@$(VENV)/bin/ruff check udptun tests bench setup.py
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/cython-lint src_ext
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cython-lint src_ext
 
 BENCH_PROGRAMS := bench/onepacket bench/udpload bench/copylimit
 

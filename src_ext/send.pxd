@@ -1,9 +1,9 @@
 """The sending end: segments that wait, gathered into as few system calls as the kernel allows.
 
 Owns the queue between reading the TUN and sendmmsg: a datagram is written at ``segment_room`` and
-counted in by ``queue_segment``; ``flush`` sends what waits. Segments to one peer keep their order; a
-run of equal size (the last may be shorter) becomes one UDP_SEGMENT message. What the kernel refuses
-as a run is sent again one by one; nothing is lost to a probe.
+counted in by ``queue_segment``; ``flush`` sends what waits. Segments to one peer keep their order;
+a run of equal size (the last may be shorter) becomes one UDP_SEGMENT message. What the kernel
+refuses as a run is sent again one by one; nothing is lost to a probe.
 
 Datagrams lie one behind the other in tx_out, until the flush that sends them ends: a run to one
 peer is one piece of memory, which the kernel takes several times faster than a gather list of its
