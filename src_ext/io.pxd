@@ -26,6 +26,10 @@ cdef extern from "<time.h>" nogil:
     int CLOCK_MONOTONIC
 
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
 cdef extern from "<netinet/in.h>" nogil:
     cdef struct sockaddr:
         pass

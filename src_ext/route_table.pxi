@@ -59,19 +59,19 @@ cdef object explain_route(bytes span, bint json_text, str where):
     return FieldError("route", excerpt, "a route of the usual length", where)
 
 
-cdef object explain(const parse_t* p, bytes text):
+cdef object explain(const parse_t* p):
     """The exception that says what parse_routes() found."""
     cdef uint8_t prefix[ROUTE_TEXT_MAX]
     if p.error == PARSE_NO_MEMORY:
         return MemoryError("no memory for the routes")
     if p.error == PARSE_BODY:
-        excerpt = text[p.span_from:p.span_from + 20].decode("utf-8", "replace")
+        excerpt = p.text[p.span_from:min(p.span_from + 20, p.n)].decode("utf-8", "replace")
         return FieldError("body", excerpt, JSON_BODY, f"byte {p.span_from}")
     where = f"routes[{p.place}]" if p.json else f"line {p.place}"
     if p.error == PARSE_REPEAT:
         return FieldError("dst", prefix[:write_prefix(prefix, &p.repeat)].decode(),
                           "each prefix once", where)
-    return explain_route(text[p.span_from:p.span_to], p.json, where)
+    return explain_route(p.text[p.span_from:p.span_to], p.json, where)
 
 
 cdef void pack_prefix(route_t* route, object network):
@@ -110,12 +110,12 @@ cdef class RouteTable:
         return self.vec.n
 
     @staticmethod
-    def parse_json(bytes body not None):
+    def parse_json(const uint8_t[::1] body not None):
         """From ``{"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}``; raises FieldError."""
         return parse_table(body, True)
 
     @staticmethod
-    def parse_text(bytes body not None):
+    def parse_text(const uint8_t[::1] body not None):
         """From a route file, ``DST via IP [port P] [mtu M]`` a line; raises FieldError."""
         return parse_table(body, False)
 
@@ -235,19 +235,21 @@ cdef class RouteTable:
         return self.vec.cap * sizeof(route_t)
 
 
-cdef RouteTable parse_table(bytes body, bint json_text):
+cdef RouteTable parse_table(const uint8_t[::1] body, bint json_text):
     cdef RouteTable table = RouteTable()
     cdef parse_t p
     memset(&p, 0, sizeof(p))
-    p.text = body
     p.n = len(body)
+    p.text = <const uint8_t*>b""
+    if p.n:
+        p.text = &body[0]
     p.json = json_text
     with nogil:
         parse_routes(&p)
         if p.error:
             routes_free(&p.routes)
     if p.error:
-        raise explain(&p, body)
+        raise explain(&p)
     table.vec = p.routes
     return table
 

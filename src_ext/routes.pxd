@@ -14,6 +14,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from io cimport sched_yield
+
 
 ctypedef struct route_t:
     # Addresses in network order, IPv4 in the first 4 bytes. All unused bytes are zero, so that
@@ -117,7 +119,8 @@ cdef inline bint route_same(const route_t* a, const route_t* b) noexcept nogil:
 cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
     """Put in order. 0, or -1 without memory (the vector is then unchanged).
 
-    A merge sort: stable, and a table that comes in order (as we write it) costs one pass.
+    A merge sort: stable, and a table that comes in order (as we write it) costs one pass. Between
+    passes a worker that waits for this core may have it.
     """
     cdef route_t* source = vec.items
     cdef route_t* target
@@ -145,6 +148,7 @@ cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
             source[j] = held
         low = high
     while width < n:
+        sched_yield()
         low = 0
         while low < n:
             middle = low + width if low + width < n else n

@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ class FakeForwarder:
         return self._change({d: r for d, r in self.table.items() if d != dst})
 
     async def replace_routes_json(
-        self, body: bytes, expect_generation: int | None = None
+        self, body: bytes | mmap, expect_generation: int | None = None
     ) -> RouteDiff:
-        self.bodies.append(body)
+        self.bodies.append(bytes(body))
         try:
-            rows = json.loads(body)["routes"]
+            rows = json.loads(bytes(body))["routes"]
         except ValueError:
             raise FieldError("body", body[:20], "a JSON object with routes") from None
         return self._replace(
@@ -70,10 +71,10 @@ class FakeForwarder:
         )
 
     async def replace_routes_text(
-        self, body: bytes, expect_generation: int | None = None
+        self, body: bytes | mmap, expect_generation: int | None = None
     ) -> RouteDiff:
-        self.bodies.append(body)
-        lines = [line.partition("#")[0].split() for line in body.decode().splitlines()]
+        self.bodies.append(bytes(body))
+        lines = [line.partition("#")[0].split() for line in bytes(body).decode().splitlines()]
         return self._replace(
             [Route.from_words(w, f"line {i}") for i, w in enumerate(lines, 1) if w],
             expect_generation,

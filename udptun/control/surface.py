@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractContextManager
+from mmap import mmap
 from typing import Any, Protocol
 
 from ..model import IPAddress, IPNetwork, Route, RouteDiff
@@ -37,11 +38,11 @@ class Controlled(Protocol):
     async def delete_route(self, dst: IPNetwork) -> RouteDiff: ...
 
     async def replace_routes_json(
-        self, body: bytes, expect_generation: int | None = None
+        self, body: bytes | mmap, expect_generation: int | None = None
     ) -> RouteDiff: ...
 
     async def replace_routes_text(
-        self, body: bytes, expect_generation: int | None = None
+        self, body: bytes | mmap, expect_generation: int | None = None
     ) -> RouteDiff: ...
 
     def request_stop(self) -> None: ...

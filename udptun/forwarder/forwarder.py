@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager, AsyncExitStack
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -386,7 +387,7 @@ class Forwarder:
         return await self.replace_routes_text(text)
 
     async def replace_routes_json(
-        self, body: bytes, expect_generation: int | None = None
+        self, body: bytes | mmap, expect_generation: int | None = None
     ) -> RouteDiff:
         """Replace the whole table with ``{"routes": [...]}``.
 
@@ -396,14 +397,15 @@ class Forwarder:
         return await asyncio.shield(self._begin(change))
 
     async def replace_routes_text(
-        self, body: bytes, expect_generation: int | None = None
+        self, body: bytes | mmap, expect_generation: int | None = None
     ) -> RouteDiff:
         """Replace the whole table with a route file's text. Raises as ``replace_routes_json``."""
         change = self._replace(_core.RouteTable.parse_text, body, expect_generation)
         return await asyncio.shield(self._begin(change))
 
     async def _replace(
-        self, parse: Callable[[bytes], _core.RouteTable], body: bytes, expect: int | None
+        self, parse: Callable[[bytes | mmap], _core.RouteTable], body: bytes | mmap,
+        expect: int | None,
     ) -> RouteDiff:
         async with self._changing:
             if expect is not None and expect != self.generation:
