@@ -44,7 +44,7 @@
 #endif
 
 /* udptun's numbers: what is sent and received at a time stays in the cache. */
-enum { SLOTS = 64, SLOTS_MIN = 4, RX_SET = 262144, TX_FULL = 65536 };
+enum { SLOTS = 64, SLOTS_MIN = 4, RX_SET = 262144, TX_FULL = 262144 };
 enum { ROOM = 65536 + 16, LARGEST = 65507, SOCKET_ROOM = 4 << 20 };
 
 struct slot {

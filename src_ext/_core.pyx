@@ -21,7 +21,7 @@ from io cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, close,
     epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
-from merge cimport MERGE_FRAME, merge_reset
+from merge cimport merge_reset
 from peers cimport (
     addr_map_init, addr_map_put, find_hop, hop_t, peer_counters_t, peer_free, peer_t,
     snapshot_free, snapshot_t,
@@ -31,7 +31,8 @@ from routes cimport route_t, route_vec_t
 from turn cimport drain, give_back, run, watch
 from worker cimport (
     NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO, NOTE_UDP_MERGE, RX_SLOT,
-    RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, count_drop, direction_t, shared_t, worker_t,
+    RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, WR_FRAME, count_drop, direction_t, shared_t,
+    worker_t,
 )
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
@@ -344,7 +345,7 @@ cdef class Worker:
         w.epoll_fd = w.wake_fd = -1
         w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
         w.tx_out = <uint8_t*>calloc(1, TX_OUT)
-        w.wr_frame = <uint8_t*>calloc(1, MERGE_FRAME)
+        w.wr_frame = <uint8_t*>calloc(1, WR_FRAME)
         w.rx_buf = <uint8_t*>calloc(RX_SLOTS, RX_SLOT)
         if w.tx_frame == NULL or w.tx_out == NULL or w.rx_buf == NULL or w.wr_frame == NULL:
             raise MemoryError

@@ -25,9 +25,8 @@ from wire cimport (
 
 
 cdef enum:
-    MAX_L4_HDR = 60               # a TCP header with all options
-    MAX_SEG_HDR = 120             # and an IPv4 header with all of its own before it
-    SEG_HDR_ROOM = 128
+    MAX_SEG_HDR = 120             # a TCP header with all options, behind an IPv4 header with all
+    SEG_HDR_ROOM = 128            # what cut_header writes, in halves: at least MAX_SEG_HDR
 
 
 cdef struct cut_t:
@@ -164,7 +163,7 @@ cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
     of them, and with the hop limit that the segments are to have."""
     cdef uint8_t* l4 = cut.hdr + cut.ip_hdr_len
     memcpy(cut.hdr, p, cut.hdr_len)
-    cut.ip_base = 0
+    cut.ip_base = cut.flags = 0
     if cut.version == 4:
         store_u16(cut.hdr + IP4_LEN, 0)
         store_u16(cut.hdr + IP4_ID, 0)

@@ -13,20 +13,20 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 
 from checksum cimport ip4_set_csum
+from cut cimport SEG_HDR_ROOM
 from wire cimport (
     IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, load_be16, store_be16,
 )
 
 
 cdef enum:
-    FRAG_HDR_MAX = 128  # an IP header of 60 and a lead of 60, and some
+    FRAG_HDR_MAX = SEG_HDR_ROOM  # an IP header of 60 and a lead of 60 fit
     OPT_END = 0
     OPT_NOP = 1
     OPT_COPIED = 0x80
 
 
-cdef struct frag_t:  # one fragment: hdr, then data
-    uint8_t* hdr  # the caller's out_hdr, borrowed until it is written again
+cdef struct frag_t:  # one fragment: the headers written to out_hdr, then data
     uint32_t hdr_len  # the lead of the first fragment included
     const uint8_t* data  # into the caller's data
     uint32_t data_len
@@ -114,7 +114,6 @@ cdef inline void fragment_at(
         out.hdr_len = <uint32_t>hdr_len
         out.data = data + (off - lead_len)
         out.data_len = <uint32_t>take
-    out.hdr = out_hdr
     if units > IP4_OFFSET:
         units = IP4_OFFSET
     frag = (frag & ~<uint32_t>IP4_OFFSET) | <uint32_t>units

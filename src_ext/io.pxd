@@ -9,7 +9,6 @@ cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
         void* iov_base
         size_t iov_len
-    ssize_t writev(int fd, const iovec* iov, int n)
 
 
 cdef extern from "<unistd.h>" nogil:
@@ -137,6 +136,7 @@ cdef extern from "<poll.h>" nogil:
     enum: POLLIN
     enum: POLLOUT
     enum: POLLERR
+    enum: POLLNVAL
 
 
 cdef extern from "<sys/eventfd.h>" nogil:

@@ -33,7 +33,7 @@ cdef enum:
     MERGE_PACKETS = 2048        # in one turn
     MERGE_FLOWS = 256           # remembered at once; a power of two
     MERGE_UDP_MAX = 64          # segments of a UDP super-packet: the kernel's UDP_MAX_SEGMENTS
-    MERGE_FRAME = VNET_LEN + IP_MAX  # the longest frame written to the TUN
+    MERGE_FRAME = VNET_LEN + IP_MAX  # the longest merged frame
 
 
 cdef struct merge_packet_t:

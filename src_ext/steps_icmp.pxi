@@ -75,7 +75,7 @@ def fragment(bytes packet, size_t mtu, size_t lead_len=0):
             fragment_at(
                 p, ip.hdr_len, lead_len, p + ip.hdr_len + lead_len, data_len, mtu, i, out_hdr,
                 &frag)
-            out.append((<char*>frag.hdr)[:frag.hdr_len] + (<char*>frag.data)[:frag.data_len])
+            out.append((<char*>out_hdr)[:frag.hdr_len] + (<char*>frag.data)[:frag.data_len])
         return out
     finally:
         free(p)

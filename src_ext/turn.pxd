@@ -17,8 +17,8 @@ from libc.string cimport memset
 from decap cimport receive
 from encap cimport drain_tun
 from io cimport (
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLERR, POLLIN, POLLOUT, epoll_ctl, epoll_event, full_fence,
-    load_flag, load_ptr, now_ns, poll, read, store_flag,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLERR, POLLIN, POLLNVAL, POLLOUT, epoll_ctl, epoll_event,
+    full_fence, load_flag, load_ptr, now_ns, poll, read, store_flag,
 )
 from peers cimport snapshot_t
 from send cimport flush, read_errors, waiting
@@ -80,7 +80,7 @@ cdef inline bint readable(worker_t* w, int which, int fd) noexcept nogil:
     cdef short events = w.polled[which].revents
     if events & POLLERR:
         read_errors(w, fd)
-    return events & (POLLIN | POLLERR) != 0
+    return events & ~POLLOUT != 0
 
 
 cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
@@ -95,9 +95,9 @@ cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
         return
     if w.polled[ON_WAKE].revents & POLLIN:
         read(w.wake_fd, &value, 8)
-    if w.polled[ON_TUN].revents & POLLERR:
+    if w.polled[ON_TUN].revents & (POLLERR | POLLNVAL):
         note(w, NOTE_TUN_GONE)
-    w.tun_ready = w.polled[ON_TUN].revents & (POLLIN | POLLERR) != 0
+    w.tun_ready = w.polled[ON_TUN].revents != 0
     w.udp_ready4 = readable(w, ON_UDP4, w.udp_fd4)
     w.udp_ready6 = readable(w, ON_UDP6, w.udp_fd6)
 
@@ -111,27 +111,28 @@ cdef inline void look_everywhere(worker_t* w) noexcept nogil:
     w.udp_ready6 = w.udp_fd6 >= 0
 
 
+cdef inline void unwatch(worker_t* w) noexcept nogil:
+    """Take what packets come through out of the epoll set: it is told of each packet at once, by
+    whoever brings it, whether somebody waits or not."""
+    cdef int i
+    for i in range(ON_TUN, POLLED_N):
+        if w.polled[i].fd >= 0:
+            epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.polled[i].fd, NULL)
+
+
 cdef inline bint watch(worker_t* w) noexcept nogil:
-    """Put the descriptors that packets come through into the epoll set. False: one did not go in,
-    and the loop would never learn of its packets."""
+    """Put it back. False: the kernel refused one, and the loop would not learn of its packets; then
+    none is in, and errno says why."""
     cdef epoll_event event
-    cdef bint all_ = True
     cdef int i
     memset(&event, 0, sizeof(event))
     for i in range(ON_TUN, POLLED_N):
         if w.polled[i].fd >= 0:
             event.events = w.polled[i].events
-            all_ &= epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.polled[i].fd, &event) == 0
-    return all_
-
-
-cdef inline void unwatch(worker_t* w) noexcept nogil:
-    """Take them out: an epoll set is told of each packet at once, by whoever brings it, whether
-    somebody waits or not."""
-    cdef int i
-    for i in range(ON_TUN, POLLED_N):
-        if w.polled[i].fd >= 0:
-            epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.polled[i].fd, NULL)
+            if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.polled[i].fd, &event) < 0:
+                unwatch(w)
+                return False
+    return True
 
 
 cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
@@ -143,7 +144,6 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
         if more and w.turns % POLL_TURNS != 0:
             look_everywhere(w)
         elif more:
-            look_everywhere(w)
             wait_for_work(w, 0)  # for errors, and the wake-up
         else:
             if timeout:
@@ -152,9 +152,11 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             if not w.ready and timeout and watch(w):
                 break
             timeout = linger_ms
-        if load_flag(&w.called) or w.notes & NOTE_TUN_GONE:
+        if load_flag(&w.called):
             watch(w)
             break
+        if w.notes & NOTE_TUN_GONE:
+            break  # it would be ready for ever: from now on only a call wakes us
         more = turn(w)
     give_back(w)
     w.loop_returns += 1

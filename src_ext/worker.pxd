@@ -11,7 +11,7 @@ from cut cimport SEG_HDR_ROOM
 from drops cimport DROP_REASONS_N, drop_t
 from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from io cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
-from merge cimport MERGE_FRAME, merge_t
+from merge cimport merge_t
 from peers cimport peer_t, snapshot_t
 
 
@@ -21,11 +21,12 @@ cdef enum:
     TX_PEERS = 32               # different peers among them
     TX_MSGS = 64                # messages of one sendmmsg
     TX_FRAME = 10 + 65536       # the longest read from the TUN
-    TX_FULL = 262144           # bytes that wait before a flush: keeps them in cache
+    TX_FULL = 262144            # bytes that wait before a flush: keeps them in cache
     TX_OUT = TX_FULL + TX_FRAME + TX_SEGS * SEG_HDR_ROOM  # and one frame more, cut
 
     RX_SLOTS = 64               # datagrams of one recvmmsg
     RX_SLOT = 65536             # the longest UDP payload, or the longest GRO run
+    WR_FRAME = 10 + RX_SLOT     # the longest write to the TUN: what one datagram may hold
     RX_SET = 262144             # bytes one turn should receive at most, to stay in cache
 
     CMSG_ROOM = 64
@@ -145,7 +146,7 @@ cdef struct worker_t:
     sockaddr_in6 rx_from[RX_SLOTS]
     uint8_t rx_cmsg[RX_SLOTS][CMSG_ROOM]
     merge_t merge
-    uint8_t* wr_frame           # MERGE_FRAME bytes: the frame written last
+    uint8_t* wr_frame           # WR_FRAME bytes: the frame written last
     uint8_t icmp_out[10 + ICMP_MAX]
 
 

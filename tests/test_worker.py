@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import os
 import random
+import select
 import socket
 import struct
 
@@ -283,6 +284,56 @@ def test_a_refused_run_is_sent_again_one_by_one():
         assert rig.worker.take_notes() == ["udp-gso"]
         assert "udp-gso" not in rig.worker.in_use()
         rig.check_invariant()
+
+
+def test_the_longest_frames_cut_smallest_fit_behind_a_full_queue():
+    """The most that may wait at once: under a sanitizer, that the buffers hold it."""
+    flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
+    options = b"\x01" * 40
+    whole = [flow.tcp_super(bytes(65000), 1000), flow.tcp_super(bytes(65000), 1200)]
+    small = flow.tcp_super(bytes(range(256)) * 250, 63, options=options)  # 1016 segments
+    with Rig() as rig:
+        for frame in (*whole, *whole, small, small):
+            expected = [reference.decrement_hop_limit(p) for p in reference.cut(frame)]
+            rig.write(frame)
+            if frame is small:
+                rig.work()
+                got = rig.at(PEERS[0])
+                assert got[-len(expected):] == expected
+        assert rig.drops() == {}
+        rig.check_invariant()
+
+
+def readable(worker):
+    return bool(select.select([worker.fileno()], [], [], 0)[0])
+
+
+def test_the_loop_learns_of_what_comes_while_the_worker_is_away():
+    with Rig() as rig:
+        flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
+        back = Flow(src=ipaddress.ip_address("10.244.2.5").packed,
+                    dst=ipaddress.ip_address("10.244.1.5").packed)
+        for bring in (
+            lambda: rig.write(bytes(10) + flow.udp(b"out")),
+            lambda: rig.send(PEERS[0], back.udp(b"in")),
+            rig.worker.call,
+        ):
+            assert not readable(rig.worker)
+            bring()
+            assert readable(rig.worker)
+            rig.work()
+            rig.worker.answer()
+        assert not readable(rig.worker)
+        assert len(rig.at(PEERS[0])) == len(rig.from_tun()) == 1
+
+
+def test_a_tun_that_is_gone_is_told_once_and_keeps_nobody_awake():
+    with Rig() as rig:
+        rig.tun.close()
+        assert readable(rig.worker)
+        rig.work()
+        assert rig.worker.take_notes() == ["tun_gone"]
+        assert not readable(rig.worker)
 
 
 def test_a_refused_merge_is_written_again_one_by_one():

@@ -145,8 +145,8 @@ def test_udp_at_most_64_segments(impl):
     assert shape(impl.merge(volley(Flow(), 129, 10))) == [64, 64, 1]
 
 
-def test_tcp_is_not_bound_by_64_segments(impl):
-    assert shape(impl.merge(train(Flow(), 129, 10))) == [129]
+def test_tcp_is_bound_by_length_only(impl):
+    assert shape(impl.merge(train(Flow(), 1500, 10))) == [1500]
 
 
 @BOTH

@@ -179,7 +179,7 @@ class ControlServer:
 
     async def _put_routes(self, request: web.BaseRequest) -> web.StreamResponse:
         expect = protocol.parse_if_match(request.headers.get("If-Match"))
-        body = await _body(request, protocol.MAX_TABLE_BODY)
+        body = await _table_body(request)
         if request.content_type == protocol.TEXT_TYPE:
             diff = await self._forwarder.replace_routes_text(body, expect)
         else:
@@ -349,38 +349,53 @@ async def _stream(
 # Requests
 
 
-async def _body(request: web.BaseRequest, limit: int) -> bytes | mmap:
-    """The whole body, undecoded.
-
-    A large one of known length goes piece by piece into memory that exists a page at a time, as it
-    is written, and a worker that waits for this core may have it in between: joining the pieces at
-    the end would keep it from forwarding for milliseconds.
-    """
+def _length(request: web.BaseRequest, limit: int) -> int:
+    """What the request says of its body; 0: nothing. Refuses what will not be read."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise ControlError("bad_request", "Content-Encoding: only identity is understood")
-    too_large = ControlError("too_large", f"the body is over {limit} bytes")
-    if (request.content_length or 0) > limit:
-        raise too_large
-    if (request.content_length or 0) > LARGE_BODY:
-        assert request.content_length
-        body, at = mmap(-1, request.content_length), 0
-        async for part in request.content.iter_any():
-            body[at : at + len(part)] = part
-            at += len(part)
-            os.sched_yield()
-        return body
+    length = request.content_length or 0
+    if length > limit:
+        raise _too_large(limit)
+    return length
+
+
+def _too_large(limit: int) -> ControlError:
+    return ControlError("too_large", f"the body is over {limit} bytes")
+
+
+async def _body(request: web.BaseRequest, limit: int) -> bytes:
+    """The whole body, undecoded. Joining lets go of the GIL, unlike a growing bytearray."""
+    _length(request, limit)
     parts, size = [], 0
     async for part in request.content.iter_any():
         size += len(part)
         if size > limit:
-            raise too_large
+            raise _too_large(limit)
         parts.append(part)
     return b"".join(parts)
 
 
-def _loads(body: bytes | mmap) -> Any:
+async def _table_body(request: web.BaseRequest) -> bytes | mmap:
+    """The same of a route table. A large one of known length goes piece by piece into memory that
+    exists a page at a time, as it is written, and a worker that waits for this core may have it in
+    between: joining the pieces at the end would keep it from forwarding for milliseconds.
+    """
+    length = _length(request, protocol.MAX_TABLE_BODY)
+    if length < LARGE_BODY:
+        return await _body(request, protocol.MAX_TABLE_BODY)
+    body, at = mmap(-1, length), 0
+    async for part in request.content.iter_any():
+        body[at : at + len(part)] = part
+        at += len(part)
+        os.sched_yield()
+    if at != length:
+        raise ControlError("bad_request", f"the body has {at} bytes, not {length} as was said")
+    return body
+
+
+def _loads(body: bytes) -> Any:
     try:
-        return json.loads(bytes(body))
+        return json.loads(body)
     except (ValueError, RecursionError) as exc:
         raise ControlError("bad_json", f"the body is not JSON: {exc}") from None
 
