@@ -34,7 +34,7 @@ KINDS = (
     ("copying", r"rep_movs|copy_(?:to|from)|_copy_|memcpy|memmove|copyin|copyout|__pi_memcpy"),
     ("checksums", r"csum"),
     ("udptun's core, other than checksums", r"__pyx_"),
-    ("waking and switching", r"sched|wake|futex|finish_task_switch|poll|select|_raw_spin|"
+    ("waking and switching", r"sched|wake|futex|finish_task_switch|(?<!napi_)poll|select|_raw_spin|"
                              r"pick_next|update_curr|enqueue_task|dequeue"),
     ("entering the kernel", r"syscall|entry_|exit_to_user|irqentry|sysret"),
     ("memory for packets", r"alloc|kfree|free|page|slab|kmem|skb_release|put_page"),

@@ -124,20 +124,27 @@ async def test_a_file_that_may_not_be_read_is_left_there(tmp_path, caplog):
 
 async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
     path = tmp_path / "leases.json"
-    file = Saved(path)
-    written, pauses_over = [], asyncio.Semaphore(0)
+    file = Saved(path, pause_s=0)
+    written = []
     write_one, file._write = file._write, lambda what: (written.append(what), write_one(what))
-    file._pause = lambda seconds: pauses_over.acquire()
     for last in ODD[-3:]:
         for lease in (*ODD, last):
             file.keep(known(lease))
-            await asyncio.sleep(0)
-        pauses_over.release()
         await until(lambda last=last: written and written[-1] == known(last))
-    pauses_over.release()
     await file.aclose()
     assert len(written) == 3
     assert Saved(path).load(ETCD) == known(ODD[-1])
+
+
+async def test_after_a_quiet_time_there_is_no_pause(tmp_path):
+    path = tmp_path / "leases.json"
+    file = Saved(path, pause_s=3600)
+    file.keep(known())
+    await until(path.exists)
+    file.keep(known(OWN))
+    await asyncio.sleep(0)
+    assert Saved(path).load(ETCD) == known()
+    await file.aclose()
 
 
 async def test_what_comes_while_writing_is_written_too(tmp_path):
@@ -163,9 +170,9 @@ async def test_what_comes_while_writing_is_written_too(tmp_path):
 async def test_closing_writes_without_the_pause(tmp_path):
     path = tmp_path / "leases.json"
     file = Saved(path, pause_s=3600)
+    file.keep(known(OWN))
+    await until(path.exists)
     file.keep(known())
-    await asyncio.sleep(0)
-    assert not path.exists()
     await file.aclose()
     assert Saved(path).load(ETCD) == known()
 

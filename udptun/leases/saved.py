@@ -1,7 +1,8 @@
 """The last known truth on disk: what holds while the store cannot be asked, also after a restart.
 
-Owns one file: its form, and that it is replaced as a whole, at most once per pause. Refuses to
-know when what it keeps is to be used. Asyncio, one loop; a helper thread writes.
+Owns one file: its form, and that it is replaced as a whole, at once after a quiet time and with
+pauses in a busy one. Refuses to know when what it keeps is to be used. Asyncio, one loop; a helper
+thread writes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .waiting import wait_at_most
 log = logging.getLogger(__name__)
 
 VERSION = 1
-PAUSE_SECONDS = 1.0
+PAUSE_MOST_SECONDS = 1.0
+PAUSE_WRITES = 20  # a pause is as long as so many writes: a small file is never old
 RETRY_SECONDS = 10.0
 
 Kind = TypeVar("Kind")
@@ -47,11 +49,15 @@ class LastKnown:
 
 
 class Saved:
-    """One file, of one daemon. The directory is made when it is needed."""
+    """One file, of one daemon. The directory is made when it is needed.
 
-    def __init__(self, path: Path, *, pause_s: float = PAUSE_SECONDS) -> None:
+    pause_s  between two writes; None: in proportion to what a write takes
+    """
+
+    def __init__(self, path: Path, *, pause_s: float | None = None) -> None:
         self.path = path
         self._pause_s = pause_s
+        self._not_before = 0.0  # of the loop's clock
         self._next: LastKnown | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -90,10 +96,10 @@ class Saved:
             await self._task
 
     async def _write_all(self) -> None:
-        pause, complained = self._pause_s, False
+        clock, complained = asyncio.get_running_loop().time, False
         while self._next is not None:
-            await wait_at_most(self._closing, pause)
-            known = self._next
+            await wait_at_most(self._closing, self._not_before - clock())
+            known, began = self._next, clock()
             try:
                 await asyncio.to_thread(self._write, known)
             except OSError as exc:
@@ -101,11 +107,14 @@ class Saved:
                     log.error("the leases are not saved to %s: %s", self.path, exc.strerror)
                 if self._closing.is_set():
                     return
-                pause, complained = RETRY_SECONDS, True
+                self._not_before, complained = clock() + RETRY_SECONDS, True
                 continue
             if self._next is known:
                 self._next = None
-            pause, complained = self._pause_s, False
+            pause = self._pause_s
+            if pause is None:
+                pause = min(PAUSE_WRITES * (clock() - began), PAUSE_MOST_SECONDS)
+            self._not_before, complained = clock() + pause, False
 
     def _write(self, known: LastKnown) -> None:
         """So that after a crash at any point the old file is there whole, or the new one."""
