@@ -23,6 +23,7 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
     int clock_gettime(int clock, timespec* ts)
     int CLOCK_MONOTONIC
+    int CLOCK_THREAD_CPUTIME_ID
 
 
 cdef extern from "<sched.h>" nogil:
@@ -159,8 +160,12 @@ cdef extern from * nogil:
     void full_fence "udptun_fence"()
 
 
+cdef inline uint64_t clock_ns(int clock) noexcept nogil:
+    cdef timespec ts
+    clock_gettime(clock, &ts)
+    return <uint64_t>ts.tv_sec * 1000000000 + <uint64_t>ts.tv_nsec
+
+
 cdef inline uint64_t now_ns() noexcept nogil:
     """Monotonic time."""
-    cdef timespec ts
-    clock_gettime(CLOCK_MONOTONIC, &ts)
-    return <uint64_t>ts.tv_sec * 1000000000 + <uint64_t>ts.tv_nsec
+    return clock_ns(CLOCK_MONOTONIC)

@@ -21,6 +21,7 @@ from io cimport (
     full_fence, load_flag, load_ptr, now_ns, poll, read, store_flag,
 )
 from peers cimport snapshot_t
+from place cimport look_at_place, roam
 from send cimport flush, read_errors, waiting
 from worker cimport (
     NOTE_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, note, worker_t,
@@ -157,8 +158,10 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             break
         if w.notes & NOTE_TUN_GONE:
             break  # it would be ready for ever: from now on only a call wakes us
+        look_at_place(&w.place, w.now)
         more = turn(w)
     give_back(w)
+    roam(&w.place)
     w.loop_returns += 1
 
 

@@ -13,6 +13,7 @@ from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from io cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
 from merge cimport merge_t
 from peers cimport peer_t, snapshot_t
+from place cimport place_t
 
 
 cdef enum:
@@ -90,6 +91,7 @@ cdef struct worker_t:
     uint64_t called             # control side: 1 = return to the loop
     uint64_t notes              # NOTE_*: set here, cleared by the control side
     uint64_t now
+    place_t place
     uint32_t index
 
     int epoll_fd                # for the loop: see turn.pxd

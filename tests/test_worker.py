@@ -6,10 +6,13 @@ A SOCK_SEQPACKET pair stands in for the TUN (one message is one frame); UDP goes
 import contextlib
 import ipaddress
 import os
+import queue
 import random
 import select
 import socket
 import struct
+import threading
+import time
 
 import pytest
 
@@ -334,6 +337,64 @@ def test_a_tun_that_is_gone_is_told_once_and_keeps_nobody_awake():
         rig.work()
         assert rig.worker.take_notes() == ["tun_gone"]
         assert not readable(rig.worker)
+
+
+@contextlib.contextmanager
+def busy(rig, allowed):
+    """Its worker at full load, in a thread that may use these cores; yields the thread's id."""
+    flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
+    frame = flow.tcp_super(bytes(64000), 1400)
+    tids, over = queue.SimpleQueue(), threading.Event()
+
+    def work():
+        os.sched_setaffinity(0, allowed)
+        tids.put(threading.get_native_id())
+        rig.worker.run(1000)
+
+    def feed():
+        while not over.is_set():
+            with contextlib.suppress(BlockingIOError):
+                rig.tun.send(frame)
+
+    threads = [threading.Thread(target=target) for target in (work, feed)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield tids.get()
+    finally:
+        over.set()
+        rig.worker.call()
+        for thread in threads:
+            thread.join()
+
+
+def affinity_becomes(tid, wanted):
+    end = time.monotonic() + 20
+    while not wanted(os.sched_getaffinity(tid)):
+        assert time.monotonic() < end
+        os.sched_yield()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
+def test_a_busy_worker_keeps_its_core_and_roams_again():
+    allowed = os.sched_getaffinity(0)
+    with Rig() as rig:
+        with busy(rig, allowed) as tid:
+            affinity_becomes(tid, lambda cores: len(cores) == 1)
+            affinity_becomes(tid, lambda cores: cores == allowed)
+        rig.check_invariant()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
+def test_an_affinity_that_somebody_else_sets_stays():
+    allowed = os.sched_getaffinity(0)
+    with Rig() as rig, busy(rig, allowed) as tid:
+        affinity_becomes(tid, lambda cores: len(cores) == 1)
+        (other,) = {*sorted(allowed)[:2]} - os.sched_getaffinity(tid) or {min(allowed)}
+        os.sched_setaffinity(tid, {other})
+        before = rig.worker.counters()["turns"]
+        affinity_becomes(tid, lambda _: rig.worker.counters()["turns"] > before + 1000)
+        assert os.sched_getaffinity(tid) == {other}
 
 
 def test_a_refused_merge_is_written_again_one_by_one():
