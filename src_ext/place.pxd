@@ -3,14 +3,18 @@
 Owns the thread's affinity while the worker is in compiled code. A worker is woken thousands of
 times a second, and each time the scheduler is inclined to move it to whoever woke it. One that used
 most of a core lately stays where it is, for STAY_NS at most; then it roams for LOOK_NS at least, so
-that the scheduler has a say in where it stays next. What it may use, and an affinity that somebody
-else sets meanwhile, is respected.
+that the scheduler has a say in where it stays next.
+
+Respected are the cpuset, the affinity that the thread was given before, and one that it is given
+meanwhile, unless that is just the core it stays on: this cannot be told from our own.
 
 Threading: the worker's thread only.
-Source: sched_setaffinity(2); linux kernel/sched/fair.c (select_task_rq_fair, wake_affine).
+Source: sched_setaffinity(2); linux kernel/sched/fair.c (select_task_rq_fair, wake_affine),
+kernel/sched/core.c (what is asked for is remembered, and cut down to the cpuset).
 """
 
 from libc.stdint cimport uint64_t
+from libc.string cimport memset
 
 from io cimport CLOCK_THREAD_CPUTIME_ID, clock_ns
 
@@ -23,7 +27,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_setaffinity(int pid, size_t n, const cpu_set_t* set_)
     void CPU_ZERO(cpu_set_t* set_)
     void CPU_SET(int cpu, cpu_set_t* set_)
-    bint CPU_EQUAL(cpu_set_t* a, cpu_set_t* b)
+    bint CPU_EQUAL(const cpu_set_t* a, const cpu_set_t* b)
 
 
 cdef enum:
@@ -38,7 +42,19 @@ cdef struct place_t:
     uint64_t used
     uint64_t until              # the worker stays until then; 0: it roams
     cpu_set_t home              # where it stays
-    cpu_set_t allowed           # where it may be
+    cpu_set_t allowed           # where it may be otherwise
+    bint free                   # because of the cpuset only
+
+
+cdef inline bint all_gives(const cpu_set_t* wanted) noexcept nogil:
+    """Ask for every core; whether what the cpuset leaves of them is what is wanted."""
+    cdef cpu_set_t found
+    memset(&found, 0xFF, sizeof(found))
+    if sched_setaffinity(0, sizeof(found), &found) < 0:
+        return False
+    if sched_getaffinity(0, sizeof(found), &found) < 0:
+        return False
+    return CPU_EQUAL(&found, wanted)
 
 
 cdef inline void stay(place_t* at, uint64_t now) noexcept nogil:
@@ -50,17 +66,28 @@ cdef inline void stay(place_t* at, uint64_t now) noexcept nogil:
     CPU_SET(cpu, &at.home)
     if CPU_EQUAL(&at.home, &at.allowed):
         return
+    at.free = all_gives(&at.allowed)
     if sched_setaffinity(0, sizeof(cpu_set_t), &at.home) == 0:
         at.until = now + STAY_NS
+    elif not at.free:
+        sched_setaffinity(0, sizeof(cpu_set_t), &at.allowed)
 
 
 cdef inline void roam(place_t* at) noexcept nogil:
-    """Go back to what was allowed, unless somebody else has changed it."""
+    """Go back to what was before. One that was free asks for every core, lest it miss those that
+    its cpuset got meanwhile."""
     cdef cpu_set_t found
     if at.until == 0:
         return
     at.until = 0
-    if sched_getaffinity(0, sizeof(cpu_set_t), &found) == 0 and CPU_EQUAL(&found, &at.home):
+    if sched_getaffinity(0, sizeof(found), &found) < 0:
+        return
+    if not CPU_EQUAL(&found, &at.home):     # by the cpuset, or by somebody
+        if not all_gives(&found):
+            sched_setaffinity(0, sizeof(found), &found)
+    elif at.free:
+        all_gives(&at.allowed)
+    else:
         sched_setaffinity(0, sizeof(cpu_set_t), &at.allowed)
 
 

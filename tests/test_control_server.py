@@ -237,6 +237,9 @@ def test_a_large_body_arrives_whole(http_: Http, served: Served) -> None:
     code, body, _ = http_.ask("PUT", "/v1/routes", text, Content_Type="text/plain")
     assert (code, body["added"]) == (200, 1)
     assert served.forwarder.bodies == [text]
+    code, body, _ = http_.ask("PUT", "/v1/routes", text + b"x", Content_Type="text/plain")
+    assert (code, body["error"]["code"]) == (400, "bad_route")
+    assert body["error"]["message"].startswith("line 3: route")
 
 
 # Refusals

@@ -147,6 +147,24 @@ async def test_after_a_quiet_time_there_is_no_pause(tmp_path):
     await file.aclose()
 
 
+async def test_a_pause_is_in_proportion_to_what_was_written(tmp_path, monkeypatch):
+    """None before the first write, and some before the next."""
+    path = tmp_path / "leases.json"
+    pauses = []
+
+    async def wait(event, seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(saved, "wait_at_most", wait)
+    file = Saved(path)
+    for lease in (OWN, ODD[-1]):
+        file.keep(known(lease))
+        await until(lambda lease=lease: path.exists() and Saved(path).load(ETCD) == known(lease))
+    await file.aclose()
+    assert len(pauses) == 2
+    assert pauses[0] <= 0 < pauses[1] <= saved.PAUSE_MOST_SECONDS
+
+
 async def test_what_comes_while_writing_is_written_too(tmp_path):
     path = tmp_path / "leases.json"
     file = Saved(path, pause_s=0)

@@ -2,7 +2,7 @@
 
 Owns the thread and its loop. The loop knows one descriptor, the worker's epoll set; its callback
 is one call that returns when the worker was idle for LINGER_MS or is called away. While it works it
-needs neither the GIL nor the loop, so nothing the control side does can hold it up.
+needs neither the GIL nor the loop.
 """
 
 from __future__ import annotations
