@@ -36,6 +36,8 @@ cdef enum:
     CHECK_PEER = 1              # the outer source is a peer,
     CHECK_STRICT = 2            # and the inner source is routed to it
     RX_SLOTS_MIN = 4
+    TRICKLE = 6                 # so many datagrams in a batch, none of them a run by its size,
+    SINGLE = 2000               # say that more are on their way
 
 
 cdef struct sender_t:           # of one datagram, and the inner source last looked at
@@ -244,6 +246,7 @@ cdef inline bint receive(worker_t* w, int fd) noexcept nogil:
         decap_datagram(w, &w.rx_msgs[i], w.rx_buf + i * RX_SLOT)
     write_outputs(w)
     if w.batch and n > 0:
+        w.trickle = n >= TRICKLE and bytes_ < <uint64_t>n * SINGLE
         fitting = <uint32_t>(RX_SET // (bytes_ // n + 1))
         w.rx_slots = min(max(fitting, <uint32_t>RX_SLOTS_MIN), <uint32_t>RX_SLOTS)
     return <uint32_t>n == slots

@@ -22,6 +22,7 @@ cdef extern from "<time.h>" nogil:
         time_t tv_sec
         long tv_nsec
     int clock_gettime(int clock, timespec* ts)
+    int nanosleep(const timespec* wanted, timespec* left)
     int CLOCK_MONOTONIC
     int CLOCK_THREAD_CPUTIME_ID
 

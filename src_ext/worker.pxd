@@ -104,6 +104,7 @@ cdef struct worker_t:
     bint full6
     bint tun_asleep             # and the TUN is not polled
     bint ready                  # the last poll saw something
+    bint trickle                # the last batch received was of single datagrams
     bint tun_ready
     bint udp_ready4
     bint udp_ready6

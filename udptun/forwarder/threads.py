@@ -31,20 +31,26 @@ SLICE_NS = 100_000  # the shortest that Linux takes
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
 
+PR_SET_TIMERSLACK = 29  # linux/prctl.h
+TIMER_SLACK_NS = 1000
+
 
 def _be_scheduled_in_short_turns() -> None:
     """Set how this thread gets its core where cores are scarce.
 
     A batch thread does not push aside the program that just got its packet: small datagrams then
     wait in our queues rather than overflow its socket. With a short slice (Linux 6.12; older ones
-    ignore it) the thread is chosen again sooner: a packet behind bulk traffic waits less.
+    ignore it) the thread is chosen again sooner: a packet behind bulk traffic waits less. Its naps
+    end when they should, not up to 50 us later.
     """
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
     number = SYS_SCHED_SETATTR.get(platform.machine())
     if number is not None:
         attr = SCHED_ATTR.pack(SCHED_ATTR.size, os.SCHED_BATCH, 0, 0, 0, SLICE_NS, 0, 0)
-        ctypes.CDLL(None).syscall(number, 0, attr, 0)
+        libc.syscall(number, 0, attr, 0)
 
 
 class WorkerThread:
