@@ -242,6 +242,25 @@ def test_a_large_body_arrives_whole(http_: Http, served: Served) -> None:
     assert body["error"]["message"].startswith("line 3: route")
 
 
+@pytest.mark.parametrize("comment", [0, 5_000_000])
+def test_a_client_that_waits_is_asked_for_its_body(served: Served, comment: int) -> None:
+    """As curl does with over a megabyte: it would wait for a second."""
+    text = b"#%s\n10.1.0.0/16 via 192.0.2.1\n" % (b"x" * comment)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(served.path))
+        sock.sendall(
+            b"PUT /v1/routes HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+            b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(text)
+        )
+        with sock.makefile("rb") as answer:
+            assert answer.readline() == b"HTTP/1.1 100 Continue\r\n"
+            assert answer.readline() == b"\r\n"
+            sock.sendall(text)
+            assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+    assert served.forwarder.bodies == [text]
+
+
 # Refusals
 
 

@@ -349,14 +349,16 @@ async def _stream(
 # Requests
 
 
-def _length(request: web.BaseRequest, limit: int) -> int:
-    """What the request says of its body; 0: nothing. Refuses what will not be read."""
+async def _invite(request: web.BaseRequest, limit: int) -> None:
+    """Refuse a body that will not be read, or ask for it where the client waits to be asked (curl
+    does, for a second, with a large one)."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise ControlError("bad_request", "Content-Encoding: only identity is understood")
-    length = request.content_length or 0
-    if length > limit:
+    if (request.content_length or 0) > limit:
         raise _too_large(limit)
-    return length
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # of the answer proper
 
 
 def _too_large(limit: int) -> ControlError:
@@ -365,7 +367,7 @@ def _too_large(limit: int) -> ControlError:
 
 async def _body(request: web.BaseRequest, limit: int) -> bytes:
     """The whole body, undecoded. Joining lets go of the GIL, unlike a growing bytearray."""
-    _length(request, limit)
+    await _invite(request, limit)
     parts, size = [], 0
     async for part in request.content.iter_any():
         size += len(part)
@@ -380,9 +382,10 @@ async def _table_body(request: web.BaseRequest) -> bytes | mmap:
     exists a page at a time, as it is written, and a worker that waits for this core may have it in
     between: joining the pieces at the end would keep it from forwarding for milliseconds.
     """
-    length = _length(request, protocol.MAX_TABLE_BODY)
+    length = request.content_length or 0
     if length < LARGE_BODY:
         return await _body(request, protocol.MAX_TABLE_BODY)
+    await _invite(request, protocol.MAX_TABLE_BODY)
     body, at = mmap(-1, length), 0
     async for part in request.content.iter_any():
         body[at : at + len(part)] = part
