@@ -56,10 +56,10 @@ _SYSCTL = (
 )
 _FORWARDING = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
-# Which of a veth's offloads each profile turns off. P1: super-packets cross the wire whole. P2: the
-# sender's kernel cuts them in software, the receiver's GRO joins them again. P3: nobody joins.
+# The offloads of a veth in each profile. P1: as it is made, super-packets cross the wire whole. P2:
+# the sender's kernel cuts them in software, the receiver's GRO joins them again. P3: nobody joins.
 PROFILES = {
-    "P1": {},
+    "P1": {"tso": "on", "gso": "on", "tx-udp-segmentation": "on", "gro": "off"},
     "P2": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "on"},
     "P3": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "off"},
 }
@@ -184,7 +184,7 @@ class Link:
             end.set_mtu(mtu)
 
     def profile(self, name: str) -> None:
-        """P1, P2 or P3 on every device of the link: see PROFILES."""
+        """P1, P2 or P3 on every device of the link, whichever it had before: see PROFILES."""
         for end in self.wires:
             end.offloads(**PROFILES[name])
 
