@@ -72,9 +72,10 @@ bench-full: build $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare all there is 
 	$(call need,$(DEMO_TOOLS),exit 1)
 	@$(PY) -m bench full $(ARGS)
 
-bench-micro: build $(VENV)/test.stamp ## time the single steps of the core
+bench-micro: build $(VENV)/test.stamp ## time the single steps of the core, beside the saved times
 	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-only \
-	  --benchmark-storage=bench/baselines --benchmark-compare=0001 \
+	  --benchmark-storage=bench/baselines --benchmark-compare='*/0001' \
+	  -W default::pytest_benchmark.logger.PytestBenchmarkWarning \
 	  --benchmark-columns=min,median,rounds $(ARGS)
 
 bench-instructions: build $(VENV)/test.stamp ## count the core's instructions, hold them to the last count
