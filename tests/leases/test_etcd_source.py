@@ -14,8 +14,8 @@ from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subne
 from udptun.leases.etcd import messages
 from udptun.leases.etcd.client import Client
 from udptun.leases.etcd.config import EtcdConfig
-from udptun.leases.etcd.pauses import Pauses
 from udptun.leases.etcd.source import EtcdSource
+from udptun.leases.pauses import Pauses
 
 pytestmark = needs_etcd
 

@@ -31,10 +31,10 @@ from ..base import (
     StoreDown,
     StoreRefused,
 )
+from ..pauses import Pauses
 from . import messages
 from .allocate import Entry
 from .client import Client
-from .pauses import Pauses
 from .schema import read_key, read_value, subnets_prefix
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 0.8  # a store that is back is noticed within a second

@@ -20,13 +20,13 @@ from typing import Any
 from ...errors import FieldError
 from ..base import Attributes, Lease, SourceHealth, StoreDown, StoreRefused, Subnets
 from ..netconf import NetConfig
+from ..pauses import Pauses
 from ..waiting import wait_at_most
 from . import messages
 from .allocate import Entry, choose, fits, is_mine, own_entries
 from .client import Client
 from .config import EtcdConfig
 from .follow import list_entries
-from .pauses import Pauses
 from .schema import config_key, read_value, subnets_prefix, write_key, write_value
 
 TRIES = 10  # as flannel: each lost race makes another listing

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
@@ -29,6 +28,7 @@ from ..base import (
     Subnets,
 )
 from ..netconf import NetConfig
+from ..pauses import Pauses
 from ..waiting import wait_at_most
 from .api import Api, Event, Gone
 from .config import KubeConfig
@@ -88,7 +88,7 @@ class KubeSource:
 
     async def hold(self, lease: Lease) -> None:
         """Say that the network is there; mend what others do to our annotations."""
-        pause = _Pause(self._config)
+        pauses = Pauses(self._config.retry_min, self._config.retry_max)
         announced = ""  # the uid of the node object that was told
         while True:
             self._own_changed.clear()
@@ -98,19 +98,19 @@ class KubeSource:
             except StoreDown as e:  # nothing is lost: a lease here does not expire
                 log.debug("cannot look at our node: %s", e)
                 self.health.errors_n += 1
-                await pause.wait()
+                await asyncio.sleep(pauses.next())
                 continue
             except StoreRefused as e:
                 self.health.errors_n += 1
                 self._lost(lease, str(e))
-                await pause.wait()
+                await asyncio.sleep(pauses.next())
                 continue
-            pause.reset()
+            pauses.reset()
             await wait_at_most(self._own_changed, self._config.resync)
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
         book = LeaseBook()
-        pause = _Pause(self._config)
+        pauses = Pauses(self._config.retry_min, self._config.retry_max)
         version, snapshot_due = "", True
         while True:
             try:
@@ -126,7 +126,7 @@ class KubeSource:
                         self._in_order()
                         if not events:
                             continue
-                        pause.reset()
+                        pauses.reset()
                         version = events[-1].object.metadata.resource_version
                         if changes := self._apply(book, events):
                             yield Changes(changes)
@@ -136,7 +136,7 @@ class KubeSource:
                 log.info("listing the nodes again: %s", e)
             except (StoreDown, StoreRefused) as e:
                 self._out_of_order(str(e))
-            await pause.wait()
+            await asyncio.sleep(pauses.next())
 
     async def aclose(self) -> None:
         if self._client is not None:
@@ -266,21 +266,6 @@ class KubeSource:
             log.warning("the known leases stay in force: %s", why)
         health.connected, health.error = False, why
         health.errors_n += 1
-
-
-class _Pause:
-    """Between attempts: longer each time, at random, so that nodes do not come all at once."""
-
-    def __init__(self, config: KubeConfig) -> None:
-        self._min, self._max = config.retry_min, config.retry_max
-        self._next = self._min
-
-    def reset(self) -> None:
-        self._next = self._min
-
-    async def wait(self) -> None:
-        await asyncio.sleep(self._next * random.uniform(0.5, 1))
-        self._next = min(2 * self._next, self._max)
 
 
 @contextmanager
