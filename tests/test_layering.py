@@ -14,9 +14,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "udptun"
 
-LEAVES = {"errors", "model", "drops", "_version"}
+LEAVES = {"errors", "files", "model", "drops", "_version"}
 RULES = {
     "errors": set(),
+    "files": set(),
     "drops": set(),
     "_version": set(),
     "model": {"errors"},

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -209,7 +210,7 @@ async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
         if full:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saved.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     file = Saved(path, pause_s=0)
     with caplog.at_level(logging.ERROR):
         file.keep(known())

@@ -7,7 +7,6 @@ Control loop; the writing is done in a thread.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..device.fault import device_error
 from ..errors import FieldError
+from ..files import replace_file
 
 if TYPE_CHECKING:
     from .._core import RouteTable
@@ -92,10 +92,5 @@ class StateFile:
             return True
 
     def _write(self, table: RouteTable) -> None:
-        new = self.path.with_name(self.path.name + ".new")
-        with new.open("wb") as file:
-            for start in range(0, len(table), SLICE):
-                file.write(table.text_slice(start, SLICE))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+        starts = range(0, len(table), SLICE)
+        replace_file(self.path, (table.text_slice(start, SLICE) for start in starts))

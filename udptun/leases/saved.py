@@ -11,13 +11,13 @@ import asyncio
 import ipaddress
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..files import replace_file
 from .base import Attributes, Lease, Subnets
 from .netconf import NetConfig
 from .waiting import wait_at_most
@@ -117,19 +117,8 @@ class Saved:
             self._not_before, complained = clock() + pause, False
 
     def _write(self, known: LastKnown) -> None:
-        """So that after a crash at any point the old file is there whole, or the new one."""
         self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        fresh = self.path.with_name(self.path.name + ".new")
-        with fresh.open("wb") as file:
-            file.write(_encode(known))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_file(self.path, [_encode(known)])
 
 
 def _encode(known: LastKnown) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import FieldError, NoForwarder, UdptunError
+from ..files import replace_file
 
 if TYPE_CHECKING:
     import subprocess
@@ -73,11 +74,9 @@ class ForwarderSpec:
             raise FieldError(str(path), f"{exc}", expected) from None
 
     def write(self, path: Path) -> None:
-        """Atomically; the directory is made. A reader sees the old file or the new one."""
+        """As a whole; the directory is made."""
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}")
-        new.write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        new.replace(path)
+        replace_file(path, [json.dumps(self.to_json(), indent=2).encode(), b"\n"])
 
     def misfit(self, status: Mapping[str, Any]) -> str:
         """Why a running forwarder with this status is not the one; "" if it is."""
@@ -132,7 +131,7 @@ def wait_ready(
     while True:
         ended = child is not None and child.poll() is not None
         try:
-            why = spec.misfit(client.status())
+            why = spec.misfit(client.status(peers=False))
         except NoForwarder as exc:
             why = str(exc)
         if not why:

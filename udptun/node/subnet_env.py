@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from ..errors import FieldError
+from ..files import replace_file
 from ..leases.base import Subnets
 from ..model import MAX_MTU, MIN_MTU, parse_number
 
@@ -81,23 +80,12 @@ class SubnetEnv:
     def write(self, path: Path) -> bool:
         """Replace the file as a whole, so that no reader sees half of one. False if it said the
         same already and was left alone. OSError."""
-        text = self.text()
+        text = self.text().encode()
         with contextlib.suppress(OSError):
-            if path.read_bytes() == text.encode() and path.stat().st_mode & 0o777 == MODE:
+            if path.read_bytes() == text and path.stat().st_mode & 0o777 == MODE:
                 return False
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        fresh = Path(name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fchmod(handle, MODE)  # mkstemp's 0600, whatever the umask
-                os.fsync(handle)
-            fresh.replace(path)
-        except BaseException:
-            fresh.unlink()
-            raise
+        replace_file(path, [text], MODE)
         return True
 
 

@@ -1,0 +1,38 @@
+"""Replace a file as a whole: whoever reads it, and a crash at any point, finds the old or the new.
+
+A leaf: imports nothing of ours. Plain blocking calls; any thread, and any number of writers.
+Source: rename(2), fsync(2) (a rename is on the disk when its directory is).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def replace_file(path: Path, parts: Iterable[bytes], mode: int = 0o644) -> None:
+    """Let ``path`` hold ``parts``, one behind the other. Its directory exists.
+
+    mode  the file's, whatever the umask
+
+    Raises OSError, or what making the parts raises; the old file then stands as it was.
+    """
+    # a name of its own, since another process may be replacing the same file
+    fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fchmod(handle, mode)
+            os.fsync(handle)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink()
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
