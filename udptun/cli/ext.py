@@ -16,7 +16,7 @@ import click
 
 from ..errors import FieldError, UdptunError
 from .lazy import failure_of
-from .options import Parsed, socket
+from .options import LISTEN, socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from ..node.extension import Extension
 
 DEFAULT_STATE_DIR = "/var/lib/udptun"
-
-
-def _listen(text: str) -> Endpoint:
-    from ..model import Endpoint
-
-    return Endpoint.parse(text, "--listen")
 
 
 # The commands stand in the network's configuration, the same for all nodes; what is special to one
@@ -76,7 +70,7 @@ def advertise(port: int, mtu: int | None) -> None:
 
 @ext.command()
 @click.option("--tun", default="udptun0", show_default=True, help="Name of the TUN device.")
-@click.option("--listen", type=Parsed("address[:port]", _listen), envvar="UDPTUN_EXT_LISTEN",
+@click.option("--listen", type=LISTEN, envvar="UDPTUN_EXT_LISTEN",
               show_envvar=True, help="Where to listen, if PUBLIC_IP is not of this host.")
 @_port
 @_mtu

@@ -18,13 +18,13 @@ from ..control.protocol import DEFAULT_SOCKET
 from ..errors import FieldError, UdptunError
 from . import logs
 from .lazy import Failure, failure_of
-from .options import Parsed
+from .options import LISTEN, Parsed
 from .wait import take_options
 
 if TYPE_CHECKING:
     from ..device.offload import OffloadRequest
     from ..forwarder import Forwarder, ForwarderConfig
-    from ..model import Endpoint, IPAddress, IPNetwork
+    from ..model import IPAddress, IPNetwork
 
 log = logging.getLogger("udptun")
 
@@ -49,12 +49,6 @@ def _network(text: str) -> IPNetwork:
     from ..model import parse_prefix
 
     return parse_prefix("--network", text)
-
-
-def _listen(text: str) -> Endpoint:
-    from ..model import Endpoint
-
-    return Endpoint.parse(text, "--listen")
 
 
 def _auto_or_number(text: str) -> int | None:
@@ -94,7 +88,7 @@ FIELDS = {
               help="Overlay address of this host, on the TUN as /32 or /128. Once per family.")
 @click.option("--network", type=Parsed("prefix", _network), multiple=True,
               help="Overlay network, which gets a route through the TUN. May be repeated.")
-@click.option("--listen", type=Parsed("address[:port]", _listen), multiple=True,
+@click.option("--listen", type=LISTEN, multiple=True,
               required=True,
               help="Underlay address and UDP port of this host. Once per family.")
 @click.option("--control", type=FILE, default=default_control, metavar="PATH",

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ..control.client import ControlClient
+    from ..model import Endpoint
 
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # no generic before click 8.2
 
-__all__ = ["DEFAULT_SOCKET", "Parsed", "client", "echo_json", "echo_table", "no_headers",
+__all__ = ["DEFAULT_SOCKET", "LISTEN", "Parsed", "client", "echo_json", "echo_table", "no_headers",
            "output", "socket"]
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
@@ -72,6 +73,15 @@ class Parsed(_ParamType):
         except FieldError as exc:
             part = "" if exc.value == value else f", not {exc.value!r}"
             self.fail(f"{value!r} is not valid: expected {exc.expected}{part}", param, ctx)
+
+
+def _listen(text: str) -> Endpoint:
+    from ..model import Endpoint
+
+    return Endpoint.parse(text, "--listen")
+
+
+LISTEN = Parsed("address[:port]", _listen)
 
 
 def echo_json(value: object) -> None:

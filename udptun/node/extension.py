@@ -100,7 +100,7 @@ class Extension:
 
     def _make_it_run(self, client: ControlClient, spec: ForwarderSpec) -> None:
         try:
-            why = spec.misfit(client.status())
+            why = spec.misfit(client.status(peers=False))
         except NoForwarder:
             self._start(client, spec)
             return
