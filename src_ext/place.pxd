@@ -1,9 +1,11 @@
-"""Where a worker runs: a busy one keeps its core for a while.
+"""Where a worker runs: a busy one that sends keeps its core for a while.
 
 Owns the thread's affinity while the worker is in compiled code. A worker is woken thousands of
-times a second, and each time the scheduler is inclined to move it to whoever woke it. One that used
-most of a core lately stays where it is, for STAY_NS at most; then it roams for LOOK_NS at least, so
-that the scheduler has a say in where it stays next.
+times a second, and each time the scheduler is inclined to move it to whoever woke it. For one that
+mostly receives this is right: who brings its datagrams has just had them in the cache. One that
+mostly sends is drawn to the program whose packets it takes, and the two share a core. So if it used
+much of a core lately it stays where it is, for STAY_NS at most; then it roams for LOOK_NS at least,
+so that the scheduler has a say in where it stays next.
 
 Respected are the cpuset, the affinity that the thread was given before, and one that it is given
 meanwhile, unless that is just the core it stays on: this cannot be told from our own.
@@ -32,14 +34,16 @@ cdef extern from "<sched.h>" nogil:
 
 cdef enum:
     LOOK_NS = 50000000          # how often the worker's share of a core is looked at
-    STAY_NS = 1000000000
-    STAY_PERCENT = 70           # of a core, for a worker to stay
-    ROAM_PERCENT = 30           # and below this one that stays roams again
+    STAY_NS = 4000000000
+    STAY_PERCENT = 45           # of a core, for a worker to stay
+    ROAM_PERCENT = 20           # and below this one that stays roams again
 
 
 cdef struct place_t:
-    uint64_t looked             # when, and the thread's CPU time then
+    uint64_t looked             # when, and the thread's CPU time and packets then
     uint64_t used
+    uint64_t sent
+    uint64_t received
     uint64_t until              # the worker stays until then; 0: it roams
     cpu_set_t home              # where it stays
     cpu_set_t allowed           # where it may be otherwise
@@ -91,17 +95,26 @@ cdef inline void roam(place_t* at) noexcept nogil:
         sched_setaffinity(0, sizeof(cpu_set_t), &at.allowed)
 
 
-cdef inline void look_at_place(place_t* at, uint64_t now) noexcept nogil:
-    """Now and then: whether to stay or to roam, by the share of a core since the last look."""
+cdef inline void look_at_place(
+    place_t* at, uint64_t now, uint64_t sent, uint64_t received
+) noexcept nogil:
+    """Now and then: whether to stay or to roam, by what was done since the last look.
+
+    sent, received  packets, each counted from the worker's beginning
+    """
     cdef uint64_t used, percent
+    cdef bint sends
     if now < at.looked + LOOK_NS:
         return
     used = clock_ns(CLOCK_THREAD_CPUTIME_ID)
     percent = 100 * (used - at.used) // (now - at.looked)
+    sends = sent - at.sent > received - at.received
     at.looked = now
     at.used = used
+    at.sent = sent
+    at.received = received
     if at.until == 0:
-        if percent >= STAY_PERCENT:
+        if sends and percent >= STAY_PERCENT:
             stay(at, now)
-    elif now >= at.until or percent < ROAM_PERCENT:
+    elif not sends or now >= at.until or percent < ROAM_PERCENT:
         roam(at)

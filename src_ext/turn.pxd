@@ -173,7 +173,7 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             break
         if w.notes & NOTE_TUN_GONE:
             break  # it would be ready for ever: from now on only a call wakes us
-        look_at_place(&w.place, w.now)
+        look_at_place(&w.place, w.now, w.encap.delivered, w.decap.delivered)
         more = turn(w)
     give_back(w)
     roam(&w.place)

@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ HERE = "127.0.0.1"
 PEERS = ("127.0.0.2", "127.0.0.3")
 STRANGER = "127.0.0.9"
 TUN4, TUN6 = ipaddress.ip_address("10.244.1.0"), ipaddress.ip_address("fd00:1::")
-UDP_GRO = 104
+UDP_SEGMENT, UDP_GRO = 103, 104
 
 
 class Rig:
@@ -339,25 +340,53 @@ def test_a_tun_that_is_gone_is_told_once_and_keeps_nobody_awake():
         assert not readable(rig.worker)
 
 
-@contextlib.contextmanager
-def busy(rig, allowed):
-    """Its worker at full load, in a thread that may use these cores; yields the thread's id."""
+def to_send(rig):
+    """Feeds a worker with super-packets from its TUN."""
     flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
     frame = flow.tcp_super(bytes(64000), 1400)
-    tids, over = queue.SimpleQueue(), threading.Event()
     rig.tun.settimeout(0.1)
+
+    def feed():
+        with contextlib.suppress(TimeoutError):
+            rig.tun.send(frame)
+
+    return feed
+
+
+def to_receive(rig):
+    """Feeds a worker with runs of datagrams from a peer, and takes what it writes."""
+    run = ip4(bytes(1380), socket.IPPROTO_RAW, "10.244.2.5", "10.244.1.9") * 40
+    peer = rig.outside[PEERS[0]]
+    peer.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, len(run) // 40)
+    peer.settimeout(0.1)
+    here = rig.udp.getsockname()
+
+    def feed():
+        with contextlib.suppress(TimeoutError):
+            peer.sendto(run, here)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                rig.tun.recv(1 << 17)
+
+    return feed
+
+
+@contextlib.contextmanager
+def busy(rig, allowed, load=to_send):
+    """Its worker at full load, in a thread that may use these cores; yields the thread's id."""
+    feed = load(rig)
+    tids, over = queue.SimpleQueue(), threading.Event()
 
     def work():
         os.sched_setaffinity(0, allowed)
         tids.put(threading.get_native_id())
         rig.worker.run(1000)
 
-    def feed():
+    def feed_on():
         while not over.is_set():
-            with contextlib.suppress(TimeoutError):
-                rig.tun.send(frame)
+            feed()
 
-    threads = [threading.Thread(target=target) for target in (work, feed)]
+    threads = [threading.Thread(target=target) for target in (work, feed_on)]
     for thread in threads:
         thread.start()
     try:
@@ -377,12 +406,31 @@ def affinity_becomes(tid, wanted):
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
-def test_a_busy_worker_keeps_its_core_and_roams_again():
+def test_a_worker_that_is_busy_sending_keeps_its_core_and_roams_again():
     allowed = os.sched_getaffinity(0)
     with Rig() as rig:
         with busy(rig, allowed) as tid:
             affinity_becomes(tid, lambda cores: len(cores) == 1)
             affinity_becomes(tid, lambda cores: cores == allowed)
+        rig.check_invariant()
+
+
+def cpu_ticks(tid):
+    """Of a thread of ours, user and system: fields 14 and 15 of proc_pid_stat(5)."""
+    fields = Path(f"/proc/self/task/{tid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13]))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
+def test_a_worker_that_is_busy_receiving_goes_where_the_scheduler_puts_it():
+    allowed = os.sched_getaffinity(0)
+    with Rig() as rig:
+        with busy(rig, allowed, to_receive) as tid:
+            wanted = cpu_ticks(tid) + os.sysconf("SC_CLK_TCK")
+            while cpu_ticks(tid) < wanted:
+                assert os.sched_getaffinity(tid) == allowed
+                time.sleep(0.005)  # the core is the worker's
+        assert rig.counts()["decap"]["delivered"] > 1000
         rig.check_invariant()
 
 
