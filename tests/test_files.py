@@ -29,6 +29,15 @@ def test_the_mode_does_not_depend_on_the_umask(tmp_path, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
+def test_without_a_mode_the_umask_holds(tmp_path):
+    before = os.umask(0o077)
+    try:
+        replace_file(tmp_path / "file", [b"x"])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
+
+
 def parts_that_fail():
     yield b"half"
     raise KeyError("the rest")

@@ -11,21 +11,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def replace_file(path: Path, parts: Iterable[bytes], mode: int = 0o644) -> None:
+def replace_file(path: Path, parts: Iterable[bytes], mode: int | None = None) -> None:
     """Let ``path`` hold ``parts``, one behind the other. Its directory exists.
 
-    mode  the file's, whatever the umask
+    mode  the file's, whatever the umask; None: 0666 less the umask, as for any new file
 
     Raises OSError, or what making the parts raises; the old file then stands as it was.
     """
     # a name of its own, since another process may be replacing the same file
     fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.writelines(parts)
             file.flush()
-            os.fchmod(handle, mode)
+            if mode is not None:
+                os.fchmod(handle, mode)
             os.fsync(handle)
         fresh.replace(path)
     except BaseException:
