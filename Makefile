@@ -47,7 +47,7 @@ soak: build $(VENV)/test.stamp ## ten minutes of full load with a route change e
 
 # The package is built a second time, aside, and found first; the tests are those of the core.
 SANITIZED := build/sanitize
-SANITIZE_TESTS = $(wildcard tests/wire tests/test_lpm.py tests/test_route_table.py tests/test_worker*.py)
+SANITIZE_TESTS = tests/wire tests/table tests/path
 sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer and UBSan
 	@echo "building the extension with sanitizers"
 	@rm -rf $(SANITIZED)

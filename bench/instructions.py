@@ -88,7 +88,7 @@ def _path(stack: contextlib.ExitStack, kind: str, words: list[str]) -> Callable[
 
 def _super_packet(run: list[bytes]) -> bytes:
     """One super-packet, by the reference: the compiled merge is not to be counted here."""
-    from udptun import reference
+    from tests import reference
 
     [frame] = reference.merge(run)
     return bytes(frame)

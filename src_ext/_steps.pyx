@@ -1,6 +1,6 @@
 """Each step of the fast path, callable alone: for tests and micro benchmarks.
 
-Owns nothing but the wrapping. The signatures are those of ``udptun.reference``, which is the
+Owns nothing but the wrapping. The signatures are those of ``tests.reference``, which is the
 oracle; the product never imports this module.
 """
 
@@ -21,7 +21,7 @@ from packet cimport decrement_hop_limit as decrement
 from wire cimport VNET_LEN
 
 from udptun.drops import DROP_REASONS
-from udptun.reference import Dropped
+from tests.reference import Dropped
 
 # All zero, to begin with: gcc does not see that check() raises before an unset one is used.
 cdef ip_t NO_IP

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import fakes
 import pytest
 
+from tests.control import fakes
 from udptun.cli import cli
 from udptun.control.metrics import CounterCollector
 from udptun.device.offload import FEATURES

@@ -14,14 +14,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "udptun"
 
-LEAVES = {"errors", "files", "model", "drops", "_version"}
+LEAVES = {"errors", "files", "instance", "model", "drops", "_version"}
 RULES = {
     "errors": set(),
     "files": set(),
     "drops": set(),
+    "instance": {"errors"},
     "_version": set(),
     "model": {"errors"},
-    "reference": {"errors", "model", "drops", "reference"},
     "device": LEAVES | {"device"},
     "net": LEAVES | {"device", "net"},
     "control.protocol": {"errors", "model"},
@@ -129,13 +129,12 @@ def test_the_rules_have_no_circle():
     [
         ("errors.py", "from .model import Route", "errors:1 imports model"),
         ("model.py", "from .drops import ENCAP", "model:1 imports drops"),
-        ("reference/cut.py", "from ..device.tun import Tun",
-         "reference.cut:1 imports device.tun"),
-        ("reference/cut.py", "from .. import _core", "reference.cut:1 imports _core"),
-        ("reference/cut.py", "import scapy", "reference.cut:1 imports scapy, which has no home"),
-        ("device/tun.py", "import udptun.reference", "device.tun:1 imports reference"),
+        ("leases/base.py", "from ..device.tun import Tun", "leases.base:1 imports device.tun"),
+        ("leases/base.py", "from .. import _core", "leases.base:1 imports _core"),
+        ("leases/base.py", "import scapy", "leases.base:1 imports scapy, which has no home"),
+        ("device/tun.py", "import udptun.leases.base", "device.tun:1 imports leases.base"),
         ("device/tun.py", "from ..forwarder import Forwarder", "device.tun:1 imports forwarder"),
-        ("forwarder/a.py", "from .. import reference", "forwarder.a:1 imports reference"),
+        ("forwarder/a.py", "from .. import leases", "forwarder.a:1 imports leases"),
         ("forwarder/a.py", "from .. import cut", "forwarder.a:1 imports the public API"),
         ("forwarder/a.py", "from ..control import client",
          "forwarder.a:1 imports control.client"),
@@ -163,7 +162,7 @@ def test_the_check_fails_on_a_made_up_tree(tmp_path, path, source, want):
         "__init__.py", "errors.py", "model.py", "drops.py", "cli/__init__.py", "cli/lazy.py",
         "control/client.py", "control/server.py", "device/__init__.py", "device/tun.py",
         "forwarder/__init__.py", "leases/etcd.py", "net/netlink.py", "net/udp.py",
-        "reference/__init__.py", "reference/cut.py",
+        "leases/__init__.py", "leases/base.py",
     ):
         (root / clean).parent.mkdir(parents=True, exist_ok=True)
         (root / clean).write_text("import os\nfrom typing import Any\n")
@@ -195,7 +194,7 @@ CLIENT = "udptun.cli.route, udptun.cli.show, udptun.cli.stop, udptun.cli.version
 def test_client_commands_start_light(statement):
     heavy = {
         "aiohttp", "asyncio", "prometheus_client", "pyroute2", "uvloop", "udptun._core",
-        "udptun.forwarder", "udptun.net", "udptun.reference",
+        "udptun.forwarder", "udptun.net",
     }
     assert not loaded_by(statement) & heavy
 

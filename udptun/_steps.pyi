@@ -1,4 +1,4 @@
-"""Types of the single steps, for tests and micro benchmarks; see udptun.reference for meanings."""
+"""Types of the single steps, for tests and micro benchmarks; see tests.reference for meanings."""
 
 from collections.abc import Callable
 

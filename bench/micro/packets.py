@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from udptun import reference
+from tests import reference
 
 _SOURCE, _TARGET = bytes((10, 244, 1, 7)), bytes((10, 244, 2, 9))
 _TCP, _UDP = 6, 17

@@ -5,7 +5,7 @@ A call from Python is included: of short ones it is most.
 
 import pytest
 
-from udptun import reference
+from tests import reference
 from udptun._steps import checksum_implementations
 
 LENGTHS = (40, 64, 576, 1460, 65536)

@@ -7,7 +7,7 @@ path does not have. To be compared with itself, before and after a change.
 import pytest
 
 from bench.micro import packets
-from udptun import reference
+from tests import reference
 from udptun._steps import cut, merge
 
 SHAPES = {"tcp 44 x 1420": ("tcp", 44, 1420), "udp 44 x 1420": ("udp", 44, 1420),

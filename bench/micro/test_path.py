@@ -10,7 +10,7 @@ import pytest
 
 from bench.micro import packets
 from bench.micro.path import Path
-from udptun import reference
+from tests import reference
 
 SHAPES = {"tcp 44 x 1420": ("tcp", 44, 1420), "udp 44 x 1420": ("udp", 44, 1420)}
 FRAMES = 4  # a round: their working set is that of a busy tunnel

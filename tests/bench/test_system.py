@@ -5,7 +5,7 @@ import ipaddress
 import pytest
 
 from bench import system, tables
-from udptun import reference
+from tests import reference
 
 
 def test_cpu_time_of_the_whole_system():

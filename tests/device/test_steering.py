@@ -12,8 +12,8 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
-from own_netns import in_own_netns
 
+from tests.own_netns import in_own_netns
 from udptun.device import steering
 from udptun.device.offload import OffloadRequest
 from udptun.device.steering import attach_steering

@@ -8,8 +8,8 @@ import fcntl
 import os
 
 import pytest
-from own_netns import in_own_netns, ip_json, sh
 
+from tests.own_netns import in_own_netns, ip_json, sh
 from udptun.device import tun as module
 from udptun.device.offload import Capabilities, OffloadRequest
 from udptun.device.tun import Tun

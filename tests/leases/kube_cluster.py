@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx2
 import pytest
 import yaml
-from kube_api import ADMIN, KubeApi, node
 
+from tests.leases.kube_api import ADMIN, KubeApi, node
 from udptun.leases.kube.config import KubeConfig
 from udptun.leases.kube.source import KubeSource
 

@@ -4,8 +4,8 @@ import contextlib
 import ipaddress
 
 import pytest
-from etcd_server import Authority, Etcd, Followed, needs_etcd, until
 
+from tests.leases.etcd_server import Authority, Etcd, Followed, needs_etcd, until
 from udptun.leases.base import Attributes, StoreDown, StoreRefused, Subnets
 from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.etcd.source import EtcdSource

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from etcd_server import Etcd, needs_etcd
+
+from tests.leases.etcd_server import Etcd, needs_etcd
 
 pytestmark = needs_etcd
 

@@ -7,8 +7,8 @@ import logging
 import time
 
 import pytest
-from etcd_server import Etcd, Followed, needs_etcd, until
 
+from tests.leases.etcd_server import Etcd, Followed, needs_etcd, until
 from udptun.errors import FieldError
 from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subnets
 from udptun.leases.etcd import messages

@@ -8,8 +8,8 @@ import contextlib
 import ipaddress
 
 import pytest
-from etcd_server import Etcd, Followed, Relay, cluster, needs_etcd, until
 
+from tests.leases.etcd_server import Etcd, Followed, Relay, cluster, needs_etcd, until
 from udptun.leases.base import Attributes, Subnets
 from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.etcd.source import EtcdSource

@@ -7,9 +7,9 @@ from ipaddress import IPv4Address
 
 import pytest
 import yaml
-from kube_api import ADMIN, KubeApi, node, server_tls
-from kube_cluster import NET_CONF, deployed_rules
 
+from tests.leases.kube_api import ADMIN, KubeApi, node, server_tls
+from tests.leases.kube_cluster import NET_CONF, deployed_rules
 from udptun.errors import FieldError
 from udptun.leases.base import Attributes, StoreDown, StoreRefused, Subnets
 from udptun.leases.kube.config import KubeConfig

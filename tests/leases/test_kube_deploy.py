@@ -7,8 +7,8 @@ import subprocess
 import click
 import pytest
 import yaml
-from kube_cluster import DEPLOY, deployed_rules
 
+from tests.leases.kube_cluster import DEPLOY, deployed_rules
 from udptun.cli import cli
 from udptun.leases.netconf import NetConfig
 from udptun.node.config import NodeConfig

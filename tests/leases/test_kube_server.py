@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
-from kube_api import node
-from kube_cluster import SERVERS, flannel, open_cluster
+
+from tests.leases.kube_api import node
+from tests.leases.kube_cluster import SERVERS, flannel, open_cluster
 
 STRATEGIC = "application/strategic-merge-patch+json"
 

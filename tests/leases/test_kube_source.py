@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_network
 
 import pytest
-from kube_api import Refusal, expired, node
-from kube_cluster import DUAL_STACK, NET_CONF, SERVERS, flannel, member, open_cluster
 
+from tests.leases.kube_api import Refusal, expired, node
+from tests.leases.kube_cluster import DUAL_STACK, NET_CONF, SERVERS, flannel, member, open_cluster
 from udptun.errors import FieldError
 from udptun.leases.base import (
     Attributes,

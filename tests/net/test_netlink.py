@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from own_netns import in_own_netns, ip_json, sh
 
+from tests.own_netns import in_own_netns, ip_json, sh
 from udptun.device.offload import OffloadRequest
 from udptun.device.tun import Tun
 from udptun.errors import DeviceError, FieldError

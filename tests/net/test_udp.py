@@ -10,8 +10,8 @@ import struct
 from ipaddress import ip_address
 
 import pytest
-from own_netns import in_own_netns, sh
 
+from tests.own_netns import in_own_netns, sh
 from udptun.device.offload import OffloadRequest
 from udptun.errors import DeviceError
 from udptun.model import Endpoint

@@ -9,8 +9,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from own_netns import in_own_netns, ip_json, sh
 
+from tests.own_netns import in_own_netns, ip_json, sh
 from udptun.errors import DeviceError
 from udptun.lab import wait_for
 from udptun.net import batch

@@ -13,8 +13,8 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
-from own_netns import in_own_netns, ip_json, sh
 
+from tests.own_netns import in_own_netns, ip_json, sh
 from udptun.errors import DeviceError, FieldError
 from udptun.net import batch
 from udptun.net import vxlan as module

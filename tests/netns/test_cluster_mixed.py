@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from netns_traffic import transfer_tcp
 
+from tests.netns.netns_traffic import transfer_tcp
 from udptun.lab import ping, wait_for
 from udptun.lab.cluster import PREFIX, Cluster, Member, etcd_obstacle, unreachable
 

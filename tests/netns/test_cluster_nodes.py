@@ -4,8 +4,8 @@ While nodes join, leave and change address, the others' packets go on: none is l
 """
 
 import pytest
-from cluster_traffic import SteadyPing, SteadyTransfer
 
+from tests.netns.cluster_traffic import SteadyPing, SteadyTransfer
 from udptun.lab import ping, wait_for
 from udptun.lab.cluster import Cluster, Member, etcd_obstacle, unreachable
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_traffic import SteadyPing, SteadyTransfer
 
+from tests.netns.cluster_traffic import SteadyPing, SteadyTransfer
 from udptun.lab import wait_for
 from udptun.lab.cluster import Cluster, Member, etcd_obstacle
 

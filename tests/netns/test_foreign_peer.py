@@ -10,8 +10,8 @@ import struct
 import threading
 
 import pytest
-from netns_traffic import UdpFlow, assert_invariant, transfer_tcp
 
+from tests.netns.netns_traffic import UdpFlow, assert_invariant, transfer_tcp
 from udptun.lab import Forwarder, LabError, OnePacket, node, ping, wait_for
 
 AT_A, AT_B = node(1), node(2)

@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from cluster_traffic import SteadyPing
 
+from tests.netns.cluster_traffic import SteadyPing
 from udptun.lab import Lab, LabError, ping, wait_for
 from udptun.lab.cluster import Member, unreachable
 

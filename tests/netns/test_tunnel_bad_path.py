@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from netns_traffic import assert_invariant, transfer_tcp
 
+from tests.netns.netns_traffic import assert_invariant, transfer_tcp
 from udptun.lab import Forwarder, node
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
 

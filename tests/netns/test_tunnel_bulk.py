@@ -3,8 +3,8 @@
 import socket
 
 import pytest
-from netns_traffic import assert_invariant, exchange_udp, transfer_tcp
 
+from tests.netns.netns_traffic import assert_invariant, exchange_udp, transfer_tcp
 from udptun.device.offload import FEATURES, OffloadRequest
 from udptun.lab import pair
 

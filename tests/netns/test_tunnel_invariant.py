@@ -1,6 +1,6 @@
 """What the forwarders count, held against what the kernel counts."""
 
-from netns_traffic import (
+from tests.netns.netns_traffic import (
     UdpFlow,
     assert_invariant,
     device_counters,
@@ -9,7 +9,6 @@ from netns_traffic import (
     settled_packets,
     transfer_tcp,
 )
-
 from udptun.lab import Host, Link, Pair, pair, ping
 
 

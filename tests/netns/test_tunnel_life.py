@@ -8,8 +8,8 @@ import signal
 import socket
 
 import pytest
-from netns_traffic import assert_invariant, settled_packets, transfer_tcp
 
+from tests.netns.netns_traffic import assert_invariant, settled_packets, transfer_tcp
 from udptun.lab import LabError, pair, ping, wait_for
 
 

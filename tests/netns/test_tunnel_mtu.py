@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from netns_traffic import assert_invariant, nft_counters, snmp, transfer_tcp
 
+from tests.netns.netns_traffic import assert_invariant, nft_counters, snmp, transfer_tcp
 from udptun.lab import pair, ping, wait_for
 
 MIDDLE = 1400

@@ -9,11 +9,11 @@ import socket
 import struct
 
 import pytest
-from netns_traffic import assert_invariant, nft_counters
 
+from tests.netns.netns_traffic import assert_invariant, nft_counters
+from tests.reference import checksum
 from udptun.lab import Forwarder, node, wait_for
 from udptun.lab.tunnels import NETWORK, NETWORK6
-from udptun.reference import checksum
 
 PORT = 8285
 TARGET_PORT = 4242

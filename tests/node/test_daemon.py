@@ -14,9 +14,9 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
-from fakes import LoopThread, Served
-from own_netns import in_own_netns, sh
 
+from tests.control.fakes import LoopThread, Served
+from tests.own_netns import in_own_netns, sh
 from udptun.errors import FieldError
 from udptun.leases.advert import Advert, embed
 from udptun.leases.base import (

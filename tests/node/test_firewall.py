@@ -10,8 +10,8 @@ import logging
 from ipaddress import ip_network
 
 import pytest
-from own_netns import in_own_netns, sh
 
+from tests.own_netns import in_own_netns, sh
 from udptun.node import firewall as firewall_module
 from udptun.node.firewall import Firewall, FirewallError, FirewallRules
 

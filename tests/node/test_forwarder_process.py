@@ -10,8 +10,8 @@ import time
 from dataclasses import replace
 
 import pytest
-from fakes import LoopThread, Served
 
+from tests.control.fakes import LoopThread, Served
 from udptun.control.client import ControlClient
 from udptun.leases.base import SourceHealth
 from udptun.model import Route

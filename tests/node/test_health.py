@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
-from fakes import LoopThread, Served
-from node_reports import ready, starting
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.control.fakes import LoopThread, Served
+from tests.node.node_reports import ready, starting
 from udptun.errors import DeviceError
 from udptun.model import parse_address
 from udptun.node.health import HealthServer

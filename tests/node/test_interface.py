@@ -8,8 +8,8 @@ import logging
 from ipaddress import ip_address
 
 import pytest
-from own_netns import in_own_netns, sh
 
+from tests.own_netns import in_own_netns, sh
 from udptun.errors import FieldError
 from udptun.net.netlink import Netlink
 from udptun.node.config import InterfaceOptions

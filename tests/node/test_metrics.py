@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from node_reports import ready, starting
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.node.node_reports import ready, starting
 from udptun._version import __version__
 from udptun.node.metrics import Metrics
 from udptun.node.readiness import CHECKS

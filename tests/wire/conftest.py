@@ -8,7 +8,7 @@ import pytest
 
 def _load(name: str) -> ModuleType:
     if name == "reference":
-        return importlib.import_module("udptun.reference")
+        return importlib.import_module("tests.reference")
     try:
         return importlib.import_module("udptun._steps")
     except ImportError as error:

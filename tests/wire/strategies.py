@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from craft import (
+from hypothesis import strategies as st
+
+from tests.wire.craft import (
     ACK,
     CWR,
     DESTINATION_OPTIONS,
@@ -21,7 +23,6 @@ from craft import (
     ip4,
     ip6,
 )
-from hypothesis import strategies as st
 
 NOISE = bytes((i * i + 7 * i) % 251 for i in range(4096))
 tcp_options = st.sampled_from([b"", TIMESTAMPS, b"\x01" * 4, b"\x01" * 40])

@@ -3,9 +3,10 @@
 import random
 
 import pytest
-from craft import ones_sum
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.wire.craft import ones_sum
 
 
 def test_rfc1071_example(impl):

@@ -2,9 +2,11 @@
 
 import struct
 
-import craft
 import pytest
-from craft import (
+
+from tests.reference import Dropped
+from tests.wire import craft
+from tests.wire.craft import (
     ACK,
     CWR,
     DESTINATION_OPTIONS,
@@ -27,8 +29,6 @@ from craft import (
     check_valid,
     vnet_hdr,
 )
-
-from udptun.reference import Dropped
 
 BOTH = pytest.mark.parametrize("version", [4, 6])
 PAYLOAD = bytes(range(256)) * 12

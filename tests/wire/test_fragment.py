@@ -1,12 +1,12 @@
 """RFC 791 fragmentation, on both implementations."""
 
-import craft
 import pytest
-from craft import UDP, ip4, ip6, ones_sum
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from udptun.reference import Dropped
+from tests.reference import Dropped
+from tests.wire import craft
+from tests.wire.craft import UDP, ip4, ip6, ones_sum
 
 DF, MF = 0x4000, 0x2000
 DATA = bytes(range(256)) * 16

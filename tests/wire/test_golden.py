@@ -6,7 +6,8 @@ addresses are documentation's: 192.0.2.1, 198.51.100.2, 2001:db8::1, 2001:db8::2
 """
 
 import pytest
-from craft import NEEDS_CSUM, PLAIN, check_valid, vnet_hdr
+
+from tests.wire.craft import NEEDS_CSUM, PLAIN, check_valid, vnet_hdr
 
 
 def wire(text):

@@ -2,11 +2,12 @@
 
 import struct
 
-import craft
 import pytest
-from craft import A4, A6, ICMP, ICMP6, TCP, UDP, addr, check_valid, ip4, ip6
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.wire import craft
+from tests.wire.craft import A4, A6, ICMP, ICMP6, TCP, UDP, addr, check_valid, ip4, ip6
 
 OURS4, OURS6 = addr("10.244.1.0"), addr("fd00:1::")
 KINDS = ["no_route", "ttl_exceeded", "too_big"]

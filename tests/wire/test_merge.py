@@ -3,9 +3,11 @@
 import struct
 from dataclasses import replace
 
-import craft
 import pytest
-from craft import (
+
+from tests.reference import Dropped
+from tests.wire import craft
+from tests.wire.craft import (
     ACK,
     CWR,
     ECE,
@@ -21,8 +23,6 @@ from craft import (
     ip6,
     ones_sum,
 )
-
-from udptun.reference import Dropped
 
 BOTH = pytest.mark.parametrize("version", [4, 6])
 DATA = bytes(range(256)) * 12

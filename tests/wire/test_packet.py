@@ -1,11 +1,11 @@
 """The IP header: what is believed of hostile bytes, and one hop less. On both implementations."""
 
 import pytest
-from craft import A4, B4, UDP, Flow, check_valid, ip4, ip6, ones_sum
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.reference import Dropped
+from tests.reference import Dropped
+from tests.wire.craft import A4, B4, UDP, Flow, check_valid, ip4, ip6, ones_sum
 
 P4 = ip4(b"payload", UDP)
 P6 = ip6(b"payload", UDP)

@@ -3,13 +3,12 @@
 import struct
 from collections import Counter, defaultdict
 
-import craft
-import strategies
-from craft import ACK, PLAIN, TCP, UDP, check_valid
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.reference import Dropped
+from tests.reference import Dropped
+from tests.wire import craft, strategies
+from tests.wire.craft import ACK, PLAIN, TCP, UDP, check_valid
 
 
 def flow_of(packet):

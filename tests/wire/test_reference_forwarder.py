@@ -3,16 +3,15 @@
 import ipaddress
 from collections import Counter
 
-import craft
 import pytest
-import strategies
-from craft import A4, A6, B4, PLAIN, UDP, Flow, addr, ip4, ip6
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.reference import ReferenceForwarder, fragment, icmp_error
+from tests.wire import craft, strategies
+from tests.wire.craft import A4, A6, B4, PLAIN, UDP, Flow, addr, ip4, ip6
 from udptun.drops import DECAP, DIRECTIONS, DROP_REASONS, ENCAP
 from udptun.model import Endpoint, Route
-from udptun.reference import ReferenceForwarder, fragment, icmp_error
 
 PEER = Endpoint.parse("192.0.2.2:8285")
 OTHER = Endpoint.parse("192.0.2.3:9000")

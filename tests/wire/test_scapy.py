@@ -3,9 +3,10 @@
 import logging
 import warnings
 
-import craft
 import pytest
-from craft import NEEDS_CSUM, vnet_hdr
+
+from tests.wire import craft
+from tests.wire.craft import NEEDS_CSUM, vnet_hdr
 
 logging.getLogger("scapy").setLevel(logging.ERROR)
 with warnings.catch_warnings():

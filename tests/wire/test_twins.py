@@ -3,13 +3,13 @@
 import random
 from dataclasses import replace
 
-import strategies
-from craft import DESTINATION_OPTIONS, HOP_BY_HOP, ROUTING
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun import reference
-from udptun.reference import Dropped
+from tests import reference
+from tests.reference import Dropped
+from tests.wire import strategies
+from tests.wire.craft import DESTINATION_OPTIONS, HOP_BY_HOP, ROUTING
 
 any_packet = st.one_of(
     strategies.packets(), strategies.mutated(strategies.packets()), strategies.noise

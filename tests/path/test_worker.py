@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import reference
 from tests.wire.craft import NEEDS_CSUM, TCPV4, TCPV6, UDP_L4, Flow, ip4, ip6
-from udptun import _core, reference
+from udptun import _core
 from udptun.drops import DECAP, DIRECTIONS, ENCAP
 from udptun.model import Endpoint, Route
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.reference import lpm as reference
 from udptun._steps import Lpm
-from udptun.reference import lpm as reference
 
 
 def blob(prefixes):

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.reference.lpm import table_order
 from udptun._core import RouteTable
 from udptun.errors import FieldError, RouteExists
 from udptun.model import Route, parse_next_hop
-from udptun.reference.lpm import table_order
 
 v4 = st.integers(0, (1 << 32) - 1).map(ipaddress.IPv4Address)
 v6 = st.one_of(

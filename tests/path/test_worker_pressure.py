@@ -7,7 +7,7 @@ import socket
 import time
 
 from tests.own_netns import in_own_netns, sh
-from tests.test_worker import ALL, PEERS, Rig
+from tests.path.test_worker import ALL, PEERS, Rig
 from tests.wire.craft import Flow, addr
 from udptun.drops import ENCAP
 

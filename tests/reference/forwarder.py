@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..drops import DECAP, DIRECTIONS, ENCAP
-from ..model import Endpoint, IPAddress, Route
+from udptun.drops import DECAP, DIRECTIONS, ENCAP
+from udptun.model import Endpoint, IPAddress, Route
+
 from .cut import cut
 from .fragment import fragment
 from .icmp import icmp_error

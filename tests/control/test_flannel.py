@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from fakes import FakeForwarder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.control.fakes import FakeForwarder
 from udptun.control import flannel, sockets
 from udptun.control.flannel import DelRoute, FlannelControl, SetRoute, Stop, parse_message
 from udptun.errors import DeviceError, FieldError

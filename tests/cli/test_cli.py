@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from fakes import LoopThread, Served
 
+from tests.control.fakes import LoopThread, Served
 from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_table
 from udptun.cli.show import _duration, _size

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fakes
-from own_netns import in_own_netns, sh
 from prometheus_client.parser import text_string_to_metric_families
-from test_flannel_messages import message
 
+from tests.control import fakes
+from tests.control.test_flannel import message
+from tests.own_netns import in_own_netns, sh
 from udptun.control.client import ControlClient
 from udptun.control.metrics import Metrics
 from udptun.errors import ControlError

@@ -7,7 +7,8 @@ Pure functions. All fields are big-endian.
 import struct
 from typing import NamedTuple
 
-from ..drops import DROP_REASONS
+from udptun.drops import DROP_REASONS
+
 from .checksum import checksum, complement
 
 PROTO_ICMP = 1

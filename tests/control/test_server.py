@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import VERSION, LoopThread, Served, status_of
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.control.fakes import VERSION, LoopThread, Served, status_of
 from udptun.control import feed, protocol, server, sockets
 from udptun.errors import DeviceError, UdptunError
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fakes import LoopThread, Served
 
+from tests.control.fakes import LoopThread, Served
 from udptun.control import client as client_module
 from udptun.control import protocol
 from udptun.control.client import ControlClient

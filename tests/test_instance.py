@@ -1,0 +1,80 @@
+"""Instance names: the default keeps the known ones, others share nothing with it."""
+
+import multiprocessing
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from udptun.errors import FieldError
+from udptun.instance import Instance, InstanceRunning
+
+
+def names(instance: Instance) -> set[str]:
+    return {
+        instance.tun, instance.nft_table(4), instance.nft_table(6), instance.vxlan_device(1, 4),
+        instance.vxlan_device(1, 6), str(instance.run_dir), str(instance.state_dir),
+        str(instance.subnet_file), str(instance.control_socket()),
+    }
+
+
+def test_the_default_instance_keeps_the_known_names():
+    assert names(Instance()) == {
+        "udptun0", "udptun-ipv4", "udptun-ipv6", "flannel.1", "flannel-v6.1", "/run/udptun",
+        "/var/lib/udptun", "/run/flannel/subnet.env", "/run/udptun/udptun.sock",
+    }
+
+
+def test_two_instances_share_no_name():
+    assert len(names(Instance("blue"))) == 9
+    assert not names(Instance("blue")) & names(Instance("green"))
+    assert not names(Instance("blue")) & names(Instance())
+
+
+BAD_NAMES = ["", "Blue", "a.b", "a/b", "123456789", "a b", "-a", "0a", "é", "a\n"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_other_names_are_refused(name):
+    with pytest.raises(FieldError, match=r"instance: .* expected 1 to 8"):
+        Instance(name)
+
+
+def test_a_device_name_that_the_kernel_would_refuse():
+    assert Instance("blue").vxlan_device(16777215, 4) == "blue.16777215"
+    with pytest.raises(FieldError, match="VNI: 16777215"):
+        Instance("abcdefgh").vxlan_device(16777215, 4)
+
+
+def test_a_name_is_held_once_for_each_role(tmp_path: Path):
+    with Instance("blue").locked("forward", tmp_path):
+        with Instance("blue").locked("node", tmp_path):
+            pass
+        with (
+            pytest.raises(InstanceRunning, match="udptun forward of the instance blue is already"),
+            Instance("blue").locked("forward", tmp_path),
+        ):
+            pass
+    with Instance("blue").locked("forward", tmp_path):
+        [lock, _] = sorted(tmp_path.iterdir())
+        assert lock.stat().st_mode & 0o777 == 0o600
+
+
+def hold(directory: Path, ready: Event) -> None:
+    with Instance("blue").locked("node", directory):
+        ready.set()
+        multiprocessing.Event().wait()
+
+
+def test_a_killed_process_releases_its_name(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(InstanceRunning), Instance("blue").locked("node", tmp_path):
+        pass
+    process.kill()
+    process.join(60)
+    with Instance("blue").locked("node", tmp_path):
+        pass

@@ -1,0 +1,108 @@
+"""The names of everything that one instance of udptun creates on a host. A leaf.
+
+Several instances can run on one host: two overlays side by side. Each has a name, and every device,
+nftables table, socket, lock, state directory and file that it creates is named after it here, so
+that two instances share nothing by accident. The default instance keeps the names that udptun and
+flannel have always used.
+
+Owns: the grammar of instance names, and these names. Refuses to know: who creates what.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import FieldError, UdptunError
+
+DEFAULT_INSTANCE = "udptun"
+MAX_DEVICE_NAME = 15  # IFNAMSIZ less the terminating zero: linux/if.h
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,7}")  # nft accepts no name that begins with a digit
+
+
+class InstanceRunning(UdptunError):
+    """Another process of the same role runs with this instance name in this network namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One instance, by its name: 1 to 8 of a-z, 0-9 and ``-``, beginning with a letter."""
+
+    name: str = DEFAULT_INSTANCE
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise FieldError(
+                "instance", self.name, "1 to 8 of a-z, 0-9 and -, beginning with a letter"
+            )
+
+    @property
+    def is_default(self) -> bool:
+        return self.name == DEFAULT_INSTANCE
+
+    @property
+    def tun(self) -> str:
+        return f"{self.name}0"
+
+    def nft_table(self, version: int) -> str:
+        """The nftables table of IP version 4 or 6."""
+        return f"{self.name}-ipv{version}"
+
+    def vxlan_device(self, vni: int, version: int) -> str:
+        """The VXLAN device whose underlay is IP version 4 or 6; FieldError: longer than the kernel
+        takes."""
+        prefix = "flannel" if self.is_default else self.name
+        device = f"{prefix}.{vni}" if version == 4 else f"{prefix}-v6.{vni}"
+        if len(device) > MAX_DEVICE_NAME:
+            raise FieldError(
+                "VNI", vni, f"one whose device name {device} has at most {MAX_DEVICE_NAME} bytes"
+            )
+        return device
+
+    @property
+    def run_dir(self) -> Path:
+        return Path("/run") / self.name
+
+    @property
+    def state_dir(self) -> Path:
+        return Path("/var/lib") / self.name
+
+    @property
+    def subnet_file(self) -> Path:
+        """Where CNI plugins look; the default instance's place is flannel's."""
+        return Path("/run/flannel/subnet.env") if self.is_default else self.run_dir / "subnet.env"
+
+    def control_socket(self, run_dir: Path | None = None) -> Path:
+        """The forwarder's control socket. ``run_dir``: $RUNTIME_DIRECTORY, where it is set."""
+        return (run_dir or self.run_dir) / f"{self.name}.sock"
+
+    @contextmanager
+    def locked(self, role: str, run_dir: Path | None = None) -> Iterator[None]:
+        """Hold this instance's name in this network namespace while a process has ``role``
+        ("forward", "node"). The kernel releases the lock when the process ends, however it ends.
+
+        The file is the owner's alone (0600): nobody else can take the lock. Its name contains the
+        network namespace's inode, since two namespaces may share one /run.
+        Raises InstanceRunning, OSError.
+        """
+        directory = run_dir or self.run_dir
+        directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        namespace = Path("/proc/thread-self/ns/net").stat().st_ino
+        path = directory / f"{role}.{namespace}.lock"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InstanceRunning(
+                    f"udptun {role} of the instance {self.name} is already running in this network"
+                    f" namespace ({path}); give this one another --instance"
+                ) from None
+            yield
+        finally:
+            os.close(fd)
