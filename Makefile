@@ -9,7 +9,8 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
-EXTENSION_SOURCES := setup.py udptun/drops.py $(filter-out %.c src_ext/drops.pxd,$(wildcard src_ext/*))
+EXTENSION_SOURCES := setup.py udptun/drops.py \
+  $(filter-out %.c src_ext/drops.pxd,$(wildcard src_ext/*.* src_ext/*/*.*))
 BUILT := $(wildcard udptun/_core.*.so)
 # Tools of administrators live in the sbin folders, which a user's PATH may leave out.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin

@@ -46,7 +46,7 @@ def extension(name: str) -> Extension:
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         define_macros=macros,
-        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "src_ext").glob("*.[ph]*")],
+        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "src_ext").rglob("*.[ph]*")],
     )
 
 

@@ -14,22 +14,22 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
+from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from drops cimport DROP_CLOSED, DROP_REASONS_N
-from encap cimport path_limit
-from io cimport (
+from path.encap cimport path_limit
+from sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, close,
     epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
-from merge cimport merge_reset
-from peers cimport (
+from wire.merge cimport merge_reset
+from table.peers cimport (
     addr_map_init, addr_map_put, find_hop, hop_t, peer_counters_t, peer_free, peer_t,
     snapshot_free, snapshot_t,
 )
-from publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
-from routes cimport route_t, route_vec_t
-from turn cimport drain, give_back, run, watch
-from worker cimport (
+from table.publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
+from table.routes cimport route_t, route_vec_t
+from path.turn cimport drain, give_back, run, watch
+from path.worker cimport (
     NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO, NOTE_UDP_MERGE, RX_SLOT,
     RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, WR_FRAME, count_drop, direction_t, shared_t,
     worker_t,
@@ -38,7 +38,7 @@ from worker cimport (
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
 from udptun.errors import FieldError
 
-include "route_table.pxi"
+include "table/route_table.pxi"
 
 
 cdef extern from * nogil:

@@ -9,16 +9,16 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from cut cimport (
+from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_segment, cut_start, cut_t, is_super, plan_cut,
 )
 from drops cimport PASS, drop_t
-from merge cimport (
+from wire.merge cimport (
     MERGE_FRAME, MERGE_PACKETS, merge_add, merge_frame, merge_reset, merge_t, output_t,
 )
-from packet cimport check_total_len, ip_t, parse_ip
-from packet cimport decrement_hop_limit as decrement
-from wire cimport VNET_LEN
+from wire.packet cimport check_total_len, ip_t, parse_ip
+from wire.packet cimport decrement_hop_limit as decrement
+from wire.headers cimport VNET_LEN
 
 from udptun.drops import DROP_REASONS
 from tests.reference import Dropped

@@ -6,19 +6,19 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
-from checksum cimport (
+from wire.checksum cimport (
     csum_add, csum_fold, udptun_csum_fn, udptun_csum_fns, udptun_csum_n, udptun_csum_names,
     udptun_csum_short,
 )
 from drops cimport PASS, drop_t
-from fragment cimport FRAG_HDR_MAX, frag_t, fragment_at, fragment_n
-from icmp cimport (
+from wire.fragment cimport FRAG_HDR_MAX, frag_t, fragment_at, fragment_n
+from wire.icmp cimport (
     ICMP_MAX, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_bucket_t,
 )
-from icmp cimport icmp_error as c_icmp_error
+from wire.icmp cimport icmp_error as c_icmp_error
 from posix.stdlib cimport posix_memalign
-from packet cimport check_total_len, ip_t, parse_ip
-from wire cimport swap16
+from wire.packet cimport check_total_len, ip_t, parse_ip
+from wire.headers cimport swap16
 
 _ICMP_KINDS = {
     "no_route": ICMP_NO_ROUTE, "ttl_exceeded": ICMP_TTL_EXCEEDED, "too_big": ICMP_TOO_BIG,

@@ -3,9 +3,9 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from lpm cimport lpm_build, lpm_bytes, lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
-from route_text cimport parse_routes, parse_t
-from routes cimport routes_free
+from table.lpm cimport lpm_build, lpm_bytes, lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
+from table.route_text cimport parse_routes, parse_t
+from table.routes cimport routes_free
 
 
 cdef class Lpm:

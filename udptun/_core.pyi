@@ -1,4 +1,4 @@
-"""Types of the compiled core; the docstrings stand in src_ext/_core.pyx and route_table.pxi."""
+"""Types of the compiled core; the docstrings are in src_ext (_core.pyx, table/route_table.pxi)."""
 
 from collections.abc import Iterable
 from mmap import mmap

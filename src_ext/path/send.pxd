@@ -18,15 +18,15 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from drops cimport DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, PASS, drop_t
-from io cimport (
+from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
     IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
     MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
     cmsghdr, msghdr, recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
 )
-from peers cimport addr_map_find, peer_counters_t, peer_t
+from table.peers cimport addr_map_find, peer_counters_t, peer_t
 
-from worker cimport (
+from path.worker cimport (
     NOTE_PATH_MTU, NOTE_UDP_GSO, TX_FULL, TX_MSGS, TX_PEERS, TX_SEGS, bucket_t, count_drop, note,
     run_t, seg_t, worker_t,
 )

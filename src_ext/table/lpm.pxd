@@ -22,10 +22,10 @@ must know that nobody looks up any more.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
-from routes cimport load_be64, route_t
+from table.routes cimport load_be64, route_t
 
 
-cdef extern from "lpm.h" nogil:
+cdef extern from "table/lpm.h" nogil:
     int cpu_has_popcount()
     unsigned int popcount64(uint64_t x, int fast)
 

@@ -14,11 +14,11 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from route_text cimport (
+from table.route_text cimport (
     PARSE_BODY, PARSE_NO_MEMORY, PARSE_REPEAT, ROUTE_TEXT_MAX, parse_routes, parse_t,
     write_addr, write_prefix, write_route_json, write_route_text,
 )
-from routes cimport (
+from table.routes cimport (
     ROUTE_ADDED, ROUTE_CHANGED, route_diff_t, route_edit_t, route_same, route_t, route_vec_t,
     routes_copy, routes_diff, routes_find, routes_free, routes_insert, routes_remove,
 )

@@ -3,7 +3,7 @@
 Owns: the grammar of whole tables, both ways, at a speed that does not keep a worker waiting: a
 table of 100,000 routes is parsed without the interpreter. Refuses to know: how an error is worded.
 A parser says which route is wrong and where it stands; ``udptun.model.Route``, which reads the
-same grammar one route at a time, is then asked for the words (route_table.pxi).
+same grammar one route at a time, is then asked for the words (table/route_table.pxi).
 
 Addresses are accepted and written exactly as Python's ``ipaddress`` does (RFC 5952).
 
@@ -13,8 +13,8 @@ Every ``parse_*`` may meet hostile bytes. Text is borrowed during the call only.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
-from io cimport sched_yield
-from routes cimport (
+from sys cimport sched_yield
+from table.routes cimport (
     route_t, route_vec_t, routes_append, routes_find, routes_first_repeat, routes_free, routes_sort,
 )
 

@@ -9,14 +9,14 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp
 
-from io cimport full_fence, load_flag, store_ptr
-from lpm cimport lpm_build
-from peers cimport (
+from sys cimport full_fence, load_flag, store_ptr
+from table.lpm cimport lpm_build
+from table.peers cimport (
     addr_map_find, addr_map_grow, addr_map_init, addr_map_put, addr_slot_t, hop_t, peer_free,
     peer_new, peer_t, snapshot_free, snapshot_t,
 )
-from routes cimport route_t
-from worker cimport shared_t, worker_t
+from table.routes cimport route_t
+from path.worker cimport shared_t, worker_t
 
 
 cdef struct limbo_t:            # a retired thing: exactly one of the two

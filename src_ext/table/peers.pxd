@@ -12,9 +12,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 
-from io cimport AF_INET, AF_INET6, load_ptr, sockaddr_in, sockaddr_in6
-from lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
-from wire cimport load_be32, load_u32, load_u64, swap16
+from sys cimport AF_INET, AF_INET6, load_ptr, sockaddr_in, sockaddr_in6
+from table.lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
+from wire.headers cimport load_be32, load_u32, load_u64, swap16
 
 
 cdef struct peer_counters_t:

@@ -18,7 +18,7 @@ kernel/sched/core.c (what is asked for is remembered, and cut down to the cpuset
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
-from io cimport CLOCK_THREAD_CPUTIME_ID, clock_ns
+from sys cimport CLOCK_THREAD_CPUTIME_ID, clock_ns
 
 
 cdef extern from "<sched.h>" nogil:

@@ -14,16 +14,16 @@ side's swap) make sure that one side sees the other's store.
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
-from decap cimport receive
-from encap cimport drain_tun
-from io cimport (
+from path.decap cimport receive
+from path.encap cimport drain_tun
+from sys cimport (
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLERR, POLLIN, POLLNVAL, POLLOUT, epoll_ctl, epoll_event,
     full_fence, load_flag, load_ptr, nanosleep, now_ns, poll, read, store_flag, timespec,
 )
-from peers cimport snapshot_t
-from place cimport look_at_place, roam
-from send cimport flush, read_errors, waiting
-from worker cimport (
+from table.peers cimport snapshot_t
+from path.affinity cimport look_at_place, roam
+from path.send cimport flush, read_errors, waiting
+from path.worker cimport (
     NOTE_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, note, worker_t,
 )
 

@@ -12,9 +12,9 @@ else the caller has made anew (a transport header); data is the rest, in place.
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 
-from checksum cimport ip4_set_csum
-from cut cimport SEG_HDR_ROOM
-from wire cimport (
+from wire.checksum cimport ip4_set_csum
+from wire.cut cimport SEG_HDR_ROOM
+from wire.headers cimport (
     IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, load_be16, store_be16,
 )
 

@@ -8,11 +8,11 @@ Source: RFC 792, RFC 1122 3.2.2, RFC 1812 4.3.2, RFC 1191 4 (IPv4); RFC 4443 2.4
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from checksum cimport csum_add, csum_not, csum_pseudo, ip4_set_csum
-from packet cimport (
+from wire.checksum cimport csum_add, csum_not, csum_pseudo, ip4_set_csum
+from wire.packet cimport (
     EXT_DESTINATION, EXT_FRAGMENT, EXT_HOP_BY_HOP, EXT_MAX_N, EXT_ROUTING,
 )
-from wire cimport (
+from wire.headers cimport (
     IP4_DST, IP4_FRAG, IP4_LEN, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC, IP4_TOS, IP4_TTL,
     IP6_DST, IP6_HOPS, IP6_LEN, IP6_NEXT, IP6_PAYLOAD, IP6_SRC, PROTO_ICMP, PROTO_ICMP6,
     load_be16, load_be32, load_u64, store_be16, store_be32, store_u16,

@@ -12,10 +12,10 @@ hands over TCP super-packets with those of a socket's sticky options).
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from checksum cimport csum_add, csum_not, csum_pseudo
+from wire.checksum cimport csum_add, csum_not, csum_pseudo
 from drops cimport DROP_BAD_GSO, DROP_BAD_L4_HEADER, PASS, drop_t
-from packet cimport ip_src, ip_t, skip_extensions
-from wire cimport (
+from wire.packet cimport ip_src, ip_t, skip_extensions
+from wire.headers cimport (
     GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_CSUM, IP4_ID, IP4_LEN, IP6_LEN,
     IP6_PAYLOAD, IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH,
     TCP_FLAGS, TCP_MIN, TCP_OFF, TCP_SEQ, UDP_CSUM, UDP_LEN, UDP_LENGTH, VNET_CSUM_OFFSET,

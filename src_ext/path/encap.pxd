@@ -8,7 +8,7 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy, memset
 
-from cut cimport (
+from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_start, cut_t,
     is_super, plan_cut,
 )
@@ -16,17 +16,17 @@ from drops cimport (
     DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_SHORT_PACKET, DROP_TOO_BIG, DROP_TTL_EXCEEDED,
     DROP_TUN_WRITE, PASS, drop_t,
 )
-from fragment cimport frag_t, fragment_at, fragment_n
-from icmp cimport (
+from wire.fragment cimport frag_t, fragment_at, fragment_n
+from wire.icmp cimport (
     ICMP_KINDS_N, ICMP_MAX, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_error,
 )
-from io cimport read, write
-from packet cimport (
+from sys cimport read, write
+from wire.packet cimport (
     check_total_len, decrement_hop_limit, hop_limit_spent, ip_src, ip_t, parse_ip,
 )
-from peers cimport find_hop, hop_t, peer_t
-from send cimport flush, queue_full, queue_packet, queue_segment, segment_room
-from worker cimport (
+from table.peers cimport find_hop, hop_t, peer_t
+from path.send cimport flush, queue_full, queue_packet, queue_segment, segment_room
+from path.worker cimport (
     NOTE_TUN_GONE, TX_FRAME, TX_FRAME_SEGS, TX_SEGS, count_drop, note, worker_t,
 )
 

@@ -12,20 +12,20 @@ from drops cimport (
     DROP_OWN_SOURCE, DROP_SOURCE_NOT_ROUTED, DROP_TRUNCATED, DROP_TTL_EXCEEDED, DROP_TUN_WRITE,
     DROP_UNKNOWN_PEER, PASS, drop_t,
 )
-from encap cimport make_icmp, path_limit
-from icmp cimport ICMP_TTL_EXCEEDED
-from io cimport (
+from path.encap cimport make_icmp, path_limit
+from wire.icmp cimport ICMP_TTL_EXCEEDED
+from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
     cmsghdr, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, write,
 )
-from merge cimport (
+from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
 )
-from packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
-from peers cimport find_hop, find_peer, hop_t, is_own, peer_t
-from send cimport queue_full, queue_segment, read_errors, segment_room
-from wire cimport load_be16
-from worker cimport (
+from wire.packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
+from table.peers cimport find_hop, find_peer, hop_t, is_own, peer_t
+from path.send cimport queue_full, queue_segment, read_errors, segment_room
+from wire.headers cimport load_be16
+from path.worker cimport (
     CMSG_ROOM, NOTE_TCP_MERGE, NOTE_UDP_MERGE, RX_SET, RX_SLOT, RX_SLOTS, count_drop, note,
     worker_t,
 )

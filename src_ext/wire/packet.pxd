@@ -12,7 +12,7 @@ from drops cimport (
     DROP_BAD_HEADER_LEN, DROP_BAD_L4_HEADER, DROP_BAD_TOTAL_LEN, DROP_BAD_VERSION,
     DROP_SHORT_PACKET, DROP_TTL_EXCEEDED, PASS, drop_t,
 )
-from wire cimport (
+from wire.headers cimport (
     IP4_CSUM, IP4_DF, IP4_FRAG, IP4_LEN, IP4_MF, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC,
     IP4_TTL, IP6_HOPS, IP6_LEN, IP6_NEXT, IP6_PAYLOAD, IP6_SRC, load_be16, load_u16, store_u16,
 )

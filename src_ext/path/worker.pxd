@@ -7,13 +7,13 @@ pointer of ``shared_t``.
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
-from cut cimport SEG_HDR_ROOM
+from wire.cut cimport SEG_HDR_ROOM
 from drops cimport DROP_REASONS_N, drop_t
-from icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
-from io cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
-from merge cimport merge_t
-from peers cimport peer_t, snapshot_t
-from place cimport place_t
+from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
+from sys cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
+from wire.merge cimport merge_t
+from table.peers cimport peer_t, snapshot_t
+from path.affinity cimport place_t
 
 
 cdef enum:

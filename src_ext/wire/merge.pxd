@@ -18,9 +18,9 @@ Threading: one coalescer a worker.
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from checksum cimport csum_add, csum_fold, csum_pseudo, ip4_set_csum
-from packet cimport ip_t, is_extension
-from wire cimport (
+from wire.checksum cimport csum_add, csum_fold, csum_pseudo, ip4_set_csum
+from wire.packet cimport ip_t, is_extension
+from wire.headers cimport (
     GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_FRAG, IP4_ID, IP4_LEN, IP4_MIN, IP4_SRC, IP4_TOS,
     IP6_LEN, IP6_PAYLOAD, IP6_SRC, IP_MAX, PROTO_TCP, PROTO_UDP, TCP_ACK, TCP_CSUM, TCP_F_ACK,
     TCP_F_PSH, TCP_FLAGS, TCP_MIN, TCP_OFF, TCP_SEQ, TCP_URGENT, TCP_WINDOW, UDP_CSUM, UDP_LEN,

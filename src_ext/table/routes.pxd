@@ -1,8 +1,8 @@
 """Routes in C memory: one route, and the sorted vector of a whole table.
 
 Owns: the layout of a route, the order of a table, and what follows from that order (search,
-insert, remove, difference). Refuses to know: text forms (route_text.pxd), look-up by address
-(lpm.pxd), Python.
+insert, remove, difference). Refuses to know: text forms (table/route_text.pxd), look-up by address
+(table/lpm.pxd), Python.
 
 Order: by family, then destination bytes, then prefix length. So a prefix stands before every
 prefix inside it, and no two routes of a table compare equal.
@@ -14,7 +14,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove, memset
 
-from io cimport sched_yield
+from sys cimport sched_yield
 
 
 ctypedef struct route_t:

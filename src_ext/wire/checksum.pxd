@@ -7,10 +7,10 @@ constant parts of headers are summed once and payloads once per segment.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from wire cimport IP4_CSUM, store_u16, swap16
+from wire.headers cimport IP4_CSUM, store_u16, swap16
 
 
-cdef extern from "checksum.h" nogil:
+cdef extern from "wire/checksum.h" nogil:
     ctypedef uint64_t (*udptun_csum_fn)(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil
     uint64_t udptun_csum_add(const uint8_t* p, size_t n, uint64_t acc) noexcept
     uint64_t udptun_csum_short(const uint8_t* p, size_t n, uint64_t acc) noexcept

@@ -1,0 +1,1 @@
+"""The route table and the snapshots of it that the workers read: the control side."""
