@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,49 @@ async def test_a_device_that_was_set_down_gets_back_what_it_lost():
                 ip_json("route show 10.244.0.0/16") and ip_json("-6 addr show dev udptun0")[0]
             ):
                 await asyncio.sleep(0.01)
+
+
+@in_own_netns
+async def test_a_device_that_was_down_before_the_watch_began_gets_back_what_it_lost(monkeypatch):
+    """The kernel's state counts: no link message announces this change to the forwarder."""
+    import pyroute2
+
+    subscribe = threading.Event()
+    open_socket = pyroute2.IPRSocket
+
+    def open_late():
+        assert subscribe.wait(timeout=60)
+        return open_socket()
+
+    monkeypatch.setattr(pyroute2, "IPRSocket", open_late)
+    try:
+        async with Forwarder(config()) as forwarder:
+            with forwarder.subscribe() as events:
+                sh("ip link set udptun0 down", "ip link set udptun0 up")
+                subscribe.set()
+                async with asyncio.timeout(60):
+                    event = await anext(events)
+                assert event["type"] == "error"
+                assert "set down" in event["message"]
+            async with asyncio.timeout(60):
+                while not ip_json("route show 10.244.0.0/16"):
+                    await asyncio.sleep(0.01)
+    finally:
+        subscribe.set()
+
+
+@in_own_netns
+async def test_a_route_that_cannot_be_restored_is_reported_once():
+    async with Forwarder(config()) as forwarder:
+        with forwarder.subscribe() as events:
+            sh("ip link set udptun0 down")
+            assert "was set down" in (await anext(events))["message"]
+            sh("ip route add 10.244.0.0/16 dev lo", "ip link set udptun0 up")
+            assert "the host routes it through lo" in (await anext(events))["message"]
+            # link messages without a new loss do not repeat the report
+            sh("ip link set udptun0 txqueuelen 99", "ip link set udptun0 txqueuelen 98")
+            await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
+            assert (await anext(events))["type"] == "route_added"
 
 
 @in_own_netns

@@ -310,3 +310,24 @@ async def test_pyroute2_that_does_not_open(monkeypatch):
     monkeypatch.setattr(pyroute2, "AsyncIPRoute", refuse)
     with Netlink() as netlink, refused(errno.EMFILE, "opening netlink"):
         await netlink.local_addresses()
+
+
+@in_own_netns
+def test_watch_link():
+    """The callback runs when the watch begins, for each message, and after lost messages."""
+    calls = queue.SimpleQueue()
+    sh("ip link add name utEa type veth peer name utEb")
+    with Netlink() as netlink:
+        netlink.watch_link(socket.if_nametoindex("utEa"), lambda: calls.put("utEa"))
+        assert calls.get(timeout=60) == "utEa"
+        sh("ip link set utEa txqueuelen 99")
+        assert calls.get(timeout=60) == "utEa"
+        gate = threading.Event()
+        netlink._loop.call_soon_threadsafe(gate.wait, 60)
+        netlink._watch.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sh(*(f"ip address add 192.0.2.{i}/32 dev lo" for i in range(1, 100)))
+        while not calls.empty():
+            calls.get()
+        sh("ip link set utEa txqueuelen 98")  # this message does not fit the buffer
+        gate.set()
+        assert calls.get(timeout=60) == "utEa"

@@ -36,6 +36,7 @@ from .config import ForwarderConfig
 from .events import Event, EventHub
 from .state import StateFile
 from .threads import WorkerThread
+from .tun_setup import TunSetup
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -136,8 +137,7 @@ class Forwarder:
         except FieldError as error:
             where = f"{origin}: {error.where}"
             raise FieldError(error.field, error.value, error.expected, where) from None
-        self._table = table
-        self.generation = 1
+        self._table, self.generation = table, 1
         self._running = True
 
         self._make_workers(tun, sockets)
@@ -145,7 +145,10 @@ class Forwarder:
         close.push_async_callback(asyncio.to_thread, self._stop_workers)
         for thread in self._threads:
             thread.start()
-        await self._configure_tun(netlink)
+        setup = TunSetup(
+            netlink, self.tun_name, self.mtu, config.addresses, config.networks, self._complain
+        )
+        await setup.apply()
 
         loop = asyncio.get_running_loop()
         loop.add_reader(notify, self._on_notify, notify)
@@ -153,7 +156,7 @@ class Forwarder:
         netlink.watch_addresses(
             lambda addresses: _call_in(loop, self._on_addresses, addresses)
         )
-        netlink.watch_link(tun.name, lambda up: _call_in(loop, self._on_link, netlink, up))
+        close.push_async_callback(_cancel, loop.create_task(setup.keep()))
         housekeeping = loop.create_task(self._keep_house())
         close.push_async_callback(_cancel, housekeeping)
         close.push_async_callback(self._finish_changes)
@@ -166,12 +169,6 @@ class Forwarder:
         for name, cause in self.capabilities.off.items():
             log.info("%s is off: %s", name, cause)
         await self._start_control()
-
-    async def _configure_tun(self, netlink: Netlink) -> None:
-        await netlink.configure_tun(
-            self.tun_name, self.mtu, self.config.addresses, self.config.networks,
-            gso_max_segs=_core.MAX_FRAME_SEGS,
-        )
 
     async def close(self) -> None:
         """Drain what is queued, then remove all that ``start`` made."""
@@ -283,22 +280,6 @@ class Forwarder:
             self._failure = UdptunError(message)
             self._complain(message)
             self.request_stop()
-
-    def _on_link(self, netlink: Netlink, up: bool) -> None:
-        if not self._running:
-            return
-        if up:
-            self._begin(self._restore_tun(netlink))
-        elif self._failure is None:
-            self._complain(f"{self.tun_name} was set down: nothing is forwarded until it is up")
-
-    async def _restore_tun(self, netlink: Netlink) -> None:
-        """The kernel took routes and IPv6 addresses away when the device was set down."""
-        try:
-            await self._configure_tun(netlink)
-            log.warning("%s is up again, with its addresses and routes", self.tun_name)
-        except (UdptunError, OSError) as error:
-            self._complain(str(error))
 
     def _on_addresses(self, addresses: frozenset[IPAddress]) -> None:
         if self._running:

@@ -63,7 +63,7 @@ class Netlink:
         self._closing = False
         self._watch: Any = None
         self._watchers: list[Callable[[frozenset[IPAddress]], None]] = []
-        self._links: dict[int, tuple[bool, Callable[[bool], None]]] = {}
+        self._link_watchers: dict[int, Callable[[], None]] = {}
         self._seen: frozenset[IPAddress] | None = None
         self._reread: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="netlink", daemon=True)
@@ -115,10 +115,14 @@ class Netlink:
         whenever they have changed. Nothing between the two can be missed."""
         self._submit(self._add_watcher(callback))
 
-    def watch_link(self, name: str, callback: Callable[[bool], None]) -> None:
-        """Call ``callback`` in the netlink thread when the device, which is up now, is set down
-        (False) and up again (True). The kernel takes routes off a device that is set down."""
-        self._links[socket.if_nametoindex(name)] = (True, callback)
+    def watch_link(self, index: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` in the netlink thread whenever the device may have changed: once when
+        the watch begins, after each link message about the device, and after lost messages.
+
+        A message is only a reason to read the kernel's state (``tun_state``): when it is handled,
+        the device may have changed again.
+        """
+        self._submit(self._add_link_watcher(index, callback))
 
     async def work(self, doing: str, job: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``job`` with the route socket (pyroute2's AsyncIPRoute) in the netlink thread.
@@ -272,6 +276,14 @@ class Netlink:
         self._seen = None  # so that the new watcher hears the present state
         self._changed()
 
+    async def _add_link_watcher(self, index: int, callback: Callable[[], None]) -> None:
+        self._link_watchers[index] = callback
+        try:
+            await self._subscribe()
+        except OSError as error:
+            log.error("changes of the TUN device are not watched: %s", error)
+        _run_watcher(callback)
+
     async def _subscribe(self) -> None:
         async with self._doing("subscribing to address changes"):
             if self._watch is not None:
@@ -287,27 +299,19 @@ class Netlink:
     def _on_message(self) -> None:
         """Something changed. What it was does not matter: everything is read again, so a lost
         message (ENOBUFS) loses nothing."""
+        changed: set[int] = set()
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    self._look_for_links(self._watch.socket.recv(65536))
+                    changed |= _changed_links(self._watch.socket.recv(65536))
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
-                    log.info("messages about addresses were lost: reading all addresses again")
+                    log.info("netlink messages were lost: reading the addresses and links again")
+                    changed |= self._link_watchers.keys()
+        for index in changed & self._link_watchers.keys():
+            _run_watcher(self._link_watchers[index])
         self._changed()
-
-    def _look_for_links(self, messages: bytes) -> None:
-        at = 0
-        while at + LINK_MESSAGE.size <= len(messages):
-            length, kind, index, flags = LINK_MESSAGE.unpack_from(messages, at)
-            if kind == RTM_NEWLINK and index in self._links:
-                was_up, callback = self._links[index]
-                is_up = bool(flags & IFF_UP)
-                self._links[index] = (is_up, callback)
-                if is_up != was_up:
-                    callback(is_up)
-            at += max(length + 3 & ~3, LINK_MESSAGE.size)
 
     def _changed(self) -> None:
         if self._reread is None:
@@ -328,10 +332,7 @@ class Netlink:
             return
         self._seen = addresses
         for callback in tuple(self._watchers):
-            try:
-                callback(addresses)
-            except Exception:
-                log.exception("a watcher of local addresses failed")
+            _run_watcher(callback, addresses)
 
     # -- configuring ------------------------------------------------------------------------------
 
@@ -434,6 +435,25 @@ class Netlink:
                 oif: int | None = message.get_attr("RTA_OIF")
                 return oif
         return None
+
+
+def _run_watcher(callback: Callable[..., None], *args: object) -> None:
+    try:
+        callback(*args)
+    except Exception:
+        log.exception("a netlink watcher failed")
+
+
+def _changed_links(messages: bytes) -> set[int]:
+    """The interface indices of the link messages in one datagram."""
+    found = set()
+    at = 0
+    while at + LINK_MESSAGE.size <= len(messages):
+        length, kind, index, _ = LINK_MESSAGE.unpack_from(messages, at)
+        if kind == RTM_NEWLINK:
+            found.add(index)
+        at += max(length + 3 & ~3, LINK_MESSAGE.size)
+    return found
 
 
 def _interface(index: int | None) -> str:
