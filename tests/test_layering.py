@@ -48,7 +48,7 @@ THIRD_PARTY = {
     "httpx2": {"leases.kube"},  # what lightkube raises
     "lightkube": {"leases.kube"},
     "msgspec": {"leases"},
-    "prometheus_client": {"control.metrics", "node.metrics"},
+    "prometheus_client": {"control.metrics", "node.status.metrics"},
     "pyroute2": {"net.netlink", "net.underlay", "net.vxlan"},
     "uvloop": {"cli.forward", "forwarder"},
 }

@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from udptun.node.firewall import Firewall, FirewallRules
+from udptun.node.host.firewall import Firewall, FirewallRules
 
 PORT = 9000
 

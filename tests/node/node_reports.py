@@ -4,8 +4,8 @@ import time
 from ipaddress import IPv4Address, IPv4Network
 
 from udptun.leases.base import Attributes, Lease, SourceHealth, Subnets
-from udptun.node.interface import Underlay
-from udptun.node.report import ForwarderReport, NodeReport, PeersReport
+from udptun.node.host.interface import Underlay
+from udptun.node.status.report import ForwarderReport, NodeReport, PeersReport
 
 
 def starting() -> NodeReport:

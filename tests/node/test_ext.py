@@ -24,7 +24,7 @@ from udptun.errors import FieldError, NoForwarder
 from udptun.lab import Host, Lab, missing_tools, ping, wait_for
 from udptun.model import Route
 from udptun.node.extension import advertisement, peer_route
-from udptun.node.launch import ForwarderSpec
+from udptun.node.process.launch import ForwarderSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.244.0.0/16"

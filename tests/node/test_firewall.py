@@ -12,8 +12,8 @@ from ipaddress import ip_network
 import pytest
 
 from tests.own_netns import in_own_netns, sh
-from udptun.node import firewall as firewall_module
-from udptun.node.firewall import Firewall, FirewallError, FirewallRules
+from udptun.node.host import firewall as firewall_module
+from udptun.node.host.firewall import Firewall, FirewallError, FirewallRules
 
 RULES = FirewallRules(
     ip_network("10.42.0.0/16"), ip_network("10.42.1.0/24"),

@@ -15,10 +15,10 @@ from tests.control.fakes import LoopThread, Served
 from udptun.control.client import ControlClient
 from udptun.leases.base import SourceHealth
 from udptun.model import Route
-from udptun.node import forwarder as module
-from udptun.node.forwarder import ForwarderKeeper
-from udptun.node.launch import ForwarderSpec
-from udptun.node.report import NodeReport
+from udptun.node.process import keeper as module
+from udptun.node.process.keeper import ForwarderKeeper
+from udptun.node.process.launch import ForwarderSpec
+from udptun.node.status.report import NodeReport
 
 
 def route(n, via=2):

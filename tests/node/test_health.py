@@ -16,9 +16,9 @@ from tests.control.fakes import LoopThread, Served
 from tests.node.node_reports import ready, starting
 from udptun.errors import DeviceError
 from udptun.model import parse_address
-from udptun.node.health import HealthServer
-from udptun.node.readiness import CHECKS, MAX_NAMED, State, is_ready, judge
-from udptun.node.report import NodeReport
+from udptun.node.status.readiness import CHECKS, MAX_NAMED, State, is_ready, judge
+from udptun.node.status.report import NodeReport
+from udptun.node.status.server import HealthServer
 
 LOOPBACK = parse_address("address", "127.0.0.1")
 
@@ -341,7 +341,7 @@ async def test_metrics_without_a_forwarder(server: HealthServer) -> None:
 async def test_a_forwarder_that_hangs_does_not_hold_up_a_scrape(
     server: HealthServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("udptun.node.health.FORWARDER_SECONDS", 0.1)
+    monkeypatch.setattr("udptun.node.status.server.FORWARDER_SECONDS", 0.1)
     with socket.socket(socket.AF_UNIX) as hanging:
         hanging.bind(str(tmp_path / "udptun.sock"))
         hanging.listen()  # the kernel connects; nobody ever answers

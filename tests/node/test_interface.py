@@ -13,7 +13,7 @@ from tests.own_netns import in_own_netns, sh
 from udptun.errors import FieldError
 from udptun.net.netlink import Netlink
 from udptun.node.config import InterfaceOptions
-from udptun.node.interface import NoInterface, choose
+from udptun.node.host.interface import NoInterface, choose
 
 HOST = (
     "ip link add name eth0 type veth peer name peer0",

@@ -7,9 +7,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.node.node_reports import ready, starting
 from udptun._version import __version__
-from udptun.node.metrics import Metrics
-from udptun.node.readiness import CHECKS
-from udptun.node.report import NodeReport
+from udptun.node.status.metrics import Metrics
+from udptun.node.status.readiness import CHECKS
+from udptun.node.status.report import NodeReport
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "node.md"
 

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from udptun.cli import cli
 from udptun.node.config import NodeConfig
-from udptun.node.launch import FORWARD_FILE
+from udptun.node.process.launch import FORWARD_FILE
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 NODE = DEPLOY / "udptun-node.service"

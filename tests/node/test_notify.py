@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from udptun.node.notify import Notifier
+from udptun.node.status.notify import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -115,7 +115,7 @@ def test_nobody_there_is_said_once(tmp_path, caplog):
 
 
 def test_a_systemd_that_hangs_does_not_hold_us_up(systemd, caplog, monkeypatch):
-    monkeypatch.setattr("udptun.node.notify.SEND_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("udptun.node.status.notify.SEND_TIMEOUT_S", 0.01)
     notifier = Notifier(systemd[1])
     for _ in range(10_000):  # nobody reads: the queue fills up
         notifier.watchdog()

@@ -13,7 +13,7 @@ import pytest
 
 from udptun.errors import FieldError
 from udptun.leases.base import Subnets
-from udptun.node.subnet_env import SubnetEnv, former_subnets
+from udptun.node.host.subnet_env import SubnetEnv, former_subnets
 
 V4 = {"network": ip_network("10.42.0.0/16"), "subnet": ip_network("10.42.0.0/24")}
 V6 = {"network6": ip_network("fc00::/48"), "subnet6": ip_network("fc00:0:0:1::/64")}

@@ -1,7 +1,7 @@
 """Read what the host has beneath the overlay: interfaces, their addresses, routes.
 
 Owns the reading, in the kernel's terms. Refuses to choose: which interface carries the overlay is
-``node/interface.py``'s matter. Threading rule: call from any asyncio loop; the work is done in the
+``node/host``'s matter. Threading rule: call from any asyncio loop; the work is done in the
 thread of the ``Netlink`` that is given.
 
 Tables are read as bytes. pyroute2 makes an object of each message, which takes most of a second

@@ -18,9 +18,9 @@ from ..model import Endpoint, IPAddress
 from ..net.vxlan import OVERHEAD as VXLAN_OVERHEAD
 from ..net.vxlan import VxlanConfig, VxlanDevice
 from .config import BACKENDS, NodeConfig
-from .interface import Underlay
-from .launch import ForwarderSpec
+from .host.interface import Underlay
 from .plan import Here
+from .process.launch import ForwarderSpec
 
 UDP_OVERHEAD = {4: 28, 6: 48}  # outer IP and UDP header, bytes
 STATE_FILE = "routes"  # the forwarder's table, in the state directory

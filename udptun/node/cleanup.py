@@ -16,9 +16,9 @@ from ..net.netlink import Netlink
 from ..net.vxlan import Vxlan
 from .ability import STATE_FILE, vxlan_name
 from .config import NodeConfig
-from .firewall import Firewall, FirewallRules
-from .forwarder import dismiss
-from .launch import LOG_FILE
+from .host.firewall import Firewall, FirewallRules
+from .process.keeper import dismiss
+from .process.launch import LOG_FILE
 from .source import store_name
 
 log = logging.getLogger(__name__)

@@ -43,14 +43,14 @@ from ..net.netlink import Netlink
 from .ability import vxlan_name
 from .cleanup import LOCK_FILE, SAVED_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
-from .host import Host
-from .interface import NoInterface, choose
+from .host.host import Host
+from .host.interface import NoInterface, choose
+from .host.subnet_env import former_subnets
 from .memory import give_back, one_arena
-from .notify import Notifier
 from .plan import Here, Plan
-from .report import NodeReport
 from .source import make_source, store_name
-from .subnet_env import former_subnets
+from .status.notify import Notifier
+from .status.report import NodeReport
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -192,7 +192,7 @@ class Daemon:
         tasks.create_task(self._announce())
 
     async def _answer_for_health(self) -> None:
-        from .health import HealthServer  # late: only where a port was given
+        from .status.server import HealthServer  # late: only where a port was given
 
         config = self._config
         server = HealthServer(self.report, config.healthz_ip, config.healthz_port, config.control)

@@ -18,7 +18,7 @@ from ..errors import FieldError, NoForwarder
 from ..leases.advert import Advert, embed, read
 from ..leases.base import Attributes
 from ..model import DEFAULT_PORT, Endpoint, IPNetwork, Route, parse_next_hop, parse_prefix
-from .launch import FORWARD_FILE, LOG_FILE, ForwarderSpec, NotStarted, spawn, wait_ready
+from .process.launch import FORWARD_FILE, LOG_FILE, ForwarderSpec, NotStarted, spawn, wait_ready
 
 STATE_FILE = "routes"
 NO_SUBNET6 = ("", "::/0")  # what flanneld says where there is none

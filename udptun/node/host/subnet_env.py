@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ..errors import FieldError
-from ..files import replace_file
-from ..leases.base import Subnets
-from ..model import MAX_MTU, MIN_MTU, parse_number
+from ...errors import FieldError
+from ...files import replace_file
+from ...leases.base import Subnets
+from ...model import MAX_MTU, MIN_MTU, parse_number
 
 log = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from ..control.client import ControlClient
-from ..errors import DeviceError, UdptunError
+from ...control.client import ControlClient
+from ...errors import DeviceError, UdptunError
 from .readiness import CHECKS, Check, State, is_ready, judge
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..model import IPAddress
+    from ...model import IPAddress
     from .metrics import Metrics
     from .report import NodeReport
 

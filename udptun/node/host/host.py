@@ -14,21 +14,21 @@ import logging
 import time
 from collections.abc import Mapping
 
-from ..errors import DeviceError, UdptunError
-from ..leases.advert import Advert
-from ..leases.base import Attributes, Lease
-from ..leases.netconf import NetConfig
-from ..model import IPNetwork
-from ..net.netlink import Netlink
-from ..net.vxlan import PeerFailure, Vxlan, VxlanConfig, VxlanDevice, VxlanPeer
-from .ability import Ability, backend, inner_mtu, vxlan_name, vxlan_wanted
-from .config import NodeConfig
+from ...errors import DeviceError, UdptunError
+from ...leases.advert import Advert
+from ...leases.base import Attributes, Lease
+from ...leases.netconf import NetConfig
+from ...model import IPNetwork
+from ...net.netlink import Netlink
+from ...net.vxlan import PeerFailure, Vxlan, VxlanConfig, VxlanDevice, VxlanPeer
+from ..ability import Ability, backend, inner_mtu, vxlan_name, vxlan_wanted
+from ..config import NodeConfig
+from ..plan import Delta, Plan
+from ..process.keeper import ForwarderKeeper
+from ..process.launch import LOG_FILE
+from ..status.report import NodeReport
 from .firewall import Firewall, FirewallError, FirewallRules
-from .forwarder import ForwarderKeeper
 from .interface import Underlay
-from .launch import LOG_FILE
-from .plan import Delta, Plan
-from .report import NodeReport
 from .subnet_env import SubnetEnv
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import FieldError, NoForwarder, UdptunError
-from ..files import replace_file
+from ...errors import FieldError, NoForwarder, UdptunError
+from ...files import replace_file
 
 if TYPE_CHECKING:
     import subprocess
 
-    from ..control.client import ControlClient
+    from ...control.client import ControlClient
 
 FORWARD_FILE = "forward.json"  # beside the control socket, unless told otherwise
 LOG_FILE = "forwarder.log"

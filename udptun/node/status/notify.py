@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import Self
 
-from ..model import parse_number
+from ...model import parse_number
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from .._version import __version__
+from ..._version import __version__
 from .readiness import State, is_ready, judge
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import DeviceError, UdptunError
-from ..model import IPAddress
-from ..net.netlink import Netlink
-from ..net.underlay import Interface, default_routes, interfaces, route_to
-from .config import InterfaceOptions
+from ...errors import DeviceError, UdptunError
+from ...model import IPAddress
+from ...net.netlink import Netlink
+from ...net.underlay import Interface, default_routes, interfaces, route_to
+from ..config import InterfaceOptions
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..control.client import ControlClient
-from ..errors import ControlError, FieldError, NoForwarder
-from ..model import IPNetwork, Route, RouteDiff
+from ...control.client import ControlClient
+from ...errors import ControlError, FieldError, NoForwarder
+from ...model import IPNetwork, Route, RouteDiff
+from ..status.report import NodeReport
 from .launch import ForwarderSpec, log_tail, spawn
-from .report import NodeReport
 
 if TYPE_CHECKING:
     import subprocess

@@ -1,7 +1,7 @@
 """What the daemon knows of itself, for whoever asks: /readyz, /metrics, SIGUSR1, the tests.
 
 Owns the names of what can be told. Refuses to judge: whether that makes a node ready is for
-``node/health.py``. Written by the daemon, read by the health server, both in the one loop of the
+``readiness.py``. Written by the daemon, read by the health server, both in the one loop of the
 daemon: what is read between two awaits belongs together. No I/O.
 """
 
@@ -11,8 +11,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..leases.base import Lease, SourceHealth
-from .interface import Underlay
+from ...leases.base import Lease, SourceHealth
+from ..host.interface import Underlay
 
 
 @dataclass(slots=True)

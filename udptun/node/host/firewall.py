@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UdptunError
-from ..model import IPNetwork
+from ...errors import UdptunError
+from ...model import IPNetwork
 
 log = logging.getLogger(__name__)
 

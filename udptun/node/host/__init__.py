@@ -1,0 +1,1 @@
+"""The host: which interface carries the overlay, firewall rules, subnet.env."""
