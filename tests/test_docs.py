@@ -1,6 +1,7 @@
-"""The documents against the code: links, paths, make targets, commands, options and names.
+"""Check the documents against the code: links, paths, make targets, commands, options and names.
 
-What a page says of its own files, of the command line and of the Makefile must exist.
+A document may only name files, targets, commands, options and metrics that exist. The tables of
+options, variables, metrics and checks are complete.
 """
 
 import re
@@ -11,11 +12,14 @@ import click
 import pytest
 
 from tests.control import fakes
+from tests.node.node_reports import ready
 from udptun.cli import cli
 from udptun.control.metrics import CounterCollector
 from udptun.device.offload import FEATURES
 from udptun.drops import DROP_REASONS
 from udptun.forwarder.config import SOURCE_CHECKS
+from udptun.node.status.metrics import ReportCollector
+from udptun.node.status.readiness import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("bench", "deploy", "docs", "src_ext", "tests", "udptun")
@@ -30,8 +34,8 @@ FENCE = re.compile(r"^( *)```.*?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-# "udptun" where a shell would look for a command: first in a line, in a second column, after a path
-# or after && and |
+# "udptun" where a shell looks for a command: at the start of a line or of a second column, after a
+# path, or after && and |
 COMMAND = re.compile(r"(?:(?:^|[&|(;]) *|  +|bin/|ExecStart=\S*/)udptun +(?=[a-z-])", re.MULTILINE)
 OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*|-[a-zA-Z]{1,2})(?![\w-])")
 
@@ -41,7 +45,7 @@ def prose(text: str) -> str:
 
 
 def blocks(text: str) -> list[str]:
-    """Code blocks, each command on one line."""
+    """Return the code blocks, with continued lines joined."""
     return [re.sub(r"\\ *(\n|  )", "  ", block) for _, block in FENCE.findall(text)]
 
 
@@ -50,7 +54,7 @@ def spans(text: str) -> list[str]:
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """Return the anchor that GitHub generates for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -83,7 +87,7 @@ def test_links_resolve(page: Path) -> None:
 
 @every_page
 def test_paths_of_the_repository_exist(page: Path) -> None:
-    """A word in code that begins with one of our folders."""
+    """A path is a word in a code span that begins with one of our directories."""
     paths = [word for span in spans(page.read_text()) for word in span.split()
              if word.startswith(tuple(f"{room}/" for room in ROOMS))]
     assert [path for path in paths if not list(ROOT.glob(path))] == []
@@ -98,12 +102,12 @@ def make_targets() -> set[str]:
 
 
 def explained_by_make() -> set[str]:
-    """What ``make`` alone lists."""
+    """Return the targets that ``make`` alone lists."""
     text = (ROOT / "Makefile").read_text()
     return set(re.findall(r"^([a-z][a-z/_-]*):.*## ", text, re.MULTILINE))
 
 
-def asked_of_make(text: str) -> Iterator[str]:
+def used_targets(text: str) -> Iterator[str]:
     for block in blocks(text):
         yield from re.findall(r"(?:^|&& |[A-Z]=\S+ )make +([a-z][\w/-]*)", block, re.MULTILINE)
     yield from (m[1] for span in spans(text) if (m := re.match(r"make ([a-z][\w/-]*)", span)))
@@ -111,10 +115,10 @@ def asked_of_make(text: str) -> Iterator[str]:
 
 @every_page
 def test_make_targets_exist(page: Path) -> None:
-    assert set(asked_of_make(page.read_text())) <= make_targets()
+    assert set(used_targets(page.read_text())) <= make_targets()
 
 
-def test_contributors_are_told_of_every_target() -> None:
+def test_contributing_lists_every_target() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
     have = {m[1] for m in re.finditer(r"^\| `make ([\w/-]+)` \|", page, re.MULTILINE)}
     assert have == explained_by_make() - {"help"}
@@ -124,7 +128,7 @@ def test_contributors_are_told_of_every_target() -> None:
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """What follows each "udptun" that is a command, up to the next one or the line's end."""
+    """Yield what follows each "udptun" that is a command, up to the next one or the end of line."""
     for block in blocks(text):
         for line in COMMAND.split(block)[1:]:
             yield line.partition("\n")[0].partition("#")[0]
@@ -139,11 +143,11 @@ def options_of(*commands: click.Command) -> set[str]:
 
 
 def mistakes(line: str) -> list[str]:
-    """What of a command line does not exist: commands and options, not their values."""
+    """Return the commands and options of a command line that do not exist. Values are ignored."""
     command: click.Command = cli
     commands = [command]
     context = click.Context(cli)
-    if re.fullmatch(r"[a-z]+( \| [a-z]+)+ *", line):  # one of several, as in "route | status"
+    if re.fullmatch(r"[a-z]+( \| [a-z]+)+ *", line):  # alternatives, as in "route | status"
         line = line.replace(" ", "")
     for word in re.sub(r"^(--socket \S+ )+", "", line).split():
         names = word.rstrip(",").split("|")
@@ -173,14 +177,14 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 @every_page
 def test_options_named_alone_exist(page: Path) -> None:
-    """`--option ...` in a sentence is one of ours, or of a program that its page names."""
+    """A code span that begins with an option names one of ours, or of a program in ``foreign``."""
     foreign = {"--device"}  # docker's
     every = options_of(cli)
     for name in cli.list_commands(click.Context(cli)):
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
         every |= options_of(command, *getattr(command, "commands", {}).values())
-    named = {m[1] for span in spans(page.read_text()) if (m := re.match(r"(--[a-z-]+)", span))}
+    named = {m[1] for span in spans(page.read_text()) if (m := re.match(r"(--[a-z0-9_-]+)", span))}
     assert named <= every | foreign
 
 
@@ -196,7 +200,7 @@ def test_options_named_alone_exist(page: Path) -> None:
         ("A tunnel such as udptun needs `udptun forward -vv`.", []),
     ],
 )
-def test_the_check_of_commands_can_fail(text: str, wrong: list[str]) -> None:
+def test_the_check_of_commands_finds_mistakes(text: str, wrong: list[str]) -> None:
     assert [mistake for line in command_lines(text) for mistake in mistakes(line)] == wrong
 
 
@@ -221,11 +225,109 @@ def test_operators_read_what_to_do_about_every_drop(name: str) -> None:
 
 def test_metrics_that_are_named_exist() -> None:
     have = set()
-    for family in CounterCollector(fakes.FakeForwarder()).collect():
-        have |= {family.name, *(sample.name for sample in family.samples)}
+    for collector in (CounterCollector(fakes.FakeForwarder()), ReportCollector(ready())):
+        for family in collector.collect():
+            have |= {family.name, *(sample.name for sample in family.samples)}
     for page in PAGES:
-        said = {span for span in spans(page.read_text()) if re.fullmatch(r"udptun_[a-z_]+", span)}
-        assert said <= have, page
+        named = {m[0] for span in spans(page.read_text())
+                 if (m := re.match(r"udptun_[a-z_]+$|udptun_[a-z_]+(?= ==)", span))}
+        assert named <= have, page
+
+
+def test_the_example_of_readyz_has_every_check() -> None:
+    (block,) = re.findall(r"```\n(\[\+\]start.*?)```", (ROOT / "docs" / "node.md").read_text(),
+                          re.DOTALL)
+    assert re.findall(r"^\[.\]([\w-]+):", block, re.MULTILINE) == list(CHECKS)
+
+
+# Tables of options and variables
+
+
+def rows(page: Path) -> dict[str, str]:
+    """Return the rows of all tables on a page, by each code span in their first cell."""
+    found = {}
+    for line in page.read_text().splitlines():
+        if line.startswith("| "):
+            first = re.split(r"(?<!\\) \| ?", line[2:])[0]
+            found |= dict.fromkeys(SPAN.findall(first), line)
+    return found
+
+
+def option_rows(page: Path) -> dict[str, str]:
+    return {m[0]: row for span, row in rows(page).items() if (m := re.match(r"--?[\w-]+", span))}
+
+
+def options_shown(name: str) -> dict[str, click.Option]:
+    """Return the options of a command that its --help lists, by their longest name."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return {
+        max(param.opts, key=len): param for param in command.params
+        if isinstance(param, click.Option) and not param.hidden
+    }
+
+
+@pytest.mark.parametrize(("command", "document"), [("forward", "operations"), ("node", "node")])
+def test_the_table_of_options_is_complete(command: str, document: str) -> None:
+    documented = set(option_rows(ROOT / "docs" / f"{document}.md"))
+    short = {"--verbose": "-v", "--v": "-v"}
+    assert {short.get(name, name) for name in options_shown(command)} == documented - {"-vv"}
+
+
+def test_the_table_of_options_has_the_defaults() -> None:
+    table = option_rows(ROOT / "docs" / "operations.md")
+    checked = 0
+    for name, option in options_shown("forward").items():
+        if option.show_default and isinstance(option.default, str):
+            assert re.search(rf"\b{re.escape(option.default)}\b", table[name]), name
+            checked += 1
+    assert checked >= 4
+
+
+def test_the_table_of_flanneld_variables_is_complete() -> None:
+    group = cli.get_command(click.Context(cli), "ext")
+    assert isinstance(group, click.Group)
+    have = {
+        param.envvar for command in group.commands.values() for param in command.params
+        if isinstance(param.envvar, str)
+    }
+    documented = {name for name in rows(ROOT / "docs" / "flannel.md") if name.startswith("UDPTUN_")}
+    assert have <= documented <= have | {"UDPTUN_SOCKET"}
+
+
+# README.md's figures
+
+
+def generated_table() -> dict[str, list[float]]:
+    """Return the figures of README.md's generated table, by contender."""
+    text = (ROOT / "README.md").read_text()
+    block = text.partition("<!-- bench:begin -->")[2].partition("<!-- bench:end -->")[0]
+    figures = {}
+    for line in block.splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if cells and re.match(r"[\d.]+", cells[0]):
+            figures[name] = [float(m[0]) if (m := re.match(r"[\d.]+", c)) else 0 for c in cells]
+    return figures
+
+
+@pytest.mark.parametrize(
+    ("claim", "column", "unit"),
+    [
+        (r"about (\d+) % of VXLAN's rate", 0, 0.01),
+        (r"about (\d+) % where the sender", 1, 0.01),
+        (r"about (\d+) % where the receiver", 2, 0.01),
+        (r"about ([\d.]+) times VXLAN's packet rate", 3, 1),
+        (r"about ([\d.]+) times VXLAN's CPU time", 4, 1),
+    ],
+)
+def test_the_ratios_in_the_readme_follow_from_its_table(
+    claim: str, column: int, unit: float
+) -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    (value,) = re.findall(claim, text)
+    table = generated_table()
+    ratio = table["**udptun**"][column] / table["kernel VXLAN"][column]
+    assert float(value) * unit == pytest.approx(ratio, rel=0.05)
 
 
 # The compiled core's reading order
@@ -268,7 +370,7 @@ def environment_names() -> set[str]:
 
 
 def test_the_example_of_options_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, those that are commented out too."""
+    """The variables that are commented out are checked too."""
     text = ENV_FILE.read_text()
     values = dict(re.findall(rf"^#?({ENV_PREFIX}\w+)=(.*)$", text, re.MULTILINE))
     assert set(values) <= environment_names()

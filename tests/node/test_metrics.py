@@ -78,4 +78,4 @@ def test_no_label_grows_with_the_cluster() -> None:
 def test_every_metric_is_explained() -> None:
     text = Metrics(ready()).render().decode()
     have = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
-    assert set(re.findall(r"^(udptun_node_\S+)", PAGE.read_text(), re.MULTILINE)) == have
+    assert set(re.findall(r"^\| `(udptun_node_\S+)`", PAGE.read_text(), re.MULTILINE)) == have
