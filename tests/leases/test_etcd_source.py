@@ -10,12 +10,12 @@ import pytest
 
 from tests.leases.etcd_server import Etcd, Followed, needs_etcd, until
 from udptun.errors import FieldError
+from udptun.leases.backoff import Backoff
 from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subnets
 from udptun.leases.etcd import messages
 from udptun.leases.etcd.client import Client
 from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.etcd.source import EtcdSource
-from udptun.leases.pauses import Pauses
 
 pytestmark = needs_etcd
 
@@ -392,8 +392,8 @@ async def test_hold_ends_when_it_is_told_to(etcd, make, ticks):
     await etcd.put("config", CONFIG)
     source = make()
     task = asyncio.create_task(source.hold(await source.acquire(me(), NONE)))
-    await until(lambda: source._tenure._touched._waiters, "it to wait for news")
-    source._tenure.touched(None)
+    await until(lambda: source._keeper._touched._waiters, "it to wait for news")
+    source._keeper.touched(None)
     for _ in range(ticks):
         await asyncio.sleep(0)
     task.cancel()
@@ -431,7 +431,7 @@ async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(
 ):
     """A mistake of the operator. Each writes what differs, and after each time makes a pause."""
     paused = []
-    monkeypatch.setattr(Pauses, "next", lambda self: paused.append(self) or 0.02)
+    monkeypatch.setattr(Backoff, "next", lambda self: paused.append(self) or 0.02)
     await etcd.put("config", CONFIG)
     for backend_type in ("udp", "vxlan"):
         source = make()

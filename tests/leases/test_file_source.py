@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udptun.errors import FieldError
-from udptun.leases import file as file_module
 from udptun.leases.advert import Advert, read
 from udptun.leases.base import (
     Attributes,
@@ -23,9 +22,10 @@ from udptun.leases.base import (
     StoreRefused,
     Subnets,
 )
-from udptun.leases.file import FileSource
-from udptun.leases.hosts import parse
-from udptun.leases.places import Places
+from udptun.leases.file import source as file_module
+from udptun.leases.file.positions import Positions
+from udptun.leases.file.schema import parse
+from udptun.leases.file.source import FileSource
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "hosts.toml"
 NOTHING = (Attributes(), Subnets())
@@ -234,7 +234,7 @@ def test_whatever_is_cut_out_the_answer_is_a_field_error_or_nodes(data):
 
 
 def test_places_in_all_that_toml_can_write():
-    places = Places('''# a [comment] = "with" 'all' kinds
+    places = Positions('''# a [comment] = "with" 'all' kinds
 a = """
 [[nodes]] "quoted \\""" b = 1"""
 b = \'\'\'
@@ -266,7 +266,7 @@ name = "two"
 @given(st.text("[]{}=:,\"'#\n ab"))
 def test_places_of_what_is_neither_toml_nor_json(text):
     for odd in (text, "{" + text, "a = " + text + "[" * 5000):
-        Places(odd).line("a[0].b")
+        Positions(odd).line("a[0].b")
 
 
 # Watching

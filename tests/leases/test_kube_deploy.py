@@ -10,6 +10,7 @@ import yaml
 
 from tests.leases.kube_cluster import DEPLOY, deployed_rules
 from udptun.cli import cli
+from udptun.leases.file.config import FileConfig
 from udptun.leases.netconf import NetConfig
 from udptun.node.config import NodeConfig
 
@@ -83,7 +84,7 @@ def test_the_daemons_command_is_taken(monkeypatch):
 
 
 def test_the_forwarder_waits_for_the_file_that_the_daemon_writes():
-    file = NodeConfig(hosts=DEPLOY).forward_file
+    file = NodeConfig(FileConfig(DEPLOY)).forward_file
     assert container("forwarder")["args"] == ["forward", "--wait-for", str(file)]
 
 

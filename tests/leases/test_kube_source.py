@@ -17,6 +17,7 @@ from udptun.errors import FieldError
 from udptun.leases.base import (
     Attributes,
     Changes,
+    Identity,
     Snapshot,
     StoreDown,
     StoreRefused,
@@ -189,7 +190,8 @@ async def test_an_operators_address_goes_first(cluster):
 
 async def test_the_address_that_stands_for_public_ip(cluster):
     await cluster.create(node("n1", annotations=flannel(node_public_ip="198.51.100.8")))
-    assert await cluster.source().node_public() == (IPv4Address("198.51.100.8"), None)
+    assert await cluster.source().identity() == Identity(
+        IPv4Address("198.51.100.8"), overrides_options=True)
 
 
 async def test_another_prefix_of_annotations(cluster):

@@ -24,6 +24,7 @@ from udptun.leases.base import (
     Change,
     Changes,
     Lease,
+    LeaseSource,
     Snapshot,
     SourceHealth,
     StoreDown,
@@ -46,10 +47,8 @@ def peer(n, via=None):
                  Attributes(IPv4Address(f"192.0.2.{via or n}")))
 
 
-class Store:
+class Store(LeaseSource):
     """A LeaseSource that answers what the test puts in it, or raises it."""
-
-    kind = "etcd"
 
     def __init__(self):
         self.health = SourceHealth()
@@ -115,7 +114,7 @@ class Node:
         self.store = Store()
         self.folder = tmp_path
         self.config = NodeConfig(
-            etcd=EtcdConfig(), interface=InterfaceOptions(names=("under0",)),
+            source=EtcdConfig(), interface=InterfaceOptions(names=("under0",)),
             subnet_file=tmp_path / "subnet.env", control=tmp_path / "run" / "udptun.sock",
             state_dir=tmp_path / "state", forwarder="external", iptables_forward_rules=False,
         )

@@ -20,7 +20,11 @@ from udptun._version import __version__
 from udptun.cli import cli
 from udptun.cli.node import node
 from udptun.errors import DeviceError
-from udptun.node.config import EtcdConfig, InterfaceOptions, KubeConfig, NodeConfig
+from udptun.leases.etcd.config import EtcdConfig
+from udptun.leases.file.config import FileConfig
+from udptun.leases.kube.config import KubeConfig
+from udptun.leases.sources import NotInstalled
+from udptun.node.config import InterfaceOptions, NodeConfig
 
 FLANNELD = {  # flag: default, as flanneld's usage says it
     "etcd-endpoints": "http://127.0.0.1:4001,http://127.0.0.1:2379",
@@ -98,14 +102,12 @@ def test_every_flag_of_flanneld_is_there_with_its_default(daemon: FakeDaemon) ->
 
 def test_without_flags_it_is_told_what_flanneld_assumes(daemon: FakeDaemon) -> None:
     config = told(daemon)
-    assert config == NodeConfig(etcd=EtcdConfig())
-    assert config.store == "etcd"
+    assert config == NodeConfig(EtcdConfig())
+    assert config.source.kind == "etcd"
     assert config.forward_file == Path("/run/udptun/forward.json")
-    assert (config.etcd, config.kube, config.hosts) == (
-        EtcdConfig(
-            endpoints=("http://127.0.0.1:4001", "http://127.0.0.1:2379"),
-            prefix="/coreos.com/network", renew_margin_minutes=60,
-        ), None, None,
+    assert config.source == EtcdConfig(
+        endpoints=("http://127.0.0.1:4001", "http://127.0.0.1:2379"),
+        prefix="/coreos.com/network", renew_margin_minutes=60,
     )
 
 
@@ -117,7 +119,7 @@ def test_a_flanneld_of_etcd(daemon: FakeDaemon) -> None:
         --subnet-lease-renew-margin 30 --ip-masq --healthz-ip=127.0.0.1 --healthz-port=8080
         --iptables-resync=7 --iptables-forward-rules=false -v=4 -vmodule=a=1"""
     assert told(daemon, *words.split()) == NodeConfig(
-        etcd=EtcdConfig(
+        source=EtcdConfig(
             endpoints=("https://192.0.2.1:2379", "https://192.0.2.2:2379"), prefix="/net",
             keyfile="/k", certfile="/c", cafile="/ca", username="u", password="p",
             renew_margin_minutes=30,
@@ -138,9 +140,9 @@ def test_the_daemon_set_of_flannel(daemon: FakeDaemon) -> None:
                   POD_NAMESPACE="kube-flannel", EVENT_QUEUE_DEPTH="5000",
                   CONT_WHEN_CACHE_NOT_READY="false")
     assert config == NodeConfig(
-        kube=KubeConfig(pod_name="flannel-x", pod_namespace="kube-flannel"), ip_masq=True,
+        source=KubeConfig(pod_name="flannel-x", pod_namespace="kube-flannel"), ip_masq=True,
     )
-    assert config.store == "kubernetes"
+    assert config.source.kind == "kubernetes"
 
 
 def test_a_flanneld_of_kubernetes_with_all_its_flags(daemon: FakeDaemon) -> None:
@@ -149,12 +151,11 @@ def test_a_flanneld_of_kubernetes_with_all_its_flags(daemon: FakeDaemon) -> None
         --set-node-network-unavailable=false --ip-blackhole-route
         --etcd-endpoints=http://192.0.2.9:2379"""  # which flanneld ignores then
     config = told(daemon, *words.split(), NODE_NAME="n1")
-    assert config.kube == KubeConfig(
+    assert config.source == KubeConfig(
         node_name="n1", api_url="https://192.0.2.1:6443", kubeconfig_file=Path("/kc"),
         annotation_prefix="example.org/net", net_config_path=Path("/nc"),
         set_node_network_unavailable=False,
     )
-    assert config.etcd is None
 
 
 def test_flags_of_a_newer_flanneld_say_that_they_do_nothing(daemon: FakeDaemon) -> None:
@@ -168,7 +169,7 @@ def test_what_a_template_left_empty_is_not_given(daemon: FakeDaemon) -> None:
     argv = ("--iface=", "--iface-regex=", "--public-ip=", "--kubeconfig-file=", "--healthz-ip=",
             "--iface-can-reach=", "--hosts=", "--etcd-endpoints=http://192.0.2.1:2379,")
     assert told(daemon, *argv) == NodeConfig(
-        etcd=EtcdConfig(endpoints=("http://192.0.2.1:2379",))
+        source=EtcdConfig(endpoints=("http://192.0.2.1:2379",))
     )
 
 
@@ -181,11 +182,11 @@ def test_our_own_flags(daemon: FakeDaemon) -> None:
         --forward-file /run/y/f.json --cleanup"""
     config = told(daemon, *words.split())
     assert config == NodeConfig(
-        hosts=Path("/etc/udptun/hosts.toml"), node_name="a", backend="auto", advertise=False,
+        source=FileConfig(Path("/etc/udptun/hosts.toml"), "a"), backend="auto", advertise=False,
         control=Path("/run/x/c.sock"), state_dir=Path("/var/x"), tun="wire0",
         forwarder="external", forward_file=Path("/run/y/f.json"), cleanup=True,
     )
-    assert (config.store, config.etcd, config.kube) == ("file", None, None)
+    assert config.source.kind == "file"
 
 
 def test_the_forward_file_is_beside_the_control_socket(daemon: FakeDaemon) -> None:
@@ -209,7 +210,7 @@ def test_variables(daemon: FakeDaemon) -> None:
            "FLANNELD_VERSION": "true"}
     config = told(daemon, "--subnet-file=/argv", **env)
     assert config == NodeConfig(
-        etcd=EtcdConfig(), ip_masq=True, backend="udp", subnet_file=Path("/argv"),
+        source=EtcdConfig(), ip_masq=True, backend="udp", subnet_file=Path("/argv"),
         interface=InterfaceOptions(names=("eth0",), public_ip=ip_address("192.0.2.2")),
     )
 
@@ -267,7 +268,7 @@ def test_two_stores_of_which_one_is_in_a_variable(daemon: FakeDaemon) -> None:
     [
         (DeviceError(1, "making udptun0: Operation not permitted"),
          "udptun: error: making udptun0: Operation not permitted\n"),
-        (ModuleNotFoundError("No module named 'grpc'", name="grpc"),
+        (NotInstalled(ModuleNotFoundError("No module named 'grpc'", name="grpc"), "etcd"),
          "udptun: error: No module named 'grpc': pip install 'udptun[etcd]'\n"),
         (ImportError("a file is broken"), "udptun: error: a file is broken\n"),
         (FileNotFoundError(2, "No such file", "/h"), "udptun: error: [Errno 2] No such file: '/h"),

@@ -14,6 +14,7 @@ import pytest
 from click.core import ParameterSource
 
 from udptun.cli import cli
+from udptun.leases.file.config import FileConfig
 from udptun.node.config import NodeConfig
 from udptun.node.process.launch import FORWARD_FILE
 
@@ -62,7 +63,7 @@ def test_the_forwarder_has_a_life_of_its_own() -> None:
 def test_the_forwarder_waits_for_the_file_that_the_daemon_writes() -> None:
     *command, file = _Unit(FORWARDER).words("ExecStart")
     assert command == ["/usr/local/bin/udptun", "forward", "--wait-for"]
-    assert Path(file) == NodeConfig(hosts=Path("hosts.toml")).forward_file
+    assert Path(file) == NodeConfig(FileConfig(Path("hosts.toml"))).forward_file
     assert Path(file).name == FORWARD_FILE  # what `udptun ext` writes
 
 

@@ -17,15 +17,12 @@ from click.core import ParameterSource
 
 from .._version import __version__
 from ..errors import FieldError, UdptunError
+from ..leases.base import SourceConfig
+from ..leases.etcd.config import EtcdConfig
+from ..leases.file.config import FileConfig
+from ..leases.kube.config import KubeConfig
 from ..model import IPAddress, parse_address
-from ..node.config import (
-    BACKENDS,
-    FORWARDERS,
-    EtcdConfig,
-    InterfaceOptions,
-    KubeConfig,
-    NodeConfig,
-)
+from ..node.config import BACKENDS, FORWARDERS, InterfaceOptions, NodeConfig
 from . import logs
 from .forward import tun_name
 from .goflags import Bool, Collected, GoCommand, Int, Level
@@ -36,11 +33,8 @@ log = logging.getLogger("udptun")
 
 # The defaults: what a flanneld without flags is told.
 ETCD = EtcdConfig()
-STOCK = NodeConfig(etcd=ETCD)
+STOCK = NodeConfig(ETCD)
 KUBE = KubeConfig(node_name="any")
-
-# What the stores need beyond udptun itself, by what is missing then.
-EXTRAS = {"grpc": "etcd", "google": "etcd", "lightkube": "kube", "httpx2": "kube"}
 
 # Newer flags of flanneld, which its command lines may have, and why they do nothing here.
 WITHOUT_EFFECT = {
@@ -210,21 +204,16 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
         if verbose >= 2:
             log.error("stopped by an error", exc_info=exc)
         if isinstance(exc, ImportError):
-            extra = EXTRAS.get((exc.name or "").partition(".")[0])
-            hint = f": pip install 'udptun[{extra}]'" if extra else ""
-            raise Failure(f"{exc}{hint}") from exc
+            raise Failure(str(exc)) from exc
         raise failure_of(exc) from exc
 
 
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
-    if values["hosts"] is not None:
-        _refuse_another_store(ctx, values)
-    as_told = ("hosts", "node_name", "backend", "subnet_file", "ip_masq", "iptables_forward_rules",
+    as_told = ("backend", "subnet_file", "ip_masq", "iptables_forward_rules",
                "iptables_resync", "tun", "forwarder", "forward_file", "state_dir", "healthz_port",
                "cleanup")
     return NodeConfig(
-        etcd=None if values["hosts"] or values["kube_subnet_mgr"] else _etcd(values),
-        kube=_kube(values) if values["kube_subnet_mgr"] else None,
+        source=_source(ctx, values),
         interface=InterfaceOptions(
             # given empty, as by a template, is not given
             names=tuple(filter(None, values["iface"])),
@@ -238,6 +227,13 @@ def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
         healthz_ip=values["healthz_ip"] or STOCK.healthz_ip,
         **{name: values[name] for name in as_told},
     )
+
+
+def _source(ctx: click.Context, values: dict[str, Any]) -> SourceConfig:
+    if values["hosts"] is not None:
+        _refuse_another_store(ctx, values)
+        return FileConfig(values["hosts"], values["node_name"])
+    return _kube(values) if values["kube_subnet_mgr"] else _etcd(values)
 
 
 def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:

@@ -8,15 +8,21 @@ it only shows in ``health``. Asyncio, one loop; no threads.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import UdptunError
-from ..model import IPNetwork
+from ..model import IPAddress, IPNetwork
 
 if TYPE_CHECKING:
+    from .advert import Advert
     from .netconf import NetConfig
+
+
+# Returns the addresses of this host's interfaces.
+LocalAddresses = Callable[[], Awaitable[Iterable[IPAddress]]]
 
 
 class StoreDown(UdptunError):
@@ -128,31 +134,94 @@ class SourceHealth:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-class LeaseSource(Protocol):
-    """One store. ``network`` and ``acquire`` try once, within a few seconds; the others go on."""
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the store itself declares about this node, whatever the node publishes.
 
-    kind: str  # "file", "etcd", "kubernetes"
+    public_ip, public_ipv6  addresses at which other nodes reach this node; None: not declared
+    overrides_options       True: these addresses take precedence over --public-ip and
+                            --public-ipv6; False: they are used where those are not given
+    families                the IP versions of the underlay that this node uses; None: those of
+                            the network
+    advert                  the UDP port of this node and the largest MTU it may use; None: the
+                            network's configuration and the underlay determine them
+    """
+
+    public_ip: ipaddress.IPv4Address | None = None
+    public_ipv6: ipaddress.IPv6Address | None = None
+    overrides_options: bool = False
+    families: frozenset[int] | None = None
+    advert: Advert | None = None
+
+
+class SourceConfig(Protocol):
+    """The configuration of one source; what is known about a store before it is contacted.
+
+    kind      as shown in status and metrics: "file", "etcd", "kubernetes"
+    no_vxlan  why leases of this source cannot carry VXLAN data, in a sentence; "" if they can
+    store_id  identifies one store: leases that were cached from one are never used for another
+
+    The command line imports the class, so its module must not import a client library.
+    """
+
+    kind: ClassVar[str]
+    no_vxlan: ClassVar[str]
+
+    @property
+    def store_id(self) -> str: ...
+
+
+class LeaseSource(ABC):
+    """One store.
+
+    ``network``, ``identity`` and ``acquire`` try once, within a few seconds. ``hold`` and
+    ``updates`` retry until they are cancelled or closed.
+    """
+
     health: SourceHealth
 
+    @abstractmethod
     async def network(self) -> NetConfig:
-        """The network's configuration. StoreDown, StoreRefused, FieldError (it is not valid)."""
+        """Return the network's configuration. StoreDown, StoreRefused, FieldError (invalid)."""
 
+    async def identity(self) -> Identity:
+        """Return what the store declares about this node. StoreDown, StoreRefused."""
+        return Identity()
+
+    def cached_identity(self, lease: Lease) -> Identity:
+        """Return the identity that follows from our own cached lease.
+
+        Used while the store is down and ``identity`` has not succeeded since the start.
+        """
+        return Identity()
+
+    @abstractmethod
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
-        """Get this node's lease, or the one it has already, and publish ``attributes`` in it.
+        """Get this node's lease, a new one or the existing one, and publish ``attributes`` in it.
 
-        former  what this node had last, to be had again if it is free; may be empty
-        Safe to repeat, and to repeat with other attributes. StoreDown, StoreRefused.
+        former  the subnets this node had last; assigned again if they are free; may be empty
+        May be repeated, with the same or other attributes. StoreDown, StoreRefused.
         """
 
+    @abstractmethod
     async def hold(self, lease: Lease) -> None:
-        """Keep the lease until cancelled: renew it, take it back when it is lost."""
+        """Keep the lease until cancelled: renew it, and acquire it again if it is lost."""
 
+    @abstractmethod
     def updates(self) -> AsyncIterator[Snapshot | Changes]:
-        """A Snapshot, as soon as the store gives one, then Changes, until closed. Never raises
-        for an outage; an entry that cannot be used is skipped and said in ``health``."""
+        """Yield one Snapshot as soon as the store answers, then Changes, until closed.
 
+        Does not raise for an outage. An entry that cannot be used is skipped and listed in
+        ``health.skipped``.
+        """
+
+    def reload(self) -> None:
+        """Read the store again now. Does nothing in a source that watches its store."""
+        return
+
+    @abstractmethod
     async def aclose(self) -> None:
-        """Let go of the store; the lease stays."""
+        """Close connections to the store; the lease stays."""
 
 
 class LeaseBook:

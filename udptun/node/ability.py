@@ -31,9 +31,8 @@ def backend(config: NodeConfig, network: NetConfig) -> str:
     kind = config.backend or network.backend_type
     if kind not in BACKENDS:
         raise FieldError("Backend.Type", kind, "udp, vxlan or auto; --backend overrules it")
-    if kind == "vxlan" and config.hosts is not None:
-        raise FieldError("backend", kind, "udp or auto with --hosts, since a list of nodes does "
-                         "not say the MAC addresses that VXLAN needs")
+    if kind == "vxlan" and (no_vxlan := config.source.no_vxlan):
+        raise FieldError("backend", kind, f"udp or auto with this source of leases: {no_vxlan}")
     return kind
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 
 from ..errors import UdptunError
-from ..leases.saved import Saved
+from ..leases.cache import LeaseCache
 from ..net.netlink import Netlink
 from ..net.vxlan import Vxlan
 from .ability import STATE_FILE, vxlan_name
@@ -19,7 +19,6 @@ from .config import NodeConfig
 from .host.firewall import Firewall, FirewallRules
 from .process.keeper import dismiss
 from .process.launch import LOG_FILE
-from .source import store_name
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class NotAllRemoved(UdptunError):
 async def clean_up(config: NodeConfig, netlink: Netlink) -> None:
     """Each thing is tried, also when another cannot be removed. Raises NotAllRemoved."""
     saved_file = config.state_dir / SAVED_FILE
-    known = Saved(saved_file).load(store_name(config))
+    known = LeaseCache(saved_file).load(config.source.store_id)
     failed: list[str] = []
 
     @contextlib.contextmanager

@@ -14,11 +14,8 @@ from pathlib import Path
 
 from ..control.protocol import DEFAULT_SOCKET
 from ..errors import FieldError
-from ..leases.etcd.config import EtcdConfig
-from ..leases.kube.config import KubeConfig
+from ..leases.base import SourceConfig
 from ..model import IPAddress
-
-__all__ = ["BACKENDS", "FORWARDERS", "EtcdConfig", "InterfaceOptions", "KubeConfig", "NodeConfig"]
 
 BACKENDS = ("auto", "udp", "vxlan")
 FORWARDERS = ("spawn", "external")
@@ -54,9 +51,9 @@ class InterfaceOptions:
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """One node daemon. Exactly one of ``hosts``, ``etcd``, ``kube`` is the store of leases.
+    """One node daemon.
 
-    node_name         which node of ``hosts`` we are; "": by hostname, else by local address
+    source            where leases come from
     backend           "auto", "udp", "vxlan"; None: what net-conf.json says
     advertise         say in our lease what we can do beyond flannel
     subnet_file       flannel's subnet.env
@@ -70,11 +67,8 @@ class NodeConfig:
     cleanup           remove all that a daemon with this configuration made, and end
     """
 
-    hosts: Path | None = None
-    etcd: EtcdConfig | None = None
-    kube: KubeConfig | None = None
+    source: SourceConfig
     interface: InterfaceOptions = field(default_factory=InterfaceOptions)
-    node_name: str = ""
     backend: str | None = None
     advertise: bool = True
     subnet_file: Path = SUBNET_FILE
@@ -91,10 +85,6 @@ class NodeConfig:
     cleanup: bool = False
 
     def __post_init__(self) -> None:
-        stores = [store for store in (self.hosts, self.etcd, self.kube) if store is not None]
-        if len(stores) != 1:
-            raise FieldError("hosts", str(self.hosts), "one store of leases: a file, etcd or "
-                             "Kubernetes, and no other beside it")
         if self.backend is not None and self.backend not in BACKENDS:
             raise FieldError("backend", self.backend, "auto, udp or vxlan")
         if self.forwarder not in FORWARDERS:
@@ -105,10 +95,3 @@ class NodeConfig:
             raise FieldError("healthz-port", self.healthz_port, "from 0 (off) to 65535")
         if self.forward_file is None:
             object.__setattr__(self, "forward_file", self.control.with_name("forward.json"))
-
-    @property
-    def store(self) -> str:
-        """As LeaseSource.kind: "file", "etcd" or "kubernetes"."""
-        if self.hosts is not None:
-            return "file"
-        return "etcd" if self.etcd is not None else "kubernetes"

@@ -27,18 +27,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import DeviceError, FieldError, UdptunError
-from ..leases.advert import read as read_advert
 from ..leases.base import (
     Attributes,
     Change,
+    Identity,
     Lease,
     Snapshot,
     StoreDown,
     StoreRefused,
 )
+from ..leases.cache import LastKnown, LeaseCache
 from ..leases.netconf import NetConfig
-from ..leases.saved import LastKnown, Saved
-from ..leases.waiting import wait_at_most
+from ..leases.sources import make_source
+from ..leases.wait import wait_at_most
 from ..net.netlink import Netlink
 from .ability import vxlan_name
 from .cleanup import LOCK_FILE, SAVED_FILE, clean_up
@@ -48,7 +49,6 @@ from .host.interface import NoInterface, choose
 from .host.subnet_env import former_subnets
 from .memory import give_back, one_arena
 from .plan import Here, Plan
-from .source import make_source, store_name
 from .status.notify import Notifier
 from .status.report import NodeReport
 
@@ -102,16 +102,17 @@ class Daemon:
     def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
         self._config = config
         self._netlink = netlink
-        self._source = make_source(config, netlink)
-        self.report = NodeReport(self._source.kind, self._source.health)
+        self._source = make_source(config.source, netlink.local_addresses)
+        self.report = NodeReport(config.source.kind, self._source.health)
         self._host = Host(config, netlink, self.report)
-        self._saved = Saved(config.state_dir / SAVED_FILE)
+        self._saved = LeaseCache(config.state_dir / SAVED_FILE)
         self._notifier = Notifier.from_environment()
 
         # What is known: from disk first, then from the store.
         self._network: NetConfig | None = None
         self._lease: Lease | None = None
         self._leases: dict[str, Lease] = {}
+        self._identity: Identity | None = None  # what the store declared at the last settle
         self._published: Attributes | None = None  # what the store took from us since our start
         self._ask = True  # network and lease are to be asked for, whatever is known
         self._plan: Plan | None = None
@@ -156,9 +157,7 @@ class Daemon:
         log.info("reading everything again")
         self._notifier.reloading()
         self._reloading = self._ask = True
-        reload: Callable[[], None] | None = getattr(self._source, "reload", None)
-        if reload is not None:  # a store that is not asked anyway, and may be told to look now
-            reload()
+        self._source.reload()
         self._host.keeper.resync()
         self._again.set()
 
@@ -204,7 +203,7 @@ class Daemon:
 
     async def _announce(self) -> None:
         """Say that the start is over: what we know is in force."""
-        self.report.waiting = f"waiting for the leases of {self._source.kind}"
+        self.report.waiting = f"waiting for the leases of {self._config.source.kind}"
         await self._told.wait()
         if self._plan is not None and self._plan.here.udp_port is not None:
             self.report.waiting = "waiting for the forwarder"
@@ -240,7 +239,7 @@ class Daemon:
     def _take_from_disk(self) -> None:
         """What this node is. The leases are not taken: the store has them, mostly, and nobody needs
         the memory for two lists of them."""
-        known = self._saved.load(store_name(self._config))
+        known = self._saved.load(self._config.source.store_id)
         if known is not None:
             self._network, self._lease = known.network, known.lease
             self.report.lease = known.lease
@@ -250,7 +249,7 @@ class Daemon:
         and the kernel go on with what they have."""
         await wait_at_most(self._told, STORE_PATIENCE_SECONDS if current else 0)
         async with self._applying:
-            known = None if self._told.is_set() else self._saved.load(store_name(self._config))
+            known = None if self._told.is_set() else self._saved.load(self._config.source.store_id)
             if known is None:
                 return
             assert self._plan is not None
@@ -266,7 +265,7 @@ class Daemon:
             return  # what is there is more than we know
         assert self._network is not None
         self._saved.keep(LastKnown(
-            store_name(self._config), self._network, self._lease, tuple(self._leases.values()),
+            self._config.source.store_id, self._network, self._lease, tuple(self._leases.values()),
         ))
 
     async def _asked(self, question: Coroutine[Any, Any, T], known: object) -> T:
@@ -336,25 +335,22 @@ class Daemon:
     async def _settle_with(self, ask: bool) -> bool:
         current = True
         network, lease = self._network, self._lease
-        options, own = self._config.interface, None
         if ask or network is None:
             try:
                 network = await self._asked(self._source.network(), network)
             except _STORE_FAILED as exc:
                 current = self._fall_back(exc, network)
         assert network is not None
-        want_v4, want_v6 = network.network is not None, network.network6 is not None
-        if self._source.kind == "file":  # it is the store that says what we are
-            lease, current = await self._acquire(Attributes(), ask, current)
-            said, own = lease.attributes, read_advert(lease.attributes)
-            options = _with_public(options, said)
-            want_v4, want_v6 = said.public_ip is not None, said.public_ipv6 is not None
-        elif self._source.kind == "kubernetes" and current:
-            options = await self._with_annotated(options)
-
+        identity, current = await self._identify(ask, current)
+        families = identity.families
+        if families is None:
+            families = frozenset(net.version for net in network.networks)
+        options = _with_declared(self._config.interface, identity)
         ours = (self._config.tun, vxlan_name(network.vni, 4), vxlan_name(network.vni, 6))
         try:
-            underlay = await choose(self._netlink, options, want_v4, want_v6, ours)
+            underlay = await choose(
+                self._netlink, options, 4 in families, 6 in families, ours,
+            )
         except (NoInterface, DeviceError) as exc:
             self.report.interface_error = str(exc)
             raise
@@ -364,15 +360,15 @@ class Daemon:
         self.report.underlay, self.report.interface_error = underlay, ""
 
         former = None if lease is None else lease.attributes
-        ability = await self._host.prepare(network, underlay, former, own)
-        if self._source.kind != "file":
-            if self._plan is not None and lease is not None:
-                await self._host.settle(ability, lease)  # the host need not wait for the store
-            attributes = ability.attributes(self._config.advertise)
-            lease, current = await self._acquire(attributes, ask, current)
-        assert lease is not None
+        ability = await self._host.prepare(network, underlay, former, identity.advert)
+        if self._plan is not None and lease is not None and identity == self._identity:
+            # A change on this host is applied before the store answers. A change in the store is
+            # applied together with the lease, which may have changed as well.
+            await self._host.settle(ability, lease)
+        attributes = ability.attributes(self._config.advertise)
+        lease, current = await self._acquire(attributes, ask, current)
         await self._host.settle(ability, lease)
-        self._network, self._lease = network, lease
+        self._network, self._lease, self._identity = network, lease, identity
         self.report.lease = lease
         await self._plan_for(ability.here(lease))
         self._keep_on_disk()
@@ -389,6 +385,19 @@ class Daemon:
         self._complain(exc)
         self.report.lease_error = str(exc)
         return False
+
+    async def _identify(self, ask: bool, current: bool) -> tuple[Identity, bool]:
+        """What the store declares about us, and whether it has confirmed that."""
+        if current and (ask or self._identity is None):
+            try:
+                return await self._asked(self._source.identity(), self._lease), current
+            except _STORE_FAILED as exc:
+                current = self._fall_back(exc, self._lease)
+        if self._identity is not None:
+            return self._identity, current
+        if self._lease is None:
+            raise StoreDown("there is no lease yet")
+        return self._source.cached_identity(self._lease), current
 
     async def _acquire(
         self, attributes: Attributes, ask: bool, current: bool
@@ -415,18 +424,6 @@ class Daemon:
         if lease is None:
             raise StoreDown("there is no lease yet")
         return lease, current
-
-    async def _with_annotated(self, options: InterfaceOptions) -> InterfaceOptions:
-        """A node's own annotations go before the options."""
-        from ..leases.kube.source import KubeSource
-
-        assert isinstance(self._source, KubeSource)
-        try:
-            public, public6 = await self._asked(self._source.node_public(), self._lease)
-        except _STORE_FAILED as exc:
-            self._complain(exc)  # whether it matters, acquire is about to say
-            return options
-        return _with_public(options, Attributes(public, public6), first=True)
 
     def _hold(self, lease: Lease) -> None:
         if self._held == lease:
@@ -515,15 +512,12 @@ class Daemon:
                     log.error("%s", exc)
 
 
-def _with_public(
-    options: InterfaceOptions, said: Attributes, first: bool = False
-) -> InterfaceOptions:
-    """Public addresses from elsewhere, where the options have none, or in their place."""
-    if first:
-        return replace(options, public_ip=said.public_ip or options.public_ip,
-                       public_ipv6=said.public_ipv6 or options.public_ipv6)
-    return replace(options, public_ip=options.public_ip or said.public_ip,
-                   public_ipv6=options.public_ipv6 or said.public_ipv6)
+def _with_declared(options: InterfaceOptions, identity: Identity) -> InterfaceOptions:
+    """Combine our options with the public addresses that the store declares."""
+    given = (options.public_ip, options.public_ipv6)
+    declared = (identity.public_ip, identity.public_ipv6)
+    first, second = (declared, given) if identity.overrides_options else (given, declared)
+    return replace(options, public_ip=first[0] or second[0], public_ipv6=first[1] or second[1])
 
 
 def _same(one: Lease, other: Lease) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from posixpath import normpath
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from ...errors import FieldError
@@ -37,6 +37,9 @@ class EtcdConfig:
     ttl_seconds           how long a lease lives; flannel's is a day, shorter ones are for tests
     """
 
+    kind: ClassVar[str] = "etcd"
+    no_vxlan: ClassVar[str] = ""
+
     endpoints: tuple[str, ...] = DEFAULT_ENDPOINTS
     prefix: str = DEFAULT_PREFIX
     keyfile: str = ""
@@ -61,6 +64,11 @@ class EtcdConfig:
         if not 0 < self.renew_margin < self.ttl_seconds:
             raise FieldError("subnet-lease-renew-margin", self.renew_margin_minutes,
                              f"minutes above 0 and below {self.ttl_seconds / 60:g}, a lease's life")
+
+    @property
+    def store_id(self) -> str:
+        """The prefix alone, not the endpoints: the members of a cluster change over time."""
+        return f"etcd {self.root}"
 
     @property
     def renew_margin(self) -> float:

@@ -8,21 +8,32 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from ..base import Attributes, Changes, Lease, Snapshot, SourceHealth, Subnets
+from ..base import (
+    Attributes,
+    Changes,
+    Lease,
+    LeaseSource,
+    LocalAddresses,
+    Snapshot,
+    SourceHealth,
+    Subnets,
+)
 from ..netconf import NetConfig
 from .client import Client
 from .config import EtcdConfig
-from .follow import Follower
-from .tenure import Tenure
+from .keeper import LeaseKeeper
+from .watch import LeaseWatcher
 
 
-class EtcdSource:
+def open_source(config: EtcdConfig, _: LocalAddresses) -> EtcdSource:
+    return EtcdSource(config)
+
+
+class EtcdSource(LeaseSource):
     """A LeaseSource over flannel's keys in etcd; see udptun.leases.base for the contract.
 
     draw  picks one of the free subnets' bases
     """
-
-    kind = "etcd"
 
     def __init__(
         self, config: EtcdConfig, draw: Callable[[Sequence[int]], int] = random.choice
@@ -30,21 +41,21 @@ class EtcdSource:
         self.health = SourceHealth(error="not asked yet")
         self._config = config
         self._client = Client(config, self._count_failure)
-        self._tenure = Tenure(self._client, config, self.health, draw)
+        self._keeper = LeaseKeeper(self._client, config, self.health, draw)
 
     async def network(self) -> NetConfig:
-        return await self._tenure.network()
+        return await self._keeper.network()
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
-        return await self._tenure.acquire(attributes, former)
+        return await self._keeper.acquire(attributes, former)
 
     async def hold(self, lease: Lease) -> None:
-        await self._tenure.hold(lease)
+        await self._keeper.hold(lease)
 
     def updates(self) -> AsyncGenerator[Snapshot | Changes, None]:
-        return Follower(
+        return LeaseWatcher(
             self._client, self._config.root, self.health, self._config.ttl_seconds,
-            self._tenure.touched, self._report,
+            self._keeper.touched, self._report,
         ).updates()
 
     async def aclose(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ...errors import FieldError
 
@@ -41,6 +42,9 @@ class KubeConfig:
     page                          nodes a listing asks for at once
     """
 
+    kind: ClassVar[str] = "kubernetes"
+    no_vxlan: ClassVar[str] = ""
+
     node_name: str = ""
     pod_name: str = ""
     pod_namespace: str = ""
@@ -66,6 +70,10 @@ class KubeConfig:
         if self.api_url and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.api_url):
             raise FieldError("kube-api-url", self.api_url, "http://HOST:PORT or https://HOST:PORT")
         object.__setattr__(self, "annotation_prefix", _complete(self.annotation_prefix))
+
+    @property
+    def store_id(self) -> str:
+        return f"kubernetes {self.node_name}".strip()
 
 
 def _complete(prefix: str) -> str:

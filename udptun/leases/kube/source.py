@@ -7,7 +7,6 @@ cluster's to give: nothing is chosen and nothing expires here. Asyncio, one loop
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -15,12 +14,16 @@ from contextlib import aclosing, contextmanager
 
 from ...errors import FieldError
 from ...model import IPNetwork
+from ..backoff import Backoff
 from ..base import (
     Attributes,
     Change,
     Changes,
+    Identity,
     Lease,
     LeaseBook,
+    LeaseSource,
+    LocalAddresses,
     Snapshot,
     SourceHealth,
     StoreDown,
@@ -28,8 +31,7 @@ from ..base import (
     Subnets,
 )
 from ..netconf import NetConfig
-from ..pauses import Pauses
-from ..waiting import wait_at_most
+from ..wait import wait_at_most
 from .api import Api, Event, Gone
 from .config import KubeConfig
 from .schema import Annotations, FullNode, Node, network_up_patch
@@ -38,14 +40,16 @@ from .schema import subnets as pod_subnets
 log = logging.getLogger(__name__)
 
 
-class KubeSource:
+def open_source(config: KubeConfig, _: LocalAddresses) -> KubeSource:
+    return KubeSource(config)
+
+
+class KubeSource(LeaseSource):
     """A LeaseSource (see ``base``) on the nodes of a Kubernetes cluster.
 
     ``hold`` says NetworkUnavailable=False, upon which the scheduler sends pods: it is for a host
-    that is set up. Beside the contract there is ``node_public``.
+    that is set up.
     """
-
-    kind = "kubernetes"
 
     def __init__(self, config: KubeConfig) -> None:
         self.health = SourceHealth()
@@ -65,14 +69,17 @@ class KubeSource:
             raise StoreRefused(f"the network's configuration cannot be read: {path}: {e}") from e
         return NetConfig.parse(text, check_subnets=False, where=str(path))
 
-    async def node_public(
-        self,
-    ) -> tuple[ipaddress.IPv4Address | None, ipaddress.IPv6Address | None]:
-        """This node's annotations node-public-ip and node-public-ipv6, which stand for the options
-        --public-ip and --public-ipv6. StoreDown, StoreRefused."""
+    async def identity(self) -> Identity:
+        """Read this node's annotations node-public-ip and node-public-ipv6; flannel lets them
+        override --public-ip and --public-ipv6. StoreDown, StoreRefused."""
         node = await self._api.node(await self._name())
-        with _refused(node):
-            return self._annotations.node_public(node)
+        try:
+            public_ip, public_ipv6 = self._annotations.node_public(node)
+        except FieldError as e:  # the node is still usable with the address of its interface
+            log.error("node %s: %s; the annotations of its public addresses are ignored",
+                      node.metadata.name, e)
+            return Identity()
+        return Identity(public_ip, public_ipv6, overrides_options=True)
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
         """As published: with the address of public-ip-overwrite, if an operator has set that."""
@@ -88,7 +95,7 @@ class KubeSource:
 
     async def hold(self, lease: Lease) -> None:
         """Say that the network is there; mend what others do to our annotations."""
-        pauses = Pauses(self._config.retry_min, self._config.retry_max)
+        pauses = Backoff(self._config.retry_min, self._config.retry_max)
         announced = ""  # the uid of the node object that was told
         while True:
             self._own_changed.clear()
@@ -110,7 +117,7 @@ class KubeSource:
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
         book = LeaseBook()
-        pauses = Pauses(self._config.retry_min, self._config.retry_max)
+        pauses = Backoff(self._config.retry_min, self._config.retry_max)
         version, snapshot_due = "", True
         while True:
             try:

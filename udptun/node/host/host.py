@@ -33,8 +33,6 @@ from .subnet_env import SubnetEnv
 
 log = logging.getLogger(__name__)
 
-NO_MACS = "a list of nodes does not say the MAC addresses that VXLAN needs"
-
 
 class NoVxlan(UdptunError):
     """Only VXLAN was asked for, and this kernel makes no such device."""
@@ -69,7 +67,7 @@ class Host:
         """
         kind = backend(self._config, network)
         udp = kind != "vxlan"
-        no_vxlan = NO_MACS if kind == "auto" and self._config.hosts is not None else ""
+        no_vxlan = self._config.source.no_vxlan if kind == "auto" else ""
         if kind != "udp" and not no_vxlan:
             mtu = inner_mtu(network, underlay, udp, True)
             wanted = vxlan_wanted(network, underlay, mtu, former)

@@ -54,7 +54,7 @@ class PeersReport:
 class NodeReport:
     """One daemon. Sentences are for people; "" where there is nothing to say.
 
-    store             LeaseSource.kind
+    store             SourceConfig.kind
     source            the source's own, live
     waiting           what the start waits for; "" once everything is set up
     stale             the leases in force are those kept on disk: the store has not told its own

@@ -19,7 +19,7 @@ _TOKEN = re.compile(
 )
 
 
-class Places:
+class Positions:
     """The lines of one text.
 
     repeated  paths that occur more than once, in order: in JSON a parser takes the last

@@ -15,25 +15,30 @@ import asyncio
 import logging
 import platform
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
-from ..errors import FieldError
-from ..model import IPAddress
-from .base import (
+from ...errors import FieldError
+from ...model import IPAddress
+from ..advert import read as read_advert
+from ..base import (
     Attributes,
     Changes,
+    Identity,
     Lease,
     LeaseBook,
+    LeaseSource,
+    LocalAddresses,
     Snapshot,
     SourceHealth,
     StoreDown,
     StoreRefused,
     Subnets,
 )
-from .hosts import Hosts, parse
-from .netconf import NetConfig
-from .waiting import wait_at_most
+from ..netconf import NetConfig
+from ..wait import wait_at_most
+from .config import FileConfig
+from .schema import Hosts, parse
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +53,11 @@ async def _no_addresses() -> Iterable[IPAddress]:
     return ()
 
 
-class FileSource:
+def open_source(config: FileConfig, local_addresses: LocalAddresses) -> FileSource:
+    return FileSource(config.path, node_name=config.node_name, addresses=local_addresses)
+
+
+class FileSource(LeaseSource):
     """A LeaseSource over one file. What it says cannot be used: what it said before holds.
 
     node_name  which node we are; "": the one named as the host is, else the one whose public
@@ -59,11 +68,9 @@ class FileSource:
     Its node's port and mtu are in its lease as an Advert, also for ourselves.
     """
 
-    kind = "file"
-
     def __init__(
         self, path: Path, *, node_name: str = "", hostname: str | None = None,
-        addresses: Callable[[], Awaitable[Iterable[IPAddress]]] = _no_addresses,
+        addresses: LocalAddresses = _no_addresses,
         poll_s: float = POLL_SECONDS,
     ) -> None:
         self.health = SourceHealth()
@@ -82,14 +89,22 @@ class FileSource:
     async def network(self) -> NetConfig:
         return (await self._good()).network
 
+    async def identity(self) -> Identity:
+        return self.cached_identity(await self._own_lease())
+
+    def cached_identity(self, lease: Lease) -> Identity:
+        """Our entry in the file declares everything about us; the lease is that entry."""
+        declared = lease.attributes
+        families = {address.version for address in (declared.public_ip, declared.public_ipv6)
+                    if address is not None}
+        return Identity(declared.public_ip, declared.public_ipv6, families=frozenset(families),
+                        advert=read_advert(declared))
+
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
-        try:
-            hosts = await self._good()
-        except FieldError as exc:
-            raise StoreRefused(str(exc)) from None
-        lease = await self._which(hosts)
+        lease = await self._own_lease()
         self._own = lease.key
-        self._see_to_own(hosts)
+        assert self._hosts is not None
+        self._see_to_own(self._hosts)
         return lease
 
     async def hold(self, lease: Lease) -> None:
@@ -169,6 +184,14 @@ class FileSource:
             health.lease = "lost"
             health.lease_error = f"{self._path} has no node {self._own} any more"
             log.error("%s: its subnets are used until that changes", health.lease_error)
+
+    async def _own_lease(self) -> Lease:
+        """StoreDown; StoreRefused, also for a file that is invalid."""
+        try:
+            hosts = await self._good()
+        except FieldError as exc:
+            raise StoreRefused(str(exc)) from None
+        return await self._which(hosts)
 
     async def _which(self, hosts: Hosts) -> Lease:
         """Our node. StoreRefused says what was looked for, and what there is."""

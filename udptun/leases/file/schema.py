@@ -16,8 +16,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from ..errors import FieldError
-from ..model import (
+from ...errors import FieldError
+from ...model import (
     DEFAULT_PORT,
     MAX_MTU,
     MIN_MTU,
@@ -28,10 +28,10 @@ from ..model import (
     parse_number,
     parse_prefix,
 )
-from .advert import Advert, embed, read
-from .base import Attributes, Lease, Subnets
-from .netconf import NetConfig
-from .places import Places
+from ..advert import Advert, embed, read
+from ..base import Attributes, Lease, Subnets
+from ..netconf import NetConfig
+from .positions import Positions
 
 Item = TypeVar("Item", IPAddress, IPNetwork)
 Kind = TypeVar("Kind")
@@ -68,7 +68,7 @@ def parse(data: bytes, name: str) -> Hosts:
         try:
             return _hosts(content)
         except FieldError as exc:  # its place is a path within the content
-            line_n = Places(text).line(exc.where)
+            line_n = Positions(text).line(exc.where)
             where = name if line_n is None else f"{name} line {line_n}"
             raise FieldError(exc.field, exc.value, exc.expected, where) from None
     except RecursionError:  # from the parser, or while showing a value
@@ -89,7 +89,7 @@ def _json(text: str, name: str) -> Mapping[str, Any]:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                places = Places(text)
+                places = Positions(text)
                 line = places.line(places.repeated[0]) if places.repeated else "?"
                 raise FieldError(key, value, "each key once", f"{name} line {line}")
             content[key] = value
@@ -115,7 +115,7 @@ def _syntax(text: str, name: str, line: int | None, expected: str) -> FieldError
 
 
 def _hosts(content: Mapping[str, Any]) -> Hosts:
-    """From here on an error's ``where`` is a path, as in Places."""
+    """From here on an error's ``where`` is a path, as in Positions."""
     _only(content, _FILE_KEYS, "")
     networks = _both(content, "network", parse_prefix, "")
     port = parse_number("port", content.get("port", DEFAULT_PORT), 1, 65535, "port")

@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import FieldError
+from ..backoff import Backoff
 from ..base import Attributes, Lease, SourceHealth, StoreDown, StoreRefused, Subnets
 from ..netconf import NetConfig
-from ..pauses import Pauses
-from ..waiting import wait_at_most
+from ..wait import wait_at_most
 from . import messages
 from .allocate import Entry, choose, fits, is_mine, own_entries
 from .client import Client
 from .config import EtcdConfig
-from .follow import list_entries
 from .schema import config_key, read_value, subnets_prefix, write_key, write_value
+from .watch import list_entries
 
 TRIES = 10  # as flannel: each lost race makes another listing
 CHECK_S = 30.0  # our key is read so often, even if the watch says nothing
@@ -50,7 +50,7 @@ class _Taken(Exception):
     """The key is another node's now."""
 
 
-class Tenure:
+class LeaseKeeper:
     """``draw`` picks one of the free subnets' bases."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Tenure:
             raise StoreDown(f"{TRIES} attempts to get a subnet were each lost to another node")
 
     async def hold(self, lease: Lease) -> None:
-        pauses = Pauses(PAUSE_MIN_S, PAUSE_MAX_S)
+        pauses = Backoff(PAUSE_MIN_S, PAUSE_MAX_S)
         if self._held is None or self._held.lease.key != lease.key:
             # Known from before a restart; what the store says of it is still to be seen.
             self._lose(_Held(lease, 0, 0, None), "not seen in the store yet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 
-class Pauses:
+class Backoff:
     """Seconds, doubling from ``low`` to ``high``, each shortened at random by up to a half, so that
     nodes which lost the same store do not come back all at once."""
 

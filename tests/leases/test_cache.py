@@ -8,10 +8,10 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
-from udptun.leases import saved
+from udptun.leases import cache
 from udptun.leases.base import Attributes, Lease, Subnets
+from udptun.leases.cache import LastKnown, LeaseCache
 from udptun.leases.netconf import NetConfig
-from udptun.leases.saved import LastKnown, Saved
 
 ETCD = "etcd http://192.0.2.1:2379 /coreos.com/network"
 NETWORK = NetConfig.parse('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": 7}}')
@@ -35,7 +35,7 @@ def known(*leases, store=ETCD, lease=OWN):
 
 
 async def write(path, what):
-    file = Saved(path)
+    file = LeaseCache(path)
     file.keep(what)
     await file.aclose()
 
@@ -43,9 +43,9 @@ async def write(path, what):
 async def test_what_was_kept_is_read_again(tmp_path):
     path = tmp_path / "not" / "yet" / "leases.json"
     await write(path, known())
-    assert Saved(path).load(ETCD) == known()
+    assert LeaseCache(path).load(ETCD) == known()
     await write(path, known(OWN, lease=None))
-    assert Saved(path).load(ETCD) == known(OWN, lease=None)
+    assert LeaseCache(path).load(ETCD) == known(OWN, lease=None)
     assert [entry.name for entry in path.parent.iterdir()] == ["leases.json"]
 
 
@@ -56,7 +56,7 @@ async def test_a_peer_whose_data_cannot_be_written_takes_no_other_with_it(tmp_pa
     deep = Lease("10.5.9.0-24", Subnets(), Attributes(backend_data=nested))
     path = tmp_path / "leases.json"
     await write(path, known(OWN, deep, *ODD))
-    assert Saved(path).load(ETCD) == known()
+    assert LeaseCache(path).load(ETCD) == known()
 
 
 async def test_a_network_whose_subnets_the_store_gives(tmp_path):
@@ -64,18 +64,18 @@ async def test_a_network_whose_subnets_the_store_gives(tmp_path):
     network = NetConfig.parse('{"Network": "10.5.0.0/29", "SubnetLen": 99}', check_subnets=False)
     what = LastKnown("kubernetes", network, None, ())
     await write(path, what)
-    assert Saved(path).load("kubernetes") == what
+    assert LeaseCache(path).load("kubernetes") == what
 
 
 def test_nothing_was_kept(tmp_path):
-    assert Saved(tmp_path / "leases.json").load(ETCD) is None
+    assert LeaseCache(tmp_path / "leases.json").load(ETCD) is None
 
 
 async def test_another_store_says_nothing_of_this_one(tmp_path):
     path = tmp_path / "leases.json"
     await write(path, known())
-    assert Saved(path).load("kubernetes") is None
-    assert Saved(path).load(ETCD) is not None
+    assert LeaseCache(path).load("kubernetes") is None
+    assert LeaseCache(path).load(ETCD) is not None
 
 
 def _without(key):
@@ -107,25 +107,25 @@ async def test_a_broken_file_is_set_aside_and_said(tmp_path, caplog, damage):
         damage(content)
         path.write_text(json.dumps(content))
     broken = path.read_bytes()
-    assert Saved(path).load(ETCD) is None
+    assert LeaseCache(path).load(ETCD) is None
     assert not path.exists()
     assert (tmp_path / "leases.json.bad").read_bytes() == broken
     assert "leases.json.bad" in caplog.text
     await write(path, known())
-    assert Saved(path).load(ETCD) == known()
+    assert LeaseCache(path).load(ETCD) == known()
 
 
 async def test_a_file_that_may_not_be_read_is_left_there(tmp_path, caplog):
     path = tmp_path / "leases.json"
     path.mkdir()
-    assert Saved(path).load(ETCD) is None
+    assert LeaseCache(path).load(ETCD) is None
     assert path.exists()
     assert "cannot be read" in caplog.text
 
 
 async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
     path = tmp_path / "leases.json"
-    file = Saved(path, pause_s=0)
+    file = LeaseCache(path, pause_s=0)
     written = []
     write_one, file._write = file._write, lambda what: (written.append(what), write_one(what))
     for last in ODD[-3:]:
@@ -134,17 +134,17 @@ async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
         await until(lambda last=last: written and written[-1] == known(last))
     await file.aclose()
     assert len(written) == 3
-    assert Saved(path).load(ETCD) == known(ODD[-1])
+    assert LeaseCache(path).load(ETCD) == known(ODD[-1])
 
 
 async def test_after_a_quiet_time_there_is_no_pause(tmp_path):
     path = tmp_path / "leases.json"
-    file = Saved(path, pause_s=3600)
+    file = LeaseCache(path, pause_s=3600)
     file.keep(known())
     await until(path.exists)
     file.keep(known(OWN))
     await asyncio.sleep(0)
-    assert Saved(path).load(ETCD) == known()
+    assert LeaseCache(path).load(ETCD) == known()
     await file.aclose()
 
 
@@ -156,19 +156,21 @@ async def test_a_pause_is_in_proportion_to_what_was_written(tmp_path, monkeypatc
     async def wait(event, seconds):
         pauses.append(seconds)
 
-    monkeypatch.setattr(saved, "wait_at_most", wait)
-    file = Saved(path)
+    monkeypatch.setattr(cache, "wait_at_most", wait)
+    file = LeaseCache(path)
     for lease in (OWN, ODD[-1]):
         file.keep(known(lease))
-        await until(lambda lease=lease: path.exists() and Saved(path).load(ETCD) == known(lease))
+        await until(
+            lambda lease=lease: path.exists() and LeaseCache(path).load(ETCD) == known(lease)
+        )
     await file.aclose()
     assert len(pauses) == 2
-    assert pauses[0] <= 0 < pauses[1] <= saved.PAUSE_MOST_SECONDS
+    assert pauses[0] <= 0 < pauses[1] <= cache.PAUSE_MOST_SECONDS
 
 
 async def test_what_comes_while_writing_is_written_too(tmp_path):
     path = tmp_path / "leases.json"
-    file = Saved(path, pause_s=0)
+    file = LeaseCache(path, pause_s=0)
     loop = asyncio.get_running_loop()
     write_one = file._write
 
@@ -182,18 +184,18 @@ async def test_what_comes_while_writing_is_written_too(tmp_path):
 
     file._write = write_and_change
     file.keep(known())
-    await until(lambda: path.exists() and Saved(path).load(ETCD) == known(OWN))
+    await until(lambda: path.exists() and LeaseCache(path).load(ETCD) == known(OWN))
     await file.aclose()
 
 
 async def test_closing_writes_without_the_pause(tmp_path):
     path = tmp_path / "leases.json"
-    file = Saved(path, pause_s=3600)
+    file = LeaseCache(path, pause_s=3600)
     file.keep(known(OWN))
     await until(path.exists)
     file.keep(known())
     await file.aclose()
-    assert Saved(path).load(ETCD) == known()
+    assert LeaseCache(path).load(ETCD) == known()
 
 
 async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
@@ -202,7 +204,7 @@ async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
     """And what was there before is still whole."""
     path = tmp_path / "leases.json"
     await write(path, known(OWN))
-    monkeypatch.setattr(saved, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(cache, "RETRY_SECONDS", 0.01)
     full, tries = True, []
 
     def fsync(fd):
@@ -211,23 +213,23 @@ async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    file = Saved(path, pause_s=0)
+    file = LeaseCache(path, pause_s=0)
     with caplog.at_level(logging.ERROR):
         file.keep(known())
         await until(lambda: len(tries) >= 3)
-    assert Saved(path).load(ETCD) == known(OWN)
+    assert LeaseCache(path).load(ETCD) == known(OWN)
     assert [record.getMessage() for record in caplog.records] == [
         f"the leases are not saved to {path}: No space left on device"
     ]
     full = False
-    await until(lambda: Saved(path).load(ETCD) == known())
+    await until(lambda: LeaseCache(path).load(ETCD) == known())
     await file.aclose()
 
 
 async def test_closing_does_not_wait_for_a_full_disk(tmp_path):
     path = tmp_path / "file" / "leases.json"
     path.parent.write_text("no directory")
-    file = Saved(path)
+    file = LeaseCache(path)
     file.keep(known())
     await asyncio.wait_for(file.aclose(), 30)
 

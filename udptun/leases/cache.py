@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from ..files import replace_file
 from .base import Attributes, Lease, Subnets
 from .netconf import NetConfig
-from .waiting import wait_at_most
+from .wait import wait_at_most
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class LastKnown:
     leases: tuple[Lease, ...]
 
 
-class Saved:
+class LeaseCache:
     """One file, of one daemon. The directory is made when it is needed.
 
     pause_s  between two writes; None: in proportion to what a write takes

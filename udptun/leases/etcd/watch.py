@@ -20,6 +20,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ...errors import FieldError
+from ..backoff import Backoff
 from ..base import (
     Attributes,
     Change,
@@ -31,7 +32,6 @@ from ..base import (
     StoreDown,
     StoreRefused,
 )
-from ..pauses import Pauses
 from . import messages
 from .allocate import Entry
 from .client import Client
@@ -72,7 +72,7 @@ async def list_entries(client: Client, root: str) -> Listing:
     return Listing(await client.call(messages.RANGE, request), prefix)
 
 
-class Follower:
+class LeaseWatcher:
     """``forgotten_ttl``: seconds for which a lease lives on that the store has forgotten.
 
     ``touched``  called with each key that the watch tells news of, with None after a listing
@@ -95,8 +95,8 @@ class Follower:
         self._forgotten: dict[str, float] = {}  # by key, when to give up, in monotonic time
 
     async def updates(self) -> AsyncGenerator[Snapshot | Changes, None]:
-        pauses = Pauses(PAUSE_MIN_S, PAUSE_MAX_S)
-        refusals = Pauses(PAUSE_MIN_S, REFUSED_MAX_S)
+        pauses = Backoff(PAUSE_MIN_S, PAUSE_MAX_S)
+        refusals = Backoff(PAUSE_MIN_S, REFUSED_MAX_S)
         listed = False
         while True:
             refused = False
@@ -116,7 +116,7 @@ class Follower:
                 refused = isinstance(error, StoreRefused)
             await asyncio.sleep((refusals if refused else pauses).next())
 
-    async def _watch(self, *pauses: Pauses) -> AsyncGenerator[tuple[Change, ...], None]:
+    async def _watch(self, *pauses: Backoff) -> AsyncGenerator[tuple[Change, ...], None]:
         """Until the watch cannot go on: ``_revision`` is None then. Raises as Client.watch."""
         assert self._revision is not None
         create = messages.WatchCreateRequest(

@@ -1,0 +1,25 @@
+"""The configuration of a hosts file source. Imports nothing heavy: the command line uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class FileConfig:
+    """The file, and which of its nodes this machine is.
+
+    node_name  "": the node that has our hostname, else the one that has one of our addresses
+    """
+
+    kind: ClassVar[str] = "file"
+    no_vxlan: ClassVar[str] = "a hosts file does not contain the MAC addresses that VXLAN needs"
+
+    path: Path
+    node_name: str = ""
+
+    @property
+    def store_id(self) -> str:
+        return f"file {self.path}"
