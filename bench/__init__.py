@@ -1,22 +1,27 @@
-"""The benchmarks: what udptun is compared with, how it is measured, and what is said of it.
+"""The benchmarks: compare udptun with other tunnels, and report the results.
 
-    python -m bench quick      TCP and round trips, 8 minutes at most (make bench)
-    python -m bench full       everything, 60 minutes at most (make bench-full)
-    python -m bench tcp        one metric alone; --help says which there are
+    python -m bench quick      TCP and round trips, at most 8 minutes (make bench)
+    python -m bench full       all metrics, at most 60 minutes (make bench-full)
+    python -m bench tcp        a single metric; --help lists them
 
-The road of a figure through this package, a file a step:
+The modules, in the order in which a result passes through them:
 
-    contenders/   what is measured: two hosts each, and a way between them
-    metrics/      what is asked of it: one slot of one contender
-    blocks        the slots in an order that is fair to all, and what spoils a block
-    proof         whether the bytes took the road they are credited to
-    record        raw JSON lines, one a slot, in bench/out/<stamp>/
-    stats         medians, ratios within a block, intervals, the noise floor
-    summary       the lines of a run as figures; floors holds some of them to a limit
-    report        Markdown and the table on the terminal; plots draws, readme fills README.md
+    cli           options, and the life of a run
+    session       the lab, the paths under test, the time limit, the progress line
+    contenders/   the tunnels: each sets up a path between two hosts of its own
+    profiles      what the wire does with super-packets: P1, P2, P3, P4
+    metrics/      what one slot measures; load starts the generators, udpload and iperf3
+    blocks        the order of the slots, and the rules that reject a block
+    proof         counters on the wire: the bytes took the path that they are credited to
+    record        raw results as JSON lines, in bench/out/<time>-<command>/
+    summary       figures from these lines; stats has medians, ratios within blocks, intervals
+    goals         the required value and the target of some figures
+    report        Markdown and terminal output; units, plots and readme (README.md's table)
 
-Beside it: micro/ times single steps, instructions counts what they take; tables is their input.
+In addition: micro/ times single steps of the core, instructions counts their instructions; tables
+is their input. flame draws a CPU profile, system describes the machine, tools builds the C
+programs.
 
-Needs root, since hosts are network namespaces (udptun.lab). All of it is removed at the end, on an
-error and on Ctrl-C.
+Needs root, because hosts are network namespaces (udptun.lab). They are removed at the end, also
+after an error and after Ctrl-C.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench``: see the package's docstring, or --help."""
+"""Runs ``python -m bench``; see the docstring of the package, or --help."""
 
 import sys
 

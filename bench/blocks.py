@@ -1,13 +1,15 @@
-"""Interleaved blocks: every contender measured close in time to what it is compared with.
+"""Runs the measurements in interleaved blocks, so that contenders are compared close in time.
 
-Owns: the order of the slots, what is read around each slot, what spoils a block, and when there
-are enough. Refuses to know: what a slot measures; see ``metrics``.
+Owns: the order of the slots, the counters read before and after each slot, the rules that reject a
+block, and the number of blocks. Does not know: what a slot measures; see ``metrics``. Main thread
+only, like udptun.lab.
 
-A block is a palindrome, D V U O O U V D: what drifts steadily through a block hits all contenders
-alike, and the two slots of each tell the noise of measuring the same thing twice. A block is
-rejected when the machine was not ours (stolen time) or the anchor, its first contender, was far
-from itself. Neither looks at the ratio that the block is for. Rejected blocks stay in the record,
-and others take their place as far as time allows.
+A slot is one measurement of one contender. A block measures every contender, usually in the order
+D V U O O U V D: a steady drift of the machine then affects all contenders equally, and the two
+slots of one contender show the noise of repeating a measurement. A block is rejected if the
+hypervisor took CPU time from this machine (steal time), or if the two slots of its first contender,
+the anchor, differ too much. Neither rule looks at the ratios between contenders. A rejected block
+stays in the record, and another block replaces it if time allows.
 """
 
 from __future__ import annotations
@@ -20,19 +22,24 @@ from typing import Any
 from udptun.lab import LabError
 
 from . import stats, system
-from .contenders import Road
-from .proof import judge
+from .contenders import PathUnderTest
+from .proof import refusal_reason
 from .session import OutOfTime, Session
 
-STOLEN_MOST = 0.02
-ANCHOR_DRIFT_MOST = 0.30
-# Room for what one slot takes beside its measuring: processes, counters.
-_SLOT_EXTRA_SECONDS = 0.4
+MAX_STOLEN = 0.02
+MAX_ANCHOR_DRIFT = 0.30
+# What a slot takes in addition to its measurement: starting processes, reading counters.
+_SLOT_OVERHEAD_SECONDS = 0.4
 
 
 @dataclass
-class Measured:
-    """What one slot found. ``received``: payload bytes at b and at a, to be proved on the wire."""
+class SlotResult:
+    """The result of one slot.
+
+    values    by name; see ``units``
+    received  payload bytes received at b and at a; the counters on the wire must confirm them
+    facts     further details for the record
+    """
 
     values: dict[str, float]
     received: tuple[int, int] = (0, 0)
@@ -40,17 +47,18 @@ class Measured:
 
 
 class Refused(Exception):
-    """What was to be timed did not happen."""
+    """The slot did not do what it should have measured; it gives no figure."""
 
 
-Measure = Callable[[Road], Measured]
+Measure = Callable[[PathUnderTest], SlotResult]
 
 
 @dataclass(frozen=True)
 class Series:
-    """What is compared with each other: one metric, on one profile, in one variant.
+    """Measurements that are compared with each other: one metric, profile and variant.
 
-    anchor   the value by which a block's first contender must be close to itself; None: no check
+    anchor   the value by which the two slots of a block's first contender are compared; None if
+             they are not compared
     """
 
     metric: str
@@ -62,34 +70,38 @@ class Series:
         return f"{self.metric} {self.profile} {self.variant}".strip()
 
 
-def order(names: Sequence[str], mirrored: bool, block: int) -> list[str]:
-    """The slots of a block. Not ``mirrored``: one each, every other block backwards."""
-    there = list(names)
+def slot_order(names: Sequence[str], mirrored: bool, block: int) -> list[str]:
+    """Return the contenders of a block's slots.
+
+    mirrored      two slots per contender, the second half in reverse order
+    not mirrored  one slot per contender, every other block in reverse order
+    """
+    forward = list(names)
     if mirrored:
-        return there + there[::-1]
-    return there if block % 2 == 0 else there[::-1]
+        return forward + forward[::-1]
+    return forward if block % 2 == 0 else forward[::-1]
 
 
 def run_blocks(
     s: Session, series: Series, contenders: Sequence[str], measure: Measure, *, blocks: int,
     slot_seconds: float, mirrored: bool = True,
 ) -> None:
-    """Measure until ``blocks`` are accepted, or half as many again were tried."""
+    """Measure until ``blocks`` blocks are accepted; try at most half as many again."""
     names = [c.name for c in s.present(contenders, series.profile)]
     if not names:
         return
     s.set_profile(series.profile)
     accepted = 0
     for block in range(blocks + math.ceil(blocks / 2)):
-        slots = order(names, mirrored, block)
-        if s.left() < len(slots) * (slot_seconds + _SLOT_EXTRA_SECONDS):
-            s.recorder.note(f"{series}: {accepted} of {blocks} blocks, then the time was up")
+        slots = slot_order(names, mirrored, block)
+        if s.left() < len(slots) * (slot_seconds + _SLOT_OVERHEAD_SECONDS):
+            s.recorder.note(f"{series}: {accepted} of {blocks} blocks, out of time")
             raise OutOfTime
         lines = [
             _slot(s, series, block, name, measure, f"block {accepted + 1} of {blocks}")
             for name in slots
         ]
-        rejected = spoiled(lines, names[0], series.anchor)
+        rejected = rejection_reason(lines, names[0], series.anchor)
         s.recorder.write("block", **_key(series), block=block, rejected=rejected)
         if rejected:
             s.progress.step(f"{series}: block rejected: {rejected}")
@@ -102,13 +114,13 @@ def run_blocks(
     s.progress.step(f"{series}: {accepted} of {blocks} blocks")
 
 
-def record_alone(
-    s: Session, series: Series, measure: Callable[[], Measured], *, blocks: int
+def run_local_blocks(
+    s: Session, series: Series, measure: Callable[[], SlotResult], *, blocks: int
 ) -> None:
-    """Blocks of one slot for what needs no road: udptun's own steps in this process."""
+    """Run blocks of one slot each, for a step of udptun in this process, without hosts."""
     for block in range(blocks):
         s.progress.now(f"{series}, block {block + 1} of {blocks}")
-        cpu_before, refused, result = system.cpu_time(), None, Measured({})
+        cpu_before, refused, result = system.cpu_time(), None, SlotResult({})
         try:
             result = measure()
         except Refused as e:
@@ -130,22 +142,22 @@ def _slot(
     s: Session, series: Series, block: int, name: str, measure: Measure, where: str
 ) -> dict[str, Any]:
     s.progress.now(f"{series}, {where}: {name}")
-    road, watch = s.road(name), s.watch(name)
-    result, refused, proof = Measured({}), None, None
-    before, cpu_before = watch.read(), system.cpu_time()
+    path, counters = s.path(name), s.counters(name)
+    result, refused, counted = SlotResult({}), None, None
+    before, cpu_before = counters.read(), system.cpu_time()
     try:
-        result = measure(road)
+        result = measure(path)
     except (Refused, LabError) as e:
         refused = str(e)
     cpu = system.cpu_time() - cpu_before
-    after = watch.read()
-    road.forget_ended()
+    after = counters.read()
+    path.discard_ended_processes()
     if refused is None:
-        proof = tuple(new - old for new, old in zip(after, before, strict=True))
-        refused = judge(series.profile, result.received, (proof[0], proof[1]))
+        counted = tuple(new - old for new, old in zip(after, before, strict=True))
+        refused = refusal_reason(series.profile, result.received, (counted[0], counted[1]))
     received = sum(result.received)
     if received and "cpu_seconds" in result.values:
-        # The metric asks for the system's CPU time by naming it; only we know it.
+        # A metric sets "cpu_seconds" to request the CPU time, which is measured here.
         del result.values["cpu_seconds"]
         result.values["cpu_seconds_per_gb"] = cpu.busy / (received / 1e9)
     if refused:
@@ -154,23 +166,26 @@ def _slot(
         "slot", **_key(series), block=block, contender=name,
         values={} if refused else result.values, refused=refused, received=result.received,
         busy=round(cpu.busy / cpu.total, 4), stolen=round(cpu.stolen / cpu.total, 4),
-        wire=proof and [vars(count) for count in proof], **result.facts,
+        wire=counted and [vars(count) for count in counted], **result.facts,
     )
 
 
-def spoiled(
+def rejection_reason(
     lines: Sequence[dict[str, Any]], anchor_name: str, anchor: str | None
 ) -> str | None:
-    """Why a block is rejected; None when it is not."""
+    """Return why a block is rejected, or None if it is accepted."""
     if not any(line["values"] for line in lines):
         return "every figure was refused"
     stolen = max(line["stolen"] for line in lines)
-    if stolen > STOLEN_MOST:
-        return f"{stolen:.1%} of the CPU time was stolen by the host"
+    if stolen > MAX_STOLEN:
+        return f"the hypervisor took {stolen:.1%} of the CPU time, limit {MAX_STOLEN:.0%}"
     values = [
         line["values"][anchor] for line in lines
         if anchor and line["contender"] == anchor_name and anchor in line["values"]
     ]
-    if stats.drift(values) > ANCHOR_DRIFT_MOST:
-        return f"{anchor_name} was {stats.drift(values):.0%} from itself"
+    if stats.drift(values) > MAX_ANCHOR_DRIFT:
+        return (
+            f"the two slots of {anchor_name} differ by {stats.drift(values):.0%}, "
+            f"limit {MAX_ANCHOR_DRIFT:.0%}"
+        )
     return None

@@ -1,6 +1,7 @@
-"""The command line, and the life of a run: lab, measuring, report, removal.
+"""The command line, and the life of a run: set-up, measurement, report, removal.
 
-Owns: which metrics a command runs, and how much of each fits into its time.
+Owns: which metrics a command measures, how much of each, and the check of all options before
+anything is measured. Does not know: how a metric is measured. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
@@ -8,20 +9,19 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 from udptun.lab import Lab, LabError, missing_tools
 from udptun.lab.tools import install_command
 
-from . import flame, instructions, plots, readme, record, report, system
-from .contenders import find
+from . import flame, instructions, plots, profiles, readme, record, report, system
 from .contenders.external import installed_names
 from .metrics import gap, lookup, memory, pps, rtt, scale, start, tcp
-from .metrics.plan import COMPARED, Plan
+from .metrics.metric import COMPARED, NO_PROFILE, Metric, Plan
 from .session import OutOfTime, Session
 from .summary import load
 from .tools import ROOT
@@ -29,47 +29,47 @@ from .tools import ROOT
 _TOOLS = ("ip", "ping", "iperf3", "sysctl", "nft", "ethtool")
 _MINUTE = 60.0
 
-Step = tuple[ModuleType, Plan]
+Step = tuple[Metric, Plan]
 
-_LIMIT = (*COMPARED, "copylimit")
+_WITH_LIMIT = (*COMPARED, "copylimit")
 _FEW = ("direct", "vxlan", "udptun", "onepacket")
 _TUNNELS = ("vxlan", "udptun", "udptun --offload off", "onepacket")
 
-# (the metrics of a command, seconds it may take)
+# (the metrics of a command, the seconds it may take)
 QUICK: tuple[tuple[Step, ...], float] = (
     (
-        (tcp, Plan(4, 2, variants=("1 there",))),
-        (rtt, Plan(3, 1, ("P1",), variants=("udp idle", "udp bulk", "tcp idle"))),
+        (tcp.METRIC, Plan(4, 2, variants=("1 there",))),
+        (rtt.METRIC, Plan(3, 1, ("P1",), variants=("udp idle", "udp bulk", "tcp idle"))),
     ),
     7.5 * _MINUTE,
 )
 SINGLE = {
-    "tcp": (tcp, Plan(5, 3, contenders=_LIMIT)),
-    "cpu": (tcp, Plan(5, 3, ("P1",), _LIMIT, ("1 there",))),
-    "rtt": (rtt, Plan(5, 2, ("P1",))),
-    "pps": (pps, Plan(3, 1, ("P1",))),
-    "gap": (gap, Plan(10, 2, ("P1",), ("udptun",))),
-    "memory": (memory, Plan(3, 3, ("P1",), ("udptun",))),
-    "start": (start, Plan(10, 1, ("P1",), ("udptun",))),
-    "scale": (scale, Plan(3, 1, ("P1",), ("udptun", "onepacket"))),
-    "lookup": (lookup, Plan(5, 1, ("-",), ("udptun",))),
+    "tcp": (tcp.METRIC, Plan(5, 3, contenders=_WITH_LIMIT)),
+    "cpu": (tcp.METRIC, Plan(5, 3, ("P1",), _WITH_LIMIT, ("1 there",))),
+    "rtt": (rtt.METRIC, Plan(5, 2, ("P1",))),
+    "pps": (pps.METRIC, Plan(3, 1, ("P1",))),
+    "gap": (gap.METRIC, Plan(10, 2, ("P1",), ("udptun",))),
+    "memory": (memory.METRIC, Plan(3, 3, ("P1",), ("udptun",))),
+    "start": (start.METRIC, Plan(10, 1, ("P1",), ("udptun",))),
+    "scale": (scale.METRIC, Plan(3, 1, ("P1",), ("udptun", "onepacket"))),
+    "lookup": (lookup.METRIC, Plan(5, 1, (NO_PROFILE,), ("udptun",))),
 }
 
 
 def full() -> tuple[tuple[Step, ...], float]:
-    """The floors' rows come first: should the time run out, they are there."""
-    here = installed_names()
-    compared = (*_LIMIT, *here)
+    """Return the steps of ``full``. Those that the goals need come first, in case time runs out."""
+    installed = installed_names()
     return (
         (
-            (tcp, Plan(12, 2, contenders=compared, variants=("1 there",))),
-            (rtt, Plan(8, 2, ("P1",), (*_FEW, *here), ("udp idle", "udp bulk"))),
-            (pps, Plan(6, 1, ("P1",), variants=("64 bytes",))),
+            (tcp.METRIC, Plan(12, 2, contenders=(*_WITH_LIMIT, *installed),
+                              variants=("1 there",))),
+            (rtt.METRIC, Plan(8, 2, ("P1",), (*_FEW, *installed), ("udp idle", "udp bulk"))),
+            (pps.METRIC, Plan(6, 1, ("P1",), variants=("64 bytes",))),
             SINGLE["gap"], SINGLE["memory"], SINGLE["start"], SINGLE["lookup"], SINGLE["scale"],
-            (pps, Plan(2, 1, ("P1",), _TUNNELS, ("256 bytes", "512 bytes", "1400 bytes"))),
-            (rtt, Plan(3, 1, ("P1",), _FEW, ("tcp idle", "tcp bulk"))),
-            (tcp, Plan(3, 2, ("P1", "P2", "P3"), _FEW,
-                       ("4 there", "16 there", "1 back", "1 both"))),
+            (pps.METRIC, Plan(2, 1, ("P1",), _TUNNELS, ("256 bytes", "512 bytes", "1400 bytes"))),
+            (rtt.METRIC, Plan(3, 1, ("P1",), _FEW, ("tcp idle", "tcp bulk"))),
+            (tcp.METRIC, Plan(3, 2, contenders=_FEW,
+                              variants=("4 there", "16 there", "1 back", "1 both"))),
         ),
         58 * _MINUTE,
     )
@@ -84,88 +84,186 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+_PROFILES_HELP = f"""\
+profiles: what the wire between the two hosts does with super-packets (TSO, USO):
+{profiles.legend()}
+
+P1, P2 and P3 are the usual ones; P4 is measured only with --profile P4.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Measure udptun beside what it is compared with."
+        prog="python -m bench", description="Compare udptun with other tunnels.",
+        epilog=_PROFILES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    described = {
-        "quick": "TCP ratios and round trips, 8 minutes at most",
-        "full": "everything, 60 minutes at most",
-        **{name: (module.__doc__ or "").split("\n")[0] for name, (module, _) in SINGLE.items()},
+    summaries = {
+        "quick": "TCP ratios and round trips, at most 8 minutes",
+        "full": "all metrics, at most 60 minutes",
+        **{name: metric.summary for name, (metric, _) in SINGLE.items()},
+        "cpu": "CPU time of the whole system per gigabyte, and TCP throughput",
     }
-    for name, words in described.items():
-        text = words.replace("%", "%%")  # argparse formats it
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=_measure, what=name)
-        command.add_argument("--blocks", type=int, help="blocks to accept of each series")
-        command.add_argument("--seconds", type=int, help="seconds that one slot measures")
-        command.add_argument("--profile", action="append", help="P1, P2 or P3; may be repeated")
-        command.add_argument(
-            "--contender", action="append", metavar="WORDS",
-            help="instead of the usual: direct, vxlan, onepacket, copylimit, 'udptun [OPTION]...', "
-            "'udptun@CHECKOUT', or the name of a description; may be repeated",
-        )
-        command.add_argument("--with", action="append", metavar="WORDS", dest="more", default=[],
-                             help="a contender beside the usual; may be repeated")
-        command.add_argument("--variant", action="append", help="only these; may be repeated")
-        command.add_argument("--congestion", help="TCP's congestion control, e.g. cubic")
-        command.add_argument("--minutes", type=float, help="stop measuring after that time")
-        command.add_argument("--out", type=Path, help="folder of the results")
-    command = commands.add_parser("report", help="make the report of recorded lines again")
-    command.add_argument("folder", type=Path, help="of the run")
+    for name, summary in summaries.items():
+        _add_measuring_command(commands, name, summary)
+    command = commands.add_parser("report", help="write the report of a recorded run again")
+    command.add_argument("folder", type=Path, help="folder of the run")
     command.set_defaults(run=_report_again)
-    command = commands.add_parser("readme", help="put a run's comparison into README.md")
-    command.add_argument("lines", type=Path, help="the run's folder or its lines")
-    command.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    command = commands.add_parser("readme", help="write a run's comparison into README.md")
+    command.add_argument("lines", type=Path, help="folder of the run, or its lines.jsonl")
+    command.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     command.set_defaults(run=lambda a: readme.rewrite(a.readme, load(record.read(a.lines))))
     text = "flame graph of one TCP stream through a contender (perf)"
-    command = commands.add_parser("flame", help=text, description=text)
-    command.add_argument("--contender", default="udptun", metavar="WORDS")
-    command.add_argument("--profile", default="P1", choices=("P1", "P2", "P3"))
-    command.add_argument("--seconds", type=int, default=5)
+    command = commands.add_parser(
+        "flame", help=text, description=text, epilog=_PROFILES_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--contender", default="udptun", metavar="SPEC")
+    command.add_argument("--profile", default="P1", choices=profiles.NAMES)
+    command.add_argument("--seconds", type=_positive(int), default=5)
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     command.set_defaults(run=_flame)
-    text = "instructions that single steps take on fixed input (valgrind)"
+    text = "instruction counts of single steps on fixed input (valgrind)"
     command = commands.add_parser("instructions", help=text, description=text)
-    command.add_argument("--save", type=Path, metavar="FILE", help="write the counts there")
+    command.add_argument("--save", type=Path, metavar="FILE", help="write the counts to FILE")
     command.add_argument("--check", type=Path, metavar="FILE",
-                         help="fail when a step takes more than it says")
+                         help="fail if a step takes more instructions than FILE says")
     command.set_defaults(run=lambda a: instructions.run(a.save, a.check))
     return parser
 
 
+def _add_measuring_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
+) -> None:
+    text = summary.replace("%", "%%")  # argparse formats it
+    command = commands.add_parser(
+        name, help=text, description=f"Measure: {text}.", epilog=_PROFILES_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_measure, what=name)
+    command.add_argument("--blocks", type=_positive(int), metavar="N",
+                         help="number of blocks to accept per series")
+    command.add_argument("--seconds", type=_positive(int), metavar="N",
+                         help="duration of one slot's measurement")
+    command.add_argument("--profile", action="append", choices=profiles.NAMES,
+                         help="only this profile (see below); may be repeated")
+    command.add_argument(
+        "--contender", action="append", metavar="SPEC",
+        help="replaces the default contenders: direct, vxlan, onepacket, copylimit, "
+        "'udptun [OPTION]...', 'udptun@CHECKOUT', or the name of a file in bench/contenders; "
+        "may be repeated",
+    )
+    command.add_argument("--with", action="append", metavar="SPEC", dest="more", default=[],
+                         help="a contender in addition to the default ones; may be repeated")
+    command.add_argument("--variant", action="append",
+                         help=f"only this variant; may be repeated; {_forms(name)}")
+    command.add_argument("--congestion", type=_congestion_control, metavar="NAME",
+                         help="TCP congestion control, e.g. cubic")
+    command.add_argument("--minutes", type=_positive(float), metavar="N",
+                         help="stop measuring after this time")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results")
+
+
+def _forms(name: str) -> str:
+    """Return the possible variants of a command, for its help."""
+    if name in SINGLE:
+        return SINGLE[name][0].form.replace("%", "%%")
+    return "see the help of the single metrics"
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+        return value
+
+    return parse
+
+
+def _congestion_control(name: str) -> str:
+    """Ask the kernel: as root it loads the module if necessary."""
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except OSError as e:
+            available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text()
+            raise argparse.ArgumentTypeError(
+                f"{name!r}: {e.strerror}; expected one of {', '.join(available.split())}"
+            ) from None
+    return name
+
+
 def _steps(arguments: argparse.Namespace) -> tuple[list[Step], float]:
-    """What was asked for, changed as the options say."""
+    """Return the command's steps, changed by the options; ValueError for a wrong option.
+
+    A command with several metrics accepts what at least one of them can measure, and leaves out the
+    metrics that can measure nothing of it.
+    """
     if arguments.what == "quick":
-        steps, budget = QUICK
+        steps, budget = list(QUICK[0]), QUICK[1]
     elif arguments.what == "full":
-        steps, budget = full()
+        steps, budget = list(full()[0]), full()[1]
     else:
-        steps, budget = (SINGLE[arguments.what],), 60 * _MINUTE
-    changes = {
-        "blocks": arguments.blocks, "seconds": arguments.seconds,
-        "profiles": arguments.profile and tuple(arguments.profile),
-        "contenders": arguments.contender and tuple(arguments.contender),
-        "congestion": arguments.congestion,
-        "variants": arguments.variant and tuple(arguments.variant),
+        steps, budget = [SINGLE[arguments.what]], 60 * _MINUTE
+    given = {
+        name: value for name in ("blocks", "seconds", "congestion")
+        if (value := getattr(arguments, name)) is not None
     }
-    changes = {name: value for name, value in changes.items() if value}
-    for words in [*(arguments.contender or ()), *arguments.more]:
-        find(words)  # complain before anything is made
-    changed = []
-    for module, plan in steps:
-        asked = replace(plan, **changes)
-        more = tuple(words for words in arguments.more if words not in asked.contenders)
-        changed.append((module, replace(asked, contenders=(*asked.contenders, *more))))
-    return changed, arguments.minutes * _MINUTE if arguments.minutes else budget
+    steps = [(metric, replace(plan, **given)) for metric, plan in steps]
+    if arguments.profile:
+        chosen = _possible(steps, arguments.profile, Metric.profile_problem)
+        steps = [
+            (metric, replace(plan, profiles=found) if found else plan)
+            for (metric, plan), found in zip(steps, chosen, strict=True)
+        ]
+    if arguments.variant:
+        chosen = _possible(steps, arguments.variant, Metric.variant_problem)
+        steps = [
+            (metric, replace(plan, variants=found))
+            for (metric, plan), found in zip(steps, chosen, strict=True) if found
+        ]
+    if arguments.contender:
+        chosen = _possible(steps, arguments.contender, Metric.contender_problem)
+        steps = [
+            (metric, replace(plan, contenders=found))
+            for (metric, plan), found in zip(steps, chosen, strict=True) if found
+        ]
+    chosen = _possible(steps, arguments.more, Metric.contender_problem)
+    steps = [
+        (metric, replace(plan, contenders=tuple(dict.fromkeys((*plan.contenders, *more)))))
+        for (metric, plan), more in zip(steps, chosen, strict=True)
+    ]
+    return steps, arguments.minutes * _MINUTE if arguments.minutes else budget
+
+
+def _possible(
+    steps: Sequence[Step], requested: Sequence[str],
+    problem: Callable[[Metric, Plan, str], str | None],
+) -> list[tuple[str, ...]]:
+    """Return for each step the requested values that it can measure.
+
+    ValueError if no step can measure one of the values.
+    """
+    possible: list[list[str]] = [[] for _ in steps]
+    for value in requested:
+        problems = [problem(metric, plan, value) for metric, plan in steps]
+        if all(problems):
+            raise ValueError("; ".join(dict.fromkeys(text for text in problems if text)))
+        for found, text in zip(possible, problems, strict=True):
+            if text is None:
+                found.append(value)
+    return [tuple(found) for found in possible]
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    if obstacle := _obstacle():
-        print(f"bench: {obstacle}", file=sys.stderr)
-        return 1
     steps, budget = _steps(arguments)
+    if missing := _missing_requirement():
+        print(f"bench: {missing}", file=sys.stderr)
+        return 1
     folder = arguments.out or record.new_folder(arguments.what)
     folder.mkdir(parents=True, exist_ok=True)
     lab, removed = Lab(), ""
@@ -193,8 +291,8 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _run(steps: Sequence[Step], session: Session) -> str:
     try:
-        for module, plan in steps:
-            module.run(session, plan)
+        for metric, plan in steps:
+            metric.measure(session, plan)
     except OutOfTime:
         return "out of time"
     finally:
@@ -203,7 +301,7 @@ def _run(steps: Sequence[Step], session: Session) -> str:
 
 
 def finish(folder: Path, lines: list[record.Line]) -> str:
-    """Report and plots into the folder; the text for the terminal."""
+    """Write report and plots into the folder; return the text for the terminal."""
     run = load(lines)
     (folder / "report.md").write_text(report.markdown(run, plots.draw(run, folder)))
     hint = "" if plots.available() else " (no plots: pip install matplotlib)"
@@ -216,14 +314,14 @@ def _report_again(arguments: argparse.Namespace) -> int:
 
 
 def _flame(arguments: argparse.Namespace) -> int:
-    obstacle = _obstacle()
+    problem = _missing_requirement()
     try:
-        if obstacle is None:
+        if problem is None:
             flame.run(arguments.contender, arguments.profile, arguments.seconds, arguments.out)
             return 0
     except LabError as e:
-        obstacle = str(e)
-    print(f"bench: {obstacle}", file=sys.stderr)
+        problem = str(e)
+    print(f"bench: {problem}", file=sys.stderr)
     return 1
 
 
@@ -231,11 +329,11 @@ def _command() -> str:
     return shlex.join(["python", "-m", "bench", *sys.argv[1:]])
 
 
-def _obstacle() -> str | None:
+def _missing_requirement() -> str | None:
     if os.geteuid() != 0:
-        return "needs root: it makes hosts as network namespaces (try sudo)"
+        return "needs root to create network namespaces (try sudo)"
     if missing := missing_tools(_TOOLS):
         return f"needs {', '.join(t for t, _ in missing)}: {install_command(missing)}"
     if not Path("/dev/net/tun").exists():
-        return "needs /dev/net/tun: modprobe tun, or give this container the device"
+        return "needs /dev/net/tun: run modprobe tun, or add the device to this container"
     return None

@@ -1,10 +1,10 @@
-"""Where the time of a machine goes while one TCP stream crosses the tunnel: flame graph and table.
+"""CPU profile of the whole machine while one TCP stream crosses the tunnel: flame graph and table.
 
-    python -m bench flame [--contender WORDS] [--profile P1] [--seconds 5] --out FOLDER
+    python -m bench flame [--contender SPEC] [--profile P1] [--seconds 5] --out FOLDER
 
-Owns: the sampling (perf, both cores, kernel and user), the folding of its stacks, the drawing.
-Refuses to know: what is compared. A sample's comm and frames are taken as perf prints them; the
-idle loop is told apart, so that the shares are of the time the machine was busy.
+Owns: sampling (perf, all cores, kernel and user space), folding of the stacks, drawing. Does not
+know: what is compared. Main thread only, like udptun.lab. Needs perf and root. Samples of the idle
+loop are counted separately: all shares are shares of the busy time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from udptun.lab import Lab, LabError
 from . import system
 from .contenders import find
 from .load import bulk
+from .profiles import PROFILES
 
-HERTZ = 1999  # not a divisor of the timer: samples do not move in step with it
-_SETTLE_SECONDS = 2
+HERTZ = 1999  # not a multiple or divisor of the timer tick, so that samples do not align with it
+_EXTRA_SECONDS = 2
 _IDLE = ("swapper", "[idle]")
 _FRAME = re.compile(r"\s*[0-9a-f]+ (?P<symbol>.+?)(?:\+0x[0-9a-f]+)? \((?P<where>[^()]*)\)$")
 
-# What a frame's own time is spent on; the first that matches counts.
+# Categories for the innermost frame; the first expression that matches decides.
 KINDS = (
     ("copying", r"rep_movs|copy_(?:to|from)|_copy_|memcpy|memmove|copyin|copyout|__pi_memcpy"),
     ("checksums", r"csum"),
@@ -49,7 +50,7 @@ _COLOURS = {"kernel": "#e8895b", "core": "#5aa469", "user": "#8fa7c4", "thread":
 
 @dataclass
 class Node:
-    """One frame and all that was sampled in it and below it."""
+    """One stack frame, with the samples taken in it and in its callees."""
 
     name: str
     kind: str = "thread"
@@ -64,7 +65,7 @@ class Node:
 
 
 def stacks(script: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(comm, frames from the root to the leaf) of each sample in ``perf script``'s text."""
+    """Yield (comm, frames from root to leaf) for each sample in the output of ``perf script``."""
     for block in script.split("\n\n"):
         comm, *lines = block.strip("\n").split("\n")
         if not comm.strip():
@@ -81,7 +82,7 @@ def _kind(symbol: str, where: str) -> str:
 
 
 def shares(samples: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> tuple[Counter[str], int]:
-    """Samples by what the innermost frame does, of the busy time; and how many were idle."""
+    """Return the busy samples by category of the innermost frame, and the number of idle ones."""
     found: Counter[str] = Counter()
     idle = 0
     for comm, frames in samples:
@@ -89,7 +90,7 @@ def shares(samples: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> tuple[Co
             idle += 1
         else:
             leaf = frames[-1][0] if frames else ""
-            found[next((k for k, words in KINDS if re.search(words, leaf)), OTHER)] += 1
+            found[next((k for k, pattern in KINDS if re.search(pattern, leaf)), OTHER)] += 1
     return found, idle
 
 
@@ -103,7 +104,7 @@ def table(found: Counter[str], idle: int, title: str) -> str:
 
 
 def draw(root: Node, title: str) -> str:
-    """The flame graph as SVG: width is time, depth is calls, the root on top."""
+    """Return the flame graph as SVG: the width is time, the depth is calls, the root is on top."""
     boxes: list[str] = []
     height = _boxes(root, 0.0, _WIDTH / root.samples, 0, boxes)
     full = _TOP + height * _ROW + 10
@@ -113,7 +114,7 @@ def draw(root: Node, title: str) -> str:
         '<rect width="100%" height="100%" fill="#ffffff"/>',
         f'<text x="8" y="18" font-size="14">{html.escape(title)}</text>',
         '<text x="8" y="34" fill="#555">kernel orange, udptun\'s core green, other programs '
-        "blue; hover for the share</text>",
+        "blue; the tooltip shows the share</text>",
         *boxes, "</svg>", "",
     ])
 
@@ -142,28 +143,37 @@ def _boxes(node: Node, x: float, scale: float, depth: int, out: list[str]) -> in
 
 def run(contender: str, profile: str, seconds: int, folder: Path) -> None:
     """Sample one stream; write FOLDER/flame.svg and FOLDER/profile.md."""
+    found = find(contender)
+    if profile not in found.profiles:
+        raise ValueError(
+            f"contender {contender!r} on profile {profile}: "
+            f"expected profile {', '.join(found.profiles)}"
+        )
     with Lab() as lab, tempfile.TemporaryDirectory() as scratch:
-        road = find(contender).road(lab)
-        road.link.profile(profile)
+        path = found.set_up(lab)
+        path.link.profile(profile)
         data = Path(scratch) / "perf.data"
-        with bulk(road, seconds + _SETTLE_SECONDS):
+        with bulk(path, seconds + _EXTRA_SECONDS):
             print(f"sampling {contender} for {seconds} s", flush=True)
             _perf("record", "-a", "-g", "-F", str(HERTZ), "-e", "cpu-clock", "-o", str(data), "--",
                   "sleep", str(seconds))
         script = _perf("script", "-i", str(data), "-F", "comm,ip,sym,dso")
     samples = list(stacks(script))
-    found, idle = shares(samples)
-    if not found:
-        raise LabError("perf took no sample of a busy processor")
+    busy, idle = shares(samples)
+    if not busy:
+        raise LabError("perf recorded no sample of a busy CPU")
     machine = system.facts()
-    title = f"{contender}, one TCP stream, {profile}, kernel {machine['kernel']}"
+    title = (
+        f"{contender}, one TCP stream, {profile} ({PROFILES[profile].title}), "
+        f"kernel {machine['kernel']}"
+    )
     root = Node("all")
     for comm, frames in samples:
         if comm not in _IDLE:
             root.add([(comm, "thread"), *frames])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "flame.svg").write_text(draw(root, title))
-    text = table(found, idle, title)
+    text = table(busy, idle, title)
     (folder / "profile.md").write_text(text)
     print(f"\n{text}\n{folder}/flame.svg")
 
@@ -172,7 +182,7 @@ def _perf(*argv: str) -> str:
     try:
         done = subprocess.run(["perf", *argv], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise LabError("needs perf: apt-get install linux-perf") from None
+        raise LabError("needs perf: apt-get install -y linux-perf") from None
     if done.returncode != 0:
         raise LabError(f"perf {argv[0]}: {done.stderr.strip()}")
     return done.stdout

@@ -68,7 +68,7 @@ def _packets(kind: str, words: list[str]) -> Callable[[], object]:
 def _path(stack: contextlib.ExitStack, kind: str, words: list[str]) -> Callable[[], object]:
     """A worker's whole way with one frame, or one received run; the kernel's part not counted."""
     from .micro import packets
-    from .micro.path import Path as Worker
+    from .micro.loopback import LoopbackWorker as Worker
 
     run = packets.run(words[0], int(words[1]), int(words[3]))
     frame, worker = _super_packet(run), stack.enter_context(Worker())

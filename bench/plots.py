@@ -1,6 +1,8 @@
-"""PNG plots of a run, when matplotlib is installed (the `bench` extra).
+"""PNG plots of a run, if matplotlib is installed (the `bench` extra).
 
-Owns: how they look. One picture a metric and value; bars are medians, whiskers the intervals.
+Owns: the layout of the plots. Does not know: how the figures were measured. Main thread only.
+One plot per metric and value, or per variant if there are many; bars are medians, whiskers their
+95 % intervals. The axis names the profile of each group and what it stands for.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from .profiles import PROFILES
 from .summary import Figures, Run
 from .units import UNITS
 
@@ -15,7 +18,7 @@ _PLOTTED = (
     "bits_per_second", "cpu_seconds_per_gb", "p50_ns", "p99_ns", "pps_at_half_percent",
     "pps_delivered",
 )
-_MOST = 8  # groups of bars in one picture
+_MAX_GROUPS = 8  # groups of bars in one plot
 _COLOURS = {
     "direct": "#9aa0a6", "vxlan": "#5f6368", "udptun": "#1a73e8", "udptun --offload off": "#8ab4f8",
     "onepacket": "#d93025", "copylimit": "#188038",
@@ -27,26 +30,33 @@ def available() -> bool:
 
 
 def draw(run: Run, folder: Path) -> list[str]:
-    """The names of the files made in ``folder``."""
+    """Draw the plots into ``folder``; return their file names."""
     if not available():
         return []
     made = []
     for metric in dict.fromkeys(key[0] for key, _ in run.figures):
         for value in _PLOTTED:
             for part, figures in _parts(run.of(metric, value)):
-                words = [metric, part, value] if part else [metric, value]
-                name = "-".join(words).replace("_", "-").replace(" ", "-") + ".png"
+                parts = [metric, part, value] if part else [metric, value]
+                name = "-".join(parts).replace("_", "-").replace(" ", "-") + ".png"
                 _bars(figures, folder / name)
                 made.append(name)
     return made
 
 
 def _parts(series: list[Figures]) -> list[tuple[str, list[Figures]]]:
-    """Too many for one picture: one for each variant, if that has several profiles."""
+    """Return (variant, series) per plot: one plot per variant if one plot had too many groups."""
     variants = dict.fromkeys(figures.key[2] for figures in series)
-    if len(series) <= _MOST or len(variants) == len(series):
+    if len(series) <= _MAX_GROUPS or len(variants) == len(series):
         return [("", series)] if series else []
     return [(v, [figures for figures in series if figures.key[2] == v]) for v in variants]
+
+
+def _label(figures: Figures) -> str:
+    """Return the profile, what it stands for, and the variant, one per line."""
+    _, profile, variant = figures.key
+    lines = [profile, PROFILES[profile].title.replace(", ", ",\n")] if profile in PROFILES else []
+    return "\n".join([*lines, variant])
 
 
 def _bars(series: list[Figures], path: Path) -> None:
@@ -58,27 +68,25 @@ def _bars(series: list[Figures], path: Path) -> None:
     unit = UNITS[series[0].value]
     names = list(dict.fromkeys(name for figures in series for name in figures.names()))
     width = 0.8 / len(names)
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.6 * len(series) + 2), 4), dpi=120)
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.9 * len(series) + 2), 4), dpi=120)
     for i, name in enumerate(names):
-        places, heights, below, above = [], [], [], []
+        positions, heights, below, above = [], [], [], []
         for at, figures in enumerate(series):
             level = figures.level(name)
             if level is None:
                 continue
             scaled = level.scaled(unit.factor)
-            places.append(at + (i - (len(names) - 1) / 2) * width)
+            positions.append(at + (i - (len(names) - 1) / 2) * width)
             heights.append(scaled.median)
             below.append(scaled.median - scaled.low)
             above.append(scaled.high - scaled.median)
         axes.bar(
-            places, heights, width, yerr=(below, above), label=name, color=_COLOURS.get(name),
+            positions, heights, width, yerr=(below, above), label=name, color=_COLOURS.get(name),
             error_kw={"elinewidth": 1, "capsize": 2},
         )
-    axes.set_xticks(
-        range(len(series)), [" ".join(f.key[1:]).strip("- ").replace(" ", "\n") for f in series]
-    )
+    axes.set_xticks(range(len(series)), [_label(figures) for figures in series], fontsize="small")
     better = "more" if unit.more_is_better else "less"
-    axes.set_title(f"{unit.title}, {unit.unit} ({better} is better)")
+    axes.set_title(f"{unit.title}, {unit.unit} ({better} is better)", fontsize="medium")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

@@ -1,21 +1,22 @@
-"""Whether the bytes took the road they are credited to.
+"""Proves that the measured bytes took the path that they are credited to.
 
-Owns: the nft counters at both ends of a road's wire, and the judgement of what they counted. A
-figure without proof is refused.
+Owns: the counters at both ends of a path's wire, and the rules for their values. A figure without
+proof is refused. Does not know: what is measured. Main thread only, like udptun.lab.
 
-What is claimed, of the data that a receiver got within one measurement:
+What is proved about the bytes that a receiver counted in one measurement:
 
-- It left the sending host's veth as what the contender sends (for udptun: UDP to port 8285): the
-  nft counter there saw at least as many bytes. It stands before the kernel cuts super-packets, so
-  that it costs each contender little; one on each packet that came in took a seventh of the rate on
-  P3.
-- Nothing was fragmented: no packet with an offset or more-fragments bit left the host.
-- On P2 and P3 the mean frame that came in on the other veth, counted below GRO, must fit the MTU.
-  The kernel drops a larger frame on a veth unless it is a super-packet, and with segmentation off
-  there are none.
-- On P1 super-packets cross the veth whole, so their pieces cannot be counted. The pieces of a
-  UDP_SEGMENT send must fit the MTU for the kernel to take it. That, the absence of fragments, and
-  the same program doing the same on P3 is all that is claimed.
+- They left the sending host's veth as packets of the contender (for udptun: UDP to port 8285). An
+  nft counter on the egress hook must have counted at least as many bytes. The hook runs before the
+  kernel segments super-packets, so the counter costs every contender little. A counter on each
+  received packet took a seventh of the rate on P3 (software segmentation, no GRO).
+- No packet was fragmented: no packet with a fragment offset or the more-fragments bit left the
+  host.
+- On P2 and P3 (software segmentation) the mean Ethernet frame that arrived on the other veth,
+  counted before GRO, fits the MTU. The kernel drops a larger frame on a veth unless it is a
+  super-packet, and without segmentation offloads there are no super-packets on the wire.
+- On P1 and P4 super-packets cross the veth whole, so their segments cannot be counted. Three facts
+  replace the count: the kernel accepts a UDP_SEGMENT send only if each segment fits the MTU,
+  nothing was fragmented, and the same program passes the test on P3.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 
 from udptun.lab import Host, LabError
 
-from .contenders import Road
+from .contenders import PathUnderTest
+from .profiles import PROFILES
 
 _TABLE = "bench_proof"
 _ETHERNET = 14
@@ -35,9 +37,13 @@ _FRAGMENT = "ip frag-off & 0x3fff"
 
 
 @dataclass(frozen=True)
-class Count:
-    """What crossed the wire one way: packets (a super-packet is one) and their bytes of IP as they
-    left the sender, and the frames that came in."""
+class WireCount:
+    """Traffic in one direction.
+
+    packets, bytes        sent: a super-packet is one packet; bytes with the IP header
+    fragments             sent: packets that are IP fragments
+    frames, frames_bytes  received, as the device counts them: before GRO, with Ethernet header
+    """
 
     packets: int = 0
     bytes: int = 0
@@ -45,26 +51,26 @@ class Count:
     frames: int = 0
     frames_bytes: int = 0
 
-    def __sub__(self, before: Count) -> Count:
-        return Count(**{k: v - getattr(before, k) for k, v in asdict(self).items()})
+    def __sub__(self, before: WireCount) -> WireCount:
+        return WireCount(**{k: v - getattr(before, k) for k, v in asdict(self).items()})
 
 
-class Watch:
-    """The counters of one road; installed once, read before and after each measurement."""
+class WireCounters:
+    """The counters of one path; installed once, read before and after each slot."""
 
-    def __init__(self, road: Road) -> None:
-        self._ends = road.a, road.b
+    def __init__(self, path: PathUnderTest) -> None:
+        self._ends = path.a, path.b
         for host in self._ends:
             try:
-                host.nft(_rules(host.interfaces[0].name, road.carries))
+                host.nft(_rules(host.interfaces[0].name, path.carries))
             except LabError as error:
                 raise LabError(
-                    f"the proof of each figure is counted on the netdev egress hook, which Linux "
-                    f"has since 5.16: {error}"
+                    f"cannot install the counters on the netdev egress hook (Linux 5.16 or newer): "
+                    f"{error}"
                 ) from None
 
-    def read(self) -> tuple[Count, Count]:
-        """(to b, to a) since the beginning."""
+    def read(self) -> tuple[WireCount, WireCount]:
+        """Return the totals (to b, to a)."""
         a, b = self._ends
         return _read(a, b), _read(b, a)
 
@@ -82,41 +88,43 @@ def _rules(device: str, carries: str) -> str:
 """
 
 
-def _read(sender: Host, receiver: Host) -> Count:
+def _read(sender: Host, receiver: Host) -> WireCount:
     text = sender.run(["nft", "-j", "list", "counters", "table", "netdev", _TABLE]).stdout
     name = receiver.interfaces[0].name
     return parse(text, receiver.run(["ip", "-s", "-j", "link", "show", "dev", name]).stdout)
 
 
-def parse(nft: str, ip: str) -> Count:
-    """From the JSON of ``nft list counters`` at the sender, and ``ip -s link`` at the receiver."""
+def parse(nft: str, ip: str) -> WireCount:
+    """Parse ``nft -j list counters`` of the sender and ``ip -s -j link`` of the receiver."""
     counters: Mapping[str, Mapping[str, int]] = {
         item["counter"]["name"]: item["counter"]
         for item in json.loads(nft)["nftables"] if "counter" in item
     }
     carried = counters["carried"]
     device: Mapping[str, Any] = json.loads(ip)[0]["stats64"]["rx"]
-    return Count(
+    return WireCount(
         carried["packets"], carried["bytes"] - carried["packets"] * _ETHERNET,
         counters["fragments"]["packets"], device["packets"], device["bytes"],
     )
 
 
-def judge(
-    profile: str, received: tuple[int, int], counted: tuple[Count, Count], link_mtu: int = 1500
+def refusal_reason(
+    profile: str, received: tuple[int, int], counted: tuple[WireCount, WireCount],
+    link_mtu: int = 1500,
 ) -> str | None:
-    """Why the figure is refused; None when it is proved.
+    """Return why the figure is refused, or None if it is proved.
 
-    received  payload bytes that the programs at b and at a got
-    counted   what crossed the wire to b and to a meanwhile
+    received  payload bytes that the programs on b and on a received
+    counted   traffic on the wire to b and to a in the same time
     """
-    for where, got, count in zip("ba", received, counted, strict=True):
-        if count.bytes < got:
-            return f"{got} bytes were received at {where}, {count.bytes} crossed the wire"
+    for host, payload, count in zip("ba", received, counted, strict=True):
+        if count.bytes < payload:
+            return f"{payload} bytes were received at {host}, only {count.bytes} crossed the wire"
         if count.fragments:
-            return f"{count.fragments} IP fragments went to {where}"
-        if profile != "P1" and count.frames and (
+            return f"{count.fragments} IP fragments were sent to {host}, expected none"
+        if PROFILES[profile].mtu_frames and count.frames and (
             count.frames_bytes / count.frames > link_mtu + _ETHERNET
         ):
-            return f"the mean frame at {where} was larger than the MTU {link_mtu}"
+            mean = count.frames_bytes / count.frames - _ETHERNET
+            return f"the mean frame at {host} had {mean:.0f} bytes, more than the MTU {link_mtu}"
     return None

@@ -1,6 +1,7 @@
-"""README.md's comparison, from a real run.
+"""Writes the comparison table in README.md from a recorded run.
 
-Owns: what stands between the two markers there, and nothing else of that file.
+Owns: the text between the two markers in README.md, and nothing else of that file. Does not know:
+how the figures were measured. Any thread.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from .profiles import PROFILES
 from .report import table
 from .summary import Run
 from .units import UNITS, spread
@@ -18,25 +20,25 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _TITLES = {
     "direct": "no tunnel", "vxlan": "kernel VXLAN", "udptun": "**udptun**",
     "udptun --offload off": "udptun, offloads off",
-    "onepacket": "one packet a system call, as flannel's UDP mode does it (in C)",
+    "onepacket": "one packet per system call, like flannel's UDP backend (in C)",
 }
 # (heading, metric, profile, variant, value)
 _COLUMNS = (
-    ("TCP, super-packets pass", "tcp", "P1", "1 there", "bits_per_second"),
-    ("TCP, cut in software", "tcp", "P2", "1 there", "bits_per_second"),
-    ("TCP, no receive offload", "tcp", "P3", "1 there", "bits_per_second"),
-    ("64-byte packets at 0.5 % loss", "pps", "P1", "64 bytes", "pps_at_half_percent"),
-    ("CPU", "tcp", "P1", "1 there", "cpu_seconds_per_gb"),
-    ("round trip, idle", "rtt", "P1", "udp idle", "p50_ns"),
+    ("TCP, P1", "tcp", "P1", "1 there", "bits_per_second"),
+    ("TCP, P2", "tcp", "P2", "1 there", "bits_per_second"),
+    ("TCP, P3", "tcp", "P3", "1 there", "bits_per_second"),
+    ("64-byte packets at 0.5 % loss, P1", "pps", "P1", "64 bytes", "pps_at_half_percent"),
+    ("CPU, P1", "tcp", "P1", "1 there", "cpu_seconds_per_gb"),
+    ("round trip, idle, P1", "rtt", "P1", "udp idle", "p50_ns"),
 )
 
 
 def comparison(run: Run) -> str:
-    """The Markdown between the markers; ValueError when the run has no such figures."""
+    """Return the Markdown between the markers; ValueError if the run lacks the figures."""
     columns = [(h, f) for h, *at in _COLUMNS if (f := run.get(*at)) is not None]
     names = [name for name in _TITLES if any(name in f.names() for _, f in columns)]
     if "udptun" not in names:
-        raise ValueError("this run did not compare udptun with anything")
+        raise ValueError("this run has no figures of udptun: expected a run of quick or full")
     header = ["", *(f"{heading}, {UNITS[f.value].unit}" for heading, f in columns)]
     rows = [
         [_TITLES[name], *(spread(f.level(name), UNITS[f.value].factor) for _, f in columns)]
@@ -44,26 +46,32 @@ def comparison(run: Run) -> str:
     ]
     day = time.strftime("%Y-%m-%d", time.gmtime(run.began))
     machine = run.machine
+    used = dict.fromkeys(f.key[1] for _, f in columns)
     return "\n".join([
         *table(header, rows), "",
-        f"Medians with their 95 % intervals, {day}, udptun {machine.get('revision', '')}, "
-        f"{machine.get('processor', '')}, kernel {machine.get('kernel', '')}: both hosts, the "
-        "tunnel and the load share these cores. One TCP stream. Make your own with `make bench`.",
+        f"Medians with 95 % intervals, measured {day} with udptun {machine.get('revision', '')} on "
+        f"{machine.get('processor', '')}, kernel {machine.get('kernel', '')}. Both hosts, the "
+        "tunnel and the load share these CPU cores. TCP: one stream. CPU: seconds of the whole "
+        "system per gigabyte. `make bench` measures your machine.", "",
+        "The profiles differ in what happens to super-packets (TCP or UDP data of up to 64 KB that "
+        "the kernel handles as one packet) on the wire between the hosts:", "",
+        *(f"- {name}: {PROFILES[name].text}." for name in used),
     ])
 
 
 def rewritten(text: str, block: str) -> str:
-    """``text`` with what is between its markers replaced."""
+    """Return ``text`` with the part between the markers replaced by ``block``."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END} there")
+        raise ValueError(f"markers not found: expected {BEGIN} ... {END}")
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
 def rewrite(path: Path, run: Run) -> int:
+    """Update the file at ``path``; return the exit code."""
     text = path.read_text()
     new = rewritten(text, comparison(run))
     path.write_text(new)
-    print(f"{path} {'is as it was' if new == text else 'was rewritten'}", file=sys.stderr)
+    print(f"{path} {'unchanged' if new == text else 'updated'}", file=sys.stderr)
     return 0

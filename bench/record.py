@@ -1,14 +1,17 @@
-"""Raw results: one JSON line for each slot, block and fact, written as it happens.
+"""The raw results of a run: one JSON line per slot, block and event, written as it happens.
 
-Owns bench/out/<stamp>/ and the shape of its lines, which have a ``kind``:
+Owns: bench/out/<time>-<command>/lines.jsonl and its format. Does not know: what the values mean.
+Main thread only. The ``kind`` of a line:
 
-    run      what was asked for, and the machine
-    slot     one measurement of one contender: values, facts, or why there are none
-    block    the end of a block; ``rejected`` says what spoiled it, else null
-    note     something the reader of the report should know
-    end      how it ended: "complete", "out of time", "interrupted"
+    run        the command and the machine
+    contender  one contender that was set up: inner MTU, nft expression, details
+    offloads   the offloads of the wire on one profile, as ethtool reports them
+    slot       one measurement of one contender: values and facts, or ``refused``: why it has none
+    block      the end of a block; ``rejected`` is the reason, or null if it is accepted
+    note       a remark for the reader of the report
+    end        how the run ended: "complete", "out of time", "interrupted" or "failed"
 
-A run that was cut short has all lines up to there, and a report can be made of it.
+An interrupted run keeps all lines written so far, and its report can be written.
 """
 
 from __future__ import annotations
@@ -27,13 +30,14 @@ Line = dict[str, Any]
 
 
 def new_folder(label: str) -> Path:
+    """Create a folder for the results of a run that starts now."""
     folder = OUT / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
     folder.mkdir(parents=True)
     return folder
 
 
 class Recorder:
-    """Writes the lines of one run, each flushed: Ctrl-C loses none."""
+    """Writes the lines of one run; each is flushed, so that Ctrl-C loses none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,12 +60,13 @@ class Recorder:
         return line
 
     def note(self, text: str) -> None:
+        """Write a note, unless the same one was written before."""
         if text not in (line.get("text") for line in self.lines if line["kind"] == "note"):
             self.write("note", text=text)
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a run, from its folder or the file itself."""
+    """Return the lines of a run; ``path`` is its folder or the file."""
     return list(_parse((path / LINES if path.is_dir() else path).read_text()))
 
 
@@ -72,5 +77,5 @@ def _parse(text: str) -> Iterator[Line]:
         except ValueError as e:
             raise ValueError(f"line {number} is not JSON: {e}") from None
         if not isinstance(line, dict) or "kind" not in line:
-            raise ValueError(f"line {number} has no kind")
+            raise ValueError(f"line {number} has no kind: expected an object with a kind")
         yield line

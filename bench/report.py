@@ -1,7 +1,8 @@
-"""A run in words: Markdown for a file, and a plain table for the terminal.
+"""The report of a run: Markdown for a file, and a plain table for the terminal.
 
-Owns: the wording and the layout. Pure: from a summary to text. Every figure is a median with its
-95 % bootstrap interval; every comparison is a ratio within blocks.
+Owns: the text and the layout. Does not know: how the figures were measured. Pure: from a summary to
+text. Every figure is a median with its 95 % bootstrap interval; every comparison is a ratio within
+blocks.
 """
 
 from __future__ import annotations
@@ -10,45 +11,63 @@ import time
 from collections.abc import Iterable, Sequence
 
 from . import blocks, proof
-from .floors import Verdict, verdicts
+from .goals import Verdict, verdicts
+from .profiles import PROFILES
 from .stats import Estimate
 from .summary import Figures, Run
 from .units import UNITS, number, spread
 
 REFERENCES = ("vxlan", "onepacket", "copylimit")
 
-_PROFILES = {
-    "P1": "super-packets (GSO) pass the wire whole",
-    "P2": "the sender's kernel cuts them in software, the receiver's GRO joins them again",
-    "P3": "cut in software, no GRO at the receiver",
+# What a metric measures, and how to read its variants.
+_METRICS = {
+    "tcp": "iperf3 between hosts a and b. *N there*: N streams from a to b; *N back*: from b to a; "
+    "*N both*: N streams in each direction at the same time.",
+    "rtt": "64-byte requests from a, answered by b. *udp* or *tcp*: the protocol. *idle*: each "
+    "request is sent when the previous reply is there. *bulk*: 2000 requests per second while one "
+    "TCP stream runs from a to b.",
+    "pps": "UDP datagrams from a to b, each sent as its own packet. *N bytes*: UDP payload.",
+    "gap": "20,000 datagrams per second from a to b while all routes of host a's forwarder are "
+    "replaced. *N routes*: number of routes replaced.",
+    "memory": "Resident memory of a forwarder while it forwards one TCP stream. *N routes*: the "
+    "size of its table.",
+    "start": "Time from the start of the `udptun forward` process to the arrival of the first "
+    "packet.",
+    "lookup": "Route look-up in the core, without forwarding. *v4, v6*: address family; *random*: "
+    "random addresses; *hit*: only addresses with a route; *N*: number of routes.",
+    "scale": "64-byte UDP datagrams from a to b, consecutive ones to different addresses. *N "
+    "routes*: N routes with one next hop. *N peers*: N routes with N next hops.",
 }
 
 _METHOD = f"""\
-Each contender has two hosts of its own (network namespaces, joined by a veth of MTU 1500) on this
-one machine, all of them set up at once and idle but for the one that is measured; its inner MTU is
-the largest that fits. Slots are interleaved in blocks (D V U O O U V D), a ratio is taken within a
-block, and what is printed is the median over the blocks with a 95 % bootstrap interval. "Noise" is
-the median distance of two slots of the same contender within a block: differences below it say
-nothing. A block is rejected when more than {blocks.STOLEN_MOST:.0%} of the CPU time was stolen by
-the host of this machine, or when its first contender was more than {blocks.ANCHOR_DRIFT_MOST:.0%}
-from itself; it stays in the record. CPU time is the whole system's (/proc/stat), iperf3's own
-included. Where the machine is less than 95 % busy, wake-ups are measured rather than work.
-Generators: iperf3 for TCP, bench/udpload.c for round trips, packet rates and gaps."""
+Each contender has its own two hosts, a and b: network namespaces on this machine, joined by a veth
+pair of MTU 1500. All contenders are set up at the same time; all except the measured one are idle.
+The inner MTU is the largest that fits. A slot is one measurement of one contender. Slots are
+interleaved in blocks (D V U O O U V D), and ratios are computed within a block. Each figure is the
+median over the blocks with its 95 % bootstrap interval. "Noise" is the median difference between
+two slots of one contender in a block; a smaller difference between contenders is not significant.
+A block is rejected if the hypervisor took more than {blocks.MAX_STOLEN:.0%} of the CPU time, or if
+the two slots of its first contender differ by more than {blocks.MAX_ANCHOR_DRIFT:.0%}; it stays in
+the record. CPU time is that of the whole system (/proc/stat), including iperf3. If the machine is
+less than 95 % busy, wake-up latency limits the rate more than CPU time. Load generators: iperf3 for
+TCP, bench/udpload.c for round trips, packet rates and gaps."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def markdown(run: Run, plots: Sequence[str] = ()) -> str:
-    """The report."""
+    """Return the report."""
     day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.began))
     lines = [
         "# Benchmarks of udptun", "",
         f"`{run.command}`, {day}, {run.seconds / 60:.0f} minutes, {run.ended}.", "",
     ]
-    lines += floors_table(verdicts(run))
+    lines += ["## Profiles", "", *_profiles(run), ""]
+    lines += goals_table(verdicts(run))
     for metric in dict.fromkeys(key[0] for key, _ in run.figures):
         lines += _metric(run, metric)
     if plots:
@@ -56,31 +75,41 @@ def markdown(run: Run, plots: Sequence[str] = ()) -> str:
         lines += ["## Plots", "", *pictures, ""]
     lines += ["## Machine", "", *table(("", ""), run.machine.items()), ""]
     lines += ["## Contenders", "", *_contenders(run), ""]
-    lines += ["## Profiles", "", *table(
-        ("profile", "", "offloads of the veths"),
-        [(p, _PROFILES[p], text) for p, text in run.offloads.items()],
-    ), ""]
-    lines += ["## Method", "", _METHOD, "", "Proof:", "", *_proof(), ""]
+    lines += ["## Method", "", _METHOD, "", "### Proof", "", *_proof(), ""]
     lines += _left_out(run)
     return "\n".join(lines)
 
 
-def floors_table(found: Sequence[Verdict], heading: str = "## Floors and aims") -> list[str]:
-    """Nothing when no row was measured."""
+def _profiles(run: Run) -> list[str]:
+    intro = (
+        "A profile says what the wire, a veth pair between the two hosts, does with super-packets: "
+        "TCP or UDP data of up to 64 KB that the kernel handles as one packet."
+    )
+    rows = [
+        (name, PROFILES[name].text, text) for name, text in run.offloads.items() if name in PROFILES
+    ]
+    if not rows:
+        return ["This run used no wire."]
+    return [intro, "", *table(("profile", "meaning", "offloads of the veth (ethtool)"), rows)]
+
+
+def goals_table(found: Sequence[Verdict]) -> list[str]:
+    """Return the section of the goals; empty if the run measured none of them."""
     if all(verdict.measured is None for verdict in found):
         return []
-    words = {True: "yes", False: "**no**", None: "not measured"}
+    texts = {True: "yes", False: "**no**", None: "not measured"}
     rows = []
     for verdict in found:
-        floor = verdict.floor
-        sign = ">=" if floor.at_least else "<="
+        goal = verdict.goal
+        sign = ">=" if goal.at_least else "<="
         rows.append((
-            floor.row, _with_unit(verdict.measured, floor.unit),
-            f"{sign} {number(floor.floor)}", f"{sign} {number(floor.aim)}",
-            words[verdict.holds], words[verdict.reached],
+            goal.row, _with_unit(verdict.measured, goal.unit),
+            f"{sign} {number(goal.required)}", f"{sign} {number(goal.target)}",
+            texts[verdict.meets_required], texts[verdict.meets_target],
         ))
-    header = ("udptun", "measured (95 % interval)", "floor", "aim", "floor holds", "aim reached")
-    return [heading, "", *table(header, rows), ""]
+    header = ("udptun", "measured (95 % interval)", "required", "target", "required value met",
+              "target met")
+    return ["## Goals", "", *table(header, rows), ""]
 
 
 def _with_unit(estimate: Estimate | None, unit: str) -> str:
@@ -90,7 +119,7 @@ def _with_unit(estimate: Estimate | None, unit: str) -> str:
 
 
 def _metric(run: Run, metric: str) -> list[str]:
-    lines = [f"## {metric}", ""]
+    lines = [f"## {metric}", "", *([_METRICS[metric], ""] if metric in _METRICS else [])]
     for value in dict.fromkeys(v for key, v in run.figures if key[0] == metric):
         unit = UNITS[value]
         better = "more" if unit.more_is_better else "less"
@@ -113,7 +142,9 @@ def _figures(run: Run, figures: Figures) -> list[str]:
             "-" if busy is None else f"{busy:.0%}",
         ))
     noise = figures.noise()
-    title = ", ".join(word for word in (profile.strip("-"), variant) if word)
+    if profile in PROFILES:
+        profile = f"{profile} ({PROFILES[profile].title})"
+    title = ", ".join(part for part in (profile.strip("-"), variant) if part)
     caption = f"{len(figures.blocks)} blocks"
     if noise:
         caption += f", noise {noise.median:.1%}"
@@ -124,19 +155,24 @@ def _figures(run: Run, figures: Figures) -> list[str]:
 def _contenders(run: Run) -> list[str]:
     rows = []
     for name, line in run.contenders.items():
-        said = {k: v for k, v in line.items() if k in ("title", "in_use", "off", "workers") and v}
         details = "; ".join(
-            f"{key.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else value}"
-            for key, value in said.items()
+            f"{key.replace('_', ' ')}: {_detail(line[key])}"
+            for key in ("title", "in_use", "off", "workers") if line.get(key)
         )
         rows.append((name, str(line["inner_mtu"]), f"`{line['carries']}`", details))
-    return table(("contender", "inner MTU", "on the wire", ""), rows)
+    return table(("contender", "inner MTU", "packets on the wire (nft)", "details"), rows)
+
+
+def _detail(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({reason})" for key, reason in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _proof() -> list[str]:
-    """The claims, where they are implemented."""
-    text = (proof.__doc__ or "").partition("What is claimed, ")[2]
-    return ["What is claimed, " + text.strip()]
+    """Return the rules of the proof, from the module that implements them."""
+    begin = "What is proved "
+    return [begin + (proof.__doc__ or "").partition(begin)[2].strip()]
 
 
 def _left_out(run: Run) -> list[str]:
@@ -148,20 +184,20 @@ def _left_out(run: Run) -> list[str]:
         lines.append(f"- {metric} {profile} {variant}, block {block}, {name} refused: {first}")
     lines += [f"- {note}" for note in run.notes]
     if len(lines) == 2:
-        lines.append("Nothing: no block was rejected, no figure refused.")
+        lines.append("Nothing: no block was rejected, and no figure was refused.")
     return [*lines, ""]
 
 
 def terminal(run: Run) -> str:
-    """The same for a person at a terminal: one line a contender and series, without Markdown."""
+    """Return the figures for a terminal: one line per contender and series, no Markdown."""
     if not run.figures:
-        return "no block was finished: nothing to compare"
+        return "no block was accepted: there is nothing to compare"
     rows: list[tuple[str, ...]] = []
     names = {name for figures in run.figures.values() for name in figures.names()}
     references = [name for name in REFERENCES[:2] if name in names]
     for (key, value), figures in run.figures.items():
         unit = UNITS[value]
-        title = " ".join(word for word in key if word not in ("", "-"))
+        title = " ".join(part for part in key if part not in ("", "-"))
         for name in figures.names():
             rows.append((
                 title, unit.title, name, f"{spread(figures.level(name), unit.factor)} {unit.unit}",
@@ -170,23 +206,25 @@ def terminal(run: Run) -> str:
             ))
     header = ("", "", "contender", "median (95 %)", *(f"vs {name}" for name in references))
     lines = _columns(header, rows, merged=2)
+    used = dict.fromkeys(key[1] for key, _ in run.figures if key[1] in PROFILES)
+    lines += ["", *(f"{name}: {PROFILES[name].text}" for name in used)] if used else []
     shown = [v for v in verdicts(run) if v.measured]
     if shown:
-        words = {True: "holds", False: "MISSED", None: "-"}
-        lines += ["", *_columns(("floor", "measured", "limit", ""), [
-            (v.floor.row, _with_unit(v.measured, v.floor.unit), number(v.floor.floor),
-             words[v.holds]) for v in shown
+        texts = {True: "met", False: "MISSED", None: "-"}
+        lines += ["", *_columns(("goal", "measured", "required", ""), [
+            (v.goal.row, _with_unit(v.measured, v.goal.unit), number(v.goal.required),
+             texts[v.meets_required]) for v in shown
         ], merged=0)]
     if run.rejected or run.refused:
         lines += ["", f"left out: {len(run.rejected)} blocks rejected, "
-                      f"{len(run.refused)} figures refused; the report has the reasons"]
+                      f"{len(run.refused)} figures refused; the report gives the reasons"]
     return "\n".join(lines)
 
 
 def _columns(
     header: Sequence[str], rows: Sequence[Sequence[str]], merged: int
 ) -> list[str]:
-    """Aligned; of the first ``merged`` columns, what repeats from the line above is left blank."""
+    """Align the columns; in the first ``merged`` ones, blank a cell that repeats the one above."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines, before = [], list(header)
     for row in [header, *rows]:

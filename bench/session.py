@@ -1,7 +1,7 @@
-"""One run: its lab, its roads, its recorder, its deadline, and its word to the person who waits.
+"""One run: its lab, the paths under test, its recorder, its time limit and its progress line.
 
-Owns: what lives as long as the run does. Refuses to know: what is measured.
-Main thread only, as the lab is.
+Owns: everything that lives as long as the run. Does not know: what is measured.
+Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from typing import TextIO
 from udptun.lab import Lab, Unavailable
 
 from . import system
-from .contenders import Contender, Road, find
-from .proof import Watch
+from .contenders import Contender, PathUnderTest, find
+from .proof import WireCounters
 from .record import Recorder
 
 
 class OutOfTime(Exception):
-    """The run's time is up; what was measured so far stands."""
+    """The run has used up its time; the results so far are valid."""
 
 
 class Progress:
-    """One line on stderr that says what is going on; on no terminal, a line only now and then."""
+    """Shows on stderr what is being measured.
+
+    On a terminal one line is updated all the time; otherwise only completed steps are printed.
+    """
 
     def __init__(self, out: TextIO, budget: float) -> None:
         self._out, self._budget = out, budget
         self._live = out.isatty()
         self._began = time.monotonic()
-        self._said = ""
 
     def elapsed(self) -> float:
         return time.monotonic() - self._began
@@ -41,31 +43,32 @@ class Progress:
         return f"{spent} of at most {most}"
 
     def now(self, what: str) -> None:
-        """A passing remark."""
+        """Show the current activity; the next message replaces it."""
         if self._live:
             print(f"\r{self._clock()}  {what[:90]}\x1b[K", end="", file=self._out, flush=True)
 
     def step(self, what: str) -> None:
-        """Something that stays."""
+        """Print a completed step."""
         start = "\r" if self._live else ""
         end = "\x1b[K" if self._live else ""
         print(f"{start}{self._clock()}  {what}{end}", file=self._out, flush=True)
 
     def done(self) -> None:
+        """Clear the line."""
         if self._live:
             print("\r\x1b[K", end="", file=self._out, flush=True)
 
 
 @dataclass(eq=False)
 class Session:
-    """``budget``: seconds that the whole run may take; blocks that would not fit are left out."""
+    """``budget``: seconds for the whole run; a block that would exceed them is not started."""
 
     lab: Lab
     recorder: Recorder
     budget: float
     progress: Progress = field(init=False)
-    _roads: dict[str, tuple[Road, Watch]] = field(default_factory=dict)
-    _absent: set[str] = field(default_factory=set)
+    _paths: dict[str, tuple[PathUnderTest, WireCounters]] = field(default_factory=dict)
+    _unavailable: set[str] = field(default_factory=set)
     _profile: str = ""
 
     def __post_init__(self) -> None:
@@ -75,47 +78,50 @@ class Session:
         return self.budget - self.progress.elapsed()
 
     def present(self, names: Sequence[str], profile: str) -> list[Contender]:
-        """Those that exist here and have the profile, their roads laid; the others are noted."""
+        """Set up the contenders that work on this profile and machine, and return them.
+
+        A note in the record names those that this machine lacks.
+        """
         found = []
         for name in names:
             contender = find(name)
-            if profile in contender.profiles and self._lay(contender):
+            if profile in contender.profiles and self._set_up(contender):
                 found.append(contender)
         return found
 
-    def _lay(self, contender: Contender) -> bool:
+    def _set_up(self, contender: Contender) -> bool:
         name = contender.name
-        if name in self._roads or name in self._absent:
-            return name in self._roads
+        if name in self._paths or name in self._unavailable:
+            return name in self._paths
         self.progress.now(f"preparing {name}")
-        self._profile = ""  # the new road's wires have none yet
+        self._profile = ""  # the new path's wire has no profile yet
         try:
-            road = contender.road(self.lab)
+            path = contender.set_up(self.lab)
         except Unavailable as e:
-            self._absent.add(name)
+            self._unavailable.add(name)
             self.recorder.note(f"{name} was not measured: {e}")
             self.progress.step(f"{name} is not measured: {e}")
             return False
-        self._roads[name] = road, Watch(road)
+        self._paths[name] = path, WireCounters(path)
         self.recorder.write(
-            "contender", name=name, inner_mtu=road.inner_mtu, carries=road.carries, **road.facts
+            "contender", name=name, inner_mtu=path.inner_mtu, carries=path.carries, **path.facts
         )
         return True
 
-    def road(self, name: str) -> Road:
-        return self._roads[name][0]
+    def path(self, name: str) -> PathUnderTest:
+        return self._paths[name][0]
 
-    def watch(self, name: str) -> Watch:
-        return self._roads[name][1]
+    def counters(self, name: str) -> WireCounters:
+        return self._paths[name][1]
 
     def set_profile(self, profile: str) -> None:
-        """On the wires of all roads."""
+        """Set the offloads of all wires, and record what ethtool reports."""
         if profile == self._profile:
             return
-        for road, _ in self._roads.values():
-            road.link.profile(profile)
+        for path, _ in self._paths.values():
+            path.link.profile(profile)
         self._profile = profile
-        road = next(iter(self._roads.values()))[0]
-        device = road.a.interfaces[0].name
-        lines = road.a.run(["ethtool", "-k", device]).stdout
+        path = next(iter(self._paths.values()))[0]
+        device = path.a.interfaces[0].name
+        lines = path.a.run(["ethtool", "-k", device]).stdout
         self.recorder.write("offloads", profile=profile, text=system.offloads(lines))

@@ -1,7 +1,7 @@
-"""Numbers from numbers: medians, quantiles, ratios within blocks, bootstrap intervals, noise.
+"""Statistics: medians, quantiles, ratios within blocks, bootstrap intervals, noise.
 
-Pure; knows nothing of what was measured. The same input gives the same output: the resampling has
-a fixed seed.
+Owns: the formulas. Does not know: what was measured. Pure; the resampling has a fixed seed, so that
+the same input gives the same output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SEED = 8285
 
 @dataclass(frozen=True)
 class Estimate:
-    """A median with its 95 % interval, from ``n`` blocks."""
+    """A median with its 95 % interval, over ``n`` blocks."""
 
     median: float
     low: float
@@ -30,7 +30,7 @@ class Estimate:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear between the two nearest; ``q`` 0..1, ``values`` not empty."""
+    """Return a quantile, interpolated linearly; ``q`` is 0..1, ``values`` is not empty."""
     ordered = sorted(values)
     at = q * (len(ordered) - 1)
     below = int(at)
@@ -42,9 +42,9 @@ def estimate(
     values: Sequence[float], statistic: Callable[[Sequence[float]], float] = median,
     resamples: int = RESAMPLES,
 ) -> Estimate | None:
-    """The statistic with its percentile bootstrap interval; None of nothing.
+    """Return the statistic with its percentile bootstrap interval; None if ``values`` is empty.
 
-    With one value the interval is that value: ``n`` says how little that means.
+    The interval of one value is that value; ``n`` = 1 tells the reader.
     """
     if not values:
         return None
@@ -56,16 +56,16 @@ def estimate(
     )
 
 
-Block = Mapping[str, Sequence[float]]  # contender -> the values of its slots in that block
+Block = Mapping[str, Sequence[float]]  # contender -> the values of its slots in a block
 
 
 def levels(blocks: Sequence[Block], name: str) -> list[float]:
-    """One value a block: the mean of its slots, so that a steady drift cancels out."""
+    """Return one value per block: the mean of its slots, which cancels a steady drift."""
     return [fmean(block[name]) for block in blocks if block.get(name)]
 
 
 def ratios(blocks: Sequence[Block], name: str, against: str) -> list[float]:
-    """``name`` divided by ``against`` within each block that has both."""
+    """Return the ratio of ``name`` to ``against`` in each block that has both."""
     return [
         fmean(block[name]) / fmean(block[against])
         for block in blocks
@@ -74,10 +74,10 @@ def ratios(blocks: Sequence[Block], name: str, against: str) -> list[float]:
 
 
 def noise(blocks: Sequence[Block]) -> Estimate | None:
-    """The A/A noise floor: how far two slots of the same contender in a block are apart.
+    """Return the A/A noise: the relative difference of two slots of one contender in a block.
 
-    The median over all contenders and blocks of ``|second / first - 1|``; what two contenders
-    differ by below that is nothing.
+    The median of ``|second / first - 1|`` over all contenders and blocks. A smaller difference
+    between two contenders is not significant.
     """
     apart = [
         abs(values[1] / values[0] - 1)
@@ -89,5 +89,5 @@ def noise(blocks: Sequence[Block]) -> Estimate | None:
 
 
 def drift(values: Sequence[float]) -> float:
-    """The largest of the values over the smallest, less 1; 0 for fewer than two."""
+    """Return largest / smallest - 1; 0 for fewer than two values."""
     return max(values) / min(values) - 1 if len(values) > 1 and min(values) > 0 else 0.0

@@ -1,7 +1,7 @@
-"""The lines of a run as figures: by series and value, the accepted blocks of each contender.
+"""Turns the lines of a run into figures: per series and value, the accepted blocks.
 
-Owns: which lines count. A refused slot has no value; a slot of a rejected block is left out; what
-was left out is listed with its reason. Pure.
+Owns: which lines count. A refused slot has no value, and slots of a rejected block are left out;
+both are listed with the reason. Does not know: what a value means. Pure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Key = tuple[str, str, str]  # metric, profile, variant
 
 @dataclass
 class Figures:
-    """One value of one series."""
+    """One value of one series, by block and contender."""
 
     key: Key
     value: str
@@ -39,7 +39,7 @@ class Figures:
 
 @dataclass
 class Run:
-    """All of a run."""
+    """One run: its figures, what was left out, and what it was measured with."""
 
     figures: dict[tuple[Key, str], Figures] = field(default_factory=dict)
     rejected: list[tuple[Key, int, str]] = field(default_factory=list)
@@ -59,11 +59,12 @@ class Run:
         return self.figures.get(((metric, profile, variant), value))
 
     def of(self, metric: str, value: str) -> list[Figures]:
-        """In the order in which they were measured."""
+        """Return the series of a metric that have this value, in the order of measurement."""
         return [f for (key, v), f in self.figures.items() if key[0] == metric and v == value]
 
 
 def load(lines: Iterable[Line]) -> Run:
+    """Build the summary of a run from its lines."""
     run = Run()
     slots: dict[tuple[Key, int], list[Line]] = {}
     for line in lines:
@@ -84,7 +85,7 @@ def load(lines: Iterable[Line]) -> Run:
             case "end":
                 run.ended = line["how"]
         run.seconds = max(run.seconds, line.get("at", 0.0) - run.began)
-    # The slots that remain are of a block that was never finished: no comparison.
+    # Slots of an unfinished block remain in ``slots``; they cannot be compared.
     return run
 
 

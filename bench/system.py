@@ -1,7 +1,8 @@
-"""The machine: what it is, and how busy it was.
+"""The machine: its description and its CPU time.
 
-Owns: reading /proc, and the facts that a report opens with. CPU time is that of the whole system:
-most of a tunnel's work is the kernel's, in interrupts that no process is charged for.
+Owns: reading /proc and /sys, and the facts about the machine in a report. Does not know: what is
+measured. Any thread. CPU time is that of the whole system, because the kernel does most of a
+tunnel's work in softirqs, which no process is charged for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _HERTZ = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class CpuTime:
-    """Seconds of all cores together since the start of the machine."""
+    """Seconds of all cores together since boot. ``stolen``: taken by the hypervisor."""
 
     busy: float
     idle: float
@@ -37,7 +38,7 @@ class CpuTime:
 
 
 def parse_stat(text: str, hertz: int = _HERTZ) -> CpuTime:
-    """The first line of /proc/stat; proc(5) has the order of its numbers."""
+    """Parse the first line of /proc/stat; the order of the numbers is that of proc(5)."""
     ticks = [int(word) for word in text.split("\n", 1)[0].split()[1:9]]
     user, nice, system, idle, iowait, irq, softirq, stolen = ticks
     return CpuTime(
@@ -50,15 +51,15 @@ def cpu_time() -> CpuTime:
 
 
 def facts() -> dict[str, str]:
-    """What a reader needs to know of the machine to compare figures."""
+    """Return what a reader must know about the machine to compare figures."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     flags = re.search(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)
     found = {
         "processor": f"{os.cpu_count()} x {model[1] if model else platform.machine()}",
-        "virtual": "yes" if flags and " hypervisor" in flags[1] else "not said",
-        "memory": f"{int(memory[1]) / 2**20:.1f} GiB" if memory else "not said",
+        "virtual": "yes" if flags and " hypervisor" in flags[1] else "unknown",
+        "memory": f"{int(memory[1]) / 2**20:.1f} GiB" if memory else "unknown",
         "kernel": platform.release(),
         "distribution": _distribution(),
         "clock": _text("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
@@ -71,17 +72,18 @@ def facts() -> dict[str, str]:
 
 
 def revision() -> str:
-    """Of the repository; says so when what ran is not what was committed."""
+    """Return the commit of the repository; says if tracked files differ from it."""
     described = _first_line("git", "-C", str(ROOT), "log", "-1", "--format=%h of %cs")
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
-    return described + (", with changes" if described and changed else "")
+    return described + (", with uncommitted changes" if described and changed else "")
 
 
 def offloads(lines: str) -> str:
-    """The switches of ``ethtool -k`` that the profiles turn, in one line."""
+    """Return the offloads that the profiles set, from the output of ``ethtool -k``, as one line."""
     wanted = {
         "tcp-segmentation-offload": "tso", "generic-segmentation-offload": "gso",
         "generic-receive-offload": "gro", "tx-udp-segmentation": "tx-udp-segmentation",
+        "tx-udp_tnl-segmentation": "tx-udp_tnl-segmentation",
     }
     found = dict(re.findall(r"^\s*([\w-]+): (on|off)", lines, re.MULTILINE))
     return " ".join(f"{short} {found[name]}" for name, short in wanted.items() if name in found)

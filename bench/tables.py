@@ -1,7 +1,7 @@
-"""Route tables and addresses to look up in them, the same on every run.
+"""Route tables, and addresses to look up in them; the same in every run.
 
-Owns: what a table of N routes looks like here, for the micro benchmarks and the look-up metric.
-Pure.
+Owns: the contents of a table of N routes, for the micro benchmarks, the instruction counts and the
+look-up metric. Does not know: how a look-up works. Pure.
 """
 
 from __future__ import annotations
@@ -10,50 +10,55 @@ import random
 from functools import cache
 
 WIDTHS = {4: 32, 6: 128}
-# Lengths as in a cluster and beyond: mostly pod subnets, some shorter and longer.
+# Prefix lengths as in a cluster: mostly pod subnets, some shorter and some longer ones.
 _LENGTHS = {
     4: (16, 20, 22, 24, 24, 24, 24, 26, 28, 32),
     6: (32, 40, 48, 56, 64, 64, 64, 64, 96, 128),
 }
-# A corner of the address space, so that misses outside it can be had: 10.0.0.0/8, fd00::/8.
-_CORNER = {4: (10, 8), 6: (0xFD, 8)}
-ADDRESSES = 1 << 16  # 256 KiB or 1 MiB of them: more than L1 has
+# All routes are in this part of the address space, so that addresses outside it are misses:
+# 10.0.0.0/8, fd00::/8.
+_AREA = {4: (10, 8), 6: (0xFD, 8)}
+ADDRESSES = 1 << 16  # 256 KiB (IPv4) or 1 MiB (IPv6): more than the L1 cache
 
 
 @cache
 def prefixes(n: int, family: int) -> tuple[tuple[int, int], ...]:
-    """(network, length), n different ones."""
+    """Return ``n`` different (network, length)."""
     rng = random.Random(n * family)
     width = WIDTHS[family]
-    value, fixed = _CORNER[family]
+    value, fixed = _AREA[family]
     found: dict[tuple[int, int], None] = {}
     while len(found) < n:
         length = rng.choice(_LENGTHS[family])
         if family == 4 and n > 100_000:
-            length = max(length, 24)  # there are not enough short ones
+            length = max(length, 24)  # there are too few shorter prefixes
         number = value << (width - fixed) | rng.getrandbits(width - fixed)
         found[number >> (width - length) << (width - length), length] = None
     return tuple(found)
 
 
 def text(n: int, family: int) -> bytes:
-    """As a route file."""
+    """Return the table as a route file."""
     via = "192.0.2.1" if family == 4 else "2001:db8::1"
     rows = (f"{address(net, family)}/{length} via {via}\n" for net, length in prefixes(n, family))
     return "".join(rows).encode()
 
 
 def address(number: int, family: int) -> str:
+    """Return the text form of an address."""
     if family == 4:
         return ".".join(str(byte) for byte in number.to_bytes(4, "big"))
     return ":".join(f"{number >> shift & 0xFFFF:x}" for shift in range(112, -16, -16))
 
 
 def addresses(kind: str, n: int, family: int) -> bytes:
-    """ADDRESSES of them, in network order. hit: in routes; miss: in none; random: in the corner."""
+    """Return ADDRESSES addresses in network byte order.
+
+    hit: each has a route; miss: none has; random: anywhere in the area of the routes
+    """
     rng = random.Random(f"{kind} {n} {family}")
     width = WIDTHS[family]
-    value, fixed = _CORNER[family]
+    value, fixed = _AREA[family]
     if kind == "hit":
         table = prefixes(n, family)
         numbers = [

@@ -1,6 +1,6 @@
-"""The C programs of this folder, built when they are asked for, and the root of the repository.
+"""The C programs of this folder, built on demand, and the root of the repository.
 
-Owns: where they are. Refuses to know: how they are compiled; the Makefile does.
+Owns: where the programs are. Does not know: how they are compiled; the Makefile does. Any thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ ROOT = HERE.parent
 
 @cache
 def program(name: str) -> Path:
-    """bench/<name>, compiled anew when its source changed."""
+    """Return the path of bench/<name>; make compiles it if its source has changed."""
     subprocess.run(["make", "-s", f"bench/{name}"], cwd=ROOT, check=True)
     return HERE / name

@@ -1,4 +1,7 @@
-"""How the values of the metrics are written, and which way is better. Pure."""
+"""The values of the metrics: title, unit, and which direction is better.
+
+Owns: the formatting of numbers. Does not know: how a value is measured. Pure.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from .stats import Estimate
 
 @dataclass(frozen=True)
 class Unit:
+    """``factor`` converts a raw value, as recorded, to ``unit``."""
+
     title: str
     unit: str
     factor: float
@@ -25,8 +30,8 @@ UNITS = {
     "pps_at_half_percent": Unit("rate at 0.5 % loss", "kpps", 1e-3, True),
     "pps_delivered": Unit("delivered at full rate", "kpps", 1e-3, True),
     "gap_ns": Unit("longest gap while routes are replaced", "us", 1e-3, False),
-    "quiet_gap_ns": Unit("longest gap without that", "us", 1e-3, False),
-    "apply_ns": Unit("time until the answer", "ms", 1e-6, False),
+    "quiet_gap_ns": Unit("longest gap just before", "us", 1e-3, False),
+    "apply_ns": Unit("time until the new table is active", "ms", 1e-6, False),
     "rss_bytes": Unit("resident memory", "MB", 1e-6, False),
     "start_ns": Unit("start to first forwarded packet", "ms", 1e-6, False),
     "lookup_ns": Unit("look-up", "ns", 1, False),
@@ -34,7 +39,7 @@ UNITS = {
 
 
 def number(value: float) -> str:
-    """Three significant digits, as people write them."""
+    """Format with three significant digits."""
     if abs(value) >= 100:
         return f"{value:.0f}"
     if abs(value) >= 10:
@@ -43,7 +48,7 @@ def number(value: float) -> str:
 
 
 def spread(estimate: Estimate | None, factor: float = 1.0) -> str:
-    """"8.12 (7.90..8.30)", without the interval when there was one block, or a dash."""
+    """Format as "8.12 (7.90..8.30)"; without the interval for one block; None as "-"."""
     if estimate is None:
         return "-"
     scaled = estimate.scaled(factor)

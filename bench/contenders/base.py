@@ -1,34 +1,39 @@
-"""A contender, the road it lays, and the look-up of contenders by their words.
+"""The contract of a contender, and the path that it sets up.
 
-Owns: what every contender has in common. Refuses to know: how each of them is started.
+Owns: what all contenders have in common. Does not know: how any of them is started.
+Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from udptun.lab import Forwarder, Host, Lab, Link, ping, wait_for
 
-PROFILES = ("P1", "P2", "P3")
-_FIND_EACH_OTHER_SECONDS = 30.0
+from .. import profiles
 
-Extra = tuple[str, str]  # a prefix and its next hop
+_READY_SECONDS = 30.0
+_WARM_UP_INTERVAL_SECONDS = 0.05
+_PING_OVERHEAD = 28  # IPv4 and ICMP header
+
+ExtraRoute = tuple[str, str]  # (prefix, next hop)
 
 
 @dataclass(eq=False)
-class Road:
-    """Two hosts, and one contender between them, running.
+class PathUnderTest:
+    """Two linked hosts, a and b, and one running contender between them.
 
-    at_a, at_b   the addresses to measure between
-    carries      nft expression of what its bytes look like on the wire
-    inner_mtu    the largest packet it takes
-    device       the tunnel's, the same on both hosts; "" for none
-    forwarders   udptun's, of hosts a and b; empty for the others
-    restart      starts udptun's forwarder on host a again, without waiting for it
-    set_routes   gives host a routes beside its own, instead of those given before
+    at_a, at_b      the addresses that traffic is measured between
+    carries         nft expression that matches the contender's packets on the wire
+    inner_mtu       the largest inner packet, in bytes
+    device          name of the tunnel device, the same on both hosts; "" if there is none
+    forwarders      udptun's forwarders of hosts a and b; empty for other contenders
+    restart         start udptun's forwarder on host a again, without waiting for it
+    set_routes      replace the extra routes of host a
+    warm_up_seconds time with traffic that the contender needs before it reaches its full rate
+    facts           details for the report
     """
 
     name: str
@@ -42,56 +47,48 @@ class Road:
     device: str = ""
     forwarders: tuple[Forwarder, ...] = ()
     restart: Callable[[], Forwarder] | None = None
-    set_routes: Callable[[Sequence[Extra]], None] | None = None
-    settle_seconds: float = 0
+    set_routes: Callable[[Sequence[ExtraRoute]], None] | None = None
+    warm_up_seconds: float = 0
     facts: dict[str, object] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Pings pass, at the latest when both ends have found each other; and ARP is over."""
+    def wait_ready(self) -> None:
+        """Wait until pings pass, which also completes ARP, and let the contender warm up."""
         wait_for(
             lambda: ping(self.a, self.at_b, count=2, wait=0.5).received,
-            f"a ping to come through {self.name}", _FIND_EACH_OTHER_SECONDS,
+            f"a ping through {self.name}", _READY_SECONDS,
         )
-        if self.settle_seconds:
-            every = 0.05
-            size = self.inner_mtu - 28
-            ping(self.a, self.at_b, count=int(self.settle_seconds / every), interval=every,
-                 size=size)
+        if self.warm_up_seconds:
+            ping(
+                self.a, self.at_b, count=int(self.warm_up_seconds / _WARM_UP_INTERVAL_SECONDS),
+                interval=_WARM_UP_INTERVAL_SECONDS, size=self.inner_mtu - _PING_OVERHEAD,
+            )
 
-    def forget_ended(self) -> None:
-        """Drop the processes that have ended: the lab need not end thousands of them again."""
+    def discard_ended_processes(self) -> None:
+        """Forget the processes that have ended, so that the lab does not end them once more.
+
+        A run starts thousands of them.
+        """
         for host in (self.a, self.b):
             host.processes[:] = [p for p in host.processes if p.alive]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """``lay`` makes its road in a lab, of the two hosts given; may raise Unavailable."""
+    """A tunnel that can be measured.
+
+    name      its specification, as given on the command line
+    build     start it between two linked hosts; raises Unavailable if this machine lacks it
+    profiles  the profiles on which it works
+    """
 
     name: str
-    lay: Callable[[Lab, Host, Host, Link], Road]
-    profiles: tuple[str, ...] = PROFILES
+    build: Callable[[Lab, Host, Host, Link], PathUnderTest]
+    profiles: tuple[str, ...] = profiles.NAMES
 
-    def road(self, lab: Lab) -> Road:
+    def set_up(self, lab: Lab) -> PathUnderTest:
+        """Create two linked hosts, start the contender between them, wait until it is ready."""
         n = next(lab.numbers)
         a, b = lab.host(f"r{n}a"), lab.host(f"r{n}b")
-        road = self.lay(lab, a, b, lab.link(a, b))
-        road.check()
-        return road
-
-
-def find(words: str) -> Contender:
-    """The contender that goes by these words; ValueError when there is none."""
-    from . import builtin, external
-
-    name, *options = shlex.split(words)
-    if name.partition("@")[0] == "udptun":
-        return builtin.udptun(words, name.partition("@")[2], options)
-    if options:
-        raise ValueError(f"{name} takes no options: {words!r}")
-    if name in builtin.CONTENDERS:
-        return builtin.CONTENDERS[name]
-    if name in external.names():
-        return external.load(name)
-    known = ", ".join(["udptun", *builtin.CONTENDERS, *external.names()])
-    raise ValueError(f"no contender goes by {name!r}; there are {known}")
+        path = self.build(lab, a, b, lab.link(a, b))
+        path.wait_ready()
+        return path

@@ -1,6 +1,7 @@
-"""The contenders that come with this repository or the kernel.
+"""The contenders of this repository and of the kernel.
 
-Owns: how each is set up between two linked hosts, with the largest MTU it may have.
+Owns: how each is set up between two linked hosts, with the largest MTU that the wire allows.
+Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
@@ -16,91 +17,94 @@ from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, no
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
 
 from ..tools import program
-from .base import Contender, Extra, Road
+from .base import Contender, ExtraRoute, PathUnderTest
 
 _LINK_MTU = 1500
-_IP_UDP = 28  # an IPv4 and a UDP header
-_VNET = 10  # the virtio-net header that copylimit sends along
+_IP_UDP = 28  # IPv4 and UDP header
+_VNET = 10  # copylimit sends the virtio-net header on the wire, too
 
 
-def _direct(lab: Lab, a: Host, b: Host, link: Link) -> Road:
-    return Road("direct", a, b, link, a.v4, b.v4, "meta l4proto { tcp, udp }", _LINK_MTU)
+def _direct(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
+    return PathUnderTest("direct", a, b, link, a.v4, b.v4, "meta l4proto { tcp, udp }", _LINK_MTU)
 
 
-def _vxlan(lab: Lab, a: Host, b: Host, link: Link) -> Road:
+def _vxlan(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
     mtu = _LINK_MTU - 50  # IPv4, UDP, VXLAN, Ethernet
     at_a, at_b = vxlan(a, b, mtu)
-    return Road("vxlan", a, b, link, at_a, at_b, "udp dport 4789", mtu)
+    return PathUnderTest("vxlan", a, b, link, at_a, at_b, "udp dport 4789", mtu)
 
 
-def udptun(words: str, checkout: str, options: list[str]) -> Contender:
+def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
+    """Return udptun with these options of ``udptun forward``; ``checkout`` "" is this one."""
     env = None
     if checkout:
         folder = Path(checkout).resolve()
         if not list((folder / "udptun").glob("_core.*.so")):
-            raise ValueError(f"no built udptun in {folder}")
+            raise ValueError(
+                f"contender {spec!r}: no built udptun in {folder}; run make build there first"
+            )
         env = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
 
-    def start(here: Host, plan: Node, there: Host, other: Node) -> Forwarder:
+    def start(host: Host, plan: Node, peer: Host, other: Node) -> Forwarder:
         return Forwarder.start(
-            here, addresses=[plan.v4, plan.v6], networks=[NETWORK, NETWORK6],
-            routes=[f"{subnet} via {there.v4}" for subnet in (other.subnet, other.subnet6)],
+            host, addresses=[plan.v4, plan.v6], networks=[NETWORK, NETWORK6],
+            routes=[f"{subnet} via {peer.v4}" for subnet in (other.subnet, other.subnet6)],
             extra=options, env=env, wait=False,
         )
 
-    def lay(lab: Lab, a: Host, b: Host, link: Link) -> Road:
+    def build(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
         plans = node(1), node(2)
         forwarders = start(a, plans[0], b, plans[1]), start(b, plans[1], a, plans[0])
         for forwarder in forwarders:
             forwarder.wait_ready()
         status = forwarders[0].status()
-        road = Road(
-            words, a, b, link, plans[0].v4, plans[1].v4, f"udp dport {PORT}",
+        path = PathUnderTest(
+            spec, a, b, link, plans[0].v4, plans[1].v4, f"udp dport {PORT}",
             status["device"]["mtu"], "udptun0", forwarders,
             restart=lambda: start(a, plans[0], b, plans[1]),
         )
         own = forwarders[0].routes_file.read_text()
 
-        def set_routes(routes: Sequence[Extra]) -> None:
+        def set_routes(routes: Sequence[ExtraRoute]) -> None:
             text = own + "".join(f"{prefix} via {via}\n" for prefix, via in routes)
-            put_routes(road.forwarders[0], text.encode(), "text/plain")
+            replace_routes(path.forwarders[0], text.encode(), "text/plain")
 
-        road.set_routes = set_routes
-        road.facts = {
+        path.set_routes = set_routes
+        path.facts = {
             "version": status["version"], "in_use": status["capabilities"]["in_use"],
             "off": status["capabilities"]["off"], "workers": len(status["workers"]),
         }
-        return road
+        return path
 
-    return Contender(words, lay)
+    return Contender(spec, build)
 
 
-def put_routes(forwarder: Forwarder, body: bytes, kind: str) -> dict[str, Any]:
-    """The whole table anew; its answer: generation, added, changed, removed."""
-    status, answer = forwarder.request("PUT", "/v1/routes", body, {"Content-Type": kind})
+def replace_routes(forwarder: Forwarder, body: bytes, kind: str) -> dict[str, Any]:
+    """Replace the whole table; return the reply: generation, added, changed, removed."""
+    status, reply = forwarder.request("PUT", "/v1/routes", body, {"Content-Type": kind})
     if status != 200:
-        raise LabError(f"PUT /v1/routes: {status} {answer}")
-    result: dict[str, Any] = answer
+        raise LabError(f"PUT /v1/routes: {status} {reply}")
+    result: dict[str, Any] = reply
     return result
 
 
-def _onepacket(lab: Lab, a: Host, b: Host, link: Link) -> Road:
+def _onepacket(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
     plans, mtu = (node(1), node(2)), _LINK_MTU - _IP_UDP
     programs = [
         OnePacket.start(
-            here, program("onepacket"), address=plan.v4, mtu=mtu,
-            routes=[f"{other.subnet}={there.v4}:{PORT}"],
+            host, program("onepacket"), address=plan.v4, mtu=mtu,
+            routes=[f"{other.subnet}={peer.v4}:{PORT}"],
         )
-        for here, plan, there, other in ((a, plans[0], b, plans[1]), (b, plans[1], a, plans[0]))
+        for host, plan, peer, other in ((a, plans[0], b, plans[1]), (b, plans[1], a, plans[0]))
     ]
-    given: list[Extra] = []
+    installed: list[ExtraRoute] = []
 
-    def set_routes(routes: Sequence[Extra]) -> None:
-        _command(programs[0].control, _DELETE, given[::-1])
-        _command(programs[0].control, _SET, routes)
-        given[:] = routes
+    def set_routes(routes: Sequence[ExtraRoute]) -> None:
+        _send_commands(programs[0].control, _DELETE, installed[::-1])
+        _send_commands(programs[0].control, _SET, routes)
+        installed[:] = routes
 
-    return Road(
+    return PathUnderTest(
         "onepacket", a, b, link, plans[0].v4, plans[1].v4, f"udp dport {PORT}", mtu, "flannel0",
         set_routes=set_routes,
     )
@@ -109,8 +113,11 @@ def _onepacket(lab: Lab, a: Host, b: Host, link: Link) -> Road:
 _SET, _DELETE = 1, 2
 
 
-def _command(control: Path, command: int, routes: Sequence[Extra]) -> None:
-    """flannel's control messages: 20 bytes each, host order but for the addresses."""
+def _send_commands(control: Path, command: int, routes: Sequence[ExtraRoute]) -> None:
+    """Send one control message per route, in flannel's format.
+
+    20 bytes each; host byte order, except the addresses, which are in network byte order.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
         s.settimeout(30)
         s.connect(str(control))
@@ -120,20 +127,20 @@ def _command(control: Path, command: int, routes: Sequence[Extra]) -> None:
             s.send(struct.pack("=i4si4sh2x", command, net, network.prefixlen, hop.packed, PORT))
 
 
-def _copylimit(lab: Lab, a: Host, b: Host, link: Link) -> Road:
+def _copylimit(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
     plans, mtu = (node(1), node(2)), _LINK_MTU - _IP_UDP - _VNET
-    for here, plan, there in ((a, plans[0], b), (b, plans[1], a)):
-        process = here.start([
-            *(str(program("copylimit")), "--tun", "copylimit0", "--listen", f"{here.v4}:{PORT}"),
-            *("--peer", f"{there.v4}:{PORT}", "--slice", str(_LINK_MTU - _IP_UDP)),
+    for host, plan, peer in ((a, plans[0], b), (b, plans[1], a)):
+        process = host.start([
+            *(str(program("copylimit")), "--tun", "copylimit0", "--listen", f"{host.v4}:{PORT}"),
+            *("--peer", f"{peer.v4}:{PORT}", "--slice", str(_LINK_MTU - _IP_UDP)),
         ])
         process.wait_for_output("ready")
-        here.ip(
+        host.ip(
             f"link set copylimit0 mtu {mtu} txqueuelen 10000 up",
             f"address add {plan.v4}/32 dev copylimit0",
             f"route add {NETWORK} dev copylimit0 src {plan.v4}",
         )
-    return Road(
+    return PathUnderTest(
         "copylimit", a, b, link, plans[0].v4, plans[1].v4, f"udp dport {PORT}", mtu, "copylimit0"
     )
 
@@ -142,6 +149,6 @@ CONTENDERS = {
     "direct": Contender("direct", _direct),
     "vxlan": Contender("vxlan", _vxlan),
     "onepacket": Contender("onepacket", _onepacket),
-    # On P2 and P3 the slices are not joined again as they were cut: it cannot work there.
+    # On other profiles the receiver gets the slices one by one and cannot rebuild super-packets.
     "copylimit": Contender("copylimit", _copylimit, ("P1",)),
 }

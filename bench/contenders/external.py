@@ -1,25 +1,26 @@
-"""Contenders from description files: any tunnel that two commands can start.
+"""Contenders described by a TOML file: any tunnel that shell commands can start.
 
-Owns: the format, and its reading. A file bench/contenders/NAME.toml, or one given by --contender:
+Owns: the file format and its parsing. Does not know: what is measured. Main thread only, like
+udptun.lab. A file bench/contenders/NAME.toml has:
 
-    title     what the report calls it
-    programs  used only when all of these are installed
-    package   where Debian has them; said when they are not
-    carries   nft expression of its packets on the wire, e.g. "udp dport 8300"
-    device    the network device it makes
-    mtu       of that device
-    profiles  optional: those it can be measured on
-    prepare   commands to run first, before either end is started
-    start     the command that runs and stays
-    ready     optional: words in its output that say it is up; else its device is awaited
-    setup     commands of ip(8), when the device is there
-    settle    optional: seconds of pings that it takes to be at its best
-    [files]   name = text, written to {dir} first
+    title     its name in the report
+    programs  optional: the programs it needs; without them it is not measured
+    package   optional: the Debian package that has them
+    carries   nft expression that matches its packets on the wire, e.g. "udp dport 8300"
+    device    the network device that it creates
+    mtu       MTU of that device
+    profiles  optional: the profiles on which it works
+    prepare   optional: commands to run on both hosts before it is started on either
+    start     the command that starts it and keeps running
+    ready     optional: text in its output that says it is up; without it only the device is awaited
+    setup     optional: ip(8) commands to run when the device exists
+    settle    optional: seconds of pings until it reaches its full rate
+    [files]   optional: name = text, written to {dir} first
 
-Every text may hold {here} {there} (underlay addresses), {inner} {inner_there} (addresses to
-measure between), {mtu} {device} {dir} (a folder of that end's own), {dir_there} and {side} {other}
-("a" and "b"). Commands are lists of words or one text to be split like a shell does; they run on
-that end's host.
+Every text may contain {here} {there} (underlay addresses), {inner} {inner_there} (the addresses
+that traffic is measured between), {mtu} {device} {dir} (a folder of that host), {dir_there}, and
+{side} {other} ("a" and "b"). A command is a list of words, or one text that is split as a shell
+does it; it runs on the host in question.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from __future__ import annotations
 import shlex
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from udptun.lab import Host, Lab, Link, Unavailable, wait_for
 from udptun.lab.tools import SEARCH_PATH
 
-from .base import PROFILES, Contender, Road
+from .. import profiles
+from .base import Contender, PathUnderTest
 
 DESCRIPTIONS = Path(__file__).resolve().parent
 _REQUIRED = {"title", "carries", "device", "mtu", "start"}
@@ -46,7 +48,7 @@ def names() -> list[str]:
 
 
 def installed_names() -> tuple[str, ...]:
-    """Those whose programs are on this machine."""
+    """Return the names of those whose programs are installed."""
     return tuple(name for name in names() if not missing(_read(name)))
 
 
@@ -59,36 +61,45 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def parse(text: str, name: str) -> dict[str, Any]:
-    """The description; ValueError says what is wrong with it."""
+    """Return the description; ValueError if it is not valid."""
     try:
         description = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{name}: {e}") from None
     if lacking := _REQUIRED - description.keys():
-        raise ValueError(f"{name}: missing {', '.join(sorted(lacking))}")
+        raise ValueError(f"{name}: missing {_listed(lacking)}")
     if unknown := description.keys() - _REQUIRED - _OPTIONAL:
-        raise ValueError(f"{name}: unknown {', '.join(sorted(unknown))}")
-    if bad := set(description.get("profiles", ())) - set(PROFILES):
-        raise ValueError(f"{name}: no such profile: {', '.join(sorted(bad))}")
+        raise ValueError(
+            f"{name}: unknown {_listed(unknown)}; expected {_listed(_REQUIRED | _OPTIONAL)}"
+        )
+    if bad := set(description.get("profiles", ())) - set(profiles.NAMES):
+        raise ValueError(
+            f"{name}: unknown profile {_listed(bad)}; expected {_listed(profiles.NAMES)}"
+        )
     return description
 
 
-def words(command: str | list[str], values: Mapping[str, object]) -> list[str]:
-    """A command with its blanks filled. Split first: a value is never split."""
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def argv(command: str | list[str], values: Mapping[str, object]) -> list[str]:
+    """Fill the placeholders of a command. It is split first, so that a value is never split."""
     parts = shlex.split(command) if isinstance(command, str) else command
     return [part.format_map(values) for part in parts]
 
 
 def contender(name: str, description: Mapping[str, Any]) -> Contender:
-    def lay(lab: Lab, a: Host, b: Host, link: Link) -> Road:
+    """Return the contender that a description stands for."""
+    def build(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
         if absent := missing(description):
-            package = description.get("package", "another source")
-            raise Unavailable(f"{', '.join(absent)} not installed (Debian: {package})")
-        net4, _ = lab.next_subnets()
+            package = description.get("package", "none")
+            raise Unavailable(f"{', '.join(absent)} not installed (Debian package: {package})")
+        inner, _ = lab.next_subnets()
         ends = {}
         for side, other, here, there, n in (("a", "b", a, b, 1), ("b", "a", b, a, 2)):
             ends[side] = here, {
-                "here": here.v4, "there": there.v4, "inner": net4[n], "inner_there": net4[3 - n],
+                "here": here.v4, "there": there.v4, "inner": inner[n], "inner_there": inner[3 - n],
                 "mtu": description["mtu"], "device": description["device"],
                 "dir": lab.folder / f"{here.name}-{name}",
                 "dir_there": lab.folder / f"{there.name}-{name}", "side": side, "other": other,
@@ -96,19 +107,19 @@ def contender(name: str, description: Mapping[str, Any]) -> Contender:
         for host, values in ends.values():
             _write(description.get("files", {}), values)
             for command in description.get("prepare", ()):
-                host.run(words(command, values))
+                host.run(argv(command, values))
         for host, values in ends.values():
             _start(host, description, values)
-        return Road(
-            name, a, b, link, net4[1], net4[2], description["carries"], description["mtu"],
-            facts={"title": description["title"]}, settle_seconds=description.get("settle", 0),
+        return PathUnderTest(
+            name, a, b, link, inner[1], inner[2], description["carries"], description["mtu"],
+            facts={"title": description["title"]}, warm_up_seconds=description.get("settle", 0),
         )
 
-    return Contender(name, lay, tuple(description.get("profiles", PROFILES)))
+    return Contender(name, build, tuple(description.get("profiles", profiles.NAMES)))
 
 
 def missing(description: Mapping[str, Any]) -> list[str]:
-    """Its programs that are not on this machine."""
+    """Return its programs that are not installed."""
     return [
         name for name in description.get("programs", ())
         if shutil.which(name) is None and shutil.which(name, path=SEARCH_PATH) is None
@@ -126,7 +137,7 @@ def _write(files: Mapping[str, str], values: Mapping[str, object]) -> None:
 
 
 def _start(host: Host, description: Mapping[str, Any], values: Mapping[str, object]) -> None:
-    process = host.start(words(description["start"], values))
+    process = host.start(argv(description["start"], values))
     if ready := description.get("ready"):
         process.wait_for_output(ready)
     device = description["device"]
@@ -135,4 +146,4 @@ def _start(host: Host, description: Mapping[str, Any], values: Mapping[str, obje
         f"{device} of {process}",
     )
     for command in description.get("setup", ()):
-        host.ip(" ".join(words(command, values)))
+        host.ip(" ".join(argv(command, values)))

@@ -1,5 +1,5 @@
-"""What is asked of the contenders: a module a metric, each with ``run(session, plan)``.
+"""The metrics: one module each, which defines a ``METRIC`` (see ``metric``) and its slot.
 
-Owns: what one slot does, and the check that what it timed happened. The order of the slots, the
-proof on the wire and the judgement are the package's around it.
+Owns: what one slot does, and the check that the measured operation took place. Does not know: the
+order of the slots, the proof on the wire, the report. Main thread only, like udptun.lab.
 """

@@ -1,7 +1,8 @@
-"""The look-up alone, in the compiled core: ns for each of 65,536 addresses.
+"""Route look-up in the compiled core, without forwarding: ns per look-up.
 
-Variants: family, which addresses, how many routes; see bench/tables.py. What a look-up answers is
-compared with the same table's answers one by one: the sum of all.
+The time of a loop over 65,536 addresses; the best round of a slot counts. Variants: address family,
+kind of address, number of routes (see bench/tables.py). The sum of the results must equal the sum
+of 65,536 single look-ups. Needs no hosts and no wire.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from functools import cache
 from udptun._steps import Lpm
 
 from .. import tables
-from ..blocks import Measured, Refused, Series, record_alone
+from ..blocks import Refused, Series, SlotResult, run_local_blocks
 from ..session import Session
-from .plan import Plan
+from .metric import Metric, Plan
 
 VARIANTS = ("v4 random 100000", "v4 hit 100000", "v6 random 100000", "v6 hit 100000")
 _ROUNDS = 8
@@ -28,7 +29,7 @@ def _table(n: int, family: int) -> Lpm:
 
 @dataclass(frozen=True)
 class LookUps:
-    """The slot, which needs no road."""
+    """One slot; it runs in this process."""
 
     variant: str
     seconds: float
@@ -37,7 +38,7 @@ class LookUps:
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", int(self.variant[1]))
 
-    def __call__(self) -> Measured:
+    def __call__(self) -> SlotResult:
         _, kind, n = self.variant.split()
         table, family = _table(int(n), self.family), self.family
         blob = tables.addresses(kind, int(n), family)
@@ -49,12 +50,19 @@ class LookUps:
             total = table.bench(blob, family, _ROUNDS)
             best = min(best, (time.perf_counter_ns() - began) / (_ROUNDS * tables.ADDRESSES))
             if total != _ROUNDS * expected:
-                raise Refused("the look-ups answered something else")
-        return Measured({"lookup_ns": best}, facts={"table_bytes": table.sizeof()})
+                raise Refused("the loop found other routes than single look-ups do")
+        return SlotResult({"lookup_ns": best}, facts={"table_bytes": table.sizeof()})
 
 
-def run(s: Session, plan: Plan) -> None:
+def measure(s: Session, plan: Plan) -> None:
     for variant in plan.variants or VARIANTS:
-        record_alone(
+        run_local_blocks(
             s, Series("lookup", "-", variant), LookUps(variant, plan.seconds), blocks=plan.blocks
         )
+
+
+METRIC = Metric(
+    "lookup", "time of one route look-up in the core", measure, VARIANTS,
+    "v4 or v6, then hit, miss or random, then the number of routes (v4 random 100000)",
+    r"v[46] (hit|miss|random) [1-9]\d*", programs=("udptun",),
+)

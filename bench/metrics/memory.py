@@ -1,6 +1,7 @@
-"""Memory of a forwarder: the most it had resident, with N routes, while TCP went through it.
+"""Peak resident memory of a forwarder with N routes while it forwards one TCP stream, in bytes.
 
-The larger of the two forwarders; both have the routes. VmRSS of /proc, every 50 ms.
+VmRSS from /proc, read every 50 ms; the larger value of the two forwarders, which both have the
+routes. Needs udptun on both hosts; its counters must show that it forwarded the stream.
 """
 
 from __future__ import annotations
@@ -8,59 +9,61 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from ..blocks import Measured, Refused, Series, run_blocks
-from ..contenders import Road
-from ..contenders.builtin import put_routes
+from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..contenders import PathUnderTest
+from ..contenders.builtin import replace_routes
 from ..load import bulk
 from ..session import Session
-from .plan import Plan
+from .metric import Metric, Plan
 
 VARIANTS = ("10000 routes",)
-_EVERY_SECONDS = 0.05
+_SAMPLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Resident:
-    """The slot."""
+    """One slot."""
 
     routes: int
     seconds: int
 
-    def __call__(self, road: Road) -> Measured:
-        if not road.forwarders:
-            raise Refused("only udptun's process is known here")
-        own = [forwarder.routes_file.read_text() for forwarder in road.forwarders]
-        vias = road.b.v4, road.a.v4
+    def __call__(self, path: PathUnderTest) -> SlotResult:
+        if not path.forwarders:
+            raise Refused(f"{path.name} is not udptun; this metric needs udptun")
+        own = [forwarder.routes_file.read_text() for forwarder in path.forwarders]
+        vias = path.b.v4, path.a.v4
         base = (10 << 24) + (64 << 16)
         try:
-            for forwarder, text, via in zip(road.forwarders, own, vias, strict=True):
+            for forwarder, text, via in zip(path.forwarders, own, vias, strict=True):
                 more = (
                     f"{x >> 24}.{x >> 16 & 255}.{x >> 8 & 255}.{x & 255}/30 via {via}\n"
                     for x in range(base, base + 4 * self.routes, 4)
                 )
-                put_routes(forwarder, (text + "".join(more)).encode(), "text/plain")
+                replace_routes(forwarder, (text + "".join(more)).encode(), "text/plain")
                 if forwarder.status()["route_count"] < self.routes:
-                    raise Refused("the forwarder does not have the routes")
-            return self._load(road)
+                    raise Refused(f"the forwarder has fewer than {self.routes} routes")
+            return self._load(path)
         finally:
-            for forwarder, text in zip(road.forwarders, own, strict=True):
-                put_routes(forwarder, text.encode(), "text/plain")
+            for forwarder, text in zip(path.forwarders, own, strict=True):
+                replace_routes(forwarder, text.encode(), "text/plain")
 
-    def _load(self, road: Road) -> Measured:
+    def _load(self, path: PathUnderTest) -> SlotResult:
         most = 0
-        with bulk(road, self.seconds + 2):
+        with bulk(path, self.seconds + 2):
             end = time.monotonic() + self.seconds
-            before = road.forwarders[0].status()["packets"]["encap"]["delivered"]
+            before = path.forwarders[0].status()["packets"]["encap"]["delivered"]
             while time.monotonic() < end:
-                most = max(most, *(forwarder.rss_kib() for forwarder in road.forwarders))
-                time.sleep(_EVERY_SECONDS)
-            after = road.forwarders[0].status()["packets"]["encap"]["delivered"]
+                most = max(most, *(forwarder.rss_kib() for forwarder in path.forwarders))
+                time.sleep(_SAMPLE_SECONDS)
+            after = path.forwarders[0].status()["packets"]["encap"]["delivered"]
         if after - before < 1000 * self.seconds:
-            raise Refused(f"{after - before} packets in {self.seconds} s are no load")
-        return Measured({"rss_bytes": most * 1024.0}, facts={"packets": after - before})
+            raise Refused(
+                f"{after - before} packets in {self.seconds} s, expected at least 1000 per second"
+            )
+        return SlotResult({"rss_bytes": most * 1024.0}, facts={"packets": after - before})
 
 
-def run(s: Session, plan: Plan) -> None:
+def measure(s: Session, plan: Plan) -> None:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
             run_blocks(
@@ -68,3 +71,9 @@ def run(s: Session, plan: Plan) -> None:
                 Resident(int(variant.split()[0]), plan.seconds), blocks=plan.blocks,
                 slot_seconds=plan.seconds + 3, mirrored=False,
             )
+
+
+METRIC = Metric(
+    "memory", "peak resident memory of a forwarder under load", measure, VARIANTS,
+    "N routes", r"[1-9]\d* routes", programs=("udptun",),
+)

@@ -1,8 +1,9 @@
-"""Small packets: the highest rate without loss, at 0.5 % loss, and what gets through at full rate.
+"""Small packets: packets per second without loss, at 0.5 % loss, and delivered at full rate.
 
-Each datagram of udpload is a packet of its own, there is no UDP_SEGMENT at the sender and no
-UDP_GRO at the receiver; loss is told by sequence numbers. The rate is searched by bisection. A
-rate that fails is asked for a second time: a hiccup of the machine should not end the search.
+bench/udpload sends each datagram as its own packet, without UDP_SEGMENT, and receives without
+UDP_GRO; gaps in the sequence numbers are losses. A bisection finds the highest rate for each loss
+limit. A rate that fails is tried a second time, because a short disturbance of the machine must not
+end the search. Variants: UDP payload in bytes.
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from ..blocks import Measured, Refused, Series, run_blocks
-from ..contenders import Road
+from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..contenders import PathUnderTest
 from ..load import stream
 from ..session import Session
-from .plan import Plan
+from .metric import Metric, Plan
 
 VARIANTS = ("64 bytes", "256 bytes", "512 bytes", "1400 bytes")
 THRESHOLDS = {"pps_without_loss": 0.0, "pps_at_half_percent": 0.005}
-LEAST_PPS = 1000.0
-_STEP = 1.05  # the search ends when it knows the rate to 5 %
-_TRIAL_SHARE = 0.5  # of the plan's seconds
+MIN_PPS = 1000.0
+_PRECISION = 1.05  # the search ends when the rate is known to 5 %
+_TRIAL_SHARE = 0.5  # duration of a trial, as a share of the plan's seconds
 
 
 @dataclass(frozen=True)
 class Trial:
-    """``offered``: what was really sent a second; ``full``: as fast as it goes."""
+    """One stream of packets.
+
+    offered  packets per second that were actually sent
+    loss     share of them that did not arrive
+    full     sent at full rate
+    late     packets that arrived out of order
+    """
 
     offered: float
     loss: float
@@ -36,41 +43,41 @@ class Trial:
 
 @dataclass
 class Search:
-    """Bisection over the rate; ``trials`` are shared by all thresholds."""
+    """A bisection over the rate. All loss limits share its ``trials``."""
 
-    ask: Callable[[float], Trial]  # rate 0: as fast as it goes
+    send: Callable[[float], Trial]  # at a rate in packets per second; 0: at full rate
     trials: list[Trial] = field(default_factory=list)
 
     def _passes(self, rate: float, threshold: float) -> Trial | None:
         for _ in range(2):
-            trial = self.ask(rate)
+            trial = self.send(rate)
             self.trials.append(trial)
             if trial.loss <= threshold:
                 return trial
         return None
 
     def highest(self, threshold: float) -> float:
-        """The highest rate offered that lost no more; 0 when even the least rate did."""
+        """Return the highest rate with at most this loss; 0 if MIN_PPS already loses more."""
         if not self.trials:
-            self.trials.append(self.ask(0))
+            self.trials.append(self.send(0))
         passed = [t for t in self.trials if t.loss <= threshold]
         low = max((t.offered for t in passed), default=0.0)
         failed = [t.offered for t in self.trials if t.loss > threshold and t.offered > low]
         high = min(failed, default=0.0)
         if not high:
-            return low  # as fast as the sender goes
+            return low  # the full rate of the sender
         if not low:
-            least = self._passes(min(LEAST_PPS, high / 2), threshold)
-            if least is None:
+            slowest = self._passes(min(MIN_PPS, high / 2), threshold)
+            if slowest is None:
                 return 0.0
-            low = least.offered
-        while high / low > _STEP:
+            low = slowest.offered
+        while high / low > _PRECISION:
             rate = math.sqrt(low * high)
             trial = self._passes(rate, threshold)
             if trial is None:
                 high = rate
             elif trial.offered <= low:
-                break  # the sender does not go faster
+                break  # the sender cannot send faster
             else:
                 low = trial.offered
         return low
@@ -78,38 +85,38 @@ class Search:
 
 @dataclass(frozen=True)
 class Rate:
-    """The slot."""
+    """One slot."""
 
     size: int
     seconds: float
 
-    def __call__(self, road: Road) -> Measured:
+    def __call__(self, path: PathUnderTest) -> SlotResult:
         received_bytes = 0
 
-        def ask(rate: float) -> Trial:
+        def send(rate: float) -> Trial:
             nonlocal received_bytes
             sent, received = stream(
-                road, seconds=self.seconds, rate=round(rate), size=self.size
+                path, seconds=self.seconds, rate=round(rate), size=self.size
             )
             if not sent["sent"]:
-                raise Refused(f"nothing was sent: {sent}")
+                raise Refused(f"the sender sent no packet: {sent}")
             received_bytes += received["bytes"]
             return Trial(
                 sent["sent"] / sent["seconds"], 1 - received["received"] / sent["sent"],
                 full=not rate, late=received["late"],
             )
 
-        search = Search(ask)
+        search = Search(send)
         values = {name: search.highest(limit) for name, limit in THRESHOLDS.items()}
         full = next(t for t in search.trials if t.full)
         values["pps_delivered"] = full.offered * (1 - full.loss)
         if not values["pps_at_half_percent"]:
-            raise Refused(f"more than 0.5 % lost even at {LEAST_PPS:.0f} packets a second")
+            raise Refused(f"more than 0.5 % loss at {MIN_PPS:.0f} packets per second")
         trials = [asdict(t) for t in search.trials]
-        return Measured(values, (received_bytes, 0), {"trials": trials})
+        return SlotResult(values, (received_bytes, 0), {"trials": trials})
 
 
-def run(s: Session, plan: Plan) -> None:
+def measure(s: Session, plan: Plan) -> None:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
             size, trial = int(variant.split()[0]), plan.seconds * _TRIAL_SHARE
@@ -117,3 +124,9 @@ def run(s: Session, plan: Plan) -> None:
                 s, Series("pps", profile, variant), plan.contenders, Rate(size, trial),
                 blocks=plan.blocks, slot_seconds=20 * trial, mirrored=False,
             )
+
+
+METRIC = Metric(
+    "pps", "small packets: rate without loss, at 0.5 % loss, and delivered at full rate", measure,
+    VARIANTS, "N bytes (UDP payload)", r"[1-9]\d* bytes",
+)

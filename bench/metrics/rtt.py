@@ -1,56 +1,57 @@
-"""Round trips of 64 bytes, over UDP and TCP: p50, p99 and p99.9, idle and under bulk load.
+"""Round-trip time of 64-byte requests over UDP and TCP: p50, p99 and p99.9, in ns.
 
-Idle: ping-pong by udpload, as netperf's UDP_RR and TCP_RR do it. Under load: one TCP stream by
-iperf3 in the direction of the requests, and requests at fixed times, 2000 a second, whether or not
-the ones before are back; what is lost is counted, not waited for.
+Idle: bench/udpload sends each request when the previous reply is there, like netperf's UDP_RR and
+TCP_RR. Under bulk load: one TCP stream by iperf3 runs in the direction of the requests, and 2000
+requests per second are sent at fixed times, whether or not earlier replies are there; lost requests
+are counted, not waited for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..blocks import Measured, Refused, Series, run_blocks
-from ..contenders import Road
+from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..contenders import PathUnderTest
 from ..load import bulk, echo, round_trips
 from ..session import Session
-from .plan import Plan
+from .metric import Metric, Plan
 
 VARIANTS = ("udp idle", "udp bulk", "tcp idle", "tcp bulk")
 _INTERVAL_US = 500
 _SIZE = 64
-_ENOUGH = 100  # answers, for a p99 to mean something
-_BULK_SETTLES_SECONDS = 2
+_MIN_REPLIES = 100  # for a meaningful p99
+_BULK_START_SECONDS = 2
 
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """The slot."""
+    """One slot."""
 
     tcp: bool
     loaded: bool
     seconds: int
     congestion: str | None = None
 
-    def __call__(self, road: Road) -> Measured:
-        with echo(road):
+    def __call__(self, path: PathUnderTest) -> SlotResult:
+        with echo(path):
             if not self.loaded:
-                found = round_trips(road, seconds=self.seconds, tcp=self.tcp, size=_SIZE)
+                found = round_trips(path, seconds=self.seconds, tcp=self.tcp, size=_SIZE)
             else:
-                with bulk(road, self.seconds + _BULK_SETTLES_SECONDS, self.congestion):
+                with bulk(path, self.seconds + _BULK_START_SECONDS, self.congestion):
                     found = round_trips(
-                        road, seconds=self.seconds, tcp=self.tcp, interval_us=_INTERVAL_US,
+                        path, seconds=self.seconds, tcp=self.tcp, interval_us=_INTERVAL_US,
                         size=_SIZE,
                     )
         sent, received = found["sent"], found["received"]
-        if received < _ENOUGH or (not self.loaded and received < 0.9 * sent):
-            raise Refused(f"{received} of {sent} came back")
+        if received < _MIN_REPLIES or (not self.loaded and received < 0.9 * sent):
+            raise Refused(f"{received} of {sent} requests were answered")
         values = {name: float(found[name]) for name in ("p50_ns", "p99_ns", "p999_ns")}
-        return Measured(
+        return SlotResult(
             values, (received * _SIZE, received * _SIZE), {"sent": sent, "returned": received}
         )
 
 
-def run(s: Session, plan: Plan) -> None:
+def measure(s: Session, plan: Plan) -> None:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
             protocol, state = variant.split()
@@ -59,5 +60,11 @@ def run(s: Session, plan: Plan) -> None:
                 s, Series("rtt", profile, variant, None if loaded else "p50_ns"), plan.contenders,
                 RoundTrips(protocol == "tcp", loaded, plan.seconds, plan.congestion),
                 blocks=plan.blocks,
-                slot_seconds=plan.seconds + (_BULK_SETTLES_SECONDS if loaded else 0),
+                slot_seconds=plan.seconds + (_BULK_START_SECONDS if loaded else 0),
             )
+
+
+METRIC = Metric(
+    "rtt", "round-trip time of 64-byte requests, idle and under bulk load", measure, VARIANTS,
+    "udp idle, udp bulk, tcp idle or tcp bulk", r"(udp|tcp) (idle|bulk)",
+)

@@ -1,8 +1,9 @@
-"""Scaling: 64-byte packets at 0.5 % loss over 1..100,000 routes, and to 1..100 peers.
+"""Scaling: 64-byte packets per second at 0.5 % loss, with 1..100,000 routes or 1..100 peers.
 
-Each packet goes to another address; there is one for each route. With "routes" they all lead to
-host b. With "peers" they lead to as many addresses of host b, whose kernel hands what comes there
-to its one tunnel (nft, destination NAT; with one peer, too, so that they can be compared).
+Consecutive packets go to different addresses, one address per route. Variant "N routes": all routes
+have host b as next hop. Variant "N peers": the routes have N addresses of host b as next hops; nft
+on b (destination NAT) delivers the datagrams to its only tunnel, also for N = 1, so that the
+variants can be compared. Needs a contender whose routes can be set: udptun or onepacket.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 
 from udptun.lab.tunnels import PORT
 
-from ..blocks import Measured, Refused, Series, run_blocks
-from ..contenders import Road
+from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..contenders import PathUnderTest
 from ..load import stream
 from ..session import Session
-from .plan import Plan
+from .metric import Metric, Plan
 from .pps import THRESHOLDS, Search, Trial
 
 VARIANTS = (
@@ -31,90 +32,96 @@ _TRIAL_SHARE = 0.5
 
 
 def prefixes(n: int) -> list[str]:
-    """A /30 each, one after another: what ``udpload send --spread`` sends to."""
+    """Return ``n`` consecutive /30 prefixes, to which ``udpload send --spread`` sends."""
     first = int(_AREA.network_address)
     return [f"{ipaddress.IPv4Address(first + 4 * i)}/30" for i in range(n)]
 
 
 @contextlib.contextmanager
-def way(road: Road) -> Iterator[None]:
-    """Host a sends the area into the tunnel, host b takes any address in it for its own."""
-    road.a.ip(f"route replace {_AREA} dev {road.device} src {road.at_a}")
-    road.b.ip(f"route replace local {_AREA} dev lo")
+def area_routes(path: PathUnderTest) -> Iterator[None]:
+    """Route the area into the tunnel on host a; make all its addresses local on host b."""
+    path.a.ip(f"route replace {_AREA} dev {path.device} src {path.at_a}")
+    path.b.ip(f"route replace local {_AREA} dev lo")
     try:
         yield
     finally:
-        road.a.ip(f"route del {_AREA} dev {road.device}")
-        road.b.ip(f"route del local {_AREA} dev lo")
+        path.a.ip(f"route del {_AREA} dev {path.device}")
+        path.b.ip(f"route del local {_AREA} dev lo")
 
 
 @contextlib.contextmanager
-def peers(road: Road, n: int) -> Iterator[list[str]]:
-    """``n`` more addresses of host b's, where its tunnel is reached as well."""
-    end = road.b.interfaces[0]
-    net = end.v4.network
+def peers(path: PathUnderTest, n: int) -> Iterator[list[str]]:
+    """Add ``n`` addresses to host b, at which its tunnel also receives datagrams."""
+    underlay = path.b.interfaces[0]
+    net = underlay.v4.network
     addresses = [str(net[_FIRST_PEER + i]) for i in range(n)]
-    rule = f"ip daddr {net} udp dport {PORT} dnat to {end.v4.ip}"
+    rule = f"ip daddr {net} udp dport {PORT} dnat to {underlay.v4.ip}"
     chain = f"chain c {{\n type nat hook prerouting priority dstnat;\n {rule}\n }}"
     with contextlib.ExitStack() as made:
         for address in addresses:
-            road.b.ip(f"address add {address}/{net.prefixlen} dev {end.name}")
-            made.callback(road.b.ip, f"address del {address}/{net.prefixlen} dev {end.name}")
-        road.b.nft(f"table ip bench_peers {{\n {chain}\n}}\n")
-        made.callback(road.b.nft, "delete table ip bench_peers\n")
+            path.b.ip(f"address add {address}/{net.prefixlen} dev {underlay.name}")
+            made.callback(path.b.ip, f"address del {address}/{net.prefixlen} dev {underlay.name}")
+        path.b.nft(f"table ip bench_peers {{\n {chain}\n}}\n")
+        made.callback(path.b.nft, "delete table ip bench_peers\n")
         yield addresses
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The slot."""
+    """One slot."""
 
     n: int
-    what: str
+    kind: str  # "routes" or "peers"
     seconds: float
 
-    def __call__(self, road: Road) -> Measured:
-        if road.set_routes is None:
-            raise Refused("its routes cannot be set from here")
+    def __call__(self, path: PathUnderTest) -> SlotResult:
+        if path.set_routes is None:
+            raise Refused(f"the routes of {path.name} cannot be set")
         with contextlib.ExitStack() as made:
-            made.enter_context(way(road))
-            hops = [str(road.b.v4)]
-            if self.what == "peers":
-                hops = made.enter_context(peers(road, self.n))
-            made.callback(road.set_routes, ())
-            road.set_routes([(p, hops[i % len(hops)]) for i, p in enumerate(prefixes(self.n))])
-            return self._search(road)
+            made.enter_context(area_routes(path))
+            hops = [str(path.b.v4)]
+            if self.kind == "peers":
+                hops = made.enter_context(peers(path, self.n))
+            made.callback(path.set_routes, ())
+            path.set_routes([(p, hops[i % len(hops)]) for i, p in enumerate(prefixes(self.n))])
+            return self._search(path)
 
-    def _search(self, road: Road) -> Measured:
+    def _search(self, path: PathUnderTest) -> SlotResult:
         received_bytes = 0
 
-        def ask(rate: float) -> Trial:
+        def send(rate: float) -> Trial:
             nonlocal received_bytes
             sent, received = stream(
-                road, seconds=self.seconds, rate=round(rate), size=_SIZE, spread=self.n,
+                path, seconds=self.seconds, rate=round(rate), size=_SIZE, spread=self.n,
                 address=_AREA.network_address, listen="0.0.0.0",
             )
             if not sent["sent"]:
-                raise Refused(f"nothing was sent: {sent}")
+                raise Refused(f"the sender sent no packet: {sent}")
             received_bytes += received["bytes"]
             return Trial(
                 sent["sent"] / sent["seconds"], 1 - received["received"] / sent["sent"],
                 full=not rate, late=received["late"],
             )
 
-        value = Search(ask).highest(THRESHOLDS["pps_at_half_percent"])
+        value = Search(send).highest(THRESHOLDS["pps_at_half_percent"])
         if not value:
-            raise Refused("more than 0.5 % lost at any rate")
-        return Measured({"pps_at_half_percent": value}, (received_bytes, 0))
+            raise Refused("more than 0.5 % loss at every rate")
+        return SlotResult({"pps_at_half_percent": value}, (received_bytes, 0))
 
 
-def run(s: Session, plan: Plan) -> None:
+def measure(s: Session, plan: Plan) -> None:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
-            n, what = variant.split()
+            n, kind = variant.split()
             trial = plan.seconds * _TRIAL_SHARE
             run_blocks(
                 s, Series("scale", profile, variant), plan.contenders,
-                Spread(int(n), what, trial), blocks=plan.blocks, slot_seconds=14 * trial,
+                Spread(int(n), kind, trial), blocks=plan.blocks, slot_seconds=14 * trial,
                 mirrored=False,
             )
+
+
+METRIC = Metric(
+    "scale", "small packets with many routes or many peers", measure, VARIANTS,
+    "N routes or N peers", r"[1-9]\d* (routes|peers)", programs=("udptun", "onepacket"),
+)

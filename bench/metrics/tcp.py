@@ -1,7 +1,7 @@
-"""TCP throughput by iperf3, and what it costs in CPU seconds of the whole system per gigabyte.
+"""TCP throughput in bit/s (iperf3), and its cost in CPU seconds of the whole system per gigabyte.
 
-Variants: "N streams", and the direction: "there" (a to b), "back" (iperf3 -R), "both" at once.
-One stream and one direction is what the ratios are about.
+Variants: the number of streams and the direction, "there" (a to b), "back" (b to a) or "both" (both
+at once). The ratios to compare are those of "1 there".
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 
 from udptun.lab import iperf3
 
-from ..blocks import Measured, Refused, Series, run_blocks
-from ..contenders import Road
+from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..contenders import PathUnderTest
 from ..session import Session
-from .plan import Plan
+from .metric import Metric, Plan
 
 VARIANTS = ("1 there", "4 there", "16 there", "1 back", "1 both")
 
 
 @dataclass(frozen=True)
 class Tcp:
-    """The slot."""
+    """One slot."""
 
     streams: int
     direction: str
     seconds: int
     congestion: str | None = None
 
-    def __call__(self, road: Road) -> Measured:
+    def __call__(self, path: PathUnderTest) -> SlotResult:
         result = iperf3(
-            road.b, road.a, road.at_b, seconds=self.seconds, streams=self.streams,
+            path.b, path.a, path.at_b, seconds=self.seconds, streams=self.streams,
             reverse=self.direction == "back", both=self.direction == "both",
             congestion=self.congestion,
         )
@@ -37,13 +37,13 @@ class Tcp:
         for got, wanted in zip(result.received_bytes, expected[self.direction], strict=True):
             if wanted and not got:
                 raise Refused("iperf3 received nothing")
-        return Measured(
+        return SlotResult(
             {"bits_per_second": result.bits_per_second, "cpu_seconds": 0.0},
             result.received_bytes, {"retransmits": result.retransmits},
         )
 
 
-def run(s: Session, plan: Plan) -> None:
+def measure(s: Session, plan: Plan) -> None:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
             streams, direction = variant.split()
@@ -52,3 +52,10 @@ def run(s: Session, plan: Plan) -> None:
                 Tcp(int(streams), direction, plan.seconds, plan.congestion), blocks=plan.blocks,
                 slot_seconds=plan.seconds,
             )
+
+
+METRIC = Metric(
+    "tcp", "TCP throughput, and CPU time of the whole system per gigabyte", measure, VARIANTS,
+    'N there, N back or N both (N streams; a to b, b to a, both directions)',
+    r"[1-9]\d* (there|back|both)",
+)

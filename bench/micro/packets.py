@@ -1,6 +1,7 @@
-"""Fixed input for the micro benchmarks: a run of TCP or UDP packets of one flow.
+"""Fixed input for the micro benchmarks: consecutive TCP or UDP packets of one flow.
 
-Owns: their bytes. Built with the reference's checksum, so that a fast wrong one cannot hide.
+Owns: their bytes. Does not know: which step gets them. Pure. The checksums are those of the
+reference implementation, so that a fast but wrong checksum fails.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _TCP, _UDP = 6, 17
 
 
 def run(protocol: str, n: int, payload_len: int) -> list[bytes]:
-    """``n`` packets that follow each other; their payloads differ."""
+    """Return ``n`` consecutive packets with different payloads."""
     return [_packet(protocol, i, _payload(i, payload_len)) for i in range(n)]
 
 

@@ -1,6 +1,7 @@
-"""Checksums: GB/s of each implementation that this CPU has, by length.
+"""Checksum: GB/s of each implementation that this CPU supports, by length.
 
-A call from Python is included: of short ones it is most.
+Includes the call from Python, which is most of the time for short lengths. Needs nothing but the
+compiled core.
 """
 
 import pytest

@@ -1,7 +1,8 @@
-"""Cutting super-packets and merging packets: ns for each packet.
+"""Cutting super-packets and merging packets: ns per packet.
 
-As tests call the steps: with a copy in and a Python object for each packet out, which the fast
-path does not have. To be compared with itself, before and after a change.
+Includes a copy of the input and one Python object per packet of the output, which the data path
+does not have: compare the times only with other times of this benchmark. Needs nothing but the
+compiled core.
 """
 
 import pytest
@@ -35,8 +36,8 @@ def test_cut(benchmark, ns_each, shape):
 
 @pytest.mark.parametrize("shape", ["tcp 44 x 1420"])
 def test_packets_apart(benchmark, ns_each, shape):
-    """What is offered to merge and cannot be: every second packet is missing."""
-    benchmark.group = "merge, in vain"
+    """Packets that cannot be merged: every second packet of the flow is missing."""
+    benchmark.group = "merge, packets not consecutive"
     run = packets.run(*SHAPES[shape])[::2]
     frames = benchmark(merge, run)
     assert len(frames) == len(run)

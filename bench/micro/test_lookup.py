@@ -1,6 +1,7 @@
-"""Look-ups in the compiled tables: ns for each, by what is asked and how large the table is.
+"""Route look-up in the compiled table: ns per look-up, by kind of address and size of the table.
 
-A round is 65,536 addresses; the sum of what it found is compared with single look-ups.
+One round is 65,536 look-ups; the sum of the results is compared with single look-ups. Needs nothing
+but the compiled core.
 """
 
 from functools import cache

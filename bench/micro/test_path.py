@@ -1,7 +1,7 @@
-"""The whole path of a worker between a stand-in for the TUN and loopback: CPU time a packet.
+"""A worker's whole path between a socket pair in place of the TUN and loopback: CPU ns per packet.
 
-The thread's own CPU time, the kernel's part on loopback included: waiting does not count, so a
-machine with other work to do disturbs it less.
+The CPU time of the thread, including the kernel's work on loopback. Waiting does not count, so that
+other load on the machine disturbs the result less. Needs nothing but the compiled core.
 """
 
 import time
@@ -9,18 +9,18 @@ import time
 import pytest
 
 from bench.micro import packets
-from bench.micro.path import Path
+from bench.micro.loopback import LoopbackWorker
 from tests import reference
 
 SHAPES = {"tcp 44 x 1420": ("tcp", 44, 1420), "udp 44 x 1420": ("udp", 44, 1420)}
-FRAMES = 4  # a round: their working set is that of a busy tunnel
+FRAMES = 4  # per round: the working set of a busy tunnel
 
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)
 
 
 @pytest.fixture
 def path():
-    with Path() as made:
+    with LoopbackWorker() as made:
         yield made
 
 
@@ -54,6 +54,6 @@ def test_in(benchmark, ns_each, path, shape):
             path.send_run(run)
 
     benchmark.pedantic(path.work, setup=offer, rounds=200, warmup_rounds=5)
-    # merged anew: fewer headers than were sent, all of the payload
+    # merged again: all of the payload, but fewer headers than were sent
     assert all(payload < n < FRAMES * sum(map(len, run)) for n in arrived[1:])
     ns_each(FRAMES * len(run))

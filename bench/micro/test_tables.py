@@ -1,4 +1,7 @@
-"""Tables: parsing a route file or JSON, building the look-up, and putting it in force."""
+"""Route tables: seconds to parse a route file or JSON, to build the look-up, and to activate it.
+
+Needs nothing but the compiled core.
+"""
 
 import contextlib
 import json
@@ -42,7 +45,7 @@ def test_parse_json(benchmark, n):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_publish(benchmark, n):
-    """Build aside and swap, in a core that no thread forwards with."""
+    """Build a new snapshot and swap it in, in a core without running workers."""
     benchmark.group = "build and swap"
     table = _core.RouteTable.parse_text(tables.text(n, 4))
     with contextlib.ExitStack() as closing:

@@ -1,4 +1,7 @@
-"""Contenders by their words, and description files."""
+"""Contenders by their specification, and description files."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -8,12 +11,12 @@ GOOD = 'title = "T"\ncarries = "udp dport 1"\ndevice = "t0"\nmtu = 1400\nstart =
 
 
 @pytest.mark.parametrize(
-    "words",
+    "spec",
     ["direct", "vxlan", "onepacket", "copylimit", "udptun", "udptun --offload off",
      "udptun --workers 2 --offload 'auto,-udp-gso'", *external.names()],
 )
-def test_find_keeps_the_words(words):
-    assert find(words).name == words
+def test_find_keeps_the_specification(spec):
+    assert find(spec).name == spec
 
 
 def test_the_copy_limit_exists_on_p1_only():
@@ -21,16 +24,34 @@ def test_the_copy_limit_exists_on_p1_only():
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
-    [("nobody", "no contender goes by 'nobody'; there are udptun, direct"),
-     ("vxlan --fast", "takes no options"), ("udptun@/nowhere", "no built udptun in /nowhere")],
+    ("spec", "message"),
+    [("nobody", "contender 'nobody': expected one of udptun, direct"),
+     ("", "contender '': expected one of udptun, direct"),
+     ("vxlan --fast", "'vxlan --fast': vxlan takes no options"),
+     ("udptun@/nowhere", "'udptun@/nowhere': no built udptun in /nowhere")],
 )
-def test_find_complains(words, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        find(words)
+def test_find_names_what_is_wrong(spec, message):
+    with pytest.raises(ValueError, match=message):
+        find(spec)
 
 
-def test_the_descriptions_here_are_good():
+@pytest.mark.parametrize("module", ["base", "builtin", "external", "registry"])
+def test_each_module_can_be_imported_first(module):
+    """The package has no import circle: only the registry imports the kinds of contenders."""
+    code = (
+        "import sys, types; import bench; p = types.ModuleType('bench.contenders'); "
+        "p.__path__ = [bench.__path__[0] + '/contenders']; sys.modules['bench.contenders'] = p; "
+        f"import bench.contenders.{module}; "
+        "print(*(n.rpartition('.')[2] for n in sys.modules if n.startswith('bench.contenders.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert loaded == {"base", "builtin", "external", "registry"} if module == "registry" else (
+        loaded == {"base", module}
+    )
+
+
+def test_our_descriptions_are_valid():
     assert external.names() == ["fastd", "tinc"]
     for name in external.names():
         description = external.parse((DESCRIPTIONS / f"{name}.toml").read_text(), name)
@@ -40,27 +61,27 @@ def test_the_descriptions_here_are_good():
         )
         commands = [description["start"], *description["prepare"], *description["setup"]]
         for command in commands:
-            assert "{" not in " ".join(external.words(command, values))
+            assert "{" not in " ".join(external.argv(command, values))
         for text in description["files"].values():
             text.format_map(values)
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [("title = ", "t: "), (GOOD.replace("mtu = 1400\n", ""), "t: missing mtu"),
      (GOOD + "colour = 1", "t: unknown colour"),
-     (GOOD + 'profiles = ["P9"]', "t: no such profile: P9")],
+     (GOOD + 'profiles = ["P9"]', "t: unknown profile P9; expected P1, P2, P3, P4")],
 )
-def test_a_bad_description_is_refused(text, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_an_invalid_description_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
         external.parse(text, "t")
 
 
 def test_a_value_with_a_space_stays_one_word():
-    assert external.words("run --at {here}", {"here": "a b"}) == ["run", "--at", "a b"]
-    assert external.words(["sh", "-c", "x {here}"], {"here": "a b"}) == ["sh", "-c", "x a b"]
+    assert external.argv("run --at {here}", {"here": "a b"}) == ["run", "--at", "a b"]
+    assert external.argv(["sh", "-c", "x {here}"], {"here": "a b"}) == ["sh", "-c", "x a b"]
 
 
-def test_programs_that_are_missing_are_found_missing():
+def test_missing_programs_are_detected():
     description = external.parse(GOOD + 'programs = ["no-such-program-here", "sh"]', "t")
     assert external.missing(description) == ["no-such-program-here"]

@@ -1,4 +1,4 @@
-"""The flame graph: perf's text read as it is printed, shares that add up, boxes that nest."""
+"""The flame graph: parsing perf's output, shares, nested boxes."""
 
 import xml.etree.ElementTree as ET
 
@@ -25,7 +25,7 @@ iperf3
 """
 
 
-def test_stacks_are_read_from_the_root():
+def test_stacks_begin_at_the_root():
     samples = list(flame.stacks(SCRIPT))
     assert [comm for comm, _ in samples] == [
         "udptun-worker-0", "udptun-worker-0", "swapper", "iperf3",

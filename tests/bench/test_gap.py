@@ -2,13 +2,13 @@
 
 from array import array
 
-from bench.metrics.gap import longest_gap, rows
+from bench.metrics.gap import arrivals, longest_gap
 
 MS = 1_000_000
 
 
 def steady(n, delays=(), pauses=()):
-    """A packet a ms; ``delays`` and ``pauses``: {sequence: ns} of the tunnel and of the sender."""
+    """One packet per ms; ``delays`` of the tunnel, ``pauses`` of the sender: {sequence: ns}."""
     delays, pauses = dict(delays), dict(pauses)
     found, clock = [], 0
     for i in range(n):
@@ -17,8 +17,8 @@ def steady(n, delays=(), pauses=()):
     return found
 
 
-def test_reads_what_udpload_writes():
-    assert rows(array("q", [0, 10, 20, 1, 30, 45]).tobytes()) == [(0, 10, 20), (1, 30, 45)]
+def test_the_file_of_udpload_is_parsed():
+    assert arrivals(array("q", [0, 10, 20, 1, 30, 45]).tobytes()) == [(0, 10, 20), (1, 30, 45)]
 
 
 def test_a_steady_stream_has_no_gap():
@@ -29,7 +29,7 @@ def test_a_stall_of_the_tunnel_is_a_gap():
     assert longest_gap(steady(10, delays={5: 3 * MS}), 0, 100 * MS) == 3 * MS
 
 
-def test_a_pause_of_the_sender_is_none():
+def test_a_pause_of_the_sender_is_not_a_gap():
     assert longest_gap(steady(10, pauses={5: 3 * MS}), 0, 100 * MS) == 0
 
 
@@ -42,10 +42,10 @@ def test_a_stall_that_ends_after_the_window_counts():
     assert longest_gap(recorded, 8 * MS, 9 * MS) == 4 * MS
 
 
-def test_a_lost_packet_is_no_gap_in_what_arrives():
+def test_a_lost_packet_is_not_a_gap():
     recorded = [row for row in steady(10) if row[0] != 5]
     assert longest_gap(recorded, 0, 100 * MS) == 0
 
 
-def test_nothing_in_the_window_is_said():
+def test_an_empty_window_gives_a_negative_gap():
     assert longest_gap([], 0, MS) < 0

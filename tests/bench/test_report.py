@@ -1,8 +1,8 @@
-"""From the lines of a run to figures, verdicts, Markdown and README's block."""
+"""From the lines of a run to figures, verdicts, Markdown and the table in README.md."""
 
 import pytest
 
-from bench import floors, readme, record, report, summary
+from bench import goals, profiles, readme, record, report, summary
 from bench.units import number, spread
 
 TCP = {"metric": "tcp", "profile": "P1", "variant": "1 there"}
@@ -50,7 +50,7 @@ def test_only_accepted_blocks_and_proved_slots_count(run):
     assert run.accepted == {("tcp", "P1", "1 there"): 2}
 
 
-def test_what_was_left_out_is_kept(run):
+def test_the_report_lists_what_was_left_out(run):
     key = ("tcp", "P1", "1 there")
     assert run.rejected == [(key, 1, "2 % stolen")]
     assert run.refused == [(key, 2, "udptun", "0 bytes crossed")]
@@ -62,30 +62,35 @@ def test_what_was_left_out_is_kept(run):
 
 
 def test_verdicts(run):
-    found = {v.floor.row: v for v in floors.verdicts(run)}
+    found = {v.goal.row: v for v in goals.verdicts(run)}
     against_vxlan = found["TCP 1 stream, P1, vs kernel VXLAN"]
-    assert against_vxlan.holds is True
-    assert against_vxlan.reached is False
-    assert found["TCP 1 stream, P2, vs kernel VXLAN"].holds is None
-    assert len(found) == len(floors.FLOORS)
+    assert against_vxlan.meets_required is True
+    assert against_vxlan.meets_target is False
+    assert found["TCP 1 stream, P2, vs kernel VXLAN"].meets_required is None
+    assert len(found) == len(goals.GOALS)
 
 
-def test_every_floor_names_a_value_with_a_unit():
-    assert all(floor.value in report.UNITS for floor in floors.FLOORS)
-    for floor in floors.FLOORS:
-        assert (floor.aim > floor.floor) == floor.at_least
+def test_every_goal_names_a_value_with_a_unit():
+    assert all(goal.value in report.UNITS for goal in goals.GOALS)
+    for goal in goals.GOALS:
+        assert (goal.target > goal.required) == goal.at_least
 
 
 def test_less_is_better_for_some():
-    memory = next(f for f in floors.FLOORS if f.metric == "memory")
-    assert memory.reaches(63.0, memory.floor)
-    assert not memory.reaches(65.0, memory.floor)
+    memory = next(g for g in goals.GOALS if g.metric == "memory")
+    assert memory.reaches(63.0, memory.required)
+    assert not memory.reaches(65.0, memory.required)
 
 
 def test_the_terminal_table_repeats_nothing(run):
     text = report.terminal(run)
     assert text.count("TCP throughput") == 1
     assert "1 blocks rejected, 1 figures refused" in text
+
+
+@pytest.mark.parametrize("output", [report.markdown, report.terminal, readme.comparison])
+def test_every_output_explains_its_profiles(run, output):
+    assert profiles.PROFILES["P1"].text in output(run)
 
 
 def test_markdown_tables_have_as_many_cells_as_heads(run):
@@ -98,7 +103,7 @@ def test_markdown_tables_have_as_many_cells_as_heads(run):
         assert line.count("|") == width, line
 
 
-def test_readme_gets_its_block_and_keeps_the_rest(run):
+def test_only_the_block_in_readme_is_replaced(run):
     text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
     new = readme.rewritten(text, readme.comparison(run))
     assert new.startswith(f"before\n{readme.BEGIN}\n|")
@@ -113,8 +118,8 @@ def test_readme_without_markers_is_refused():
         readme.rewritten("nothing", "block")
 
 
-def test_a_run_without_udptun_is_no_comparison():
-    with pytest.raises(ValueError, match="did not compare"):
+def test_a_run_without_udptun_gives_no_comparison():
+    with pytest.raises(ValueError, match="no figures of udptun"):
         readme.comparison(summary.load(LINES[:1]))
 
 
@@ -129,11 +134,11 @@ def test_lines_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"), [("{", "line 1 is not JSON"), ("[]", "line 1 has no kind")]
+    ("text", "message"), [("{", "line 1 is not JSON"), ("[]", "line 1 has no kind")]
 )
-def test_bad_lines_are_named(tmp_path, text, complaint):
+def test_invalid_lines_are_named(tmp_path, text, message):
     (tmp_path / record.LINES).write_text(text)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         record.read(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Medians, ratios within blocks, intervals, the noise floor."""
+"""Medians, ratios within blocks, intervals, noise."""
 
 import pytest
 
@@ -14,11 +14,11 @@ def test_quantile(values, q, want):
     assert stats.quantile(list(values), q) == pytest.approx(want)
 
 
-def test_an_estimate_of_equal_values_is_certain():
+def test_equal_values_have_an_interval_of_zero_width():
     assert stats.estimate([2.0] * 5) == stats.Estimate(2.0, 2.0, 2.0, 5)
 
 
-def test_an_estimate_of_one_value_says_that_it_is_one():
+def test_an_estimate_of_one_value_has_n_1():
     assert stats.estimate([7.0]) == stats.Estimate(7.0, 7.0, 7.0, 1)
 
 
@@ -44,7 +44,7 @@ def test_more_blocks_narrow_the_interval():
 
 
 def test_a_steady_drift_cancels_within_a_block():
-    """Slots D U U D while the machine gets faster by 2 a slot; U is half of D at all times."""
+    """Slots D U U D while D gets faster by 2 per slot; U is always half of D."""
     block = {"d": [10.0, 16.0], "u": [12.0 / 2, 14.0 / 2]}
     assert stats.ratios([block], "u", "d") == [0.5]
 
@@ -60,7 +60,7 @@ def test_a_block_without_one_of_the_two_gives_no_ratio():
     assert stats.levels(blocks, "b") == [2.0]
 
 
-def test_noise_is_how_far_the_two_slots_of_one_are_apart():
+def test_noise_is_the_difference_of_two_slots_of_one_contender():
     blocks = [{"a": [10.0, 11.0], "b": [10.0, 9.0], "c": [5.0]}]
     assert stats.noise(blocks).median == pytest.approx(0.1)
     assert stats.noise([{"a": [1.0]}]) is None

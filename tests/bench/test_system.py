@@ -1,4 +1,4 @@
-"""Reading /proc/stat and ethtool, and the tables that look-ups are timed in."""
+"""Parsing /proc/stat and ethtool, and the route tables of the benchmarks."""
 
 import ipaddress
 
@@ -16,7 +16,7 @@ def test_cpu_time_of_the_whole_system():
     assert (found - system.CpuTime(1.5, 10.0, 0.0)).busy == pytest.approx(2.0)
 
 
-def test_offloads_in_one_line():
+def test_offloads_are_put_on_one_line():
     text = (
         "Features for eth0:\ntcp-segmentation-offload: off\n\ttx-tcp-segmentation: off\n"
         "generic-segmentation-offload: on\ngeneric-receive-offload: off [fixed]\n"
@@ -26,7 +26,7 @@ def test_offloads_in_one_line():
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_tables_are_what_they_say(family):
+def test_tables_have_the_routes_and_addresses_requested(family):
     n = 50
     size = tables.WIDTHS[family] // 8
     lines = tables.text(n, family).decode().splitlines()

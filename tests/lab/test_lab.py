@@ -55,6 +55,20 @@ def test_profiles_set_what_they_say_whatever_was_set_before(lab):
     assert features == as_made
 
 
+def test_profile_p4_turns_only_tunnel_segmentation_off(lab):
+    a, b = lab.host("a"), lab.host("b")
+    link = lab.link(a, b)
+    for profile, tunnel, gro in (("P4", "off", "on"), ("P1", "on", "off")):
+        link.profile(profile)
+        features = a.run(["ethtool", "-k", "eth0"]).stdout
+        assert f"tx-udp_tnl-segmentation: {tunnel}" in features
+        assert f"tx-udp_tnl-csum-segmentation: {tunnel}" in features
+        assert f"generic-receive-offload: {gro}" in features
+        for name in ("tcp-segmentation-offload", "generic-segmentation-offload",
+                     "tx-udp-segmentation"):
+            assert f"{name}: on" in features
+
+
 def test_iperf3_gives_numbers_or_its_own_words(lab):
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)

@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -56,12 +56,20 @@ _SYSCTL = (
 )
 _FORWARDING = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
-# The offloads of a veth in each profile. P1: as it is made, super-packets cross the wire whole. P2:
-# the sender's kernel cuts them in software, the receiver's GRO joins them again. P3: nobody joins.
+# The offloads of a veth in each profile.
+# P1  A new veth: the wire passes super-packets whole.
+# P2  The sender's kernel segments in software, the receiver's kernel merges (GRO).
+# P3  As P2, without GRO.
+# P4  The wire passes TCP and UDP super-packets whole, but the sender's kernel segments VXLAN
+#     super-packets in software; GRO is on. As on a NIC without tunnel segmentation.
+_TUNNEL_SEGMENTATION = ("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation")
+_TUNNEL_ON = dict.fromkeys(_TUNNEL_SEGMENTATION, "on")
+_TUNNEL_OFF = dict.fromkeys(_TUNNEL_SEGMENTATION, "off")
 PROFILES = {
-    "P1": {"tso": "on", "gso": "on", "tx-udp-segmentation": "on", "gro": "off"},
-    "P2": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "on"},
-    "P3": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "off"},
+    "P1": {"tso": "on", "gso": "on", "tx-udp-segmentation": "on", "gro": "off"} | _TUNNEL_ON,
+    "P2": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "on"} | _TUNNEL_ON,
+    "P3": {"tso": "off", "gso": "off", "tx-udp-segmentation": "off", "gro": "off"} | _TUNNEL_ON,
+    "P4": {"tso": "on", "gso": "on", "tx-udp-segmentation": "on", "gro": "on"} | _TUNNEL_OFF,
 }
 
 _T = TypeVar("_T")
@@ -159,11 +167,10 @@ class Interface:
     def set_mtu(self, mtu: int) -> None:
         self.host.ip(f"link set {self.name} mtu {mtu}")
 
-    def offloads(self, **switches: str) -> None:
-        """Turn offloads "on" or "off", by their ethtool names with ``_`` for ``-``."""
-        words = [w for k, v in switches.items() for w in (k.replace("_", "-"), v)]
-        if words:
-            self.host.run(["ethtool", "-K", self.name, *words])
+    def offloads(self, switches: Mapping[str, str]) -> None:
+        """Turn offloads "on" or "off", by their ethtool names."""
+        words = [word for switch in switches.items() for word in switch]
+        self.host.run(["ethtool", "-K", self.name, *words])
 
 
 @dataclass(frozen=True)
@@ -184,9 +191,9 @@ class Link:
             end.set_mtu(mtu)
 
     def profile(self, name: str) -> None:
-        """P1, P2 or P3 on every device of the link, whichever it had before: see PROFILES."""
+        """P1, P2, P3 or P4 on every device of the link, whichever it had before: see PROFILES."""
         for end in self.wires:
-            end.offloads(**PROFILES[name])
+            end.offloads(PROFILES[name])
 
 
 @dataclass(eq=False)

@@ -1,7 +1,8 @@
-"""One worker with a stand-in for the TUN: a frame is a message of a SOCK_SEQPACKET pair.
+"""One worker between a socket pair in place of the TUN and a UDP socket on loopback.
 
-Owns: the sockets and the worker between them; the peer is a UDP socket on loopback. The kernel's
-part of the work is real, but for the TUN's: what is timed here is compared with itself.
+Owns: the sockets and the worker between them. Does not know: what is sent. One thread only. A frame
+is one message of a SOCK_SEQPACKET pair, and the peer is a UDP socket on loopback. The kernel's UDP
+work is real, its TUN work is not: compare the times only with other times of this benchmark.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ _ROOM = 8 << 20
 _FEATURES = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge", "batch")
 
 
-class Path:
-    """``send_frames`` and ``work``: the road out. ``send_run`` and ``work``: the road in."""
+class LoopbackWorker:
+    """A worker and both its ends.
+
+    TUN to UDP: ``send_frame``, ``work``, ``received(peer)``. UDP to TUN: ``send_run``, ``work``,
+    ``received(tun)``.
+    """
 
     def __init__(self) -> None:
         self._closing = contextlib.ExitStack()
-        self.tun, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self.tun, ours):
+        self.tun, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.tun, worker_end):
             self._closing.enter_context(end)
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
@@ -37,7 +42,9 @@ class Path:
         core = _core.Core("off", 1, (1500, 0), [bytes((10, 99, 1, 0))], notify)
         port = self.peer.getsockname()[1]
         core.publish(_core.RouteTable.parse_text(b"10.0.0.0/8 via 127.0.0.2 port %d" % port))
-        self._worker = _core.Worker(core, ours.fileno(), self._udp.fileno(), -1, _FEATURES, 64)
+        self._worker = _core.Worker(
+            core, worker_end.fileno(), self._udp.fileno(), -1, _FEATURES, 64
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -57,21 +64,21 @@ class Path:
         return sock
 
     def send_frame(self, frame: bytes) -> None:
-        """What the kernel would hand over: a vnet header and an IP packet."""
+        """Send one frame to the worker: a vnet header and an IP packet."""
         self.tun.send(frame)
 
     def send_run(self, packets: list[bytes]) -> None:
-        """Packets of equal size, as the peer sends them: one UDP_SEGMENT message."""
+        """Send packets of equal size from the peer to the worker, as one UDP_SEGMENT message."""
         control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", len(packets[0])))]
         self.peer.sendmsg([b"".join(packets)], control, 0, self._udp.getsockname())
 
     def work(self) -> None:
-        """All there is to do; it ends a millisecond after that."""
+        """Run the worker until it has been idle for one millisecond."""
         self._worker.run(1)
 
     @staticmethod
     def received(sock: socket.socket) -> int:
-        """Bytes that wait in ``tun`` or ``peer``; they are taken."""
+        """Read all that waits in ``tun`` or ``peer``; return the number of bytes."""
         n = 0
         with contextlib.suppress(BlockingIOError):
             while True:

@@ -1,0 +1,113 @@
+"""The options of ``python -m bench``: a wrong one is refused before anything is measured."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from bench import cli, profiles
+
+
+def steps(*argv):
+    return cli._steps(cli._parser().parse_args(argv))[0]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_measured(monkeypatch):
+    def fail(*_):
+        raise AssertionError("a lab was set up")
+
+    monkeypatch.setattr(cli, "Lab", fail)
+    monkeypatch.setattr(cli.flame, "Lab", fail)
+
+
+@pytest.mark.parametrize(
+    ("argv", "messages"),
+    [
+        (["tcp", "--profile", "P9"], ["'P9'", "P1", "P4"]),
+        (["tcp", "--blocks", "0"], ["'0'", "expected a number above 0"]),
+        (["tcp", "--blocks", "many"], ["'many'", "expected a number above 0"]),
+        (["tcp", "--seconds", "-1"], ["'-1'", "expected a number above 0"]),
+        (["tcp", "--minutes", "nan"], ["'nan'", "expected a number above 0"]),
+        (["tcp", "--congestion", "warp"], ["'warp'", "expected one of"]),
+        (["tcp", "--contender", "nobody"], ["'nobody'", "expected one of udptun, direct"]),
+        (["tcp", "--with", "nobody"], ["'nobody'", "expected one of udptun, direct"]),
+        (["tcp", "--variant", "1 up"], ["tcp: variant '1 up'", "N there, N back or N both"]),
+        (["rtt", "--variant", "sctp idle"], ["rtt: variant 'sctp idle'", "udp idle, udp bulk"]),
+        (["pps", "--variant", "64"], ["pps: variant '64'", "N bytes"]),
+        (["gap", "--variant", "0 routes"], ["gap: variant '0 routes'", "N routes"]),
+        (["scale", "--variant", "5 hosts"], ["scale: variant '5 hosts'", "N routes or N peers"]),
+        (["lookup", "--variant", "v5 hit 9"], ["lookup: variant 'v5 hit 9'", "v4 or v6"]),
+        (["start", "--variant", "fast"], ["start: variant 'fast'", "expected none"]),
+        (["lookup", "--profile", "P2"], ["lookup: profile 'P2'", "uses no wire"]),
+        (["gap", "--contender", "vxlan"], ["gap: contender 'vxlan'", "expected udptun"]),
+        (["tcp", "--contender", "copylimit", "--profile", "P2"],
+         ["tcp: contender 'copylimit' on profile P2", "expected profile P1"]),
+        (["flame", "--contender", "copylimit", "--profile", "P3", "--out", "x"],
+         ["contender 'copylimit' on profile P3", "expected profile P1"]),
+        (["quick", "--variant", "9 lives"], ["'9 lives'", "N there", "udp idle"]),
+    ],
+)
+def test_a_wrong_option_is_refused_with_the_value_and_what_was_expected(
+    argv, messages, capsys, monkeypatch
+):
+    monkeypatch.setattr(cli, "_missing_requirement", lambda: None)
+    try:
+        code = cli.main(argv)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    text = capsys.readouterr().err
+    for message in messages:
+        assert message in text
+
+
+def test_options_change_the_plan():
+    [(metric, plan)] = steps(
+        "pps", "--blocks", "7", "--seconds", "9", "--profile", "P4", "--profile", "P1",
+        "--variant", "100 bytes", "--contender", "vxlan", "--with", "udptun --workers 2",
+    )
+    assert metric.name == "pps"
+    assert (plan.blocks, plan.seconds, plan.profiles) == (7, 9, ("P4", "P1"))
+    assert plan.variants == ("100 bytes",)
+    assert plan.contenders == ("vxlan", "udptun --workers 2")
+
+
+def test_a_command_with_several_metrics_measures_those_that_have_the_variant():
+    [(metric, plan)] = steps("quick", "--variant", "udp idle")
+    assert (metric.name, plan.variants) == ("rtt", ("udp idle",))
+
+
+def test_a_command_with_several_metrics_measures_those_that_support_the_contender():
+    names = [metric.name for metric, _ in steps("full", "--contender", "vxlan")]
+    assert "gap" not in names
+    assert names.count("tcp") == 2
+
+
+def test_p4_is_measured_on_request_only():
+    for command in ("quick", "full", *cli.SINGLE):
+        assert all("P4" not in plan.profiles for _, plan in steps(command))
+    assert [plan.profiles for _, plan in steps("quick", "--profile", "P4")] == [("P4",)] * 2
+
+
+@pytest.mark.parametrize("command", ["quick", "full", "flame", *cli.SINGLE])
+def test_the_help_explains_the_profiles(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, profile in profiles.PROFILES.items():
+        assert f"{name} {profile.text}" in text
+
+
+@pytest.mark.parametrize("command", [c for c in cli.SINGLE if c != "start"])
+def test_the_default_variants_are_possible(command):
+    metric, plan = cli.SINGLE[command]
+    for variant in (*metric.variants, *plan.variants):
+        assert metric.variant_problem(plan, variant) is None
+
+
+def test_the_kernels_congestion_control_is_accepted():
+    name = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    assert cli._congestion_control(name) == name
+    with pytest.raises(argparse.ArgumentTypeError, match="'no-such-control'"):
+        cli._congestion_control("no-such-control")
