@@ -137,10 +137,11 @@ cdef class Core:
                     bad = i
                     break
         if bad < table.vec.n:
-            row = table.row(bad)
+            route = table.route_at(bad)
             family = "IPv4" if has4 else "IPv6"
-            raise FieldError("via", row[1], f"an {family} address: there is no other listener",
-                             f"route {row[0]}")
+            raise FieldError("via", str(route.via),
+                             f"an {family} address: there is no other listener",
+                             f"route {route.dst}")
 
     def prepare(self, RouteTable table):
         """Build all that a look-up needs, aside: the long part. Any thread, one at a time, and
@@ -248,12 +249,12 @@ cdef class Core:
         return [s.hops[i].peer.ordinal for i in range(start, min(start + count, s.hops_n))]
 
     def trace(self, bytes address):
-        """(row of the table in force, largest inner packet) for a packed address, or None."""
+        """(model.Route in force, largest inner packet) for a packed address, or None."""
         cdef snapshot_t* s = self.shared.snapshot
         cdef hop_t* hop = find_hop(s, <const uint8_t*>address, len(address))
         if hop == NULL:
             return None
-        return self.table.row(hop - s.hops), path_limit(hop)
+        return self.table.route_at(hop - s.hops), path_limit(hop)
 
     def path_mtu_changes(self, double forget_seconds):
         """[(address, port, path_mtu)] of peers whose path MTU changed since the last call.

@@ -8,6 +8,7 @@ other threads run meanwhile, but they may not touch the same table.
 """
 
 import json
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t
@@ -15,16 +16,18 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from table.route_text cimport (
-    PARSE_BODY, PARSE_NO_MEMORY, PARSE_REPEAT, ROUTE_TEXT_MAX, parse_routes, parse_t,
-    write_addr, write_prefix, write_route_json, write_route_text,
+    PARSE_BODY, PARSE_NO_MEMORY, PARSE_REPEAT, ROUTE_MTU_MIN, ROUTE_TEXT_MAX, find_repeat,
+    parse_routes, parse_t, sound_route, write_addr, write_prefix, write_route_json,
+    write_route_text,
 )
 from table.routes cimport (
     ROUTE_ADDED, ROUTE_CHANGED, route_diff_t, route_edit_t, route_same, route_t, route_vec_t,
-    routes_copy, routes_diff, routes_find, routes_free, routes_insert, routes_remove,
+    routes_append, routes_copy, routes_diff, routes_find, routes_first_repeat, routes_free,
+    routes_insert, routes_remove, routes_sort,
 )
 
 from udptun.errors import FieldError, RouteExists
-from udptun.model import Route, parse_prefix as parse_dst
+from udptun.model import Route
 
 JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}'
 LONGEST_ROUTE = 65536  # bytes of a wrong route that are still looked into for the words
@@ -75,14 +78,43 @@ cdef object explain(const parse_t* p):
 
 
 cdef void pack_prefix(route_t* route, object network):
-    """The destination of a zeroed route."""
+    """Set the destination of a zeroed route."""
     cdef bytes packed = network.network_address.packed
     memcpy(route.dst, <const char*>packed, len(packed))
     route.dst_family = network.version
     route.dst_len = network.prefixlen
 
 
-cdef tuple unpack_route(const route_t* route):
+cdef object pack_route(route_t* route, object given):
+    """Write a model.Route as a route_t. Raise FieldError if a field is out of its range.
+
+    A Route can be made without Route.make(), so the ranges are checked here again.
+    """
+    cdef bytes packed = given.via.packed
+    memset(route, 0, sizeof(route_t))
+    pack_prefix(route, given.dst)
+    memcpy(route.via, <const char*>packed, len(packed))
+    route.via_family = given.via.version
+    if 0 < given.port <= 65535 and (given.mtu is None or ROUTE_MTU_MIN <= given.mtu <= 65535):
+        route.port = given.port
+        route.mtu = given.mtu or 0
+        if sound_route(route) and (route.via_family == 4 or given.via.scope_id is None):
+            return
+    Route.make(str(given.dst), str(given.via), given.port, given.mtu)  # raises, with the field
+    raise FieldError("route", given, "a valid route")
+
+
+cdef object unpack_route(const route_t* route):
+    """Return the model.Route."""
+    dst = PyBytes_FromStringAndSize(<const char*>route.dst, 4 if route.dst_family == 4 else 16)
+    via = PyBytes_FromStringAndSize(<const char*>route.via, 4 if route.via_family == 4 else 16)
+    network = IPv4Network if route.dst_family == 4 else IPv6Network
+    address = IPv4Address if route.via_family == 4 else IPv6Address
+    return Route(network((dst, route.dst_len)), address(via), route.port, route.mtu or None)
+
+
+cdef tuple route_row(const route_t* route):
+    """Return (dst, via, port, mtu) for display: text, text, number, number or None."""
     cdef uint8_t text[ROUTE_TEXT_MAX]
     dst = text[:write_prefix(text, route)].decode()
     via = text[:write_addr(text, route.via_family, route.via)].decode()
@@ -90,18 +122,15 @@ cdef tuple unpack_route(const route_t* route):
 
 
 cdef class RouteTable:
-    """Routes, sorted by prefix, each prefix once.
+    """The routes, sorted by prefix, each prefix once.
 
-    A row is ``(dst, via, port, mtu)``: text, text, number, number or None.
+    Single routes go in and come out as model.Route. Whole tables are read and written as text.
     """
 
     cdef route_vec_t vec
-    # Counts the changes put in force; set by the owner, kept by copy().
-    cdef readonly unsigned long long generation
 
     def __cinit__(self):
         memset(&self.vec, 0, sizeof(self.vec))
-        self.generation = 0
 
     def __dealloc__(self):
         routes_free(&self.vec)
@@ -119,56 +148,69 @@ cdef class RouteTable:
         """From a route file, ``DST via IP [port P] [mtu M]`` a line; raises FieldError."""
         return parse_table(body, False)
 
+    @staticmethod
+    def from_routes(routes):
+        """Build a table from model.Route objects. Raise FieldError for a repeated prefix."""
+        cdef RouteTable table = RouteTable()
+        cdef RouteTable given = RouteTable()
+        cdef route_t packed
+        cdef size_t repeat
+        cdef int status = 0
+        for route in routes:
+            pack_route(&packed, route)
+            if routes_append(&given.vec, &packed) < 0:
+                raise MemoryError("no memory for the routes")
+        with nogil:
+            status = routes_copy(&table.vec, &given.vec)
+            if status == 0:
+                status = routes_sort(&table.vec)
+        if status < 0:
+            raise MemoryError("no memory for the routes")
+        if routes_first_repeat(&table.vec) < table.vec.n:
+            repeat = find_repeat(&table.vec, &given.vec)
+            raise FieldError("dst", str(given.route_at(repeat).dst), "each prefix once",
+                             f"routes[{repeat}]")
+        return table
+
     def copy(self):
         cdef RouteTable table = RouteTable()
         cdef int status
-        table.generation = self.generation
         with nogil:
             status = routes_copy(&table.vec, &self.vec)
         if status < 0:
             raise MemoryError("no memory for the routes")
         return table
 
-    def set(self, dst, via, port, mtu=None, bint replace=False):
-        """Add a route, or change it if ``replace``: "added", "changed" or "same".
+    def set(self, route, bint replace=False):
+        """Add a model.Route, or change it if ``replace``: return "added", "changed" or "same".
 
-        Raises FieldError, and RouteExists if ``replace`` is not set and the prefix has another
-        next hop.
+        Raise FieldError for a value out of range, and RouteExists if ``replace`` is not set and
+        the prefix has another next hop.
         """
-        cdef route_t route
+        cdef route_t packed
         cdef size_t at
-        cdef bint found
         cdef int status
-        cdef bytes packed
-        checked = Route.make(dst, via, port, mtu)
-        memset(&route, 0, sizeof(route))
-        pack_prefix(&route, checked.dst)
-        packed = checked.via.packed
-        memcpy(route.via, <const char*>packed, len(packed))
-        route.via_family = checked.via.version
-        route.port = checked.port
-        route.mtu = checked.mtu or 0
-        found = routes_find(&self.vec, &route, &at)
-        if not found:
+        pack_route(&packed, route)
+        if not routes_find(&self.vec, &packed, &at):
             with nogil:
-                status = routes_insert(&self.vec, at, &route)
+                status = routes_insert(&self.vec, at, &packed)
             if status < 0:
                 raise MemoryError("no memory for the routes")
             return "added"
-        if route_same(&self.vec.items[at], &route):
+        if route_same(&self.vec.items[at], &packed):
             return "same"
         if not replace:
-            raise RouteExists(f"There is a route already: {Route.make(*self.row(at))}.")
-        self.vec.items[at] = route
+            raise RouteExists(f"There is a route already: {unpack_route(&self.vec.items[at])}.")
+        self.vec.items[at] = packed
         return "changed"
 
     def delete(self, dst):
-        """Whether there was a route to exactly this prefix."""
+        """Remove the route to exactly this network. Return whether there was one."""
         cdef route_t key
         cdef size_t at
         cdef bint found
         memset(&key, 0, sizeof(key))
-        pack_prefix(&key, parse_dst("dst", dst))
+        pack_prefix(&key, dst)
         found = routes_find(&self.vec, &key, &at)
         if found:
             with nogil:
@@ -176,19 +218,29 @@ cdef class RouteTable:
         return found
 
     def get(self, dst):
-        """The row of exactly this prefix, or None."""
+        """Return the model.Route to exactly this network, or None."""
         cdef route_t key
         cdef size_t at
         memset(&key, 0, sizeof(key))
-        pack_prefix(&key, parse_dst("dst", dst))
+        pack_prefix(&key, dst)
         if routes_find(&self.vec, &key, &at):
             return unpack_route(&self.vec.items[at])
         return None
 
-    def row(self, size_t index):
+    def route_at(self, size_t index):
+        """Return the model.Route at this place in the table's order."""
         if index >= self.vec.n:
-            raise IndexError("no route of that index")
+            raise IndexError(f"route {index} of {self.vec.n}")
         return unpack_route(&self.vec.items[index])
+
+    def prefixes(self, size_t start, size_t count):
+        """Return the destinations of up to ``count`` routes from ``start`` on, as text."""
+        cdef uint8_t text[ROUTE_TEXT_MAX]
+        cdef size_t i
+        found = []
+        for i in range(start, start + min(count, self.vec.n - min(start, self.vec.n))):
+            found.append(text[:write_prefix(text, &self.vec.items[i])].decode())
+        return found
 
     def diff_from(self, RouteTable old not None):
         """How many routes were (added, changed, removed) since ``old``."""
@@ -198,9 +250,9 @@ cdef class RouteTable:
         return diff.added, diff.changed, diff.removed
 
     def changes_from(self, RouteTable old not None, size_t limit):
-        """The first ``limit`` changes since ``old``: ``(kind, dst, via, port, mtu)``.
+        """Return the first ``limit`` changes since ``old``, for display.
 
-        kind is "added", "changed" (with the new next hop) or "removed" (with the old one).
+        Each is ``(kind, dst, via, port, mtu)``, with dst and via as text. kind is "added", "changed" (with the new next hop) or "removed" (with the old one).
         """
         cdef route_diff_t diff
         cdef route_edit_t* edits
@@ -217,7 +269,7 @@ cdef class RouteTable:
             for i in range(n):
                 kind = ("added" if edits[i].change == ROUTE_ADDED
                         else "changed" if edits[i].change == ROUTE_CHANGED else "removed")
-                changes.append((kind, *unpack_route(edits[i].route)))
+                changes.append((kind, *route_row(edits[i].route)))
             return changes
         finally:
             free(edits)

@@ -45,13 +45,12 @@ routes = st.builds(Route, prefixes(), addresses.filter(is_host), st.integers(1, 
 tables = st.lists(routes, unique_by=lambda r: r.dst, max_size=30)
 
 
-def rows(table):
-    return [table.row(i) for i in range(len(table))]
+def routes_of(table):
+    return [table.route_at(i) for i in range(len(table))]
 
 
-def expected_rows(some):
-    return [(str(r.dst), str(r.via), r.port, r.mtu)
-            for r in sorted(some, key=lambda r: table_order(r.dst))]
+def in_order(some):
+    return sorted(some, key=lambda r: table_order(r.dst))
 
 
 def parse_json(routes_json):
@@ -59,7 +58,7 @@ def parse_json(routes_json):
 
 
 def outcome(parse, *args):
-    """What a parser says: rows, or the error as a person reads it."""
+    """Return the parser's result, or the text of its error."""
     try:
         return parse(*args)
     except FieldError as error:
@@ -116,9 +115,12 @@ def test_addresses_are_those_of_ipaddress(text):
     value = {"dst": "10.0.0.0/8", "via": text}
 
     def oracle():
-        return str(Route.from_json(value, "routes[0]").via)
+        return Route.from_json(value, "routes[0]").via
 
-    assert outcome(lambda: parse_json(json.dumps(value).encode()).row(0)[1]) == outcome(oracle)
+    def parse():
+        return parse_json(json.dumps(value).encode()).route_at(0).via
+
+    assert outcome(parse) == outcome(oracle)
 
 
 @given(
@@ -132,9 +134,12 @@ def test_prefixes_are_those_of_the_model(text, suffix):
     value = {"dst": text + suffix, "via": "192.0.2.1"}
 
     def oracle():
-        return str(Route.from_json(value, "routes[0]").dst)
+        return Route.from_json(value, "routes[0]").dst
 
-    assert outcome(lambda: parse_json(json.dumps(value).encode()).row(0)[0]) == outcome(oracle)
+    def parse():
+        return parse_json(json.dumps(value).encode()).route_at(0).dst
+
+    assert outcome(parse) == outcome(oracle)
 
 
 # Whole tables
@@ -143,16 +148,16 @@ def test_prefixes_are_those_of_the_model(text, suffix):
 def test_both_forms_give_the_table_of_the_model(some):
     text = "\r\n".join(f"  {r}\t# as written" for r in some)
     body = json.dumps({"generation": 7, "routes": [r.to_json() for r in some]}, indent=1)
-    assert rows(RouteTable.parse_text(text.encode())) == expected_rows(some)
-    assert rows(RouteTable.parse_json(body.encode())) == expected_rows(some)
+    assert routes_of(RouteTable.parse_text(text.encode())) == in_order(some)
+    assert routes_of(RouteTable.parse_json(body.encode())) == in_order(some)
 
 
 @given(tables, st.integers(0, 40), st.integers(0, 40))
 def test_slices_round_trip(some, start, count):
     table = RouteTable.parse_text("\n".join(map(str, some)).encode())
-    part = expected_rows(some)[start:start + count]
-    assert rows(RouteTable.parse_text(table.text_slice(start, count))) == part
-    assert rows(parse_json(table.json_slice(start, count))) == part
+    part = in_order(some)[start:start + count]
+    assert routes_of(RouteTable.parse_text(table.text_slice(start, count))) == part
+    assert routes_of(parse_json(table.json_slice(start, count))) == part
     ordered = sorted(some, key=lambda r: table_order(r.dst))[start:start + count]
     assert table.text_slice(start, count).decode().splitlines() == list(map(str, ordered))
     assert json.loads(b"[%s]" % table.json_slice(start, count)) == [r.to_json() for r in ordered]
@@ -177,9 +182,12 @@ def test_lines_are_those_of_the_model(words):
     words = [w.decode() for w in line.encode().split()]
 
     def oracle():
-        return expected_rows([Route.from_words(words, "line 2")] if words else [])
+        return in_order([Route.from_words(words, "line 2")] if words else [])
 
-    assert outcome(lambda: rows(RouteTable.parse_text(f"\n{line}\n".encode()))) == outcome(oracle)
+    def parse():
+        return routes_of(RouteTable.parse_text(f"\n{line}\n".encode()))
+
+    assert outcome(parse) == outcome(oracle)
 
 
 VALUES = st.one_of(
@@ -202,10 +210,10 @@ def test_objects_are_those_of_the_model(value, ascii_only, indent):
 
     def oracle():
         first = Route.make("192.0.2.77/32", "192.0.2.1")
-        return expected_rows([first, Route.from_json(value, "routes[1]")])
+        return in_order([first, Route.from_json(value, "routes[1]")])
 
     def parse():
-        return rows(parse_json(b'{"dst":"192.0.2.77","via":"192.0.2.1"}, %s' % body))
+        return routes_of(parse_json(b'{"dst":"192.0.2.77","via":"192.0.2.1"}, %s' % body))
 
     assert outcome(parse) == outcome(oracle)
 
@@ -240,7 +248,7 @@ def test_arbitrary_bytes_are_parsed_or_refused(body):
         except FieldError as error:
             assert str(error)
         else:
-            assert rows(RouteTable.parse_text(table.text_slice(0, 99))) == rows(table)
+            assert routes_of(RouteTable.parse_text(table.text_slice(0, 99))) == routes_of(table)
 
 
 @given(JSON_SOUP.map(lambda soup: b'{"routes":[' + soup))
@@ -285,7 +293,7 @@ def test_what_is_not_the_json_we_want_names_the_byte(body, byte):
 
 def test_escapes_in_strings():
     text = rb'{"\u0064st":"\u0031\u0030.0.0.0\/8","via":"::\u0061","port":"8\u0031"}'
-    assert rows(parse_json(text)) == [("10.0.0.0/8", "::a", 81, None)]
+    assert routes_of(parse_json(text)) == [Route.make("10.0.0.0/8", "::a", 81)]
 
 
 def test_a_long_string_with_escapes_is_refused():
@@ -351,37 +359,67 @@ SMALL = st.builds(
 def test_changes_one_at_a_time(steps):
     table, model = RouteTable(), Model()
     for step, route in steps:
-        dst = str(route.dst)
         if step == "delete":
-            assert table.delete(dst) == (model.routes.pop(route.dst, None) is not None)
-            assert table.get(dst) is None
+            assert table.delete(route.dst) == (model.routes.pop(route.dst, None) is not None)
+            assert table.get(route.dst) is None
             continue
         replace = step == "put"
         try:
-            said = table.set(dst, str(route.via), route.port, route.mtu, replace)
+            result = table.set(route, replace)
         except RouteExists as error:
-            said = str(error)
-        assert said == model.set(route, replace)
-        (row,) = expected_rows([model.routes[route.dst]])
-        assert table.get(dst) == row
-    assert rows(table) == expected_rows(model.routes.values())
+            result = str(error)
+        assert result == model.set(route, replace)
+        assert table.get(route.dst) == model.routes[route.dst]
+    assert routes_of(table) == in_order(model.routes.values())
 
 
-def test_changes_check_their_values():
+def bad_routes():
+    """Routes made without Route.make(), one field out of its range in each."""
+    net, net6 = ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/64")
+    host = ipaddress.ip_address("192.0.2.1")
+    for port in (0, -1, 65536):
+        yield "port", Route(net, host, port)
+    for mtu in (0, 67, 65536):
+        yield "mtu", Route(net, host, 1, mtu)
+    yield "mtu", Route(net6, host, 1, 1279)
+    for via in ("0.0.0.0", "224.0.0.1", "::", "ff02::1", "::ffff:192.0.2.1", "fe80::1%eth0"):
+        yield "via", Route(net, ipaddress.ip_address(via))
+
+
+@pytest.mark.parametrize(("field", "route"), list(bad_routes()), ids=str)
+def test_changes_check_their_values(field, route):
     table = RouteTable()
-    for bad in (("10.0.0.1/8", "192.0.2.1", 1, None), ("10.0.0.0/8", "x", 1, None),
-                ("10.0.0.0/8", "192.0.2.1", 0, None), ("10.0.0.0/8", "192.0.2.1", 1, 67)):
-        with pytest.raises(FieldError):
-            table.set(*bad, True)
-    with pytest.raises(FieldError):
-        table.delete("10.0.0.1/8")
-    with pytest.raises(FieldError):
-        table.get("nowhere")
+    for change in (table.set, lambda route: RouteTable.from_routes([route])):
+        with pytest.raises(FieldError) as caught:
+            change(route)
+        assert caught.value.field == field
+    assert len(table) == 0
+
+
+def test_an_empty_table():
+    table = RouteTable()
     with pytest.raises(IndexError):
-        table.row(0)
+        table.route_at(0)
     assert len(table) == 0
     assert table.json_slice(0, 10) == b""
+    assert table.prefixes(0, 10) == []
     assert table.sizeof() == 0
+
+
+@given(tables, st.integers(0, 40), st.integers(0, 40))
+def test_a_table_from_routes(some, start, count):
+    table = RouteTable.from_routes(iter(some))
+    assert routes_of(table) == in_order(some)
+    assert table.prefixes(start, count) == [
+        str(route.dst) for route in in_order(some)[start:start + count]]
+
+
+@given(tables.filter(bool), st.data())
+def test_a_table_from_routes_has_each_prefix_once(some, data):
+    again = data.draw(st.sampled_from(some))
+    at = data.draw(st.integers(some.index(again) + 1, len(some)))
+    message = f"routes[{at}]: dst: {str(again.dst)!r} is not valid: expected each prefix once"
+    assert outcome(RouteTable.from_routes, [*some[:at], again, *some[at:]]) == message
 
 
 @given(st.lists(SMALL, unique_by=lambda r: r.dst), st.lists(SMALL, unique_by=lambda r: r.dst),
@@ -394,7 +432,7 @@ def test_difference_is_set_arithmetic(before, after, limit):
     changed = {dst for dst in now.keys() & then.keys() if now[dst] != then[dst]}
     assert new.diff_from(old) == (len(added), len(changed), len(removed))
     wanted = [("added" if dst in added else "changed" if dst in changed else "removed",
-               *expected_rows([now.get(dst) or then[dst]])[0])
+               *(now.get(dst) or then[dst]).to_json().values())
               for dst in sorted(added | changed | removed, key=table_order)]
     assert new.changes_from(old, limit) == wanted[:limit]
     assert new.changes_from(old, 1 << 60) == wanted
@@ -403,11 +441,10 @@ def test_difference_is_set_arithmetic(before, after, limit):
 def test_a_copy_is_its_own():
     table = RouteTable.parse_text(b"10.0.0.0/8 via 192.0.2.1")
     copy = table.copy()
-    assert copy.generation == table.generation
-    table.set("10.0.0.0/8", "192.0.2.2", 1, None, True)
-    table.set("::/0", "192.0.2.2", 1)
-    assert rows(copy) == [("10.0.0.0/8", "192.0.2.1", 8285, None)]
-    assert rows(RouteTable().copy()) == []
+    table.set(Route.make("10.0.0.0/8", "192.0.2.2", 1), replace=True)
+    table.set(Route.make("::/0", "192.0.2.2", 1))
+    assert routes_of(copy) == [Route.make("10.0.0.0/8", "192.0.2.1")]
+    assert routes_of(RouteTable().copy()) == []
 
 
 def test_a_hundred_thousand_routes():
@@ -423,8 +460,8 @@ def test_a_hundred_thousand_routes():
     assert again.diff_from(table) == (0, 0, 0)
     first = sorted(numbers)[0]
     dst, via = f"{ipaddress.IPv4Address(first << 8)}/24", f"192.0.2.{first % 200 + 1}"
-    assert table.row(0) == (dst, via, 8285, None)
-    assert table.delete(table.row(50_000)[0])
+    assert table.route_at(0) == Route.make(dst, via)
+    assert table.delete(table.route_at(50_000).dst)
     assert again.diff_from(table) == (1, 0, 0)
     with pytest.raises(FieldError, match=r"line 100001: dst: .* each prefix once"):
         RouteTable.parse_text((text + text.partition("\n")[0]).encode())

@@ -346,8 +346,7 @@ class Forwarder:
     async def _set_route(self, route: Route, replace: bool) -> RouteDiff:
         async with self._changing:
             table = self._table.copy()
-            done = table.set(str(route.dst), str(route.via), route.port, route.mtu, replace)
-            if done == "same":
+            if table.set(route, replace) == "same":
                 return RouteDiff(self.generation)
             return await self._put_in_force(table)
 
@@ -358,14 +357,18 @@ class Forwarder:
     async def _delete_route(self, dst: IPNetwork) -> RouteDiff:
         async with self._changing:
             table = self._table.copy()
-            if not table.delete(str(dst)):
+            if not table.delete(dst):
                 return RouteDiff(self.generation)
             return await self._put_in_force(table)
 
     async def replace_routes(self, routes: Iterable[Route]) -> RouteDiff:
         """Replace the whole table in one step."""
-        text = "\n".join(map(str, routes)).encode()
-        return await self.replace_routes_text(text)
+        change = self._replace_typed(_core.RouteTable.from_routes(routes))
+        return await asyncio.shield(self._begin(change))
+
+    async def _replace_typed(self, table: _core.RouteTable) -> RouteDiff:
+        async with self._changing:
+            return await self._put_in_force(table)
 
     async def replace_routes_json(
         self, body: bytes | mmap, expect_generation: int | None = None
@@ -464,8 +467,8 @@ class Forwarder:
             subnets: list[list[str]] = [[] for _ in peers]
             for start in range(0, len(table), SLICE):
                 ordinals = self._core.hop_ordinals(start, SLICE)
-                for i, ordinal in enumerate(ordinals, start):
-                    subnets[ordinal].append(table.row(i)[0])
+                for ordinal, dst in zip(ordinals, table.prefixes(start, SLICE), strict=True):
+                    subnets[ordinal].append(dst)
                 await asyncio.sleep(0)
         head = {
             "version": __version__,
@@ -527,11 +530,11 @@ class Forwarder:
                 "address": str(address), "verdict": "drop", "reason": "no_route",
                 "route": None, "peer": None, "mtu": None,
             }
-        (dst, via, port, mtu), limit = found
+        route, limit = found
         return {
             "address": str(address), "verdict": "forward", "reason": None,
-            "route": {"dst": dst, "via": via, "port": port, "mtu": mtu},
-            "peer": str(Endpoint(ipaddress.ip_address(via), port)),
+            "route": route.to_json(),
+            "peer": str(Endpoint(route.via, route.port)),
             "mtu": min(limit, self.mtu),
         }
 
