@@ -4,15 +4,20 @@ A document may only name files, targets, commands, options and metrics that exis
 options, variables, metrics and checks are complete.
 """
 
+import ipaddress
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from tests.control import fakes
 from tests.node.node_reports import ready
+from tests.own_netns import in_own_netns, sh
+from udptun import Endpoint, Forwarder, ForwarderConfig, Route
 from udptun.cli import cli
 from udptun.control.metrics import CounterCollector
 from udptun.device.offload import FEATURES
@@ -293,6 +298,37 @@ def test_the_table_of_flanneld_variables_is_complete() -> None:
     }
     documented = {name for name in rows(ROOT / "docs" / "flannel.md") if name.startswith("UDPTUN_")}
     assert have <= documented <= have | {"UDPTUN_SOCKET"}
+
+
+# The control API
+
+
+def keys(value: Any, path: str = "") -> set[str]:
+    """Return the paths of all keys of a JSON value; a list stands for its first entry."""
+    if isinstance(value, list):
+        return keys(value[0], f"{path}[]") if value else set()
+    if not isinstance(value, dict) or path == ".capabilities.off":
+        return set()
+    return set().union(*({f"{path}.{k}"} | keys(v, f"{path}.{k}") for k, v in value.items()))
+
+
+@in_own_netns
+async def test_the_examples_of_answers_have_the_keys_of_a_real_forwarder() -> None:
+    sh("ip addr replace 192.0.2.1/32 dev lo")
+    async with Forwarder(ForwarderConfig(listen=(Endpoint.parse("192.0.2.1"),))) as forwarder:
+        await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
+        answers: list[Any] = [
+            await forwarder.status(),
+            {"drops": forwarder.drops()},
+            forwarder.trace(ipaddress.ip_address("10.244.2.9")),
+            json.loads(b"".join([chunk async for chunk in forwarder.route_chunks()])),
+        ]
+    text = (ROOT / "docs" / "control.md").read_text()
+    examples = [json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", text,
+                                                         re.MULTILINE | re.DOTALL)]
+    documented = [keys(example) for example in examples]
+    for answer in answers:
+        assert keys(answer) in documented
 
 
 # README.md's figures
