@@ -15,7 +15,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
-from drops cimport DROP_CLOSED, DROP_REASONS_N
+from drops cimport DROP_REASONS_N
 from path.encap cimport path_limit
 from sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, close,
@@ -28,10 +28,10 @@ from table.peers cimport (
 )
 from table.publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
 from table.routes cimport route_t, route_vec_t
-from path.turn cimport drain, give_back, run, watch
+from path.turn cimport drain, run, watch
 from path.worker cimport (
-    NOTE_PATH_MTU, NOTE_TCP_MERGE, NOTE_TUN_GONE, NOTE_UDP_GSO, NOTE_UDP_MERGE, RX_SLOT,
-    RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, WR_FRAME, count_drop, direction_t, shared_t,
+    EVENT_PATH_MTU, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO, EVENT_UDP_MERGE, RX_SLOT,
+    RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, WR_FRAME, direction_t, shared_t,
     worker_t,
 )
 
@@ -50,9 +50,9 @@ cdef extern from * nogil:
 
 MAX_FRAME_SEGS = TX_FRAME_SEGS  # of one super-packet: what the TUN is told
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
-NOTES = {
-    "path_mtu": NOTE_PATH_MTU, "udp-gso": NOTE_UDP_GSO, "tcp-merge": NOTE_TCP_MERGE,
-    "udp-merge": NOTE_UDP_MERGE, "tun_gone": NOTE_TUN_GONE,
+WORKER_EVENTS = {
+    "path_mtu": EVENT_PATH_MTU, "udp-gso": EVENT_UDP_GSO, "tcp-merge": EVENT_TCP_MERGE,
+    "udp-merge": EVENT_UDP_MERGE, "tun_gone": EVENT_TUN_GONE,
 }
 
 
@@ -405,32 +405,29 @@ cdef class Worker:
         with nogil:
             run(self.w, linger_ms)
 
-    def call(self):
-        """Make ``run`` return at once, now and until ``answer``. Any thread."""
+    def wake(self):
+        """Make ``run`` return at once, now and on each later call until ``resume``. Any thread."""
         cdef uint64_t one = 1
-        store_flag(&self.w.called, 1)
+        store_flag(&self.w.wake_requested, 1)
         write(self.w.wake_fd, &one, 8)
 
-    def answer(self):
-        """The call was heard: ``run`` works again."""
-        store_flag(&self.w.called, 0)
+    def resume(self):
+        """Let ``run`` work again after ``wake``. Any thread."""
+        store_flag(&self.w.wake_requested, 0)
 
     def drain(self, double seconds):
-        """Forward what is in the queues already, for at most so long; then count what still
-        waits as dropped. Only when ``run`` is over for good."""
+        """Forward what the queues already hold, for at most ``seconds``; count the rest as dropped.
+
+        Only after the last ``run``."""
         cdef worker_t* w = self.w
         cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
         with nogil:
             drain(w, end)
-            count_drop(&w.encap, DROP_CLOSED, w.encap.queued)
-            w.encap.queued = 0
-            w.segs_n = w.buckets_n = w.tx_used = 0
-            give_back(w)
 
-    def take_notes(self):
-        """What happened since the last call, by the names in NOTES."""
-        cdef uint64_t notes = take_flags(&self.w.notes)
-        return [name for name, bit in NOTES.items() if notes & bit]
+    def take_events(self):
+        """Return the events raised since the last call, by their names in WORKER_EVENTS."""
+        cdef uint64_t events = take_flags(&self.w.events)
+        return [name for name, bit in WORKER_EVENTS.items() if events & bit]
 
     def in_use(self):
         """Of the features that may be switched off at run time, those still on."""

@@ -26,7 +26,8 @@ from table.peers cimport find_hop, find_peer, hop_t, is_own, peer_t
 from path.send cimport queue_full, queue_segment, read_errors, segment_room
 from wire.headers cimport load_be16
 from path.worker cimport (
-    CMSG_ROOM, NOTE_TCP_MERGE, NOTE_UDP_MERGE, RX_SET, RX_SLOT, RX_SLOTS, count_drop, note,
+    CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_SET, RX_SLOT, RX_SLOTS, count_drop,
+    raise_event,
     worker_t,
 )
 
@@ -154,10 +155,10 @@ cdef inline void write_outputs(worker_t* w) noexcept nogil:
         if errno == EINVAL:
             if out.tcp:
                 w.merge.tcp = False
-                note(w, NOTE_TCP_MERGE)
+                raise_event(w, EVENT_TCP_MERGE)
             else:
                 w.merge.udp = False
-                note(w, NOTE_UDP_MERGE)
+                raise_event(w, EVENT_UDP_MERGE)
         write_packets(w, out.first)
     merge_reset(&w.merge)
 

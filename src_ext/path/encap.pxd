@@ -27,7 +27,8 @@ from wire.packet cimport (
 from table.peers cimport find_hop, hop_t, peer_t
 from path.send cimport flush, queue_full, queue_packet, queue_segment, segment_room
 from path.worker cimport (
-    NOTE_TUN_GONE, TX_FRAME, TX_FRAME_SEGS, TX_SEGS, count_drop, note, worker_t,
+    EVENT_TUN_GONE, TX_FRAME, TX_FRAME_SEGS, TX_SEGS, count_drop,
+    raise_event, worker_t,
 )
 
 
@@ -249,11 +250,11 @@ cdef inline bint drain_tun(worker_t* w) noexcept nogil:
             if errno == EINTR:
                 continue
             if errno != EAGAIN:
-                note(w, NOTE_TUN_GONE)
+                raise_event(w, EVENT_TUN_GONE)
             flush(w)
             return False
         if n == 0:
-            note(w, NOTE_TUN_GONE)
+            raise_event(w, EVENT_TUN_GONE)
             return False
         frames += 1
         bytes_ += n

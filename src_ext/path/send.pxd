@@ -27,7 +27,8 @@ from sys cimport (
 from table.peers cimport addr_map_find, peer_counters_t, peer_t
 
 from path.worker cimport (
-    NOTE_PATH_MTU, NOTE_UDP_GSO, TX_FULL, TX_MSGS, TX_PEERS, TX_SEGS, bucket_t, count_drop, note,
+    EVENT_PATH_MTU, EVENT_UDP_GSO, TX_FULL, TX_MSGS, TX_PEERS, TX_SEGS, bucket_t, count_drop,
+    raise_event,
     run_t, seg_t, worker_t,
 )
 
@@ -104,7 +105,7 @@ cdef inline void learn_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcep
         return
     peer.path_mtu = mtu
     peer.path_mtu_ns = w.now
-    note(w, NOTE_PATH_MTU)
+    raise_event(w, EVENT_PATH_MTU)
 
 
 cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
@@ -270,7 +271,7 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
                 read_errors(w, fd)  # why the next one stopped is told there only
             if doubt:
                 w.udp_gso = False
-                note(w, NOTE_UDP_GSO)
+                raise_event(w, EVENT_UDP_GSO)
             tries = 0
             one_by_one = doubt = False
             continue

@@ -14,6 +14,7 @@ side's swap) make sure that one side sees the other's store.
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
+from drops cimport DROP_CLOSED
 from path.decap cimport receive
 from path.encap cimport drain_tun
 from sys cimport (
@@ -24,7 +25,8 @@ from table.peers cimport snapshot_t
 from path.affinity cimport look_at_place, roam
 from path.send cimport flush, read_errors, waiting
 from path.worker cimport (
-    NOTE_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, note, worker_t,
+    EVENT_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, count_drop,
+    raise_event, worker_t,
 )
 
 
@@ -43,7 +45,7 @@ cdef inline void borrow(worker_t* w) noexcept nogil:
     store_flag(&w.seen, w.snapshot.generation)
 
 
-cdef inline void give_back(worker_t* w) noexcept nogil:
+cdef inline void release(worker_t* w) noexcept nogil:
     if not waiting(w):
         store_flag(&w.busy, 0)
 
@@ -98,7 +100,7 @@ cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
     if w.polled[ON_WAKE].revents & POLLIN:
         read(w.wake_fd, &value, 8)
     if w.polled[ON_TUN].revents & (POLLERR | POLLNVAL):
-        note(w, NOTE_TUN_GONE)
+        raise_event(w, EVENT_TUN_GONE)
     w.tun_ready = w.polled[ON_TUN].revents != 0
     w.udp_ready4 = readable(w, ON_UDP4, w.udp_fd4)
     w.udp_ready6 = readable(w, ON_UDP6, w.udp_fd6)
@@ -144,7 +146,7 @@ cdef inline void nap(worker_t* w) noexcept nogil:
     ts.tv_sec = 0
     ts.tv_nsec = NAP_NS
     w.trickle = False
-    give_back(w)
+    release(w)
     nanosleep(&ts, NULL)
 
 
@@ -163,26 +165,26 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             wait_for_work(w, 0)
         else:
             if timeout:
-                give_back(w)
+                release(w)
             wait_for_work(w, timeout)
             if not w.ready and timeout and watch(w):
                 break
             timeout = linger_ms
-        if load_flag(&w.called):
+        if load_flag(&w.wake_requested):
             watch(w)
             break
-        if w.notes & NOTE_TUN_GONE:
+        if w.events & EVENT_TUN_GONE:
             break  # it would be ready for ever: from now on only a call wakes us
         look_at_place(&w.place, w.now, w.encap.delivered, w.decap.delivered)
         more = turn(w)
-    give_back(w)
+    release(w)
     roam(&w.place)
     w.loop_returns += 1
 
 
-cdef inline void drain(worker_t* w, uint64_t until) noexcept nogil:
-    """Forward what is in the queues already, waiting for full sockets, but not past ``until``
-    (monotonic ns). For a worker that ``run`` is done with."""
+cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
+    """Forward what the queues already hold. Wait for full sockets, but not past ``until``
+    (monotonic ns)."""
     cdef bint more = True
     while more or waiting(w):
         look_everywhere(w)
@@ -191,3 +193,13 @@ cdef inline void drain(worker_t* w, uint64_t until) noexcept nogil:
         if not more:
             wait_for_work(w, 1 + <int>((until - w.now) // 1000000))
         more = turn(w)
+
+
+cdef inline void drain(worker_t* w, uint64_t until) noexcept nogil:
+    """Forward what the queues already hold, and drop (CLOSED) what is left at ``until``. Only after
+    the last ``run``."""
+    forward_rest(w, until)
+    count_drop(&w.encap, DROP_CLOSED, w.encap.queued)
+    w.encap.queued = 0
+    w.segs_n = w.buckets_n = w.tx_used = 0
+    release(w)

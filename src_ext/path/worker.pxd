@@ -1,8 +1,8 @@
 """The state of one data worker: its descriptors, buffers, counters and switches.
 
 Owns the layout; the steps that use it are in send.pxd, encap.pxd, decap.pxd and turn.pxd. One
-thread writes it. The control side reads the counters, and writes only ``called`` and the snapshot
-pointer of ``shared_t``.
+thread writes it. The control side reads the counters, and writes only ``wake_requested`` and the
+snapshot pointer of ``shared_t``.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
@@ -38,12 +38,12 @@ cdef enum:
     ON_UDP6 = 3
     POLLED_N = 4
 
-    # shown to the control side, once each, through worker_t.notes
-    NOTE_PATH_MTU = 1
-    NOTE_UDP_GSO = 2            # switched off at run time
-    NOTE_TCP_MERGE = 4
-    NOTE_UDP_MERGE = 8
-    NOTE_TUN_GONE = 16
+    # shown to the control side, once each, through worker_t.events
+    EVENT_PATH_MTU = 1
+    EVENT_UDP_GSO = 2            # switched off at run time
+    EVENT_TCP_MERGE = 4
+    EVENT_UDP_MERGE = 8
+    EVENT_TUN_GONE = 16
 
 
 cdef struct direction_t:
@@ -88,8 +88,8 @@ cdef struct worker_t:
     snapshot_t* snapshot        # borrowed for the turn, and while segments wait
     uint64_t busy               # 1 while a snapshot is borrowed: see turn.pxd
     uint64_t seen               # generation of the snapshot borrowed
-    uint64_t called             # control side: 1 = return to the loop
-    uint64_t notes              # NOTE_*: set here, cleared by the control side
+    uint64_t wake_requested     # control side: 1 = return to the loop
+    uint64_t events             # EVENT_*: set here, cleared by the control side
     uint64_t now
     place_t place
     uint32_t index
@@ -157,9 +157,9 @@ cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept 
     d.drops[<int>reason] += n
 
 
-cdef inline void note(worker_t* w, uint64_t what) noexcept nogil:
-    """Tell the control side, once until it has looked."""
+cdef inline void raise_event(worker_t* w, uint64_t event) noexcept nogil:
+    """Set an event bit and wake the control side, once until it has taken the event."""
     cdef uint64_t one = 1
-    if w.notes & what != what:
-        w.notes |= what
+    if w.events & event != event:
+        w.events |= event
         write(w.shared.notify_fd, &one, 8)

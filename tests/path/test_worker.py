@@ -286,7 +286,7 @@ def test_a_refused_run_is_sent_again_one_by_one():
         rig.work()
         expected = [reference.decrement_hop_limit(packet) for packet in sent]
         assert rig.at(PEERS[0]) == expected
-        assert rig.worker.take_notes() == ["udp-gso"]
+        assert rig.worker.take_events() == ["udp-gso"]
         assert "udp-gso" not in rig.worker.in_use()
         rig.check_invariant()
 
@@ -321,13 +321,13 @@ def test_the_loop_learns_of_what_comes_while_the_worker_is_away():
         for bring in (
             lambda: rig.write(bytes(10) + flow.udp(b"out")),
             lambda: rig.send(PEERS[0], back.udp(b"in")),
-            rig.worker.call,
+            rig.worker.wake,
         ):
             assert not readable(rig.worker)
             bring()
             assert readable(rig.worker, 5)
             rig.work()
-            rig.worker.answer()
+            rig.worker.resume()
         assert not readable(rig.worker)
         assert len(rig.at(PEERS[0])) == len(rig.from_tun()) == 1
 
@@ -337,7 +337,7 @@ def test_a_tun_that_is_gone_is_told_once_and_keeps_nobody_awake():
         rig.tun.close()
         assert readable(rig.worker, 5)
         rig.work()
-        assert rig.worker.take_notes() == ["tun_gone"]
+        assert rig.worker.take_events() == ["tun_gone"]
         assert not readable(rig.worker)
 
 
@@ -394,7 +394,7 @@ def busy(rig, allowed, load=to_send):
         yield tids.get(timeout=10)
     finally:
         over.set()
-        rig.worker.call()
+        rig.worker.wake()
         for thread in threads:
             thread.join()
 

@@ -244,11 +244,11 @@ class Forwarder:
 
     def _look_at_workers(self) -> None:
         for thread in self._threads:
-            for note in thread.worker.take_notes():
-                if note == "tun_gone":
+            for event in thread.worker.take_events():
+                if event == "tun_gone":
                     self._fail(f"the TUN device {self.tun_name} is gone")
-                elif note in ("udp-gso", "tcp-merge", "udp-merge"):
-                    self._lose(note)
+                elif event in ("udp-gso", "tcp-merge", "udp-merge"):
+                    self._lose(event)
         for packed, port, path_mtu in self._core.path_mtu_changes(FORGET_PATH_MTU_SECONDS):
             endpoint = _endpoint(packed, port)
             log.info("path MTU to %s is %d", endpoint, path_mtu)

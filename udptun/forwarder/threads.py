@@ -75,7 +75,7 @@ class WorkerThread:
         """Take the worker off its descriptors and join the thread. What is queued stays queued."""
         if self._loop is None:
             return
-        self.worker.call()
+        self.worker.wake()
         with suppress(RuntimeError):  # its loop ended by itself
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
@@ -101,4 +101,4 @@ class WorkerThread:
             await self._stop.wait()
         finally:
             loop.remove_reader(self.worker.fileno())
-            self.worker.answer()
+            self.worker.resume()
