@@ -351,7 +351,7 @@ def generated_table() -> dict[str, list[float]]:
     [
         (r"about (\d+) % of VXLAN's rate", 0, 0.01),
         (r"about (\d+) % where the sender", 1, 0.01),
-        (r"about (\d+) % where the receiver", 2, 0.01),
+        (r"about (\d+) % where the receiver's", 2, 0.01),
         (r"about ([\d.]+) times VXLAN's packet rate", 3, 1),
         (r"about ([\d.]+) times VXLAN's CPU time", 4, 1),
     ],
