@@ -125,7 +125,7 @@ async def test_a_file_that_may_not_be_read_is_left_there(tmp_path, caplog):
 
 async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
     path = tmp_path / "leases.json"
-    file = LeaseCache(path, pause_s=0)
+    file = LeaseCache(path, interval_s=0)
     written = []
     write_one, file._write = file._write, lambda what: (written.append(what), write_one(what))
     for last in ODD[-3:]:
@@ -139,7 +139,7 @@ async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
 
 async def test_after_a_quiet_time_there_is_no_pause(tmp_path):
     path = tmp_path / "leases.json"
-    file = LeaseCache(path, pause_s=3600)
+    file = LeaseCache(path, interval_s=3600)
     file.keep(known())
     await until(path.exists)
     file.keep(known(OWN))
@@ -165,12 +165,12 @@ async def test_a_pause_is_in_proportion_to_what_was_written(tmp_path, monkeypatc
         )
     await file.aclose()
     assert len(pauses) == 2
-    assert pauses[0] <= 0 < pauses[1] <= cache.PAUSE_MOST_SECONDS
+    assert pauses[0] <= 0 < pauses[1] <= cache.MAX_INTERVAL_SECONDS
 
 
 async def test_what_comes_while_writing_is_written_too(tmp_path):
     path = tmp_path / "leases.json"
-    file = LeaseCache(path, pause_s=0)
+    file = LeaseCache(path, interval_s=0)
     loop = asyncio.get_running_loop()
     write_one = file._write
 
@@ -190,7 +190,7 @@ async def test_what_comes_while_writing_is_written_too(tmp_path):
 
 async def test_closing_writes_without_the_pause(tmp_path):
     path = tmp_path / "leases.json"
-    file = LeaseCache(path, pause_s=3600)
+    file = LeaseCache(path, interval_s=3600)
     file.keep(known(OWN))
     await until(path.exists)
     file.keep(known())
@@ -213,7 +213,7 @@ async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    file = LeaseCache(path, pause_s=0)
+    file = LeaseCache(path, interval_s=0)
     with caplog.at_level(logging.ERROR):
         file.keep(known())
         await until(lambda: len(tries) >= 3)

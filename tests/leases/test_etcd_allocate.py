@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udptun.leases.base import Attributes, StoreRefused, Subnets
-from udptun.leases.etcd.allocate import Entry, choose, free_subnets, is_mine, own_entries
+from udptun.leases.etcd.allocate import Entry, choose, free_subnets, own_entries, same_node
 from udptun.leases.netconf import NetConfig
 
 V4 = ipaddress.IPv4Network
@@ -62,7 +62,7 @@ def test_both_families_must_be_free():
         V4("10.5.2.0/24"), v6("fc00:0:0:2::/64")
     )
     two = Entry("b", Subnets(V4("10.5.2.0/24"), v6("fc00:0:0:2::/64")), None, 1, 1)
-    with pytest.raises(StoreRefused, match="fc00:0:0:1:: to fc00:0:0:2:: are taken"):
+    with pytest.raises(StoreRefused, match="fc00:0:0:1:: to fc00:0:0:2:: are in use"):
         choose(network, [one, two], Subnets(), min)
 
 
@@ -76,8 +76,8 @@ def test_which_of_our_leases_is_best():
 
 def test_whose_lease_it_is():
     v4, v6 = ipaddress.IPv4Address("192.0.2.1"), ipaddress.IPv6Address("2001:db8::1")
-    assert is_mine(Attributes(v4), Attributes(v4, v6))
-    assert not is_mine(Attributes(None, v6), Attributes(v4, v6))
-    assert is_mine(Attributes(None, v6), Attributes(None, v6))
-    assert not is_mine(Attributes(), Attributes())
-    assert not is_mine(None, Attributes(v4))
+    assert same_node(Attributes(v4), Attributes(v4, v6))
+    assert not same_node(Attributes(None, v6), Attributes(v4, v6))
+    assert same_node(Attributes(None, v6), Attributes(None, v6))
+    assert not same_node(Attributes(), Attributes())
+    assert not same_node(None, Attributes(v4))

@@ -81,7 +81,7 @@ async def test_network_is_read(etcd, make):
 
 
 async def test_network_that_is_not_there_may_come(make):
-    with pytest.raises(StoreDown, match=r"/coreos\.com/network/config is not there"):
+    with pytest.raises(StoreDown, match=r"/coreos\.com/network/config does not exist"):
         await make().network()
 
 
@@ -209,7 +209,7 @@ async def test_no_subnet_is_left(etcd, make):
                              ' "SubnetMin": "10.5.2.0", "SubnetMax": "10.5.3.0"}')
     for last in (1, 2):
         await make().acquire(me(last), NONE)
-    with pytest.raises(StoreRefused, match=r"10\.5\.2\.0 to 10\.5\.3\.0 are taken"):
+    with pytest.raises(StoreRefused, match=r"10\.5\.2\.0 to 10\.5\.3\.0 are in use"):
         await make().acquire(me(3), NONE)
 
 
@@ -294,7 +294,7 @@ async def test_a_deleted_lease_is_taken_back(etcd, make, holding, caplog):
 
     await until(back, "our lease")
     await until(lambda: source.health.lease == "held", "its health")
-    assert "our lease of 10.5.50.0/24 is lost" in caplog.text
+    assert "our lease 10.5.50.0/24 is lost" in caplog.text
     await until(lambda: "10.5.50.0-24" in followed.leases, "the news")
     await followed.close()
 
@@ -322,7 +322,7 @@ async def test_a_lease_taken_by_another_is_loud_and_had_back_when_it_is_free(
     holding(source, lease)
     await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
     await until(lambda: source.health.lease == "lost", "the loss")
-    assert "10.5.1.0/24 is the lease of 192.0.2.66 now" in source.health.lease_error
+    assert "10.5.1.0/24 is now the lease of 192.0.2.66" in source.health.lease_error
     assert any(record.levelno == logging.ERROR and "192.0.2.66" in record.message
                for record in caplog.records)
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(66).encode()
@@ -379,7 +379,7 @@ async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, ma
     holding(source, lease)
     etcd.kill()
     await until(lambda: source.health.lease == "lost", "the end of the lease")
-    assert "ran out" in source.health.lease_error
+    assert "expired" in source.health.lease_error
     etcd.start()
     await until(lambda: source.health.lease == "held", "the lease")
     assert await etcd.subnet_keys() == ["10.5.50.0-24"]
@@ -392,8 +392,8 @@ async def test_hold_ends_when_it_is_told_to(etcd, make, ticks):
     await etcd.put("config", CONFIG)
     source = make()
     task = asyncio.create_task(source.hold(await source.acquire(me(), NONE)))
-    await until(lambda: source._keeper._touched._waiters, "it to wait for news")
-    source._keeper.touched(None)
+    await until(lambda: source._keeper._check_now._waiters, "it to wait for news")
+    source._keeper.key_changed(None)
     for _ in range(ticks):
         await asyncio.sleep(0)
     task.cancel()

@@ -131,7 +131,7 @@ async def test_a_lease_whose_value_is_spoilt_stays_as_it_was(etcd, follow, caplo
     followed = await (await follow(etcd.url)).ready()
     await etcd.put("subnets/10.5.1.0-24", "{")
     await until(lambda: followed.source.health.skipped, "the report")
-    assert "stays in force" in caplog.text
+    assert "stays active" in caplog.text
     etcd.kill()
     etcd.start()
     await etcd.put("subnets/10.5.2.0-24", value_of(2))
@@ -217,7 +217,7 @@ async def test_a_frozen_member_is_noticed(etcd, follow):
     health = followed.source.health
     etcd.freeze()
     await until(lambda: not health.connected, "the freeze to be noticed", 12)
-    assert "answer" in health.error
+    assert "response" in health.error
     assert public_ips(followed) == {"10.5.1.0-24": "192.0.2.1"}
     etcd.resume()
     await until(lambda: health.connected, "its return")

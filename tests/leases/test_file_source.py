@@ -358,7 +358,7 @@ async def test_a_half_written_file_is_not_taken_for_the_whole(hosts, monkeypatch
     async with watching(hosts, poll_s=3600) as (source, following):
         await following()
         # From here on any state counts as fresh; the writer goes on while the source waits.
-        monkeypatch.setattr(file_module, "QUIET_SECONDS", 3600)
+        monkeypatch.setattr(file_module, "SETTLE_SECONDS", 3600)
         clock = SimpleNamespace(
             time=file_module.time.time, monotonic=file_module.time.monotonic,
             sleep=lambda seconds: hosts.write_text(toml(1, 2, 3)),
@@ -457,7 +457,7 @@ async def test_what_others_read_first_is_told_all_the_same(hosts):
 
 
 async def test_reload_does_not_wait_and_reads_what_seems_the_same(hosts, monkeypatch):
-    monkeypatch.setattr(file_module, "_settled", lambda path: (1,))
+    monkeypatch.setattr(file_module, "_settled_signature", lambda path: (1,))
     async with watching(hosts, poll_s=3600) as (source, following):
         await following()
         replace(hosts, toml(1))
@@ -498,7 +498,7 @@ async def test_another_network_is_said_not_taken_in_silence(hosts, caplog):
         await following()
         replace(hosts, toml(1, network="10.0.0.0/8"))
         await following()
-        assert "the network is another one now" in caplog.text
+        assert "the network has changed" in caplog.text
         assert (await source.network()).network == IPv4Network("10.0.0.0/8")
 
 

@@ -1,4 +1,4 @@
-"""Where leases come from: a file, etcd, Kubernetes. Each source keeps the contract of ``base``.
+"""Lease sources: a hosts file, etcd, Kubernetes. Each implements the contract in ``base``.
 
-Knows nothing of forwarding, devices or routes: those who read leases decide what follows from them.
+Does not know: forwarding, devices, routes. The node daemon decides what follows from a lease.
 """

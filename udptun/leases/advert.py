@@ -1,11 +1,11 @@
-"""What a node says in its lease beyond flannel: that it speaks our UDP data path, and how.
+"""The advert: what a node publishes in its lease beyond flannel's fields.
 
-It stands in the lease's BackendData under one key of ours, beside what flannel's backend put
-there; a flannel node reads its own fields and passes over ours:
+It says that the node speaks our UDP data path, and with which parameters. It is one key of ours in
+the lease's BackendData, next to the fields of flannel's backend; flannel nodes ignore it:
 
     {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff", "udptun": {"port": 8285, "mtu": 1450}}
 
-Pure functions of their arguments: from any thread.
+Owns: the key, its encoding and its validation. Pure functions; any thread.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ KEY = "udptun"
 
 @dataclass(frozen=True, slots=True)
 class Advert:
-    """The node takes inner packets, IPv4 and IPv6, as UDP payload.
+    """The node accepts inner packets, IPv4 and IPv6, as UDP payload.
 
-    port  where it listens, at its public addresses
-    mtu   the largest inner packet it takes, in bytes; None where it does not say
+    port  the UDP port at its public addresses
+    mtu   the largest inner packet it accepts, in bytes; None: not stated
     """
 
     port: int
@@ -34,25 +34,28 @@ class Advert:
 
 
 def read(attributes: Attributes) -> Advert | None:
-    """None where there is none, or none that can be used: what peers write must not stop us."""
-    said = _object(attributes.backend_data).get(KEY)
-    if not isinstance(said, Mapping):
+    """Return the advert, or None if there is none or it is invalid.
+
+    Never raises: the data comes from a peer.
+    """
+    fields = _object(attributes.backend_data).get(KEY)
+    if not isinstance(fields, Mapping):
         return None
-    port = _number(said.get("port"), 1, 65535)
-    mtu = _number(said.get("mtu"), MIN_MTU, MAX_MTU)
-    if port is None or (mtu is None and said.get("mtu") is not None):
+    port = _number(fields.get("port"), 1, 65535)
+    mtu = _number(fields.get("mtu"), MIN_MTU, MAX_MTU)
+    if port is None or (mtu is None and fields.get("mtu") is not None):
         return None
     return Advert(port, mtu)
 
 
 def embed(backend_data: Any, advert: Advert) -> dict[str, Any]:
-    """The backend's own data, an object or None, with the advertisement in it."""
-    said = {"port": advert.port} | ({} if advert.mtu is None else {"mtu": advert.mtu})
-    return {**(backend_data or {}), KEY: said}
+    """Return the backend's data (an object or None) with the advert added."""
+    fields = {"port": advert.port} | ({} if advert.mtu is None else {"mtu": advert.mtu})
+    return {**(backend_data or {}), KEY: fields}
 
 
 def _object(backend_data: Any) -> Mapping[str, Any]:
-    """flannel's extension backend has a string there: what its command printed."""
+    """flannel's extension backend publishes a string: the output of its command."""
     if isinstance(backend_data, str):
         try:
             backend_data = json.loads(backend_data)
@@ -62,5 +65,5 @@ def _object(backend_data: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any, low: int, high: int) -> int | None:
-    sound = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    return value if sound else None
+    valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return value if valid else None

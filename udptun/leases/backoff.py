@@ -1,4 +1,4 @@
-"""How long to wait before another attempt."""
+"""Exponential back-off with jitter. No clock and no I/O; one owner each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import random
 
 
 class Backoff:
-    """Seconds, doubling from ``low`` to ``high``, each shortened at random by up to a half, so that
-    nodes which lost the same store do not come back all at once."""
+    """Delays in seconds that double from ``low`` to ``high``.
+
+    Each is shortened at random by up to a half, so that nodes which lost the same store do not all
+    reconnect at the same moment.
+    """
 
     def __init__(self, low: float, high: float) -> None:
         self._low, self._high, self._next = low, high, low
@@ -16,5 +19,5 @@ class Backoff:
         self._next = self._low
 
     def next(self) -> float:
-        pause, self._next = self._next, min(self._next * 2, self._high)
-        return pause * random.uniform(0.5, 1)
+        delay, self._next = self._next, min(self._next * 2, self._high)
+        return delay * random.uniform(0.5, 1)

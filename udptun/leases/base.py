@@ -1,8 +1,9 @@
-"""The contract between a store of leases and the node daemon, whichever store it is.
+"""The contract of a lease source: what the node daemon can ask of any store of leases.
 
-Owns: what a lease is, what a source tells (a snapshot first, then changes), what it is asked, how
-it reports its health. A source heals by itself: an outage ends no iteration and forgets no lease,
-it only shows in ``health``. Asyncio, one loop; no threads.
+Owns: the types of leases and of their changes, the calls of a source, and its health. A source
+recovers by itself: an outage ends no iteration and removes no lease, it only shows in ``health``.
+Does not know: any particular store, or what a lease is used for.
+Threads: everything runs in the daemon's asyncio loop.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ LocalAddresses = Callable[[], Awaitable[Iterable[IPAddress]]]
 
 
 class StoreDown(UdptunError):
-    """The store does not answer, or not as one that works: trying again may help."""
+    """The store does not answer, or answers with a temporary error: a retry may succeed."""
 
 
 class StoreRefused(UdptunError):
-    """The store answered, and trying again will not help: credentials, permissions, no podCIDR."""
+    """The store refused: a retry alone cannot succeed (credentials, permissions, no podCIDR)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,11 @@ class Subnets:
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """What a node says of itself beside its subnets: flannel's LeaseAttrs.
+    """What a node publishes in its lease besides its subnets: flannel's LeaseAttrs.
 
-    backend_type     "vxlan", "udp", ...; "" where a flannel of UDP mode says nothing
-    backend_data     any JSON value, parsed; None where there is none. Data of a backend that is
-                     not ours is kept as it is
+    backend_type     "vxlan", "udp", ...; flannel's UDP backend publishes ""
+    backend_data     any JSON value, decoded; None if absent. Data of an unknown backend is kept
+                     unchanged
     backend_v6_data  the same for the IPv6 underlay
     """
 
@@ -66,11 +67,11 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A node's subnets and what it says of itself.
+    """A node's subnets and its published attributes.
 
-    key       names the lease in its store: etcd's subnet key, a node's name. Unique there
-    name      the node's name, where the store knows one: for people only
-    reserved  an operator put it there for good: routed like any lease, never given to another
+    key       identifies the lease in its store: etcd's subnet key, or the name of the node
+    name      the node's name, for messages only; "" if the store has none
+    reserved  a permanent reservation by an operator: routed like any lease, never reassigned
     """
 
     key: str
@@ -82,7 +83,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One lease added (``old`` is None), removed (``new`` is None) or changed."""
+    """One lease that was added (``old`` is None), removed (``new`` is None) or changed."""
 
     old: Lease | None
     new: Lease | None
@@ -96,31 +97,31 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All leases there are, the own one among them. The first thing a source tells, once."""
+    """All leases, including our own. A source yields it once, first."""
 
     leases: tuple[Lease, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What happened since, in order; what came together (one response, one listing) together."""
+    """Changes since the last update, in order; one response of the store becomes one update."""
 
     changes: tuple[Change, ...]
 
 
 @dataclass(slots=True)
 class SourceHealth:
-    """How a source is. Written by the source, read by /readyz, /metrics and the log.
+    """The state of a source. Written by the source, read by /readyz, /metrics and the log.
 
-    connected       the store answered last time, and its watch is in order
-    error           why not, in a sentence; "" when connected
-    last_contact    time.monotonic() of the last sign of life of the store, or None
-    lease           "none", "held", or "lost": no longer ours, and we are taking it back
-    lease_error     why it is lost, in a sentence
-    lease_expires   time.time() when it runs out if it is not renewed, or None: never
-    errors_n        failed exchanges with the store since the start
-    relists_n       times everything was listed again because the watch could not go on
-    skipped         entries that cannot be used, by key, each with the reason
+    connected       the last request to the store succeeded, and the watch runs
+    error           the reason if not connected, in a sentence; else ""
+    last_contact    time.monotonic() of the last response of the store, or None
+    lease           "none", "held", or "lost": no longer ours, the source tries to get it back
+    lease_error     the reason why it is lost, in a sentence
+    lease_expires   time.time() at which it expires unless renewed; None: never
+    errors_n        failed requests to the store since the start
+    relists_n       full listings that were needed because the watch could not continue
+    skipped         entries that cannot be used: {key: reason}
     """
 
     connected: bool = False
@@ -136,7 +137,7 @@ class SourceHealth:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the store itself declares about this node, whatever the node publishes.
+    """What the store itself declares about this node, independent of what the node publishes.
 
     public_ip, public_ipv6  addresses at which other nodes reach this node; None: not declared
     overrides_options       True: these addresses take precedence over --public-ip and
@@ -225,7 +226,7 @@ class LeaseSource(ABC):
 
 
 class LeaseBook:
-    """The leases a source knows, by key; turns what the store says into changes."""
+    """The leases of one source by key. Computes the change that each new state causes."""
 
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
@@ -235,7 +236,7 @@ class LeaseBook:
         return self._leases
 
     def put(self, lease: Lease) -> Change | None:
-        """None if nothing about it is new."""
+        """Store a lease; return the change, or None if it is already known as it is."""
         old = self._leases.get(lease.key)
         if old == lease:
             return None
@@ -247,8 +248,8 @@ class LeaseBook:
         return None if old is None else Change(old, None)
 
     def replace(self, leases: Iterable[Lease]) -> tuple[Change, ...]:
-        """The whole truth, listed again: what differs from what was known, removals first."""
-        fresh = {lease.key: lease for lease in leases}
-        gone = [change for key in [*self._leases] if key not in fresh
-                if (change := self.remove(key))]
-        return (*gone, *(change for lease in fresh.values() if (change := self.put(lease))))
+        """Take a complete listing; return the changes against the known leases, removals first."""
+        listed = {lease.key: lease for lease in leases}
+        removed = [change for key in [*self._leases] if key not in listed
+                   if (change := self.remove(key))]
+        return (*removed, *(change for lease in listed.values() if (change := self.put(lease))))

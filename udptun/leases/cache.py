@@ -1,8 +1,9 @@
-"""The last known truth on disk: what holds while the store cannot be asked, also after a restart.
+"""The last known state of the store, cached on disk for a (re)start while the store is down.
 
-Owns one file: its form, and that it is replaced as a whole, at once after a quiet time and with
-pauses in a busy one. Refuses to know when what it keeps is to be used. Asyncio, one loop; a helper
-thread writes.
+Owns: one file, its format, and when it is written. The file is always replaced as a whole: at once
+after a quiet period, at intervals while there are many changes.
+Does not know: when the cached state is used.
+Threads: asyncio, one loop; a helper thread writes the file.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .wait import wait_at_most
 log = logging.getLogger(__name__)
 
 VERSION = 1
-PAUSE_MOST_SECONDS = 1.0
-PAUSE_WRITES = 20  # a pause is as long as so many writes: a small file is never old
+MAX_INTERVAL_SECONDS = 1.0
+INTERVAL_WRITES = 20  # the interval in units of the last write's duration: a small file is recent
 RETRY_SECONDS = 10.0
 
 Kind = TypeVar("Kind")
@@ -34,12 +35,12 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True, slots=True)
 class LastKnown:
-    """What a store said last.
+    """The last known state of one store.
 
-    store    of which store this is; what one store said says nothing of another
+    store    SourceConfig.store_id; the state of one store is never used for another
     network  the network's configuration
-    lease    our own, or None if there was none
-    leases   all there were, our own among them
+    lease    our own lease, or None if there was none
+    leases   all leases, including our own
     """
 
     store: str
@@ -49,21 +50,21 @@ class LastKnown:
 
 
 class LeaseCache:
-    """One file, of one daemon. The directory is made when it is needed.
+    """One file of one daemon. The directory is created when it is needed.
 
-    pause_s  between two writes; None: in proportion to what a write takes
+    interval_s  seconds between two writes; None: in proportion to the duration of a write
     """
 
-    def __init__(self, path: Path, *, pause_s: float | None = None) -> None:
+    def __init__(self, path: Path, *, interval_s: float | None = None) -> None:
         self.path = path
-        self._pause_s = pause_s
-        self._not_before = 0.0  # of the loop's clock
+        self._interval_s = interval_s
+        self._not_before = 0.0  # in the loop's clock
         self._next: LastKnown | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     def load(self, store: str) -> LastKnown | None:
-        """What was kept of this store, or None. A file that is broken is set aside. Blocks."""
+        """Return the cached state of this store, or None. Renames an invalid file. Blocks."""
         try:
             known = _decode(self.path.read_bytes())
         except FileNotFoundError:
@@ -75,46 +76,49 @@ class LeaseCache:
             aside = self.path.with_name(self.path.name + ".bad")
             with suppress(OSError):
                 self.path.replace(aside)
-            log.error("%s does not hold leases and is now %s: %r", self.path, aside, exc)
+            log.error("%s does not contain valid leases, renamed to %s: %r",
+                      self.path, aside, exc)
             return None
         if known.store != store:
-            log.info("%s is of %s, not of %s: not used", self.path, known.store, store)
+            log.info("%s belongs to %s, not to %s: not used", self.path, known.store, store)
             return None
         return known
 
     def keep(self, known: LastKnown) -> None:
-        """To be written soon; of several the last one counts. A disk that takes nothing is said
-        in the log, and tried again."""
+        """Write this state soon; a later call replaces one that is not written yet.
+
+        A failed write is logged and repeated.
+        """
         self._next = known
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._write_all())
 
     async def aclose(self) -> None:
-        """Write what waits, now and once."""
+        """Write a pending state now; try once."""
         self._closing.set()
         if self._task is not None:
             await self._task
 
     async def _write_all(self) -> None:
-        clock, complained = asyncio.get_running_loop().time, False
+        clock, logged = asyncio.get_running_loop().time, False
         while self._next is not None:
             await wait_at_most(self._closing, self._not_before - clock())
             known, began = self._next, clock()
             try:
                 await asyncio.to_thread(self._write, known)
             except OSError as exc:
-                if not complained:
+                if not logged:
                     log.error("the leases are not saved to %s: %s", self.path, exc.strerror)
                 if self._closing.is_set():
                     return
-                self._not_before, complained = clock() + RETRY_SECONDS, True
+                self._not_before, logged = clock() + RETRY_SECONDS, True
                 continue
             if self._next is known:
                 self._next = None
-            pause = self._pause_s
-            if pause is None:
-                pause = min(PAUSE_WRITES * (clock() - began), PAUSE_MOST_SECONDS)
-            self._not_before, complained = clock() + pause, False
+            interval = self._interval_s
+            if interval is None:
+                interval = min(INTERVAL_WRITES * (clock() - began), MAX_INTERVAL_SECONDS)
+            self._not_before, logged = clock() + interval, False
 
     def _write(self, known: LastKnown) -> None:
         self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -122,10 +126,11 @@ class LeaseCache:
 
 
 def _encode(known: LastKnown) -> bytes:
-    """JSON, a lease on each line.
+    """Return JSON with one lease per line.
 
-    Lease by lease, since the encoder keeps the GIL: for thousands at once the loop would stand
-    still. And a peer's data may be nested deeper than can be written: that one is left out.
+    Each lease is encoded by a call of its own: the encoder holds the GIL, and one call for
+    thousands of leases would block the loop. A lease is left out if its data is nested too deeply
+    for the encoder.
     """
     head = json.dumps({
         "version": VERSION,
@@ -145,7 +150,7 @@ def _encode(known: LastKnown) -> bytes:
 def _decode(data: bytes) -> LastKnown:
     content = json.loads(data)
     if content["version"] != VERSION:
-        raise ValueError(f"it is of version {content['version']}, not {VERSION}")
+        raise ValueError(f"its version is {content['version']}, not {VERSION}")
     return LastKnown(
         content["store"],
         NetConfig.parse(content["network"], check_subnets=content["subnets_checked"]),

@@ -1,11 +1,11 @@
-"""The network's configuration, flannel's net-conf.json: read as flannel reads it, checked once.
+"""The network's configuration, flannel's net-conf.json: parsed as flannel does, validated once.
 
-Owns: the names, the defaults and the rules of flannel's ``subnet.Config``, and the options of its
-udp and vxlan backends. Refuses to know where the text comes from, and which backend a node takes
-in the end. What flannel accepts is accepted: names in any case, unknown fields, host bits in a
-network. Pure functions of their arguments: from any thread.
+Owns: the names, defaults and rules of flannel's ``subnet.Config``, and the options of its udp and
+vxlan backends. Everything that flannel accepts is accepted: names in any case, unknown fields, host
+bits in a network. Does not know: where the text comes from, or which backend a node selects.
+Pure functions; any thread.
 
-source  flannel's pkg/subnet/config.go and its Documentation/configuration.md
+source  flannel's pkg/subnet/config.go and Documentation/configuration.md
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MAX_VNI = (1 << 24) - 1
 
 @dataclass(frozen=True, slots=True)
 class NetConfig:
-    """One overlay network. A family that is off has None for its network.
+    """One overlay network. The network of a disabled family is None.
 
-    subnet_len    prefix length of a node's subnet; 0 where subnets are not ours to choose
-    subnet_min    base of the first subnet that may be given to a node, and subnet_max of the last
-    nftables      flannel's EnableNFTables; our rules are nftables' in either case
-    backend_type  in lower case; "udp" without a Backend, as flannel, and "" for one without a
-                  Type. Any word passes: the command line may overrule it
-    backend       all that stands in Backend, names in lower case
-    text          what was parsed, as it was
+    subnet_len    prefix length of a node's subnet; 0 where the store assigns the subnets
+    subnet_min    base address of the first subnet that a node may get; subnet_max: of the last
+    nftables      flannel's EnableNFTables; udptun uses nftables in either case
+    backend_type  in lower case; "udp" if there is no Backend (as in flannel), "" if Backend has no
+                  Type. Not checked here: the command line can override it
+    backend       the fields of Backend, names in lower case
+    text          the original text
     """
 
     text: str
@@ -50,16 +50,16 @@ class NetConfig:
 
     @classmethod
     def parse(cls, text: str, *, check_subnets: bool = True, where: str = "") -> NetConfig:
-        """FieldError says which field is wrong.
+        """Parse net-conf.json. FieldError names the invalid field.
 
-        check_subnets  False where the store gives each node its subnet: as in flannel, SubnetLen,
-                       SubnetMin and SubnetMax are then ignored, right or wrong
-        where          names the text for a person, for the error
+        check_subnets  False where the store assigns each node its subnet: SubnetLen, SubnetMin and
+                       SubnetMax are then ignored, even if invalid, as in flannel
+        where          the name of the text in error messages
         """
         try:
             return cls._of(_decode(text, where), text, check_subnets, where)
-        except RecursionError:  # from the parser, or while showing a value
-            raise FieldError("the configuration", text[:40], "values that are not nested so deep",
+        except RecursionError:  # in the parser, or in the repr of a value
+            raise FieldError("the configuration", text[:40], "values nested less deeply",
                              where) from None
 
     @classmethod
@@ -83,28 +83,28 @@ class NetConfig:
 
     @property
     def networks(self) -> tuple[IPNetwork, ...]:
-        """Those that are enabled, IPv4 first."""
+        """The networks of the enabled families, IPv4 first."""
         return tuple(net for net in (self.network, self.network6) if net is not None)
 
     @property
     def subnets_checked(self) -> bool:
-        """Whether it was parsed with ``check_subnets``."""
+        """Return whether this was parsed with ``check_subnets``."""
         return bool(self.subnet_len or self.subnet6_len)
 
-    # Port is the named backend's. A node that takes another one beside it or in its place, by
-    # --backend, uses that one's default, and so do its peers. With "auto" it is the UDP data
-    # path's: that is the one which every node has.
+    # Port belongs to the backend in Type. A node that uses another backend as well, or instead
+    # (--backend), uses the default port of that backend, and so do its peers. With "auto", Port is
+    # the port of the UDP data path, since every node has that one.
 
     @property
     def udp_port(self) -> int:
-        """Where nodes listen that say nothing else."""
+        """The UDP port of nodes that do not advertise another one."""
         if self.backend_type in ("auto", "udp"):
             return self._number("Port", DEFAULT_PORT, 1, 65535)
         return DEFAULT_PORT
 
     @property
     def vxlan_port(self) -> int:
-        """0: the kernel's own, 8472."""
+        """0: the kernel's default, 8472."""
         return self._number("Port", 0, 0, 65535) if self.backend_type == "vxlan" else 0
 
     @property
@@ -113,7 +113,7 @@ class NetConfig:
 
     @property
     def mtu(self) -> int | None:
-        """To be taken for the underlay's, in bytes; None: the interface's own."""
+        """The underlay's MTU in bytes; None: use that of the interface."""
         return self._number("MTU", 0, MIN_MTU, MAX_MTU) or None
 
     @property
@@ -132,7 +132,7 @@ class NetConfig:
         return _number(self.backend, name, default, low, high, where, "Backend.")
 
     def _check_options(self, where: str) -> None:
-        """At once, so that a wrong one is not found where a node first needs it."""
+        """Validate all options now, not when a node first uses one."""
         self._number("Port", 0, 0, 65535, where)
         self._number("VNI", 1, 0, MAX_VNI, where)
         self._number("MTU", 0, MIN_MTU, MAX_MTU, where)
@@ -141,15 +141,15 @@ class NetConfig:
 
 
 class _Names(NamedTuple):
-    """One family's fields, and flannel's numbers for it."""
+    """The field names of one family, and flannel's limits for it."""
 
     version: int
     network: str
     length: str
     first: str
     last: str
-    usual_len: int  # of a node's subnet, where the network is large enough for four of them
-    max_len: int  # room for a tunnel device and a bridge on each node
+    usual_len: int  # of a node's subnet, if the network has room for four of these
+    max_len: int  # leaves addresses for a tunnel device and a bridge on each node
     max_network_len: int
 
 
@@ -158,7 +158,7 @@ _V6 = _Names(6, "IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax"
 
 
 class _Family(NamedTuple):
-    network: Any = None  # a network and addresses of one family: the caller knows which
+    network: Any = None  # a network and addresses of the same family, IPv4 or IPv6
     length: int = 0
     first: Any = None
     last: Any = None
@@ -178,7 +178,7 @@ def _family(fields: Mapping[str, Any], names: _Names, check_subnets: bool, where
     length = _number(fields, names.length, max(names.usual_len, shortest), shortest,
                      names.max_len, where)
     size = 1 << (network.max_prefixlen - length)
-    # The first subnet is left out: its base is the network's own address.
+    # The first subnet is not used: its base address is that of the network.
     lowest = int(network.network_address)
     first = _base(fields, names.first, network, lowest + size, size, where)
     highest = int(network.broadcast_address) + 1 - size
@@ -193,7 +193,7 @@ def _network(fields: Mapping[str, Any], names: _Names, where: str) -> IPNetwork:
     try:
         address, _, length = value.partition("/")  # type: ignore[union-attr]
         if not (length.isascii() and length.isdigit()) or "%" in address:
-            raise ValueError  # a netmask, or nothing: Go takes neither
+            raise ValueError  # a netmask, or no length: Go accepts neither
         network = ipaddress.ip_network(value, strict=False)  # type: ignore[arg-type]
         if network.version != names.version:
             raise ValueError
@@ -206,7 +206,7 @@ def _network(fields: Mapping[str, Any], names: _Names, where: str) -> IPNetwork:
 
 def _base(fields: Mapping[str, Any], name: str, network: IPNetwork, default: int, size: int,
           where: str) -> IPAddress:
-    """An address where a subnet begins; absent, or all zeros, for the default."""
+    """Return the base address of a subnet; ``default`` if absent or all zeros."""
     family = type(network.network_address)
     value = fields.get(name.lower())
     try:
@@ -237,7 +237,7 @@ def _backend(fields: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, A
 
 
 def _decode(text: str, where: str) -> Mapping[str, Any]:
-    """Fields by name in lower case, which is how Go compares them; of two, the last counts."""
+    """Return the fields by lower-case name, since Go ignores case; the last of two wins."""
     try:
         value = json.loads(text, object_pairs_hook=_lower, parse_constant=_refuse)
     except json.JSONDecodeError as exc:
@@ -256,7 +256,7 @@ def _lower(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON value")
+    raise ValueError(f"{constant} is not a JSON value")
 
 
 def _flag(fields: Mapping[str, Any], name: str, where: str = "", *, default: bool = False,
@@ -271,10 +271,10 @@ def _flag(fields: Mapping[str, Any], name: str, where: str = "", *, default: boo
 
 def _number(fields: Mapping[str, Any], name: str, default: int, low: int, high: int, where: str,
             within: str = "") -> int:
-    """Absent, null and 0 are the default: Go cannot tell them apart."""
+    """Return a number; absent, null and 0 mean the default, since Go cannot distinguish them."""
     value = fields.get(name.lower())
     if value is None or (value == 0 and not isinstance(value, bool)):
         return default
-    if isinstance(value, str):  # which JSON has for numbers only by mistake
+    if isinstance(value, str):  # parse_number would accept a number in quotes
         raise FieldError(within + name, value, f"a whole number from {low} to {high}", where)
     return parse_number(within + name, value, low, high, where)

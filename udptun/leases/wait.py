@@ -1,4 +1,4 @@
-"""Wait for an event, but not for ever. Asyncio, any loop."""
+"""Wait for an event with a time limit. Asyncio, any loop."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import suppress
 
 
 async def wait_at_most(event: asyncio.Event, seconds: float) -> bool:
-    """Return when the event is set, or ``seconds`` later; whether it is set.
+    """Wait until the event is set or the time is over; return whether the event is set.
 
-    Not ``asyncio.wait_for``: up to Python 3.11 that loses a cancellation which comes together with
-    the event, and the task never ends.
+    ``asyncio.wait_for`` is not used: up to Python 3.11 it loses a cancellation that arrives
+    together with the event, and the task never ends.
     """
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):

@@ -1,1 +1,1 @@
-"""Leases in etcd v3, by flannel's schema. Importing the package itself loads nothing heavy."""
+"""Leases in etcd v3, in flannel's schema. This package itself imports nothing."""

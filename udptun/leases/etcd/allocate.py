@@ -1,7 +1,9 @@
-"""Which subnet a node gets: flannel's choice, over a listing. Pure: no I/O, no clock.
+"""The choice of a node's subnet from a listing of all leases, as flannel does it.
 
-Owns: the order of choice, and what is free. Refuses to know: how a choice is written, and that it
-may be lost to another node (source: flannel's AcquireLease).
+Owns: the order of preference, and which subnets are free. Does not know: how a choice is written to
+the store, or that another node may write first. Pure functions: no I/O, no clock; any thread.
+
+source  flannel's AcquireLease
 """
 
 from __future__ import annotations
@@ -16,35 +18,35 @@ from ..base import Attributes, StoreRefused, Subnets
 if TYPE_CHECKING:
     from ..netconf import NetConfig
 
-CANDIDATES_MAX = 100  # of which one is drawn, so that nodes that start together seldom collide
+CANDIDATES_MAX = 100  # one is drawn, so that nodes that start together rarely choose the same
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One key of a listing. Its subnets are taken whether or not its value can be used."""
+    """One key of a listing. Its subnets are in use even if its value is invalid."""
 
     key: str
     subnets: Subnets
-    attributes: Attributes | None  # None: the value cannot be used
+    attributes: Attributes | None  # None: the value is invalid
     mod_revision: int
-    lease_id: int  # 0: put without a lease, a reservation
+    lease_id: int  # 0: written without an etcd lease, which makes it a reservation
 
     @property
     def reserved(self) -> bool:
         return self.lease_id == 0
 
 
-def is_mine(theirs: Attributes | None, mine: Attributes) -> bool:
-    """Whether a lease was published by this node: it has our public address."""
-    if theirs is None:
+def same_node(published: Attributes | None, own: Attributes) -> bool:
+    """Return whether this node published a lease: it has our public address."""
+    if published is None:
         return False
-    if mine.public_ip is not None:
-        return theirs.public_ip == mine.public_ip
-    return mine.public_ipv6 is not None and theirs.public_ipv6 == mine.public_ipv6
+    if own.public_ip is not None:
+        return published.public_ip == own.public_ip
+    return own.public_ipv6 is not None and published.public_ipv6 == own.public_ipv6
 
 
 def fits(subnets: Subnets, network: NetConfig) -> bool:
-    """Whether the network's configuration, as it is now, could give these subnets."""
+    """Return whether the network's present configuration allows these subnets."""
     return _fits(
         subnets.v4, network.network, network.subnet_len, network.subnet_min, network.subnet_max
     ) and _fits(
@@ -52,9 +54,9 @@ def fits(subnets: Subnets, network: NetConfig) -> bool:
     )
 
 
-def own_entries(entries: Iterable[Entry], mine: Attributes, former: Subnets) -> list[Entry]:
-    """The leases that are ours already, best first: a reservation, then what we had last."""
-    found = [entry for entry in entries if is_mine(entry.attributes, mine)]
+def own_entries(entries: Iterable[Entry], own: Attributes, former: Subnets) -> list[Entry]:
+    """Return our existing leases, best first: reservations, then the subnets we had last."""
+    found = [entry for entry in entries if same_node(entry.attributes, own)]
     return sorted(found, key=lambda entry: (not entry.reserved, entry.subnets != former))
 
 
@@ -62,11 +64,14 @@ def choose(
     network: NetConfig, entries: Sequence[Entry], former: Subnets,
     draw: Callable[[Sequence[int]], int],
 ) -> Subnets:
-    """Free subnets: those we had last if they are free and fit, else drawn. StoreRefused: none."""
-    taken = [subnet for entry in entries for subnet in entry.subnets]
+    """Return the former subnets if they are free and allowed, else free ones that are drawn.
+
+    StoreRefused: no subnet is free.
+    """
+    used = [subnet for entry in entries for subnet in entry.subnets]
     if former.v4 is not None and fits(former, network) and not any(
         subnet.overlaps(other)
-        for subnet in former for other in taken if subnet.version == other.version
+        for subnet in former for other in used if subnet.version == other.version
     ):
         return former
     chosen: list[Any] = []
@@ -79,19 +84,22 @@ def choose(
             chosen.append(None)
             continue
         bits = whole.max_prefixlen
-        same = (subnet for subnet in taken if subnet.version == whole.version)
-        free = free_subnets(int(low), int(high), 1 << (bits - length), same)
+        same_family = (subnet for subnet in used if subnet.version == whole.version)
+        free = free_subnets(int(low), int(high), 1 << (bits - length), same_family)
         if not free:
-            raise StoreRefused(f"all subnets of /{length} from {low} to {high} are taken")
+            raise StoreRefused(f"all /{length} subnets from {low} to {high} are in use")
         chosen.append(type(whole)((draw(free), length)))
     return Subnets(*chosen)
 
 
 def free_subnets(
-    low: int, high: int, size: int, taken: Iterable[IPNetwork], limit: int = CANDIDATES_MAX
+    low: int, high: int, size: int, used: Iterable[IPNetwork], limit: int = CANDIDATES_MAX
 ) -> list[int]:
-    """The bases, from ``low`` to ``high`` in steps of ``size``, of the first free subnets."""
-    spans = sorted((int(net.network_address), int(net.broadcast_address)) for net in taken)
+    """Return the base addresses, ``low`` to ``high`` in steps of ``size``, of free subnets.
+
+    limit  of the result; the lowest come first
+    """
+    spans = sorted((int(net.network_address), int(net.broadcast_address)) for net in used)
     spans.append((high + size, high + size))
     found: list[int] = []
     base = low
@@ -101,7 +109,7 @@ def free_subnets(
             if len(found) == limit:
                 return found
             base += size
-        if last >= base:  # the next base behind what is taken
+        if last >= base:  # the next base after this span
             base += ((last - base) // size + 1) * size
     return found
 

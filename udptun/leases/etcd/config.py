@@ -1,4 +1,7 @@
-"""What an etcd source is told, checked. Loads nothing heavy, so that a command line may use it."""
+"""The configuration of an etcd source, validated. Imports nothing heavy: the command line uses it.
+
+Frozen dataclasses; any thread.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from urllib.parse import urlsplit
 
 from ...errors import FieldError
 
-DEFAULT_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")  # as flannel
+DEFAULT_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")  # as in flannel
 DEFAULT_PREFIX = "/coreos.com/network"
-DEFAULT_PORT = 2379  # where an endpoint names none
+DEFAULT_PORT = 2379  # for an endpoint without a port
 TTL_S = 86400
 
 
 class Target(NamedTuple):
-    """An endpoint as gRPC wants it."""
+    """An endpoint in the form that gRPC takes."""
 
     address: str  # "192.0.2.1:2379", "[2001:db8::1]:2379", "etcd.example:2379"
     secure: bool
@@ -25,16 +28,17 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EtcdConfig:
-    """Where etcd is, who we are to it, and how long a lease lives. FieldError where it is wrong.
+    """The etcd cluster, our credentials, and the lifetime of a lease. FieldError if invalid.
 
     endpoints             http:// or https:// URLs of members of one cluster, in any order. Without
-                          a scheme: https where certificates are given, else http
+                          a scheme: https if certificates are given, else http
     prefix                flannel's keys are ``<prefix>/config`` and ``<prefix>/subnets/...``
     keyfile, certfile     our client certificate, PEM files; both or neither
-    cafile                the authority to hold the members to; empty: those of the system
-    username, password    etcd's own users; empty: none
-    renew_margin_minutes  a lease is renewed this long before it ends; flannel takes 1 to 1439
-    ttl_seconds           how long a lease lives; flannel's is a day, shorter ones are for tests
+    cafile                the CA that must have signed the members' certificates; empty: the
+                          system's CAs
+    username, password    of an etcd user; empty: no authentication
+    renew_margin_minutes  a lease is renewed this long before it expires; flannel accepts 1 to 1439
+    ttl_seconds           lifetime of a lease; a day in flannel, shorter values are for tests
     """
 
     kind: ClassVar[str] = "etcd"
@@ -58,12 +62,12 @@ class EtcdConfig:
             raise FieldError("etcd-prefix", self.prefix, f"a key such as {DEFAULT_PREFIX}")
         if bool(self.keyfile) != bool(self.certfile):
             missing = "etcd-certfile" if self.keyfile else "etcd-keyfile"
-            raise FieldError(missing, "", "a file: key and certificate go together")
+            raise FieldError(missing, "", "a file: give both the certificate and its key")
         if self.password and not self.username:
-            raise FieldError("etcd-username", "", "a user, as there is a password")
+            raise FieldError("etcd-username", "", "a user name, since a password is given")
         if not 0 < self.renew_margin < self.ttl_seconds:
             raise FieldError("subnet-lease-renew-margin", self.renew_margin_minutes,
-                             f"minutes above 0 and below {self.ttl_seconds / 60:g}, a lease's life")
+                             f"minutes above 0 and below {self.ttl_seconds / 60:g}, the lease TTL")
 
     @property
     def store_id(self) -> str:
@@ -77,7 +81,7 @@ class EtcdConfig:
 
     @property
     def root(self) -> str:
-        """The prefix as keys begin with it: tidied as flannel's path.Join does."""
+        """The prefix of all keys, cleaned up as by flannel's path.Join."""
         return normpath(re.sub("/+", "/", self.prefix))
 
     @property

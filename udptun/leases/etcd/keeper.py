@@ -1,9 +1,9 @@
-"""Our own lease: got, renewed, published anew, taken back.
+"""Our own lease: acquire it, renew it, publish changes in it, acquire it again when it is lost.
 
-Owns: the one key that is ours, and what of the store we believe about it. Every write compares
-first: a key is created if it is not there, and changed if it is as we last saw it; so neither a
-lost race nor an answer that never came can take what is another's. Refuses to know: other leases,
-beyond those in the way. Asyncio, one loop.
+Owns: the one key that is ours, and its last known state in the store. Every write is a transaction:
+a key is created only if it does not exist, and changed only if it is as we last read it. So neither
+a lost race nor a lost response can overwrite the lease of another node. Does not know: other
+leases, except those that are in use. Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ from ..base import Attributes, Lease, SourceHealth, StoreDown, StoreRefused, Sub
 from ..netconf import NetConfig
 from ..wait import wait_at_most
 from . import messages
-from .allocate import Entry, choose, fits, is_mine, own_entries
+from .allocate import Entry, choose, fits, own_entries, same_node
 from .client import Client
 from .config import EtcdConfig
 from .schema import config_key, read_value, subnets_prefix, write_key, write_value
 from .watch import list_entries
 
-TRIES = 10  # as flannel: each lost race makes another listing
-CHECK_S = 30.0  # our key is read so often, even if the watch says nothing
-PAUSE_MIN_S, PAUSE_MAX_S = 0.2, 5.0  # between attempts to get back what is lost
+TRIES = 10  # as in flannel: a lost race needs another listing
+CHECK_S = 30.0  # interval at which our key is read if the watch reports no change of it
+RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0  # between attempts to get a lost lease back
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Our key as we last saw it. ``ends`` is in time.monotonic(); None: a reservation."""
+    """Our key as we last read it. ``expires`` is in time.monotonic(); None: a reservation."""
 
     lease: Lease
     mod_revision: int
     lease_id: int
-    ends: float | None
+    expires: float | None
 
 
 class _Taken(Exception):
-    """The key is another node's now."""
+    """Another node has taken our key."""
 
 
 class LeaseKeeper:
-    """``draw`` picks one of the free subnets' bases."""
+    """Keeps the lease of one node.
+
+    draw  selects one of the base addresses of the free subnets
+    """
 
     def __init__(
         self, client: Client, config: EtcdConfig, health: SourceHealth,
@@ -60,36 +63,37 @@ class LeaseKeeper:
         self._client, self._config, self._health, self._draw = client, config, health, draw
         self._prefix = subnets_prefix(config.root)
         self._held: _Held | None = None
-        self._granted: set[int] = set()  # lease ids we made; others' may carry others' keys
-        self._spare: tuple[int, float] | None = None  # a lease granted, and when it ends
-        self._said = ""
-        self._writing = asyncio.Lock()  # acquire may come while hold renews
-        self._touched = asyncio.Event()
+        # ids of the etcd leases that we granted; any other etcd lease may have other nodes' keys
+        self._granted: set[int] = set()
+        self._spare: tuple[int, float] | None = None  # an unused etcd lease and when it expires
+        self._logged = ""
+        self._writing = asyncio.Lock()  # acquire may run while hold renews
+        self._check_now = asyncio.Event()
 
-    def touched(self, key: str | None) -> None:
-        """The store has news of a key, or (None) of any."""
+    def key_changed(self, key: str | None) -> None:
+        """A key has changed in the store; None: any key may have changed."""
         if self._held is not None and key in (None, self._held.lease.key):
-            self._touched.set()
+            self._check_now.set()
 
     async def network(self) -> NetConfig:
         key = config_key(self._config.root)
         answer = await self._client.call(messages.RANGE, messages.RangeRequest(key=key))
         where = f"etcd key {key.decode()}"
         if not answer.kvs:
-            raise StoreDown(f"{where} is not there: no network is configured yet")
+            raise StoreDown(f"{where} does not exist: no network is configured yet")
         try:
             text = answer.kvs[0].value.decode()
         except UnicodeDecodeError as error:
             raise FieldError("config", answer.kvs[0].value, f"UTF-8 ({error})", where) from None
         network = NetConfig.parse(text, where=where)
         if network.network is None:
-            raise FieldError("EnableIPv4", False, "true: flannel's keys in etcd need IPv4", where)
+            raise FieldError("EnableIPv4", False, "true: leases in etcd need IPv4", where)
         return network
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
         async with self._writing:
             held = self._held
-            if held is not None and self._health.lease == "held":  # with other attributes, perhaps
+            if held is not None and self._health.lease == "held":
                 try:
                     await self._write(held, replace(held.lease, attributes=attributes))
                     return self._lease
@@ -99,52 +103,52 @@ class LeaseKeeper:
             for _ in range(TRIES):
                 if await self._try_acquire(network, attributes, former):
                     return self._lease
-            raise StoreDown(f"{TRIES} attempts to get a subnet were each lost to another node")
+            raise StoreDown(f"another node was faster in each of {TRIES} attempts to get a subnet")
 
     async def hold(self, lease: Lease) -> None:
-        pauses = Backoff(PAUSE_MIN_S, PAUSE_MAX_S)
+        backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         if self._held is None or self._held.lease.key != lease.key:
-            # Known from before a restart; what the store says of it is still to be seen.
-            self._lose(_Held(lease, 0, 0, None), "not seen in the store yet")
+            # Cached before a restart; its state in the store is not known yet.
+            self._lose(_Held(lease, 0, 0, None), "not confirmed by the store yet")
         while True:
-            self._touched.clear()
+            self._check_now.clear()
             try:
                 async with self._writing:
-                    contested = await self._keep()
-                self._said = ""
-                pause = self._quiet_time()
+                    contested = await self._check()
+                self._logged = ""
+                delay = self._next_check()
             except (StoreDown, StoreRefused, _Taken) as error:
                 contested = False
-                self._say(error)
-                pause = pauses.next()
-            if contested:  # whoever it was may answer at once: do not fight at the watch's speed
-                await asyncio.sleep(pauses.next())
-            if not await wait_at_most(self._touched, pause) and not self._said:
-                pauses.reset()
+                self._fail(error)
+                delay = backoff.next()
+            if contested:  # the other writer may write again at once: back off, do not race it
+                await asyncio.sleep(backoff.next())
+            if not await wait_at_most(self._check_now, delay) and not self._logged:
+                backoff.reset()
 
     @property
     def _lease(self) -> Lease:
         assert self._held is not None
         return self._held.lease
 
-    # Getting a lease
+    # Acquire
 
     async def _try_acquire(
         self, network: NetConfig, attributes: Attributes, former: Subnets
     ) -> bool:
-        """False: another node was faster."""
+        """Return False if another node was faster."""
         entries = (await list_entries(self._client, self._config.root)).entries
         for entry in own_entries(entries, attributes, former):
             if fits(entry.subnets, network):
-                log.info("reusing the lease of %s: it has our public address", entry.subnets)
+                log.info("reusing the lease %s: it has our public address", entry.subnets)
                 return await self._put(
                     Lease(entry.key, entry.subnets, attributes, reserved=entry.reserved), entry
                 )
             if entry.reserved:
-                log.warning("the reservation of %s for our public address does not fit the "
-                            "network's configuration: another subnet is used", entry.subnets)
+                log.warning("the reservation %s for our public address does not fit the network's "
+                            "configuration: using another subnet", entry.subnets)
                 continue
-            log.info("giving up the lease of %s: it does not fit the network's configuration",
+            log.info("deleting our lease %s: it does not fit the network's configuration",
                      entry.subnets)
             await self._delete(entry)
             entries.remove(entry)
@@ -160,10 +164,10 @@ class LeaseKeeper:
             )],
         ))
 
-    # Keeping it
+    # Hold
 
-    async def _keep(self) -> bool:
-        """Look at our key, and do what it takes; say whether somebody else had changed it.
+    async def _check(self) -> bool:
+        """Read our key; write, renew or create it as needed. Return whether it had been changed.
 
         _Taken, StoreDown, StoreRefused.
         """
@@ -173,27 +177,28 @@ class LeaseKeeper:
         answer = await self._client.call(messages.RANGE, messages.RangeRequest(key=key))
         kv = answer.kvs[0] if answer.kvs else None
         if kv is None:
-            self._lose(held, "its key is gone from the store")
-            log.error("our lease of %s is lost: its key is gone; taking it back, forwarding on",
-                      held.lease.subnets)
+            self._lose(held, "its key was deleted from the store")
+            log.error("our lease %s is lost: its key was deleted; creating it again, forwarding "
+                      "continues", held.lease.subnets)
             if not await self._put(replace(held.lease, reserved=False), None):
-                raise StoreDown("another node was faster")  # who, the next look tells
-            log.warning("our lease of %s is ours again", held.lease.subnets)
+                raise StoreDown("another node was faster")  # the next check finds out which
+            log.warning("our lease %s is held again", held.lease.subnets)
             return True
         if kv.mod_revision != held.mod_revision or self._health.lease == "lost":
             if not await self._adopt(kv, held):
                 await self._write(held, held.lease)
             return True
-        if held.ends is not None and time.monotonic() >= held.ends - self._config.renew_margin:
+        margin = self._config.renew_margin
+        if held.expires is not None and time.monotonic() >= held.expires - margin:
             await self._write(held, held.lease)
-            log.info("our lease of %s is renewed", held.lease.subnets)
+            log.info("renewed our lease %s", held.lease.subnets)
         return False
 
     async def _adopt(self, kv: Any, held: _Held) -> bool:
-        """Take our key as somebody wrote it, if it says what we would: no need to write again."""
+        """Accept our key as it is if it has our attributes. Return False if it must be written."""
         if kv.value != write_value(held.lease.attributes):
             return False
-        ends = None
+        expires = None
         if kv.lease:
             answer = await self._client.call(
                 messages.LEASE_TIME_TO_LIVE, messages.LEASE_TIME_TO_LIVE.request(ID=kv.lease)
@@ -201,12 +206,14 @@ class LeaseKeeper:
             ttl_s = int(answer.TTL)
             if ttl_s <= self._config.renew_margin:
                 return False
-            ends = time.monotonic() + ttl_s
-        self._own(replace(held.lease, reserved=not kv.lease), kv.mod_revision, kv.lease, ends)
+            expires = time.monotonic() + ttl_s
+        self._set_held(
+            replace(held.lease, reserved=not kv.lease), kv.mod_revision, kv.lease, expires
+        )
         return True
 
     async def _write(self, held: _Held, lease: Lease) -> None:
-        """Publish ``lease`` in our key, whoever wrote there last, if it is still ours. _Taken."""
+        """Publish ``lease`` in our key unless another node has taken it. _Taken."""
         key = self._prefix + lease.key.encode()
         for _ in range(TRIES):
             answer = await self._client.call(messages.RANGE, messages.RangeRequest(key=key))
@@ -217,35 +224,35 @@ class LeaseKeeper:
             kv = answer.kvs[0]
             if kv.mod_revision != held.mod_revision:
                 self._check_owner(kv, lease)
-            seen = Entry(lease.key, lease.subnets, None, kv.mod_revision, kv.lease)
-            if await self._put(replace(lease, reserved=seen.reserved), seen):
+            found = Entry(lease.key, lease.subnets, None, kv.mod_revision, kv.lease)
+            if await self._put(replace(lease, reserved=found.reserved), found):
                 return
         raise StoreDown(f"etcd key {lease.key} changes faster than it can be written")
 
     def _check_owner(self, kv: Any, lease: Lease) -> None:
-        """Somebody wrote our key: _Taken if it is somebody else's now."""
+        """_Taken if our key, which was changed, has the public address of another node."""
         try:
             attributes = read_value(kv.value)
         except FieldError:
-            return  # nobody's, while it cannot be used: say again whose it is
-        if not is_mine(attributes, lease.attributes):
+            return  # an invalid value belongs to no node: write ours again
+        if not same_node(attributes, lease.attributes):
             held = self._held
-            if held is not None and is_mine(attributes, held.lease.attributes):
-                return  # ours, by the address we had until now
+            if held is not None and same_node(attributes, held.lease.attributes):
+                return  # our previous public address
             owner = attributes.public_ip or attributes.public_ipv6
-            raise _Taken(f"{lease.subnets} is the lease of {owner} now")
+            raise _Taken(f"{lease.subnets} is now the lease of {owner}")
 
-    async def _put(self, lease: Lease, seen: Entry | None) -> bool:
-        """Write our key if it is still as ``seen``, or (None) not there.
+    async def _put(self, lease: Lease, found: Entry | None) -> bool:
+        """Write our key if it is still as ``found``, or does not exist if that is None.
 
-        False: it is not. If that was an attempt of ours whose answer was lost, the next look finds
-        our address in it.
+        Return False if it was changed. If we changed it ourselves and the response was lost, the
+        next check finds our address in it.
         """
         key = self._prefix + lease.key.encode()
-        grant_id, ends = (0, None) if lease.reserved else await self._grant()
+        grant_id, expires = (0, None) if lease.reserved else await self._grant()
         value = write_value(lease.attributes)
         answer = await self._client.call(messages.TXN, messages.TxnRequest(
-            compare=[_absent(key) if seen is None else _unchanged(key, seen.mod_revision)],
+            compare=[_absent(key) if found is None else _unchanged(key, found.mod_revision)],
             success=[messages.RequestOp(
                 request_put=messages.PutRequest(key=key, value=value, lease=grant_id)
             )],
@@ -254,71 +261,75 @@ class LeaseKeeper:
             return False
         former_id = self._held.lease_id if self._held else 0
         self._spare = None
-        self._own(lease, int(answer.header.revision), grant_id, ends)
+        self._set_held(lease, int(answer.header.revision), grant_id, expires)
         if grant_id:
             self._granted.add(grant_id)
         if former_id in self._granted - {grant_id}:
             self._granted.discard(former_id)
-            with contextlib.suppress(StoreDown, StoreRefused):  # it ends by itself
+            with contextlib.suppress(StoreDown, StoreRefused):  # it expires anyway
                 await self._client.call(
                     messages.LEASE_REVOKE, messages.LEASE_REVOKE.request(ID=former_id)
                 )
         return True
 
     async def _grant(self) -> tuple[int, float]:
-        """A lease for our key, and when it ends.
+        """Return an etcd lease for our key, and when it expires in time.monotonic().
 
-        One that was granted and not used, as far as we know, is used for the next attempt, so that
-        failed ones leave no heap of leases behind. It may carry our key, if an answer was lost.
+        A lease that was granted for a failed attempt is used for the next one, so that failures do
+        not accumulate leases. If the response to that attempt was lost, our key may be on it.
         """
         ttl_s = self._config.ttl_seconds
         if self._spare is not None and self._spare[1] - time.monotonic() > 0.9 * ttl_s:
             request = messages.LEASE_TIME_TO_LIVE.request(ID=self._spare[0])
             if (await self._client.call(messages.LEASE_TIME_TO_LIVE, request)).TTL > 0:
                 return self._spare
-        asked_at = time.monotonic()
+        requested = time.monotonic()
         answer = await self._client.call(
             messages.LEASE_GRANT, messages.LEASE_GRANT.request(TTL=ttl_s)
         )
-        self._spare = (int(answer.ID), asked_at + answer.TTL)
+        self._spare = (int(answer.ID), requested + answer.TTL)
         return self._spare
 
-    # What is known
+    # Our last known state, and health
 
-    def _own(self, lease: Lease, mod_revision: int, lease_id: int, ends: float | None) -> None:
-        self._held = _Held(lease, mod_revision, lease_id, ends)
+    def _set_held(
+        self, lease: Lease, mod_revision: int, lease_id: int, expires: float | None
+    ) -> None:
+        self._held = _Held(lease, mod_revision, lease_id, expires)
         health = self._health
         health.lease, health.lease_error = "held", ""
-        health.lease_expires = None if ends is None else time.time() + ends - time.monotonic()
+        left = None if expires is None else expires - time.monotonic()
+        health.lease_expires = None if left is None else time.time() + left
 
     def _lose(self, held: _Held, reason: str) -> None:
         self._held = held
         self._health.lease, self._health.lease_error = "lost", reason
         self._health.lease_expires = None
 
-    def _quiet_time(self) -> float:
-        """Seconds until our key is to be looked at again."""
+    def _next_check(self) -> float:
+        """Return the seconds until our key must be read again."""
         assert self._held is not None
-        if self._held.ends is None:
+        if self._held.expires is None:
             return CHECK_S
-        due = self._held.ends - self._config.renew_margin - time.monotonic()
-        return min(max(due, 0.0), CHECK_S)
+        until_renewal = self._held.expires - self._config.renew_margin - time.monotonic()
+        return min(max(until_renewal, 0.0), CHECK_S)
 
-    def _say(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
+        """Record and log why a check failed; each reason once."""
         held, health = self._held, self._health
         assert held is not None
         if isinstance(error, _Taken):
-            text = f"is lost: {error}; trying to get it back, forwarding on"
+            text = f"is lost: {error}; trying to get it back, forwarding continues"
             self._lose(held, str(error))
-        elif held.ends is not None and held.ends <= time.monotonic():
-            text = f"ran out, as it could not be renewed: {error}; forwarding on"
-            self._lose(held, f"it ran out, and could not be renewed: {error}")
+        elif held.expires is not None and held.expires <= time.monotonic():
+            text = f"expired because it could not be renewed: {error}; forwarding continues"
+            self._lose(held, f"it expired because it could not be renewed: {error}")
         else:
-            text = f"could not be looked after: {error}"
-        if text != self._said:
+            text = f"could not be checked: {error}"
+        if text != self._logged:
             level = logging.ERROR if health.lease == "lost" else logging.WARNING
-            log.log(level, "our lease of %s %s", held.lease.subnets, text)
-            self._said = text
+            log.log(level, "our lease %s %s", held.lease.subnets, text)
+            self._logged = text
 
 
 def _absent(key: bytes) -> Any:

@@ -1,11 +1,11 @@
-"""etcd's messages: the part of its published rpc.proto and kv.proto that leases need.
+"""etcd's protobuf messages: the part of its rpc.proto and kv.proto that leases need.
 
-Owns: the field numbers, and the classes made from them. Refuses to know: what is sent when.
+Owns: the field numbers, and the classes made from them. Does not know: when each message is sent.
 
-The classes are made at import from the text below. Code generated ahead would be tied to a few
-major versions of protobuf, and nobody could read it. The text is read as proto2, which has the
-same bytes on the wire as etcd's proto3 but sends what was set even when it is 0: ``version = 0``
-in a Compare must be sent, an unset target compares as true.
+The classes are built at import from the text below: generated code would work with a few major
+versions of protobuf only, and would not be readable. The text is parsed as proto2. Its encoding
+equals that of etcd's proto3, except that it sends a field that is set to 0. That is needed:
+``version = 0`` in a Compare must be sent, since etcd takes an unset target as true.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ def _make_classes() -> dict[str, Any]:
     )
     for name, body in re.findall(r"message (\w+) \{(.*?)\}", _PROTO, re.DOTALL):
         message = file.message_type.add(name=name)
-        for many, kind, field, number in re.findall(r"(repeated )?(\w+) (\w+) = (\d+);", body):
+        for repeated, kind, field, number in re.findall(r"(repeated )?(\w+) (\w+) = (\d+);", body):
             added = message.field.add(
                 name=field, number=int(number),
-                label=field_type.LABEL_REPEATED if many else field_type.LABEL_OPTIONAL,
+                label=field_type.LABEL_REPEATED if repeated else field_type.LABEL_OPTIONAL,
             )
             if kind in _SCALARS:
                 added.type = getattr(field_type, f"TYPE_{kind.upper()}")
             else:
                 added.type = field_type.TYPE_MESSAGE
                 added.type_name = f".{_PACKAGE}.{kind}"
-    pool = descriptor_pool.DescriptorPool()  # not the one that others' generated code shares
+    pool = descriptor_pool.DescriptorPool()  # not the default one, which generated code shares
     pool.Add(file)
     return {
         message.name: message_factory.GetMessageClass(

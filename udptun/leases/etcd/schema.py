@@ -1,9 +1,9 @@
 """flannel's keys and values in etcd, byte for byte as its Go code writes them.
 
-Owns: the text of keys and values, both ways. Refuses to know: etcd. No I/O; any thread.
+Owns: encoding and decoding of keys and values. Does not know: etcd. No I/O; any thread.
 
-Values are read as Go reads them (names of fields in any case, unknown ones ignored), but what
-flannel would let pass and nobody could use is an error here: no public address, host bits.
+Values are decoded as in Go: field names in any case, unknown fields ignored. Unlike in flannel, a
+lease that cannot be used is an error: one without a public address, or with host bits in its key.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ...errors import FieldError
 from ...model import parse_next_hop
 from ..base import Attributes, Subnets
 
-# Go's encoder writes these so, for browsers' sake; in JSON they stand in strings only.
+# Go's encoder escapes these characters for browsers; in JSON they occur in strings only.
 _GO_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 _KEY = re.compile(r"([0-9.]+)-([0-9]{1,2})(?:&([0-9a-f:]+)-([0-9]{1,3}))?")
 _KEY_EXPECTED = "a key such as 10.5.52.0-24 or 10.5.52.0-24&fc00:0:0:1::-64"
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not a JSON value")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would make one per lease
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would create one per lease
 
 
 def config_key(root: str) -> bytes:
@@ -36,18 +36,21 @@ def config_key(root: str) -> bytes:
 
 
 def subnets_prefix(root: str) -> bytes:
-    """What all keys of leases begin with. flannel lists without the slash at the end: with it,
-    a key such as <root>/subnets.old/... is not taken for a lease, and less has to be permitted."""
+    """The common prefix of the keys of all leases.
+
+    flannel lists without the final slash. With it, keys such as <root>/subnets.old/... are not
+    taken for leases, and fewer keys must be permitted.
+    """
     return f"{root}/subnets/".encode()
 
 
 def write_key(subnets: Subnets) -> str:
-    """The part behind ``subnets_prefix``: 10.5.52.0-24, 10.5.52.0-24&fc00:0:0:1::-64."""
+    """Return the part after ``subnets_prefix``: 10.5.52.0-24, 10.5.52.0-24&fc00:0:0:1::-64."""
     return "&".join(f"{subnet.network_address}-{subnet.prefixlen}" for subnet in subnets)
 
 
 def read_key(key: str) -> Subnets:
-    """FieldError. flannel's keys have no form for IPv6 alone, and none for a /0 or one host."""
+    """Parse a key. FieldError. flannel has no keys for IPv6 alone, a /0, or a single host."""
     match = _KEY.fullmatch(key)
     if match is None:
         raise FieldError("key", key, _KEY_EXPECTED)
@@ -63,7 +66,8 @@ def read_key(key: str) -> Subnets:
 
 
 def write_value(attributes: Attributes) -> bytes:
-    """flannel's LeaseAttrs: an address that is not there is 0.0.0.0 and null, the rest left out."""
+    """Encode flannel's LeaseAttrs: no address is 0.0.0.0 or null, other absent fields are omitted.
+    """
     value: dict[str, Any] = {
         "PublicIP": str(attributes.public_ip or "0.0.0.0"),
         "PublicIPv6": None if attributes.public_ipv6 is None else str(attributes.public_ipv6),
@@ -79,7 +83,7 @@ def write_value(attributes: Attributes) -> bytes:
 
 
 def read_value(value: bytes) -> Attributes:
-    """FieldError: not JSON, cut short, a field of the wrong type, or no address to send to."""
+    """Decode a value. FieldError: not JSON, truncated, a wrong type, or no public address."""
     try:
         fields = _DECODER.decode(value.decode())
     except (ValueError, RecursionError) as error:
@@ -90,7 +94,7 @@ def read_value(value: bytes) -> Attributes:
     v4 = _address("PublicIP", fields.get("publicip"), ipaddress.IPv4Address)
     v6 = _address("PublicIPv6", fields.get("publicipv6"), ipaddress.IPv6Address)
     if v4 is None and v6 is None:
-        raise FieldError("PublicIP", fields.get("publicip"), "an address to send to")
+        raise FieldError("PublicIP", fields.get("publicip"), "the public address of a node")
     backend_type = fields.get("backendtype")
     if backend_type is None:
         backend_type = ""
@@ -102,7 +106,7 @@ def read_value(value: bytes) -> Attributes:
 
 
 def _address(field: str, value: object, family: type) -> Any:
-    if value is None or value in ("", "0.0.0.0", "::"):  # how Go writes that there is none
+    if value is None or value in ("", "0.0.0.0", "::"):  # Go's encodings of an absent address
         return None
     address = parse_next_hop(field, value)
     if not isinstance(address, family):

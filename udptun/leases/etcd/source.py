@@ -1,4 +1,4 @@
-"""The etcd source: one client, all leases followed, our own kept.
+"""The etcd source: one client, one watcher of all leases, one keeper of our own.
 
 Owns: the composition, and the health of the whole. Asyncio, one loop.
 """
@@ -30,15 +30,15 @@ def open_source(config: EtcdConfig, _: LocalAddresses) -> EtcdSource:
 
 
 class EtcdSource(LeaseSource):
-    """A LeaseSource over flannel's keys in etcd; see udptun.leases.base for the contract.
+    """A LeaseSource over flannel's keys in etcd.
 
-    draw  picks one of the free subnets' bases
+    draw  selects one of the base addresses of the free subnets
     """
 
     def __init__(
         self, config: EtcdConfig, draw: Callable[[Sequence[int]], int] = random.choice
     ) -> None:
-        self.health = SourceHealth(error="not asked yet")
+        self.health = SourceHealth(error="not contacted yet")
         self._config = config
         self._client = Client(config, self._count_failure)
         self._keeper = LeaseKeeper(self._client, config, self.health, draw)
@@ -55,7 +55,7 @@ class EtcdSource(LeaseSource):
     def updates(self) -> AsyncGenerator[Snapshot | Changes, None]:
         return LeaseWatcher(
             self._client, self._config.root, self.health, self._config.ttl_seconds,
-            self._keeper.touched, self._report,
+            self._keeper.key_changed, self._set_state,
         ).updates()
 
     async def aclose(self) -> None:
@@ -64,5 +64,5 @@ class EtcdSource(LeaseSource):
     def _count_failure(self) -> None:
         self.health.errors_n += 1
 
-    def _report(self, error: str) -> None:
+    def _set_state(self, error: str) -> None:
         self.health.connected, self.health.error = not error, error

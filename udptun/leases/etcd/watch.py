@@ -1,13 +1,14 @@
-"""All leases as they change: a listing, then a watch from there, and again where that ends.
+"""The changes of all leases: one listing, then a watch from its revision, then again.
 
-Owns: the revision we are at, what is skipped, when to list again. Refuses to know: our own lease,
-beyond saying that its key has changed. Asyncio, one loop.
+Owns: the current revision, the skipped entries, and when to list again. Does not know: our own
+lease, except that it reports changes of its key. Asyncio, one loop.
 
-- A key that cannot be used is skipped and reported; the lease it held before stays in force.
-- A compacted watch lists again and tells the difference.
-- A store that has forgotten (set up anew, an older backup) is no reason to drop a lease: what it
-  misses stays in force for as long as the lease could have lived, or until its subnets or its node
-  come back. Where the store only lost its data, nobody notices.
+- An invalid entry is skipped and reported; the previous lease of its key stays active.
+- When the watch's revision has been compacted, all leases are listed again, and the differences are
+  reported as changes.
+- A store that lost data (recreated, or restored from an older backup) removes no lease. A missing
+  lease stays active for the TTL of a lease, or until its key or its node is back. So a store that
+  lost all leases causes no outage.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from .allocate import Entry
 from .client import Client
 from .schema import read_key, read_value, subnets_prefix
 
-PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 0.8  # a store that is back is noticed within a second
-REFUSED_MAX_S = 10.0  # each attempt may cost the store a password's hash
+RETRY_MIN_S, RETRY_MAX_S = 0.1, 0.8  # a store that is back is noticed within a second
+REFUSED_MAX_S = 10.0  # each attempt can cost the store the hash of a password
 
 log = logging.getLogger(__name__)
 
@@ -73,51 +74,55 @@ async def list_entries(client: Client, root: str) -> Listing:
 
 
 class LeaseWatcher:
-    """``forgotten_ttl``: seconds for which a lease lives on that the store has forgotten.
+    """Yields the leases of one store and their changes.
 
-    ``touched``  called with each key that the watch tells news of, with None after a listing
-    ``report``   called with the watch's state: "" in order, else the reason why not
+    lost_ttl     seconds for which a lease stays active that the store has lost
+    key_changed  called with each key that changes, and with None after a listing
+    set_state    called with the state of the watch: "", or the reason why it does not run
     """
 
     def __init__(
-        self, client: Client, root: str, health: SourceHealth, forgotten_ttl: float,
-        touched: Callable[[str | None], None], report: Callable[[str], None],
+        self, client: Client, root: str, health: SourceHealth, lost_ttl: float,
+        key_changed: Callable[[str | None], None], set_state: Callable[[str], None],
     ) -> None:
         self._client = client
         self._root, self._prefix = root, subnets_prefix(root)
         self._health = health
-        self._forgotten_ttl = forgotten_ttl
-        self._touched, self._report = touched, report
+        self._lost_ttl = lost_ttl
+        self._key_changed, self._set_state = key_changed, set_state
         self._book = LeaseBook()
-        self._revision: int | None = None  # of the last event or listing; None: list again
+        self._revision: int | None = None  # of the last event or listing; None: list
         self._cluster_id = 0
-        self._highest = 0  # the highest revision there was: a store that is below has forgotten
-        self._forgotten: dict[str, float] = {}  # by key, when to give up, in monotonic time
+        self._highest = 0  # the highest revision seen: a store below it has lost data
+        self._lost: dict[str, float] = {}  # {key: time.monotonic() at which to remove the lease}
 
     async def updates(self) -> AsyncGenerator[Snapshot | Changes, None]:
-        pauses = Backoff(PAUSE_MIN_S, PAUSE_MAX_S)
-        refusals = Backoff(PAUSE_MIN_S, REFUSED_MAX_S)
-        listed = False
+        retries = Backoff(RETRY_MIN_S, RETRY_MAX_S)
+        refusals = Backoff(RETRY_MIN_S, REFUSED_MAX_S)
+        snapshot_sent = False
         while True:
             refused = False
             try:
                 if self._revision is None:
                     changes = self._take(await list_entries(self._client, self._root))
-                    if not listed:
-                        listed = True
+                    if not snapshot_sent:
+                        snapshot_sent = True
                         yield Snapshot(tuple(self._book.leases.values()))
                     elif changes:
                         yield Changes(changes)
-                async with aclosing(self._watch(pauses, refusals)) as watch:
+                async with aclosing(self._watch(retries, refusals)) as watch:
                     async for changes in watch:
                         yield Changes(changes)
             except (StoreDown, StoreRefused) as error:
-                self._report(str(error))
+                self._set_state(str(error))
                 refused = isinstance(error, StoreRefused)
-            await asyncio.sleep((refusals if refused else pauses).next())
+            await asyncio.sleep((refusals if refused else retries).next())
 
-    async def _watch(self, *pauses: Backoff) -> AsyncGenerator[tuple[Change, ...], None]:
-        """Until the watch cannot go on: ``_revision`` is None then. Raises as Client.watch."""
+    async def _watch(self, *backoffs: Backoff) -> AsyncGenerator[tuple[Change, ...], None]:
+        """Yield changes until the watch cannot continue. Raises as Client.watch.
+
+        After a return ``_revision`` is None: list again. ``backoffs`` are reset once it runs.
+        """
         assert self._revision is not None
         create = messages.WatchCreateRequest(
             key=self._prefix, range_end=_end(self._prefix), start_revision=self._revision + 1
@@ -128,20 +133,20 @@ class LeaseWatcher:
                 if response.canceled:
                     if not response.compact_revision:
                         raise StoreRefused(f"etcd ended the watch: {response.cancel_reason}")
-                    log.info("etcd has compacted what we had not seen yet: listing again")
+                    log.info("etcd has compacted the revision of our watch: listing again")
                     self._list_again()
                     return
                 if response.created:
                     if response.header.revision < self._revision:
-                        # A store that is set up anew, or a member that lags behind.
+                        # The store was recreated, or this member lags behind.
                         self._list_again()
                         return
-                    for pause in pauses:
-                        pause.reset()
-                    self._report("")
+                    for backoff in backoffs:
+                        backoff.reset()
+                    self._set_state("")
                 if changes := self._apply(response.events):
                     yield changes
-                if self._forgotten and min(self._forgotten.values()) <= time.monotonic():
+                if self._lost and min(self._lost.values()) <= time.monotonic():
                     self._list_again()
                     return
 
@@ -150,55 +155,55 @@ class LeaseWatcher:
         self._health.relists_n += 1
 
     def _take(self, listing: Listing) -> tuple[Change, ...]:
-        """Make a listing the truth, and say what that changes."""
+        """Replace the known leases with those of a listing; return the changes."""
         book, known = self._book, self._book.leases
-        fresh = {}
+        listed = {}
         for entry in listing.entries:
-            lease = _lease(entry) or known.get(entry.key)  # unusable now: what it was before
+            lease = _lease(entry) or known.get(entry.key)  # invalid: keep the previous one
             if lease is not None:
-                fresh[entry.key] = lease
+                listed[entry.key] = lease
         for key, reason in listing.skipped.items():
             self._skip(key, reason)
         for key in self._health.skipped.keys() - listing.skipped.keys():
             del self._health.skipped[key]
-        self._remember(listing, fresh)
-        changes = book.replace(fresh.values())
+        self._add_lost(listing, listed)
+        changes = book.replace(listed.values())
         self._revision = listing.revision
-        self._touched(None)
+        self._key_changed(None)
         return changes
 
-    def _remember(self, listing: Listing, fresh: dict[str, Lease]) -> None:
-        """Put into ``fresh`` what the store has forgotten and what is to live on."""
+    def _add_lost(self, listing: Listing, listed: dict[str, Lease]) -> None:
+        """Add to ``listed`` the leases that the store has lost and that stay active."""
         now = time.monotonic()
         known = self._book.leases
         if known and (
             listing.cluster_id != self._cluster_id or listing.revision < self._highest
-        ) and (gone := known.keys() - fresh.keys()):
-            log.warning("etcd has forgotten %d leases: they stay in force for %g s or until their "
-                        "nodes are back", len(gone), self._forgotten_ttl)
-            for key in gone:
-                self._forgotten.setdefault(key, now + self._forgotten_ttl)
+        ) and (missing := known.keys() - listed.keys()):
+            log.warning("etcd has lost %d leases: they stay active for %g s or until their nodes "
+                        "are back", len(missing), self._lost_ttl)
+            for key in missing:
+                self._lost.setdefault(key, now + self._lost_ttl)
         self._cluster_id, self._highest = listing.cluster_id, listing.revision
-        nodes = {_node(lease) for lease in fresh.values()}
-        self._forgotten = {
-            key: until for key, until in self._forgotten.items()
-            if until > now and key not in fresh and _node(known[key]) not in nodes
+        nodes = {_node(lease) for lease in listed.values()}
+        self._lost = {
+            key: until for key, until in self._lost.items()
+            if until > now and key not in listed and _node(known[key]) not in nodes
         }
-        fresh.update((key, known[key]) for key in self._forgotten)
+        listed.update((key, known[key]) for key in self._lost)
 
     def _apply(self, events: Iterable[Any]) -> tuple[Change, ...]:
         changes: list[Change] = []
         for event in events:
             key = _name(event.kv.key, self._prefix)
             self._revision = self._highest = int(event.kv.mod_revision)
-            self._touched(key)
+            self._key_changed(key)
             if event.type == messages.EVENT_DELETE:
                 self._health.skipped.pop(key, None)
-                self._forgotten.pop(key, None)
-                found = [self._book.remove(key)]
+                self._lost.pop(key, None)
+                event_changes = [self._book.remove(key)]
             else:
-                found = self._put(key, event.kv)
-            changes += filter(None, found)
+                event_changes = self._put(key, event.kv)
+            changes += filter(None, event_changes)
         return tuple(changes)
 
     def _put(self, key: str, kv: Any) -> list[Change | None]:
@@ -208,18 +213,18 @@ class LeaseWatcher:
             self._skip(key, str(error))
             return []
         self._health.skipped.pop(key, None)
-        self._forgotten.pop(key, None)
+        self._lost.pop(key, None)
         lease = Lease(key, subnets, attributes, reserved=kv.lease == 0)
-        back = [other for other in self._forgotten
-                if _node(self._book.leases[other]) == _node(lease)]
-        for other in back:  # under another key
-            del self._forgotten[other]
-        return [*map(self._book.remove, back), self._book.put(lease)]
+        replaced = [other for other in self._lost
+                    if _node(self._book.leases[other]) == _node(lease)]
+        for other in replaced:  # the node is back with another key
+            del self._lost[other]
+        return [*map(self._book.remove, replaced), self._book.put(lease)]
 
     def _skip(self, key: str, reason: str) -> None:
         if self._health.skipped.get(key) != reason:
-            kept = "; what it said before stays in force" if key in self._book.leases else ""
-            log.warning("etcd key %s cannot be used: %s%s", key, reason, kept)
+            kept = "; its previous lease stays active" if key in self._book.leases else ""
+            log.warning("etcd key %s is invalid: %s%s", key, reason, kept)
             self._health.skipped[key] = reason
 
 
@@ -230,7 +235,7 @@ def _lease(entry: Entry) -> Lease | None:
 
 
 def _node(lease: Lease) -> object:
-    """What tells one node from another."""
+    """Return what identifies the node of a lease: its public addresses."""
     return lease.attributes.public_ip, lease.attributes.public_ipv6
 
 
@@ -239,5 +244,5 @@ def _name(key: bytes, prefix: bytes) -> str:
 
 
 def _end(prefix: bytes) -> bytes:
-    """The first key behind all keys with this prefix; its last byte is a slash."""
+    """Return the first key after all keys with this prefix, which ends with a slash."""
     return prefix[:-1] + bytes([prefix[-1] + 1])

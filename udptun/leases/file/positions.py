@@ -1,7 +1,7 @@
-"""Where in a TOML or JSON text a value stands: for error messages, and only then.
+"""The line of each value in a TOML or JSON text, for error messages only.
 
-Neither of the standard library's parsers tells. This one checks nothing: it reads text that they
-have accepted already. Paths are written as ``nodes[3].public``. Pure functions: from any thread.
+The parsers of the standard library do not report lines. This scanner validates nothing: it reads
+text that these parsers have accepted. A path is written as ``nodes[3].public``. Pure; any thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from contextlib import suppress
 
 _TOKEN = re.compile(
-    r'''"""(?:\\.|[^\\])*?"{3,5} | \'\'\'.*?\'{3,5}  # TOML's strings of several lines
+    r'''"""(?:\\.|[^\\])*?"{3,5} | \'\'\'.*?\'{3,5}  # TOML's multi-line strings
       | "(?:\\.|[^"\\])*"        | '[^']*'
       | [\[\]{}=:,]              | [^\s\[\]{}=:,"'\#]+
       | \#[^\n]*                 | \n''',
@@ -20,9 +20,9 @@ _TOKEN = re.compile(
 
 
 class Positions:
-    """The lines of one text.
+    """The line of each path in one text.
 
-    repeated  paths that occur more than once, in order: in JSON a parser takes the last
+    repeated  paths that occur more than once, in order (JSON parsers use the last value)
     """
 
     def __init__(self, text: str) -> None:
@@ -35,11 +35,11 @@ class Positions:
             if token[0] not in "\n#":
                 self._tokens.append((token, line))
             line += token.count("\n")
-        with suppress(IndexError, RecursionError):  # what was found until then is good
+        with suppress(IndexError, RecursionError):  # what was found before stays usable
             self._document()
 
     def line(self, path: str) -> int | None:
-        """Of this value, or of the nearest one around it; None if it stands nowhere."""
+        """Return the line of this value, or of the closest one that contains it, or None."""
         while path not in self._lines:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
             if not path:
@@ -81,12 +81,12 @@ class Positions:
                 self._value(f"{path}[{i}]")
                 i += 1
         else:
-            while self._peek() == ":":  # the rest of a TOML time
+            while self._peek() == ":":  # the rest of a time in TOML
                 self._next()
                 self._next()
 
     def _more(self, end: str) -> bool:
-        """Is there another item before ``end``? Takes the comma, or the end."""
+        """Return whether another item comes before ``end``. Consumes the comma, or ``end``."""
         if self._peek() == ",":
             self._next()
         if self._peek() != end:

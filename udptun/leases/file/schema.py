@@ -1,8 +1,8 @@
-"""The hosts file: the nodes of an overlay, written down by a person. docs/hosts.toml explains it.
+"""The grammar of the hosts file, a list of all nodes in TOML or JSON. docs/hosts.toml explains it.
 
-Owns: its grammar, in TOML and in JSON, and what makes it unfit to be used. One wrong word refuses
-the whole file, with line and field: nobody should find out later that half of it was meant. Refuses
-to know where the file lies and when it changes. Pure functions of their arguments: any thread.
+Owns: parsing and validation. One error rejects the whole file and names line and field, so that a
+file is never applied in part. Does not know: where the file is and when it changes.
+Pure functions; any thread.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from ..netconf import NetConfig
 from .positions import Positions
 
 Item = TypeVar("Item", IPAddress, IPNetwork)
-Kind = TypeVar("Kind")
+Wanted = TypeVar("Wanted")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _FILE_KEYS = ("network", "port", "mtu", "nodes")
 _NODE_KEYS = ("name", "public", "subnets", "port", "mtu")
-_MAX_SUBNET_LEN = {4: 30, 6: 126}  # as flannel: room for a tunnel device and a bridge
+_MAX_SUBNET_LEN = {4: 30, 6: 126}  # as in flannel: addresses for a tunnel device and a bridge
 
 
 @dataclass(frozen=True, slots=True)
-class Hosts:
-    """What a hosts file says. The leases are keyed by the nodes' names, in the file's order."""
+class HostsFile:
+    """The content of a hosts file. The key of a lease is the node's name; order as in the file."""
 
     network: NetConfig
     leases: tuple[Lease, ...]
 
 
-def parse(data: bytes, name: str) -> Hosts:
-    """FieldError says line and field.
+def parse(data: bytes, name: str) -> HostsFile:
+    """Parse a hosts file. FieldError names line and field.
 
-    name  of the file: ``.json`` and ``.toml`` say what it is, else its first byte does
+    name  the file's name; ``.json`` and ``.toml`` determine the format, else the first character
     """
     try:
         text = data.decode()
@@ -67,36 +67,35 @@ def parse(data: bytes, name: str) -> Hosts:
         content = _json(text, name) if is_json else _toml(text, name)
         try:
             return _hosts(content)
-        except FieldError as exc:  # its place is a path within the content
+        except FieldError as exc:  # ``where`` is a path within the content
             line_n = Positions(text).line(exc.where)
             where = name if line_n is None else f"{name} line {line_n}"
             raise FieldError(exc.field, exc.value, exc.expected, where) from None
-    except RecursionError:  # from the parser, or while showing a value
-        raise FieldError("the text", text[:40], "values that are not nested so deep",
-                         name) from None
+    except RecursionError:  # in the parser, or in the repr of a value
+        raise FieldError("the text", text[:40], "values nested less deeply", name) from None
 
 
 def _toml(text: str, name: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
     except ValueError as exc:  # TOMLDecodeError, or a number that is too long
-        said = re.search(r"line (\d+)", str(exc))
-        raise _syntax(text, name, int(said[1]) if said else None, f"TOML ({exc})") from None
+        found = re.search(r"line (\d+)", str(exc))
+        raise _syntax(text, name, int(found[1]) if found else None, f"TOML ({exc})") from None
 
 
 def _json(text: str, name: str) -> Mapping[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                places = Positions(text)
-                line = places.line(places.repeated[0]) if places.repeated else "?"
+                positions = Positions(text)
+                line = positions.line(positions.repeated[0]) if positions.repeated else "?"
                 raise FieldError(key, value, "each key once", f"{name} line {line}")
             content[key] = value
         return content
 
     try:
-        content = json.loads(text, object_pairs_hook=once)
+        content = json.loads(text, object_pairs_hook=reject_repeated)
     except json.JSONDecodeError as exc:
         raise _syntax(text, name, exc.lineno, f"JSON ({exc.msg})") from None
     except FieldError:
@@ -110,14 +109,14 @@ def _json(text: str, name: str) -> Mapping[str, Any]:
 
 def _syntax(text: str, name: str, line: int | None, expected: str) -> FieldError:
     lines = text.splitlines() or [""]
-    line = min(line or len(lines), len(lines))  # what has no line is missing at the end
+    line = min(line or len(lines), len(lines))  # no line: something is missing at the end
     return FieldError("the text", lines[line - 1].strip(), expected, f"{name} line {line}")
 
 
-def _hosts(content: Mapping[str, Any]) -> Hosts:
-    """From here on an error's ``where`` is a path, as in Positions."""
-    _only(content, _FILE_KEYS, "")
-    networks = _both(content, "network", parse_prefix, "")
+def _hosts(content: Mapping[str, Any]) -> HostsFile:
+    """In this function and those it calls, ``where`` of an error is a path, as in Positions."""
+    _refuse_unknown(content, _FILE_KEYS, "")
+    networks = _per_family(content, "network", parse_prefix, "")
     port = parse_number("port", content.get("port", DEFAULT_PORT), 1, 65535, "port")
     nodes = _required(content, "nodes", "")
     if not isinstance(nodes, list) or not nodes:
@@ -127,7 +126,7 @@ def _hosts(content: Mapping[str, Any]) -> Hosts:
         parse_number("mtu", content["mtu"], MIN_MTU, MAX_MTU, "mtu")
     leases = tuple(_node(node, defaults, networks, f"nodes[{i}]") for i, node in enumerate(nodes))
     _refuse_shared(leases)
-    return Hosts(_netconf(networks, port), leases)
+    return HostsFile(_netconf(networks, port), leases)
 
 
 def _netconf(networks: Sequence[IPNetwork], port: int) -> NetConfig:
@@ -140,41 +139,41 @@ def _netconf(networks: Sequence[IPNetwork], port: int) -> NetConfig:
 
 
 def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
-          at: str) -> Lease:
+          path: str) -> Lease:
     if not isinstance(node, dict):
-        raise FieldError("nodes", node, "a table with name, public and subnets", at)
-    _only(node, _NODE_KEYS, at)
-    name = _required(node, "name", at)
+        raise FieldError("nodes", node, "a table with name, public and subnets", path)
+    _refuse_unknown(node, _NODE_KEYS, path)
+    name = _required(node, "name", path)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise FieldError("name", name, "a name such as a hostname", f"{at}.name")
-    public = _both(node, "public", parse_next_hop, at)
-    subnets = _both(node, "subnets", parse_prefix, at)
+        raise FieldError("name", name, "a name such as a hostname", f"{path}.name")
+    public = _per_family(node, "public", parse_next_hop, path)
+    subnets = _per_family(node, "subnets", parse_prefix, path)
     for subnet in subnets:
         if not any(_within(subnet, network) for network in networks):
             raise FieldError("subnets", str(subnet), "a prefix within "
-                             + " or ".join(map(str, networks)), f"{at}.subnets")
+                             + " or ".join(map(str, networks)), f"{path}.subnets")
         if subnet.prefixlen > (longest := _MAX_SUBNET_LEN[subnet.version]):
-            raise FieldError("subnets", str(subnet), f"a /{longest} or larger", f"{at}.subnets")
-    said = {**defaults, **node}
-    port = parse_number("port", said.get("port", DEFAULT_PORT), 1, 65535, f"{at}.port")
-    mtu = said.get("mtu")
+            raise FieldError("subnets", str(subnet), f"a /{longest} or larger", f"{path}.subnets")
+    options = {**defaults, **node}
+    port = parse_number("port", options.get("port", DEFAULT_PORT), 1, 65535, f"{path}.port")
+    mtu = options.get("mtu")
     if mtu is not None:
         low = MIN_MTU6 if any(subnet.version == 6 for subnet in subnets) else MIN_MTU
-        mtu = parse_number("mtu", mtu, low, MAX_MTU, f"{at}.mtu")
-    attributes = Attributes(_one(public, IPv4Address), _one(public, IPv6Address),
+        mtu = parse_number("mtu", mtu, low, MAX_MTU, f"{path}.mtu")
+    attributes = Attributes(_of_type(public, IPv4Address), _of_type(public, IPv6Address),
                             backend_data=embed(None, Advert(port, mtu)))
-    own = Subnets(_one(subnets, IPv4Network), _one(subnets, IPv6Network))
-    return Lease(name, own, attributes, name)
+    return Lease(name, Subnets(_of_type(subnets, IPv4Network), _of_type(subnets, IPv6Network)),
+                 attributes, name)
 
 
 def _refuse_shared(leases: Sequence[Lease]) -> None:
-    """What two nodes cannot both have: a name, an endpoint, addresses inside."""
-    holders: dict[tuple[object, ...], int] = {}
+    """FieldError if two nodes have the same name or endpoint, or overlapping subnets."""
+    owners: dict[tuple[object, ...], int] = {}
 
-    def claim(i: int, field: str, value: str, *thing: object) -> None:
-        holder = holders.setdefault((field, *thing), i)
-        if holder != i:
-            raise FieldError(field, value, f"another than node {leases[holder].name} has",
+    def claim(i: int, field: str, value: str, *identity: object) -> None:
+        owner = owners.setdefault((field, *identity), i)
+        if owner != i:
+            raise FieldError(field, value, f"a value other than that of node {leases[owner].name}",
                              f"nodes[{i}].{field}")
 
     for i, lease in enumerate(leases):
@@ -183,23 +182,23 @@ def _refuse_shared(leases: Sequence[Lease]) -> None:
         for address in (lease.attributes.public_ip, lease.attributes.public_ipv6):
             if address is not None:
                 claim(i, "public", str(address), address.packed, advert and advert.port)
-    held = [(subnet.version, int(subnet.network_address), subnet.prefixlen, i, subnet)
+    spans = [(subnet.version, int(subnet.network_address), subnet.prefixlen, i, subnet)
             for i, lease in enumerate(leases) for subnet in lease.subnets]
-    held.sort()
-    # In this order prefixes are disjoint, or one holds the next.
-    for (*_, i, subnet), (*_, j, other) in pairwise(held):
+    spans.sort()
+    # Of two adjacent prefixes in this order, the first contains the second or they are disjoint.
+    for (*_, i, subnet), (*_, j, other) in pairwise(spans):
         if other.network_address in subnet:
             first, second = sorted((i, j))
             raise FieldError("subnets", str(subnet if second == i else other),
-                             f"no address that node {leases[first].name} has",
+                             f"no address of node {leases[first].name}",
                              f"nodes[{second}].subnets")
 
 
-def _both(table: Mapping[str, Any], key: str, parse_one: Callable[[str, object, str], Item],
-          at: str) -> list[Item]:
-    """One value, or a list with at most one of each family."""
-    path = f"{at}.{key}".lstrip(".")
-    value = _required(table, key, at)
+def _per_family(table: Mapping[str, Any], key: str, parse_one: Callable[[str, object, str], Item],
+                within: str) -> list[Item]:
+    """Parse one value, or a list with at most one value per family."""
+    path = f"{within}.{key}".lstrip(".")
+    value = _required(table, key, within)
     if not isinstance(value, list):
         return [parse_one(key, value, path)]
     items = [parse_one(key, item, f"{path}[{i}]") for i, item in enumerate(value)]
@@ -208,22 +207,22 @@ def _both(table: Mapping[str, Any], key: str, parse_one: Callable[[str, object, 
     return items
 
 
-def _one(items: Iterable[object], kind: type[Kind]) -> Kind | None:
-    return next((item for item in items if isinstance(item, kind)), None)
+def _of_type(items: Iterable[object], wanted: type[Wanted]) -> Wanted | None:
+    return next((item for item in items if isinstance(item, wanted)), None)
 
 
 def _within(subnet: IPNetwork, network: IPNetwork) -> bool:
     return subnet.network_address in network and subnet.prefixlen >= network.prefixlen
 
 
-def _required(table: Mapping[str, Any], key: str, at: str) -> Any:
+def _required(table: Mapping[str, Any], key: str, path: str) -> Any:
     if key not in table:
-        raise FieldError(key, None, "a value (it is required)", at)
+        raise FieldError(key, None, "a value (it is required)", path)
     return table[key]
 
 
-def _only(table: Mapping[str, Any], keys: Sequence[str], at: str) -> None:
+def _refuse_unknown(table: Mapping[str, Any], keys: Sequence[str], within: str) -> None:
     for key in table:
         if key not in keys:
-            path = f"{at}.{key}".lstrip(".")
-            raise FieldError(key, table[key], "no such key: there are " + ", ".join(keys), path)
+            path = f"{within}.{key}".lstrip(".")
+            raise FieldError(key, table[key], "only the keys " + ", ".join(keys), path)

@@ -1,12 +1,12 @@
-"""Leases from a hosts file: the store that needs nothing else.
+"""Leases from a hosts file: the source that needs no store besides the file.
 
-Owns: watching the file, and which of its nodes this machine is. Refuses to know what stands in the
-file, which is ``hosts``' part, and whether it is followed. Asyncio, one loop; the file is looked
-at in helper threads, since it may lie on a network and be large.
+Owns: reading the file again when it changes, and determining which of its nodes this machine is.
+Does not know: the grammar of the file (``schema``), or what its leases are used for.
+Threads: asyncio, one loop; helper threads access the file, which may be large or on a network.
 
-The file is looked at once a second, not watched by inotify: it may be reached through symbolic
-links (a ConfigMap is replaced by changing one in its directory), or change on another machine that
-shares it, and of these inotify tells little or nothing. A look costs one stat().
+The file is polled once a second, which costs one stat(). inotify would miss changes: the path may
+contain symbolic links (a ConfigMap is updated by replacing a link to a directory), and another
+machine may write to a shared file.
 """
 
 from __future__ import annotations
@@ -38,40 +38,39 @@ from ..base import (
 from ..netconf import NetConfig
 from ..wait import wait_at_most
 from .config import FileConfig
-from .schema import Hosts, parse
+from .schema import HostsFile, parse
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-QUIET_SECONDS = 0.1  # a file changed less than this ago may be half written
-QUIET_TRIES = 10  # for one that is written to without end
+SETTLE_SECONDS = 0.1  # a file that was modified more recently may be half written
+SETTLE_TRIES = 10  # limit for a file that is written to continuously
 
 Signature = tuple[int, ...]
-
-
-async def _no_addresses() -> Iterable[IPAddress]:
-    return ()
 
 
 def open_source(config: FileConfig, local_addresses: LocalAddresses) -> FileSource:
     return FileSource(config.path, node_name=config.node_name, addresses=local_addresses)
 
 
-class FileSource(LeaseSource):
-    """A LeaseSource over one file. What it says cannot be used: what it said before holds.
+async def _no_addresses() -> Iterable[IPAddress]:
+    return ()
 
-    node_name  which node we are; "": the one named as the host is, else the one whose public
-               address is ours
-    hostname   default: the kernel's
-    addresses  asked for the host's addresses when the names do not tell
-    The leases stand in the file as they are: what ``acquire`` is given to publish goes nowhere.
-    Its node's port and mtu are in its lease as an Advert, also for ourselves.
+
+class FileSource(LeaseSource):
+    """A LeaseSource over one file. While the file is invalid, its last valid content applies.
+
+    node_name  the name of our node; "": the node that has our hostname, else the node that has one
+               of our addresses
+    hostname   default: that of the kernel
+    addresses  returns the addresses of this host; called if the names do not identify our node
+    The file determines all leases, so ``acquire`` ignores the attributes it is given. The port and
+    mtu of a node are in its lease as an Advert, also in our own.
     """
 
     def __init__(
         self, path: Path, *, node_name: str = "", hostname: str | None = None,
-        addresses: LocalAddresses = _no_addresses,
-        poll_s: float = POLL_SECONDS,
+        addresses: LocalAddresses = _no_addresses, poll_s: float = POLL_SECONDS,
     ) -> None:
         self.health = SourceHealth()
         self._path = path
@@ -79,15 +78,15 @@ class FileSource(LeaseSource):
         self._hostname = platform.node() if hostname is None else hostname
         self._addresses = addresses
         self._poll_s = poll_s
-        self._seen: Signature | None = None
-        self._hosts: Hosts | None = None
-        self._fault: StoreDown | FieldError | None = None
-        self._own = ""  # our node's name, once acquired
-        self._looking = asyncio.Lock()
-        self._asked = asyncio.Event()
+        self._signature: Signature | None = None
+        self._hosts: HostsFile | None = None
+        self._error: StoreDown | FieldError | None = None
+        self._own_key = ""  # our node's name, set by ``acquire``
+        self._reading = asyncio.Lock()
+        self._poll_now = asyncio.Event()
 
     async def network(self) -> NetConfig:
-        return (await self._good()).network
+        return (await self._current()).network
 
     async def identity(self) -> Identity:
         return self.cached_identity(await self._own_lease())
@@ -102,141 +101,145 @@ class FileSource(LeaseSource):
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
         lease = await self._own_lease()
-        self._own = lease.key
+        self._own_key = lease.key
         assert self._hosts is not None
-        self._see_to_own(self._hosts)
+        self._check_own(self._hosts)
         return lease
 
     async def hold(self, lease: Lease) -> None:
-        """Nothing to renew: it is ours while it stands there, which ``updates`` looks at."""
+        """Nothing to renew: we hold the lease while the file has it, which ``updates`` checks."""
         await asyncio.Event().wait()
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
         book = LeaseBook()
-        told = False
+        snapshot_sent = False
         while True:
-            await self._look()
+            await self._poll()
             if self._hosts is not None:
                 changes = book.replace(self._hosts.leases)
-                if not told:
+                if not snapshot_sent:
                     yield Snapshot(tuple(book.leases.values()))
-                    told = True
+                    snapshot_sent = True
                 elif changes:
                     yield Changes(changes)
-            await self._pause()
+            await wait_at_most(self._poll_now, self._poll_s)
+            self._poll_now.clear()
 
     def reload(self) -> None:
-        """Look at the file now, and read it even if it seems to be the same."""
-        self._seen = None
-        self._asked.set()
+        """Read the file now, even if it seems unchanged."""
+        self._signature = None
+        self._poll_now.set()
 
     async def aclose(self) -> None:
-        """Nothing is held open."""
+        """Nothing is kept open."""
 
-    async def _good(self) -> Hosts:
-        await self._look()
+    # The content of the file
+
+    async def _current(self) -> HostsFile:
+        """Return the last valid content. StoreDown, FieldError: there was none yet."""
+        await self._poll()
         if self._hosts is None:
-            assert self._fault is not None
-            raise self._fault.with_traceback(None)
+            assert self._error is not None
+            raise self._error.with_traceback(None)
         return self._hosts
 
-    async def _pause(self) -> None:
-        await wait_at_most(self._asked, self._poll_s)
-        self._asked.clear()
-
-    async def _look(self) -> None:
-        """See whether the file has changed; keep what it says if that can be used."""
-        async with self._looking:
+    async def _poll(self) -> None:
+        """Read the file if it has changed; keep its content if that is valid."""
+        async with self._reading:
             try:
-                signature = await asyncio.to_thread(_settled, self._path)
+                signature = await asyncio.to_thread(_settled_signature, self._path)
                 self.health.last_contact = time.monotonic()
-                if signature != self._seen:
-                    self._seen = signature  # first: what is bad is not read again and again
-                    self._take(await asyncio.to_thread(_read, self._path))
+                if signature != self._signature:
+                    self._signature = signature  # set first: an invalid file is read only once
+                    self._use(await asyncio.to_thread(_read, self._path))
             except FieldError as exc:
-                self._failed(exc)
+                self._fail(exc)
             except OSError as exc:
-                self._seen = None
-                self._failed(StoreDown(f"{self._path} cannot be read: {exc.strerror}"))
+                self._signature = None
+                self._fail(StoreDown(f"{self._path} cannot be read: {exc.strerror}"))
 
-    def _take(self, hosts: Hosts) -> None:
+    def _use(self, hosts: HostsFile) -> None:
         if self._hosts is not None and hosts.network != self._hosts.network:
-            log.warning("%s: the network is another one now: it is taken at the next start",
-                        self._path)
-        self._hosts, self._fault = hosts, None
+            log.warning("%s: the network has changed; the new one applies after a reload or "
+                        "restart", self._path)
+        self._hosts, self._error = hosts, None
         self.health.connected, self.health.error = True, ""
-        if self._own:
-            self._see_to_own(hosts)
+        if self._own_key:
+            self._check_own(hosts)
 
-    def _failed(self, fault: StoreDown | FieldError) -> None:
-        if str(fault) != self.health.error:
-            kept = "" if self._hosts is None else ": the nodes known before stay"
-            log.error("%s%s", fault, kept)
+    def _fail(self, error: StoreDown | FieldError) -> None:
+        if str(error) != self.health.error:
+            kept = "" if self._hosts is None else "; the previous list of nodes stays in use"
+            log.error("%s%s", error, kept)
             self.health.errors_n += 1
-        self._fault = fault
-        self.health.connected, self.health.error = False, str(fault)
+        self._error = error
+        self.health.connected, self.health.error = False, str(error)
 
-    def _see_to_own(self, hosts: Hosts) -> None:
-        health = self.health
-        if any(lease.key == self._own for lease in hosts.leases):
-            health.lease, health.lease_error = "held", ""
-        elif health.lease != "lost":
-            health.lease = "lost"
-            health.lease_error = f"{self._path} has no node {self._own} any more"
-            log.error("%s: its subnets are used until that changes", health.lease_error)
+    # Our own node
 
     async def _own_lease(self) -> Lease:
         """StoreDown; StoreRefused, also for a file that is invalid."""
         try:
-            hosts = await self._good()
+            hosts = await self._current()
         except FieldError as exc:
             raise StoreRefused(str(exc)) from None
-        return await self._which(hosts)
+        return await self._find_own(hosts)
 
-    async def _which(self, hosts: Hosts) -> Lease:
-        """Our node. StoreRefused says what was looked for, and what there is."""
+    async def _find_own(self, hosts: HostsFile) -> Lease:
+        """StoreRefused says which names and addresses were looked for, and which nodes exist."""
         by_name = {lease.name: lease for lease in hosts.leases}
-        there = f"it has {_some(by_name)}"
+        existing = f"it has {_join(by_name)}"
         if self._node_name:
             if self._node_name in by_name:
                 return by_name[self._node_name]
-            raise StoreRefused(f"{self._path} has no node {self._node_name}: {there}")
+            raise StoreRefused(f"{self._path} has no node {self._node_name}: {existing}")
         for name in (self._hostname, self._hostname.partition(".")[0]):
             if name in by_name:
                 return by_name[name]
-        ours = set(await self._addresses())
+        local = set(await self._addresses())
         found = [lease for lease in hosts.leases
-                 if {lease.attributes.public_ip, lease.attributes.public_ipv6} & ours]
+                 if {lease.attributes.public_ip, lease.attributes.public_ipv6} & local]
         if len(found) == 1:
             return found[0]
         if found:
-            names = _some(lease.name for lease in found)
-            raise StoreRefused(f"{self._path}: the public addresses of {names} are all ours, and "
-                               f"none has our hostname {self._hostname}: say --node-name")
+            names = _join(lease.name for lease in found)
+            raise StoreRefused(
+                f"{self._path}: this host has the public addresses of several nodes ({names}), and "
+                f"none of them has its hostname {self._hostname}: set --node-name")
         raise StoreRefused(
-            f"{self._path} has no node with our hostname {self._hostname}, and none with a public "
-            f"address of ours ({_some(ours)}): {there}; --node-name says which one we are")
+            f"{self._path} has no node with the hostname {self._hostname} or a public address of "
+            f"this host ({_join(local)}): {existing}; set --node-name")
+
+    def _check_own(self, hosts: HostsFile) -> None:
+        health = self.health
+        if any(lease.key == self._own_key for lease in hosts.leases):
+            health.lease, health.lease_error = "held", ""
+        elif health.lease != "lost":
+            health.lease = "lost"
+            health.lease_error = f"{self._path} has no node {self._own_key} any more"
+            log.error("%s; its subnets stay in use until the node is back", health.lease_error)
 
 
-def _settled(path: Path) -> Signature:
-    """What tells one state of the file from the next, when nobody seems to be writing to it.
+def _settled_signature(path: Path) -> Signature:
+    """Return what identifies the present state of the file, once it is not being written to.
 
-    Whoever writes in place empties the file first, and half a list of nodes may be a valid one.
-    Seen from a state that is old enough, any later one differs, however coarse the files' clock.
+    An editor that writes in place truncates the file first, and half a list of nodes can be valid.
+    A state that is old enough also differs from every later one, however coarse the timestamps of
+    the file system are.
     """
-    for _ in range(QUIET_TRIES):
+    for _ in range(SETTLE_TRIES):
         stat = path.stat()
-        if abs(time.time() - stat.st_mtime) >= QUIET_SECONDS:
+        if abs(time.time() - stat.st_mtime) >= SETTLE_SECONDS:
             break
-        time.sleep(QUIET_SECONDS)
+        time.sleep(SETTLE_SECONDS)
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
-def _read(path: Path) -> Hosts:
+def _read(path: Path) -> HostsFile:
     return parse(path.read_bytes(), str(path))
 
 
-def _some(things: Iterable[object], most: int = 8) -> str:
-    words = sorted(map(str, things))
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more or "none"
+def _join(items: Iterable[object], limit: int = 8) -> str:
+    words = sorted(map(str, items))
+    more = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + more or "none"

@@ -1,4 +1,4 @@
 """Leases in Kubernetes: flannel's annotations on Node objects.
 
-Nothing is imported here: ``config`` is light, ``source`` brings lightkube.
+This package itself imports nothing: ``config`` is light, ``source`` imports lightkube.
 """
