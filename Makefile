@@ -11,6 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 EXTENSION_SOURCES := setup.py udptun/drops.py \
   $(filter-out %.c src_ext/drops.pxd,$(wildcard src_ext/*.* src_ext/*/*.*))
+STEPS_SOURCES := $(wildcard tests/steps/build.py tests/steps/*.p*)
 BUILT := $(wildcard udptun/_core.*.so)
 # Tools of administrators live in the sbin folders, which a user's PATH may leave out.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
@@ -39,47 +40,39 @@ demo-etcd: build ## show a cluster: etcd, nodes that join and leave, pods (as ro
 	$(call need,$(DEMO_TOOLS) etcd:etcd-server,exit 1)
 	@$(PY) -m udptun.lab.demo_etcd $(ARGS)
 
-test: build $(VENV)/test.stamp bench/onepacket ## run all tests, those in network namespaces as root
+test: build $(VENV)/steps.stamp $(VENV)/test.stamp bench/onepacket ## run all tests, those in network namespaces as root
 	$(call need,$(TEST_TOOLS),true)
 	@$(PY) -m pytest $(ARGS)
 
 soak: build $(VENV)/test.stamp ## ten minutes of full load with a route change every 10 ms (as root)
 	@UDPTUN_SOAK_SECONDS=600 $(PY) -m pytest tests/netns/test_tunnel_life.py -k under_load -s $(ARGS)
 
-# The package is built a second time, aside, and found first; the tests are those of the core.
-SANITIZED := build/sanitize
 SANITIZE_TESTS = tests/wire tests/table tests/path
 sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer and UBSan
-	@echo "building the extension with sanitizers"
-	@rm -rf $(SANITIZED)
-	@UDPTUN_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
-	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR) PYTHONSAFEPATH=1 \
-	$(PY) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+	@scripts/sanitize $(PY) $(SANITIZE_TESTS) $(ARGS)
 
 lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
 	@$(VENV)/bin/ruff check udptun tests bench setup.py
 	@$(VENV)/bin/mypy
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cython-lint src_ext
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cython-lint src_ext tests/steps
 
 BENCH_PROGRAMS := bench/onepacket bench/udpload bench/copylimit
 
-bench: build $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare it: TCP and round trips, 8 minutes (as root)
+bench: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare it: TCP and round trips, 8 minutes (as root)
 	$(call need,$(DEMO_TOOLS),exit 1)
 	@$(PY) -m bench quick $(ARGS)
 
-bench-full: build $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare all there is to compare, 60 minutes (as root)
+bench-full: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare all there is to compare, 60 minutes (as root)
 	$(call need,$(DEMO_TOOLS),exit 1)
 	@$(PY) -m bench full $(ARGS)
 
-bench-micro: build $(VENV)/test.stamp ## time the single steps of the core, beside the saved times
+bench-micro: build $(VENV)/steps.stamp $(VENV)/test.stamp ## time the single steps of the core, beside the saved times
 	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-only \
 	  --benchmark-storage=bench/baselines --benchmark-compare='*/0001' \
 	  -W default::pytest_benchmark.logger.PytestBenchmarkWarning \
 	  --benchmark-columns=min,median,rounds $(ARGS)
 
-bench-instructions: build $(VENV)/test.stamp ## count the core's instructions, hold them to the last count
+bench-instructions: build $(VENV)/steps.stamp $(VENV)/test.stamp ## count the core's instructions, hold them to the last count
 	$(call need,valgrind:valgrind,exit 1)
 	@$(PY) -m bench instructions --check bench/baselines/instructions.json $(ARGS)
 
@@ -87,7 +80,7 @@ $(BENCH_PROGRAMS): %: %.c
 	@$(CC) $(CFLAGS) -Wall -Wextra -o $@ $<
 
 clean: ## remove all that was made here
-	@rm -rf $(VENV) build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd $(BENCH_PROGRAMS)
+	@rm -rf $(VENV) build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd tests/steps/*.so tests/steps/*.c $(BENCH_PROGRAMS)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	@find udptun tests bench -name __pycache__ -type d -exec rm -rf {} +
 
@@ -148,6 +141,11 @@ $(VENV)/extension.stamp: $(VENV)/installed.stamp $(EXTENSION_SOURCES) $(if $(BUI
 	  [ -n "$$(find $(EXTENSION_SOURCES) -newer $(VENV)/installed.stamp)" ]; then \
 	  echo "compiling the extension"; $(PY) setup.py -q build_ext --inplace; \
 	fi
+	@touch $@
+
+# The compiled steps alone, for tests and benchmarks.
+$(VENV)/steps.stamp: $(VENV)/extension.stamp $(STEPS_SOURCES)
+	@$(PY) tests/steps/build.py
 	@touch $@
 
 $(VENV)/%.stamp: pyproject.toml $(VENV)/made.stamp

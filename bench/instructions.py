@@ -28,8 +28,8 @@ TOLERANCE = 0.02
 _ROUNDS = 10
 # Each step is collected while inside the function of the extension that wraps it.
 _COLLECT = {
-    "cut": "__pyx_pw_6udptun_6_steps_*cut", "merge": "__pyx_pw_6udptun_6_steps_*merge",
-    "lookup": "__pyx_pw_6udptun_6_steps_*bench",
+    "cut": "__pyx_pw_5tests_5steps_6_steps_*cut", "merge": "__pyx_pw_5tests_5steps_6_steps_*merge",
+    "lookup": "__pyx_pw_5tests_5steps_6_steps_*bench",
     "out": "__pyx_pw_6udptun_5_core_6Worker_*run", "in": "__pyx_pw_6udptun_5_core_6Worker_*run",
 }
 STEPS = {
@@ -54,7 +54,7 @@ def replay(step: str) -> None:
 
 
 def _packets(kind: str, words: list[str]) -> Callable[[], object]:
-    from udptun._steps import cut, merge
+    from tests.steps import cut, merge
 
     from .micro import packets
 
@@ -95,7 +95,7 @@ def _super_packet(run: list[bytes]) -> bytes:
 
 
 def _look_up(words: list[str]) -> Callable[[], object]:
-    from udptun._steps import Lpm
+    from tests.steps import Lpm
 
     family, n = int(words[0][1]), int(words[2])
     table, blob = Lpm(tables.text(n, family)), tables.addresses(words[1], n, family)

@@ -53,7 +53,7 @@ THIRD_PARTY = {
     "pyroute2": {"net.netlink", "net.underlay", "net.vxlan"},
     "uvloop": {"cli.forward", "forwarder"},
 }
-EXTENSIONS = {"_core", "_steps"}
+EXTENSIONS = {"_core"}
 
 
 def covers(name, module):

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cache
 
-from udptun._steps import Lpm
+from tests.steps import Lpm
 
 from .. import tables
 from ..blocks import Refused, Series, SlotResult, run_local_blocks

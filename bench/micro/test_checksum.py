@@ -7,7 +7,7 @@ compiled core.
 import pytest
 
 from tests import reference
-from udptun._steps import checksum_implementations
+from tests.steps import checksum_implementations
 
 LENGTHS = (40, 64, 576, 1460, 65536)
 

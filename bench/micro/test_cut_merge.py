@@ -9,7 +9,7 @@ import pytest
 
 from bench.micro import packets
 from tests import reference
-from udptun._steps import cut, merge
+from tests.steps import cut, merge
 
 SHAPES = {"tcp 44 x 1420": ("tcp", 44, 1420), "udp 44 x 1420": ("udp", 44, 1420),
           "udp 64 x 64": ("udp", 64, 64), "tcp 2 x 1420": ("tcp", 2, 1420)}

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 
 from bench import tables
-from udptun._steps import Lpm
+from tests.steps import Lpm
 
 SIZES = (10, 100, 1000, 10_000, 100_000, 1_000_000)
 

@@ -10,8 +10,8 @@ import os
 import pytest
 
 from bench import tables
+from tests.steps import Lpm
 from udptun import _core
-from udptun._steps import Lpm
 
 SIZES = (1000, 10_000, 100_000)
 

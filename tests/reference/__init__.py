@@ -1,7 +1,7 @@
 """Slow, obvious twins of the compiled data path: oracles for the tests, and its specification.
 
 Owns: what each step of the road means, one function a step, with the signatures of the compiled
-``udptun._steps``. Refuses to know: speed, system calls, and everything else of ours but ``model``
+``tests.steps``. Refuses to know: speed, system calls, and everything else of ours but ``model``
 and ``drops``. The product never imports this package; a missing extension is an error, not a
 reason to fall back to this. Threading: functions are pure; a ``ReferenceForwarder`` belongs to one
 thread.

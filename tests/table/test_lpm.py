@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference import lpm as reference
-from udptun._steps import Lpm
+from tests.steps import Lpm
 
 
 def blob(prefixes):

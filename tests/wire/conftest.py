@@ -10,11 +10,10 @@ def _load(name: str) -> ModuleType:
     if name == "reference":
         return importlib.import_module("tests.reference")
     try:
-        return importlib.import_module("udptun._steps")
+        return importlib.import_module("tests.steps")
     except ImportError as error:
         pytest.fail(
-            f"udptun._steps cannot be imported ({error}). Build it: `make build`, or"
-            " `python setup.py build_ext --inplace`.",
+            f"tests.steps cannot be imported ({error}). Build it: `python tests/steps/build.py`.",
             pytrace=False,
         )
 

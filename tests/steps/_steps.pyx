@@ -43,8 +43,8 @@ cdef uint8_t* exact_copy(bytes data) except NULL:
     return p
 
 
-include "steps_icmp.pxi"
-include "steps_lpm.pxi"
+include "icmp.pxi"
+include "lpm.pxi"
 
 
 def check_packet(bytes packet):
