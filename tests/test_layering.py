@@ -28,8 +28,8 @@ RULES = {
     "control.client": {"errors", "model", "control.protocol"},
     "control": LEAVES | {"control"},
     "forwarder": LEAVES | {
-        "_core", "control.flannel", "control.server", "control.sockets", "device", "forwarder",
-        "net",
+        "_core", "control.events", "control.flannel", "control.server", "control.sockets",
+        "device", "forwarder", "net",
     },
     "leases": LEAVES | {"leases"},
     "node": LEAVES | {"control.client", "control.protocol", "leases", "net", "node"},

@@ -9,15 +9,15 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from udptun.control.events import EventHub
 from udptun.drops import DROP_REASONS
 from udptun.errors import FieldError, GenerationMismatch, RouteExists
 from udptun.model import IPAddress, IPNetwork, Route, RouteDiff
@@ -39,7 +39,7 @@ class FakeForwarder:
         self.fail_with: Exception | None = None
         self.bodies: list[bytes] = []
         self.calls: list[str] = []
-        self._queues: list[asyncio.Queue[dict[str, Any]]] = []
+        self.events = EventHub()
 
     # routes
 
@@ -144,27 +144,8 @@ class FakeForwarder:
 
     # events and life
 
-    @contextmanager
-    def subscribe(self) -> Iterator[AsyncIterator[dict[str, Any]]]:
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._queues.append(queue)
-
-        async def events() -> AsyncIterator[dict[str, Any]]:
-            while True:
-                yield await queue.get()
-
-        try:
-            yield events()
-        finally:
-            self._queues.remove(queue)
-
     def emit(self, event: dict[str, Any]) -> None:
-        for queue in self._queues:
-            queue.put_nowait(event)
-
-    @property
-    def subscribers_n(self) -> int:
-        return len(self._queues)
+        self.events.publish(event)
 
     def request_stop(self) -> None:
         self.stopped.set()

@@ -8,7 +8,6 @@ import re
 import socket
 import stat
 import subprocess
-import threading
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control.fakes import VERSION, LoopThread, Served, status_of
-from udptun.control import feed, protocol, server, sockets
+from udptun.control import events, protocol, server, sockets
 from udptun.errors import DeviceError, UdptunError
+from udptun.lab import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +435,7 @@ def test_a_slow_reader_loses_the_oldest_and_is_told(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stalled reader holds up neither the forwarder nor another reader."""
-    monkeypatch.setattr(feed, "QUEUE_LINES", 10)
+    monkeypatch.setattr(events, "QUEUE_N", 10)
     padded = [event(i) | {"padding": "x" * 60_000} for i in range(100)]
     slow, quick = EventStream(served), EventStream(served)
     quick.next()
@@ -458,14 +458,13 @@ def test_a_slow_reader_loses_the_oldest_and_is_told(
 
 
 def test_a_reader_that_leaves_is_forgotten(thread: LoopThread, served: Served) -> None:
-    left = threading.Event()
     stream = EventStream(served)
     stream.next()
-    drop = served.server._feed.drop
-    served.server._feed.drop = lambda reader: (drop(reader), left.set())  # type: ignore
+    assert thread.call(lambda: served.forwarder.events.readers_n) == 1
     stream.close()
-    assert left.wait(10)
-    assert thread.call(lambda: len(served.server._feed._readers)) == 0
+    wait_for(
+        lambda: thread.call(lambda: served.forwarder.events.readers_n) == 0, "the reader is gone"
+    )
 
 
 # Metrics
@@ -564,9 +563,12 @@ def test_start_close_start(thread: LoopThread, tmp_path: Path) -> None:
     for _ in range(2):
         with Served(thread, tmp_path / "udptun.sock") as served:
             assert ask_once(served, "GET", "/v1/healthz")[0] == 200
-            assert thread.call(lambda f=served.forwarder: f.subscribers_n) == 1
+            stream = EventStream(served)
+            stream.next()
+            assert thread.call(lambda f=served.forwarder: f.events.readers_n) == 1
+        stream.close()
         assert not served.path.exists()
-        assert served.forwarder.subscribers_n == 0
+        assert served.forwarder.events.readers_n == 0
 
 
 def test_close_without_start_and_twice(thread: LoopThread, tmp_path: Path) -> None:
@@ -584,14 +586,19 @@ def test_second_server_on_the_same_path_is_refused(served: Served, thread: LoopT
     assert stat.S_IMODE(served.path.stat().st_mode) == 0o660
 
 
-def test_a_broken_event_source_is_logged_and_the_rest_goes_on(
+def test_an_event_that_is_not_json_ends_its_stream_and_the_rest_goes_on(
     thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
     with Served(thread, tmp_path / "udptun.sock") as served:
+        stream = EventStream(served)
+        stream.next()
         served.events({"type": "error", "message": object()})
+        with pytest.raises(http.client.HTTPException):
+            stream.response.read()
+        stream.close()
         assert ask_once(served, "GET", "/v1/healthz")[0] == 200
-    assert "their source broke" in caplog.text
+    assert "an event is not JSON" in caplog.text
 
 
 # docs/control.md

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import socket
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from mmap import mmap
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +23,7 @@ from aiohttp import web
 from ..errors import ControlError, FieldError, UdptunError
 from ..model import Route, parse_address, parse_prefix
 from . import protocol
-from .feed import Feed
+from .events import Event, EventHub, Reader
 from .sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class ControlServer:
     def __init__(self, forwarder: Controlled, path: Path) -> None:
         self.path = path
         self._forwarder = forwarder
-        self._feed = Feed()
+        self._events: EventHub = forwarder.events
+        self._readers: set[Reader] = set()  # of the open event streams
         self._metrics: Metrics | None = None
         self._running: _Running | None = None
         self._handlers: dict[str, dict[str, Handler]] = {
@@ -77,9 +78,6 @@ class ControlServer:
             listener.sock.close()
             raise
         self._running = _Running(listener, manager, server)
-        events = self._running.subscription.enter_context(self._forwarder.subscribe())
-        self._running.pump = loop.create_task(self._feed.pump(events))
-        self._running.pump.add_done_callback(_tell_if_broken)
         log.debug("control socket at %s", self.path)
 
     async def close(self) -> None:
@@ -89,11 +87,8 @@ class ControlServer:
             return
         running.listener.unlink()
         running.server.close()
-        self._feed.end()
-        if running.pump is not None:
-            running.pump.cancel()
-            await asyncio.gather(running.pump, return_exceptions=True)
-        running.subscription.close()
+        for reader in self._readers:
+            reader.end()
         await asyncio.sleep(0)  # let requests that have just arrived reach their handler
         running.manager.pre_shutdown()
         await running.manager.shutdown(CLOSE_SECONDS)
@@ -158,22 +153,28 @@ class ControlServer:
         response = _stream_response(protocol.NDJSON_TYPE)
         response.headers["Cache-Control"] = "no-store"
         await response.prepare(request)
-        reader = self._feed.open()
-        hello = protocol.dump({"type": "hello", "generation": self._forwarder.generation})
-        connection = cast(_Connection, request.protocol)
-        connection.on_lost = reader.end
-        try:
-            if follow and self._running is not None:
-                await response.write(hello)
-                while lines := await reader.take():
-                    await response.write(lines)
-            else:
-                await response.write(hello + b"".join(self._feed.recent))
-        finally:
-            connection.on_lost = None
-            self._feed.drop(reader)
+        hello = {"type": "hello", "generation": self._forwarder.generation}
+        if follow and self._running is not None:
+            await self._follow_events(request, response, hello)
+        else:
+            await _write_events(response, [hello, *self._events.recent])
         await response.write_eof()
         return response
+
+    async def _follow_events(
+        self, request: web.BaseRequest, response: web.StreamResponse, hello: Event
+    ) -> None:
+        connection = cast(_Connection, request.protocol)
+        with self._events.subscribe() as reader:
+            self._readers.add(reader)
+            connection.on_lost = reader.end
+            try:
+                await _write_events(response, [hello])
+                while events := await reader.take():
+                    await _write_events(response, events)
+            finally:
+                connection.on_lost = None
+                self._readers.discard(reader)
 
     # Changing
 
@@ -220,8 +221,6 @@ class _Running:
         self.listener = listener
         self.manager = manager
         self.server = server
-        self.subscription = ExitStack()
-        self.pump: asyncio.Task[None] | None = None
 
 
 class _Manager(web.Server):
@@ -283,11 +282,6 @@ class _MethodNotAllowed(ControlError):
         super().__init__("method_not_allowed", f"{path} takes {self.allow}, not {method}")
 
 
-def _tell_if_broken(pump: asyncio.Task[None]) -> None:
-    if not pump.cancelled() and pump.exception() is not None:
-        log.error("no more events: their source broke", exc_info=pump.exception())
-
-
 # Answers
 
 _NAME = {"Server": "udptun"}  # in the place of aiohttp's, which tells versions
@@ -344,6 +338,15 @@ async def _stream(
             raise ConnectionResetError("the answer broke off") from exc  # no end mark is sent
         await response.write_eof(b"\n")
     return response
+
+
+async def _write_events(response: web.StreamResponse, events: list[Event]) -> None:
+    try:
+        lines = b"".join(map(protocol.dump, events))
+    except (TypeError, ValueError) as exc:
+        log.exception("an event is not JSON: its stream ends")
+        raise ConnectionResetError("the event stream broke off") from exc
+    await response.write(lines)
 
 
 # Requests

@@ -1,21 +1,23 @@
-"""What control needs of a forwarder, as a type: the ends are written and tested against this.
+"""The part of a forwarder that the control servers call, as a type.
 
-Owns nothing at run time. ``udptun.forwarder.Forwarder`` is one; so is the fake in the tests.
-Threading: every method is called on the forwarder's control loop.
+Owns nothing at run time. ``udptun.forwarder.Forwarder`` implements it, and so does the fake
+forwarder of the tests. Threading: every method is called on the forwarder's control loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator
 from mmap import mmap
 from typing import Any, Protocol
 
 from ..model import IPAddress, IPNetwork, Route, RouteDiff
+from .events import EventHub
 
-Event = dict[str, Any]
 
 class Controlled(Protocol):
+    @property
+    def events(self) -> EventHub: ...
+
     @property
     def generation(self) -> int: ...
 
@@ -28,8 +30,6 @@ class Controlled(Protocol):
     def trace(self, address: IPAddress) -> dict[str, Any]: ...
 
     def counters(self) -> dict[str, Any]: ...
-
-    def subscribe(self) -> AbstractContextManager[AsyncIterator[Event]]: ...
 
     async def add_route(self, route: Route) -> RouteDiff: ...
 

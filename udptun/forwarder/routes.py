@@ -1,0 +1,262 @@
+"""The active route table: changes to it, its generation, and its copy on disk.
+
+Owns the table, the lock that orders its changes, the generation number and the state file. Does not
+depend on the control API or the TUN. Threading: control loop only. A large table is parsed and
+compiled in a helper thread without the GIL; one pointer swap on this loop activates it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import _core
+from ..control.events import EventHub
+from ..errors import DeviceError, FieldError, GenerationMismatch, UdptunError
+from ..model import IPAddress, IPNetwork, Route, RouteDiff
+from .state import StateFile
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LARGE_TABLE = 2000  # routes; a change of a larger table is computed in a helper thread
+LARGE_BODY = 64 * LARGE_TABLE  # bytes of a table that is not parsed yet
+SLICE = 500  # routes formatted at a time: well under a millisecond of the GIL
+EVENTS_MAX = 1000  # a change of more routes emits one event for all of them
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRoutes:
+    """One peer and the prefixes routed to it."""
+
+    peer: _core.Peer
+    prefixes: list[str]
+
+
+class Routes:
+    """The table from ``load`` (read from disk) over ``open`` (active) to ``close``.
+
+    routes_file  read at start and by ``reload``
+    state_file   copy of the active table; takes precedence over routes_file at start
+    """
+
+    def __init__(
+        self, routes_file: Path | None, state_file: Path | None, events: EventHub,
+        report: Callable[[str], None],
+    ) -> None:
+        self.generation = 0
+        self._routes_file = routes_file
+        self._state = None if state_file is None else StateFile(state_file, report)
+        self._events = events
+        self._table = _core.RouteTable()
+        self._origin: Path | None = None  # the file that the first table is from
+        self._core: _core.Core | None = None  # between open and close
+        self._lock = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read the table to start with. Raises FieldError, DeviceError."""
+        state, routes_file = self._state, self._routes_file
+        table = state.load() if state is not None else None
+        if state is not None and table is not None:
+            log.info("%d routes loaded from %s%s", len(table), state.path,
+                     "" if routes_file is None else f"; {routes_file} is read on SIGHUP only")
+            self._table, self._origin = table, state.path
+        elif routes_file is not None:
+            self._table, self._origin = _parse_file(routes_file), routes_file
+
+    def open(self, core: _core.Core) -> None:
+        """Activate the table and accept changes. Raises FieldError, naming the file."""
+        try:
+            core.publish(self._table)
+        except FieldError as error:
+            where = f"{self._origin}: {error.where}"
+            raise FieldError(error.field, error.value, error.expected, where) from None
+        self._core = core
+        self.generation = 1
+
+    async def save(self) -> None:
+        """Write the state file, so that one that cannot be written is an error at start.
+        Raises DeviceError."""
+        if self._state is not None:
+            await self._state.save(self._table)
+
+    async def close(self) -> None:
+        """Refuse further changes, finish those under way, and write the state file."""
+        self._core = None
+        await asyncio.gather(*self._changes, return_exceptions=True)
+        if self._state is not None:
+            await self._state.flush()
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    async def add(self, route: Route) -> RouteDiff:
+        """Add a route. An identical route is no change; RouteExists: the prefix has another next
+        hop."""
+        return await self._change(lambda core: self._set(core, route, replace=False))
+
+    async def put(self, route: Route) -> RouteDiff:
+        """Add a route, or replace the route to the same prefix."""
+        return await self._change(lambda core: self._set(core, route, replace=True))
+
+    async def delete(self, dst: IPNetwork) -> RouteDiff:
+        """Delete the route to ``dst``. An absent route is not an error and no change."""
+        return await self._change(lambda core: self._delete(core, dst))
+
+    async def replace(self, routes: Iterable[Route]) -> RouteDiff:
+        """Replace the whole table in one step."""
+        table = _core.RouteTable.from_routes(routes)
+        return await self._change(lambda core: self._install(core, table))
+
+    async def replace_json(
+        self, body: bytes | mmap, expect_generation: int | None = None
+    ) -> RouteDiff:
+        """Replace the whole table with ``{"routes": [...]}``.
+
+        Raises FieldError naming the entry and field, GenerationMismatch.
+        """
+        parse = _core.RouteTable.parse_json
+        return await self._change(lambda core: self._replace(core, parse, body, expect_generation))
+
+    async def replace_text(
+        self, body: bytes | mmap, expect_generation: int | None = None
+    ) -> RouteDiff:
+        """Replace the whole table with a route file's text. Raises as ``replace_json``."""
+        parse = _core.RouteTable.parse_text
+        return await self._change(lambda core: self._replace(core, parse, body, expect_generation))
+
+    async def reload(self) -> RouteDiff:
+        """Read the route file again. Raises FieldError or OSError and then changes nothing."""
+        path = self._routes_file
+        if path is None:
+            raise FieldError("routes", None, "a route file, given at start")
+        try:
+            return await self._change(lambda core: self._reload(core, path))
+        except (UdptunError, OSError) as error:
+            self._events.emit("error", message=f"the route file was not loaded: {error}")
+            raise
+
+    async def set_own_addresses(self, addresses: Iterable[IPAddress]) -> None:
+        """Set the host's addresses, which no peer may use as an inner source."""
+        async def change(core: _core.Core) -> None:
+            if core.set_own_addresses(address.packed for address in addresses):
+                await self._activate(core, self._table, len(self))
+
+        await self._change(change)
+
+    async def _change(self, change: Callable[[_core.Core], Coroutine[Any, Any, T]]) -> T:
+        """Run one change after the other, each to its end even if its caller is cancelled: a
+        prepared snapshot is either committed or freed under the lock."""
+        core = self._core
+        if core is None:
+            raise UdptunError("the forwarder is not running")
+
+        async def run() -> T:
+            async with self._lock:
+                return await change(core)
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._changes.add(task)
+        task.add_done_callback(self._finished)
+        return await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # for the caller; if the caller is gone, asyncio would log it
+
+    # -- with the lock held -----------------------------------------------------------------------
+
+    async def _set(self, core: _core.Core, route: Route, replace: bool) -> RouteDiff:
+        table = self._table.copy()
+        if table.set(route, replace) == "same":
+            return RouteDiff(self.generation)
+        return await self._install(core, table)
+
+    async def _delete(self, core: _core.Core, dst: IPNetwork) -> RouteDiff:
+        table = self._table.copy()
+        if not table.delete(dst):
+            return RouteDiff(self.generation)
+        return await self._install(core, table)
+
+    async def _replace(
+        self, core: _core.Core, parse: Callable[[bytes | mmap], _core.RouteTable],
+        body: bytes | mmap, expect: int | None,
+    ) -> RouteDiff:
+        if expect is not None and expect != self.generation:
+            raise GenerationMismatch(f"the table is at generation {self.generation}, not {expect}")
+        table = await _run(len(body) > LARGE_BODY, parse, body)
+        return await self._install(core, table)
+
+    async def _reload(self, core: _core.Core, path: Path) -> RouteDiff:
+        return await self._install(core, await asyncio.to_thread(_parse_file, path))
+
+    async def _install(self, core: _core.Core, table: _core.RouteTable) -> RouteDiff:
+        """Activate ``table`` in place of the present one, save it and emit events."""
+        old = self._table
+        size = max(len(table), len(old))
+        added, changed, removed = await _run(size > LARGE_TABLE, table.diff_from, old)
+        if not added and not changed and not removed:
+            return RouteDiff(self.generation)
+        await self._activate(core, table, size)
+        self._table = table
+        self.generation += 1
+        diff = RouteDiff(self.generation, added, changed, removed)
+        if self._state is not None:
+            self._state.save_soon(table)
+        if added + changed + removed <= EVENTS_MAX:
+            for kind, dst, via, port, mtu in table.changes_from(old, EVENTS_MAX):
+                self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu)
+        self._events.emit("routes_replaced", **diff.to_json())
+        return diff
+
+    async def _activate(self, core: _core.Core, table: _core.RouteTable, size: int) -> None:
+        core.commit(await _run(size > LARGE_TABLE, core.prepare, table))
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    async def json_chunks(self) -> AsyncGenerator[bytes, None]:
+        """Yield the table as JSON text, in pieces: {"generation": N, "routes": [...]}."""
+        table, generation = self._table, self.generation
+        yield b'{"generation":%d,"routes":[' % generation
+        for start in range(0, len(table), SLICE):
+            yield (b"," if start else b"") + table.json_slice(start, SLICE)
+            await asyncio.sleep(0)
+        yield b"]}"
+
+    async def peers(self, core: _core.Core) -> tuple[int, int, list[PeerRoutes]]:
+        """Return the generation, the number of routes, and all peers in the order of the table."""
+        async with self._lock:  # a change would reorder the peers
+            table, generation = self._table, self.generation
+            found = [PeerRoutes(peer, []) for peer in core.peers()]
+            for start in range(0, len(table), SLICE):
+                ordinals = core.hop_ordinals(start, SLICE)
+                for peer, dst in zip(ordinals, table.prefixes(start, SLICE), strict=True):
+                    found[peer].prefixes.append(dst)
+                await asyncio.sleep(0)
+        return generation, len(table), found
+
+
+async def _run(large: bool, work: Callable[..., T], *args: Any) -> T:
+    """Call ``work``, which releases the GIL: in a helper thread if it takes long."""
+    return await asyncio.to_thread(work, *args) if large else work(*args)
+
+
+def _parse_file(path: Path) -> _core.RouteTable:
+    try:
+        return _core.RouteTable.parse_text(path.read_bytes())
+    except FieldError as error:
+        where = f"{path}: {error.where}"
+        raise FieldError(error.field, error.value, error.expected, where) from None
+    except OSError as error:
+        raise DeviceError(error.errno, f"reading {path}: {error.strerror}") from None

@@ -1,0 +1,136 @@
+"""What the control API shows of a forwarder: status, peers, counters, drops, traces.
+
+Owns the shape of these answers (docs/control.md), and nothing that changes. Threading: control loop
+only; a long answer is made in pieces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import _core
+from .._version import __version__
+from ..device.offload import Capabilities
+from ..model import Endpoint, IPAddress
+from .config import ForwarderConfig
+from .routes import PeerRoutes, Routes
+from .workers import Workers
+
+log = logging.getLogger(__name__)
+
+PEERS_SLICE = 64  # peers formatted at a time
+
+
+@dataclass(frozen=True)
+class View:
+    """tun_name, mtu  of the device as it is, not as configured"""
+
+    config: ForwarderConfig
+    tun_name: str
+    mtu: int
+    capabilities: Capabilities
+    core: _core.Core
+    routes: Routes
+    workers: Workers
+    started: float = field(default_factory=time.monotonic)
+
+    async def status_chunks(self) -> AsyncGenerator[bytes, None]:
+        """Yield the status as JSON text, in pieces."""
+        generation, route_count, peers = await self.routes.peers(self.core)
+        head = {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_seconds": round(time.monotonic() - self.started, 3),
+            "generation": generation,
+            "route_count": route_count,
+            "source_check": self.config.source_check,
+            "device": {
+                "name": self.tun_name,
+                "mtu": self.mtu,
+                "addresses": [str(address) for address in self.config.addresses],
+                "networks": [str(network) for network in self.config.networks],
+                "listen": [str(endpoint) for endpoint in self.config.listen],
+            },
+            "capabilities": self.capabilities.to_json(),
+            "workers": self.workers.counters(),
+            "packets": self.core.packets(),
+        }
+        yield json.dumps(head)[:-1].encode() + b', "peers": ['
+        for i, peer in enumerate(peers):
+            yield (b"," if i else b"") + json.dumps(_peer_json(peer)).encode()
+            if i % PEERS_SLICE == PEERS_SLICE - 1:
+                await asyncio.sleep(0)
+        yield b"]}"
+
+    def drops(self) -> list[dict[str, Any]]:
+        """Return every reason in every direction in which it can occur, zeros too."""
+        return [
+            {"reason": reason, "direction": direction, "packets": packets}
+            for reason, direction, packets in self.core.drops()
+        ]
+
+    def counters(self) -> dict[str, Any]:
+        """Return the counters for /metrics, without those of each peer."""
+        workers = self.workers.counters()
+        return {
+            "packets": self.core.packets(),
+            "drops": self.drops(),
+            "peers_n": self.core.peers_n(),
+            "routes_n": len(self.routes),
+            "generation": self.routes.generation,
+            "icmp": {
+                "sent": sum(worker["icmp_sent"] for worker in workers),
+                "suppressed": sum(worker["icmp_suppressed"] for worker in workers),
+            },
+            "workers": workers,
+            "syscalls": {
+                name: sum(worker["syscalls"][name] for worker in workers)
+                for name in workers[0]["syscalls"]
+            },
+        }
+
+    def trace(self, address: IPAddress) -> dict[str, Any]:
+        """Return the route, peer and MTU of a packet to this address, and the verdict."""
+        found = self.core.trace(address.packed)
+        if found is None:
+            return {
+                "address": str(address), "verdict": "drop", "reason": "no_route",
+                "route": None, "peer": None, "mtu": None,
+            }
+        route, limit = found
+        return {
+            "address": str(address), "verdict": "forward", "reason": None,
+            "route": route.to_json(),
+            "peer": str(Endpoint(route.via, route.port)),
+            "mtu": min(limit, self.mtu),
+        }
+
+    def log_state(self) -> None:
+        """Write the most important counters to the log."""
+        log.info("%s: generation %d, %d routes, %d peers", self.tun_name, self.routes.generation,
+                 len(self.routes), self.core.peers_n())
+        for direction, counts in self.core.packets().items():
+            log.info("%s: %s", direction, " ".join(f"{k}={v}" for k, v in counts.items()))
+        for drop in self.drops():
+            if drop["packets"]:
+                log.info("dropped %(packets)d: %(reason)s, %(direction)s", drop)
+
+
+def _peer_json(routes: PeerRoutes) -> dict[str, Any]:
+    packed, port, path_mtu, out_n, out_bytes, in_n, in_bytes, seen = routes.peer
+    return {
+        "endpoint": str(Endpoint(ipaddress.ip_address(packed), port)),
+        "subnets": routes.prefixes,
+        "encap": {"packets": out_n, "bytes": out_bytes},
+        "decap": {"packets": in_n, "bytes": in_bytes},
+        "path_mtu": path_mtu,
+        "last_seen_seconds": None if seen is None else round(seen, 3),
+    }

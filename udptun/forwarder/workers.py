@@ -1,0 +1,128 @@
+"""The worker threads and their supervision: events, lost offloads, path MTUs, kernel errors.
+
+Owns the threads, the eventfd through which workers report, and the periodic tasks of the core.
+Does not depend on what a worker does with a packet (the compiled core). Threading: control loop
+only, except ``stop``, which blocks and may run in any thread; workers never wait for the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from .. import _core
+from ..control.events import EventHub
+from ..device.offload import Capabilities
+from ..model import Endpoint
+from .threads import WorkerThread
+
+log = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 1.0
+FORGET_PATH_MTU_SECONDS = 600.0  # RFC 1191 6.3
+DRAIN_SECONDS = 0.5
+OFFLOADS = ("udp-gso", "tcp-merge", "udp-merge")  # those that a worker can lose at run time
+KERNEL_ERRORS = ("send_error", "tun_write")  # drop reasons
+
+
+class Workers:
+    """All workers of one core.
+
+    notify_fd     the eventfd that the core signals when a worker has an event
+    capabilities  updated here when a worker loses an offload
+    tun_name      for messages
+    report        receives a sentence for each error
+    fail          receives the sentence for an error that ends the forwarder
+    """
+
+    def __init__(
+        self, core: _core.Core, notify_fd: int, tun_name: str, capabilities: Capabilities,
+        events: EventHub, report: Callable[[str], None], fail: Callable[[str], None],
+    ) -> None:
+        self._core = core
+        self._notify_fd = notify_fd
+        self._tun_name = tun_name
+        self._capabilities = capabilities
+        self._events = events
+        self._report = report
+        self._fail = fail
+        self._threads: list[WorkerThread] = []
+        self._refused_n = 0  # packets that the kernel has refused so far
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def start(self, tun_fds: Sequence[int], udp_fds: Sequence[Mapping[int, int]]) -> None:
+        """Start one worker per TUN queue; ``udp_fds`` has its sockets by IP version. Call ``stop``
+        also if this raises."""
+        for index, (tun_fd, fds) in enumerate(zip(tun_fds, udp_fds, strict=True)):
+            worker = _core.Worker(
+                self._core, tun_fd, fds.get(4, -1), fds.get(6, -1), self._capabilities.in_use
+            )
+            self._threads.append(WorkerThread(worker, index))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop all threads, then send what is queued."""
+        for thread in self._threads:
+            thread.stop()
+        for thread in self._threads:
+            thread.worker.drain(DRAIN_SECONDS)
+
+    async def supervise(self) -> None:
+        """Handle events and run the core's periodic tasks; runs until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._notify_fd, self._on_notify)
+        try:
+            while True:
+                await asyncio.sleep(HOUSEKEEPING_SECONDS)
+                self._core.collect()
+                self._take_events()
+                self._report_kernel_errors()
+        finally:
+            loop.remove_reader(self._notify_fd)
+
+    # -- supervision ------------------------------------------------------------------------------
+
+    def _on_notify(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._notify_fd)
+        self._take_events()
+
+    def _take_events(self) -> None:
+        for thread in self._threads:
+            for event in thread.worker.take_events():
+                if event == "tun_gone":
+                    self._fail(f"the TUN device {self._tun_name} is gone")
+                elif event in OFFLOADS:
+                    self._lose(event)
+        for packed, port, path_mtu in self._core.path_mtu_changes(FORGET_PATH_MTU_SECONDS):
+            endpoint = str(Endpoint(ipaddress.ip_address(packed), port))
+            log.info("path MTU to %s is %d", endpoint, path_mtu)
+            self._events.emit("peer_mtu", endpoint=endpoint, path_mtu=path_mtu)
+
+    def _lose(self, feature: str) -> None:
+        cause = "the kernel refused it at run time"
+        for name in self._capabilities.lose(feature, cause):
+            log.warning("%s is off from now on: %s", name, self._capabilities.off[name])
+            self._events.emit("capability_lost", capability=name, cause=cause)
+
+    def _report_kernel_errors(self) -> None:
+        """Report packets that the kernel refused to send or to take, at most once a second."""
+        refused_n = sum(
+            packets for reason, _, packets in self._core.drops() if reason in KERNEL_ERRORS
+        )
+        if refused_n > self._refused_n:
+            self._report(
+                f"the kernel refused {refused_n - self._refused_n} packets; see `udptun drops`"
+            )
+        self._refused_n = refused_n
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def counters(self) -> list[_core.WorkerCounters]:
+        return [thread.worker.counters() for thread in self._threads]
