@@ -1,11 +1,21 @@
-"""Instructions that the single steps take on fixed input, counted by valgrind's callgrind.
+"""Count the instructions that each step of the core executes on fixed input (valgrind, callgrind).
 
     python -m bench instructions [--check FILE] [--save FILE]
 
-Owns: the replay and its counting. Unlike a time, a count is the same on a busy machine: two counts
-of the same build are to differ by less than ``TOLERANCE``, and CI can hold a change to it. It says
-nothing of caches and branches, and valgrind offers no AVX-512: the checksum is the best it has.
-The Python objects around a step are counted, too; they are the same before and after a change.
+Owns: the replay of the steps, the counting, and the file of saved counts. Unlike a time, a count
+does not depend on the load of the machine, so CI can compare it: a step may execute at most
+``TOLERANCE`` more instructions than the saved count. The count says nothing about caches and
+branch prediction. Valgrind emulates no AVX-512, so the checksum runs on AVX2 at most.
+
+Only instructions of our own compiled modules count. A call into the C library or the interpreter
+counts as the call alone: what malloc executes depends on the layout of the heap, which changes with
+the length of a path or an environment variable and moved the sum of a step by more than 1 %.
+
+A count is only comparable with one of the same build on the same kind of CPU. ``build_key`` names
+everything that selects other instructions, and the file holds one set of counts per key. Without a
+saved set for this build, ``--check`` prints "NOT COMPARED" and succeeds.
+
+Does not know: what the steps do. Runs in one thread, each step in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,20 +23,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 from . import tables
 from .tools import ROOT
 
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 _ROUNDS = 10
-# Each step is collected while inside the function of the extension that wraps it.
+_OURS = (ROOT / "udptun", ROOT / "tests")  # folders of our compiled modules
+_POSITIONS = tuple("0123456789+-*")  # how a cost line begins: a line number, plain or relative
+# callgrind collects only inside this function of the extension, which wraps the step.
 _COLLECT = {
     "cut": "__pyx_pw_5tests_5steps_6_steps_*cut", "merge": "__pyx_pw_5tests_5steps_6_steps_*merge",
     "lookup": "__pyx_pw_5tests_5steps_6_steps_*bench",
@@ -40,7 +55,7 @@ STEPS = {
 
 
 def replay(step: str) -> None:
-    """What runs under valgrind: the step on its input, a few rounds."""
+    """Run a step on its input for ``_ROUNDS`` rounds. This is the program that valgrind runs."""
     kind, *words = step.split()
     with contextlib.ExitStack() as stack:
         if kind == "lookup":
@@ -66,28 +81,31 @@ def _packets(kind: str, words: list[str]) -> Callable[[], object]:
 
 
 def _path(stack: contextlib.ExitStack, kind: str, words: list[str]) -> Callable[[], object]:
-    """A worker's whole way with one frame, or one received run; the kernel's part not counted."""
+    """Return a function that sends one frame, or receives one run, through a whole worker.
+
+    valgrind does not count the kernel's part.
+    """
     from .micro import packets
     from .micro.loopback import LoopbackWorker as Worker
 
     run = packets.run(words[0], int(words[1]), int(words[3]))
     frame, worker = _super_packet(run), stack.enter_context(Worker())
 
-    def out() -> None:
+    def send() -> None:
         worker.send_frame(frame)
         worker.work()
         worker.received(worker.peer)
 
-    def into() -> None:
+    def receive() -> None:
         worker.send_run(run)
         worker.work()
         worker.received(worker.tun)
 
-    return out if kind == "out" else into
+    return send if kind == "out" else receive
 
 
 def _super_packet(run: list[bytes]) -> bytes:
-    """One super-packet, by the reference: the compiled merge is not to be counted here."""
+    """Build one super-packet with the reference implementation, so that no step is counted."""
     from tests import reference
 
     [frame] = reference.merge(run)
@@ -103,7 +121,7 @@ def _look_up(words: list[str]) -> Callable[[], object]:
 
 
 def count(step: str) -> int:
-    """Instructions of one round."""
+    """Return the instructions of one round."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "callgrind.out"
         argv = [
@@ -117,19 +135,75 @@ def count(step: str) -> int:
         )
         if done.returncode != 0:
             raise OSError(f"valgrind failed: {done.stderr.strip()[-500:]}")
-        return parse(out.read_text()) // _ROUNDS
+        return round(parse(out.read_text()) / _ROUNDS)
 
 
-def parse(text: str) -> int:
-    """The total of a callgrind file; ValueError when nothing was collected."""
-    found = re.search(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)
-    if found is None or int(found[1]) == 0:
+def parse(text: str, folders: Sequence[Path] = _OURS) -> int:
+    """Return the instructions of the objects in ``folders``, without what they call.
+
+    text  a callgrind file: "ob=(id) path" selects the object that the cost lines after it belong
+          to, with the path at the first use of an id only; a cost line after "calls=" is the
+          callee's
+    ValueError when nothing was collected
+    """
+    paths: dict[str, str] = {}
+    total, counts, callee = 0, False, False
+    for line in text.splitlines():
+        name, equals, value = line.partition("=")
+        if equals and name in ("ob", "cob"):
+            number, _, path = value.partition(" ")
+            path = paths.setdefault(number, path)
+            if name == "ob":
+                counts = any(Path(path).is_relative_to(folder) for folder in folders)
+        elif equals and name == "calls":
+            callee = True
+        elif line[:1] in _POSITIONS:
+            if counts and not callee:
+                total += int(line.split()[1])
+            callee = False
+    if not total:
         raise ValueError("valgrind collected nothing: is the extension built as it should be?")
-    return int(found[1])
+    return total
+
+
+def build_key() -> str:
+    """Name the build and the CPU: two counts are comparable if and only if their keys are equal.
+
+    The architecture with its SIMD path; the compiler that built the extension and the Cython that
+    wrote its C code; the interpreter and its compiler; the C library.
+    """
+    from udptun import _core
+
+    libc = " ".join(platform.libc_ver())
+    return ", ".join((
+        f"{platform.machine()} {_simd_path(Path('/proc/cpuinfo').read_text())}".strip(),
+        _compiler(Path(_core.__file__).read_bytes()),
+        f"Cython {metadata.version('Cython')}",
+        f"{platform.python_implementation()} {platform.python_version()}"
+        f" ({platform.python_compiler()})",
+        libc,
+    ))
+
+
+def _simd_path(cpuinfo: str) -> str:
+    """Return the widest instruction set that valgrind reports to the program on this CPU.
+
+    On x86-64 valgrind emulates one of a few CPUs, chosen by the widest of these sets that the real
+    CPU has. The checksum, glibc's memcpy and others choose their code by that emulated CPU.
+    """
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    flags = found[1].split() if found else []
+    return next((name for name in ("avx2", "avx", "sse4_2") if name in flags), "")
+
+
+def _compiler(extension: bytes) -> str:
+    """Return the compiler's identification from the extension's .comment section."""
+    found = re.search(rb"GCC: \([^)]*\) [0-9.]+|clang version [0-9.]+", extension)
+    return found[0].decode() if found else "unknown compiler"
 
 
 def compared(now: dict[str, int], before: dict[str, int]) -> list[str]:
-    """The steps that take more than before, in words."""
+    """Describe each step that executes more than ``TOLERANCE`` above its saved count."""
     return [
         f"{step}: {n} instructions, {n / before[step] - 1:+.1%} of {before[step]}"
         for step, n in now.items()
@@ -138,20 +212,34 @@ def compared(now: dict[str, int], before: dict[str, int]) -> list[str]:
 
 
 def run(save: Path | None, check: Path | None) -> int:
-    """Count all; 1 when a step takes more than in ``check``."""
+    """Count every step; return 1 when a step takes more than in ``check``, else 0."""
+    key = build_key()
+    saved = _load(check) if check else {}
+    if check and not save and key not in saved:
+        print(f"instruction counts NOT COMPARED: {check} has none for this build: {key}")
+        return 0
     if shutil.which("valgrind") is None:
         raise OSError("needs valgrind: apt-get install -y valgrind")
-    before: dict[str, int] = json.loads(check.read_text()) if check else {}
-    now = {}
-    for step in STEPS:
-        now[step] = count(step)
-        print(f"{step:<24}{now[step]:>12}", flush=True)
+    before, now = saved.get(key, {}), {}
+    print(key)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for step, n in zip(STEPS, pool.map(count, STEPS), strict=True):
+            now[step] = n
+            change = f"{n / before[step] - 1:+9.2%}" if step in before else ""
+            print(f"{step:<24}{n:>12}{change}", flush=True)
     if save:
-        save.write_text(json.dumps(now, indent=1) + "\n")
+        every = (_load(save) if save.exists() else {}) | {key: now}
+        save.write_text(json.dumps(every, indent=1, sort_keys=True) + "\n")
     worse = compared(now, before)
     for line in worse:
         print(f"more than before: {line}", file=sys.stderr)
     return 1 if worse else 0
+
+
+def _load(path: Path) -> dict[str, dict[str, int]]:
+    """Read saved counts: ``{build key: {step: instructions}}``."""
+    saved: dict[str, dict[str, int]] = json.loads(path.read_text())
+    return saved
 
 
 if __name__ == "__main__":

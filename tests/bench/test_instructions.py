@@ -1,25 +1,108 @@
-"""Reading callgrind's file, and the comparison that CI holds."""
+"""Count of instructions: callgrind's file, the key of a build, the comparison that CI relies on.
+
+``make test`` counts the steps themselves (``make bench-instructions``) after the tests.
+"""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from bench import instructions
 
+# Two objects, each with costs of its own and a call: the line after "calls=" is the callee's.
+CALLGRIND = """\
+version: 1
+events: Ir
+summary: 4242
+ob=(1) /x/udptun/_core.so
+fn=(1) cut
+3 40
++2 5
+cob=(2) /lib/libc.so.6
+cfn=(2) malloc
+calls=1 0
+* 1000
+ob=(2)
+fn=(2)
+7 1000
+ob=(1)
+fn=(3) sum
+-1 2
+totals: 4242
+"""
+OURS = (Path("/x/udptun"),)
 
-def test_the_total_is_read():
-    assert instructions.parse("version: 1\nevents: Ir\nsummary: 4242\nfn=x\ntotals: 4242\n") == 4242
+
+def test_only_our_own_instructions_count():
+    assert instructions.parse(CALLGRIND, OURS) == 47
 
 
-@pytest.mark.parametrize("text", ["", "summary: 0\n"])
+@pytest.mark.parametrize("text", ["", "summary: 0\n", CALLGRIND.replace("/x/", "/y/")])
 def test_nothing_collected_is_an_error(text):
     with pytest.raises(ValueError, match="collected nothing"):
-        instructions.parse(text)
+        instructions.parse(text, OURS)
 
 
 def test_only_what_grew_beyond_the_tolerance_is_named():
     before = {"a": 1000, "b": 1000, "c": 1000}
-    now = {"a": 1019, "b": 1021, "c": 500, "new": 9}
+    now = {"a": 1010, "b": 1011, "c": 500, "new": 9}
     [line] = instructions.compared(now, before)
-    assert line.startswith("b: 1021 instructions, +2.1%")
+    assert line.startswith("b: 1011 instructions, +1.1%")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "want"),
+    [("flags\t\t: fpu sse4_2 avx avx2 avx512f", "avx2"), ("flags\t: fpu sse4_2", "sse4_2"),
+     ("Features\t: fp asimd", "")],
+)
+def test_the_simd_path_is_the_widest_that_valgrind_has(cpuinfo, want):
+    assert instructions._simd_path(cpuinfo) == want
+
+
+def test_the_compiler_is_read_from_the_extension():
+    name = b"GCC: (Debian 12.2.0-14+deb12u1) 12.2.0"
+    assert instructions._compiler(b"\x00GCC: \x00" + name + b"\x00") == name.decode()
+    assert instructions._compiler(b"") == "unknown compiler"
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counting without valgrind: every step takes 1000 instructions, and this build is "here"."""
+    monkeypatch.setattr(instructions, "count", lambda step: 1000)
+    monkeypatch.setattr(instructions, "build_key", lambda: "here")
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: name)
+
+
+def saved(tmp_path, key, n):
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps({key: dict.fromkeys(instructions.STEPS, n)}))
+    return path
+
+
+@pytest.mark.parametrize(("n", "code"), [(1000, 0), (989, 1), (2000, 0)])
+def test_a_count_is_compared_with_that_of_the_same_build(counted, tmp_path, n, code):
+    assert instructions.run(None, saved(tmp_path, "here", n)) == code
+
+
+def test_another_build_is_not_compared_and_says_so(counted, tmp_path, capsys):
+    assert instructions.run(None, saved(tmp_path, "elsewhere", 1)) == 0
+    assert "NOT COMPARED" in capsys.readouterr().out
+
+
+def test_saving_keeps_the_counts_of_other_builds(counted, tmp_path):
+    path = saved(tmp_path, "elsewhere", 1)
+    assert instructions.run(path, None) == 0
+    found = json.loads(path.read_text())
+    assert sorted(found) == ["elsewhere", "here"]
+    assert set(found["here"].values()) == {1000}
+
+
+def test_the_saved_counts_name_every_step():
+    for counts in json.loads(
+        (instructions.ROOT / "bench" / "baselines" / "instructions.json").read_text()
+    ).values():
+        assert set(counts) == set(instructions.STEPS)
 
 
 @pytest.mark.parametrize("step", instructions.STEPS)

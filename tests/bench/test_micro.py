@@ -1,20 +1,37 @@
-"""The micro benchmarks start, and have something to be compared with."""
+"""The micro benchmarks start, and find the saved times to compare with.
 
+On a machine other than the one that saved the times, pytest-benchmark warns of the difference. That
+is information for the reader of the times. A warning that there is nothing saved is an error.
+"""
+
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+ANOTHER_MACHINE = "default:Benchmark machine_info is different"
 
 
 @pytest.mark.skipif(
-    not (ROOT / ".venv" / "test.stamp").exists(), reason="make would install all it takes first"
+    not (Path(sys.prefix) / "test.stamp").exists(),
+    reason="make would install all it takes first",
 )
-def test_they_find_the_saved_times():
+@pytest.mark.parametrize("machine", ["this", "another"])
+def test_they_find_the_saved_times(machine, tmp_path):
+    options = f"--collect-only -q -W error -W '{ANOTHER_MACHINE}'"
+    if machine == "another":
+        (tmp_path / "another_machine.py").write_text(
+            "def pytest_benchmark_update_machine_info(machine_info):\n"
+            "    machine_info['cpu'] = 'another'\n"
+        )
+        options += " -p another_machine"
     done = subprocess.run(
-        ["make", "-s", "bench-micro", "ARGS=--collect-only -q -W error"],
+        ["make", "-s", "bench-micro", f"VENV={sys.prefix}", f"ARGS={options}"],
         check=False, cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_lookup[random-100000-4]" in done.stdout
