@@ -1,16 +1,16 @@
-/* copylimit: how fast can a tunnel of udptun's design be that does nothing?
+/* copylimit: the upper bound for a tunnel with udptun's system calls, without udptun's own work.
  *
- * The same system calls in the same order as udptun's worker: recvmmsg with UDP_GRO, a write of
- * each to the TUN, the TUN drained, sendmmsg with UDP_SEGMENT. No parsing, no look-up, no checksum,
- * no cutting, no merging: the vnet header and the super-packet behind it go out unchanged, in equal
- * slices as long as the wire takes, and what UDP_GRO hands over is written as it came. So the
- * inner segments are not packets of their own on the wire, and only where super-packets cross
- * whole (profile P1) does the far end get back what was sent. A bound to measure against; no
- * tunnel.
+ * It makes the same system calls in the same order as udptun's worker: recvmmsg with UDP_GRO, one
+ * write to the TUN per datagram, reads until the TUN is empty, sendmmsg with UDP_SEGMENT. It does not
+ * parse, look up, checksum, cut or merge. It sends the frame (vnet header and super-packet)
+ * unchanged, in slices of equal size that fit the MTU, and writes to the TUN what UDP_GRO returns.
+ * So the slices on the wire are not inner packets, and the receiver gets the original frame only if
+ * super-packets cross the wire whole (profile P1 of the benchmarks). It is a bound for measurements,
+ * not a usable tunnel.
  *
  *   copylimit --tun NAME --listen IP:PORT --peer IP:PORT --slice BYTES
  *
- * Prints "ready" when the TUN can be configured. SIGTERM and SIGINT end it.
+ * Prints "ready" when the TUN exists and can be configured. SIGTERM and SIGINT end it.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -43,7 +43,7 @@
 #define TUN_F_USO6 0x40
 #endif
 
-/* udptun's numbers: what is sent and received at a time stays in the cache. */
+/* The same limits as udptun: the data of one batch stays in the CPU cache. */
 enum { SLOTS = 64, SLOTS_MIN = 4, RX_SET = 262144, TX_FULL = 262144 };
 enum { ROOM = 65536 + 16, LARGEST = 65507, SOCKET_ROOM = 4 << 20 };
 
@@ -65,7 +65,7 @@ static void die(const char *doing) {
 }
 
 static void usage(void) {
-	fputs("copylimit --tun NAME --listen IP:PORT --peer IP:PORT --slice BYTES\n", stderr);
+	fputs("usage: copylimit --tun NAME --listen IP:PORT --peer IP:PORT --slice BYTES (1023..65000)\n", stderr);
 	exit(2);
 }
 
@@ -88,7 +88,7 @@ static int open_tun(const char *name) {
 
 	snprintf(ifr.ifr_name, sizeof ifr.ifr_name, "%s", name);
 	if (tun < 0 || ioctl(tun, TUNSETIFF, &ifr) < 0)
-		die("make the TUN");
+		die("create the TUN");
 	if (ioctl(tun, TUNSETOFFLOAD, offloads | TUN_F_USO4 | TUN_F_USO6) < 0 &&
 	    ioctl(tun, TUNSETOFFLOAD, offloads) < 0)
 		die("TUNSETOFFLOAD");
@@ -116,8 +116,8 @@ static void prepare(struct slot *slot, struct mmsghdr *msg) {
 	msg->msg_hdr = (struct msghdr){.msg_iov = &slot->iov, .msg_iovlen = 1};
 }
 
-/* A longer datagram goes out in slices, a shorter one as it is. */
-static void aim(struct slot *slot, struct msghdr *hdr, size_t len) {
+/* Addresses a message to the peer; one that is longer than a slice is sent as several datagrams. */
+static void address_message(struct slot *slot, struct msghdr *hdr, size_t len) {
 	uint16_t size = (uint16_t)slice;
 	struct cmsghdr *c;
 
@@ -148,7 +148,7 @@ static void flush(int fd, int n) {
 			struct pollfd p = {.fd = fd, .events = POLLOUT};
 			poll(&p, 1, 10);
 		} else if (errno == ECONNREFUSED) {
-			continue; /* of an earlier one: the far end was not there yet */
+			continue; /* reported for an earlier datagram: the peer had not started yet */
 		} else {
 			perror("sendmmsg");
 			done++;
@@ -156,7 +156,7 @@ static void flush(int fd, int n) {
 	}
 }
 
-/* False when the TUN is empty. Not for ever: answers may wait at the socket. */
+/* Returns false if the TUN is empty. Bounded, because datagrams may wait at the socket. */
 static bool tun_to_udp(int tun, int fd) {
 	size_t waiting = 0;
 	ssize_t len = 0;
@@ -165,7 +165,7 @@ static bool tun_to_udp(int tun, int fd) {
 	for (int reads = 0; reads < SLOTS && (len = read(tun, tx[n].data, ROOM)) >= 0; reads++) {
 		if (len > LARGEST)
 			continue;
-		aim(&tx[n], &tx_msgs[n].msg_hdr, (size_t)len);
+		address_message(&tx[n], &tx_msgs[n].msg_hdr, (size_t)len);
 		waiting += (size_t)len;
 		if (++n == SLOTS || waiting >= TX_FULL) {
 			flush(fd, n);
@@ -221,7 +221,7 @@ int main(int argc, char **argv) {
 		case SLICE: slice = atoi(optarg); break;
 		default: usage();
 		}
-	/* 64 segments are what every kernel takes in one send. */
+	/* Every kernel accepts at least 64 segments in one send. */
 	if (!name || !local.sin_port || !peer.sin_port || slice < LARGEST / 64 || slice > 65000)
 		usage();
 	for (int i = 0; i < SLOTS; i++) {

@@ -1,18 +1,21 @@
 /* onepacket: an IPv4 over UDP tunnel that moves one packet per system call.
  *
- * It behaves as the UDP backend of flannel does, and is written from a description of that
- * behaviour: the raw inner IPv4 packet is the UDP payload; one thread, one buffer, poll on TUN,
- * socket and control socket; one read and one send a packet; a linear list of routes, first match,
- * a hit swapped to the front; the TTL decremented on both sides; ICMP net unreachable where there
- * is no route; no word to the sender about MTUs; the outer source address never looked at.
+ * It behaves like flannel's UDP backend and is written from a description of that behaviour:
+ * - The UDP payload is the raw inner IPv4 packet.
+ * - One thread and one buffer; poll on the TUN, the UDP socket and the control socket; one read and
+ *   one send per packet.
+ * - A linear list of routes; the first match counts and moves to the front.
+ * - Both sides decrement the TTL.
+ * - ICMP net unreachable if there is no route; no ICMP about the MTU.
+ * - The outer source address is not checked.
  *
- * Two uses: the foreign peer in the tests, and the baseline of all speed comparisons. So its
- * oddities are kept on purpose, and it must not be made faster or slower than that shape.
+ * The tests use it as a foreign peer, and the benchmarks as the baseline of all speed comparisons.
+ * So do not fix its oddities, and do not make it faster or slower.
  *
  *   onepacket --tun NAME --address A.B.C.D --network CIDR --listen IP:PORT --mtu N
  *             [--route CIDR=IP:PORT]... [--ctl PATH | --ctl-fd N]
  *
- * Prints "ready" when packets can come. SIGTERM and SIGINT end it with exit code 0.
+ * Prints "ready" when it forwards packets. SIGTERM and SIGINT end it with exit code 0.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -53,7 +56,7 @@ static void usage(const char *format, ...) {
 	exit(2);
 }
 
-/* Routes. Addresses are in network order throughout. */
+/* Routes. All addresses are in network byte order. */
 
 struct route {
 	in_addr_t net, mask;
@@ -126,13 +129,13 @@ static uint16_t checksum(const void *data, size_t len) {
 	return htons((uint16_t)~sum);
 }
 
-/* False when the TTL reached 0. One that arrives as 0 wraps around, as flannel's does. */
+/* Returns false if the TTL reaches 0. A TTL of 0 wraps around to 255, as in flannel. */
 static bool decrement_ttl(struct iphdr *ip) {
 	uint32_t sum;
 
 	if (--ip->ttl == 0)
 		return false;
-	/* RFC 1624: the word that holds the TTL fell by 0x0100, so the sum's complement rises by it. */
+	/* RFC 1624: the 16-bit word with the TTL decreases by 0x0100, so the checksum increases by it. */
 	sum = (uint32_t)ntohs(ip->check) + 0x0100;
 	ip->check = htons((uint16_t)(sum + (sum >> 16)));
 	return true;
@@ -169,7 +172,7 @@ static void send_net_unreachable(int tun, in_addr_t source, const struct iphdr *
 		perror("write ICMP to the TUN");
 }
 
-/* One packet each way. True when there was one. */
+/* Forwards one packet. Returns true if there was one. */
 
 static bool tun_to_udp(int tun, int sock, in_addr_t address, uint8_t *buf, size_t room) {
 	struct iphdr *ip = (struct iphdr *)buf;
@@ -204,13 +207,13 @@ static bool udp_to_tun(int sock, int tun, uint8_t *buf, size_t room) {
 		return false;
 	}
 	if ((size_t)len < sizeof *ip)
-		return true; /* a keepalive, or rubbish */
+		return true; /* a keepalive, or not an IP packet */
 	if (decrement_ttl(ip) && write(tun, buf, (size_t)len) < 0 && errno != EAGAIN && errno != EINVAL)
 		perror("write to the TUN");
 	return true;
 }
 
-/* Control messages: 20 bytes, one a datagram, host order but for the addresses. */
+/* Control messages: 20 bytes, one per message; host byte order, except the addresses. */
 
 enum { SET_ROUTE = 1, DEL_ROUTE = 2, STOP = 3 };
 
@@ -227,7 +230,7 @@ _Static_assert(sizeof(struct command) == 20, "the wire format of the control mes
 static const char *ctl_path;
 static bool stopping;
 
-/* The kernel removes the TUN and all else with the process. */
+/* The kernel removes the TUN when the process exits. */
 static void on_signal(int number) {
 	(void)number;
 	if (ctl_path)
@@ -235,7 +238,7 @@ static void on_signal(int number) {
 	_exit(0);
 }
 
-/* False when the other side has closed. */
+/* Returns false if the other side has closed the connection. */
 static bool process_command(int ctl) {
 	struct command c;
 	ssize_t len = recv(ctl, &c, sizeof c, MSG_TRUNC | MSG_DONTWAIT);
@@ -245,7 +248,8 @@ static bool process_command(int ctl) {
 	if (len == 0)
 		return false;
 	if (len != sizeof c || (c.cmd != STOP && (c.dest_net_len < 0 || c.dest_net_len > 32))) {
-		fprintf(stderr, "a control message that cannot be used: %zd bytes\n", len);
+		fprintf(stderr, "invalid control message: %zd bytes, expected %zu bytes and a prefix length "
+				"of 0..32\n", len, sizeof c);
 		return true;
 	}
 	if (c.cmd == SET_ROUTE)
@@ -264,7 +268,7 @@ static void parse_cidr(const char *text, in_addr_t *net, int *length) {
 
 	if (sscanf(text, "%16[0-9.]/%d%c", host, length, &extra) != 2 || *length < 0 || *length > 32 ||
 	    inet_pton(AF_INET, host, net) != 1)
-		usage("not a prefix such as 10.244.0.0/16: %s", text);
+		usage("%s: expected a prefix such as 10.244.0.0/16", text);
 }
 
 static struct sockaddr_in parse_endpoint(const char *text) {
@@ -274,7 +278,7 @@ static struct sockaddr_in parse_endpoint(const char *text) {
 
 	if (sscanf(text, "%16[0-9.]:%u%c", host, &port, &extra) != 2 || port < 1 || port > 65535 ||
 	    inet_pton(AF_INET, host, &at.sin_addr) != 1)
-		usage("not an endpoint such as 192.0.2.1:8285: %s", text);
+		usage("%s: expected an endpoint such as 192.0.2.1:8285", text);
 	at.sin_port = htons((uint16_t)port);
 	return at;
 }
@@ -286,7 +290,7 @@ static void add_route_option(char *text) {
 	int length;
 
 	if (!equals)
-		usage("not CIDR=IP:PORT: %s", text);
+		usage("--route %s: expected CIDR=IP:PORT", text);
 	*equals = 0;
 	parse_cidr(text, &net, &length);
 	via = parse_endpoint(equals + 1);
@@ -316,7 +320,7 @@ static int open_tun(const char *name, in_addr_t address, int mtu, const char *ne
 	snprintf(ifr.ifr_name, sizeof ifr.ifr_name, "%s", name);
 	ifr.ifr_flags = IFF_TUN | IFF_NO_PI;
 	if (ioctl(tun, TUNSETIFF, &ifr) < 0)
-		die("make the TUN");
+		die("create the TUN");
 	put_address(&ifr.ifr_addr, address);
 	configure(SIOCSIFADDR, &ifr, config, "set the TUN's address");
 	put_address(&ifr.ifr_netmask, mask_of(32));
@@ -341,7 +345,7 @@ static int listen_for_control(const char *path) {
 	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 
 	if (strlen(path) >= sizeof at.sun_path)
-		usage("too long for a socket's path: %s", path);
+		usage("--ctl %s: expected a path shorter than %zu bytes", path, sizeof at.sun_path);
 	strcpy(at.sun_path, path);
 	unlink(path);
 	if (fd < 0 || bind(fd, (struct sockaddr *)&at, sizeof at) < 0 || listen(fd, 1) < 0)
@@ -373,7 +377,8 @@ static void run(int tun, int sock, int ctl, int listener, in_addr_t address, siz
 		}
 		if (fds[LISTENER].revents)
 			ctl = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-		/* Until both run dry, which under load is never: the control socket starves. */
+		/* Until both are empty. Under constant load that is never, and the control socket
+		 * is not served, as in flannel. */
 		do {
 			active = tun_to_udp(tun, sock, address, buf, room);
 			active |= udp_to_tun(sock, tun, buf, room);
@@ -407,7 +412,7 @@ int main(int argc, char **argv) {
 		case CTL_FD: ctl = atoi(optarg); break;
 		case ADDRESS:
 			if (inet_pton(AF_INET, optarg, &address) != 1)
-				usage("not an IPv4 address: %s", optarg);
+				usage("--address %s: expected an IPv4 address", optarg);
 			break;
 		default: return 2;
 		}

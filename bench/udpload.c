@@ -1,24 +1,26 @@
-/* udpload: what iperf3 does not measure of a road between two hosts.
+/* udpload: a load generator for what iperf3 does not measure between two hosts.
  *
  *   udpload echo ADDRESS PORT
- *       Sends every datagram back, and every byte of TCP connections to the same port.
+ *       Returns every UDP datagram, and every byte of TCP connections to the same port.
  *   udpload ping ADDRESS PORT --seconds S [--size N] [--interval-us U] [--tcp]
- *       Round trips to an echo. Without an interval: ping-pong, the next one leaves when the last
- *       one is back. With one: at fixed times, whether or not the others are back, so that a slow
- *       answer cannot keep slow ones from being asked for.
+ *       Measures round trips to an echo. Without --interval-us each request is sent when the
+ *       previous reply has arrived. With it requests are sent at fixed times, whether or not earlier
+ *       replies have arrived, so that a slow reply does not delay the next request.
  *   udpload receive ADDRESS PORT --run ID [--record FILE] [--seconds S]
- *       Counts the datagrams of one run by their sequence numbers; FILE gets three 64-bit numbers
- *       for each, in host order: sequence, sent and arrived (ns, CLOCK_REALTIME, the arrival
- *       stamped by the kernel). Ends at the sender's word, or S after the start.
+ *       Counts the datagrams of one run by their sequence numbers. For each it writes three 64-bit
+ *       numbers to FILE, in host byte order: sequence number, time sent and time arrived (ns,
+ *       CLOCK_REALTIME; the kernel timestamps the arrival). Ends when the sender has ended, or after
+ *       S seconds.
  *   udpload send ADDRESS PORT --run ID --seconds S [--size N] [--rate PPS] [--spread COUNT]
- *       Datagrams of N bytes of payload, each a packet of its own: sendmmsg, no UDP_SEGMENT. Paced
- *       on a tick of 50 us, without spinning: generator and tunnel may share the cores. What could
- *       not be sent in time is made up for by at most 1 ms' worth (two packets, if that is more). No --rate: as fast as it goes.
- *       --spread: over COUNT addresses, ADDRESS and those each 4 above the one before, each of
- *       them once in COUNT datagrams, in scattered order.
+ *       Sends datagrams of N bytes of payload, each as its own packet: sendmmsg, no UDP_SEGMENT. It
+ *       is paced by a tick of 50 us and sleeps in between, because generator and tunnel may share
+ *       the CPU cores. After a delay it catches up with at most the packets of 1 ms, or two packets
+ *       if that is more. Without --rate it sends at full rate.
+ *       --spread sends to COUNT addresses, 4 apart, beginning with ADDRESS; each gets one of COUNT
+ *       consecutive datagrams, in scattered order.
  *
- * IPv4. One line of JSON on standard output; "ready" first where somebody must wait for it.
- * The receiver has no UDP_GRO: it gets each packet as the network would have brought it.
+ * IPv4 only. The result is one line of JSON on standard output; echo and receive print "ready" before.
+ * The receiver does not use UDP_GRO, so each packet is received on its own.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -55,7 +57,7 @@ struct mark {
 	uint32_t run, seq;
 	int64_t sent_ns;
 };
-_Static_assert(sizeof(struct mark) == 16, "what every datagram begins with");
+_Static_assert(sizeof(struct mark) == 16, "the first bytes of every datagram");
 
 static struct {
 	const char *record;
@@ -103,7 +105,7 @@ static int open_socket(int type, bool big) {
 	if (fd < 0)
 		die("socket");
 	if (big) {
-		/* Losses are to be the tunnel's, not those of a small socket buffer. */
+		/* A small socket buffer must not lose packets: the losses of the tunnel are measured. */
 		int room = SOCKET_ROOM;
 		if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof room) < 0)
 			set_int(fd, SOL_SOCKET, SO_RCVBUF, room);
@@ -194,8 +196,8 @@ static int64_t quantile(double q) {
 	return times_n ? times[(size_t)(q * (double)(times_n - 1) + 0.5)] : -1;
 }
 
-/* One answer into the list. False when there is none, for now. */
-static bool take_answer(int fd, uint8_t *buf, size_t *have) {
+/* Reads one reply and records its round-trip time. Returns false if none is waiting. */
+static bool read_reply(int fd, uint8_t *buf, size_t *have) {
 	size_t want = opt.tcp ? (size_t)opt.size - *have : ROOM;
 	ssize_t len = recv(fd, buf + *have, want, 0);
 	struct mark mark;
@@ -232,29 +234,29 @@ static void run_ping(const struct sockaddr_in *to) {
 	for (;;) {
 		int64_t now = now_ns(), wait;
 		struct pollfd p = {.fd = fd, .events = POLLIN};
-		struct timespec patience;
-		bool asking = now < end && !stopping;
+		struct timespec timeout;
+		bool sending = now < end && !stopping;
 
-		if (asking && (now >= due || (!opt.interval_us && times_n + lost >= sent))) {
+		if (sending && (now >= due || (!opt.interval_us && times_n + lost >= sent))) {
 			if (!opt.interval_us)
-				lost = sent - times_n; /* given up after give_up */
+				lost = sent - times_n; /* no reply within give_up */
 			mark.sent_ns = now;
 			memcpy(out, &mark, sizeof mark);
 			if (send(fd, out, (size_t)opt.size, MSG_NOSIGNAL) == opt.size)
 				sent++;
 			else if (opt.tcp)
-				break; /* a full TCP window would mix messages up */
+				break; /* after a partial send, requests could not be told apart */
 			mark.seq++;
 			due = opt.interval_us ? due + opt.interval_us * 1000 : now + give_up;
 		}
-		if (!asking && (times_n >= sent || now > end + give_up))
+		if (!sending && (times_n >= sent || now > end + give_up))
 			break;
-		wait = (asking ? due : end + give_up) - now_ns();
+		wait = (sending ? due : end + give_up) - now_ns();
 		if (wait < 0)
 			wait = 0;
-		patience = (struct timespec){.tv_sec = wait / SECOND_NS, .tv_nsec = wait % SECOND_NS};
-		if (ppoll(&p, 1, &patience, NULL) > 0)
-			while (take_answer(fd, in, &have))
+		timeout = (struct timespec){.tv_sec = wait / SECOND_NS, .tv_nsec = wait % SECOND_NS};
+		if (ppoll(&p, 1, &timeout, NULL) > 0)
+			while (read_reply(fd, in, &have))
 				;
 	}
 	qsort(times, times_n, sizeof *times, by_value);
@@ -267,7 +269,7 @@ static void run_ping(const struct sockaddr_in *to) {
 
 /* Counting. */
 
-static uint8_t *seen; /* a bit for each sequence number */
+static uint8_t *seen; /* one bit per sequence number */
 static size_t seen_bytes;
 
 static bool first_time(uint32_t seq) {
@@ -367,7 +369,7 @@ static void run_receive(const struct sockaddr_in *at) {
 
 /* Sending. */
 
-/* Scattered: neighbours in time are not to be neighbours in a table. The factor is a prime. */
+/* Scatters the targets: consecutive datagrams use distant entries of a table. The factor is prime. */
 static uint32_t nth_target(uint64_t seq) {
 	return (uint32_t)(seq * 2654435761u % (uint64_t)opt.spread);
 }
@@ -383,7 +385,7 @@ static void run_send(const struct sockaddr_in *to) {
 	int64_t burst = 2 * ns_each > BURST_NS ? (int64_t)(2 * ns_each) : BURST_NS;
 	uint64_t sent = 0, refused = 0, since_base = 0;
 	struct mark mark = {.run = opt.run, .seq = END_SEQ};
-	/* Saves a look-up a packet. Fails where there is no way there yet. */
+	/* Saves a route look-up per packet. Fails if there is no route yet. */
 	bool connected = opt.spread == 1 && !connect(fd, (const struct sockaddr *)to, sizeof *to);
 
 	for (int i = 0; i < BATCH; i++) {
@@ -421,7 +423,7 @@ static void run_send(const struct sockaddr_in *to) {
 			}
 			done = sendmmsg(fd, msgs, (unsigned)n, 0);
 			if (done < 0) {
-				refused++; /* the first of them: no route, no buffer */
+				refused++; /* the first of the batch: no route, or no buffer */
 				done = 1;
 			} else {
 				sent += (uint64_t)done;
@@ -440,7 +442,7 @@ static void run_send(const struct sockaddr_in *to) {
 			now = now_ns();
 		}
 	}
-	/* Spaced, so that the queues they may find full have drained. */
+	/* End marks, spaced so that full queues can drain in between. */
 	for (int i = 0; i < END_MARKS; i++) {
 		memcpy(bufs[0], &mark, sizeof mark);
 		sleep_until(now_ns() + (i ? 10000000 : 2000000));
@@ -457,7 +459,7 @@ static struct sockaddr_in parse_endpoint(const char *address, const char *port) 
 	struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
 
 	if (inet_pton(AF_INET, address, &at.sin_addr) != 1 || !at.sin_port) {
-		fprintf(stderr, "udpload: not an IPv4 address and a port: %s %s\n", address, port);
+		fprintf(stderr, "udpload: %s %s: expected an IPv4 address and a port\n", address, port);
 		exit(2);
 	}
 	return at;
@@ -489,7 +491,7 @@ int main(int argc, char **argv) {
 		}
 	if (argc - optind != 3 || opt.size < (long)sizeof(struct mark) || opt.size > ROOM ||
 	    opt.spread < 1 || opt.rate < 0 || opt.interval_us < 0 || opt.seconds <= 0) {
-		fprintf(stderr, "udpload: echo|ping|receive|send ADDRESS PORT [OPTION]...; sizes 16..%d\n",
+		fprintf(stderr, "usage: udpload echo|ping|receive|send ADDRESS PORT [OPTION]...; --size 16..%d\n",
 			ROOM);
 		return 2;
 	}
@@ -507,7 +509,9 @@ int main(int argc, char **argv) {
 		run_receive(&at);
 	else if (!strcmp(what, "send"))
 		run_send(&at);
-	else
+	else {
+		fprintf(stderr, "udpload: %s: expected echo, ping, receive or send\n", what);
 		return 2;
+	}
 	return 0;
 }
