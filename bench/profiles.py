@@ -30,16 +30,18 @@ class Profile:
 PROFILES = {
     "P1": Profile(
         "super-packets on the wire",
-        "the wire passes super-packets whole; no packet is segmented in software",
+        "the wire passes super-packets whole, as between containers of one machine; no packet is "
+        "segmented in software",
         mtu_frames=False,
     ),
     "P2": Profile(
         "software segmentation, GRO",
-        "the sender's kernel segments in software, the receiver's kernel merges (GRO)",
+        "the wire passes only packets that fit the MTU: the sender's kernel segments in software, "
+        "the receiver's kernel merges (GRO)",
     ),
     "P3": Profile(
         "software segmentation, no GRO",
-        "the sender's kernel segments in software, the receiver's kernel does not merge",
+        "as P2, but the receiver's kernel does not merge",
     ),
     "P4": Profile(
         "no tunnel segmentation",
