@@ -209,7 +209,7 @@ def test_the_check_of_commands_finds_mistakes(text: str, wrong: list[str]) -> No
     assert [mistake for line in command_lines(text) for mistake in mistakes(line)] == wrong
 
 
-# What must be mentioned
+# Names that a document must explain
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -371,15 +371,15 @@ def test_the_ratios_in_the_readme_follow_from_its_table(
 
 def test_the_reading_order_names_every_source() -> None:
     page = (ROOT / "src_ext" / "README.md").read_text()
-    said = {span for span in spans(page) if re.fullmatch(r"[\w/]+\.(pxd|pxi|pyx|h)", span)}
+    named = {span for span in spans(page) if re.fullmatch(r"[\w/]+\.(pxd|pxi|pyx|h)", span)}
     core = ROOT / "src_ext"
     have = {str(path.relative_to(core)) for suffix in ("pxd", "pxi", "pyx", "h")
             for path in core.rglob(f"*.{suffix}") if path.name != "__init__.pxd"}
-    assert said == have
+    assert named == have
 
 
 def test_functions_named_in_the_reading_order_exist() -> None:
-    """`file.pxd`, `function`: and the `function` is in that file."""
+    """Text such as `file.pxd`, `function` names a function of that file."""
     page = (ROOT / "src_ext" / "README.md").read_text()
     pairs = re.findall(r"`([\w/]+\.pxd)`, `(\w+)`", page)
     assert pairs
