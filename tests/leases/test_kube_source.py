@@ -194,6 +194,12 @@ async def test_the_address_that_stands_for_public_ip(cluster):
         IPv4Address("198.51.100.8"), overrides_options=True)
 
 
+async def test_an_invalid_node_public_ip_is_ignored_and_logged(cluster, caplog):
+    await cluster.create(node("n1", annotations=flannel(node_public_ip="here")))
+    assert await cluster.source().identity() == Identity()
+    assert "node-public-ip: 'here'" in caplog.text
+
+
 async def test_another_prefix_of_annotations(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source(annotation_prefix="example.org/net")
@@ -555,9 +561,9 @@ async def test_a_frozen_server_is_noticed(small):
     source = small.source(watch_silence=0.2, request_timeout=0.2)
     async with listening(small, source) as told:
         small.small.answering.clear()
-        await until("the report", lambda: "does not answer" in source.health.error)
+        await until("the report", lambda: "does not respond" in source.health.error)
         assert not source.health.connected
-        with pytest.raises(StoreDown, match="does not answer"):
+        with pytest.raises(StoreDown, match="does not respond"):
             await source.acquire(ME, Subnets())
         small.small.answering.set()
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
@@ -588,7 +594,7 @@ async def test_a_proxy_that_answers_in_its_own_way(small):
     async with server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         source = small.source(api_url=url)
-        with pytest.raises(StoreDown, match="not one of Kubernetes"):
+        with pytest.raises(StoreDown, match="not from Kubernetes"):
             await source.acquire(ME, Subnets())
 
 

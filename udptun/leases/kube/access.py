@@ -1,7 +1,8 @@
-"""The way to the API server and the credentials for it: one HTTP client, made from a KubeConfig.
+"""Address and credentials of the API server: builds one HTTP client from a KubeConfig.
 
-Owns flannel's order of precedence. Kubeconfig files, service accounts and TLS are lightkube's:
-also that a token that the server refuses is read from its file again. Asyncio, one loop.
+Owns: flannel's order of precedence. Does not know: kubeconfig files, service accounts, TLS; these
+are lightkube's, which also reads a token again after the server has rejected it.
+Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from msgspec.structs import replace
 from ..base import StoreRefused
 from .config import KubeConfig
 
-_CONNECT_TIMEOUT = 3.0  # seconds: a server that is there takes a connection at once
+_CONNECT_TIMEOUT = 3.0  # seconds; a running server accepts a connection at once
 
 
 def connect(config: KubeConfig) -> httpx2.AsyncClient:
-    """No connection is made yet. StoreRefused: there are no credentials, or no usable ones."""
+    """Build the client; it does not connect yet. StoreRefused: no valid credentials."""
     timeout = httpx2.Timeout(config.request_timeout, connect=_CONNECT_TIMEOUT)
     try:
         return AsyncClient(_access(config), ConnectionParams(timeout=timeout))
-    except Exception as e:  # of YAML, of types, of TLS: whatever may stand in those files
-        where = config.kubeconfig_file or config.api_url or config.service_account
-        raise StoreRefused(f"no way to the Kubernetes API from {where}: {e or repr(e)}") from e
+    except Exception as e:  # errors of YAML, types and TLS, depending on the files' content
+        source = config.kubeconfig_file or config.api_url or config.service_account
+        raise StoreRefused(f"no access to the Kubernetes API from {source}: {e or repr(e)}") from e
 
 
 def _access(config: KubeConfig) -> kubeconfig.SingleConfig:
-    """The kubeconfig, with api_url for its server; else api_url; else the pod's own.
+    """Select kubeconfig (with api_url as its server), else api_url, else the service account.
 
-    An api_url with https, inside a pod, goes with the pod's own credentials. Flannel sends none
-    then, which an API server that checks certificates has no use for.
+    In a pod, an https api_url is used with the credentials of the pod's service account. flannel
+    sends no credentials in this case, which only an API server without authentication accepts.
     """
     account = config.service_account
     if config.kubeconfig_file is not None:
@@ -45,7 +46,7 @@ def _access(config: KubeConfig) -> kubeconfig.SingleConfig:
         access = kubeconfig.KubeConfig.from_one(cluster=cluster, user=user).get()
     else:
         access = kubeconfig.KubeConfig.from_server(config.api_url).get()
-    assert access is not None  # without a default, get() returns one or raises
+    assert access is not None  # get() without a default returns one or raises
     user = access.user or User()
     if user.token_file is not None:
         user = replace(user, token_file=str(access.abs_file(user.token_file)))

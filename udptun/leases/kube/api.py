@@ -1,9 +1,10 @@
-"""The few exchanges with the API server: one node, one pod, all nodes, their changes, a patch.
+"""The requests to the API server: get a node, get a pod, list and watch nodes, patch a node.
 
-Owns HTTP, paging, the watch's framing, and what each failure means: ``Gone`` to list again,
-``StoreDown``, ``StoreRefused``. Knows nothing of leases. lightkube's own calls are not used: its
-watch asks for no bookmarks and waits for a silent server without end, and it decodes whole nodes.
-Asyncio, one loop.
+Owns: HTTP, paging, the framing of a watch, and the meaning of each failure: ``Gone`` (list again),
+``StoreDown``, ``StoreRefused``. Does not know: leases. Asyncio, one loop.
+
+lightkube's own requests are not used: its watch requests no bookmarks and has no timeout for a
+silent server, and it decodes complete nodes.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ _T = TypeVar("_T")
 
 
 class Gone(StoreDown):
-    """410: the server has forgotten the version that we refer to. List again."""
+    """HTTP 410: the server no longer has the resource version of the request. List again."""
 
 
 class Event(msgspec.Struct):
-    """One line of a watch: ADDED, MODIFIED or DELETED, or BOOKMARK, which only has a version."""
+    """One line of a watch: ADDED, MODIFIED, DELETED, or BOOKMARK, which has only a version."""
 
     type: str
     object: Node
@@ -67,7 +68,7 @@ class _Pod(msgspec.Struct):
 
 
 class Api:
-    """Every call tries once. Every failure is Gone, StoreDown or StoreRefused, in a sentence."""
+    """Each call sends one request. Each failure is Gone, StoreDown or StoreRefused."""
 
     def __init__(self, config: KubeConfig) -> None:
         self._config = config
@@ -77,7 +78,7 @@ class Api:
         await self._http.aclose()
 
     async def pod_node_name(self, namespace: str, name: str) -> str:
-        """The node a pod runs on; "" if it runs on none."""
+        """Return the name of the node that a pod runs on; "" if it is not scheduled."""
         path = f"/api/v1/namespaces/{namespace}/pods/{name}"
         pod = await self._call(f"get pod {namespace}/{name}", _Pod, "GET", path)
         return pod.spec.node_name
@@ -86,105 +87,105 @@ class Api:
         return await self._call(f"get node {name}", FullNode, "GET", f"{_NODES}/{name}")
 
     async def patch_status(self, name: str, patch: Patch) -> FullNode:
-        """Through the status subresource, as flannel: it may write nothing else of a node."""
+        """Patch the status subresource, as flannel does: no other permission to write is needed."""
         return await self._call(
             f"patch the status of node {name}", FullNode, "PATCH", f"{_NODES}/{name}/status",
             content=msgspec.json.encode(patch), headers={"Content-Type": _STRATEGIC_MERGE},
         )
 
     async def nodes(self, page: int | None) -> AsyncGenerator[tuple[list[Node], str], None]:
-        """All nodes, ``page`` at a time (None: all at once), and the version to watch from.
+        """Yield all nodes, ``page`` at a time (None: all at once), with the version to watch from.
 
-        Gone: it took so long that the server has forgotten the version of the first page.
+        Gone: listing took too long, the server no longer has the version of the first page.
         """
         params: dict[str, str] = {} if page is None else {"limit": str(page)}
         while True:
-            found = await self._call("list nodes", _NodeList, "GET", _NODES, params=params)
-            yield found.items or [], found.metadata.resource_version
-            if not found.metadata.continue_:
+            listing = await self._call("list nodes", _NodeList, "GET", _NODES, params=params)
+            yield listing.items or [], listing.metadata.resource_version
+            if not listing.metadata.continue_:
                 return
-            params["continue"] = found.metadata.continue_
+            params["continue"] = listing.metadata.continue_
 
     async def watch(self, version: str) -> AsyncGenerator[list[Event], None]:
-        """Events after ``version``, those that came in one piece together.
+        """Yield the events after ``version``; events received together in one list.
 
-        The first list is empty: the server has begun to answer. It ends when the server ends the
-        watch, as it does after a while. Silence is a failure: a bookmark is due every minute.
+        The first list is empty: the server has accepted the watch. Returns when the server ends the
+        watch, which is normal. A silent server is a failure: bookmarks arrive every minute.
         """
-        doing = "watch nodes"
+        action = "watch nodes"
         params = {
             "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version,
             "timeoutSeconds": str(self._config.watch_timeout),
         }
         request = self._http.build_request("GET", _NODES, params=params, timeout=None)
-        with _failures(doing):
+        with _failures(action):
             async with asyncio.timeout(self._config.request_timeout):
                 response = await self._http.send(request, stream=True)
         try:
             if not response.is_success:
-                with _failures(doing):
+                with _failures(action):
                     async with asyncio.timeout(self._config.request_timeout):
                         await response.aread()
-                raise _refusal(doing, response)
+                raise _refusal(action, response)
             yield []
-            rest, pieces = b"", response.aiter_bytes()
+            rest, chunks = b"", response.aiter_bytes()
             while True:
-                with _failures(doing):
+                with _failures(action):
                     async with asyncio.timeout(self._config.watch_silence):
-                        piece = await anext(pieces, None)
-                    if piece is None:
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
                         return
-                    *lines, rest = (rest + piece).split(b"\n")
-                    events = [_event(doing, line) for line in lines if line.strip()]
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    events = [_event(action, line) for line in lines if line.strip()]
                 yield events
         finally:
             await response.aclose()
 
     async def _call(
-        self, doing: str, kind: type[_T], method: str, path: str, **options: Any
+        self, action: str, kind: type[_T], method: str, path: str, **options: Any
     ) -> _T:
-        with _failures(doing):
+        with _failures(action):
             async with asyncio.timeout(self._config.request_timeout):
                 response = await self._http.request(method, path, **options)
             if not response.is_success:
-                raise _refusal(doing, response)
+                raise _refusal(action, response)
             return msgspec.json.decode(response.content, type=kind)
 
 
-def _event(doing: str, line: bytes) -> Event:
-    """An ERROR event is what an HTTP status would be, had the answer not begun already."""
+def _event(action: str, line: bytes) -> Event:
+    """Decode one line. Raises for an ERROR event, which takes the place of an HTTP status."""
     event = msgspec.json.decode(line, type=_Line)
     if event.type == "ERROR":
         status = msgspec.json.decode(event.object, type=_Status)
-        raise _failure(doing, status.code, status.message)
+        raise _failure(action, status.code, status.message)
     return Event(event.type, msgspec.json.decode(event.object, type=Node))
 
 
 @contextmanager
-def _failures(doing: str) -> Iterator[None]:
-    """Those on the way to the server, and of what is no Kubernetes at its end."""
+def _failures(action: str) -> Iterator[None]:
+    """Translate errors of the connection, of the credentials, and of invalid responses."""
     try:
         yield
     except (TimeoutError, httpx2.TimeoutException) as e:
-        raise StoreDown(f"{doing}: the API server does not answer") from e
+        raise StoreDown(f"{action}: the API server does not respond") from e
     except httpx2.HTTPError as e:
-        raise StoreDown(f"{doing}: {e or type(e).__name__}") from e
+        raise StoreDown(f"{action}: {e or type(e).__name__}") from e
     except msgspec.DecodeError as e:
-        raise StoreDown(f"{doing}: the answer is not one of Kubernetes: {e}") from e
-    except (ConfigError, OSError) as e:  # a token that cannot be read, a plugin that failed
-        raise StoreRefused(f"{doing}: no credentials: {e}") from e
+        raise StoreDown(f"{action}: the response is not from Kubernetes: {e}") from e
+    except (ConfigError, OSError) as e:  # an unreadable token, a failed plugin
+        raise StoreRefused(f"{action}: no credentials: {e}") from e
 
 
-def _refusal(doing: str, response: httpx2.Response) -> StoreDown | StoreRefused:
+def _refusal(action: str, response: httpx2.Response) -> StoreDown | StoreRefused:
     try:
         message = msgspec.json.decode(response.content, type=_Status).message
-    except msgspec.DecodeError:  # of a proxy, say
+    except msgspec.DecodeError:  # for example of a proxy
         message = response.text[:200]
-    return _failure(doing, response.status_code, message or response.reason_phrase)
+    return _failure(action, response.status_code, message or response.reason_phrase)
 
 
-def _failure(doing: str, code: int, message: str) -> StoreDown | StoreRefused:
-    sentence = f"{doing}: the API server answers {code}: {message}"
+def _failure(action: str, code: int, message: str) -> StoreDown | StoreRefused:
+    sentence = f"{action}: the API server returned {code}: {message}"
     if code == 410:
         return Gone(sentence)
     if code in (408, 409, 429) or code >= 500:

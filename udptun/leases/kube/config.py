@@ -1,7 +1,7 @@
-"""What a Kubernetes source is told. Frozen; what cannot work is refused here, by field.
+"""The configuration of a Kubernetes source, validated. Does not import lightkube.
 
-A leaf of its package, without lightkube: the command line reads it in every mode. It reads no
-environment: who makes one passes NODE_NAME, POD_NAME and POD_NAMESPACE.
+It does not read the environment: the command line passes NODE_NAME, POD_NAME and POD_NAMESPACE.
+Frozen dataclass; any thread.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from ...errors import FieldError
 ANNOTATION_PREFIX = "flannel.alpha.coreos.com/"
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
-# Flannel's own rule: a DNS name, one slash, and perhaps the beginning of a name, up to a hyphen.
+# flannel's rule: a DNS name, a slash, and optionally the start of a name that ends with a hyphen.
 _PREFIX = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z0-9_-]+/(?:[a-z0-9_-]+-)?")
 
 
 @dataclass(frozen=True, slots=True)
 class KubeConfig:
-    """How to find the API server, and which node we are. Times in seconds.
+    """The API server, and the name of our node. Times are in seconds.
 
-    node_name                     this Node object's name; "": it is asked of our pod,
-    pod_name, pod_namespace       which must both be given then
+    node_name                     the name of our Node object; "": that of the node of our pod
+    pod_name, pod_namespace       our pod; required if there is no node_name
     api_url                       https://HOST:PORT; "": from the kubeconfig or service account
-    kubeconfig_file               None: the service account of the pod
-    annotation_prefix             completed as flannel does: "example.org" means "example.org/"
+    kubeconfig_file               None: use the pod's service account
+    annotation_prefix             completed as in flannel: "example.org" means "example.org/"
     net_config_path               flannel's net-conf.json
     set_node_network_unavailable  publish the condition NetworkUnavailable=False
     service_account               directory with token, ca.crt and namespace
-    request_timeout               a request that is not answered for so long has failed
-    watch_timeout                 the server is asked to end each watch after so long
-    watch_silence                 a watch without even a bookmark for so long is dead; the server
-                                  sends one in about a minute
-    resync                        our node is looked at so often, also if nothing is said of it
-    retry_min, retry_max          pauses between attempts while the API server is down; a short
-                                  one brings the truth soon after it is back
-    page                          nodes a listing asks for at once
+    request_timeout               a request without a response for this long has failed
+    watch_timeout                 after this time the server is to end each watch
+    watch_silence                 a watch is dead after this time without an event or a bookmark;
+                                  the server sends a bookmark about every minute
+    resync                        interval at which our node is read even without an event
+    retry_min, retry_max          back-off while the API server is down; short, so that changes are
+                                  seen soon after it is back
+    page                          number of nodes in one page of a listing
     """
 
     kind: ClassVar[str] = "kubernetes"
@@ -65,7 +65,7 @@ class KubeConfig:
     def __post_init__(self) -> None:
         if not self.node_name and not (self.pod_name and self.pod_namespace):
             raise FieldError(
-                "NODE_NAME", self.node_name, "a node's name, or else POD_NAME and POD_NAMESPACE"
+                "NODE_NAME", self.node_name, "a node's name, or POD_NAME and POD_NAMESPACE"
             )
         if self.api_url and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.api_url):
             raise FieldError("kube-api-url", self.api_url, "http://HOST:PORT or https://HOST:PORT")
@@ -77,13 +77,13 @@ class KubeConfig:
 
 
 def _complete(prefix: str) -> str:
-    """flannel's newAnnotations: a slash after the name, a hyphen after what follows the slash."""
+    """Add the final "/" to DOMAIN, or the final "-" to DOMAIN/NAME, as flannel does."""
     whole = prefix if "/" in prefix else f"{prefix}/"
     if not whole.endswith(("/", "-")):
         whole += "-"
     if not _PREFIX.fullmatch(whole):
         raise FieldError(
             "kube-annotation-prefix", prefix,
-            "a DNS name in lower case, such as example.org, and perhaps /NAME after it",
+            "a DNS name in lower case such as example.org, optionally followed by /NAME",
         )
     return whole

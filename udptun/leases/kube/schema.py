@@ -1,7 +1,7 @@
-"""Flannel's leases in Node objects: which fields, which annotations, read and written.
+"""flannel's leases in Node objects: the fields and annotations, encoding and decoding.
 
-Owns the mapping, both ways; pure. Knows nothing of HTTP. Of a Node, which may be tens of kilobytes
-long, only the fields named here are ever decoded. Any thread.
+Owns: the mapping between a Node and a Lease. Does not know: HTTP. A Node can be tens of kilobytes
+long; only the fields declared here are decoded. Pure; any thread.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class NodeStatus(msgspec.Struct):
 
 
 class FullNode(Node):
-    """Our own: its conditions are looked at too."""
+    """Our own node, with its conditions."""
 
     status: NodeStatus = msgspec.field(default_factory=NodeStatus)
 
     @property
     def network_is_up(self) -> bool:
-        """Whether the node says that its network is there, as flannel says it."""
+        """Return whether flannel's condition NetworkUnavailable=False is set."""
         up = ("NetworkUnavailable", "False", "FlannelIsUp")
         return any((c.type, c.status, c.reason) == up for c in self.status.conditions or ())
 
 
 class Annotations:
-    """Flannel's annotations under one prefix, which ends in "/" or "-" (see ``KubeConfig``)."""
+    """flannel's annotations with one prefix, which ends in "/" or "-" (see ``KubeConfig``)."""
 
     def __init__(self, prefix: str) -> None:
         self.managed = f"{prefix}kube-subnet-manager"
@@ -79,7 +79,7 @@ class Annotations:
         self.node_public_ipv6 = f"{prefix}node-public-ipv6"
 
     def lease(self, node: Node) -> Lease | None:
-        """What a node says of itself; None if it takes no part. FieldError: it cannot be used."""
+        """Return a node's lease, or None if flannel does not manage it. FieldError: invalid."""
         if node.annotations.get(self.managed) != "true":
             return None
         attributes = Attributes(
@@ -90,13 +90,15 @@ class Annotations:
             backend_v6_data=_json(node, self.backend_v6_data),
         )
         if attributes.public_ip is None and attributes.public_ipv6 is None:
-            raise FieldError(self.public_ip, None, "an address, or one in public-ipv6")
+            raise FieldError(self.public_ip, None, "an address here or in public-ipv6")
         name = node.metadata.name
         return Lease(key=name, subnets=subnets(node), attributes=attributes, name=name)
 
     def published(self, node: Node, attributes: Attributes) -> Attributes:
-        """``attributes`` as they are to be published: an operator's overwrite goes first, in a
-        family that has an address. FieldError: what the operator wrote is none."""
+        """Return ``attributes`` with the addresses of the public-ip-overwrite annotations.
+
+        An overwrite applies only to a family that has an address. FieldError: an invalid one.
+        """
         v4, v6 = attributes.public_ip, attributes.public_ipv6
         return replace(
             attributes,
@@ -107,35 +109,38 @@ class Annotations:
     def node_public(
         self, node: Node
     ) -> tuple[ipaddress.IPv4Address | None, ipaddress.IPv6Address | None]:
-        """The addresses that stand for ``--public-ip`` and ``--public-ipv6`` on this node."""
+        """Return the addresses that override ``--public-ip`` and ``--public-ipv6``. FieldError."""
         return _v4(node, self.node_public_ip), _v6(node, self.node_public_ipv6)
 
     def patch(self, node: Node, published: Attributes) -> Patch | None:
-        """The strategic-merge patch that makes a node say ``published``, or None: it does.
+        """Return the strategic-merge patch that publishes these attributes; None: no difference.
 
-        As flannel writes them: backend-type always; backend-data "null" for a backend without
-        data, except that vxlan without IPv4 has none. What a former backend left is taken away.
+        As in flannel, backend-type is always set; backend-data is "null" for a backend without
+        data, but absent for vxlan without IPv4. Annotations of a former backend are removed.
         """
         data, v6_data = published.backend_data, published.backend_v6_data
-        unsaid = published.backend_type == "vxlan" and data is None
+        omit_data = published.backend_type == "vxlan" and data is None
         wanted = {
             self.managed: "true",
             self.backend_type: published.backend_type,
-            self.backend_data: None if unsaid else _encode(data),
+            self.backend_data: None if omit_data else _encode(data),
             self.backend_v6_data: None if v6_data is None else _encode(v6_data),
             self.public_ip: published.public_ip and str(published.public_ip),
             self.public_ipv6: published.public_ipv6 and str(published.public_ipv6),
         }
-        there = node.annotations
-        differing = {name: value for name, value in wanted.items() if there.get(name) != value}
+        present = node.annotations
+        differing = {name: value for name, value in wanted.items() if present.get(name) != value}
         return {"metadata": {"annotations": differing}} if differing else None
 
 
 def subnets(node: Node) -> Subnets:
-    """A node's podCIDRs, host bits masked as Go does. FieldError: none yet, or not one a family."""
+    """Return a node's podCIDRs; host bits are masked, as in Go.
+
+    FieldError: there is none yet, or more than one per family.
+    """
     texts = node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else [])
     if not texts:
-        expected = "a prefix: has the cluster a range of pod addresses (--cluster-cidr)?"
+        expected = "a prefix (does the controller manager have --cluster-cidr?)"
         raise FieldError("podCIDR", None, expected)
     v4: ipaddress.IPv4Network | None = None
     v6: ipaddress.IPv6Network | None = None
@@ -149,12 +154,15 @@ def subnets(node: Node) -> Subnets:
         elif isinstance(network, ipaddress.IPv6Network) and v6 is None:
             v6 = network
         else:
-            raise FieldError("podCIDRs", texts, "one prefix a family at most")
+            raise FieldError("podCIDRs", texts, "at most one prefix per family")
     return Subnets(v4, v6)
 
 
 def network_up_patch() -> Patch:
-    """NetworkUnavailable=False: the scheduler may send pods. The reason is what others look for."""
+    """Return the patch for NetworkUnavailable=False, after which the scheduler assigns pods.
+
+    Other software checks for flannel's reason.
+    """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"status": {"conditions": [{
         "type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp",
@@ -188,5 +196,5 @@ def _json(node: Node, name: str) -> Any:
 
 
 def _encode(value: Any) -> str:
-    """Compact, in the order given, as Go's encoder writes it."""
+    """Encode without blanks, in the given order, as Go's encoder does."""
     return msgspec.json.encode(value).decode()

@@ -1,7 +1,8 @@
-"""The lease source of a Kubernetes cluster: podCIDRs are the subnets, annotations say the rest.
+"""Leases in Kubernetes: podCIDRs are the subnets, annotations have the other attributes.
 
-Owns what this node publishes, and the list-and-watch that tells of the others. The subnet is the
-cluster's to give: nothing is chosen and nothing expires here. Asyncio, one loop.
+Owns: what this node publishes, and list-and-watch of all nodes. The cluster assigns the subnets, so
+this source selects none, and leases do not expire. Does not know: HTTP (``api``), or the format of
+annotations (``schema``). Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def open_source(config: KubeConfig, _: LocalAddresses) -> KubeSource:
 
 
 class KubeSource(LeaseSource):
-    """A LeaseSource (see ``base``) on the nodes of a Kubernetes cluster.
+    """A LeaseSource over the nodes of a Kubernetes cluster.
 
-    ``hold`` says NetworkUnavailable=False, upon which the scheduler sends pods: it is for a host
-    that is set up.
+    ``hold`` publishes NetworkUnavailable=False, after which the scheduler assigns pods: call it
+    once the host is configured.
     """
 
     def __init__(self, config: KubeConfig) -> None:
@@ -57,8 +58,8 @@ class KubeSource(LeaseSource):
         self._annotations = Annotations(config.annotation_prefix)
         self._client: Api | None = None
         self._node_name = config.node_name
-        self._asked: Attributes | None = None  # what acquire was given last
-        self._own: Node | None = None  # our node, as the watch saw it last
+        self._attributes: Attributes | None = None  # of the last ``acquire``
+        self._own: Node | None = None  # our node, as last reported by the watch
         self._own_changed = asyncio.Event()
 
     async def network(self) -> NetConfig:
@@ -82,58 +83,58 @@ class KubeSource(LeaseSource):
         return Identity(public_ip, public_ipv6, overrides_options=True)
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
-        """As published: with the address of public-ip-overwrite, if an operator has set that."""
+        """Return the lease as published: with the address of public-ip-overwrite, if set."""
         node = await self._api.node(await self._name())
         with _refused(node):
             subnets = _within(await self.network(), node)
             published = self._annotations.published(node, attributes)
         await self._publish(node, published)
-        self._asked = attributes
+        self._attributes = attributes
         self.health.lease, self.health.lease_error = "held", ""
         name = node.metadata.name
         return Lease(key=name, subnets=subnets, attributes=published, name=name)
 
     async def hold(self, lease: Lease) -> None:
-        """Say that the network is there; mend what others do to our annotations."""
-        pauses = Backoff(self._config.retry_min, self._config.retry_max)
-        announced = ""  # the uid of the node object that was told
+        """Publish NetworkUnavailable=False; restore our annotations when they are changed."""
+        backoff = Backoff(self._config.retry_min, self._config.retry_max)
+        announced = ""  # the uid of the Node object that has the condition
         while True:
             self._own_changed.clear()
             try:
                 node = await self._api.node(lease.key)
-                announced = await self._mend(node, lease, announced)
-            except StoreDown as e:  # nothing is lost: a lease here does not expire
-                log.debug("cannot look at our node: %s", e)
+                announced = await self._restore(node, lease, announced)
+            except StoreDown as e:  # a lease does not expire here
+                log.debug("cannot read our node: %s", e)
                 self.health.errors_n += 1
-                await asyncio.sleep(pauses.next())
+                await asyncio.sleep(backoff.next())
                 continue
             except StoreRefused as e:
                 self.health.errors_n += 1
                 self._lost(lease, str(e))
-                await asyncio.sleep(pauses.next())
+                await asyncio.sleep(backoff.next())
                 continue
-            pauses.reset()
+            backoff.reset()
             await wait_at_most(self._own_changed, self._config.resync)
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
         book = LeaseBook()
-        pauses = Backoff(self._config.retry_min, self._config.retry_max)
-        version, snapshot_due = "", True
+        backoff = Backoff(self._config.retry_min, self._config.retry_max)
+        version, snapshot_sent = "", False
         while True:
             try:
                 if not version:
                     changes, version = await self._list(book)
-                    if snapshot_due:
-                        snapshot_due = False
+                    if not snapshot_sent:
+                        snapshot_sent = True
                         yield Snapshot(tuple(book.leases.values()))
                     elif changes:
                         yield Changes(changes)
                 async with aclosing(self._api.watch(version)) as batches:
                     async for events in batches:
-                        self._in_order()
+                        self._set_connected()
                         if not events:
                             continue
-                        pauses.reset()
+                        backoff.reset()
                         version = events[-1].object.metadata.resource_version
                         if changes := self._apply(book, events):
                             yield Changes(changes)
@@ -142,8 +143,8 @@ class KubeSource(LeaseSource):
                 self.health.relists_n += 1
                 log.info("listing the nodes again: %s", e)
             except (StoreDown, StoreRefused) as e:
-                self._out_of_order(str(e))
-            await asyncio.sleep(pauses.next())
+                self._set_disconnected(str(e))
+            await asyncio.sleep(backoff.next())
 
     async def aclose(self) -> None:
         if self._client is not None:
@@ -161,26 +162,26 @@ class KubeSource(LeaseSource):
             pod, namespace = self._config.pod_name, self._config.pod_namespace
             self._node_name = await self._api.pod_node_name(namespace, pod)
             if not self._node_name:
-                raise StoreDown(f"pod {namespace}/{pod} is on no node")
+                raise StoreDown(f"pod {namespace}/{pod} is not assigned to a node")
         return self._node_name
 
-    # this node
+    # Our node
 
     async def _publish(self, node: Node, published: Attributes) -> None:
         if patch := self._annotations.patch(node, published):
             await self._api.patch_status(node.metadata.name, patch)
 
-    async def _mend(self, node: FullNode, lease: Lease, announced: str) -> str:
-        """Make our node say what it should; returns the uid of the node that has been told."""
+    async def _restore(self, node: FullNode, lease: Lease, announced: str) -> str:
+        """Publish what our node lacks; return the uid of the Node object that has the condition."""
         with _refused(node):
             subnets = _within(await self.network(), node)
-            published = self._annotations.published(node, self._asked or lease.attributes)
+            published = self._annotations.published(node, self._attributes or lease.attributes)
         if subnets != lease.subnets:
-            raise StoreRefused(f"node {lease.key} has got other podCIDRs: {subnets}, "
-                               f"no longer {lease.subnets}")
+            raise StoreRefused(f"the podCIDRs of node {lease.key} have changed from "
+                               f"{lease.subnets} to {subnets}")
         await self._publish(node, published)
         uid = node.metadata.uid
-        # Once for each node object, as flannel: a cloud's controller may have its own view later.
+        # Once per Node object, as in flannel: later a cloud controller may manage the condition.
         if self._config.set_node_network_unavailable and announced != uid:
             if not node.network_is_up:
                 await self._api.patch_status(lease.key, network_up_patch())
@@ -188,17 +189,17 @@ class KubeSource(LeaseSource):
         self.health.lease, self.health.lease_error = "held", ""
         return announced
 
-    def _lost(self, lease: Lease, why: str) -> None:
-        if self.health.lease_error != why:
-            log.warning("the lease of %s is not in order: %s", lease.subnets, why)
-        self.health.lease, self.health.lease_error = "lost", why
+    def _lost(self, lease: Lease, reason: str) -> None:
+        if self.health.lease_error != reason:
+            log.warning("our lease %s is lost: %s", lease.subnets, reason)
+        self.health.lease, self.health.lease_error = "lost", reason
 
-    # all nodes
+    # All nodes
 
     async def _list(self, book: LeaseBook) -> tuple[tuple[Change, ...], str]:
         try:
             leases, version = await self._listed(book, self._config.page)
-        except Gone:  # it took too long: all at once, then
+        except Gone:  # paging took too long: list all at once
             leases, version = await self._listed(book, None)
         for name in self.health.skipped.keys() - leases.keys():
             del self.health.skipped[name]
@@ -210,25 +211,25 @@ class KubeSource(LeaseSource):
         leases: dict[str, Lease | None] = {}
         version = ""
         async with aclosing(self._api.nodes(page)) as pages:
-            async for nodes, of in pages:
-                version = of
+            async for nodes, page_version in pages:
+                version = page_version
                 for node in nodes:
                     leases[node.metadata.name] = self._read(book, node)
                 self.health.last_contact = time.monotonic()
         if self._node_name not in leases:
-            self._see(None)
+            self._set_own(None)
         return leases, version
 
     def _apply(self, book: LeaseBook, events: list[Event]) -> tuple[Change, ...]:
-        changes = (self._applied(book, event) for event in events)
+        changes = (self._apply_one(book, event) for event in events)
         return tuple(change for change in changes if change is not None)
 
-    def _applied(self, book: LeaseBook, event: Event) -> Change | None:
+    def _apply_one(self, book: LeaseBook, event: Event) -> Change | None:
         name = event.object.metadata.name
         if event.type == "DELETED":
             self.health.skipped.pop(name, None)
             if name == self._node_name:
-                self._see(None)
+                self._set_own(None)
             return book.remove(name)
         if event.type not in ("ADDED", "MODIFIED"):
             return None
@@ -236,48 +237,48 @@ class KubeSource(LeaseSource):
         return book.remove(name) if lease is None else book.put(lease)
 
     def _read(self, book: LeaseBook, node: Node) -> Lease | None:
-        """A node's lease, or the last one that could be used; None: it has none."""
+        """Return a node's lease, or its previous one if it is invalid; None: it has none."""
         name, skipped = node.metadata.name, self.health.skipped
         if name == self._node_name:
-            self._see(node)
+            self._set_own(node)
         try:
             lease = self._annotations.lease(node)
         except FieldError as e:
             if skipped.get(name) != str(e):
-                log.warning("node %s cannot be used as it is: %s", name, e)
+                log.warning("node %s has an invalid lease: %s", name, e)
             skipped[name] = str(e)
             return book.leases.get(name)
         skipped.pop(name, None)
         return lease
 
-    def _see(self, node: Node | None) -> None:
-        """Our own node: ``hold`` looks at it when more than its version is new."""
-        was, self._own = self._own, node
-        if was is None or node is None:
-            same = was is node
+    def _set_own(self, node: Node | None) -> None:
+        """Record our own node; wake ``hold`` if more than its resource version has changed."""
+        former, self._own = self._own, node
+        if former is None or node is None:
+            same = former is node
         else:
-            same = (was.spec == node.spec and was.metadata.uid == node.metadata.uid
-                    and was.annotations == node.annotations)
+            same = (former.spec == node.spec and former.metadata.uid == node.metadata.uid
+                    and former.annotations == node.annotations)
         if not same:
             self._own_changed.set()
 
-    def _in_order(self) -> None:
+    def _set_connected(self) -> None:
         health = self.health
         if health.error:
-            log.info("the API server answers again")
+            log.info("the API server responds again")
         health.connected, health.error, health.last_contact = True, "", time.monotonic()
 
-    def _out_of_order(self, why: str) -> None:
+    def _set_disconnected(self, reason: str) -> None:
         health = self.health
-        if health.error != why:
-            log.warning("the known leases stay in force: %s", why)
-        health.connected, health.error = False, why
+        if health.error != reason:
+            log.warning("the known leases stay active: %s", reason)
+        health.connected, health.error = False, reason
         health.errors_n += 1
 
 
 @contextmanager
 def _refused(node: Node) -> Iterator[None]:
-    """What is wrong with our own node, or with the network it is in, an operator must mend."""
+    """Turn FieldError into StoreRefused: an operator must correct our node or the network."""
     try:
         yield
     except FieldError as e:
@@ -285,17 +286,17 @@ def _refused(node: Node) -> Iterator[None]:
 
 
 def _within(network: NetConfig, node: Node) -> Subnets:
-    """Our subnets: one in each network there is. FieldError."""
+    """Return our subnets, one in each enabled network. FieldError."""
     subnets = pod_subnets(node)
-    if network.network is None:  # IPv4 is off in this overlay: flannel takes no notice then either
+    if network.network is None:  # IPv4 is disabled: ignore an IPv4 podCIDR, as flannel does
         subnets = Subnets(None, subnets.v6)
-    for name, of, subnet in (
+    for name, whole, subnet in (
         ("Network", network.network, subnets.v4), ("IPv6Network", network.network6, subnets.v6)
     ):
-        if of is not None and subnet is None:
-            raise FieldError("podCIDRs", node.spec.pod_cidrs, f"one within {name} {of}")
-        if subnet is not None and (of is None or not _contains(of, subnet)):
-            raise FieldError("podCIDR", str(subnet), f"a prefix within {name} ({of})")
+        if whole is not None and subnet is None:
+            raise FieldError("podCIDRs", node.spec.pod_cidrs, f"one within {name} {whole}")
+        if subnet is not None and (whole is None or not _contains(whole, subnet)):
+            raise FieldError("podCIDR", str(subnet), f"a prefix within {name} ({whole})")
     return subnets
 
 
