@@ -331,6 +331,18 @@ async def test_the_examples_of_answers_have_the_keys_of_a_real_forwarder() -> No
         assert keys(answer) in documented
 
 
+def test_the_table_of_events_is_complete() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "udptun" / "forwarder").rglob("*.py"))
+    emitted = set(re.findall(r"\.emit\(\s*f?\"([^\"]+)\"", source)) | {"hello"}
+    if "route_{kind}" in emitted:
+        emitted -= {"route_{kind}"}
+        emitted |= {"route_added", "route_changed", "route_removed"}
+    page = (ROOT / "docs" / "control.md").read_text()
+    table = page.partition("\n## Events\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)
+    assert {name for cell in cells for name in SPAN.findall(cell)} == emitted
+
+
 # README.md's figures
 
 
