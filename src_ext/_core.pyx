@@ -16,23 +16,23 @@ from libc.string cimport memcpy, memset
 
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from drops cimport DROP_REASONS_N
-from path.encap cimport path_limit
+from path.queue cimport QUEUE_BYTES, QUEUE_FRAME_DATAGRAMS
 from sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, close,
     epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
+from wire.headers cimport VNET_LEN
 from wire.merge cimport merge_reset
 from table.peers cimport (
-    addr_map_init, addr_map_put, find_hop, hop_t, peer_counters_t, peer_free, peer_t,
+    addr_map_init, addr_map_put, find_hop, hop_t, path_limit, peer_counters_t, peer_free, peer_t,
     snapshot_free, snapshot_t,
 )
 from table.publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
 from table.routes cimport route_t, route_vec_t
-from path.turn cimport drain, run, watch
+from path.turn cimport drain, epoll_register, run
 from path.worker cimport (
     EVENT_PATH_MTU, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO, EVENT_UDP_MERGE, RX_SLOT,
-    RX_SLOTS, TX_FRAME, TX_FRAME_SEGS, TX_OUT, WR_FRAME, direction_t, shared_t,
-    worker_t,
+    RX_SLOTS, TX_FRAME, WR_FRAME, direction_t, shared_t, worker_t,
 )
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
@@ -48,7 +48,7 @@ cdef extern from * nogil:
     uint64_t take_flags "udptun_take"(uint64_t* p)
 
 
-MAX_FRAME_SEGS = TX_FRAME_SEGS  # of one super-packet: what the TUN is told
+MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # of one super-packet: what the TUN is told
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 WORKER_EVENTS = {
     "path_mtu": EVENT_PATH_MTU, "udp-gso": EVENT_UDP_GSO, "tcp-merge": EVENT_TCP_MERGE,
@@ -56,14 +56,14 @@ WORKER_EVENTS = {
 }
 
 
-cdef dict direction_dict(const direction_t* d):
+cdef dict direction_dict(const direction_t* d, uint64_t queued):
     cdef uint64_t dropped = 0
     cdef int i
     for i in range(DROP_REASONS_N):
         dropped += d.drops[i]
     return {
         "read": d.read, "generated": d.generated, "delivered": d.delivered,
-        "dropped": dropped, "queued": d.queued,
+        "dropped": dropped, "queued": queued,
     }
 
 
@@ -288,7 +288,8 @@ cdef class Core:
         total[DECAP] = dict(total[ENCAP])
         for w in self.objects:
             for direction, counts in (
-                (ENCAP, direction_dict(&w.w.encap)), (DECAP, direction_dict(&w.w.decap)),
+                (ENCAP, direction_dict(&w.w.encap, w.w.queue.waiting_n)),
+                (DECAP, direction_dict(&w.w.decap, 0)),
             ):
                 for name, value in counts.items():
                     total[direction][name] += value
@@ -345,15 +346,15 @@ cdef class Worker:
             raise MemoryError
         w.epoll_fd = w.wake_fd = -1
         w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
-        w.tx_out = <uint8_t*>calloc(1, TX_OUT)
+        w.queue.memory = <uint8_t*>calloc(1, QUEUE_BYTES)
         w.wr_frame = <uint8_t*>calloc(1, WR_FRAME)
         w.rx_buf = <uint8_t*>calloc(RX_SLOTS, RX_SLOT)
-        if w.tx_frame == NULL or w.tx_out == NULL or w.rx_buf == NULL or w.wr_frame == NULL:
+        if w.tx_frame == NULL or w.queue.memory == NULL or w.rx_buf == NULL or w.wr_frame == NULL:
             raise MemoryError
         w.shared = &core.shared
         w.index = <uint32_t>len(core.objects)
         w.tun_fd, w.udp_fd4, w.udp_fd6 = tun_fd, udp_fd4, udp_fd6
-        w.vnet_len = 10 if "tun-gso" in features else 0
+        w.vnet_len = VNET_LEN if "tun-gso" in features else 0
         w.udp_gso = "udp-gso" in features
         w.batch = "batch" in features
         w.merge.tcp = "tcp-merge" in features
@@ -377,7 +378,7 @@ cdef class Worker:
             w.polled[i].events = POLLIN
         event.events = EPOLLIN
         event.data.u64 = 0
-        if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not watch(w):
+        if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not epoll_register(w):
             raise OSError(errno, "cannot fill the worker's epoll set")
         self.core = core
         core.workers[w.index] = w
@@ -391,7 +392,7 @@ cdef class Worker:
         if self.w.wake_fd >= 0:
             close(self.w.wake_fd)
         free(self.w.tx_frame)
-        free(self.w.tx_out)
+        free(self.w.queue.memory)
         free(self.w.rx_buf)
         free(self.w.wr_frame)
         free(self.w)
@@ -442,7 +443,7 @@ cdef class Worker:
         cdef worker_t* w = self.w
         return {
             "index": w.index, "turns": w.turns, "loop_returns": w.loop_returns,
-            "queued": w.encap.queued, "icmp_sent": w.icmp_sent,
+            "queued": w.queue.waiting_n, "icmp_sent": w.icmp_sent,
             "icmp_suppressed": w.icmp_suppressed,
             "syscalls": {
                 "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,

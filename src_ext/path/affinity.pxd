@@ -1,18 +1,18 @@
-"""Where a worker runs: a busy one that sends keeps its core for a while.
+"""CPU affinity: a worker that is busy sending is pinned to its core for a limited time.
 
-Owns the thread's affinity while the worker is in compiled code. A worker is woken thousands of
-times a second, and each time the scheduler is inclined to move it to whoever woke it. For one that
-mostly receives this is right: who brings its datagrams has just had them in the cache. One that
-mostly sends is drawn to the program whose packets it takes, and the two share a core. So if it used
-much of a core lately it stays where it is, for STAY_NS at most; then it roams for LOOK_NS at least,
-so that the scheduler has a say in where it stays next.
+Owns the thread's CPU affinity while the worker runs compiled code. A worker wakes up thousands of
+times per second, and at each wake-up the scheduler tends to move it to the core of the thread that
+woke it. This is right for a worker that mostly receives: that core has the datagrams in its cache.
+It is wrong for a worker that mostly sends: it would share a core with the program whose packets it
+reads. Such a worker, if it used much of a core lately, is pinned for at most PIN_NS; then it is
+unpinned for at least CHECK_NS, so that the scheduler can choose the next core.
 
-Respected are the cpuset, the affinity that the thread was given before, and one that it is given
-meanwhile, unless that is just the core it stays on: this cannot be told from our own.
+Cpusets, and an affinity set by an administrator before or during the pinning, are respected. One
+exception: an affinity to exactly the pinned core looks like our own and is replaced.
 
-Threading: the worker's thread only.
+Threading: the worker's thread.
 Source: sched_setaffinity(2); linux kernel/sched/fair.c (select_task_rq_fair, wake_affine),
-kernel/sched/core.c (what is asked for is remembered, and cut down to the cpuset).
+kernel/sched/core.c (the requested mask is stored, and restricted to the cpuset).
 """
 
 from libc.stdint cimport uint64_t
@@ -33,88 +33,88 @@ cdef extern from "<sched.h>" nogil:
 
 
 cdef enum:
-    LOOK_NS = 50000000          # how often the worker's share of a core is looked at
-    STAY_NS = 4000000000
-    STAY_PERCENT = 45           # of a core, for a worker to stay
-    ROAM_PERCENT = 20           # and below this one that stays roams again
+    CHECK_NS = 50000000         # time between two checks of the worker's load
+    PIN_NS = 4000000000
+    PIN_PERCENT = 45            # of a core: pin at this load or more
+    UNPIN_PERCENT = 20          # of a core: unpin below this load
 
 
-cdef struct place_t:
-    uint64_t looked             # when, and the thread's CPU time and packets then
-    uint64_t used
+cdef struct affinity_t:
+    uint64_t checked_ns         # the last check: its time, the thread's CPU time, packet counts
+    uint64_t used_ns
     uint64_t sent
     uint64_t received
-    uint64_t until              # the worker stays until then; 0: it roams
-    cpu_set_t home              # where it stays
-    cpu_set_t allowed           # where it may be otherwise
-    bint free                   # because of the cpuset only
+    uint64_t pinned_until       # 0 = not pinned
+    cpu_set_t pinned            # the one core
+    cpu_set_t saved             # the mask to restore
+    bint unrestricted           # ``saved`` is what the cpuset allows, not a mask that was set
 
 
-cdef inline bint all_gives(const cpu_set_t* wanted) noexcept nogil:
-    """Ask for every core; whether what the cpuset leaves of them is what is wanted."""
+cdef inline bint set_unrestricted(const cpu_set_t* expected) noexcept nogil:
+    """Allow every core. Return whether what the cpuset leaves of them equals ``expected``."""
     cdef cpu_set_t found
     memset(&found, 0xFF, sizeof(found))
     if sched_setaffinity(0, sizeof(found), &found) < 0:
         return False
     if sched_getaffinity(0, sizeof(found), &found) < 0:
         return False
-    return CPU_EQUAL(&found, wanted)
+    return CPU_EQUAL(&found, expected)
 
 
-cdef inline void stay(place_t* at, uint64_t now) noexcept nogil:
-    """Keep to the core at hand, if there is a choice."""
+cdef inline void pin(affinity_t* a, uint64_t now) noexcept nogil:
+    """Pin the thread to its current core, if it may use others."""
     cdef int cpu = sched_getcpu()
-    if cpu < 0 or sched_getaffinity(0, sizeof(cpu_set_t), &at.allowed) < 0:
+    if cpu < 0 or sched_getaffinity(0, sizeof(cpu_set_t), &a.saved) < 0:
         return
-    CPU_ZERO(&at.home)
-    CPU_SET(cpu, &at.home)
-    if CPU_EQUAL(&at.home, &at.allowed):
+    CPU_ZERO(&a.pinned)
+    CPU_SET(cpu, &a.pinned)
+    if CPU_EQUAL(&a.pinned, &a.saved):
         return
-    at.free = all_gives(&at.allowed)
-    if sched_setaffinity(0, sizeof(cpu_set_t), &at.home) == 0:
-        at.until = now + STAY_NS
-    elif not at.free:
-        sched_setaffinity(0, sizeof(cpu_set_t), &at.allowed)
+    a.unrestricted = set_unrestricted(&a.saved)
+    if sched_setaffinity(0, sizeof(cpu_set_t), &a.pinned) == 0:
+        a.pinned_until = now + PIN_NS
+    elif not a.unrestricted:
+        sched_setaffinity(0, sizeof(cpu_set_t), &a.saved)
 
 
-cdef inline void roam(place_t* at) noexcept nogil:
-    """Go back to what was before. One that was free asks for every core, lest it miss those that
-    its cpuset got meanwhile."""
+cdef inline void unpin(affinity_t* a) noexcept nogil:
+    """Restore the mask from before ``pin``. An unrestricted thread asks for every core, so that it
+    also gets those that were added to its cpuset while it was pinned."""
     cdef cpu_set_t found
-    if at.until == 0:
+    if a.pinned_until == 0:
         return
-    at.until = 0
+    a.pinned_until = 0
     if sched_getaffinity(0, sizeof(found), &found) < 0:
         return
-    if not CPU_EQUAL(&found, &at.home):     # by the cpuset, or by somebody
-        if not all_gives(&found):
+    if not CPU_EQUAL(&found, &a.pinned):  # changed by the cpuset, or by an administrator
+        if not set_unrestricted(&found):
             sched_setaffinity(0, sizeof(found), &found)
-    elif at.free:
-        all_gives(&at.allowed)
+    elif a.unrestricted:
+        set_unrestricted(&a.saved)
     else:
-        sched_setaffinity(0, sizeof(cpu_set_t), &at.allowed)
+        sched_setaffinity(0, sizeof(cpu_set_t), &a.saved)
 
 
-cdef inline void look_at_place(
-    place_t* at, uint64_t now, uint64_t sent, uint64_t received
+cdef inline void adjust_affinity(
+    affinity_t* a, uint64_t now, uint64_t sent, uint64_t received
 ) noexcept nogil:
-    """Now and then: whether to stay or to roam, by what was done since the last look.
+    """Every CHECK_NS, pin or unpin the thread by its load since the last check.
 
-    sent, received  packets, each counted from the worker's beginning
+    sent, received  packets since the worker's start
     """
-    cdef uint64_t used, percent
-    cdef bint sends
-    if now < at.looked + LOOK_NS:
+    cdef uint64_t used_ns, percent
+    cdef bint mostly_sends
+    if now < a.checked_ns + CHECK_NS:
         return
-    used = clock_ns(CLOCK_THREAD_CPUTIME_ID)
-    percent = 100 * (used - at.used) // (now - at.looked)
-    sends = sent - at.sent > received - at.received
-    at.looked = now
-    at.used = used
-    at.sent = sent
-    at.received = received
-    if at.until == 0:
-        if sends and percent >= STAY_PERCENT:
-            stay(at, now)
-    elif not sends or now >= at.until or percent < ROAM_PERCENT:
-        roam(at)
+    used_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID)
+    percent = 100 * (used_ns - a.used_ns) // (now - a.checked_ns)
+    mostly_sends = sent - a.sent > received - a.received
+    a.checked_ns = now
+    a.used_ns = used_ns
+    a.sent = sent
+    a.received = received
+    if a.pinned_until == 0:
+        if mostly_sends and percent >= PIN_PERCENT:
+            pin(a, now)
+    elif not mostly_sends or now >= a.pinned_until or percent < UNPIN_PERCENT:
+        unpin(a)

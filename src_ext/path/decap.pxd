@@ -1,7 +1,8 @@
-"""UDP to TUN: split what arrived together, admit, merge, and write.
+"""UDP to TUN: split received runs, admit each packet, merge packets and write them.
 
-Owns the road in. Every datagram is hostile until ``admit`` has let its sender and its inner source
-pass. Counted in inner IP packets: after splitting and before merging.
+Owns the path of a received datagram. A datagram is untrusted until ``admit`` accepts its sender and
+its inner source. Counts in inner IP packets: after splitting and before merging.
+Threading: the worker's thread.
 """
 
 from libc.errno cimport EAGAIN, EINVAL, errno
@@ -12,47 +13,50 @@ from drops cimport (
     DROP_OWN_SOURCE, DROP_SOURCE_NOT_ROUTED, DROP_TRUNCATED, DROP_TTL_EXCEEDED, DROP_TUN_WRITE,
     DROP_UNKNOWN_PEER, PASS, drop_t,
 )
-from path.encap cimport make_icmp, path_limit
-from wire.icmp cimport ICMP_TTL_EXCEEDED
+from path.icmp_reply cimport reply_to_peer
+from path.send cimport read_errors
+from path.worker cimport (
+    CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, count_drop,
+    raise_event, worker_t,
+)
 from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
     cmsghdr, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, write,
 )
+from table.peers cimport find_hop, find_peer, hop_t, is_own, peer_t
+from wire.headers cimport load_be16
 from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
 )
 from wire.packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
-from table.peers cimport find_hop, find_peer, hop_t, is_own, peer_t
-from path.send cimport queue_full, queue_segment, read_errors, segment_room
-from wire.headers cimport load_be16
-from path.worker cimport (
-    CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_SET, RX_SLOT, RX_SLOTS, count_drop,
-    raise_event,
-    worker_t,
-)
 
 
 cdef enum:
-    CHECK_OFF = 0               # source checks: flannel's way,
-    CHECK_PEER = 1              # the outer source is a peer,
-    CHECK_STRICT = 2            # and the inner source is routed to it
+    CHECK_OFF = 0               # source checks: none, as flannel;
+    CHECK_PEER = 1              # the outer source address is a peer's;
+    CHECK_STRICT = 2            # and the inner source is routed to that peer
     RX_SLOTS_MIN = 4
-    TRICKLE = 6                 # so many datagrams in a batch, none of them a run by its size,
-    SINGLE = 2000               # say that more are on their way
+    SMALL_BATCH_MIN = 6         # a batch of at least so many datagrams, of fewer bytes each on
+    SMALL_DATAGRAM = 2000       # average, starts the small-packet mode (see turn.pxd)
 
 
-cdef struct sender_t:           # of one datagram, and the inner source last looked at
+cdef struct sender_t:           # of one datagram, with the last verdict on an inner source
     const uint8_t* addr         # outer, network order
     uint8_t addr_len
     peer_t* peer                # NULL: not a peer
-    uint8_t seen_len            # 0: none yet
-    uint8_t seen[16]
+    uint8_t inner_len           # 0: no verdict yet
+    uint8_t inner[16]
     drop_t verdict
 
 
-cdef inline drop_t judge_source(
-    const worker_t* w, const sender_t* from_, const uint8_t* src, size_t addr_len
+# Each packet
+
+
+cdef inline drop_t check_source(
+    const worker_t* w, const sender_t* sender, const uint8_t* src, size_t addr_len
 ) noexcept nogil:
+    """Return whether a peer may send from this inner source. A peer's own outer address is
+    always valid as its inner source."""
     cdef hop_t* hop
     if is_own(w.snapshot, src, addr_len):
         return DROP_OWN_SOURCE
@@ -60,69 +64,56 @@ cdef inline drop_t judge_source(
         return PASS
     hop = find_hop(w.snapshot, src, addr_len)
     if (
-        hop != NULL and hop.peer.addr_len == from_.addr_len
-        and memcmp(hop.peer.addr, from_.addr, from_.addr_len) == 0
+        hop != NULL and hop.peer.addr_len == sender.addr_len
+        and memcmp(hop.peer.addr, sender.addr, sender.addr_len) == 0
     ):
         return PASS
-    if addr_len == from_.addr_len and memcmp(src, from_.addr, addr_len) == 0:
+    if addr_len == sender.addr_len and memcmp(src, sender.addr, addr_len) == 0:
         return PASS
     return DROP_SOURCE_NOT_ROUTED
 
 
 cdef inline drop_t admit(
-    const worker_t* w, sender_t* from_, const uint8_t* src, size_t addr_len
+    const worker_t* w, sender_t* sender, const uint8_t* src, size_t addr_len
 ) noexcept nogil:
-    """Whether this sender may send from this inner source. The packets of one datagram are mostly
-    from one source, so the last answer is kept."""
-    if from_.peer == NULL and w.shared.source_check != CHECK_OFF:
+    """Return whether this sender may send from this inner source. Most packets of one datagram have
+    the same source, so the last verdict is cached."""
+    if sender.peer == NULL and w.shared.source_check != CHECK_OFF:
         return DROP_UNKNOWN_PEER
-    if from_.seen_len != addr_len or memcmp(from_.seen, src, addr_len) != 0:
-        from_.verdict = judge_source(w, from_, src, addr_len)
-        from_.seen_len = <uint8_t>addr_len
-        memcpy(from_.seen, src, addr_len)
-    return from_.verdict
-
-
-cdef inline void icmp_to_peer(
-    worker_t* w, const uint8_t* p, size_t n, const ip_t* ip
-) noexcept nogil:
-    """Tell an inner sender behind a peer that its packet's hops ended here."""
-    cdef hop_t* hop = find_hop(w.snapshot, ip_src(p, ip), ip.addr_len)
-    cdef size_t made
-    if hop == NULL or queue_full(w, 1):
-        return
-    made = make_icmp(w, p, n, ip, ICMP_TTL_EXCEEDED, 0, path_limit(hop), segment_room(w))
-    if made == 0:
-        return
-    w.encap.generated += 1
-    queue_segment(w, hop.peer, <uint32_t>made)
+    if sender.inner_len != addr_len or memcmp(sender.inner, src, addr_len) != 0:
+        sender.verdict = check_source(w, sender, src, addr_len)
+        sender.inner_len = <uint8_t>addr_len
+        memcpy(sender.inner, src, addr_len)
+    return sender.verdict
 
 
 cdef inline void decap_packet(
-    worker_t* w, sender_t* from_, uint8_t* p, size_t n
+    worker_t* w, sender_t* sender, uint8_t* p, size_t n
 ) noexcept nogil:
-    """One inner packet: the road in, up to the coalescer. p is borrowed until the write. What
-    stands behind the declared length is padding and goes no further."""
+    """Pass one inner packet to the coalescer, or drop it. p[0:n] is borrowed until the write; bytes
+    after the declared length are padding and are removed."""
     cdef ip_t ip
-    cdef drop_t verdict
+    cdef drop_t verdict = parse_ip(p, n, &ip)
     w.decap.read += 1
-    verdict = parse_ip(p, n, &ip)
     if verdict == PASS:
         verdict = check_total_len(&ip, n)
     if verdict == PASS:
-        verdict = admit(w, from_, ip_src(p, &ip), ip.addr_len)
+        verdict = admit(w, sender, ip_src(p, &ip), ip.addr_len)
     if verdict == PASS:
         verdict = decrement_hop_limit(p, ip.version)
-        if verdict == DROP_TTL_EXCEEDED:
-            icmp_to_peer(w, p, ip.total_len, &ip)
+    if verdict == DROP_TTL_EXCEEDED:
+        reply_to_peer(w, p, ip.total_len, &ip)
     if verdict != PASS:
         count_drop(&w.decap, verdict, 1)
         return
     merge_add(&w.merge, p, ip.total_len, &ip)
 
 
+# Write to the TUN
+
+
 cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:
-    """Write packets, verbatim and each alone, from packet i on along its output."""
+    """Write packet i and those after it in its output, unchanged, one frame each."""
     cdef merge_packet_t* packet
     memset(w.wr_frame, 0, w.vnet_len)
     while i >= 0:
@@ -136,9 +127,18 @@ cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:
         i = packet.next
 
 
+cdef inline void disable_merge(worker_t* w, bint tcp) noexcept nogil:
+    if tcp:
+        w.merge.tcp = False
+        raise_event(w, EVENT_TCP_MERGE)
+    else:
+        w.merge.udp = False
+        raise_event(w, EVENT_UDP_MERGE)
+
+
 cdef inline void write_outputs(worker_t* w) noexcept nogil:
-    """Write all that this turn received, in order. A merged write that the kernel refuses is
-    written again packet by packet, and that kind of merging stays off."""
+    """Write what the coalescer holds, in order. When the kernel refuses a merged frame, write its
+    packets one by one; EINVAL turns this kind of merging off."""
     cdef int32_t i
     cdef size_t n
     cdef output_t* out
@@ -153,18 +153,16 @@ cdef inline void write_outputs(worker_t* w) noexcept nogil:
             w.decap.delivered += out.n
             continue
         if errno == EINVAL:
-            if out.tcp:
-                w.merge.tcp = False
-                raise_event(w, EVENT_TCP_MERGE)
-            else:
-                w.merge.udp = False
-                raise_event(w, EVENT_UDP_MERGE)
+            disable_merge(w, out.tcp)
         write_packets(w, out.first)
     merge_reset(&w.merge)
 
 
+# Each datagram
+
+
 cdef inline uint32_t gro_size(msghdr* msg) noexcept nogil:
-    """What the kernel merged on receive was in pieces of this size; 0: one datagram.
+    """Return the size of the datagrams that UDP_GRO joined into this message, 0 = one datagram.
     The control message is an int (linux net/ipv4/udp.c, udp_cmsg_recv)."""
     cdef cmsghdr* c = CMSG_FIRSTHDR(msg)
     cdef int size = 0
@@ -176,56 +174,71 @@ cdef inline uint32_t gro_size(msghdr* msg) noexcept nogil:
     return 0
 
 
-cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept nogil:
-    """One received datagram, or a run that the kernel merged: split it and take each packet."""
-    cdef size_t n = m.msg_len
-    cdef sockaddr_in6* sa = <sockaddr_in6*>m.msg_hdr.msg_name
+cdef inline void find_sender(
+    const worker_t* w, sender_t* sender, sockaddr_in6* sa
+) noexcept nogil:
+    """Set the outer source address, and the peer that has it."""
     cdef sockaddr_in* sa4 = <sockaddr_in*>sa
-    cdef uint32_t size = gro_size(&m.msg_hdr)
-    cdef uint64_t packets = w.decap.read
-    cdef uint64_t bytes_ = n
-    cdef size_t piece
-    cdef sender_t from_
     cdef uint16_t port
+    if sa.sin6_family == AF_INET:
+        sender.addr = <const uint8_t*>&sa4.sin_addr
+        sender.addr_len = 4
+        port = load_be16(<const uint8_t*>&sa4.sin_port)
+    else:
+        sender.addr = <const uint8_t*>&sa.sin6_addr
+        sender.addr_len = 16
+        port = load_be16(<const uint8_t*>&sa.sin6_port)
+    sender.peer = find_peer(w.snapshot, sender.addr, sender.addr_len, port)
+    sender.inner_len = 0
+
+
+cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept nogil:
+    """Take the packets of one received datagram, or of a run that UDP_GRO joined."""
+    cdef size_t n = m.msg_len
+    cdef uint32_t size = gro_size(&m.msg_hdr)
+    cdef uint64_t read_before = w.decap.read
+    cdef size_t piece
+    cdef sender_t sender
     if m.msg_hdr.msg_flags & MSG_TRUNC:
         w.decap.read += 1
         count_drop(&w.decap, DROP_TRUNCATED, 1)
         return
-    if sa.sin6_family == AF_INET:
-        from_.addr = <const uint8_t*>&sa4.sin_addr
-        from_.addr_len = 4
-        port = load_be16(<const uint8_t*>&sa4.sin_port)
-    else:
-        from_.addr = <const uint8_t*>&sa.sin6_addr
-        from_.addr_len = 16
-        port = load_be16(<const uint8_t*>&sa.sin6_port)
-    from_.peer = find_peer(w.snapshot, from_.addr, from_.addr_len, port)
-    from_.seen_len = 0
+    find_sender(w, &sender, <sockaddr_in6*>m.msg_hdr.msg_name)
     if size == 0:
         size = <uint32_t>n
     while True:
         piece = n if n < size else size
-        decap_packet(w, &from_, p, piece)
+        decap_packet(w, &sender, p, piece)
         if w.merge.packets_n == MERGE_PACKETS:
             write_outputs(w)
         p += piece
         n -= piece
         if n == 0:
             break
-    if from_.peer != NULL:
-        from_.peer.counters[w.index].decap_packets += w.decap.read - packets
-        from_.peer.counters[w.index].decap_bytes += bytes_
-        from_.peer.counters[w.index].last_seen_ns = w.now
+    if sender.peer != NULL:
+        sender.peer.counters[w.index].decap_packets += w.decap.read - read_before
+        sender.peer.counters[w.index].decap_bytes += m.msg_len
+        sender.peer.counters[w.index].last_seen_ns = w.now
+
+
+# Each batch
+
+
+cdef inline void adapt_batch(worker_t* w, uint32_t n, uint64_t bytes_) noexcept nogil:
+    """After a batch of n datagrams, set the slots of the next one so that it stays in the CPU
+    cache: 64 small datagrams, or a few joined runs. Detect small packets."""
+    cdef uint32_t fitting
+    if not w.batch or n == 0:
+        return
+    w.small_packets = n >= SMALL_BATCH_MIN and bytes_ < <uint64_t>n * SMALL_DATAGRAM
+    fitting = <uint32_t>(RX_BATCH_BYTES // (bytes_ // n + 1))
+    w.rx_slots = min(max(fitting, <uint32_t>RX_SLOTS_MIN), <uint32_t>RX_SLOTS)
 
 
 cdef inline bint receive(worker_t* w, int fd) noexcept nogil:
-    """Receive a batch from one socket and write it to the TUN. True: there may be more.
-
-    The number of slots follows the size of what came last, so that one batch stays in cache:
-    64 small datagrams, or a few merged runs.
-    """
+    """Receive a batch from one socket and write it to the TUN. Return whether there may be more."""
     cdef uint32_t slots = w.rx_slots
-    cdef uint32_t i, fitting
+    cdef uint32_t i
     cdef uint64_t bytes_ = 0
     cdef mmsghdr* m
     cdef int n
@@ -237,17 +250,12 @@ cdef inline bint receive(worker_t* w, int fd) noexcept nogil:
     w.syscalls_recv += 1
     n = recvmmsg(fd, w.rx_msgs, slots, MSG_DONTWAIT, NULL)
     if n < 0:
-        if errno == EAGAIN:
-            return False
-        # an ICMP error about something we sent is reported once, in place of data
-        read_errors(w, fd)
+        if errno != EAGAIN:
+            read_errors(w, fd)  # an ICMP error about a datagram we sent, reported once
         return False
     for i in range(n):
         bytes_ += w.rx_msgs[i].msg_len
         decap_datagram(w, &w.rx_msgs[i], w.rx_buf + i * RX_SLOT)
     write_outputs(w)
-    if w.batch and n > 0:
-        w.trickle = n >= TRICKLE and bytes_ < <uint64_t>n * SINGLE
-        fitting = <uint32_t>(RX_SET // (bytes_ // n + 1))
-        w.rx_slots = min(max(fitting, <uint32_t>RX_SLOTS_MIN), <uint32_t>RX_SLOTS)
+    adapt_batch(w, n, bytes_)
     return <uint32_t>n == slots

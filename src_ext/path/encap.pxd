@@ -1,248 +1,256 @@
-"""TUN to UDP: parse, look up, cut, and let the datagrams wait for the next flush.
+"""TUN to UDP: parse a frame, look up its route, cut it, and queue the datagrams.
 
-Owns the road of one frame out (``encap_frame``) and the draining of the TUN (``drain_tun``).
-Counted in inner IP packets: a super-packet counts as the packets it is cut into.
+Owns the path of a frame (``encap_frame``) and the draining of the TUN (``drain_tun``). Counts in
+inner IP packets: a super-packet counts as the packets that it is cut into.
+Threading: the worker's thread.
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
+from drops cimport (
+    DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_SHORT_PACKET, DROP_TOO_BIG, DROP_TTL_EXCEEDED, PASS,
+    drop_t,
+)
+from path.icmp_reply cimport reply_to_tun
+from path.queue cimport (
+    QUEUE_FRAME_DATAGRAMS, queue_append, queue_append_copy, queue_is_full, queue_room,
+)
+from path.send cimport flush, make_room
+from path.worker cimport EVENT_TUN_GONE, TX_FRAME, count_drop, raise_event, worker_t
+from sys cimport read
+from table.peers cimport find_hop, hop_t, path_limit
 from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_start, cut_t,
     is_super, plan_cut,
 )
-from drops cimport (
-    DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_SHORT_PACKET, DROP_TOO_BIG, DROP_TTL_EXCEEDED,
-    DROP_TUN_WRITE, PASS, drop_t,
-)
 from wire.fragment cimport frag_t, fragment_at, fragment_n
-from wire.icmp cimport (
-    ICMP_KINDS_N, ICMP_MAX, ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED, icmp_allow, icmp_error,
-)
-from sys cimport read, write
+from wire.icmp cimport ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED
 from wire.packet cimport (
     check_total_len, decrement_hop_limit, hop_limit_spent, ip_src, ip_t, parse_ip,
-)
-from table.peers cimport find_hop, hop_t, peer_t
-from path.send cimport flush, queue_full, queue_packet, queue_segment, segment_room
-from path.worker cimport (
-    EVENT_TUN_GONE, TX_FRAME, TX_FRAME_SEGS, TX_SEGS, count_drop,
-    raise_event, worker_t,
 )
 
 
 cdef enum:
-    TUN_FRAMES = 256            # of one turn
-    TUN_BYTES = 262144
+    TURN_FRAMES = 256           # limits of one turn
+    TURN_BYTES = 262144
 
 
-cdef inline size_t make_icmp(
-    worker_t* w, const uint8_t* p, size_t n, const ip_t* ip, int kind, uint32_t mtu,
-    uint32_t limit, uint8_t* out
+cdef struct frame_t:            # one frame from the TUN; each step adds what it finds
+    uint8_t* p                  # the IP packet, borrowed until the next read
+    size_t n                    # its bytes
+    bint is_super
+    ip_t ip
+    cut_t cut                   # cut.n = packets, 1 if not is_super; the rest only if is_super
+    hop_t* hop
+    uint32_t limit              # the largest inner packet on the path to the peer
+    bint too_big                # packets exceed the limit, and may be fragmented
+
+
+# The steps of encap_frame
+
+
+cdef inline drop_t parse_frame(
+    frame_t* f, uint8_t* frame, size_t n, uint32_t vnet_len
 ) noexcept nogil:
-    """An ICMP error about p[0:n] from our TUN address, at most limit bytes; 0: none is due, it does
-    not fit, or too many were sent."""
-    cdef const uint8_t* source
-    cdef size_t made
-    if not (w.shared.has_addr4 if ip.version == 4 else w.shared.has_addr6):
-        return 0
-    source = &w.shared.tun_addr4[0] if ip.version == 4 else &w.shared.tun_addr6[0]
-    made = icmp_error(p, n, kind, source, mtu, out)
-    if made == 0 or made > limit:
-        return 0
-    if not icmp_allow(&w.icmp_buckets[kind + (0 if ip.version == 4 else ICMP_KINDS_N)], w.now):
-        w.icmp_suppressed += 1
-        return 0
-    w.icmp_sent += 1
-    return made
+    """Validate the vnet header and the IP packet of frame[0:n]; complete a checksum that the kernel
+    left to the device."""
+    cdef drop_t verdict
+    f.cut.n = 1
+    f.limit = 0
+    if n < vnet_len:
+        return DROP_SHORT_PACKET
+    f.p = frame + vnet_len
+    f.n = n - vnet_len
+    f.is_super = vnet_len != 0 and is_super(frame)
+    verdict = parse_ip(f.p, f.n, &f.ip)
+    if verdict != PASS:
+        return verdict
+    if f.is_super:
+        return plan_cut(frame, f.p, f.n, &f.ip, &f.cut)
+    verdict = check_total_len(&f.ip, f.n)
+    if verdict != PASS:
+        return verdict
+    f.n = f.ip.total_len
+    return complete_checksum(frame, f.p, f.n, &f.ip) if vnet_len != 0 else PASS
 
 
-cdef inline void icmp_to_tun(
-    worker_t* w, const uint8_t* p, size_t n, const ip_t* ip, int kind, uint32_t mtu
-) noexcept nogil:
-    """Answer the inner sender on this side."""
-    cdef size_t made = make_icmp(w, p, n, ip, kind, mtu, ICMP_MAX, w.icmp_out + 10)
-    if made == 0:
+cdef inline drop_t find_route(worker_t* w, frame_t* f) noexcept nogil:
+    f.hop = find_hop(w.snapshot, ip_src(f.p, &f.ip) + f.ip.addr_len, f.ip.addr_len)
+    return PASS if f.hop != NULL else DROP_NO_ROUTE
+
+
+cdef inline drop_t check_hop_limit(const frame_t* f) noexcept nogil:
+    return DROP_TTL_EXCEEDED if hop_limit_spent(f.p, f.ip.version) else PASS
+
+
+cdef inline drop_t check_size(frame_t* f) noexcept nogil:
+    cdef uint32_t longest = <uint32_t>f.n
+    if f.is_super:
+        longest = f.cut.hdr_len + f.cut.gso_size
+    f.limit = path_limit(f.hop)
+    f.too_big = longest > f.limit
+    return DROP_TOO_BIG if f.too_big and f.ip.dont_fragment else PASS
+
+
+# A packet that is dropped
+
+
+cdef inline uint32_t queue_last_segment(worker_t* w, frame_t* f) noexcept nogil:
+    """When a super-packet's full segments exceed the limit, queue the last one if it is short
+    enough. Return the number of packets queued."""
+    cdef uint8_t* out = queue_room(&w.queue)
+    cdef uint32_t last = f.cut.n - 1
+    cdef uint32_t n
+    if not f.is_super or f.cut.hdr_len + cut_payload_len(&f.cut, last) > f.limit:
+        return 0
+    cut_start(&f.cut, f.p)
+    n = cut_segment(&f.cut, f.p, last, out)
+    decrement_hop_limit(out, f.cut.version)
+    queue_append(&w.queue, f.hop.peer, n)
+    return 1
+
+
+cdef inline void keep_first_segment(frame_t* f) noexcept nogil:
+    """Turn a super-packet into its first segment, in place: an ICMP error quotes a packet of the
+    size that the sender knows."""
+    cdef uint8_t hdr[SEG_HDR_ROOM]
+    cut_start(&f.cut, f.p)
+    cut_header(&f.cut, f.p + f.cut.hdr_len, 0, hdr)
+    memcpy(f.p, hdr, f.cut.hdr_len)
+    f.n = f.cut.hdr_len + cut_payload_len(&f.cut, 0)
+
+
+cdef inline int icmp_kind(drop_t reason) noexcept nogil:
+    """Return the ICMP error that reports a drop to the sender, -1 = none."""
+    if reason == DROP_NO_ROUTE:
+        return ICMP_NO_ROUTE
+    if reason == DROP_TTL_EXCEEDED:
+        return ICMP_TTL_EXCEEDED
+    if reason == DROP_TOO_BIG:
+        return ICMP_TOO_BIG
+    return -1
+
+
+cdef inline void refuse(worker_t* w, frame_t* f, drop_t reason) noexcept nogil:
+    """Drop the frame's packets; reply to the sender with one ICMP error, about the first."""
+    cdef uint32_t dropped = f.cut.n
+    cdef int kind = icmp_kind(reason)
+    if reason == DROP_TOO_BIG:
+        dropped -= queue_last_segment(w, f)
+    count_drop(&w.encap, reason, dropped)
+    if kind < 0:
         return
-    memset(w.icmp_out, 0, 10)
-    w.decap.generated += 1
-    w.syscalls_write += 1
-    if write(w.tun_fd, w.icmp_out + 10 - w.vnet_len, made + w.vnet_len) < 0:
-        count_drop(&w.decap, DROP_TUN_WRITE, 1)
-    else:
-        w.decap.delivered += 1
+    if f.is_super:
+        keep_first_segment(f)
+    reply_to_tun(w, f.p, f.n, f.ip.version, kind, f.limit)
 
 
-cdef inline bint room_for(worker_t* w, uint32_t segs) noexcept nogil:
-    """Make room for more segments of the frame at hand."""
-    if segs > TX_SEGS:
-        return False
-    return w.segs_n + segs <= TX_SEGS or flush(w)
+# A packet that passes
+
+
+cdef inline void queue_segments(worker_t* w, frame_t* f) noexcept nogil:
+    """Queue the segments of a super-packet."""
+    cdef uint32_t i
+    cut_start(&f.cut, f.p)
+    if not make_room(w, f.cut.n):
+        count_drop(&w.encap, DROP_NO_BUFFER, f.cut.n)
+        return
+    for i in range(f.cut.n):
+        queue_append(
+            &w.queue, f.hop.peer, cut_segment(&f.cut, f.p, i, queue_room(&w.queue))
+        )
 
 
 cdef inline void queue_fragments(
-    worker_t* w, peer_t* peer, uint8_t* hdr, uint32_t ip_hdr_len, uint32_t lead_len,
-    uint8_t* data, uint32_t data_len, uint32_t limit
+    worker_t* w, const frame_t* f, const uint8_t* hdr, uint32_t lead_len,
+    const uint8_t* data, uint32_t data_len
 ) noexcept nogil:
-    """Send one IPv4 packet, given as headers and data, as fragments of at most limit bytes."""
-    cdef int n = fragment_n(ip_hdr_len, lead_len, data_len, limit)
+    """Queue one IPv4 packet as fragments within the limit.
+
+    hdr   the IP header, and lead_len bytes of transport header
+    data  the rest
+    """
+    cdef uint32_t ip_hdr_len = f.ip.hdr_len
+    cdef int n = fragment_n(ip_hdr_len, lead_len, data_len, f.limit)
+    cdef uint8_t* out
     cdef frag_t frag
     cdef int i
     if n <= 0:
         count_drop(&w.encap, DROP_TOO_BIG, 1)
         return
-    if not room_for(w, n):
+    if not make_room(w, n):
         count_drop(&w.encap, DROP_NO_BUFFER, 1)
         return
     w.encap.generated += n - 1
     for i in range(n):
-        fragment_at(hdr, ip_hdr_len, lead_len, data, data_len, limit, i, segment_room(w), &frag)
-        memcpy(segment_room(w) + frag.hdr_len, frag.data, frag.data_len)
-        queue_segment(w, peer, frag.hdr_len + frag.data_len)
+        out = queue_room(&w.queue)
+        fragment_at(hdr, ip_hdr_len, lead_len, data, data_len, f.limit, i, out, &frag)
+        memcpy(out + frag.hdr_len, frag.data, frag.data_len)
+        queue_append(&w.queue, f.hop.peer, frag.hdr_len + frag.data_len)
 
 
-cdef inline void queue_cut(
-    worker_t* w, peer_t* peer, const uint8_t* p, cut_t* cut
-) noexcept nogil:
-    """Send a super-packet's segments."""
-    cdef uint32_t i
-    cut_start(cut, p)
-    if not room_for(w, cut.n):
-        count_drop(&w.encap, DROP_NO_BUFFER, cut.n)
-        return
-    for i in range(cut.n):
-        queue_segment(w, peer, cut_segment(cut, p, i, segment_room(w)))
-
-
-cdef inline void queue_last(
-    worker_t* w, peer_t* peer, const uint8_t* p, cut_t* cut
-) noexcept nogil:
-    """Of a super-packet whose full segments do not fit the path, send the last one, which does."""
-    cdef uint32_t n
-    cut_start(cut, p)
-    n = cut_segment(cut, p, cut.n - 1, segment_room(w))
-    decrement_hop_limit(segment_room(w), cut.version)
-    queue_segment(w, peer, n)
-
-
-cdef inline void queue_cut_fragments(
-    worker_t* w, peer_t* peer, uint8_t* p, const ip_t* ip, cut_t* cut, uint32_t limit
-) noexcept nogil:
-    """Send a super-packet whose segments do not fit the path and may be fragmented (IPv4, no DF).
-    A last segment that fits comes out of the fragmenting whole."""
+cdef inline void queue_segment_fragments(worker_t* w, frame_t* f) noexcept nogil:
+    """Queue the segments of a super-packet as fragments (IPv4 without DF). A last segment within
+    the limit stays whole."""
     cdef uint8_t hdr[SEG_HDR_ROOM]
-    cdef uint8_t* payload
+    cdef const uint8_t* payload
     cdef uint32_t i
-    cut_start(cut, p)
-    for i in range(cut.n):
-        payload = p + cut.hdr_len + i * cut.gso_size
-        cut_header(cut, payload, i, hdr)
+    cut_start(&f.cut, f.p)
+    for i in range(f.cut.n):
+        payload = f.p + f.cut.hdr_len + i * f.cut.gso_size
+        cut_header(&f.cut, payload, i, hdr)
         queue_fragments(
-            w, peer, hdr, ip.hdr_len, cut.hdr_len - ip.hdr_len, payload, cut_payload_len(cut, i),
-            limit,
+            w, f, hdr, f.cut.hdr_len - f.ip.hdr_len, payload, cut_payload_len(&f.cut, i)
         )
+
+
+cdef inline void queue_frame(worker_t* w, frame_t* f) noexcept nogil:
+    """Queue the frame's packets: whole, cut, or as fragments."""
+    if f.is_super:
+        if f.too_big:
+            queue_segment_fragments(w, f)
+        else:
+            queue_segments(w, f)
+    elif f.too_big:
+        queue_fragments(w, f, f.p, 0, f.p + f.ip.hdr_len, <uint32_t>f.n - f.ip.hdr_len)
+    else:
+        queue_append_copy(&w.queue, f.hop.peer, f.p, <uint32_t>f.n)
+
+
+# The path
 
 
 cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nogil:
-    """One frame from the TUN: the road out.
+    """Send one frame from the TUN to a peer, or drop it.
 
-    frame  a vnet header if the TUN has them, and an IP packet; overwritten
+    frame  vnet header, if the TUN has them, and an IP packet; overwritten
     """
-    cdef uint8_t* p = frame + w.vnet_len
-    cdef ip_t ip
-    cdef cut_t cut
-    cdef drop_t verdict
-    cdef hop_t* hop
-    cdef uint32_t limit, count
-    cdef bint super_packet, too_big
-    if n < w.vnet_len:
-        w.encap.read += 1
-        count_drop(&w.encap, DROP_SHORT_PACKET, 1)
-        return
-    n -= w.vnet_len
-    super_packet = w.vnet_len != 0 and is_super(frame)
-    cut.n = 1
-    verdict = parse_ip(p, n, &ip)
+    cdef frame_t f
+    cdef drop_t verdict = parse_frame(&f, frame, n, w.vnet_len)
+    w.encap.read += f.cut.n
     if verdict == PASS:
-        if super_packet:
-            verdict = plan_cut(frame, p, n, &ip, &cut)
-        else:
-            verdict = check_total_len(&ip, n)
-            if verdict == PASS:
-                n = ip.total_len
-                if w.vnet_len != 0:
-                    verdict = complete_checksum(frame, p, n, &ip)
+        verdict = find_route(w, &f)
+    if verdict == PASS:
+        verdict = check_hop_limit(&f)
+    if verdict == PASS:
+        verdict = check_size(&f)
     if verdict != PASS:
-        w.encap.read += 1
-        count_drop(&w.encap, verdict, 1)
+        refuse(w, &f, verdict)
         return
-    w.encap.read += cut.n
-
-    hop = find_hop(w.snapshot, ip_src(p, &ip) + ip.addr_len, ip.addr_len)
-    if hop == NULL:
-        refuse(w, p, n, &ip, &cut, super_packet, cut.n, DROP_NO_ROUTE, ICMP_NO_ROUTE, 0)
-        return
-    if hop_limit_spent(p, ip.version):
-        refuse(
-            w, p, n, &ip, &cut, super_packet, cut.n, DROP_TTL_EXCEEDED, ICMP_TTL_EXCEEDED, 0
-        )
-        return
-    limit = path_limit(hop)
-    if super_packet:
-        too_big = cut.hdr_len + cut.gso_size > limit
-    else:
-        too_big = n > limit
-    if too_big and ip.dont_fragment:
-        count = cut.n
-        if super_packet and cut.hdr_len + cut_payload_len(&cut, cut.n - 1) <= limit:
-            queue_last(w, hop.peer, p, &cut)
-            count -= 1
-        refuse(w, p, n, &ip, &cut, super_packet, count, DROP_TOO_BIG, ICMP_TOO_BIG, limit)
-        return
-    decrement_hop_limit(p, ip.version)
-    if super_packet:
-        if too_big:
-            queue_cut_fragments(w, hop.peer, p, &ip, &cut, limit)
-        else:
-            queue_cut(w, hop.peer, p, &cut)
-    elif too_big:
-        queue_fragments(
-            w, hop.peer, p, ip.hdr_len, 0, p + ip.hdr_len, <uint32_t>n - ip.hdr_len, limit
-        )
-    else:
-        queue_packet(w, hop.peer, p, <uint32_t>n)
-
-
-cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
-    """The largest inner packet that the route and the peer's path take."""
-    cdef uint32_t limit = hop.peer.path_mtu - hop.peer.overhead
-    return hop.mtu if hop.mtu != 0 and hop.mtu < limit else limit
-
-
-cdef inline void refuse(
-    worker_t* w, uint8_t* p, size_t n, const ip_t* ip, cut_t* cut, bint super_packet,
-    uint32_t count, drop_t reason, int kind, uint32_t mtu
-) noexcept nogil:
-    """Drop ``count`` of the packets read and tell their sender, about the first of them."""
-    cdef uint8_t hdr[SEG_HDR_ROOM]
-    count_drop(&w.encap, reason, count)
-    if super_packet:
-        cut_start(cut, p)
-        cut_header(cut, p + cut.hdr_len, 0, hdr)
-        memcpy(p, hdr, cut.hdr_len)
-        n = cut.hdr_len + cut_payload_len(cut, 0)
-    icmp_to_tun(w, p, n, ip, kind, mtu)
+    decrement_hop_limit(f.p, f.ip.version)
+    queue_frame(w, &f)
 
 
 cdef inline bint drain_tun(worker_t* w) noexcept nogil:
-    """Read frames until the TUN is empty, the sockets are full, or the turn's share is used.
-    True: there may be more to read."""
+    """Read frames until the TUN is empty, a socket's buffer is full, or the turn's limit is
+    reached. Return whether there may be more to read."""
     cdef uint32_t frames = 0
     cdef size_t bytes_ = 0
     cdef ssize_t n
-    while frames < TUN_FRAMES and bytes_ < TUN_BYTES:
-        if queue_full(w, TX_FRAME_SEGS) and not flush(w):
+    while frames < TURN_FRAMES and bytes_ < TURN_BYTES:
+        if queue_is_full(&w.queue, QUEUE_FRAME_DATAGRAMS) and not flush(w):
             return False
         w.syscalls_read += 1
         n = read(w.tun_fd, w.tx_frame, TX_FRAME)

@@ -1,43 +1,46 @@
-"""The worker's turn, and how long it stays away from the event loop.
+"""The worker's turns: what it does in which order, and when it returns to the event loop.
 
-Owns the order of work (receive, write, drain the TUN, send: a write to the TUN runs the local TCP
-stack inline, so its answers can be read at once), the epoll set, back-pressure, and the borrowing
-of the snapshot.
+Owns the order of one turn (receive, write, drain the TUN, send), the epoll set, back-pressure, and
+the borrowing of the snapshot. The TUN is drained after the write because a write runs the local TCP
+stack inline, so its reply is often there at once.
 
-Threading: ``run`` is called by the worker's thread without the GIL. A snapshot is borrowed while
-``busy`` is 1 and ``seen`` is its generation; the control side frees a retired one only when every
-worker is not busy, or has seen a later one. The two full fences (here, and after the control
-side's swap) make sure that one side sees the other's store.
+Threading: ``run`` and ``drain`` are called by the worker's thread without the GIL. A snapshot is
+borrowed while ``busy`` is 1 and ``seen`` is its generation; the control side frees a retired one
+only when every worker is not busy or has seen a later generation. The two full fences (here, and
+after the control side's swap) guarantee that one side sees the other's store.
 """
-
 
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
 from drops cimport DROP_CLOSED
+from path.affinity cimport adjust_affinity, unpin
 from path.decap cimport receive
 from path.encap cimport drain_tun
+from path.queue cimport queue_clear, queue_is_empty
+from path.send cimport flush, read_errors
+from path.worker cimport (
+    EVENT_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, count_drop, raise_event, worker_t,
+)
 from sys cimport (
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLERR, POLLIN, POLLNVAL, POLLOUT, epoll_ctl, epoll_event,
     full_fence, load_flag, load_ptr, nanosleep, now_ns, poll, read, store_flag, timespec,
 )
 from table.peers cimport snapshot_t
-from path.affinity cimport look_at_place, roam
-from path.send cimport flush, read_errors, waiting
-from path.worker cimport (
-    EVENT_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, count_drop,
-    raise_event, worker_t,
-)
 
 
 cdef enum:
-    POLL_TURNS = 64             # a busy worker looks for errors this often
-    NAP_NS = 40000
+    POLL_TURNS = 64             # a busy worker polls for errors once in so many turns
+    BATCHING_DELAY_NS = 40000
+
+
+# The snapshot
 
 
 cdef inline void borrow(worker_t* w) noexcept nogil:
-    """Take the snapshot in force, unless segments still wait that came of the one we hold."""
-    if waiting(w) and w.busy:
+    """Borrow the active snapshot. Keep the present one while datagrams wait: they point to its
+    peers."""
+    if not queue_is_empty(&w.queue) and w.busy:
         return
     store_flag(&w.busy, 1)
     full_fence()
@@ -46,41 +49,40 @@ cdef inline void borrow(worker_t* w) noexcept nogil:
 
 
 cdef inline void release(worker_t* w) noexcept nogil:
-    if not waiting(w):
+    """End the borrowing, unless datagrams wait."""
+    if queue_is_empty(&w.queue):
         store_flag(&w.busy, 0)
 
 
-cdef inline void set_pressure(worker_t* w) noexcept nogil:
-    """After a flush: while a socket is full, poll it for room, and the TUN not at all."""
-    w.tun_asleep = w.full4 or w.full6
-    w.polled[ON_TUN].events = 0 if w.tun_asleep else POLLIN
-    w.polled[ON_UDP4].events = POLLIN | (POLLOUT if w.full4 else 0)
-    w.polled[ON_UDP6].events = POLLIN | (POLLOUT if w.full6 else 0)
+# Waiting
 
 
-cdef inline bint turn(worker_t* w) noexcept nogil:
-    """Receive, write, drain the TUN, send. True: there may be more to do at once."""
-    cdef bint more = False
-    w.turns += 1
-    if w.udp_ready4:
-        more |= receive(w, w.udp_fd4)
-        w.tun_ready = True
-    if w.udp_ready6:
-        more |= receive(w, w.udp_fd6)
-        w.tun_ready = True
-    if waiting(w):
-        if not flush(w):
-            set_pressure(w)
-            return more
-        w.tun_ready = True  # it was asleep meanwhile
-    if w.tun_ready:
-        more |= drain_tun(w)
-    set_pressure(w)
-    return more
+cdef inline void epoll_unregister(worker_t* w) noexcept nogil:
+    """Remove the descriptors that carry packets from the epoll set. An epoll registration runs a
+    wake-up callback for every packet, in the sender's context, even when nothing waits."""
+    cdef int i
+    for i in range(ON_TUN, POLLED_N):
+        if w.polled[i].fd >= 0:
+            epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.polled[i].fd, NULL)
+
+
+cdef inline bint epoll_register(worker_t* w) noexcept nogil:
+    """Add the descriptors that carry packets to the epoll set. False: the kernel refused one, errno
+    has the reason, and none is added, since the event loop would miss packets."""
+    cdef epoll_event event
+    cdef int i
+    memset(&event, 0, sizeof(event))
+    for i in range(ON_TUN, POLLED_N):
+        if w.polled[i].fd >= 0:
+            event.events = w.polled[i].events
+            if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.polled[i].fd, &event) < 0:
+                epoll_unregister(w)
+                return False
+    return True
 
 
 cdef inline bint readable(worker_t* w, int which, int fd) noexcept nogil:
-    """Whether a polled socket is. An error counts as readable: receiving clears it."""
+    """Return whether a polled socket is readable. An error counts: receiving clears it."""
     cdef short events = w.polled[which].revents
     if events & POLLERR:
         read_errors(w, fd)
@@ -88,7 +90,7 @@ cdef inline bint readable(worker_t* w, int which, int fd) noexcept nogil:
 
 
 cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
-    """Poll, and mark what is ready."""
+    """Poll, and mark the ready descriptors."""
     cdef uint64_t value
     w.syscalls_wait += 1
     w.ready = poll(w.polled, POLLED_N, timeout_ms) > 0
@@ -106,88 +108,99 @@ cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
     w.udp_ready6 = readable(w, ON_UDP6, w.udp_fd6)
 
 
-cdef inline void look_everywhere(worker_t* w) noexcept nogil:
-    """While there is more to do, try all descriptors rather than poll them."""
+cdef inline void assume_ready(worker_t* w) noexcept nogil:
+    """Mark all descriptors ready: a busy worker tries them without a poll."""
     w.now = now_ns()
     borrow(w)
-    w.tun_ready = not w.tun_asleep
+    w.tun_ready = not w.tun_paused
     w.udp_ready4 = w.udp_fd4 >= 0
     w.udp_ready6 = w.udp_fd6 >= 0
 
 
-cdef inline void unwatch(worker_t* w) noexcept nogil:
-    """Take what packets come through out of the epoll set: it is told of each packet at once, by
-    whoever brings it, whether somebody waits or not."""
-    cdef int i
-    for i in range(ON_TUN, POLLED_N):
-        if w.polled[i].fd >= 0:
-            epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.polled[i].fd, NULL)
-
-
-cdef inline bint watch(worker_t* w) noexcept nogil:
-    """Put it back. False: the kernel refused one, and the loop would not learn of its packets; then
-    none is in, and errno says why."""
-    cdef epoll_event event
-    cdef int i
-    memset(&event, 0, sizeof(event))
-    for i in range(ON_TUN, POLLED_N):
-        if w.polled[i].fd >= 0:
-            event.events = w.polled[i].events
-            if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.polled[i].fd, &event) < 0:
-                unwatch(w)
-                return False
-    return True
-
-
-cdef inline void nap(worker_t* w) noexcept nogil:
-    """Datagrams come singly and fast: let some gather. A worker that polls is woken by the first,
-    at the cost of whoever brings it, and merges less."""
+cdef inline void batching_delay(worker_t* w) noexcept nogil:
+    """Sleep while small packets gather. A worker that polls would be woken by the first of them, at
+    the sender's expense, and would merge fewer."""
     cdef timespec ts
     ts.tv_sec = 0
-    ts.tv_nsec = NAP_NS
-    w.trickle = False
+    ts.tv_nsec = BATCHING_DELAY_NS
+    w.small_packets = False
     release(w)
     nanosleep(&ts, NULL)
 
 
+# One turn
+
+
+cdef inline void set_back_pressure(worker_t* w) noexcept nogil:
+    """After a flush: poll a socket whose buffer is full for writing, and pause the TUN."""
+    w.tun_paused = w.full4 or w.full6
+    w.polled[ON_TUN].events = 0 if w.tun_paused else POLLIN
+    w.polled[ON_UDP4].events = POLLIN | (POLLOUT if w.full4 else 0)
+    w.polled[ON_UDP6].events = POLLIN | (POLLOUT if w.full6 else 0)
+
+
+cdef inline bint turn(worker_t* w) noexcept nogil:
+    """Receive, write, drain the TUN, send. Return whether there may be more to do at once."""
+    cdef bint more = False
+    w.turns += 1
+    if w.udp_ready4:
+        more |= receive(w, w.udp_fd4)
+        w.tun_ready = True
+    if w.udp_ready6:
+        more |= receive(w, w.udp_fd6)
+        w.tun_ready = True
+    if not queue_is_empty(&w.queue):
+        if not flush(w):
+            set_back_pressure(w)
+            return more
+        w.tun_ready = True  # the TUN was not polled while a socket's buffer was full
+    if w.tun_ready:
+        more |= drain_tun(w)
+    set_back_pressure(w)
+    return more
+
+
+# All turns
+
+
 cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
-    """Work until there was nothing to do for linger_ms, or the control side calls."""
+    """Work until no descriptor was ready for linger_ms, or the control side requests a wake-up."""
     cdef int timeout = 0
     cdef bint more = False
-    unwatch(w)
+    epoll_unregister(w)
     while True:
         if more and w.turns % POLL_TURNS != 0:
-            look_everywhere(w)
+            assume_ready(w)
         elif more:
-            wait_for_work(w, 0)  # for errors, and the wake-up
-        elif w.trickle:
-            nap(w)
+            wait_for_work(w, 0)  # for errors and wake-ups
+        elif w.small_packets:
+            batching_delay(w)
             wait_for_work(w, 0)
         else:
             if timeout:
                 release(w)
             wait_for_work(w, timeout)
-            if not w.ready and timeout and watch(w):
+            if not w.ready and timeout and epoll_register(w):
                 break
             timeout = linger_ms
         if load_flag(&w.wake_requested):
-            watch(w)
+            epoll_register(w)
             break
         if w.events & EVENT_TUN_GONE:
-            break  # it would be ready for ever: from now on only a call wakes us
-        look_at_place(&w.place, w.now, w.encap.delivered, w.decap.delivered)
+            break  # not registered again: a TUN that is gone is always ready
+        adjust_affinity(&w.affinity, w.now, w.encap.delivered, w.decap.delivered)
         more = turn(w)
     release(w)
-    roam(&w.place)
+    unpin(&w.affinity)
     w.loop_returns += 1
 
 
 cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
-    """Forward what the queues already hold. Wait for full sockets, but not past ``until``
-    (monotonic ns)."""
+    """Forward what the kernel's queues and the send queue hold. Wait for full sockets, but not past
+    ``until`` (monotonic ns)."""
     cdef bint more = True
-    while more or waiting(w):
-        look_everywhere(w)
+    while more or not queue_is_empty(&w.queue):
+        assume_ready(w)
         if w.now >= until:
             return
         if not more:
@@ -196,10 +209,10 @@ cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
 
 
 cdef inline void drain(worker_t* w, uint64_t until) noexcept nogil:
-    """Forward what the queues already hold, and drop (CLOSED) what is left at ``until``. Only after
-    the last ``run``."""
+    """Forward what is queued until ``until`` (monotonic ns), then drop the rest (CLOSED). Only
+    after the last ``run``."""
     forward_rest(w, until)
-    count_drop(&w.encap, DROP_CLOSED, w.encap.queued)
-    w.encap.queued = 0
-    w.segs_n = w.buckets_n = w.tx_used = 0
+    count_drop(&w.encap, DROP_CLOSED, w.queue.waiting_n)
+    w.queue.waiting_n = 0
+    queue_clear(&w.queue)
     release(w)

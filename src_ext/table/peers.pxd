@@ -145,6 +145,12 @@ cdef inline hop_t* find_hop(
     return &s.hops[value - 1] if value != 0 else NULL
 
 
+cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
+    """Return the largest inner packet that the route and the path to its peer allow."""
+    cdef uint32_t limit = hop.peer.path_mtu - hop.peer.overhead
+    return hop.mtu if hop.mtu != 0 and hop.mtu < limit else limit
+
+
 cdef inline peer_t* find_peer(
     const snapshot_t* s, const uint8_t* addr, size_t addr_len, uint16_t port
 ) noexcept nogil:

@@ -1,0 +1,105 @@
+"""The send queue: datagrams that wait for the next flush, in order for each peer.
+
+Owns ``queue_t``. A caller writes a datagram at ``queue_room`` and adds it with ``queue_append``;
+send.pxd sends the datagrams and empties the queue. Depends on no worker and no socket.
+
+The datagrams lie one behind the other in memory. A run to one peer is then one contiguous block,
+which the kernel copies several times faster than a gather list of headers and payloads
+(docs/performance.md). A datagram stays in place until the flush that sends it ends.
+Threading: one queue per worker; the control side reads ``waiting_n``.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from table.peers cimport peer_t
+from wire.cut cimport SEG_HDR_ROOM
+from wire.headers cimport VNET_LEN
+
+
+cdef enum:
+    QUEUE_DATAGRAMS = 1024      # that may wait for one flush
+    QUEUE_FRAME_DATAGRAMS = 512  # room kept for the next frame; the TUN's gso_max_segs
+    QUEUE_FRAME_BYTES = VNET_LEN + 65536
+    QUEUE_PEERS = 32            # different peers among the waiting datagrams
+    QUEUE_FULL_BYTES = 262144   # flush above this, so that the queue stays in the CPU cache
+    QUEUE_BYTES = QUEUE_FULL_BYTES + QUEUE_FRAME_BYTES + QUEUE_DATAGRAMS * SEG_HDR_ROOM
+
+
+cdef struct datagram_t:
+    uint8_t* data
+    uint32_t len
+    int32_t next                # index of the next datagram to the same peer; -1 = last
+
+
+cdef struct peer_queue_t:       # the datagrams that wait for one peer, in order
+    peer_t* peer
+    int32_t first               # -1 = all are sent
+    int32_t last
+
+
+cdef struct queue_t:
+    uint8_t* memory             # QUEUE_BYTES
+    uint32_t used               # bytes of it
+    uint32_t n                  # datagrams in memory: waiting, or sent by an incomplete flush
+    uint32_t peers_n
+    uint64_t waiting_n          # datagrams not yet sent or dropped
+    datagram_t datagrams[QUEUE_DATAGRAMS]
+    peer_queue_t peers[QUEUE_PEERS]
+
+
+cdef inline bint queue_is_empty(const queue_t* q) noexcept nogil:
+    return q.n == 0
+
+
+cdef inline bint queue_is_full(const queue_t* q, uint32_t datagrams) noexcept nogil:
+    """Return whether a flush must come before ``datagrams`` more datagrams and one more frame."""
+    return (
+        q.n + datagrams > QUEUE_DATAGRAMS or q.used > QUEUE_FULL_BYTES
+        or q.peers_n == QUEUE_PEERS
+    )
+
+
+cdef inline uint8_t* queue_room(queue_t* q) noexcept nogil:
+    """Return where to write the next datagram."""
+    return q.memory + q.used
+
+
+cdef inline void queue_append(queue_t* q, peer_t* peer, uint32_t n) noexcept nogil:
+    """Add the datagram of n bytes at ``queue_room``. The queue must not be full."""
+    cdef datagram_t* datagram = &q.datagrams[q.n]
+    cdef peer_queue_t* waiting = NULL
+    cdef uint32_t i
+    for i in range(q.peers_n):
+        if q.peers[i].peer == peer:
+            waiting = &q.peers[i]
+            break
+    if waiting == NULL:
+        waiting = &q.peers[q.peers_n]
+        q.peers_n += 1
+        waiting.peer = peer
+        waiting.first = -1
+    if waiting.first < 0:  # new, or emptied by a flush that stopped at another peer
+        waiting.first = q.n
+    else:
+        q.datagrams[waiting.last].next = q.n
+    waiting.last = q.n
+    datagram.data = queue_room(q)
+    datagram.len = n
+    datagram.next = -1
+    q.used += n
+    q.n += 1
+    q.waiting_n += 1
+
+
+cdef inline void queue_append_copy(
+    queue_t* q, peer_t* peer, const uint8_t* p, uint32_t n
+) noexcept nogil:
+    """Add a copy of p[0:n]. The queue must not be full."""
+    memcpy(queue_room(q), p, n)
+    queue_append(q, peer, n)
+
+
+cdef inline void queue_clear(queue_t* q) noexcept nogil:
+    """Forget the datagrams in memory, which are all sent or dropped."""
+    q.n = q.peers_n = q.used = 0
