@@ -6,6 +6,7 @@ look-up metric. Does not know: how a look-up works. Pure.
 
 from __future__ import annotations
 
+import ipaddress
 import random
 from functools import cache
 
@@ -35,6 +36,12 @@ def prefixes(n: int, family: int) -> tuple[tuple[int, int], ...]:
         number = value << (width - fixed) | rng.getrandbits(width - fixed)
         found[number >> (width - length) << (width - length), length] = None
     return tuple(found)
+
+
+def consecutive(first: str, n: int) -> list[str]:
+    """Return ``n`` consecutive IPv4 /30 prefixes, beginning at address ``first``."""
+    start = int(ipaddress.IPv4Address(first))
+    return [f"{address(start + 4 * i, 4)}/30" for i in range(n)]
 
 
 def text(n: int, family: int) -> bytes:

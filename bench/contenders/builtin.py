@@ -15,12 +15,13 @@ from typing import Any
 
 from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
+from udptun.model import OVERHEAD
 
 from ..tools import program
 from .base import Contender, ExtraRoute, PathUnderTest
 
 _LINK_MTU = 1500
-_IP_UDP = 28  # IPv4 and UDP header
+_IP_UDP = OVERHEAD[4]
 _VNET = 10  # copylimit sends the virtio-net header on the wire, too
 
 

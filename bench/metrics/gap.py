@@ -26,6 +26,7 @@ from ..contenders import PathUnderTest
 from ..contenders.builtin import replace_routes
 from ..load import json_result, start_receiver, start_sender
 from ..session import Session
+from ..tables import consecutive
 from .metric import Metric, Plan
 
 VARIANTS = ("100000 routes",)
@@ -57,18 +58,14 @@ def longest_gap(recorded: Sequence[Arrival], begin_ns: int, end_ns: int) -> int:
 
 
 def table(path: PathUnderTest, n: int, second: bool) -> bytes:
-    """Return JSON of host a's own routes and ``n`` more.
+    """Return JSON of host a's present routes and ``n`` more.
 
     second  use other prefixes: the first and the second set have none in common
     """
-    base = (10 << 24) + ((128 if second else 64) << 16)
     own = path.forwarders[0].get("/v1/routes")["routes"]
-    own = [r for r in own if not r["dst"].startswith("10.") or r["dst"].startswith("10.244.")]
-    others = [
-        {"dst": f"{x >> 24}.{x >> 16 & 255}.{x >> 8 & 255}.{x & 255}/30", "via": str(path.b.v4)}
-        for x in range(base, base + 4 * n, 4)
-    ]
-    return json.dumps({"routes": [*own, *others]}).encode()
+    prefixes = consecutive("10.128.0.0" if second else "10.64.0.0", n)
+    more = [{"dst": prefix, "via": str(path.b.v4)} for prefix in prefixes]
+    return json.dumps({"routes": [*own, *more]}).encode()
 
 
 @dataclass(frozen=True)
@@ -134,5 +131,5 @@ def measure(s: Session, plan: Plan) -> None:
 
 METRIC = Metric(
     "gap", "longest gap in forwarding while the routes are replaced", measure, VARIANTS,
-    "N routes", r"[1-9]\d* routes", programs=("udptun",),
+    "N routes (N: 1..1000000)", r"(?P<n>\d+) routes", {"": (1, 1_000_000)}, programs=("udptun",),
 )

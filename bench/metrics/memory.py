@@ -14,6 +14,7 @@ from ..contenders import PathUnderTest
 from ..contenders.builtin import replace_routes
 from ..load import bulk
 from ..session import Session
+from ..tables import consecutive
 from .metric import Metric, Plan
 
 VARIANTS = ("10000 routes",)
@@ -32,12 +33,10 @@ class Resident:
             raise Refused(f"{path.name} is not udptun; this metric needs udptun")
         own = [forwarder.routes_file.read_text() for forwarder in path.forwarders]
         vias = path.b.v4, path.a.v4
-        base = (10 << 24) + (64 << 16)
         try:
             for forwarder, text, via in zip(path.forwarders, own, vias, strict=True):
                 more = (
-                    f"{x >> 24}.{x >> 16 & 255}.{x >> 8 & 255}.{x & 255}/30 via {via}\n"
-                    for x in range(base, base + 4 * self.routes, 4)
+                    f"{prefix} via {via}\n" for prefix in consecutive("10.64.0.0", self.routes)
                 )
                 replace_routes(forwarder, (text + "".join(more)).encode(), "text/plain")
                 if forwarder.status()["route_count"] < self.routes:
@@ -75,5 +74,5 @@ def measure(s: Session, plan: Plan) -> None:
 
 METRIC = Metric(
     "memory", "peak resident memory of a forwarder under load", measure, VARIANTS,
-    "N routes", r"[1-9]\d* routes", programs=("udptun",),
+    "N routes (N: 1..1000000)", r"(?P<n>\d+) routes", {"": (1, 1_000_000)}, programs=("udptun",),
 )

@@ -7,8 +7,8 @@ thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from .. import profiles
 from ..contenders import find, program
@@ -43,8 +43,10 @@ class Metric:
     summary   one line for the help text
     measure   measure a plan in a session
     variants  the variants that are measured by default
-    form      the variants that are possible, for error messages
-    pattern   regular expression of the possible variants; "" if the metric has none
+    form      the variants that are possible, for help and error messages
+    pattern   regular expression of the possible variants; "" if the metric has none. Group ``n`` is
+              a number, group ``unit``, if there is one, selects its limits
+    limits    smallest and largest ``n`` by unit; "" without a unit
     programs  the programs that it can measure; () for all contenders
     """
 
@@ -54,12 +56,16 @@ class Metric:
     variants: tuple[str, ...] = ("",)
     form: str = "none"
     pattern: str = ""
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
 
     def variant_problem(self, plan: Plan, variant: str) -> str | None:
         """Return why this variant cannot be measured, or None."""
-        if self.pattern and re.fullmatch(self.pattern, variant):
-            return None
+        if self.pattern and (found := re.fullmatch(self.pattern, variant)):
+            groups = found.groupdict()
+            low, high = self.limits.get(groups.get("unit", ""), (0, 0))
+            if "n" not in groups or low <= int(groups["n"]) <= high:
+                return None
         return f"{self.name}: variant {variant!r}: expected {self.form}"
 
     def profile_problem(self, plan: Plan, profile: str) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ..blocks import Refused, Series, SlotResult, run_blocks
 from ..contenders import PathUnderTest
@@ -83,6 +84,29 @@ class Search:
         return low
 
 
+@dataclass
+class Streams:
+    """Sends one stream of packets per trial from a to b; ``options`` are those of load.stream."""
+
+    path: PathUnderTest
+    seconds: float
+    size: int
+    options: dict[str, Any] = field(default_factory=dict)
+    received_bytes: int = 0
+
+    def send(self, rate: float) -> Trial:
+        sent, received = stream(
+            self.path, seconds=self.seconds, rate=round(rate), size=self.size, **self.options
+        )
+        if not sent["sent"]:
+            raise Refused(f"the sender sent no packet: {sent}")
+        self.received_bytes += received["bytes"]
+        return Trial(
+            sent["sent"] / sent["seconds"], 1 - received["received"] / sent["sent"],
+            full=not rate, late=received["late"],
+        )
+
+
 @dataclass(frozen=True)
 class Rate:
     """One slot."""
@@ -91,29 +115,15 @@ class Rate:
     seconds: float
 
     def __call__(self, path: PathUnderTest) -> SlotResult:
-        received_bytes = 0
-
-        def send(rate: float) -> Trial:
-            nonlocal received_bytes
-            sent, received = stream(
-                path, seconds=self.seconds, rate=round(rate), size=self.size
-            )
-            if not sent["sent"]:
-                raise Refused(f"the sender sent no packet: {sent}")
-            received_bytes += received["bytes"]
-            return Trial(
-                sent["sent"] / sent["seconds"], 1 - received["received"] / sent["sent"],
-                full=not rate, late=received["late"],
-            )
-
-        search = Search(send)
+        streams = Streams(path, self.seconds, self.size)
+        search = Search(streams.send)
         values = {name: search.highest(limit) for name, limit in THRESHOLDS.items()}
         full = next(t for t in search.trials if t.full)
         values["pps_delivered"] = full.offered * (1 - full.loss)
         if not values["pps_at_half_percent"]:
             raise Refused(f"more than 0.5 % loss at {MIN_PPS:.0f} packets per second")
         trials = [asdict(t) for t in search.trials]
-        return SlotResult(values, (received_bytes, 0), {"trials": trials})
+        return SlotResult(values, (streams.received_bytes, 0), {"trials": trials})
 
 
 def measure(s: Session, plan: Plan) -> None:
@@ -128,5 +138,5 @@ def measure(s: Session, plan: Plan) -> None:
 
 METRIC = Metric(
     "pps", "small packets: rate without loss, at 0.5 % loss, and delivered at full rate", measure,
-    VARIANTS, "N bytes (UDP payload)", r"[1-9]\d* bytes",
+    VARIANTS, "N bytes (N: 16..1400 bytes of UDP payload)", r"(?P<n>\d+) bytes", {"": (16, 1400)},
 )

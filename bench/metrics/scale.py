@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,10 +18,10 @@ from udptun.lab.tunnels import PORT
 
 from ..blocks import Refused, Series, SlotResult, run_blocks
 from ..contenders import PathUnderTest
-from ..load import stream
 from ..session import Session
+from ..tables import consecutive
 from .metric import Metric, Plan
-from .pps import THRESHOLDS, Search, Trial
+from .pps import THRESHOLDS, Search, Streams
 
 VARIANTS = (
     "1 routes", "100 routes", "10000 routes", "100000 routes", "1 peers", "10 peers", "100 peers",
@@ -29,12 +30,6 @@ _AREA = ipaddress.IPv4Network("10.64.0.0/10")
 _FIRST_PEER = 101
 _SIZE = 64
 _TRIAL_SHARE = 0.5
-
-
-def prefixes(n: int) -> list[str]:
-    """Return ``n`` consecutive /30 prefixes, to which ``udpload send --spread`` sends."""
-    first = int(_AREA.network_address)
-    return [f"{ipaddress.IPv4Address(first + 4 * i)}/30" for i in range(n)]
 
 
 @contextlib.contextmanager
@@ -83,30 +78,19 @@ class Spread:
             if self.kind == "peers":
                 hops = made.enter_context(peers(path, self.n))
             made.callback(path.set_routes, ())
-            path.set_routes([(p, hops[i % len(hops)]) for i, p in enumerate(prefixes(self.n))])
+            # ``udpload send --spread`` sends to the first address of each prefix.
+            prefixes = consecutive(str(_AREA.network_address), self.n)
+            path.set_routes(list(zip(prefixes, itertools.cycle(hops), strict=False)))
             return self._search(path)
 
     def _search(self, path: PathUnderTest) -> SlotResult:
-        received_bytes = 0
-
-        def send(rate: float) -> Trial:
-            nonlocal received_bytes
-            sent, received = stream(
-                path, seconds=self.seconds, rate=round(rate), size=_SIZE, spread=self.n,
-                address=_AREA.network_address, listen="0.0.0.0",
-            )
-            if not sent["sent"]:
-                raise Refused(f"the sender sent no packet: {sent}")
-            received_bytes += received["bytes"]
-            return Trial(
-                sent["sent"] / sent["seconds"], 1 - received["received"] / sent["sent"],
-                full=not rate, late=received["late"],
-            )
-
-        value = Search(send).highest(THRESHOLDS["pps_at_half_percent"])
+        streams = Streams(path, self.seconds, _SIZE, {
+            "spread": self.n, "address": _AREA.network_address, "listen": "0.0.0.0",
+        })
+        value = Search(streams.send).highest(THRESHOLDS["pps_at_half_percent"])
         if not value:
             raise Refused("more than 0.5 % loss at every rate")
-        return SlotResult({"pps_at_half_percent": value}, (received_bytes, 0))
+        return SlotResult({"pps_at_half_percent": value}, (streams.received_bytes, 0))
 
 
 def measure(s: Session, plan: Plan) -> None:
@@ -123,5 +107,6 @@ def measure(s: Session, plan: Plan) -> None:
 
 METRIC = Metric(
     "scale", "small packets with many routes or many peers", measure, VARIANTS,
-    "N routes or N peers", r"[1-9]\d* (routes|peers)", programs=("udptun", "onepacket"),
+    "N routes (N: 1..1000000) or N peers (N: 1..100)", r"(?P<n>\d+) (?P<unit>routes|peers)",
+    {"routes": (1, 1_000_000), "peers": (1, 100)}, programs=("udptun", "onepacket"),
 )

@@ -56,6 +56,6 @@ def measure(s: Session, plan: Plan) -> None:
 
 METRIC = Metric(
     "tcp", "TCP throughput, and CPU time of the whole system per gigabyte", measure, VARIANTS,
-    'N there, N back or N both (N streams; a to b, b to a, both directions)',
-    r"[1-9]\d* (there|back|both)",
+    "N there, N back or N both (N: 1..128 streams; from a to b, from b to a, in both directions)",
+    r"(?P<n>\d+) (there|back|both)", {"": (1, 128)},
 )
