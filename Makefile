@@ -1,4 +1,5 @@
-# Everything one does with a clone of udptun. `make` alone lists the targets.
+# An index of what to do with a clone of udptun. `make` alone lists the targets. A recipe of more than
+# a few lines is a script in scripts/.
 
 PYTHON ?= python3
 ifeq ($(origin CC),default)
@@ -7,13 +8,20 @@ endif
 CFLAGS ?= -O2
 ARGS ?=
 
-VENV := .venv
-PY := $(VENV)/bin/python
+# A Python named on the command line has a virtual environment of its own, e.g. .venv-3.12.
+VENV = .venv
+ifneq ($(PYTHON),python3)
+VENV = .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+PY = $(VENV)/bin/python
+# The ending of extension modules, e.g. .cpython-312-x86_64-linux-gnu.so: each Python has its own.
+SUFFIX := $(shell $(or $(wildcard $(PY)),$(PYTHON)) -c \
+  'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 EXTENSION_SOURCES := setup.py udptun/drops.py \
   $(filter-out %.c src_ext/drops.pxd,$(wildcard src_ext/*.* src_ext/*/*.*))
 STEPS_SOURCES := $(wildcard tests/steps/build.py tests/steps/*.p*)
-BUILT := $(wildcard udptun/_core.*.so)
-# Tools of administrators live in the sbin folders, which a user's PATH may leave out.
+BUILT := $(wildcard udptun/_core$(SUFFIX))
+# Some tools are in the sbin directories, which a user's PATH may leave out.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -25,26 +33,29 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test soak bench bench-full bench-micro bench-instructions sanitize lint clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak package bench bench-full bench-micro bench-instructions sanitize lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: $(VENV)/extension.stamp ## make .venv with udptun in it (.venv/bin/udptun)
+build: $(VENV)/extension.stamp ## create .venv with udptun in it (.venv/bin/udptun)
 
-demo: build ## show it: two hosts, a tunnel, pings and TCP (as root)
-	$(call need,$(DEMO_TOOLS),exit 1)
+demo: build ## show two hosts, a tunnel, pings and TCP; root
+	@scripts/need $(DEMO_TOOLS)
 	@$(VENV)/bin/udptun demo $(ARGS)
 
-demo-etcd: build ## show a cluster: etcd, nodes that join and leave, pods (as root)
-	$(call need,$(DEMO_TOOLS) etcd:etcd-server,exit 1)
+demo-etcd: build ## show a cluster: etcd, nodes that join and leave, pods; root
+	@scripts/need $(DEMO_TOOLS) etcd:etcd-server
 	@$(PY) -m udptun.lab.demo_etcd $(ARGS)
 
-test: build $(VENV)/steps.stamp $(VENV)/test.stamp bench/onepacket ## run all tests, those in network namespaces as root
-	$(call need,$(TEST_TOOLS),true)
-	@$(PY) -m pytest $(ARGS)
+test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp bench/onepacket ## run what CI runs, 12 minutes; with ARGS: pytest ARGS alone
+	@scripts/need --optional $(TEST_TOOLS)
+	@scripts/test $(PY) $(ARGS)
 
-soak: build $(VENV)/test.stamp ## ten minutes of full load with a route change every 10 ms (as root)
+test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp ## run every test: all Pythons, slow tests, sanitizers, soak
+	@MAKE=$(MAKE) PYTHON=$(PYTHON) scripts/test-all
+
+soak: build $(VENV)/test.stamp ## run ten minutes of full load, a route change every 10 ms; root
 	@UDPTUN_SOAK_SECONDS=600 $(PY) -m pytest tests/netns/test_tunnel_life.py -k under_load -s $(ARGS)
 
 SANITIZE_TESTS = tests/wire tests/table tests/path
@@ -52,92 +63,54 @@ sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitize
 	@scripts/sanitize $(PY) $(SANITIZE_TESTS) $(ARGS)
 
 lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
-	@$(VENV)/bin/ruff check udptun tests bench setup.py
-	@$(VENV)/bin/mypy
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cython-lint src_ext tests/steps
+	@scripts/lint $(PY)
+
+package: build ## build sdist and wheel, check their contents
+	@$(PY) scripts/check_package.py
 
 BENCH_PROGRAMS := bench/onepacket bench/udpload bench/copylimit
 
-bench: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare it: TCP and round trips, 8 minutes (as root)
-	$(call need,$(DEMO_TOOLS),exit 1)
+bench: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare with other tunnels: TCP, round trips; 8 minutes, root
+	@scripts/need $(DEMO_TOOLS)
 	@$(PY) -m bench quick $(ARGS)
 
-bench-full: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare all there is to compare, 60 minutes (as root)
-	$(call need,$(DEMO_TOOLS),exit 1)
+bench-full: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## run all comparisons; 60 minutes, root
+	@scripts/need $(DEMO_TOOLS)
 	@$(PY) -m bench full $(ARGS)
 
-bench-micro: build $(VENV)/steps.stamp $(VENV)/test.stamp ## time the single steps of the core, beside the saved times
+bench-micro: build $(VENV)/steps.stamp $(VENV)/test.stamp ## time single steps of the core, compare with the saved times
 	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-only \
 	  --benchmark-storage=bench/baselines --benchmark-compare='*/0001' \
 	  -W default::pytest_benchmark.logger.PytestBenchmarkWarning \
 	  --benchmark-columns=min,median,rounds $(ARGS)
 
-bench-instructions: build $(VENV)/steps.stamp $(VENV)/test.stamp ## count the core's instructions, hold them to the last count
-	$(call need,valgrind:valgrind,exit 1)
+bench-instructions: build $(VENV)/steps.stamp $(VENV)/test.stamp ## count the core's instructions, compare with the saved count
+	@scripts/need valgrind:valgrind
 	@$(PY) -m bench instructions --check bench/baselines/instructions.json $(ARGS)
 
 $(BENCH_PROGRAMS): %: %.c
 	@$(CC) $(CFLAGS) -Wall -Wextra -o $@ $<
 
-clean: ## remove all that was made here
-	@rm -rf $(VENV) build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd tests/steps/*.so tests/steps/*.c $(BENCH_PROGRAMS)
+clean: ## remove everything that the other targets made
+	@rm -rf .venv .venv-* build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd tests/steps/*.so tests/steps/*.c $(BENCH_PROGRAMS)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	@find udptun tests bench -name __pycache__ -type d -exec rm -rf {} +
 
-# Install Debian packages of the tools that are missing, as root; else say so, and $(2).
-# $(1) holds tool:package pairs.
-define need
-@missing=""; \
-for pair in $(1); do \
-  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
-done; \
-$(call install,$$missing,$(2))
-endef
-
-# The list of packages is only fetched when the one at hand does not have them.
-define install
-if [ -n "$(strip $(1))" ]; then \
-  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-    echo "installing$(1)"; \
-    apt-get install -y -qq $(1) >/dev/null 2>&1 || \
-      { apt-get update -qq && apt-get install -y -qq $(1) >/dev/null; }; \
-  else \
-    echo "missing here; install with: apt-get install -y$(1)" >&2; $(2); \
-  fi; \
-fi
-endef
-
-# What pyproject.toml asks for under a key, one requirement a line.
-requirements = $(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1), sep="\n")'
-
 $(VENV)/made.stamp:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo "udptun needs Python 3.11 or newer: make PYTHON=/path/to/it" >&2; exit 1; }
-	@missing=""; \
-	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
-	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' \
-	  2>/dev/null || missing="$$missing python3-dev"; \
-	command -v $(CC) >/dev/null || missing="$$missing gcc libc6-dev"; \
-	$(call install,$$missing,exit 1)
-	@echo "making $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@CC=$(CC) scripts/make-venv $(PYTHON) $(VENV)
 	@touch $@
 
 $(VENV)/installed.stamp: pyproject.toml $(VENV)/made.stamp
-	@echo "installing what udptun is built with and runs on"
-	@$(call requirements,["build-system"]["requires"]) >$@.txt
-	@$(call requirements,["project"]["dependencies"]) >>$@.txt
-	@$(call requirements,["project"]["optional-dependencies"]["etcd"]) >>$@.txt
-	@$(call requirements,["project"]["optional-dependencies"]["kube"]) >>$@.txt
-	@$(PY) -m pip install -q -r $@.txt
+	@echo "installing the build tools and the dependencies"
+	@scripts/install-requirements $(PY) build run etcd kube
 	@echo "compiling the extension, installing udptun"
 	@$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Compiled anew when a source changed, or when somebody removed the result. The installation has
-# just compiled it when no source is newer than that.
+# Recompile when a source has changed or the compiled file is missing. The installation has just
+# compiled it when no source is newer than the installation.
 $(VENV)/extension.stamp: $(VENV)/installed.stamp $(EXTENSION_SOURCES) $(if $(BUILT),,FORCE)
-	@if [ -z "$$(ls udptun/_core.*.so 2>/dev/null)" ] || \
+	@if [ ! -e udptun/_core$(SUFFIX) ] || \
 	  [ -n "$$(find $(EXTENSION_SOURCES) -newer $(VENV)/installed.stamp)" ]; then \
 	  echo "compiling the extension"; $(PY) setup.py -q build_ext --inplace; \
 	fi
@@ -149,7 +122,6 @@ $(VENV)/steps.stamp: $(VENV)/extension.stamp $(STEPS_SOURCES)
 	@touch $@
 
 $(VENV)/%.stamp: pyproject.toml $(VENV)/made.stamp
-	@echo "installing what the $* targets take"
-	@$(call requirements,["project"]["optional-dependencies"]["$*"]) >$@.txt
-	@$(PY) -m pip install -q -r $@.txt
+	@echo "installing the packages of the $* targets"
+	@scripts/install-requirements $(PY) $*
 	@touch $@
