@@ -5,8 +5,10 @@ and what lies below that. Third-party packages have one home each.
 """
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -53,6 +55,7 @@ THIRD_PARTY = {
     "pyroute2": {"net.netlink", "net.underlay", "net.vxlan"},
     "uvloop": {"cli.forward", "forwarder"},
 }
+DISTRIBUTIONS = {"google": "protobuf", "grpc": "grpcio"}  # where it is not the package's name
 EXTENSIONS = {"_core"}
 
 
@@ -113,6 +116,17 @@ def violations(root, rules, third_party):
 
 def test_imports_point_one_way():
     assert violations(PACKAGE, RULES, THIRD_PARTY) == []
+
+
+def test_every_imported_package_is_declared():
+    """Not only installed because another package depends on it."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {
+        re.match(r"[\w-]+", requirement)[0].replace("-", "_")
+        for requirement in (*project["dependencies"], *extras["etcd"], *extras["kube"])
+    }
+    assert {DISTRIBUTIONS.get(package, package) for package in THIRD_PARTY} <= declared
 
 
 def test_the_rules_have_no_circle():

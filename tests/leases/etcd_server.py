@@ -216,7 +216,6 @@ def cluster(folder, count):
     return members
 
 
-
 class Relay:
     """TCP between a client and a member, to be cut while the tests go on speaking to the member."""
 
@@ -256,53 +255,3 @@ class Relay:
             writer.write(data)
             await writer.drain()
         writer.close()
-
-
-async def until(predicate, what, seconds=20.0):
-    """The first true value of ``predicate``, which may be async; asked every 10 ms."""
-    async def asking():
-        while True:
-            value = predicate()
-            if asyncio.iscoroutine(value):
-                value = await value
-            if value:
-                return value
-            await asyncio.sleep(0.01)
-
-    try:
-        return await asyncio.wait_for(asking(), seconds)
-    except TimeoutError:
-        pytest.fail(f"waited {seconds:g} s in vain for {what}")
-
-
-class Followed:
-    """The updates of a source as they come, in a task of its own: the leases as they are now."""
-
-    def __init__(self, source):
-        self.source, self.batches, self.leases = source, [], {}
-        self.snapshots = 0
-        self.task = asyncio.create_task(self._run())
-
-    async def _run(self):
-        async with contextlib.aclosing(self.source.updates()) as updates:
-            async for update in updates:
-                if hasattr(update, "leases"):
-                    self.snapshots += 1
-                    self.leases = {lease.key: lease for lease in update.leases}
-                    continue
-                self.batches.append(update.changes)
-                for change in update.changes:
-                    assert self.leases.get(change.key) == change.old
-                    if change.new is None:
-                        del self.leases[change.key]
-                    else:
-                        self.leases[change.key] = change.new
-
-    async def ready(self):
-        await until(lambda: self.snapshots and self.source.health.connected, "the snapshot")
-        return self
-
-    async def close(self):
-        self.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.task

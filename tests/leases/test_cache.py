@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
+from tests.wait import until
 from udptun.leases import cache
 from udptun.leases.base import Attributes, Lease, Subnets
 from udptun.leases.cache import LastKnown, LeaseCache
@@ -131,7 +132,7 @@ async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
     for last in ODD[-3:]:
         for lease in (*ODD, last):
             file.keep(known(lease))
-        await until(lambda last=last: written and written[-1] == known(last))
+        await until(lambda last=last: written and written[-1] == known(last), "the write")
     await file.aclose()
     assert len(written) == 3
     assert LeaseCache(path).load(ETCD) == known(ODD[-1])
@@ -141,7 +142,7 @@ async def test_after_a_quiet_time_there_is_no_pause(tmp_path):
     path = tmp_path / "leases.json"
     file = LeaseCache(path, interval_s=3600)
     file.keep(known())
-    await until(path.exists)
+    await until(path.exists, "the file")
     file.keep(known(OWN))
     await asyncio.sleep(0)
     assert LeaseCache(path).load(ETCD) == known()
@@ -161,7 +162,8 @@ async def test_a_pause_is_in_proportion_to_what_was_written(tmp_path, monkeypatc
     for lease in (OWN, ODD[-1]):
         file.keep(known(lease))
         await until(
-            lambda lease=lease: path.exists() and LeaseCache(path).load(ETCD) == known(lease)
+            lambda lease=lease: path.exists() and LeaseCache(path).load(ETCD) == known(lease),
+            "the file",
         )
     await file.aclose()
     assert len(pauses) == 2
@@ -184,7 +186,7 @@ async def test_what_comes_while_writing_is_written_too(tmp_path):
 
     file._write = write_and_change
     file.keep(known())
-    await until(lambda: path.exists() and LeaseCache(path).load(ETCD) == known(OWN))
+    await until(lambda: path.exists() and LeaseCache(path).load(ETCD) == known(OWN), "the file")
     await file.aclose()
 
 
@@ -192,7 +194,7 @@ async def test_closing_writes_without_the_pause(tmp_path):
     path = tmp_path / "leases.json"
     file = LeaseCache(path, interval_s=3600)
     file.keep(known(OWN))
-    await until(path.exists)
+    await until(path.exists, "the file")
     file.keep(known())
     await file.aclose()
     assert LeaseCache(path).load(ETCD) == known()
@@ -216,13 +218,13 @@ async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
     file = LeaseCache(path, interval_s=0)
     with caplog.at_level(logging.ERROR):
         file.keep(known())
-        await until(lambda: len(tries) >= 3)
+        await until(lambda: len(tries) >= 3, "three attempts")
     assert LeaseCache(path).load(ETCD) == known(OWN)
     assert [record.getMessage() for record in caplog.records] == [
         f"the leases are not saved to {path}: No space left on device"
     ]
     full = False
-    await until(lambda: LeaseCache(path).load(ETCD) == known())
+    await until(lambda: LeaseCache(path).load(ETCD) == known(), "the file")
     await file.aclose()
 
 
@@ -232,9 +234,3 @@ async def test_closing_does_not_wait_for_a_full_disk(tmp_path):
     file = LeaseCache(path)
     file.keep(known())
     await asyncio.wait_for(file.aclose(), 30)
-
-
-async def until(predicate, seconds=10.0):
-    async with asyncio.timeout(seconds):
-        while not predicate():
-            await asyncio.sleep(0.005)

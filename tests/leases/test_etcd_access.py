@@ -5,7 +5,9 @@ import ipaddress
 
 import pytest
 
-from tests.leases.etcd_server import Authority, Etcd, Followed, needs_etcd, until
+from tests.leases.etcd_server import Authority, Etcd, needs_etcd
+from tests.leases.observer import Observer
+from tests.wait import until
 from udptun.leases.base import Attributes, StoreDown, StoreRefused, Subnets
 from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.etcd.source import EtcdSource
@@ -64,9 +66,9 @@ async def test_tls(tls_etcd, authority, make):
     await tls_etcd.put("config", CONFIG)
     source = make(tls_etcd, cafile=str(authority.cafile))
     assert (await source.acquire(ME, Subnets())).subnets.v4
-    followed = await Followed(source).ready()
-    assert len(followed.leases) == 1
-    await followed.close()
+    observer = await Observer(source).ready()
+    assert len(observer.leases) == 1
+    await observer.close()
 
 
 async def test_a_server_of_another_authority_is_not_believed(tls_etcd, tmp_path, make):
@@ -113,11 +115,11 @@ async def test_a_file_that_is_not_there_is_named(tls_etcd, make):
 async def test_user_and_password(auth_etcd, make):
     source = make(auth_etcd, username="flannel", password="pass")
     lease = await source.acquire(ME, Subnets())
-    followed = await Followed(source).ready()
-    assert [*followed.leases] == [lease.key]
+    observer = await Observer(source).ready()
+    assert [*observer.leases] == [lease.key]
     await auth_etcd.put("subnets/10.5.200.0-24", '{"PublicIP":"192.0.2.9"}')
-    await until(lambda: "10.5.200.0-24" in followed.leases, "news")
-    await followed.close()
+    await until(lambda: "10.5.200.0-24" in observer.leases, "news")
+    await observer.close()
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -130,10 +132,10 @@ async def test_a_refusal_says_why(auth_etcd, make, options, message):
     source = make(auth_etcd, **options)
     with pytest.raises(StoreRefused, match=message):
         await source.network()
-    followed = Followed(source)
+    observer = Observer(source)
     await until(lambda: message in source.health.error, "the same of the watch")
     assert not source.health.connected
-    await followed.close()
+    await observer.close()
 
 
 async def test_a_user_where_nobody_asks_for_one(tmp_path, make):
@@ -158,7 +160,7 @@ async def test_a_token_that_the_store_forgot(auth_etcd, make):
 async def test_a_token_that_the_store_forgot_stops_no_watch(auth_etcd, make):
     """Nobody asks anything else meanwhile: the watch alone must find out."""
     source = make(auth_etcd, username="flannel", password="pass")
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     await auth_etcd.forget_tokens()
     auth_etcd.kill()
     await until(lambda: not source.health.connected, "the outage")
@@ -166,9 +168,9 @@ async def test_a_token_that_the_store_forgot_stops_no_watch(auth_etcd, make):
     await until(lambda: source.health.connected, "the watch")
     await auth_etcd.log_in()
     await auth_etcd.put("subnets/10.5.200.0-24", '{"PublicIP":"192.0.2.9"}')
-    await until(lambda: "10.5.200.0-24" in followed.leases, "the watch to go on")
+    await until(lambda: "10.5.200.0-24" in observer.leases, "the watch to go on")
     assert source.health.relists_n == 0
-    await followed.close()
+    await observer.close()
 
 
 async def test_a_change_of_roles_does_not_stop_us(auth_etcd, make):
@@ -181,13 +183,13 @@ async def test_a_change_of_roles_does_not_stop_us(auth_etcd, make):
 async def test_a_permission_that_is_taken_away_keeps_what_is_known(auth_etcd, make):
     source = make(auth_etcd, username="flannel", password="pass")
     lease = await source.acquire(ME, Subnets())
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     await auth_etcd.ask("auth/user/revoke", name="flannel", role="flannel")
     auth_etcd.kill()
     auth_etcd.start()
     await until(lambda: "permission denied" in source.health.error, "the refusal")
-    assert [*followed.leases] == [lease.key]
+    assert [*observer.leases] == [lease.key]
     await auth_etcd.log_in()
     await auth_etcd.ask("auth/user/grant", user="flannel", role="flannel")
     await until(lambda: source.health.connected, "the watch")
-    await followed.close()
+    await observer.close()

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from tests.leases.etcd_server import Etcd, Followed, needs_etcd, until
+from tests.leases.etcd_server import Etcd, needs_etcd
+from tests.leases.observer import Observer
+from tests.wait import until
 from udptun.errors import FieldError
 from udptun.leases.backoff import Backoff
 from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subnets
@@ -169,11 +171,11 @@ async def test_a_reservation_with_our_address_is_used_and_stays_one(etcd, make, 
     async def ours_again():
         return b"vxlan" in (await etcd.get("subnets/10.5.50.0-24"))["value"]
 
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     await until(ours_again, "our attributes in the reservation")
     assert (await etcd.get("subnets/10.5.50.0-24"))["lease"] == 0
-    assert followed.leases["10.5.50.0-24"].reserved
-    await followed.close()
+    assert observer.leases["10.5.50.0-24"].reserved
+    await observer.close()
 
 
 async def test_a_reservation_that_does_not_fit_is_left_alone(etcd, make):
@@ -243,9 +245,9 @@ async def test_no_other_network_is_touched(etcd, make):
     await etcd.put("subnets.old/10.5.1.0-24", value_of(1))
     source = make()
     assert (await source.acquire(me(2), NONE)).key == "10.5.1.0-24"
-    followed = await Followed(source).ready()
-    assert [*followed.leases] == ["10.5.1.0-24"] and not source.health.skipped
-    await followed.close()
+    observer = await Observer(source).ready()
+    assert [*observer.leases] == ["10.5.1.0-24"] and not source.health.skipped
+    await observer.close()
 
 
 # Keeping it
@@ -253,7 +255,7 @@ async def test_no_other_network_is_touched(etcd, make):
 async def test_a_lease_is_renewed_before_it_ends(etcd, make, holding):
     await etcd.put("config", CONFIG)
     source = make(ttl_seconds=3, renew_margin_minutes=2 / 60)
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     lease = await source.acquire(me(), NONE)
     first = (await etcd.get("subnets/10.5.1.0-24"))["lease"]
     holding(source, lease)
@@ -266,25 +268,25 @@ async def test_a_lease_is_renewed_before_it_ends(etcd, make, holding):
     await until(renewed_twice, "two renewals")
     assert first not in await etcd.lease_ids()
     assert source.health.lease == "held"
-    assert [batch[0].new.key for batch in followed.batches] == ["10.5.1.0-24"]  # no news
-    await followed.close()
+    assert [batch[0].new.key for batch in observer.batches] == ["10.5.1.0-24"]  # no news
+    await observer.close()
 
 
 async def test_a_node_that_is_gone_is_forgotten(etcd, make):
     """Lease expiry on a fast clock: nobody renews, the lease ends, its peers hear of it."""
     await etcd.put("config", CONFIG)
-    followed = await Followed(make()).ready()
+    observer = await Observer(make()).ready()
     await make(ttl_seconds=1, renew_margin_minutes=0.01).acquire(me(), NONE)
-    await until(lambda: followed.leases, "the lease")
-    await until(lambda: not followed.leases, "its end")
-    await followed.close()
+    await until(lambda: observer.leases, "the lease")
+    await until(lambda: not observer.leases, "its end")
+    await observer.close()
 
 
 async def test_a_deleted_lease_is_taken_back(etcd, make, holding, caplog):
     await etcd.put("config", CONFIG)
     source = make()
     lease = await source.acquire(me(), subnets("10.5.50.0/24"))
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     holding(source, lease)
     await etcd.delete("subnets/10.5.50.0-24")
 
@@ -295,8 +297,8 @@ async def test_a_deleted_lease_is_taken_back(etcd, make, holding, caplog):
     await until(back, "our lease")
     await until(lambda: source.health.lease == "held", "its health")
     assert "our lease 10.5.50.0/24 is lost" in caplog.text
-    await until(lambda: "10.5.50.0-24" in followed.leases, "the news")
-    await followed.close()
+    await until(lambda: "10.5.50.0-24" in observer.leases, "the news")
+    await observer.close()
 
 
 async def test_a_deleted_reservation_becomes_a_lease(etcd, make, holding):
@@ -304,12 +306,12 @@ async def test_a_deleted_reservation_becomes_a_lease(etcd, make, holding):
     await etcd.put("subnets/10.5.50.0-24", value_of(1))
     source = make()
     holding(source, await source.acquire(me(), NONE))
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     await etcd.delete("subnets/10.5.50.0-24")
-    await until(lambda: "10.5.50.0-24" in followed.leases
-                and not followed.leases["10.5.50.0-24"].reserved, "a lease in its place")
+    await until(lambda: "10.5.50.0-24" in observer.leases
+                and not observer.leases["10.5.50.0-24"].reserved, "a lease in its place")
     assert (await etcd.ttl("subnets/10.5.50.0-24"))[1] == 86400
-    await followed.close()
+    await observer.close()
 
 
 async def test_a_lease_taken_by_another_is_loud_and_had_back_when_it_is_free(
@@ -318,7 +320,7 @@ async def test_a_lease_taken_by_another_is_loud_and_had_back_when_it_is_free(
     await etcd.put("config", CONFIG)
     source = make()
     lease = await source.acquire(me(), NONE)
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     holding(source, lease)
     await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
     await until(lambda: source.health.lease == "lost", "the loss")
@@ -329,7 +331,7 @@ async def test_a_lease_taken_by_another_is_loud_and_had_back_when_it_is_free(
     await etcd.delete("subnets/10.5.1.0-24")
     await until(lambda: source.health.lease == "held", "our lease back")
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(1).encode()
-    await followed.close()
+    await observer.close()
 
 
 async def test_renewal_does_not_write_over_another(etcd, make, holding):
@@ -347,7 +349,7 @@ async def test_a_key_of_ours_that_somebody_spoilt_is_mended(etcd, make, holding)
     await etcd.put("config", CONFIG)
     source = make()
     lease = await source.acquire(me(), NONE)
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     holding(source, lease)
     await etcd.put("subnets/10.5.1.0-24", '{"PublicIP":"192.0', ttl=500)
 
@@ -356,7 +358,7 @@ async def test_a_key_of_ours_that_somebody_spoilt_is_mended(etcd, make, holding)
 
     await until(mended, "our value")
     await until(lambda: not source.health.skipped, "the follower to see it")
-    await followed.close()
+    await observer.close()
 
 
 async def test_hold_after_a_restart_that_could_not_acquire(etcd, make, holding):
@@ -375,7 +377,7 @@ async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, ma
     await etcd.put("config", CONFIG)
     source = make(ttl_seconds=2, renew_margin_minutes=1 / 60)
     lease = await source.acquire(me(), subnets("10.5.50.0/24"))
-    followed = await Followed(source).ready()
+    observer = await Observer(source).ready()
     holding(source, lease)
     etcd.kill()
     await until(lambda: source.health.lease == "lost", "the end of the lease")
@@ -383,7 +385,7 @@ async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, ma
     etcd.start()
     await until(lambda: source.health.lease == "held", "the lease")
     assert await etcd.subnet_keys() == ["10.5.50.0-24"]
-    await followed.close()
+    await observer.close()
 
 
 @pytest.mark.parametrize("ticks", range(4))
@@ -435,7 +437,7 @@ async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(
     await etcd.put("config", CONFIG)
     for backend_type in ("udp", "vxlan"):
         source = make()
-        followed = await Followed(source).ready()
+        observer = await Observer(source).ready()
         holding(source, await source.acquire(me(backend_type=backend_type), NONE))
 
     async def version():
@@ -446,4 +448,4 @@ async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(
 
     await until(fought, "the fight")
     assert len(paused) >= await version() - 4  # two first writes, two under way
-    await followed.close()
+    await observer.close()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.wait import until
 from udptun.errors import FieldError
 from udptun.leases.advert import Advert, read
 from udptun.leases.base import (
@@ -295,12 +296,6 @@ async def watching(path, **options):
         await source.aclose()
 
 
-async def until(predicate, seconds=20.0):
-    async with asyncio.timeout(seconds):
-        while not predicate():
-            await asyncio.sleep(0.005)
-
-
 def replace(path, text):
     """As an editor does it."""
     fresh = path.with_name(path.name + "~")
@@ -373,14 +368,14 @@ async def test_a_bad_edit_is_refused_and_the_last_good_state_holds(hosts, caplog
     async with watching(hosts) as (source, following):
         await following()
         replace(hosts, toml(1, 2, 3).replace("192.0.2.3", "192.0.2"))
-        await until(lambda: source.health.error)
+        await until(lambda: source.health.error, "the error")
         assert not source.health.connected
         want = f"{hosts} line 15: public: '192.0.2' is not valid"
         assert source.health.error.startswith(want)
         assert (await source.network()).network == IPv4Network("10.42.0.0/16")
         assert await source.acquire(*NOTHING) == lease(1)
-        looked = source.health.last_contact
-        await until(lambda: source.health.last_contact > looked)
+        polled = source.health.last_contact
+        await until(lambda: source.health.last_contact > polled, "the next poll")
         assert caplog.text.count(want) == 1
         assert source.health.errors_n == 1
         replace(hosts, toml(1, 2, 3))
@@ -392,7 +387,7 @@ async def test_a_file_that_is_gone_takes_no_node_with_it(hosts, caplog):
     async with watching(hosts) as (source, following):
         await following()
         hosts.rename(hosts.with_suffix(".old"))
-        await until(lambda: source.health.error)
+        await until(lambda: source.health.error, "the error")
         assert source.health.error == f"{hosts} cannot be read: No such file or directory"
         for _ in range(3):
             assert await source.acquire(*NOTHING) == lease(1)
@@ -431,13 +426,13 @@ async def test_a_read_that_failed_is_tried_again(hosts, monkeypatch):
 async def test_a_file_that_comes_later(tmp_path):
     path = tmp_path / "hosts.toml"
     async with watching(path) as (source, following):
-        await until(lambda: source.health.error)
+        await until(lambda: source.health.error, "the error")
         with pytest.raises(StoreDown, match="No such file"):
             await source.network()
         with pytest.raises(StoreDown, match="No such file"):
             await source.acquire(*NOTHING)
         path.write_text("network = 1")
-        await until(lambda: "line 1" in source.health.error)
+        await until(lambda: "line 1" in source.health.error, "the error in line 1")
         with pytest.raises(FieldError, match="line 1: network"):
             await source.network()
         with pytest.raises(StoreRefused, match="line 1: network"):

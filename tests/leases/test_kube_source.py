@@ -5,20 +5,18 @@ Tests with ``cluster`` run on the small server and on a real one, if one is give
 """
 
 import asyncio
-import time
-from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_network
 
 import pytest
 
 from tests.leases.kube_api import Refusal, expired, node
 from tests.leases.kube_cluster import DUAL_STACK, NET_CONF, SERVERS, flannel, member, open_cluster
+from tests.leases.observer import Observer, observing, running
+from tests.wait import until
 from udptun.errors import FieldError
 from udptun.leases.base import (
     Attributes,
-    Changes,
     Identity,
-    Snapshot,
     StoreDown,
     StoreRefused,
     Subnets,
@@ -40,72 +38,6 @@ async def cluster(request, tmp_path):
 async def small(tmp_path):
     async with open_cluster("small", tmp_path) as cluster:
         yield cluster
-
-
-async def until(what, predicate, seconds=10):
-    """Ask every 10 ms; the predicate may be a coroutine function."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = predicate()
-        if asyncio.iscoroutine(value):
-            value = await value
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        await asyncio.sleep(0.01)
-
-
-class Told:
-    """What a source tells of the nodes of this test, put together as a daemon would."""
-
-    def __init__(self, source, prefix=""):
-        self.source, self.prefix = source, prefix
-        self.leases, self.changes, self.snapshots_n = {}, [], 0
-
-    async def listen(self):
-        async for news in self.source.updates():
-            if isinstance(news, Snapshot):
-                self.snapshots_n += 1
-                self.leases = {x.key: x for x in news.leases if x.key.startswith(self.prefix)}
-                continue
-            assert isinstance(news, Changes)
-            assert news.changes
-            for change in news.changes:
-                if not change.key.startswith(self.prefix):
-                    continue
-                assert self.leases.get(change.key) == change.old
-                self.changes.append(change)
-                if change.new is None:
-                    del self.leases[change.key]
-                else:
-                    self.leases[change.key] = change.new
-
-    def short(self):
-        """{node: public address}, without the test's prefix."""
-        return {key.removeprefix(self.prefix): str(lease.attributes.public_ip)
-                for key, lease in self.leases.items()}
-
-
-@asynccontextmanager
-async def listening(cluster, source):
-    told = Told(source, cluster.prefix)
-    async with running(told.listen()):
-        await until("the snapshot", lambda: told.snapshots_n)
-        await until("the watch", lambda: source.health.connected)
-        yield told
-    assert told.snapshots_n == 1
-
-
-@asynccontextmanager
-async def running(coroutine):
-    """Beside the test, which fails if it ends."""
-    task = asyncio.create_task(coroutine)
-    try:
-        yield task
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 # acquiring
@@ -152,8 +84,8 @@ async def test_dual_stack(cluster):
     there = await cluster.annotations("n1")
     assert there["public-ipv6"] == "2001:db8::1"
     assert there["backend-v6-data"] == '{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}'
-    async with listening(cluster, cluster.source(net_conf=DUAL_STACK)) as told:
-        assert told.leases == {lease.key: lease}
+    async with observing(cluster.source(net_conf=DUAL_STACK), cluster.prefix) as observer:
+        assert observer.leases == {lease.key: lease}
 
 
 async def test_what_is_said_already_is_not_written_again(small):
@@ -208,8 +140,8 @@ async def test_another_prefix_of_annotations(cluster):
         "example.org/net-kube-subnet-manager": "true", "example.org/net-backend-type": "",
         "example.org/net-backend-data": "null", "example.org/net-public-ip": "192.0.2.1",
     }
-    async with listening(cluster, source) as told:
-        assert told.leases == {lease.key: lease}
+    async with observing(source, cluster.prefix) as observer:
+        assert observer.leases == {lease.key: lease}
 
 
 @pytest.mark.parametrize(
@@ -284,9 +216,9 @@ async def test_what_the_deployed_role_allows_is_enough(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(token="agent")
     lease = await source.acquire(ME, Subnets())
-    async with listening(small, source) as told, running(source.hold(lease)):
-        await until("the condition", lambda: small.condition("n1"))
-        assert told.short() == {"n1": "192.0.2.1"}
+    async with observing(source) as observer, running(source.hold(lease)):
+        await until(lambda: small.condition("n1"), "the condition")
+        assert observer.public_ips() == {"n1": "192.0.2.1"}
     users = {user for *_, user in small.small.requests}
     assert "system:serviceaccount:kube-udptun:udptun" in users
 
@@ -333,41 +265,41 @@ async def test_subnet_lengths_are_the_clusters_matter(small):
 async def test_nodes_come_change_and_go(cluster):
     await cluster.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-    async with listening(cluster, cluster.source()) as told:
-        assert told.short() == {"n1": "192.0.2.1", "n2": "192.0.2.2"}
+    async with observing(cluster.source(), cluster.prefix) as observer:
+        assert observer.public_ips() == {"n1": "192.0.2.1", "n2": "192.0.2.2"}
         await cluster.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
-        await until("n3", lambda: "n3" in told.short())
+        await until(lambda: "n3" in observer.public_ips(), "n3")
         await cluster.annotate("n2", public_ip="192.0.2.22")
-        await until("the address", lambda: told.short()["n2"] == "192.0.2.22")
+        await until(lambda: observer.public_ips()["n2"] == "192.0.2.22", "the address")
         await cluster.delete("n1")
-        await until("n1's end", lambda: "n1" not in told.short())
-        assert told.short() == {"n2": "192.0.2.22", "n3": "192.0.2.3"}
-        assert len(told.changes) == 3
+        await until(lambda: "n1" not in observer.public_ips(), "n1's end")
+        assert observer.public_ips() == {"n2": "192.0.2.22", "n3": "192.0.2.3"}
+        assert len(observer.changes) == 3
 
 
 async def test_nodes_without_flannel_are_no_leases(cluster):
     await cluster.create(node("bare", "10.244.1.0/24"))
     await cluster.create(member("off", "192.0.2.2", "10.244.2.0/24", kube_subnet_manager="false"))
     source = cluster.source()
-    async with listening(cluster, source) as told:
-        assert told.leases == {}
+    async with observing(source, cluster.prefix) as observer:
+        assert observer.leases == {}
         assert not any(key.startswith(cluster.prefix or "bare") for key in source.health.skipped)
         await cluster.annotate("off", kube_subnet_manager="true")
-        await until("a lease", lambda: told.short() == {"off": "192.0.2.2"})
+        await until(lambda: observer.public_ips() == {"off": "192.0.2.2"}, "a lease")
         await cluster.annotate("off", kube_subnet_manager=None)
-        await until("its end", lambda: told.short() == {})
+        await until(lambda: observer.public_ips() == {}, "its end")
 
 
 async def test_one_family_of_two_may_change(cluster):
     """Flannel ignores an update if either family is as it was."""
     both = {"public_ipv6": "2001:db8::2"}
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24", "fd00:10:0:2::/64", **both))
-    async with listening(cluster, cluster.source(net_conf=DUAL_STACK)) as told:
+    async with observing(cluster.source(net_conf=DUAL_STACK), cluster.prefix) as observer:
         await cluster.annotate("n2", public_ipv6="2001:db8::22")
-        await until("one change", lambda: told.changes)
+        await until(lambda: observer.changes, "one change")
         await cluster.annotate("n2", public_ip="192.0.2.22")
-        await until("the other", lambda: len(told.changes) == 2)
-        (lease,) = told.leases.values()
+        await until(lambda: len(observer.changes) == 2, "the other")
+        (lease,) = observer.leases.values()
         assert str(lease.attributes.public_ip) == "192.0.2.22"
         assert str(lease.attributes.public_ipv6) == "2001:db8::22"
 
@@ -375,23 +307,24 @@ async def test_one_family_of_two_may_change(cluster):
 async def test_a_node_made_anew_with_another_subnet_is_a_change(cluster):
     """A podCIDR changes with its node only; flannel does not notice."""
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-    async with listening(cluster, cluster.source()) as told:
+    async with observing(cluster.source(), cluster.prefix) as observer:
         await cluster.delete("n2")
         await cluster.create(member("n2", "192.0.2.2", "10.244.22.0/24"))
         key = cluster.name("n2")
-        await until("the subnet", lambda: key in told.leases and
-                    told.leases[key].subnets == Subnets(ip_network("10.244.22.0/24")))
+        wanted = Subnets(ip_network("10.244.22.0/24"))
+        await until(lambda: key in observer.leases and observer.leases[key].subnets == wanted,
+                    "the subnet")
 
 
 async def test_a_heartbeat_is_no_change(small):
     await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-    async with listening(small, small.source()) as told:
+    async with observing(small.source()) as observer:
         for i in range(5):
             there = small.small.nodes["n2"]
             await small.small.put({**there, "status": {"images": [{"sizeBytes": i}]}})
         await small.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
-        await until("n3", lambda: told.changes)
-        assert [c.key for c in told.changes] == ["n3"]
+        await until(lambda: observer.changes, "n3")
+        assert [c.key for c in observer.changes] == ["n3"]
 
 
 @pytest.mark.parametrize(
@@ -411,37 +344,37 @@ async def test_a_node_that_says_nonsense_keeps_what_it_said_before(cluster, says
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
     await cluster.create(member("bad", "192.0.2.9", "10.244.9.0/24", **says))
     source = cluster.source()
-    async with listening(cluster, source) as told:
-        assert told.short() == {"n2": "192.0.2.2"}
+    async with observing(source, cluster.prefix) as observer:
+        assert observer.public_ips() == {"n2": "192.0.2.2"}
         assert why in source.health.skipped[cluster.name("bad")]
         await cluster.annotate("n2", **says)
-        await until("the report", lambda: cluster.name("n2") in source.health.skipped)
+        await until(lambda: cluster.name("n2") in source.health.skipped, "the report")
         await cluster.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
-        await until("n3", lambda: "n3" in told.short())
-        assert told.short() == {"n2": "192.0.2.2", "n3": "192.0.2.3"}
+        await until(lambda: "n3" in observer.public_ips(), "n3")
+        assert observer.public_ips() == {"n2": "192.0.2.2", "n3": "192.0.2.3"}
         mended = dict.fromkeys(says) | {"public_ip": "192.0.2.22", "backend_data": "null"}
         await cluster.annotate("n2", **mended)
-        await until("n2 as mended", lambda: told.short()["n2"] == "192.0.2.22")
+        await until(lambda: observer.public_ips()["n2"] == "192.0.2.22", "n2 as mended")
         assert cluster.name("n2") not in source.health.skipped
 
 
 async def test_a_node_without_a_subnet_is_reported_until_it_has_one(cluster):
     await cluster.create(member("n2", "192.0.2.2"))
     source = cluster.source()
-    async with listening(cluster, source) as told:
+    async with observing(source, cluster.prefix) as observer:
         assert "podCIDR" in source.health.skipped[cluster.name("n2")]
         body = {"spec": {"podCIDR": "10.244.2.0/24", "podCIDRs": ["10.244.2.0/24"]}}
         await cluster.call("PATCH", f"/api/v1/nodes/{cluster.name('n2')}", body,
                            "application/merge-patch+json")
-        await until("n2", lambda: told.short() == {"n2": "192.0.2.2"})
+        await until(lambda: observer.public_ips() == {"n2": "192.0.2.2"}, "n2")
         assert cluster.name("n2") not in source.health.skipped
 
 
 async def test_lists_are_read_in_pages(small):
     for i in range(7):
         await small.create(member(f"n{i}", f"192.0.2.{i + 1}", f"10.244.{i}.0/24"))
-    async with listening(small, small.source(page=3)) as told:
-        assert len(told.leases) == 7
+    async with observing(small.source(page=3)) as observer:
+        assert len(observer.leases) == 7
     lists = [url for _, url, _ in small.small.requests if "limit=3" in url]
     assert len(lists) == 3
 
@@ -455,8 +388,8 @@ async def test_a_list_that_takes_too_long_is_asked_for_at_once(small):
         small.small.compact()
 
     small.small.on_page = forget
-    async with listening(small, small.source(page=3)) as told:
-        assert len(told.leases) == 7
+    async with observing(small.source(page=3)) as observer:
+        assert len(observer.leases) == 7
 
 
 # what goes wrong with a watch
@@ -468,16 +401,16 @@ async def test_a_forgotten_version_lists_again_and_tells_the_difference(small, a
     for i in (1, 2, 3):
         await small.create(member(f"n{i}", f"192.0.2.{i}", f"10.244.{i}.0/24"))
     source = small.source()
-    async with listening(small, source) as told:
+    async with observing(source) as observer:
         await small.small.stop()
         await small.small.delete("n1")
         await small.small.annotate("n2", public_ip="192.0.2.22")
         await small.small.put(member("n4", "192.0.2.4", "10.244.4.0/24"))
         small.small.compact()
         await small.small.start()
-        await until("the difference", lambda: told.short() == {
-            "n2": "192.0.2.22", "n3": "192.0.2.3", "n4": "192.0.2.4"})
-        assert len(told.changes) == 3  # n3 was not touched
+        await until(lambda: observer.public_ips() == {
+            "n2": "192.0.2.22", "n3": "192.0.2.3", "n4": "192.0.2.4"}, "the difference")
+        assert len(observer.changes) == 3  # n3 was not touched
         assert source.health.relists_n == 1
 
 
@@ -485,16 +418,16 @@ async def test_a_bookmark_spares_listing_again(small):
     small.small.bookmark_seconds = 0.02
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source()
-    async with listening(small, source) as told:
+    async with observing(source) as observer:
         await small.small.pass_over(100)
         version = small.small.version
         seen = source.health.last_contact
-        await until("a bookmark", lambda: source.health.last_contact > seen)
+        await until(lambda: source.health.last_contact > seen, "a bookmark")
         small.small.compact()
         await small.small.cut_watches()
-        await until("the next watch", lambda: small.small.watches_n)
+        await until(lambda: small.small.watches_n, "the next watch")
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-        await until("n2", lambda: "n2" in told.short())
+        await until(lambda: "n2" in observer.public_ips(), "n2")
         assert source.health.relists_n == 0
         watches = [url for _, url, _ in small.small.requests if f"resourceVersion={version}" in url]
         assert watches
@@ -503,11 +436,11 @@ async def test_a_bookmark_spares_listing_again(small):
 async def test_a_lost_connection_goes_on_where_it_was(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source()
-    async with listening(small, source) as told:
+    async with observing(source) as observer:
         for i in range(2, 7):
             await small.small.cut_watches()
             await small.create(member(f"n{i}", f"192.0.2.{i}", f"10.244.{i}.0/24"))
-        await until("all", lambda: len(told.leases) == 6)
+        await until(lambda: len(observer.leases) == 6, "all")
         assert source.health.relists_n == 0
         lists = [url for _, url, _ in small.small.requests
                  if "watch" not in url and "limit" in url]
@@ -517,27 +450,27 @@ async def test_a_lost_connection_goes_on_where_it_was(small):
 async def test_a_watch_that_ends_in_order_goes_on(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(watch_timeout=1)
-    async with listening(small, source) as told:
+    async with observing(source) as observer:
         watches = lambda: [url for _, url, _ in small.small.requests if "watch=" in url]  # noqa: E731
-        await until("a second watch", lambda: len(watches()) > 1)
+        await until(lambda: len(watches()) > 1, "a second watch")
         assert source.health.errors_n == 0
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-        await until("n2", lambda: "n2" in told.short())
+        await until(lambda: "n2" in observer.public_ips(), "n2")
 
 
 async def test_a_server_that_is_gone_forgets_no_lease(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source()
-    async with listening(small, source) as told:
+    async with observing(source) as observer:
         await small.small.stop()
-        await until("the report", lambda: not source.health.connected)
+        await until(lambda: not source.health.connected, "the report")
         assert "nodes" in source.health.error
         assert source.health.errors_n
-        assert told.short() == {"n1": "192.0.2.1"}
+        assert observer.public_ips() == {"n1": "192.0.2.1"}
         await small.small.put(member("n2", "192.0.2.2", "10.244.2.0/24"))
         await small.small.start()
-        await until("n2", lambda: "n2" in told.short())
-        await until("order", lambda: source.health.connected)
+        await until(lambda: "n2" in observer.public_ips(), "n2")
+        await until(lambda: source.health.connected, "order")
         assert source.health.error == ""
         assert source.health.relists_n == 0
 
@@ -548,39 +481,39 @@ async def test_a_server_that_was_not_there_at_start(small):
     source = small.source()
     with pytest.raises(StoreDown):
         await source.acquire(ME, Subnets())
-    told = Told(source)
-    async with running(told.listen()):
-        await until("the report", lambda: source.health.errors_n > 2)
-        assert told.snapshots_n == 0
-        await small.small.start()
-        await until("the snapshot", lambda: told.short() == {"n1": "192.0.2.1"})
+    observer = Observer(source)
+    await until(lambda: source.health.errors_n > 2, "the report")
+    assert observer.snapshots == 0
+    await small.small.start()
+    await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "the snapshot")
+    await observer.close()
 
 
 async def test_a_frozen_server_is_noticed(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(watch_silence=0.2, request_timeout=0.2)
-    async with listening(small, source) as told:
+    async with observing(source) as observer:
         small.small.answering.clear()
-        await until("the report", lambda: "does not respond" in source.health.error)
+        await until(lambda: "does not respond" in source.health.error, "the report")
         assert not source.health.connected
         with pytest.raises(StoreDown, match="does not respond"):
             await source.acquire(ME, Subnets())
         small.small.answering.set()
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-        await until("n2", lambda: "n2" in told.short())
-        await until("order", lambda: source.health.connected)
+        await until(lambda: "n2" in observer.public_ips(), "n2")
+        await until(lambda: source.health.connected, "order")
 
 
 @pytest.mark.parametrize("code", [429, 500, 503, 403, 410])
 async def test_a_server_that_refuses_for_a_while(small, code):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(token="agent")
-    async with listening(small, source) as told:
+    async with observing(source) as observer:
         refusal = expired() if code == 410 else Refusal(code, "Reason", "not now")
         small.small.refuse_next = [refusal] * 3
         await small.small.cut_watches()
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-        await until("n2", lambda: "n2" in told.short())
+        await until(lambda: "n2" in observer.public_ips(), "n2")
 
 
 async def test_a_proxy_that_answers_in_its_own_way(small):
@@ -606,16 +539,16 @@ async def test_a_token_that_expires_is_read_again(small):
     source = small.source(token="agent")
     lease = await source.acquire(ME, Subnets())
     rules = small.small.users["agent"]
-    async with listening(small, source) as told:
-        assert told.short() == {"n1": "192.0.2.1"}
+    async with observing(source) as observer:
+        assert observer.public_ips() == {"n1": "192.0.2.1"}
         small.small.expire("agent")
         await small.small.cut_watches()
-        await until("the report", lambda: "401" in source.health.error)
+        await until(lambda: "401" in source.health.error, "the report")
         with pytest.raises(StoreRefused, match="401"):
             await source.acquire(ME, Subnets())
         small.small.allow("fresh", *rules)
         (small.directory / "token").write_text("fresh")
-        await until("order", lambda: source.health.connected)
+        await until(lambda: source.health.connected, "order")
         assert await source.acquire(ME, Subnets()) == lease
 
 
@@ -641,7 +574,7 @@ async def test_holding_says_that_the_network_is_there(cluster):
         return condition["status"] == "False" and condition
 
     async with running(source.hold(lease)):
-        condition = await until("the condition", up)
+        condition = await until(up, "the condition")
         assert condition["reason"] == "FlannelIsUp"
         assert condition["lastTransitionTime"].endswith("Z")
 
@@ -652,7 +585,7 @@ async def test_the_network_condition_may_be_somebody_elses(small):
     lease = await source.acquire(ME, Subnets())
     async with running(source.hold(lease)):
         gets = lambda: [u for m, u, _ in small.small.requests if u.endswith("/nodes/n1")]  # noqa: E731
-        await until("a look", lambda: len(gets()) > 1)
+        await until(lambda: len(gets()) > 1, "a look")
         assert await small.condition("n1") is None
 
 
@@ -661,13 +594,13 @@ async def test_annotations_that_are_taken_away_are_put_back(cluster):
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
     whole = await cluster.annotations("n1")
-    async with listening(cluster, source), running(source.hold(lease)):
+    async with observing(source, cluster.prefix), running(source.hold(lease)):
         await cluster.annotate("n1", kube_subnet_manager=None, public_ip="203.0.113.1")
 
         async def mended():
             return await cluster.annotations("n1") == whole
 
-        await until("the annotations", mended)
+        await until(mended, "the annotations")
 
 
 async def test_an_overwrite_that_comes_later_is_published(cluster):
@@ -675,36 +608,36 @@ async def test_an_overwrite_that_comes_later_is_published(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
-    async with listening(cluster, source) as told, running(source.hold(lease)):
+    async with observing(source, cluster.prefix) as observer, running(source.hold(lease)):
         await cluster.annotate("n1", public_ip_overwrite="198.51.100.7")
-        await until("the address", lambda: told.short() == {"n1": "198.51.100.7"})
+        await until(lambda: observer.public_ips() == {"n1": "198.51.100.7"}, "the address")
         await cluster.annotate("n1", public_ip_overwrite=None)
-        await until("our own again", lambda: told.short() == {"n1": "192.0.2.1"})
+        await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "our own again")
 
 
 async def test_a_node_that_registers_again_is_told_all_again(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
-    async with listening(cluster, source) as told, running(source.hold(lease)):
-        await until("the condition", lambda: cluster.condition("n1"))
+    async with observing(source, cluster.prefix) as observer, running(source.hold(lease)):
+        await until(lambda: cluster.condition("n1"), "the condition")
         await cluster.delete("n1")
-        await until("the loss", lambda: source.health.lease == "lost")
+        await until(lambda: source.health.lease == "lost", "the loss")
         assert "404" in source.health.lease_error
         await cluster.create(node("n1", "10.244.1.0/24"))
-        await until("the lease", lambda: source.health.lease == "held")
-        await until("the condition", lambda: cluster.condition("n1"))
-        await until("the news", lambda: told.short() == {"n1": "192.0.2.1"})
+        await until(lambda: source.health.lease == "held", "the lease")
+        await until(lambda: cluster.condition("n1"), "the condition")
+        await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "the news")
 
 
 async def test_a_node_that_gets_another_subnet_has_lost_its_lease(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
-    async with listening(cluster, source), running(source.hold(lease)):
+    async with observing(source, cluster.prefix), running(source.hold(lease)):
         await cluster.delete("n1")
         await cluster.create(member("n1", "192.0.2.1", "10.244.9.0/24"))
-        await until("the loss", lambda: "10.244.9.0/24" in source.health.lease_error)
+        await until(lambda: "10.244.9.0/24" in source.health.lease_error, "the loss")
         assert source.health.lease == "lost"
     lease = await source.acquire(ME, lease.subnets)
     assert lease.subnets == Subnets(ip_network("10.244.9.0/24"))
@@ -716,10 +649,10 @@ async def test_an_outage_loses_no_lease(small):
     source = small.source()
     lease = await source.acquire(ME, Subnets())
     async with running(source.hold(lease)):
-        await until("the condition", lambda: small.condition("n1"))
+        await until(lambda: small.condition("n1"), "the condition")
     await small.small.stop()
     async with running(source.hold(lease)):
-        await until("failures", lambda: source.health.errors_n > 3)
+        await until(lambda: source.health.errors_n > 3, "failures")
         assert source.health.lease == "held"
         small.small.nodes["n1"]["metadata"]["annotations"].clear()
         await small.small.start()
@@ -727,7 +660,7 @@ async def test_an_outage_loses_no_lease(small):
         async def mended():
             return (await small.annotations("n1")).get("public-ip") == "192.0.2.1"
 
-        await until("the annotations", mended)
+        await until(mended, "the annotations")
 
 
 async def test_a_refused_patch_while_holding_is_tried_again(small):
@@ -737,7 +670,7 @@ async def test_a_refused_patch_while_holding_is_tried_again(small):
     conflict = Refusal(409, "Conflict", "the object has been modified")
     small.small.refuse_next = [None, conflict]  # the get, then the patch of the condition
     async with running(source.hold(lease)):
-        await until("the condition", lambda: small.condition("n1"))
+        await until(lambda: small.condition("n1"), "the condition")
 
 
 async def test_a_daemon_that_starts_from_its_memory_publishes_when_it_can(small):
@@ -749,7 +682,7 @@ async def test_a_daemon_that_starts_from_its_memory_publishes_when_it_can(small)
         async def mended():
             return (await small.annotations("n1")).get("public-ip") == "192.0.2.1"
 
-        await until("the annotations", mended)
+        await until(mended, "the annotations")
 
 
 async def test_holding_ends_when_cancelled_in_the_moment_of_news(small):
@@ -758,8 +691,8 @@ async def test_holding_ends_when_cancelled_in_the_moment_of_news(small):
     source = small.source()
     lease = await source.acquire(ME, Subnets())
     task = asyncio.create_task(source.hold(lease))
-    await until("the condition", lambda: small.condition("n1"))
-    await until("rest", lambda: source._own_changed._waiters)
+    await until(lambda: small.condition("n1"), "the condition")
+    await until(lambda: source._own_changed._waiters, "rest")
     source._own_changed.set()
     task.cancel()
     await asyncio.wait({task}, timeout=5)
