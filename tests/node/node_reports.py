@@ -31,7 +31,7 @@ def ready() -> NodeReport:
         forwarder=ForwarderReport(
             connected=True, error="", in_step=True, routes_n=7, starts_n=1, replaces_n=3
         ),
-        peers=PeersReport(udp_n=2, vxlan_n=5),
+        peers=PeersReport(carried_n={"udp": 2, "vxlan": 5}),
         leases_n=8,
         route_changes_n={"udp": 9, "vxlan": 6},
         applied=time.monotonic() - 1,

@@ -35,6 +35,8 @@ from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.netconf import NetConfig
 from udptun.net.netlink import Netlink
 from udptun.node import daemon as module
+from udptun.node import peers as peers_module
+from udptun.node import store as store_module
 from udptun.node.config import InterfaceOptions, NodeConfig
 from udptun.node.daemon import AlreadyRunning, Daemon, locked, run
 
@@ -190,7 +192,7 @@ async def test_what_the_store_says_is_put_in_force(served, node_of):
             "FLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n")
         assert node.forward_file["listen"] == ["192.0.2.1:8285"]
         assert daemon.report.leases_n == 3
-        assert daemon.report.peers.udp_n == 2
+        assert daemon.report.peers.carried_n == {"udp": 2, "vxlan": 0}
         assert not daemon.report.stale
         await until(lambda: node.store.held, "the lease to be held")
 
@@ -241,7 +243,7 @@ async def test_until_the_leases_are_told_nothing_in_force_is_touched(
     await node.known_before(peer(2))
     calls = served.forwarder.calls
     calls.clear()
-    monkeypatch.setattr(module, "STORE_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(peers_module, "PATIENCE_SECONDS", 0.3)
     async with node.running() as daemon:
         await until(lambda: daemon.report.forwarder.connected, "the forwarder")
         await until(lambda: node.store.published, "the lease")
@@ -256,7 +258,8 @@ async def test_until_the_leases_are_told_nothing_in_force_is_touched(
 async def test_a_store_that_never_answers_is_not_waited_for(served, node_of, monkeypatch):
     node = node_of()
     await node.known_before(peer(2))
-    monkeypatch.setattr(module, "STORE_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(peers_module, "PATIENCE_SECONDS", 0.1)
 
     async def never():
         await asyncio.Event().wait()

@@ -374,7 +374,7 @@ def test_a_route_before_the_first_start_is_refused(tmp_path: Path, path: str) ->
     flanneld = Flanneld(tmp_path / "node", path)
     code, said = flanneld.add("10.244.2.0/24", "192.0.2.2", "")
     assert code == 1
-    assert "`udptun ext up` comes first" in said
+    assert "run `udptun ext up` first" in said
     with pytest.raises(NoForwarder):
         flanneld.status()
 
@@ -412,12 +412,12 @@ def test_what_a_forwarder_shall_be_survives_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_which_running_forwarder_fits(change: dict[str, Any], why: str) -> None:
-    found = SPEC.misfit({"device": DEVICE | change})
+    found = SPEC.mismatch({"device": DEVICE | change})
     assert found.startswith(why)
     assert bool(found) is bool(why)
 
 
 def test_a_forwarder_with_another_mtu_fits_unless_one_was_asked_for() -> None:
     asked = dataclasses.replace(SPEC, mtu=1400)
-    assert asked.misfit({"device": DEVICE}) == "its MTU: 1472 instead of 1400"
-    assert asked.misfit({"device": DEVICE | {"mtu": 1400}}) == ""
+    assert asked.mismatch({"device": DEVICE}) == "its MTU: 1472 instead of 1400"
+    assert asked.mismatch({"device": DEVICE | {"mtu": 1400}}) == ""

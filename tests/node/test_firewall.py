@@ -191,9 +191,9 @@ def program(tmp_path, text):
 
 @in_own_netns
 async def test_an_nft_that_writes_the_rules_in_another_way(tmp_path):
-    """Flags became a list in later releases: that is not damage, to be mended each time."""
+    """Later releases print flags as a list: the rules are the same, and are not replaced again."""
     nft = program(tmp_path, """nft "$@" | sed 's/"fully-random"/["fully-random"]/g'""")
-    firewall = Firewall(RULES, nft)
+    firewall = Firewall(RULES, nft=nft)
     assert await firewall.sync()
     before = ruleset(handles=True)
     assert not await firewall.sync()
@@ -207,13 +207,13 @@ async def test_an_nft_that_writes_the_rules_in_another_way(tmp_path):
     ("echo Operation not permitted >&2; exit 1", ["list table ip udptun-ipv4",
                                                   "Operation not permitted"]),
     ("exit 3", ["exit code 3"]),
-    ("echo what", ["answers what is not its JSON"]),
-    ("exec sleep 60", ["no answer in 0.05 s"]),
+    ("echo what", ["its output is not the expected JSON"]),
+    ("exec sleep 60", ["no answer within 0.05 s"]),
 ])
 async def test_nft_fails(tmp_path, monkeypatch, text, words):
     if "sleep" in text:
         monkeypatch.setattr(firewall_module, "NFT_TIMEOUT_S", 0.05)
-    firewall = Firewall(RULES, program(tmp_path, text))
+    firewall = Firewall(RULES, nft=program(tmp_path, text))
     with pytest.raises(FirewallError) as caught:
         await firewall.sync()
     for word in words:
@@ -230,14 +230,14 @@ async def test_nft_is_not_there(tmp_path, mode, words):
     if mode is not None:
         path.write_text("")
         path.chmod(mode)
-    firewall = Firewall(RULES, str(path))
+    firewall = Firewall(RULES, nft=str(path))
     with pytest.raises(FirewallError, match="does not run") as caught:
         await firewall.sync()
     assert words in str(caught.value)
 
 
 async def test_nft_is_not_needed_where_nothing_is_wanted(tmp_path):
-    firewall = Firewall(FirewallRules(), str(tmp_path / "nft"))
+    firewall = Firewall(FirewallRules(), nft=str(tmp_path / "nft"))
     assert not await firewall.sync()
     assert not await firewall.remove()
 
@@ -245,7 +245,7 @@ async def test_nft_is_not_needed_where_nothing_is_wanted(tmp_path):
 @in_own_netns
 @pytest.mark.parametrize("broken", ["udptun-ipv4", "udptun-ipv6"])
 async def test_one_familys_trouble_is_not_the_others(tmp_path, broken):
-    firewall = Firewall(RULES, program(tmp_path, f"""\
+    firewall = Firewall(RULES, nft=program(tmp_path, f"""\
 case "$*" in *{broken}) echo "Error: out of order" >&2; exit 1;; esac
 exec nft "$@"
 """))
@@ -292,7 +292,7 @@ esac
 exec nft "$@"
 """)
     (tmp_path / "broken").touch()
-    firewall = Firewall(RULES, nft)
+    firewall = Firewall(RULES, nft=nft)
     async with keeping(firewall):
         await until(lambda: "out of order" in firewall.error)
         before = len(asked.read_text())
@@ -306,12 +306,12 @@ exec nft "$@"
 
 @in_own_netns
 async def test_a_host_that_drops_is_named_once(caplog):
-    """As Docker does it: our accept cannot lift that, and nothing else would say so."""
+    """Docker sets this policy. Our accept does not override it, so the log has to name it."""
     sh("nft add table ip filter",
        "nft add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",
        "nft add chain ip filter INPUT { type filter hook input priority 0; policy drop; }")
     firewall = Firewall(RULES)
-    assert [sentence.split(" drops")[0] for sentence in await firewall.obstacles()] == \
+    assert [sentence.split(" has")[0] for sentence in await firewall.obstacles()] == \
         ["ip filter FORWARD"]
     looks = 0
     obstacles = firewall.obstacles
@@ -324,6 +324,6 @@ async def test_a_host_that_drops_is_named_once(caplog):
     firewall.obstacles = counted
     async with keeping(firewall):
         await until(lambda: looks > 2)
-    assert caplog.text.count("ip filter FORWARD drops") == 1
+    assert caplog.text.count("ip filter FORWARD has the policy drop") == 1
     firewall.want = dataclasses.replace(RULES, forward=False)
     assert await firewall.obstacles() == ()

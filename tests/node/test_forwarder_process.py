@@ -13,6 +13,7 @@ import pytest
 
 from tests.control.fakes import LoopThread, Served
 from udptun.control.client import ControlClient
+from udptun.instance import Instance
 from udptun.leases.base import SourceHealth
 from udptun.model import Route
 from udptun.node.process import keeper as module
@@ -68,7 +69,8 @@ async def keeper(control, tmp_path):
 async def running(control, tmp_path, spawned=False):
     report = NodeReport("file", SourceHealth())
     made = ForwarderKeeper(
-        control, tmp_path / "forward.json", tmp_path / "forwarder.log", spawned, report)
+        control, tmp_path / "forward.json", tmp_path / "forwarder.log",
+        Instance() if spawned else None, report, "udp")
     made.report = report
     task = asyncio.create_task(made.run())
     try:
@@ -189,7 +191,7 @@ async def test_a_change_of_somebody_else_between_ours_is_seen_at_once(
 async def test_a_failed_change_is_tried_again_as_a_whole(
     thread, control, keeper, spec, monkeypatch
 ):
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "FIRST_BACKOFF", 0.01)
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2)))
@@ -218,7 +220,8 @@ async def test_one_that_does_not_fit_is_stopped_with_the_reason(
     with Served(thread, control) as served:
         keeper.want(replace(spec, **{field: value}))
         await until(served.forwarder.stopped.is_set, "it to be stopped")
-        assert any("not as wanted" in text and said in text for text in caplog.messages)
+        assert any("other options than it should" in text and said in text
+                   for text in caplog.messages)
 
 
 async def test_a_change_of_what_is_wanted_stops_it_and_keeps_the_routes(
@@ -255,7 +258,7 @@ async def test_an_equal_file_is_left_alone(keeper, spec, tmp_path):
 async def test_one_is_started_where_none_answers(thread, control, tmp_path, spec, monkeypatch):
     served = Served(thread, control)
 
-    def spawn(forward_file, log):
+    def spawn(forward_file, log, instance):
         assert ForwarderSpec.read(forward_file) == spec
         served.__enter__()
         return Child()
@@ -274,10 +277,10 @@ async def test_one_is_started_where_none_answers(thread, control, tmp_path, spec
 async def test_one_that_ends_at_once_is_started_with_pauses_and_its_words_are_told(
     control, tmp_path, spec, monkeypatch
 ):
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(module, "FIRST_BACKOFF", 0.2)
     started = []
 
-    def spawn(forward_file, log):
+    def spawn(forward_file, log, instance):
         log.write_text("TUN: operation not permitted\n")
         started.append(time.monotonic())
         child = Child()

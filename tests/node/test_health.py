@@ -41,7 +41,8 @@ def test_a_node_in_order() -> None:
     assert is_ready(judge(report))
     assert states(report) == {}
     lines = "\n".join(map(str, judge(report)))
-    for text in ("[+]store: etcd answers; leases: 8", "[+]lease: 10.5.1.0/24, for 11 h, renewed",
+    for text in ("[+]store: etcd answers; leases: 8",
+                 "[+]lease: 10.5.1.0/24, expires in 11 h unless renewed",
                  "[+]interface: eth0, published as 192.0.2.1; inner MTU 1450",
                  "[+]forwarder: has all routes: 7", "[+]peers: 2 by UDP, 5 by VXLAN"):
         assert text in lines
@@ -129,22 +130,22 @@ def set_waiting(report: NodeReport) -> None:
         (set_waiting, {"start": State.FAILED}, "[-]start: for the network's configuration"),
         (set_store_down, {"store": State.DEGRADED},
          "[!]store: etcd: no answer for 5 s; last answer 3 s ago\n"
-         "    the leases in force are the last it told"),
+         "    the active leases are the last ones it listed"),
         (set_stale, {"store": State.DEGRADED, "lease": State.DEGRADED},
-         "the leases in force are those kept on disk"),
+         "the active leases are cached ones"),
         (set_never_told, {"store": State.FAILED}, "[-]store: etcd: no answer for 5 s"),
         (set_skipped, {"store": State.DEGRADED},
          "    1 cannot be used:\n    10.5.9.0-24: no PublicIP"),
         (set_lost, {"lease": State.DEGRADED},
-         "[!]lease: 10.5.1.0/24: lost, being taken back: 192.0.2.9 has it"),
-        (set_expired, {"lease": State.DEGRADED}, "[!]lease: 10.5.1.0/24: ran out 100 s ago"),
+         "[!]lease: 10.5.1.0/24: lost, being acquired again: 192.0.2.9 has it"),
+        (set_expired, {"lease": State.DEGRADED}, "[!]lease: 10.5.1.0/24: expired 100 s ago"),
         (set_no_lease, {"lease": State.FAILED}, "[-]lease: no subnet is free"),
         (set_not_published, {"lease": State.DEGRADED}, "10.5.1.0/24: no permission to write"),
         (set_no_interface, {"interface": State.FAILED}, "[-]interface: no interface eth9"),
         (set_interface_gone, {"interface": State.FAILED}, "eth0 has no address any more"),
         (set_no_forwarder, {"forwarder": State.FAILED}, "[-]forwarder: nobody answers on /run/s"),
         (set_out_of_step, {"forwarder": State.FAILED},
-         "[-]forwarder: not all of its routes are right; routes: 7"),
+         "[-]forwarder: its routes are not up to date; routes: 7"),
         (set_no_subnet_env, {"subnet-env": State.FAILED}, "[-]subnet-env: No space left on device"),
         (set_no_firewall, {"firewall": State.FAILED}, "[-]firewall: nft is not there"),
         (set_unreachable, {"peers": State.DEGRADED},
@@ -166,19 +167,19 @@ def test_one_thing_wrong_is_told_apart(
 def test_a_lease_without_an_end() -> None:
     report = ready()
     report.source.lease_expires = None
-    assert told(report, "lease") == "[+]lease: 10.5.1.0/24, for good"
+    assert told(report, "lease") == "[+]lease: 10.5.1.0/24, does not expire"
 
 
 def test_a_vxlan_node_needs_no_forwarder() -> None:
     report = ready()
     set_no_forwarder(report)
-    report.backend = "vxlan"
+    report.backend, report.forwarder.needed = "vxlan", False
     assert states(report) == {}
 
 
 def test_why_there_is_no_vxlan_is_no_complaint() -> None:
     report = ready()
-    report.no_vxlan = "the kernel has no vxlan module"
+    report.unavailable = {"VXLAN": "the kernel has no vxlan module"}
     assert states(report) == {}
     assert "no VXLAN here: the kernel has no vxlan module" in told(report, "peers")
 

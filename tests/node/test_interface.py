@@ -152,7 +152,7 @@ async def test_both_default_routes_must_agree():
 @in_own_netns
 async def test_a_link_local_ipv6_address_is_not_enough():
     sh(*HOST, "ip address add 203.0.113.1/24 dev peer0")
-    with refused("peer0: has no IPv6 address that can be used, only a link-local one"):
+    with refused("peer0: has no IPv6 address that other nodes can reach, only a link-local one"):
         await chosen(want_v6=True, names=("peer0",))
 
 
@@ -176,7 +176,7 @@ async def test_a_device_that_is_down_is_taken_and_said(caplog):
     sh(*HOST, "ip link set eth1 down")
     with caplog.at_level(logging.WARNING):
         assert await chosen(names=("eth1",)) == E1
-    assert "eth1 carries the overlay and is set down" in caplog.text
+    assert "eth1 carries the overlay and is down" in caplog.text
 
 
 @in_own_netns

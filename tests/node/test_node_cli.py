@@ -221,8 +221,8 @@ def test_variables(daemon: FakeDaemon) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--hosts=/h", "--kube-subnet-mgr"], "--hosts and --kube-subnet-mgr name two stores"),
-        (["--hosts=/h", "--etcd-prefix=/x"], "--hosts and --etcd-prefix name two stores"),
+        (["--hosts=/h", "--kube-subnet-mgr"], "--hosts and --kube-subnet-mgr name two sources"),
+        (["--hosts=/h", "--etcd-prefix=/x"], "--hosts and --etcd-prefix name two sources"),
         (["--kube-subnet-mgr"], "NODE_NAME: '' is not valid"),
         (["--etcd-endpoints="], "--etcd-endpoints: '' is not valid"),
         (["--etcd-endpoints=ftp://x"], "--etcd-endpoints: 'ftp://x' is not valid"),

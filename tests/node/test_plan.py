@@ -1,4 +1,4 @@
-"""Which way leads to each peer, and what a change of leases changes."""
+"""The paths to each peer, and what a change of leases changes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ import pytest
 from udptun.leases.advert import Advert, embed
 from udptun.leases.base import Attributes, Change, Lease, Subnets
 from udptun.model import Route
-from udptun.node.plan import Here, Plan, _overlap, reach
+from udptun.net.vxlan import VxlanPeer
+from udptun.node.backends.plan import LocalNode, Plan, _overlap, reach
+from udptun.node.backends.udp import UdpReach
+from udptun.node.backends.vxlan import VxlanReach
 
 MAC = "0e:00:00:00:00:02"
 VXLAN = {"VNI": 1, "VtepMAC": MAC}
 ADVERT = Advert(9285, 1400)
 NET4, NET6 = IPv4Network("10.244.0.0/16"), IPv6Network("fd44::/32")
 SUB4, SUB6 = IPv4Network("10.244.2.0/24"), IPv6Network("fd44:0:2::/64")
-HERE = Here(
+UDP4, UDP46, VXLAN4 = UdpReach(8285, (4,)), UdpReach(8285, (4, 6)), VxlanReach((4,), 1, False)
+UDP_ONLY = LocalNode(
     key="me", subnets=Subnets(IPv4Network("10.244.1.0/24")), networks=(NET4,),
-    public=(IPv4Address("192.0.2.1"),), outer=(4,), udp_port=8285,
+    public=(IPv4Address("192.0.2.1"),), reaches=(UDP4,),
 )
-BOTH = replace(HERE, vxlan=(4,))
+VXLAN_ONLY = replace(UDP_ONLY, reaches=(VXLAN4,))
+BOTH = replace(UDP_ONLY, reaches=(UDP4, VXLAN4))
 DUAL = replace(
-    HERE, networks=(NET4, NET6), outer=(4, 6),
+    UDP_ONLY, networks=(NET4, NET6), reaches=(UDP46,),
     public=(IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1")),
     subnets=Subnets(IPv4Network("10.244.1.0/24"), IPv6Network("fd44:0:1::/64")),
 )
@@ -38,83 +43,95 @@ def lease(n=2, backend="", data=None, data6=None, v6=False, public=None, public6
     return Lease(key or f"n{n}", subnets, Attributes(public, public6, backend, data, data6))
 
 
-def only(here, peer):
-    (way,), why = reach(here, peer)
+def route_of(found):
+    """The path in the UDP backend."""
+    return next((path for path in found.paths if isinstance(path, Route)), None)
+
+
+def peer_of(found):
+    """The path in the VXLAN backend."""
+    return next((path for path in found.paths if isinstance(path, VxlanPeer)), None)
+
+
+def only(local, lease):
+    (found,), why = reach(local, lease)
     assert why == ""
-    return way
+    return found
 
 
-# The ways, by what both ends are
+# The paths, by what both ends support
 
 
 def test_a_stock_udp_peer_listens_where_we_do():
     for backend in ("", "udp"):
-        way = only(replace(HERE, udp_port=8300), lease(backend=backend))
-        assert way.route == Route(SUB4, IPv4Address("192.0.2.2"), 8300, None)
-        assert way.peer is None
+        path = only(replace(UDP_ONLY, reaches=(UdpReach(8300, (4,)),)), lease(backend=backend))
+        assert route_of(path) == Route(SUB4, IPv4Address("192.0.2.2"), 8300, None)
+        assert peer_of(path) is None
 
 
 def test_a_peer_that_advertises_is_taken_at_its_word():
-    way = only(HERE, lease(data=embed(None, ADVERT)))
-    assert way.route == Route(SUB4, IPv4Address("192.0.2.2"), 9285, 1400)
+    path = only(UDP_ONLY, lease(data=embed(None, ADVERT)))
+    assert route_of(path) == Route(SUB4, IPv4Address("192.0.2.2"), 9285, 1400)
 
 
 def test_two_with_vxlan_use_it_and_keep_udp_ready():
-    way = only(BOTH, lease(backend="vxlan", data=embed(VXLAN, ADVERT)))
-    assert (way.peer.mac, way.peer.endpoint, way.peer.subnet) == (
+    path = only(BOTH, lease(backend="vxlan", data=embed(VXLAN, ADVERT)))
+    assert (peer_of(path).mac, peer_of(path).endpoint, peer_of(path).subnet) == (
         MAC, IPv4Address("192.0.2.2"), SUB4)
-    assert way.route is not None
+    assert route_of(path) is not None
 
 
 def test_a_stock_vxlan_peer_is_spoken_to_by_vxlan_alone():
-    way = only(BOTH, lease(backend="vxlan", data=VXLAN))
-    assert way.peer is not None
-    assert way.route is None
+    path = only(BOTH, lease(backend="vxlan", data=VXLAN))
+    assert peer_of(path) is not None
+    assert route_of(path) is None
 
 
 def test_where_we_lack_vxlan_a_peer_that_has_both_is_reached_by_udp():
-    way = only(HERE, lease(backend="vxlan", data=embed(VXLAN, ADVERT)))
-    assert way.peer is None
-    assert way.route.port == 9285
+    path = only(UDP_ONLY, lease(backend="vxlan", data=embed(VXLAN, ADVERT)))
+    assert peer_of(path) is None
+    assert route_of(path).port == 9285
 
 
 def test_where_a_peer_lacks_vxlan_it_is_reached_by_udp():
-    assert only(BOTH, lease(data=embed(None, ADVERT))).peer is None
+    assert peer_of(only(BOTH, lease(data=embed(None, ADVERT)))) is None
 
 
 def test_direct_routing_is_passed_on():
-    assert only(replace(BOTH, direct=True), lease(backend="vxlan", data=VXLAN)).peer.direct
+    assert peer_of(only(
+        replace(BOTH, reaches=(VxlanReach((4,), 1, True),)), lease(backend="vxlan", data=VXLAN),
+    )).direct
 
 
 @pytest.mark.parametrize(
-    ("here", "peer", "why"),
+    ("local", "peer", "why"),
     [
-        (HERE, lease(backend="vxlan", data=VXLAN), "ignores a node that has only UDP"),
-        (replace(BOTH, udp_port=None), lease(), "only VXLAN"),
+        (UDP_ONLY, lease(backend="vxlan", data=VXLAN), "ignores a node that has only UDP"),
+        (VXLAN_ONLY, lease(), "only VXLAN"),
         (BOTH, lease(backend="host-gw"), "host-gw"),
         (BOTH, lease(backend="vxlan", data={"VNI": 2, "VtepMAC": MAC}), "do not fit"),
         (BOTH, lease(backend="vxlan", data={"VNI": 1, "VtepMAC": "no mac"}), "do not fit"),
         (BOTH, lease(backend="vxlan", data="nonsense"), "do not fit"),
         (BOTH, lease(backend="vxlan"), "do not fit"),
-        (HERE, lease(n=2, public=IPv4Address("192.0.2.1")), "former lease of this node"),
-        (HERE, lease(n=2, public=IPv4Address("224.0.0.1")), "not that of a host"),
-        (HERE, lease(n=2, public=IPv4Address("0.0.0.0")), "not that of a host"),
-        (HERE, Lease("n2", Subnets(SUB4), Attributes()), "no public address"),
-        (HERE, Lease("n2", Subnets(IPv4Network("10.9.0.0/24")),
+        (UDP_ONLY, lease(n=2, public=IPv4Address("192.0.2.1")), "former lease of this node"),
+        (UDP_ONLY, lease(n=2, public=IPv4Address("224.0.0.1")), "not the address of one host"),
+        (UDP_ONLY, lease(n=2, public=IPv4Address("0.0.0.0")), "not the address of one host"),
+        (UDP_ONLY, Lease("n2", Subnets(SUB4), Attributes()), "no public address"),
+        (UDP_ONLY, Lease("n2", Subnets(IPv4Network("10.9.0.0/24")),
                      Attributes(IPv4Address("192.0.2.2"))), "not within 10.244.0.0/16"),
-        (HERE, Lease("n2", Subnets(IPv4Network("10.0.0.0/8")),
+        (UDP_ONLY, Lease("n2", Subnets(IPv4Network("10.0.0.0/8")),
                      Attributes(IPv4Address("192.0.2.2"))), "not within 10.244.0.0/16"),
-        (HERE, Lease("n2", Subnets(IPv4Network("10.244.1.0/25")),
+        (UDP_ONLY, Lease("n2", Subnets(IPv4Network("10.244.1.0/25")),
                      Attributes(IPv4Address("192.0.2.2"))), "overlaps our own"),
-        (HERE, Lease("n2", Subnets(SUB4), Attributes(public_ipv6=IPv6Address("2001:db8::2"),
+        (UDP_ONLY, Lease("n2", Subnets(SUB4), Attributes(public_ipv6=IPv6Address("2001:db8::2"),
                                                      backend_data=embed(None, ADVERT))),
-         "no underlay address of a family"),
+         "no underlay address of an IP version"),
     ],
 )
-def test_no_way_and_why(here, peer, why):
-    ways, said = reach(here, peer)
-    assert not ways
-    assert why in said
+def test_a_peer_without_a_path_has_a_reason(local, peer, why):
+    found, reason = reach(local, peer)
+    assert not found
+    assert why in reason
 
 
 # Two families
@@ -122,42 +139,42 @@ def test_no_way_and_why(here, peer, why):
 
 def test_each_family_goes_over_its_own_where_both_ends_have_both():
     peer = lease(v6=True, public6=IPv6Address("2001:db8::2"), data=embed(None, ADVERT))
-    ways, why = reach(DUAL, peer)
-    assert [str(way.route.via) for way in ways] == ["192.0.2.2", "2001:db8::2"]
+    found, why = reach(DUAL, peer)
+    assert [str(route_of(one).via) for one in found] == ["192.0.2.2", "2001:db8::2"]
     assert why == ""
 
 
 def test_both_go_over_the_one_that_both_ends_have():
-    ways, why = reach(replace(DUAL, outer=(4,)), lease(v6=True, data=embed(None, ADVERT)))
-    assert [str(way.route.via) for way in ways] == ["192.0.2.2", "192.0.2.2"]
+    found, why = reach(replace(DUAL, reaches=(UDP4,)), lease(v6=True, data=embed(None, ADVERT)))
+    assert [str(route_of(one).via) for one in found] == ["192.0.2.2", "192.0.2.2"]
     assert why == ""
 
 
 def test_stock_flannel_gets_no_ipv6_inside():
-    ways, why = reach(DUAL, lease(v6=True))
-    assert [way.subnet.version for way in ways] == [4]
+    found, why = reach(DUAL, lease(v6=True))
+    assert [one.subnet.version for one in found] == [4]
     assert "stock flannel" in why
 
 
 def test_an_mtu_too_small_for_ipv6_gets_none():
-    ways, why = reach(DUAL, lease(v6=True, data=embed(None, Advert(8285, 1200))))
-    assert [way.subnet.version for way in ways] == [4]
+    found, why = reach(DUAL, lease(v6=True, data=embed(None, Advert(8285, 1200))))
+    assert [one.subnet.version for one in found] == [4]
     assert "MTU" in why
 
 
 def test_a_family_that_the_network_does_not_have_is_no_loss():
-    ways, why = reach(HERE, lease(v6=True))
-    assert len(ways) == 1
+    found, why = reach(UDP_ONLY, lease(v6=True))
+    assert len(found) == 1
     assert why == ""
 
 
 def test_vxlan_of_each_family_has_its_own_data():
-    here = replace(DUAL, vxlan=(4, 6))
+    local = replace(DUAL, reaches=(UDP46, VxlanReach((4, 6), 1, False)))
     other = {"VNI": 1, "VtepMAC": "0e:00:00:00:00:66"}
     peer = lease(v6=True, public6=IPv6Address("2001:db8::2"), backend="vxlan", data=VXLAN,
                  data6=other)
-    ways, _ = reach(here, peer)
-    assert [(way.peer.mac, str(way.peer.endpoint)) for way in ways] == [
+    found, _ = reach(local, peer)
+    assert [(peer_of(one).mac, str(peer_of(one).endpoint)) for one in found] == [
         (MAC, "192.0.2.2"), ("0e:00:00:00:00:66", "2001:db8::2")]
 
 
@@ -165,42 +182,42 @@ def test_vxlan_of_each_family_has_its_own_data():
 
 
 def test_our_own_lease_is_nobody():
-    plan = Plan(HERE, [replace(lease(1), key="me"), lease(2)])
-    assert set(plan.routes) == {SUB4}
+    plan = Plan(UDP_ONLY, [replace(lease(1), key="me"), lease(2)])
+    assert set(plan.paths("udp")) == {SUB4}
     assert not plan.unreachable
 
 
 def test_a_change_says_what_differs_and_nothing_else():
-    plan = Plan(HERE, [lease(2), lease(3)])
+    plan = Plan(UDP_ONLY, [lease(2), lease(3)])
     same = lease(2)
-    assert plan.change([Change(same, same)]).routes == {}
+    assert plan.change([Change(same, same)]).paths == {}
     moved = lease(2, public=IPv4Address("192.0.2.99"))
     delta = plan.change([Change(lease(2), moved), Change(lease(3), None), Change(None, lease(4))])
-    assert delta.routes == {
+    assert delta.of("udp") == {
         SUB4: Route(SUB4, IPv4Address("192.0.2.99")),
         IPv4Network("10.244.3.0/24"): None,
         IPv4Network("10.244.4.0/24"): Route(IPv4Network("10.244.4.0/24"),
                                             IPv4Address("192.0.2.4")),
     }
-    assert delta.peers == {}
+    assert delta.of("vxlan") == {}
 
 
 def test_a_peer_that_loses_vxlan_keeps_its_route():
     plan = Plan(BOTH, [lease(backend="vxlan", data=embed(VXLAN, ADVERT))])
-    assert (plan.vxlan_n, plan.udp_n) == (1, 0)
+    assert plan.carried_n == {"vxlan": 1, "udp": 0}
     delta = plan.change([Change(None, lease(data=embed(None, ADVERT)))])
-    assert delta.peers == {SUB4: None}
-    assert delta.routes == {}
-    assert (plan.vxlan_n, plan.udp_n) == (0, 1)
+    assert delta.of("vxlan") == {SUB4: None}
+    assert delta.of("udp") == {}
+    assert plan.carried_n == {"vxlan": 0, "udp": 1}
 
 
 def test_a_subnet_of_two_is_the_first_ones_until_it_goes():
     first, second = lease(2), lease(2, key="other", public=IPv4Address("192.0.2.77"))
-    plan = Plan(HERE, [first, second])
-    assert plan.routes[SUB4].via == first.attributes.public_ip
-    assert "n2's already" in plan.unreachable["other"]
+    plan = Plan(UDP_ONLY, [first, second])
+    assert plan.paths("udp")[SUB4].via == first.attributes.public_ip
+    assert "belongs to n2 already" in plan.unreachable["other"]
     delta = plan.change([Change(first, None)])
-    assert delta.routes == {SUB4: Route(SUB4, IPv4Address("192.0.2.77"))}
+    assert delta.of("udp") == {SUB4: Route(SUB4, IPv4Address("192.0.2.77"))}
     assert plan.unreachable == {}
     assert plan.key_of(SUB4) == "other"
 
@@ -227,20 +244,20 @@ def test_whatever_happens_the_sum_is_that_of_the_leases_there_are():
             else:
                 now[key] = new
         delta = plan.change(changes)
-        for sums, parts in ((routes, delta.routes), (peers, delta.peers)):
+        for sums, parts in ((routes, delta.of("udp")), (peers, delta.of("vxlan"))):
             for subnet, value in parts.items():
                 if value is None:
                     del sums[subnet]
                 else:
                     assert sums.get(subnet) != value
                     sums[subnet] = value
-        assert plan.routes == routes
-        assert plan.peers == peers
+        assert plan.paths("udp") == routes
+        assert plan.paths("vxlan") == peers
         # Who holds a contested subnet depends on who was first; that somebody does, does not.
-        assert set(plan.routes) | set(plan.peers) == {
-            way.subnet for peer in now.values() for way in reach(BOTH, peer)[0]}
+        assert set(routes) | set(peers) == {
+            one.subnet for peer in now.values() for one in reach(BOTH, peer)[0]}
         fresh = Plan(BOTH, now.values())
-        assert plan.udp_n + plan.vxlan_n == fresh.udp_n + fresh.vxlan_n
+        assert sum(plan.carried_n.values()) == sum(fresh.carried_n.values())
 
 
 def test_our_overlap_is_that_of_ipaddress():

@@ -1,8 +1,8 @@
-"""``udptun ext``: the commands that an unmodified flanneld runs, its backend being ``extension``.
+"""``udptun ext``: the commands that an unmodified flanneld with the extension backend runs.
 
-Owns their words and what they print. flanneld takes all that they print, errors too, and the first
-of them becomes part of the lease: no command prints anything when all is well, and that one
-nothing but the lease's line.
+Owns: their options and their output. flanneld reads all output, also errors, and puts that of the
+first command into the lease. So ``advertise`` prints only the line for the lease, and the others
+print nothing unless something is wrong.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import FieldError, UdptunError
+from ..instance import DEFAULT_INSTANCE, Instance
 from .lazy import failure_of
-from .options import LISTEN, socket
+from .options import LISTEN, Parsed, named_socket, socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
     from ..model import Endpoint
     from ..node.extension import Extension
 
-DEFAULT_STATE_DIR = "/var/lib/udptun"
-
-
-# The commands stand in the network's configuration, the same for all nodes; what is special to one
-# node can stand in the environment of its flanneld.
+# The commands are part of the network's configuration, the same for all nodes. Options of a single
+# node can be set in the environment of its flanneld.
 _port = click.option(
     "--port", type=click.IntRange(1, 65535), default=8285, show_default=True,
     envvar="UDPTUN_EXT_PORT", show_envvar=True, help="UDP port of this node.",
@@ -38,15 +36,20 @@ _mtu = click.option(
     help="Largest packet to and from this node.  [default: the underlay's MTU, less 28]",
 )
 _state_dir = click.option(
-    "--state-dir", type=click.Path(path_type=Path), default=DEFAULT_STATE_DIR, show_default=True,
-    envvar="UDPTUN_EXT_STATE_DIR", show_envvar=True,
-    help="Where the forwarder keeps its routes and its log.",
+    "--state-dir", type=click.Path(path_type=Path), envvar="UDPTUN_EXT_STATE_DIR",
+    show_envvar=True,
+    help=f"Directory for the forwarder's routes and log.  [default: {Instance().state_dir}]",
+)
+_instance = click.option(
+    "--instance", type=Parsed("name", Instance), default=DEFAULT_INSTANCE, show_default=True,
+    envvar=["UDPTUN_EXT_INSTANCE", "UDPTUN_INSTANCE"], metavar="NAME",
+    help="Names the device, socket and files, so that several overlays can run on one host.",
 )
 _forwarder = click.option(
     "--forwarder", type=click.Choice(["spawn", "external"]), default="spawn", show_default=True,
     envvar="UDPTUN_EXT_FORWARDER", show_envvar=True,
-    help="Start the forwarder, or wait for one that somebody else starts with --wait-for on "
-         "forward.json beside the control socket.",
+    help="spawn: start the forwarder; external: wait for one that another program starts with "
+         "--wait-for and forward.json in the directory of the control socket.",
 )
 
 
@@ -54,7 +57,7 @@ _forwarder = click.option(
 def ext() -> None:
     """Commands for flanneld's extension backend.
 
-    They stand in flannel's network configuration, and flanneld runs them. See docs/flannel.md.
+    flannel's network configuration contains them, and flanneld runs them. See docs/flannel.md.
     """
 
 
@@ -62,71 +65,81 @@ def ext() -> None:
 @_port
 @_mtu
 def advertise(port: int, mtu: int | None) -> None:
-    """Print what the peers shall know of this node (PreStartupCommand)."""
+    """Print this node's advertisement for its peers (PreStartupCommand)."""
     from ..node.extension import advertisement
 
     click.echo(advertisement(port, mtu))
 
 
 @ext.command()
-@click.option("--tun", default="udptun0", show_default=True, help="Name of the TUN device.")
-@click.option("--listen", type=LISTEN, envvar="UDPTUN_EXT_LISTEN",
-              show_envvar=True, help="Where to listen, if PUBLIC_IP is not of this host.")
+@click.option("--tun", help=f"Name of the TUN device.  [default: {Instance().tun}]")
+@click.option("--listen", type=LISTEN, envvar="UDPTUN_EXT_LISTEN", show_envvar=True,
+              help="Address to listen on, if PUBLIC_IP is not an address of this host.")
 @_port
 @_mtu
 @_state_dir
+@_instance
 @_forwarder
 @socket
 @click.pass_context
 def up(
-    ctx: click.Context, tun: str, listen: Endpoint | None, port: int, mtu: int | None,
-    state_dir: Path, forwarder: str,
+    ctx: click.Context, tun: str | None, listen: Endpoint | None, port: int, mtu: int | None,
+    state_dir: Path | None, instance: Instance, forwarder: str,
 ) -> None:
-    """See that a forwarder runs with this node's lease (PostStartupCommand).
+    """Make a forwarder run with this node's lease (PostStartupCommand).
 
-    Reads NETWORK, SUBNET and PUBLIC_IP. A forwarder that has the lease already is left alone; it
-    goes on when flanneld ends.
+    Reads NETWORK, SUBNET and PUBLIC_IP. A forwarder that has the lease already is left alone. It
+    keeps running when flanneld ends.
     """
-    extension = _extension(ctx, state_dir, forwarder)
-    _do(lambda: extension.up(os.environ, tun, listen, port, mtu))
+    extension = _extension(ctx, state_dir, instance, forwarder)
+    _do(lambda: extension.up(os.environ, tun or instance.tun, listen, port, mtu))
 
 
 @ext.command()
 @_state_dir
+@_instance
 @_forwarder
 @socket
 @click.pass_context
-def add(ctx: click.Context, state_dir: Path, forwarder: str) -> None:
+def add(
+    ctx: click.Context, state_dir: Path | None, instance: Instance, forwarder: str
+) -> None:
     """Route a peer's subnet to the peer (SubnetAddCommand).
 
-    Reads SUBNET and PUBLIC_IP, and on standard input what the peer advertises. A route that the
-    subnet had before is replaced.
+    Reads SUBNET and PUBLIC_IP, and the peer's advertisement on standard input. A former route of
+    the subnet is replaced.
     """
     from ..node.extension import peer_route
 
-    extension = _extension(ctx, state_dir, forwarder)
+    extension = _extension(ctx, state_dir, instance, forwarder)
     _do(lambda: extension.add(peer_route(os.environ, sys.stdin.read())))
 
 
 @ext.command()
 @_state_dir
+@_instance
 @_forwarder
 @socket
 @click.pass_context
-def remove(ctx: click.Context, state_dir: Path, forwarder: str) -> None:
-    """Take the route of a peer's subnet away (SubnetRemoveCommand). Reads SUBNET."""
+def remove(
+    ctx: click.Context, state_dir: Path | None, instance: Instance, forwarder: str
+) -> None:
+    """Remove the route of a peer's subnet (SubnetRemoveCommand). Reads SUBNET."""
     from ..node.extension import peer_subnet
 
-    extension = _extension(ctx, state_dir, forwarder)
+    extension = _extension(ctx, state_dir, instance, forwarder)
     _do(lambda: extension.remove(peer_subnet(os.environ)))
 
 
-def _extension(ctx: click.Context, state_dir: Path, forwarder: str) -> Extension:
+def _extension(
+    ctx: click.Context, state_dir: Path | None, instance: Instance, forwarder: str
+) -> Extension:
     from ..node.extension import Extension
 
     return Extension(
-        Path(ctx.find_root().params["socket"]).absolute(), state_dir.absolute(),
-        spawned=forwarder == "spawn", say=lambda text: click.echo(f"udptun: {text}", err=True),
+        (named_socket(ctx) or instance.control_socket()).absolute(),
+        (state_dir or instance.state_dir).absolute(), spawned=forwarder == "spawn",
+        warn=lambda text: click.echo(f"udptun: {text}", err=True), instance=instance,
     )
 
 

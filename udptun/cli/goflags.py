@@ -1,9 +1,10 @@
-"""Go's way of writing flags, on a click command: what starts a flanneld starts ``udptun node``.
+"""Go's syntax of flags for a click command, so that flanneld's command lines work unchanged.
 
-Owns the spelling: ``-x`` is ``--x``; ``--x=value`` or, but for booleans, ``--x value``; a boolean
-alone is true; a flag given twice counts as given last, but for those that collect. Environment:
-the first variable that is set and not empty. Refuses to know any flag. Differs from Go's package
-in one thing: what is not a flag is refused, where Go would ignore it and all that follows it.
+Owns: the syntax. ``-x`` is ``--x``; a value is written ``--x=value`` or, except for booleans,
+``--x value``; a boolean alone is true; if a flag is repeated the last one counts, unless it
+collects values. Of a flag's environment variables, the first that is set and not empty counts. Does
+not know any flag. Differs from Go in one way: an argument that is not a flag is refused, where Go
+ignores it and everything after it.
 
 Source: Go's package flag, FlagSet.parseOne and Value of bool and int; flannel's main.go.
 """
@@ -42,7 +43,7 @@ class Bool(_ParamType):
 
 
 class Int(_ParamType):
-    """``low`` and up. In any of Go's bases: 10, 0x0a, 0o12, 012, 1_000."""
+    """At least ``low``. In any of Go's bases: 10, 0x0a, 0o12, 012, 1_000."""
 
     name = "n"
 
@@ -66,7 +67,7 @@ def _octal(text: str) -> str:
 
 
 class Collected(click.Option):
-    """A flag that may be repeated. Its variable holds one value, blanks and all, as in flannel."""
+    """A flag that may be repeated. Its variable holds one value, blanks included, as in flannel."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"multiple": True}))
@@ -77,17 +78,17 @@ class Collected(click.Option):
 
 
 class Level(click.Option):
-    """A number that is 1 where the flag stands alone: Go's would take the next word, whatever."""
+    """A number, 1 if the flag has no value. Go would use the next argument, whatever it is."""
 
 
 class GoCommand(click.Command):
-    """Understands Go's spelling of its options; the classes above say which may stand alone."""
+    """A command whose options have Go's syntax; the classes above may stand alone."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(self._spelled(ctx, args)))
 
     def _spelled(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Each flag as click takes it without a doubt: one word, value and all."""
+        """Yield each flag in the form that click cannot misread: one argument with its value."""
         flags = {opt.lstrip("-"): param for param in self.get_params(ctx) for opt in param.opts}
         words = deque(args)
         while words:
@@ -115,7 +116,7 @@ class GoCommand(click.Command):
 def _value(
     flag: click.Parameter, word: str, words: deque[str], ctx: click.Context
 ) -> str:
-    """What a flag means that has no ``=``."""
+    """Return the value of a flag that has no ``=``."""
     if isinstance(flag.type, Bool):
         return "true"
     if isinstance(flag, Level) and not (words and NUMBER.fullmatch(words[0])):

@@ -1,7 +1,7 @@
-"""``udptun node``: flanneld's command line and ours, made into what the daemon is told.
+"""``udptun node``: flanneld's command line and ours, parsed into a ``NodeConfig``.
 
-Owns the flags, their variables and what contradicts what. Refuses to know what the daemon does
-with it: ``udptun.node`` is imported when the command line is right.
+Owns: the flags, their environment variables, and which of them contradict each other. Does not know
+what the daemon does with them: the daemon is imported once the command line is valid.
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ from click.core import ParameterSource
 
 from .._version import __version__
 from ..errors import FieldError, UdptunError
+from ..instance import DEFAULT_INSTANCE, Instance
 from ..leases.base import SourceConfig
 from ..leases.etcd.config import EtcdConfig
 from ..leases.file.config import FileConfig
 from ..leases.kube.config import KubeConfig
 from ..model import IPAddress, parse_address
-from ..node.config import BACKENDS, FORWARDERS, InterfaceOptions, NodeConfig
+from ..node.backends import AUTO, MODES
+from ..node.config import FORWARDERS, InterfaceOptions, NodeConfig
 from . import logs
 from .forward import tun_name
 from .goflags import Bool, Collected, GoCommand, Int, Level
 from .lazy import Failure, failure_of
-from .options import Parsed
+from .options import Parsed, named_socket
 
 log = logging.getLogger("udptun")
 
-# The defaults: what a flanneld without flags is told.
+# The defaults: those of a flanneld without flags.
 ETCD = EtcdConfig()
 STOCK = NodeConfig(ETCD)
 KUBE = KubeConfig(node_name="any")
 
-# Newer flags of flanneld, which its command lines may have, and why they do nothing here.
+# Flags of newer flannelds that have no effect here, and why.
 WITHOUT_EFFECT = {
-    "ip_blackhole_route": "no route is made for our own subnet",
+    "ip_blackhole_route": "no route is created for our own subnet",
     "ip_masq_fully_random_disable": "masquerading always picks source ports at random",
-    "vmodule": "-v is for all modules",
+    "vmodule": "-v applies to all modules",
     "log_backtrace_at": "-v=2 shows where errors come from",
 }
 
@@ -48,7 +50,7 @@ WITHOUT_EFFECT = {
 def flag(*names: str, cls: type[click.Option] = click.Option, **settings: Any) -> Callable[
     [Callable[..., Any]], Callable[..., Any]
 ]:
-    """An option with its variables: ours goes before flannel's."""
+    """An option with its variables, of which ours takes precedence over flannel's."""
     longest = max((name for name in names if name.startswith("-")), key=len)
     variable = longest.lstrip("-").replace("-", "_").upper()
     settings.setdefault("envvar", [f"UDPTUN_NODE_{variable}", f"FLANNELD_{variable}"])
@@ -89,9 +91,10 @@ IPV4 = Parsed("address", _empty_is_none(_address(4)))
 IPV6 = Parsed("address", _empty_is_none(_address(6)))
 
 
-def default_state_dir() -> str:
-    """Where a service manager gave us a directory to keep state in, else the usual place."""
-    return os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or str(STOCK.state_dir)
+def _state_directory() -> Path | None:
+    """Return the directory that the service manager gave us to keep state in, if it did."""
+    first = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return Path(first) if first else None
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -102,77 +105,85 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 
 @click.command(cls=GoCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @flag("--hosts", type=OPTIONAL_PATH, metavar="FILE",
-      help="Take leases from this list of nodes, TOML or JSON, instead of etcd.")
+      help="Use this list of nodes (TOML or JSON) as the source of leases, instead of etcd.")
 @flag("--node-name", default="", metavar="NAME",
-      help="Which of the nodes we are.  [default: by hostname or address; in Kubernetes NODE_NAME]")
+      help="This node's name.  [default: found by hostname or address; in Kubernetes: NODE_NAME]")
 @flag("--etcd-endpoints", default=",".join(ETCD.endpoints), show_default=True,
       metavar="URL,...", help="Members of the etcd cluster.")
 @flag("--etcd-prefix", default=ETCD.prefix, show_default=True, metavar="KEY",
-      help="flannel's keys are below it.")
-@flag("--etcd-keyfile", default="", metavar="FILE", help="Key of our client certificate.")
-@flag("--etcd-certfile", default="", metavar="FILE", help="Our client certificate.")
-@flag("--etcd-cafile", default="", metavar="FILE", help="Authority that signs etcd's certificates.")
+      help="Prefix of flannel's keys.")
+@flag("--etcd-keyfile", default="", metavar="FILE", help="Key of the client certificate.")
+@flag("--etcd-certfile", default="", metavar="FILE", help="Client certificate.")
+@flag("--etcd-cafile", default="", metavar="FILE", help="CA that signs etcd's certificates.")
 @flag("--etcd-username", default="", metavar="NAME", help="User of etcd.")
 @flag("--etcd-password", default="", metavar="TEXT",
-      help="Password; better given as UDPTUN_NODE_ETCD_PASSWORD, which ps does not show.")
+      help="Password. Use UDPTUN_NODE_ETCD_PASSWORD instead, which ps does not show.")
 @flag("--subnet-lease-renew-margin", type=Int(), default=int(ETCD.renew_margin_minutes),
       show_default=True, metavar="MINUTES",
-      help="How long before its end a lease in etcd is renewed, from 1 to 1439.")
-@boolean("--kube-subnet-mgr", False, "Take leases from Kubernetes instead of etcd.")
+      help="Renew our lease in etcd so long before it expires, from 1 to 1439.")
+@boolean("--kube-subnet-mgr", False, "Use Kubernetes as the source of leases, instead of etcd.")
 @flag("--kube-api-url", default="", metavar="URL",
-      help="API server; not needed in a pod.")
+      help="URL of the API server; not needed in a pod.")
 @flag("--kubeconfig-file", type=OPTIONAL_PATH, metavar="FILE",
-      help="How to reach the API server; not needed in a pod.")
+      help="Kubeconfig for the API server; not needed in a pod.")
 @flag("--kube-annotation-prefix", default=KUBE.annotation_prefix,
-      show_default=True, metavar="PREFIX", help="Of the annotations on nodes.")
+      show_default=True, metavar="PREFIX", help="Prefix of the annotations on nodes.")
 @flag("--net-config-path", type=PATH, default=KUBE.net_config_path,
-      show_default=True, metavar="FILE", help="The network's configuration, with Kubernetes.")
+      show_default=True, metavar="FILE", help="Configuration of the network, with Kubernetes.")
 @boolean("--set-node-network-unavailable", True,
-         "Set the node's condition NetworkUnavailable to False when it is ready.")
+         "Set the node's condition NetworkUnavailable to False once the node is ready.")
 @flag("--iface", cls=Collected, metavar="NAME|ADDRESS",
-      help="Interface to the other nodes; may be repeated, the first that is there is taken.")
+      help="Interface to the other nodes. May be repeated: the first that exists is used.")
 @flag("--iface-regex", cls=Collected, metavar="REGEX",
-      help="The same by regular expression, after --iface; may be repeated.")
+      help="Regular expression for the name or address of the interface, tried after --iface. "
+           "May be repeated.")
 @flag("--iface-can-reach", type=ADDRESS, metavar="ADDRESS",
-      help="The interface from which this address is reached.")
+      help="Use the interface of the route to this address.")
 @flag("--public-ip", type=IPV4, metavar="ADDRESS",
-      help="Our address as others reach it.  [default: the interface's]")
-@flag("--public-ipv6", type=IPV6, metavar="ADDRESS", help="The same over IPv6.")
-@flag("--backend", type=click.Choice(BACKENDS),
-      help="auto: VXLAN where kernel and peer can, else UDP.  [default: Backend.Type of the "
-           "network's configuration]")
+      help="Address at which other nodes reach this node.  [default: the interface's]")
+@flag("--public-ipv6", type=IPV6, metavar="ADDRESS", help="The same for IPv6.")
+@flag("--backend", type=click.Choice(MODES),
+      help=f"{AUTO}: for each peer the best backend that both nodes support.  [default: "
+           "Backend.Type of the network's configuration]")
 @flag("--advertise", type=click.Choice(["on", "off"]), default="on", show_default=True,
-      help="Whether to say in our lease what we can do beyond flannel.")
+      help="Publish in our lease what this node supports beyond flannel.")
 @flag("--subnet-file", type=PATH, default=STOCK.subnet_file, show_default=True,
-      metavar="FILE", help="Where to say subnet and MTU, for the CNI plugin.")
-@boolean("--ip-masq", False, "Masquerade what leaves the overlay.")
-@boolean("--iptables-forward-rules", True, "Accept what is forwarded from and to the overlay.")
+      metavar="FILE", help="File with subnet and MTU, for the CNI plugin.")
+@boolean("--ip-masq", False, "Masquerade packets that leave the overlay.")
+@boolean("--iptables-forward-rules", True, "Accept forwarded packets from and to the overlay.")
 @flag("--iptables-resync", type=Int(1), default=STOCK.iptables_resync,
       show_default=True, metavar="SECONDS",
-      help="How often to put back firewall rules that are gone.")
+      help="Time between checks of the firewall rules; missing ones are added again.")
 @flag("--tun", type=Parsed("name", tun_name), default=STOCK.tun, show_default=True,
       help="Name of the forwarder's TUN device.")
 @flag("--control", type=OPTIONAL_PATH, metavar="PATH",
       help="The forwarder's control socket.  [default: that of udptun --socket]")
 @flag("--forwarder", type=click.Choice(FORWARDERS), default=STOCK.forwarder,
       show_default=True,
-      help="spawn: start a forwarder where none answers; external: something else does.")
+      help="spawn: start a forwarder if none answers; external: another program starts it.")
 @flag("--forward-file", type=OPTIONAL_PATH, metavar="FILE",
-      help="Where to say what the forwarder shall be, for its --wait-for.  [default: forward.json "
-           "beside the control socket]")
-@flag("--state-dir", type=PATH, default=default_state_dir, metavar="DIR",
-      help="What is kept over restarts.  [default: $STATE_DIRECTORY or /var/lib/udptun]")
+      help="File for the forwarder's options, for its --wait-for.  [default: forward.json in the "
+           "directory of the control socket]")
+@flag("--state-dir", type=PATH, default=_state_directory, metavar="DIR",
+      help="Directory for state that restarts need.  [default: $STATE_DIRECTORY or "
+           f"{STOCK.state_dir}]")
+@flag("--instance", type=Parsed("name", Instance), default=DEFAULT_INSTANCE, show_default=True,
+      envvar=["UDPTUN_NODE_INSTANCE", "UDPTUN_INSTANCE"], metavar="NAME",
+      help="Names the devices, files, sockets and nftables tables of this node, so that several "
+           "overlays can run on one host. Other defaults shown here are those of the instance "
+           f"{DEFAULT_INSTANCE}.")
 @flag("--healthz-ip", type=ADDRESS, default=STOCK.healthz_ip, show_default=True, metavar="ADDRESS",
-      help="Where to answer /healthz, /livez, /readyz and /metrics.")
+      help="Address to serve /healthz, /livez, /readyz and /metrics on.")
 @flag("--healthz-port", type=Int(0), default=STOCK.healthz_port, show_default=True,
       metavar="PORT",
-      help="The same; 0: nowhere.")
-@boolean("--cleanup", False, "Stop the forwarder, remove all that the daemon made, and exit.",
+      help="Port to serve them on; 0: off.")
+@boolean("--cleanup", False,
+         "Stop the forwarder, remove everything that the daemon created, and exit.",
          envvar=None, allow_from_autoenv=False)
 @flag("-v", "--v", "verbose", cls=Level, type=Int(0), default=0, metavar="N",
-      help="Log more; -v=2: tracebacks, too.")
+      help="Log more; -v=2 adds tracebacks.")
 @flag("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
-      help="How to log, on stderr.")
+      help="Format of the log, on stderr.")
 @boolean("--ip-blackhole-route", False, "", hidden=True)
 @boolean("--ip-masq-fully-random-disable", False, "", hidden=True)
 @flag("--vmodule", default="", hidden=True)
@@ -181,13 +192,13 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
          is_eager=True, expose_value=False, callback=_print_version)
 @click.pass_context
 def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) -> None:
-    """Make this machine a node of an overlay, and keep it one.
+    """Make this machine a node of an overlay network, and keep it one.
 
-    Takes flanneld's flags in Go's spelling (-x, --x, --x=value) and its variables; for --iface that
-    is UDPTUN_NODE_IFACE or else FLANNELD_IFACE. The command line goes before them.
+    Accepts flanneld's flags in Go's spelling (-x, --x, --x=value) and its environment variables.
+    For --iface these are UDPTUN_NODE_IFACE, else FLANNELD_IFACE. The command line takes precedence.
 
-    SIGTERM or Ctrl-C ends the daemon and leaves all in place: the forwarder goes on. A second one
-    ends it at once. SIGHUP reads the list of nodes again and compares everything.
+    SIGTERM or Ctrl-C ends the daemon only: the forwarder and everything else stays. A second one
+    ends it at once. SIGHUP reads the list of nodes again and checks the whole host.
     """
     logs.start(verbose, log_format)
     try:
@@ -209,13 +220,18 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 
 
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
-    as_told = ("backend", "subnet_file", "ip_masq", "iptables_forward_rules",
-               "iptables_resync", "tun", "forwarder", "forward_file", "state_dir", "healthz_port",
-               "cleanup")
+    unchanged = ("instance", "backend", "ip_masq", "iptables_forward_rules", "iptables_resync",
+                 "forwarder", "forward_file", "state_dir", "healthz_port", "cleanup")
+    given: dict[str, Any] = {  # else those of the instance
+        name: values[name] for name in ("tun", "subnet_file")
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    if control := values["control"] or named_socket(ctx):
+        given["control"] = control
     return NodeConfig(
         source=_source(ctx, values),
         interface=InterfaceOptions(
-            # given empty, as by a template, is not given
+            # an empty value, as a template may write it, counts as not given
             names=tuple(filter(None, values["iface"])),
             regexes=tuple(filter(None, values["iface_regex"])),
             can_reach=values["iface_can_reach"],
@@ -223,9 +239,9 @@ def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
             public_ipv6=values["public_ipv6"],
         ),
         advertise=values["advertise"] == "on",
-        control=values["control"] or Path(ctx.find_root().params["socket"]),
         healthz_ip=values["healthz_ip"] or STOCK.healthz_ip,
-        **{name: values[name] for name in as_told},
+        **{name: values[name] for name in unchanged},
+        **given,
     )
 
 
@@ -237,7 +253,8 @@ def _source(ctx: click.Context, values: dict[str, Any]) -> SourceConfig:
 
 
 def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
-    """flanneld ignores etcd's flags beside --kube-subnet-mgr; a list of nodes is ours to guard."""
+    """Refuse a second source with --hosts. flanneld ignores etcd's flags with --kube-subnet-mgr,
+    and so do we."""
     sources = {name: ctx.get_parameter_source(name) for name in values
                if name.startswith("etcd_") or (name == "kube_subnet_mgr" and values[name])}
     for name, source in sources.items():
@@ -246,7 +263,7 @@ def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
         given = f"--{name.replace('_', '-')}"
         if source is ParameterSource.ENVIRONMENT:
             given += f" (from UDPTUN_NODE_{name.upper()} or FLANNELD_{name.upper()})"
-        raise click.UsageError(f"--hosts and {given} name two stores of leases: give one.", ctx)
+        raise click.UsageError(f"--hosts and {given} name two sources of leases: give one.", ctx)
 
 
 def _etcd(values: dict[str, Any]) -> EtcdConfig:

@@ -6,6 +6,7 @@ Refuses to know any single command. Imports nothing that a client command could 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 else:
     _ParamType = click.ParamType  # no generic before click 8.2
 
-__all__ = ["DEFAULT_SOCKET", "LISTEN", "Parsed", "client", "echo_json", "echo_table", "no_headers",
-           "output", "socket"]
+__all__ = ["DEFAULT_SOCKET", "LISTEN", "Parsed", "client", "echo_json", "echo_table",
+           "named_socket", "no_headers", "output", "socket"]
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
@@ -47,6 +48,16 @@ def socket(command: Decorated) -> Decorated:
 def _remember_socket(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None:
         ctx.find_root().params["socket"] = value
+
+
+def named_socket(ctx: click.Context) -> Path | None:
+    """Return the socket that --socket or UDPTUN_SOCKET names; None: neither is given."""
+    root = ctx.find_root()
+    path = root.params["socket"]
+    if root.get_parameter_source("socket") is click.core.ParameterSource.DEFAULT \
+            and path == DEFAULT_SOCKET:
+        return None
+    return Path(path)
 
 
 def client(ctx: click.Context) -> ControlClient:

@@ -158,15 +158,16 @@ class Identity:
 class SourceConfig(Protocol):
     """The configuration of one source; what is known about a store before it is contacted.
 
-    kind      as shown in status and metrics: "file", "etcd", "kubernetes"
-    no_vxlan  why leases of this source cannot carry VXLAN data, in a sentence; "" if they can
-    store_id  identifies one store: leases that were cached from one are never used for another
+    kind          as shown in status and metrics: "file", "etcd", "kubernetes"
+    no_node_data  why leases of this source cannot carry data of a node's backend, such as a MAC
+                  address, in a sentence; "" if they can
+    store_id      identifies one store: leases that were cached from one are never used for another
 
     The command line imports the class, so its module must not import a client library.
     """
 
     kind: ClassVar[str]
-    no_vxlan: ClassVar[str]
+    no_node_data: ClassVar[str]
 
     @property
     def store_id(self) -> str: ...

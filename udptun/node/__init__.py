@@ -1,5 +1,7 @@
-"""The node daemon: makes a machine a member of an overlay, and keeps it one.
+"""The node daemon: makes a machine a node of an overlay network, and keeps it one.
 
-Owns the machine's side of a lease: interface, addresses, host routes, masquerade, subnet.env, and
-what the forwarder is told. Refuses to know how a packet moves or how a store keeps its leases.
+``daemon`` composes the parts: ``store`` (our lease), ``peers`` (the other nodes' leases),
+``backends`` (paths to them), ``host`` (interface, firewall, subnet.env), ``process`` (the
+forwarder) and ``status`` (what others can ask). It does not depend on how a packet moves, or on how
+a store keeps its leases.
 """

@@ -1,7 +1,8 @@
-"""Take off this host all that a daemon with the same configuration has made.
+"""Remove from this host everything that a daemon with the same configuration created.
 
-Owns the list of what a daemon makes. Refuses to touch the store: a lease is given back by running
-out, or by whoever removes the node. What is gone already is no error. The caller's loop, once.
+Owns: what a daemon creates besides its backends. Does not touch the store: a lease expires, or is
+deleted together with the node. Something that is missing already is not an error. Runs once, on the
+caller's loop.
 """
 
 from __future__ import annotations
@@ -11,55 +12,45 @@ import logging
 from collections.abc import Iterator
 
 from ..errors import UdptunError
+from ..leases.base import SourceHealth
 from ..leases.cache import LeaseCache
 from ..net.netlink import Netlink
-from ..net.vxlan import Vxlan
-from .ability import STATE_FILE, vxlan_name
+from .backends.active import ActiveBackends
 from .config import NodeConfig
 from .host.firewall import Firewall, FirewallRules
-from .process.keeper import dismiss
-from .process.launch import LOG_FILE
+from .status.report import NodeReport
+from .store import CACHE_FILE
 
 log = logging.getLogger(__name__)
 
-SAVED_FILE = "leases.json"
-LOCK_FILE = "lock"
+LOCK_FILE = "lock"  # in the state directory
 
 
 class NotAllRemoved(UdptunError):
-    """Something is left; says what, and why."""
+    """Something could not be removed; says what, and why."""
 
 
 async def clean_up(config: NodeConfig, netlink: Netlink) -> None:
-    """Each thing is tried, also when another cannot be removed. Raises NotAllRemoved."""
-    saved_file = config.state_dir / SAVED_FILE
-    known = LeaseCache(saved_file).load(config.source.store_id)
+    """Remove each thing, also if another one cannot be removed. Raises NotAllRemoved."""
+    known = LeaseCache(config.state_dir / CACHE_FILE).load(config.source.store_id)
     failed: list[str] = []
 
     @contextlib.contextmanager
-    def trying() -> Iterator[None]:
+    def attempt() -> Iterator[None]:
         try:
             yield
         except (UdptunError, OSError) as exc:
             failed.append(str(exc))
 
-    with trying():
-        if await dismiss(config.control, config.forward_file):
-            log.info("stopped the forwarder; %s went with it", config.tun)
-    # A device of flannel's name that no lease of ours was published with is flannel's.
-    if known is not None and known.lease is not None and \
-            known.lease.attributes.backend_type == "vxlan":
-        for version in (4, 6):
-            with trying():
-                await Vxlan(netlink).remove(vxlan_name(known.network.vni, version))
-    with trying():
-        if await Firewall(FirewallRules()).remove():
+    for backend in ActiveBackends(config, netlink, NodeReport("", SourceHealth())):
+        await backend.cleanup(known, attempt)
+    with attempt():
+        if await Firewall(FirewallRules(), config.instance).remove():
             log.info("removed the firewall rules")
-    with trying():
+    with attempt():
         config.subnet_file.unlink(missing_ok=True)
-    for name in (STATE_FILE, f"{STATE_FILE}.new", LOG_FILE, SAVED_FILE, f"{SAVED_FILE}.new",
-                 LOCK_FILE):
-        with trying():
+    for name in (CACHE_FILE, f"{CACHE_FILE}.new", LOCK_FILE):
+        with attempt():
             (config.state_dir / name).unlink(missing_ok=True)
     if failed:
         raise NotAllRemoved("; ".join(failed))

@@ -1,8 +1,8 @@
-"""What the daemon is told at start. Frozen; what contradicts itself is refused here, by field.
+"""The configuration of one node daemon. Frozen; contradictions are refused here, by field.
 
-Owns the defaults, which are flannel's where flannel has the option. Refuses to know how an option
-is spelled on the command line (``udptun.cli.node``) and what a store or an interface is made of.
-FieldError names the option. Pure data, imports nothing heavy: from any thread.
+Owns: the defaults, which are flannel's where flannel has the option, else those of the instance.
+Does not know how an option is written on the command line (``udptun.cli.node``), or what a store or
+an interface is. FieldError names the option. Pure data, imports nothing heavy; any thread.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..control.protocol import DEFAULT_SOCKET
 from ..errors import FieldError
+from ..instance import Instance
 from ..leases.base import SourceConfig
 from ..model import IPAddress
+from .backends import MODES
+from .process.launch import FORWARD_FILE
 
-BACKENDS = ("auto", "udp", "vxlan")
 FORWARDERS = ("spawn", "external")
-SUBNET_FILE = Path("/run/flannel/subnet.env")
-STATE_DIR = Path("/var/lib/udptun")
 ANY_ADDRESS = ipaddress.IPv4Address("0.0.0.0")
+_FROM_INSTANCE: Any = None  # __post_init__ sets it
 
 
 @dataclass(frozen=True, slots=True)
 class InterfaceOptions:
-    """Which interface leads to the other nodes. flannel's order: as the fields stand here.
+    """Which interface leads to the other nodes. flannel's order: that of the fields.
 
-    names        addresses or names of interfaces, the first that is there
-    regexes      searched for in each interface's name and address, when no name was found
+    names        addresses or names of interfaces, of which the first that exists is used
+    regexes      searched for in each interface's name and address, if no name was found
     can_reach    the interface of the kernel's route to this address
-    public_ip    published in the place of the interface's own address; where it is local and
-                 nothing above is given, it chooses the interface as well
+    public_ip    published instead of the interface's own address; if it is local and nothing above
+                 is given, it selects the interface too
     """
 
     names: tuple[str, ...] = ()
@@ -54,44 +55,52 @@ class NodeConfig:
     """One node daemon.
 
     source            where leases come from
-    backend           "auto", "udp", "vxlan"; None: what net-conf.json says
-    advertise         say in our lease what we can do beyond flannel
+    instance          names everything that the daemon creates
+    backend           a backend's name or "auto"; None: as net-conf.json says
+    advertise         publish in our lease what this node supports beyond flannel
     subnet_file       flannel's subnet.env
-    iptables_resync   seconds between looks at the firewall rules
+    iptables_resync   seconds between checks of the firewall rules
     tun               name of the forwarder's device
     control           the forwarder's socket
-    forwarder         "spawn": start one where none answers; "external": somebody else does
-    forward_file      what the forwarder shall be is written there; default: beside ``control``
-    state_dir         kept over restarts: the last known leases, the forwarder's table
+    forwarder         "spawn": start one if none answers; "external": another program starts it
+    forward_file      the forwarder's options, for its --wait-for; default: beside ``control``
+    state_dir         kept over restarts: the cached leases, the forwarder's table
     healthz_port      0: no health server
-    cleanup           remove all that a daemon with this configuration made, and end
+    cleanup           remove everything that a daemon with this configuration created, and end
     """
 
     source: SourceConfig
     interface: InterfaceOptions = field(default_factory=InterfaceOptions)
+    instance: Instance = field(default_factory=Instance)
     backend: str | None = None
     advertise: bool = True
-    subnet_file: Path = SUBNET_FILE
+    subnet_file: Path = _FROM_INSTANCE
     ip_masq: bool = False
     iptables_forward_rules: bool = True
     iptables_resync: int = 5
-    tun: str = "udptun0"
-    control: Path = Path(DEFAULT_SOCKET)
+    tun: str = _FROM_INSTANCE
+    control: Path = _FROM_INSTANCE
     forwarder: str = "spawn"
-    forward_file: Path = None  # type: ignore[assignment]  # __post_init__ completes it
-    state_dir: Path = STATE_DIR
+    forward_file: Path = _FROM_INSTANCE
+    state_dir: Path = _FROM_INSTANCE
     healthz_ip: IPAddress = ANY_ADDRESS
     healthz_port: int = 0
     cleanup: bool = False
 
     def __post_init__(self) -> None:
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise FieldError("backend", self.backend, "auto, udp or vxlan")
+        if self.backend is not None and self.backend not in MODES:
+            raise FieldError("backend", self.backend, " or ".join(MODES))
         if self.forwarder not in FORWARDERS:
-            raise FieldError("forwarder", self.forwarder, "spawn or external")
+            raise FieldError("forwarder", self.forwarder, " or ".join(FORWARDERS))
         if self.iptables_resync < 1:
             raise FieldError("iptables-resync", self.iptables_resync, "at least 1 second")
         if not 0 <= self.healthz_port <= 65535:
             raise FieldError("healthz-port", self.healthz_port, "from 0 (off) to 65535")
+        for name, default in (
+            ("subnet_file", self.instance.subnet_file), ("tun", self.instance.tun),
+            ("control", self.instance.control_socket()), ("state_dir", self.instance.state_dir),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         if self.forward_file is None:
-            object.__setattr__(self, "forward_file", self.control.with_name("forward.json"))
+            object.__setattr__(self, "forward_file", self.control.with_name(FORWARD_FILE))

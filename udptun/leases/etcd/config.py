@@ -42,7 +42,7 @@ class EtcdConfig:
     """
 
     kind: ClassVar[str] = "etcd"
-    no_vxlan: ClassVar[str] = ""
+    no_node_data: ClassVar[str] = ""
 
     endpoints: tuple[str, ...] = DEFAULT_ENDPOINTS
     prefix: str = DEFAULT_PREFIX

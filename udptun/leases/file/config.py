@@ -15,7 +15,9 @@ class FileConfig:
     """
 
     kind: ClassVar[str] = "file"
-    no_vxlan: ClassVar[str] = "a hosts file does not contain the MAC addresses that VXLAN needs"
+    no_node_data: ClassVar[str] = (
+        "a hosts file does not contain data of a node's backend, such as the MAC address of VXLAN"
+    )
 
     path: Path
     node_name: str = ""

@@ -43,7 +43,7 @@ class KubeConfig:
     """
 
     kind: ClassVar[str] = "kubernetes"
-    no_vxlan: ClassVar[str] = ""
+    no_node_data: ClassVar[str] = ""
 
     node_name: str = ""
     pod_name: str = ""

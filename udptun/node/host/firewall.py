@@ -1,11 +1,11 @@
 """Masquerade and forward rules: flannel's, in nftables tables of our own.
 
-Owns the tables ``ip udptun-ipv4`` and ``ip6 udptun-ipv6``, each as a whole, and nothing else of
-the host's rules. Refuses to know leases and interfaces. Asyncio, one loop for an object.
+Owns: the instance's two tables, ``ip udptun-ipv4`` and ``ip6 udptun-ipv6`` by default, and none of
+the host's other rules. Does not know leases or interfaces. Asyncio, one loop per object.
 
-Each ``sync`` reads the rules back and replaces a table, in one transaction, only where it differs.
-An accept in a table of ours cannot lift a drop in another: what the host's own rules refuse stays
-refused, and ``keep`` says so where it can be seen (a policy).
+Each ``sync`` reads the rules back, and replaces a table in one transaction if it differs. An accept
+in our table does not override a drop in another one: a packet that the host's own rules drop stays
+dropped. ``keep`` warns if it finds a chain that drops by policy.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UdptunError
+from ...instance import Instance
 from ...model import IPNetwork
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-TABLES = {"ip": "udptun-ipv4", "ip6": "udptun-ipv6"}
+FAMILIES = {"ip": 4, "ip6": 6}  # nft's name of each IP version
 MULTICAST = {"ip": ipaddress.ip_network("224.0.0.0/4"), "ip6": ipaddress.ip_network("ff00::/8")}
-KUBE_PROXY_MARK = 0x4000  # kube-proxy masquerades what it has marked so: twice is once too often
+KUBE_PROXY_MARK = 0x4000  # kube-proxy masquerades packets with this mark itself
 # linux/netfilter_ipv4.h: NF_IP_PRI_NAT_SRC, NF_IP_PRI_FILTER
 POSTROUTING = {"type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"}
 FORWARD = {"type": "filter", "hook": "forward", "prio": 0, "policy": "accept"}
 NFT_TIMEOUT_S = 10.0
+DEFAULT = Instance()
 
 ACCEPT: Json = {"accept": None}
 RETURN: Json = {"return": None}
@@ -43,16 +45,16 @@ MASQUERADE: Json = {"masquerade": {"flags": "fully-random"}}
 
 
 class FirewallError(UdptunError):
-    """The rules could not be read or set; the sentence is nft's, or says why nft did not run."""
+    """The rules could not be read or set; the text is nft's, or says why nft did not run."""
 
 
 class _GarbledError(FirewallError):
-    """nft answered something that cannot be read."""
+    """nft's answer cannot be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirewallRules:
-    """What is wanted. A family without a network has no rules.
+    """The wanted rules. A family without a network has none.
 
     network     the overlay's, ``network6`` for IPv6
     subnet      this node's, ``subnet6`` for IPv6
@@ -69,27 +71,32 @@ class FirewallRules:
 
 
 class Firewall:
-    """Keeps the tables as ``want`` says, which may be set to something else at any time.
+    """Keeps the instance's tables equal to ``want``, which can be set at any time.
 
-    error  why the last ``sync`` failed, in a sentence; "" when it did not
+    error  why the last ``sync`` failed, in a sentence; "" if it did not
     """
 
-    def __init__(self, want: FirewallRules, nft: str = "nft") -> None:
+    def __init__(
+        self, want: FirewallRules, instance: Instance = DEFAULT, *, nft: str = "nft"
+    ) -> None:
         self.want = want
         self.error = ""
+        self._tables = {
+            family: instance.nft_table(version) for family, version in FAMILIES.items()
+        }
         self._nft = nft
-        self._turn = asyncio.Lock()  # a table is read, compared and replaced by one at a time
-        # What nft read back of what we have put in, by family: another release may write the same
-        # rules in another way, and must not be taken for a change each time.
-        self._in_force: dict[str, tuple[list[Json] | None, list[Json] | None]] = {}
+        self._lock = asyncio.Lock()  # one ``sync`` at a time
+        # By family: what was wanted, and what nft read back after that. Another release of nft may
+        # print the same rules differently, which must not count as a change each time.
+        self._applied: dict[str, tuple[list[Json] | None, list[Json] | None]] = {}
 
     async def sync(self) -> bool:
-        """Put in force what is wanted. True if something had to be changed. FirewallError: one
-        family's trouble does not keep the other from being done."""
+        """Apply what is wanted. Return True if something had to be changed. FirewallError, after
+        both families have been tried."""
         changed = False
-        failed: dict[str, None] = {}  # a set that keeps its order: both may say the same
-        async with self._turn:
-            for family in TABLES:
+        failed: dict[str, None] = {}  # an ordered set: both may fail for the same reason
+        async with self._lock:
+            for family in FAMILIES:
                 try:
                     changed |= await self._sync(family)
                 except FirewallError as error:
@@ -100,13 +107,13 @@ class Firewall:
         return changed
 
     async def keep(self, every_s: float) -> None:
-        """``sync`` now and every so many seconds, until cancelled; an error is logged once."""
+        """Call ``sync`` now and every ``every_s`` seconds until cancelled; log an error once."""
         failed = ""
         obstacles: tuple[str, ...] = ()
         while True:
             try:
                 if await self.sync():
-                    log.info("firewall rules put in force")
+                    log.info("firewall rules applied")
                 found = await self.obstacles()
                 for sentence in found:
                     if sentence not in obstacles:
@@ -114,24 +121,24 @@ class Firewall:
                 failed, obstacles = "", found
             except FirewallError as error:
                 if str(error) != failed:
-                    log.error("firewall rules are not in force: %s", error)
+                    log.error("firewall rules are not active: %s", error)
                 failed = str(error)
             await asyncio.sleep(every_s)
 
     async def remove(self) -> bool:
-        """Take the tables out. True if there were any. FirewallError."""
+        """Remove the tables. Return True if there were any. FirewallError."""
         self.want = FirewallRules()
         return await self.sync()
 
     async def obstacles(self) -> tuple[str, ...]:
-        """Chains of others that refuse to forward by policy, a sentence each. FirewallError."""
+        """Return a sentence for each chain that does not forward by policy. FirewallError."""
         if not self.want.forward:
             return ()
         chains = [item["chain"] for item in await self._nft_json("list", "chains")
                   if "chain" in item]
         return tuple(
-            f"{chain['family']} {chain['table']} {chain['name']} drops what it does not accept"
-            " itself: packets of the overlay may be among them"
+            f"{chain['family']} {chain['table']} {chain['name']} has the policy drop: unless one of"
+            " its rules accepts them, packets of the overlay are dropped"
             for chain in chains
             if chain.get("hook") == "forward" and chain.get("policy") == "drop"
         )
@@ -139,27 +146,27 @@ class Firewall:
     # -- one family -------------------------------------------------------------------------------
 
     async def _sync(self, family: str) -> bool:
-        want = list(_content(family, self.want)) or None
+        want = list(_content(family, self._tables[family], self.want)) or None
         if want is None and shutil.which(self._nft) is None:
-            return False  # a host without nft, which needs none
+            return False  # no rules are wanted, and a host without nft has none
         try:
             there = await self._read(family)
-        except _GarbledError:  # nft 1.0.6 on a table with flags: not ours, then
+        except _GarbledError:  # nft 1.0.6, on a table with flags: then it is not ours
             there = []
-        if there == want or self._in_force.get(family) == (want, there):
+        if there == want or self._applied.get(family) == (want, there):
             return False
-        table = {"table": _table(family)}
-        # Adding it first makes the deletion good whether it is there or not.
+        table = {"table": {"family": family, "name": self._tables[family]}}
+        # Add it first, so that deleting it succeeds whether it exists or not.
         steps: list[Json] = [{"add": table}, {"delete": table}]
         steps += [{"add": item} for item in want or ()]
-        await self._nft_json("-f", "-", tell=json.dumps({"nftables": steps}))
-        self._in_force[family] = (want, await self._read(family))
+        await self._nft_json("-f", "-", stdin=json.dumps({"nftables": steps}))
+        self._applied[family] = (want, await self._read(family))
         return True
 
     async def _read(self, family: str) -> list[Json] | None:
-        """Our table, its chains and rules, without the kernel's numbers; None: no such table."""
+        """Return our table, its chains and rules, without handles; None: there is no such table."""
         try:
-            items = await self._nft_json("list", "table", family, TABLES[family])
+            items = await self._nft_json("list", "table", family, self._tables[family])
         except FirewallError as error:
             if os.strerror(errno.ENOENT) in str(error):
                 return None
@@ -169,43 +176,40 @@ class Firewall:
             for item in items for kind, body in item.items() if kind != "metainfo"
         ]
 
-    async def _nft_json(self, *arguments: str, tell: str = "") -> list[Json]:
-        """What nft answers. In a thread: a caller that is cancelled leaves nothing half done."""
+    async def _nft_json(self, *arguments: str, stdin: str = "") -> list[Json]:
+        """Run nft and return its answer. It runs in a thread, so that cancelling the caller does
+        not stop it half way."""
         command = " ".join((self._nft, *arguments))
         try:
             done = await asyncio.to_thread(
-                subprocess.run, (self._nft, "-j", *arguments), input=tell, text=True,
+                subprocess.run, (self._nft, "-j", *arguments), input=stdin, text=True,
                 capture_output=True, check=False, timeout=NFT_TIMEOUT_S,
-                env={**os.environ, "LC_ALL": "C"},  # so that errors can be told apart
+                env={**os.environ, "LC_ALL": "C"},  # errors are recognised by their text
             )
         except subprocess.TimeoutExpired:
-            raise FirewallError(f"{command}: no answer in {NFT_TIMEOUT_S:g} s") from None
+            raise FirewallError(f"{command}: no answer within {NFT_TIMEOUT_S:g} s") from None
         except OSError as error:
             hint = " (Debian has it in the package nftables)" \
                 if isinstance(error, FileNotFoundError) else ""
             raise FirewallError(f"{self._nft} does not run: {error.strerror}{hint}") from None
         if done.returncode != 0:
-            # Behind the first line nft shows the place in its input.
-            said = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
-            raise FirewallError(f"{command}: {said}")
+            # After the first line nft quotes its input.
+            why = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
+            raise FirewallError(f"{command}: {why}")
         try:
             answer: list[Json] = json.loads(done.stdout)["nftables"] if done.stdout else []
         except (ValueError, KeyError, TypeError):
-            raise _GarbledError(f"{command}: answers what is not its JSON") from None
+            raise _GarbledError(f"{command}: its output is not the expected JSON") from None
         return answer
 
 
-def _table(family: str) -> Json:
-    return {"family": family, "name": TABLES[family]}
-
-
-def _content(family: str, want: FirewallRules) -> Iterator[Json]:
-    """A family's table, its chains and rules as nft's JSON; nothing: there shall be none."""
+def _content(family: str, table: str, want: FirewallRules) -> Iterator[Json]:
+    """Yield a family's table, its chains and rules as nft's JSON; nothing if none are wanted."""
     network: IPNetwork | None = want.network if family == "ip" else want.network6
     subnet: IPNetwork | None = want.subnet if family == "ip" else want.subnet6
     if network is None:
         return
-    at = {"family": family, "table": TABLES[family]}
+    at = {"family": family, "table": table}
     chains: list[tuple[str, Json, list[list[Json]]]] = []
     if want.masquerade and subnet is not None:
         chains.append(("postrtg", POSTROUTING, _postrouting(family, network, subnet)))
@@ -215,7 +219,7 @@ def _content(family: str, want: FirewallRules) -> Iterator[Json]:
             [_match(family, "daddr", "==", network), ACCEPT],
         ]))
     if chains:
-        yield {"table": _table(family)}
+        yield {"table": {"family": family, "name": table}}
     for name, hook, _ in chains:
         yield {"chain": {**at, "name": name, **hook}}
     for name, _, rules in chains:
@@ -224,7 +228,7 @@ def _content(family: str, want: FirewallRules) -> Iterator[Json]:
 
 
 def _postrouting(family: str, network: IPNetwork, subnet: IPNetwork) -> list[list[Json]]:
-    """flannel's rules, in its order; the first that matches decides."""
+    """Return flannel's rules, in its order; the first that matches decides."""
     def source(op: str, prefix: IPNetwork) -> Json:
         return _match(family, "saddr", op, prefix)
 
@@ -235,20 +239,20 @@ def _postrouting(family: str, network: IPNetwork, subnet: IPNetwork) -> list[lis
                         "right": KUBE_PROXY_MARK}}
     return [
         [marked, RETURN],
-        # Within the overlay addresses stay what they are.
+        # Within the overlay addresses are not translated.
         [source("==", subnet), destination("==", network), RETURN],
         [source("==", network), destination("==", subnet), RETURN],
-        # A pod of this node sees who calls it from outside.
+        # A pod of this node sees the client's address from outside the overlay.
         [source("!=", network), destination("==", subnet), RETURN],
-        # Out of the overlay: the world knows no way back to a pod.
+        # Out of the overlay: other networks have no route back to a pod.
         [source("==", network), destination("!=", MULTICAST[family]), MASQUERADE],
-        # Into the overlay from this host, whose own address the other nodes do not route back.
+        # From this host into the overlay: the other nodes have no route to this host's own address.
         [source("!=", network), destination("==", network), MASQUERADE],
     ]
 
 
 def _match(family: str, field: str, op: str, prefix: IPNetwork) -> Json:
-    """nft names a single host without a length."""
+    """nft writes the address of a single host without a prefix length."""
     address = str(prefix.network_address)
     right: Any = address if prefix.prefixlen == prefix.max_prefixlen else \
         {"prefix": {"addr": address, "len": prefix.prefixlen}}

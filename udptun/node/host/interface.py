@@ -1,13 +1,13 @@
-"""Choose the interface that carries the overlay: by flannel's options, in flannel's order.
+"""Choose the interface that carries the overlay, by flannel's options in flannel's order.
 
-Owns the order of choice and what is said when nothing fits. Refuses to read the host itself
-(``net/underlay.py``) and to follow it as it changes: the daemon asks again. Asyncio, any loop.
+Owns: the order of choice, and the error if nothing matches. ``net.underlay`` reads the host; the
+daemon chooses again when the host changes. Asyncio, any loop.
 
-Differs from flannel in this: where an option settles one family's address only, the other one is
-the interface's best; a ``--public-ip`` that is not local (a NAT is before us) leaves the choice to
-the default route; the overlay's own devices are never chosen, though a pattern may well match
-their addresses after a restart; an IPv6 link-local address is never taken, since a peer cannot
-send to it.
+Differences from flannel: if an option selects an address of one IP version only, the other version
+gets the interface's best address; a ``--public-ip`` that is not local (behind a NAT) leaves the
+choice to the default route; the overlay's own devices are never chosen, although a pattern may
+match their addresses after a restart; an IPv6 link-local address is never used, because a peer
+cannot send to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class NoInterface(UdptunError):
-    """No interface fits: says what was looked for and what there is. The host may change."""
+    """No interface matches: says what was looked for and what exists. The host may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Underlay:
     """The interface that carries the overlay, and this node's addresses on it.
 
     mtu       of the interface, bytes
-    address   to bind to, ``address6`` for IPv6; None for a family that is not wanted
-    public    to publish, ``public6`` for IPv6; None for a family neither wanted nor given
+    address   to bind to, ``address6`` for IPv6; None for an IP version that is not wanted
+    public    to publish, ``public6`` for IPv6; None for a version neither wanted nor given
     """
 
     name: str
@@ -53,21 +53,21 @@ async def choose(
     netlink: Netlink, options: InterfaceOptions, want_v4: bool, want_v6: bool,
     own: Collection[str] = (),
 ) -> Underlay:
-    """The interface that carries the overlay, with an address of each family that is wanted: one
-    of them at least.
+    """Return the interface that carries the overlay, with an address of each wanted IP version. At
+    least one version is wanted.
 
     own  names of the overlay's own devices
     NoInterface; DeviceError when the host cannot be read.
     """
-    there = tuple(one for one in await interfaces(netlink) if one.name not in own)
-    choice = _Choice(netlink, options, want_v4, want_v6, there)
-    interface, settled = await choice.make()
-    address = choice.address(interface, settled, 4) if want_v4 else None
-    address6 = choice.address(interface, settled, 6) if want_v6 else None
+    existing = tuple(one for one in await interfaces(netlink) if one.name not in own)
+    choice = _Choice(netlink, options, want_v4, want_v6, existing)
+    interface, selected = await choice.make()
+    address = choice.address(interface, selected, 4) if want_v4 else None
+    address6 = choice.address(interface, selected, 6) if want_v6 else None
     if interface.mtu == 0:
-        raise choice.nothing(f"{interface.name}: has no MTU")
+        raise choice.no_interface(f"{interface.name}: has no MTU")
     if not interface.up:
-        log.warning("%s carries the overlay and is set down", interface.name)
+        log.warning("%s carries the overlay and is down", interface.name)
     assert not isinstance(address, ipaddress.IPv6Address)
     assert not isinstance(address6, ipaddress.IPv4Address)
     return Underlay(
@@ -76,19 +76,19 @@ async def choose(
     )
 
 
-# What a way of choosing came to: an interface, and the addresses on it that it has settled.
+# An interface, and those of its addresses that an option has selected.
 _Found = tuple[Interface, tuple[IPAddress, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """One choice under way."""
+    """The data of one call of ``choose``."""
 
     netlink: Netlink
     options: InterfaceOptions
     want_v4: bool
     want_v6: bool
-    there: Sequence[Interface]
+    existing: Sequence[Interface]
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -109,84 +109,86 @@ class _Choice:
             tried.append(f"--iface-regex={regex}")
         if options.can_reach is not None:
             return await self._by_route(options.can_reach, tried)
-        raise self.nothing(f"{', '.join(tried)}: none matches")
+        raise self.no_interface(f"{', '.join(tried)}: none matches")
 
     def address(
-        self, interface: Interface, settled: Iterable[IPAddress], version: int
+        self, interface: Interface, selected: Iterable[IPAddress], version: int
     ) -> IPAddress:
-        """The settled address of the family, else the interface's best."""
-        for address in (*settled, *_usable(interface)):
+        """Return the selected address of the IP version, else the interface's best."""
+        for address in (*selected, *_usable(interface)):
             if address.version == version:
                 return address
         only = ", only a link-local one" if any(
             address.version == version for address in interface.addresses) else ""
-        raise self.nothing(f"{interface.name}: has no IPv{version} address that can be used{only}")
+        raise self.no_interface(
+            f"{interface.name}: has no IPv{version} address that other nodes can reach{only}")
 
-    def nothing(self, why: str) -> NoInterface:
-        there = ", ".join(
+    def no_interface(self, why: str) -> NoInterface:
+        existing = ", ".join(
             f"{one.name} ({', '.join(map(str, one.addresses)) or 'no address'})"
-            for one in self.there
+            for one in self.existing
         )
-        return NoInterface(f"no interface for the overlay: {why}; there are {there or 'none'}")
+        return NoInterface(f"no interface for the overlay: {why}; there are {existing or 'none'}")
 
-    # -- the ways of choosing ---------------------------------------------------------------------
+    # -- one method per option --------------------------------------------------------------------
 
     def _by_name(self, name: str) -> _Found | None:
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
-            return next(((one, ()) for one in self.there if one.name == name), None)
+            return next(((one, ()) for one in self.existing if one.name == name), None)
         return self._by_address(address)
 
     def _by_address(self, address: IPAddress) -> _Found | None:
-        return next(((one, (address,)) for one in self.there if address in one.addresses), None)
+        return next(((one, (address,)) for one in self.existing if address in one.addresses), None)
 
     def _by_regex(self, regex: re.Pattern[str]) -> _Found | None:
-        """By addresses, of each family that is wanted; if no interface has such, by name."""
-        for one in self.there:
+        """Match addresses, one of each wanted IP version; if no interface has them, match names."""
+        for one in self.existing:
             matches = [address for address in _usable(one) if regex.search(str(address))]
             if {address.version for address in matches} >= set(self.versions):
                 return one, tuple(matches)
-        return next(((one, ()) for one in self.there if regex.search(one.name)), None)
+        return next(((one, ()) for one in self.existing if regex.search(one.name)), None)
 
     async def _by_route(self, address: IPAddress, tried: Sequence[str]) -> _Found:
         looked_for = ", ".join((*tried, f"--iface-can-reach={address}"))
-        if found := self._by_address(address):  # the route to an own address is through lo
+        if found := self._by_address(address):  # the route to our own address is through lo
             return found
         try:
             route = await route_to(self.netlink, address)
         except DeviceError as error:
-            raise self.nothing(f"{looked_for}: {error}") from None
-        settled = () if route.source is None else (route.source,)
-        for one in self.there:
+            raise self.no_interface(f"{looked_for}: {error}") from None
+        selected = () if route.source is None else (route.source,)
+        for one in self.existing:
             if one.index == route.index:
-                return one, settled
-        raise self.nothing(f"{looked_for}: none matches, the route there is the overlay's own")
+                return one, selected
+        raise self.no_interface(
+            f"{looked_for}: none matches, because its route is the overlay's own")
 
     def _by_public_ip(self) -> _Found | None:
         public = self.options.public_ip if self.want_v4 else self.options.public_ipv6
         return None if public is None else self._by_address(public)
 
     async def _by_default_route(self) -> _Found:
-        by_index = {one.index: one for one in self.there}
+        by_index = {one.index: one for one in self.existing}
         chosen: list[Interface] = []
         for version in self.versions:
-            ways = await default_routes(self.netlink, version)
-            found = next((by_index[index] for index in ways if index in by_index), None)
+            routes = await default_routes(self.netlink, version)
+            found = next((by_index[index] for index in routes if index in by_index), None)
             if found is None:
-                raise self.nothing(
+                raise self.no_interface(
                     f"there is no IPv{version} default route, and none of --iface, --iface-regex,"
-                    " --iface-can-reach and a local --public-ip says which to use")
+                    " --iface-can-reach and a local --public-ip selects an interface")
             chosen.append(found)
         if chosen[0] != chosen[-1]:
-            raise self.nothing(
+            raise self.no_interface(
                 f"the IPv4 default route goes through {chosen[0].name}, the IPv6 one through"
-                f" {chosen[-1].name}: --iface must say which to use")
+                f" {chosen[-1].name}: --iface must select one")
         return chosen[0], ()
 
 
 def _usable(interface: Interface) -> tuple[IPAddress, ...]:
-    """Addresses at which another host can reach us."""
+    """Return the addresses at which another host can reach us."""
     return tuple(
         address for address in interface.addresses
         if not address.is_loopback and not (address.version == 6 and address.is_link_local)

@@ -1,8 +1,8 @@
-"""subnet.env: what this node's lease is, for whoever attaches pods to it.
+"""subnet.env: this node's subnet and MTU, for the CNI plugin that attaches pods.
 
-Owns the file's form, which flannel set: the CNI plugin, scripts that source it and systemd's
-EnvironmentFile read it. Refuses to know where a lease comes from. Plain blocking calls on a few
-hundred bytes; any thread.
+Owns: the file's format, which is flannel's: the CNI plugin, scripts that source it, and systemd's
+EnvironmentFile read it. Does not know where a lease comes from. Blocking calls on a few hundred
+bytes; any thread.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MODE = 0o644  # every program on the host may read it
 class SubnetEnv:
     """One subnet.env. ``network`` and ``subnet`` go together, and so do the IPv6 two.
 
-    subnet   the lease's prefix, 10.42.1.0/24; in the file stands its first host, 10.42.1.1/24
+    subnet   the lease's prefix, 10.42.1.0/24; the file has its first host, 10.42.1.1/24
     mtu      the largest inner packet, bytes
-    ip_masq  we masquerade, so the CNI plugin need not
+    ip_masq  udptun masquerades, so the CNI plugin need not
     """
 
     network: ipaddress.IPv4Network | None
@@ -42,7 +42,7 @@ class SubnetEnv:
     ip_masq: bool
 
     def text(self) -> str:
-        """As flannel writes it, byte for byte."""
+        """Return the file as flannel writes it, byte for byte."""
         lines = []
         if self.network and self.subnet:
             lines += [f"FLANNEL_NETWORK={self.network}",
@@ -55,7 +55,7 @@ class SubnetEnv:
 
     @classmethod
     def parse(cls, text: str, where: str = "") -> Self:
-        """FieldError naming the variable that is missing or wrong; unknown ones are ignored."""
+        """Parse the file. FieldError: a variable is missing or wrong; unknown ones are ignored."""
         values = _values(text)
         has_v6 = bool({"FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"} & values.keys())
         has_v4 = not has_v6 or bool({"FLANNEL_NETWORK", "FLANNEL_SUBNET"} & values.keys())
@@ -73,13 +73,12 @@ class SubnetEnv:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """None where there is no such file. FieldError, OSError."""
+        """Return None if there is no such file. FieldError, OSError."""
         text = _read(path)
         return None if text is None else cls.parse(text, str(path))
 
     def write(self, path: Path) -> bool:
-        """Replace the file as a whole, so that no reader sees half of one. False if it said the
-        same already and was left alone. OSError."""
+        """Replace the file atomically. Return False if it had the same content. OSError."""
         text = self.text().encode()
         with contextlib.suppress(OSError):
             if path.read_bytes() == text and path.stat().st_mode & 0o777 == MODE:
@@ -90,12 +89,12 @@ class SubnetEnv:
 
 
 def former_subnets(path: Path) -> Subnets:
-    """What this node had last, as far as the file tells: what is wrong in it is only logged, since
-    the rest is still worth asking for."""
+    """Return the subnets that this node had last. A value that is wrong is only logged: the other
+    one can still be requested."""
     try:
         values = _values(_read(path) or "")
     except OSError as error:
-        log.warning("%s cannot be read for the former subnet: %s", path, error)
+        log.warning("the former subnet is not known: %s cannot be read: %s", path, error)
         return Subnets()
     v4, v6 = None, None
     try:
@@ -119,8 +118,8 @@ def _read(path: Path) -> str | None:
 
 
 def _values(text: str) -> dict[str, str]:
-    """The assignments of a file that a shell could source: comments, quotes and ``export`` are
-    taken as a shell takes them; the last one of a name counts."""
+    """Return the assignments of a file that a shell could source. Comments, quotes and ``export``
+    mean what they mean to a shell; the last assignment of a name counts."""
     values = {}
     for line in text.splitlines():
         name, equals, value = line.strip().removeprefix("export ").partition("=")

@@ -1,8 +1,8 @@
-"""The daemon's report as Prometheus text, read at scrape: nothing is counted here.
+"""The daemon's report as Prometheus text. It is read at each scrape; nothing is counted here.
 
-Owns the names and labels of the daemon's metrics: all begin with ``udptun_node_``, so that the
-forwarder's own can follow in the same answer. No label grows with the cluster. Imported at the
-first scrape, since prometheus_client is megabytes. Rendering runs on the daemon's loop.
+Owns: the names and labels of the daemon's metrics. All begin with ``udptun_node_``, so that the
+forwarder's own can follow in the same answer. No label has a value per peer. Imported at the first
+scrape, because prometheus_client takes megabytes. Rendering runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class ReportCollector(Collector):
 
     def _readiness(self) -> Iterator[Metric]:
         checks = judge(self._report)
-        yield _gauge("ready", "1 if /readyz says so.", is_ready(checks))
+        yield _gauge("ready", "1 if /readyz answers 200.", is_ready(checks))
         ok = GaugeMetricFamily(
-            "udptun_node_check_ok", "1 if this check of /readyz finds nothing to complain of.",
+            "udptun_node_check_ok", "1 if this check of /readyz has neither failed nor degraded.",
             labels=("check",),
         )
         for check in checks:
@@ -60,30 +60,30 @@ class ReportCollector(Collector):
 
     def _leases(self) -> Iterator[Metric]:
         report, source = self._report, self._report.source
-        yield _gauge("store_up", "1 if the store answers and its watch is in order.",
+        yield _gauge("store_up", "1 if the store answers and its watch works.",
                      source.connected)
         if source.last_contact is not None:
-            yield _gauge("store_silence_seconds", "Since the store last gave a sign of life.",
+            yield _gauge("store_silence_seconds", "Seconds since the last answer of the store.",
                          time.monotonic() - source.last_contact)
-        yield _counter("store_errors", "Failed exchanges with the store.", source.errors_n)
-        yield _counter("store_relists", "Times all leases were listed again, as the watch broke.",
-                       source.relists_n)
+        yield _counter("store_errors", "Failed requests to the store.", source.errors_n)
+        yield _counter("store_relists", "Times all leases were listed again because the "
+                       "watch broke.", source.relists_n)
         yield _gauge("leases", "Leases known, our own included.", report.leases_n)
         yield _gauge("leases_skipped", "Entries in the store that cannot be used.",
                      len(source.skipped))
-        yield _gauge("leases_stale", "1 if the leases in force are those kept on disk.",
+        yield _gauge("leases_stale", "1 if the active leases are cached ones.",
                      report.stale)
-        yield _gauge("lease_held", "1 if our own lease is ours.", source.lease == "held")
+        yield _gauge("lease_held", "1 if this node holds its own lease.", source.lease == "held")
         if source.lease_expires is not None:
-            yield _gauge("lease_expiry_time_seconds", "When our lease runs out, in Unix time, if "
-                         "it is not renewed.", source.lease_expires)
+            yield _gauge("lease_expiry_time_seconds", "When our lease expires unless it is "
+                         "renewed, in Unix time.", source.lease_expires)
 
     def _routes(self) -> Iterator[Metric]:
         report, forwarder, peers = self._report, self._report.forwarder, self._report.peers
-        yield _gauge("watch_lag_seconds", "From the store's word of the last change to its being "
-                     "in force.", report.lag)
+        yield _gauge("watch_lag_seconds", "Seconds from the store's last update until its paths "
+                     "were active.", report.lag)
         if report.applied is not None:
-            yield _gauge("applied_age_seconds", "Since leases were last put in force.",
+            yield _gauge("applied_age_seconds", "Seconds since paths were last applied.",
                          time.monotonic() - report.applied)
         changes = CounterMetricFamily(
             "udptun_node_route_changes", "Routes added, changed or removed.", labels=("path",)
@@ -92,29 +92,29 @@ class ReportCollector(Collector):
             changes.add_metric((path,), count)
         yield changes
         reached = GaugeMetricFamily(
-            "udptun_node_peers", "Other nodes, by the path chosen.", labels=("path",)
+            "udptun_node_peers", "Other nodes, by the backend that carries their packets.",
+            labels=("path",),
         )
-        for path, count in (
-            ("udp", peers.udp_n), ("vxlan", peers.vxlan_n), ("none", len(peers.unreachable)),
-        ):
+        for path, count in (*peers.carried_n.items(), ("none", len(peers.unreachable))):
             reached.add_metric((path,), count)
         yield reached
-        yield _gauge("peers_refused", "Other nodes that the kernel or the forwarder would not "
-                     "take.", len(peers.refused))
+        yield _gauge("peers_refused", "Other nodes whose path the kernel or the forwarder "
+                     "refused.", len(peers.refused))
         yield _gauge("mtu_bytes", "MTU of the inner packets.", report.mtu)
-        yield _gauge("forwarder_up", "1 if the forwarder answers and is what it should be.",
+        yield _gauge("forwarder_up", "1 if the forwarder answers and has the right options.",
                      forwarder.connected)
         yield _gauge("forwarder_in_step", "1 if its routes are those of the leases.",
                      forwarder.in_step)
-        yield _gauge("forwarder_routes", "Routes the daemon has given it.", forwarder.routes_n)
-        yield _counter("forwarder_starts", "Forwarders that the daemon has started.",
+        yield _gauge("forwarder_routes", "Routes that the daemon has given to the forwarder.",
+                     forwarder.routes_n)
+        yield _counter("forwarder_starts", "Forwarders started by the daemon.",
                        forwarder.starts_n)
-        yield _counter("forwarder_table_replaces", "Times its whole table was put.",
-                       forwarder.replaces_n)
+        yield _counter("forwarder_table_replaces", "Times the forwarder's whole table was "
+                       "replaced.", forwarder.replaces_n)
 
 
 class Metrics:
-    """The daemon's part of /metrics, in Prometheus's text format 0.0.4, as the forwarder's is."""
+    """The daemon's part of /metrics, in Prometheus's text format 0.0.4, like the forwarder's."""
 
     def __init__(self, report: NodeReport) -> None:
         self._registry = CollectorRegistry(auto_describe=False)

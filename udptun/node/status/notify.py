@@ -1,7 +1,7 @@
-"""Tell systemd how we are: sd_notify(3), without its library.
+"""Notifications to systemd: sd_notify(3), without its library.
 
-Owns the socket that NOTIFY_SOCKET names and the watchdog's interval. Refuses to know what ready
-means. Without systemd every call does nothing; none raises. Any thread; a send takes microseconds.
+Owns: the socket that NOTIFY_SOCKET names, and the watchdog's interval. Does not know when a node is
+ready. Without systemd every call does nothing; none raises. Any thread; a send takes microseconds.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ...model import parse_number
 
 log = logging.getLogger(__name__)
 
-SEND_TIMEOUT_S = 1.0  # systemd reads at once; should it hang, the overlay must not
+SEND_TIMEOUT_S = 1.0  # systemd reads at once; if it hangs, the daemon must not
 _MAX_USEC = 999_999_999
 
 
 class Notifier:
-    """Speaks to the service manager at ``address``; to nobody where that is "".
+    """Sends to the service manager at ``address``; "": sends nothing.
 
-    watchdog_s  the manager ends a service it has not heard of for so long; None: never
+    watchdog_s  the manager ends a service that was silent for so long; None: never
     """
 
     def __init__(self, address: str = "", watchdog_s: float | None = None) -> None:
@@ -35,8 +35,8 @@ class Notifier:
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str] = os.environ) -> Self:
-        """What systemd told this process. The variables are taken out: a child that inherited them
-        would speak in our name."""
+        """Read systemd's variables, and remove them: a child that inherited them would send
+        notifications in our name."""
         address = environ.pop("NOTIFY_SOCKET", "")
         usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
         watchdog_s = None
@@ -44,15 +44,15 @@ class Notifier:
             try:
                 watchdog_s = parse_number("WATCHDOG_USEC", usec, 1, _MAX_USEC) / 1e6
             except ValueError as error:
-                log.warning("%s: the watchdog will not be fed", error)
+                log.warning("%s: no watchdog notifications are sent", error)
         return cls(address, watchdog_s)
 
     def ready(self, status: str = "") -> None:
-        """The node is a member: after the start, and again after a reload."""
+        """The start, or a reload, is complete."""
         self._send("READY=1", *([_status(status)] if status else ()))
 
     def reloading(self) -> None:
-        """A reload begins; ``ready`` ends it. The time is what Type=notify-reload asks for."""
+        """A reload begins; ``ready`` ends it. Type=notify-reload requires the time."""
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now_us}")
 
@@ -60,15 +60,15 @@ class Notifier:
         self._send("STOPPING=1", *([_status(status)] if status else ()))
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``; "" takes it away."""
+        """One line for ``systemctl status``; "" clears it."""
         self._send(_status(text))
 
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
 
     async def feed(self, alive: Callable[[], bool]) -> None:
-        """Feed the watchdog twice in its interval, as long as ``alive`` says so, until cancelled.
-        Without a watchdog: return at once."""
+        """Notify the watchdog twice per interval while ``alive`` returns True, until cancelled.
+        Return at once without a watchdog."""
         while self.watchdog_s is not None:
             if alive():
                 self.watchdog()
@@ -77,7 +77,7 @@ class Notifier:
     def _send(self, *lines: str) -> None:
         if not self._address:
             return
-        # "@" stands for the zero byte that begins an abstract address.
+        # "@" is written for the zero byte at the start of an abstract address.
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -86,7 +86,7 @@ class Notifier:
             self._failed = False
         except OSError as error:
             if not self._failed:
-                log.warning("systemd does not take notifications at %s: %s", self._address, error)
+                log.warning("systemd does not accept notifications at %s: %s", self._address, error)
             self._failed = True
 
 

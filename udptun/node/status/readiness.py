@@ -1,8 +1,8 @@
-"""Is this node ready, and what about it is not: the daemon's report, judged.
+"""Decide from the daemon's report whether this node is ready, and what is wrong with it.
 
-Owns the checks, their names, and what counts as broken. The rule: FAILED is what keeps this
-machine's own pods from the overlay; what goes on working without a thing (a store that is down,
-one peer that cannot be reached) is DEGRADED, and the node stays ready. Pure; no I/O.
+Owns: the checks, their names, and when each has failed. The rule: FAILED keeps this machine's own
+pods from using the overlay. DEGRADED does not (the store is down, one peer is unreachable), so the
+node stays ready. Pure; no I/O.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from enum import Enum
 
 from .report import NodeReport
 
-MAX_NAMED = 20  # entries of a list that are told one by one
+MAX_NAMED = 20  # entries of a list that are shown one by one
 
 
 class State(Enum):
-    """The value is the mark before the check's line, as Kubernetes has it, and ours between."""
+    """The value is the mark before the check's line: "+" and "-" as in Kubernetes, "!" is ours."""
 
     OK = "+"
     DEGRADED = "!"
@@ -27,7 +27,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at, and what there is to say of it; a line for each entry of ``text``."""
+    """The result of one check; a line for each entry of ``text``."""
 
     name: str
     state: State
@@ -39,111 +39,111 @@ class Check:
 
 
 def judge(report: NodeReport) -> tuple[Check, ...]:
-    """All checks, always the same ones in the same order."""
-    return tuple(Check(name, *look(report)) for name, look in CHECKS.items())
+    """Return all checks, always the same ones in the same order."""
+    return tuple(Check(name, *check(report)) for name, check in CHECKS.items())
 
 
 def is_ready(checks: tuple[Check, ...]) -> bool:
     return all(check.state is not State.FAILED for check in checks)
 
 
-_Said = tuple[State, tuple[str, ...]]
+_Result = tuple[State, tuple[str, ...]]
 
 
-def _say(state: State, *text: str) -> _Said:
+def _result(state: State, *text: str) -> _Result:
     return state, text
 
 
-def _start(report: NodeReport) -> _Said:
+def _start(report: NodeReport) -> _Result:
     if report.waiting:
-        return _say(State.FAILED, report.waiting)
-    return _say(State.OK, f"all set up; started {_span(time.time() - report.started)} ago")
+        return _result(State.FAILED, report.waiting)
+    return _result(State.OK, f"complete; started {_span(time.time() - report.started)} ago")
 
 
-def _store(report: NodeReport) -> _Said:
+def _store(report: NodeReport) -> _Result:
     source, store = report.source, report.store
     skipped = _named("cannot be used", source.skipped)
     if not source.connected:
-        why = f"{store}: {source.error or 'not asked yet'}"
+        why = f"{store}: {source.error or 'no answer yet'}"
         if source.last_contact is not None:
             why += f"; last answer {_span(time.monotonic() - source.last_contact)} ago"
         if report.applied is None:
-            return _say(State.FAILED, why, *skipped)
-        kept = "those kept on disk" if report.stale else "the last it told"
-        return _say(State.DEGRADED, why, f"the leases in force are {kept}", *skipped)
+            return _result(State.FAILED, why, *skipped)
+        active = "cached ones" if report.stale else "the last ones it listed"
+        return _result(State.DEGRADED, why, f"the active leases are {active}", *skipped)
     state = State.DEGRADED if skipped or report.stale else State.OK
-    stale = ("the leases in force are those kept on disk",) if report.stale else ()
-    return _say(state, f"{store} answers; leases: {report.leases_n}", *stale, *skipped)
+    stale = ("the active leases are cached ones",) if report.stale else ()
+    return _result(state, f"{store} answers; leases: {report.leases_n}", *stale, *skipped)
 
 
-def _lease(report: NodeReport) -> _Said:
+def _lease(report: NodeReport) -> _Result:
     source, lease = report.source, report.lease
     if lease is None:
-        return _say(State.FAILED, report.lease_error or source.lease_error or "none yet")
+        return _result(State.FAILED, report.lease_error or source.lease_error or "none yet")
     wrong = report.lease_error or source.lease_error
     left = None if source.lease_expires is None else source.lease_expires - time.time()
     if source.lease == "lost":
-        wrong = f"lost, being taken back: {source.lease_error}"
+        wrong = f"lost, being acquired again: {source.lease_error}"
     elif source.lease == "none":
-        wrong = wrong or "as kept on disk, not confirmed by the store yet"
+        wrong = wrong or "from the cache, not confirmed by the store yet"
     elif left is not None and left <= 0:
-        wrong = wrong or f"ran out {_span(-left)} ago"
+        wrong = wrong or f"expired {_span(-left)} ago"
     if wrong:
-        return _say(State.DEGRADED, f"{lease.subnets}: {wrong}")
-    until = "for good" if left is None else f"for {_span(left)}, renewed before"
-    return _say(State.OK, f"{lease.subnets}, {until}")
+        return _result(State.DEGRADED, f"{lease.subnets}: {wrong}")
+    expiry = "does not expire" if left is None else f"expires in {_span(left)} unless renewed"
+    return _result(State.OK, f"{lease.subnets}, {expiry}")
 
 
-def _interface(report: NodeReport) -> _Said:
+def _interface(report: NodeReport) -> _Result:
     underlay = report.underlay
     if underlay is None:
-        return _say(State.FAILED, report.interface_error or "not chosen yet")
+        return _result(State.FAILED, report.interface_error or "not chosen yet")
     if report.interface_error:
-        return _say(State.FAILED, report.interface_error)
+        return _result(State.FAILED, report.interface_error)
     addresses = " and ".join(str(one) for one in (underlay.public, underlay.public6) if one)
-    return _say(State.OK, f"{underlay.name}, published as {addresses}; inner MTU {report.mtu}")
+    return _result(State.OK, f"{underlay.name}, published as {addresses}; inner MTU {report.mtu}")
 
 
-def _forwarder(report: NodeReport) -> _Said:
+def _forwarder(report: NodeReport) -> _Result:
     forwarder = report.forwarder
-    if report.backend == "vxlan":
-        return _say(State.OK, "not needed: the backend is vxlan")
+    if not forwarder.needed:
+        return _result(State.OK, f"not needed: the backend is {report.backend}")
     if not forwarder.connected:
-        return _say(State.FAILED, forwarder.error or "does not answer")
+        return _result(State.FAILED, forwarder.error or "does not answer")
     if not forwarder.in_step:
-        return _say(State.FAILED, f"not all of its routes are right; routes: {forwarder.routes_n}")
-    return _say(State.OK, f"has all routes: {forwarder.routes_n}")
+        return _result(State.FAILED, f"its routes are not up to date; routes: {forwarder.routes_n}")
+    return _result(State.OK, f"has all routes: {forwarder.routes_n}")
 
 
-def _subnet_env(report: NodeReport) -> _Said:
+def _subnet_env(report: NodeReport) -> _Result:
     if report.subnet_env_error:
-        return _say(State.FAILED, report.subnet_env_error)
-    return _say(State.OK, "written")
+        return _result(State.FAILED, report.subnet_env_error)
+    return _result(State.OK, "written")
 
 
-def _firewall(report: NodeReport) -> _Said:
+def _firewall(report: NodeReport) -> _Result:
     if report.firewall_error:
-        return _say(State.FAILED, report.firewall_error)
-    return _say(State.OK, "as wanted")
+        return _result(State.FAILED, report.firewall_error)
+    return _result(State.OK, "rules are active")
 
 
-def _peers(report: NodeReport) -> _Said:
+def _peers(report: NodeReport) -> _Result:
     peers = report.peers
-    paths = f"{peers.udp_n} by UDP, {peers.vxlan_n} by VXLAN"
-    if report.no_vxlan:
-        paths += f"; no VXLAN here: {report.no_vxlan}"
+    paths = peers.by_path()
+    for backend, why in report.unavailable.items():
+        paths += f"; no {backend} here: {why}"
     wrong = (*_named("cannot be reached", peers.unreachable), *_named("refused", peers.refused))
-    return _say(State.DEGRADED if wrong else State.OK, paths, *wrong)
+    return _result(State.DEGRADED if wrong else State.OK, paths, *wrong)
 
 
-CHECKS: Mapping[str, Callable[[NodeReport], _Said]] = {
+CHECKS: Mapping[str, Callable[[NodeReport], _Result]] = {
     "start": _start, "store": _store, "lease": _lease, "interface": _interface,
     "forwarder": _forwarder, "subnet-env": _subnet_env, "firewall": _firewall, "peers": _peers,
 }
 
 
 def _named(what: str, entries: Mapping[str, str]) -> tuple[str, ...]:
-    """How many, and the first of them each with its reason."""
+    """Return how many there are, and the first of them, each with its reason."""
     if not entries:
         return ()
     first = [f"{key}: {why}" for key, why in sorted(entries.items())[:MAX_NAMED]]

@@ -1,8 +1,8 @@
-"""What the daemon knows of itself, for whoever asks: /readyz, /metrics, SIGUSR1, the tests.
+"""What the daemon knows about itself: for /readyz, /metrics, the service manager and the tests.
 
-Owns the names of what can be told. Refuses to judge: whether that makes a node ready is for
-``readiness.py``. Written by the daemon, read by the health server, both in the one loop of the
-daemon: what is read between two awaits belongs together. No I/O.
+Owns: the names of these facts. Does not judge them: ``readiness`` decides whether a node is ready.
+The daemon writes it and the health server reads it, both on the daemon's loop: values that are read
+between two awaits are consistent. No I/O.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...leases.base import Lease, SourceHealth
+from ..backends import BACKENDS
 from ..host.interface import Underlay
 
 
 @dataclass(slots=True)
 class ForwarderReport:
-    """The forwarder's process and what of our routes it has.
+    """The forwarder's process, and which of our routes it has.
 
-    connected   it answered last time, and is what we want it to be
+    needed      an active backend uses it
+    connected   it answered the last request, and is what we want it to be
     error       why not, in a sentence; "" when connected
     in_step     its table is the one we want
     routes_n    routes in that table
-    starts_n    processes we have started since our own start
-    replaces_n  times the whole table was put
+    starts_n    processes started since our own start
+    replaces_n  how often the whole table was replaced
     """
 
+    needed: bool = True
     connected: bool = False
     error: str = "not looked for yet"
     in_step: bool = False
@@ -37,42 +40,45 @@ class ForwarderReport:
 
 @dataclass(slots=True)
 class PeersReport:
-    """How the other nodes are reached, by lease key.
+    """How the other nodes are reached.
 
-    udp_n, vxlan_n  peers that each path is chosen for
-    unreachable     peers that no path leads to, each with the reason in a sentence
-    refused         what the kernel or the forwarder would not take, each with its reason
+    carried_n    by backend: the number of peers whose packets it carries
+    unreachable  by lease key: peers without a path, each with the reason in a sentence
+    refused      by lease key: peers whose path the kernel did not accept, each with the reason
     """
 
-    udp_n: int = 0
-    vxlan_n: int = 0
+    carried_n: Mapping[str, int] = field(default_factory=dict)
     unreachable: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    def by_path(self) -> str:
+        return ", ".join(f"{count} by {BACKENDS[name]}" for name, count in self.carried_n.items())
 
 
 @dataclass(slots=True)
 class NodeReport:
-    """One daemon. Sentences are for people; "" where there is nothing to say.
+    """One daemon. Reasons and errors are sentences; "" where there is none.
 
-    store             SourceConfig.kind
-    source            the source's own, live
-    waiting           what the start waits for; "" once everything is set up
-    stale             the leases in force are those kept on disk: the store has not told its own
-                      since our start
-    lease             ours, or None before there was ever one
-    lease_error       why it could not be had or published
-    underlay          what carries the overlay, or None before it was found
-    interface_error   why it was not found, or is not usable any more
-    backend           "udp", "vxlan" or "auto"; "" before the network's configuration was read
-    no_vxlan          why this node has no VXLAN, where it was to have one
+    store             kind of the lease source
+    source            health of the lease source, which updates it
+    waiting           what the start waits for; "" once it is complete
+    stale             the active leases are cached ones: the store has not listed its leases since
+                      our start
+    lease             ours; None before there was one
+    lease_error       why it could not be acquired or published
+    underlay          the interface that carries the overlay; None before it was chosen
+    interface_error   why none was chosen, or why it can no longer be used
+    backend           the mode: a backend's name or "auto"; "" before the network's configuration
+                      was read
+    unavailable       by backend, as text shows it: why it is not available on this node
     mtu               of the inner packets, bytes; 0 before it is known
-    subnet_env_error  why subnet.env is not written; "" when it is
-    firewall_error    why the rules are not in force; "" when they are or none are wanted
-    leases_n          leases known, ours included
-    route_changes_n   routes added, changed or removed since our start, by path: "udp", "vxlan"
-    applied           time.monotonic() when leases were last put in force, or None
-    lag               seconds the last change took from the store's word to being in force
-    started           time.time() of our own start
+    subnet_env_error  why subnet.env is not written
+    firewall_error    why the firewall rules are not active; "" also if none are wanted
+    leases_n          leases known, our own included
+    route_changes_n   by backend: routes added, changed or removed since our start
+    applied           time.monotonic() when paths were last applied, or None
+    lag               seconds from the store's update until its last change was active
+    started           time.time() of our start
     """
 
     store: str
@@ -84,14 +90,25 @@ class NodeReport:
     underlay: Underlay | None = None
     interface_error: str = ""
     backend: str = ""
-    no_vxlan: str = ""
+    unavailable: Mapping[str, str] = field(default_factory=dict)
     mtu: int = 0
     subnet_env_error: str = "not written yet"
     firewall_error: str = "not set yet"
     forwarder: ForwarderReport = field(default_factory=ForwarderReport)
     peers: PeersReport = field(default_factory=PeersReport)
     leases_n: int = 0
-    route_changes_n: dict[str, int] = field(default_factory=lambda: {"udp": 0, "vxlan": 0})
+    route_changes_n: dict[str, int] = field(default_factory=dict)
     applied: float | None = None
     lag: float = 0.0
     started: float = field(default_factory=time.time)
+
+    def paths_applied(self, since: float) -> None:
+        """Record that paths are active. ``since``: time.monotonic() when their leases arrived."""
+        self.applied = time.monotonic()
+        self.lag = self.applied - since
+
+    def summary(self) -> str:
+        """Return one line for the log and for ``systemctl status``."""
+        subnets = self.lease.subnets if self.lease is not None else "no lease"
+        stale = "; from the cache, because the store is down" if self.stale else ""
+        return f"{subnets}, {self.leases_n} leases, peers: {self.peers.by_path()}{stale}"

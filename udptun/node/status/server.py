@@ -1,10 +1,10 @@
-"""The daemon's HTTP end for probes and scrapes; flannel's paths, and Kubernetes' manner.
+"""The daemon's HTTP server for probes and scrapes, with flannel's paths and Kubernetes' format.
 
-Owns: /healthz and /livez (the loop turns: 200), /readyz (503 until ready; ``?verbose`` says why;
-/readyz/NAME is one check), /metrics (ours, then the forwarder's). Reads the report, changes
-nothing. Refuses to judge what it reads (``readiness.py``). The standard library's HTTP server: a
-larger one is ten megabytes in every node, for a request every ten seconds. A request has a thread
-that speaks HTTP; the answer is made on the daemon's loop, so that one that is stuck gives none.
+Owns: /healthz and /livez (200 while the loop runs), /readyz (503 until ready; ``?verbose`` says
+why; /readyz/NAME is one check), /metrics (ours, then the forwarder's). Reads the report, and leaves
+its judgement to ``readiness``. It uses the standard library's HTTP server, because a larger one
+would take ten megabytes on every node for a request every ten seconds. A thread per request speaks
+HTTP; the answer is made on the daemon's loop, so that a loop that hangs does not answer.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 
 TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-REQUEST_SECONDS = 10.0  # for a client to send its request and take its answer
-ANSWER_SECONDS = 10.0  # for the loop to make one
+REQUEST_SECONDS = 10.0  # for a client to send its request and read its answer
+ANSWER_SECONDS = 10.0  # for the loop to make the answer
 THREADS_MAX = 64  # in the whole process: more requests at a time are refused
-FORWARDER_SECONDS = 2.0  # for its metrics, so that a scrape ends in time without it
+FORWARDER_SECONDS = 2.0  # for its metrics: a scrape must end in time without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class Answer:
 
 
 class HealthServer:
-    """Answers on ``address`` and ``port`` from ``start`` to ``aclose``; port 0 is one of its own.
+    """Answers on ``address`` and ``port`` from ``start`` to ``aclose``; port 0: any free one.
 
-    control  the forwarder's socket, asked for its metrics
+    control  the forwarder's socket, for its metrics
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class HealthServer:
         self._http: _Http | None = None
 
     async def start(self) -> None:
-        """DeviceError when the address cannot be had."""
+        """Listen. DeviceError: the address cannot be used."""
         loop = asyncio.get_running_loop()
         try:
             http = _Http(self, loop)
         except OSError as exc:
             where = f"{self.address} port {self.port}"
             raise DeviceError(
-                exc.errno, f"answering for health on {where}: {exc.strerror}"
+                exc.errno, f"listening for health checks on {where}: {exc.strerror}"
             ) from exc
         self._http = http
         self.port = http.server_address[1]
         loop.add_reader(http.fileno(), http.handle_request)
-        log.info("answering for health on %s port %d", self.address, self.port)
+        log.info("listening for health checks on %s port %d", self.address, self.port)
 
     async def aclose(self) -> None:
         if self._http is not None:
@@ -88,7 +88,7 @@ class HealthServer:
         url = urlsplit(target)
         path = url.path.rstrip("/")
         if method not in ("GET", "HEAD"):
-            return _text("only GET and HEAD are understood here\n", 405, Allow="GET, HEAD")
+            return _text("only GET and HEAD are supported\n", 405, Allow="GET, HEAD")
         if path in ("/healthz", "/livez"):
             return _text("ok\n")
         if path == "/readyz":
@@ -100,17 +100,17 @@ class HealthServer:
         return _text("not found: there are /healthz, /livez, /readyz and /metrics\n", 404)
 
     def _readyz(self, verbose: bool) -> Answer:
-        """Without ``verbose`` a ready node says ok, one that is not says what has failed."""
+        """Without ``verbose`` answer ok if the node is ready, else the checks that have failed."""
         checks = judge(self._report)
         ready = is_ready(checks)
         if ready and not verbose:
             return _text("ok\n")
-        told = checks if verbose else [one for one in checks if one.state is State.FAILED]
+        shown = checks if verbose else [one for one in checks if one.state is State.FAILED]
         verdict = "readyz check passed" if ready else "readyz check failed"
-        return _text("\n".join([*map(str, told), verdict, ""]), 200 if ready else 503)
+        return _text("\n".join([*map(str, shown), verdict, ""]), 200 if ready else 503)
 
     def _one_check(self, name: str) -> Answer:
-        """Stricter: what is degraded has not passed, for those whom this one thing concerns."""
+        """Answer one check. 503 also if it is degraded: the caller asks for this check only."""
         found: list[Check] = [check for check in judge(self._report) if check.name == name]
         if not found:
             return _text(f"no such check: there are {', '.join(CHECKS)}\n", 404)
@@ -119,11 +119,11 @@ class HealthServer:
     async def _render(self) -> bytes:
         if self._metrics is None:
             self._metrics = (await asyncio.to_thread(_load_metrics))(self._report)
-        theirs = await asyncio.to_thread(self._forwarder_metrics)
-        return self._metrics.render() + theirs.encode()
+        of_forwarder = await asyncio.to_thread(self._forwarder_metrics)
+        return self._metrics.render() + of_forwarder.encode()
 
     def _forwarder_metrics(self) -> str:
-        """Whether it answers at all stands in our own part, so that nothing here is not told."""
+        """Return "" if it does not answer: our own part reports whether it does."""
         try:
             with ControlClient(str(self._control), FORWARDER_SECONDS) as client:
                 return client.metrics()
@@ -144,9 +144,9 @@ def _load_metrics() -> type[Metrics]:
 
 
 class _Http(ThreadingHTTPServer):
-    """The listening socket; ``handle_request`` takes one connection, and gives it a thread."""
+    """The listening socket; ``handle_request`` accepts one connection and starts its thread."""
 
-    timeout = 0  # whoever calls handle_request has seen that there is one
+    timeout = 0  # handle_request is called only if a connection is waiting
     request_queue_size = 64
 
     def __init__(self, health: HealthServer, loop: asyncio.AbstractEventLoop) -> None:
@@ -156,7 +156,7 @@ class _Http(ThreadingHTTPServer):
         super().__init__((str(health.address), health.port), _Request)
 
     def server_bind(self) -> None:
-        """Without the base's look-up of our own name, which may ask a name server."""
+        """Bind, without the base class's look-up of our own name, which may ask a name server."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -165,7 +165,7 @@ class _Http(ThreadingHTTPServer):
         return threading.active_count() <= THREADS_MAX
 
     def handle_error(self, request: object, client_address: object) -> None:
-        log.debug("a request for health from %s failed", client_address, exc_info=True)
+        log.debug("a health request from %s failed", client_address, exc_info=True)
 
 
 class _Request(BaseHTTPRequestHandler):
@@ -173,9 +173,9 @@ class _Request(BaseHTTPRequestHandler):
     timeout = REQUEST_SECONDS
 
     def _answer(self) -> None:
-        made = self.server.health.answer(self.command, self.path)
+        coroutine = self.server.health.answer(self.command, self.path)
         with contextlib.suppress(RuntimeError, CancelledError):  # the loop has ended
-            future = asyncio.run_coroutine_threadsafe(made, self.server.loop)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.server.loop)
             answer = future.result(ANSWER_SECONDS)
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(answer.body)))

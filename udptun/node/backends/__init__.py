@@ -1,0 +1,37 @@
+"""The backends of a node, in one list. Each carries packets to other nodes in its own way.
+
+A new backend is one module here, one line in ``BACKENDS``, its tests and its page. The daemon and
+the modules for status, cleanup and the command line depend on the list and on the contract in
+``base``, never on a single backend. This module imports no backend before ``create`` is called,
+because the command line reads the list.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...net.netlink import Netlink
+    from ..config import NodeConfig
+    from ..status.report import NodeReport
+    from .base import Backend
+
+# name: as text shows it. The name is that of the module here, of Backend.Type in the network's
+# configuration, and of the label in metrics. Each line takes precedence over those above it: if
+# several backends reach a peer, the last of them carries its packets.
+BACKENDS = {
+    "udp": "UDP",
+    "vxlan": "VXLAN",
+}
+
+AUTO = "auto"  # all backends that this host and the store of leases support
+MODES = (AUTO, *BACKENDS)  # values of --backend and of Backend.Type
+
+
+def create(
+    name: str, config: NodeConfig, netlink: Netlink, report: NodeReport
+) -> Backend[Any]:
+    """Return the backend of this name; it changes nothing on the host yet."""
+    backend: Backend[Any] = import_module(f".{name}", __name__).create(config, netlink, report)
+    return backend

@@ -1,0 +1,214 @@
+"""The active backends of this node, as one.
+
+Owns: which backends are active, the inner MTU that fits all of them, the attributes of our lease,
+and the report about paths. Does not know any single backend. The daemon's loop; one call at a time
+except ``run`` and ``synced``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import DeviceError, FieldError, UdptunError
+from ...leases.base import Attributes, Lease
+from ...leases.netconf import NetConfig
+from ...net.netlink import Netlink
+from ..config import NodeConfig
+from ..host.interface import Underlay
+from ..status.report import NodeReport
+from . import AUTO, BACKENDS, MODES, create
+from .base import Backend, Reach, Site
+from .plan import Delta, LocalNode, Plan
+
+log = logging.getLogger(__name__)
+
+MAX_LOGGED = 10  # unreachable peers in the log, each time some are new
+
+
+class BackendUnavailable(UdptunError):
+    """The only backend that was asked for does not work on this host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The outcome of ``ActiveBackends.prepare``.
+
+    mtu         of the inner packets, bytes
+    attributes  what our lease has to contain
+    reaches     of the active backends
+    """
+
+    site: Site
+    mtu: int
+    attributes: Attributes
+    reaches: tuple[Reach[Any], ...]
+
+    def local(self, lease: Lease) -> LocalNode:
+        underlay = self.site.underlay
+        public = tuple(one for one in (underlay.public, underlay.public6) if one is not None)
+        return LocalNode(lease.key, lease.subnets, self.site.network.networks, public, self.reaches)
+
+
+class ActiveBackends:
+    """All backends in the list, of which some are active."""
+
+    def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
+        self._config = config
+        self._report = report
+        self._all = {name: create(name, config, netlink, report) for name in BACKENDS}
+        self._active: tuple[Backend[Any], ...] = ()
+        report.route_changes_n = dict.fromkeys(BACKENDS, 0)
+        report.peers.carried_n = dict.fromkeys(BACKENDS, 0)
+
+    def __iter__(self) -> Iterator[Backend[Any]]:
+        return iter(self._all.values())
+
+    def device_names(self, network: NetConfig) -> frozenset[str]:
+        """Return the names of all devices that the overlay itself may have."""
+        return frozenset(name for backend in self for name in backend.device_names(network))
+
+    # -- our own side -----------------------------------------------------------------------------
+
+    async def prepare(self, site: Site) -> Prepared:
+        """Determine which backends are active, and create what our lease has to name.
+
+        BackendUnavailable; FieldError (Backend.Type is not one of ours); DeviceError.
+        """
+        mode = self._mode(site.network)
+        site = replace(site, optional=mode == AUTO)
+        unavailable: dict[str, str] = {}
+        active = [self._all[name] for name in ([*BACKENDS] if mode == AUTO else [mode])]
+        if no_data := self._config.source.no_node_data:
+            for backend in active:
+                if backend.needs_node_data:
+                    unavailable[backend.name] = no_data
+        while True:  # again if one fails, because the others may then have a larger MTU
+            active = [backend for backend in active if backend.name not in unavailable]
+            mtu = _inner_mtu(site, active)
+            failed = {backend.name: why for backend in active
+                      if (why := await backend.prepare(site, mtu))}
+            if not failed:
+                break
+            unavailable |= failed
+            if mode != AUTO:
+                raise BackendUnavailable(
+                    f"{failed[mode]}; --backend {AUTO} would use another backend")
+        for name, why in unavailable.items():
+            if self._report.unavailable.get(name) != why:
+                log.warning("the backend %s is not available on this node: %s", name, why)
+        self._active = tuple(active)
+        self._report.backend, self._report.mtu = mode, mtu
+        self._report.unavailable = {BACKENDS[name]: why for name, why in unavailable.items()}
+        return Prepared(
+            site, mtu, self._attributes(site.underlay, mtu),
+            tuple(backend.reach() for backend in active),
+        )
+
+    def _mode(self, network: NetConfig) -> str:
+        mode = self._config.backend or network.backend_type
+        if mode not in MODES:
+            raise FieldError("Backend.Type", mode, f"{' or '.join(MODES)}; --backend overrides it")
+        no_data = self._config.source.no_node_data
+        if mode != AUTO and self._all[mode].needs_node_data and no_data:
+            others = " or ".join(name for name in MODES if name != mode)
+            raise FieldError("backend", mode, f"{others} with this source of leases: {no_data}")
+        return mode
+
+    def _attributes(self, underlay: Underlay, mtu: int) -> Attributes:
+        """Combine the data of all active backends; the last one in the list sets the type."""
+        backend_type = ""
+        data: dict[int, dict[str, Any]] = {}
+        for backend in reversed(self._active):
+            published = backend.lease_data(mtu)
+            backend_type = backend_type or published.backend_type
+            for version, members in published.data.items():
+                data.setdefault(version, {}).update(members)
+        return Attributes(
+            underlay.public, underlay.public6, backend_type, data.get(4), data.get(6))
+
+    async def settle(self, prepared: Prepared, lease: Lease) -> None:
+        """Set up the active backends for our lease, and retire the others. DeviceError, OSError."""
+        for backend in self._active:
+            await backend.settle(lease, prepared.mtu)
+        for backend in self:
+            if backend not in self._active:
+                await backend.retire(prepared.site.network, prepared.site.former)
+
+    async def run(self) -> None:
+        """Do the background work of all backends until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for backend in self:
+                tasks.create_task(backend.run())
+
+    async def synced(self) -> None:
+        """Return once everything that was applied is active."""
+        for backend in self._active:
+            if backend.waits_for:
+                self._report.waiting = f"waiting for {backend.waits_for}"
+            await backend.synced()
+
+    # -- paths to peers ---------------------------------------------------------------------------
+
+    async def apply_all(self, plan: Plan, since: float) -> None:
+        """Apply a whole plan. ``since``: time.monotonic() when its leases arrived. DeviceError."""
+        await self._each(
+            plan, lambda backend: backend.apply_all(plan.paths(backend.name)), since)
+
+    async def apply(self, plan: Plan, delta: Delta, since: float) -> None:
+        """Apply the last change of a plan. DeviceError."""
+        await self._each(plan, lambda backend: backend.apply(delta.of(backend.name)), since)
+
+    async def resync(self, plan: Plan) -> None:
+        """Compare the host with the plan that was applied, and repair it. DeviceError."""
+        await self._each(plan, lambda backend: backend.resync())
+
+    async def _each(
+        self, plan: Plan, call: Callable[[Backend[Any]], Coroutine[Any, Any, int | None]],
+        since: float | None = None,
+    ) -> None:
+        """Call every active backend, also if one of them fails; then raise the first error."""
+        changes: dict[str, int | None] = {}
+        errors: list[DeviceError] = []
+        for backend in self._active:
+            try:
+                changes[backend.name] = await call(backend)
+            except DeviceError as exc:
+                errors.append(exc)
+        self._record_peers(plan)
+        for name, changed_n in changes.items():
+            self._report.route_changes_n[name] += changed_n or 0
+        if errors:
+            raise errors[0]
+        # A backend that applies paths in the background (None) records that itself.
+        if since is not None and (None not in changes.values() or any(changes.values())):
+            self._report.paths_applied(since)
+
+    def _record_peers(self, plan: Plan) -> None:
+        report = self._report.peers
+        _log_new(report.unreachable, plan.unreachable)
+        report.carried_n = dict.fromkeys(BACKENDS, 0) | plan.carried_n
+        report.unreachable = dict(plan.unreachable)
+        report.refused = {plan.key_of(subnet): why for backend in self._active
+                          for subnet, why in backend.refused.items()}
+
+
+def _inner_mtu(site: Site, active: Collection[Backend[Any]]) -> int:
+    """Return the size of the largest inner packet that fits every path of this node, in bytes."""
+    overhead = max((backend.overhead(site) for backend in active), default=0)
+    mtu = (site.network.mtu or site.underlay.mtu) - overhead
+    if site.declared is not None and site.declared.mtu is not None:
+        mtu = min(mtu, site.declared.mtu)
+    return mtu
+
+
+def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Log each peer's reason once; of very many the first."""
+    new = [(key, why) for key, why in now.items() if before.get(key) != why]
+    for key, why in new[:MAX_LOGGED]:
+        log.warning("no path to %s: %s", key, why)
+    if len(new) > MAX_LOGGED:
+        log.warning("and no path to %d others: see /readyz?verbose", len(new) - MAX_LOGGED)

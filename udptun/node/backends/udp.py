@@ -1,0 +1,152 @@
+"""The UDP backend: the forwarder carries packets as UDP payload.
+
+Owns: what the forwarder of this node has to be, its routes, our advertisement in the lease, and
+the choice of the endpoint to which a peer's packets are sent. Does not know how the forwarder's
+process is started and kept (``process``). The daemon's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...leases.advert import Advert, embed
+from ...leases.advert import read as read_advert
+from ...leases.base import Attributes, Lease
+from ...leases.cache import LastKnown
+from ...leases.netconf import NetConfig
+from ...model import MIN_MTU6, Endpoint, IPAddress, IPNetwork, Route
+from ...net.netlink import Netlink
+from ..config import NodeConfig
+from ..host.interface import Underlay
+from ..process.keeper import ForwarderKeeper, stop_forwarder
+from ..process.launch import LOG_FILE, STATE_FILE, ForwarderSpec
+from ..status.report import NodeReport
+from .base import Attempt, Backend, LeaseData, PeerNode, Reach, Site
+
+log = logging.getLogger(__name__)
+
+OVERHEAD = {4: 28, 6: 48}  # outer IP and UDP headers, bytes
+FLANNEL_TYPES = ("", "udp")  # flannel's own udp backend leaves the type out of its lease
+
+
+@dataclass(frozen=True, slots=True)
+class UdpReach(Reach[Route]):
+    """
+    port   of our forwarder, and of peers that do not advertise one
+    outer  the IP versions of our underlay
+    """
+
+    name: ClassVar[str] = "udp"
+
+    port: int
+    outer: tuple[int, ...]
+
+    def path(self, peer: PeerNode, subnet: IPNetwork) -> Route | str:
+        advert = read_advert(peer.attributes)
+        port, mtu = self.port, None
+        if advert is not None:
+            port, mtu = advert.port, advert.mtu
+        elif peer.attributes.backend_type not in FLANNEL_TYPES:
+            return "it does not advertise UDP"
+        elif subnet.version == 6:  # flannel's own udp backend would corrupt IPv6 packets
+            return "it is a stock flannel, whose udp backend carries IPv4 over IPv4 only"
+        if mtu is not None and subnet.version == 6 and mtu < MIN_MTU6:
+            return f"its MTU {mtu} is too small for IPv6"
+        # Both ends must choose the same outer IP version, because each accepts packets only from
+        # the endpoint that it sends to: the version of the inner packet, else the other one.
+        for version in (subnet.version, 10 - subnet.version):
+            if version in self.outer and version in peer.public:
+                return Route(subnet, peer.public[version], port, mtu)
+        return "this node has no underlay address of an IP version that it has"
+
+
+class UdpBackend(Backend[Route]):
+    name = "udp"
+    waits_for = "the forwarder"
+
+    def __init__(self, config: NodeConfig, report: NodeReport) -> None:
+        self._config = config
+        self._report = report
+        self._keeper = ForwarderKeeper(
+            config.control, config.forward_file, config.state_dir / LOG_FILE,
+            config.instance if config.forwarder == "spawn" else None, report, self.name,
+        )
+        self._site: Site | None = None  # of the last ``prepare``
+
+    def device_names(self, network: NetConfig) -> tuple[str, ...]:
+        return (self._config.tun,)
+
+    def overhead(self, site: Site) -> int:
+        return max(OVERHEAD[address.version] for address in _outer(site.underlay))
+
+    async def prepare(self, site: Site, mtu: int) -> str:
+        self._site = site
+        return ""
+
+    def lease_data(self, mtu: int) -> LeaseData:
+        if not self._config.advertise:
+            return LeaseData()
+        return LeaseData(data={4: embed(None, Advert(_port(self._prepared), mtu))})
+
+    def reach(self) -> UdpReach:
+        site = self._prepared
+        return UdpReach(_port(site), tuple(one.version for one in _outer(site.underlay)))
+
+    async def settle(self, lease: Lease, mtu: int) -> None:
+        site, config = self._prepared, self._config
+        port = _port(site)
+        self._keeper.want(ForwarderSpec(
+            control=str(config.control),
+            listen=tuple(str(Endpoint(address, port)) for address in _outer(site.underlay)),
+            addresses=tuple(str(subnet.network_address) for subnet in lease.subnets),
+            networks=tuple(str(net) for net in site.network.networks),
+            tun=config.tun,
+            state=str(config.state_dir / STATE_FILE),
+            mtu=mtu,
+        ))
+
+    async def retire(self, network: NetConfig, former: Attributes | None) -> None:
+        await self._keeper.dismiss()
+
+    async def run(self) -> None:
+        await self._keeper.run()
+
+    async def synced(self) -> None:
+        await self._keeper.in_step()
+
+    async def apply_all(self, paths: Mapping[IPNetwork, Route]) -> None:
+        self._keeper.replace(paths)
+
+    async def apply(self, changes: Mapping[IPNetwork, Route | None]) -> None:
+        self._keeper.change(changes)
+
+    async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
+        config = self._config
+        with attempt():
+            if await stop_forwarder(config.control, config.forward_file):
+                log.info("stopped the forwarder; %s went with it", config.tun)
+        for name in (STATE_FILE, f"{STATE_FILE}.new", LOG_FILE):
+            with attempt():
+                (config.state_dir / name).unlink(missing_ok=True)
+
+    @property
+    def _prepared(self) -> Site:
+        assert self._site is not None
+        return self._site
+
+
+def _outer(underlay: Underlay) -> tuple[IPAddress, ...]:
+    """Return the addresses that the forwarder listens on."""
+    both = (underlay.address, underlay.address6)
+    return tuple(address for address in both if address is not None)
+
+
+def _port(site: Site) -> int:
+    return site.network.udp_port if site.declared is None else site.declared.port
+
+
+def create(config: NodeConfig, netlink: Netlink, report: NodeReport) -> UdpBackend:
+    return UdpBackend(config, report)

@@ -1,0 +1,215 @@
+"""The VXLAN backend: the kernel's VXLAN device carries packets, as in flannel.
+
+Owns: one device per IP version of the network, the MAC addresses in our lease, and the peers that
+each device has to have. Does not know how a device and its entries are made (``net.vxlan``). The
+daemon's loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ...errors import DeviceError, FieldError
+from ...leases.base import Attributes, Lease
+from ...leases.cache import LastKnown
+from ...leases.netconf import NetConfig
+from ...model import IPAddress, IPNetwork
+from ...net.netlink import Netlink
+from ...net.vxlan import OVERHEAD, PeerFailure, Vxlan, VxlanConfig, VxlanDevice, VxlanPeer
+from ..config import NodeConfig
+from .base import Attempt, Backend, LeaseData, PeerNode, Reach, Site
+
+log = logging.getLogger(__name__)
+
+TYPE = "vxlan"  # flannel's BackendType
+
+
+@dataclass(frozen=True, slots=True)
+class VxlanReach(Reach[VxlanPeer]):
+    """
+    versions  the IP versions that we have a device for
+    vni       of these devices
+    direct    a peer on our own link is routed to without encapsulation
+    """
+
+    name: ClassVar[str] = "vxlan"
+
+    versions: tuple[int, ...]
+    vni: int
+    direct: bool
+
+    def path(self, peer: PeerNode, subnet: IPNetwork) -> VxlanPeer | str:
+        if peer.attributes.backend_type != TYPE:
+            return ""
+        endpoint = peer.public.get(subnet.version)
+        data = _data(peer.attributes, subnet.version)
+        mac = data.get("VtepMAC")
+        if subnet.version in self.versions and endpoint is not None and isinstance(mac, str) \
+                and data.get("VNI", self.vni) == self.vni:
+            try:
+                return VxlanPeer(subnet, mac, endpoint, self.direct)
+            except FieldError:
+                pass
+        return "the VXLAN data in its lease do not fit ours"
+
+
+class VxlanBackend(Backend[VxlanPeer]):
+    name = "vxlan"
+    needs_node_data = True  # the MAC address of its device
+
+    def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
+        self._instance = config.instance
+        self._vxlan = Vxlan(netlink)
+        self._site: Site | None = None  # of the last ``prepare``
+        self._configs: dict[int, VxlanConfig] = {}  # by IP version, as are the devices
+        self._devices: dict[int, VxlanDevice] = {}
+        self._peers: dict[IPNetwork, VxlanPeer] = {}
+        self._refused: dict[IPNetwork, str] = {}
+
+    def device_names(self, network: NetConfig) -> tuple[str, ...]:
+        return tuple(self._instance.vxlan_device(network.vni, version) for version in (4, 6))
+
+    def overhead(self, site: Site) -> int:
+        return max(OVERHEAD[net.version] for net in site.network.networks)
+
+    # -- our own devices --------------------------------------------------------------------------
+
+    async def prepare(self, site: Site, mtu: int) -> str:
+        self._site = site
+        try:
+            for config in self._wanted(site, mtu):
+                version = config.local.version
+                if site.optional and version not in self._devices and \
+                        (why := await self._vxlan.probe(config)):
+                    return why
+                self._devices[version] = await self._vxlan.ensure(config)
+                self._configs[version] = config
+        except DeviceError as exc:
+            return str(exc)
+        return ""
+
+    def _wanted(self, site: Site, mtu: int) -> list[VxlanConfig]:
+        """Return the devices to create, one per IP version of the network."""
+        network, underlay = site.network, site.underlay
+        locals_: tuple[tuple[IPAddress | None, bool], ...] = (
+            (underlay.address, network.network is not None),
+            (underlay.address6, network.network6 is not None),
+        )
+        return [
+            VxlanConfig(
+                self._instance.vxlan_device(network.vni, local.version), network.vni,
+                network.vxlan_port, underlay.index, local, mtu, network.learning, network.gbp,
+                _former_mac(site.former, local.version),
+            )
+            for local, wanted in locals_ if wanted and local is not None
+        ]
+
+    def lease_data(self, mtu: int) -> LeaseData:
+        vni = self._prepared.network.vni
+        return LeaseData(TYPE if self._devices else "", {
+            version: {"VNI": vni, "VtepMAC": device.mac}
+            for version, device in self._devices.items()
+        })
+
+    def reach(self) -> VxlanReach:
+        network = self._prepared.network
+        return VxlanReach(tuple(self._devices), network.vni, network.direct_routing)
+
+    async def settle(self, lease: Lease, mtu: int) -> None:
+        self._configs = {
+            version: replace(config, mtu=mtu) for version, config in self._configs.items()
+        }
+        for version, config in self._configs.items():
+            bases = [net.network_address for net in lease.subnets if net.version == version]
+            self._devices[version] = await self._vxlan.ensure(config, bases)
+
+    async def retire(self, network: NetConfig, former: Attributes | None) -> None:
+        """Remove our devices: their routes would take precedence over the TUN's."""
+        if self._devices or (former is not None and former.backend_type == TYPE):
+            for name in self.device_names(network):
+                await self._vxlan.remove(name)
+        self._devices, self._configs, self._peers, self._refused = {}, {}, {}, {}
+
+    # -- peers ------------------------------------------------------------------------------------
+
+    async def apply_all(self, paths: Mapping[IPNetwork, VxlanPeer]) -> int:
+        differ = paths.items() ^ self._peers.items()
+        self._peers, self._refused = dict(paths), {}
+        await self.resync()
+        return len({subnet for subnet, _ in differ})
+
+    async def apply(self, changes: Mapping[IPNetwork, VxlanPeer | None]) -> int:
+        for subnet, peer in changes.items():
+            self._refused.pop(subnet, None)
+            if peer is None:
+                self._peers.pop(subnet, None)
+            else:
+                self._peers[subnet] = peer
+        for version, device in self._devices.items():
+            of_device = {net: peer for net, peer in changes.items() if net.version == version}
+            if of_device:
+                self._record(await self._vxlan.change(
+                    device, [peer for peer in of_device.values() if peer is not None],
+                    [subnet for subnet, peer in of_device.items() if peer is None],
+                ))
+        return len(changes)
+
+    async def resync(self) -> None:
+        for version, device in self._devices.items():
+            try:
+                await self._sync(device)
+            except DeviceError as exc:
+                if exc.errno not in (errno.ENODEV, errno.ENOENT):
+                    raise
+                log.warning("%s is gone, creating it again: %s", device.name, exc)
+                self._devices[version] = await self._vxlan.ensure(self._configs[version])
+                await self._sync(self._devices[version])
+
+    async def _sync(self, device: VxlanDevice) -> None:
+        peers = [peer for net, peer in self._peers.items() if net.version == device.version]
+        for peer in peers:
+            self._refused.pop(peer.subnet, None)
+        self._record(await self._vxlan.sync(device, peers))
+
+    def _record(self, failures: tuple[PeerFailure, ...]) -> None:
+        for failure in failures:
+            why = str(failure.error)
+            if self._refused.get(failure.peer.subnet) != why:
+                log.warning("%s is not reached by VXLAN: %s", failure.peer.subnet, why)
+            self._refused[failure.peer.subnet] = why
+
+    @property
+    def refused(self) -> Mapping[IPNetwork, str]:
+        return self._refused
+
+    async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
+        # Unless our own lease named the device, it belongs to a stock flannel.
+        if known is None or known.lease is None or known.lease.attributes.backend_type != TYPE:
+            return
+        for name in self.device_names(known.network):
+            with attempt():
+                await self._vxlan.remove(name)
+
+    @property
+    def _prepared(self) -> Site:
+        assert self._site is not None
+        return self._site
+
+
+def _data(attributes: Attributes, version: int) -> Mapping[str, Any]:
+    data: Any = attributes.backend_data if version == 4 else attributes.backend_v6_data
+    return data if isinstance(data, Mapping) else {}
+
+
+def _former_mac(former: Attributes | None, version: int) -> str | None:
+    """Return the MAC address that our lease had last: peers have it in their entries."""
+    mac = None if former is None else _data(former, version).get("VtepMAC")
+    return mac if isinstance(mac, str) else None
+
+
+def create(config: NodeConfig, netlink: Netlink, report: object) -> VxlanBackend:
+    return VxlanBackend(config, netlink)

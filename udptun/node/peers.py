@@ -1,0 +1,153 @@
+"""The other nodes: their leases, the plan of paths to them, and its application.
+
+Owns: the leases that are active (from the store, or from the cache while the store does not list
+them), the plan, and the order in which both change. Does not know how a store is asked or how a
+path is applied. One asyncio loop.
+
+Until leases are known nothing is applied: the forwarder and the kernel keep the paths that an
+earlier daemon gave them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from ..errors import DeviceError
+from ..leases.base import Change, Lease, Snapshot
+from ..leases.wait import wait_at_most
+from .backends.active import ActiveBackends
+from .backends.plan import LocalNode, Plan
+from .status.report import NodeReport
+from .store import PATIENCE_SECONDS, Store
+
+log = logging.getLogger(__name__)
+
+RESYNC_SECONDS = 60.0  # between checks for changes that others made to our paths
+
+
+class Peers:
+    """``settle_again`` is called when our own lease, or the host, has to be set up again."""
+
+    def __init__(
+        self, store: Store, backends: ActiveBackends, report: NodeReport,
+        settle_again: Callable[[], None],
+    ) -> None:
+        self.known = asyncio.Event()  # there are leases, from the store or from the cache
+        self._store = store
+        self._backends = backends
+        self._report = report
+        self._settle_again = settle_again
+        self._leases: dict[str, Lease] = {}
+        self._plan: Plan | None = None
+        self._lock = asyncio.Lock()  # one change of leases or plan at a time
+        self._reapply = False
+
+    def reapply(self) -> None:
+        """Apply all paths again at the next ``replan``, even if the plan is the same."""
+        self._reapply = True
+
+    async def replan(self, local: LocalNode) -> None:
+        """Compute all paths again if this node has changed; else repair what others changed."""
+        async with self._lock:
+            if not self.known.is_set():
+                self._plan = Plan(local)
+            elif self._plan is None or self._plan.local != local or self._reapply:
+                await self._apply_all(local, time.monotonic())
+            else:
+                await self._backends.resync(self._plan)
+        if self.known.is_set():
+            self._store.save(self._leases.values())
+
+    # -- from the store ---------------------------------------------------------------------------
+
+    async def follow(self) -> None:
+        """Apply each update of the store until cancelled. After the first ``replan``."""
+        async with self._store.updates() as updates:
+            async for update in updates:
+                since = time.monotonic()
+                if isinstance(update, Snapshot):
+                    await self._replace(update.leases, since)
+                else:
+                    await self._change(update.changes, since)
+                self._report.leases_n = len(self._leases)
+                self._store.save(self._leases.values())
+                if self._store.refresh_pending:  # it answers again: ask for the rest as well
+                    self._settle_again()
+
+    async def _replace(self, leases: tuple[Lease, ...], since: float) -> None:
+        """Make a new plan instead of comparing two lists of leases: that would keep the old list
+        in memory, and each backend compares with what it has anyway."""
+        async with self._lock:
+            self._leases = {lease.key: lease for lease in leases}
+            assert self._plan is not None and self._store.lease is not None
+            self._check_own(self._leases.get(self._store.lease.key))
+            self.known.set()
+            await self._apply_all(self._plan.local, since)
+            self._report.stale = False
+
+    async def _change(self, changes: tuple[Change, ...], since: float) -> None:
+        async with self._lock:
+            assert self._plan is not None and self._store.lease is not None
+            for change in changes:
+                if change.new is None:
+                    self._leases.pop(change.key, None)
+                else:
+                    self._leases[change.key] = change.new
+                if change.key == self._store.lease.key:
+                    self._check_own(change.new)
+            try:
+                await self._backends.apply(self._plan, self._plan.change(changes), since)
+            except DeviceError as exc:  # settling resyncs: no part of the change is lost
+                log.error("%s", exc)
+                self._settle_again()
+
+    def _check_own(self, own: Lease | None) -> None:
+        if self._store.changed_by_others(own):
+            self._store.refresh()
+            self._settle_again()
+
+    async def _apply_all(self, local: LocalNode, since: float) -> None:
+        self._plan = Plan(local, self._leases.values())
+        try:
+            await self._backends.apply_all(self._plan, since)
+            self._reapply = False
+        except DeviceError as exc:
+            log.error("%s", exc)
+            self._settle_again()
+
+    # -- from the cache ---------------------------------------------------------------------------
+
+    async def use_cache(self, confirmed: bool) -> None:
+        """Apply the cached leases unless the store lists its own.
+
+        confirmed  the store has answered since our start, so it is given some time
+        """
+        await wait_at_most(self.known, PATIENCE_SECONDS if confirmed else 0)
+        async with self._lock:
+            cached = None if self.known.is_set() else self._store.load()
+            if cached is None:
+                return
+            assert self._plan is not None
+            self._leases = {lease.key: lease for lease in cached}
+            await self._apply_all(self._plan.local, time.monotonic())
+            self._report.leases_n, self._report.stale = len(self._leases), True
+            self.known.set()
+        log.warning("the store does not list its leases: the cached ones are active, %d",
+                    len(self._leases))
+
+    # -- on the host ------------------------------------------------------------------------------
+
+    async def keep(self) -> None:
+        """Repair from time to time what others changed, until cancelled."""
+        await self.known.wait()
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            async with self._lock:
+                assert self._plan is not None
+                try:
+                    await self._backends.resync(self._plan)
+                except DeviceError as exc:
+                    log.error("%s", exc)
