@@ -26,7 +26,7 @@ from .load import bulk
 from .profiles import PROFILES
 
 HERTZ = 1999  # not a multiple or divisor of the timer tick, so that samples do not align with it
-_EXTRA_SECONDS = 2
+_EXTRA_SECONDS = 2  # the stream runs longer than the sampling, so that all samples are of it
 _IDLE = ("swapper", "[idle]")
 _FRAME = re.compile(r"\s*[0-9a-f]+ (?P<symbol>.+?)(?:\+0x[0-9a-f]+)? \((?P<where>[^()]*)\)$")
 

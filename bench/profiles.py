@@ -1,4 +1,4 @@
-"""The offload profiles of the wire: what each stands for, in the words of the report.
+"""The offload profiles of the wire, P1 to P4: the text that help, report, plots and README use.
 
 A profile says where super-packets (TSO, USO) are cut into MTU-sized packets. The wire is a veth
 pair; ``udptun.lab`` sets its offloads. Every result belongs to one profile.

@@ -218,7 +218,7 @@ static void run_ping(const struct sockaddr_in *to) {
 	static uint8_t out[ROOM], in[ROOM];
 	int fd = open_socket(opt.tcp ? SOCK_STREAM : SOCK_DGRAM, true);
 	struct mark mark = {.run = (uint32_t)getpid()};
-	int64_t begin, end, due, give_up = SECOND_NS / 5;
+	int64_t begin, end, next_send, give_up = SECOND_NS / 5;
 	uint64_t sent = 0, lost = 0;
 	size_t have = 0;
 
@@ -229,7 +229,7 @@ static void run_ping(const struct sockaddr_in *to) {
 		set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) < 0)
 		die("fcntl");
-	begin = due = now_ns();
+	begin = next_send = now_ns();
 	end = begin + (int64_t)(opt.seconds * 1e9);
 	for (;;) {
 		int64_t now = now_ns(), wait;
@@ -237,7 +237,7 @@ static void run_ping(const struct sockaddr_in *to) {
 		struct timespec timeout;
 		bool sending = now < end && !stopping;
 
-		if (sending && (now >= due || (!opt.interval_us && times_n + lost >= sent))) {
+		if (sending && (now >= next_send || (!opt.interval_us && times_n + lost >= sent))) {
 			if (!opt.interval_us)
 				lost = sent - times_n; /* no reply within give_up */
 			mark.sent_ns = now;
@@ -247,11 +247,11 @@ static void run_ping(const struct sockaddr_in *to) {
 			else if (opt.tcp)
 				break; /* after a partial send, requests could not be told apart */
 			mark.seq++;
-			due = opt.interval_us ? due + opt.interval_us * 1000 : now + give_up;
+			next_send = opt.interval_us ? next_send + opt.interval_us * 1000 : now + give_up;
 		}
 		if (!sending && (times_n >= sent || now > end + give_up))
 			break;
-		wait = (sending ? due : end + give_up) - now_ns();
+		wait = (sending ? next_send : end + give_up) - now_ns();
 		if (wait < 0)
 			wait = 0;
 		timeout = (struct timespec){.tv_sec = wait / SECOND_NS, .tv_nsec = wait % SECOND_NS};
@@ -400,7 +400,7 @@ static void run_send(const struct sockaddr_in *to) {
 	begin = base = now = now_ns();
 	end = begin + (int64_t)(opt.seconds * 1e9);
 	while (now < end && !stopping) {
-		int64_t due = BATCH;
+		int64_t pending = BATCH;
 		if (opt.rate) {
 			int64_t behind = now - base - (int64_t)(ns_each * (double)since_base);
 			if (behind > burst) {
@@ -408,9 +408,9 @@ static void run_send(const struct sockaddr_in *to) {
 				forgiven += behind - burst;
 				behind = burst;
 			}
-			due = behind < 0 ? 0 : (int64_t)((double)behind / ns_each) + 1;
+			pending = behind < 0 ? 0 : (int64_t)((double)behind / ns_each) + 1;
 		}
-		for (int64_t left = due; left > 0;) {
+		for (int64_t left = pending; left > 0;) {
 			int n = left < BATCH ? (int)left : BATCH, done;
 			int64_t stamp = now_on(CLOCK_REALTIME);
 			for (int i = 0; i < n; i++) {

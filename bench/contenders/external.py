@@ -91,6 +91,7 @@ def argv(command: str | list[str], values: Mapping[str, object]) -> list[str]:
 
 def contender(name: str, description: Mapping[str, Any]) -> Contender:
     """Return the contender that a description stands for."""
+
     def build(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
         if absent := missing(description):
             package = description.get("package", "none")

@@ -3,7 +3,7 @@
 Idle: bench/udpload sends each request when the previous reply is there, like netperf's UDP_RR and
 TCP_RR. Under bulk load: one TCP stream by iperf3 runs in the direction of the requests, and 2000
 requests per second are sent at fixed times, whether or not earlier replies are there; lost requests
-are counted, not waited for.
+are counted, not waited for. Works with every contender.
 """
 
 from __future__ import annotations
