@@ -17,8 +17,8 @@ PY = $(VENV)/bin/python
 # The ending of extension modules, e.g. .cpython-312-x86_64-linux-gnu.so: each Python has its own.
 SUFFIX := $(shell $(or $(wildcard $(PY)),$(PYTHON)) -c \
   'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-EXTENSION_SOURCES := setup.py udptun/drops.py \
-  $(filter-out %.c src_ext/drops.pxd,$(wildcard src_ext/*.* src_ext/*/*.*))
+EXTENSION_SOURCES := setup.py udptun/drops.py udptun/model.py \
+  $(filter-out %.c src_ext/drops.pxd src_ext/limits.pxd,$(wildcard src_ext/*.* src_ext/*/*.*))
 STEPS_SOURCES := $(wildcard tests/steps/build.py tests/steps/*.p*)
 BUILT := $(wildcard udptun/_core$(SUFFIX))
 # Some tools are in the sbin directories, which a user's PATH may leave out.
@@ -92,7 +92,7 @@ $(BENCH_PROGRAMS): %: %.c
 	@$(CC) $(CFLAGS) -Wall -Wextra -o $@ $<
 
 clean: ## remove everything that the other targets made
-	@rm -rf .venv .venv-* build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd tests/steps/*.so tests/steps/*.c $(BENCH_PROGRAMS)
+	@rm -rf .venv .venv-* build dist *.egg-info udptun/*.so src_ext/*.c src_ext/drops.pxd src_ext/limits.pxd tests/steps/*.so tests/steps/*.c $(BENCH_PROGRAMS)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	@find udptun tests bench -name __pycache__ -type d -exec rm -rf {} +
 

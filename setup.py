@@ -9,6 +9,7 @@ each list and limit has one home. Everything else of the package is in pyproject
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -39,9 +40,23 @@ def write_drops() -> None:
     ])
 
 
+def write_limits() -> None:
+    """Generate limits.pxd: the limits of endpoints and routes."""
+    sys.path.insert(0, str(ROOT))
+    from udptun import model
+
+    limits = {
+        "DEFAULT_PORT": model.DEFAULT_PORT, "MIN_MTU": model.MIN_MTU, "MIN_MTU6": model.MIN_MTU6,
+        "MAX_MTU": model.MAX_MTU, "OVERHEAD4": model.OVERHEAD[4], "OVERHEAD6": model.OVERHEAD[6],
+    }
+    lines = [f"    {name} = {value}" for name, value in limits.items()]
+    write_pxd("limits.pxd", "model.py", ["cdef enum:", *lines])
+
+
 def compiled(name: str, source: str) -> list[Extension]:
     """Return the extension module ``name``, translated to C by Cython."""
     write_drops()
+    write_limits()
     compile_args = ["-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function",
                     "-Wno-sign-compare"]
     link_args = []

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("udptun", "src_ext")
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
 # Files that a build writes into src_ext/. An sdist carries them too; pip generates them again.
 GENERATED = [
     line for line in (ROOT / ".gitignore").read_text().split() if line.startswith("src_ext/")

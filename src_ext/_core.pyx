@@ -28,7 +28,7 @@ from table.peers cimport (
     snapshot_free, snapshot_t,
 )
 from table.publish cimport build_snapshot, drop_unpublished, limbo_t, put_in_force, reclaim
-from table.routes cimport route_t, route_vec_t
+from table.route cimport route_t, route_vec_t
 from path.turn cimport drain, epoll_register, run
 from path.worker cimport (
     EVENT_PATH_MTU, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO, EVENT_UDP_MERGE, RX_SLOT,

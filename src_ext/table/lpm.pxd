@@ -22,7 +22,7 @@ must know that nobody looks up any more.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
-from table.routes cimport load_be64, route_t
+from table.route cimport load_be64, route_t
 
 
 cdef extern from "table/lpm.h" nogil:

@@ -15,7 +15,7 @@ from table.peers cimport (
     addr_map_find, addr_map_grow, addr_map_init, addr_map_put, addr_slot_t, hop_t, peer_free,
     peer_new, peer_t, snapshot_free, snapshot_t,
 )
-from table.routes cimport route_t
+from table.route cimport route_t
 from path.worker cimport shared_t, worker_t
 
 

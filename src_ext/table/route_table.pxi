@@ -1,10 +1,10 @@
-"""RouteTable: the master copy of the routes, as the control side handles it.
+"""RouteTable: the routes as the control side reads and changes them.
 
-Owns: a sorted vector of routes in C memory, and the words of a parser's errors. Refuses to know:
-who forwards by it; a snapshot for the workers is made from it elsewhere.
+Owns: a sorted vector of routes in C memory, and the messages of parse errors. Does not know
+snapshots or workers; Core makes a snapshot from a table.
 
-Threading: one thread at a time. What takes time that grows with the table releases the GIL, so
-other threads run meanwhile, but they may not touch the same table.
+Threading: one thread at a time. Calls whose time grows with the table release the GIL, so other
+threads run during them, but must not touch the same table.
 """
 
 import json
@@ -15,26 +15,28 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from table.route_text cimport (
-    PARSE_BODY, PARSE_NO_MEMORY, PARSE_REPEAT, ROUTE_MTU_MIN, ROUTE_TEXT_MAX, find_repeat,
-    parse_routes, parse_t, sound_route, write_addr, write_prefix, write_route_json,
-    write_route_text,
+from limits cimport MAX_MTU, MIN_MTU
+from table.address cimport write_addr, write_prefix
+from table.json cimport parse_json, write_route_json
+from table.parser cimport (
+    PARSE_BODY, PARSE_NO_MEMORY, PARSE_REPEAT, ROUTE_TEXT_MAX, find_repeat, parse_routes, parser_t,
 )
-from table.routes cimport (
-    ROUTE_ADDED, ROUTE_CHANGED, route_diff_t, route_edit_t, route_same, route_t, route_vec_t,
-    routes_append, routes_copy, routes_diff, routes_find, routes_first_repeat, routes_free,
-    routes_insert, routes_remove, routes_sort,
+from table.route cimport (
+    ROUTE_ADDED, ROUTE_CHANGED, route_diff_t, route_edit_t, route_same, route_t, route_valid,
+    route_vec_t, routes_append, routes_copy, routes_diff, routes_find, routes_first_repeat,
+    routes_free, routes_insert, routes_remove, routes_sort,
 )
+from table.text cimport parse_text, write_route_text
 
 from udptun.errors import FieldError, RouteExists
 from udptun.model import Route
 
 JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}'
-LONGEST_ROUTE = 65536  # bytes of a wrong route that are still looked into for the words
+LONGEST_ROUTE = 65536  # bytes of a wrong route up to which the message names the field
 
 
-def _each_key_once(where):
-    """A hook for json.loads, which would silently take the last of two equal keys."""
+def _refuse_repeated_keys(where):
+    """Return a hook for json.loads, which by itself silently takes the last of two equal keys."""
     def hook(pairs):
         members = {}
         for name, value in pairs:
@@ -45,36 +47,36 @@ def _each_key_once(where):
     return hook
 
 
-cdef object explain_route(bytes span, bint json_text, str where):
-    """The FieldError for a route that the parser refused, in the words of model.Route."""
-    excerpt = span[:60].decode("utf-8", "replace")
-    if len(span) <= LONGEST_ROUTE:
+cdef object route_error(bytes text, bint is_json, str where):
+    """Return the FieldError for a route that the parser refused, with model.Route's message."""
+    excerpt = text[:60].decode("utf-8", "replace")
+    if len(text) <= LONGEST_ROUTE:
         try:
-            if json_text:
-                value = json.loads(span, object_pairs_hook=_each_key_once(where))
+            if is_json:
+                value = json.loads(text, object_pairs_hook=_refuse_repeated_keys(where))
                 Route.from_json(value, where)
             else:
-                Route.from_words([w.decode("utf-8", "replace") for w in span.split()], where)
+                Route.from_words([w.decode("utf-8", "replace") for w in text.split()], where)
         except FieldError as error:
             return error
-        except ValueError:  # a number with more digits than int() takes
+        except ValueError:  # a number with more digits than int() accepts
             pass
     return FieldError("route", excerpt, "a route of the usual length", where)
 
 
-cdef object explain(const parse_t* p):
-    """The exception that says what parse_routes() found."""
+cdef object parse_error(const parser_t* p, bint is_json):
+    """Return the exception for what parse_routes() found."""
     cdef uint8_t prefix[ROUTE_TEXT_MAX]
     if p.error == PARSE_NO_MEMORY:
         return MemoryError("no memory for the routes")
     if p.error == PARSE_BODY:
-        excerpt = p.text[p.span_from:min(p.span_from + 20, p.n)].decode("utf-8", "replace")
-        return FieldError("body", excerpt, JSON_BODY, f"byte {p.span_from}")
-    where = f"routes[{p.place}]" if p.json else f"line {p.place}"
+        excerpt = p.text[p.error_start:min(p.error_start + 20, p.n)].decode("utf-8", "replace")
+        return FieldError("body", excerpt, JSON_BODY, f"byte {p.error_start}")
+    where = f"routes[{p.index}]" if is_json else f"line {p.index}"
     if p.error == PARSE_REPEAT:
         return FieldError("dst", prefix[:write_prefix(prefix, &p.repeat)].decode(),
                           "each prefix once", where)
-    return explain_route(p.text[p.span_from:p.span_to], p.json, where)
+    return route_error(p.text[p.error_start:p.error_end], is_json, where)
 
 
 cdef void pack_prefix(route_t* route, object network):
@@ -95,10 +97,10 @@ cdef object pack_route(route_t* route, object given):
     pack_prefix(route, given.dst)
     memcpy(route.via, <const char*>packed, len(packed))
     route.via_family = given.via.version
-    if 0 < given.port <= 65535 and (given.mtu is None or ROUTE_MTU_MIN <= given.mtu <= 65535):
+    if 0 < given.port <= 65535 and (given.mtu is None or MIN_MTU <= given.mtu <= MAX_MTU):
         route.port = given.port
         route.mtu = given.mtu or 0
-        if sound_route(route) and (route.via_family == 4 or given.via.scope_id is None):
+        if route_valid(route) and (route.via_family == 4 or given.via.scope_id is None):
             return
     Route.make(str(given.dst), str(given.via), given.port, given.mtu)  # raises, with the field
     raise FieldError("route", given, "a valid route")
@@ -140,12 +142,12 @@ cdef class RouteTable:
 
     @staticmethod
     def parse_json(const uint8_t[::1] body not None):
-        """From ``{"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}``; raises FieldError."""
+        """Parse ``{"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}``. Raise FieldError."""
         return parse_table(body, True)
 
     @staticmethod
     def parse_text(const uint8_t[::1] body not None):
-        """From a route file, ``DST via IP [port P] [mtu M]`` a line; raises FieldError."""
+        """Parse a route file: a line ``DST via IP [port P] [mtu M]`` per route. Raise FieldError."""
         return parse_table(body, False)
 
     @staticmethod
@@ -173,6 +175,7 @@ cdef class RouteTable:
         return table
 
     def copy(self):
+        """Return an independent table with the same routes."""
         cdef RouteTable table = RouteTable()
         cdef int status
         with nogil:
@@ -243,7 +246,7 @@ cdef class RouteTable:
         return found
 
     def diff_from(self, RouteTable old not None):
-        """How many routes were (added, changed, removed) since ``old``."""
+        """Return how many routes were (added, changed, removed) since ``old``."""
         cdef route_diff_t diff
         with nogil:
             diff = routes_diff(&old.vec, &self.vec, NULL, 0)
@@ -275,38 +278,37 @@ cdef class RouteTable:
             free(edits)
 
     def json_slice(self, size_t start, size_t count):
-        """JSON objects of up to ``count`` routes from ``start`` on, with commas between."""
+        """Return up to ``count`` routes from ``start`` on, as JSON objects separated by commas."""
         return write_slice(self, start, count, True)
 
     def text_slice(self, size_t start, size_t count):
-        """Route-file lines of up to ``count`` routes from ``start`` on."""
+        """Return up to ``count`` routes from ``start`` on, as lines of a route file."""
         return write_slice(self, start, count, False)
 
     def sizeof(self):
-        """Bytes of C memory held."""
+        """Return the bytes of C memory held."""
         return self.vec.cap * sizeof(route_t)
 
 
-cdef RouteTable parse_table(const uint8_t[::1] body, bint json_text):
+cdef RouteTable parse_table(const uint8_t[::1] body, bint is_json):
     cdef RouteTable table = RouteTable()
-    cdef parse_t p
+    cdef parser_t p
     memset(&p, 0, sizeof(p))
     p.n = len(body)
     p.text = <const uint8_t*>b""
     if p.n:
         p.text = &body[0]
-    p.json = json_text
     with nogil:
-        parse_routes(&p)
+        parse_routes(&p, parse_json if is_json else parse_text)
         if p.error:
             routes_free(&p.routes)
     if p.error:
-        raise explain(&p)
+        raise parse_error(&p, is_json)
     table.vec = p.routes
     return table
 
 
-cdef bytes write_slice(RouteTable table, size_t start, size_t count, bint json_text):
+cdef bytes write_slice(RouteTable table, size_t start, size_t count, bint is_json):
     cdef size_t i, n = 0
     cdef uint8_t* out
     if start >= table.vec.n:
@@ -317,7 +319,7 @@ cdef bytes write_slice(RouteTable table, size_t start, size_t count, bint json_t
         raise MemoryError("no memory for the text of the routes")
     with nogil:
         for i in range(start, start + count):
-            if not json_text:
+            if not is_json:
                 n += write_route_text(out + n, &table.vec.items[i])
                 continue
             if i > start:

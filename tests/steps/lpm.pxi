@@ -1,27 +1,28 @@
-"""Look-up alone, for tests and micro benchmarks."""
+"""The look-up alone, for tests and micro benchmarks. Included by _steps.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from table.lpm cimport lpm_build, lpm_bytes, lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
-from table.route_text cimport parse_routes, parse_t
-from table.routes cimport routes_free
+from table.parser cimport parse_routes, parser_t
+from table.route cimport routes_free
+from table.text cimport parse_text
 
 
 cdef class Lpm:
     """Longest prefix match over the routes of a route file.
 
-    Values are 1 + index into the routes in table order, 0 is "no route".
+    A value is 1 + index into the routes in table order; 0 means no route.
     """
 
     cdef lpm_t* lpm
-    cdef parse_t parsed
+    cdef parser_t parsed
 
     def __cinit__(self, bytes text not None):
         memset(&self.parsed, 0, sizeof(self.parsed))
         self.parsed.text = text
         self.parsed.n = len(text)
-        parse_routes(&self.parsed)
+        parse_routes(&self.parsed, parse_text)
         if self.parsed.error:
             raise ValueError("not a route file")
         self.build()
@@ -31,7 +32,7 @@ cdef class Lpm:
         routes_free(&self.parsed.routes)
 
     def build(self):
-        """Build anew; done once already. For timing."""
+        """Build the look-up again, for timing; the constructor has built it once."""
         cdef lpm_t* old = self.lpm
         with nogil:
             self.lpm = lpm_build(self.parsed.routes.items, self.parsed.routes.n)
@@ -40,14 +41,15 @@ cdef class Lpm:
             raise MemoryError("no memory for the look-up")
 
     def sizeof(self):
+        """Return the bytes of memory that the look-up holds."""
         return lpm_bytes(self.lpm)
 
     def slow_popcount(self):
-        """Go on without the CPU's instruction, as on a machine that lacks it."""
+        """Stop using the POPCNT instruction, as on a CPU without it."""
         self.lpm.v4.fast_popcount = self.lpm.v6.fast_popcount = 0
 
     def lookup(self, bytes addr not None):
-        """addr: 4 or 16 bytes in network order."""
+        """Return the value for ``addr``, 4 or 16 bytes in network order."""
         cdef const uint8_t* at = addr
         if len(addr) == 4:
             return lpm_lookup4(self.lpm, addr4(at))
@@ -56,7 +58,7 @@ cdef class Lpm:
         raise ValueError("4 or 16 bytes")
 
     def bench(self, bytes addrs not None, int family, int rounds):
-        """Look up every address in the blob, ``rounds`` times; the sum of the values."""
+        """Look up every address in ``addrs``, ``rounds`` times; return the sum of the values."""
         cdef const uint8_t* at = addrs
         cdef size_t i, n = len(addrs) // (4 if family == 4 else 16)
         cdef uint64_t total = 0

@@ -14,12 +14,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from limits cimport MIN_MTU6
 from sys cimport sched_yield
 
 
 ctypedef struct route_t:
     # Addresses in network order, IPv4 in the first 4 bytes. All unused bytes are zero, so that
-    # memcmp of two whole routes tells whether they are the same.
+    # memcmp of two whole routes compares them.
     uint8_t dst[16]
     uint8_t via[16]
     uint8_t dst_family      # 4 or 6
@@ -49,17 +50,18 @@ ctypedef struct route_diff_t:
 
 
 ctypedef struct route_edit_t:
-    const route_t* route    # the new one, for a removal the old one; borrowed from its vector
+    const route_t* route    # the new route, or the removed one; borrowed from its vector
     route_change_t change
 
 
 cdef inline void routes_free(route_vec_t* vec) noexcept nogil:
+    """Free the routes and empty the vector."""
     free(vec.items)
     memset(vec, 0, sizeof(route_vec_t))
 
 
 cdef inline int routes_reserve(route_vec_t* vec, size_t cap) noexcept nogil:
-    """Room for ``cap`` routes in all, at least doubled. 0, or -1 without memory."""
+    """Grow to at least ``cap`` routes, or to double the size. Return 0, or -1 without memory."""
     cdef route_t* items
     if cap <= vec.cap:
         return 0
@@ -74,7 +76,7 @@ cdef inline int routes_reserve(route_vec_t* vec, size_t cap) noexcept nogil:
 
 
 cdef inline int routes_append(route_vec_t* vec, const route_t* route) noexcept nogil:
-    """Put at the end, whatever the order. 0, or -1 without memory."""
+    """Add at the end, in any order. Return 0, or -1 without memory."""
     if vec.n == vec.cap and routes_reserve(vec, 16 if vec.n == 0 else vec.n * 2) < 0:
         return -1
     vec.items[vec.n] = route[0]
@@ -83,7 +85,7 @@ cdef inline int routes_append(route_vec_t* vec, const route_t* route) noexcept n
 
 
 cdef inline int routes_copy(route_vec_t* target, const route_vec_t* source) noexcept nogil:
-    """Make the empty ``target`` equal to ``source``. 0, or -1 without memory."""
+    """Copy ``source`` into the empty ``target``. Return 0, or -1 without memory."""
     if source.n == 0:
         return 0
     if routes_reserve(target, source.n) < 0:
@@ -94,13 +96,14 @@ cdef inline int routes_copy(route_vec_t* target, const route_vec_t* source) noex
 
 
 cdef inline uint64_t load_be64(const uint8_t* at) noexcept nogil:
+    """Load 8 bytes in network order, at any alignment."""
     return (<uint64_t>at[0] << 56 | <uint64_t>at[1] << 48 | <uint64_t>at[2] << 40
             | <uint64_t>at[3] << 32 | <uint64_t>at[4] << 24 | <uint64_t>at[5] << 16
             | <uint64_t>at[6] << 8 | <uint64_t>at[7])
 
 
 cdef inline int route_order(const route_t* a, const route_t* b) noexcept nogil:
-    """Negative, 0 or positive as a's prefix stands before, is, or stands after b's."""
+    """Return a negative number if a's prefix comes before b's, 0 if equal, else a positive one."""
     cdef uint64_t left = load_be64(a.dst), right = load_be64(b.dst)
     if a.dst_family != b.dst_family:
         return <int>a.dst_family - <int>b.dst_family
@@ -113,14 +116,40 @@ cdef inline int route_order(const route_t* a, const route_t* b) noexcept nogil:
 
 
 cdef inline bint route_same(const route_t* a, const route_t* b) noexcept nogil:
+    """Return whether all fields are equal."""
     return memcmp(a, b, sizeof(route_t)) == 0
 
 
-cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
-    """Put in order. 0, or -1 without memory (the vector is then unchanged).
+cdef inline bint route_valid(const route_t* route) noexcept nogil:
+    """Return whether the fields fit together, by the rules of model.Route.make.
 
-    A merge sort: stable, and a table that comes in order (as we write it) costs one pass. Between
-    passes a worker that waits for this core may have it.
+    The next hop must be the address of one host. The MTU of an IPv6 route must not be below the
+    minimum of RFC 8200 section 5. Parsers check the range of each single field.
+    """
+    cdef const uint8_t* via = &route.via[0]
+    cdef int i
+    if route.dst_family == 6 and route.mtu != 0 and route.mtu < MIN_MTU6:
+        return False
+    if route.via_family == 4:
+        return 0 < via[0] < 224
+    if via[0] == 0xFF:
+        return False
+    for i in range(10):
+        if via[i] != 0:
+            return True
+    if via[10] == 0xFF and via[11] == 0xFF:
+        return False
+    for i in range(10, 16):
+        if via[i] != 0:
+            return True
+    return False
+
+
+cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
+    """Sort into table order. Return 0, or -1 without memory (the vector is then unchanged).
+
+    A merge sort: stable, and a table that is already in order, as we write it, costs one pass.
+    Yields the CPU between passes, so that a worker that waits for it can run.
     """
     cdef route_t* source = vec.items
     cdef route_t* target
@@ -173,7 +202,7 @@ cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
 
 
 cdef inline size_t routes_first_repeat(const route_vec_t* vec) noexcept nogil:
-    """Index of the first route with the prefix of the one before it, or n. Wants a sorted one."""
+    """Return the index of the first route of a sorted vector that repeats a prefix, or n."""
     cdef size_t i
     for i in range(1, vec.n):
         if route_order(&vec.items[i - 1], &vec.items[i]) == 0:
@@ -184,7 +213,7 @@ cdef inline size_t routes_first_repeat(const route_vec_t* vec) noexcept nogil:
 cdef inline bint routes_find(
     const route_vec_t* vec, const route_t* key, size_t* at
 ) noexcept nogil:
-    """Whether the key's prefix is in the table; ``at`` is where it is or where it belongs."""
+    """Return whether the key's prefix is in the table; set ``at`` to its index or insert point."""
     cdef size_t low = 0, high = vec.n, middle
     while low < high:
         middle = low + (high - low) // 2
@@ -199,7 +228,7 @@ cdef inline bint routes_find(
 cdef inline int routes_insert(
     route_vec_t* vec, size_t at, const route_t* route
 ) noexcept nogil:
-    """Insert at ``at`` (0..n), as routes_find gave it. 0, or -1 without memory."""
+    """Insert at ``at`` (0..n), from routes_find. Return 0, or -1 without memory."""
     if vec.n == vec.cap and routes_reserve(vec, 16 if vec.n == 0 else vec.n * 2) < 0:
         return -1
     memmove(&vec.items[at + 1], &vec.items[at], (vec.n - at) * sizeof(route_t))
@@ -209,6 +238,7 @@ cdef inline int routes_insert(
 
 
 cdef inline void routes_remove(route_vec_t* vec, size_t at) noexcept nogil:
+    """Remove the route at index ``at``."""
     memmove(&vec.items[at], &vec.items[at + 1], (vec.n - at - 1) * sizeof(route_t))
     vec.n -= 1
 
@@ -216,9 +246,9 @@ cdef inline void routes_remove(route_vec_t* vec, size_t at) noexcept nogil:
 cdef inline route_diff_t routes_diff(
     const route_vec_t* old, const route_vec_t* new, route_edit_t* edits, size_t limit
 ) noexcept nogil:
-    """What leads from ``old`` to ``new``, both sorted; the first ``limit`` edits go to ``edits``.
+    """Count the changes from ``old`` to ``new``, both sorted; store the first ``limit`` of them.
 
-    edits  room for ``limit``, in table order; may be NULL if ``limit`` is 0
+    edits  space for ``limit`` edits, filled in table order; may be NULL if ``limit`` is 0
     """
     cdef route_diff_t diff
     cdef size_t i = 0, j = 0, k = 0
