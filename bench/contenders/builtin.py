@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from udptun.device.tun import VNET_HDR_LEN
 from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
 from udptun.model import OVERHEAD
@@ -22,7 +23,6 @@ from .base import Contender, ExtraRoute, PathUnderTest
 
 _LINK_MTU = 1500
 _IP_UDP = OVERHEAD[4]
-_VNET = 10  # copylimit sends the virtio-net header on the wire, too
 
 
 def _direct(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
@@ -129,7 +129,8 @@ def _send_commands(control: Path, command: int, routes: Sequence[ExtraRoute]) ->
 
 
 def _copylimit(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
-    plans, mtu = (node(1), node(2)), _LINK_MTU - _IP_UDP - _VNET
+    # It sends the vnet header on the wire, too.
+    plans, mtu = (node(1), node(2)), _LINK_MTU - _IP_UDP - VNET_HDR_LEN
     for host, plan, peer in ((a, plans[0], b), (b, plans[1], a)):
         process = host.start([
             *(str(program("copylimit")), "--tun", "copylimit0", "--listen", f"{host.v4}:{PORT}"),
