@@ -37,8 +37,8 @@ RULES = {
     "node": LEAVES | {"control.client", "control.protocol", "leases", "net", "node"},
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
-        "cli", "control.client", "control.protocol", "device.offload", "forwarder", "lab", "leases",
-        "node",
+        "cli", "control.client", "control.protocol", "device.offload", "device.tun",
+        "forwarder", "lab", "leases", "node",
     },
     "__main__": {"cli"},
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API

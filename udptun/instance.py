@@ -93,7 +93,7 @@ class Instance:
         directory = run_dir or self.run_dir
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         namespace = Path("/proc/thread-self/ns/net").stat().st_ino
-        path = directory / f"{role}.{namespace}.lock"
+        path = directory / f"{self.name}.{role}.{namespace}.lock"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             try:

@@ -18,6 +18,7 @@ MIN_MTU = 68  # RFC 791: every IPv4 hop takes 68 octets
 MIN_MTU6 = 1280  # RFC 8200 section 5: an IPv6 sender need not go below
 MAX_MTU = 65535
 
+SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -16,6 +16,7 @@ from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_table
 from udptun.cli.show import _duration, _size
 from udptun.control import protocol
+from udptun.instance import Instance
 
 ROUTE = "10.244.2.0/24 via 192.0.2.2"
 
@@ -254,6 +255,33 @@ def test_the_socket_is_named_by_either_option_or_the_environment(served: Served)
     assert lost("status", UDPTUN_SOCKET=str(served.path)).exit_code == 0
     result = lost("status", UDPTUN_SOCKET=None)
     says(result, 1, protocol.DEFAULT_SOCKET)
+    assert str(Instance().control_socket()) == protocol.DEFAULT_SOCKET
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "path"),
+    [
+        ("status --instance blue", {}, "/run/blue/blue.sock"),
+        ("--instance blue status", {}, "/run/blue/blue.sock"),
+        ("--instance red status --instance blue", {}, "/run/blue/blue.sock"),
+        ("status", {"UDPTUN_INSTANCE": "blue"}, "/run/blue/blue.sock"),
+        ("status", {"UDPTUN_INSTANCE": "blue", "UDPTUN_SOCKET": "/s"}, "/s"),
+        ("status --socket /s", {"UDPTUN_INSTANCE": "blue"}, "/s"),
+        ("status --instance blue --socket /s", {}, "/s"),
+        ("--socket /s route list --instance blue", {}, "/s"),
+        ("status --instance blue", {"UDPTUN_SOCKET": "/s"}, "/run/blue/blue.sock"),
+    ],
+)
+def test_the_instance_selects_the_default_socket(
+    tmp_path: Path, words: str, env: dict[str, str], path: str
+) -> None:
+    result = Udptun(tmp_path)(words, **{"UDPTUN_SOCKET": None} | env)
+    says(result, 1, f"no forwarder answers on {path}:")
+
+
+def test_a_bad_instance_name(udptun: Udptun) -> None:
+    for words in ("status --instance Blue", "--instance Blue status"):
+        says(udptun(words), 2, "--instance", "'Blue' is not valid", "1 to 8 of a-z")
 
 
 def test_stop(udptun: Udptun, served: Served) -> None:

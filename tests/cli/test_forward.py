@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from click.testing import CliRunner, Result
 
 from udptun.cli import cli
-from udptun.cli.forward import default_control
 
 NEEDED = ["--listen", "192.0.2.1"]
 
@@ -51,8 +51,9 @@ def invoke(*argv: str, **env: str) -> Result:
         ([*NEEDED, "--offload", "on"], "--offload", "'on'", "auto, off"),
         ([*NEEDED, "--source-check", "loose"], "--source-check", "'loose'", "'strict'"),
         ([*NEEDED, "--tun", "a/b"], "--tun", "'a/b'", "a device name"),
-        ([*NEEDED, "--tun", "x" * 16], "--tun", "'xxxxxxxxxxxxxxxx'", "15 characters"),
+        ([*NEEDED, "--tun", "x" * 16], "--tun", "'xxxxxxxxxxxxxxxx'", "15 bytes"),
         ([*NEEDED, "--flannel-control-fd", "-1"], "--flannel-control-fd", "-1", "x>=0"),
+        ([*NEEDED, "--instance", "Blue"], "--instance", "'Blue'", "1 to 8 of a-z"),
         ([], "--listen", "", "Missing option"),
     ],
 )
@@ -64,13 +65,6 @@ def test_a_bad_value_exits_2_and_is_named(
     for text in (option, value, expected):
         assert text in result.stderr
     assert "Traceback" not in result.output
-
-
-def test_default_control_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
-    assert default_control() == "/run/udptun/udptun.sock"
-    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/a:/run/b")
-    assert default_control() == "/run/a/udptun.sock"
 
 
 # In a process of its own
@@ -134,18 +128,24 @@ main()
 
 @contextmanager
 def forwarding(
-    *argv: str, how: str = "", **env: str
+    *argv: str, how: str = "", before: tuple[str, ...] = (), **env: str
 ) -> Iterator["subprocess.Popen[str]"]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "forward", *NEEDED, *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"} | {"HOW": how} | env,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    """``before``: options of ``udptun`` itself. The lock is in a directory of this process."""
+    kept = {
+        k: v for k, v in os.environ.items()
+        if k != "JOURNAL_STREAM" and not k.startswith("UDPTUN_")
+    }
+    with TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *before, "forward", *NEEDED, *argv],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=kept | {"HOW": how, "RUNTIME_DIRECTORY": directory} | env,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def line(process: "subprocess.Popen[str]") -> str:
@@ -212,7 +212,7 @@ def test_hup_without_a_route_file_changes_nothing() -> None:
         process.terminate()
         code, _, err = end(process)
     assert code == 0
-    assert "no route file was given" in err
+    assert "no route file is configured" in err
 
 
 @pytest.mark.parametrize(
@@ -266,11 +266,79 @@ def test_defaults_and_environment(tmp_path: Path) -> None:
     with forwarding("--workers", "auto", how="config", **env) as process:
         config = json.loads(line(process))
     assert config["control"] == f"{tmp_path}/udptun.sock"
+    with forwarding(how="config", RUNTIME_DIRECTORY=f"{tmp_path}/a:{tmp_path}/b") as process:
+        assert json.loads(line(process))["control"] == f"{tmp_path}/a/udptun.sock"
     assert config["addresses"] == "(IPv4Address('10.244.1.0'), IPv6Address('fd00::1'))"
     assert (config["mtu"], config["workers"]) == ("None", "None")
     assert (config["tun"], config["offload"], config["source_check"]) == (
         "udptun0", "auto", "strict",
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "argv", "env", "name"),
+    [
+        ((), ("--instance", "blue"), {}, "blue"),
+        (("--instance", "blue"), (), {}, "blue"),
+        ((), (), {"UDPTUN_INSTANCE": "blue"}, "blue"),
+        ((), ("--instance", "blue"), {"UDPTUN_INSTANCE": "red"}, "blue"),
+        (("--instance", "blue"), (), {"UDPTUN_INSTANCE": "red"}, "blue"),
+        (("--instance", "red"), ("--instance", "blue"), {}, "blue"),
+        ((), (), {}, "udptun"),
+    ],
+)
+def test_the_instance_gives_the_default_names(
+    tmp_path: Path, before: tuple[str, ...], argv: tuple[str, ...], env: dict[str, str], name: str
+) -> None:
+    with forwarding(
+        *argv, how="config", before=before, RUNTIME_DIRECTORY=str(tmp_path), **env
+    ) as process:
+        config = json.loads(line(process))
+    assert config["tun"] == f"{name}0"
+    assert config["control"] == f"{tmp_path}/{name}.sock"
+
+
+def test_explicit_names_win_over_the_instance(tmp_path: Path) -> None:
+    with forwarding(
+        "--instance", "blue", "--tun", "wire0", "--control", "/c", how="config"
+    ) as process:
+        config = json.loads(line(process))
+    assert (config["tun"], config["control"]) == ("wire0", "/c")
+
+
+def test_an_instance_in_the_options_file(tmp_path: Path) -> None:
+    """As any option there: the command line and the environment take precedence."""
+    file = tmp_path / "forward.json"
+    file.write_text(json.dumps({"instance": "blue"}))
+    for argv, env, tun in (
+        ((), {}, "blue0"), (("--instance", "red"), {}, "red0"),
+        ((), {"UDPTUN_INSTANCE": "red"}, "red0"),
+    ):
+        with forwarding("--wait-for", str(file), *argv, how="config", **env) as process:
+            assert json.loads(line(process))["tun"] == tun
+
+
+def test_a_second_forwarder_of_the_instance_is_refused(tmp_path: Path) -> None:
+    env = {"RUNTIME_DIRECTORY": str(tmp_path)}
+    with forwarding(**env) as first:
+        assert line(first) == "up uvloop"
+        with forwarding(**env) as second:
+            code, _, err = end(second)
+        assert code == 1
+        assert err.startswith("udptun: error: udptun forward of the instance udptun is already")
+        assert err.count("\n") == 1
+        with forwarding("--instance", "blue", **env) as other:
+            assert line(other) == "up uvloop", end(other)
+    with forwarding(**env) as again:
+        assert line(again) == "up uvloop"
+
+
+def test_a_forwarder_runs_unlocked_where_it_cannot_lock(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with forwarding(RUNTIME_DIRECTORY=str(tmp_path / "file")) as process:
+        assert line(process) == "up uvloop"
+        process.terminate()
+        assert "the instance udptun is not locked" in end(process)[2]
 
 
 def test_the_journal_keeps_its_own_time() -> None:

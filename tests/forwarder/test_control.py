@@ -6,6 +6,7 @@ Also holds the fake of the other tests to the real one: the same shapes, the sam
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control import fakes
@@ -24,6 +26,7 @@ from tests.own_netns import in_own_netns, sh
 from udptun.control.client import ControlClient
 from udptun.control.metrics import Metrics
 from udptun.errors import ControlError
+from udptun.instance import Instance
 from udptun.model import Route, parse_address
 
 UDPTUN = [sys.executable, "-m", "udptun"]
@@ -186,8 +189,8 @@ def test_a_table_that_is_no_json_has_its_own_code() -> None:
 def test_a_second_forwarder_on_the_same_socket_is_refused() -> None:
     with forwarding() as udptun:
         second = subprocess.run(
-            [*UDPTUN, "forward", "--tun", "utD2", "--listen", "192.0.2.1:9999",
-             "--control", str(udptun.socket)],
+            [*UDPTUN, "forward", "--instance", "second", "--tun", "utD2",
+             "--listen", "192.0.2.1:9999", "--control", str(udptun.socket)],
             capture_output=True, text=True, check=False, timeout=60,
         )
         assert second.returncode == 1
@@ -195,3 +198,50 @@ def test_a_second_forwarder_on_the_same_socket_is_refused() -> None:
         assert "Traceback" not in second.stderr
         assert udptun("status").returncode == 0
         assert "utD2" not in sh("ip link show")
+
+
+@in_own_netns
+def test_two_instances_run_side_by_side() -> None:
+    """Only the UDP endpoint is not named by the instance: there the kernel refuses the second."""
+    sh("ip address add 192.0.2.1/32 dev lo")
+
+    def start(*argv: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*UDPTUN, "forward", "-v", *argv], stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        seen = []
+        for line in process.stderr:
+            seen.append(line)
+            if "control socket at" in line:
+                return process
+        process.communicate()
+        raise AssertionError("".join(seen))
+
+    def says(*argv: str) -> str:
+        done = subprocess.run([*UDPTUN, *argv], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    blue = start("--instance", "utblue", "--listen", "192.0.2.1:8285")
+    try:
+        with pytest.raises(AssertionError, match="another process listens there"):
+            start("--instance", "utred", "--listen", "192.0.2.1:8285")
+        with pytest.raises(AssertionError, match="the instance utblue is already running"):
+            start("--instance", "utblue", "--listen", "192.0.2.1:8286")
+        red = start("--instance", "utred", "--listen", "192.0.2.1:8286")
+        try:
+            assert says("route", "add", *str(ROUTE).split(), "--instance", "utred") == ""
+            assert "device: utblue0" in says("status", "--instance", "utblue")
+            assert "10.244.2.0/24" not in says("route", "list", "--instance", "utblue")
+            assert "10.244.2.0/24" in says("--instance", "utred", "route", "list")
+            assert says("stop", "--instance", "utred") == ""
+            assert red.wait(20) == 0
+            assert "device: utblue0" in says("status", "--instance", "utblue")
+        finally:
+            red.kill()
+            red.communicate()
+    finally:
+        blue.kill()
+        blue.communicate()
+        for name in ("utblue", "utred"):
+            shutil.rmtree(Instance(name).run_dir, ignore_errors=True)

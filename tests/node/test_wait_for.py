@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -36,15 +37,17 @@ WANTED = {
 
 @contextmanager
 def forwarding(*argv: str, **env: str) -> "Iterator[subprocess.Popen[str]]":
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "forward", *argv], env=os.environ | env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with TemporaryDirectory() as directory:  # for the instance's lock
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, "forward", *argv],
+            env=os.environ | {"RUNTIME_DIRECTORY": directory} | env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, dict[str, str], str]:

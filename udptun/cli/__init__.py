@@ -1,26 +1,33 @@
 """The ``udptun`` command: one module per group of subcommands, imported when it is called.
 
-A client command imports little more than click and http.client, so that it may run once per peer
-in a script. What a command needs beyond that, it imports inside.
+A client command imports little more than click and http.client, so that a script can run one per
+peer. Further imports of a command are inside its functions.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import click
 
 from .._version import __version__
 from .lazy import LazyGroup
-from .options import DEFAULT_SOCKET
+from .options import INSTANCE
+
+if TYPE_CHECKING:
+    from ..instance import Instance
 
 COMMANDS = {
     "forward": (".forward:forward", "Run a forwarder on this host."),
-    "node": (".node:node", "Make this machine a node of an overlay, and keep it one."),
+    "node": (".node:node", "Run the node daemon: join this host to an overlay network."),
     "route": (".route:route", "List and change the routes of a running forwarder."),
-    "status": (".show:status", "Show the device, its peers and the packet counts."),
+    "status": (".show:status", "Show the device, the peers and the packet counts."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
-    "events": (".show:events", "Show the latest events, or follow them with -w."),
-    "trace": (".show:trace", "Show what happens to a packet to ADDRESS."),
+    "events": (".show:events", "Show recent events, or follow new ones with -w."),
+    "trace": (".show:trace", "Show the route of a packet to ADDRESS, or why it is dropped."),
     "stop": (".stop:stop", "Stop a running forwarder."),
     "ext": (".ext:ext", "Commands for flanneld's extension backend."),
-    "demo": (".demo:demo", "Show a tunnel between two hosts made for the purpose."),
+    "demo": (".demo:demo", "Show a tunnel between two temporary hosts on this machine."),
     "version": (".version:version", "Show the version."),
 }
 
@@ -35,15 +42,19 @@ COMMANDS = {
     },
 )
 @click.option(
-    "--socket", "socket", default=DEFAULT_SOCKET, show_default=True, show_envvar=True,
-    metavar="PATH", help="Where the forwarder answers. Client commands take it, too.",
+    "--socket", metavar="PATH", show_envvar=True,
+    help="Control socket of the forwarder; also after the command's name.",
+)
+@click.option(
+    "--instance", type=INSTANCE, show_envvar=True,
+    help="Instance of udptun on this host; also after the command's name.  [default: udptun]",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def cli(socket: str) -> None:
-    """Carry IP packets between hosts over UDP, on flannel's wire format.
+def cli(socket: str | None, instance: Instance | None) -> None:
+    """Tunnel IP packets between hosts over UDP, in flannel's wire format.
 
-    Start a forwarder on each host with `udptun forward`, tell each of them with `udptun route`
-    which subnets its peers have, and look at them with `udptun status`.
+    Run `udptun forward` on each host, add a route for each peer's subnet with `udptun route`, and
+    inspect the tunnel with `udptun status`. `udptun node` does all of this from a shared store.
     """
 
 

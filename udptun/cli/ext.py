@@ -17,7 +17,7 @@ import click
 from ..errors import FieldError, UdptunError
 from ..instance import DEFAULT_INSTANCE, Instance
 from .lazy import failure_of
-from .options import LISTEN, Parsed, named_socket, socket
+from .options import LISTEN, Parsed, named_socket, remember, socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ _state_dir = click.option(
 )
 _instance = click.option(
     "--instance", type=Parsed("name", Instance), default=DEFAULT_INSTANCE, show_default=True,
-    envvar=["UDPTUN_EXT_INSTANCE", "UDPTUN_INSTANCE"], metavar="NAME",
+    envvar=["UDPTUN_EXT_INSTANCE", "UDPTUN_INSTANCE"], metavar="NAME", callback=remember,
     help="Names the device, socket and files, so that several overlays can run on one host.",
 )
 _forwarder = click.option(

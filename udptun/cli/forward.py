@@ -1,6 +1,7 @@
-"""``udptun forward``: check the options, run a forwarder, listen to signals.
+"""``udptun forward``: parse the options, run a forwarder, handle signals.
 
-Owns the words of the command line and what signals mean. Refuses to know how a packet moves.
+Owns the command line of the forwarder and the meaning of each signal. Does not depend on how a
+packet is forwarded.
 """
 
 from __future__ import annotations
@@ -9,33 +10,33 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..control.protocol import DEFAULT_SOCKET
 from ..errors import FieldError, UdptunError
+from ..model import SOURCE_CHECKS
 from . import logs
 from .lazy import Failure, failure_of
-from .options import LISTEN, Parsed
+from .options import LISTEN, Parsed, instance, instance_of
 from .wait import take_options
 
 if TYPE_CHECKING:
     from ..device.offload import OffloadRequest
     from ..forwarder import Forwarder, ForwarderConfig
+    from ..instance import Instance
     from ..model import IPAddress, IPNetwork
 
 log = logging.getLogger("udptun")
 
-MAX_TUN_NAME = 15  # linux/if.h IFNAMSIZ, less the closing zero
-
 
 def tun_name(text: str) -> str:
-    if not 0 < len(text.encode()) <= MAX_TUN_NAME or not text.isprintable() or (
-        any(c in text for c in "/: ") or text in (".", "..")  # linux net/core/dev.c dev_valid_name
-    ):
-        raise FieldError("--tun", text, f"a device name of up to {MAX_TUN_NAME} characters")
+    from ..device.tun import check_name
+
+    check_name(text)
     return text
 
 
@@ -52,7 +53,7 @@ def _network(text: str) -> IPNetwork:
 
 
 def _auto_or_number(text: str) -> int | None:
-    """None for auto. Which numbers make sense is for ForwarderConfig to say."""
+    """Return None for auto. ForwarderConfig checks the range."""
     from ..model import parse_number
 
     if text == "auto":
@@ -69,10 +70,11 @@ def _offload(text: str) -> OffloadRequest:
     return OffloadRequest.parse(text)
 
 
-def default_control() -> str:
-    """Where a service manager gave us a directory to run in, else the usual place."""
+def runtime_directory() -> Path | None:
+    """Return the first directory that the service manager made for sockets (systemd's
+    RuntimeDirectory=)."""
     directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-    return str(Path(directory) / "udptun.sock") if directory else DEFAULT_SOCKET
+    return Path(directory) if directory else None
 
 
 FILE = click.Path(path_type=Path)
@@ -82,53 +84,63 @@ FIELDS = {
 
 
 @click.command()
-@click.option("--tun", type=Parsed("name", tun_name), default="udptun0", show_default=True,
-              help="Name of the TUN device to make.")
+@instance
+@click.option("--tun", type=Parsed("name", tun_name),
+              help="Name of the TUN device.  [default: udptun0, or NAME0 with --instance NAME]")
 @click.option("--address", type=Parsed("address", _address), multiple=True,
-              help="Overlay address of this host, on the TUN as /32 or /128. Once per family.")
+              help="Overlay address of this host, set on the TUN as /32 or /128. Once per family.")
 @click.option("--network", type=Parsed("prefix", _network), multiple=True,
-              help="Overlay network, which gets a route through the TUN. May be repeated.")
+              help="Overlay network to route through the TUN. Repeatable.")
 @click.option("--listen", type=LISTEN, multiple=True,
               required=True,
               help="Underlay address and UDP port of this host. Once per family.")
-@click.option("--control", type=FILE, default=default_control, metavar="PATH",
-              help="Control socket to make.  [default: udptun.sock in $RUNTIME_DIRECTORY "
-                   "or /run/udptun]")
+@click.option("--control", type=FILE, metavar="PATH",
+              help="Control socket to listen on.  [default: udptun.sock, or NAME.sock with "
+                   "--instance NAME, in $RUNTIME_DIRECTORY or /run/NAME]")
 @click.option("--routes", type=FILE, metavar="FILE",
-              help="Route file to start with; read again on SIGHUP.")
+              help="Route file to load at start and on SIGHUP.")
 @click.option("--mtu", type=Parsed("auto|n", _auto_or_number), default="auto", show_default=True,
-              help="MTU of the TUN. auto: the underlay's, less 28 over IPv4 or 48 over IPv6.")
+              help="MTU of the TUN. auto: the underlay's MTU minus 28 bytes over IPv4, 48 over "
+                   "IPv6.")
 @click.option("--workers", type=Parsed("n|auto", _auto_or_number), default="1", show_default=True,
-              help="Threads that forward, each with its own TUN queue and UDP socket.")
+              help="Number of forwarding threads, each with its own TUN queue and UDP sockets.")
 @click.option("--offload", type=Parsed("auto|off|list", _offload), default="auto",
               show_default=True,
-              help="Which offloads to try: auto, off, or e.g. auto,-udp-merge,-udp-gso.")
-@click.option("--source-check", type=click.Choice(["strict", "peer", "off"]), default="strict",
+              help="Offloads to use: auto, off, or a list such as auto,-udp-merge,-udp-gso.")
+@click.option("--source-check", type=click.Choice(SOURCE_CHECKS), default=SOURCE_CHECKS[0],
               show_default=True,
-              help="Whom to take packets from. strict: a known peer, and only from inner "
-                   "addresses routed to it; peer: any known peer; off: anybody.")
+              help="Which received packets to accept. strict: from a known peer, with an inner "
+                   "source address routed to that peer; peer: from any known peer; off: from any "
+                   "address.")
 @click.option("--state", type=FILE, metavar="FILE",
-              help="Keep the route table in FILE, and start with it.")
+              help="Keep a copy of the route table in FILE, and load it at start.")
 @click.option("--flannel-control", type=FILE, metavar="PATH",
-              help="SOCK_SEQPACKET socket to make for flannel's own control messages.")
+              help="SOCK_SEQPACKET socket to listen on for flannel's control messages.")
 @click.option("--flannel-control-fd", type=click.IntRange(min=0), metavar="N",
-              help="The same on an inherited descriptor.")
+              help="Inherited descriptor to read flannel's control messages from.")
 @click.option("--wait-for", type=FILE, metavar="FILE", is_eager=True,
               callback=take_options,
-              help="Wait until FILE is there, and take the options from it that are not given "
-                   "here: a JSON object, keyed as these options are.")
-@click.option("-v", "--verbose", count=True, help="Log more; twice: tracebacks, too.")
-def forward(verbose: int, wait_for: Path | None, **values: Any) -> None:
-    """Run a forwarder: make the TUN device, and carry its packets to peers and back.
+              help="Wait until FILE exists and read from it the options that are not given here: "
+                   "a JSON object with the names of these options as keys.")
+@click.option("-v", "--verbose", count=True,
+              help="Log debug messages; given twice, tracebacks too.")
+@click.pass_context
+def forward(
+    ctx: click.Context, /, verbose: int, wait_for: Path | None, **values: Any
+) -> None:
+    """Run a forwarder: create the TUN device, and carry its packets to and from the peers.
 
-    SIGTERM or Ctrl-C sends what is queued, removes what was made and exits; a second one exits
-    at once. SIGHUP reads the route file again, SIGUSR1 logs the state.
+    SIGTERM or Ctrl-C sends the queued packets, removes the device and the sockets, and exits; a
+    second one exits at once. SIGHUP loads the route file again, SIGUSR1 logs the counters.
     """
     logs.start(verbose)
     for number in (signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they mean nothing yet, least of all death
+        signal.signal(number, signal.SIG_IGN)  # ignored until the forwarder runs
+    chosen = instance_of(ctx)
     try:
-        _run(_config(values, wait_for))
+        config = _config(chosen, values, wait_for)
+        with _locked(chosen):
+            _run(config)
     except (UdptunError, OSError, ImportError) as exc:
         if verbose >= 2:
             log.error("stopped by an error", exc_info=exc)
@@ -137,18 +149,35 @@ def forward(verbose: int, wait_for: Path | None, **values: Any) -> None:
         raise failure_of(exc) from exc
 
 
-def _config(values: dict[str, Any], told_by: Path | None) -> ForwarderConfig:
+def _config(
+    chosen: Instance, values: dict[str, Any], options_file: Path | None
+) -> ForwarderConfig:
     from ..forwarder import ForwarderConfig
 
     # the options are named for people and for UDPTUN_FORWARD_*, the fields for code
     for option, field in FIELDS.items():
         values[field] = values.pop(option)
+    values["tun"] = values["tun"] or chosen.tun
+    values["control"] = values["control"] or chosen.control_socket(runtime_directory())
     try:
         return ForwarderConfig(**values)
     except FieldError as exc:
         # its fields are named as the options are
-        where = f" (some options are from {told_by})" if told_by else ""
+        where = f" (some options are from {options_file})" if options_file else ""
         raise click.UsageError(f"--{exc}{where}") from exc
+
+
+@contextmanager
+def _locked(chosen: Instance) -> Iterator[None]:
+    """Hold the instance's lock. Without permission for its directory the forwarder runs unlocked:
+    a user with a persistent TUN device of their own needs no root."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(chosen.locked("forward", runtime_directory()))
+        except OSError as exc:
+            log.info("the instance %s is not locked, so a second forwarder with this name would not"
+                     " be refused: %s", chosen.name, exc)
+        yield
 
 
 def _run(config: ForwarderConfig) -> None:
@@ -174,7 +203,7 @@ async def _serve(config: ForwarderConfig) -> None:
     loop.add_signal_handler(signal.SIGUSR1, signals.log_state)
     async with forwarder:
         signals.started = True
-        # What is loaded by now stays: a collection that walks it would hold up the control API.
+        # All objects loaded so far stay: exempt them from collections, which stop the control API.
         gc.collect()
         gc.freeze()
         await forwarder.wait_stopped()
@@ -197,11 +226,11 @@ class _Signals:
         self._forwarder.request_stop()
 
     def reload(self) -> None:
-        """Only once started: the start itself reads the route file."""
+        """Load the route file; ignored before the start is complete, which loads it anyway."""
         import asyncio
 
         if self._forwarder.config.routes_file is None:
-            log.info("SIGHUP: no route file was given, the routes stay as they are")
+            log.info("SIGHUP: no route file is configured, the routes stay as they are")
         elif self.started and not self._stopping:
             task = asyncio.get_running_loop().create_task(self._reload())
             self._reloads.add(task)

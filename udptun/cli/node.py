@@ -29,7 +29,7 @@ from . import logs
 from .forward import tun_name
 from .goflags import Bool, Collected, GoCommand, Int, Level
 from .lazy import Failure, failure_of
-from .options import Parsed, named_socket
+from .options import Parsed, named_socket, remember
 
 log = logging.getLogger("udptun")
 
@@ -168,7 +168,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
       help="Directory for state that restarts need.  [default: $STATE_DIRECTORY or "
            f"{STOCK.state_dir}]")
 @flag("--instance", type=Parsed("name", Instance), default=DEFAULT_INSTANCE, show_default=True,
-      envvar=["UDPTUN_NODE_INSTANCE", "UDPTUN_INSTANCE"], metavar="NAME",
+      envvar=["UDPTUN_NODE_INSTANCE", "UDPTUN_INSTANCE"], metavar="NAME", callback=remember,
       help="Names the devices, files, sockets and nftables tables of this node, so that several "
            "overlays can run on one host. Other defaults shown here are those of the instance "
            f"{DEFAULT_INSTANCE}.")

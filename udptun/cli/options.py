@@ -1,6 +1,6 @@
-"""Options that several commands share, and how values and results are put.
+"""Options that several commands share, and how values are parsed and results printed.
 
-Refuses to know any single command. Imports nothing that a client command could do without.
+Does not depend on any single command. Imports nothing that a client command does not need.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ..control.protocol import DEFAULT_SOCKET
 from ..errors import FieldError
@@ -18,57 +19,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ..control.client import ControlClient
+    from ..instance import Instance
     from ..model import Endpoint
 
     _ParamType = click.ParamType[Any]
 else:
-    _ParamType = click.ParamType  # no generic before click 8.2
+    _ParamType = click.ParamType  # not generic before click 8.2
 
-__all__ = ["DEFAULT_SOCKET", "LISTEN", "Parsed", "client", "echo_json", "echo_table",
-           "named_socket", "no_headers", "output", "socket"]
+__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_json", "echo_table",
+           "instance", "instance_of", "named_socket", "no_headers", "output", "remember", "socket"]
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
-output = click.option(
-    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True,
-    help="How to print.",
-)
-no_headers = click.option("--no-headers", is_flag=True, help="Leave out the table's first line.")
-
-
-def socket(command: Decorated) -> Decorated:
-    """``--socket`` after the command's name, where people look for it."""
-    option = click.option(
-        "--socket", "socket", metavar="PATH", expose_value=False, callback=_remember_socket,
-        help="Where the forwarder answers.  [env var: UDPTUN_SOCKET]",
-    )
-    return option(command)
-
-
-def _remember_socket(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        ctx.find_root().params["socket"] = value
-
-
-def named_socket(ctx: click.Context) -> Path | None:
-    """Return the socket that --socket or UDPTUN_SOCKET names; None: neither is given."""
-    root = ctx.find_root()
-    path = root.params["socket"]
-    if root.get_parameter_source("socket") is click.core.ParameterSource.DEFAULT \
-            and path == DEFAULT_SOCKET:
-        return None
-    return Path(path)
-
-
-def client(ctx: click.Context) -> ControlClient:
-    """A client for the socket that was named, closed at the end of the command."""
-    from ..control.client import ControlClient
-
-    return ctx.with_resource(ControlClient(ctx.find_root().params["socket"]))
+# Strongest first; after these the default.
+SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 
 
 class Parsed(_ParamType):
-    """A value checked by one of the model's parsers, which raise FieldError."""
+    """A value checked by a parser that raises FieldError."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:
         self.name = name
@@ -95,6 +63,100 @@ def _listen(text: str) -> Endpoint:
 LISTEN = Parsed("address[:port]", _listen)
 
 
+def _instance(text: str) -> Instance:
+    from ..instance import Instance
+
+    return Instance(text)
+
+
+INSTANCE = Parsed("name", _instance)
+
+output = click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True,
+    help="Output format.",
+)
+no_headers = click.option("--no-headers", is_flag=True, help="Omit the header line of the table.")
+
+
+# The control socket, and the instance that it belongs to. Both options can stand before and after
+# the command's name: the values are kept with the top command, and the strongest source wins.
+
+
+def _rank(source: ParameterSource | None) -> int:
+    return SOURCES.index(source) if source in SOURCES else len(SOURCES)
+
+
+def remember(ctx: click.Context, param: click.Parameter, value: object) -> object:
+    """Callback of ``--socket`` and ``--instance``: return the value of the strongest source."""
+    assert param.name is not None
+    root, source = ctx.find_root(), ctx.get_parameter_source(param.name)
+    stronger = _rank(source) <= _rank(root.get_parameter_source(param.name))
+    if value is not None and source is not None and stronger:
+        root.params[param.name] = value
+        root.set_parameter_source(param.name, source)
+    return root.params.get(param.name)
+
+
+def instance(command: Decorated) -> Decorated:
+    """``--instance`` after the command's name."""
+    option = click.option(
+        "--instance", type=INSTANCE, expose_value=False, callback=remember,
+        help="Instance of udptun on this host; selects the defaults of all names.  "
+             "[env var: UDPTUN_INSTANCE; default: udptun]",
+    )
+    return option(command)
+
+
+def socket(command: Decorated) -> Decorated:
+    """``--socket`` after the command's name."""
+    option = click.option(
+        "--socket", metavar="PATH", expose_value=False, callback=remember,
+        help="Control socket of the forwarder.  "
+             "[env var: UDPTUN_SOCKET; default: that of the instance]",
+    )
+    return option(command)
+
+
+def connection(command: Decorated) -> Decorated:
+    """``--socket`` and ``--instance`` after the name of a client command."""
+    return socket(instance(command))
+
+
+def instance_of(ctx: click.Context) -> Instance:
+    from ..instance import Instance
+
+    chosen: Instance | None = ctx.find_root().params.get("instance")
+    return chosen or Instance()
+
+
+def named_socket(ctx: click.Context) -> Path | None:
+    """Return the socket that --socket or UDPTUN_SOCKET names; None: that of the instance.
+
+    An instance on the command line takes precedence over a socket in the environment.
+    """
+    root = ctx.find_root()
+    by_instance, by_socket = (
+        _rank(root.get_parameter_source(name)) for name in ("instance", "socket")
+    )
+    path: str | None = root.params.get("socket")
+    return None if path is None or by_socket > by_instance else Path(path)
+
+
+def _control_path(ctx: click.Context) -> str:
+    if (path := named_socket(ctx)) is not None:
+        return str(path)
+    if ctx.find_root().params.get("instance") is None:
+        return DEFAULT_SOCKET  # without the import of the instance's names
+    return str(instance_of(ctx).control_socket())
+
+
+def client(ctx: click.Context) -> ControlClient:
+    """Return a client for the chosen socket, closed at the end of the command."""
+    from ..control.client import ControlClient
+
+    return ctx.with_resource(ControlClient(_control_path(ctx)))
+
+
 def echo_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
@@ -102,7 +164,8 @@ def echo_json(value: object) -> None:
 def echo_table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], hide_headers: bool = False
 ) -> None:
-    """Columns as wide as they need, two blanks apart; numbers to the right, None as ``-``."""
+    """Print columns as wide as their content, two blanks apart; numbers aligned to the right,
+    None as ``-``."""
     body = list(rows)
     numeric = [
         bool(body) and all(isinstance(row[i], int | None) for row in body)

@@ -10,7 +10,7 @@ import click
 
 from ..errors import ControlError, FieldError
 from .lazy import Failure
-from .options import client, echo_json, echo_table, no_headers, output, socket
+from .options import client, connection, echo_json, echo_table, no_headers, output
 
 if TYPE_CHECKING:
     from ..model import Route
@@ -29,7 +29,7 @@ def route() -> None:
 @route.command("list")
 @output
 @no_headers
-@socket
+@connection
 @click.pass_context
 def list_(ctx: click.Context, output: str, no_headers: bool) -> None:
     """List the routes."""
@@ -44,7 +44,7 @@ def list_(ctx: click.Context, output: str, no_headers: bool) -> None:
 
 @route.command()
 @click.argument("words", nargs=-1, required=True, metavar=WORDS)
-@socket
+@connection
 @click.pass_context
 def add(ctx: click.Context, words: tuple[str, ...]) -> None:
     """Add a route.
@@ -63,7 +63,7 @@ def add(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 @route.command()
 @click.argument("words", nargs=-1, required=True, metavar=WORDS)
-@socket
+@connection
 @click.pass_context
 def replace(ctx: click.Context, words: tuple[str, ...]) -> None:
     """Add a route, or change the one to the same prefix."""
@@ -72,7 +72,7 @@ def replace(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 @route.command("del")
 @click.argument("dst")
-@socket
+@connection
 @click.pass_context
 def delete(ctx: click.Context, dst: str) -> None:
     """Delete the route to DST. Succeeds if there is none."""
@@ -88,7 +88,7 @@ def delete(ctx: click.Context, dst: str) -> None:
 @route.command()
 @click.argument("file")
 @output
-@socket
+@connection
 @click.pass_context
 def sync(ctx: click.Context, file: str, output: str) -> None:
     """Replace all routes by those in FILE (- for standard input), in one step.

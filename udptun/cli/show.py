@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from ..errors import ControlError
-from .options import client, echo_json, echo_table, no_headers, output, socket
+from .options import client, connection, echo_json, echo_table, no_headers, output
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @click.command()
 @output
-@socket
+@connection
 @click.pass_context
 def status(ctx: click.Context, output: str) -> None:
     """Show the device, its peers and the packet counts."""
@@ -32,7 +32,7 @@ def status(ctx: click.Context, output: str) -> None:
 @no_headers
 @click.option("--all", "show_all", is_flag=True, help="Show reasons without a drop, too.")
 @click.option("--explain", is_flag=True, help="Explain every reason; asks no forwarder.")
-@socket
+@connection
 @click.pass_context
 def drops(
     ctx: click.Context, output: str, no_headers: bool, show_all: bool, explain: bool
@@ -64,7 +64,7 @@ def drops(
 @click.command()
 @click.argument("address")
 @output
-@socket
+@connection
 @click.pass_context
 def trace(ctx: click.Context, address: str, output: str) -> None:
     """Show which route, peer and MTU a packet to ADDRESS gets, or why it would be dropped."""
@@ -96,7 +96,7 @@ def trace(ctx: click.Context, address: str, output: str) -> None:
 @click.command()
 @click.option("-w", "--watch", is_flag=True, help="Wait for what is to come, until Ctrl-C.")
 @output
-@socket
+@connection
 @click.pass_context
 def events(ctx: click.Context, watch: bool, output: str) -> None:
     """Show the latest events, or with -w those to come.

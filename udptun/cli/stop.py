@@ -2,11 +2,11 @@
 
 import click
 
-from .options import client, socket
+from .options import client, connection
 
 
 @click.command()
-@socket
+@connection
 @click.pass_context
 def stop(ctx: click.Context) -> None:
     """Stop the forwarder: it sends what it has, removes what it made and exits.

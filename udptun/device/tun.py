@@ -16,13 +16,13 @@ import struct
 from dataclasses import dataclass, field
 
 from ..errors import DeviceError, FieldError
+from ..instance import MAX_DEVICE_NAME
 from .fault import device_error
 from .offload import ASKED, OffloadRequest
 
 log = logging.getLogger(__name__)
 
 DEVICE = "/dev/net/tun"
-IFNAMSIZ = 16  # linux/if.h, with the closing zero
 
 # linux/if_tun.h
 TUNSETIFF = 0x400454CA
@@ -159,14 +159,15 @@ class Tun:
 
 
 def check_name(name: str) -> None:
-    """Raise FieldError unless the kernel takes ``name`` for a device (net/core/dev.c)."""
-    encoded = os.fsencode(name)
+    """Raise FieldError unless ``name`` is a device name: one that the kernel takes (net/core/dev.c
+    dev_valid_name) and that is safe to print."""
     if (
-        not 0 < len(encoded) < IFNAMSIZ
+        not 0 < len(os.fsencode(name)) <= MAX_DEVICE_NAME
         or name in (".", "..")
         or any(char in "/:\0" or char.isspace() for char in name)
+        or not name.isprintable()
     ):
-        raise FieldError("tun", name, f"a device name of 1 to {IFNAMSIZ - 1} bytes, without "
+        raise FieldError("tun", name, f"a device name of 1 to {MAX_DEVICE_NAME} bytes, without "
                                       "blanks, '/' and ':'")
 
 

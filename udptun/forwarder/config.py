@@ -1,17 +1,18 @@
-"""What a forwarder is told at start. Frozen; what contradicts itself is refused here, by field."""
+"""The configuration of a forwarder. Frozen; values that contradict each other are refused here, by
+field."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..device.offload import OffloadRequest
 from ..errors import FieldError
-from ..model import MIN_MTU6, Endpoint, IPAddress, IPNetwork
+from ..instance import Instance
+from ..model import MIN_MTU6, SOURCE_CHECKS, Endpoint, IPAddress, IPNetwork
 
-SOURCE_CHECKS = ("strict", "peer", "off")
 MIN_TUN_MTU = 576  # RFC 791: every host takes datagrams of 576 octets
 MAX_TUN_MTU = 65535
 MAX_WORKERS = 64
@@ -21,19 +22,19 @@ MAX_WORKERS = 64
 class ForwarderConfig:
     """One forwarder.
 
-    listen        underlay endpoints, one per family at most, at least one
-    addresses     of the TUN, one per family at most; each becomes a /32 or /128
-    networks      overlay prefixes that get a route through the TUN
-    mtu           of the TUN in bytes; None: the underlay's less the outer headers
-    workers       threads; None: as many as help on this machine
-    control       the Unix socket of the control API; None: no such socket
-    routes_file   read at start and on ``reload``; ``DST via IP [port P] [mtu M]`` a line
-    state_file    the table in force is kept here, and read in preference to routes_file
-    flannel_*     where flannel's 20-byte control messages come from
+    listen        underlay endpoints, at least one, at most one per family
+    addresses     of the TUN, at most one per family; each is set as a /32 or /128
+    networks      overlay prefixes that are routed through the TUN
+    mtu           of the TUN in bytes; None: the underlay's MTU minus the outer headers
+    workers       threads; None: as many as this machine can use
+    control       Unix socket of the control API; None: no control API
+    routes_file   read at start and on ``reload``; one ``DST via IP [port P] [mtu M]`` per line
+    state_file    copy of the active table; takes precedence over routes_file at start
+    flannel_*     Unix socket or inherited descriptor for flannel's 20-byte control messages
     """
 
     listen: tuple[Endpoint, ...]
-    tun: str = "udptun0"
+    tun: str = Instance().tun
     addresses: tuple[IPAddress, ...] = ()
     networks: tuple[IPNetwork, ...] = ()
     control: Path | None = None
@@ -42,7 +43,7 @@ class ForwarderConfig:
     mtu: int | None = None
     workers: int | None = 1
     offload: OffloadRequest = field(default_factory=OffloadRequest)
-    source_check: str = "strict"
+    source_check: str = SOURCE_CHECKS[0]
     flannel_control: Path | None = None
     flannel_control_fd: int | None = None
 
@@ -58,7 +59,7 @@ class ForwarderConfig:
             if address.is_unspecified or address.is_multicast or address.is_loopback:
                 raise FieldError("address", str(address), "an address of the overlay")
         if self.source_check not in SOURCE_CHECKS:
-            raise FieldError("source-check", self.source_check, "strict, peer or off")
+            raise FieldError("source-check", self.source_check, _one_of(SOURCE_CHECKS))
         if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_TUN_MTU:
             raise FieldError("mtu", self.mtu, f"auto, or from {MIN_TUN_MTU} to {MAX_TUN_MTU}")
         if self.mtu is not None and self.mtu < MIN_MTU6 and any(
@@ -74,10 +75,14 @@ class ForwarderConfig:
 
     @property
     def workers_n(self) -> int:
-        """Half of the cores at most: the other half runs the kernel's side of the work."""
+        """For auto: half of the cores at most; the kernel's network code needs the other half."""
         if self.workers is not None:
             return self.workers
         return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _one_per_family(name: str, addresses: Iterable[IPAddress]) -> None:
