@@ -1,7 +1,7 @@
-"""Real etcd for the tests: one member or several, with TLS or users, to be killed and frozen.
+"""A real etcd for the tests: one or more members, with TLS or users; can be killed and frozen.
 
-The tests speak to it through its JSON gateway, so that what our client writes and reads is held
-against an encoding that is not ours.
+The tests access it through its JSON gateway, so that what our client writes and reads is compared
+with an independent encoding.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def b64(text):
 
 
 class Authority:
-    """A certificate authority, and certificates for 127.0.0.1 and for clients, as PEM files."""
+    """A CA, which issues certificates for 127.0.0.1 and for clients, as PEM files."""
 
     def __init__(self, folder: Path, name: str = "ca") -> None:
         self.folder = folder
@@ -50,7 +50,7 @@ class Authority:
                       "-keyout", self.cakey, "-out", self.cafile)
 
     def issue(self, name, extension="subjectAltName=IP:127.0.0.1"):
-        """(certificate file, key file)"""
+        """Return (certificate file, key file)."""
         cert, key, request = (self.folder / f"{name}.{kind}" for kind in ("pem", "key", "csr"))
         extensions = self.folder / f"{name}.ext"
         extensions.write_text(extension + "\n")
@@ -65,7 +65,7 @@ class Authority:
 
 
 class Etcd:
-    """One member. ``url`` is for the client under test, the gateway of the tests is beside it."""
+    """One member. ``url`` is for the client under test, ``gateway`` is for the tests."""
 
     def __init__(self, folder: Path, name="m0", ports=None, cluster=None, tls=()):
         client, self._gateway_port, peer = ports or free_ports(3)
@@ -110,7 +110,7 @@ class Etcd:
             self._process = None
 
     def wipe(self):
-        """All data gone, as after a disk was replaced. The member must be dead."""
+        """Delete all data, as when a disk is replaced. The member must not run."""
         shutil.rmtree(self.data)
 
     def freeze(self):
@@ -134,12 +134,12 @@ class Etcd:
                 raise AssertionError(f"{path}: {error.read().decode()}") from None
 
     async def put(self, key, value, ttl=None):
-        """Under the prefix; without ``ttl`` as an operator would, without a lease."""
+        """Write a key under the prefix; without ``ttl``, without a lease, as an operator does."""
         lease = 0 if ttl is None else (await self.ask("lease/grant", TTL=ttl))["ID"]
         await self.ask("kv/put", key=b64(f"{PREFIX}/{key}"), value=b64(value), lease=lease)
 
     async def put_many(self, values):
-        """{key: value} under the prefix, all with one lease; etcd takes 128 in a transaction."""
+        """Write {key: value} under the prefix with one lease; a transaction takes 128 puts."""
         lease = (await self.ask("lease/grant", TTL=5000))["ID"]
         puts = [{"request_put": {"key": b64(f"{PREFIX}/{key}"), "value": b64(value),
                                  "lease": lease}} for key, value in values.items()]
@@ -153,7 +153,7 @@ class Etcd:
         await self.ask("kv/deleterange", key=b64(f"{PREFIX}/{key}"))
 
     async def get(self, key):
-        """The record of one key: value as bytes, numbers as int; None if it is not there."""
+        """Return the record of a key: value as bytes, numbers as int; None if there is none."""
         kvs = (await self.ask("kv/range", key=b64(f"{PREFIX}/{key}"))).get("kvs")
         if not kvs:
             return None
@@ -180,7 +180,7 @@ class Etcd:
         await self.ask("kv/compaction", revision=revision, physical=True)
 
     async def enable_auth(self):
-        """root/secret, who may all, and flannel/pass, who may the prefix."""
+        """Create root/secret with all permissions, and flannel/pass for the prefix."""
         for user, password in (("root", "secret"), ("flannel", "pass")):
             await self.ask("auth/user/add", name=user, password=password)
             await self.ask("auth/role/add", name=user)
@@ -192,7 +192,7 @@ class Etcd:
         await self.log_in()
 
     async def forget_tokens(self):
-        """All that were given out are none from now on, after a restart too."""
+        """Invalidate all tokens permanently."""
         await self.ask("auth/disable")
         self.headers = {}
         await self.ask("auth/enable")
@@ -205,7 +205,7 @@ class Etcd:
 
 
 def cluster(folder, count):
-    """Members of one cluster, started."""
+    """Start the members of one cluster."""
     ports = [free_ports(3) for _ in range(count)]
     peers = ",".join(f"m{i}=http://127.0.0.1:{peer}" for i, (_, _, peer) in enumerate(ports))
     members = [Etcd(folder, f"m{i}", ports[i], peers) for i in range(count)]
@@ -217,7 +217,7 @@ def cluster(folder, count):
 
 
 class Relay:
-    """TCP between a client and a member, to be cut while the tests go on speaking to the member."""
+    """A TCP relay between a client and a member; cut() disconnects only the client."""
 
     def __init__(self, url):
         self._port_behind = int(url.rpartition(":")[2])

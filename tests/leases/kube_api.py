@@ -1,9 +1,9 @@
-"""A small Kubernetes API server over real HTTP: nodes, pods, and the refusals of the real one.
+"""A small Kubernetes API server over HTTP: nodes, pods, and the errors of the real server.
 
-Owns the exchanges of the API's concept pages, as far as a node agent meets them: tokens and client
-certificates, RBAC from a ClusterRole, lists in pages, watches with bookmarks, 410, strategic-merge
-patches of the status subresource, validation. It keeps one history of versions, as etcd does, and
-can forget it. Knows nothing of udptun. One asyncio loop, that of the test.
+Owns: the part of the API that a node agent uses: tokens and client certificates, RBAC from a
+ClusterRole, lists in pages, watches with bookmarks, 410, strategic-merge patches of the status
+subresource, validation. It has one history of versions, as etcd does, and can compact it. Does not
+know: udptun. Runs in the asyncio loop of the test.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _KEY = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-\w.]{0,61}[A
 
 
 class Refusal(Exception):
-    """A Status: what the server answers instead."""
+    """An error response of the server, a Status object."""
 
     def __init__(self, code, reason, message, **details):
         self.status = {
@@ -65,7 +65,7 @@ def expired(message="The provided continue parameter is too old to display a con
 
 
 def node(name, *pod_cidrs, annotations=None, conditions=(), **status):
-    """A Node as a kubelet and the node controller leave it."""
+    """Return a Node as created by a kubelet and the node controller."""
     spec = {"podCIDR": pod_cidrs[0], "podCIDRs": list(pod_cidrs)} if pod_cidrs else {}
     return {
         "apiVersion": "v1", "kind": "Node",
@@ -78,29 +78,29 @@ def node(name, *pod_cidrs, annotations=None, conditions=(), **status):
 
 
 class KubeApi:
-    """``async with KubeApi() as api``: listens on 127.0.0.1, at a port it keeps over restarts."""
+    """``async with KubeApi() as api``: listens on 127.0.0.1; the port stays the same."""
 
     def __init__(self, tls=None, port=0):
         self._tls = tls
         self.port = port
         self._versions = itertools.count(1000)
         self.version = next(self._versions)
-        self.compacted = self.version  # what refers to before it is answered with 410
+        self.compacted = self.version  # requests for an older version get 410
         self.nodes, self.pods = {}, {}
         self.history = []  # (version, type, object, object before)
-        self.users = {ADMIN: ("admin", None)}  # token -> (user, rules; None: all is allowed)
+        self.users = {ADMIN: ("admin", None)}  # token -> (user, rules; None: no restriction)
         self.requests = []  # (method, path with query, user) of every request
         self.bookmark_seconds = 60.0
         self.gone_as_event = True  # 410 of a watch: an ERROR event, or the HTTP status
         self.refuse_next = []  # a Refusal or None for each next request of users with rules
-        self.answering = asyncio.Event()  # cleared: requests are taken and left without an answer
+        self.answering = asyncio.Event()  # cleared: requests get no response
         self.answering.set()
         self.on_page = None  # called after each page of a list but the last
-        self._news = asyncio.Condition()
+        self._changed = asyncio.Condition()
         self._watches = {}  # task -> request
         self._runner = None
 
-    # the process
+    # The server
 
     @property
     def url(self):
@@ -124,7 +124,7 @@ class KubeApi:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self):
-        """As a kill would: connections end in the middle of what they were doing."""
+        """Close all connections at once, as when the server is killed."""
         await self.cut_watches()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -139,7 +139,7 @@ class KubeApi:
         await self.stop()
 
     async def cut_watches(self):
-        """Their connections are lost."""
+        """Break the connections of all watches."""
         for task, request in list(self._watches.items()):
             if request.transport is not None:
                 request.transport.abort()
@@ -151,21 +151,21 @@ class KubeApi:
     def watches_n(self):
         return len(self._watches)
 
-    # what the cluster does
+    # Changes in the cluster
 
     def allow(self, token, user, rules):
-        """A token for a user who may do what ``rules`` of a ClusterRole say."""
+        """Add a token of a user with the permissions in ``rules`` of a ClusterRole."""
         self.users[token] = (user, rules)
 
     def expire(self, token):
         del self.users[token]
 
     def compact(self):
-        """Forget how things came to be as they are; watches that are there are told all."""
+        """Delete the history; present watches still get all events."""
         self.compacted = self.version
 
     async def put(self, new):
-        """Create or replace a node; there is a new version of it if it differs."""
+        """Create or replace a node; it gets a new version if it differs."""
         name = new["metadata"]["name"]
         old = self.nodes.get(name)
         meta = {
@@ -175,12 +175,12 @@ class KubeApi:
         meta.pop("resourceVersion", None)
         new = {**copy.deepcopy(new), "metadata": meta}
         if old is not None and _unversioned(old) == new:
-            return old  # the real server does not write what is there already
+            return old  # the real server does not write an unchanged object
         self.version = next(self._versions)
         meta["resourceVersion"] = str(self.version)
         self.nodes[name] = new
         self.history.append((self.version, "ADDED" if old is None else "MODIFIED", new, old))
-        await self._tell()
+        await self._notify()
         return new
 
     async def annotate(self, name, **changes):
@@ -201,19 +201,19 @@ class KubeApi:
         gone = copy.deepcopy(old)
         gone["metadata"]["resourceVersion"] = str(self.version)
         self.history.append((self.version, "DELETED", gone, old))
-        await self._tell()
+        await self._notify()
 
     async def pass_over(self, n=1):
-        """Versions go by with things that are no nodes."""
+        """Increase the version, as for changes of other objects than nodes."""
         for _ in range(n):
             self.version = next(self._versions)
-        await self._tell()
+        await self._notify()
 
-    async def _tell(self):
-        async with self._news:
-            self._news.notify_all()
+    async def _notify(self):
+        async with self._changed:
+            self._changed.notify_all()
 
-    # every request
+    # All requests
 
     @web.middleware
     async def _every(self, request, handler):
@@ -241,7 +241,7 @@ class KubeApi:
         if scheme == "Basic" and base64.b64decode(token).decode() in self.users:
             return self.users[base64.b64decode(token).decode()]
         peer = request.transport.get_extra_info("peercert")
-        if peer:  # system:masters, as the client certificate of a kubeadm admin says
+        if peer:  # system:masters, as in kubeadm's admin certificate
             return dict(entry[0] for entry in peer["subject"])["commonName"], None
         self.requests.append((request.method, str(request.rel_url), None))
         raise Refusal(401, "Unauthorized", "Unauthorized")
@@ -269,7 +269,7 @@ class KubeApi:
             f'API group "" {where}', name=info.get("name", ""), kind=resource,
         )
 
-    # reading
+    # Read
 
     async def _get(self, request):
         name = request.match_info["name"]
@@ -323,7 +323,7 @@ class KubeApi:
             {"kind": "NodeList", "apiVersion": "v1", "metadata": metadata, "items": items})
 
     def _at(self, version):
-        """All nodes as they were: what came later is undone, last first."""
+        """Return all nodes at a version: undo the later changes, last first."""
         there = dict(self.nodes)
         for when, _, new, old in reversed(self.history):
             if when <= version:
@@ -336,7 +336,7 @@ class KubeApi:
         return there
 
     def _known(self, text):
-        """The number of a resourceVersion that the server can have given out."""
+        """Parse a resourceVersion; refuse one that this server cannot have issued."""
         if text in ("", "0"):
             return 0
         if not text.isdigit():
@@ -374,7 +374,7 @@ class KubeApi:
             del self._watches[asyncio.current_task()]
 
     async def _stream(self, response, start, selected, bookmarks):
-        if not start:  # the state of the moment, as if it had all just come
+        if not start:  # the present state as ADDED events
             start = self.version
             for name in sorted(self.nodes):
                 if selected(name):
@@ -388,10 +388,10 @@ class KubeApi:
             for _, kind, new, _ in fresh:
                 if selected(new["metadata"]["name"]):
                     await _line(response, kind, new)
-            async with self._news:
+            async with self._changed:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(due):
-                        await self._news.wait_for(lambda at=start: self.version > at)
+                        await self._changed.wait_for(lambda at=start: self.version > at)
             if loop.time() >= due:
                 due = loop.time() + self.bookmark_seconds
                 if bookmarks and start == self.version:
@@ -401,7 +401,7 @@ class KubeApi:
                         "spec": {}, "status": {"daemonEndpoints": {"kubeletEndpoint": {"Port": 0}}},
                     })
 
-    # writing
+    # Write
 
     async def _create(self, request):
         new = await _body(request)
@@ -425,7 +425,10 @@ class KubeApi:
         return await self._patched(request, "spec")
 
     async def _patched(self, request, untouched):
-        """``untouched``: the half of the object that this way of writing leaves as it is."""
+        """Apply a patch.
+
+        untouched  the part of the object that this request cannot change
+        """
         name = request.match_info["name"]
         kind = request.content_type
         if kind not in _PATCHES:
@@ -496,7 +499,7 @@ def _selector(request):
 
 
 def _merge(old, patch, strategic, path=""):
-    """RFC 7386; strategic: lists of conditions are merged by their type."""
+    """Merge as in RFC 7386; strategic: conditions are merged by their type."""
     merged = copy.deepcopy(old) if isinstance(old, dict) else {}
     for key, value in patch.items():
         where = f"{path}.{key}"
@@ -542,7 +545,7 @@ def _validate(new, old):
 
 
 def server_tls(certificate, key, client_authority=None):
-    """TLS for the server; with an authority, clients may show a certificate of it."""
+    """Return the TLS context of the server; with a CA, clients can present its certificates."""
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
     if client_authority is not None:

@@ -1,7 +1,7 @@
-"""A cluster for the tests of the Kubernetes source: the small server, or one that is given.
+"""A cluster for the tests of the Kubernetes source: the small server, or a real one.
 
-Owns the way in: an administrator's calls over HTTP, and the files a node agent is given. The real
-kube-apiserver is at KUBE_APISERVER_URL, and KUBE_APISERVER_TOKEN is an administrator's there.
+Owns: an administrator's requests over HTTP, and the files of a node agent. KUBE_APISERVER_URL is
+the address of a real kube-apiserver, KUBE_APISERVER_TOKEN an administrator's token there.
 """
 
 import json
@@ -31,25 +31,25 @@ SERVERS = [
 
 
 def deployed_rules():
-    """What deploy/ allows the node daemon."""
+    """Return the rules of the node daemon's role in deploy/."""
     documents = yaml.safe_load_all((DEPLOY / "rbac.yaml").read_text())
     return next(d["rules"] for d in documents if d["kind"] == "ClusterRole")
 
 
 def flannel(**last_parts):
-    """Annotations by their last part: flannel(public_ip="192.0.2.1")."""
+    """Return annotations by their last part: flannel(public_ip="192.0.2.1")."""
     return {PREFIX + key.replace("_", "-"): value for key, value in last_parts.items()}
 
 
 def member(name, address, *pod_cidrs, **more):
-    """A node on which flannel's UDP backend runs."""
-    says = {"kube_subnet_manager": "true", "backend_type": "", "backend_data": "null",
+    """Return a node with the annotations of flannel's UDP backend."""
+    published = {"kube_subnet_manager": "true", "backend_type": "", "backend_data": "null",
             "public_ip": address, **more}
-    return node(name, *pod_cidrs, annotations=flannel(**says))
+    return node(name, *pod_cidrs, annotations=flannel(**published))
 
 
 class Cluster:
-    """An administrator of an API server. Names of nodes are its own, and go when it goes."""
+    """An administrator of an API server. Its nodes have a prefix, and are deleted at the end."""
 
     def __init__(self, url, token, directory, small=None):
         self.url, self.token, self.directory, self.small = url, token, directory, small
@@ -91,7 +91,7 @@ class Cluster:
         return (await self.call("GET", f"/api/v1/nodes/{self.name(short)}")).json()
 
     async def annotations(self, short):
-        """Those of flannel, by their last part."""
+        """Return flannel's annotations by their last part."""
         there = (await self.get(short))["metadata"].get("annotations", {})
         return {k.removeprefix(PREFIX): v for k, v in there.items() if k.startswith(PREFIX)}
 
@@ -100,7 +100,7 @@ class Cluster:
         return next((c for c in conditions if c["type"] == "NetworkUnavailable"), None)
 
     def config(self, me="n1", net_conf=None, token=None, **options):
-        """For a node agent, with a kubeconfig of its own."""
+        """Return the configuration of a node agent, with a kubeconfig of its own."""
         (self.directory / "net-conf.json").write_text(json.dumps(net_conf or NET_CONF))
         (self.directory / "token").write_text(token or self.token)
         kubeconfig = {

@@ -1,4 +1,4 @@
-"""What a node advertises beyond flannel: written so that flannel passes over it, read warily."""
+"""The advert: its encoding, which flannel ignores, and the validation of a peer's advert."""
 
 import json
 
@@ -19,13 +19,13 @@ def read_data(data):
     return read(Attributes(backend_data=data))
 
 
-def test_on_its_own():
+def test_advert_without_backend_data():
     data = embed(None, Advert(8285, 1450))
     assert json.dumps(data) == '{"udptun": {"port": 8285, "mtu": 1450}}'
     assert read_data(data) == Advert(8285, 1450)
 
 
-def test_beside_what_flannel_writes():
+def test_advert_next_to_flannels_fields():
     data = embed(VTEP, Advert(8285))
     assert json.dumps(data) == (
         '{"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff", "udptun": {"port": 8285}}'
@@ -34,15 +34,15 @@ def test_beside_what_flannel_writes():
     assert "udptun" not in VTEP
 
 
-def test_a_new_one_replaces_the_old_one():
+def test_a_new_advert_replaces_the_old_one():
     assert embed(embed(VTEP, Advert(1)), Advert(2)) == embed(VTEP, Advert(2))
 
 
-def test_what_the_extension_backend_carries_as_a_string():
+def test_backend_data_that_is_a_string():
     assert read_data(json.dumps(embed(None, Advert(9000, 1400)))) == Advert(9000, 1400)
 
 
-def test_a_later_version_may_say_more():
+def test_unknown_keys_are_ignored():
     assert read_data({"udptun": {"port": 1, "mtu": None, "cipher": "x"}}) == Advert(1, None)
 
 
@@ -58,12 +58,12 @@ def test_a_later_version_may_say_more():
         {"udptun": {"port": 8285, "mtu": "1450"}}, {"udptun": {"port": 8285, "mtu": False}},
     ],
 )
-def test_what_cannot_be_used_is_none(data):
+def test_an_invalid_advert_is_none(data):
     assert read_data(data) is None
 
 
 @given(ANY_JSON, ANY_JSON, ANY_JSON)
-def test_no_peer_can_stop_us(data, port, mtu):
+def test_read_never_raises(data, port, mtu):
     for written in (data, {"udptun": data}, {"udptun": {"port": port, "mtu": mtu}}):
         advert = read_data(written)
         assert advert is None or (0 < advert.port < 65536 and (advert.mtu or 68) >= 68)

@@ -1,4 +1,4 @@
-"""The last known leases on disk: what is read is what was written, or nothing."""
+"""The cache of leases on disk: load returns what was written, or nothing."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ OWN = Lease(
     name="alpha",
     reserved=True,
 )
-# of the JSON values a peer may write, those that are easily taken for "nothing"
+# JSON values from peers that code can confuse with "absent"
 ODD = [
     Lease(f"10.5.{i}.0-24", Subnets(IPv4Network(f"10.5.{i}.0/24")), Attributes(backend_data=data))
     for i, data in enumerate((None, 0, False, "", [], {}, "\ud800"), start=2)
@@ -41,7 +41,7 @@ async def write(path, what):
     await file.aclose()
 
 
-async def test_what_was_kept_is_read_again(tmp_path):
+async def test_load_returns_what_was_written(tmp_path):
     path = tmp_path / "not" / "yet" / "leases.json"
     await write(path, known())
     assert LeaseCache(path).load(ETCD) == known()
@@ -50,7 +50,7 @@ async def test_what_was_kept_is_read_again(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["leases.json"]
 
 
-async def test_a_peer_whose_data_cannot_be_written_takes_no_other_with_it(tmp_path):
+async def test_a_lease_that_cannot_be_encoded_is_left_out_alone(tmp_path):
     nested = []
     for _ in range(5000):
         nested = [nested]
@@ -60,7 +60,7 @@ async def test_a_peer_whose_data_cannot_be_written_takes_no_other_with_it(tmp_pa
     assert LeaseCache(path).load(ETCD) == known()
 
 
-async def test_a_network_whose_subnets_the_store_gives(tmp_path):
+async def test_a_network_whose_subnets_the_store_assigns(tmp_path):
     path = tmp_path / "leases.json"
     network = NetConfig.parse('{"Network": "10.5.0.0/29", "SubnetLen": 99}', check_subnets=False)
     what = LastKnown("kubernetes", network, None, ())
@@ -68,11 +68,11 @@ async def test_a_network_whose_subnets_the_store_gives(tmp_path):
     assert LeaseCache(path).load("kubernetes") == what
 
 
-def test_nothing_was_kept(tmp_path):
+def test_no_file(tmp_path):
     assert LeaseCache(tmp_path / "leases.json").load(ETCD) is None
 
 
-async def test_another_store_says_nothing_of_this_one(tmp_path):
+async def test_the_state_of_another_store_is_not_used(tmp_path):
     path = tmp_path / "leases.json"
     await write(path, known())
     assert LeaseCache(path).load("kubernetes") is None
@@ -98,7 +98,7 @@ def _with(**fields):
         _with(leases=[5]), _with(lease="x"), _with(leases=[{"key": "k", "v4": "10.0.0.1/8"}]),
     ],
 )
-async def test_a_broken_file_is_set_aside_and_said(tmp_path, caplog, damage):
+async def test_an_invalid_file_is_renamed_and_logged(tmp_path, caplog, damage):
     path = tmp_path / "leases.json"
     await write(path, known())
     if isinstance(damage, bytes):
@@ -116,7 +116,7 @@ async def test_a_broken_file_is_set_aside_and_said(tmp_path, caplog, damage):
     assert LeaseCache(path).load(ETCD) == known()
 
 
-async def test_a_file_that_may_not_be_read_is_left_there(tmp_path, caplog):
+async def test_an_unreadable_file_is_not_renamed(tmp_path, caplog):
     path = tmp_path / "leases.json"
     path.mkdir()
     assert LeaseCache(path).load(ETCD) is None
@@ -124,7 +124,7 @@ async def test_a_file_that_may_not_be_read_is_left_there(tmp_path, caplog):
     assert "cannot be read" in caplog.text
 
 
-async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
+async def test_many_changes_are_one_write_of_the_last(tmp_path):
     path = tmp_path / "leases.json"
     file = LeaseCache(path, interval_s=0)
     written = []
@@ -138,7 +138,7 @@ async def test_many_changes_are_one_write_and_the_last_counts(tmp_path):
     assert LeaseCache(path).load(ETCD) == known(ODD[-1])
 
 
-async def test_after_a_quiet_time_there_is_no_pause(tmp_path):
+async def test_a_write_after_a_quiet_period_is_immediate(tmp_path):
     path = tmp_path / "leases.json"
     file = LeaseCache(path, interval_s=3600)
     file.keep(known())
@@ -149,8 +149,8 @@ async def test_after_a_quiet_time_there_is_no_pause(tmp_path):
     await file.aclose()
 
 
-async def test_a_pause_is_in_proportion_to_what_was_written(tmp_path, monkeypatch):
-    """None before the first write, and some before the next."""
+async def test_the_interval_is_proportional_to_the_duration_of_a_write(tmp_path, monkeypatch):
+    """No wait before the first write, one before the next."""
     path = tmp_path / "leases.json"
     pauses = []
 
@@ -170,7 +170,7 @@ async def test_a_pause_is_in_proportion_to_what_was_written(tmp_path, monkeypatc
     assert pauses[0] <= 0 < pauses[1] <= cache.MAX_INTERVAL_SECONDS
 
 
-async def test_what_comes_while_writing_is_written_too(tmp_path):
+async def test_a_change_during_a_write_is_written(tmp_path):
     path = tmp_path / "leases.json"
     file = LeaseCache(path, interval_s=0)
     loop = asyncio.get_running_loop()
@@ -190,7 +190,7 @@ async def test_what_comes_while_writing_is_written_too(tmp_path):
     await file.aclose()
 
 
-async def test_closing_writes_without_the_pause(tmp_path):
+async def test_closing_writes_without_waiting_for_the_interval(tmp_path):
     path = tmp_path / "leases.json"
     file = LeaseCache(path, interval_s=3600)
     file.keep(known(OWN))
@@ -200,10 +200,10 @@ async def test_closing_writes_without_the_pause(tmp_path):
     assert LeaseCache(path).load(ETCD) == known()
 
 
-async def test_a_disk_that_takes_nothing_is_said_once_and_tried_again(
+async def test_a_failed_write_is_logged_once_and_repeated(
     tmp_path, caplog, monkeypatch
 ):
-    """And what was there before is still whole."""
+    """The previous file stays complete."""
     path = tmp_path / "leases.json"
     await write(path, known(OWN))
     monkeypatch.setattr(cache, "RETRY_SECONDS", 0.01)

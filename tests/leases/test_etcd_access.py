@@ -1,4 +1,4 @@
-"""Who we are to a real etcd, and who it is to us: TLS, client certificates, user and password."""
+"""Authentication with a real etcd, in both directions: TLS, client certificates, users."""
 
 import contextlib
 import ipaddress
@@ -20,7 +20,7 @@ ME = Attributes(ipaddress.IPv4Address("192.0.2.1"))
 
 @pytest.fixture
 async def make():
-    """Makes sources; closes them."""
+    """Create sources; close them."""
     async with contextlib.AsyncExitStack() as stack:
         def make(etcd, **options):
             source = EtcdSource(EtcdConfig((etcd.url,), **options))
@@ -71,14 +71,14 @@ async def test_tls(tls_etcd, authority, make):
     await observer.close()
 
 
-async def test_a_server_of_another_authority_is_not_believed(tls_etcd, tmp_path, make):
+async def test_a_server_certificate_of_another_ca_is_rejected(tls_etcd, tmp_path, make):
     other = Authority(tmp_path, "other")
-    for options in ({"cafile": str(other.cafile)}, {}):  # and the system's authorities
+    for options in ({"cafile": str(other.cafile)}, {}):  # the second: the system's CAs
         with pytest.raises(StoreDown, match="etcd at"):
             await make(tls_etcd, **options).network()
 
 
-async def test_plain_text_to_a_tls_port_is_a_failure(tls_etcd, make):
+async def test_plain_text_to_a_tls_port_fails(tls_etcd, make):
     tls_etcd.url = tls_etcd.url.replace("https", "http")
     with pytest.raises(StoreDown):
         await make(tls_etcd).network()
@@ -94,7 +94,7 @@ async def test_client_certificates(mutual_etcd, authority, make):
 
 
 async def test_a_replaced_certificate_is_read_again(mutual_etcd, authority, tmp_path, make):
-    """The first is of an authority that the server does not know; then the file changes."""
+    """The server does not know the CA of the first certificate; then the file is replaced."""
     await mutual_etcd.put("config", CONFIG)
     (tmp_path / "other").mkdir()
     cert, key = Authority(tmp_path / "other").issue("node", "extendedKeyUsage=clientAuth")
@@ -107,7 +107,7 @@ async def test_a_replaced_certificate_is_read_again(mutual_etcd, authority, tmp_
     assert (await source.network()).network
 
 
-async def test_a_file_that_is_not_there_is_named(tls_etcd, make):
+async def test_a_missing_file_is_named(tls_etcd, make):
     with pytest.raises(StoreRefused, match="cannot read --etcd-cafile /nowhere"):
         await make(tls_etcd, cafile="/nowhere").network()
 
@@ -118,7 +118,7 @@ async def test_user_and_password(auth_etcd, make):
     observer = await Observer(source).ready()
     assert [*observer.leases] == [lease.key]
     await auth_etcd.put("subnets/10.5.200.0-24", '{"PublicIP":"192.0.2.9"}')
-    await until(lambda: "10.5.200.0-24" in observer.leases, "news")
+    await until(lambda: "10.5.200.0-24" in observer.leases, "the change")
     await observer.close()
 
 
@@ -128,37 +128,37 @@ async def test_user_and_password(auth_etcd, make):
     ({"username": "nobody", "password": "pass"}, "invalid user ID or password"),
     ({"username": "flannel", "password": "pass", "prefix": "/elsewhere"}, "permission denied"),
 ])
-async def test_a_refusal_says_why(auth_etcd, make, options, message):
+async def test_the_reason_of_a_refusal_is_reported(auth_etcd, make, options, message):
     source = make(auth_etcd, **options)
     with pytest.raises(StoreRefused, match=message):
         await source.network()
     observer = Observer(source)
-    await until(lambda: message in source.health.error, "the same of the watch")
+    await until(lambda: message in source.health.error, "the same error of the watch")
     assert not source.health.connected
     await observer.close()
 
 
-async def test_a_user_where_nobody_asks_for_one(tmp_path, make):
+async def test_a_user_on_a_store_without_authentication(tmp_path, make):
     etcd = Etcd(tmp_path).start()
     try:
         await etcd.put("config", CONFIG)
         source = make(etcd, username="flannel", password="pass")
         assert (await source.network()).network
-        await etcd.enable_auth()  # from now on somebody does
+        await etcd.enable_auth()  # needed from now on
         assert (await source.network()).network
     finally:
         etcd.kill()
 
 
-async def test_a_token_that_the_store_forgot(auth_etcd, make):
+async def test_an_invalidated_token_is_renewed(auth_etcd, make):
     source = make(auth_etcd, username="flannel", password="pass")
     await source.network()
     await auth_etcd.forget_tokens()
     assert (await source.network()).network
 
 
-async def test_a_token_that_the_store_forgot_stops_no_watch(auth_etcd, make):
-    """Nobody asks anything else meanwhile: the watch alone must find out."""
+async def test_a_watch_renews_an_invalidated_token(auth_etcd, make):
+    """There is no other request: the watch itself must detect it."""
     source = make(auth_etcd, username="flannel", password="pass")
     observer = await Observer(source).ready()
     await auth_etcd.forget_tokens()
@@ -168,19 +168,19 @@ async def test_a_token_that_the_store_forgot_stops_no_watch(auth_etcd, make):
     await until(lambda: source.health.connected, "the watch")
     await auth_etcd.log_in()
     await auth_etcd.put("subnets/10.5.200.0-24", '{"PublicIP":"192.0.2.9"}')
-    await until(lambda: "10.5.200.0-24" in observer.leases, "the watch to go on")
+    await until(lambda: "10.5.200.0-24" in observer.leases, "a change after the restart")
     assert source.health.relists_n == 0
     await observer.close()
 
 
-async def test_a_change_of_roles_does_not_stop_us(auth_etcd, make):
+async def test_a_token_older_than_a_change_of_roles_is_renewed(auth_etcd, make):
     source = make(auth_etcd, username="flannel", password="pass")
     await source.network()
-    await auth_etcd.ask("auth/role/add", name="another")  # each token is older than this now
+    await auth_etcd.ask("auth/role/add", name="another")  # newer than each token
     assert (await source.network()).network
 
 
-async def test_a_permission_that_is_taken_away_keeps_what_is_known(auth_etcd, make):
+async def test_a_revoked_permission_removes_no_lease(auth_etcd, make):
     source = make(auth_etcd, username="flannel", password="pass")
     lease = await source.acquire(ME, Subnets())
     observer = await Observer(source).ready()

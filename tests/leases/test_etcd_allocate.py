@@ -1,4 +1,4 @@
-"""The choice of a subnet, against a slow and obvious one."""
+"""The choice of a subnet, compared with a slow and simple implementation."""
 
 import ipaddress
 
@@ -23,8 +23,8 @@ def entry(subnet, last=None, lease_id=1):
     st.lists(st.tuples(st.integers(0, 255), st.integers(22, 32)), max_size=20),
     st.integers(24, 28), st.integers(1, 30),
 )
-def test_free_subnets_are_those_that_overlap_nothing(places, length, limit):
-    taken = [V4((0x0A050000 + place * 64, bits), strict=False) for place, bits in places]
+def test_free_subnets_overlap_no_used_one(used, length, limit):
+    taken = [V4((0x0A050000 + place * 64, bits), strict=False) for place, bits in used]
     low, high = 0x0A050000, 0x0A053F00
     size = 1 << (32 - length)
     slow = [base for base in range(low, high + 1, size)
@@ -32,7 +32,7 @@ def test_free_subnets_are_those_that_overlap_nothing(places, length, limit):
     assert free_subnets(low, high, size, taken, limit) == slow[:limit]
 
 
-def test_one_of_the_first_hundred_free_ones_is_drawn():
+def test_one_of_the_first_hundred_free_subnets_is_drawn():
     drawn_from = []
     subnets = choose(NETWORK, [entry("10.5.1.0/24")], Subnets(),
                      lambda bases: drawn_from.extend(bases) or bases[7])
@@ -41,7 +41,7 @@ def test_one_of_the_first_hundred_free_ones_is_drawn():
     assert subnets == Subnets(V4("10.5.9.0/24"))
 
 
-def test_what_is_taken_counts_whatever_its_value_says():
+def test_a_subnet_with_an_invalid_value_is_in_use():
     taken = [entry("10.5.1.0/24"), entry("10.5.2.0/23", 2), entry("10.5.4.128/25", 3, lease_id=0)]
     assert choose(NETWORK, taken, Subnets(), min) == Subnets(V4("10.5.5.0/24"))
 
@@ -66,15 +66,15 @@ def test_both_families_must_be_free():
         choose(network, [one, two], Subnets(), min)
 
 
-def test_which_of_our_leases_is_best():
-    mine = Attributes(ipaddress.IPv4Address("192.0.2.1"))
+def test_order_of_our_existing_leases():
+    own = Attributes(ipaddress.IPv4Address("192.0.2.1"))
     entries = [entry("10.5.1.0/24", 1), entry("10.5.2.0/24", 2), entry("10.5.3.0/24", 1),
                entry("10.5.4.0/24", 1, lease_id=0), entry("10.5.5.0/24")]
-    found = own_entries(entries, mine, Subnets(V4("10.5.3.0/24")))
+    found = own_entries(entries, own, Subnets(V4("10.5.3.0/24")))
     assert [one.key for one in found] == ["10.5.4.0/24", "10.5.3.0/24", "10.5.1.0/24"]
 
 
-def test_whose_lease_it_is():
+def test_same_node():
     v4, v6 = ipaddress.IPv4Address("192.0.2.1"), ipaddress.IPv6Address("2001:db8::1")
     assert same_node(Attributes(v4), Attributes(v4, v6))
     assert not same_node(Attributes(None, v6), Attributes(v4, v6))

@@ -1,4 +1,4 @@
-"""What an etcd source is told: flanneld's options, checked."""
+"""The configuration of the etcd source: flanneld's options and their validation."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_endpoints(url, address, secure):
     assert EtcdConfig((url,)).targets == ((address, secure),)
 
 
-def test_an_endpoint_without_a_scheme_is_secure_where_there_are_certificates():
+def test_an_endpoint_without_a_scheme_is_https_if_certificates_are_given():
     assert EtcdConfig(("192.0.2.1",), cafile="ca.pem").targets[0].secure
     assert not EtcdConfig(("http://192.0.2.1",), cafile="ca.pem").targets[0].secure
 
@@ -52,7 +52,7 @@ def test_an_endpoint_without_a_scheme_is_secure_where_there_are_certificates():
     ({"renew_margin_minutes": 1440}, "subnet-lease-renew-margin"),
     ({"ttl_seconds": 3600}, "subnet-lease-renew-margin"),
 ])
-def test_what_cannot_be_used_is_named(options, field):
+def test_an_invalid_option_is_named(options, field):
     with pytest.raises(FieldError) as caught:
         EtcdConfig(**options)
     assert caught.value.field == field
@@ -61,15 +61,15 @@ def test_what_cannot_be_used_is_named(options, field):
 @pytest.mark.parametrize(("prefix", "root"), [
     ("/a/b", "/a/b"), ("/a//b/", "/a/b"), ("a/b", "a/b"), ("//a", "/a"),
 ])
-def test_the_prefix_is_tidied_as_in_go(prefix, root):
+def test_the_prefix_is_cleaned_up_as_in_go(prefix, root):
     assert EtcdConfig(prefix=prefix).root == root
 
 
-def test_no_password_in_the_log():
+def test_repr_omits_the_password():
     assert "hidden" not in repr(EtcdConfig(username="me", password="hidden"))
 
 
-def test_the_configuration_alone_loads_nothing_heavy():
+def test_the_configuration_imports_nothing_heavy():
     script = "import udptun.leases.etcd.config, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
                             text=True).stdout.split()

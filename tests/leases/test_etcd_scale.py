@@ -1,4 +1,4 @@
-"""Five thousand leases in a real etcd: one snapshot, then single changes, in little memory."""
+"""Five thousand leases in a real etcd: the snapshot, one change, and the memory they take."""
 
 import json
 import subprocess
@@ -11,9 +11,9 @@ from tests.leases.etcd_server import Etcd, needs_etcd
 pytestmark = needs_etcd
 
 LEASES_N = 5000
-MEMORY_MAX_KIB = 70_000  # of the 80 MB that a whole daemon may have
+MEMORY_MAX_KIB = 70_000  # a complete daemon may use 80 MB
 
-# In a process of its own, whose memory is nobody else's.
+# Runs in a process of its own, so that only its own memory is measured.
 FOLLOW = """
 import asyncio, json, sys, time
 from udptun.leases.etcd.config import EtcdConfig

@@ -1,4 +1,4 @@
-"""flannel's keys and values: byte for byte what its Go code writes, and what it reads."""
+"""flannel's keys and values: encoding byte for byte as its Go code, and decoding."""
 
 import ipaddress
 
@@ -21,7 +21,7 @@ def subnets(v4, v6=None):
     ("10.5.52.0-24", subnets("10.5.52.0/24")),
     ("10.5.52.0-24&fc00:0:0:1::-64", subnets("10.5.52.0/24", "fc00:0:0:1::/64")),
     ("10.5.52.0-24&fc00::-64", subnets("10.5.52.0/24", "fc00::/64")),
-    # RFC 5952, as Go: the longest run of zeros, the first of two, never a single one
+    # RFC 5952, as in Go: shorten the longest run of zeros, the first of two, never a single 0
     ("10.5.0.0-16&fc00:0:1:0:1::-80", subnets("10.5.0.0/16", "fc00:0:1:0:1::/80")),
     ("10.5.0.0-16&fc00::1:0:0:1:0-112", subnets("10.5.0.0/16", "fc00:0:0:1:0:0:1:0/112")),
 ])
@@ -36,12 +36,12 @@ def test_keys(key, value):
     "10.5.52.0-24&fc00::1-64", "10.5.52.0-24&::-0", "10.5.52.0-24&fc00::-128", "fc00::-64",
     "010.5.52.0-24", "10.5.52.0-24\n", " 10.5.52.0-24", "x/10.5.52.0-24", "10.5.52.0-२",
 ])
-def test_a_wrong_key_is_named(key):
+def test_an_invalid_key_is_named(key):
     with pytest.raises(FieldError, match=r"^key: .*10\.5\.52\.0-24"):
         schema.read_key(key)
 
 
-def test_where_keys_stand():
+def test_prefixes_of_keys():
     assert schema.config_key("/coreos.com/network") == b"/coreos.com/network/config"
     assert schema.subnets_prefix("/coreos.com/network") == b"/coreos.com/network/subnets/"
 
@@ -58,7 +58,7 @@ def test_where_keys_stand():
      '"BackendData":{"udptun":{"port":8285,"mtu":1450}}}'),
     (Attributes(V4, None, "", {}, 0),
      '{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendData":{},"BackendV6Data":0}'),
-    # Go's encoder escapes these three, and two separators, and no other letter
+    # Go's encoder escapes these three and two separators, and no other character
     (Attributes(V4, None, "extension", "a<b>&\u2028\u2029 \"é\\"),
      '{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"extension",'
      '"BackendData":"a\\u003cb\\u003e\\u0026\\u2028\\u2029 \\"é\\\\"}'),
@@ -74,7 +74,7 @@ def test_values(attributes, value):
     ('{"PublicIP":"192.0.2.9","PublicIP":"192.0.2.1"}', Attributes(V4)),
     ('{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::1"}', Attributes(None, V6)),
 ])
-def test_values_are_read_as_go_reads_them(value, attributes):
+def test_values_are_decoded_as_in_go(value, attributes):
     assert schema.read_value(value.encode()) == attributes
 
 
@@ -88,7 +88,7 @@ def test_values_are_read_as_go_reads_them(value, attributes):
     (b'{"PublicIP":"192.0.2.1","PublicIPv6":"192.0.2.1"}', "PublicIPv6"),
     (b'{"PublicIP":"192.0.2.1","BackendType":7}', "BackendType"),
 ])
-def test_a_wrong_value_is_named_and_cut_short(value, field):
+def test_an_invalid_value_is_named_and_truncated(value, field):
     with pytest.raises(FieldError) as caught:
         schema.read_value(value)
     assert caught.value.field == field and len(str(caught.value)) < 300
@@ -104,7 +104,7 @@ def test_any_bytes_are_a_value_or_an_error(value):
 
 
 @given(st.ip_addresses(v=4), st.ip_addresses(v=6), st.integers(1, 31), st.integers(1, 127))
-def test_keys_come_back(v4, v6, length4, length6):
+def test_a_written_key_is_read_back(v4, v6, length4, length6):
     value = Subnets(ipaddress.IPv4Network((v4, length4), strict=False),
                     ipaddress.IPv6Network((v6, length6), strict=False))
     assert schema.read_key(schema.write_key(value)) == value

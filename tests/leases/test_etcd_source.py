@@ -1,4 +1,4 @@
-"""The etcd source against a real etcd: our own lease, from the first choice to taking it back."""
+"""The etcd source with a real etcd: acquire, renew, lose and get back our own lease."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ def etcd(tmp_path):
 
 @pytest.fixture
 async def make(etcd):
-    """Makes sources; closes them."""
+    """Create sources; close them."""
     async with contextlib.AsyncExitStack() as stack:
         def make(**options):
             draw = options.pop("draw", min)
@@ -60,7 +60,7 @@ async def make(etcd):
 
 @pytest.fixture
 async def holding():
-    """Holds a lease in a task of its own."""
+    """Hold a lease in a task of its own."""
     tasks = []
 
     def hold(source, lease):
@@ -82,7 +82,7 @@ async def test_network_is_read(etcd, make):
     assert str(network.network) == "10.5.0.0/16" and network.text == CONFIG
 
 
-async def test_network_that_is_not_there_may_come(make):
+async def test_a_missing_network_is_a_temporary_error(make):
     with pytest.raises(StoreDown, match=r"/coreos\.com/network/config does not exist"):
         await make().network()
 
@@ -90,7 +90,7 @@ async def test_network_that_is_not_there_may_come(make):
 @pytest.mark.parametrize("text", ["{", '{"Network": "10.5.0.0/33"}', b"\xff{}",
                                   '{"EnableIPv4": false, "EnableIPv6": true,'
                                   ' "IPv6Network": "fc00::/48"}'])
-async def test_network_that_is_wrong_says_where(etcd, make, text):
+async def test_an_invalid_network_names_the_key(etcd, make, text):
     await etcd.put("config", text)
     with pytest.raises(FieldError, match=r"etcd key /coreos\.com/network/config"):
         await make().network()
@@ -101,7 +101,7 @@ async def test_another_prefix(etcd, make):
     assert (await make(prefix="/other//net/").network()).subnet_len == 24
 
 
-async def test_nobody_there(etcd, make):
+async def test_no_member_answers(etcd, make):
     etcd.kill()
     source = make()
     with pytest.raises(StoreDown, match=r"etcd at 127\.0\.0\.1"):
@@ -109,9 +109,9 @@ async def test_nobody_there(etcd, make):
     assert source.health.errors_n == 1
 
 
-# Getting a lease
+# Acquire
 
-async def test_a_lease_is_what_flannel_writes(etcd, make):
+async def test_a_lease_is_written_as_flannel_does(etcd, make):
     await etcd.put("config", CONFIG)
     source = make()
     lease = await source.acquire(me(), NONE)
@@ -124,7 +124,7 @@ async def test_a_lease_is_what_flannel_writes(etcd, make):
     assert 86300 < source.health.lease_expires - time.time() <= 86400
 
 
-async def test_a_dual_stack_vxlan_lease_is_what_flannel_writes(etcd, make):
+async def test_a_dual_stack_vxlan_lease_is_written_as_flannel_does(etcd, make):
     await etcd.put("config", DUAL)
     attributes = Attributes(
         ipaddress.IPv4Address("192.0.2.1"), ipaddress.IPv6Address("2001:db8::1"), "vxlan",
@@ -150,14 +150,14 @@ async def test_a_lease_with_our_address_is_reused(etcd, make):
 
 
 @pytest.mark.parametrize("key", ["10.9.0.0-24", "10.5.77.0-25", "10.5.77.0-24&fc00:0:0:1::-64"])
-async def test_a_lease_with_our_address_that_does_not_fit_is_given_up(etcd, make, key):
+async def test_a_lease_with_our_address_that_does_not_fit_is_deleted(etcd, make, key):
     await etcd.put("config", CONFIG)
     await etcd.put(f"subnets/{key}", value_of(1), ttl=500)
     assert (await make().acquire(me(), NONE)).key == "10.5.1.0-24"
     assert await etcd.subnet_keys() == ["10.5.1.0-24"]
 
 
-async def test_a_reservation_with_our_address_is_used_and_stays_one(etcd, make, holding):
+async def test_a_reservation_with_our_address_is_used_and_stays_a_reservation(etcd, make, holding):
     await etcd.put("config", CONFIG)
     await etcd.put("subnets/10.5.50.0-24", value_of(1))
     await etcd.put("subnets/10.5.60.0-24", value_of(1), ttl=500)
@@ -166,19 +166,19 @@ async def test_a_reservation_with_our_address_is_used_and_stays_one(etcd, make, 
     assert lease.key == "10.5.50.0-24" and lease.reserved
     assert source.health.lease_expires is None
     holding(source, lease)
-    await etcd.put("subnets/10.5.50.0-24", value_of(1))  # the operator says it again
+    await etcd.put("subnets/10.5.50.0-24", value_of(1))  # the operator writes it again
 
-    async def ours_again():
+    async def our_attributes():
         return b"vxlan" in (await etcd.get("subnets/10.5.50.0-24"))["value"]
 
     observer = await Observer(source).ready()
-    await until(ours_again, "our attributes in the reservation")
+    await until(our_attributes, "our attributes in the reservation")
     assert (await etcd.get("subnets/10.5.50.0-24"))["lease"] == 0
     assert observer.leases["10.5.50.0-24"].reserved
     await observer.close()
 
 
-async def test_a_reservation_that_does_not_fit_is_left_alone(etcd, make):
+async def test_a_reservation_that_does_not_fit_is_not_changed(etcd, make):
     await etcd.put("config", CONFIG)
     await etcd.put("subnets/10.9.0.0-24", value_of(1))
     assert (await make().acquire(me(), NONE)).key == "10.5.1.0-24"
@@ -188,17 +188,17 @@ async def test_a_reservation_that_does_not_fit_is_left_alone(etcd, make):
 async def test_another_nodes_reservation_is_never_taken(etcd, make):
     await etcd.put("config", CONFIG)
     await etcd.put("subnets/10.5.1.0-24", value_of(9))
-    await etcd.put("subnets/10.5.2.0-24", "{}")  # unusable, and taken all the same
+    await etcd.put("subnets/10.5.2.0-24", "{}")  # invalid, but in use
     await etcd.put("subnets/10.5.3.128-25", value_of(8))
     lease = await make().acquire(me(), subnets("10.5.1.0/24"))
     assert lease.key == "10.5.4.0-24"
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(9).encode()
 
 
-async def test_the_former_subnet_is_had_again(etcd, make):
+async def test_the_former_subnet_is_assigned_again_if_possible(etcd, make):
     await etcd.put("config", CONFIG)
     assert (await make().acquire(me(), subnets("10.5.200.0/24"))).key == "10.5.200.0-24"
-    # taken by another, outside, of another length, of other families: another one
+    # in use, outside the network, another length, other families: another subnet is chosen
     for i, former in enumerate([
         subnets("10.5.200.0/24"), subnets("10.6.1.0/24"), subnets("10.5.1.0/25"),
         subnets("10.5.201.0/24", "fc00::/64"),
@@ -206,7 +206,7 @@ async def test_the_former_subnet_is_had_again(etcd, make):
         assert (await make().acquire(me(i + 1), former)).key == f"10.5.{i}.0-24"
 
 
-async def test_no_subnet_is_left(etcd, make):
+async def test_no_subnet_is_free(etcd, make):
     await etcd.put("config", '{"Network": "10.5.0.0/22", "SubnetLen": 24,'
                              ' "SubnetMin": "10.5.2.0", "SubnetMax": "10.5.3.0"}')
     for last in (1, 2):
@@ -215,8 +215,8 @@ async def test_no_subnet_is_left(etcd, make):
         await make().acquire(me(3), NONE)
 
 
-async def test_a_lost_race_is_tried_again(etcd, make):
-    """Ten nodes all want the first free subnet at once; each gets one, and nobody's grant stays."""
+async def test_a_lost_race_is_repeated(etcd, make):
+    """Ten nodes try the first free subnet at once. Each gets one, and no unused grant is left."""
     await etcd.put("config", CONFIG)
     sources = [make() for _ in range(10)]
     leases = await asyncio.gather(
@@ -229,7 +229,7 @@ async def test_a_lost_race_is_tried_again(etcd, make):
 
 
 async def test_acquire_again_with_other_attributes_keeps_the_subnet(etcd, make):
-    """The node's public address changed: nothing in the store but our key says whose it is."""
+    """Our public address changed: only we know that the key is ours."""
     await etcd.put("config", CONFIG)
     source = make()
     first = await source.acquire(me(1), NONE)
@@ -237,7 +237,7 @@ async def test_acquire_again_with_other_attributes_keeps_the_subnet(etcd, make):
     assert second.key == first.key and second.attributes == me(2)
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(2).encode()
     assert await etcd.subnet_keys() == ["10.5.1.0-24"]
-    assert len(await etcd.lease_ids()) == 1  # the first grant is given back
+    assert len(await etcd.lease_ids()) == 1  # the first grant is revoked
 
 
 async def test_no_other_network_is_touched(etcd, make):
@@ -250,7 +250,7 @@ async def test_no_other_network_is_touched(etcd, make):
     await observer.close()
 
 
-# Keeping it
+# Hold
 
 async def test_a_lease_is_renewed_before_it_ends(etcd, make, holding):
     await etcd.put("config", CONFIG)
@@ -262,27 +262,27 @@ async def test_a_lease_is_renewed_before_it_ends(etcd, make, holding):
 
     async def renewed_twice():
         record = await etcd.get("subnets/10.5.1.0-24")
-        assert record, "it ran out"
+        assert record, "it expired"
         return record["version"] >= 3
 
     await until(renewed_twice, "two renewals")
     assert first not in await etcd.lease_ids()
     assert source.health.lease == "held"
-    assert [batch[0].new.key for batch in observer.batches] == ["10.5.1.0-24"]  # no news
+    assert [batch[0].new.key for batch in observer.batches] == ["10.5.1.0-24"]
     await observer.close()
 
 
-async def test_a_node_that_is_gone_is_forgotten(etcd, make):
-    """Lease expiry on a fast clock: nobody renews, the lease ends, its peers hear of it."""
+async def test_the_lease_of_a_node_that_is_gone_expires(etcd, make):
+    """A short TTL without a renewal: the lease expires, and its peers see the removal."""
     await etcd.put("config", CONFIG)
     observer = await Observer(make()).ready()
     await make(ttl_seconds=1, renew_margin_minutes=0.01).acquire(me(), NONE)
     await until(lambda: observer.leases, "the lease")
-    await until(lambda: not observer.leases, "its end")
+    await until(lambda: not observer.leases, "the expiry")
     await observer.close()
 
 
-async def test_a_deleted_lease_is_taken_back(etcd, make, holding, caplog):
+async def test_a_deleted_lease_is_created_again(etcd, make, holding, caplog):
     await etcd.put("config", CONFIG)
     source = make()
     lease = await source.acquire(me(), subnets("10.5.50.0/24"))
@@ -295,9 +295,9 @@ async def test_a_deleted_lease_is_taken_back(etcd, make, holding, caplog):
         return record and record["value"] == value_of(1).encode() and record["lease"]
 
     await until(back, "our lease")
-    await until(lambda: source.health.lease == "held", "its health")
+    await until(lambda: source.health.lease == "held", "the health")
     assert "our lease 10.5.50.0/24 is lost" in caplog.text
-    await until(lambda: "10.5.50.0-24" in observer.leases, "the news")
+    await until(lambda: "10.5.50.0-24" in observer.leases, "the change")
     await observer.close()
 
 
@@ -309,12 +309,12 @@ async def test_a_deleted_reservation_becomes_a_lease(etcd, make, holding):
     observer = await Observer(source).ready()
     await etcd.delete("subnets/10.5.50.0-24")
     await until(lambda: "10.5.50.0-24" in observer.leases
-                and not observer.leases["10.5.50.0-24"].reserved, "a lease in its place")
+                and not observer.leases["10.5.50.0-24"].reserved, "a lease instead")
     assert (await etcd.ttl("subnets/10.5.50.0-24"))[1] == 86400
     await observer.close()
 
 
-async def test_a_lease_taken_by_another_is_loud_and_had_back_when_it_is_free(
+async def test_a_lease_taken_by_another_node_is_reported_and_created_again_when_free(
     etcd, make, holding, caplog
 ):
     await etcd.put("config", CONFIG)
@@ -329,13 +329,13 @@ async def test_a_lease_taken_by_another_is_loud_and_had_back_when_it_is_free(
                for record in caplog.records)
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(66).encode()
     await etcd.delete("subnets/10.5.1.0-24")
-    await until(lambda: source.health.lease == "held", "our lease back")
+    await until(lambda: source.health.lease == "held", "our lease")
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(1).encode()
     await observer.close()
 
 
-async def test_renewal_does_not_write_over_another(etcd, make, holding):
-    """The watch is silent (nobody follows): the compare alone must stop a renewal."""
+async def test_a_renewal_does_not_overwrite_another_nodes_lease(etcd, make, holding):
+    """There is no watch: the comparison in the transaction must stop the renewal."""
     await etcd.put("config", CONFIG)
     source = make(ttl_seconds=3, renew_margin_minutes=2 / 60)
     lease = await source.acquire(me(), NONE)
@@ -345,7 +345,7 @@ async def test_renewal_does_not_write_over_another(etcd, make, holding):
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(66).encode()
 
 
-async def test_a_key_of_ours_that_somebody_spoilt_is_mended(etcd, make, holding):
+async def test_an_invalid_value_in_our_key_is_replaced(etcd, make, holding):
     await etcd.put("config", CONFIG)
     source = make()
     lease = await source.acquire(me(), NONE)
@@ -353,16 +353,16 @@ async def test_a_key_of_ours_that_somebody_spoilt_is_mended(etcd, make, holding)
     holding(source, lease)
     await etcd.put("subnets/10.5.1.0-24", '{"PublicIP":"192.0', ttl=500)
 
-    async def mended():
+    async def restored():
         return (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(1).encode()
 
-    await until(mended, "our value")
-    await until(lambda: not source.health.skipped, "the follower to see it")
+    await until(restored, "our value")
+    await until(lambda: not source.health.skipped, "the watch to see it")
     await observer.close()
 
 
 async def test_hold_after_a_restart_that_could_not_acquire(etcd, make, holding):
-    """The store was down when the daemon started on what it knew: hold finds out the rest."""
+    """The daemon started with its cached lease while the store was down."""
     await etcd.put("config", CONFIG)
     lease = await make().acquire(me(), NONE)
     source = make()
@@ -373,14 +373,14 @@ async def test_hold_after_a_restart_that_could_not_acquire(etcd, make, holding):
     await until(lambda: "192.0.2.1" in other.health.lease_error, "the loss")
 
 
-async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, make, holding):
+async def test_a_lease_that_expires_in_an_outage_is_lost_and_created_again(etcd, make, holding):
     await etcd.put("config", CONFIG)
     source = make(ttl_seconds=2, renew_margin_minutes=1 / 60)
     lease = await source.acquire(me(), subnets("10.5.50.0/24"))
     observer = await Observer(source).ready()
     holding(source, lease)
     etcd.kill()
-    await until(lambda: source.health.lease == "lost", "the end of the lease")
+    await until(lambda: source.health.lease == "lost", "the expiry")
     assert "expired" in source.health.lease_error
     etcd.start()
     await until(lambda: source.health.lease == "held", "the lease")
@@ -388,15 +388,15 @@ async def test_a_lease_that_ran_out_in_an_outage_is_lost_and_taken_back(etcd, ma
     await observer.close()
 
 
-@pytest.mark.parametrize("ticks", range(4))
-async def test_hold_ends_when_it_is_told_to(etcd, make, ticks):
-    """At the moment of news too, wherever the loop stands with it."""
+@pytest.mark.parametrize("loop_turns", range(4))
+async def test_hold_ends_when_cancelled_during_a_change(etcd, make, loop_turns):
+    """In each turn of the loop in which the change can be handled."""
     await etcd.put("config", CONFIG)
     source = make()
     task = asyncio.create_task(source.hold(await source.acquire(me(), NONE)))
-    await until(lambda: source._keeper._check_now._waiters, "it to wait for news")
+    await until(lambda: source._keeper._check_now._waiters, "hold to wait")
     source._keeper.key_changed(None)
-    for _ in range(ticks):
+    for _ in range(loop_turns):
         await asyncio.sleep(0)
     task.cancel()
     done, _ = await asyncio.wait({task}, timeout=5)
@@ -404,8 +404,8 @@ async def test_hold_ends_when_it_is_told_to(etcd, make, ticks):
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
-async def test_a_write_whose_answer_is_lost(etcd, make, monkeypatch, times):
-    """Not written, written, written twice over: one subnet, one grant, and it is known as ours."""
+async def test_a_write_whose_response_is_lost(etcd, make, monkeypatch, times):
+    """Not written, written, written twice: one subnet, one grant, and we recognise our key."""
     await etcd.put("config", CONFIG)
     source = make()
     real, lost = Client.call, []
@@ -415,7 +415,7 @@ async def test_a_write_whose_answer_is_lost(etcd, make, monkeypatch, times):
             lost.append(request)
             for _ in range(times):
                 await real(client, method, request)
-            raise StoreDown("the answer is lost")
+            raise StoreDown("the response is lost")
         return await real(client, method, request)
 
     monkeypatch.setattr(Client, "call", call)
@@ -428,12 +428,12 @@ async def test_a_write_whose_answer_is_lost(etcd, make, monkeypatch, times):
     assert {(await etcd.get("subnets/10.5.1.0-24"))["lease"]} == await etcd.lease_ids()
 
 
-async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(
+async def test_two_daemons_with_the_same_address_back_off(
     etcd, make, holding, monkeypatch
 ):
-    """A mistake of the operator. Each writes what differs, and after each time makes a pause."""
-    paused = []
-    monkeypatch.setattr(Backoff, "next", lambda self: paused.append(self) or 0.02)
+    """A configuration error. Each overwrites the other's attributes, and backs off each time."""
+    backed_off = []
+    monkeypatch.setattr(Backoff, "next", lambda self: backed_off.append(self) or 0.02)
     await etcd.put("config", CONFIG)
     for backend_type in ("udp", "vxlan"):
         source = make()
@@ -443,9 +443,9 @@ async def test_two_daemons_with_one_address_do_not_fight_at_full_speed(
     async def version():
         return (await etcd.get("subnets/10.5.1.0-24"))["version"]
 
-    async def fought():
+    async def contested():
         return await version() > 12
 
-    await until(fought, "the fight")
-    assert len(paused) >= await version() - 4  # two first writes, two under way
+    await until(contested, "repeated overwriting")
+    assert len(backed_off) >= await version() - 4  # two first writes, two in progress
     await observer.close()

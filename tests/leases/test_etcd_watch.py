@@ -1,6 +1,6 @@
-"""The etcd source against a real etcd: following all leases through everything that happens to it.
+"""The etcd source with a real etcd: the updates of all leases, through failures of the store.
 
-Whatever the store does, what was known stays in force until the store says otherwise.
+Known leases stay active until the store reports a change of them.
 """
 
 import asyncio
@@ -33,23 +33,23 @@ def etcd(tmp_path):
 
 
 @pytest.fixture
-async def follow():
-    """Makes sources that are observer; closes both."""
+async def observe():
+    """Create sources with observers; close both."""
     async with contextlib.AsyncExitStack() as stack:
-        async def follow(*urls, **options):
+        async def observe(*urls, **options):
             source = EtcdSource(EtcdConfig(urls, **options))
             stack.push_async_callback(source.aclose)
             observer = Observer(source)
             stack.push_async_callback(observer.close)
             return observer
-        yield follow
+        yield observe
 
 
-async def test_snapshot_then_changes(etcd, follow):
+async def test_snapshot_then_changes(etcd, observe):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     await etcd.put("subnets/10.5.2.0-24&fc00:0:0:2::-64",
                    value_of(2, ',"BackendType":"vxlan","BackendData":{"VNI":1}'), ttl=500)
-    observer = await (await follow(etcd.url)).ready()
+    observer = await (await observe(etcd.url)).ready()
     one, two = observer.leases["10.5.1.0-24"], observer.leases["10.5.2.0-24&fc00:0:0:2::-64"]
     assert one.reserved and not two.reserved
     assert two.subnets == Subnets(ipaddress.IPv4Network("10.5.2.0/24"),
@@ -65,13 +65,13 @@ async def test_snapshot_then_changes(etcd, follow):
     assert observer.snapshots == 1 and observer.source.health.errors_n == 0
 
 
-async def test_an_empty_store_is_an_empty_snapshot(etcd, follow):
-    assert (await (await follow(etcd.url)).ready()).leases == {}
+async def test_an_empty_store_yields_an_empty_snapshot(etcd, observe):
+    assert (await (await observe(etcd.url)).ready()).leases == {}
 
 
-async def test_a_changed_public_address_on_the_same_subnet_is_a_change(etcd, follow):
+async def test_a_changed_public_address_on_the_same_subnet_is_a_change(etcd, observe):
     await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)
-    observer = await (await follow(etcd.url)).ready()
+    observer = await (await observe(etcd.url)).ready()
     await etcd.put("subnets/10.5.1.0-24", value_of(9), ttl=500)
     await until(lambda: observer.batches, "the change")
     change = observer.batches[0][0]
@@ -79,12 +79,12 @@ async def test_a_changed_public_address_on_the_same_subnet_is_a_change(etcd, fol
     assert str(change.new.attributes.public_ip) == "192.0.2.9"
 
 
-async def test_a_renewal_is_no_news(etcd, follow):
+async def test_a_renewal_is_not_a_change(etcd, observe):
     await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)
-    observer = await (await follow(etcd.url)).ready()
+    observer = await (await observe(etcd.url)).ready()
     await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)
     await etcd.put("subnets/10.5.2.0-24", value_of(2))
-    await until(lambda: observer.batches, "the other")
+    await until(lambda: observer.batches, "the other lease")
     assert [change.key for batch in observer.batches for change in batch] == ["10.5.2.0-24"]
 
 
@@ -104,45 +104,45 @@ BAD = {
 
 
 @pytest.mark.parametrize("when", ["listed", "watched"])
-async def test_a_bad_key_is_skipped_and_reported(etcd, follow, when):
+async def test_an_invalid_key_is_skipped_and_reported(etcd, observe, when):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     if when == "watched":
-        observer = await (await follow(etcd.url)).ready()
+        observer = await (await observe(etcd.url)).ready()
     for key, value in BAD.items():
         await etcd.put(f"subnets/{key}", value)
     await etcd.put("subnets/10.5.2.0-24", value_of(2))
     if when == "listed":
-        observer = await (await follow(etcd.url)).ready()
-    await until(lambda: "10.5.2.0-24" in observer.leases, "the good key behind the bad")
+        observer = await (await observe(etcd.url)).ready()
+    await until(lambda: "10.5.2.0-24" in observer.leases, "the valid key after the invalid ones")
     assert observer.leases.keys() == {"10.5.1.0-24", "10.5.2.0-24"}
     health = observer.source.health
     assert health.skipped.keys() == BAD.keys() and health.connected
     assert "not valid" in health.skipped["10.5.90.0-24"]
     for key in BAD:
         await etcd.delete(f"subnets/{key}")
-    await until(lambda: not health.skipped, "an end of the reports")
+    await until(lambda: not health.skipped, "the skipped entries to be gone")
     assert all(change.old is None for batch in observer.batches for change in batch)
 
 
-async def test_a_lease_whose_value_is_spoilt_stays_as_it_was(etcd, follow, caplog):
+async def test_an_invalid_new_value_keeps_the_previous_lease(etcd, observe, caplog):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
-    observer = await (await follow(etcd.url)).ready()
+    observer = await (await observe(etcd.url)).ready()
     await etcd.put("subnets/10.5.1.0-24", "{")
     await until(lambda: observer.source.health.skipped, "the report")
     assert "stays active" in caplog.text
     etcd.kill()
     etcd.start()
     await etcd.put("subnets/10.5.2.0-24", value_of(2))
-    await until(lambda: "10.5.2.0-24" in observer.leases, "the watch to go on")
+    await until(lambda: "10.5.2.0-24" in observer.leases, "the next change")
     assert observer.public_ips()["10.5.1.0-24"] == "192.0.2.1"
     await etcd.put("subnets/10.5.1.0-24", value_of(9))
-    await until(lambda: observer.public_ips()["10.5.1.0-24"] == "192.0.2.9", "the mended value")
+    await until(lambda: observer.public_ips()["10.5.1.0-24"] == "192.0.2.9", "the valid value")
     assert not observer.source.health.skipped
 
 
-async def test_kill_9_and_start_again(etcd, follow):
+async def test_a_killed_and_restarted_store(etcd, observe):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
-    observer = await (await follow(etcd.url)).ready()
+    observer = await (await observe(etcd.url)).ready()
     health = observer.source.health
     etcd.kill()
     await until(lambda: not health.connected, "the outage to be noticed")
@@ -151,13 +151,13 @@ async def test_kill_9_and_start_again(etcd, follow):
     etcd.start()
     await until(lambda: health.connected, "the watch")
     await etcd.put("subnets/10.5.2.0-24", value_of(2))
-    await until(lambda: "10.5.2.0-24" in observer.leases, "the watch to go on")
+    await until(lambda: "10.5.2.0-24" in observer.leases, "the next change")
     assert health.relists_n == 0 and health.error == ""
 
 
-async def test_down_at_the_start(etcd, follow):
+async def test_a_store_that_is_down_at_the_start(etcd, observe):
     etcd.kill()
-    observer = await follow(etcd.url)
+    observer = await observe(etcd.url)
     health = observer.source.health
     await until(lambda: health.errors_n >= 2, "attempts")
     assert not health.connected and not observer.snapshots
@@ -165,17 +165,17 @@ async def test_down_at_the_start(etcd, follow):
     await observer.ready()
 
 
-async def test_a_compacted_watch_lists_again_and_tells_the_difference(etcd, follow):
+async def test_a_compacted_watch_lists_again_and_yields_the_difference(etcd, observe):
     for i in (1, 2, 3):
         await etcd.put(f"subnets/10.5.{i}.0-24", value_of(i))
     relay = Relay(etcd.url)
     await relay.open()
-    observer = await (await follow(relay.url)).ready()
+    observer = await (await observe(relay.url)).ready()
     await relay.cut()
     await etcd.delete("subnets/10.5.1.0-24")
     await etcd.put("subnets/10.5.2.0-24", value_of(22))
     await etcd.put("subnets/10.5.4.0-24", value_of(4))
-    await etcd.put("subnets/10.5.3.0-24", "{")  # spoilt: it stays what it was
+    await etcd.put("subnets/10.5.3.0-24", "{")  # invalid: the previous lease stays
     await etcd.put("subnets/10.5.5.0-24", "{")
     await etcd.compact()
     await relay.open()
@@ -188,16 +188,16 @@ async def test_a_compacted_watch_lists_again_and_tells_the_difference(etcd, foll
     await until(lambda: health.connected, "the watch")
     assert health.relists_n == 1 and health.skipped.keys() == {"10.5.3.0-24", "10.5.5.0-24"}
     await etcd.put("subnets/10.5.6.0-24", value_of(6))
-    await until(lambda: "10.5.6.0-24" in observer.leases, "the watch to go on")
+    await until(lambda: "10.5.6.0-24" in observer.leases, "the next change")
     await observer.source.aclose()
     await relay.cut()
 
 
-async def test_what_happened_while_it_was_cut_off_is_told_without_a_listing(etcd, follow):
+async def test_changes_during_a_disconnection_need_no_listing(etcd, observe):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     relay = Relay(etcd.url)
     await relay.open()
-    observer = await (await follow(relay.url)).ready()
+    observer = await (await observe(relay.url)).ready()
     await relay.cut()
     await etcd.delete("subnets/10.5.1.0-24")
     await etcd.put("subnets/10.5.2.0-24", value_of(2))
@@ -208,23 +208,23 @@ async def test_what_happened_while_it_was_cut_off_is_told_without_a_listing(etcd
     await relay.cut()
 
 
-async def test_a_frozen_member_is_noticed(etcd, follow):
-    """The kernel goes on taking data for it: only an answer shows that it lives."""
+async def test_a_frozen_member_is_detected(etcd, observe):
+    """The kernel still accepts data for it: only a response shows that it runs."""
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
-    observer = await (await follow(etcd.url)).ready()
+    observer = await (await observe(etcd.url)).ready()
     health = observer.source.health
     etcd.freeze()
     await until(lambda: not health.connected, "the freeze to be noticed", 12)
     assert "response" in health.error
     assert observer.public_ips() == {"10.5.1.0-24": "192.0.2.1"}
     etcd.resume()
-    await until(lambda: health.connected, "its return")
+    await until(lambda: health.connected, "the reconnection")
     await etcd.put("subnets/10.5.2.0-24", value_of(2))
-    await until(lambda: "10.5.2.0-24" in observer.leases, "the watch to go on")
+    await until(lambda: "10.5.2.0-24" in observer.leases, "the next change")
 
 
-async def test_a_quiet_watch_is_not_taken_for_a_frozen_one(etcd, follow):
-    observer = await (await follow(etcd.url)).ready()
+async def test_an_idle_watch_is_not_taken_for_a_frozen_member(etcd, observe):
+    observer = await (await observe(etcd.url)).ready()
     health = observer.source.health
     contacts = set()
     await until(lambda: contacts.add(health.last_contact) or len(contacts) >= 3, "two answers", 20)
@@ -233,16 +233,16 @@ async def test_a_quiet_watch_is_not_taken_for_a_frozen_one(etcd, follow):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "frozen"])
-async def test_another_member_takes_over(tmp_path, follow, how):
+async def test_another_member_takes_over(tmp_path, observe, how):
     members = cluster(tmp_path, 3)
     try:
         await members[1].put("subnets/10.5.1.0-24", value_of(1))
-        observer = await (await follow(*(member.url for member in members))).ready()
+        observer = await (await observe(*(member.url for member in members))).ready()
         members[0].kill() if how == "killed" else members[0].freeze()
         for member in members[1:]:
             member.wait_healthy()
         await members[1].put("subnets/10.5.2.0-24", value_of(2))
-        await until(lambda: "10.5.2.0-24" in observer.leases, "news from another member")
+        await until(lambda: "10.5.2.0-24" in observer.leases, "a change from another member")
         await until(lambda: observer.source.health.connected, "health")
         assert observer.leases.keys() == {"10.5.1.0-24", "10.5.2.0-24"}
     finally:
@@ -251,11 +251,11 @@ async def test_another_member_takes_over(tmp_path, follow, how):
 
 
 @pytest.mark.slow
-async def test_a_member_without_a_leader_is_no_store(tmp_path, follow):
+async def test_a_member_without_a_leader_counts_as_down(tmp_path, observe):
     members = cluster(tmp_path, 3)
     try:
         await members[0].put("subnets/10.5.1.0-24", value_of(1))
-        observer = await (await follow(members[0].url)).ready()
+        observer = await (await observe(members[0].url)).ready()
         health = observer.source.health
         for member in members[1:]:
             member.kill()
@@ -269,45 +269,45 @@ async def test_a_member_without_a_leader_is_no_store(tmp_path, follow):
             member.kill()
 
 
-async def test_a_wiped_store_takes_no_lease_away(etcd, follow):
-    """Peers go on being reached while they take their leases back, each by its own daemon."""
+async def test_a_wiped_store_removes_no_lease(etcd, observe):
+    """Peers stay reachable while their daemons create their leases again."""
     relay = Relay(etcd.url)
     await relay.open()
     for i in (1, 2, 3, 4, 5):
         await etcd.put(f"subnets/10.5.{i}.0-24", value_of(i), ttl=500)
-    observer = await (await follow(relay.url, ttl_seconds=12, renew_margin_minutes=0.1)).ready()
+    observer = await (await observe(relay.url, ttl_seconds=12, renew_margin_minutes=0.1)).ready()
     await relay.cut()
     etcd.kill()
     etcd.wipe()
     etcd.start()
-    await etcd.put("subnets/10.5.55.0-24", value_of(5), ttl=500)  # back already, elsewhere
+    await etcd.put("subnets/10.5.55.0-24", value_of(5), ttl=500)  # back, with another subnet
     await relay.open()
     health = observer.source.health
-    await until(lambda: health.relists_n and health.connected, "the wipe to be noticed")
+    await until(lambda: health.relists_n and health.connected, "the new listing")
     assert observer.leases.keys() == {f"10.5.{i}.0-24" for i in (1, 2, 3, 4, 55)}
     await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)  # back
-    await etcd.put("subnets/10.5.2.0-24", value_of(9), ttl=500)  # another's
-    await etcd.put("subnets/10.5.33.0-24", value_of(3), ttl=500)  # back elsewhere
-    await until(lambda: "10.5.33.0-24" in observer.leases, "news from the new store")
+    await etcd.put("subnets/10.5.2.0-24", value_of(9), ttl=500)  # another node's
+    await etcd.put("subnets/10.5.33.0-24", value_of(3), ttl=500)  # back, with another subnet
+    await until(lambda: "10.5.33.0-24" in observer.leases, "a change from the new store")
     assert observer.public_ips() == {
         "10.5.1.0-24": "192.0.2.1", "10.5.2.0-24": "192.0.2.9", "10.5.33.0-24": "192.0.2.3",
         "10.5.4.0-24": "192.0.2.4", "10.5.55.0-24": "192.0.2.5",
     }
-    # The fourth never comes back: it ends when its lease would have.
-    await until(lambda: "10.5.4.0-24" not in observer.leases, "the end of what is forgotten", 40)
+    # The fourth node does not come back: its lease is removed after the TTL.
+    await until(lambda: "10.5.4.0-24" not in observer.leases, "the removal of the lost lease", 40)
     assert observer.leases.keys() == {f"10.5.{i}.0-24" for i in (1, 2, 33, 55)}
     await observer.source.aclose()
     await relay.cut()
 
 
-async def test_our_lease_in_a_wiped_store_is_put_back(etcd, follow):
+async def test_our_lease_is_created_again_in_a_wiped_store(etcd, observe):
     await etcd.put("config", CONFIG)
     await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)
-    observer = await (await follow(etcd.url)).ready()
+    observer = await (await observe(etcd.url)).ready()
     source = observer.source
     mine = Attributes(ipaddress.IPv4Address("192.0.2.7"))
     lease = await source.acquire(mine, Subnets())
-    await until(lambda: lease.key in observer.leases, "our own lease among all")
+    await until(lambda: lease.key in observer.leases, "our own lease")
     holding = asyncio.create_task(source.hold(lease))
     etcd.kill()
     etcd.wipe()
@@ -323,9 +323,9 @@ async def test_our_lease_in_a_wiped_store_is_put_back(etcd, follow):
     assert observer.leases.keys() == {"10.5.1.0-24", lease.key}
 
 
-async def test_closing_ends_the_stream(etcd, follow):
-    observer = await (await follow(etcd.url)).ready()
+async def test_updates_can_be_closed_and_started_again(etcd, observe):
+    observer = await (await observe(etcd.url)).ready()
     await observer.close()
-    again = await Observer(observer.source).ready()  # and it may be observer anew
+    again = await Observer(observer.source).ready()  # a second time
     assert again.snapshots == 1
     await again.close()

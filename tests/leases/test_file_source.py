@@ -1,4 +1,4 @@
-"""The hosts file as a store of leases: what it says, what is refused, and that changes are seen."""
+"""The hosts file source: grammar, validation, detection of changes, and our own node."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ NOTHING = (Attributes(), Subnets())
 
 
 def toml(*nodes, network="10.42.0.0/16"):
-    """A hosts file of nodes 1, 2, ...: named, reached and placed by their number."""
+    """Return a hosts file with nodes 1, 2, ...: name, address and subnet have the number."""
     return f'network = "{network}"\n' + "".join(
         f'\n[[nodes]]\nname = "n{i}"\npublic = "192.0.2.{i}"\nsubnets = "10.42.{i}.0/24"\n'
         for i in nodes
@@ -52,7 +52,7 @@ def refusal(text, name="hosts.toml"):
     return caught.value
 
 
-# What a file says
+# Valid files
 
 
 def test_the_documented_example():
@@ -71,7 +71,7 @@ def test_the_documented_example():
     assert read(gamma.attributes) == Advert(8285, 1280)
 
 
-def test_json_says_the_same():
+def test_the_same_in_json():
     text = toml(1, 2)
     content = {
         "network": "10.42.0.0/16",
@@ -104,7 +104,7 @@ def test_both_families():
     assert read(six.attributes) == Advert(9000, 1280)
 
 
-def test_an_mtu_must_do_for_ipv6():
+def test_the_lowest_mtu_depends_on_the_family():
     text = toml(1) + 'mtu = 1279\n'
     assert read(parse(text.encode(), "").leases[0].attributes) == Advert(8285, 1279)
     six = text.replace('"10.42.0.0/16"', '"fd00::/16"').replace('"10.42.1.0/24"', '"fd00:1::/64"')
@@ -112,7 +112,7 @@ def test_an_mtu_must_do_for_ipv6():
     assert (error.field, error.where) == ("mtu", "hosts.toml line 7")
 
 
-# What is refused: node 2's table begins in line 8, its name, public and subnets are the next three
+# Invalid files: node 2's table starts in line 8; name, public and subnets are in 9 to 11
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_an_mtu_must_do_for_ipv6():
         ("[[nodes]]", "[nodes]", "the text", 8),
     ],
 )
-def test_a_mistake_is_refused_with_line_and_field(old, new, field, line):
+def test_an_error_names_line_and_field(old, new, field, line):
     error = refusal(toml(1, 2).replace(old, new))
     assert error.field == field
     assert error.where == ("hosts.toml" if line is None else f"hosts.toml line {line}")
@@ -177,7 +177,7 @@ def test_a_mistake_is_refused_with_line_and_field(old, new, field, line):
         ('"name": "n2",', '"name": "n2"', "the text", 6),
     ],
 )
-def test_a_mistake_in_json_too(old, new, field, line):
+def test_an_error_in_json_names_line_and_field(old, new, field, line):
     text = '''{"network": "10.42.0.0/16", "nodes": [
   {"name": "n1", "public": "192.0.2.1", "subnets": "10.42.1.0/24"},
 
@@ -201,30 +201,30 @@ def test_a_mistake_in_json_too(old, new, field, line):
         ("hosts.toml", "a = " + "[" * 9999), ("hosts.toml", "port = " + "9" * 5000),
         ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = 5'),
         ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = [5]'),
-        ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = []'),  # a file cut short flushes nothing
+        ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = []'),  # as in a truncated file
         ("hosts.json", '{"network": "10.42.0.0/16", "nodes": {"a": 1}}'),
         ("hosts.json", '{"network": ' + "9" * 5000 + "}"),
     ],
 )
-def test_what_is_no_hosts_file_is_refused(name, text):
+def test_other_files_are_refused(name, text):
     assert refusal(text, name).where.startswith(name)
 
 
 @pytest.mark.parametrize("depth", [100, 300, 600, 900, 960, 990])
 @pytest.mark.parametrize("field", ["network", "nodes", "x"])
-def test_no_depth_is_too_deep_for_an_answer(field, depth):
+def test_deep_nesting_is_refused(field, depth):
     nested = "[" * depth + "]" * depth
     assert refusal(f'{{"{field}": {nested}}}', "hosts.json").where.startswith("hosts.json")
     assert refusal(f"{field} = {nested}", "hosts.toml").where.startswith("hosts.toml")
 
 
-def test_what_is_no_text_is_refused():
+def test_text_that_is_not_utf_8_is_refused():
     with pytest.raises(FieldError, match=r"hosts line 2: the text: b'\\xff'"):
         parse(b'network = "10.42.0.0/16"\n# \xff\n', "hosts")
 
 
 @given(st.data())
-def test_whatever_is_cut_out_the_answer_is_a_field_error_or_nodes(data):
+def test_a_file_with_a_gap_is_valid_or_a_field_error(data):
     text = EXAMPLE.read_text()
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, min(start + 40, len(text))))
@@ -234,8 +234,8 @@ def test_whatever_is_cut_out_the_answer_is_a_field_error_or_nodes(data):
         assert error.where.startswith("hosts.toml")
 
 
-def test_places_in_all_that_toml_can_write():
-    places = Positions('''# a [comment] = "with" 'all' kinds
+def test_positions_in_toml():
+    positions = Positions('''# a [comment] = "with" 'all' kinds
 a = """
 [[nodes]] "quoted \\""" b = 1"""
 b = \'\'\'
@@ -258,38 +258,38 @@ name = "two"
     lines = {"a": 2, "b": 4, "when": 6, "c": 7, "c.d": 8, "c.d[0]": 9, "c.d[1]": 9, "c.d[2].e": 10,
              "c.d[2].e[1]": 11, "c.d[2].f": 11, "c.g.h": 13, "nodes[0]": 14, "nodes[0].name": 15,
              "nodes.more.z": 17, "nodes[1]": 18, "nodes[1].name": 19}
-    assert {path: places.line(path) for path in lines} == lines
-    assert places.line("nodes[1].public[3]") == 18
-    assert places.line("unheard.of") is None
-    assert not places.repeated
+    assert {path: positions.line(path) for path in lines} == lines
+    assert positions.line("nodes[1].public[3]") == 18
+    assert positions.line("unheard.of") is None
+    assert not positions.repeated
 
 
 @given(st.text("[]{}=:,\"'#\n ab"))
-def test_places_of_what_is_neither_toml_nor_json(text):
+def test_positions_in_invalid_text(text):
     for odd in (text, "{" + text, "a = " + text + "[" * 5000):
         Positions(odd).line("a[0].b")
 
 
-# Watching
+# Detection of changes
 
 
 @asynccontextmanager
 async def watching(path, **options):
-    """A source, and a function that awaits the next thing it tells."""
+    """Yield a source, and a function that waits for its next update."""
     source = FileSource(path, hostname="n1", **{"poll_s": 0.01, **options})
-    told = asyncio.Queue()
+    updates = asyncio.Queue()
 
     async def listen():
         async for update in source.updates():
-            told.put_nowait(update)
+            updates.put_nowait(update)
 
-    async def following():
+    async def next_update():
         async with asyncio.timeout(20):
-            return await told.get()
+            return await updates.get()
 
     task = asyncio.create_task(listen())
     try:
-        yield source, following
+        yield source, next_update
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -297,7 +297,7 @@ async def watching(path, **options):
 
 
 def replace(path, text):
-    """As an editor does it."""
+    """Replace a file as an editor does."""
     fresh = path.with_name(path.name + "~")
     fresh.write_text(text)
     fresh.replace(path)
@@ -310,49 +310,49 @@ def hosts(tmp_path):
     return path
 
 
-async def test_a_snapshot_then_what_changes(hosts):
-    async with watching(hosts) as (source, following):
-        assert await following() == Snapshot((lease(1), lease(2)))
+async def test_a_snapshot_then_changes(hosts):
+    async with watching(hosts) as (source, next_update):
+        assert await next_update() == Snapshot((lease(1), lease(2)))
         assert source.health.connected
         replace(hosts, toml(1, 2, 3))
-        assert await following() == Changes((Change(None, lease(3)),))
+        assert await next_update() == Changes((Change(None, lease(3)),))
         moved = toml(1, 3).replace("192.0.2.3", "192.0.2.33")
         replace(hosts, moved)
-        assert await following() == Changes(
+        assert await next_update() == Changes(
             (Change(lease(2), None), Change(lease(3), lease(3, moved)))
         )
 
 
 async def test_an_edit_in_place_is_seen(hosts):
-    async with watching(hosts) as (_, following):
-        await following()
+    async with watching(hosts) as (_, next_update):
+        await next_update()
         inode = hosts.stat().st_ino
-        hosts.write_text(toml(1, 3))  # of the same length
+        hosts.write_text(toml(1, 3))  # same length
         assert hosts.stat().st_ino == inode
-        assert await following() == Changes((Change(lease(2), None), Change(None, lease(3))))
+        assert await next_update() == Changes((Change(lease(2), None), Change(None, lease(3))))
 
 
-async def test_a_configmap_swaps_a_link_beside_the_file(tmp_path):
-    """As the kubelet does: hosts.toml -> ..data/hosts.toml, and ..data -> a directory."""
+async def test_a_configmap_replaces_a_link_in_the_path(tmp_path):
+    """As in the kubelet: hosts.toml -> ..data/hosts.toml, and ..data -> a directory."""
     for version, nodes in (("v1", (1, 2)), ("v2", (1, 2, 3))):
         (tmp_path / version).mkdir()
         (tmp_path / version / "hosts.toml").write_text(toml(*nodes))
     data, path = tmp_path / "..data", tmp_path / "hosts.toml"
     data.symlink_to("v1")
     path.symlink_to("..data/hosts.toml")
-    async with watching(path) as (_, following):
-        assert await following() == Snapshot((lease(1), lease(2)))
+    async with watching(path) as (_, next_update):
+        assert await next_update() == Snapshot((lease(1), lease(2)))
         fresh = tmp_path / "..data_tmp"
         fresh.symlink_to("v2")
         fresh.replace(data)
-        assert await following() == Changes((Change(None, lease(3)),))
+        assert await next_update() == Changes((Change(None, lease(3)),))
 
 
-async def test_a_half_written_file_is_not_taken_for_the_whole(hosts, monkeypatch):
-    """The first half names fewer nodes and is valid: to believe it would remove the others."""
-    async with watching(hosts, poll_s=3600) as (source, following):
-        await following()
-        # From here on any state counts as fresh; the writer goes on while the source waits.
+async def test_a_half_written_file_is_not_used(hosts, monkeypatch):
+    """The first half is valid and has fewer nodes: using it would remove the others."""
+    async with watching(hosts, poll_s=3600) as (source, next_update):
+        await next_update()
+        # Now each state counts as recent; the writer continues while the source waits.
         monkeypatch.setattr(file_module, "SETTLE_SECONDS", 3600)
         clock = SimpleNamespace(
             time=file_module.time.time, monotonic=file_module.time.monotonic,
@@ -361,12 +361,12 @@ async def test_a_half_written_file_is_not_taken_for_the_whole(hosts, monkeypatch
         monkeypatch.setattr(file_module, "time", clock)
         hosts.write_text(toml(1))
         source.reload()
-        assert await following() == Changes((Change(None, lease(3)),))
+        assert await next_update() == Changes((Change(None, lease(3)),))
 
 
-async def test_a_bad_edit_is_refused_and_the_last_good_state_holds(hosts, caplog):
-    async with watching(hosts) as (source, following):
-        await following()
+async def test_an_invalid_edit_is_refused_and_the_last_valid_state_stays(hosts, caplog):
+    async with watching(hosts) as (source, next_update):
+        await next_update()
         replace(hosts, toml(1, 2, 3).replace("192.0.2.3", "192.0.2"))
         await until(lambda: source.health.error, "the error")
         assert not source.health.connected
@@ -379,13 +379,13 @@ async def test_a_bad_edit_is_refused_and_the_last_good_state_holds(hosts, caplog
         assert caplog.text.count(want) == 1
         assert source.health.errors_n == 1
         replace(hosts, toml(1, 2, 3))
-        assert await following() == Changes((Change(None, lease(3)),))
+        assert await next_update() == Changes((Change(None, lease(3)),))
         assert source.health.connected and not source.health.error
 
 
-async def test_a_file_that_is_gone_takes_no_node_with_it(hosts, caplog):
-    async with watching(hosts) as (source, following):
-        await following()
+async def test_a_deleted_file_removes_no_node(hosts, caplog):
+    async with watching(hosts) as (source, next_update):
+        await next_update()
         hosts.rename(hosts.with_suffix(".old"))
         await until(lambda: source.health.error, "the error")
         assert source.health.error == f"{hosts} cannot be read: No such file or directory"
@@ -393,11 +393,11 @@ async def test_a_file_that_is_gone_takes_no_node_with_it(hosts, caplog):
             assert await source.acquire(*NOTHING) == lease(1)
         assert caplog.text.count("No such file") == source.health.errors_n == 1
         replace(hosts, toml(1))
-        assert await following() == Changes((Change(lease(2), None),))
+        assert await next_update() == Changes((Change(lease(2), None),))
 
 
 @pytest.mark.parametrize("text", [toml(1), "network = 1"])
-async def test_a_file_is_read_once_for_each_state_it_is_in(hosts, text, monkeypatch):
+async def test_each_state_of_the_file_is_read_once(hosts, text, monkeypatch):
     reads, read_one = [], file_module._read
     monkeypatch.setattr(file_module, "_read", lambda path: (reads.append(path), read_one(path))[1])
     hosts.write_text(text)
@@ -408,7 +408,7 @@ async def test_a_file_is_read_once_for_each_state_it_is_in(hosts, text, monkeypa
     assert len(reads) == 1
 
 
-async def test_a_read_that_failed_is_tried_again(hosts, monkeypatch):
+async def test_a_failed_read_is_repeated(hosts, monkeypatch):
     failures, read_one = [OSError(5, "Input/output error")], file_module._read
 
     def unreliable(path):
@@ -423,9 +423,9 @@ async def test_a_read_that_failed_is_tried_again(hosts, monkeypatch):
     assert await source.acquire(*NOTHING) == lease(1)
 
 
-async def test_a_file_that_comes_later(tmp_path):
+async def test_a_file_that_is_created_later(tmp_path):
     path = tmp_path / "hosts.toml"
-    async with watching(path) as (source, following):
+    async with watching(path) as (source, next_update):
         await until(lambda: source.health.error, "the error")
         with pytest.raises(StoreDown, match="No such file"):
             await source.network()
@@ -438,40 +438,40 @@ async def test_a_file_that_comes_later(tmp_path):
         with pytest.raises(StoreRefused, match="line 1: network"):
             await source.acquire(*NOTHING)
         replace(path, toml(1))
-        assert await following() == Snapshot((lease(1),))
+        assert await next_update() == Snapshot((lease(1),))
 
 
-async def test_what_others_read_first_is_told_all_the_same(hosts):
-    """acquire() and network() look at the file too: they must not eat a change."""
-    async with watching(hosts, poll_s=3600) as (source, following):
-        await following()
+async def test_a_change_read_first_by_acquire_is_yielded(hosts):
+    """acquire() and network() also read the file; updates() must still yield the change."""
+    async with watching(hosts, poll_s=3600) as (source, next_update):
+        await next_update()
         replace(hosts, toml(1, 2, 3))
         await source.acquire(*NOTHING)
         source.reload()
-        assert await following() == Changes((Change(None, lease(3)),))
+        assert await next_update() == Changes((Change(None, lease(3)),))
 
 
-async def test_reload_does_not_wait_and_reads_what_seems_the_same(hosts, monkeypatch):
+async def test_reload_reads_at_once_even_if_the_file_seems_unchanged(hosts, monkeypatch):
     monkeypatch.setattr(file_module, "_settled_signature", lambda path: (1,))
-    async with watching(hosts, poll_s=3600) as (source, following):
-        await following()
+    async with watching(hosts, poll_s=3600) as (source, next_update):
+        await next_update()
         replace(hosts, toml(1))
         source.reload()
-        assert await following() == Changes((Change(lease(2), None),))
+        assert await next_update() == Changes((Change(lease(2), None),))
 
 
 @pytest.mark.parametrize("steps", range(5))
-async def test_an_end_that_meets_a_reload_is_an_end(hosts, steps):
+async def test_cancellation_during_a_reload(hosts, steps):
     source = FileSource(hosts, poll_s=3600)
-    told = asyncio.Event()
+    snapshot = asyncio.Event()
 
     async def listen():
         async for _ in source.updates():
-            told.set()
+            snapshot.set()
 
     task = asyncio.create_task(listen())
     async with asyncio.timeout(20):
-        await told.wait()
+        await snapshot.wait()
     source.reload()
     for _ in range(steps):
         await asyncio.sleep(0)
@@ -488,16 +488,16 @@ async def test_each_iteration_begins_with_a_snapshot(hosts):
         await updates.aclose()
 
 
-async def test_another_network_is_said_not_taken_in_silence(hosts, caplog):
-    async with watching(hosts) as (source, following):
-        await following()
+async def test_a_change_of_the_network_is_logged(hosts, caplog):
+    async with watching(hosts) as (source, next_update):
+        await next_update()
         replace(hosts, toml(1, network="10.0.0.0/8"))
-        await following()
+        await next_update()
         assert "the network has changed" in caplog.text
         assert (await source.network()).network == IPv4Network("10.0.0.0/8")
 
 
-# Which node we are
+# Our own node
 
 
 def addresses(*texts):
@@ -515,7 +515,7 @@ def addresses(*texts):
         ({"hostname": "other", "addresses": addresses("192.0.2.2")}, 2),
     ],
 )
-async def test_a_machine_finds_itself(hosts, options, want):
+async def test_finding_our_own_node(hosts, options, want):
     source = FileSource(hosts, **options)
     assert source.health.lease == "none"
     assert await source.acquire(*NOTHING) == lease(want)
@@ -523,7 +523,7 @@ async def test_a_machine_finds_itself(hosts, options, want):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "words"),
     [
         ({"node_name": "x", "hostname": "n1"}, ["no node x", "n1, n2"]),
         ({"hostname": "x", "addresses": addresses("192.0.2.9")},
@@ -532,23 +532,23 @@ async def test_a_machine_finds_itself(hosts, options, want):
          ["n1, n2", "hostname x", "--node-name"]),
     ],
 )
-async def test_a_machine_that_is_not_there_hears_what_is(hosts, options, said):
+async def test_the_error_without_an_own_node_lists_the_nodes(hosts, options, words):
     with pytest.raises(StoreRefused) as caught:
         await FileSource(hosts, **options).acquire(*NOTHING)
-    assert all(word in str(caught.value) for word in (str(hosts), *said))
+    assert all(word in str(caught.value) for word in (str(hosts), *words))
 
 
-async def test_an_entry_of_ours_that_goes_is_a_lost_lease_until_it_is_back(hosts, caplog):
-    async with watching(hosts) as (source, following):
-        await following()
+async def test_a_removed_own_entry_is_a_lost_lease_until_it_is_back(hosts, caplog):
+    async with watching(hosts) as (source, next_update):
+        await next_update()
         holding = asyncio.create_task(source.hold(await source.acquire(*NOTHING)))
         replace(hosts, toml(2))
-        assert await following() == Changes((Change(lease(1), None),))
+        assert await next_update() == Changes((Change(lease(1), None),))
         assert source.health.lease == "lost"
         assert source.health.lease_error == f"{hosts} has no node n1 any more"
         assert source.health.lease_error in caplog.text
         replace(hosts, toml(1, 2))
-        assert await following() == Changes((Change(None, lease(1)),))
+        assert await next_update() == Changes((Change(None, lease(1)),))
         assert (source.health.lease, source.health.lease_error) == ("held", "")
         assert not holding.done()
         holding.cancel()

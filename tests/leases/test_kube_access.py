@@ -1,4 +1,4 @@
-"""The way to the API server: flannel's order of precedence, TLS, and credentials of each kind."""
+"""Access to the API server: flannel's order of precedence, TLS, and all kinds of credentials."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ def openssl(*args, cwd):
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """An authority, a server at 127.0.0.1 and a client called "admin", as PEM files."""
+    """A CA, a server at 127.0.0.1 and a client "admin", as PEM files."""
     where = tmp_path_factory.mktemp("certificates")
     new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
     openssl(*new, "-x509", "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key",
@@ -104,25 +104,25 @@ async def test_a_client_certificate(api, certificates, tmp_path, acquire):
     assert {user for *_, user in api.requests} == {"admin"}
 
 
-async def test_a_server_of_another_authority_is_not_trusted(api, tmp_path, acquire):
+async def test_a_server_certificate_of_another_ca_is_rejected(api, tmp_path, acquire):
     path = kubeconfig(tmp_path / "kubeconfig", api.url, user={"token": ADMIN})
     with pytest.raises(StoreDown, match="CERTIFICATE_VERIFY_FAILED"):
         await acquire(kubeconfig_file=path)
     assert api.requests == []
 
 
-async def test_the_url_goes_before_the_kubeconfigs(api, certificates, tmp_path, acquire):
+async def test_the_url_takes_precedence_over_the_kubeconfigs(api, certificates, tmp_path, acquire):
     path = kubeconfig(
         tmp_path / "kubeconfig", "https://192.0.2.1:6443",
         {"certificate-authority": str(certificates / "ca.crt")}, {"token": ADMIN})
     assert (await acquire(kubeconfig_file=path, api_url=api.url)).name == "n1"
 
 
-async def test_a_url_with_https_goes_with_the_pods_credentials(api, account, acquire):
+async def test_an_https_url_is_used_with_the_pods_credentials(api, account, acquire):
     assert (await acquire(service_account=account, api_url=api.url)).name == "n1"
 
 
-async def test_a_url_without_tls_is_never_given_a_token(account, acquire):
+async def test_no_token_is_sent_without_tls(account, acquire):
     async with KubeApi() as plain:
         plain.allow("agent", "agent", None)
         with pytest.raises(StoreRefused, match="401"):
@@ -130,7 +130,7 @@ async def test_a_url_without_tls_is_never_given_a_token(account, acquire):
 
 
 @pytest.mark.parametrize("text", ["", "{", "- a", "clusters: 1", "current-context: x"])
-async def test_a_kubeconfig_that_is_none_is_named(tmp_path, acquire, text):
+async def test_an_invalid_kubeconfig_is_named(tmp_path, acquire, text):
     path = tmp_path / "kubeconfig"
     path.write_text(text)
     with pytest.raises(StoreRefused, match="kubeconfig"):
@@ -144,8 +144,8 @@ async def test_no_credentials_at_all(tmp_path, acquire):
         await acquire(kubeconfig_file=tmp_path / "absent")
 
 
-async def test_a_source_without_credentials_goes_on_trying(api, account, tmp_path, monkeypatch):
-    """The token may be mounted a moment later."""
+async def test_a_source_without_credentials_retries(api, account, tmp_path, monkeypatch):
+    """The token can be mounted later."""
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.port))
     account.rename(tmp_path / "later")
@@ -166,10 +166,10 @@ async def test_a_source_without_credentials_goes_on_trying(api, account, tmp_pat
         await source.aclose()
 
 
-# the configuration itself
+# The configuration
 
 
-def test_the_prefix_is_completed_as_flannel_does():
+def test_the_prefix_is_completed_as_in_flannel():
     for given, whole in (
         ("flannel.alpha.coreos.com", "flannel.alpha.coreos.com/"),
         ("flannel.alpha.coreos.com/", "flannel.alpha.coreos.com/"),
@@ -193,7 +193,7 @@ def test_the_prefix_is_completed_as_flannel_does():
         ("NODE_NAME", {"node_name": "", "pod_namespace": "n"}),
     ],
 )
-def test_what_cannot_work_is_refused_by_field(field, options):
+def test_an_invalid_option_is_named(field, options):
     with pytest.raises(FieldError) as caught:
         KubeConfig(**{"node_name": "n", **options})
     assert caught.value.field == field

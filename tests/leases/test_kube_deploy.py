@@ -1,4 +1,4 @@
-"""deploy/kubernetes: the manifests start what exists, allow what is needed, and fit together."""
+"""deploy/kubernetes: commands, permissions and mounts of the manifests are right and consistent."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def container(name):
     return next(c for c in pod()["containers"] if c["name"] == name)
 
 
-def test_the_daemon_may_do_what_flannel_may_and_nothing_else():
+def test_the_permissions_are_those_of_flannel():
     found = {(r, verb) for rule in deployed_rules() for r in rule["resources"]
              for verb in rule["verbs"]}
     assert found == {
@@ -37,7 +37,7 @@ def test_the_daemon_may_do_what_flannel_may_and_nothing_else():
     }
 
 
-def test_the_account_is_the_pods():
+def test_the_pod_uses_the_service_account():
     account, role, binding = documents("rbac.yaml")
     (namespace,) = documents("namespace.yaml")
     assert pod()["serviceAccountName"] == account["metadata"]["name"]
@@ -57,7 +57,7 @@ def test_neither_container_is_privileged(name):
     assert rights["allowPrivilegeEscalation"] is False
 
 
-def test_all_mounts_are_of_volumes_and_both_containers_share_what_they_must():
+def test_mounts_and_shared_volumes():
     volumes = {v["name"]: v for v in pod()["volumes"]}
     mounts = {}
     for part in (*pod()["initContainers"], *pod()["containers"]):
@@ -70,7 +70,7 @@ def test_all_mounts_are_of_volumes_and_both_containers_share_what_they_must():
     assert mounts["node"]["/run/flannel"] == "run-flannel"
 
 
-def test_the_daemons_command_is_taken(monkeypatch):
+def test_the_daemons_command_line_is_valid(monkeypatch):
     name, *args = container("node")["args"]
     (variable,) = container("node")["env"]
     monkeypatch.setenv(variable["name"], "n1")
@@ -88,7 +88,7 @@ def test_the_forwarder_waits_for_the_file_that_the_daemon_writes():
     assert container("forwarder")["args"] == ["forward", "--wait-for", str(file)]
 
 
-def test_the_configuration_is_one():
+def test_the_configuration_is_valid():
     (config,) = documents("config.yaml")
     network = NetConfig.parse(config["data"]["net-conf.json"], check_subnets=False)
     assert network.network is not None
@@ -97,7 +97,7 @@ def test_the_configuration_is_one():
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
-def test_kustomize_takes_it_and_names_the_image_everywhere():
+def test_kustomize_builds_it_and_sets_the_image():
     built = subprocess.run(
         ["kubectl", "kustomize", str(DEPLOY)], capture_output=True, text=True, check=True)
     kinds = {d["kind"] for d in yaml.safe_load_all(built.stdout)}

@@ -1,4 +1,4 @@
-"""Nodes and leases: what is published is read back, and no node can do more than be refused."""
+"""Nodes and leases: encoding, decoding, and validation."""
 
 import json
 from ipaddress import IPv4Address, IPv6Address, ip_network
@@ -33,13 +33,13 @@ def a_node(annotations=None, **spec):
 
 
 def patched(node, patch):
-    """The annotations after a merge patch."""
+    """Return the annotations after a merge patch."""
     there = {**node.annotations, **patch["metadata"]["annotations"]}
     return a_node({k: v for k, v in there.items() if v is not None}, pod_cidr=node.spec.pod_cidr)
 
 
 @given(ATTRIBUTES, ATTRIBUTES)
-def test_what_is_published_is_read_back_whatever_was_there(before, attributes):
+def test_published_attributes_are_read_back(before, attributes):
     node = a_node({"other": "stays"}, pod_cidr="10.244.1.0/24")
     node = patched(node, ANNOTATIONS.patch(node, before))
     if (patch := ANNOTATIONS.patch(node, attributes)) is not None:
@@ -57,7 +57,7 @@ def test_what_is_published_is_read_back_whatever_was_there(before, attributes):
     st.text() | st.sampled_from(["", "10.244.1.0/24", "10.244.1.1/24", "::/0", "10.0.0.0/33"]),
     st.none() | st.lists(st.sampled_from(["10.244.1.0/24", "fd00::/64", "x", ""]), max_size=3),
 )
-def test_a_node_can_only_be_refused(annotations, pod_cidr, pod_cidrs):
+def test_an_invalid_node_raises_only_field_error(annotations, pod_cidr, pod_cidrs):
     node = a_node(annotations, pod_cidr=pod_cidr, pod_cidrs=pod_cidrs)
     try:
         lease = ANNOTATIONS.lease(node)
@@ -70,7 +70,7 @@ def test_a_node_can_only_be_refused(annotations, pod_cidr, pod_cidrs):
     ("spec", "want"),
     [
         ({"podCIDR": "10.244.1.0/24"}, Subnets(ip_network("10.244.1.0/24"))),
-        ({"podCIDR": "10.244.1.9/24"}, Subnets(ip_network("10.244.1.0/24"))),  # as Go masks it
+        ({"podCIDR": "10.244.1.9/24"}, Subnets(ip_network("10.244.1.0/24"))),  # masked as in Go
         ({"podCIDR": "fd00::/64"}, Subnets(None, ip_network("fd00::/64"))),
         ({"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00::/64"]},
          Subnets(ip_network("10.244.1.0/24"), ip_network("fd00::/64"))),
@@ -84,7 +84,7 @@ def test_a_node_can_only_be_refused(annotations, pod_cidr, pod_cidrs):
         ({"podCIDR": "10.244.1.0/33"}, None),
     ],
 )
-def test_subnets_of_a_node_as_the_server_writes_it(spec, want):
+def test_subnets_of_a_node(spec, want):
     text = json.dumps({"kind": "Node", "metadata": {"name": "n1"}, "spec": spec})
     node = msgspec.json.decode(text, type=Node)
     if want is None:
@@ -94,8 +94,8 @@ def test_subnets_of_a_node_as_the_server_writes_it(spec, want):
         assert subnets(node) == want
 
 
-def test_flannels_own_bytes():
-    """What flannel's backends write, read and found to need no change."""
+def test_the_annotations_of_flannels_backends():
+    """They are decoded, and need no patch."""
     for kind, data, wanted in (
         ("", "null", None),
         ("vxlan", '{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}',
@@ -124,6 +124,6 @@ def test_flannels_own_bytes():
         ([{"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp"}], True),
     ],
 )
-def test_whether_a_node_says_that_its_network_is_there(conditions, up):
+def test_network_is_up(conditions, up):
     text = json.dumps({"metadata": {"name": "n"}, "status": {"conditions": conditions}})
     assert msgspec.json.decode(text, type=FullNode).network_is_up is up

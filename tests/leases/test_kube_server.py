@@ -1,4 +1,4 @@
-"""The small API server answers as the real one: each test runs on both, where there is one."""
+"""The small API server behaves as the real one: each test runs with both, if one is given."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ async def cluster(request, tmp_path):
 
 
 async def lines(cluster, n, **params):
-    """The first n events of a watch."""
+    """Return the first n events of a watch."""
     found = []
     params = {"watch": "true", **params}
     async with asyncio.timeout(10):
@@ -35,14 +35,14 @@ async def version(cluster):
     return (await cluster.call("GET", "/api/v1/nodes")).json()["metadata"]["resourceVersion"]
 
 
-async def test_a_stranger_is_refused(cluster):
+async def test_an_unknown_token_is_refused(cluster):
     answer = await cluster.http.get("/api/v1/nodes", headers={"Authorization": "Bearer no"})
     assert answer.status_code == 401
     assert answer.json()["reason"] == "Unauthorized"
     assert answer.json()["kind"] == "Status"
 
 
-async def test_a_list_comes_in_pages_of_one_version(cluster):
+async def test_a_list_has_pages_of_one_version(cluster):
     for name in ("a", "b", "c"):
         await cluster.create(node(name))
     first = (await cluster.call("GET", "/api/v1/nodes", limit="1")).json()
@@ -58,7 +58,7 @@ async def test_a_list_comes_in_pages_of_one_version(cluster):
     assert (await cluster.call("GET", "/api/v1/nodes", **{"continue": "x"})).status_code == 400
 
 
-async def test_a_watch_tells_what_came_after_its_version(cluster):
+async def test_a_watch_yields_the_events_after_its_version(cluster):
     await cluster.create(node("before"))
     start = await version(cluster)
     await cluster.create(node("a", "10.244.1.0/24"))
@@ -71,18 +71,18 @@ async def test_a_watch_tells_what_came_after_its_version(cluster):
     assert versions == sorted(set(versions))
 
 
-async def test_a_watch_ends_when_it_was_asked_to(cluster):
+async def test_a_watch_ends_after_its_timeout(cluster):
     start = await version(cluster)
     assert [e for e in await lines(cluster, 9, resourceVersion=start, timeoutSeconds="1")
             if e["object"]["metadata"].get("name", "").startswith(cluster.prefix or " ")] == []
 
 
-async def test_versions_that_are_none(cluster):
+async def test_invalid_versions(cluster):
     answer = await cluster.call("GET", "/api/v1/nodes", watch="true", resourceVersion="x")
     assert answer.status_code == 400
 
 
-async def test_a_node_that_is_not_there(cluster):
+async def test_a_missing_node(cluster):
     path = f"/api/v1/nodes/{cluster.name('none')}"
     for answer in (
         await cluster.call("GET", path),
@@ -91,7 +91,7 @@ async def test_a_node_that_is_not_there(cluster):
         assert (answer.status_code, answer.json()["reason"]) == (404, "NotFound")
 
 
-async def test_the_status_subresource_takes_annotations_and_conditions_and_no_spec(cluster):
+async def test_the_status_subresource_accepts_annotations_and_conditions_but_no_spec(cluster):
     condition = {"type": "NetworkUnavailable", "status": "False", "reason": "FlannelIsUp"}
     await cluster.create(node("a", "10.244.1.0/24"))
     answer = await cluster.call(
@@ -107,7 +107,7 @@ async def test_the_status_subresource_takes_annotations_and_conditions_and_no_sp
     assert {"Ready", "NetworkUnavailable"} <= kinds  # merged by type, not replaced
 
 
-async def test_null_takes_an_annotation_away_and_a_patch_of_nothing_new_is_no_event(cluster):
+async def test_null_removes_an_annotation_and_a_patch_without_effect_is_not_an_event(cluster):
     await cluster.create(node("a", annotations=flannel(public_ip="192.0.2.1", backend_type="")))
     path = f"/api/v1/nodes/{cluster.name('a')}/status"
     body = {"metadata": {"annotations": flannel(public_ip=None)}}
@@ -134,7 +134,7 @@ async def test_patches_that_are_refused(cluster, body, kind, code):
     assert answer.json()["code"] == code
 
 
-async def test_a_pod_cidr_stays(cluster):
+async def test_a_pod_cidr_cannot_change(cluster):
     await cluster.create(node("a", "10.244.1.0/24"))
     body = {"spec": {"podCIDR": "10.244.2.0/24", "podCIDRs": ["10.244.2.0/24"]}}
     answer = await cluster.call("PATCH", f"/api/v1/nodes/{cluster.name('a')}", body, STRATEGIC)

@@ -1,7 +1,7 @@
-"""The Kubernetes source against an API server over real HTTP.
+"""The Kubernetes source with an API server over HTTP.
 
-Tests with ``cluster`` run on the small server and on a real one, if one is given; those with
-``small`` do to the server what cannot be done to a real one.
+Tests with ``cluster`` run with the small server, and with a real one if one is given. Tests with
+``small`` need control over the server.
 """
 
 import asyncio
@@ -40,10 +40,10 @@ async def small(tmp_path):
         yield cluster
 
 
-# acquiring
+# Acquire
 
 
-async def test_a_udp_node_says_what_flannel_says(cluster):
+async def test_a_udp_node_publishes_what_flannel_does(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -59,7 +59,7 @@ async def test_a_udp_node_says_what_flannel_says(cluster):
     assert source.health.lease_expires is None
 
 
-async def test_a_vxlan_node_says_what_flannel_says_and_that_it_has_udp(cluster):
+async def test_a_vxlan_node_publishes_what_flannel_does_and_our_advert(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     data = {"VNI": 1, "VtepMAC": "12:c6:65:89:b4:e3"}
     await cluster.source().acquire(
@@ -88,7 +88,7 @@ async def test_dual_stack(cluster):
         assert observer.leases == {lease.key: lease}
 
 
-async def test_what_is_said_already_is_not_written_again(small):
+async def test_unchanged_attributes_are_not_written_again(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source()
     await source.acquire(ME, Subnets())
@@ -98,7 +98,7 @@ async def test_what_is_said_already_is_not_written_again(small):
     assert [m for m, *_ in small.small.requests].count("PATCH") == 1
 
 
-async def test_what_a_former_backend_left_is_taken_away(cluster):
+async def test_annotations_of_a_former_backend_are_removed(cluster):
     await cluster.create(node("n1", "10.244.1.0/24", annotations=flannel(
         public_ipv6="2001:db8::9", backend_v6_data="{}", backend_type="vxlan", other="stays")))
     await cluster.source().acquire(ME, Subnets())
@@ -108,7 +108,7 @@ async def test_what_a_former_backend_left_is_taken_away(cluster):
     }
 
 
-async def test_an_operators_address_goes_first(cluster):
+async def test_an_operators_overwrite_takes_precedence(cluster):
     await cluster.create(node("n1", "10.244.1.0/24", annotations=flannel(
         public_ip_overwrite="198.51.100.7", public_ipv6_overwrite="2001:db8::7")))
     source = cluster.source()
@@ -116,11 +116,11 @@ async def test_an_operators_address_goes_first(cluster):
     assert lease.attributes.public_ip == IPv4Address("198.51.100.7")
     there = await cluster.annotations("n1")
     assert (there["public-ip"], there["public-ipv6"]) == ("198.51.100.7", "2001:db8::7")
-    lease = await source.acquire(ME, Subnets())  # no IPv6 any more: nothing to overwrite
+    lease = await source.acquire(ME, Subnets())  # without IPv6, its overwrite does not apply
     assert lease.attributes.public_ipv6 is None
 
 
-async def test_the_address_that_stands_for_public_ip(cluster):
+async def test_node_public_ip_overrides_the_option(cluster):
     await cluster.create(node("n1", annotations=flannel(node_public_ip="198.51.100.8")))
     assert await cluster.source().identity() == Identity(
         IPv4Address("198.51.100.8"), overrides_options=True)
@@ -145,7 +145,7 @@ async def test_another_prefix_of_annotations(cluster):
 
 
 @pytest.mark.parametrize(
-    ("pod_cidrs", "net_conf", "says"),
+    ("pod_cidrs", "net_conf", "message"),
     [
         ((), NET_CONF, "podCIDR"),
         (("192.168.1.0/24",), NET_CONF, "10.244.0.0/16"),
@@ -156,16 +156,16 @@ async def test_another_prefix_of_annotations(cluster):
         (("10.244.1.0/24", "fd00:99::/64"), DUAL_STACK, "fd00:10::/56"),
     ],
 )
-async def test_pod_cidrs_that_do_not_fit_are_refused_and_nothing_is_written(
-    cluster, pod_cidrs, net_conf, says
+async def test_pod_cidrs_outside_the_network_are_refused_without_a_write(
+    cluster, pod_cidrs, net_conf, message
 ):
     await cluster.create(node("n1", *pod_cidrs))
-    with pytest.raises(StoreRefused, match=says):
+    with pytest.raises(StoreRefused, match=message):
         await cluster.source(net_conf=net_conf).acquire(ME, Subnets())
     assert await cluster.annotations("n1") == {}
 
 
-async def test_with_ipv4_off_its_pod_cidr_is_no_matter(cluster):
+async def test_an_ipv4_pod_cidr_is_ignored_if_ipv4_is_disabled(cluster):
     await cluster.create(node("n1", "10.1.0.0/24", "fd00:10:0:1::/64"))
     net_conf = {**DUAL_STACK, "EnableIPv4": False}
     del net_conf["Network"]
@@ -173,19 +173,19 @@ async def test_with_ipv4_off_its_pod_cidr_is_no_matter(cluster):
     assert lease.subnets == Subnets(None, IPv6Network("fd00:10:0:1::/64"))
 
 
-async def test_a_node_that_is_not_there_is_named(cluster):
+async def test_a_missing_node_is_named(cluster):
     with pytest.raises(StoreRefused, match=f"get node {cluster.name('n1')}.*404"):
         await cluster.source().acquire(ME, Subnets())
 
 
-async def test_an_overwrite_that_is_no_address_is_refused(cluster):
+async def test_an_invalid_overwrite_is_refused(cluster):
     await cluster.create(
         node("n1", "10.244.1.0/24", annotations=flannel(public_ip_overwrite="here")))
     with pytest.raises(StoreRefused, match="public-ip-overwrite: 'here'"):
         await cluster.source().acquire(ME, Subnets())
 
 
-async def test_our_pod_says_which_node_it_is(small):
+async def test_the_node_of_our_pod(small):
     await small.create(node("n1", "10.244.1.0/24"))
     small.small.pods["kube-udptun", "udptun-x7k"] = "n1"
     source = small.source(
@@ -193,7 +193,7 @@ async def test_our_pod_says_which_node_it_is(small):
     assert (await source.acquire(ME, Subnets())).name == "n1"
 
 
-async def test_a_pod_that_is_not_there_or_on_no_node(small):
+async def test_a_missing_or_unscheduled_pod(small):
     small.small.pods["kube-udptun", "waits"] = ""
     for pod, error in (("none", StoreRefused), ("waits", StoreDown)):
         source = small.source(node_name="", pod_name=pod, pod_namespace="kube-udptun")
@@ -201,7 +201,7 @@ async def test_a_pod_that_is_not_there_or_on_no_node(small):
             await source.acquire(ME, Subnets())
 
 
-async def test_a_conflict_may_be_tried_again(small):
+async def test_a_conflict_is_a_temporary_error(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(token="agent")
     conflict = Refusal(409, "Conflict", "the object has been modified")
@@ -211,8 +211,8 @@ async def test_a_conflict_may_be_tried_again(small):
     await source.acquire(ME, Subnets())
 
 
-async def test_what_the_deployed_role_allows_is_enough(small):
-    """All that a source does, with the token of the service account in deploy/."""
+async def test_the_deployed_role_is_sufficient(small):
+    """All requests of a source, with the role of the service account in deploy/."""
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(token="agent")
     lease = await source.acquire(ME, Subnets())
@@ -224,7 +224,7 @@ async def test_what_the_deployed_role_allows_is_enough(small):
 
 
 @pytest.mark.parametrize("resource", ["nodes", "nodes/status"])
-async def test_a_right_that_is_missing_is_named(small, resource):
+async def test_a_missing_permission_is_named(small, resource):
     await small.create(node("n1", "10.244.1.0/24"))
     rules = [{"apiGroups": [""], "resources": [r], "verbs": ["get", "list", "watch", "patch"]}
              for r in {"nodes", "nodes/status"} - {resource}]
@@ -233,16 +233,16 @@ async def test_a_right_that_is_missing_is_named(small, resource):
         await small.source(token="less").acquire(ME, Subnets())
 
 
-# the configuration
+# The network
 
 
-async def test_the_networks_configuration_is_flannels_file(small):
+async def test_the_network_is_read_from_net_conf(small):
     network = await small.source().network()
     assert str(network.network) == "10.244.0.0/16"
     assert network.backend_type == "udp"
 
 
-async def test_a_file_that_is_missing_or_wrong(small):
+async def test_a_missing_or_invalid_net_conf(small):
     source = small.source()
     path = small.directory / "net-conf.json"
     path.unlink()
@@ -253,16 +253,16 @@ async def test_a_file_that_is_missing_or_wrong(small):
         await source.network()
 
 
-async def test_subnet_lengths_are_the_clusters_matter(small):
-    """Flannel's rules for them hold with etcd only."""
+async def test_subnet_lengths_are_not_checked(small):
+    """flannel applies these rules only with etcd."""
     source = small.source(net_conf={**NET_CONF, "SubnetLen": 31})
     assert str((await source.network()).network) == "10.244.0.0/16"
 
 
-# listing and watching
+# List and watch
 
 
-async def test_nodes_come_change_and_go(cluster):
+async def test_nodes_are_added_changed_and_removed(cluster):
     await cluster.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
     async with observing(cluster.source(), cluster.prefix) as observer:
@@ -272,12 +272,12 @@ async def test_nodes_come_change_and_go(cluster):
         await cluster.annotate("n2", public_ip="192.0.2.22")
         await until(lambda: observer.public_ips()["n2"] == "192.0.2.22", "the address")
         await cluster.delete("n1")
-        await until(lambda: "n1" not in observer.public_ips(), "n1's end")
+        await until(lambda: "n1" not in observer.public_ips(), "the removal of n1")
         assert observer.public_ips() == {"n2": "192.0.2.22", "n3": "192.0.2.3"}
         assert len(observer.changes) == 3
 
 
-async def test_nodes_without_flannel_are_no_leases(cluster):
+async def test_nodes_without_flannel_have_no_leases(cluster):
     await cluster.create(node("bare", "10.244.1.0/24"))
     await cluster.create(member("off", "192.0.2.2", "10.244.2.0/24", kube_subnet_manager="false"))
     source = cluster.source()
@@ -287,11 +287,11 @@ async def test_nodes_without_flannel_are_no_leases(cluster):
         await cluster.annotate("off", kube_subnet_manager="true")
         await until(lambda: observer.public_ips() == {"off": "192.0.2.2"}, "a lease")
         await cluster.annotate("off", kube_subnet_manager=None)
-        await until(lambda: observer.public_ips() == {}, "its end")
+        await until(lambda: observer.public_ips() == {}, "the removal")
 
 
-async def test_one_family_of_two_may_change(cluster):
-    """Flannel ignores an update if either family is as it was."""
+async def test_a_change_of_one_family(cluster):
+    """flannel ignores an update if one of the families is unchanged."""
     both = {"public_ipv6": "2001:db8::2"}
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24", "fd00:10:0:2::/64", **both))
     async with observing(cluster.source(net_conf=DUAL_STACK), cluster.prefix) as observer:
@@ -304,8 +304,8 @@ async def test_one_family_of_two_may_change(cluster):
         assert str(lease.attributes.public_ipv6) == "2001:db8::22"
 
 
-async def test_a_node_made_anew_with_another_subnet_is_a_change(cluster):
-    """A podCIDR changes with its node only; flannel does not notice."""
+async def test_a_node_created_again_with_another_subnet_is_a_change(cluster):
+    """A podCIDR changes only with its Node object; flannel does not see that."""
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
     async with observing(cluster.source(), cluster.prefix) as observer:
         await cluster.delete("n2")
@@ -316,7 +316,7 @@ async def test_a_node_made_anew_with_another_subnet_is_a_change(cluster):
                     "the subnet")
 
 
-async def test_a_heartbeat_is_no_change(small):
+async def test_a_heartbeat_is_not_a_change(small):
     await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
     async with observing(small.source()) as observer:
         for i in range(5):
@@ -328,7 +328,7 @@ async def test_a_heartbeat_is_no_change(small):
 
 
 @pytest.mark.parametrize(
-    ("says", "why"),
+    ("annotations", "message"),
     [
         ({"public_ip": "here"}, "public-ip: 'here'"),
         ({"public_ip": "224.0.0.1"}, "public-ip"),
@@ -340,21 +340,23 @@ async def test_a_heartbeat_is_no_change(small):
         ({"backend_v6_data": "nul"}, "backend-v6-data"),
     ],
 )
-async def test_a_node_that_says_nonsense_keeps_what_it_said_before(cluster, says, why):
+async def test_an_invalid_node_keeps_its_previous_lease(
+    cluster, annotations, message
+):
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
-    await cluster.create(member("bad", "192.0.2.9", "10.244.9.0/24", **says))
+    await cluster.create(member("bad", "192.0.2.9", "10.244.9.0/24", **annotations))
     source = cluster.source()
     async with observing(source, cluster.prefix) as observer:
         assert observer.public_ips() == {"n2": "192.0.2.2"}
-        assert why in source.health.skipped[cluster.name("bad")]
-        await cluster.annotate("n2", **says)
-        await until(lambda: cluster.name("n2") in source.health.skipped, "the report")
+        assert message in source.health.skipped[cluster.name("bad")]
+        await cluster.annotate("n2", **annotations)
+        await until(lambda: cluster.name("n2") in source.health.skipped, "the error")
         await cluster.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
         await until(lambda: "n3" in observer.public_ips(), "n3")
         assert observer.public_ips() == {"n2": "192.0.2.2", "n3": "192.0.2.3"}
-        mended = dict.fromkeys(says) | {"public_ip": "192.0.2.22", "backend_data": "null"}
-        await cluster.annotate("n2", **mended)
-        await until(lambda: observer.public_ips()["n2"] == "192.0.2.22", "n2 as mended")
+        valid = dict.fromkeys(annotations) | {"public_ip": "192.0.2.22", "backend_data": "null"}
+        await cluster.annotate("n2", **valid)
+        await until(lambda: observer.public_ips()["n2"] == "192.0.2.22", "the valid n2")
         assert cluster.name("n2") not in source.health.skipped
 
 
@@ -370,7 +372,7 @@ async def test_a_node_without_a_subnet_is_reported_until_it_has_one(cluster):
         assert cluster.name("n2") not in source.health.skipped
 
 
-async def test_lists_are_read_in_pages(small):
+async def test_nodes_are_listed_in_pages(small):
     for i in range(7):
         await small.create(member(f"n{i}", f"192.0.2.{i + 1}", f"10.244.{i}.0/24"))
     async with observing(small.source(page=3)) as observer:
@@ -379,7 +381,7 @@ async def test_lists_are_read_in_pages(small):
     assert len(lists) == 3
 
 
-async def test_a_list_that_takes_too_long_is_asked_for_at_once(small):
+async def test_a_listing_that_takes_too_long_is_repeated_without_pages(small):
     for i in range(7):
         await small.create(member(f"n{i}", f"192.0.2.{i + 1}", f"10.244.{i}.0/24"))
 
@@ -392,11 +394,11 @@ async def test_a_list_that_takes_too_long_is_asked_for_at_once(small):
         assert len(observer.leases) == 7
 
 
-# what goes wrong with a watch
+# Failures of a watch
 
 
 @pytest.mark.parametrize("as_event", [True, False])
-async def test_a_forgotten_version_lists_again_and_tells_the_difference(small, as_event):
+async def test_a_compacted_version_lists_again_and_yields_the_difference(small, as_event):
     small.small.gone_as_event = as_event
     for i in (1, 2, 3):
         await small.create(member(f"n{i}", f"192.0.2.{i}", f"10.244.{i}.0/24"))
@@ -410,11 +412,11 @@ async def test_a_forgotten_version_lists_again_and_tells_the_difference(small, a
         await small.small.start()
         await until(lambda: observer.public_ips() == {
             "n2": "192.0.2.22", "n3": "192.0.2.3", "n4": "192.0.2.4"}, "the difference")
-        assert len(observer.changes) == 3  # n3 was not touched
+        assert len(observer.changes) == 3  # n3 is unchanged
         assert source.health.relists_n == 1
 
 
-async def test_a_bookmark_spares_listing_again(small):
+async def test_a_bookmark_avoids_a_listing(small):
     small.small.bookmark_seconds = 0.02
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source()
@@ -433,21 +435,21 @@ async def test_a_bookmark_spares_listing_again(small):
         assert watches
 
 
-async def test_a_lost_connection_goes_on_where_it_was(small):
+async def test_a_lost_connection_continues_from_its_version(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source()
     async with observing(source) as observer:
         for i in range(2, 7):
             await small.small.cut_watches()
             await small.create(member(f"n{i}", f"192.0.2.{i}", f"10.244.{i}.0/24"))
-        await until(lambda: len(observer.leases) == 6, "all")
+        await until(lambda: len(observer.leases) == 6, "all nodes")
         assert source.health.relists_n == 0
         lists = [url for _, url, _ in small.small.requests
                  if "watch" not in url and "limit" in url]
         assert len(lists) == 1
 
 
-async def test_a_watch_that_ends_in_order_goes_on(small):
+async def test_a_watch_that_ends_normally_is_continued(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(watch_timeout=1)
     async with observing(source) as observer:
@@ -458,54 +460,54 @@ async def test_a_watch_that_ends_in_order_goes_on(small):
         await until(lambda: "n2" in observer.public_ips(), "n2")
 
 
-async def test_a_server_that_is_gone_forgets_no_lease(small):
+async def test_a_stopped_server_removes_no_lease(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source()
     async with observing(source) as observer:
         await small.small.stop()
-        await until(lambda: not source.health.connected, "the report")
+        await until(lambda: not source.health.connected, "the error")
         assert "nodes" in source.health.error
         assert source.health.errors_n
         assert observer.public_ips() == {"n1": "192.0.2.1"}
         await small.small.put(member("n2", "192.0.2.2", "10.244.2.0/24"))
         await small.small.start()
         await until(lambda: "n2" in observer.public_ips(), "n2")
-        await until(lambda: source.health.connected, "order")
+        await until(lambda: source.health.connected, "the recovery")
         assert source.health.error == ""
         assert source.health.relists_n == 0
 
 
-async def test_a_server_that_was_not_there_at_start(small):
+async def test_a_server_that_is_down_at_the_start(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     await small.small.stop()
     source = small.source()
     with pytest.raises(StoreDown):
         await source.acquire(ME, Subnets())
     observer = Observer(source)
-    await until(lambda: source.health.errors_n > 2, "the report")
+    await until(lambda: source.health.errors_n > 2, "the error")
     assert observer.snapshots == 0
     await small.small.start()
     await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "the snapshot")
     await observer.close()
 
 
-async def test_a_frozen_server_is_noticed(small):
+async def test_a_frozen_server_is_detected(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(watch_silence=0.2, request_timeout=0.2)
     async with observing(source) as observer:
         small.small.answering.clear()
-        await until(lambda: "does not respond" in source.health.error, "the report")
+        await until(lambda: "does not respond" in source.health.error, "the error")
         assert not source.health.connected
         with pytest.raises(StoreDown, match="does not respond"):
             await source.acquire(ME, Subnets())
         small.small.answering.set()
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
         await until(lambda: "n2" in observer.public_ips(), "n2")
-        await until(lambda: source.health.connected, "order")
+        await until(lambda: source.health.connected, "the recovery")
 
 
 @pytest.mark.parametrize("code", [429, 500, 503, 403, 410])
-async def test_a_server_that_refuses_for_a_while(small, code):
+async def test_temporary_refusals_are_retried(small, code):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(token="agent")
     async with observing(source) as observer:
@@ -516,8 +518,8 @@ async def test_a_server_that_refuses_for_a_while(small, code):
         await until(lambda: "n2" in observer.public_ips(), "n2")
 
 
-async def test_a_proxy_that_answers_in_its_own_way(small):
-    """What comes back need not be of Kubernetes."""
+async def test_a_response_that_is_not_from_kubernetes(small):
+    """For example from a proxy."""
     async def page(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n<p>no</p>")
@@ -531,10 +533,10 @@ async def test_a_proxy_that_answers_in_its_own_way(small):
             await source.acquire(ME, Subnets())
 
 
-# credentials
+# Credentials
 
 
-async def test_a_token_that_expires_is_read_again(small):
+async def test_an_expired_token_is_read_again(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(token="agent")
     lease = await source.acquire(ME, Subnets())
@@ -543,31 +545,31 @@ async def test_a_token_that_expires_is_read_again(small):
         assert observer.public_ips() == {"n1": "192.0.2.1"}
         small.small.expire("agent")
         await small.small.cut_watches()
-        await until(lambda: "401" in source.health.error, "the report")
+        await until(lambda: "401" in source.health.error, "the error")
         with pytest.raises(StoreRefused, match="401"):
             await source.acquire(ME, Subnets())
         small.small.allow("fresh", *rules)
         (small.directory / "token").write_text("fresh")
-        await until(lambda: source.health.connected, "order")
+        await until(lambda: source.health.connected, "the recovery")
         assert await source.acquire(ME, Subnets()) == lease
 
 
-async def test_a_token_that_is_missing_is_named(small):
+async def test_a_missing_token_is_named(small):
     source = small.source()
     (small.directory / "token").unlink()
     with pytest.raises(StoreRefused, match="token"):
         await source.acquire(ME, Subnets())
 
 
-# holding
+# Hold
 
 
-async def test_holding_says_that_the_network_is_there(cluster):
+async def test_hold_publishes_that_the_network_is_up(cluster):
     await cluster.create(node("n1", "10.244.1.0/24", conditions=[
         {"type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated"}]))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
-    assert (await cluster.condition("n1"))["status"] == "True"  # not before the host is set up
+    assert (await cluster.condition("n1"))["status"] == "True"  # hold publishes it
 
     async def up():
         condition = await cluster.condition("n1")
@@ -579,17 +581,17 @@ async def test_holding_says_that_the_network_is_there(cluster):
         assert condition["lastTransitionTime"].endswith("Z")
 
 
-async def test_the_network_condition_may_be_somebody_elses(small):
+async def test_the_network_condition_can_be_left_alone(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(set_node_network_unavailable=False)
     lease = await source.acquire(ME, Subnets())
     async with running(source.hold(lease)):
         gets = lambda: [u for m, u, _ in small.small.requests if u.endswith("/nodes/n1")]  # noqa: E731
-        await until(lambda: len(gets()) > 1, "a look")
+        await until(lambda: len(gets()) > 1, "a second check")
         assert await small.condition("n1") is None
 
 
-async def test_annotations_that_are_taken_away_are_put_back(cluster):
+async def test_removed_annotations_are_restored(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -597,14 +599,14 @@ async def test_annotations_that_are_taken_away_are_put_back(cluster):
     async with observing(source, cluster.prefix), running(source.hold(lease)):
         await cluster.annotate("n1", kube_subnet_manager=None, public_ip="203.0.113.1")
 
-        async def mended():
+        async def restored():
             return await cluster.annotations("n1") == whole
 
-        await until(mended, "the annotations")
+        await until(restored, "the annotations")
 
 
-async def test_an_overwrite_that_comes_later_is_published(cluster):
-    """Flannel looks at it at its start only."""
+async def test_a_later_overwrite_is_published(cluster):
+    """flannel reads it only at its start."""
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -612,10 +614,10 @@ async def test_an_overwrite_that_comes_later_is_published(cluster):
         await cluster.annotate("n1", public_ip_overwrite="198.51.100.7")
         await until(lambda: observer.public_ips() == {"n1": "198.51.100.7"}, "the address")
         await cluster.annotate("n1", public_ip_overwrite=None)
-        await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "our own again")
+        await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "our own address")
 
 
-async def test_a_node_that_registers_again_is_told_all_again(cluster):
+async def test_a_node_that_registers_again_is_published_again(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -627,10 +629,10 @@ async def test_a_node_that_registers_again_is_told_all_again(cluster):
         await cluster.create(node("n1", "10.244.1.0/24"))
         await until(lambda: source.health.lease == "held", "the lease")
         await until(lambda: cluster.condition("n1"), "the condition")
-        await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "the news")
+        await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "the lease of n1")
 
 
-async def test_a_node_that_gets_another_subnet_has_lost_its_lease(cluster):
+async def test_a_changed_pod_cidr_is_a_lost_lease(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -657,13 +659,13 @@ async def test_an_outage_loses_no_lease(small):
         small.small.nodes["n1"]["metadata"]["annotations"].clear()
         await small.small.start()
 
-        async def mended():
+        async def restored():
             return (await small.annotations("n1")).get("public-ip") == "192.0.2.1"
 
-        await until(mended, "the annotations")
+        await until(restored, "the annotations")
 
 
-async def test_a_refused_patch_while_holding_is_tried_again(small):
+async def test_hold_repeats_a_refused_patch(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(token="agent")
     lease = await source.acquire(ME, Subnets())
@@ -673,26 +675,26 @@ async def test_a_refused_patch_while_holding_is_tried_again(small):
         await until(lambda: small.condition("n1"), "the condition")
 
 
-async def test_a_daemon_that_starts_from_its_memory_publishes_when_it_can(small):
-    """Without acquire: the saved lease is held."""
+async def test_hold_publishes_a_cached_lease(small):
+    """Without acquire, as after a start while the API server is down."""
     await small.create(node("n1", "10.244.1.0/24"))
     lease = await small.source().acquire(ME, Subnets())
     await small.small.annotate("n1", public_ip=None)
     async with running(small.source().hold(lease)):
-        async def mended():
+        async def restored():
             return (await small.annotations("n1")).get("public-ip") == "192.0.2.1"
 
-        await until(mended, "the annotations")
+        await until(restored, "the annotations")
 
 
-async def test_holding_ends_when_cancelled_in_the_moment_of_news(small):
-    """asyncio.wait_for of Python 3.11 loses a cancellation then, and the daemon would not end."""
+async def test_hold_ends_when_cancelled_during_a_change(small):
+    """With asyncio.wait_for of Python 3.11 the cancellation is lost and the daemon never ends."""
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source()
     lease = await source.acquire(ME, Subnets())
     task = asyncio.create_task(source.hold(lease))
     await until(lambda: small.condition("n1"), "the condition")
-    await until(lambda: source._own_changed._waiters, "rest")
+    await until(lambda: source._own_changed._waiters, "hold to wait")
     source._own_changed.set()
     task.cancel()
     await asyncio.wait({task}, timeout=5)

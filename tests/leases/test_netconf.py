@@ -1,4 +1,4 @@
-"""net-conf.json: what flannel accepts, refuses and assumes, field by field."""
+"""net-conf.json: valid, invalid and default values of each field, as in flannel."""
 
 import json
 from contextlib import suppress
@@ -20,7 +20,7 @@ def parse6(**fields):
     return parse(EnableIPv4=False, EnableIPv6=True, **fields)
 
 
-def test_the_usual_one():
+def test_the_usual_configuration():
     text = '{"Network": "10.244.0.0/16", "EnableNFTables": false, "Backend": {"Type": "vxlan"}}'
     config = NetConfig.parse(text)
     assert config.network == IPv4Network("10.244.0.0/16")
@@ -60,7 +60,7 @@ def test_ipv6_alone():
         ("10.1.0.0/28", 30, "10.1.0.4", "10.1.0.12"),
     ],
 )
-def test_subnets_follow_from_the_network(network, length, first, last):
+def test_default_subnets(network, length, first, last):
     config = parse(Network=network)
     assert config.subnet_len == length
     assert config.subnet_min == IPv4Address(first)
@@ -75,14 +75,14 @@ def test_subnets_follow_from_the_network(network, length, first, last):
         ("fc00::/124", 126, "fc00::4", "fc00::c"),
     ],
 )
-def test_subnets_follow_from_the_ipv6_network(network, length, first, last):
+def test_default_ipv6_subnets(network, length, first, last):
     config = parse6(IPv6Network=network)
     assert config.subnet6_len == length
     assert config.subnet6_min == IPv6Address(first)
     assert config.subnet6_max == IPv6Address(last)
 
 
-def test_subnets_that_are_chosen():
+def test_configured_subnets():
     config = parse(Network="10.0.0.0/8", SubnetLen=20, SubnetMin="10.10.0.0", SubnetMax="10.99.0.0")
     assert config.subnet_len == 20
     assert config.subnet_min == IPv4Address("10.10.0.0")
@@ -99,7 +99,7 @@ def test_host_bits_of_a_network_are_masked():
 
 
 @pytest.mark.parametrize("value", [0, None])
-def test_zero_and_null_are_as_absent_as_in_go(value):
+def test_zero_and_null_mean_absent_as_in_go(value):
     empty = {"SubnetLen": value, "SubnetMin": value or "0.0.0.0", "SubnetMax": value or ""}
     absent = parse(Network="10.5.0.0/16")
     config = parse(Network="10.5.0.0/16", EnableIPv4=None, EnableIPv6=None, **empty)
@@ -108,7 +108,7 @@ def test_zero_and_null_are_as_absent_as_in_go(value):
     assert config.subnet_max == absent.subnet_max
 
 
-def test_names_in_any_case_the_last_of_two_counts_and_others_are_passed_over():
+def test_names_in_any_case_the_last_of_two_wins_and_unknown_ones_are_ignored():
     config = NetConfig.parse(
         '{"NETWORK": "10.1.0.0/16", "network": "10.2.0.0/16", "subnetlen": 26, "Comment": [1, {}],'
         ' "backend": {"TYPE": "UDP", "pOrT": 9000, "note": 1}}'
@@ -162,7 +162,7 @@ def test_names_in_any_case_the_last_of_two_counts_and_others_are_passed_over():
          "Backend.DirectRouting"),
     ],
 )
-def test_what_is_wrong_is_named(fields, field):
+def test_an_invalid_field_is_named(fields, field):
     with pytest.raises(FieldError) as caught:
         NetConfig.parse(json.dumps(fields), where="/coreos.com/network/config")
     assert caught.value.field == field
@@ -183,7 +183,7 @@ def test_what_is_wrong_is_named(fields, field):
         ({"IPv6Network": "fc00::/48", "IPv6SubnetMax": "fc00::1"}, "IPv6SubnetMax"),
     ],
 )
-def test_what_is_wrong_with_ipv6_is_named(fields, field):
+def test_an_invalid_ipv6_field_is_named(fields, field):
     with pytest.raises(FieldError) as caught:
         parse6(**fields)
     assert caught.value.field == field
@@ -192,20 +192,20 @@ def test_what_is_wrong_with_ipv6_is_named(fields, field):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"Network": NaN}', "[" * 100000, '{"a": ' + "9" * 5000 + "}"]
 )
-def test_what_is_no_json_object_is_refused(text):
+def test_anything_but_a_json_object_is_refused(text):
     with pytest.raises(FieldError, match=r"etcd.*the configuration"):
         NetConfig.parse(text, where="etcd")
 
 
 @pytest.mark.parametrize("depth", [300, 600, 900, 960, 990])
 @pytest.mark.parametrize("field", ["Network", "Backend", "Comment"])
-def test_no_depth_is_too_deep_for_an_answer(field, depth):
+def test_deep_nesting_is_refused(field, depth):
     nested = "[" * depth + "]" * depth
     with pytest.raises(FieldError):
         NetConfig.parse(f'{{"{field}": {nested}}}')
 
 
-def test_a_syntax_error_has_its_line():
+def test_a_syntax_error_names_the_line():
     with pytest.raises(FieldError, match=r"net-conf.json, line 3: .*'\"Backend\"'"):
         NetConfig.parse('{\n  "Network": "10.5.0.0/16"\n  "Backend"\n}', where="net-conf.json")
 
@@ -213,14 +213,14 @@ def test_a_syntax_error_has_its_line():
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
                     lambda item: st.lists(item) | st.dictionaries(st.text(), item),
                     max_leaves=5))
-def test_any_value_of_any_field_is_taken_or_refused(value):
+def test_any_value_of_any_field_is_valid_or_a_field_error(value):
     for name in ("EnableIPv4", "EnableIPv6", "Network", "SubnetLen", "SubnetMin", "Backend"):
         with suppress(FieldError):
             parse(**{"Network": "10.5.0.0/16", "IPv6Network": "fc00::/48", name: value})
 
 
-def test_where_the_store_gives_subnets_their_rules_do_not_hold():
-    """With Kubernetes flannel never looks at them, so that a wrong one must stop nobody."""
+def test_subnet_rules_are_not_checked_if_the_store_assigns_subnets():
+    """With Kubernetes flannel does not read them, so an invalid one is not an error."""
     config = parse(check_subnets=False, Network="10.5.0.0/29", SubnetLen=99, SubnetMin="nowhere")
     assert config.network == IPv4Network("10.5.0.0/29")
     assert (config.subnet_len, config.subnet_min, config.subnet_max) == (0, None, None)
@@ -231,7 +231,7 @@ def test_where_the_store_gives_subnets_their_rules_do_not_hold():
 @pytest.mark.parametrize(
     ("backend", "kind", "udp_port", "vxlan_port"),
     [
-        ({}, "udp", 8285, 0),  # flannel's, whatever its documents say
+        ({}, "udp", 8285, 0),  # as flannel does, unlike its documentation
         ({"Backend": {}}, "", 8285, 0),
         ({"Backend": None}, "", 8285, 0),
         ({"Backend": {"Type": "udp"}}, "udp", 8285, 0),
@@ -242,7 +242,7 @@ def test_where_the_store_gives_subnets_their_rules_do_not_hold():
         ({"Backend": {"Type": "host-gw", "Port": "odd"}}, "host-gw", 8285, 0),
     ],
 )
-def test_a_port_is_the_named_backends(backend, kind, udp_port, vxlan_port):
+def test_the_port_belongs_to_the_backend_type(backend, kind, udp_port, vxlan_port):
     config = parse(Network="10.5.0.0/16", **backend)
     assert config.backend_type == kind
     assert (config.udp_port, config.vxlan_port) == (udp_port, vxlan_port)
