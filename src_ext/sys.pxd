@@ -1,4 +1,7 @@
-"""The system calls of the fast path, as the C library declares them. Owns nothing."""
+"""System calls of the data path, atomic loads and stores, and the clock.
+
+Owns no state. Any thread may call.
+"""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -149,7 +152,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
 
 cdef extern from * nogil:
     """
-    /* One spelling each for the orderings that cross threads (GCC and clang). */
+    /* The memory orderings used between threads (GCC and clang builtins). */
     #define udptun_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define udptun_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
     #define udptun_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
@@ -162,11 +165,12 @@ cdef extern from * nogil:
 
 
 cdef inline uint64_t clock_ns(int clock) noexcept nogil:
+    """Return the time of a clock of clock_gettime(2), in nanoseconds."""
     cdef timespec ts
     clock_gettime(clock, &ts)
     return <uint64_t>ts.tv_sec * 1000000000 + <uint64_t>ts.tv_nsec
 
 
 cdef inline uint64_t now_ns() noexcept nogil:
-    """Monotonic time."""
+    """Return monotonic time."""
     return clock_ns(CLOCK_MONOTONIC)

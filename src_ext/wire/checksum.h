@@ -1,13 +1,14 @@
-/* The Internet checksum's inner loop: what Cython cannot say (SIMD chosen at load time).
+/* The inner loop of the Internet checksum. It is in C because Cython cannot select SIMD code when
+ * a module is loaded.
  *
- * Owns: one loop, compiled once per instruction set, and the choice among them. The clones are
- * written out instead of left to target_clones, so that each can be called and tested by itself,
- * and so that the choice needs no ifunc: it works in gcc, clang, musl and the sanitizers alike.
- * The choice is made when the module is loaded and never changes: any thread may call.
+ * Owns one loop, compiled once per instruction set, and the choice between the variants. They are
+ * written out, without target_clones, so that tests can call each of them, and so that the choice
+ * needs no ifunc: it works with gcc, clang, musl and the sanitizers. It is made when the module is
+ * loaded and never changes, so any thread may call.
  *
- * Every function here adds n bytes at p to acc as 32-bit native words, the carry staying in the
- * upper half. An odd last byte counts as if a zero byte followed. No overflow while acc < 2^63 and
- * n < 2^32. Nothing outside p[0:n] is read.
+ * Every function here adds the n bytes at p to acc, as 32-bit words in native order; carries
+ * collect in the upper half. An odd last byte counts as if a zero byte followed. There is no overflow while
+ * acc < 2^63 and n < 2^32. Only p[0:n] is read.
  */
 #ifndef UDPTUN_CHECKSUM_H
 #define UDPTUN_CHECKSUM_H
@@ -18,7 +19,7 @@
 
 typedef uint64_t (*udptun_csum_fn)(const uint8_t *p, size_t n, uint64_t acc);
 
-/* For headers: inlined, and unrolled where n is a constant. */
+/* For headers: inlined, and unrolled if n is a constant. */
 static inline __attribute__((always_inline)) uint64_t
 udptun_csum_short(const uint8_t *p, size_t n, uint64_t acc)
 {
@@ -41,9 +42,9 @@ udptun_csum_short(const uint8_t *p, size_t n, uint64_t acc)
     return acc;
 }
 
-/* One implementation with vectors of BYTES. Each 64-bit lane holds two words; `all` sums lanes
- * modulo 2^64 and `high` their upper words, so the lower words' sum is all - (high << 32): one
- * operation a vector less than masking the lower words out. Exact while that sum is below 2^64. */
+/* One implementation, with vectors of BYTES. Each 64-bit lane holds two words. `all` sums the lanes
+ * modulo 2^64, `high` their upper words; the lower words' sum is all - (high << 32). This takes one
+ * operation per vector less than masking. Exact while the lower words' sum is below 2^64. */
 #define UDPTUN_CSUM_IMPLEMENTATION(NAME, BYTES, TARGET)                                          \
     TARGET static __attribute__((noinline)) uint64_t                                             \
     NAME(const uint8_t *p, size_t n, uint64_t acc)                                               \
@@ -71,7 +72,7 @@ UDPTUN_CSUM_IMPLEMENTATION(udptun_csum_avx2, 32, __attribute__((target("avx2")))
 UDPTUN_CSUM_IMPLEMENTATION(udptun_csum_avx512, 64, __attribute__((target("avx512f,avx512bw"))))
 #endif
 
-/* The implementations this CPU has, the fastest last. */
+/* The implementations that this CPU supports, the fastest last. */
 #define UDPTUN_CSUM_MAX 3
 static const char *udptun_csum_names[UDPTUN_CSUM_MAX] = {"baseline"};
 static udptun_csum_fn udptun_csum_fns[UDPTUN_CSUM_MAX] = {udptun_csum_baseline};

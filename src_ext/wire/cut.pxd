@@ -1,20 +1,19 @@
 """Cut the kernel's super-packets into IP packets.
 
-Owns the reading of the virtio_net_hdr that comes before a packet read from the TUN. ``plan_cut``
-judges the frame once, ``cut_start`` makes its headers a template, ``cut_segment`` writes a segment,
-``cut_header`` only its headers.
-Each payload byte is summed once; the constant part of each header's sum once per super-packet.
+Owns the parsing of the virtio_net_hdr that precedes each packet read from the TUN. ``plan_cut``
+validates a frame, ``cut_start`` makes a template of its headers, ``cut_segment`` writes a segment,
+``cut_header`` only a segment's headers. Depends on no worker.
+Each payload byte is summed once, and the constant part of a header's sum once per super-packet.
 Source: linux/virtio_net.h, RFC 9293 (seq, FIN/PSH), RFC 3168 6.1.2 (CWR on the first only),
-RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id), RFC 8200 4 (extension headers: Linux
-hands over TCP super-packets with those of a socket's sticky options).
+RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id), RFC 8200 4 (extension headers: a TCP
+super-packet has those of the socket's sticky options).
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from wire.checksum cimport csum_add, csum_not, csum_pseudo
 from drops cimport DROP_BAD_GSO, DROP_BAD_L4_HEADER, PASS, drop_t
-from wire.packet cimport ip_src, ip_t, skip_extensions
+from wire.checksum cimport csum_add, csum_not, csum_pseudo
 from wire.headers cimport (
     GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_CSUM, IP4_ID, IP4_LEN, IP6_LEN,
     IP6_PAYLOAD, IP_MAX, PROTO_TCP, PROTO_UDP, TCP_CSUM, TCP_F_CWR, TCP_F_FIN, TCP_F_PSH,
@@ -22,25 +21,26 @@ from wire.headers cimport (
     VNET_CSUM_START, VNET_F_NEEDS_CSUM, VNET_FLAGS, VNET_GSO_SIZE, VNET_GSO_TYPE, load_be16,
     load_be32, load_u16, store_be16, store_be32, store_u16, swap16,
 )
+from wire.packet cimport ip_src, ip_t, skip_extensions
 
 
 cdef enum:
-    MAX_SEG_HDR = 120             # a TCP header with all options, behind an IPv4 header with all
-    SEG_HDR_ROOM = 128            # what cut_header writes, in halves: at least MAX_SEG_HDR
+    MAX_SEG_HDR = 120       # an IPv4 and a TCP header, each with the maximum of options
+    SEG_HDR_ROOM = 128      # bytes that cut_header writes, in halves; at least MAX_SEG_HDR
 
 
 cdef struct cut_t:
     bint tcp
     uint8_t version
-    uint32_t ip_hdr_len     # with IPv6 extension headers
+    uint32_t ip_hdr_len     # including IPv6 extension headers
     uint32_t hdr_len        # IP and transport header of each segment
     uint32_t payload_len    # of the whole super-packet
-    uint32_t gso_size       # payload bytes of each segment but perhaps the last
+    uint32_t gso_size       # payload bytes of each segment; the last may be shorter
     uint32_t n              # segments, >= 1
     uint32_t seq            # TCP: of the first segment, host order
     uint32_t ip_id          # IPv4: of the first segment, host order
     uint64_t pseudo         # sum of the pseudo-header without the length
-    # by ``cut_start``: the headers, with zeros for what differs from segment to segment, and sums
+    # set by ``cut_start``: the headers, with zeros where segments differ, and their sums
     uint8_t flags           # TCP: of the super-packet
     uint64_t ip_base        # of the IPv4 header
     uint64_t l4_base        # of the pseudo-header without the length, and the transport header
@@ -54,11 +54,11 @@ cdef inline bint is_super(const uint8_t* vnet) noexcept nogil:
 cdef inline drop_t complete_checksum(
     const uint8_t* vnet, uint8_t* p, size_t n, const ip_t* ip
 ) noexcept nogil:
-    """Finish the transport checksum that the kernel left to us (NEEDS_CSUM, no GSO).
+    """Complete the transport checksum if the kernel left it to the device (NEEDS_CSUM, no GSO).
 
-    p[0:n] is the IP packet behind the vnet header; the field holds the pseudo-header's sum.
-    ip     from ``parse_ip``: it stays true of p
-    drops  BAD_GSO when the offsets lead into the IP header or out of the packet
+    p      the IP packet, n bytes; the checksum field holds the pseudo-header's sum
+    ip     from ``parse_ip``; remains valid
+    drops  BAD_GSO if the offsets point into the IP header or outside the packet
     """
     cdef size_t start, field
     cdef uint16_t csum
@@ -78,21 +78,22 @@ cdef inline drop_t complete_checksum(
 cdef inline drop_t plan_cut(
     const uint8_t* vnet, uint8_t* p, size_t n, const ip_t* ip, cut_t* cut
 ) noexcept nogil:
-    """Judge a super-packet and say how it is to be cut.
+    """Validate a super-packet, and compute how to cut it.
 
     p      the IP packet, n bytes, at most 65535; the transport header's checksum and UDP's length
-           are cleared
+           are set to zero
     ip     from ``parse_ip``
-    drops  BAD_GSO: gso_size 0, unknown type, type and protocol at odds, checksum offsets at odds
-           with the headers; BAD_L4_HEADER: the TCP or UDP header does not parse, or the
-           extension headers before it do not, or all headers are over MAX_SEG_HDR
+    cut    out; undefined if the packet is dropped, except cut.n, which is then unchanged
+    drops  BAD_GSO: gso_size 0, unknown type, the type contradicts the protocol, the checksum
+           offsets contradict the headers. BAD_L4_HEADER: the TCP or UDP header or an extension
+           header does not parse, or all headers together exceed MAX_SEG_HDR
     """
     cdef uint8_t kind = vnet[VNET_GSO_TYPE]
     cdef uint8_t* l4
     cdef size_t l4_len
     cdef uint32_t l4_hdr, csum_off
     cdef uint32_t ip_hdr_len = ip.hdr_len
-    cdef uint8_t want, proto
+    cdef uint8_t expected, proto
     cdef drop_t verdict
     cut.tcp = kind & ~GSO_ECN == GSO_TCPV4 or kind & ~GSO_ECN == GSO_TCPV6
     if cut.tcp:
@@ -100,14 +101,14 @@ cdef inline drop_t plan_cut(
             return DROP_BAD_GSO
     elif kind != GSO_UDP_L4:
         return DROP_BAD_GSO
-    want = PROTO_TCP if cut.tcp else PROTO_UDP
-    if ip.proto != want:
+    expected = PROTO_TCP if cut.tcp else PROTO_UDP
+    if ip.proto != expected:
         proto = ip.proto
         if ip.version == 6:
             verdict = skip_extensions(p, n, &proto, &ip_hdr_len)
             if verdict != PASS:
                 return verdict
-        if proto != want:
+        if proto != expected:
             return DROP_BAD_GSO
     l4 = p + ip_hdr_len
     l4_len = n - ip_hdr_len
@@ -145,22 +146,22 @@ cdef inline drop_t plan_cut(
     cut.seq = load_be32(l4 + TCP_SEQ) if cut.tcp else 0
     cut.ip_id = load_be16(p + IP4_ID)
     store_u16(l4 + csum_off, 0)
-    cut.pseudo = csum_pseudo(ip_src(p, ip), ip.addr_len, want, 0)
+    cut.pseudo = csum_pseudo(ip_src(p, ip), ip.addr_len, expected, 0)
     if not cut.tcp:
         store_u16(l4 + UDP_LENGTH, 0)
     return PASS
 
 
 cdef inline uint32_t cut_payload_len(const cut_t* cut, uint32_t i) noexcept nogil:
-    """Payload bytes of segment i; all are gso_size but the last, which may be shorter."""
+    """Return the payload bytes of segment i: gso_size, or less for the last."""
     if i + 1 < cut.n:
         return cut.gso_size
     return cut.payload_len - i * cut.gso_size
 
 
 cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
-    """Take the super-packet's headers at p as the template of all segments: what ``plan_cut`` left
-    of them, and with the hop limit that the segments are to have."""
+    """Make the template of all segments' headers from the super-packet at p, as ``plan_cut`` left
+    it. The segments get its present hop limit."""
     cdef uint8_t* l4 = cut.hdr + cut.ip_hdr_len
     memcpy(cut.hdr, p, cut.hdr_len)
     cut.ip_base = cut.flags = 0
@@ -179,11 +180,11 @@ cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
 cdef inline void cut_header(
     const cut_t* cut, const uint8_t* payload, uint32_t i, uint8_t* out
 ) noexcept nogil:
-    """Write the headers of segment i. Nothing written is read again: a load that meets narrower
-    stores in flight waits for them.
+    """Write the headers of segment i. Reads none of the bytes that it writes: a load that overlaps
+    narrower stores in the store buffer stalls.
 
-    payload  of this segment, cut_payload_len(i) bytes; apart from out
-    out      SEG_HDR_ROOM bytes: what is behind the headers is overwritten too
+    payload  of this segment, cut_payload_len(i) bytes; does not overlap out
+    out      SEG_HDR_ROOM bytes; the bytes after the headers are overwritten too
     """
     cdef uint32_t len_ = cut_payload_len(cut, i)
     cdef uint32_t l4_len = cut.hdr_len - cut.ip_hdr_len + len_
@@ -223,9 +224,9 @@ cdef inline void cut_header(
 cdef inline uint32_t cut_segment(
     const cut_t* cut, const uint8_t* p, uint32_t i, uint8_t* out
 ) noexcept nogil:
-    """Write segment i whole; returns its length.
+    """Write segment i, headers and payload. Return its length.
 
-    p    the super-packet; apart from out
+    p    the super-packet; does not overlap out
     out  room for SEG_HDR_ROOM bytes and a payload of gso_size
     """
     cdef const uint8_t* payload = p + cut.hdr_len + i * cut.gso_size

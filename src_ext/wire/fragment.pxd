@@ -1,12 +1,11 @@
-"""Cut an IPv4 packet into fragments for a smaller MTU, in gather form: new headers, old payload.
+"""Fragment an IPv4 packet for a smaller MTU: write new headers, and point to the payload.
 
-Owns no state and copies no payload. Refuses to know: whether the packet may be cut (the caller
-looks at DF and the IP version). Callers have parsed the IP header: these are not for hostile bytes,
-but for the options, which are parsed here.
+Owns no state and copies no payload. The caller has parsed the IP header, and has checked that the
+packet is IPv4 without DF. The options are validated here.
 Source: RFC 791 3.1 (options, copied flag), 3.2 (fragmentation procedure).
 
-The packet comes in two pieces: hdr[0:ip_hdr_len + lead_len] is the IP header and, behind it, what
-else the caller has made anew (a transport header); data is the rest, in place.
+The packet is in two pieces. hdr[0:ip_hdr_len + lead_len] is the IP header, and a transport header
+of lead_len bytes if the caller wrote one there; data is the rest.
 """
 
 from libc.stdint cimport uint8_t, uint32_t
@@ -20,23 +19,23 @@ from wire.headers cimport (
 
 
 cdef enum:
-    FRAG_HDR_MAX = SEG_HDR_ROOM  # an IP header of 60 and a lead of 60 fit
+    FRAG_HDR_MAX = SEG_HDR_ROOM  # fits an IP header of 60 bytes and a lead of 60
     OPT_END = 0
     OPT_NOP = 1
     OPT_COPIED = 0x80
 
 
-cdef struct frag_t:  # one fragment: the headers written to out_hdr, then data
-    uint32_t hdr_len  # the lead of the first fragment included
-    const uint8_t* data  # into the caller's data
+cdef struct frag_t:             # one fragment: hdr_len bytes of out_hdr, then data
+    uint32_t hdr_len            # the first fragment: including the lead
+    const uint8_t* data         # points into the caller's data
     uint32_t data_len
 
 
 cdef inline int fragment_n(
     size_t ip_hdr_len, size_t lead_len, size_t data_len, size_t mtu
 ) noexcept nogil:
-    """How many fragments of at most mtu bytes; 0: the MTU cannot hold the header, the lead and 8
-    bytes of payload. 1: the packet fits as it is."""
+    """Return the number of fragments of at most mtu bytes. 1 = the packet fits; 0 = the MTU has no
+    room for the header, the lead and 8 bytes of payload."""
     cdef size_t payload = lead_len + data_len
     cdef size_t room, step
     if mtu < ip_hdr_len:
@@ -53,8 +52,8 @@ cdef inline int fragment_n(
 cdef inline size_t fragment_options(
     const uint8_t* hdr, size_t ip_hdr_len, uint8_t* out
 ) noexcept nogil:
-    """Copy to out (40 bytes) the options that go on every fragment, padded with end-of-list to
-    whole words. An option that runs over the header ends the list. Returns the bytes written."""
+    """Copy the options that every fragment carries to out (40 bytes), and pad them to whole words
+    with end-of-list. An option that exceeds the header ends the list. Return the bytes written."""
     cdef size_t off = IP4_MIN
     cdef size_t used = 0
     cdef size_t opt_len
@@ -81,17 +80,18 @@ cdef inline void fragment_at(
     const uint8_t* hdr, size_t ip_hdr_len, size_t lead_len,
     const uint8_t* data, size_t data_len, size_t mtu, int i, uint8_t* out_hdr, frag_t* out
 ) noexcept nogil:
-    """Make the i-th of fragment_n(...) fragments.
+    """Write fragment i.
 
-    hdr      20..60 bytes of IP header, then lead_len <= 60; its length field is not read
-    i        0..fragment_n - 1; every fragment but the last carries the same payload, which is
-             what fits behind the whole header, so that offsets do not depend on the options
-    out_hdr  FRAG_HDR_MAX bytes: the first fragment's whole header and lead, or a later one's
-             header with the copied options; apart from hdr
-    out      out.data borrows from data
-    A packet that is a fragment itself: its offset is added, its MF stays on the last. An offset
-    that leaves the field (such a packet reassembles to over 65535 bytes) stays at the field's
-    end, where every receiver refuses it.
+    hdr      20..60 bytes of IP header, then lead_len <= 60; its length field is ignored
+    i        0..fragment_n - 1. All fragments except the last have an equal payload: what fits with
+             the full header, so that offsets do not depend on the options
+    out_hdr  FRAG_HDR_MAX bytes, does not overlap hdr. Out: the first fragment's full header and
+             lead, or a later fragment's header with the copied options
+    out      out.data points into data
+
+    If the packet is a fragment itself, its offset is added, and its MF is kept on the last
+    fragment. An offset beyond the field (the packet would reassemble to more than 65535 bytes) is
+    set to the field's maximum, where every receiver drops it.
     """
     cdef size_t room = mtu - ip_hdr_len
     cdef size_t step = room & ~<size_t>7

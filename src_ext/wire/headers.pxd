@@ -1,7 +1,7 @@
-"""Bytes on the wire: loads, stores and the field offsets of the headers we touch.
+"""Header fields: offsets, and loads and stores.
 
-Owns no state. ``load_*``/``store_*`` assume checked bounds; ``_be`` is network order; unaligned
-addresses are fine. Offsets are from the start of the header they belong to.
+Owns no state. ``load_*`` and ``store_*`` assume checked bounds and accept unaligned addresses;
+``_be`` is network order. Offsets count from the start of their header.
 Source: RFC 791, RFC 8200, RFC 9293, RFC 768, linux/virtio_net.h.
 """
 
@@ -96,7 +96,7 @@ cdef inline void store_be32(uint8_t* p, uint32_t v) noexcept nogil:
 
 
 cdef inline uint16_t load_u16(const uint8_t* p) noexcept nogil:
-    """Native order: the virtio header, and checksums, which are summed as they lie."""
+    """Native order: for the virtio header and for checksums, which are summed in memory order."""
     cdef uint16_t v
     memcpy(&v, p, 2)
     return v
@@ -123,5 +123,5 @@ cdef inline void store_u32(uint8_t* p, uint32_t v) noexcept nogil:
 
 
 cdef inline uint16_t swap16(uint32_t v) noexcept nogil:
-    """Host order to network order, on the little-endian hosts we build for."""
+    """Swap host order and network order; hosts are little-endian."""
     return <uint16_t>(((v & 0xFF) << 8) | ((v >> 8) & 0xFF))

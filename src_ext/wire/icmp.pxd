@@ -1,7 +1,8 @@
-"""The ICMP errors the forwarder owes a sender, and the rate at which it may send them.
+"""ICMP errors: build one about a packet, and limit their rate.
 
-Owns: building one error about one packet, and the token bucket. Refuses to know: who asks, our
-address, where the error goes. No state but the caller's bucket; a bucket belongs to one thread.
+Owns the format of the errors, the rules on when none may be sent, and the token bucket. Does not
+choose the source address, and does not send. The only state is the caller's bucket, which belongs
+to one thread.
 Source: RFC 792, RFC 1122 3.2.2, RFC 1812 4.3.2, RFC 1191 4 (IPv4); RFC 4443 2.4, 3 (IPv6).
 """
 
@@ -9,13 +10,13 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from wire.checksum cimport csum_add, csum_not, csum_pseudo, ip4_set_csum
-from wire.packet cimport (
-    EXT_DESTINATION, EXT_FRAGMENT, EXT_HOP_BY_HOP, EXT_MAX_N, EXT_ROUTING,
-)
 from wire.headers cimport (
     IP4_DST, IP4_FRAG, IP4_LEN, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC, IP4_TOS, IP4_TTL,
     IP6_DST, IP6_HOPS, IP6_LEN, IP6_NEXT, IP6_PAYLOAD, IP6_SRC, PROTO_ICMP, PROTO_ICMP6,
     load_be16, load_be32, load_u64, store_be16, store_be32, store_u16,
+)
+from wire.packet cimport (
+    EXT_DESTINATION, EXT_FRAGMENT, EXT_HOP_BY_HOP, EXT_MAX_N, EXT_ROUTING,
 )
 
 
@@ -44,13 +45,13 @@ cdef enum:
     ICMP_BURST_NS = 50000000
 
 
-cdef struct icmp_bucket_t:  # one per kind and family; all zero: not used yet, and full
+cdef struct icmp_bucket_t:  # one per kind and family; all zero = full, not used yet
     uint64_t tokens_ns
     uint64_t last_ns
 
 
 cdef inline bint icmp_allow(icmp_bucket_t* bucket, uint64_t now_ns) noexcept nogil:
-    """Whether one more error may go out at now_ns (a monotonic clock)."""
+    """Return whether one more error may be sent at now_ns (monotonic), and count it."""
     cdef uint64_t passed
     if bucket.last_ns == 0:
         bucket.tokens_ns = ICMP_BURST_NS
@@ -60,7 +61,8 @@ cdef inline bint icmp_allow(icmp_bucket_t* bucket, uint64_t now_ns) noexcept nog
             bucket.tokens_ns = ICMP_BURST_NS
         else:
             bucket.tokens_ns += passed
-    # Also when time went back: the old mark would starve us until the clock is there again.
+    # Also after a step back in time: with the later mark, no token would be added until the clock
+    # reaches it again.
     bucket.last_ns = now_ns if now_ns != 0 else 1
     if bucket.tokens_ns < ICMP_TOKEN_NS:
         return False
@@ -68,8 +70,8 @@ cdef inline bint icmp_allow(icmp_bucket_t* bucket, uint64_t now_ns) noexcept nog
     return True
 
 
-cdef inline bint icmp4_may(const uint8_t* pkt, size_t hdr_len, size_t n) noexcept nogil:
-    """Whether RFC 1122 3.2.2 lets us send an error about pkt[0:n], whose header is whole."""
+cdef inline bint icmp4_allowed(const uint8_t* pkt, size_t hdr_len, size_t n) noexcept nogil:
+    """Return whether RFC 1122 3.2.2 allows an error about pkt[0:n], which has a complete header."""
     cdef uint8_t kind
     cdef uint8_t src = pkt[IP4_SRC]
     if load_be16(pkt + IP4_FRAG) & IP4_OFFSET:
@@ -80,19 +82,19 @@ cdef inline bint icmp4_may(const uint8_t* pkt, size_t hdr_len, size_t n) noexcep
         return False
     if pkt[IP4_PROTO] == PROTO_ICMP:
         if n <= hdr_len:
-            return False  # it may be an error: its type did not come
+            return False  # its type is missing: it may be an error
         kind = pkt[hdr_len]
         return not (kind == 3 or kind == 4 or kind == 5 or kind == 11 or kind == 12)
     return True
 
 
-cdef inline bint icmp6_may(const uint8_t* pkt, size_t n, int about) noexcept nogil:
-    """Whether RFC 4443 2.4 (e) lets us send an error of kind `about` about pkt[0:n], n >= 40."""
+cdef inline bint icmp6_allowed(const uint8_t* pkt, size_t n, int kind) noexcept nogil:
+    """Return whether RFC 4443 2.4 (e) allows an error of this kind about pkt[0:n], n >= 40."""
     cdef uint8_t next_hdr = pkt[IP6_NEXT]
     cdef size_t off = IP6_LEN
     cdef size_t ext_len
     cdef int left = EXT_MAX_N
-    if pkt[IP6_SRC] == 0xFF or (pkt[IP6_DST] == 0xFF and about != ICMP_TOO_BIG):
+    if pkt[IP6_SRC] == 0xFF or (pkt[IP6_DST] == 0xFF and kind != ICMP_TOO_BIG):
         return False
     if load_u64(pkt + IP6_SRC) == 0 and load_be32(pkt + IP6_SRC + 8) == 0:
         if load_be32(pkt + IP6_SRC + 12) <= 1:  # unspecified, loopback
@@ -120,7 +122,7 @@ cdef inline bint icmp6_may(const uint8_t* pkt, size_t n, int about) noexcept nog
 cdef inline size_t icmp4_error(
     const uint8_t* pkt, size_t n, int kind, const uint8_t* source, uint32_t mtu, uint8_t* out
 ) noexcept nogil:
-    """icmp_error for IPv4: n >= 1, version 4."""
+    """``icmp_error`` for IPv4; n >= 1."""
     cdef uint8_t* icmp = out + IP4_MIN
     cdef size_t hdr_len = <size_t>(pkt[0] & 0x0F) * 4
     cdef size_t total
@@ -131,7 +133,7 @@ cdef inline size_t icmp4_error(
         return 0
     if n > total:
         n = total
-    if not icmp4_may(pkt, hdr_len, n):
+    if not icmp4_allowed(pkt, hdr_len, n):
         return 0
     if n > ICMP4_MAX - IP4_MIN - ICMP_HDR:
         n = ICMP4_MAX - IP4_MIN - ICMP_HDR
@@ -165,7 +167,7 @@ cdef inline size_t icmp4_error(
 cdef inline size_t icmp6_error(
     const uint8_t* pkt, size_t n, int kind, const uint8_t* source, uint32_t mtu, uint8_t* out
 ) noexcept nogil:
-    """icmp_error for IPv6: n >= 1, version 6."""
+    """``icmp_error`` for IPv6; n >= 1."""
     cdef uint8_t* icmp = out + IP6_LEN
     cdef size_t total
     cdef uint64_t acc
@@ -174,7 +176,7 @@ cdef inline size_t icmp6_error(
     total = IP6_LEN + <size_t>load_be16(pkt + IP6_PAYLOAD)
     if n > total:
         n = total
-    if not icmp6_may(pkt, n, kind):
+    if not icmp6_allowed(pkt, n, kind):
         return 0
     if n > ICMP_MAX - IP6_LEN - ICMP_HDR:
         n = ICMP_MAX - IP6_LEN - ICMP_HDR
@@ -203,14 +205,14 @@ cdef inline size_t icmp6_error(
 cdef inline size_t icmp_error(
     const uint8_t* pkt, size_t n, int kind, const uint8_t* source, uint32_t mtu, uint8_t* out
 ) noexcept nogil:
-    """Write the ICMP error about one packet, IP header first, to its source.
+    """Write an ICMP error about the packet pkt[0:n], IP header first, addressed to its source.
 
-    pkt      hostile bytes; n may be less than the length its header declares
+    pkt      untrusted; n may be less than the declared length
     kind     ICMP_NO_ROUTE, ICMP_TTL_EXCEEDED, ICMP_TOO_BIG
-    source   our address in the packet's family: 4 or 16 bytes, network order
-    mtu      ICMP_TOO_BIG only; raised to 68 (IPv4) or 1280 (IPv6)
-    out      ICMP_MAX bytes or more, apart from pkt
-    returns  bytes written; 0 where the RFCs forbid an error, or the packet does not parse
+    source   of the error: 4 or 16 bytes, the packet's family, network order
+    mtu      for ICMP_TOO_BIG; raised to 68 (IPv4) or 1280 (IPv6)
+    out      ICMP_MAX bytes or more; does not overlap pkt
+    returns  bytes written; 0 if the RFCs forbid an error or the packet does not parse
     """
     if n == 0 or kind < 0 or kind >= ICMP_KINDS_N:
         return 0

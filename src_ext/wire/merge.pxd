@@ -1,25 +1,24 @@
-"""Merge received packets into super-packets for one write to the TUN.
+"""Merge received packets into super-packets, so that one write to the TUN carries many.
 
-Owns the coalescer: the packets of one turn in arrival order, gathered into outputs; an output is
-one packet, or a run of segments of one flow. Payloads stay where they were received until
-``merge_frame`` puts them together.
+Owns the coalescer: the packets of one turn in arrival order, grouped into outputs. An output is one
+packet, or consecutive segments of one flow. Payloads stay where they were received until
+``merge_frame`` copies them into one frame.
 
-An output is placed where its first packet came, so the order within a flow is kept. A packet that
-its flow cannot take seals the flow: nothing later joins what came before it. A pure ACK does not
-seal; what hides its ports (a fragment) seals all flows. Nothing is merged whose checksums were not
-verified: the write tells the kernel not to look again. The first packet of a flow is verified only
-when a second one wants to join it.
+An output takes the position of its first packet, which preserves the order within a flow. A packet
+that cannot join ends its flow's output: later packets of the flow start a new one. A pure ACK does
+not end it. A packet whose ports are hidden (a fragment) ends the outputs of all flows. The write
+tells the kernel that checksums are valid, so only verified packets are merged; the first packet of
+an output is verified when a second one is about to join.
 
 Source: the rules of Linux's tcp_gro_receive and udp_gro_receive (net/ipv4/tcp_offload.c,
 udp_offload.c), RFC 9293, RFC 768, RFC 6864 (IPv4 ids without DF).
-Threading: one coalescer a worker.
+Threading: one coalescer per worker.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from wire.checksum cimport csum_add, csum_fold, csum_pseudo, ip4_set_csum
-from wire.packet cimport ip_t, is_extension
 from wire.headers cimport (
     GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, IP4_FRAG, IP4_ID, IP4_LEN, IP4_MIN, IP4_SRC, IP4_TOS,
     IP6_LEN, IP6_PAYLOAD, IP6_SRC, IP_MAX, PROTO_TCP, PROTO_UDP, TCP_ACK, TCP_CSUM, TCP_F_ACK,
@@ -27,105 +26,176 @@ from wire.headers cimport (
     UDP_LENGTH, VNET_CSUM_OFFSET, VNET_CSUM_START, VNET_F_NEEDS_CSUM, VNET_FLAGS, VNET_GSO_SIZE,
     VNET_GSO_TYPE, VNET_HDR_LEN, VNET_LEN, load_be16, load_be32, load_u16, store_be16, store_u16,
 )
+from wire.packet cimport ip_t, is_extension
 
 
 cdef enum:
     MERGE_PACKETS = 2048        # in one turn
-    MERGE_FLOWS = 256           # remembered at once; a power of two
-    MERGE_UDP_MAX = 64          # segments of a UDP super-packet: the kernel's UDP_MAX_SEGMENTS
+    MERGE_FLOWS = 256           # slots of the flow table; a power of two
+    MERGE_UDP_MAX = 64          # datagrams of a UDP super-packet: the kernel's UDP_MAX_SEGMENTS
     MERGE_FRAME = VNET_LEN + IP_MAX  # the longest merged frame
 
 
 cdef struct merge_packet_t:
     uint8_t* data
     uint32_t len
-    int32_t next                # of the same output; -1 = last
+    int32_t next                # index of the next packet of the same output; -1 = last
 
 
 cdef struct output_t:
-    int32_t first               # packets, linked by next
+    int32_t first               # index of the first packet; the others follow by ``next``
     int32_t last
     uint32_t n
     uint32_t total_len          # of the merged IP packet
-    uint16_t hdr_len            # IP and transport header; 0 = never merges
+    uint16_t hdr_len            # IP and transport header
     uint16_t ip_hdr_len
-    uint32_t gso_size           # payload of the first segment
+    uint32_t gso_size           # payload bytes of the first packet
     uint32_t next_seq           # TCP, host order
     uint16_t next_id            # IPv4, host order
     bint tcp
-    bint verified               # the first packet's checksums
-    bint closed                 # PSH, or a shorter segment, ended it
-    uint8_t flags               # TCP: of the last segment
+    bint verified               # the first packet's checksums are right
+    bint closed                 # no packet can join: the last one had PSH or was shorter
+    uint8_t flags               # TCP: of the last packet
 
 
 cdef struct flow_t:
-    uint64_t seal               # valid while equal to merge_t.seal
-    int32_t output
+    uint64_t epoch              # the slot is valid while equal to merge_t.epoch
+    int32_t output              # the flow's last output
 
 
 cdef struct merge_t:
-    bint tcp                    # switches
+    bint tcp                    # switches: which protocols to merge
     bint udp
     int32_t packets_n
     int32_t outputs_n
-    uint64_t seal               # raised to forget all flows at once
+    uint64_t epoch              # incremented to invalidate all flow slots
     merge_packet_t packets[MERGE_PACKETS]
     output_t outputs[MERGE_PACKETS]
     flow_t flows[MERGE_FLOWS]
+
+
+cdef enum merge_class_t:        # what a packet may do
+    MERGE_CANDIDATE             # join its flow's output, or start one that others may join
+    MERGE_ALONE                 # be an output by itself; its flow goes on
+    MERGE_ENDS_FLOW             # be an output by itself; its flow's output ends
+    MERGE_ENDS_ALL              # be an output by itself; the outputs of all flows end
+
+
+cdef struct candidate_t:        # a packet, and its header fields that decide about merging
+    uint8_t* p
+    uint32_t n
+    uint8_t version
+    uint8_t addr_len
+    uint8_t proto
+    bint tcp
+    bint dont_fragment
+    uint8_t flags               # TCP; 0 for UDP
+    uint16_t id                 # IPv4, host order
+    uint32_t addr_off
+    uint32_t ip_hdr_len
+    uint32_t hdr_len
+    uint32_t payload_len
+    uint32_t seq                # TCP, host order
 
 
 cdef inline void merge_reset(merge_t* m) noexcept nogil:
     """Start a turn: no packets, no flows."""
     m.packets_n = 0
     m.outputs_n = 0
-    m.seal += 1
+    m.epoch += 1
 
 
-cdef inline flow_t* merge_flow(
-    merge_t* m, const uint8_t* addrs, size_t addrs_len, const uint8_t* ports, uint32_t proto
+# Classify
+
+
+cdef inline merge_class_t merge_classify_tcp(
+    const merge_t* m, const uint8_t* tcp, candidate_t* c
 ) noexcept nogil:
-    """Where the flow of these addresses and ports is remembered. Two flows may share the place:
-    the later one then seals the earlier one, which costs a merge and never the order."""
-    cdef uint64_t h = csum_add(ports, 4, proto)
+    """Read the TCP header of a candidate. Only data with no other flags than ACK and PSH merges."""
+    c.hdr_len = c.ip_hdr_len + (tcp[TCP_OFF] >> 4) * 4
+    c.flags = tcp[TCP_FLAGS]
+    if c.hdr_len < c.ip_hdr_len + TCP_MIN or c.hdr_len > c.n:
+        return MERGE_ENDS_FLOW
+    if c.hdr_len == c.n:
+        return MERGE_ALONE if c.flags == TCP_F_ACK else MERGE_ENDS_FLOW
+    if not m.tcp or c.flags & ~TCP_F_PSH != TCP_F_ACK or tcp[TCP_OFF] & 15 != 0:
+        return MERGE_ENDS_FLOW
+    c.seq = load_be32(tcp + TCP_SEQ)
+    return MERGE_CANDIDATE
+
+
+cdef inline merge_class_t merge_classify_udp(
+    const merge_t* m, const uint8_t* udp, candidate_t* c
+) noexcept nogil:
+    """Read the UDP header of a candidate. Only datagrams with data and a checksum merge."""
+    c.hdr_len = c.ip_hdr_len + UDP_LEN
+    c.flags = 0
+    if (
+        not m.udp or load_be16(udp + UDP_LENGTH) != c.n - c.ip_hdr_len or c.hdr_len == c.n
+        or load_u16(udp + UDP_CSUM) == 0
+    ):
+        return MERGE_ENDS_FLOW
+    return MERGE_CANDIDATE
+
+
+cdef inline merge_class_t merge_classify(
+    const merge_t* m, uint8_t* p, size_t n, const ip_t* ip, candidate_t* c
+) noexcept nogil:
+    """Return what packet p[0:n] may do. The ports are readable unless the class is ENDS_ALL, or the
+    protocol is neither TCP nor UDP (ALONE)."""
+    cdef merge_class_t kind
+    c.p = p
+    c.n = <uint32_t>n
+    c.version = ip.version
+    c.addr_len = ip.addr_len
+    c.proto = ip.proto
+    c.tcp = ip.proto == PROTO_TCP
+    c.dont_fragment = ip.dont_fragment
+    c.addr_off = IP4_SRC if ip.version == 4 else IP6_SRC
+    c.ip_hdr_len = ip.hdr_len
+    c.id = 0
+    c.payload_len = 0
+    c.seq = 0
+    if ip.fragment or ip.total_len != n or (ip.version == 6 and is_extension(ip.proto)):
+        return MERGE_ENDS_ALL
+    if not c.tcp and ip.proto != PROTO_UDP:
+        return MERGE_ALONE
+    if n < ip.hdr_len + <size_t>(TCP_MIN if c.tcp else UDP_LEN):
+        return MERGE_ENDS_ALL
+    if c.tcp:
+        kind = merge_classify_tcp(m, p + ip.hdr_len, c)
+    else:
+        kind = merge_classify_udp(m, p + ip.hdr_len, c)
+    if kind != MERGE_CANDIDATE:
+        return kind
+    if ip.version == 4:
+        if ip.hdr_len != IP4_MIN:
+            return MERGE_ENDS_FLOW
+        c.id = load_be16(p + IP4_ID)
+    c.payload_len = c.n - c.hdr_len
+    return MERGE_CANDIDATE
+
+
+cdef inline flow_t* merge_flow(merge_t* m, const candidate_t* c) noexcept nogil:
+    """Return the flow table's slot for these addresses and ports. Flows may share a slot: the later
+    one then ends the earlier one's output, which costs a merge but not the order."""
+    cdef const uint8_t* addrs = c.p + c.addr_off
+    cdef uint64_t h = csum_add(c.p + c.ip_hdr_len, 4, c.proto)
     cdef size_t i
-    for i in range(0, addrs_len, 4):
+    for i in range(0, 2 * c.addr_len, 4):
         h = (h ^ load_be32(addrs + i)) * <uint64_t>0x9E3779B97F4A7C15
     return &m.flows[(h >> 40) & (MERGE_FLOWS - 1)]
 
 
-cdef inline bint l4_verifies(
-    const uint8_t* p, size_t addr_off, size_t addr_len, size_t ip_hdr_len, size_t n, uint32_t proto
-) noexcept nogil:
-    """Whether the transport checksum of the packet p[0:n] is right, and IPv4's of the header."""
-    cdef uint64_t acc
-    if addr_len == 4 and csum_fold(csum_add(p, ip_hdr_len, 0)) != 0xFFFF:
-        return False
-    acc = csum_pseudo(p + addr_off, addr_len, proto, <uint32_t>(n - ip_hdr_len))
-    return csum_fold(csum_add(p + ip_hdr_len, n - ip_hdr_len, acc)) == 0xFFFF
-
-
-cdef inline int32_t merge_append(merge_t* m, uint8_t* p, size_t n) noexcept nogil:
-    """A new output of this one packet; returns its index."""
-    cdef int32_t i = m.packets_n
-    cdef output_t* out = &m.outputs[m.outputs_n]
-    m.packets_n += 1
-    m.packets[i].data = p
-    m.packets[i].len = <uint32_t>n
-    m.packets[i].next = -1
-    out.first = out.last = i
-    out.n = 1
-    out.total_len = <uint32_t>n
-    out.hdr_len = 0
-    m.outputs_n += 1
-    return m.outputs_n - 1
+# Join
 
 
 cdef inline bint same_headers(
     const uint8_t* a, const uint8_t* b, const output_t* out, uint8_t version
 ) noexcept nogil:
-    """Whether two packets of equal header lengths agree in all that a merge must keep: addresses,
-    ports, TOS or traffic class and flow label, hop limit, DF, and TCP's ack, window, urgent
-    pointer and options."""
+    """Return whether two packets of equal header lengths have equal fields where a merge keeps only
+    one value: addresses, ports, TOS or traffic class and flow label, hop limit, DF, and TCP's
+    acknowledgment, window, urgent pointer and options."""
     cdef const uint8_t* ta = a + out.ip_hdr_len
     cdef const uint8_t* tb = b + out.ip_hdr_len
     if version == 4:
@@ -149,126 +219,125 @@ cdef inline bint same_headers(
     )
 
 
+cdef inline bint checksums_valid(const candidate_t* c, const uint8_t* p, size_t n) noexcept nogil:
+    """Return whether the transport checksum of p[0:n], and IPv4's header checksum, are right. The
+    packet has the candidate's addresses, protocol and IP header length."""
+    cdef uint64_t acc
+    if c.addr_len == 4 and csum_fold(csum_add(p, c.ip_hdr_len, 0)) != 0xFFFF:
+        return False
+    acc = csum_pseudo(p + c.addr_off, c.addr_len, c.proto, <uint32_t>(n - c.ip_hdr_len))
+    return csum_fold(csum_add(p + c.ip_hdr_len, n - c.ip_hdr_len, acc)) == 0xFFFF
+
+
+cdef inline bint merge_fits(
+    const merge_t* m, const output_t* out, const candidate_t* c
+) noexcept nogil:
+    """Return whether the candidate continues the output, as far as its headers show."""
+    return (
+        not out.closed and out.tcp == c.tcp and out.hdr_len == c.hdr_len
+        and out.ip_hdr_len == c.ip_hdr_len
+        and c.payload_len <= out.gso_size and out.total_len + c.payload_len <= IP_MAX
+        and (c.tcp or out.n < MERGE_UDP_MAX)
+        and (not c.tcp or c.seq == out.next_seq)
+        and (c.version == 6 or c.dont_fragment or c.id == out.next_id)
+        and same_headers(m.packets[out.first].data, c.p, out, c.version)
+    )
+
+
+cdef inline bint verify_first(merge_t* m, output_t* out, const candidate_t* c) noexcept nogil:
+    """Return whether the checksums of the output's first packet are right; close the output if they
+    are not. The candidate has the same addresses and protocol."""
+    if not out.verified:
+        out.verified = checksums_valid(c, m.packets[out.first].data, m.packets[out.first].len)
+        out.closed = not out.verified
+    return out.verified
+
+
+cdef inline int32_t append_packet(merge_t* m, uint8_t* p, size_t n) noexcept nogil:
+    """Record the packet p[0:n], which is the last of its output. Return its index."""
+    cdef int32_t i = m.packets_n
+    m.packets_n += 1
+    m.packets[i].data = p
+    m.packets[i].len = <uint32_t>n
+    m.packets[i].next = -1
+    return i
+
+
+cdef inline void merge_join(merge_t* m, output_t* out, const candidate_t* c) noexcept nogil:
+    """Add a verified candidate that fits to the output."""
+    cdef int32_t i = append_packet(m, c.p, c.n)
+    m.packets[out.last].next = i
+    out.last = i
+    out.n += 1
+    out.total_len += c.payload_len
+    out.next_seq = c.seq + c.payload_len
+    out.next_id = <uint16_t>(c.id + 1)
+    out.flags = c.flags
+    out.closed = c.payload_len < out.gso_size or c.flags & TCP_F_PSH != 0
+
+
+# Open
+
+
+cdef inline output_t* merge_alone(merge_t* m, uint8_t* p, size_t n) noexcept nogil:
+    """Start an output with this one packet."""
+    cdef output_t* out = &m.outputs[m.outputs_n]
+    m.outputs_n += 1
+    out.first = out.last = append_packet(m, p, n)
+    out.n = 1
+    out.total_len = <uint32_t>n
+    return out
+
+
+cdef inline void merge_open(merge_t* m, flow_t* flow, const candidate_t* c) noexcept nogil:
+    """Start an output with this candidate, which later packets of its flow may join."""
+    cdef output_t* out
+    flow.epoch = m.epoch
+    flow.output = m.outputs_n
+    out = merge_alone(m, c.p, c.n)
+    out.hdr_len = <uint16_t>c.hdr_len
+    out.ip_hdr_len = <uint16_t>c.ip_hdr_len
+    out.gso_size = c.payload_len
+    out.next_seq = c.seq + c.payload_len
+    out.next_id = <uint16_t>(c.id + 1)
+    out.tcp = c.tcp
+    out.verified = False
+    out.closed = c.flags & TCP_F_PSH != 0
+    out.flags = c.flags
+
+
+# Add and write
+
+
 cdef inline void merge_add(
     merge_t* m, uint8_t* p, size_t n, const ip_t* ip
 ) noexcept nogil:
-    """Take one packet, n bytes at p, borrowed until the outputs are written.
+    """Take one packet p[0:n], borrowed until the outputs are written.
 
     ip  from ``parse_ip``; the caller keeps packets_n under MERGE_PACKETS
     """
-    cdef size_t addr_off = IP4_SRC if ip.version == 4 else IP6_SRC
-    cdef uint8_t* l4 = p + ip.hdr_len
-    cdef uint32_t hdr_len, payload_len, seq = 0
-    cdef uint16_t id_ = 0
-    cdef uint8_t flags = 0
-    cdef bint tcp = ip.proto == PROTO_TCP
+    cdef candidate_t c
     cdef flow_t* flow
     cdef output_t* out
-    cdef int32_t i
-
-    if ip.fragment or ip.total_len != n or (ip.version == 6 and is_extension(ip.proto)):
-        m.seal += 1
-        merge_append(m, p, n)
+    cdef merge_class_t kind = merge_classify(m, p, n, ip, &c)
+    if kind == MERGE_ENDS_ALL:
+        m.epoch += 1
+    if kind == MERGE_ENDS_ALL or kind == MERGE_ALONE:
+        merge_alone(m, p, n)
         return
-    if not tcp and ip.proto != PROTO_UDP:
-        merge_append(m, p, n)
-        return
-    if n < ip.hdr_len + <size_t>(TCP_MIN if tcp else UDP_LEN):
-        m.seal += 1
-        merge_append(m, p, n)
-        return
-    flow = merge_flow(m, p + addr_off, 2 * ip.addr_len, l4, ip.proto)
-
-    # what can never join or be joined
-    if tcp:
-        hdr_len = ip.hdr_len + (l4[TCP_OFF] >> 4) * 4
-        flags = l4[TCP_FLAGS]
-        if hdr_len < ip.hdr_len + TCP_MIN or hdr_len > n:
-            flow.seal = 0
-            merge_append(m, p, n)
-            return
-        if hdr_len == n and flags == TCP_F_ACK:
-            merge_append(m, p, n)
-            return
-        if (
-            not m.tcp or flags & ~TCP_F_PSH != TCP_F_ACK or hdr_len == n
-            or l4[TCP_OFF] & 15 != 0
-        ):
-            flow.seal = 0
-            merge_append(m, p, n)
-            return
-        seq = load_be32(l4 + TCP_SEQ)
-    else:
-        hdr_len = ip.hdr_len + UDP_LEN
-        if (
-            not m.udp or load_be16(l4 + UDP_LENGTH) != n - ip.hdr_len or hdr_len == n
-            or load_u16(l4 + UDP_CSUM) == 0
-        ):
-            flow.seal = 0
-            merge_append(m, p, n)
-            return
-    if ip.version == 4:
-        if ip.hdr_len != IP4_MIN:
-            flow.seal = 0
-            merge_append(m, p, n)
-            return
-        id_ = load_be16(p + IP4_ID)
-    payload_len = <uint32_t>n - hdr_len
-
-    # join the flow's open output
-    if flow.seal == m.seal:
+    flow = merge_flow(m, &c)
+    if kind == MERGE_CANDIDATE and flow.epoch == m.epoch:
         out = &m.outputs[flow.output]
-        if (
-            not out.closed and out.tcp == tcp and out.hdr_len == hdr_len
-            and out.ip_hdr_len == ip.hdr_len
-            and payload_len <= out.gso_size and out.total_len + payload_len <= IP_MAX
-            and (tcp or out.n < MERGE_UDP_MAX)
-            and (not tcp or seq == out.next_seq)
-            and (ip.version == 6 or ip.dont_fragment or id_ == out.next_id)
-            and same_headers(m.packets[out.first].data, p, out, ip.version)
-        ):
-            if not out.verified:
-                if not l4_verifies(
-                    m.packets[out.first].data, addr_off, ip.addr_len, ip.hdr_len,
-                    m.packets[out.first].len, ip.proto,
-                ):
-                    out.closed = True
-                else:
-                    out.verified = True
-            if not out.closed:
-                if not l4_verifies(p, addr_off, ip.addr_len, ip.hdr_len, n, ip.proto):
-                    flow.seal = 0
-                    merge_append(m, p, n)
-                    return
-                i = m.packets_n
-                m.packets_n += 1
-                m.packets[i].data = p
-                m.packets[i].len = <uint32_t>n
-                m.packets[i].next = -1
-                m.packets[out.last].next = i
-                out.last = i
-                out.n += 1
-                out.total_len += payload_len
-                out.next_seq = seq + payload_len
-                out.next_id = <uint16_t>(id_ + 1)
-                out.flags = flags
-                out.closed = payload_len < out.gso_size or flags & TCP_F_PSH != 0
+        if merge_fits(m, out, &c) and verify_first(m, out, &c):
+            if checksums_valid(&c, p, n):
+                merge_join(m, out, &c)
                 return
-
-    # open a new one
-    i = merge_append(m, p, n)
-    out = &m.outputs[i]
-    out.hdr_len = <uint16_t>hdr_len
-    out.ip_hdr_len = <uint16_t>ip.hdr_len
-    out.gso_size = payload_len
-    out.next_seq = seq + payload_len
-    out.next_id = <uint16_t>(id_ + 1)
-    out.tcp = tcp
-    out.verified = False
-    out.closed = flags & TCP_F_PSH != 0
-    out.flags = flags
-    flow.seal = m.seal
-    flow.output = i
+            kind = MERGE_ENDS_FLOW
+    if kind == MERGE_CANDIDATE:
+        merge_open(m, flow, &c)
+    else:
+        flow.epoch = 0
+        merge_alone(m, p, n)
 
 
 cdef inline size_t merge_frame(
@@ -277,7 +346,7 @@ cdef inline size_t merge_frame(
     """Write one merged output (n > 1) as a frame for the TUN, vnet header first.
 
     frame    room for MERGE_FRAME bytes
-    returns  how many are used
+    returns  bytes written
     """
     cdef const merge_packet_t* packet = &m.packets[out.first]
     cdef uint8_t* ip = frame + VNET_LEN

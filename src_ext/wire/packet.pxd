@@ -1,8 +1,7 @@
-"""The IP header: parse what may be hostile, and decrement the hop limit.
+"""The IP header: validate it, and decrement the hop limit.
 
-Owns nothing. ``parse_ip`` is the only place where the bytes of an IP header are believed for the
-first time, and ``skip_extensions`` for IPv6 extension headers; every later step relies on their
-bounds.
+Owns no state. ``parse_ip`` validates an IP header, ``skip_extensions`` a chain of IPv6 extension
+headers. Every later step relies on the bounds that they check.
 Source: RFC 791 3.1, RFC 8200 3, 4, RFC 1624 eqn 3 (incremental checksum).
 """
 
@@ -26,26 +25,27 @@ cdef enum:
     EXT_ESP = 50
     EXT_AUTHENTICATION = 51
     EXT_DESTINATION = 60
-    EXT_MAX_N = 8               # more of them in one packet are taken for an attack
+    EXT_MAX_N = 8               # a longer chain is treated as an attack
     EXT_SEGMENTS_LEFT = 3       # offset in a routing header
 
 
 cdef struct ip_t:
     uint8_t version     # 4 or 6
-    uint8_t proto       # the transport, or IPv6's first extension header
+    uint8_t proto       # the transport protocol, or IPv6's first extension header
     uint8_t addr_len    # 4 or 16
-    bint fragment       # IPv4: any fragment, the first too
-    bint dont_fragment  # IPv4 DF; IPv6 always
-    uint32_t hdr_len    # bytes of IP header, IPv4 options included
-    uint32_t total_len  # what the header declares, header included
+    bint fragment       # IPv4: any fragment, including the first
+    bint dont_fragment  # IPv4: DF; IPv6: always true
+    uint32_t hdr_len    # of the IP header, including IPv4 options
+    uint32_t total_len  # of the packet, as declared by the header
 
 
 cdef inline drop_t parse_ip(const uint8_t* p, size_t n, ip_t* ip) noexcept nogil:
     """Read the IP header of p[0:n].
 
-    returns  PASS, or why this is no IP packet: SHORT_PACKET, BAD_VERSION, BAD_HEADER_LEN
-             (IPv4 under 20 or beyond n). The declared length is reported, not judged: a
-             super-packet's is not to be trusted, see ``check_total_len``.
+    drops  SHORT_PACKET, BAD_VERSION, BAD_HEADER_LEN (IPv4: under 20 or over n)
+
+    The declared length is not checked here, because a super-packet's may be wrong: see
+    ``check_total_len``.
     """
     cdef uint32_t frag
     if n < 1:
@@ -78,20 +78,23 @@ cdef inline drop_t parse_ip(const uint8_t* p, size_t n, ip_t* ip) noexcept nogil
 
 
 cdef inline drop_t check_total_len(const ip_t* ip, size_t n) noexcept nogil:
-    """The declared length must cover the header and lie within the n bytes that came."""
+    """Check that the declared length covers the header and is at most n.
+
+    drops  BAD_TOTAL_LEN
+    """
     if ip.total_len < ip.hdr_len or ip.total_len > n:
         return DROP_BAD_TOTAL_LEN
     return PASS
 
 
 cdef inline const uint8_t* ip_src(const uint8_t* p, const ip_t* ip) noexcept nogil:
-    """The source address; the destination lies addr_len bytes behind it in both versions."""
+    """Return the source address; the destination follows it in both versions."""
     return p + (IP4_SRC if ip.version == 4 else IP6_SRC)
 
 
 cdef inline bint is_extension(uint8_t next_header) noexcept nogil:
-    """IPv6 headers that stand before, or hide, the transport: hop-by-hop, routing, fragment, ESP,
-    AH, destination options."""
+    """Return whether this IPv6 header precedes or hides the transport header: hop-by-hop options,
+    routing, fragment, ESP, AH, destination options."""
     return (
         next_header == EXT_HOP_BY_HOP or next_header == EXT_ROUTING
         or next_header == EXT_FRAGMENT or next_header == EXT_ESP
@@ -102,42 +105,42 @@ cdef inline bint is_extension(uint8_t next_header) noexcept nogil:
 cdef inline drop_t skip_extensions(
     const uint8_t* p, size_t n, uint8_t* next_header, uint32_t* off
 ) noexcept nogil:
-    """Find what an IPv6 packet p[0:n], n >= 40, carries behind its extension headers.
+    """Find the transport header of an IPv6 packet p[0:n], n >= 40.
 
-    next_header, off  out: the protocol and where it begins, at most n
-    drops  BAD_L4_HEADER: the chain leaves the packet or is too long; a fragment, ESP or
-           authentication header; a routing header with segments left, for the transport's
-           checksum is over the route's last address then (RFC 8200 8.1)
+    next_header, off  out: the transport protocol, and its offset, at most n
+    drops  BAD_L4_HEADER: the chain exceeds the packet or EXT_MAX_N headers; it has a fragment, ESP
+           or authentication header; it has a routing header with segments left (the transport
+           checksum then covers the last address of the route: RFC 8200 8.1)
     """
     cdef uint8_t kind = p[IP6_NEXT]
-    cdef size_t at = IP6_LEN
+    cdef size_t end = IP6_LEN
     cdef int left = EXT_MAX_N
     while is_extension(kind):
         if kind == EXT_FRAGMENT or kind == EXT_ESP or kind == EXT_AUTHENTICATION:
             return DROP_BAD_L4_HEADER
-        if left == 0 or n - at < 8:
+        if left == 0 or n - end < 8:
             return DROP_BAD_L4_HEADER
-        if kind == EXT_ROUTING and p[at + EXT_SEGMENTS_LEFT] != 0:
+        if kind == EXT_ROUTING and p[end + EXT_SEGMENTS_LEFT] != 0:
             return DROP_BAD_L4_HEADER
         left -= 1
-        kind = p[at]
-        at += 8 + 8 * <size_t>p[at + 1]
-        if at > n:
+        kind = p[end]
+        end += 8 + 8 * <size_t>p[end + 1]
+        if end > n:
             return DROP_BAD_L4_HEADER
     next_header[0] = kind
-    off[0] = <uint32_t>at
+    off[0] = <uint32_t>end
     return PASS
 
 
 cdef inline bint hop_limit_spent(const uint8_t* p, uint8_t version) noexcept nogil:
-    """Whether the packet came with a hop limit of 0 or 1 and may go no further."""
+    """Return whether the hop limit is 0 or 1, so that the packet must not be forwarded."""
     return p[IP4_TTL if version == 4 else IP6_HOPS] <= 1
 
 
 cdef inline drop_t decrement_hop_limit(uint8_t* p, uint8_t version) noexcept nogil:
-    """One hop less, with the IPv4 checksum kept as right, or as wrong, as it came.
+    """Decrement the hop limit and update the IPv4 header checksum; a wrong checksum stays wrong.
 
-    drops  TTL_EXCEEDED when it arrives as 0 or 1; the packet is then unchanged
+    drops  TTL_EXCEEDED if the hop limit is 0 or 1; the packet is then unchanged
     """
     cdef uint8_t* field = p + (IP4_TTL if version == 4 else IP6_HOPS)
     cdef uint32_t acc
