@@ -7,7 +7,10 @@ options, variables, metrics and checks are complete.
 import ipaddress
 import json
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ from udptun.control.metrics import CounterCollector
 from udptun.device.offload import FEATURES
 from udptun.drops import DROP_REASONS
 from udptun.forwarder.config import SOURCE_CHECKS
+from udptun.instance import Instance
+from udptun.leases.base import Subnets
+from udptun.node.process.launch import FORWARD_FILE
 from udptun.node.status.metrics import ReportCollector
-from udptun.node.status.readiness import CHECKS
+from udptun.node.status.readiness import is_ready, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("bench", "deploy", "docs", "src_ext", "tests", "udptun")
@@ -239,22 +245,48 @@ def test_metrics_that_are_named_exist() -> None:
         assert named <= have, page
 
 
-def test_the_example_of_readyz_has_every_check() -> None:
-    (block,) = re.findall(r"```\n(\[\+\]start.*?)```", (ROOT / "docs" / "node.md").read_text(),
-                          re.DOTALL)
-    assert re.findall(r"^\[.\]([\w-]+):", block, re.MULTILINE) == list(CHECKS)
+def test_the_example_of_readyz_is_real() -> None:
+    now, report = time.time(), ready()
+    source = report.source
+    source.connected, source.error = False, "no answer for 5 s"
+    source.last_contact, source.lease_expires = time.monotonic() - 40, now + 20 * 3600
+    report.started, report.unavailable = now - 3 * 3600, {"VXLAN": "the kernel has no vxlan module"}
+    assert report.lease is not None
+    report.lease = replace(report.lease, subnets=Subnets(IPv4Network("10.5.52.0/24")))
+    report.peers.carried_n = {"udp": 6, "vxlan": 0}
+    report.peers.unreachable = {
+        "10.5.60.0-24":
+        "its vxlan backend ignores a node that has only UDP; it does not advertise UDP",
+    }
+    checks = judge(report)
+    text = (ROOT / "docs" / "node.md").read_text()
+    (block,) = re.findall(r"```\n(\[\+\]start.*?)```", text, re.DOTALL)
+    verdict = "passed" if is_ready(checks) else "failed"
+    assert block == "".join(f"{line}\n" for line in [*checks, f"readyz check {verdict}"])
+
+
+def test_the_table_of_instance_names_is_complete() -> None:
+    for instance in (Instance(), Instance("blue")):
+        names = {
+            instance.tun, *(instance.nft_table(version) for version in (4, 6)),
+            *(instance.vxlan_device(1, version) for version in (4, 6)),
+            *map(str, (instance.control_socket(), instance.run_dir / FORWARD_FILE,
+                       instance.state_dir, instance.subnet_file)),
+        }
+        column = 1 if instance.is_default else 2
+        assert names <= set(rows(ROOT / "docs" / "node.md", column)), instance.name
 
 
 # Tables of options and variables
 
 
-def rows(page: Path) -> dict[str, str]:
-    """Return the rows of all tables on a page, by each code span in their first cell."""
+def rows(page: Path, column: int = 0) -> dict[str, str]:
+    """Return the rows of all tables on a page, by each code span in one of their cells."""
     found = {}
     for line in page.read_text().splitlines():
         if line.startswith("| "):
-            first = re.split(r"(?<!\\) \| ?", line[2:])[0]
-            found |= dict.fromkeys(SPAN.findall(first), line)
+            cells = re.split(r"(?<!\\) \| ?", line[2:])
+            found |= dict.fromkeys(SPAN.findall("".join(cells[column : column + 1])), line)
     return found
 
 
@@ -293,9 +325,9 @@ def test_the_table_of_flanneld_variables_is_complete() -> None:
     group = cli.get_command(click.Context(cli), "ext")
     assert isinstance(group, click.Group)
     have = {
-        param.envvar for command in group.commands.values() for param in command.params
-        if isinstance(param.envvar, str)
-    }
+        name for command in group.commands.values() for param in command.params
+        for name in ([param.envvar] if isinstance(param.envvar, str) else param.envvar or [])
+    } - {"UDPTUN_INSTANCE"}  # set for all commands
     documented = {name for name in rows(ROOT / "docs" / "flannel.md") if name.startswith("UDPTUN_")}
     assert have <= documented <= have | {"UDPTUN_SOCKET"}
 
