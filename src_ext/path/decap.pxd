@@ -23,7 +23,8 @@ from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
     cmsghdr, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, write,
 )
-from table.peers cimport find_hop, find_peer, hop_t, is_own, peer_t
+from table.peer cimport peer_t
+from table.snapshot cimport find_hop, find_peer, hop_t, is_own
 from wire.headers cimport load_be16
 from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,

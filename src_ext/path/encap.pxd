@@ -20,7 +20,7 @@ from path.queue cimport (
 from path.send cimport flush, make_room
 from path.worker cimport EVENT_TUN_GONE, TX_FRAME, count_drop, raise_event, worker_t
 from sys cimport read
-from table.peers cimport find_hop, hop_t, path_limit
+from table.snapshot cimport find_hop, hop_t, path_limit
 from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_start, cut_t,
     is_super, plan_cut,

@@ -13,7 +13,7 @@ from drops cimport DROP_TUN_WRITE
 from path.queue cimport queue_append, queue_is_full, queue_room
 from path.worker cimport count_drop, worker_t
 from sys cimport write
-from table.peers cimport find_hop, hop_t, path_limit
+from table.snapshot cimport find_hop, hop_t, path_limit
 from wire.headers cimport VNET_LEN
 from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, ICMP_TTL_EXCEEDED, icmp_allow, icmp_error
 from wire.packet cimport ip_src, ip_t

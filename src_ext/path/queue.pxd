@@ -12,7 +12,7 @@ Threading: one queue per worker; the control side reads ``waiting_n``.
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from table.peers cimport peer_t
+from table.peer cimport peer_t
 from wire.cut cimport SEG_HDR_ROOM
 from wire.headers cimport VNET_LEN
 

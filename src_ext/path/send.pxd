@@ -27,7 +27,8 @@ from sys cimport (
     MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
     cmsghdr, iovec, msghdr, recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
 )
-from table.peers cimport addr_map_find, peer_counters_t, peer_t
+from table.peer cimport peer_counters_t, peer_t
+from table.snapshot cimport first_peer_at
 
 
 cdef enum:
@@ -112,7 +113,7 @@ cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
         else:
             addr = <const uint8_t*>&dest.sin6_addr
             addr_len = 16
-        peer = addr_map_find(&w.snapshot.peers, addr, addr_len).peer
+        peer = first_peer_at(w.snapshot, addr, addr_len)
         while peer != NULL:
             lower_path_mtu(w, peer, mtu)
             peer = peer.same_addr

@@ -26,7 +26,7 @@ from sys cimport (
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLERR, POLLIN, POLLNVAL, POLLOUT, epoll_ctl, epoll_event,
     full_fence, load_flag, load_ptr, nanosleep, now_ns, poll, read, store_flag, timespec,
 )
-from table.peers cimport snapshot_t
+from table.snapshot cimport snapshot_t
 
 
 cdef enum:

@@ -12,7 +12,7 @@ from drops cimport DROP_REASONS_N, drop_t
 from path.affinity cimport affinity_t
 from path.queue cimport QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
 from sys cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
-from table.peers cimport snapshot_t
+from table.snapshot cimport snapshot_t
 from wire.headers cimport VNET_LEN
 from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from wire.merge cimport merge_t

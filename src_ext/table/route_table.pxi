@@ -147,7 +147,7 @@ cdef class RouteTable:
 
     @staticmethod
     def parse_text(const uint8_t[::1] body not None):
-        """Parse a route file: a line ``DST via IP [port P] [mtu M]`` per route. Raise FieldError."""
+        """Parse a route file, ``DST via IP [port P] [mtu M]`` per line. Raise FieldError."""
         return parse_table(body, False)
 
     @staticmethod
@@ -173,6 +173,21 @@ cdef class RouteTable:
             raise FieldError("dst", str(given.route_at(repeat).dst), "each prefix once",
                              f"routes[{repeat}]")
         return table
+
+    cdef const route_vec_t* routes(self) noexcept:
+        """Return the routes, borrowed until the next change."""
+        return &self.vec
+
+    cdef size_t find_unreachable(self, bint has4, bint has6):
+        """Return the index of the first route whose next hop is of another family, or the length.
+
+        has4, has6  whether there is a listener of the family
+        """
+        cdef size_t i = 0
+        with nogil:
+            while i < self.vec.n and (has4 if self.vec.items[i].via_family == 4 else has6):
+                i += 1
+        return i
 
     def copy(self):
         """Return an independent table with the same routes."""
@@ -255,7 +270,8 @@ cdef class RouteTable:
     def changes_from(self, RouteTable old not None, size_t limit):
         """Return the first ``limit`` changes since ``old``, for display.
 
-        Each is ``(kind, dst, via, port, mtu)``, with dst and via as text. kind is "added", "changed" (with the new next hop) or "removed" (with the old one).
+        Each is ``(kind, dst, via, port, mtu)``, with dst and via as text. kind is "added",
+        "changed" (with the new next hop) or "removed" (with the old one).
         """
         cdef route_diff_t diff
         cdef route_edit_t* edits

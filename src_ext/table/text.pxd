@@ -1,7 +1,7 @@
 """The route file: one route per line, ``DST via IP [port P] [mtu M]``, parsed and written.
 
-A ``#`` starts a comment; blank lines are ignored. ``udptun.model.Route.from_words`` accepts the same
-lines; the tests compare the two.
+A ``#`` starts a comment; blank lines are ignored. ``udptun.model.Route.from_words`` accepts the
+same lines; the tests compare the two.
 
 Takes untrusted bytes, borrowed during the call. Threading: as parser.pxd.
 """

@@ -156,7 +156,7 @@ class Routes:
 
     async def _change(self, change: Callable[[_core.Core], Coroutine[Any, Any, T]]) -> T:
         """Run one change after the other, each to its end even if its caller is cancelled: a
-        prepared snapshot is either committed or freed under the lock."""
+        prepared snapshot is either activated or freed under the lock."""
         core = self._core
         if core is None:
             raise UdptunError("the forwarder is not running")
@@ -221,7 +221,7 @@ class Routes:
         return diff
 
     async def _activate(self, core: _core.Core, table: _core.RouteTable, size: int) -> None:
-        core.commit(await _run(size > LARGE_TABLE, core.prepare, table))
+        core.activate(await _run(size > LARGE_TABLE, core.prepare, table))
 
     # -- reading ----------------------------------------------------------------------------------
 

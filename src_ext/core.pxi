@@ -1,0 +1,308 @@
+"""Core: what all workers share, as Python sees it. Included by _core.pyx.
+
+Owns the active snapshot, the retired ones, and all peers. Does not know sockets or the TUN.
+
+Threading: the control thread only, except ``prepare``, which any thread may call, one at a time.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
+from path.worker cimport shared_t, worker_t
+from sys cimport load_flag, now_ns
+from table.addr_map cimport addr_map_init, addr_map_put
+from table.peer cimport peer_counters_t, peer_free, peer_t
+from table.publish cimport (
+    activate_snapshot, build_snapshot, discard_snapshot, reclaim, retired_t,
+)
+from table.snapshot cimport find_hop, hop_t, next_peer, path_limit, snapshot_free, snapshot_t
+
+from udptun.drops import DECAP, DROP_REASONS, ENCAP
+from udptun.errors import FieldError
+
+SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
+
+
+cdef uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept nogil:
+    """Return the oldest generation that a busy worker has borrowed, or 2**64 - 1."""
+    cdef uint64_t oldest = <uint64_t>-1, seen
+    cdef uint32_t i
+    for i in range(n):
+        if load_flag(&workers[i].busy):
+            seen = load_flag(&workers[i].seen)
+            if seen < oldest:
+                oldest = seen
+    return oldest
+
+
+cdef bytes packed_address(const peer_t* peer):
+    return PyBytes_FromStringAndSize(<const char*>peer.addr, peer.addr_len)
+
+
+cdef class Core:
+    """The active snapshot and the peers, shared by all workers.
+
+    source_check   "strict", "peer" or "off"
+    workers_n      the number of Worker objects that will be created
+    link_mtus      (IPv4, IPv6): outer bytes the underlay takes, 0 without a listener of the family
+    tun_addresses  the addresses of the TUN, packed: the source of ICMP errors
+    notify_fd      an eventfd, borrowed: written when a worker raises an event
+    """
+    cdef shared_t shared
+    cdef worker_t** workers     # owned array of borrowed pointers: one per object
+    cdef list objects           # the Worker of each index
+    cdef retired_t* retired
+    cdef uint64_t generation    # of the active snapshot
+    cdef uint32_t link_mtu4
+    cdef uint32_t link_mtu6
+    cdef list own               # packed addresses
+    cdef bint preparing         # a PreparedSnapshot exists; there may be one at a time
+    cdef RouteTable table       # the active one: its routes are the snapshot's hops, in order
+
+    def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
+                  int notify_fd):
+        cdef bytes packed
+        self.workers = <worker_t**>calloc(workers_n, sizeof(void*))
+        if self.workers == NULL:
+            raise MemoryError
+        self.shared.workers_n = workers_n
+        self.shared.source_check = SOURCE_CHECKS[source_check]
+        self.shared.notify_fd = notify_fd
+        self.link_mtu4, self.link_mtu6 = link_mtus
+        self.objects = []
+        self.own = []
+        for packed in tun_addresses:
+            self.own.append(packed)
+            if len(packed) == 4:
+                memcpy(self.shared.tun_addr4, <const uint8_t*>packed, 4)
+                self.shared.has_addr4 = True
+            else:
+                memcpy(self.shared.tun_addr6, <const uint8_t*>packed, 16)
+                self.shared.has_addr6 = True
+        self.publish(RouteTable())
+
+    def __dealloc__(self):
+        # Each Worker holds a reference to its Core, so no worker is left.
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef peer_t* peer
+        cdef peer_t* next_
+        cdef uint32_t slot = 0
+        reclaim(self.retired, <uint64_t>-1)
+        if s != NULL:
+            peer = next_peer(s, &slot, NULL)
+            while peer != NULL:
+                next_ = next_peer(s, &slot, peer)
+                peer_free(peer)
+                peer = next_
+            snapshot_free(s)
+        free(self.workers)
+
+    cdef add_worker(self, Worker worker, worker_t* w):
+        """Register a new worker: give it its index and the shared state."""
+        if <uint32_t>len(self.objects) == self.shared.workers_n:
+            raise ValueError("the core was made for fewer workers")
+        w.index = <uint32_t>len(self.objects)
+        w.shared = &self.shared
+        self.workers[w.index] = w
+        self.objects.append(worker)
+
+    # Snapshots
+
+    def check(self, RouteTable table):
+        """Raise FieldError if a next hop has an address family without a listener."""
+        cdef bint has4 = self.link_mtu4 != 0, has6 = self.link_mtu6 != 0
+        cdef size_t index = table.find_unreachable(has4, has6)
+        if index < table.routes().n:
+            route = table.route_at(index)
+            family = "IPv4" if has4 else "IPv6"
+            raise FieldError("via", str(route.via),
+                             f"an {family} address: there is no other listener",
+                             f"route {route.dst}")
+
+    def prepare(self, RouteTable table):
+        """Build the snapshot of a table and return it as a PreparedSnapshot: the long part.
+
+        Nothing else may be prepared before the result is activated or deleted, and the table must
+        not change afterwards. Raise FieldError as ``check``, MemoryError.
+        """
+        cdef PreparedSnapshot prepared
+        cdef const route_vec_t* routes = table.routes()
+        self.check(table)
+        if self.preparing:
+            raise RuntimeError("another table is being prepared")
+        self.preparing = True
+        prepared = PreparedSnapshot(self, table)
+        with nogil:
+            prepared.snapshot = build_snapshot(
+                self.shared.snapshot, routes.items, routes.n, self.generation + 1,
+                self.link_mtu4, self.link_mtu6, self.shared.workers_n,
+            )
+        if prepared.snapshot == NULL:
+            self.preparing = False
+            raise MemoryError
+        return prepared
+
+    def activate(self, PreparedSnapshot prepared):
+        """Replace the active snapshot: microseconds. Workers use the new one from their next turn.
+
+        Does not wait for the workers.
+        """
+        cdef snapshot_t* new = prepared.snapshot
+        cdef bytes packed
+        if new == NULL or new.generation != self.generation + 1:
+            raise ValueError("prepared for another generation")
+        if addr_map_init(&new.own, len(self.own) + 1) < 0:
+            raise MemoryError
+        for packed in self.own:
+            addr_map_put(&new.own, <const uint8_t*>packed, len(packed))
+        prepared.snapshot = NULL
+        self.preparing = False
+        self.generation += 1
+        self.table = prepared.table
+        with nogil:
+            self.retired = activate_snapshot(&self.shared.snapshot, new, self.retired)
+        self.collect()
+
+    cdef discard(self, snapshot_t* snapshot):
+        """Free a prepared snapshot that will not be activated."""
+        discard_snapshot(snapshot, self.shared.snapshot)
+        self.preparing = False
+
+    def publish(self, RouteTable table):
+        """Prepare and activate in one call, for a small table."""
+        self.activate(self.prepare(table))
+
+    def collect(self):
+        """Free the retired objects that no worker can see. Call it now and then."""
+        cdef uint32_t n = <uint32_t>len(self.objects)
+        with nogil:
+            self.retired = reclaim(self.retired, oldest_generation(self.workers, n))
+
+    def set_own_addresses(self, addresses):
+        """Set the inner sources that are refused on receive, packed; the TUN's are always added.
+
+        They apply from the next ``activate`` on. Return whether the set has changed.
+        """
+        cdef set packed = set(addresses)
+        if self.shared.has_addr4:
+            packed.add(PyBytes_FromStringAndSize(<char*>self.shared.tun_addr4, 4))
+        if self.shared.has_addr6:
+            packed.add(PyBytes_FromStringAndSize(<char*>self.shared.tun_addr6, 16))
+        changed = packed != set(self.own)
+        self.own = sorted(packed)
+        return changed
+
+    # Reading
+
+    def peers(self):
+        """Return a tuple per peer, in the order of their ordinals: (packed address, port, path MTU,
+        encap packets, encap bytes, decap packets, decap bytes, seconds since last seen or None).
+        """
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef list rows = [None] * s.peers_n
+        cdef peer_counters_t total
+        cdef peer_counters_t* c
+        cdef uint64_t now = now_ns()
+        cdef uint32_t slot = 0, k
+        cdef peer_t* peer = next_peer(s, &slot, NULL)
+        while peer != NULL:
+            memset(&total, 0, sizeof(total))
+            for k in range(self.shared.workers_n):
+                c = &peer.counters[k]
+                total.encap_packets += c.encap_packets
+                total.encap_bytes += c.encap_bytes
+                total.decap_packets += c.decap_packets
+                total.decap_bytes += c.decap_bytes
+                total.last_seen_ns = max(total.last_seen_ns, c.last_seen_ns)
+            seen = None
+            if total.last_seen_ns:
+                seen = max(0.0, (<double>now - <double>total.last_seen_ns) / 1e9)
+            rows[peer.ordinal] = (
+                packed_address(peer), peer.port, peer.path_mtu, total.encap_packets,
+                total.encap_bytes, total.decap_packets, total.decap_bytes, seen,
+            )
+            peer = next_peer(s, &slot, peer)
+        return rows
+
+    def peers_n(self):
+        """Return the number of peers."""
+        return self.shared.snapshot.peers_n
+
+    def hop_ordinals(self, size_t start, size_t count):
+        """Return the ordinal of the peer of each of the routes start .. start + count."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef size_t i
+        return [s.hops[i].peer.ordinal for i in range(start, min(start + count, s.hops_n))]
+
+    def trace(self, bytes address):
+        """Return (model.Route, largest inner packet) for a packed address, or None."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef hop_t* hop = find_hop(s, <const uint8_t*>address, len(address))
+        if hop == NULL:
+            return None
+        return self.table.route_at(hop - s.hops), path_limit(hop)
+
+    def path_mtu_changes(self, double forget_seconds):
+        """Return [(packed address, port, path MTU)] of peers whose path MTU changed since the last
+        call. A value learned longer than ``forget_seconds`` ago is forgotten (RFC 1191 6.3).
+        """
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint64_t forget = <uint64_t>(forget_seconds * 1e9)
+        cdef uint64_t now = now_ns()
+        cdef uint32_t slot = 0
+        cdef peer_t* peer = next_peer(s, &slot, NULL)
+        cdef list changes = []
+        while peer != NULL:
+            if peer.path_mtu_ns != 0 and now > peer.path_mtu_ns + forget:
+                peer.path_mtu_ns = 0
+                peer.path_mtu = peer.link_mtu
+            if peer.path_mtu != peer.reported_mtu:
+                peer.reported_mtu = peer.path_mtu
+                changes.append((packed_address(peer), peer.port, peer.path_mtu))
+            peer = next_peer(s, &slot, peer)
+        return changes
+
+    def packets(self):
+        """Return both sides of the invariant, summed over the workers:
+        {direction: {read, generated, delivered, dropped, queued}}.
+        """
+        cdef Worker worker
+        counts = ("read", "generated", "delivered", "dropped", "queued")
+        total = {direction: dict.fromkeys(counts, 0) for direction in (ENCAP, DECAP)}
+        for worker in self.objects:
+            for direction, packets in worker.packets().items():
+                for name, n in packets.items():
+                    total[direction][name] += n
+        return total
+
+    def drops(self):
+        """Return (reason, direction, packets) for each reason in each direction it can occur in."""
+        cdef Worker worker
+        cdef int i
+        rows = []
+        for i, reason in enumerate(DROP_REASONS, start=1):
+            for direction in reason.directions:
+                n = 0
+                for worker in self.objects:
+                    n += worker.dropped(i, direction)
+                rows.append((reason.name, direction, n))
+        return rows
+
+
+@cython.no_gc_clear  # __dealloc__ needs the core
+cdef class PreparedSnapshot:
+    """A snapshot that is built and not yet active."""
+    cdef Core core
+    cdef RouteTable table
+    cdef snapshot_t* snapshot
+
+    def __cinit__(self, Core core, RouteTable table):
+        self.core, self.table = core, table
+
+    def __dealloc__(self):
+        if self.snapshot != NULL:
+            self.core.discard(self.snapshot)

@@ -1,0 +1,85 @@
+"""One peer: an endpoint of the underlay, its path MTU and its counters.
+
+Owns ``peer_t``. A peer lives as long as a route names its endpoint or a worker may still point to
+it (publish.pxd). Does not know routes.
+
+Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu`` and
+``path_mtu_ns``: a worker lowers the value, the control side restores it later; either value is
+valid. Each worker writes its own ``peer_counters_t``.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from limits cimport OVERHEAD4, OVERHEAD6
+from sys cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
+from wire.headers cimport swap16
+
+
+cdef struct peer_counters_t:
+    uint64_t encap_packets
+    uint64_t encap_bytes
+    uint64_t decap_packets
+    uint64_t decap_bytes
+    uint64_t last_seen_ns       # monotonic; 0 = never
+    uint64_t unused[3]          # fills the cache line
+
+
+cdef struct peer_t:
+    uint8_t addr[16]            # network order; IPv4 in the first four, the rest zero
+    uint8_t addr_len            # 4 or 16
+    uint16_t port               # host order
+    uint32_t overhead           # bytes of the outer IP and UDP headers
+    uint32_t link_mtu           # of the underlay interface, outer bytes
+    uint32_t path_mtu           # outer bytes; <= link_mtu
+    uint64_t path_mtu_ns        # when path_mtu was learned; 0 = it is the link's
+    uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
+    uint64_t generation         # control side: of the last snapshot that uses the peer
+    uint32_t ordinal            # control side: its index among the peers of that snapshot
+    uint32_t sa_len
+    sockaddr_in6 sa             # large enough for sockaddr_in
+    # The next peer at the same address, in ascending port order. The order guarantees that a walk
+    # ends even if it meets links of two snapshots.
+    peer_t* same_addr
+    peer_t* new_same_addr       # control side: same_addr in the snapshot that is being built
+    peer_counters_t* counters   # one per worker
+
+
+cdef inline peer_t* peer_new(
+    const uint8_t* addr, size_t addr_len, uint16_t port, uint32_t link_mtu, uint32_t workers_n
+) noexcept nogil:
+    """Allocate a peer with all counters at zero; NULL without memory. Freed by ``peer_free``."""
+    cdef peer_t* peer = <peer_t*>calloc(1, sizeof(peer_t))
+    cdef sockaddr_in* sa4
+    if peer == NULL:
+        return NULL
+    peer.counters = <peer_counters_t*>calloc(workers_n, sizeof(peer_counters_t))
+    if peer.counters == NULL:
+        free(peer)
+        return NULL
+    memcpy(peer.addr, addr, addr_len)
+    peer.addr_len = <uint8_t>addr_len
+    peer.port = port
+    peer.link_mtu = peer.path_mtu = peer.reported_mtu = link_mtu
+    if addr_len == 4:
+        peer.overhead = OVERHEAD4
+        sa4 = <sockaddr_in*>&peer.sa
+        sa4.sin_family = AF_INET
+        sa4.sin_port = swap16(port)
+        memcpy(&sa4.sin_addr, addr, 4)
+        peer.sa_len = sizeof(sockaddr_in)
+    else:
+        peer.overhead = OVERHEAD6
+        peer.sa.sin6_family = AF_INET6
+        peer.sa.sin6_port = swap16(port)
+        memcpy(&peer.sa.sin6_addr, addr, 16)
+        peer.sa_len = sizeof(sockaddr_in6)
+    return peer
+
+
+cdef inline void peer_free(peer_t* peer) noexcept nogil:
+    """NULL is allowed."""
+    if peer != NULL:
+        free(peer.counters)
+        free(peer)

@@ -1,0 +1,104 @@
+"""The snapshot: the immutable table in which a worker looks everything up.
+
+Owns ``snapshot_t``: routes, next hops, peers by address, our own addresses; and the look-ups in it.
+Does not know how a snapshot is built or replaced (publish.pxd).
+
+Threading: a published snapshot does not change, except for the ``same_addr`` links and path MTUs of
+its peers. Workers load the pointer once per turn and never lock.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+
+from sys cimport load_ptr
+from table.addr_map cimport addr_map_find, addr_map_free, addr_map_t
+from table.lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
+from table.peer cimport peer_t
+from wire.headers cimport load_be32
+
+
+cdef struct hop_t:              # the next hop of one route
+    peer_t* peer
+    uint32_t mtu                # of the route, inner bytes; 0 = none
+
+
+cdef struct snapshot_t:
+    lpm_t* lpm                  # from a destination to 1 + index into hops
+    hop_t* hops                 # one per route, in table order
+    size_t hops_n
+    addr_map_t peers            # by outer address: the first peer of the same_addr chain
+    addr_map_t own              # inner source addresses that only this host may use
+    size_t peers_n
+    uint64_t generation         # rises by 1 with each published snapshot
+
+
+cdef inline hop_t* find_hop(
+    const snapshot_t* s, const uint8_t* addr, size_t addr_len
+) noexcept nogil:
+    """Return the next hop for an inner address, or NULL if there is no route."""
+    cdef uint32_t value
+    if addr_len == 4:
+        value = lpm_lookup4(s.lpm, load_be32(addr))
+    else:
+        value = lpm_lookup6(s.lpm, addr)
+    return &s.hops[value - 1] if value != 0 else NULL
+
+
+cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
+    """Return the largest inner packet that the route and the path to its peer allow."""
+    cdef uint32_t limit = hop.peer.path_mtu - hop.peer.overhead
+    return hop.mtu if hop.mtu != 0 and hop.mtu < limit else limit
+
+
+cdef inline peer_t* first_peer_at(
+    const snapshot_t* s, const uint8_t* addr, size_t addr_len
+) noexcept nogil:
+    """Return the peer with the lowest port at an outer address, or NULL."""
+    return addr_map_find(&s.peers, addr, addr_len).peer
+
+
+cdef inline peer_t* find_peer(
+    const snapshot_t* s, const uint8_t* addr, size_t addr_len, uint16_t port
+) noexcept nogil:
+    """Return the peer at an outer address: with this port, else with the lowest; NULL if none."""
+    cdef peer_t* first = first_peer_at(s, addr, addr_len)
+    cdef peer_t* peer = first
+    while peer != NULL:
+        if peer.port == port:
+            return peer
+        peer = <peer_t*>load_ptr(<void**>&peer.same_addr)
+    return first
+
+
+cdef inline bint is_own(
+    const snapshot_t* s, const uint8_t* addr, size_t addr_len
+) noexcept nogil:
+    """Return whether an inner source address is one of this host's."""
+    return addr_map_find(&s.own, addr, addr_len).addr_len != 0
+
+
+cdef inline peer_t* next_peer(
+    const snapshot_t* s, uint32_t* slot, const peer_t* peer
+) noexcept nogil:
+    """Iterate over all peers, on the control side: return the one after ``peer``, or NULL.
+
+    slot  0 at the start; updated by each call
+    peer  NULL at the start, then the last result
+    """
+    if peer != NULL and peer.same_addr != NULL:
+        return peer.same_addr
+    while slot[0] <= s.peers.mask:
+        slot[0] += 1
+        if s.peers.slots[slot[0] - 1].peer != NULL:
+            return s.peers.slots[slot[0] - 1].peer
+    return NULL
+
+
+cdef inline void snapshot_free(snapshot_t* s) noexcept nogil:
+    """Free a snapshot that no worker can see; its peers stay. NULL is allowed."""
+    if s != NULL:
+        lpm_free(s.lpm)
+        free(s.hops)
+        addr_map_free(&s.peers)
+        addr_map_free(&s.own)
+        free(s)

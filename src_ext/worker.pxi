@@ -1,0 +1,188 @@
+"""Worker: one data worker as Python sees it. Included by _core.pyx.
+
+Owns the memory of one ``worker_t``, its epoll set and its wake-up eventfd. Does not know what
+happens to a packet (path/turn.pxd and below).
+
+Threading: ``run`` and ``drain`` belong to the worker's thread; any thread may call the rest.
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from drops cimport DROP_REASONS_N
+from path.queue cimport QUEUE_BYTES, QUEUE_FRAME_DATAGRAMS
+from path.turn cimport drain, epoll_register, run
+from path.worker cimport (
+    EVENT_PATH_MTU, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO, EVENT_UDP_MERGE, RX_SLOT,
+    RX_SLOTS, TX_FRAME, WR_FRAME, direction_t, worker_t,
+)
+from sys cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, close,
+    epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
+)
+from wire.headers cimport VNET_LEN
+from wire.merge cimport merge_reset
+
+from udptun.drops import DECAP, ENCAP
+
+
+cdef extern from * nogil:
+    """
+    #define udptun_take(p) __atomic_exchange_n((p), 0, __ATOMIC_ACQ_REL)
+    """
+    uint64_t take_flags "udptun_take"(uint64_t* p)
+
+
+MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs that the TUN gets
+WORKER_EVENTS = {
+    "path_mtu": EVENT_PATH_MTU, "udp-gso": EVENT_UDP_GSO, "tcp-merge": EVENT_TCP_MERGE,
+    "udp-merge": EVENT_UDP_MERGE, "tun_gone": EVENT_TUN_GONE,
+}
+
+
+cdef dict packets_of(const direction_t* d, uint64_t queued):
+    """Return both sides of the invariant for one direction, in inner IP packets."""
+    cdef uint64_t dropped = 0
+    cdef int i
+    for i in range(DROP_REASONS_N):
+        dropped += d.drops[i]
+    return {
+        "read": d.read, "generated": d.generated, "delivered": d.delivered,
+        "dropped": dropped, "queued": queued,
+    }
+
+
+cdef class Worker:
+    """One data worker: a TUN queue, at most one UDP socket per family, and one thread's state.
+
+    All descriptors are borrowed and must be non-blocking. ``features`` are the offloads to use:
+    "tun-gso" (frames carry a vnet header), "udp-gso", "tcp-merge", "udp-merge", "batch".
+    """
+    cdef worker_t* w
+    cdef readonly Core core
+
+    def __cinit__(self, Core core, int tun_fd, int udp_fd4, int udp_fd6, features,
+                  uint32_t gso_max_segs=64):
+        cdef worker_t* w
+        cdef epoll_event event
+        cdef uint32_t i
+        self.core = core
+        w = self.w = <worker_t*>calloc(1, sizeof(worker_t))
+        if w == NULL:
+            raise MemoryError
+        w.epoll_fd = w.wake_fd = -1
+        w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
+        w.queue.memory = <uint8_t*>calloc(1, QUEUE_BYTES)
+        w.wr_frame = <uint8_t*>calloc(1, WR_FRAME)
+        w.rx_buf = <uint8_t*>calloc(RX_SLOTS, RX_SLOT)
+        if w.tx_frame == NULL or w.queue.memory == NULL or w.rx_buf == NULL or w.wr_frame == NULL:
+            raise MemoryError
+        w.tun_fd, w.udp_fd4, w.udp_fd6 = tun_fd, udp_fd4, udp_fd6
+        w.vnet_len = VNET_LEN if "tun-gso" in features else 0
+        w.udp_gso = "udp-gso" in features
+        w.batch = "batch" in features
+        w.merge.tcp = "tcp-merge" in features
+        w.merge.udp = "udp-merge" in features
+        w.gso_max_segs = gso_max_segs
+        w.rx_slots = RX_SLOTS if w.batch else 1
+        merge_reset(&w.merge)
+        for i in range(RX_SLOTS):
+            w.rx_iov[i].iov_base = w.rx_buf + i * RX_SLOT
+            w.rx_iov[i].iov_len = RX_SLOT
+            w.rx_msgs[i].msg_hdr.msg_name = &w.rx_from[i]
+            w.rx_msgs[i].msg_hdr.msg_iov = &w.rx_iov[i]
+            w.rx_msgs[i].msg_hdr.msg_iovlen = 1
+            w.rx_msgs[i].msg_hdr.msg_control = &w.rx_cmsg[i][0]
+        w.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if w.epoll_fd < 0 or w.wake_fd < 0:
+            raise OSError(errno, "cannot make the worker's epoll set")
+        for i, fd in enumerate((w.wake_fd, tun_fd, udp_fd4, udp_fd6)):
+            w.polled[i].fd = fd
+            w.polled[i].events = POLLIN
+        event.events = EPOLLIN
+        event.data.u64 = 0
+        if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not epoll_register(w):
+            raise OSError(errno, "cannot fill the worker's epoll set")
+        core.add_worker(self, w)
+
+    def __dealloc__(self):
+        if self.w == NULL:
+            return
+        if self.w.epoll_fd >= 0:
+            close(self.w.epoll_fd)
+        if self.w.wake_fd >= 0:
+            close(self.w.wake_fd)
+        free(self.w.tx_frame)
+        free(self.w.queue.memory)
+        free(self.w.rx_buf)
+        free(self.w.wr_frame)
+        free(self.w)
+
+    def fileno(self):
+        """Return the epoll set, readable when there is work: for the event loop's add_reader."""
+        return self.w.epoll_fd
+
+    def run(self, int linger_ms):
+        """Work without the GIL until idle for ``linger_ms``, or until ``wake``."""
+        with nogil:
+            run(self.w, linger_ms)
+
+    def wake(self):
+        """Make ``run`` return at once, now and on each later call until ``resume``."""
+        cdef uint64_t one = 1
+        store_flag(&self.w.wake_requested, 1)
+        write(self.w.wake_fd, &one, 8)
+
+    def resume(self):
+        """Let ``run`` work again after ``wake``."""
+        store_flag(&self.w.wake_requested, 0)
+
+    def drain(self, double seconds):
+        """Forward what the queues already hold, for at most ``seconds``; count the rest as dropped.
+
+        Only after the last ``run``.
+        """
+        cdef worker_t* w = self.w
+        cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
+        with nogil:
+            drain(w, end)
+
+    def take_events(self):
+        """Return the events raised since the last call, by their names in WORKER_EVENTS."""
+        cdef uint64_t events = take_flags(&self.w.events)
+        return [name for name, bit in WORKER_EVENTS.items() if events & bit]
+
+    def in_use(self):
+        """Return those features that are still on, of the ones that can be lost at run time."""
+        return {
+            name for name, on in (
+                ("udp-gso", self.w.udp_gso), ("tcp-merge", self.w.merge.tcp),
+                ("udp-merge", self.w.merge.udp),
+            ) if on
+        }
+
+    def counters(self):
+        """Return the counters of system calls and turns, and the datagrams that wait."""
+        cdef worker_t* w = self.w
+        return {
+            "index": w.index, "turns": w.turns, "loop_returns": w.loop_returns,
+            "queued": w.queue.waiting_n, "icmp_sent": w.icmp_sent,
+            "icmp_suppressed": w.icmp_suppressed,
+            "syscalls": {
+                "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,
+                "receive": w.syscalls_recv, "wait": w.syscalls_wait,
+            },
+        }
+
+    cdef dict packets(self):
+        """Return both sides of the invariant: {direction: {read, generated, ...}}."""
+        return {
+            ENCAP: packets_of(&self.w.encap, self.w.queue.waiting_n),
+            DECAP: packets_of(&self.w.decap, 0),
+        }
+
+    cdef uint64_t dropped(self, int reason, str direction):
+        """Return the packets dropped in one direction for one reason of ``drop_t``."""
+        return self.w.encap.drops[reason] if direction == ENCAP else self.w.decap.drops[reason]
