@@ -1,11 +1,15 @@
-"""Waiting in asyncio tests: for a condition, never for a time."""
+"""Waiting in asyncio tests: for a condition, never for a time.
+
+``udptun.lab.wait_for`` is the same for synchronous tests. The seconds are a deadline for a test
+that would hang otherwise, generous for a busy machine.
+"""
 
 import asyncio
 
 import pytest
 
 
-async def until(predicate, what, seconds=20.0):
+async def until(predicate, what="its condition", seconds=60.0):
     """Return the first true value of ``predicate``, which may be async; called every 10 ms.
 
     what  the condition, for the message of the failure after ``seconds``

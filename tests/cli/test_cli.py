@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.control.fakes import LoopThread, Served
+from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_table
 from udptun.cli.show import _duration, _size
@@ -368,14 +370,14 @@ def test_watching_prints_each_event_as_it_comes_and_ends_with_the_forwarder(
 
 
 def test_ctrl_c_ends_watching_quietly(served: Served) -> None:
-    argv = [sys.executable, "-m", "udptun", "events", "-w", "-o", "json", "--socket",
-            str(served.path)]
+    argv = [*DEFAULT_SIGNALS, sys.executable, "-m", "udptun", "events", "-w", "-o", "json",
+            "--socket", str(served.path)]
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as watching:
         assert watching.stdout is not None
         watching.stdout.readline()
-        watching.send_signal(2)
+        watching.send_signal(signal.SIGINT)
         out, err = watching.communicate(timeout=20)
     assert (watching.returncode, out, err) == (130, "", "")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import DEFAULT_SIGNALS
 from udptun.lab import wait_for
 
-DEMO = [sys.executable, "-m", "udptun", "demo", "--seconds", "1"]
+DEMO = [*DEFAULT_SIGNALS, sys.executable, "-m", "udptun", "demo", "--seconds", "1"]
 
 
 def leftovers(pid: int) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import DEFAULT_SIGNALS, alive
 from udptun.lab import Lab, LabError, Unavailable, iperf3, ping, vxlan, wait_for
 
 NETNS = Path("/run/netns")
@@ -103,9 +104,8 @@ def test_an_exception_removes_everything():
 
 # Makes a lab with a process in it, says so, and waits for its end.
 VICTIM = """
-import signal, sys
+import signal
 from udptun.lab import Lab
-signal.signal(signal.SIGINT, signal.default_int_handler)
 with Lab() as lab:
     process = lab.host("a").start(["sleep", "1000"])
     print(process.pid, lab.folder, flush=True)
@@ -114,8 +114,10 @@ with Lab() as lab:
 
 
 def start_victim() -> tuple[subprocess.Popen, int, Path]:
-    victim = subprocess.Popen([sys.executable, "-c", VICTIM], stdout=subprocess.PIPE, text=True,
-                              stderr=subprocess.DEVNULL, start_new_session=True)
+    victim = subprocess.Popen(
+        [*DEFAULT_SIGNALS, sys.executable, "-c", VICTIM], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )
     pid, folder = victim.stdout.readline().split()
     return victim, int(pid), Path(folder)
 
@@ -144,14 +146,6 @@ def test_what_a_killed_lab_leaves_is_removed_by_the_next():
         assert not names(victim.pid)
         assert not folder.exists()
         assert other.folder.exists()
-
-
-def alive(pid: int) -> bool:
-    """A zombie is dead: who reaps it is not our affair."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_two_labs_at_once_do_not_meet():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from tests.netns.cluster_traffic import SteadyPing
+from tests.processes import alive
 from udptun.lab import Lab, LabError, ping, wait_for
 from udptun.lab.cluster import Member, unreachable
 
@@ -75,14 +75,6 @@ def kill_group(member: Member) -> None:
     """The daemon, and all that shares its process group."""
     os.killpg(member.daemon.pid, signal.SIGKILL)
     member.daemon.wait()
-
-
-def alive(pid: int) -> bool:
-    """One that has ended may stay as a zombie where nobody reaps orphans: it has no words left."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
-    except FileNotFoundError:
-        return False
 
 
 def test_three_machines_and_one_file_are_an_overlay(overlay):

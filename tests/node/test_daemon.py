@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
@@ -17,6 +16,7 @@ import pytest
 
 from tests.control.fakes import LoopThread, Served
 from tests.own_netns import in_own_netns, sh
+from tests.wait import until
 from udptun.errors import FieldError
 from udptun.leases.advert import Advert, embed
 from udptun.leases.base import (
@@ -99,14 +99,6 @@ def _answer(answer):
     if isinstance(answer, Exception):
         raise answer
     return answer
-
-
-async def until(predicate, what, seconds=15.0):
-    deadline = time.monotonic() + seconds
-    while not (value := predicate()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        await asyncio.sleep(0.01)
-    return value
 
 
 class Node:
@@ -435,4 +427,3 @@ async def test_cleanup_leaves_a_stock_flannels_device_alone(served, node_of):
         pytest.skip("this kernel has no vxlan")
     await run(replace(node.config, cleanup=True))
     assert "flannel.1" in sh("ip link")
-

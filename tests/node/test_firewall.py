@@ -12,6 +12,7 @@ from ipaddress import ip_network
 import pytest
 
 from tests.own_netns import in_own_netns, sh
+from tests.wait import until
 from udptun.node.host import firewall as firewall_module
 from udptun.node.host.firewall import Firewall, FirewallError, FirewallRules
 
@@ -264,12 +265,6 @@ async def keeping(firewall):
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-async def until(predicate):
-    async with asyncio.timeout(30):
-        while not predicate():
-            await asyncio.sleep(0.01)
 
 
 @in_own_netns

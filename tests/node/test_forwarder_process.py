@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from tests.control.fakes import LoopThread, Served
+from tests.wait import until
 from udptun.control.client import ControlClient
 from udptun.instance import Instance
 from udptun.leases.base import SourceHealth
@@ -28,14 +29,6 @@ def route(n, via=2):
 
 def table(*routes):
     return {one.dst: one for one in routes}
-
-
-async def until(predicate, what, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not (value := predicate()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        await asyncio.sleep(0.01)
-    return value
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ class Host:
             popen = subprocess.Popen(
                 self._argv(argv), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True, env=_environment(env), pass_fds=pass_fds,
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - one thread: see the top
+                preexec_fn=_prepare_child(os.getpid()),  # noqa: PLW1509 - one thread: see the top
             )
         process = Process(self, argv, popen, log)
         self.processes.append(process)
@@ -527,15 +527,21 @@ def _deaf() -> Iterator[None]:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """For a new child, between fork and exec: end when ``parent`` ends, whatever ends it."""
+def _prepare_child(parent: int) -> Callable[[], None]:
+    """Return what a new child does between fork and exec.
 
-    def between() -> None:
+    It arranges to be killed when ``parent`` ends. It resets the signals that a shell or nohup may
+    have set to ignored: the child has a session of its own, so a signal to it comes from the lab.
+    """
+
+    def prepare() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # the parent ended before prctl
             os._exit(1)
+        for number in (signal.SIGINT, signal.SIGQUIT, *_STOP_SIGNALS):
+            signal.signal(number, signal.SIG_DFL)
 
-    return between
+    return prepare
 
 
 def _setns(descriptor: int) -> None:
