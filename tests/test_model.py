@@ -1,4 +1,4 @@
-"""Endpoints and routes: what is read, what is refused and in which words; the lazy package."""
+"""Endpoints and routes: accepted values, refused values and the errors; the lazy package."""
 
 import subprocess
 import sys
@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import udptun
-from udptun import model
+from udptun import _core, model
 from udptun.cli import reasons
 from udptun.drops import DIRECTIONS, DROP_REASONS
 from udptun.errors import FieldError, UdptunError
-from udptun.model import Endpoint, Route, RouteDiff
+from udptun.model import SOURCE_CHECKS, Endpoint, Route, RouteDiff
 
 networks = st.one_of(
     st.builds(lambda a, n: ip_network((a, n), strict=False), st.ip_addresses(v=4),
@@ -199,3 +199,7 @@ assert udptun.__version__
     argv = [sys.executable, "-c", script]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['udptun', 'udptun._version']"
+
+
+def test_the_core_knows_the_same_source_checks():
+    assert set(_core.SOURCE_CHECKS) == set(SOURCE_CHECKS)

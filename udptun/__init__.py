@@ -1,7 +1,7 @@
-"""udptun: IP packets over UDP, on flannel's wire format.
+"""udptun: an IP-over-UDP tunnel in flannel's wire format.
 
-The public API, loaded on first use (PEP 562): a client command that only asks a running forwarder
-something must not pay for the data plane. ``from udptun import Forwarder`` works as usual.
+The public API, imported on first use (PEP 562): a client command must not load the data plane.
+``from udptun import Forwarder`` works as usual.
 """
 
 from importlib import import_module

@@ -1,15 +1,14 @@
-"""The errors udptun raises. A leaf: imports nothing of ours."""
+"""The errors that udptun raises. A leaf: imports no other module of udptun."""
 
 
 class UdptunError(Exception):
-    """Root of every error raised on purpose by udptun."""
+    """Base class of all errors that udptun raises on purpose."""
 
 
 class FieldError(UdptunError, ValueError):
-    """A value that cannot be used: says which field, which value, and what was expected.
+    """An invalid value: names the field, the value, and the expected form.
 
-    ``where`` places it for a person, e.g. ``"line 3"`` or ``"routes[17]"``; empty if there is
-    nothing to add.
+    ``where`` is the position for a reader, such as ``"line 3"`` or ``"routes[17]"``; may be empty.
     """
 
     def __init__(self, field: str, value: object, expected: str, where: str = "") -> None:
@@ -19,22 +18,22 @@ class FieldError(UdptunError, ValueError):
 
 
 class RouteExists(UdptunError):
-    """A route to the same prefix with another next hop is in the table."""
+    """The table has a route to the same prefix with another next hop."""
 
 
 class GenerationMismatch(UdptunError):
-    """The table is no longer at the generation that the caller based its change on."""
+    """The table has changed since the generation that the caller expects."""
 
 
 class DeviceError(UdptunError, OSError):
-    """A system call on a device or socket failed: keeps errno, says what was being done."""
+    """A system call on a device or socket failed: has errno, and names the operation."""
 
     def __str__(self) -> str:
         return self.strerror or super().__str__()
 
 
 class ControlError(UdptunError):
-    """The forwarder answered a control request with an error: stable ``code``, a sentence."""
+    """The forwarder answered a control request with an error: a stable ``code`` and a sentence."""
 
     def __init__(self, code: str, message: str) -> None:
         self.code, self.message = code, message
@@ -42,4 +41,4 @@ class ControlError(UdptunError):
 
 
 class NoForwarder(UdptunError):
-    """Nobody answers on the control socket."""
+    """No forwarder answers on the control socket."""

@@ -1,6 +1,6 @@
-"""Replace a file as a whole: whoever reads it, and a crash at any point, finds the old or the new.
+"""Replace a file atomically: a reader, or a crash at any point, finds the old or the new content.
 
-A leaf: imports nothing of ours. Plain blocking calls; any thread, and any number of writers.
+A leaf: imports no other module of udptun. Blocking calls; any thread, any number of writers.
 Source: rename(2), fsync(2) (a rename is on the disk when its directory is).
 """
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 def replace_file(path: Path, parts: Iterable[bytes], mode: int | None = None) -> None:
-    """Let ``path`` hold ``parts``, one behind the other. Its directory exists.
+    """Write ``parts`` to ``path``, in order. The directory must exist.
 
-    mode  the file's, whatever the umask; None: 0666 less the umask, as for any new file
+    mode  of the file, independent of the umask; None: 0666 minus the umask, as for any new file
 
-    Raises OSError, or what making the parts raises; the old file then stands as it was.
+    Raises OSError, or an error of the ``parts`` iterator; the old file is then unchanged.
     """
-    # a name of its own, since another process may be replacing the same file
+    # a random name: another process may be replacing the same file
     fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

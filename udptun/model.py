@@ -1,8 +1,9 @@
-"""What the tunnel is told: endpoints and routes. Frozen, validated once, here.
+"""Endpoints and routes: their values, limits, text and JSON forms. Frozen, validated here.
 
-A leaf: imports only ``errors``. Owns the textual forms a person or a file uses
-(``DST via IP [port P] [mtu M]``) and their JSON twins. The compiled core parses whole tables of
-the same grammar without the interpreter; the tests hold the two parsers to each other.
+A leaf: imports only ``errors``. Owns the grammar of a route as users write it
+(``DST via IP [port P] [mtu M]``, or a JSON object), and the limits of ports and MTUs. The compiled
+core has a second parser of the same grammar for whole tables, which runs without the interpreter;
+tests compare the two. Any thread.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from .errors import FieldError
 
 DEFAULT_PORT = 8285
+MAX_PORT = 65535
 MIN_MTU = 68  # RFC 791: every IPv4 hop takes 68 octets
 MIN_MTU6 = 1280  # RFC 8200 section 5: an IPv6 sender need not go below
 MAX_MTU = 65535
+MIN_TUN_MTU = 576  # RFC 791: every host takes datagrams of 576 octets
 
 SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
@@ -35,19 +38,19 @@ def parse_address(field: str, value: object, where: str = "") -> IPAddress:
 
 
 def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
-    """The address of one host, to which a datagram can be sent."""
+    """Parse the address of one host, to which a datagram can be sent."""
     address = parse_address(field, value, where)
     if isinstance(address, ipaddress.IPv4Address):
-        sound = 0 < address.packed[0] < 224
+        is_host = 0 < address.packed[0] < 224
     else:
-        sound = not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
-    if not sound:
+        is_host = not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
+    if not is_host:
         raise FieldError(field, value, "the address of one host", where)
     return address
 
 
 def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
-    """A prefix in CIDR form. Host bits must be clear: 10.0.0.1/8 is more often a slip."""
+    """Parse a prefix in CIDR form. Host bits must be 0: 10.0.0.1/8 is usually a typing error."""
     try:
         if not isinstance(value, str) or "%" in value:
             raise ValueError
@@ -88,7 +91,7 @@ class Endpoint:
             port = rest[1:] if rest else port
         elif text.count(":") == 1:
             host, _, port = text.partition(":")
-        return cls(parse_address(field, host), parse_number(f"{field} port", port, 1, 65535))
+        return cls(parse_address(field, host), parse_number(f"{field} port", port, 1, MAX_PORT))
 
     def __str__(self) -> str:
         host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
@@ -97,9 +100,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Packets to ``dst`` go to the peer at ``via``:``port``.
+    """Packets to ``dst`` are sent to the peer at ``via``:``port``.
 
-    mtu  the largest inner packet for this route, in bytes, or None for what the path allows
+    mtu  the largest inner packet for this route, in bytes; None: as large as the path allows
     """
 
     dst: IPNetwork
@@ -112,17 +115,17 @@ class Route:
         cls, dst: object, via: object, port: object = DEFAULT_PORT, mtu: object = None,
         where: str = "",
     ) -> Route:
-        """From untrusted values, each checked; raises FieldError naming the field."""
+        """Build a route from untrusted values; raises FieldError naming the field."""
         prefix = parse_prefix("dst", dst, where)
         next_hop = parse_next_hop("via", via, where)
-        port_number = parse_number("port", port, 1, 65535, where)
+        port_number = parse_number("port", port, 1, MAX_PORT, where)
         low = MIN_MTU if prefix.version == 4 else MIN_MTU6
         limit = None if mtu is None else parse_number("mtu", mtu, low, MAX_MTU, where)
         return cls(prefix, next_hop, port_number, limit)
 
     @classmethod
     def from_words(cls, words: Sequence[str], where: str = "") -> Route:
-        """From ``DST via IP [port P] [mtu M]``, already split on blanks."""
+        """Parse ``DST via IP [port P] [mtu M]``, split on blanks."""
         if len(words) < 3 or words[1] != "via":
             raise FieldError("route", " ".join(words), "DST via IP [port P] [mtu M]", where)
         values: dict[str, object] = {}
@@ -138,7 +141,7 @@ class Route:
 
     @classmethod
     def from_json(cls, value: object, where: str = "") -> Route:
-        """From ``{"dst", "via", "port"?, "mtu"?}``; ``mtu`` may be null."""
+        """Parse ``{"dst", "via", "port"?, "mtu"?}``; ``mtu`` may be null."""
         if not isinstance(value, Mapping):
             raise FieldError("route", value, "an object with dst and via", where)
         for name in value:
@@ -159,7 +162,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class RouteDiff:
-    """What a change did to the table, in routes."""
+    """The effect of a change: the numbers of routes, and the generation after it."""
 
     generation: int
     added: int = 0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from udptun.device.tun import VNET_HDR_LEN
+from udptun.device.tun import VNET_LEN
 from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
 from udptun.model import OVERHEAD
@@ -130,7 +130,7 @@ def _send_commands(control: Path, command: int, routes: Sequence[ExtraRoute]) ->
 
 def _copylimit(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
     # It sends the vnet header on the wire, too.
-    plans, mtu = (node(1), node(2)), _LINK_MTU - _IP_UDP - VNET_HDR_LEN
+    plans, mtu = (node(1), node(2)), _LINK_MTU - _IP_UDP - VNET_LEN
     for host, plan, peer in ((a, plans[0], b), (b, plans[1], a)):
         process = host.start([
             *(str(program("copylimit")), "--tun", "copylimit0", "--listen", f"{host.v4}:{PORT}"),

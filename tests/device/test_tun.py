@@ -6,13 +6,14 @@ import contextlib
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
 from tests.own_netns import in_own_netns, ip_json, sh
 from udptun.device import tun as module
 from udptun.device.offload import Capabilities, OffloadRequest
-from udptun.device.tun import Tun
+from udptun.device.tun import VNET_HDR, VNET_LEN, Tun
 from udptun.errors import DeviceError, FieldError
 
 AUTO, OFF = OffloadRequest(), OffloadRequest(frozenset())
@@ -90,7 +91,7 @@ def test_name_in_use(queues):
 
 @in_own_netns
 def test_name_of_another_kind():
-    with refused(errno.EINVAL, "opening the TUN device lo", "another kind"):
+    with refused(errno.EINVAL, "opening the TUN device lo", "another type"):
         Tun.open("lo", 1, AUTO)
 
 
@@ -194,3 +195,9 @@ def test_no_capability(monkeypatch, tmp_path):
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
     with refused(errno.EPERM, NAME, "CAP_NET_ADMIN"):
         Tun.open(NAME, 1, AUTO)
+
+
+def test_the_core_uses_the_same_vnet_header():
+    headers = Path(__file__).parents[2] / "src_ext" / "wire" / "headers.pxd"
+    assert f"    VNET_LEN = {VNET_LEN}\n" in headers.read_text()
+    assert VNET_HDR.size == VNET_LEN

@@ -166,6 +166,6 @@ async def test_route_to():
             assert (route.index, str(route.source), route.gateway and str(route.gateway)) == \
                 (index("eth0"), source, gateway)
         for nowhere in ("203.0.113.1", "2001:db8:2::1"):
-            with pytest.raises(DeviceError, match=f"asking for the route to {nowhere}") as caught:
+            with pytest.raises(DeviceError, match=f"looking up the route to {nowhere}") as caught:
                 await route_to(netlink, ip_address(nowhere))
             assert caught.value.errno == errno.ENETUNREACH

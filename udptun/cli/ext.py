@@ -16,6 +16,7 @@ import click
 
 from ..errors import FieldError, UdptunError
 from ..instance import DEFAULT_INSTANCE, Instance
+from ..model import DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_TUN_MTU
 from .lazy import failure_of
 from .options import LISTEN, Parsed, named_socket, remember, socket
 
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 # The commands are part of the network's configuration, the same for all nodes. Options of a single
 # node can be set in the environment of its flanneld.
 _port = click.option(
-    "--port", type=click.IntRange(1, 65535), default=8285, show_default=True,
+    "--port", type=click.IntRange(1, MAX_PORT), default=DEFAULT_PORT, show_default=True,
     envvar="UDPTUN_EXT_PORT", show_envvar=True, help="UDP port of this node.",
 )
 _mtu = click.option(
-    "--mtu", type=click.IntRange(576, 65535), envvar="UDPTUN_EXT_MTU", show_envvar=True,
+    "--mtu", type=click.IntRange(MIN_TUN_MTU, MAX_MTU), envvar="UDPTUN_EXT_MTU", show_envvar=True,
     help="Largest packet to and from this node.  [default: the underlay's MTU, less 28]",
 )
 _state_dir = click.option(

@@ -1,4 +1,4 @@
-"""The TUN device: open it, ask the kernel for its offloads, name what it refused.
+"""The TUN device: opening, offloads and their probing, steering of flows to queues.
 
-Owns ``/dev/net/tun`` and the vocabulary of offloads. Refuses to know routes, peers and packets.
+Owns ``/dev/net/tun`` and the names of the offloads. Does not depend on routes, peers or packets.
 """

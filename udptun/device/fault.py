@@ -1,4 +1,4 @@
-"""The one place where a failed system call becomes a DeviceError. Any thread."""
+"""Turn a failed system call into a DeviceError. Any thread."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..errors import DeviceError
 
 
 def device_error(number: int, doing: str, hint: str = "") -> DeviceError:
-    """DeviceError with errno ``number``: what was being done, what the kernel said, what helps.
+    """Return a DeviceError with errno ``number``: the operation, the kernel's error, and a hint.
 
-    doing  a phrase such as ``"opening the TUN device udptun0"``
-    hint   what a person can do or should know; shown in brackets
+    doing  the operation, such as ``"opening the TUN device udptun0"``
+    hint   a likely cause or remedy; shown in brackets
     """
     text = f"{doing}: {os.strerror(number)}"
     return DeviceError(number, f"{text} ({hint})" if hint else text)

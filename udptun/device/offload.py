@@ -1,7 +1,7 @@
-"""The vocabulary of offloads: what was asked for, what the kernel gives, what is in use.
+"""Offloads: their names, which are requested, which the kernel supports, which are in use.
 
-Owns the feature names, the grammar of ``--offload`` and which feature needs which. Refuses to
-know how a feature is probed: ``tun`` and ``net.udp`` do that and report here. Any thread.
+Owns the feature names, the grammar of ``--offload`` and the dependencies between features. ``tun``
+and ``net.udp`` probe the features and pass the results to this module. Any thread.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ MEANINGS: dict[str, str] = {
     "tun-uso": "UDP super-packets from and to the TUN (kernel 6.2)",
     "udp-gso": "UDP_SEGMENT: many datagrams in one send",
     "udp-gro": "UDP_GRO: many datagrams in one receive",
-    "tcp-merge": "received TCP segments are joined into one TUN write",
-    "udp-merge": "received UDP datagrams of a flow are joined into one TUN write",
+    "tcp-merge": "received TCP segments are merged into one TUN write",
+    "udp-merge": "received UDP packets of a flow are merged into one TUN write",
     "batch": "recvmmsg, sendmmsg and several packets per turn",
 }
 FEATURES: tuple[str, ...] = tuple(MEANINGS)
 NEEDS: dict[str, str] = {"tun-uso": "tun-gso", "tcp-merge": "tun-gso", "udp-merge": "tun-uso"}
 KERNEL_FEATURES = frozenset({"tun-gso", "tun-uso", "udp-gso", "udp-gro"})
 
-ASKED = "asked"  # the cause of what the operator turned off
+ASKED = "asked"  # the cause of a feature that the operator turned off
 
 
 @dataclass(frozen=True)
 class OffloadRequest:
-    """Which features the operator allows.
+    """The features that the operator allows.
 
-    Text: ``auto``, ``off``, ``auto,-udp-merge``, ``off,+batch``; without ``auto`` or ``off`` in
-    front, ``auto`` is meant.
+    Text: ``auto``, ``off``, ``auto,-udp-merge``, ``off,+batch``; ``auto`` can be omitted.
     """
 
     features: frozenset[str] = frozenset(FEATURES)
@@ -63,7 +62,7 @@ class OffloadRequest:
 
 
 class Probed(Protocol):
-    """What a device or socket found out: ``Tun`` and ``UdpSocket`` are such."""
+    """The result of probing a device or socket; ``Tun`` and ``UdpSocket`` implement it."""
 
     @property
     def features(self) -> frozenset[str]: ...
@@ -74,11 +73,11 @@ class Probed(Protocol):
 
 @dataclass
 class Capabilities:
-    """What ``status`` shows.
+    """The offloads as ``status`` shows them.
 
-    found   kernel features that were probed and granted
+    found   kernel features for which the probe succeeded
     in_use  features that the data path may use now
-    off     every other feature, with its cause
+    off     all other features, with the cause
     """
 
     found: frozenset[str] = frozenset()
@@ -87,9 +86,9 @@ class Capabilities:
 
     @classmethod
     def combine(cls, request: OffloadRequest, parts: Iterable[Probed]) -> Capabilities:
-        """From all devices and sockets of a forwarder: a feature counts if none of them lacks it.
+        """Combine the results of all devices and sockets: a feature needs the support of all.
 
-        A kernel feature that no part reports on is off: nobody probed it.
+        A kernel feature that no part has probed is off.
         """
         granted: set[str] = set()
         refused: dict[str, str] = {}
@@ -98,7 +97,7 @@ class Capabilities:
             refused = {**part.off, **refused}
         capabilities = cls(found=frozenset(KERNEL_FEATURES & granted - refused.keys()))
         in_use: set[str] = set()
-        for name in FEATURES:  # what a feature needs stands before it
+        for name in FEATURES:  # a feature comes after the ones that it needs
             cause: str | None = refused.get(name)
             if name not in request.features:
                 cause = ASKED
@@ -114,7 +113,8 @@ class Capabilities:
         return capabilities
 
     def lose(self, name: str, cause: str) -> tuple[str, ...]:
-        """Turn ``name`` off at run time, and what needs it. Returns what was lost by this call."""
+        """Turn off ``name`` and the features that need it. Returns those that this call turned off.
+        """
         lost: list[str] = []
         for other in FEATURES:
             if other in self.in_use and (other == name or NEEDS.get(other) in lost):

@@ -1,8 +1,8 @@
-"""Keep each flow on one queue of a TUN device that has several.
+"""Keep each flow on one queue of a multi-queue TUN device.
 
-Owns a small eBPF program and its loading. By itself the kernel moves a flow to the queue that last
-wrote a packet of its other direction: the flow then passes through another worker, and packets
-overtake each other. Refuses to know who reads the queues. Any thread; no shared state.
+Owns a small eBPF program and its loading. Without it the kernel moves a flow to the queue that last
+wrote a packet of its other direction: another worker then processes the flow, and its packets are
+reordered. Any thread; no shared state.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Step = tuple[int, int, int, int, str]  # opcode, destination, source, constant, 
 
 
 def attach_steering(fd: int) -> str | None:
-    """Attach the program to the device of this queue; it holds for all of its queues.
+    """Attach the program to the device of this queue; it applies to all queues of the device.
 
-    Loading needs CAP_BPF or CAP_SYS_ADMIN on most hosts. Returns None, or the cause why the
-    kernel's own way stays in force; that is logged here.
+    Loading needs CAP_BPF or CAP_SYS_ADMIN on most hosts. Returns None, or the cause for which the
+    kernel's own queue selection stays active; this is logged here.
     """
     program = -1
     try:
@@ -50,15 +50,15 @@ def attach_steering(fd: int) -> str | None:
         return cause
     finally:
         if program >= 0:
-            os.close(program)  # the device holds it
+            os.close(program)  # the device has a reference
     return None
 
 
 def _program() -> list[Step | str]:
     """Hash addresses, protocol and ports of the inner packet. Strings are jump labels.
 
-    r6 is the packet as LD_ABS wants it, r7 the sum, r8 the protocol, r9 where the ports are. Sums
-    make both directions of a flow equal. A load beyond the packet ends the program with 0.
+    r6 is the packet, as LD_ABS requires; r7 the sum, r8 the protocol, r9 the offset of the ports. A
+    sum is the same for both directions of a flow. A load beyond the packet ends the program with 0.
     """
     def load(size: int, at: int) -> Step:
         return (_LD_ABS | size, 0, 0, at, "")
@@ -87,7 +87,7 @@ def _program() -> list[Step | str]:
         load(_W, 12), add, load(_W, 16), add,
         load(_B, 9), move(8, 0),
         load(_H, 6),
-        constant(_AND32, 0, 0x3FFF),  # more fragments, or not the first: all without ports
+        constant(_AND32, 0, 0x3FFF),  # a fragment: the ports are not used
         jump(_JNE, 0, 0, "mix"),
         load(_B, 0),
         constant(_AND32, 0, 0x0F),
@@ -117,7 +117,7 @@ def _program() -> list[Step | str]:
 
 
 def _assemble(program: list[Step | str]) -> bytes:
-    """struct bpf_insn, linux/bpf.h; the kernel takes them in native byte order."""
+    """Encode as struct bpf_insn (linux/bpf.h), in native byte order."""
     labels: dict[str, int] = {}
     steps: list[Step] = []
     for item in program:
@@ -128,7 +128,7 @@ def _assemble(program: list[Step | str]) -> bytes:
     code = bytearray()
     for at, (opcode, destination, source, value, label) in enumerate(steps):
         offset = labels[label] - at - 1 if label else 0
-        if sys.byteorder == "little":  # two bit fields: the compiler fills them from that end
+        if sys.byteorder == "little":  # two bit fields: their order follows the byte order
             registers = destination | source << 4
         else:
             registers = destination << 4 | source

@@ -1,7 +1,7 @@
-"""Open a TUN device with every offload that was asked for and that the kernel grants.
+"""Open a TUN device with every offload that is requested and that the kernel supports.
 
-Owns the ioctls on ``/dev/net/tun`` and the write probe. Refuses to know addresses, routes and MTU
-(``net.netlink``) and what is read or written (the compiled core). Any thread; no shared state.
+Owns the ioctls on ``/dev/net/tun``, the write probe and the rule for device names. ``net.netlink``
+sets addresses, routes and MTU; the compiled core reads and writes. Any thread; no shared state.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ USO = TUN_F_USO4 | TUN_F_USO6  # the kernel takes both or none
 
 SIOCGIFFLAGS, IFF_UP = 0x8913, 0x1  # linux/sockios.h, linux/if.h
 
-VNET_HDR_LEN = 10  # struct virtio_net_hdr, linux/virtio_net.h; in native byte order by default
+VNET_LEN = 10  # struct virtio_net_hdr, linux/virtio_net.h; in native byte order by default
 VNET_HDR = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
 NEEDS_CSUM, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4 = 1, 1, 4, 5
 
@@ -47,14 +47,14 @@ Ifreq = struct.Struct("16sH22x")
 
 @dataclass
 class Tun:
-    """An open TUN device: it lives until ``close`` (a persistent one longer).
+    """An open TUN device. ``close`` removes it, unless it is persistent.
 
-    name      as the kernel has it (it fills in ``tun%d``)
+    name      the kernel's name (the kernel replaces ``tun%d``)
     fds       one per queue, non-blocking, close-on-exec; owned by this object
-    vnet_hdr  each packet read or written is led by VNET_HDR_LEN bytes; the same as
+    vnet_hdr  a virtio_net_hdr of VNET_LEN bytes precedes each packet read or written; the same as
               ``"tun-gso" in features``
-    features  of tun-gso and tun-uso, those granted
-    off       feature -> cause; a merge whose write the kernel refuses stands here too
+    features  those of tun-gso and tun-uso that the kernel supports
+    off       feature -> cause; includes merges whose writes the kernel refuses
     """
 
     name: str
@@ -65,10 +65,10 @@ class Tun:
 
     @classmethod
     def open(cls, name: str, queues: int, request: OffloadRequest) -> Tun:
-        """Open ``queues`` queues of the device ``name``, making it if it is not there.
+        """Open ``queues`` queues of the device ``name``; create the device if it does not exist.
 
-        Raises FieldError for a name that no device can have, DeviceError for what the kernel
-        refuses. The device is not brought up here: the write probe needs it down.
+        Raises FieldError for an invalid name, DeviceError if the kernel refuses. The device stays
+        down: the write probe needs it down.
         """
         check_name(name)
         if "tun-gso" in request.features:
@@ -87,21 +87,21 @@ class Tun:
         fds, real_name = _open_queues(name, queues, 0)
         off = {"tun-gso": cause, "tun-uso": "needs tun-gso"}
         tun = cls(real_name, fds, False, frozenset(), off)
-        # A persistent device may still have the offloads of its last user.
+        # A persistent device may have the offloads of its previous user.
         _set_offload(fds[0], 0)
         return tun
 
     def close(self) -> None:
-        """Close all queues; a device that is not persistent goes away with the last one."""
+        """Close all queues; the kernel then removes the device, unless it is persistent."""
         fds, self.fds = self.fds, ()
         for fd in fds:
             os.close(fd)
 
     def _enable(self, request: OffloadRequest) -> str | None:
-        """Turn the offloads on and probe them. Returns why there are none, or None."""
-        # Header size and offloads belong to the device, not to the queue.
+        """Turn the offloads on and probe them. Returns None, or why none can be used."""
+        # The header size and the offloads are properties of the device, not of a queue.
         try:
-            fcntl.ioctl(self.fds[0], TUNSETVNETHDRSZ, struct.pack("i", VNET_HDR_LEN))
+            fcntl.ioctl(self.fds[0], TUNSETVNETHDRSZ, struct.pack("i", VNET_LEN))
         except OSError as error:
             return self._give_up(f"kernel refuses TUNSETVNETHDRSZ: {_name(error)}")
         tries: list[tuple[int, tuple[str, ...]]] = [(TSO | TUN_F_TSO_ECN, ()), (TSO, ("ECN",))]
@@ -112,7 +112,7 @@ class Tun:
             self.off["tun-uso"] = ASKED
         cause: str | None = None
         without: tuple[str, ...] = ()
-        for offload, without in tries:  # noqa: B007 - what the last try did without
+        for offload, without in tries:  # noqa: B007 - used after the loop
             refused = _set_offload(self.fds[0], offload)
             if refused is None:
                 break
@@ -120,7 +120,7 @@ class Tun:
         else:
             return self._give_up(f"kernel refuses TUNSETOFFLOAD TSO: {cause}")
         for what in without:
-            # Without ECN the kernel itself cuts the packets that have CWR set: no feature of ours.
+            # Without ECN the kernel itself segments super-packets that have CWR set.
             log.warning("%s: %s off: kernel refuses TUNSETOFFLOAD %s: %s",
                         self.name, {"USO": "tun-uso", "ECN": "TSO_ECN"}[what], what, cause)
         if "USO" in without:
@@ -134,12 +134,12 @@ class Tun:
         return cause
 
     def _probe_writes(self) -> None:
-        """Offer super-packets to the device while it is down.
+        """Write a super-packet of each kind to the device while it is down.
 
-        The kernel parses the header first and finds the device down later: EIO says that it took
-        the format, EINVAL that it did not. Nothing is delivered, but each probe counts as one
-        rx_dropped of the device. On a device that is up a probe would be a packet, so none is
-        sent; the data path falls back when the first write fails.
+        The kernel parses the header before it checks that the device is up: EIO means that it
+        supports the format, EINVAL that it does not. Nothing is delivered; each probe counts as one
+        rx_dropped of the device. A device that is up would receive the probe as a packet, so there
+        is no probe then, and the data path falls back when the first write fails.
         """
         if _is_up(self.name):
             return
@@ -192,22 +192,22 @@ def _open_device() -> int:
         return os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         hint = {
-            errno.ENOENT: "modprobe tun, or give the container this device",
-            errno.ENODEV: "modprobe tun, or give the container this device",
-            errno.ENXIO: "modprobe tun, or give the container this device",
-            errno.EPERM: "the container may not use this device",
-            errno.EACCES: "this user may not use this device",
+            errno.ENOENT: "run modprobe tun, or give the container this device",
+            errno.ENODEV: "run modprobe tun, or give the container this device",
+            errno.ENXIO: "run modprobe tun, or give the container this device",
+            errno.EPERM: "the container has no access to this device",
+            errno.EACCES: "this user has no access to this device",
         }.get(error.errno or 0, "")
         raise device_error(error.errno or 0, f"opening {DEVICE}", hint) from None
 
 
 def _attach(fd: int, name: str, flags: int, first: bool) -> str:
-    """Make ``fd`` a queue of the device. Returns the device's name."""
+    """Attach ``fd`` to the device as a queue. Returns the device's name."""
     doing = f"opening the TUN device {name}"
     try:
         if first and flags & IFF_MULTI_QUEUE:
             # Without IFF_TUN_EXCL the kernel would add our queues to the device of another
-            # process. A persistent device is there before its user: that one is meant for us.
+            # process. A persistent device exists before its user, and we are its user.
             with contextlib.suppress(FileExistsError):
                 return _set_iff(fd, name, flags | IFF_TUN_EXCL)
             real_name = _set_iff(fd, name, flags)
@@ -239,15 +239,15 @@ def _attach_error(error: OSError, doing: str) -> DeviceError:
     hint = {
         errno.EPERM: "this needs CAP_NET_ADMIN, or a persistent device that this user owns",
         errno.EBUSY: "the device is in use by another process",
-        errno.EINVAL: "the name belongs to a device of another kind, or to a TUN device made "
-                      "with another multi_queue setting (a forwarder with other --workers?)",
-        errno.E2BIG: "the device has all the queues that it can have",
+        errno.EINVAL: "the name belongs to a device of another type, or to a TUN device with "
+                      "another multi_queue setting (made for another number of --workers?)",
+        errno.E2BIG: "the device has the maximum number of queues",
     }.get(error.errno or 0, "")
     return device_error(error.errno or 0, doing, hint)
 
 
 def _set_offload(fd: int, offload: int) -> str | None:
-    """Returns None, or the name of the error with which the kernel refused."""
+    """Set the offloads. Returns None, or the name of the kernel's error."""
     try:
         fcntl.ioctl(fd, TUNSETOFFLOAD, offload)
     except OSError as error:
@@ -262,7 +262,7 @@ def _is_up(name: str) -> bool:
 
 
 def _probe_frame(version: int, gso_type: int) -> bytes:
-    """A super-packet of two segments, 8 bytes of payload each."""
+    """Build a super-packet of two segments, 8 bytes of payload each."""
     payload = bytes(16)
     if gso_type == GSO_UDP_L4:
         l4 = struct.pack("!HHHH", 9, 9, 8 + len(payload), 0)

@@ -11,10 +11,16 @@ from pathlib import Path
 from ..device.offload import OffloadRequest
 from ..errors import FieldError
 from ..instance import Instance
-from ..model import MIN_MTU6, SOURCE_CHECKS, Endpoint, IPAddress, IPNetwork
+from ..model import (
+    MAX_MTU,
+    MIN_MTU6,
+    MIN_TUN_MTU,
+    SOURCE_CHECKS,
+    Endpoint,
+    IPAddress,
+    IPNetwork,
+)
 
-MIN_TUN_MTU = 576  # RFC 791: every host takes datagrams of 576 octets
-MAX_TUN_MTU = 65535
 MAX_WORKERS = 64
 
 
@@ -60,8 +66,8 @@ class ForwarderConfig:
                 raise FieldError("address", str(address), "an address of the overlay")
         if self.source_check not in SOURCE_CHECKS:
             raise FieldError("source-check", self.source_check, _one_of(SOURCE_CHECKS))
-        if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_TUN_MTU:
-            raise FieldError("mtu", self.mtu, f"auto, or from {MIN_TUN_MTU} to {MAX_TUN_MTU}")
+        if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_MTU:
+            raise FieldError("mtu", self.mtu, f"auto, or from {MIN_TUN_MTU} to {MAX_MTU}")
         if self.mtu is not None and self.mtu < MIN_MTU6 and any(
             item.version == 6 for item in (*self.addresses, *self.networks)
         ):

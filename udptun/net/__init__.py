@@ -1,4 +1,4 @@
-"""The host's network seen from outside the packet path: UDP sockets and netlink.
+"""The host's network: UDP sockets and their options, and netlink.
 
-Owns socket options and every use of pyroute2. Refuses to know routes of the overlay and packets.
+Owns every use of pyroute2. Does not depend on the forwarder's routes or on packets.
 """

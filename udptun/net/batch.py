@@ -1,9 +1,9 @@
-"""Netlink route requests by the thousand: packed by the caller, sent many in one system call.
+"""Send many netlink route requests in one system call; the caller packs their bodies.
 
-pyroute2 makes and awaits each request on its own, some 2,000 a second; thousands of neighbours,
-forwarding entries and routes want two orders more. Owns the message header, the answers and the
-order of both. Refuses to know what is in a request. Threading rule: one thread; calls block for
-as long as the kernel takes, which answers within the call.
+pyroute2 sends and awaits each request separately, about 2,000 per second; thousands of neighbour,
+FDB and route entries need a hundred times that rate. Owns the message header, the answers and their
+order. Does not interpret the body of a request. Threading: one thread per socket; calls block, but
+the kernel answers within the system call.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequen
 ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with this, type
 ATTRIBUTE_TYPE = 0x3FFF  # less the flags for nested and network order
 ERRNO = struct.Struct("=i")  # negative; what struct nlmsgerr and the end of a dump begin with
-NLMSGERR_LEN = ERRNO.size + HEADER.size  # the header of the request is in it
-RECEIVE_LEN = 1 << 16  # the kernel fills at most half of it at a time
-# So many answers, should all be errors, fit the smallest usual receive buffer (208 KiB).
+NLMSGERR_LEN = ERRNO.size + HEADER.size  # it contains the header of the request
+RECEIVE_LEN = 1 << 16  # the kernel fills at most half of it per datagram
+# Requests per send: if all fail, their answers fit the usual receive buffer (208 KiB).
 CHUNK_N = 128
 DUMP_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: a message type with its flags (NLM_F_CREATE and the like) and its body."""
+    """One request: message type, flags such as NLM_F_CREATE, and body."""
 
     kind: int
     flags: int
@@ -47,17 +47,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The kernel's errno for one request, and its own sentence where it has one."""
+    """The kernel's errno for one request, and its error message, which may be empty."""
 
     number: int
-    said: str
+    message: str
 
     def __str__(self) -> str:
-        return self.said or os.strerror(self.number)
+        return self.message or os.strerror(self.number)
 
 
 class RouteSocket:
-    """A NETLINK_ROUTE socket of the network namespace of the thread that makes it."""
+    """A NETLINK_ROUTE socket in the network namespace of the thread that creates it."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(
@@ -67,7 +67,7 @@ class RouteSocket:
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
             try:
                 self._socket.setsockopt(SOL_NETLINK, option, 1)
-            except OSError as error:  # an old kernel: less is said, and more is dumped
+            except OSError as error:  # an old kernel: no error messages, unfiltered dumps
                 if error.errno != errno.ENOPROTOOPT:
                     self._socket.close()
                     raise
@@ -82,10 +82,10 @@ class RouteSocket:
         self._socket.close()
 
     def send(self, requests: Sequence[Request]) -> dict[int, Refusal]:
-        """Have all requests carried out, in order. What one does is no matter to the next.
+        """Send all requests, in order. A request that fails does not stop the next ones.
 
-        returns  what was refused, by position in ``requests``
-        raises   OSError: no more is known of any
+        returns  the requests that failed, by position in ``requests``
+        raises   OSError: the socket failed, and the result of the requests is unknown
         """
         refused: dict[int, Refusal] = {}
         for start in range(0, len(requests), CHUNK_N):
@@ -94,7 +94,7 @@ class RouteSocket:
             self._sequence += len(chunk)
             message = bytearray()
             for sequence, request in enumerate(chunk, first):
-                # The kernel answers what fails, and what asks for it: the last, to end the list.
+                # The kernel answers failed requests, and the last one, which asks for an answer.
                 flags = request.flags | NLM_F_REQUEST
                 if sequence == self._sequence:
                     flags |= NLM_F_ACK
@@ -112,10 +112,10 @@ class RouteSocket:
         return refused
 
     def dump(self, kind: int, body: bytes) -> list[memoryview]:
-        """The bodies of all messages that answer a dump request. OSError.
+        """Return the bodies of all answers to a dump request. Raises OSError.
 
-        One during which something changed is taken again, as the kernel asks; the last try counts
-        as it is.
+        A dump during which the table changed is repeated, as the kernel requests; the last try is
+        returned in any case.
         """
         for _ in range(DUMP_TRIES):
             found, whole = self._dump(kind, body)
@@ -142,7 +142,7 @@ class RouteSocket:
                 return found, whole
 
     def _receive(self) -> Iterator[tuple[int, int, int, memoryview]]:
-        """Type, flags, sequence and body of each message of one datagram."""
+        """Yield type, flags, sequence number and body of each message in one datagram."""
         data = memoryview(self._socket.recv(RECEIVE_LEN))
         at = 0
         while at < len(data):
@@ -152,7 +152,7 @@ class RouteSocket:
 
 
 def attributes(body: memoryview, start: int) -> dict[int, memoryview]:
-    """The attributes that follow the fixed part of a message, by type. The kernel's: trusted."""
+    """Return the attributes after the fixed part of a message, by type. Trusts the kernel."""
     found = {}
     end = len(body)
     while start + ATTRIBUTE.size <= end:
@@ -166,7 +166,7 @@ def _refusal(answer: memoryview, flags: int) -> Refusal | None:
     number = -ERRNO.unpack_from(answer)[0]
     if number == 0:
         return None
-    said = b""
+    text = b""
     if flags & NLM_F_ACK_TLVS:
-        said = bytes(attributes(answer, NLMSGERR_LEN).get(NLMSGERR_ATTR_MSG, b""))
-    return Refusal(number, said.rstrip(b"\0").decode("utf-8", "replace"))
+        text = bytes(attributes(answer, NLMSGERR_LEN).get(NLMSGERR_ATTR_MSG, b""))
+    return Refusal(number, text.rstrip(b"\0").decode("utf-8", "replace"))

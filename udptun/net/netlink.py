@@ -1,10 +1,10 @@
-"""Talk netlink: set up the TUN, read the host's addresses, watch them change.
+"""Netlink: configure the TUN, read the host's addresses, watch addresses and links.
 
-Owns the only import of pyroute2 and the thread it runs in. pyroute2 needs an asyncio loop that is
-not uvloop's, and its import costs as much as the rest of a start: so the import happens in the
-thread, begun by the constructor, while the caller goes on. Refuses to know the overlay's routes
-and peers. Threading rule: every public method may be called from any thread, the ``async`` ones
-from any asyncio loop; pyroute2 objects never leave the netlink thread.
+Owns the netlink thread, in which all of pyroute2 runs. pyroute2 does not work on uvloop, and its
+import takes as long as the rest of a start: the constructor starts the thread, which imports
+pyroute2 while the caller continues. Does not depend on the forwarder's routes and peers. Threading:
+every public method can be called from any thread, the ``async`` ones from any asyncio loop;
+pyroute2 objects never leave the netlink thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Self, TypeVar
 
 from ..device.fault import device_error
 from ..errors import FieldError
-from ..model import IPAddress, IPNetwork
+from ..model import MIN_MTU6, IPAddress, IPNetwork
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,11 +42,10 @@ IFF_UP = 0x1  # linux/if.h
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # linux/if_addr.h
 RT_SCOPE_UNIVERSE = 0
 
-IPV6_MIN_MTU = 1280  # RFC 8200, section 5
 # struct nlmsghdr (length, type) and ifinfomsg behind it (index, flags)
 LINK_MESSAGE = struct.Struct("=IH10x4xiI4x")
 TXQUEUELEN = 5000
-SETTLE_SECONDS = 0.02  # address changes come in bursts: read once per burst
+SETTLE_SECONDS = 0.02  # address changes come in bursts: read the addresses once per burst
 DUMP_TRIES = 5
 
 
@@ -57,7 +56,7 @@ class Netlink:
         self._loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
         self._ipr: Any = None
         self._failure: Exception | None = None
-        self._turn = asyncio.Lock()
+        self._request_lock = asyncio.Lock()
         self._stop = asyncio.Event()
         self._gate = threading.Lock()
         self._closing = False
@@ -81,7 +80,7 @@ class Netlink:
     # -- public -----------------------------------------------------------------------------------
 
     async def underlay_mtu(self, address: IPAddress) -> tuple[str, int]:
-        """The interface that has this local address, and its MTU in bytes."""
+        """Return the interface that has this local address, and its MTU in bytes."""
         return await self._call(self._underlay_mtu(address))
 
     async def configure_tun(
@@ -95,11 +94,11 @@ class Netlink:
         gso_max_segs: int | None = None,
         gso_max_size: int | None = None,
     ) -> None:
-        """Give the device all it needs and bring it up; nothing outside the device is changed.
+        """Configure the device and bring it up; changes nothing outside the device.
 
-        addresses  each is given as a host address (/32, /128)
-        networks   each gets a route through the device
-        gso_max_*  largest super-packet that the host builds; a kernel that refuses is only logged
+        addresses  each is set as a host address (/32, /128)
+        networks   each is routed through the device
+        gso_max_*  largest super-packet that the host builds; a refusal by the kernel is only logged
         """
         await self._call(self._configure_tun(
             name, mtu, tuple(addresses), tuple(networks), txqueuelen=txqueuelen,
@@ -107,12 +106,12 @@ class Netlink:
         ))
 
     async def local_addresses(self) -> frozenset[IPAddress]:
-        """All addresses of all interfaces of this network namespace."""
+        """Return all addresses of all interfaces of this network namespace."""
         return await self._call(self._local_addresses())
 
     def watch_addresses(self, callback: Callable[[frozenset[IPAddress]], None]) -> None:
-        """Call ``callback`` in the netlink thread with all local addresses: once soon, and then
-        whenever they have changed. Nothing between the two can be missed."""
+        """Call ``callback`` in the netlink thread with all local addresses: once when the watch
+        begins, and then after each change. No change is missed in between."""
         self._submit(self._add_watcher(callback))
 
     def watch_link(self, index: int, callback: Callable[[], None]) -> None:
@@ -127,13 +126,13 @@ class Netlink:
     async def work(self, doing: str, job: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``job`` with the route socket (pyroute2's AsyncIPRoute) in the netlink thread.
 
-        For the other modules of this room, which split what there is to do on a host: nothing of
-        pyroute2 may leave ``job``. What fails becomes a DeviceError that says ``doing``.
+        For the other modules of ``net``. No pyroute2 object may leave ``job``. An error becomes a
+        DeviceError that names ``doing``.
         """
         return await self._call(self._work(doing, job))
 
     def close(self) -> None:
-        """Stop the thread and wait for it. Calls under way end with a DeviceError."""
+        """Stop the thread and wait for it. Pending calls raise DeviceError."""
         with self._gate:
             if not self._closing:
                 self._closing = True
@@ -143,17 +142,17 @@ class Netlink:
     # -- the thread -------------------------------------------------------------------------------
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        with self._gate:  # whatever is submitted is seen by _shut
+        with self._gate:  # _shut sees everything that is submitted
             if self._closing:
                 work.close()
-                raise device_error(errno.EBADF, "talking netlink", "already closed")
+                raise device_error(errno.EBADF, "calling netlink", "already closed")
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` in the netlink thread, wait for it in the caller's loop.
+        """Run ``work`` in the netlink thread and wait for it in the caller's loop.
 
-        A caller that is cancelled stops waiting, but the work goes on: a dump left half read
-        would make the kernel answer EBUSY to the next request.
+        If the caller is cancelled, the work continues: after a dump that is not read to its end,
+        the kernel answers EBUSY to the next request.
         """
         future = self._submit(work)
         try:
@@ -162,7 +161,7 @@ class Netlink:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise device_error(errno.ECANCELED, "talking netlink", "closed meanwhile") from None
+            raise device_error(errno.ECANCELED, "calling netlink", "closed") from None
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -179,15 +178,15 @@ class Netlink:
 
     async def _open(self) -> None:
         try:
-            # All of pyroute2's __init__ runs whatever is imported: no name in it is cheaper.
+            # Importing any name from pyroute2 runs its whole __init__: no import is cheaper.
             from pyroute2 import AsyncIPRoute
 
-            # Calls may be waiting already: the first of them must not set up a second transport.
-            async with self._turn:
+            # Calls may be waiting: the first of them must not set up a second transport.
+            async with self._request_lock:
                 self._ipr = AsyncIPRoute(ext_ack=True)
                 await self._ipr.setup_endpoint()
         except Exception as error:
-            self._failure = error  # each call reports it
+            self._failure = error  # raised by each call
 
     async def _shut(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -199,15 +198,15 @@ class Netlink:
             self._watch.close()
         if self._ipr is not None:
             self._ipr.close()
-            await asyncio.sleep(0)  # the transport closes its socket in the next turn
+            await asyncio.sleep(0)  # here the transport closes its socket
 
     @contextlib.asynccontextmanager
     async def _doing(self, doing: str) -> AsyncIterator[Any]:
-        """Gives the socket; makes what fails a DeviceError that says what was being done.
+        """Yield the route socket; turn an error into a DeviceError that names ``doing``.
 
-        One at a time: the kernel answers EBUSY to a request during a dump on the same socket.
+        One user at a time: the kernel answers EBUSY to a request during a dump on the same socket.
         """
-        async with self._turn:
+        async with self._request_lock:
             if isinstance(self._failure, OSError):
                 raise device_error(self._failure.errno or 0, "opening netlink")
             if self._failure is not None:
@@ -217,17 +216,17 @@ class Netlink:
             try:
                 yield self._ipr
             except NetlinkError as error:
-                # The kernel's own sentence, where it has one, says more than the number.
-                said = str(error.args[1]) if len(error.args) > 1 else ""
+                # The kernel's message, if there is one, is more precise than the errno.
+                hint = str(error.args[1]) if len(error.args) > 1 else ""
                 number = error.code if error.code > 0 else errno.EINTR  # a dump interrupted
-                if said == os.strerror(number):
-                    said = ""
-                raise device_error(number, doing, said) from None
+                if hint == os.strerror(number):
+                    hint = ""
+                raise device_error(number, doing, hint) from None
             except OSError as error:
                 raise device_error(error.errno or errno.EIO, doing) from None
 
     async def _dump(self, doing: str, kind: str) -> list[Any]:
-        """All messages of a dump. One that changes under way is taken again, as the kernel asks."""
+        """Return all messages of a dump; repeat it if the table changes during the dump."""
         from pyroute2 import NetlinkDumpInterrupted
 
         async with self._doing(doing) as ipr:
@@ -273,8 +272,8 @@ class Netlink:
             await self._subscribe()
         except OSError as error:
             log.error("local addresses are not watched: %s", error)
-        self._seen = None  # so that the new watcher hears the present state
-        self._changed()
+        self._seen = None  # so that the new watcher receives the present state
+        self._schedule_read()
 
     async def _add_link_watcher(self, index: int, callback: Callable[[], None]) -> None:
         self._link_watchers[index] = callback
@@ -297,8 +296,8 @@ class Netlink:
             self._watch = watch
 
     def _on_message(self) -> None:
-        """Something changed. What it was does not matter: everything is read again, so a lost
-        message (ENOBUFS) loses nothing."""
+        """Read the messages. Only the fact of a change is used, and the state is read from the
+        kernel again, so lost messages (ENOBUFS) do no harm."""
         changed: set[int] = set()
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -311,18 +310,18 @@ class Netlink:
                     changed |= self._link_watchers.keys()
         for index in changed & self._link_watchers.keys():
             _run_watcher(self._link_watchers[index])
-        self._changed()
+        self._schedule_read()
 
-    def _changed(self) -> None:
+    def _schedule_read(self) -> None:
         if self._reread is None:
-            self._reread = self._loop.create_task(self._tell_watchers())
+            self._reread = self._loop.create_task(self._read_addresses())
 
-    async def _tell_watchers(self) -> None:
+    async def _read_addresses(self) -> None:
         try:
             if self._seen is not None:
                 await asyncio.sleep(SETTLE_SECONDS)
         finally:
-            self._reread = None  # what changes from here on needs another read
+            self._reread = None  # a change from here on needs another read
         try:
             addresses = await self._local_addresses()
         except OSError as error:
@@ -346,8 +345,8 @@ class Netlink:
         except OSError:  # without an errno
             raise device_error(errno.ENODEV, doing) from None
         wants_v6 = any(item.version == 6 for item in (*addresses, *networks))
-        if wants_v6 and mtu < IPV6_MIN_MTU:  # the kernel would take IPv6 off the device
-            raise FieldError("mtu", mtu, f"at least {IPV6_MIN_MTU} for IPv6 inside the tunnel")
+        if wants_v6 and mtu < MIN_MTU6:  # the kernel would remove IPv6 from the device
+            raise FieldError("mtu", mtu, f"at least {MIN_MTU6} for IPv6 inside the tunnel")
         async with self._doing(f"{doing}: MTU {mtu}, queue length {txqueuelen}") as ipr:
             await ipr.link("set", index=index, mtu=mtu, txqlen=txqueuelen)
         await self._quieten(name, index, wants_v6)
@@ -367,8 +366,8 @@ class Netlink:
             await self._add_route(name, index, network)
 
     async def _quieten(self, name: str, index: int, wants_v6: bool) -> None:
-        """The kernel must not talk on the tunnel on its own account: without a link-local address
-        it sends no router solicitations."""
+        """Stop the kernel from sending packets of its own on the device: without a link-local
+        address it sends no router solicitations."""
         conf = Path("/proc/sys/net/ipv6/conf", name)
         if not conf.exists():
             if wants_v6:
@@ -391,9 +390,9 @@ class Netlink:
             ]})
 
     async def _accept_local(self, name: str, index: int) -> None:
-        """Let ICMP errors that carry our own address in through this device, and only this.
+        """Accept packets with a local source address on this device: the core's ICMP errors.
 
-        Over netlink, not /proc/sys: a container without privileges has that read-only.
+        Through netlink, since /proc/sys is read-only in an unprivileged container.
         """
         async with self._doing(f"setting up {name}: accept_local") as ipr:
             answer = await ipr.nlm_request(
@@ -404,7 +403,7 @@ class Netlink:
 
     async def _add_address(self, name: str, index: int, address: IPAddress) -> None:
         flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE if address.version == 6 else 0
-        async with self._doing(f"giving {name} the address {address}") as ipr:
+        async with self._doing(f"adding the address {address} to {name}") as ipr:
             await ipr.addr("replace", index=index, address=str(address),
                            prefixlen=address.max_prefixlen, flags=flags)
 
@@ -418,14 +417,14 @@ class Netlink:
         except OSError as error:
             if error.errno != errno.EEXIST:
                 raise
-            holder = await self._route_holder(doing, network)
-            if holder != index:
+            present = await self._route_interface(doing, network)
+            if present != index:
                 raise device_error(
-                    errno.EEXIST, doing, f"the host routes it through {_interface(holder)}"
+                    errno.EEXIST, doing, f"the host routes it through {_interface(present)}"
                 ) from None
 
-    async def _route_holder(self, doing: str, network: IPNetwork) -> int | None:
-        """The interface index of the host's own route to exactly this network."""
+    async def _route_interface(self, doing: str, network: IPNetwork) -> int | None:
+        """Return the interface index of the host's route to exactly this network."""
         for message in await self._dump(doing, "route"):
             if (
                 message["dst_len"] == network.prefixlen
@@ -464,8 +463,8 @@ def _interface(index: int | None) -> str:
 
 
 def _accept_local_message(index: int) -> Any:
-    """pyroute2 reads the kernel's device settings as one structure but cannot write a single one
-    of them: this is the message that does, in pyroute2's own terms."""
+    """Build a message that sets accept_local. pyroute2 reads the kernel's device settings as one
+    structure and cannot set a single one; this defines the message with pyroute2's classes."""
     from pyroute2.netlink import nla, nlmsg
 
     class LinkMessage(nlmsg):  # type: ignore[misc]

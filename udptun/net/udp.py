@@ -1,7 +1,7 @@
-"""Open the UDP socket of the underlay with every option that the data path relies on.
+"""Open the UDP sockets of the underlay with the options that the data path needs.
 
-Owns socket options and their probing. Refuses to know peers, the error queue's content and what
-is sent (the compiled core). Any thread; no shared state.
+Owns the socket options and their probing. The compiled core sends, receives and reads the error
+queue. Any thread; no shared state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # linux/in.h
 IP_MTU_DISCOVER, IP_RECVERR = 10, 11
-PMTUDISC_PROBE = 3  # set DF, but do not apply the kernel's own path MTU: we keep it per peer
+PMTUDISC_PROBE = 3  # set DF, and ignore the kernel's path MTU: the core keeps one per peer
 # linux/in6.h
 IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG = 23, 25, 62
 # asm-generic/socket.h
@@ -27,7 +27,7 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 # linux/udp.h
 UDP_SEGMENT, UDP_GRO = 103, 104
 
-RCVBUF = 8 << 20  # some milliseconds of a saturated link while the worker is off the core
+RCVBUF = 8 << 20  # a few milliseconds of a saturated link while the worker is not scheduled
 SNDBUF = 4 << 20
 
 
@@ -35,10 +35,10 @@ SNDBUF = 4 << 20
 class UdpSocket:
     """A bound, non-blocking UDP socket that sets DF; lives until ``close``.
 
-    endpoint  where it is bound
-    features  of udp-gso and udp-gro, those granted; udp-gro is on already
+    endpoint  the local address and port
+    features  those of udp-gso and udp-gro that the kernel supports; udp-gro is turned on
     off       feature -> cause
-    rcvbuf, sndbuf  what the kernel gave, in its own accounting (twice the bytes asked for)
+    rcvbuf, sndbuf  sizes as the kernel reports them (twice the requested bytes)
     """
 
     socket: socket.socket
@@ -57,8 +57,8 @@ class UdpSocket:
         return self.socket.family
 
     def let_join(self) -> None:
-        """Let sockets opened with ``reuse_port`` share the endpoint from now on. The first one is
-        bound without: so it is refused where another program listens already."""
+        """Let sockets opened with ``reuse_port`` share the endpoint from now on. The first socket
+        is bound without this, so that an endpoint in use by another program is refused."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
     def close(self) -> None:
@@ -66,9 +66,9 @@ class UdpSocket:
 
 
 def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> UdpSocket:
-    """Open and bind. Raises DeviceError naming the endpoint.
+    """Open and bind a socket. Raises DeviceError naming the endpoint.
 
-    reuse_port  join the socket that is bound there already, see ``let_join``
+    reuse_port  share the endpoint with the socket that is bound to it, see ``let_join``
     """
     doing = f"opening the UDP socket {listen}"
     family = socket.AF_INET6 if listen.address.version == 6 else socket.AF_INET
@@ -89,7 +89,7 @@ def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> Udp
             sndbuf=_enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, SNDBUF),
         )
         _probe(udp, request)
-        # Last: from here on datagrams arrive, and they must meet the options above.
+        # Last: datagrams arrive from here on, and the options above must apply to them.
         sock.bind((str(listen.address), listen.port))
     except OSError as error:
         sock.close()
@@ -100,13 +100,13 @@ def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> Udp
         }.get(error.errno or 0, "")
         raise device_error(error.errno or 0, doing, hint) from None
     if udp.rcvbuf < 2 * RCVBUF:
-        log.info("%s: receive buffer %d KiB instead of %d: no CAP_NET_ADMIN; see net.core.rmem_max",
-                 listen, udp.rcvbuf >> 10, 2 * RCVBUF >> 10)
+        log.info("%s: receive buffer %d KiB instead of %d KiB: without CAP_NET_ADMIN the limit is "
+                 "net.core.rmem_max", listen, udp.rcvbuf >> 10, 2 * RCVBUF >> 10)
     return udp
 
 
 def _set_path_options(sock: socket.socket) -> None:
-    """DF on every datagram; what the path answers comes through the error queue."""
+    """Set DF on every datagram; ICMP errors arrive in the error queue."""
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
@@ -118,7 +118,7 @@ def _set_path_options(sock: socket.socket) -> None:
 
 
 def _enlarge(sock: socket.socket, force: int, plain: int, size: int) -> int:
-    """Returns the buffer size that the kernel gave."""
+    """Set the buffer size. Returns the size that the kernel reports."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, force, size)  # beyond rmem_max: needs CAP_NET_ADMIN
     except PermissionError:
@@ -127,7 +127,7 @@ def _enlarge(sock: socket.socket, force: int, plain: int, size: int) -> int:
 
 
 def _probe(udp: UdpSocket, request: OffloadRequest) -> None:
-    # UDP_SEGMENT is given with each send: the socket's own value goes back to none.
+    # Each send has its own UDP_SEGMENT: the socket's value is set back to 0.
     probes = {"udp-gso": ("UDP_SEGMENT", UDP_SEGMENT, (1400, 0)),
               "udp-gro": ("UDP_GRO", UDP_GRO, (1,))}
     features = set()

@@ -1,11 +1,10 @@
-"""Read what the host has beneath the overlay: interfaces, their addresses, routes.
+"""Read the host's interfaces, addresses and routes.
 
-Owns the reading, in the kernel's terms. Refuses to choose: which interface carries the overlay is
-``node/host``'s matter. Threading rule: call from any asyncio loop; the work is done in the
-thread of the ``Netlink`` that is given.
+Owns the reading, in the kernel's terms; ``node/host`` chooses the interface for the overlay.
+Threading: call from any asyncio loop; the work runs in the thread of the given ``Netlink``.
 
-Tables are read as bytes. pyroute2 makes an object of each message, which takes most of a second
-for the routes of 5,000 peers, and a node has an interface for each of its pods.
+Tables are parsed from bytes. pyroute2 makes an object of each message, which takes most of a second
+for the routes of 5,000 peers, and a node has one interface per pod.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ IFA_F_TEMPORARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x01, 0x08
 class Interface:
     """One network interface.
 
-    mtu        bytes; 0 where the device has none
-    up         set up by the administrator, with a carrier or without
-    addresses  its own, both families, best first: see ``_rank``
+    mtu        bytes; 0 if the device has none
+    up         set up by the administrator (IFF_UP), with or without a carrier
+    addresses  local addresses, both families, best first: see ``_rank``
     """
 
     index: int
@@ -55,11 +54,11 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class RouteTo:
-    """Where the kernel would send a packet.
+    """The kernel's route for a packet.
 
-    index    the interface's number
-    source   the address it would be sent from, None where the route names none
-    gateway  the next hop, None where the destination is on the link (or is this host)
+    index    interface index
+    source   preferred source address; None if the route has none
+    gateway  next hop; None if the destination is on the link (or is this host)
     """
 
     index: int
@@ -68,7 +67,7 @@ class RouteTo:
 
 
 async def interfaces(netlink: Netlink) -> tuple[Interface, ...]:
-    """All interfaces of this network namespace, by number. DeviceError."""
+    """Return all interfaces of this network namespace, by index. Raises DeviceError."""
     async def read(_: Any) -> tuple[Interface, ...]:
         return _interfaces()
 
@@ -76,9 +75,9 @@ async def interfaces(netlink: Netlink) -> tuple[Interface, ...]:
 
 
 async def default_routes(netlink: Netlink, version: int) -> tuple[int, ...]:
-    """The interface numbers of the main table's default routes, the preferred one first.
+    """Return the interface indices of the main table's default routes, the preferred one first.
 
-    version  4 or 6. A route over several next hops counts with its first. DeviceError
+    version  4 or 6. A multipath route counts with its first next hop. Raises DeviceError.
     """
     async def read(_: Any) -> tuple[int, ...]:
         return _default_routes(version)
@@ -87,7 +86,7 @@ async def default_routes(netlink: Netlink, version: int) -> tuple[int, ...]:
 
 
 async def route_to(netlink: Netlink, address: IPAddress) -> RouteTo:
-    """The kernel's answer for one destination. DeviceError: ENETUNREACH where there is no way."""
+    """Return the kernel's route to one destination. Raises DeviceError; ENETUNREACH: no route."""
     async def ask(ipr: Any) -> RouteTo:
         (message,) = await ipr.route("get", family=_family(address.version), dst=str(address))
         source, gateway = (message.get_attr(name) for name in ("RTA_PREFSRC", "RTA_GATEWAY"))
@@ -96,10 +95,10 @@ async def route_to(netlink: Netlink, address: IPAddress) -> RouteTo:
             ipaddress.ip_address(gateway) if gateway else None,
         )
 
-    return await netlink.work(f"asking for the route to {address}", ask)
+    return await netlink.work(f"looking up the route to {address}", ask)
 
 
-# -- in the netlink thread, which is in the network namespace that is meant -----------------------
+# -- in the netlink thread, which is in the caller's network namespace ----------------------------
 
 
 def _interfaces() -> tuple[Interface, ...]:
@@ -112,7 +111,7 @@ def _interfaces() -> tuple[Interface, ...]:
         about = attributes(message, IFADDRMSG.size)
         # On a point-to-point link IFA_ADDRESS is the other end.
         address = _address(about.get(IFA_LOCAL, about.get(IFA_ADDRESS)))
-        flags = _number(about.get(IFA_FLAGS)) or flags  # the header has room for eight of them
+        flags = _number(about.get(IFA_FLAGS)) or flags  # the header has only eight bits
         if address is not None and not flags & IFA_F_DADFAILED:
             ranked.setdefault(index, []).append((_rank(address, flags), address))
     found = []
@@ -129,27 +128,27 @@ def _interfaces() -> tuple[Interface, ...]:
 
 
 def _rank(address: IPAddress, flags: int) -> int:
-    """How good an address is to be found at, 0 best; the kernel's order decides between equals.
+    """Rank an address as an endpoint for peers, 0 is best; equal ones stay in the kernel's order.
 
-    From worst to best: known on one link only; on its way out; gone tomorrow (temporary); not
-    checked yet for being somebody else's.
+    From worst to best: link-local; deprecated; temporary (RFC 8981); tentative (duplicate address
+    detection is not complete).
     """
-    # In IPv4 that flag marks a second address of a subnet, which is as good as the first.
+    # In IPv4 this flag marks a secondary address of a subnet, which is as good as the first.
     temporary = flags & IFA_F_TEMPORARY and address.version == 6
     return (8 * bool(address.is_link_local) + 4 * bool(flags & IFA_F_DEPRECATED)
             + 2 * bool(temporary) + bool(flags & IFA_F_TENTATIVE))
 
 
 def _default_routes(version: int) -> tuple[int, ...]:
-    """In the kernel's order, which is by metric, the lowest first."""
-    asked = RTMSG.pack(_family(version), 0, 0, 0, RT_TABLE_MAIN, 0, 0, RTN_UNICAST, 0)
+    """Return interface indices in the kernel's order: by metric, the lowest first."""
+    request = RTMSG.pack(_family(version), 0, 0, 0, RT_TABLE_MAIN, 0, 0, RTN_UNICAST, 0)
     with RouteSocket() as kernel:
-        messages = kernel.dump(RTM_GETROUTE, asked)
+        messages = kernel.dump(RTM_GETROUTE, request)
     found = []
     for message in messages:
-        # Of the overlay's thousands no more than this is read.
+        # Only the header: the overlay can have thousands of routes.
         _, dst_len, _, _, _, _, _, kind, _ = RTMSG.unpack_from(message)
-        if dst_len == 0 and kind == RTN_UNICAST:  # a kernel before 4.20 sends all there are
+        if dst_len == 0 and kind == RTN_UNICAST:  # a kernel before 4.20 sends all routes
             route = attributes(message, RTMSG.size)
             if _number(route.get(RTA_TABLE)) == RT_TABLE_MAIN:
                 found.append(_out_interface(route))
@@ -157,14 +156,14 @@ def _default_routes(version: int) -> tuple[int, ...]:
 
 
 def _out_interface(route: Mapping[int, memoryview]) -> int:
-    """The interface of a route, or of the first of its next hops."""
+    """Return the interface index of a route, or of its first next hop."""
     if RTA_OIF not in route and RTA_MULTIPATH in route:
         return cast(int, RTNEXTHOP.unpack_from(route[RTA_MULTIPATH])[3])
     return _number(route.get(RTA_OIF))
 
 
 def _number(attribute: memoryview | None) -> int:
-    """A u32 in host order; 0 where there is none."""
+    """Read a u32 in host order; 0 if the attribute is absent."""
     return int.from_bytes(attribute or b"", sys.byteorder)
 
 

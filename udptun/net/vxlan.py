@@ -22,14 +22,13 @@ from typing import Any, TypeVar
 
 from ..device.fault import device_error
 from ..errors import DeviceError, FieldError
-from ..model import IPAddress, IPNetwork
+from ..model import MIN_MTU6, IPAddress, IPNetwork
 from .batch import RouteSocket
 from .netlink import (
     IFA_F_NODAD,
     IFA_F_NOPREFIXROUTE,
     IFF_UP,
     IN6_ADDR_GEN_MODE_NONE,
-    IPV6_MIN_MTU,
     Netlink,
 )
 from .vxlan_entries import Entries, EntrySocket
@@ -120,8 +119,8 @@ class Vxlan:
         """
         if config.mac is not None:
             parse_mac("mac", config.mac)
-        if config.local.version == 6 and config.mtu < IPV6_MIN_MTU:
-            raise FieldError("mtu", config.mtu, f"at least {IPV6_MIN_MTU} for IPv6 inside")
+        if config.local.version == 6 and config.mtu < MIN_MTU6:
+            raise FieldError("mtu", config.mtu, f"at least {MIN_MTU6} for IPv6 inside")
         doing = f"making the VXLAN device {config.name}"
         found = await self._find(config.name)
         if found is not None:

@@ -119,7 +119,7 @@ class Application:
             (row, row.prefix, row.prefix[0]) for row in through if row not in refused)
         for row, refusal in refused.items():
             doing = f"reaching {row.peer} through {device}"
-            error = device_error(refusal.number, doing, refusal.said)
+            error = device_error(refusal.number, doing, refusal.message)
             self.failures.append(PeerFailure(row.peer, error))
             self._withdraw(row)
 

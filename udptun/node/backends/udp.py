@@ -17,7 +17,7 @@ from ...leases.advert import read as read_advert
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
-from ...model import MIN_MTU6, Endpoint, IPAddress, IPNetwork, Route
+from ...model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route
 from ...net.netlink import Netlink
 from ..config import NodeConfig
 from ..host.interface import Underlay
@@ -28,7 +28,6 @@ from .base import Attempt, Backend, LeaseData, PeerNode, Reach, Site
 
 log = logging.getLogger(__name__)
 
-OVERHEAD = {4: 28, 6: 48}  # outer IP and UDP headers, bytes
 FLANNEL_TYPES = ("", "udp")  # flannel's own udp backend leaves the type out of its lease
 
 
