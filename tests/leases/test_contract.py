@@ -171,7 +171,7 @@ async def test_the_configuration_identifies_the_store(store):
     """Without a request: leases that were cached from another store are never used."""
     assert store.config.store_id.startswith(store.config.kind)
     assert store.config.store_id != store.other_config.store_id
-    assert isinstance(store.config.no_vxlan, str)
+    assert isinstance(store.config.no_node_data, str)
     assert hash(store.config) == hash(store.config)
 
 
@@ -273,14 +273,15 @@ async def test_hold_runs_until_cancelled(make):
 
 
 def test_the_command_line_can_import_every_configuration():
-    """No client library is imported: each is an optional dependency, and slow to import."""
+    """Neither asyncio nor a client library is imported: both are slow to import."""
     modules = [config.__module__ for config in (EtcdConfig, FileConfig, KubeConfig)]
     result = subprocess.run(
         [sys.executable, "-c", f"import udptun.leases.sources, {', '.join(modules)}\n"
          "import sys\nprint(*sys.modules)"],
         check=True, capture_output=True, text=True, timeout=60,
     )
-    assert not set(result.stdout.split()) & {"grpc", "google", "lightkube", "httpx2", "msgspec"}
+    assert not set(result.stdout.split()) & {
+        "asyncio", "grpc", "google", "lightkube", "httpx2", "msgspec"}
 
 
 async def test_a_missing_package_is_named_with_the_extra_that_installs_it(monkeypatch):

@@ -163,7 +163,8 @@ class SourceConfig(Protocol):
                   address, in a sentence; "" if they can
     store_id      identifies one store: leases that were cached from one are never used for another
 
-    The command line imports the class, so its module must not import a client library.
+    The command line imports the class at every start, so its module must import neither asyncio nor
+    a client library.
     """
 
     kind: ClassVar[str]

@@ -1,8 +1,10 @@
 """The list of lease sources, and the one function that opens a source from its configuration.
 
-A new source is a module or package here, one line in ``SOURCES``, its options on the command line,
-its tests and its page in docs/. Nothing outside this package depends on which source is used.
-Only the module of the selected source is imported. The daemon's loop.
+A new source is a package here, one line in ``SOURCES``, its options in ``udptun.cli.node``, a store
+in tests/leases/test_contract.py with its own tests, and its options in docs/node.md. The package
+has two modules: ``config``, which the command line imports at every start, and ``source``, which is
+imported only if this source is selected. No other module depends on which source is used.
+Any thread.
 """
 
 from __future__ import annotations
