@@ -1,15 +1,18 @@
-"""What all tests share: how hypothesis runs, hosts in network namespaces, what was not tested.
+"""Shared by all tests: hypothesis' settings, network namespaces, the report of what was not tested.
 
-Hypothesis has no deadline, since no test asserts a time, and takes the same examples on every run,
-so that a red suite is red again. ``UDPTUN_EXAMPLES=N`` looks further, with new examples each time.
+Hypothesis has no deadline, because no test asserts a time. It takes the same examples on every run,
+so a failure is reproducible. ``UDPTUN_EXAMPLES=N`` takes N new examples on each run.
 
-Tests between hosts (``tests/lab``, ``tests/netns``) need root; without it they skip, and the end of
-the run says so.
+Tests between hosts (``tests/lab``, ``tests/netns``) need root and are skipped without it. The end
+of each run lists every reason for which something was not tested.
+
+``make test`` runs all tests except those marked ``slow``; ``make test-all`` runs those too.
 """
 
 import os
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
@@ -22,7 +25,6 @@ from udptun.lab.tools import PACKAGES, install_command
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 HOSTS = (TESTS / "lab", TESTS / "netns")  # tests between hosts in network namespaces
-_SKIPPED = pytest.StashKey[str]()
 
 _MORE = os.environ.get("UDPTUN_EXAMPLES")
 settings.register_profile(
@@ -36,43 +38,54 @@ settings.load_profile("udptun")
 
 
 def _obstacle() -> str | None:
+    """Return why this process can make no hosts, or None."""
     if os.geteuid() != 0:
-        return "not root"
+        return "network namespaces need root"
     if missing := missing_tools(PACKAGES):
-        return f"tools are missing ({install_command(missing)})"
+        return f"network namespaces need tools ({install_command(missing)})"
     return None
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [item for item in items if item.path.parent in HOSTS]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     obstacle = _obstacle()
-    for item in ours:
-        item.add_marker(pytest.mark.netns)
-        if obstacle:
-            item.add_marker(pytest.mark.skip(reason=f"network namespaces: {obstacle}"))
-    if obstacle and ours:
-        config.stash[_SKIPPED] = f"{len(ours)} tests in network namespaces were SKIPPED: {obstacle}"
+    for item in items:
+        if item.path.parent in HOSTS and not item.get_closest_marker("unprivileged"):
+            item.add_marker(pytest.mark.netns)
+            if obstacle:
+                item.add_marker(pytest.mark.skip(reason=obstacle))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+    terminalreporter: pytest.TerminalReporter,
 ) -> Generator[None, None, None]:
-    yield  # last, below the long list of skipped tests
-    if message := config.stash.get(_SKIPPED, None):
-        terminalreporter.section("NOT TESTED: the tunnel itself", sep="!", red=True, bold=True)
-        terminalreporter.line(message, red=True, bold=True)
+    """Print last, below the failures: what was not tested, and why."""
+    yield
+    reasons: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    for item in terminalreporter.stats.get("deselected", []):
+        if item.get_closest_marker("slow"):
+            reasons.setdefault("slow: `make test-all` runs them", []).append(item.nodeid)
+    if not reasons:
+        return
+    terminalreporter.section("NOT TESTED", sep="!", red=True, bold=True)
+    for reason, tests in sorted(reasons.items(), key=lambda entry: -len(entry[1])):
+        files = Counter(test.partition("::")[0] for test in tests)
+        terminalreporter.line(f"{len(tests)} x {reason}", red=True, bold=True)
+        terminalreporter.line("".join(f"    {n:4d} in {file}\n" for file, n in files.items()))
 
 
 def pytest_configure() -> None:
-    # As on Ctrl-C: pytest stops and every lab is removed.
+    # SIGTERM has the effect of Ctrl-C: pytest stops, and every lab is removed.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> object:
-    """What the programs in the lab said goes into the report of a test that failed."""
+    """Add the output of the programs in the lab to the report of a failed test."""
     report = yield
     labs = [v for v in getattr(item, "funcargs", {}).values() if isinstance(v, Lab)]
     labs += [v.lab for v in getattr(item, "funcargs", {}).values() if hasattr(v, "lab")]

@@ -6,6 +6,9 @@ from pathlib import Path
 # ignored, nohup ignores SIGHUP; children inherit that, and programs leave ignored signals ignored.
 DEFAULT_SIGNALS = ("env", "--default-signal=INT,HUP,QUIT")
 
+# Python that makes a program believe that it does not run as root.
+WITHOUT_ROOT = "import os, sys; os.geteuid = lambda: 65534"
+
 
 def alive(pid: int) -> bool:
     """Return whether a process runs. A zombie has ended, even if no parent reaps it."""
