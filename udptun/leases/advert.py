@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..model import MAX_MTU, MIN_MTU
+from ..model import MAX_MTU, MAX_PORT, MIN_MTU
 from .base import Attributes
 
 KEY = "udptun"
@@ -41,7 +41,7 @@ def read(attributes: Attributes) -> Advert | None:
     fields = _object(attributes.backend_data).get(KEY)
     if not isinstance(fields, Mapping):
         return None
-    port = _number(fields.get("port"), 1, 65535)
+    port = _number(fields.get("port"), 1, MAX_PORT)
     mtu = _number(fields.get("mtu"), MIN_MTU, MAX_MTU)
     if port is None or (mtu is None and fields.get("mtu") is not None):
         return None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import FieldError
-from ..model import DEFAULT_PORT, MAX_MTU, MIN_MTU, IPAddress, IPNetwork, parse_number
+from ..model import DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU, IPAddress, IPNetwork, parse_number
 
 MAX_VNI = (1 << 24) - 1
 
@@ -99,13 +99,13 @@ class NetConfig:
     def udp_port(self) -> int:
         """The UDP port of nodes that do not advertise another one."""
         if self.backend_type in ("auto", "udp"):
-            return self._number("Port", DEFAULT_PORT, 1, 65535)
+            return self._number("Port", DEFAULT_PORT, 1, MAX_PORT)
         return DEFAULT_PORT
 
     @property
     def vxlan_port(self) -> int:
         """0: the kernel's default, 8472."""
-        return self._number("Port", 0, 0, 65535) if self.backend_type == "vxlan" else 0
+        return self._number("Port", 0, 0, MAX_PORT) if self.backend_type == "vxlan" else 0
 
     @property
     def vni(self) -> int:
@@ -133,7 +133,7 @@ class NetConfig:
 
     def _check_options(self, where: str) -> None:
         """Validate all options now, not when a node first uses one."""
-        self._number("Port", 0, 0, 65535, where)
+        self._number("Port", 0, 0, MAX_PORT, where)
         self._number("VNI", 1, 0, MAX_VNI, where)
         self._number("MTU", 0, MIN_MTU, MAX_MTU, where)
         for name in ("DirectRouting", "Learning", "GBP"):

@@ -52,7 +52,7 @@ class _Connection(NamedTuple):
 
 
 class Client:
-    """StoreDown: no member answered. StoreRefused: a member refused the request.
+    """Sends requests to one etcd cluster. StoreDown: no member answered. StoreRefused: refused.
 
     failed  called for each failed request
     """
@@ -226,8 +226,7 @@ class Client:
 
 
 def _closed(address: str, error: BaseException) -> BaseException:
-    """Return the error for an interrupted call: the channel was closed, or our task is cancelled.
-    """
+    """Return the error of an interrupted call: StoreDown, or the cancellation of our task."""
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         return error

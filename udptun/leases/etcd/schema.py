@@ -66,8 +66,7 @@ def read_key(key: str) -> Subnets:
 
 
 def write_value(attributes: Attributes) -> bytes:
-    """Encode flannel's LeaseAttrs: no address is 0.0.0.0 or null, other absent fields are omitted.
-    """
+    """Encode flannel's LeaseAttrs; absent addresses are 0.0.0.0 and null, other fields omitted."""
     value: dict[str, Any] = {
         "PublicIP": str(attributes.public_ip or "0.0.0.0"),
         "PublicIPv6": None if attributes.public_ipv6 is None else str(attributes.public_ipv6),

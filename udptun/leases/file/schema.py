@@ -20,6 +20,7 @@ from ...errors import FieldError
 from ...model import (
     DEFAULT_PORT,
     MAX_MTU,
+    MAX_PORT,
     MIN_MTU,
     MIN_MTU6,
     IPAddress,
@@ -117,7 +118,7 @@ def _hosts(content: Mapping[str, Any]) -> HostsFile:
     """In this function and those it calls, ``where`` of an error is a path, as in Positions."""
     _refuse_unknown(content, _FILE_KEYS, "")
     networks = _per_family(content, "network", parse_prefix, "")
-    port = parse_number("port", content.get("port", DEFAULT_PORT), 1, 65535, "port")
+    port = parse_number("port", content.get("port", DEFAULT_PORT), 1, MAX_PORT, "port")
     nodes = _required(content, "nodes", "")
     if not isinstance(nodes, list) or not nodes:
         raise FieldError("nodes", nodes, "a list of at least one node", "nodes")
@@ -155,7 +156,7 @@ def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
         if subnet.prefixlen > (longest := _MAX_SUBNET_LEN[subnet.version]):
             raise FieldError("subnets", str(subnet), f"a /{longest} or larger", f"{path}.subnets")
     options = {**defaults, **node}
-    port = parse_number("port", options.get("port", DEFAULT_PORT), 1, 65535, f"{path}.port")
+    port = parse_number("port", options.get("port", DEFAULT_PORT), 1, MAX_PORT, f"{path}.port")
     mtu = options.get("mtu")
     if mtu is not None:
         low = MIN_MTU6 if any(subnet.version == 6 for subnet in subnets) else MIN_MTU
