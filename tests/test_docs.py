@@ -420,6 +420,21 @@ def test_the_ratios_in_the_readme_follow_from_its_table(
     assert float(value) * unit == pytest.approx(ratio, rel=0.05)
 
 
+def test_the_figures_in_the_readme_follow_from_the_report() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    report = (ROOT / "docs" / "bench" / "report.md").read_text()
+    throughput = report.partition("### TCP throughput")[2].partition("\n### ")[0]
+    four = re.findall(r"^\*\*(P\d)[^*]*, 4 there\*\*.*?^\| udptun \| [^|]* \| ([\d.]+)",
+                      throughput, re.MULTILINE | re.DOTALL)
+    claims = dict(re.findall(r"(?:with four streams, it is|,|and) (\d+) % \((P\d)\)", text))
+    assert {profile: int(value) for value, profile in claims.items()} == {
+        profile: round(100 * float(ratio)) for profile, ratio in four
+    }
+    (megabytes,) = re.findall(r"about (\d+) MB for the forwarder", text)
+    (measured,) = re.findall(r"^\| memory, [^|]* \| ([\d.]+)", report, re.MULTILINE)
+    assert int(megabytes) == round(float(measured))
+
+
 # The compiled core's reading order
 
 
