@@ -5,7 +5,8 @@ import ipaddress
 
 import pytest
 
-from tests.leases.etcd_server import Authority, Etcd, needs_etcd
+from tests.leases.authority import Authority
+from tests.leases.etcd_server import Etcd, needs_etcd
 from tests.leases.observer import Observer
 from tests.wait import until
 from udptun.leases.base import Attributes, StoreDown, StoreRefused, Subnets

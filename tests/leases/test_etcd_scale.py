@@ -4,9 +4,7 @@ import json
 import subprocess
 import sys
 
-import pytest
-
-from tests.leases.etcd_server import Etcd, needs_etcd
+from tests.leases.etcd_server import needs_etcd
 
 pytestmark = needs_etcd
 
@@ -36,13 +34,6 @@ async def follow(url):
 
 asyncio.run(follow(sys.argv[1]))
 """
-
-
-@pytest.fixture
-def etcd(tmp_path):
-    server = Etcd(tmp_path).start()
-    yield server
-    server.kill()
 
 
 async def test_five_thousand_leases(etcd, record_property):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.leases.etcd_server import Etcd, needs_etcd
+from tests.leases.etcd_server import needs_etcd, value_of
 from tests.leases.observer import Observer
 from tests.wait import until
 from udptun.errors import FieldError
@@ -33,17 +33,6 @@ def me(last=1, **more):
 
 def subnets(v4, v6=None):
     return Subnets(ipaddress.IPv4Network(v4), None if v6 is None else ipaddress.IPv6Network(v6))
-
-
-def value_of(last):
-    return f'{{"PublicIP":"192.0.2.{last}","PublicIPv6":null}}'
-
-
-@pytest.fixture
-def etcd(tmp_path):
-    server = Etcd(tmp_path).start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import ipaddress
 
 import pytest
 
-from tests.leases.etcd_server import Etcd, Relay, cluster, needs_etcd
+from tests.leases.etcd_server import Relay, cluster, needs_etcd, value_of
 from tests.leases.observer import Observer
 from tests.wait import until
 from udptun.leases.base import Attributes, Subnets
@@ -19,17 +19,6 @@ from udptun.leases.etcd.source import EtcdSource
 pytestmark = needs_etcd
 
 CONFIG = '{"Network": "10.5.0.0/16"}'
-
-
-def value_of(last, more=""):
-    return f'{{"PublicIP":"192.0.2.{last}","PublicIPv6":null{more}}}'
-
-
-@pytest.fixture
-def etcd(tmp_path):
-    server = Etcd(tmp_path).start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture

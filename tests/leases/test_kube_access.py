@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-import subprocess
 from ipaddress import IPv4Address
 
 import pytest
 import yaml
 
+from tests.leases.authority import Authority
 from tests.leases.kube_api import ADMIN, KubeApi, node, server_tls
 from tests.leases.kube_cluster import NET_CONF, deployed_rules
 from udptun.errors import FieldError
@@ -18,30 +18,19 @@ from udptun.leases.kube.source import KubeSource
 ME = Attributes(public_ip=IPv4Address("192.0.2.1"))
 
 
-def openssl(*args, cwd):
-    subprocess.run(["openssl", *args], cwd=cwd, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """A CA, a server at 127.0.0.1 and a client "admin", as PEM files."""
-    where = tmp_path_factory.mktemp("certificates")
-    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl(*new, "-x509", "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key",
-            "-out", "ca.crt", cwd=where)
-    (where / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    """The folder of ca.pem, and of the certificates of a server and of a client "admin"."""
+    authority = Authority(tmp_path_factory.mktemp("certificates"))
     for name in ("server", "admin"):
-        openssl(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", "request",
-                cwd=where)
-        openssl("x509", "-req", "-in", "request", "-days", "2", "-CA", "ca.crt", "-CAkey",
-                "ca.key", "-CAcreateserial", "-extfile", "names", "-out", f"{name}.crt", cwd=where)
-    return where
+        authority.issue(name)
+    return authority.folder
 
 
 @pytest.fixture
 async def api(certificates):
     tls = server_tls(
-        certificates / "server.crt", certificates / "server.key", certificates / "ca.crt")
+        certificates / "server.pem", certificates / "server.key", certificates / "ca.pem")
     async with KubeApi(tls) as api:
         api.allow("agent", "system:serviceaccount:kube-udptun:udptun", deployed_rules())
         await api.put(node("n1", "10.244.1.0/24"))
@@ -55,7 +44,7 @@ def account(tmp_path, certificates):
     directory.mkdir()
     (directory / "token").write_text("agent")
     (directory / "namespace").write_text("kube-udptun")
-    (directory / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
+    (directory / "ca.crt").write_bytes((certificates / "ca.pem").read_bytes())
     return directory
 
 
@@ -96,8 +85,8 @@ async def test_a_pod_uses_its_service_account(api, account, acquire, monkeypatch
 async def test_a_client_certificate(api, certificates, tmp_path, acquire):
     path = kubeconfig(
         tmp_path / "kubeconfig", api.url,
-        {"certificate-authority": str(certificates / "ca.crt")},
-        {"client-certificate": str(certificates / "admin.crt"),
+        {"certificate-authority": str(certificates / "ca.pem")},
+        {"client-certificate": str(certificates / "admin.pem"),
          "client-key": str(certificates / "admin.key")},
     )
     await acquire(kubeconfig_file=path)
@@ -114,7 +103,7 @@ async def test_a_server_certificate_of_another_ca_is_rejected(api, tmp_path, acq
 async def test_the_url_takes_precedence_over_the_kubeconfigs(api, certificates, tmp_path, acquire):
     path = kubeconfig(
         tmp_path / "kubeconfig", "https://192.0.2.1:6443",
-        {"certificate-authority": str(certificates / "ca.crt")}, {"token": ADMIN})
+        {"certificate-authority": str(certificates / "ca.pem")}, {"token": ADMIN})
     assert (await acquire(kubeconfig_file=path, api_url=api.url)).name == "n1"
 
 

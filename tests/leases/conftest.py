@@ -1,0 +1,12 @@
+"""Fixtures of several modules here."""
+
+import pytest
+
+from tests.leases.etcd_server import Etcd
+
+
+@pytest.fixture
+def etcd(tmp_path):
+    server = Etcd(tmp_path).start()
+    yield server
+    server.kill()
