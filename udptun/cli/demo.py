@@ -1,4 +1,4 @@
-"""``udptun demo``. Owns its options; the story is in ``udptun.lab.demo``."""
+"""``udptun demo``. Owns its options; the steps are in ``udptun.lab.demo``."""
 
 import sys
 

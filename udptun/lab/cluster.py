@@ -1,8 +1,8 @@
-"""A cluster on a lab's hosts: a real etcd, and per node a daemon, its forwarder and a pod.
+"""A cluster on a lab's hosts: a real etcd, and on each node a daemon, its forwarder and a pod.
 
-Owns: the command lines of etcd and ``udptun node``, where their files lie, and how one sees that
-they are up. Refuses to know: how they work inside; it uses the command line, ``/readyz``,
-``subnet.env`` and etcd's JSON gateway, as any operator can. Main thread, as the whole lab.
+Owns: the command lines of etcd and ``udptun node``, the place of their files, and waiting until
+they are ready. Does not know: how they work inside; it uses the command line, ``/readyz``,
+``subnet.env`` and etcd's JSON gateway, as an operator does. Main thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .hosts import Host, Lab, LabError, Process, wait_for
+from .hosts import DEADLINE_SECONDS, Host, Lab, LabError, Process, wait_for
 from .tools import SEARCH_PATH
 from .tunnels import control_request
 
@@ -30,13 +30,13 @@ HEALTH_PORT = 8080  # each node has its own namespace
 
 
 def etcd_obstacle() -> str | None:
-    """Why no etcd can be started here."""
+    """Return why no etcd can be started on this machine, or None."""
     found = shutil.which("etcd") or shutil.which("etcd", path=SEARCH_PATH)
     return None if found else "etcd is not installed (apt-get install -y etcd-server)"
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP to an address as ``host`` sees it."""
+    """HTTP from the namespace of ``host``."""
 
     def __init__(self, host: Host, address: object, port: int) -> None:
         super().__init__(str(address), port, timeout=10)
@@ -63,7 +63,7 @@ class Etcd:
             "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers,
             "--initial-cluster", f"lab={peers}", "--unsafe-no-fsync",
         ])
-        wait_for(self._answers, f"etcd on {self.url}", 20)
+        wait_for(self._answers, f"etcd on {self.url}")
         return process
 
     def _answers(self) -> bool:
@@ -74,18 +74,18 @@ class Etcd:
         return True
 
     def stop(self) -> None:
-        """kill -9: nobody gets a goodbye."""
+        """Kill it with SIGKILL, without an orderly shutdown."""
         self.process.kill()
 
     def start(self) -> None:
-        """Again, on the same data."""
+        """Start it again, on the same data."""
         self.process = self._start()
 
     def put(self, key: str, value: str) -> None:
         self._ask("/v3/kv/put", {"key": _encode(key), "value": _encode(value)})
 
     def put_together(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """In one transaction; etcd takes 128 at most."""
+        """Put several keys in one transaction; etcd accepts 128 at most."""
         puts = [{"requestPut": {"key": _encode(key), "value": _encode(value)}}
                 for key, value in pairs]
         self._ask("/v3/kv/txn", {"success": puts})
@@ -94,7 +94,7 @@ class Etcd:
         self._ask("/v3/kv/deleterange", {"key": _encode(key)})
 
     def under(self, prefix: str) -> dict[str, str]:
-        """Keys and values."""
+        """Return the keys and values below a prefix."""
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         answer = self._ask(
             "/v3/kv/range", {"key": _encode(prefix), "range_end": _encode(end)}
@@ -102,18 +102,18 @@ class Etcd:
         return {_decode(kv["key"]): _decode(kv.get("value", "")) for kv in answer.get("kvs", [])}
 
     def compact(self) -> None:
-        """Forget what was before now."""
+        """Compact: drop the history before the current revision."""
         revision = self._ask("/v3/kv/range", {"key": _encode("/")})["header"]["revision"]
         self._ask("/v3/kv/compaction", {"revision": revision, "physical": True})
 
     def leases(self) -> dict[str, Any]:
-        """What nodes have said of themselves, by subnet key."""
+        """Return the published leases, by subnet key."""
         head = f"{PREFIX}/subnets/"
         return {key.removeprefix(head): json.loads(value)
                 for key, value in self.under(head).items()}
 
     def revoke(self, subnet: object) -> None:
-        """As when the lease of a node runs out."""
+        """Delete a node's lease, as its expiry does."""
         self.delete(f"{PREFIX}/subnets/{str(subnet).replace('/', '-')}")
 
     def _ask(self, path: str, question: object) -> Any:
@@ -139,11 +139,13 @@ def _decode(text: str) -> str:
 
 @dataclass(eq=False)
 class Member:
-    """One node: ``udptun node`` on a host, started with what its cluster says and ``options``.
+    """One node: ``udptun node`` on a host.
 
-    external     the forwarder is a process of its own that waits for the daemon's file, as a unit
-                 or container has one; else the daemon starts it
-    environment  of the daemon, beside our own
+    store        options that select the lease source
+    options      further options
+    external     whether the forwarder is a process of its own that waits for the daemon's file, as
+                 in a unit or container; else the daemon starts it
+    environment  of the daemon, in addition to the lab's
     """
 
     host: Host
@@ -186,12 +188,12 @@ class Member:
         self.daemon = self.host.start(self.argv(*more), name="node", env=self.environment)
 
     def ready(self) -> tuple[bool, str]:
-        """(ready, what it says of itself)."""
+        """Return (ready, text of ``/readyz?verbose`` or the error)."""
         try:
-            status, said = self._health("/readyz?verbose")
+            status, text = self._health("/readyz?verbose")
         except (OSError, http.client.HTTPException) as exc:
             return False, str(exc)
-        return status == 200, said
+        return status == 200, text
 
     def metrics(self) -> str:
         return self._health("/metrics")[1]
@@ -205,24 +207,24 @@ class Member:
         finally:
             connection.close()
 
-    def wait_ready(self, seconds: float = 30) -> None:
-        said = ""
+    def wait_ready(self, seconds: float = DEADLINE_SECONDS) -> None:
+        report = ""
 
         def is_ready() -> bool:
-            nonlocal said
+            nonlocal report
             if not self.daemon.alive:
                 raise LabError(f"the node daemon ended:\n{self.daemon.text()}")
-            good, said = self.ready()
+            good, report = self.ready()
             return good
 
         try:
             wait_for(is_ready, f"{self.host.name} to be ready", seconds)
         except LabError as exc:
-            raise LabError(f"{exc}: {said}\n{self.daemon.text()}") from None
+            raise LabError(f"{exc}: {report}\n{self.daemon.text()}") from None
 
     @property
     def env(self) -> dict[str, str]:
-        """subnet.env."""
+        """The variables of subnet.env."""
         lines = self.subnet_file.read_text().splitlines()
         return dict(line.split("=", 1) for line in lines)
 
@@ -235,16 +237,16 @@ class Member:
         return self.subnet[2]
 
     def add_pod(self) -> Host:
-        """A pod with the node's MTU, in its subnet: when it is ready."""
+        """Create a pod in the node's subnet, with the node's MTU. The node must be ready."""
         name = f"pod{next(self.host.lab.numbers)}"
         self.pod = self.host.pod(str(self.subnet), mtu=int(self.env["FLANNEL_MTU"]), name=name)
         return self.pod
 
     def remove_pod(self) -> None:
-        self.pod.ip(f"link del {self.pod.interfaces[0].name}")  # and its other end, on the node
+        self.pod.ip(f"link del {self.pod.interfaces[0].name}")  # the end on the node goes with it
 
     def ask(self, path: str) -> Any:
-        """What the forwarder answers."""
+        """Return the forwarder's answer to GET."""
         status, answer = control_request(self.control, "GET", path)
         if status != 200:
             raise LabError(f"GET {path} on {self.host.name}: {status} {answer}")
@@ -255,16 +257,16 @@ class Member:
         return pid
 
     def routes(self) -> set[str]:
-        """``DST via IP`` of what the forwarder has."""
+        """Return the forwarder's routes as ``DST via IP``."""
         return {f"{route['dst']} via {route['via']}" for route in self.ask("/v1/routes")["routes"]}
 
     def stop(self) -> int:
-        """SIGTERM to the daemon, which leaves the forwarder running: its exit code."""
+        """Stop the daemon with SIGTERM, which leaves the forwarder running. Return the code."""
         self.daemon.signal(signal.SIGTERM)
         return self.daemon.wait()
 
     def clean_up(self) -> None:
-        """Stop the daemon and have it remove all that it made on the host."""
+        """Stop the daemon and remove everything that it created on the host."""
         self.stop()
         if self.forwarder is not None:
             self.forwarder.stop()
@@ -272,7 +274,7 @@ class Member:
 
 
 class Cluster:
-    """Nodes on one segment, and an etcd on it, too. Nothing runs but etcd until it is started."""
+    """Nodes and an etcd on one segment. Only etcd runs until ``start``."""
 
     def __init__(
         self, lab: Lab, count: int, *, config: Mapping[str, Any] = NETWORK_CONFIG,
@@ -288,7 +290,7 @@ class Cluster:
         self.members = [Member(host, flags, tuple(options), external) for host in hosts]
 
     def start(self, members: Iterable[Member] | None = None) -> None:
-        """Start nodes together; returns when all are ready, with a pod each."""
+        """Start nodes together; return when all are ready and have a pod."""
         starting = list(self.members if members is None else members)
         for member in starting:
             member.start()
@@ -298,7 +300,7 @@ class Cluster:
 
 
 def unreachable(members: Sequence[Member], wait: float = 1.0) -> list[str]:
-    """One ping from every pod to every other: the pairs that no answer came back for."""
+    """Ping once from every pod to every other; return the pairs without a reply."""
     failed = []
     for member in members:
         peers = {str(peer.pod_v4): peer for peer in members if peer is not member}

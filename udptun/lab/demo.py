@@ -1,6 +1,7 @@
-"""The demonstration: two hosts, a pod behind each, a tunnel between them, and what it does.
+"""``udptun demo``: two hosts, a pod behind each, a tunnel between them, pings and TCP through it.
 
-Owns: the story and its wording. Refuses to know: how hosts are made and how a tunnel works.
+Owns: the steps and their text. Does not know: how hosts are created and how a tunnel works. Main
+thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from .tunnels import PORT, Forwarder, Node, node, vxlan
 _PINGS = 20
 
 
-class Voice:
-    """Lines to a person; colour only where it helps: on a terminal, and unless NO_COLOR is set."""
+class Screen:
+    """Prints lines. Uses colour on a terminal only, and not if NO_COLOR is set."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -41,51 +42,52 @@ class Voice:
         self.say(f"\r{line}\x1b[K" if self._live else line)
 
     def progress(self, what: str, text: str) -> None:
-        """A passing remark, overwritten by the step's result; nothing where that is impossible."""
+        """Print progress that the step's result overwrites; nothing if this is not a terminal."""
         if self._live:
             print(f"\r  {what:<28} {text}\x1b[K", end="", file=self._out, flush=True)
 
 
 def run(seconds: int = 4, out: TextIO | None = None) -> int:
-    """Show it; the exit code: 0 when no ping was lost and TCP went through the tunnel."""
-    return perform("udptun demo", lambda lab, voice: _show(lab, voice, seconds), out)
+    """Run the demo; return the exit code: 0 if no ping was lost and TCP passed the tunnel."""
+    return perform("udptun demo", lambda lab, screen: _show(lab, screen, seconds), out)
 
 
 def perform(
-    command: str, story: Callable[[Lab, Voice], bool], out: TextIO | None = None,
+    command: str, show: Callable[[Lab, Screen], bool], out: TextIO | None = None,
     obstacle: str | None = None,
 ) -> int:
-    """Tell a story in a lab of its own, and say what was removed; the exit code.
+    """Run a demo in a lab of its own, print what was removed, and return the exit code.
 
-    obstacle  what is in the way of this story, beyond what is in the way of every one
+    show      the demo; returns whether everything worked
+    obstacle  why this demo cannot run here, in addition to what every demo needs
     """
-    voice = Voice(out or sys.stdout)
-    complaint = _what_is_in_the_way() or obstacle
+    screen = Screen(out or sys.stdout)
+    complaint = _missing() or obstacle
     if complaint:
         print(f"{command} needs {complaint}", file=sys.stderr)
         return 1
-    lab, removed = Lab(), "nothing: nothing was made"
+    lab, removed = Lab(), "nothing: nothing was created"
     try:
         with lab:
             try:
-                good = story(lab, voice)
+                good = show(lab, screen)
             finally:
                 removed = lab.close()
     except KeyboardInterrupt:
-        voice.say(f"\ninterrupted; removed {removed}")
+        screen.say(f"\ninterrupted; removed {removed}")
         return 130
     except LabError as e:
-        voice.say()
-        print(f"{voice.paint('31', 'the demo failed')}: {e}", file=sys.stderr)
-        voice.say(f"removed {removed}")
+        screen.say()
+        print(f"{screen.paint('31', 'the demo failed')}: {e}", file=sys.stderr)
+        screen.say(f"removed {removed}")
         return 1
-    voice.say(f"\nremoved {removed}")
+    screen.say(f"\nremoved {removed}")
     return 0 if good else 1
 
 
-def _what_is_in_the_way() -> str | None:
+def _missing() -> str | None:
     if os.geteuid() != 0:
-        return "root: it makes hosts as network namespaces (try sudo)"
+        return "root: it creates hosts as network namespaces (try sudo)"
     if missing := missing_tools():
         names = ", ".join(tool for tool, _ in missing)
         return f"{names}: {install_command(missing)}"
@@ -94,41 +96,42 @@ def _what_is_in_the_way() -> str | None:
     return None
 
 
-def _show(lab: Lab, voice: Voice, seconds: int) -> bool:
-    voice.title("udptun demo: two hosts, a pod behind each, one tunnel between them")
+def _show(lab: Lab, screen: Screen, seconds: int) -> bool:
+    screen.title("udptun demo: two hosts, a pod behind each, one tunnel between them")
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
     at_a, at_b = node(1), node(2)
     pods = a.pod(str(at_a.subnet)), b.pod(str(at_b.subnet))
-    voice.say(voice.paint("36", _picture(a, b, at_a, at_b)))
-    voice.step("hosts", "4 network namespaces, joined by veths of MTU 1500")
-    _start(a, at_a, f"{at_b.subnet} via {b.v4}", voice)
-    _start(b, at_b, f"{at_a.subnet} via {a.v4}", voice)
+    screen.say(screen.paint("36", _picture(a, b, at_a, at_b)))
+    screen.step("hosts", "4 network namespaces, joined by veths of MTU 1500")
+    _start(a, at_a, f"{at_b.subnet} via {b.v4}", screen)
+    _start(b, at_b, f"{at_a.subnet} via {a.v4}", screen)
 
-    voice.say()
+    screen.say()
     far_pod = at_b.subnet[2]
     pings = [
-        _ping(voice, "ping host a -> host b", a, at_b.v4),
-        _ping(voice, "ping pod a -> pod b", pods[0], far_pod),
+        _ping(screen, "ping host a -> host b", a, at_b.v4),
+        _ping(screen, "ping pod a -> pod b", pods[0], far_pod),
     ]
-    tunnel = _tcp(voice, "TCP over udptun", (b, a), at_b.v4, seconds)
+    tunnel = _tcp(screen, "TCP over udptun", (b, a), at_b.v4, seconds)
     kernel: Throughput | None = None
     kernel_ping: Ping | None = None
     try:
         _, over_vxlan = vxlan(a, b)
     except Unavailable as e:
-        voice.step("TCP over kernel VXLAN", f"not measured: {e}")
+        screen.step("TCP over kernel VXLAN", f"not measured: {e}")
     else:
-        kernel_ping = _ping(voice, "ping over kernel VXLAN", a, over_vxlan)
-        kernel = _tcp(voice, "TCP over kernel VXLAN", (b, a), over_vxlan, seconds)
+        kernel_ping = _ping(screen, "ping over kernel VXLAN", a, over_vxlan)
+        kernel = _tcp(screen, "TCP over kernel VXLAN", (b, a), over_vxlan, seconds)
 
-    voice.say()
-    voice.title(f"  {'':<16}{'loss':>8}{'round trip':>14}{'TCP, one stream':>20}")
-    voice.say(_row("udptun", pings[0], tunnel))
+    screen.say()
+    screen.title(f"  {'':<16}{'loss':>8}{'round trip':>14}{'TCP, one stream':>20}")
+    screen.say(_row("udptun", pings[0], tunnel))
     if kernel and kernel_ping:
-        voice.say(_row("kernel VXLAN", kernel_ping, kernel))
+        screen.say(_row("kernel VXLAN", kernel_ping, kernel))
         ratio = tunnel.bits_per_second / kernel.bits_per_second
-        voice.say(f"\n  udptun runs at {voice.paint('1', f'{ratio:.2f} x')} kernel VXLAN here")
+        factor = screen.paint("1", f"{ratio:.2f} x")
+        screen.say(f"\n  throughput of udptun: {factor} that of kernel VXLAN on this machine")
     return all(p.received == p.sent for p in pings)
 
 
@@ -148,30 +151,30 @@ def _picture(a: Host, b: Host, at_a: Node, at_b: Node) -> str:
     return "\n".join(["", edge, *lines, edge, down.rstrip(), pods.rstrip(), ""])
 
 
-def _start(host: Host, at: Node, route: str, voice: Voice) -> None:
+def _start(host: Host, at: Node, route: str, screen: Screen) -> None:
     forwarder = Forwarder.start(host, addresses=[at.v4], routes=[route])
-    voice.step(f"forwarder on host {host.name}", f"pid {forwarder.process.pid}, route {route}")
+    screen.step(f"forwarder on host {host.name}", f"pid {forwarder.process.pid}, route {route}")
 
 
-def _ping(voice: Voice, what: str, host: Host, address: object) -> Ping:
-    voice.progress(what, "...")
+def _ping(screen: Screen, what: str, host: Host, address: object) -> Ping:
+    screen.progress(what, "...")
     result = ping(host, address, count=_PINGS)
     text = f"{result.received} of {result.sent} came back"
     if result.rtt_avg is not None:
         text += f", {result.rtt_avg:.2f} ms on average"
-    voice.step(what, text, good=result.received == result.sent)
+    screen.step(what, text, good=result.received == result.sent)
     return result
 
 
 def _tcp(
-    voice: Voice, what: str, hosts: tuple[Host, Host], address: object, seconds: int
+    screen: Screen, what: str, hosts: tuple[Host, Host], address: object, seconds: int
 ) -> Throughput:
     def tick(second: int) -> None:
-        voice.progress(what, f"{second} of {seconds} s")
+        screen.progress(what, f"{second} of {seconds} s")
 
     tick(0)
     result = iperf3(*hosts, address, seconds=seconds, tick=tick)
-    voice.step(what, _rate(result))
+    screen.step(what, _rate(result))
     return result
 
 

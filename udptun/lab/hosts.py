@@ -1,10 +1,10 @@
 """Network namespaces as hosts, the links between them, and the processes in them.
 
-Owns: everything it makes, until ``Lab.close``: the namespaces (named ``ut<pid>-<n>-<host>``), the
-devices in them, the processes, one temporary folder. All of it goes on return, on an exception, on
-Ctrl-C, SIGTERM and SIGHUP. After a kill -9 of the lab its processes die with it (parent death
-signal) and the names it left are removed by the next lab. Refuses to know: what the processes do.
-Main thread only: see the package's docstring.
+Owns: everything it creates, until ``Lab.close``: the namespaces (named ``ut<pid>-<n>-<host>``), the
+devices in them, the processes, one temporary folder. It removes all of them on return, on an
+exception, on Ctrl-C, SIGTERM and SIGHUP. After a kill -9 of the lab the kernel kills its processes
+(parent death signal), and the next lab removes the namespaces. Does not know: what the processes
+do. Main thread only, as the package's docstring says.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 5.0
+DEADLINE_SECONDS = 60.0
 
-# The same on every machine, whatever its administrator chose for new namespaces. ICMP errors of
-# the kernel are not rate-limited: a test that waits for one must not depend on who asked before.
+# Set in every namespace, because the defaults for new namespaces differ between machines. ICMP
+# errors are not rate-limited: a test that waits for one must not depend on the errors before it.
 _SYSCTL = (
     "net.ipv4.conf.all.rp_filter=0",
     "net.ipv4.conf.default.rp_filter=0",
@@ -76,15 +77,20 @@ _T = TypeVar("_T")
 
 
 class LabError(Exception):
-    """The lab could not do what was asked; says what, and what the tool said."""
+    """An operation of the lab failed. The message has the operation and the tool's output."""
 
 
 class Unavailable(LabError):
-    """This machine's kernel does not have what was asked for."""
+    """This machine's kernel lacks the requested feature."""
 
 
-def wait_for(predicate: Callable[[], _T], what: str, seconds: float = 10.0) -> _T:
-    """The first true value of ``predicate``, asked every 10 ms; LabError at the deadline."""
+def wait_for(
+    predicate: Callable[[], _T], what: str, seconds: float = DEADLINE_SECONDS
+) -> _T:
+    """Return the first true value of ``predicate``, called every 10 ms.
+
+    LabError after ``seconds``, a deadline that is generous for a busy machine.
+    """
     deadline = time.monotonic() + seconds
     while not (value := predicate()):
         if time.monotonic() > deadline:
@@ -94,7 +100,7 @@ def wait_for(predicate: Callable[[], _T], what: str, seconds: float = 10.0) -> _
 
 
 class Process:
-    """A program running on a host, with its output in a file. Its own session and group."""
+    """A program on a host, in a session and process group of its own, with its output in a file."""
 
     def __init__(self, host: Host, argv: Sequence[str], popen: subprocess.Popen[bytes], log: Path):
         self.host, self.argv, self.log = host, list(argv), log
@@ -118,18 +124,18 @@ class Process:
     def signal(self, number: int) -> None:
         self._popen.send_signal(number)
 
-    def wait(self, seconds: float = 10.0) -> int:
+    def wait(self, seconds: float = DEADLINE_SECONDS) -> int:
         try:
             return self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
             raise LabError(f"still running after {seconds:g} s: {self}") from None
 
-    def wait_for_output(self, text: str, seconds: float = 10.0) -> None:
+    def wait_for_output(self, text: str, seconds: float = DEADLINE_SECONDS) -> None:
         def seen() -> bool:
             if text in self.text():
                 return True
             if not self.alive:
-                raise LabError(f"ended ({self.returncode}) before saying {text!r}: {self}")
+                raise LabError(f"ended ({self.returncode}) before printing {text!r}: {self}")
             return False
 
         try:
@@ -138,7 +144,7 @@ class Process:
             raise LabError(f"{e}; its output:\n{self.text()}") from None
 
     def stop(self, seconds: float = _GRACE_SECONDS) -> int:
-        """SIGTERM, and SIGKILL to the whole group when that does not help in time."""
+        """Send SIGTERM to the process group, SIGKILL after ``seconds``; return the exit code."""
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGTERM)
@@ -175,11 +181,11 @@ class Interface:
 
 @dataclass(frozen=True)
 class Link:
-    """What joins two hosts: one veth pair, or two routers with a narrower wire between them."""
+    """A link of two hosts: one veth pair, or two routers with a smaller MTU between them."""
 
     a: Interface
     b: Interface
-    middle: tuple[Interface, ...] = ()  # the two ends of the wire between the routers
+    middle: tuple[Interface, ...] = ()  # the two ends of the link between the routers
     wires: tuple[Interface, ...] = ()  # every device of the link
 
     @property
@@ -191,7 +197,7 @@ class Link:
             end.set_mtu(mtu)
 
     def profile(self, name: str) -> None:
-        """P1, P2, P3 or P4 on every device of the link, whichever it had before: see PROFILES."""
+        """Set profile P1, P2, P3 or P4 on every device of the link: see PROFILES."""
         for end in self.wires:
             end.offloads(PROFILES[name])
 
@@ -221,14 +227,14 @@ class Host:
         self, argv: Sequence[str], *, check: bool = True, seconds: float = 60.0,
         text: str | None = None, env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run to the end, output captured, ``text`` on standard input."""
+        """Run a command until it ends, with ``text`` as its input; return its output."""
         return _run(self._argv(argv), check=check, seconds=seconds, text=text, env=env)
 
     def start(
         self, argv: Sequence[str], *, name: str | None = None, env: dict[str, str] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Process:
-        """Start and leave running; the lab ends it when it closes."""
+        """Start a command in the background. The lab ends it when it closes."""
         name = name or Path(argv[0]).name
         log = self.lab.folder / f"{self.name}-{name}-{next(self.lab.numbers)}.log"
         with log.open("wb") as out:
@@ -242,7 +248,7 @@ class Host:
         return process
 
     def ip(self, *lines: str) -> None:
-        """Commands of ip(8), one a line, in one process."""
+        """Run commands of ip(8), one a line, in one process."""
         text = "".join(line + "\n" for line in lines)
         _run(["ip", "-n", self.namespace, "-batch", "-"], text=text)
 
@@ -254,7 +260,7 @@ class Host:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """This thread in the host's namespace; sockets opened meanwhile stay there for good."""
+        """Move this thread to the host's namespace. A socket opened inside stays in it."""
         with _open_netns(Path("/proc/thread-self/ns/net")) as home:
             with _open_netns(NETNS_DIR / self.namespace) as there:
                 _setns(there)
@@ -264,7 +270,7 @@ class Host:
                 _setns(home)
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """A socket of this program on that host; closed with the lab, if not before."""
+        """Open a socket of this program in the host's namespace. The lab closes it at the end."""
         with self.inside():
             made = socket.socket(family, kind, protocol)
         self.lab.sockets.append(made)
@@ -276,7 +282,7 @@ class Host:
     def pod(
         self, subnet: str, subnet6: str | None = None, mtu: int = 1472, name: str = "pod"
     ) -> Host:
-        """A host behind this one: the first address of each subnet is here, the second there.
+        """Create a host behind this one, which has the first address of each subnet; it the second.
 
         Link the node first: the addresses of its first link are the node's own.
         """
@@ -295,10 +301,10 @@ _Addresses = tuple[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
 
 class Lab:
-    """A set of hosts that exists while the context is open."""
+    """A set of hosts that exist while the context is open."""
 
     _count = itertools.count()
-    _open: set[str] = set()  # noqa: RUF012 - shared on purpose: the labs of this process
+    _open: set[str] = set()  # noqa: RUF012 - on purpose: all labs of this process
 
     def __init__(self) -> None:
         self.hosts: list[Host] = []
@@ -328,10 +334,10 @@ class Lab:
         self.close()
 
     def close(self) -> str:
-        """Remove everything; a sentence that says what. Not to be interrupted half-way."""
+        """Remove everything, without interruption by signals; return what it removed, in words."""
         if self.prefix not in self._open:
             return "nothing was left to remove"
-        with _deaf():
+        with _signals_blocked():
             processes = [p for host in self.hosts for p in host.processes if p.alive]
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
@@ -356,7 +362,7 @@ class Lab:
         self._saved_handlers.clear()
 
     def _catch_signals(self) -> None:
-        """Make SIGTERM and SIGHUP unwind the stack as Ctrl-C does, unless someone else has them."""
+        """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, if they have no handler yet."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _STOP_SIGNALS:
@@ -365,14 +371,14 @@ class Lab:
 
     def host(self, name: str) -> Host:
         host = Host(self, name, self.prefix + name)
-        self.hosts.append(host)  # before it exists, so that no interrupt can come in between
+        self.hosts.append(host)  # first, so that an interrupted creation is removed too
         _run(["ip", "netns", "add", host.namespace])
         host.sysctl(*_SYSCTL)
         host.ip("link set lo up")
         return host
 
     def next_subnets(self) -> tuple[ipaddress.IPv4Network, ipaddress.IPv6Network]:
-        """Unused ones, from the ranges set aside for test networks (RFC 2544, RFC 4193)."""
+        """Return unused subnets of the ranges for test networks (RFC 2544, RFC 4193)."""
         n = next(self._subnets)
         v6 = ipaddress.IPv6Network(f"fd18:0:0:{n:x}::/64")
         return ipaddress.IPv4Network(f"198.18.{n}.0/24"), v6
@@ -381,7 +387,7 @@ class Lab:
         self, a: Host, b: Host, mtu: int = 1500,
         at_a: _Addresses | None = None, at_b: _Addresses | None = None,
     ) -> tuple[Interface, Interface]:
-        """One veth pair."""
+        """Join two hosts by a veth pair; return its two ends."""
         if at_a is None or at_b is None:
             net4, net6 = self.next_subnets()
             at_a, at_b = _nth(net4, net6, 1), _nth(net4, net6, 2)
@@ -398,7 +404,7 @@ class Lab:
         return ends
 
     def link(self, a: Host, b: Host, mtu: int = 1500, middle_mtu: int | None = None) -> Link:
-        """Join two hosts; with ``middle_mtu`` through two routers and a narrower wire."""
+        """Join two hosts; with ``middle_mtu`` by two routers and a link of that MTU."""
         if middle_mtu is None:
             ends = self.wire(a, b, mtu)
             return Link(*ends, wires=ends)
@@ -420,7 +426,7 @@ class Lab:
         return Link(a_end, b_end, (r_mid, s_mid), wires)
 
     def segment(self, *hosts: Host, mtu: int = 1500) -> list[Interface]:
-        """Join any number of hosts by a bridge, which is a namespace of its own."""
+        """Join any number of hosts by a bridge in a namespace of its own."""
         bridge = self.host(f"bridge{next(self.numbers)}")
         bridge.ip("link add br0 type bridge", f"link set br0 mtu {mtu} up")
         net4, net6 = self.next_subnets()
@@ -440,8 +446,8 @@ class Lab:
 
 
 def _bring_up(*ends: Interface) -> None:
-    # Both ends up before the addresses come: a neighbour solicitation that leaves before the other
-    # end hears costs the first packet a second.
+    # Set both ends up before adding addresses: a neighbour solicitation that is sent while the
+    # other end is down delays the first packet by a second.
     for end in ends:
         end.host.ip(f"link set {end.name} up")
     for end in ends:
@@ -461,7 +467,7 @@ def _nth(net4: ipaddress.IPv4Network, net6: ipaddress.IPv6Network, n: int) -> _A
 def _environment(extra: dict[str, str] | None) -> dict[str, str]:
     env = dict(os.environ)
     env["PATH"] = f"{env.get('PATH', '')}:{SEARCH_PATH}"
-    env["LC_ALL"] = "C"  # the outputs are parsed
+    env["LC_ALL"] = "C"  # the lab parses the output
     return env | (extra or {})
 
 
@@ -469,7 +475,7 @@ def _run(
     argv: Sequence[str], *, check: bool = True, seconds: float = 60.0, text: str | None = None,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    # In a session of its own: a Ctrl-C on the terminal is for us, we end what we started.
+    # In a session of its own: Ctrl-C on the terminal reaches the lab only.
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=seconds, start_new_session=True,
@@ -480,13 +486,13 @@ def _run(
     except subprocess.TimeoutExpired:
         raise LabError(f"still running after {seconds:g} s: {' '.join(argv)}") from None
     if check and done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip()) + (f"\n{text}" if text else "")
-        raise LabError(f"{' '.join(argv)} failed ({done.returncode}): {said}")
+        output = (done.stderr.strip() or done.stdout.strip()) + (f"\n{text}" if text else "")
+        raise LabError(f"{' '.join(argv)} failed ({done.returncode}): {output}")
     return done
 
 
 def _remove_namespace(namespace: str) -> None:
-    """And whatever still runs in it: only our own processes can."""
+    """Kill the processes in a namespace, which are the lab's own, and delete it."""
     pids = _run(["ip", "netns", "pids", namespace], check=False).stdout.split()
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -495,7 +501,11 @@ def _remove_namespace(namespace: str) -> None:
 
 
 def _remove_stale(in_use: set[str]) -> None:
-    """What killed labs left, whose maker is dead or had our process id before us."""
+    """Remove the namespaces and folders of killed labs.
+
+    A name holds the process ID of its lab. It is stale if no such process exists, or if the ID is
+    our own and the lab is not one of ours.
+    """
     folders = Path(tempfile.gettempdir()).glob(_FOLDER + "ut*")
     for entry in [*NETNS_DIR.glob("ut*"), *folders]:
         match = re.match(r"(ut(\d+)-\d+-)", entry.name.removeprefix(_FOLDER))
@@ -514,8 +524,8 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """No signal interrupts the removal; one that came meanwhile is handled after it."""
+def _signals_blocked() -> Iterator[None]:
+    """Block the signals that end a lab. One that arrives inside is handled at the end."""
     numbers = {signal.SIGINT, *_STOP_SIGNALS}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:

@@ -1,7 +1,7 @@
-"""Ping and iperf3 between hosts, with their answers as numbers.
+"""Run ping and iperf3 between hosts, and return their results as numbers.
 
-Owns: the command lines and the parsing of what these tools print. Refuses to know: what lies
-between the two hosts.
+Owns: the command lines and the parsing of the output. Does not know: what connects the two hosts.
+Main thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ _IPERF_PORT = 5201
 
 @dataclass(frozen=True)
 class Ping:
-    """``rtt_*`` in milliseconds, None when nothing came back. ``errors``: ping's lines on them."""
+    """The result of ping.
+
+    rtt_*   milliseconds; None without a reply
+    errors  ping's lines about ICMP errors, and its own
+    """
 
     sent: int
     received: int
@@ -36,7 +40,11 @@ def ping(
     host: Host, address: object, *, count: int = 3, interval: float = 0.05, wait: float = 2.0,
     size: int = 56, df: bool | None = None, source: object = None, ttl: int | None = None,
 ) -> Ping:
-    """``size`` is ping's: payload bytes. ``df`` None leaves it to the kernel."""
+    """Ping ``address`` from ``host``.
+
+    size  payload bytes, without the ICMP header
+    df    whether to set Don't Fragment; None leaves it to the kernel
+    """
     argv = ["ping", "-n", "-c", str(count), "-i", str(interval), "-W", str(wait), "-s", str(size)]
     if df is not None:
         argv += ["-M", "do" if df else "dont"]
@@ -58,9 +66,11 @@ def ping(
 
 @dataclass(frozen=True)
 class Throughput:
-    """What the receivers got. ``lost_percent`` for UDP, ``retransmits`` for TCP, else None.
+    """Throughput at the receivers.
 
-    ``received_bytes``: of TCP, at the server and at the client.
+    retransmits     of TCP; None for UDP
+    lost_percent    of UDP; None for TCP
+    received_bytes  of TCP: at the server, and at the client
     """
 
     bits_per_second: float
@@ -75,11 +85,12 @@ def iperf3(
     length: int | None = None, congestion: str | None = None, port: int = _IPERF_PORT,
     tick: Callable[[int], None] = lambda second: None,
 ) -> Throughput:
-    """Traffic from ``client`` to ``address`` on ``server``; the other way with ``reverse``.
+    """Send traffic from ``client`` to ``address`` on ``server``.
 
-    ``both``: TCP in both directions at once, ``streams`` in each.
-    ``congestion``: TCP's congestion control, None for the machine's own.
-    ``tick`` is called as each second of it passes.
+    reverse     from the server to the client
+    both        TCP in both directions at once, ``streams`` in each
+    congestion  TCP's congestion control; None for the machine's default
+    tick        called after each second
     """
     listening = server.start(
         ["iperf3", "-s", "-1", "--forceflush", "-B", str(address), "-p", str(port)]

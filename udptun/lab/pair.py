@@ -1,6 +1,7 @@
-"""Two nodes with a forwarder and a pod each: what most tests and benchmarks start with.
+"""Two nodes with a forwarder and a pod each: the topology of most tests and benchmarks.
 
-Owns: which addresses and routes the two get. Refuses to know: what is sent between them.
+Owns: the addresses and routes of the two nodes. Does not know: what is sent between them. Main
+thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .tunnels import NETWORK, NETWORK6, Forwarder, Node, node
 
 @dataclass(eq=False)
 class Side:
-    """One node. ``outer`` is its address on the underlay; ``options`` those of its forwarder."""
+    """One node. ``outer`` is its underlay address, ``options`` are those of its forwarder."""
 
     host: Host
     node: Node
@@ -41,7 +42,7 @@ class Side:
         return self.node.subnet6[2]
 
     def start(self, **changes: Any) -> Forwarder:
-        """Its forwarder, with ``changes`` to the options; again after the first one ended."""
+        """Start the node's forwarder, with ``changes`` to the options. Also restarts it."""
         self.forwarder = Forwarder.start(self.host, **self.options | changes)
         return self.forwarder
 
@@ -67,10 +68,11 @@ def pair(
     lab: Lab, *, outer: int = 4, middle_mtu: int | None = None, pod_mtu: int | None = None,
     start: bool = True, **options: Any,
 ) -> Pair:
-    """Make the two; both address families inside, IPv4 or IPv6 ``outer``.
+    """Create two nodes. Both address families are routed inside.
 
-    start    False leaves the forwarders to be started, ``side.start()``
-    options  of both forwarders: see Forwarder.start
+    outer    the address family of the underlay, 4 or 6
+    start    whether to start the forwarders; else call ``side.start()``
+    options  of both forwarders, as in Forwarder.start
     """
     hosts = lab.host("a"), lab.host("b")
     link = lab.link(*hosts, middle_mtu=middle_mtu)

@@ -1,6 +1,6 @@
-"""The programs a lab is made with, and the Debian packages that carry them.
+"""The programs that a lab needs, and the Debian packages that contain them.
 
-Owns: the list. Refuses to know: how they are used, and how they get installed.
+Owns: the list. Does not know: how they are used, and how they are installed. Any thread.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ PACKAGES = {
     "tcpdump": "tcpdump",
     "traceroute": "traceroute",
 }
-# What making hosts and measuring between them takes; the tests use the rest as well.
+# Enough to create hosts and measure between them. The tests need the others too.
 LAB_TOOLS = ("ip", "ping", "iperf3", "sysctl")
 
-# Tools of administrators live in the sbin folders, which a user's PATH may leave out.
+# Some tools are in the sbin directories, which a user's PATH may leave out.
 SEARCH_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
 def missing_tools(wanted: Iterable[str] = LAB_TOOLS) -> list[tuple[str, str]]:
-    """The (tool, Debian package) pairs of what is wanted and not on this machine."""
+    """Return the wanted tools that this machine lacks, as (tool, Debian package) pairs."""
     return [
         (tool, PACKAGES[tool])
         for tool in wanted

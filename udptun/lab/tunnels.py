@@ -1,8 +1,8 @@
-"""The tunnels a lab starts: udptun's forwarder, bench/onepacket, the kernel's VXLAN.
+"""The tunnels that a lab starts: udptun's forwarder, bench/onepacket, the kernel's VXLAN.
 
-Owns: their command lines, their readiness, and a plan of overlay addresses. Refuses to know: how
-they work inside; of the forwarder it uses what any operator can, the command line and the control
-socket.
+Owns: their command lines, waiting until they are ready, and the plan of overlay addresses. Does not
+know: how they work inside; it uses the forwarder's command line and control socket, as an operator
+does. Main thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .hosts import Host, LabError, Process, Unavailable, wait_for
+from .hosts import DEADLINE_SECONDS, Host, LabError, Process, Unavailable, wait_for
 
 PORT = 8285
 NETWORK = ipaddress.IPv4Network("10.244.0.0/16")
@@ -28,7 +28,7 @@ NETWORK6 = ipaddress.IPv6Network("fd44::/32")
 
 @dataclass(frozen=True)
 class Node:
-    """The overlay addresses of node number n: its tunnel's own, its pods' subnets."""
+    """The overlay addresses of a node: those of its TUN, and the subnets of its pods."""
 
     v4: ipaddress.IPv4Address
     v6: ipaddress.IPv6Address
@@ -37,7 +37,8 @@ class Node:
 
 
 def node(n: int) -> Node:
-    # Not the first address of the IPv6 subnet: routers own that one as anycast (RFC 4291 2.6.1).
+    """Return the addresses of node number n."""
+    # The first address of an IPv6 subnet is the routers' anycast address (RFC 4291 2.6.1).
     subnet6 = ipaddress.IPv6Network(f"fd44:0:{n:x}::/64")
     subnet = ipaddress.IPv4Network(f"10.244.{n}.0/24")
     return Node(subnet[0], subnet6[15], subnet, subnet6)
@@ -58,7 +59,7 @@ def control_request(
     control: Path, method: str, path: str, body: bytes | None = None,
     headers: dict[str, str] | None = None,
 ) -> tuple[int, Any]:
-    """(HTTP status, JSON or None) from a control socket."""
+    """Send a request to a control socket; return the HTTP status and the JSON answer or None."""
     connection = _UnixConnection(control)
     try:
         connection.request(method, path, body, headers or {})
@@ -84,10 +85,11 @@ class Forwarder:
         extra: Sequence[str] = (), pass_fds: Sequence[int] = (), env: dict[str, str] | None = None,
         wait: bool = True,
     ) -> Forwarder:
-        """Start one with a route file; returns when it answers, unless told not to ``wait``.
+        """Start a forwarder on a host.
 
-        ``listen`` holds addresses (IPv6 ones too), the host's first IPv4 one when empty.
-        ``routes`` None: without a route file.
+        listen  addresses, without port; empty for the host's first IPv4 address
+        routes  lines of the route file; None for no route file
+        wait    whether to return only when the control socket answers
         """
         folder = host.lab.folder
         control, routes_file = folder / f"{host.name}.sock", folder / f"{host.name}.routes"
@@ -117,7 +119,7 @@ class Forwarder:
     def host(self) -> Host:
         return self.process.host
 
-    def wait_ready(self, seconds: float = 15.0) -> None:
+    def wait_ready(self, seconds: float = DEADLINE_SECONDS) -> None:
         def answers() -> bool:
             if not self.process.alive:
                 raise LabError(f"the forwarder ended:\n{self.process.text()}")
@@ -135,7 +137,7 @@ class Forwarder:
         self, method: str, path: str, body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> tuple[int, Any]:
-        """(HTTP status, JSON or None) from the control socket."""
+        """Send a request to the control socket; return the HTTP status and the JSON or None."""
         return control_request(self.control, method, path, body, headers)
 
     def get(self, path: str) -> Any:
@@ -149,18 +151,18 @@ class Forwarder:
         return answer
 
     def udptun(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A client command, e.g. ``udptun("route", "list", "-o", "json")``."""
+        """Run a client command, e.g. ``udptun("route", "list", "-o", "json")``."""
         return self.host.run(
             [*_UDPTUN, *argv], check=check, env={"UDPTUN_SOCKET": str(self.control)}
         )
 
     def start_udptun(self, *argv: str) -> Process:
-        """A client command that goes on, e.g. ``start_udptun("events", "-w", "-o", "json")``."""
+        """Start a client command, e.g. ``start_udptun("events", "-w", "-o", "json")``."""
         env = {"UDPTUN_SOCKET": str(self.control), "PYTHONUNBUFFERED": "1"}
         return self.host.start([*_UDPTUN, *argv], name="client", env=env)
 
     def drops(self) -> dict[tuple[str, str], int]:
-        """Packets by (direction, reason), those at zero left out."""
+        """Return the dropped packets by (direction, reason), without the zeros."""
         rows = self.get("/v1/drops")["drops"]
         return {(r["direction"], r["reason"]): r["packets"] for r in rows if r["packets"]}
 
@@ -169,7 +171,7 @@ class Forwarder:
         return int(text.split("VmRSS:")[1].split()[0])
 
     def stop(self) -> int:
-        """SIGTERM and wait: its exit code."""
+        """Send SIGTERM, wait for the end, and return the exit code."""
         self.process.signal(signal.SIGTERM)
         return self.process.wait()
 
@@ -192,7 +194,7 @@ class OnePacket:
         cls, host: Host, binary: Path, *, address: object, routes: Iterable[str] = (),
         listen: object = None, network: object = NETWORK, tun: str = "flannel0", mtu: int = 1472,
     ) -> OnePacket:
-        """``routes``: ``CIDR=IP:PORT``."""
+        """Start the program; return when it is ready. ``routes``: ``CIDR=IP:PORT``."""
         control = host.lab.folder / f"{host.name}-onepacket.sock"
         argv = [str(binary), "--tun", tun, "--address", str(address), "--network", str(network)]
         argv += ["--listen", _endpoint(listen or host.v4), "--mtu", str(mtu), "--ctl", str(control)]
@@ -210,9 +212,9 @@ _VXLAN_PORT = 4789
 def vxlan(
     a: Host, b: Host, mtu: int = 1450
 ) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
-    """A kernel VXLAN between the hosts' first links: the addresses at its ends.
+    """Create a kernel VXLAN between the first links of two hosts; return the two inner addresses.
 
-    Raises Unavailable, with the kernel's words, where the kernel has none.
+    Raises Unavailable, with the kernel's message, if the kernel has no VXLAN.
     """
     net4, _ = a.lab.next_subnets()
     ends = ((a, b, net4[1]), (b, a, net4[2]))
@@ -224,7 +226,8 @@ def vxlan(
                 f"local {here.v4} remote {there.v4} dev {device}"
             )
         except LabError as e:
-            words = str(e).partition("): ")[2].splitlines()
-            raise Unavailable(f"this kernel has no vxlan ({words[0] if words else e})") from None
+            message = str(e).partition("): ")[2].splitlines()
+            cause = message[0] if message else e
+            raise Unavailable(f"this kernel has no vxlan ({cause})") from None
         here.ip(f"address add {address}/24 dev vxlan0", "link set vxlan0 up")
     return net4[1], net4[2]
