@@ -145,8 +145,8 @@ def test_no_socket(tmp_path: Path) -> None:
     with pytest.raises(NoForwarder) as caught:
         ControlClient(str(path)).status()
     assert str(caught.value) == (
-        f"no forwarder answers on {path}: start one with `udptun forward ...`, or name its "
-        "socket with --socket or UDPTUN_SOCKET"
+        f"no forwarder answers on {path}: start one with `udptun forward ...`, or select its "
+        "socket with --socket, UDPTUN_SOCKET or --instance"
     )
 
 

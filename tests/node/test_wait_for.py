@@ -65,7 +65,7 @@ def write(path: Path, value: object) -> Path:
 
 def wait_until_it_waits(process: "subprocess.Popen[str]", path: Path) -> None:
     assert process.stderr is not None
-    assert f"waiting for {path}, which says what to forward" in process.stderr.readline()
+    assert f"waiting for the options file {path}" in process.stderr.readline()
 
 
 def test_a_file_that_is_there_gives_the_options(tmp_path: Path) -> None:
@@ -128,15 +128,15 @@ def test_command_line_and_environment_go_before_the_file(tmp_path: Path) -> None
     [
         ("{", "'{' is not valid: expected JSON ("),
         ("", "'' is not valid: expected JSON ("),
-        ("[]", "[] is not valid: expected an object of the long options"),
-        (WANTED | {"lisen": "192.0.2.1"}, ": lisen: '192.0.2.1' is not valid: expected only the"),
-        (WANTED | {"wait-for": "/x"}, ": wait-for: '/x' is not valid: expected only the long"),
+        ("[]", "[] is not valid: expected an object with the long options"),
+        (WANTED | {"lisen": "192.0.2.1"}, ": lisen: '192.0.2.1' is not valid: expected only long"),
+        (WANTED | {"wait-for": "/x"}, ": wait-for: '/x' is not valid: expected only long"),
         (WANTED | {"listen": "peer"}, ": listen: 'peer' is not valid: expected an IPv4 or IPv6"),
-        (WANTED | {"listen": [["192.0.2.1"]]}, "expected a text, a number or a list of these"),
-        (WANTED | {"listen": {}}, "expected a text, a number or a list of these"),
-        (WANTED | {"tun": ["a", "b"]}, ": tun: ['a', 'b'] is not valid: expected a text or"),
-        (WANTED | {"tun": True}, ": tun: True is not valid: expected a text or number"),
-        (WANTED | {"mtu": 1.5}, ": mtu: 1.5 is not valid: expected a text or number"),
+        (WANTED | {"listen": [["192.0.2.1"]]}, "expected a string or a number, or a list of these"),
+        (WANTED | {"listen": {}}, "expected a string or a number, or a list of these"),
+        (WANTED | {"tun": ["a", "b"]}, ": tun: ['a', 'b'] is not valid: expected a string or"),
+        (WANTED | {"tun": True}, ": tun: True is not valid: expected a string or a number"),
+        (WANTED | {"mtu": 1.5}, ": mtu: 1.5 is not valid: expected a string or a number"),
         (WANTED | {"mtu": "big"}, ": mtu: 'big' is not valid: expected auto or a whole number"),
         (WANTED | {"source-check": "loose"}, ": source-check: 'loose' is not one of"),
     ],

@@ -1,7 +1,7 @@
-"""A click group whose commands are imported when they are called, and how errors end the program.
+"""A click group that imports its commands when they are called, and turns errors into exit codes.
 
-Owns: import on demand, and the one place where an error of ours becomes a line on stderr and an
-exit code: 1 for what failed, 2 for what was asked wrongly.
+Owns the imports on demand, and the conversion of udptun's errors into a line on stderr and an exit
+code: 1 if the command failed, 2 if its arguments are wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Failure(click.ClickException):
-    """The command could not be carried out: one line on stderr, exit code 1."""
+    """The command failed: one line on stderr, exit code 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"udptun: error: {self.message}", file=file, err=file is None)
@@ -39,7 +39,7 @@ class LazyGroup(click.Group):
         self._at = commands_at
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self._at)  # in the order of use, not of the alphabet
+        return list(self._at)  # in the order of use, not alphabetical
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._at:

@@ -1,6 +1,6 @@
-"""How a long-running command writes its log: to stderr, as text or as one JSON object a line.
+"""The log of a long-running command: on stderr, as text or as one JSON object per line.
 
-Owns the forms. Refuses to know who logs what. Called once at the start, from the main thread.
+Owns the two formats. Called at the start, from the main thread.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def start(verbose: int = 0, form: str = "text") -> None:
-    """``verbose`` of 1 and more: our own DEBUG lines, too. A second call changes only that."""
-    # The journal keeps its own clock.
+    """``verbose`` >= 1: also udptun's DEBUG lines. A second call changes only this."""
+    # The journal adds the time itself.
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

@@ -1,6 +1,6 @@
-"""The list of drop reasons, for people: ``udptun drops --explain`` and docs/drops.md.
+"""The list of drop reasons for readers: ``udptun drops --explain`` and docs/drops.md.
 
-``python -m udptun.cli.reasons > docs/drops.md`` writes the page anew; a test holds it to the list.
+``python -m udptun.cli.reasons > docs/drops.md`` generates the page; a test compares it to the list.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ PAGE = """\
 # Drop reasons
 
 Every packet that udptun drops is counted once, under one of these reasons. `udptun drops` shows
-the counts. *encap* is the way from the TUN to UDP, *decap* the way from UDP to the TUN. In each
-direction, in inner IP packets: read + generated = delivered + dropped + queued.
+the counts. *encap* is the direction from the TUN to UDP, *decap* from UDP to the TUN. In each
+direction, counted in inner IP packets: read + generated = delivered + dropped + queued.
 
 This page is generated from `udptun/drops.py` by `python -m udptun.cli.reasons > docs/drops.md`.
 

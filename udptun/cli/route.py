@@ -1,4 +1,4 @@
-"""``udptun route``: look at the table and change it."""
+"""``udptun route``: list and change the route table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = "DST via IP [port P] [mtu M]"
 def route() -> None:
     """List and change the routes of a running forwarder.
 
-    A route is written as for ip(8): 10.244.2.0/24 via 192.0.2.2 [port 8285] [mtu 1400]
+    The syntax of a route is like that of ip(8): 10.244.2.0/24 via 192.0.2.2 [port 8285] [mtu 1400]
     """
 
 
@@ -49,16 +49,16 @@ def list_(ctx: click.Context, output: str, no_headers: bool) -> None:
 def add(ctx: click.Context, words: tuple[str, ...]) -> None:
     """Add a route.
 
-    Adding what is already there succeeds. If the prefix has another next hop, nothing changes
-    and the exit code is 1.
+    Succeeds if the same route exists already. If the prefix has a route with another next hop,
+    nothing changes and the exit code is 1.
     """
     try:
         client(ctx).add(_parse(words))
     except ControlError as exc:
         if exc.code != "route_exists":
             raise
-        there = str(exc).rstrip(".")
-        raise Failure(f"{there} (route_exists): use `udptun route replace` to change it") from exc
+        reason = str(exc).rstrip(".")
+        raise Failure(f"{reason} (route_exists): use `udptun route replace` to change it") from exc
 
 
 @route.command()
@@ -66,7 +66,7 @@ def add(ctx: click.Context, words: tuple[str, ...]) -> None:
 @connection
 @click.pass_context
 def replace(ctx: click.Context, words: tuple[str, ...]) -> None:
-    """Add a route, or change the one to the same prefix."""
+    """Add a route, or replace the route to the same prefix."""
     client(ctx).put(_parse(words))
 
 
@@ -75,7 +75,7 @@ def replace(ctx: click.Context, words: tuple[str, ...]) -> None:
 @connection
 @click.pass_context
 def delete(ctx: click.Context, dst: str) -> None:
-    """Delete the route to DST. Succeeds if there is none."""
+    """Delete the route to DST. Succeeds also if there is no such route."""
     from ..model import parse_prefix
 
     try:
@@ -93,8 +93,8 @@ def delete(ctx: click.Context, dst: str) -> None:
 def sync(ctx: click.Context, file: str, output: str) -> None:
     """Replace all routes by those in FILE (- for standard input), in one step.
 
-    FILE has one route a line: DST via IP [port P] [mtu M]; # starts a comment. If any line is
-    wrong, nothing changes.
+    FILE has one route per line: DST via IP [port P] [mtu M]; # starts a comment. If a line is
+    invalid, nothing changes.
     """
     name = "standard input" if file == "-" else file
     try:

@@ -1,4 +1,4 @@
-"""``udptun status``, ``drops``, ``events`` and ``trace``: what a forwarder says of itself."""
+"""``udptun status``, ``drops``, ``events`` and ``trace``: the state of a running forwarder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 @connection
 @click.pass_context
 def status(ctx: click.Context, output: str) -> None:
-    """Show the device, its peers and the packet counts."""
+    """Show the device, the peers and the packet counts."""
     found = client(ctx).status()
     if output == "json":
         echo_json(found)
@@ -30,8 +30,8 @@ def status(ctx: click.Context, output: str) -> None:
 @click.command()
 @output
 @no_headers
-@click.option("--all", "show_all", is_flag=True, help="Show reasons without a drop, too.")
-@click.option("--explain", is_flag=True, help="Explain every reason; asks no forwarder.")
+@click.option("--all", "show_all", is_flag=True, help="Also show reasons with a count of 0.")
+@click.option("--explain", is_flag=True, help="Explain all reasons; needs no forwarder.")
 @connection
 @click.pass_context
 def drops(
@@ -39,7 +39,8 @@ def drops(
 ) -> None:
     """Show how many packets were dropped, and why.
 
-    Encap is the way from the TUN to UDP, decap the way back. As JSON every reason is listed.
+    encap is the direction from the TUN to UDP, decap from UDP to the TUN. The JSON output has all
+    reasons.
     """
     if explain:
         from .reasons import COLUMNS, rows
@@ -67,7 +68,7 @@ def drops(
 @connection
 @click.pass_context
 def trace(ctx: click.Context, address: str, output: str) -> None:
-    """Show which route, peer and MTU a packet to ADDRESS gets, or why it would be dropped."""
+    """Show the route, peer and MTU of a packet to ADDRESS, or why it would be dropped."""
     try:
         found = client(ctx).trace(address)
     except ControlError as exc:
@@ -94,15 +95,14 @@ def trace(ctx: click.Context, address: str, output: str) -> None:
 
 
 @click.command()
-@click.option("-w", "--watch", is_flag=True, help="Wait for what is to come, until Ctrl-C.")
+@click.option("-w", "--watch", is_flag=True, help="Show new events as they happen, until Ctrl-C.")
 @output
 @connection
 @click.pass_context
 def events(ctx: click.Context, watch: bool, output: str) -> None:
-    """Show the latest events, or with -w those to come.
+    """Show the recent events, or with -w new ones.
 
-    As JSON: one object a line, the first one a "hello" that tells the generation of the route
-    table.
+    As JSON: one object per line; the first is a "hello" with the generation of the route table.
     """
     try:
         for event in client(ctx).events(follow=watch):
@@ -111,7 +111,7 @@ def events(ctx: click.Context, watch: bool, output: str) -> None:
             elif event["type"] != "hello":
                 click.echo(_event(event))
     except KeyboardInterrupt:
-        sys.exit(130)  # the usual end of watching, said as shells say it
+        sys.exit(130)  # Ctrl-C is the normal end: the exit code that shells use for it
 
 
 def _event(event: dict[str, Any]) -> str:
@@ -170,13 +170,13 @@ def _packets(side: dict[str, int]) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes, in the unit that leaves fewest digits before the point."""
+    """Format bytes in the largest unit that they fill."""
     power = min(max(count.bit_length() - 1, 0) // 10, len(UNITS) - 1)
     return f"{count / 1024**power:.2f} {UNITS[power]}" if power else f"{count} B"
 
 
 def _duration(seconds: float) -> str:
-    """The two largest units: ``2 hours, 5 minutes``."""
+    """Format with the two largest units: ``2 hours, 5 minutes``."""
     left, parts = int(seconds), []
     for name, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
         count, left = divmod(left, length)

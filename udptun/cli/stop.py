@@ -9,8 +9,8 @@ from .options import client, connection
 @connection
 @click.pass_context
 def stop(ctx: click.Context) -> None:
-    """Stop the forwarder: it sends what it has, removes what it made and exits.
+    """Stop the forwarder: it sends the queued packets, removes its device and sockets, and exits.
 
-    Returns when the forwarder has closed its socket.
+    Returns when the forwarder has ended.
     """
     client(ctx).stop()

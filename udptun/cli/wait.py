@@ -1,9 +1,9 @@
-"""``udptun forward --wait-for FILE``: options from a file that may not be there yet.
+"""``udptun forward --wait-for FILE``: options from a file that may not exist yet.
 
-Owns the file's form: a JSON object, keyed by the long options of the command without their
-dashes; a list where the option may be repeated, null for an option that is not given. What the
-command line or the environment says goes before it. Refuses to know the options: they are the
-command's own, and check the values themselves. Main thread, before anything runs.
+Owns the format of the file: a JSON object whose keys are the long options of the command without
+dashes; a list for an option that can be repeated, null for an option that is not given. The command
+line and the environment take precedence. The command's own options check the values. Main thread,
+before the loop runs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .lazy import Failure
 
 log = logging.getLogger("udptun")
 
-# Seconds between looks. Not inotify: the file's directory may not be there yet either, and its
-# parents may be mounted over meanwhile; a look takes microseconds.
+# Seconds between checks. Not inotify: the directory may not exist yet either, and a file system may
+# be mounted over its parents; a check takes microseconds.
 POLL_SECONDS = 0.1
 
 
 def take_options(
     ctx: click.Context, param: click.Parameter, path: Path | None
 ) -> Path | None:
-    """Callback of an eager option: what the file says becomes the defaults of all others."""
+    """Callback of an eager option: the values in the file become the defaults of all others."""
     if path is None:
         return None
     try:
@@ -51,7 +51,7 @@ def _wait(path: Path) -> bytes:
         except FileNotFoundError:
             if not waited:
                 logs.start()
-                log.info("waiting for %s, which says what to forward", path)
+                log.info("waiting for the options file %s", path)
                 waited = True
             time.sleep(POLL_SECONDS)
 
@@ -60,19 +60,19 @@ def _defaults(
     ctx: click.Context, waiting: click.Parameter, text: bytes, where: str
 ) -> dict[str, Any]:
     try:
-        told = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise FieldError(where, text[:40].decode(errors="replace"), f"JSON ({exc})") from None
-    if not isinstance(told, Mapping):
-        raise FieldError(where, told, "an object of the long options and their values")
+    if not isinstance(content, Mapping):
+        raise FieldError(where, content, "an object with the long options as keys")
     options = {
         name.removeprefix("--"): option for option in ctx.command.params
         for name in option.opts if name.startswith("--") and option is not waiting
     }
     defaults: dict[str, Any] = {}
-    for key, value in told.items():
+    for key, value in content.items():
         if key not in options:
-            raise FieldError(key, value, "only the long options of this command", where)
+            raise FieldError(key, value, "only long options of this command", where)
         option = options[key]
         if value is not None:
             assert option.name is not None
@@ -83,11 +83,11 @@ def _defaults(
 def _checked(
     ctx: click.Context, option: click.Parameter, key: str, value: object, where: str
 ) -> object:
-    """As click takes it from a default: text as on a command line, or a list of such."""
+    """Return the value in click's form of a default: a string, or a list of strings."""
     words = value if isinstance(value, list) and option.multiple else [value]
     for word in words:
         if isinstance(word, bool) or not isinstance(word, str | int):
-            form = "a text, a number or a list of these" if option.multiple else "a text or number"
+            form = "a string or a number" + ", or a list of these" * option.multiple
             raise FieldError(key, value, form, where)
     texts = [str(word) for word in words]
     given = texts if option.multiple else texts[0]

@@ -1,6 +1,6 @@
-"""Talking to a running forwarder: HTTP on a Unix socket, and flannel's own 20-byte messages.
+"""The control API: HTTP on a Unix socket, and flannel's own 20-byte messages.
 
-``protocol`` holds what both ends agree on, ``client`` the calling end, ``server`` and ``flannel``
-the forwarder's ends, ``sockets`` how a socket file is made, guarded and removed. Nothing is
-imported here: the client must not pay for the server.
+``protocol`` has the names and limits that client and server share; ``server`` and ``flannel`` are
+the servers, ``client`` is the client; ``events`` delivers events; ``sockets`` creates, protects and
+removes the socket files. This module imports nothing: the client must not load the server.
 """

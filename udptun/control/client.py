@@ -1,8 +1,7 @@
-"""The calling end of the control API: synchronous, standard library only, quick to import.
+"""The client of the control API: synchronous, standard library only, fast to import.
 
-Owns one connection, kept open between calls. Refuses to know what the answers are for: they come
-back as the JSON of docs/control.md, except for the diff of a route change. Threading: one thread
-per client.
+Owns one connection, which stays open between calls. Does not interpret the answers: they are the
+JSON of docs/control.md, except the diff of a route change. Threading: one thread per client.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ if TYPE_CHECKING:
     from ..model import Route, RouteDiff
 
 TIMEOUT = 30.0  # seconds; the forwarder answers within milliseconds
-EXIT_SECONDS = 5.0  # from the closed control socket to the end of the process
+EXIT_SECONDS = 5.0  # between the end of the connection and the end of the process
 CHUNK = 64 * 1024
 
 
 class ControlClient:
-    """Talks to the forwarder at the socket ``path``. Connects at the first call.
+    """A client of the forwarder at the socket ``path``. Connects at the first call.
 
-    Every call raises NoForwarder if nobody answers and ControlError if the answer is an error.
+    Every call raises NoForwarder if no forwarder answers, and ControlError if the answer is an
+    error.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class ControlClient:
     # Reading
 
     def status(self, peers: bool = True) -> dict[str, Any]:
-        """``peers`` False: without them, who may be very many."""
+        """Return the status. ``peers`` False: without the peers, which can be very many."""
         if peers:
             return self._get(protocol.STATUS)
         text = self._read(self._request("GET", protocol.STATUS))
-        # Each is dropped as soon as it is read, so that memory is not needed for all.
-        found: dict[str, Any] = json.loads(
+        # Each peer is dropped as soon as it is parsed, so that memory is not needed for all.
+        status: dict[str, Any] = json.loads(
             text, object_hook=lambda value: None if "last_seen_seconds" in value else value)
-        return found | {"peers": []}
+        return status | {"peers": []}
 
     def drops(self) -> list[dict[str, Any]]:
         drops: list[dict[str, Any]] = self._get(protocol.DROPS)["drops"]
@@ -78,7 +78,7 @@ class ControlClient:
         return self._get(protocol.ROUTES)
 
     def routes_text(self) -> Iterator[bytes]:
-        """The same as JSON text, in pieces as they arrive."""
+        """Yield the same as JSON text, in pieces as they arrive."""
         response = self._request("GET", protocol.ROUTES)
         while piece := self._read(response, CHUNK):
             yield piece
@@ -92,13 +92,13 @@ class ControlClient:
         return self._read(self._request("GET", protocol.METRICS)).decode()
 
     def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
-        """A ``hello``, then events: those to come until the forwarder stops, or the last ones.
+        """Yield a ``hello``, then events: new ones until the forwarder stops, or the recent ones.
 
-        While it is being read no other call may be made on this client.
+        Do not make another call on this client while reading events.
         """
         response = self._request("GET", f"{protocol.EVENTS}?follow={int(follow)}")
         if follow:
-            self._connection.wait_for_ever()
+            self._connection.disable_timeout()
         try:
             for line in self._lines(response):
                 yield json.loads(line)
@@ -112,7 +112,7 @@ class ControlClient:
         return self._put(route, {"If-None-Match": "*"})
 
     def put(self, route: Route) -> RouteDiff:
-        """Add ``route``, or put it in the place of the one with the same prefix."""
+        """Add ``route``, or replace the route to the same prefix."""
         return self._put(route, {})
 
     def delete(self, dst: object) -> RouteDiff:
@@ -124,22 +124,22 @@ class ControlClient:
     ) -> RouteDiff:
         """Replace the whole table in one step.
 
-        ControlError ``generation_mismatch`` if it is no longer at ``expect_generation``.
+        ControlError ``generation_mismatch`` if the table is not at ``expect_generation``.
         """
         body = protocol.dump({"routes": [route.to_json() for route in routes]})
         return self._replace(body, protocol.JSON_TYPE, expect_generation)
 
     def replace_text(self, body: bytes, expect_generation: int | None = None) -> RouteDiff:
-        """As ``replace``, from the text of a route file."""
+        """Replace the whole table by the text of a route file; see ``replace``."""
         return self._replace(body, protocol.TEXT_TYPE, expect_generation)
 
     def stop(self, exit_seconds: float = EXIT_SECONDS) -> None:
-        """Ask the forwarder to stop; return when its process is gone.
+        """Stop the forwarder; return when its process has ended.
 
-        If the process lives on, because a forwarder is only a part of it, or is not in sight, as
-        from another PID namespace, the closed connection has to do.
+        The closed connection counts as the end if the process does more than run the forwarder and
+        continues, or is not visible, as from another PID namespace.
         """
-        self.close()  # the end of this very connection is a sign
+        self.close()  # use a new connection, whose end shows that the forwarder has stopped
         with self._connection.handle() as sock:
             packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             with _process(struct.unpack("3i", packed)[0]) as process:
@@ -148,10 +148,10 @@ class ControlClient:
                     sock.recv(1)
                 except TimeoutError:
                     raise NoForwarder(
-                        f"the forwarder on {self.path} took the request but is still there"
+                        f"the forwarder on {self.path} accepted the request but has not stopped"
                     ) from None
                 except OSError:
-                    pass  # gone without a goodbye
+                    pass  # reset: the forwarder has ended
                 self.close()
                 if process is not None:
                     select.select([process], [], [], exit_seconds)
@@ -191,8 +191,8 @@ class ControlClient:
     ) -> http.client.HTTPResponse:
         """Send a request and read the head of its answer.
 
-        A kept connection may have been closed meanwhile: then once more on a new one. That is
-        safe, as every request may be repeated, but for those that ask for a generation.
+        If the server has closed the open connection, try again on a new one. This is safe, because
+        every request can be repeated, except one that depends on a generation.
         """
         headers = headers or {}
         again = self._connection.sock is not None and "If-Match" not in headers
@@ -201,12 +201,12 @@ class ControlClient:
         except (ConnectionError, http.client.HTTPException) as exc:
             self.close()
             if not again:
-                raise self._went_away(exc) from exc
+                raise self._no_answer(exc) from exc
             try:
                 response = self._try(method, target, body, headers)
             except (ConnectionError, http.client.HTTPException) as exc_again:
                 self.close()
-                raise self._went_away(exc_again) from exc_again
+                raise self._no_answer(exc_again) from exc_again
         if response.status >= 400:
             raise protocol.parse_error(response.status, self._read(response))
         return response
@@ -218,31 +218,32 @@ class ControlClient:
             try:
                 self._connection.request(method, target, body, headers)
             except BrokenPipeError:
-                # Refused before it was read to the end: the answer says why.
-                return self._connection.take_answer(method)
+                # The server refused the request before reading all of it: the answer says why.
+                return self._connection.refused_answer(method)
             return self._connection.getresponse()
         except TimeoutError as exc:
             self.close()
-            raise self._went_away(exc) from exc
+            raise self._no_answer(exc) from exc
 
     def _read(self, response: http.client.HTTPResponse, amount: int | None = None) -> bytes:
         try:
             return response.read(amount)
         except (OSError, http.client.HTTPException) as exc:
             self.close()
-            raise self._went_away(exc) from exc
+            raise self._no_answer(exc) from exc
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """Lines as they come. HTTPResponse.readline takes a broken connection for the end."""
+        """Yield lines as they arrive. HTTPResponse.readline treats a broken connection as the end.
+        """
         rest = b""
         try:
             while piece := response.read1(CHUNK):
                 *lines, rest = (rest + piece).split(b"\n")
                 yield from lines
         except (OSError, http.client.HTTPException) as exc:
-            raise self._went_away(exc) from exc
+            raise self._no_answer(exc) from exc
 
-    def _went_away(self, exc: Exception) -> NoForwarder:
+    def _no_answer(self, exc: Exception) -> NoForwarder:
         if isinstance(exc, TimeoutError):
             return NoForwarder(f"the forwarder on {self.path} does not answer")
         return NoForwarder(f"the forwarder on {self.path} closed the connection")
@@ -265,27 +266,27 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = sock
 
     def handle(self) -> socket.socket:
-        """A handle of its own on the connection, which outlives the last answer."""
+        """Return a duplicate of the socket, which stays open after the last answer."""
         if self.sock is None:
             self.connect()
         handle: socket.socket = self.sock.dup()
         handle.settimeout(self._timeout)
         return handle
 
-    def wait_for_ever(self) -> None:
+    def disable_timeout(self) -> None:
         self.sock.settimeout(None)
 
-    def take_answer(self, method: str) -> http.client.HTTPResponse:
-        """The answer to a request that could not be sent in full."""
+    def refused_answer(self, method: str) -> http.client.HTTPResponse:
+        """Return the answer to a request that was not sent completely."""
         response = self.response_class(self.sock, method=method)
         response.begin()
-        self.close()  # half a request was sent: no other may follow
+        self.close()  # the request is incomplete: no other request can follow
         return response
 
 
 @contextmanager
 def _process(pid: int) -> Iterator[int | None]:
-    """A descriptor that becomes readable when the process ends; None if there is none to see."""
+    """Yield a descriptor that becomes readable when the process ends; None: not visible."""
     if pid == os.getpid():
         yield None
         return
@@ -303,11 +304,11 @@ def _process(pid: int) -> Iterator[int | None]:
 def _no_forwarder(path: str, exc: OSError) -> NoForwarder:
     if isinstance(exc, PermissionError):
         return NoForwarder(
-            f"{path}: permission denied: only root and the socket's group may talk to the forwarder"
+            f"{path}: permission denied: only root and the socket's group may use the forwarder"
         )
     if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ECONNREFUSED):
         return NoForwarder(
-            f"no forwarder answers on {path}: start one with `udptun forward ...`, or name its "
-            "socket with --socket or UDPTUN_SOCKET"
+            f"no forwarder answers on {path}: start one with `udptun forward ...`, or select its "
+            "socket with --socket, UDPTUN_SOCKET or --instance"
         )
     return NoForwarder(f"no forwarder answers on {path}: {exc.strerror or exc}")

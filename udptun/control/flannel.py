@@ -1,9 +1,9 @@
-"""Flannel's own control messages: 20 bytes each, over SOCK_SEQPACKET, no reply.
+"""Flannel's own control messages: 20 bytes each, over SOCK_SEQPACKET, without a reply.
 
-Owns the format (what flanneld's UDP backend sends to its forwarder) and the two ways in: a socket
-path and an inherited descriptor. Refuses to know who sends, and how routes are kept. Flannel sends
-SET_ROUTE again at each lease renewal, so everything here may be repeated. Threading: one loop, the
-forwarder's control loop; each connection's messages are applied in order, one at a time.
+Owns the format (the messages of flanneld's UDP backend to its forwarder) and both transports: a
+socket path and an inherited descriptor. flanneld repeats SET_ROUTE at each lease renewal, so every
+message is idempotent. Threading: control loop only; the messages of a connection are applied in
+order, one at a time.
 
 source  flannel, pkg/backend/udp (the proxy's command struct)
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceError, FieldError, UdptunError
-from ..model import Route
+from ..model import MAX_PORT, Route
 from .sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # cmd i32 host, dest_net 4 bytes, dest_net_len i32 host, next_hop_ip 4 bytes, next_hop_port 16 bits
-# host (flannel's type is signed; ports over 32767 are meant unsigned), 2 pad bytes
+# host (signed in flannel, but ports over 32767 are valid), 2 pad bytes
 MESSAGE = struct.Struct("=i4si4sHxx")
 SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
 
-COMPLAINT_SECONDS = 5.0  # between log lines about bad messages
+WARN_SECONDS = 5.0  # between log lines about bad messages
 ACCEPT_PAUSE = 0.5  # seconds after a failed accept
 
 
@@ -57,7 +57,7 @@ class Stop:
 
 
 def parse_message(data: bytes) -> SetRoute | DelRoute | Stop:
-    """One message, hostile or not; raises FieldError."""
+    """Parse one untrusted message; raises FieldError."""
     if len(data) != MESSAGE.size:
         raise FieldError("length", len(data), f"{MESSAGE.size} bytes")
     cmd, net, net_len, hop, port = MESSAGE.unpack(data)
@@ -71,7 +71,7 @@ def parse_message(data: bytes) -> SetRoute | DelRoute | Stop:
     if cmd == DEL_ROUTE:
         return DelRoute(dst)
     if port == 0:
-        raise FieldError("next_hop_port", port, "1 to 65535")
+        raise FieldError("next_hop_port", port, f"1 to {MAX_PORT}")
     return SetRoute(Route(dst, ipaddress.IPv4Address(hop), port))
 
 
@@ -83,16 +83,16 @@ class FlannelControl:
         self._listeners: list[UnixListener] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._quiet_until = 0.0
-        self._unsaid = 0
+        self._suppressed = 0
 
     async def listen(self, path: Path) -> None:
-        """Take connections at ``path``; raises DeviceError as the control socket does."""
+        """Accept connections at ``path``; raises DeviceError as the control socket does."""
         listener = await listen_unix(path, socket.SOCK_SEQPACKET)
         self._listeners.append(listener)
         self._spawn(self._accept(listener), listener.sock)
 
     def adopt(self, fd: int) -> None:
-        """Take messages from an inherited descriptor, which is ours to close from now on."""
+        """Read messages from an inherited descriptor, which this object owns from now on."""
         try:
             sock = socket.socket(fileno=fd)
         except OSError as exc:
@@ -116,7 +116,7 @@ class FlannelControl:
         self._listeners.clear()
 
     def _spawn(self, work: Coroutine[None, None, None], sock: socket.socket) -> None:
-        """Run ``work`` on ``sock``, which is closed at its end even if it never began."""
+        """Run ``work`` on ``sock``; close the socket at its end, also if it never began."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -127,15 +127,15 @@ class FlannelControl:
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener.sock)
-            except OSError as exc:  # out of descriptors, say: the listener itself is fine
-                self._complain(f"{listener.path}: accept: {exc.strerror}")
+            except OSError as exc:  # for example out of descriptors: the listener is still valid
+                self._warn(f"{listener.path}: accept: {exc.strerror}")
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue
             if listener.may_connect(sock):
                 self._spawn(self._serve(sock, str(listener.path)), sock)
             else:
                 sock.close()
-                self._complain(f"{listener.path}: refused a peer outside the socket's group")
+                self._warn(f"{listener.path}: refused a peer outside the socket's group")
 
     async def _serve(self, sock: socket.socket, name: str) -> None:
         loop = asyncio.get_running_loop()
@@ -159,27 +159,27 @@ class FlannelControl:
                 case DelRoute(dst):
                     await self._forwarder.delete_route(dst)
                 case Stop():
-                    log.info("flannel control %s: asked to stop", name)
+                    log.info("flannel control %s: stop requested", name)
                     self._forwarder.request_stop()
         except UdptunError as exc:
-            self._complain(f"{name}: message ignored: {exc}")
+            self._warn(f"{name}: message ignored: {exc}")
         except Exception:
             log.exception("flannel control %s: message failed", name)
 
-    def _complain(self, what: str) -> None:
-        """Log, but not as fast as a broken sender can send."""
+    def _warn(self, what: str) -> None:
+        """Log a warning, at most one per WARN_SECONDS."""
         now = asyncio.get_running_loop().time()
         if now < self._quiet_until:
-            self._unsaid += 1
+            self._suppressed += 1
             return
-        more = f" (and {self._unsaid} more)" if self._unsaid else ""
+        more = f" (and {self._suppressed} more)" if self._suppressed else ""
         log.warning("flannel control %s%s", what, more)
-        self._quiet_until = now + COMPLAINT_SECONDS
-        self._unsaid = 0
+        self._quiet_until = now + WARN_SECONDS
+        self._suppressed = 0
 
 
 def _hung_up(sock: socket.socket) -> bool:
-    """Whether an empty read was the end: on SOCK_SEQPACKET an empty message looks the same."""
+    """Return whether an empty read was the end: an empty SOCK_SEQPACKET message looks the same."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))

@@ -1,7 +1,7 @@
-"""The counters as Prometheus text, read at scrape: nothing is counted here.
+"""The counters as Prometheus text, read at each scrape.
 
-Owns the names and labels of the metrics. Imported at the first scrape, in a thread: the
-forwarder must not wait for prometheus_client. Rendering runs on the control loop.
+Owns the names and labels of the metrics; counts nothing. Imported in a thread at the first scrape,
+because the import of prometheus_client is slow. Rendering runs on the control loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CounterCollector(Collector):
             labels=("direction", "state"),
         )
         queued = GaugeMetricFamily(
-            "udptun_queued_packets", "Inner IP packets on their way.", labels=("direction",)
+            "udptun_queued_packets", "Inner IP packets in the send queue.", labels=("direction",)
         )
         for direction, side in counters["packets"].items():
             for state in PACKET_STATES:
@@ -55,7 +55,7 @@ class CounterCollector(Collector):
         yield drops
 
         icmp = CounterMetricFamily(
-            "udptun_icmp", "ICMP errors owed to inner senders.", labels=("state",)
+            "udptun_icmp", "ICMP errors to inner senders, sent and suppressed.", labels=("state",)
         )
         for state, count in counters["icmp"].items():
             icmp.add_metric((state,), count)
@@ -69,7 +69,7 @@ class CounterCollector(Collector):
         yield syscalls
 
         turns = CounterMetricFamily(
-            "udptun_worker_turns", "Turns of each worker: one bounded batch each way.",
+            "udptun_worker_turns", "Turns of each worker: one bounded batch in each direction.",
             labels=("worker",),
         )
         returns = CounterMetricFamily(
@@ -83,9 +83,9 @@ class CounterCollector(Collector):
         yield returns
 
         yield GaugeMetricFamily("udptun_peers", "Peers with a route.", counters["peers_n"])
-        yield GaugeMetricFamily("udptun_routes", "Routes in force.", counters["routes_n"])
+        yield GaugeMetricFamily("udptun_routes", "Routes in the table.", counters["routes_n"])
         yield GaugeMetricFamily(
-            "udptun_route_generation", "Grows by one with each change of the route table.",
+            "udptun_route_generation", "Increases by one with each change of the route table.",
             counters["generation"],
         )
 
@@ -96,6 +96,6 @@ class Metrics:
         self._registry.register(CounterCollector(forwarder))
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """The text and its content type, in the format the scraper asked for."""
+        """Return the text and its content type, in the format that the scraper accepts."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type

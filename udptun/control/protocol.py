@@ -1,7 +1,7 @@
-"""What both ends of the control API agree on: paths, limits, headers, error codes.
+"""The control API's paths, limits, headers and error codes, for client and server.
 
-Owns: every name and number of the API that docs/control.md documents. Refuses to know: sockets,
-HTTP libraries, the forwarder. Sans-IO, pure functions: callable from any thread.
+Owns every name and number of the API (docs/control.md). Does not depend on sockets, an HTTP library
+or the forwarder. Pure functions, no I/O: any thread.
 """
 
 import json
@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from ..errors import ControlError, FieldError, GenerationMismatch, RouteExists
 
-DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"
+DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"  # as Instance().control_socket(), tested
 
 STATUS: Final = "/v1/status"
 DROPS: Final = "/v1/drops"
@@ -26,10 +26,10 @@ NDJSON_TYPE: Final = "application/x-ndjson"
 TEXT_TYPE: Final = "text/plain"
 
 MAX_TABLE_BODY: Final = 64 * 1024 * 1024  # PUT /v1/routes: about a million routes
-MAX_BODY: Final = 64 * 1024  # everything else
+MAX_BODY: Final = 64 * 1024  # all other requests
 RECENT_EVENTS: Final = 100  # kept for GET /v1/events?follow=0
 
-# Each error code and the HTTP status it comes with. Clients decide on the code.
+# Each error code and its HTTP status. Clients decide by the code.
 STATUS_OF: Final = {
     "bad_request": 400,
     "bad_json": 400,
@@ -45,17 +45,16 @@ STATUS_OF: Final = {
 
 
 def dump(value: object) -> bytes:
-    """Compact JSON and a line end, so that answers read well in a terminal too."""
+    """Encode as compact JSON with a newline, which keeps a terminal readable."""
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-
 def error_of(exc: Exception) -> ControlError | None:
-    """The answer to an error raised on purpose, or None for one that is nobody's request."""
+    """Return the answer for an error that the request caused; None for any other error."""
     if isinstance(exc, ControlError):
         return exc
     if isinstance(exc, FieldError):
-        # The table parsers say "body" where a body is not the JSON or text they read.
+        # The table parsers use the field "body" for a body that is not valid JSON or text.
         return ControlError("bad_json" if exc.field == "body" else "bad_route", str(exc))
     if isinstance(exc, RouteExists):
         return ControlError("route_exists", str(exc))
@@ -65,12 +64,12 @@ def error_of(exc: Exception) -> ControlError | None:
 
 
 def parse_error(status: int, body: bytes) -> ControlError:
-    """The error in an answer; an answer that is not ours becomes ``internal`` with its status."""
+    """Parse an error answer; one in another format becomes ``internal`` with its HTTP status."""
     try:
         error = json.loads(body)["error"]
         return ControlError(str(error["code"]), str(error["message"]))
     except (ValueError, KeyError, TypeError):
-        return ControlError("internal", f"the answer was HTTP {status} without a reason")
+        return ControlError("internal", f"the server answered HTTP {status} without an error code")
 
 
 def route_path(dst: str) -> str:
@@ -79,9 +78,9 @@ def route_path(dst: str) -> str:
 
 
 def parse_route_path(raw_path: str) -> str | None:
-    """The destination named by a path, its slash percent-encoded or plain; None if it names none.
+    """Return the destination in a path, its slash plain or percent-encoded; None: no destination.
 
-    Not checked to be a prefix: that is the model's job.
+    The caller checks that it is a prefix.
     """
     head, tail = ROUTES + "/", raw_path
     if not tail.startswith(head) or len(tail) == len(head):
@@ -90,12 +89,12 @@ def parse_route_path(raw_path: str) -> str | None:
 
 
 def format_generation(generation: int) -> str:
-    """A generation as an entity tag, for If-Match (RFC 9110 8.8.3)."""
+    """Format a generation as an entity tag for If-Match (RFC 9110 8.8.3)."""
     return f'"{generation}"'
 
 
 def parse_if_match(value: str | None) -> int | None:
-    """The generation a change is conditional on, or None if on none (absent, or ``*``)."""
+    """Return the generation that a change requires, or None (header absent, or ``*``)."""
     if value is None or value.strip() == "*":
         return None
     tag = value.strip()
@@ -106,11 +105,11 @@ def parse_if_match(value: str | None) -> int | None:
 
 
 def parse_if_none_match(value: str | None) -> bool:
-    """True if the route may only be added, not replaced: ``If-None-Match: *``."""
+    """Return whether the route may only be added, not replaced: ``If-None-Match: *``."""
     if value is None:
         return False
     if value.strip() != "*":
-        raise ControlError("bad_request", f"If-None-Match: {value!r} is not understood: use *")
+        raise ControlError("bad_request", f"If-None-Match: {value!r} is not supported: use *")
     return True
 
 

@@ -1,10 +1,10 @@
-"""The forwarder's HTTP end: requests on a Unix socket become calls on the forwarder.
+"""The HTTP server of the control API: requests on a Unix socket become calls on the forwarder.
 
-Owns connections, routing, body limits and the shape of every answer (docs/control.md). Refuses to
-know how routes are kept or packets move. Threading: one loop, the forwarder's control loop; a
-large body is only collected here, never decoded, and large answers go out piece by piece.
+Owns connections, request routing, body limits and the format of the answers (docs/control.md). Does
+not depend on how routes are stored or packets forwarded. Threading: control loop only; a large body
+is collected here but not parsed, and a large answer is sent in pieces.
 
-Import it once traffic flows: aiohttp takes a good part of a second to load.
+Import it when traffic flows already: aiohttp takes a good part of a second to load.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 1.0  # for answers under way when the server closes
-LARGE_BODY = 1 << 20  # from here on a body takes long to copy
+CLOSE_SECONDS = 1.0  # for unfinished answers when the server closes
+LARGE_BODY = 1 << 20  # bytes; copying a larger body takes too long
 
 
 class ControlServer:
@@ -67,7 +67,7 @@ class ControlServer:
         }
 
     async def start(self) -> None:
-        """Raises DeviceError if the path is taken or cannot be used."""
+        """Start listening. Raises DeviceError if the path is in use or unusable."""
         listener = await listen_unix(self.path, socket.SOCK_STREAM)
         manager = _Manager(self._handle, listener)
         try:
@@ -81,7 +81,7 @@ class ControlServer:
         log.debug("control socket at %s", self.path)
 
     async def close(self) -> None:
-        """Remove the socket file, let answers under way finish for a moment, drop the rest."""
+        """Remove the socket file, give unfinished answers CLOSE_SECONDS, then close everything."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -89,7 +89,7 @@ class ControlServer:
         running.server.close()
         for reader in self._readers:
             reader.end()
-        await asyncio.sleep(0)  # let requests that have just arrived reach their handler
+        await asyncio.sleep(0)  # requests that have just arrived reach their handler
         running.manager.pre_shutdown()
         await running.manager.shutdown(CLOSE_SECONDS)
 
@@ -103,9 +103,9 @@ class ControlServer:
                 )
             return await self._find(request)(request)
         except ConnectionError:
-            raise  # the client is gone
+            raise  # the client has disconnected
         except web.RequestPayloadError as exc:
-            return _error("bad_request", f"the body does not parse: {exc}")
+            return _error("bad_request", f"the body is invalid: {exc}")
         except Exception as exc:
             return _error_of(exc, request)
 
@@ -207,13 +207,13 @@ class ControlServer:
     async def _post_stop(self, request: web.BaseRequest) -> web.StreamResponse:
         response = _answer({"stopping": True}, status=202)
         await response.prepare(request)
-        await response.write_eof()  # out before the server closes
+        await response.write_eof()  # sent before the server closes
         self._forwarder.request_stop()
         return response
 
 
 class _Running:
-    """What exists between start and close."""
+    """The objects that exist between start and close."""
 
     def __init__(
         self, listener: UnixListener, manager: _Manager, server: asyncio.AbstractServer
@@ -224,7 +224,7 @@ class _Running:
 
 
 class _Manager(web.Server):
-    """Makes a connection for each client; its base closes them all at the end."""
+    """Makes a connection object for each client; the base class closes them at the end."""
 
     def __init__(self, handler: Handler, listener: UnixListener) -> None:
         super().__init__(handler)
@@ -235,7 +235,7 @@ class _Manager(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """One client: knows whether it may come in, says errors in JSON, notices when it leaves."""
+    """One client connection: its permission, errors as JSON, and a callback when it is lost."""
 
     __slots__ = ("_listener", "allowed", "on_lost")
 
@@ -244,7 +244,7 @@ class _Connection(web.RequestHandler):
             manager,
             loop=asyncio.get_running_loop(),
             logger=log,
-            access_log=cast(logging.Logger, None),  # none is asked for; aiohttp's type lacks it
+            access_log=cast(logging.Logger, None),  # no access log; aiohttp's type lacks None
             tcp_keepalive=False,
             auto_decompress=False,
         )
@@ -268,7 +268,7 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Errors that reach no handler of ours: a request that is no HTTP."""
+        """Answer an error that reaches no handler: the request is not valid HTTP."""
         log.debug("bad request on %s: %s", self._listener.path, message)
         reason = (message or "").partition("\n")[0].rstrip(": ")
         response = _error("bad_request", f"the request is not valid HTTP: {reason}")
@@ -279,12 +279,12 @@ class _Connection(web.RequestHandler):
 class _MethodNotAllowed(ControlError):
     def __init__(self, path: str, method: str, allowed: tuple[str, ...]) -> None:
         self.allow = ", ".join(allowed)
-        super().__init__("method_not_allowed", f"{path} takes {self.allow}, not {method}")
+        super().__init__("method_not_allowed", f"{path} supports {self.allow}, not {method}")
 
 
 # Answers
 
-_NAME = {"Server": "udptun"}  # in the place of aiohttp's, which tells versions
+_NAME = {"Server": "udptun"}  # instead of aiohttp's, which contains versions
 
 
 def _answer(value: object, status: int = 200) -> web.Response:
@@ -322,7 +322,7 @@ def _stream_response(content_type: str) -> web.StreamResponse:
 async def _stream(
     request: web.BaseRequest, chunks: AsyncGenerator[bytes, None]
 ) -> web.StreamResponse:
-    """Send JSON text piece by piece. An error before the first piece is still a JSON error."""
+    """Send JSON text in pieces. An error before the first piece is a JSON error answer."""
     async with aclosing(chunks):
         first = await anext(chunks, b"")
         response = _stream_response(protocol.JSON_TYPE)
@@ -334,8 +334,10 @@ async def _stream(
         except ConnectionError:
             raise
         except Exception as exc:
-            log.exception("%s %s broke off", request.method, request.rel_url.raw_path)
-            raise ConnectionResetError("the answer broke off") from exc  # no end mark is sent
+            log.exception(
+                "%s %s: the answer is incomplete", request.method, request.rel_url.raw_path
+            )
+            raise ConnectionResetError("the answer is incomplete") from exc  # without an end mark
         await response.write_eof(b"\n")
     return response
 
@@ -345,23 +347,23 @@ async def _write_events(response: web.StreamResponse, events: list[Event]) -> No
         lines = b"".join(map(protocol.dump, events))
     except (TypeError, ValueError) as exc:
         log.exception("an event is not JSON: its stream ends")
-        raise ConnectionResetError("the event stream broke off") from exc
+        raise ConnectionResetError("the event stream is incomplete") from exc
     await response.write(lines)
 
 
 # Requests
 
 
-async def _invite(request: web.BaseRequest, limit: int) -> None:
-    """Refuse a body that will not be read, or ask for it where the client waits to be asked (curl
-    does, for a second, with a large one)."""
+async def _accept_body(request: web.BaseRequest, limit: int) -> None:
+    """Refuse a body that cannot be used; else send 100 Continue if the client waits for it (curl
+    does for one second before a large body)."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise ControlError("bad_request", "Content-Encoding: only identity is understood")
+        raise ControlError("bad_request", "Content-Encoding: only identity is supported")
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # of the answer proper
+        request.writer.output_size = 0  # counts the answer itself
 
 
 def _too_large(limit: int) -> ControlError:
@@ -369,8 +371,8 @@ def _too_large(limit: int) -> ControlError:
 
 
 async def _body(request: web.BaseRequest, limit: int) -> bytes:
-    """The whole body, undecoded. Joining lets go of the GIL, unlike a growing bytearray."""
-    await _invite(request, limit)
+    """Return the whole body. Joining releases the GIL; a growing bytearray does not."""
+    await _accept_body(request, limit)
     parts, size = [], 0
     async for part in request.content.iter_any():
         size += len(part)
@@ -381,21 +383,21 @@ async def _body(request: web.BaseRequest, limit: int) -> bytes:
 
 
 async def _table_body(request: web.BaseRequest) -> bytes | mmap:
-    """The same of a route table. A large one of known length goes piece by piece into memory that
-    exists a page at a time, as it is written, and a worker that waits for this core may have it in
-    between: joining the pieces at the end would keep it from forwarding for milliseconds.
+    """Return the body of a route table. A large one of known length is copied in pieces into
+    memory that the kernel allocates page by page, and the CPU is yielded after each piece: joining
+    the pieces at the end would delay a worker on the same CPU by milliseconds.
     """
     length = request.content_length or 0
     if length < LARGE_BODY:
         return await _body(request, protocol.MAX_TABLE_BODY)
-    await _invite(request, protocol.MAX_TABLE_BODY)
+    await _accept_body(request, protocol.MAX_TABLE_BODY)
     body, at = mmap(-1, length), 0
     async for part in request.content.iter_any():
         body[at : at + len(part)] = part
         at += len(part)
         os.sched_yield()
     if at != length:
-        raise ControlError("bad_request", f"the body has {at} bytes, not {length} as was said")
+        raise ControlError("bad_request", f"the body has {at} bytes, not {length} (Content-Length)")
     return body
 
 
@@ -407,11 +409,11 @@ def _loads(body: bytes) -> Any:
 
 
 def _destination(request: web.BaseRequest) -> str:
-    """The prefix in the path. A condition that is not kept must not look as if it were."""
+    """Return the prefix in the path. Refuses If-Match, which is not implemented here."""
     if "If-Match" in request.headers:
         raise ControlError("bad_request", "If-Match: only for PUT /v1/routes")
     dst = protocol.parse_route_path(request.rel_url.raw_path)
-    assert dst is not None  # else the request would not have come here
+    assert dst is not None  # checked by _find
     return dst
 
 

@@ -1,8 +1,8 @@
-"""Socket files: made with the right mode from the first moment, guarded, removed if still ours.
+"""Unix socket files: created with the final mode, protected, removed if they are still ours.
 
-Owns: the directory and mode rules, which of two forwarders gets a path, and who may connect.
-Refuses to know: what is spoken on the socket. Threading: called on one loop; touches no process
-state such as the umask, so other threads cannot notice.
+Owns the rules for directories and modes, which of two forwarders gets a path, and which clients may
+connect. Does not depend on the protocol. Threading: one loop; changes no process-wide state such as
+the umask, so other threads are not affected.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 DIRECTORY_MODE = 0o750
 SOCKET_MODE = 0o660
 BACKLOG = 128
-LOCK_TRIES, LOCK_PAUSE = 100, 0.05  # another forwarder holds the lock for about a millisecond
-SO_PEERGROUPS = 59  # Linux 4.13; the socket module has no name for it
+LOCK_TRIES, LOCK_PAUSE = 100, 0.05  # a forwarder holds the lock for about a millisecond
+SO_PEERGROUPS = 59  # Linux 4.13; the socket module lacks it
 
 
 class UnixListener:
-    """A listening socket and the file that leads to it."""
+    """A listening socket and its file."""
 
     def __init__(self, sock: socket.socket, path: Path, inode: tuple[int, int], gid: int) -> None:
         self.sock = sock
@@ -41,10 +41,10 @@ class UnixListener:
         self._gid = gid
 
     def may_connect(self, peer: socket.socket) -> bool:
-        """Only root, the forwarder's own user and members of the socket's group get in.
+        """Return whether ``peer`` is root, the forwarder's user or in the socket file's group.
 
-        The file's mode says the same; this holds even after somebody widened it. A change of the
-        file's group counts from the next connection on.
+        The file's mode has the same effect; this check also holds if the mode is changed to a wider
+        one. A change of the file's group applies from the next connection on.
         """
         with suppress(OSError):
             found = self.path.stat()
@@ -55,10 +55,10 @@ class UnixListener:
         return uid in (0, os.geteuid()) or gid == self._gid or self._gid in _peer_groups(peer)
 
     def unlink(self) -> None:
-        """Remove the file unless it leads to somebody else by now.
+        """Remove the file unless it belongs to another socket now.
 
-        Call it while the socket still listens: until then no other forwarder takes the path, so
-        nothing can come between the look and the removal.
+        Call this while the socket still listens: no other forwarder can take the path before that,
+        so there is no race between the check and the removal.
         """
         with suppress(OSError):
             found = self.path.lstat()
@@ -67,10 +67,10 @@ class UnixListener:
 
 
 async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
-    """Listen at ``path``: replaces a stale socket, refuses a live one and what is no socket.
+    """Listen at ``path``. Replaces a stale socket; refuses a live one, and other files.
 
-    Of several forwarders that want the same path exactly one gets it: look and bind happen under
-    a lock on the directory, and the socket listens before it can be seen.
+    If several forwarders try the same path, exactly one succeeds: the check and the bind happen
+    under a lock on the directory, and the socket listens before its file is visible.
     """
     with _explained(path):
         _make_directory(path.parent)
@@ -80,16 +80,16 @@ async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
 
 
 def refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
-    """Raise DeviceError where ``listen_unix`` would: for those who want to know early."""
+    """Raise DeviceError if ``listen_unix`` would refuse ``path``: an early check."""
     with _explained(path):
         _refuse_occupied(path, kind)
 
 
 def _bind(path: Path, kind: socket.SocketKind) -> UnixListener:
-    """Bind beside the path and rename: the path shows a listening 0660 socket or nothing.
+    """Bind to a temporary name and rename: ``path`` is either absent or a listening 0660 socket.
 
-    On Linux a socket file takes its mode from the socket's own inode, less the umask. So fchmod
-    before bind keeps it narrow at once, and chmod undoes what the umask took away.
+    On Linux a socket file gets the mode of the socket's inode, minus the umask. So fchmod before
+    bind restricts it from the start, and chmod restores the bits that the umask removed.
     """
     sock = socket.socket(socket.AF_UNIX, kind)
     hidden = path.with_name(f".{path.name}.{secrets.token_hex(2)}")
@@ -114,7 +114,7 @@ def _bind(path: Path, kind: socket.SocketKind) -> UnixListener:
 def _refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise DeviceError(errno.EEXIST, f"{path} exists and is not a socket: left untouched")
+            raise DeviceError(errno.EEXIST, f"{path} exists and is not a socket: it stays as it is")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, kind) as probe:
@@ -122,9 +122,9 @@ def _refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
         try:
             probe.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
-            return  # nobody listens: stale
+            return  # stale: no process listens
         except OSError as exc:
-            # A full backlog (EAGAIN) or another socket type (EPROTOTYPE) is somebody, too.
+            # A full backlog (EAGAIN) or another socket type (EPROTOTYPE) is in use, too.
             if exc.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
                 raise
     raise DeviceError(
@@ -133,7 +133,7 @@ def _refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """Make what is missing, 0750 whatever the umask says; never change what is there."""
+    """Create the missing directories, mode 0750 independent of the umask; change no others."""
     missing = []
     while not directory.exists():
         missing.append(directory)
@@ -142,7 +142,7 @@ def _make_directory(directory: Path) -> None:
         try:
             made.mkdir(DIRECTORY_MODE)
         except FileExistsError:
-            continue  # another forwarder was faster
+            continue  # created by another process in the meantime
         fd = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fchmod(fd, DIRECTORY_MODE)
@@ -180,10 +180,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _peer_groups(peer: socket.socket) -> set[int]:
-    """The peer's supplementary groups.
+    """Return the peer's supplementary groups.
 
-    getsockopt is limited to 1024 bytes here, 256 groups: with more the kernel answers ERANGE, and
-    the peer has to get in by its primary group.
+    Python limits getsockopt to 1024 bytes, 256 groups: for more the kernel answers ERANGE, and only
+    the peer's primary group counts.
     """
     try:
         packed = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)

@@ -1,4 +1,4 @@
-"""The forwarder: the composition of the data plane. See forwarder.py."""
+"""The forwarder: composition of the data plane. Start with forwarder.py."""
 
 from ..device.offload import OffloadRequest
 from .config import ForwarderConfig

@@ -1,7 +1,7 @@
-"""Keep the route table on disk, so that a forwarder that was killed starts with the last one.
+"""The state file: a copy of the active route table, loaded at the next start.
 
-Owns the state file: the route file's grammar, replaced atomically, at most once per DELAY_SECONDS.
-Control loop; the writing is done in a thread.
+Owns the file: in the grammar of route files, replaced atomically, at most once per DELAY_SECONDS.
+Threading: control loop only; a helper thread writes the file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ SLICE = 4096  # routes formatted at a time
 
 
 class StateFile:
-    def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self.path = path
-        self._complain = complain
+        self._report = report
         self._table: RouteTable | None = None
         self._task: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
 
     def load(self) -> RouteTable | None:
-        """The table of the last run, or None. A file that cannot be read as one is set aside."""
+        """Return the table of the last run, or None. Renames an invalid file to NAME.bad."""
         from .._core import RouteTable
 
         try:
@@ -43,13 +43,15 @@ class StateFile:
         except FieldError as error:
             aside = self.path.with_name(self.path.name + ".bad")
             self.path.replace(aside)
-            self._complain(f"{self.path} does not hold a route table and is now {aside}: {error}")
+            self._report(
+                f"{self.path} is not a valid route table and is renamed to {aside}: {error}"
+            )
             return None
         except OSError as error:
             raise device_error(error.errno or 0, f"reading the state file {self.path}") from None
 
     async def save(self, table: RouteTable) -> None:
-        """Write this table now; makes the directory. Raises DeviceError."""
+        """Write this table now; create the directory if necessary. Raises DeviceError."""
         try:
             self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             await asyncio.to_thread(self._write, table)
@@ -57,13 +59,13 @@ class StateFile:
             raise device_error(error.errno or 0, f"writing the state file {self.path}") from None
 
     def save_soon(self, table: RouteTable) -> None:
-        """Write this table, or a later one, shortly."""
+        """Write this table, or a later one, within about DELAY_SECONDS."""
         self._table = table
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._save_later())
 
     async def flush(self) -> None:
-        """Return when what was to be saved is on disk."""
+        """Write the last table given to ``save_soon``, if it is not yet on disk."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -73,12 +75,12 @@ class StateFile:
     async def _save_later(self) -> None:
         await asyncio.sleep(DELAY_SECONDS)
         while self._table is not None:
-            # shielded: a write under way is finished, not torn, when flush overtakes
+            # shielded: flush cancels this task, but a write that has begun is completed
             if not await asyncio.shield(self._save()):
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _save(self) -> bool:
-        """False: it could not be written, and is kept to be tried again."""
+        """Write the pending table. False: writing failed, and the table is still pending."""
         async with self._writing:
             table, self._table = self._table, None
             if table is None:
@@ -87,7 +89,7 @@ class StateFile:
                 await asyncio.to_thread(self._write, table)
             except OSError as error:
                 self._table = self._table or table
-                self._complain(f"cannot keep the route table in {self.path}: {error.strerror}")
+                self._report(f"cannot write the route table to {self.path}: {error.strerror}")
                 return False
             return True
 

@@ -1,8 +1,8 @@
-"""A worker's thread: a uvloop loop that wakes the compiled worker when there is work.
+"""A worker's thread: a uvloop loop that calls the compiled worker when there is work.
 
-Owns the thread and its loop. The loop knows one descriptor, the worker's epoll set; its callback
-is one call that returns when the worker was idle for LINGER_MS or is called away. While it works it
-needs neither the GIL nor the loop.
+Owns the thread and its loop. The loop watches one descriptor, the worker's epoll set. Its callback
+is one call, which returns when the worker was idle for LINGER_MS or is woken. During this call the
+thread needs neither the GIL nor the loop. Threading: ``start`` and ``stop`` from one other thread.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import uvloop
 if TYPE_CHECKING:
     from .._core import Worker
 
-LINGER_MS = 200  # packets come in conversations: a wake-up through the loop costs more than a wait
-
-
+LINGER_MS = 200  # traffic comes in bursts, and waiting costs less than returning to the loop
 SLICE_NS = 100_000  # the shortest that Linux takes
 
 # struct sched_attr, linux/sched/types.h: size, policy, flags, nice, priority, runtime, deadline,
@@ -35,13 +33,14 @@ PR_SET_TIMERSLACK = 29  # linux/prctl.h
 TIMER_SLACK_NS = 1000
 
 
-def _be_scheduled_in_short_turns() -> None:
-    """Set how this thread gets its core where cores are scarce.
+def _set_scheduling() -> None:
+    """Set the scheduling of this thread, for hosts whose cores are all busy.
 
-    A batch thread does not push aside the program that just got its packet: small datagrams then
-    wait in our queues rather than overflow its socket. With a short slice (Linux 6.12; older ones
-    ignore it) the thread is chosen again sooner: a packet behind bulk traffic waits less. Its naps
-    end when they should, not up to 50 us later.
+    SCHED_BATCH: the thread does not preempt the program that has just received a packet from it, so
+    that small datagrams wait in our queues instead of overflowing that program's socket. A short
+    slice (Linux 6.12; ignored by older kernels): the thread is scheduled again sooner, so a packet
+    behind bulk traffic waits less. A small timer slack: a batching delay ends on time, not up to
+    50 us late.
     """
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)
@@ -65,29 +64,29 @@ class WorkerThread:
         )
 
     def start(self) -> None:
-        """Start, and return when the worker listens to its descriptors."""
+        """Start, and return when the loop watches the worker's descriptors."""
         self._thread.start()
         self._running.wait()
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
-        """Take the worker off its descriptors and join the thread. What is queued stays queued."""
+        """Stop the worker and join the thread. Queued packets stay queued."""
         if self._loop is None:
             return
         self.worker.wake()
-        with suppress(RuntimeError):  # its loop ended by itself
+        with suppress(RuntimeError):  # the loop has ended already
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._loop = None
 
     def _main(self) -> None:
-        _be_scheduled_in_short_turns()
+        _set_scheduling()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._serve())
         except Exception as error:
-            self._failure = error  # told by start; a loop that serves does not fail
+            self._failure = error  # raised by start
             if self._running.is_set():
                 raise
         finally:
