@@ -64,6 +64,15 @@ class Instance:
             )
         return device
 
+    @classmethod
+    def of_vxlan_device(cls, device: str, vni: int) -> Instance | None:
+        """The instance that creates a device of this name; None: none does."""
+        prefix = device.removesuffix(f".{vni}")
+        prefix = prefix.removesuffix("-v6") if device != prefix else ""
+        if prefix == "flannel":
+            return cls()
+        return cls(prefix) if _NAME.fullmatch(prefix) else None
+
     @property
     def run_dir(self) -> Path:
         return Path("/run") / self.name

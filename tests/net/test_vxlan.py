@@ -20,7 +20,7 @@ from udptun.net import batch
 from udptun.net import vxlan as module
 from udptun.net.batch import Refusal
 from udptun.net.netlink import Netlink
-from udptun.net.vxlan import OVERHEAD, PeerFailure, Vxlan, VxlanConfig, VxlanPeer
+from udptun.net.vxlan import OVERHEAD, PeerFailure, VniInUse, Vxlan, VxlanConfig, VxlanPeer
 
 NAME, MTU = "flannel.1", 1400
 LOCAL = {4: ip_address("192.0.2.1"), 6: ip_address("2001:db8::1")}
@@ -64,7 +64,7 @@ async def opened(version=4, **what):
 @contextlib.contextmanager
 def refused(number, *words):
     with pytest.raises(DeviceError) as caught:
-        yield
+        yield caught
     assert caught.value.errno == number
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
@@ -145,6 +145,18 @@ async def test_probe_after_one_that_was_killed():
     assert links() == {"lo"}
 
 
+@in_own_netns
+async def test_probe_leaves_the_routes_of_peers():
+    """Routes that bypass the device are ours by their protocol, whichever device is removed."""
+    underlay()
+    async with opened() as (vxlan, device):
+        await vxlan.sync(device, [peer(1, direct=True)])
+        before = routes()
+        sh(f"ip link add {module.PROBE_NAME} type vxlan id {module.PROBE_VNI} dstport 8472")
+        assert await vxlan.probe(config()) is None
+        assert routes() == before
+
+
 # -- the device -----------------------------------------------------------------------------------
 
 
@@ -213,11 +225,11 @@ async def test_a_device_set_down_comes_up():
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ({"vni": 2}, "VNI 1 where 2 is wanted"),
-        ({"port": 4789}, "port 8472 where 4789"),
-        ({"learning": True}, "learning 0 where 1"),
+        ({"vni": 2}, "VNI 1 instead of 2"),
+        ({"port": 4789}, "port 8472 instead of 4789"),
+        ({"learning": True}, "learning 0 instead of 1"),
         ({"gbp": True}, "GBP"),
-        ({"local": ip_address("192.0.2.2")}, "local address 192.0.2.1 where 192.0.2.2"),
+        ({"local": ip_address("192.0.2.2")}, "local address 192.0.2.1 instead of 192.0.2.2"),
         ({"local": LOCAL[6]}, "local address"),
         ({"underlay_index": 1}, "underlay interface"),
     ],
@@ -300,8 +312,10 @@ async def test_what_is_in_the_way_stays():
     with Netlink() as netlink:
         vxlan = Vxlan(netlink)
         sh("ip link add other type vxlan id 1 dstport 8472")
-        with refused(errno.EEXIST, NAME, "VNI"):
+        with refused(errno.EEXIST, NAME, "other has VNI 1 and port 8472") as caught:
             await vxlan.ensure(config())
+        assert isinstance(caught.value, VniInUse)
+        assert caught.value.holder == "other"
         sh("ip link del other", f"ip link add {NAME} type veth peer name utEc")
         with refused(errno.EEXIST, NAME, "not a VXLAN device"):
             await vxlan.ensure(config())
@@ -475,6 +489,31 @@ async def test_direct(version):
     assert routes(version) == {}
 
 
+@both
+@in_own_netns
+async def test_devices_of_two_networks_leave_each_others_routes(version):
+    """Two instances on one host. The protocol marks the routes of both."""
+    underlay()
+    networks = (ip_network("10.5.0.0/16"), ip_network("10.6.0.0/16")) if version == 4 else (
+        ip_network("fd05::/32"), ip_network("fd06::/32"))
+    with Netlink() as netlink:
+        ours, theirs = Vxlan(netlink), Vxlan(netlink)
+        device = await ours.ensure(config(version, network=networks[0]))
+        other = await theirs.ensure(
+            config(version, name="blue.2", vni=2, network=networks[1]))
+        far = ip_network("10.6.1.0/24" if version == 4 else "fd06:0:0:1::/64")
+        peers = [replace(peer(3, version, direct=True), subnet=far)]
+        assert await theirs.sync(other, peers) == ()
+        assert await ours.sync(device, [peer(1, version), peer(2, version, direct=True)]) == ()
+        assert len(routes(version)) == 3
+        assert await ours.sync(device, []) == ()
+        assert set(routes(version)) == {str(far)}
+        await ours.remove(NAME, networks[0])
+        assert set(routes(version)) == {str(far)}
+        await theirs.remove("blue.2", networks[1])
+        assert routes(version) == {}
+
+
 @in_own_netns
 async def test_packets_go_to_the_peer():
     """What leaves on the wire: VXLAN (RFC 7348) to the endpoint, the peer's MAC inside."""
@@ -555,7 +594,7 @@ async def test_a_network_of_this_host_is_not_taken():
                          await vxlan.change(device, [own, replace(peer(3), direct=True)]),
                          await vxlan.change(device, [replace(own, direct=True)])):
             assert set(told(failures)) == {own.subnet}
-            assert "this host is on it, at utEa" in told(failures)[own.subnet]
+            assert "this host is attached to it by utEa" in told(failures)[own.subnet]
     assert [route["dev"] for route in ip_json("route show 192.0.2.0/24")] == ["utEa"]
     assert set(routes()) == {str(subnet(2)), str(subnet(3))}
 

@@ -7,14 +7,13 @@ control server, which fits what the daemon wants.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
 from tests.control.fakes import LoopThread, Served
+from tests.node.daemon_host import OURS, Node, peer, table, told
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
 from udptun.errors import FieldError
@@ -23,135 +22,16 @@ from udptun.leases.base import (
     Attributes,
     Change,
     Changes,
-    Lease,
-    LeaseSource,
     Snapshot,
-    SourceHealth,
     StoreDown,
     StoreRefused,
     Subnets,
 )
-from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.netconf import NetConfig
 from udptun.net.netlink import Netlink
-from udptun.node import daemon as module
 from udptun.node import peers as peers_module
 from udptun.node import store as store_module
-from udptun.node.config import InterfaceOptions, NodeConfig
 from udptun.node.daemon import AlreadyRunning, Daemon, locked, run
-
-NETWORK = NetConfig.parse('{"Network": "10.244.0.0/16"}')
-OURS = Subnets(IPv4Network("10.244.1.0/24"))
-
-
-def peer(n, via=None):
-    return Lease(f"10.244.{n}.0-24", Subnets(IPv4Network(f"10.244.{n}.0/24")),
-                 Attributes(IPv4Address(f"192.0.2.{via or n}")))
-
-
-class Store(LeaseSource):
-    """A LeaseSource that answers what the test puts in it, or raises it."""
-
-    def __init__(self):
-        self.health = SourceHealth()
-        self.network_answer = NETWORK
-        self.acquire_answer = OURS
-        self.published = []
-        self.formers = []
-        self.networks_n = 0
-        self.held = None
-        self.closed = False
-        self.news = asyncio.Queue()
-
-    async def network(self):
-        self.networks_n += 1
-        return _answer(self.network_answer)
-
-    async def acquire(self, attributes, former):
-        subnets = _answer(self.acquire_answer)
-        self.published.append(attributes)
-        self.formers.append(former)
-        return Lease(str(subnets.v4), subnets, attributes)
-
-    async def hold(self, lease):
-        self.held = lease
-        await asyncio.Event().wait()
-
-    async def updates(self):
-        while True:
-            yield await self.news.get()
-
-    def tell(self, *leases):
-        own = Lease(str(OURS.v4), OURS, self.published[-1]) if self.published else None
-        self.news.put_nowait(Snapshot((*leases, *([own] if own else ()))))
-
-    def fail(self, error):
-        self.network_answer = self.acquire_answer = error
-
-    def mend(self):
-        self.network_answer, self.acquire_answer = NETWORK, OURS
-
-    async def aclose(self):
-        self.closed = True
-
-
-def _answer(answer):
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-class Node:
-    """A daemon and what is around it. ``config`` may be changed between two runs."""
-
-    def __init__(self, tmp_path, monkeypatch):
-        self.store = Store()
-        self.folder = tmp_path
-        self.config = NodeConfig(
-            source=EtcdConfig(), interface=InterfaceOptions(names=("under0",)),
-            subnet_file=tmp_path / "subnet.env", control=tmp_path / "run" / "udptun.sock",
-            state_dir=tmp_path / "state", forwarder="external", iptables_forward_rules=False,
-        )
-        monkeypatch.setattr(module, "make_source", lambda config, netlink: self.store)
-        monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
-        sh("ip link add under0 mtu 1500 type veth peer name wire", "ip link set wire up",
-           "ip addr add 192.0.2.1/24 dev under0", "ip link set under0 up")
-
-    @contextlib.asynccontextmanager
-    async def running(self):
-        with Netlink() as netlink:
-            daemon = Daemon(self.config, netlink)
-            task = asyncio.create_task(daemon.run())
-            try:
-                yield daemon
-            finally:
-                daemon.stop("the test")
-                await task
-        self.store.closed = False
-
-    def ready(self, daemon):
-        return until(lambda: not daemon.report.waiting, f"ready: {daemon.report.waiting}")
-
-    @property
-    def forward_file(self):
-        return json.loads((self.folder / "run" / "forward.json").read_text())
-
-    async def known_before(self, *leases):
-        """A run while the store told these."""
-        async with self.running() as daemon:
-            await until(lambda: self.store.published, "the lease")
-            self.store.tell(*leases)
-            await self.ready(daemon)
-        self.store = Store()
-
-
-def told(*leases):
-    """The forwarder's table for these."""
-    return {str(lease.subnets.v4): str(lease.attributes.public_ip) for lease in leases}
-
-
-def table(served):
-    return {str(dst): str(route.via) for dst, route in served.forwarder.table.items()}
 
 
 @pytest.fixture
@@ -427,3 +307,4 @@ async def test_cleanup_leaves_a_stock_flannels_device_alone(served, node_of):
         pytest.skip("this kernel has no vxlan")
     await run(replace(node.config, cleanup=True))
     assert "flannel.1" in sh("ip link")
+

@@ -1,10 +1,10 @@
-"""Reach peers through the kernel's VXLAN device, as flannel does it.
+"""VXLAN devices of the kernel, and the peers they reach, as in flannel.
 
-Owns the device (``flannel.<VNI>``) and what it shall be like. A peer stands in it as a permanent
-neighbour (base address of its subnet -> MAC), a forwarding entry (MAC -> endpoint) and a route
-(subnet via its base address through the device): ``vxlan_peers`` and ``vxlan_entries`` make these.
-Refuses to know leases and to choose which peer goes this way. Threading rule: call from any asyncio
-loop; the work is done in the thread of the ``Netlink`` that is given, one call after the other.
+Owns: the device and its settings. Each peer has a permanent neighbour entry (base address of its
+subnet -> MAC), an FDB entry (MAC -> endpoint) and a route (subnet via its base address through the
+device): ``vxlan_peers`` and ``vxlan_entries`` make these. Does not know leases, or which peers
+are reached by VXLAN. Threading rule: call from any asyncio loop; the work is done in the thread of
+the given ``Netlink``, one call after the other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from .netlink import (
 from .vxlan_entries import Entries, EntrySocket
 from .vxlan_peers import Application, PeerFailure, VxlanPeer, parse_mac, take
 
-__all__ = ["OVERHEAD", "PeerFailure", "Vxlan", "VxlanConfig", "VxlanDevice", "VxlanPeer"]
+__all__ = ["OVERHEAD", "PeerFailure", "VniInUse", "Vxlan", "VxlanConfig", "VxlanDevice",
+           "VxlanPeer"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,8 +43,8 @@ IPInterface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 KIND = "vxlan"
 PROBE_NAME = "udtunprobe"
-PROBE_VNI = (1 << 24) - 8285  # the top of the range, which people seldom use
-# The kernel's, from before IANA gave 4789; a host may say otherwise when it loads the module.
+PROBE_VNI = (1 << 24) - 8285  # near the top of the range, where networks rarely have theirs
+# The kernel's default, older than IANA's 4789; a module parameter can change it.
 DEFAULT_PORT = 8472
 DEFAULT_PORT_FILE = Path("/sys/module/vxlan/parameters/udp_port")
 OVERHEAD = {4: 50, 6: 70}  # bytes around the inner packet, by the IP version of the underlay
@@ -51,13 +52,15 @@ OVERHEAD = {4: 50, 6: 70}  # bytes around the inner packet, by the IP version of
 
 @dataclass(frozen=True, slots=True)
 class VxlanConfig:
-    """What a VXLAN device shall be like.
+    """The settings of a VXLAN device.
 
-    port            UDP port; 0 is the kernel's own, 8472
-    underlay_index  number of the interface that the datagrams leave through
-    local           this host's address there; its version is that of the device
-    mtu             of the device, so of inner packets, bytes: underlay's less OVERHEAD
-    mac             "aa:bb:.." to be known by; None: the present device's, else one at random
+    port            UDP port; 0: the kernel's default, 8472
+    underlay_index  of the interface that the datagrams leave through
+    local           this host's address there; its IP version is that of the device
+    mtu             of the device and so of inner packets, bytes: the underlay's less OVERHEAD
+    mac             "aa:bb:.."; None: the existing device's, else a random one
+    network         of the overlay: our routes that bypass the device are within it, which tells
+                    them from those of another instance. None: there is no other instance
     """
 
     name: str
@@ -69,17 +72,33 @@ class VxlanConfig:
     learning: bool = False
     gbp: bool = False
     mac: str | None = None
+    network: IPNetwork | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class VxlanDevice:
-    """A device that is there. version: of the underlay, and of the subnets it carries."""
+    """An existing device. version: IP version of the underlay, and of the subnets it carries.
+    network: as in VxlanConfig."""
 
     name: str
     index: int
     mac: str
     mtu: int
     version: int
+    network: IPNetwork | None = None
+
+
+class VniInUse(DeviceError):
+    """Another device has the VNI and port. The kernel allows one per network namespace.
+
+    holder  its name
+    """
+
+    def __init__(self, config: VxlanConfig, holder: str) -> None:
+        port = config.port or _default_port()
+        super().__init__(errno.EEXIST, f"creating the VXLAN device {config.name}: {holder} has "
+                         f"VNI {config.vni} and port {port} already")
+        self.holder = holder
 
 
 class Vxlan:
@@ -92,17 +111,18 @@ class Vxlan:
     # -- the device -------------------------------------------------------------------------------
 
     async def probe(self, like: VxlanConfig | None = None) -> str | None:
-        """Whether the kernel makes a VXLAN device here: None, or a sentence that says why not.
+        """Return None if the kernel can create a VXLAN device here, else a sentence that says why
+        not.
 
-        Makes one on another VNI, sets it up, which takes the UDP port, and removes it. ``like``:
-        of the same port, GBP, underlay and IP version.
+        Creates one with another VNI, brings it up, which binds the UDP port, and removes it.
+        ``like``: with the same port, GBP, underlay and IP version.
         """
         config = like or VxlanConfig(PROBE_NAME, PROBE_VNI, 0, 0, ipaddress.IPv4Address(0), 0)
         config = replace(config, name=PROBE_NAME, vni=PROBE_VNI, mtu=0, mac=None)
         try:
-            await self.remove(PROBE_NAME)  # one that a killed probe left
-            await self._make("trying a VXLAN device", config, IFF_UP)
-            await self.remove(PROBE_NAME)
+            await self._remove_probe()  # a killed process may have left it
+            await self._make("testing a VXLAN device", config, IFF_UP)
+            await self._remove_probe()
         except DeviceError as error:
             return str(error)
         return None
@@ -110,53 +130,62 @@ class Vxlan:
     async def ensure(
         self, config: VxlanConfig, addresses: Iterable[IPAddress] | None = None
     ) -> VxlanDevice:
-        """The device is there, up, and as told. One that fits is adopted, with its peers and its
-        MAC; one that does not is made anew, with the same MAC, since peers know it.
+        """Create the device or adopt an existing one, configure it and bring it up.
 
-        addresses  become its only ones, each as a host address; None: not known yet, those it has
-                   stay (link-local ones always do)
-        DeviceError, FieldError (mtu, mac)
+        A device with the right settings is adopted, with its peers and its MAC. Another one is
+        replaced, with the same MAC, because peers have it in their entries.
+
+        addresses  become its only ones, each as a host address; None: not known yet, the present
+                   ones stay (link-local ones always do)
+        DeviceError (VniInUse), FieldError (mtu, mac)
         """
         if config.mac is not None:
             parse_mac("mac", config.mac)
         if config.local.version == 6 and config.mtu < MIN_MTU6:
             raise FieldError("mtu", config.mtu, f"at least {MIN_MTU6} for IPv6 inside")
-        doing = f"making the VXLAN device {config.name}"
+        doing = f"creating the VXLAN device {config.name}"
         found = await self._find(config.name)
         if found is not None:
-            if not (misfit := _misfit(found, config)):
+            if not (mismatch := _mismatch(found, config)):
                 return await self._settle(found, config, addresses)
             if found.kind != KIND:
-                raise device_error(errno.EEXIST, doing, misfit)
-            log.warning("%s is made anew: %s", config.name, misfit)
+                raise device_error(errno.EEXIST, doing, mismatch)
+            log.warning("replacing %s: %s", config.name, mismatch)
             config = replace(config, mac=config.mac or found.mac)
             await self._delete(found)
-        await self._make(doing, config, 0)
+        try:
+            await self._make(doing, config, 0)
+        except DeviceError as error:
+            if error.errno == errno.EEXIST and (holder := await self._holder(config)):
+                raise VniInUse(config, holder) from None
+            raise
         found = await self._find(config.name)
         try:
             if found is None:
-                raise device_error(errno.ENODEV, doing, "somebody removed it")
+                raise device_error(errno.ENODEV, doing, "another program removed it")
             return await self._settle(found, config, addresses)
-        except BaseException:  # half made it is of no use
+        except BaseException:  # do not leave a device that is not configured
             if found is not None:
                 with contextlib.suppress(DeviceError):
                     await self._delete(found)
             raise
 
-    async def remove(self, name: str) -> None:
-        """Remove the device with all that goes through it, and the routes straight to its peers.
-        Nothing happens if there is none. DeviceError: it is not a VXLAN device."""
+    async def remove(self, name: str, network: IPNetwork | None = None) -> None:
+        """Remove the device with all its entries, and our routes that bypass it; ``network`` as in
+        VxlanConfig. Do nothing if there is no such device. DeviceError: it is not a VXLAN device.
+        """
         found = await self._find(name)
         if found is None:
             return
         if found.kind != KIND:
             raise device_error(errno.EEXIST, f"removing {name}", "it is not a VXLAN device")
 
-        def take_routes(entries: EntrySocket) -> list[str]:
+        def remove_routes(entries: EntrySocket) -> list[str]:
             return entries.delete(Entries(routes=entries.read().routes))
 
-        device = VxlanDevice(name, found.index, found.mac, found.mtu, found.version)
-        for sentence in await self._entries(f"removing {name}", device, take_routes):
+        device = VxlanDevice(name, found.index, found.mac, found.mtu, found.version,
+                             network)
+        for sentence in await self._entries(f"removing {name}", device, remove_routes):
             log.warning("%s", sentence)
         await self._delete(found)
 
@@ -165,8 +194,11 @@ class Vxlan:
     async def sync(
         self, device: VxlanDevice, peers: Iterable[VxlanPeer]
     ) -> tuple[PeerFailure, ...]:
-        """Make these the peers of the device: reads what is there, applies the difference. A peer
-        that the kernel refuses is returned; all others are in force. DeviceError: none may be."""
+        """Make these the only peers of the device: read its entries and apply the difference.
+
+        Return the peers that the kernel refused; all others are active. DeviceError: perhaps none
+        is.
+        """
         put = tuple(peers)
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
@@ -174,13 +206,13 @@ class Vxlan:
             return self._apply(device, Application(entries, Entries(), entries.read(), trust=True),
                                put)
 
-        return await self._entries(f"telling {device.name} its peers", device, work)
+        return await self._entries(f"setting the peers of {device.name}", device, work)
 
     async def change(
         self, device: VxlanDevice, put: Iterable[VxlanPeer] = (), remove: Iterable[IPNetwork] = (),
     ) -> tuple[PeerFailure, ...]:
-        """Remove the peers of some subnets, add or change others. As ``sync``, but what is there
-        is remembered, not read, and whatever is put is sent."""
+        """Remove the peers of some subnets, and add or change others. As ``sync``, but the present
+        entries are remembered instead of read, and every peer in ``put`` is sent."""
         peers = tuple(put)
         touched = {*remove, *(peer.subnet for peer in peers)}
 
@@ -197,27 +229,50 @@ class Vxlan:
         application.put(peers, device.name, device.version)
         for sentence in application.clear():
             log.warning("%s: %s", device.name, sentence)
-        self._known[device.index] = application.now  # unless it failed: then read again
+        self._known[device.index] = application.now  # if it fails, the next call reads the entries
         return tuple(application.failures)
 
     async def _entries(
         self, doing: str, device: VxlanDevice, work: Callable[[EntrySocket], T]
     ) -> T:
-        """Run ``work`` on the entries of the device. All of it is one turn of the netlink thread,
-        so that calls that come together do not mix."""
+        """Run ``work`` on the entries of the device, as one job of the netlink thread: concurrent
+        calls do not mix."""
         async def job(_: Any) -> T:
             try:
-                there = socket.if_nametoindex(device.name) == device.index
+                exists = socket.if_nametoindex(device.name) == device.index
             except OSError:
-                there = False
-            if not there:
+                exists = False
+            if not exists:
                 raise OSError(errno.ENODEV, "")
             with RouteSocket() as netlink:
-                return work(EntrySocket(netlink, device.index, device.version))
+                return work(EntrySocket(
+                    netlink, device.index, device.version, device.network))
 
         return await self._netlink.work(doing, job)
 
-    # -- pieces -----------------------------------------------------------------------------------
+    # -- steps ------------------------------------------------------------------------------------
+
+    async def _remove_probe(self) -> None:
+        found = await self._find(PROBE_NAME)
+        if found is not None:
+            await self._delete(found)
+
+    async def _holder(self, config: VxlanConfig) -> str | None:
+        """Return the name of the device that has the VNI and port of ``config``."""
+        wanted = _options(config)
+
+        async def search(ipr: Any) -> str | None:
+            async for message in await ipr.link("dump"):
+                found = _Found.read(message)
+                if found.kind == KIND and found.version == config.local.version and all(
+                    found.options.get(f"IFLA_{option.upper()}") == wanted[option]
+                    for option in ("vxlan_id", "vxlan_port")
+                ):
+                    return found.name
+            return None
+
+        return await self._netlink.work("looking for VXLAN devices", search)
+
 
     async def _find(self, name: str) -> _Found | None:
         async def get(ipr: Any) -> _Found:
@@ -258,27 +313,27 @@ class Vxlan:
     async def _settle(
         self, found: _Found, config: VxlanConfig, addresses: Iterable[IPAddress] | None
     ) -> VxlanDevice:
-        """Give the device what can be changed while it lives."""
+        """Apply the settings that an existing device can change."""
         name, index, version = found.name, found.index, config.local.version
         mac = (config.mac or found.mac).lower()
         if found.mtu != config.mtu:
             await self._set(f"setting up {name}: MTU {config.mtu}", index, mtu=config.mtu)
         if found.mac != mac:
             await self._set(f"setting up {name}: MAC {mac}", index, address=mac)
-        await self._quieten(name, index, version == 6)
+        await self._isolate(name, index, version == 6)
         if addresses is not None:
             await self._set_addresses(name, index, frozenset(addresses))
         if not found.up:
             await self._set(f"bringing up {name}", index, flags=IFF_UP, change=IFF_UP)
-        return VxlanDevice(name, index, mac, config.mtu, version)
+        return VxlanDevice(name, index, mac, config.mtu, version, config.network)
 
-    async def _quieten(self, name: str, index: int, wants_v6: bool) -> None:
-        """Who is behind the device is told, not asked: no link-local address, no solicitations,
-        and what a peer advertises is not believed."""
+    async def _isolate(self, name: str, index: int, wants_v6: bool) -> None:
+        """Turn off IPv6 autoconfiguration: peers are configured, not discovered. No link-local
+        address, no solicitations, and router advertisements of peers are ignored."""
         conf = Path("/proc/sys/net/ipv6/conf", name)
         if not conf.exists():  # this host has no IPv6
             return
-        with contextlib.suppress(OSError):  # read-only in a container: then as the host has it
+        with contextlib.suppress(OSError):  # read-only in a container: the host's value stays
             (conf / "accept_ra").write_text("0")
             if wants_v6:
                 (conf / "disable_ipv6").write_text("0")
@@ -301,9 +356,9 @@ class Vxlan:
             f"reading the addresses of {name}", read) if not address.is_link_local}
         wanted = {ipaddress.ip_interface(address) for address in addresses}
         for address in present - wanted:
-            await self._address(f"taking {address} from {name}", "del", index, address)
+            await self._address(f"removing {address} from {name}", "del", index, address)
         for address in wanted - present:
-            await self._address(f"giving {name} {address}", "add", index, address)
+            await self._address(f"adding {address} to {name}", "add", index, address)
 
     async def _address(self, doing: str, verb: str, index: int, address: IPInterface) -> None:
         async def change(ipr: Any) -> None:
@@ -316,7 +371,7 @@ class Vxlan:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A device as the kernel describes it. version: of a VXLAN device's underlay."""
+    """A device as the kernel reports it. version: IP version of a VXLAN device's underlay."""
 
     name: str
     index: int
@@ -341,14 +396,14 @@ class _Found:
         )
 
 
-# What a device is made with and must have to be adopted: pyroute2's name, ours.
+# Settings that a device must have to be adopted: pyroute2's name, and ours for error texts.
 OPTIONS = {
     "vxlan_id": "VNI", "vxlan_port": "port", "vxlan_link": "underlay interface",
     "vxlan_local": "local address", "vxlan_local6": "local address",
     "vxlan_learning": "learning", "vxlan_gbp": "GBP",
 }
-# What it must not have, since packets would take another way than the one told.
-STRANGE = {
+# Settings that it must not have: packets would not go where its entries say.
+FORBIDDEN = {
     "vxlan_group": "group", "vxlan_group6": "group", "vxlan_l2miss": "L2 misses",
     "vxlan_l3miss": "L3 misses", "vxlan_proxy": "ARP proxy",
     "vxlan_collect_metadata": "external control",
@@ -368,27 +423,27 @@ def _options(config: VxlanConfig) -> dict[str, Any]:
     return options
 
 
-def _misfit(found: _Found, config: VxlanConfig) -> str:
-    """What about the device is not as told and cannot be changed while it lives; "" if nothing."""
+def _mismatch(found: _Found, config: VxlanConfig) -> str:
+    """Return a setting that differs and that an existing device cannot change; "" if none."""
     if found.kind != KIND:
-        return "a device that is not a VXLAN device has the name"
+        return "a device that is not a VXLAN device has this name"
     wanted = _options(config)
-    for option, name in {**OPTIONS, **STRANGE}.items():
+    for option, name in {**OPTIONS, **FORBIDDEN}.items():
         has = found.options.get(f"IFLA_{option.upper()}")
         if has != wanted.get(option) and (has or wanted.get(option)):
-            return f"{name} {has} where {wanted.get(option)} is wanted"
+            return f"{name} {has} instead of {wanted.get(option)}"
     return ""
 
 
 def _default_port() -> int:
     try:
         return int(DEFAULT_PORT_FILE.read_text())
-    except OSError:  # the module is not loaded, or /sys not mounted
+    except OSError:  # the module is not loaded, or /sys is not mounted
         return DEFAULT_PORT
 
 
 def _random_mac() -> str:
-    """A unicast one of local administration. Given, not left to the kernel: udev would replace
-    one that the kernel made, after peers have been told of it."""
+    """Return a unicast MAC address, locally administered. The kernel does not choose it, because
+    udev would replace it after peers have learned it."""
     first, *rest = os.urandom(6)
     return bytes([first & 0xFE | 0x02, *rest]).hex(":")

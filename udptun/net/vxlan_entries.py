@@ -1,8 +1,8 @@
-"""What the kernel holds for the peers of a VXLAN device: read it, and change it in bulk.
+"""The kernel's entries for the peers of a VXLAN device: read them, and change them in bulk.
 
-Owns three tables of a device, and of those peers only: permanent neighbours, forwarding entries,
-routes. Keys and values are bytes as they stand in netlink messages, so that thousands are compared
-and sent without an object for each. Refuses to know who the peers are. Threading rule: as
+Owns: three tables of a device, and in them only the entries of peers: permanent neighbours, FDB
+entries, routes. Keys and values are bytes as in netlink messages, so that thousands are compared
+and sent without an object for each. Does not know who the peers are. Threading rule: as
 ``RouteSocket``.
 """
 
@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..model import IPNetwork
 from .batch import Refusal, Request, RouteSocket, attributes
 
 # linux/netlink.h, linux/rtnetlink.h
@@ -23,29 +24,29 @@ RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
-RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255  # the latter matches any
+RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255  # in a request to delete, the latter matches any
 RTPROT_KERNEL = 2
-RTPROT_UDPTUN = 85  # marks what is ours; nobody else is known to use it
+RTPROT_UDPTUN = 85  # marks our routes; no other program is known to use it
 # linux/neighbour.h
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NUD_PERMANENT, NTF_SELF = 0x80, 0x02
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 AF_BRIDGE = 7
-# The kernel's metric for a route that is given none; another one's route is not ours to touch.
+# The metric that the kernel gives to a route without one; routes with another metric are not ours.
 METRIC = {4: 0, 6: 1024}
 
 NDMSG = struct.Struct("=B3xiHBB")  # family, interface, state, flags, type
 RTMSG = struct.Struct("=8BI")  # family, lengths 2, TOS, table, protocol, scope, type; flags
 NUMBER = struct.Struct("=I")
 NUMBER_ATTRIBUTE = struct.Struct("=HHI")
-# The whole body of a request: the above, then attributes, by IP version.
+# A whole request body: one of the headers above, then attributes. By IP version.
 NEIGHBOUR = {version: struct.Struct(f"{NDMSG.format}HH{size}sHH6s2x")
              for version, size in ((4, 4), (6, 16))}
 MAC_ONLY = struct.Struct(f"{NDMSG.format}HH6s2x")
 ROUTE = {version: struct.Struct(f"{RTMSG.format}HH{size}sHH{size}sHHI")
          for version, size in ((4, 4), (6, 16))}
 LINK_ROUTE = struct.Struct(f"{RTMSG.format}HH16sHHI")
-ON_LINK = b""  # in the place of a next hop
+ON_LINK = b""  # instead of a next hop
 
 Prefix = tuple[bytes, int]  # network address, length in bits
 
@@ -56,10 +57,10 @@ class Entries:
 
     neighbours  address in the overlay -> MAC
     forwarding  MAC -> address on the underlay
-    routes      prefix -> next hop; through the device if that is the prefix's own base address,
-                else straight to a peer. ON_LINK: the base address itself is behind the device,
-                which the kernel must know before it takes an IPv6 next hop there, if any other
-                route leads to that address
+    routes      prefix -> next hop: through the device if it is the prefix's own base address, else
+                straight to a peer's endpoint. ON_LINK: the base address itself is behind the
+                device. The kernel needs that route before it accepts an IPv6 next hop there, if
+                another route matches the address
     """
 
     neighbours: dict[bytes, bytes] = field(default_factory=dict)
@@ -68,39 +69,60 @@ class Entries:
 
 
 class EntrySocket:
-    """The tables of one device. version: of its underlay, and of what it carries."""
+    """The tables of one device.
 
-    def __init__(self, netlink: RouteSocket, index: int, version: int) -> None:
+    version  IP version of its underlay, and of what it carries
+    network  of the overlay, to recognise our routes that bypass the device; None: by their
+             protocol only
+    """
+
+    def __init__(
+        self, netlink: RouteSocket, index: int, version: int, network: IPNetwork | None = None
+    ) -> None:
         self._netlink, self._index, self._version = netlink, index, version
+        self._network = network
 
     def read(self) -> Entries:
-        """What is there now. OSError."""
+        """Return the present entries. OSError."""
         found = Entries()
         for address, mac in self._neighbours(FAMILY[self._version]):
             found.neighbours[address] = mac
         for address, mac in self._neighbours(AF_BRIDGE):
-            if any(mac) and not mac[0] & 1:  # others stand for broadcast and groups
+            if any(mac) and not mac[0] & 1:  # not those for broadcast and multicast
                 found.forwarding[mac] = address
         for prefix, next_hop, index, protocol in self._routes():
-            if protocol == RTPROT_UDPTUN or (index == self._index and next_hop != ON_LINK):
+            if self._is_ours(prefix, next_hop, index, protocol):
                 found.routes[prefix] = next_hop
         return found
 
+    def _is_ours(self, prefix: Prefix, next_hop: bytes, index: int, protocol: int) -> bool:
+        if index == self._index:
+            return protocol == RTPROT_UDPTUN or next_hop != ON_LINK
+        return protocol == RTPROT_UDPTUN and self._in_network(prefix)
+
+    def _in_network(self, prefix: Prefix) -> bool:
+        if self._network is None:
+            return True
+        base, length = prefix
+        shift = self._network.max_prefixlen - self._network.prefixlen
+        same = (int.from_bytes(base) ^ int(self._network.network_address)) >> shift == 0
+        return same and length >= self._network.prefixlen
+
     def put_neighbours(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
-        """Each (address, MAC), in place of what stands for the address. OSError."""
+        """Set each (address, MAC), replacing the entry of that address. OSError."""
         return self._send([self._neighbour(*item) for item in items])
 
     def put_forwarding(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
-        """Each (MAC, address on the underlay), in place of what stands for the MAC. OSError."""
+        """Set each (MAC, address on the underlay), replacing the entry of that MAC. OSError."""
         return self._send([self._forwarding(*item) for item in items])
 
     def put_routes(
         self, items: Iterable[tuple[Prefix, bytes]], ours: dict[Prefix, bytes]
     ) -> list[Refusal | None]:
-        """Each (prefix, next hop), in place of any route to the prefix except the kernel's own:
-        that one leads to a network that this host is on. OSError.
+        """Set each (prefix, next hop), replacing any route to the prefix except one of the kernel:
+        that prefix is a network that this host is attached to. OSError.
 
-        ours  what is there already of ours, to be replaced without looking
+        ours  our present routes: these are replaced without a check
         """
         wanted = list(items)
         refused = self._send([
@@ -114,7 +136,8 @@ class EntrySocket:
                        if protocol == RTPROT_KERNEL}
             for at in taken:
                 if (holder := kernels.get(wanted[at][0])) is not None:
-                    refused[at] = Refusal(errno.EEXIST, f"this host is on it, at {_name(holder)}")
+                    refused[at] = Refusal(
+                        errno.EEXIST, f"this host is attached to it by {_name(holder)}")
             again = [at for at in taken if wanted[at][0] not in kernels]
             results = self._send([self._route(*wanted[at], NLM_F_REPLACE) for at in again])
             for at, result in zip(again, results, strict=True):
@@ -122,17 +145,17 @@ class EntrySocket:
         return refused
 
     def delete(self, entries: Entries) -> list[str]:
-        """Remove these, routes first; sentences about those that the kernel keeps. OSError."""
+        """Remove these, routes first. Return a sentence for each that the kernel kept. OSError."""
         requests = [
             *(self._route(prefix, hop, None) for prefix, hop in entries.routes.items()),
             *(self._neighbour(address, mac, RTM_DELNEIGH)
               for address, mac in entries.neighbours.items()),
-            *(self._no_forwarding(mac) for mac in entries.forwarding),
+            *(self._delete_forwarding(mac) for mac in entries.forwarding),
         ]
         names = [
             *(f"the route to {_text(prefix[0])}/{prefix[1]}" for prefix in entries.routes),
             *(f"the neighbour {_text(address)}" for address in entries.neighbours),
-            *(f"the forwarding entry {mac.hex(':')}" for mac in entries.forwarding),
+            *(f"the FDB entry {mac.hex(':')}" for mac in entries.forwarding),
         ]
         return [
             f"removing {name}: {refusal}"
@@ -158,8 +181,8 @@ class EntrySocket:
             4 + len(address), NDA_DST, address, 4 + 6, NDA_LLADDR, mac,
         ))
 
-    def _no_forwarding(self, mac: bytes) -> Request:
-        """Wherever the MAC leads."""
+    def _delete_forwarding(self, mac: bytes) -> Request:
+        """Delete the entry of this MAC, whatever its address."""
         return Request(RTM_DELNEIGH, 0, MAC_ONLY.pack(
             AF_BRIDGE, self._index, NUD_PERMANENT, NTF_SELF, 0, 4 + 6, NDA_LLADDR, mac))
 
@@ -183,7 +206,7 @@ class EntrySocket:
     # -- dumps ------------------------------------------------------------------------------------
 
     def _neighbours(self, family: int) -> Iterable[tuple[bytes, bytes]]:
-        """(address, MAC) of each permanent neighbour or forwarding entry of the device."""
+        """Yield (address, MAC) of each permanent neighbour or FDB entry of the device."""
         request = NDMSG.pack(family, 0, 0, 0, 0) + NUMBER_ATTRIBUTE.pack(
             8, NDA_IFINDEX, self._index)
         for body in self._netlink.dump(RTM_GETNEIGH, request):
@@ -194,8 +217,8 @@ class EntrySocket:
                     yield bytes(found[NDA_DST]), bytes(found[NDA_LLADDR])
 
     def _routes(self) -> Iterable[tuple[Prefix, bytes, int, int]]:
-        """Prefix, next hop, interface and protocol of each route of the main table
-        that one of ours could stand for. The default routes are not."""
+        """Yield prefix, next hop, interface and protocol of each route of the main table that has
+        the same key as one of ours could have. Default routes do not."""
         request = RTMSG.pack(FAMILY[self._version], 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
         for body in self._netlink.dump(RTM_GETROUTE, request):
             _, length, _, tos, table, protocol, _, kind, _ = RTMSG.unpack_from(body)

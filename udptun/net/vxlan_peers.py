@@ -1,8 +1,8 @@
-"""Peers of a VXLAN device: what one is, and how a set of them becomes the kernel's entries.
+"""Peers of a VXLAN device, and their translation into the kernel's entries.
 
-Owns the order in which entries come and go, and the rule that a peer which is not wholly in force
-has no route, so that its packets take another way. Refuses to know the device and netlink's form.
-Threading rule: as ``EntrySocket``.
+Owns: the order in which entries are added and removed, and the rule that a peer has a route only if
+all its entries are active, so that its packets take another path otherwise. Does not know the
+device or netlink's format. Threading rule: as ``EntrySocket``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE | re.ASCII)
 
 
 def parse_mac(field: str, value: str) -> bytes:
-    """The bytes of one host's MAC, "aa:bb:cc:dd:ee:ff". FieldError."""
+    """Return the bytes of one host's MAC, "aa:bb:cc:dd:ee:ff". FieldError."""
     mac = bytes.fromhex(value.replace(":", "")) if MAC.fullmatch(value) else b""
     if not any(mac) or mac[0] & 1:
         raise FieldError(field, value, "the MAC of one host, such as 5e:23:52:e4:f8:7b")
@@ -30,10 +30,10 @@ def parse_mac(field: str, value: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class VxlanPeer:
-    """A subnet behind a peer. FieldError: ``mac`` is not one host's.
+    """A subnet of a peer. FieldError: ``mac`` is not that of one host.
 
     mac     of the peer's device, "aa:bb:cc:dd:ee:ff" (VtepMAC of its lease)
-    direct  route straight to ``endpoint`` if it is on the link, encapsulate only if it is not
+    direct  route straight to ``endpoint`` if it is on the link; encapsulate only if it is not
     """
 
     subnet: IPNetwork
@@ -50,15 +50,15 @@ class VxlanPeer:
 
 @dataclass(frozen=True, slots=True)
 class PeerFailure:
-    """A peer that is not reached by this device, and why. No route to it is left there."""
+    """A peer that this device does not reach, and why. It has no route through the device."""
 
     peer: VxlanPeer
     error: DeviceError | FieldError
 
 
 def take(entries: Entries, subnets: Iterable[IPNetwork]) -> Entries:
-    """Take out what there is for these subnets, and return it. A MAC may stand for other subnets
-    too: what is known of it is returned and stays."""
+    """Remove the entries of these subnets from ``entries``, and return them. The FDB entry of a MAC
+    is returned and also stays: other subnets may use the MAC."""
     taken = Entries()
     for subnet in subnets:
         base = subnet.network_address.packed
@@ -74,7 +74,7 @@ def take(entries: Entries, subnets: Iterable[IPNetwork]) -> Entries:
 
 @dataclass(eq=False, slots=True)
 class _Row:
-    """A peer in the kernel's terms."""
+    """A peer as bytes for the kernel."""
 
     peer: VxlanPeer
     prefix: Prefix
@@ -83,12 +83,12 @@ class _Row:
 
 
 class Application:
-    """Put peers in force, and take away what is of no more use.
+    """Add peers, and remove entries that are no longer used.
 
-    now       the entries that stay; becomes what is in force
-    former    those that are to go, unless they are put again
-    trust     the kernel has what ``former`` says: it need not be sent again
-    failures  the peers that are not in force
+    now       the entries that stay; ``put`` adds those that are active
+    former    the entries to remove unless ``put`` needs them again
+    trust     the kernel is known to have ``former``: do not send these entries again
+    failures  the peers that are not active
     """
 
     def __init__(self, socket: EntrySocket, now: Entries, former: Entries, *, trust: bool) -> None:
@@ -97,20 +97,21 @@ class Application:
         self._socket, self._former, self._trust = socket, former, trust
 
     def put(self, peers: Iterable[VxlanPeer], device: str, version: int) -> None:
-        """Each entry after what it needs: a route without its neighbour would have the kernel ask
-        who is there. OSError.
+        """Add each entry after those that it needs: a route without a neighbour entry would make
+        the kernel send solicitations. OSError.
 
-        version  of the device's underlay, and of the subnets it carries
+        version  IP version of the device's underlay, and of the subnets it carries
         """
         rows = [
             _Row(peer, (peer.subnet.network_address.packed, peer.subnet.prefixlen),
                  parse_mac("VtepMAC", peer.mac), peer.endpoint.packed)
             for peer in peers if self._fits(peer, device, version)
         ]
-        # The kernel itself knows what is on the link: it refuses a next hop that is not.
+        # The kernel knows what is on the link: it refuses a next hop that is not.
         off_link = self._put_routes(
             (row, row.prefix, row.endpoint) for row in rows if row.peer.direct)
-        through = self._own_macs([row for row in rows if not row.peer.direct or row in off_link])
+        through = self._with_unique_macs(
+            [row for row in rows if not row.peer.direct or row in off_link])
         refused = self._put_macs(through)
         if version == 6:
             refused |= self._put_routes(
@@ -124,7 +125,7 @@ class Application:
             self._withdraw(row)
 
     def clear(self) -> list[str]:
-        """Take away what is former and not in force; sentences about what the kernel keeps.
+        """Remove former entries that are not used. Return a sentence for each that the kernel kept.
         OSError."""
         now, former = self.now, self._former
         used = set(now.neighbours.values())
@@ -145,19 +146,19 @@ class Application:
                 return False
         return True
 
-    def _own_macs(self, rows: Iterable[_Row]) -> list[_Row]:
-        """Those whose MAC does not stand for another endpoint: the kernel has one for each."""
+    def _with_unique_macs(self, rows: Iterable[_Row]) -> list[_Row]:
+        """Return the rows whose MAC no other endpoint has: the FDB has one endpoint per MAC."""
         holders: dict[bytes, _Row] = {}
-        sound = []
+        unique = []
         for row in rows:
             holder = holders.setdefault(row.mac, row)
             if holder.endpoint == row.endpoint:
-                sound.append(row)
+                unique.append(row)
             else:
-                expected = f"a MAC of its own ({holder.peer} has it)"
+                expected = f"a MAC that no other peer has ({holder.peer} has it)"
                 self.failures.append(PeerFailure(
                     row.peer, FieldError("VtepMAC", row.peer.mac, expected)))
-        return sound
+        return unique
 
     def _put_macs(self, rows: Sequence[_Row]) -> dict[_Row, Refusal]:
         now, former = self.now, self._former
@@ -176,7 +177,7 @@ class Application:
         return refused
 
     def _withdraw(self, row: _Row) -> None:
-        """Leave to ``clear`` what came into force of a peer of which the rest did not."""
+        """Let ``clear`` remove the active entries of a peer that has failed."""
         now, former = self.now, self._former
         base = row.prefix[0]
         now.neighbours.pop(base, None)

@@ -19,12 +19,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from ...errors import UdptunError
 from ...leases.advert import Advert
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
 from ...model import IPAddress, IPNetwork
 from ..host.interface import Underlay
+
+
+class InstanceConflict(UdptunError):
+    """Another instance on this host uses what this one needs."""
+
 
 P = TypeVar("P")  # how this backend reaches one subnet: its own type of path
 
@@ -111,7 +117,7 @@ class Backend(ABC, Generic[P]):
         """Create what our lease has to name, and return "" or why that is not possible.
 
         mtu  the largest inner packet, in bytes
-        FieldError: the configuration is not valid.
+        FieldError: the configuration is not valid. InstanceConflict.
         """
 
     @abstractmethod

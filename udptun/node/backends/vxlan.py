@@ -10,22 +10,34 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, ClassVar
 
 from ...errors import DeviceError, FieldError
+from ...instance import Instance
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
 from ...model import IPAddress, IPNetwork
 from ...net.netlink import Netlink
-from ...net.vxlan import OVERHEAD, PeerFailure, Vxlan, VxlanConfig, VxlanDevice, VxlanPeer
+from ...net.vxlan import (
+    OVERHEAD,
+    PeerFailure,
+    VniInUse,
+    Vxlan,
+    VxlanConfig,
+    VxlanDevice,
+    VxlanPeer,
+)
 from ..config import NodeConfig
-from .base import Attempt, Backend, LeaseData, PeerNode, Reach, Site
+from .base import Attempt, Backend, InstanceConflict, LeaseData, PeerNode, Reach, Site
 
 log = logging.getLogger(__name__)
 
 TYPE = "vxlan"  # flannel's BackendType
+NO_NETWORK = {4: IPv4Network("0.0.0.0/32"), 6: IPv6Network("::/128")}  # contains no subnet
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +83,14 @@ class VxlanBackend(Backend[VxlanPeer]):
         self._refused: dict[IPNetwork, str] = {}
 
     def device_names(self, network: NetConfig) -> tuple[str, ...]:
-        return tuple(self._instance.vxlan_device(network.vni, version) for version in (4, 6))
+        return tuple(name for version in (4, 6) if (name := self._device(network, version)))
+
+    def _device(self, network: NetConfig, version: int) -> str | None:
+        """Return the device's name; None: the name is too long, so there is no such device."""
+        try:
+            return self._instance.vxlan_device(network.vni, version)
+        except FieldError:
+            return None
 
     def overhead(self, site: Site) -> int:
         return max(OVERHEAD[net.version] for net in site.network.networks)
@@ -88,6 +107,14 @@ class VxlanBackend(Backend[VxlanPeer]):
                     return why
                 self._devices[version] = await self._vxlan.ensure(config)
                 self._configs[version] = config
+        except VniInUse as exc:
+            owner = Instance.of_vxlan_device(exc.holder, site.network.vni)
+            if owner is None:
+                return str(exc)
+            raise InstanceConflict(
+                f"{exc}: it belongs to the instance {owner.name} of udptun, or to flannel; give "
+                "this network another VNI"
+            ) from None
         except DeviceError as exc:
             return str(exc)
         return ""
@@ -95,17 +122,16 @@ class VxlanBackend(Backend[VxlanPeer]):
     def _wanted(self, site: Site, mtu: int) -> list[VxlanConfig]:
         """Return the devices to create, one per IP version of the network."""
         network, underlay = site.network, site.underlay
-        locals_: tuple[tuple[IPAddress | None, bool], ...] = (
-            (underlay.address, network.network is not None),
-            (underlay.address6, network.network6 is not None),
+        pairs: tuple[tuple[IPAddress | None, IPNetwork | None], ...] = (
+            (underlay.address, network.network), (underlay.address6, network.network6),
         )
         return [
             VxlanConfig(
                 self._instance.vxlan_device(network.vni, local.version), network.vni,
                 network.vxlan_port, underlay.index, local, mtu, network.learning, network.gbp,
-                _former_mac(site.former, local.version),
+                _former_mac(site.former, local.version), overlay,
             )
-            for local, wanted in locals_ if wanted and local is not None
+            for local, overlay in pairs if local is not None and overlay is not None
         ]
 
     def lease_data(self, mtu: int) -> LeaseData:
@@ -130,9 +156,14 @@ class VxlanBackend(Backend[VxlanPeer]):
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:
         """Remove our devices: their routes would take precedence over the TUN's."""
         if self._devices or (former is not None and former.backend_type == TYPE):
-            for name in self.device_names(network):
-                await self._vxlan.remove(name)
+            await self._remove_devices(network)
         self._devices, self._configs, self._peers, self._refused = {}, {}, {}, {}
+
+    async def _remove_devices(self, network: NetConfig, attempt: Attempt = nullcontext) -> None:
+        for version, overlay in ((4, network.network), (6, network.network6)):
+            if name := self._device(network, version):
+                with attempt():
+                    await self._vxlan.remove(name, overlay or NO_NETWORK[version])
 
     # -- peers ------------------------------------------------------------------------------------
 
@@ -190,9 +221,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         # Unless our own lease named the device, it belongs to a stock flannel.
         if known is None or known.lease is None or known.lease.attributes.backend_type != TYPE:
             return
-        for name in self.device_names(known.network):
-            with attempt():
-                await self._vxlan.remove(name)
+        await self._remove_devices(known.network, attempt)
 
     @property
     def _prepared(self) -> Site:
