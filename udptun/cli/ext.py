@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import FieldError, UdptunError
-from ..instance import DEFAULT_INSTANCE, Instance
+from ..instance import Instance
 from ..model import DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_TUN_MTU
 from .lazy import failure_of
-from .options import LISTEN, Parsed, named_socket, remember, socket
+from .options import LISTEN, connection, instance_of, named_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,11 +40,6 @@ _state_dir = click.option(
     "--state-dir", type=click.Path(path_type=Path), envvar="UDPTUN_EXT_STATE_DIR",
     show_envvar=True,
     help=f"Directory for the forwarder's routes and log.  [default: {Instance().state_dir}]",
-)
-_instance = click.option(
-    "--instance", type=Parsed("name", Instance), default=DEFAULT_INSTANCE, show_default=True,
-    envvar=["UDPTUN_EXT_INSTANCE", "UDPTUN_INSTANCE"], metavar="NAME", callback=remember,
-    help="Names the device, socket and files, so that several overlays can run on one host.",
 )
 _forwarder = click.option(
     "--forwarder", type=click.Choice(["spawn", "external"]), default="spawn", show_default=True,
@@ -79,32 +74,28 @@ def advertise(port: int, mtu: int | None) -> None:
 @_port
 @_mtu
 @_state_dir
-@_instance
 @_forwarder
-@socket
+@connection
 @click.pass_context
 def up(
     ctx: click.Context, tun: str | None, listen: Endpoint | None, port: int, mtu: int | None,
-    state_dir: Path | None, instance: Instance, forwarder: str,
+    state_dir: Path | None, forwarder: str,
 ) -> None:
     """Make a forwarder run with this node's lease (PostStartupCommand).
 
     Reads NETWORK, SUBNET and PUBLIC_IP. A forwarder that has the lease already is left alone. It
     keeps running when flanneld ends.
     """
-    extension = _extension(ctx, state_dir, instance, forwarder)
-    _do(lambda: extension.up(os.environ, tun or instance.tun, listen, port, mtu))
+    extension = _extension(ctx, state_dir, forwarder)
+    _do(lambda: extension.up(os.environ, tun or extension.instance.tun, listen, port, mtu))
 
 
 @ext.command()
 @_state_dir
-@_instance
 @_forwarder
-@socket
+@connection
 @click.pass_context
-def add(
-    ctx: click.Context, state_dir: Path | None, instance: Instance, forwarder: str
-) -> None:
+def add(ctx: click.Context, state_dir: Path | None, forwarder: str) -> None:
     """Route a peer's subnet to the peer (SubnetAddCommand).
 
     Reads SUBNET and PUBLIC_IP, and the peer's advertisement on standard input. A former route of
@@ -112,31 +103,27 @@ def add(
     """
     from ..node.extension import peer_route
 
-    extension = _extension(ctx, state_dir, instance, forwarder)
+    extension = _extension(ctx, state_dir, forwarder)
     _do(lambda: extension.add(peer_route(os.environ, sys.stdin.read())))
 
 
 @ext.command()
 @_state_dir
-@_instance
 @_forwarder
-@socket
+@connection
 @click.pass_context
-def remove(
-    ctx: click.Context, state_dir: Path | None, instance: Instance, forwarder: str
-) -> None:
+def remove(ctx: click.Context, state_dir: Path | None, forwarder: str) -> None:
     """Remove the route of a peer's subnet (SubnetRemoveCommand). Reads SUBNET."""
     from ..node.extension import peer_subnet
 
-    extension = _extension(ctx, state_dir, instance, forwarder)
+    extension = _extension(ctx, state_dir, forwarder)
     _do(lambda: extension.remove(peer_subnet(os.environ)))
 
 
-def _extension(
-    ctx: click.Context, state_dir: Path | None, instance: Instance, forwarder: str
-) -> Extension:
+def _extension(ctx: click.Context, state_dir: Path | None, forwarder: str) -> Extension:
     from ..node.extension import Extension
 
+    instance = instance_of(ctx)
     return Extension(
         (named_socket(ctx) or instance.control_socket()).absolute(),
         (state_dir or instance.state_dir).absolute(), spawned=forwarder == "spawn",

@@ -37,7 +37,8 @@ from .base import Attempt, Backend, InstanceConflict, LeaseData, PeerNode, Reach
 log = logging.getLogger(__name__)
 
 TYPE = "vxlan"  # flannel's BackendType
-NO_NETWORK = {4: IPv4Network("0.0.0.0/32"), 6: IPv6Network("::/128")}  # contains no subnet
+# Contains no subnet.
+NO_NETWORK: dict[int, IPNetwork] = {4: IPv4Network("0.0.0.0/32"), 6: IPv6Network("::/128")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,8 @@ class VxlanBackend(Backend[VxlanPeer]):
         self._devices, self._configs, self._peers, self._refused = {}, {}, {}, {}
 
     async def _remove_devices(self, network: NetConfig, attempt: Attempt = nullcontext) -> None:
-        for version, overlay in ((4, network.network), (6, network.network6)):
+        networks: dict[int, IPNetwork | None] = {4: network.network, 6: network.network6}
+        for version, overlay in networks.items():
             if name := self._device(network, version):
                 with attempt():
                     await self._vxlan.remove(name, overlay or NO_NETWORK[version])

@@ -114,10 +114,9 @@ def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen
 
     log.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-    of_instance = [] if instance.is_default else ["--instance", instance.name]
     with log.open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "udptun", "forward", *of_instance,
+            [sys.executable, "-m", "udptun", "forward", "--instance", instance.name,
              "--wait-for", str(forward_file)],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/",
             env=env,
