@@ -202,7 +202,7 @@ def test_cleanup_leaves_a_host_as_it_was(lab):
     pid = a.forwarder_pid()
     refused = a.host.run(a.argv("--cleanup"), check=False)
     assert refused.returncode == 1
-    assert "runs already" in refused.stderr
+    assert "already running" in refused.stderr
     a.clean_up()
     assert state() == before
     assert not alive(pid)
