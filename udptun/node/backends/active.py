@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..config import NodeConfig
 from ..host.interface import Underlay
 from ..status.report import NodeReport
 from . import AUTO, BACKENDS, MODES, create
-from .base import Backend, Reach, Site
+from .base import Backend, LeaseData, Reach, Site
 from .plan import Delta, LocalNode, Plan
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class ActiveBackends:
         self._report.backend, self._report.mtu = mode, mtu
         self._report.unavailable = {BACKENDS[name]: why for name, why in unavailable.items()}
         return Prepared(
-            site, mtu, self._attributes(site.underlay, mtu),
+            site, mtu, combine(site.underlay, [backend.lease_data(mtu) for backend in active]),
             tuple(backend.reach() for backend in active),
         )
 
@@ -117,18 +117,6 @@ class ActiveBackends:
             others = " or ".join(name for name in MODES if name != mode)
             raise FieldError("backend", mode, f"{others} with this source of leases: {no_data}")
         return mode
-
-    def _attributes(self, underlay: Underlay, mtu: int) -> Attributes:
-        """Combine the data of all active backends; the last one in the list sets the type."""
-        backend_type = ""
-        data: dict[int, dict[str, Any]] = {}
-        for backend in reversed(self._active):
-            published = backend.lease_data(mtu)
-            backend_type = backend_type or published.backend_type
-            for version, members in published.data.items():
-                data.setdefault(version, {}).update(members)
-        return Attributes(
-            underlay.public, underlay.public6, backend_type, data.get(4), data.get(6))
 
     async def settle(self, prepared: Prepared, lease: Lease) -> None:
         """Set up the active backends for our lease, and retire the others. DeviceError, OSError."""
@@ -194,6 +182,18 @@ class ActiveBackends:
         report.unreachable = dict(plan.unreachable)
         report.refused = {plan.key_of(subnet): why for backend in self._active
                           for subnet, why in backend.refused.items()}
+
+
+def combine(underlay: Underlay, published: Sequence[LeaseData]) -> Attributes:
+    """Return our lease's attributes, from the data of all active backends in the list's order. The
+    last one that has a type sets it."""
+    backend_type = ""
+    data: dict[int, dict[str, Any]] = {}
+    for one in reversed(published):
+        backend_type = backend_type or one.backend_type
+        for version, members in one.data.items():
+            data.setdefault(version, {}).update(members)
+    return Attributes(underlay.public, underlay.public6, backend_type, data.get(4), data.get(6))
 
 
 def _inner_mtu(site: Site, active: Collection[Backend[Any]]) -> int:

@@ -11,7 +11,7 @@ from udptun.node.status.metrics import Metrics
 from udptun.node.status.readiness import CHECKS
 from udptun.node.status.report import NodeReport
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "node.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "node.md"
 
 
 def samples(report: NodeReport) -> dict[str, float]:

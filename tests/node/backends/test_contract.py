@@ -1,0 +1,113 @@
+"""What every backend in the list has to do, and that nothing outside the room names one of them."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+
+from tests.node.daemon_host import NETWORK, Node
+from tests.own_netns import in_own_netns, sh
+from udptun.leases.base import Lease, Subnets
+from udptun.leases.cache import LastKnown
+from udptun.net.netlink import Netlink
+from udptun.node.backends import AUTO, BACKENDS, MODES, create
+from udptun.node.backends.active import combine
+from udptun.node.backends.base import Backend, LeaseData, Reach, Site
+from udptun.node.host.interface import choose
+from udptun.node.status.report import NodeReport
+
+ROOT = Path(__file__).resolve().parents[3]
+SUBNETS = Subnets(IPv4Network("10.244.1.0/24"))
+every = pytest.mark.parametrize("name", BACKENDS)
+
+
+@pytest.fixture
+def node_of(tmp_path, monkeypatch):
+    return lambda: Node(tmp_path, monkeypatch)
+
+
+@every
+@in_own_netns
+async def test_a_backend_goes_through_its_life_twice_and_leaves_nothing(name, node_of, tmp_path):
+    node = node_of()
+    before = sh("ip -o link"), sh("ip route"), {*tmp_path.rglob("*")}
+    report = NodeReport("etcd", node.store.health)
+    with Netlink() as netlink:
+        backend = create(name, node.config, netlink, report)
+        assert isinstance(backend, Backend)
+        assert backend.name == name
+        underlay = await choose(netlink, node.config.interface, True, False)
+        site = Site(NETWORK, underlay, optional=True)
+        mtu = underlay.mtu - backend.overhead(site)
+        assert 0 < mtu < underlay.mtu
+        for _ in range(2):
+            if why := await backend.prepare(site, mtu):
+                pytest.skip(f"not available here: {why}")
+            data, reach = backend.lease_data(mtu), backend.reach()
+            assert isinstance(data, LeaseData)
+            assert isinstance(reach, Reach)
+            assert reach.name == name
+            assert reach == backend.reach()
+            assert backend.lease_data(mtu) == data
+            attributes = combine(underlay, [data])
+            lease = Lease("own", SUBNETS, attributes)
+            await backend.settle(lease, mtu)
+            await backend.apply_all({})
+            await backend.apply({})
+            await backend.resync()
+            assert backend.refused == {}
+        errors = []
+
+        @contextlib.contextmanager
+        def attempt():
+            try:
+                yield
+            except OSError as exc:
+                errors.append(exc)
+
+        await backend.cleanup(LastKnown("etcd", NETWORK, lease, (lease,)), attempt)
+        assert errors == []
+        left = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert left <= before[2]
+        assert (sh("ip -o link"), sh("ip route")) == before[:2]
+        await backend.retire(NETWORK, attributes)
+
+
+@every
+@in_own_netns
+async def test_a_backend_that_is_not_used_changes_nothing(name, node_of):
+    node = node_of()
+    before = sh("ip -o link"), sh("ip route")
+    with Netlink() as netlink:
+        backend = create(name, node.config, netlink, NodeReport("etcd", node.store.health))
+        await backend.retire(NETWORK, None)
+        await backend.cleanup(None, contextlib.nullcontext)
+    assert (sh("ip -o link"), sh("ip route")) == before
+
+
+def test_the_modes_are_the_backends_and_auto():
+    assert (AUTO, *BACKENDS) == MODES
+
+
+@every
+def test_a_backend_is_documented(name):
+    (row,) = [line for line in (ROOT / "docs" / "node.md").read_text().splitlines()
+              if line.startswith("| `--backend")]
+    assert f"`{name}`" in row
+
+
+def test_no_module_outside_the_room_names_a_backend():
+    """Adding one must not need a change there."""
+    modules = [*(ROOT / "udptun" / "node").rglob("*.py"), ROOT / "udptun" / "cli" / "node.py"]
+    outside = [path for path in modules if path.parent.name != "backends"]
+    assert len(outside) > 15
+    named = [
+        f"{path.relative_to(ROOT)}:{constant.lineno}" for path in outside
+        for constant in ast.walk(ast.parse(path.read_text()))
+        if isinstance(constant, ast.Constant) and constant.value in BACKENDS
+    ]
+    assert named == []
