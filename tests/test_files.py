@@ -1,4 +1,4 @@
-"""Replacing a file: all of it or nothing, and nothing left beside it."""
+"""Replacing a file: completely or not at all, and without leftover files."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import pytest
 from udptun.files import replace_file
 
 
-def test_a_file_is_made_and_replaced(tmp_path):
+def test_a_file_is_created_and_replaced(tmp_path):
     path = tmp_path / "table"
     replace_file(path, [b"one\n", b"two\n"])
     assert path.read_bytes() == b"one\ntwo\n"
@@ -29,7 +29,7 @@ def test_the_mode_does_not_depend_on_the_umask(tmp_path, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
-def test_without_a_mode_the_umask_holds(tmp_path):
+def test_without_a_mode_the_umask_applies(tmp_path):
     before = os.umask(0o077)
     try:
         replace_file(tmp_path / "file", [b"x"])
@@ -43,7 +43,7 @@ def parts_that_fail():
     raise KeyError("the rest")
 
 
-def test_the_old_file_stands_when_a_part_cannot_be_made(tmp_path):
+def test_the_old_file_is_unchanged_when_a_part_fails(tmp_path):
     path = tmp_path / "file"
     replace_file(path, [b"old"])
     with pytest.raises(KeyError):
@@ -52,7 +52,7 @@ def test_the_old_file_stands_when_a_part_cannot_be_made(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_old_file_stands_when_the_disk_is_full(tmp_path, monkeypatch):
+def test_the_old_file_is_unchanged_when_the_disk_is_full(tmp_path, monkeypatch):
     path = tmp_path / "file"
     replace_file(path, [b"old"])
 
@@ -66,7 +66,7 @@ def test_the_old_file_stands_when_the_disk_is_full(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_stands_there_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
+def test_the_content_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     path = tmp_path / "file"
     synced = []
 
@@ -78,7 +78,7 @@ def test_what_stands_there_is_on_the_disk_before_it_has_the_name(tmp_path, monke
     assert synced == [(False, False), (True, True)]
 
 
-def test_several_writers_never_show_a_mixture(tmp_path):
+def test_several_writers_never_mix_their_content(tmp_path):
     path = tmp_path / "file"
     texts = [bytes([65 + i]) * 100_000 for i in range(4)]
     replace_file(path, [texts[0]])

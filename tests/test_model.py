@@ -24,7 +24,7 @@ networks = st.one_of(
 
 
 def is_host(address):
-    """Whether a datagram can be sent to it; what a next hop must be."""
+    """Return whether the address can be a next hop: a datagram can be sent to it."""
     try:
         return model.parse_next_hop("via", str(address)) == address
     except FieldError:
@@ -146,7 +146,7 @@ def test_bad_json(value: object, field: str) -> None:
     assert caught.value.field == field
 
 
-def test_host_bits_are_refused_with_what_was_meant() -> None:
+def test_host_bits_are_refused_with_the_prefix() -> None:
     with pytest.raises(FieldError, match=r"without host bits \(10\.0\.0\.0/8\)"):
         model.parse_prefix("dst", "10.1.2.3/8")
 
@@ -177,7 +177,7 @@ def test_docs_drops_md_is_up_to_date(pytestconfig: pytest.Config) -> None:
 # The package
 
 
-def test_public_names_are_where_they_are_said_to_be() -> None:
+def test_public_names_are_in_their_modules() -> None:
     assert set(udptun._HOME_OF) == set(udptun.__all__) - {"__version__"}
     assert set(udptun.__all__) <= set(dir(udptun))
     assert udptun.Route is Route
@@ -186,7 +186,7 @@ def test_public_names_are_where_they_are_said_to_be() -> None:
         _ = udptun.Nonsense
 
 
-def test_import_udptun_loads_nearly_nothing() -> None:
+def test_import_udptun_loads_little() -> None:
     script = """
 import sys
 before = set(sys.modules)

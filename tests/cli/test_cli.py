@@ -1,4 +1,4 @@
-"""The command line: words in, words and exit codes out, against a real control server."""
+"""The command line: arguments, output and exit codes, against a real control server."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_add_replace_del(udptun: Udptun) -> None:
     assert len(udptun.json("route list")["routes"]) == 1
 
 
-def test_adding_another_next_hop_fails_and_names_the_way(udptun: Udptun) -> None:
+def test_adding_another_next_hop_fails_and_suggests_replace(udptun: Udptun) -> None:
     udptun(f"route add {ROUTE}")
     result = udptun("route add 10.244.2.0/24 via 192.0.2.3")
     says(result, 1, "udptun: error:", "route_exists", "use `udptun route replace`")
@@ -247,7 +247,7 @@ def test_no_forwarder(tmp_path: Path, words: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_the_socket_is_named_by_either_option_or_the_environment(served: Served) -> None:
+def test_the_socket_comes_from_either_option_or_the_environment(served: Served) -> None:
     lost = Udptun(Path("/nonexistent"))
     assert lost("status").exit_code == 1
     assert lost(f"--socket {served.path} status").exit_code == 0
@@ -328,7 +328,7 @@ def test_duration(seconds: float, text: str) -> None:
     assert _duration(seconds) == text
 
 
-def test_table_of_nothing_but_absent_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_with_only_absent_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     echo_table(["A", "B"], [("x", None), ("yy", None)])
     assert capsys.readouterr().out == "A   B\nx   -\nyy  -\n"
 
@@ -354,7 +354,7 @@ def test_as_a_process(served: Served) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_watching_prints_each_event_as_it_comes_and_ends_with_the_forwarder(
+def test_watching_prints_each_event_at_once_and_ends_with_the_forwarder(
     served: Served,
 ) -> None:
     argv = [sys.executable, "-m", "udptun", "events", "-w", "-o", "json", "--socket",
@@ -403,7 +403,7 @@ HEAVY = {
     ],
 )
 def test_client_commands_import_little(served: Served, words: str, needs: set[str]) -> None:
-    """What makes a client command start fast; measuring the time itself would be no test."""
+    """Few imports make a client command start fast; the time itself depends on the machine."""
     script = f"""
 import sys
 from udptun.cli import cli

@@ -1,4 +1,4 @@
-"""``udptun forward``: what its options become, what they refuse, and what signals do.
+"""``udptun forward``: its options, their errors, and signals.
 
 The forwarder itself is a fake here, in a process of its own; tests/netns runs the real one.
 """
@@ -75,7 +75,7 @@ import udptun.forwarder
 from udptun.errors import DeviceError, FieldError
 
 class Fake:
-    """Says on stdout what it is asked; ``how`` is what goes wrong."""
+    """Prints each call on stdout; ``how`` selects a failure."""
 
     def __init__(self, config):
         self.config, self.how, self.stop = config, os.environ.get("HOW"), asyncio.Event()
@@ -192,7 +192,7 @@ def test_hup_reloads_and_usr1_logs_the_state() -> None:
         assert end(process)[0] == 0
 
 
-def test_a_route_file_that_does_not_parse_leaves_the_forwarder_running() -> None:
+def test_an_invalid_route_file_leaves_the_forwarder_running() -> None:
     with forwarding("--routes", "/r", how="reload") as process:
         line(process)
         process.send_signal(signal.SIGHUP)
@@ -235,7 +235,7 @@ def test_a_failure_is_one_line_and_exit_1(how: str, says: str) -> None:
     assert "Traceback" in err and says in err
 
 
-def test_a_bug_shows_itself() -> None:
+def test_an_unexpected_error_has_a_traceback() -> None:
     with forwarding(how="bug") as process:
         code, _, err = end(process)
     assert code == 1
@@ -341,7 +341,7 @@ def test_a_forwarder_runs_unlocked_where_it_cannot_lock(tmp_path: Path) -> None:
         assert "the instance udptun is not locked" in end(process)[2]
 
 
-def test_the_journal_keeps_its_own_time() -> None:
+def test_no_time_stamp_for_the_journal() -> None:
     with forwarding(JOURNAL_STREAM="8:1") as process:
         line(process)
         process.terminate()

@@ -1,6 +1,6 @@
-"""A forwarder that only remembers, and a real control server for it on a real loop and socket.
+"""A fake forwarder without a data plane, behind a real control server on a real loop and socket.
 
-Owns what the tests of control and of the command line need in the place of the data plane.
+Used by the tests of the control API and of the command line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORKER = {
 
 
 class FakeForwarder:
-    """The calls that control makes, on a dict of routes."""
+    """The methods that the control servers call, on a dict of routes."""
 
     def __init__(self) -> None:
         self.generation = 1
@@ -207,7 +207,7 @@ class LoopThread:
         assert not self._thread.is_alive()
 
     def run(self, make: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-        """Await ``make(*args)`` there."""
+        """Await ``make(*args)`` on that loop."""
 
         async def there() -> Any:
             return await make(*args)
@@ -215,7 +215,7 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(there(), self.loop).result(20)
 
     def call(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Call ``work(*args)`` there, between two turns of the loop."""
+        """Call ``work(*args)`` on that loop."""
 
         async def there() -> Any:
             return work(*args)
@@ -250,7 +250,7 @@ class Served:
         self._closing.result(20)
 
     def events(self, *events: dict[str, Any]) -> None:
-        """Emit all at once, before any reader gets a turn."""
+        """Emit all at once, before any reader runs."""
         self.thread.call(lambda: [self.forwarder.emit(event) for event in events])
 
 

@@ -1,4 +1,4 @@
-"""The calling end: against the real server, and against servers that misbehave."""
+"""The control client: against the real server, and against servers that misbehave."""
 
 import socket
 import sys
@@ -98,7 +98,7 @@ def test_recent_events(client: ControlClient) -> None:
     assert client.status()["generation"] == 2  # the client is of use again
 
 
-def test_following_waits_longer_than_for_an_answer(served: Served) -> None:
+def test_following_events_has_no_timeout(served: Served) -> None:
     with ControlClient(str(served.path), timeout=0.05) as client:
         events = client.events()
         next(events)
@@ -114,7 +114,7 @@ def test_stop_returns_when_the_socket_is_gone(client: ControlClient, served: Ser
 
 
 def test_stop_waits_for_the_process(tmp_path: Path) -> None:
-    """The server closes its connections first; its process has still to end."""
+    """The server closes its connections first; its process ends later."""
     import subprocess
 
     path = tmp_path / "udptun.sock"
@@ -158,7 +158,7 @@ def test_stale_socket(tmp_path: Path) -> None:
         ControlClient(str(path)).routes()
 
 
-def test_permission_denied_has_its_own_words(
+def test_permission_denied_has_its_own_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def connect(self: socket.socket, address: str) -> None:
@@ -169,7 +169,7 @@ def test_permission_denied_has_its_own_words(
         ControlClient(str(tmp_path / "x")).status()
 
 
-def test_path_that_no_socket_can_have(tmp_path: Path) -> None:
+def test_a_path_that_is_too_long_for_a_socket(tmp_path: Path) -> None:
     with pytest.raises(NoForwarder, match="too long"):
         ControlClient("/" + "x" * 200).status()
     (tmp_path / "file").write_text("")
@@ -182,7 +182,7 @@ def test_path_that_no_socket_can_have(tmp_path: Path) -> None:
 
 @contextmanager
 def serving(path: Path, *answers: Callable[[socket.socket], None]) -> Iterator[ControlClient]:
-    """One connection after the other, each given to the next of ``answers``."""
+    """Accept one connection after the other, and pass each to the next of ``answers``."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
@@ -218,12 +218,12 @@ def say(text: bytes, times: int = 1) -> Callable[[socket.socket], None]:
 DROPS = b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"drops":[]}'
 
 
-def test_a_kept_connection_that_was_closed_is_made_again(tmp_path: Path) -> None:
+def test_a_connection_that_the_server_closed_is_opened_again(tmp_path: Path) -> None:
     with serving(tmp_path / "s", say(DROPS), say(DROPS, times=2)) as client:
         assert client.drops() == client.drops() == client.drops() == []
 
 
-def test_a_server_that_only_hangs_up(tmp_path: Path) -> None:
+def test_a_server_that_closes_without_an_answer(tmp_path: Path) -> None:
     hang_up = say(b"")
     with (
         serving(tmp_path / "s", hang_up) as client,
@@ -245,7 +245,7 @@ def test_a_server_that_only_hangs_up(tmp_path: Path) -> None:
     ],
     ids=["short", "chunked", "no http"],
 )
-def test_an_answer_that_breaks_off(tmp_path: Path, text: bytes) -> None:
+def test_an_incomplete_answer(tmp_path: Path, text: bytes) -> None:
     with (
         serving(tmp_path / "s", say(text)) as client,
         pytest.raises(NoForwarder, match="closed the connection"),
@@ -253,7 +253,7 @@ def test_an_answer_that_breaks_off(tmp_path: Path, text: bytes) -> None:
         client.status()
 
 
-def test_events_that_break_off(tmp_path: Path) -> None:
+def test_an_incomplete_event_stream(tmp_path: Path) -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{}\n\r\n"
     with serving(tmp_path / "s", say(head)) as client:
         events = client.events()
@@ -275,7 +275,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
         released.set()
 
 
-def test_an_error_that_is_not_ours(tmp_path: Path) -> None:
+def test_an_error_in_another_format(tmp_path: Path) -> None:
     text = b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n"
     with serving(tmp_path / "s", say(text)) as client, pytest.raises(ControlError) as caught:
         client.status()
@@ -293,7 +293,7 @@ def test_a_table_that_is_too_large_is_not_sent(
     assert served.forwarder.bodies == [b"# 34567890"]
 
 
-def test_a_refusal_before_the_end_of_the_request_is_read(tmp_path: Path) -> None:
+def test_a_refusal_before_the_whole_request_is_read(tmp_path: Path) -> None:
     """A server that answers 413 and closes leaves the client with a broken pipe."""
 
     def refuse(connection: socket.socket) -> None:

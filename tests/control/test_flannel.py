@@ -31,7 +31,7 @@ NET, PEER = "10.244.2.0", "192.0.2.2"
 
 
 class Command(ctypes.Structure):
-    """The struct as a C compiler lays it out, independent of our format string."""
+    """Build the struct as a C compiler does, independent of the format string under test."""
 
     _fields_ = (
         ("cmd", ctypes.c_int),
@@ -112,7 +112,7 @@ def test_arbitrary_bytes_parse_or_are_refused(data: bytes) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 32), st.integers(0, 2**32 - 1),
        st.integers(1, 65535))
-def test_every_route_is_read_as_it_was_meant(net: int, net_len: int, hop: int, port: int) -> None:
+def test_every_route_is_parsed_exactly(net: int, net_len: int, hop: int, port: int) -> None:
     data = struct.pack("=i4si4sHxx", 1, net.to_bytes(4, "big"), net_len, hop.to_bytes(4, "big"),
                        port)
     dst = IPv4Network((net, net_len), strict=False)
@@ -123,7 +123,7 @@ def test_every_route_is_read_as_it_was_meant(net: int, net_len: int, hop: int, p
 
 
 class Watched(FakeForwarder):
-    """Lets a test wait for a number of calls instead of some time."""
+    """Lets a test wait for a number of calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ async def listening(tmp_path: Path) -> AsyncIterator[Listening]:
 
 
 def with_uvloop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    """Run it where the forwarder runs. The other tests do not care for the loop."""
+    """Run a test on uvloop, as the forwarder does. The other tests run on any loop."""
 
     @functools.wraps(test)
     def run(*args: object, **kwargs: object) -> None:
@@ -181,7 +181,7 @@ def connect(path: Path) -> socket.socket:
 
 
 @with_uvloop
-async def test_socket_is_made_as_the_control_socket_is(tmp_path: Path) -> None:
+async def test_the_socket_has_the_control_sockets_mode(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         assert stat.S_IMODE(on.path.stat().st_mode) == 0o660
         with pytest.raises(DeviceError, match="is in use"):
@@ -247,7 +247,7 @@ async def test_bad_messages_are_skipped_and_do_not_flood_the_log(
 
 
 @with_uvloop
-async def test_what_was_not_logged_is_counted(
+async def test_suppressed_warnings_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with listening(tmp_path) as on:
@@ -284,7 +284,7 @@ async def test_a_refused_route_or_a_bug_does_not_end_the_connection(
 
 
 @with_uvloop
-async def test_several_connections_that_come_and_go(tmp_path: Path) -> None:
+async def test_several_connections(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         with connect(on.path) as first, connect(on.path) as second:
             first.send(message(1))
@@ -298,7 +298,9 @@ async def test_several_connections_that_come_and_go(tmp_path: Path) -> None:
 
 
 @with_uvloop
-async def test_a_stranger_is_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_outside_the_group_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with listening(tmp_path) as on:
         monkeypatch.setattr(sockets.UnixListener, "may_connect", lambda self, peer: False)
         with connect(on.path) as client:
@@ -310,7 +312,7 @@ async def test_a_stranger_is_turned_away(tmp_path: Path, monkeypatch: pytest.Mon
 
 @with_uvloop
 async def test_inherited_descriptor(tmp_path: Path) -> None:
-    """As flanneld starts its proxy: one end of a socket pair, and messages may be waiting."""
+    """flanneld starts its proxy so: with one end of a socket pair; messages may be queued."""
     async with listening(tmp_path) as on:
         ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
         ours.send(message(1))
@@ -332,7 +334,7 @@ async def test_inherited_descriptor(tmp_path: Path) -> None:
     [(socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM)],
 )
 @with_uvloop
-async def test_descriptor_of_another_kind_is_refused_and_not_closed(
+async def test_a_descriptor_of_another_type_is_refused_and_not_closed(
     tmp_path: Path, family: int, kind: int
 ) -> None:
     async with listening(tmp_path) as on:
@@ -344,7 +346,7 @@ async def test_descriptor_of_another_kind_is_refused_and_not_closed(
 
 
 @with_uvloop
-async def test_descriptor_that_is_no_socket_is_refused(tmp_path: Path) -> None:
+async def test_a_descriptor_that_is_not_a_socket_is_refused(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         read_end, write_end = os.pipe()
         os.close(write_end)

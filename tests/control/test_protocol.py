@@ -1,4 +1,4 @@
-"""The names and headers that both ends agree on."""
+"""The names and headers that client and server share."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from udptun.errors import (
 
 
 @pytest.mark.parametrize("dst", ["10.244.2.0/24", "0.0.0.0/0", "2001:db8::/32", "a b%/é"])
-def test_a_destination_survives_its_path(dst: str) -> None:
+def test_a_destination_is_parsed_back_from_its_path(dst: str) -> None:
     path = protocol.route_path(dst)
     assert "/" not in path.removeprefix("/v1/routes/")
     assert protocol.parse_route_path(path) == dst
@@ -42,7 +42,7 @@ def test_if_match(value: str | None, generation: int | None) -> None:
     assert protocol.parse_if_match(value) == generation
 
 
-def test_if_match_reads_what_is_written() -> None:
+def test_if_match_parses_the_formatted_generation() -> None:
     assert protocol.parse_if_match(protocol.format_generation(2**40)) == 2**40
 
 
@@ -89,7 +89,7 @@ def test_parse_error() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"error":1}', b'{"error":{}}', b"\xff"])
-def test_answers_of_somebody_else_are_internal_errors(body: bytes) -> None:
+def test_answers_in_another_format_are_internal_errors(body: bytes) -> None:
     error = protocol.parse_error(502, body)
     assert error.code == "internal"
     assert "502" in error.message

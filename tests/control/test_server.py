@@ -34,7 +34,7 @@ def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
 
 
 class Http(http.client.HTTPConnection):
-    """A client of its own, so that the server is not only tested against ours."""
+    """A client from the standard library, so that the server is not tested only with our own."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("localhost")
@@ -75,7 +75,7 @@ def ask_once(
 
 
 def raw(path: Path, request: bytes) -> bytes:
-    """All that the server answers until it closes the connection."""
+    """Return everything that the server sends until it closes the connection."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(10)
         sock.connect(str(path))
@@ -157,7 +157,7 @@ def test_routes_one_by_one(http_: Http) -> None:
     assert again[:2] == (200, {"generation": 5, "added": 0, "changed": 0, "removed": 0})
 
 
-def test_a_listed_route_can_be_put_back(http_: Http) -> None:
+def test_a_listed_route_can_be_put_again(http_: Http) -> None:
     http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
     (route,) = http_.ask("GET", "/v1/routes")[1]["routes"]
     assert http_.ask("PUT", "/v1/routes/10.244.2.0/24", route)[1]["changed"] == 0
@@ -213,7 +213,7 @@ def test_replace_on_a_generation(http_: Http) -> None:
     assert (code, body["error"]["code"]) == (400, "bad_request")
 
 
-def test_a_condition_that_would_not_be_kept_is_refused(http_: Http, served: Served) -> None:
+def test_if_match_is_refused_where_it_has_no_effect(http_: Http, served: Served) -> None:
     path = "/v1/routes/10.0.0.0/8"
     for method, body in (("PUT", {"via": "192.0.2.1"}), ("DELETE", None)):
         code, answer, _ = http_.ask(method, path, body, If_Match='"1"')
@@ -232,7 +232,7 @@ def test_bad_table(http_: Http) -> None:
     assert (code, body["error"]["code"]) == (400, "bad_json")
 
 
-def test_a_large_body_arrives_whole(http_: Http, served: Served) -> None:
+def test_a_large_body_arrives_completely(http_: Http, served: Served) -> None:
     text = b"# %s\n" % (b"x" * 5_000_000) + b"10.1.0.0/16 via 192.0.2.1\n"
     code, body, _ = http_.ask("PUT", "/v1/routes", text, Content_Type="text/plain")
     assert (code, body["added"]) == (200, 1)
@@ -243,8 +243,8 @@ def test_a_large_body_arrives_whole(http_: Http, served: Served) -> None:
 
 
 @pytest.mark.parametrize("comment", [0, 5_000_000])
-def test_a_client_that_waits_is_asked_for_its_body(served: Served, comment: int) -> None:
-    """As curl does with over a megabyte: it would wait for a second."""
+def test_a_client_that_waits_gets_100_continue(served: Served, comment: int) -> None:
+    """curl waits for this, one second, before a body of more than a megabyte."""
     text = b"#%s\n10.1.0.0/16 via 192.0.2.1\n" % (b"x" * comment)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(10)
@@ -301,7 +301,7 @@ def test_too_large(
     assert response.will_close
 
 
-def test_too_large_is_said_before_the_body_is_sent(served: Served) -> None:
+def test_too_large_is_answered_before_the_body_is_sent(served: Served) -> None:
     head = (
         b"PUT /v1/routes HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Content-Length: %d\r\n\r\n" % (protocol.MAX_TABLE_BODY + 1)
@@ -329,7 +329,7 @@ def test_encoded_body_is_refused(http_: Http, served: Served) -> None:
     ],
     ids=["tls", "length", "header", "chunk"],
 )
-def test_what_is_no_http_gets_a_json_error(served: Served, request_: bytes) -> None:
+def test_a_request_that_is_not_http_gets_a_json_error(served: Served, request_: bytes) -> None:
     head, _, body = raw(served.path, request_).partition(b"\r\n\r\n")
     assert head.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
     assert b"application/json" in head
@@ -342,7 +342,7 @@ def test_http_1_0_client(served: Served) -> None:
     assert json.loads(body) == {"generation": 1, "routes": []}
 
 
-def test_a_stranger_is_forbidden_everything(
+def test_a_client_outside_the_group_is_forbidden_everything(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets.UnixListener, "may_connect", lambda self, peer: False)
@@ -353,7 +353,7 @@ def test_a_stranger_is_forbidden_everything(
     assert not served.forwarder.stopped.is_set()
 
 
-def test_an_error_nobody_foresaw_is_internal_and_logged(
+def test_an_unexpected_error_is_internal_and_logged(
     http_: Http, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     served.forwarder.fail_with = ZeroDivisionError("private detail")
@@ -365,7 +365,7 @@ def test_an_error_nobody_foresaw_is_internal_and_logged(
     assert "TUN device is gone" in http_.ask("GET", "/v1/status")[1]["error"]["message"]
 
 
-def test_an_answer_that_breaks_off_is_not_taken_for_whole(
+def test_an_incomplete_answer_has_no_end_mark(
     http_: Http, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
@@ -431,10 +431,10 @@ def test_bad_follow(http_: Http) -> None:
     assert (code, body["error"]["code"]) == (400, "bad_request")
 
 
-def test_a_slow_reader_loses_the_oldest_and_is_told(
+def test_a_slow_reader_loses_the_oldest_events_and_learns_how_many(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stalled reader holds up neither the forwarder nor another reader."""
+    """The stalled reader delays neither the forwarder nor another reader."""
     monkeypatch.setattr(events, "QUEUE_N", 10)
     padded = [event(i) | {"padding": "x" * 60_000} for i in range(100)]
     slow, quick = EventStream(served), EventStream(served)
@@ -457,7 +457,7 @@ def test_a_slow_reader_loses_the_oldest_and_is_told(
     quick.close()
 
 
-def test_a_reader_that_leaves_is_forgotten(thread: LoopThread, served: Served) -> None:
+def test_a_reader_that_disconnects_is_removed(thread: LoopThread, served: Served) -> None:
     stream = EventStream(served)
     stream.next()
     assert thread.call(lambda: served.forwarder.events.readers_n) == 1
@@ -515,7 +515,7 @@ def test_every_metric_keeps_to_the_conventions(http_: Http) -> None:
             }
 
 
-def test_openmetrics_for_who_asks(http_: Http) -> None:
+def test_openmetrics_on_request(http_: Http) -> None:
     accept = "application/openmetrics-text; version=1.0.0"
     _, body, response = http_.ask("GET", "/metrics", Accept=accept)
     assert response.headers["Content-Type"].startswith("application/openmetrics-text")
@@ -541,7 +541,7 @@ def test_close_ends_streams_properly_and_idle_connections(served: Served, http_:
     stream.close()
 
 
-def test_close_does_not_wait_for_a_reader_that_stalls(
+def test_close_does_not_wait_for_a_stalled_reader(
     thread: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "CLOSE_SECONDS", 0.05)

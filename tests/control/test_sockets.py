@@ -1,4 +1,4 @@
-"""Who gets a socket path, with which mode, and who may connect."""
+"""Which forwarder gets a socket path, its mode, and which clients may connect."""
 
 import asyncio
 import errno
@@ -87,7 +87,7 @@ async def test_stale_socket_is_replaced(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
-async def test_live_socket_is_refused_and_left_alone(
+async def test_a_live_socket_is_refused_and_unchanged(
     path: Path, kind: socket.SocketKind
 ) -> None:
     listener = await listen_unix(path, kind)
@@ -110,7 +110,7 @@ async def test_live_socket_with_a_full_backlog_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "directory", "link to a file"])
-async def test_what_is_no_socket_is_refused_and_left_alone(path: Path, what: str) -> None:
+async def test_a_file_that_is_not_a_socket_is_refused_and_unchanged(path: Path, what: str) -> None:
     path.parent.mkdir()
     if what == "file":
         path.write_text("precious")
@@ -130,13 +130,13 @@ async def test_path_that_is_too_long_is_said_so(tmp_path: Path, name: str) -> No
         await listen_unix(tmp_path / name, STREAM)
 
 
-async def test_directory_that_cannot_be_made_is_said_so(tmp_path: Path) -> None:
+async def test_the_error_names_a_directory_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DeviceError, match=r"cannot listen on .*Not a directory"):
         await listen_unix(tmp_path / "file" / "udptun.sock", STREAM)
 
 
-async def test_socket_of_another_is_not_removed_at_close(path: Path) -> None:
+async def test_another_forwarders_socket_is_not_removed_at_close(path: Path) -> None:
     listener = await listen_unix(path, STREAM)
     path.unlink()
     path.write_text("somebody else's")
@@ -144,7 +144,7 @@ async def test_socket_of_another_is_not_removed_at_close(path: Path) -> None:
     assert path.read_text() == "somebody else's"
 
 
-def test_of_many_at_once_exactly_one_gets_the_path(path: Path) -> None:
+def test_one_of_many_concurrent_forwarders_gets_the_path(path: Path) -> None:
     path.parent.mkdir()
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(path))
@@ -171,7 +171,7 @@ def test_of_many_at_once_exactly_one_gets_the_path(path: Path) -> None:
     close(got[0])
 
 
-async def test_a_lock_that_is_never_given_back_is_said_so(
+async def test_a_lock_that_is_never_released_is_an_error(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets, "LOCK_TRIES", 2)
@@ -186,7 +186,7 @@ async def test_a_lock_that_is_never_given_back_is_said_so(
 
 
 class Peer:
-    """A connected socket, as far as may_connect looks at it."""
+    """The part of a connected socket that may_connect uses."""
 
     def __init__(self, uid: int, gid: int, groups: tuple[int, ...] | None = ()) -> None:
         self._credentials = struct.pack("3i", 1, uid, gid)
@@ -218,7 +218,7 @@ async def test_only_root_our_user_and_the_sockets_group_may_connect(path: Path) 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give the socket to a group")
-async def test_a_new_group_of_the_socket_counts_at_once(path: Path) -> None:
+async def test_a_change_of_the_sockets_group_applies_at_once(path: Path) -> None:
     listener = await listen_unix(path, STREAM)
     peer = Peer(54321, 12345)
     assert not listener.may_connect(peer)  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ socket.socket(socket.AF_UNIX).connect(sys.argv[1])
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 async def test_real_credentials_are_read() -> None:
-    """A process with a supplementary group gets in by it, even past a widened mode."""
+    """A supplementary group permits a connection; a wider mode of the file does not."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
         path = Path(directory) / "udptun.sock"

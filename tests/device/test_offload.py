@@ -1,4 +1,4 @@
-"""The grammar of --offload, and which feature needs which."""
+"""The grammar of --offload, and the dependencies between features."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_parse_refuses(text, word):
     assert all(name in str(caught.value) for name in ("auto", "off", *FEATURES))
 
 
-def test_every_request_survives_its_text():
+def test_every_request_is_parsed_back_from_its_text():
     for n in range(len(FEATURES) + 1):
         for names in itertools.combinations(FEATURES, n):
             request = OffloadRequest(frozenset(names))
@@ -68,7 +68,7 @@ def test_text_is_short():
     assert str(OffloadRequest(frozenset({"batch"}))) == "off,+batch"
 
 
-def test_what_a_feature_needs_stands_before_it():
+def test_a_feature_comes_after_those_that_it_needs():
     assert set(MEANINGS) == ALL
     for name, needed in NEEDS.items():
         assert FEATURES.index(needed) < FEATURES.index(name)
@@ -83,7 +83,7 @@ def test_all_granted():
     }
 
 
-def test_asked_off():
+def test_turned_off_by_the_operator():
     capabilities = Capabilities.combine(
         OffloadRequest.parse("auto,-tun-uso"),
         [Part(frozenset({"tun-gso"}), {"tun-uso": "asked"}), UDP],
@@ -93,7 +93,7 @@ def test_asked_off():
     assert capabilities.in_use == ALL - capabilities.off.keys()
 
 
-def test_without_tun_gso_nothing_of_the_tun_is_left():
+def test_without_tun_gso_all_features_of_the_tun_are_off():
     part = Part(frozenset(), {"tun-gso": "kernel refuses", "tun-uso": "needs tun-gso"})
     capabilities = Capabilities.combine(OffloadRequest(), [part, UDP])
     assert capabilities.off == {
@@ -102,7 +102,7 @@ def test_without_tun_gso_nothing_of_the_tun_is_left():
     }
 
 
-def test_one_socket_without_a_feature_is_enough():
+def test_one_socket_without_a_feature_turns_it_off():
     poor = Part(frozenset({"udp-gro"}), {"udp-gso": "kernel refuses UDP_SEGMENT: ENOPROTOOPT"})
     for parts in ([TUN, UDP, poor], [poor, TUN, UDP]):
         capabilities = Capabilities.combine(OffloadRequest(), parts)
@@ -110,14 +110,14 @@ def test_one_socket_without_a_feature_is_enough():
         assert "udp-gso" not in capabilities.found | capabilities.in_use
 
 
-def test_a_refused_write_takes_the_merge_only():
+def test_a_refused_write_turns_off_only_the_merge():
     part = Part(TUN.features, {"udp-merge": "kernel refuses USO4 writes: EINVAL"})
     capabilities = Capabilities.combine(OffloadRequest(), [part, UDP])
     assert capabilities.in_use == ALL - {"udp-merge"}
     assert capabilities.off == part.off
 
 
-def test_nobody_probed():
+def test_a_feature_that_was_not_probed():
     assert Capabilities.combine(OffloadRequest(), [TUN]).off == {
         "udp-gso": "not probed", "udp-gro": "not probed",
     }

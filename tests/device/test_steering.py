@@ -36,14 +36,14 @@ def two_queues():
 
 
 def read(tun):
-    """(queue, packet) of the one packet that is there."""
+    """Return (queue, packet) of the only queued packet."""
     ready = select.select(tun.fds, [], [], 10)[0]
     assert len(ready) == 1
     return tun.fds.index(ready[0]), os.read(ready[0], 2000)
 
 
 def swapped(packet):
-    """The same packet of the other direction. UDP and IPv4 sums do not notice the exchange."""
+    """Return the packet of the other direction. UDP and IPv4 checksums stay valid."""
     at, size, ports = (12, 4, 20) if packet[0] >> 4 == 4 else (8, 16, 40)
     middle = packet[at + 2 * size : ports]
     return (packet[:at] + packet[at + size : at + 2 * size] + packet[at : at + size] + middle
@@ -60,7 +60,7 @@ def senders(version, n):
 
 @in_own_netns
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_flow_stays_where_it_is(version):
+def test_a_flow_stays_on_its_queue(version):
     with two_queues() as tun:
         assert attach_steering(tun.fds[0]) is None
         used = set()

@@ -1,4 +1,4 @@
-"""Opening real TUN devices, and what the kernel may refuse."""
+"""Opening real TUN devices, and refusals by the kernel."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_all_offloads():
 
 
 @in_own_netns
-def test_fds_are_ready_for_the_loop_and_stay_ours():
+def test_descriptors_are_non_blocking_and_not_inherited():
     with opened(queues=3) as tun:
         assert len(set(tun.fds)) == 3
         assert not any(os.get_inheritable(fd) or os.get_blocking(fd) for fd in tun.fds)
@@ -58,7 +58,7 @@ def test_fds_are_ready_for_the_loop_and_stay_ours():
 
 
 @in_own_netns
-def test_no_vnet_hdr_unless_asked():
+def test_no_vnet_hdr_without_tun_gso():
     for text in ("off", "auto,-tun-gso"):
         with opened(request=OffloadRequest.parse(text)) as tun:
             assert (tun.vnet_hdr, tun.features) == (False, frozenset())
@@ -75,7 +75,7 @@ def test_without_uso():
 
 
 @in_own_netns
-def test_the_kernel_names_the_device():
+def test_the_kernel_completes_the_name():
     with opened(name="utE%d") as first, opened(name="utE%d") as second:
         assert (first.name, second.name) == ("utE0", "utE1")
 
@@ -90,7 +90,7 @@ def test_name_in_use(queues):
 
 
 @in_own_netns
-def test_name_of_another_kind():
+def test_name_of_a_device_of_another_type():
     with refused(errno.EINVAL, "opening the TUN device lo", "another type"):
         Tun.open("lo", 1, AUTO)
 
@@ -116,8 +116,8 @@ def test_no_probe_on_a_device_that_is_up():
 
 
 @in_own_netns
-def test_the_write_probe_can_tell():
-    """The kernel assumption: on a device that is down, EINVAL for a format, EIO for the rest."""
+def test_the_write_probe_distinguishes_formats():
+    """Kernel assumption: on a device that is down, EINVAL for an unknown format, else EIO."""
     with opened() as tun:
         for version, gso_type, expected in (
             (4, module.GSO_TCPV4, errno.EIO), (6, module.GSO_TCPV6, errno.EIO),

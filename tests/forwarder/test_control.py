@@ -1,6 +1,6 @@
-"""The real forwarder, driven as an operator drives it: no fake between the command and the core.
+"""The real forwarder, controlled by the commands that an operator uses: no fake in between.
 
-Also holds the fake of the other tests to the real one: the same shapes, the same metrics.
+Also compares the fake forwarder of the other tests with the real one: answers and metrics.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Running:
         return ControlClient(str(self.socket))
 
     def wait_for_log(self, text: str) -> None:
-        """Read the log up to the line that has ``text``."""
+        """Read the log up to the line that contains ``text``."""
         assert self.process.stderr is not None
         seen = []
         for line in self.process.stderr:
@@ -85,7 +85,7 @@ def forwarding(*argv: str, table: str = "") -> Iterator[Running]:
 
 
 def shape(value: Any) -> Any:
-    """The value with types in the place of what differs from run to run."""
+    """Return the value with types instead of values that differ from run to run."""
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -94,12 +94,12 @@ def shape(value: Any) -> Any:
 
 
 @in_own_netns
-def test_the_fake_of_the_other_tests_is_like_the_real_one() -> None:
+def test_the_fake_forwarder_answers_like_the_real_one() -> None:
     fake = fakes.FakeForwarder()
     with forwarding("--offload", "auto,-udp-merge") as udptun, udptun.client() as client:
         client.put(ROUTE)
         real, faked = client.status(), fakes.status_of(1, 1)
-        real["peers"][0]["last_seen_seconds"] = 1.0  # nobody was seen
+        real["peers"][0]["last_seen_seconds"] = 1.0  # null in the real one: no datagram arrived
         real["capabilities"]["off"] = faked["capabilities"]["off"]  # whatever the kernel lacks
         assert shape(real) == shape(faked)
         assert set(real["packets"]) == set(faked["packets"])
@@ -121,7 +121,7 @@ def test_the_fake_of_the_other_tests_is_like_the_real_one() -> None:
 
 
 @in_own_netns
-def test_an_operators_day() -> None:
+def test_the_commands_of_an_operator() -> None:
     with forwarding(table="10.244.3.0/24 via 192.0.2.3\n") as udptun:
         assert udptun("route", "add", *str(ROUTE).split()).returncode == 0
         assert udptun("route", "add", *str(ROUTE).split()).returncode == 0
@@ -159,7 +159,7 @@ def test_an_operators_day() -> None:
 
 
 @in_own_netns
-def test_flannels_messages_arrive() -> None:
+def test_flannels_messages_change_routes_and_stop() -> None:
     with forwarding() as udptun, udptun.client() as client:
         events = udptun.client().events()
         next(events)
@@ -174,7 +174,7 @@ def test_flannels_messages_arrive() -> None:
 
 
 @in_own_netns
-def test_a_table_that_is_no_json_has_its_own_code() -> None:
+def test_a_table_that_is_not_json_has_its_own_code() -> None:
     with forwarding() as udptun, udptun.client() as client:
         for body, code in ((b"{", "bad_json"), (b'{"routes":[{}]}', "bad_route")):
             try:

@@ -1,4 +1,4 @@
-"""The composed forwarder on a real TUN, through its Python API: what a node daemon relies on."""
+"""The whole forwarder on a real TUN, through its Python API."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ def many_routes(n, via="192.0.2.9"):
 
 
 @in_own_netns
-async def test_a_change_whose_caller_is_cancelled_is_finished():
+async def test_a_change_is_completed_when_its_caller_is_cancelled():
     rng = random.Random(3)
     async with Forwarder(config()) as forwarder:
         bodies = [many_routes(5000, f"192.0.2.{n}") for n in range(9, 13)]
@@ -52,7 +52,7 @@ async def test_a_change_whose_caller_is_cancelled_is_finished():
 
 
 @in_own_netns
-async def test_a_device_that_was_set_down_gets_back_what_it_lost():
+async def test_a_device_that_was_set_down_is_configured_again():
     addresses = (parse_address("address", "10.244.1.0"), parse_address("address", "fd00:1::"))
     async with Forwarder(config(addresses=addresses, mtu=1400)) as forwarder:
         with forwarder.subscribe() as events:
@@ -69,7 +69,7 @@ async def test_a_device_that_was_set_down_gets_back_what_it_lost():
 
 
 @in_own_netns
-async def test_a_device_that_was_down_before_the_watch_began_gets_back_what_it_lost(monkeypatch):
+async def test_a_device_that_was_down_before_the_watch_began_is_configured_again(monkeypatch):
     """The kernel's state counts: no link message announces this change to the forwarder."""
     import pyroute2
 
@@ -112,7 +112,7 @@ async def test_a_route_that_cannot_be_restored_is_reported_once():
 
 
 @in_own_netns
-async def test_two_programs_do_not_share_an_endpoint():
+async def test_an_endpoint_in_use_is_refused():
     async with Forwarder(config(workers=2)):
         with pytest.raises(DeviceError, match="another process listens there") as caught:
             await Forwarder(config(workers=2, tun="udptun1")).start()
@@ -120,7 +120,7 @@ async def test_two_programs_do_not_share_an_endpoint():
 
 
 @in_own_netns
-async def test_a_taken_control_socket_is_found_before_the_host_is_touched(tmp_path):
+async def test_an_occupied_control_socket_is_refused_before_the_host_is_changed(tmp_path):
     path = tmp_path / "control.sock"
     async with Forwarder(config(control=path)):
         before = ip_json("link")
@@ -129,14 +129,14 @@ async def test_a_taken_control_socket_is_found_before_the_host_is_touched(tmp_pa
                 config(control=path, tun="udptun1", listen=(Endpoint.parse(f"{HERE}:9"),))
             ).start()
         assert caught.value.errno == errno.EADDRINUSE
-        # an index is used up by each device that is made
+        # each created device increases the interface index
         sh("ip link add probe type bridge")
         [probe] = [link for link in ip_json("link") if link["ifname"] == "probe"]
         assert probe["ifindex"] == max(link["ifindex"] for link in before) + 1
 
 
 @in_own_netns
-async def test_a_forwarder_that_does_not_run_takes_no_routes():
+async def test_a_stopped_forwarder_refuses_routes():
     forwarder = Forwarder(config())
     route = Route.make("10.244.2.0/24", "192.0.2.2")
     with pytest.raises(UdptunError, match="not running"):
@@ -148,7 +148,7 @@ async def test_a_forwarder_that_does_not_run_takes_no_routes():
 
 
 @in_own_netns
-async def test_a_state_file_that_cannot_be_kept_is_refused(tmp_path):
+async def test_a_state_file_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(DeviceError, match="writing the state file /proc/none"):
         await Forwarder(config(state_file=type(tmp_path)("/proc/none"))).start()
     kept = tmp_path / "made" / "routes"
@@ -158,7 +158,7 @@ async def test_a_state_file_that_cannot_be_kept_is_refused(tmp_path):
 
 
 @in_own_netns
-async def test_a_file_with_an_unreachable_next_hop_is_named(tmp_path):
+async def test_the_error_for_an_unreachable_next_hop_names_the_file(tmp_path):
     routes = tmp_path / "routes"
     routes.write_text("10.244.2.0/24 via 2001:db8::2\n")
     with pytest.raises(FieldError, match=rf"{routes}: route 10.244.2.0/24: via: "):
@@ -166,14 +166,14 @@ async def test_a_file_with_an_unreachable_next_hop_is_named(tmp_path):
 
 
 @in_own_netns
-async def test_a_trace_promises_no_more_than_the_device_takes():
+async def test_the_mtu_of_a_trace_is_at_most_the_devices():
     async with Forwarder(config(mtu=1300)) as forwarder:
         await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
         assert forwarder.trace(parse_address("address", "10.244.2.9"))["mtu"] == 1300
 
 
 @in_own_netns
-async def test_a_worker_takes_short_turns_and_pushes_nobody_aside():
+async def test_the_worker_thread_is_scheduled_as_batch():
     async with Forwarder(config()):
         tasks = {int(task.name) for task in Path("/proc/self/task").iterdir()}
         batch = [task for task in tasks if os.sched_getscheduler(task) == os.SCHED_BATCH]

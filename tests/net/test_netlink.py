@@ -63,7 +63,7 @@ async def test_configure():
         assert link["inet6_addr_gen_mode"] == "none"
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
         assert routes_of(NAME) == {(str(NET4), "global"), (str(NET6), "global")}
-        # A second time, as after a reload: nothing to complain about, nothing doubled.
+        # A second time, as after a reload: no error, no duplicates.
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
 
@@ -79,8 +79,8 @@ async def test_only_this_device_accepts_local():
 
 
 @in_own_netns
-async def test_the_kernel_says_nothing_on_its_own():
-    """No router solicitation, no group report: whatever is on the TUN, somebody sent."""
+async def test_the_kernel_sends_no_packets_of_its_own():
+    """No router solicitation, no group report."""
     with opened() as tun, Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
         # The first solicitation and report would come within a second (RFC 4861, RFC 3810).
@@ -88,7 +88,7 @@ async def test_the_kernel_says_nothing_on_its_own():
 
 
 def icmp_port_unreachable(own, quoted):
-    """From our own address to our own address, about a packet that we read from the TUN."""
+    """Build an ICMP error from and to our own address, for a packet read from the TUN."""
     def checksum(data):
         total = sum(struct.unpack(f"!{len(data) // 2}H", data))
         total = (total >> 16) + (total & 0xFFFF)
@@ -105,7 +105,7 @@ def icmp_port_unreachable(own, quoted):
 @pytest.mark.parametrize("rp_filter", [0, 1, 2])
 @pytest.mark.parametrize("accept", [True, False])
 async def test_icmp_from_our_own_address_arrives(rp_filter, accept):
-    """... with every rp_filter, since the address is on this device; and only by accept_local."""
+    """With every rp_filter, since the address is on this device; but only with accept_local."""
     for name in ("all", "default"):
         Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text(str(rp_filter))
     with opened() as tun, Netlink() as netlink:
@@ -131,7 +131,7 @@ async def test_ipv6_disabled_on_the_host():
     with opened() as tun, Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
         assert addresses_of(NAME) == {(str(OWN4), 32)}
-        # Who gives an IPv6 address wants IPv6: on this device, and on no other.
+        # An IPv6 address turns IPv6 on for this device, and for no other.
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
         assert Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text() == "1\n"
@@ -199,7 +199,7 @@ def test_watch_addresses():
 
 @in_own_netns
 def test_watch_survives_a_lost_message(caplog):
-    """A storm overflows the netlink socket (ENOBUFS): the end of it is heard all the same."""
+    """Many changes overflow the netlink socket (ENOBUFS): the last state is reported anyway."""
     last = queue.SimpleQueue()
     gate = threading.Event()
     first = threading.Event()
@@ -207,7 +207,7 @@ def test_watch_survives_a_lost_message(caplog):
 
     def callback(found):
         first.set()
-        assert gate.wait(timeout=60)  # the netlink thread reads nothing meanwhile
+        assert gate.wait(timeout=60)  # until then the netlink thread reads nothing
         last.put(found)
 
     with Netlink() as netlink:
@@ -218,7 +218,7 @@ def test_watch_survives_a_lost_message(caplog):
         gate.set()
         while len(last.get(timeout=10)) != 2 + 99:
             pass
-    assert "lost" in caplog.text  # the storm did overflow the socket
+    assert "lost" in caplog.text  # the socket did overflow
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
@@ -240,7 +240,7 @@ def test_a_failing_watcher_does_not_stop_the_others(caplog):
 
 
 @in_own_netns
-async def test_errors_say_what_was_being_done():
+async def test_errors_name_the_operation():
     sh("ip link add utEa type veth peer name utEb", "ip address add 192.0.2.1/24 dev utEa",
        "ip link set utEa up", "ip route add 198.51.100.0/24 dev utEa")
     with opened() as tun, Netlink() as netlink:
@@ -282,7 +282,7 @@ async def test_close_ends_calls_under_way():
     closer.start()
     while not netlink._closing:
         await asyncio.sleep(0)
-    with netlink._gate:  # close has given its order
+    with netlink._gate:  # close has been called
         gate.set()
     done = await asyncio.gather(*calls, return_exceptions=True)
     closer.join()
@@ -292,7 +292,7 @@ async def test_close_ends_calls_under_way():
 async def test_a_cancelled_caller_is_cancelled():
     with Netlink() as netlink:
         assert await netlink.local_addresses()
-        for _ in range(20):  # wherever it is caught, the socket stays usable
+        for _ in range(20):  # at any point of the call, the socket stays usable
             call = asyncio.create_task(netlink.local_addresses())
             await asyncio.sleep(0)
             call.cancel()
@@ -301,7 +301,7 @@ async def test_a_cancelled_caller_is_cancelled():
             assert await netlink.local_addresses()
 
 
-async def test_pyroute2_that_does_not_open(monkeypatch):
+async def test_pyroute2_cannot_open_its_socket(monkeypatch):
     import pyroute2
 
     def refuse(**_):

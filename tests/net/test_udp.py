@@ -27,7 +27,7 @@ def opened(endpoint=LOCAL[4], request=AUTO, reuse_port=False):
 
 
 def bound(udp):
-    """Where the kernel bound a socket that asked for port 0."""
+    """Return the endpoint of a socket that was bound to port 0."""
     return Endpoint(udp.endpoint.address, udp.socket.getsockname()[1])
 
 
@@ -68,7 +68,7 @@ def test_offloads():
         assert udp.socket.getsockopt(socket.IPPROTO_UDP, module.UDP_SEGMENT) == 0
 
 
-def test_offloads_not_asked():
+def test_offloads_not_requested():
     with opened(request=OffloadRequest.parse("auto,-udp-gro")) as udp:
         assert (udp.features, udp.off) == ({"udp-gso"}, {"udp-gro": "asked"})
         assert udp.socket.getsockopt(socket.IPPROTO_UDP, module.UDP_GRO) == 0
@@ -84,7 +84,7 @@ def test_old_kernel(monkeypatch, caplog):
 
 
 def test_without_capability(monkeypatch):
-    """Then the buffers are what rmem_max and wmem_max allow."""
+    """The buffers are limited by rmem_max and wmem_max."""
 
     class Socket(socket.socket):
         def setsockopt(self, level, option, value):
@@ -126,7 +126,7 @@ def test_no_ipv6(monkeypatch):
 
 @in_own_netns
 def test_datagrams_are_never_fragmented_and_the_path_answers():
-    """Above the link's MTU: refused at once; the error queue has the MTU (linux/errqueue.h)."""
+    """Larger than the link's MTU: refused at once; the error queue has the MTU."""
     sh("ip link set lo mtu 1400")
     with opened() as udp, opened() as other:
         to = other.socket.getsockname()

@@ -1,4 +1,4 @@
-"""What the host has beneath the overlay, read from the real kernel."""
+"""Interfaces, addresses and routes of the host, read from the real kernel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_the_best_address_comes_first():
 
 @in_own_netns
 async def test_a_temporary_address_is_not_the_best():
-    """RFC 8981: it is gone tomorrow. The kernel lists it first."""
+    """A temporary address (RFC 8981) expires within days. The kernel lists it first."""
     conf = Path("/proc/sys/net/ipv6/conf/eth0")
     sh(*PAIR)
     (conf / "use_tempaddr").write_text("2")
@@ -79,8 +79,9 @@ async def test_a_temporary_address_is_not_the_best():
 
 
 @in_own_netns
-async def test_an_address_that_is_somebody_elses_is_not_ours():
-    """The kernel keeps one for which duplicate address detection failed, and does not use it."""
+async def test_a_duplicate_address_is_not_listed():
+    """The kernel lists an address after failed duplicate address detection, but does not use it.
+    """
     sh(*PAIR, "ip address add 2001:db8::1/64 dev eth1 nodad",
        "ip address add 2001:db8::1/64 dev eth0")
     wait_for(lambda: any(item.get("dadfailed") for item in
@@ -90,7 +91,7 @@ async def test_an_address_that_is_somebody_elses_is_not_ours():
 
 
 @in_own_netns
-async def test_the_address_is_ours_and_not_the_other_end():
+async def test_the_local_address_of_a_point_to_point_link():
     sh(*PAIR, "ip address add 192.0.2.1 peer 192.0.2.2 dev eth0",
        "ip address add 2001:db8::1 peer 2001:db8::2 dev eth0 nodad")
     with Netlink() as netlink:
@@ -105,7 +106,7 @@ async def test_the_address_is_ours_and_not_the_other_end():
     (4, "192.0.2.{}", "198.51.100.{}"), (6, "2001:db8::{}", "2001:db8:1::{}"),
 ])
 async def test_default_routes(monkeypatch, version, net0, net2, kernel):
-    """Lowest metric first; no other table's, and none that leads nowhere."""
+    """Lowest metric first; no route of another table, and no unreachable route."""
     if kernel != "this":  # one that does not filter
         monkeypatch.setattr(batch, "NETLINK_GET_STRICT_CHK", 999)
     tail = "/24" if version == 4 else "/64 nodad"
@@ -140,7 +141,7 @@ async def test_a_default_route_over_several_next_hops(version, address, gateway)
 
 @in_own_netns
 async def test_a_default_route_among_thousands():
-    """A node of a large cluster has a route for each of its peers."""
+    """A node of a large cluster has one route per peer."""
     routes = "".join(f"route add 10.{n >> 8}.{n & 255}.0/24 dev eth0\n" for n in range(5000))
     sh(*PAIR, "ip address add 192.0.2.1/24 dev eth0")
     subprocess.run(("ip", "-batch", "-"), input=routes, text=True, check=True)
