@@ -1,8 +1,9 @@
-/* Population count at the speed of the CPU at hand: what Cython cannot say.
+/* Population count with the POPCNT instruction where the CPU has it. Plain C, because Cython has no
+ * inline assembly.
  *
- * Wheels are built for baseline x86-64, which has no POPCNT. The instruction is written out and
- * guarded by a flag that is read once per look-up, a branch that is always predicted; an ifunc
- * (target_clones) would cost a call per count and does not go with the sanitizers.
+ * Wheels are built for baseline x86-64, which does not include POPCNT. So the code checks a flag,
+ * read once per look-up; the branch is always predicted. An ifunc (target_clones) would cost a
+ * function call per count and does not work with the sanitizers.
  */
 #ifndef UDPTUN_LPM_H
 #define UDPTUN_LPM_H
@@ -21,7 +22,7 @@ static inline int cpu_has_popcount(void) {
 #endif
 }
 
-/* fast: what cpu_has_popcount() said. */
+/* fast: the result of cpu_has_popcount(). */
 static inline unsigned popcount64(uint64_t x, int fast) {
 #ifdef UDPTUN_POPCNT
     if (fast) {

@@ -1,22 +1,24 @@
-"""Longest prefix match: from an inner address to its route.
+"""Longest prefix match: from an inner destination address to its route.
 
 Owns: the look-up structure, a poptrie: Asai & Ohara, "Poptrie: A Compressed Trie with Population
 Count for Fast and Scalable Software IP Routing Table Lookup", SIGCOMM 2015, sections 3.1 to 3.4
-(64-way nodes, leaf bit vector, direct pointing). Ours besides:
+(64-way nodes, leaf bit vector, direct pointing). Two additions are ours:
 
-- The bits that all prefixes share are compared once and skipped, so that a cluster's /64s inside
-  one /48 are no deeper than its IPv4 /24s. A default route does not count; it is kept aside.
-- The width of the direct table follows the number of routes, and is chosen such that the commonest
-  prefix length ends on a node's edge: a table of few routes is small and quick to build.
+- The bits that all prefixes share are compared once and then skipped, so that a cluster's /64s
+  inside one /48 are no deeper than its IPv4 /24s. A default route is stored separately, so that it
+  does not reduce the number of shared bits.
+- The width of the direct table depends on the number of routes. It is chosen so that the most
+  frequent prefix length ends at the boundary of a node. A table with few routes is small and quick
+  to build.
 
 Both families share all code: an address is 128 bits in two words, IPv4 in the upper half of the
-first, and the compiler drops the second word where it is a constant 0.
+first word, and the compiler drops the second word where it is a constant 0.
 
-Refuses to know: next hops, peers, Python. Values are 1 + index into the routes it was built from,
-0 is "no route".
+Does not know next hops, peers or Python. A value is 1 + index into the routes from which the
+structure was built; 0 means no route.
 
-Threading: immutable once built; any number of threads may look up without locks. Who frees it
-must know that nobody looks up any more.
+Threading: immutable once built; any number of threads may look up without locks. The owner frees it
+when no thread can use it any more.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -31,24 +33,24 @@ cdef extern from "table/lpm.h" nogil:
 
 
 cdef enum:
-    LPM_STRIDE = 6              # bits that one node consumes: 64 slots
+    LPM_STRIDE = 6              # bits that one node decides: 64 slots
     LPM_DIRECT_MAX = 18         # widest direct table: 1 MiB
-    LPM_LEAF = 0x80000000       # in a direct entry: a value, not the index of a node
+    LPM_LEAF = 0x80000000       # flag of a direct entry: it holds a value, not the index of a node
 
 
 ctypedef struct lpm_node_t:
     uint64_t children           # bit i: slot i is a node, else a leaf
-    uint64_t runs               # bit i: slot i is a leaf and begins a run of equal leaves
+    uint64_t runs               # bit i: slot i is a leaf and the first of a run of equal leaves
     uint32_t first_leaf         # index of this node's first run in leaves
     uint32_t first_child        # index of its first child in nodes
 
 
 ctypedef struct lpm_trie_t:
-    uint64_t shared[2]          # the bits that all prefixes (but a default route) share ...
+    uint64_t shared[2]          # the bits that all prefixes except a default route share
     uint64_t shared_mask[2]
-    unsigned int shared_n       # ... and how many they are, 0..127
+    unsigned int shared_n       # the number of these bits, 0..127
     unsigned int direct_n       # bits of the direct table, 1..LPM_DIRECT_MAX
-    uint32_t otherwise          # value where the shared bits differ: the default route's
+    uint32_t default_value      # the value if the shared bits differ: the default route's, or 0
     int fast_popcount
     uint32_t* direct            # 1 << direct_n entries, owned
     lpm_node_t* nodes           # owned
@@ -69,7 +71,7 @@ cdef struct lpm_t:
 cdef inline uint32_t _lpm_descend(
     const lpm_trie_t* trie, uint64_t high, uint64_t low, int fast
 ) noexcept nogil:
-    """From the first bit after the shared ones to the value."""
+    """Return the value for an address without its shared bits."""
     cdef uint32_t entry = trie.direct[high >> (64 - trie.direct_n)]
     cdef uint64_t bit
     cdef const lpm_node_t* node
@@ -91,10 +93,11 @@ cdef inline uint32_t _lpm_descend(
 cdef inline uint32_t _lpm_lookup(
     const lpm_trie_t* trie, uint64_t high, uint64_t low
 ) noexcept nogil:
+    """Return the value for an address: compare the shared bits, then descend from the rest."""
     cdef unsigned int skip = trie.shared_n
     if ((high ^ trie.shared[0]) & trie.shared_mask[0]
             | (low ^ trie.shared[1]) & trie.shared_mask[1]):
-        return trie.otherwise
+        return trie.default_value
     if skip >= 64:
         high = low << (skip - 64)
         low = 0
@@ -107,12 +110,12 @@ cdef inline uint32_t _lpm_lookup(
 
 
 cdef inline uint32_t lpm_lookup4(const lpm_t* lpm, uint32_t addr) noexcept nogil:
-    """addr in host order."""
+    """Return the value for an IPv4 address in host order."""
     return _lpm_lookup(&lpm.v4, <uint64_t>addr << 32, 0)
 
 
 cdef inline uint32_t lpm_lookup6(const lpm_t* lpm, const uint8_t* addr16) noexcept nogil:
-    """addr16: 16 bytes in network order, any alignment."""
+    """Return the value for 16 bytes in network order, at any alignment."""
     return _lpm_lookup(&lpm.v6, load_be64(addr16), load_be64(addr16 + 8))
 
 
@@ -121,7 +124,7 @@ cdef inline uint32_t lpm_lookup6(const lpm_t* lpm, const uint8_t* addr16) noexce
 cdef inline uint64_t _lpm_bits(
     const route_t* route, unsigned int off, unsigned int n
 ) noexcept nogil:
-    """The n (1..63) bits of the destination from bit ``off`` (0..127) on, zeros beyond its end."""
+    """Return n (1..63) bits of the destination from bit ``off`` (0..127) on, then zeros."""
     cdef uint64_t high = load_be64(route.dst), low = load_be64(route.dst + 8)
     if off >= 64:
         high = low << (off - 64)
@@ -131,7 +134,7 @@ cdef inline uint64_t _lpm_bits(
 
 
 cdef inline uint32_t _lpm_new_nodes(lpm_trie_t* trie, size_t n) noexcept nogil:
-    """Index of n fresh nodes in a row, or LPM_LEAF without memory."""
+    """Allocate n consecutive nodes. Return the first index, or LPM_LEAF without memory."""
     cdef size_t at = trie.nodes_n, cap = trie.nodes_cap
     cdef lpm_node_t* nodes
     if at + n > cap:
@@ -148,6 +151,7 @@ cdef inline uint32_t _lpm_new_nodes(lpm_trie_t* trie, size_t n) noexcept nogil:
 
 
 cdef inline int _lpm_new_leaf(lpm_trie_t* trie, uint32_t value) noexcept nogil:
+    """Append a leaf. Return 0, or -1 without memory."""
     cdef uint32_t* leaves
     cdef size_t cap
     if trie.leaves_n == trie.leaves_cap:
@@ -166,13 +170,13 @@ cdef inline int _lpm_fill(
     lpm_trie_t* trie, uint32_t at, unsigned int depth, const route_t* routes,
     size_t low, size_t high, uint32_t value
 ) noexcept nogil:
-    """Fill node ``at``, which decides the bits from ``depth`` on. 0, or -1 without memory.
+    """Fill node ``at``, which decides the bits from ``depth`` on. Return 0, or -1 without memory.
 
     low, high  the routes inside this node's prefix that are longer than ``depth``
-    value      of the longest prefix that covers the whole node
+    value      the value of the longest prefix that covers the whole node
 
-    Recurses at most 128 / LPM_STRIDE deep. A prefix stands before those inside it, so a later
-    route simply overwrites the slots of an earlier one.
+    Recurses at most 128 / LPM_STRIDE deep. A prefix comes before the prefixes inside it, so a later
+    route overwrites the slots of an earlier one.
     """
     cdef uint32_t values[64]
     cdef size_t starts[64]
@@ -226,10 +230,11 @@ cdef inline int _lpm_fill(
 cdef inline void _lpm_share(
     lpm_trie_t* trie, const route_t* first, const route_t* last
 ) noexcept nogil:
-    """Find the bits that all routes from ``first`` to ``last`` share, given their least length.
+    """Find the bits that all routes from ``first`` to ``last`` share.
 
-    trie.shared_n comes in as that length. In sorted order, what the first and the last share is
-    shared by all between.
+    trie.shared_n  in: the shortest prefix length; out: the number of shared bits
+
+    Since the routes are sorted, the bits that the first and the last share are shared by all.
     """
     cdef uint64_t a[2]
     cdef uint64_t b[2]
@@ -245,12 +250,14 @@ cdef inline void _lpm_share(
 
 
 cdef inline unsigned int _lpm_direct_width(
-    size_t n, unsigned int commonest, unsigned int shared
+    size_t n, unsigned int most_frequent, unsigned int shared
 ) noexcept nogil:
-    """Bits of the direct table: at most 16 entries a route, and such that the commonest prefix
-    length ends exactly there or on the edge of a node below.
+    """Return the width of the direct table in bits.
+
+    The table has at most 16 entries per route, and the most frequent prefix length ends at its
+    boundary or at that of a node below.
     """
-    cdef unsigned int widest = LPM_STRIDE, rest = commonest - shared
+    cdef unsigned int widest = LPM_STRIDE, rest = most_frequent - shared
     while widest < LPM_DIRECT_MAX and <size_t>1 << widest < 8 * n:
         widest += 1
     if rest <= widest:
@@ -261,7 +268,7 @@ cdef inline unsigned int _lpm_direct_width(
 cdef inline int _lpm_build_trie(
     lpm_trie_t* trie, const route_t* routes, size_t low, size_t high
 ) noexcept nogil:
-    """Build the trie of routes[low:high], all of one family. 0, or -1 without memory."""
+    """Build the trie of routes[low:high], all of one family. Return 0, or -1 without memory."""
     cdef size_t lengths[129]
     cdef size_t i, slot, first, entries
     cdef unsigned int length, edge
@@ -270,7 +277,7 @@ cdef inline int _lpm_build_trie(
     trie.fast_popcount = cpu_has_popcount()
     trie.direct_n = 1
     if low < high and routes[low].dst_len == 0:
-        trie.otherwise = <uint32_t>low + 1
+        trie.default_value = <uint32_t>low + 1
         low += 1
     if low < high:
         memset(lengths, 0, sizeof(lengths))
@@ -279,7 +286,7 @@ cdef inline int _lpm_build_trie(
         length = 1
         while not lengths[length]:
             length += 1
-        trie.shared_n = length - 1  # one bit at least is left for the direct table
+        trie.shared_n = length - 1  # the direct table needs at least one bit
         _lpm_share(trie, &routes[low], &routes[high - 1])
         for i in range(1, 129):
             if lengths[i] >= lengths[length]:
@@ -293,7 +300,7 @@ cdef inline int _lpm_build_trie(
     if trie.direct == NULL or trie.nodes == NULL:
         return -1
     for slot in range(entries):
-        trie.direct[slot] = trie.otherwise | LPM_LEAF
+        trie.direct[slot] = trie.default_value | LPM_LEAF
     i = low
     while i < high:
         slot = _lpm_bits(&routes[i], trie.shared_n, trie.direct_n)
@@ -314,7 +321,7 @@ cdef inline int _lpm_build_trie(
                      trie.direct[slot] & ~<uint32_t>LPM_LEAF) < 0:
             return -1
         trie.direct[slot] = at
-    # Give back what doubling took too much; a failure to shrink leaves the block as it is.
+    # Shrink the arrays to their content. If realloc fails, the larger block stays valid.
     shrunk = realloc(trie.nodes, (trie.nodes_n + 1) * sizeof(lpm_node_t))
     if shrunk != NULL:
         trie.nodes = <lpm_node_t*>shrunk
@@ -341,10 +348,10 @@ cdef inline void lpm_free(lpm_t* lpm) noexcept nogil:
 
 
 cdef inline lpm_t* lpm_build(const route_t* routes, size_t n) noexcept nogil:
-    """The look-up structure of a sorted table without repeats; owned by the caller.
+    """Build the look-up structure of a sorted table without repeated prefixes.
 
-    routes   borrowed during the call only
-    returns  NULL without memory, or for 2**31 routes and more
+    routes   borrowed during the call
+    returns  owned by the caller; NULL without memory, or for 2**31 routes and more
     """
     cdef size_t n4 = 0, high = n, middle
     cdef lpm_t* lpm
@@ -372,5 +379,5 @@ cdef inline size_t _lpm_trie_bytes(const lpm_trie_t* trie) noexcept nogil:
 
 
 cdef inline size_t lpm_bytes(const lpm_t* lpm) noexcept nogil:
-    """Bytes of memory that it holds."""
+    """Return the bytes of memory held."""
     return sizeof(lpm_t) + _lpm_trie_bytes(&lpm.v4) + _lpm_trie_bytes(&lpm.v6)

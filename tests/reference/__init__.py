@@ -1,9 +1,9 @@
-"""Slow, obvious twins of the compiled data path: oracles for the tests, and its specification.
+"""The reference implementation of the data path: simple and slow, in plain Python.
 
-Owns: what each step of the road means, one function a step, with the signatures of the compiled
-``tests.steps``. Refuses to know: speed, system calls, and everything else of ours but ``model``
-and ``drops``. The product never imports this package; a missing extension is an error, not a
-reason to fall back to this. Threading: functions are pure; a ``ReferenceForwarder`` belongs to one
+Owns: the specification of each step, one function per step, with the signatures of the compiled
+``tests.steps``. The tests compare the two. Does not depend on system calls or on other modules of
+udptun than ``model`` and ``drops``. The product never imports this package, also not when the
+compiled core is missing. Threading: functions are pure; a ``ReferenceForwarder`` belongs to one
 thread.
 
 Reading order is packet order: packet, checksum, cut, lpm, fragment, icmp, merge, forwarder.

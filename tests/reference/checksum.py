@@ -1,18 +1,18 @@
-"""The Internet checksum, and the pseudo-header that transports put before it.
+"""The Internet checksum, and the pseudo-header of transport protocols.
 
-Owns: RFC 1071 arithmetic. Refuses to know: where in a packet a checksum lies. Pure functions.
+Owns: RFC 1071 arithmetic. Does not know where in a packet a checksum is. Pure functions.
 """
 
 import struct
 
 
 def checksum(data: bytes, initial: int = 0) -> int:
-    """Ones-complement sum of the 16-bit big-endian words of data, folded, not inverted.
+    """Return the ones-complement sum of the 16-bit big-endian words of data, folded, not inverted.
 
     data     any length; an odd last byte counts as the high byte of a word whose low byte is 0
-    initial  0..65535: the sum of what comes before data, which must be of even length
-    returns  0..65535. What goes into a checksum field is the complement, 0xFFFF - sum. Data that
-             holds its own right checksum sums to 0xFFFF. 0 comes only from data of zeros.
+    initial  0..65535: the sum of the bytes before data, which must be of even length
+    returns  0..65535. A checksum field holds the complement, 0xFFFF - sum. Data that contains its
+             own correct checksum sums to 0xFFFF. Only data of zeros sums to 0.
     source   RFC 1071 section 1, RFC 791 3.1
     """
     total = initial
@@ -26,12 +26,12 @@ def checksum(data: bytes, initial: int = 0) -> int:
 
 
 def complement(total: int) -> int:
-    """The value of a checksum field whose covered bytes sum to total (field taken as 0)."""
+    """Return the value of a checksum field if the covered bytes, with field 0, sum to total."""
     return 0xFFFF - total
 
 
 def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int) -> bytes:
-    """What TCP, UDP and ICMPv6 sum before their own bytes.
+    """Return the bytes that TCP, UDP and ICMPv6 include in the sum before their own.
 
     source, destination  4 bytes each (RFC 9293 3.1, RFC 768) or 16 bytes each (RFC 8200 8.1)
     length               bytes of transport header and payload
@@ -42,5 +42,5 @@ def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int)
 
 
 def transport_sum(source: bytes, destination: bytes, protocol: int, segment: bytes) -> int:
-    """Folded sum of pseudo-header and segment. 0xFFFF: the checksum in the segment is right."""
+    """Return the folded sum of pseudo-header and segment: 0xFFFF if its checksum is correct."""
     return checksum(segment, checksum(pseudo_header(source, destination, protocol, len(segment))))

@@ -1,7 +1,7 @@
-"""Cut what a TUN with offloads hands over into plain IP packets with right checksums.
+"""Cut a frame from a TUN with offloads into IP packets with correct checksums.
 
-Owns: the meaning of virtio_net_hdr on the way out. Refuses to know: hop limits, routes, MTUs.
-Pure functions.
+Owns: the meaning of virtio_net_hdr in frames read from the TUN. Does not know hop limits, routes or
+MTUs. Pure functions.
 """
 
 import struct
@@ -40,22 +40,22 @@ HEADERS_MAX = 120  # of one segment: IPv4 with all options and TCP with all opti
 
 
 def cut(frame: bytes) -> list[bytes]:
-    """The IP packets in one frame read from a TUN with IFF_VNET_HDR.
+    """Return the IP packets in one frame read from a TUN with IFF_VNET_HDR.
 
-    frame    10 bytes virtio_net_hdr in host order, then an IP packet; with a GSO type that is a
-             super-packet of at most 65535 bytes whose IP and UDP length fields are not believed.
-             hdr_len is a hint that the kernel gets wrong on forwarded packets: ignored.
-             csum_start and csum_offset mean something only with NEEDS_CSUM.
-    returns  whole packets in stream order, hop limit untouched, padding behind the declared length
-             removed. Checksums: of segments made anew; of a plain packet completed if NEEDS_CSUM,
-             else left as they came.
+    frame    10 bytes virtio_net_hdr in host order, then an IP packet. With a GSO type it is a
+             super-packet of at most 65535 bytes, whose IP and UDP length fields are ignored.
+             hdr_len is ignored: the kernel sets it wrong on forwarded packets. csum_start and
+             csum_offset are valid only with NEEDS_CSUM.
+    returns  whole packets in stream order, hop limit unchanged, without padding behind the declared
+             length. Segments get new checksums. The checksum of a plain packet is completed if
+             NEEDS_CSUM, else unchanged.
     drops    as check_packet (of a super-packet: as parse_header);
-             bad_gso: unknown type; type at odds with version or protocol; gso_size 0; a fragment;
-             over 65535 bytes; checksum offsets at odds with the headers, inside the IP header or
-             outside the packet;
-             bad_l4_header: the TCP or UDP header is cut off or its length is impossible, or the
-             IPv6 extension headers before it hide it (``_behind_extensions``); over 120 bytes of
-             headers
+             bad_gso: unknown type; type does not match version or protocol; gso_size 0; a fragment;
+             over 65535 bytes; checksum offsets that do not match the headers, are inside the IP
+             header or outside the packet;
+             bad_l4_header: the TCP or UDP header is truncated or has an impossible length, or the
+             IPv6 extension headers before it cannot be parsed (``_behind_extensions``); more than
+             120 bytes of headers
     source   linux/virtio_net.h, RFC 9293 3.1, RFC 3168 6.1.2, RFC 768, RFC 6864, RFC 8200 4, 8.1
     """
     if len(frame) < VNET_HDR.size:
@@ -103,8 +103,11 @@ def cut(frame: bytes) -> list[bytes]:
 
 
 def _complete_checksum(packet: bytes, start: int, offset: int) -> bytes:
-    """Finish what the kernel left: the field at start + offset holds the pseudo-header's sum; it
-    becomes the complement of the sum of packet[start:]. For UDP (offset 6) 0 is sent as 0xFFFF."""
+    """Complete a checksum that the kernel left to the device (NEEDS_CSUM).
+
+    The field at start + offset holds the sum of the pseudo-header. It becomes the complement of
+    the sum of packet[start:]. For UDP (offset 6), 0 is sent as 0xFFFF.
+    """
     field = start + offset
     if field + 2 > len(packet):
         raise Dropped("bad_gso")
@@ -125,12 +128,13 @@ def _protocol_of(gso_type: int, version: int) -> int:
 
 
 def _behind_extensions(packet: bytes, next_header: int) -> tuple[int, int]:
-    """What follows the IPv6 header and its extension headers, and where.
+    """Return the protocol after the IPv6 extension headers, and the offset of its header.
 
-    drops  bad_l4_header: the chain leaves the packet or is of more than 8 headers; a fragment, ESP
-           or authentication header, with which a segment is not made of its super-packet's
-           headers; a routing header with segments left: the checksum is over the last address of
-           the route then, not over the destination that stands in the header (RFC 8200 8.1)
+    drops  bad_l4_header: the chain ends outside the packet or has more than 8 headers; a fragment,
+           ESP or authentication header, because the headers of the segments would differ from those
+           of the super-packet; a routing header with segments left, because the checksum then
+           covers the last address of the route instead of the destination in the IP header
+           (RFC 8200 8.1)
     """
     at = IPV6_LEN
     seen = 0
@@ -150,7 +154,7 @@ def _behind_extensions(packet: bytes, next_header: int) -> tuple[int, int]:
 
 
 def _transport_header_len(protocol: int, transport: bytes) -> int:
-    """Bytes of TCP header with options, or of UDP header, at the start of transport."""
+    """Return the length of the TCP header with options, or of the UDP header."""
     fixed = 20 if protocol == PROTO_TCP else 8
     if len(transport) < fixed:
         raise Dropped("bad_l4_header")
@@ -161,8 +165,11 @@ def _transport_header_len(protocol: int, transport: bytes) -> int:
 
 
 def _tcp_segment(tcp: bytes, seq_offset: int, first: bool, last: bool) -> bytes:
-    """The super-packet's TCP header for one segment, checksum 0: sequence number moved on; CWR only
-    on the first (RFC 3168 6.1.2); FIN and PSH, which are about the last byte, only on the last."""
+    """Return the TCP header of one segment, with checksum 0.
+
+    The sequence number advances. CWR is set only on the first segment (RFC 3168 6.1.2), FIN and PSH
+    only on the last, because they refer to the last byte.
+    """
     seq = (int.from_bytes(tcp[4:8], "big") + seq_offset) % 2**32
     flags = tcp[13]
     if not first:
@@ -176,7 +183,7 @@ def _tcp_segment(tcp: bytes, seq_offset: int, first: bool, last: bool) -> bytes:
 
 
 def _with_checksum(header: IPHeader, protocol: int, segment: bytes, offset: int) -> bytes:
-    """The segment, whose checksum field is 0, with the right one; UDP sends 0 as 0xFFFF."""
+    """Return the segment with its checksum filled in; UDP sends 0 as 0xFFFF."""
     value = complement(transport_sum(header.source, header.destination, protocol, segment))
     if value == 0 and protocol == PROTO_UDP:
         value = 0xFFFF
@@ -184,8 +191,10 @@ def _with_checksum(header: IPHeader, protocol: int, segment: bytes, offset: int)
 
 
 def _ip_header(headers: bytes, version: int, index: int, transport_len: int) -> bytes:
-    """The super-packet's IP header, with IPv6 extension headers, for segment number index: own
-    length, IPv4 id + index."""
+    """Return the IP header, with IPv6 extension headers, of segment number ``index``.
+
+    It has the segment's own length and, for IPv4, the super-packet's id + index.
+    """
     if version == 6:
         length = len(headers) - IPV6_LEN + transport_len
         return headers[:4] + length.to_bytes(2, "big") + headers[6:]

@@ -1,7 +1,7 @@
-"""A forwarder without sockets: one frame or datagram in, what must go out, and the counters.
+"""A forwarder without sockets: it returns the output for one frame or datagram, and counts.
 
-Owns: the order of the steps in each direction, the source check, and who gets an ICMP error.
-Refuses to know: system calls, batches, merging, rates. One thread.
+Owns: the order of the steps in each direction, the source check, and where ICMP errors go. Does not
+know system calls, batches, merging or rate limits. One thread.
 """
 
 import ipaddress
@@ -17,7 +17,7 @@ from .fragment import fragment
 from .icmp import icmp_error
 from .packet import Dropped, check_packet, decrement_hop_limit, parse_header
 
-Datagram = tuple[Endpoint, bytes]  # where to, the UDP payload
+Datagram = tuple[Endpoint, bytes]  # destination and UDP payload
 
 UDP_LEN = 8
 OUTER_LEN = {4: 20 + UDP_LEN, 6: 40 + UDP_LEN}
@@ -25,7 +25,7 @@ OUTER_LEN = {4: 20 + UDP_LEN, 6: 40 + UDP_LEN}
 
 @dataclass
 class Encapsulated:
-    """What one frame from the TUN becomes."""
+    """The output for one frame from the TUN."""
 
     datagrams: list[Datagram] = field(default_factory=list)
     icmp: list[bytes] = field(default_factory=list)  # IP packets for our own TUN
@@ -33,7 +33,7 @@ class Encapsulated:
 
 @dataclass
 class Decapsulated:
-    """What one datagram from the socket becomes."""
+    """The output for one datagram from the socket."""
 
     packet: bytes | None = None  # for the TUN
     icmp: list[Datagram] = field(default_factory=list)  # back to the inner sender
@@ -41,7 +41,7 @@ class Decapsulated:
 
 @dataclass
 class Counts:
-    """In inner IP packets: read + generated = delivered + the direction's drops."""
+    """Counters of one direction, in inner IP packets: read + generated = delivered + drops."""
 
     read: int = 0
     generated: int = 0
@@ -49,20 +49,20 @@ class Counts:
 
 
 class ReferenceForwarder:
-    """The road of one packet, both ways.
+    """The path of one packet, in both directions.
 
-    routes            overlapping prefixes allowed; the longest that covers an address wins
-    own_addresses     of this host: no datagram may claim one as its inner source
-    tun_addresses     the TUN's, at most one a family: the source of our ICMP errors
-    source_check      "strict": the outer address, any port, is a peer's, and the inner source lies
-                      in a subnet routed to that peer or is the peer's own; "peer": only the
-                      first; "off": anybody
-    path_mtu          largest outer packet in bytes towards an endpoint, where it has been learned
+    routes            prefixes may overlap; the longest that covers an address is used
+    own_addresses     of this host: refused as inner source addresses
+    tun_addresses     of the TUN, at most one per family: the source of our ICMP errors
+    source_check      "strict": the outer address, with any port, belongs to a peer, and the inner
+                      source is in a subnet routed to that peer or is the peer's own address;
+                      "peer": the first condition only; "off": none
+    path_mtu          the largest outer packet in bytes to an endpoint, where it has been learned
     underlay_mtu      the same for all other endpoints
 
-    ``counts[direction]`` and ``drops[reason, direction]`` count as soon as it happens. A cut frame
-    counts as its segments, one that cannot be cut as 1. Fragments beyond the first are generated.
-    An ICMP error is generated and delivered in the direction in which it leaves.
+    ``counts[direction]`` and ``drops[reason, direction]`` are updated at once. A frame counts as
+    its segments, or as 1 if it cannot be cut. Fragments after the first are generated. An ICMP
+    error is generated and delivered in the direction in which it is sent.
     """
 
     def __init__(
@@ -87,11 +87,12 @@ class ReferenceForwarder:
         self.drops: Counter[tuple[str, str]] = Counter()
 
     def encap(self, frame: bytes) -> Encapsulated:
-        """TUN to UDP: cut, look up, take a hop off, fit to the path.
+        """TUN to UDP: cut, look up, decrement the hop limit, fragment for the path.
 
-        frame  virtio_net_hdr and IP packet, as ``cut`` takes it
-        The segments of a super-packet share its header and fate, so at most one ICMP error tells of
-        them all: the one about the first.
+        frame  virtio_net_hdr and IP packet, as in ``cut``
+
+        All segments of a super-packet are dropped for the same reason, so at most one ICMP error is
+        sent, about the first.
         """
         result = Encapsulated()
         counts = self.counts[ENCAP]
@@ -121,9 +122,9 @@ class ReferenceForwarder:
         return result
 
     def decap(self, outer_source: Endpoint, datagram: bytes) -> Decapsulated:
-        """UDP to TUN: parse, admit the sender and the inner source, take a hop off.
+        """UDP to TUN: parse, check the sender and the inner source, decrement the hop limit.
 
-        datagram  the UDP payload: a raw IP packet; shorter ones are keepalives
+        datagram  the UDP payload: an IP packet; shorter payloads are keepalives
         """
         result = Decapsulated()
         counts = self.counts[DECAP]
@@ -142,7 +143,7 @@ class ReferenceForwarder:
         return result
 
     def look_up(self, address: bytes) -> Route | None:
-        """The route with the longest prefix that covers address (4 or 16 bytes), by linear scan."""
+        """Return the route with the longest prefix that covers ``address`` (4 or 16 bytes)."""
         wanted = ipaddress.ip_address(address)
         covering = [
             route for route in self.routes
@@ -151,7 +152,7 @@ class ReferenceForwarder:
         return max(covering, key=lambda route: route.dst.prefixlen, default=None)
 
     def inner_mtu(self, route: Route) -> int:
-        """The largest inner packet on this route: what the path takes, and the route's own cap."""
+        """Return the largest inner packet of this route: limited by the path and by its own MTU."""
         outer = self.path_mtu.get(Endpoint(route.via, route.port), self.underlay_mtu)
         fits = outer - OUTER_LEN[route.via.version]
         return fits if route.mtu is None else min(fits, route.mtu)
@@ -173,9 +174,9 @@ class ReferenceForwarder:
             raise Dropped("source_not_routed")
 
     def _icmp_about(self, packet: bytes, reason: str, mtu: int) -> bytes | None:
-        """The ICMP error owed about a packet, from our TUN address of its family if we have one."""
-        ours = self.tun_addresses.get(parse_header(packet).version)
-        return None if ours is None else icmp_error(packet, reason, ours.packed, mtu)
+        """Return the ICMP error about a packet, or None without a TUN address of its family."""
+        source = self.tun_addresses.get(parse_header(packet).version)
+        return None if source is None else icmp_error(packet, reason, source.packed, mtu)
 
     def _icmp_to_tun(self, packet: bytes, reason: str, mtu: int) -> list[bytes]:
         error = self._icmp_about(packet, reason, mtu)
@@ -186,7 +187,7 @@ class ReferenceForwarder:
         return [error]
 
     def _icmp_to_peer(self, packet: bytes) -> list[Datagram]:
-        """Time exceeded, to whoever the inner source is routed to."""
+        """Return a time exceeded error for the peer to which the inner source is routed."""
         error = self._icmp_about(packet, "ttl_exceeded", 0)
         route = self.look_up(parse_header(packet).source)
         if error is None or route is None or len(error) > self.inner_mtu(route):

@@ -1,7 +1,6 @@
 """Cut an IPv4 packet into fragments.
 
-Owns: RFC 791's fragmentation. Refuses to know: which MTU holds, and whom to tell if it cannot be
-done. Pure functions.
+Owns: the fragmentation of RFC 791. Does not know path MTUs or ICMP errors. Pure functions.
 """
 
 import struct
@@ -22,18 +21,19 @@ _COPIED = 0x80
 
 
 def fragment(packet: bytes, mtu: int) -> list[bytes]:
-    """An IP packet as pieces of at most mtu bytes each.
+    """Return an IP packet as fragments of at most mtu bytes each.
 
     packet   one IP packet; padding behind the declared length is removed
-    returns  the packet alone, unchanged, if it fits (whatever its DF or version); else fragments in
-             order. The first has the whole header; later ones only the options with the copied
-             flag. All but the last carry the same payload: the multiple of 8 that fits behind the
-             whole header. A packet that is itself a fragment goes on from its own offset, and its
-             own More-Fragments stays on the last piece.
-    drops    as check_packet; too_big: DF, or IPv6, or mtu cannot hold the header and 8 bytes
+    returns  the unchanged packet if it fits, with any DF and version; else fragments in order. The
+             first has the whole header; later ones only the options with the copied flag. All
+             except the last carry the same payload length: the largest multiple of 8 that fits
+             behind the whole header. If the packet is itself a fragment, offsets continue from its
+             own offset, and the last piece keeps its More Fragments flag.
+    drops    as check_packet; too_big: DF is set, or IPv6, or mtu is below the header plus 8 bytes
     source   RFC 791 3.1 (options), 3.2 (fragmentation); RFC 8200 4.5 (no IPv6 router fragments)
-    An offset past the field's end belongs to a packet that reassembles to more than 65535 bytes: it
-    stays at the field's end, where every receiver refuses it.
+
+    An offset above the maximum belongs to a packet that reassembles to more than 65535 bytes. It is
+    set to the maximum, so that every receiver refuses it.
     """
     packet = packet[: check_packet(packet)]
     header = parse_header(packet)
@@ -64,13 +64,16 @@ def fragment(packet: bytes, mtu: int) -> list[bytes]:
 
 
 def _fragment_header(base: bytes, payload_len: int, fragment_word: int) -> bytes:
+    """Return the header ``base`` with the length and fragment field of one fragment."""
     start = struct.pack("!BBH", 0x40 | len(base) // 4, base[1], len(base) + payload_len)
     return with_ipv4_checksum(start + base[4:6] + fragment_word.to_bytes(2, "big") + base[8:])
 
 
 def _copied_options(options: bytes) -> bytes:
-    """The options that go on every fragment, padded to whole words with end-of-list. An option
-    whose length is impossible ends the list; no-operations are only padding and are left out."""
+    """Return the options that every fragment carries, padded to whole words with end-of-list.
+
+    An option with an impossible length ends the list. No-operation options are left out.
+    """
     kept = b""
     at = 0
     while at < len(options) and options[at] != _END_OF_LIST:

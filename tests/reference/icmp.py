@@ -1,7 +1,7 @@
-"""The ICMP error about one packet, and when there must be none.
+"""The ICMP error about one packet, and the cases in which none is allowed.
 
-Owns: the rules of RFC 1122 3.2.2, RFC 1812 4.3.2 and RFC 4443 2.4. Refuses to know: rates, routes,
-where the error goes. Pure functions.
+Owns: the rules of RFC 1122 3.2.2, RFC 1812 4.3.2 and RFC 4443 2.4. Does not know rate limits,
+routes or where the error is sent. Pure functions.
 """
 
 import struct
@@ -39,17 +39,19 @@ MTU6_MIN = 1280  # RFC 8200 5
 
 
 def icmp_error(packet: bytes, kind: str, source: bytes, mtu: int = 0) -> bytes | None:
-    """The IP packet that tells the sender of packet what became of it, or None.
+    """Return the ICMP error for the sender of ``packet``, as an IP packet, or None.
 
-    packet   hostile bytes from the IP header on; quoted up to its declared length, as far as the
-             error stays within 576 (IPv4) or 1280 (IPv6) bytes
+    packet   untrusted bytes from the IP header on; quoted up to its declared length, so that the
+             error has at most 576 (IPv4) or 1280 (IPv6) bytes
     kind     "no_route" (IPv4 type 3 code 0, IPv6 1/0), "ttl_exceeded" (11/0, 3/0),
              "too_big" (3/4, 2/0)
     source   our address in the packet's family, 4 or 16 bytes
-    mtu      "too_big" only: bytes of IP packet that fit; 68..65535 (IPv4) or 1280.. (IPv6) is said
+    mtu      "too_big" only: the largest IP packet that fits, in bytes; reported as 68..65535 (IPv4)
+             or at least 1280 (IPv6)
     returns  None if the packet's header does not parse or the RFCs forbid an error: about an ICMP
-             error, about a later fragment, to a multicast or broadcast destination (IPv6 too_big is
-             allowed, path MTU discovery needs it), from a source that is not one host
+             error; about a fragment other than the first; about a packet to a multicast or
+             broadcast destination, except IPv6 too_big, which path MTU discovery needs; about a
+             packet whose source is not one host
     source   RFC 792, RFC 1191 4, RFC 1122 3.2.2, RFC 1812 4.3.2; RFC 4443 2.4, 3.1 to 3.3
     """
     try:
@@ -86,7 +88,10 @@ def _icmp6(packet: bytes, header: IPHeader, kind: str, source: bytes, mtu: int) 
 
 
 def _allowed4(packet: bytes, header: IPHeader) -> bool:
-    """RFC 1122 3.2.2. Not one host: 0/8, 127/8, multicast 224/4, reserved 240/4 with broadcast."""
+    """Return whether RFC 1122 3.2.2 allows an error.
+
+    A source in 0/8, 127/8, 224/4 (multicast) or 240/4 (reserved, broadcast) is not one host.
+    """
     if header.source[0] in (0, 127) or header.source[0] >= 224:
         return False
     if 224 <= header.destination[0] < 240 or header.destination == b"\xff" * 4:
@@ -100,8 +105,11 @@ def _allowed4(packet: bytes, header: IPHeader) -> bool:
 
 
 def _allowed6(packet: bytes, header: IPHeader, kind: str) -> bool:
-    """RFC 4443 2.4 (e). Extension headers are walked to see whether this is an ICMPv6 error; where
-    the walk breaks off nobody knows, so nothing is sent."""
+    """Return whether RFC 4443 2.4 (e) allows an error.
+
+    The extension headers must be parsed to find out whether the packet is an ICMPv6 error. If they
+    cannot be parsed, the answer is no.
+    """
     if header.source[0] == 0xFF or header.source in (bytes(16), bytes(15) + b"\x01"):
         return False
     if header.destination[0] == 0xFF and kind != "too_big":
@@ -118,8 +126,10 @@ def _allowed6(packet: bytes, header: IPHeader, kind: str) -> bool:
 
 
 def _upper_layer(packet: bytes, header: IPHeader) -> tuple[int, bytes] | None:
-    """The protocol behind the IPv6 extension headers and its bytes; None if the chain breaks off,
-    is too long, or leads to a later fragment."""
+    """Return the protocol after the IPv6 extension headers, and its bytes.
+
+    None if the chain is truncated, too long, or ends in a fragment other than the first.
+    """
     next_header, at = header.protocol, IPV6_LEN
     seen = 0
     while next_header in (HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS):

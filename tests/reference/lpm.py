@@ -1,6 +1,6 @@
-"""Longest prefix match by looking at every route: the oracle of the compiled look-up.
+"""Longest prefix match by a linear scan of all routes: the oracle of the compiled look-up.
 
-Owns: what the right answer is. Refuses to know: speed.
+Owns: the correct result. Pure functions.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def table_order(network: Network) -> tuple[int, bytes, int]:
-    """Sort key of a table: a prefix stands before every prefix inside it."""
+    """Return the sort key of a table: a prefix comes before every prefix inside it."""
     return network.version, network.network_address.packed, network.prefixlen
 
 
 class Lpm:
-    """Look-up over prefixes such as ``10.244.2.0/24``, put in table order first."""
+    """A look-up over prefixes such as ``10.244.2.0/24``, sorted into table order."""
 
     def __init__(self, prefixes: Iterable[str]) -> None:
         self.networks: list[Network] = sorted(map(ipaddress.ip_network, prefixes), key=table_order)
 
     def lookup(self, addr: bytes) -> int:
-        """1 + index of the longest prefix that covers ``addr`` (4 or 16 bytes), or 0."""
+        """Return 1 + index of the longest prefix that covers ``addr`` (4 or 16 bytes), or 0."""
         address = ipaddress.ip_address(addr)
         best, best_len = 0, -1
         for i, network in enumerate(self.networks):

@@ -1,11 +1,12 @@
-"""Merge received packets of a flow into frames that the TUN takes as one super-packet.
+"""Merge received packets of one flow into frames that hold a super-packet for the TUN.
 
-Owns: which packets may become one, and the frame that says so. Refuses to know: hop limits, source
-checks, how many packets a batch has. Pure functions.
+Owns: which packets may be merged, and the vnet header of the result. Does not know hop limits,
+source checks or batch sizes. Pure functions.
 
-The kernel does not verify checksums of a merged frame, so only verified packets are merged; every
-other packet goes to the TUN as it came and the kernel judges it. What is merged must be cut again
-into the same packets by anyone who forwards it, so every header field that a cut copies is equal.
+The kernel does not verify the checksums of a merged frame, so only packets with a verified
+checksum are merged. Every other packet is written unchanged, and the kernel checks it. A host that
+forwards a merged packet cuts it again and must get the same packets, so all header fields that a
+cut copies must be equal.
 """
 
 import struct
@@ -41,7 +42,7 @@ Flow = tuple[int, bytes, bytes, bytes]  # protocol, source, destination, both po
 
 
 class _Segment(NamedTuple):
-    """A packet that may be merged."""
+    """A packet that can be merged."""
 
     packet: bytes
     header: IPHeader
@@ -69,53 +70,52 @@ class _Segment(NamedTuple):
         return self.header.protocol == PROTO_TCP and bool(self.transport[13] & TCP_PSH)
 
 
-# What a packet does to the open groups.
-_SEALS_NOTHING = "nothing"
-_SEALS_FLOW = "flow"
-_SEALS_ALL = "all"
+# Which open groups a packet closes.
+_CLOSES_NONE = "none"
+_CLOSES_FLOW = "flow"
+_CLOSES_ALL = "all"
 
 
 def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[bytes]:
-    """Frames for a TUN with IFF_VNET_HDR: 10 bytes virtio_net_hdr, then one IP packet or several
-    merged.
+    """Return frames for a TUN with IFF_VNET_HDR: virtio_net_hdr, then one packet or a merged one.
 
-    packets  in the order of arrival; check_packet has passed each
-    tcp, udp whether that protocol is merged at all
-    returns  frames in the order of each one's first packet; within a flow packets keep their order,
-             but for a pure ACK, which may come after data that came behind it. A packet that is
-             merged with none is ten zero bytes and the packet as it came, right or wrong.
+    packets  in the order of arrival; each has passed check_packet
+    tcp, udp whether packets of that protocol are merged
+    returns  frames in the order of their first packets. The packets of a flow keep their order,
+             except that a pure ACK may be moved behind data that arrived after it. A packet that is
+             not merged becomes ten zero bytes and the unchanged packet.
     merged   n >= 2 packets: NEEDS_CSUM, gso_size = payload of the first, hdr_len and csum_start
-             from the headers; the transport checksum is the pseudo-header's sum, not inverted;
-             lengths of the whole, IPv4 header checksum made right, IPv4 id of the first, PSH of
-             the last. At most 65535 bytes with headers; UDP at most 64 packets.
-    drops    as check_packet: for a list with such a packet in it nothing is returned
+             from the headers; the transport checksum field holds the pseudo-header's sum, not
+             inverted; lengths of the whole, a correct IPv4 header checksum, the IPv4 id of the
+             first, PSH of the last. At most 65535 bytes with headers; UDP at most 64 packets.
+    drops    as check_packet; if one packet fails, nothing is returned
 
     A packet joins the open group of its flow if
-    - IPv4: 20 bytes of header with a right checksum, no fragment; IPv6: no extension header;
-      declared length = bytes that came; the transport checksum is there and right; payload > 0
+    - IPv4: a header of 20 bytes with a correct checksum, not a fragment; IPv6: no extension header;
+      declared length = received length; the transport checksum is present and correct; payload > 0
     - TCP: flags exactly ACK or ACK and PSH, reserved bits included; sequence number adjacent; ack
       number, window, urgent pointer and options as the first's. UDP: its length = the IP payload
     - TOS or traffic class, flow label, TTL or hop limit, IPv4's DF and reserved bit as the first's;
       with DF clear the IPv4 id is the next one
-    - its payload is no longer than the first's. A shorter one, or PSH, closes the group.
-    A packet that might join some group but not this one closes it and opens its own. One that may
-    not be merged at all closes the open group of its flow; one whose ports cannot be trusted (any
-    fragment, IPv6 extension headers, padding behind the declared length, TCP or UDP with less than
-    a fixed header) closes all; a pure ACK (flags exactly ACK, no payload) and other protocols close
-    none.
+    - its payload is not longer than the first's. A shorter one, or PSH, closes the group.
+    A packet that can be merged but does not fit the open group of its flow closes that group and
+    opens a new one. A packet that cannot be merged closes the open group of its flow. A packet
+    whose ports cannot be read (a fragment, IPv6 extension headers, padding behind the declared
+    length, TCP or UDP with less than a fixed header) closes all groups. A pure ACK (flags exactly
+    ACK, no payload) and packets of other protocols close none.
     source   linux/virtio_net.h; linux net/ipv4/tcp_offload.c and udp_offload.c (the kernel's GRO)
     """
-    groups: list[list[_Segment] | bytes] = []  # in order of output; bytes: a packet on its own
+    groups: list[list[_Segment] | bytes] = []  # in output order; bytes: a single packet
     open_groups: dict[Flow, list[_Segment]] = {}
     for packet in packets:
         check_packet(packet)
-        flow, segment, seals = _classify(packet)
+        flow, segment, closes = _classify(packet)
         wanted = segment is not None and (tcp if flow and flow[0] == PROTO_TCP else udp)
         if flow is None or segment is None or not wanted:
             groups.append(packet)
-            if seals == _SEALS_ALL:
+            if closes == _CLOSES_ALL:
                 open_groups.clear()
-            elif seals == _SEALS_FLOW and flow is not None:
+            elif closes == _CLOSES_FLOW and flow is not None:
                 open_groups.pop(flow, None)
             continue
         group = open_groups.get(flow)
@@ -131,19 +131,19 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
 
 
 def _classify(packet: bytes) -> tuple[Flow | None, _Segment | None, str]:
-    """The packet's flow if known, the segment if it may be merged, and what it seals if not."""
+    """Return the packet's flow if known, the segment if it can be merged, else what it closes."""
     header = parse_header(packet)
     transport = packet[header.header_len :]
     hidden = header.version == 6 and header.protocol in EXTENSION_HEADERS
     if header.is_fragment or header.total_len != len(packet) or hidden:
-        return None, None, _SEALS_ALL
+        return None, None, _CLOSES_ALL
     if header.protocol not in (PROTO_TCP, PROTO_UDP):
-        return None, None, _SEALS_NOTHING
+        return None, None, _CLOSES_NONE
     if len(transport) < (20 if header.protocol == PROTO_TCP else 8):
-        return None, None, _SEALS_ALL
+        return None, None, _CLOSES_ALL
     flow = (header.protocol, header.source, header.destination, transport[:4])
 
-    transport_len, seals = _judge_transport(header.protocol, transport)
+    transport_len, closes = _judge_transport(header.protocol, transport)
     mergeable = (
         transport_len > 0
         and len(transport) > transport_len
@@ -151,23 +151,23 @@ def _classify(packet: bytes) -> tuple[Flow | None, _Segment | None, str]:
         and transport_sum(header.source, header.destination, header.protocol, transport) == 0xFFFF
     )
     if not mergeable:
-        return flow, None, seals
-    return flow, _Segment(packet, header, header.header_len + transport_len), seals
+        return flow, None, closes
+    return flow, _Segment(packet, header, header.header_len + transport_len), closes
 
 
 def _judge_transport(protocol: int, transport: bytes) -> tuple[int, str]:
-    """The length of a transport header that allows merging, else 0; and what the packet seals if it
-    is not merged."""
+    """Return the length of a transport header that allows merging, else 0; and what the packet
+    closes if it is not merged."""
     if protocol == PROTO_UDP:
         whole = int.from_bytes(transport[4:6], "big") == len(transport)
-        return 8 if whole and transport[6:8] != b"\0\0" else 0, _SEALS_FLOW
+        return 8 if whole and transport[6:8] != b"\0\0" else 0, _CLOSES_FLOW
     length, reserved, flags = (transport[12] >> 4) * 4, transport[12] & 0x0F, transport[13]
     if not 20 <= length <= len(transport):
-        return 0, _SEALS_FLOW
+        return 0, _CLOSES_FLOW
     if flags == TCP_ACK and len(transport) == length:
-        return 0, _SEALS_NOTHING
+        return 0, _CLOSES_NONE
     mergeable = reserved == 0 and flags in (TCP_ACK, TCP_ACK | TCP_PSH)
-    return length if mergeable else 0, _SEALS_FLOW
+    return length if mergeable else 0, _CLOSES_FLOW
 
 
 def _plain_ipv4(packet: bytes, header: IPHeader) -> bool:
@@ -201,13 +201,13 @@ def _continues_ip(first: _Segment, segment: _Segment, index: int) -> bool:
 
 
 def _continues_tcp(first: _Segment, segment: _Segment, merged_len: int) -> bool:
-    mine, theirs = segment.transport, first.transport
+    this, other = segment.transport, first.transport
     return (
         segment.seq == (first.seq + merged_len) % 2**32
-        and mine[8:12] == theirs[8:12]  # ack number
-        and mine[12] == theirs[12]  # header length
-        and mine[14:16] == theirs[14:16]  # window
-        and mine[18:] == theirs[18:]  # urgent pointer, options
+        and this[8:12] == other[8:12]  # ack number
+        and this[12] == other[12]  # header length
+        and this[14:16] == other[14:16]  # window
+        and this[18:] == other[18:]  # urgent pointer, options
     )
 
 

@@ -1,7 +1,7 @@
-"""The IP header: parse what may be hostile, and take one hop off.
+"""The IP header: parse it from untrusted bytes, and decrement the hop limit.
 
-Owns: the IP header's layout, and ``Dropped``. Refuses to know: what is behind the IP header.
-Pure functions. All fields are big-endian.
+Owns: the layout of the IP header, and ``Dropped``. Does not know what follows the IP header. Pure
+functions. All fields are big-endian.
 """
 
 import struct
@@ -26,7 +26,7 @@ DESTINATION_OPTIONS = 60
 EXTENSION_HEADERS = frozenset(
     {HOP_BY_HOP, ROUTING, FRAGMENT, ESP, AUTHENTICATION, DESTINATION_OPTIONS}
 )
-EXTENSION_HEADERS_MAX = 8  # more of them in one packet are taken for an attack
+EXTENSION_HEADERS_MAX = 8  # a packet with more of them is treated as an attack
 
 IPV4_MIN = 20
 IPV6_LEN = 40
@@ -39,7 +39,7 @@ _REASONS = frozenset(reason.name for reason in DROP_REASONS)
 
 
 class Dropped(Exception):
-    """The step refuses the packet; ``reason`` is a name from ``udptun.drops``."""
+    """A step drops the packet; ``reason`` is a name from ``udptun.drops``."""
 
     def __init__(self, reason: str) -> None:
         if reason not in _REASONS:
@@ -49,11 +49,11 @@ class Dropped(Exception):
 
 
 class IPHeader(NamedTuple):
-    """What an IPv4 or IPv6 header says. Lengths in bytes, addresses in network order."""
+    """The fields of an IPv4 or IPv6 header. Lengths in bytes, addresses in network order."""
 
     version: int  # 4 or 6
     header_len: int  # with IPv4 options, without IPv6 extension headers
-    total_len: int  # declared, header included; reported, not judged
+    total_len: int  # declared, header included; not checked
     protocol: int  # IPv6: the first next header
     hop_limit: int
     fragment_word: int  # IPv4: reserved, DF, MF and offset; IPv6: DF
@@ -66,12 +66,12 @@ class IPHeader(NamedTuple):
 
     @property
     def is_fragment(self) -> bool:
-        """IPv4 only: a piece of a packet, the first piece included."""
+        """IPv4 only: whether this is a fragment, the first one included."""
         return bool(self.fragment_word & (IPV4_MF | IPV4_OFFSET))
 
 
 def parse_header(packet: bytes) -> IPHeader:
-    """Read the IP header from hostile bytes.
+    """Parse the IP header from untrusted bytes.
 
     drops   short_packet: no byte at all, under 20 (IPv4) or 40 (IPv6); bad_version; bad_header_len:
             IPv4 header under 20 or beyond the packet
@@ -103,12 +103,14 @@ def parse_header(packet: bytes) -> IPHeader:
 
 
 def check_packet(packet: bytes) -> int:
-    """The declared total length of an IP packet, 20..len(packet); bytes behind it are padding.
+    """Return the declared total length of an IP packet, 20..len(packet); the rest is padding.
 
-    drops   short_packet, bad_version, bad_header_len; bad_total_len: the length field does not
-            cover the header, or says more than the bytes that came
+    drops   short_packet, bad_version, bad_header_len; bad_total_len: the declared length is below
+            the header's length or above len(packet)
     source  RFC 791 3.1, RFC 8200 3, RFC 1812 5.2.2 (the router's checks)
-    The IPv4 header checksum is the receiving kernel's business: a wrong one is passed on, wrong.
+
+    The IPv4 header checksum is not verified. A wrong one stays wrong, and the receiving kernel
+    drops the packet.
     """
     header = parse_header(packet)
     if header.total_len < header.header_len or header.total_len > len(packet):
@@ -117,10 +119,10 @@ def check_packet(packet: bytes) -> int:
 
 
 def decrement_hop_limit(packet: bytes) -> bytes:
-    """The packet with TTL or hop limit one less.
+    """Return the packet with TTL or hop limit decremented.
 
     packet  from the IP header on; only the header is parsed (reasons as ``parse_header``)
-    drops   ttl_exceeded: it arrives as 0 or 1, so there would be no hop left
+    drops   ttl_exceeded: it is 0 or 1 already
     source  RFC 791 3.2, RFC 8200 3; RFC 1624 eqn 3: HC' = ~(~HC + ~m + m'), where m is the 16-bit
             word of TTL and protocol. A wrong checksum stays wrong by the same amount.
     """
@@ -142,6 +144,6 @@ def decrement_hop_limit(packet: bytes) -> bytes:
 
 
 def with_ipv4_checksum(header: bytes) -> bytes:
-    """An IPv4 header, options included, with its checksum made right."""
+    """Return an IPv4 header, options included, with a correct checksum."""
     blank = header[:10] + b"\0\0" + header[12:]
     return blank[:10] + complement(checksum(blank)).to_bytes(2, "big") + blank[12:]

@@ -1,4 +1,4 @@
-"""Types of the single steps, for tests and micro benchmarks; see tests.reference for meanings."""
+"""Types of the compiled steps. The meanings are those of ``tests.reference``."""
 
 from collections.abc import Callable
 

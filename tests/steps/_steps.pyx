@@ -1,7 +1,7 @@
-"""Each step of the fast path, callable alone: for tests and micro benchmarks.
+"""The steps of the data path as Python functions, for tests and micro benchmarks.
 
-Owns nothing but the wrapping. The signatures are those of ``tests.reference``, which is the
-oracle; the product never imports this module.
+Owns only the conversion of arguments and results. The signatures are those of ``tests.reference``,
+with which the tests compare the steps. Pure functions.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -23,19 +23,20 @@ from wire.headers cimport VNET_LEN
 from udptun.drops import DROP_REASONS
 from tests.reference import Dropped
 
-# All zero, to begin with: gcc does not see that check() raises before an unset one is used.
+# Initial values: gcc does not see that check() raises before an unset field is used.
 cdef ip_t NO_IP
 cdef cut_t NO_CUT
 
 
 cdef check(drop_t verdict):
+    """Raise Dropped unless the verdict is PASS."""
     if verdict != PASS:
         raise Dropped(DROP_REASONS[<int>verdict - 1].name)
 
 
 cdef uint8_t* exact_copy(bytes data) except NULL:
-    """The bytes in an allocation of exactly their size, so that a sanitizer sees any step
-    beyond; freed by the caller."""
+    """Copy bytes into an allocation of exactly their size, so that a sanitizer detects any access
+    outside. The caller frees it."""
     cdef uint8_t* p = <uint8_t*>malloc(len(data) or 1)
     if p == NULL:
         raise MemoryError
@@ -107,7 +108,7 @@ def cut(bytes frame):
 
 
 def merge(list packets, bint tcp=True, bint udp=True):
-    """Packets that do not parse are a caller's error here: the core drops them before."""
+    """Packets must parse: the core drops others before this step."""
     cdef merge_t* m = <merge_t*>calloc(1, sizeof(merge_t))
     cdef uint8_t** copies = <uint8_t**>calloc(len(packets) + 1, sizeof(void*))
     cdef uint8_t* frame = <uint8_t*>malloc(MERGE_FRAME)

@@ -1,5 +1,4 @@
-# ICMP errors, fragments and checksums, each alone. Included by _steps.pyx, whose check and
-# exact_copy it uses: for the tests only.
+# ICMP errors, fragments and checksums. Included by _steps.pyx; uses its check() and exact_copy().
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -26,7 +25,7 @@ _ICMP_KINDS = {
 
 
 def icmp_error(bytes packet, str kind, bytes source, uint32_t mtu=0):
-    """The ICMP error about packet from our address source, or None where the RFCs forbid one."""
+    """Return the ICMP error about ``packet`` from our address ``source``, or None."""
     cdef uint8_t out[ICMP_MAX]
     cdef int c_kind = _ICMP_KINDS[kind]
     cdef uint8_t* p = NULL
@@ -45,14 +44,19 @@ def icmp_error(bytes packet, str kind, bytes source, uint32_t mtu=0):
 
 
 def icmp_allow_run(times_ns):
-    """What a new token bucket answers at these times, one after the other."""
+    """Return the answers of a new token bucket at these times, in order."""
     cdef icmp_bucket_t bucket = icmp_bucket_t(0, 0)
     return [bool(icmp_allow(&bucket, now_ns)) for now_ns in times_ns]
 
 
 def fragment(bytes packet, size_t mtu, size_t lead_len=0):
-    """Cut an IPv4 packet for mtu; lead_len bytes behind the IP header travel with the header, as
-    a transport header does. Raises Dropped: too_big with DF, for IPv6 and for too small an MTU."""
+    """Cut an IPv4 packet into fragments of at most ``mtu`` bytes.
+
+    lead_len  bytes after the IP header that are passed with the header, as the core does with the
+              transport header of a segment
+
+    Raises Dropped("too_big") with DF, for IPv6, and if the MTU is too small.
+    """
     cdef ip_t ip = NO_IP
     cdef frag_t frag
     cdef uint8_t out_hdr[FRAG_HDR_MAX]
@@ -90,7 +94,7 @@ cdef uint64_t _csum_short(const uint8_t* p, size_t n, uint64_t acc) noexcept nog
 
 
 cdef uint64_t _initial_sum(initial) except? 0:
-    """A big-endian sum as the words lie in memory."""
+    """Convert a sum of big-endian words to the sum of the words in native byte order."""
     while initial > 0xFFFF:
         initial = (initial & 0xFFFF) + (initial >> 16)
     return swap16(initial)
@@ -108,8 +112,11 @@ cdef extern from *:
 
 
 cdef uint16_t _checksum_by(udptun_csum_fn fn, const uint8_t[::1] data, initial) except? 0:
-    """Under a sanitizer of a copy as exact_copy's, which also lies at data's place within 64 bytes;
-    else in place, for the benchmarks time this."""
+    """Sum ``data`` with one implementation.
+
+    A sanitizer build sums an exact copy with the same alignment within 64 bytes. Other builds sum
+    in place, because the benchmarks time this function.
+    """
     cdef uint64_t acc = _initial_sum(initial)
     cdef size_t n = data.shape[0]
     cdef const uint8_t* source = &data[0] if n else NULL
@@ -127,12 +134,12 @@ cdef uint16_t _checksum_by(udptun_csum_fn fn, const uint8_t[::1] data, initial) 
 
 
 def checksum(const uint8_t[::1] data, initial=0):
-    """The ones-complement sum of data's big-endian words (RFC 1071), folded, not inverted."""
+    """Return the ones-complement sum of big-endian words (RFC 1071), folded, not inverted."""
     return _checksum_by(_csum_add, data, initial)
 
 
 cdef class _Checksum:
-    """One implementation, whatever the dispatcher would choose."""
+    """One implementation of the checksum, called directly instead of by CPU features."""
 
     cdef udptun_csum_fn fn
 
@@ -141,7 +148,7 @@ cdef class _Checksum:
 
 
 def checksum_implementations():
-    """{name: callable like checksum} of all that this CPU has, the slowest first."""
+    """Return {name: function} of all implementations that this CPU supports, the slowest first."""
     cdef _Checksum one = _Checksum.__new__(_Checksum)
     one.fn = _csum_short
     found = {"short": one}

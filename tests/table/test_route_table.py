@@ -1,4 +1,4 @@
-"""RouteTable: its parsers against model.Route, its changes against set arithmetic."""
+"""RouteTable: its parsers compared with model.Route, its changes with set arithmetic."""
 
 import ipaddress
 import json
@@ -16,7 +16,7 @@ from udptun.model import Route, parse_next_hop
 v4 = st.integers(0, (1 << 32) - 1).map(ipaddress.IPv4Address)
 v6 = st.one_of(
     st.integers(0, (1 << 128) - 1),
-    # Runs of zero groups, as RFC 5952 has rules for them.
+    # Runs of zero groups, for the rules of RFC 5952.
     st.lists(st.sampled_from((0, 0, 0, 1, 0xA, 0xFFFF)), min_size=8, max_size=8).map(
         lambda groups: int("".join(f"{g:04x}" for g in groups), 16)),
     st.integers(0, (1 << 32) - 1).map(lambda n: 0xFFFF << 32 | n),
@@ -29,8 +29,6 @@ def prefixes(draw):
     address = draw(addresses)
     length = draw(st.integers(0, address.max_prefixlen))
     return ipaddress.ip_network(f"{address}/{length}", strict=False)
-
-
 
 
 def is_host(address):
@@ -65,14 +63,14 @@ def outcome(parse, *args):
         return str(error)
 
 
-# Addresses and prefixes: the same strings as ipaddress takes, the same text as it gives
+# Addresses and prefixes: the strings that ipaddress accepts, the text that it writes
 
 SOUP = st.text("0123456789abcdefABCDEF:./%g -+_\u0663", max_size=45)
 
 
 @st.composite
 def address_texts(draw):
-    """Valid addresses, in forms other than the canonical too, and near misses."""
+    """Draw valid addresses, not only in canonical form, and strings that are almost valid."""
     address = draw(addresses)
     text = draw(st.sampled_from((str(address), address.exploded, str(address).upper())))
     if address.version == 6 and draw(st.booleans()):
@@ -111,7 +109,7 @@ def address_texts(draw):
 @example("1.2.3.4.")
 @example("12345::")
 @example("fe80::1%eth0")
-def test_addresses_are_those_of_ipaddress(text):
+def test_parser_and_ipaddress_accept_the_same_addresses(text):
     value = {"dst": "10.0.0.0/8", "via": text}
 
     def oracle():
@@ -130,7 +128,7 @@ def test_addresses_are_those_of_ipaddress(text):
 )
 @example("10.0.0.0/", "0" * 4290 + "24")
 @example("10.0.0.0/", "0" * 4310 + "24")
-def test_prefixes_are_those_of_the_model(text, suffix):
+def test_parser_and_model_accept_the_same_prefixes(text, suffix):
     value = {"dst": text + suffix, "via": "192.0.2.1"}
 
     def oracle():
@@ -145,7 +143,7 @@ def test_prefixes_are_those_of_the_model(text, suffix):
 # Whole tables
 
 @given(tables)
-def test_both_forms_give_the_table_of_the_model(some):
+def test_text_and_json_give_the_same_table_as_the_model(some):
     text = "\r\n".join(f"  {r}\t# as written" for r in some)
     body = json.dumps({"generation": 7, "routes": [r.to_json() for r in some]}, indent=1)
     assert routes_of(RouteTable.parse_text(text.encode())) == in_order(some)
@@ -153,7 +151,7 @@ def test_both_forms_give_the_table_of_the_model(some):
 
 
 @given(tables, st.integers(0, 40), st.integers(0, 40))
-def test_slices_round_trip(some, start, count):
+def test_slices_are_parsed_back(some, start, count):
     table = RouteTable.parse_text("\n".join(map(str, some)).encode())
     part = in_order(some)[start:start + count]
     assert routes_of(RouteTable.parse_text(table.text_slice(start, count))) == part
@@ -177,7 +175,7 @@ WORDS = st.one_of(
 @example(["10.0.0.0/8", "via", "::2", "port", "1", "port", "1"])
 @example(["10.0.0.0/8", "via", "::2", "mtu", "1", "mtu", "1"])
 @example(["10.0.0.0/8", "via", "::2", "ttl", "1"])
-def test_lines_are_those_of_the_model(words):
+def test_parser_and_model_accept_the_same_lines(words):
     line = " ".join(words)
     words = [w.decode() for w in line.encode().split()]
 
@@ -204,9 +202,9 @@ OBJECTS = st.one_of(
 
 
 @given(OBJECTS, st.booleans(), st.sampled_from((None, 2)))
-def test_objects_are_those_of_the_model(value, ascii_only, indent):
+def test_parser_and_model_accept_the_same_objects(value, ascii_only, indent):
     body = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "replace")
-    value = json.loads(body)  # as it comes over the wire
+    value = json.loads(body)  # as received
 
     def oracle():
         first = Route.make("192.0.2.77/32", "192.0.2.1")
@@ -222,8 +220,8 @@ def test_objects_are_those_of_the_model(value, ascii_only, indent):
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.text(max_size=4), inner, max_size=3), max_leaves=8), st.booleans())
-def test_any_json_is_recognised_as_json(value, ascii_only):
-    """A value that is no route is a wrong route; only what is not JSON is a wrong body."""
+def test_any_json_value_is_skipped(value, ascii_only):
+    """A JSON value that is not a route is reported as a wrong route, not as a wrong body."""
     text = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     with pytest.raises(FieldError) as caught:
         parse_json(text)
@@ -253,7 +251,7 @@ def test_arbitrary_bytes_are_parsed_or_refused(body):
 
 @given(JSON_SOUP.map(lambda soup: b'{"routes":[' + soup))
 def test_strict_json_only(body):
-    """Whatever is taken is JSON to Python too."""
+    """The parser accepts only text that json.loads accepts."""
     try:
         table = RouteTable.parse_json(body)
     except FieldError as error:
@@ -285,7 +283,7 @@ def test_strict_json_only(body):
     (b'{"routes":[' + b"[" * 40 + b"]" * 40 + b"]}", 43),
     (b'\xef\xbb\xbf{"routes":[]}', 0),
 ])
-def test_what_is_not_the_json_we_want_names_the_byte(body, byte):
+def test_an_unexpected_body_names_the_byte(body, byte):
     with pytest.raises(FieldError) as caught:
         RouteTable.parse_json(body)
     assert (caught.value.field, caught.value.where) == ("body", f"byte {byte}")
@@ -301,24 +299,24 @@ def test_a_long_string_with_escapes_is_refused():
         parse_json(rb'{"dst":"10.0.0.0\/%s8","via":"::2"}' % (b"0" * 600))
 
 
-def test_a_number_too_long_for_python_is_refused():
+def test_a_number_too_long_for_int_is_refused():
     with pytest.raises(FieldError, match=r"routes\[0\]: route: .*usual length"):
         parse_json(b'{"dst":"::","via":"::2","port":%s}' % (b"9" * 5000))
 
 
-def test_a_key_twice_is_refused():
+def test_a_repeated_key_is_refused():
     with pytest.raises(FieldError, match=r"routes\[1\]: route: 'via' .* each key once"):
         parse_json(b'{"dst":"::","via":"::2"},{"via":"::1","dst":"::1","via":"::1"}')
 
 
-def test_a_route_of_unreasonable_length_is_not_looked_into():
+def test_a_very_long_route_is_refused_without_parsing_it_again():
     with pytest.raises(FieldError, match=r"line 1: route: .*usual length"):
         RouteTable.parse_text(b"x " * 100_000)
 
 
 @given(tables.filter(bool), st.data())
-def test_a_prefix_twice_names_the_later_one(some, data):
-    """The first route in the text whose prefix came before, wherever it stands."""
+def test_a_repeated_prefix_names_the_later_route(some, data):
+    """The error names the first route in the text whose prefix came before."""
     again = data.draw(st.sampled_from(some))
     at = data.draw(st.integers(some.index(again) + 1, len(some)))
     given_routes = [*some[:at], Route.make(str(again.dst), "192.0.2.99"), *some[at:]]
@@ -332,7 +330,7 @@ def test_a_prefix_twice_names_the_later_one(some, data):
 # Changes
 
 class Model:
-    """A table as a dict."""
+    """The oracle: a table as a dict."""
 
     def __init__(self):
         self.routes = {}
@@ -438,7 +436,7 @@ def test_difference_is_set_arithmetic(before, after, limit):
     assert new.changes_from(old, 1 << 60) == wanted
 
 
-def test_a_copy_is_its_own():
+def test_a_copy_is_independent():
     table = RouteTable.parse_text(b"10.0.0.0/8 via 192.0.2.1")
     copy = table.copy()
     table.set(Route.make("10.0.0.0/8", "192.0.2.2", 1), replace=True)
@@ -469,7 +467,7 @@ def test_a_hundred_thousand_routes():
 
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_bench_parse(benchmark, form):
-    """A table of 100,000 routes in no order."""
+    """Parse 100,000 routes in random order."""
     rng = random.Random(12)
     some = [f"{ipaddress.IPv4Address(n << 8)}/24" for n in rng.sample(range(1 << 24), 100_000)]
     if form == "text":
