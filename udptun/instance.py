@@ -5,7 +5,7 @@ nftables table, socket, lock, state directory and file that it creates is named 
 that two instances share nothing by accident. The default instance keeps the names that udptun and
 flannel have always used.
 
-Owns: the grammar of instance names, and these names. Refuses to know: who creates what.
+Owns the grammar of instance names, and the names derived from them. Creates nothing but the lock.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Instance:
         return f"{self.name}-ipv{version}"
 
     def vxlan_device(self, vni: int, version: int) -> str:
-        """The VXLAN device whose underlay is IP version 4 or 6; FieldError: longer than the kernel
-        takes."""
+        """The VXLAN device whose underlay is IP version 4 or 6; FieldError: the name is too
+        long for the kernel."""
         prefix = "flannel" if self.is_default else self.name
         device = f"{prefix}.{vni}" if version == 4 else f"{prefix}-v6.{vni}"
         if len(device) > MAX_DEVICE_NAME:
@@ -83,11 +83,11 @@ class Instance:
 
     @property
     def subnet_file(self) -> Path:
-        """Where CNI plugins look; the default instance's place is flannel's."""
+        """The file that CNI plugins read; for the default instance it is flannel's."""
         return Path("/run/flannel/subnet.env") if self.is_default else self.run_dir / "subnet.env"
 
     def control_socket(self, run_dir: Path | None = None) -> Path:
-        """The forwarder's control socket. ``run_dir``: $RUNTIME_DIRECTORY, where it is set."""
+        """The forwarder's control socket. ``run_dir``: $RUNTIME_DIRECTORY, if that is set."""
         return (run_dir or self.run_dir) / f"{self.name}.sock"
 
     @contextmanager
@@ -95,8 +95,8 @@ class Instance:
         """Hold this instance's name in this network namespace while a process has ``role``
         ("forward", "node"). The kernel releases the lock when the process ends, however it ends.
 
-        The file is the owner's alone (0600): nobody else can take the lock. Its name contains the
-        network namespace's inode, since two namespaces may share one /run.
+        The file has mode 0600, so other users cannot take the lock. Its name contains the inode of
+        the network namespace, because several namespaces can share one /run.
         Raises InstanceRunning, OSError.
         """
         directory = run_dir or self.run_dir

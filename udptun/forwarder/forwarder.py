@@ -104,7 +104,7 @@ class Forwarder:
         await self._start_control()
 
     async def close(self) -> None:
-        """Send what is queued, then remove all that ``start`` made."""
+        """Send the queued packets, then close everything that ``start`` opened."""
         closing, self._closing = self._closing, AsyncExitStack()
         await closing.aclose()
 

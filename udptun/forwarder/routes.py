@@ -92,7 +92,7 @@ class Routes:
             await self._state.save(self._table)
 
     async def close(self) -> None:
-        """Refuse further changes, finish those under way, and write the state file."""
+        """Refuse further changes, finish those that have begun, and write the state file."""
         self._core = None
         await asyncio.gather(*self._changes, return_exceptions=True)
         if self._state is not None:

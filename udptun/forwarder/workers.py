@@ -67,7 +67,7 @@ class Workers:
             thread.start()
 
     def stop(self) -> None:
-        """Stop all threads, then send what is queued."""
+        """Stop all threads, then send the queued packets."""
         for thread in self._threads:
             thread.stop()
         for thread in self._threads:
@@ -97,7 +97,7 @@ class Workers:
         for thread in self._threads:
             for event in thread.worker.take_events():
                 if event == "tun_gone":
-                    self._fail(f"the TUN device {self._tun_name} is gone")
+                    self._fail(f"the TUN device {self._tun_name} was removed")
                 elif event in OFFLOADS:
                     self._lose(event)
         for packed, port, path_mtu in self._core.path_mtu_changes(FORGET_PATH_MTU_SECONDS):
