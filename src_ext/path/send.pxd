@@ -15,6 +15,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from drops cimport DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, PASS, drop_t
+from limits cimport MIN_MTU6
 from path.queue cimport (
     QUEUE_DATAGRAMS, datagram_t, peer_queue_t, queue_clear, queue_is_empty, queue_t,
 )
@@ -35,8 +36,9 @@ cdef enum:
     MAX_UDP_PAYLOAD = 65507     # of one message, all its datagrams together
     MAX_RETRIES = 4             # of a send that reports an earlier datagram's ICMP error
     MAX_ERRORS = 1024           # read from the error queue in one go
-    MIN_PATH_MTU4 = 552         # Linux's net.ipv4.route.min_pmtu: a forged ICMP error cannot
-    MIN_PATH_MTU6 = 1280        # reduce the path MTU further
+    # A forged ICMP error cannot reduce the path MTU below Linux's net.ipv4.route.min_pmtu, for IPv6
+    # below MIN_MTU6.
+    MIN_PATH_MTU4 = 552
     UNKNOWN_MTU4 = 576          # when the router does not report one (RFC 1191 5)
 
 
@@ -50,7 +52,7 @@ cdef inline int udp_fd(const worker_t* w, const peer_t* peer) noexcept nogil:
 cdef inline void lower_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
     """Lower the peer's path MTU to mtu (outer bytes, 0 = not reported). The control side raises it
     again after a time."""
-    cdef uint32_t lowest = MIN_PATH_MTU4 if peer.addr_len == 4 else MIN_PATH_MTU6
+    cdef uint32_t lowest = MIN_PATH_MTU4 if peer.addr_len == 4 else MIN_MTU6
     if mtu == 0:
         mtu = UNKNOWN_MTU4
     if mtu < lowest:

@@ -9,6 +9,7 @@ Source: RFC 792, RFC 1122 3.2.2, RFC 1812 4.3.2, RFC 1191 4 (IPv4); RFC 4443 2.4
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from limits cimport MIN_MTU, MIN_MTU6
 from wire.checksum cimport csum_add, csum_not, csum_pseudo, ip4_set_csum
 from wire.headers cimport (
     IP4_DST, IP4_FRAG, IP4_LEN, IP4_MIN, IP4_OFFSET, IP4_PROTO, IP4_SRC, IP4_TOS, IP4_TTL,
@@ -34,8 +35,6 @@ cdef enum:
     ICMP_MTU6 = 4
     ICMP_HOPS = 64
     ICMP4_TOS = 0xC0  # internetwork control: RFC 1812 4.3.2.5
-    MTU4_MIN = 68
-    MTU6_MIN = 1280
 
     ICMP6_FIRST_INFO = 128  # types below are errors: RFC 4443 2.1
     ICMP6_REDIRECT = 137
@@ -154,8 +153,8 @@ cdef inline size_t icmp4_error(
         icmp[0] = 3
     if kind == ICMP_TOO_BIG:
         icmp[1] = 4
-        if mtu < MTU4_MIN:
-            mtu = MTU4_MIN
+        if mtu < MIN_MTU:
+            mtu = MIN_MTU
         elif mtu > 0xFFFF:
             mtu = 0xFFFF
         store_be16(icmp + ICMP_MTU4, mtu)
@@ -193,7 +192,7 @@ cdef inline size_t icmp6_error(
         icmp[0] = 3
     elif kind == ICMP_TOO_BIG:
         icmp[0] = 2
-        store_be32(icmp + ICMP_MTU6, mtu if mtu > MTU6_MIN else MTU6_MIN)
+        store_be32(icmp + ICMP_MTU6, mtu if mtu > MIN_MTU6 else MIN_MTU6)
     else:
         icmp[0] = 1
     memcpy(icmp + ICMP_HDR, pkt, n)

@@ -1,6 +1,6 @@
-"""The compiled worker against the reference forwarder, packet by packet, without a kernel TUN.
+"""The compiled worker compared with the reference forwarder, packet by packet.
 
-A SOCK_SEQPACKET pair stands in for the TUN (one message is one frame); UDP goes over loopback.
+A SOCK_SEQPACKET pair replaces the TUN (one message is one frame); UDP uses loopback.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from udptun import _core
 from udptun.drops import DECAP, DIRECTIONS, ENCAP
 from udptun.model import Endpoint, Route
 
-NO_VNET = ("udp-gso", "udp-gro", "batch")  # what is left without tun-gso
+NO_VNET = ("udp-gso", "udp-gro", "batch")  # the features that do not need tun-gso
 ALL = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge", "batch")
-HERE = "127.0.0.1"
+LOCAL = "127.0.0.1"
 PEERS = ("127.0.0.2", "127.0.0.3")
 STRANGER = "127.0.0.9"
 TUN4, TUN6 = ipaddress.ip_address("10.244.1.0"), ipaddress.ip_address("fd00:1::")
@@ -33,19 +33,19 @@ UDP_SEGMENT, UDP_GRO = 103, 104
 
 
 class Rig:
-    """One worker between a stand-in TUN and loopback sockets, beside a reference forwarder."""
+    """One worker between a socket pair (its TUN) and loopback sockets; a reference forwarder."""
 
     def __init__(
         self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64, udp6=False
     ):
         self.features = features
         self.closing = contextlib.ExitStack()
-        self.tun, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self.tun, ours):
+        self.tun, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.tun, worker_end):
             self.closing.enter_context(end)
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        self.udp = self.bound(HERE)
+        self.udp = self.bound(LOCAL)
         if "udp-gro" in features:
             self.udp.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
         self.outside = {a: self.bound(a) for a in (*PEERS, STRANGER)}
@@ -60,7 +60,7 @@ class Rig:
         self.notify = os.eventfd(0, os.EFD_NONBLOCK)
         self.closing.callback(os.close, self.notify)
         fd6 = -1
-        if udp6:  # a second listener, which nobody uses
+        if udp6:  # a second listener, without traffic
             sock6 = self.closing.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
             sock6.setblocking(False)
             sock6.bind(("::1", 0))
@@ -69,7 +69,7 @@ class Rig:
         self.core = _core.Core(source_check, 1, link_mtus, [TUN4.packed, TUN6.packed], self.notify)
         self.core.publish(_core.RouteTable.parse_text("\n".join(map(str, self.routes)).encode()))
         self.worker = _core.Worker(
-            self.core, ours.fileno(), self.udp.fileno(), fd6, features, gso_max_segs
+            self.core, worker_end.fileno(), self.udp.fileno(), fd6, features, gso_max_segs
         )
         self.reference = reference.ReferenceForwarder(
             self.routes, own_addresses=[TUN4, TUN6], tun_addresses=[TUN4, TUN6],
@@ -94,7 +94,7 @@ class Rig:
         return "tun-gso" in self.features
 
     def write(self, frame):
-        """A frame as the kernel would hand it over; without tun-gso it has no vnet header."""
+        """Write a frame as the kernel does; without tun-gso it has no vnet header."""
         self.tun.send(frame if self.vnet else frame[10:])
 
     def send(self, address, datagram):
@@ -104,7 +104,7 @@ class Rig:
         self.worker.run(1)
 
     def from_tun(self):
-        """IP packets that the worker wrote, cut again where it merged."""
+        """Return the IP packets that the worker wrote; merged ones are cut again."""
         packets = []
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -113,6 +113,7 @@ class Rig:
         return packets
 
     def at(self, address):
+        """Return the datagrams that arrived at an outside socket."""
         datagrams = []
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -144,7 +145,7 @@ class Rig:
 
 
 def frames(rng):
-    """A mix of what a TUN may hand over: good, odd and hostile."""
+    """Return one frame as a TUN may deliver it: valid, unusual or malformed."""
     version = rng.choice((4, 6))
     third = rng.choice((2, 2, 3, 3, 9))
     dst = f"10.244.{third}.{rng.choice((5, 200))}" if version == 4 else f"fd00:{third}::5"
@@ -173,14 +174,15 @@ def frames(rng):
 
 
 def without_id(packets):
-    """A merge keeps one IPv4 id, which means nothing with DF (RFC 6864): blank it and its sum."""
+    """Zero the IPv4 id and header checksum: a merge keeps only the first id, which has no meaning
+    with DF (RFC 6864)."""
     return [
         p[:4] + bytes(2) + p[6:10] + bytes(2) + p[12:] if p[0] >> 4 == 4 else p for p in packets
     ]
 
 
 def by_flow(packets):
-    """The packets of each flow in their order. Pure ACKs are left out: data may pass them."""
+    """Return the packets of each flow in order, without pure ACKs, which data may overtake."""
     flows = {}
     for packet in packets:
         ip_len, proto, key = (
@@ -191,7 +193,7 @@ def by_flow(packets):
     return flows
 
 
-def icmp_kinds(packets):
+def icmp_packets(packets):
     return [p for p in packets if p[9 if p[0] >> 4 == 4 else 6] in (1, 58)]
 
 
@@ -209,9 +211,9 @@ def test_encap_equals_reference(without, mtu):
                 if not rig.vnet and frame[1]:
                     continue  # without vnet headers there are no super-packets
                 if not rig.vnet:
-                    frame = bytes(10) + frame[10:]  # nor checksums left to us
+                    frame = bytes(10) + frame[10:]  # nor incomplete checksums
                 if len(frame) == 10:
-                    continue  # an empty message would be an end of file to a socket pair
+                    continue  # a socket pair reports an empty message as end of file
                 result = rig.reference.encap(frame)
                 for endpoint, datagram in result.datagrams:
                     expected[str(endpoint.address)].append(datagram)
@@ -276,8 +278,8 @@ def test_decap_equals_reference(without, source_check):
             rig.check_invariant()
 
 
-def test_a_refused_run_is_sent_again_one_by_one():
-    """A kernel that refuses UDP_SEGMENT: nothing is lost, and it is not asked again."""
+def test_datagrams_of_a_refused_run_are_sent_one_by_one():
+    """The kernel refuses UDP_SEGMENT: no packet is lost, and the worker stops using it."""
     with Rig(gso_max_segs=1000) as rig:
         flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
         sent = [flow.udp(bytes([i]) * 10) for i in range(250)]
@@ -291,8 +293,8 @@ def test_a_refused_run_is_sent_again_one_by_one():
         rig.check_invariant()
 
 
-def test_the_longest_frames_cut_smallest_fit_behind_a_full_queue():
-    """The most that may wait at once: under a sanitizer, that the buffers hold it."""
+def test_the_longest_frames_with_the_shortest_segments_fit_after_a_full_queue():
+    """The largest possible queue: a sanitizer shows whether the buffers are large enough."""
     flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
     options = b"\x01" * 40
     whole = [flow.tcp_super(bytes(65000), 1000), flow.tcp_super(bytes(65000), 1200)]
@@ -313,18 +315,18 @@ def readable(worker, wait=0.0):
     return bool(select.select([worker.fileno()], [], [], wait)[0])
 
 
-def test_the_loop_learns_of_what_comes_while_the_worker_is_away():
+def test_packets_and_wake_up_make_the_worker_readable():
     with Rig() as rig:
         flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
         back = Flow(src=ipaddress.ip_address("10.244.2.5").packed,
                     dst=ipaddress.ip_address("10.244.1.5").packed)
-        for bring in (
+        for act in (
             lambda: rig.write(bytes(10) + flow.udp(b"out")),
             lambda: rig.send(PEERS[0], back.udp(b"in")),
             rig.worker.wake,
         ):
             assert not readable(rig.worker)
-            bring()
+            act()
             assert readable(rig.worker, 5)
             rig.work()
             rig.worker.resume()
@@ -332,7 +334,7 @@ def test_the_loop_learns_of_what_comes_while_the_worker_is_away():
         assert len(rig.at(PEERS[0])) == len(rig.from_tun()) == 1
 
 
-def test_a_tun_that_is_gone_is_told_once_and_keeps_nobody_awake():
+def test_a_tun_that_is_gone_is_reported_once_and_is_no_longer_polled():
     with Rig() as rig:
         rig.tun.close()
         assert readable(rig.worker, 5)
@@ -341,8 +343,8 @@ def test_a_tun_that_is_gone_is_told_once_and_keeps_nobody_awake():
         assert not readable(rig.worker)
 
 
-def to_send(rig):
-    """Feeds a worker with super-packets from its TUN."""
+def encap_load(rig):
+    """Return a function that writes a super-packet to the worker's TUN."""
     flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
     frame = flow.tcp_super(bytes(64000), 1400)
     rig.tun.settimeout(0.1)
@@ -354,17 +356,17 @@ def to_send(rig):
     return feed
 
 
-def to_receive(rig):
-    """Feeds a worker with runs of datagrams from a peer, and takes what it writes."""
+def decap_load(rig):
+    """Return a function that sends a run to the worker and reads the frames that it wrote."""
     run = ip4(bytes(1380), socket.IPPROTO_RAW, "10.244.2.5", "10.244.1.9") * 40
     peer = rig.outside[PEERS[0]]
     peer.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, len(run) // 40)
     peer.settimeout(0.1)
-    here = rig.udp.getsockname()
+    local = rig.udp.getsockname()
 
     def feed():
         with contextlib.suppress(TimeoutError):
-            peer.sendto(run, here)
+            peer.sendto(run, local)
         with contextlib.suppress(BlockingIOError):
             while True:
                 rig.tun.recv(1 << 17)
@@ -373,8 +375,8 @@ def to_receive(rig):
 
 
 @contextlib.contextmanager
-def busy(rig, allowed, load=to_send):
-    """Its worker at full load, in a thread that may use these cores; yields the thread's id."""
+def busy(rig, allowed, load=encap_load):
+    """Run the rig's worker at full load in a thread with this affinity; yield the thread's id."""
     feed = load(rig)
     tids, over = queue.SimpleQueue(), threading.Event()
 
@@ -399,57 +401,57 @@ def busy(rig, allowed, load=to_send):
             thread.join()
 
 
-def affinity_becomes(tid, wanted):
-    end = time.monotonic() + 20
+def wait_for_affinity(tid, wanted):
+    end = time.monotonic() + 60
     while not wanted(os.sched_getaffinity(tid)):
         assert time.monotonic() < end
-        time.sleep(0.005)  # the core is the worker's
+        time.sleep(0.005)  # leave the core to the worker
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
-def test_a_worker_that_is_busy_sending_keeps_its_core_and_roams_again():
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_worker_that_is_busy_sending_is_pinned_and_unpinned():
     allowed = os.sched_getaffinity(0)
     with Rig() as rig:
         with busy(rig, allowed) as tid:
-            affinity_becomes(tid, lambda cores: len(cores) == 1)
-            affinity_becomes(tid, lambda cores: cores == allowed)
+            wait_for_affinity(tid, lambda cores: len(cores) == 1)
+            wait_for_affinity(tid, lambda cores: cores == allowed)
         rig.check_invariant()
 
 
 def cpu_ticks(tid):
-    """Of a thread of ours, user and system: fields 14 and 15 of proc_pid_stat(5)."""
+    """Return a thread's user and system time: fields 14 and 15 of proc_pid_stat(5)."""
     fields = Path(f"/proc/self/task/{tid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13]))
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
-def test_a_worker_that_is_busy_receiving_goes_where_the_scheduler_puts_it():
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_worker_that_is_busy_receiving_is_not_pinned():
     allowed = os.sched_getaffinity(0)
     with Rig() as rig:
-        with busy(rig, allowed, to_receive) as tid:
+        with busy(rig, allowed, decap_load) as tid:
             wanted = cpu_ticks(tid) + os.sysconf("SC_CLK_TCK")
             while cpu_ticks(tid) < wanted:
                 assert os.sched_getaffinity(tid) == allowed
-                time.sleep(0.005)  # the core is the worker's
+                time.sleep(0.005)  # leave the core to the worker
         assert rig.counts()["decap"]["delivered"] > 1000
         rig.check_invariant()
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
-def test_an_affinity_that_somebody_else_sets_stays():
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_an_affinity_that_is_set_while_pinned_is_kept():
     allowed = os.sched_getaffinity(0)
     with Rig() as rig, busy(rig, allowed) as tid:
-        affinity_becomes(tid, lambda cores: len(cores) == 1)
+        wait_for_affinity(tid, lambda cores: len(cores) == 1)
         other = min(allowed - os.sched_getaffinity(tid) or allowed)
         os.sched_setaffinity(tid, {other})
         before = rig.worker.counters()["turns"]
-        affinity_becomes(tid, lambda _: rig.worker.counters()["turns"] > before + 1000)
+        wait_for_affinity(tid, lambda _: rig.worker.counters()["turns"] > before + 1000)
         assert os.sched_getaffinity(tid) == {other}
 
 
-def test_a_refused_merge_is_written_again_one_by_one():
+def test_packets_of_a_refused_merge_are_written_one_by_one():
     with Rig() as rig:
-        # a merged write is longer than this buffer takes, each packet alone is not
+        # this buffer is too small for a merged frame, and large enough for each packet
         rig.tun.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         flow = Flow(src=ipaddress.ip_address("10.244.2.5").packed,
                     dst=ipaddress.ip_address("10.244.1.5").packed)
@@ -479,7 +481,7 @@ def test_arbitrary_bytes_both_ways_keep_the_invariant():
 
 
 @pytest.mark.parametrize("version, kind", [(4, TCPV4), (6, TCPV6), (4, UDP_L4)])
-def test_lying_super_packets_are_counted_drops(version, kind):
+def test_contradictory_super_packets_are_counted_drops(version, kind):
     body = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 0xF0, 0x10, 0, 0, 0)
     proto = 17 if kind == UDP_L4 else 6
     packet = ip4(body, proto) if version == 4 else ip6(body, proto)
@@ -501,12 +503,12 @@ def test_icmp_is_rate_limited_and_counted():
         counters = rig.worker.counters()
         assert counters["icmp_sent"] + counters["icmp_suppressed"] == 200
         assert 50 <= counters["icmp_sent"] < 200
-        assert len(icmp_kinds(rig.from_tun())) == counters["icmp_sent"]
+        assert len(icmp_packets(rig.from_tun())) == counters["icmp_sent"]
         rig.check_invariant()
 
 
 def test_routes_may_change_while_packets_are_read():
-    """Peers and snapshots come and go between turns; `make sanitize` watches the memory."""
+    """Peers and snapshots change between turns; `make sanitize` checks the memory accesses."""
     with Rig() as rig:
         flow = Flow(dst=ipaddress.ip_address("10.244.2.5").packed)
         for i in range(300):
@@ -524,4 +526,4 @@ def test_a_next_hop_without_listener_is_refused():
         table = _core.RouteTable.parse_text(b"10.0.0.0/8 via 2001:db8::1")
         with pytest.raises(ValueError, match=r"via: '2001:db8::1' is not valid: expected an IPv4"):
             rig.core.publish(table)
-        assert len(rig.core.peers()) == 2  # what was in force still is
+        assert len(rig.core.peers()) == 2  # the previous table stays active

@@ -1,6 +1,6 @@
-"""The worker when a socket is full: it waits, loses nothing it took, and counts it all.
+"""Back-pressure: a worker with a full socket waits, loses no packet that it read, and counts all.
 
-A slow qdisc on loopback keeps datagrams to a peer in the socket's buffer until it is full.
+A slow qdisc on loopback keeps datagrams in the socket's buffer until the buffer is full.
 """
 
 import socket
@@ -17,7 +17,7 @@ def slow_loopback(rate):
 
 
 class FullRig(Rig):
-    """A rig whose IPv4 socket is full after some twenty datagrams."""
+    """A rig whose IPv4 socket is full after about twenty datagrams."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -32,14 +32,14 @@ class FullRig(Rig):
 
 
 @in_own_netns
-def test_a_full_socket_is_waited_for_without_spinning():
+def test_the_worker_waits_for_a_full_socket_without_spinning():
     slow_loopback("1mbit")
     with FullRig(features=[f for f in ALL if f != "udp-gso"], udp6=True) as rig:
         rig.fill()
         before = rig.worker.counters()["turns"]
         for _ in range(20):
             rig.work()
-        # a turn for each time the socket had room, not one for each time it was asked
+        # one turn each time the socket becomes writable, not a busy loop
         assert rig.worker.counters()["turns"] - before < 200
         rig.check_invariant()
 
@@ -56,7 +56,7 @@ def test_draining_waits_for_a_full_socket():
 
 
 @in_own_netns
-def test_what_cannot_be_drained_is_counted():
+def test_datagrams_left_after_draining_are_counted():
     slow_loopback("100kbit")
     with FullRig(features=[f for f in ALL if f != "udp-gso"]) as rig:
         rig.fill()
@@ -67,13 +67,13 @@ def test_what_cannot_be_drained_is_counted():
 
 
 @in_own_netns
-def test_an_error_to_a_peer_that_was_served_already_is_sent_too():
-    """A flush that one peer's full socket ended: the other peer's queue was emptied, and what
-    comes for it before the next flush must not be forgotten."""
+def test_an_icmp_error_to_a_peer_whose_queue_was_sent_already_is_sent():
+    """A full socket ends a flush after the other peer's queue is sent. A datagram queued for that
+    peer before the next flush must be sent too."""
     slow_loopback("200kbit")
     with FullRig(features=[f for f in ALL if f != "udp-gso"]) as rig:
         rig.write(bytes(10) + Flow(dst=addr("10.244.3.5")).udp(b"first, to the other peer"))
-        rig.fill(n=150, size=200)  # little enough that there is room for an answer
+        rig.fill(n=150, size=200)  # leaves room in the queue for a reply
         expiring = Flow(src=addr("10.244.3.7"), dst=addr("10.244.1.7"), ttl=1).udp(b"x")
         for _ in range(3):
             rig.send(PEERS[1], expiring)

@@ -20,11 +20,11 @@ def _load(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session", params=["reference", "compiled"])
 def impl(request: pytest.FixtureRequest) -> ModuleType:
-    """Each implementation in turn."""
+    """Return each implementation in turn."""
     return _load(request.param)
 
 
 @pytest.fixture(scope="session")
 def compiled() -> ModuleType:
-    """The compiled steps, for tests that hold them to the reference."""
+    """The compiled steps, for tests that compare them with the reference."""
     return _load("compiled")

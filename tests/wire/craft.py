@@ -1,4 +1,4 @@
-"""Packets for the tests, built without the code under test: its own layouts, its own checksum.
+"""Packets for the tests, built without the code under test: own layouts, own checksum.
 
 The checksum is arithmetic of another kind than RFC 1071's loop: 2**16 is 1 modulo 0xFFFF, so the
 ones-complement sum of 16-bit words is the whole byte string, read as one number, modulo 0xFFFF.
@@ -135,7 +135,7 @@ class Flow:
         self, payload: bytes, gso_size: int, *, ident: int = 0x1234, ecn: bool = False,
         **fields: Any,
     ) -> bytes:
-        """A frame as the kernel hands it over: the checksum field holds the pseudo-header's sum."""
+        """A frame as the kernel delivers it: the checksum field holds the pseudo-header's sum."""
         header = tcp_header(self.sport, self.dport, **fields)
         length = len(header) + len(payload)
         total = ones_sum(pseudo(self.source, self.destination, TCP, length))

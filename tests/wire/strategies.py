@@ -1,4 +1,4 @@
-"""Hypothesis strategies: flows, super-packets, arrivals in any order, and bytes gone wrong."""
+"""Hypothesis strategies: flows, super-packets, arrivals in any order, corrupted bytes."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def payloads(max_size=2000, min_size=0):
 
 @st.composite
 def extensions(draw, room=56):
-    """IPv6 extension headers with which Linux hands a super-packet over, in at most room bytes:
+    """IPv6 extension headers that Linux keeps in a super-packet, in at most room bytes:
     options of any content, and routes that have come to their end."""
     found = []
     while room >= 8 and draw(st.booleans()):
@@ -75,7 +75,7 @@ def flows(draw, more_headers=False):
 
 @st.composite
 def super_frames(draw):
-    """What the kernel may hand over: any flags, IPv4 options or IPv6 extension headers, any
+    """A frame that the kernel may deliver: any flags, IPv4 options or IPv6 extension headers, any
     gso_size."""
     flow = draw(flows(more_headers=True))
     payload = draw(payloads())
@@ -111,7 +111,7 @@ def mergeable_frames(draw):
     )
 
 
-# Few flows, with addresses and ports alike, so that arrivals often meet.
+# Few flows with similar addresses and ports, so that their packets often meet.
 FLOWS = [
     Flow(4), Flow(4, sport=1), Flow(6), Flow(6, dport=1),
     Flow(4, src=b"\xfd\0\0\1", dst=b"\xfd\0\0\2"),
@@ -130,7 +130,7 @@ ODD_HEADERS = [
     {"ip_options": b"\x94\x04\0\0"},
 ]
 ODD_NUMBERS = [(1, 0), (-1, 0), (1400, 0), (0, 1), (0, -1), (0, 1000)]  # of seq and IPv4 id
-# Packets that belong to no flow above, or to none that can be known.
+# Packets of no flow above, or with hidden ports.
 STRANGERS = [
     *(ip4(NOISE[:64], proto, flags=word)
       for proto in (6, 17, ICMP) for word in (0x2000, 1, 0x2001)),
@@ -181,12 +181,12 @@ def arrivals(draw, max_size=40):
 
 @st.composite
 def mutated(draw, source):
-    """Valid bytes with some of them changed, cut off, or too many."""
+    """Valid bytes with some changed, removed or added."""
     data = bytearray(draw(source))
     for _ in range(draw(st.integers(1, 4))):
         if not data:
             break
-        # headers are where it hurts
+        # mostly in the headers
         at = draw(st.one_of(st.integers(0, min(99, len(data) - 1)), st.integers(0, len(data) - 1)))
         kind = draw(st.sampled_from(["byte", "byte", "byte", "bit", "word", "truncate", "extend"]))
         if kind == "byte":

@@ -59,7 +59,7 @@ def test_plain_packet_with_wrong_checksums_is_not_repaired(impl):
 
 
 def test_udp_checksum_zero_is_not_fixed(impl):
-    """RFC 768: 0 means that the sender made none. Regression 4."""
+    """RFC 768: 0 means that the sender computed no checksum."""
     packet = Flow().udp(b"hello", no_checksum=True)
     assert impl.cut(PLAIN + packet) == [packet]
 
@@ -71,7 +71,7 @@ def test_padding_behind_the_packet_is_removed(impl):
 
 @BOTH
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 1399])
-def test_checksum_left_to_us_is_completed(impl, version, length):
+def test_incomplete_checksum_is_completed(impl, version, length):
     flow = Flow(version)
     for packet, offset in (
         (flow.tcp(PAYLOAD[:length]), 16),
@@ -118,7 +118,7 @@ def test_checksum_offsets_at_the_packets_end(impl):
 
 @BOTH
 def test_checksum_inside_the_ip_header(impl, version):
-    """It would write over what has been read there already: the version, the length."""
+    """The write would change fields that are validated already, such as the length."""
     flow = Flow(version)
     for start in range(flow.ip_len):
         for offset in (0, 6):
@@ -126,8 +126,8 @@ def test_checksum_inside_the_ip_header(impl, version):
             assert dropped(impl, vnet + flow.udp(b"hello")) == "bad_gso"
 
 
-def test_stale_gso_fields_without_a_type_mean_nothing(impl):
-    """Regression 5: only flags and gso_type say what the other fields are worth."""
+def test_gso_fields_without_a_type_are_ignored(impl):
+    """Flags and gso_type decide whether the other fields are valid."""
     packet = Flow().udp(b"hello")
     vnet = vnet_hdr(gso_type=0, hdr_len=999, gso_size=3, csum_start=999, csum_offset=999)
     assert impl.cut(vnet + packet) == [packet]
@@ -167,7 +167,7 @@ def test_udp_segments(impl, version, gso_size, length):
 
 @BOTH
 def test_gso_size_under_the_header_size(impl, version):
-    """Regression 11: nothing compares payload with headers."""
+    """A payload may be shorter than the headers."""
     frame = Flow(version).tcp_super(PAYLOAD[:10], 3, options=bytes([1]) * 40)
     segments = impl.cut(frame)
     assert [craft.tcp_payload(s) for s in segments] == [
@@ -201,7 +201,7 @@ def test_fin_and_psh_only_on_the_last(impl, version):
 @BOTH
 @pytest.mark.parametrize("ecn", [False, True])
 def test_cwr_only_on_the_first(impl, version, ecn):
-    """RFC 3168 6.1.2; ECE, which is an echo, on all."""
+    """RFC 3168 6.1.2. ECE is an echo and stays on all segments."""
     frame = Flow(version).tcp_super(PAYLOAD[:30], 10, flags=ACK | CWR | ECE | PSH, ecn=ecn)
     flags = [craft.tcp_flags(s) for s in impl.cut(frame)]
     assert flags == [ACK | CWR | ECE, ACK | ECE, ACK | ECE | PSH]
@@ -238,7 +238,6 @@ def test_ipv4_id_wraps(impl):
 
 
 def test_ipv4_options_are_on_every_segment(impl):
-    """Regression 6."""
     flow = Flow(ip_options=bytes.fromhex("94040000"))  # router alert
     assert impl.cut(flow.tcp_super(PAYLOAD[:20], 10, ident=1)) == [
         flow.tcp(PAYLOAD[0:10], ident=1), flow.tcp(PAYLOAD[10:20], seq=1010, ident=2),
@@ -250,7 +249,7 @@ def test_ipv4_options_are_on_every_segment(impl):
 
 @BOTH
 def test_ttl_is_not_touched(impl, version):
-    """Regression 11, TTL=1: the forwarder decides, see test_reference_forwarder."""
+    """TTL 1 is the forwarder's decision: see test_reference_forwarder."""
     for segment in impl.cut(Flow(version, ttl=1).tcp_super(PAYLOAD[:20], 10)):
         assert segment[8 if version == 4 else 7] == 1
 
@@ -258,7 +257,7 @@ def test_ttl_is_not_touched(impl, version):
 @BOTH
 @pytest.mark.parametrize("hdr_len", [0, 1, 65535])
 def test_hdr_len_is_only_a_hint(impl, version, hdr_len):
-    """Regression 7: on the forward path it is the whole first packet."""
+    """For a forwarded packet, hdr_len is the length of the whole first packet."""
     flow = Flow(version)
     frame = patch(flow.tcp_super(PAYLOAD[:20], 10), 2, struct.pack("=H", hdr_len))
     assert impl.cut(frame) == impl.cut(flow.tcp_super(PAYLOAD[:20], 10))
@@ -266,7 +265,7 @@ def test_hdr_len_is_only_a_hint(impl, version, hdr_len):
 
 @BOTH
 @pytest.mark.parametrize("length", [0, 1, 40, 65535])
-def test_length_fields_of_a_super_packet_are_not_believed(impl, version, length):
+def test_length_fields_of_a_super_packet_are_ignored(impl, version, length):
     flow = Flow(version)
     frame = flow.udp_super(PAYLOAD[:20], 10)
     want = impl.cut(frame)
@@ -276,7 +275,7 @@ def test_length_fields_of_a_super_packet_are_not_believed(impl, version, length)
 
 
 @BOTH
-def test_checksum_fields_without_needs_csum_mean_nothing(impl, version):
+def test_checksum_fields_without_needs_csum_are_ignored(impl, version):
     flow = Flow(version)
     frame = flow.tcp_super(PAYLOAD[:20], 10)
     bare = patch(patch(frame, 0, b"\0"), 6, struct.pack("=HH", 999, 999))
@@ -285,7 +284,7 @@ def test_checksum_fields_without_needs_csum_mean_nothing(impl, version):
 
 @BOTH
 def test_the_largest_super_packet(impl, version):
-    """Regression 11, the 65535-byte edge; regression 9: 45 x 1472 > 65507, so one send is not
+    """The 65535-byte edge; 45 x 1472 > 65507, so one send is not
     enough for a full super-packet, and the cut must not care."""
     flow = Flow(version)
     room = 65535 - flow.ip_len - 8
@@ -305,7 +304,7 @@ def test_more_than_an_ip_packet_can_be(impl):
     assert len(impl.cut(frame[:-1])) == 47
 
 
-# --- frames that lie ---
+# --- contradictory frames ---
 
 
 @pytest.mark.parametrize("length", range(10))
@@ -337,8 +336,8 @@ def test_unknown_gso_type(impl, gso_type):
     assert dropped(impl, patch(frame, 1, bytes([gso_type]))) == "bad_gso"
 
 
-def test_gso_type_at_odds_with_version_or_protocol(impl):
-    """Regression 6, v4/v6 confused."""
+def test_gso_type_that_contradicts_version_or_protocol(impl):
+    """The GSO type names the other IP version, or the other protocol."""
     tcp4, tcp6 = (Flow(v).tcp_super(PAYLOAD[:20], 10) for v in (4, 6))
     udp4, udp6 = (Flow(v).udp_super(PAYLOAD[:20], 10) for v in (4, 6))
     for frame, wrong in (
@@ -349,7 +348,7 @@ def test_gso_type_at_odds_with_version_or_protocol(impl):
 
 
 @BOTH
-def test_checksum_offsets_at_odds_with_the_headers(impl, version):
+def test_checksum_offsets_that_contradict_the_headers(impl, version):
     for frame in (Flow(version).tcp_super(b"x" * 20, 10), Flow(version).udp_super(b"x" * 20, 10)):
         start, offset = struct.unpack_from("=HH", frame, 6)
         for wrong in ((start + 4, offset), (start, offset + 2), (0, offset), (start, 65535)):
@@ -364,7 +363,7 @@ def test_super_packet_that_is_a_fragment(impl, word):
 
 @pytest.mark.parametrize("word", [0x0000, 0x4000, 0x8000, 0xC000])
 def test_df_and_the_reserved_bit_are_no_fragment(impl, word):
-    """Regression 6, the More-Fragments mask: only 0x2000 and the offset make a fragment."""
+    """Mask of a fragment: only 0x2000 and the offset make a fragment."""
     flow = Flow(flags=word)
     assert impl.cut(flow.udp_super(PAYLOAD[:4], 2, ident=1)) == [
         flow.udp(PAYLOAD[0:2], ident=1), flow.udp(PAYLOAD[2:4], ident=2),
@@ -391,13 +390,13 @@ def test_tcp_header_length_impossible(impl, version, words):
     assert dropped(impl, bad) == "bad_l4_header"
 
 
-def test_tcp_header_that_takes_all_the_bytes(impl):
+def test_tcp_header_without_payload(impl):
     flow = Flow()
     frame = patch(flow.tcp_super(b"\x01" * 20, 10), 10 + 20 + 12, bytes([10 << 4]))
     assert impl.cut(frame) == [flow.tcp(b"", options=b"\x01" * 20)]
 
 
-# --- IPv6 extension headers: Linux keeps TCP super-packets whole behind a socket's sticky ones ---
+# --- IPv6 extension headers: a TCP super-packet has those of the socket's sticky options ---
 
 OPTIONS = (DESTINATION_OPTIONS, bytes.fromhex("0104 0000 0000"))  # PadN
 LONG_OPTIONS = (DESTINATION_OPTIONS, bytes.fromhex("0114") + bytes(20))
@@ -449,7 +448,7 @@ def test_extension_headers_that_hide_the_transport(impl, hiding):
 
 
 @pytest.mark.parametrize("kind", [0, 2, 3, 4, 253])
-def test_a_route_that_is_not_at_its_end(impl, kind):
+def test_a_routing_header_with_segments_left(impl, kind):
     """The checksum is over the route's last address, not over the header's (RFC 8200 8.1)."""
     for left in (1, 255):
         route = (ROUTING, bytes([kind, left]) + bytes(20))
@@ -458,7 +457,7 @@ def test_a_route_that_is_not_at_its_end(impl, kind):
             assert dropped(impl, frame) == "bad_l4_header"
 
 
-def test_extension_headers_that_leave_the_packet(impl):
+def test_extension_headers_that_exceed_the_packet(impl):
     flow = Flow(6, extensions=(OPTIONS, HOP_OPTIONS))
     frame = flow.tcp_super(b"", 10)
     for length in range(40, 56):
@@ -479,7 +478,7 @@ def test_at_most_eight_extension_headers(impl):
 
 
 def test_at_most_120_bytes_of_headers(impl):
-    """As with all IPv4 and TCP options; longer ones would not fit where headers are made."""
+    """The header template has room for an IPv4 and a TCP header with all options: 120 bytes."""
     flow = Flow(6, extensions=(LONG_OPTIONS, LONG_OPTIONS, OPTIONS))
     fits, more = {"options": b"\1" * 4}, {"options": b"\1" * 8}
     assert impl.cut(flow.tcp_super(b"abc", 2, **fits)) == [

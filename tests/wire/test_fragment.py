@@ -23,7 +23,7 @@ def word(packet):
 
 
 def reassemble(fragments):
-    """Payload by offset; every byte must come once and without a hole."""
+    """Reassemble the payload; each byte must be present exactly once."""
     whole = b""
     for one in fragments:
         assert (word(one) & 0x1FFF) * 8 == len(whole)
@@ -45,7 +45,7 @@ def test_rfc791_example(impl):
 
 
 @pytest.mark.parametrize("mtu", [40, 41, 1500, 65535])
-def test_what_fits_is_not_touched(impl, mtu):
+def test_a_packet_that_fits_is_unchanged(impl, mtu):
     for flags in (0, DF, MF, 7):
         packet = ip4(DATA[:20], UDP, flags=flags)
         wrong = packet[:10] + b"\xba\xad" + packet[12:]
@@ -94,14 +94,14 @@ def test_reserved_bit_stays(impl):
 
 @pytest.mark.parametrize("more", [0, MF])
 def test_a_fragment_again(impl, more):
-    """Its offset goes on, and its own More-Fragments stays on the last piece."""
+    """Offsets continue from its own, and its More-Fragments flag stays on the last piece."""
     packet = ip4(DATA[:96], UDP, flags=more | 100)
     pieces = impl.fragment(packet, 60)
     assert [word(piece) for piece in pieces] == [MF | 100, MF | 105, more | 110]
     assert b"".join(piece[20:] for piece in pieces) == DATA[:96]
 
 
-def test_offset_that_leaves_the_field(impl):
+def test_offset_beyond_the_field(impl):
     """The whole would be over 65535 bytes: the pieces stay where every receiver refuses them,
     and never wrap to the front of another packet."""
     pieces = impl.fragment(ip4(DATA[:96], UDP, flags=0x1FFF), 60)
@@ -141,7 +141,7 @@ def padded(options):
     ],
 )
 def test_options(impl, options, later):
-    """Regression 6: all on the first, those with the copied flag on the others."""
+    """All on the first, those with the copied flag on the others."""
     packet = ip4(DATA[:400], UDP, flags=0, options=options, ident=5)
     mtu = 20 + len(options) + 80
     pieces = impl.fragment(packet, mtu)

@@ -19,7 +19,7 @@ def error(impl, packet, kind="no_route", mtu=0):
     return impl.icmp_error(packet, kind, OURS4 if packet[:1] < b"\x60" else OURS6, mtu)
 
 
-# --- what is said ---
+# --- the error ---
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_quote_ends_with_the_packet(impl):
         assert error(impl, packet + b"padding") == error(impl, packet)
 
 
-def test_quote_of_what_was_cut_short(impl):
-    """A captured header is enough: the declared length may lie beyond the bytes at hand."""
+def test_quote_of_a_truncated_packet(impl):
+    """The header is enough: the declared length may exceed the bytes that are given."""
     for packet in (ip4(b"q" * 900, UDP), ip6(b"q" * 1400, UDP)):
         answer = error(impl, packet[:100])
         assert answer.endswith(packet[:100])
@@ -95,7 +95,7 @@ def test_ipv6_mtu(impl, mtu, said):
     assert answer[44:48] == struct.pack("!I", said)
 
 
-# --- when nothing is said ---
+# --- when no error is sent ---
 
 
 @EACH_KIND
@@ -116,7 +116,7 @@ def test_ipv6_never_about_icmp_errors(impl, kind):
     assert silent == {*range(128), 137}
 
 
-def test_icmp_whose_type_did_not_come(impl):
+def test_icmp_without_its_type(impl):
     assert error(impl, ip4(b"", ICMP)) is None
     assert error(impl, ip6(b"", ICMP6)) is None
     echo = ip4(b"\x08" + bytes(7), ICMP)

@@ -1,4 +1,5 @@
-"""Merging received packets, on both implementations: who may join, what seals, what is written."""
+"""Merging received packets, on both implementations: what joins, what ends a flow's output, and the
+frames written."""
 
 import struct
 from dataclasses import replace
@@ -95,7 +96,7 @@ def test_udp_frame(impl, version):
 @BOTH
 @pytest.mark.parametrize("size", [1, 2, 3, 1399])
 def test_odd_and_even_payloads(impl, version, size):
-    """Regression 11, odd lengths: the second payload starts at an odd offset of the whole."""
+    """Odd lengths: the second payload starts at an odd offset of the whole."""
     flow = Flow(version)
     assert shape(impl.merge(train(flow, 3, size))) == [3]
     assert shape(impl.merge(volley(flow, 3, size))) == [3]
@@ -103,7 +104,7 @@ def test_odd_and_even_payloads(impl, version, size):
 
 @BOTH
 def test_switches(impl, version):
-    """Regression 3: UDP merging must be possible to turn off; a tunnel inside suffers from it."""
+    """UDP merging can be turned off, because an inner tunnel may suffer from it."""
     tcp, udp = train(Flow(version), 2), volley(Flow(version), 2)
     assert shape(impl.merge(tcp + udp)) == [2, 2]
     assert shape(impl.merge(tcp + udp, udp=False)) == [2, 1, 1]
@@ -112,7 +113,7 @@ def test_switches(impl, version):
 
 
 def test_singles_between_carry_no_stale_header(impl):
-    """Regression 5: a slot used by a super-packet and then by a single one."""
+    """A super-packet and then a single packet use the same slot."""
     flow, other = Flow(), Flow(sport=9)
     third = replace(flow, sport=5)
     packets = [*train(flow, 2), other.udp(b"x"), *train(third, 2), other.udp(b"yy")]
@@ -126,7 +127,7 @@ def test_singles_between_carry_no_stale_header(impl):
 
 @BOTH
 def test_no_more_than_65535_bytes(impl, version):
-    """Regression 11, the 65535-byte edge."""
+    """The 65535-byte edge."""
     flow = Flow(version)
     size = 1000
     room = 65535 - flow.ip_len - 20
@@ -170,7 +171,7 @@ def test_ident_wraps(impl):
      PSH, ACK | PSH | FIN, ACK | PSH | ECE],
 )
 def test_flags_other_than_ack_and_psh(impl, version, flags):
-    """Regression 11: ECN, CWR, FIN, URG, SYN. Alone, in their place, and nothing joins across."""
+    """ECN, CWR, FIN, URG, SYN: written alone, in order; later packets do not join earlier."""
     a, b, c, d = train(Flow(version), 4)
     odd = Flow(version).tcp(DATA[2:102], seq=1200, ident=3, flags=flags)
     assert impl.merge([a, b, odd, d])[1:] == alone([odd, d])
@@ -180,7 +181,7 @@ def test_flags_other_than_ack_and_psh(impl, version, flags):
 @BOTH
 @pytest.mark.parametrize("reserved", [1, 2, 4, 8])
 def test_reserved_bits_are_flags_too(impl, version, reserved):
-    """Regression 11, AccECN: AE is the lowest of them."""
+    """AccECN: AE is the lowest of these bits."""
     packets = train(Flow(version), 3, reserved=reserved)
     assert impl.merge(packets) == alone(packets)
 
@@ -237,7 +238,7 @@ def test_tcp_fields_that_differ(impl, version, other):
 
 @BOTH
 def test_changing_timestamps(impl, version):
-    """Regression 11: options of one length and other bytes."""
+    """Options of equal length with different bytes."""
     flow = Flow(version)
     later = patch(TIMESTAMPS, 7, b"\x02")
     packets = [
@@ -254,7 +255,7 @@ def test_changing_timestamps(impl, version):
 @pytest.mark.parametrize("kind", ["tcp", "udp"])
 @pytest.mark.parametrize("other", [{"tos": 1}, {"tos": 0x80}, {"ttl": 63}], ids=str)
 def test_tos_and_ttl_that_differ(impl, version, kind, other):
-    """Regression 6: TTL compared; congestion marks must not be lost."""
+    """TTLs are compared; congestion marks must not be lost."""
     flow = Flow(version)
     make = train if kind == "tcp" else volley
     a, b, c = make(flow, 3)[0], *make(replace(flow, **other), 3)[1:]
@@ -288,7 +289,6 @@ def test_ids_without_df_must_follow(impl, kind, ident):
 
 @pytest.mark.parametrize("make", [train, volley])
 def test_ipv4_options(impl, make):
-    """Regression 6."""
     packets = make(Flow(ip_options=b"\x94\x04\0\0"), 3)
     assert impl.merge(packets) == alone(packets)
 
@@ -308,7 +308,7 @@ def test_wrong_ipv4_checksum(impl, make, at):
 @pytest.mark.parametrize("make", [train, volley])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_wrong_transport_checksum_is_not_made_right(impl, version, make, at):
-    """What is merged is not verified again: a bad packet must reach the kernel as it came."""
+    """The kernel does not verify merged packets: one with a bad checksum is written unchanged."""
     packets = make(Flow(version), 4)
     packets[at] = packets[at][:-1] + bytes([packets[at][-1] ^ 1])
     frames = impl.merge(packets)
@@ -336,7 +336,7 @@ def test_padding_behind_the_declared_length(impl, version, make):
 
 
 def test_udp_checksum_zero(impl):
-    """Regression 4: 0 means none; merging would claim that one was verified."""
+    """0 means no checksum; merging would claim a verified one."""
     flow = Flow()
     packets = [flow.udp(b"abcd", ident=i, no_checksum=True) for i in range(3)]
     assert impl.merge(packets) == alone(packets)
@@ -366,7 +366,7 @@ def test_udp_shorter_last(impl, version):
 
 @BOTH
 def test_udp_without_payload(impl, version):
-    """A super-packet cannot say that an empty datagram ends it."""
+    """A super-packet cannot represent an empty datagram at its end."""
     flow = Flow(version)
     packets = [flow.udp(b"aa", ident=1), flow.udp(b"", ident=2), flow.udp(b"aa", ident=3)]
     assert impl.merge(packets) == alone(packets)
@@ -414,7 +414,7 @@ def test_tcp_and_udp_on_the_same_ports(impl, version):
 
 
 def test_ipv4_and_ipv6_with_the_same_bytes(impl):
-    """Regression 6, v4/v6 confused: addresses of equal bytes at the front, same ports, and IPv4
+    """IPv4 and IPv6: addresses that begin with equal bytes, same ports, and IPv4
     transport bytes that continue as the IPv6 addresses would."""
     four = Flow(4, src=b"\xfd\0\0\1", dst=b"\xfd\0\0\2")
     six = Flow(6, src=b"\xfd\0\0\1" * 4, dst=b"\xfd\0\0\2" * 4)

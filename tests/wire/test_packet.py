@@ -1,4 +1,4 @@
-"""The IP header: what is believed of hostile bytes, and one hop less. On both implementations."""
+"""The IP header, on both implementations: validation, and the hop limit."""
 
 import pytest
 from hypothesis import given
@@ -36,7 +36,7 @@ def test_header_alone_is_a_packet(impl):
 
 @pytest.mark.parametrize("length", range(20))
 def test_ipv4_under_20_bytes_is_short(impl, length):
-    """Keepalives towards a flannel peer are 1 to 19 bytes: they must end here."""
+    """Keepalives towards a flannel peer are 1 to 19 bytes: they must be dropped."""
     assert dropped(impl.check_packet, P4[:length]) == "short_packet"
 
 

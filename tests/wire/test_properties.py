@@ -1,4 +1,4 @@
-"""What holds for every packet, on both implementations."""
+"""Properties of every packet, on both implementations."""
 
 import struct
 from collections import Counter, defaultdict
@@ -36,7 +36,7 @@ def without_free_id(packet):
 
 
 def cut_again(impl, frames):
-    """The packets in frames; singles as they stand, for they need not be valid."""
+    """Return the packets in frames; single packets unchanged, because they may be invalid."""
     return [
         packet
         for frame in frames
@@ -45,7 +45,7 @@ def cut_again(impl, frames):
 
 
 def check_nothing_lost(impl, packets, frames):
-    """Merge then cut gives the same packets, and each flow in its order but for pure ACKs."""
+    """Merge, then cut: the same packets, and each flow in order, except for pure ACKs."""
     again = [without_free_id(packet) for packet in cut_again(impl, frames)]
     came = [without_free_id(packet) for packet in packets]
     assert Counter(again) == Counter(came)
@@ -59,7 +59,7 @@ def check_nothing_lost(impl, packets, frames):
 
 
 def check_fragments_keep_their_place(packets, frames):
-    """What hides its ports may belong to any flow: nothing passes it either way."""
+    """A packet with hidden ports may belong to any flow: no packet may overtake it."""
     def hides(packet):
         if packet[0] >> 4 == 6:
             return packet[6] in (0, 43, 44, 50, 51, 60)
@@ -139,7 +139,7 @@ def test_merging_hostile_packets_loses_and_repairs_nothing(impl, hostile, valid)
 
 
 @given(strategies.packets(), st.integers(1, 300))
-def test_hops_end(impl, packet, hops):
+def test_hop_limit_runs_out(impl, packet, hops):
     at = 8 if packet[0] >> 4 == 4 else 7
     left = packet[at]
     for _ in range(hops):
@@ -166,7 +166,7 @@ def call(function, *args):
     st.binary(max_size=2000),
 ))
 def test_arbitrary_bytes_never_crash(impl, data):
-    """Regression 12: a result or a named drop, nothing else."""
+    """A result or a named drop, nothing else."""
     for packet in (data, data[10:]):
         call(impl.cut, packet)
         call(impl.check_packet, packet)

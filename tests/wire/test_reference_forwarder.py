@@ -1,4 +1,4 @@
-"""The one-packet forwarder: the order of the steps, who is told, who may send, and the counters."""
+"""The reference forwarder: the order of its steps, ICMP errors, source checks and counters."""
 
 import ipaddress
 from collections import Counter
@@ -79,8 +79,8 @@ def test_no_route(version, dst):
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("kind", ["tcp", "udp"])
 @pytest.mark.parametrize("ttl", [0, 1])
-def test_super_packet_whose_hops_are_over(version, kind, ttl):
-    """Regression 11: every segment is dropped, the sender is told once, about the first."""
+def test_super_packet_with_an_exceeded_hop_limit(version, kind, ttl):
+    """Every segment is dropped; the sender gets one error, about the first."""
     forwarder = make()
     flow = Flow(version, ttl=ttl)
     frame = flow.tcp_super(DATA, 1000) if kind == "tcp" else flow.udp_super(DATA, 1000)
@@ -143,7 +143,7 @@ def test_path_mtu_of_one_endpoint():
     assert forwarder.encap(PLAIN + ip4(DATA[:1300], UDP, A4, "10.244.9.9")).datagrams
 
 
-def test_without_df_it_gets_through_in_pieces():
+def test_without_df_it_is_fragmented():
     forwarder = make()
     packet = ip4(DATA, UDP, A4, B4, flags=0)
     result = forwarder.encap(PLAIN + packet)
@@ -244,7 +244,7 @@ def test_malformed_datagrams(datagram, reason):
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("ttl", [0, 1])
-def test_hops_that_end_here_are_told_through_the_tunnel(version, ttl):
+def test_time_exceeded_is_sent_through_the_tunnel(version, ttl):
     forwarder = make()
     flow = Flow(version, ttl=ttl)
     back = Flow(version, src=flow.destination, dst=flow.source, ttl=ttl)
@@ -258,7 +258,7 @@ def test_hops_that_end_here_are_told_through_the_tunnel(version, ttl):
     check_invariant(forwarder)
 
 
-def test_nowhere_to_send_the_error():
+def test_no_route_for_the_error():
     forwarder = make(source_check="off")
     packet = ip4(b"x", UDP, "198.51.100.7", A4, ttl=1)
     assert not forwarder.decap(STRANGER, packet).icmp
@@ -266,7 +266,7 @@ def test_nowhere_to_send_the_error():
 
 
 def test_two_forwarders_in_a_row():
-    """What one sends the other delivers, two hops lower."""
+    """One delivers what the other sends, with the hop limit reduced by two."""
     here = make()
     there = ReferenceForwarder(
         [Route.make("10.244.1.0/24", "192.0.2.1"), Route.make("fd00:1::/64", "192.0.2.1")],
@@ -287,7 +287,7 @@ def test_two_forwarders_in_a_row():
     check_invariant(there)
 
 
-# --- the invariant, whatever comes ---
+# --- the invariant, for any input ---
 
 
 @given(
@@ -303,7 +303,7 @@ def test_two_forwarders_in_a_row():
     st.sampled_from(["strict", "peer", "off"]),
     st.integers(576, 1500),
 )
-def test_nothing_is_lost_uncounted(frames, datagrams, source_check, underlay_mtu):
+def test_every_packet_is_counted(frames, datagrams, source_check, underlay_mtu):
     forwarder = make(source_check=source_check, underlay_mtu=underlay_mtu)
     out = Counter()
     for frame in frames:

@@ -1,4 +1,4 @@
-"""An outside opinion: scapy builds what we take apart, and takes apart what we build."""
+"""The steps checked with scapy: it builds their input and parses their output."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""The compiled steps equal the reference, byte for byte and reason for reason."""
+"""The compiled steps return the same bytes and drop reasons as the reference."""
 
 import random
 from dataclasses import replace
@@ -89,7 +89,7 @@ def test_merge_of_hostile_packets(compiled, packets, hostile):
 
 
 def test_a_long_walk_through_hostile_frames(compiled):
-    """Regression 12: mutations without a shrinker, many of them; the seed is fixed."""
+    """Many mutations, without shrinking; the seed is fixed."""
     rng = random.Random(791)
     seeds = [*strategies.FLOWS, *(replace(flow, extensions=LONG_CHAIN) for flow in
                                   strategies.FLOWS if flow.version == 6)]
