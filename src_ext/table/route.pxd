@@ -1,13 +1,13 @@
 """Routes in C memory: one route, and the sorted vector of a whole table.
 
-Owns: the layout of a route, the order of a table, and what follows from that order (search,
-insert, remove, difference). Refuses to know: text forms (table/route_text.pxd), look-up by address
-(table/lpm.pxd), Python.
+Owns: the layout of a route, the order of a table, and the operations that depend on that order
+(search, insert, remove, difference). Does not know text forms (text.pxd, json.pxd), look-up by
+address (lpm.pxd) or Python.
 
-Order: by family, then destination bytes, then prefix length. So a prefix stands before every
+Order: by family, then destination bytes, then prefix length. So a prefix comes before every
 prefix inside it, and no two routes of a table compare equal.
 
-Threading: no locks. A vector that no thread changes may be read by all.
+Threading: no locks. Any number of threads may read a vector that no thread changes.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
