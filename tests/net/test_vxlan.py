@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -142,6 +143,16 @@ async def test_probe_after_one_that_was_killed():
     sh(f"ip link add {module.PROBE_NAME} type vxlan id {module.PROBE_VNI} dstport 8472")
     with Netlink() as netlink:
         assert await Vxlan(netlink).probe() is None
+    assert links() == {"lo"}
+
+
+@in_own_netns
+async def test_probes_of_two_instances_at_once():
+    """Both use the same name and VNI, and neither takes the other's for an obstacle."""
+    with Netlink() as netlink, Netlink() as other:
+        for _ in range(20):
+            probes = [Vxlan(one).probe() for one in (netlink, other)]
+            assert await asyncio.gather(*probes) == [None, None]
     assert links() == {"lo"}
 
 

@@ -31,6 +31,7 @@ from udptun.leases.netconf import NetConfig
 from udptun.net.netlink import Netlink
 from udptun.node import peers as peers_module
 from udptun.node import store as store_module
+from udptun.node.backends import BACKENDS
 from udptun.node.daemon import AlreadyRunning, Daemon, locked, run
 
 
@@ -64,7 +65,7 @@ async def test_what_the_store_says_is_put_in_force(served, node_of):
             "FLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n")
         assert node.forward_file["listen"] == ["192.0.2.1:8285"]
         assert daemon.report.leases_n == 3
-        assert daemon.report.peers.carried_n == {"udp": 2, "vxlan": 0}
+        assert daemon.report.peers.carried_n == dict.fromkeys(BACKENDS, 0) | {"udp": 2}
         assert not daemon.report.stale
         await until(lambda: node.store.held, "the lease to be held")
 

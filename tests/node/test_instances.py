@@ -117,6 +117,8 @@ def test_a_name_too_long_for_a_device_matters_only_with_vxlan(monkeypatch):
     node = InstanceNode("longname", 245, 1234567, monkeypatch)
     with Netlink() as netlink:
         backends = ActiveBackends(node.config, netlink, NodeReport("etcd", SourceHealth()))
-        assert backends.device_names(node.store.network_answer) == {"longname0"}
+        names = backends.device_names(node.store.network_answer)
+    assert "longname0" in names
+    assert not any("1234567" in name for name in names)
     with pytest.raises(FieldError, match="1234567"):
         node.config.instance.vxlan_device(1234567, 4)

@@ -9,11 +9,13 @@ the given ``Netlink``, one call after the other.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
 import logging
 import os
+import random
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -43,6 +45,8 @@ IPInterface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 KIND = "vxlan"
 PROBE_NAME = "udtunprobe"
+PROBE_TRIES = 50
+PROBE_PAUSE_SECONDS = 0.1  # at most, between two tries
 PROBE_VNI = (1 << 24) - 8285  # near the top of the range, where networks rarely have theirs
 # The kernel's default, older than IANA's 4789; a module parameter can change it.
 DEFAULT_PORT = 8472
@@ -119,13 +123,20 @@ class Vxlan:
         """
         config = like or VxlanConfig(PROBE_NAME, PROBE_VNI, 0, 0, ipaddress.IPv4Address(0), 0)
         config = replace(config, name=PROBE_NAME, vni=PROBE_VNI, mtu=0, mac=None)
-        try:
-            await self._remove_probe()  # a killed process may have left it
-            await self._make("testing a VXLAN device", config, IFF_UP)
-            await self._remove_probe()
-        except DeviceError as error:
-            return str(error)
-        return None
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                await self._remove_probe()  # a killed process may have left it
+                await self._make("testing a VXLAN device", config, IFF_UP)
+                await self._remove_probe()
+            except DeviceError as error:
+                # Another instance may be testing too, with the same device.
+                if error.errno not in (errno.EEXIST, errno.ENODEV) or tries == PROBE_TRIES:
+                    return str(error)
+                await asyncio.sleep(PROBE_PAUSE_SECONDS * random.random())
+            else:
+                return None
 
     async def ensure(
         self, config: VxlanConfig, addresses: Iterable[IPAddress] | None = None

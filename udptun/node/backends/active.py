@@ -98,8 +98,8 @@ class ActiveBackends:
                 raise BackendUnavailable(
                     f"{failed[mode]}; --backend {AUTO} would use another backend")
         for name, why in unavailable.items():
-            if self._report.unavailable.get(name) != why:
-                log.warning("the backend %s is not available on this node: %s", name, why)
+            if self._report.unavailable.get(BACKENDS[name]) != why:
+                log.warning("no %s on this node: %s", BACKENDS[name], why)
         self._active = tuple(active)
         self._report.backend, self._report.mtu = mode, mtu
         self._report.unavailable = {BACKENDS[name]: why for name, why in unavailable.items()}
