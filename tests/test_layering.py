@@ -34,7 +34,16 @@ RULES = {
         "device", "forwarder", "net",
     },
     "leases": LEAVES | {"leases"},
-    "node": LEAVES | {"control.client", "control.protocol", "leases", "net", "node"},
+    "node.backends": LEAVES | {
+        "leases", "net", "node.backends", "node.config", "node.host.interface", "node.process",
+        "node.status.report",
+    },
+    "node.host": LEAVES | {"leases", "net", "node.config", "node.host", "node.status.report"},
+    "node.process": LEAVES | {"control.client", "node.process", "node.status.report"},
+    "node.status": LEAVES | {
+        "control.client", "leases", "node.backends", "node.host.interface", "node.status",
+    },
+    "node": LEAVES | {"control.client", "leases", "net", "node"},
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
         "cli", "control.client", "control.protocol", "device.offload", "device.tun",

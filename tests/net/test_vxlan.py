@@ -50,7 +50,7 @@ def subnet(number, version=4):
 
 
 def peer(number, version=4, at=None, mac=None, direct=False):
-    """Peer ``number``, at an address on the wire unless told another."""
+    """Peer ``number``, by default at an address on the wire."""
     at = at or (f"192.0.2.{100 + number}" if version == 4 else f"2001:db8::{100 + number}")
     return VxlanPeer(subnet(number, version), mac or MACS[number - 1], ip_address(at), direct)
 
@@ -80,7 +80,7 @@ def link_info():
 
 
 def routes(version=4):
-    """Prefix -> (next hop, device, onlink) of the routes of somebody's making."""
+    """Prefix -> (next hop, device, onlink) of the routes with a next hop."""
     return {
         route["dst"]: (route["gateway"], route["dev"], "onlink" in route["flags"])
         for route in ip_json(f"-{version} route show") if "gateway" in route
@@ -96,8 +96,8 @@ def forwarding():
     return {item["mac"]: item["dst"] for item in json.loads(sh(f"bridge -j fdb show dev {NAME}"))}
 
 
-def assert_in_force(*peers, version=4):
-    """These go through the device, and nothing else does."""
+def assert_active(*peers, version=4):
+    """Exactly these peers are reached through the device."""
     assert routes(version) == {
         str(item.subnet): (str(item.subnet.network_address), NAME, True) for item in peers}
     assert neighbours(version) == {
@@ -118,7 +118,7 @@ async def test_probe():
 
 @both
 @in_own_netns
-async def test_probe_beside_the_device_in_use(version):
+async def test_probe_while_a_device_is_in_use(version):
     """The same port is shared only by devices that are alike."""
     underlay()
     async with opened(version, gbp=True) as (vxlan, _):
@@ -128,7 +128,7 @@ async def test_probe_beside_the_device_in_use(version):
 
 
 @in_own_netns
-async def test_probe_says_why_not(monkeypatch):
+async def test_probe_returns_the_reason(monkeypatch):
     before = links()
     with Netlink() as netlink, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as busy:
         busy.bind(("0.0.0.0", 8472))
@@ -148,7 +148,7 @@ async def test_probe_after_one_that_was_killed():
 
 @in_own_netns
 async def test_probes_of_two_instances_at_once():
-    """Both use the same name and VNI, and neither takes the other's for an obstacle."""
+    """Both use the same name and VNI, and neither fails because of the other."""
     with Netlink() as netlink, Netlink() as other:
         for _ in range(20):
             probes = [Vxlan(one).probe() for one in (netlink, other)]
@@ -197,16 +197,16 @@ async def test_device_as_flannel_makes_it(version):
 
 @both
 @in_own_netns
-async def test_a_device_that_fits_is_adopted(version):
+async def test_a_matching_device_is_adopted(version):
     """... with its peers, after a restart too."""
     underlay()
     async with opened(version) as (vxlan, device):
         await vxlan.sync(device, [peer(1, version)])
     with Netlink() as netlink:
         assert await Vxlan(netlink).ensure(config(version)) == device
-        assert_in_force(peer(1, version), version=version)
+        assert_active(peer(1, version), version=version)
         assert await Vxlan(netlink).ensure(config(version), [BASE[version]]) == device
-        assert_in_force(peer(1, version), version=version)
+        assert_active(peer(1, version), version=version)
 
 
 @both
@@ -230,7 +230,7 @@ async def test_a_device_set_down_comes_up():
         sh(f"ip link set {NAME} down")  # takes its routes and neighbours
         assert await vxlan.ensure(config()) == device
         assert await vxlan.sync(device, [peer(1)]) == ()
-        assert_in_force(peer(1))
+        assert_active(peer(1))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ async def test_a_device_set_down_comes_up():
     ],
 )
 @in_own_netns
-async def test_a_device_that_does_not_fit_is_made_anew(what, words, caplog):
+async def test_a_device_with_other_settings_is_replaced(what, words, caplog):
     underlay()
     async with opened() as (vxlan, device):
         again = await vxlan.ensure(config(**what))
@@ -259,8 +259,8 @@ async def test_a_device_that_does_not_fit_is_made_anew(what, words, caplog):
 
 
 @in_own_netns
-async def test_a_device_of_somebody_elses_making():
-    """Options that would take packets another way are not overlooked."""
+async def test_a_device_with_forbidden_settings_is_replaced():
+    """They would send packets elsewhere than the entries say."""
     underlay()
     sh(f"ip link add {NAME} type vxlan id 1 dev utEa local 192.0.2.1 dstport 8472 nolearning "
        "l2miss")
@@ -294,7 +294,7 @@ async def test_mtu_and_mac_change_in_place():
 
 @both
 @in_own_netns
-async def test_mtu_is_what_the_underlay_leaves(version):
+async def test_the_mtu_is_the_underlays_less_the_overhead(version):
     underlay()
     async with opened(version, mtu=1500 - OVERHEAD[version]) as (vxlan, device):
         assert device.mtu == link_info()["mtu"] == 1500 - OVERHEAD[version]
@@ -308,7 +308,7 @@ async def test_mtu_is_what_the_underlay_leaves(version):
 
 
 @in_own_netns
-async def test_values_that_cannot_be():
+async def test_invalid_values():
     underlay()
     with Netlink() as netlink:
         for what in ({"version": 6, "mtu": 1279}, {"mac": "01:00:00:00:00:01"}):
@@ -318,7 +318,7 @@ async def test_values_that_cannot_be():
 
 
 @in_own_netns
-async def test_what_is_in_the_way_stays():
+async def test_a_device_that_is_not_ours_stays():
     underlay()
     with Netlink() as netlink:
         vxlan = Vxlan(netlink)
@@ -366,20 +366,20 @@ async def test_remove(version):
 
 @both
 @in_own_netns
-async def test_sync_is_the_whole_truth(version):
+async def test_sync_removes_other_peers(version):
     underlay()
     async with opened(version) as (vxlan, device):
         one, two, three = (peer(number, version) for number in (1, 2, 3))
         assert await vxlan.sync(device, [one, two]) == ()
-        assert_in_force(one, two, version=version)
+        assert_active(one, two, version=version)
         moved = replace(two, endpoint=one.endpoint + 50)
         renewed = replace(three, mac=MACS[7])
         assert await vxlan.sync(device, [moved, three]) == ()
-        assert_in_force(moved, three, version=version)
+        assert_active(moved, three, version=version)
         assert await vxlan.sync(device, [moved, renewed]) == ()
-        assert_in_force(moved, renewed, version=version)
+        assert_active(moved, renewed, version=version)
         assert await vxlan.sync(device, []) == ()
-        assert_in_force(version=version)
+        assert_active(version=version)
 
 
 @both
@@ -403,12 +403,12 @@ async def test_sync_sends_the_difference(version, monkeypatch):
            f"bridge fdb replace {MACS[2]} dev {NAME} dst {LOCAL[version] + 9}")
         await vxlan.sync(device, peers)
         assert len(sent) == 3
-        assert_in_force(*peers, version=version)
+        assert_active(*peers, version=version)
 
 
 @both
 @in_own_netns
-async def test_what_is_not_of_a_peer_is_let_alone(version):
+async def test_entries_that_are_not_of_peers_stay(version):
     underlay()
     via = peer(9, version).endpoint
     foreign = [
@@ -440,12 +440,12 @@ async def test_change(version):
         one, two, three = (peer(number, version) for number in (1, 2, 3))
         await vxlan.sync(device, [one])
         assert await vxlan.change(device, [two, three]) == ()
-        assert_in_force(one, two, three, version=version)
+        assert_active(one, two, three, version=version)
         moved = replace(two, endpoint=one.endpoint + 50, mac=MACS[7])
         assert await vxlan.change(device, [moved], [three.subnet]) == ()
-        assert_in_force(one, moved, version=version)
+        assert_active(one, moved, version=version)
         assert await vxlan.change(device, [], [three.subnet]) == ()  # gone already
-        assert_in_force(one, moved, version=version)
+        assert_active(one, moved, version=version)
 
 
 @both
@@ -456,7 +456,7 @@ async def test_change_after_a_restart(version):
         await vxlan.sync(device, [peer(1, version), peer(2, version)])
     with Netlink() as netlink:
         assert await Vxlan(netlink).change(device, [], [subnet(1, version)]) == ()
-    assert_in_force(peer(2, version), version=version)
+    assert_active(peer(2, version), version=version)
 
 
 @in_own_netns
@@ -468,15 +468,15 @@ async def test_a_mac_stays_while_a_subnet_is_behind_it():
         await vxlan.sync(device, [old])
         await vxlan.change(device, [new])
         await vxlan.change(device, [], [old.subnet])
-        assert_in_force(new)
+        assert_active(new)
         await vxlan.change(device, [old], [new.subnet])
-        assert_in_force(old)
+        assert_active(old)
 
 
 @both
 @in_own_netns
 async def test_direct(version):
-    """Straight to those on the link, through the device to the others; and back."""
+    """Straight to peers on the link, through the device to the others; and back."""
     underlay()
     near = peer(1, version, direct=True)
     far = peer(2, version, at="198.51.100.2" if version == 4 else "2001:db8:1::2", direct=True)
@@ -491,7 +491,7 @@ async def test_direct(version):
             assert list(forwarding()) == [far.mac]
         sh(f"ip -{version} route del default")
         assert await vxlan.change(device, [replace(near, direct=False)], [far.subnet]) == ()
-        assert_in_force(replace(near, direct=False), version=version)
+        assert_active(replace(near, direct=False), version=version)
         assert await vxlan.change(device, [near]) == ()
         assert (routes(version), neighbours(version), forwarding()) == (straight, {}, {})
         # A new process knows its own.
@@ -552,8 +552,8 @@ async def test_packets_go_to_the_peer():
 
 @both
 @in_own_netns
-async def test_the_network_is_routed_elsewhere(version):
-    """As it is beside a TUN that reaches the other peers; also when that comes later."""
+async def test_another_route_to_the_network(version):
+    """A TUN has such a route, to reach the other peers; it may be created later."""
     underlay()
     network = f"{BASE[version]}/{16 if version == 4 else 32}"
     async with opened(version) as (vxlan, device):
@@ -561,7 +561,7 @@ async def test_the_network_is_routed_elsewhere(version):
         sh(f"ip -{version} route add {network} dev utEa")
         assert await vxlan.change(device, [replace(peer(1, version), mac=MACS[5])]) == ()
         assert await vxlan.sync(device, [peer(1, version), peer(2, version)]) == ()
-        assert_in_force(peer(1, version), peer(2, version), version=version)
+        assert_active(peer(1, version), peer(2, version), version=version)
         await vxlan.sync(device, [])
         assert not ip_json(f"-{version} route show dev {NAME} proto 85")
 
@@ -569,12 +569,12 @@ async def test_the_network_is_routed_elsewhere(version):
 # -- refusals -------------------------------------------------------------------------------------
 
 
-def told(failures: tuple[PeerFailure, ...]):
+def errors_of(failures: tuple[PeerFailure, ...]):
     return {failure.peer.subnet: str(failure.error) for failure in failures}
 
 
 @in_own_netns
-async def test_one_refused_peer_is_no_matter_to_the_others():
+async def test_a_refused_peer_does_not_affect_the_others():
     """Wherever it stands in the batch."""
     underlay()
     peers = [
@@ -597,28 +597,28 @@ async def test_one_refused_peer_is_no_matter_to_the_others():
 
 
 @in_own_netns
-async def test_a_network_of_this_host_is_not_taken():
+async def test_a_network_of_this_host_keeps_its_route():
     underlay()
     own = replace(peer(1), subnet=ip_network("192.0.2.0/24"))
     async with opened() as (vxlan, device):
         for failures in (await vxlan.sync(device, [own, peer(2)]),
                          await vxlan.change(device, [own, replace(peer(3), direct=True)]),
                          await vxlan.change(device, [replace(own, direct=True)])):
-            assert set(told(failures)) == {own.subnet}
-            assert "this host is attached to it by utEa" in told(failures)[own.subnet]
+            assert set(errors_of(failures)) == {own.subnet}
+            assert "this host is attached to it by utEa" in errors_of(failures)[own.subnet]
     assert [route["dev"] for route in ip_json("route show 192.0.2.0/24")] == ["utEa"]
     assert set(routes()) == {str(subnet(2)), str(subnet(3))}
 
 
 @both
 @in_own_netns
-async def test_another_ones_route_to_a_peer_is_replaced(version):
-    """As flannel does: what a flanneld left there would keep the peer out of reach."""
+async def test_a_route_of_another_program_to_a_peer_is_replaced(version):
+    """As flannel does: a route that a flanneld left would make the peer unreachable."""
     underlay()
     sh(f"ip -{version} route add {subnet(1, version)} via {LOCAL[version] + 8}")
     async with opened(version) as (vxlan, device):
         assert await vxlan.sync(device, [peer(1, version)]) == ()
-        assert_in_force(peer(1, version), version=version)
+        assert_active(peer(1, version), version=version)
 
 
 @in_own_netns
@@ -628,16 +628,16 @@ async def test_peers_that_cannot_be_reached_together():
         twin = replace(peer(2), mac=peer(1).mac)
         await vxlan.sync(device, [peer(2), peer(3)])
         failures = await vxlan.change(device, [peer(1), twin, peer(4, version=6)])
-        assert "VtepMAC" in told(failures)[twin.subnet]
-        assert str(peer(1).endpoint) in told(failures)[twin.subnet]
-        assert "IPv4" in told(failures)[subnet(4, 6)]
-        assert_in_force(peer(1), peer(3))  # what led to the twin before is gone
+        assert "VtepMAC" in errors_of(failures)[twin.subnet]
+        assert str(peer(1).endpoint) in errors_of(failures)[twin.subnet]
+        assert "IPv4" in errors_of(failures)[subnet(4, 6)]
+        assert_active(peer(1), peer(3))  # what led to the twin before is gone
 
 
 @both
 @in_own_netns
-async def test_a_peer_half_in_force_has_no_route(version, monkeypatch):
-    """So that its packets may take another way; and what led to it before is gone."""
+async def test_a_peer_with_a_missing_entry_has_no_route(version, monkeypatch):
+    """So that its packets take another path; and its former entries are gone."""
     def refuse_first(self, items):
         return [put(self, [item])[0] if item[0] != first else Refusal(errno.ENOBUFS, "")
                 for item in items]
@@ -654,7 +654,7 @@ async def test_a_peer_half_in_force_has_no_route(version, monkeypatch):
             failures = await told_again
             assert [item.peer for item in failures] == [moved]
             assert failures[0].error.errno == errno.ENOBUFS
-            assert_in_force(peer(2, version), version=version)
+            assert_active(peer(2, version), version=version)
             assert not ip_json(f"-{version} route show {subnet(1, version).network_address}")
 
 

@@ -29,7 +29,7 @@ def peer(n, via=None):
 
 
 class Store(LeaseSource):
-    """A LeaseSource that answers what the test puts in it, or raises it."""
+    """A LeaseSource that returns or raises the answers that the test sets."""
 
     def __init__(self):
         self.health = SourceHealth()
@@ -62,14 +62,14 @@ class Store(LeaseSource):
         while True:
             yield await self.news.get()
 
-    def tell(self, *leases):
+    def send(self, *leases):
         own = [self.acquired] if self.acquired else []
         self.news.put_nowait(Snapshot((*leases, *own)))
 
     def fail(self, error):
         self.network_answer = self.acquire_answer = error
 
-    def mend(self):
+    def recover(self):
         self.network_answer, self.acquire_answer = NETWORK, OURS
 
     async def aclose(self):
@@ -96,7 +96,7 @@ def use_folder(folder, monkeypatch):
 
 
 class Node:
-    """A daemon and what is around it. ``config`` may be changed between two runs."""
+    """A daemon with its host and store. ``config`` can be changed between two runs."""
 
     def __init__(self, tmp_path, monkeypatch):
         self.store = Store()
@@ -136,17 +136,17 @@ class Node:
     def forward_file(self):
         return json.loads((self.folder / "run" / "forward.json").read_text())
 
-    async def known_before(self, *leases):
-        """A run while the store told these."""
+    async def fill_cache(self, *leases):
+        """Run once with these leases in the store, so that they are cached."""
         async with self.running() as daemon:
             await until(lambda: self.store.published, "the lease")
-            self.store.tell(*leases)
+            self.store.send(*leases)
             await self.ready(daemon)
         self.store = Store()
 
 
-def told(*leases):
-    """The forwarder's table for these."""
+def routes_to(*leases):
+    """Return the forwarder's table for these leases."""
     return {str(lease.subnets.v4): str(lease.attributes.public_ip) for lease in leases}
 
 

@@ -1,4 +1,4 @@
-"""Reports of made-up daemons, for the tests of what reads them."""
+"""Reports of invented daemons, for tests of the modules that read them."""
 
 import time
 from ipaddress import IPv4Address, IPv4Network

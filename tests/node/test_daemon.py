@@ -1,4 +1,4 @@
-"""The daemon's order of things, with a store and a forwarder that do as the test says.
+"""The daemon's life, with a store and a forwarder that the test controls.
 
 The host is real, a network namespace with one interface; the forwarder is a table behind a real
 control server, which fits what the daemon wants.
@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from tests.control.fakes import LoopThread, Served
-from tests.node.daemon_host import OURS, Node, peer, table, told
+from tests.node.daemon_host import OURS, Node, peer, routes_to, table
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
 from udptun.errors import FieldError
@@ -49,14 +49,14 @@ def node_of(tmp_path, monkeypatch):
 
 
 @in_own_netns
-async def test_what_the_store_says_is_put_in_force(served, node_of):
+async def test_leases_of_the_store_are_applied(served, node_of):
     node = node_of()
     async with node.running() as daemon:
         await until(lambda: node.store.published, "the lease")
         assert daemon.report.waiting  # the leases are not known yet
-        node.store.tell(peer(2), peer(3))
+        node.store.send(peer(2), peer(3))
         await node.ready(daemon)
-        assert table(served) == told(peer(2), peer(3))
+        assert table(served) == routes_to(peer(2), peer(3))
         (published,) = node.store.published
         assert published == Attributes(
             IPv4Address("192.0.2.1"), None, "", embed(None, Advert(8285, 1472)))
@@ -71,10 +71,10 @@ async def test_what_the_store_says_is_put_in_force(served, node_of):
 
         changes = (Change(peer(2), None), Change(peer(3), peer(3, 33)), Change(None, peer(4)))
         node.store.news.put_nowait(Changes(changes))
-        await until(lambda: table(served) == told(peer(3, 33), peer(4)), "the change")
+        await until(lambda: table(served) == routes_to(peer(3, 33), peer(4)), "the change")
         assert daemon.report.leases_n == 3
     assert not served.forwarder.stopped.is_set()
-    assert table(served) == told(peer(3, 33), peer(4))
+    assert table(served) == routes_to(peer(3, 33), peer(4))
 
 
 @in_own_netns
@@ -87,33 +87,33 @@ async def test_without_the_advertisement_the_lease_is_flannels(served, node_of):
 
 
 @in_own_netns
-async def test_with_the_store_down_at_start_what_it_said_before_is_in_force(served, node_of):
+async def test_cached_leases_are_applied_while_the_store_is_down_at_the_start(served, node_of):
     node = node_of()
-    await node.known_before(peer(2), peer(3))
+    await node.fill_cache(peer(2), peer(3))
     served.forwarder.table = {}  # as after a reboot
     node.store.fail(StoreDown("etcd is away"))
     async with node.running() as daemon:
         await node.ready(daemon)
-        assert table(served) == told(peer(2), peer(3))
+        assert table(served) == routes_to(peer(2), peer(3))
         assert daemon.report.stale
         assert daemon.report.lease_error == "etcd is away"
         assert daemon.report.lease.subnets == OURS
         # It is back: one diff, and the lease is ours again.
-        node.store.mend()
-        node.store.tell(peer(2), peer(4))
-        await until(lambda: table(served) == told(peer(2), peer(4)), "the truth")
+        node.store.recover()
+        node.store.send(peer(2), peer(4))
+        await until(lambda: table(served) == routes_to(peer(2), peer(4)), "the truth")
         await until(lambda: node.store.held, "the lease to be held")
         assert not daemon.report.stale
         assert daemon.report.lease_error == ""
 
 
 @in_own_netns
-async def test_until_the_leases_are_told_nothing_in_force_is_touched(
+async def test_active_routes_are_not_touched_before_the_leases_are_known(
     served, node_of, monkeypatch
 ):
     """The store answers, and takes its time to list: a forwarder that runs goes on as it is."""
     node = node_of()
-    await node.known_before(peer(2))
+    await node.fill_cache(peer(2))
     calls = served.forwarder.calls
     calls.clear()
     monkeypatch.setattr(peers_module, "PATIENCE_SECONDS", 0.3)
@@ -123,14 +123,14 @@ async def test_until_the_leases_are_told_nothing_in_force_is_touched(
         assert calls == []
         await until(lambda: daemon.report.stale, "the leases on disk to be taken")
         await node.ready(daemon)
-        assert table(served) == told(peer(2))
+        assert table(served) == routes_to(peer(2))
         assert served.forwarder.generation == 2  # nothing was new about them
 
 
 @in_own_netns
-async def test_a_store_that_never_answers_is_not_waited_for(served, node_of, monkeypatch):
+async def test_the_cache_is_used_if_the_store_does_not_answer(served, node_of, monkeypatch):
     node = node_of()
-    await node.known_before(peer(2))
+    await node.fill_cache(peer(2))
     monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(peers_module, "PATIENCE_SECONDS", 0.1)
 
@@ -140,25 +140,25 @@ async def test_a_store_that_never_answers_is_not_waited_for(served, node_of, mon
     node.store.network = never
     async with node.running() as daemon:
         await until(lambda: daemon.report.stale, "what is known to be in force")
-        assert table(served) == told(peer(2))
+        assert table(served) == routes_to(peer(2))
 
 
 @in_own_netns
-async def test_without_anything_known_a_store_that_is_down_is_waited_for(served, node_of):
+async def test_without_a_cache_the_daemon_waits_for_the_store(served, node_of):
     node = node_of()
     node.store.fail(StoreDown("etcd is away"))
     async with node.running() as daemon:
-        await until(lambda: daemon.report.waiting == "etcd is away", "the reason to be told")
-        node.store.mend()
+        await until(lambda: daemon.report.waiting == "etcd is away", "the reason")
+        node.store.recover()
         node.store.news.put_nowait(Snapshot((peer(2),)))
         await node.ready(daemon)
-        assert table(served) == told(peer(2))
+        assert table(served) == routes_to(peer(2))
 
 
 @pytest.mark.parametrize(
     "error", [StoreRefused("no podCIDR"), FieldError("Network", "x", "an IPv4 network")]
 )
-def test_a_refusal_ends_a_daemon_that_knows_nothing(served, node_of, error):
+def test_a_refusal_ends_a_daemon_without_a_cache(served, node_of, error):
     @in_own_netns
     async def check():
         node = node_of()
@@ -171,18 +171,18 @@ def test_a_refusal_ends_a_daemon_that_knows_nothing(served, node_of, error):
 
 
 @in_own_netns
-async def test_a_refusal_does_not_end_one_that_knows_what_was_before(served, node_of):
+async def test_a_refusal_does_not_end_a_daemon_with_a_cache(served, node_of):
     node = node_of()
-    await node.known_before(peer(2))
+    await node.fill_cache(peer(2))
     node.store.fail(StoreRefused("the password is wrong"))
     async with node.running() as daemon:
         await node.ready(daemon)
-        assert table(served) == told(peer(2))
+        assert table(served) == routes_to(peer(2))
         assert daemon.report.lease_error == "the password is wrong"
 
 
 @in_own_netns
-async def test_a_backend_of_others_is_refused_with_its_name(served, node_of):
+async def test_an_unknown_backend_is_refused_by_name(served, node_of):
     node = node_of()
     node.store.network_answer = NetConfig.parse(
         '{"Network": "10.244.0.0/16", "Backend": {"Type": "wireguard"}}')
@@ -195,10 +195,10 @@ async def test_another_address_is_published_and_listened_at(served, node_of):
     node = node_of()
     async with node.running() as daemon:
         await until(lambda: node.store.published, "the lease")
-        node.store.tell(peer(2))
+        node.store.send(peer(2))
         await node.ready(daemon)
         sh("ip addr del 192.0.2.1/24 dev under0")
-        await until(lambda: daemon.report.interface_error, "the loss to be told")
+        await until(lambda: daemon.report.interface_error, "the error")
         sh("ip addr add 192.0.2.7/24 dev under0")
         await until(lambda: len(node.store.published) == 2, "the new address to be published")
         assert node.store.published[-1].public_ip == IPv4Address("192.0.2.7")
@@ -212,7 +212,7 @@ async def test_addresses_that_do_not_matter_change_nothing(served, node_of):
     node = node_of()
     async with node.running() as daemon:
         await until(lambda: node.store.published, "the lease")
-        node.store.tell(peer(2))
+        node.store.send(peer(2))
         await node.ready(daemon)
         calls = len(served.forwarder.calls)
         sh("ip link add pods type veth peer name pod", "ip addr add 10.244.1.1/24 dev pods",
@@ -223,11 +223,11 @@ async def test_addresses_that_do_not_matter_change_nothing(served, node_of):
 
 
 @in_own_netns
-async def test_a_lease_that_others_changed_is_asked_for_and_taken(served, node_of):
+async def test_a_lease_changed_in_the_store_is_acquired_again(served, node_of):
     node = node_of()
     async with node.running() as daemon:
         await until(lambda: node.store.published, "the lease")
-        node.store.tell(peer(2))
+        node.store.send(peer(2))
         await node.ready(daemon)
         fresh = Subnets(IPv4Network("10.244.77.0/24"))
         old = daemon.report.lease
@@ -242,12 +242,12 @@ async def test_reload_asks_the_store_again_and_puts_routes_back(served, node_of)
     node = node_of()
     async with node.running() as daemon:
         await until(lambda: node.store.published, "the lease")
-        node.store.tell(peer(2))
+        node.store.send(peer(2))
         await node.ready(daemon)
         served.forwarder.table = {}
         node.config.subnet_file.unlink()
         daemon.reload()
-        await until(lambda: table(served) == told(peer(2)), "the routes")
+        await until(lambda: table(served) == routes_to(peer(2)), "the routes")
         await until(node.config.subnet_file.exists, "subnet.env")
         await until(lambda: node.store.networks_n == 2, "the network to be asked for")
 
@@ -255,23 +255,23 @@ async def test_reload_asks_the_store_again_and_puts_routes_back(served, node_of)
 @in_own_netns
 async def test_the_former_subnet_is_asked_for(served, node_of):
     node = node_of()
-    await node.known_before(peer(2))
+    await node.fill_cache(peer(2))
     async with node.running():
         await until(lambda: node.store.published, "the lease")
         assert node.store.formers == [OURS]
 
 
 @in_own_netns
-async def test_peers_that_no_way_leads_to_are_told(served, node_of, caplog):
+async def test_unreachable_peers_are_reported(served, node_of, caplog):
     node = node_of()
     stock = replace(peer(2), attributes=Attributes(
         IPv4Address("192.0.2.2"), None, "vxlan", {"VNI": 1, "VtepMAC": "0e:00:00:00:00:02"}))
     async with node.running() as daemon:
         await until(lambda: node.store.published, "the lease")
-        node.store.tell(stock, peer(3))
+        node.store.send(stock, peer(3))
         await node.ready(daemon)
         assert "only UDP" in daemon.report.peers.unreachable[stock.key]
-        assert table(served) == told(peer(3))
+        assert table(served) == routes_to(peer(3))
         assert any(stock.key in text for text in caplog.messages)
 
 
@@ -283,10 +283,10 @@ def test_a_second_daemon_on_the_same_state_is_refused(tmp_path):
 
 
 @in_own_netns
-async def test_cleanup_removes_what_a_daemon_made_and_may_be_repeated(served, node_of):
+async def test_cleanup_removes_everything_and_can_be_repeated(served, node_of):
     node = node_of()
     node.config = replace(node.config, ip_masq=True)
-    await node.known_before(peer(2))
+    await node.fill_cache(peer(2))
     assert "udptun-ipv4" in sh("nft list ruleset")
     (node.folder / "state" / "routes").write_text("")
     for _ in range(2):
@@ -301,7 +301,7 @@ async def test_cleanup_removes_what_a_daemon_made_and_may_be_repeated(served, no
 @in_own_netns
 async def test_cleanup_leaves_a_stock_flannels_device_alone(served, node_of):
     node = node_of()
-    await node.known_before(peer(2))
+    await node.fill_cache(peer(2))
     try:
         sh("ip link add flannel.1 type vxlan id 1 dev under0 dstport 8472")
     except AssertionError:

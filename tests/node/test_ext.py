@@ -178,7 +178,7 @@ def test_two_flannelds_make_an_overlay(lab: Lab, path: str, by_shell: bool) -> N
 @needs_root
 @pytest.mark.netns
 def test_a_peer_that_moved_is_followed(pair) -> None:
-    """flanneld says its subnet again, with another address; perhaps it has another port, too."""
+    """flanneld adds the subnet again, with another address and perhaps another port."""
     node = pair[0]
     node.post(SUBNETS[0], node.host.v4)
     for address, port, mtu in (
@@ -224,7 +224,7 @@ def test_another_lease_replaces_the_forwarder(pair) -> None:
 @needs_root
 @pytest.mark.netns
 def test_a_dead_forwarder_is_brought_back_by_the_next_command(pair) -> None:
-    """With the routes it had: flanneld says them only once a day."""
+    """With its routes: flanneld repeats them only once a day."""
     bring_up(pair)
     node, host = pair[0], pair[0].host
     wait_for(lambda: "10.244.2.0" in (node.state / "routes").read_text(), "the state file")
@@ -237,7 +237,7 @@ def test_a_dead_forwarder_is_brought_back_by_the_next_command(pair) -> None:
 
 @needs_root
 @pytest.mark.netns
-def test_somebody_elses_forwarder_is_waited_for(pair) -> None:
+def test_an_external_forwarder_is_waited_for(pair) -> None:
     """A unit or container of its own, started before there is a lease."""
     node, host = pair[0], pair[0].host
     node.env["UDPTUN_EXT_FORWARDER"] = "external"
@@ -251,8 +251,8 @@ def test_somebody_elses_forwarder_is_waited_for(pair) -> None:
 
 @needs_root
 @pytest.mark.netns
-def test_a_forwarder_that_cannot_start_says_why(pair) -> None:
-    """PUBLIC_IP is a NAT's, not ours. flanneld ends on this, and shows the line."""
+def test_the_reason_why_a_forwarder_cannot_start_is_printed(pair) -> None:
+    """PUBLIC_IP belongs to a NAT. flanneld ends on this error, and logs the line."""
     node = pair[0]
     code, said = node.post(SUBNETS[0], "192.0.2.77")
     assert code == 1
@@ -275,7 +275,7 @@ def test_the_options_of_one_node_come_from_its_environment(pair) -> None:
 
 @needs_root
 @pytest.mark.netns
-def test_ipv6_is_said_not_to_be_carried(pair) -> None:
+def test_a_warning_says_that_ipv6_is_not_carried(pair) -> None:
     code, said = pair[0].post(SUBNETS[0], pair[0].host.v4, IPV6SUBNET="fd00:0:0:1::/64")
     assert code == 0
     assert "only IPv4" in said
@@ -283,7 +283,7 @@ def test_ipv6_is_said_not_to_be_carried(pair) -> None:
 
 @needs_root
 @pytest.mark.netns
-def test_a_unit_that_would_take_the_forwarder_along_is_told_so(pair) -> None:
+def test_a_warning_says_that_the_unit_stops_the_forwarder(pair) -> None:
     pair[0].env["INVOCATION_ID"] = "0" * 32  # as systemd sets it
     code, said = pair[0].post(SUBNETS[0], pair[0].host.v4)
     assert code == 0
@@ -343,7 +343,7 @@ def test_only_the_advertisement_is_printed(tmp_path: Path, path: str) -> None:
         ("[]\n", 8285, None),
     ],
 )
-def test_what_a_peer_advertises(advertised: str, port: int, mtu: int | None) -> None:
+def test_the_advertisement_of_a_peer(advertised: str, port: int, mtu: int | None) -> None:
     env = {"SUBNET": "10.244.2.0/24", "PUBLIC_IP": "192.0.2.2"}
     assert peer_route(env, advertised) == Route.make("10.244.2.0/24", "192.0.2.2", port, mtu)
 
@@ -357,13 +357,13 @@ def test_what_a_peer_advertises(advertised: str, port: int, mtu: int | None) -> 
         ({"SUBNET": "10.244.2.0/24", "PUBLIC_IP": "<nil>"}, "PUBLIC_IP"),
     ],
 )
-def test_what_flanneld_must_say(env: dict[str, str], field: str) -> None:
+def test_a_missing_or_wrong_variable_is_named(env: dict[str, str], field: str) -> None:
     with pytest.raises(FieldError) as caught:
         peer_route(env, "")
     assert caught.value.field == field
 
 
-def test_what_is_missing_is_named_and_exits_2(tmp_path: Path, path: str) -> None:
+def test_a_missing_variable_is_named_and_exits_2(tmp_path: Path, path: str) -> None:
     flanneld = Flanneld(tmp_path / "node", path)
     code, said = flanneld.run("SubnetAddCommand", PUBLIC_IP="192.0.2.2", SUBNET="10.244.2/24")
     assert code == 2
@@ -389,7 +389,7 @@ DEVICE = {
 }
 
 
-def test_what_a_forwarder_shall_be_survives_the_file(tmp_path: Path) -> None:
+def test_the_options_survive_the_file(tmp_path: Path) -> None:
     file = tmp_path / "made" / "forward.json"
     for spec in (SPEC, dataclasses.replace(SPEC, mtu=1400)):
         spec.write(file)
@@ -411,13 +411,13 @@ def test_what_a_forwarder_shall_be_survives_the_file(tmp_path: Path) -> None:
         ({"mtu": 1400}, ""),
     ],
 )
-def test_which_running_forwarder_fits(change: dict[str, Any], why: str) -> None:
+def test_which_running_forwarder_matches(change: dict[str, Any], why: str) -> None:
     found = SPEC.mismatch({"device": DEVICE | change})
     assert found.startswith(why)
     assert bool(found) is bool(why)
 
 
-def test_a_forwarder_with_another_mtu_fits_unless_one_was_asked_for() -> None:
+def test_an_mtu_matters_only_if_it_is_configured() -> None:
     asked = dataclasses.replace(SPEC, mtu=1400)
     assert asked.mismatch({"device": DEVICE}) == "its MTU: 1472 instead of 1400"
     assert asked.mismatch({"device": DEVICE | {"mtu": 1400}}) == ""

@@ -1,4 +1,4 @@
-"""Go's way of writing flags, on a command made for the purpose."""
+"""Go's syntax of flags, on a command made for the tests."""
 
 import click
 import pytest
@@ -102,7 +102,7 @@ def test_mistakes_exit_2_and_are_named(argv: list[str], says: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_a_near_miss_is_answered_with_what_may_be_meant() -> None:
+def test_a_similar_flag_is_suggested() -> None:
     assert "Did you mean '--iface'" in invoke("--ifac=eth0").stderr
 
 

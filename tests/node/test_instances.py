@@ -59,7 +59,7 @@ async def test_two_instances_do_not_touch_each_others_things(tmp_path, monkeypat
     async with red.running(), blue.running():
         for node in (red, blue):
             await until(lambda node=node: node.store.published, "the lease")
-            node.store.tell()
+            node.store.send()
             await until(node.config.forward_file.exists, "the forwarder's options")
             await until((node.config.state_dir / "leases.json").exists, "the cache")
         assert names() == ({"red-ipv4", "blue-ipv4"}, {"red.1", "blue.2"})
@@ -85,7 +85,7 @@ async def test_the_same_instance_twice_is_refused(tmp_path, monkeypatch):
 
 @in_own_netns
 async def test_a_vni_of_another_instance_is_refused(tmp_path, monkeypatch):
-    """Not replaced by UDP, as a kernel without VXLAN is: the two networks would mix."""
+    """No fall-back to UDP, because the configuration is wrong."""
     underlay()
     use_folder(tmp_path, monkeypatch)
     red = InstanceNode("red", 244, 7, monkeypatch)
@@ -102,7 +102,7 @@ async def test_a_vni_of_another_instance_is_refused(tmp_path, monkeypatch):
 
 @in_own_netns
 async def test_a_vni_of_an_unknown_device_leaves_udp(tmp_path, monkeypatch):
-    """It is an operator's: --backend auto goes on without VXLAN, as with any other obstacle."""
+    """An operator made it: --backend auto continues without VXLAN, as after any other failure."""
     underlay()
     use_folder(tmp_path, monkeypatch)
     sh("ip link add Mine type vxlan id 7 dev under0 dstport 8472")

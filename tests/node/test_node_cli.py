@@ -1,4 +1,4 @@
-"""``udptun node``: what flanneld's flags, ours and the variables tell the daemon, and refuse.
+"""``udptun node``: the configuration from flanneld's flags, ours and the variables; refusals.
 
 The daemon itself is a fake here.
 """
@@ -42,11 +42,11 @@ FLANNELD = {  # flag: default, as flanneld's usage says it
 
 class FakeDaemon:
     def __init__(self) -> None:
-        self.told: list[NodeConfig] = []
+        self.configs: list[NodeConfig] = []
         self.error: Exception | None = None
 
     async def run(self, config: NodeConfig) -> None:
-        self.told.append(config)
+        self.configs.append(config)
         if self.error is not None:
             raise self.error
 
@@ -76,10 +76,10 @@ def invoke(*argv: str, **env: str) -> Result:
         root.handlers[:] = handlers
 
 
-def told(daemon: FakeDaemon, *argv: str, **env: str) -> NodeConfig:
+def parsed(daemon: FakeDaemon, *argv: str, **env: str) -> NodeConfig:
     result = invoke(*argv, **env)
     assert result.exit_code == 0, result.output
-    return daemon.told[-1]
+    return daemon.configs[-1]
 
 
 # flanneld's command lines
@@ -100,8 +100,8 @@ def test_every_flag_of_flanneld_is_there_with_its_default(daemon: FakeDaemon) ->
             assert options[name].envvar == [f"UDPTUN_NODE_{variable}", f"FLANNELD_{variable}"]
 
 
-def test_without_flags_it_is_told_what_flanneld_assumes(daemon: FakeDaemon) -> None:
-    config = told(daemon)
+def test_the_defaults_are_those_of_flanneld(daemon: FakeDaemon) -> None:
+    config = parsed(daemon)
     assert config == NodeConfig(EtcdConfig())
     assert config.source.kind == "etcd"
     assert config.forward_file == Path("/run/udptun/forward.json")
@@ -118,7 +118,7 @@ def test_a_flanneld_of_etcd(daemon: FakeDaemon) -> None:
         --subnet-file=/s --public-ip=198.51.100.1 --public-ipv6 2001:db8::1
         --subnet-lease-renew-margin 30 --ip-masq --healthz-ip=127.0.0.1 --healthz-port=8080
         --iptables-resync=7 --iptables-forward-rules=false -v=4 -vmodule=a=1"""
-    assert told(daemon, *words.split()) == NodeConfig(
+    assert parsed(daemon, *words.split()) == NodeConfig(
         source=EtcdConfig(
             endpoints=("https://192.0.2.1:2379", "https://192.0.2.2:2379"), prefix="/net",
             keyfile="/k", certfile="/c", cafile="/ca", username="u", password="p",
@@ -136,7 +136,7 @@ def test_a_flanneld_of_etcd(daemon: FakeDaemon) -> None:
 
 def test_the_daemon_set_of_flannel(daemon: FakeDaemon) -> None:
     """Its args, and the variables its pod has."""
-    config = told(daemon, "--ip-masq", "--kube-subnet-mgr", POD_NAME="flannel-x",
+    config = parsed(daemon, "--ip-masq", "--kube-subnet-mgr", POD_NAME="flannel-x",
                   POD_NAMESPACE="kube-flannel", EVENT_QUEUE_DEPTH="5000",
                   CONT_WHEN_CACHE_NOT_READY="false")
     assert config == NodeConfig(
@@ -150,7 +150,7 @@ def test_a_flanneld_of_kubernetes_with_all_its_flags(daemon: FakeDaemon) -> None
         --kube-annotation-prefix=example.org/net --net-config-path=/nc
         --set-node-network-unavailable=false --ip-blackhole-route
         --etcd-endpoints=http://192.0.2.9:2379"""  # which flanneld ignores then
-    config = told(daemon, *words.split(), NODE_NAME="n1")
+    config = parsed(daemon, *words.split(), NODE_NAME="n1")
     assert config.source == KubeConfig(
         node_name="n1", api_url="https://192.0.2.1:6443", kubeconfig_file=Path("/kc"),
         annotation_prefix="example.org/net", net_config_path=Path("/nc"),
@@ -165,10 +165,10 @@ def test_flags_of_a_newer_flanneld_say_that_they_do_nothing(daemon: FakeDaemon) 
     assert "fully-random" not in result.stderr
 
 
-def test_what_a_template_left_empty_is_not_given(daemon: FakeDaemon) -> None:
+def test_an_empty_value_counts_as_not_given(daemon: FakeDaemon) -> None:
     argv = ("--iface=", "--iface-regex=", "--public-ip=", "--kubeconfig-file=", "--healthz-ip=",
             "--iface-can-reach=", "--hosts=", "--etcd-endpoints=http://192.0.2.1:2379,")
-    assert told(daemon, *argv) == NodeConfig(
+    assert parsed(daemon, *argv) == NodeConfig(
         source=EtcdConfig(endpoints=("http://192.0.2.1:2379",))
     )
 
@@ -180,7 +180,7 @@ def test_our_own_flags(daemon: FakeDaemon) -> None:
     words = """--hosts /etc/udptun/hosts.toml --node-name a --backend auto --advertise=off
         --control /run/x/c.sock --state-dir /var/x --tun wire0 --forwarder external
         --forward-file /run/y/f.json --cleanup"""
-    config = told(daemon, *words.split())
+    config = parsed(daemon, *words.split())
     assert config == NodeConfig(
         source=FileConfig(Path("/etc/udptun/hosts.toml"), "a"), backend="auto", advertise=False,
         control=Path("/run/x/c.sock"), state_dir=Path("/var/x"), tun="wire0",
@@ -189,18 +189,18 @@ def test_our_own_flags(daemon: FakeDaemon) -> None:
     assert config.source.kind == "file"
 
 
-def test_the_forward_file_is_beside_the_control_socket(daemon: FakeDaemon) -> None:
-    config = told(daemon, "--control=/run/x/c.sock")
+def test_the_forward_file_is_in_the_directory_of_the_control_socket(daemon: FakeDaemon) -> None:
+    config = parsed(daemon, "--control=/run/x/c.sock")
     assert config.forward_file == Path("/run/x/forward.json")
 
 
 def test_the_socket_may_be_named_as_for_other_commands(daemon: FakeDaemon) -> None:
-    assert told(daemon, UDPTUN_SOCKET="/run/x.sock").control == Path("/run/x.sock")
+    assert parsed(daemon, UDPTUN_SOCKET="/run/x.sock").control == Path("/run/x.sock")
 
 
 def test_state_directory_of_a_service_manager(daemon: FakeDaemon) -> None:
-    assert told(daemon, STATE_DIRECTORY="/var/a:/var/b").state_dir == Path("/var/a")
-    assert told(daemon).state_dir == Path("/var/lib/udptun")
+    assert parsed(daemon, STATE_DIRECTORY="/var/a:/var/b").state_dir == Path("/var/a")
+    assert parsed(daemon).state_dir == Path("/var/lib/udptun")
 
 
 def test_variables(daemon: FakeDaemon) -> None:
@@ -208,7 +208,7 @@ def test_variables(daemon: FakeDaemon) -> None:
            "FLANNELD_PUBLIC_IP": "192.0.2.1", "UDPTUN_NODE_PUBLIC_IP": "192.0.2.2",
            "FLANNELD_SUBNET_FILE": "/env", "UDPTUN_NODE_CLEANUP": "true",
            "FLANNELD_VERSION": "true"}
-    config = told(daemon, "--subnet-file=/argv", **env)
+    config = parsed(daemon, "--subnet-file=/argv", **env)
     assert config == NodeConfig(
         source=EtcdConfig(), ip_masq=True, backend="udp", subnet_file=Path("/argv"),
         interface=InterfaceOptions(names=("eth0",), public_ip=ip_address("192.0.2.2")),
@@ -254,7 +254,7 @@ def test_a_mistake_exits_2_and_is_named(
     assert result.exit_code == 2, result.output
     assert says in result.stderr
     assert "Traceback" not in result.output
-    assert daemon.told == []
+    assert daemon.configs == []
 
 
 def test_two_stores_of_which_one_is_in_a_variable(daemon: FakeDaemon) -> None:
@@ -286,14 +286,14 @@ def test_a_failure_is_one_line_and_exit_1(
 
 
 def test_the_password_is_not_shown(daemon: FakeDaemon) -> None:
-    assert "secret" not in repr(told(daemon, "--etcd-username=u", "--etcd-password=secret"))
+    assert "secret" not in repr(parsed(daemon, "--etcd-username=u", "--etcd-password=secret"))
 
 
 @pytest.mark.parametrize("word", ["--version", "-version", "--version=true"])
 def test_version(daemon: FakeDaemon, word: str) -> None:
     result = invoke(word)
     assert (result.exit_code, result.stdout) == (0, f"udptun {__version__}\n")
-    assert daemon.told == []
+    assert daemon.configs == []
 
 
 def test_the_log_as_json(daemon: FakeDaemon) -> None:
@@ -310,7 +310,7 @@ def test_the_log_as_json(daemon: FakeDaemon) -> None:
     assert entries[0]["time"].endswith("+00:00")
 
 
-def test_what_a_store_does_not_need_is_not_loaded() -> None:
+def test_libraries_of_the_stores_are_not_loaded() -> None:
     script = "import sys, udptun.cli.node; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60

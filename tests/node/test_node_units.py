@@ -1,4 +1,4 @@
-"""deploy/: a node's units start what exists, keep apart what must live apart, and fit together.
+"""deploy/: the units of a node start existing commands, and match each other.
 
 ``tests/test_docs.py`` holds the pages and the forwarder's own unit.
 """

@@ -1,4 +1,4 @@
-"""``udptun forward --wait-for FILE``: where its options come from, and what a wrong file says.
+"""``udptun forward --wait-for FILE``: where its options come from, and errors in the file.
 
 The commands run for real, up to the point where a forwarder would be made.
 """

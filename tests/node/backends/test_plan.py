@@ -62,42 +62,42 @@ def only(local, lease):
 # The paths, by what both ends support
 
 
-def test_a_stock_udp_peer_listens_where_we_do():
+def test_a_stock_udp_peer_has_our_port():
     for backend in ("", "udp"):
         path = only(replace(UDP_ONLY, reaches=(UdpReach(8300, (4,)),)), lease(backend=backend))
         assert route_of(path) == Route(SUB4, IPv4Address("192.0.2.2"), 8300, None)
         assert peer_of(path) is None
 
 
-def test_a_peer_that_advertises_is_taken_at_its_word():
+def test_an_advertised_port_and_mtu_are_used():
     path = only(UDP_ONLY, lease(data=embed(None, ADVERT)))
     assert route_of(path) == Route(SUB4, IPv4Address("192.0.2.2"), 9285, 1400)
 
 
-def test_two_with_vxlan_use_it_and_keep_udp_ready():
+def test_two_nodes_with_vxlan_use_it_and_keep_a_udp_route():
     path = only(BOTH, lease(backend="vxlan", data=embed(VXLAN, ADVERT)))
     assert (peer_of(path).mac, peer_of(path).endpoint, peer_of(path).subnet) == (
         MAC, IPv4Address("192.0.2.2"), SUB4)
     assert route_of(path) is not None
 
 
-def test_a_stock_vxlan_peer_is_spoken_to_by_vxlan_alone():
+def test_a_stock_vxlan_peer_is_reached_by_vxlan_only():
     path = only(BOTH, lease(backend="vxlan", data=VXLAN))
     assert peer_of(path) is not None
     assert route_of(path) is None
 
 
-def test_where_we_lack_vxlan_a_peer_that_has_both_is_reached_by_udp():
+def test_a_node_without_vxlan_reaches_a_peer_with_both_by_udp():
     path = only(UDP_ONLY, lease(backend="vxlan", data=embed(VXLAN, ADVERT)))
     assert peer_of(path) is None
     assert route_of(path).port == 9285
 
 
-def test_where_a_peer_lacks_vxlan_it_is_reached_by_udp():
+def test_a_peer_without_vxlan_is_reached_by_udp():
     assert peer_of(only(BOTH, lease(data=embed(None, ADVERT)))) is None
 
 
-def test_direct_routing_is_passed_on():
+def test_direct_routing_is_passed_to_the_peer():
     assert peer_of(only(
         replace(BOTH, reaches=(VxlanReach((4,), 1, True),)), lease(backend="vxlan", data=VXLAN),
     )).direct
@@ -162,7 +162,7 @@ def test_an_mtu_too_small_for_ipv6_gets_none():
     assert "MTU" in why
 
 
-def test_a_family_that_the_network_does_not_have_is_no_loss():
+def test_a_family_that_the_network_does_not_have_is_ignored():
     found, why = reach(UDP_ONLY, lease(v6=True))
     assert len(found) == 1
     assert why == ""
@@ -181,13 +181,13 @@ def test_vxlan_of_each_family_has_its_own_data():
 # The sum
 
 
-def test_our_own_lease_is_nobody():
+def test_our_own_lease_is_not_a_peer():
     plan = Plan(UDP_ONLY, [replace(lease(1), key="me"), lease(2)])
     assert set(plan.paths("udp")) == {SUB4}
     assert not plan.unreachable
 
 
-def test_a_change_says_what_differs_and_nothing_else():
+def test_a_change_returns_only_the_differences():
     plan = Plan(UDP_ONLY, [lease(2), lease(3)])
     same = lease(2)
     assert plan.change([Change(same, same)]).paths == {}
@@ -211,7 +211,7 @@ def test_a_peer_that_loses_vxlan_keeps_its_route():
     assert plan.carried_n == {"vxlan": 0, "udp": 1}
 
 
-def test_a_subnet_of_two_is_the_first_ones_until_it_goes():
+def test_a_subnet_claimed_twice_belongs_to_the_first_peer_until_it_leaves():
     first, second = lease(2), lease(2, key="other", public=IPv4Address("192.0.2.77"))
     plan = Plan(UDP_ONLY, [first, second])
     assert plan.paths("udp")[SUB4].via == first.attributes.public_ip
@@ -222,7 +222,7 @@ def test_a_subnet_of_two_is_the_first_ones_until_it_goes():
     assert plan.key_of(SUB4) == "other"
 
 
-def test_whatever_happens_the_sum_is_that_of_the_leases_there_are():
+def test_changes_one_by_one_give_the_plan_of_all_leases_at_once():
     """Changes one by one come to the same as all at once."""
     chance = random.Random(7)
     plan, now = Plan(BOTH), {}
@@ -260,7 +260,7 @@ def test_whatever_happens_the_sum_is_that_of_the_leases_there_are():
         assert sum(plan.carried_n.values()) == sum(fresh.carried_n.values())
 
 
-def test_our_overlap_is_that_of_ipaddress():
+def test_overlap_agrees_with_ipaddress():
     chance = random.Random(1)
     for _ in range(2000):
         one, other = (

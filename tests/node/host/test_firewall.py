@@ -1,4 +1,4 @@
-"""The rules in the real kernel, seen through nft; what they do to packets is in tests/netns."""
+"""The rules in the real kernel, as nft shows them; tests/netns tests their effect on packets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RULES = FirewallRules(
     ip_network("10.42.0.0/16"), ip_network("10.42.1.0/24"),
     ip_network("fc00::/48"), ip_network("fc00:0:0:1::/64"), masquerade=True, forward=True,
 )
-IN_FORCE = """\
+ACTIVE = """\
 table ip udptun-ipv4 {
 	chain postrtg {
 		type nat hook postrouting priority srcnat; policy accept;
@@ -74,11 +74,11 @@ def chains():
 @in_own_netns
 async def test_flannels_rules_in_flannels_order():
     assert await Firewall(RULES).sync()
-    assert ruleset() == IN_FORCE
+    assert ruleset() == ACTIVE
 
 
 @in_own_netns
-async def test_what_is_in_force_is_not_touched():
+async def test_active_rules_are_not_touched():
     """Not by another look, and not by a daemon that was started again."""
     firewall = Firewall(RULES)
     await firewall.sync()
@@ -108,9 +108,9 @@ async def test_damage_is_mended(damage):
     firewall = Firewall(RULES)
     await firewall.sync()
     sh(f"nft {damage}")
-    assert ruleset() != IN_FORCE
+    assert ruleset() != ACTIVE
     assert await firewall.sync()
-    assert ruleset() == IN_FORCE
+    assert ruleset() == ACTIVE
 
 
 @in_own_netns
@@ -134,7 +134,7 @@ async def test_another_wish():
     await firewall.sync()
     firewall.want = dataclasses.replace(RULES, subnet=ip_network("10.42.9.0/24"))
     assert await firewall.sync()
-    assert ruleset() == IN_FORCE.replace("10.42.1.0", "10.42.9.0")
+    assert ruleset() == ACTIVE.replace("10.42.1.0", "10.42.9.0")
     both = {"ip udptun-ipv4 ", "ip6 udptun-ipv6 "}
     for want, left in (
         ({"masquerade": False}, {table + "forward" for table in both}),
@@ -201,7 +201,7 @@ async def test_an_nft_that_writes_the_rules_in_another_way(tmp_path):
     assert ruleset(handles=True) == before
     sh("nft flush chain ip udptun-ipv4 postrtg")
     assert await firewall.sync()
-    assert ruleset() == IN_FORCE
+    assert ruleset() == ACTIVE
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -226,7 +226,7 @@ async def test_nft_fails(tmp_path, monkeypatch, text, words):
     (None, "does not run: No such file or directory (Debian has it in the package nftables)"),
     (0o644, "does not run: Permission denied"),
 ])
-async def test_nft_is_not_there(tmp_path, mode, words):
+async def test_nft_is_missing(tmp_path, mode, words):
     path = tmp_path / "nft"
     if mode is not None:
         path.write_text("")
@@ -237,7 +237,7 @@ async def test_nft_is_not_there(tmp_path, mode, words):
     assert words in str(caught.value)
 
 
-async def test_nft_is_not_needed_where_nothing_is_wanted(tmp_path):
+async def test_nft_is_not_needed_without_rules(tmp_path):
     firewall = Firewall(FirewallRules(), nft=str(tmp_path / "nft"))
     assert not await firewall.sync()
     assert not await firewall.remove()
@@ -245,7 +245,7 @@ async def test_nft_is_not_needed_where_nothing_is_wanted(tmp_path):
 
 @in_own_netns
 @pytest.mark.parametrize("broken", ["udptun-ipv4", "udptun-ipv6"])
-async def test_one_familys_trouble_is_not_the_others(tmp_path, broken):
+async def test_an_error_of_one_family_does_not_stop_the_other(tmp_path, broken):
     firewall = Firewall(RULES, nft=program(tmp_path, f"""\
 case "$*" in *{broken}) echo "Error: out of order" >&2; exit 1;; esac
 exec nft "$@"
@@ -268,16 +268,16 @@ async def keeping(firewall):
 
 
 @in_own_netns
-async def test_kept_in_force():
+async def test_rules_are_restored():
     async with keeping(Firewall(RULES)):
-        await until(lambda: ruleset() == IN_FORCE)
+        await until(lambda: ruleset() == ACTIVE)
         sh("nft delete table ip udptun-ipv4")
-        await until(lambda: ruleset() == IN_FORCE)
-    assert ruleset() == IN_FORCE  # left in place when the daemon ends
+        await until(lambda: ruleset() == ACTIVE)
+    assert ruleset() == ACTIVE  # left in place when the daemon ends
 
 
 @in_own_netns
-async def test_an_error_is_said_once_and_gone_when_it_is_over(tmp_path, caplog):
+async def test_an_error_is_logged_once_and_cleared(tmp_path, caplog):
     asked = tmp_path / "asked"
     nft = program(tmp_path, f"""\
 echo >> {asked}
@@ -294,7 +294,7 @@ exec nft "$@"
         await until(lambda: len(asked.read_text()) > before + 4)  # and again, twice
         (tmp_path / "broken").unlink()
         await until(lambda: not firewall.error)
-    assert ruleset() == IN_FORCE
+    assert ruleset() == ACTIVE
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
 

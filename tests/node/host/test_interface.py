@@ -36,7 +36,7 @@ def options(**given):
 
 
 async def chosen(want_v4=True, want_v6=False, own=(), **given):
-    """name, address, IPv6 address of what is chosen."""
+    """Name, address and IPv6 address of the chosen interface."""
     with Netlink() as netlink:
         underlay = await choose(netlink, options(**given), want_v4, want_v6, own)
     return (underlay.name, underlay.address and str(underlay.address),
@@ -45,7 +45,7 @@ async def chosen(want_v4=True, want_v6=False, own=(), **given):
 
 @contextlib.contextmanager
 def refused(*words):
-    """With the words, and with what there is."""
+    """The error has the words, and lists the interfaces."""
     with pytest.raises(NoInterface) as caught:
         yield
     for word in (*words, "there are lo (127.0.0.1, ::1)", "eth1 (198.51.100.1, 2001:db8:1::1"):
@@ -114,7 +114,7 @@ async def test_ipv6_alone(given):
 
 
 @in_own_netns
-async def test_what_is_published():
+async def test_the_published_addresses():
     sh(*HOST, *DEFAULT0)
     with Netlink() as netlink:
         plain = await choose(netlink, options(), True, False)
@@ -136,7 +136,7 @@ async def test_what_is_published():
     ({"names": ("lo",)}, ["lo: has no IPv4 address"]),
     ({}, ["there is no IPv4 default route", "--iface"]),
 ])
-async def test_nothing_fits(given, words):
+async def test_no_interface_matches(given, words):
     sh(*HOST)
     with refused(*words):
         await chosen(**given)
@@ -172,7 +172,7 @@ async def test_the_overlays_own_devices_are_never_chosen():
 
 
 @in_own_netns
-async def test_a_device_that_is_down_is_taken_and_said(caplog):
+async def test_an_interface_that_is_down_is_chosen_with_a_warning(caplog):
     sh(*HOST, "ip link set eth1 down")
     with caplog.at_level(logging.WARNING):
         assert await chosen(names=("eth1",)) == E1

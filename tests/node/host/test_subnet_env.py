@@ -52,7 +52,7 @@ def test_written_as_flannel_does_and_read_back(tmp_path, env, text):
     assert former_subnets(path) == Subnets(env.subnet, env.subnet6)
 
 
-def test_mode_whatever_the_umask_and_nothing_beside(tmp_path):
+def test_the_mode_does_not_depend_on_the_umask_and_no_other_file_is_left(tmp_path):
     path = tmp_path / "subnet.env"
     before = os.umask(0o077)
     try:
@@ -97,7 +97,7 @@ def test_no_reader_sees_half_a_file(tmp_path):
     assert seen <= {one.text(), other.text()}
 
 
-def test_a_failed_write_leaves_what_was(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "subnet.env"
     path.write_text("before")
 
@@ -139,7 +139,7 @@ def test_read_as_a_shell_reads(tmp_path):
     ("IPMASQ=false", "IPMASQ=yes", "FLANNEL_IPMASQ", "yes"),
     ("FLANNEL_IPMASQ=false\n", "", "FLANNEL_IPMASQ", None),
 ])
-def test_what_is_wrong_is_named(tmp_path, old, new, field, value):
+def test_a_wrong_variable_is_named(tmp_path, old, new, field, value):
     path = tmp_path / "subnet.env"
     assert old in DUAL_TEXT
     path.write_text(DUAL_TEXT.replace(old, new))

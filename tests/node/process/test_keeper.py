@@ -1,4 +1,4 @@
-"""A forwarder is found or started, and its routes stay ours: against a real control server."""
+"""The forwarder's keeper against a real control server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def control(tmp_path):
 
 @pytest.fixture
 def spec(control):
-    """What FakeForwarder says it is."""
+    """The options in FakeForwarder's status."""
     return ForwarderSpec(
         control=str(control), listen=("192.0.2.1:8285",), addresses=("10.244.1.0",),
         networks=("10.244.0.0/16",), tun="udptun0", state="/nowhere", mtu=1472,
@@ -53,7 +53,7 @@ def spec(control):
 
 @pytest.fixture
 async def keeper(control, tmp_path):
-    """Running; of a forwarder that somebody else starts."""
+    """Running, for a forwarder that another program starts."""
     async with running(control, tmp_path) as made:
         yield made
 
@@ -83,7 +83,7 @@ class Child:
         return self.returncode
 
 
-async def test_one_that_runs_and_fits_is_adopted_and_keeps_routes_that_are_ours(
+async def test_a_matching_forwarder_is_adopted_with_its_routes(
     thread, control, keeper, spec
 ):
     with Served(thread, control) as served:
@@ -97,7 +97,7 @@ async def test_one_that_runs_and_fits_is_adopted_and_keeps_routes_that_are_ours(
         assert not served.forwarder.stopped.is_set()
 
 
-async def test_nothing_is_taken_from_a_forwarder_before_routes_are_known(
+async def test_the_forwarders_routes_stay_until_ours_are_known(
     thread, control, keeper, spec
 ):
     with Served(thread, control) as served:
@@ -128,7 +128,7 @@ async def test_a_few_changes_are_put_one_by_one_and_many_at_once(thread, control
         assert keeper.report.route_changes_n["udp"] == 2 + 2 + 100
 
 
-async def test_what_changes_during_a_change_is_put_after_it(thread, control, keeper, spec):
+async def test_changes_during_a_change_are_sent_after_it(thread, control, keeper, spec):
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2)))
@@ -141,7 +141,7 @@ async def test_what_changes_during_a_change_is_put_after_it(thread, control, kee
         assert served.forwarder.table == table(*(route(n) for n in range(2, 60)))
 
 
-async def test_after_a_reconnect_all_is_put_again(thread, control, keeper, spec):
+async def test_after_a_reconnect_the_whole_table_is_sent(thread, control, keeper, spec):
     with Served(thread, control) as first:
         keeper.want(spec)
         keeper.replace(table(route(2)))
@@ -154,7 +154,7 @@ async def test_after_a_reconnect_all_is_put_again(thread, control, keeper, spec)
         assert second.forwarder.table == table(route(2), route(3))
 
 
-async def test_routes_that_somebody_else_changed_are_put_back(
+async def test_routes_changed_by_another_program_are_restored(
     thread, control, keeper, spec, monkeypatch
 ):
     monkeypatch.setattr(module, "CHECK_SECONDS", 0.05)
@@ -168,7 +168,7 @@ async def test_routes_that_somebody_else_changed_are_put_back(
         await until(lambda: served.forwarder.table == table(route(2)), "our routes to be back")
 
 
-async def test_a_change_of_somebody_else_between_ours_is_seen_at_once(
+async def test_a_change_by_another_program_between_ours_is_noticed_at_once(
     thread, control, keeper, spec
 ):
     with Served(thread, control) as served:
@@ -191,7 +191,7 @@ async def test_a_failed_change_is_tried_again_as_a_whole(
         await keeper.in_step()
         served.forwarder.fail_with = RuntimeError("as made for the test")
         keeper.change({route(3).dst: route(3)})
-        await until(lambda: keeper.report.forwarder.error, "the error to be told")
+        await until(lambda: keeper.report.forwarder.error, "the error")
         assert not keeper.report.forwarder.in_step
         served.forwarder.fail_with = None
         await keeper.in_step()
@@ -207,7 +207,7 @@ async def test_a_failed_change_is_tried_again_as_a_whole(
         ("networks", ("10.0.0.0/8",), "networks"),
     ],
 )
-async def test_one_that_does_not_fit_is_stopped_with_the_reason(
+async def test_a_forwarder_with_other_options_is_stopped_and_the_reason_logged(
     thread, control, keeper, spec, caplog, field, value, said
 ):
     with Served(thread, control) as served:
@@ -217,7 +217,7 @@ async def test_one_that_does_not_fit_is_stopped_with_the_reason(
                    for text in caplog.messages)
 
 
-async def test_a_change_of_what_is_wanted_stops_it_and_keeps_the_routes(
+async def test_new_options_stop_the_forwarder_and_keep_the_routes(
     thread, control, keeper, spec
 ):
     with Served(thread, control) as served:
@@ -232,12 +232,12 @@ async def test_a_change_of_what_is_wanted_stops_it_and_keeps_the_routes(
         assert second.forwarder.table == table(route(2))
 
 
-async def test_the_file_says_what_is_wanted_before_any_forwarder_is_there(
+async def test_the_options_are_written_before_there_is_a_forwarder(
     keeper, spec, tmp_path
 ):
     keeper.want(spec)
     assert json.loads((tmp_path / "forward.json").read_text()) == spec.to_json()
-    await until(lambda: "--wait-for" in keeper.report.forwarder.error, "the reason to be told")
+    await until(lambda: "--wait-for" in keeper.report.forwarder.error, "the reason")
 
 
 async def test_an_equal_file_is_left_alone(keeper, spec, tmp_path):
@@ -248,7 +248,7 @@ async def test_an_equal_file_is_left_alone(keeper, spec, tmp_path):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-async def test_one_is_started_where_none_answers(thread, control, tmp_path, spec, monkeypatch):
+async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path, spec, monkeypatch):
     served = Served(thread, control)
 
     def spawn(forward_file, log, instance):
@@ -267,7 +267,7 @@ async def test_one_is_started_where_none_answers(thread, control, tmp_path, spec
     served.close()
 
 
-async def test_one_that_ends_at_once_is_started_with_pauses_and_its_words_are_told(
+async def test_a_forwarder_that_ends_at_once_is_restarted_with_backoff_and_its_log_quoted(
     control, tmp_path, spec, monkeypatch
 ):
     monkeypatch.setattr(module, "FIRST_BACKOFF", 0.2)
@@ -288,7 +288,9 @@ async def test_one_that_ends_at_once_is_started_with_pauses_and_its_words_are_to
     assert started[2] - started[1] > 0.15
 
 
-async def test_dismiss_takes_the_file_away_before_it_stops(thread, control, keeper, spec, tmp_path):
+async def test_dismiss_removes_the_file_before_it_stops_the_forwarder(
+    thread, control, keeper, spec, tmp_path
+):
     forward_file = tmp_path / "forward.json"
     with Served(thread, control) as served:
         keeper.want(spec)
@@ -299,15 +301,15 @@ async def test_dismiss_takes_the_file_away_before_it_stops(thread, control, keep
     assert not forward_file.exists()
 
 
-async def test_dismiss_leaves_alone_what_was_never_ours(thread, control, keeper):
+async def test_dismiss_does_not_stop_a_forwarder_that_is_not_ours(thread, control, keeper):
     with Served(thread, control) as served:
         await keeper.dismiss()
         assert not served.forwarder.stopped.is_set()
 
 
 @pytest.mark.parametrize("turns", range(12))
-async def test_it_ends_when_told_to_at_any_moment(thread, control, tmp_path, spec, turns):
-    """Also while it leaves a forwarder that is not as wanted."""
+async def test_the_keeper_can_be_cancelled_at_any_moment(thread, control, tmp_path, spec, turns):
+    """Also while it stops a forwarder with other options."""
     with Served(thread, control):
         async with running(control, tmp_path) as keeper:
             keeper.want(spec)

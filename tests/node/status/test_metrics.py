@@ -1,4 +1,4 @@
-"""The daemon's metrics: that they say what the report says, and that the docs know them all."""
+"""The daemon's metrics have the report's values, and all are documented."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def samples(report: NodeReport) -> dict[str, float]:
     return found
 
 
-def test_what_the_report_says() -> None:
+def test_the_values_are_those_of_the_report() -> None:
     have = samples(ready())
     for name, value in {
         f"build_info{{etcd,{__version__}}}": 1, "ready": 1, "check_ok{store}": 1,
@@ -60,7 +60,7 @@ def test_trouble_shows() -> None:
         assert have[name] == value, name
 
 
-def test_what_is_not_known_yet_is_left_out() -> None:
+def test_unknown_values_are_omitted() -> None:
     have = samples(starting())
     assert have["ready"] == 0
     assert not {"store_silence_seconds", "applied_age_seconds", "lease_expiry_time_seconds"} & set(

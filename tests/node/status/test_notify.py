@@ -106,7 +106,7 @@ async def test_without_systemd_nothing_happens(caplog):
     assert not caplog.records
 
 
-def test_nobody_there_is_said_once(tmp_path, caplog):
+def test_a_missing_socket_is_logged_once(tmp_path, caplog):
     notifier = Notifier(str(tmp_path / "gone"))
     notifier.ready()
     notifier.watchdog()

@@ -1,4 +1,4 @@
-"""/healthz, /livez, /readyz and /metrics of the daemon, over real HTTP; and what makes it ready."""
+"""When a node is ready; /healthz, /livez, /readyz and /metrics over real HTTP."""
 
 import asyncio
 import http.client
@@ -28,7 +28,7 @@ def states(report: NodeReport) -> dict[str, State]:
     return {check.name: check.state for check in judge(report) if check.state is not State.OK}
 
 
-def told(report: NodeReport, name: str) -> str:
+def text_of(report: NodeReport, name: str) -> str:
     (found,) = (check for check in judge(report) if check.name == name)
     return str(found)
 
@@ -154,20 +154,20 @@ def set_waiting(report: NodeReport) -> None:
          "    1 refused:\n    10.5.8.0-24: Network is unreachable"),
     ],
 )
-def test_one_thing_wrong_is_told_apart(
+def test_each_problem_has_its_own_check(
     spoil: Callable[[NodeReport], None], found: dict[str, State], says: str
 ) -> None:
     report = ready()
     spoil(report)
     assert states(report) == found
     assert is_ready(judge(report)) == (State.FAILED not in found.values())
-    assert says in told(report, next(iter(found)))
+    assert says in text_of(report, next(iter(found)))
 
 
 def test_a_lease_without_an_end() -> None:
     report = ready()
     report.source.lease_expires = None
-    assert told(report, "lease") == "[+]lease: 10.5.1.0/24, does not expire"
+    assert text_of(report, "lease") == "[+]lease: 10.5.1.0/24, does not expire"
 
 
 def test_a_vxlan_node_needs_no_forwarder() -> None:
@@ -177,17 +177,17 @@ def test_a_vxlan_node_needs_no_forwarder() -> None:
     assert states(report) == {}
 
 
-def test_why_there_is_no_vxlan_is_no_complaint() -> None:
+def test_an_unavailable_backend_is_shown_and_does_not_degrade() -> None:
     report = ready()
     report.unavailable = {"VXLAN": "the kernel has no vxlan module"}
     assert states(report) == {}
-    assert "no VXLAN here: the kernel has no vxlan module" in told(report, "peers")
+    assert "no VXLAN here: the kernel has no vxlan module" in text_of(report, "peers")
 
 
 def test_of_many_peers_the_first_are_named() -> None:
     report = ready()
     report.peers = replace(report.peers, unreachable={f"{n:04}": "far" for n in range(5000)})
-    lines = told(report, "peers").splitlines()
+    lines = text_of(report, "peers").splitlines()
     assert lines[1].strip() == "5000 cannot be reached:"
     assert lines[2].strip() == "0000: far"
     assert lines[-1].strip() == f"and {5000 - MAX_NAMED} more"
@@ -240,7 +240,7 @@ async def test_ready(server: HealthServer) -> None:
     assert lines[-1] == "readyz check passed"
 
 
-async def test_not_ready_says_what_has_failed(server: HealthServer) -> None:
+async def test_not_ready_lists_the_failed_checks(server: HealthServer) -> None:
     set_no_forwarder(server._report)
     set_unreachable(server._report)
     status, _, body = await ask(server, "/readyz")
