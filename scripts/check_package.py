@@ -96,7 +96,8 @@ def main() -> int:
         sources = copy_sources(folder / "source")
         sdist = build("sdist", folder / "source", folder / "sdist")
         with tarfile.open(sdist) as archive:
-            archive.extractall(folder / "unpacked", filter="data")
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python >= 3.11.4
+            archive.extractall(folder / "unpacked", **safe)
         [unpacked] = (folder / "unpacked").iterdir()
         mistakes = sdist_mistakes(files(unpacked), sources)
         wheel = build("wheel", unpacked, folder / "wheel")

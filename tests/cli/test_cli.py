@@ -366,7 +366,7 @@ def test_watching_prints_each_event_at_once_and_ends_with_the_forwarder(
         assert json.loads(watching.stdout.readline())["dst"] == "10.244.2.0/24"
         served.close()
         assert watching.stdout.readline() == ""
-        assert watching.wait(20) == 0
+        assert watching.wait(60) == 0
 
 
 def test_ctrl_c_ends_watching_quietly(served: Served) -> None:
@@ -378,7 +378,7 @@ def test_ctrl_c_ends_watching_quietly(served: Served) -> None:
         assert watching.stdout is not None
         watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
-        out, err = watching.communicate(timeout=20)
+        out, err = watching.communicate(timeout=60)
     assert (watching.returncode, out, err) == (130, "", "")
 
 

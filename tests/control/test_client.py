@@ -193,7 +193,7 @@ def serving(path: Path, *answers: Callable[[socket.socket], None]) -> Iterator[C
             connection, _ = listener.accept()
             with connection:
                 answer(connection)
-        done.wait(20)
+        done.wait(60)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -266,7 +266,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
     released = threading.Event()
 
     def stall(connection: socket.socket) -> None:
-        released.wait(20)
+        released.wait(60)
 
     with serving(tmp_path / "s", stall) as client:
         client._connection._timeout = 0.05

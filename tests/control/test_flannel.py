@@ -140,7 +140,7 @@ class Watched(FakeForwarder):
             self._called.notify_all()
 
     async def saw(self, count: int) -> None:
-        async with self._called, asyncio.timeout(10):
+        async with self._called, asyncio.timeout(60):
             await self._called.wait_for(lambda: len(self.calls) >= count)
 
 
@@ -224,7 +224,7 @@ async def test_stop(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         with connect(on.path) as client:
             client.send(message(3))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await on.forwarder.stopped.wait()
 
 
@@ -305,7 +305,7 @@ async def test_a_client_outside_the_group_is_refused(
         monkeypatch.setattr(sockets.UnixListener, "may_connect", lambda self, peer: False)
         with connect(on.path) as client:
             client.setblocking(False)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
         assert on.forwarder.calls == []
 
@@ -324,7 +324,7 @@ async def test_inherited_descriptor(tmp_path: Path) -> None:
         assert not os.get_inheritable(fd)
         ours.close()  # flanneld is gone: the tunnel stays
         (serving,) = (t for t in on.control._tasks if t.get_coro().__name__ == "_serve")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await serving
         assert not on.forwarder.stopped.is_set()
 

@@ -42,7 +42,7 @@ class Http(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
         self.sock.connect(str(self._path))
 
     def ask(
@@ -77,7 +77,7 @@ def ask_once(
 def raw(path: Path, request: bytes) -> bytes:
     """Return everything that the server sends until it closes the connection."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.connect(str(path))
         sock.sendall(request)
         answer = b""
@@ -247,7 +247,7 @@ def test_a_client_that_waits_gets_100_continue(served: Served, comment: int) -> 
     """curl waits for this, one second, before a body of more than a megabyte."""
     text = b"#%s\n10.1.0.0/16 via 192.0.2.1\n" % (b"x" * comment)
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.connect(str(served.path))
         sock.sendall(
             b"PUT /v1/routes HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
@@ -307,7 +307,7 @@ def test_too_large_is_answered_before_the_body_is_sent(served: Served) -> None:
         b"Content-Length: %d\r\n\r\n" % (protocol.MAX_TABLE_BODY + 1)
     )
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.connect(str(served.path))
         sock.sendall(head)
         assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")

@@ -152,7 +152,7 @@ def test_the_commands_of_an_operator() -> None:
         assert {"route_added", "route_removed", "routes_replaced"} <= set(types)
 
         assert udptun("stop").returncode == 0
-        assert udptun.process.wait(20) == 0
+        assert udptun.process.wait(60) == 0
         assert not udptun.socket.exists() and not udptun.flannel.exists()
         assert "utD:" not in sh("ip link show")
         assert udptun("status").returncode == 1
@@ -169,7 +169,7 @@ def test_flannels_messages_change_routes_and_stop() -> None:
             assert next(events)["dst"] == "10.244.2.0/24"
             assert client.routes()["routes"][0]["via"] == "192.0.2.2"
             flannel.send(message(3))
-        assert udptun.process.wait(20) == 0
+        assert udptun.process.wait(60) == 0
         events.close()
 
 
@@ -235,7 +235,7 @@ def test_two_instances_run_side_by_side() -> None:
             assert "10.244.2.0/24" not in says("route", "list", "--instance", "utblue")
             assert "10.244.2.0/24" in says("--instance", "utred", "route", "list")
             assert says("stop", "--instance", "utred") == ""
-            assert red.wait(20) == 0
+            assert red.wait(60) == 0
             assert "device: utblue0" in says("status", "--instance", "utblue")
         finally:
             red.kill()

@@ -43,7 +43,7 @@ def test_colour_is_for_terminals_that_want_it(no_colour):
         while b"forwarder on host a" not in seen:
             seen += os.read(ours, 4096)
         demo.send_signal(signal.SIGINT)
-        demo.wait(30)
+        demo.wait(60)
     os.close(ours)
     assert (b"\x1b[1m" in seen) is not no_colour
     assert not leftovers(demo.pid)

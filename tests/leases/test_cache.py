@@ -233,4 +233,4 @@ async def test_closing_does_not_wait_for_a_full_disk(tmp_path):
     path.parent.write_text("no directory")
     file = LeaseCache(path)
     file.keep(known())
-    await asyncio.wait_for(file.aclose(), 30)
+    await asyncio.wait_for(file.aclose(), 60)

@@ -284,7 +284,7 @@ async def watching(path, **options):
             updates.put_nowait(update)
 
     async def next_update():
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await updates.get()
 
     task = asyncio.create_task(listen())
@@ -470,13 +470,13 @@ async def test_cancellation_during_a_reload(hosts, steps):
             snapshot.set()
 
     task = asyncio.create_task(listen())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await snapshot.wait()
     source.reload()
     for _ in range(steps):
         await asyncio.sleep(0)
     task.cancel()
-    done, _ = await asyncio.wait([task], timeout=20)
+    done, _ = await asyncio.wait([task], timeout=60)
     assert done
 
 

@@ -21,7 +21,7 @@ async def lines(cluster, n, **params):
     """Return the first n events of a watch."""
     found = []
     params = {"watch": "true", **params}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async with cluster.http.stream("GET", "/api/v1/nodes", params=params) as response:
             assert response.status_code == 200
             async for line in response.aiter_lines():

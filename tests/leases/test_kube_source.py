@@ -697,5 +697,5 @@ async def test_hold_ends_when_cancelled_during_a_change(small):
     await until(lambda: source._own_changed._waiters, "hold to wait")
     source._own_changed.set()
     task.cancel()
-    await asyncio.wait({task}, timeout=5)
+    await asyncio.wait({task}, timeout=60)
     assert task.cancelled()

@@ -95,7 +95,7 @@ class UdpFlow:
         self.receiver = target.socket(family(address), socket.SOCK_DGRAM)
         self.receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _ROOM)
         self.receiver.bind((str(address), 0))
-        self.receiver.settimeout(5)
+        self.receiver.settimeout(60)
         self.sender = source.socket(family(address), socket.SOCK_DGRAM)
         self.sender.connect(self.receiver.getsockname()[:2])
 

@@ -31,7 +31,7 @@ def no_vxlan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def all_reach_all(members: list[Member]) -> None:
-    wait_for(lambda: not unreachable(members), "all pods to reach all others", 20)
+    wait_for(lambda: not unreachable(members), "all pods to reach all others")
 
 
 def way(member: Member, peer: Member) -> str:
@@ -85,7 +85,7 @@ def test_one_node_without_vxlan(lab, no_vxlan):
     without.stop()
     without.environment = {}
     without.start()
-    wait_for(lambda: way(a, without) == way(without, b) == "flannel.1", "the better way", 20)
+    wait_for(lambda: way(a, without) == way(without, b) == "flannel.1", "the better way")
     all_reach_all(cluster.members)
 
 

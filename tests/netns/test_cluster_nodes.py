@@ -20,7 +20,7 @@ def all_reach_all(members: list[Member]) -> None:
         missing[:] = unreachable(members)
         return not missing
 
-    wait_for(reached, "all pods to reach all others", 20)
+    wait_for(reached, "all pods to reach all others")
 
 
 def leave(cluster: Cluster, member: Member) -> None:
@@ -88,7 +88,7 @@ def test_ten_nodes_that_come_and_go(lab):
     route = f"{subnet} via {renumber(moved)}"
     for member in rest:
         if member is not moved:
-            wait_for(lambda m=member: route in m.routes(), f"{route} on {member.host.name}", 20)
+            wait_for(lambda m=member: route in m.routes(), f"{route} on {member.host.name}")
     all_reach_all(rest)
     assert moved.subnet == subnet
 

@@ -143,7 +143,7 @@ def test_the_real_flanneld_at_the_other_end(lab):
             return False
         return True
 
-    wait_for(etcd_answers, "etcd", 30)
+    wait_for(etcd_answers, "etcd")
     prefix = "/coreos.com/network"
     etcdctl("put", f"{prefix}/config", '{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}')
     etcdctl(
@@ -153,13 +153,13 @@ def test_the_real_flanneld_at_the_other_end(lab):
     b.start([
         flanneld, f"--etcd-endpoints={etcd}", f"--iface={b.v4}", f"--subnet-file={env_file}",
     ])
-    wait_for(lambda: env_file.exists() and "FLANNEL_MTU" in env_file.read_text(), "flanneld", 30)
+    wait_for(lambda: env_file.exists() and "FLANNEL_MTU" in env_file.read_text(), "flanneld")
     values = dict(line.split("=", 1) for line in env_file.read_text().splitlines())
     assert values["FLANNEL_MTU"] == "1472"
     subnet = values["FLANNEL_SUBNET"].replace(".1/", ".0/")
     its_address = subnet.partition("/")[0]
     forwarder = Forwarder.start(a, addresses=[AT_A.v4], routes=[f"{subnet} via {b.v4}"])
-    wait_for(lambda: ping(a, its_address, count=1, wait=0.5).received, "flanneld's route to us", 30)
+    wait_for(lambda: ping(a, its_address, count=1, wait=0.5).received, "flanneld's route to us")
     assert ping(b, AT_A.v4, count=5).received == 5
     transfer_tcp(a, b, its_address)
     transfer_tcp(b, a, AT_A.v4)

@@ -50,7 +50,7 @@ class Cluster:
         """Whom ``receiver`` takes for the sender of a datagram from ``sender``."""
         with contextlib.closing(self.host[receiver].socket(self.family, socket.SOCK_DGRAM)) as to, \
                 contextlib.closing(self.host[sender].socket(self.family, socket.SOCK_DGRAM)) as out:
-            to.settimeout(10)
+            to.settimeout(60)
             to.bind((str(self.at[receiver]), PORT))
             out.bind((str(self.at[sender]), 0))
             out.sendto(b"who am I?", (str(self.at[receiver]), PORT))

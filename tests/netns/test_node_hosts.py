@@ -54,7 +54,7 @@ class Overlay:
             return not missing
 
         try:
-            wait_for(reached, "all pods to reach all others", 20)
+            wait_for(reached, "all pods to reach all others")
         except LabError as exc:
             raise LabError(f"{exc}: {missing}") from None
 

@@ -119,9 +119,9 @@ class _Control(http.client.HTTPConnection):
     """One connection, kept open, as a node daemon would."""
 
     def __init__(self, path) -> None:
-        super().__init__("localhost", timeout=10)
+        super().__init__("localhost", timeout=60)
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
         self.sock.connect(str(path))
 
     def call(self, method: str, path: str, body: object = None) -> None:

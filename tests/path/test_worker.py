@@ -393,7 +393,7 @@ def busy(rig, allowed, load=encap_load):
     for thread in threads:
         thread.start()
     try:
-        yield tids.get(timeout=10)
+        yield tids.get(timeout=60)
     finally:
         over.set()
         rig.worker.wake()

@@ -193,7 +193,7 @@ async def test_a_change_of_address_is_seen_by_choosing_again():
         before = await choose(netlink, options(), True, False)
         netlink.watch_addresses(look)
         sh("ip address add 192.0.2.77/25 dev eth0", "ip address del 192.0.2.1/24 dev eth0")
-        await asyncio.wait_for(changed.wait(), 10)
+        await asyncio.wait_for(changed.wait(), 60)
         after = await choose(netlink, options(names=("eth0",)), True, False)
     assert (str(before.address), str(after.public)) == ("192.0.2.1", "192.0.2.77")
 

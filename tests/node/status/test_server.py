@@ -211,7 +211,7 @@ Answer = tuple[int, dict[str, str], str]
 async def ask(server: HealthServer, path: str, method: str = "GET") -> Answer:
     """As any HTTP client would."""
     def exchange() -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         try:
             connection.request(method, path)
             response = connection.getresponse()
