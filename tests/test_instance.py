@@ -1,5 +1,6 @@
 """Instance names: the default keeps the known ones, others share nothing with it."""
 
+import fcntl
 import multiprocessing
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -56,8 +57,26 @@ def test_a_name_is_held_once_for_each_role(tmp_path: Path):
         ):
             pass
     with Instance("blue").locked("forward", tmp_path):
-        [lock, _] = sorted(tmp_path.iterdir())
+        [lock] = tmp_path.iterdir()
         assert lock.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The holder removes the file and ends between our open and our flock."""
+    flock, holder_ends = fcntl.flock, [True]
+
+    def flock_after_removal(fd: int, how: int) -> None:
+        if holder_ends:
+            holder_ends.clear()
+            next(tmp_path.iterdir()).unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_removal)
+    with Instance("blue").locked("node", tmp_path):
+        assert len(list(tmp_path.iterdir())) == 1
+        with pytest.raises(InstanceRunning), Instance("blue").locked("node", tmp_path):
+            pass
 
 
 def hold(directory: Path, ready: Event) -> None:

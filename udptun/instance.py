@@ -103,15 +103,33 @@ class Instance:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         namespace = Path("/proc/thread-self/ns/net").stat().st_ino
         path = directory / f"{self.name}.{role}.{namespace}.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = _lock_file(path)
+        if fd is None:
+            raise InstanceRunning(
+                f"udptun {role} of the instance {self.name} is already running in this network"
+                f" namespace ({path}); give this one another --instance"
+            )
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InstanceRunning(
-                    f"udptun {role} of the instance {self.name} is already running in this network"
-                    f" namespace ({path}); give this one another --instance"
-                ) from None
             yield
         finally:
+            path.unlink(missing_ok=True)  # before the lock is released: see _lock_file
             os.close(fd)
+
+
+def _lock_file(path: Path) -> int | None:
+    """Create the file if necessary, and lock it. Return its descriptor, or None if another process
+    holds the lock.
+
+    A process that ends removes the file. Between our open and our flock the file may therefore have
+    lost its name: a lock on it would exclude nobody, so open the path again.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)
