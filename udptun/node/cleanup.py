@@ -1,8 +1,8 @@
 """Remove from this host everything that a daemon with the same configuration created.
 
-Owns: what a daemon creates besides its backends. Does not touch the store: a lease expires, or is
-deleted together with the node. Something that is missing already is not an error. Runs once, on the
-caller's loop.
+Owns: the list of things that a daemon creates, except those of its backends. Does not touch the
+store: a lease expires, or is deleted together with the node. Something that is missing already is
+not an error. Runs once, on the caller's loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOCK_FILE = "lock"  # in the state directory
 
 
 class NotAllRemoved(UdptunError):
-    """Something could not be removed; says what, and why."""
+    """Some things could not be removed: the text has the reasons."""
 
 
 async def clean_up(config: NodeConfig, netlink: Netlink) -> None:

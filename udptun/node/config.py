@@ -1,8 +1,8 @@
 """The configuration of one node daemon. Frozen; contradictions are refused here, by field.
 
 Owns: the defaults, which are flannel's where flannel has the option, else those of the instance.
-Does not know how an option is written on the command line (``udptun.cli.node``), or what a store or
-an interface is. FieldError names the option. Pure data, imports nothing heavy; any thread.
+Does not know the syntax of the command line (``udptun.cli.node``), stores, or interfaces.
+FieldError names the option. Pure data, imports nothing heavy; any thread.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class NodeConfig:
     tun               name of the forwarder's device
     control           the forwarder's socket
     forwarder         "spawn": start one if none answers; "external": another program starts it
-    forward_file      the forwarder's options, for its --wait-for; default: beside ``control``
+    forward_file      the forwarder's options, for its --wait-for; default: in the directory of
+                      ``control``
     state_dir         kept over restarts: the cached leases, the forwarder's table
     healthz_port      0: no health server
     cleanup           remove everything that a daemon with this configuration created, and end

@@ -1,10 +1,10 @@
 """The node daemon's life: start, settle again after each change, end.
 
 Owns: the order in which the parts are started and ended, and ``_settle``, the one procedure that
-makes this host what the store wants. Start, reload, a new address, a changed lease and the return
-of the store are only reasons to run it; it may be repeated, and changes only what differs. Does not
-know how any part works. One asyncio loop (not uvloop); netlink and the control client have threads
-of their own.
+sets up this host for our lease and network. Start, reload, a new address, a changed lease and the
+return of the store are only reasons to run it; it may be repeated, and changes only what differs.
+Does not know how any part works. One asyncio loop (not uvloop); netlink and the control client have
+threads of their own.
 
 Fail-static: the last answers of the store are on disk, and stay active until the store gives
 others. The end of the daemon, also by a crash, ends nothing else.
@@ -53,7 +53,7 @@ class AlreadyRunning(UdptunError):
 
 
 async def run(config: NodeConfig) -> None:
-    """Run one node daemon until SIGTERM or SIGINT; with ``cleanup`` remove what it made instead.
+    """Run one node daemon until SIGTERM or SIGINT; with ``cleanup`` remove its things instead.
 
     Raises UdptunError or OSError for a failure that trying again does not repair. Call it from the
     main thread.
@@ -188,7 +188,7 @@ class Daemon:
         self._notifier.ready(self.report.summary())
 
     async def _keep_status(self) -> None:
-        """Pass on, once a second, what changes without an event."""
+        """Report changes that have no event of their own, once a second."""
         status, lease_error = "", ""
         while True:
             self.report.firewall_error = self._host.firewall_error
@@ -235,7 +235,7 @@ class Daemon:
         self._settle_again.clear()
 
     async def _settle(self) -> bool:
-        """Make this host what the store wants. Return False if cached answers had to do.
+        """Set up this host for our lease and network. Return False if a cached answer was used.
 
         Raises the store's error if nothing is cached; NoInterface, DeviceError, FieldError,
         BackendUnavailable, InstanceConflict, OSError.

@@ -1,8 +1,8 @@
 """The commands of flanneld's extension backend: one forwarder, and one route per peer.
 
-Owns: what the environment and the standard input of these commands mean. Does not know leases and
-stores: those are flanneld's here. flanneld runs one command at a time and repeats none that failed;
-it uses the output of the advertising command only. Synchronous; one thread.
+Owns: the meaning of the environment and the standard input of these commands. Does not know leases
+and stores: those are flanneld's here. flanneld runs one command at a time and repeats none that
+failed; it uses the output of the advertising command only. Synchronous; one thread.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def advertisement(port: int, mtu: int | None) -> str:
 def peer_route(env: Environment, advertised: str) -> Route:
     """Return the route to the peer that flanneld names. FieldError names the variable.
 
-    advertised  what the peer's own command printed; without a usable advertisement the peer is
+    advertised  the output of the peer's own command; without a usable advertisement the peer is
                 expected at the default port
     """
     advert = read(Attributes(backend_data=advertised)) or Advert(DEFAULT_PORT)

@@ -25,7 +25,7 @@ from .store import PATIENCE_SECONDS, Store
 
 log = logging.getLogger(__name__)
 
-RESYNC_SECONDS = 60.0  # between checks for changes that others made to our paths
+RESYNC_SECONDS = 60.0  # between checks for changes that other programs made to our paths
 
 
 class Peers:
@@ -50,7 +50,7 @@ class Peers:
         self._reapply = True
 
     async def replan(self, local: LocalNode) -> None:
-        """Compute all paths again if this node has changed; else repair what others changed."""
+        """Compute all paths again if this node has changed, else repair what others changed."""
         async with self._lock:
             if not self.known.is_set():
                 self._plan = Plan(local)
@@ -79,7 +79,7 @@ class Peers:
 
     async def _replace(self, leases: tuple[Lease, ...], since: float) -> None:
         """Make a new plan instead of comparing two lists of leases: that would keep the old list
-        in memory, and each backend compares with what it has anyway."""
+        in memory, and each backend compares the new paths with its own anyway."""
         async with self._lock:
             self._leases = {lease.key: lease for lease in leases}
             assert self._plan is not None and self._store.lease is not None
@@ -141,7 +141,7 @@ class Peers:
     # -- on the host ------------------------------------------------------------------------------
 
     async def keep(self) -> None:
-        """Repair from time to time what others changed, until cancelled."""
+        """Repair changes of other programs every RESYNC_SECONDS, until cancelled."""
         await self.known.wait()
         while True:
             await asyncio.sleep(RESYNC_SECONDS)

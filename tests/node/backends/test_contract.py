@@ -109,7 +109,8 @@ def test_a_backend_is_documented(name):
 def test_no_module_outside_the_room_names_a_backend():
     """Adding one must not need a change there."""
     modules = [*(ROOT / "udptun" / "node").rglob("*.py"), ROOT / "udptun" / "cli" / "node.py"]
-    outside = [path for path in modules if path.parent.name != "backends"]
+    outside = [path for path in modules if path.parent.name != "backends"
+               or path.stem in ("base", "plan", "active")]
     assert len(outside) > 15
     named = [
         f"{path.relative_to(ROOT)}:{constant.lineno}" for path in outside

@@ -25,6 +25,7 @@ BACKENDS = {
     "vxlan": "VXLAN",
 }
 
+FLANNEL_DEFAULT = "udp"  # the backend of a lease without a BackendType
 AUTO = "auto"  # all backends that this host and the store of leases support
 MODES = (AUTO, *BACKENDS)  # values of --backend and of Backend.Type
 

@@ -38,7 +38,7 @@ class Prepared:
     """The outcome of ``ActiveBackends.prepare``.
 
     mtu         of the inner packets, bytes
-    attributes  what our lease has to contain
+    attributes  for our lease
     reaches     of the active backends
     """
 
@@ -74,7 +74,7 @@ class ActiveBackends:
     # -- our own side -----------------------------------------------------------------------------
 
     async def prepare(self, site: Site) -> Prepared:
-        """Determine which backends are active, and create what our lease has to name.
+        """Determine which backends are active, and create the devices that our lease names.
 
         BackendUnavailable; FieldError (Backend.Type is not one of ours); DeviceError.
         """

@@ -1,13 +1,13 @@
 """The contract between the node daemon and a backend.
 
-Owns: what the daemon asks of every backend, and the records that they exchange. Does not know any
-single backend, the store, or how paths of several backends are combined (``plan``). A backend runs
-on the daemon's loop, and its coroutines are called one at a time, except ``run`` and ``synced``.
-A ``Reach`` is a pure value that any thread may use.
+Owns: the calls that the daemon makes to every backend, and the records that they exchange. Does not
+know any single backend, the store, or how paths of several backends are combined (``plan``). A
+backend runs on the daemon's loop, and its coroutines are called one at a time, except ``run`` and
+``synced``. A ``Reach`` is a pure value that any thread may use.
 
 The order of calls: ``prepare``, ``lease_data`` and ``reach``; ``settle`` once our lease is known;
 then ``apply_all``, ``apply`` and ``resync`` as often as needed. All of it may be repeated at any
-time, and changes only what differs. ``retire`` takes the place of these calls while the backend is
+time, and changes only differences. ``retire`` takes the place of these calls while the backend is
 not used.
 """
 
@@ -29,7 +29,7 @@ from ..host.interface import Underlay
 
 
 class InstanceConflict(UdptunError):
-    """Another instance on this host uses what this one needs."""
+    """Another instance on this host uses a resource that this one needs."""
 
 
 P = TypeVar("P")  # how this backend reaches one subnet: its own type of path
@@ -96,7 +96,7 @@ class Backend(ABC, Generic[P]):
     """One backend of this node.
 
     name             its key in ``BACKENDS``
-    waits_for        what ``synced`` waits for, in words
+    waits_for        names what ``synced`` waits for; "": it returns at once
     needs_node_data  it works only if each node's lease carries data of that node
     """
 
@@ -114,7 +114,7 @@ class Backend(ABC, Generic[P]):
 
     @abstractmethod
     async def prepare(self, site: Site, mtu: int) -> str:
-        """Create what our lease has to name, and return "" or why that is not possible.
+        """Create the devices that our lease names. Return "" or the reason why that failed.
 
         mtu  the largest inner packet, in bytes
         FieldError: the configuration is not valid. InstanceConflict.
@@ -122,7 +122,7 @@ class Backend(ABC, Generic[P]):
 
     @abstractmethod
     def lease_data(self, mtu: int) -> LeaseData:
-        """Return what our lease has to contain. After ``prepare``."""
+        """Return the data for our lease. After ``prepare``."""
 
     @abstractmethod
     def reach(self) -> Reach[P]:
@@ -134,8 +134,8 @@ class Backend(ABC, Generic[P]):
 
     @abstractmethod
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:
-        """Remove what this backend has created: it is not used (any more). DeviceError,
-        ControlError, OSError."""
+        """Remove everything that this backend has created: it is not used, or no longer.
+        DeviceError, ControlError, OSError."""
 
     async def run(self) -> None:
         """Do this backend's background work until cancelled."""
@@ -158,7 +158,7 @@ class Backend(ABC, Generic[P]):
         """Set some paths and remove those that are None; as ``apply_all``."""
 
     async def resync(self) -> None:
-        """Compare the host with the last paths, and repair what differs. DeviceError.
+        """Compare the host with the last paths, and repair differences. DeviceError.
 
         For a backend that does not do this itself in ``run``.
         """

@@ -1,4 +1,4 @@
-"""The path to each peer: what every active backend can do for it, combined.
+"""The paths to each peer, from all active backends.
 
 Owns: the checks that do not depend on a backend, the paths of all peers, which backend carries a
 peer's packets, who is unreachable and why. Does not know stores, processes, netlink or any single
@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 
 from ...leases.base import Change, Lease, Subnets
 from ...model import IPAddress, IPNetwork
-from . import BACKENDS
+from . import BACKENDS, FLANNEL_DEFAULT
 from .base import PeerNode, Reach
-
-FLANNEL_DEFAULT = "udp"  # what a lease without a BackendType means
 
 
 @dataclass(frozen=True, slots=True)
 class LocalNode:
-    """What this node is, and what it can do.
+    """This node's identity and abilities.
 
     key, subnets  of our lease
     networks      the overlay's, one per enabled IP version
@@ -96,7 +94,7 @@ def _check(local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNo
 
 
 def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
-    """Return what ``one.overlaps(other)`` does, in a tenth of the time. Same IP version."""
+    """Return ``one.overlaps(other)``, in a tenth of the time. Both have the same IP version."""
     shift = one.max_prefixlen - min(one.prefixlen, other.prefixlen)
     return (int(one.network_address) ^ int(other.network_address)) >> shift == 0
 

@@ -1,7 +1,7 @@
 """The UDP backend: the forwarder carries packets as UDP payload.
 
-Owns: what the forwarder of this node has to be, its routes, our advertisement in the lease, and
-the choice of the endpoint to which a peer's packets are sent. Does not know how the forwarder's
+Owns: the options of this node's forwarder, its routes, our advertisement in the lease, and the
+choice of the endpoint to which a peer's packets are sent. Does not know how the forwarder's
 process is started and kept (``process``). The daemon's loop.
 """
 

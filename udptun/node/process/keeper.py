@@ -69,7 +69,7 @@ class ForwarderKeeper:
         self._wake = asyncio.Event()
         self._in_step = asyncio.Event()
 
-    # -- what is wanted ---------------------------------------------------------------------------
+    # -- the wanted options and routes ------------------------------------------------------------
 
     def want(self, spec: ForwarderSpec) -> None:
         """Set the options that the forwarder has to run with. OSError: the file cannot be written.

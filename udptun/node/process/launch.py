@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ...control.client import ControlClient
 
-FORWARD_FILE = "forward.json"  # beside the control socket, unless configured otherwise
+FORWARD_FILE = "forward.json"  # in the directory of the control socket, by default
 STATE_FILE = "routes"  # the forwarder's table, in the state directory
 LOG_FILE = "forwarder.log"  # in the state directory
 READY_SECONDS = 15.0
@@ -84,7 +84,7 @@ class ForwarderSpec:
     def mismatch(self, status: Mapping[str, Any]) -> str:
         """Return how a running forwarder with this status differs; "" if it does not."""
         device = status["device"]
-        for what, wanted, actual in (
+        for label, wanted, actual in (
             ("its device", self.tun, device["name"]),
             ("its addresses", self.addresses, tuple(device["addresses"])),
             ("its networks", self.networks, tuple(device["networks"])),
@@ -92,7 +92,7 @@ class ForwarderSpec:
             ("its MTU", device["mtu"] if self.mtu is None else self.mtu, device["mtu"]),
         ):
             if wanted != actual:
-                return f"{what}: {_text(actual)} instead of {_text(wanted)}"
+                return f"{label}: {_text(actual)} instead of {_text(wanted)}"
         return ""
 
 

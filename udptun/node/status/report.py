@@ -1,4 +1,4 @@
-"""What the daemon knows about itself: for /readyz, /metrics, the service manager and the tests.
+"""The daemon's state: for /readyz, /metrics, the service manager and the tests.
 
 Owns: the names of these facts. Does not judge them: ``readiness`` decides whether a node is ready.
 The daemon writes it and the health server reads it, both on the daemon's loop: values that are read
@@ -21,7 +21,7 @@ class ForwarderReport:
     """The forwarder's process, and which of our routes it has.
 
     needed      an active backend uses it
-    connected   it answered the last request, and is what we want it to be
+    connected   it answered the last request, and has the right options
     error       why not, in a sentence; "" when connected
     in_step     its table is the one we want
     routes_n    routes in that table
@@ -61,7 +61,7 @@ class NodeReport:
 
     store             kind of the lease source
     source            health of the lease source, which updates it
-    waiting           what the start waits for; "" once it is complete
+    waiting           reason why the start is not complete; "" once it is
     stale             the active leases are cached ones: the store has not listed its leases since
                       our start
     lease             ours; None before there was one
