@@ -1,8 +1,8 @@
-"""Run one test in a network namespace of its own.
+"""Run a test in a network namespace of its own.
 
-A network namespace belongs to a thread: the test runs in a new thread that leaves ours, and what it
-made goes with the thread. Threads and processes that the test starts are in there too. For tests of
-one host only; those that need several use ``udptun.lab``.
+The test runs in a new thread that moves to a new namespace. Threads and processes that it starts
+inherit the namespace; the kernel removes it, with its devices, when the last of them has ended. For
+tests of one host only; tests of several hosts use ``udptun.lab``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def sh(*commands: str) -> str:
-    """Run each command; all must succeed. Returns what the last one wrote."""
+    """Run each command, which must succeed. Return the output of the last one."""
     out = ""
     for command in commands:
         done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
@@ -39,13 +39,13 @@ def ip_json(command: str) -> Any:
 
 
 def in_own_netns(test: Callable[..., Any]) -> Callable[..., None]:
-    """Decorator for a test, plain or async."""
+    """Decorate a plain or async test. It is skipped without root."""
 
     @pytest.mark.netns
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
         if os.geteuid() != 0:
-            pytest.skip("needs root: makes a network namespace")
+            pytest.skip("network namespaces need root")
         raised: list[BaseException] = []
 
         def body() -> None:

@@ -1,7 +1,7 @@
-"""What must go on between pods while a cluster changes around them.
+"""Steady traffic between pods, which must not be disturbed while a test changes the cluster.
 
-Both run in the background, and say at the end what was lost or late: by then the test has done its
-worst. Sockets live in the pods' namespaces, the program in this process.
+Both kinds run in the background and report at the end what was lost or late. The sockets are in the
+pods' namespaces, the threads in this process.
 """
 
 import hashlib
@@ -13,18 +13,33 @@ import struct
 import threading
 import time
 
-from udptun.lab import Host
+from udptun.lab import Host, LabError, wait_for
+from udptun.lab.cluster import Member, unreachable
 
 CHUNK = 16384
-PAUSE = 0.004  # some 30 Mbit/s: all the time, and not all of the machine
+PAUSE = 0.004  # seconds between chunks: about 30 Mbit/s, which leaves most of the CPU idle
 STAMP = struct.Struct("=d")
 
 
-class SteadyTransfer:
-    """One TCP connection from pod to pod, paced; every chunk tells when it was handed over.
+def all_reach_all(members: list[Member]) -> None:
+    """Wait until every pod reaches every other: a daemon learns of a change by a watch."""
+    missing: list[str] = []
 
-    ``finish`` compares what was sent and what came. ``stall``: the longest that a chunk was on its
-    way, in seconds: a sender that is not given the CPU makes no stall, a lost packet does.
+    def reached() -> bool:
+        missing[:] = unreachable(members)
+        return not missing
+
+    try:
+        wait_for(reached, "all pods to reach all others")
+    except LabError as error:
+        raise LabError(f"{error}: {missing}") from None
+
+
+class SteadyTransfer:
+    """One paced TCP connection from pod to pod; each chunk carries the time of its ``send``.
+
+    ``finish`` compares the sent and the received bytes. ``stall`` is the longest time from a send
+    to the receipt, in seconds. A lost packet causes one; a sender that waits for the CPU does not.
     """
 
     def __init__(self, source: Host, target: Host, address: object) -> None:
@@ -50,7 +65,7 @@ class SteadyTransfer:
             thread.start()
 
     def finish(self) -> int:
-        """Bytes that came, all of them as they were sent."""
+        """Stop; check that all bytes arrived unchanged; return their number."""
         self._over.set()
         for thread in self._threads:
             thread.join(60)
@@ -100,7 +115,7 @@ class SteadyPing:
         self._ping.wait_for_output("bytes from")
 
     def lost(self) -> int:
-        """Ends it. The one that is under way at that moment does not count."""
+        """Stop; return the number of lost pings, without one that is still under way."""
         self._ping.signal(signal.SIGINT)
         self._ping.wait()
         found = re.search(r"(\d+) packets transmitted, (\d+) received", self._ping.text())

@@ -1,7 +1,7 @@
-"""What the tests send through a tunnel, and counters that are not udptun's.
+"""Traffic that tests send through a tunnel, and the kernel's counters of it.
 
-The sockets live in the hosts' namespaces, the program in this process: so a test can wait for each
-datagram instead of guessing a pace, and compare every byte.
+The sockets are in the hosts' namespaces, the program is this process. So a test waits for each
+datagram, without assuming a rate, and compares every byte.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ def transfer_tcp(
     client: Host, server: Host, address: object, *, size: int = 4 << 20, seconds: float = 60,
     sticky: Sequence[tuple[int, bytes]] = (),
 ) -> None:
-    """``size`` random bytes each way at the same time over one connection; hashes compared.
+    """Send ``size`` random bytes in both directions over one connection; compare the hashes.
 
-    sticky  the client's IPv6 socket options with the extension headers of all that it sends
+    sticky  IPv6 socket options of the client: extension headers for all packets that it sends
     """
     listener = server.socket(family(address), socket.SOCK_STREAM)
     calling = client.socket(family(address), socket.SOCK_STREAM)
@@ -89,7 +89,7 @@ def _both_ways(left: socket.socket, right: socket.socket, size: int) -> None:
 
 
 class UdpFlow:
-    """A socket on each of two hosts. Every burst is awaited whole: none may be lost or change."""
+    """A socket on each of two hosts. Waits for each burst: no datagram may be lost or changed."""
 
     def __init__(self, source: Host, target: Host, address: object) -> None:
         self.receiver = target.socket(family(address), socket.SOCK_DGRAM)
@@ -120,16 +120,16 @@ class UdpFlow:
         self.expect(payloads)
 
     def exchange_super(self, payload: bytes, segment: int) -> None:
-        """One send with UDP_SEGMENT; it arrives as datagrams of ``segment`` bytes and a rest."""
+        """Send once with UDP_SEGMENT; expect datagrams of ``segment`` bytes and a shorter last."""
         ancillary = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", segment))]
         self.sender.sendmsg([payload], ancillary)
         self.expect([payload[i : i + segment] for i in range(0, len(payload), segment)])
 
 
 def exchange_udp(source: Host, target: Host, address: object, largest: int) -> None:
-    """Small, large, odd, equal and mixed datagrams, super-packets with a short last one too.
+    """Exchange small, large, odd, equal and mixed datagrams, and super-packets.
 
-    largest  the UDP payload that fits one packet of the tunnel
+    largest  the largest UDP payload that fits one packet of the tunnel
     """
     rng = random.Random(largest)
     with UdpFlow(source, target, address) as flow:
@@ -147,8 +147,8 @@ def exchange_udp(source: Host, target: Host, address: object, largest: int) -> N
 
 @contextlib.contextmanager
 def nft_counters(host: Host, device: str, **rules: str) -> Iterator["Counters"]:
-    """Count packets that come in on ``device``, by nft expressions: the kernel's own counting."""
-    # The prefix keeps the names apart from nft's own words.
+    """Let the kernel count the packets that arrive on ``device`` and match nft expressions."""
+    # Without the prefix a name could be a keyword of nft.
     counters = "\n".join(f"  counter n_{name} {{}}" for name in rules)
     statements = "\n".join(f"    {rule} counter name n_{name}" for name, rule in rules.items())
     chain = f"type filter hook ingress device {device} priority 0;\n{statements}"
@@ -171,7 +171,7 @@ class Counters:
 
 
 def snmp(host: Host, protocol: str) -> dict[str, int]:
-    """The host's counters of one protocol, from /proc/net/snmp."""
+    """Return the host's counters of one protocol, from /proc/net/snmp."""
     lines = host.run(["cat", "/proc/net/snmp"]).stdout.splitlines()
     names, values = (
         line.split()[1:] for line in lines if line.startswith(f"{protocol}:")
@@ -190,10 +190,10 @@ Drops = dict[tuple[str, str], int]
 
 
 def settled(forwarder: Forwarder) -> tuple[Packets, Drops]:
-    """Status' ``packets`` and the drops of one moment in which nothing moves any more.
+    """Return the status' ``packets`` and the drops of one moment, when no packets move.
 
-    A kernel speaks now and then by itself on a new device (IPv6 routers are asked for, multicast
-    groups are joined), so two equal looks at the first enclose the one at the second.
+    The kernel sends packets of its own on a new device (router solicitations, multicast reports).
+    So ``packets`` must be the same in four reads in a row, with the read of the drops among them.
     """
     seen: list[Packets] = []
 

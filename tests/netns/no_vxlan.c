@@ -1,5 +1,5 @@
-/* For LD_PRELOAD: a kernel without vxlan, for one process. The kind of device in what it sends over
- * netlink becomes one that no kernel has, so the refusal is the kernel's own. */
+/* For LD_PRELOAD: hides vxlan from one process. Replaces the device kind in its netlink messages by one
+ * that no kernel has, so that the kernel itself refuses it. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -7,7 +7,7 @@
 #include <sys/socket.h>
 #include <linux/netlink.h>
 
-static const char KIND[] = "vxlan"; /* with its closing zero: not a name such as vxlan0 */
+static const char KIND[] = "vxlan"; /* with the final zero, so that it differs from names such as vxlan0 */
 
 static int is_netlink(int fd)
 {

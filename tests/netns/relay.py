@@ -1,9 +1,9 @@
-"""A bad path: passes datagrams between two peers, and loses, doubles and reorders some.
+"""A bad path: relays datagrams between two peers; drops, duplicates and reorders some.
 
     relay.py ADDRESS PORT PEER_A PEER_B SEED
 
-Stands between two forwarders that each take it for the other. Prints "ready", and what it did as
-one line of JSON when it is terminated.
+Each of the two forwarders has the relay as its peer. The relay prints "ready", and when it is
+terminated, one line of JSON with its counts.
 """
 
 import json

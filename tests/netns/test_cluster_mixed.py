@@ -1,7 +1,7 @@
-"""Clusters of unlike nodes: one that may not make VXLAN devices, and a stock flannel node.
+"""Clusters of unlike nodes: one that cannot create VXLAN devices, and a stock flannel node.
 
-Stock flannel is what it leaves in the kernel and in etcd: a vxlan device with static entries, and a
-lease. ``no_vxlan.c`` makes the kernel refuse vxlan to one process.
+The stock node has what flannel leaves in the kernel and in etcd: a vxlan device with static
+entries, and a lease. ``no_vxlan.c`` makes the kernel refuse vxlan to one process.
 """
 
 import json
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.netns.cluster_traffic import all_reach_all
 from tests.netns.netns_traffic import transfer_tcp
 from udptun.lab import ping, wait_for
-from udptun.lab.cluster import PREFIX, Cluster, Member, etcd_obstacle, unreachable
+from udptun.lab.cluster import PREFIX, Cluster, Member, etcd_obstacle
 
 pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
 
@@ -23,19 +24,15 @@ VXLAN_OVERHEAD = 50
 
 @pytest.fixture(scope="session")
 def no_vxlan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process whose kernel has no vxlan."""
+    """Return the environment of a process for which the kernel has no vxlan."""
     built = tmp_path_factory.mktemp("preload") / "no_vxlan.so"
     source = Path(__file__).with_name("no_vxlan.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(built), str(source)], check=True)
     return {"LD_PRELOAD": str(built)}
 
 
-def all_reach_all(members: list[Member]) -> None:
-    wait_for(lambda: not unreachable(members), "all pods to reach all others")
-
-
-def way(member: Member, peer: Member) -> str:
-    """The device that packets to a peer's pod leave by; "" while there is none."""
+def device_to(member: Member, peer: Member) -> str:
+    """Return the device of the route to a peer's pod, or "" without a route."""
     shown = member.host.run(["ip", "route", "get", str(peer.pod_v4)], check=False).stdout
     _, _, after = shown.partition(" dev ")
     return after.partition(" ")[0]
@@ -46,7 +43,7 @@ def lease_of(cluster: Cluster, member: Member) -> dict:
 
 
 def test_the_kernel_refuses_as_one_without_vxlan(lab, no_vxlan):
-    """The means of the tests below: that it is the kernel who says no."""
+    """The tests below rely on this: the kernel refuses the device, not udptun."""
     host = lab.host("a")
     add = ["ip", "link", "add", "v0", "type", "vxlan", "id", "7", "dstport", "8472"]
     refused = host.run(add, check=False, env=no_vxlan)
@@ -55,21 +52,21 @@ def test_the_kernel_refuses_as_one_without_vxlan(lab, no_vxlan):
 
 
 def test_one_node_without_vxlan(lab, no_vxlan):
-    """Every node reaches every other, each pair by the best that both have."""
+    """Every node reaches every other; each pair uses the best backend that both have."""
     cluster = Cluster(lab, 3, config=VXLAN, options=["--backend=auto"])
     a, b, without = cluster.members
     without.environment = no_vxlan
     cluster.start()
     all_reach_all(cluster.members)
-    assert (way(a, b), way(b, a)) == ("flannel.1", "flannel.1")
-    assert (way(a, without), way(without, a), way(b, without)) == ("udptun0",) * 3
-    # nodes with both ways have the narrower one's MTU, and no packet of it is too large anywhere
+    assert (device_to(a, b), device_to(b, a)) == ("flannel.1", "flannel.1")
+    assert (device_to(a, without), device_to(without, a), device_to(b, without)) == ("udptun0",) * 3
+    # Nodes with both backends have the smaller MTU, so that a packet fits either path.
     mtu = UNDERLAY_MTU - VXLAN_OVERHEAD
     assert (a.env["FLANNEL_MTU"], b.env["FLANNEL_MTU"]) == (str(mtu), str(mtu))
     for source, target in ((a, b), (a, without), (without, a)):
         assert ping(source.pod, target.pod_v4, size=mtu - 28, df=True).received == 3
     transfer_tcp(without.pod, a.pod, a.pod_v4)
-    # said in the lease, and once in the log why
+    # The lease advertises the backends, and the log has the reason once.
     lease = lease_of(cluster, a)
     assert lease["BackendType"] == "vxlan"
     assert lease["BackendData"]["VNI"] == 1
@@ -81,16 +78,18 @@ def test_one_node_without_vxlan(lab, no_vxlan):
     (why,) = [line for line in without.daemon.text().splitlines() if " WARNING " in line]
     assert "no VXLAN" in why
     assert "Unknown device type" in why
-    # it gets vxlan, with a new kernel perhaps: the pairs change over
+    # The node gets vxlan, as with a new kernel: the pairs change to it.
     without.stop()
     without.environment = {}
     without.start()
-    wait_for(lambda: way(a, without) == way(without, b) == "flannel.1", "the better way")
+    wait_for(
+        lambda: device_to(a, without) == device_to(without, b) == "flannel.1", "VXLAN everywhere"
+    )
     all_reach_all(cluster.members)
 
 
 class Stock:
-    """A stock flannel node with the vxlan backend: its device, its lease, its entries for peers."""
+    """A stock flannel node with the vxlan backend: its device, its lease, its peers' entries."""
 
     def __init__(self, cluster: Cluster, member: Member) -> None:
         self.host, self._cluster = member.host, cluster
@@ -110,7 +109,7 @@ class Stock:
         self.pod = self.host.pod(self.subnet, mtu=1450)
 
     def learn(self) -> list[str]:
-        """As flannel's watch does: leases of type vxlan, and no others. Returns their subnets."""
+        """Add the entries of leases of type vxlan only, as flannel does; return their subnets."""
         known = []
         for key, lease in self._cluster.etcd.leases().items():
             subnet = key.replace("-", "/")
@@ -136,11 +135,11 @@ def test_a_stock_flannel_node_in_the_middle(lab, no_vxlan):
     assert stock.learn() == [str(with_vxlan.subnet)]
     assert ping(with_vxlan.pod, "10.244.200.2").received == 3
     assert ping(stock.pod, with_vxlan.pod_v4).received == 3
-    # The node without vxlan says which peer it cannot have, and why.
+    # The node without vxlan reports the peer that it cannot reach, and why.
     assert ping(without.pod, "10.244.200.2", count=1, wait=0.5).received == 0
-    _, said = without.ready()
-    assert "10.244.200.0" in said
-    assert "ignores" in said
+    _, report = without.ready()
+    assert "10.244.200.0" in report
+    assert "ignores" in report
     assert "10.244.200.0" in without.daemon.text()
 
 

@@ -1,30 +1,20 @@
-"""Clusters of three and of ten: real etcd, a daemon, a forwarder and a pod on each node.
+"""Clusters of three and of ten nodes: real etcd; a daemon, a forwarder and a pod on each node.
 
-While nodes join, leave and change address, the others' packets go on: none is lost.
+No packet between the other nodes is lost while nodes join, leave and change address. The cluster of
+ten is in `make test-all`.
 """
 
 import pytest
 
-from tests.netns.cluster_traffic import SteadyPing, SteadyTransfer
+from tests.netns.cluster_traffic import SteadyPing, SteadyTransfer, all_reach_all
 from udptun.lab import ping, wait_for
-from udptun.lab.cluster import Cluster, Member, etcd_obstacle, unreachable
+from udptun.lab.cluster import Cluster, Member, etcd_obstacle
 
 pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
 
 
-def all_reach_all(members: list[Member]) -> None:
-    """Routes come by a watch: soon, not at once."""
-    missing: list[str] = []
-
-    def reached() -> bool:
-        missing[:] = unreachable(members)
-        return not missing
-
-    wait_for(reached, "all pods to reach all others")
-
-
 def leave(cluster: Cluster, member: Member) -> None:
-    """Decommissioned: everything goes from the host, and the operator drops its lease."""
+    """Decommission a node: clean up its host, and delete its lease."""
     subnet = member.subnet
     member.remove_pod()
     member.clean_up()
@@ -32,13 +22,13 @@ def leave(cluster: Cluster, member: Member) -> None:
 
 
 def die(cluster: Cluster, member: Member) -> None:
-    """Without a word; its lease runs out."""
+    """Cut a node off; its lease expires."""
     member.host.ip(f"link set {member.host.interfaces[0].name} down")
     cluster.etcd.revoke(member.subnet)
 
 
 def renumber(member: Member) -> str:
-    """Whoever hands out addresses gives it another one, and takes the old one."""
+    """Replace the node's address, as DHCP may do; return the new one."""
     end = member.host.interfaces[0]
     fresh = str(end.v4.network[200])
     member.host.ip(

@@ -1,6 +1,6 @@
-"""A node that speaks flannel's wire format and knows nothing of udptun, at the other end.
+"""Interoperation with a peer that speaks flannel's wire format and is not udptun.
 
-bench/onepacket stands for it in every run; the real flanneld where the environment names one.
+The peer is bench/onepacket in every run, and the real flanneld if FLANNELD names its binary.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the masquerade rules do to packets: each in turn decides one way through a node."""
+"""The effect of each masquerade rule on packets through a node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Cluster:
         self.peer.ip("address add 10.42.1.2/32 dev lo", "address add fc00:0:0:1::2/128 dev lo")
         self.node.ip(f"route add 10.42.1.0/24 via {self.peer.v4}",
                      f"route add fc00:0:0:1::/64 via {self.peer.v6}")
-        # Everybody knows the way back, masqueraded or not.
+        # Both hosts have a route back to pods and nodes, with and without masquerading.
         for host, gateway in ((self.world, to_world), (self.peer, to_peer)):
             host.ip(f"route add default via {gateway.v4.ip}",
                     f"route add default via {gateway.v6.ip}")
@@ -47,7 +47,7 @@ class Cluster:
             asyncio.run(Firewall(self.rules).sync())
 
     def source_seen(self, sender, receiver):
-        """Whom ``receiver`` takes for the sender of a datagram from ``sender``."""
+        """Send a datagram; return the name of the source address that ``receiver`` sees."""
         with contextlib.closing(self.host[receiver].socket(self.family, socket.SOCK_DGRAM)) as to, \
                 contextlib.closing(self.host[sender].socket(self.family, socket.SOCK_DGRAM)) as out:
             to.settimeout(60)

@@ -1,4 +1,4 @@
-"""Three machines with one list of nodes are an overlay, whatever ends and comes back on them."""
+"""Three machines with one hosts file form an overlay; daemons and forwarders end and restart."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import signal
 
 import pytest
 
-from tests.netns.cluster_traffic import SteadyPing
+from tests.netns.cluster_traffic import SteadyPing, all_reach_all
 from tests.processes import alive
 from udptun.lab import Lab, LabError, ping, wait_for
-from udptun.lab.cluster import Member, unreachable
+from udptun.lab.cluster import Member
 
 
 class Overlay:
-    """Nodes on one segment, and the list of them, which they share."""
+    """Nodes on one segment, which share one hosts file."""
 
     def __init__(self, lab: Lab, *options: str, external: bool = False, v6: bool = False) -> None:
         hosts = [lab.host(f"n{i}") for i in (1, 2, 3)]
@@ -28,7 +28,7 @@ class Overlay:
         self.write()
 
     def write(self, *more: str, **changed: str) -> None:
-        """The list; ``n2="..."`` puts other lines for that node."""
+        """Write the hosts file; ``n2="..."`` replaces the lines of that node."""
         networks = ["10.244.0.0/16", *(["fd44::/32"] if self.v6 else [])]
         text = [f"network = {networks}", *more]
         for i, member in enumerate(self.members, 1):
@@ -46,18 +46,6 @@ class Overlay:
             member.wait_ready()
             member.add_pod()
 
-    def assert_whole(self) -> None:
-        missing: list[str] = []
-
-        def reached() -> bool:
-            missing[:] = unreachable(self.members)
-            return not missing
-
-        try:
-            wait_for(reached, "all pods to reach all others")
-        except LabError as exc:
-            raise LabError(f"{exc}: {missing}") from None
-
 
 @pytest.fixture
 def overlay(lab):
@@ -67,18 +55,18 @@ def overlay(lab):
 
 
 def tun_of(member: Member) -> str:
-    """What names this very device: its number and when it was made do not come again."""
+    """Return the index of the node's TUN, which the kernel does not use again."""
     return member.host.run(["ip", "-o", "link", "show", "udptun0"]).stdout.split(":")[0]
 
 
 def kill_group(member: Member) -> None:
-    """The daemon, and all that shares its process group."""
+    """Kill the daemon and all processes of its group."""
     os.killpg(member.daemon.pid, signal.SIGKILL)
     member.daemon.wait()
 
 
 def test_three_machines_and_one_file_are_an_overlay(overlay):
-    overlay.assert_whole()
+    all_reach_all(overlay.members)
     a, b, _ = overlay.members
     assert ping(a.host, b.pod_v4).received == 3  # a host, too
     assert a.env["FLANNEL_SUBNET"] == "10.244.1.1/24"
@@ -88,7 +76,7 @@ def test_three_machines_and_one_file_are_an_overlay(overlay):
 
 
 def test_the_end_of_a_daemon_is_not_noticed(overlay):
-    """kill -9 of its process group, SIGTERM, and its return: not a packet, not a device."""
+    """After SIGKILL to its group and SIGTERM it restarts; no packet and no device is lost."""
     a, b, _ = overlay.members
     before = (tun_of(a), a.forwarder_pid(), a.ask("/v1/routes"))
     steady = SteadyPing(a.pod, b.pod_v4)
@@ -113,17 +101,17 @@ def test_a_forwarder_that_is_killed_comes_back_with_its_routes(overlay):
             return False
 
     wait_for(back, "another forwarder with the routes")
-    overlay.assert_whole()
+    all_reach_all(overlay.members)
 
 
 def test_a_forwarder_that_is_gone_with_its_daemon_is_started_by_the_next(overlay):
-    """As a reboot, but for the devices."""
+    """As after a reboot, except that the devices still exist."""
     a, *_ = overlay.members
     os.kill(a.forwarder_pid(), signal.SIGKILL)
     kill_group(a)
     a.start()
     a.wait_ready()
-    overlay.assert_whole()
+    all_reach_all(overlay.members)
 
 
 def test_an_edit_is_followed_and_a_bad_one_is_refused_with_its_place(overlay):
@@ -133,18 +121,18 @@ def test_an_edit_is_followed_and_a_bad_one_is_refused_with_its_place(overlay):
              "the peer's new port")
     wait_for(lambda: c.ask("/v1/status")["device"]["listen"] == [f"{c.host.v4}:8300"]
              if c.control.exists() else False, "its own forwarder to listen there", 20)
-    overlay.assert_whole()
+    all_reach_all(overlay.members)
     routes = a.routes()
     overlay.write(n2='public = "192.0.2.300"\nsubnets = "10.244.2.0/24"')
     a.daemon.wait_for_output("line ")
     assert "192.0.2.300" in a.daemon.text()
     assert "[!]store" in a.ready()[1]
     assert a.routes() == routes
-    # A daemon that starts now goes on with what was good last.
+    # A daemon that starts now uses the last good file.
     kill_group(b)
     b.start()
     b.wait_ready()
-    overlay.assert_whole()
+    all_reach_all(overlay.members)
     overlay.write()
     wait_for(lambda: "[+]store" in a.ready()[1], "the good file to be taken")
 
@@ -154,15 +142,15 @@ def test_a_node_that_is_taken_out_is_reached_no_more(overlay):
     text = overlay.file.read_text()
     overlay.file.write_text(text[: text.rindex("[[nodes]]")])
     wait_for(lambda: f"10.244.3.0/24 via {c.host.v4}" not in a.routes(), "its route to go")
-    # It goes on itself with what it was: nobody has said that it is another.
-    wait_for(lambda: "[!]lease" in c.ready()[1], "it to say so")
+    # The node itself keeps its lease, because no other node has it.
+    wait_for(lambda: "[!]lease" in c.ready()[1], "it to report that")
     assert c.forwarder_pid()
 
 
 def test_an_external_forwarder_is_told_by_the_file_and_adopted(lab):
     overlay = Overlay(lab, external=True)
     overlay.start()
-    overlay.assert_whole()
+    all_reach_all(overlay.members)
     a, *_ = overlay.members
     assert a.forwarder is not None
     assert a.forwarder_pid() == a.forwarder.pid
@@ -170,7 +158,7 @@ def test_an_external_forwarder_is_told_by_the_file_and_adopted(lab):
     a.start()
     a.wait_ready()
     assert a.forwarder.alive
-    overlay.assert_whole()
+    all_reach_all(overlay.members)
 
 
 def test_both_families_over_an_ipv4_underlay(lab):

@@ -1,4 +1,4 @@
-"""Loss, doubles and reordering between the forwarders: TCP inside still arrives byte by byte."""
+"""TCP through a path with loss, duplicates and reordering: all bytes arrive unchanged."""
 
 import json
 import sys

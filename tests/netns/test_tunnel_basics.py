@@ -1,4 +1,4 @@
-"""A tunnel with everything on: who answers whom, and what a person sees on the way."""
+"""A tunnel with all features on: pings between hosts and pods, traceroute and tcpdump."""
 
 import json
 from collections.abc import Iterator

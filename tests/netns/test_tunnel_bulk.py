@@ -1,4 +1,4 @@
-"""Every byte arrives as it left, whatever the path does with super-packets and whatever is off."""
+"""Bulk data arrives unchanged in every profile of the wire and with any offload off."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""What the forwarders count, held against what the kernel counts."""
+"""The forwarders' counters compared with the kernel's."""
 
 from tests.netns.netns_traffic import (
     UdpFlow,

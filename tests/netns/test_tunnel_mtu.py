@@ -1,4 +1,4 @@
-"""A path narrower than both ends know: learned and told to the sender, or set by hand."""
+"""A path MTU below the MTU of both ends: learned and reported to the sender, or configured."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_the_sender_is_told_the_mtu_of_the_path(narrow, where, inner):
     a, b = narrow.sides
     sender = getattr(a, where)
     target = {(4, "host"): b.v4, (6, "host"): b.v6, (4, "pod"): b.pod_v4, (6, "pod"): b.pod_v6}
-    # The first meets the narrow wire, so it is lost; the next meet a forwarder that knows.
+    # The narrow link drops the first; the forwarder has learned the MTU when the next arrive.
     result = ping(sender, target[inner, where], count=4, size=BIG, df=True, wait=0.5)
     assert result.received == 0
     assert any(f"mtu={INNER}" in e.replace(" = ", "=") for e in result.errors), result

@@ -1,6 +1,6 @@
-"""Who may send into the tunnel, and what rubbish does to it.
+"""The source check in each mode, and random datagrams.
 
-A third host on the segment plays the stranger; the datagrams are made by hand, byte by byte.
+A third host on the segment is not a peer. The tests build the datagrams byte by byte.
 """
 
 import json
@@ -20,7 +20,7 @@ TARGET_PORT = 4242
 
 
 def inner_packet(source, target, payload: bytes, ttl: int = 64) -> bytes:
-    """A whole UDP packet over IPv4 or IPv6, all checksums right (RFC 791, 8200, 768)."""
+    """Build a UDP packet over IPv4 or IPv6 with correct checksums (RFC 791, 8200, 768)."""
     udp = struct.pack("!HHHH", TARGET_PORT, TARGET_PORT, 8 + len(payload), 0) + payload
     pseudo = source.packed + target.packed + struct.pack("!II", len(udp), socket.IPPROTO_UDP)
     udp = udp[:6] + _complement(pseudo + udp) + udp[8:]
@@ -37,8 +37,8 @@ def _complement(data: bytes) -> bytes:
 
 
 class Ground:
-    """Node 1 with its forwarder; node 2 without one, so that its datagrams can be forged from its
-    own address; a stranger. Node 3 has a route and no host: its subnet is another peer's."""
+    """Node 1 with its forwarder; node 2 without one, so that a test can send from its address; a
+    stranger. Node 3 has a route and no host: its subnet belongs to another peer."""
 
     def __init__(self, lab, **options) -> None:
         self.target, self.peer = lab.host("target"), lab.host("peer")
@@ -79,7 +79,7 @@ class Ground:
                 return got
 
 
-# (who sends, whose inner address) -> the reason to refuse it, in each mode
+# (sender, inner source address) -> drop reason in each mode, None for delivery
 MATRIX = {
     ("stranger", "peer's"): ("unknown_peer", "unknown_peer", None),
     ("stranger", "nobody's"): ("unknown_peer", "unknown_peer", None),
@@ -127,12 +127,12 @@ def test_who_may_send(lab, mode, offload):
                 assert (ground.arrived(family), context) == ([], context)
     assert_invariant(ground.forwarder)
     shown = json.loads(ground.forwarder.udptun("drops", "-o", "json").stdout)["drops"]
-    told = {(d["direction"], d["reason"]): d["packets"] for d in shown if d["packets"]}
-    assert told == ground.forwarder.drops()
+    shown_drops = {(d["direction"], d["reason"]): d["packets"] for d in shown if d["packets"]}
+    assert shown_drops == ground.forwarder.drops()
 
 
 def rubbish(count: int):
-    """Random bytes, half of them with a version nibble and lengths that look like an IP packet."""
+    """Yield random bytes, half of them with the version and lengths of an IP packet."""
     rng = random.Random(8285)
     for n in range(count):
         data = bytearray(rng.randbytes(rng.choice([0, 1, 19, 20, 39, 40, rng.randrange(1473)])))
