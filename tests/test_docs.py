@@ -426,7 +426,7 @@ def test_the_figures_in_the_readme_follow_from_the_report() -> None:
     throughput = report.partition("### TCP throughput")[2].partition("\n### ")[0]
     four = re.findall(r"^\*\*(P\d)[^*]*, 4 there\*\*.*?^\| udptun \| [^|]* \| ([\d.]+)",
                       throughput, re.MULTILINE | re.DOTALL)
-    claims = dict(re.findall(r"(?:with four streams, udptun reaches|,|and) (\d+) % \((P\d)\)", text))
+    claims = dict(re.findall(r"(?:four streams, udptun reaches|,|and) (\d+) % \((P\d)\)", text))
     assert {profile: int(value) for value, profile in claims.items()} == {
         profile: round(100 * float(ratio)) for profile, ratio in four
     }
