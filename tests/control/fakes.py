@@ -1,6 +1,6 @@
-"""A fake forwarder without a data plane, behind a real control server on a real loop and socket.
+"""A fake forwarder without a data plane, with a real control server, loop and socket.
 
-Used by the tests of the control API and of the command line.
+The tests of the control API and of the command line use it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class FakeForwarder:
 
     async def add_route(self, route: Route) -> RouteDiff:
         self._call(f"add {route}")
-        there = self.table.get(route.dst)
-        if there not in (None, route):
-            raise RouteExists(f"There is a route already: {there}.")
+        present = self.table.get(route.dst)
+        if present not in (None, route):
+            raise RouteExists(f"There is a route already: {present}.")
         return self._change({**self.table, route.dst: route})
 
     async def put_route(self, route: Route) -> RouteDiff:
@@ -142,7 +142,7 @@ class FakeForwarder:
             "workers": [WORKER],
         }
 
-    # events and life
+    # events and stop
 
     def emit(self, event: dict[str, Any]) -> None:
         self.events.publish(event)
@@ -209,22 +209,22 @@ class LoopThread:
     def run(self, make: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """Await ``make(*args)`` on that loop."""
 
-        async def there() -> Any:
+        async def on_loop() -> Any:
             return await make(*args)
 
-        return asyncio.run_coroutine_threadsafe(there(), self.loop).result(20)
+        return asyncio.run_coroutine_threadsafe(on_loop(), self.loop).result(20)
 
     def call(self, work: Callable[..., Any], *args: Any) -> Any:
         """Call ``work(*args)`` on that loop."""
 
-        async def there() -> Any:
+        async def on_loop() -> Any:
             return work(*args)
 
-        return self.run(there)
+        return self.run(on_loop)
 
 
 class Served:
-    """A fake forwarder behind a real control server; ``stop`` on it closes the server."""
+    """A fake forwarder with a real control server, which closes at a stop request."""
 
     def __init__(self, thread: LoopThread, path: Path) -> None:
         self.thread, self.path = thread, path
@@ -250,7 +250,7 @@ class Served:
         self._closing.result(20)
 
     def events(self, *events: dict[str, Any]) -> None:
-        """Emit all at once, before any reader runs."""
+        """Emit all events in one callback of the loop, before any reader runs."""
         self.thread.call(lambda: [self.forwarder.emit(event) for event in events])
 
 

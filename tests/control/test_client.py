@@ -1,4 +1,4 @@
-"""The control client: against the real server, and against servers that misbehave."""
+"""The control client: against the real server, and against servers with errors."""
 
 import socket
 import sys
@@ -39,7 +39,7 @@ def client(served: Served) -> Iterator[ControlClient]:
         yield connected
 
 
-def test_reading(client: ControlClient, served: Served) -> None:
+def test_read_requests(client: ControlClient, served: Served) -> None:
     assert client.status()["device"]["name"] == "udptun0"
     assert client.drops() == served.forwarder.drops()
     assert client.routes() == {"generation": 1, "routes": []}
@@ -48,7 +48,7 @@ def test_reading(client: ControlClient, served: Served) -> None:
     assert "udptun_build_info" in client.metrics()
 
 
-def test_changing(client: ControlClient) -> None:
+def test_route_changes(client: ControlClient) -> None:
     assert client.add(ROUTE) == RouteDiff(2, added=1)
     assert client.add(ROUTE) == RouteDiff(2)
     with pytest.raises(ControlError) as caught:
@@ -61,7 +61,7 @@ def test_changing(client: ControlClient) -> None:
     assert client.delete("10.244.2.0/24") == RouteDiff(5)
 
 
-def test_replacing(client: ControlClient) -> None:
+def test_replace(client: ControlClient) -> None:
     assert client.replace([ROUTE, SIX]) == RouteDiff(2, added=2)
     assert client.replace([OTHER], expect_generation=2) == RouteDiff(3, changed=1, removed=1)
     with pytest.raises(ControlError) as caught:
@@ -72,7 +72,7 @@ def test_replacing(client: ControlClient) -> None:
         client.replace_text(b"\n10.0.0.0/8 via x\n")
 
 
-def test_one_connection_is_kept(client: ControlClient) -> None:
+def test_all_requests_use_one_connection(client: ControlClient) -> None:
     client.status()
     sock = client._connection.sock
     with pytest.raises(ControlError):
@@ -95,7 +95,7 @@ def test_events(client: ControlClient, served: Served) -> None:
 def test_recent_events(client: ControlClient) -> None:
     client.add(ROUTE)
     assert [e["type"] for e in client.events(follow=False)] == ["hello", "route_added"]
-    assert client.status()["generation"] == 2  # the client is of use again
+    assert client.status()["generation"] == 2  # the client can be used again
 
 
 def test_following_events_has_no_timeout(served: Served) -> None:
@@ -106,7 +106,7 @@ def test_following_events_has_no_timeout(served: Served) -> None:
         events.close()
 
 
-def test_stop_returns_when_the_socket_is_gone(client: ControlClient, served: Served) -> None:
+def test_stop_returns_after_the_socket_is_removed(client: ControlClient, served: Served) -> None:
     client.status()
     client.stop()
     served._closing.result(10)
@@ -114,7 +114,7 @@ def test_stop_returns_when_the_socket_is_gone(client: ControlClient, served: Ser
 
 
 def test_stop_waits_for_the_process(tmp_path: Path) -> None:
-    """The server closes its connections first; its process ends later."""
+    """The server closes its connections before its process ends."""
     import subprocess
 
     path = tmp_path / "udptun.sock"
@@ -137,10 +137,10 @@ sys.stdin.read()
         assert process.wait(0) == 0
 
 
-# Nobody there
+# No forwarder
 
 
-def test_no_socket(tmp_path: Path) -> None:
+def test_missing_socket(tmp_path: Path) -> None:
     path = tmp_path / "udptun.sock"
     with pytest.raises(NoForwarder) as caught:
         ControlClient(str(path)).status()
@@ -169,7 +169,7 @@ def test_permission_denied_has_its_own_message(
         ControlClient(str(tmp_path / "x")).status()
 
 
-def test_a_path_that_is_too_long_for_a_socket(tmp_path: Path) -> None:
+def test_path_that_cannot_be_a_socket(tmp_path: Path) -> None:
     with pytest.raises(NoForwarder, match="too long"):
         ControlClient("/" + "x" * 200).status()
     (tmp_path / "file").write_text("")
@@ -177,7 +177,7 @@ def test_a_path_that_is_too_long_for_a_socket(tmp_path: Path) -> None:
         ControlClient(str(tmp_path / "file")).status()
 
 
-# Servers that misbehave
+# Servers with errors
 
 
 @contextmanager
@@ -218,12 +218,12 @@ def say(text: bytes, times: int = 1) -> Callable[[socket.socket], None]:
 DROPS = b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"drops":[]}'
 
 
-def test_a_connection_that_the_server_closed_is_opened_again(tmp_path: Path) -> None:
+def test_client_reconnects_after_the_server_closed(tmp_path: Path) -> None:
     with serving(tmp_path / "s", say(DROPS), say(DROPS, times=2)) as client:
         assert client.drops() == client.drops() == client.drops() == []
 
 
-def test_a_server_that_closes_without_an_answer(tmp_path: Path) -> None:
+def test_server_that_closes_without_an_answer(tmp_path: Path) -> None:
     hang_up = say(b"")
     with (
         serving(tmp_path / "s", hang_up) as client,
@@ -245,7 +245,7 @@ def test_a_server_that_closes_without_an_answer(tmp_path: Path) -> None:
     ],
     ids=["short", "chunked", "no http"],
 )
-def test_an_incomplete_answer(tmp_path: Path, text: bytes) -> None:
+def test_incomplete_answer(tmp_path: Path, text: bytes) -> None:
     with (
         serving(tmp_path / "s", say(text)) as client,
         pytest.raises(NoForwarder, match="closed the connection"),
@@ -253,7 +253,7 @@ def test_an_incomplete_answer(tmp_path: Path, text: bytes) -> None:
         client.status()
 
 
-def test_an_incomplete_event_stream(tmp_path: Path) -> None:
+def test_incomplete_event_stream(tmp_path: Path) -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{}\n\r\n"
     with serving(tmp_path / "s", say(head)) as client:
         events = client.events()
@@ -262,7 +262,7 @@ def test_an_incomplete_event_stream(tmp_path: Path) -> None:
             next(events)
 
 
-def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
+def test_timeout_of_an_answer(tmp_path: Path) -> None:
     released = threading.Event()
 
     def stall(connection: socket.socket) -> None:
@@ -275,14 +275,14 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
         released.set()
 
 
-def test_an_error_in_another_format(tmp_path: Path) -> None:
+def test_error_in_another_format(tmp_path: Path) -> None:
     text = b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n"
     with serving(tmp_path / "s", say(text)) as client, pytest.raises(ControlError) as caught:
         client.status()
     assert caught.value.code == "internal"
 
 
-def test_a_table_that_is_too_large_is_not_sent(
+def test_table_over_the_limit_is_not_sent(
     client: ControlClient, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "MAX_TABLE_BODY", 10)
@@ -293,7 +293,7 @@ def test_a_table_that_is_too_large_is_not_sent(
     assert served.forwarder.bodies == [b"# 34567890"]
 
 
-def test_a_refusal_before_the_whole_request_is_read(tmp_path: Path) -> None:
+def test_error_answer_before_the_request_is_read(tmp_path: Path) -> None:
     """A server that answers 413 and closes leaves the client with a broken pipe."""
 
     def refuse(connection: socket.socket) -> None:

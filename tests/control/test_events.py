@@ -1,4 +1,4 @@
-"""The event hub: every reader gets every event, or learns how many it lost."""
+"""The event hub: every reader gets all events, or the number of events that it lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from udptun.control.events import EventHub
 from udptun.control.protocol import RECENT_EVENTS
 
 
-async def test_readers_get_the_events_from_their_subscription_on():
+async def test_reader_gets_the_events_after_its_subscription():
     hub = EventHub()
     hub.emit("error", message="before")
     with hub.subscribe() as one, hub.subscribe() as other:
@@ -34,7 +34,7 @@ async def test_recent_events_are_bounded():
 
 
 @pytest.mark.parametrize("batches", [True, False])
-async def test_a_full_queue_loses_the_oldest_and_reports_it_once(monkeypatch, batches):
+async def test_full_queue_loses_the_oldest_events_and_reports_it_once(monkeypatch, batches):
     monkeypatch.setattr(events, "QUEUE_N", 3)
     hub = EventHub()
     with hub.subscribe() as reader:

@@ -74,9 +74,10 @@ def test_host_bits_are_masked_and_the_port_is_unsigned() -> None:
 
 
 def test_golden_message() -> None:
-    """As flannel on amd64 sends it: little-endian integers, addresses in network order."""
+    """The bytes that flannel sends on amd64: little-endian integers, addresses in network order.
+    """
     if sys.byteorder != "little":
-        pytest.skip("the golden bytes are of a little-endian machine")
+        pytest.skip("the golden bytes are those of a little-endian machine")
     golden = bytes.fromhex("01000000 0af40200 18000000 c0000202 5d20 0000")
     assert parse_message(golden) == SetRoute(route())
 
@@ -95,7 +96,7 @@ def test_golden_message() -> None:
         (message(1, port=0), "next_hop_port"),
     ],
 )
-def test_bad_messages_are_refused_by_field(data: bytes, field: str) -> None:
+def test_error_of_an_invalid_message_names_the_field(data: bytes, field: str) -> None:
     with pytest.raises(FieldError) as caught:
         parse_message(data)
     assert caught.value.field == field
@@ -119,11 +120,11 @@ def test_every_route_is_parsed_exactly(net: int, net_len: int, hop: int, port: i
     assert parse_message(data) == SetRoute(Route(dst, IPv4Address(hop), port))
 
 
-# Sockets
+# Connections
 
 
-class Watched(FakeForwarder):
-    """Lets a test wait for a number of calls."""
+class WatchedForwarder(FakeForwarder):
+    """A fake forwarder that lets a test wait for a number of calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,13 +134,13 @@ class Watched(FakeForwarder):
         try:
             super()._call(what)
         finally:
-            asyncio.get_running_loop().create_task(self._tell())
+            asyncio.get_running_loop().create_task(self._notify())
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
         async with self._called:
             self._called.notify_all()
 
-    async def saw(self, count: int) -> None:
+    async def wait_for_calls(self, count: int) -> None:
         async with self._called, asyncio.timeout(60):
             await self._called.wait_for(lambda: len(self.calls) >= count)
 
@@ -147,13 +148,13 @@ class Watched(FakeForwarder):
 @dataclass
 class Listening:
     control: FlannelControl
-    forwarder: Watched
+    forwarder: WatchedForwarder
     path: Path
 
 
 @asynccontextmanager
 async def listening(tmp_path: Path) -> AsyncIterator[Listening]:
-    forwarder = Watched()
+    forwarder = WatchedForwarder()
     control = FlannelControl(forwarder)
     path = tmp_path / "flannel.sock"
     try:
@@ -164,7 +165,7 @@ async def listening(tmp_path: Path) -> AsyncIterator[Listening]:
 
 
 def with_uvloop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    """Run a test on uvloop, as the forwarder does. The other tests run on any loop."""
+    """Run a test on uvloop, which the forwarder uses."""
 
     @functools.wraps(test)
     def run(*args: object, **kwargs: object) -> None:
@@ -181,7 +182,7 @@ def connect(path: Path) -> socket.socket:
 
 
 @with_uvloop
-async def test_the_socket_has_the_control_sockets_mode(tmp_path: Path) -> None:
+async def test_socket_has_mode_0660_and_is_removed_at_close(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         assert stat.S_IMODE(on.path.stat().st_mode) == 0o660
         with pytest.raises(DeviceError, match="is in use"):
@@ -191,7 +192,7 @@ async def test_the_socket_has_the_control_sockets_mode(tmp_path: Path) -> None:
 
 
 @with_uvloop
-async def test_set_again_overwrite_and_delete(tmp_path: Path) -> None:
+async def test_set_route_and_delete_route(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         with connect(on.path) as client:
             client.send(message(1))
@@ -199,7 +200,7 @@ async def test_set_again_overwrite_and_delete(tmp_path: Path) -> None:
             client.send(message(1, hop="192.0.2.3"))
             client.send(message(2))
             client.send(message(2))
-            await on.forwarder.saw(5)
+            await on.forwarder.wait_for_calls(5)
         assert on.forwarder.calls == [
             f"put {route()}", f"put {route()}", f"put {route(via='192.0.2.3')}",
             f"delete {NET}/24", f"delete {NET}/24",
@@ -208,14 +209,14 @@ async def test_set_again_overwrite_and_delete(tmp_path: Path) -> None:
 
 
 @with_uvloop
-async def test_a_burst_is_applied_in_order(tmp_path: Path) -> None:
+async def test_burst_is_applied_in_order(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         with connect(on.path) as client:
             client.setblocking(False)
             hops = [f"192.0.{i // 250}.{i % 250 + 1}" for i in range(1000)]
             for hop in hops:
                 await asyncio.get_running_loop().sock_sendall(client, message(1, hop=hop))
-            await on.forwarder.saw(1000)
+            await on.forwarder.wait_for_calls(1000)
         assert on.forwarder.calls == [f"put {route(via=hop)}" for hop in hops]
 
 
@@ -237,10 +238,10 @@ async def test_bad_messages_are_skipped_and_do_not_flood_the_log(
             for _ in range(20):
                 client.send(b"x")
                 client.send(message(9))
-            client.send(b"")  # not the end, though it reads like it
+            client.send(b"")  # an empty message is not the end of the connection
             client.send(b"x" * 5000)
             client.send(message(1))
-            await on.forwarder.saw(1)
+            await on.forwarder.wait_for_calls(1)
         assert on.forwarder.calls == [f"put {route()}"]
         assert len(caplog.records) == 1
         assert "message ignored: length: 1 is not valid" in caplog.text
@@ -255,29 +256,29 @@ async def test_suppressed_warnings_are_counted(
             for _ in range(3):
                 client.send(b"x")
             client.send(message(1))
-            await on.forwarder.saw(1)
+            await on.forwarder.wait_for_calls(1)
             on.control._quiet_until = 0.0
             client.send(b"x")
             client.send(message(1))
-            await on.forwarder.saw(2)
+            await on.forwarder.wait_for_calls(2)
         assert [("and 2 more" in r.message) for r in caplog.records] == [False, True]
 
 
 @with_uvloop
-async def test_a_refused_route_or_a_bug_does_not_end_the_connection(
+async def test_errors_do_not_end_the_connection(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with listening(tmp_path) as on:
         with connect(on.path) as client:
             on.forwarder.fail_with = FieldError("via", PEER, "an IPv6 address")
             client.send(message(1))
-            await on.forwarder.saw(1)
+            await on.forwarder.wait_for_calls(1)
             on.forwarder.fail_with = ZeroDivisionError()
             client.send(message(1))
-            await on.forwarder.saw(2)
+            await on.forwarder.wait_for_calls(2)
             on.forwarder.fail_with = None
             client.send(message(1))
-            await on.forwarder.saw(3)
+            await on.forwarder.wait_for_calls(3)
         assert on.forwarder.table == {route().dst: route()}
         assert "expected an IPv6 address" in caplog.text
         assert "ZeroDivisionError" in caplog.text
@@ -288,17 +289,17 @@ async def test_several_connections(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         with connect(on.path) as first, connect(on.path) as second:
             first.send(message(1))
-            await on.forwarder.saw(1)
+            await on.forwarder.wait_for_calls(1)
             first.close()
             second.send(message(2))
-            await on.forwarder.saw(2)
+            await on.forwarder.wait_for_calls(2)
         with connect(on.path) as third:
             third.send(message(1))
-            await on.forwarder.saw(3)
+            await on.forwarder.wait_for_calls(3)
 
 
 @with_uvloop
-async def test_a_client_outside_the_group_is_refused(
+async def test_client_outside_the_group_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with listening(tmp_path) as on:
@@ -312,7 +313,7 @@ async def test_a_client_outside_the_group_is_refused(
 
 @with_uvloop
 async def test_inherited_descriptor(tmp_path: Path) -> None:
-    """flanneld starts its proxy so: with one end of a socket pair; messages may be queued."""
+    """flanneld starts its proxy with one end of a socket pair, which may have queued messages."""
     async with listening(tmp_path) as on:
         ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
         ours.send(message(1))
@@ -320,9 +321,9 @@ async def test_inherited_descriptor(tmp_path: Path) -> None:
         os.set_inheritable(fd, True)
         on.control.adopt(fd)
         ours.send(message(2))
-        await on.forwarder.saw(2)
+        await on.forwarder.wait_for_calls(2)
         assert not os.get_inheritable(fd)
-        ours.close()  # flanneld is gone: the tunnel stays
+        ours.close()  # flanneld has ended: the forwarder continues
         (serving,) = (t for t in on.control._tasks if t.get_coro().__name__ == "_serve")
         async with asyncio.timeout(60):
             await serving
@@ -334,7 +335,7 @@ async def test_inherited_descriptor(tmp_path: Path) -> None:
     [(socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM)],
 )
 @with_uvloop
-async def test_a_descriptor_of_another_type_is_refused_and_not_closed(
+async def test_descriptor_of_another_socket_type_is_refused_and_not_closed(
     tmp_path: Path, family: int, kind: int
 ) -> None:
     async with listening(tmp_path) as on:
@@ -346,7 +347,7 @@ async def test_a_descriptor_of_another_type_is_refused_and_not_closed(
 
 
 @with_uvloop
-async def test_a_descriptor_that_is_not_a_socket_is_refused(tmp_path: Path) -> None:
+async def test_descriptor_that_is_not_a_socket_is_refused(tmp_path: Path) -> None:
     async with listening(tmp_path) as on:
         read_end, write_end = os.pipe()
         os.close(write_end)

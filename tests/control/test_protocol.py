@@ -1,4 +1,4 @@
-"""The names and headers that client and server share."""
+"""The paths, headers and error codes that client and server share."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from udptun.errors import (
 
 
 @pytest.mark.parametrize("dst", ["10.244.2.0/24", "0.0.0.0/0", "2001:db8::/32", "a b%/é"])
-def test_a_destination_is_parsed_back_from_its_path(dst: str) -> None:
+def test_route_path_round_trip(dst: str) -> None:
     path = protocol.route_path(dst)
     assert "/" not in path.removeprefix("/v1/routes/")
     assert protocol.parse_route_path(path) == dst
@@ -38,35 +38,35 @@ def test_parse_route_path(path: str, dst: str | None) -> None:
 @pytest.mark.parametrize(
     ("value", "generation"), [(None, None), ("*", None), ('"0"', 0), (' "17" ', 17)]
 )
-def test_if_match(value: str | None, generation: int | None) -> None:
+def test_parse_if_match(value: str | None, generation: int | None) -> None:
     assert protocol.parse_if_match(value) == generation
 
 
-def test_if_match_parses_the_formatted_generation() -> None:
+def test_if_match_round_trip() -> None:
     assert protocol.parse_if_match(protocol.format_generation(2**40)) == 2**40
 
 
 @pytest.mark.parametrize("value", ["7", '""', '"', 'W/"7"', '"-1"', '"x"', '"1","2"', '"٣"', ""])
-def test_bad_if_match(value: str) -> None:
+def test_invalid_if_match_is_refused(value: str) -> None:
     with pytest.raises(ControlError, match="If-Match") as caught:
         protocol.parse_if_match(value)
     assert caught.value.code == "bad_request"
 
 
-def test_if_none_match() -> None:
+def test_parse_if_none_match() -> None:
     assert protocol.parse_if_none_match("*") is True
     assert protocol.parse_if_none_match(None) is False
     with pytest.raises(ControlError, match="If-None-Match"):
         protocol.parse_if_none_match('"7"')
 
 
-def test_follow() -> None:
+def test_parse_follow() -> None:
     assert [protocol.parse_follow(v) for v in (None, "1", "0")] == [True, True, False]
     with pytest.raises(ControlError, match="follow: 'yes'"):
         protocol.parse_follow("yes")
 
 
-def test_every_error_raised_on_purpose_has_a_code_with_a_status() -> None:
+def test_errors_of_a_request_have_a_code_and_a_status() -> None:
     codes = {
         FieldError("via", "x", "an address"): "bad_route",
         FieldError("body", "x", "JSON"): "bad_json",
@@ -89,7 +89,7 @@ def test_parse_error() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"error":1}', b'{"error":{}}', b"\xff"])
-def test_answers_in_another_format_are_internal_errors(body: bytes) -> None:
+def test_error_in_another_format_becomes_internal(body: bytes) -> None:
     error = protocol.parse_error(502, body)
     assert error.code == "internal"
     assert "502" in error.message

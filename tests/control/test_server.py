@@ -1,4 +1,4 @@
-"""The control API as any HTTP client sees it: a real server, socket and loop; a fake forwarder."""
+"""The HTTP server of the control API, on a real socket and loop, with a fake forwarder."""
 
 import http.client
 import json
@@ -34,7 +34,7 @@ def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
 
 
 class Http(http.client.HTTPConnection):
-    """A client from the standard library, so that the server is not tested only with our own."""
+    """An HTTP client that does not use any code of udptun."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("localhost")
@@ -113,7 +113,7 @@ def test_trace(http_: Http) -> None:
 
 
 @pytest.mark.parametrize("query", ["", "?address=", "?address=10.0.0.0/8", "?address=x"])
-def test_trace_of_no_address(http_: Http, query: str) -> None:
+def test_trace_without_a_valid_address(http_: Http, query: str) -> None:
     code, body, _ = http_.ask("GET", f"/v1/trace{query}")
     assert (code, body["error"]["code"]) == (400, "bad_request")
     assert "address" in body["error"]["message"]
@@ -135,7 +135,7 @@ def test_one_connection_serves_many_requests(http_: Http) -> None:
 # Routes
 
 
-def test_routes_one_by_one(http_: Http) -> None:
+def test_put_and_delete_of_single_routes(http_: Http) -> None:
     put = http_.ask("PUT", "/v1/routes/10.244.2.0%2F24", {"via": "192.0.2.2"})
     assert put[:2] == (200, {"generation": 2, "added": 1, "changed": 0, "removed": 0})
     same = http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2", "port": 8285})
@@ -157,22 +157,22 @@ def test_routes_one_by_one(http_: Http) -> None:
     assert again[:2] == (200, {"generation": 5, "added": 0, "changed": 0, "removed": 0})
 
 
-def test_a_listed_route_can_be_put_again(http_: Http) -> None:
+def test_listed_route_can_be_put_again(http_: Http) -> None:
     http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
     (route,) = http_.ask("GET", "/v1/routes")[1]["routes"]
     assert http_.ask("PUT", "/v1/routes/10.244.2.0/24", route)[1]["changed"] == 0
 
 
-def test_add_only(http_: Http) -> None:
-    path, only_add = "/v1/routes/10.244.2.0/24", {"If_None_Match": "*"}
-    assert http_.ask("PUT", path, {"via": "192.0.2.2"}, **only_add)[0] == 200
-    assert http_.ask("PUT", path, {"via": "192.0.2.2"}, **only_add)[0] == 200
-    code, body, _ = http_.ask("PUT", path, {"via": "192.0.2.3"}, **only_add)
+def test_if_none_match_only_adds(http_: Http) -> None:
+    path, add_only = "/v1/routes/10.244.2.0/24", {"If_None_Match": "*"}
+    assert http_.ask("PUT", path, {"via": "192.0.2.2"}, **add_only)[0] == 200
+    assert http_.ask("PUT", path, {"via": "192.0.2.2"}, **add_only)[0] == 200
+    code, body, _ = http_.ask("PUT", path, {"via": "192.0.2.3"}, **add_only)
     assert (code, body["error"]["code"]) == (409, "route_exists")
 
 
 @pytest.mark.parametrize(
-    ("dst", "body", "code", "says"),
+    ("dst", "body", "code", "text"),
     [
         ("10.244.2.0/24", b"", "bad_json", "not JSON"),
         ("10.244.2.0/24", b"{", "bad_json", "not JSON"),
@@ -188,10 +188,12 @@ def test_add_only(http_: Http) -> None:
         ("nonsense", b'{"via":"192.0.2.2"}', "bad_route", "dst: 'nonsense'"),
     ],
 )
-def test_bad_route(served: Served, dst: str, body: bytes, code: str, says: str) -> None:
+def test_invalid_route_is_refused(
+    served: Served, dst: str, body: bytes, code: str, text: str
+) -> None:
     status, answer, _ = ask_once(served, "PUT", f"/v1/routes/{dst}", body)
     assert (status, answer["error"]["code"]) == (400, code)
-    assert says in answer["error"]["message"]
+    assert text in answer["error"]["message"]
     assert served.forwarder.calls == []
 
 
@@ -205,7 +207,7 @@ def test_replace_as_json_and_as_text(http_: Http, served: Served) -> None:
     assert served.forwarder.bodies == [json.dumps(table).encode(), text]
 
 
-def test_replace_on_a_generation(http_: Http) -> None:
+def test_replace_with_if_match(http_: Http) -> None:
     code, body, _ = http_.ask("PUT", "/v1/routes", {"routes": []}, If_Match='"9"')
     assert (code, body["error"]["code"]) == (409, "generation_mismatch")
     assert http_.ask("PUT", "/v1/routes", {"routes": []}, If_Match='"1"')[0] == 200
@@ -213,7 +215,7 @@ def test_replace_on_a_generation(http_: Http) -> None:
     assert (code, body["error"]["code"]) == (400, "bad_request")
 
 
-def test_if_match_is_refused_where_it_has_no_effect(http_: Http, served: Served) -> None:
+def test_if_match_for_a_single_route_is_refused(http_: Http, served: Served) -> None:
     path = "/v1/routes/10.0.0.0/8"
     for method, body in (("PUT", {"via": "192.0.2.1"}), ("DELETE", None)):
         code, answer, _ = http_.ask(method, path, body, If_Match='"1"')
@@ -221,7 +223,7 @@ def test_if_match_is_refused_where_it_has_no_effect(http_: Http, served: Served)
     assert served.forwarder.calls == []
 
 
-def test_bad_table(http_: Http) -> None:
+def test_invalid_table_is_refused(http_: Http) -> None:
     code, body, _ = http_.ask("PUT", "/v1/routes", {"routes": [{"dst": "10.1.0.0/16"}]})
     assert (code, body["error"]["code"]) == (400, "bad_route")
     assert body["error"]["message"].startswith("routes[0]: via")
@@ -232,7 +234,7 @@ def test_bad_table(http_: Http) -> None:
     assert (code, body["error"]["code"]) == (400, "bad_json")
 
 
-def test_a_large_body_arrives_completely(http_: Http, served: Served) -> None:
+def test_large_body_is_received_completely(http_: Http, served: Served) -> None:
     text = b"# %s\n" % (b"x" * 5_000_000) + b"10.1.0.0/16 via 192.0.2.1\n"
     code, body, _ = http_.ask("PUT", "/v1/routes", text, Content_Type="text/plain")
     assert (code, body["added"]) == (200, 1)
@@ -243,8 +245,8 @@ def test_a_large_body_arrives_completely(http_: Http, served: Served) -> None:
 
 
 @pytest.mark.parametrize("comment", [0, 5_000_000])
-def test_a_client_that_waits_gets_100_continue(served: Served, comment: int) -> None:
-    """curl waits for this, one second, before a body of more than a megabyte."""
+def test_expect_100_continue_is_answered(served: Served, comment: int) -> None:
+    """curl sends this header before a body over 1 MB, and waits up to one second for the answer."""
     text = b"#%s\n10.1.0.0/16 via 192.0.2.1\n" % (b"x" * comment)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(60)
@@ -261,10 +263,10 @@ def test_a_client_that_waits_gets_100_continue(served: Served, comment: int) -> 
     assert served.forwarder.bodies == [text]
 
 
-# Refusals
+# Refused requests
 
 
-def test_not_found(http_: Http) -> None:
+def test_unknown_path(http_: Http) -> None:
     for path in ("/", "/v1", "/v1/nowhere", "/v1/routes/", "/v2/status", "//v1/status"):
         code, body, _ = http_.ask("GET", path)
         assert (code, body["error"]["code"]) == (404, "not_found"), path
@@ -290,7 +292,7 @@ def test_method_not_allowed(http_: Http, method: str, path: str, allow: str) -> 
     ("path", "limit"), [("/v1/routes/10.0.0.0/8", "MAX_BODY"), ("/v1/routes", "MAX_TABLE_BODY")]
 )
 @pytest.mark.parametrize("chunked", [False, True])
-def test_too_large(
+def test_body_over_the_limit_is_refused(
     http_: Http, monkeypatch: pytest.MonkeyPatch, path: str, limit: str, chunked: bool
 ) -> None:
     monkeypatch.setattr(protocol, limit, 1000)
@@ -301,7 +303,7 @@ def test_too_large(
     assert response.will_close
 
 
-def test_too_large_is_answered_before_the_body_is_sent(served: Served) -> None:
+def test_413_is_sent_before_the_body_arrives(served: Served) -> None:
     head = (
         b"PUT /v1/routes HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Content-Length: %d\r\n\r\n" % (protocol.MAX_TABLE_BODY + 1)
@@ -313,7 +315,7 @@ def test_too_large_is_answered_before_the_body_is_sent(served: Served) -> None:
         assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_encoded_body_is_refused(http_: Http, served: Served) -> None:
+def test_body_with_a_content_encoding_is_refused(http_: Http, served: Served) -> None:
     code, body, _ = http_.ask("PUT", "/v1/routes", b"\x1f\x8b", Content_Encoding="gzip")
     assert (code, body["error"]["code"]) == (400, "bad_request")
     assert served.forwarder.bodies == []
@@ -329,7 +331,7 @@ def test_encoded_body_is_refused(http_: Http, served: Served) -> None:
     ],
     ids=["tls", "length", "header", "chunk"],
 )
-def test_a_request_that_is_not_http_gets_a_json_error(served: Served, request_: bytes) -> None:
+def test_malformed_http_gets_a_json_error(served: Served, request_: bytes) -> None:
     head, _, body = raw(served.path, request_).partition(b"\r\n\r\n")
     assert head.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
     assert b"application/json" in head
@@ -342,7 +344,7 @@ def test_http_1_0_client(served: Served) -> None:
     assert json.loads(body) == {"generation": 1, "routes": []}
 
 
-def test_a_client_outside_the_group_is_forbidden_everything(
+def test_client_outside_the_group_gets_403_for_every_request(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets.UnixListener, "may_connect", lambda self, peer: False)
@@ -353,7 +355,7 @@ def test_a_client_outside_the_group_is_forbidden_everything(
     assert not served.forwarder.stopped.is_set()
 
 
-def test_an_unexpected_error_is_internal_and_logged(
+def test_unexpected_exception_is_internal_and_logged(
     http_: Http, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     served.forwarder.fail_with = ZeroDivisionError("private detail")
@@ -365,7 +367,7 @@ def test_an_unexpected_error_is_internal_and_logged(
     assert "TUN device is gone" in http_.ask("GET", "/v1/status")[1]["error"]["message"]
 
 
-def test_an_incomplete_answer_has_no_end_mark(
+def test_client_detects_a_truncated_answer(
     http_: Http, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     http_.ask("PUT", "/v1/routes/10.244.2.0/24", {"via": "192.0.2.2"})
@@ -399,7 +401,7 @@ def event(number: int) -> dict[str, Any]:
     return {"time": "2026-11-23T12:00:00.000+00:00", "type": "error", "message": f"no. {number}"}
 
 
-def test_events_are_followed_from_now_on(served: Served, http_: Http) -> None:
+def test_event_stream_begins_with_hello_and_new_events(served: Served, http_: Http) -> None:
     http_.ask("PUT", "/v1/routes/10.1.0.0/16", {"via": "192.0.2.1"})
     stream = EventStream(served)
     assert stream.response.headers["Content-Type"] == "application/x-ndjson"
@@ -413,7 +415,7 @@ def test_events_are_followed_from_now_on(served: Served, http_: Http) -> None:
     stream.close()
 
 
-def test_recent_events_are_kept(served: Served, http_: Http) -> None:
+def test_recent_events_are_bounded(served: Served, http_: Http) -> None:
     follower = EventStream(served)
     follower.next()
     served.events(*map(event, range(150)))
@@ -426,15 +428,15 @@ def test_recent_events_are_kept(served: Served, http_: Http) -> None:
     follower.close()
 
 
-def test_bad_follow(http_: Http) -> None:
+def test_invalid_follow_is_refused(http_: Http) -> None:
     code, body, _ = http_.ask("GET", "/v1/events?follow=maybe")
     assert (code, body["error"]["code"]) == (400, "bad_request")
 
 
-def test_a_slow_reader_loses_the_oldest_events_and_learns_how_many(
+def test_slow_reader_loses_oldest_events_and_gets_their_number(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stalled reader delays neither the forwarder nor another reader."""
+    """The slow reader delays neither the forwarder nor another reader."""
     monkeypatch.setattr(events, "QUEUE_N", 10)
     padded = [event(i) | {"padding": "x" * 60_000} for i in range(100)]
     slow, quick = EventStream(served), EventStream(served)
@@ -457,13 +459,13 @@ def test_a_slow_reader_loses_the_oldest_events_and_learns_how_many(
     quick.close()
 
 
-def test_a_reader_that_disconnects_is_removed(thread: LoopThread, served: Served) -> None:
+def test_disconnected_reader_is_removed(thread: LoopThread, served: Served) -> None:
     stream = EventStream(served)
     stream.next()
     assert thread.call(lambda: served.forwarder.events.readers_n) == 1
     stream.close()
     wait_for(
-        lambda: thread.call(lambda: served.forwarder.events.readers_n) == 0, "the reader is gone"
+        lambda: thread.call(lambda: served.forwarder.events.readers_n) == 0, "the reader to go"
     )
 
 
@@ -503,7 +505,7 @@ def test_metrics(http_: Http, served: Served) -> None:
     assert {key: found.get(key) for key in expected} == expected
 
 
-def test_every_metric_keeps_to_the_conventions(http_: Http) -> None:
+def test_metrics_follow_the_naming_conventions(http_: Http) -> None:
     text = http_.ask("GET", "/metrics")[1].decode()
     for family in text_string_to_metric_families(text):
         assert re.fullmatch(r"udptun_[a-z0-9_]+", family.name)
@@ -515,28 +517,28 @@ def test_every_metric_keeps_to_the_conventions(http_: Http) -> None:
             }
 
 
-def test_openmetrics_on_request(http_: Http) -> None:
+def test_openmetrics_with_accept_header(http_: Http) -> None:
     accept = "application/openmetrics-text; version=1.0.0"
     _, body, response = http_.ask("GET", "/metrics", Accept=accept)
     assert response.headers["Content-Type"].startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
 
 
-# Life
+# Start and stop
 
 
-def test_stop_answers_before_it_stops(served: Served, http_: Http) -> None:
+def test_stop_is_answered_before_the_server_stops(served: Served, http_: Http) -> None:
     assert http_.ask("POST", "/v1/stop")[:2] == (202, {"stopping": True})
     served._closing.result(10)
     assert not served.path.exists()
 
 
-def test_close_ends_streams_properly_and_idle_connections(served: Served, http_: Http) -> None:
+def test_close_ends_event_streams_and_idle_connections(served: Served, http_: Http) -> None:
     http_.ask("GET", "/v1/healthz")
     stream = EventStream(served)
     stream.next()
     served.close()
-    assert stream.response.readline() == b""  # and not IncompleteRead
+    assert stream.response.readline() == b""  # the end, not IncompleteRead
     assert http_.sock.recv(1) == b""
     stream.close()
 
@@ -559,7 +561,7 @@ def test_close_does_not_wait_for_a_stalled_reader(
         stalled.close()
 
 
-def test_start_close_start(thread: LoopThread, tmp_path: Path) -> None:
+def test_start_again_after_close(thread: LoopThread, tmp_path: Path) -> None:
     for _ in range(2):
         with Served(thread, tmp_path / "udptun.sock") as served:
             assert ask_once(served, "GET", "/v1/healthz")[0] == 200
@@ -571,7 +573,7 @@ def test_start_close_start(thread: LoopThread, tmp_path: Path) -> None:
         assert served.forwarder.events.readers_n == 0
 
 
-def test_close_without_start_and_twice(thread: LoopThread, tmp_path: Path) -> None:
+def test_second_close_does_nothing(thread: LoopThread, tmp_path: Path) -> None:
     with Served(thread, tmp_path / "udptun.sock") as served:
         served.close()
         thread.run(served.server.close)
@@ -586,7 +588,7 @@ def test_second_server_on_the_same_path_is_refused(served: Served, thread: LoopT
     assert stat.S_IMODE(served.path.stat().st_mode) == 0o660
 
 
-def test_an_event_that_is_not_json_ends_its_stream_and_the_rest_goes_on(
+def test_event_that_is_not_json_closes_only_the_event_stream(
     thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
@@ -609,7 +611,7 @@ def page(pytestconfig: pytest.Config) -> str:
     return (pytestconfig.rootpath / "docs" / "control.md").read_text()
 
 
-def test_the_page_names_every_code_path_and_metric(page: str, http_: Http, served: Served) -> None:
+def test_page_lists_all_codes_paths_and_metrics(page: str, http_: Http, served: Served) -> None:
     for code, status in protocol.STATUS_OF.items():
         assert f"| `{code}` | {status} |" in page
     for path, methods in served.server._handlers.items():
@@ -622,7 +624,7 @@ def test_the_page_names_every_code_path_and_metric(page: str, http_: Http, serve
             assert f"`{sample.name}`" in page
 
 
-def test_the_pages_curl_commands_work(page: str, served: Served, tmp_path: Path) -> None:
+def test_curl_commands_of_the_page_work(page: str, served: Served, tmp_path: Path) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
     endless = "-N"
     commands = [

@@ -1,4 +1,4 @@
-"""Which forwarder gets a socket path, its mode, and which clients may connect."""
+"""Socket files: which forwarder gets a path, the mode, and which clients may connect."""
 
 import asyncio
 import errno
@@ -43,7 +43,7 @@ def close(listener: UnixListener) -> None:
     listener.sock.close()
 
 
-async def test_socket_and_new_directories_have_their_modes_under_any_umask(
+async def test_modes_of_socket_and_new_directories_do_not_depend_on_umask(
     tmp_path: Path, umask: int
 ) -> None:
     path = tmp_path / "a" / "b" / "udptun.sock"
@@ -55,14 +55,14 @@ async def test_socket_and_new_directories_have_their_modes_under_any_umask(
     assert not path.exists()
 
 
-async def test_existing_directory_is_never_changed(path: Path) -> None:
+async def test_mode_of_an_existing_directory_is_unchanged(path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     path.parent.chmod(0o711)
     close(await listen_unix(path, STREAM))
     assert mode(path.parent) == 0o711
 
 
-async def test_socket_is_never_wider_than_0660_not_even_while_it_is_made(
+async def test_socket_mode_is_at_most_0660_from_the_bind_on(
     path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
 ) -> None:
     seen = []
@@ -87,7 +87,7 @@ async def test_stale_socket_is_replaced(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
-async def test_a_live_socket_is_refused_and_unchanged(
+async def test_socket_in_use_is_refused_and_unchanged(
     path: Path, kind: socket.SocketKind
 ) -> None:
     listener = await listen_unix(path, kind)
@@ -99,7 +99,7 @@ async def test_a_live_socket_is_refused_and_unchanged(
     close(listener)
 
 
-async def test_live_socket_with_a_full_backlog_is_refused(path: Path) -> None:
+async def test_socket_with_a_full_backlog_is_refused(path: Path) -> None:
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as live, socket.socket(socket.AF_UNIX) as waiting:
         live.bind(str(path))
@@ -110,14 +110,14 @@ async def test_live_socket_with_a_full_backlog_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "directory", "link to a file"])
-async def test_a_file_that_is_not_a_socket_is_refused_and_unchanged(path: Path, what: str) -> None:
+async def test_file_that_is_not_a_socket_is_refused_and_unchanged(path: Path, what: str) -> None:
     path.parent.mkdir()
     if what == "file":
-        path.write_text("precious")
+        path.write_text("content")
     elif what == "directory":
         path.mkdir()
     else:
-        (path.parent / "other").write_text("precious")
+        (path.parent / "other").write_text("content")
         path.symlink_to("other")
     with pytest.raises(DeviceError, match=r"udptun\.sock exists and is not a socket"):
         await listen_unix(path, STREAM)
@@ -125,26 +125,26 @@ async def test_a_file_that_is_not_a_socket_is_refused_and_unchanged(path: Path, 
 
 
 @pytest.mark.parametrize("name", ["x" * 120, "deep/" * 30 + "s"], ids=["name", "path"])
-async def test_path_that_is_too_long_is_said_so(tmp_path: Path, name: str) -> None:
+async def test_path_that_is_too_long_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DeviceError, match=r"cannot listen on .*too long"):
         await listen_unix(tmp_path / name, STREAM)
 
 
-async def test_the_error_names_a_directory_that_cannot_be_created(tmp_path: Path) -> None:
+async def test_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DeviceError, match=r"cannot listen on .*Not a directory"):
         await listen_unix(tmp_path / "file" / "udptun.sock", STREAM)
 
 
-async def test_another_forwarders_socket_is_not_removed_at_close(path: Path) -> None:
+async def test_file_of_another_forwarder_is_not_removed(path: Path) -> None:
     listener = await listen_unix(path, STREAM)
     path.unlink()
-    path.write_text("somebody else's")
+    path.write_text("another file")
     close(listener)
-    assert path.read_text() == "somebody else's"
+    assert path.read_text() == "another file"
 
 
-def test_one_of_many_concurrent_forwarders_gets_the_path(path: Path) -> None:
+def test_one_of_eight_concurrent_listeners_gets_the_path(path: Path) -> None:
     path.parent.mkdir()
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(path))
@@ -171,7 +171,7 @@ def test_one_of_many_concurrent_forwarders_gets_the_path(path: Path) -> None:
     close(got[0])
 
 
-async def test_a_lock_that_is_never_released_is_an_error(
+async def test_locked_directory_is_an_error(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets, "LOCK_TRIES", 2)
@@ -200,25 +200,25 @@ class Peer:
         return struct.pack(f"{len(self._groups)}I", *self._groups)
 
 
-async def test_only_root_our_user_and_the_sockets_group_may_connect(path: Path) -> None:
+async def test_root_own_user_and_socket_group_may_connect(path: Path) -> None:
     listener = await listen_unix(path, STREAM)
     group = path.stat().st_gid
-    stranger = group + 1
+    other_group = group + 1
     allowed = {
-        Peer(0, stranger): True,
-        Peer(os.geteuid(), stranger): True,
+        Peer(0, other_group): True,
+        Peer(os.geteuid(), other_group): True,
         Peer(54321, group): True,
-        Peer(54321, stranger, (7, group, 8)): True,
-        Peer(54321, stranger): False,
-        Peer(54321, stranger, (stranger, 7)): False,
-        Peer(54321, stranger, None): False,
+        Peer(54321, other_group, (7, group, 8)): True,
+        Peer(54321, other_group): False,
+        Peer(54321, other_group, (other_group, 7)): False,
+        Peer(54321, other_group, None): False,
     }
     assert {p: listener.may_connect(p) for p in allowed} == allowed  # type: ignore[arg-type]
     close(listener)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give the socket to a group")
-async def test_a_change_of_the_sockets_group_applies_at_once(path: Path) -> None:
+async def test_change_of_the_socket_group_applies_at_once(path: Path) -> None:
     listener = await listen_unix(path, STREAM)
     peer = Peer(54321, 12345)
     assert not listener.may_connect(peer)  # type: ignore[arg-type]
@@ -234,9 +234,9 @@ socket.socket(socket.AF_UNIX).connect(sys.argv[1])
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
-async def test_real_credentials_are_read() -> None:
-    """A supplementary group permits a connection; a wider mode of the file does not."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change the user")
+async def test_credentials_of_a_real_client() -> None:
+    """A supplementary group gives access; a wider mode of the socket file does not."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
         path = Path(directory) / "udptun.sock"

@@ -54,27 +54,27 @@ def test_parse_refuses(text, word):
     assert all(name in str(caught.value) for name in ("auto", "off", *FEATURES))
 
 
-def test_every_request_is_parsed_back_from_its_text():
+def test_request_text_round_trip():
     for n in range(len(FEATURES) + 1):
         for names in itertools.combinations(FEATURES, n):
             request = OffloadRequest(frozenset(names))
             assert OffloadRequest.parse(str(request)) == request
 
 
-def test_text_is_short():
+def test_request_text_is_the_shortest_form():
     assert str(OffloadRequest()) == "auto"
     assert str(OffloadRequest(frozenset())) == "off"
     assert str(OffloadRequest(ALL - {"batch"})) == "auto,-batch"
     assert str(OffloadRequest(frozenset({"batch"}))) == "off,+batch"
 
 
-def test_a_feature_comes_after_those_that_it_needs():
+def test_features_are_listed_after_their_dependencies():
     assert set(MEANINGS) == ALL
     for name, needed in NEEDS.items():
         assert FEATURES.index(needed) < FEATURES.index(name)
 
 
-def test_all_granted():
+def test_all_features_are_in_use():
     capabilities = Capabilities.combine(OffloadRequest(), [TUN, UDP, UDP])
     assert capabilities.in_use == ALL
     assert capabilities.off == {}
@@ -83,7 +83,7 @@ def test_all_granted():
     }
 
 
-def test_turned_off_by_the_operator():
+def test_feature_turned_off_by_the_operator():
     capabilities = Capabilities.combine(
         OffloadRequest.parse("auto,-tun-uso"),
         [Part(frozenset({"tun-gso"}), {"tun-uso": "asked"}), UDP],
@@ -93,7 +93,7 @@ def test_turned_off_by_the_operator():
     assert capabilities.in_use == ALL - capabilities.off.keys()
 
 
-def test_without_tun_gso_all_features_of_the_tun_are_off():
+def test_without_tun_gso_tun_uso_and_merging_are_off():
     part = Part(frozenset(), {"tun-gso": "kernel refuses", "tun-uso": "needs tun-gso"})
     capabilities = Capabilities.combine(OffloadRequest(), [part, UDP])
     assert capabilities.off == {
@@ -102,28 +102,28 @@ def test_without_tun_gso_all_features_of_the_tun_are_off():
     }
 
 
-def test_one_socket_without_a_feature_turns_it_off():
-    poor = Part(frozenset({"udp-gro"}), {"udp-gso": "kernel refuses UDP_SEGMENT: ENOPROTOOPT"})
-    for parts in ([TUN, UDP, poor], [poor, TUN, UDP]):
+def test_feature_is_off_if_one_socket_lacks_it():
+    lacking = Part(frozenset({"udp-gro"}), {"udp-gso": "kernel refuses UDP_SEGMENT: ENOPROTOOPT"})
+    for parts in ([TUN, UDP, lacking], [lacking, TUN, UDP]):
         capabilities = Capabilities.combine(OffloadRequest(), parts)
-        assert capabilities.off == poor.off
+        assert capabilities.off == lacking.off
         assert "udp-gso" not in capabilities.found | capabilities.in_use
 
 
-def test_a_refused_write_turns_off_only_the_merge():
+def test_refused_uso_write_turns_off_only_udp_merge():
     part = Part(TUN.features, {"udp-merge": "kernel refuses USO4 writes: EINVAL"})
     capabilities = Capabilities.combine(OffloadRequest(), [part, UDP])
     assert capabilities.in_use == ALL - {"udp-merge"}
     assert capabilities.off == part.off
 
 
-def test_a_feature_that_was_not_probed():
+def test_features_without_a_probe_are_off():
     assert Capabilities.combine(OffloadRequest(), [TUN]).off == {
         "udp-gso": "not probed", "udp-gro": "not probed",
     }
 
 
-def test_lose():
+def test_lose_turns_off_a_feature_and_its_dependents():
     capabilities = Capabilities.combine(OffloadRequest.parse("auto,-tcp-merge"), [TUN, UDP])
     assert capabilities.lose("udp-gso", "EIO") == ("udp-gso",)
     assert capabilities.lose("udp-gso", "again") == ()
@@ -133,4 +133,4 @@ def test_lose():
         "udp-gso": "EIO", "tun-gso": "EINVAL", "tun-uso": "needs tun-gso",
         "udp-merge": "needs tun-uso", "tcp-merge": "asked",
     }
-    assert "udp-gso" in capabilities.found  # the probe did find it
+    assert "udp-gso" in capabilities.found  # the kernel has it

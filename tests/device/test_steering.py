@@ -1,4 +1,4 @@
-"""A flow stays on its queue of a TUN device with two."""
+"""Steering: each flow stays on one queue of a multi-queue TUN device."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_flow_stays_on_its_queue(version):
             sender.send(b"one")
             queue, packet = read(tun)
             used.add(queue)
-            # The answer comes in through the other queue: without the program the flow follows.
+            # Write the answer to the other queue: without the program the flow would move there.
             os.write(tun.fds[1 - queue], swapped(packet))
             assert sender.recv(9) == b"one"
             for _ in range(3):
@@ -82,14 +82,14 @@ def test_fragments_of_a_datagram_stay_together():
     with two_queues() as tun:
         assert attach_steering(tun.fds[0]) is None
         for sender in senders(4, 8):
-            sender.setsockopt(socket.IPPROTO_IP, 10, 0)  # IP_PMTUDISC_DONT: let it be cut
+            sender.setsockopt(socket.IPPROTO_IP, 10, 0)  # IP_PMTUDISC_DONT: allow fragmentation
             sender.send(bytes(4000))
             queue, _ = read(tun)
             assert [read(tun)[0] for _ in range(2)] == [queue] * 2
 
 
 @in_own_netns
-def test_refused(monkeypatch, caplog):
+def test_refused_program_is_logged(monkeypatch, caplog):
     def refuse(code):
         raise OSError(errno.EPERM, "")
 
@@ -101,6 +101,6 @@ def test_refused(monkeypatch, caplog):
 
 
 @in_own_netns
-def test_not_a_tun():
+def test_descriptor_that_is_not_a_tun():
     with Path("/dev/null").open("rb") as other:
         assert attach_steering(other.fileno()) == "ENOTTY"

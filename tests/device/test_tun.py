@@ -41,7 +41,7 @@ def test_all_offloads():
         assert link["linkinfo"]["info_data"]["vnet_hdr"]
         assert not link["linkinfo"]["info_data"]["pi"]
         assert "UP" not in link["flags"]
-        assert link["stats64"]["rx"]["packets"] == 0  # the write probes delivered nothing
+        assert link["stats64"]["rx"]["packets"] == 0  # the kernel delivered no probe
     assert ip_json("link show type tun") == []
     assert tun.fds == ()
     tun.close()
@@ -67,7 +67,7 @@ def test_no_vnet_hdr_without_tun_gso():
 
 
 @in_own_netns
-def test_without_uso():
+def test_tun_gso_without_tun_uso():
     with opened(request=OffloadRequest.parse("auto,-tun-uso")) as tun:
         assert (tun.vnet_hdr, tun.features, tun.off) == (
             True, {"tun-gso"}, {"tun-uso": "asked"},
@@ -75,29 +75,29 @@ def test_without_uso():
 
 
 @in_own_netns
-def test_the_kernel_completes_the_name():
+def test_kernel_replaces_the_pattern_in_a_name():
     with opened(name="utE%d") as first, opened(name="utE%d") as second:
         assert (first.name, second.name) == ("utE0", "utE1")
 
 
 @in_own_netns
 @pytest.mark.parametrize("queues", [1, 2])
-def test_name_in_use(queues):
+def test_name_in_use_is_refused(queues):
     with opened(queues), refused(errno.EBUSY, NAME, "in use by another process"):
         Tun.open(NAME, queues, AUTO)
-    with opened(queues):  # the failed one left nothing behind
+    with opened(queues):  # the failed call left no device
         pass
 
 
 @in_own_netns
-def test_name_of_a_device_of_another_type():
+def test_name_of_another_type_of_device_is_refused():
     with refused(errno.EINVAL, "opening the TUN device lo", "another type"):
         Tun.open("lo", 1, AUTO)
 
 
 @in_own_netns
 @pytest.mark.parametrize(("queues", "kind"), [(1, ""), (2, " multi_queue")])
-def test_persistent_device_is_for_its_user(queues, kind):
+def test_persistent_device_is_opened_and_stays(queues, kind):
     sh(f"ip tuntap add {NAME} mode tun{kind}")
     with opened(queues) as tun:
         assert tun.vnet_hdr
@@ -107,7 +107,7 @@ def test_persistent_device_is_for_its_user(queues, kind):
 
 
 @in_own_netns
-def test_no_probe_on_a_device_that_is_up():
+def test_device_that_is_up_is_not_probed():
     sh(f"ip tuntap add {NAME} mode tun", f"ip link set {NAME} up")
     with opened() as tun:
         assert tun.features == {"tun-gso", "tun-uso"}
@@ -116,8 +116,9 @@ def test_no_probe_on_a_device_that_is_up():
 
 
 @in_own_netns
-def test_the_write_probe_distinguishes_formats():
-    """Kernel assumption: on a device that is down, EINVAL for an unknown format, else EIO."""
+def test_kernel_checks_the_format_of_a_write_before_the_device():
+    """The write probe depends on it: EINVAL for an unknown format, EIO for a device that is down.
+    """
     with opened() as tun:
         for version, gso_type, expected in (
             (4, module.GSO_TCPV4, errno.EIO), (6, module.GSO_TCPV6, errno.EIO),
@@ -140,7 +141,7 @@ def test_the_write_probe_distinguishes_formats():
          {"tun-gso": "kernel refuses TUNSETOFFLOAD TSO: EINVAL", "tun-uso": "needs tun-gso"}),
     ],
 )
-def test_old_kernel(monkeypatch, caplog, refuse, features, off):
+def test_kernel_without_some_offloads(monkeypatch, caplog, refuse, features, off):
     real = module._set_offload
     monkeypatch.setattr(
         module, "_set_offload", lambda fd, bits: "EINVAL" if bits & refuse else real(fd, bits)
@@ -159,7 +160,7 @@ def test_old_kernel(monkeypatch, caplog, refuse, features, off):
         (module.GSO_TCPV6, {"tcp-merge": "kernel refuses TSO6 writes: EINVAL"}),
     ],
 )
-def test_refused_writes_turn_the_merge_off(monkeypatch, gso_type, off):
+def test_refused_write_turns_off_its_merge(monkeypatch, gso_type, off):
     def write(fd, frame):
         raise OSError(errno.EINVAL if frame[1] == gso_type else errno.EIO, "")
 
@@ -172,19 +173,19 @@ def test_refused_writes_turn_the_merge_off(monkeypatch, gso_type, off):
 
 
 @pytest.mark.parametrize("name", ["", "x" * 16, "é" * 8, "a b", "a/b", "a:b", ".", "..", "a\0"])
-def test_bad_name(name):
+def test_invalid_name_is_refused(name):
     with pytest.raises(FieldError) as caught:
         Tun.open(name, 1, AUTO)
     assert caught.value.field == "tun"
 
 
-def test_no_device_node(monkeypatch, tmp_path):
+def test_missing_device_node(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "DEVICE", str(tmp_path / "tun"))
     with refused(errno.ENOENT, str(tmp_path / "tun"), "modprobe tun"):
         Tun.open(NAME, 1, AUTO)
 
 
-def test_no_capability(monkeypatch, tmp_path):
+def test_missing_capability(monkeypatch, tmp_path):
     node = tmp_path / "tun"
     node.touch()
     monkeypatch.setattr(module, "DEVICE", str(node))

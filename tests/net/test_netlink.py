@@ -1,4 +1,4 @@
-"""Netlink against the real kernel, seen through ip(8) and /proc."""
+"""Netlink on the real kernel, checked with ip(8) and /proc."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ async def test_configure():
         assert link["inet6_addr_gen_mode"] == "none"
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
         assert routes_of(NAME) == {(str(NET4), "global"), (str(NET6), "global")}
-        # A second time, as after a reload: no error, no duplicates.
+        # Configure again, as after a reload: no error and no duplicate address.
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
 
 
 @in_own_netns
-async def test_only_this_device_accepts_local():
+async def test_accept_local_is_set_on_the_tun_only():
     with opened("utE0.5") as tun, opened("utE1"), Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
         conf = Path("/proc/sys/net/ipv4/conf")
@@ -79,11 +79,11 @@ async def test_only_this_device_accepts_local():
 
 
 @in_own_netns
-async def test_the_kernel_sends_no_packets_of_its_own():
-    """No router solicitation, no group report."""
+async def test_kernel_sends_no_packets_of_its_own():
+    """The kernel sends no router solicitations and no MLD reports to the TUN."""
     with opened() as tun, Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
-        # The first solicitation and report would come within a second (RFC 4861, RFC 3810).
+        # The first solicitation and report would arrive within a second (RFC 4861, RFC 3810).
         assert select.select([tun.fds[0]], [], [], 1.5)[0] == []
 
 
@@ -105,7 +105,8 @@ def icmp_port_unreachable(own, quoted):
 @pytest.mark.parametrize("rp_filter", [0, 1, 2])
 @pytest.mark.parametrize("accept", [True, False])
 async def test_icmp_from_our_own_address_arrives(rp_filter, accept):
-    """With every rp_filter, since the address is on this device; but only with accept_local."""
+    """The packet is accepted with any rp_filter value, because the address is on this device, but
+    only if accept_local is 1."""
     for name in ("all", "default"):
         Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text(str(rp_filter))
     with opened() as tun, Netlink() as netlink:
@@ -131,7 +132,7 @@ async def test_ipv6_disabled_on_the_host():
     with opened() as tun, Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
         assert addresses_of(NAME) == {(str(OWN4), 32)}
-        # An IPv6 address turns IPv6 on for this device, and for no other.
+        # Configuring an IPv6 address enables IPv6 on this device, and on no other.
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
         assert Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text() == "1\n"
@@ -155,51 +156,51 @@ async def test_underlay_mtu():
     with Netlink() as netlink:
         assert await netlink.underlay_mtu(ip_address("192.0.2.1")) == ("utEa", 1450)
         assert await netlink.underlay_mtu(ip_address("2001:db8::1")) == ("utEa", 1450)
-        for address in ("192.0.2.9", "192.0.2.2", "0.0.0.0"):  # the first is the other end
+        for address in ("192.0.2.9", "192.0.2.2", "0.0.0.0"):  # the first is the peer
             with refused(errno.EADDRNOTAVAIL, address):
                 await netlink.underlay_mtu(ip_address(address))
 
 
 @in_own_netns
-async def test_local_addresses_under_uvloop_and_many_at_once():
+async def test_concurrent_calls_from_asyncio_and_uvloop():
     sh("ip address add 192.0.2.1/24 dev lo", "ip address add 2001:db8::1/128 dev lo nodad")
     expected = {ip_address(text) for text in ("127.0.0.1", "::1", "192.0.2.1", "2001:db8::1")}
 
-    async def ask():
+    async def call():
         return await asyncio.gather(*(netlink.local_addresses() for _ in range(10)))
 
     with Netlink() as netlink:
         assert await netlink.local_addresses() == expected
-        box = []
+        results = []
 
         def other_loop():  # in a thread, since this one has a running loop
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                box.extend(runner.run(ask()))
+                results.extend(runner.run(call()))
 
         thread = threading.Thread(target=other_loop)
         thread.start()
         await asyncio.to_thread(thread.join)
-        assert box == [expected] * 10
+        assert results == [expected] * 10
 
 
 @in_own_netns
 def test_watch_addresses():
-    heard = queue.SimpleQueue()
+    results = queue.SimpleQueue()
     local = {ip_address("127.0.0.1"), ip_address("::1")}
     new = ip_address("192.0.2.1")
     with Netlink() as netlink:
-        netlink.watch_addresses(lambda found: heard.put((found, threading.current_thread().name)))
-        assert heard.get(timeout=60) == (local, "netlink")
+        netlink.watch_addresses(lambda found: results.put((found, threading.current_thread().name)))
+        assert results.get(timeout=60) == (local, "netlink")
         sh(f"ip address add {new}/24 dev lo")
-        assert heard.get(timeout=60)[0] == local | {new}
+        assert results.get(timeout=60)[0] == local | {new}
         sh(f"ip address del {new}/24 dev lo")
-        assert heard.get(timeout=60)[0] == local
-    assert heard.empty()
+        assert results.get(timeout=60)[0] == local
+    assert results.empty()
 
 
 @in_own_netns
-def test_watch_survives_a_lost_message(caplog):
-    """Many changes overflow the netlink socket (ENOBUFS): the last state is reported anyway."""
+def test_watcher_gets_the_final_state_after_lost_messages(caplog):
+    """Many address changes overflow the netlink socket (ENOBUFS)."""
     last = queue.SimpleQueue()
     gate = threading.Event()
     first = threading.Event()
@@ -223,18 +224,18 @@ def test_watch_survives_a_lost_message(caplog):
 
 
 @in_own_netns
-def test_a_failing_watcher_does_not_stop_the_others(caplog):
-    heard = queue.SimpleQueue()
+def test_failing_watcher_does_not_stop_the_others(caplog):
+    results = queue.SimpleQueue()
 
     def fail(_):
         raise RuntimeError("utE")
 
     with Netlink() as netlink:
         netlink.watch_addresses(fail)
-        netlink.watch_addresses(heard.put)
-        assert heard.get(timeout=60)
+        netlink.watch_addresses(results.put)
+        assert results.get(timeout=60)
         sh("ip address add 192.0.2.1/24 dev lo")
-        while ip_address("192.0.2.1") not in heard.get(timeout=60):
+        while ip_address("192.0.2.1") not in results.get(timeout=60):
             pass
     assert "RuntimeError: utE" in caplog.text
 
@@ -263,7 +264,7 @@ async def test_gso_limits_are_only_logged(caplog):
 
 async def test_close():
     netlink = Netlink()
-    netlink.close()  # while it still imports
+    netlink.close()  # while the thread still imports pyroute2
     netlink.close()
     with refused(errno.EBADF, "already closed"):
         await netlink.local_addresses()
@@ -272,27 +273,27 @@ async def test_close():
     assert not netlink._thread.is_alive()
 
 
-async def test_close_ends_calls_under_way():
+async def test_close_ends_pending_calls():
     netlink = Netlink()
     gate = threading.Event()
-    netlink._loop.call_soon_threadsafe(gate.wait, 60)  # nothing is answered before the close
+    netlink._loop.call_soon_threadsafe(gate.wait, 60)  # no call can finish before the close
     calls = [asyncio.create_task(netlink.local_addresses()) for _ in range(10)]
-    await asyncio.sleep(0)  # one turn: all are submitted
+    await asyncio.sleep(0)  # one turn of the loop: all calls are submitted
     closer = threading.Thread(target=netlink.close)
     closer.start()
     while not netlink._closing:
         await asyncio.sleep(0)
-    with netlink._gate:  # close has been called
+    with netlink._gate:  # close() has submitted its stop request
         gate.set()
     done = await asyncio.gather(*calls, return_exceptions=True)
     closer.join()
     assert {getattr(item, "errno", None) for item in done} == {errno.ECANCELED}
 
 
-async def test_a_cancelled_caller_is_cancelled():
+async def test_cancelling_a_call_leaves_the_socket_usable():
     with Netlink() as netlink:
         assert await netlink.local_addresses()
-        for _ in range(20):  # at any point of the call, the socket stays usable
+        for _ in range(20):  # the call is cancelled at different points
             call = asyncio.create_task(netlink.local_addresses())
             await asyncio.sleep(0)
             call.cancel()
@@ -301,7 +302,7 @@ async def test_a_cancelled_caller_is_cancelled():
             assert await netlink.local_addresses()
 
 
-async def test_pyroute2_cannot_open_its_socket(monkeypatch):
+async def test_failure_to_open_the_netlink_socket(monkeypatch):
     import pyroute2
 
     def refuse(**_):
@@ -328,6 +329,6 @@ def test_watch_link():
         sh(*(f"ip address add 192.0.2.{i}/32 dev lo" for i in range(1, 100)))
         while not calls.empty():
             calls.get()
-        sh("ip link set utEa txqueuelen 98")  # this message does not fit the buffer
+        sh("ip link set utEa txqueuelen 98")  # the full buffer has no space for this message
         gate.set()
         assert calls.get(timeout=60) == "utEa"

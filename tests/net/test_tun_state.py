@@ -1,4 +1,4 @@
-"""The kernel's state of one device, read while other devices have addresses and routes too."""
+"""Reading the state of one device, while other devices have addresses and routes too."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def refused(number, *words):
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_options(version):
+def test_socket_options(version):
     with opened(LOCAL[version]) as udp:
         option = udp.socket.getsockopt
         assert udp.family == (socket.AF_INET if version == 4 else socket.AF_INET6)
@@ -74,8 +74,8 @@ def test_offloads_not_requested():
         assert udp.socket.getsockopt(socket.IPPROTO_UDP, module.UDP_GRO) == 0
 
 
-def test_old_kernel(monkeypatch, caplog):
-    # An option that no kernel has, in the place of one that an old kernel lacks.
+def test_kernel_without_udp_segment(monkeypatch, caplog):
+    # No kernel has option 9999. An old kernel refuses UDP_SEGMENT in the same way.
     monkeypatch.setattr(module, "UDP_SEGMENT", 9999)
     with opened() as udp:
         assert udp.features == {"udp-gro"}
@@ -83,8 +83,8 @@ def test_old_kernel(monkeypatch, caplog):
     assert udp.off["udp-gso"] in caplog.text
 
 
-def test_without_capability(monkeypatch):
-    """The buffers are limited by rmem_max and wmem_max."""
+def test_buffers_without_cap_net_admin(monkeypatch):
+    """The buffer sizes are then limited by rmem_max and wmem_max."""
 
     class Socket(socket.socket):
         def setsockopt(self, level, option, value):
@@ -98,24 +98,24 @@ def test_without_capability(monkeypatch):
         assert 0 < udp.sndbuf <= 2 * module.SNDBUF
 
 
-def test_in_use():
+def test_endpoint_in_use_is_refused():
     with opened() as udp, refused(errno.EADDRINUSE, str(bound(udp)), "another process"):
         open_udp(bound(udp), AUTO, False)
 
 
-def test_reuse_port_is_for_our_workers():
+def test_only_sockets_with_reuse_port_share_an_endpoint():
     with opened(reuse_port=True) as first, opened(bound(first), reuse_port=True) as second:
         assert first.fd != second.fd
         with refused(errno.EADDRINUSE):
             open_udp(bound(first), AUTO, False)
 
 
-def test_no_such_address():
+def test_address_of_no_interface_is_refused():
     with refused(errno.EADDRNOTAVAIL, "192.0.2.1:8285", "no interface has this address"):
         open_udp(Endpoint(ip_address("192.0.2.1")), AUTO, False)
 
 
-def test_no_ipv6(monkeypatch):
+def test_host_without_ipv6(monkeypatch):
     def refuse(*_):
         raise OSError(errno.EAFNOSUPPORT, "")
 
@@ -125,8 +125,8 @@ def test_no_ipv6(monkeypatch):
 
 
 @in_own_netns
-def test_datagrams_are_never_fragmented_and_the_path_answers():
-    """Larger than the link's MTU: refused at once; the error queue has the MTU."""
+def test_datagram_above_the_link_mtu_is_refused():
+    """The kernel refuses to fragment it, and the error queue has the MTU."""
     sh("ip link set lo mtu 1400")
     with opened() as udp, opened() as other:
         to = other.socket.getsockname()

@@ -43,11 +43,11 @@ async def test_interfaces():
 
 
 @in_own_netns
-async def test_the_best_address_comes_first():
+async def test_addresses_are_sorted_best_first():
     sh(*PAIR,
        "ip address add 169.254.7.7/16 dev eth0",
        "ip address add 192.0.2.1/24 dev eth0",
-       "ip address add 192.0.2.9/24 dev eth0",  # a secondary address: the same flag as temporary
+       "ip address add 192.0.2.9/24 dev eth0",  # secondary: the same flag as temporary
        "ip address add 198.51.100.1/24 dev eth0 preferred_lft 0",
        "ip address add 2001:db8::2/64 dev eth0 nodad",
        "ip address add 2001:db8::1/64 dev eth0 nodad preferred_lft 0")
@@ -61,7 +61,7 @@ async def test_the_best_address_comes_first():
 
 
 @in_own_netns
-async def test_a_temporary_address_is_not_the_best():
+async def test_temporary_address_comes_after_the_others():
     """A temporary address (RFC 8981) expires within days. The kernel lists it first."""
     conf = Path("/proc/sys/net/ipv6/conf/eth0")
     sh(*PAIR)
@@ -79,7 +79,7 @@ async def test_a_temporary_address_is_not_the_best():
 
 
 @in_own_netns
-async def test_a_duplicate_address_is_not_listed():
+async def test_duplicate_address_is_not_listed():
     """The kernel lists an address after failed duplicate address detection, but does not use it.
     """
     sh(*PAIR, "ip address add 2001:db8::1/64 dev eth1 nodad",
@@ -91,7 +91,7 @@ async def test_a_duplicate_address_is_not_listed():
 
 
 @in_own_netns
-async def test_the_local_address_of_a_point_to_point_link():
+async def test_point_to_point_link_has_its_local_address():
     sh(*PAIR, "ip address add 192.0.2.1 peer 192.0.2.2 dev eth0",
        "ip address add 2001:db8::1 peer 2001:db8::2 dev eth0 nodad")
     with Netlink() as netlink:
@@ -106,8 +106,8 @@ async def test_the_local_address_of_a_point_to_point_link():
     (4, "192.0.2.{}", "198.51.100.{}"), (6, "2001:db8::{}", "2001:db8:1::{}"),
 ])
 async def test_default_routes(monkeypatch, version, net0, net2, kernel):
-    """Lowest metric first; no route of another table, and no unreachable route."""
-    if kernel != "this":  # one that does not filter
+    """The lowest metric comes first. Routes of other tables and unreachable routes are ignored."""
+    if kernel != "this":  # older kernels do not filter a dump
         monkeypatch.setattr(batch, "NETLINK_GET_STRICT_CHK", 999)
     tail = "/24" if version == 4 else "/64 nodad"
     sh(*PAIR, "ip link add name eth2 type veth peer name eth3", "ip link set eth2 up",
@@ -131,7 +131,7 @@ async def test_default_routes(monkeypatch, version, net0, net2, kernel):
 @pytest.mark.parametrize(("version", "address", "gateway"), [
     (4, "192.0.2.1/24", "192.0.2.{}"), (6, "2001:db8::1/64 nodad", "2001:db8::{}"),
 ])
-async def test_a_default_route_over_several_next_hops(version, address, gateway):
+async def test_default_route_with_several_next_hops(version, address, gateway):
     sh(*PAIR, f"ip address add {address} dev eth0",
        f"ip -{version} route add default nexthop via {gateway.format(8)} dev eth0"
        f" nexthop via {gateway.format(9)} dev eth0")
@@ -140,7 +140,7 @@ async def test_a_default_route_over_several_next_hops(version, address, gateway)
 
 
 @in_own_netns
-async def test_a_default_route_among_thousands():
+async def test_default_route_among_thousands_of_routes():
     """A node of a large cluster has one route per peer."""
     routes = "".join(f"route add 10.{n >> 8}.{n & 255}.0/24 dev eth0\n" for n in range(5000))
     sh(*PAIR, "ip address add 192.0.2.1/24 dev eth0")

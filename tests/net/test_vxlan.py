@@ -1,4 +1,4 @@
-"""VXLAN devices and their peers against the real kernel, seen through ip(8) and bridge(8)."""
+"""VXLAN devices and their peers on the real kernel, checked with ip(8) and bridge(8)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ both = pytest.mark.parametrize("version", [4, 6])
 
 
 def underlay(mtu=1500):
-    """One wire to 192.0.2.0/24 and 2001:db8::/64; returns the number of our end."""
+    """Create a link to 192.0.2.0/24 and 2001:db8::/64. Returns the interface index of our end."""
     sh("ip link add utEa type veth peer name utEb", f"ip link set utEa mtu {mtu} up",
        "ip link set utEb up", "ip address add 192.0.2.1/24 dev utEa",
        "ip address add 2001:db8::1/64 dev utEa nodad")
@@ -50,7 +50,7 @@ def subnet(number, version=4):
 
 
 def peer(number, version=4, at=None, mac=None, direct=False):
-    """Peer ``number``, by default at an address on the wire."""
+    """Return peer ``number``; its endpoint is ``at``, or else an address on the link."""
     at = at or (f"192.0.2.{100 + number}" if version == 4 else f"2001:db8::{100 + number}")
     return VxlanPeer(subnet(number, version), mac or MACS[number - 1], ip_address(at), direct)
 
@@ -80,7 +80,7 @@ def link_info():
 
 
 def routes(version=4):
-    """Prefix -> (next hop, device, onlink) of the routes with a next hop."""
+    """Return prefix -> (next hop, device, onlink) of all routes with a next hop."""
     return {
         route["dst"]: (route["gateway"], route["dev"], "onlink" in route["flags"])
         for route in ip_json(f"-{version} route show") if "gateway" in route
@@ -97,7 +97,7 @@ def forwarding():
 
 
 def assert_active(*peers, version=4):
-    """Exactly these peers are reached through the device."""
+    """Assert that these peers, and no others, have entries and routes through the device."""
     assert routes(version) == {
         str(item.subnet): (str(item.subnet.network_address), NAME, True) for item in peers}
     assert neighbours(version) == {
@@ -118,8 +118,8 @@ async def test_probe():
 
 @both
 @in_own_netns
-async def test_probe_while_a_device_is_in_use(version):
-    """The same port is shared only by devices that are alike."""
+async def test_probe_while_a_device_uses_the_port(version):
+    """Two devices can share a UDP port only if both have the same settings, such as GBP."""
     underlay()
     async with opened(version, gbp=True) as (vxlan, _):
         assert await vxlan.probe(config(version, gbp=True)) is None
@@ -128,12 +128,12 @@ async def test_probe_while_a_device_is_in_use(version):
 
 
 @in_own_netns
-async def test_probe_returns_the_reason(monkeypatch):
+async def test_failed_probe_returns_the_kernels_error(monkeypatch):
     before = links()
     with Netlink() as netlink, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as busy:
         busy.bind(("0.0.0.0", 8472))
         assert "in use" in await Vxlan(netlink).probe()
-        monkeypatch.setattr(module, "KIND", "vxlanX")  # as to a kernel without the module
+        monkeypatch.setattr(module, "KIND", "vxlanX")  # like a kernel without the vxlan module
         assert "Unknown device type" in await Vxlan(netlink).probe()
     assert links() == before
 
@@ -173,7 +173,7 @@ async def test_probe_leaves_the_routes_of_peers():
 
 @both
 @in_own_netns
-async def test_device_as_flannel_makes_it(version):
+async def test_new_device_has_flannels_settings(version):
     underlay()
     async with opened(version) as (_, device):
         link = link_info()
@@ -188,7 +188,7 @@ async def test_device_as_flannel_makes_it(version):
         assert {"UP", "LOWER_UP"} <= set(link["flags"])
         assert (device.name, device.index, device.mac, device.mtu, device.version) == (
             NAME, link["ifindex"], link["address"], MTU, version)
-        assert int(device.mac[:2], 16) & 3 == 2  # one host's, of local administration
+        assert int(device.mac[:2], 16) & 3 == 2  # unicast, locally administered
         assert [(item["local"], item["prefixlen"]) for item in
                 ip_json(f"address show {NAME}")[0]["addr_info"]] == [
             (str(BASE[version]), BASE[version].max_prefixlen)]
@@ -197,8 +197,8 @@ async def test_device_as_flannel_makes_it(version):
 
 @both
 @in_own_netns
-async def test_a_matching_device_is_adopted(version):
-    """... with its peers, after a restart too."""
+async def test_device_with_the_right_settings_is_adopted(version):
+    """The device keeps its peers, also if a new process adopts it."""
     underlay()
     async with opened(version) as (vxlan, device):
         await vxlan.sync(device, [peer(1, version)])
@@ -211,7 +211,7 @@ async def test_a_matching_device_is_adopted(version):
 
 @both
 @in_own_netns
-async def test_addresses_become_those_given(version):
+async def test_ensure_replaces_the_addresses(version):
     underlay()
     async with opened(version) as (vxlan, _):
         await vxlan.ensure(config(version), [BASE[version] + 256])
@@ -223,11 +223,11 @@ async def test_addresses_become_those_given(version):
 
 
 @in_own_netns
-async def test_a_device_set_down_comes_up():
+async def test_ensure_brings_a_device_up_again():
     underlay()
     async with opened() as (vxlan, device):
         await vxlan.sync(device, [peer(1)])
-        sh(f"ip link set {NAME} down")  # takes its routes and neighbours
+        sh(f"ip link set {NAME} down")  # the kernel removes its routes and neighbours
         assert await vxlan.ensure(config()) == device
         assert await vxlan.sync(device, [peer(1)]) == ()
         assert_active(peer(1))
@@ -236,17 +236,17 @@ async def test_a_device_set_down_comes_up():
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ({"vni": 2}, "VNI 1 instead of 2"),
-        ({"port": 4789}, "port 8472 instead of 4789"),
-        ({"learning": True}, "learning 0 instead of 1"),
-        ({"gbp": True}, "GBP"),
-        ({"local": ip_address("192.0.2.2")}, "local address 192.0.2.1 instead of 192.0.2.2"),
+        ({"vni": 2}, "VNI is 1, expected 2"),
+        ({"port": 4789}, "port is 8472, expected 4789"),
+        ({"learning": True}, "learning is 0, expected 1"),
+        ({"gbp": True}, "GBP is not set, expected True"),
+        ({"local": ip_address("192.0.2.2")}, "local address is 192.0.2.1, expected 192.0.2.2"),
         ({"local": LOCAL[6]}, "local address"),
         ({"underlay_index": 1}, "underlay interface"),
     ],
 )
 @in_own_netns
-async def test_a_device_with_other_settings_is_replaced(what, words, caplog):
+async def test_device_with_other_settings_is_replaced(what, words, caplog):
     underlay()
     async with opened() as (vxlan, device):
         again = await vxlan.ensure(config(**what))
@@ -259,8 +259,8 @@ async def test_a_device_with_other_settings_is_replaced(what, words, caplog):
 
 
 @in_own_netns
-async def test_a_device_with_forbidden_settings_is_replaced():
-    """They would send packets elsewhere than the entries say."""
+async def test_device_with_a_forbidden_option_is_replaced():
+    """With l2miss, for example, packets would not follow the FDB entries alone."""
     underlay()
     sh(f"ip link add {NAME} type vxlan id 1 dev utEa local 192.0.2.1 dstport 8472 nolearning "
        "l2miss")
@@ -270,8 +270,8 @@ async def test_a_device_with_forbidden_settings_is_replaced():
 
 
 @in_own_netns
-async def test_a_device_of_flanneld_is_adopted():
-    """It has a link-local address, which stays: flanneld may come back."""
+async def test_device_of_flanneld_is_adopted():
+    """Its link-local address stays, because flanneld may use the device again."""
     underlay()
     sh(f"ip link add {NAME} type vxlan id 1 dev utEa local 192.0.2.1 dstport 8472 nolearning",
        f"ip link set {NAME} up", f"ip address add 10.9.9.0/32 dev {NAME}")
@@ -284,7 +284,7 @@ async def test_a_device_of_flanneld_is_adopted():
 
 
 @in_own_netns
-async def test_mtu_and_mac_change_in_place():
+async def test_mtu_and_mac_change_without_a_new_device():
     underlay()
     async with opened() as (vxlan, device):
         again = await vxlan.ensure(config(mtu=1300, mac=MACS[0].upper()))
@@ -294,21 +294,21 @@ async def test_mtu_and_mac_change_in_place():
 
 @both
 @in_own_netns
-async def test_the_mtu_is_the_underlays_less_the_overhead(version):
+async def test_mtu_is_limited_by_the_underlay(version):
     underlay()
     async with opened(version, mtu=1500 - OVERHEAD[version]) as (vxlan, device):
         assert device.mtu == link_info()["mtu"] == 1500 - OVERHEAD[version]
-        for _ in range(2):  # a device made, one adopted
+        for _ in range(2):  # a new device, then an adopted one
             with refused(errno.EINVAL, NAME, "MTU"):
                 await vxlan.ensure(config(version, mtu=1501 - OVERHEAD[version]))
         await vxlan.remove(NAME)
         with refused(errno.EINVAL, NAME, "MTU"):
             await vxlan.ensure(config(version, mtu=1501 - OVERHEAD[version]))
-        assert NAME not in links()  # half made, of no use
+        assert NAME not in links()  # the new device without its MTU is removed
 
 
 @in_own_netns
-async def test_invalid_values():
+async def test_invalid_mtu_and_mac_are_refused():
     underlay()
     with Netlink() as netlink:
         for what in ({"version": 6, "mtu": 1279}, {"mac": "01:00:00:00:00:01"}):
@@ -318,7 +318,7 @@ async def test_invalid_values():
 
 
 @in_own_netns
-async def test_a_device_that_is_not_ours_stays():
+async def test_conflicting_devices_are_not_removed():
     underlay()
     with Netlink() as netlink:
         vxlan = Vxlan(netlink)
@@ -336,7 +336,7 @@ async def test_a_device_that_is_not_ours_stays():
 
 
 @in_own_netns
-async def test_a_taken_port_leaves_no_device():
+async def test_ensure_on_a_port_in_use_leaves_no_device():
     underlay()
     with Netlink() as netlink, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as busy:
         busy.bind(("0.0.0.0", 8472))
@@ -355,7 +355,7 @@ async def test_remove(version):
         assert len(routes(version)) == 3
         await vxlan.remove(NAME)
         assert NAME not in links()
-        assert set(routes(version)) == {str(subnet(9, version))}  # not of our making
+        assert set(routes(version)) == {str(subnet(9, version))}  # not added by us
         await vxlan.remove(NAME)
         with refused(errno.ENODEV, NAME):
             await vxlan.sync(device, [peer(1, version)])
@@ -366,7 +366,7 @@ async def test_remove(version):
 
 @both
 @in_own_netns
-async def test_sync_removes_other_peers(version):
+async def test_sync_replaces_all_peers(version):
     underlay()
     async with opened(version) as (vxlan, device):
         one, two, three = (peer(number, version) for number in (1, 2, 3))
@@ -384,7 +384,7 @@ async def test_sync_removes_other_peers(version):
 
 @both
 @in_own_netns
-async def test_sync_sends_the_difference(version, monkeypatch):
+async def test_sync_sends_only_the_difference(version, monkeypatch):
     sent = []
     send = batch.RouteSocket.send
     monkeypatch.setattr(batch.RouteSocket, "send",
@@ -397,7 +397,7 @@ async def test_sync_sends_the_difference(version, monkeypatch):
         sent.clear()
         await vxlan.sync(device, peers)
         assert not sent
-        # What somebody took away or changed comes back, and nothing else is sent.
+        # Entries that another program removed or changed are restored; nothing else is sent.
         sh(f"ip -{version} route del {subnet(1, version)}",
            f"ip -{version} neigh del {subnet(2, version).network_address} dev {NAME}",
            f"bridge fdb replace {MACS[2]} dev {NAME} dst {LOCAL[version] + 9}")
@@ -408,7 +408,7 @@ async def test_sync_sends_the_difference(version, monkeypatch):
 
 @both
 @in_own_netns
-async def test_entries_that_are_not_of_peers_stay(version):
+async def test_entries_of_other_programs_are_unchanged(version):
     underlay()
     via = peer(9, version).endpoint
     foreign = [
@@ -444,7 +444,7 @@ async def test_change(version):
         moved = replace(two, endpoint=one.endpoint + 50, mac=MACS[7])
         assert await vxlan.change(device, [moved], [three.subnet]) == ()
         assert_active(one, moved, version=version)
-        assert await vxlan.change(device, [], [three.subnet]) == ()  # gone already
+        assert await vxlan.change(device, [], [three.subnet]) == ()  # removed already
         assert_active(one, moved, version=version)
 
 
@@ -460,8 +460,8 @@ async def test_change_after_a_restart(version):
 
 
 @in_own_netns
-async def test_a_mac_stays_while_a_subnet_is_behind_it():
-    """A node that gets another subnet is for a while at both."""
+async def test_fdb_entry_stays_while_a_subnet_uses_its_mac():
+    """A node that gets another subnet has both for a while."""
     underlay()
     async with opened() as (vxlan, device):
         old, new = peer(1), replace(peer(1), subnet=subnet(2))
@@ -475,8 +475,8 @@ async def test_a_mac_stays_while_a_subnet_is_behind_it():
 
 @both
 @in_own_netns
-async def test_direct(version):
-    """Straight to peers on the link, through the device to the others; and back."""
+async def test_direct_routes(version):
+    """Direct peers on the link are not encapsulated, the others are; peers can change the mode."""
     underlay()
     near = peer(1, version, direct=True)
     far = peer(2, version, at="198.51.100.2" if version == 4 else "2001:db8:1::2", direct=True)
@@ -494,7 +494,7 @@ async def test_direct(version):
         assert_active(replace(near, direct=False), version=version)
         assert await vxlan.change(device, [near]) == ()
         assert (routes(version), neighbours(version), forwarding()) == (straight, {}, {})
-        # A new process knows its own.
+    # A new process removes the routes of the former one.
     with Netlink() as netlink:
         assert await Vxlan(netlink).sync(device, []) == ()
     assert routes(version) == {}
@@ -503,7 +503,7 @@ async def test_direct(version):
 @both
 @in_own_netns
 async def test_devices_of_two_networks_leave_each_others_routes(version):
-    """Two instances on one host. The protocol marks the routes of both."""
+    """Two instances on one host: the routes of both have the same protocol number."""
     underlay()
     networks = (ip_network("10.5.0.0/16"), ip_network("10.6.0.0/16")) if version == 4 else (
         ip_network("fd05::/32"), ip_network("fd06::/32"))
@@ -526,8 +526,8 @@ async def test_devices_of_two_networks_leave_each_others_routes(version):
 
 
 @in_own_netns
-async def test_packets_go_to_the_peer():
-    """What leaves on the wire: VXLAN (RFC 7348) to the endpoint, the peer's MAC inside."""
+async def test_encapsulated_packet():
+    """The datagram is VXLAN (RFC 7348) to the endpoint, and the inner frame has the peer's MAC."""
     underlay()
     mac = bytes.fromhex("020000000099")
     with contextlib.closing(socket.socket(
@@ -552,8 +552,8 @@ async def test_packets_go_to_the_peer():
 
 @both
 @in_own_netns
-async def test_another_route_to_the_network(version):
-    """A TUN has such a route, to reach the other peers; it may be created later."""
+async def test_peer_routes_with_a_route_of_the_whole_network(version):
+    """A TUN for the other peers has such a route, which may be added before or after the peers."""
     underlay()
     network = f"{BASE[version]}/{16 if version == 4 else 32}"
     async with opened(version) as (vxlan, device):
@@ -574,8 +574,8 @@ def errors_of(failures: tuple[PeerFailure, ...]):
 
 
 @in_own_netns
-async def test_a_refused_peer_does_not_affect_the_others():
-    """Wherever it stands in the batch."""
+async def test_refused_peers_do_not_affect_the_others():
+    """The position of the refused peer in the batch makes no difference."""
     underlay()
     peers = [
         VxlanPeer(ip_network((0x0A060000 + 256 * i, 24)), f"02:00:00:01:{i >> 8:02x}:{i & 255:02x}",
@@ -586,8 +586,8 @@ async def test_a_refused_peer_does_not_affect_the_others():
     for number, i in enumerate(at):  # an address of this host's own network is no next hop
         peers[i] = replace(peers[i], subnet=ip_network(f"127.0.{number}.0/24"))
     async with opened() as (vxlan, device):
-        for told_again in (vxlan.sync(device, peers), vxlan.change(device, peers)):
-            failures = await told_again
+        for attempt in (vxlan.sync(device, peers), vxlan.change(device, peers)):
+            failures = await attempt
             assert [failure.peer for failure in failures] == [peers[i] for i in at]
             assert {failure.error.errno for failure in failures} == {errno.EINVAL}
             assert set(routes()) == {
@@ -597,7 +597,7 @@ async def test_a_refused_peer_does_not_affect_the_others():
 
 
 @in_own_netns
-async def test_a_network_of_this_host_keeps_its_route():
+async def test_route_of_an_attached_network_is_not_replaced():
     underlay()
     own = replace(peer(1), subnet=ip_network("192.0.2.0/24"))
     async with opened() as (vxlan, device):
@@ -612,8 +612,8 @@ async def test_a_network_of_this_host_keeps_its_route():
 
 @both
 @in_own_netns
-async def test_a_route_of_another_program_to_a_peer_is_replaced(version):
-    """As flannel does: a route that a flanneld left would make the peer unreachable."""
+async def test_route_of_another_program_to_a_peer_is_replaced(version):
+    """flannel does the same: a route that a flanneld left would make the peer unreachable."""
     underlay()
     sh(f"ip -{version} route add {subnet(1, version)} via {LOCAL[version] + 8}")
     async with opened(version) as (vxlan, device):
@@ -622,7 +622,7 @@ async def test_a_route_of_another_program_to_a_peer_is_replaced(version):
 
 
 @in_own_netns
-async def test_peers_that_cannot_be_reached_together():
+async def test_second_peer_with_the_same_mac_is_refused():
     underlay()
     async with opened() as (vxlan, device):
         twin = replace(peer(2), mac=peer(1).mac)
@@ -631,13 +631,13 @@ async def test_peers_that_cannot_be_reached_together():
         assert "VtepMAC" in errors_of(failures)[twin.subnet]
         assert str(peer(1).endpoint) in errors_of(failures)[twin.subnet]
         assert "IPv4" in errors_of(failures)[subnet(4, 6)]
-        assert_active(peer(1), peer(3))  # what led to the twin before is gone
+        assert_active(peer(1), peer(3))  # the former entries of the twin are removed
 
 
 @both
 @in_own_netns
-async def test_a_peer_with_a_missing_entry_has_no_route(version, monkeypatch):
-    """So that its packets take another path; and its former entries are gone."""
+async def test_peer_without_an_fdb_entry_has_no_route(version, monkeypatch):
+    """Its packets can then take another path. Its former entries are removed."""
     def refuse_first(self, items):
         return [put(self, [item])[0] if item[0] != first else Refusal(errno.ENOBUFS, "")
                 for item in items]
@@ -649,9 +649,9 @@ async def test_a_peer_with_a_missing_entry_has_no_route(version, monkeypatch):
         await vxlan.sync(device, [peer(1, version)])
         monkeypatch.setattr(module.EntrySocket, "put_forwarding", refuse_first)
         moved = replace(peer(1, version), endpoint=LOCAL[version] + 77)
-        for told_again in (vxlan.change(device, [moved, peer(2, version)]),
-                           vxlan.sync(device, [moved, peer(2, version)])):
-            failures = await told_again
+        for attempt in (vxlan.change(device, [moved, peer(2, version)]),
+                        vxlan.sync(device, [moved, peer(2, version)])):
+            failures = await attempt
             assert [item.peer for item in failures] == [moved]
             assert failures[0].error.errno == errno.ENOBUFS
             assert_active(peer(2, version), version=version)
@@ -662,14 +662,14 @@ async def test_a_peer_with_a_missing_entry_has_no_route(version, monkeypatch):
     "mac", ["", "02:00:00:00:00", "02-00-00-00-00-01", "00:00:00:00:00:00", "ff:ff:ff:ff:ff:ff",
             "01:00:5e:00:00:01", "02:00:00:00:00:0g", "02:00:00:00:00:01\n"],
 )
-def test_macs_that_are_no_hosts(mac):
+def test_mac_that_is_not_unicast_is_refused(mac):
     with pytest.raises(FieldError) as caught:
         VxlanPeer(subnet(1), mac, LOCAL[4])
     assert caught.value.field == "VtepMAC"
 
 
 @in_own_netns
-def test_an_interrupted_dump_is_taken_again(monkeypatch):
+def test_interrupted_dump_is_repeated(monkeypatch):
     receive = batch.RouteSocket._receive
     turns = []
 
@@ -683,7 +683,7 @@ def test_an_interrupted_dump_is_taken_again(monkeypatch):
     with batch.RouteSocket() as netlink:
         body = bytes([socket.AF_INET, *bytes(11)])
         assert netlink.dump(26, body)  # RTM_GETROUTE
-        assert len(turns) == 4  # twice the routes and the end
+        assert len(turns) == 4  # two dumps, each of one datagram with routes and one with the end
         with pytest.raises(OSError, match="nvalid") as caught:
             netlink.dump(26, b"\1" * 12)
         assert caught.value.errno == errno.EINVAL

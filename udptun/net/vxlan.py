@@ -1,10 +1,10 @@
-"""VXLAN devices of the kernel, and the peers they reach, as in flannel.
+"""Create and configure kernel VXLAN devices and their peers, in flannel's way.
 
-Owns: the device and its settings. Each peer has a permanent neighbour entry (base address of its
+Owns the device and its settings. Each peer has a permanent neighbour entry (base address of its
 subnet -> MAC), an FDB entry (MAC -> endpoint) and a route (subnet via its base address through the
-device): ``vxlan_peers`` and ``vxlan_entries`` make these. Does not know leases, or which peers
-are reached by VXLAN. Threading rule: call from any asyncio loop; the work is done in the thread of
-the given ``Netlink``, one call after the other.
+device); ``vxlan_peers`` and ``vxlan_entries`` add and remove them. The caller decides which peers
+use VXLAN. Does not depend on leases. Threading: call from any asyncio loop; the work runs in the
+thread of the given ``Netlink``, one call after the other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .netlink import (
     Netlink,
 )
 from .vxlan_entries import Entries, EntrySocket
-from .vxlan_peers import Application, PeerFailure, VxlanPeer, parse_mac, take
+from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take
 
 __all__ = ["OVERHEAD", "PeerFailure", "VniInUse", "Vxlan", "VxlanConfig", "VxlanDevice",
            "VxlanPeer"]
@@ -44,14 +44,14 @@ T = TypeVar("T")
 IPInterface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 KIND = "vxlan"
-PROBE_NAME = "udtunprobe"
+PROBE_NAME = "udptunprobe"
 PROBE_TRIES = 50
 PROBE_PAUSE_SECONDS = 0.1  # at most, between two tries
-PROBE_VNI = (1 << 24) - 8285  # near the top of the range, where networks rarely have theirs
+PROBE_VNI = (1 << 24) - 8285  # near the maximum, which networks rarely use
 # The kernel's default, older than IANA's 4789; a module parameter can change it.
 DEFAULT_PORT = 8472
 DEFAULT_PORT_FILE = Path("/sys/module/vxlan/parameters/udp_port")
-OVERHEAD = {4: 50, 6: 70}  # bytes around the inner packet, by the IP version of the underlay
+OVERHEAD = {4: 50, 6: 70}  # bytes of the headers added to an inner packet, by underlay IP version
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,13 @@ class VxlanConfig:
     """The settings of a VXLAN device.
 
     port            UDP port; 0: the kernel's default, 8472
-    underlay_index  of the interface that the datagrams leave through
-    local           this host's address there; its IP version is that of the device
-    mtu             of the device and so of inner packets, bytes: the underlay's less OVERHEAD
-    mac             "aa:bb:.."; None: the existing device's, else a random one
-    network         of the overlay: our routes that bypass the device are within it, which tells
-                    them from those of another instance. None: there is no other instance
+    underlay_index  index of the interface that sends the datagrams
+    local           this host's address on that interface; the device has the same IP version
+    mtu             MTU of the device in bytes: the MTU of the underlay minus OVERHEAD
+    mac             "aa:bb:.."; None: the MAC of the existing device, or else a random one
+    network         network of the overlay. Routes that bypass the device belong to this instance
+                    if they are within this network, and else to another instance. None: there is
+                    no other instance
     """
 
     name: str
@@ -81,8 +82,11 @@ class VxlanConfig:
 
 @dataclass(frozen=True, slots=True)
 class VxlanDevice:
-    """An existing device. version: IP version of the underlay, and of the subnets it carries.
-    network: as in VxlanConfig."""
+    """An existing device.
+
+    version  IP version of the underlay and of the subnets that the device carries
+    network  as in VxlanConfig
+    """
 
     name: str
     index: int
@@ -95,7 +99,7 @@ class VxlanDevice:
 class VniInUse(DeviceError):
     """Another device has the VNI and port. The kernel allows one per network namespace.
 
-    holder  its name
+    holder  the name of the other device
     """
 
     def __init__(self, config: VxlanConfig, holder: str) -> None:
@@ -115,11 +119,11 @@ class Vxlan:
     # -- the device -------------------------------------------------------------------------------
 
     async def probe(self, like: VxlanConfig | None = None) -> str | None:
-        """Return None if the kernel can create a VXLAN device here, else a sentence that says why
-        not.
+        """Return None if the kernel can create a VXLAN device here, else the error message.
 
-        Creates one with another VNI, brings it up, which binds the UDP port, and removes it.
-        ``like``: with the same port, GBP, underlay and IP version.
+        Creates a device with another VNI, brings it up, which binds the UDP port, and removes it.
+
+        like  test with the port, GBP, underlay and IP version of this configuration
         """
         config = like or VxlanConfig(PROBE_NAME, PROBE_VNI, 0, 0, ipaddress.IPv4Address(0), 0)
         config = replace(config, name=PROBE_NAME, vni=PROBE_VNI, mtu=0, mac=None)
@@ -143,12 +147,14 @@ class Vxlan:
     ) -> VxlanDevice:
         """Create the device or adopt an existing one, configure it and bring it up.
 
-        A device with the right settings is adopted, with its peers and its MAC. Another one is
-        replaced, with the same MAC, because peers have it in their entries.
+        A device with the right settings is adopted, with its peers and its MAC. A device with
+        other settings is replaced; the new device has the same MAC, because the peers have that
+        MAC in their entries.
 
-        addresses  become its only ones, each as a host address; None: not known yet, the present
-                   ones stay (link-local ones always do)
-        DeviceError (VniInUse), FieldError (mtu, mac)
+        addresses  the addresses of the device, each set as /32 or /128. All other addresses are
+                   removed, except link-local ones. None: not known yet, keep the present addresses
+
+        Raises DeviceError, also as VniInUse; FieldError for mtu and mac.
         """
         if config.mac is not None:
             parse_mac("mac", config.mac)
@@ -182,8 +188,11 @@ class Vxlan:
             raise
 
     async def remove(self, name: str, network: IPNetwork | None = None) -> None:
-        """Remove the device with all its entries, and our routes that bypass it; ``network`` as in
-        VxlanConfig. Do nothing if there is no such device. DeviceError: it is not a VXLAN device.
+        """Remove the device with all its entries, and our routes that bypass it.
+
+        Does nothing if there is no such device. Raises DeviceError if it is not a VXLAN device.
+
+        network  as in VxlanConfig
         """
         found = await self._find(name)
         if found is None:
@@ -196,8 +205,8 @@ class Vxlan:
 
         device = VxlanDevice(name, found.index, found.mac, found.mtu, found.version,
                              network)
-        for sentence in await self._entries(f"removing {name}", device, remove_routes):
-            log.warning("%s", sentence)
+        for message in await self._entries(f"removing {name}", device, remove_routes):
+            log.warning("%s", message)
         await self._delete(found)
 
     # -- the peers --------------------------------------------------------------------------------
@@ -207,14 +216,14 @@ class Vxlan:
     ) -> tuple[PeerFailure, ...]:
         """Make these the only peers of the device: read its entries and apply the difference.
 
-        Return the peers that the kernel refused; all others are active. DeviceError: perhaps none
-        is.
+        Returns the peers that the kernel refused; all others are active. Raises DeviceError if
+        the whole update failed; then it is possible that no peer is active.
         """
         put = tuple(peers)
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
             self._known.pop(device.index, None)
-            return self._apply(device, Application(entries, Entries(), entries.read(), trust=True),
+            return self._apply(device, EntryUpdate(entries, Entries(), entries.read(), trust=True),
                                put)
 
         return await self._entries(f"setting the peers of {device.name}", device, work)
@@ -222,32 +231,38 @@ class Vxlan:
     async def change(
         self, device: VxlanDevice, put: Iterable[VxlanPeer] = (), remove: Iterable[IPNetwork] = (),
     ) -> tuple[PeerFailure, ...]:
-        """Remove the peers of some subnets, and add or change others. As ``sync``, but the present
-        entries are remembered instead of read, and every peer in ``put`` is sent."""
+        """Add or change the peers in ``put``, and remove the peers of the subnets in ``remove``.
+
+        Like ``sync``, but uses the entries from the last call instead of reading them from the
+        kernel, and sends every peer in ``put`` even if it is unchanged.
+        """
         peers = tuple(put)
         touched = {*remove, *(peer.subnet for peer in peers)}
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
             now = self._known.pop(device.index, None) or entries.read()
             former = take(now, touched)
-            return self._apply(device, Application(entries, now, former, trust=False), peers)
+            return self._apply(device, EntryUpdate(entries, now, former, trust=False), peers)
 
         return await self._entries(f"changing the peers of {device.name}", device, work)
 
     def _apply(
-        self, device: VxlanDevice, application: Application, peers: tuple[VxlanPeer, ...]
+        self, device: VxlanDevice, update: EntryUpdate, peers: tuple[VxlanPeer, ...]
     ) -> tuple[PeerFailure, ...]:
-        application.put(peers, device.name, device.version)
-        for sentence in application.clear():
-            log.warning("%s: %s", device.name, sentence)
-        self._known[device.index] = application.now  # if it fails, the next call reads the entries
-        return tuple(application.failures)
+        update.put(peers, device.name, device.version)
+        for message in update.clear():
+            log.warning("%s: %s", device.name, message)
+        # Not reached if the update fails: the next call then reads the entries from the kernel.
+        self._known[device.index] = update.now
+        return tuple(update.failures)
 
     async def _entries(
         self, doing: str, device: VxlanDevice, work: Callable[[EntrySocket], T]
     ) -> T:
-        """Run ``work`` on the entries of the device, as one job of the netlink thread: concurrent
-        calls do not mix."""
+        """Run ``work`` on the entries of the device.
+
+        It is one job of the netlink thread, so that concurrent calls do not interleave.
+        """
         async def job(_: Any) -> T:
             try:
                 exists = socket.if_nametoindex(device.name) == device.index
@@ -339,8 +354,11 @@ class Vxlan:
         return VxlanDevice(name, index, mac, config.mtu, version, config.network)
 
     async def _isolate(self, name: str, index: int, wants_v6: bool) -> None:
-        """Turn off IPv6 autoconfiguration: peers are configured, not discovered. No link-local
-        address, no solicitations, and router advertisements of peers are ignored."""
+        """Turn off IPv6 autoconfiguration, because peers are configured and not discovered.
+
+        The device gets no link-local address, the kernel sends no solicitations, and router
+        advertisements of peers are ignored.
+        """
         conf = Path("/proc/sys/net/ipv6/conf", name)
         if not conf.exists():  # this host has no IPv6
             return
@@ -382,7 +400,10 @@ class Vxlan:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A device as the kernel reports it. version: IP version of a VXLAN device's underlay."""
+    """A device as the kernel reports it.
+
+    version  IP version of the underlay, if it is a VXLAN device
+    """
 
     name: str
     index: int
@@ -407,13 +428,13 @@ class _Found:
         )
 
 
-# Settings that a device must have to be adopted: pyroute2's name, and ours for error texts.
+# Settings that a device must have to be adopted: pyroute2's name, and a name for error texts.
 OPTIONS = {
     "vxlan_id": "VNI", "vxlan_port": "port", "vxlan_link": "underlay interface",
     "vxlan_local": "local address", "vxlan_local6": "local address",
     "vxlan_learning": "learning", "vxlan_gbp": "GBP",
 }
-# Settings that it must not have: packets would not go where its entries say.
+# Settings that the device must not have: packets would not follow its entries.
 FORBIDDEN = {
     "vxlan_group": "group", "vxlan_group6": "group", "vxlan_l2miss": "L2 misses",
     "vxlan_l3miss": "L3 misses", "vxlan_proxy": "ARP proxy",
@@ -435,15 +456,20 @@ def _options(config: VxlanConfig) -> dict[str, Any]:
 
 
 def _mismatch(found: _Found, config: VxlanConfig) -> str:
-    """Return a setting that differs and that an existing device cannot change; "" if none."""
+    """Return the first setting that differs and that an existing device cannot change; "" if none.
+    """
     if found.kind != KIND:
         return "a device that is not a VXLAN device has this name"
     wanted = _options(config)
     for option, name in {**OPTIONS, **FORBIDDEN}.items():
-        has = found.options.get(f"IFLA_{option.upper()}")
-        if has != wanted.get(option) and (has or wanted.get(option)):
-            return f"{name} {has} instead of {wanted.get(option)}"
+        has, wants = found.options.get(f"IFLA_{option.upper()}"), wanted.get(option)
+        if has != wants and (has or wants):
+            return f"{name} is {_shown(has)}, expected {_shown(wants)}"
     return ""
+
+
+def _shown(setting: Any) -> str:
+    return "not set" if setting is None else str(setting)
 
 
 def _default_port() -> int:
@@ -454,7 +480,9 @@ def _default_port() -> int:
 
 
 def _random_mac() -> str:
-    """Return a unicast MAC address, locally administered. The kernel does not choose it, because
-    udev would replace it after peers have learned it."""
+    """Return a random, unicast, locally administered MAC address.
+
+    If the kernel chose the address, udev would replace it after peers have learned it.
+    """
     first, *rest = os.urandom(6)
     return bytes([first & 0xFE | 0x02, *rest]).hex(":")

@@ -1,9 +1,9 @@
-"""The kernel's entries for the peers of a VXLAN device: read them, and change them in bulk.
+"""Read and change, in bulk, the kernel's entries for the peers of a VXLAN device.
 
-Owns: three tables of a device, and in them only the entries of peers: permanent neighbours, FDB
-entries, routes. Keys and values are bytes as in netlink messages, so that thousands are compared
-and sent without an object for each. Does not know who the peers are. Threading rule: as
-``RouteSocket``.
+Owns three kinds of entries: permanent neighbours, FDB entries and routes. Entries that do not
+belong to peers stay unchanged. Keys and values are bytes as in netlink messages, so that thousands
+of entries are compared and sent without one object for each. ``vxlan_peers`` translates peers into
+entries. Threading: as ``RouteSocket``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
-RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255  # in a request to delete, the latter matches any
+RT_SCOPE_UNIVERSE = 0
+RT_SCOPE_NOWHERE = 255  # in a request to delete a route, this value matches any scope
 RTPROT_KERNEL = 2
 RTPROT_UDPTUN = 85  # marks our routes; no other program is known to use it
 # linux/neighbour.h
@@ -32,7 +33,7 @@ NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NUD_PERMANENT, NTF_SELF = 0x80, 0x02
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 AF_BRIDGE = 7
-# The metric that the kernel gives to a route without one; routes with another metric are not ours.
+# The metric that the kernel sets if a request has none. Routes with another metric are not ours.
 METRIC = {4: 0, 6: 1024}
 
 NDMSG = struct.Struct("=B3xiHBB")  # family, interface, state, flags, type
@@ -53,14 +54,15 @@ Prefix = tuple[bytes, int]  # network address, length in bits
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """All addresses and MACs in network order.
+    """Entries of one device. All addresses and MACs are in network order.
 
     neighbours  address in the overlay -> MAC
     forwarding  MAC -> address on the underlay
-    routes      prefix -> next hop: through the device if it is the prefix's own base address, else
-                straight to a peer's endpoint. ON_LINK: the base address itself is behind the
-                device. The kernel needs that route before it accepts an IPv6 next hop there, if
-                another route matches the address
+    routes      prefix -> next hop. If the next hop is the base address of the prefix, the route is
+                through the device. If it is the endpoint of a peer, the route bypasses the device.
+                If it is ON_LINK, the prefix is the base address alone, and the route makes it
+                reachable on the device: if another route matches the base address, the kernel
+                accepts it as an IPv6 next hop only after this route exists
     """
 
     neighbours: dict[bytes, bytes] = field(default_factory=dict)
@@ -69,11 +71,11 @@ class Entries:
 
 
 class EntrySocket:
-    """The tables of one device.
+    """Reads and changes the entries of one device.
 
-    version  IP version of its underlay, and of what it carries
-    network  of the overlay, to recognise our routes that bypass the device; None: by their
-             protocol only
+    version  IP version of the device's underlay, and of the packets that the device carries
+    network  network of the overlay: routes that bypass the device are ours if they have our
+             protocol number and are within this network. None: the protocol number is enough
     """
 
     def __init__(
@@ -83,12 +85,12 @@ class EntrySocket:
         self._network = network
 
     def read(self) -> Entries:
-        """Return the present entries. OSError."""
+        """Return the present entries. Raises OSError."""
         found = Entries()
         for address, mac in self._neighbours(FAMILY[self._version]):
             found.neighbours[address] = mac
         for address, mac in self._neighbours(AF_BRIDGE):
-            if any(mac) and not mac[0] & 1:  # not those for broadcast and multicast
+            if any(mac) and not mac[0] & 1:  # a unicast MAC
                 found.forwarding[mac] = address
         for prefix, next_hop, index, protocol in self._routes():
             if self._is_ours(prefix, next_hop, index, protocol):
@@ -109,20 +111,23 @@ class EntrySocket:
         return same and length >= self._network.prefixlen
 
     def put_neighbours(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
-        """Set each (address, MAC), replacing the entry of that address. OSError."""
+        """Set each (address, MAC), replacing the entry of that address. Raises OSError."""
         return self._send([self._neighbour(*item) for item in items])
 
     def put_forwarding(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
-        """Set each (MAC, address on the underlay), replacing the entry of that MAC. OSError."""
+        """Set each (MAC, address on the underlay), replacing the entry of that MAC. Raises OSError.
+        """
         return self._send([self._forwarding(*item) for item in items])
 
     def put_routes(
         self, items: Iterable[tuple[Prefix, bytes]], ours: dict[Prefix, bytes]
     ) -> list[Refusal | None]:
-        """Set each (prefix, next hop), replacing any route to the prefix except one of the kernel:
-        that prefix is a network that this host is attached to. OSError.
+        """Set each (prefix, next hop), replacing any other route to the prefix. Raises OSError.
 
-        ours  our present routes: these are replaced without a check
+        A route that the kernel itself has added is not replaced: its prefix is a network that this
+        host is attached to.
+
+        ours  our present routes, which are replaced without a check
         """
         wanted = list(items)
         refused = self._send([
@@ -145,7 +150,10 @@ class EntrySocket:
         return refused
 
     def delete(self, entries: Entries) -> list[str]:
-        """Remove these, routes first. Return a sentence for each that the kernel kept. OSError."""
+        """Remove these entries, routes first.
+
+        Returns one error message for each entry that the kernel did not delete. Raises OSError.
+        """
         requests = [
             *(self._route(prefix, hop, None) for prefix, hop in entries.routes.items()),
             *(self._neighbour(address, mac, RTM_DELNEIGH)
@@ -182,12 +190,15 @@ class EntrySocket:
         ))
 
     def _delete_forwarding(self, mac: bytes) -> Request:
-        """Delete the entry of this MAC, whatever its address."""
+        """Build a request that deletes the FDB entry of this MAC, with any address."""
         return Request(RTM_DELNEIGH, 0, MAC_ONLY.pack(
             AF_BRIDGE, self._index, NUD_PERMANENT, NTF_SELF, 0, 4 + 6, NDA_LLADDR, mac))
 
     def _route(self, prefix: Prefix, next_hop: bytes, mode: int | None) -> Request:
-        """mode: NLM_F_REPLACE or NLM_F_EXCL; None to delete."""
+        """Build a request for one route.
+
+        mode  NLM_F_REPLACE or NLM_F_EXCL to add it; None to delete it
+        """
         base, length = prefix
         size = len(base)
         through = next_hop == base
@@ -217,8 +228,11 @@ class EntrySocket:
                     yield bytes(found[NDA_DST]), bytes(found[NDA_LLADDR])
 
     def _routes(self) -> Iterable[tuple[Prefix, bytes, int, int]]:
-        """Yield prefix, next hop, interface and protocol of each route of the main table that has
-        the same key as one of ours could have. Default routes do not."""
+        """Yield the prefix, next hop, interface and protocol of routes in the main table.
+
+        Only routes with a key that our routes can have: unicast, TOS 0, our metric, not a default
+        route.
+        """
         request = RTMSG.pack(FAMILY[self._version], 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
         for body in self._netlink.dump(RTM_GETROUTE, request):
             _, length, _, tos, table, protocol, _, kind, _ = RTMSG.unpack_from(body)

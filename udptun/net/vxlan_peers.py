@@ -1,8 +1,9 @@
-"""Peers of a VXLAN device, and their translation into the kernel's entries.
+"""Translate the peers of a VXLAN device into kernel entries, and apply them.
 
-Owns: the order in which entries are added and removed, and the rule that a peer has a route only if
-all its entries are active, so that its packets take another path otherwise. Does not know the
-device or netlink's format. Threading rule: as ``EntrySocket``.
+Owns the order in which entries are added and removed, and this rule: a peer has a route through the
+device only if its neighbour and FDB entries are active. If not, it has no such route, and its
+packets can take another path. Does not depend on the settings of the device or on netlink's message
+format. Threading: as ``EntrySocket``.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE | re.ASCII)
 
 
 def parse_mac(field: str, value: str) -> bytes:
-    """Return the bytes of one host's MAC, "aa:bb:cc:dd:ee:ff". FieldError."""
+    """Parse a unicast MAC address, "aa:bb:cc:dd:ee:ff", and return its bytes. Raises FieldError."""
     mac = bytes.fromhex(value.replace(":", "")) if MAC.fullmatch(value) else b""
     if not any(mac) or mac[0] & 1:
-        raise FieldError(field, value, "the MAC of one host, such as 5e:23:52:e4:f8:7b")
+        raise FieldError(field, value, "a unicast MAC address, such as 5e:23:52:e4:f8:7b")
     return mac
 
 
 @dataclass(frozen=True, slots=True)
 class VxlanPeer:
-    """A subnet of a peer. FieldError: ``mac`` is not that of one host.
+    """A subnet of a peer. Raises FieldError if ``mac`` is not a unicast MAC address.
 
-    mac     of the peer's device, "aa:bb:cc:dd:ee:ff" (VtepMAC of its lease)
-    direct  route straight to ``endpoint`` if it is on the link; encapsulate only if it is not
+    mac     MAC address of the peer's device, "aa:bb:cc:dd:ee:ff" (VtepMAC of its lease)
+    direct  route to ``endpoint`` without encapsulation if it is on the link
     """
 
     subnet: IPNetwork
@@ -50,15 +51,17 @@ class VxlanPeer:
 
 @dataclass(frozen=True, slots=True)
 class PeerFailure:
-    """A peer that this device does not reach, and why. It has no route through the device."""
+    """A peer that could not be set up, and the error. It has no route through the device."""
 
     peer: VxlanPeer
     error: DeviceError | FieldError
 
 
 def take(entries: Entries, subnets: Iterable[IPNetwork]) -> Entries:
-    """Remove the entries of these subnets from ``entries``, and return them. The FDB entry of a MAC
-    is returned and also stays: other subnets may use the MAC."""
+    """Remove the entries of these subnets from ``entries``, and return them.
+
+    The FDB entry of a MAC is returned and also stays, because other subnets may use the MAC.
+    """
     taken = Entries()
     for subnet in subnets:
         base = subnet.network_address.packed
@@ -82,13 +85,13 @@ class _Row:
     endpoint: bytes
 
 
-class Application:
-    """Add peers, and remove entries that are no longer used.
+class EntryUpdate:
+    """One update of a device's entries: ``put`` adds peers, ``clear`` removes unused entries.
 
-    now       the entries that stay; ``put`` adds those that are active
-    former    the entries to remove unless ``put`` needs them again
-    trust     the kernel is known to have ``former``: do not send these entries again
-    failures  the peers that are not active
+    now       entries that stay; ``put`` adds the ones that have become active
+    former    entries to remove, except those that ``put`` needs again
+    trust     the kernel has the entries in ``former``: do not send them again
+    failures  peers that are not active
     """
 
     def __init__(self, socket: EntrySocket, now: Entries, former: Entries, *, trust: bool) -> None:
@@ -97,17 +100,19 @@ class Application:
         self._socket, self._former, self._trust = socket, former, trust
 
     def put(self, peers: Iterable[VxlanPeer], device: str, version: int) -> None:
-        """Add each entry after those that it needs: a route without a neighbour entry would make
-        the kernel send solicitations. OSError.
+        """Add the entries of ``peers``. Raises OSError.
 
-        version  IP version of the device's underlay, and of the subnets it carries
+        The route is added after the neighbour entry; without one the kernel would send
+        solicitations for packets on the route.
+
+        version  IP version of the device's underlay, and of the subnets that the device carries
         """
         rows = [
             _Row(peer, (peer.subnet.network_address.packed, peer.subnet.prefixlen),
                  parse_mac("VtepMAC", peer.mac), peer.endpoint.packed)
             for peer in peers if self._fits(peer, device, version)
         ]
-        # The kernel knows what is on the link: it refuses a next hop that is not.
+        # Try the direct route first: the kernel refuses it if the endpoint is not on the link.
         off_link = self._put_routes(
             (row, row.prefix, row.endpoint) for row in rows if row.peer.direct)
         through = self._with_unique_macs(
@@ -125,8 +130,10 @@ class Application:
             self._withdraw(row)
 
     def clear(self) -> list[str]:
-        """Remove former entries that are not used. Return a sentence for each that the kernel kept.
-        OSError."""
+        """Remove former entries that are not used any more.
+
+        Returns one error message for each entry that the kernel did not delete. Raises OSError.
+        """
         now, former = self.now, self._former
         used = set(now.neighbours.values())
         unused = {mac: address for mac, address in former.forwarding.items() if mac not in used}
@@ -141,13 +148,16 @@ class Application:
     def _fits(self, peer: VxlanPeer, device: str, version: int) -> bool:
         for name, value in (("subnet", peer.subnet), ("endpoint", peer.endpoint)):
             if value.version != version:
-                expected = f"of IPv{version}, which {device} carries"
+                expected = f"IPv{version}, because {device} carries only IPv{version}"
                 self.failures.append(PeerFailure(peer, FieldError(name, str(value), expected)))
                 return False
         return True
 
     def _with_unique_macs(self, rows: Iterable[_Row]) -> list[_Row]:
-        """Return the rows whose MAC no other endpoint has: the FDB has one endpoint per MAC."""
+        """Return the rows whose MAC belongs to one endpoint: the FDB has one endpoint per MAC.
+
+        Of several endpoints with the same MAC, the first one keeps it; the others are failures.
+        """
         holders: dict[bytes, _Row] = {}
         unique = []
         for row in rows:
@@ -155,7 +165,7 @@ class Application:
             if holder.endpoint == row.endpoint:
                 unique.append(row)
             else:
-                expected = f"a MAC that no other peer has ({holder.peer} has it)"
+                expected = f"a unique MAC address (the peer {holder.peer} has the same one)"
                 self.failures.append(PeerFailure(
                     row.peer, FieldError("VtepMAC", row.peer.mac, expected)))
         return unique
@@ -177,7 +187,7 @@ class Application:
         return refused
 
     def _withdraw(self, row: _Row) -> None:
-        """Let ``clear`` remove the active entries of a peer that has failed."""
+        """Move the active entries of a failed peer to ``former``: ``clear`` removes them."""
         now, former = self.now, self._former
         base = row.prefix[0]
         now.neighbours.pop(base, None)
