@@ -41,6 +41,12 @@ def test_other_names_are_refused(name):
         Instance(name)
 
 
+def test_flannels_name_is_refused():
+    """It would share subnet.env and the VXLAN devices with the default instance."""
+    with pytest.raises(FieldError, match="not flannel"):
+        Instance("flannel")
+
+
 def test_a_device_name_that_the_kernel_would_refuse():
     assert Instance("blue").vxlan_device(16777215, 4) == "blue.16777215"
     with pytest.raises(FieldError, match="VNI: 16777215"):
@@ -97,3 +103,13 @@ def test_a_killed_process_releases_its_name(tmp_path: Path):
     process.join(60)
     with Instance("blue").locked("node", tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("device", "owner"),
+    [("flannel.7", "udptun"), ("flannel-v6.7", "udptun"), ("blue.7", "blue"), ("blue-v6.7", "blue"),
+     ("blue.8", None), ("Mine.7", None), ("vxlan7", None)],
+)
+def test_the_instance_of_a_vxlan_device(device, owner):
+    found = Instance.of_vxlan_device(device, 7)
+    assert (found and found.name) == owner

@@ -21,6 +21,7 @@ from pathlib import Path
 from .errors import FieldError, UdptunError
 
 DEFAULT_INSTANCE = "udptun"
+FLANNEL = "flannel"  # the default instance has some of flannel's names: no other may have them
 MAX_DEVICE_NAME = 15  # IFNAMSIZ less the terminating zero: linux/if.h
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,7}")  # nft accepts no name that begins with a digit
 
@@ -36,9 +37,10 @@ class Instance:
     name: str = DEFAULT_INSTANCE
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not _NAME.fullmatch(self.name) or self.name == FLANNEL:
             raise FieldError(
-                "instance", self.name, "1 to 8 of a-z, 0-9 and -, beginning with a letter"
+                "instance", self.name,
+                f"1 to 8 of a-z, 0-9 and -, beginning with a letter, and not {FLANNEL}",
             )
 
     @property
@@ -56,7 +58,7 @@ class Instance:
     def vxlan_device(self, vni: int, version: int) -> str:
         """The VXLAN device whose underlay is IP version 4 or 6; FieldError: the name is too
         long for the kernel."""
-        prefix = "flannel" if self.is_default else self.name
+        prefix = FLANNEL if self.is_default else self.name
         device = f"{prefix}.{vni}" if version == 4 else f"{prefix}-v6.{vni}"
         if len(device) > MAX_DEVICE_NAME:
             raise FieldError(
@@ -69,7 +71,7 @@ class Instance:
         """The instance that creates a device of this name; None: none does."""
         prefix = device.removesuffix(f".{vni}")
         prefix = prefix.removesuffix("-v6") if device != prefix else ""
-        if prefix == "flannel":
+        if prefix == FLANNEL:
             return cls()
         return cls(prefix) if _NAME.fullmatch(prefix) else None
 

@@ -17,14 +17,16 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from udptun.cli import cli
 from udptun.control.client import ControlClient
 from udptun.errors import FieldError, NoForwarder
+from udptun.instance import Instance
 from udptun.lab import Host, Lab, missing_tools, ping, wait_for
 from udptun.model import Route
-from udptun.node.extension import advertisement, peer_route
-from udptun.node.process.launch import ForwarderSpec
+from udptun.node.extension import Extension, advertisement, peer_route
+from udptun.node.process.launch import ForwarderSpec, spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.244.0.0/16"
@@ -387,6 +389,32 @@ DEVICE = {
     "name": "udptun0", "addresses": ["10.244.1.0"], "networks": ["10.244.0.0/16"],
     "listen": ["192.0.2.1:8285"], "mtu": 1472,
 }
+
+
+def test_the_instance_names_device_socket_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        Extension, "up", lambda self, env, tun, *_: seen.append(
+            (self.instance.name, tun, self.control, self.state_dir)))
+    for argv, env in (
+        (["ext", "up", "--instance", "blue"], {}), (["ext", "up"], {"UDPTUN_INSTANCE": "blue"}),
+        (["ext", "up", "--instance", "blue", "--tun", "x0", "--socket", "/c", "--state-dir", "/s"],
+         {}),
+    ):
+        result = CliRunner().invoke(cli, argv, env=env)
+        assert result.exit_code == 0, result.output
+    named = ("blue", "blue0", Path("/run/blue/blue.sock"), Path("/var/lib/blue"))
+    assert seen == [named, named, ("blue", "x0", Path("/c"), Path("/s"))]
+
+
+def test_a_forwarder_is_started_with_the_instance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda argv, **_: seen.append(argv))
+    spawn(tmp_path / "forward.json", tmp_path / "log", Instance("blue"))
+    assert seen[0][1:] == ["-m", "udptun", "forward", "--instance", "blue", "--wait-for",
+                           str(tmp_path / "forward.json")]
 
 
 def test_the_options_survive_the_file(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from udptun._version import __version__
 from udptun.cli import cli
 from udptun.cli.node import node
 from udptun.errors import DeviceError
+from udptun.instance import Instance
 from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.file.config import FileConfig
 from udptun.leases.kube.config import KubeConfig
@@ -196,6 +197,26 @@ def test_the_forward_file_is_in_the_directory_of_the_control_socket(daemon: Fake
 
 def test_the_socket_may_be_named_as_for_other_commands(daemon: FakeDaemon) -> None:
     assert parsed(daemon, UDPTUN_SOCKET="/run/x.sock").control == Path("/run/x.sock")
+
+
+def test_the_instance_names_everything_that_is_not_given(daemon: FakeDaemon) -> None:
+    config = parsed(daemon, "--instance=blue")
+    assert config == NodeConfig(source=EtcdConfig(), instance=Instance("blue"))
+    assert (config.tun, config.control, config.forward_file) == (
+        "blue0", Path("/run/blue/blue.sock"), Path("/run/blue/forward.json"))
+    assert (config.state_dir, config.subnet_file) == (
+        Path("/var/lib/blue"), Path("/run/blue/subnet.env"))
+    assert parsed(daemon, UDPTUN_INSTANCE="blue") == config
+    given = ("--tun=x0", "--control=/c/c.sock", "--state-dir=/s", "--subnet-file=/e")
+    config = parsed(daemon, "--instance=blue", *given)
+    assert (config.tun, config.control, config.state_dir, config.subnet_file) == (
+        "x0", Path("/c/c.sock"), Path("/s"), Path("/e"))
+
+
+def test_an_instance_with_a_wrong_name_is_refused(daemon: FakeDaemon) -> None:
+    result = invoke("--instance=Blue_1")
+    assert result.exit_code == 2
+    assert "'Blue_1' is not valid: expected 1 to 8 of a-z" in result.stderr
 
 
 def test_state_directory_of_a_service_manager(daemon: FakeDaemon) -> None:
