@@ -1,4 +1,4 @@
-"""What the micro benchmarks say at the end: each in the unit that people compare."""
+"""Print the result of each micro benchmark in a comparable unit: ns per item, or GB/s."""
 
 from collections.abc import Callable
 
@@ -14,27 +14,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def ns_each(benchmark, request) -> Callable[[int], None]:
-    """Call it with how many things one round did."""
+    """Return a function that reports the time per item; call it with the items of one round."""
 
-    def say(n: int) -> None:
+    def report(n: int) -> None:
         if benchmark.stats:
-            _say(benchmark, request, "ns each", benchmark.stats.stats.min / n * 1e9)
+            _report(benchmark, request, "ns each", benchmark.stats.stats.min / n * 1e9)
 
-    return say
+    return report
 
 
 @pytest.fixture
 def gb_per_second(benchmark, request) -> Callable[[int], None]:
-    """Call it with how many bytes one round took."""
+    """Return a function that reports the throughput; call it with the bytes of one round."""
 
-    def say(n: int) -> None:
+    def report(n: int) -> None:
         if benchmark.stats:
-            _say(benchmark, request, "GB/s", n / benchmark.stats.stats.min / 1e9)
+            _report(benchmark, request, "GB/s", n / benchmark.stats.stats.min / 1e9)
 
-    return say
+    return report
 
 
-def _say(benchmark, request, unit: str, value: float) -> None:
+def _report(benchmark, request, unit: str, value: float) -> None:
     benchmark.extra_info[unit] = value
     request.config.stash[_ROWS].append((request.node.name, value, unit))
 

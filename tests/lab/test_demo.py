@@ -1,4 +1,4 @@
-"""``udptun demo`` as a person runs it."""
+"""``udptun demo`` as a user runs it: output, colour, Ctrl-C, and what it leaves behind."""
 
 import os
 import pty
@@ -19,7 +19,7 @@ def leftovers(pid: int) -> list[str]:
     return [p.name for p in Path("/run/netns").glob(f"ut{pid}-*")]
 
 
-def test_it_shows_what_it_promises_and_cleans_up():
+def test_it_shows_every_step_and_cleans_up():
     with subprocess.Popen(
         DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as demo:

@@ -1,4 +1,4 @@
-"""``make demo-etcd`` as a person runs it."""
+"""``make demo-etcd`` as a user runs it. The whole demo is in `make test-all`."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The maker of hosts itself: what it makes works, and nothing of it stays."""
+"""The lab: its hosts and links work, and it removes everything that it created."""
 
 import os
 import signal
@@ -102,7 +102,7 @@ def test_an_exception_removes_everything():
     assert not Path(f"/proc/{process.pid}").exists()
 
 
-# Makes a lab with a process in it, says so, and waits for its end.
+# Creates a lab with a process in it, prints their names, and waits for a signal.
 VICTIM = """
 import signal
 from udptun.lab import Lab
