@@ -229,7 +229,7 @@ def test_every_source_check_is_explained(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [reason.name for reason in DROP_REASONS])
-def test_operators_read_what_to_do_about_every_drop(name: str) -> None:
+def test_operations_page_lists_every_drop_reason(name: str) -> None:
     assert re.search(rf"^\|.*`{name}`.* \|", (ROOT / "docs" / "operations.md").read_text(),
                      re.MULTILINE)
 
@@ -244,7 +244,7 @@ def test_error_messages_in_the_troubleshooting_section_exist() -> None:
         assert known in source
 
 
-def test_metrics_that_are_named_exist() -> None:
+def test_metrics_in_documents_exist() -> None:
     have = set()
     for collector in (CounterCollector(fakes.FakeForwarder()), ReportCollector(ready())):
         for family in collector.collect():
@@ -460,7 +460,7 @@ def test_functions_named_in_the_reading_order_exist() -> None:
 # deploy/
 
 
-def test_the_unit_starts_what_exists() -> None:
+def test_the_unit_uses_existing_commands_and_variables() -> None:
     text = UNIT.read_text()
     (line,) = re.findall(r"^ExecStart=\S*/udptun (.*)$", text, re.MULTILINE)
     assert mistakes(line) == []

@@ -78,7 +78,7 @@ def test_the_content_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     assert synced == [(False, False), (True, True)]
 
 
-def test_several_writers_never_mix_their_content(tmp_path):
+def test_concurrent_writers_never_mix_their_content(tmp_path):
     path = tmp_path / "file"
     texts = [bytes([65 + i]) * 100_000 for i in range(4)]
     replace_file(path, [texts[0]])

@@ -1,4 +1,4 @@
-"""Instance names: the default keeps the known ones, others share nothing with it."""
+"""Instance names: the default instance has the documented names; two instances share no name."""
 
 import fcntl
 import multiprocessing
@@ -19,7 +19,7 @@ def names(instance: Instance) -> set[str]:
     }
 
 
-def test_the_default_instance_keeps_the_known_names():
+def test_default_instance_has_the_documented_names():
     assert names(Instance()) == {
         "udptun0", "udptun-ipv4", "udptun-ipv6", "flannel.1", "flannel-v6.1", "/run/udptun",
         "/var/lib/udptun", "/run/flannel/subnet.env", "/run/udptun/udptun.sock",
@@ -36,7 +36,7 @@ BAD_NAMES = ["", "Blue", "a.b", "a/b", "123456789", "a b", "-a", "0a", "é", "a\
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_other_names_are_refused(name):
+def test_invalid_instance_name_is_refused(name):
     with pytest.raises(FieldError, match=r"instance: .* expected 1 to 8"):
         Instance(name)
 
@@ -53,7 +53,7 @@ def test_a_device_name_that_the_kernel_would_refuse():
         Instance("abcdefgh").vxlan_device(16777215, 4)
 
 
-def test_a_name_is_held_once_for_each_role(tmp_path: Path):
+def test_instance_can_be_locked_once_per_role(tmp_path: Path):
     with Instance("blue").locked("forward", tmp_path):
         with Instance("blue").locked("node", tmp_path):
             pass
@@ -91,7 +91,7 @@ def hold(directory: Path, ready: Event) -> None:
         multiprocessing.Event().wait()
 
 
-def test_a_killed_process_releases_its_name(tmp_path: Path):
+def test_killed_process_releases_its_lock(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     process = context.Process(target=hold, args=(tmp_path, ready))

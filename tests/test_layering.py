@@ -1,7 +1,8 @@
-"""Imports point one way. The tree is parsed, not imported: an import inside a function counts too.
+"""Check the direction of all imports. The files are parsed, so imports inside functions count too.
 
-A module follows the rule with the longest name that covers it; it may import what its rule names,
-and what lies below that. Third-party packages have one home each.
+A module follows the rule with the longest matching name. It may import the modules that its rule
+names, and their submodules. Each third-party package may be imported only by the modules that
+THIRD_PARTY names.
 """
 
 import ast
@@ -57,14 +58,14 @@ THIRD_PARTY = {
     "click": {"cli"},
     "google": {"leases.etcd"},  # protobuf
     "grpc": {"leases.etcd"},
-    "httpx2": {"leases.kube"},  # what lightkube raises
+    "httpx2": {"leases.kube"},  # for lightkube's errors
     "lightkube": {"leases.kube"},
     "msgspec": {"leases"},
     "prometheus_client": {"control.metrics", "node.status.metrics"},
     "pyroute2": {"net.netlink", "net.underlay", "net.vxlan"},
     "uvloop": {"cli.forward", "forwarder"},
 }
-DISTRIBUTIONS = {"google": "protobuf", "grpc": "grpcio"}  # where it is not the package's name
+DISTRIBUTIONS = {"google": "protobuf", "grpc": "grpcio"}  # where the names differ
 EXTENSIONS = {"_core"}
 
 
@@ -78,7 +79,7 @@ def module_name(path, root):
 
 
 def imported(path, root, modules):
-    """(line, package, module) of each import: package "" is ours, and module is within it."""
+    """Yield (line, package, module) of each import; package "" is udptun."""
     here = path.relative_to(root).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -100,7 +101,7 @@ def imported(path, root, modules):
 
 
 def violations(root, rules, third_party):
-    """Sentences, one for each import that points the wrong way."""
+    """Return one message for each import that no rule allows."""
     paths = sorted(root.rglob("*.py"))
     modules = {module_name(path, root) for path in paths} | EXTENSIONS
     found = []
@@ -119,16 +120,16 @@ def violations(root, rules, third_party):
                 if not any(covers(home, module) for home in third_party[package]):
                     found.append(f"{where} imports {package}")
             elif package not in sys.stdlib_module_names:
-                found.append(f"{where} imports {package}, which has no home")
+                found.append(f"{where} imports {package}, which no rule allows")
     return found
 
 
-def test_imports_point_one_way():
+def test_imports_follow_the_rules():
     assert violations(PACKAGE, RULES, THIRD_PARTY) == []
 
 
 def test_every_imported_package_is_declared():
-    """Not only installed because another package depends on it."""
+    """A package that is installed only as a dependency of another one is an error."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = {
@@ -138,13 +139,13 @@ def test_every_imported_package_is_declared():
     assert {DISTRIBUTIONS.get(package, package) for package in THIRD_PARTY} <= declared
 
 
-def test_the_rules_have_no_circle():
-    """Between rooms; within a room a module may import its neighbours."""
-    rooms = {}
+def test_the_rules_have_no_cycle():
+    """Cycles between top-level packages are errors; within a package they are not checked."""
+    packages = {}
     for name, allowed in RULES.items():
-        room = name.partition(".")[0] or "udptun"
-        rooms.setdefault(room, set()).update(target.partition(".")[0] for target in allowed)
-    graph = {room: targets - {room} for room, targets in rooms.items()}
+        package = name.partition(".")[0] or "udptun"
+        packages.setdefault(package, set()).update(target.partition(".")[0] for target in allowed)
+    graph = {package: targets - {package} for package, targets in packages.items()}
     assert list(TopologicalSorter(graph).static_order())
 
 
@@ -155,7 +156,7 @@ def test_the_rules_have_no_circle():
         ("model.py", "from .drops import ENCAP", "model:1 imports drops"),
         ("leases/base.py", "from ..device.tun import Tun", "leases.base:1 imports device.tun"),
         ("leases/base.py", "from .. import _core", "leases.base:1 imports _core"),
-        ("leases/base.py", "import scapy", "leases.base:1 imports scapy, which has no home"),
+        ("leases/base.py", "import scapy", "leases.base:1 imports scapy, which no rule allows"),
         ("device/tun.py", "import udptun.leases.base", "device.tun:1 imports leases.base"),
         ("device/tun.py", "from ..forwarder import Forwarder", "device.tun:1 imports forwarder"),
         ("forwarder/a.py", "from .. import leases", "forwarder.a:1 imports leases"),
@@ -179,8 +180,8 @@ def test_the_rules_have_no_circle():
         ("stray.py", "import os", "stray: no rule covers it"),
     ],
 )
-def test_the_check_fails_on_a_made_up_tree(tmp_path, path, source, want):
-    """Each wrong import, alone in an otherwise clean tree, is found and named."""
+def test_the_check_finds_each_wrong_import(tmp_path, path, source, want):
+    """The tree has one wrong import, and the message names it."""
     root = tmp_path / "udptun"
     for clean in (
         "__init__.py", "errors.py", "model.py", "drops.py", "cli/__init__.py", "cli/lazy.py",
@@ -199,7 +200,7 @@ def test_the_check_fails_on_a_made_up_tree(tmp_path, path, source, want):
 
 
 def loaded_by(statement):
-    """The names in sys.modules after one statement in a fresh interpreter."""
+    """Return the names in sys.modules after one statement in a new interpreter."""
     script = f"{statement}\nimport sys\nprint(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True,
@@ -215,7 +216,7 @@ CLIENT = "udptun.cli.route, udptun.cli.show, udptun.cli.stop, udptun.cli.version
     "statement",
     ["import udptun", "import udptun.cli", f"import {CLIENT}, udptun.control.client"],
 )
-def test_client_commands_start_light(statement):
+def test_client_commands_import_no_large_module(statement):
     heavy = {
         "aiohttp", "asyncio", "prometheus_client", "pyroute2", "uvloop", "udptun._core",
         "udptun.forwarder", "udptun.net",
@@ -223,6 +224,6 @@ def test_client_commands_start_light(statement):
     assert not loaded_by(statement) & heavy
 
 
-def test_the_data_plane_is_loaded_when_asked_for():
-    """The public API is lazy, and what is heavy is seen when it is there."""
+def test_the_public_api_imports_the_forwarder_on_demand():
+    """Also shows that ``loaded_by`` finds large modules."""
     assert loaded_by("from udptun import Forwarder") >= {"uvloop", "udptun._core"}

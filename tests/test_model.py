@@ -42,13 +42,13 @@ def field_of(excinfo: pytest.ExceptionInfo[FieldError]) -> tuple[str, object]:
 
 
 @given(routes)
-def test_route_text_and_json_are_read_back(route: Route) -> None:
+def test_route_text_and_json_round_trip(route: Route) -> None:
     assert Route.from_words(str(route).split()) == route
     assert Route.from_json(route.to_json()) == route
 
 
 @given(st.ip_addresses(), st.integers(1, 65535))
-def test_endpoint_text_is_read_back(address: object, port: int) -> None:
+def test_endpoint_text_round_trip(address: object, port: int) -> None:
     endpoint = Endpoint(address, port)  # type: ignore[arg-type]
     assert Endpoint.parse(str(endpoint)) == endpoint
 
@@ -72,7 +72,7 @@ def test_endpoint(text: str, address: str, port: int) -> None:
     ["", ":", "192.0.2.1:", "192.0.2.1:0", "192.0.2.1:65536", "192.0.2.1:+1", "192.0.2.1:1:2",
      "[2001:db8::1", "[2001:db8::1]9", "[2001:db8::1]:", "fe80::1%eth0", "host:1", "192.0.2.1/32"],
 )
-def test_bad_endpoint(text: str) -> None:
+def test_invalid_endpoint_is_refused(text: str) -> None:
     with pytest.raises(FieldError, match="--listen"):
         Endpoint.parse(text, "--listen")
 
@@ -118,7 +118,7 @@ def test_route_defaults() -> None:
         ("default via 192.0.2.1", "dst", "default"),
     ],
 )
-def test_bad_words(text: str, field: str, value: object) -> None:
+def test_invalid_route_text_is_refused(text: str, field: str, value: object) -> None:
     with pytest.raises(FieldError, match=r"^line 7: ") as caught:
         Route.from_words(text.split(), "line 7")
     assert field_of(caught) == (field, value)
@@ -140,7 +140,7 @@ def test_bad_words(text: str, field: str, value: object) -> None:
         ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "mtu": []}, "mtu"),
     ],
 )
-def test_bad_json(value: object, field: str) -> None:
+def test_invalid_route_json_is_refused(value: object, field: str) -> None:
     with pytest.raises(FieldError, match=r"^routes\[3\]: ") as caught:
         Route.from_json(value, "routes[3]")
     assert caught.value.field == field
@@ -201,5 +201,5 @@ assert udptun.__version__
     assert done.stdout.strip() == "['udptun', 'udptun._version']"
 
 
-def test_the_core_knows_the_same_source_checks():
+def test_core_and_model_have_the_same_source_checks():
     assert set(_core.SOURCE_CHECKS) == set(SOURCE_CHECKS)

@@ -16,10 +16,10 @@ from .errors import FieldError
 
 DEFAULT_PORT = 8285
 MAX_PORT = 65535
-MIN_MTU = 68  # RFC 791: every IPv4 hop takes 68 octets
+MIN_MTU = 68  # RFC 791: every IPv4 router forwards 68 octets without fragmentation
 MIN_MTU6 = 1280  # RFC 8200 section 5: an IPv6 sender need not go below
 MAX_MTU = 65535
-MIN_TUN_MTU = 576  # RFC 791: every host takes datagrams of 576 octets
+MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
 
 SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
@@ -38,14 +38,14 @@ def parse_address(field: str, value: object, where: str = "") -> IPAddress:
 
 
 def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
-    """Parse the address of one host, to which a datagram can be sent."""
+    """Parse a unicast address, to which a datagram can be sent."""
     address = parse_address(field, value, where)
     if isinstance(address, ipaddress.IPv4Address):
         is_host = 0 < address.packed[0] < 224
     else:
         is_host = not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
     if not is_host:
-        raise FieldError(field, value, "the address of one host", where)
+        raise FieldError(field, value, "a unicast address", where)
     return address
 
 

@@ -54,7 +54,7 @@ def udptun(served: Served) -> Udptun:
     return Udptun(served.path)
 
 
-def says(result: Result, code: int, *texts: str) -> None:
+def fails(result: Result, code: int, *texts: str) -> None:
     assert result.exit_code == code, result.output
     for text in texts:
         assert text in result.stderr
@@ -81,10 +81,10 @@ def test_add_replace_del(udptun: Udptun) -> None:
     assert len(udptun.json("route list")["routes"]) == 1
 
 
-def test_adding_another_next_hop_fails_and_suggests_replace(udptun: Udptun) -> None:
+def test_add_with_another_next_hop_fails_and_suggests_replace(udptun: Udptun) -> None:
     udptun(f"route add {ROUTE}")
     result = udptun("route add 10.244.2.0/24 via 192.0.2.3")
-    says(result, 1, "udptun: error:", "route_exists", "use `udptun route replace`")
+    fails(result, 1, "udptun: error:", "route_exists", "use `udptun route replace`")
     assert udptun.json("route list")["routes"][0]["via"] == "192.0.2.2"
 
 
@@ -99,7 +99,7 @@ def test_list_as_a_table(udptun: Udptun) -> None:
     assert udptun("route list --no-headers").stdout.startswith("10.244.2.0/24    192.0.2.2")
 
 
-def test_an_empty_table(udptun: Udptun) -> None:
+def test_list_of_an_empty_table(udptun: Udptun) -> None:
     assert udptun("route list").stdout == "DST  VIA  PORT  MTU\n"
     assert udptun("route list --no-headers").stdout == ""
 
@@ -123,7 +123,7 @@ def test_an_empty_table(udptun: Udptun) -> None:
     ],
 )
 def test_usage_errors_exit_2(udptun: Udptun, served: Served, words: str, text: str) -> None:
-    says(udptun(words), 2, text)
+    fails(udptun(words), 2, text)
     assert served.forwarder.calls == []
 
 
@@ -142,13 +142,13 @@ def test_sync(udptun: Udptun, tmp_path: Path) -> None:
 def test_sync_errors_name_file_line_and_field(udptun: Udptun, tmp_path: Path) -> None:
     file = tmp_path / "routes"
     file.write_text("10.1.0.0/16 via 192.0.2.1\n10.2.0.0/16 via 192.0.2.2 mtu 1\n")
-    says(udptun(f"route sync {file}"), 1, f"udptun: error: {file}: line 2: mtu: 1 is not valid")
-    says(udptun("route sync -", stdin="x"), 1, "error: standard input: line 1: route")
-    says(udptun(f"route sync {tmp_path}/absent"), 1, "absent: No such file or directory")
+    fails(udptun(f"route sync {file}"), 1, f"udptun: error: {file}: line 2: mtu: 1 is not valid")
+    fails(udptun("route sync -", stdin="x"), 1, "error: standard input: line 1: route")
+    fails(udptun(f"route sync {tmp_path}/absent"), 1, "absent: No such file or directory")
     assert udptun.json("route list") == {"generation": 1, "routes": []}
 
 
-# Readers
+# Read commands
 
 
 def test_status(udptun: Udptun) -> None:
@@ -243,7 +243,7 @@ def test_version(tmp_path: Path) -> None:
 )
 def test_no_forwarder(tmp_path: Path, words: str) -> None:
     result = Udptun(tmp_path / "absent")(words, stdin="")
-    says(result, 1, "udptun: error: no forwarder answers on", "udptun forward", "UDPTUN_SOCKET")
+    fails(result, 1, "udptun: error: no forwarder answers on", "udptun forward", "UDPTUN_SOCKET")
     assert result.stderr.count("\n") == 1
 
 
@@ -256,7 +256,7 @@ def test_the_socket_comes_from_either_option_or_the_environment(served: Served) 
     assert lost(f"route list --socket {served.path}").exit_code == 0
     assert lost("status", UDPTUN_SOCKET=str(served.path)).exit_code == 0
     result = lost("status", UDPTUN_SOCKET=None)
-    says(result, 1, protocol.DEFAULT_SOCKET)
+    fails(result, 1, protocol.DEFAULT_SOCKET)
     assert str(Instance().control_socket()) == protocol.DEFAULT_SOCKET
 
 
@@ -278,12 +278,12 @@ def test_the_instance_selects_the_default_socket(
     tmp_path: Path, words: str, env: dict[str, str], path: str
 ) -> None:
     result = Udptun(tmp_path)(words, **{"UDPTUN_SOCKET": None} | env)
-    says(result, 1, f"no forwarder answers on {path}:")
+    fails(result, 1, f"no forwarder answers on {path}:")
 
 
 def test_a_bad_instance_name(udptun: Udptun) -> None:
     for words in ("status --instance Blue", "--instance Blue status"):
-        says(udptun(words), 2, "--instance", "'Blue' is not valid", "1 to 8 of a-z")
+        fails(udptun(words), 2, "--instance", "'Blue' is not valid", "1 to 8 of a-z")
 
 
 def test_stop(udptun: Udptun, served: Served) -> None:
@@ -291,7 +291,7 @@ def test_stop(udptun: Udptun, served: Served) -> None:
     assert served.forwarder.stopped.is_set()
 
 
-# Help and parts
+# Help and formatting
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -369,7 +369,7 @@ def test_watching_prints_each_event_at_once_and_ends_with_the_forwarder(
         assert watching.wait(60) == 0
 
 
-def test_ctrl_c_ends_watching_quietly(served: Served) -> None:
+def test_ctrl_c_ends_watching_without_an_error(served: Served) -> None:
     argv = [*DEFAULT_SIGNALS, sys.executable, "-m", "udptun", "events", "-w", "-o", "json",
             "--socket", str(served.path)]
     with subprocess.Popen(

@@ -31,7 +31,7 @@ def invoke(*argv: str, **env: str) -> Result:
     [
         (["--listen", "peer:8285"], "--listen", "'peer'", "an IPv4 or IPv6 address"),
         (["--listen", "192.0.2.1:0"], "--listen", "'192.0.2.1:0'", "from 1 to 65535, not 0"),
-        (["--listen", "0.0.0.0:8285"], "--listen", "'0.0.0.0:8285'", "the address of one"),
+        (["--listen", "0.0.0.0:8285"], "--listen", "'0.0.0.0:8285'", "the address of an interface"),
         ([*NEEDED, "--listen", "192.0.2.2"], "--listen", "'192.0.2.2'", "at most"),
         ([*NEEDED, "--address", "10.244.1.0/32"], "--address", "'10.244.1.0/32'", "address"),
         ([*NEEDED, "--address", "10.0.0.1", "--address", "10.0.0.2"], "--address", "'10.0.0.2'",
@@ -57,7 +57,7 @@ def invoke(*argv: str, **env: str) -> Result:
         ([], "--listen", "", "Missing option"),
     ],
 )
-def test_a_bad_value_exits_2_and_is_named(
+def test_error_of_an_invalid_value_names_the_option(
     argv: list[str], option: str, value: str, expected: str
 ) -> None:
     result = invoke(*argv)
@@ -223,7 +223,7 @@ def test_hup_without_a_route_file_changes_nothing() -> None:
         ("os", "udptun: error: [Errno 2] No such file or directory: '/state'"),
     ],
 )
-def test_a_failure_is_one_line_and_exit_1(how: str, says: str) -> None:
+def test_error_prints_one_line_and_exits_1(how: str, says: str) -> None:
     with forwarding(how=how) as process:
         code, _, err = end(process)
     assert code == 1
@@ -307,7 +307,7 @@ def test_explicit_names_win_over_the_instance(tmp_path: Path) -> None:
 
 
 def test_an_instance_in_the_options_file(tmp_path: Path) -> None:
-    """As any option there: the command line and the environment take precedence."""
+    """The command line and the environment take precedence, as for every option in the file."""
     file = tmp_path / "forward.json"
     file.write_text(json.dumps({"instance": "blue"}))
     for argv, env, tun in (
@@ -318,7 +318,7 @@ def test_an_instance_in_the_options_file(tmp_path: Path) -> None:
             assert json.loads(line(process))["tun"] == tun
 
 
-def test_a_second_forwarder_of_the_instance_is_refused(tmp_path: Path) -> None:
+def test_second_forwarder_of_an_instance_is_refused(tmp_path: Path) -> None:
     env = {"RUNTIME_DIRECTORY": str(tmp_path)}
     with forwarding(**env) as first:
         assert line(first) == "up uvloop"
@@ -333,7 +333,7 @@ def test_a_second_forwarder_of_the_instance_is_refused(tmp_path: Path) -> None:
         assert line(again) == "up uvloop"
 
 
-def test_a_forwarder_runs_unlocked_where_it_cannot_lock(tmp_path: Path) -> None:
+def test_forwarder_without_access_to_the_lock_runs_unlocked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with forwarding(RUNTIME_DIRECTORY=str(tmp_path / "file")) as process:
         assert line(process) == "up uvloop"

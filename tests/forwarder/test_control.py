@@ -1,4 +1,4 @@
-"""The real forwarder, controlled by the commands that an operator uses: no fake in between.
+"""The real forwarder, controlled with the commands that an operator uses.
 
 Also compares the fake forwarder of the other tests with the real one: answers and metrics.
 """
@@ -100,7 +100,7 @@ def test_the_fake_forwarder_answers_like_the_real_one() -> None:
         client.put(ROUTE)
         real, faked = client.status(), fakes.status_of(1, 1)
         real["peers"][0]["last_seen_seconds"] = 1.0  # null in the real one: no datagram arrived
-        real["capabilities"]["off"] = faked["capabilities"]["off"]  # whatever the kernel lacks
+        real["capabilities"]["off"] = faked["capabilities"]["off"]  # depends on the kernel
         assert shape(real) == shape(faked)
         assert set(real["packets"]) == set(faked["packets"])
         reasons = [(d["reason"], d["direction"]) for d in client.drops()]
@@ -121,7 +121,7 @@ def test_the_fake_forwarder_answers_like_the_real_one() -> None:
 
 
 @in_own_netns
-def test_the_commands_of_an_operator() -> None:
+def test_operator_commands() -> None:
     with forwarding(table="10.244.3.0/24 via 192.0.2.3\n") as udptun:
         assert udptun("route", "add", *str(ROUTE).split()).returncode == 0
         assert udptun("route", "add", *str(ROUTE).split()).returncode == 0
@@ -139,11 +139,11 @@ def test_the_commands_of_an_operator() -> None:
         assert udptun("route", "sync", str(udptun.routes)).stdout == (
             "added 0, changed 0, removed 1 (generation 3)\n"
         )
-        udptun.routes.write_text("10.244.4.0/24 via 192.0.2.4\n10.244.5.0/24 via nobody\n")
+        udptun.routes.write_text("10.244.4.0/24 via 192.0.2.4\n10.244.5.0/24 via invalid\n")
         wrong = udptun("route", "sync", str(udptun.routes))
-        assert f"{udptun.routes}: line 2: via: 'nobody' is not valid" in wrong.stderr
+        assert f"{udptun.routes}: line 2: via: 'invalid' is not valid" in wrong.stderr
         udptun.process.send_signal(signal.SIGHUP)
-        udptun.wait_for_log("line 2: via: 'nobody'")
+        udptun.wait_for_log("line 2: via: 'invalid'")
         assert "10.244.3.0/24" in udptun("route", "list").stdout
 
         types = [json.loads(line)["type"]
@@ -159,7 +159,7 @@ def test_the_commands_of_an_operator() -> None:
 
 
 @in_own_netns
-def test_flannels_messages_change_routes_and_stop() -> None:
+def test_flannel_messages_change_routes_and_stop_the_forwarder() -> None:
     with forwarding() as udptun, udptun.client() as client:
         events = udptun.client().events()
         next(events)
@@ -174,7 +174,7 @@ def test_flannels_messages_change_routes_and_stop() -> None:
 
 
 @in_own_netns
-def test_a_table_that_is_not_json_has_its_own_code() -> None:
+def test_error_codes_of_an_invalid_table() -> None:
     with forwarding() as udptun, udptun.client() as client:
         for body, code in ((b"{", "bad_json"), (b'{"routes":[{}]}', "bad_route")):
             try:
@@ -202,7 +202,7 @@ def test_a_second_forwarder_on_the_same_socket_is_refused() -> None:
 
 @in_own_netns
 def test_two_instances_run_side_by_side() -> None:
-    """Only the UDP endpoint is not named by the instance: there the kernel refuses the second."""
+    """The UDP endpoint does not depend on the instance: the kernel refuses a second bind."""
     sh("ip address add 192.0.2.1/32 dev lo")
 
     def start(*argv: str) -> subprocess.Popen[str]:
@@ -218,7 +218,7 @@ def test_two_instances_run_side_by_side() -> None:
         process.communicate()
         raise AssertionError("".join(seen))
 
-    def says(*argv: str) -> str:
+    def output_of(*argv: str) -> str:
         done = subprocess.run([*UDPTUN, *argv], capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
 
@@ -230,13 +230,13 @@ def test_two_instances_run_side_by_side() -> None:
             start("--instance", "utblue", "--listen", "192.0.2.1:8286")
         red = start("--instance", "utred", "--listen", "192.0.2.1:8286")
         try:
-            assert says("route", "add", *str(ROUTE).split(), "--instance", "utred") == ""
-            assert "device: utblue0" in says("status", "--instance", "utblue")
-            assert "10.244.2.0/24" not in says("route", "list", "--instance", "utblue")
-            assert "10.244.2.0/24" in says("--instance", "utred", "route", "list")
-            assert says("stop", "--instance", "utred") == ""
+            assert output_of("route", "add", *str(ROUTE).split(), "--instance", "utred") == ""
+            assert "device: utblue0" in output_of("status", "--instance", "utblue")
+            assert "10.244.2.0/24" not in output_of("route", "list", "--instance", "utblue")
+            assert "10.244.2.0/24" in output_of("--instance", "utred", "route", "list")
+            assert output_of("stop", "--instance", "utred") == ""
             assert red.wait(60) == 0
-            assert "device: utblue0" in says("status", "--instance", "utblue")
+            assert "device: utblue0" in output_of("status", "--instance", "utblue")
         finally:
             red.kill()
             red.communicate()

@@ -70,7 +70,7 @@ async def test_a_device_that_was_set_down_is_configured_again():
 
 @in_own_netns
 async def test_a_device_that_was_down_before_the_watch_began_is_configured_again(monkeypatch):
-    """The kernel's state counts: no link message announces this change to the forwarder."""
+    """The forwarder gets no link message about this change, and reads the state of the device."""
     import pyroute2
 
     subscribe = threading.Event()

@@ -11,10 +11,11 @@ import click
     help="How long each TCP measurement runs.",
 )
 def demo(seconds: int) -> None:
-    """Two hosts and a tunnel between them, made, measured and removed here and now.
+    """Create a tunnel between two temporary hosts on this machine, and measure it.
 
-    Makes hosts as network namespaces, starts a forwarder on each from a route file, pings, moves
-    TCP, and compares with the kernel's VXLAN. Needs root. Leaves nothing behind.
+    The hosts are network namespaces, each with a forwarder that reads a route file. The demo sends
+    pings, measures the TCP throughput, and compares it with the kernel's VXLAN. It needs root, and
+    removes everything at the end.
     """
     from ..lab.demo import run
 

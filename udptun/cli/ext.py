@@ -1,8 +1,8 @@
 """``udptun ext``: the commands that an unmodified flanneld with the extension backend runs.
 
-Owns: their options and their output. flanneld reads all output, also errors, and puts that of the
-first command into the lease. So ``advertise`` prints only the line for the lease, and the others
-print nothing unless something is wrong.
+Owns their options and their output. flanneld reads all output, also errors, and puts the output of
+the first command into the lease. So ``advertise`` prints only the line for the lease, and the other
+commands print nothing except errors.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Go's syntax of flags for a click command, so that flanneld's command lines work unchanged.
 
-Owns: the syntax. ``-x`` is ``--x``; a value is written ``--x=value`` or, except for booleans,
-``--x value``; a boolean alone is true; if a flag is repeated the last one counts, unless it
-collects values. Of a flag's environment variables, the first that is set and not empty counts. Does
-not know any flag. Differs from Go in one way: an argument that is not a flag is refused, where Go
-ignores it and everything after it.
+Owns the syntax; ``node`` has the flags. ``-x`` is the same as ``--x``. A value is written
+``--x=value`` or, except for booleans, ``--x value``. A boolean without a value is true. If a flag
+is repeated, the last value counts, unless the flag collects values. If a flag has several
+environment variables, the first one that is set and not empty counts. There is one difference from
+Go: an argument that is not a flag is refused; Go ignores it and all arguments after it.
 
 Source: Go's package flag, FlagSet.parseOne and Value of bool and int; flannel's main.go.
 """
@@ -78,7 +78,10 @@ class Collected(click.Option):
 
 
 class Level(click.Option):
-    """A number, 1 if the flag has no value. Go would use the next argument, whatever it is."""
+    """A number, or 1 if the flag has no value.
+
+    The next argument is the value only if it is a number. In Go it always is the value.
+    """
 
 
 class GoCommand(click.Command):

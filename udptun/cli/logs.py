@@ -28,7 +28,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def start(verbose: int = 0, form: str = "text") -> None:
-    """``verbose`` >= 1: also udptun's DEBUG lines. A second call changes only this."""
+    """Start the log. A second call changes only the level.
+
+    verbose  1 or more: udptun's DEBUG lines too
+    """
     # The journal adds the time itself.
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
     handler = logging.StreamHandler(sys.stderr)

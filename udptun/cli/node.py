@@ -1,7 +1,7 @@
 """``udptun node``: flanneld's command line and ours, parsed into a ``NodeConfig``.
 
-Owns: the flags, their environment variables, and which of them contradict each other. Does not know
-what the daemon does with them: the daemon is imported once the command line is valid.
+Owns the flags, their environment variables, and the check for flags that contradict each other. The
+daemon is imported only after the command line is valid.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ IPV6 = Parsed("address", _empty_is_none(_address(6)))
 
 
 def _state_directory() -> Path | None:
-    """Return the directory that the service manager gave us to keep state in, if it did."""
+    """Return the state directory that the service manager has set (STATE_DIRECTORY), or None."""
     first = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     return Path(first) if first else None
 
@@ -120,7 +120,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
       help="Password. Use UDPTUN_NODE_ETCD_PASSWORD instead, which ps does not show.")
 @flag("--subnet-lease-renew-margin", type=Int(), default=int(ETCD.renew_margin_minutes),
       show_default=True, metavar="MINUTES",
-      help="Renew our lease in etcd so long before it expires, from 1 to 1439.")
+      help="Minutes before the lease in etcd expires at which it is renewed, 1 to 1439.")
 @boolean("--kube-subnet-mgr", False, "Use Kubernetes as the source of leases, instead of etcd.")
 @flag("--kube-api-url", default="", metavar="URL",
       help="URL of the API server; not needed in a pod.")

@@ -31,7 +31,7 @@ __all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_json", 
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
-# Strongest first; after these the default.
+# In order of precedence; the default comes last.
 SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 
 
@@ -78,8 +78,9 @@ output = click.option(
 no_headers = click.option("--no-headers", is_flag=True, help="Omit the header line of the table.")
 
 
-# The control socket, and the instance that it belongs to. Both options can stand before and after
-# the command's name: the values are kept with the top command, and the strongest source wins.
+# The control socket, and the instance that it belongs to. Both options are accepted before and
+# after the command's name. The values are stored in the context of ``udptun`` itself, and the value
+# from the source with the highest precedence counts.
 
 
 def _rank(source: ParameterSource | None) -> int:
@@ -87,11 +88,11 @@ def _rank(source: ParameterSource | None) -> int:
 
 
 def remember(ctx: click.Context, param: click.Parameter, value: object) -> object:
-    """Callback of ``--socket`` and ``--instance``: return the value of the strongest source."""
+    """Callback of ``--socket`` and ``--instance``: return the value with the highest precedence."""
     assert param.name is not None
     root, source = ctx.find_root(), ctx.get_parameter_source(param.name)
-    stronger = _rank(source) <= _rank(root.get_parameter_source(param.name))
-    if value is not None and source is not None and stronger:
+    precedes = _rank(source) <= _rank(root.get_parameter_source(param.name))
+    if value is not None and source is not None and precedes:
         root.params[param.name] = value
         root.set_parameter_source(param.name, source)
     return root.params.get(param.name)
@@ -146,7 +147,7 @@ def _control_path(ctx: click.Context) -> str:
     if (path := named_socket(ctx)) is not None:
         return str(path)
     if ctx.find_root().params.get("instance") is None:
-        return DEFAULT_SOCKET  # without the import of the instance's names
+        return DEFAULT_SOCKET  # avoids the import of ``instance``
     return str(instance_of(ctx).control_socket())
 
 

@@ -74,11 +74,11 @@ class ControlClient:
         return drops
 
     def routes(self) -> dict[str, Any]:
-        """``{"generation": N, "routes": [{"dst", "via", "port", "mtu"}]}``."""
+        """Return ``{"generation": N, "routes": [{"dst", "via", "port", "mtu"}]}``."""
         return self._get(protocol.ROUTES)
 
     def routes_text(self) -> Iterator[bytes]:
-        """Yield the same as JSON text, in pieces as they arrive."""
+        """Yield the JSON text of ``routes``, in pieces as they arrive."""
         response = self._request("GET", protocol.ROUTES)
         while piece := self._read(response, CHUNK):
             yield piece
@@ -108,7 +108,7 @@ class ControlClient:
     # Changing
 
     def add(self, route: Route) -> RouteDiff:
-        """Add ``route``; ControlError ``route_exists`` if its prefix has another next hop."""
+        """Add ``route``. Raises ControlError ``route_exists``: its prefix has another next hop."""
         return self._put(route, {"If-None-Match": "*"})
 
     def put(self, route: Route) -> RouteDiff:
@@ -124,7 +124,7 @@ class ControlClient:
     ) -> RouteDiff:
         """Replace the whole table in one step.
 
-        ControlError ``generation_mismatch`` if the table is not at ``expect_generation``.
+        Raises ControlError ``generation_mismatch`` if the table is not at ``expect_generation``.
         """
         body = protocol.dump({"routes": [route.to_json() for route in routes]})
         return self._replace(body, protocol.JSON_TYPE, expect_generation)

@@ -4,7 +4,7 @@ Owns connections, request routing, body limits and the format of the answers (do
 not depend on how routes are stored or packets forwarded. Threading: control loop only; a large body
 is collected here but not parsed, and a large answer is sent in pieces.
 
-Import it when traffic flows already: aiohttp takes a good part of a second to load.
+Import this module only after traffic flows: the import of aiohttp takes a good part of a second.
 """
 
 from __future__ import annotations

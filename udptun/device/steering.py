@@ -137,7 +137,7 @@ def _assemble(program: list[Step | str]) -> bytes:
 
 
 def _load(code: bytes) -> int:
-    """bpf(BPF_PROG_LOAD). Returns the program's file descriptor; raises OSError."""
+    """Load the program with bpf(BPF_PROG_LOAD). Returns its file descriptor. Raises OSError."""
     number = BPF_SYSCALL.get(os.uname().machine)
     if number is None:
         raise OSError(errno.ENOSYS, "bpf")

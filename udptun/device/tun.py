@@ -34,7 +34,7 @@ IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x1000, 0x4000, 0x8000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 0x01, 0x02, 0x04, 0x08
 TUN_F_USO4, TUN_F_USO6 = 0x20, 0x40
 TSO = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6
-USO = TUN_F_USO4 | TUN_F_USO6  # the kernel takes both or none
+USO = TUN_F_USO4 | TUN_F_USO6  # the kernel accepts both or none
 
 SIOCGIFFLAGS, IFF_UP = 0x8913, 0x1  # linux/sockios.h, linux/if.h
 
@@ -159,8 +159,8 @@ class Tun:
 
 
 def check_name(name: str) -> None:
-    """Raise FieldError unless ``name`` is a device name: one that the kernel takes (net/core/dev.c
-    dev_valid_name) and that is safe to print."""
+    """Raise FieldError unless the kernel accepts ``name`` as a device name (dev_valid_name in
+    net/core/dev.c) and it is safe to print."""
     if (
         not 0 < len(os.fsencode(name)) <= MAX_DEVICE_NAME
         or name in (".", "..")

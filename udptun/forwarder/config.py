@@ -60,7 +60,8 @@ class ForwarderConfig:
         _one_per_family("address", self.addresses)
         for endpoint in self.listen:
             if endpoint.address.is_unspecified or endpoint.address.is_multicast:
-                raise FieldError("listen", str(endpoint), "the address of one interface")
+                expected = "the address of an interface, not a wildcard or multicast address"
+                raise FieldError("listen", str(endpoint), expected)
         for address in self.addresses:
             if address.is_unspecified or address.is_multicast or address.is_loopback:
                 raise FieldError("address", str(address), "an address of the overlay")
@@ -81,7 +82,8 @@ class ForwarderConfig:
 
     @property
     def workers_n(self) -> int:
-        """For auto: half of the cores at most; the kernel's network code needs the other half."""
+        """The number of workers. For auto at most half of the cores, because the kernel's network
+        code needs the other half."""
         if self.workers is not None:
             return self.workers
         return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
@@ -95,5 +97,5 @@ def _one_per_family(name: str, addresses: Iterable[IPAddress]) -> None:
     seen: set[int] = set()
     for address in addresses:
         if address.version in seen:
-            raise FieldError(name, str(address), "one IPv4 and one IPv6 at most")
+            raise FieldError(name, str(address), "at most one IPv4 and one IPv6 address")
         seen.add(address.version)

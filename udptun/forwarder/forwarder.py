@@ -52,7 +52,7 @@ class Forwarder:
         self._stop = asyncio.Event()
         self._failure: UdptunError | None = None
 
-    # -- life -------------------------------------------------------------------------------------
+    # -- start and stop ---------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -130,7 +130,9 @@ class Forwarder:
     # -- the steps of a start ---------------------------------------------------------------------
 
     def _refuse_occupied_sockets(self) -> None:
-        """The sockets are made last, but an occupied path is reported before the host is changed.
+        """Raise DeviceError if a control socket is in use, before the host is changed.
+
+        The control sockets are created last.
         """
         config = self.config
         for path, kind in (

@@ -62,7 +62,7 @@ class Routes:
     def __len__(self) -> int:
         return len(self._table)
 
-    # -- life -------------------------------------------------------------------------------------
+    # -- start and stop ---------------------------------------------------------------------------
 
     def load(self) -> None:
         """Read the table to start with. Raises FieldError, DeviceError."""

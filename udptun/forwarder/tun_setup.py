@@ -41,8 +41,8 @@ class TunSetup:
         self._report = report
         self._changed = asyncio.Event()
         self._down = False
-        # What a failed restore did not bring back. A restore itself causes link messages, so the
-        # same set again is no reason for another one.
+        # Addresses and routes that the last restore failed to set. A restore causes link messages
+        # itself: if the same ones are still missing, do not try again.
         self._unrestored: list[str] = []
 
     async def apply(self) -> None:
@@ -72,7 +72,7 @@ class TunSetup:
     async def _check(self) -> None:
         state = await tun_state(self._netlink, self._index)
         if state is None:
-            return  # deleted: the workers report that
+            return  # the device is deleted, which the workers report
         if not state.up:
             if not self._down:
                 self._report(f"{self._name} was set down: nothing is forwarded until it is up")

@@ -31,7 +31,10 @@ PEERS_SLICE = 64  # peers formatted at a time
 
 @dataclass(frozen=True)
 class View:
-    """tun_name, mtu  of the device as it is, not as configured"""
+    """Builds the answers.
+
+    tun_name, mtu  those of the device, not of the configuration
+    """
 
     config: ForwarderConfig
     tun_name: str

@@ -53,7 +53,7 @@ class Workers:
         self._threads: list[WorkerThread] = []
         self._refused_n = 0  # packets that the kernel has refused so far
 
-    # -- life -------------------------------------------------------------------------------------
+    # -- start and stop ---------------------------------------------------------------------------
 
     def start(self, tun_fds: Sequence[int], udp_fds: Sequence[Mapping[int, int]]) -> None:
         """Start one worker per TUN queue; ``udp_fds`` has its sockets by IP version. Call ``stop``
