@@ -1,8 +1,8 @@
 """Runs the measurements in interleaved blocks, so that contenders are compared close in time.
 
 Owns: the order of the slots, the counters read before and after each slot, the rules that reject a
-block, and the number of blocks. Does not know: what a slot measures; see ``metrics``. Main thread
-only, like udptun.lab.
+block, and the number of blocks. ``metrics`` has the measurements. Main thread only, like
+udptun.lab.
 
 A slot is one measurement of one contender. A block measures every contender, usually in the order
 D V U O O U V D: a steady drift of the machine then affects all contenders equally, and the two
@@ -28,7 +28,7 @@ from .session import OutOfTime, Session
 
 MAX_STOLEN = 0.02
 MAX_ANCHOR_DRIFT = 0.30
-# What a slot takes in addition to its measurement: starting processes, reading counters.
+# Time of a slot in addition to its measurement: starting processes, reading counters.
 _SLOT_OVERHEAD_SECONDS = 0.4
 
 
@@ -87,7 +87,7 @@ def run_blocks(
     slot_seconds: float, mirrored: bool = True,
 ) -> None:
     """Measure until ``blocks`` blocks are accepted; try at most half as many again."""
-    names = [c.name for c in s.present(contenders, series.profile)]
+    names = [c.name for c in s.set_up_available(contenders, series.profile)]
     if not names:
         return
     s.set_profile(series.profile)

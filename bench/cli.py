@@ -1,7 +1,7 @@
 """The command line, and the life of a run: set-up, measurement, report, removal.
 
 Owns: which metrics a command measures, how much of each, and the check of all options before
-anything is measured. Does not know: how a metric is measured. Main thread only, like udptun.lab.
+anything is measured. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@
 #endif
 
 /* The same limits as udptun: the data of one batch stays in the CPU cache. */
-enum { SLOTS = 64, SLOTS_MIN = 4, RX_SET = 262144, TX_FULL = 262144 };
-enum { ROOM = 65536 + 16, LARGEST = 65507, SOCKET_ROOM = 4 << 20 };
+enum { SLOTS = 64, SLOTS_MIN = 4, RX_BATCH_BYTES = 262144, TX_FLUSH_BYTES = 262144 };
+enum { BUF_SIZE = 65536 + 16, UDP_PAYLOAD_MAX = 65507, SOCKET_BUF_SIZE = 4 << 20 };
 
 struct slot {
 	struct iovec iov;
@@ -96,7 +96,7 @@ static int open_tun(const char *name) {
 }
 
 static int open_udp(const struct sockaddr_in *at) {
-	int on = 1, room = SOCKET_ROOM;
+	int on = 1, room = SOCKET_BUF_SIZE;
 	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 
 	if (fd < 0 || bind(fd, (const struct sockaddr *)at, sizeof *at) < 0)
@@ -109,10 +109,10 @@ static int open_udp(const struct sockaddr_in *at) {
 }
 
 static void prepare(struct slot *slot, struct mmsghdr *msg) {
-	slot->data = malloc(ROOM);
+	slot->data = malloc(BUF_SIZE);
 	if (!slot->data)
 		die("malloc");
-	slot->iov = (struct iovec){slot->data, ROOM};
+	slot->iov = (struct iovec){slot->data, BUF_SIZE};
 	msg->msg_hdr = (struct msghdr){.msg_iov = &slot->iov, .msg_iovlen = 1};
 }
 
@@ -156,18 +156,19 @@ static void flush(int fd, int n) {
 	}
 }
 
-/* Returns false if the TUN is empty. Bounded, because datagrams may wait at the socket. */
+/* Returns false if the TUN is empty. Reads a bounded number of frames, because received datagrams may
+ * be waiting in the socket. */
 static bool tun_to_udp(int tun, int fd) {
 	size_t waiting = 0;
 	ssize_t len = 0;
 	int n = 0;
 
-	for (int reads = 0; reads < SLOTS && (len = read(tun, tx[n].data, ROOM)) >= 0; reads++) {
-		if (len > LARGEST)
+	for (int reads = 0; reads < SLOTS && (len = read(tun, tx[n].data, BUF_SIZE)) >= 0; reads++) {
+		if (len > UDP_PAYLOAD_MAX)
 			continue;
 		address_message(&tx[n], &tx_msgs[n].msg_hdr, (size_t)len);
 		waiting += (size_t)len;
-		if (++n == SLOTS || waiting >= TX_FULL) {
+		if (++n == SLOTS || waiting >= TX_FLUSH_BYTES) {
 			flush(fd, n);
 			n = 0;
 			waiting = 0;
@@ -183,7 +184,7 @@ static bool udp_to_tun(int fd, int tun) {
 	int n;
 
 	for (int i = 0; i < slots; i++) {
-		rx[i].iov.iov_len = ROOM;
+		rx[i].iov.iov_len = BUF_SIZE;
 		rx_msgs[i].msg_hdr.msg_name = &rx[i].from;
 		rx_msgs[i].msg_hdr.msg_namelen = sizeof rx[i].from;
 		rx_msgs[i].msg_hdr.msg_control = rx[i].control;
@@ -196,7 +197,7 @@ static bool udp_to_tun(int fd, int tun) {
 			perror("write to the TUN");
 	}
 	if (n > 0) {
-		size_t fitting = RX_SET / (bytes / (size_t)n + 1);
+		size_t fitting = RX_BATCH_BYTES / (bytes / (size_t)n + 1);
 		slots = fitting > SLOTS ? SLOTS : fitting < SLOTS_MIN ? SLOTS_MIN : (int)fitting;
 	}
 	return n > 0;
@@ -222,7 +223,7 @@ int main(int argc, char **argv) {
 		default: usage();
 		}
 	/* Every kernel accepts at least 64 segments in one send. */
-	if (!name || !local.sin_port || !peer.sin_port || slice < LARGEST / 64 || slice > 65000)
+	if (!name || !local.sin_port || !peer.sin_port || slice < UDP_PAYLOAD_MAX / 64 || slice > 65000)
 		usage();
 	for (int i = 0; i < SLOTS; i++) {
 		prepare(&rx[i], &rx_msgs[i]);

@@ -2,9 +2,9 @@
 
     python -m bench flame [--contender SPEC] [--profile P1] [--seconds 5] --out FOLDER
 
-Owns: sampling (perf, all cores, kernel and user space), folding of the stacks, drawing. Does not
-know: what is compared. Main thread only, like udptun.lab. Needs perf and root. Samples of the idle
-loop are counted separately: all shares are shares of the busy time.
+Owns: sampling (perf, all cores, kernel and user space), folding of the stacks, drawing. Main thread
+only, like udptun.lab. Needs perf and root. Samples of the idle loop are counted separately: all
+shares are shares of the busy time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The performance goals of udptun: for each figure a required value and a target.
 
-Owns: the list of goals, and the comparison of a run with them. Does not know: how a figure is
-measured. Pure. The measured median decides; the report also prints its interval, which shows close
-results. The profiles P1 to P3 are described in ``profiles``.
+Owns: the list of goals, and the comparison of a run with them. Pure. The measured median decides;
+the report also prints its interval, which shows close results. The profiles P1 to P3 are described
+in ``profiles``.
 """
 
 from __future__ import annotations

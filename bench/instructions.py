@@ -8,14 +8,15 @@ does not depend on the load of the machine, so CI can compare it: a step may exe
 branch prediction. Valgrind emulates no AVX-512, so the checksum runs on AVX2 at most.
 
 Only instructions of our own compiled modules count. A call into the C library or the interpreter
-counts as the call alone: what malloc executes depends on the layout of the heap, which changes with
-the length of a path or an environment variable and moved the sum of a step by more than 1 %.
+counts as the call alone: the number of instructions in malloc depends on the layout of the heap.
+The layout changes with the length of a path or an environment variable; this changed the sum of a
+step by more than 1 %.
 
 A count is only comparable with one of the same build on the same kind of CPU. ``build_key`` names
 everything that selects other instructions, and the file holds one set of counts per key. Without a
 saved set for this build, ``--check`` prints "NOT COMPARED" and succeeds.
 
-Does not know: what the steps do. Runs in one thread, each step in a process of its own.
+Runs in one thread, each step in a process of its own.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ def parse(text: str, folders: Sequence[Path] = _OURS) -> int:
                 total += int(line.split()[1])
             callee = False
     if not total:
-        raise ValueError("valgrind collected nothing: is the extension built as it should be?")
+        raise ValueError("valgrind collected nothing: expected calls of the extension's functions; "
+                         "run make build")
     return total
 
 

@@ -1,7 +1,7 @@
 """Load generators on a path under test: bench/udpload and a bulk TCP stream by iperf3.
 
-Owns: their command lines and the parsing of their output. Does not know: what is compared.
-Main thread only, like udptun.lab.
+Owns: their command lines and the parsing of their output. Independent of the contender. Main thread
+only, like udptun.lab.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def udpload(
 
 
 def json_result(process: Process, seconds: float) -> dict[str, Any]:
-    """Wait until it ends, and return the JSON of its last line."""
+    """Wait until the process ends, and return the JSON of its last line."""
     code = process.wait(seconds)
     lines = process.text().splitlines()
     if code != 0 or not lines:
@@ -57,7 +57,7 @@ def round_trips(
 ) -> dict[str, Any]:
     """Send requests from a to the echo server on b; return udpload's round-trip quantiles.
 
-    interval_us  send at this interval; 0 sends each request when the previous reply is there
+    interval_us  send at this interval; 0: send each request when the previous reply has arrived
     """
     options = ["--seconds", seconds, "--size", size]
     if interval_us:
@@ -78,7 +78,7 @@ def bulk(path: PathUnderTest, seconds: float, congestion: str | None = None) -> 
         argv += ["--forceflush", "-i", "0.2", *(["-C", congestion] if congestion else [])]
         client = path.a.start(argv, name="bulk-client")
         try:
-            # With the second interval report, slow start is over.
+            # When iperf3 has printed its second interval line, TCP slow start has ended.
             wait_for(lambda: client.text().count("bits/sec") > 1, "the bulk TCP stream to start")
             yield
             if not client.alive:
@@ -93,7 +93,10 @@ def stream(
     path: PathUnderTest, *, seconds: float, rate: int = 0, size: int = 64, spread: int = 1,
     address: object = None, listen: object = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Send datagrams from a to b; return the sender's and the receiver's result."""
+    """Send datagrams from a to b; return the sender's and the receiver's result.
+
+    spread  number of destination addresses, beginning with ``address``
+    """
     receiver, run = start_receiver(path, seconds + 10, address=listen)
     try:
         sender = start_sender(
@@ -123,7 +126,11 @@ def start_sender(
     path: PathUnderTest, run: int, *, seconds: float, rate: int = 0, size: int = 64,
     spread: int = 1, address: object = None,
 ) -> Process:
-    """Start a sender on a. ``rate`` in packets per second, 0 is full rate."""
+    """Start a sender on a.
+
+    rate    packets per second; 0: full rate
+    spread  number of destination addresses, beginning with ``address``
+    """
     options: list[object] = ["--run", run, "--seconds", seconds, "--size", size]
     if rate:
         options += ["--rate", rate]

@@ -1,6 +1,6 @@
 """PNG plots of a run, if matplotlib is installed (the `bench` extra).
 
-Owns: the layout of the plots. Does not know: how the figures were measured. Main thread only.
+Owns: the layout of the plots. Main thread only.
 One plot per metric and value, or per variant if there are many; bars are medians, whiskers their
 95 % intervals. The axis names the profile of each group and what it stands for.
 """

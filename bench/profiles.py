@@ -3,7 +3,7 @@
 A profile says where super-packets (TSO, USO) are cut into MTU-sized packets. The wire is a veth
 pair; ``udptun.lab`` sets its offloads. Every result belongs to one profile.
 
-Owns: the descriptions. Does not know: how a profile is set (``udptun.lab.hosts.PROFILES``).
+Owns: the descriptions. ``udptun.lab.hosts.PROFILES`` has the offloads of each profile.
 Constants only; any thread.
 """
 

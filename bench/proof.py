@@ -1,7 +1,7 @@
 """Proves that the measured bytes took the path that they are credited to.
 
 Owns: the counters at both ends of a path's wire, and the rules for their values. A figure without
-proof is refused. Does not know: what is measured. Main thread only, like udptun.lab.
+proof is refused. Independent of what is measured. Main thread only, like udptun.lab.
 
 What is proved about the bytes that a receiver counted in one measurement:
 

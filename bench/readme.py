@@ -1,7 +1,6 @@
 """Writes the comparison table in README.md from a recorded run.
 
-Owns: the text between the two markers in README.md, and nothing else of that file. Does not know:
-how the figures were measured. Any thread.
+Owns: the text between the two markers in README.md, and nothing else of that file. Any thread.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _TITLES = {
     "udptun --offload off": "udptun, offloads off",
     "onepacket": "one packet per system call, like flannel's UDP backend (in C)",
 }
-# (heading, metric, profile, variant, value)
+# (heading, metric, profile, variant, value); "1 there": one stream from host a to host b
 _COLUMNS = (
     ("TCP, P1", "tcp", "P1", "1 there", "bits_per_second"),
     ("TCP, P2", "tcp", "P2", "1 there", "bits_per_second"),

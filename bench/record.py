@@ -1,6 +1,6 @@
 """The raw results of a run: one JSON line per slot, block and event, written as it happens.
 
-Owns: bench/out/<time>-<command>/lines.jsonl and its format. Does not know: what the values mean.
+Owns: bench/out/<time>-<command>/lines.jsonl and its format. Independent of what the values mean.
 Main thread only. The ``kind`` of a line:
 
     run        the command and the machine

@@ -1,8 +1,7 @@
 """The report of a run: Markdown for a file, and a plain table for the terminal.
 
-Owns: the text and the layout. Does not know: how the figures were measured. Pure: from a summary to
-text. Every figure is a median with its 95 % bootstrap interval; every comparison is a ratio within
-blocks.
+Owns: the text and the layout. Pure: from a summary to text. Every figure is a median with its 95 %
+bootstrap interval; every comparison is a ratio within blocks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One run: its lab, the paths under test, its recorder, its time limit and its progress line.
 
-Owns: everything that lives as long as the run. Does not know: what is measured.
-Main thread only, like udptun.lab.
+Owns: everything that exists for the whole run. Independent of what is measured. Main thread only,
+like udptun.lab.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Session:
     def left(self) -> float:
         return self.budget - self.progress.elapsed()
 
-    def present(self, names: Sequence[str], profile: str) -> list[Contender]:
+    def set_up_available(self, names: Sequence[str], profile: str) -> list[Contender]:
         """Set up the contenders that work on this profile and machine, and return them.
 
-        A note in the record names those that this machine lacks.
+        The record gets a note for each contender that does not work on this machine.
         """
         found = []
         for name in names:

@@ -1,7 +1,7 @@
 """Statistics: medians, quantiles, ratios within blocks, bootstrap intervals, noise.
 
-Owns: the formulas. Does not know: what was measured. Pure; the resampling has a fixed seed, so that
-the same input gives the same output.
+Owns: the formulas. Pure; the resampling has a fixed seed, so that the same input gives the same
+output.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def estimate(
 ) -> Estimate | None:
     """Return the statistic with its percentile bootstrap interval; None if ``values`` is empty.
 
-    The interval of one value is that value; ``n`` = 1 tells the reader.
+    The interval of one value is that value; ``n`` = 1 shows this to the reader.
     """
     if not values:
         return None

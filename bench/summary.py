@@ -1,7 +1,7 @@
 """Turns the lines of a run into figures: per series and value, the accepted blocks.
 
-Owns: which lines count. A refused slot has no value, and slots of a rejected block are left out;
-both are listed with the reason. Does not know: what a value means. Pure.
+Owns: the selection of the lines that are used. A refused slot has no value, and slots of a rejected
+block are left out; both are listed with the reason. Independent of what a value means. Pure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The machine: its description and its CPU time.
 
-Owns: reading /proc and /sys, and the facts about the machine in a report. Does not know: what is
-measured. Any thread. CPU time is that of the whole system, because the kernel does most of a
-tunnel's work in softirqs, which no process is charged for.
+Owns: reading /proc and /sys, and the facts about the machine in a report. Any thread. CPU time is
+that of the whole system, because the kernel does most of a tunnel's work in softirqs, which no
+process is charged for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Route tables, and addresses to look up in them; the same in every run.
 
 Owns: the contents of a table of N routes, for the micro benchmarks, the instruction counts and the
-look-up metric. Does not know: how a look-up works. Pure.
+look-up metric. Pure.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The C programs of this folder, built on demand, and the root of the repository.
 
-Owns: where the programs are. Does not know: how they are compiled; the Makefile does. Any thread.
+Owns: the paths of the programs. The Makefile compiles them. Any thread.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The values of the metrics: title, unit, and which direction is better.
 
-Owns: the formatting of numbers. Does not know: how a value is measured. Pure.
+Owns: the formatting of numbers. Pure.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     external   contenders described by a TOML file: any tunnel that shell commands can start
     registry   finds the contender for a specification; the only module that imports the others
 
-Owns: their names and how each is set up. Does not know: what is measured.
+Owns: their names and how each is set up. Independent of what is measured.
 
 A contender's specification, as on the command line:
 

@@ -1,6 +1,6 @@
 """The contract of a contender, and the path that it sets up.
 
-Owns: what all contenders have in common. Does not know: how any of them is started.
+Owns: what all contenders have in common. Independent of how each contender is started.
 Main thread only, like udptun.lab.
 """
 

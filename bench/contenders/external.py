@@ -1,7 +1,7 @@
 """Contenders described by a TOML file: any tunnel that shell commands can start.
 
-Owns: the file format and its parsing. Does not know: what is measured. Main thread only, like
-udptun.lab. A file bench/contenders/NAME.toml has:
+Owns: the file format and its parsing. Main thread only, like udptun.lab. A file
+bench/contenders/NAME.toml has:
 
     title     its name in the report
     programs  optional: the programs it needs; without them it is not measured
@@ -12,7 +12,8 @@ udptun.lab. A file bench/contenders/NAME.toml has:
     profiles  optional: the profiles on which it works
     prepare   optional: commands to run on both hosts before it is started on either
     start     the command that starts it and keeps running
-    ready     optional: text in its output that says it is up; without it only the device is awaited
+    ready     optional: text in its output that shows that it is up; without this text, only the
+              device is awaited
     setup     optional: ip(8) commands to run when the device exists
     settle    optional: seconds of pings until it reaches its full rate
     [files]   optional: name = text, written to {dir} first
@@ -20,7 +21,7 @@ udptun.lab. A file bench/contenders/NAME.toml has:
 Every text may contain {here} {there} (underlay addresses), {inner} {inner_there} (the addresses
 that traffic is measured between), {mtu} {device} {dir} (a folder of that host), {dir_there}, and
 {side} {other} ("a" and "b"). A command is a list of words, or one text that is split as a shell
-does it; it runs on the host in question.
+does it; it runs on the host that is being set up.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def names() -> list[str]:
 
 
 def installed_names() -> tuple[str, ...]:
-    """Return the names of those whose programs are installed."""
+    """Return the names of the described contenders whose programs are installed."""
     return tuple(name for name in names() if not missing(_read(name)))
 
 
@@ -120,7 +121,7 @@ def contender(name: str, description: Mapping[str, Any]) -> Contender:
 
 
 def missing(description: Mapping[str, Any]) -> list[str]:
-    """Return its programs that are not installed."""
+    """Return the programs of a description that are not installed."""
     return [
         name for name in description.get("programs", ())
         if shutil.which(name) is None and shutil.which(name, path=SEARCH_PATH) is None

@@ -1,6 +1,6 @@
 """Finds the contender for a specification such as ``udptun --offload off``.
 
-Owns: the look-up. Does not know: how a contender is set up. Any thread.
+Owns: the look-up. Any thread.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The metrics: one module each, which defines a ``METRIC`` (see ``metric``) and its slot.
 
-Owns: what one slot does, and the check that the measured operation took place. Does not know: the
-order of the slots, the proof on the wire, the report. Main thread only, like udptun.lab.
+Owns: the measurement in one slot (one measurement of one contender), and the check that the
+measured operation took place. ``blocks`` orders the slots, ``proof`` checks the counters on the
+wire. Main thread only, like udptun.lab.
 """

@@ -5,8 +5,8 @@ control socket of host a's forwarder replaces N routes by N others, in JSON. A g
 between two arrivals at b (timestamps of the kernel) minus the time between their transmissions at
 a: a pause of the sender, which shares the CPU cores, does not count. The window begins with the
 request and ends with its reply, when the new table is active. The longest gap in a window of the
-same length just before the request shows what the machine contributes. Needs udptun on both hosts;
-the reply must confirm that all routes were replaced.
+same length just before the request is the baseline: the gap that the machine causes without a
+change of routes. Needs udptun on both hosts; the reply must confirm that all routes were replaced.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def arrivals(data: bytes) -> list[Arrival]:
 
 
 def longest_gap(recorded: Sequence[Arrival], begin_ns: int, end_ns: int) -> int:
-    """Return the longest gap between arrivals in the window and the first one after it.
+    """Return the longest gap before an arrival in the window, or before the first one after it.
 
-    Negative if there are none.
+    A negative number means that there is no such arrival.
     """
     longest = -1
     for before, after in itertools.pairwise(recorded):
@@ -60,7 +60,7 @@ def longest_gap(recorded: Sequence[Arrival], begin_ns: int, end_ns: int) -> int:
 def table(path: PathUnderTest, n: int, second: bool) -> bytes:
     """Return JSON of host a's present routes and ``n`` more.
 
-    second  use other prefixes: the first and the second set have none in common
+    second  use the second set of prefixes, which has no prefix in common with the first set
     """
     own = path.forwarders[0].get("/v1/routes")["routes"]
     prefixes = consecutive("10.128.0.0" if second else "10.64.0.0", n)
@@ -70,7 +70,7 @@ def table(path: PathUnderTest, n: int, second: bool) -> bytes:
 
 @dataclass(frozen=True)
 class Replace:
-    """One slot."""
+    """One slot: one measurement of one contender (see ``bench.blocks``)."""
 
     routes: int
     seconds: int

@@ -1,8 +1,8 @@
 """Route look-up in the compiled core, without forwarding: ns per look-up.
 
-The time of a loop over 65,536 addresses; the best round of a slot counts. Variants: address family,
-kind of address, number of routes (see bench/tables.py). The sum of the results must equal the sum
-of 65,536 single look-ups. Needs no hosts and no wire.
+A measurement (slot) times loops over 65,536 addresses; its result is the fastest time. Variants:
+address family, kind of address, number of routes (see bench/tables.py). The sum of the results must
+equal the sum of 65,536 single look-ups. Needs no hosts and no wire.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _table(n: int, family: int) -> Lpm:
 
 @dataclass(frozen=True)
 class LookUps:
-    """One slot; it runs in this process."""
+    """One slot: one measurement (see ``bench.blocks``); it runs in this process."""
 
     variant: str
     seconds: float

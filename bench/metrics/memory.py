@@ -23,7 +23,7 @@ _SAMPLE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Resident:
-    """One slot."""
+    """One slot: one measurement of one contender (see ``bench.blocks``)."""
 
     routes: int
     seconds: int

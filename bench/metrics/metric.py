@@ -1,7 +1,6 @@
 """What a metric consists of, and the plan that says how much of it a run measures.
 
-Owns: the two types, and the checks of a user's options. Does not know: what a metric measures. Any
-thread.
+Owns: the two types, and the checks of a user's options. Any thread.
 """
 
 from __future__ import annotations

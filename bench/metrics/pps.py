@@ -109,7 +109,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Rate:
-    """One slot."""
+    """One slot: one measurement of one contender (see ``bench.blocks``)."""
 
     size: int
     seconds: float

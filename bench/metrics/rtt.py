@@ -1,9 +1,9 @@
 """Round-trip time of 64-byte requests over UDP and TCP: p50, p99 and p99.9, in ns.
 
-Idle: bench/udpload sends each request when the previous reply is there, like netperf's UDP_RR and
-TCP_RR. Under bulk load: one TCP stream by iperf3 runs in the direction of the requests, and 2000
-requests per second are sent at fixed times, whether or not earlier replies are there; lost requests
-are counted, not waited for. Works with every contender.
+Idle: bench/udpload sends each request when the previous reply has arrived, like netperf's UDP_RR
+and TCP_RR. Under bulk load: an iperf3 TCP stream runs in the direction of the requests. udpload
+sends 2000 requests per second at fixed times and does not wait for replies; it counts lost
+requests. Works with every contender.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BULK_START_SECONDS = 2
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """One slot."""
+    """One slot: one measurement of one contender (see ``bench.blocks``)."""
 
     tcp: bool
     loaded: bool

@@ -63,7 +63,7 @@ def peers(path: PathUnderTest, n: int) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Spread:
-    """One slot."""
+    """One slot: one measurement of one contender (see ``bench.blocks``)."""
 
     n: int
     kind: str  # "routes" or "peers"

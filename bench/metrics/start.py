@@ -24,7 +24,7 @@ _SEND_AHEAD_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Start:
-    """One slot."""
+    """One slot: one measurement of one contender (see ``bench.blocks``)."""
 
     seconds: int
 

@@ -20,7 +20,7 @@ VARIANTS = ("1 there", "4 there", "16 there", "1 back", "1 both")
 
 @dataclass(frozen=True)
 class Tcp:
-    """One slot."""
+    """One slot: one measurement of one contender (see ``bench.blocks``)."""
 
     streams: int
     direction: str

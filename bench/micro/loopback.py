@@ -1,8 +1,8 @@
-"""One worker between a socket pair in place of the TUN and a UDP socket on loopback.
+"""One worker with a socket pair in place of the TUN, and with UDP over loopback.
 
-Owns: the sockets and the worker between them. Does not know: what is sent. One thread only. A frame
-is one message of a SOCK_SEQPACKET pair, and the peer is a UDP socket on loopback. The kernel's UDP
-work is real, its TUN work is not: compare the times only with other times of this benchmark.
+Owns: the sockets and the worker between them. One thread only. A frame is one message of a
+SOCK_SEQPACKET pair, and the peer is a UDP socket on loopback. The kernel's UDP work is included,
+its TUN work is not: compare the times only with other times of this benchmark.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class LoopbackWorker:
 
     @staticmethod
     def received(sock: socket.socket) -> int:
-        """Read all that waits in ``tun`` or ``peer``; return the number of bytes."""
+        """Read all messages that wait in ``tun`` or ``peer``; return the number of bytes."""
         n = 0
         with contextlib.suppress(BlockingIOError):
             while True:

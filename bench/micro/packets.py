@@ -1,7 +1,7 @@
 """Fixed input for the micro benchmarks: consecutive TCP or UDP packets of one flow.
 
-Owns: their bytes. Does not know: which step gets them. Pure. The checksums are those of the
-reference implementation, so that a fast but wrong checksum fails.
+Owns: the bytes of the packets. Pure. The checksums are computed by the reference implementation, so
+that a fast but wrong checksum fails.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A worker's whole path between a socket pair in place of the TUN and loopback: CPU ns per packet.
+"""A worker's whole path: CPU ns per packet. A socket pair replaces the TUN, loopback the network.
 
-The CPU time of the thread, including the kernel's work on loopback. Waiting does not count, so that
-other load on the machine disturbs the result less. Needs nothing but the compiled core.
+The CPU time of the thread, including the kernel's work on loopback. Waiting is not included, so
+that other load on the machine disturbs the result less. Needs only the compiled core.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Route tables: seconds to parse a route file or JSON, to build the look-up, and to activate it.
 
-Needs nothing but the compiled core.
+Needs only the compiled core.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ def slot(name, value, stolen=0.0):
     return {"contender": name, "values": values, "stolen": stolen}
 
 
-def test_a_block_is_a_palindrome():
+def test_second_half_of_a_mirrored_block_is_reversed():
     assert slot_order(["d", "v", "u"], True, 0) == ["d", "v", "u", "u", "v", "d"]
 
 
@@ -19,7 +19,7 @@ def test_every_other_block_of_single_slots_is_reversed():
     assert slot_order(["d", "v"], False, 1) == ["v", "d"]
 
 
-def test_a_quiet_block_is_accepted():
+def test_a_block_without_steal_time_and_with_small_drift_is_accepted():
     lines = [slot("d", 10.0), slot("u", 3.0), slot("u", 9.0), slot("d", 10.5)]
     assert rejection_reason(lines, "d", "bits_per_second") is None
 

@@ -25,12 +25,12 @@ def test_the_copy_limit_exists_on_p1_only():
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("nobody", "contender 'nobody': expected one of udptun, direct"),
+    [("unknown", "contender 'unknown': expected one of udptun, direct"),
      ("", "contender '': expected one of udptun, direct"),
      ("vxlan --fast", "'vxlan --fast': vxlan takes no options"),
      ("udptun@/nowhere", "'udptun@/nowhere': no built udptun in /nowhere")],
 )
-def test_find_names_what_is_wrong(spec, message):
+def test_find_refuses_an_invalid_specification(spec, message):
     with pytest.raises(ValueError, match=message):
         find(spec)
 

@@ -14,5 +14,5 @@ def constant(text, name):
 
 def test_batches_have_the_same_limits():
     assert constant(COPYLIMIT, "SLOTS") == constant(CORE, "RX_SLOTS") == constant(CORE, "TX_MSGS")
-    assert constant(COPYLIMIT, "RX_SET") == constant(CORE, "RX_BATCH_BYTES")
-    assert constant(COPYLIMIT, "TX_FULL") == constant(CORE, "QUEUE_FULL_BYTES")
+    assert constant(COPYLIMIT, "RX_BATCH_BYTES") == constant(CORE, "RX_BATCH_BYTES")
+    assert constant(COPYLIMIT, "TX_FLUSH_BYTES") == constant(CORE, "QUEUE_FULL_BYTES")

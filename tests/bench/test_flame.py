@@ -62,7 +62,7 @@ def test_a_box_is_as_wide_as_its_children_together():
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["cpu", "--help"], ["flame", "--help"]])
-def test_help_is_there(argv, capsys):
+def test_help_is_printed(argv, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(argv)
     assert ended.value.code == 0

@@ -39,12 +39,12 @@ def test_only_our_own_instructions_count():
 
 
 @pytest.mark.parametrize("text", ["", "summary: 0\n", CALLGRIND.replace("/x/", "/y/")])
-def test_nothing_collected_is_an_error(text):
+def test_a_callgrind_file_without_our_functions_is_an_error(text):
     with pytest.raises(ValueError, match="collected nothing"):
         instructions.parse(text, OURS)
 
 
-def test_only_what_grew_beyond_the_tolerance_is_named():
+def test_only_steps_above_the_tolerance_are_reported():
     before = {"a": 1000, "b": 1000, "c": 1000}
     now = {"a": 1010, "b": 1011, "c": 500, "new": 9}
     [line] = instructions.compared(now, before)
@@ -85,7 +85,7 @@ def test_a_count_is_compared_with_that_of_the_same_build(counted, tmp_path, n, c
     assert instructions.run(None, saved(tmp_path, "here", n)) == code
 
 
-def test_another_build_is_not_compared_and_says_so(counted, tmp_path, capsys):
+def test_counts_of_another_build_are_not_compared(counted, tmp_path, capsys):
     assert instructions.run(None, saved(tmp_path, "elsewhere", 1)) == 0
     assert "NOT COMPARED" in capsys.readouterr().out
 

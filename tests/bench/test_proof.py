@@ -24,7 +24,7 @@ def test_parse_and_subtract():
 
 
 @pytest.mark.parametrize("profile", ["P1", "P2", "P3", "P4"])
-def test_bytes_that_crossed_are_proved(profile):
+def test_counters_that_match_the_received_bytes_are_accepted(profile):
     assert refusal_reason(profile, (139_000, 0), (GOOD, NOTHING)) is None
     assert refusal_reason(profile, (0, 139_000), (NOTHING, GOOD)) is None
 

@@ -76,13 +76,13 @@ def test_every_goal_names_a_value_with_a_unit():
         assert (goal.target > goal.required) == goal.at_least
 
 
-def test_less_is_better_for_some():
+def test_a_goal_where_less_is_better():
     memory = next(g for g in goals.GOALS if g.metric == "memory")
     assert memory.reaches(63.0, memory.required)
     assert not memory.reaches(65.0, memory.required)
 
 
-def test_the_terminal_table_repeats_nothing(run):
+def test_terminal_output_has_each_title_once(run):
     text = report.terminal(run)
     assert text.count("TCP throughput") == 1
     assert "1 blocks rejected, 1 figures refused" in text
@@ -150,5 +150,5 @@ def test_numbers(value, want):
     assert number(value) == want
 
 
-def test_spread_of_nothing():
+def test_spread_of_no_estimate_is_a_dash():
     assert spread(None) == "-"

@@ -22,7 +22,7 @@ def test_an_estimate_of_one_value_has_n_1():
     assert stats.estimate([7.0]) == stats.Estimate(7.0, 7.0, 7.0, 1)
 
 
-def test_there_is_no_estimate_of_nothing():
+def test_estimate_of_no_values_is_none():
     assert stats.estimate([]) is None
 
 
@@ -44,7 +44,8 @@ def test_more_blocks_narrow_the_interval():
 
 
 def test_a_steady_drift_cancels_within_a_block():
-    """Slots D U U D while D gets faster by 2 per slot; U is always half of D."""
+    """Four slots in the order d, u, u, d. d increases by 2 per slot (10, 12, 14, 16), and u is
+    always half of the value that d would have in that slot."""
     block = {"d": [10.0, 16.0], "u": [12.0 / 2, 14.0 / 2]}
     assert stats.ratios([block], "u", "d") == [0.5]
 

@@ -1,4 +1,4 @@
 """Lease sources: a hosts file, etcd, Kubernetes. Each implements the contract in ``base``.
 
-Does not know: forwarding, devices, routes. The node daemon decides what follows from a lease.
+Does not depend on forwarding, devices or routes: the node daemon turns leases into routes.
 """

@@ -1,7 +1,8 @@
 """The advert: what a node publishes in its lease beyond flannel's fields.
 
-It says that the node speaks our UDP data path, and with which parameters. It is one key of ours in
-the lease's BackendData, next to the fields of flannel's backend; flannel nodes ignore it:
+The advert states that the node has udptun's UDP data path, and the parameters of that path. It is
+one key in the lease's BackendData, next to the fields of flannel's backend; flannel nodes ignore
+it:
 
     {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff", "udptun": {"port": 8285, "mtu": 1450}}
 
@@ -55,7 +56,10 @@ def embed(backend_data: Any, advert: Advert) -> dict[str, Any]:
 
 
 def _object(backend_data: Any) -> Mapping[str, Any]:
-    """flannel's extension backend publishes a string: the output of its command."""
+    """Return BackendData as an object; {} if it is not one.
+
+    flannel's extension backend publishes a string: the output of its command.
+    """
     if isinstance(backend_data, str):
         try:
             backend_data = json.loads(backend_data)

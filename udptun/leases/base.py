@@ -2,7 +2,7 @@
 
 Owns: the types of leases and of their changes, the calls of a source, and its health. A source
 recovers by itself: an outage ends no iteration and removes no lease, it only shows in ``health``.
-Does not know: any particular store, or what a lease is used for.
+Does not depend on any particular store, or on what a lease is used for.
 Threads: everything runs in the daemon's asyncio loop.
 """
 
@@ -161,7 +161,7 @@ class SourceConfig(Protocol):
     kind          as shown in status and metrics: "file", "etcd", "kubernetes"
     no_node_data  why leases of this source cannot carry data of a node's backend, such as a MAC
                   address, in a sentence; "" if they can
-    store_id      identifies one store: leases that were cached from one are never used for another
+    store_id      identifies one store: leases cached from one store are never used for another
 
     The command line imports the class at every start, so its module must import neither asyncio nor
     a client library.
@@ -185,10 +185,11 @@ class LeaseSource(ABC):
 
     @abstractmethod
     async def network(self) -> NetConfig:
-        """Return the network's configuration. StoreDown, StoreRefused, FieldError (invalid)."""
+        """Return the network's configuration. Raises StoreDown, StoreRefused; FieldError if it is
+        invalid."""
 
     async def identity(self) -> Identity:
-        """Return what the store declares about this node. StoreDown, StoreRefused."""
+        """Return what the store declares about this node. Raises StoreDown, StoreRefused."""
         return Identity()
 
     def cached_identity(self, lease: Lease) -> Identity:
@@ -203,7 +204,7 @@ class LeaseSource(ABC):
         """Get this node's lease, a new one or the existing one, and publish ``attributes`` in it.
 
         former  the subnets this node had last; assigned again if they are free; may be empty
-        May be repeated, with the same or other attributes. StoreDown, StoreRefused.
+        May be repeated, with the same or other attributes. Raises StoreDown, StoreRefused.
         """
 
     @abstractmethod
@@ -238,7 +239,7 @@ class LeaseBook:
         return self._leases
 
     def put(self, lease: Lease) -> Change | None:
-        """Store a lease; return the change, or None if it is already known as it is."""
+        """Store a lease; return the change, or None if the book already has the same lease."""
         old = self._leases.get(lease.key)
         if old == lease:
             return None

@@ -1,8 +1,8 @@
 """The last known state of the store, cached on disk for a (re)start while the store is down.
 
 Owns: one file, its format, and when it is written. The file is always replaced as a whole: at once
-after a quiet period, at intervals while there are many changes.
-Does not know: when the cached state is used.
+after a quiet period, at intervals while there are many changes. The node daemon decides when the
+cached state is used.
 Threads: asyncio, one loop; a helper thread writes the file.
 """
 

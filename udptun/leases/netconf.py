@@ -2,7 +2,7 @@
 
 Owns: the names, defaults and rules of flannel's ``subnet.Config``, and the options of its udp and
 vxlan backends. Everything that flannel accepts is accepted: names in any case, unknown fields, host
-bits in a network. Does not know: where the text comes from, or which backend a node selects.
+bits in a network. Does not depend on where the text comes from, or on the backend of a node.
 Pure functions; any thread.
 
 source  flannel's pkg/subnet/config.go and Documentation/configuration.md
@@ -50,7 +50,7 @@ class NetConfig:
 
     @classmethod
     def parse(cls, text: str, *, check_subnets: bool = True, where: str = "") -> NetConfig:
-        """Parse net-conf.json. FieldError names the invalid field.
+        """Parse net-conf.json. Raises FieldError, which names the invalid field.
 
         check_subnets  False where the store assigns each node its subnet: SubnetLen, SubnetMin and
                        SubnetMax are then ignored, even if invalid, as in flannel
@@ -104,7 +104,7 @@ class NetConfig:
 
     @property
     def vxlan_port(self) -> int:
-        """0: the kernel's default, 8472."""
+        """The UDP port of VXLAN; 0: the kernel's default, 8472."""
         return self._number("Port", 0, 0, MAX_PORT) if self.backend_type == "vxlan" else 0
 
     @property

@@ -44,7 +44,7 @@ class NotInstalled(UdptunError):
 
 
 def make_source(config: SourceConfig, local_addresses: LocalAddresses) -> LeaseSource:
-    """Return the source for ``config``. NotInstalled; FieldError."""
+    """Return the source for ``config``. Raises NotInstalled, FieldError."""
     source_type = next(entry for entry in SOURCES if entry.kind == config.kind)
     try:
         module = import_module(source_type.module, __package__)

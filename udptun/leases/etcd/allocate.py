@@ -1,7 +1,7 @@
 """The choice of a node's subnet from a listing of all leases, as flannel does it.
 
-Owns: the order of preference, and which subnets are free. Does not know: how a choice is written to
-the store, or that another node may write first. Pure functions: no I/O, no clock; any thread.
+Owns: the order of preference, and which subnets are free. ``keeper`` writes the choice to the store
+and handles another node that writes first. Pure functions: no I/O, no clock; any thread.
 
 source  flannel's AcquireLease
 """
@@ -66,7 +66,7 @@ def choose(
 ) -> Subnets:
     """Return the former subnets if they are free and allowed, else free ones that are drawn.
 
-    StoreRefused: no subnet is free.
+    Raises StoreRefused if no subnet is free.
     """
     used = [subnet for entry in entries for subnet in entry.subnets]
     if former.v4 is not None and fits(former, network) and not any(

@@ -1,8 +1,8 @@
 """A client of etcd v3 over gRPC: selection of a member, authentication, detection of dead members.
 
-Owns: the one open channel, the token, the time limits, and the meaning of errors. Does not know:
-keys, leases, or when to retry. Asyncio, one loop. Needs etcd 3.4 or newer, which answers progress
-requests on a watch.
+Owns: the one open channel, the token, the time limits, and the meaning of errors. Does not depend
+on keys or leases; the callers retry. Asyncio, one loop. Needs etcd 3.4 or newer, which answers
+progress requests on a watch.
 
 A call tries each member once, starting with the one that answered last. When a member fails, its
 channel is closed, and all other requests on that channel end with StoreDown. Each new channel reads
@@ -32,7 +32,7 @@ WATCH_RESPONSE_S = 3.0
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),  # all leases are listed in one message
-    ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits the back-off of the last
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel must not inherit the last one's back-off
     ("grpc.enable_http_proxy", 0),
 )
 _REFUSALS = {
@@ -52,7 +52,9 @@ class _Connection(NamedTuple):
 
 
 class Client:
-    """Sends requests to one etcd cluster. StoreDown: no member answered. StoreRefused: refused.
+    """Sends requests to one etcd cluster.
+
+    Raises StoreDown if no member answered, StoreRefused if etcd refused the request.
 
     failed  called for each failed request
     """
@@ -172,7 +174,8 @@ class Client:
 
     async def _watch(self, connection: _Connection, create: Any) -> AsyncGenerator[Any, None]:
         address = connection.address
-        # Without "hasleader", a member that has no leader stays silent but seems alive.
+        # Without "hasleader", a member without a leader sends no events, but answers progress
+        # requests as if it were healthy.
         metadata = (*await self._metadata(connection), ("hasleader", "true"))
         try:
             stream = connection.channel.stream_stream(

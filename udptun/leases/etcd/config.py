@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EtcdConfig:
-    """The etcd cluster, our credentials, and the lifetime of a lease. FieldError if invalid.
+    """The etcd cluster, our credentials, and the lifetime of a lease. Raises FieldError if invalid.
 
     endpoints             http:// or https:// URLs of members of one cluster, in any order. Without
                           a scheme: https if certificates are given, else http

@@ -1,9 +1,9 @@
 """Our own lease: acquire it, renew it, publish changes in it, acquire it again when it is lost.
 
-Owns: the one key that is ours, and its last known state in the store. Every write is a transaction:
-a key is created only if it does not exist, and changed only if it is as we last read it. So neither
-a lost race nor a lost response can overwrite the lease of another node. Does not know: other
-leases, except those that are in use. Asyncio, one loop.
+Owns: our one key, and its last known state in the store. Every write is a transaction: a key is
+created only if it does not exist, and changed only if its revision is still the one that we last
+read. So neither a lost race nor a lost response can overwrite the lease of another node. Asyncio,
+one loop.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LeaseKeeper:
         self._check_now = asyncio.Event()
 
     def key_changed(self, key: str | None) -> None:
-        """A key has changed in the store; None: any key may have changed."""
+        """Report that a key has changed in the store; None: any key may have changed."""
         if self._held is not None and key in (None, self._held.lease.key):
             self._check_now.set()
 
@@ -169,7 +169,7 @@ class LeaseKeeper:
     async def _check(self) -> bool:
         """Read our key; write, renew or create it as needed. Return whether it had been changed.
 
-        _Taken, StoreDown, StoreRefused.
+        Raises _Taken, StoreDown, StoreRefused.
         """
         held = self._held
         assert held is not None
@@ -213,7 +213,7 @@ class LeaseKeeper:
         return True
 
     async def _write(self, held: _Held, lease: Lease) -> None:
-        """Publish ``lease`` in our key unless another node has taken it. _Taken."""
+        """Publish ``lease`` in our key. Raises _Taken if another node has taken the key."""
         key = self._prefix + lease.key.encode()
         for _ in range(TRIES):
             answer = await self._client.call(messages.RANGE, messages.RangeRequest(key=key))
@@ -230,7 +230,7 @@ class LeaseKeeper:
         raise StoreDown(f"etcd key {lease.key} changes faster than it can be written")
 
     def _check_owner(self, kv: Any, lease: Lease) -> None:
-        """_Taken if our key, which was changed, has the public address of another node."""
+        """Raise _Taken if our key, which was changed, has the public address of another node."""
         try:
             attributes = read_value(kv.value)
         except FieldError:
@@ -245,8 +245,8 @@ class LeaseKeeper:
     async def _put(self, lease: Lease, found: Entry | None) -> bool:
         """Write our key if it is still as ``found``, or does not exist if that is None.
 
-        Return False if it was changed. If we changed it ourselves and the response was lost, the
-        next check finds our address in it.
+        Return False if the key was changed. If we changed it ourselves and the response was lost,
+        the next check finds our address in the key.
         """
         key = self._prefix + lease.key.encode()
         grant_id, expires = (0, None) if lease.reserved else await self._grant()
@@ -276,7 +276,8 @@ class LeaseKeeper:
         """Return an etcd lease for our key, and when it expires in time.monotonic().
 
         A lease that was granted for a failed attempt is used for the next one, so that failures do
-        not accumulate leases. If the response to that attempt was lost, our key may be on it.
+        not accumulate leases. If the response to that attempt was lost, our key may already belong
+        to this lease.
         """
         ttl_s = self._config.ttl_seconds
         if self._spare is not None and self._spare[1] - time.monotonic() > 0.9 * ttl_s:

@@ -1,6 +1,6 @@
 """etcd's protobuf messages: the part of its rpc.proto and kv.proto that leases need.
 
-Owns: the field numbers, and the classes made from them. Does not know: when each message is sent.
+Owns: the field numbers, and the classes made from them. No I/O; any thread.
 
 The classes are built at import from the text below: generated code would work with a few major
 versions of protobuf only, and would not be readable. The text is parsed as proto2. Its encoding

@@ -1,6 +1,6 @@
 """flannel's keys and values in etcd, byte for byte as its Go code writes them.
 
-Owns: encoding and decoding of keys and values. Does not know: etcd. No I/O; any thread.
+Owns: encoding and decoding of keys and values. No I/O; any thread.
 
 Values are decoded as in Go: field names in any case, unknown fields ignored. Unlike in flannel, a
 lease that cannot be used is an error: one without a public address, or with host bits in its key.
@@ -50,7 +50,10 @@ def write_key(subnets: Subnets) -> str:
 
 
 def read_key(key: str) -> Subnets:
-    """Parse a key. FieldError. flannel has no keys for IPv6 alone, a /0, or a single host."""
+    """Parse a key; raise FieldError if it is invalid.
+
+    flannel has no keys for IPv6 alone, a /0, or a single host.
+    """
     match = _KEY.fullmatch(key)
     if match is None:
         raise FieldError("key", key, _KEY_EXPECTED)

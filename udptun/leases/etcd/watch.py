@@ -1,7 +1,7 @@
 """The changes of all leases: one listing, then a watch from its revision, then again.
 
-Owns: the current revision, the skipped entries, and when to list again. Does not know: our own
-lease, except that it reports changes of its key. Asyncio, one loop.
+Owns: the current revision, the skipped entries, and when to list again. ``keeper`` keeps our own
+lease; the watcher reports changes of keys to it. Asyncio, one loop.
 
 - An invalid entry is skipped and reported; the previous lease of its key stays active.
 - When the watch's revision has been compacted, all leases are listed again, and the differences are

@@ -1,7 +1,7 @@
 """The grammar of the hosts file, a list of all nodes in TOML or JSON. docs/hosts.toml explains it.
 
 Owns: parsing and validation. One error rejects the whole file and names line and field, so that a
-file is never applied in part. Does not know: where the file is and when it changes.
+file is never applied in part. ``source`` reads the file and detects changes.
 Pure functions; any thread.
 """
 
@@ -52,7 +52,7 @@ class HostsFile:
 
 
 def parse(data: bytes, name: str) -> HostsFile:
-    """Parse a hosts file. FieldError names line and field.
+    """Parse a hosts file. Raises FieldError, which names line and field.
 
     name  the file's name; ``.json`` and ``.toml`` determine the format, else the first character
     """
@@ -115,7 +115,8 @@ def _syntax(text: str, name: str, line: int | None, expected: str) -> FieldError
 
 
 def _hosts(content: Mapping[str, Any]) -> HostsFile:
-    """In this function and those it calls, ``where`` of an error is a path, as in Positions."""
+    """Validate the content. In this function and in those that it calls, ``where`` of a FieldError
+    is a path, as in Positions."""
     _refuse_unknown(content, _FILE_KEYS, "")
     networks = _per_family(content, "network", parse_prefix, "")
     port = parse_number("port", content.get("port", DEFAULT_PORT), 1, MAX_PORT, "port")
@@ -168,7 +169,7 @@ def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
 
 
 def _refuse_shared(leases: Sequence[Lease]) -> None:
-    """FieldError if two nodes have the same name or endpoint, or overlapping subnets."""
+    """Raise FieldError if two nodes have the same name or endpoint, or overlapping subnets."""
     owners: dict[tuple[object, ...], int] = {}
 
     def claim(i: int, field: str, value: str, *identity: object) -> None:

@@ -1,7 +1,7 @@
 """Leases from a hosts file: the source that needs no store besides the file.
 
 Owns: reading the file again when it changes, and determining which of its nodes this machine is.
-Does not know: the grammar of the file (``schema``), or what its leases are used for.
+``schema`` has the grammar of the file.
 Threads: asyncio, one loop; helper threads access the file, which may be large or on a network.
 
 The file is polled once a second, which costs one stat(). inotify would miss changes: the path may
@@ -92,7 +92,7 @@ class FileSource(LeaseSource):
         return self.cached_identity(await self._own_lease())
 
     def cached_identity(self, lease: Lease) -> Identity:
-        """Our entry in the file declares everything about us; the lease is that entry."""
+        """Return what our entry in the file declares; the lease has all fields of the entry."""
         declared = lease.attributes
         families = {address.version for address in (declared.public_ip, declared.public_ipv6)
                     if address is not None}
@@ -107,7 +107,8 @@ class FileSource(LeaseSource):
         return lease
 
     async def hold(self, lease: Lease) -> None:
-        """Nothing to renew: we hold the lease while the file has it, which ``updates`` checks."""
+        """Wait until cancelled: nothing is renewed. ``updates`` checks that the file still has our
+        lease."""
         await asyncio.Event().wait()
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
@@ -131,12 +132,12 @@ class FileSource(LeaseSource):
         self._poll_now.set()
 
     async def aclose(self) -> None:
-        """Nothing is kept open."""
+        """Do nothing: no file is kept open."""
 
     # The content of the file
 
     async def _current(self) -> HostsFile:
-        """Return the last valid content. StoreDown, FieldError: there was none yet."""
+        """Return the last valid content. Raises StoreDown or FieldError if there was none yet."""
         await self._poll()
         if self._hosts is None:
             assert self._error is not None
@@ -178,7 +179,7 @@ class FileSource(LeaseSource):
     # Our own node
 
     async def _own_lease(self) -> Lease:
-        """StoreDown; StoreRefused, also for a file that is invalid."""
+        """Return our lease. Raises StoreDown; StoreRefused, also if the file is invalid."""
         try:
             hosts = await self._current()
         except FieldError as exc:
@@ -186,7 +187,8 @@ class FileSource(LeaseSource):
         return await self._find_own(hosts)
 
     async def _find_own(self, hosts: HostsFile) -> Lease:
-        """StoreRefused says which names and addresses were looked for, and which nodes exist."""
+        """Return the lease of this machine. Raises StoreRefused, which names the names and
+        addresses that were searched for, and the nodes in the file."""
         by_name = {lease.name: lease for lease in hosts.leases}
         existing = f"it has {_join(by_name)}"
         if self._node_name:

@@ -1,8 +1,8 @@
 """Address and credentials of the API server: builds one HTTP client from a KubeConfig.
 
-Owns: flannel's order of precedence. Does not know: kubeconfig files, service accounts, TLS; these
-are lightkube's, which also reads a token again after the server has rejected it.
-Asyncio, one loop.
+Owns: the choice of the credentials, in flannel's order of precedence. lightkube reads kubeconfig
+files and service accounts, handles TLS, and reads the token file again when the server has rejected
+the token. Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CONNECT_TIMEOUT = 3.0  # seconds; a running server accepts a connection at once
 
 
 def connect(config: KubeConfig) -> httpx2.AsyncClient:
-    """Build the client; it does not connect yet. StoreRefused: no valid credentials."""
+    """Build the client; it does not connect yet. Raises StoreRefused without valid credentials."""
     timeout = httpx2.Timeout(config.request_timeout, connect=_CONNECT_TIMEOUT)
     try:
         return AsyncClient(_access(config), ConnectionParams(timeout=timeout))

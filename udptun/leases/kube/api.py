@@ -1,7 +1,7 @@
 """The requests to the API server: get a node, get a pod, list and watch nodes, patch a node.
 
 Owns: HTTP, paging, the framing of a watch, and the meaning of each failure: ``Gone`` (list again),
-``StoreDown``, ``StoreRefused``. Does not know: leases. Asyncio, one loop.
+``StoreDown``, ``StoreRefused``. Does not depend on leases. Asyncio, one loop.
 
 lightkube's own requests are not used: its watch requests no bookmarks and has no timeout for a
 silent server, and it decodes complete nodes.
@@ -96,7 +96,8 @@ class Api:
     async def nodes(self, page: int | None) -> AsyncGenerator[tuple[list[Node], str], None]:
         """Yield all nodes, ``page`` at a time (None: all at once), with the version to watch from.
 
-        Gone: listing took too long, the server no longer has the version of the first page.
+        Raises Gone if the listing took too long: the server no longer has the version of the first
+        page.
         """
         params: dict[str, str] = {} if page is None else {"limit": str(page)}
         while True:
@@ -109,8 +110,9 @@ class Api:
     async def watch(self, version: str) -> AsyncGenerator[list[Event], None]:
         """Yield the events after ``version``; events received together in one list.
 
-        The first list is empty: the server has accepted the watch. Returns when the server ends the
-        watch, which is normal. A silent server is a failure: bookmarks arrive every minute.
+        The first list is empty and shows that the server has accepted the watch. Returns when the
+        server ends the watch, which is normal. Raises StoreDown if the server is silent: bookmarks
+        arrive every minute.
         """
         action = "watch nodes"
         params = {

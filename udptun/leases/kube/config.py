@@ -24,7 +24,7 @@ _PREFIX = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z0-9_-]+/(?:[a-z0-9_-]+-)?")
 class KubeConfig:
     """The API server, and the name of our node. Times are in seconds.
 
-    node_name                     the name of our Node object; "": that of the node of our pod
+    node_name                     the name of our Node object; "": use the node that our pod runs on
     pod_name, pod_namespace       our pod; required if there is no node_name
     api_url                       https://HOST:PORT; "": from the kubeconfig or service account
     kubeconfig_file               None: use the pod's service account
@@ -33,7 +33,7 @@ class KubeConfig:
     set_node_network_unavailable  publish the condition NetworkUnavailable=False
     service_account               directory with token, ca.crt and namespace
     request_timeout               a request without a response for this long has failed
-    watch_timeout                 after this time the server is to end each watch
+    watch_timeout                 timeoutSeconds of a watch request: the server then ends the watch
     watch_silence                 a watch is dead after this time without an event or a bookmark;
                                   the server sends a bookmark about every minute
     resync                        interval at which our node is read even without an event

@@ -1,7 +1,7 @@
 """flannel's leases in Node objects: the fields and annotations, encoding and decoding.
 
-Owns: the mapping between a Node and a Lease. Does not know: HTTP. A Node can be tens of kilobytes
-long; only the fields declared here are decoded. Pure; any thread.
+Owns: the mapping between a Node and a Lease. A Node can be tens of kilobytes long; only the fields
+declared here are decoded. No I/O; any thread.
 """
 
 from __future__ import annotations

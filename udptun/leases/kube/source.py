@@ -1,8 +1,8 @@
 """Leases in Kubernetes: podCIDRs are the subnets, annotations have the other attributes.
 
 Owns: what this node publishes, and list-and-watch of all nodes. The cluster assigns the subnets, so
-this source selects none, and leases do not expire. Does not know: HTTP (``api``), or the format of
-annotations (``schema``). Asyncio, one loop.
+this source selects none, and leases do not expire. ``api`` has the HTTP requests, ``schema`` the
+format of the annotations. Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class KubeSource(LeaseSource):
 
     async def identity(self) -> Identity:
         """Read this node's annotations node-public-ip and node-public-ipv6; flannel lets them
-        override --public-ip and --public-ipv6. StoreDown, StoreRefused."""
+        override --public-ip and --public-ipv6. Raises StoreDown, StoreRefused."""
         node = await self._api.node(await self._name())
         try:
             public_ip, public_ipv6 = self._annotations.node_public(node)
@@ -103,7 +103,7 @@ class KubeSource(LeaseSource):
             try:
                 node = await self._api.node(lease.key)
                 announced = await self._restore(node, lease, announced)
-            except StoreDown as e:  # a lease does not expire here
+            except StoreDown as e:  # not a lost lease: leases in Kubernetes do not expire
                 log.debug("cannot read our node: %s", e)
                 self.health.errors_n += 1
                 await asyncio.sleep(backoff.next())
@@ -286,7 +286,7 @@ def _refused(node: Node) -> Iterator[None]:
 
 
 def _within(network: NetConfig, node: Node) -> Subnets:
-    """Return our subnets, one in each enabled network. FieldError."""
+    """Return our subnets, one in each enabled network. Raises FieldError."""
     subnets = pod_subnets(node)
     if network.network is None:  # IPv4 is disabled: ignore an IPv4 podCIDR, as flannel does
         subnets = Subnets(None, subnets.v6)
