@@ -156,8 +156,8 @@ static void flush(int fd, int n) {
 	}
 }
 
-/* Returns false if the TUN is empty. Reads a bounded number of frames, because received datagrams may
- * be waiting in the socket. */
+/* Returns false if the TUN is empty. Reads a bounded number of frames, because received datagrams
+ * may be waiting in the socket. */
 static bool tun_to_udp(int tun, int fd) {
 	size_t waiting = 0;
 	ssize_t len = 0;

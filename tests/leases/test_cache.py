@@ -150,7 +150,7 @@ async def test_a_write_after_a_quiet_period_is_immediate(tmp_path):
 
 
 async def test_the_interval_is_proportional_to_the_duration_of_a_write(tmp_path, monkeypatch):
-    """No wait before the first write, one before the next."""
+    """The first write does not wait; the next write waits for the interval."""
     path = tmp_path / "leases.json"
     pauses = []
 
@@ -203,7 +203,7 @@ async def test_closing_writes_without_waiting_for_the_interval(tmp_path):
 async def test_a_failed_write_is_logged_once_and_repeated(
     tmp_path, caplog, monkeypatch
 ):
-    """The previous file stays complete."""
+    """After a failed write the previous file is still complete."""
     path = tmp_path / "leases.json"
     await write(path, known(OWN))
     monkeypatch.setattr(cache, "RETRY_SECONDS", 0.01)

@@ -154,7 +154,7 @@ async def local_addresses():
 
 @pytest.fixture
 async def make(store):
-    """Opens sources of the store; closes them twice, which must be harmless."""
+    """Open sources of the store; close each twice, because a second close must be harmless."""
     made = []
 
     def make():
@@ -168,7 +168,7 @@ async def make(store):
 
 
 async def test_the_configuration_identifies_the_store(store):
-    """Without a request: leases that were cached from another store are never used."""
+    """store_id is known before a request, so that leases cached from another store are not used."""
     assert store.config.store_id.startswith(store.config.kind)
     assert store.config.store_id != store.other_config.store_id
     assert isinstance(store.config.no_node_data, str)
@@ -191,7 +191,7 @@ async def test_network(make):
     assert network.network == IPv4Network("10.244.0.0/16")
 
 
-async def test_identity_and_the_one_that_a_cached_lease_has(make):
+async def test_cached_identity_has_the_same_families_and_advert(make):
     source = make()
     identity = await source.identity()
     assert isinstance(identity, Identity)
@@ -209,7 +209,7 @@ async def test_acquire_may_be_repeated(make):
     assert await source.acquire(OWN, lease.subnets) == lease
 
 
-async def test_a_store_that_is_down(store, make):
+async def test_calls_raise_store_down_while_the_store_is_down(store, make):
     await store.stop()
     source = make()
     with pytest.raises(StoreDown, match=r"."):

@@ -95,7 +95,7 @@ async def test_client_certificates(mutual_etcd, authority, make):
 
 
 async def test_a_replaced_certificate_is_read_again(mutual_etcd, authority, tmp_path, make):
-    """The server does not know the CA of the first certificate; then the file is replaced."""
+    """The server does not trust the CA of the first certificate; then the file is replaced."""
     await mutual_etcd.put("config", CONFIG)
     (tmp_path / "other").mkdir()
     cert, key = Authority(tmp_path / "other").issue("node", "extendedKeyUsage=clientAuth")
@@ -139,7 +139,7 @@ async def test_the_reason_of_a_refusal_is_reported(auth_etcd, make, options, mes
     await observer.close()
 
 
-async def test_a_user_on_a_store_without_authentication(tmp_path, make):
+async def test_a_user_name_is_ignored_without_authentication(tmp_path, make):
     etcd = Etcd(tmp_path).start()
     try:
         await etcd.put("config", CONFIG)
@@ -159,7 +159,7 @@ async def test_an_invalidated_token_is_renewed(auth_etcd, make):
 
 
 async def test_a_watch_renews_an_invalidated_token(auth_etcd, make):
-    """There is no other request: the watch itself must detect it."""
+    """No other request is sent, so the watch itself must detect the invalid token."""
     source = make(auth_etcd, username="flannel", password="pass")
     observer = await Observer(source).ready()
     await auth_etcd.forget_tokens()

@@ -90,7 +90,7 @@ async def test_another_prefix(etcd, make):
     assert (await make(prefix="/other//net/").network()).subnet_len == 24
 
 
-async def test_no_member_answers(etcd, make):
+async def test_store_down_if_no_member_answers(etcd, make):
     etcd.kill()
     source = make()
     with pytest.raises(StoreDown, match=r"etcd at 127\.0\.0\.1"):
@@ -324,7 +324,7 @@ async def test_a_lease_taken_by_another_node_is_reported_and_created_again_when_
 
 
 async def test_a_renewal_does_not_overwrite_another_nodes_lease(etcd, make, holding):
-    """There is no watch: the comparison in the transaction must stop the renewal."""
+    """No watch runs, so the comparison in the transaction must prevent the renewal."""
     await etcd.put("config", CONFIG)
     source = make(ttl_seconds=3, renew_margin_minutes=2 / 60)
     lease = await source.acquire(me(), NONE)
@@ -379,7 +379,7 @@ async def test_a_lease_that_expires_in_an_outage_is_lost_and_created_again(etcd,
 
 @pytest.mark.parametrize("loop_turns", range(4))
 async def test_hold_ends_when_cancelled_during_a_change(etcd, make, loop_turns):
-    """In each turn of the loop in which the change can be handled."""
+    """hold() is cancelled in each turn of the event loop in which it can handle the change."""
     await etcd.put("config", CONFIG)
     source = make()
     task = asyncio.create_task(source.hold(await source.acquire(me(), NONE)))
@@ -393,8 +393,9 @@ async def test_hold_ends_when_cancelled_during_a_change(etcd, make, loop_turns):
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
-async def test_a_write_whose_response_is_lost(etcd, make, monkeypatch, times):
-    """Not written, written, written twice: one subnet, one grant, and we recognise our key."""
+async def test_a_lost_response_to_a_write_is_handled(etcd, make, monkeypatch, times):
+    """The write takes effect 0, 1 or 2 times. The node has one subnet and one grant, and finds its
+    own key."""
     await etcd.put("config", CONFIG)
     source = make()
     real, lost = Client.call, []

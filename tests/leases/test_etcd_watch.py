@@ -129,7 +129,7 @@ async def test_an_invalid_new_value_keeps_the_previous_lease(etcd, observe, capl
     assert not observer.source.health.skipped
 
 
-async def test_a_killed_and_restarted_store(etcd, observe):
+async def test_a_killed_store_removes_no_lease_and_is_watched_again(etcd, observe):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     observer = await (await observe(etcd.url)).ready()
     health = observer.source.health
@@ -144,7 +144,7 @@ async def test_a_killed_and_restarted_store(etcd, observe):
     assert health.relists_n == 0 and health.error == ""
 
 
-async def test_a_store_that_is_down_at_the_start(etcd, observe):
+async def test_a_store_that_starts_later_yields_a_snapshot(etcd, observe):
     etcd.kill()
     observer = await observe(etcd.url)
     health = observer.source.health
@@ -198,7 +198,7 @@ async def test_changes_during_a_disconnection_need_no_listing(etcd, observe):
 
 
 async def test_a_frozen_member_is_detected(etcd, observe):
-    """The kernel still accepts data for it: only a response shows that it runs."""
+    """The kernel still accepts data for a stopped process: only a response shows that it runs."""
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     observer = await (await observe(etcd.url)).ready()
     health = observer.source.health
@@ -212,7 +212,7 @@ async def test_a_frozen_member_is_detected(etcd, observe):
     await until(lambda: "10.5.2.0-24" in observer.leases, "the next change")
 
 
-async def test_an_idle_watch_is_not_taken_for_a_frozen_member(etcd, observe):
+async def test_an_idle_watch_stays_connected(etcd, observe):
     observer = await (await observe(etcd.url)).ready()
     health = observer.source.health
     contacts = set()

@@ -55,7 +55,7 @@ def refusal(text, name="hosts.toml"):
 # Valid files
 
 
-def test_the_documented_example():
+def test_the_documented_example_is_valid():
     hosts = parse(EXAMPLE.read_bytes(), "hosts.toml")
     assert hosts.network.network == IPv4Network("10.42.0.0/16")
     assert hosts.network.network6 is None
@@ -71,7 +71,7 @@ def test_the_documented_example():
     assert read(gamma.attributes) == Advert(8285, 1280)
 
 
-def test_the_same_in_json():
+def test_json_gives_the_same_result_as_toml():
     text = toml(1, 2)
     content = {
         "network": "10.42.0.0/16",

@@ -126,7 +126,7 @@ async def test_an_invalid_kubeconfig_is_named(tmp_path, acquire, text):
         await acquire(kubeconfig_file=path)
 
 
-async def test_no_credentials_at_all(tmp_path, acquire):
+async def test_missing_credentials_are_reported(tmp_path, acquire):
     with pytest.raises(StoreRefused, match=str(tmp_path / "none")):
         await acquire()
     with pytest.raises(StoreRefused, match="absent"):

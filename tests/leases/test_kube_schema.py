@@ -95,7 +95,7 @@ def test_subnets_of_a_node(spec, want):
 
 
 def test_the_annotations_of_flannels_backends():
-    """They are decoded, and need no patch."""
+    """flannel's annotations are decoded, and need no patch."""
     for kind, data, wanted in (
         ("", "null", None),
         ("vxlan", '{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}',

@@ -519,7 +519,7 @@ async def test_temporary_refusals_are_retried(small, code):
 
 
 async def test_a_response_that_is_not_from_kubernetes(small):
-    """For example from a proxy."""
+    """For example, a proxy can send such a response."""
     async def page(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n<p>no</p>")
@@ -581,7 +581,7 @@ async def test_hold_publishes_that_the_network_is_up(cluster):
         assert condition["lastTransitionTime"].endswith("Z")
 
 
-async def test_the_network_condition_can_be_left_alone(small):
+async def test_the_network_condition_is_not_written_if_disabled(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(set_node_network_unavailable=False)
     lease = await source.acquire(ME, Subnets())
@@ -606,7 +606,7 @@ async def test_removed_annotations_are_restored(cluster):
 
 
 async def test_a_later_overwrite_is_published(cluster):
-    """flannel reads it only at its start."""
+    """Unlike flannel, which reads public-ip-overwrite only at its start."""
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -676,7 +676,7 @@ async def test_hold_repeats_a_refused_patch(small):
 
 
 async def test_hold_publishes_a_cached_lease(small):
-    """Without acquire, as after a start while the API server is down."""
+    """acquire is not called, as after a start while the API server is down."""
     await small.create(node("n1", "10.244.1.0/24"))
     lease = await small.source().acquire(ME, Subnets())
     await small.small.annotate("n1", public_ip=None)

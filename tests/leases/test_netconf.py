@@ -192,7 +192,7 @@ def test_an_invalid_ipv6_field_is_named(fields, field):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"Network": NaN}', "[" * 100000, '{"a": ' + "9" * 5000 + "}"]
 )
-def test_anything_but_a_json_object_is_refused(text):
+def test_text_that_is_not_a_json_object_is_refused(text):
     with pytest.raises(FieldError, match=r"etcd.*the configuration"):
         NetConfig.parse(text, where="etcd")
 
