@@ -1,6 +1,6 @@
 """Core: what all workers share, as Python sees it. Included by _core.pyx.
 
-Owns the active snapshot, the retired ones, and all peers. Does not know sockets or the TUN.
+Owns the active snapshot, the retired ones, and all peers. Does not depend on sockets or the TUN.
 
 Threading: the control thread only, except ``prepare``, which any thread may call, one at a time.
 """

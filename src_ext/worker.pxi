@@ -1,6 +1,6 @@
 """Worker: one data worker as Python sees it. Included by _core.pyx.
 
-Owns the memory of one ``worker_t``, its epoll set and its wake-up eventfd. Does not know what
+Owns the memory of one ``worker_t``, its epoll set and its wake-up eventfd. Does not depend on what
 happens to a packet (path/turn.pxd and below).
 
 Threading: ``run`` and ``drain`` belong to the worker's thread; any thread may call the rest.

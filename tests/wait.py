@@ -26,4 +26,4 @@ async def until(predicate, what="its condition", seconds=60.0):
     try:
         return await asyncio.wait_for(poll(), seconds)
     except TimeoutError:
-        pytest.fail(f"waited {seconds:g} s in vain for {what}")
+        pytest.fail(f"timeout after {seconds:g} s: waited for {what}")

@@ -33,19 +33,20 @@ from wire.packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, par
 
 
 cdef enum:
-    CHECK_OFF = 0               # source checks: none, as flannel;
-    CHECK_PEER = 1              # the outer source address is a peer's;
-    CHECK_STRICT = 2            # and the inner source is routed to that peer
+    CHECK_OFF = 0               # no source check, as in flannel
+    CHECK_PEER = 1              # the outer source address must be a peer's
+    CHECK_STRICT = 2            # also, the inner source must be routed to that peer
     RX_SLOTS_MIN = 4
-    SMALL_BATCH_MIN = 6         # a batch of at least so many datagrams, of fewer bytes each on
-    SMALL_DATAGRAM = 2000       # average, starts the small-packet mode (see turn.pxd)
+    # A batch starts the small-packet mode (see turn.pxd) if both conditions hold:
+    SMALL_BATCH_MIN = 6         # it has at least this number of datagrams
+    SMALL_DATAGRAM = 2000       # their average size in bytes is smaller than this
 
 
-cdef struct sender_t:           # of one datagram, with the last verdict on an inner source
+cdef struct sender_t:           # the sender of one datagram; caches the last result of check_source
     const uint8_t* addr         # outer, network order
     uint8_t addr_len
     peer_t* peer                # NULL: not a peer
-    uint8_t inner_len           # 0: no verdict yet
+    uint8_t inner_len           # 0: nothing is cached yet
     uint8_t inner[16]
     drop_t verdict
 
@@ -56,8 +57,8 @@ cdef struct sender_t:           # of one datagram, with the last verdict on an i
 cdef inline drop_t check_source(
     const worker_t* w, const sender_t* sender, const uint8_t* src, size_t addr_len
 ) noexcept nogil:
-    """Return whether a peer may send from this inner source. A peer's own outer address is
-    always valid as its inner source."""
+    """Return PASS if the peer may use this inner source address, else the drop reason. A peer's
+    own outer address is always valid as its inner source."""
     cdef hop_t* hop
     if is_own(w.snapshot, src, addr_len):
         return DROP_OWN_SOURCE
@@ -77,8 +78,8 @@ cdef inline drop_t check_source(
 cdef inline drop_t admit(
     const worker_t* w, sender_t* sender, const uint8_t* src, size_t addr_len
 ) noexcept nogil:
-    """Return whether this sender may send from this inner source. Most packets of one datagram have
-    the same source, so the last verdict is cached."""
+    """Return PASS if this sender may use this inner source address, else the drop reason. Most
+    packets of one datagram have the same source, so the last result is cached."""
     if sender.peer == NULL and w.shared.source_check != CHECK_OFF:
         return DROP_UNKNOWN_PEER
     if sender.inner_len != addr_len or memcmp(sender.inner, src, addr_len) != 0:
@@ -91,8 +92,8 @@ cdef inline drop_t admit(
 cdef inline void decap_packet(
     worker_t* w, sender_t* sender, uint8_t* p, size_t n
 ) noexcept nogil:
-    """Pass one inner packet to the coalescer, or drop it. p[0:n] is borrowed until the write; bytes
-    after the declared length are padding and are removed."""
+    """Pass one inner packet to the merge step, or drop it. p[0:n] is borrowed until the write;
+    bytes after the declared length are padding and are removed."""
     cdef ip_t ip
     cdef drop_t verdict = parse_ip(p, n, &ip)
     w.decap.read += 1
@@ -138,8 +139,8 @@ cdef inline void disable_merge(worker_t* w, bint tcp) noexcept nogil:
 
 
 cdef inline void write_outputs(worker_t* w) noexcept nogil:
-    """Write what the coalescer holds, in order. When the kernel refuses a merged frame, write its
-    packets one by one; EINVAL turns this kind of merging off."""
+    """Write all outputs of the merge step to the TUN, in order. When the kernel refuses a merged
+    frame, write its packets one by one; EINVAL turns this kind of merging off."""
     cdef int32_t i
     cdef size_t n
     cdef output_t* out

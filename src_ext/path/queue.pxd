@@ -18,8 +18,8 @@ from wire.headers cimport VNET_LEN
 
 
 cdef enum:
-    QUEUE_DATAGRAMS = 1024      # that may wait for one flush
-    QUEUE_FRAME_DATAGRAMS = 512  # room kept for the next frame; the TUN's gso_max_segs
+    QUEUE_DATAGRAMS = 1024      # datagrams that may wait for one flush
+    QUEUE_FRAME_DATAGRAMS = 512  # space kept free for the next frame; the TUN's gso_max_segs
     QUEUE_FRAME_BYTES = VNET_LEN + 65536
     QUEUE_PEERS = 32            # different peers among the waiting datagrams
     QUEUE_FULL_BYTES = 262144   # flush above this, so that the queue stays in the CPU cache

@@ -30,7 +30,7 @@ from table.snapshot cimport snapshot_t
 
 
 cdef enum:
-    POLL_TURNS = 64             # a busy worker polls for errors once in so many turns
+    POLL_TURNS = 64             # a busy worker polls for errors once in this number of turns
     BATCHING_DELAY_NS = 40000
 
 

@@ -31,16 +31,16 @@ cdef enum:
 
     # indices of worker_t.polled
     ON_WAKE = 0
-    ON_TUN = 1                  # from here on: the descriptors that carry packets
+    ON_TUN = 1                  # this and all later ones: descriptors that carry packets
     ON_UDP4 = 2
     ON_UDP6 = 3
     POLLED_N = 4
 
     # bits of worker_t.events
     EVENT_PATH_MTU = 1          # a peer's path MTU became smaller
-    EVENT_UDP_GSO = 2           # the kernel refused this offload; it is off from now on
-    EVENT_TCP_MERGE = 4         # likewise
-    EVENT_UDP_MERGE = 8         # likewise
+    EVENT_UDP_GSO = 2           # the kernel refused UDP_SEGMENT; it is off from now on
+    EVENT_TCP_MERGE = 4         # the kernel refused a TCP merge; merging TCP is off from now on
+    EVENT_UDP_MERGE = 8         # the kernel refused a UDP merge; merging UDP is off from now on
     EVENT_TUN_GONE = 16
 
 

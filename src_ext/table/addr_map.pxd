@@ -1,7 +1,7 @@
 """A hash map from addresses to peers, also used as a set of addresses.
 
-Owns its slots, not the peers. Does not know ports or routes.
-Threading: no locks. Any number of threads may read a map that no thread changes.
+Owns its slots, not the peers. Does not depend on ports or routes. Threading: no locks. Any number
+of threads may read a map that no thread changes.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t

@@ -1,7 +1,7 @@
 """Text forms of words, addresses, prefixes and numbers: parsed and written.
 
 Accepts and writes exactly the text that Python's ``ipaddress`` does (RFC 4291, RFC 5952). The tests
-compare the two. Does not know route files or JSON.
+compare the two. Does not depend on route files or JSON.
 
 Every ``parse_*`` takes untrusted bytes and returns whether it accepts them. Text is borrowed during
 the call. Pure functions, callable from any thread.

@@ -14,7 +14,7 @@ Count for Fast and Scalable Software IP Routing Table Lookup", SIGCOMM 2015, sec
 Both families share all code: an address is 128 bits in two words, IPv4 in the upper half of the
 first word, and the compiler drops the second word where it is a constant 0.
 
-Does not know next hops, peers or Python. A value is 1 + index into the routes from which the
+Does not depend on next hops, peers or Python. A value is 1 + index into the routes from which the
 structure was built; 0 means no route.
 
 Threading: immutable once built; any number of threads may look up without locks. The owner frees it

@@ -4,7 +4,7 @@ Owns ``parser_t``. The grammar is in text.pxd (route files) and json.pxd (the co
 provides one ``parse_fn``. A table of 100,000 routes is parsed without the GIL, and does not keep a
 worker waiting on a shared CPU.
 
-Does not know error messages. The parser reports which route is wrong and where its text is;
+Does not build error messages. The parser reports which route is wrong and where its text is;
 route_table.pxi then parses that one route with ``udptun.model.Route``, which accepts the same
 grammar, to get the message.
 

@@ -1,7 +1,7 @@
 """One peer: an endpoint of the underlay, its path MTU and its counters.
 
 Owns ``peer_t``. A peer lives as long as a route names its endpoint or a worker may still point to
-it (publish.pxd). Does not know routes.
+it (publish.pxd). Does not depend on routes.
 
 Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu`` and
 ``path_mtu_ns``: a worker lowers the value, the control side restores it later; either value is

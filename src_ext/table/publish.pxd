@@ -4,7 +4,8 @@ Owns the control side of ``snapshot_t``: it finds or creates the peers that the 
 the pointer, and keeps the list of retired snapshots and peers until no worker can see them.
 
 A retired object is freed once every worker is idle or has borrowed a newer generation (as in RCU);
-neither side blocks. Does not know workers; the caller says which generation is the oldest in use.
+neither side blocks. Does not depend on workers; the caller says which generation is the oldest in
+use.
 
 Threading: one control thread, without the GIL for the long parts.
 """

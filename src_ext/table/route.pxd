@@ -1,7 +1,7 @@
 """Routes in C memory: one route, and the sorted vector of a whole table.
 
 Owns: the layout of a route, the order of a table, and the operations that depend on that order
-(search, insert, remove, difference). Does not know text forms (text.pxd, json.pxd), look-up by
+(search, insert, remove, difference). Does not depend on text forms (text.pxd, json.pxd), look-up by
 address (lpm.pxd) or Python.
 
 Order: by family, then destination bytes, then prefix length. So a prefix comes before every

@@ -1,6 +1,6 @@
 """RouteTable: the routes as the control side reads and changes them.
 
-Owns: a sorted vector of routes in C memory, and the messages of parse errors. Does not know
+Owns: a sorted vector of routes in C memory, and the messages of parse errors. Does not depend on
 snapshots or workers; Core makes a snapshot from a table.
 
 Threading: one thread at a time. Calls whose time grows with the table release the GIL, so other

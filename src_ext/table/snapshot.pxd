@@ -1,7 +1,7 @@
 """The snapshot: the immutable table in which a worker looks everything up.
 
 Owns ``snapshot_t``: routes, next hops, peers by address, our own addresses; and the look-ups in it.
-Does not know how a snapshot is built or replaced (publish.pxd).
+Does not depend on how a snapshot is built or replaced (publish.pxd).
 
 Threading: a published snapshot does not change, except for the ``same_addr`` links and path MTUs of
 its peers. Workers load the pointer once per turn and never lock.

@@ -69,7 +69,7 @@ cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexce
 
 
 cdef inline void parse_text(parser_t* p) noexcept nogil:
-    """Parse a route file; a ``parse_fn``."""
+    """Parse a route file. The signature is ``parse_fn`` (see parser.pxd)."""
     cdef const uint8_t* found
     cdef size_t end, stop
     cdef route_t route

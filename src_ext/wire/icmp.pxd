@@ -44,7 +44,7 @@ cdef enum:
     ICMP_BURST_NS = 50000000
 
 
-cdef struct icmp_bucket_t:  # one per kind and family; all zero = full, not used yet
+cdef struct icmp_bucket_t:  # one per kind and family; zeroed: counts as full at its first use
     uint64_t tokens_ns
     uint64_t last_ns
 
@@ -60,8 +60,8 @@ cdef inline bint icmp_allow(icmp_bucket_t* bucket, uint64_t now_ns) noexcept nog
             bucket.tokens_ns = ICMP_BURST_NS
         else:
             bucket.tokens_ns += passed
-    # Also after a step back in time: with the later mark, no token would be added until the clock
-    # reaches it again.
+    # Also store a now_ns that is smaller than last_ns: with the old value, no token would be added
+    # until the clock reaches it.
     bucket.last_ns = now_ns if now_ns != 0 else 1
     if bucket.tokens_ns < ICMP_TOKEN_NS:
         return False

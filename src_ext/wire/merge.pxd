@@ -1,6 +1,6 @@
 """Merge received packets into super-packets, so that one write to the TUN carries many.
 
-Owns the coalescer: the packets of one turn in arrival order, grouped into outputs. An output is one
+Owns merge_t: the packets of one turn in arrival order, grouped into outputs. An output is one
 packet, or consecutive segments of one flow. Payloads stay where they were received until
 ``merge_frame`` copies them into one frame.
 
@@ -12,7 +12,7 @@ an output is verified when a second one is about to join.
 
 Source: the rules of Linux's tcp_gro_receive and udp_gro_receive (net/ipv4/tcp_offload.c,
 udp_offload.c), RFC 9293, RFC 768, RFC 6864 (IPv4 ids without DF).
-Threading: one coalescer per worker.
+Threading: one merge_t per worker.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -30,7 +30,7 @@ from wire.packet cimport ip_t, is_extension
 
 
 cdef enum:
-    MERGE_PACKETS = 2048        # in one turn
+    MERGE_PACKETS = 2048        # packets in one turn, at most
     MERGE_FLOWS = 256           # slots of the flow table; a power of two
     MERGE_UDP_MAX = 64          # datagrams of a UDP super-packet: the kernel's UDP_MAX_SEGMENTS
     MERGE_FRAME = VNET_LEN + IP_MAX  # the longest merged frame

@@ -19,7 +19,7 @@ def leftovers(pid: int) -> list[str]:
     return [p.name for p in Path("/run/netns").glob(f"ut{pid}-*")]
 
 
-def test_it_shows_every_step_and_cleans_up():
+def test_demo_prints_every_step_and_cleans_up():
     with subprocess.Popen(
         DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as demo:
@@ -33,7 +33,7 @@ def test_it_shows_every_step_and_cleans_up():
 
 
 @pytest.mark.parametrize("no_colour", [False, True])
-def test_colour_is_for_terminals_that_want_it(no_colour):
+def test_colour_only_on_a_terminal_without_no_color(no_colour):
     ours, theirs = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
     env |= {"NO_COLOR": "1"} if no_colour else {}

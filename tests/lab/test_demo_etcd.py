@@ -16,7 +16,7 @@ DEMO = [sys.executable, "-m", "udptun.lab.demo_etcd"]
 
 
 @pytest.mark.slow
-def test_it_shows_nodes_that_come_and_go_and_cleans_up():
+def test_demo_shows_joining_and_leaving_nodes_and_cleans_up():
     with subprocess.Popen(
         DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as demo:

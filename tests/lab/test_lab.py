@@ -33,7 +33,7 @@ def test_links_segments_and_pods_reach_each_other(lab):
     assert ping(pod, e.v4).received == 3
 
 
-def test_a_narrow_middle_answers_like_a_router(lab):
+def test_a_smaller_middle_mtu_causes_icmp_errors(lab):
     a, b = lab.host("a"), lab.host("b")
     link = lab.link(a, b, middle_mtu=1300)
     assert any("mtu = 1300" in e for e in ping(a, b.v4, size=1400, df=True).errors)
@@ -43,7 +43,7 @@ def test_a_narrow_middle_answers_like_a_router(lab):
     assert fresh.received == 3
 
 
-def test_profiles_set_what_they_say_whatever_was_set_before(lab):
+def test_each_profile_sets_all_its_offloads(lab):
     a, b = lab.host("a"), lab.host("b")
     link = lab.link(a, b)
     as_made = a.run(["ethtool", "-k", "eth0"]).stdout
@@ -70,7 +70,7 @@ def test_profile_p4_turns_only_tunnel_segmentation_off(lab):
             assert f"{name}: on" in features
 
 
-def test_iperf3_gives_numbers_or_its_own_words(lab):
+def test_iperf3_returns_numbers_or_raises_its_error(lab):
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
     assert iperf3(b, a, b.v4, seconds=1).bits_per_second > 1e6
@@ -81,7 +81,7 @@ def test_iperf3_gives_numbers_or_its_own_words(lab):
         iperf3(b, a, b.v4, seconds=1)
 
 
-def test_vxlan_or_the_reason_why_not(lab):
+def test_vxlan_works_or_raises_the_reason(lab):
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
     try:
@@ -134,7 +134,7 @@ def test_a_signal_removes_everything(number):
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_what_a_killed_lab_leaves_is_removed_by_the_next():
+def test_the_next_lab_removes_namespaces_of_a_killed_lab():
     victim, pid, folder = start_victim()
     with victim:
         victim.kill()
@@ -148,7 +148,7 @@ def test_what_a_killed_lab_leaves_is_removed_by_the_next():
         assert other.folder.exists()
 
 
-def test_two_labs_at_once_do_not_meet():
+def test_two_labs_at_once_are_separate():
     with Lab() as one, Lab() as two:
         one.host("a")
         two.host("a")

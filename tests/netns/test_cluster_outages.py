@@ -24,7 +24,7 @@ STALL_SECONDS = 30.0  # a deadline: the connection goes on, on a busy machine to
 
 
 def tun_of(member: Member) -> str:
-    """The device with its index: another one, made anew under the same name, has another."""
+    """Return the TUN's name and index: a new device of the same name would have another index."""
     return member.host.run(["ip", "-o", "link", "show", "udptun0"]).stdout.split(":")[0]
 
 
@@ -74,7 +74,7 @@ def test_the_daemons_process_group_is_killed(lab):
 
 
 def test_the_daemons_cgroup_is_killed(lab, cgroup):
-    """As deployed: daemon and forwarder in a unit or a container each."""
+    """As deployed: daemon and forwarder each have their own unit or container."""
     cluster = Cluster(lab, 2, external=True)
     cluster.start()
     a, b = cluster.members
@@ -97,7 +97,7 @@ def test_the_daemons_cgroup_is_killed(lab, cgroup):
 
 @pytest.mark.slow
 @pytest.mark.timeout(OUTAGE_SECONDS + 120)
-def test_etcd_is_down_and_a_daemon_starts_again_meanwhile(lab):
+def test_a_daemon_restarts_while_etcd_is_down(lab):
     cluster = Cluster(lab, 3)
     cluster.start()
     a, b, c = cluster.members
@@ -131,7 +131,7 @@ def test_etcd_is_down_and_a_daemon_starts_again_meanwhile(lab):
 
 
 def test_sigterm_leaves_the_packets_flowing(lab):
-    """And the second SIGTERM is not needed."""
+    """One SIGTERM is enough."""
     cluster = Cluster(lab, 2)
     cluster.start()
     a, b = cluster.members

@@ -81,7 +81,7 @@ def test_one_packet_tunnel_at_the_other_end(lab, onepacket, offload):
 
 
 def test_two_one_packet_tunnels(lab, onepacket):
-    """The yardstick itself: what is compared with must work, or it flatters."""
+    """The program of the comparison works: otherwise udptun's results would look too good."""
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
     pods = a.pod(str(AT_A.subnet)), b.pod(str(AT_B.subnet))
@@ -121,7 +121,7 @@ def test_flannels_control_messages_drive_the_forwarder(lab, onepacket):
 
 
 def test_the_real_flanneld_at_the_other_end(lab):
-    """flanneld with its UDP backend, an etcd beside it, and our node's lease put there by hand."""
+    """flanneld with its UDP backend, and an etcd to which the test writes our node's lease."""
     flanneld = os.environ.get("FLANNELD")
     if not flanneld:
         pytest.skip("REAL FLANNELD NOT TESTED: name its binary in FLANNELD")

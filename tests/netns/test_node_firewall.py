@@ -70,13 +70,13 @@ def cluster(lab, request):
     ("pod", "world", "pod", "node"),  # the cluster to outside: masquerade
     ("node", "other pod", "node", "node to peer"),  # from outside to the cluster: masquerade
 ])
-def test_who_is_masqueraded(cluster, sender, receiver, without, want):
+def test_which_packets_are_masqueraded(cluster, sender, receiver, without, want):
     assert cluster.source_seen(sender, receiver) == without
     cluster.firewall()
     assert cluster.source_seen(sender, receiver) == want
 
 
-def test_what_kube_proxy_has_marked_is_left_to_it(cluster):
+def test_packets_with_kube_proxys_mark_are_not_masqueraded_here(cluster):
     cluster.firewall()
     cluster.node.nft("""\
 table inet proxy {

@@ -75,7 +75,7 @@ def test_three_machines_and_one_file_are_an_overlay(overlay):
                           for i, m in enumerate(overlay.members, 1) if m is not a}
 
 
-def test_the_end_of_a_daemon_is_not_noticed(overlay):
+def test_a_daemons_end_does_not_disturb_packets(overlay):
     """After SIGKILL to its group and SIGTERM it restarts; no packet and no device is lost."""
     a, b, _ = overlay.members
     before = (tun_of(a), a.forwarder_pid(), a.ask("/v1/routes"))
@@ -114,7 +114,7 @@ def test_a_forwarder_that_is_gone_with_its_daemon_is_started_by_the_next(overlay
     all_reach_all(overlay.members)
 
 
-def test_an_edit_is_followed_and_a_bad_one_is_refused_with_its_place(overlay):
+def test_an_edited_file_is_applied_and_an_invalid_one_refused_with_its_line(overlay):
     a, b, c = overlay.members
     overlay.write(n3=f'public = "{c.host.v4}"\nsubnets = "10.244.3.0/24"\nport = 8300')
     wait_for(lambda: any(route["port"] == 8300 for route in a.ask("/v1/routes")["routes"]),
@@ -137,7 +137,7 @@ def test_an_edit_is_followed_and_a_bad_one_is_refused_with_its_place(overlay):
     wait_for(lambda: "[+]store" in a.ready()[1], "the good file to be taken")
 
 
-def test_a_node_that_is_taken_out_is_reached_no_more(overlay):
+def test_a_removed_node_is_unreachable(overlay):
     a, _, c = overlay.members
     text = overlay.file.read_text()
     overlay.file.write_text(text[: text.rindex("[[nodes]]")])
@@ -147,7 +147,7 @@ def test_a_node_that_is_taken_out_is_reached_no_more(overlay):
     assert c.forwarder_pid()
 
 
-def test_an_external_forwarder_is_told_by_the_file_and_adopted(lab):
+def test_an_external_forwarder_reads_the_file_and_is_adopted(lab):
     overlay = Overlay(lab, external=True)
     overlay.start()
     all_reach_all(overlay.members)

@@ -45,7 +45,7 @@ def traceroute(host, target) -> list[str]:
     return [line.split()[1] for line in done.stdout.splitlines()[1:]]
 
 
-def test_no_route_is_told_to_the_sender(tunnel):
+def test_the_sender_gets_an_icmp_error_without_a_route(tunnel):
     a = tunnel.a
     nobody = node(77)
     for host in (a.host, a.pod):
@@ -58,7 +58,7 @@ def test_no_route_is_told_to_the_sender(tunnel):
     assert (verdict["verdict"], verdict["reason"]) == ("drop", "no_route")
 
 
-def test_status_names_the_peer_and_what_went_there(tunnel):
+def test_status_counts_the_packets_of_a_peer(tunnel):
     a, b = tunnel.sides
     before = peer(a.forwarder.status())
     assert ping(a.host, b.v4, count=5).received == 5

@@ -38,11 +38,11 @@ def test_bytes_arrive_unchanged_with_more_workers(lab, workers):
 
 @pytest.mark.parametrize("offload", ["auto", "off"])
 def test_bytes_arrive_unchanged_behind_extension_headers(lab, offload):
-    """Linux hands over whole super-packets of TCP with them; were one dropped, it would come again
-    and again, and the connection stand still.
+    """Linux passes TCP super-packets with extension headers to the TUN. If the forwarder dropped
+    one, it would drop every retransmission too, and the connection would stall.
 
-    Between nodes only: a pod's Linux may keep segments from before it counted the options, which
-    its node's Linux then refuses for good (too big for the TUN), before a tunnel sees them."""
+    Between nodes only: a pod's kernel may keep segments that it sized without the options. The
+    node's kernel always refuses them (too big for the TUN), so they never reach a tunnel."""
     a, b = pair(lab, offload=offload).sides
     pad = bytes.fromhex("0000 0104 0000 0000")  # next header (the kernel's), 8 bytes; PadN
     options = (socket.IPV6_HOPOPTS, pad), (socket.IPV6_DSTOPTS, pad)

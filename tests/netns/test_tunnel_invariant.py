@@ -13,7 +13,7 @@ from udptun.lab import Host, Link, Pair, pair, ping
 
 
 def test_single_packets(lab):
-    """One by one, every counter on the way says the same."""
+    """Every counter on the path counts each single packet."""
     tunnel = pair(lab)
     a, b = tunnel.sides
     quiet(a.host)
@@ -32,7 +32,7 @@ def test_single_packets(lab):
 
 
 def quiet(host: Host) -> None:
-    """Without the kernel's own talk to IPv6 multicast groups, which a new device begins with."""
+    """Stop the kernel's own IPv6 multicast packets, which it sends on a new device."""
     host.nft(
         "table ip6 quiet {\n chain c {\n  type filter hook output priority 0;\n"
         "  ip6 daddr ff00::/8 drop\n }\n}\n"
@@ -40,7 +40,7 @@ def quiet(host: Host) -> None:
 
 
 class Counts(dict):
-    """The counters along the road from a to b, once all is quiet."""
+    """The counters on the path from a to b, when no packets move."""
 
     def __init__(self, tunnel: Pair, wire) -> None:
         a, b = tunnel.sides
@@ -56,7 +56,7 @@ class Counts(dict):
 
 
 def steady(tunnel: Pair, wire) -> Counts:
-    """Two equal readings in a row: nothing moved between the looks at the single counters."""
+    """Read until two readings are equal: no packet moved between the reads of single counters."""
     while (counts := Counts(tunnel, wire)) != Counts(tunnel, wire):
         pass
     return counts
@@ -70,7 +70,7 @@ def at_wire(link: Link):
         tunnel="udp dport 8285",
         fragments="ip frag-off & 0x3fff != 0",
         long="meta length > 1500",
-        # Besides the tunnel only the neighbours' talk: ARP, and ICMPv6 for MLD and ND.
+        # Besides the tunnel only ARP, and ICMPv6 for MLD and ND.
         other_ipv4="ip protocol != udp",
         tcp="meta l4proto tcp",
         other_ports="udp dport != 8285",
@@ -78,7 +78,7 @@ def at_wire(link: Link):
 
 
 def test_bulk_crosses_the_wire_in_the_tunnel_only(lab):
-    """Under TCP of both families: each packet is one datagram, none fragmented, none too long."""
+    """TCP over IPv4 and IPv6: each packet is one datagram, not fragmented and not too long."""
     tunnel = pair(lab)
     a, b = tunnel.sides
     with at_wire(tunnel.link) as wire:
@@ -96,7 +96,7 @@ def test_bulk_crosses_the_wire_in_the_tunnel_only(lab):
         assert_invariant(side.forwarder)
 
 
-def test_drops_stand_in_the_balance(lab):
+def test_drops_are_part_of_the_invariant(lab):
     tunnel = pair(lab)
     a, b = tunnel.sides
     quiet(a.host)

@@ -23,7 +23,7 @@ def has_tun(side) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_by_signal_removes_what_was_made(lab, number):
+def test_a_stop_by_signal_removes_everything_created(lab, number):
     tunnel = pair(lab)
     a = tunnel.a
     assert has_tun(a)
@@ -56,7 +56,7 @@ def test_sighup_reads_the_route_file_again(lab):
     a.forwarder.process.signal(signal.SIGHUP)
     wanted = {f"10.244.50.0/24 via {b.outer}"}
     wait_for(lambda: routes(a.forwarder) == wanted, "the new table")
-    # A file with a mistake changes nothing and is told.
+    # A file with an error changes nothing, and the error is logged.
     a.forwarder.routes_file.write_text(f"10.244.51.0/24 via {b.outer}\n10.244.52.0/24 over there\n")
     a.forwarder.process.signal(signal.SIGHUP)
     a.forwarder.process.wait_for_output("line 2")
@@ -78,7 +78,7 @@ def test_sigusr1_logs_the_state(lab):
 
 
 def test_the_state_file_survives_a_kill(lab):
-    """The last table is in force before the first packet: the very first ping comes back."""
+    """The saved table is active before the first packet: the first ping gets a reply."""
     state = lab.folder / "a.state"
     tunnel = pair(lab, start=False)
     a, b = tunnel.sides
@@ -116,7 +116,7 @@ def test_a_live_control_socket_is_refused_and_a_stale_one_replaced(lab):
 
 
 class _Control(http.client.HTTPConnection):
-    """One connection that is kept open, as the node daemon's."""
+    """A connection that stays open, like the node daemon's."""
 
     def __init__(self, path) -> None:
         super().__init__("localhost", timeout=60)

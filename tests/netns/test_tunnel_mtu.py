@@ -19,7 +19,7 @@ def narrow(lab):
 
 @pytest.mark.parametrize("where", ["host", "pod"])
 @pytest.mark.parametrize("inner", [4, 6])
-def test_the_sender_is_told_the_mtu_of_the_path(narrow, where, inner):
+def test_the_sender_gets_the_path_mtu_by_icmp(narrow, where, inner):
     a, b = narrow.sides
     sender = getattr(a, where)
     target = {(4, "host"): b.v4, (6, "host"): b.v6, (4, "pod"): b.pod_v4, (6, "pod"): b.pod_v6}
@@ -38,7 +38,7 @@ def test_the_sender_is_told_the_mtu_of_the_path(narrow, where, inner):
     assert_invariant(a.forwarder)
 
 
-def test_tcp_finds_its_way(narrow):
+def test_tcp_works_over_a_smaller_path_mtu(narrow):
     a, b = narrow.sides
     transfer_tcp(a.host, b.host, b.v4)
     transfer_tcp(b.host, a.host, a.v6)

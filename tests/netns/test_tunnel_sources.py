@@ -38,7 +38,8 @@ def _complement(data: bytes) -> bytes:
 
 class Ground:
     """Node 1 with its forwarder; node 2 without one, so that a test can send from its address; a
-    stranger. Node 3 has a route and no host: its subnet belongs to another peer."""
+    host that is not a peer ("stranger"). Node 3 has a route but no host: its subnet belongs to
+    another peer."""
 
     def __init__(self, lab, **options) -> None:
         self.target, self.peer = lab.host("target"), lab.host("peer")
@@ -146,7 +147,7 @@ def rubbish(count: int):
 
 
 @pytest.mark.parametrize("offload", ["auto", "off"])
-def test_rubbish_is_counted_and_harms_nothing(lab, offload):
+def test_random_datagrams_are_counted_as_drops(lab, offload):
     ground = Ground(lab, source_check="off", offload=offload)
     count = 4000
     packets = list(rubbish(count))

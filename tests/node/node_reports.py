@@ -13,7 +13,7 @@ def starting() -> NodeReport:
 
 
 def ready() -> NodeReport:
-    """A node that is in order in every respect."""
+    """Return the report of a node without any problem."""
     address = IPv4Address("192.0.2.1")
     return NodeReport(
         "etcd",

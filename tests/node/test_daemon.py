@@ -1,4 +1,4 @@
-"""The daemon's life, with a store and a forwarder that the test controls.
+"""The daemon from start to end, with a store and a forwarder that the test controls.
 
 The host is real, a network namespace with one interface; the forwarder is a table behind a real
 control server, which fits what the daemon wants.
@@ -98,7 +98,7 @@ async def test_cached_leases_are_applied_while_the_store_is_down_at_the_start(se
         assert daemon.report.stale
         assert daemon.report.lease_error == "etcd is away"
         assert daemon.report.lease.subnets == OURS
-        # It is back: one diff, and the lease is ours again.
+        # The store answers again: one diff, and the lease is confirmed.
         node.store.recover()
         node.store.send(peer(2), peer(4))
         await until(lambda: table(served) == routes_to(peer(2), peer(4)), "the truth")
@@ -111,7 +111,7 @@ async def test_cached_leases_are_applied_while_the_store_is_down_at_the_start(se
 async def test_active_routes_are_not_touched_before_the_leases_are_known(
     served, node_of, monkeypatch
 ):
-    """The store answers, and takes its time to list: a forwarder that runs goes on as it is."""
+    """The store answers, but lists the leases late: until then the forwarder's routes stay."""
     node = node_of()
     await node.fill_cache(peer(2))
     calls = served.forwarder.calls
@@ -124,7 +124,7 @@ async def test_active_routes_are_not_touched_before_the_leases_are_known(
         await until(lambda: daemon.report.stale, "the leases on disk to be taken")
         await node.ready(daemon)
         assert table(served) == routes_to(peer(2))
-        assert served.forwarder.generation == 2  # nothing was new about them
+        assert served.forwarder.generation == 2  # the routes did not change
 
 
 @in_own_netns
@@ -217,7 +217,7 @@ async def test_addresses_that_do_not_matter_change_nothing(served, node_of):
         calls = len(served.forwarder.calls)
         sh("ip link add pods type veth peer name pod", "ip addr add 10.244.1.1/24 dev pods",
            "ip addr add 192.0.2.99/24 dev under0")
-        await asyncio.sleep(0.2)  # that nothing happens has no event
+        await asyncio.sleep(0.2)  # no event reports that nothing happens
         assert len(node.store.published) == 1
         assert len(served.forwarder.calls) == calls
 

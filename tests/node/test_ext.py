@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> str:
 
 
 class Flanneld:
-    """What flanneld's extension backend does on one node, and nothing else of it.
+    """flanneld's extension backend on one node, without the rest of flanneld.
 
     ``by_shell``: as before flannel 0.28.2.
     """
@@ -88,7 +88,7 @@ class Flanneld:
         argv = self._argv(self.backend[name], env)
         if self.host is not None:
             argv = ["ip", "netns", "exec", self.host.namespace, *argv]
-        # Like Go's CombinedOutput it ends only when nobody holds the pipe any more.
+        # Like Go's CombinedOutput, this ends only when no process holds the pipe open.
         done = subprocess.run(
             argv, env=env, input=stdin + "\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False, timeout=60, start_new_session=True,
@@ -149,7 +149,7 @@ def bring_up(pair: tuple[Flanneld, Flanneld]) -> None:
     assert pair[1].add(SUBNETS[0], hosts[0].v4, said[0]) == QUIET
 
 
-# The whole way, with real forwarders
+# With real forwarders
 
 
 @needs_root
@@ -164,7 +164,7 @@ def test_two_flannelds_make_an_overlay(lab: Lab, path: str, by_shell: bool) -> N
     assert ping(a, "10.244.2.0").received == 3
     assert ping(pods[0], "10.244.2.2").received == 3
     advertised = nodes[1].pre()
-    # On each renewal of the lease flanneld says all of it again: nothing changes.
+    # At each renewal of the lease flanneld repeats all commands: nothing changes.
     before = nodes[0].status()
     assert nodes[0].add(SUBNETS[1], b.v4, advertised) == QUIET
     assert nodes[0].post(SUBNETS[0], a.v4) == QUIET
@@ -174,12 +174,12 @@ def test_two_flannelds_make_an_overlay(lab: Lab, path: str, by_shell: bool) -> N
     assert nodes[0].remove(SUBNETS[1], b.v4, advertised) == QUIET
     assert nodes[0].routes() == []
     assert ping(a, "10.244.2.0", count=1, wait=0.3).received == 0
-    assert nodes[0].remove(SUBNETS[1], b.v4, advertised) == QUIET  # once more is no error
+    assert nodes[0].remove(SUBNETS[1], b.v4, advertised) == QUIET  # removing it twice is no error
 
 
 @needs_root
 @pytest.mark.netns
-def test_a_peer_that_moved_is_followed(pair) -> None:
+def test_a_peers_new_address_replaces_its_route(pair) -> None:
     """flanneld adds the subnet again, with another address and perhaps another port."""
     node = pair[0]
     node.post(SUBNETS[0], node.host.v4)
@@ -200,7 +200,7 @@ def test_the_forwarder_outlives_flanneld_and_is_found_again(pair) -> None:
     assert os.getpgid(pid) == pid
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         assert descriptor.name not in ("0", "1", "2") or "pipe" not in str(descriptor.readlink())
-    # flanneld starts anew: the same commands again, and the TUN is not touched.
+    # flanneld restarts and runs the same commands; the TUN stays.
     assert node.post(SUBNETS[0], node.host.v4) == QUIET
     assert node.status()["pid"] == pid
     assert ping(node.host, "10.244.2.0").received == 3
@@ -212,7 +212,7 @@ def test_another_lease_replaces_the_forwarder(pair) -> None:
     bring_up(pair)
     node, host = pair[0], pair[0].host
     pid = node.status()["pid"]
-    # The new subnet is one that a peer had: what was kept of it must not shadow our own.
+    # A peer had the new subnet before: its saved route must not cover our own subnet.
     node.add("10.244.9.0/24", "192.0.2.9", "")
     code, said = node.post("10.244.9.0/24", host.v4)
     assert code == 0
@@ -226,7 +226,7 @@ def test_another_lease_replaces_the_forwarder(pair) -> None:
 @needs_root
 @pytest.mark.netns
 def test_a_dead_forwarder_is_brought_back_by_the_next_command(pair) -> None:
-    """With its routes: flanneld repeats them only once a day."""
+    """It gets its routes again, because flanneld repeats them only once a day."""
     bring_up(pair)
     node, host = pair[0], pair[0].host
     wait_for(lambda: "10.244.2.0" in (node.state / "routes").read_text(), "the state file")
@@ -297,7 +297,7 @@ def test_a_warning_says_that_the_unit_stops_the_forwarder(pair) -> None:
 
 
 def test_the_commands_of_each_peer_import_little(tmp_path: Path) -> None:
-    """flanneld runs one after the other, thousands of them when it starts."""
+    """flanneld runs these commands one after the other, thousands of them when it starts."""
     script = (
         "import sys\nfrom udptun.cli import cli\n"
         "cli.main(['ext', 'add'], prog_name='udptun', standalone_mode=False)"
@@ -317,7 +317,7 @@ def test_the_commands_of_each_peer_import_little(tmp_path: Path) -> None:
 
 
 def test_the_documented_commands_need_no_shell() -> None:
-    """Also not by accident: a word with a quote or a blank works by sh only."""
+    """A word with a quote or a blank would work only through sh."""
     backend = documented_backend()
     assert set(backend) == {"Type", *COMMANDS}
     for name in COMMANDS:

@@ -40,7 +40,7 @@ def invoke(*argv: str, **env: str) -> Result:
         (["--name", "a=b"], {"name": "a=b"}),
         (["--name="], {"name": ""}),
         (["--name", ""], {"name": ""}),
-        (["--name", "--mask"], {"name": "--mask"}),  # Go takes the next word, whatever it is
+        (["--name", "--mask"], {"name": "--mask"}),  # Go takes the next word, also one with dashes
         (["--name", "-1"], {"name": "-1"}),
         (["--name", "a", "--name", "b"], {"name": "b"}),
         (["--name", "--"], {"name": "--"}),

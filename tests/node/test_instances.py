@@ -24,7 +24,7 @@ from udptun.node.status.report import NodeReport
 
 
 class InstanceNode(Node):
-    """A node that has every name from its instance, in a network of its own."""
+    """A node with all names derived from its instance, in a network of its own."""
 
     def __init__(self, name, network, vni, monkeypatch):
         self.monkeypatch = monkeypatch
@@ -102,7 +102,7 @@ async def test_a_vni_of_another_instance_is_refused(tmp_path, monkeypatch):
 
 @in_own_netns
 async def test_a_vni_of_an_unknown_device_leaves_udp(tmp_path, monkeypatch):
-    """An operator made it: --backend auto continues without VXLAN, as after any other failure."""
+    """An operator's device: --backend auto continues without VXLAN, as after any other failure."""
     underlay()
     use_folder(tmp_path, monkeypatch)
     sh("ip link add Mine type vxlan id 7 dev under0 dstport 8472")

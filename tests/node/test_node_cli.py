@@ -1,4 +1,4 @@
-"""``udptun node``: the configuration from flanneld's flags, ours and the variables; refusals.
+"""``udptun node``: the configuration from flags and variables; invalid values.
 
 The daemon itself is a fake here.
 """
@@ -27,7 +27,7 @@ from udptun.leases.kube.config import KubeConfig
 from udptun.leases.sources import NotInstalled
 from udptun.node.config import InterfaceOptions, NodeConfig
 
-FLANNELD = {  # flag: default, as flanneld's usage says it
+FLANNELD = {  # flag: default, as in flanneld's usage text
     "etcd-endpoints": "http://127.0.0.1:4001,http://127.0.0.1:2379",
     "etcd-prefix": "/coreos.com/network", "etcd-keyfile": "", "etcd-certfile": "",
     "etcd-cafile": "", "etcd-username": "", "etcd-password": "", "iface": None,
@@ -67,7 +67,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
 
 
 def invoke(*argv: str, **env: str) -> Result:
-    """Without pytest's log handlers, as a program starts."""
+    """Run the command without pytest's log handlers, as when a program starts."""
     root = logging.getLogger()
     handlers = root.handlers[:]
     root.handlers.clear()
@@ -86,7 +86,7 @@ def parsed(daemon: FakeDaemon, *argv: str, **env: str) -> NodeConfig:
 # flanneld's command lines
 
 
-def test_every_flag_of_flanneld_is_there_with_its_default(daemon: FakeDaemon) -> None:
+def test_every_flanneld_flag_exists_with_flannelds_default(daemon: FakeDaemon) -> None:
     options = {
         opt.lstrip("-"): param for param in node.params for opt in param.opts
         if isinstance(param, click.Option)
@@ -112,7 +112,7 @@ def test_the_defaults_are_those_of_flanneld(daemon: FakeDaemon) -> None:
     )
 
 
-def test_a_flanneld_of_etcd(daemon: FakeDaemon) -> None:
+def test_flanneld_command_line_for_etcd(daemon: FakeDaemon) -> None:
     words = """-etcd-endpoints=https://192.0.2.1:2379,https://192.0.2.2:2379 -etcd-prefix /net
         --etcd-keyfile=/k --etcd-certfile /c --etcd-cafile=/ca -etcd-username u -etcd-password=p
         --iface=eth0 --iface 192.0.2.7 --iface-regex=^en.* --iface-can-reach 192.0.2.9
@@ -135,8 +135,8 @@ def test_a_flanneld_of_etcd(daemon: FakeDaemon) -> None:
     assert logging.getLogger("udptun").level == logging.DEBUG
 
 
-def test_the_daemon_set_of_flannel(daemon: FakeDaemon) -> None:
-    """Its args, and the variables its pod has."""
+def test_flannels_daemonset_command_line(daemon: FakeDaemon) -> None:
+    """The arguments and variables of flannel's DaemonSet."""
     config = parsed(daemon, "--ip-masq", "--kube-subnet-mgr", POD_NAME="flannel-x",
                   POD_NAMESPACE="kube-flannel", EVENT_QUEUE_DEPTH="5000",
                   CONT_WHEN_CACHE_NOT_READY="false")
@@ -146,7 +146,7 @@ def test_the_daemon_set_of_flannel(daemon: FakeDaemon) -> None:
     assert config.source.kind == "kubernetes"
 
 
-def test_a_flanneld_of_kubernetes_with_all_its_flags(daemon: FakeDaemon) -> None:
+def test_flanneld_command_line_for_kubernetes_with_all_flags(daemon: FakeDaemon) -> None:
     words = """--kube-subnet-mgr=true --kube-api-url=https://192.0.2.1:6443 --kubeconfig-file /kc
         --kube-annotation-prefix=example.org/net --net-config-path=/nc
         --set-node-network-unavailable=false --ip-blackhole-route
@@ -159,7 +159,7 @@ def test_a_flanneld_of_kubernetes_with_all_its_flags(daemon: FakeDaemon) -> None
     )
 
 
-def test_flags_of_a_newer_flanneld_say_that_they_do_nothing(daemon: FakeDaemon) -> None:
+def test_flags_of_newer_flanneld_are_accepted_with_a_warning(daemon: FakeDaemon) -> None:
     result = invoke("--ip-blackhole-route", "--ip-masq-fully-random-disable=false")
     assert result.exit_code == 0
     assert "WARNING udptun: --ip-blackhole-route has no effect: " in result.stderr
@@ -268,7 +268,7 @@ def test_variables(daemon: FakeDaemon) -> None:
         (["--ip-masq", "true"], "'true' is not a flag"),
     ],
 )
-def test_a_mistake_exits_2_and_is_named(
+def test_invalid_option_exits_2_and_is_named(
     daemon: FakeDaemon, argv: list[str], says: str
 ) -> None:
     result = invoke(*argv)
@@ -278,7 +278,7 @@ def test_a_mistake_exits_2_and_is_named(
     assert daemon.configs == []
 
 
-def test_two_stores_of_which_one_is_in_a_variable(daemon: FakeDaemon) -> None:
+def test_two_stores_one_from_a_variable_are_refused(daemon: FakeDaemon) -> None:
     result = invoke("--hosts=/h", FLANNELD_ETCD_ENDPOINTS="http://192.0.2.1:2379")
     assert result.exit_code == 2
     assert "(from UDPTUN_NODE_ETCD_ENDPOINTS or FLANNELD_ETCD_ENDPOINTS)" in result.stderr

@@ -1,6 +1,6 @@
 """deploy/: the units of a node start existing commands, and match each other.
 
-``tests/test_docs.py`` holds the pages and the forwarder's own unit.
+``tests/test_docs.py`` tests the pages and the forwarder's own unit.
 """
 
 import re
@@ -49,8 +49,8 @@ def test_systemd_understands_the_units(tmp_path: Path) -> None:
     assert ours == []
 
 
-def test_the_forwarder_has_a_life_of_its_own() -> None:
-    """A daemon that starts it itself would take it along when systemd ends the unit."""
+def test_the_forwarder_has_a_unit_of_its_own() -> None:
+    """If the daemon started the forwarder, systemd would stop both with the daemon's unit."""
     environment = dict(re.findall(r"^Environment=(\w+)=(.*)$", NODE.read_text(), re.MULTILINE))
     assert environment == {"UDPTUN_NODE_FORWARDER": "external"}
     node, forwarder = _Unit(NODE), _Unit(FORWARDER)
@@ -68,8 +68,8 @@ def test_the_forwarder_waits_for_the_file_that_the_daemon_writes() -> None:
 
 
 @pytest.mark.parametrize("unit", [NODE, FORWARDER], ids=lambda path: path.stem)
-def test_both_may_write_where_they_must(unit: Path) -> None:
-    """And neither takes the other's files away when it ends."""
+def test_both_units_may_write_their_directories(unit: Path) -> None:
+    """Stopping one unit does not remove the other unit's files."""
     found = _Unit(unit)
     assert "udptun" in found.words("RuntimeDirectory")
     assert found.words("StateDirectory") == ["udptun"]
@@ -82,7 +82,7 @@ def test_both_may_write_where_they_must(unit: Path) -> None:
 def test_the_daemon_starts_with_the_example_of_its_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each variable, commented out or not, is an option, and its value is one that is taken."""
+    """Each variable, commented out or not, is an option with a valid value."""
     assert _Unit(NODE).words("ExecStart") == ["/usr/local/bin/udptun", "node"]
     text = (DEPLOY / "node.env").read_text()
     values = dict(re.findall(r"^#?(UDPTUN_NODE_\w+)=(.*)$", text, re.MULTILINE))

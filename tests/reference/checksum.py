@@ -1,6 +1,6 @@
 """The Internet checksum, and the pseudo-header of transport protocols.
 
-Owns: RFC 1071 arithmetic. Does not know where in a packet a checksum is. Pure functions.
+Owns: RFC 1071 arithmetic. Does not depend on where in a packet a checksum is. Pure functions.
 """
 
 import struct

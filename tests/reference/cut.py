@@ -1,7 +1,7 @@
 """Cut a frame from a TUN with offloads into IP packets with correct checksums.
 
-Owns: the meaning of virtio_net_hdr in frames read from the TUN. Does not know hop limits, routes or
-MTUs. Pure functions.
+Owns: the meaning of virtio_net_hdr in frames read from the TUN. Does not depend on hop limits,
+routes or MTUs. Pure functions.
 """
 
 import struct

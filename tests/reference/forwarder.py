@@ -1,7 +1,7 @@
 """A forwarder without sockets: it returns the output for one frame or datagram, and counts.
 
 Owns: the order of the steps in each direction, the source check, and where ICMP errors go. Does not
-know system calls, batches, merging or rate limits. One thread.
+depend on system calls, batches, merging or rate limits. One thread.
 """
 
 import ipaddress

@@ -1,6 +1,6 @@
 """Cut an IPv4 packet into fragments.
 
-Owns: the fragmentation of RFC 791. Does not know path MTUs or ICMP errors. Pure functions.
+Owns: the fragmentation of RFC 791. Does not depend on path MTUs or ICMP errors. Pure functions.
 """
 
 import struct

@@ -1,6 +1,6 @@
 """The ICMP error about one packet, and the cases in which none is allowed.
 
-Owns: the rules of RFC 1122 3.2.2, RFC 1812 4.3.2 and RFC 4443 2.4. Does not know rate limits,
+Owns: the rules of RFC 1122 3.2.2, RFC 1812 4.3.2 and RFC 4443 2.4. Does not depend on rate limits,
 routes or where the error is sent. Pure functions.
 """
 

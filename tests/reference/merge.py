@@ -1,6 +1,6 @@
 """Merge received packets of one flow into frames that hold a super-packet for the TUN.
 
-Owns: which packets may be merged, and the vnet header of the result. Does not know hop limits,
+Owns: which packets may be merged, and the vnet header of the result. Does not depend on hop limits,
 source checks or batch sizes. Pure functions.
 
 The kernel does not verify the checksums of a merged frame, so only packets with a verified

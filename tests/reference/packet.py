@@ -1,7 +1,7 @@
 """The IP header: parse it from untrusted bytes, and decrement the hop limit.
 
-Owns: the layout of the IP header, and ``Dropped``. Does not know what follows the IP header. Pure
-functions. All fields are big-endian.
+Owns: the layout of the IP header, and ``Dropped``. Does not depend on what follows the IP header.
+Pure functions. All fields are big-endian.
 """
 
 import struct

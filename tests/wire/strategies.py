@@ -117,7 +117,7 @@ FLOWS = [
     Flow(4, src=b"\xfd\0\0\1", dst=b"\xfd\0\0\2"),
     Flow(6, src=b"\xfd\0\0\1" * 4, dst=b"\xfd\0\0\2" * 4),
 ]
-# What keeps a segment from joining, by what it changes: TCP fields, the flow's IP header, numbers.
+# Changes that prevent a merge: of TCP fields, of the flow's IP header, of numbers.
 ODD_FIELDS = [
     *({"flags": flags} for flags in (
         0, SYN, ACK | FIN, ACK | RST, ACK | ECE, ACK | CWR, ACK | URG, ACK | PSH | FIN,
@@ -145,8 +145,8 @@ STRANGERS = [
 
 @st.composite
 def arrivals(draw, max_size=40):
-    """Packets of some flows as a tunnel delivers them: mostly adjacent segments of one size, with
-    whatever may come between. All pass check_packet."""
+    """Packets of some flows as a tunnel delivers them: mostly adjacent segments of one size,
+    with any other packets between them. All pass check_packet."""
     chosen = draw(st.lists(st.sampled_from(FLOWS), min_size=1, max_size=3))
     size = draw(st.sampled_from([1, 2, 99, 100, 1400]))
     odd = st.sampled_from([None] * 12 + ["field", "header", "number", "size", "stranger"])
@@ -214,7 +214,7 @@ def packets(draw):
 
 @st.composite
 def chained_frames(draw):
-    """IPv6 super-packets behind chains of any kind, length and truth."""
+    """IPv6 super-packets with valid and invalid extension header chains."""
     numbers = st.sampled_from([0, 43, 60, 60, 60, 60, 44, 50, 51, 59, 135])
     bodies = st.one_of(
         st.just(bytes(6)), st.sampled_from([6, 14, 22, 40 * 8 - 2]).map(bytes),

@@ -215,8 +215,8 @@ def test_cwr_fin_psh_on_a_single_segment_stay(impl, version):
 
 @BOTH
 def test_other_flags_reserved_bits_and_urgent_pointer_are_copied(impl, version):
-    """URG, SYN and RST have no business in a super-packet; a cut passes on what it was given, as
-    the kernel's own segmentation does. AE (AccECN) is the lowest of the reserved bits."""
+    """URG, SYN and RST do not belong in a super-packet; a cut copies them, as the kernel's own
+    segmentation does. AE (AccECN) is the lowest of the reserved bits."""
     frame = Flow(version).tcp_super(
         PAYLOAD[:20], 10, flags=ACK | URG | SYN | RST, urgent=3, reserved=1
     )
@@ -284,8 +284,8 @@ def test_checksum_fields_without_needs_csum_are_ignored(impl, version):
 
 @BOTH
 def test_the_largest_super_packet(impl, version):
-    """The 65535-byte edge; 45 x 1472 > 65507, so one send is not
-    enough for a full super-packet, and the cut must not care."""
+    """The 65535-byte edge; 45 x 1472 > 65507, so a full super-packet needs more than one
+    send, which does not matter to the cut."""
     flow = Flow(version)
     room = 65535 - flow.ip_len - 8
     data = (PAYLOAD * 22)[:room]

@@ -102,8 +102,8 @@ def test_a_fragment_again(impl, more):
 
 
 def test_offset_beyond_the_field(impl):
-    """The whole would be over 65535 bytes: the pieces stay where every receiver refuses them,
-    and never wrap to the front of another packet."""
+    """The reassembled packet would exceed 65535 bytes: the offsets stay at the maximum, where every
+    receiver refuses the fragments, and never wrap to the start of another packet."""
     pieces = impl.fragment(ip4(DATA[:96], UDP, flags=0x1FFF), 60)
     assert [word(piece) for piece in pieces] == [MF | 0x1FFF, MF | 0x1FFF, 0x1FFF]
 
@@ -141,7 +141,7 @@ def padded(options):
     ],
 )
 def test_options(impl, options, later):
-    """All on the first, those with the copied flag on the others."""
+    """The first fragment has all options, the others those with the copied flag."""
     packet = ip4(DATA[:400], UDP, flags=0, options=options, ident=5)
     mtu = 20 + len(options) + 80
     pieces = impl.fragment(packet, mtu)

@@ -255,7 +255,7 @@ def test_malformed(impl, kind):
         assert error(impl, packet, kind) is None
 
 
-def test_version_that_is_none(impl):
+def test_unknown_ip_version(impl):
     four = ip4(b"x" * 8, UDP)
     assert impl.icmp_error(b"\x75" + four[1:], "no_route", OURS6) is None
 

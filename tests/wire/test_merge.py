@@ -1,5 +1,5 @@
-"""Merging received packets, on both implementations: what joins, what ends a flow's output, and the
-frames written."""
+"""Merging received packets, on both implementations: which packets are merged, which end a flow's
+output, and the frames written."""
 
 import struct
 from dataclasses import replace
@@ -161,7 +161,7 @@ def test_ident_wraps(impl):
     assert shape(impl.merge(volley(Flow(flags=0), 3, ident=0xFFFE))) == [3]
 
 
-# --- TCP: who may not be merged ---
+# --- TCP: packets that are not merged ---
 
 
 @BOTH
@@ -248,7 +248,7 @@ def test_changing_timestamps(impl, version):
     assert impl.merge(packets) == alone(packets)
 
 
-# --- IP: who may not be merged ---
+# --- IP: packets that are not merged ---
 
 
 @BOTH
@@ -346,7 +346,7 @@ def test_udp_checksum_zero(impl):
 
 @BOTH
 def test_udp_checksum_zero_that_would_verify(impl, version):
-    """Bytes that sum to 0xFFFF with a field of 0: it still says that no checksum was made."""
+    """The bytes sum to 0xFFFF with a field of 0: 0 still means that there is no checksum."""
     flow = Flow(version)
     field = craft.transport(flow.udp(b"\0\0"))[6:8]
     right = flow.udp(field)
@@ -374,7 +374,7 @@ def test_udp_without_payload(impl, version):
 
 @BOTH
 @pytest.mark.parametrize("length", [0, 7, 107, 109, 65535])
-def test_udp_length_that_lies(impl, version, length):
+def test_wrong_udp_length_is_not_merged(impl, version, length):
     flow = Flow(version)
     packets = volley(flow, 3)
     at = flow.ip_len + 4
@@ -458,7 +458,7 @@ def test_out_of_order_keeps_the_order_of_arrival(impl, version):
 
 
 @BOTH
-def test_what_does_not_join_seals_only_its_own_flow(impl, version):
+def test_a_packet_that_is_not_merged_seals_only_its_own_flow(impl, version):
     flow, other = Flow(version), Flow(version, sport=1)
     a, b = train(flow, 2)
     fin = other.tcp(b"x", flags=ACK | FIN)
@@ -521,7 +521,7 @@ def test_other_protocols_seal_nothing(impl, proto):
 
 
 @pytest.mark.parametrize("packet", [b"", b"\x45", bytes(40), b"\x50" * 40, ip4(b"x", 6)[:-1]])
-def test_what_check_packet_refuses_is_refused(impl, packet):
+def test_packets_that_check_packet_refuses_are_refused(impl, packet):
     with pytest.raises(Dropped) as merged:
         impl.merge([Flow().udp(b"x"), packet])
     with pytest.raises(Dropped) as checked:

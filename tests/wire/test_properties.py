@@ -28,8 +28,8 @@ def is_pure_ack(packet):
 
 
 def without_free_id(packet):
-    """The packet without what a merge need not keep: the IPv4 id says nothing when DF is set (RFC
-    6864 4.1), and a cut counts it up."""
+    """Return the packet without the IPv4 id if DF is set: then the id has no meaning (RFC 6864
+    4.1), so a merge need not keep it, and a cut increments it."""
     if packet[0] >> 4 == 4 and packet[6] & 0x40:
         return packet[:4] + b"\0\0" + packet[6:10] + b"\0\0" + packet[12:]
     return packet

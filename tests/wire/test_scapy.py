@@ -10,7 +10,7 @@ from tests.wire.craft import NEEDS_CSUM, vnet_hdr
 
 logging.getLogger("scapy").setLevel(logging.ERROR)
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its import warns about other people's deprecations
+    warnings.simplefilter("ignore")  # importing scapy prints deprecation warnings of other packages
     from scapy.layers.inet import ICMP, IP, TCP, UDP, IPerror, IPOption, TCPerror
     from scapy.layers.inet import fragment as scapy_fragment
     from scapy.layers.inet6 import (
@@ -107,7 +107,8 @@ def test_merge_of_scapys_segments(impl, version):
         parsed = parse(frame[10:])
         assert bytes(parsed[layer].payload) == DATA[:2500]
         again = parse(recomputed(frame[10:]))
-        # lengths and IPv4 checksum are the whole's; the transport checksum is the kernel's to make
+        # Lengths and IPv4 checksum are those of the merged packet; the kernel computes the
+        # transport checksum.
         if version == 4:
             assert (parsed.len, parsed.chksum) == (again.len, again.chksum)
         else:

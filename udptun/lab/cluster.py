@@ -1,7 +1,7 @@
 """A cluster on a lab's hosts: a real etcd, and on each node a daemon, its forwarder and a pod.
 
 Owns: the command lines of etcd and ``udptun node``, the place of their files, and waiting until
-they are ready. Does not know: how they work inside; it uses the command line, ``/readyz``,
+they are ready. Does not depend on how they work inside; it uses the command line, ``/readyz``,
 ``subnet.env`` and etcd's JSON gateway, as an operator does. Main thread only, like the whole lab.
 """
 
@@ -74,11 +74,11 @@ class Etcd:
         return True
 
     def stop(self) -> None:
-        """Kill it with SIGKILL, without an orderly shutdown."""
+        """Kill etcd with SIGKILL, without an orderly shutdown."""
         self.process.kill()
 
     def start(self) -> None:
-        """Start it again, on the same data."""
+        """Start etcd again, on the same data."""
         self.process = self._start()
 
     def put(self, key: str, value: str) -> None:
@@ -102,7 +102,7 @@ class Etcd:
         return {_decode(kv["key"]): _decode(kv.get("value", "")) for kv in answer.get("kvs", [])}
 
     def compact(self) -> None:
-        """Compact: drop the history before the current revision."""
+        """Compact the store: drop the history before the current revision."""
         revision = self._ask("/v3/kv/range", {"key": _encode("/")})["header"]["revision"]
         self._ask("/v3/kv/compaction", {"revision": revision, "physical": True})
 
@@ -113,7 +113,7 @@ class Etcd:
                 for key, value in self.under(head).items()}
 
     def revoke(self, subnet: object) -> None:
-        """Delete a node's lease, as its expiry does."""
+        """Delete a node's lease, as when it expires."""
         self.delete(f"{PREFIX}/subnets/{str(subnet).replace('/', '-')}")
 
     def _ask(self, path: str, question: object) -> Any:

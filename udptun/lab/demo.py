@@ -1,7 +1,7 @@
 """``udptun demo``: two hosts, a pod behind each, a tunnel between them, pings and TCP through it.
 
-Owns: the steps and their text. Does not know: how hosts are created and how a tunnel works. Main
-thread only, like the whole lab.
+Owns: the steps and their text. Does not depend on how hosts are created and how a tunnel works.
+Main thread only, like the whole lab.
 """
 
 from __future__ import annotations

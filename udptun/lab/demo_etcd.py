@@ -1,6 +1,6 @@
 """``make demo-etcd``: a cluster with its leases in etcd; nodes join and leave, etcd is killed.
 
-Owns: the steps and their text. Does not know: how a cluster is created and how it works. Main
+Owns: the steps and their text. Does not depend on how a cluster is created and how it works. Main
 thread only, like the whole lab. Run it as ``python -m udptun.lab.demo_etcd``.
 """
 
@@ -75,12 +75,13 @@ def _show(lab: Lab, screen: Screen) -> bool:
     a.daemon.kill()
     screen.step(f"node daemon of {_name(a)}", "killed; the forwarder goes on")
     a.start()
-    _count_down(screen, "pod to pod during this", _STEADY_SECONDS)
+    _count_down(screen, "pings during the outage", _STEADY_SECONDS)
     cluster.etcd.start()
     a.wait_ready()
     screen.step("both restarted", f"{_name(a)} has its subnet {a.subnet} as before")
     sent, lost = _count(steady)
-    screen.step("pod to pod during this", f"{sent - lost} of {sent} pings came back", good=not lost)
+    result = f"{sent - lost} of {sent} pings came back"
+    screen.step("pings during the outage", result, good=not lost)
     return good and not lost
 
 

@@ -3,8 +3,8 @@
 Owns: everything it creates, until ``Lab.close``: the namespaces (named ``ut<pid>-<n>-<host>``), the
 devices in them, the processes, one temporary folder. It removes all of them on return, on an
 exception, on Ctrl-C, SIGTERM and SIGHUP. After a kill -9 of the lab the kernel kills its processes
-(parent death signal), and the next lab removes the namespaces. Does not know: what the processes
-do. Main thread only, as the package's docstring says.
+(parent death signal), and the next lab removes the namespaces. Does not depend on what the
+processes do. Main thread only, as the package's docstring says.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def wait_for(
 ) -> _T:
     """Return the first true value of ``predicate``, called every 10 ms.
 
-    LabError after ``seconds``, a deadline that is generous for a busy machine.
+    Raises LabError after ``seconds``, a deadline that is long enough for a busy machine.
     """
     deadline = time.monotonic() + seconds
     while not (value := predicate()):
         if time.monotonic() > deadline:
-            raise LabError(f"waited {seconds:g} s in vain for {what}")
+            raise LabError(f"timeout after {seconds:g} s: waited for {what}")
         time.sleep(0.01)
     return value
 
@@ -282,9 +282,10 @@ class Host:
     def pod(
         self, subnet: str, subnet6: str | None = None, mtu: int = 1472, name: str = "pod"
     ) -> Host:
-        """Create a host behind this one, which has the first address of each subnet; it the second.
+        """Create a host (a pod) behind this one. This host gets the first address of each subnet,
+        the pod the second.
 
-        Link the node first: the addresses of its first link are the node's own.
+        Call Lab.link() for this host before: ``v4`` and ``v6`` are the addresses of the first link.
         """
         pod = self.lab.host(f"{self.name}-{name}")
         net4 = ipaddress.IPv4Network(subnet)
@@ -426,7 +427,7 @@ class Lab:
         return Link(a_end, b_end, (r_mid, s_mid), wires)
 
     def segment(self, *hosts: Host, mtu: int = 1500) -> list[Interface]:
-        """Join any number of hosts by a bridge in a namespace of its own."""
+        """Connect hosts to one Ethernet segment, a bridge in a namespace of its own."""
         bridge = self.host(f"bridge{next(self.numbers)}")
         bridge.ip("link add br0 type bridge", f"link set br0 mtu {mtu} up")
         net4, net6 = self.next_subnets()
@@ -503,8 +504,8 @@ def _remove_namespace(namespace: str) -> None:
 def _remove_stale(in_use: set[str]) -> None:
     """Remove the namespaces and folders of killed labs.
 
-    A name holds the process ID of its lab. It is stale if no such process exists, or if the ID is
-    our own and the lab is not one of ours.
+    A name contains the process ID of its lab. The namespace or folder is stale if no process has
+    this ID, or if this process has it and no open lab of this process uses the name.
     """
     folders = Path(tempfile.gettempdir()).glob(_FOLDER + "ut*")
     for entry in [*NETNS_DIR.glob("ut*"), *folders]:
@@ -541,7 +542,8 @@ def _prepare_child(parent: int) -> Callable[[], None]:
     """Return what a new child does between fork and exec.
 
     It arranges to be killed when ``parent`` ends. It resets the signals that a shell or nohup may
-    have set to ignored: the child has a session of its own, so a signal to it comes from the lab.
+    have set to ignored: the child has a session of its own, so every signal to it comes from the
+    lab.
     """
 
     def prepare() -> None:

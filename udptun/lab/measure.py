@@ -1,7 +1,7 @@
 """Run ping and iperf3 between hosts, and return their results as numbers.
 
-Owns: the command lines and the parsing of the output. Does not know: what connects the two hosts.
-Main thread only, like the whole lab.
+Owns: the command lines and the parsing of the output. Does not depend on what connects the two
+hosts. Main thread only, like the whole lab.
 """
 
 from __future__ import annotations

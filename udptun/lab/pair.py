@@ -1,6 +1,6 @@
 """Two nodes with a forwarder and a pod each: the topology of most tests and benchmarks.
 
-Owns: the addresses and routes of the two nodes. Does not know: what is sent between them. Main
+Owns: the addresses and routes of the two nodes. Does not depend on what is sent between them. Main
 thread only, like the whole lab.
 """
 

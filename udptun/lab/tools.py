@@ -1,6 +1,6 @@
 """The programs that a lab needs, and the Debian packages that contain them.
 
-Owns: the list. Does not know: how they are used, and how they are installed. Any thread.
+Owns: the list. Does not depend on how they are used, and how they are installed. Any thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The tunnels that a lab starts: udptun's forwarder, bench/onepacket, the kernel's VXLAN.
 
 Owns: their command lines, waiting until they are ready, and the plan of overlay addresses. Does not
-know: how they work inside; it uses the forwarder's command line and control socket, as an operator
-does. Main thread only, like the whole lab.
+depend on how they work inside; it uses the forwarder's command line and control socket, as an
+operator does. Main thread only, like the whole lab.
 """
 
 from __future__ import annotations

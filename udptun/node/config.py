@@ -1,7 +1,7 @@
-"""The configuration of one node daemon. Frozen; contradictions are refused here, by field.
+"""The configuration of one node daemon. Frozen; a contradiction raises FieldError.
 
 Owns: the defaults, which are flannel's where flannel has the option, else those of the instance.
-Does not know the syntax of the command line (``udptun.cli.node``), stores, or interfaces.
+Does not depend on the syntax of the command line (``udptun.cli.node``), stores, or interfaces. A
 FieldError names the option. Pure data, imports nothing heavy; any thread.
 """
 
@@ -27,7 +27,7 @@ _FROM_INSTANCE: Any = None  # __post_init__ sets it
 
 @dataclass(frozen=True, slots=True)
 class InterfaceOptions:
-    """Which interface leads to the other nodes. flannel's order: that of the fields.
+    """Which interface leads to the other nodes. The fields are in flannel's order of choice.
 
     names        addresses or names of interfaces, of which the first that exists is used
     regexes      searched for in each interface's name and address, if no name was found
@@ -55,7 +55,7 @@ class NodeConfig:
     """One node daemon.
 
     source            where leases come from
-    instance          names everything that the daemon creates
+    instance          the name from which all names that the daemon creates are derived
     backend           a backend's name or "auto"; None: as net-conf.json says
     advertise         publish in our lease what this node supports beyond flannel
     subnet_file       flannel's subnet.env

@@ -1,10 +1,10 @@
-"""The node daemon's life: start, settle again after each change, end.
+"""The node daemon: start, set up the host again after each change, stop.
 
 Owns: the order in which the parts are started and ended, and ``_settle``, the one procedure that
 sets up this host for our lease and network. Start, reload, a new address, a changed lease and the
 return of the store are only reasons to run it; it may be repeated, and changes only what differs.
-Does not know how any part works. One asyncio loop (not uvloop); netlink and the control client have
-threads of their own.
+Does not depend on how a part works. One asyncio loop (not uvloop); netlink and the control client
+have threads of their own.
 
 Fail-static: the last answers of the store are on disk, and stay active until the store gives
 others. The end of the daemon, also by a crash, ends nothing else.
@@ -102,7 +102,7 @@ class Daemon:
         self._reloading = False
         self._tasks: asyncio.TaskGroup | None = None
 
-    # -- life -------------------------------------------------------------------------------------
+    # -- run -------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Run until ``stop``, or until a failure that trying again does not repair."""

@@ -1,8 +1,8 @@
 """The commands of flanneld's extension backend: one forwarder, and one route per peer.
 
-Owns: the meaning of the environment and the standard input of these commands. Does not know leases
-and stores: those are flanneld's here. flanneld runs one command at a time and repeats none that
-failed; it uses the output of the advertising command only. Synchronous; one thread.
+Owns: the meaning of the environment and the standard input of these commands. flanneld reads and
+writes the leases. It runs one command at a time and repeats none that failed; it uses the
+output of the advertising command only. Synchronous; one thread.
 """
 
 from __future__ import annotations

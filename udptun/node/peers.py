@@ -1,7 +1,7 @@
 """The other nodes: their leases, the plan of paths to them, and its application.
 
 Owns: the leases that are active (from the store, or from the cache while the store does not list
-them), the plan, and the order in which both change. Does not know how a store is asked or how a
+them), the plan, and the order in which both change. Does not depend on how a store is read or how a
 path is applied. One asyncio loop.
 
 Until leases are known nothing is applied: the forwarder and the kernel keep the paths that an

@@ -1,8 +1,8 @@
 """The store of leases, as this node uses it: our network, our identity, our lease.
 
 Owns: the lease source, the cache on disk, what is known about this node, and the task that holds
-our lease. While the store does not answer, cached answers take its place. Does not know the host,
-backends, or paths to other nodes. One asyncio loop.
+our lease. While the store does not answer, cached answers take its place. Does not depend on the
+host, backends, or paths to other nodes. One asyncio loop.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Store:
         return self._refresh
 
     def refresh(self) -> None:
-        """Ask the store for everything in the next pass, whatever is known."""
+        """Ask the store for everything in the next pass, even for what is known."""
         self._refresh = True
 
     def reload(self) -> None:
@@ -110,7 +110,8 @@ class Store:
         self._refresh |= not self.confirmed
 
     async def network(self) -> NetConfig:
-        """Return the network's configuration. StoreDown, StoreRefused, FieldError."""
+        """Return the network's configuration. Raises StoreDown,
+        StoreRefused, FieldError."""
         network = self._network
         if self._asking or network is None:
             try:
@@ -121,7 +122,7 @@ class Store:
         return network
 
     async def identity(self) -> Identity:
-        """Return what the store declares about this node. StoreDown, StoreRefused."""
+        """Return what the store declares about this node. Raises StoreDown, StoreRefused."""
         if self.confirmed and (self._asking or self._identity is None):
             try:
                 return await self._ask(self._source.identity(), self._lease)
@@ -164,7 +165,8 @@ class Store:
         self._report.lease = lease
 
     async def _ask(self, question: Coroutine[Any, Any, T], known: object) -> T:
-        """Return the store's answer; before the first settle wait less long if one is known."""
+        """Return the store's answer; before the first ``settled``, wait only PATIENCE_SECONDS if
+        an answer is cached."""
         hurry = not self._settled and known is not None
         async with asyncio.timeout(PATIENCE_SECONDS if hurry else None):
             return await question
@@ -195,7 +197,7 @@ class Store:
     # -- holding our lease ------------------------------------------------------------------------
 
     def hold(self, lease: Lease, tasks: asyncio.TaskGroup) -> None:
-        """Keep the lease, in the place of one that was held before."""
+        """Keep the lease, instead of the one that was held before."""
         if self._held == lease:
             return
         if self._hold is not None:
@@ -204,8 +206,8 @@ class Store:
         self._hold = tasks.create_task(self._source.hold(lease))
 
     def changed_by_others(self, own: Lease | None) -> bool:
-        """Return whether our lease in the store differs from ours: somebody edited it. If it is
-        gone, the source acquires it again."""
+        """Return whether our lease in the store differs from the one we hold: it was edited. If it
+        was deleted, the source acquires it again."""
         return own is not None and self._lease is not None and \
             (own.subnets, own.attributes) != (self._lease.subnets, self._lease.attributes)
 

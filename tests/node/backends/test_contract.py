@@ -1,4 +1,4 @@
-"""What every backend in the list has to do, and that nothing outside the room names one of them."""
+"""The contract of every backend in the list; no module outside the package names one of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def network_state():
 
 @every
 @in_own_netns
-async def test_a_backend_goes_through_its_life_twice_and_leaves_nothing(name, node_of, tmp_path):
+async def test_a_backend_runs_all_calls_twice_and_leaves_nothing(name, node_of, tmp_path):
     node = node_of()
     before, files = network_state(), {*tmp_path.rglob("*")}
     report = NodeReport("etcd", node.store.health)
@@ -106,8 +106,8 @@ def test_a_backend_is_documented(name):
     assert f"`{name}`" in row
 
 
-def test_no_module_outside_the_room_names_a_backend():
-    """Adding one must not need a change there."""
+def test_no_module_outside_the_package_names_a_backend():
+    """Adding a backend must not need a change outside the package."""
     modules = [*(ROOT / "udptun" / "node").rglob("*.py"), ROOT / "udptun" / "cli" / "node.py"]
     outside = [path for path in modules if path.parent.name != "backends"
                or path.stem in ("base", "plan", "active")]

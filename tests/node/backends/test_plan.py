@@ -109,20 +109,20 @@ def test_direct_routing_is_passed_to_the_peer():
         (UDP_ONLY, lease(backend="vxlan", data=VXLAN), "ignores a node that has only UDP"),
         (VXLAN_ONLY, lease(), "only VXLAN"),
         (BOTH, lease(backend="host-gw"), "host-gw"),
-        (BOTH, lease(backend="vxlan", data={"VNI": 2, "VtepMAC": MAC}), "do not fit"),
-        (BOTH, lease(backend="vxlan", data={"VNI": 1, "VtepMAC": "no mac"}), "do not fit"),
-        (BOTH, lease(backend="vxlan", data="nonsense"), "do not fit"),
-        (BOTH, lease(backend="vxlan"), "do not fit"),
-        (UDP_ONLY, lease(n=2, public=IPv4Address("192.0.2.1")), "former lease of this node"),
-        (UDP_ONLY, lease(n=2, public=IPv4Address("224.0.0.1")), "not the address of one host"),
-        (UDP_ONLY, lease(n=2, public=IPv4Address("0.0.0.0")), "not the address of one host"),
+        (BOTH, lease(backend="vxlan", data={"VNI": 2, "VtepMAC": MAC}), "do not match this node's"),
+        (BOTH, lease(backend="vxlan", data={"VNI": 1, "VtepMAC": "no mac"}), "do not match this"),
+        (BOTH, lease(backend="vxlan", data="nonsense"), "do not match this node's"),
+        (BOTH, lease(backend="vxlan"), "do not match this node's"),
+        (UDP_ONLY, lease(n=2, public=IPv4Address("192.0.2.1")), "old lease of this node"),
+        (UDP_ONLY, lease(n=2, public=IPv4Address("224.0.0.1")), "not a unicast address"),
+        (UDP_ONLY, lease(n=2, public=IPv4Address("0.0.0.0")), "not a unicast address"),
         (UDP_ONLY, Lease("n2", Subnets(SUB4), Attributes()), "no public address"),
         (UDP_ONLY, Lease("n2", Subnets(IPv4Network("10.9.0.0/24")),
                      Attributes(IPv4Address("192.0.2.2"))), "not within 10.244.0.0/16"),
         (UDP_ONLY, Lease("n2", Subnets(IPv4Network("10.0.0.0/8")),
                      Attributes(IPv4Address("192.0.2.2"))), "not within 10.244.0.0/16"),
         (UDP_ONLY, Lease("n2", Subnets(IPv4Network("10.244.1.0/25")),
-                     Attributes(IPv4Address("192.0.2.2"))), "overlaps our own"),
+                     Attributes(IPv4Address("192.0.2.2"))), "overlaps this node's subnet"),
         (UDP_ONLY, Lease("n2", Subnets(SUB4), Attributes(public_ipv6=IPv6Address("2001:db8::2"),
                                                      backend_data=embed(None, ADVERT))),
          "no underlay address of an IP version"),
@@ -134,29 +134,29 @@ def test_a_peer_without_a_path_has_a_reason(local, peer, why):
     assert why in reason
 
 
-# Two families
+# Two IP versions
 
 
-def test_each_family_goes_over_its_own_where_both_ends_have_both():
+def test_outer_ip_version_equals_inner_if_both_nodes_have_both():
     peer = lease(v6=True, public6=IPv6Address("2001:db8::2"), data=embed(None, ADVERT))
     found, why = reach(DUAL, peer)
     assert [str(route_of(one).via) for one in found] == ["192.0.2.2", "2001:db8::2"]
     assert why == ""
 
 
-def test_both_go_over_the_one_that_both_ends_have():
+def test_both_ip_versions_use_the_only_common_outer_version():
     found, why = reach(replace(DUAL, reaches=(UDP4,)), lease(v6=True, data=embed(None, ADVERT)))
     assert [str(route_of(one).via) for one in found] == ["192.0.2.2", "192.0.2.2"]
     assert why == ""
 
 
-def test_stock_flannel_gets_no_ipv6_inside():
+def test_stock_flannel_peer_gets_no_ipv6_path():
     found, why = reach(DUAL, lease(v6=True))
     assert [one.subnet.version for one in found] == [4]
     assert "stock flannel" in why
 
 
-def test_an_mtu_too_small_for_ipv6_gets_none():
+def test_a_peer_with_an_mtu_too_small_for_ipv6_gets_no_ipv6_path():
     found, why = reach(DUAL, lease(v6=True, data=embed(None, Advert(8285, 1200))))
     assert [one.subnet.version for one in found] == [4]
     assert "MTU" in why
@@ -178,7 +178,7 @@ def test_vxlan_of_each_family_has_its_own_data():
         (MAC, "192.0.2.2"), ("0e:00:00:00:00:66", "2001:db8::2")]
 
 
-# The sum
+# The plan of all peers
 
 
 def test_our_own_lease_is_not_a_peer():
@@ -215,7 +215,7 @@ def test_a_subnet_claimed_twice_belongs_to_the_first_peer_until_it_leaves():
     first, second = lease(2), lease(2, key="other", public=IPv4Address("192.0.2.77"))
     plan = Plan(UDP_ONLY, [first, second])
     assert plan.paths("udp")[SUB4].via == first.attributes.public_ip
-    assert "belongs to n2 already" in plan.unreachable["other"]
+    assert "already belongs to n2" in plan.unreachable["other"]
     delta = plan.change([Change(first, None)])
     assert delta.of("udp") == {SUB4: Route(SUB4, IPv4Address("192.0.2.77"))}
     assert plan.unreachable == {}
@@ -223,7 +223,7 @@ def test_a_subnet_claimed_twice_belongs_to_the_first_peer_until_it_leaves():
 
 
 def test_changes_one_by_one_give_the_plan_of_all_leases_at_once():
-    """Changes one by one come to the same as all at once."""
+    """A plan after single changes equals a new plan of the same leases."""
     chance = random.Random(7)
     plan, now = Plan(BOTH), {}
     routes, peers = {}, {}
@@ -253,7 +253,7 @@ def test_changes_one_by_one_give_the_plan_of_all_leases_at_once():
                     sums[subnet] = value
         assert plan.paths("udp") == routes
         assert plan.paths("vxlan") == peers
-        # Who holds a contested subnet depends on who was first; that somebody does, does not.
+        # The order of the changes decides which peer holds a contested subnet, but one always does.
         assert set(routes) | set(peers) == {
             one.subnet for peer in now.values() for one in reach(BOTH, peer)[0]}
         fresh = Plan(BOTH, now.values())

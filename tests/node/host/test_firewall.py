@@ -59,7 +59,7 @@ table ip6 udptun-ipv6 {
 
 
 def ruleset(handles=False):
-    """All tables, sorted: nft lists one that was replaced last."""
+    """Return all tables, sorted, because nft lists a replaced table last."""
     text = sh("nft -a list ruleset" if handles else "nft list ruleset")
     return "".join(sorted(f"table {table}" for table in text.split("table ")[1:]))
 
@@ -79,7 +79,7 @@ async def test_flannels_rules_in_flannels_order():
 
 @in_own_netns
 async def test_active_rules_are_not_touched():
-    """Not by another look, and not by a daemon that was started again."""
+    """Neither the next ``sync`` nor a restarted daemon replaces them."""
     firewall = Firewall(RULES)
     await firewall.sync()
     before = ruleset(handles=True)
@@ -104,7 +104,7 @@ async def test_active_rules_are_not_touched():
     "flush chain ip udptun-ipv4 forward; add rule ip udptun-ipv4 forward ip daddr 10.42.0.0/16"
     " accept; add rule ip udptun-ipv4 forward ip saddr 10.42.0.0/16 accept",
 ])
-async def test_damage_is_mended(damage):
+async def test_changed_rules_are_restored(damage):
     firewall = Firewall(RULES)
     await firewall.sync()
     sh(f"nft {damage}")
@@ -129,7 +129,7 @@ async def test_the_hosts_own_rules_are_left_alone():
 
 
 @in_own_netns
-async def test_another_wish():
+async def test_other_wanted_rules_replace_the_rules():
     firewall = Firewall(RULES)
     await firewall.sync()
     firewall.want = dataclasses.replace(RULES, subnet=ip_network("10.42.9.0/24"))
@@ -163,7 +163,7 @@ async def test_a_subnet_of_one_address():
 
 @in_own_netns
 async def test_remove():
-    """By one that has put nothing there itself: --cleanup."""
+    """Also by a process that has not created them, as for --cleanup."""
     await Firewall(RULES).sync()
     firewall = Firewall(FirewallRules())
     assert await firewall.remove()
@@ -171,13 +171,13 @@ async def test_remove():
     assert not await firewall.remove()
     kept = Firewall(RULES)
     await kept.remove()
-    assert not await kept.sync()  # what was removed does not come back with the next look
+    assert not await kept.sync()  # the next sync does not create them again
     assert ruleset() == ""
 
 
 @in_own_netns
-async def test_two_at_a_time_do_it_once():
-    """The loop that keeps the rules, and a new lease that changes them."""
+async def test_concurrent_syncs_apply_the_rules_once():
+    """``keep`` and a new lease may call ``sync`` at the same time."""
     firewall = Firewall(RULES)
     assert sorted(await asyncio.gather(firewall.sync(), firewall.sync())) == [False, True]
 
@@ -191,7 +191,7 @@ def program(tmp_path, text):
 
 
 @in_own_netns
-async def test_an_nft_that_writes_the_rules_in_another_way(tmp_path):
+async def test_another_output_format_of_nft_is_not_a_change(tmp_path):
     """Later releases print flags as a list: the rules are the same, and are not replaced again."""
     nft = program(tmp_path, """nft "$@" | sed 's/"fully-random"/["fully-random"]/g'""")
     firewall = Firewall(RULES, nft=nft)
@@ -300,7 +300,7 @@ exec nft "$@"
 
 
 @in_own_netns
-async def test_a_host_that_drops_is_named_once(caplog):
+async def test_a_chain_with_policy_drop_is_logged_once(caplog):
     """Docker sets this policy. Our accept does not override it, so the log has to name it."""
     sh("nft add table ip filter",
        "nft add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",

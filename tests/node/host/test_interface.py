@@ -61,7 +61,7 @@ E0, E1 = ("eth0", "192.0.2.1", None), ("eth1", "198.51.100.1", None)
     ({"names": ("198.51.100.1",)}, E1),
     ({"names": ("192.0.2.2",)}, ("eth0", "192.0.2.2", None)),
     ({"names": ("eth7", "203.0.113.9", "eth1")}, E1),
-    ({"names": ("2001:db8:1::1",)}, E1),  # settles the interface; its IPv4 address is its best
+    ({"names": ("2001:db8:1::1",)}, E1),  # selects the interface; IPv4 gets its best address
     ({"regexes": (r"198\.51\..*",)}, E1),
     ({"regexes": (r"2\.2$",)}, ("eth0", "192.0.2.2", None)),
     ({"regexes": ("^eth1$",)}, E1),
@@ -69,7 +69,7 @@ E0, E1 = ("eth0", "192.0.2.1", None), ("eth1", "198.51.100.1", None)
     ({"regexes": ("eth",)}, E0),  # the first
     ({"regexes": ("1",)}, E0),  # an address goes before any name; never a loopback address
     ({"can_reach": "198.51.100.77"}, E1),
-    ({"can_reach": "198.51.100.1"}, E1),  # the kernel would say lo
+    ({"can_reach": "198.51.100.1"}, E1),  # the kernel's route goes through lo
     ({"can_reach": "2001:db8:1::77"}, E1),
     ({"can_reach": "8.8.8.8"}, E0),
     ({"public_ip": "198.51.100.1"}, E1),
@@ -129,7 +129,7 @@ async def test_the_published_addresses():
 @pytest.mark.parametrize(("given", "words"), [
     ({"names": ("eth7", "203.0.113.9")}, ["--iface=eth7, --iface=203.0.113.9: none matches"]),
     ({"regexes": ("^x",)}, ["--iface-regex=^x: none matches"]),
-    # What was asked for and is not there is not replaced by the default route.
+    # If the configured interface does not exist, the default route does not replace it.
     ({"names": ("eth7",), "can_reach": "203.0.113.1"},
      ["--iface=eth7, --iface-can-reach=203.0.113.1", "Network is unreachable"]),
     ({"names": ("peer0",)}, ["peer0: has no IPv4 address"]),
@@ -158,7 +158,7 @@ async def test_a_link_local_ipv6_address_is_not_enough():
 
 @in_own_netns
 async def test_the_overlays_own_devices_are_never_chosen():
-    """After a restart they are there, with addresses that a pattern may well match."""
+    """After a restart they still exist, and a pattern may match their addresses."""
     sh(*HOST, "ip tuntap add udptun0 mode tun", "ip address add 203.0.113.0/32 dev udptun0",
        "ip link set udptun0 up", "ip route add default dev udptun0",
        "ip route add default via 198.51.100.254 metric 100")

@@ -63,8 +63,8 @@ def test_the_mode_does_not_depend_on_the_umask_and_no_other_file_is_left(tmp_pat
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_left_alone_when_nothing_is_new(tmp_path):
-    """What watches the file (the CNI plugin's installer, systemd) is not woken for nothing."""
+def test_an_unchanged_file_is_not_written(tmp_path):
+    """Programs that watch the file (the CNI plugin's installer, systemd) get no needless event."""
     path = tmp_path / "subnet.env"
     assert DUAL.write(path)
     before = path.stat()
@@ -75,7 +75,7 @@ def test_left_alone_when_nothing_is_new(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_no_reader_sees_half_a_file(tmp_path):
+def test_readers_never_see_a_partial_file(tmp_path):
     path = tmp_path / "subnet.env"
     one, other = DUAL, SubnetEnv(**V4, **V6, mtu=1400, ip_masq=True)
     one.write(path)
@@ -154,7 +154,7 @@ def test_no_file(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "want", "said"), [
-    # What else is wrong does not matter: the subnet is still worth asking for.
+    # Other errors in the file do not matter: the subnet can still be requested.
     ("FLANNEL_SUBNET=10.42.0.1/24\nFLANNEL_MTU=x\n", Subnets(V4["subnet"]), ""),
     (DUAL_TEXT.replace("10.42.0.1", "10.42"), Subnets(None, V6["subnet6"]), "'10.42/24'"),
     (DUAL_TEXT.replace("1::1/64", "x"), Subnets(V4["subnet"]), "'fc00:0:0:x'"),

@@ -53,7 +53,7 @@ def spec(control):
 
 @pytest.fixture
 async def keeper(control, tmp_path):
-    """Running, for a forwarder that another program starts."""
+    """A running keeper for a forwarder that another program starts."""
     async with running(control, tmp_path) as made:
         yield made
 
@@ -75,7 +75,7 @@ async def running(control, tmp_path, spawned=False):
 
 
 class Child:
-    """A started process, of which only this is asked."""
+    """A started process, with only the members that the keeper uses."""
 
     pid, returncode = 4711, None
 
@@ -213,7 +213,7 @@ async def test_a_forwarder_with_other_options_is_stopped_and_the_reason_logged(
     with Served(thread, control) as served:
         keeper.want(replace(spec, **{field: value}))
         await until(served.forwarder.stopped.is_set, "it to be stopped")
-        assert any("other options than it should" in text and said in text
+        assert any("because its options are wrong" in text and said in text
                    for text in caplog.messages)
 
 
@@ -263,7 +263,7 @@ async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path,
         await keeper.in_step()
         assert keeper.report.forwarder.starts_n == 1
         assert served.forwarder.table == table(route(2))
-    assert not served.forwarder.stopped.is_set()  # the keeper's end is not the forwarder's
+    assert not served.forwarder.stopped.is_set()  # the forwarder outlives the keeper
     served.close()
 
 

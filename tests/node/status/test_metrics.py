@@ -45,7 +45,7 @@ def test_the_values_are_those_of_the_report() -> None:
     assert {f"check_ok{{{name}}}" for name in CHECKS} <= set(have)
 
 
-def test_trouble_shows() -> None:
+def test_problems_change_the_metrics() -> None:
     report = ready()
     report.source.connected, report.source.lease, report.stale = False, "lost", True
     report.source.skipped = {"a": "b"}

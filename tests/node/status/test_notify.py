@@ -1,4 +1,4 @@
-"""What systemd hears, on the kind of socket it listens on."""
+"""The messages to systemd, on the same kind of socket as systemd's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from udptun.node.status.notify import Notifier
 
 @pytest.fixture(params=["path", "abstract"])
 def systemd(request, tmp_path):
-    """Its socket, and the NOTIFY_SOCKET that leads there."""
+    """systemd's socket, and the value of NOTIFY_SOCKET for it."""
     name = str(tmp_path / "notify") if request.param == "path" else f"@udptun-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.settimeout(60)
@@ -38,7 +38,7 @@ def test_each_message(systemd):
     ]
 
 
-def test_reloading_tells_the_time(systemd):
+def test_reloading_sends_the_monotonic_time(systemd):
     sock, name = systemd
     Notifier(name).reloading()
     first, second = sock.recv(4096).decode().split("\n")
@@ -47,7 +47,7 @@ def test_reloading_tells_the_time(systemd):
     assert second.removeprefix("MONOTONIC_USEC=").isdigit()
 
 
-def test_children_do_not_inherit_it(systemd):
+def test_child_processes_do_not_inherit_notify_variables(systemd):
     environ = {"NOTIFY_SOCKET": systemd[1], "WATCHDOG_USEC": "1000000",
                "WATCHDOG_PID": str(os.getpid()), "HOME": "/root"}
     assert Notifier.from_environment(environ).watchdog_s == 1
@@ -67,7 +67,7 @@ def test_the_watchdogs_interval(environ, want):
 
 
 async def test_the_watchdog_is_fed_while_we_are_alive(systemd):
-    """Twice in the interval; a daemon that hangs is not, and systemd ends it."""
+    """Twice per interval; not while the daemon hangs, so that systemd ends it."""
     sock, name = systemd
     sock.setblocking(False)
     loop = asyncio.get_running_loop()
@@ -114,10 +114,10 @@ def test_a_missing_socket_is_logged_once(tmp_path, caplog):
     assert "No such file" in record.getMessage()
 
 
-def test_a_systemd_that_hangs_does_not_hold_us_up(systemd, caplog, monkeypatch):
+def test_a_hanging_systemd_does_not_block_the_daemon(systemd, caplog, monkeypatch):
     monkeypatch.setattr("udptun.node.status.notify.SEND_TIMEOUT_S", 0.01)
     notifier = Notifier(systemd[1])
-    for _ in range(10_000):  # nobody reads: the queue fills up
+    for _ in range(10_000):  # no process reads, so the queue fills up
         notifier.watchdog()
         if caplog.records:
             break

@@ -24,7 +24,7 @@ LOOPBACK = parse_address("address", "127.0.0.1")
 
 
 def states(report: NodeReport) -> dict[str, State]:
-    """The checks that find something to complain of."""
+    """The checks that do not pass."""
     return {check.name: check.state for check in judge(report) if check.state is not State.OK}
 
 
@@ -36,7 +36,7 @@ def text_of(report: NodeReport, name: str) -> str:
 # What makes a node ready
 
 
-def test_a_node_in_order() -> None:
+def test_a_healthy_node_passes_every_check() -> None:
     report = ready()
     assert is_ready(judge(report))
     assert states(report) == {}
@@ -48,7 +48,7 @@ def test_a_node_in_order() -> None:
         assert text in lines
 
 
-def test_a_node_that_starts_is_ready_in_no_respect() -> None:
+def test_a_starting_node_fails_its_checks() -> None:
     assert set(states(starting())) == set(CHECKS) - {"peers"}
     assert set(states(starting()).values()) == {State.FAILED}
 
@@ -96,7 +96,7 @@ def set_interface_gone(report: NodeReport) -> None:
 
 
 def set_no_forwarder(report: NodeReport) -> None:
-    report.forwarder.connected, report.forwarder.error = False, "nobody answers on /run/s"
+    report.forwarder.connected, report.forwarder.error = False, "no forwarder answers on /run/s"
 
 
 def set_out_of_step(report: NodeReport) -> None:
@@ -143,7 +143,8 @@ def set_waiting(report: NodeReport) -> None:
         (set_not_published, {"lease": State.DEGRADED}, "10.5.1.0/24: no permission to write"),
         (set_no_interface, {"interface": State.FAILED}, "[-]interface: no interface eth9"),
         (set_interface_gone, {"interface": State.FAILED}, "eth0 has no address any more"),
-        (set_no_forwarder, {"forwarder": State.FAILED}, "[-]forwarder: nobody answers on /run/s"),
+        (set_no_forwarder, {"forwarder": State.FAILED},
+         "[-]forwarder: no forwarder answers on /run/s"),
         (set_out_of_step, {"forwarder": State.FAILED},
          "[-]forwarder: its routes are not up to date; routes: 7"),
         (set_no_subnet_env, {"subnet-env": State.FAILED}, "[-]subnet-env: No space left on device"),
@@ -184,7 +185,7 @@ def test_an_unavailable_backend_is_shown_and_does_not_degrade() -> None:
     assert "no VXLAN here: the kernel has no vxlan module" in text_of(report, "peers")
 
 
-def test_of_many_peers_the_first_are_named() -> None:
+def test_only_the_first_of_many_peers_are_listed() -> None:
     report = ready()
     report.peers = replace(report.peers, unreachable={f"{n:04}": "far" for n in range(5000)})
     lines = text_of(report, "peers").splitlines()
@@ -223,7 +224,7 @@ async def ask(server: HealthServer, path: str, method: str = "GET") -> Answer:
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/livez", "/healthz/"])
-async def test_alive_whatever_else(server: HealthServer, path: str) -> None:
+async def test_healthz_and_livez_ignore_readiness(server: HealthServer, path: str) -> None:
     server._report = starting()
     status, headers, body = await ask(server, path)
     assert (status, body) == (200, "ok\n")
@@ -245,13 +246,13 @@ async def test_not_ready_lists_the_failed_checks(server: HealthServer) -> None:
     set_unreachable(server._report)
     status, _, body = await ask(server, "/readyz")
     assert status == 503
-    assert body == "[-]forwarder: nobody answers on /run/s\nreadyz check failed\n"
+    assert body == "[-]forwarder: no forwarder answers on /run/s\nreadyz check failed\n"
     status, _, body = await ask(server, "/readyz?verbose")
     assert status == 503
     assert "[+]store: " in body and "[!]peers: " in body and "[-]forwarder: " in body
 
 
-async def test_ready_again_when_it_is(server: HealthServer) -> None:
+async def test_readyz_follows_the_report(server: HealthServer) -> None:
     set_waiting(server._report)
     assert (await ask(server, "/readyz"))[0] == 503
     server._report.waiting = ""
@@ -326,7 +327,7 @@ async def test_the_forwarders_metrics_follow_ours(
     assert status == 200
     assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     names = [family.name for family in text_string_to_metric_families(body)]
-    assert len(names) == len(set(names))  # a family that comes twice spoils the whole scrape
+    assert len(names) == len(set(names))  # a repeated metric family makes the whole scrape invalid
     assert {"udptun_node_leases", "udptun_packets", "udptun_build_info"} <= {
         sample.name for family in text_string_to_metric_families(body) for sample in family.samples
     } | set(names)
@@ -339,13 +340,13 @@ async def test_metrics_without_a_forwarder(server: HealthServer) -> None:
     assert "udptun_packets" not in body
 
 
-async def test_a_forwarder_that_hangs_does_not_hold_up_a_scrape(
+async def test_a_hanging_forwarder_does_not_delay_a_scrape(
     server: HealthServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("udptun.node.status.server.FORWARDER_SECONDS", 0.1)
     with socket.socket(socket.AF_UNIX) as hanging:
         hanging.bind(str(tmp_path / "udptun.sock"))
-        hanging.listen()  # the kernel connects; nobody ever answers
+        hanging.listen()  # the kernel accepts the connection; no process answers
         status, _, body = await ask(server, "/metrics")
     assert status == 200
     assert "udptun_node_ready 1.0" in body

@@ -1,8 +1,8 @@
 """The active backends of this node, as one.
 
 Owns: which backends are active, the inner MTU that fits all of them, the attributes of our lease,
-and the report about paths. Does not know any single backend. The daemon's loop; one call at a time
-except ``run`` and ``synced``.
+and the report about paths. Does not depend on any single backend. The daemon's loop; one call at a
+time except ``run`` and ``synced``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_LOGGED = 10  # unreachable peers in the log, each time some are new
 
 
 class BackendUnavailable(UdptunError):
-    """The only backend that was asked for does not work on this host."""
+    """The only configured backend does not work on this host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,8 @@ class ActiveBackends:
     async def prepare(self, site: Site) -> Prepared:
         """Determine which backends are active, and create the devices that our lease names.
 
-        BackendUnavailable; FieldError (Backend.Type is not one of ours); DeviceError.
+        Raises BackendUnavailable, DeviceError, and FieldError if udptun does not have the
+        Backend.Type.
         """
         mode = self._mode(site.network)
         site = replace(site, optional=mode == AUTO)
@@ -119,7 +120,8 @@ class ActiveBackends:
         return mode
 
     async def settle(self, prepared: Prepared, lease: Lease) -> None:
-        """Set up the active backends for our lease, and retire the others. DeviceError, OSError."""
+        """Set up the active backends for our lease, and retire the others. Raises DeviceError,
+        OSError."""
         for backend in self._active:
             await backend.settle(lease, prepared.mtu)
         for backend in self:
@@ -142,16 +144,17 @@ class ActiveBackends:
     # -- paths to peers ---------------------------------------------------------------------------
 
     async def apply_all(self, plan: Plan, since: float) -> None:
-        """Apply a whole plan. ``since``: time.monotonic() when its leases arrived. DeviceError."""
+        """Apply a whole plan. ``since``: time.monotonic() when its leases arrived. Raises
+        DeviceError."""
         await self._each(
             plan, lambda backend: backend.apply_all(plan.paths(backend.name)), since)
 
     async def apply(self, plan: Plan, delta: Delta, since: float) -> None:
-        """Apply the last change of a plan. DeviceError."""
+        """Apply the last change of a plan. Raises DeviceError."""
         await self._each(plan, lambda backend: backend.apply(delta.of(backend.name)), since)
 
     async def resync(self, plan: Plan) -> None:
-        """Compare the host with the plan that was applied, and repair it. DeviceError."""
+        """Compare the host with the plan that was applied, and repair it. Raises DeviceError."""
         await self._each(plan, lambda backend: backend.resync())
 
     async def _each(
@@ -206,7 +209,7 @@ def _inner_mtu(site: Site, active: Collection[Backend[Any]]) -> int:
 
 
 def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Log each peer's reason once; of very many the first."""
+    """Log each peer's reason once; at most MAX_LOGGED of them."""
     new = [(key, why) for key, why in now.items() if before.get(key) != why]
     for key, why in new[:MAX_LOGGED]:
         log.warning("no path to %s: %s", key, why)

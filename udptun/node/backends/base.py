@@ -1,14 +1,14 @@
 """The contract between the node daemon and a backend.
 
 Owns: the calls that the daemon makes to every backend, and the records that they exchange. Does not
-know any single backend, the store, or how paths of several backends are combined (``plan``). A
+depend on any single backend, the store, or how paths of several backends are combined (``plan``). A
 backend runs on the daemon's loop, and its coroutines are called one at a time, except ``run`` and
 ``synced``. A ``Reach`` is a pure value that any thread may use.
 
 The order of calls: ``prepare``, ``lease_data`` and ``reach``; ``settle`` once our lease is known;
-then ``apply_all``, ``apply`` and ``resync`` as often as needed. All of it may be repeated at any
-time, and changes only differences. ``retire`` takes the place of these calls while the backend is
-not used.
+then ``apply_all``, ``apply`` and ``resync`` as often as needed. Every call may be repeated at any
+time, and changes only what differs. If the backend is not used, the daemon calls ``retire`` instead
+of these.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LeaseData:
 class PeerNode(NamedTuple):
     """Another node, by its lease, which may contain anything.
 
-    public  its public addresses by IP version, each validated as the address of one host
+    public  its public addresses by IP version, each checked to be a unicast address
     """
 
     attributes: Attributes
@@ -88,7 +88,7 @@ class Reach(ABC, Generic[P]):
     def path(self, peer: PeerNode, subnet: IPNetwork) -> P | str:
         """Return the path to this subnet of the peer, or a sentence that says why there is none.
 
-        "": the peer's lease has nothing to do with this backend. Never raises.
+        An empty string: the peer's lease has nothing to do with this backend. Never raises.
         """
 
 
@@ -117,25 +117,25 @@ class Backend(ABC, Generic[P]):
         """Create the devices that our lease names. Return "" or the reason why that failed.
 
         mtu  the largest inner packet, in bytes
-        FieldError: the configuration is not valid. InstanceConflict.
+        Raises FieldError if the configuration is not valid, and InstanceConflict.
         """
 
     @abstractmethod
     def lease_data(self, mtu: int) -> LeaseData:
-        """Return the data for our lease. After ``prepare``."""
+        """Return the data for our lease. Call it after ``prepare``."""
 
     @abstractmethod
     def reach(self) -> Reach[P]:
-        """Return how this node reaches others by this backend. After ``prepare``."""
+        """Return how this node reaches others by this backend. Call it after ``prepare``."""
 
     @abstractmethod
     async def settle(self, lease: Lease, mtu: int) -> None:
-        """Set up the host for our lease. DeviceError, OSError."""
+        """Set up the host for our lease. Raises DeviceError, OSError."""
 
     @abstractmethod
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:
-        """Remove everything that this backend has created: it is not used, or no longer.
-        DeviceError, ControlError, OSError."""
+        """Remove everything that this backend has created, because it is not used.
+        Raises DeviceError, ControlError, OSError."""
 
     async def run(self) -> None:
         """Do this backend's background work until cancelled."""
@@ -147,7 +147,7 @@ class Backend(ABC, Generic[P]):
 
     @abstractmethod
     async def apply_all(self, paths: Mapping[IPNetwork, P]) -> int | None:
-        """Make these the only paths, by subnet. DeviceError: ``resync`` applies the rest.
+        """Make these the only paths, by subnet. After DeviceError, ``resync`` applies the rest.
 
         Return how many paths changed; None: they are applied in the background, and the backend
         reports the result itself.
@@ -158,7 +158,7 @@ class Backend(ABC, Generic[P]):
         """Set some paths and remove those that are None; as ``apply_all``."""
 
     async def resync(self) -> None:
-        """Compare the host with the last paths, and repair differences. DeviceError.
+        """Compare the host with the last paths, and repair differences. Raises DeviceError.
 
         For a backend that does not do this itself in ``run``.
         """

@@ -1,12 +1,12 @@
 """The paths to each peer, from all active backends.
 
 Owns: the checks that do not depend on a backend, the paths of all peers, which backend carries a
-peer's packets, who is unreachable and why. Does not know stores, processes, netlink or any single
-backend. Pure, no I/O; one thread.
+peer's packets, who is unreachable and why. Does not depend on stores, processes, netlink or any
+single backend. Pure, no I/O; one thread.
 
-A peer has a path in each backend that reaches it, not only in the one that carries its packets. A
-peer that has just lost one backend, and sends by another, is then still accepted. A lease is never
-trusted: one that cannot be used costs its own peer only.
+A peer has a path in each backend that reaches it, not only in the one that carries its packets. So
+this node still accepts packets of a peer that has just lost one backend and sends by another. A
+lease is untrusted: an unusable lease makes only its own peer unreachable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .base import PeerNode, Reach
 
 @dataclass(frozen=True, slots=True)
 class LocalNode:
-    """This node's identity and abilities.
+    """This node's identity, addresses and active backends.
 
     key, subnets  of our lease
     networks      the overlay's, one per enabled IP version
@@ -55,9 +55,9 @@ class _Unusable(Exception):
 
 
 def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
-    """Return the paths to the subnets of ``lease``, and why a subnet has none, in a sentence.
+    """Return the paths to the subnets of ``lease``, and the reason if a subnet has no path.
 
-    "": every subnet of an enabled IP version has a path. Never raises.
+    The reason is a sentence; "": every subnet of an enabled IP version has a path. Never raises.
     """
     attributes = lease.attributes
     peer = PeerNode(attributes, {
@@ -83,14 +83,16 @@ def _check(local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNo
         raise _Unusable(f"its subnet {subnet} is not within {network}")
     for own in local.subnets:
         if own.version == subnet.version and _overlap(own, subnet):
-            raise _Unusable(f"its subnet {subnet} overlaps our own {own}")
+            raise _Unusable(f"its subnet {subnet} overlaps this node's subnet {own}")
     if not peer.public:
         raise _Unusable("its lease has no public address")
     for address in peer.public.values():
         if address in local.public:
-            raise _Unusable(f"its public address {address} is ours: a former lease of this node")
+            raise _Unusable(
+                f"its public address {address} is ours: this is an old lease of this node"
+            )
         if not _is_host(address):
-            raise _Unusable(f"its public address {address} is not the address of one host")
+            raise _Unusable(f"its public address {address} is not a unicast address")
 
 
 def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
@@ -130,7 +132,7 @@ def _inactive(local: LocalNode, peer: PeerNode) -> str:
 class Delta:
     """The effect of one set of changes.
 
-    paths  by backend, then by subnet: the new path, or None where it is gone
+    paths  by backend, then by subnet: the new path, or None if it was removed
     """
 
     paths: dict[str, dict[IPNetwork, Any | None]] = field(default_factory=dict)
@@ -212,7 +214,7 @@ class Plan:
             holder = self._by_subnet.setdefault(found.subnet, found)
             if holder is not found:
                 self.unreachable[lease.key] = \
-                    f"its subnet {found.subnet} belongs to {holder.key} already"
+                    f"its subnet {found.subnet} already belongs to {holder.key}"
                 self._rejected[lease.key] = lease
                 continue
             added.append(found)
@@ -223,7 +225,7 @@ class Plan:
             self._count(added, 1)
 
     def _count(self, peer: Sequence[SubnetPaths], by: int) -> None:
-        """The last backend in the list that has a path to any subnet of the peer carries it."""
+        """Count the peer for the last backend in the list that has a path to any of its subnets."""
         for at in reversed(range(len(self.local.reaches))):
             if any(found.paths[at] is not None for found in peer):
                 self.carried_n[self.local.reaches[at].name] += by

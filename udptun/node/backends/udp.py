@@ -1,8 +1,8 @@
 """The UDP backend: the forwarder carries packets as UDP payload.
 
 Owns: the options of this node's forwarder, its routes, our advertisement in the lease, and the
-choice of the endpoint to which a peer's packets are sent. Does not know how the forwarder's
-process is started and kept (``process``). The daemon's loop.
+choice of the endpoint to which a peer's packets are sent. Does not depend on how the forwarder's
+process is started and kept running (``process``). The daemon's loop.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class UdpReach(Reach[Route]):
         for version in (subnet.version, 10 - subnet.version):
             if version in self.outer and version in peer.public:
                 return Route(subnet, peer.public[version], port, mtu)
-        return "this node has no underlay address of an IP version that it has"
+        return "it has no underlay address of an IP version that this node's underlay has"
 
 
 class UdpBackend(Backend[Route]):
@@ -126,7 +126,7 @@ class UdpBackend(Backend[Route]):
         config = self._config
         with attempt():
             if await stop_forwarder(config.control, config.forward_file):
-                log.info("stopped the forwarder; %s went with it", config.tun)
+                log.info("stopped the forwarder, which removed %s", config.tun)
         for name in (STATE_FILE, f"{STATE_FILE}.new", LOG_FILE):
             with attempt():
                 (config.state_dir / name).unlink(missing_ok=True)

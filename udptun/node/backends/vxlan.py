@@ -1,8 +1,8 @@
 """The VXLAN backend: the kernel's VXLAN device carries packets, as in flannel.
 
 Owns: one device per IP version of the network, the MAC addresses in our lease, and the peers that
-each device has to have. Does not know how a device and its entries are made (``net.vxlan``). The
-daemon's loop.
+each device has to have. Does not depend on how a device and its entries are created
+(``net.vxlan``). The daemon's loop.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class VxlanReach(Reach[VxlanPeer]):
                 return VxlanPeer(subnet, mac, endpoint, self.direct)
             except FieldError:
                 pass
-        return "the VXLAN data in its lease do not fit ours"
+        return "the VXLAN data in its lease do not match this node's"
 
 
 class VxlanBackend(Backend[VxlanPeer]):
@@ -198,7 +198,7 @@ class VxlanBackend(Backend[VxlanPeer]):
             except DeviceError as exc:
                 if exc.errno not in (errno.ENODEV, errno.ENOENT):
                     raise
-                log.warning("%s is gone, creating it again: %s", device.name, exc)
+                log.warning("%s does not exist any more, creating it again: %s", device.name, exc)
                 self._devices[version] = await self._vxlan.ensure(self._configs[version])
                 await self._sync(self._devices[version])
 
@@ -212,7 +212,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         for failure in failures:
             why = str(failure.error)
             if self._refused.get(failure.peer.subnet) != why:
-                log.warning("%s is not reached by VXLAN: %s", failure.peer.subnet, why)
+                log.warning("%s cannot be reached by VXLAN: %s", failure.peer.subnet, why)
             self._refused[failure.peer.subnet] = why
 
     @property
@@ -220,7 +220,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         return self._refused
 
     async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
-        # Unless our own lease named the device, it belongs to a stock flannel.
+        # If our own lease does not name the device, it belongs to a stock flannel.
         if known is None or known.lease is None or known.lease.attributes.backend_type != TYPE:
             return
         await self._remove_devices(known.network, attempt)

@@ -1,7 +1,7 @@
 """Masquerade and forward rules: flannel's, in nftables tables of our own.
 
 Owns: the instance's two tables, ``ip udptun-ipv4`` and ``ip6 udptun-ipv6`` by default, and none of
-the host's other rules. Does not know leases or interfaces. Asyncio, one loop per object.
+the host's other rules. Does not depend on leases or interfaces. Asyncio, one loop per object.
 
 Each ``sync`` reads the rules back, and replaces a table in one transaction if it differs. An accept
 in our table does not override a drop in another one: a packet that the host's own rules drop stays
@@ -54,7 +54,7 @@ class _GarbledError(FirewallError):
 
 @dataclass(frozen=True, slots=True)
 class FirewallRules:
-    """The wanted rules. A family without a network has none.
+    """The wanted rules. An IP version without a network has no rules.
 
     network     the overlay's, ``network6`` for IPv6
     subnet      this node's, ``subnet6`` for IPv6
@@ -91,8 +91,8 @@ class Firewall:
         self._applied: dict[str, tuple[list[Json] | None, list[Json] | None]] = {}
 
     async def sync(self) -> bool:
-        """Apply what is wanted. Return True if something had to be changed. FirewallError, after
-        both families have been tried."""
+        """Apply what is wanted. Return True if something had to be changed. Raises FirewallError,
+        after trying both families."""
         changed = False
         failed: dict[str, None] = {}  # an ordered set: both may fail for the same reason
         async with self._lock:
@@ -126,12 +126,12 @@ class Firewall:
             await asyncio.sleep(every_s)
 
     async def remove(self) -> bool:
-        """Remove the tables. Return True if there were any. FirewallError."""
+        """Remove the tables. Return True if there were any. Raises FirewallError."""
         self.want = FirewallRules()
         return await self.sync()
 
     async def obstacles(self) -> tuple[str, ...]:
-        """Return a sentence for each chain that does not forward by policy. FirewallError."""
+        """Return a sentence for each chain whose policy is drop. Raises FirewallError."""
         if not self.want.forward:
             return ()
         chains = [item["chain"] for item in await self._nft_json("list", "chains")
@@ -151,7 +151,7 @@ class Firewall:
             return False  # no rules are wanted, and a host without nft has none
         try:
             there = await self._read(family)
-        except _GarbledError:  # nft 1.0.6, on a table with flags: then it is not ours
+        except _GarbledError:  # nft 1.0.6, on a table with flags; udptun sets none
             there = []
         if there == want or self._applied.get(family) == (want, there):
             return False

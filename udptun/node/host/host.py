@@ -1,6 +1,6 @@
 """The parts of the host's setup that do not depend on a backend: firewall rules and subnet.env.
 
-Owns: both, and their part of the report. A failure here is reported and tried again; it does not
+Owns: both, and their fields in the report. A failure here is reported and tried again; it does not
 stop the daemon. The daemon's loop.
 """
 

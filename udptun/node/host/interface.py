@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class NoInterface(UdptunError):
-    """No interface matches: says what was looked for and what exists. The host may change."""
+    """No interface matches. The text names what was looked for and what exists. A later attempt may
+    succeed, because the host may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ async def choose(
     least one version is wanted.
 
     own  names of the overlay's own devices
-    NoInterface; DeviceError when the host cannot be read.
+    Raises NoInterface, and DeviceError if the host cannot be read.
     """
     existing = tuple(one for one in await interfaces(netlink) if one.name not in own)
     choice = _Choice(netlink, options, want_v4, want_v6, existing)

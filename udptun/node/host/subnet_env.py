@@ -1,7 +1,7 @@
 """subnet.env: this node's subnet and MTU, for the CNI plugin that attaches pods.
 
 Owns: the file's format, which is flannel's: the CNI plugin, scripts that source it, and systemd's
-EnvironmentFile read it. Does not know where a lease comes from. Blocking calls on a few hundred
+EnvironmentFile read it. Does not depend on the source of a lease. Blocking calls on a few hundred
 bytes; any thread.
 """
 
@@ -55,7 +55,10 @@ class SubnetEnv:
 
     @classmethod
     def parse(cls, text: str, where: str = "") -> Self:
-        """Parse the file. FieldError: a variable is missing or wrong; unknown ones are ignored."""
+        """Parse the file; ignore unknown variables.
+
+        Raises FieldError if a variable is missing or wrong.
+        """
         values = _values(text)
         has_v6 = bool({"FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"} & values.keys())
         has_v4 = not has_v6 or bool({"FLANNEL_NETWORK", "FLANNEL_SUBNET"} & values.keys())
@@ -73,12 +76,12 @@ class SubnetEnv:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Return None if there is no such file. FieldError, OSError."""
+        """Return None if there is no such file. Raises FieldError, OSError."""
         text = _read(path)
         return None if text is None else cls.parse(text, str(path))
 
     def write(self, path: Path) -> bool:
-        """Replace the file atomically. Return False if it had the same content. OSError."""
+        """Replace the file atomically. Return False if it had the same content. Raises OSError."""
         text = self.text().encode()
         with contextlib.suppress(OSError):
             if path.read_bytes() == text and path.stat().st_mode & 0o777 == MODE:
@@ -89,8 +92,8 @@ class SubnetEnv:
 
 
 def former_subnets(path: Path) -> Subnets:
-    """Return the subnets that this node had last. A value that is wrong is only logged: the other
-    one can still be requested."""
+    """Return the subnets that this node had last. A wrong value is only logged: the other subnet
+    can still be requested."""
     try:
         values = _values(_read(path) or "")
     except OSError as error:

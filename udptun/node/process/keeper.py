@@ -2,9 +2,9 @@
 
 Owns: whether a running forwarder is adopted or replaced, when one is started, and the routes that
 it gets. The forwarder is a process of its own, which outlives the daemon on purpose: only a change
-of its options ends it. Does not know leases, or how a process is started (``launch``). One asyncio
-loop; the control client, which is synchronous, has a thread of its own that makes one call at a
-time.
+of its options ends it. Does not depend on leases, or how a process is started (``launch``). One
+asyncio loop; the control client, which is synchronous, has a thread of its own that makes one call
+at a time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class ForwarderKeeper:
     # -- the wanted options and routes ------------------------------------------------------------
 
     def want(self, spec: ForwarderSpec) -> None:
-        """Set the options that the forwarder has to run with. OSError: the file cannot be written.
+        """Set the options that the forwarder has to run with. Raises OSError if the file cannot be
+        written.
         """
         self._report.forwarder.needed = True
         if spec == self._spec:
@@ -170,10 +171,10 @@ class ForwarderKeeper:
         why = spec.mismatch(status)
         if why:
             if time.monotonic() < self._not_before:  # just started, or it did not stop
-                self._fail(f"the forwarder has other options than it should: {why}")
+                self._fail(f"the forwarder's options are wrong: {why}")
                 await asyncio.sleep(IDLE_POLL_SECONDS)
                 return
-            log.warning("stopping the forwarder, which has other options than it should: %s", why)
+            log.warning("stopping the forwarder, because its options are wrong: %s", why)
             self._back_off()
             await self._call(self._client.stop)
             if self._child is not None and self._child.poll() is not None:
@@ -192,7 +193,7 @@ class ForwarderKeeper:
             raise NoForwarder(f"the forwarder on {self._control} has ended")
 
     async def _absent(self, spec: ForwarderSpec) -> None:
-        """Start a forwarder, or wait for the program that does."""
+        """Start a forwarder, or wait until another program starts it."""
         child = self._child
         if child is not None and child.poll() is not None:
             self._child = None
@@ -315,7 +316,7 @@ async def stop_forwarder(control: Path, forward_file: Path) -> bool:
     """Stop the forwarder that has its options from ``forward_file``, if it runs.
 
     Removes the file first, so that a service manager that starts the forwarder again makes it wait.
-    Return True if one was stopped. NoForwarder: it does not stop.
+    Return True if one was stopped. Raises NoForwarder if it does not stop.
     """
     forward_file.unlink(missing_ok=True)
 

@@ -1,9 +1,9 @@
 """Start a forwarder as a process of its own, which outlives the process that started it.
 
 Owns: the file with the forwarder's options, the check whether a running forwarder matches it, and
-how a forwarder is started detached. Does not know leases, routes, or when a forwarder is needed.
-Synchronous and limited to the standard library, because commands that must be quick use it too; any
-thread.
+how a forwarder is started detached. Does not depend on leases or routes; the caller decides when a
+forwarder is needed. Synchronous and limited to the standard library, because commands that must be
+quick use it too; any thread.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ForwarderSpec:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a file that ``write`` wrote. FileNotFoundError; FieldError."""
+        """Read a file that ``write`` wrote. Raises FileNotFoundError, FieldError."""
         try:
             options = json.loads(path.read_bytes())
             return cls(

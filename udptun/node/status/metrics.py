@@ -80,8 +80,8 @@ class ReportCollector(Collector):
 
     def _routes(self) -> Iterator[Metric]:
         report, forwarder, peers = self._report, self._report.forwarder, self._report.peers
-        yield _gauge("watch_lag_seconds", "Seconds from the store's last update until its paths "
-                     "were active.", report.lag)
+        yield _gauge("watch_lag_seconds", "Seconds from the last update in the store until the "
+                     "paths from it were active.", report.lag)
         if report.applied is not None:
             yield _gauge("applied_age_seconds", "Seconds since paths were last applied.",
                          time.monotonic() - report.applied)
@@ -103,7 +103,7 @@ class ReportCollector(Collector):
         yield _gauge("mtu_bytes", "MTU of the inner packets.", report.mtu)
         yield _gauge("forwarder_up", "1 if the forwarder answers and has the right options.",
                      forwarder.connected)
-        yield _gauge("forwarder_in_step", "1 if its routes are those of the leases.",
+        yield _gauge("forwarder_in_step", "1 if the forwarder's routes match the leases.",
                      forwarder.in_step)
         yield _gauge("forwarder_routes", "Routes that the daemon has given to the forwarder.",
                      forwarder.routes_n)

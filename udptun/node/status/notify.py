@@ -1,7 +1,8 @@
 """Notifications to systemd: sd_notify(3), without its library.
 
-Owns: the socket that NOTIFY_SOCKET names, and the watchdog's interval. Does not know when a node is
-ready. Without systemd every call does nothing; none raises. Any thread; a send takes microseconds.
+Owns: the socket that NOTIFY_SOCKET names, and the watchdog's interval. The caller decides when a
+node is ready. Without systemd every call does nothing; none raises. Any thread; a send takes
+microseconds.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class Notifier:
         return cls(address, watchdog_s)
 
     def ready(self, status: str = "") -> None:
-        """The start, or a reload, is complete."""
+        """Report that the start, or a reload, is complete."""
         self._send("READY=1", *([_status(status)] if status else ()))
 
     def reloading(self) -> None:
-        """A reload begins; ``ready`` ends it. Type=notify-reload requires the time."""
+        """Report that a reload begins; ``ready`` ends it. Type=notify-reload requires the time."""
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now_us}")
 
@@ -60,7 +61,7 @@ class Notifier:
         self._send("STOPPING=1", *([_status(status)] if status else ()))
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``; "" clears it."""
+        """Set the line in ``systemctl status``; "" clears it."""
         self._send(_status(text))
 
     def watchdog(self) -> None:

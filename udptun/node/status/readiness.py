@@ -1,8 +1,8 @@
 """Decide from the daemon's report whether this node is ready, and what is wrong with it.
 
-Owns: the checks, their names, and when each has failed. The rule: FAILED keeps this machine's own
-pods from using the overlay. DEGRADED does not (the store is down, one peer is unreachable), so the
-node stays ready. Pure; no I/O.
+Owns: the checks, their names, and the condition for each result. The rule: FAILED keeps this
+machine's own pods from using the overlay. DEGRADED does not (the store is down, one peer is
+unreachable), so the node stays ready. Pure; no I/O.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_NAMED = 20  # entries of a list that are shown one by one
 
 
 class State(Enum):
-    """The value is the mark before the check's line: "+" and "-" as in Kubernetes, "!" is ours."""
+    """The value is printed before the check's name: "+" and "-" as in Kubernetes, or "!"."""
 
     OK = "+"
     DEGRADED = "!"

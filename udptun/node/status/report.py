@@ -1,4 +1,4 @@
-"""The daemon's state: for /readyz, /metrics, the service manager and the tests.
+"""The daemon's state for /readyz, /metrics, the service manager and the tests.
 
 Owns: the names of these facts. Does not judge them: ``readiness`` decides whether a node is ready.
 The daemon writes it and the health server reads it, both on the daemon's loop: values that are read

@@ -64,7 +64,7 @@ class HealthServer:
         self._http: _Http | None = None
 
     async def start(self) -> None:
-        """Listen. DeviceError: the address cannot be used."""
+        """Listen. Raises DeviceError if the address cannot be used."""
         loop = asyncio.get_running_loop()
         try:
             http = _Http(self, loop)
@@ -123,7 +123,7 @@ class HealthServer:
         return self._metrics.render() + of_forwarder.encode()
 
     def _forwarder_metrics(self) -> str:
-        """Return "" if it does not answer: our own part reports whether it does."""
+        """Return "" if the forwarder does not answer: the daemon's metrics report that."""
         try:
             with ControlClient(str(self._control), FORWARDER_SECONDS) as client:
                 return client.metrics()
