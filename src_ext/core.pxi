@@ -177,7 +177,7 @@ cdef class Core:
         self.activate(self.prepare(table))
 
     def collect(self):
-        """Free the retired objects that no worker can see. Call it now and then."""
+        """Free the retired objects that no worker can see. Call it regularly."""
         cdef uint32_t n = <uint32_t>len(self.objects)
         with nogil:
             self.retired = reclaim(self.retired, oldest_generation(self.workers, n))

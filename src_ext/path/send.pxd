@@ -178,8 +178,8 @@ cdef inline iovec* build_message(
 cdef inline uint32_t build_messages(
     worker_t* w, int fd, uint32_t peer_i, uint32_t run_max
 ) noexcept nogil:
-    """Describe what waits for the peers of one socket, from peer_i on, as at most TX_MSGS messages.
-    Return the number of messages."""
+    """Describe the queued datagrams for the peers of one socket, from peer_i on, as at most
+    TX_MSGS messages. Return the number of messages."""
     cdef uint32_t n = 0
     cdef iovec* iov = &w.tx_iov[0]
     cdef peer_queue_t* waiting
@@ -262,8 +262,8 @@ cdef inline uint32_t next_waiting(const worker_t* w, int fd, uint32_t peer_i) no
 
 
 cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
-    """Send what waits for the peers of one socket. Return whether all was sent; otherwise the
-    socket's buffer is full and the rest waits."""
+    """Send the queued datagrams for the peers of one socket. Return whether all was sent;
+    otherwise the socket's buffer is full and the rest waits."""
     cdef uint32_t n, i, run_max, peer_i = 0
     cdef int sent, error
     cdef refusal_t refusal
@@ -307,7 +307,7 @@ cdef inline bint flush(worker_t* w) noexcept nogil:
 
 
 cdef inline bint make_room(worker_t* w, uint32_t datagrams) noexcept nogil:
-    """Flush if the queue lacks room for the datagrams of the current frame. Return whether there is
+    """Flush if the queue lacks space for the datagrams of the current frame. Return whether there is
     room."""
     if datagrams > QUEUE_DATAGRAMS:
         return False

@@ -84,7 +84,7 @@ cdef inline size_t utf8_n(const uint8_t* text, size_t n) noexcept nogil:
 
 
 cdef inline bint json_escape(parser_t* p, uint32_t* value) noexcept nogil:
-    """Accept what follows a backslash. A surrogate pair gives two values."""
+    """Accept the rest of an escape, after the backslash. A surrogate pair gives two values."""
     cdef uint8_t c = json_peek(p)
     cdef int _i
     value[0] = c
@@ -359,7 +359,7 @@ cdef inline bint json_body(parser_t* p) noexcept nogil:
 
 
 cdef inline void parse_json(parser_t* p) noexcept nogil:
-    """Parse the body of the control API; a ``parse_fn``."""
+    """Parse the body of a control API request. The signature is ``parse_fn`` (see parser.pxd)."""
     if not json_body(p) and p.error == PARSE_OK and p.routes.n < p.limit:
         p.error = PARSE_BODY
         p.error_start = p.pos

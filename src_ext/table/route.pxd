@@ -123,7 +123,7 @@ cdef inline bint route_same(const route_t* a, const route_t* b) noexcept nogil:
 cdef inline bint route_valid(const route_t* route) noexcept nogil:
     """Return whether the fields fit together, by the rules of model.Route.make.
 
-    The next hop must be the address of one host. The MTU of an IPv6 route must not be below the
+    The next hop must be a unicast address. The MTU of an IPv6 route must not be below the
     minimum of RFC 8200 section 5. Parsers check the range of each single field.
     """
     cdef const uint8_t* via = &route.via[0]

@@ -65,7 +65,7 @@ cdef object route_error(bytes text, bint is_json, str where):
 
 
 cdef object parse_error(const parser_t* p, bint is_json):
-    """Return the exception for what parse_routes() found."""
+    """Return the exception for the error that parse_routes() found."""
     cdef uint8_t prefix[ROUTE_TEXT_MAX]
     if p.error == PARSE_NO_MEMORY:
         return MemoryError("no memory for the routes")

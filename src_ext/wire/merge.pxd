@@ -141,7 +141,7 @@ cdef inline merge_class_t merge_classify_udp(
 cdef inline merge_class_t merge_classify(
     const merge_t* m, uint8_t* p, size_t n, const ip_t* ip, candidate_t* c
 ) noexcept nogil:
-    """Return what packet p[0:n] may do. The ports are readable unless the class is ENDS_ALL, or the
+    """Classify packet p[0:n]. The ports are readable unless the class is ENDS_ALL, or the
     protocol is neither TCP nor UDP (ALONE)."""
     cdef merge_class_t kind
     c.p = p

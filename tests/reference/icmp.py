@@ -51,7 +51,7 @@ def icmp_error(packet: bytes, kind: str, source: bytes, mtu: int = 0) -> bytes |
     returns  None if the packet's header does not parse or the RFCs forbid an error: about an ICMP
              error; about a fragment other than the first; about a packet to a multicast or
              broadcast destination, except IPv6 too_big, which path MTU discovery needs; about a
-             packet whose source is not one host
+             packet whose source is not a unicast address
     source   RFC 792, RFC 1191 4, RFC 1122 3.2.2, RFC 1812 4.3.2; RFC 4443 2.4, 3.1 to 3.3
     """
     try:
@@ -90,7 +90,7 @@ def _icmp6(packet: bytes, header: IPHeader, kind: str, source: bytes, mtu: int) 
 def _allowed4(packet: bytes, header: IPHeader) -> bool:
     """Return whether RFC 1122 3.2.2 allows an error.
 
-    A source in 0/8, 127/8, 224/4 (multicast) or 240/4 (reserved, broadcast) is not one host.
+    A source in 0/8, 127/8, 224/4 (multicast) or 240/4 (reserved, broadcast) is not unicast.
     """
     if header.source[0] in (0, 127) or header.source[0] >= 224:
         return False

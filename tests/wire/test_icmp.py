@@ -153,7 +153,7 @@ def test_ipv4_other_destinations(impl, dst):
     ["0.0.0.0", "0.1.2.3", "127.0.0.1", "127.255.255.255", "224.0.0.1", "239.1.1.1", "240.0.0.1",
      "255.255.255.255"],
 )
-def test_ipv4_never_to_a_source_that_is_not_one_host(impl, src, kind):
+def test_ipv4_never_to_a_source_that_is_not_unicast(impl, src, kind):
     assert error(impl, ip4(b"x" * 8, UDP, src), kind) is None
 
 
@@ -165,7 +165,7 @@ def test_ipv4_sources_at_the_edges(impl, src):
 
 @EACH_KIND
 @pytest.mark.parametrize("src", ["::", "::1", "ff02::1", "ff00::"])
-def test_ipv6_never_to_a_source_that_is_not_one_host(impl, src, kind):
+def test_ipv6_never_to_a_source_that_is_not_unicast(impl, src, kind):
     assert error(impl, ip6(b"x" * 8, UDP, src), kind) is None
 
 
