@@ -307,8 +307,8 @@ cdef inline bint flush(worker_t* w) noexcept nogil:
 
 
 cdef inline bint make_room(worker_t* w, uint32_t datagrams) noexcept nogil:
-    """Flush if the queue lacks space for the datagrams of the current frame. Return whether there is
-    room."""
+    """Flush if the queue lacks space for the datagrams of the current frame. Return whether there
+    is space."""
     if datagrams > QUEUE_DATAGRAMS:
         return False
     return w.queue.n + datagrams <= QUEUE_DATAGRAMS or flush(w)
