@@ -266,7 +266,8 @@ def test_the_example_of_readyz_is_real() -> None:
     report.peers.carried_n = {"udp": 6, "vxlan": 0}
     report.peers.unreachable = {
         "10.5.60.0-24":
-        "its vxlan backend ignores a node that has only UDP; it does not advertise UDP",
+        "the peer's vxlan backend ignores nodes that, like this one, have only UDP; "
+        "the peer does not advertise UDP",
     }
     checks = judge(report)
     text = (ROOT / "docs" / "node.md").read_text()

@@ -124,8 +124,8 @@ def _inactive(local: LocalNode, peer: PeerNode) -> str:
         return ""
     if kind in BACKENDS:
         only = " and ".join(BACKENDS[name] for name in active)
-        return f"its {kind} backend ignores a node that has only {only}"
-    return f"its backend is {kind}, which udptun does not have"
+        return f"the peer's {kind} backend ignores nodes that, like this one, have only {only}"
+    return f"the peer's backend is {kind}, which udptun does not have"
 
 
 @dataclass(slots=True)

@@ -49,17 +49,17 @@ class UdpReach(Reach[Route]):
         if advert is not None:
             port, mtu = advert.port, advert.mtu
         elif peer.attributes.backend_type not in FLANNEL_TYPES:
-            return "it does not advertise UDP"
+            return "the peer does not advertise UDP"
         elif subnet.version == 6:  # flannel's own udp backend would corrupt IPv6 packets
-            return "it is a stock flannel, whose udp backend carries IPv4 over IPv4 only"
+            return "the peer is a stock flannel, whose udp backend carries only IPv4 over IPv4"
         if mtu is not None and subnet.version == 6 and mtu < MIN_MTU6:
-            return f"its MTU {mtu} is too small for IPv6"
+            return f"the peer's MTU {mtu} is too small for IPv6"
         # Both ends must choose the same outer IP version, because each accepts packets only from
         # the endpoint that it sends to: the version of the inner packet, else the other one.
         for version in (subnet.version, 10 - subnet.version):
             if version in self.outer and version in peer.public:
                 return Route(subnet, peer.public[version], port, mtu)
-        return "it has no underlay address of an IP version that this node's underlay has"
+        return "the peer has no underlay address of an IP version that this node's underlay has"
 
 
 class UdpBackend(Backend[Route]):

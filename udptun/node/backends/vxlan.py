@@ -67,7 +67,7 @@ class VxlanReach(Reach[VxlanPeer]):
                 return VxlanPeer(subnet, mac, endpoint, self.direct)
             except FieldError:
                 pass
-        return "the VXLAN data in its lease do not match this node's"
+        return "the VXLAN data in the peer's lease do not match this node's"
 
 
 class VxlanBackend(Backend[VxlanPeer]):

@@ -69,10 +69,10 @@ def _store(report: NodeReport) -> _Result:
             why += f"; last answer {_span(time.monotonic() - source.last_contact)} ago"
         if report.applied is None:
             return _result(State.FAILED, why, *skipped)
-        active = "cached ones" if report.stale else "the last ones it listed"
+        active = "from the cache" if report.stale else "those of its last answer"
         return _result(State.DEGRADED, why, f"the active leases are {active}", *skipped)
     state = State.DEGRADED if skipped or report.stale else State.OK
-    stale = ("the active leases are cached ones",) if report.stale else ()
+    stale = ("the active leases are from the cache",) if report.stale else ()
     return _result(state, f"{store} answers; leases: {report.leases_n}", *stale, *skipped)
 
 
