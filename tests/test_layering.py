@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from udptun.leases.sources import SOURCES
+
 PACKAGE = Path(__file__).resolve().parent.parent / "udptun"
 
 LEAVES = {"errors", "files", "instance", "model", "drops", "_version"}
@@ -132,11 +134,34 @@ def test_every_imported_package_is_declared():
     """A package that is installed only as a dependency of another one is an error."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    optional = [each for source in SOURCES if source.extra for each in extras[source.extra]]
     declared = {
         re.match(r"[\w-]+", requirement)[0].replace("-", "_")
-        for requirement in (*project["dependencies"], *extras["etcd"], *extras["kube"])
+        for requirement in (*project["dependencies"], *optional)
     }
     assert {DISTRIBUTIONS.get(package, package) for package in THIRD_PARTY} <= declared
+
+
+def documented_rules(text):
+    """Return the table of imports in docs/design.md, in the form of RULES."""
+    section = text.partition("\n## Imports point one way\n")[2].partition("\n## ")[0]
+    block = section.split("```")[1]
+    rules = {}
+    for line in re.sub(r",\s*\n\s+", ", ", block).strip().splitlines():
+        names, targets = (re.split(r",\s*", side.strip()) for side in line.split("->"))
+        for name in names:
+            rule = "" if name == "udptun/__init__.py" else name
+            assert rule not in rules
+            rules[rule] = set()
+            for target in targets:
+                rules[rule] |= {"nothing": set(), "leaves": LEAVES, "itself": {rule}}.get(
+                    target, {target}
+                )
+    return rules
+
+
+def test_the_table_in_the_design_document_has_the_rules():
+    assert documented_rules((PACKAGE.parent / "docs" / "design.md").read_text()) == RULES
 
 
 def test_the_rules_have_no_cycle():

@@ -1,6 +1,6 @@
 """The contract of a lease source, checked on every source in the list.
 
-A new source needs a ``Store`` here: a store that the test can change, stop and start.
+Each source has a class in ``STORES``: a store that the test can change, stop and start.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
 """The list of lease sources, and the one function that opens a source from its configuration.
 
-A new source is a package here, one line in ``SOURCES``, its options in ``udptun.cli.node``, a store
-in tests/leases/test_contract.py with its own tests, and its options in docs/node.md. The package
-has two modules: ``config``, which the command line imports at every start, and ``source``, which is
-imported only if this source is selected. No other module depends on which source is used.
+Each source is a package with two modules: ``config``, which the command line imports at every
+start, and ``source``, which is imported only if this source is selected. Only ``udptun.cli.node``,
+which selects the source, names a single one. CONTRIBUTING.md has the steps to add a source.
 Any thread.
 """
 

@@ -1,4 +1,4 @@
-"""The contract of every backend in the list; no module outside the package names one of them."""
+"""The contract of every backend in the list, and the modules that may not name a backend."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_a_backend_is_documented(name):
 
 
 def test_no_module_outside_the_package_names_a_backend():
-    """Adding a backend must not need a change outside the package."""
+    """The node daemon, its command line and the shared modules of the package contain no backend's
+    name as a string. Other packages may: the names of devices and the network's configuration."""
     modules = [*(ROOT / "udptun" / "node").rglob("*.py"), ROOT / "udptun" / "cli" / "node.py"]
     outside = [path for path in modules if path.parent.name != "backends"
                or path.stem in ("base", "plan", "active")]

@@ -1,9 +1,8 @@
 """The backends of a node, in one list. Each carries packets to other nodes in its own way.
 
-A new backend is one module here, one line in ``BACKENDS``, its tests and its page. The daemon and
-the modules for status, cleanup and the command line depend on the list and on the contract in
-``base``, never on a single backend. This module imports no backend before ``create`` is called,
-because the command line reads the list.
+The daemon and the modules for status, cleanup and the command line depend on the list and on the
+contract in ``base``, never on a single backend. CONTRIBUTING.md has the steps to add a backend.
+This module imports no backend before ``create`` is called, because the command line reads the list.
 """
 
 from __future__ import annotations
