@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udptun.leases.advert import Advert, embed, read
-from udptun.leases.base import Attributes
 
 VTEP = {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff"}
 ANY_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -16,7 +15,7 @@ ANY_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() 
 
 
 def read_data(data):
-    return read(Attributes(backend_data=data))
+    return read(data)
 
 
 def test_advert_without_backend_data():

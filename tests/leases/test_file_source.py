@@ -65,10 +65,10 @@ def test_the_documented_example_is_valid():
     assert alpha.subnets == Subnets(IPv4Network("10.42.1.0/24"))
     assert alpha.attributes.public_ip == IPv4Address("192.0.2.1")
     assert alpha.attributes.public_ipv6 is None
-    assert read(alpha.attributes) == Advert(8285, 1400)
-    assert read(beta.attributes) == Advert(8286, 1400)
+    assert read(alpha.attributes.backend_data) == Advert(8285, 1400)
+    assert read(beta.attributes.backend_data) == Advert(8286, 1400)
     assert gamma.attributes.public_ipv6 == IPv6Address("2001:db8::7")
-    assert read(gamma.attributes) == Advert(8285, 1280)
+    assert read(gamma.attributes.backend_data) == Advert(8285, 1280)
 
 
 def test_json_gives_the_same_result_as_toml():
@@ -82,7 +82,7 @@ def test_json_gives_the_same_result_as_toml():
     assert parse(json.dumps(content).encode(), "hosts.json") == want
     assert parse(json.dumps(content, indent=2).encode(), "hosts") == want
     assert parse(text.encode(), "hosts") == want
-    assert read(want.leases[0].attributes) == Advert(8285, None)
+    assert read(want.leases[0].attributes.backend_data) == Advert(8285, None)
 
 
 def test_both_families():
@@ -101,12 +101,12 @@ def test_both_families():
     assert six.subnets == Subnets(IPv4Network("10.42.1.0/24"), IPv6Network("fd00:42:0:1::/64"))
     assert (six.attributes.public_ip, six.attributes.public_ipv6) == (
         None, IPv6Address("2001:db8::1"))
-    assert read(six.attributes) == Advert(9000, 1280)
+    assert read(six.attributes.backend_data) == Advert(9000, 1280)
 
 
 def test_the_lowest_mtu_depends_on_the_family():
     text = toml(1) + 'mtu = 1279\n'
-    assert read(parse(text.encode(), "").leases[0].attributes) == Advert(8285, 1279)
+    assert read(parse(text.encode(), "").leases[0].attributes.backend_data) == Advert(8285, 1279)
     six = text.replace('"10.42.0.0/16"', '"fd00::/16"').replace('"10.42.1.0/24"', '"fd00:1::/64"')
     error = refusal(six)
     assert (error.field, error.where) == ("mtu", "hosts.toml line 7")

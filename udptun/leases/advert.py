@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model import MAX_MTU, MAX_PORT, MIN_MTU
-from .base import Attributes
 
 KEY = "udptun"
 
@@ -34,12 +33,12 @@ class Advert:
     mtu: int | None = None
 
 
-def read(attributes: Attributes) -> Advert | None:
-    """Return the advert, or None if there is none or it is invalid.
+def read(backend_data: Any) -> Advert | None:
+    """Return the advert in a lease's BackendData, or None if there is none or it is invalid.
 
     Never raises: the data comes from a peer.
     """
-    fields = _object(attributes.backend_data).get(KEY)
+    fields = _object(backend_data).get(KEY)
     if not isinstance(fields, Mapping):
         return None
     port = _number(fields.get("port"), 1, MAX_PORT)

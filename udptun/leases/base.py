@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import UdptunError
 from ..model import IPAddress, IPNetwork
+from .advert import Advert
 
 if TYPE_CHECKING:
-    from .advert import Advert
     from .netconf import NetConfig
 
 

@@ -17,7 +17,6 @@ from ..control.client import ControlClient
 from ..errors import FieldError, NoForwarder
 from ..instance import Instance
 from ..leases.advert import Advert, embed, read
-from ..leases.base import Attributes
 from ..model import DEFAULT_PORT, Endpoint, IPNetwork, Route, parse_next_hop, parse_prefix
 from .process.launch import (
     FORWARD_FILE,
@@ -45,7 +44,7 @@ def peer_route(env: Environment, advertised: str) -> Route:
     advertised  the output of the peer's own command; without a usable advertisement the peer is
                 expected at the default port
     """
-    advert = read(Attributes(backend_data=advertised)) or Advert(DEFAULT_PORT)
+    advert = read(advertised) or Advert(DEFAULT_PORT)
     via = parse_next_hop("PUBLIC_IP", _value(env, "PUBLIC_IP"))
     return Route(peer_subnet(env), via, advert.port, advert.mtu)
 

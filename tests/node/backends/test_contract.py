@@ -14,8 +14,8 @@ from tests.own_netns import in_own_netns, ip_json
 from udptun.leases.base import Lease, Subnets
 from udptun.leases.cache import LastKnown
 from udptun.net.netlink import Netlink
-from udptun.node.backends import AUTO, BACKENDS, MODES, create
-from udptun.node.backends.active import combine
+from udptun.node.backends import AUTO, BACKENDS, MODES
+from udptun.node.backends.active import combine, create
 from udptun.node.backends.base import Backend, LeaseData, Reach, Site
 from udptun.node.host.interface import choose
 from udptun.node.status.report import NodeReport

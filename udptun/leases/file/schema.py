@@ -180,7 +180,7 @@ def _refuse_shared(leases: Sequence[Lease]) -> None:
 
     for i, lease in enumerate(leases):
         claim(i, "name", lease.name, lease.name)
-        advert = read(lease.attributes)
+        advert = read(lease.attributes.backend_data)
         for address in (lease.attributes.public_ip, lease.attributes.public_ipv6):
             if address is not None:
                 claim(i, "public", str(address), address.packed, advert and advert.port)

@@ -97,7 +97,7 @@ class FileSource(LeaseSource):
         families = {address.version for address in (declared.public_ip, declared.public_ipv6)
                     if address is not None}
         return Identity(declared.public_ip, declared.public_ipv6, families=frozenset(families),
-                        advert=read_advert(declared))
+                        advert=read_advert(declared.backend_data))
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
         lease = await self._own_lease()

@@ -2,19 +2,10 @@
 
 The daemon and the modules for status, cleanup and the command line depend on the list and on the
 contract in ``base``, never on a single backend. CONTRIBUTING.md has the steps to add a backend.
-This module imports no backend before ``create`` is called, because the command line reads the list.
+This module imports nothing, because the command line reads the list.
 """
 
 from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ...net.netlink import Netlink
-    from ..config import NodeConfig
-    from ..status.report import NodeReport
-    from .base import Backend
 
 # name: as text shows it. The name is that of the module here, of Backend.Type in the network's
 # configuration, and of the label in metrics. Each line takes precedence over those above it: if
@@ -27,11 +18,3 @@ BACKENDS = {
 FLANNEL_DEFAULT = "udp"  # the backend of a lease without a BackendType
 AUTO = "auto"  # all backends that this host and the store of leases support
 MODES = (AUTO, *BACKENDS)  # values of --backend and of Backend.Type
-
-
-def create(
-    name: str, config: NodeConfig, netlink: Netlink, report: NodeReport
-) -> Backend[Any]:
-    """Return the backend of this name; it changes nothing on the host yet."""
-    backend: Backend[Any] = import_module(f".{name}", __name__).create(config, netlink, report)
-    return backend

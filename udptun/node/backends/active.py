@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 from ...errors import DeviceError, FieldError, UdptunError
@@ -20,7 +21,7 @@ from ...net.netlink import Netlink
 from ..config import NodeConfig
 from ..host.interface import Underlay
 from ..status.report import NodeReport
-from . import AUTO, BACKENDS, MODES, create
+from . import AUTO, BACKENDS, MODES
 from .base import Backend, LeaseData, Reach, Site
 from .plan import Delta, LocalNode, Plan
 
@@ -51,6 +52,15 @@ class Prepared:
         underlay = self.site.underlay
         public = tuple(one for one in (underlay.public, underlay.public6) if one is not None)
         return LocalNode(lease.key, lease.subnets, self.site.network.networks, public, self.reaches)
+
+
+def create(
+    name: str, config: NodeConfig, netlink: Netlink, report: NodeReport
+) -> Backend[Any]:
+    """Return the backend of this name; it changes nothing on the host yet."""
+    module = import_module(f".{name}", __package__)
+    backend: Backend[Any] = module.create(config, netlink, report)
+    return backend
 
 
 class ActiveBackends:

@@ -44,7 +44,7 @@ class UdpReach(Reach[Route]):
     outer: tuple[int, ...]
 
     def path(self, peer: PeerNode, subnet: IPNetwork) -> Route | str:
-        advert = read_advert(peer.attributes)
+        advert = read_advert(peer.attributes.backend_data)
         port, mtu = self.port, None
         if advert is not None:
             port, mtu = advert.port, advert.mtu
