@@ -12,7 +12,7 @@ The modules, in the order in which a result passes through them:
     profiles      what the wire does with super-packets: P1, P2, P3, P4
     metrics/      what one slot measures; load starts the generators, udpload and iperf3
     blocks        the order of the slots, and the rules that reject a block
-    proof         counters on the wire: the bytes took the path that they are credited to
+    proof         counters on the wire: the measured bytes went through the tunnel under test
     record        raw results as JSON lines, in bench/out/<time>-<command>/
     summary       figures from these lines; stats has medians, ratios within blocks, intervals
     goals         the required value and the target of some figures

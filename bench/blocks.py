@@ -4,12 +4,13 @@ Owns: the order of the slots, the counters read before and after each slot, the 
 block, and the number of blocks. ``metrics`` has the measurements. Main thread only, like
 udptun.lab.
 
-A slot is one measurement of one contender. A block measures every contender, usually in the order
-D V U O O U V D: a steady drift of the machine then affects all contenders equally, and the two
-slots of one contender show the noise of repeating a measurement. A block is rejected if the
-hypervisor took CPU time from this machine (steal time), or if the two slots of its first contender,
-the anchor, differ too much. Neither rule looks at the ratios between contenders. A rejected block
-stays in the record, and another block replaces it if time allows.
+A slot is one measurement of one contender. A block measures every contender, usually twice, the
+second time in reverse order: direct, vxlan, udptun, udptun, vxlan, direct. A steady drift of the
+machine then affects all contenders equally, and the two slots of one contender show the noise of
+repeating a measurement. A block is rejected if the hypervisor took CPU time from this machine
+(steal time), or if the two slots of its first contender differ too much. Neither rule looks at the
+ratios between contenders. A rejected block stays in the record, and another block replaces it if
+time allows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .proof import refusal_reason
 from .session import OutOfTime, Session
 
 MAX_STOLEN = 0.02
-MAX_ANCHOR_DRIFT = 0.30
+MAX_DRIFT = 0.30
 # Time of a slot in addition to its measurement: starting processes, reading counters.
 _SLOT_OVERHEAD_SECONDS = 0.4
 
@@ -57,14 +58,14 @@ Measure = Callable[[PathUnderTest], SlotResult]
 class Series:
     """Measurements that are compared with each other: one metric, profile and variant.
 
-    anchor   the value by which the two slots of a block's first contender are compared; None if
-             they are not compared
+    drift_value  the name of the value by which the two slots of a block's first contender are
+                 compared; None: they are not compared
     """
 
     metric: str
     profile: str
     variant: str
-    anchor: str | None = None
+    drift_value: str | None = None
 
     def __str__(self) -> str:
         return f"{self.metric} {self.profile} {self.variant}".strip()
@@ -101,7 +102,7 @@ def run_blocks(
             _slot(s, series, block, name, measure, f"block {accepted + 1} of {blocks}")
             for name in slots
         ]
-        rejected = rejection_reason(lines, names[0], series.anchor)
+        rejected = rejection_reason(lines, names[0], series.drift_value)
         s.recorder.write("block", **_key(series), block=block, rejected=rejected)
         if rejected:
             s.progress.step(f"{series}: block rejected: {rejected}")
@@ -171,21 +172,25 @@ def _slot(
 
 
 def rejection_reason(
-    lines: Sequence[dict[str, Any]], anchor_name: str, anchor: str | None
+    lines: Sequence[dict[str, Any]], first: str, drift_value: str | None
 ) -> str | None:
-    """Return why a block is rejected, or None if it is accepted."""
+    """Return why a block is rejected, or None if it is accepted.
+
+    first        the contender whose two slots are compared by ``drift_value``
+    drift_value  as in Series
+    """
     if not any(line["values"] for line in lines):
         return "every figure was refused"
     stolen = max(line["stolen"] for line in lines)
     if stolen > MAX_STOLEN:
         return f"the hypervisor took {stolen:.1%} of the CPU time, limit {MAX_STOLEN:.0%}"
     values = [
-        line["values"][anchor] for line in lines
-        if anchor and line["contender"] == anchor_name and anchor in line["values"]
+        line["values"][drift_value] for line in lines
+        if drift_value and line["contender"] == first and drift_value in line["values"]
     ]
-    if stats.drift(values) > MAX_ANCHOR_DRIFT:
+    if stats.drift(values) > MAX_DRIFT:
         return (
-            f"the two slots of {anchor_name} differ by {stats.drift(values):.0%}, "
-            f"limit {MAX_ANCHOR_DRIFT:.0%}"
+            f"the two slots of {first} differ by {stats.drift(values):.0%}, "
+            f"limit {MAX_DRIFT:.0%}"
         )
     return None

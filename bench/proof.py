@@ -1,4 +1,4 @@
-"""Proves that the measured bytes took the path that they are credited to.
+"""Checks with packet counters that the measured bytes went through the tunnel under test.
 
 Owns: the counters at both ends of a path's wire, and the rules for their values. A figure without
 proof is refused. Independent of what is measured. Main thread only, like udptun.lab.
@@ -8,12 +8,12 @@ What is proved about the bytes that a receiver counted in one measurement:
 - They left the sending host's veth as packets of the contender (for udptun: UDP to port 8285). An
   nft counter on the egress hook must have counted at least as many bytes. The hook runs before the
   kernel segments super-packets, so the counter costs every contender little. A counter on each
-  received packet took a seventh of the rate on P3 (software segmentation, no GRO).
+  received packet reduced the rate on P3 (software segmentation, no GRO) by one seventh.
 - No packet was fragmented: no packet with a fragment offset or the more-fragments bit left the
   host.
-- On P2 and P3 (software segmentation) the mean Ethernet frame that arrived on the other veth,
-  counted before GRO, fits the MTU. The kernel drops a larger frame on a veth unless it is a
-  super-packet, and without segmentation offloads there are no super-packets on the wire.
+- On P2 and P3 (software segmentation) the mean size of the Ethernet frames that arrived on the
+  other veth, counted before GRO, fits the MTU. The kernel drops a larger frame on a veth unless it
+  is a super-packet, and without segmentation offloads there are no super-packets on the wire.
 - On P1 and P4 super-packets cross the veth whole, so their segments cannot be counted. Three facts
   replace the count: the kernel accepts a UDP_SEGMENT send only if each segment fits the MTU,
   nothing was fragmented, and the same program passes the test on P3.
@@ -126,5 +126,6 @@ def refusal_reason(
             count.frames_bytes / count.frames > link_mtu + _ETHERNET
         ):
             mean = count.frames_bytes / count.frames - _ETHERNET
-            return f"the mean frame at {host} had {mean:.0f} bytes, more than the MTU {link_mtu}"
+            return (f"the mean packet size on the wire to {host} was {mean:.0f} bytes, more than "
+                    f"the MTU {link_mtu}")
     return None

@@ -21,7 +21,8 @@ _TITLES = {
     "udptun --offload off": "udptun, offloads off",
     "onepacket": "one packet per system call, like flannel's UDP backend (in C)",
 }
-# (heading, metric, profile, variant, value); "1 there": one stream from host a to host b
+# (heading, metric, profile, variant, value). The tcp variant "1 there" is one stream in the
+# direction from host a to host b.
 _COLUMNS = (
     ("TCP, P1", "tcp", "P1", "1 there", "bits_per_second"),
     ("TCP, P2", "tcp", "P2", "1 there", "bits_per_second"),

@@ -42,14 +42,15 @@ _METHOD = f"""\
 Each contender has its own two hosts, a and b: network namespaces on this machine, joined by a veth
 pair of MTU 1500. All contenders are set up at the same time; all except the measured one are idle.
 The inner MTU is the largest that fits. A slot is one measurement of one contender. Slots are
-interleaved in blocks (D V U O O U V D), and ratios are computed within a block. Each figure is the
+interleaved in blocks, usually with two slots per contender and the second half in reverse order:
+direct, vxlan, udptun, udptun, vxlan, direct. Ratios are computed within a block. Each figure is the
 median over the blocks with its 95 % bootstrap interval. "Noise" is the median difference between
 two slots of one contender in a block; a smaller difference between contenders is not significant.
 A block is rejected if the hypervisor took more than {blocks.MAX_STOLEN:.0%} of the CPU time, or if
-the two slots of its first contender differ by more than {blocks.MAX_ANCHOR_DRIFT:.0%}; it stays in
-the record. CPU time is that of the whole system (/proc/stat), including iperf3. If the machine is
-less than 95 % busy, wake-up latency limits the rate more than CPU time. Load generators: iperf3 for
-TCP, bench/udpload.c for round trips, packet rates and gaps."""
+the two slots of its first contender differ by more than {blocks.MAX_DRIFT:.0%}; a rejected block
+stays in the record. CPU time is that of the whole system (/proc/stat), including iperf3. If the
+machine is less than 95 % busy, wake-up latency limits the rate more than CPU time. Load generators:
+iperf3 for TCP, bench/udpload.c for round trips, packet rates and gaps."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -88,7 +89,7 @@ def _profiles(run: Run) -> list[str]:
         (name, PROFILES[name].text, text) for name, text in run.offloads.items() if name in PROFILES
     ]
     if not rows:
-        return ["This run used no wire."]
+        return ["No metric of this run used a veth pair between two hosts."]
     return [intro, "", *table(("profile", "meaning", "offloads of the veth (ethtool)"), rows)]
 
 

@@ -38,7 +38,7 @@ settings.load_profile("udptun")
 
 
 def _obstacle() -> str | None:
-    """Return why this process can make no hosts, or None."""
+    """Return why this process cannot create network namespaces; None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if missing := missing_tools(PACKAGES):

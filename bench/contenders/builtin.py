@@ -36,7 +36,10 @@ def _vxlan(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
 
 
 def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
-    """Return udptun with these options of ``udptun forward``; ``checkout`` "" is this one."""
+    """Return udptun with these options of ``udptun forward``.
+
+    checkout  path of the udptun checkout to measure; "" for the one that contains this file
+    """
     env = None
     if checkout:
         folder = Path(checkout).resolve()

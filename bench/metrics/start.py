@@ -46,7 +46,8 @@ class Start:
             receiver.kill()
         forwarder.wait_ready()
         recorded = arrivals(record.read_bytes())
-        if not sent["refused"]:
+        send_errors = sent["refused"]  # sends that failed, because there was no route yet
+        if not send_errors:
             raise Refused("host a had a route to b before the forwarder started")
         if not recorded or recorded[0][2] < begin:
             raise Refused(f"no packet arrived within {self.seconds} s: {sent} {received}")

@@ -42,10 +42,10 @@ cdef struct frame_t:            # one frame from the TUN; each step adds what it
     size_t n                    # its bytes
     bint is_super
     ip_t ip
-    cut_t cut                   # cut.n = packets, 1 if not is_super; the rest only if is_super
+    cut_t cut                   # cut.n: packets in the frame; other fields only if is_super
     hop_t* hop
     uint32_t limit              # the largest inner packet on the path to the peer
-    bint too_big                # packets exceed the limit, and may be fragmented
+    bint too_big                # a packet exceeds the limit: drop it (DF) or send fragments
 
 
 # The steps of encap_frame
@@ -113,8 +113,8 @@ cdef inline uint32_t queue_last_segment(worker_t* w, frame_t* f) noexcept nogil:
 
 
 cdef inline void keep_first_segment(frame_t* f) noexcept nogil:
-    """Turn a super-packet into its first segment, in place: an ICMP error quotes a packet of the
-    size that the sender knows."""
+    """Turn a super-packet into its first segment, in place: an ICMP error must quote a packet as it
+    would be on the wire."""
     cdef uint8_t hdr[SEG_HDR_ROOM]
     cut_start(&f.cut, f.p)
     cut_header(&f.cut, f.p + f.cut.hdr_len, 0, hdr)

@@ -26,7 +26,7 @@ cdef struct snapshot_t:
     lpm_t* lpm                  # from a destination to 1 + index into hops
     hop_t* hops                 # one per route, in table order
     size_t hops_n
-    addr_map_t peers            # by outer address: the first peer of the same_addr chain
+    addr_map_t peers            # by outer address: its first peer; same_addr links the others
     addr_map_t own              # inner source addresses that only this host may use
     size_t peers_n
     uint64_t generation         # rises by 1 with each published snapshot

@@ -1,8 +1,8 @@
 """The Internet checksum (RFC 1071) and its incremental update (RFC 1624).
 
 Sums words in native byte order: by RFC 1071 section 2(B) the result is right if it is stored in
-native order too. ``csum_add`` keeps an unfolded 64-bit sum, so that constant parts of headers are
-summed once, and each payload once.
+native order too. ``csum_add`` returns an unfolded 64-bit sum, which can be the start value of
+another call. So the constant parts of headers, and each payload, are read only once.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -14,7 +14,7 @@ cdef extern from "wire/checksum.h" nogil:
     ctypedef uint64_t (*udptun_csum_fn)(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil
     uint64_t udptun_csum_add(const uint8_t* p, size_t n, uint64_t acc) noexcept
     uint64_t udptun_csum_short(const uint8_t* p, size_t n, uint64_t acc) noexcept
-    # the implementations that this CPU supports; from 64 bytes on, csum_add uses the last
+    # The implementations that this CPU supports. csum_add uses the last one for 64 bytes or more.
     const char** udptun_csum_names
     udptun_csum_fn* udptun_csum_fns
     int udptun_csum_n

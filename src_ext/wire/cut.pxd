@@ -180,8 +180,8 @@ cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
 cdef inline void cut_header(
     const cut_t* cut, const uint8_t* payload, uint32_t i, uint8_t* out
 ) noexcept nogil:
-    """Write the headers of segment i. Reads none of the bytes that it writes: a load that overlaps
-    narrower stores in the store buffer stalls.
+    """Write the headers of segment i. Reads none of the bytes that it writes: a load of bytes
+    that several smaller stores have just written stalls until those stores complete.
 
     payload  of this segment, cut_payload_len(i) bytes; does not overlap out
     out      SEG_HDR_ROOM bytes; the bytes after the headers are overwritten too

@@ -4,11 +4,11 @@ Owns merge_t: the packets of one turn in arrival order, grouped into outputs. An
 packet, or consecutive segments of one flow. Payloads stay where they were received until
 ``merge_frame`` copies them into one frame.
 
-An output takes the position of its first packet, which preserves the order within a flow. A packet
-that cannot join ends its flow's output: later packets of the flow start a new one. A pure ACK does
-not end it. A packet whose ports are hidden (a fragment) ends the outputs of all flows. The write
-tells the kernel that checksums are valid, so only verified packets are merged; the first packet of
-an output is verified when a second one is about to join.
+An output is written at the place of its first packet in the order of arrival, which preserves the
+order within a flow. A packet that cannot join ends its flow's output: later packets of the flow
+start a new one. A pure ACK does not end it. A packet whose ports are hidden (a fragment) ends the
+outputs of all flows. The write tells the kernel that checksums are valid, so only verified packets
+are merged; the first packet of an output is verified when a second one is about to join.
 
 Source: the rules of Linux's tcp_gro_receive and udp_gro_receive (net/ipv4/tcp_offload.c,
 udp_offload.c), RFC 9293, RFC 768, RFC 6864 (IPv4 ids without DF).
@@ -74,11 +74,11 @@ cdef struct merge_t:
     flow_t flows[MERGE_FLOWS]
 
 
-cdef enum merge_class_t:        # what a packet may do
-    MERGE_CANDIDATE             # join its flow's output, or start one that others may join
-    MERGE_ALONE                 # be an output by itself; its flow goes on
-    MERGE_ENDS_FLOW             # be an output by itself; its flow's output ends
-    MERGE_ENDS_ALL              # be an output by itself; the outputs of all flows end
+cdef enum merge_class_t:        # how a packet is written, and which outputs it ends
+    MERGE_CANDIDATE             # joins its flow's output, or starts one that others may join
+    MERGE_ALONE                 # is an output by itself; ends no other output
+    MERGE_ENDS_FLOW             # is an output by itself; ends its flow's output
+    MERGE_ENDS_ALL              # is an output by itself; ends the outputs of all flows
 
 
 cdef struct candidate_t:        # a packet, and its header fields that decide about merging
@@ -111,7 +111,8 @@ cdef inline void merge_reset(merge_t* m) noexcept nogil:
 cdef inline merge_class_t merge_classify_tcp(
     const merge_t* m, const uint8_t* tcp, candidate_t* c
 ) noexcept nogil:
-    """Read the TCP header of a candidate. Only data with no other flags than ACK and PSH merges."""
+    """Read the TCP header of a candidate. Only segments with data, and with no flags except ACK and
+    PSH, can be merged."""
     c.hdr_len = c.ip_hdr_len + (tcp[TCP_OFF] >> 4) * 4
     c.flags = tcp[TCP_FLAGS]
     if c.hdr_len < c.ip_hdr_len + TCP_MIN or c.hdr_len > c.n:
@@ -127,7 +128,8 @@ cdef inline merge_class_t merge_classify_tcp(
 cdef inline merge_class_t merge_classify_udp(
     const merge_t* m, const uint8_t* udp, candidate_t* c
 ) noexcept nogil:
-    """Read the UDP header of a candidate. Only datagrams with data and a checksum merge."""
+    """Read the UDP header of a candidate. Only datagrams that have data and a checksum can be
+    merged."""
     c.hdr_len = c.ip_hdr_len + UDP_LEN
     c.flags = 0
     if (
@@ -141,8 +143,8 @@ cdef inline merge_class_t merge_classify_udp(
 cdef inline merge_class_t merge_classify(
     const merge_t* m, uint8_t* p, size_t n, const ip_t* ip, candidate_t* c
 ) noexcept nogil:
-    """Classify packet p[0:n]. The ports are readable unless the class is ENDS_ALL, or the
-    protocol is neither TCP nor UDP (ALONE)."""
+    """Classify packet p[0:n]. The ports can be read if the class is CANDIDATE or ENDS_FLOW; with
+    another class the packet may have none."""
     cdef merge_class_t kind
     c.p = p
     c.n = <uint32_t>n
@@ -177,8 +179,9 @@ cdef inline merge_class_t merge_classify(
 
 
 cdef inline flow_t* merge_flow(merge_t* m, const candidate_t* c) noexcept nogil:
-    """Return the flow table's slot for these addresses and ports. Flows may share a slot: the later
-    one then ends the earlier one's output, which costs a merge but not the order."""
+    """Return the flow table's slot for these addresses and ports. Two flows may share a slot:
+    a packet of one then ends the output of the other. This prevents a merge, but reorders nothing.
+    """
     cdef const uint8_t* addrs = c.p + c.addr_off
     cdef uint64_t h = csum_add(c.p + c.ip_hdr_len, 4, c.proto)
     cdef size_t i

@@ -107,7 +107,8 @@ cdef inline drop_t skip_extensions(
 ) noexcept nogil:
     """Find the transport header of an IPv6 packet p[0:n], n >= 40.
 
-    next_header, off  out: the transport protocol, and its offset, at most n
+    next_header  output: the transport protocol
+    off          output: the offset of the transport header, at most n
     drops  BAD_L4_HEADER: the chain exceeds the packet or EXT_MAX_N headers; it has a fragment, ESP
            or authentication header; it has a routing header with segments left (the transport
            checksum then covers the last address of the route: RFC 8200 8.1)

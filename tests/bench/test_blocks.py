@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.blocks import MAX_ANCHOR_DRIFT, MAX_STOLEN, rejection_reason, slot_order
+from bench.blocks import MAX_DRIFT, MAX_STOLEN, rejection_reason, slot_order
 
 
 def slot(name, value, stolen=0.0):
@@ -30,8 +30,8 @@ def test_steal_time_rejects_a_block(stolen):
     assert "the hypervisor took" in rejection_reason(lines, "d", None)
 
 
-def test_a_large_difference_of_the_anchors_slots_rejects_a_block():
-    lines = [slot("d", 10.0), slot("d", 10.0 * (1 + MAX_ANCHOR_DRIFT) + 0.1)]
+def test_a_large_difference_between_the_slots_of_the_first_contender_rejects_a_block():
+    lines = [slot("d", 10.0), slot("d", 10.0 * (1 + MAX_DRIFT) + 0.1)]
     assert "the two slots of d differ by" in rejection_reason(lines, "d", "bits_per_second")
     assert rejection_reason(lines, "d", None) is None
 

@@ -10,7 +10,8 @@ import pytest
 
 from bench import instructions
 
-# Two objects, each with costs of its own and a call: the line after "calls=" is the callee's.
+# Two objects, _core.so and libc.so.6, each with costs of its own. _core.so calls libc.so.6 once.
+# The line after "calls=" has the cost of the called function, which is not a cost of _core.so.
 CALLGRIND = """\
 version: 1
 events: Ir

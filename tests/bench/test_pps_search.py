@@ -25,7 +25,7 @@ class Tunnel:
 
 
 @pytest.mark.parametrize("capacity", [1500.0, 40_000.0, 117_000.0, 499_000.0])
-def test_finds_the_rate_without_loss_to_5_percent(capacity):
+def test_finds_the_highest_rate_without_loss_within_5_percent(capacity):
     assert Search(Tunnel(capacity)).highest(0.0) == pytest.approx(capacity, rel=0.05)
 
 

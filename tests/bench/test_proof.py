@@ -42,8 +42,8 @@ def test_large_frames_are_accepted_where_super_packets_cross_the_wire(profile):
          "140001 bytes were received at b, only 140000 crossed"),
         ("P1", (0, 1), (GOOD, NOTHING), "received at a, only 0 crossed"),
         ("P1", (1, 0), (WireCount(1, 1500, fragments=2), NOTHING), "2 IP fragments were sent to b"),
-        ("P2", (1, 0), (LARGE, NOTHING), "mean frame at b had 1501 bytes"),
-        ("P3", (0, 1), (NOTHING, LARGE), "mean frame at a had 1501 bytes"),
+        ("P2", (1, 0), (LARGE, NOTHING), "packet size on the wire to b was 1501 bytes"),
+        ("P3", (0, 1), (NOTHING, LARGE), "packet size on the wire to a was 1501 bytes"),
     ],
 )
 def test_a_figure_without_proof_is_refused(profile, received, counted, text):

@@ -130,7 +130,13 @@ main()
 def forwarding(
     *argv: str, how: str = "", before: tuple[str, ...] = (), **env: str
 ) -> Iterator["subprocess.Popen[str]"]:
-    """``before``: options of ``udptun`` itself. The lock is in a directory of this process."""
+    """Run ``udptun forward`` in a process with its own runtime directory.
+
+    With a common directory, two processes would need the same instance lock.
+
+    how     behaviour of the fake forwarder in PROGRAM
+    before  options that come before ``forward``
+    """
     kept = {
         k: v for k, v in os.environ.items()
         if k != "JOURNAL_STREAM" and not k.startswith("UDPTUN_")

@@ -183,66 +183,66 @@ def connect(path: Path) -> socket.socket:
 
 @with_uvloop
 async def test_socket_has_mode_0660_and_is_removed_at_close(tmp_path: Path) -> None:
-    async with listening(tmp_path) as on:
-        assert stat.S_IMODE(on.path.stat().st_mode) == 0o660
+    async with listening(tmp_path) as server:
+        assert stat.S_IMODE(server.path.stat().st_mode) == 0o660
         with pytest.raises(DeviceError, match="is in use"):
-            await FlannelControl(FakeForwarder()).listen(on.path)
-        await on.control.close()
-        assert not on.path.exists()
+            await FlannelControl(FakeForwarder()).listen(server.path)
+        await server.control.close()
+        assert not server.path.exists()
 
 
 @with_uvloop
 async def test_set_route_and_delete_route(tmp_path: Path) -> None:
-    async with listening(tmp_path) as on:
-        with connect(on.path) as client:
+    async with listening(tmp_path) as server:
+        with connect(server.path) as client:
             client.send(message(1))
             client.send(message(1))
             client.send(message(1, hop="192.0.2.3"))
             client.send(message(2))
             client.send(message(2))
-            await on.forwarder.wait_for_calls(5)
-        assert on.forwarder.calls == [
+            await server.forwarder.wait_for_calls(5)
+        assert server.forwarder.calls == [
             f"put {route()}", f"put {route()}", f"put {route(via='192.0.2.3')}",
             f"delete {NET}/24", f"delete {NET}/24",
         ]
-        assert on.forwarder.table == {}
+        assert server.forwarder.table == {}
 
 
 @with_uvloop
 async def test_burst_is_applied_in_order(tmp_path: Path) -> None:
-    async with listening(tmp_path) as on:
-        with connect(on.path) as client:
+    async with listening(tmp_path) as server:
+        with connect(server.path) as client:
             client.setblocking(False)
             hops = [f"192.0.{i // 250}.{i % 250 + 1}" for i in range(1000)]
             for hop in hops:
                 await asyncio.get_running_loop().sock_sendall(client, message(1, hop=hop))
-            await on.forwarder.wait_for_calls(1000)
-        assert on.forwarder.calls == [f"put {route(via=hop)}" for hop in hops]
+            await server.forwarder.wait_for_calls(1000)
+        assert server.forwarder.calls == [f"put {route(via=hop)}" for hop in hops]
 
 
 @with_uvloop
 async def test_stop(tmp_path: Path) -> None:
-    async with listening(tmp_path) as on:
-        with connect(on.path) as client:
+    async with listening(tmp_path) as server:
+        with connect(server.path) as client:
             client.send(message(3))
             async with asyncio.timeout(60):
-                await on.forwarder.stopped.wait()
+                await server.forwarder.stopped.wait()
 
 
 @with_uvloop
 async def test_bad_messages_are_skipped_and_do_not_flood_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with listening(tmp_path) as on:
-        with connect(on.path) as client:
+    async with listening(tmp_path) as server:
+        with connect(server.path) as client:
             for _ in range(20):
                 client.send(b"x")
                 client.send(message(9))
             client.send(b"")  # an empty message is not the end of the connection
             client.send(b"x" * 5000)
             client.send(message(1))
-            await on.forwarder.wait_for_calls(1)
-        assert on.forwarder.calls == [f"put {route()}"]
+            await server.forwarder.wait_for_calls(1)
+        assert server.forwarder.calls == [f"put {route()}"]
         assert len(caplog.records) == 1
         assert "message ignored: length: 1 is not valid" in caplog.text
 
@@ -251,16 +251,16 @@ async def test_bad_messages_are_skipped_and_do_not_flood_the_log(
 async def test_suppressed_warnings_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with listening(tmp_path) as on:
-        with connect(on.path) as client:
+    async with listening(tmp_path) as server:
+        with connect(server.path) as client:
             for _ in range(3):
                 client.send(b"x")
             client.send(message(1))
-            await on.forwarder.wait_for_calls(1)
-            on.control._quiet_until = 0.0
+            await server.forwarder.wait_for_calls(1)
+            server.control._quiet_until = 0.0
             client.send(b"x")
             client.send(message(1))
-            await on.forwarder.wait_for_calls(2)
+            await server.forwarder.wait_for_calls(2)
         assert [("and 2 more" in r.message) for r in caplog.records] == [False, True]
 
 
@@ -268,66 +268,66 @@ async def test_suppressed_warnings_are_counted(
 async def test_errors_do_not_end_the_connection(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with listening(tmp_path) as on:
-        with connect(on.path) as client:
-            on.forwarder.fail_with = FieldError("via", PEER, "an IPv6 address")
+    async with listening(tmp_path) as server:
+        with connect(server.path) as client:
+            server.forwarder.fail_with = FieldError("via", PEER, "an IPv6 address")
             client.send(message(1))
-            await on.forwarder.wait_for_calls(1)
-            on.forwarder.fail_with = ZeroDivisionError()
+            await server.forwarder.wait_for_calls(1)
+            server.forwarder.fail_with = ZeroDivisionError()
             client.send(message(1))
-            await on.forwarder.wait_for_calls(2)
-            on.forwarder.fail_with = None
+            await server.forwarder.wait_for_calls(2)
+            server.forwarder.fail_with = None
             client.send(message(1))
-            await on.forwarder.wait_for_calls(3)
-        assert on.forwarder.table == {route().dst: route()}
+            await server.forwarder.wait_for_calls(3)
+        assert server.forwarder.table == {route().dst: route()}
         assert "expected an IPv6 address" in caplog.text
         assert "ZeroDivisionError" in caplog.text
 
 
 @with_uvloop
 async def test_several_connections(tmp_path: Path) -> None:
-    async with listening(tmp_path) as on:
-        with connect(on.path) as first, connect(on.path) as second:
+    async with listening(tmp_path) as server:
+        with connect(server.path) as first, connect(server.path) as second:
             first.send(message(1))
-            await on.forwarder.wait_for_calls(1)
+            await server.forwarder.wait_for_calls(1)
             first.close()
             second.send(message(2))
-            await on.forwarder.wait_for_calls(2)
-        with connect(on.path) as third:
+            await server.forwarder.wait_for_calls(2)
+        with connect(server.path) as third:
             third.send(message(1))
-            await on.forwarder.wait_for_calls(3)
+            await server.forwarder.wait_for_calls(3)
 
 
 @with_uvloop
 async def test_client_outside_the_group_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with listening(tmp_path) as on:
+    async with listening(tmp_path) as server:
         monkeypatch.setattr(sockets.UnixListener, "may_connect", lambda self, peer: False)
-        with connect(on.path) as client:
+        with connect(server.path) as client:
             client.setblocking(False)
             async with asyncio.timeout(60):
                 assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
-        assert on.forwarder.calls == []
+        assert server.forwarder.calls == []
 
 
 @with_uvloop
 async def test_inherited_descriptor(tmp_path: Path) -> None:
     """flanneld starts its proxy with one end of a socket pair, which may have queued messages."""
-    async with listening(tmp_path) as on:
+    async with listening(tmp_path) as server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
         ours.send(message(1))
         fd = theirs.detach()
         os.set_inheritable(fd, True)
-        on.control.adopt(fd)
+        server.control.adopt(fd)
         ours.send(message(2))
-        await on.forwarder.wait_for_calls(2)
+        await server.forwarder.wait_for_calls(2)
         assert not os.get_inheritable(fd)
         ours.close()  # flanneld has ended: the forwarder continues
-        (serving,) = (t for t in on.control._tasks if t.get_coro().__name__ == "_serve")
+        (serving,) = (t for t in server.control._tasks if t.get_coro().__name__ == "_serve")
         async with asyncio.timeout(60):
             await serving
-        assert not on.forwarder.stopped.is_set()
+        assert not server.forwarder.stopped.is_set()
 
 
 @pytest.mark.parametrize(
@@ -338,23 +338,23 @@ async def test_inherited_descriptor(tmp_path: Path) -> None:
 async def test_descriptor_of_another_socket_type_is_refused_and_not_closed(
     tmp_path: Path, family: int, kind: int
 ) -> None:
-    async with listening(tmp_path) as on:
+    async with listening(tmp_path) as server:
         with socket.socket(family, kind) as other:
             with pytest.raises(DeviceError, match="is not a Unix SOCK_SEQPACKET socket") as caught:
-                on.control.adopt(other.fileno())
+                server.control.adopt(other.fileno())
             assert caught.value.errno == errno.EPROTOTYPE
             assert other.getsockname() is not None
 
 
 @with_uvloop
 async def test_descriptor_that_is_not_a_socket_is_refused(tmp_path: Path) -> None:
-    async with listening(tmp_path) as on:
+    async with listening(tmp_path) as server:
         read_end, write_end = os.pipe()
         os.close(write_end)
         try:
             with pytest.raises(DeviceError, match=f"flannel control fd {read_end}"):
-                on.control.adopt(read_end)
+                server.control.adopt(read_end)
         finally:
             os.close(read_end)
         with pytest.raises(DeviceError, match="Bad file descriptor"):
-            on.control.adopt(read_end)
+            server.control.adopt(read_end)

@@ -255,7 +255,7 @@ async def test_errors_name_the_operation():
 
 
 @in_own_netns
-async def test_gso_limits_are_only_logged(caplog):
+async def test_refused_gso_limits_are_logged_and_no_error(caplog):
     with opened(), Netlink() as netlink:
         await netlink.configure_tun(NAME, MTU, [OWN4], [NET4], gso_max_segs=1 << 20)
         assert "UP" in ip_json(f"link show {NAME}")[0]["flags"]
@@ -283,7 +283,7 @@ async def test_close_ends_pending_calls():
     closer.start()
     while not netlink._closing:
         await asyncio.sleep(0)
-    with netlink._gate:  # close() has submitted its stop request
+    with netlink._gate:  # close() holds this lock until it has submitted its stop request
         gate.set()
     done = await asyncio.gather(*calls, return_exceptions=True)
     closer.join()

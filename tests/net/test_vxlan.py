@@ -597,7 +597,7 @@ async def test_refused_peers_do_not_affect_the_others():
 
 
 @in_own_netns
-async def test_route_of_an_attached_network_is_not_replaced():
+async def test_route_of_a_directly_connected_network_is_not_replaced():
     underlay()
     own = replace(peer(1), subnet=ip_network("192.0.2.0/24"))
     async with opened() as (vxlan, device):
@@ -605,7 +605,7 @@ async def test_route_of_an_attached_network_is_not_replaced():
                          await vxlan.change(device, [own, replace(peer(3), direct=True)]),
                          await vxlan.change(device, [replace(own, direct=True)])):
             assert set(errors_of(failures)) == {own.subnet}
-            assert "this host is attached to it by utEa" in errors_of(failures)[own.subnet]
+            assert "directly connected to the subnet on utEa" in errors_of(failures)[own.subnet]
     assert [route["dev"] for route in ip_json("route show 192.0.2.0/24")] == ["utEa"]
     assert set(routes()) == {str(subnet(2)), str(subnet(3))}
 
@@ -625,13 +625,13 @@ async def test_route_of_another_program_to_a_peer_is_replaced(version):
 async def test_second_peer_with_the_same_mac_is_refused():
     underlay()
     async with opened() as (vxlan, device):
-        twin = replace(peer(2), mac=peer(1).mac)
+        same_mac = replace(peer(2), mac=peer(1).mac)
         await vxlan.sync(device, [peer(2), peer(3)])
-        failures = await vxlan.change(device, [peer(1), twin, peer(4, version=6)])
-        assert "VtepMAC" in errors_of(failures)[twin.subnet]
-        assert str(peer(1).endpoint) in errors_of(failures)[twin.subnet]
+        failures = await vxlan.change(device, [peer(1), same_mac, peer(4, version=6)])
+        assert "VtepMAC" in errors_of(failures)[same_mac.subnet]
+        assert str(peer(1).endpoint) in errors_of(failures)[same_mac.subnet]
         assert "IPv4" in errors_of(failures)[subnet(4, 6)]
-        assert_active(peer(1), peer(3))  # the former entries of the twin are removed
+        assert_active(peer(1), peer(3))  # the former entries of subnet 2 are removed
 
 
 @both

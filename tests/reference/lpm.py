@@ -1,4 +1,4 @@
-"""Longest prefix match by a linear scan of all routes: the oracle of the compiled look-up.
+"""Longest prefix match by a linear scan of all routes, to compare the compiled look-up with.
 
 Owns: the correct result. Pure functions.
 """

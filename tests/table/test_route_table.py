@@ -112,13 +112,13 @@ def address_texts(draw):
 def test_parser_and_ipaddress_accept_the_same_addresses(text):
     value = {"dst": "10.0.0.0/8", "via": text}
 
-    def oracle():
+    def expected():
         return Route.from_json(value, "routes[0]").via
 
     def parse():
         return parse_json(json.dumps(value).encode()).route_at(0).via
 
-    assert outcome(parse) == outcome(oracle)
+    assert outcome(parse) == outcome(expected)
 
 
 @given(
@@ -131,13 +131,13 @@ def test_parser_and_ipaddress_accept_the_same_addresses(text):
 def test_parser_and_model_accept_the_same_prefixes(text, suffix):
     value = {"dst": text + suffix, "via": "192.0.2.1"}
 
-    def oracle():
+    def expected():
         return Route.from_json(value, "routes[0]").dst
 
     def parse():
         return parse_json(json.dumps(value).encode()).route_at(0).dst
 
-    assert outcome(parse) == outcome(oracle)
+    assert outcome(parse) == outcome(expected)
 
 
 # Whole tables
@@ -179,13 +179,13 @@ def test_parser_and_model_accept_the_same_lines(words):
     line = " ".join(words)
     words = [w.decode() for w in line.encode().split()]
 
-    def oracle():
+    def expected():
         return in_order([Route.from_words(words, "line 2")] if words else [])
 
     def parse():
         return routes_of(RouteTable.parse_text(f"\n{line}\n".encode()))
 
-    assert outcome(parse) == outcome(oracle)
+    assert outcome(parse) == outcome(expected)
 
 
 VALUES = st.one_of(
@@ -206,14 +206,14 @@ def test_parser_and_model_accept_the_same_objects(value, ascii_only, indent):
     body = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "replace")
     value = json.loads(body)  # as received
 
-    def oracle():
+    def expected():
         first = Route.make("192.0.2.77/32", "192.0.2.1")
         return in_order([first, Route.from_json(value, "routes[1]")])
 
     def parse():
         return routes_of(parse_json(b'{"dst":"192.0.2.77","via":"192.0.2.1"}, %s' % body))
 
-    assert outcome(parse) == outcome(oracle)
+    assert outcome(parse) == outcome(expected)
 
 
 @given(st.recursive(
@@ -330,7 +330,7 @@ def test_a_repeated_prefix_names_the_later_route(some, data):
 # Changes
 
 class Model:
-    """The oracle: a table as a dict."""
+    """A table as a dict: the expected behaviour."""
 
     def __init__(self):
         self.routes = {}

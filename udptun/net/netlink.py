@@ -384,7 +384,7 @@ class Netlink:
                     error.errno or 0, f"turning IPv6 on for {name}",
                     f"net.ipv6.conf.{name}.disable_ipv6 is 1",
                 ) from None
-        async with self._doing(f"setting up {name}: no link-local address") as ipr:
+        async with self._doing(f"turning off IPv6 link-local addresses on {name}") as ipr:
             await ipr.link("set", index=index, IFLA_AF_SPEC={"attrs": [
                 ("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}),
             ]})

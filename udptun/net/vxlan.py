@@ -63,9 +63,9 @@ class VxlanConfig:
     local           this host's address on that interface; the device has the same IP version
     mtu             MTU of the device in bytes: the MTU of the underlay minus OVERHEAD
     mac             "aa:bb:.."; None: the MAC of the existing device, or else a random one
-    network         network of the overlay. Routes that bypass the device belong to this instance
-                    if they are within this network, and else to another instance. None: there is
-                    no other instance
+    network         network of the overlay. Routes that do not use the device (DirectRouting) and
+                    have udptun's protocol number belong to this instance if their prefix is within
+                    this network, otherwise to another instance. None: no other instance exists
     """
 
     name: str
@@ -188,7 +188,7 @@ class Vxlan:
             raise
 
     async def remove(self, name: str, network: IPNetwork | None = None) -> None:
-        """Remove the device with all its entries, and our routes that bypass it.
+        """Remove the device with all its entries, and our direct routes to peers.
 
         Does nothing if there is no such device. Raises DeviceError if it is not a VXLAN device.
 
@@ -223,8 +223,8 @@ class Vxlan:
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
             self._known.pop(device.index, None)
-            return self._apply(device, EntryUpdate(entries, Entries(), entries.read(), trust=True),
-                               put)
+            update = EntryUpdate(entries, Entries(), entries.read(), skip_unchanged=True)
+            return self._apply(device, update, put)
 
         return await self._entries(f"setting the peers of {device.name}", device, work)
 
@@ -242,7 +242,8 @@ class Vxlan:
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
             now = self._known.pop(device.index, None) or entries.read()
             former = take(now, touched)
-            return self._apply(device, EntryUpdate(entries, now, former, trust=False), peers)
+            update = EntryUpdate(entries, now, former, skip_unchanged=False)
+            return self._apply(device, update, peers)
 
         return await self._entries(f"changing the peers of {device.name}", device, work)
 
@@ -339,7 +340,7 @@ class Vxlan:
     async def _settle(
         self, found: _Found, config: VxlanConfig, addresses: Iterable[IPAddress] | None
     ) -> VxlanDevice:
-        """Apply the settings that an existing device can change."""
+        """Apply the settings that can be changed on an existing device."""
         name, index, version = found.name, found.index, config.local.version
         mac = (config.mac or found.mac).lower()
         if found.mtu != config.mtu:
@@ -367,7 +368,7 @@ class Vxlan:
             if wants_v6:
                 (conf / "disable_ipv6").write_text("0")
         await self._set(
-            f"setting up {name}: no link-local address", index, IFLA_AF_SPEC={"attrs": [
+            f"turning off IPv6 link-local addresses on {name}", index, IFLA_AF_SPEC={"attrs": [
                 ("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}),
             ]},
         )
@@ -438,7 +439,7 @@ OPTIONS = {
 FORBIDDEN = {
     "vxlan_group": "group", "vxlan_group6": "group", "vxlan_l2miss": "L2 misses",
     "vxlan_l3miss": "L3 misses", "vxlan_proxy": "ARP proxy",
-    "vxlan_collect_metadata": "external control",
+    "vxlan_collect_metadata": "external mode (collect metadata)",
 }
 
 
@@ -456,8 +457,7 @@ def _options(config: VxlanConfig) -> dict[str, Any]:
 
 
 def _mismatch(found: _Found, config: VxlanConfig) -> str:
-    """Return the first setting that differs and that an existing device cannot change; "" if none.
-    """
+    """Return the first different setting that cannot be changed on an existing device, or ""."""
     if found.kind != KIND:
         return "a device that is not a VXLAN device has this name"
     wanted = _options(config)

@@ -58,11 +58,12 @@ class Entries:
 
     neighbours  address in the overlay -> MAC
     forwarding  MAC -> address on the underlay
-    routes      prefix -> next hop. If the next hop is the base address of the prefix, the route is
-                through the device. If it is the endpoint of a peer, the route bypasses the device.
-                If it is ON_LINK, the prefix is the base address alone, and the route makes it
-                reachable on the device: if another route matches the base address, the kernel
-                accepts it as an IPv6 next hop only after this route exists
+    routes      prefix -> next hop. There are three kinds of routes:
+                - Next hop is the base address of the prefix: a route through the device.
+                - Next hop is the endpoint of a peer: a direct route, which does not use the device.
+                - ON_LINK: a route through the device to the base address of an IPv6 subnet alone.
+                  If another route matches the base address, the kernel refuses it as a next hop
+                  until this route exists.
     """
 
     neighbours: dict[bytes, bytes] = field(default_factory=dict)
@@ -74,8 +75,8 @@ class EntrySocket:
     """Reads and changes the entries of one device.
 
     version  IP version of the device's underlay, and of the packets that the device carries
-    network  network of the overlay: routes that bypass the device are ours if they have our
-             protocol number and are within this network. None: the protocol number is enough
+    network  network of the overlay: direct routes are ours if they have our protocol number
+             and are within this network. None: the protocol number is enough
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class EntrySocket:
     ) -> list[Refusal | None]:
         """Set each (prefix, next hop), replacing any other route to the prefix. Raises OSError.
 
-        A route that the kernel itself has added is not replaced: its prefix is a network that this
-        host is attached to.
+        A route that the kernel itself has added is not replaced: this host is directly connected
+        to the network of its prefix.
 
         ours  our present routes, which are replaced without a check
         """
@@ -137,13 +138,14 @@ class EntrySocket:
         taken = [at for at, refusal in enumerate(refused)
                  if refusal is not None and refusal.number == errno.EEXIST]
         if taken:
-            kernels = {prefix: index for prefix, _, index, protocol in self._routes()
-                       if protocol == RTPROT_KERNEL}
+            kernel_routes = {prefix: index for prefix, _, index, protocol in self._routes()
+                             if protocol == RTPROT_KERNEL}
             for at in taken:
-                if (holder := kernels.get(wanted[at][0])) is not None:
+                if (holder := kernel_routes.get(wanted[at][0])) is not None:
                     refused[at] = Refusal(
-                        errno.EEXIST, f"this host is attached to it by {_name(holder)}")
-            again = [at for at in taken if wanted[at][0] not in kernels]
+                        errno.EEXIST,
+                        f"this host is directly connected to the subnet on {_name(holder)}")
+            again = [at for at in taken if wanted[at][0] not in kernel_routes]
             results = self._send([self._route(*wanted[at], NLM_F_REPLACE) for at in again])
             for at, result in zip(again, results, strict=True):
                 refused[at] = result
@@ -230,8 +232,8 @@ class EntrySocket:
     def _routes(self) -> Iterable[tuple[Prefix, bytes, int, int]]:
         """Yield the prefix, next hop, interface and protocol of routes in the main table.
 
-        Only routes with a key that our routes can have: unicast, TOS 0, our metric, not a default
-        route.
+        Skips routes that cannot be ours: ours are unicast, with TOS 0 and our metric, and never
+        default routes.
         """
         request = RTMSG.pack(FAMILY[self._version], 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
         for body in self._netlink.dump(RTM_GETROUTE, request):

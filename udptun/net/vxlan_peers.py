@@ -88,16 +88,19 @@ class _Row:
 class EntryUpdate:
     """One update of a device's entries: ``put`` adds peers, ``clear`` removes unused entries.
 
-    now       entries that stay; ``put`` adds the ones that have become active
-    former    entries to remove, except those that ``put`` needs again
-    trust     the kernel has the entries in ``former``: do not send them again
-    failures  peers that are not active
+    now             entries that stay; ``put`` adds the ones that have become active
+    former          entries to remove, except those that ``put`` needs again
+    skip_unchanged  do not send entries that are in ``former``, which has just been read from the
+                    kernel. False: send all, because ``former`` may be outdated
+    failures        peers that are not active
     """
 
-    def __init__(self, socket: EntrySocket, now: Entries, former: Entries, *, trust: bool) -> None:
+    def __init__(
+        self, socket: EntrySocket, now: Entries, former: Entries, *, skip_unchanged: bool
+    ) -> None:
         self.now = now
         self.failures: list[PeerFailure] = []
-        self._socket, self._former, self._trust = socket, former, trust
+        self._socket, self._former, self._skip_unchanged = socket, former, skip_unchanged
 
     def put(self, peers: Iterable[VxlanPeer], device: str, version: int) -> None:
         """Add the entries of ``peers``. Raises OSError.
@@ -173,7 +176,7 @@ class EntryUpdate:
     def _put_macs(self, rows: Sequence[_Row]) -> dict[_Row, Refusal]:
         now, former = self.now, self._former
         new = rows, rows
-        if self._trust:
+        if self._skip_unchanged:
             new = ([row for row in rows if former.neighbours.get(row.prefix[0]) != row.mac],
                    [row for row in rows if former.forwarding.get(row.mac) != row.endpoint])
         refused = _by_row(new[0], self._socket.put_neighbours(
@@ -199,7 +202,7 @@ class EntryUpdate:
     def _put_routes(self, routes: Iterable[tuple[_Row, Prefix, bytes]]) -> dict[_Row, Refusal]:
         former, wanted = self._former.routes, list(routes)
         new = wanted
-        if self._trust:
+        if self._skip_unchanged:
             new = [item for item in wanted if former.get(item[1]) != item[2]]
         refused = _by_row([row for row, _, _ in new], self._socket.put_routes(
             [(prefix, hop) for _, prefix, hop in new], former))

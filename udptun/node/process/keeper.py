@@ -34,7 +34,7 @@ T = TypeVar("T")
 CALL_SECONDS = 5.0  # a forwarder answers within milliseconds; a slower one does not work
 POLL_SECONDS = 0.02  # between attempts to reach a forwarder that we have just started
 IDLE_POLL_SECONDS = 0.1  # between attempts to reach one that another program starts
-CHECK_SECONDS = 5.0  # between checks of a forwarder that is in step: does its table still match?
+CHECK_SECONDS = 5.0  # between checks whether an up-to-date forwarder's table still matches
 FEW_ROUTES = 32  # with more changes, replacing the whole table is less work
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 5.0  # before a forwarder that ended early is started again
 
