@@ -130,7 +130,7 @@ def set_waiting(report: NodeReport) -> None:
         (set_waiting, {"start": State.FAILED}, "[-]start: for the network's configuration"),
         (set_store_down, {"store": State.DEGRADED},
          "[!]store: etcd: no answer for 5 s; last answer 3 s ago\n"
-         "    the active leases are those of its last answer"),
+         "    the active leases are those of the store's last answer"),
         (set_stale, {"store": State.DEGRADED, "lease": State.DEGRADED},
          "the active leases are from the cache"),
         (set_never_told, {"store": State.FAILED}, "[-]store: etcd: no answer for 5 s"),

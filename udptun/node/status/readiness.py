@@ -69,7 +69,7 @@ def _store(report: NodeReport) -> _Result:
             why += f"; last answer {_span(time.monotonic() - source.last_contact)} ago"
         if report.applied is None:
             return _result(State.FAILED, why, *skipped)
-        active = "from the cache" if report.stale else "those of its last answer"
+        active = "from the cache" if report.stale else "those of the store's last answer"
         return _result(State.DEGRADED, why, f"the active leases are {active}", *skipped)
     state = State.DEGRADED if skipped or report.stale else State.OK
     stale = ("the active leases are from the cache",) if report.stale else ()
