@@ -79,7 +79,8 @@ class Replace:
         if not path.forwarders:
             raise Refused(f"{path.name} has no control socket; this metric needs udptun")
         forwarder = path.forwarders[0]
-        first, second = (table(path, self.routes, which) for which in (False, True))
+        first = table(path, self.routes, second=False)
+        second = table(path, self.routes, second=True)
         replace_routes(forwarder, first, "application/json")
         try:
             return self._replace(path, second)

@@ -2,10 +2,10 @@
 
 Owns the thread's CPU affinity while the worker runs compiled code. A worker wakes up thousands of
 times per second, and at each wake-up the scheduler tends to move it to the core of the thread that
-woke it. This is right for a worker that mostly receives: that core has the datagrams in its cache.
-It is wrong for a worker that mostly sends: it would share a core with the program whose packets it
-reads. Such a worker, if it used much of a core lately, is pinned for at most PIN_NS; then it is
-unpinned for at least CHECK_NS, so that the scheduler can choose the next core.
+woke it. This is good for a worker that mostly receives: that core has the datagrams in its cache.
+It is bad for a worker that mostly sends: the worker would share a core with the program whose
+packets it reads. A sending worker that has recently used much of a core is pinned for at most
+PIN_NS; then it is unpinned for at least CHECK_NS, so that the scheduler can choose another core.
 
 Cpusets, and an affinity set by an administrator before or during the pinning, are respected. One
 exception: an affinity to exactly the pinned core looks like our own and is replaced.

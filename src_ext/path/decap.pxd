@@ -37,7 +37,7 @@ cdef enum:
     CHECK_PEER = 1              # the outer source address must be a peer's
     CHECK_STRICT = 2            # also, the inner source must be routed to that peer
     RX_SLOTS_MIN = 4
-    # A batch starts the small-packet mode (see turn.pxd) if both conditions hold:
+    # The batching delay (turn.pxd) can follow a batch if both conditions hold:
     SMALL_BATCH_MIN = 6         # it has at least this number of datagrams
     SMALL_DATAGRAM = 2000       # their average size in bytes is smaller than this
 

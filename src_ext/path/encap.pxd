@@ -33,7 +33,7 @@ from wire.packet cimport (
 
 
 cdef enum:
-    TURN_FRAMES = 256           # these two are the limits of one turn
+    TURN_FRAMES = 256           # a turn ends at this number of frames, or of bytes
     TURN_BYTES = 262144
 
 

@@ -21,7 +21,7 @@ cdef enum:
     QUEUE_DATAGRAMS = 1024      # datagrams that may wait for one flush
     QUEUE_FRAME_DATAGRAMS = 512  # space kept free for the next frame; the TUN's gso_max_segs
     QUEUE_FRAME_BYTES = VNET_LEN + 65536
-    QUEUE_PEERS = 32            # different peers among the waiting datagrams
+    QUEUE_PEERS = 32            # peers that can have waiting datagrams at a time
     QUEUE_FULL_BYTES = 262144   # flush above this, so that the queue stays in the CPU cache
     QUEUE_BYTES = QUEUE_FULL_BYTES + QUEUE_FRAME_BYTES + QUEUE_DATAGRAMS * SEG_HDR_ROOM
 
@@ -61,7 +61,7 @@ cdef inline bint queue_is_full(const queue_t* q, uint32_t datagrams) noexcept no
 
 
 cdef inline uint8_t* queue_room(queue_t* q) noexcept nogil:
-    """Return where to write the next datagram."""
+    """Return the address at which to write the next datagram."""
     return q.memory + q.used
 
 

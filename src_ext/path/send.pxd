@@ -202,7 +202,7 @@ cdef inline uint32_t build_messages(
 
 cdef struct refusal_t:          # what a flush does after the kernel refused a message
     bint one_by_one             # send single datagrams until one is accepted
-    bint gso_suspected          # a run was refused, not for its size: UDP_SEGMENT may be the cause
+    bint gso_suspected          # UDP_SEGMENT may be why a run was refused; its size is not
     uint32_t retries            # of the same datagram
 
 

@@ -2,7 +2,7 @@
 
 Owns the order of one turn (receive, write, drain the TUN, send), the epoll set, back-pressure, and
 the borrowing of the snapshot. The TUN is drained after the write because a write runs the local TCP
-stack inline, so its reply is often there at once.
+stack inline, so the stack's reply can often be read immediately.
 
 Threading: ``run`` and ``drain`` are called by the worker's thread without the GIL. A snapshot is
 borrowed while ``busy`` is 1 and ``seen`` is its generation; the control side frees a retired one
@@ -38,8 +38,8 @@ cdef enum:
 
 
 cdef inline void borrow(worker_t* w) noexcept nogil:
-    """Borrow the active snapshot. Keep the present one while datagrams wait: they point to its
-    peers."""
+    """Borrow the active snapshot. Keep the present one while datagrams are queued, because they
+    point to its peers."""
     if not queue_is_empty(&w.queue) and w.busy:
         return
     store_flag(&w.busy, 1)
@@ -49,7 +49,7 @@ cdef inline void borrow(worker_t* w) noexcept nogil:
 
 
 cdef inline void release(worker_t* w) noexcept nogil:
-    """End the borrowing, unless datagrams wait."""
+    """End the borrowing of the snapshot, unless datagrams are queued."""
     if queue_is_empty(&w.queue):
         store_flag(&w.busy, 0)
 
@@ -118,8 +118,8 @@ cdef inline void assume_ready(worker_t* w) noexcept nogil:
 
 
 cdef inline void batching_delay(worker_t* w) noexcept nogil:
-    """Sleep while small packets gather. A worker that polls would be woken by the first of them, at
-    the sender's expense, and would merge fewer."""
+    """Sleep while small packets arrive. A worker in poll() would be woken by the first of them. The
+    wake-up costs the sender CPU time, and the worker would merge fewer packets."""
     cdef timespec ts
     ts.tv_sec = 0
     ts.tv_nsec = BATCHING_DELAY_NS
@@ -172,7 +172,7 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
         if more and w.turns % POLL_TURNS != 0:
             assume_ready(w)
         elif more:
-            wait_for_work(w, 0)  # for errors and wake-ups
+            wait_for_work(w, 0)  # to notice errors and wake-up requests
         elif w.small_packets:
             batching_delay(w)
             wait_for_work(w, 0)
@@ -187,7 +187,7 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             epoll_register(w)
             break
         if w.events & EVENT_TUN_GONE:
-            break  # not registered again: a TUN that is gone is always ready
+            break  # without epoll_register: a removed TUN is always ready
         adjust_affinity(&w.affinity, w.now, w.encap.delivered, w.decap.delivered)
         more = turn(w)
     release(w)

@@ -70,7 +70,7 @@ cdef struct shared_t:
 
 cdef struct worker_t:
     shared_t* shared
-    snapshot_t* snapshot        # borrowed for a turn, and while datagrams wait
+    snapshot_t* snapshot        # borrowed for a turn, and while datagrams are queued
     uint64_t busy               # 1 while a snapshot is borrowed: see turn.pxd
     uint64_t seen               # generation of the borrowed snapshot
     uint64_t wake_requested     # written by the control side: 1 = return to the event loop

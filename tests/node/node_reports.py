@@ -29,7 +29,7 @@ def ready() -> NodeReport:
         subnet_env_error="",
         firewall_error="",
         forwarder=ForwarderReport(
-            connected=True, error="", in_step=True, routes_n=7, starts_n=1, replaces_n=3
+            connected=True, error="", synced=True, routes_n=7, starts_n=1, replaces_n=3
         ),
         peers=PeersReport(carried_n={"udp": 2, "vxlan": 5}),
         leases_n=8,

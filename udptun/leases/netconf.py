@@ -91,9 +91,9 @@ class NetConfig:
         """Return whether this was parsed with ``check_subnets``."""
         return bool(self.subnet_len or self.subnet6_len)
 
-    # Port belongs to the backend in Type. A node that uses another backend as well, or instead
-    # (--backend), uses the default port of that backend, and so do its peers. With "auto", Port is
-    # the port of the UDP data path, since every node has that one.
+    # Port is the port of the backend in Type. If a node uses another backend, also or instead
+    # (--backend), then the node and its peers use the default port of that backend. With "auto",
+    # Port is the port of the UDP backend, because every node has that backend.
 
     @property
     def udp_port(self) -> int:

@@ -27,8 +27,8 @@ NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with this, type
-ATTRIBUTE_TYPE = 0x3FFF  # less the flags for nested and network order
-ERRNO = struct.Struct("=i")  # negative; what struct nlmsgerr and the end of a dump begin with
+ATTRIBUTE_TYPE = 0x3FFF  # mask without the flags NLA_F_NESTED and NLA_F_NET_BYTEORDER
+ERRNO = struct.Struct("=i")  # negative; the first field of struct nlmsgerr and of NLMSG_DONE
 NLMSGERR_LEN = ERRNO.size + HEADER.size  # it contains the header of the request
 RECEIVE_LEN = 1 << 16  # the kernel fills at most half of it per datagram
 # Requests per send: if all fail, their answers fit the usual receive buffer (208 KiB).

@@ -42,7 +42,7 @@ IFF_UP = 0x1  # linux/if.h
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # linux/if_addr.h
 RT_SCOPE_UNIVERSE = 0
 
-# struct nlmsghdr (length, type) and ifinfomsg behind it (index, flags)
+# struct nlmsghdr (length, type), followed by struct ifinfomsg (index, flags)
 LINK_MESSAGE = struct.Struct("=IH10x4xiI4x")
 TXQUEUELEN = 5000
 SETTLE_SECONDS = 0.02  # address changes come in bursts: read the addresses once per burst
@@ -178,10 +178,10 @@ class Netlink:
 
     async def _open(self) -> None:
         try:
-            # Importing any name from pyroute2 runs its whole __init__: no import is cheaper.
+            # No import from pyroute2 is cheaper: each one runs the whole __init__ of the package.
             from pyroute2 import AsyncIPRoute
 
-            # Calls may be waiting: the first of them must not set up a second transport.
+            # Without the lock, a call that waits for us would set up a second transport.
             async with self._request_lock:
                 self._ipr = AsyncIPRoute(ext_ack=True)
                 await self._ipr.setup_endpoint()
@@ -198,7 +198,7 @@ class Netlink:
             self._watch.close()
         if self._ipr is not None:
             self._ipr.close()
-            await asyncio.sleep(0)  # here the transport closes its socket
+            await asyncio.sleep(0)  # in this turn of the loop the transport closes its socket
 
     @contextlib.asynccontextmanager
     async def _doing(self, doing: str) -> AsyncIterator[Any]:
@@ -218,7 +218,7 @@ class Netlink:
             except NetlinkError as error:
                 # The kernel's message, if there is one, is more precise than the errno.
                 hint = str(error.args[1]) if len(error.args) > 1 else ""
-                number = error.code if error.code > 0 else errno.EINTR  # a dump interrupted
+                number = error.code if error.code > 0 else errno.EINTR  # an interrupted dump
                 if hint == os.strerror(number):
                     hint = ""
                 raise device_error(number, doing, hint) from None
@@ -296,8 +296,8 @@ class Netlink:
             self._watch = watch
 
     def _on_message(self) -> None:
-        """Read the messages. Only the fact of a change is used, and the state is read from the
-        kernel again, so lost messages (ENOBUFS) do no harm."""
+        """Read the messages. They only show that something has changed: the state itself is read
+        from the kernel again, so lost messages (ENOBUFS) do no harm."""
         changed: set[int] = set()
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -321,7 +321,7 @@ class Netlink:
             if self._seen is not None:
                 await asyncio.sleep(SETTLE_SECONDS)
         finally:
-            self._reread = None  # a change from here on needs another read
+            self._reread = None  # a later change needs another read
         try:
             addresses = await self._local_addresses()
         except OSError as error:
@@ -349,7 +349,7 @@ class Netlink:
             raise FieldError("mtu", mtu, f"at least {MIN_MTU6} for IPv6 inside the tunnel")
         async with self._doing(f"{doing}: MTU {mtu}, queue length {txqueuelen}") as ipr:
             await ipr.link("set", index=index, mtu=mtu, txqlen=txqueuelen)
-        await self._quieten(name, index, wants_v6)
+        await self._disable_autoconfiguration(name, index, wants_v6)
         await self._accept_local(name, index)
         for option, value in gso.items():
             if value is not None:
@@ -365,7 +365,7 @@ class Netlink:
         for network in networks:
             await self._add_route(name, index, network)
 
-    async def _quieten(self, name: str, index: int, wants_v6: bool) -> None:
+    async def _disable_autoconfiguration(self, name: str, index: int, wants_v6: bool) -> None:
         """Stop the kernel from sending packets of its own on the device: without a link-local
         address it sends no router solicitations."""
         conf = Path("/proc/sys/net/ipv6/conf", name)

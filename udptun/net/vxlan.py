@@ -347,14 +347,14 @@ class Vxlan:
             await self._set(f"setting up {name}: MTU {config.mtu}", index, mtu=config.mtu)
         if found.mac != mac:
             await self._set(f"setting up {name}: MAC {mac}", index, address=mac)
-        await self._isolate(name, index, version == 6)
+        await self._disable_autoconfiguration(name, index, version == 6)
         if addresses is not None:
             await self._set_addresses(name, index, frozenset(addresses))
         if not found.up:
             await self._set(f"bringing up {name}", index, flags=IFF_UP, change=IFF_UP)
         return VxlanDevice(name, index, mac, config.mtu, version, config.network)
 
-    async def _isolate(self, name: str, index: int, wants_v6: bool) -> None:
+    async def _disable_autoconfiguration(self, name: str, index: int, wants_v6: bool) -> None:
         """Turn off IPv6 autoconfiguration, because peers are configured and not discovered.
 
         The device gets no link-local address, the kernel sends no solicitations, and router

@@ -297,7 +297,7 @@ def _with_declared(options: InterfaceOptions, identity: Identity) -> InterfaceOp
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first error of a group of tasks: the others mostly follow from it."""
+    """Return the first error of a group of tasks, which is usually the cause of the others."""
     error = group.exceptions[0]
     return _first_error(error) if isinstance(error, BaseExceptionGroup) else error
 

@@ -84,7 +84,7 @@ class Extension:
 
     def up(self, env: Environment, tun: str, listen: Endpoint | None, port: int,
            mtu: int | None) -> None:
-        """Make a forwarder run with this node's lease; one that has it already is left alone.
+        """Start or restart the forwarder with this node's lease, unless it already runs with it.
 
         listen  given if PUBLIC_IP is not an address of this host
         Raises FieldError, NotStarted, ControlError, OSError.
@@ -136,7 +136,7 @@ class Extension:
         self._while_running(lambda client: client.delete(subnet))
 
     def _while_running(self, change: Callable[[ControlClient], object]) -> None:
-        """Start a forwarder that has ended first, because flanneld does not try again."""
+        """Apply a change. If the forwarder has ended, start it: flanneld does not try again."""
         with ControlClient(str(self.control)) as client:
             try:
                 change(client)

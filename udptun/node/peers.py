@@ -74,12 +74,12 @@ class Peers:
                     await self._change(update.changes, since)
                 self._report.leases_n = len(self._leases)
                 self._store.save(self._leases.values())
-                if self._store.refresh_pending:  # it answers again: ask for the rest as well
+                if self._store.refresh_pending:  # the store answers again: read the rest too
                     self._settle_again()
 
     async def _replace(self, leases: tuple[Lease, ...], since: float) -> None:
-        """Make a new plan instead of comparing two lists of leases: that would keep the old list
-        in memory, and each backend compares the new paths with its own anyway."""
+        """Make a new plan. A comparison with the old leases is not needed, because each backend
+        compares the new paths with its own, and it would keep the old list in memory."""
         async with self._lock:
             self._leases = {lease.key: lease for lease in leases}
             assert self._plan is not None and self._store.lease is not None
@@ -120,12 +120,12 @@ class Peers:
 
     # -- from the cache ---------------------------------------------------------------------------
 
-    async def use_cache(self, confirmed: bool) -> None:
+    async def use_cache(self, store_answered: bool) -> None:
         """Apply the cached leases unless the store lists its own.
 
-        confirmed  the store has answered since our start, so it is given some time
+        store_answered  since our start; if so, wait PATIENCE_SECONDS for its list of leases
         """
-        await wait_at_most(self.known, PATIENCE_SECONDS if confirmed else 0)
+        await wait_at_most(self.known, PATIENCE_SECONDS if store_answered else 0)
         async with self._lock:
             cached = None if self.known.is_set() else self._store.load()
             if cached is None:

@@ -91,7 +91,7 @@ async def test_a_matching_forwarder_is_adopted_with_its_routes(
             client.put(route(2))
         keeper.want(spec)
         keeper.replace(table(route(2)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert served.forwarder.generation == 2  # nothing changed
         assert keeper.report.forwarder.connected
         assert not served.forwarder.stopped.is_set()
@@ -114,15 +114,15 @@ async def test_a_few_changes_are_put_one_by_one_and_many_at_once(thread, control
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2), route(3)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         served.forwarder.calls.clear()
         keeper.change({route(2).dst: None, route(4).dst: route(4)})
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert served.forwarder.table == table(route(3), route(4))
         assert served.forwarder.calls == ["delete 10.244.2.0/24", f"put {route(4)}"]
         served.forwarder.calls.clear()
         keeper.change({one.dst: one for one in (route(n, 9) for n in range(2, 102))})
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert served.forwarder.calls == ["replace"]
         assert len(served.forwarder.table) == 100
         assert keeper.report.route_changes_n["udp"] == 2 + 2 + 100
@@ -132,12 +132,12 @@ async def test_changes_during_a_change_are_sent_after_it(thread, control, keeper
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         for n in range(3, 60):
             keeper.change({route(n).dst: route(n)})
             if n % 7 == 0:
                 await asyncio.sleep(0)
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert served.forwarder.table == table(*(route(n) for n in range(2, 60)))
 
 
@@ -145,12 +145,12 @@ async def test_after_a_reconnect_the_whole_table_is_sent(thread, control, keeper
     with Served(thread, control) as first:
         keeper.want(spec)
         keeper.replace(table(route(2)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         first.close()
     await until(lambda: not keeper.report.forwarder.connected, "the end to be noticed")
     keeper.change({route(3).dst: route(3)})
     with Served(thread, control) as second:
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert second.forwarder.table == table(route(2), route(3))
 
 
@@ -161,7 +161,7 @@ async def test_routes_changed_by_another_program_are_restored(
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         with ControlClient(str(control)) as client:
             client.put(route(66))
             client.delete(route(2).dst)
@@ -174,7 +174,7 @@ async def test_a_change_by_another_program_between_ours_is_noticed_at_once(
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         with ControlClient(str(control)) as client:
             client.put(route(66))
         keeper.change({route(3).dst: route(3)})
@@ -188,13 +188,13 @@ async def test_a_failed_change_is_tried_again_as_a_whole(
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         served.forwarder.fail_with = RuntimeError("as made for the test")
         keeper.change({route(3).dst: route(3)})
         await until(lambda: keeper.report.forwarder.error, "the error")
-        assert not keeper.report.forwarder.in_step
+        assert not keeper.report.forwarder.synced
         served.forwarder.fail_with = None
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert served.forwarder.table == table(route(2), route(3))
         assert keeper.report.forwarder.error == ""
 
@@ -223,12 +223,12 @@ async def test_new_options_stop_the_forwarder_and_keep_the_routes(
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace(table(route(2)))
-        await keeper.in_step()
+        await keeper.wait_synced()
         keeper.want(replace(spec, mtu=1400))
         await until(served.forwarder.stopped.is_set, "it to be stopped")
     keeper.want(spec)
     with Served(thread, control) as second:
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert second.forwarder.table == table(route(2))
 
 
@@ -260,7 +260,7 @@ async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path,
     async with running(control, tmp_path, spawned=True) as keeper:
         keeper.replace(table(route(2)))
         keeper.want(spec)
-        await keeper.in_step()
+        await keeper.wait_synced()
         assert keeper.report.forwarder.starts_n == 1
         assert served.forwarder.table == table(route(2))
     assert not served.forwarder.stopped.is_set()  # the forwarder outlives the keeper
@@ -295,7 +295,7 @@ async def test_dismiss_removes_the_file_before_it_stops_the_forwarder(
     with Served(thread, control) as served:
         keeper.want(spec)
         keeper.replace({})
-        await keeper.in_step()
+        await keeper.wait_synced()
         await keeper.dismiss()
         assert served.forwarder.stopped.is_set()
     assert not forward_file.exists()

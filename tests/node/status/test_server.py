@@ -100,7 +100,7 @@ def set_no_forwarder(report: NodeReport) -> None:
 
 
 def set_out_of_step(report: NodeReport) -> None:
-    report.forwarder.in_step = False
+    report.forwarder.synced = False
 
 
 def set_no_subnet_env(report: NodeReport) -> None:

@@ -20,7 +20,7 @@ TTL_S = 86400
 
 
 class Target(NamedTuple):
-    """An endpoint in the form that gRPC takes."""
+    """An endpoint in the form that gRPC expects."""
 
     address: str  # "192.0.2.1:2379", "[2001:db8::1]:2379", "etcd.example:2379"
     secure: bool

@@ -29,7 +29,7 @@ from .config import EtcdConfig
 from .schema import config_key, read_value, subnets_prefix, write_key, write_value
 from .watch import list_entries
 
-TRIES = 10  # as in flannel: a lost race needs another listing
+TRIES = 10  # as in flannel; if another node takes the chosen subnet first, list again
 CHECK_S = 30.0  # interval at which our key is read if the watch reports no change of it
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0  # between attempts to get a lost lease back
 
@@ -181,7 +181,7 @@ class LeaseKeeper:
             log.error("our lease %s is lost: its key was deleted; creating it again, forwarding "
                       "continues", held.lease.subnets)
             if not await self._put(replace(held.lease, reserved=False), None):
-                raise StoreDown("another node was faster")  # the next check finds out which
+                raise StoreDown("another node was faster")  # the next check reads its lease
             log.warning("our lease %s is held again", held.lease.subnets)
             return True
         if kv.mod_revision != held.mod_revision or self._health.lease == "lost":

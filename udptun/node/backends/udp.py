@@ -113,8 +113,8 @@ class UdpBackend(Backend[Route]):
     async def run(self) -> None:
         await self._keeper.run()
 
-    async def synced(self) -> None:
-        await self._keeper.in_step()
+    async def wait_synced(self) -> None:
+        await self._keeper.wait_synced()
 
     async def apply_all(self, paths: Mapping[IPNetwork, Route]) -> None:
         self._keeper.replace(paths)

@@ -27,7 +27,7 @@ MODE = 0o644  # every program on the host may read it
 
 @dataclass(frozen=True, slots=True)
 class SubnetEnv:
-    """One subnet.env. ``network`` and ``subnet`` go together, and so do the IPv6 two.
+    """One subnet.env. ``network`` and ``subnet`` are both set or both None; so are the IPv6 pair.
 
     subnet   the lease's prefix, 10.42.1.0/24; the file has its first host, 10.42.1.1/24
     mtu      the largest inner packet, bytes

@@ -67,7 +67,7 @@ class ForwarderKeeper:
         self._since: float | None = None  # when the oldest change that is not active yet arrived
         self._generation = -1
         self._wake = asyncio.Event()
-        self._in_step = asyncio.Event()
+        self._synced = asyncio.Event()
 
     # -- the wanted options and routes ------------------------------------------------------------
 
@@ -118,13 +118,13 @@ class ForwarderKeeper:
         self._replace_all = True
         self._request_work()
 
-    async def in_step(self) -> None:
+    async def wait_synced(self) -> None:
         """Return once the forwarder has the right options and our routes."""
-        await self._in_step.wait()
+        await self._synced.wait()
 
     def _request_work(self) -> None:
-        self._in_step.clear()
-        self._report.forwarder.in_step = False
+        self._synced.clear()
+        self._report.forwarder.synced = False
         self._since = self._since or time.monotonic()
         self._wake.set()
 
@@ -228,8 +228,8 @@ class ForwarderKeeper:
 
     def _fail(self, why: str) -> None:
         report = self._report.forwarder
-        report.in_step = False
-        self._in_step.clear()
+        report.synced = False
+        self._synced.clear()
         if report.error != why:
             log.warning("%s", why)
             report.error = why
@@ -266,8 +266,8 @@ class ForwarderKeeper:
         if since is not None:
             report.paths_applied(since)
         if not (self._replace_all or self._pending):
-            report.forwarder.in_step = True
-            self._in_step.set()
+            report.forwarder.synced = True
+            self._synced.set()
 
     def _one(self, subnet: IPNetwork, route: Route | None) -> Callable[[], RouteDiff]:
         if route is None:

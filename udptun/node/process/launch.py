@@ -101,7 +101,7 @@ def _text(value: object) -> str:
 
 
 class NotStarted(UdptunError):
-    """A forwarder was started, or waited for, and does not answer as it should."""
+    """A forwarder that was just started, here or by another program, does not answer correctly."""
 
 
 def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen[bytes]:

@@ -104,7 +104,7 @@ class ReportCollector(Collector):
         yield _gauge("forwarder_up", "1 if the forwarder answers and has the right options.",
                      forwarder.connected)
         yield _gauge("forwarder_in_step", "1 if the forwarder's routes match the leases.",
-                     forwarder.in_step)
+                     forwarder.synced)
         yield _gauge("forwarder_routes", "Routes that the daemon has given to the forwarder.",
                      forwarder.routes_n)
         yield _counter("forwarder_starts", "Forwarders started by the daemon.",

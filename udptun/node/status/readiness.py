@@ -110,7 +110,7 @@ def _forwarder(report: NodeReport) -> _Result:
         return _result(State.OK, f"not needed: the backend is {report.backend}")
     if not forwarder.connected:
         return _result(State.FAILED, forwarder.error or "does not answer")
-    if not forwarder.in_step:
+    if not forwarder.synced:
         return _result(State.FAILED, f"its routes are not up to date; routes: {forwarder.routes_n}")
     return _result(State.OK, f"has all routes: {forwarder.routes_n}")
 

@@ -22,8 +22,8 @@ class ForwarderReport:
 
     needed      an active backend uses it
     connected   it answered the last request, and has the right options
-    error       why not, in a sentence; "" when connected
-    in_step     its table is the one we want
+    error       why it is not connected, in a sentence; "" if it is
+    synced      its table has exactly our routes
     routes_n    routes in that table
     starts_n    processes started since our own start
     replaces_n  how often the whole table was replaced
@@ -32,7 +32,7 @@ class ForwarderReport:
     needed: bool = True
     connected: bool = False
     error: str = "not looked for yet"
-    in_step: bool = False
+    synced: bool = False
     routes_n: int = 0
     starts_n: int = 0
     replaces_n: int = 0
