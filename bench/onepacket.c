@@ -377,8 +377,8 @@ static void run(int tun, int sock, int ctl, int listener, in_addr_t address, siz
 		}
 		if (fds[LISTENER].revents)
 			ctl = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-		/* Until both are empty. Under constant load that is never, and the control socket
-		 * is not served, as in flannel. */
+		/* Loops until the TUN and the socket are empty. Under constant load the loop does not
+		 * end, and the control socket is not served, as in flannel. */
 		do {
 			active = tun_to_udp(tun, sock, address, buf, room);
 			active |= udp_to_tun(sock, tun, buf, room);

@@ -1,10 +1,10 @@
 """Build the sdist and the wheel, and check what they contain: ``python scripts/check_package.py``.
 
-The sdist is built from a copy of the checkout without anything generated, the wheel from the
-unpacked sdist. So a source that is missing from the sdist fails the build, and no file that happens
-to lie in the checkout gets in. The wheel must contain the modules of ``udptun/``, the compiled core
-and nothing else: no tests, no C, no Cython. It is then installed in an empty folder and started.
-Prints each mistake; exits with 1 if there is one.
+The sdist is built from a copy of the checkout without generated files, and the wheel is built from
+the unpacked sdist. So the build fails if a source is missing from the sdist, and neither package
+contains other files of the checkout. The wheel must contain the modules of ``udptun/``, the
+compiled core and nothing else: no tests, no C, no Cython. The wheel is then installed in an empty
+folder and started. Prints each mistake; exits with 1 if there is one.
 """
 
 import os

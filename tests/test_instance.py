@@ -42,7 +42,7 @@ def test_invalid_instance_name_is_refused(name):
 
 
 def test_flannels_name_is_refused():
-    """It would share subnet.env and the VXLAN devices with the default instance."""
+    """An instance "flannel" would share subnet.env and VXLAN devices with the default instance."""
     with pytest.raises(FieldError, match="not flannel"):
         Instance("flannel")
 

@@ -64,9 +64,9 @@ class PathUnderTest:
             )
 
     def discard_ended_processes(self) -> None:
-        """Forget the processes that have ended, so that the lab does not end them once more.
+        """Remove ended processes from the hosts' lists, so that the lab does not end them again.
 
-        A run starts thousands of them.
+        A run starts thousands of processes.
         """
         for host in (self.a, self.b):
             host.processes[:] = [p for p in host.processes if p.alive]

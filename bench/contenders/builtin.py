@@ -132,7 +132,7 @@ def _send_commands(control: Path, command: int, routes: Sequence[ExtraRoute]) ->
 
 
 def _copylimit(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
-    # It sends the vnet header on the wire, too.
+    # copylimit also sends the vnet header on the wire.
     plans, mtu = (node(1), node(2)), _LINK_MTU - _IP_UDP - VNET_LEN
     for host, plan, peer in ((a, plans[0], b), (b, plans[1], a)):
         process = host.start([

@@ -46,7 +46,7 @@ class Start:
             receiver.kill()
         forwarder.wait_ready()
         recorded = arrivals(record.read_bytes())
-        send_errors = sent["refused"]  # sends that failed, because there was no route yet
+        send_errors = sent["refused"]  # failed sends; expected, because there is no route yet
         if not send_errors:
             raise Refused("host a had a route to b before the forwarder started")
         if not recorded or recorded[0][2] < begin:

@@ -66,7 +66,7 @@ def test_ctrl_c_leaves_nothing_behind():
 
 
 @pytest.mark.unprivileged
-def test_it_needs_root():
+def test_the_demo_needs_root():
     """Pretends to have no privilege: another user may not be able to read this checkout."""
     script = f"{WITHOUT_ROOT}; from udptun.cli import main; main()"
     done = subprocess.run(

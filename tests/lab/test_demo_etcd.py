@@ -33,7 +33,7 @@ def test_demo_shows_joining_and_leaving_nodes_and_cleans_up():
 
 
 @pytest.mark.unprivileged
-def test_it_needs_root():
+def test_the_demo_needs_root():
     """Pretends to have no privilege: another user may not be able to read this checkout."""
     script = f"{WITHOUT_ROOT}; from udptun.lab.demo_etcd import run; sys.exit(run())"
     done = subprocess.run(

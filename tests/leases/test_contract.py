@@ -214,7 +214,7 @@ async def test_calls_raise_store_down_while_the_store_is_down(store, make):
     source = make()
     with pytest.raises(StoreDown, match=r"."):
         await source.acquire(OWN, Subnets())
-    if type(source).identity is not LeaseSource.identity:  # that one needs no request
+    if type(source).identity is not LeaseSource.identity:  # the inherited one sends no request
         with pytest.raises(StoreDown, match=r"."):
             await source.identity()
     await store.start()

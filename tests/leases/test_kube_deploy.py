@@ -97,7 +97,7 @@ def test_the_configuration_is_valid():
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
-def test_kustomize_builds_it_and_sets_the_image():
+def test_kustomize_builds_the_manifests_and_sets_the_image():
     built = subprocess.run(
         ["kubectl", "kustomize", str(DEPLOY)], capture_output=True, text=True, check=True)
     kinds = {d["kind"] for d in yaml.safe_load_all(built.stdout)}

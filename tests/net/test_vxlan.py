@@ -271,7 +271,7 @@ async def test_device_with_a_forbidden_option_is_replaced():
 
 @in_own_netns
 async def test_device_of_flanneld_is_adopted():
-    """Its link-local address stays, because flanneld may use the device again."""
+    """The device keeps its link-local address, because flanneld may use the device again."""
     underlay()
     sh(f"ip link add {NAME} type vxlan id 1 dev utEa local 192.0.2.1 dstport 8472 nolearning",
        f"ip link set {NAME} up", f"ip address add 10.9.9.0/32 dev {NAME}")
@@ -637,7 +637,7 @@ async def test_second_peer_with_the_same_mac_is_refused():
 @both
 @in_own_netns
 async def test_peer_without_an_fdb_entry_has_no_route(version, monkeypatch):
-    """Its packets can then take another path. Its former entries are removed."""
+    """The peer's packets can then take another path. The peer's former entries are removed."""
     def refuse_first(self, items):
         return [put(self, [item])[0] if item[0] != first else Refusal(errno.ENOBUFS, "")
                 for item in items]

@@ -42,8 +42,8 @@ def lease_of(cluster: Cluster, member: Member) -> dict:
     return cluster.etcd.leases()[str(member.subnet).replace("/", "-")]
 
 
-def test_the_kernel_refuses_as_one_without_vxlan(lab, no_vxlan):
-    """The tests below rely on this: the kernel refuses the device, not udptun."""
+def test_no_vxlan_refuses_the_device_like_a_kernel_without_vxlan(lab, no_vxlan):
+    """In the tests below, the kernel and not udptun must refuse the device."""
     host = lab.host("a")
     add = ["ip", "link", "add", "v0", "type", "vxlan", "id", "7", "dstport", "8472"]
     refused = host.run(add, check=False, env=no_vxlan)

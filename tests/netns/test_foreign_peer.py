@@ -66,7 +66,7 @@ def test_one_packet_tunnel_at_the_other_end(lab, onepacket, offload):
         a, addresses=[AT_A.v4], routes=[f"{AT_B.subnet} via {b.v4}"], offload=offload
     )
     peer = OnePacket.start(b, onepacket, address=AT_B.v4)
-    assert ping(a, AT_B.v4, count=1, wait=0.3).received == 0  # it has no route back yet
+    assert ping(a, AT_B.v4, count=1, wait=0.3).received == 0  # b has no route to a yet
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
         control.connect(str(peer.control))
         control.send(message(SET_ROUTE, via=a.v4))

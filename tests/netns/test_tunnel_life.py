@@ -159,7 +159,7 @@ def test_route_changes_under_load(lab):
             changes += 1
             if changes == 200:
                 rss_early = a.forwarder.rss_kib()
-            with contextlib.suppress(LabError):  # not over yet
+            with contextlib.suppress(LabError):  # the client still runs
                 client.wait(0.01)
     report = json.loads(client.text())
     assert "error" not in report, report["error"]

@@ -226,7 +226,7 @@ def test_another_lease_replaces_the_forwarder(pair) -> None:
 @needs_root
 @pytest.mark.netns
 def test_a_dead_forwarder_is_brought_back_by_the_next_command(pair) -> None:
-    """It gets its routes again, because flanneld repeats them only once a day."""
+    """The new forwarder has the saved routes: flanneld sends routes again only once a day."""
     bring_up(pair)
     node, host = pair[0], pair[0].host
     wait_for(lambda: "10.244.2.0" in (node.state / "routes").read_text(), "the state file")

@@ -91,7 +91,7 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
     assert (code, told["tun"]) == (0, "wire0")
 
 
-def test_it_waits_for_the_file_and_its_directory(tmp_path: Path) -> None:
+def test_forward_waits_for_the_file_and_its_directory(tmp_path: Path) -> None:
     path = tmp_path / "run" / "udptun" / "forward.json"
     with forwarding("--wait-for", str(path)) as process:
         wait_until_it_waits(process, path)
@@ -102,7 +102,7 @@ def test_it_waits_for_the_file_and_its_directory(tmp_path: Path) -> None:
     assert told["tun"] == "wire0"
 
 
-def test_it_can_be_stopped_while_it_waits(tmp_path: Path) -> None:
+def test_forward_can_be_stopped_while_it_waits(tmp_path: Path) -> None:
     path = tmp_path / "forward.json"
     with forwarding("--wait-for", str(path)) as process:
         wait_until_it_waits(process, path)

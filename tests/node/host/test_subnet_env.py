@@ -111,7 +111,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_shell_can_source_it(tmp_path):
+def test_a_shell_can_source_the_file(tmp_path):
     DUAL.write(tmp_path / "subnet.env")
     script = f". {tmp_path}/subnet.env; echo $FLANNEL_SUBNET $FLANNEL_MTU"
     done = subprocess.run(("sh", "-c", script), capture_output=True, text=True, check=True)
