@@ -11,7 +11,7 @@ byte. Takes untrusted bytes, borrowed during the call. Threading: as parser.pxd.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
-from limits cimport DEFAULT_PORT, MAX_MTU, MIN_MTU
+from limits cimport DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU
 from table.address cimport (
     hex_digit, is_digit, parse_addr, parse_number, parse_prefix, same_word, write_addr, write_bytes,
     write_number, write_prefix,
@@ -232,15 +232,15 @@ cdef inline bint json_skip(parser_t* p, int depth) noexcept nogil:
 
 
 cdef inline bint json_uint16(
-    parser_t* p, json_string_t* string, uint32_t low, uint16_t* number
+    parser_t* p, json_string_t* string, uint32_t low, uint32_t high, uint16_t* number
 ) noexcept nogil:
-    """Accept low..65535, as a number or as a string of digits."""
+    """Accept low..high, as a number or as a string of digits."""
     cdef size_t start = p.pos
     if json_peek(p) == c'"':
         return (json_string(p, string) and string.plain
-                and parse_number(string.chars, string.n, low, 65535, number))
+                and parse_number(string.chars, string.n, low, high, number))
     return (json_number(p)
-            and parse_number(p.text + start, p.pos - start, low, 65535, number))
+            and parse_number(p.text + start, p.pos - start, low, high, number))
 
 
 cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
@@ -272,11 +272,11 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             return False
         seen |= key
         if key == 4:
-            if not json_uint16(p, &string, 1, &route.port):
+            if not json_uint16(p, &string, 1, MAX_PORT, &route.port):
                 return False
         elif key == 8:
             if not json_word(p, b"null", 4) and not json_uint16(
-                    p, &string, MIN_MTU, &route.mtu):
+                    p, &string, MIN_MTU, MAX_MTU, &route.mtu):
                 return False
         elif not (json_string(p, &string) and string.plain):
             return False

@@ -15,7 +15,7 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from limits cimport MAX_MTU, MIN_MTU
+from limits cimport MAX_MTU, MAX_PORT, MIN_MTU
 from table.address cimport write_addr, write_prefix
 from table.json cimport parse_json, write_route_json
 from table.parser cimport (
@@ -97,7 +97,7 @@ cdef object pack_route(route_t* route, object given):
     pack_prefix(route, given.dst)
     memcpy(route.via, <const char*>packed, len(packed))
     route.via_family = given.via.version
-    if 0 < given.port <= 65535 and (given.mtu is None or MIN_MTU <= given.mtu <= MAX_MTU):
+    if 0 < given.port <= MAX_PORT and (given.mtu is None or MIN_MTU <= given.mtu <= MAX_MTU):
         route.port = given.port
         route.mtu = given.mtu or 0
         if route_valid(route) and (route.via_family == 4 or given.via.scope_id is None):

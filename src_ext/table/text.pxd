@@ -9,7 +9,7 @@ Takes untrusted bytes, borrowed during the call. Threading: as parser.pxd.
 from libc.stdint cimport uint8_t
 from libc.string cimport memchr, memset
 
-from limits cimport DEFAULT_PORT, MAX_MTU, MIN_MTU
+from limits cimport DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU
 from table.address cimport (
     parse_addr, parse_number, parse_prefix, same_word, write_addr, write_bytes, write_number,
     write_prefix,
@@ -56,7 +56,7 @@ cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexce
     while next_word(text, n, &at, &word, &word_n):
         next_word(text, n, &at, &value, &value_n)
         if same_word(word, word_n, b"port", 4) and not route.port:
-            if not parse_number(value, value_n, 1, 65535, &route.port):
+            if not parse_number(value, value_n, 1, MAX_PORT, &route.port):
                 return -1
         elif same_word(word, word_n, b"mtu", 3) and not route.mtu:
             if not parse_number(value, value_n, MIN_MTU, MAX_MTU, &route.mtu):

@@ -118,10 +118,6 @@ cdef inline uint32_t load_u32(const uint8_t* p) noexcept nogil:
     return v
 
 
-cdef inline void store_u32(uint8_t* p, uint32_t v) noexcept nogil:
-    memcpy(p, &v, 4)
-
-
 cdef inline uint16_t swap16(uint32_t v) noexcept nogil:
     """Swap host order and network order; hosts are little-endian."""
     return <uint16_t>(((v & 0xFF) << 8) | ((v >> 8) & 0xFF))

@@ -53,13 +53,13 @@ def _network(text: str) -> IPNetwork:
 
 
 def _auto_or_number(text: str) -> int | None:
-    """Return None for auto. ForwarderConfig checks the range."""
-    from ..model import parse_number
+    """Return None for auto. Any number up to MAX_MTU passes: ForwarderConfig checks the range."""
+    from ..model import MAX_MTU, parse_number
 
     if text == "auto":
         return None
     try:
-        return parse_number("", text, 0, 65535)
+        return parse_number("", text, 0, MAX_MTU)
     except FieldError:
         raise FieldError("", text, "auto or a whole number") from None
 

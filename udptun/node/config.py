@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import FieldError
 from ..instance import Instance
 from ..leases.base import SourceConfig
-from ..model import IPAddress
+from ..model import MAX_PORT, IPAddress
 from .backends import MODES
 from .process.launch import FORWARD_FILE
 
@@ -95,8 +95,8 @@ class NodeConfig:
             raise FieldError("forwarder", self.forwarder, " or ".join(FORWARDERS))
         if self.iptables_resync < 1:
             raise FieldError("iptables-resync", self.iptables_resync, "at least 1 second")
-        if not 0 <= self.healthz_port <= 65535:
-            raise FieldError("healthz-port", self.healthz_port, "from 0 (off) to 65535")
+        if not 0 <= self.healthz_port <= MAX_PORT:
+            raise FieldError("healthz-port", self.healthz_port, f"from 0 (off) to {MAX_PORT}")
         for name, default in (
             ("subnet_file", self.instance.subnet_file), ("tun", self.instance.tun),
             ("control", self.instance.control_socket()), ("state_dir", self.instance.state_dir),
