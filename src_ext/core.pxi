@@ -23,6 +23,7 @@ from table.snapshot cimport find_hop, hop_t, next_peer, path_limit, snapshot_fre
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
 from udptun.errors import FieldError
+from udptun.model import Peer
 
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 
@@ -199,11 +200,9 @@ cdef class Core:
     # Reading
 
     def peers(self):
-        """Return a tuple per peer, in the order of their ordinals: (packed address, port, path MTU,
-        encap packets, encap bytes, decap packets, decap bytes, seconds since last seen or None).
-        """
+        """Return a model.Peer for each peer, in the order of their ordinals."""
         cdef snapshot_t* s = self.shared.snapshot
-        cdef list rows = [None] * s.peers_n
+        cdef list found = [None] * s.peers_n
         cdef peer_counters_t total
         cdef peer_counters_t* c
         cdef uint64_t now = now_ns()
@@ -221,12 +220,13 @@ cdef class Core:
             seen = None
             if total.last_seen_ns:
                 seen = max(0.0, (<double>now - <double>total.last_seen_ns) / 1e9)
-            rows[peer.ordinal] = (
-                packed_address(peer), peer.port, peer.path_mtu, total.encap_packets,
-                total.encap_bytes, total.decap_packets, total.decap_bytes, seen,
+            found[peer.ordinal] = Peer(
+                address=packed_address(peer), port=peer.port, path_mtu=peer.path_mtu,
+                encap_packets=total.encap_packets, encap_bytes=total.encap_bytes,
+                decap_packets=total.decap_packets, decap_bytes=total.decap_bytes, last_seen=seen,
             )
             peer = next_peer(s, &slot, peer)
-        return rows
+        return found
 
     def peers_n(self):
         """Return the number of peers."""

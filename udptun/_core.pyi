@@ -4,9 +4,7 @@ from collections.abc import Iterable
 from mmap import mmap
 from typing import Literal, Self, TypedDict
 
-from .model import IPNetwork, Route
-
-Peer = tuple[bytes, int, int, int, int, int, int, float | None]
+from .model import IPNetwork, Peer, Route
 
 MAX_FRAME_SEGS: int
 WORKER_EVENTS: dict[str, int]

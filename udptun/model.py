@@ -1,4 +1,4 @@
-"""Endpoints and routes: their values, limits, text and JSON forms. Frozen, validated here.
+"""Endpoints, routes and peers: their values, limits, text and JSON forms. Frozen, validated here.
 
 A leaf: imports only ``errors``. Owns the grammar of a route as users write it
 (``DST via IP [port P] [mtu M]``, or a JSON object), and the limits of ports and MTUs. The compiled
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import FieldError
 
@@ -37,14 +38,17 @@ def parse_address(field: str, value: object, where: str = "") -> IPAddress:
         raise FieldError(field, value, "an IPv4 or IPv6 address", where) from None
 
 
+def is_unicast(address: IPAddress) -> bool:
+    """Return whether a datagram can be sent to the address as that of one host."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return 0 < address.packed[0] < 224
+    return not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
+
+
 def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
     """Parse a unicast address, to which a datagram can be sent."""
     address = parse_address(field, value, where)
-    if isinstance(address, ipaddress.IPv4Address):
-        is_host = 0 < address.packed[0] < 224
-    else:
-        is_host = not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
-    if not is_host:
+    if not is_unicast(address):
         raise FieldError(field, value, "a unicast address", where)
     return address
 
@@ -158,6 +162,23 @@ class Route:
     def __str__(self) -> str:
         mtu = "" if self.mtu is None else f" mtu {self.mtu}"
         return f"{self.dst} via {self.via} port {self.port}{mtu}"
+
+
+class Peer(NamedTuple):
+    """A peer and its counters, as the core reports them.
+
+    address    packed
+    last_seen  seconds since the last packet from it; None: there was none
+    """
+
+    address: bytes
+    port: int
+    path_mtu: int
+    encap_packets: int
+    encap_bytes: int
+    decap_packets: int
+    decap_bytes: int
+    last_seen: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.reference.lpm import table_order
 from udptun._core import RouteTable
 from udptun.errors import FieldError, RouteExists
-from udptun.model import Route, parse_next_hop
+from udptun.model import Route, is_unicast
 
 v4 = st.integers(0, (1 << 32) - 1).map(ipaddress.IPv4Address)
 v6 = st.one_of(
@@ -31,14 +31,7 @@ def prefixes(draw):
     return ipaddress.ip_network(f"{address}/{length}", strict=False)
 
 
-def is_host(address):
-    try:
-        return parse_next_hop("via", str(address)) == address
-    except FieldError:
-        return False
-
-
-routes = st.builds(Route, prefixes(), addresses.filter(is_host), st.integers(1, 65535),
+routes = st.builds(Route, prefixes(), addresses.filter(is_unicast), st.integers(1, 65535),
                    st.none() | st.integers(1280, 65535))
 tables = st.lists(routes, unique_by=lambda r: r.dst, max_size=30)
 

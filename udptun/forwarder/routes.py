@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from .. import _core
 from ..control.events import EventHub
 from ..errors import DeviceError, FieldError, GenerationMismatch, UdptunError
-from ..model import IPAddress, IPNetwork, Route, RouteDiff
+from ..model import IPAddress, IPNetwork, Peer, Route, RouteDiff
 from .state import StateFile
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ EVENTS_MAX = 1000  # a change of more routes emits one event for all of them
 class PeerRoutes:
     """One peer and the prefixes routed to it."""
 
-    peer: _core.Peer
+    peer: Peer
     prefixes: list[str]
 
 

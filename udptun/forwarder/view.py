@@ -128,12 +128,12 @@ class View:
 
 
 def _peer_json(routes: PeerRoutes) -> dict[str, Any]:
-    packed, port, path_mtu, out_n, out_bytes, in_n, in_bytes, seen = routes.peer
+    peer = routes.peer
     return {
-        "endpoint": str(Endpoint(ipaddress.ip_address(packed), port)),
+        "endpoint": str(Endpoint(ipaddress.ip_address(peer.address), peer.port)),
         "subnets": routes.prefixes,
-        "encap": {"packets": out_n, "bytes": out_bytes},
-        "decap": {"packets": in_n, "bytes": in_bytes},
-        "path_mtu": path_mtu,
-        "last_seen_seconds": None if seen is None else round(seen, 3),
+        "encap": {"packets": peer.encap_packets, "bytes": peer.encap_bytes},
+        "decap": {"packets": peer.decap_packets, "bytes": peer.decap_bytes},
+        "path_mtu": peer.path_mtu,
+        "last_seen_seconds": None if peer.last_seen is None else round(peer.last_seen, 3),
     }

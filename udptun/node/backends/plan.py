@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...leases.base import Change, Lease, Subnets
-from ...model import IPAddress, IPNetwork
+from ...model import IPAddress, IPNetwork, is_unicast
 from . import BACKENDS, FLANNEL_DEFAULT
 from .base import PeerNode, Reach
 
@@ -91,7 +91,7 @@ def _check(local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNo
             raise _Unusable(
                 f"its public address {address} is ours: this is an old lease of this node"
             )
-        if not _is_host(address):
+        if not is_unicast(address):
             raise _Unusable(f"its public address {address} is not a unicast address")
 
 
@@ -99,13 +99,6 @@ def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
     """Return ``one.overlaps(other)``, in a tenth of the time. Both have the same IP version."""
     shift = one.max_prefixlen - min(one.prefixlen, other.prefixlen)
     return (int(one.network_address) ^ int(other.network_address)) >> shift == 0
-
-
-def _is_host(address: IPAddress) -> bool:
-    """The check of ``model.parse_next_hop``, for a parsed address."""
-    if address.version == 4:
-        return 0 < address.packed[0] < 224
-    return not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
 
 
 def _paths(local: LocalNode, peer: PeerNode, subnet: IPNetwork) -> tuple[Any | None, ...]:
