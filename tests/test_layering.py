@@ -19,11 +19,12 @@ from udptun.leases.sources import SOURCES
 
 PACKAGE = Path(__file__).resolve().parent.parent / "udptun"
 
-LEAVES = {"errors", "files", "instance", "model", "drops", "_version"}
+LEAVES = {"errors", "files", "instance", "model", "drops", "wait", "_version"}
 RULES = {
     "errors": set(),
     "files": set(),
     "drops": set(),
+    "wait": set(),
     "instance": {"errors"},
     "_version": set(),
     "model": {"errors"},

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..files import replace_file
+from ..wait import wait_at_most
 from .base import Attributes, Lease, Subnets
 from .netconf import NetConfig
-from .wait import wait_at_most
 
 log = logging.getLogger(__name__)
 

@@ -27,15 +27,15 @@ from pathlib import Path
 from ..errors import DeviceError, UdptunError
 from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
-from ..leases.wait import wait_at_most
 from ..net.netlink import Netlink
-from .allocator import return_free_memory, use_one_arena
+from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
 from .backends.base import Site
 from .cleanup import LOCK_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
 from .host.host import Host
 from .host.interface import NoInterface, Underlay, choose
+from .malloc import return_free_memory, use_one_arena
 from .peers import Peers
 from .status.log import LogOnce
 from .status.notify import Notifier

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from ..errors import DeviceError
 from ..leases.base import Change, Lease, Snapshot
-from ..leases.wait import wait_at_most
+from ..wait import wait_at_most
 from .backends.active import ActiveBackends
 from .backends.plan import LocalNode, Plan
 from .status.report import NodeReport

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import FieldError
+from ...wait import wait_at_most
 from ..backoff import Backoff
 from ..base import Attributes, Lease, SourceHealth, StoreDown, StoreRefused, Subnets
 from ..netconf import NetConfig
-from ..wait import wait_at_most
 from . import messages
 from .allocate import Entry, choose, fits, own_entries, same_node
 from .client import Client

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ...errors import FieldError
 from ...model import IPAddress
+from ...wait import wait_at_most
 from ..advert import read as read_advert
 from ..base import (
     Attributes,
@@ -36,7 +37,6 @@ from ..base import (
     Subnets,
 )
 from ..netconf import NetConfig
-from ..wait import wait_at_most
 from .config import FileConfig
 from .schema import HostsFile, parse
 

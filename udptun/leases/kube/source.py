@@ -15,6 +15,7 @@ from contextlib import aclosing, contextmanager
 
 from ...errors import FieldError
 from ...model import IPNetwork
+from ...wait import wait_at_most
 from ..backoff import Backoff
 from ..base import (
     Attributes,
@@ -32,7 +33,6 @@ from ..base import (
     Subnets,
 )
 from ..netconf import NetConfig
-from ..wait import wait_at_most
 from .api import Api, Event, Gone
 from .config import KubeConfig
 from .schema import Annotations, FullNode, Node, network_up_patch
