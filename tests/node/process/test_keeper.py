@@ -98,15 +98,15 @@ async def test_a_matching_forwarder_is_adopted_with_its_routes(
 
 
 async def test_the_forwarders_routes_stay_until_ours_are_known(
-    thread, control, keeper, spec
+    thread, control, keeper, spec, monkeypatch
 ):
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.01)
     with Served(thread, control) as served:
         with ControlClient(str(control)) as client:
             client.put(route(2))
         keeper.want(spec)
         await until(lambda: keeper.report.forwarder.connected, "the forwarder to be adopted")
-        keeper.resync()
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.1)  # several checks
         assert served.forwarder.table == table(route(2))
 
 

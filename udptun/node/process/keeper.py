@@ -98,7 +98,7 @@ class ForwarderKeeper:
     def replace(self, routes: Mapping[IPNetwork, Route]) -> None:
         """Make these the forwarder's only routes."""
         self._routes = dict(routes)
-        self.resync()
+        self._request_replacement()
 
     def change(self, routes: Mapping[IPNetwork, Route | None]) -> None:
         """Set some routes and delete those that are None. After ``replace``."""
@@ -113,14 +113,14 @@ class ForwarderKeeper:
         self._pending.update(routes)
         self._request_work()
 
-    def resync(self) -> None:
-        """Replace the whole table again; a table that is the same already does not change."""
-        self._replace_all = True
-        self._request_work()
-
     async def wait_synced(self) -> None:
         """Return once the forwarder has the right options and our routes."""
         await self._synced.wait()
+
+    def _request_replacement(self) -> None:
+        """Request to send the whole table; a table that is the same already does not change."""
+        self._replace_all = True
+        self._request_work()
 
     def _request_work(self) -> None:
         self._synced.clear()
@@ -283,7 +283,7 @@ class ForwarderKeeper:
 
     def _restore_all(self) -> None:
         log.warning("the forwarder's routes were changed by another program: restoring them")
-        self.resync()
+        self._request_replacement()
 
     async def _check(self) -> None:
         """Restore the forwarder's routes if another program has changed them."""
