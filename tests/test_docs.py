@@ -484,7 +484,7 @@ def test_the_example_of_options_is_valid(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(name, value)
     forward = cli.get_command(click.Context(cli), "forward")
     assert forward is not None
-    with click.Context(cli, info_name="udptun", auto_envvar_prefix="UDPTUN") as parent:
+    with click.Context(cli, info_name="udptun", **cli.context_settings) as parent:
         context = forward.make_context("forward", [], parent=parent)
     for param in forward.params:
         source = context.get_parameter_source(param.name or "")

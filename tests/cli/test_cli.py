@@ -298,7 +298,7 @@ def test_stop(udptun: Udptun, served: Served) -> None:
 def test_help(tmp_path: Path, name: str) -> None:
     udptun = Udptun(tmp_path)
     result = udptun(f"{name} -h")
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"Usage: udptun {name}")
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
 

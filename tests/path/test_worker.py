@@ -383,7 +383,8 @@ def busy(rig, allowed, load=encap_load):
     def work():
         os.sched_setaffinity(0, allowed)
         tids.put(threading.get_native_id())
-        rig.worker.run(1000)
+        while not over.is_set():  # run returns when the feeding thread gets no CPU time
+            rig.worker.run(1000)
 
     def feed_on():
         while not over.is_set():
@@ -429,8 +430,10 @@ def test_a_worker_that_is_busy_receiving_is_not_pinned():
     allowed = os.sched_getaffinity(0)
     with Rig() as rig:
         with busy(rig, allowed, decap_load) as tid:
+            end = time.monotonic() + 60
             wanted = cpu_ticks(tid) + os.sysconf("SC_CLK_TCK")
             while cpu_ticks(tid) < wanted:
+                assert time.monotonic() < end
                 assert os.sched_getaffinity(tid) == allowed
                 time.sleep(0.005)  # leave the core to the worker
         assert rig.counts()["decap"]["delivered"] > 1000
