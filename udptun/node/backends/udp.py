@@ -113,7 +113,7 @@ class UdpBackend(Backend[Route]):
     async def run(self) -> None:
         await self._keeper.run()
 
-    async def wait_synced(self) -> None:
+    async def synced(self) -> None:
         await self._keeper.wait_synced()
 
     async def apply_all(self, paths: Mapping[IPNetwork, Route]) -> None:
