@@ -42,7 +42,8 @@ WORKER_EVENTS = {
 
 
 cdef dict packets_of(const direction_t* d, uint64_t queued):
-    """Return both sides of the invariant for one direction, in inner IP packets."""
+    """Return the five counts of inner IP packets of one direction:
+    read + generated = delivered + dropped + queued."""
     cdef uint64_t dropped = 0
     cdef int i
     for i in range(DROP_REASONS_N):
@@ -104,7 +105,7 @@ cdef class Worker:
         event.events = EPOLLIN
         event.data.u64 = 0
         if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not epoll_register(w):
-            raise OSError(errno, "cannot fill the worker's epoll set")
+            raise OSError(errno, "cannot add the worker's descriptors to its epoll set")
         core.add_worker(self, w)
 
     def __dealloc__(self):
@@ -155,7 +156,7 @@ cdef class Worker:
         return [name for name, bit in WORKER_EVENTS.items() if events & bit]
 
     def in_use(self):
-        """Return those features that are still on, of the ones that can be lost at run time."""
+        """Return the features that are still on, among those that can be lost at run time."""
         return {
             name for name, on in (
                 ("udp-gso", self.w.udp_gso), ("tcp-merge", self.w.merge.tcp),
@@ -177,7 +178,7 @@ cdef class Worker:
         }
 
     cdef dict packets(self):
-        """Return both sides of the invariant: {direction: {read, generated, ...}}."""
+        """Return ``packets_of`` by direction: {direction: {read, generated, ...}}."""
         return {
             ENCAP: packets_of(&self.w.encap, self.w.queue.waiting_n),
             DECAP: packets_of(&self.w.decap, 0),

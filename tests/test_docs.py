@@ -266,7 +266,7 @@ def test_the_example_of_readyz_is_real() -> None:
     report.peers.carried_n = {"udp": 6, "vxlan": 0}
     report.peers.unreachable = {
         "10.5.60.0-24":
-        "the peer's vxlan backend ignores nodes that, like this one, have only UDP; "
+        "this node has only UDP, and the peer's vxlan backend ignores nodes without VXLAN; "
         "the peer does not advertise UDP",
     }
     checks = judge(report)

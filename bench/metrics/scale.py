@@ -1,9 +1,10 @@
 """Scaling: 64-byte packets per second at 0.5 % loss, with 1..100,000 routes or 1..100 peers.
 
 Consecutive packets go to different addresses, one address per route. Variant "N routes": all routes
-have host b as next hop. Variant "N peers": the routes have N addresses of host b as next hops; nft
-on b (destination NAT) delivers the datagrams to its only tunnel, also for N = 1, so that the
-variants can be compared. Needs a contender whose routes can be set: udptun or onepacket.
+have host b as next hop. Variant "N peers": the routes have N addresses of host b as next hops. Host
+b has one tunnel; an nft rule on b (destination NAT) sends the datagrams of all N addresses to it.
+The rule also exists for N = 1, so that all variants have the same cost. Needs a contender whose
+routes can be set: udptun or onepacket.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from .pps import THRESHOLDS, Search, Streams
 VARIANTS = (
     "1 routes", "100 routes", "10000 routes", "100000 routes", "1 peers", "10 peers", "100 peers",
 )
-_AREA = ipaddress.IPv4Network("10.64.0.0/10")
+_TEST_PREFIX = ipaddress.IPv4Network("10.64.0.0/10")
 _FIRST_PEER = 101
 _SIZE = 64
 _TRIAL_SHARE = 0.5
 
 
 @contextlib.contextmanager
-def area_routes(path: PathUnderTest) -> Iterator[None]:
-    """Route the area into the tunnel on host a; make all its addresses local on host b."""
-    path.a.ip(f"route replace {_AREA} dev {path.device} src {path.at_a}")
-    path.b.ip(f"route replace local {_AREA} dev lo")
+def test_routes(path: PathUnderTest) -> Iterator[None]:
+    """Route the test prefix into the tunnel on host a; make all its addresses local on host b."""
+    path.a.ip(f"route replace {_TEST_PREFIX} dev {path.device} src {path.at_a}")
+    path.b.ip(f"route replace local {_TEST_PREFIX} dev lo")
     try:
         yield
     finally:
-        path.a.ip(f"route del {_AREA} dev {path.device}")
-        path.b.ip(f"route del local {_AREA} dev lo")
+        path.a.ip(f"route del {_TEST_PREFIX} dev {path.device}")
+        path.b.ip(f"route del local {_TEST_PREFIX} dev lo")
 
 
 @contextlib.contextmanager
@@ -73,19 +74,19 @@ class Spread:
         if path.set_routes is None:
             raise Refused(f"the routes of {path.name} cannot be set")
         with contextlib.ExitStack() as made:
-            made.enter_context(area_routes(path))
+            made.enter_context(test_routes(path))
             hops = [str(path.b.v4)]
             if self.kind == "peers":
                 hops = made.enter_context(peers(path, self.n))
             made.callback(path.set_routes, ())
             # ``udpload send --spread`` sends to the first address of each prefix.
-            prefixes = consecutive(str(_AREA.network_address), self.n)
+            prefixes = consecutive(str(_TEST_PREFIX.network_address), self.n)
             path.set_routes(list(zip(prefixes, itertools.cycle(hops), strict=False)))
             return self._search(path)
 
     def _search(self, path: PathUnderTest) -> SlotResult:
         streams = Streams(path, self.seconds, _SIZE, {
-            "spread": self.n, "address": _AREA.network_address, "listen": "0.0.0.0",
+            "spread": self.n, "address": _TEST_PREFIX.network_address, "listen": "0.0.0.0",
         })
         value = Search(streams.send).highest(THRESHOLDS["pps_at_half_percent"])
         if not value:

@@ -1,4 +1,7 @@
-"""Print the result of each micro benchmark in a comparable unit: ns per item, or GB/s."""
+"""Print the result of each micro benchmark in a comparable unit: ns per item, or GB/s.
+
+Items and bytes are those of one round.
+"""
 
 from collections.abc import Callable
 
@@ -14,7 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def ns_each(benchmark, request) -> Callable[[int], None]:
-    """Return a function that reports the time per item; call it with the items of one round."""
+    """Return a function that reports the time per item; call it with the number of items."""
 
     def report(n: int) -> None:
         if benchmark.stats:
@@ -25,7 +28,7 @@ def ns_each(benchmark, request) -> Callable[[int], None]:
 
 @pytest.fixture
 def gb_per_second(benchmark, request) -> Callable[[int], None]:
-    """Return a function that reports the throughput; call it with the bytes of one round."""
+    """Return a function that reports the throughput; call it with the number of bytes."""
 
     def report(n: int) -> None:
         if benchmark.stats:

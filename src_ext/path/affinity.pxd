@@ -47,11 +47,12 @@ cdef struct affinity_t:
     uint64_t pinned_until       # 0 = not pinned
     cpu_set_t pinned            # the one core
     cpu_set_t saved             # the mask to restore
-    bint unrestricted           # ``saved`` is what the cpuset allows, not a mask that was set
+    bint unrestricted           # ``saved`` equals the cpuset: no narrower mask was set
 
 
 cdef inline bint set_unrestricted(const cpu_set_t* expected) noexcept nogil:
-    """Allow every core. Return whether what the cpuset leaves of them equals ``expected``."""
+    """Allow every core; the kernel limits this to the cpuset. Return whether the resulting mask
+    equals ``expected``."""
     cdef cpu_set_t found
     memset(&found, 0xFF, sizeof(found))
     if sched_setaffinity(0, sizeof(found), &found) < 0:

@@ -54,7 +54,7 @@ cdef struct direction_t:        # counters of inner IP packets
 cdef struct run_t:              # what one message of sendmmsg carries
     uint32_t n                  # datagrams
     uint32_t bytes_
-    int32_t next                # index of the datagram after them, to the same peer; -1 = none
+    int32_t next                # index of the peer's first datagram after this message; -1 = none
 
 
 cdef struct shared_t:
@@ -139,7 +139,7 @@ cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept 
 
 
 cdef inline void raise_event(worker_t* w, uint64_t event) noexcept nogil:
-    """Set an event bit and wake the control side, once until the control side takes the event."""
+    """Set an event bit and wake the control side. Do nothing if the bit is already set."""
     cdef uint64_t one = 1
     if w.events & event != event:
         w.events |= event

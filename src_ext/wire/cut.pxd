@@ -6,7 +6,7 @@ validates a frame, ``cut_start`` makes a template of its headers, ``cut_segment`
 Each payload byte is summed once, and the constant part of a header's sum once per super-packet.
 Source: linux/virtio_net.h, RFC 9293 (seq, FIN/PSH), RFC 3168 6.1.2 (CWR on the first only),
 RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id), RFC 8200 4 (extension headers: a TCP
-super-packet has those of the socket's sticky options).
+super-packet has them if the application set them on its socket, RFC 3542 sticky options).
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -26,7 +26,8 @@ from wire.packet cimport ip_src, ip_t, skip_extensions
 
 cdef enum:
     MAX_SEG_HDR = 120       # an IPv4 and a TCP header, each with the maximum of options
-    SEG_HDR_ROOM = 128      # bytes that cut_header writes, in halves; at least MAX_SEG_HDR
+    SEG_HDR_ROOM = 128      # size of a header buffer, >= MAX_SEG_HDR. cut_header copies the first half,
+                            # and the second half only if the headers are longer
 
 
 cdef struct cut_t:
@@ -42,8 +43,8 @@ cdef struct cut_t:
     uint64_t pseudo         # sum of the pseudo-header without the length
     # set by ``cut_start``: the headers, with zeros where segments differ, and their sums
     uint8_t flags           # TCP: of the super-packet
-    uint64_t ip_base        # of the IPv4 header
-    uint64_t l4_base        # of the pseudo-header without the length, and the transport header
+    uint64_t ip_base        # sum of the IPv4 header in ``hdr``
+    uint64_t l4_base        # ``pseudo``, plus the sum of the transport header in ``hdr``
     uint8_t hdr[SEG_HDR_ROOM]
 
 
@@ -80,10 +81,10 @@ cdef inline drop_t plan_cut(
 ) noexcept nogil:
     """Validate a super-packet, and compute how to cut it.
 
-    p      the IP packet, n bytes, at most 65535; the transport header's checksum and UDP's length
-           are set to zero
+    p      the IP packet, n bytes, at most 65535. On PASS, this function has set the transport
+           header's checksum and UDP's length field to zero
     ip     from ``parse_ip``
-    cut    out; undefined if the packet is dropped, except cut.n, which is then unchanged
+    cut    the result. If the packet is dropped, cut.n is unchanged; all other fields are undefined
     drops  BAD_GSO: gso_size 0, unknown type, the type contradicts the protocol, the checksum
            offsets contradict the headers. BAD_L4_HEADER: the TCP or UDP header or an extension
            header does not parse, or all headers together exceed MAX_SEG_HDR

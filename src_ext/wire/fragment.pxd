@@ -4,8 +4,8 @@ Owns no state and copies no payload. The caller has parsed the IP header, and ha
 packet is IPv4 without DF. The options are validated here.
 Source: RFC 791 3.1 (options, copied flag), 3.2 (fragmentation procedure).
 
-The packet is in two pieces. hdr[0:ip_hdr_len + lead_len] is the IP header, and a transport header
-of lead_len bytes if the caller wrote one there; data is the rest.
+The packet is in two pieces. ``hdr`` is the IP header, ip_hdr_len bytes, and after it the *lead*: a
+transport header of lead_len bytes, 0 if the caller wrote none there. ``data`` is the rest.
 """
 
 from libc.stdint cimport uint8_t, uint32_t
@@ -19,7 +19,7 @@ from wire.headers cimport (
 
 
 cdef enum:
-    FRAG_HDR_MAX = SEG_HDR_ROOM  # fits an IP header of 60 bytes and a lead of 60
+    FRAG_HDR_MAX = SEG_HDR_ROOM  # an IP header of 60 bytes and a lead of 60 fit
     OPT_END = 0
     OPT_NOP = 1
     OPT_COPIED = 0x80
@@ -83,8 +83,9 @@ cdef inline void fragment_at(
     """Write fragment i.
 
     hdr      20..60 bytes of IP header, then lead_len <= 60; its length field is ignored
-    i        0..fragment_n - 1. All fragments except the last have an equal payload: what fits with
-             the full header, so that offsets do not depend on the options
+    i        0..fragment_n - 1. All fragments except the last have the same payload length:
+             the MTU minus the full IP header, rounded down to 8 bytes. Later fragments can have
+             fewer options and thus space for more, but the length does not depend on this
     out_hdr  FRAG_HDR_MAX bytes, does not overlap hdr. Out: the first fragment's full header and
              lead, or a later fragment's header with the copied options
     out      out.data points into data

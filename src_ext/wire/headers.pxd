@@ -63,8 +63,8 @@ cdef enum:
     TCP_F_CWR = 0x80
 
     # UDP
-    UDP_LEN = 8
-    UDP_LENGTH = 4
+    UDP_LEN = 8             # header size
+    UDP_LENGTH = 4          # offset of the length field
     UDP_CSUM = 6
 
     PROTO_ICMP = 1

@@ -44,7 +44,7 @@ cdef enum:
     ICMP_BURST_NS = 50000000
 
 
-cdef struct icmp_bucket_t:  # one per kind and family; zeroed: counts as full at its first use
+cdef struct icmp_bucket_t:  # one per kind and family. Zeros: the bucket is full at its first use
     uint64_t tokens_ns
     uint64_t last_ns
 

@@ -74,11 +74,11 @@ cdef struct merge_t:
     flow_t flows[MERGE_FLOWS]
 
 
-cdef enum merge_class_t:        # how a packet is written, and which outputs it ends
+cdef enum merge_class_t:        # how a packet is written, and which outputs it closes
     MERGE_CANDIDATE             # joins its flow's output, or starts one that others may join
-    MERGE_ALONE                 # is an output by itself; ends no other output
-    MERGE_ENDS_FLOW             # is an output by itself; ends its flow's output
-    MERGE_ENDS_ALL              # is an output by itself; ends the outputs of all flows
+    MERGE_ALONE                 # is an output by itself; closes no other output
+    MERGE_CLOSES_FLOW           # is an output by itself; closes its flow's output
+    MERGE_CLOSES_ALL            # is an output by itself; closes the outputs of all flows
 
 
 cdef struct candidate_t:        # a packet, and its header fields that decide about merging
@@ -116,11 +116,11 @@ cdef inline merge_class_t merge_classify_tcp(
     c.hdr_len = c.ip_hdr_len + (tcp[TCP_OFF] >> 4) * 4
     c.flags = tcp[TCP_FLAGS]
     if c.hdr_len < c.ip_hdr_len + TCP_MIN or c.hdr_len > c.n:
-        return MERGE_ENDS_FLOW
+        return MERGE_CLOSES_FLOW
     if c.hdr_len == c.n:
-        return MERGE_ALONE if c.flags == TCP_F_ACK else MERGE_ENDS_FLOW
+        return MERGE_ALONE if c.flags == TCP_F_ACK else MERGE_CLOSES_FLOW
     if not m.tcp or c.flags & ~TCP_F_PSH != TCP_F_ACK or tcp[TCP_OFF] & 15 != 0:
-        return MERGE_ENDS_FLOW
+        return MERGE_CLOSES_FLOW
     c.seq = load_be32(tcp + TCP_SEQ)
     return MERGE_CANDIDATE
 
@@ -136,7 +136,7 @@ cdef inline merge_class_t merge_classify_udp(
         not m.udp or load_be16(udp + UDP_LENGTH) != c.n - c.ip_hdr_len or c.hdr_len == c.n
         or load_u16(udp + UDP_CSUM) == 0
     ):
-        return MERGE_ENDS_FLOW
+        return MERGE_CLOSES_FLOW
     return MERGE_CANDIDATE
 
 
@@ -159,11 +159,11 @@ cdef inline merge_class_t merge_classify(
     c.payload_len = 0
     c.seq = 0
     if ip.fragment or ip.total_len != n or (ip.version == 6 and is_extension(ip.proto)):
-        return MERGE_ENDS_ALL
+        return MERGE_CLOSES_ALL
     if not c.tcp and ip.proto != PROTO_UDP:
         return MERGE_ALONE
     if n < ip.hdr_len + <size_t>(TCP_MIN if c.tcp else UDP_LEN):
-        return MERGE_ENDS_ALL
+        return MERGE_CLOSES_ALL
     if c.tcp:
         kind = merge_classify_tcp(m, p + ip.hdr_len, c)
     else:
@@ -172,7 +172,7 @@ cdef inline merge_class_t merge_classify(
         return kind
     if ip.version == 4:
         if ip.hdr_len != IP4_MIN:
-            return MERGE_ENDS_FLOW
+            return MERGE_CLOSES_FLOW
         c.id = load_be16(p + IP4_ID)
     c.payload_len = c.n - c.hdr_len
     return MERGE_CANDIDATE
@@ -317,15 +317,16 @@ cdef inline void merge_add(
 ) noexcept nogil:
     """Take one packet p[0:n], borrowed until the outputs are written.
 
-    ip  from ``parse_ip``; the caller keeps packets_n under MERGE_PACKETS
+    m   m.packets_n must be less than MERGE_PACKETS
+    ip  from ``parse_ip``
     """
     cdef candidate_t c
     cdef flow_t* flow
     cdef output_t* out
     cdef merge_class_t kind = merge_classify(m, p, n, ip, &c)
-    if kind == MERGE_ENDS_ALL:
+    if kind == MERGE_CLOSES_ALL:
         m.epoch += 1
-    if kind == MERGE_ENDS_ALL or kind == MERGE_ALONE:
+    if kind == MERGE_CLOSES_ALL or kind == MERGE_ALONE:
         merge_alone(m, p, n)
         return
     flow = merge_flow(m, &c)
@@ -335,7 +336,7 @@ cdef inline void merge_add(
             if checksums_valid(&c, p, n):
                 merge_join(m, out, &c)
                 return
-            kind = MERGE_ENDS_FLOW
+            kind = MERGE_CLOSES_FLOW
     if kind == MERGE_CANDIDATE:
         merge_open(m, flow, &c)
     else:

@@ -1,4 +1,5 @@
-"""bench/copylimit uses the batch limits of udptun's worker; otherwise it is not its upper bound."""
+"""bench/copylimit must use the batch limits of udptun's worker. Otherwise the copy limit is not an
+upper bound for the worker."""
 
 import re
 from pathlib import Path

@@ -8,7 +8,7 @@ from bench.metrics.pps import MIN_PPS, Search, Trial
 class Tunnel:
     """Carries ``capacity`` packets per second; the sender sends at most ``sender_max``.
 
-    disturbances  the numbers of trials in which 10 % of the packets are lost
+    disturbances  which trials (1 = the first) lose 10 % of the packets
     """
 
     def __init__(self, capacity, sender_max=500_000.0, disturbances=()):
@@ -50,7 +50,7 @@ def test_a_tunnel_that_always_loses_gets_rate_0():
     assert Search(Tunnel(MIN_PPS / 10)).highest(0.0) == 0.0
 
 
-def test_the_loss_limits_share_the_trials():
+def test_a_second_loss_limit_reuses_earlier_trials():
     tunnel = Tunnel(100_000.0)
     search = Search(tunnel)
     search.highest(0.0)

@@ -5,7 +5,7 @@ import pytest
 from bench import goals, profiles, readme, record, report, summary
 from bench.units import number, spread
 
-TCP = {"metric": "tcp", "profile": "P1", "variant": "1 there"}
+TCP = {"metric": "tcp", "profile": "P1", "variant": "1 there"}  # one stream, from a to b
 
 
 def slot(block, contender, value, refused=None, key=TCP, name="bits_per_second"):
@@ -41,7 +41,7 @@ def run():
     return summary.load(LINES)
 
 
-def test_only_accepted_blocks_and_proved_slots_count(run):
+def test_rejected_blocks_and_refused_slots_are_left_out(run):
     figures = run.get("tcp", "P1", "1 there", "bits_per_second")
     assert figures.names() == ["vxlan", "udptun", "onepacket"]
     assert len(figures.blocks) == 2

@@ -493,7 +493,7 @@ async def test_a_change_of_the_network_is_logged(hosts, caplog):
         await next_update()
         replace(hosts, toml(1, network="10.0.0.0/8"))
         await next_update()
-        assert "the network has changed" in caplog.text
+        assert "the network section of the file has changed" in caplog.text
         assert (await source.network()).network == IPv4Network("10.0.0.0/8")
 
 

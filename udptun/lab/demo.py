@@ -54,19 +54,20 @@ def run(seconds: int = 4, out: TextIO | None = None) -> int:
 
 def perform(
     command: str, show: Callable[[Lab, Screen], bool], out: TextIO | None = None,
-    obstacle: str | None = None,
+    missing: str | None = None,
 ) -> int:
     """Run a demo in a lab of its own, print what was removed, and return the exit code.
 
-    show      the demo; returns whether everything worked
-    obstacle  why this demo cannot run here, in addition to what every demo needs
+    show     the demo; returns whether everything worked
+    missing  a requirement of this demo that this host does not meet, or None. The requirements of
+             every demo are checked here
     """
     screen = Screen(out or sys.stdout)
-    complaint = _missing() or obstacle
-    if complaint:
-        print(f"{command} needs {complaint}", file=sys.stderr)
+    missing = _missing() or missing
+    if missing:
+        print(f"{command} needs {missing}", file=sys.stderr)
         return 1
-    lab, removed = Lab(), "nothing: nothing was created"
+    lab, removed = Lab(), "nothing, because nothing was created"
     try:
         with lab:
             try:

@@ -1,10 +1,10 @@
 """Read the host's interfaces, addresses and routes.
 
-Owns the reading, in the kernel's terms; ``node/host`` chooses the interface for the overlay.
+Returns what the kernel reports; ``node/host`` chooses the interface for the overlay.
 Threading: call from any asyncio loop; the work runs in the thread of the given ``Netlink``.
 
-Tables are parsed from bytes. pyroute2 makes an object of each message, which takes most of a second
-for the routes of 5,000 peers, and a node has one interface per pod.
+Tables are parsed from bytes. pyroute2 makes an object of each message, which takes almost a second
+for the routes of 5,000 peers. The list of interfaces can be long too: a node has one per pod.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .netlink import IFF_UP, Netlink
 RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE = 18, 22, 26
 RT_TABLE_MAIN, RTN_UNICAST = 254, 1
 RTA_OIF, RTA_MULTIPATH, RTA_TABLE = 4, 9, 15
-IFINFOMSG = struct.Struct("=BxHiII")  # family, kind of device, number, flags, change
+IFINFOMSG = struct.Struct("=BxHiII")  # family, kind of device, index, flags, change
 RTMSG = struct.Struct("=8BI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
-RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, interface number
+RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, interface index
 IFLA_IFNAME, IFLA_MTU = 3, 4  # linux/if_link.h
 # linux/if_addr.h
-IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface number
+IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFA_F_TEMPORARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x01, 0x08, 0x20, 0x40
 
@@ -130,8 +130,8 @@ def _interfaces() -> tuple[Interface, ...]:
 def _rank(address: IPAddress, flags: int) -> int:
     """Rank an address as an endpoint for peers, 0 is best; equal ones stay in the kernel's order.
 
-    From worst to best: link-local; deprecated; temporary (RFC 8981); tentative (duplicate address
-    detection is not complete).
+    Best is an address with none of these properties. Then, from better to worse: tentative
+    (duplicate address detection is not complete), temporary (RFC 8981), deprecated, link-local.
     """
     # In IPv4 this flag marks a secondary address of a subnet, which is as good as the first.
     temporary = flags & IFA_F_TEMPORARY and address.version == 6
@@ -146,7 +146,7 @@ def _default_routes(version: int) -> tuple[int, ...]:
         messages = kernel.dump(RTM_GETROUTE, request)
     found = []
     for message in messages:
-        # Only the header: the overlay can have thousands of routes.
+        # Parse only the header first: the overlay can have thousands of routes.
         _, dst_len, _, _, _, _, _, kind, _ = RTMSG.unpack_from(message)
         if dst_len == 0 and kind == RTN_UNICAST:  # a kernel before 4.20 sends all routes
             route = attributes(message, RTMSG.size)

@@ -37,7 +37,7 @@ AF_BRIDGE = 7
 METRIC = {4: 0, 6: 1024}
 
 NDMSG = struct.Struct("=B3xiHBB")  # family, interface, state, flags, type
-RTMSG = struct.Struct("=8BI")  # family, lengths 2, TOS, table, protocol, scope, type; flags
+RTMSG = struct.Struct("=8BI")  # family, dst_len, src_len, TOS, table, protocol, scope, type; flags
 NUMBER = struct.Struct("=I")
 NUMBER_ATTRIBUTE = struct.Struct("=HHI")
 # A whole request body: one of the headers above, then attributes. By IP version.
@@ -61,9 +61,9 @@ class Entries:
     routes      prefix -> next hop. There are three kinds of routes:
                 - Next hop is the base address of the prefix: a route through the device.
                 - Next hop is the endpoint of a peer: a direct route, which does not use the device.
-                - ON_LINK: a route through the device to the base address of an IPv6 subnet alone.
-                  If another route matches the base address, the kernel refuses it as a next hop
-                  until this route exists.
+                - ON_LINK: a /128 route through the device to the base address of an IPv6 subnet.
+                  If another route covers the base address, the kernel accepts the address as a
+                  next hop only while this route exists.
     """
 
     neighbours: dict[bytes, bytes] = field(default_factory=dict)

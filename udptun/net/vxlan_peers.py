@@ -34,7 +34,7 @@ class VxlanPeer:
     """A subnet of a peer. Raises FieldError if ``mac`` is not a unicast MAC address.
 
     mac     MAC address of the peer's device, "aa:bb:cc:dd:ee:ff" (VtepMAC of its lease)
-    direct  route to ``endpoint`` without encapsulation if it is on the link
+    direct  if ``endpoint`` is on the link, route the subnet via it without encapsulation
     """
 
     subnet: IPNetwork
@@ -105,7 +105,7 @@ class EntryUpdate:
     def put(self, peers: Iterable[VxlanPeer], device: str, version: int) -> None:
         """Add the entries of ``peers``. Raises OSError.
 
-        The route is added after the neighbour entry; without one the kernel would send
+        The neighbour entry is added before the route: without the entry, the kernel would send
         solicitations for packets on the route.
 
         version  IP version of the device's underlay, and of the subnets that the device carries

@@ -106,7 +106,7 @@ def test_direct_routing_is_passed_to_the_peer():
 @pytest.mark.parametrize(
     ("local", "peer", "why"),
     [
-        (UDP_ONLY, lease(backend="vxlan", data=VXLAN), "have only UDP"),
+        (UDP_ONLY, lease(backend="vxlan", data=VXLAN), "has only UDP"),
         (VXLAN_ONLY, lease(), "only VXLAN"),
         (BOTH, lease(backend="host-gw"), "host-gw"),
         (BOTH, lease(backend="vxlan", data={"VNI": 2, "VtepMAC": MAC}), "do not match this node's"),

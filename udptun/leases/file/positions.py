@@ -81,7 +81,7 @@ class Positions:
                 self._value(f"{path}[{i}]")
                 i += 1
         else:
-            while self._peek() == ":":  # the rest of a time in TOML
+            while self._peek() == ":":  # a TOML time, 12:30:00, is three tokens and two colons
                 self._next()
                 self._next()
 

@@ -1,6 +1,6 @@
 """Leases from a hosts file: the source that needs no store besides the file.
 
-Owns: reading the file again when it changes, and determining which of its nodes this machine is.
+Owns: reading the file again when it changes, and finding this machine's entry in it.
 ``schema`` has the grammar of the file.
 Threads: asyncio, one loop; helper threads access the file, which may be large or on a network.
 
@@ -64,8 +64,8 @@ class FileSource(LeaseSource):
                of our addresses
     hostname   default: that of the kernel
     addresses  returns the addresses of this host; called if the names do not identify our node
-    The file determines all leases, so ``acquire`` ignores the attributes it is given. The port and
-    mtu of a node are in its lease as an Advert, also in our own.
+    The file determines all leases, so ``acquire`` ignores the attributes it is given. Every
+    lease, including our own, has the node's port and mtu as an Advert in its backend data.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class FileSource(LeaseSource):
 
     def _use(self, hosts: HostsFile) -> None:
         if self._hosts is not None and hosts.network != self._hosts.network:
-            log.warning("%s: the network has changed; the new one applies after a reload or "
-                        "restart", self._path)
+            log.warning("%s: the network section of the file has changed; the change takes effect "
+                        "when the daemon reloads (SIGHUP) or restarts", self._path)
         self._hosts, self._error = hosts, None
         self.health.connected, self.health.error = True, ""
         if self._own_key:
@@ -187,14 +187,14 @@ class FileSource(LeaseSource):
         return await self._find_own(hosts)
 
     async def _find_own(self, hosts: HostsFile) -> Lease:
-        """Return the lease of this machine. Raises StoreRefused, which names the names and
+        """Return the lease of this machine. Raises StoreRefused; its message lists the names and
         addresses that were searched for, and the nodes in the file."""
         by_name = {lease.name: lease for lease in hosts.leases}
-        existing = f"it has {_join(by_name)}"
+        existing = f"nodes in the file: {_join(by_name)}"
         if self._node_name:
             if self._node_name in by_name:
                 return by_name[self._node_name]
-            raise StoreRefused(f"{self._path} has no node {self._node_name}: {existing}")
+            raise StoreRefused(f"{self._path} has no node {self._node_name}; {existing}")
         for name in (self._hostname, self._hostname.partition(".")[0]):
             if name in by_name:
                 return by_name[name]
@@ -209,8 +209,8 @@ class FileSource(LeaseSource):
                 f"{self._path}: this host has the public addresses of several nodes ({names}), and "
                 f"none of them has its hostname {self._hostname}: set --node-name")
         raise StoreRefused(
-            f"{self._path} has no node with the hostname {self._hostname} or a public address of "
-            f"this host ({_join(local)}): {existing}; set --node-name")
+            f"{self._path}: no node matches this host (hostname {self._hostname}, addresses "
+            f"{_join(local)}); {existing}; set --node-name")
 
     def _check_own(self, hosts: HostsFile) -> None:
         health = self.health
@@ -219,15 +219,16 @@ class FileSource(LeaseSource):
         elif health.lease != "lost":
             health.lease = "lost"
             health.lease_error = f"{self._path} has no node {self._own_key} any more"
-            log.error("%s; its subnets stay in use until the node is back", health.lease_error)
+            log.error("%s; this host keeps its subnets; add the node to the file again",
+                      health.lease_error)
 
 
 def _settled_signature(path: Path) -> Signature:
-    """Return what identifies the present state of the file, once it is not being written to.
+    """Wait until the file is no longer being written to; return values that identify this version.
 
-    An editor that writes in place truncates the file first, and half a list of nodes can be valid.
-    A state that is old enough also differs from every later one, however coarse the timestamps of
-    the file system are.
+    An editor that writes in place truncates the file first, and a half-written list can be valid.
+    The wait also makes sure that a later write gets a different timestamp, even if the file system
+    has coarse timestamps.
     """
     for _ in range(SETTLE_TRIES):
         stat = path.stat()

@@ -117,7 +117,8 @@ def _inactive(local: LocalNode, peer: PeerNode) -> str:
         return ""
     if kind in BACKENDS:
         only = " and ".join(BACKENDS[name] for name in active)
-        return f"the peer's {kind} backend ignores nodes that, like this one, have only {only}"
+        return (f"this node has only {only}, and the peer's {kind} backend ignores nodes "
+                f"without {BACKENDS[kind]}")
     return f"the peer's backend is {kind}, which udptun does not have"
 
 
