@@ -28,7 +28,7 @@ cdef enum:
     # IPv4
     IP4_MIN = 20
     IP4_TOS = 1
-    IP4_LEN = 2
+    IP4_LEN = 2             # offset of the total length field
     IP4_ID = 4
     IP4_FRAG = 6
     IP4_TTL = 8
@@ -41,7 +41,7 @@ cdef enum:
     IP4_OFFSET = 0x1FFF
 
     # IPv6
-    IP6_LEN = 40
+    IP6_LEN = 40            # header size
     IP6_PAYLOAD = 4
     IP6_NEXT = 6
     IP6_HOPS = 7
