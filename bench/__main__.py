@@ -1,4 +1,4 @@
-"""Runs ``python -m bench``; see the docstring of the package, or --help."""
+"""Runs ``python -m bench``; see the docstring of the package ``bench``, or --help."""
 
 import sys
 

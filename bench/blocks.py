@@ -4,13 +4,18 @@ Owns: the order of the slots, the counters read before and after each slot, the 
 block, and the number of blocks. ``metrics`` has the measurements. Main thread only, like
 udptun.lab.
 
-A slot is one measurement of one contender. A block measures every contender, usually twice, the
+A slot is one measurement of one contender. A block usually measures every contender twice, the
 second time in reverse order: direct, vxlan, udptun, udptun, vxlan, direct. A steady drift of the
-machine then affects all contenders equally, and the two slots of one contender show the noise of
-repeating a measurement. A block is rejected if the hypervisor took CPU time from this machine
-(steal time), or if the two slots of its first contender differ too much. Neither rule looks at the
-ratios between contenders. A rejected block stays in the record, and another block replaces it if
-time allows.
+machine then affects all contenders equally. The difference between the two slots of one contender
+shows the noise of a measurement.
+
+A block is rejected in two cases:
+
+- The hypervisor took CPU time from this machine (steal time).
+- The two slots of the block's first contender differ too much.
+
+Neither rule uses the ratios between contenders. A rejected block stays in the record, and another
+block replaces it if there is time left.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from .session import OutOfTime, Session
 
 MAX_STOLEN = 0.02
 MAX_DRIFT = 0.30
-# Time of a slot in addition to its measurement: starting processes, reading counters.
+# The time of a slot in addition to its measurement, to start processes and to read counters.
 _SLOT_OVERHEAD_SECONDS = 0.4
 
 
@@ -37,7 +42,7 @@ _SLOT_OVERHEAD_SECONDS = 0.4
 class SlotResult:
     """The result of one slot.
 
-    values    by name; see ``units``
+    values    the measured values by name; ``units`` lists the names
     received  payload bytes received at b and at a; the counters on the wire must confirm them
     facts     further details for the record
     """
@@ -48,7 +53,7 @@ class SlotResult:
 
 
 class Refused(Exception):
-    """The slot did not do what it should have measured; it gives no figure."""
+    """The operation that the slot measures did not take place, so the slot has no figure."""
 
 
 Measure = Callable[[PathUnderTest], SlotResult]
@@ -58,8 +63,8 @@ Measure = Callable[[PathUnderTest], SlotResult]
 class Series:
     """Measurements that are compared with each other: one metric, profile and variant.
 
-    drift_value  the name of the value by which the two slots of a block's first contender are
-                 compared; None: they are not compared
+    drift_value  the name of the value that is compared between the two slots of a block's first
+                 contender; None if the two slots are not compared
     """
 
     metric: str
@@ -72,10 +77,10 @@ class Series:
 
 
 def slot_order(names: Sequence[str], mirrored: bool, block: int) -> list[str]:
-    """Return the contenders of a block's slots.
+    """Return the contender of each slot of a block, in order.
 
-    mirrored      two slots per contender, the second half in reverse order
-    not mirrored  one slot per contender, every other block in reverse order
+    mirrored      two slots per contender; the second half of the block is in reverse order
+    not mirrored  one slot per contender; every second block is in reverse order
     """
     forward = list(names)
     if mirrored:
@@ -87,7 +92,7 @@ def run_blocks(
     s: Session, series: Series, contenders: Sequence[str], measure: Measure, *, blocks: int,
     slot_seconds: float, mirrored: bool = True,
 ) -> None:
-    """Measure until ``blocks`` blocks are accepted; try at most half as many again."""
+    """Measure until ``blocks`` blocks are accepted. Measure at most 1.5 times ``blocks`` blocks."""
     names = [c.name for c in s.set_up_available(contenders, series.profile)]
     if not names:
         return
@@ -118,7 +123,8 @@ def run_blocks(
 def run_local_blocks(
     s: Session, series: Series, measure: Callable[[], SlotResult], *, blocks: int
 ) -> None:
-    """Run blocks of one slot each, for a step of udptun in this process, without hosts."""
+    """Run blocks of one slot each; a slot measures a step of udptun in this process, without hosts.
+    """
     for block in range(blocks):
         s.progress.now(f"{series}, block {block + 1} of {blocks}")
         cpu_before, refused, result = system.cpu_time(), None, SlotResult({})
@@ -158,7 +164,7 @@ def _slot(
         refused = refusal_reason(series.profile, result.received, (counted[0], counted[1]))
     received = sum(result.received)
     if received and "cpu_seconds" in result.values:
-        # A metric sets "cpu_seconds" to request the CPU time, which is measured here.
+        # A metric sets "cpu_seconds" to request the CPU time. This function measures the CPU time.
         del result.values["cpu_seconds"]
         result.values["cpu_seconds_per_gb"] = cpu.busy / (received / 1e9)
     if refused:
@@ -174,10 +180,10 @@ def _slot(
 def rejection_reason(
     lines: Sequence[dict[str, Any]], first: str, drift_value: str | None
 ) -> str | None:
-    """Return why a block is rejected, or None if it is accepted.
+    """Return the reason to reject a block, or None if the block is accepted.
 
-    first        the contender whose two slots are compared by ``drift_value``
-    drift_value  as in Series
+    first        the contender whose two slots are compared
+    drift_value  the name of the compared value, as in Series
     """
     if not any(line["values"] for line in lines):
         return "every figure was refused"

@@ -1,7 +1,7 @@
 """The command line, and the life of a run: set-up, measurement, report, removal.
 
-Owns: which metrics a command measures, how much of each, and the check of all options before
-anything is measured. Main thread only, like udptun.lab.
+Owns: the metrics that each command measures, the amount of measurement for each metric, and the
+check of all options before the first measurement. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WITH_LIMIT = (*COMPARED, "copylimit")
 _FEW = ("direct", "vxlan", "udptun", "onepacket")
 _TUNNELS = ("vxlan", "udptun", "udptun --offload off", "onepacket")
 
-# (the metrics of a command, the seconds it may take)
+# (the steps of the command, the seconds that the command may take)
 QUICK: tuple[tuple[Step, ...], float] = (
     (
         (tcp.METRIC, Plan(4, 2, variants=("1 there",))),
@@ -57,7 +57,10 @@ SINGLE = {
 
 
 def full() -> tuple[tuple[Step, ...], float]:
-    """Return the steps of ``full``. Those that the goals need come first, in case time runs out."""
+    """Return the steps of ``full``.
+
+    The steps that the goals need come first, because the time may end before the last step.
+    """
     installed = installed_names()
     return (
         (
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_measuring_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
 ) -> None:
-    text = summary.replace("%", "%%")  # argparse formats it
+    text = summary.replace("%", "%%")  # argparse applies % formatting to the text
     command = commands.add_parser(
         name, help=text, description=f"Measure: {text}.", epilog=_PROFILES_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -165,7 +168,7 @@ def _add_measuring_command(
 
 
 def _forms(name: str) -> str:
-    """Return the possible variants of a command, for its help."""
+    """Return the variants that are possible for a command, for the help text of the command."""
     if name in SINGLE:
         return SINGLE[name][0].form.replace("%", "%%")
     return "see the help of the single metrics"
@@ -185,7 +188,7 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def _congestion_control(name: str) -> str:
-    """Ask the kernel: as root it loads the module if necessary."""
+    """Ask the kernel for this congestion control; for root, the kernel loads a missing module."""
     with socket.socket() as probe:
         try:
             probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
@@ -200,8 +203,8 @@ def _congestion_control(name: str) -> str:
 def _steps(arguments: argparse.Namespace) -> tuple[list[Step], float]:
     """Return the command's steps, changed by the options; ValueError for a wrong option.
 
-    A command with several metrics accepts what at least one of them can measure, and leaves out the
-    metrics that can measure nothing of it.
+    For a command with several metrics, an option value is accepted if at least one metric can
+    measure the value. A metric that can measure none of the values of an option is left out.
     """
     if arguments.what == "quick":
         steps, budget = list(QUICK[0]), QUICK[1]
@@ -244,9 +247,9 @@ def _possible(
     steps: Sequence[Step], requested: Sequence[str],
     problem: Callable[[Metric, Plan, str], str | None],
 ) -> list[tuple[str, ...]]:
-    """Return for each step the requested values that it can measure.
+    """Return, for each step, the requested values that the step can measure.
 
-    ValueError if no step can measure one of the values.
+    ValueError if there is a value that no step can measure.
     """
     possible: list[list[str]] = [[] for _ in steps]
     for value in requested:
@@ -301,7 +304,7 @@ def _run(steps: Sequence[Step], session: Session) -> str:
 
 
 def finish(folder: Path, lines: list[record.Line]) -> str:
-    """Write report and plots into the folder; return the text for the terminal."""
+    """Write the report and the plots into the folder; return the text for the terminal."""
     run = load(lines)
     (folder / "report.md").write_text(report.markdown(run, plots.draw(run, folder)))
     hint = "" if plots.available() else " (no plots: pip install matplotlib)"

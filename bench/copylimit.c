@@ -1,12 +1,12 @@
 /* copylimit: the upper bound for a tunnel with udptun's system calls, without udptun's own work.
  *
- * It makes the same system calls in the same order as udptun's worker: recvmmsg with UDP_GRO, one
- * write to the TUN per datagram, reads until the TUN is empty, sendmmsg with UDP_SEGMENT. It does not
- * parse, look up, checksum, cut or merge. It sends the frame (vnet header and super-packet)
- * unchanged, in slices of equal size that fit the MTU, and writes to the TUN what UDP_GRO returns.
- * So the slices on the wire are not inner packets, and the receiver gets the original frame only if
- * super-packets cross the wire whole (profile P1 of the benchmarks). It is a bound for measurements,
- * not a usable tunnel.
+ * copylimit makes the same system calls in the same order as udptun's worker: recvmmsg with
+ * UDP_GRO, one write to the TUN per datagram, reads until the TUN is empty, sendmmsg with
+ * UDP_SEGMENT. copylimit does not parse, look up, checksum, cut or merge. It sends the frame (vnet
+ * header and super-packet) unchanged, in slices of equal size that fit the MTU. So the slices on
+ * the wire are not inner packets. The receiver writes each buffer from UDP_GRO to the TUN. This
+ * buffer is the original frame only if super-packets cross the wire whole (profile P1 of the
+ * benchmarks). copylimit is a bound for measurements, not a usable tunnel.
  *
  *   copylimit --tun NAME --listen IP:PORT --peer IP:PORT --slice BYTES
  *
@@ -43,7 +43,7 @@
 #define TUN_F_USO6 0x40
 #endif
 
-/* The same limits as udptun: the data of one batch stays in the CPU cache. */
+/* These limits are the same as in udptun. With them, the data of one batch fits the CPU cache. */
 enum { SLOTS = 64, SLOTS_MIN = 4, RX_BATCH_BYTES = 262144, TX_FLUSH_BYTES = 262144 };
 enum { BUF_SIZE = 65536 + 16, UDP_PAYLOAD_MAX = 65507, SOCKET_BUF_SIZE = 4 << 20 };
 
@@ -116,7 +116,7 @@ static void prepare(struct slot *slot, struct mmsghdr *msg) {
 	msg->msg_hdr = (struct msghdr){.msg_iov = &slot->iov, .msg_iovlen = 1};
 }
 
-/* Addresses a message to the peer; one that is longer than a slice is sent as several datagrams. */
+/* Addresses a message to the peer. A message longer than a slice is sent as several datagrams. */
 static void address_message(struct slot *slot, struct msghdr *hdr, size_t len) {
 	uint16_t size = (uint16_t)slice;
 	struct cmsghdr *c;
@@ -148,7 +148,7 @@ static void flush(int fd, int n) {
 			struct pollfd p = {.fd = fd, .events = POLLOUT};
 			poll(&p, 1, 10);
 		} else if (errno == ECONNREFUSED) {
-			continue; /* reported for an earlier datagram: the peer had not started yet */
+			continue; /* of an earlier datagram: the peer had not started yet */
 		} else {
 			perror("sendmmsg");
 			done++;
@@ -156,8 +156,8 @@ static void flush(int fd, int n) {
 	}
 }
 
-/* Returns false if the TUN is empty. Reads a bounded number of frames, because received datagrams
- * may be waiting in the socket. */
+/* Reads a limited number of frames, because received datagrams may be waiting in the socket.
+ * Returns false if the TUN is empty. */
 static bool tun_to_udp(int tun, int fd) {
 	size_t waiting = 0;
 	ssize_t len = 0;

@@ -1,9 +1,11 @@
-"""CPU profile of the whole machine while one TCP stream crosses the tunnel: flame graph and table.
+"""Draws a CPU profile of the whole machine while one TCP stream crosses the tunnel.
 
     python -m bench flame [--contender SPEC] [--profile P1] [--seconds 5] --out FOLDER
 
+The output is a flame graph and a table.
+
 Owns: sampling (perf, all cores, kernel and user space), folding of the stacks, drawing. Main thread
-only, like udptun.lab. Needs perf and root. Samples of the idle loop are counted separately: all
+only, like udptun.lab. Needs perf and root. Samples of the idle loop are counted separately, so all
 shares are shares of the busy time.
 """
 
@@ -25,12 +27,12 @@ from .contenders import find
 from .load import bulk
 from .profiles import PROFILES
 
-HERTZ = 1999  # not a multiple or divisor of the timer tick, so that samples do not align with it
-_EXTRA_SECONDS = 2  # the stream runs longer than the sampling, so that all samples are of it
+HERTZ = 1999  # no multiple or divisor of the timer tick: samples must not align with the tick
+_EXTRA_SECONDS = 2  # the stream runs longer than the sampling, so it runs at each sample
 _IDLE = ("swapper", "[idle]")
 _FRAME = re.compile(r"\s*[0-9a-f]+ (?P<symbol>.+?)(?:\+0x[0-9a-f]+)? \((?P<where>[^()]*)\)$")
 
-# Categories for the innermost frame; the first expression that matches decides.
+# Categories for the innermost frame. The first expression that matches gives the category.
 KINDS = (
     ("copying", r"rep_movs|copy_(?:to|from)|_copy_|memcpy|memmove|copyin|copyout|__pi_memcpy"),
     ("checksums", r"csum"),
@@ -50,7 +52,7 @@ _COLOURS = {"kernel": "#e8895b", "core": "#5aa469", "user": "#8fa7c4", "thread":
 
 @dataclass
 class Node:
-    """One stack frame, with the samples taken in it and in its callees."""
+    """One stack frame, with the number of samples in this frame and in its callees."""
 
     name: str
     kind: str = "thread"
@@ -82,7 +84,7 @@ def _kind(symbol: str, where: str) -> str:
 
 
 def shares(samples: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> tuple[Counter[str], int]:
-    """Return the busy samples by category of the innermost frame, and the number of idle ones."""
+    """Return the busy samples by category of the innermost frame, and the idle samples' number."""
     found: Counter[str] = Counter()
     idle = 0
     for comm, frames in samples:
@@ -104,7 +106,7 @@ def table(found: Counter[str], idle: int, title: str) -> str:
 
 
 def draw(root: Node, title: str) -> str:
-    """Return the flame graph as SVG: the width is time, the depth is calls, the root is on top."""
+    """Return the flame graph as SVG: width is time, depth is the call depth, the root is on top."""
     boxes: list[str] = []
     height = _boxes(root, 0.0, _WIDTH / root.samples, 0, boxes)
     full = _TOP + height * _ROW + 10

@@ -19,11 +19,12 @@ SUBJECT = "udptun"
 class Goal:
     """One figure of udptun with its limits.
 
-    against   the contender to which the figure is a ratio; None for the figure itself
+    against   the contender to compare with: the figure is the ratio of udptun to this contender.
+              None if the figure is the value of udptun itself
     required  the limit that every release must reach
     target    the limit that development aims at
     at_least  True if larger is better
-    unit      of both limits; ``factor`` converts a raw value to it
+    unit      the unit of both limits; ``factor`` converts a raw value to this unit
     """
 
     row: str
@@ -39,7 +40,7 @@ class Goal:
     factor: float = 1.0
 
     def measured(self, run: Run) -> Estimate | None:
-        """Return the figure of this run, or None if it was not measured."""
+        """Return the figure of this run, or None if the run did not measure the figure."""
         figures = run.get(self.metric, self.profile, self.variant, self.value)
         if figures is None:
             return None
@@ -88,7 +89,7 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and the result of a run; each answer is None if the run did not measure it."""
+    """A goal and the result of a run; each answer is None if the run did not measure the figure."""
 
     goal: Goal
     measured: Estimate | None

@@ -1,22 +1,24 @@
-"""Count the instructions that each step of the core executes on fixed input (valgrind, callgrind).
+"""Counts the instructions that each step of the core executes on fixed input (with callgrind).
 
     python -m bench instructions [--check FILE] [--save FILE]
 
-Owns: the replay of the steps, the counting, and the file of saved counts. Unlike a time, a count
-does not depend on the load of the machine, so CI can compare it: a step may execute at most
-``TOLERANCE`` more instructions than the saved count. The count says nothing about caches and
-branch prediction. Valgrind emulates no AVX-512, so the checksum runs on AVX2 at most.
+Owns: the replay of the steps, the counting, and the file of saved counts.
 
-Only instructions of our own compiled modules count. A call into the C library or the interpreter
-counts as the call alone: the number of instructions in malloc depends on the layout of the heap.
-The layout changes with the length of a path or an environment variable; this changed the sum of a
-step by more than 1 %.
+A time depends on the load of the machine; a count does not, so CI can compare counts. A step may
+execute at most ``TOLERANCE`` more instructions than the saved count. A count does not show the
+effects of caches and branch prediction. Valgrind does not emulate AVX-512, so the checksum uses
+AVX2 at most.
 
-A count is only comparable with one of the same build on the same kind of CPU. ``build_key`` names
-everything that selects other instructions, and the file holds one set of counts per key. Without a
-saved set for this build, ``--check`` prints "NOT COMPARED" and succeeds.
+Only the instructions in udptun's own compiled modules are counted. For a call into the C library or
+the interpreter, the call is counted, but not the instructions of the called function. The reason is
+malloc: its number of instructions depends on the layout of the heap, and the layout changes with
+the length of a path or an environment variable. This changed the sum of a step by more than 1 %.
 
-Runs in one thread, each step in a process of its own.
+Two counts can be compared only if they have the same build and the same kind of CPU. ``build_key``
+names everything that can change the executed instructions. The file has one set of counts per key.
+If the file has no set for this build, ``--check`` prints "NOT COMPARED" and succeeds.
+
+Runs in one thread. Each step runs in its own process.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ from .tools import ROOT
 
 TOLERANCE = 0.01
 _ROUNDS = 10
-_OURS = (ROOT / "udptun", ROOT / "tests")  # folders of our compiled modules
-_POSITIONS = tuple("0123456789+-*")  # how a cost line begins: a line number, plain or relative
-# callgrind collects only inside this function of the extension, which wraps the step.
+_OURS = (ROOT / "udptun", ROOT / "tests")  # folders of udptun's compiled modules
+_POSITIONS = tuple("0123456789+-*")  # a cost line begins with a line number: 12, +3, -3 or *
+# The function of the extension that wraps the step. callgrind collects only inside this function.
 _COLLECT = {
     "cut": "__pyx_pw_5tests_5steps_6_steps_*cut", "merge": "__pyx_pw_5tests_5steps_6_steps_*merge",
     "lookup": "__pyx_pw_5tests_5steps_6_steps_*bench",
@@ -56,7 +58,7 @@ STEPS = {
 
 
 def replay(step: str) -> None:
-    """Run a step on its input for ``_ROUNDS`` rounds. This is the program that valgrind runs."""
+    """Run a step on its input for ``_ROUNDS`` rounds. valgrind runs a program that calls this."""
     kind, *words = step.split()
     with contextlib.ExitStack() as stack:
         if kind == "lookup":
@@ -84,7 +86,7 @@ def _packets(kind: str, words: list[str]) -> Callable[[], object]:
 def _path(stack: contextlib.ExitStack, kind: str, words: list[str]) -> Callable[[], object]:
     """Return a function that sends one frame, or receives one run, through a whole worker.
 
-    valgrind does not count the kernel's part.
+    valgrind does not count the kernel's instructions.
     """
     from .micro import packets
     from .micro.loopback import LoopbackWorker as Worker
@@ -106,7 +108,7 @@ def _path(stack: contextlib.ExitStack, kind: str, words: list[str]) -> Callable[
 
 
 def _super_packet(run: list[bytes]) -> bytes:
-    """Build one super-packet with the reference implementation, so that no step is counted."""
+    """Build one super-packet with the reference implementation, which valgrind does not count."""
     from tests import reference
 
     [frame] = reference.merge(run)
@@ -122,7 +124,7 @@ def _look_up(words: list[str]) -> Callable[[], object]:
 
 
 def count(step: str) -> int:
-    """Return the instructions of one round."""
+    """Return the number of instructions in one round of ``step``."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "callgrind.out"
         argv = [
@@ -140,12 +142,13 @@ def count(step: str) -> int:
 
 
 def parse(text: str, folders: Sequence[Path] = _OURS) -> int:
-    """Return the instructions of the objects in ``folders``, without what they call.
+    """Return the number of instructions in the objects in ``folders``, without called functions.
 
-    text  a callgrind file: "ob=(id) path" selects the object that the cost lines after it belong
-          to, with the path at the first use of an id only; a cost line after "calls=" is the
-          callee's
-    ValueError when nothing was collected
+    ValueError if the file has no counts. ``text`` is a callgrind file:
+
+    - "ob=(id) path" selects an object. The cost lines after this line belong to the object.
+      Only the first line with an id has the path.
+    - The cost line after a "calls=" line has the cost of the called function.
     """
     paths: dict[str, str] = {}
     total, counts, callee = 0, False, False
@@ -169,10 +172,14 @@ def parse(text: str, folders: Sequence[Path] = _OURS) -> int:
 
 
 def build_key() -> str:
-    """Name the build and the CPU: two counts are comparable if and only if their keys are equal.
+    """Name the build and the CPU. Two counts can be compared if and only if their keys are equal.
 
-    The architecture with its SIMD path; the compiler that built the extension and the Cython that
-    wrote its C code; the interpreter and its compiler; the C library.
+    A key has these parts:
+
+    - the architecture and the SIMD path
+    - the compiler that built the extension, and the Cython version that wrote the C code
+    - the interpreter and the compiler that built the interpreter
+    - the C library
     """
     from udptun import _core
 
@@ -190,8 +197,9 @@ def build_key() -> str:
 def _simd_path(cpuinfo: str) -> str:
     """Return the widest instruction set that valgrind reports to the program on this CPU.
 
-    On x86-64 valgrind emulates one of a few CPUs, chosen by the widest of these sets that the real
-    CPU has. The checksum, glibc's memcpy and others choose their code by that emulated CPU.
+    On x86-64, valgrind emulates one of a few CPUs. The widest of these instruction sets that the
+    real CPU has selects the emulated CPU. The emulated CPU selects the code of the checksum, of
+    glibc's memcpy and of other functions.
     """
     found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     flags = found[1].split() if found else []
@@ -199,13 +207,13 @@ def _simd_path(cpuinfo: str) -> str:
 
 
 def _compiler(extension: bytes) -> str:
-    """Return the compiler's identification from the extension's .comment section."""
+    """Return the name and version of the compiler from the extension's .comment section."""
     found = re.search(rb"GCC: \([^)]*\) [0-9.]+|clang version [0-9.]+", extension)
     return found[0].decode() if found else "unknown compiler"
 
 
 def compared(now: dict[str, int], before: dict[str, int]) -> list[str]:
-    """Describe each step that executes more than ``TOLERANCE`` above its saved count."""
+    """Describe each step whose count is more than ``TOLERANCE`` above the saved count."""
     return [
         f"{step}: {n} instructions, {n / before[step] - 1:+.1%} of {before[step]}"
         for step, n in now.items()
@@ -214,7 +222,7 @@ def compared(now: dict[str, int], before: dict[str, int]) -> list[str]:
 
 
 def run(save: Path | None, check: Path | None) -> int:
-    """Count every step; return 1 when a step takes more than in ``check``, else 0."""
+    """Count every step; return 1 if a count is too far above the count in ``check``, else 0."""
     key = build_key()
     saved = _load(check) if check else {}
     if check and not save and key not in saved:

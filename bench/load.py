@@ -1,7 +1,7 @@
 """Load generators on a path under test: bench/udpload and a bulk TCP stream by iperf3.
 
-Owns: their command lines and the parsing of their output. Independent of the contender. Main thread
-only, like udptun.lab.
+Owns: the command lines of the generators, and the parsing of their output. Independent of the
+contender. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def round_trips(
 ) -> dict[str, Any]:
     """Send requests from a to the echo server on b; return udpload's round-trip quantiles.
 
-    interval_us  send at this interval; 0: send each request when the previous reply has arrived
+    interval_us  the time between two requests; 0: each request waits for the previous reply
     """
     options = ["--seconds", seconds, "--size", size]
     if interval_us:
@@ -95,7 +95,7 @@ def stream(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Send datagrams from a to b; return the sender's and the receiver's result.
 
-    spread  number of destination addresses, beginning with ``address``
+    spread  number of destination addresses; ``address`` is the first of them
     """
     receiver, run = start_receiver(path, seconds + 10, address=listen)
     try:
@@ -112,7 +112,7 @@ def stream(
 def start_receiver(
     path: PathUnderTest, seconds: float, record: Path | None = None, address: object = None
 ) -> tuple[Process, int]:
-    """Start a receiver on b, wait until it is ready, and return it with its run number."""
+    """Start a receiver on b, wait until it is ready; return the receiver and its run number."""
     run = next(_runs)
     options: list[object] = ["--run", run, "--seconds", seconds]
     if record:
@@ -129,7 +129,7 @@ def start_sender(
     """Start a sender on a.
 
     rate    packets per second; 0: full rate
-    spread  number of destination addresses, beginning with ``address``
+    spread  number of destination addresses; ``address`` is the first of them
     """
     options: list[object] = ["--run", run, "--seconds", seconds, "--size", size]
     if rate:

@@ -1,16 +1,16 @@
 /* onepacket: an IPv4 over UDP tunnel that moves one packet per system call.
  *
- * It behaves like flannel's UDP backend and is written from a description of that behaviour:
+ * onepacket behaves like flannel's UDP backend. It is written from a description of this behaviour:
  * - The UDP payload is the raw inner IPv4 packet.
- * - One thread and one buffer; poll on the TUN, the UDP socket and the control socket; one read and
- *   one send per packet.
- * - A linear list of routes; the first match counts and moves to the front.
- * - Both sides decrement the TTL.
- * - ICMP net unreachable if there is no route; no ICMP about the MTU.
+ * - There is one thread and one buffer. The thread polls the TUN, the UDP socket and the control
+ *   socket. Each packet takes one read and one send.
+ * - The routes are a linear list. The first route that matches is used, and moves to the front.
+ * - Sender and receiver both decrement the TTL.
+ * - A packet without a route is answered with ICMP net unreachable. No ICMP reports the MTU.
  * - The outer source address is not checked.
  *
- * The tests use it as a foreign peer, and the benchmarks as the baseline of all speed comparisons.
- * So do not fix its oddities, and do not make it faster or slower.
+ * The tests use onepacket as a peer that is not udptun. The benchmarks use it as the baseline of
+ * all speed comparisons. So do not fix its oddities, and do not make it faster or slower.
  *
  *   onepacket --tun NAME --address A.B.C.D --network CIDR --listen IP:PORT --mtu N
  *             [--route CIDR=IP:PORT]... [--ctl PATH | --ctl-fd N]
@@ -135,7 +135,7 @@ static bool decrement_ttl(struct iphdr *ip) {
 
 	if (--ip->ttl == 0)
 		return false;
-	/* RFC 1624: the 16-bit word with the TTL decreases by 0x0100, so the checksum increases by it. */
+	/* RFC 1624: the word with the TTL decreases by 0x0100; the checksum increases by 0x0100. */
 	sum = (uint32_t)ntohs(ip->check) + 0x0100;
 	ip->check = htons((uint16_t)(sum + (sum >> 16)));
 	return true;
@@ -172,7 +172,7 @@ static void send_net_unreachable(int tun, in_addr_t source, const struct iphdr *
 		perror("write ICMP to the TUN");
 }
 
-/* Forwards one packet. Returns true if there was one. */
+/* Forwards one packet. Returns true if there was a packet to read. */
 
 static bool tun_to_udp(int tun, int sock, in_addr_t address, uint8_t *buf, size_t room) {
 	struct iphdr *ip = (struct iphdr *)buf;
@@ -213,7 +213,8 @@ static bool udp_to_tun(int sock, int tun, uint8_t *buf, size_t room) {
 	return true;
 }
 
-/* Control messages: 20 bytes, one per message; host byte order, except the addresses. */
+/* A control message has 20 bytes. Its addresses are in network byte order, other fields in host
+ * byte order. */
 
 enum { SET_ROUTE = 1, DEL_ROUTE = 2, STOP = 3 };
 

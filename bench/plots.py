@@ -1,8 +1,9 @@
 """PNG plots of a run, if matplotlib is installed (the `bench` extra).
 
 Owns: the layout of the plots. Main thread only.
-One plot per metric and value, or per variant if there are many; bars are medians, whiskers their
-95 % intervals. The axis names the profile of each group and what it stands for.
+There is one plot per metric and value. If this plot has too many groups of bars, there is one plot
+per variant instead. A bar is a median, and its whiskers are the 95 % interval. The axis names the
+profile of each group and describes the profile.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def available() -> bool:
 
 
 def draw(run: Run, folder: Path) -> list[str]:
-    """Draw the plots into ``folder``; return their file names."""
+    """Draw the plots into ``folder``; return the file names of the plots."""
     if not available():
         return []
     made = []
@@ -45,7 +46,7 @@ def draw(run: Run, folder: Path) -> list[str]:
 
 
 def _parts(series: list[Figures]) -> list[tuple[str, list[Figures]]]:
-    """Return (variant, series) per plot: one plot per variant if one plot had too many groups."""
+    """Return (variant, series) per plot: one plot per variant if one plot has too many groups."""
     variants = dict.fromkeys(figures.key[2] for figures in series)
     if len(series) <= _MAX_GROUPS or len(variants) == len(series):
         return [("", series)] if series else []
@@ -53,7 +54,7 @@ def _parts(series: list[Figures]) -> list[tuple[str, list[Figures]]]:
 
 
 def _label(figures: Figures) -> str:
-    """Return the profile, what it stands for, and the variant, one per line."""
+    """Return three lines: the profile, the description of the profile, and the variant."""
     _, profile, variant = figures.key
     lines = [profile, PROFILES[profile].title.replace(", ", ",\n")] if profile in PROFILES else []
     return "\n".join([*lines, variant])

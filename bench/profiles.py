@@ -1,4 +1,4 @@
-"""The offload profiles of the wire, P1 to P4: the text that help, report, plots and README use.
+"""The offload profiles of the wire, P1 to P4, as text for the help, the report, plots and README.
 
 A profile says where super-packets (TSO, USO) are cut into MTU-sized packets. The wire is a veth
 pair; ``udptun.lab`` sets its offloads. Every result belongs to one profile.
@@ -21,7 +21,7 @@ class Profile:
 
     title: str
     text: str
-    mtu_frames: bool = True  # every frame that arrives fits the MTU
+    mtu_frames: bool = True  # True if every frame that arrives fits the MTU
 
     def __str__(self) -> str:
         return f"{self.title}: {self.text}"

@@ -1,22 +1,24 @@
 """Checks with packet counters that the measured bytes went through the tunnel under test.
 
-Owns: the counters at both ends of a path's wire, and the rules for their values. A figure without
-proof is refused. Independent of what is measured. Main thread only, like udptun.lab.
+Owns: the counters at both ends of a path's wire, and the rules for the counter values. A figure
+without proof is refused. Independent of the metrics. Main thread only, like udptun.lab.
 
 What is proved about the bytes that a receiver counted in one measurement:
 
-- They left the sending host's veth as packets of the contender (for udptun: UDP to port 8285). An
-  nft counter on the egress hook must have counted at least as many bytes. The hook runs before the
-  kernel segments super-packets, so the counter costs every contender little. A counter on each
-  received packet reduced the rate on P3 (software segmentation, no GRO) by one seventh.
+- The bytes left the sending host's veth in packets of the contender (for udptun: UDP to port 8285).
+  An nft counter on the egress hook must have counted at least as many bytes. The hook runs before
+  the kernel segments super-packets, so the counter costs every contender little. By comparison, a
+  counter on each received packet reduced the rate on P3 (software segmentation, no GRO) by one
+  seventh.
 - No packet was fragmented: no packet with a fragment offset or the more-fragments bit left the
   host.
-- On P2 and P3 (software segmentation) the mean size of the Ethernet frames that arrived on the
-  other veth, counted before GRO, fits the MTU. The kernel drops a larger frame on a veth unless it
-  is a super-packet, and without segmentation offloads there are no super-packets on the wire.
-- On P1 and P4 super-packets cross the veth whole, so their segments cannot be counted. Three facts
-  replace the count: the kernel accepts a UDP_SEGMENT send only if each segment fits the MTU,
-  nothing was fragmented, and the same program passes the test on P3.
+- On P2 and P3 (software segmentation), the mean size of the Ethernet frames that arrived on the
+  other veth fits the MTU. These frames are counted before GRO. The kernel drops a frame that is
+  larger than the MTU on a veth, unless the frame is a super-packet. Without segmentation offloads
+  there are no super-packets on the wire.
+- On P1 and P4, super-packets cross the veth whole, so their segments cannot be counted. Three facts
+  replace the count: the kernel accepts a UDP_SEGMENT send only if each segment fits the MTU; no
+  packet was fragmented; the same program passes the test on P3.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ _FRAGMENT = "ip frag-off & 0x3fff"
 class WireCount:
     """Traffic in one direction.
 
-    packets, bytes        sent: a super-packet is one packet; bytes with the IP header
-    fragments             sent: packets that are IP fragments
-    frames, frames_bytes  received, as the device counts them: before GRO, with Ethernet header
+    packets, bytes        sent packets; a super-packet is one packet, and bytes include IP headers
+    fragments             sent packets that are IP fragments
+    frames, frames_bytes  received frames as the device counts them: before GRO, and the bytes
+                          include Ethernet headers
     """
 
     packets: int = 0
@@ -56,7 +59,7 @@ class WireCount:
 
 
 class WireCounters:
-    """The counters of one path; installed once, read before and after each slot."""
+    """The counters of one path. They are installed once, and read before and after each slot."""
 
     def __init__(self, path: PathUnderTest) -> None:
         self._ends = path.a, path.b
@@ -70,7 +73,7 @@ class WireCounters:
                 ) from None
 
     def read(self) -> tuple[WireCount, WireCount]:
-        """Return the totals (to b, to a)."""
+        """Return the totals for the direction to b and for the direction to a."""
         a, b = self._ends
         return _read(a, b), _read(b, a)
 
@@ -112,10 +115,10 @@ def refusal_reason(
     profile: str, received: tuple[int, int], counted: tuple[WireCount, WireCount],
     link_mtu: int = 1500,
 ) -> str | None:
-    """Return why the figure is refused, or None if it is proved.
+    """Return the reason to refuse the figure, or None if the figure is proved.
 
-    received  payload bytes that the programs on b and on a received
-    counted   traffic on the wire to b and to a in the same time
+    received  payload bytes that the program on b received, and those that the program on a received
+    counted   traffic on the wire to b, and to a, during the same time
     """
     for host, payload, count in zip("ba", received, counted, strict=True):
         if count.bytes < payload:

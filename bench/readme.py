@@ -1,6 +1,6 @@
 """Writes the comparison table in README.md from a recorded run.
 
-Owns: the text between the two markers in README.md, and nothing else of that file. Any thread.
+Owns: the text between the two markers in README.md, and no other part of README.md. Any thread.
 """
 
 from __future__ import annotations

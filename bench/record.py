@@ -1,17 +1,19 @@
-"""The raw results of a run: one JSON line per slot, block and event, written as it happens.
+"""The raw results of a run: one JSON line per slot, block and event, written immediately.
 
-Owns: bench/out/<time>-<command>/lines.jsonl and its format. Independent of what the values mean.
-Main thread only. The ``kind`` of a line:
+Owns: bench/out/<time>-<command>/lines.jsonl and its format. Independent of the meaning of the
+values. Main thread only. Each line has a ``kind``:
 
     run        the command and the machine
     contender  one contender that was set up: inner MTU, nft expression, details
     offloads   the offloads of the wire on one profile, as ethtool reports them
-    slot       one measurement of one contender: values and facts, or ``refused``: why it has none
-    block      the end of a block; ``rejected`` is the reason, or null if it is accepted
+    slot       one measurement of one contender: values and facts. If the measurement was refused,
+               ``refused`` is the reason, and there are no values
+    block      the end of a block; ``rejected`` is the reason, or null if the block is accepted
     note       a remark for the reader of the report
-    end        how the run ended: "complete", "out of time", "interrupted" or "failed"
+    end        the way the run ended: "complete", "out of time", "interrupted" or "failed"
 
-An interrupted run keeps all lines written so far, and its report can be written.
+An interrupted run keeps all lines that were written before the interruption. A report can be
+written from these lines.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def new_folder(label: str) -> Path:
 
 
 class Recorder:
-    """Writes the lines of one run; each is flushed, so that Ctrl-C loses none."""
+    """Writes the lines of one run. Each line is flushed, so that Ctrl-C loses no line."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,13 +62,13 @@ class Recorder:
         return line
 
     def note(self, text: str) -> None:
-        """Write a note, unless the same one was written before."""
+        """Write a note, unless the same note was written before."""
         if text not in (line.get("text") for line in self.lines if line["kind"] == "note"):
             self.write("note", text=text)
 
 
 def read(path: Path) -> list[Line]:
-    """Return the lines of a run; ``path`` is its folder or the file."""
+    """Return the lines of a run; ``path`` is the folder of the run, or its lines.jsonl."""
     return list(_parse((path / LINES if path.is_dir() else path).read_text()))
 
 

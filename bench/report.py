@@ -1,7 +1,7 @@
 """The report of a run: Markdown for a file, and a plain table for the terminal.
 
-Owns: the text and the layout. Pure: from a summary to text. Every figure is a median with its 95 %
-bootstrap interval; every comparison is a ratio within blocks.
+Owns: the text and the layout. Pure: the input is a summary, the output is text. Every figure is a
+median with its 95 % bootstrap interval. Every comparison is a ratio within blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .units import UNITS, number, spread
 
 REFERENCES = ("vxlan", "onepacket", "copylimit")
 
-# What a metric measures, and how to read its variants.
+# For each metric: the measured quantity, and the meaning of the variants.
 _METRICS = {
     "tcp": "iperf3 between hosts a and b. *N there*: N streams from a to b; *N back*: from b to a; "
     "*N both*: N streams in each direction at the same time.",
@@ -94,7 +94,7 @@ def _profiles(run: Run) -> list[str]:
 
 
 def goals_table(found: Sequence[Verdict]) -> list[str]:
-    """Return the section of the goals; empty if the run measured none of them."""
+    """Return the lines of the goals section; no lines if the run measured no goal."""
     if all(verdict.measured is None for verdict in found):
         return []
     texts = {True: "yes", False: "**no**", None: "not measured"}
@@ -170,7 +170,7 @@ def _detail(value: object) -> str:
 
 
 def _proof() -> list[str]:
-    """Return the rules of the proof, from the module that implements them."""
+    """Return the rules of the proof, from the docstring of ``bench.proof``."""
     begin = "What is proved "
     return [begin + (proof.__doc__ or "").partition(begin)[2].strip()]
 
@@ -224,7 +224,7 @@ def terminal(run: Run) -> str:
 def _columns(
     header: Sequence[str], rows: Sequence[Sequence[str]], merged: int
 ) -> list[str]:
-    """Align the columns; in the first ``merged`` ones, blank a cell that repeats the one above."""
+    """Align the columns. In the first ``merged`` columns, blank a cell equal to the cell above."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines, before = [], list(header)
     for row in [header, *rows]:

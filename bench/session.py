@@ -1,6 +1,6 @@
 """One run: its lab, the paths under test, its recorder, its time limit and its progress line.
 
-Owns: everything that exists for the whole run. Independent of what is measured. Main thread only,
+Owns: the objects that exist during the whole run. Independent of the metrics. Main thread only,
 like udptun.lab.
 """
 
@@ -21,13 +21,14 @@ from .record import Recorder
 
 
 class OutOfTime(Exception):
-    """The run has used up its time; the results so far are valid."""
+    """The run has reached its time limit. The results up to this point are valid."""
 
 
 class Progress:
-    """Shows on stderr what is being measured.
+    """Shows the current measurement on stderr.
 
-    On a terminal one line is updated all the time; otherwise only completed steps are printed.
+    On a terminal, one line is updated all the time. If stderr is not a terminal, only completed
+    steps are printed.
     """
 
     def __init__(self, out: TextIO, budget: float) -> None:
@@ -61,7 +62,10 @@ class Progress:
 
 @dataclass(eq=False)
 class Session:
-    """``budget``: seconds for the whole run; a block that would exceed them is not started."""
+    """One run. ``budget`` is its time limit in seconds.
+
+    A block that would end after the limit is not started.
+    """
 
     lab: Lab
     recorder: Recorder
@@ -78,7 +82,7 @@ class Session:
         return self.budget - self.progress.elapsed()
 
     def set_up_available(self, names: Sequence[str], profile: str) -> list[Contender]:
-        """Set up the contenders that work on this profile and machine, and return them.
+        """Set up and return the contenders that work on this profile and on this machine.
 
         The record gets a note for each contender that does not work on this machine.
         """
@@ -94,7 +98,7 @@ class Session:
         if name in self._paths or name in self._unavailable:
             return name in self._paths
         self.progress.now(f"preparing {name}")
-        self._profile = ""  # the new path's wire has no profile yet
+        self._profile = ""  # the wire of the new path has no profile yet
         try:
             path = contender.set_up(self.lab)
         except Unavailable as e:

@@ -1,7 +1,6 @@
 """Statistics: medians, quantiles, ratios within blocks, bootstrap intervals, noise.
 
-Owns: the formulas. Pure; the resampling has a fixed seed, so that the same input gives the same
-output.
+Owns: the formulas. Pure: the resampling has a fixed seed, so the same input gives the same output.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _SEED = 8285
 
 @dataclass(frozen=True)
 class Estimate:
-    """A median with its 95 % interval, over ``n`` blocks."""
+    """A median with its 95 % interval. Both are computed from ``n`` blocks."""
 
     median: float
     low: float
@@ -44,7 +43,8 @@ def estimate(
 ) -> Estimate | None:
     """Return the statistic with its percentile bootstrap interval; None if ``values`` is empty.
 
-    The interval of one value is that value; ``n`` = 1 shows this to the reader.
+    If there is only one value, both ends of the interval are this value. ``n`` = 1 shows this case
+    to the reader.
     """
     if not values:
         return None
@@ -60,12 +60,12 @@ Block = Mapping[str, Sequence[float]]  # contender -> the values of its slots in
 
 
 def levels(blocks: Sequence[Block], name: str) -> list[float]:
-    """Return one value per block: the mean of its slots, which cancels a steady drift."""
+    """Return the mean of the slots of ``name`` in each block. The mean cancels a steady drift."""
     return [fmean(block[name]) for block in blocks if block.get(name)]
 
 
 def ratios(blocks: Sequence[Block], name: str, against: str) -> list[float]:
-    """Return the ratio of ``name`` to ``against`` in each block that has both."""
+    """Return the ratio of ``name`` to ``against`` in each block that has values of both."""
     return [
         fmean(block[name]) / fmean(block[against])
         for block in blocks
@@ -76,8 +76,8 @@ def ratios(blocks: Sequence[Block], name: str, against: str) -> list[float]:
 def noise(blocks: Sequence[Block]) -> Estimate | None:
     """Return the A/A noise: the relative difference of two slots of one contender in a block.
 
-    The median of ``|second / first - 1|`` over all contenders and blocks. A smaller difference
-    between two contenders is not significant.
+    The result is the median of ``|second / first - 1|`` over all contenders and blocks. A
+    difference between two contenders is not significant if it is smaller than this noise.
     """
     apart = [
         abs(values[1] / values[0] - 1)
@@ -89,5 +89,5 @@ def noise(blocks: Sequence[Block]) -> Estimate | None:
 
 
 def drift(values: Sequence[float]) -> float:
-    """Return largest / smallest - 1; 0 for fewer than two values."""
+    """Return (largest value / smallest value) - 1; 0 if there are fewer than two values."""
     return max(values) / min(values) - 1 if len(values) > 1 and min(values) > 0 else 0.0

@@ -1,7 +1,8 @@
-"""Turns the lines of a run into figures: per series and value, the accepted blocks.
+"""Converts the lines of a run into figures. A figure has one value of one series, by block.
 
-Owns: the selection of the lines that are used. A refused slot has no value, and slots of a rejected
-block are left out; both are listed with the reason. Independent of what a value means. Pure.
+Owns: the selection of the lines that are used. A refused slot has no value. The slots of a rejected
+block are left out. The summary lists refused slots and rejected blocks with the reason. Independent
+of the meaning of a value. Pure.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Key = tuple[str, str, str]  # metric, profile, variant
 
 @dataclass
 class Figures:
-    """One value of one series, by block and contender."""
+    """The measurements of one value of one series, by block and contender."""
 
     key: Key
     value: str
@@ -39,7 +40,7 @@ class Figures:
 
 @dataclass
 class Run:
-    """One run: its figures, what was left out, and what it was measured with."""
+    """One run: its figures, the slots and blocks that were left out, the machine and contenders."""
 
     figures: dict[tuple[Key, str], Figures] = field(default_factory=dict)
     rejected: list[tuple[Key, int, str]] = field(default_factory=list)
@@ -59,7 +60,7 @@ class Run:
         return self.figures.get(((metric, profile, variant), value))
 
     def of(self, metric: str, value: str) -> list[Figures]:
-        """Return the series of a metric that have this value, in the order of measurement."""
+        """Return the figures of a metric that have this value, in the order of measurement."""
         return [f for (key, v), f in self.figures.items() if key[0] == metric and v == value]
 
 
@@ -85,7 +86,8 @@ def load(lines: Iterable[Line]) -> Run:
             case "end":
                 run.ended = line["how"]
         run.seconds = max(run.seconds, line.get("at", 0.0) - run.began)
-    # Slots of an unfinished block remain in ``slots``; they cannot be compared.
+    # The slots of an unfinished block remain in ``slots`` and are not used, because an unfinished
+    # block cannot be compared.
     return run
 
 

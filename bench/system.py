@@ -1,8 +1,8 @@
 """The machine: its description and its CPU time.
 
 Owns: reading /proc and /sys, and the facts about the machine in a report. Any thread. CPU time is
-that of the whole system, because the kernel does most of a tunnel's work in softirqs, which no
-process is charged for.
+the CPU time of the whole system: the kernel does most of a tunnel's work in softirqs, and softirq
+time is not part of the CPU time of any process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HERTZ = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class CpuTime:
-    """Seconds of all cores together since boot. ``stolen``: taken by the hypervisor."""
+    """CPU seconds of all cores together since boot. The hypervisor took the ``stolen`` seconds."""
 
     busy: float
     idle: float
@@ -38,7 +38,7 @@ class CpuTime:
 
 
 def parse_stat(text: str, hertz: int = _HERTZ) -> CpuTime:
-    """Parse the first line of /proc/stat; the order of the numbers is that of proc(5)."""
+    """Parse the first line of /proc/stat; proc(5) gives the order of the numbers."""
     ticks = [int(word) for word in text.split("\n", 1)[0].split()[1:9]]
     user, nice, system, idle, iowait, irq, softirq, stolen = ticks
     return CpuTime(
@@ -51,7 +51,7 @@ def cpu_time() -> CpuTime:
 
 
 def facts() -> dict[str, str]:
-    """Return what a reader must know about the machine to compare figures."""
+    """Return the facts about the machine that a reader needs to compare figures."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
@@ -72,14 +72,15 @@ def facts() -> dict[str, str]:
 
 
 def revision() -> str:
-    """Return the commit of the repository; says if tracked files differ from it."""
+    """Return the commit of the repository; the text says if tracked files differ from the commit.
+    """
     described = _first_line("git", "-C", str(ROOT), "log", "-1", "--format=%h of %cs")
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
     return described + (", with uncommitted changes" if described and changed else "")
 
 
 def offloads(lines: str) -> str:
-    """Return the offloads that the profiles set, from the output of ``ethtool -k``, as one line."""
+    """Return one line with the offloads that a profile sets, from the output of ``ethtool -k``."""
     wanted = {
         "tcp-segmentation-offload": "tso", "generic-segmentation-offload": "gso",
         "generic-receive-offload": "gro", "tx-udp-segmentation": "tx-udp-segmentation",

@@ -1,4 +1,4 @@
-"""Route tables, and addresses to look up in them; the same in every run.
+"""Route tables, and addresses to look up in these tables. Both are the same in every run.
 
 Owns: the contents of a table of N routes, for the micro benchmarks, the instruction counts and the
 look-up metric. Pure.
@@ -11,20 +11,19 @@ import random
 from functools import cache
 
 WIDTHS = {4: 32, 6: 128}
-# Prefix lengths as in a cluster: mostly pod subnets, some shorter and some longer ones.
+# Prefix lengths as in a cluster: most are pod subnets, some are shorter and some are longer.
 _LENGTHS = {
     4: (16, 20, 22, 24, 24, 24, 24, 26, 28, 32),
     6: (32, 40, 48, 56, 64, 64, 64, 64, 96, 128),
 }
-# All routes are in this part of the address space, so that addresses outside it are misses:
-# 10.0.0.0/8, fd00::/8.
+# All routes are in 10.0.0.0/8 or fd00::/8, so every address outside these prefixes is a miss.
 _AREA = {4: (10, 8), 6: (0xFD, 8)}
 ADDRESSES = 1 << 16  # 256 KiB (IPv4) or 1 MiB (IPv6): more than the L1 cache
 
 
 @cache
 def prefixes(n: int, family: int) -> tuple[tuple[int, int], ...]:
-    """Return ``n`` different (network, length)."""
+    """Return ``n`` different prefixes as (network, length)."""
     rng = random.Random(n * family)
     width = WIDTHS[family]
     value, fixed = _AREA[family]
@@ -32,7 +31,7 @@ def prefixes(n: int, family: int) -> tuple[tuple[int, int], ...]:
     while len(found) < n:
         length = rng.choice(_LENGTHS[family])
         if family == 4 and n > 100_000:
-            length = max(length, 24)  # there are too few shorter prefixes
+            length = max(length, 24)  # there are too few different prefixes that are shorter
         number = value << (width - fixed) | rng.getrandbits(width - fixed)
         found[number >> (width - length) << (width - length), length] = None
     return tuple(found)
@@ -61,7 +60,9 @@ def address(number: int, family: int) -> str:
 def addresses(kind: str, n: int, family: int) -> bytes:
     """Return ADDRESSES addresses in network byte order.
 
-    hit: each has a route; miss: none has; random: anywhere in the area of the routes
+    hit     each address has a route
+    miss    no address has a route
+    random  the addresses are random in 10.0.0.0/8 or fd00::/8, with or without a route
     """
     rng = random.Random(f"{kind} {n} {family}")
     width = WIDTHS[family]

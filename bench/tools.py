@@ -1,4 +1,4 @@
-"""The C programs of this folder, built on demand, and the root of the repository.
+"""The C programs of this folder, built when they are needed, and the root of the repository.
 
 Owns: the paths of the programs. The Makefile compiles them. Any thread.
 """
@@ -15,6 +15,6 @@ ROOT = HERE.parent
 
 @cache
 def program(name: str) -> Path:
-    """Return the path of bench/<name>; make compiles it if its source has changed."""
+    """Return the path of bench/<name>. make compiles a program whose source has changed."""
     subprocess.run(["make", "-s", f"bench/{name}"], cwd=ROOT, check=True)
     return HERE / name

@@ -1,26 +1,27 @@
-/* udpload: a load generator for what iperf3 does not measure between two hosts.
+/* udpload: a load generator for measurements between two hosts that iperf3 does not support.
  *
  *   udpload echo ADDRESS PORT
  *       Returns every UDP datagram, and every byte of TCP connections to the same port.
  *   udpload ping ADDRESS PORT --seconds S [--size N] [--interval-us U] [--tcp]
- *       Measures round trips to an echo. Without --interval-us each request is sent when the
- *       previous reply has arrived. With it requests are sent at fixed times, whether or not earlier
- *       replies have arrived, so that a slow reply does not delay the next request.
+ *       Measures round trips to "udpload echo". Without --interval-us, each request is sent when
+ *       the previous reply has arrived. With --interval-us, requests are sent at fixed times. A
+ *       request does not wait for earlier replies, so a slow reply does not delay the next request.
  *   udpload receive ADDRESS PORT --run ID [--record FILE] [--seconds S]
- *       Counts the datagrams of one run by their sequence numbers. For each it writes three 64-bit
- *       numbers to FILE, in host byte order: sequence number, time sent and time arrived (ns,
- *       CLOCK_REALTIME; the kernel timestamps the arrival). Ends when the sender has ended, or after
- *       S seconds.
+ *       Counts the datagrams of one run by their sequence numbers. For each datagram, it writes
+ *       three 64-bit numbers in host byte order to FILE: sequence number, time sent, time arrived.
+ *       Times are CLOCK_REALTIME in ns. The kernel timestamps the arrival. The command ends when
+ *       the sender has ended, or after S seconds.
  *   udpload send ADDRESS PORT --run ID --seconds S [--size N] [--rate PPS] [--spread COUNT]
- *       Sends datagrams of N bytes of payload, each as its own packet: sendmmsg, no UDP_SEGMENT. It
- *       is paced by a tick of 50 us and sleeps in between, because generator and tunnel may share
- *       the CPU cores. After a delay it catches up with at most the packets of 1 ms, or two packets
- *       if that is more. Without --rate it sends at full rate.
- *       --spread sends to COUNT addresses, 4 apart, beginning with ADDRESS; each gets one of COUNT
- *       consecutive datagrams, in scattered order.
+ *       Sends datagrams with N bytes of payload. Each datagram is its own packet (sendmmsg without
+ *       UDP_SEGMENT). The sender sends at ticks of 50 us and sleeps between two ticks, because
+ *       generator and tunnel may share the CPU cores. After a delay, the sender catches up with at
+ *       most the packets of 1 ms, or with two packets if 1 ms has fewer. Without --rate, the sender
+ *       sends at full rate.
+ *       --spread sends to COUNT addresses: ADDRESS, ADDRESS + 4, ADDRESS + 8, and so on. Of COUNT
+ *       consecutive datagrams, each address gets one. The order of the addresses is scattered.
  *
- * IPv4 only. The result is one line of JSON on standard output; echo and receive print "ready" before.
- * The receiver does not use UDP_GRO, so each packet is received on its own.
+ * IPv4 only. The result is one line of JSON on standard output. The commands echo and receive first
+ * print "ready". The receiver does not use UDP_GRO, so it receives each packet separately.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -105,7 +106,7 @@ static int open_socket(int type, bool big) {
 	if (fd < 0)
 		die("socket");
 	if (big) {
-		/* A small socket buffer must not lose packets: the losses of the tunnel are measured. */
+		/* Only the tunnel may lose packets, so the socket buffer must be large. */
 		int room = SOCKET_ROOM;
 		if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof room) < 0)
 			set_int(fd, SOL_SOCKET, SO_RCVBUF, room);
@@ -196,7 +197,7 @@ static int64_t quantile(double q) {
 	return times_n ? times[(size_t)(q * (double)(times_n - 1) + 0.5)] : -1;
 }
 
-/* Reads one reply and records its round-trip time. Returns false if none is waiting. */
+/* Reads one reply and records its round-trip time. Returns false if there is no reply to read. */
 static bool read_reply(int fd, uint8_t *buf, size_t *have) {
 	size_t want = opt.tcp ? (size_t)opt.size - *have : ROOM;
 	ssize_t len = recv(fd, buf + *have, want, 0);
@@ -245,7 +246,7 @@ static void run_ping(const struct sockaddr_in *to) {
 			if (send(fd, out, (size_t)opt.size, MSG_NOSIGNAL) == opt.size)
 				sent++;
 			else if (opt.tcp)
-				break; /* after a partial send, requests could not be told apart */
+				break; /* a partial send makes the request bounds unknown */
 			mark.seq++;
 			next_send = opt.interval_us ? next_send + opt.interval_us * 1000 : now + give_up;
 		}
@@ -369,7 +370,7 @@ static void run_receive(const struct sockaddr_in *at) {
 
 /* Sending. */
 
-/* Scatters the targets: consecutive datagrams use distant entries of a table. The factor is prime. */
+/* Scatters the targets: consecutive datagrams use distant table entries. The factor is prime. */
 static uint32_t nth_target(uint64_t seq) {
 	return (uint32_t)(seq * 2654435761u % (uint64_t)opt.spread);
 }
@@ -385,7 +386,7 @@ static void run_send(const struct sockaddr_in *to) {
 	int64_t burst = 2 * ns_each > BURST_NS ? (int64_t)(2 * ns_each) : BURST_NS;
 	uint64_t sent = 0, refused = 0, since_base = 0;
 	struct mark mark = {.run = opt.run, .seq = END_SEQ};
-	/* Saves a route look-up per packet. Fails if there is no route yet. */
+	/* Connecting saves a route look-up per packet. It fails if there is no route yet. */
 	bool connected = opt.spread == 1 && !connect(fd, (const struct sockaddr *)to, sizeof *to);
 
 	for (int i = 0; i < BATCH; i++) {
@@ -423,7 +424,7 @@ static void run_send(const struct sockaddr_in *to) {
 			}
 			done = sendmmsg(fd, msgs, (unsigned)n, 0);
 			if (done < 0) {
-				refused++; /* the first of the batch: no route, or no buffer */
+				refused++; /* the first datagram has no route or no buffer */
 				done = 1;
 			} else {
 				sent += (uint64_t)done;
@@ -442,7 +443,7 @@ static void run_send(const struct sockaddr_in *to) {
 			now = now_ns();
 		}
 	}
-	/* End marks, spaced so that full queues can drain in between. */
+	/* Sends the end marks with pauses, so that full queues can drain between two marks. */
 	for (int i = 0; i < END_MARKS; i++) {
 		memcpy(bufs[0], &mark, sizeof mark);
 		sleep_until(now_ns() + (i ? 10000000 : 2000000));

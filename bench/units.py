@@ -1,4 +1,4 @@
-"""The values of the metrics: title, unit, and which direction is better.
+"""The values of the metrics: title, unit, and whether a larger or a smaller value is better.
 
 Owns: the formatting of numbers. Pure.
 """
@@ -12,7 +12,7 @@ from .stats import Estimate
 
 @dataclass(frozen=True)
 class Unit:
-    """``factor`` converts a raw value, as recorded, to ``unit``."""
+    """The unit of a value. ``factor`` converts a recorded raw value to ``unit``."""
 
     title: str
     unit: str
@@ -39,7 +39,7 @@ UNITS = {
 
 
 def number(value: float) -> str:
-    """Format with three significant digits."""
+    """Format ``value`` with three significant digits."""
     if abs(value) >= 100:
         return f"{value:.0f}"
     if abs(value) >= 10:
@@ -48,7 +48,7 @@ def number(value: float) -> str:
 
 
 def spread(estimate: Estimate | None, factor: float = 1.0) -> str:
-    """Format as "8.12 (7.90..8.30)"; without the interval for one block; None as "-"."""
+    """Format as "8.12 (7.90..8.30)", with one block as "8.12", and None as "-"."""
     if estimate is None:
         return "-"
     scaled = estimate.scaled(factor)

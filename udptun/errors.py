@@ -6,9 +6,9 @@ class UdptunError(Exception):
 
 
 class FieldError(UdptunError, ValueError):
-    """An invalid value: names the field, the value, and the expected form.
+    """A value is invalid. The error names the field, the value and the expected form.
 
-    ``where`` is the position for a reader, such as ``"line 3"`` or ``"routes[17]"``; may be empty.
+    where  position of the value in the input, such as ``"line 3"`` or ``"routes[17]"``, or empty
     """
 
     def __init__(self, field: str, value: object, expected: str, where: str = "") -> None:
@@ -22,18 +22,21 @@ class RouteExists(UdptunError):
 
 
 class GenerationMismatch(UdptunError):
-    """The table has changed since the generation that the caller expects."""
+    """The table's generation is not the one that the caller expects: the table has changed."""
 
 
 class DeviceError(UdptunError, OSError):
-    """A system call on a device or socket failed: has errno, and names the operation."""
+    """A system call on a device or socket failed. Has the errno, and names the operation."""
 
     def __str__(self) -> str:
         return self.strerror or super().__str__()
 
 
 class ControlError(UdptunError):
-    """The forwarder answered a control request with an error: a stable ``code`` and a sentence."""
+    """The forwarder answered a control request with an error.
+
+    The error has a ``code``, which is stable, and a sentence.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         self.code, self.message = code, message

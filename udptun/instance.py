@@ -1,11 +1,11 @@
 """The names of everything that one instance of udptun creates on a host. A leaf.
 
-Several instances can run on one host: two overlays side by side. Each has a name, and every device,
-nftables table, socket, lock, state directory and file that it creates is named after it here, so
-that two instances share nothing by accident. The default instance keeps the names that udptun and
-flannel have always used.
+Several instances can run on one host, for example for two overlays. Each instance has a name. From
+this name the module derives the name of every device, nftables table, socket, lock, state directory
+and file of the instance. So two instances do not share one of these by accident. The default
+instance keeps the names that udptun and flannel have always used.
 
-Owns the grammar of instance names, and the names derived from them. Creates nothing but the lock.
+Owns the grammar of instance names, and the names derived from them. Creates only the lock.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from .errors import FieldError, UdptunError
 
 DEFAULT_INSTANCE = "udptun"
-FLANNEL = "flannel"  # the default instance has some of flannel's names: no other may have them
-MAX_DEVICE_NAME = 15  # IFNAMSIZ less the terminating zero: linux/if.h
+FLANNEL = "flannel"  # reserved: the default instance uses names of flannel
+MAX_DEVICE_NAME = 15  # IFNAMSIZ minus the terminating zero: linux/if.h
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,7}")  # nft accepts no name that begins with a digit
 
 
@@ -32,7 +32,7 @@ class InstanceRunning(UdptunError):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One instance, by its name: 1 to 8 of a-z, 0-9 and ``-``, beginning with a letter."""
+    """One instance. Its name has 1 to 8 of a-z, 0-9 and ``-``, and begins with a letter."""
 
     name: str = DEFAULT_INSTANCE
 
@@ -52,12 +52,14 @@ class Instance:
         return f"{self.name}0"
 
     def nft_table(self, version: int) -> str:
-        """The nftables table of IP version 4 or 6."""
+        """Return the name of the nftables table for IP version 4 or 6."""
         return f"{self.name}-ipv{version}"
 
     def vxlan_device(self, vni: int, version: int) -> str:
-        """The VXLAN device whose underlay is IP version 4 or 6; FieldError: the name is too
-        long for the kernel."""
+        """Return the name of the VXLAN device whose underlay has IP version 4 or 6.
+
+        Raises FieldError if the name is too long for the kernel.
+        """
         prefix = FLANNEL if self.is_default else self.name
         device = f"{prefix}.{vni}" if version == 4 else f"{prefix}-v6.{vni}"
         if len(device) > MAX_DEVICE_NAME:
@@ -68,7 +70,7 @@ class Instance:
 
     @classmethod
     def of_vxlan_device(cls, device: str, vni: int) -> Instance | None:
-        """The instance that creates a device of this name; None: none does."""
+        """Return the instance whose VXLAN device has this name, or None if there is none."""
         prefix = device.removesuffix(f".{vni}")
         prefix = prefix.removesuffix("-v6") if device != prefix else ""
         if prefix == FLANNEL:
@@ -85,20 +87,24 @@ class Instance:
 
     @property
     def subnet_file(self) -> Path:
-        """The file that CNI plugins read; for the default instance it is flannel's."""
+        """The file that CNI plugins read. The default instance uses flannel's path."""
         return Path("/run/flannel/subnet.env") if self.is_default else self.run_dir / "subnet.env"
 
     def control_socket(self, run_dir: Path | None = None) -> Path:
-        """The forwarder's control socket. ``run_dir``: $RUNTIME_DIRECTORY, if that is set."""
+        """Return the path of the forwarder's control socket.
+
+        run_dir  $RUNTIME_DIRECTORY if that is set, else None
+        """
         return (run_dir or self.run_dir) / f"{self.name}.sock"
 
     @contextmanager
     def locked(self, role: str, run_dir: Path | None = None) -> Iterator[None]:
-        """Hold this instance's name in this network namespace while a process has ``role``
-        ("forward", "node"). The kernel releases the lock when the process ends, however it ends.
+        """Hold the lock of this instance and ``role`` ("forward", "node") in the network namespace.
 
-        The file has mode 0600, so other users cannot take the lock. Its name contains the inode of
-        the network namespace, because several namespaces can share one /run.
+        Only one process can hold the lock. The kernel releases it when the process ends, also after
+        a crash. The lock file has mode 0600, so other users cannot take the lock. Its name contains
+        the inode of the network namespace, because several namespaces can share one /run.
+
         Raises InstanceRunning, OSError.
         """
         directory = run_dir or self.run_dir
@@ -122,8 +128,8 @@ def _lock_file(path: Path) -> int | None:
     """Create the file if necessary, and lock it. Return its descriptor, or None if another process
     holds the lock.
 
-    A process that ends removes the file. Between our open and our flock the file may therefore have
-    lost its name: a lock on it would exclude nobody, so open the path again.
+    A process that ends removes the file. This can happen between our open and our flock. Other
+    processes would then lock a new file, and our lock would have no effect. So open the path again.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

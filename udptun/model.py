@@ -1,9 +1,9 @@
-"""Endpoints, routes and peers: their values, limits, text and JSON forms. Frozen, validated here.
+"""Endpoints, routes and peers: values, limits, text form and JSON form.
 
-A leaf: imports only ``errors``. Owns the grammar of a route as users write it
-(``DST via IP [port P] [mtu M]``, or a JSON object), and the limits of ports and MTUs. The compiled
-core has a second parser of the same grammar for whole tables, which runs without the interpreter;
-tests compare the two. Any thread.
+A leaf: imports only ``errors``. Objects are frozen and validated here. Owns the grammar of a route
+as users write it (``DST via IP [port P] [mtu M]``, or a JSON object), and the limits of ports and
+MTUs. The compiled core has a second parser of this grammar. It parses whole tables without the
+interpreter. Tests compare the two parsers. Threading: any thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import FieldError
 DEFAULT_PORT = 8285
 MAX_PORT = 65535
 MIN_MTU = 68  # RFC 791: every IPv4 router forwards 68 octets without fragmentation
-MIN_MTU6 = 1280  # RFC 8200 section 5: an IPv6 sender need not go below
+MIN_MTU6 = 1280  # RFC 8200 section 5: the MTU of an IPv6 link is at least this
 MAX_MTU = 65535
 MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
 
@@ -39,14 +39,14 @@ def parse_address(field: str, value: object, where: str = "") -> IPAddress:
 
 
 def is_unicast(address: IPAddress) -> bool:
-    """Return whether a datagram can be sent to the address as that of one host."""
+    """Return whether the address can be the destination of a datagram to a single host."""
     if isinstance(address, ipaddress.IPv4Address):
         return 0 < address.packed[0] < 224
     return not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
 
 
 def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
-    """Parse a unicast address, to which a datagram can be sent."""
+    """Parse a unicast address to which a datagram can be sent."""
     address = parse_address(field, value, where)
     if not is_unicast(address):
         raise FieldError(field, value, "a unicast address", where)
@@ -106,7 +106,7 @@ class Endpoint:
 class Route:
     """Packets to ``dst`` are sent to the peer at ``via``:``port``.
 
-    mtu  the largest inner packet for this route, in bytes; None: as large as the path allows
+    mtu  largest inner packet for this route, in bytes; None: only the path limits the size
     """
 
     dst: IPNetwork
@@ -119,7 +119,7 @@ class Route:
         cls, dst: object, via: object, port: object = DEFAULT_PORT, mtu: object = None,
         where: str = "",
     ) -> Route:
-        """Build a route from untrusted values; raises FieldError naming the field."""
+        """Build a route from untrusted values. Raises FieldError, which names the field."""
         prefix = parse_prefix("dst", dst, where)
         next_hop = parse_next_hop("via", via, where)
         port_number = parse_number("port", port, 1, MAX_PORT, where)
@@ -167,8 +167,8 @@ class Route:
 class Peer(NamedTuple):
     """A peer and its counters, as the core reports them.
 
-    address    packed
-    last_seen  seconds since the last packet from it; None: there was none
+    address    address in packed form
+    last_seen  seconds since the last packet from the peer; None: no packet has arrived
     """
 
     address: bytes
@@ -183,7 +183,7 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RouteDiff:
-    """The effect of a change: the numbers of routes, and the generation after it."""
+    """The effect of a change: numbers of changed routes, and the generation after the change."""
 
     generation: int
     added: int = 0

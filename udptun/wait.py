@@ -7,10 +7,10 @@ from contextlib import suppress
 
 
 async def wait_at_most(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until the event is set or the time is over; return whether the event is set.
+    """Wait until the event is set or the time is over. Return whether the event is set.
 
-    ``asyncio.wait_for`` is not used: up to Python 3.11 it loses a cancellation that arrives
-    together with the event, and the task never ends.
+    ``asyncio.wait_for`` is not used because of a bug up to Python 3.11: if a cancellation arrives
+    together with the event, ``wait_for`` loses the cancellation, and the task never ends.
     """
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):

@@ -1,6 +1,6 @@
-"""The contract of a contender, and the path that it sets up.
+"""The contract of a contender, and the path that a contender sets up.
 
-Owns: what all contenders have in common. Independent of how each contender is started.
+Owns: the parts that all contenders have in common. Independent of how a contender is started.
 Main thread only, like udptun.lab.
 """
 
@@ -25,14 +25,14 @@ ExtraRoute = tuple[str, str]  # (prefix, next hop)
 class PathUnderTest:
     """Two linked hosts, a and b, and one running contender between them.
 
-    at_a, at_b      the addresses that traffic is measured between
-    carries         nft expression that matches the contender's packets on the wire
+    at_a, at_b      the addresses of the measured traffic on host a and on host b
+    carries         an nft expression that matches the contender's packets on the wire
     inner_mtu       the largest inner packet, in bytes
-    device          name of the tunnel device, the same on both hosts; "" if there is none
+    device          the name of the tunnel device on both hosts; "" if there is no device
     forwarders      udptun's forwarders of hosts a and b; empty for other contenders
-    restart         start udptun's forwarder on host a again, without waiting for it
-    set_routes      replace the extra routes of host a
-    warm_up_seconds time with traffic that the contender needs before it reaches its full rate
+    restart         starts udptun's forwarder on host a again, and does not wait until it is ready
+    set_routes      replaces the extra routes of host a
+    warm_up_seconds the contender needs traffic for this time before it reaches its full rate
     facts           details for the report
     """
 
@@ -52,7 +52,7 @@ class PathUnderTest:
     facts: dict[str, object] = field(default_factory=dict)
 
     def wait_ready(self) -> None:
-        """Wait until pings pass, which also completes ARP, and let the contender warm up."""
+        """Wait until pings pass, then let the contender warm up. The pings also complete ARP."""
         wait_for(
             lambda: ping(self.a, self.at_b, count=2, wait=0.5).received,
             f"a ping through {self.name}", _READY_SECONDS,
@@ -76,9 +76,10 @@ class PathUnderTest:
 class Contender:
     """A tunnel that can be measured.
 
-    name      its specification, as given on the command line
-    build     start it between two linked hosts; raises Unavailable if this machine lacks it
-    profiles  the profiles on which it works
+    name      the specification of the contender, as given on the command line
+    build     starts the contender between two linked hosts; raises Unavailable if this machine
+              does not have the contender
+    profiles  the profiles on which the contender works
     """
 
     name: str
@@ -86,7 +87,7 @@ class Contender:
     profiles: tuple[str, ...] = profiles.NAMES
 
     def set_up(self, lab: Lab) -> PathUnderTest:
-        """Create two linked hosts, start the contender between them, wait until it is ready."""
+        """Create two linked hosts, start the contender on them, and wait until it is ready."""
         n = next(lab.numbers)
         a, b = lab.host(f"r{n}a"), lab.host(f"r{n}b")
         path = self.build(lab, a, b, lab.link(a, b))

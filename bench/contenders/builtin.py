@@ -1,6 +1,6 @@
 """The contenders of this repository and of the kernel.
 
-Owns: how each is set up between two linked hosts, with the largest MTU that the wire allows.
+Owns: the set-up of each contender on two linked hosts, with the largest MTU that the wire allows.
 Main thread only, like udptun.lab.
 """
 
@@ -38,7 +38,7 @@ def _vxlan(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
 def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
     """Return udptun with these options of ``udptun forward``.
 
-    checkout  path of the udptun checkout to measure; "" for the one that contains this file
+    checkout  the path of the udptun checkout to measure; "" for the checkout with this file
     """
     env = None
     if checkout:
@@ -84,7 +84,7 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
 
 
 def replace_routes(forwarder: Forwarder, body: bytes, kind: str) -> dict[str, Any]:
-    """Replace the whole table; return the reply: generation, added, changed, removed."""
+    """Replace the whole route table; return the reply: generation, added, changed, removed."""
     status, reply = forwarder.request("PUT", "/v1/routes", body, {"Content-Type": kind})
     if status != 200:
         raise LabError(f"PUT /v1/routes: {status} {reply}")
@@ -120,7 +120,8 @@ _SET, _DELETE = 1, 2
 def _send_commands(control: Path, command: int, routes: Sequence[ExtraRoute]) -> None:
     """Send one control message per route, in flannel's format.
 
-    20 bytes each; host byte order, except the addresses, which are in network byte order.
+    A message has 20 bytes. The addresses are in network byte order, the other fields in host
+    byte order.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:
         s.settimeout(30)
@@ -154,6 +155,6 @@ CONTENDERS = {
     "direct": Contender("direct", _direct),
     "vxlan": Contender("vxlan", _vxlan),
     "onepacket": Contender("onepacket", _onepacket),
-    # On other profiles the receiver gets the slices one by one and cannot rebuild super-packets.
+    # P1 only: on other profiles the receiver gets single slices and cannot rebuild super-packets.
     "copylimit": Contender("copylimit", _copylimit, ("P1",)),
 }

@@ -1,27 +1,34 @@
 """Contenders described by a TOML file: any tunnel that shell commands can start.
 
-Owns: the file format and its parsing. Main thread only, like udptun.lab. A file
-bench/contenders/NAME.toml has:
+Owns: the file format and its parsing. Main thread only, like udptun.lab. The file
+bench/contenders/NAME.toml describes the tunnel NAME:
 
-    title     its name in the report
-    programs  optional: the programs it needs; without them it is not measured
-    package   optional: the Debian package that has them
-    carries   nft expression that matches its packets on the wire, e.g. "udp dport 8300"
-    device    the network device that it creates
-    mtu       MTU of that device
-    profiles  optional: the profiles on which it works
-    prepare   optional: commands to run on both hosts before it is started on either
-    start     the command that starts it and keeps running
-    ready     optional: text in its output that shows that it is up; without this text, only the
-              device is awaited
+    title     the tunnel's name in the report
+    programs  optional: the programs that the tunnel needs; if one is missing, the tunnel is not
+              measured
+    package   optional: the Debian package with these programs
+    carries   an nft expression that matches the tunnel's packets on the wire: "udp dport 8300"
+    device    the network device that the tunnel creates
+    mtu       the MTU of the device
+    profiles  optional: the profiles on which the tunnel works
+    prepare   optional: commands that run on both hosts before the start command runs on a host
+    start     the command that starts the tunnel; the command must keep running
+    ready     optional: a text that the start command prints when the tunnel is up. The set-up waits
+              for this text and for the device; without ``ready`` it waits for the device only
     setup     optional: ip(8) commands to run when the device exists
-    settle    optional: seconds of pings until it reaches its full rate
-    [files]   optional: name = text, written to {dir} first
+    settle    optional: the tunnel reaches its full rate after this many seconds of pings
+    [files]   optional: name = text; these files are written to {dir} first
 
-Every text may contain {here} {there} (underlay addresses), {inner} {inner_there} (the addresses
-that traffic is measured between), {mtu} {device} {dir} (a folder of that host), {dir_there}, and
-{side} {other} ("a" and "b"). A command is a list of words, or one text that is split as a shell
-does it; it runs on the host that is being set up.
+Every text may contain placeholders. "This host" is the host that is being set up:
+
+    {here} {there}         the underlay addresses of this host and of the other host
+    {inner} {inner_there}  the addresses of the measured traffic, on this and on the other host
+    {dir} {dir_there}      a folder of this host and of the other host
+    {side} {other}         "a" and "b", or "b" and "a": this host and the other host
+    {mtu} {device}         the values above
+
+A command is a list of words, or one text that is split into words as a shell splits it. A command
+runs on the host that is being set up.
 """
 
 from __future__ import annotations
@@ -49,7 +56,7 @@ def names() -> list[str]:
 
 
 def installed_names() -> tuple[str, ...]:
-    """Return the names of the described contenders whose programs are installed."""
+    """Return the names of the contenders with a description file whose programs are installed."""
     return tuple(name for name in names() if not missing(_read(name)))
 
 
@@ -85,13 +92,13 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def argv(command: str | list[str], values: Mapping[str, object]) -> list[str]:
-    """Fill the placeholders of a command. It is split first, so that a value is never split."""
+    """Split a command into words, then fill the placeholders, so that a value is never split."""
     parts = shlex.split(command) if isinstance(command, str) else command
     return [part.format_map(values) for part in parts]
 
 
 def contender(name: str, description: Mapping[str, Any]) -> Contender:
-    """Return the contender that a description stands for."""
+    """Return the contender for a description."""
 
     def build(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
         if absent := missing(description):
@@ -121,7 +128,7 @@ def contender(name: str, description: Mapping[str, Any]) -> Contender:
 
 
 def missing(description: Mapping[str, Any]) -> list[str]:
-    """Return the programs of a description that are not installed."""
+    """Return the programs in a description that are not installed."""
     return [
         name for name in description.get("programs", ())
         if shutil.which(name) is None and shutil.which(name, path=SEARCH_PATH) is None

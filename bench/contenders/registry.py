@@ -12,13 +12,13 @@ from .base import Contender
 
 
 def program(spec: str) -> str:
-    """Return the first word of ``spec``, without a checkout: ``udptun`` for ``udptun@DIR``."""
+    """Return the first word of ``spec`` without ``@DIR``: ``udptun`` for ``udptun@DIR``."""
     name, *_ = shlex.split(spec) or [""]
     return name.partition("@")[0]
 
 
 def find(spec: str) -> Contender:
-    """Return the contender for ``spec``; ValueError if there is none."""
+    """Return the contender for ``spec``; ValueError if there is no such contender."""
     name, *options = shlex.split(spec) or [""]
     if program(spec) == "udptun":
         return builtin.udptun(spec, name.partition("@")[2], options)

@@ -1,12 +1,17 @@
 """Longest gap in forwarding while the routes are replaced under load, in ns.
 
-Load: 20,000 datagrams per second from a to b, evenly paced. During the load, a PUT request on the
-control socket of host a's forwarder replaces N routes by N others, in JSON. A gap is the time
-between two arrivals at b (timestamps of the kernel) minus the time between their transmissions at
-a: a pause of the sender, which shares the CPU cores, does not count. The window begins with the
-request and ends with its reply, when the new table is active. The longest gap in a window of the
-same length just before the request is the baseline: the gap that the machine causes without a
-change of routes. Needs udptun on both hosts; the reply must confirm that all routes were replaced.
+Load: host a sends 20,000 evenly paced datagrams per second to host b. During the load, a PUT
+request (JSON) on the control socket of host a's forwarder replaces N routes by N other routes.
+
+A gap belongs to two datagrams that arrive at b one after the other. The gap is the time between the
+two arrivals (timestamps of the kernel) minus the time between the two transmissions at a. The
+sender shares the CPU cores with the tunnel, so it may pause. The subtraction removes such a pause
+from the gap.
+
+The window begins with the request and ends with its reply, when the new table is active. The
+baseline is the longest gap in a window of the same length just before the request: the machine
+causes this gap without a change of routes. Needs udptun on both hosts. The reply must confirm that
+all routes were replaced.
 """
 
 from __future__ import annotations
@@ -37,15 +42,15 @@ Arrival = tuple[int, int, int]  # sequence number, sent (ns), arrived (ns)
 
 
 def arrivals(data: bytes) -> list[Arrival]:
-    """Parse the file of ``udpload receive --record``; in the order of arrival."""
+    """Parse the file of ``udpload receive --record``; the result is in the order of arrival."""
     numbers = array("q", data)
     return list(zip(numbers[0::3], numbers[1::3], numbers[2::3], strict=True))
 
 
 def longest_gap(recorded: Sequence[Arrival], begin_ns: int, end_ns: int) -> int:
-    """Return the longest gap before an arrival in the window, or before the first one after it.
+    """Return the longest gap that ends in the window, or with the first arrival after the window.
 
-    A negative number means that there is no such arrival.
+    A negative number means that there is no such gap.
     """
     longest = -1
     for before, after in itertools.pairwise(recorded):
@@ -58,9 +63,9 @@ def longest_gap(recorded: Sequence[Arrival], begin_ns: int, end_ns: int) -> int:
 
 
 def table(path: PathUnderTest, n: int, second: bool) -> bytes:
-    """Return JSON of host a's present routes and ``n`` more.
+    """Return JSON with the present routes of host a and ``n`` more routes.
 
-    second  use the second set of prefixes, which has no prefix in common with the first set
+    second  use the second set of prefixes for the ``n`` routes; the two sets have no common prefix
     """
     own = path.forwarders[0].get("/v1/routes")["routes"]
     prefixes = consecutive("10.128.0.0" if second else "10.64.0.0", n)

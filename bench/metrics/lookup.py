@@ -1,8 +1,9 @@
 """Route look-up in the compiled core, without forwarding: ns per look-up.
 
-A measurement (slot) times loops over 65,536 addresses; its result is the fastest time. Variants:
-address family, kind of address, number of routes (see bench/tables.py). The sum of the results must
-equal the sum of 65,536 single look-ups. Needs no hosts and no wire.
+A slot times several loops over 65,536 addresses. The result is the time of the fastest loop. A
+variant has an address family, a kind of address and a number of routes (see bench/tables.py). The
+sum of the look-up results must equal the sum of the results of 65,536 single look-ups. Needs no
+hosts and no wire.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ROUNDS = 8
 
 @cache
 def _table(n: int, family: int) -> Lpm:
-    # Compiled for tests and benchmarks only; no other metric needs it.
+    # tests.steps is compiled for tests and benchmarks only. No other metric needs this module.
     try:
         from tests.steps import Lpm
     except ImportError as e:
@@ -38,7 +39,7 @@ def _table(n: int, family: int) -> Lpm:
 
 @dataclass(frozen=True)
 class LookUps:
-    """One slot: one measurement (see ``bench.blocks``); it runs in this process."""
+    """One slot: one measurement (see ``bench.blocks``). The measurement runs in this process."""
 
     variant: str
     seconds: float

@@ -1,7 +1,8 @@
 """Peak resident memory of a forwarder with N routes while it forwards one TCP stream, in bytes.
 
-VmRSS from /proc, read every 50 ms; the larger value of the two forwarders, which both have the
-routes. Needs udptun on both hosts; its counters must show that it forwarded the stream.
+Both forwarders have the N routes. VmRSS is read from /proc every 50 ms for both; the result is the
+larger peak of the two. Needs udptun on both hosts. udptun's counters must show that udptun
+forwarded the stream.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a metric consists of, and the plan that says how much of it a run measures.
+"""The parts of a metric, and the plan for a metric: how much of the metric a run measures.
 
 Owns: the two types, and the checks of a user's options. Any thread.
 """
@@ -14,16 +14,16 @@ from ..contenders import find, program
 from ..session import Session
 
 COMPARED = ("direct", "vxlan", "udptun", "udptun --offload off", "onepacket")
-NO_PROFILE = "-"  # of a metric that uses no wire
+NO_PROFILE = "-"  # the profile of a metric that uses no wire
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much of a metric to measure.
 
-    blocks      number of blocks to accept
-    seconds     duration of one slot's measurement
-    variants    () for all variants of the metric
+    blocks      the number of accepted blocks to reach
+    seconds     the duration of the measurement in one slot
+    variants    the variants to measure; () for the metric's default variants
     congestion  TCP congestion control; None for the system's default
     """
 
@@ -40,13 +40,14 @@ class Metric:
     """One metric.
 
     summary   one line for the help text
-    measure   measure a plan in a session
+    measure   measures a plan in a session
     variants  the variants that are measured by default
-    form      the variants that are possible, for help and error messages
-    pattern   regular expression of the possible variants; "" if the metric has none. Group ``n`` is
-              a number, group ``unit``, if there is one, selects its limits
-    limits    smallest and largest ``n`` by unit; "" without a unit
-    programs  the programs that it can measure; () for all contenders
+    form      a description of the possible variants, for help and error messages
+    pattern   a regular expression that matches the possible variants; "" if the metric has no
+              variants. Group ``n`` is a number. Group ``unit`` is optional and selects the limits
+              of ``n``
+    limits    the smallest and the largest ``n``, by unit; the unit is "" if there is no such group
+    programs  the programs that the metric can measure; () for all contenders
     """
 
     name: str
@@ -59,7 +60,7 @@ class Metric:
     programs: tuple[str, ...] = ()
 
     def variant_problem(self, plan: Plan, variant: str) -> str | None:
-        """Return why this variant cannot be measured, or None."""
+        """Return the reason if this variant cannot be measured, else None."""
         if self.pattern and (found := re.fullmatch(self.pattern, variant)):
             groups = found.groupdict()
             low, high = self.limits.get(groups.get("unit", ""), (0, 0))
@@ -68,13 +69,13 @@ class Metric:
         return f"{self.name}: variant {variant!r}: expected {self.form}"
 
     def profile_problem(self, plan: Plan, profile: str) -> str | None:
-        """Return why this profile cannot be measured, or None."""
+        """Return the reason if this profile cannot be measured, else None."""
         if plan.profiles != (NO_PROFILE,):
             return None
         return f"{self.name}: profile {profile!r}: expected none, this metric uses no wire"
 
     def contender_problem(self, plan: Plan, spec: str) -> str | None:
-        """Return why this contender cannot be measured on the plan's profiles, or None.
+        """Return the reason if this contender cannot be measured on the plan's profiles, else None.
 
         ValueError if there is no such contender.
         """

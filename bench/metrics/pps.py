@@ -1,9 +1,10 @@
 """Small packets: packets per second without loss, at 0.5 % loss, and delivered at full rate.
 
 bench/udpload sends each datagram as its own packet, without UDP_SEGMENT, and receives without
-UDP_GRO; gaps in the sequence numbers are losses. A bisection finds the highest rate for each loss
-limit. A rate that fails is tried a second time, because a short disturbance of the machine must not
-end the search. Variants: UDP payload in bytes. Works with every contender.
+UDP_GRO. A missing sequence number is a lost packet. For each loss limit, a bisection finds the
+highest rate that keeps the limit. A rate that exceeds the limit is tried a second time, because the
+cause can be a short disturbance of the machine. A variant is the UDP payload in bytes. Works with
+every contender.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from .metric import Metric, Plan
 VARIANTS = ("64 bytes", "256 bytes", "512 bytes", "1400 bytes")
 THRESHOLDS = {"pps_without_loss": 0.0, "pps_at_half_percent": 0.005}
 MIN_PPS = 1000.0
-_PRECISION = 1.05  # the search ends when the rate is known to 5 %
-_TRIAL_SHARE = 0.5  # duration of a trial, as a share of the plan's seconds
+_PRECISION = 1.05  # the search ends when the bounds of the rate differ by at most 5 %
+_TRIAL_SHARE = 0.5  # the duration of a trial, relative to the plan's seconds
 
 
 @dataclass(frozen=True)
 class Trial:
     """One stream of packets.
 
-    offered  packets per second that were actually sent
-    loss     share of them that did not arrive
-    full     sent at full rate
-    late     packets that arrived out of order
+    offered  the packets per second that the sender sent
+    loss     the share of the sent packets that did not arrive, 0..1
+    full     True if the sender sent at full rate
+    late     the number of packets that arrived out of order
     """
 
     offered: float
@@ -44,9 +45,9 @@ class Trial:
 
 @dataclass
 class Search:
-    """A bisection over the rate. All loss limits share its ``trials``."""
+    """A bisection over the rate. The search for a loss limit uses the trials of earlier limits."""
 
-    send: Callable[[float], Trial]  # at a rate in packets per second; 0: at full rate
+    send: Callable[[float], Trial]  # the argument is packets per second; 0: full rate
     trials: list[Trial] = field(default_factory=list)
 
     def _passes(self, rate: float, threshold: float) -> Trial | None:
@@ -58,7 +59,7 @@ class Search:
         return None
 
     def highest(self, threshold: float) -> float:
-        """Return the highest rate with at most this loss; 0 if MIN_PPS already loses more."""
+        """Return the highest rate with at most this loss; 0 if the loss at MIN_PPS is higher."""
         if not self.trials:
             self.trials.append(self.send(0))
         passed = [t for t in self.trials if t.loss <= threshold]
@@ -86,7 +87,7 @@ class Search:
 
 @dataclass
 class Streams:
-    """Sends one stream of packets per trial from a to b; ``options`` are those of load.stream."""
+    """Sends one stream of packets per trial from a to b. load.stream gets the ``options``."""
 
     path: PathUnderTest
     seconds: float

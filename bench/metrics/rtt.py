@@ -1,9 +1,12 @@
 """Round-trip time of 64-byte requests over UDP and TCP: p50, p99 and p99.9, in ns.
 
 Idle: bench/udpload sends each request when the previous reply has arrived, like netperf's UDP_RR
-and TCP_RR. Under bulk load: an iperf3 TCP stream runs in the direction of the requests. udpload
-sends 2000 requests per second at fixed times and does not wait for replies; it counts lost
-requests. Works with every contender.
+and TCP_RR.
+
+Under bulk load: an iperf3 TCP stream runs in the direction of the requests. udpload sends 2000
+requests per second at fixed times, does not wait for replies, and counts lost requests.
+
+Works with every contender.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from .metric import Metric, Plan
 VARIANTS = ("udp idle", "udp bulk", "tcp idle", "tcp bulk")
 _INTERVAL_US = 500
 _SIZE = 64
-_MIN_REPLIES = 100  # for a meaningful p99
+_MIN_REPLIES = 100  # with fewer replies, p99 has no meaning
 _BULK_START_SECONDS = 2
 
 

@@ -47,7 +47,7 @@ def test_routes(path: PathUnderTest) -> Iterator[None]:
 
 @contextlib.contextmanager
 def peers(path: PathUnderTest, n: int) -> Iterator[list[str]]:
-    """Add ``n`` addresses to host b, at which its tunnel also receives datagrams."""
+    """Add ``n`` addresses to host b. The tunnel of b also receives datagrams to these addresses."""
     underlay = path.b.interfaces[0]
     net = underlay.v4.network
     addresses = [str(net[_FIRST_PEER + i]) for i in range(n)]

@@ -1,8 +1,9 @@
 """Start-up: ns from the start of the ``udptun forward`` process to the first forwarded packet.
 
-Host a sends one datagram per millisecond to b's overlay address, to which it has no route until its
-forwarder has started; b's forwarder runs all the time. b's kernel timestamps the first arrival. The
-few milliseconds of ``ip netns exec`` are included. Needs udptun on both hosts.
+Host a sends one datagram per millisecond to b's overlay address. Host a has no route to this
+address until the forwarder on a has started. The forwarder on b runs all the time. The kernel of b
+timestamps the first arrival. The time includes ``ip netns exec``, which takes a few milliseconds.
+Needs udptun on both hosts.
 """
 
 from __future__ import annotations

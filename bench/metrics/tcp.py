@@ -1,7 +1,8 @@
 """TCP throughput in bit/s (iperf3), and its cost in CPU seconds of the whole system per gigabyte.
 
-Variants: the number of streams and the direction, "there" (a to b), "back" (b to a) or "both" (both
-at once). The ratios to compare are those of "1 there". Works with every contender.
+A variant is the number of streams and the direction: "there" (a to b), "back" (b to a) or "both"
+(both directions at once). To compare contenders, use the ratios of the variant "1 there" (one
+stream from a to b). Works with every contender.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One worker with a socket pair in place of the TUN, and with UDP over loopback.
 
 Owns: the sockets and the worker between them. One thread only. A frame is one message of a
-SOCK_SEQPACKET pair, and the peer is a UDP socket on loopback. The kernel's UDP work is included,
-its TUN work is not: compare the times only with other times of this benchmark.
+SOCK_SEQPACKET pair, and the peer is a UDP socket on loopback. The times include the kernel's work
+for UDP, but not its work for a TUN. So compare the times only with other times of this benchmark.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FEATURES = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge
 
 
 class LoopbackWorker:
-    """A worker and both its ends.
+    """A worker with the TUN end and the UDP peer that the benchmark uses.
 
-    TUN to UDP: ``send_frame``, ``work``, ``received(peer)``. UDP to TUN: ``send_run``, ``work``,
-    ``received(tun)``.
+    To measure TUN to UDP, call ``send_frame``, ``work``, ``received(peer)``.
+    To measure UDP to TUN, call ``send_run``, ``work``, ``received(tun)``.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class LoopbackWorker:
     def _bound(self, address: str) -> socket.socket:
         sock = self._closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         sock.setblocking(False)
-        # Without root, net.core.rmem_max limits the buffer; the default fits one run.
+        # Without root, net.core.rmem_max limits the buffer. The default size is enough for one run.
         with contextlib.suppress(PermissionError):
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _ROOM)
         sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
@@ -80,7 +80,7 @@ class LoopbackWorker:
 
     @staticmethod
     def received(sock: socket.socket) -> int:
-        """Read all messages that wait in ``tun`` or ``peer``; return the number of bytes."""
+        """Read all messages in ``sock`` (``tun`` or ``peer``); return the number of bytes."""
         n = 0
         with contextlib.suppress(BlockingIOError):
             while True:

@@ -1,7 +1,7 @@
 """Checksum: GB/s of each implementation that this CPU supports, by length.
 
-Includes the call from Python, which is most of the time for short lengths. Needs only the compiled
-core.
+The time includes the call from Python. For short lengths, the call takes most of the time. Needs
+only the compiled core.
 """
 
 import pytest

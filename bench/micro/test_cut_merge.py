@@ -1,8 +1,8 @@
 """Cutting super-packets and merging packets: ns per packet.
 
-Includes a copy of the input and one Python object per packet of the output, which the data path
-does not have: compare the times only with other times of this benchmark. Needs only the compiled
-core.
+The time includes a copy of the input and the creation of one Python object per output packet. The
+data path does neither, so compare the times only with other times of this benchmark. Needs only the
+compiled core.
 """
 
 import pytest

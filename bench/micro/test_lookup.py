@@ -1,7 +1,7 @@
 """Route look-up in the compiled table: ns per look-up, by kind of address and size of the table.
 
-One round is 65,536 look-ups; the sum of the results is compared with single look-ups. Needs only
-the compiled core.
+One round is 65,536 look-ups. The sum of their results must equal the sum of the results of single
+look-ups. Needs only the compiled core.
 """
 
 from functools import cache

@@ -1,7 +1,8 @@
 """A worker's whole path: CPU ns per packet. A socket pair replaces the TUN, loopback the network.
 
-The CPU time of the thread, including the kernel's work on loopback. Waiting is not included, so
-that other load on the machine disturbs the result less. Needs only the compiled core.
+The result is the CPU time of the thread, including the kernel's work for loopback. CPU time does
+not include waiting, so other load on the machine disturbs the result less. Needs only the compiled
+core.
 """
 
 import time
@@ -13,7 +14,7 @@ from bench.micro.loopback import LoopbackWorker
 from tests import reference
 
 SHAPES = {"tcp 44 x 1420": ("tcp", 44, 1420), "udp 44 x 1420": ("udp", 44, 1420)}
-FRAMES = 4  # per round: the working set of a busy tunnel
+FRAMES = 4  # frames per round; their data is the working set of a busy tunnel
 
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)
 
@@ -54,6 +55,6 @@ def test_in(benchmark, ns_each, path, shape):
             path.send_run(run)
 
     benchmark.pedantic(path.work, setup=offer, rounds=200, warmup_rounds=5)
-    # merged again: all of the payload, but fewer headers than were sent
+    # The worker merges the packets again: all of the payload arrives, but fewer headers arrive.
     assert all(payload < n < FRAMES * sum(map(len, run)) for n in arrived[1:])
     ns_each(FRAMES * len(run))

@@ -1,4 +1,4 @@
-"""Route tables: seconds to parse a route file or JSON, to build the look-up, and to activate it.
+"""Route tables: seconds to parse a file or JSON, to build the look-up, to activate a snapshot.
 
 Needs only the compiled core.
 """
@@ -45,7 +45,7 @@ def test_parse_json(benchmark, n):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_publish(benchmark, n):
-    """Build a new snapshot and swap it in, in a core without running workers."""
+    """Build and activate a new snapshot in a core that has no running workers."""
     benchmark.group = "build and swap"
     table = _core.RouteTable.parse_text(tables.text(n, 4))
     with contextlib.ExitStack() as closing:

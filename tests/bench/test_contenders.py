@@ -1,4 +1,4 @@
-"""Contenders by their specification, and description files."""
+"""The look-up of a contender by its specification, and the description files of contenders."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_find_refuses_an_invalid_specification(spec, message):
 
 @pytest.mark.parametrize("module", ["base", "builtin", "external", "registry"])
 def test_each_module_can_be_imported_first(module):
-    """The package has no import circle: only the registry imports the kinds of contenders."""
+    """The package has no import cycle: only the registry imports builtin and external."""
     code = (
         "import sys, types; import bench; p = types.ModuleType('bench.contenders'); "
         "p.__path__ = [bench.__path__[0] + '/contenders']; sys.modules['bench.contenders'] = p; "

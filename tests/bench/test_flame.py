@@ -1,4 +1,4 @@
-"""The flame graph: parsing perf's output, shares, nested boxes."""
+"""The flame graph: the parser of perf's output, the shares, and the nested boxes."""
 
 import xml.etree.ElementTree as ET
 

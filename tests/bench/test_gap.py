@@ -1,4 +1,4 @@
-"""The longest gap in a record of arrivals."""
+"""The search for the longest gap in a record of arrivals."""
 
 from array import array
 
@@ -8,7 +8,11 @@ MS = 1_000_000
 
 
 def steady(n, delays=(), pauses=()):
-    """One packet per ms; ``delays`` of the tunnel, ``pauses`` of the sender: {sequence: ns}."""
+    """Return the arrivals of ``n`` packets, one per ms.
+
+    delays  {sequence number: ns}: the tunnel delays this packet
+    pauses  {sequence number: ns}: the sender pauses before this packet
+    """
     delays, pauses = dict(delays), dict(pauses)
     found, clock = [], 0
     for i in range(n):

@@ -1,6 +1,7 @@
-"""Count of instructions: callgrind's file, the key of a build, the comparison that CI relies on.
+"""Instruction counts: callgrind's file, the key of a build, and the comparison that CI uses.
 
-``make test`` counts the steps themselves (``make bench-instructions``) after the tests.
+These tests do not count the steps. ``make test`` counts the steps after the tests, with
+``make bench-instructions``.
 """
 
 import json
@@ -10,8 +11,8 @@ import pytest
 
 from bench import instructions
 
-# Two objects, _core.so and libc.so.6, each with costs of its own. _core.so calls libc.so.6 once.
-# The line after "calls=" has the cost of the called function, which is not a cost of _core.so.
+# There are two objects with costs: _core.so and libc.so.6. _core.so calls libc.so.6 once. The line
+# after "calls=" has the cost of the called function, which is not a cost of _core.so.
 CALLGRIND = """\
 version: 1
 events: Ir
@@ -69,7 +70,7 @@ def test_the_compiler_is_read_from_the_extension():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Counting without valgrind: every step takes 1000 instructions, and this build is "here"."""
+    """Replace valgrind: every step has 1000 instructions, and the key of this build is "here"."""
     monkeypatch.setattr(instructions, "count", lambda step: 1000)
     monkeypatch.setattr(instructions, "build_key", lambda: "here")
     monkeypatch.setattr(instructions.shutil, "which", lambda name: name)

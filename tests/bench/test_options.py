@@ -1,4 +1,4 @@
-"""The options of ``python -m bench``: a wrong one is refused before anything is measured."""
+"""The options of ``python -m bench``: a wrong option is refused before the first measurement."""
 
 import argparse
 from pathlib import Path

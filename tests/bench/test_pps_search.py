@@ -6,7 +6,7 @@ from bench.metrics.pps import MIN_PPS, Search, Trial
 
 
 class Tunnel:
-    """Carries ``capacity`` packets per second; the sender sends at most ``sender_max``.
+    """A tunnel that carries ``capacity`` packets per second.
 
     disturbances  which trials (1 = the first) lose 10 % of the packets
     """

@@ -1,4 +1,4 @@
-"""Parsing the counters on the wire, and the reasons to refuse a figure."""
+"""The parser of the counters on the wire, and the reasons to refuse a figure."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""From the lines of a run to figures, verdicts, Markdown and the table in README.md."""
+"""Figures, verdicts, Markdown and the table in README.md, made from the lines of a run."""
 
 import pytest
 

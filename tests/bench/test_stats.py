@@ -44,8 +44,8 @@ def test_more_blocks_narrow_the_interval():
 
 
 def test_a_steady_drift_cancels_within_a_block():
-    """Four slots in the order d, u, u, d. d increases by 2 per slot (10, 12, 14, 16), and u is
-    always half of the value that d would have in that slot."""
+    """A block has four slots in the order d, u, u, d. In these slots, d would have the values 10,
+    12, 14, 16: a drift of 2 per slot. u always has half the value that d would have."""
     block = {"d": [10.0, 16.0], "u": [12.0 / 2, 14.0 / 2]}
     assert stats.ratios([block], "u", "d") == [0.5]
 

@@ -1,4 +1,4 @@
-"""Parsing /proc/stat and ethtool, and the route tables of the benchmarks."""
+"""The parsers of /proc/stat and of ethtool's output, and the route tables of the benchmarks."""
 
 import ipaddress
 

@@ -1,6 +1,6 @@
-"""A fake forwarder without a data plane, with a real control server, loop and socket.
+"""A fake forwarder without a data plane. The control server, the loop and the socket are real.
 
-The tests of the control API and of the command line use it.
+The tests of the control API and of the command line use this fake forwarder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORKER = {
 
 
 class FakeForwarder:
-    """The methods that the control servers call, on a dict of routes."""
+    """Has the methods that the control servers call. The routes are in a dict."""
 
     def __init__(self) -> None:
         self.generation = 1
@@ -182,7 +182,7 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
 
 
 class LoopThread:
-    """A uvloop loop in a thread, so that tests can use plain blocking clients."""
+    """Runs a uvloop loop in a thread, so that tests can use plain blocking clients."""
 
     def __enter__(self) -> LoopThread:
         ready: Future[asyncio.AbstractEventLoop] = Future()
@@ -207,7 +207,7 @@ class LoopThread:
         assert not self._thread.is_alive()
 
     def run(self, make: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-        """Await ``make(*args)`` on that loop."""
+        """Await ``make(*args)`` on the loop of this thread."""
 
         async def on_loop() -> Any:
             return await make(*args)
@@ -215,7 +215,7 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(on_loop(), self.loop).result(20)
 
     def call(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Call ``work(*args)`` on that loop."""
+        """Call ``work(*args)`` on the loop of this thread."""
 
         async def on_loop() -> Any:
             return work(*args)
@@ -224,7 +224,7 @@ class LoopThread:
 
 
 class Served:
-    """A fake forwarder with a real control server, which closes at a stop request."""
+    """A fake forwarder with a real control server. The server closes after a stop request."""
 
     def __init__(self, thread: LoopThread, path: Path) -> None:
         self.thread, self.path = thread, path
@@ -250,7 +250,7 @@ class Served:
         self._closing.result(20)
 
     def events(self, *events: dict[str, Any]) -> None:
-        """Emit all events in one callback of the loop, before any reader runs."""
+        """Emit all events in one callback of the loop. No reader runs between two of the events."""
         self.thread.call(lambda: [self.forwarder.emit(event) for event in events])
 
 

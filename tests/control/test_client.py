@@ -1,4 +1,4 @@
-"""The control client: against the real server, and against servers with errors."""
+"""The control client, with the real server and with servers that make errors."""
 
 import socket
 import sys
@@ -95,7 +95,7 @@ def test_events(client: ControlClient, served: Served) -> None:
 def test_recent_events(client: ControlClient) -> None:
     client.add(ROUTE)
     assert [e["type"] for e in client.events(follow=False)] == ["hello", "route_added"]
-    assert client.status()["generation"] == 2  # the client can be used again
+    assert client.status()["generation"] == 2  # the same client can send another request
 
 
 def test_following_events_has_no_timeout(served: Served) -> None:
@@ -114,7 +114,7 @@ def test_stop_returns_after_the_socket_is_removed(client: ControlClient, served:
 
 
 def test_stop_waits_for_the_process(tmp_path: Path) -> None:
-    """The server closes its connections before its process ends."""
+    """The server closes its connections before its process ends. stop waits for the process."""
     import subprocess
 
     path = tmp_path / "udptun.sock"
@@ -182,7 +182,7 @@ def test_path_that_cannot_be_a_socket(tmp_path: Path) -> None:
 
 @contextmanager
 def serving(path: Path, *answers: Callable[[socket.socket], None]) -> Iterator[ControlClient]:
-    """Accept one connection after the other, and pass each to the next of ``answers``."""
+    """Accept one connection for each function in ``answers``, and call the function with it."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
@@ -294,7 +294,7 @@ def test_table_over_the_limit_is_not_sent(
 
 
 def test_error_answer_before_the_request_is_read(tmp_path: Path) -> None:
-    """A server that answers 413 and closes leaves the client with a broken pipe."""
+    """The server answers 413 and closes the connection, so the client gets EPIPE while it sends."""
 
     def refuse(connection: socket.socket) -> None:
         connection.recv(10)

@@ -1,4 +1,4 @@
-"""The event hub: every reader gets all events, or the number of events that it lost."""
+"""The event hub: every reader gets all events. If it loses events, it gets the number of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flannel's 20-byte control messages: the format, and real sockets that carry them."""
+"""Flannel's 20-byte control messages: the format, and messages on real sockets."""
 
 import asyncio
 import ctypes
@@ -31,7 +31,7 @@ NET, PEER = "10.244.2.0", "192.0.2.2"
 
 
 class Command(ctypes.Structure):
-    """Build the struct as a C compiler does, independent of the format string under test."""
+    """The struct as a C compiler builds it, without the format string that is under test."""
 
     _fields_ = (
         ("cmd", ctypes.c_int),
@@ -74,7 +74,7 @@ def test_host_bits_are_masked_and_the_port_is_unsigned() -> None:
 
 
 def test_golden_message() -> None:
-    """The bytes that flannel sends on amd64: little-endian integers, addresses in network order.
+    """flannel sends these bytes on amd64: little-endian integers, addresses in network byte order.
     """
     if sys.byteorder != "little":
         pytest.skip("the golden bytes are those of a little-endian machine")
@@ -124,7 +124,7 @@ def test_every_route_is_parsed_exactly(net: int, net_len: int, hop: int, port: i
 
 
 class WatchedForwarder(FakeForwarder):
-    """A fake forwarder that lets a test wait for a number of calls."""
+    """A fake forwarder with which a test can wait until the server has made N calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ async def listening(tmp_path: Path) -> AsyncIterator[Listening]:
 
 
 def with_uvloop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    """Run a test on uvloop, which the forwarder uses."""
+    """Run a test on uvloop, because the forwarder uses uvloop."""
 
     @functools.wraps(test)
     def run(*args: object, **kwargs: object) -> None:
@@ -238,7 +238,7 @@ async def test_bad_messages_are_skipped_and_do_not_flood_the_log(
             for _ in range(20):
                 client.send(b"x")
                 client.send(message(9))
-            client.send(b"")  # an empty message is not the end of the connection
+            client.send(b"")  # an empty message does not end the connection
             client.send(b"x" * 5000)
             client.send(message(1))
             await server.forwarder.wait_for_calls(1)
@@ -313,7 +313,7 @@ async def test_client_outside_the_group_is_refused(
 
 @with_uvloop
 async def test_inherited_descriptor(tmp_path: Path) -> None:
-    """flanneld starts its proxy with one end of a socket pair, which may have queued messages."""
+    """flanneld starts its proxy with one end of a socket pair. Messages may already be queued."""
     async with listening(tmp_path) as server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
         ours.send(message(1))
@@ -323,7 +323,7 @@ async def test_inherited_descriptor(tmp_path: Path) -> None:
         ours.send(message(2))
         await server.forwarder.wait_for_calls(2)
         assert not os.get_inheritable(fd)
-        ours.close()  # flanneld has ended: the forwarder continues
+        ours.close()  # the same happens when flanneld ends; the forwarder must continue
         (serving,) = (t for t in server.control._tasks if t.get_coro().__name__ == "_serve")
         async with asyncio.timeout(60):
             await serving

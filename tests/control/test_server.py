@@ -34,7 +34,7 @@ def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
 
 
 class Http(http.client.HTTPConnection):
-    """An HTTP client that does not use any code of udptun."""
+    """An HTTP client that does not use udptun's code."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("localhost")
@@ -246,7 +246,8 @@ def test_large_body_is_received_completely(http_: Http, served: Served) -> None:
 
 @pytest.mark.parametrize("comment", [0, 5_000_000])
 def test_expect_100_continue_is_answered(served: Served, comment: int) -> None:
-    """curl sends this header before a body over 1 MB, and waits up to one second for the answer."""
+    """curl sends "Expect: 100-continue" before a body over 1 MB. curl waits up to one second for
+    the answer."""
     text = b"#%s\n10.1.0.0/16 via 192.0.2.1\n" % (b"x" * comment)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(60)
@@ -436,7 +437,7 @@ def test_invalid_follow_is_refused(http_: Http) -> None:
 def test_slow_reader_loses_oldest_events_and_gets_their_number(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slow reader delays neither the forwarder nor another reader."""
+    """The slow reader does not delay the forwarder or another reader."""
     monkeypatch.setattr(events, "QUEUE_N", 10)
     padded = [event(i) | {"padding": "x" * 60_000} for i in range(100)]
     slow, quick = EventStream(served), EventStream(served)
@@ -538,7 +539,7 @@ def test_close_ends_event_streams_and_idle_connections(served: Served, http_: Ht
     stream = EventStream(served)
     stream.next()
     served.close()
-    assert stream.response.readline() == b""  # the end, not IncompleteRead
+    assert stream.response.readline() == b""  # the stream ends without IncompleteRead
     assert http_.sock.recv(1) == b""
     stream.close()
 

@@ -1,4 +1,4 @@
-"""Socket files: which forwarder gets a path, the mode, and which clients may connect."""
+"""Socket files: the forwarder that gets a path, the file mode, the clients that may connect."""
 
 import asyncio
 import errno
@@ -79,7 +79,7 @@ async def test_socket_mode_is_at_most_0660_from_the_bind_on(
 
 async def test_stale_socket_is_replaced(path: Path) -> None:
     listener = await listen_unix(path, STREAM)
-    listener.sock.close()  # as after kill -9: the file is still there
+    listener.sock.close()  # the file still exists, as after kill -9
     fresh = await listen_unix(path, STREAM)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
@@ -186,7 +186,7 @@ async def test_locked_directory_is_an_error(
 
 
 class Peer:
-    """The part of a connected socket that may_connect uses."""
+    """A fake connected socket. It has only the methods that may_connect uses."""
 
     def __init__(self, uid: int, gid: int, groups: tuple[int, ...] | None = ()) -> None:
         self._credentials = struct.pack("3i", 1, uid, gid)
@@ -236,7 +236,7 @@ socket.socket(socket.AF_UNIX).connect(sys.argv[1])
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change the user")
 async def test_credentials_of_a_real_client() -> None:
-    """A supplementary group gives access; a wider mode of the socket file does not."""
+    """A client gets access by a supplementary group, but not by a wider mode of the socket file."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
         path = Path(directory) / "udptun.sock"

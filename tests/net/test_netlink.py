@@ -1,4 +1,4 @@
-"""Netlink on the real kernel, checked with ip(8) and /proc."""
+"""Netlink with the real kernel. ip(8) and /proc confirm the results."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_configure():
         assert link["inet6_addr_gen_mode"] == "none"
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
         assert routes_of(NAME) == {(str(NET4), "global"), (str(NET6), "global")}
-        # Configure again, as after a reload: no error and no duplicate address.
+        # A second configuration, as after a reload, gives no error and no duplicate address.
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
 
@@ -83,12 +83,16 @@ async def test_kernel_sends_no_packets_of_its_own():
     """The kernel sends no router solicitations and no MLD reports to the TUN."""
     with opened() as tun, Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
-        # The first solicitation and report would arrive within a second (RFC 4861, RFC 3810).
+        # A kernel that sends them sends the first ones within one second (RFC 4861, RFC 3810).
         assert select.select([tun.fds[0]], [], [], 1.5)[0] == []
 
 
 def icmp_port_unreachable(own, quoted):
-    """Build an ICMP error from and to our own address, for a packet read from the TUN."""
+    """Build an ICMP error for a packet that was read from the TUN.
+
+    own     the TUN's address: the source and the destination of the ICMP error
+    quoted  the packet that the ICMP error reports
+    """
     def checksum(data):
         total = sum(struct.unpack(f"!{len(data) // 2}H", data))
         total = (total >> 16) + (total & 0xFFFF)
@@ -105,8 +109,8 @@ def icmp_port_unreachable(own, quoted):
 @pytest.mark.parametrize("rp_filter", [0, 1, 2])
 @pytest.mark.parametrize("accept", [True, False])
 async def test_icmp_from_our_own_address_arrives(rp_filter, accept):
-    """The packet is accepted with any rp_filter value, because the address is on this device, but
-    only if accept_local is 1."""
+    """The kernel accepts the packet only if accept_local is 1. It then accepts the packet with any
+    rp_filter value, because the source address is on this device."""
     for name in ("all", "default"):
         Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text(str(rp_filter))
     with opened() as tun, Netlink() as netlink:
@@ -132,7 +136,7 @@ async def test_ipv6_disabled_on_the_host():
     with opened() as tun, Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
         assert addresses_of(NAME) == {(str(OWN4), 32)}
-        # Configuring an IPv6 address enables IPv6 on this device, and on no other.
+        # An IPv6 address in the configuration enables IPv6 on this device only.
         await netlink.configure_tun(tun.name, MTU, [OWN4, OWN6], [NET4, NET6])
         assert addresses_of(NAME) == {(str(OWN4), 32), (str(OWN6), 128)}
         assert Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text() == "1\n"
@@ -156,7 +160,7 @@ async def test_underlay_mtu():
     with Netlink() as netlink:
         assert await netlink.underlay_mtu(ip_address("192.0.2.1")) == ("utEa", 1450)
         assert await netlink.underlay_mtu(ip_address("2001:db8::1")) == ("utEa", 1450)
-        for address in ("192.0.2.9", "192.0.2.2", "0.0.0.0"):  # the first is the peer
+        for address in ("192.0.2.9", "192.0.2.2", "0.0.0.0"):  # the first is the peer's address
             with refused(errno.EADDRNOTAVAIL, address):
                 await netlink.underlay_mtu(ip_address(address))
 
@@ -173,7 +177,7 @@ async def test_concurrent_calls_from_asyncio_and_uvloop():
         assert await netlink.local_addresses() == expected
         results = []
 
-        def other_loop():  # in a thread, since this one has a running loop
+        def other_loop():  # runs in a thread: this thread already has a loop
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 results.extend(runner.run(call()))
 
@@ -208,7 +212,7 @@ def test_watcher_gets_the_final_state_after_lost_messages(caplog):
 
     def callback(found):
         first.set()
-        assert gate.wait(timeout=60)  # until then the netlink thread reads nothing
+        assert gate.wait(timeout=60)  # until then, the netlink thread does not read
         last.put(found)
 
     with Netlink() as netlink:
@@ -276,14 +280,14 @@ async def test_close():
 async def test_close_ends_pending_calls():
     netlink = Netlink()
     gate = threading.Event()
-    netlink._loop.call_soon_threadsafe(gate.wait, 60)  # no call can finish before the close
+    netlink._loop.call_soon_threadsafe(gate.wait, 60)  # no call can finish before close()
     calls = [asyncio.create_task(netlink.local_addresses()) for _ in range(10)]
-    await asyncio.sleep(0)  # one turn of the loop: all calls are submitted
+    await asyncio.sleep(0)  # the loop runs once and submits all calls
     closer = threading.Thread(target=netlink.close)
     closer.start()
     while not netlink._closing:
         await asyncio.sleep(0)
-    with netlink._gate:  # close() holds this lock until it has submitted its stop request
+    with netlink._gate:  # close() holds this lock until the stop request is submitted
         gate.set()
     done = await asyncio.gather(*calls, return_exceptions=True)
     closer.join()
@@ -293,7 +297,7 @@ async def test_close_ends_pending_calls():
 async def test_cancelling_a_call_leaves_the_socket_usable():
     with Netlink() as netlink:
         assert await netlink.local_addresses()
-        for _ in range(20):  # the call is cancelled at different points
+        for _ in range(20):  # each time, the call is cancelled at another point
             call = asyncio.create_task(netlink.local_addresses())
             await asyncio.sleep(0)
             call.cancel()
@@ -315,7 +319,7 @@ async def test_failure_to_open_the_netlink_socket(monkeypatch):
 
 @in_own_netns
 def test_watch_link():
-    """The callback runs when the watch begins, for each message, and after lost messages."""
+    """The callback runs when the watch begins, after each message, and after lost messages."""
     calls = queue.SimpleQueue()
     sh("ip link add name utEa type veth peer name utEb")
     with Netlink() as netlink:

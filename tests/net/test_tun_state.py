@@ -1,4 +1,4 @@
-"""Reading the state of one device, while other devices have addresses and routes too."""
+"""The state of one device on a host whose other devices also have addresses and routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of the UDP socket, as the kernel reports them."""
+"""The socket options of the UDP socket, as the kernel reports them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(endpoint=LOCAL[4], request=AUTO, reuse_port=False):
 
 
 def bound(udp):
-    """Return the endpoint of a socket that was bound to port 0."""
+    """Return the endpoint of a socket that was bound to port 0, with the port from the kernel."""
     return Endpoint(udp.endpoint.address, udp.socket.getsockname()[1])
 
 
@@ -84,7 +84,7 @@ def test_kernel_without_udp_segment(monkeypatch, caplog):
 
 
 def test_buffers_without_cap_net_admin(monkeypatch):
-    """The buffer sizes are then limited by rmem_max and wmem_max."""
+    """Without CAP_NET_ADMIN, rmem_max and wmem_max limit the buffer sizes."""
 
     class Socket(socket.socket):
         def setsockopt(self, level, option, value):
@@ -126,7 +126,7 @@ def test_host_without_ipv6(monkeypatch):
 
 @in_own_netns
 def test_datagram_above_the_link_mtu_is_refused():
-    """The kernel refuses to fragment it, and the error queue has the MTU."""
+    """The kernel does not fragment the datagram. The error queue of the socket has the MTU."""
     sh("ip link set lo mtu 1400")
     with opened() as udp, opened() as other:
         to = other.socket.getsockname()

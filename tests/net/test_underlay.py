@@ -47,7 +47,7 @@ async def test_addresses_are_sorted_best_first():
     sh(*PAIR,
        "ip address add 169.254.7.7/16 dev eth0",
        "ip address add 192.0.2.1/24 dev eth0",
-       "ip address add 192.0.2.9/24 dev eth0",  # secondary: the same flag as temporary
+       "ip address add 192.0.2.9/24 dev eth0",  # secondary has the same flag as temporary
        "ip address add 198.51.100.1/24 dev eth0 preferred_lft 0",
        "ip address add 2001:db8::2/64 dev eth0 nodad",
        "ip address add 2001:db8::1/64 dev eth0 nodad preferred_lft 0")
@@ -80,8 +80,8 @@ async def test_temporary_address_comes_after_the_others():
 
 @in_own_netns
 async def test_duplicate_address_is_not_listed():
-    """The kernel lists an address after failed duplicate address detection, but does not use it.
-    """
+    """If duplicate address detection fails, the kernel still lists the address, but does not use
+    the address."""
     sh(*PAIR, "ip address add 2001:db8::1/64 dev eth1 nodad",
        "ip address add 2001:db8::1/64 dev eth0")
     wait_for(lambda: any(item.get("dadfailed") for item in
@@ -106,7 +106,8 @@ async def test_point_to_point_link_has_its_local_address():
     (4, "192.0.2.{}", "198.51.100.{}"), (6, "2001:db8::{}", "2001:db8:1::{}"),
 ])
 async def test_default_routes(monkeypatch, version, net0, net2, kernel):
-    """The lowest metric comes first. Routes of other tables and unreachable routes are ignored."""
+    """The route with the lowest metric is first. Routes in other tables and unreachable routes are
+    ignored."""
     if kernel != "this":  # older kernels do not filter a dump
         monkeypatch.setattr(batch, "NETLINK_GET_STRICT_CHK", 999)
     tail = "/24" if version == 4 else "/64 nodad"
@@ -141,7 +142,7 @@ async def test_default_route_with_several_next_hops(version, address, gateway):
 
 @in_own_netns
 async def test_default_route_among_thousands_of_routes():
-    """A node of a large cluster has one route per peer."""
+    """A node of a large cluster has thousands of routes: one route per peer."""
     routes = "".join(f"route add 10.{n >> 8}.{n & 255}.0/24 dev eth0\n" for n in range(5000))
     sh(*PAIR, "ip address add 192.0.2.1/24 dev eth0")
     subprocess.run(("ip", "-batch", "-"), input=routes, text=True, check=True)

@@ -1,4 +1,4 @@
-"""VXLAN devices and their peers on the real kernel, checked with ip(8) and bridge(8)."""
+"""VXLAN devices and their peers on the real kernel. ip(8) and bridge(8) confirm the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ both = pytest.mark.parametrize("version", [4, 6])
 
 
 def underlay(mtu=1500):
-    """Create a link to 192.0.2.0/24 and 2001:db8::/64. Returns the interface index of our end."""
+    """Create a link with 192.0.2.0/24 and 2001:db8::/64; return the interface index of utEa."""
     sh("ip link add utEa type veth peer name utEb", f"ip link set utEa mtu {mtu} up",
        "ip link set utEb up", "ip address add 192.0.2.1/24 dev utEa",
        "ip address add 2001:db8::1/64 dev utEa nodad")
@@ -50,7 +50,7 @@ def subnet(number, version=4):
 
 
 def peer(number, version=4, at=None, mac=None, direct=False):
-    """Return peer ``number``; its endpoint is ``at``, or else an address on the link."""
+    """Return peer ``number``. Its endpoint is ``at``; by default, it is an address on the link."""
     at = at or (f"192.0.2.{100 + number}" if version == 4 else f"2001:db8::{100 + number}")
     return VxlanPeer(subnet(number, version), mac or MACS[number - 1], ip_address(at), direct)
 
@@ -80,7 +80,7 @@ def link_info():
 
 
 def routes(version=4):
-    """Return prefix -> (next hop, device, onlink) of all routes with a next hop."""
+    """Return {prefix: (next hop, device, onlink)} of all routes with a next hop."""
     return {
         route["dst"]: (route["gateway"], route["dev"], "onlink" in route["flags"])
         for route in ip_json(f"-{version} route show") if "gateway" in route
@@ -97,7 +97,7 @@ def forwarding():
 
 
 def assert_active(*peers, version=4):
-    """Assert that these peers, and no others, have entries and routes through the device."""
+    """Assert that these peers have entries and routes through the device, and no other peer has."""
     assert routes(version) == {
         str(item.subnet): (str(item.subnet.network_address), NAME, True) for item in peers}
     assert neighbours(version) == {
@@ -133,7 +133,7 @@ async def test_failed_probe_returns_the_kernels_error(monkeypatch):
     with Netlink() as netlink, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as busy:
         busy.bind(("0.0.0.0", 8472))
         assert "in use" in await Vxlan(netlink).probe()
-        monkeypatch.setattr(module, "KIND", "vxlanX")  # like a kernel without the vxlan module
+        monkeypatch.setattr(module, "KIND", "vxlanX")  # as with a kernel without vxlan
         assert "Unknown device type" in await Vxlan(netlink).probe()
     assert links() == before
 
@@ -148,7 +148,7 @@ async def test_probe_after_one_that_was_killed():
 
 @in_own_netns
 async def test_probes_of_two_instances_at_once():
-    """Both use the same name and VNI, and neither fails because of the other."""
+    """Both probes use the same name and VNI. No probe fails because of the other probe."""
     with Netlink() as netlink, Netlink() as other:
         for _ in range(20):
             probes = [Vxlan(one).probe() for one in (netlink, other)]
@@ -158,7 +158,8 @@ async def test_probes_of_two_instances_at_once():
 
 @in_own_netns
 async def test_probe_leaves_the_routes_of_peers():
-    """Routes that bypass the device are ours by their protocol, whichever device is removed."""
+    """udptun finds its routes that bypass the device by their protocol number. The removal of the
+    probe's device must not remove these routes."""
     underlay()
     async with opened() as (vxlan, device):
         await vxlan.sync(device, [peer(1, direct=True)])
@@ -198,7 +199,7 @@ async def test_new_device_has_flannels_settings(version):
 @both
 @in_own_netns
 async def test_device_with_the_right_settings_is_adopted(version):
-    """The device keeps its peers, also if a new process adopts it."""
+    """The device keeps its peers, also if a new process adopts the device."""
     underlay()
     async with opened(version) as (vxlan, device):
         await vxlan.sync(device, [peer(1, version)])
@@ -227,7 +228,7 @@ async def test_ensure_brings_a_device_up_again():
     underlay()
     async with opened() as (vxlan, device):
         await vxlan.sync(device, [peer(1)])
-        sh(f"ip link set {NAME} down")  # the kernel removes its routes and neighbours
+        sh(f"ip link set {NAME} down")  # the kernel removes the routes and neighbours
         assert await vxlan.ensure(config()) == device
         assert await vxlan.sync(device, [peer(1)]) == ()
         assert_active(peer(1))
@@ -260,7 +261,7 @@ async def test_device_with_other_settings_is_replaced(what, words, caplog):
 
 @in_own_netns
 async def test_device_with_a_forbidden_option_is_replaced():
-    """With l2miss, for example, packets would not follow the FDB entries alone."""
+    """One example is l2miss. With l2miss, not only the FDB entries decide where packets go."""
     underlay()
     sh(f"ip link add {NAME} type vxlan id 1 dev utEa local 192.0.2.1 dstport 8472 nolearning "
        "l2miss")
@@ -298,13 +299,13 @@ async def test_mtu_is_limited_by_the_underlay(version):
     underlay()
     async with opened(version, mtu=1500 - OVERHEAD[version]) as (vxlan, device):
         assert device.mtu == link_info()["mtu"] == 1500 - OVERHEAD[version]
-        for _ in range(2):  # a new device, then an adopted one
+        for _ in range(2):  # first a new device, then an adopted device
             with refused(errno.EINVAL, NAME, "MTU"):
                 await vxlan.ensure(config(version, mtu=1501 - OVERHEAD[version]))
         await vxlan.remove(NAME)
         with refused(errno.EINVAL, NAME, "MTU"):
             await vxlan.ensure(config(version, mtu=1501 - OVERHEAD[version]))
-        assert NAME not in links()  # the new device without its MTU is removed
+        assert NAME not in links()  # ensure removes a new device whose MTU is refused
 
 
 @in_own_netns
@@ -355,7 +356,7 @@ async def test_remove(version):
         assert len(routes(version)) == 3
         await vxlan.remove(NAME)
         assert NAME not in links()
-        assert set(routes(version)) == {str(subnet(9, version))}  # not added by us
+        assert set(routes(version)) == {str(subnet(9, version))}  # another program's route
         await vxlan.remove(NAME)
         with refused(errno.ENODEV, NAME):
             await vxlan.sync(device, [peer(1, version)])
@@ -397,7 +398,7 @@ async def test_sync_sends_only_the_difference(version, monkeypatch):
         sent.clear()
         await vxlan.sync(device, peers)
         assert not sent
-        # Entries that another program removed or changed are restored; nothing else is sent.
+        # sync restores the entries that another program removed or changed, and sends no others.
         sh(f"ip -{version} route del {subnet(1, version)}",
            f"ip -{version} neigh del {subnet(2, version).network_address} dev {NAME}",
            f"bridge fdb replace {MACS[2]} dev {NAME} dst {LOCAL[version] + 9}")
@@ -444,7 +445,7 @@ async def test_change(version):
         moved = replace(two, endpoint=one.endpoint + 50, mac=MACS[7])
         assert await vxlan.change(device, [moved], [three.subnet]) == ()
         assert_active(one, moved, version=version)
-        assert await vxlan.change(device, [], [three.subnet]) == ()  # removed already
+        assert await vxlan.change(device, [], [three.subnet]) == ()  # already removed
         assert_active(one, moved, version=version)
 
 
@@ -461,7 +462,7 @@ async def test_change_after_a_restart(version):
 
 @in_own_netns
 async def test_fdb_entry_stays_while_a_subnet_uses_its_mac():
-    """A node that gets another subnet has both for a while."""
+    """A node that gets a new subnet has the old subnet and the new subnet for some time."""
     underlay()
     async with opened() as (vxlan, device):
         old, new = peer(1), replace(peer(1), subnet=subnet(2))
@@ -476,7 +477,8 @@ async def test_fdb_entry_stays_while_a_subnet_uses_its_mac():
 @both
 @in_own_netns
 async def test_direct_routes(version):
-    """Direct peers on the link are not encapsulated, the others are; peers can change the mode."""
+    """Packets to direct peers on the link are not encapsulated; packets to all other peers are. A
+    peer can change between the two modes."""
     underlay()
     near = peer(1, version, direct=True)
     far = peer(2, version, at="198.51.100.2" if version == 4 else "2001:db8:1::2", direct=True)
@@ -494,7 +496,7 @@ async def test_direct_routes(version):
         assert_active(replace(near, direct=False), version=version)
         assert await vxlan.change(device, [near]) == ()
         assert (routes(version), neighbours(version), forwarding()) == (straight, {}, {})
-    # A new process removes the routes of the former one.
+    # A new process removes the routes of the former process.
     with Netlink() as netlink:
         assert await Vxlan(netlink).sync(device, []) == ()
     assert routes(version) == {}
@@ -503,7 +505,7 @@ async def test_direct_routes(version):
 @both
 @in_own_netns
 async def test_devices_of_two_networks_leave_each_others_routes(version):
-    """Two instances on one host: the routes of both have the same protocol number."""
+    """Two instances run on one host. The routes of both have the same protocol number."""
     underlay()
     networks = (ip_network("10.5.0.0/16"), ip_network("10.6.0.0/16")) if version == 4 else (
         ip_network("fd05::/32"), ip_network("fd06::/32"))
@@ -527,7 +529,7 @@ async def test_devices_of_two_networks_leave_each_others_routes(version):
 
 @in_own_netns
 async def test_encapsulated_packet():
-    """The datagram is VXLAN (RFC 7348) to the endpoint, and the inner frame has the peer's MAC."""
+    """A VXLAN datagram (RFC 7348) goes to the endpoint. The inner frame has the peer's MAC."""
     underlay()
     mac = bytes.fromhex("020000000099")
     with contextlib.closing(socket.socket(
@@ -553,7 +555,8 @@ async def test_encapsulated_packet():
 @both
 @in_own_netns
 async def test_peer_routes_with_a_route_of_the_whole_network(version):
-    """A TUN for the other peers has such a route, which may be added before or after the peers."""
+    """If a TUN carries the other peers, it has a route for the whole network. This route can be
+    added before or after the VXLAN peers."""
     underlay()
     network = f"{BASE[version]}/{16 if version == 4 else 32}"
     async with opened(version) as (vxlan, device):
@@ -575,7 +578,7 @@ def errors_of(failures: tuple[PeerFailure, ...]):
 
 @in_own_netns
 async def test_refused_peers_do_not_affect_the_others():
-    """The position of the refused peer in the batch makes no difference."""
+    """The other peers are applied. The position of a refused peer in the batch does not matter."""
     underlay()
     peers = [
         VxlanPeer(ip_network((0x0A060000 + 256 * i, 24)), f"02:00:00:01:{i >> 8:02x}:{i & 255:02x}",
@@ -583,7 +586,7 @@ async def test_refused_peers_do_not_affect_the_others():
         for i in range(3 * batch.CHUNK_N)
     ]
     at = (0, batch.CHUNK_N - 1, batch.CHUNK_N, 3 * batch.CHUNK_N - 1)
-    for number, i in enumerate(at):  # an address of this host's own network is no next hop
+    for number, i in enumerate(at):  # the kernel refuses a local address as next hop
         peers[i] = replace(peers[i], subnet=ip_network(f"127.0.{number}.0/24"))
     async with opened() as (vxlan, device):
         for attempt in (vxlan.sync(device, peers), vxlan.change(device, peers)):
@@ -613,7 +616,8 @@ async def test_route_of_a_directly_connected_network_is_not_replaced():
 @both
 @in_own_netns
 async def test_route_of_another_program_to_a_peer_is_replaced(version):
-    """flannel does the same: a route that a flanneld left would make the peer unreachable."""
+    """A former flanneld can leave a route to the peer's subnet. If udptun kept this route, the peer
+    would be unreachable. flannel also replaces such routes."""
     underlay()
     sh(f"ip -{version} route add {subnet(1, version)} via {LOCAL[version] + 8}")
     async with opened(version) as (vxlan, device):
@@ -637,7 +641,8 @@ async def test_second_peer_with_the_same_mac_is_refused():
 @both
 @in_own_netns
 async def test_peer_without_an_fdb_entry_has_no_route(version, monkeypatch):
-    """The peer's packets can then take another path. The peer's former entries are removed."""
+    """Without a route, packets to the peer can take another path. The former entries of the peer
+    are removed."""
     def refuse_first(self, items):
         return [put(self, [item])[0] if item[0] != first else Refusal(errno.ENOBUFS, "")
                 for item in items]
@@ -683,7 +688,7 @@ def test_interrupted_dump_is_repeated(monkeypatch):
     with batch.RouteSocket() as netlink:
         body = bytes([socket.AF_INET, *bytes(11)])
         assert netlink.dump(26, body)  # RTM_GETROUTE
-        assert len(turns) == 4  # two dumps, each of one datagram with routes and one with the end
+        assert len(turns) == 4  # two dumps; each has one datagram with routes and one with the end
         with pytest.raises(OSError, match="nvalid") as caught:
             netlink.dump(26, b"\1" * 12)
         assert caught.value.errno == errno.EINVAL

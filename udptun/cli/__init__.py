@@ -1,7 +1,7 @@
-"""The ``udptun`` command: one module per group of subcommands, imported when it is called.
+"""The ``udptun`` command. Each group of subcommands is a module, imported when it is called.
 
-A client command imports little more than click and http.client, so that a script can run one per
-peer. Further imports of a command are inside its functions.
+A client command imports little more than click and http.client and so starts fast: a script can run
+one command per peer. Further imports of a command are inside its functions.
 """
 
 from __future__ import annotations

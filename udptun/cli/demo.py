@@ -1,4 +1,4 @@
-"""``udptun demo``. Owns its options; the steps are in ``udptun.lab.demo``."""
+"""``udptun demo``. Owns its options. The steps of the demo are in ``udptun.lab.demo``."""
 
 import sys
 

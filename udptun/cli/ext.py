@@ -1,8 +1,8 @@
 """``udptun ext``: the commands that an unmodified flanneld with the extension backend runs.
 
-Owns their options and their output. flanneld reads all output, also errors, and puts the output of
-the first command into the lease. So ``advertise`` prints only the line for the lease, and the other
-commands print nothing except errors.
+Owns the options and the output of the commands. flanneld reads all output, also errors. It puts the
+output of the first command into the lease. So ``advertise`` prints only the line for the lease, and
+the other commands print nothing except errors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ..model import Endpoint
     from ..node.extension import Extension
 
-# The commands are part of the network's configuration, the same for all nodes. Options of a single
-# node can be set in the environment of its flanneld.
+# The commands are part of the network's configuration, so they are the same for all nodes. To set
+# an option for a single node, use the environment of the node's flanneld.
 _port = click.option(
     "--port", type=click.IntRange(1, MAX_PORT), default=DEFAULT_PORT, show_default=True,
     envvar="UDPTUN_EXT_PORT", show_envvar=True, help="UDP port of this node.",

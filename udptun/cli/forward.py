@@ -53,7 +53,7 @@ def _network(text: str) -> IPNetwork:
 
 
 def _auto_or_number(text: str) -> int | None:
-    """Return None for auto. Any number up to MAX_MTU passes: ForwarderConfig checks the range."""
+    """Return None for auto, else a number up to MAX_MTU. ForwarderConfig checks the exact range."""
     from ..model import MAX_MTU, parse_number
 
     if text == "auto":
@@ -71,8 +71,8 @@ def _offload(text: str) -> OffloadRequest:
 
 
 def runtime_directory() -> Path | None:
-    """Return the first directory that the service manager made for sockets (systemd's
-    RuntimeDirectory=)."""
+    """Return the directory that the service manager created for sockets (RuntimeDirectory= of
+    systemd). If there are several, return the first one."""
     directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     return Path(directory) if directory else None
 
@@ -154,7 +154,7 @@ def _config(
 ) -> ForwarderConfig:
     from ..forwarder import ForwarderConfig
 
-    # the options are named for people and for UDPTUN_FORWARD_*, the fields for code
+    # options and environment variables UDPTUN_FORWARD_* have other names than the fields
     for option, field in FIELDS.items():
         values[field] = values.pop(option)
     values["tun"] = values["tun"] or chosen.tun
@@ -162,15 +162,15 @@ def _config(
     try:
         return ForwarderConfig(**values)
     except FieldError as exc:
-        # its fields are named as the options are
+        # the error names its field as the option is named
         where = f" (some options are from {options_file})" if options_file else ""
         raise click.UsageError(f"--{exc}{where}") from exc
 
 
 @contextmanager
 def _locked(chosen: Instance) -> Iterator[None]:
-    """Hold the instance's lock. Without permission for its directory the forwarder runs unlocked:
-    a user with a persistent TUN device of their own needs no root."""
+    """Hold the instance's lock. If the lock's directory is not writable, run without the lock, so
+    that a user who owns a persistent TUN device does not need root."""
     with ExitStack() as stack:
         try:
             stack.enter_context(chosen.locked("forward", runtime_directory()))
@@ -203,7 +203,7 @@ async def _serve(config: ForwarderConfig) -> None:
     loop.add_signal_handler(signal.SIGUSR1, signals.log_state)
     async with forwarder:
         signals.started = True
-        # All objects loaded so far stay: exempt them from collections, which stop the control API.
+        # Collections pause the control API. Exempt the objects loaded so far, which all stay.
         gc.collect()
         gc.freeze()
         await forwarder.wait_stopped()
@@ -226,7 +226,7 @@ class _Signals:
         self._forwarder.request_stop()
 
     def reload(self) -> None:
-        """Load the route file; ignored before the start is complete, which loads it anyway."""
+        """Load the route file. Does nothing during the start, because the start loads the file."""
         import asyncio
 
         if self._forwarder.config.routes_file is None:

@@ -1,10 +1,14 @@
 """Go's syntax of flags for a click command, so that flanneld's command lines work unchanged.
 
-Owns the syntax; ``node`` has the flags. ``-x`` is the same as ``--x``. A value is written
-``--x=value`` or, except for booleans, ``--x value``. A boolean without a value is true. If a flag
-is repeated, the last value counts, unless the flag collects values. If a flag has several
-environment variables, the first one that is set and not empty counts. There is one difference from
-Go: an argument that is not a flag is refused; Go ignores it and all arguments after it.
+Owns the syntax; ``node`` has the flags. The rules:
+- ``-x`` is the same as ``--x``.
+- A value is written ``--x=value`` or ``--x value``. A boolean accepts only the first form.
+- A boolean without a value is true.
+- If a flag is repeated, the last value counts, unless the flag collects values.
+- If a flag has several environment variables, the first one that is set and not empty counts.
+
+There is one difference from Go: an argument that is not a flag is refused. Go ignores such an
+argument and all arguments after it.
 
 Source: Go's package flag, FlagSet.parseOne and Value of bool and int; flannel's main.go.
 """
@@ -22,7 +26,7 @@ import click
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
-    _ParamType = click.ParamType  # no generic before click 8.2
+    _ParamType = click.ParamType  # not generic before click 8.2
 
 TRUE = ("1", "t", "T", "TRUE", "true", "True")  # strconv.ParseBool
 FALSE = ("0", "f", "F", "FALSE", "false", "False")
@@ -43,7 +47,7 @@ class Bool(_ParamType):
 
 
 class Int(_ParamType):
-    """At least ``low``. In any of Go's bases: 10, 0x0a, 0o12, 012, 1_000."""
+    """An integer of at least ``low``, in any of Go's notations: 10, 0x0a, 0o12, 012, 1_000."""
 
     name = "n"
 
@@ -67,7 +71,8 @@ def _octal(text: str) -> str:
 
 
 class Collected(click.Option):
-    """A flag that may be repeated. Its variable holds one value, blanks included, as in flannel."""
+    """A flag that may be repeated. As in flannel, its environment variable holds one value, which
+    may contain blanks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"multiple": True}))
@@ -80,18 +85,19 @@ class Collected(click.Option):
 class Level(click.Option):
     """A number, or 1 if the flag has no value.
 
-    The next argument is the value only if it is a number. In Go it always is the value.
+    The next argument is the value only if it is a number. In Go the next argument is always the
+    value.
     """
 
 
 class GoCommand(click.Command):
-    """A command whose options have Go's syntax; the classes above may stand alone."""
+    """A command whose options have Go's syntax. ``Bool`` and ``Level`` flags need no value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(self._spelled(ctx, args)))
 
     def _spelled(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Yield each flag in the form that click cannot misread: one argument with its value."""
+        """Yield each flag and its value as one argument, a form that click cannot misread."""
         flags = {opt.lstrip("-"): param for param in self.get_params(ctx) for opt in param.opts}
         words = deque(args)
         while words:

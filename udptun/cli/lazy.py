@@ -1,7 +1,7 @@
 """A click group that imports its commands when they are called, and turns errors into exit codes.
 
-Owns the imports on demand, and the conversion of udptun's errors into a line on stderr and an exit
-code: 1 if the command failed, 2 if its arguments are wrong.
+Owns the imports on demand. Converts udptun's errors into a line on stderr and an exit code: 1 if
+the command failed, 2 if its arguments are wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def failure_of(exc: UdptunError | OSError) -> Failure:
 
 
 class LazyGroup(click.Group):
-    """``commands_at``: name -> (``.module:attribute`` in this package, one line of help)."""
+    """A group of commands that are imported when they are called.
+
+    commands_at  name -> (``.module:attribute`` in this package, one line of help)
+    """
 
     def __init__(
         self, *args: Any, commands_at: Mapping[str, tuple[str, str]], **kwargs: Any
@@ -39,7 +42,7 @@ class LazyGroup(click.Group):
         self._at = commands_at
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self._at)  # in the order of use, not alphabetical
+        return list(self._at)  # in the order of the mapping, not alphabetical
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._at:

@@ -1,6 +1,6 @@
-"""The log of a long-running command: on stderr, as text or as one JSON object per line.
+"""The log of a long-running command. Lines go to stderr, as text or as one JSON object each.
 
-Owns the two formats. Called at the start, from the main thread.
+Owns the two formats. Threading: call from the main thread, at the start.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class JsonFormatter(logging.Formatter):
 def start(verbose: int = 0, form: str = "text") -> None:
     """Start the log. A second call changes only the level.
 
-    verbose  1 or more: udptun's DEBUG lines too
+    verbose  1 or more: also log udptun's DEBUG lines
     """
-    # The journal adds the time itself.
+    # No time if the log goes to the journal, which adds the time itself.
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

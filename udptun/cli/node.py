@@ -1,4 +1,4 @@
-"""``udptun node``: flanneld's command line and ours, parsed into a ``NodeConfig``.
+"""``udptun node``: parse flanneld's flags and our own flags into a ``NodeConfig``.
 
 Owns the flags, their environment variables, and the check for flags that contradict each other. The
 daemon is imported only after the command line is valid.
@@ -33,12 +33,12 @@ from .options import Parsed, named_socket, remember
 
 log = logging.getLogger("udptun")
 
-# The defaults: those of a flanneld without flags.
+# The defaults are those of flanneld without flags.
 ETCD = EtcdConfig()
 STOCK = NodeConfig(ETCD)
 KUBE = KubeConfig(node_name="any")
 
-# Flags of newer flannelds that have no effect here, and why.
+# Flags of newer versions of flanneld that have no effect here, and the reasons.
 WITHOUT_EFFECT = {
     "ip_blackhole_route": "no route is created for our own subnet",
     "ip_masq_fully_random_disable": "masquerading always picks source ports at random",
@@ -50,7 +50,7 @@ WITHOUT_EFFECT = {
 def flag(*names: str, cls: type[click.Option] = click.Option, **settings: Any) -> Callable[
     [Callable[..., Any]], Callable[..., Any]
 ]:
-    """An option with its variables, of which ours takes precedence over flannel's."""
+    """Make an option with two environment variables. Ours takes precedence over flannel's."""
     longest = max((name for name in names if name.startswith("-")), key=len)
     variable = longest.lstrip("-").replace("-", "_").upper()
     settings.setdefault("envvar", [f"UDPTUN_NODE_{variable}", f"FLANNELD_{variable}"])
@@ -222,7 +222,7 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     unchanged = ("instance", "backend", "ip_masq", "iptables_forward_rules", "iptables_resync",
                  "forwarder", "forward_file", "state_dir", "healthz_port", "cleanup")
-    given: dict[str, Any] = {  # else those of the instance
+    given: dict[str, Any] = {  # if not given, NodeConfig uses the instance's
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
@@ -231,7 +231,7 @@ def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     return NodeConfig(
         source=_source(ctx, values),
         interface=InterfaceOptions(
-            # an empty value, as a template may write it, counts as not given
+            # a template may write an empty value, which counts as not given
             names=tuple(filter(None, values["iface"])),
             regexes=tuple(filter(None, values["iface_regex"])),
             can_reach=values["iface_can_reach"],
@@ -253,8 +253,8 @@ def _source(ctx: click.Context, values: dict[str, Any]) -> SourceConfig:
 
 
 def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
-    """Refuse a second source with --hosts. flanneld ignores etcd's flags with --kube-subnet-mgr,
-    and so do we."""
+    """Refuse flags of another source together with --hosts. With --kube-subnet-mgr the flags of
+    etcd are ignored, as in flanneld."""
     sources = {name: ctx.get_parameter_source(name) for name in values
                if name.startswith("etcd_") or (name == "kube_subnet_mgr" and values[name])}
     for name, source in sources.items():

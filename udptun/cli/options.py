@@ -1,4 +1,4 @@
-"""Options that several commands share, and how values are parsed and results printed.
+"""Options that several commands share, parsing of values, and printing of results.
 
 Does not depend on any single command. Imports nothing that a client command does not need.
 """
@@ -31,12 +31,12 @@ __all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_json", 
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
-# In order of precedence; the default comes last.
+# Sources of a value, the highest precedence first. All other sources rank lower.
 SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 
 
 class Parsed(_ParamType):
-    """A value checked by a parser that raises FieldError."""
+    """A parameter type whose values are checked by a parser that raises FieldError."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:
         self.name = name
@@ -78,9 +78,9 @@ output = click.option(
 no_headers = click.option("--no-headers", is_flag=True, help="Omit the header line of the table.")
 
 
-# The control socket, and the instance that it belongs to. Both options are accepted before and
-# after the command's name. The values are stored in the context of ``udptun`` itself, and the value
-# from the source with the highest precedence counts.
+# The options --socket and --instance: the control socket, and the instance that it belongs to. Both
+# are accepted before and after the command's name. The values are stored in the context of the
+# ``udptun`` group. The value from the source with the highest precedence counts.
 
 
 def _rank(source: ParameterSource | None) -> int:
@@ -99,7 +99,7 @@ def remember(ctx: click.Context, param: click.Parameter, value: object) -> objec
 
 
 def instance(command: Decorated) -> Decorated:
-    """``--instance`` after the command's name."""
+    """Add ``--instance`` to a command, for use after the command's name."""
     option = click.option(
         "--instance", type=INSTANCE, expose_value=False, callback=remember,
         help="Instance of udptun on this host; selects the defaults of all names.  "
@@ -109,7 +109,7 @@ def instance(command: Decorated) -> Decorated:
 
 
 def socket(command: Decorated) -> Decorated:
-    """``--socket`` after the command's name."""
+    """Add ``--socket`` to a command, for use after the command's name."""
     option = click.option(
         "--socket", metavar="PATH", expose_value=False, callback=remember,
         help="Control socket of the forwarder.  "
@@ -119,7 +119,7 @@ def socket(command: Decorated) -> Decorated:
 
 
 def connection(command: Decorated) -> Decorated:
-    """``--socket`` and ``--instance`` after the name of a client command."""
+    """Add ``--socket`` and ``--instance`` to a client command, for use after its name."""
     return socket(instance(command))
 
 
@@ -131,7 +131,7 @@ def instance_of(ctx: click.Context) -> Instance:
 
 
 def named_socket(ctx: click.Context) -> Path | None:
-    """Return the socket that --socket or UDPTUN_SOCKET names; None: that of the instance.
+    """Return the socket that --socket or UDPTUN_SOCKET names. None: use the instance's socket.
 
     An instance on the command line takes precedence over a socket in the environment.
     """
@@ -152,7 +152,7 @@ def _control_path(ctx: click.Context) -> str:
 
 
 def client(ctx: click.Context) -> ControlClient:
-    """Return a client for the chosen socket, closed at the end of the command."""
+    """Return a client for the chosen socket. The client is closed at the end of the command."""
     from ..control.client import ControlClient
 
     return ctx.with_resource(ControlClient(_control_path(ctx)))
@@ -165,8 +165,8 @@ def echo_json(value: object) -> None:
 def echo_table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], hide_headers: bool = False
 ) -> None:
-    """Print columns as wide as their content, two blanks apart; numbers aligned to the right,
-    None as ``-``."""
+    """Print a table. Columns are as wide as their content and two blanks apart. Numbers are aligned
+    to the right, and None is printed as ``-``."""
     body = list(rows)
     numeric = [
         bool(body) and all(isinstance(row[i], int | None) for row in body)

@@ -1,6 +1,7 @@
-"""The list of drop reasons for readers: ``udptun drops --explain`` and docs/drops.md.
+"""Formats the list of drop reasons for ``udptun drops --explain`` and docs/drops.md.
 
-``python -m udptun.cli.reasons > docs/drops.md`` generates the page; a test compares it to the list.
+``python -m udptun.cli.reasons > docs/drops.md`` generates the page. A test compares the
+page to the list.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """``udptun forward --wait-for FILE``: options from a file that may not exist yet.
 
-Owns the format of the file: a JSON object whose keys are the long options of the command without
-dashes; a list for an option that can be repeated, null for an option that is not given. The command
-line and the environment take precedence. The command's own options check the values. Main thread,
-before the loop runs.
+Owns the format of the file: a JSON object whose keys are the command's long options, without the
+leading dashes. The value is a list if the option can be repeated, and null if the option is not
+given. The command line and the environment take precedence over the file. The command's own options
+check the values. Threading: main thread, before the loop runs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .lazy import Failure
 
 log = logging.getLogger("udptun")
 
-# Seconds between checks. Not inotify: the directory may not exist yet either, and a file system may
-# be mounted over its parents; a check takes microseconds.
+# Seconds between checks; a check takes microseconds. inotify is not used, because the directory may
+# not exist yet either, and a file system may be mounted over a parent directory.
 POLL_SECONDS = 0.1
 
 
 def take_options(
     ctx: click.Context, param: click.Parameter, path: Path | None
 ) -> Path | None:
-    """Callback of an eager option: the values in the file become the defaults of all others."""
+    """Callback of an eager option: make the file's values the defaults of all other options."""
     if path is None:
         return None
     try:
@@ -83,7 +83,7 @@ def _defaults(
 def _checked(
     ctx: click.Context, option: click.Parameter, key: str, value: object, where: str
 ) -> object:
-    """Return the value in click's form of a default: a string, or a list of strings."""
+    """Return the value in click's form for defaults: a string, or a list of strings."""
     words = value if isinstance(value, list) and option.multiple else [value]
     for word in words:
         if isinstance(word, bool) or not isinstance(word, str | int):

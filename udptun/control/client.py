@@ -1,7 +1,7 @@
 """The client of the control API: synchronous, standard library only, fast to import.
 
-Owns one connection, which stays open between calls. Does not interpret the answers: they are the
-JSON of docs/control.md, except the diff of a route change. Threading: one thread per client.
+Owns one connection, which stays open between calls. Returns the JSON of docs/control.md without
+interpreting it. Exception: the diff of a route change. Threading: one thread per client.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from ..model import Route, RouteDiff
 
 TIMEOUT = 30.0  # seconds; the forwarder answers within milliseconds
-EXIT_SECONDS = 5.0  # between the end of the connection and the end of the process
+EXIT_SECONDS = 5.0  # limit between end of connection and end of process
 CHUNK = 64 * 1024
 
 
 class ControlClient:
     """A client of the forwarder at the socket ``path``. Connects at the first call.
 
-    Every call raises NoForwarder if no forwarder answers, and ControlError if the answer is an
-    error.
+    Every call raises NoForwarder if no forwarder answers, and ControlError if the forwarder answers
+    with an error.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class ControlClient:
     # Reading
 
     def status(self, peers: bool = True) -> dict[str, Any]:
-        """Return the status. ``peers`` False: without the peers, which can be very many."""
+        """Return the status. ``peers=False`` omits the list of peers, which can be very long."""
         if peers:
             return self._get(protocol.STATUS)
         text = self._read(self._request("GET", protocol.STATUS))
-        # Each peer is dropped as soon as it is parsed, so that memory is not needed for all.
+        # Discard each peer as soon as it is parsed, to save memory.
         status: dict[str, Any] = json.loads(
             text, object_hook=lambda value: None if "last_seen_seconds" in value else value)
         return status | {"peers": []}
@@ -78,7 +78,7 @@ class ControlClient:
         return self._get(protocol.ROUTES)
 
     def routes_text(self) -> Iterator[bytes]:
-        """Yield the JSON text of ``routes``, in pieces as they arrive."""
+        """Yield the JSON text of ``routes`` in pieces, each when it arrives."""
         response = self._request("GET", protocol.ROUTES)
         while piece := self._read(response, CHUNK):
             yield piece
@@ -92,7 +92,9 @@ class ControlClient:
         return self._read(self._request("GET", protocol.METRICS)).decode()
 
     def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
-        """Yield a ``hello``, then events: new ones until the forwarder stops, or the recent ones.
+        """Yield a ``hello``, then events.
+
+        follow  True: new events, until the forwarder stops; False: the recent events
 
         Do not make another call on this client while reading events.
         """
@@ -108,7 +110,7 @@ class ControlClient:
     # Changing
 
     def add(self, route: Route) -> RouteDiff:
-        """Add ``route``. Raises ControlError ``route_exists``: its prefix has another next hop."""
+        """Add ``route``. If its prefix has another next hop: ControlError ``route_exists``."""
         return self._put(route, {"If-None-Match": "*"})
 
     def put(self, route: Route) -> RouteDiff:
@@ -116,7 +118,7 @@ class ControlClient:
         return self._put(route, {})
 
     def delete(self, dst: object) -> RouteDiff:
-        """Delete the route to the prefix ``dst``; if there is none, nothing changes."""
+        """Delete the route to the prefix ``dst``. If there is none, nothing changes."""
         return self._change("DELETE", protocol.route_path(str(dst)))
 
     def replace(
@@ -134,12 +136,13 @@ class ControlClient:
         return self._replace(body, protocol.TEXT_TYPE, expect_generation)
 
     def stop(self, exit_seconds: float = EXIT_SECONDS) -> None:
-        """Stop the forwarder; return when its process has ended.
+        """Stop the forwarder. Return when its process has ended.
 
-        The closed connection counts as the end if the process does more than run the forwarder and
-        continues, or is not visible, as from another PID namespace.
+        In two cases the end of the connection counts as the end:
+        - The process runs more than the forwarder, and continues.
+        - The process is not visible, because it is in another PID namespace, for example.
         """
-        self.close()  # use a new connection, whose end shows that the forwarder has stopped
+        self.close()  # the end of a new connection shows that the forwarder has stopped
         with self._connection.handle() as sock:
             packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             with _process(struct.unpack("3i", packed)[0]) as process:
@@ -151,7 +154,7 @@ class ControlClient:
                         f"the forwarder on {self.path} accepted the request but has not stopped"
                     ) from None
                 except OSError:
-                    pass  # reset: the forwarder has ended
+                    pass  # connection reset: the forwarder has ended
                 self.close()
                 if process is not None:
                     select.select([process], [], [], exit_seconds)
@@ -192,7 +195,7 @@ class ControlClient:
         """Send a request and read the head of its answer.
 
         If the server has closed the open connection, try again on a new one. This is safe, because
-        every request can be repeated, except one that depends on a generation.
+        every request can be repeated. Exception: a request that depends on a generation.
         """
         headers = headers or {}
         again = self._connection.sock is not None and "If-Match" not in headers
@@ -218,7 +221,7 @@ class ControlClient:
             try:
                 self._connection.request(method, target, body, headers)
             except BrokenPipeError:
-                # The server refused the request before reading all of it: the answer says why.
+                # The server refused the request before it had read all of it. The answer says why.
                 return self._connection.refused_answer(method)
             return self._connection.getresponse()
         except TimeoutError as exc:
@@ -233,7 +236,9 @@ class ControlClient:
             raise self._no_answer(exc) from exc
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """Yield lines as they arrive. HTTPResponse.readline treats a broken connection as the end.
+        """Yield each line when it arrives.
+
+        HTTPResponse.readline is not used: it treats a broken connection as the normal end.
         """
         rest = b""
         try:
@@ -266,7 +271,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = sock
 
     def handle(self) -> socket.socket:
-        """Return a duplicate of the socket, which stays open after the last answer."""
+        """Return a duplicate of the socket. The duplicate stays open after the last answer."""
         if self.sock is None:
             self.connect()
         handle: socket.socket = self.sock.dup()
@@ -277,7 +282,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.settimeout(None)
 
     def refused_answer(self, method: str) -> http.client.HTTPResponse:
-        """Return the answer to a request that was not sent completely."""
+        """Return the answer to a request that could not be sent completely."""
         response = self.response_class(self.sock, method=method)
         response.begin()
         self.close()  # the request is incomplete: no other request can follow
@@ -286,7 +291,8 @@ class _UnixConnection(http.client.HTTPConnection):
 
 @contextmanager
 def _process(pid: int) -> Iterator[int | None]:
-    """Yield a descriptor that becomes readable when the process ends; None: not visible."""
+    """Yield a descriptor that becomes readable when the process ends, or None if the process is not
+    visible."""
     if pid == os.getpid():
         yield None
         return

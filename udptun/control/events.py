@@ -1,8 +1,9 @@
-"""The forwarder's events: one hub that delivers each event to all of its readers.
+"""The forwarder's events. One hub delivers each event to all readers.
 
 Owns the most recent events and one bounded queue per reader. A slow reader delays neither the
-forwarder nor the other readers: it loses its oldest events, and the next event that it gets reports
-how many. Does not depend on who emits events or how they are shown. Threading: control loop only.
+forwarder nor the other readers. Instead it loses its oldest events, and the next event that it gets
+reports how many were lost. Does not depend on the sources of events or on how events are shown.
+Threading: control loop only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ QUEUE_N = 4096  # events per reader
 
 
 class Reader:
-    """The events emitted since the reader was opened and not yet taken.
+    """The events that were emitted since the reader was opened and that are not taken yet.
 
     Take them in batches with ``take``, or one by one with ``async for``.
     """
@@ -46,7 +47,7 @@ class Reader:
         self._wake.set()
 
     async def take(self) -> list[Event]:
-        """Return all queued events, at least one; an empty list at the end of the stream."""
+        """Wait for an event and return all queued events. Empty list: the stream has ended."""
         await self._wake.wait()
         if not self._ended:
             self._wake.clear()
@@ -77,7 +78,7 @@ class EventHub:
         self._readers: set[Reader] = set()
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Deliver an event of this type with the present time."""
+        """Deliver an event of the type ``kind`` with the present time."""
         self.publish(_event(kind, **fields))
 
     def publish(self, event: Event) -> None:

@@ -1,11 +1,11 @@
 """Flannel's own control messages: 20 bytes each, over SOCK_SEQPACKET, without a reply.
 
-Owns the format (the messages of flanneld's UDP backend to its forwarder) and both transports: a
-socket path and an inherited descriptor. flanneld repeats SET_ROUTE at each lease renewal, so every
-message is idempotent. Threading: control loop only; the messages of a connection are applied in
-order, one at a time.
+flanneld's UDP backend sends these messages to its forwarder. Owns their format and both transports:
+a socket path and an inherited descriptor. flanneld repeats SET_ROUTE at each lease renewal, so
+every message is idempotent. Threading: control loop only. The messages of a connection are applied
+in order, one at a time.
 
-source  flannel, pkg/backend/udp (the proxy's command struct)
+Source: flannel, pkg/backend/udp (the proxy's command struct).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# cmd i32 host, dest_net 4 bytes, dest_net_len i32 host, next_hop_ip 4 bytes, next_hop_port 16 bits
-# host (signed in flannel, but ports over 32767 are valid), 2 pad bytes
+# cmd i32, dest_net 4 bytes, dest_net_len i32, next_hop_ip 4 bytes, next_hop_port 16 bits, 2 pad
+# bytes. Numbers are in host byte order. flannel's port is signed, but ports over 32767 are valid.
 MESSAGE = struct.Struct("=i4si4sHxx")
 SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
 
 WARN_SECONDS = 5.0  # between log lines about bad messages
-ACCEPT_PAUSE = 0.5  # seconds after a failed accept
+ACCEPT_PAUSE = 0.5  # seconds to wait after a failed accept
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Stop:
 
 
 def parse_message(data: bytes) -> SetRoute | DelRoute | Stop:
-    """Parse one untrusted message; raises FieldError."""
+    """Parse one untrusted message. Raises FieldError."""
     if len(data) != MESSAGE.size:
         raise FieldError("length", len(data), f"{MESSAGE.size} bytes")
     cmd, net, net_len, hop, port = MESSAGE.unpack(data)
@@ -76,7 +76,7 @@ def parse_message(data: bytes) -> SetRoute | DelRoute | Stop:
 
 
 class FlannelControl:
-    """Applies flannel's messages to ``forwarder``, from any number of sockets, until ``close``."""
+    """Applies flannel's messages, from any number of sockets, to ``forwarder`` until ``close``."""
 
     def __init__(self, forwarder: Controlled) -> None:
         self._forwarder = forwarder
@@ -86,7 +86,7 @@ class FlannelControl:
         self._suppressed = 0
 
     async def listen(self, path: Path) -> None:
-        """Accept connections at ``path``; raises DeviceError as the control socket does."""
+        """Accept connections at ``path``. Raises DeviceError in the cases of ``listen_unix``."""
         listener = await listen_unix(path, socket.SOCK_SEQPACKET)
         self._listeners.append(listener)
         self._spawn(self._accept(listener), listener.sock)
@@ -116,7 +116,7 @@ class FlannelControl:
         self._listeners.clear()
 
     def _spawn(self, work: Coroutine[None, None, None], sock: socket.socket) -> None:
-        """Run ``work`` on ``sock``; close the socket at its end, also if it never began."""
+        """Run ``work`` on ``sock``. Then close the socket, also if ``work`` never began."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -127,7 +127,7 @@ class FlannelControl:
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener.sock)
-            except OSError as exc:  # for example out of descriptors: the listener is still valid
+            except OSError as exc:  # for example no descriptors left; the listener is valid
                 self._warn(f"{listener.path}: accept: {exc.strerror}")
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue
@@ -179,7 +179,10 @@ class FlannelControl:
 
 
 def _hung_up(sock: socket.socket) -> bool:
-    """Return whether an empty read was the end: an empty SOCK_SEQPACKET message looks the same."""
+    """Return whether an empty read means the end of the connection.
+
+    An empty SOCK_SEQPACKET message also causes an empty read.
+    """
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))

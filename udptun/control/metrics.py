@@ -1,7 +1,7 @@
 """The counters as Prometheus text, read at each scrape.
 
-Owns the names and labels of the metrics; counts nothing. Imported in a thread at the first scrape,
-because the import of prometheus_client is slow. Rendering runs on the control loop.
+Owns the names and labels of the metrics; does not count. This module is imported in a thread at the
+first scrape, because the import of prometheus_client is slow. Rendering runs on the control loop.
 """
 
 from __future__ import annotations
@@ -96,6 +96,6 @@ class Metrics:
         self._registry.register(CounterCollector(forwarder))
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """Return the text and its content type, in the format that the scraper accepts."""
+        """Return the text and its content type. ``accept`` selects the format."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from ..errors import ControlError, FieldError, GenerationMismatch, RouteExists
 
-DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"  # as Instance().control_socket(), tested
+DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"  # equals Instance().control_socket() (tested)
 
 STATUS: Final = "/v1/status"
 DROPS: Final = "/v1/drops"
@@ -29,7 +29,7 @@ MAX_TABLE_BODY: Final = 64 * 1024 * 1024  # PUT /v1/routes: about a million rout
 MAX_BODY: Final = 64 * 1024  # all other requests
 RECENT_EVENTS: Final = 100  # kept for GET /v1/events?follow=0
 
-# Each error code and its HTTP status. Clients decide by the code.
+# Each error code and its HTTP status. Clients should test the code, not the status.
 STATUS_OF: Final = {
     "bad_request": 400,
     "bad_json": 400,
@@ -45,12 +45,12 @@ STATUS_OF: Final = {
 
 
 def dump(value: object) -> bytes:
-    """Encode as compact JSON with a newline, which keeps a terminal readable."""
+    """Encode as compact JSON, followed by a newline so that a terminal stays readable."""
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 def error_of(exc: Exception) -> ControlError | None:
-    """Return the answer for an error that the request caused; None for any other error."""
+    """Return the error answer if the request caused ``exc``; None for any other exception."""
     if isinstance(exc, ControlError):
         return exc
     if isinstance(exc, FieldError):
@@ -64,7 +64,8 @@ def error_of(exc: Exception) -> ControlError | None:
 
 
 def parse_error(status: int, body: bytes) -> ControlError:
-    """Parse an error answer; one in another format becomes ``internal`` with its HTTP status."""
+    """Parse an error answer. An answer in another format gets the code ``internal``, and its HTTP
+    status is in the message."""
     try:
         error = json.loads(body)["error"]
         return ControlError(str(error["code"]), str(error["message"]))
@@ -73,14 +74,15 @@ def parse_error(status: int, body: bytes) -> ControlError:
 
 
 def route_path(dst: str) -> str:
-    """``10.244.2.0/24`` -> ``/v1/routes/10.244.2.0%2F24``."""
+    """Return the path of a route: ``10.244.2.0/24`` -> ``/v1/routes/10.244.2.0%2F24``."""
     return f"{ROUTES}/{quote(dst, safe='.:')}"
 
 
 def parse_route_path(raw_path: str) -> str | None:
-    """Return the destination in a path, its slash plain or percent-encoded; None: no destination.
+    """Return the destination in a path, or None if the path has none.
 
-    The caller checks that it is a prefix.
+    The slash of the destination can be plain or percent-encoded. The caller checks that the
+    destination is a prefix.
     """
     head, tail = ROUTES + "/", raw_path
     if not tail.startswith(head) or len(tail) == len(head):
@@ -94,7 +96,7 @@ def format_generation(generation: int) -> str:
 
 
 def parse_if_match(value: str | None) -> int | None:
-    """Return the generation that a change requires, or None (header absent, or ``*``)."""
+    """Return the generation in If-Match; None if the header is absent or ``*``."""
     if value is None or value.strip() == "*":
         return None
     tag = value.strip()
@@ -105,7 +107,7 @@ def parse_if_match(value: str | None) -> int | None:
 
 
 def parse_if_none_match(value: str | None) -> bool:
-    """Return whether the route may only be added, not replaced: ``If-None-Match: *``."""
+    """Return whether the header is ``*``: the route may be added, but not replaced."""
     if value is None:
         return False
     if value.strip() != "*":

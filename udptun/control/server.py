@@ -1,10 +1,10 @@
 """The HTTP server of the control API: requests on a Unix socket become calls on the forwarder.
 
 Owns connections, request routing, body limits and the format of the answers (docs/control.md). Does
-not depend on how routes are stored or packets forwarded. Threading: control loop only; a large body
-is collected here but not parsed, and a large answer is sent in pieces.
+not depend on how routes are stored or how packets are forwarded. Threading: control loop only. This
+module collects a large body but does not parse it, and sends a large answer in pieces.
 
-Import this module only after traffic flows: the import of aiohttp takes a good part of a second.
+Import this module only after traffic flows, because the import of aiohttp takes much of a second.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 1.0  # for unfinished answers when the server closes
+CLOSE_SECONDS = 1.0  # limit for unfinished answers when the server closes
 LARGE_BODY = 1 << 20  # bytes; copying a larger body takes too long
 
 
@@ -81,7 +81,7 @@ class ControlServer:
         log.debug("control socket at %s", self.path)
 
     async def close(self) -> None:
-        """Remove the socket file, give unfinished answers CLOSE_SECONDS, then close everything."""
+        """Remove the socket file, wait CLOSE_SECONDS for unfinished answers, then close all."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -89,7 +89,7 @@ class ControlServer:
         running.server.close()
         for reader in self._readers:
             reader.end()
-        await asyncio.sleep(0)  # requests that have just arrived reach their handler
+        await asyncio.sleep(0)  # let requests that have just arrived reach their handler
         running.manager.pre_shutdown()
         await running.manager.shutdown(CLOSE_SECONDS)
 
@@ -224,7 +224,7 @@ class _Running:
 
 
 class _Manager(web.Server):
-    """Makes a connection object for each client; the base class closes them at the end."""
+    """Makes a connection object for each client. The base class closes these at the end."""
 
     def __init__(self, handler: Handler, listener: UnixListener) -> None:
         super().__init__(handler)
@@ -235,7 +235,8 @@ class _Manager(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """One client connection: its permission, errors as JSON, and a callback when it is lost."""
+    """One client connection. Checks the client's permission, answers errors as JSON, and calls a
+    callback when the connection is lost."""
 
     __slots__ = ("_listener", "allowed", "on_lost")
 
@@ -244,7 +245,7 @@ class _Connection(web.RequestHandler):
             manager,
             loop=asyncio.get_running_loop(),
             logger=log,
-            access_log=cast(logging.Logger, None),  # no access log; aiohttp's type lacks None
+            access_log=cast(logging.Logger, None),  # no access log; aiohttp's type omits None
             tcp_keepalive=False,
             auto_decompress=False,
         )
@@ -284,7 +285,7 @@ class _MethodNotAllowed(ControlError):
 
 # Answers
 
-_NAME = {"Server": "udptun"}  # instead of aiohttp's, which contains versions
+_NAME = {"Server": "udptun"}  # instead of aiohttp's value, which contains versions
 
 
 def _answer(value: object, status: int = 200) -> web.Response:
@@ -322,7 +323,7 @@ def _stream_response(content_type: str) -> web.StreamResponse:
 async def _stream(
     request: web.BaseRequest, chunks: AsyncGenerator[bytes, None]
 ) -> web.StreamResponse:
-    """Send JSON text in pieces. An error before the first piece is a JSON error answer."""
+    """Send JSON text in pieces. An error before the first piece becomes a JSON error answer."""
     async with aclosing(chunks):
         first = await anext(chunks, b"")
         response = _stream_response(protocol.JSON_TYPE)
@@ -355,15 +356,17 @@ async def _write_events(response: web.StreamResponse, events: list[Event]) -> No
 
 
 async def _accept_body(request: web.BaseRequest, limit: int) -> None:
-    """Refuse a body that cannot be used; else send 100 Continue if the client waits for it (curl
-    does for one second before a large body)."""
+    """Refuse a body that cannot be used. Otherwise send 100 Continue if the client waits for it.
+
+    curl waits one second for 100 Continue before it sends a large body.
+    """
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise ControlError("bad_request", "Content-Encoding: only identity is supported")
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # counts the answer itself
+        request.writer.output_size = 0  # from here on it counts only the answer
 
 
 def _too_large(limit: int) -> ControlError:
@@ -371,7 +374,8 @@ def _too_large(limit: int) -> ControlError:
 
 
 async def _body(request: web.BaseRequest, limit: int) -> bytes:
-    """Return the whole body. Joining releases the GIL; a growing bytearray does not."""
+    """Return the whole body. Pieces are joined, because joining releases the GIL and extending a
+    bytearray does not."""
     await _accept_body(request, limit)
     parts, size = [], 0
     async for part in request.content.iter_any():
@@ -383,9 +387,11 @@ async def _body(request: web.BaseRequest, limit: int) -> bytes:
 
 
 async def _table_body(request: web.BaseRequest) -> bytes | mmap:
-    """Return the body of a route table. A large one of known length is copied in pieces into
-    memory that the kernel allocates page by page, and the CPU is yielded after each piece: joining
-    the pieces at the end would delay a worker on the same CPU by milliseconds.
+    """Return the body of a route table.
+
+    A large body of known length is copied in pieces into memory that the kernel allocates page by
+    page. After each piece the CPU is yielded. Joining the pieces at the end would delay a worker on
+    the same CPU by milliseconds.
     """
     length = request.content_length or 0
     if length < LARGE_BODY:
@@ -409,7 +415,7 @@ def _loads(body: bytes) -> Any:
 
 
 def _destination(request: web.BaseRequest) -> str:
-    """Return the prefix in the path. Refuses If-Match, which is not implemented here."""
+    """Return the prefix in the path. Refuse If-Match, which single routes do not support."""
     if "If-Match" in request.headers:
         raise ControlError("bad_request", "If-Match: only for PUT /v1/routes")
     dst = protocol.parse_route_path(request.rel_url.raw_path)

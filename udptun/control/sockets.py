@@ -1,8 +1,8 @@
-"""Unix socket files: created with the final mode, protected, removed if they are still ours.
+"""Unix socket files: create them with the final mode, protect them, remove only our own.
 
-Owns the rules for directories and modes, which of two forwarders gets a path, and which clients may
-connect. Does not depend on the protocol. Threading: one loop; changes no process-wide state such as
-the umask, so other threads are not affected.
+Owns three rules: the modes of files and directories, which of two forwarders gets a path, and which
+clients may connect. Does not depend on the protocol. Threading: one loop. Changes no process-wide
+state such as the umask, so other threads are not affected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIRECTORY_MODE = 0o750
 SOCKET_MODE = 0o660
 BACKLOG = 128
 LOCK_TRIES, LOCK_PAUSE = 100, 0.05  # a forwarder holds the lock for about a millisecond
-SO_PEERGROUPS = 59  # Linux 4.13; the socket module lacks it
+SO_PEERGROUPS = 59  # Linux 4.13; missing in the socket module
 
 
 class UnixListener:
@@ -41,10 +41,10 @@ class UnixListener:
         self._gid = gid
 
     def may_connect(self, peer: socket.socket) -> bool:
-        """Return whether ``peer`` is root, the forwarder's user or in the socket file's group.
+        """Return whether ``peer`` is root, the forwarder's user, or in the socket file's group.
 
-        The file's mode has the same effect; this check also holds if the mode is changed to a wider
-        one. A change of the file's group applies from the next connection on.
+        The mode of the file has the same effect. This check still applies if the mode is changed to
+        allow more users. A change of the file's group applies from the next connection on.
         """
         with suppress(OSError):
             found = self.path.stat()
@@ -57,7 +57,7 @@ class UnixListener:
     def unlink(self) -> None:
         """Remove the file unless it belongs to another socket now.
 
-        Call this while the socket still listens: no other forwarder can take the path before that,
+        Call this while the socket still listens. No other forwarder can take the path until then,
         so there is no race between the check and the removal.
         """
         with suppress(OSError):
@@ -67,7 +67,7 @@ class UnixListener:
 
 
 async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
-    """Listen at ``path``. Replaces a stale socket; refuses a live one, and other files.
+    """Listen at ``path``. Replaces a stale socket. Refuses a live socket, and any other file.
 
     If several forwarders try the same path, exactly one succeeds: the check and the bind happen
     under a lock on the directory, and the socket listens before its file is visible.
@@ -80,16 +80,17 @@ async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
 
 
 def refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
-    """Raise DeviceError if ``listen_unix`` would refuse ``path``: an early check."""
+    """Raise DeviceError if ``listen_unix`` would refuse ``path``. For an early check."""
     with _explained(path):
         _refuse_occupied(path, kind)
 
 
 def _bind(path: Path, kind: socket.SocketKind) -> UnixListener:
-    """Bind to a temporary name and rename: ``path`` is either absent or a listening 0660 socket.
+    """Bind to a temporary name, listen, and rename the file to ``path``.
 
-    On Linux a socket file gets the mode of the socket's inode, minus the umask. So fchmod before
-    bind restricts it from the start, and chmod restores the bits that the umask removed.
+    So ``path`` is either absent or a listening socket of mode 0660. On Linux a socket file gets the
+    mode of the socket's inode, minus the umask. fchmod before bind therefore restricts the file
+    from the start. chmod after bind restores the bits that the umask removed.
     """
     sock = socket.socket(socket.AF_UNIX, kind)
     hidden = path.with_name(f".{path.name}.{secrets.token_hex(2)}")
@@ -124,7 +125,7 @@ def _refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
         except (ConnectionRefusedError, FileNotFoundError):
             return  # stale: no process listens
         except OSError as exc:
-            # A full backlog (EAGAIN) or another socket type (EPROTOTYPE) is in use, too.
+            # EAGAIN (full backlog) and EPROTOTYPE (another type) mean that the socket is in use.
             if exc.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
                 raise
     raise DeviceError(
@@ -133,7 +134,7 @@ def _refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """Create the missing directories, mode 0750 independent of the umask; change no others."""
+    """Create the missing directories with mode 0750, whatever the umask. Change no others."""
     missing = []
     while not directory.exists():
         missing.append(directory)
@@ -182,8 +183,8 @@ def _explained(path: Path) -> Iterator[None]:
 def _peer_groups(peer: socket.socket) -> set[int]:
     """Return the peer's supplementary groups.
 
-    Python limits getsockopt to 1024 bytes, 256 groups: for more the kernel answers ERANGE, and only
-    the peer's primary group counts.
+    Python limits getsockopt to 1024 bytes, which is 256 groups. If a peer has more groups, the
+    kernel answers ERANGE, and only the peer's primary group counts.
     """
     try:
         packed = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)

@@ -1,7 +1,7 @@
 """The part of a forwarder that the control servers call, as a type.
 
-Owns nothing at run time. ``udptun.forwarder.Forwarder`` implements it, and so does the fake
-forwarder of the tests. Threading: every method is called on the forwarder's control loop.
+A type only: owns no objects. ``udptun.forwarder.Forwarder`` implements the type, and so does the
+fake forwarder of the tests. Threading: every method is called on the forwarder's control loop.
 """
 
 from __future__ import annotations

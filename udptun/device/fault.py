@@ -8,10 +8,10 @@ from ..errors import DeviceError
 
 
 def device_error(number: int, doing: str, hint: str = "") -> DeviceError:
-    """Return a DeviceError with errno ``number``: the operation, the kernel's error, and a hint.
+    """Return a DeviceError with errno ``number``. Its text: operation, kernel's error, hint.
 
     doing  the operation, such as ``"opening the TUN device udptun0"``
-    hint   a likely cause or remedy; shown in brackets
+    hint   a likely cause or remedy, which is shown in brackets
     """
     text = f"{doing}: {os.strerror(number)}"
     return DeviceError(number, f"{text} ({hint})" if hint else text)

@@ -1,4 +1,4 @@
-"""Offloads: their names, which are requested, which the kernel supports, which are in use.
+"""Offloads: names, and which of them are requested, supported by the kernel, and in use.
 
 Owns the feature names, the grammar of ``--offload`` and the dependencies between features. ``tun``
 and ``net.udp`` probe the features and pass the results to this module. Any thread.
@@ -25,7 +25,7 @@ FEATURES: tuple[str, ...] = tuple(MEANINGS)
 NEEDS: dict[str, str] = {"tun-uso": "tun-gso", "tcp-merge": "tun-gso", "udp-merge": "tun-uso"}
 KERNEL_FEATURES = frozenset({"tun-gso", "tun-uso", "udp-gso", "udp-gro"})
 
-ASKED = "asked"  # the cause of a feature that the operator turned off
+ASKED = "asked"  # the cause if the operator turned the feature off
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class OffloadRequest:
 
 
 class Probed(Protocol):
-    """The result of probing a device or socket; ``Tun`` and ``UdpSocket`` implement it."""
+    """The result of probing a device or socket. ``Tun`` and ``UdpSocket`` implement this."""
 
     @property
     def features(self) -> frozenset[str]: ...
@@ -86,9 +86,10 @@ class Capabilities:
 
     @classmethod
     def combine(cls, request: OffloadRequest, parts: Iterable[Probed]) -> Capabilities:
-        """Combine the results of all devices and sockets: a feature needs the support of all.
+        """Combine the probe results of all devices and sockets (the parts).
 
-        A kernel feature that no part has probed is off.
+        A feature is off if one part does not support it. A kernel feature is also off if no part
+        has probed it.
         """
         granted: set[str] = set()
         refused: dict[str, str] = {}
@@ -97,7 +98,7 @@ class Capabilities:
             refused = {**part.off, **refused}
         capabilities = cls(found=frozenset(KERNEL_FEATURES & granted - refused.keys()))
         in_use: set[str] = set()
-        for name in FEATURES:  # a feature comes after the ones that it needs
+        for name in FEATURES:  # in FEATURES, a feature comes after those that it needs
             cause: str | None = refused.get(name)
             if name not in request.features:
                 cause = ASKED
@@ -113,7 +114,7 @@ class Capabilities:
         return capabilities
 
     def lose(self, name: str, cause: str) -> tuple[str, ...]:
-        """Turn off ``name`` and the features that need it. Returns those that this call turned off.
+        """Turn off ``name`` and the features that need it. Return what this call has turned off.
         """
         lost: list[str] = []
         for other in FEATURES:

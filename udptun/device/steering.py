@@ -1,8 +1,8 @@
 """Keep each flow on one queue of a multi-queue TUN device.
 
-Owns a small eBPF program and its loading. Without it the kernel moves a flow to the queue that last
-wrote a packet of its other direction: another worker then processes the flow, and its packets are
-reordered. Any thread; no shared state.
+Owns a small eBPF program and its loading. Without the program, when a queue writes a packet, the
+kernel moves the opposite direction of the packet's flow to this queue. Another worker then
+processes that flow, and packets of the flow are reordered. Threading: any thread; no shared state.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Step = tuple[int, int, int, int, str]  # opcode, destination, source, constant, 
 
 
 def attach_steering(fd: int) -> str | None:
-    """Attach the program to the device of this queue; it applies to all queues of the device.
+    """Attach the program to the device of this queue. It applies to all queues of the device.
 
-    Loading needs CAP_BPF or CAP_SYS_ADMIN on most hosts. Returns None, or the cause for which the
-    kernel's own queue selection stays active; this is logged here.
+    Loading needs CAP_BPF or CAP_SYS_ADMIN on most hosts. Returns None, or the cause of the failure,
+    which is also logged here. After a failure the kernel's own queue selection stays active.
     """
     program = -1
     try:
@@ -50,15 +50,16 @@ def attach_steering(fd: int) -> str | None:
         return cause
     finally:
         if program >= 0:
-            os.close(program)  # the device has a reference
+            os.close(program)  # the device has its own reference
     return None
 
 
 def _program() -> list[Step | str]:
-    """Hash addresses, protocol and ports of the inner packet. Strings are jump labels.
+    """Return a program that hashes addresses, protocol and ports of the inner packet.
 
-    r6 is the packet, as LD_ABS requires; r7 the sum, r8 the protocol, r9 the offset of the ports. A
-    sum is the same for both directions of a flow. A load beyond the packet ends the program with 0.
+    Strings in the program are jump labels. Registers: r6 is the packet, as LD_ABS requires; r7 is
+    the sum of addresses and ports; r8 is the protocol; r9 is the offset of the ports. The sum is
+    the same for both directions of a flow. A load beyond the packet ends the program with 0.
     """
     def load(size: int, at: int) -> Step:
         return (_LD_ABS | size, 0, 0, at, "")
@@ -87,7 +88,7 @@ def _program() -> list[Step | str]:
         load(_W, 12), add, load(_W, 16), add,
         load(_B, 9), move(8, 0),
         load(_H, 6),
-        constant(_AND32, 0, 0x3FFF),  # a fragment: the ports are not used
+        constant(_AND32, 0, 0x3FFF),  # a fragment: do not use the ports
         jump(_JNE, 0, 0, "mix"),
         load(_B, 0),
         constant(_AND32, 0, 0x0F),
@@ -117,7 +118,7 @@ def _program() -> list[Step | str]:
 
 
 def _assemble(program: list[Step | str]) -> bytes:
-    """Encode as struct bpf_insn (linux/bpf.h), in native byte order."""
+    """Encode the program as an array of struct bpf_insn (linux/bpf.h), in native byte order."""
     labels: dict[str, int] = {}
     steps: list[Step] = []
     for item in program:
@@ -128,7 +129,7 @@ def _assemble(program: list[Step | str]) -> bytes:
     code = bytearray()
     for at, (opcode, destination, source, value, label) in enumerate(steps):
         offset = labels[label] - at - 1 if label else 0
-        if sys.byteorder == "little":  # two bit fields: their order follows the byte order
+        if sys.byteorder == "little":  # two bit fields, ordered by the byte order
             registers = destination | source << 4
         else:
             registers = destination << 4 | source

@@ -1,7 +1,7 @@
 """Open a TUN device with every offload that is requested and that the kernel supports.
 
 Owns the ioctls on ``/dev/net/tun``, the write probe and the rule for device names. ``net.netlink``
-sets addresses, routes and MTU; the compiled core reads and writes. Any thread; no shared state.
+sets addresses, routes and MTU. The compiled core reads and writes. Any thread; no shared state.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ Ifreq = struct.Struct("16sH22x")
 class Tun:
     """An open TUN device. ``close`` removes it, unless it is persistent.
 
-    name      the kernel's name (the kernel replaces ``tun%d``)
-    fds       one per queue, non-blocking, close-on-exec; owned by this object
-    vnet_hdr  a virtio_net_hdr of VNET_LEN bytes precedes each packet read or written; the same as
-              ``"tun-gso" in features``
-    features  those of tun-gso and tun-uso that the kernel supports
-    off       feature -> cause; includes merges whose writes the kernel refuses
+    name      name in the kernel (the kernel replaces ``tun%d``)
+    fds       one descriptor per queue, non-blocking, close-on-exec; owned by this object
+    vnet_hdr  True: a virtio_net_hdr of VNET_LEN bytes precedes each packet that is read or written.
+              Same as ``"tun-gso" in features``
+    features  which of tun-gso and tun-uso the kernel supports
+    off       for each feature that is off, the cause. A merge feature is off if the kernel refuses
+              the writes of merged packets
     """
 
     name: str
@@ -65,10 +66,10 @@ class Tun:
 
     @classmethod
     def open(cls, name: str, queues: int, request: OffloadRequest) -> Tun:
-        """Open ``queues`` queues of the device ``name``; create the device if it does not exist.
+        """Open ``queues`` queues of the device ``name``. Create the device if it does not exist.
 
-        Raises FieldError for an invalid name, DeviceError if the kernel refuses. The device stays
-        down: the write probe needs it down.
+        Does not bring the device up: the write probe works only while the device is down. Raises
+        FieldError for an invalid name, DeviceError if the kernel refuses.
         """
         check_name(name)
         if "tun-gso" in request.features:
@@ -87,18 +88,18 @@ class Tun:
         fds, real_name = _open_queues(name, queues, 0)
         off = {"tun-gso": cause, "tun-uso": "needs tun-gso"}
         tun = cls(real_name, fds, False, frozenset(), off)
-        # A persistent device may have the offloads of its previous user.
+        # A persistent device may still have the offloads of its previous user.
         _set_offload(fds[0], 0)
         return tun
 
     def close(self) -> None:
-        """Close all queues; the kernel then removes the device, unless it is persistent."""
+        """Close all queues. The kernel then removes the device, unless it is persistent."""
         fds, self.fds = self.fds, ()
         for fd in fds:
             os.close(fd)
 
     def _enable(self, request: OffloadRequest) -> str | None:
-        """Turn the offloads on and probe them. Returns None, or why none can be used."""
+        """Turn the offloads on and probe them. Return None, or why no offload can be used."""
         # The header size and the offloads are properties of the device, not of a queue.
         try:
             fcntl.ioctl(self.fds[0], TUNSETVNETHDRSZ, struct.pack("i", VNET_LEN))
@@ -120,7 +121,7 @@ class Tun:
         else:
             return self._give_up(f"kernel refuses TUNSETOFFLOAD TSO: {cause}")
         for what in without:
-            # Without ECN the kernel itself segments super-packets that have CWR set.
+            # Without TUN_F_TSO_ECN, the kernel itself segments super-packets with CWR set.
             log.warning("%s: %s off: kernel refuses TUNSETOFFLOAD %s: %s",
                         self.name, {"USO": "tun-uso", "ECN": "TSO_ECN"}[what], what, cause)
         if "USO" in without:
@@ -136,10 +137,12 @@ class Tun:
     def _probe_writes(self) -> None:
         """Write a super-packet of each kind to the device while it is down.
 
-        The kernel parses the header before it checks that the device is up: EIO means that it
-        supports the format, EINVAL that it does not. Nothing is delivered; each probe counts as one
-        rx_dropped of the device. A device that is up would receive the probe as a packet, so there
-        is no probe then, and the data path falls back when the first write fails.
+        The kernel parses the header before it checks that the device is up. EIO means that the
+        kernel supports the format, EINVAL that it does not. No packet is delivered. Each probe
+        counts as one rx_dropped of the device.
+
+        A device that is up would receive the probe as a packet, so such a device is not probed. The
+        data path then turns a merge off when its first write fails.
         """
         if _is_up(self.name):
             return
@@ -159,8 +162,8 @@ class Tun:
 
 
 def check_name(name: str) -> None:
-    """Raise FieldError unless the kernel accepts ``name`` as a device name (dev_valid_name in
-    net/core/dev.c) and it is safe to print."""
+    """Raise FieldError if the kernel does not accept ``name`` as a device name (dev_valid_name in
+    net/core/dev.c), or if ``name`` is not safe to print."""
     if (
         not 0 < len(os.fsencode(name)) <= MAX_DEVICE_NAME
         or name in (".", "..")
@@ -202,12 +205,12 @@ def _open_device() -> int:
 
 
 def _attach(fd: int, name: str, flags: int, first: bool) -> str:
-    """Attach ``fd`` to the device as a queue. Returns the device's name."""
+    """Attach ``fd`` to the device as a queue. Return the device's name."""
     doing = f"opening the TUN device {name}"
     try:
         if first and flags & IFF_MULTI_QUEUE:
             # Without IFF_TUN_EXCL the kernel would add our queues to the device of another
-            # process. A persistent device exists before its user, and we are its user.
+            # process. If the device exists and is persistent, it was created for us: use it.
             with contextlib.suppress(FileExistsError):
                 return _set_iff(fd, name, flags | IFF_TUN_EXCL)
             real_name = _set_iff(fd, name, flags)
@@ -247,7 +250,7 @@ def _attach_error(error: OSError, doing: str) -> DeviceError:
 
 
 def _set_offload(fd: int, offload: int) -> str | None:
-    """Set the offloads. Returns None, or the name of the kernel's error."""
+    """Set the offloads. Return None, or the name of the kernel's error."""
     try:
         fcntl.ioctl(fd, TUNSETOFFLOAD, offload)
     except OSError as error:
@@ -262,7 +265,7 @@ def _is_up(name: str) -> bool:
 
 
 def _probe_frame(version: int, gso_type: int) -> bytes:
-    """Build a super-packet of two segments, 8 bytes of payload each."""
+    """Build a super-packet of two segments with 8 bytes of payload each."""
     payload = bytes(16)
     if gso_type == GSO_UDP_L4:
         l4 = struct.pack("!HHHH", 9, 9, 8 + len(payload), 0)

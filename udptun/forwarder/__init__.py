@@ -1,4 +1,4 @@
-"""The forwarder: composition of the data plane. Start with forwarder.py."""
+"""The forwarder: the parts of the data plane, put together. Read forwarder.py first."""
 
 from ..device.offload import OffloadRequest
 from .config import ForwarderConfig

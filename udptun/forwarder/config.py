@@ -1,5 +1,7 @@
-"""The configuration of a forwarder. Frozen; values that contradict each other are refused here, by
-field."""
+"""The configuration of a forwarder. Frozen.
+
+Values that contradict each other raise a FieldError here, with the name of the field.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,18 @@ MAX_WORKERS = 64
 
 @dataclass(frozen=True, slots=True)
 class ForwarderConfig:
-    """One forwarder.
+    """The configuration of one forwarder.
 
-    listen        underlay endpoints, at least one, at most one per family
-    addresses     of the TUN, at most one per family; each is set as a /32 or /128
+    listen        endpoints on the underlay: at least one, at most one per family
+    addresses     addresses of the TUN, at most one per family; each is set as a /32 or /128
     networks      overlay prefixes that are routed through the TUN
-    mtu           of the TUN in bytes; None: the underlay's MTU minus the outer headers
-    workers       threads; None: as many as this machine can use
+    mtu           MTU of the TUN in bytes; None: the underlay's MTU minus the outer headers
+    workers       number of worker threads; None: chosen from the number of cores
     control       Unix socket of the control API; None: no control API
-    routes_file   read at start and on ``reload``; one ``DST via IP [port P] [mtu M]`` per line
-    state_file    copy of the active table; takes precedence over routes_file at start
+    routes_file   file that is read at start and on ``reload``. Each line is a route:
+                  ``DST via IP [port P] [mtu M]``
+    state_file    copy of the active table. At start, a valid state_file is loaded instead of
+                  routes_file
     flannel_*     Unix socket or inherited descriptor for flannel's 20-byte control messages
     """
 
@@ -82,8 +86,8 @@ class ForwarderConfig:
 
     @property
     def workers_n(self) -> int:
-        """The number of workers. For auto at most half of the cores, because the kernel's network
-        code needs the other half."""
+        """The number of workers. For auto this is at most half of the cores, because the kernel's
+        network code needs the other half."""
         if self.workers is not None:
             return self.workers
         return max(1, min(4, len(os.sched_getaffinity(0)) // 2))

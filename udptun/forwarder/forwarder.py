@@ -1,8 +1,8 @@
-"""The forwarder: TUN, UDP sockets, workers, route table and control, opened and closed in order.
+"""The forwarder: opens and closes the TUN, UDP sockets, workers, route table and control, in order.
 
-Owns the order of opening and closing, and nothing else: the pieces own their state (``routes``,
-``workers``, ``tun_setup``, ``view``, ``control.events``). Does not depend on leases, or on what
-happens to a packet (the compiled core). Threading: control loop only.
+Owns only the order of opening and closing. Each part owns its state: ``routes``, ``workers``,
+``tun_setup``, ``view``, ``control.events``. Does not depend on leases, or on what happens to a
+packet (the compiled core). Threading: control loop only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Forwarder:
-    """One forwarder, from ``start`` to ``close``, or as ``async with Forwarder(config) as f:``."""
+    """One forwarder. Call ``start`` and ``close``, or ``async with Forwarder(config) as f:``."""
 
     def __init__(self, config: ForwarderConfig) -> None:
         self.config = config
@@ -62,7 +62,7 @@ class Forwarder:
         await self.close()
 
     async def start(self) -> None:
-        """Open everything; traffic flows before the control socket answers.
+        """Open everything. Traffic flows before the control socket answers.
 
         Raises FieldError (a route file), DeviceError (TUN, sockets), OSError (files).
         """
@@ -73,7 +73,7 @@ class Forwarder:
             raise
 
     async def _start(self) -> None:
-        netlink = Netlink()  # first: its import runs in its thread during the next steps
+        netlink = Netlink()  # first: its thread imports pyroute2 during the next steps
         self._closing.callback(netlink.close)
         self._routes.load()
         self._refuse_occupied_sockets()
@@ -91,7 +91,7 @@ class Forwarder:
         setup = TunSetup(
             netlink, tun.name, self.mtu, self.config.addresses, self.config.networks, self._report
         )
-        await setup.apply()  # last: the device goes up with an active table and watched queues
+        await setup.apply()  # last: when the device is up, the table is active and workers run
         self._watch_own_addresses(netlink)
         self._run_until_close(setup.keep())
         self._run_until_close(workers.supervise())
@@ -112,7 +112,7 @@ class Forwarder:
         self._stop.set()
 
     async def wait_stopped(self) -> None:
-        """Return when a stop is requested; raise if the data path failed."""
+        """Wait until a stop is requested. Raise if the data path failed."""
         await self._stop.wait()
         if self._failure is not None:
             raise self._failure
@@ -130,9 +130,9 @@ class Forwarder:
     # -- the steps of a start ---------------------------------------------------------------------
 
     def _refuse_occupied_sockets(self) -> None:
-        """Raise DeviceError if a control socket is in use, before the host is changed.
+        """Raise DeviceError if a control socket is in use.
 
-        The control sockets are created last.
+        The control sockets are created last. This check is made before the host is changed.
         """
         config = self.config
         for path, kind in (
@@ -151,7 +151,7 @@ class Forwarder:
         return tun
 
     def _open_sockets(self) -> list[UdpSocket]:
-        """Open one socket per worker and endpoint, in this order."""
+        """Open one socket for each worker and endpoint. Return them ordered by worker."""
         config = self.config
         sockets: list[UdpSocket] = []
         for index in range(config.workers_n):
@@ -164,7 +164,7 @@ class Forwarder:
         return sockets
 
     def _by_worker(self, sockets: list[UdpSocket]) -> list[dict[int, int]]:
-        """The descriptors of each worker's sockets, by IP version."""
+        """Return, for each worker, the descriptors of its sockets by IP version."""
         per_worker = len(self.config.listen)
         return [
             {opened.endpoint.address.version: opened.fd for opened in sockets[at : at + per_worker]}
@@ -172,7 +172,7 @@ class Forwarder:
         ]
 
     async def _make_core(self, netlink: Netlink) -> tuple[_core.Core, int]:
-        """Make the core and the eventfd through which its workers report."""
+        """Create the core, and the eventfd that its workers signal when they have an event."""
         config = self.config
         link_mtus = {4: 0, 6: 0}
         for endpoint in config.listen:
@@ -233,13 +233,13 @@ class Forwarder:
             if config.flannel_control_fd is not None:
                 flannel.adopt(config.flannel_control_fd)
         if config.control is not None:
-            from ..control.server import ControlServer  # here, because aiohttp loads slowly
+            from ..control.server import ControlServer  # not at the top: aiohttp loads slowly
 
             server = ControlServer(self, config.control)
             await server.start()
             self._closing.push_async_callback(server.close)
 
-    # -- the Python API, which is also what the control API calls (control/surface.py) ------------
+    # -- the Python API; the control API calls it as well (control/surface.py) --------------------
 
     @property
     def generation(self) -> int:
@@ -250,7 +250,7 @@ class Forwarder:
         return len(self._routes)
 
     async def add_route(self, route: Route) -> RouteDiff:
-        """Add a route; see ``Routes``, as for all changes."""
+        """Add a route. ``Routes`` documents this and the other changes."""
         return await self._routes.add(route)
 
     async def put_route(self, route: Route) -> RouteDiff:
@@ -283,7 +283,7 @@ class Forwarder:
         return self._routes.json_chunks()
 
     async def status(self) -> dict[str, Any]:
-        """Return the status; docs/control.md has its shape."""
+        """Return the status. docs/control.md describes its format."""
         text = b"".join([chunk async for chunk in self.status_chunks()])
         status: dict[str, Any] = json.loads(text)
         return status

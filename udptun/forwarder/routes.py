@@ -1,8 +1,9 @@
-"""The active route table: changes to it, its generation, and its copy on disk.
+"""The active route table: its changes, its generation, and its copy on disk.
 
 Owns the table, the lock that orders its changes, the generation number and the state file. Does not
 depend on the control API or the TUN. Threading: control loop only. A large table is parsed and
-compiled in a helper thread without the GIL; one pointer swap on this loop activates it.
+compiled in a helper thread without the GIL. One pointer swap on the control loop activates the
+table.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class PeerRoutes:
 
 
 class Routes:
-    """The table from ``load`` (read from disk) over ``open`` (active) to ``close``.
+    """The table. ``load`` reads it from disk, ``open`` activates it, ``close`` ends its changes.
 
-    routes_file  read at start and by ``reload``
-    state_file   copy of the active table; takes precedence over routes_file at start
+    routes_file  file that is read at start and by ``reload``
+    state_file   copy of the active table. At start, a valid state_file is loaded instead of
+                 routes_file
     """
 
     def __init__(
@@ -54,8 +56,8 @@ class Routes:
         self._state = None if state_file is None else StateFile(state_file, report)
         self._events = events
         self._table = _core.RouteTable()
-        self._origin: Path | None = None  # the file that the first table is from
-        self._core: _core.Core | None = None  # between open and close
+        self._origin: Path | None = None  # the file from which the first table was read
+        self._core: _core.Core | None = None  # set between open and close
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
 
@@ -65,7 +67,7 @@ class Routes:
     # -- start and stop ---------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Read the table to start with. Raises FieldError, DeviceError."""
+        """Read the first table. Raises FieldError, DeviceError."""
         state, routes_file = self._state, self._routes_file
         table = state.load() if state is not None else None
         if state is not None and table is not None:
@@ -76,7 +78,7 @@ class Routes:
             self._table, self._origin = _parse_file(routes_file), routes_file
 
     def open(self, core: _core.Core) -> None:
-        """Activate the table and accept changes. Raises FieldError, naming the file."""
+        """Activate the table and accept changes. Raises FieldError, which names the file."""
         try:
             core.publish(self._table)
         except FieldError as error:
@@ -86,13 +88,13 @@ class Routes:
         self.generation = 1
 
     async def save(self) -> None:
-        """Write the state file, so that one that cannot be written is an error at start.
+        """Write the state file. Called at start, so that an unwritable file is found then.
         Raises DeviceError."""
         if self._state is not None:
             await self._state.save(self._table)
 
     async def close(self) -> None:
-        """Refuse further changes, finish those that have begun, and write the state file."""
+        """Refuse further changes, finish the changes that have begun, and write the state file."""
         self._core = None
         await asyncio.gather(*self._changes, return_exceptions=True)
         if self._state is not None:
@@ -101,8 +103,10 @@ class Routes:
     # -- changes ----------------------------------------------------------------------------------
 
     async def add(self, route: Route) -> RouteDiff:
-        """Add a route. An identical route is no change; RouteExists: the prefix has another next
-        hop."""
+        """Add a route. If the table has the same route already, nothing changes.
+
+        Raises RouteExists if the table has a route to the prefix with another next hop.
+        """
         return await self._change(lambda core: self._set(core, route, replace=False))
 
     async def put(self, route: Route) -> RouteDiff:
@@ -110,7 +114,7 @@ class Routes:
         return await self._change(lambda core: self._set(core, route, replace=True))
 
     async def delete(self, dst: IPNetwork) -> RouteDiff:
-        """Delete the route to ``dst``. An absent route is not an error and no change."""
+        """Delete the route to ``dst``. If there is none, nothing changes; this is not an error."""
         return await self._change(lambda core: self._delete(core, dst))
 
     async def replace(self, routes: Iterable[Route]) -> RouteDiff:
@@ -123,7 +127,7 @@ class Routes:
     ) -> RouteDiff:
         """Replace the whole table with ``{"routes": [...]}``.
 
-        Raises FieldError naming the entry and field, GenerationMismatch.
+        Raises FieldError, which names the entry and field; GenerationMismatch.
         """
         parse = _core.RouteTable.parse_json
         return await self._change(lambda core: self._replace(core, parse, body, expect_generation))
@@ -136,7 +140,7 @@ class Routes:
         return await self._change(lambda core: self._replace(core, parse, body, expect_generation))
 
     async def reload(self) -> RouteDiff:
-        """Read the route file again. Raises FieldError or OSError and then changes nothing."""
+        """Read the route file again. Raises FieldError, OSError; the table is then unchanged."""
         path = self._routes_file
         if path is None:
             raise FieldError("routes", None, "a route file, given at start")
@@ -147,7 +151,7 @@ class Routes:
             raise
 
     async def set_own_addresses(self, addresses: Iterable[IPAddress]) -> None:
-        """Set the host's addresses, which no peer may use as an inner source."""
+        """Set the host's own addresses. No peer may use them as inner source addresses."""
         async def change(core: _core.Core) -> None:
             if core.set_own_addresses(address.packed for address in addresses):
                 await self._activate(core, self._table, len(self))
@@ -155,8 +159,8 @@ class Routes:
         await self._change(change)
 
     async def _change(self, change: Callable[[_core.Core], Coroutine[Any, Any, T]]) -> T:
-        """Run one change after the other, each to its end even if its caller is cancelled: a
-        prepared snapshot is either activated or freed under the lock."""
+        """Run one change at a time. A change runs to its end even if its caller is cancelled, so
+        that a prepared snapshot is either activated or freed under the lock."""
         core = self._core
         if core is None:
             raise UdptunError("the forwarder is not running")
@@ -173,7 +177,7 @@ class Routes:
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._changes.discard(task)
         if not task.cancelled():
-            task.exception()  # for the caller; if the caller is gone, asyncio would log it
+            task.exception()  # mark as retrieved: asyncio would log it if the caller is gone
 
     # -- with the lock held -----------------------------------------------------------------------
 
@@ -202,7 +206,7 @@ class Routes:
         return await self._install(core, await asyncio.to_thread(_parse_file, path))
 
     async def _install(self, core: _core.Core, table: _core.RouteTable) -> RouteDiff:
-        """Activate ``table`` in place of the present one, save it and emit events."""
+        """Replace the active table by ``table``, save the new table and emit events."""
         old = self._table
         size = max(len(table), len(old))
         added, changed, removed = await _run(size > LARGE_TABLE, table.diff_from, old)
@@ -236,7 +240,7 @@ class Routes:
 
     async def peers(self, core: _core.Core) -> tuple[int, int, list[PeerRoutes]]:
         """Return the generation, the number of routes, and all peers in the order of the table."""
-        async with self._lock:  # a change would reorder the peers
+        async with self._lock:  # a concurrent change would reorder the peers
             table, generation = self._table, self.generation
             found = [PeerRoutes(peer, []) for peer in core.peers()]
             for start in range(0, len(table), SLICE):
@@ -248,7 +252,7 @@ class Routes:
 
 
 async def _run(large: bool, work: Callable[..., T], *args: Any) -> T:
-    """Call ``work``, which releases the GIL: in a helper thread if it takes long."""
+    """Call ``work``, which releases the GIL. If ``large``, call it in a helper thread."""
     return await asyncio.to_thread(work, *args) if large else work(*args)
 
 

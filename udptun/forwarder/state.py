@@ -1,6 +1,7 @@
 """The state file: a copy of the active route table, loaded at the next start.
 
-Owns the file: in the grammar of route files, replaced atomically, at most once per DELAY_SECONDS.
+Owns the file. It has the grammar of a route file. It is replaced atomically, at most once per
+DELAY_SECONDS.
 Threading: control loop only; a helper thread writes the file.
 """
 
@@ -33,7 +34,7 @@ class StateFile:
         self._writing = asyncio.Lock()
 
     def load(self) -> RouteTable | None:
-        """Return the table of the last run, or None. Renames an invalid file to NAME.bad."""
+        """Return the table of the last run, or None. Rename an invalid file to NAME.bad."""
         from .._core import RouteTable
 
         try:
@@ -51,7 +52,7 @@ class StateFile:
             raise device_error(error.errno or 0, f"reading the state file {self.path}") from None
 
     async def save(self, table: RouteTable) -> None:
-        """Write this table now; create the directory if necessary. Raises DeviceError."""
+        """Write this table now. Create the directory if necessary. Raises DeviceError."""
         try:
             self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             await asyncio.to_thread(self._write, table)
@@ -59,13 +60,13 @@ class StateFile:
             raise device_error(error.errno or 0, f"writing the state file {self.path}") from None
 
     def save_soon(self, table: RouteTable) -> None:
-        """Write this table, or a later one, within about DELAY_SECONDS."""
+        """Write this table within about DELAY_SECONDS, or a later table that replaces it."""
         self._table = table
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._save_later())
 
     async def flush(self) -> None:
-        """Write the last table given to ``save_soon``, if it is not yet on disk."""
+        """Write the last table that was passed to ``save_soon``, if it is not on disk yet."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -75,12 +76,12 @@ class StateFile:
     async def _save_later(self) -> None:
         await asyncio.sleep(DELAY_SECONDS)
         while self._table is not None:
-            # shielded: flush cancels this task, but a write that has begun is completed
+            # flush cancels this task; the shield lets a write that has begun complete
             if not await asyncio.shield(self._save()):
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _save(self) -> bool:
-        """Write the pending table. False: writing failed, and the table is still pending."""
+        """Write the pending table. Return False if this failed; the table is then still pending."""
         async with self._writing:
             table, self._table = self._table, None
             if table is None:

@@ -1,8 +1,9 @@
 """A worker's thread: a uvloop loop that calls the compiled worker when there is work.
 
-Owns the thread and its loop. The loop watches one descriptor, the worker's epoll set. Its callback
-is one call, which returns when the worker was idle for LINGER_MS or is woken. During this call the
-thread needs neither the GIL nor the loop. Threading: ``start`` and ``stop`` from one other thread.
+Owns the thread and its loop. The loop watches one descriptor, the worker's epoll set. The callback
+calls the worker. This call returns when the worker was idle for LINGER_MS, or when it is woken.
+During the call the thread needs neither the GIL nor the loop. Threading: call ``start`` and
+``stop`` from one other thread.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import uvloop
 if TYPE_CHECKING:
     from .._core import Worker
 
-LINGER_MS = 200  # traffic comes in bursts, and waiting costs less than returning to the loop
-SLICE_NS = 100_000  # the shortest that Linux takes
+LINGER_MS = 200  # traffic comes in bursts; waiting is cheaper than returning to the loop
+SLICE_NS = 100_000  # the shortest slice that Linux accepts
 
 # struct sched_attr, linux/sched/types.h: size, policy, flags, nice, priority, runtime, deadline,
-# period; the system call has no name in the C library
+# period. The C library has no function for this system call.
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
 
@@ -36,11 +37,11 @@ TIMER_SLACK_NS = 1000
 def _set_scheduling() -> None:
     """Set the scheduling of this thread, for hosts whose cores are all busy.
 
-    SCHED_BATCH: the thread does not preempt the program that has just received a packet from it, so
-    that small datagrams wait in our queues instead of overflowing that program's socket. A short
-    slice (Linux 6.12; ignored by older kernels): the thread is scheduled again sooner, so a packet
-    behind bulk traffic waits less. A small timer slack: a batching delay ends on time, not up to
-    50 us late.
+    - SCHED_BATCH: the thread does not preempt a program that has just received a packet from the
+      thread. Small datagrams then wait in our queues and do not overflow the program's socket.
+    - A short slice (Linux 6.12; older kernels ignore it): the thread is scheduled again sooner. A
+      packet behind bulk traffic waits less.
+    - A small timer slack: a batching delay ends on time, not up to 50 us late.
     """
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)
@@ -64,7 +65,7 @@ class WorkerThread:
         )
 
     def start(self) -> None:
-        """Start, and return when the loop watches the worker's descriptors."""
+        """Start the thread. Return when the loop watches the worker's descriptors."""
         self._thread.start()
         self._running.wait()
         if self._failure is not None:

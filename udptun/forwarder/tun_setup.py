@@ -1,8 +1,9 @@
-"""Keep the TUN device configured: MTU, addresses and routes, also after it was set down.
+"""Configure the TUN device (MTU, addresses, routes), and restore it after it was set down.
 
 Owns the desired configuration and the comparison with the kernel's state. Does not depend on what
-changed the device: a netlink message is only a reason to read the state again, so that a change
-which came and went between two reads is found all the same. Control loop only.
+changed the device: a netlink message is only a reason to read the state again. Lost addresses and
+routes are therefore found even if the device was set down and up again between two reads.
+Threading: control loop only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 class TunSetup:
     """The desired state of one TUN device, applied by ``apply`` and kept by ``keep``.
 
-    report  receives a sentence for each state in which packets are lost
+    report  called with a sentence for each state in which packets are lost
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class TunSetup:
         self._report = report
         self._changed = asyncio.Event()
         self._down = False
-        # Addresses and routes that the last restore failed to set. A restore causes link messages
-        # itself: if the same ones are still missing, do not try again.
+        # Addresses and routes that the last restore failed to set. A restore causes link messages,
+        # which cause the next check. If the same entries are still missing then, do not try again.
         self._unrestored: list[str] = []
 
     async def apply(self) -> None:
@@ -53,7 +54,7 @@ class TunSetup:
         )
 
     async def keep(self) -> None:
-        """Watch the device and restore its configuration; runs until it is cancelled."""
+        """Watch the device and restore its configuration, until cancelled."""
         loop = asyncio.get_running_loop()
 
         def on_change() -> None:  # in the netlink thread
@@ -72,7 +73,7 @@ class TunSetup:
     async def _check(self) -> None:
         state = await tun_state(self._netlink, self._index)
         if state is None:
-            return  # the device is deleted, which the workers report
+            return  # the device is deleted; the workers report this
         if not state.up:
             if not self._down:
                 self._report(f"{self._name} was set down: nothing is forwarded until it is up")

@@ -1,7 +1,7 @@
-"""What the control API shows of a forwarder: status, peers, counters, drops, traces.
+"""Build the control API's answers about a forwarder: status, peers, counters, drops, traces.
 
-Owns the shape of these answers (docs/control.md), and nothing that changes. Threading: control loop
-only; a long answer is made in pieces.
+Owns the format of these answers (docs/control.md). Has no changing state. Threading: control loop
+only. A long answer is built in pieces.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PEERS_SLICE = 64  # peers formatted at a time
 class View:
     """Builds the answers.
 
-    tun_name, mtu  those of the device, not of the configuration
+    tun_name, mtu  name and MTU of the device; the configuration can differ
     """
 
     config: ForwarderConfig
@@ -74,14 +74,17 @@ class View:
         yield b"]}"
 
     def drops(self) -> list[dict[str, Any]]:
-        """Return every reason in every direction in which it can occur, zeros too."""
+        """Return the count of each drop reason, for each direction in which the reason can occur.
+
+        Counts of zero are included.
+        """
         return [
             {"reason": reason, "direction": direction, "packets": packets}
             for reason, direction, packets in self.core.drops()
         ]
 
     def counters(self) -> dict[str, Any]:
-        """Return the counters for /metrics, without those of each peer."""
+        """Return the counters for /metrics, without the counters of each peer."""
         workers = self.workers.counters()
         return {
             "packets": self.core.packets(),
@@ -101,7 +104,7 @@ class View:
         }
 
     def trace(self, address: IPAddress) -> dict[str, Any]:
-        """Return the route, peer and MTU of a packet to this address, and the verdict."""
+        """Return the verdict on a packet to this address, and the packet's route, peer and MTU."""
         found = self.core.trace(address.packed)
         if found is None:
             return {

@@ -2,7 +2,7 @@
 
 Owns the threads, the eventfd through which workers report, and the periodic tasks of the core.
 Does not depend on what a worker does with a packet (the compiled core). Threading: control loop
-only, except ``stop``, which blocks and may run in any thread; workers never wait for the loop.
+only. Exception: ``stop`` blocks and may run in any thread. Workers never wait for the loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 HOUSEKEEPING_SECONDS = 1.0
 FORGET_PATH_MTU_SECONDS = 600.0  # RFC 1191 6.3
 DRAIN_SECONDS = 0.5
-OFFLOADS = ("udp-gso", "tcp-merge", "udp-merge")  # those that a worker can lose at run time
+OFFLOADS = ("udp-gso", "tcp-merge", "udp-merge")  # offloads that a worker can lose at run time
 KERNEL_ERRORS = ("send_error", "tun_write")  # drop reasons
 
 
@@ -34,9 +34,9 @@ class Workers:
 
     notify_fd     the eventfd that the core signals when a worker has an event
     capabilities  updated here when a worker loses an offload
-    tun_name      for messages
-    report        receives a sentence for each error
-    fail          receives the sentence for an error that ends the forwarder
+    tun_name      name of the device, used in messages
+    report        called with a sentence for each error
+    fail          called with a sentence for an error that ends the forwarder
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class Workers:
     # -- start and stop ---------------------------------------------------------------------------
 
     def start(self, tun_fds: Sequence[int], udp_fds: Sequence[Mapping[int, int]]) -> None:
-        """Start one worker per TUN queue; ``udp_fds`` has its sockets by IP version. Call ``stop``
-        also if this raises."""
+        """Start one worker per TUN queue. ``udp_fds`` has each worker's sockets by IP version.
+
+        Call ``stop`` later, also if ``start`` raises.
+        """
         for index, (tun_fd, fds) in enumerate(zip(tun_fds, udp_fds, strict=True)):
             worker = _core.Worker(
                 self._core, tun_fd, fds.get(4, -1), fds.get(6, -1), self._capabilities.in_use
@@ -74,7 +76,7 @@ class Workers:
             thread.worker.drain(DRAIN_SECONDS)
 
     async def supervise(self) -> None:
-        """Handle events and run the core's periodic tasks; runs until it is cancelled."""
+        """Handle events and run the core's periodic tasks, until cancelled."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._notify_fd, self._on_notify)
         try:
@@ -112,7 +114,10 @@ class Workers:
             self._events.emit("capability_lost", capability=name, cause=cause)
 
     def _report_kernel_errors(self) -> None:
-        """Report packets that the kernel refused to send or to take, at most once a second."""
+        """Report packets that the kernel refused to send or to accept on the TUN.
+
+        Called at most once a second.
+        """
         refused_n = sum(
             packets for reason, _, packets in self._core.drops() if reason in KERNEL_ERRORS
         )

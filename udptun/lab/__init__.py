@@ -1,9 +1,9 @@
 """Hosts in network namespaces, for the demo, the tests and the benchmarks.
 
 Owns: namespaces, the links between them, the processes in them, and the removal of all these. Does
-not depend on how a packet is forwarded; it starts tunnels by their command line, as an operator
-does. Synchronous. Call it from the main thread of a program only: the kernel kills the processes of
-a lab when the thread that started them ends.
+not depend on how a packet is forwarded. The lab starts tunnels by their command line, as an
+operator does. Synchronous. Call the lab only from the main thread of a program, because the kernel
+kills a process of the lab when the thread that started the process ends.
 
     with Lab() as lab:
         a, b = lab.host("a"), lab.host("b")

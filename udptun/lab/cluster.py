@@ -1,8 +1,9 @@
-"""A cluster on a lab's hosts: a real etcd, and on each node a daemon, its forwarder and a pod.
+"""A cluster on a lab's hosts: a real etcd, and on each node a daemon, a forwarder and a pod.
 
-Owns: the command lines of etcd and ``udptun node``, the place of their files, and waiting until
-they are ready. Does not depend on how they work inside; it uses the command line, ``/readyz``,
-``subnet.env`` and etcd's JSON gateway, as an operator does. Main thread only, like the whole lab.
+Owns: the command lines of etcd and ``udptun node``, the paths of their files, and waiting until
+they are ready. Does not depend on how etcd and the node daemon work inside. This module uses the
+command line, ``/readyz``, ``subnet.env`` and etcd's JSON gateway, as an operator does. Main thread
+only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from .tunnels import control_request
 PREFIX = "/coreos.com/network"
 NETWORK_CONFIG: Mapping[str, Any] = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
 ETCD_PORT = 2379
-HEALTH_PORT = 8080  # each node has its own namespace
+HEALTH_PORT = 8080  # the same port on all nodes, because each node has its own namespace
 
 
 def etcd_obstacle() -> str | None:
-    """Return why no etcd can be started on this machine, or None."""
+    """Return the reason why etcd cannot be started on this machine; None if it can be started."""
     found = shutil.which("etcd") or shutil.which("etcd", path=SEARCH_PATH)
     return None if found else "etcd is not installed (apt-get install -y etcd-server)"
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP from the namespace of ``host``."""
+    """An HTTP connection that is opened in the namespace of ``host``."""
 
     def __init__(self, host: Host, address: object, port: int) -> None:
         super().__init__(str(address), port, timeout=10)
@@ -78,14 +79,14 @@ class Etcd:
         self.process.kill()
 
     def start(self) -> None:
-        """Start etcd again, on the same data."""
+        """Start etcd again, with the data from before."""
         self.process = self._start()
 
     def put(self, key: str, value: str) -> None:
         self._ask("/v3/kv/put", {"key": _encode(key), "value": _encode(value)})
 
     def put_together(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Put several keys in one transaction; etcd accepts 128 at most."""
+        """Put several keys in one transaction. etcd accepts at most 128 keys."""
         puts = [{"requestPut": {"key": _encode(key), "value": _encode(value)}}
                 for key, value in pairs]
         self._ask("/v3/kv/txn", {"success": puts})
@@ -102,7 +103,7 @@ class Etcd:
         return {_decode(kv["key"]): _decode(kv.get("value", "")) for kv in answer.get("kvs", [])}
 
     def compact(self) -> None:
-        """Compact the store: drop the history before the current revision."""
+        """Compact the store: delete the history before the current revision."""
         revision = self._ask("/v3/kv/range", {"key": _encode("/")})["header"]["revision"]
         self._ask("/v3/kv/compaction", {"revision": revision, "physical": True})
 
@@ -113,7 +114,7 @@ class Etcd:
                 for key, value in self.under(head).items()}
 
     def revoke(self, subnet: object) -> None:
-        """Delete a node's lease, as when it expires."""
+        """Delete a node's lease. The effect is the same as when the lease expires."""
         self.delete(f"{PREFIX}/subnets/{str(subnet).replace('/', '-')}")
 
     def _ask(self, path: str, question: object) -> Any:
@@ -141,11 +142,12 @@ def _decode(text: str) -> str:
 class Member:
     """One node: ``udptun node`` on a host.
 
-    store        options that select the lease source
-    options      further options
-    external     whether the forwarder is a process of its own that waits for the daemon's file, as
-                 in a unit or container; else the daemon starts it
-    environment  of the daemon, in addition to the lab's
+    store        the options that select the lease source
+    options      further options of the daemon
+    external     True: the lab starts the forwarder as a separate process, which waits for the
+                 daemon's file, as in a systemd unit or a container. False: the daemon starts the
+                 forwarder
+    environment  environment variables of the daemon, in addition to the lab's own variables
     """
 
     host: Host
@@ -188,7 +190,7 @@ class Member:
         self.daemon = self.host.start(self.argv(*more), name="node", env=self.environment)
 
     def ready(self) -> tuple[bool, str]:
-        """Return (ready, text of ``/readyz?verbose`` or the error)."""
+        """Return whether the node is ready, and the text of ``/readyz?verbose`` or the error."""
         try:
             status, text = self._health("/readyz?verbose")
         except (OSError, http.client.HTTPException) as exc:
@@ -237,16 +239,20 @@ class Member:
         return self.subnet[2]
 
     def add_pod(self) -> Host:
-        """Create a pod in the node's subnet, with the node's MTU. The node must be ready."""
+        """Create a pod in the node's subnet, with the overlay MTU in subnet.env.
+
+        The node must be ready.
+        """
         name = f"pod{next(self.host.lab.numbers)}"
         self.pod = self.host.pod(str(self.subnet), mtu=int(self.env["FLANNEL_MTU"]), name=name)
         return self.pod
 
     def remove_pod(self) -> None:
-        self.pod.ip(f"link del {self.pod.interfaces[0].name}")  # the end on the node goes with it
+        # This also deletes the other end of the link, which is on the node.
+        self.pod.ip(f"link del {self.pod.interfaces[0].name}")
 
     def ask(self, path: str) -> Any:
-        """Return the forwarder's answer to GET."""
+        """Send GET ``path`` to the forwarder's control socket; return the decoded answer."""
         status, answer = control_request(self.control, "GET", path)
         if status != 200:
             raise LabError(f"GET {path} on {self.host.name}: {status} {answer}")
@@ -257,16 +263,16 @@ class Member:
         return pid
 
     def routes(self) -> set[str]:
-        """Return the forwarder's routes as ``DST via IP``."""
+        """Return the forwarder's routes, each as ``DST via IP``."""
         return {f"{route['dst']} via {route['via']}" for route in self.ask("/v1/routes")["routes"]}
 
     def stop(self) -> int:
-        """Stop the daemon with SIGTERM, which leaves the forwarder running. Return the code."""
+        """Stop the daemon with SIGTERM; return its exit code. The forwarder keeps running."""
         self.daemon.signal(signal.SIGTERM)
         return self.daemon.wait()
 
     def clean_up(self) -> None:
-        """Stop the daemon and remove everything that it created on the host."""
+        """Stop the daemon and the forwarder, and remove everything that they created."""
         self.stop()
         if self.forwarder is not None:
             self.forwarder.stop()
@@ -274,7 +280,7 @@ class Member:
 
 
 class Cluster:
-    """Nodes and an etcd on one segment. Only etcd runs until ``start``."""
+    """Nodes and an etcd on one Ethernet segment. Before ``start`` is called, only etcd runs."""
 
     def __init__(
         self, lab: Lab, count: int, *, config: Mapping[str, Any] = NETWORK_CONFIG,
@@ -290,7 +296,10 @@ class Cluster:
         self.members = [Member(host, flags, tuple(options), external) for host in hosts]
 
     def start(self, members: Iterable[Member] | None = None) -> None:
-        """Start nodes together; return when all are ready and have a pod."""
+        """Start nodes at the same time. Return when each node is ready and has a pod.
+
+        members  the nodes to start; None: all nodes
+        """
         starting = list(self.members if members is None else members)
         for member in starting:
             member.start()
@@ -300,7 +309,7 @@ class Cluster:
 
 
 def unreachable(members: Sequence[Member], wait: float = 1.0) -> list[str]:
-    """Ping once from every pod to every other; return the pairs without a reply."""
+    """Ping once from every pod to every other pod; return the pairs without a reply."""
     failed = []
     for member in members:
         peers = {str(peer.pod_v4): peer for peer in members if peer is not member}

@@ -1,6 +1,8 @@
-"""``udptun demo``: two hosts, a pod behind each, a tunnel between them, pings and TCP through it.
+"""``udptun demo``: two hosts, a pod behind each host, and a tunnel between the hosts.
 
-Owns: the steps and their text. Does not depend on how hosts are created and how a tunnel works.
+The demo sends pings and TCP through the tunnel.
+
+Owns: the steps and their text. Does not depend on how hosts are created or how a tunnel works.
 Main thread only, like the whole lab.
 """
 
@@ -21,7 +23,7 @@ _PINGS = 20
 
 
 class Screen:
-    """Prints lines. Uses colour on a terminal only, and not if NO_COLOR is set."""
+    """Prints lines. Uses colour only if the output is a terminal and NO_COLOR is not set."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -42,13 +44,16 @@ class Screen:
         self.say(f"\r{line}\x1b[K" if self._live else line)
 
     def progress(self, what: str, text: str) -> None:
-        """Print progress that the step's result overwrites; nothing if this is not a terminal."""
+        """Print the progress of a step. The step's result overwrites the progress.
+
+        Print nothing if the output is not a terminal.
+        """
         if self._live:
             print(f"\r  {what:<28} {text}\x1b[K", end="", file=self._out, flush=True)
 
 
 def run(seconds: int = 4, out: TextIO | None = None) -> int:
-    """Run the demo; return the exit code: 0 if no ping was lost and TCP passed the tunnel."""
+    """Run the demo. Return the exit code, which is 0 if no ping was lost and TCP worked."""
     return perform("udptun demo", lambda lab, screen: _show(lab, screen, seconds), out)
 
 
@@ -56,7 +61,7 @@ def perform(
     command: str, show: Callable[[Lab, Screen], bool], out: TextIO | None = None,
     missing: str | None = None,
 ) -> int:
-    """Run a demo in a lab of its own, print what was removed, and return the exit code.
+    """Run a demo in a new lab, print what was removed, and return the exit code.
 
     show     the demo; returns whether everything worked
     missing  a requirement of this demo that this host does not meet, or None. The requirements of

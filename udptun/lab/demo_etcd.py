@@ -1,7 +1,7 @@
-"""``make demo-etcd``: a cluster with its leases in etcd; nodes join and leave, etcd is killed.
+"""``make demo-etcd``: a cluster with its leases in etcd. Nodes join and leave, and etcd is killed.
 
-Owns: the steps and their text. Does not depend on how a cluster is created and how it works. Main
-thread only, like the whole lab. Run it as ``python -m udptun.lab.demo_etcd``.
+Owns: the steps and their text. Does not depend on how a cluster is created or how it works. Main
+thread only, like the whole lab. The command is ``python -m udptun.lab.demo_etcd``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _STEADY_SECONDS = 3
 
 
 def run(out: TextIO | None = None) -> int:
-    """Run the demo; return the exit code: 0 if all pods reached each other and no ping was lost."""
+    """Run the demo. Return the exit code.
+
+    The exit code is 0 if all pods reached each other and no ping was lost.
+    """
     return perform("make demo-etcd", _show, out, etcd_obstacle())
 
 
@@ -130,7 +133,10 @@ def _count_down(screen: Screen, what: str, seconds: int) -> None:
 
 
 def _count(steady: Process) -> tuple[int, int]:
-    """Stop a ping; return (sent, lost), without the one that is not yet answered."""
+    """Stop a running ping. Return the numbers of sent and of lost pings.
+
+    Pings after the last answered ping are not counted, because they may not be answered yet.
+    """
     steady.signal(signal.SIGINT)
     steady.wait()
     answered = [int(n) for n in re.findall(r"icmp_seq=(\d+) ttl=", steady.text())]

@@ -1,10 +1,11 @@
 """Network namespaces as hosts, the links between them, and the processes in them.
 
-Owns: everything it creates, until ``Lab.close``: the namespaces (named ``ut<pid>-<n>-<host>``), the
-devices in them, the processes, one temporary folder. It removes all of them on return, on an
-exception, on Ctrl-C, SIGTERM and SIGHUP. After a kill -9 of the lab the kernel kills its processes
-(parent death signal), and the next lab removes the namespaces. Does not depend on what the
-processes do. Main thread only, as the package's docstring says.
+Owns: everything that a lab creates, until ``Lab.close``: the namespaces (named
+``ut<pid>-<n>-<host>``), the devices in them, the processes, one temporary folder. The lab removes
+all of them on return, on an exception, on Ctrl-C, SIGTERM and SIGHUP. If the lab itself is killed
+with SIGKILL, the kernel kills the lab's processes (parent death signal), and the next lab removes
+the namespaces and the folder. Does not depend on what the processes do. Main thread only, for the
+reason in the package's docstring.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 5.0
 DEADLINE_SECONDS = 60.0
 
-# Set in every namespace, because the defaults for new namespaces differ between machines. ICMP
-# errors are not rate-limited: a test that waits for one must not depend on the errors before it.
+# These settings are made in every namespace, because the defaults for new namespaces differ between
+# machines. The rate limit of ICMP errors is off, so that a test that waits for an ICMP error does
+# not depend on earlier ICMP errors.
 _SYSCTL = (
     "net.ipv4.conf.all.rp_filter=0",
     "net.ipv4.conf.default.rp_filter=0",
@@ -58,11 +60,12 @@ _SYSCTL = (
 _FORWARDING = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
 # The offloads of a veth in each profile.
-# P1  A new veth: the wire passes super-packets whole.
-# P2  The sender's kernel segments in software, the receiver's kernel merges (GRO).
-# P3  As P2, without GRO.
-# P4  The wire passes TCP and UDP super-packets whole, but the sender's kernel segments VXLAN
-#     super-packets in software; GRO is on. As on a NIC without tunnel segmentation.
+# P1  The settings of a new veth: the link passes super-packets unsegmented.
+# P2  The sender's kernel segments super-packets in software. The receiver's kernel merges segments
+#     (GRO).
+# P3  As P2, but without GRO.
+# P4  As on a NIC without tunnel segmentation: the link passes TCP and UDP super-packets
+#     unsegmented, but the sender's kernel segments VXLAN super-packets in software. GRO is on.
 _TUNNEL_SEGMENTATION = ("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation")
 _TUNNEL_ON = dict.fromkeys(_TUNNEL_SEGMENTATION, "on")
 _TUNNEL_OFF = dict.fromkeys(_TUNNEL_SEGMENTATION, "off")
@@ -77,7 +80,10 @@ _T = TypeVar("_T")
 
 
 class LabError(Exception):
-    """An operation of the lab failed. The message has the operation and the tool's output."""
+    """An operation of the lab failed.
+
+    The message names the operation. If a tool failed, the message has the tool's output.
+    """
 
 
 class Unavailable(LabError):
@@ -87,9 +93,9 @@ class Unavailable(LabError):
 def wait_for(
     predicate: Callable[[], _T], what: str, seconds: float = DEADLINE_SECONDS
 ) -> _T:
-    """Return the first true value of ``predicate``, called every 10 ms.
+    """Call ``predicate`` every 10 ms until it returns a true value; return this value.
 
-    Raises LabError after ``seconds``, a deadline that is long enough for a busy machine.
+    Raises LabError after ``seconds``. The default is long enough for a busy machine.
     """
     deadline = time.monotonic() + seconds
     while not (value := predicate()):
@@ -100,7 +106,10 @@ def wait_for(
 
 
 class Process:
-    """A program on a host, in a session and process group of its own, with its output in a file."""
+    """A program that runs on a host. It has its own session and process group.
+
+    The program's output goes to the file ``log``.
+    """
 
     def __init__(self, host: Host, argv: Sequence[str], popen: subprocess.Popen[bytes], log: Path):
         self.host, self.argv, self.log = host, list(argv), log
@@ -144,7 +153,10 @@ class Process:
             raise LabError(f"{e}; its output:\n{self.text()}") from None
 
     def stop(self, seconds: float = _GRACE_SECONDS) -> int:
-        """Send SIGTERM to the process group, SIGKILL after ``seconds``; return the exit code."""
+        """End the process group; return the exit code.
+
+        Sends SIGTERM, waits up to ``seconds`` for the process to end, and then sends SIGKILL.
+        """
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGTERM)
@@ -174,19 +186,19 @@ class Interface:
         self.host.ip(f"link set {self.name} mtu {mtu}")
 
     def offloads(self, switches: Mapping[str, str]) -> None:
-        """Turn offloads "on" or "off", by their ethtool names."""
+        """Set offloads. ``switches`` maps each ethtool name to "on" or "off"."""
         words = [word for switch in switches.items() for word in switch]
         self.host.run(["ethtool", "-K", self.name, *words])
 
 
 @dataclass(frozen=True)
 class Link:
-    """A link of two hosts: one veth pair, or two routers with a smaller MTU between them."""
+    """A link between two hosts: one veth pair, or two routers with a smaller MTU between them."""
 
     a: Interface
     b: Interface
     middle: tuple[Interface, ...] = ()  # the two ends of the link between the routers
-    wires: tuple[Interface, ...] = ()  # every device of the link
+    wires: tuple[Interface, ...] = ()  # all devices of the link, also those of the routers
 
     @property
     def routers(self) -> tuple[Host, ...]:
@@ -197,14 +209,14 @@ class Link:
             end.set_mtu(mtu)
 
     def profile(self, name: str) -> None:
-        """Set profile P1, P2, P3 or P4 on every device of the link: see PROFILES."""
+        """Set the offloads of ``PROFILES[name]`` on all devices of the link."""
         for end in self.wires:
             end.offloads(PROFILES[name])
 
 
 @dataclass(eq=False)
 class Host:
-    """One network namespace. ``v4`` and ``v6`` are its addresses on its first link."""
+    """One network namespace. ``v4`` and ``v6`` are the host's addresses on its first link."""
 
     lab: Lab
     name: str
@@ -227,14 +239,14 @@ class Host:
         self, argv: Sequence[str], *, check: bool = True, seconds: float = 60.0,
         text: str | None = None, env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command until it ends, with ``text`` as its input; return its output."""
+        """Run a command and wait until it ends. ``text`` is its input. Return its output."""
         return _run(self._argv(argv), check=check, seconds=seconds, text=text, env=env)
 
     def start(
         self, argv: Sequence[str], *, name: str | None = None, env: dict[str, str] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Process:
-        """Start a command in the background. The lab ends it when it closes."""
+        """Start a command in the background. ``Lab.close`` ends the command."""
         name = name or Path(argv[0]).name
         log = self.lab.folder / f"{self.name}-{name}-{next(self.lab.numbers)}.log"
         with log.open("wb") as out:
@@ -248,7 +260,7 @@ class Host:
         return process
 
     def ip(self, *lines: str) -> None:
-        """Run commands of ip(8), one a line, in one process."""
+        """Run commands of ip(8) in one process. Each line is one command."""
         text = "".join(line + "\n" for line in lines)
         _run(["ip", "-n", self.namespace, "-batch", "-"], text=text)
 
@@ -260,7 +272,10 @@ class Host:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Move this thread to the host's namespace. A socket opened inside stays in it."""
+        """Move this thread to the host's namespace while the context is open.
+
+        A socket that is opened in the context stays in the host's namespace.
+        """
         with _open_netns(Path("/proc/thread-self/ns/net")) as home:
             with _open_netns(NETNS_DIR / self.namespace) as there:
                 _setns(there)
@@ -270,7 +285,7 @@ class Host:
                 _setns(home)
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """Open a socket of this program in the host's namespace. The lab closes it at the end."""
+        """Open a socket of this program in the host's namespace. ``Lab.close`` closes it."""
         with self.inside():
             made = socket.socket(family, kind, protocol)
         self.lab.sockets.append(made)
@@ -282,10 +297,11 @@ class Host:
     def pod(
         self, subnet: str, subnet6: str | None = None, mtu: int = 1472, name: str = "pod"
     ) -> Host:
-        """Create a host (a pod) behind this one. This host gets the first address of each subnet,
-        the pod the second.
+        """Create a host (a pod) behind this host.
 
-        Call Lab.link() for this host before: ``v4`` and ``v6`` are the addresses of the first link.
+        This host gets the first address of each subnet, and the pod gets the second address.
+        Call Lab.link() for this host before this method, because ``v4`` and ``v6`` are the
+        addresses of the first link.
         """
         pod = self.lab.host(f"{self.name}-{name}")
         net4 = ipaddress.IPv4Network(subnet)
@@ -335,7 +351,10 @@ class Lab:
         self.close()
 
     def close(self) -> str:
-        """Remove everything, without interruption by signals; return what it removed, in words."""
+        """Remove everything that the lab has created; return a text that says what was removed.
+
+        Signals do not interrupt the removal.
+        """
         if self.prefix not in self._open:
             return "nothing was left to remove"
         with _signals_blocked():
@@ -363,7 +382,10 @@ class Lab:
         self._saved_handlers.clear()
 
     def _catch_signals(self) -> None:
-        """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, if they have no handler yet."""
+        """Make SIGTERM and SIGHUP raise an exception, as Ctrl-C does.
+
+        A signal that already has a handler is not changed.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _STOP_SIGNALS:
@@ -372,14 +394,15 @@ class Lab:
 
     def host(self, name: str) -> Host:
         host = Host(self, name, self.prefix + name)
-        self.hosts.append(host)  # first, so that an interrupted creation is removed too
+        # Added before the namespace exists, so that an interrupted creation is removed too.
+        self.hosts.append(host)
         _run(["ip", "netns", "add", host.namespace])
         host.sysctl(*_SYSCTL)
         host.ip("link set lo up")
         return host
 
     def next_subnets(self) -> tuple[ipaddress.IPv4Network, ipaddress.IPv6Network]:
-        """Return unused subnets of the ranges for test networks (RFC 2544, RFC 4193)."""
+        """Return two unused subnets: IPv4 for tests (RFC 2544), and local IPv6 (RFC 4193)."""
         n = next(self._subnets)
         v6 = ipaddress.IPv6Network(f"fd18:0:0:{n:x}::/64")
         return ipaddress.IPv4Network(f"198.18.{n}.0/24"), v6
@@ -405,7 +428,11 @@ class Lab:
         return ends
 
     def link(self, a: Host, b: Host, mtu: int = 1500, middle_mtu: int | None = None) -> Link:
-        """Join two hosts; with ``middle_mtu`` by two routers and a link of that MTU."""
+        """Join two hosts.
+
+        middle_mtu  None: join the hosts by one veth pair. Else put two routers between the hosts;
+                    the link between the routers has this MTU
+        """
         if middle_mtu is None:
             ends = self.wire(a, b, mtu)
             return Link(*ends, wires=ends)
@@ -427,7 +454,7 @@ class Lab:
         return Link(a_end, b_end, (r_mid, s_mid), wires)
 
     def segment(self, *hosts: Host, mtu: int = 1500) -> list[Interface]:
-        """Connect hosts to one Ethernet segment, a bridge in a namespace of its own."""
+        """Connect hosts to one Ethernet segment, which is a bridge in a separate namespace."""
         bridge = self.host(f"bridge{next(self.numbers)}")
         bridge.ip("link add br0 type bridge", f"link set br0 mtu {mtu} up")
         net4, net6 = self.next_subnets()
@@ -447,8 +474,8 @@ class Lab:
 
 
 def _bring_up(*ends: Interface) -> None:
-    # Set both ends up before adding addresses: a neighbour solicitation that is sent while the
-    # other end is down delays the first packet by a second.
+    # Set both ends up before adding addresses. If a neighbour solicitation is sent while the other
+    # end is down, the first packet is delayed by a second.
     for end in ends:
         end.host.ip(f"link set {end.name} up")
     for end in ends:
@@ -476,7 +503,7 @@ def _run(
     argv: Sequence[str], *, check: bool = True, seconds: float = 60.0, text: str | None = None,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    # In a session of its own: Ctrl-C on the terminal reaches the lab only.
+    # The command has its own session, so that Ctrl-C on the terminal reaches only the lab.
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=seconds, start_new_session=True,
@@ -493,7 +520,7 @@ def _run(
 
 
 def _remove_namespace(namespace: str) -> None:
-    """Kill the processes in a namespace, which are the lab's own, and delete it."""
+    """Kill all processes in a lab's namespace, and delete the namespace."""
     pids = _run(["ip", "netns", "pids", namespace], check=False).stdout.split()
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -504,8 +531,10 @@ def _remove_namespace(namespace: str) -> None:
 def _remove_stale(in_use: set[str]) -> None:
     """Remove the namespaces and folders of killed labs.
 
-    A name contains the process ID of its lab. The namespace or folder is stale if no process has
-    this ID, or if this process has it and no open lab of this process uses the name.
+    The name of a namespace or folder contains the process ID of its lab. The namespace or folder is
+    stale in two cases:
+    - No process has this ID.
+    - This process has this ID, and no open lab of this process uses the name.
     """
     folders = Path(tempfile.gettempdir()).glob(_FOLDER + "ut*")
     for entry in [*NETNS_DIR.glob("ut*"), *folders]:
@@ -526,7 +555,10 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block the signals that end a lab. One that arrives inside is handled at the end."""
+    """Block the signals that end a lab while the context is open.
+
+    A signal that arrives in this time is handled at the end of the context.
+    """
     numbers = {signal.SIGINT, *_STOP_SIGNALS}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -539,11 +571,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _prepare_child(parent: int) -> Callable[[], None]:
-    """Return what a new child does between fork and exec.
+    """Return the function that a new child process calls between fork and exec.
 
-    It arranges to be killed when ``parent`` ends. It resets the signals that a shell or nohup may
-    have set to ignored: the child has a session of its own, so every signal to it comes from the
-    lab.
+    The function does two things:
+    - It asks the kernel to kill the child when ``parent`` ends.
+    - It sets some signals to their default action, because a shell or nohup may have set them to
+      ignored. The child has its own session, so all signals to the child come from the lab.
     """
 
     def prepare() -> None:

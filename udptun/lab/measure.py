@@ -1,7 +1,7 @@
-"""Run ping and iperf3 between hosts, and return their results as numbers.
+"""Runs ping and iperf3 between hosts, and returns their results as numbers.
 
-Owns: the command lines and the parsing of the output. Does not depend on what connects the two
-hosts. Main thread only, like the whole lab.
+Owns: the command lines and the parsing of the output. Does not depend on the connection between the
+two hosts. Main thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _IPERF_PORT = 5201
 class Ping:
     """The result of ping.
 
-    rtt_*   milliseconds; None without a reply
-    errors  ping's lines about ICMP errors, and its own
+    rtt_*   round-trip times in milliseconds; None if there was no reply
+    errors  the lines of ping's output that report ICMP errors or errors of ping itself
     """
 
     sent: int
@@ -43,7 +43,7 @@ def ping(
     """Ping ``address`` from ``host``.
 
     size  payload bytes, without the ICMP header
-    df    whether to set Don't Fragment; None leaves it to the kernel
+    df    True: set Don't Fragment. False: do not set it. None: the kernel decides
     """
     argv = ["ping", "-n", "-c", str(count), "-i", str(interval), "-W", str(wait), "-s", str(size)]
     if df is not None:
@@ -66,11 +66,11 @@ def ping(
 
 @dataclass(frozen=True)
 class Throughput:
-    """Throughput at the receivers.
+    """The result of iperf3: the throughput at the receivers.
 
-    retransmits     of TCP; None for UDP
-    lost_percent    of UDP; None for TCP
-    received_bytes  of TCP: at the server, and at the client
+    retransmits     the number of TCP retransmissions; None for UDP
+    lost_percent    the percentage of iperf3's UDP packets that were lost; None for TCP
+    received_bytes  for TCP: (bytes received by the server, bytes received by the client)
     """
 
     bits_per_second: float
@@ -87,10 +87,11 @@ def iperf3(
 ) -> Throughput:
     """Send traffic from ``client`` to ``address`` on ``server``.
 
-    reverse     from the server to the client
-    both        TCP in both directions at once, ``streams`` in each
-    congestion  TCP's congestion control; None for the machine's default
-    tick        called after each second
+    reverse     True: send from the server to the client instead
+    both        True: send TCP in both directions at the same time, ``streams`` streams in each
+                direction
+    congestion  TCP's congestion control algorithm; None: the machine's default
+    tick        called after each second with the number of seconds since the start
     """
     listening = server.start(
         ["iperf3", "-s", "-1", "--forceflush", "-B", str(address), "-p", str(port)]

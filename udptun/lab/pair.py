@@ -1,7 +1,7 @@
-"""Two nodes with a forwarder and a pod each: the topology of most tests and benchmarks.
+"""Two nodes, each with a forwarder and a pod: the topology of most tests and benchmarks.
 
-Owns: the addresses and routes of the two nodes. Does not depend on what is sent between them. Main
-thread only, like the whole lab.
+Owns: the addresses and routes of the two nodes. Does not depend on the traffic between the nodes.
+Main thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from .tunnels import NETWORK, NETWORK6, Forwarder, Node, node
 
 @dataclass(eq=False)
 class Side:
-    """One node. ``outer`` is its underlay address, ``options`` are those of its forwarder."""
+    """One node of a pair.
+
+    outer    the node's underlay address
+    options  the options of the node's forwarder, as in Forwarder.start
+    """
 
     host: Host
     node: Node
@@ -42,7 +46,10 @@ class Side:
         return self.node.subnet6[2]
 
     def start(self, **changes: Any) -> Forwarder:
-        """Start the node's forwarder, with ``changes`` to the options. Also restarts it."""
+        """Start a forwarder on the node. ``changes`` override single options.
+
+        Also used to start the forwarder again after it has ended.
+        """
         self.forwarder = Forwarder.start(self.host, **self.options | changes)
         return self.forwarder
 
@@ -52,7 +59,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Nodes 1 and 2, ``a`` and ``b``, joined by ``link``."""
+    """Two nodes that are joined by ``link``. Node 1 is ``a``, node 2 is ``b``."""
 
     lab: Lab
     link: Link
@@ -68,11 +75,13 @@ def pair(
     lab: Lab, *, outer: int = 4, middle_mtu: int | None = None, pod_mtu: int | None = None,
     start: bool = True, **options: Any,
 ) -> Pair:
-    """Create two nodes. Both address families are routed inside.
+    """Create two nodes. The tunnel between them routes IPv4 and IPv6.
 
-    outer    the address family of the underlay, 4 or 6
-    start    whether to start the forwarders; else call ``side.start()``
-    options  of both forwarders, as in Forwarder.start
+    outer       the address family of the underlay, 4 or 6
+    middle_mtu  as in Lab.link
+    pod_mtu     the MTU of the links to the pods; None: 1472 if ``outer`` is 4, else 1452
+    start       True: start the forwarders. False: the caller starts them with ``side.start()``
+    options     the options of both forwarders, as in Forwarder.start
     """
     hosts = lab.host("a"), lab.host("b")
     link = lab.link(*hosts, middle_mtu=middle_mtu)

@@ -1,6 +1,6 @@
 """The programs that a lab needs, and the Debian packages that contain them.
 
-Owns: the list. Does not depend on how they are used, and how they are installed. Any thread.
+Owns: the list of programs. Does not depend on how a program is used or installed. Any thread.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ PACKAGES = {
     "tcpdump": "tcpdump",
     "traceroute": "traceroute",
 }
-# Enough to create hosts and measure between them. The tests need the others too.
+# These tools are enough to create hosts and to measure between hosts. The tests need all tools in
+# PACKAGES.
 LAB_TOOLS = ("ip", "ping", "iperf3", "sysctl")
 
-# Some tools are in the sbin directories, which a user's PATH may leave out.
+# Some tools are in the sbin directories, which a user's PATH may not contain.
 SEARCH_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
 def missing_tools(wanted: Iterable[str] = LAB_TOOLS) -> list[tuple[str, str]]:
-    """Return the wanted tools that this machine lacks, as (tool, Debian package) pairs."""
+    """Return the missing tools of ``wanted``, as pairs (tool, Debian package)."""
     return [
         (tool, PACKAGES[tool])
         for tool in wanted

@@ -1,8 +1,8 @@
 """The tunnels that a lab starts: udptun's forwarder, bench/onepacket, the kernel's VXLAN.
 
-Owns: their command lines, waiting until they are ready, and the plan of overlay addresses. Does not
-depend on how they work inside; it uses the forwarder's command line and control socket, as an
-operator does. Main thread only, like the whole lab.
+Owns: the tunnels' command lines, waiting until a tunnel is ready, and the plan of overlay
+addresses. Does not depend on how a tunnel works inside. This module uses the forwarder's command
+line and control socket, as an operator does. Main thread only, like the whole lab.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ NETWORK6 = ipaddress.IPv6Network("fd44::/32")
 
 @dataclass(frozen=True)
 class Node:
-    """The overlay addresses of a node: those of its TUN, and the subnets of its pods."""
+    """The overlay addresses of a node.
+
+    v4, v6           the addresses of the node's TUN
+    subnet, subnet6  the subnets of the node's pods
+    """
 
     v4: ipaddress.IPv4Address
     v6: ipaddress.IPv6Address
@@ -38,7 +42,8 @@ class Node:
 
 def node(n: int) -> Node:
     """Return the addresses of node number n."""
-    # The first address of an IPv6 subnet is the routers' anycast address (RFC 4291 2.6.1).
+    # The TUN does not get the first address of the IPv6 subnet, because this address is the anycast
+    # address of the subnet's routers (RFC 4291 2.6.1).
     subnet6 = ipaddress.IPv6Network(f"fd44:0:{n:x}::/64")
     subnet = ipaddress.IPv4Network(f"10.244.{n}.0/24")
     return Node(subnet[0], subnet6[15], subnet, subnet6)
@@ -59,7 +64,10 @@ def control_request(
     control: Path, method: str, path: str, body: bytes | None = None,
     headers: dict[str, str] | None = None,
 ) -> tuple[int, Any]:
-    """Send a request to a control socket; return the HTTP status and the JSON answer or None."""
+    """Send a request to a control socket. Return the HTTP status and the decoded JSON answer.
+
+    The answer is None if it is not JSON.
+    """
     connection = _UnixConnection(control)
     try:
         connection.request(method, path, body, headers or {})
@@ -87,9 +95,9 @@ class Forwarder:
     ) -> Forwarder:
         """Start a forwarder on a host.
 
-        listen  addresses, without port; empty for the host's first IPv4 address
-        routes  lines of the route file; None for no route file
-        wait    whether to return only when the control socket answers
+        listen  the addresses to listen on, without port; empty: the host's first IPv4 address
+        routes  the lines of the route file; None: no route file
+        wait    True: return when the control socket answers. False: return at once
         """
         folder = host.lab.folder
         control, routes_file = folder / f"{host.name}.sock", folder / f"{host.name}.routes"
@@ -137,7 +145,7 @@ class Forwarder:
         self, method: str, path: str, body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> tuple[int, Any]:
-        """Send a request to the control socket; return the HTTP status and the JSON or None."""
+        """Send a request to the control socket. Returns the same as ``control_request``."""
         return control_request(self.control, method, path, body, headers)
 
     def get(self, path: str) -> Any:
@@ -162,7 +170,7 @@ class Forwarder:
         return self.host.start([*_UDPTUN, *argv], name="client", env=env)
 
     def drops(self) -> dict[tuple[str, str], int]:
-        """Return the dropped packets by (direction, reason), without the zeros."""
+        """Return the numbers of dropped packets by (direction, reason), without the zeros."""
         rows = self.get("/v1/drops")["drops"]
         return {(r["direction"], r["reason"]): r["packets"] for r in rows if r["packets"]}
 
@@ -171,7 +179,7 @@ class Forwarder:
         return int(text.split("VmRSS:")[1].split()[0])
 
     def stop(self) -> int:
-        """Send SIGTERM, wait for the end, and return the exit code."""
+        """Send SIGTERM, wait until the process ends, and return its exit code."""
         self.process.signal(signal.SIGTERM)
         return self.process.wait()
 
@@ -194,7 +202,10 @@ class OnePacket:
         cls, host: Host, binary: Path, *, address: object, routes: Iterable[str] = (),
         listen: object = None, network: object = NETWORK, tun: str = "flannel0", mtu: int = 1472,
     ) -> OnePacket:
-        """Start the program; return when it is ready. ``routes``: ``CIDR=IP:PORT``."""
+        """Start the program; return when it is ready.
+
+        routes  each route has the form ``CIDR=IP:PORT``
+        """
         control = host.lab.folder / f"{host.name}-onepacket.sock"
         argv = [str(binary), "--tun", tun, "--address", str(address), "--network", str(network)]
         argv += ["--listen", _endpoint(listen or host.v4), "--mtu", str(mtu), "--ctl", str(control)]

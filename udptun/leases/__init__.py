@@ -1,4 +1,4 @@
-"""Lease sources: a hosts file, etcd, Kubernetes. Each implements the contract in ``base``.
+"""Lease sources: a hosts file, etcd, Kubernetes. Each source implements the contract in ``base``.
 
-Does not depend on forwarding, devices or routes: the node daemon turns leases into routes.
+Does not depend on forwarding, devices or routes. The node daemon creates routes from the leases.
 """

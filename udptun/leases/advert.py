@@ -1,8 +1,8 @@
-"""The advert: what a node publishes in its lease beyond flannel's fields.
+"""The advert: the data that a node publishes in its lease in addition to flannel's fields.
 
-The advert states that the node has udptun's UDP data path, and the parameters of that path. It is
-one key in the lease's BackendData, next to the fields of flannel's backend; flannel nodes ignore
-it:
+The advert states that the node has udptun's UDP data path, and gives the parameters of this path.
+The advert is one key in the lease's BackendData, next to the fields of flannel's backend. flannel
+nodes ignore this key. Example:
 
     {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff", "udptun": {"port": 8285, "mtu": 1450}}
 
@@ -23,10 +23,11 @@ KEY = "udptun"
 
 @dataclass(frozen=True, slots=True)
 class Advert:
-    """The node accepts inner packets, IPv4 and IPv6, as UDP payload.
+    """States that the node accepts inner packets, IPv4 and IPv6, as UDP payload.
 
-    port  the UDP port at its public addresses
-    mtu   the largest inner packet it accepts, in bytes; None: not stated
+    port  the UDP port at the node's public addresses
+    mtu   the largest inner packet that the node accepts, in bytes; None: the node does not state a
+          limit
     """
 
     port: int
@@ -34,9 +35,10 @@ class Advert:
 
 
 def read(backend_data: Any) -> Advert | None:
-    """Return the advert in a lease's BackendData, or None if there is none or it is invalid.
+    """Return the advert in a lease's BackendData.
 
-    Never raises: the data comes from a peer.
+    Return None if there is no advert, or if the advert is invalid. Never raises, because a peer's
+    data must not cause an error here.
     """
     fields = _object(backend_data).get(KEY)
     if not isinstance(fields, Mapping):
@@ -55,9 +57,10 @@ def embed(backend_data: Any, advert: Advert) -> dict[str, Any]:
 
 
 def _object(backend_data: Any) -> Mapping[str, Any]:
-    """Return BackendData as an object; {} if it is not one.
+    """Return BackendData as an object, or {} if BackendData is not an object.
 
-    flannel's extension backend publishes a string: the output of its command.
+    flannel's extension backend publishes a string, which is the output of its command. If this
+    string is the JSON text of an object, return this object.
     """
     if isinstance(backend_data, str):
         try:

@@ -1,4 +1,7 @@
-"""Exponential back-off with jitter. No clock and no I/O; one owner each."""
+"""Exponential back-off with jitter. No clock and no I/O.
+
+Threads: each Backoff is used by one task only.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import random
 class Backoff:
     """Delays in seconds that double from ``low`` to ``high``.
 
-    Each is shortened at random by up to a half, so that nodes which lost the same store do not all
-    reconnect at the same moment.
+    Each delay is shortened at random, by up to a half. So nodes that lost the connection to the
+    same store do not all reconnect at the same moment.
     """
 
     def __init__(self, low: float, high: float) -> None:

@@ -1,8 +1,9 @@
-"""The contract of a lease source: what the node daemon can ask of any store of leases.
+"""The contract of a lease source: the calls that the node daemon can make to any store of leases.
 
-Owns: the types of leases and of their changes, the calls of a source, and its health. A source
-recovers by itself: an outage ends no iteration and removes no lease, it only shows in ``health``.
-Does not depend on any particular store, or on what a lease is used for.
+Owns: the types of leases and of their changes, the calls of a source, and the source's health.
+A source recovers from an outage by itself. An outage does not end ``updates`` and does not remove
+a lease; only ``health`` shows the outage.
+Does not depend on any particular store, or on the use of a lease.
 Threads: everything runs in the daemon's asyncio loop.
 """
 
@@ -31,7 +32,10 @@ class StoreDown(UdptunError):
 
 
 class StoreRefused(UdptunError):
-    """The store refused: a retry alone cannot succeed (credentials, permissions, no podCIDR)."""
+    """The store refused the request: a retry alone cannot succeed.
+
+    Examples: wrong credentials, missing permissions, a node without podCIDR.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,12 @@ class Subnets:
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """What a node publishes in its lease besides its subnets: flannel's LeaseAttrs.
+    """The data that a node publishes in its lease besides its subnets: flannel's LeaseAttrs.
 
     backend_type     "vxlan", "udp", ...; flannel's UDP backend publishes ""
-    backend_data     any JSON value, decoded; None if absent. Data of an unknown backend is kept
-                     unchanged
-    backend_v6_data  the same for the IPv6 underlay
+    backend_data     any JSON value, decoded; None if the lease has no such value. Data of an
+                     unknown backend is kept unchanged
+    backend_v6_data  the backend data for the IPv6 underlay, in the form of ``backend_data``
     """
 
     public_ip: ipaddress.IPv4Address | None = None
@@ -70,8 +74,9 @@ class Lease:
     """A node's subnets and its published attributes.
 
     key       identifies the lease in its store: etcd's subnet key, or the name of the node
-    name      the node's name, for messages only; "" if the store has none
-    reserved  a permanent reservation by an operator: routed like any lease, never reassigned
+    name      the node's name, for messages only; "" if the store has no name for the node
+    reserved  True: an operator reserved the subnets permanently. The lease is routed like any
+              other lease, and its subnets are never assigned to another node
     """
 
     key: str
@@ -83,7 +88,10 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One lease that was added (``old`` is None), removed (``new`` is None) or changed."""
+    """The change of one lease.
+
+    If the lease was added, ``old`` is None. If it was removed, ``new`` is None.
+    """
 
     old: Lease | None
     new: Lease | None
@@ -97,14 +105,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All leases, including our own. A source yields it once, first."""
+    """All leases, including our own. A source yields one Snapshot, before all Changes."""
 
     leases: tuple[Lease, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Changes since the last update, in order; one response of the store becomes one update."""
+    """The changes since the last update, in order.
+
+    All changes in one response of the store are in one update.
+    """
 
     changes: tuple[Change, ...]
 
@@ -113,15 +124,17 @@ class Changes:
 class SourceHealth:
     """The state of a source. Written by the source, read by /readyz, /metrics and the log.
 
-    connected       the last request to the store succeeded, and the watch runs
-    error           the reason if not connected, in a sentence; else ""
-    last_contact    time.monotonic() of the last response of the store, or None
-    lease           "none", "held", or "lost": no longer ours, the source tries to get it back
-    lease_error     the reason why it is lost, in a sentence
-    lease_expires   time.time() at which it expires unless renewed; None: never
-    errors_n        failed requests to the store since the start
-    relists_n       full listings that were needed because the watch could not continue
-    skipped         entries that cannot be used: {key: reason}
+    connected       True: the last request to the store succeeded, and the watch runs
+    error           if not connected: the reason, in a sentence; else ""
+    last_contact    time.monotonic() of the last response of the store; None: no response yet
+    lease           the state of our lease: "none", "held" or "lost". While our lease is lost, the
+                    source tries to get it back
+    lease_error     if our lease is lost: the reason, in a sentence
+    lease_expires   time.time() at which our lease expires if it is not renewed; None: it does not
+                    expire
+    errors_n        number of failed requests to the store since the start
+    relists_n       number of full listings that were needed because the watch could not continue
+    skipped         entries of the store that cannot be used: {key: reason}
     """
 
     connected: bool = False
@@ -137,15 +150,18 @@ class SourceHealth:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the store itself declares about this node, independent of what the node publishes.
+    """The store's own declarations about this node. They do not depend on what the node publishes.
 
-    public_ip, public_ipv6  addresses at which other nodes reach this node; None: not declared
-    overrides_options       True: these addresses take precedence over --public-ip and
-                            --public-ipv6; False: they are used where those are not given
-    families                the IP versions of the underlay that this node uses; None: those of
-                            the network
-    advert                  the UDP port of this node and the largest MTU it may use; None: the
-                            network's configuration and the underlay determine them
+    public_ip, public_ipv6  the addresses at which other nodes reach this node; None: the store
+                            declares no address of this family
+    overrides_options       True: these addresses are used instead of --public-ip and
+                            --public-ipv6. False: each address is used only if its option is not
+                            given
+    families                the IP versions of the underlay that this node uses; None: the IP
+                            versions of the network
+    advert                  the UDP port of this node and the largest MTU that the node may use;
+                            None: the network's configuration determines the port, and the
+                            underlay determines the MTU
     """
 
     public_ip: ipaddress.IPv4Address | None = None
@@ -156,15 +172,15 @@ class Identity:
 
 
 class SourceConfig(Protocol):
-    """The configuration of one source; what is known about a store before it is contacted.
+    """The configuration of one source: the facts known about a store before it is contacted.
 
-    kind          as shown in status and metrics: "file", "etcd", "kubernetes"
-    no_node_data  why leases of this source cannot carry data of a node's backend, such as a MAC
-                  address, in a sentence; "" if they can
+    kind          the source's name in status and metrics: "file", "etcd", "kubernetes"
+    no_node_data  "" if leases of this source can carry data of a node's backend, such as a MAC
+                  address; else the reason why they cannot, in a sentence
     store_id      identifies one store: leases cached from one store are never used for another
 
-    The command line imports the class at every start, so its module must import neither asyncio nor
-    a client library.
+    The command line imports the configuration class at every start. So the module of the class must
+    import neither asyncio nor a client library.
     """
 
     kind: ClassVar[str]
@@ -177,39 +193,44 @@ class SourceConfig(Protocol):
 class LeaseSource(ABC):
     """One store.
 
-    ``network``, ``identity`` and ``acquire`` try once, within a few seconds. ``hold`` and
-    ``updates`` retry until they are cancelled or closed.
+    ``network``, ``identity`` and ``acquire`` try once and end within a few seconds. ``hold``
+    retries until it is cancelled, ``updates`` until it is closed.
     """
 
     health: SourceHealth
 
     @abstractmethod
     async def network(self) -> NetConfig:
-        """Return the network's configuration. Raises StoreDown, StoreRefused; FieldError if it is
-        invalid."""
+        """Return the network's configuration.
+
+        Raises StoreDown, StoreRefused. Raises FieldError if the configuration is invalid.
+        """
 
     async def identity(self) -> Identity:
         """Return what the store declares about this node. Raises StoreDown, StoreRefused."""
         return Identity()
 
     def cached_identity(self, lease: Lease) -> Identity:
-        """Return the identity that follows from our own cached lease.
+        """Return the identity of this node according to ``lease``, our own cached lease.
 
-        Used while the store is down and ``identity`` has not succeeded since the start.
+        Used while the store is down, if ``identity`` has not succeeded since the start.
         """
         return Identity()
 
     @abstractmethod
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
-        """Get this node's lease, a new one or the existing one, and publish ``attributes`` in it.
+        """Get a lease for this node, and publish ``attributes`` in the lease.
 
-        former  the subnets this node had last; assigned again if they are free; may be empty
-        May be repeated, with the same or other attributes. Raises StoreDown, StoreRefused.
+        If the node already has a lease, return that lease. Else create a new lease.
+
+        former  the last subnets of this node, or no subnets. If they are free, they are assigned
+                to this node again
+        May be called again, with the same or other attributes. Raises StoreDown, StoreRefused.
         """
 
     @abstractmethod
     async def hold(self, lease: Lease) -> None:
-        """Keep the lease until cancelled: renew it, and acquire it again if it is lost."""
+        """Renew the lease, and acquire the lease again if it is lost. Runs until cancelled."""
 
     @abstractmethod
     def updates(self) -> AsyncIterator[Snapshot | Changes]:
@@ -220,16 +241,16 @@ class LeaseSource(ABC):
         """
 
     def reload(self) -> None:
-        """Read the store again now. Does nothing in a source that watches its store."""
+        """Read the store again now. A source that watches its store has nothing to do here."""
         return
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Close connections to the store; the lease stays."""
+        """Close the connections to the store. The lease stays in the store."""
 
 
 class LeaseBook:
-    """The leases of one source by key. Computes the change that each new state causes."""
+    """The known leases of one source, by key. Each method that changes them returns the changes."""
 
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
@@ -239,7 +260,7 @@ class LeaseBook:
         return self._leases
 
     def put(self, lease: Lease) -> Change | None:
-        """Store a lease; return the change, or None if the book already has the same lease."""
+        """Store a lease. Return the change, or None if the book already has an equal lease."""
         old = self._leases.get(lease.key)
         if old == lease:
             return None
@@ -251,7 +272,7 @@ class LeaseBook:
         return None if old is None else Change(old, None)
 
     def replace(self, leases: Iterable[Lease]) -> tuple[Change, ...]:
-        """Take a complete listing; return the changes against the known leases, removals first."""
+        """Replace all known leases with ``leases``; return the changes, removals first."""
         listed = {lease.key: lease for lease in leases}
         removed = [change for key in [*self._leases] if key not in listed
                    if (change := self.remove(key))]

@@ -1,9 +1,9 @@
-"""The last known state of the store, cached on disk for a (re)start while the store is down.
+"""The last known state of the store, cached on disk for a start while the store is down.
 
-Owns: one file, its format, and when it is written. The file is always replaced as a whole: at once
-after a quiet period, at intervals while there are many changes. The node daemon decides when the
-cached state is used.
-Threads: asyncio, one loop; a helper thread writes the file.
+Owns: one file, its format, and when the file is written. Each write replaces the whole file. The
+first change after a quiet period is written at once. Further changes are collected and written at
+intervals. The node daemon decides when the cached state is used.
+Threads: asyncio, one loop. A helper thread writes the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 MAX_INTERVAL_SECONDS = 1.0
-INTERVAL_WRITES = 20  # the interval in units of the last write's duration: a small file is recent
+# The interval between two writes, as a multiple of the duration of the last write. So a small file
+# is written more often than a large one.
+INTERVAL_WRITES = 20
 RETRY_SECONDS = 10.0
 
 Kind = TypeVar("Kind")
@@ -37,9 +39,9 @@ Kind = TypeVar("Kind")
 class LastKnown:
     """The last known state of one store.
 
-    store    SourceConfig.store_id; the state of one store is never used for another
+    store    SourceConfig.store_id: the state of one store is never used for another
     network  the network's configuration
-    lease    our own lease, or None if there was none
+    lease    our own lease; None if this node had no lease
     leases   all leases, including our own
     """
 
@@ -50,21 +52,25 @@ class LastKnown:
 
 
 class LeaseCache:
-    """One file of one daemon. The directory is created when it is needed.
+    """The cache file of one daemon. The file's directory is created at the first write.
 
-    interval_s  seconds between two writes; None: in proportion to the duration of a write
+    interval_s  seconds between two writes; None: INTERVAL_WRITES times the duration of the last
+                write, at most MAX_INTERVAL_SECONDS
     """
 
     def __init__(self, path: Path, *, interval_s: float | None = None) -> None:
         self.path = path
         self._interval_s = interval_s
-        self._not_before = 0.0  # in the loop's clock
+        self._not_before = 0.0  # the earliest time of the next write, in the loop's clock
         self._next: LastKnown | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     def load(self, store: str) -> LastKnown | None:
-        """Return the cached state of this store, or None. Renames an invalid file. Blocks."""
+        """Return the cached state of this store; None if there is no valid state of this store.
+
+        An invalid file is renamed. Blocks during file access.
+        """
         try:
             known = _decode(self.path.read_bytes())
         except FileNotFoundError:
@@ -85,16 +91,17 @@ class LeaseCache:
         return known
 
     def keep(self, known: LastKnown) -> None:
-        """Write this state soon; a later call replaces one that is not written yet.
+        """Write ``known`` to the file soon.
 
-        A failed write is logged and repeated.
+        A later call replaces a state that is not written yet. A failed write is logged and
+        repeated.
         """
         self._next = known
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._write_all())
 
     async def aclose(self) -> None:
-        """Write a pending state now; try once."""
+        """If a state is not written yet, write it now. A failed write is not repeated."""
         self._closing.set()
         if self._task is not None:
             await self._task
@@ -126,11 +133,11 @@ class LeaseCache:
 
 
 def _encode(known: LastKnown) -> bytes:
-    """Return JSON with one lease per line.
+    """Return the state as JSON, with one lease per line.
 
-    Each lease is encoded by a call of its own: the encoder holds the GIL, and one call for
-    thousands of leases would block the loop. A lease is left out if its data is nested too deeply
-    for the encoder.
+    Each lease is encoded by a separate call of the encoder. The encoder holds the GIL during a
+    call, so one call for thousands of leases would block the loop. A lease is left out if its data
+    is nested too deeply for the encoder.
     """
     head = json.dumps({
         "version": VERSION,

@@ -1,8 +1,9 @@
-"""The network's configuration, flannel's net-conf.json: parsed as flannel does, validated once.
+"""The network's configuration, flannel's net-conf.json. It is parsed as in flannel.
 
-Owns: the names, defaults and rules of flannel's ``subnet.Config``, and the options of its udp and
-vxlan backends. Everything that flannel accepts is accepted: names in any case, unknown fields, host
-bits in a network. Does not depend on where the text comes from, or on the backend of a node.
+Owns: the names, defaults and rules of flannel's ``subnet.Config``, and the options of flannel's udp
+and vxlan backends. All fields are validated when the text is parsed. Everything that flannel
+accepts is accepted: names in any case, unknown fields, host bits in a network. Does not depend on
+where the text comes from, or on the backend of a node.
 Pure functions; any thread.
 
 source  flannel's pkg/subnet/config.go and Documentation/configuration.md
@@ -26,13 +27,17 @@ MAX_VNI = (1 << 24) - 1
 class NetConfig:
     """One overlay network. The network of a disabled family is None.
 
-    subnet_len    prefix length of a node's subnet; 0 where the store assigns the subnets
-    subnet_min    base address of the first subnet that a node may get; subnet_max: of the last
-    nftables      flannel's EnableNFTables; udptun uses nftables in either case
-    backend_type  in lower case; "udp" if there is no Backend (as in flannel), "" if Backend has no
-                  Type. Not checked here: the command line can override it
-    backend       the fields of Backend, names in lower case
+    subnet_len    prefix length of a node's subnet; 0 if the store assigns the subnets
+    subnet_min    base address of the first subnet that a node may get
+    subnet_max    base address of the last subnet that a node may get
+    nftables      flannel's EnableNFTables; udptun uses nftables with any value of this field
+    backend_type  the Type of Backend, in lower case; "udp" if there is no Backend (as in flannel),
+                  "" if Backend has no Type. Not checked here, because the command line can select
+                  another backend
+    backend       the fields of Backend, with names in lower case
     text          the original text
+
+    The fields with a 6 in their names are those of IPv6.
     """
 
     text: str
@@ -52,13 +57,13 @@ class NetConfig:
     def parse(cls, text: str, *, check_subnets: bool = True, where: str = "") -> NetConfig:
         """Parse net-conf.json. Raises FieldError, which names the invalid field.
 
-        check_subnets  False where the store assigns each node its subnet: SubnetLen, SubnetMin and
-                       SubnetMax are then ignored, even if invalid, as in flannel
+        check_subnets  False if the store assigns the subnet of each node. Then SubnetLen, SubnetMin
+                       and SubnetMax are ignored, even if they are invalid, as in flannel
         where          the name of the text in error messages
         """
         try:
             return cls._of(_decode(text, where), text, check_subnets, where)
-        except RecursionError:  # in the parser, or in the repr of a value
+        except RecursionError:  # raised by the parser, or by the repr of a value in a message
             raise FieldError("the configuration", text[:40], "values nested less deeply",
                              where) from None
 
@@ -88,16 +93,17 @@ class NetConfig:
 
     @property
     def subnets_checked(self) -> bool:
-        """Return whether this was parsed with ``check_subnets``."""
+        """True if the text was parsed with ``check_subnets``."""
         return bool(self.subnet_len or self.subnet6_len)
 
-    # Port is the port of the backend in Type. If a node uses another backend, also or instead
-    # (--backend), then the node and its peers use the default port of that backend. With "auto",
-    # Port is the port of the UDP backend, because every node has that backend.
+    # Port is the port of the backend that Type names. With Type "auto", Port is the port of the UDP
+    # backend, because every node has the UDP backend.
+    # The option --backend can select other backends for a node, instead of the one in Type or in
+    # addition to it. For these backends, the node and its peers use the backend's default port.
 
     @property
     def udp_port(self) -> int:
-        """The UDP port of nodes that do not advertise another one."""
+        """The UDP port of each node that does not advertise another port."""
         if self.backend_type in ("auto", "udp"):
             return self._number("Port", DEFAULT_PORT, 1, MAX_PORT)
         return DEFAULT_PORT
@@ -113,7 +119,7 @@ class NetConfig:
 
     @property
     def mtu(self) -> int | None:
-        """The underlay's MTU in bytes; None: use that of the interface."""
+        """The underlay's MTU in bytes; None: use the MTU of the underlay's interface."""
         return self._number("MTU", 0, MIN_MTU, MAX_MTU) or None
 
     @property
@@ -132,7 +138,7 @@ class NetConfig:
         return _number(self.backend, name, default, low, high, where, "Backend.")
 
     def _check_options(self, where: str) -> None:
-        """Validate all options now, not when a node first uses one."""
+        """Validate all options of Backend now, not when a node first uses an option."""
         self._number("Port", 0, 0, MAX_PORT, where)
         self._number("VNI", 1, 0, MAX_VNI, where)
         self._number("MTU", 0, MIN_MTU, MAX_MTU, where)
@@ -148,8 +154,8 @@ class _Names(NamedTuple):
     length: str
     first: str
     last: str
-    usual_len: int  # of a node's subnet, if the network has room for four of these
-    max_len: int  # leaves addresses for a tunnel device and a bridge on each node
+    usual_len: int  # default length of a node's subnet, if four such subnets fit in the network
+    max_len: int  # a longer subnet has no addresses for both a tunnel device and a bridge
     max_network_len: int
 
 
@@ -174,11 +180,11 @@ def _family(fields: Mapping[str, Any], names: _Names, check_subnets: bool, where
     if network.prefixlen > names.max_network_len:
         raise FieldError(names.network, str(network),
                          f"a /{names.max_network_len} or larger", where)
-    shortest = network.prefixlen + 2  # four subnets at least
+    shortest = network.prefixlen + 2  # at least four subnets must fit in the network
     length = _number(fields, names.length, max(names.usual_len, shortest), shortest,
                      names.max_len, where)
     size = 1 << (network.max_prefixlen - length)
-    # The first subnet is not used: its base address is that of the network.
+    # The first subnet is not used, because its base address is the network's own address.
     lowest = int(network.network_address)
     first = _base(fields, names.first, network, lowest + size, size, where)
     highest = int(network.broadcast_address) + 1 - size
@@ -193,7 +199,7 @@ def _network(fields: Mapping[str, Any], names: _Names, where: str) -> IPNetwork:
     try:
         address, _, length = value.partition("/")  # type: ignore[union-attr]
         if not (length.isascii() and length.isdigit()) or "%" in address:
-            raise ValueError  # a netmask, or no length: Go accepts neither
+            raise ValueError  # Go accepts neither a netmask nor a missing length
         network = ipaddress.ip_network(value, strict=False)  # type: ignore[arg-type]
         if network.version != names.version:
             raise ValueError
@@ -206,7 +212,7 @@ def _network(fields: Mapping[str, Any], names: _Names, where: str) -> IPNetwork:
 
 def _base(fields: Mapping[str, Any], name: str, network: IPNetwork, default: int, size: int,
           where: str) -> IPAddress:
-    """Return the base address of a subnet; ``default`` if absent or all zeros."""
+    """Return the base address in field ``name``; ``default`` if it is absent or all zeros."""
     family = type(network.network_address)
     value = fields.get(name.lower())
     try:
@@ -237,7 +243,10 @@ def _backend(fields: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, A
 
 
 def _decode(text: str, where: str) -> Mapping[str, Any]:
-    """Return the fields by lower-case name, since Go ignores case; the last of two wins."""
+    """Return the fields by their names in lower case, because Go ignores the case of names.
+
+    If two fields have the same name in lower case, the last one is used.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_lower, parse_constant=_refuse)
     except json.JSONDecodeError as exc:
@@ -271,10 +280,13 @@ def _flag(fields: Mapping[str, Any], name: str, where: str = "", *, default: boo
 
 def _number(fields: Mapping[str, Any], name: str, default: int, low: int, high: int, where: str,
             within: str = "") -> int:
-    """Return a number; absent, null and 0 mean the default, since Go cannot distinguish them."""
+    """Return the number in field ``name``.
+
+    Return ``default`` if the field is absent, null or 0, because Go does not distinguish these.
+    """
     value = fields.get(name.lower())
     if value is None or (value == 0 and not isinstance(value, bool)):
         return default
-    if isinstance(value, str):  # parse_number would accept a number in quotes
+    if isinstance(value, str):  # refused here, because parse_number accepts a number in quotes
         raise FieldError(within + name, value, f"a whole number from {low} to {high}", where)
     return parse_number(within + name, value, low, high, where)

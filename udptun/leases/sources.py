@@ -1,8 +1,9 @@
 """The list of lease sources, and the one function that opens a source from its configuration.
 
-Each source is a package with two modules: ``config``, which the command line imports at every
-start, and ``source``, which is imported only if this source is selected. Only ``udptun.cli.node``,
-which selects the source, names a single one. CONTRIBUTING.md has the steps to add a source.
+Each source is a package with at least two modules. The command line imports ``config`` at every
+start. ``source`` is imported only if the source is selected. ``udptun.cli.node`` selects the
+source; it is the only other module that names single sources. CONTRIBUTING.md has the steps to add
+a source.
 Any thread.
 """
 
@@ -19,8 +20,9 @@ class SourceType(NamedTuple):
     """One entry of the list.
 
     kind    the ``kind`` of the source's configuration class
-    module  relative to this package; has ``open_source(config, local_addresses)``
-    extra   the optional dependency group in pyproject.toml, "" if it needs none
+    module  the name of the source's module, relative to this package. The module has the function
+            ``open_source(config, local_addresses)``
+    extra   the optional dependency group in pyproject.toml; "" if the source needs no such group
     """
 
     kind: str
@@ -43,7 +45,7 @@ class NotInstalled(UdptunError):
 
 
 def make_source(config: SourceConfig, local_addresses: LocalAddresses) -> LeaseSource:
-    """Return the source for ``config``. Raises NotInstalled, FieldError."""
+    """Create the source that ``config`` describes. Raises NotInstalled, FieldError."""
     source_type = next(entry for entry in SOURCES if entry.kind == config.kind)
     try:
         module = import_module(source_type.module, __package__)

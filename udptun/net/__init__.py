@@ -1,4 +1,4 @@
-"""The host's network: UDP sockets and their options, and netlink.
+"""The host's network: UDP sockets, their options, and netlink.
 
 Owns every use of pyroute2. Does not depend on the forwarder's routes or on packets.
 """

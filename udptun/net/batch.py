@@ -1,9 +1,9 @@
 """Send many netlink route requests in one system call; the caller packs their bodies.
 
-pyroute2 sends and awaits each request separately, about 2,000 per second; thousands of neighbour,
-FDB and route entries need a hundred times that rate. Owns the message header, the answers and their
-order. Does not interpret the body of a request. Threading: one thread per socket; calls block, but
-the kernel answers within the system call.
+pyroute2 sends and awaits each request separately, about 2,000 per second. Thousands of neighbour,
+FDB and route entries need 100 times that rate. Owns the message header, the answers and their
+order. Does not interpret the body of a request. Threading: one thread per socket. Calls block, but
+only for the system call: the kernel answers within it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SOL_NETLINK = 270
 NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
-ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with this, type
+ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length including this header, type
 ATTRIBUTE_TYPE = 0x3FFF  # mask without the flags NLA_F_NESTED and NLA_F_NET_BYTEORDER
-ERRNO = struct.Struct("=i")  # negative; the first field of struct nlmsgerr and of NLMSG_DONE
-NLMSGERR_LEN = ERRNO.size + HEADER.size  # it contains the header of the request
-RECEIVE_LEN = 1 << 16  # the kernel fills at most half of it per datagram
-# Requests per send: if all fail, their answers fit the usual receive buffer (208 KiB).
+ERRNO = struct.Struct("=i")  # a negative errno: the first field of nlmsgerr and NLMSG_DONE
+NLMSGERR_LEN = ERRNO.size + HEADER.size  # the answer contains the request's header
+RECEIVE_LEN = 1 << 16  # bytes; a datagram of the kernel is at most half as long
+# Requests per send. If all fail, the answers still fit the default receive buffer (208 KiB).
 CHUNK_N = 128
 DUMP_TRIES = 5
 
@@ -67,7 +67,7 @@ class RouteSocket:
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
             try:
                 self._socket.setsockopt(SOL_NETLINK, option, 1)
-            except OSError as error:  # an old kernel: no error messages, unfiltered dumps
+            except OSError as error:  # an old kernel: no error texts, no filters
                 if error.errno != errno.ENOPROTOOPT:
                     self._socket.close()
                     raise
@@ -94,7 +94,7 @@ class RouteSocket:
             self._sequence += len(chunk)
             message = bytearray()
             for sequence, request in enumerate(chunk, first):
-                # The kernel answers failed requests, and the last one, which asks for an answer.
+                # The kernel answers each failed request, and the last one because of NLM_F_ACK.
                 flags = request.flags | NLM_F_REQUEST
                 if sequence == self._sequence:
                     flags |= NLM_F_ACK
@@ -114,8 +114,8 @@ class RouteSocket:
     def dump(self, kind: int, body: bytes) -> list[memoryview]:
         """Return the bodies of all answers to a dump request. Raises OSError.
 
-        A dump during which the table changed is repeated, as the kernel requests; the last try is
-        returned in any case.
+        If the table changes during a dump, the kernel marks the dump, and the dump is repeated.
+        There are at most DUMP_TRIES dumps. The last one is returned even if it is marked.
         """
         for _ in range(DUMP_TRIES):
             found, whole = self._dump(kind, body)
@@ -152,7 +152,7 @@ class RouteSocket:
 
 
 def attributes(body: memoryview, start: int) -> dict[int, memoryview]:
-    """Return the attributes after the fixed part of a message, by type. Trusts the kernel."""
+    """Return the attributes after the fixed part of a message, by type. Lengths are not checked."""
     found = {}
     end = len(body)
     while start + ATTRIBUTE.size <= end:

@@ -1,10 +1,12 @@
 """Netlink: configure the TUN, read the host's addresses, watch addresses and links.
 
-Owns the netlink thread, in which all of pyroute2 runs. pyroute2 does not work on uvloop, and its
-import takes as long as the rest of a start: the constructor starts the thread, which imports
-pyroute2 while the caller continues. Does not depend on the forwarder's routes and peers. Threading:
-every public method can be called from any thread, the ``async`` ones from any asyncio loop;
-pyroute2 objects never leave the netlink thread.
+Owns the netlink thread. All of pyroute2 runs in this thread, for two reasons:
+- pyroute2 does not work on uvloop.
+- The import of pyroute2 takes as long as the rest of a start. The constructor starts the thread,
+  which imports pyroute2 while the caller continues.
+
+Does not depend on the forwarder's routes and peers. Threading: call public methods from any thread,
+``async`` methods from any asyncio loop. pyroute2 objects never leave the netlink thread.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ DUMP_TRIES = 5
 
 
 class Netlink:
-    """One netlink thread; ``close`` joins it. A context manager too."""
+    """One netlink thread, joined by ``close``. Can be used as a context manager."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
@@ -94,11 +96,12 @@ class Netlink:
         gso_max_segs: int | None = None,
         gso_max_size: int | None = None,
     ) -> None:
-        """Configure the device and bring it up; changes nothing outside the device.
+        """Configure the device and bring it up. Change nothing outside the device.
 
         addresses  each is set as a host address (/32, /128)
         networks   each is routed through the device
-        gso_max_*  largest super-packet that the host builds; a refusal by the kernel is only logged
+        gso_max_*  limits of the super-packets that the host builds. If the kernel refuses a limit,
+                   this is only logged
         """
         await self._call(self._configure_tun(
             name, mtu, tuple(addresses), tuple(networks), txqueuelen=txqueuelen,
@@ -111,23 +114,23 @@ class Netlink:
 
     def watch_addresses(self, callback: Callable[[frozenset[IPAddress]], None]) -> None:
         """Call ``callback`` in the netlink thread with all local addresses: once when the watch
-        begins, and then after each change. No change is missed in between."""
+        begins, and then after each change. No change is missed after the watch begins."""
         self._submit(self._add_watcher(callback))
 
     def watch_link(self, index: int, callback: Callable[[], None]) -> None:
-        """Call ``callback`` in the netlink thread whenever the device may have changed: once when
-        the watch begins, after each link message about the device, and after lost messages.
+        """Call ``callback`` in the netlink thread whenever the device may have changed.
 
-        A message is only a reason to read the kernel's state (``tun_state``): when it is handled,
-        the device may have changed again.
+        That is: once when the watch begins, after each link message about the device, and after
+        messages were lost. ``callback`` should read the kernel's state (``tun_state``), because the
+        device may have changed again after the message was sent.
         """
         self._submit(self._add_link_watcher(index, callback))
 
     async def work(self, doing: str, job: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``job`` with the route socket (pyroute2's AsyncIPRoute) in the netlink thread.
 
-        For the other modules of ``net``. No pyroute2 object may leave ``job``. An error becomes a
-        DeviceError that names ``doing``.
+        Only other modules of ``net`` use this method. No pyroute2 object may leave ``job``. An
+        error becomes a DeviceError that names ``doing``.
         """
         return await self._call(self._work(doing, job))
 
@@ -142,7 +145,7 @@ class Netlink:
     # -- the thread -------------------------------------------------------------------------------
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        with self._gate:  # _shut sees everything that is submitted
+        with self._gate:  # so that _shut sees all submitted work
             if self._closing:
                 work.close()
                 raise device_error(errno.EBADF, "calling netlink", "already closed")
@@ -151,8 +154,8 @@ class Netlink:
     async def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` in the netlink thread and wait for it in the caller's loop.
 
-        If the caller is cancelled, the work continues: after a dump that is not read to its end,
-        the kernel answers EBUSY to the next request.
+        If the caller is cancelled, the work continues. Otherwise a dump might not be read to its
+        end, and then the kernel answers EBUSY to the next request.
         """
         future = self._submit(work)
         try:
@@ -178,10 +181,10 @@ class Netlink:
 
     async def _open(self) -> None:
         try:
-            # No import from pyroute2 is cheaper: each one runs the whole __init__ of the package.
+            # Importing a submodule is not cheaper: it runs the whole __init__ of pyroute2, too.
             from pyroute2 import AsyncIPRoute
 
-            # Without the lock, a call that waits for us would set up a second transport.
+            # The lock makes other calls wait; without it they would set up a second transport.
             async with self._request_lock:
                 self._ipr = AsyncIPRoute(ext_ack=True)
                 await self._ipr.setup_endpoint()
@@ -198,13 +201,14 @@ class Netlink:
             self._watch.close()
         if self._ipr is not None:
             self._ipr.close()
-            await asyncio.sleep(0)  # in this turn of the loop the transport closes its socket
+            await asyncio.sleep(0)  # let the loop run once: the transport then closes its socket
 
     @contextlib.asynccontextmanager
     async def _doing(self, doing: str) -> AsyncIterator[Any]:
-        """Yield the route socket; turn an error into a DeviceError that names ``doing``.
+        """Yield the route socket. Turn an error into a DeviceError that names ``doing``.
 
-        One user at a time: the kernel answers EBUSY to a request during a dump on the same socket.
+        Only one user at a time has the socket, because the kernel answers EBUSY to a request during
+        a dump on the same socket.
         """
         async with self._request_lock:
             if isinstance(self._failure, OSError):
@@ -226,7 +230,7 @@ class Netlink:
                 raise device_error(error.errno or errno.EIO, doing) from None
 
     async def _dump(self, doing: str, kind: str) -> list[Any]:
-        """Return all messages of a dump; repeat it if the table changes during the dump."""
+        """Return all messages of a dump. Repeat the dump if the table changes during it."""
         from pyroute2 import NetlinkDumpInterrupted
 
         async with self._doing(doing) as ipr:
@@ -272,7 +276,7 @@ class Netlink:
             await self._subscribe()
         except OSError as error:
             log.error("local addresses are not watched: %s", error)
-        self._seen = None  # so that the new watcher receives the present state
+        self._seen = None  # so that the next read calls the new watcher, even without a change
         self._schedule_read()
 
     async def _add_link_watcher(self, index: int, callback: Callable[[], None]) -> None:
@@ -296,8 +300,8 @@ class Netlink:
             self._watch = watch
 
     def _on_message(self) -> None:
-        """Read the messages. They only show that something has changed: the state itself is read
-        from the kernel again, so lost messages (ENOBUFS) do no harm."""
+        """Read the messages. A message only shows that something has changed; the state itself is
+        read from the kernel again. Lost messages (ENOBUFS) therefore do no harm."""
         changed: set[int] = set()
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -321,7 +325,7 @@ class Netlink:
             if self._seen is not None:
                 await asyncio.sleep(SETTLE_SECONDS)
         finally:
-            self._reread = None  # a later change needs another read
+            self._reread = None  # a change after this point needs another read
         try:
             addresses = await self._local_addresses()
         except OSError as error:
@@ -342,7 +346,7 @@ class Netlink:
         doing = f"setting up {name}"
         try:
             index = socket.if_nametoindex(name)
-        except OSError:  # without an errno
+        except OSError:  # if_nametoindex gives no errno
             raise device_error(errno.ENODEV, doing) from None
         wants_v6 = any(item.version == 6 for item in (*addresses, *networks))
         if wants_v6 and mtu < MIN_MTU6:  # the kernel would remove IPv6 from the device
@@ -366,8 +370,8 @@ class Netlink:
             await self._add_route(name, index, network)
 
     async def _disable_autoconfiguration(self, name: str, index: int, wants_v6: bool) -> None:
-        """Stop the kernel from sending packets of its own on the device: without a link-local
-        address it sends no router solicitations."""
+        """Stop the kernel from sending packets of its own on the device. Without a link-local
+        address the kernel sends no router solicitations."""
         conf = Path("/proc/sys/net/ipv6/conf", name)
         if not conf.exists():
             if wants_v6:
@@ -390,9 +394,10 @@ class Netlink:
             ]})
 
     async def _accept_local(self, name: str, index: int) -> None:
-        """Accept packets with a local source address on this device: the core's ICMP errors.
+        """Accept packets with a local source address on this device. The core's ICMP errors have
+        such an address.
 
-        Through netlink, since /proc/sys is read-only in an unprivileged container.
+        Set through netlink, because /proc/sys is read-only in an unprivileged container.
         """
         async with self._doing(f"setting up {name}: accept_local") as ipr:
             answer = await ipr.nlm_request(
@@ -424,7 +429,7 @@ class Netlink:
                 ) from None
 
     async def _route_interface(self, doing: str, network: IPNetwork) -> int | None:
-        """Return the interface index of the host's route to exactly this network."""
+        """Return the interface index of the host's route to exactly ``network``, or None."""
         for message in await self._dump(doing, "route"):
             if (
                 message["dst_len"] == network.prefixlen
@@ -444,7 +449,7 @@ def _run_watcher(callback: Callable[..., None], *args: object) -> None:
 
 
 def _changed_links(messages: bytes) -> set[int]:
-    """The interface indices of the link messages in one datagram."""
+    """Return the interface index of each link message in one netlink datagram."""
     found = set()
     at = 0
     while at + LINK_MESSAGE.size <= len(messages):
@@ -463,8 +468,11 @@ def _interface(index: int | None) -> str:
 
 
 def _accept_local_message(index: int) -> Any:
-    """Build a message that sets accept_local. pyroute2 reads the kernel's device settings as one
-    structure and cannot set a single one; this defines the message with pyroute2's classes."""
+    """Build a message that sets accept_local.
+
+    pyroute2 treats the kernel's device settings as one structure and cannot set a single one. This
+    function therefore defines the message, with pyroute2's classes.
+    """
     from pyroute2.netlink import nla, nlmsg
 
     class LinkMessage(nlmsg):  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""Read what the kernel has configured on one device: flags, addresses and routes.
+"""Read the kernel's configuration of one device: flags, addresses and routes.
 
-Owns the reading only; ``netlink.configure_tun`` sets the same things. Call from any asyncio loop:
-the work runs in the thread of the given ``Netlink``.
+Owns the reading only; ``netlink.configure_tun`` sets the configuration. Threading: call from any
+asyncio loop; the work runs in the thread of the given ``Netlink``.
 
-The kernel filters the dumps by interface (Linux 4.20; older kernels send everything, and the
-filter here does the work), so the cost does not grow with the host's other routes.
+Since Linux 4.20 the kernel filters the dumps by interface, so the cost does not grow with the
+host's other routes. Older kernels send all entries, and this module filters them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ FAMILIES = {socket.AF_INET: 32, socket.AF_INET6: 128}  # family: bits of an addr
 
 @dataclass(frozen=True, slots=True)
 class TunState:
-    """up        the device is set up (IFF_UP)
-    addresses  of the device, both families
+    """The state of one device.
+
+    up         the device is up (IFF_UP)
+    addresses  addresses of the device, both families
     networks   destinations of the main table's routes through the device
     """
 
@@ -51,7 +53,7 @@ class TunState:
 
 
 async def tun_state(netlink: Netlink, index: int) -> TunState | None:
-    """Return the state of the device with this interface index; None if it does not exist.
+    """Return the state of the device with this interface index, or None if it does not exist.
     Raises DeviceError."""
     async def read(_: Any) -> TunState | None:
         with RouteSocket() as kernel:
@@ -95,7 +97,7 @@ def _networks(kernel: RouteSocket, index: int) -> list[IPNetwork]:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
                 raise
-            continue  # no main table yet, no IPv6 on this host, or the device is gone
+            continue  # no main table yet, or no IPv6 on this host, or no such device
         for message in messages:
             prefix_len = RTMSG.unpack_from(message)[1]
             values = attributes(message, RTMSG.size)

@@ -1,7 +1,7 @@
 """Open the UDP sockets of the underlay with the options that the data path needs.
 
 Owns the socket options and their probing. The compiled core sends, receives and reads the error
-queue. Any thread; no shared state.
+queue. Threading: any thread; no shared state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # linux/in.h
 IP_MTU_DISCOVER, IP_RECVERR = 10, 11
-PMTUDISC_PROBE = 3  # set DF, and ignore the kernel's path MTU: the core keeps one per peer
+PMTUDISC_PROBE = 3  # set DF and ignore the kernel's path MTU; the core has its own per peer
 # linux/in6.h
 IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG = 23, 25, 62
 # asm-generic/socket.h
@@ -27,17 +27,17 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 # linux/udp.h
 UDP_SEGMENT, UDP_GRO = 103, 104
 
-RCVBUF = 8 << 20  # a few milliseconds of a saturated link while the worker is not scheduled
+RCVBUF = 8 << 20  # holds a few milliseconds of a full link while no worker is scheduled
 SNDBUF = 4 << 20
 
 
 @dataclass
 class UdpSocket:
-    """A bound, non-blocking UDP socket that sets DF; lives until ``close``.
+    """A bound, non-blocking UDP socket that sets DF. ``close`` closes it.
 
     endpoint  the local address and port
-    features  those of udp-gso and udp-gro that the kernel supports; udp-gro is turned on
-    off       feature -> cause
+    features  which of udp-gso and udp-gro the kernel supports; udp-gro is then turned on
+    off       for each feature that is off, the cause
     rcvbuf, sndbuf  sizes as the kernel reports them (twice the requested bytes)
     """
 
@@ -57,8 +57,11 @@ class UdpSocket:
         return self.socket.family
 
     def let_join(self) -> None:
-        """Let sockets opened with ``reuse_port`` share the endpoint from now on. The first socket
-        is bound without this, so that an endpoint in use by another program is refused."""
+        """Let sockets opened with ``reuse_port`` share the endpoint from now on.
+
+        The first socket is bound before this call, without SO_REUSEPORT. The bind then fails if
+        another program uses the endpoint.
+        """
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
     def close(self) -> None:
@@ -66,9 +69,9 @@ class UdpSocket:
 
 
 def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> UdpSocket:
-    """Open and bind a socket. Raises DeviceError naming the endpoint.
+    """Open and bind a socket. Raises DeviceError, which names the endpoint.
 
-    reuse_port  share the endpoint with the socket that is bound to it, see ``let_join``
+    reuse_port  share the endpoint with a socket that is already bound to it (see ``let_join``)
     """
     doing = f"opening the UDP socket {listen}"
     family = socket.AF_INET6 if listen.address.version == 6 else socket.AF_INET
@@ -89,7 +92,7 @@ def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> Udp
             sndbuf=_enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, SNDBUF),
         )
         _probe(udp, request)
-        # Last: datagrams arrive from here on, and the options above must apply to them.
+        # Bind last: datagrams arrive after it, and the options above must apply to them.
         sock.bind((str(listen.address), listen.port))
     except OSError as error:
         sock.close()
@@ -106,7 +109,7 @@ def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> Udp
 
 
 def _set_path_options(sock: socket.socket) -> None:
-    """Set DF on every datagram; ICMP errors arrive in the error queue."""
+    """Set DF on every datagram, and let ICMP errors arrive in the error queue."""
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
@@ -118,16 +121,16 @@ def _set_path_options(sock: socket.socket) -> None:
 
 
 def _enlarge(sock: socket.socket, force: int, plain: int, size: int) -> int:
-    """Set the buffer size. Returns the size that the kernel reports."""
+    """Set the buffer size. Return the size that the kernel reports."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, force, size)  # beyond rmem_max: needs CAP_NET_ADMIN
+        sock.setsockopt(socket.SOL_SOCKET, force, size)  # may exceed rmem_max; needs CAP_NET_ADMIN
     except PermissionError:
         sock.setsockopt(socket.SOL_SOCKET, plain, size)
     return sock.getsockopt(socket.SOL_SOCKET, plain)
 
 
 def _probe(udp: UdpSocket, request: OffloadRequest) -> None:
-    # Each send has its own UDP_SEGMENT: the socket's value is set back to 0.
+    # Set the socket's UDP_SEGMENT back to 0, because each send passes its own value.
     probes = {"udp-gso": ("UDP_SEGMENT", UDP_SEGMENT, (1400, 0)),
               "udp-gro": ("UDP_GRO", UDP_GRO, (1,))}
     features = set()

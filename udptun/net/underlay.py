@@ -41,8 +41,8 @@ class Interface:
     """One network interface.
 
     mtu        bytes; 0 if the device has none
-    up         set up by the administrator (IFF_UP), with or without a carrier
-    addresses  local addresses, both families, best first: see ``_rank``
+    up         IFF_UP is set by the administrator; the carrier does not matter
+    addresses  local addresses of both families, best first (see ``_rank``)
     """
 
     index: int
@@ -56,8 +56,8 @@ class Interface:
 class RouteTo:
     """The kernel's route for a packet.
 
-    index    interface index
-    source   preferred source address; None if the route has none
+    index    index of the outgoing interface
+    source   preferred source address; None if the route does not have one
     gateway  next hop; None if the destination is on the link (or is this host)
     """
 
@@ -75,9 +75,11 @@ async def interfaces(netlink: Netlink) -> tuple[Interface, ...]:
 
 
 async def default_routes(netlink: Netlink, version: int) -> tuple[int, ...]:
-    """Return the interface indices of the main table's default routes, the preferred one first.
+    """Return the interface index of each default route in the main table, preferred route first.
 
-    version  4 or 6. A multipath route counts with its first next hop. Raises DeviceError.
+    A multipath route yields the interface of its first next hop. Raises DeviceError.
+
+    version  4 or 6
     """
     async def read(_: Any) -> tuple[int, ...]:
         return _default_routes(version)
@@ -86,7 +88,7 @@ async def default_routes(netlink: Netlink, version: int) -> tuple[int, ...]:
 
 
 async def route_to(netlink: Netlink, address: IPAddress) -> RouteTo:
-    """Return the kernel's route to one destination. Raises DeviceError; ENETUNREACH: no route."""
+    """Return the kernel's route to one destination. Raises DeviceError (no route: ENETUNREACH)."""
     async def ask(ipr: Any) -> RouteTo:
         (message,) = await ipr.route("get", family=_family(address.version), dst=str(address))
         source, gateway = (message.get_attr(name) for name in ("RTA_PREFSRC", "RTA_GATEWAY"))
@@ -111,7 +113,7 @@ def _interfaces() -> tuple[Interface, ...]:
         about = attributes(message, IFADDRMSG.size)
         # On a point-to-point link IFA_ADDRESS is the other end.
         address = _address(about.get(IFA_LOCAL, about.get(IFA_ADDRESS)))
-        flags = _number(about.get(IFA_FLAGS)) or flags  # the header has only eight bits
+        flags = _number(about.get(IFA_FLAGS)) or flags  # the header has only the low eight bits
         if address is not None and not flags & IFA_F_DADFAILED:
             ranked.setdefault(index, []).append((_rank(address, flags), address))
     found = []
@@ -128,19 +130,19 @@ def _interfaces() -> tuple[Interface, ...]:
 
 
 def _rank(address: IPAddress, flags: int) -> int:
-    """Rank an address as an endpoint for peers, 0 is best; equal ones stay in the kernel's order.
+    """Rank an address as an endpoint for peers. 0 is best; a higher rank is worse.
 
     Best is an address with none of these properties. Then, from better to worse: tentative
     (duplicate address detection is not complete), temporary (RFC 8981), deprecated, link-local.
     """
-    # In IPv4 this flag marks a secondary address of a subnet, which is as good as the first.
+    # In IPv4 this flag marks a secondary address of a subnet. It is as good as the primary one.
     temporary = flags & IFA_F_TEMPORARY and address.version == 6
     return (8 * bool(address.is_link_local) + 4 * bool(flags & IFA_F_DEPRECATED)
             + 2 * bool(temporary) + bool(flags & IFA_F_TENTATIVE))
 
 
 def _default_routes(version: int) -> tuple[int, ...]:
-    """Return interface indices in the kernel's order: by metric, the lowest first."""
+    """Return the interface index of each default route, the route with the lowest metric first."""
     request = RTMSG.pack(_family(version), 0, 0, 0, RT_TABLE_MAIN, 0, 0, RTN_UNICAST, 0)
     with RouteSocket() as kernel:
         messages = kernel.dump(RTM_GETROUTE, request)
@@ -148,7 +150,7 @@ def _default_routes(version: int) -> tuple[int, ...]:
     for message in messages:
         # Parse only the header first: the overlay can have thousands of routes.
         _, dst_len, _, _, _, _, _, kind, _ = RTMSG.unpack_from(message)
-        if dst_len == 0 and kind == RTN_UNICAST:  # a kernel before 4.20 sends all routes
+        if dst_len == 0 and kind == RTN_UNICAST:  # before Linux 4.20 a dump has all routes
             route = attributes(message, RTMSG.size)
             if _number(route.get(RTA_TABLE)) == RT_TABLE_MAIN:
                 found.append(_out_interface(route))
@@ -163,7 +165,7 @@ def _out_interface(route: Mapping[int, memoryview]) -> int:
 
 
 def _number(attribute: memoryview | None) -> int:
-    """Read a u32 in host order; 0 if the attribute is absent."""
+    """Read a u32 in host byte order. Return 0 if the attribute is absent."""
     return int.from_bytes(attribute or b"", sys.byteorder)
 
 

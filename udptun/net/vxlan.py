@@ -1,9 +1,12 @@
-"""Create and configure kernel VXLAN devices and their peers, in flannel's way.
+"""Create and configure kernel VXLAN devices and their peers, as flannel does.
 
-Owns the device and its settings. Each peer has a permanent neighbour entry (base address of its
-subnet -> MAC), an FDB entry (MAC -> endpoint) and a route (subnet via its base address through the
-device); ``vxlan_peers`` and ``vxlan_entries`` add and remove them. The caller decides which peers
-use VXLAN. Does not depend on leases. Threading: call from any asyncio loop; the work runs in the
+Owns the device and its settings. Each peer has three entries:
+- a permanent neighbour entry: base address of the peer's subnet -> MAC;
+- an FDB entry: MAC -> endpoint;
+- a route through the device: subnet via its base address.
+
+``vxlan_peers`` and ``vxlan_entries`` add and remove these entries. The caller decides which peers
+use VXLAN. Does not depend on leases. Threading: call from any asyncio loop. The work runs in the
 thread of the given ``Netlink``, one call after the other.
 """
 
@@ -46,9 +49,9 @@ IPInterface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 KIND = "vxlan"
 PROBE_NAME = "udptunprobe"
 PROBE_TRIES = 50
-PROBE_PAUSE_SECONDS = 0.1  # at most, between two tries
-PROBE_VNI = (1 << 24) - 8285  # near the maximum, which networks rarely use
-# The kernel's default, older than IANA's 4789; a module parameter can change it.
+PROBE_PAUSE_SECONDS = 0.1  # the longest pause between two tries
+PROBE_VNI = (1 << 24) - 8285  # near the maximum: networks rarely use such VNIs
+# The kernel's default port, which is older than IANA's 4789. A module parameter can change it.
 DEFAULT_PORT = 8472
 DEFAULT_PORT_FILE = Path("/sys/module/vxlan/parameters/udp_port")
 OVERHEAD = {4: 50, 6: 70}  # bytes of the headers added to an inner packet, by underlay IP version
@@ -63,9 +66,10 @@ class VxlanConfig:
     local           this host's address on that interface; the device has the same IP version
     mtu             MTU of the device in bytes: the MTU of the underlay minus OVERHEAD
     mac             "aa:bb:.."; None: the MAC of the existing device, or else a random one
-    network         network of the overlay. Routes that do not use the device (DirectRouting) and
-                    have udptun's protocol number belong to this instance if their prefix is within
-                    this network, otherwise to another instance. None: no other instance exists
+    network         network of the overlay. It decides which direct routes are ours. A direct route
+                    has udptun's protocol number and does not use the device (DirectRouting). It is
+                    ours if its prefix is within ``network``; otherwise another instance has added
+                    the route. None: no other instance exists, so all direct routes are ours
     """
 
     name: str
@@ -85,7 +89,7 @@ class VxlanDevice:
     """An existing device.
 
     version  IP version of the underlay and of the subnets that the device carries
-    network  as in VxlanConfig
+    network  same as ``VxlanConfig.network``
     """
 
     name: str
@@ -97,7 +101,7 @@ class VxlanDevice:
 
 
 class VniInUse(DeviceError):
-    """Another device has the VNI and port. The kernel allows one per network namespace.
+    """Another device has the VNI and port. The kernel allows one such device per network namespace.
 
     holder  the name of the other device
     """
@@ -121,9 +125,10 @@ class Vxlan:
     async def probe(self, like: VxlanConfig | None = None) -> str | None:
         """Return None if the kernel can create a VXLAN device here, else the error message.
 
-        Creates a device with another VNI, brings it up, which binds the UDP port, and removes it.
+        Creates a test device with another VNI, brings it up and removes it. Bringing it up binds
+        the UDP port.
 
-        like  test with the port, GBP, underlay and IP version of this configuration
+        like  the test device has the port, GBP, underlay and IP version of this configuration
         """
         config = like or VxlanConfig(PROBE_NAME, PROBE_VNI, 0, 0, ipaddress.IPv4Address(0), 0)
         config = replace(config, name=PROBE_NAME, vni=PROBE_VNI, mtu=0, mac=None)
@@ -131,11 +136,11 @@ class Vxlan:
         while True:
             tries += 1
             try:
-                await self._remove_probe()  # a killed process may have left it
+                await self._remove_probe()  # a killed process may have left the device
                 await self._make("testing a VXLAN device", config, IFF_UP)
                 await self._remove_probe()
             except DeviceError as error:
-                # Another instance may be testing too, with the same device.
+                # Another instance may run the same test, with a device of the same name.
                 if error.errno not in (errno.EEXIST, errno.ENODEV) or tries == PROBE_TRIES:
                     return str(error)
                 await asyncio.sleep(PROBE_PAUSE_SECONDS * random.random())
@@ -148,13 +153,14 @@ class Vxlan:
         """Create the device or adopt an existing one, configure it and bring it up.
 
         A device with the right settings is adopted, with its peers and its MAC. A device with
-        other settings is replaced; the new device has the same MAC, because the peers have that
-        MAC in their entries.
+        other settings is replaced. The new device gets the MAC of the old one, because the peers
+        have that MAC in their entries.
 
         addresses  the addresses of the device, each set as /32 or /128. All other addresses are
-                   removed, except link-local ones. None: not known yet, keep the present addresses
+                   removed, except link-local addresses. None: the addresses are not known yet;
+                   the present addresses stay
 
-        Raises DeviceError, also as VniInUse; FieldError for mtu and mac.
+        Raises DeviceError or its subclass VniInUse; FieldError for mtu and mac.
         """
         if config.mac is not None:
             parse_mac("mac", config.mac)
@@ -190,9 +196,10 @@ class Vxlan:
     async def remove(self, name: str, network: IPNetwork | None = None) -> None:
         """Remove the device with all its entries, and our direct routes to peers.
 
-        Does nothing if there is no such device. Raises DeviceError if it is not a VXLAN device.
+        If the device does not exist, nothing changes. Raises DeviceError if the device is not a
+        VXLAN device.
 
-        network  as in VxlanConfig
+        network  same as ``VxlanConfig.network``
         """
         found = await self._find(name)
         if found is None:
@@ -214,10 +221,10 @@ class Vxlan:
     async def sync(
         self, device: VxlanDevice, peers: Iterable[VxlanPeer]
     ) -> tuple[PeerFailure, ...]:
-        """Make these the only peers of the device: read its entries and apply the difference.
+        """Make ``peers`` the device's only peers: read the device's entries, apply the difference.
 
-        Returns the peers that the kernel refused; all others are active. Raises DeviceError if
-        the whole update failed; then it is possible that no peer is active.
+        Returns the peers that the kernel refused; all other peers are active. Raises DeviceError
+        if the whole update failed. In this case possibly no peer is active.
         """
         put = tuple(peers)
 
@@ -233,8 +240,8 @@ class Vxlan:
     ) -> tuple[PeerFailure, ...]:
         """Add or change the peers in ``put``, and remove the peers of the subnets in ``remove``.
 
-        Like ``sync``, but uses the entries from the last call instead of reading them from the
-        kernel, and sends every peer in ``put`` even if it is unchanged.
+        Like ``sync``, with two differences. The present entries are those of the last call; they
+        are not read from the kernel. Each peer in ``put`` is sent even if it is unchanged.
         """
         peers = tuple(put)
         touched = {*remove, *(peer.subnet for peer in peers)}
@@ -253,7 +260,8 @@ class Vxlan:
         update.put(peers, device.name, device.version)
         for message in update.clear():
             log.warning("%s: %s", device.name, message)
-        # Not reached if the update fails: the next call then reads the entries from the kernel.
+        # If the update fails, this line is not reached. The next call then reads the entries from
+        # the kernel.
         self._known[device.index] = update.now
         return tuple(update.failures)
 
@@ -262,7 +270,7 @@ class Vxlan:
     ) -> T:
         """Run ``work`` on the entries of the device.
 
-        It is one job of the netlink thread, so that concurrent calls do not interleave.
+        ``work`` is one job of the netlink thread, so that concurrent calls do not interleave.
         """
         async def job(_: Any) -> T:
             try:
@@ -355,7 +363,7 @@ class Vxlan:
         return VxlanDevice(name, index, mac, config.mtu, version, config.network)
 
     async def _disable_autoconfiguration(self, name: str, index: int, wants_v6: bool) -> None:
-        """Turn off IPv6 autoconfiguration, because peers are configured and not discovered.
+        """Turn off IPv6 autoconfiguration, because peers are configured, not discovered.
 
         The device gets no link-local address, the kernel sends no solicitations, and router
         advertisements of peers are ignored.
@@ -363,7 +371,7 @@ class Vxlan:
         conf = Path("/proc/sys/net/ipv6/conf", name)
         if not conf.exists():  # this host has no IPv6
             return
-        with contextlib.suppress(OSError):  # read-only in a container: the host's value stays
+        with contextlib.suppress(OSError):  # /proc/sys is read-only in a container: the value stays
             (conf / "accept_ra").write_text("0")
             if wants_v6:
                 (conf / "disable_ipv6").write_text("0")
@@ -403,7 +411,7 @@ class Vxlan:
 class _Found:
     """A device as the kernel reports it.
 
-    version  IP version of the underlay, if it is a VXLAN device
+    version  IP version of the underlay; meaningful only for a VXLAN device
     """
 
     name: str
@@ -429,13 +437,14 @@ class _Found:
         )
 
 
-# Settings that a device must have to be adopted: pyroute2's name, and a name for error texts.
+# A device is adopted only if it has the configured values of these settings. Each setting:
+# pyroute2's name, and the name in error texts.
 OPTIONS = {
     "vxlan_id": "VNI", "vxlan_port": "port", "vxlan_link": "underlay interface",
     "vxlan_local": "local address", "vxlan_local6": "local address",
     "vxlan_learning": "learning", "vxlan_gbp": "GBP",
 }
-# Settings that the device must not have: packets would not follow its entries.
+# Settings that the device must not have: with them, packets would not follow the device's entries.
 FORBIDDEN = {
     "vxlan_group": "group", "vxlan_group6": "group", "vxlan_l2miss": "L2 misses",
     "vxlan_l3miss": "L3 misses", "vxlan_proxy": "ARP proxy",
@@ -457,7 +466,7 @@ def _options(config: VxlanConfig) -> dict[str, Any]:
 
 
 def _mismatch(found: _Found, config: VxlanConfig) -> str:
-    """Return the first different setting that cannot be changed on an existing device, or ""."""
+    """Return the first setting that differs and cannot be changed on an existing device, or ""."""
     if found.kind != KIND:
         return "a device that is not a VXLAN device has this name"
     wanted = _options(config)
@@ -482,7 +491,8 @@ def _default_port() -> int:
 def _random_mac() -> str:
     """Return a random, unicast, locally administered MAC address.
 
-    If the kernel chose the address, udev would replace it after peers have learned it.
+    The kernel does not choose the address, because udev would then replace the address after peers
+    have learned it.
     """
     first, *rest = os.urandom(6)
     return bytes([first & 0xFE | 0x02, *rest]).hex(":")

@@ -1,9 +1,9 @@
 """Read and change, in bulk, the kernel's entries for the peers of a VXLAN device.
 
 Owns three kinds of entries: permanent neighbours, FDB entries and routes. Entries that do not
-belong to peers stay unchanged. Keys and values are bytes as in netlink messages, so that thousands
-of entries are compared and sent without one object for each. ``vxlan_peers`` translates peers into
-entries. Threading: as ``RouteSocket``.
+belong to peers stay unchanged. Keys and values are bytes as in netlink messages. Thousands of
+entries can then be compared and sent without an object for each. ``vxlan_peers`` translates peers
+into entries. Threading: same as ``RouteSocket``.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NUD_PERMANENT, NTF_SELF = 0x80, 0x02
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 AF_BRIDGE = 7
-# The metric that the kernel sets if a request has none. Routes with another metric are not ours.
+# The metric that the kernel sets if a request has none. A route with another metric is not ours.
 METRIC = {4: 0, 6: 1024}
 
 NDMSG = struct.Struct("=B3xiHBB")  # family, interface, state, flags, type
 RTMSG = struct.Struct("=8BI")  # family, dst_len, src_len, TOS, table, protocol, scope, type; flags
 NUMBER = struct.Struct("=I")
 NUMBER_ATTRIBUTE = struct.Struct("=HHI")
-# A whole request body: one of the headers above, then attributes. By IP version.
+# A whole request body, by IP version: one of the headers above, followed by attributes.
 NEIGHBOUR = {version: struct.Struct(f"{NDMSG.format}HH{size}sHH6s2x")
              for version, size in ((4, 4), (6, 16))}
 MAC_ONLY = struct.Struct(f"{NDMSG.format}HH6s2x")
 ROUTE = {version: struct.Struct(f"{RTMSG.format}HH{size}sHH{size}sHHI")
          for version, size in ((4, 4), (6, 16))}
 LINK_ROUTE = struct.Struct(f"{RTMSG.format}HH16sHHI")
-ON_LINK = b""  # instead of a next hop
+ON_LINK = b""  # value for a route without a next hop
 
 Prefix = tuple[bytes, int]  # network address, length in bits
 
@@ -75,8 +75,8 @@ class EntrySocket:
     """Reads and changes the entries of one device.
 
     version  IP version of the device's underlay, and of the packets that the device carries
-    network  network of the overlay: direct routes are ours if they have our protocol number
-             and are within this network. None: the protocol number is enough
+    network  network of the overlay. A direct route is ours if it has our protocol number and is
+             within this network. None: a direct route is ours if it has our protocol number
     """
 
     def __init__(
@@ -112,23 +112,25 @@ class EntrySocket:
         return same and length >= self._network.prefixlen
 
     def put_neighbours(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
-        """Set each (address, MAC), replacing the entry of that address. Raises OSError."""
+        """Set each (address, MAC). Replace an existing entry of the address. Raises OSError."""
         return self._send([self._neighbour(*item) for item in items])
 
     def put_forwarding(self, items: Iterable[tuple[bytes, bytes]]) -> list[Refusal | None]:
-        """Set each (MAC, address on the underlay), replacing the entry of that MAC. Raises OSError.
+        """Set each (MAC, address on the underlay). Replace an existing entry of the MAC.
+
+        Raises OSError.
         """
         return self._send([self._forwarding(*item) for item in items])
 
     def put_routes(
         self, items: Iterable[tuple[Prefix, bytes]], ours: dict[Prefix, bytes]
     ) -> list[Refusal | None]:
-        """Set each (prefix, next hop), replacing any other route to the prefix. Raises OSError.
+        """Set each (prefix, next hop). Replace any other route to the prefix. Raises OSError.
 
-        A route that the kernel itself has added is not replaced: this host is directly connected
-        to the network of its prefix.
+        Exception: a route that the kernel itself has added is not replaced. Such a route means that
+        this host is directly connected to the network of the prefix.
 
-        ours  our present routes, which are replaced without a check
+        ours  our present routes, which are replaced without this check
         """
         wanted = list(items)
         refused = self._send([
@@ -152,7 +154,7 @@ class EntrySocket:
         return refused
 
     def delete(self, entries: Entries) -> list[str]:
-        """Remove these entries, routes first.
+        """Remove these entries, the routes first.
 
         Returns one error message for each entry that the kernel did not delete. Raises OSError.
         """
@@ -192,14 +194,14 @@ class EntrySocket:
         ))
 
     def _delete_forwarding(self, mac: bytes) -> Request:
-        """Build a request that deletes the FDB entry of this MAC, with any address."""
+        """Build a request that deletes the FDB entry of this MAC, for any address of the entry."""
         return Request(RTM_DELNEIGH, 0, MAC_ONLY.pack(
             AF_BRIDGE, self._index, NUD_PERMANENT, NTF_SELF, 0, 4 + 6, NDA_LLADDR, mac))
 
     def _route(self, prefix: Prefix, next_hop: bytes, mode: int | None) -> Request:
         """Build a request for one route.
 
-        mode  NLM_F_REPLACE or NLM_F_EXCL to add it; None to delete it
+        mode  NLM_F_REPLACE or NLM_F_EXCL: add the route; None: delete the route
         """
         base, length = prefix
         size = len(base)
@@ -232,8 +234,8 @@ class EntrySocket:
     def _routes(self) -> Iterable[tuple[Prefix, bytes, int, int]]:
         """Yield the prefix, next hop, interface and protocol of routes in the main table.
 
-        Skips routes that cannot be ours: ours are unicast, with TOS 0 and our metric, and never
-        default routes.
+        Routes that cannot be ours are skipped. Our routes are unicast, have TOS 0 and our metric,
+        and are never default routes.
         """
         request = RTMSG.pack(FAMILY[self._version], 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
         for body in self._netlink.dump(RTM_GETROUTE, request):

@@ -1,9 +1,9 @@
 """Translate the peers of a VXLAN device into kernel entries, and apply them.
 
 Owns the order in which entries are added and removed, and this rule: a peer has a route through the
-device only if its neighbour and FDB entries are active. If not, it has no such route, and its
-packets can take another path. Does not depend on the settings of the device or on netlink's message
-format. Threading: as ``EntrySocket``.
+device only if its neighbour and FDB entries are active. Without such a route, packets to the peer
+can take another path. Does not depend on the settings of the device or on netlink's message format.
+Threading: same as ``EntrySocket``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE | re.ASCII)
 
 
 def parse_mac(field: str, value: str) -> bytes:
-    """Parse a unicast MAC address, "aa:bb:cc:dd:ee:ff", and return its bytes. Raises FieldError."""
+    """Return the bytes of a unicast MAC address "aa:bb:cc:dd:ee:ff". Raises FieldError."""
     mac = bytes.fromhex(value.replace(":", "")) if MAC.fullmatch(value) else b""
     if not any(mac) or mac[0] & 1:
         raise FieldError(field, value, "a unicast MAC address, such as 5e:23:52:e4:f8:7b")
@@ -31,7 +31,7 @@ def parse_mac(field: str, value: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class VxlanPeer:
-    """A subnet of a peer. Raises FieldError if ``mac`` is not a unicast MAC address.
+    """A peer and its subnet. Raises FieldError if ``mac`` is not a unicast MAC address.
 
     mac     MAC address of the peer's device, "aa:bb:cc:dd:ee:ff" (VtepMAC of its lease)
     direct  if ``endpoint`` is on the link, route the subnet via it without encapsulation
@@ -51,16 +51,16 @@ class VxlanPeer:
 
 @dataclass(frozen=True, slots=True)
 class PeerFailure:
-    """A peer that could not be set up, and the error. It has no route through the device."""
+    """A peer that could not be set up, and the error. The peer has no route through the device."""
 
     peer: VxlanPeer
     error: DeviceError | FieldError
 
 
 def take(entries: Entries, subnets: Iterable[IPNetwork]) -> Entries:
-    """Remove the entries of these subnets from ``entries``, and return them.
+    """Remove the entries of these subnets from ``entries``. Return the removed entries.
 
-    The FDB entry of a MAC is returned and also stays, because other subnets may use the MAC.
+    Exception: an FDB entry is returned but not removed, because other subnets may use its MAC.
     """
     taken = Entries()
     for subnet in subnets:
@@ -77,7 +77,7 @@ def take(entries: Entries, subnets: Iterable[IPNetwork]) -> Entries:
 
 @dataclass(eq=False, slots=True)
 class _Row:
-    """A peer as bytes for the kernel."""
+    """A peer as bytes of netlink messages."""
 
     peer: VxlanPeer
     prefix: Prefix
@@ -88,10 +88,10 @@ class _Row:
 class EntryUpdate:
     """One update of a device's entries: ``put`` adds peers, ``clear`` removes unused entries.
 
-    now             entries that stay; ``put`` adds the ones that have become active
+    now             entries that stay; ``put`` adds the entries that have become active
     former          entries to remove, except those that ``put`` needs again
-    skip_unchanged  do not send entries that are in ``former``, which has just been read from the
-                    kernel. False: send all, because ``former`` may be outdated
+    skip_unchanged  True: do not send entries that are in ``former``, because ``former`` has just
+                    been read from the kernel. False: send all, because ``former`` may be outdated
     failures        peers that are not active
     """
 
@@ -133,7 +133,7 @@ class EntryUpdate:
             self._withdraw(row)
 
     def clear(self) -> list[str]:
-        """Remove former entries that are not used any more.
+        """Remove the entries in ``former`` that are not used any more.
 
         Returns one error message for each entry that the kernel did not delete. Raises OSError.
         """
@@ -157,9 +157,10 @@ class EntryUpdate:
         return True
 
     def _with_unique_macs(self, rows: Iterable[_Row]) -> list[_Row]:
-        """Return the rows whose MAC belongs to one endpoint: the FDB has one endpoint per MAC.
+        """Return rows in which each MAC has one endpoint, as the FDB requires.
 
-        Of several endpoints with the same MAC, the first one keeps it; the others are failures.
+        If several endpoints have the same MAC, the first endpoint keeps it. The others become
+        failures.
         """
         holders: dict[bytes, _Row] = {}
         unique = []
@@ -190,7 +191,7 @@ class EntryUpdate:
         return refused
 
     def _withdraw(self, row: _Row) -> None:
-        """Move the active entries of a failed peer to ``former``: ``clear`` removes them."""
+        """Move the active entries of a failed peer to ``former``. ``clear`` then removes them."""
         now, former = self.now, self._former
         base = row.prefix[0]
         now.neighbours.pop(base, None)

@@ -1,1 +1,1 @@
-"""Leases in etcd v3, in flannel's schema. This package itself imports nothing."""
+"""Leases in etcd v3, in flannel's schema. This ``__init__`` module imports nothing."""

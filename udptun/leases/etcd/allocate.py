@@ -1,7 +1,8 @@
-"""The choice of a node's subnet from a listing of all leases, as flannel does it.
+"""Chooses a node's subnet from a listing of all leases, as flannel does.
 
-Owns: the order of preference, and which subnets are free. ``keeper`` writes the choice to the store
-and handles another node that writes first. Pure functions: no I/O, no clock; any thread.
+Owns: the order of preference, and which subnets are free. ``keeper`` writes the choice to the
+store, and handles the case that another node writes first. Pure functions: no I/O, no clock; any
+thread.
 
 source  flannel's AcquireLease
 """
@@ -18,18 +19,20 @@ from ..base import Attributes, StoreRefused, Subnets
 if TYPE_CHECKING:
     from ..netconf import NetConfig
 
-CANDIDATES_MAX = 100  # one is drawn, so that nodes that start together rarely choose the same
+# One subnet is chosen at random from at most this many free subnets. So nodes that start together
+# rarely choose the same subnet.
+CANDIDATES_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One key of a listing. Its subnets are in use even if its value is invalid."""
+    """One key of a listing. The key's subnets are in use even if the key's value is invalid."""
 
     key: str
     subnets: Subnets
     attributes: Attributes | None  # None: the value is invalid
     mod_revision: int
-    lease_id: int  # 0: written without an etcd lease, which makes it a reservation
+    lease_id: int  # the ID of the key's etcd lease; 0: no etcd lease, so the key is a reservation
 
     @property
     def reserved(self) -> bool:
@@ -37,7 +40,11 @@ class Entry:
 
 
 def same_node(published: Attributes | None, own: Attributes) -> bool:
-    """Return whether this node published a lease: it has our public address."""
+    """Return whether this node published the lease with the attributes ``published``.
+
+    This is the case if the lease has our public address: our IPv4 address if we have one, else our
+    IPv6 address.
+    """
     if published is None:
         return False
     if own.public_ip is not None:
@@ -55,7 +62,11 @@ def fits(subnets: Subnets, network: NetConfig) -> bool:
 
 
 def own_entries(entries: Iterable[Entry], own: Attributes, former: Subnets) -> list[Entry]:
-    """Return our existing leases, best first: reservations, then the subnets we had last."""
+    """Return our existing leases, sorted by preference.
+
+    Reservations come before other leases. In each of these two groups, the lease with the former
+    subnets comes first.
+    """
     found = [entry for entry in entries if same_node(entry.attributes, own)]
     return sorted(found, key=lambda entry: (not entry.reserved, entry.subnets != former))
 
@@ -64,9 +75,9 @@ def choose(
     network: NetConfig, entries: Sequence[Entry], former: Subnets,
     draw: Callable[[Sequence[int]], int],
 ) -> Subnets:
-    """Return the former subnets if they are free and allowed, else free ones that are drawn.
+    """Return the former subnets if they are free and allowed.
 
-    Raises StoreRefused if no subnet is free.
+    Else return free subnets that ``draw`` selects. Raises StoreRefused if no subnet is free.
     """
     used = [subnet for entry in entries for subnet in entry.subnets]
     if former.v4 is not None and fits(former, network) and not any(
@@ -95,9 +106,11 @@ def choose(
 def free_subnets(
     low: int, high: int, size: int, used: Iterable[IPNetwork], limit: int = CANDIDATES_MAX
 ) -> list[int]:
-    """Return the base addresses, ``low`` to ``high`` in steps of ``size``, of free subnets.
+    """Return the base addresses of the free subnets, in ascending order.
 
-    limit  of the result; the lowest come first
+    The possible base addresses are ``low`` to ``high``, in steps of ``size``.
+
+    limit  the largest number of base addresses in the result
     """
     spans = sorted((int(net.network_address), int(net.broadcast_address)) for net in used)
     spans.append((high + size, high + size))
@@ -109,7 +122,7 @@ def free_subnets(
             if len(found) == limit:
                 return found
             base += size
-        if last >= base:  # the next base after this span
+        if last >= base:  # continue with the first base after this span
             base += ((last - base) // size + 1) * size
     return found
 

@@ -1,12 +1,12 @@
 """A client of etcd v3 over gRPC: selection of a member, authentication, detection of dead members.
 
 Owns: the one open channel, the token, the time limits, and the meaning of errors. Does not depend
-on keys or leases; the callers retry. Asyncio, one loop. Needs etcd 3.4 or newer, which answers
-progress requests on a watch.
+on keys or leases. The callers retry. Asyncio, one loop. Needs etcd 3.4 or newer, because older
+versions do not answer progress requests on a watch.
 
-A call tries each member once, starting with the one that answered last. When a member fails, its
-channel is closed, and all other requests on that channel end with StoreDown. Each new channel reads
-the certificates again, so renewed certificates need no restart.
+A call tries each member once. The first is the member that answered last. When a member fails, its
+channel is closed, and all other requests on this channel end with StoreDown. Each new channel reads
+the certificate files again, so renewed certificates need no restart.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from . import messages
 from .config import EtcdConfig
 
 CALL_TIMEOUT_S = 3.0
-# After WATCH_IDLE_S without a response, a watch gets a progress request. It is dead if there is no
-# response within WATCH_RESPONSE_S. TCP does not detect this: the kernel still accepts data for a
-# stopped process.
+# If a watch has no response for WATCH_IDLE_S, the client sends a progress request. If there is no
+# response to this request within WATCH_RESPONSE_S, the watch is dead. TCP does not detect a stopped
+# etcd process, because the kernel still accepts data for the process.
 WATCH_IDLE_S = 4.0
 WATCH_RESPONSE_S = 3.0
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),  # all leases are listed in one message
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel must not inherit the last one's back-off
+    # A new channel must not use the back-off of the previous channel.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 )
 _REFUSALS = {
@@ -40,8 +41,8 @@ _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND,
 }
-# Only the text of the error, not its code, says that a token is invalid or that roles have changed
-# since it was issued.
+# These texts of an error mean that the token is invalid, or that roles have changed since the token
+# was issued. The error's code alone does not tell this.
 _STALE_TOKEN = ("invalid auth token", "user name is empty", "revision of auth store is old")
 _NO_AUTH = "authentication is not enabled"
 
@@ -54,9 +55,10 @@ class _Connection(NamedTuple):
 class Client:
     """Sends requests to one etcd cluster.
 
-    Raises StoreDown if no member answered, StoreRefused if etcd refused the request.
+    Each request raises StoreDown if no member answered, and StoreRefused if etcd refused the
+    request.
 
-    failed  called for each failed request
+    failed  called once for each failed request
     """
 
     def __init__(self, config: EtcdConfig, failed: Callable[[], None]) -> None:
@@ -81,8 +83,8 @@ class Client:
     async def watch(self, create: Any) -> AsyncGenerator[Any, None]:
         """Yield the WatchResponses to one WatchCreateRequest, until an error or until closed.
 
-        These include responses to progress requests; they have no events and show that the member
-        is alive.
+        Some of them are responses to progress requests. Such a response has no events; it shows
+        that the member is alive.
         """
         connection = self._open()
         try:
@@ -109,7 +111,10 @@ class Client:
         return self._connection
 
     async def _drop(self, connection: _Connection) -> None:
-        """Close the connection and select the next member, if this is still the open one."""
+        """Close ``connection`` and select the next member.
+
+        Do nothing if ``connection`` is not the open connection any more.
+        """
         if connection is self._connection:
             self._member = (self._member + 1) % len(self._targets)
             await self.aclose()
@@ -137,12 +142,12 @@ class Client:
         except StoreRefused as error:
             if not (had_token and any(text in str(error) for text in _STALE_TOKEN)):
                 raise
-            self._token = None  # a member loses all tokens when it restarts
+            self._token = None  # get a new token: a member loses all tokens when it restarts
             metadata = await self._metadata(connection)
             return await self._call_once(connection, method, request, metadata)
 
     async def _metadata(self, connection: _Connection) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of every request: the token, if there is a user."""
+        """Return the metadata of a request: the token; empty without a user name."""
         config = self._config
         if not config.username:
             return ()
@@ -153,7 +158,7 @@ class Client:
             except StoreRefused as error:
                 if _NO_AUTH not in str(error):
                     raise
-                return ()  # as etcd's own client: not an error
+                return ()  # as in etcd's own client: a cluster without authentication is no error
             self._token = str(answer.token)
         return (("token", self._token),)
 
@@ -174,8 +179,8 @@ class Client:
 
     async def _watch(self, connection: _Connection, create: Any) -> AsyncGenerator[Any, None]:
         address = connection.address
-        # Without "hasleader", a member without a leader sends no events, but answers progress
-        # requests as if it were healthy.
+        # "hasleader": a member that has lost its leader ends the watch. Without it, such a member
+        # sends no events, but still answers progress requests as a healthy member does.
         metadata = (*await self._metadata(connection), ("hasleader", "true"))
         try:
             stream = connection.channel.stream_stream(
@@ -205,11 +210,11 @@ class Client:
                     raise self._error(address, await stream.code(), await stream.details())
                 timeout, response_expected = WATCH_IDLE_S, False
                 if response.canceled:
-                    self._token = None  # a stale token is reported as missing permission here
+                    self._token = None  # etcd reports a stale token here as a missing permission
                 yield response
         except grpc.aio.AioRpcError as error:
             raise self._error(address, error.code(), error.details()) from None
-        except asyncio.InvalidStateError:  # a write after the stream had ended
+        except asyncio.InvalidStateError:  # the stream had ended before a write
             raise self._error(address, await stream.code(), await stream.details()) from None
         except (grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise _closed(address, error) from None
@@ -217,7 +222,8 @@ class Client:
             stream.cancel()
             if reading is not None:
                 await asyncio.wait({reading})
-                _ = reading.cancelled() or reading.exception()  # retrieved, so asyncio logs nothing
+                # Retrieve the exception, so that asyncio does not log it.
+                _ = reading.cancelled() or reading.exception()
 
     def _error(self, address: str, code: Any, details: str | None) -> StoreDown | StoreRefused:
         self._failed()
@@ -229,7 +235,11 @@ class Client:
 
 
 def _closed(address: str, error: BaseException) -> BaseException:
-    """Return the error of an interrupted call: StoreDown, or the cancellation of our task."""
+    """Return the error to raise for an interrupted call.
+
+    If our task was cancelled, return this cancellation. Else another request has closed the
+    connection: return StoreDown.
+    """
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         return error

@@ -1,5 +1,6 @@
-"""The configuration of an etcd source, validated. Imports nothing heavy: the command line uses it.
+"""The configuration of an etcd source, validated.
 
+The command line imports this module at every start, so it imports only small modules.
 Frozen dataclasses; any thread.
 """
 
@@ -15,7 +16,7 @@ from ...errors import FieldError
 
 DEFAULT_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")  # as in flannel
 DEFAULT_PREFIX = "/coreos.com/network"
-DEFAULT_PORT = 2379  # for an endpoint without a port
+DEFAULT_PORT = 2379  # used for an endpoint without a port
 TTL_S = 86400
 
 
@@ -30,15 +31,17 @@ class Target(NamedTuple):
 class EtcdConfig:
     """The etcd cluster, our credentials, and the lifetime of a lease. Raises FieldError if invalid.
 
-    endpoints             http:// or https:// URLs of members of one cluster, in any order. Without
-                          a scheme: https if certificates are given, else http
+    endpoints             http:// or https:// URLs of members of one cluster, in any order. A URL
+                          without a scheme is https if certfile or cafile is given, else http
     prefix                flannel's keys are ``<prefix>/config`` and ``<prefix>/subnets/...``
-    keyfile, certfile     our client certificate, PEM files; both or neither
-    cafile                the CA that must have signed the members' certificates; empty: the
+    keyfile, certfile     PEM files with the key and the certificate of this client. Give both files
+                          or none
+    cafile                PEM file with the CA that signed the members' certificates; empty: use the
                           system's CAs
-    username, password    of an etcd user; empty: no authentication
+    username, password    the name and password of an etcd user; empty: no authentication
     renew_margin_minutes  a lease is renewed this long before it expires; flannel accepts 1 to 1439
-    ttl_seconds           lifetime of a lease; a day in flannel, shorter values are for tests
+    ttl_seconds           lifetime of a lease. flannel's leases live for a day; tests use shorter
+                          values
     """
 
     kind: ClassVar[str] = "etcd"
@@ -71,17 +74,17 @@ class EtcdConfig:
 
     @property
     def store_id(self) -> str:
-        """The prefix alone, not the endpoints: the members of a cluster change over time."""
+        """Contains the prefix but not the endpoints: the members of a cluster change over time."""
         return f"etcd {self.root}"
 
     @property
     def renew_margin(self) -> float:
-        """In seconds."""
+        """How long before its expiry a lease is renewed, in seconds."""
         return self.renew_margin_minutes * 60
 
     @property
     def root(self) -> str:
-        """The prefix of all keys, cleaned up as by flannel's path.Join."""
+        """The prefix of all keys, normalized as flannel's path.Join normalizes it."""
         return normpath(re.sub("/+", "/", self.prefix))
 
     @property

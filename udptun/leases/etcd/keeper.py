@@ -1,9 +1,9 @@
-"""Our own lease: acquire it, renew it, publish changes in it, acquire it again when it is lost.
+"""Acquires our own lease, renews it, publishes changes in it, and acquires it again if it is lost.
 
-Owns: our one key, and its last known state in the store. Every write is a transaction: a key is
-created only if it does not exist, and changed only if its revision is still the one that we last
-read. So neither a lost race nor a lost response can overwrite the lease of another node. Asyncio,
-one loop.
+Owns: our one key, and the key's last known state in the store. Every write is a transaction. It
+creates a key only if the key does not exist. It changes a key only if the key's revision is still
+the revision that we last read. So a write never overwrites the lease of another node, even if the
+other node was faster or a response was lost. Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from .config import EtcdConfig
 from .schema import config_key, read_value, subnets_prefix, write_key, write_value
 from .watch import list_entries
 
-TRIES = 10  # as in flannel; if another node takes the chosen subnet first, list again
-CHECK_S = 30.0  # interval at which our key is read if the watch reports no change of it
-RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0  # between attempts to get a lost lease back
+TRIES = 10  # attempts to write a key while other nodes write too; as many as in flannel
+CHECK_S = 30.0  # our key is read at this interval, even if the watch reports no change of the key
+RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0  # delay between attempts to get a lost lease back
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Our key as we last read it. ``expires`` is in time.monotonic(); None: a reservation."""
+    """The last known state of our key.
+
+    expires  the time in time.monotonic() when the lease expires; None: it does not expire, because
+             it is a reservation or its state in the store is not known yet
+    """
 
     lease: Lease
     mod_revision: int
@@ -53,7 +57,7 @@ class _Taken(Exception):
 class LeaseKeeper:
     """Keeps the lease of one node.
 
-    draw  selects one of the base addresses of the free subnets
+    draw  called with the base addresses of the free subnets; returns one of them
     """
 
     def __init__(
@@ -63,15 +67,16 @@ class LeaseKeeper:
         self._client, self._config, self._health, self._draw = client, config, health, draw
         self._prefix = subnets_prefix(config.root)
         self._held: _Held | None = None
-        # ids of the etcd leases that we granted; any other etcd lease may have other nodes' keys
+        # The IDs of the etcd leases that this process requested. Only these are revoked, because
+        # another etcd lease may also hold the keys of other nodes.
         self._granted: set[int] = set()
-        self._spare: tuple[int, float] | None = None  # an unused etcd lease and when it expires
+        self._spare: tuple[int, float] | None = None  # (ID, expiry) of an unused etcd lease
         self._logged = ""
-        self._writing = asyncio.Lock()  # acquire may run while hold renews
+        self._writing = asyncio.Lock()  # acquire may be called while hold renews the lease
         self._check_now = asyncio.Event()
 
     def key_changed(self, key: str | None) -> None:
-        """Report that a key has changed in the store; None: any key may have changed."""
+        """Tell the keeper that ``key`` has changed in the store; None: any key may have changed."""
         if self._held is not None and key in (None, self._held.lease.key):
             self._check_now.set()
 
@@ -108,7 +113,7 @@ class LeaseKeeper:
     async def hold(self, lease: Lease) -> None:
         backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         if self._held is None or self._held.lease.key != lease.key:
-            # Cached before a restart; its state in the store is not known yet.
+            # ``lease`` was cached before a restart. Its state in the store is not known yet.
             self._lose(_Held(lease, 0, 0, None), "not confirmed by the store yet")
         while True:
             self._check_now.clear()
@@ -121,7 +126,9 @@ class LeaseKeeper:
                 contested = False
                 self._fail(error)
                 delay = backoff.next()
-            if contested:  # the other writer may write again at once: back off, do not race it
+            # The other writer of our key may write again at once. Back off, so that the two do not
+            # overwrite each other in a fast loop.
+            if contested:
                 await asyncio.sleep(backoff.next())
             if not await wait_at_most(self._check_now, delay) and not self._logged:
                 backoff.reset()
@@ -136,7 +143,7 @@ class LeaseKeeper:
     async def _try_acquire(
         self, network: NetConfig, attributes: Attributes, former: Subnets
     ) -> bool:
-        """Return False if another node was faster."""
+        """Make one attempt to write a lease. Return False if another node was faster."""
         entries = (await list_entries(self._client, self._config.root)).entries
         for entry in own_entries(entries, attributes, former):
             if fits(entry.subnets, network):
@@ -167,8 +174,9 @@ class LeaseKeeper:
     # Hold
 
     async def _check(self) -> bool:
-        """Read our key; write, renew or create it as needed. Return whether it had been changed.
+        """Read our key. Create the key again, write it or renew it, if one of these is needed.
 
+        Return True if the key was deleted or changed by another writer, or if our lease was lost.
         Raises _Taken, StoreDown, StoreRefused.
         """
         held = self._held
@@ -195,7 +203,10 @@ class LeaseKeeper:
         return False
 
     async def _adopt(self, kv: Any, held: _Held) -> bool:
-        """Accept our key as it is if it has our attributes. Return False if it must be written."""
+        """Take the key's present state as our lease, if the key has our attributes.
+
+        Return False if the key must be written: it has other attributes, or it expires too soon.
+        """
         if kv.value != write_value(held.lease.attributes):
             return False
         expires = None
@@ -230,23 +241,28 @@ class LeaseKeeper:
         raise StoreDown(f"etcd key {lease.key} changes faster than it can be written")
 
     def _check_owner(self, kv: Any, lease: Lease) -> None:
-        """Raise _Taken if our key, which was changed, has the public address of another node."""
+        """Raise _Taken if our key has the public address of another node.
+
+        Called if the key has changed.
+        """
         try:
             attributes = read_value(kv.value)
         except FieldError:
-            return  # an invalid value belongs to no node: write ours again
+            return  # an invalid value belongs to no node, so our value may be written again
         if not same_node(attributes, lease.attributes):
             held = self._held
             if held is not None and same_node(attributes, held.lease.attributes):
-                return  # our previous public address
+                return  # the key has our previous public address
             owner = attributes.public_ip or attributes.public_ipv6
             raise _Taken(f"{lease.subnets} is now the lease of {owner}")
 
     async def _put(self, lease: Lease, found: Entry | None) -> bool:
-        """Write our key if it is still as ``found``, or does not exist if that is None.
+        """Write our key, if the key has not changed.
 
-        Return False if the key was changed. If we changed it ourselves and the response was lost,
-        the next check finds our address in the key.
+        found  the last known state of the key; None: the key does not exist
+
+        Return False if the key has changed. If the change was our own write, whose response was
+        lost, then the next check finds our address in the key.
         """
         key = self._prefix + lease.key.encode()
         grant_id, expires = (0, None) if lease.reserved else await self._grant()
@@ -266,18 +282,19 @@ class LeaseKeeper:
             self._granted.add(grant_id)
         if former_id in self._granted - {grant_id}:
             self._granted.discard(former_id)
-            with contextlib.suppress(StoreDown, StoreRefused):  # it expires anyway
+            # An error is ignored, because the former etcd lease expires without a revocation too.
+            with contextlib.suppress(StoreDown, StoreRefused):
                 await self._client.call(
                     messages.LEASE_REVOKE, messages.LEASE_REVOKE.request(ID=former_id)
                 )
         return True
 
     async def _grant(self) -> tuple[int, float]:
-        """Return an etcd lease for our key, and when it expires in time.monotonic().
+        """Return an etcd lease for our key: its ID, and its expiry time in time.monotonic().
 
-        A lease that was granted for a failed attempt is used for the next one, so that failures do
-        not accumulate leases. If the response to that attempt was lost, our key may already belong
-        to this lease.
+        If an attempt to write the key fails, the next attempt uses the same etcd lease. So failures
+        do not accumulate etcd leases. Our key may already belong to this etcd lease, if the write
+        succeeded but its response was lost.
         """
         ttl_s = self._config.ttl_seconds
         if self._spare is not None and self._spare[1] - time.monotonic() > 0.9 * ttl_s:
@@ -316,7 +333,7 @@ class LeaseKeeper:
         return min(max(until_renewal, 0.0), CHECK_S)
 
     def _fail(self, error: Exception) -> None:
-        """Record and log why a check failed; each reason once."""
+        """Record and log why a check failed. The same reason is logged only once."""
         held, health = self._held, self._health
         assert held is not None
         if isinstance(error, _Taken):

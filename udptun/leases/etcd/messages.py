@@ -2,10 +2,12 @@
 
 Owns: the field numbers, and the classes made from them. No I/O; any thread.
 
-The classes are built at import from the text below: generated code would work with a few major
-versions of protobuf only, and would not be readable. The text is parsed as proto2. Its encoding
-equals that of etcd's proto3, except that it sends a field that is set to 0. That is needed:
-``version = 0`` in a Compare must be sent, since etcd takes an unset target as true.
+The classes are built at import from the text below. Generated code would work with only a few major
+versions of protobuf, and would not be readable.
+
+The text is parsed as proto2. The encoding of proto2 differs from etcd's proto3 in one case: proto2
+sends a field that is set to 0. This difference is needed, because ``version = 0`` in a Compare must
+be sent: etcd takes a comparison without a value as true.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def _make_classes() -> dict[str, Any]:
             else:
                 added.type = field_type.TYPE_MESSAGE
                 added.type_name = f".{_PACKAGE}.{kind}"
-    pool = descriptor_pool.DescriptorPool()  # not the default one, which generated code shares
+    # Not the default pool, because all generated code in the process shares the default pool.
+    pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return {
         message.name: message_factory.GetMessageClass(
@@ -105,7 +108,7 @@ EVENT_DELETE = 1  # Event.type
 
 
 class Method(NamedTuple):
-    """One remote call with one request and one response."""
+    """A method of etcd's gRPC services: its path, and the classes of its request and response."""
 
     path: str
     request: Any

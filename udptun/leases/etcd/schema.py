@@ -2,8 +2,9 @@
 
 Owns: encoding and decoding of keys and values. No I/O; any thread.
 
-Values are decoded as in Go: field names in any case, unknown fields ignored. Unlike in flannel, a
-lease that cannot be used is an error: one without a public address, or with host bits in its key.
+Values are decoded as in Go: field names may have any case, and unknown fields are ignored. Unlike
+in flannel, a lease that cannot be used is an error. Such a lease has no public address, or has host
+bits in its key.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ...errors import FieldError
 from ...model import parse_next_hop
 from ..base import Attributes, Subnets
 
-# Go's encoder escapes these characters for browsers; in JSON they occur in strings only.
+# Go's encoder escapes these characters, because they have a meaning in HTML or JavaScript. In JSON
+# they occur only in strings.
 _GO_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 _KEY = re.compile(r"([0-9.]+)-([0-9]{1,2})(?:&([0-9a-f:]+)-([0-9]{1,3}))?")
 _KEY_EXPECTED = "a key such as 10.5.52.0-24 or 10.5.52.0-24&fc00:0:0:1::-64"
@@ -28,7 +30,8 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would create one per lease
+# One decoder for all leases. json.loads with parse_constant would create a decoder at each call.
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def config_key(root: str) -> bytes:
@@ -36,23 +39,28 @@ def config_key(root: str) -> bytes:
 
 
 def subnets_prefix(root: str) -> bytes:
-    """The common prefix of the keys of all leases.
+    """Return the common prefix of the keys of all leases.
 
-    flannel lists without the final slash. With it, keys such as <root>/subnets.old/... are not
-    taken for leases, and fewer keys must be permitted.
+    flannel lists the keys without the final slash in the prefix. With the final slash, a key such
+    as <root>/subnets.old/... is not taken for a lease, and the etcd user needs permission for fewer
+    keys.
     """
     return f"{root}/subnets/".encode()
 
 
 def write_key(subnets: Subnets) -> str:
-    """Return the part after ``subnets_prefix``: 10.5.52.0-24, 10.5.52.0-24&fc00:0:0:1::-64."""
+    """Return the part of the key after ``subnets_prefix``.
+
+    Examples: 10.5.52.0-24 and 10.5.52.0-24&fc00:0:0:1::-64.
+    """
     return "&".join(f"{subnet.network_address}-{subnet.prefixlen}" for subnet in subnets)
 
 
 def read_key(key: str) -> Subnets:
-    """Parse a key; raise FieldError if it is invalid.
+    """Parse the part of a key after ``subnets_prefix``. Raises FieldError if the key is invalid.
 
-    flannel has no keys for IPv6 alone, a /0, or a single host.
+    A key without an IPv4 subnet, for a /0, or for a single address is invalid, because flannel has
+    no such keys.
     """
     match = _KEY.fullmatch(key)
     if match is None:
@@ -69,7 +77,11 @@ def read_key(key: str) -> Subnets:
 
 
 def write_value(attributes: Attributes) -> bytes:
-    """Encode flannel's LeaseAttrs; absent addresses are 0.0.0.0 and null, other fields omitted."""
+    """Encode flannel's LeaseAttrs.
+
+    An absent IPv4 address is encoded as 0.0.0.0, and an absent IPv6 address as null. Other absent
+    fields are omitted.
+    """
     value: dict[str, Any] = {
         "PublicIP": str(attributes.public_ip or "0.0.0.0"),
         "PublicIPv6": None if attributes.public_ipv6 is None else str(attributes.public_ipv6),
@@ -85,7 +97,11 @@ def write_value(attributes: Attributes) -> bytes:
 
 
 def read_value(value: bytes) -> Attributes:
-    """Decode a value. FieldError: not JSON, truncated, a wrong type, or no public address."""
+    """Decode a value.
+
+    Raises FieldError if the value is not JSON or is truncated, if a field has a wrong type, or if
+    there is no public address.
+    """
     try:
         fields = _DECODER.decode(value.decode())
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""The etcd source: one client, one watcher of all leases, one keeper of our own.
+"""The etcd source: one client, one watcher of all leases, one keeper of our own lease.
 
-Owns: the composition, and the health of the whole. Asyncio, one loop.
+Owns: the creation of these three objects, and the health of the source. Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def open_source(config: EtcdConfig, _: LocalAddresses) -> EtcdSource:
 class EtcdSource(LeaseSource):
     """A LeaseSource over flannel's keys in etcd.
 
-    draw  selects one of the base addresses of the free subnets
+    draw  called with the base addresses of the free subnets; returns one of them
     """
 
     def __init__(

@@ -1,14 +1,14 @@
-"""The changes of all leases: one listing, then a watch from its revision, then again.
+"""The changes of all leases: lists the leases once, then watches from the revision of the listing.
 
 Owns: the current revision, the skipped entries, and when to list again. ``keeper`` keeps our own
-lease; the watcher reports changes of keys to it. Asyncio, one loop.
+lease; the watcher reports the changes of keys to ``keeper``. Asyncio, one loop.
 
-- An invalid entry is skipped and reported; the previous lease of its key stays active.
-- When the watch's revision has been compacted, all leases are listed again, and the differences are
-  reported as changes.
-- A store that lost data (recreated, or restored from an older backup) removes no lease. A missing
-  lease stays active for the TTL of a lease, or until its key or its node is back. So a store that
-  lost all leases causes no outage.
+- An invalid entry is skipped and reported. The previous lease of its key stays active.
+- If etcd has compacted the watch's revision, all leases are listed again, and the differences are
+  yielded as changes.
+- If the store has lost data (it was recreated, or restored from an older backup), no lease is
+  removed at once. A missing lease stays active for the TTL of a lease, or until its key or its node
+  is back. So the loss of all leases in the store causes no outage.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from .allocate import Entry
 from .client import Client
 from .schema import read_key, read_value, subnets_prefix
 
-RETRY_MIN_S, RETRY_MAX_S = 0.1, 0.8  # a store that is back is noticed within a second
-REFUSED_MAX_S = 10.0  # each attempt can cost the store the hash of a password
+RETRY_MIN_S, RETRY_MAX_S = 0.1, 0.8  # short, to detect within a second that the store is back
+REFUSED_MAX_S = 10.0  # longer, because the store may have to hash a password at each attempt
 
 log = logging.getLogger(__name__)
 
 
 class Listing:
-    """The keys of leases at one revision of the store."""
+    """The lease keys and their values at one revision of the store."""
 
     def __init__(self, response: Any, prefix: bytes) -> None:
         self.revision = int(response.header.revision)
@@ -76,9 +76,9 @@ async def list_entries(client: Client, root: str) -> Listing:
 class LeaseWatcher:
     """Yields the leases of one store and their changes.
 
-    lost_ttl     seconds for which a lease stays active that the store has lost
+    lost_ttl     if the store loses a lease, the lease stays active for this many seconds
     key_changed  called with each key that changes, and with None after a listing
-    set_state    called with the state of the watch: "", or the reason why it does not run
+    set_state    called with "" when the watch runs, and with the reason when it does not run
     """
 
     def __init__(
@@ -91,10 +91,13 @@ class LeaseWatcher:
         self._lost_ttl = lost_ttl
         self._key_changed, self._set_state = key_changed, set_state
         self._book = LeaseBook()
-        self._revision: int | None = None  # of the last event or listing; None: list
+        # The revision of the last event or listing; None: a listing is needed
+        self._revision: int | None = None
         self._cluster_id = 0
-        self._highest = 0  # the highest revision seen: a store below it has lost data
-        self._lost: dict[str, float] = {}  # {key: time.monotonic() at which to remove the lease}
+        # The last revision seen. A later listing with a lower revision shows that data was lost.
+        self._highest = 0
+        # {key of a lost lease: the time in time.monotonic() at which to remove the lease}
+        self._lost: dict[str, float] = {}
 
     async def updates(self) -> AsyncGenerator[Snapshot | Changes, None]:
         retries = Backoff(RETRY_MIN_S, RETRY_MAX_S)
@@ -119,9 +122,10 @@ class LeaseWatcher:
             await asyncio.sleep((refusals if refused else retries).next())
 
     async def _watch(self, *backoffs: Backoff) -> AsyncGenerator[tuple[Change, ...], None]:
-        """Yield changes until the watch cannot continue. Raises as Client.watch.
+        """Yield changes until the watch cannot continue.
 
-        After a return ``_revision`` is None: list again. ``backoffs`` are reset once it runs.
+        Before it returns, the method sets ``_revision`` to None, which means: list again. Raises
+        the exceptions of Client.watch. ``backoffs`` are reset when the watch runs.
         """
         assert self._revision is not None
         create = messages.WatchCreateRequest(
@@ -155,11 +159,11 @@ class LeaseWatcher:
         self._health.relists_n += 1
 
     def _take(self, listing: Listing) -> tuple[Change, ...]:
-        """Replace the known leases with those of a listing; return the changes."""
+        """Replace the known leases with the leases of a listing; return the changes."""
         book, known = self._book, self._book.leases
         listed = {}
         for entry in listing.entries:
-            lease = _lease(entry) or known.get(entry.key)  # invalid: keep the previous one
+            lease = _lease(entry) or known.get(entry.key)  # if invalid, keep the previous lease
             if lease is not None:
                 listed[entry.key] = lease
         for key, reason in listing.skipped.items():
@@ -173,7 +177,7 @@ class LeaseWatcher:
         return changes
 
     def _add_lost(self, listing: Listing, listed: dict[str, Lease]) -> None:
-        """Add to ``listed`` the leases that the store has lost and that stay active."""
+        """Add to ``listed`` each lease that the store has lost, if the lease stays active."""
         now = time.monotonic()
         known = self._book.leases
         if known and (
@@ -217,7 +221,7 @@ class LeaseWatcher:
         lease = Lease(key, subnets, attributes, reserved=kv.lease == 0)
         replaced = [other for other in self._lost
                     if _node(self._book.leases[other]) == _node(lease)]
-        for other in replaced:  # the node is back with another key
+        for other in replaced:  # the node has a new key, so its lost lease is not needed any more
             del self._lost[other]
         return [*map(self._book.remove, replaced), self._book.put(lease)]
 
@@ -235,7 +239,7 @@ def _lease(entry: Entry) -> Lease | None:
 
 
 def _node(lease: Lease) -> object:
-    """Return what identifies the node of a lease: its public addresses."""
+    """Return the public addresses in a lease. They identify the lease's node."""
     return lease.attributes.public_ip, lease.attributes.public_ipv6
 
 
@@ -244,5 +248,5 @@ def _name(key: bytes, prefix: bytes) -> str:
 
 
 def _end(prefix: bytes) -> bytes:
-    """Return the first key after all keys with this prefix, which ends with a slash."""
+    """Return the end of the range of all keys with ``prefix``; ``prefix`` ends with a slash."""
     return prefix[:-1] + bytes([prefix[-1] + 1])

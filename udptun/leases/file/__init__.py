@@ -1,1 +1,1 @@
-"""Leases from a hosts file, which lists all nodes. This package itself imports nothing."""
+"""Leases from a hosts file, which lists all nodes. This ``__init__`` module imports nothing."""

@@ -1,4 +1,7 @@
-"""The configuration of a hosts file source. Imports nothing heavy: the command line uses it."""
+"""The configuration of a hosts file source.
+
+The command line imports this module at every start, so it imports only small modules.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import ClassVar
 
 @dataclass(frozen=True, slots=True)
 class FileConfig:
-    """The file, and which of its nodes this machine is.
+    """The file, and the name of our node in the file.
 
-    node_name  "": the node that has our hostname, else the one that has one of our addresses
+    node_name  "": use the node that has our hostname; if there is none, use the node that has one
+               of our addresses
     """
 
     kind: ClassVar[str] = "file"

@@ -1,7 +1,8 @@
-"""The line of each value in a TOML or JSON text, for error messages only.
+"""The line number of each value in a TOML or JSON text, for error messages only.
 
-The parsers of the standard library do not report lines. This scanner validates nothing: it reads
-text that these parsers have accepted. A path is written as ``nodes[3].public``. Pure; any thread.
+The parsers of the standard library do not report the line of a value. This scanner reads text that
+these parsers have accepted, so it validates nothing. A path identifies a value, for example
+``nodes[3].public``. No I/O; any thread.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _TOKEN = re.compile(
 class Positions:
     """The line of each path in one text.
 
-    repeated  paths that occur more than once, in order (JSON parsers use the last value)
+    repeated  the paths that occur more than once, in order. JSON parsers accept such a text and use
+              the last value
     """
 
     def __init__(self, text: str) -> None:
@@ -35,11 +37,15 @@ class Positions:
             if token[0] not in "\n#":
                 self._tokens.append((token, line))
             line += token.count("\n")
-        with suppress(IndexError, RecursionError):  # what was found before stays usable
+        with suppress(IndexError, RecursionError):  # the lines found before the error are used
             self._document()
 
     def line(self, path: str) -> int | None:
-        """Return the line of this value, or of the closest one that contains it, or None."""
+        """Return the line of the value at ``path``.
+
+        If this line is not known, return the line of the innermost value that contains the value.
+        Return None if there is no such value.
+        """
         while path not in self._lines:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
             if not path:
@@ -57,7 +63,7 @@ class Positions:
                 continue
             line = self._tokens[self._i][1]
             within = self._key("]").lstrip("[")
-            if self._peek() == "]":  # [[table of an array]]
+            if self._peek() == "]":  # the header [[name]] of a table in an array
                 self._next()
                 tables[within] += 1
                 within = f"{within}[{tables[within] - 1}]"
@@ -86,7 +92,10 @@ class Positions:
                 self._next()
 
     def _more(self, end: str) -> bool:
-        """Return whether another item comes before ``end``. Consumes the comma, or ``end``."""
+        """Return whether another item comes before ``end``.
+
+        Skips a comma before the item. If there is no other item, skips ``end``.
+        """
         if self._peek() == ",":
             self._next()
         if self._peek() != end:

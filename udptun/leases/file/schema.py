@@ -1,7 +1,9 @@
-"""The grammar of the hosts file, a list of all nodes in TOML or JSON. docs/hosts.toml explains it.
+"""The grammar of the hosts file, a list of all nodes in TOML or JSON.
 
-Owns: parsing and validation. One error rejects the whole file and names line and field, so that a
-file is never applied in part. ``source`` reads the file and detects changes.
+docs/hosts.toml explains the grammar.
+
+Owns: parsing and validation. One error rejects the whole file, so a file is never applied in part.
+The error names the line and the field. ``source`` reads the file and detects changes.
 Pure functions; any thread.
 """
 
@@ -40,21 +42,26 @@ Wanted = TypeVar("Wanted")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _FILE_KEYS = ("network", "port", "mtu", "nodes")
 _NODE_KEYS = ("name", "public", "subnets", "port", "mtu")
-_MAX_SUBNET_LEN = {4: 30, 6: 126}  # as in flannel: addresses for a tunnel device and a bridge
+# As in flannel: a longer subnet has no addresses for both a tunnel device and a bridge.
+_MAX_SUBNET_LEN = {4: 30, 6: 126}
 
 
 @dataclass(frozen=True, slots=True)
 class HostsFile:
-    """The content of a hosts file. The key of a lease is the node's name; order as in the file."""
+    """The content of a hosts file.
+
+    The leases are in the order of the file. The key of a lease is the node's name.
+    """
 
     network: NetConfig
     leases: tuple[Lease, ...]
 
 
 def parse(data: bytes, name: str) -> HostsFile:
-    """Parse a hosts file. Raises FieldError, which names line and field.
+    """Parse a hosts file. Raises FieldError, which names the line and the field.
 
-    name  the file's name; ``.json`` and ``.toml`` determine the format, else the first character
+    name  the file's name. If it ends with ``.json`` or ``.toml``, this ending determines the
+          format. Else the text is JSON if its first character is ``{``
     """
     try:
         text = data.decode()
@@ -68,18 +75,18 @@ def parse(data: bytes, name: str) -> HostsFile:
         content = _json(text, name) if is_json else _toml(text, name)
         try:
             return _hosts(content)
-        except FieldError as exc:  # ``where`` is a path within the content
+        except FieldError as exc:  # here ``exc.where`` is a path within the content
             line_n = Positions(text).line(exc.where)
             where = name if line_n is None else f"{name} line {line_n}"
             raise FieldError(exc.field, exc.value, exc.expected, where) from None
-    except RecursionError:  # in the parser, or in the repr of a value
+    except RecursionError:  # raised by the parser, or by the repr of a value in an error message
         raise FieldError("the text", text[:40], "values nested less deeply", name) from None
 
 
 def _toml(text: str, name: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
-    except ValueError as exc:  # TOMLDecodeError, or a number that is too long
+    except ValueError as exc:  # TOMLDecodeError, or the error for a number with too many digits
         found = re.search(r"line (\d+)", str(exc))
         raise _syntax(text, name, int(found[1]) if found else None, f"TOML ({exc})") from None
 
@@ -110,13 +117,17 @@ def _json(text: str, name: str) -> Mapping[str, Any]:
 
 def _syntax(text: str, name: str, line: int | None, expected: str) -> FieldError:
     lines = text.splitlines() or [""]
-    line = min(line or len(lines), len(lines))  # no line: something is missing at the end
+    # Without a line number, something is missing at the end of the text: use the last line.
+    line = min(line or len(lines), len(lines))
     return FieldError("the text", lines[line - 1].strip(), expected, f"{name} line {line}")
 
 
 def _hosts(content: Mapping[str, Any]) -> HostsFile:
-    """Validate the content. In this function and in those that it calls, ``where`` of a FieldError
-    is a path, as in Positions."""
+    """Validate the content.
+
+    This function and the functions that it calls raise FieldErrors in which ``where`` is a path, as
+    in Positions.
+    """
     _refuse_unknown(content, _FILE_KEYS, "")
     networks = _per_family(content, "network", parse_prefix, "")
     port = parse_number("port", content.get("port", DEFAULT_PORT), 1, MAX_PORT, "port")
@@ -187,7 +198,8 @@ def _refuse_shared(leases: Sequence[Lease]) -> None:
     spans = [(subnet.version, int(subnet.network_address), subnet.prefixlen, i, subnet)
             for i, lease in enumerate(leases) for subnet in lease.subnets]
     spans.sort()
-    # Of two adjacent prefixes in this order, the first contains the second or they are disjoint.
+    # The prefixes are sorted now. So of two adjacent prefixes, either the first contains the
+    # second, or the two have no address in common.
     for (*_, i, subnet), (*_, j, other) in pairwise(spans):
         if other.network_address in subnet:
             first, second = sorted((i, j))
@@ -198,7 +210,7 @@ def _refuse_shared(leases: Sequence[Lease]) -> None:
 
 def _per_family(table: Mapping[str, Any], key: str, parse_one: Callable[[str, object, str], Item],
                 within: str) -> list[Item]:
-    """Parse one value, or a list with at most one value per family."""
+    """Parse the value of ``key``: one item, or a list with at most one item per family."""
     path = f"{within}.{key}".lstrip(".")
     value = _required(table, key, within)
     if not isinstance(value, list):

@@ -2,11 +2,13 @@
 
 Owns: reading the file again when it changes, and finding this machine's entry in it.
 ``schema`` has the grammar of the file.
-Threads: asyncio, one loop; helper threads access the file, which may be large or on a network.
+Threads: asyncio, one loop. Helper threads access the file, because it may be large or on a network
+file system.
 
-The file is polled once a second, which costs one stat(). inotify would miss changes: the path may
-contain symbolic links (a ConfigMap is updated by replacing a link to a directory), and another
-machine may write to a shared file.
+The file is polled once a second. A poll costs one stat(). inotify would miss some changes:
+- The path may contain symbolic links. For example, a ConfigMap is updated by replacing a link to a
+  directory.
+- The file may be on a shared file system, and another machine may write to it.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from .schema import HostsFile, parse
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-SETTLE_SECONDS = 0.1  # a file that was modified more recently may be half written
-SETTLE_TRIES = 10  # limit for a file that is written to continuously
+SETTLE_SECONDS = 0.1  # a file that was modified less than this long ago may be half written
+SETTLE_TRIES = 10  # after this many waits, a file that is written continuously is read as it is
 
 Signature = tuple[int, ...]
 
@@ -92,7 +94,10 @@ class FileSource(LeaseSource):
         return self.cached_identity(await self._own_lease())
 
     def cached_identity(self, lease: Lease) -> Identity:
-        """Return what our entry in the file declares; the lease has all fields of the entry."""
+        """Return the declarations of our entry in the file.
+
+        They are in ``lease``, because the lease has all fields of the entry.
+        """
         declared = lease.attributes
         families = {address.version for address in (declared.public_ip, declared.public_ipv6)
                     if address is not None}
@@ -107,8 +112,10 @@ class FileSource(LeaseSource):
         return lease
 
     async def hold(self, lease: Lease) -> None:
-        """Wait until cancelled: nothing is renewed. ``updates`` checks that the file still has our
-        lease."""
+        """Wait until cancelled, because a lease in a file is not renewed.
+
+        ``updates`` checks that the file still has our lease.
+        """
         await asyncio.Event().wait()
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
@@ -127,17 +134,20 @@ class FileSource(LeaseSource):
             self._poll_now.clear()
 
     def reload(self) -> None:
-        """Read the file now, even if it seems unchanged."""
+        """Read the file now, even if stat() shows no change."""
         self._signature = None
         self._poll_now.set()
 
     async def aclose(self) -> None:
-        """Do nothing: no file is kept open."""
+        """Do nothing, because no file is open between reads."""
 
     # The content of the file
 
     async def _current(self) -> HostsFile:
-        """Return the last valid content. Raises StoreDown or FieldError if there was none yet."""
+        """Return the last valid content.
+
+        Raises StoreDown or FieldError if the file has had no valid content since the start.
+        """
         await self._poll()
         if self._hosts is None:
             assert self._error is not None
@@ -145,13 +155,14 @@ class FileSource(LeaseSource):
         return self._hosts
 
     async def _poll(self) -> None:
-        """Read the file if it has changed; keep its content if that is valid."""
+        """Read the file if it has changed. If the new content is valid, use the new content."""
         async with self._reading:
             try:
                 signature = await asyncio.to_thread(_settled_signature, self._path)
                 self.health.last_contact = time.monotonic()
                 if signature != self._signature:
-                    self._signature = signature  # set first: an invalid file is read only once
+                    # Set before reading, so that an invalid file is read only once.
+                    self._signature = signature
                     self._use(await asyncio.to_thread(_read, self._path))
             except FieldError as exc:
                 self._fail(exc)
@@ -179,7 +190,10 @@ class FileSource(LeaseSource):
     # Our own node
 
     async def _own_lease(self) -> Lease:
-        """Return our lease. Raises StoreDown; StoreRefused, also if the file is invalid."""
+        """Return our lease.
+
+        Raises StoreDown. Raises StoreRefused if the file is invalid, or if our node is not found.
+        """
         try:
             hosts = await self._current()
         except FieldError as exc:

@@ -1,4 +1,5 @@
 """Leases in Kubernetes: flannel's annotations on Node objects.
 
-This package itself imports nothing: ``config`` is light, ``source`` imports lightkube.
+This ``__init__`` module imports nothing. ``config`` imports only small modules; ``source`` imports
+lightkube.
 """

@@ -1,10 +1,10 @@
 """The requests to the API server: get a node, get a pod, list and watch nodes, patch a node.
 
 Owns: HTTP, paging, the framing of a watch, and the meaning of each failure: ``Gone`` (list again),
-``StoreDown``, ``StoreRefused``. Does not depend on leases. Asyncio, one loop.
+``StoreDown`` or ``StoreRefused``. Does not depend on leases. Asyncio, one loop.
 
-lightkube's own requests are not used: its watch requests no bookmarks and has no timeout for a
-silent server, and it decodes complete nodes.
+The request functions of lightkube are not used, for three reasons. lightkube's watch does not
+request bookmarks. The watch has no timeout for a silent server. lightkube decodes complete nodes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ _T = TypeVar("_T")
 
 
 class Gone(StoreDown):
-    """HTTP 410: the server no longer has the resource version of the request. List again."""
+    """HTTP 410: the server no longer has the request's resource version. List the nodes again."""
 
 
 class Event(msgspec.Struct):
-    """One line of a watch: ADDED, MODIFIED, DELETED, or BOOKMARK, which has only a version."""
+    """One line of a watch, of type ADDED, MODIFIED, DELETED or BOOKMARK.
+
+    The object of a BOOKMARK has only a resource version.
+    """
 
     type: str
     object: Node
@@ -68,7 +71,7 @@ class _Pod(msgspec.Struct):
 
 
 class Api:
-    """Each call sends one request. Each failure is Gone, StoreDown or StoreRefused."""
+    """Sends requests to the API server. Each failure raises Gone, StoreDown or StoreRefused."""
 
     def __init__(self, config: KubeConfig) -> None:
         self._config = config
@@ -78,7 +81,7 @@ class Api:
         await self._http.aclose()
 
     async def pod_node_name(self, namespace: str, name: str) -> str:
-        """Return the name of the node that a pod runs on; "" if it is not scheduled."""
+        """Return the name of the node that a pod runs on; "" if the pod is not scheduled."""
         path = f"/api/v1/namespaces/{namespace}/pods/{name}"
         pod = await self._call(f"get pod {namespace}/{name}", _Pod, "GET", path)
         return pod.spec.node_name
@@ -87,17 +90,22 @@ class Api:
         return await self._call(f"get node {name}", FullNode, "GET", f"{_NODES}/{name}")
 
     async def patch_status(self, name: str, patch: Patch) -> FullNode:
-        """Patch the status subresource, as flannel does: no other permission to write is needed."""
+        """Patch the node's status subresource, as flannel does.
+
+        So the node daemon needs no other permission to write.
+        """
         return await self._call(
             f"patch the status of node {name}", FullNode, "PATCH", f"{_NODES}/{name}/status",
             content=msgspec.json.encode(patch), headers={"Content-Type": _STRATEGIC_MERGE},
         )
 
     async def nodes(self, page: int | None) -> AsyncGenerator[tuple[list[Node], str], None]:
-        """Yield all nodes, ``page`` at a time (None: all at once), with the version to watch from.
+        """Yield all nodes in pages, each with the resource version from which to watch.
 
-        Raises Gone if the listing took too long: the server no longer has the version of the first
-        page.
+        page  the number of nodes in a page; None: all nodes in one page
+
+        Raises Gone if the listing took too long. In this case, the server no longer has the
+        resource version of the first page.
         """
         params: dict[str, str] = {} if page is None else {"limit": str(page)}
         while True:
@@ -108,11 +116,11 @@ class Api:
             params["continue"] = listing.metadata.continue_
 
     async def watch(self, version: str) -> AsyncGenerator[list[Event], None]:
-        """Yield the events after ``version``; events received together in one list.
+        """Yield the events after ``version``. Events that are received together are in one list.
 
-        The first list is empty and shows that the server has accepted the watch. Returns when the
-        server ends the watch, which is normal. Raises StoreDown if the server is silent: bookmarks
-        arrive every minute.
+        The first list is empty. It shows that the server has accepted the watch. Returns when the
+        server ends the watch, which is normal. Raises StoreDown if nothing is received for
+        ``watch_silence``: a healthy server sends a bookmark about every minute.
         """
         action = "watch nodes"
         params = {
@@ -155,7 +163,11 @@ class Api:
 
 
 def _event(action: str, line: bytes) -> Event:
-    """Decode one line. Raises for an ERROR event, which takes the place of an HTTP status."""
+    """Decode one line of a watch.
+
+    An ERROR event is used where an HTTP status is not possible any more, so it raises the same
+    exception as this HTTP status.
+    """
     event = msgspec.json.decode(line, type=_Line)
     if event.type == "ERROR":
         status = msgspec.json.decode(event.object, type=_Status)
@@ -165,7 +177,7 @@ def _event(action: str, line: bytes) -> Event:
 
 @contextmanager
 def _failures(action: str) -> Iterator[None]:
-    """Translate errors of the connection, of the credentials, and of invalid responses."""
+    """Turn errors of the connection, credentials and decoding into StoreDown or StoreRefused."""
     try:
         yield
     except (TimeoutError, httpx2.TimeoutException) as e:
@@ -174,14 +186,14 @@ def _failures(action: str) -> Iterator[None]:
         raise StoreDown(f"{action}: {e or type(e).__name__}") from e
     except msgspec.DecodeError as e:
         raise StoreDown(f"{action}: the response is not from Kubernetes: {e}") from e
-    except (ConfigError, OSError) as e:  # an unreadable token, a failed plugin
+    except (ConfigError, OSError) as e:  # the token is unreadable, or a credential plugin failed
         raise StoreRefused(f"{action}: no credentials: {e}") from e
 
 
 def _refusal(action: str, response: httpx2.Response) -> StoreDown | StoreRefused:
     try:
         message = msgspec.json.decode(response.content, type=_Status).message
-    except msgspec.DecodeError:  # for example of a proxy
+    except msgspec.DecodeError:  # for example, the response of a proxy
         message = response.text[:200]
     return _failure(action, response.status_code, message or response.reason_phrase)
 

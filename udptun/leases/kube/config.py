@@ -1,6 +1,6 @@
 """The configuration of a Kubernetes source, validated. Does not import lightkube.
 
-It does not read the environment: the command line passes NODE_NAME, POD_NAME and POD_NAMESPACE.
+Does not read the environment. The command line passes NODE_NAME, POD_NAME and POD_NAMESPACE.
 Frozen dataclass; any thread.
 """
 
@@ -16,7 +16,7 @@ from ...errors import FieldError
 ANNOTATION_PREFIX = "flannel.alpha.coreos.com/"
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
-# flannel's rule: a DNS name, a slash, and optionally the start of a name that ends with a hyphen.
+# flannel's rule: a DNS name, a slash, and optionally a name prefix that ends with a hyphen.
 _PREFIX = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z0-9_-]+/(?:[a-z0-9_-]+-)?")
 
 
@@ -25,20 +25,23 @@ class KubeConfig:
     """The API server, and the name of our node. Times are in seconds.
 
     node_name                     the name of our Node object; "": use the node that our pod runs on
-    pod_name, pod_namespace       our pod; required if there is no node_name
-    api_url                       https://HOST:PORT; "": from the kubeconfig or service account
-    kubeconfig_file               None: use the pod's service account
-    annotation_prefix             completed as in flannel: "example.org" means "example.org/"
-    net_config_path               flannel's net-conf.json
-    set_node_network_unavailable  publish the condition NetworkUnavailable=False
+    pod_name, pod_namespace       our pod; required if node_name is ""
+    api_url                       http://HOST:PORT or https://HOST:PORT; "": use the address in the
+                                  kubeconfig or of the service account
+    kubeconfig_file               the kubeconfig; None: use the pod's service account
+    annotation_prefix             the prefix of flannel's annotations. It is completed as in
+                                  flannel: "example.org" means "example.org/"
+    net_config_path               path of flannel's net-conf.json
+    set_node_network_unavailable  True: publish the condition NetworkUnavailable=False
     service_account               directory with token, ca.crt and namespace
-    request_timeout               a request without a response for this long has failed
-    watch_timeout                 timeoutSeconds of a watch request: the server then ends the watch
-    watch_silence                 a watch is dead after this time without an event or a bookmark;
-                                  the server sends a bookmark about every minute
-    resync                        interval at which our node is read even without an event
-    retry_min, retry_max          back-off while the API server is down; short, so that changes are
-                                  seen soon after it is back
+    request_timeout               a request fails if it has no response within this time
+    watch_timeout                 timeoutSeconds of a watch request: the server ends the watch after
+                                  this time
+    watch_silence                 a watch is dead after this time without an event or a bookmark.
+                                  The server sends a bookmark about every minute
+    resync                        our node is read at this interval, even without an event
+    retry_min, retry_max          the back-off while the API server is down. The values are small,
+                                  so that changes are seen soon after the server is up again
     page                          number of nodes in one page of a listing
     """
 

@@ -1,7 +1,7 @@
-"""flannel's leases in Node objects: the fields and annotations, encoding and decoding.
+"""Encodes and decodes flannel's leases in Node objects.
 
-Owns: the mapping between a Node and a Lease. A Node can be tens of kilobytes long; only the fields
-declared here are decoded. No I/O; any thread.
+Owns: the mapping between a Lease and the fields and annotations of a Node. A Node can be tens of
+kilobytes long, so only the fields declared here are decoded. No I/O; any thread.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ class Annotations:
         self.node_public_ipv6 = f"{prefix}node-public-ipv6"
 
     def lease(self, node: Node) -> Lease | None:
-        """Return a node's lease, or None if flannel does not manage it. FieldError: invalid."""
+        """Return a node's lease, or None if flannel does not manage the node.
+
+        Raises FieldError if the lease is invalid.
+        """
         if node.annotations.get(self.managed) != "true":
             return None
         attributes = Attributes(
@@ -95,9 +98,11 @@ class Annotations:
         return Lease(key=name, subnets=subnets(node), attributes=attributes, name=name)
 
     def published(self, node: Node, attributes: Attributes) -> Attributes:
-        """Return ``attributes`` with the addresses of the public-ip-overwrite annotations.
+        """Return ``attributes`` with the addresses of the annotations public-ip-overwrite and
+        public-ipv6-overwrite.
 
-        An overwrite applies only to a family that has an address. FieldError: an invalid one.
+        If ``attributes`` has no address of a family, the annotation of this family is ignored.
+        Raises FieldError if an annotation is invalid.
         """
         v4, v6 = attributes.public_ip, attributes.public_ipv6
         return replace(
@@ -109,14 +114,19 @@ class Annotations:
     def node_public(
         self, node: Node
     ) -> tuple[ipaddress.IPv4Address | None, ipaddress.IPv6Address | None]:
-        """Return the addresses that override ``--public-ip`` and ``--public-ipv6``. FieldError."""
+        """Return the addresses that override ``--public-ip`` and ``--public-ipv6``.
+
+        Raises FieldError if an annotation is invalid.
+        """
         return _v4(node, self.node_public_ip), _v6(node, self.node_public_ipv6)
 
     def patch(self, node: Node, published: Attributes) -> Patch | None:
-        """Return the strategic-merge patch that publishes these attributes; None: no difference.
+        """Return the strategic-merge patch that publishes these attributes.
 
-        As in flannel, backend-type is always set; backend-data is "null" for a backend without
-        data, but absent for vxlan without IPv4. Annotations of a former backend are removed.
+        Return None if the node already has them. As in flannel:
+        - backend-type is always set.
+        - backend-data is "null" for a backend without data, but absent for vxlan without IPv4.
+        Annotations of a former backend are removed.
         """
         data, v6_data = published.backend_data, published.backend_v6_data
         omit_data = published.backend_type == "vxlan" and data is None
@@ -134,9 +144,10 @@ class Annotations:
 
 
 def subnets(node: Node) -> Subnets:
-    """Return a node's podCIDRs; host bits are masked, as in Go.
+    """Return a node's podCIDRs. Host bits are masked, as in Go.
 
-    FieldError: there is none yet, or more than one per family.
+    Raises FieldError if the node has no podCIDR yet, if a podCIDR is invalid, or if there is more
+    than one per family.
     """
     texts = node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else [])
     if not texts:
@@ -159,9 +170,9 @@ def subnets(node: Node) -> Subnets:
 
 
 def network_up_patch() -> Patch:
-    """Return the patch for NetworkUnavailable=False, after which the scheduler assigns pods.
+    """Return the patch that sets NetworkUnavailable=False. Then the scheduler assigns pods.
 
-    Other software checks for flannel's reason.
+    The patch has flannel's reason, FlannelIsUp, because other software checks for this reason.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"status": {"conditions": [{
@@ -196,5 +207,5 @@ def _json(node: Node, name: str) -> Any:
 
 
 def _encode(value: Any) -> str:
-    """Encode without blanks, in the given order, as Go's encoder does."""
+    """Encode as Go's encoder does: without blanks, with the keys in the given order."""
     return msgspec.json.encode(value).decode()

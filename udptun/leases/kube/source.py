@@ -1,8 +1,8 @@
 """Leases in Kubernetes: podCIDRs are the subnets, annotations have the other attributes.
 
-Owns: what this node publishes, and list-and-watch of all nodes. The cluster assigns the subnets, so
-this source selects none, and leases do not expire. ``api`` has the HTTP requests, ``schema`` the
-format of the annotations. Asyncio, one loop.
+Owns: the data that this node publishes, and the list and watch of all nodes. The cluster assigns
+the subnets, so this source does not select subnets. Leases do not expire. ``api`` has the HTTP
+requests, and ``schema`` has the format of the annotations. Asyncio, one loop.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def open_source(config: KubeConfig, _: LocalAddresses) -> KubeSource:
 class KubeSource(LeaseSource):
     """A LeaseSource over the nodes of a Kubernetes cluster.
 
-    ``hold`` publishes NetworkUnavailable=False, after which the scheduler assigns pods: call it
-    once the host is configured.
+    ``hold`` publishes NetworkUnavailable=False. Then the scheduler assigns pods to the node, so
+    call ``hold`` only after the host is configured.
     """
 
     def __init__(self, config: KubeConfig) -> None:
@@ -58,7 +58,7 @@ class KubeSource(LeaseSource):
         self._annotations = Annotations(config.annotation_prefix)
         self._client: Api | None = None
         self._node_name = config.node_name
-        self._attributes: Attributes | None = None  # of the last ``acquire``
+        self._attributes: Attributes | None = None  # the attributes given to the last ``acquire``
         self._own: Node | None = None  # our node, as last reported by the watch
         self._own_changed = asyncio.Event()
 
@@ -71,19 +71,25 @@ class KubeSource(LeaseSource):
         return NetConfig.parse(text, check_subnets=False, where=str(path))
 
     async def identity(self) -> Identity:
-        """Read this node's annotations node-public-ip and node-public-ipv6; flannel lets them
-        override --public-ip and --public-ipv6. Raises StoreDown, StoreRefused."""
+        """Read this node's annotations node-public-ip and node-public-ipv6.
+
+        They override --public-ip and --public-ipv6, as in flannel. Raises StoreDown, StoreRefused.
+        """
         node = await self._api.node(await self._name())
         try:
             public_ip, public_ipv6 = self._annotations.node_public(node)
-        except FieldError as e:  # the node is still usable with the address of its interface
+        except FieldError as e:  # no failure: the node can use the address of its interface
             log.error("node %s: %s; the annotations of its public addresses are ignored",
                       node.metadata.name, e)
             return Identity()
         return Identity(public_ip, public_ipv6, overrides_options=True)
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
-        """Return the lease as published: with the address of public-ip-overwrite, if set."""
+        """Publish our lease and return it.
+
+        If an annotation public-ip-overwrite or public-ipv6-overwrite is set, the lease has the
+        address in the annotation.
+        """
         node = await self._api.node(await self._name())
         with _refused(node):
             subnets = _within(await self.network(), node)
@@ -95,15 +101,15 @@ class KubeSource(LeaseSource):
         return Lease(key=name, subnets=subnets, attributes=published, name=name)
 
     async def hold(self, lease: Lease) -> None:
-        """Publish NetworkUnavailable=False; restore our annotations when they are changed."""
+        """Publish NetworkUnavailable=False. Restore our annotations when they are changed."""
         backoff = Backoff(self._config.retry_min, self._config.retry_max)
-        announced = ""  # the uid of the Node object that has the condition
+        announced = ""  # the uid of the Node object for which the condition was published
         while True:
             self._own_changed.clear()
             try:
                 node = await self._api.node(lease.key)
                 announced = await self._restore(node, lease, announced)
-            except StoreDown as e:  # not a lost lease: leases in Kubernetes do not expire
+            except StoreDown as e:  # our lease is not lost, because it does not expire
                 log.debug("cannot read our node: %s", e)
                 self.health.errors_n += 1
                 await asyncio.sleep(backoff.next())
@@ -172,7 +178,12 @@ class KubeSource(LeaseSource):
             await self._api.patch_status(node.metadata.name, patch)
 
     async def _restore(self, node: FullNode, lease: Lease, announced: str) -> str:
-        """Publish what our node lacks; return the uid of the Node object that has the condition."""
+        """Publish the annotations and the condition that our Node object lacks.
+
+        announced  the uid of the Node object for which the condition was published; "" at first
+
+        Return the new value of ``announced``.
+        """
         with _refused(node):
             subnets = _within(await self.network(), node)
             published = self._annotations.published(node, self._attributes or lease.attributes)
@@ -181,7 +192,8 @@ class KubeSource(LeaseSource):
                                f"{lease.subnets} to {subnets}")
         await self._publish(node, published)
         uid = node.metadata.uid
-        # Once per Node object, as in flannel: later a cloud controller may manage the condition.
+        # The condition is published once per Node object, as in flannel. Afterwards, a cloud
+        # controller may manage the condition.
         if self._config.set_node_network_unavailable and announced != uid:
             if not node.network_is_up:
                 await self._api.patch_status(lease.key, network_up_patch())
@@ -199,7 +211,7 @@ class KubeSource(LeaseSource):
     async def _list(self, book: LeaseBook) -> tuple[tuple[Change, ...], str]:
         try:
             leases, version = await self._listed(book, self._config.page)
-        except Gone:  # paging took too long: list all at once
+        except Gone:  # the listing in pages took too long: list all nodes in one page
             leases, version = await self._listed(book, None)
         for name in self.health.skipped.keys() - leases.keys():
             del self.health.skipped[name]
@@ -237,7 +249,10 @@ class KubeSource(LeaseSource):
         return book.remove(name) if lease is None else book.put(lease)
 
     def _read(self, book: LeaseBook, node: Node) -> Lease | None:
-        """Return a node's lease, or its previous one if it is invalid; None: it has none."""
+        """Return a node's lease; None if the node has no lease.
+
+        If the lease is invalid, return the node's previous lease.
+        """
         name, skipped = node.metadata.name, self.health.skipped
         if name == self._node_name:
             self._set_own(node)
@@ -252,7 +267,10 @@ class KubeSource(LeaseSource):
         return lease
 
     def _set_own(self, node: Node | None) -> None:
-        """Record our own node; wake ``hold`` if more than its resource version has changed."""
+        """Record our own node. Wake ``hold`` if the node's spec, uid or annotations have changed.
+
+        node  None: our node does not exist any more
+        """
         former, self._own = self._own, node
         if former is None or node is None:
             same = former is node
@@ -278,7 +296,11 @@ class KubeSource(LeaseSource):
 
 @contextmanager
 def _refused(node: Node) -> Iterator[None]:
-    """Turn FieldError into StoreRefused: an operator must correct our node or the network."""
+    """Turn FieldError into StoreRefused.
+
+    A retry cannot succeed, because an operator must correct our node or the network's
+    configuration.
+    """
     try:
         yield
     except FieldError as e:
@@ -286,7 +308,10 @@ def _refused(node: Node) -> Iterator[None]:
 
 
 def _within(network: NetConfig, node: Node) -> Subnets:
-    """Return our subnets, one in each enabled network. Raises FieldError."""
+    """Return our subnets, one in each enabled network.
+
+    Raises FieldError if a subnet is missing, or is not within its network.
+    """
     subnets = pod_subnets(node)
     if network.network is None:  # IPv4 is disabled: ignore an IPv4 podCIDR, as flannel does
         subnets = Subnets(None, subnets.v6)
