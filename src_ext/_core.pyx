@@ -1,11 +1,11 @@
 """The compiled core as Python sees it: RouteTable, Core and Worker.
 
-Owns nothing itself: the classes are in the three files included below. What happens to a packet is
-in the .pxd files, in the order given by README.md.
+Owns nothing itself: the classes are in the three files that are included below. The code that
+processes packets is in the .pxd files. README.md lists these files in reading order.
 
 Threading: the control thread uses ``Core`` and ``RouteTable``; a worker's thread calls
-``Worker.run``. Counters are read across threads without locks: each is one aligned word that one
-thread writes.
+``Worker.run``. A thread may read another thread's counters without a lock, because each counter is
+one aligned word that only one thread writes.
 """
 
 include "table/route_table.pxi"

@@ -1,8 +1,10 @@
-"""Core: what all workers share, as Python sees it. Included by _core.pyx.
+"""Core: the Python class of the state that all workers share. Included by _core.pyx.
 
-Owns the active snapshot, the retired ones, and all peers. Does not depend on sockets or the TUN.
+Owns the active snapshot, the retired snapshots, and all peers. Does not depend on sockets or the
+TUN.
 
-Threading: the control thread only, except ``prepare``, which any thread may call, one at a time.
+Threading: the control thread only. Exception: any thread may call ``prepare``, but only one thread
+at a time.
 """
 
 cimport cython
@@ -29,7 +31,7 @@ SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 
 
 cdef uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept nogil:
-    """Return the oldest generation that a busy worker has borrowed, or 2**64 - 1."""
+    """Return the oldest generation that a busy worker has borrowed; 2**64 - 1 if none is busy."""
     cdef uint64_t oldest = <uint64_t>-1, seen
     cdef uint32_t i
     for i in range(n):
@@ -49,20 +51,21 @@ cdef class Core:
 
     source_check   "strict", "peer" or "off"
     workers_n      the number of Worker objects that will be created
-    link_mtus      (IPv4, IPv6): outer bytes the underlay takes, 0 without a listener of the family
-    tun_addresses  the addresses of the TUN, packed: the source of ICMP errors
-    notify_fd      an eventfd, borrowed: written when a worker raises an event
+    link_mtus      (IPv4, IPv6): the largest outer packet of the underlay in bytes; 0 if there is no
+                   listener of the family
+    tun_addresses  the packed addresses of the TUN; they are the source addresses of ICMP errors
+    notify_fd      an eventfd, borrowed; a worker writes to it when the worker raises an event
     """
     cdef shared_t shared
-    cdef worker_t** workers     # owned array of borrowed pointers: one per object
-    cdef list objects           # the Worker of each index
+    cdef worker_t** workers     # owned array of borrowed pointers: one per Worker in objects
+    cdef list objects           # the Worker objects, by index
     cdef retired_t* retired
     cdef uint64_t generation    # of the active snapshot
     cdef uint32_t link_mtu4
     cdef uint32_t link_mtu6
     cdef list own               # packed addresses
-    cdef bint preparing         # a PreparedSnapshot exists; there may be one at a time
-    cdef RouteTable table       # the active one: its routes are the snapshot's hops, in order
+    cdef bint preparing         # a PreparedSnapshot exists; only one may exist at a time
+    cdef RouteTable table       # the active table; its routes have the order of snapshot.hops
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd):
@@ -125,10 +128,10 @@ cdef class Core:
                              f"route {route.dst}")
 
     def prepare(self, RouteTable table):
-        """Build the snapshot of a table and return it as a PreparedSnapshot: the long part.
+        """Build the snapshot of a table and return it as a PreparedSnapshot. This can take long.
 
-        Nothing else may be prepared before the result is activated or deleted, and the table must
-        not change afterwards. Raise FieldError as ``check``, MemoryError.
+        No other table may be prepared before the result is activated or deleted. The table must
+        not change after this call. Raise FieldError as ``check`` does, or MemoryError.
         """
         cdef PreparedSnapshot prepared
         cdef const route_vec_t* routes = table.routes()
@@ -148,9 +151,9 @@ cdef class Core:
         return prepared
 
     def activate(self, PreparedSnapshot prepared):
-        """Replace the active snapshot: microseconds. Workers use the new one from their next turn.
+        """Replace the active snapshot. This takes microseconds and does not wait for the workers.
 
-        Does not wait for the workers.
+        A worker uses the new snapshot from its next turn.
         """
         cdef snapshot_t* new = prepared.snapshot
         cdef bytes packed
@@ -174,19 +177,20 @@ cdef class Core:
         self.preparing = False
 
     def publish(self, RouteTable table):
-        """Prepare and activate in one call, for a small table."""
+        """Prepare and activate a table in one call. Use it only for a small table."""
         self.activate(self.prepare(table))
 
     def collect(self):
-        """Free the retired objects that no worker can see. Call it regularly."""
+        """Free the retired objects that no worker can see. The caller must do this regularly."""
         cdef uint32_t n = <uint32_t>len(self.objects)
         with nogil:
             self.retired = reclaim(self.retired, oldest_generation(self.workers, n))
 
     def set_own_addresses(self, addresses):
-        """Set the inner sources that are refused on receive, packed; the TUN's are always added.
+        """Set the packed inner source addresses that are refused on receive.
 
-        They apply from the next ``activate`` on. Return whether the set has changed.
+        The TUN's addresses are always added. The new set applies from the next ``activate`` on.
+        Return whether the set has changed.
         """
         cdef set packed = set(addresses)
         if self.shared.has_addr4:
@@ -233,13 +237,13 @@ cdef class Core:
         return self.shared.snapshot.peers_n
 
     def hop_ordinals(self, size_t start, size_t count):
-        """Return the ordinal of the peer of each of the routes start .. start + count."""
+        """Return the ordinals of the peers of up to ``count`` routes from index ``start`` on."""
         cdef snapshot_t* s = self.shared.snapshot
         cdef size_t i
         return [s.hops[i].peer.ordinal for i in range(start, min(start + count, s.hops_n))]
 
     def trace(self, bytes address):
-        """Return (model.Route, largest inner packet) for a packed address, or None."""
+        """Return (model.Route, largest inner packet) for a packed address; None without a route."""
         cdef snapshot_t* s = self.shared.snapshot
         cdef hop_t* hop = find_hop(s, <const uint8_t*>address, len(address))
         if hop == NULL:
@@ -247,8 +251,10 @@ cdef class Core:
         return self.table.route_at(hop - s.hops), path_limit(hop)
 
     def path_mtu_changes(self, double forget_seconds):
-        """Return [(packed address, port, path MTU)] of peers whose path MTU changed since the last
-        call. A value learned longer than ``forget_seconds`` ago is forgotten (RFC 1191 6.3).
+        """Return [(packed address, port, path MTU)] of the peers whose path MTU has changed.
+
+        Changes count from the last call on. A path MTU that was learned more than
+        ``forget_seconds`` ago is first reset to the link MTU (RFC 1191 6.3).
         """
         cdef snapshot_t* s = self.shared.snapshot
         cdef uint64_t forget = <uint64_t>(forget_seconds * 1e9)
@@ -267,8 +273,10 @@ cdef class Core:
         return changes
 
     def packets(self):
-        """Return both sides of the invariant, summed over the workers:
-        {direction: {read, generated, delivered, dropped, queued}}.
+        """Return the packet counters of each direction, summed over the workers.
+
+        The result is {direction: {read, generated, delivered, dropped, queued}}. In each direction,
+        read + generated = delivered + dropped + queued.
         """
         cdef Worker worker
         counts = ("read", "generated", "delivered", "dropped", "queued")
@@ -280,7 +288,7 @@ cdef class Core:
         return total
 
     def drops(self):
-        """Return (reason, direction, packets) for each reason in each direction it can occur in."""
+        """Return (reason, direction, packets) rows: one for each direction of each drop reason."""
         cdef Worker worker
         cdef int i
         rows = []
@@ -293,9 +301,9 @@ cdef class Core:
         return rows
 
 
-@cython.no_gc_clear  # __dealloc__ needs the core
+@cython.no_gc_clear  # __dealloc__ uses self.core, so the garbage collector must not clear it
 cdef class PreparedSnapshot:
-    """A snapshot that is built and not yet active."""
+    """A snapshot that is built but not yet active."""
     cdef Core core
     cdef RouteTable table
     cdef snapshot_t* snapshot

@@ -172,5 +172,5 @@ cdef inline uint64_t clock_ns(int clock) noexcept nogil:
 
 
 cdef inline uint64_t now_ns() noexcept nogil:
-    """Return monotonic time."""
+    """Return the monotonic time in nanoseconds."""
     return clock_ns(CLOCK_MONOTONIC)

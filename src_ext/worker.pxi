@@ -1,9 +1,10 @@
-"""Worker: one data worker as Python sees it. Included by _core.pyx.
+"""Worker: the Python class of one data worker. Included by _core.pyx.
 
-Owns the memory of one ``worker_t``, its epoll set and its wake-up eventfd. Does not depend on what
-happens to a packet (path/turn.pxd and below).
+Owns the memory of one ``worker_t``, its epoll set and its wake-up eventfd. Does not depend on how
+packets are processed (path/turn.pxd and the files that it uses).
 
-Threading: ``run`` and ``drain`` belong to the worker's thread; any thread may call the rest.
+Threading: only the worker's thread calls ``run`` and ``drain``. Any thread may call the other
+methods.
 """
 
 from libc.errno cimport errno
@@ -34,7 +35,7 @@ cdef extern from * nogil:
     uint64_t take_flags "udptun_take"(uint64_t* p)
 
 
-MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs that the TUN gets
+MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs to set on the TUN
 WORKER_EVENTS = {
     "path_mtu": EVENT_PATH_MTU, "udp-gso": EVENT_UDP_GSO, "tcp-merge": EVENT_TCP_MERGE,
     "udp-merge": EVENT_UDP_MERGE, "tun_gone": EVENT_TUN_GONE,
@@ -55,7 +56,7 @@ cdef dict packets_of(const direction_t* d, uint64_t queued):
 
 
 cdef class Worker:
-    """One data worker: a TUN queue, at most one UDP socket per family, and one thread's state.
+    """One data worker: a TUN queue, at most one UDP socket per family, and the state of one thread.
 
     All descriptors are borrowed and must be non-blocking. ``features`` are the offloads to use:
     "tun-gso" (frames carry a vnet header), "udp-gso", "tcp-merge", "udp-merge", "batch".
@@ -122,16 +123,22 @@ cdef class Worker:
         free(self.w)
 
     def fileno(self):
-        """Return the epoll set, readable when there is work: for the event loop's add_reader."""
+        """Return the descriptor of the epoll set, for the event loop's add_reader.
+
+        The descriptor is readable when there is work.
+        """
         return self.w.epoll_fd
 
     def run(self, int linger_ms):
-        """Work without the GIL until idle for ``linger_ms``, or until ``wake``."""
+        """Forward packets without the GIL. Return after ``linger_ms`` without work, or on ``wake``.
+
+        Also return if the TUN is gone.
+        """
         with nogil:
             run(self.w, linger_ms)
 
     def wake(self):
-        """Make ``run`` return at once, now and on each later call until ``resume``."""
+        """Make ``run`` return at once: the present call, and each later call until ``resume``."""
         cdef uint64_t one = 1
         store_flag(&self.w.wake_requested, 1)
         write(self.w.wake_fd, &one, 8)
@@ -141,9 +148,9 @@ cdef class Worker:
         store_flag(&self.w.wake_requested, 0)
 
     def drain(self, double seconds):
-        """Forward what the queues already hold, for at most ``seconds``; count the rest as dropped.
+        """Forward the packets in the queues for at most ``seconds``. Count the rest as dropped.
 
-        Only after the last ``run``.
+        Call this only after the last ``run``.
         """
         cdef worker_t* w = self.w
         cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
@@ -151,7 +158,7 @@ cdef class Worker:
             drain(w, end)
 
     def take_events(self):
-        """Return the events raised since the last call, by their names in WORKER_EVENTS."""
+        """Return the names (see WORKER_EVENTS) of the events raised since the last call."""
         cdef uint64_t events = take_flags(&self.w.events)
         return [name for name, bit in WORKER_EVENTS.items() if events & bit]
 
@@ -165,7 +172,7 @@ cdef class Worker:
         }
 
     def counters(self):
-        """Return the counters of system calls and turns, and the datagrams that wait."""
+        """Return the counters of system calls, turns and ICMP errors, and the queued datagrams."""
         cdef worker_t* w = self.w
         return {
             "index": w.index, "turns": w.turns, "loop_returns": w.loop_returns,
@@ -185,5 +192,5 @@ cdef class Worker:
         }
 
     cdef uint64_t dropped(self, int reason, str direction):
-        """Return the packets dropped in one direction for one reason of ``drop_t``."""
+        """Return the number of packets dropped in one direction for one reason of ``drop_t``."""
         return self.w.encap.drops[reason] if direction == ENCAP else self.w.decap.drops[reason]

@@ -1,14 +1,15 @@
 """CPU affinity: a worker that is busy sending is pinned to its core for a limited time.
 
 Owns the thread's CPU affinity while the worker runs compiled code. A worker wakes up thousands of
-times per second, and at each wake-up the scheduler tends to move it to the core of the thread that
-woke it. This is good for a worker that mostly receives: that core has the datagrams in its cache.
-It is bad for a worker that mostly sends: the worker would share a core with the program whose
-packets it reads. A sending worker that has recently used much of a core is pinned for at most
-PIN_NS; then it is unpinned for at least CHECK_NS, so that the scheduler can choose another core.
+times per second. At each wake-up the scheduler tends to move the worker to the core of the thread
+that woke it. A worker that mostly receives profits: this core has the datagrams in its cache.
+A worker that mostly sends loses: it shares a core with the program whose packets it reads. So a
+sending worker that has recently used much of a core is pinned for at most PIN_NS. Then it is
+unpinned for at least CHECK_NS, so that the scheduler can choose another core.
 
-Cpusets, and an affinity set by an administrator before or during the pinning, are respected. One
-exception: an affinity to exactly the pinned core looks like our own and is replaced.
+The worker respects cpusets, and an affinity that an administrator sets before or during the
+pinning. Exception: if the administrator sets exactly the pinned core, the worker cannot see the
+change, and replaces this affinity when the pinning ends.
 
 Threading: the worker's thread.
 Source: sched_setaffinity(2); linux kernel/sched/fair.c (select_task_rq_fair, wake_affine),
@@ -35,17 +36,17 @@ cdef extern from "<sched.h>" nogil:
 cdef enum:
     CHECK_NS = 50000000         # time between two checks of the worker's load
     PIN_NS = 4000000000
-    PIN_PERCENT = 45            # of a core: pin at this load or more
-    UNPIN_PERCENT = 20          # of a core: unpin below this load
+    PIN_PERCENT = 45            # load in percent of a core: pin at this load or more
+    UNPIN_PERCENT = 20          # load in percent of a core: unpin below this load
 
 
 cdef struct affinity_t:
-    uint64_t checked_ns         # the last check: its time, the thread's CPU time, packet counts
+    uint64_t checked_ns         # time of the last check; used_ns, sent, received: the values then
     uint64_t used_ns
     uint64_t sent
     uint64_t received
     uint64_t pinned_until       # 0 = not pinned
-    cpu_set_t pinned            # the one core
+    cpu_set_t pinned            # the mask of the one core to which the thread is pinned
     cpu_set_t saved             # the mask to restore
     bint unrestricted           # ``saved`` equals the cpuset: no narrower mask was set
 
@@ -63,7 +64,7 @@ cdef inline bint set_unrestricted(const cpu_set_t* expected) noexcept nogil:
 
 
 cdef inline void pin(affinity_t* a, uint64_t now) noexcept nogil:
-    """Pin the thread to its current core, if it may use others."""
+    """Pin the thread to its current core. Do nothing if the thread may use only one core."""
     cdef int cpu = sched_getcpu()
     if cpu < 0 or sched_getaffinity(0, sizeof(cpu_set_t), &a.saved) < 0:
         return
@@ -79,15 +80,15 @@ cdef inline void pin(affinity_t* a, uint64_t now) noexcept nogil:
 
 
 cdef inline void unpin(affinity_t* a) noexcept nogil:
-    """Restore the mask from before ``pin``. An unrestricted thread asks for every core, so that it
-    also gets those that were added to its cpuset while it was pinned."""
+    """Restore the mask from before ``pin``. An unrestricted thread requests every core, so that
+    the thread also gets the cores that were added to its cpuset during the pinning."""
     cdef cpu_set_t found
     if a.pinned_until == 0:
         return
     a.pinned_until = 0
     if sched_getaffinity(0, sizeof(found), &found) < 0:
         return
-    if not CPU_EQUAL(&found, &a.pinned):  # changed by the cpuset, or by an administrator
+    if not CPU_EQUAL(&found, &a.pinned):  # the cpuset or an administrator changed the mask
         if not set_unrestricted(&found):
             sched_setaffinity(0, sizeof(found), &found)
     elif a.unrestricted:
@@ -99,9 +100,9 @@ cdef inline void unpin(affinity_t* a) noexcept nogil:
 cdef inline void adjust_affinity(
     affinity_t* a, uint64_t now, uint64_t sent, uint64_t received
 ) noexcept nogil:
-    """Every CHECK_NS, pin or unpin the thread by its load since the last check.
+    """If CHECK_NS have passed since the last check, pin or unpin the thread by its load.
 
-    sent, received  packets since the worker's start
+    sent, received  numbers of packets since the worker's start
     """
     cdef uint64_t used_ns, percent
     cdef bint mostly_sends

@@ -1,7 +1,7 @@
 """UDP to TUN: split received runs, admit each packet, merge packets and write them.
 
 Owns the path of a received datagram. A datagram is untrusted until ``admit`` accepts its sender and
-its inner source. Counts in inner IP packets: after splitting and before merging.
+its inner source. The counters count inner IP packets, after splitting and before merging.
 Threading: the worker's thread.
 """
 
@@ -34,19 +34,19 @@ from wire.packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, par
 
 cdef enum:
     CHECK_OFF = 0               # no source check, as in flannel
-    CHECK_PEER = 1              # the outer source address must be a peer's
-    CHECK_STRICT = 2            # also, the inner source must be routed to that peer
+    CHECK_PEER = 1              # the outer source address must belong to a peer
+    CHECK_STRICT = 2            # also, the inner source must be routed to this peer
     RX_SLOTS_MIN = 4
-    # The batching delay (turn.pxd) can follow a batch if both conditions hold:
-    SMALL_BATCH_MIN = 6         # it has at least this number of datagrams
-    SMALL_DATAGRAM = 2000       # their average size in bytes is smaller than this
+    # The batching delay (turn.pxd) can follow a batch only if both conditions are true:
+    SMALL_BATCH_MIN = 6         # the batch has at least this number of datagrams
+    SMALL_DATAGRAM = 2000       # the average datagram has fewer bytes than this
 
 
 cdef struct sender_t:           # the sender of one datagram; caches the last result of check_source
-    const uint8_t* addr         # outer, network order
+    const uint8_t* addr         # outer source address, network order
     uint8_t addr_len
-    peer_t* peer                # NULL: not a peer
-    uint8_t inner_len           # 0: nothing is cached yet
+    peer_t* peer                # NULL: the sender is not a peer
+    uint8_t inner_len           # 0: no result is cached yet
     uint8_t inner[16]
     drop_t verdict
 
@@ -57,8 +57,8 @@ cdef struct sender_t:           # the sender of one datagram; caches the last re
 cdef inline drop_t check_source(
     const worker_t* w, const sender_t* sender, const uint8_t* src, size_t addr_len
 ) noexcept nogil:
-    """Return PASS if the peer may use this inner source address, else the drop reason. A peer's
-    own outer address is always valid as its inner source."""
+    """Return PASS if the peer may use this inner source address, else the drop reason. A peer may
+    always use its own outer address as the inner source address."""
     cdef hop_t* hop
     if is_own(w.snapshot, src, addr_len):
         return DROP_OWN_SOURCE
@@ -92,8 +92,8 @@ cdef inline drop_t admit(
 cdef inline void decap_packet(
     worker_t* w, sender_t* sender, uint8_t* p, size_t n
 ) noexcept nogil:
-    """Pass one inner packet to the merge step, or drop it. p[0:n] is borrowed until the write;
-    bytes after the declared length are padding and are removed."""
+    """Pass one inner packet to the merge step, or drop it. p[0:n] is borrowed until the outputs
+    are written. Bytes after the declared length are padding and are removed."""
     cdef ip_t ip
     cdef drop_t verdict = parse_ip(p, n, &ip)
     w.decap.read += 1
@@ -115,7 +115,7 @@ cdef inline void decap_packet(
 
 
 cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:
-    """Write packet i and those after it in its output, unchanged, one frame each."""
+    """Write packet i and all later packets of the same output, unchanged, one frame each."""
     cdef merge_packet_t* packet
     memset(w.wr_frame, 0, w.vnet_len)
     while i >= 0:
@@ -139,8 +139,9 @@ cdef inline void disable_merge(worker_t* w, bint tcp) noexcept nogil:
 
 
 cdef inline void write_outputs(worker_t* w) noexcept nogil:
-    """Write all outputs of the merge step to the TUN, in order. When the kernel refuses a merged
-    frame, write its packets one by one; EINVAL turns this kind of merging off."""
+    """Write all outputs of the merge step to the TUN, in order. If the kernel refuses a merged
+    frame, write the frame's packets one by one. If the error is EINVAL, also turn merging off for
+    the protocol of the frame (TCP or UDP)."""
     cdef int32_t i
     cdef size_t n
     cdef output_t* out
@@ -164,8 +165,8 @@ cdef inline void write_outputs(worker_t* w) noexcept nogil:
 
 
 cdef inline uint32_t gro_size(msghdr* msg) noexcept nogil:
-    """Return the size of the datagrams that UDP_GRO joined into this message, 0 = one datagram.
-    The control message is an int (linux net/ipv4/udp.c, udp_cmsg_recv)."""
+    """Return the size of the datagrams that UDP_GRO joined into this message. 0: the message is
+    one datagram. The control message is an int (linux net/ipv4/udp.c, udp_cmsg_recv)."""
     cdef cmsghdr* c = CMSG_FIRSTHDR(msg)
     cdef int size = 0
     while c != NULL:
@@ -179,7 +180,7 @@ cdef inline uint32_t gro_size(msghdr* msg) noexcept nogil:
 cdef inline void find_sender(
     const worker_t* w, sender_t* sender, sockaddr_in6* sa
 ) noexcept nogil:
-    """Set the outer source address, and the peer that has it."""
+    """Set the outer source address of the sender, and the peer that has this address."""
     cdef sockaddr_in* sa4 = <sockaddr_in*>sa
     cdef uint16_t port
     if sa.sin6_family == AF_INET:
@@ -195,7 +196,7 @@ cdef inline void find_sender(
 
 
 cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept nogil:
-    """Take the packets of one received datagram, or of a run that UDP_GRO joined."""
+    """Pass on the packets of one received datagram, or of a run that UDP_GRO joined."""
     cdef size_t n = m.msg_len
     cdef uint32_t size = gro_size(&m.msg_hdr)
     cdef uint64_t read_before = w.decap.read
@@ -227,8 +228,9 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
 
 
 cdef inline void adapt_batch(worker_t* w, uint32_t n, uint64_t bytes_) noexcept nogil:
-    """After a batch of n datagrams, set the slots of the next one so that it stays in the CPU
-    cache: 64 small datagrams, or a few joined runs. Detect small packets."""
+    """After a batch of n datagrams, set the number of slots of the next batch, and small_packets.
+    The next batch has 64 slots after small datagrams, and few slots after joined runs, so that its
+    data stays in the CPU cache."""
     cdef uint32_t fitting
     if not w.batch or n == 0:
         return
@@ -238,7 +240,8 @@ cdef inline void adapt_batch(worker_t* w, uint32_t n, uint64_t bytes_) noexcept 
 
 
 cdef inline bint receive(worker_t* w, int fd) noexcept nogil:
-    """Receive a batch from one socket and write it to the TUN. Return whether there may be more."""
+    """Receive a batch from one socket and write its packets to the TUN. Return whether the socket
+    may hold more datagrams."""
     cdef uint32_t slots = w.rx_slots
     cdef uint32_t i
     cdef uint64_t bytes_ = 0
@@ -253,7 +256,7 @@ cdef inline bint receive(worker_t* w, int fd) noexcept nogil:
     n = recvmmsg(fd, w.rx_msgs, slots, MSG_DONTWAIT, NULL)
     if n < 0:
         if errno != EAGAIN:
-            read_errors(w, fd)  # an ICMP error about a datagram we sent, reported once
+            read_errors(w, fd)  # the kernel reports an ICMP error about our datagram, once
         return False
     for i in range(n):
         bytes_ += w.rx_msgs[i].msg_len

@@ -1,7 +1,7 @@
 """TUN to UDP: parse a frame, look up its route, cut it, and queue the datagrams.
 
-Owns the path of a frame (``encap_frame``) and the draining of the TUN (``drain_tun``). Counts in
-inner IP packets: a super-packet counts as the packets that it is cut into.
+Owns the path of a frame (``encap_frame``) and the draining of the TUN (``drain_tun``). The counters
+count inner IP packets: a super-packet counts as the packets into which it is cut.
 Threading: the worker's thread.
 """
 
@@ -33,19 +33,19 @@ from wire.packet cimport (
 
 
 cdef enum:
-    TURN_FRAMES = 256           # a turn ends at this number of frames, or of bytes
+    TURN_FRAMES = 256           # a turn ends after this number of frames, or of bytes
     TURN_BYTES = 262144
 
 
-cdef struct frame_t:            # one frame from the TUN; each step adds what it finds
+cdef struct frame_t:            # one frame from the TUN; each step sets its fields
     uint8_t* p                  # the IP packet, borrowed until the next read
-    size_t n                    # its bytes
+    size_t n                    # bytes of the packet
     bint is_super
     ip_t ip
-    cut_t cut                   # cut.n: packets in the frame; other fields only if is_super
+    cut_t cut                   # cut.n: packets in the frame; other fields: only if is_super
     hop_t* hop
     uint32_t limit              # the largest inner packet on the path to the peer
-    bint too_big                # a packet exceeds the limit: drop it (DF) or send fragments
+    bint too_big                # a packet exceeds the limit: drop (DF) or fragment the packet
 
 
 # The steps of encap_frame
@@ -54,8 +54,8 @@ cdef struct frame_t:            # one frame from the TUN; each step adds what it
 cdef inline drop_t parse_frame(
     frame_t* f, uint8_t* frame, size_t n, uint32_t vnet_len
 ) noexcept nogil:
-    """Validate the vnet header and the IP packet of frame[0:n]; complete a checksum that the kernel
-    left to the device."""
+    """Validate the vnet header and the IP packet of frame[0:n]. Complete the checksum if the kernel
+    left this to the device."""
     cdef drop_t verdict
     f.cut.n = 1
     f.limit = 0
@@ -98,8 +98,8 @@ cdef inline drop_t check_size(frame_t* f) noexcept nogil:
 
 
 cdef inline uint32_t queue_last_segment(worker_t* w, frame_t* f) noexcept nogil:
-    """When a super-packet's full segments exceed the limit, queue the last one if it is short
-    enough. Return the number of packets queued."""
+    """Queue the last segment of a super-packet whose full segments exceed the limit, if the last
+    segment is short enough. Return the number of packets queued (0 or 1)."""
     cdef uint8_t* out = queue_room(&w.queue)
     cdef uint32_t last = f.cut.n - 1
     cdef uint32_t n
@@ -113,8 +113,8 @@ cdef inline uint32_t queue_last_segment(worker_t* w, frame_t* f) noexcept nogil:
 
 
 cdef inline void keep_first_segment(frame_t* f) noexcept nogil:
-    """Turn a super-packet into its first segment, in place: an ICMP error must quote a packet as it
-    would be on the wire."""
+    """Replace a super-packet by its first segment, in place. An ICMP error must quote a packet as
+    it would be on the wire, not a super-packet."""
     cdef uint8_t hdr[SEG_HDR_ROOM]
     cut_start(&f.cut, f.p)
     cut_header(&f.cut, f.p + f.cut.hdr_len, 0, hdr)
@@ -123,7 +123,7 @@ cdef inline void keep_first_segment(frame_t* f) noexcept nogil:
 
 
 cdef inline int icmp_kind(drop_t reason) noexcept nogil:
-    """Return the ICMP error that reports a drop to the sender, -1 = none."""
+    """Return the kind of ICMP error that reports a drop to the sender; -1: no error is sent."""
     if reason == DROP_NO_ROUTE:
         return ICMP_NO_ROUTE
     if reason == DROP_TTL_EXCEEDED:
@@ -134,7 +134,8 @@ cdef inline int icmp_kind(drop_t reason) noexcept nogil:
 
 
 cdef inline void refuse(worker_t* w, frame_t* f, drop_t reason) noexcept nogil:
-    """Drop the frame's packets; reply to the sender with one ICMP error, about the first."""
+    """Drop the frame's packets. Send at most one ICMP error to the sender, about the first packet.
+    """
     cdef uint32_t dropped = f.cut.n
     cdef int kind = icmp_kind(reason)
     if reason == DROP_TOO_BIG:
@@ -169,8 +170,8 @@ cdef inline void queue_fragments(
 ) noexcept nogil:
     """Queue one IPv4 packet as fragments within the limit.
 
-    hdr   the IP header, and lead_len bytes of transport header
-    data  the rest
+    hdr   the IP header, then lead_len bytes of transport header
+    data  the rest of the packet
     """
     cdef uint32_t ip_hdr_len = f.ip.hdr_len
     cdef int n = fragment_n(ip_hdr_len, lead_len, data_len, f.limit)
@@ -192,8 +193,8 @@ cdef inline void queue_fragments(
 
 
 cdef inline void queue_segment_fragments(worker_t* w, frame_t* f) noexcept nogil:
-    """Queue the segments of a super-packet as fragments (IPv4 without DF). A last segment within
-    the limit stays whole."""
+    """Queue the segments of a super-packet as fragments (IPv4 without DF). If the last segment is
+    within the limit, queue it whole."""
     cdef uint8_t hdr[SEG_HDR_ROOM]
     cdef const uint8_t* payload
     cdef uint32_t i
@@ -207,7 +208,7 @@ cdef inline void queue_segment_fragments(worker_t* w, frame_t* f) noexcept nogil
 
 
 cdef inline void queue_frame(worker_t* w, frame_t* f) noexcept nogil:
-    """Queue the frame's packets: whole, cut, or as fragments."""
+    """Queue the frame's packets: one whole packet, segments of a super-packet, or fragments."""
     if f.is_super:
         if f.too_big:
             queue_segment_fragments(w, f)
@@ -225,7 +226,7 @@ cdef inline void queue_frame(worker_t* w, frame_t* f) noexcept nogil:
 cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nogil:
     """Send one frame from the TUN to a peer, or drop it.
 
-    frame  vnet header, if the TUN has them, and an IP packet; overwritten
+    frame  a vnet header (only if the TUN uses vnet headers), then an IP packet; overwritten
     """
     cdef frame_t f
     cdef drop_t verdict = parse_frame(&f, frame, n, w.vnet_len)
@@ -245,7 +246,7 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
 
 cdef inline bint drain_tun(worker_t* w) noexcept nogil:
     """Read frames until the TUN is empty, a socket's buffer is full, or the turn's limit is
-    reached. Return whether there may be more to read."""
+    reached. Return whether the TUN may hold more frames."""
     cdef uint32_t frames = 0
     cdef size_t bytes_ = 0
     cdef ssize_t n

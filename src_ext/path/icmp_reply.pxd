@@ -1,8 +1,8 @@
 """ICMP errors about packets that the worker drops, sent to the packet's inner source.
 
-Owns the choice of source address, the rate limit, and both ways to the sender: the TUN for a local
-sender, a datagram for a sender behind a peer. wire/icmp.pxd builds the error and has the rules on
-when none may be sent.
+Owns the choice of source address, the rate limit, and the sending of the error. A local sender gets
+the error through the TUN, a sender behind a peer in a datagram. wire/icmp.pxd builds the error and
+has the rules about when no error may be sent.
 Threading: the worker's thread.
 """
 
@@ -25,8 +25,9 @@ cdef inline size_t build_reply(
 ) noexcept nogil:
     """Write an ICMP error about p[0:n], from the TUN's address.
 
-    limit    bytes that the error may have
-    returns  bytes written; 0: the RFCs forbid an error, it exceeds limit, or the rate limit applies
+    limit    the maximum length of the error in bytes
+    returns  bytes written. 0: the RFCs forbid an error, the error is longer than limit, or the rate
+             limit applies
     """
     cdef const uint8_t* source
     cdef size_t reply_len
@@ -46,7 +47,7 @@ cdef inline size_t build_reply(
 cdef inline void reply_to_tun(
     worker_t* w, const uint8_t* p, size_t n, uint8_t version, int kind, uint32_t mtu
 ) noexcept nogil:
-    """Send an ICMP error about p[0:n], a packet read from the TUN, to its local sender."""
+    """Send an ICMP error about p[0:n], a packet read from the TUN, to the packet's local sender."""
     cdef uint8_t* reply = w.icmp_out + VNET_LEN
     cdef size_t reply_len = build_reply(w, p, n, version, kind, mtu, ICMP_MAX, reply)
     if reply_len == 0:
@@ -63,7 +64,7 @@ cdef inline void reply_to_tun(
 cdef inline void reply_to_peer(
     worker_t* w, const uint8_t* p, size_t n, const ip_t* ip
 ) noexcept nogil:
-    """Queue a "time exceeded" about p[0:n], a packet received from a peer, to its sender."""
+    """Queue a "time exceeded" error about p[0:n], a packet received from a peer, for its sender."""
     cdef hop_t* hop = find_hop(w.snapshot, ip_src(p, ip), ip.addr_len)
     cdef size_t reply_len
     if hop == NULL or queue_is_full(&w.queue, 1):

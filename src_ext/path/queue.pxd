@@ -1,11 +1,12 @@
 """The send queue: datagrams that wait for the next flush, in order for each peer.
 
-Owns ``queue_t``. A caller writes a datagram at ``queue_room`` and adds it with ``queue_append``;
-send.pxd sends the datagrams and empties the queue. Depends on no worker and no socket.
+Owns ``queue_t``. A caller writes a datagram at ``queue_room`` and adds this datagram with
+``queue_append``. send.pxd sends the datagrams and empties the queue. Does not depend on workers or
+sockets.
 
-The datagrams lie one behind the other in memory. A run to one peer is then one contiguous block,
-which the kernel copies several times faster than a gather list of headers and payloads
-(docs/performance.md). A datagram stays in place until the flush that sends it ends.
+The datagrams are contiguous in memory, so a run to one peer is one block. The kernel copies one
+block several times faster than a gather list of headers and payloads (docs/performance.md). A
+datagram keeps its place in memory until the flush that sends the datagram ends.
 Threading: one queue per worker; the control side reads ``waiting_n``.
 """
 
@@ -18,29 +19,29 @@ from wire.headers cimport VNET_LEN
 
 
 cdef enum:
-    QUEUE_DATAGRAMS = 1024      # datagrams that may wait for one flush
-    QUEUE_FRAME_DATAGRAMS = 512  # space kept free for the next frame; the TUN's gso_max_segs
+    QUEUE_DATAGRAMS = 1024      # maximum number of datagrams in the queue
+    QUEUE_FRAME_DATAGRAMS = 512  # slots kept free for the next frame; also the TUN's gso_max_segs
     QUEUE_FRAME_BYTES = VNET_LEN + 65536
-    QUEUE_PEERS = 32            # peers that can have waiting datagrams at a time
-    QUEUE_FULL_BYTES = 262144   # flush above this, so that the queue stays in the CPU cache
+    QUEUE_PEERS = 32            # maximum number of peers with datagrams in the queue
+    QUEUE_FULL_BYTES = 262144   # flush above this size, so that the queue stays in the CPU cache
     QUEUE_BYTES = QUEUE_FULL_BYTES + QUEUE_FRAME_BYTES + QUEUE_DATAGRAMS * SEG_HDR_ROOM
 
 
 cdef struct datagram_t:
     uint8_t* data
     uint32_t len
-    int32_t next                # index of the next datagram to the same peer; -1 = last
+    int32_t next                # index of the next datagram to the same peer; -1: this is the last
 
 
 cdef struct peer_queue_t:       # the datagrams that wait for one peer, in order
     peer_t* peer
-    int32_t first               # -1 = all are sent
+    int32_t first               # index in queue_t.datagrams; -1: no datagram waits for this peer
     int32_t last
 
 
 cdef struct queue_t:
-    uint8_t* memory             # QUEUE_BYTES
-    uint32_t used               # bytes of it
+    uint8_t* memory             # a block of QUEUE_BYTES bytes
+    uint32_t used               # bytes of memory that hold datagrams
     uint32_t n                  # datagrams in memory: waiting, or sent by an incomplete flush
     uint32_t peers_n
     uint64_t waiting_n          # datagrams not yet sent or dropped
@@ -53,7 +54,8 @@ cdef inline bint queue_is_empty(const queue_t* q) noexcept nogil:
 
 
 cdef inline bint queue_is_full(const queue_t* q, uint32_t datagrams) noexcept nogil:
-    """Return whether a flush must come before ``datagrams`` more datagrams and one more frame."""
+    """Return whether a flush is needed before the next frame, or ICMP error, of up to ``datagrams``
+    datagrams is added."""
     return (
         q.n + datagrams > QUEUE_DATAGRAMS or q.used > QUEUE_FULL_BYTES
         or q.peers_n == QUEUE_PEERS
@@ -79,7 +81,7 @@ cdef inline void queue_append(queue_t* q, peer_t* peer, uint32_t n) noexcept nog
         q.peers_n += 1
         waiting.peer = peer
         waiting.first = -1
-    if waiting.first < 0:  # new, or emptied by a flush that stopped at another peer
+    if waiting.first < 0:  # a new peer, or an incomplete flush sent all its datagrams
         waiting.first = q.n
     else:
         q.datagrams[waiting.last].next = q.n
@@ -101,5 +103,5 @@ cdef inline void queue_append_copy(
 
 
 cdef inline void queue_clear(queue_t* q) noexcept nogil:
-    """Forget the datagrams in memory, which are all sent or dropped."""
+    """Empty the queue. All its datagrams must be sent or dropped."""
     q.n = q.peers_n = q.used = 0

@@ -1,9 +1,11 @@
-"""Send the queue: as few system calls as the kernel allows.
+"""Send the queue with as few system calls as the kernel allows.
 
-Owns the flush: consecutive datagrams of equal size to one peer (the last may be shorter) form a
-run, one message with UDP_SEGMENT; one sendmmsg sends many messages. When the kernel refuses a run,
-its datagrams are sent one by one, so that no packet is lost to a probe. Owns reading the socket's
-error queue, which reports path MTUs.
+Owns the flush. Consecutive datagrams of equal size to one peer form a run; the last datagram of a
+run may be shorter. A run is one message with UDP_SEGMENT, and one sendmmsg sends many messages. If
+the kernel refuses a run, the flush sends the datagrams of the run one by one. So no packet is lost
+while the worker finds out whether UDP_SEGMENT works.
+
+Also owns the reading of the socket's error queue, which reports path MTUs.
 Threading: the worker's thread.
 Source: udp(7), ip(7) (IP_RECVERR), linux net/ipv4/udp.c (UDP_SEGMENT's limits), RFC 1191, RFC 8201.
 """
@@ -33,13 +35,13 @@ from table.snapshot cimport first_peer_at
 
 
 cdef enum:
-    MAX_UDP_PAYLOAD = 65507     # of one message, all its datagrams together
-    MAX_RETRIES = 4             # of a send that reports an earlier datagram's ICMP error
-    MAX_ERRORS = 1024           # read from the error queue in one go
-    # A forged ICMP error cannot reduce the path MTU below Linux's net.ipv4.route.min_pmtu, for IPv6
-    # below MIN_MTU6.
+    MAX_UDP_PAYLOAD = 65507     # maximum bytes of one message: the sum of its datagrams
+    MAX_RETRIES = 4             # retries if a send reports an ICMP error of an earlier datagram
+    MAX_ERRORS = 1024           # maximum number of errors that one read_errors reads
+    # A forged ICMP error cannot reduce the path MTU below a minimum. For IPv4 the minimum is the
+    # default of Linux's net.ipv4.route.min_pmtu, for IPv6 MIN_MTU6.
     MIN_PATH_MTU4 = 552
-    UNKNOWN_MTU4 = 576          # when the router does not report one (RFC 1191 5)
+    UNKNOWN_MTU4 = 576          # the MTU to use if the router reports none (RFC 1191 5)
 
 
 cdef inline int udp_fd(const worker_t* w, const peer_t* peer) noexcept nogil:
@@ -50,8 +52,8 @@ cdef inline int udp_fd(const worker_t* w, const peer_t* peer) noexcept nogil:
 
 
 cdef inline void lower_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
-    """Lower the peer's path MTU to mtu (outer bytes, 0 = not reported). The control side raises it
-    again after a time."""
+    """Lower the peer's path MTU to mtu (outer bytes; 0 = the router reported none). The control
+    side resets the path MTU to the link MTU after some time."""
     cdef uint32_t lowest = MIN_PATH_MTU4 if peer.addr_len == 4 else MIN_MTU6
     if mtu == 0:
         mtu = UNKNOWN_MTU4
@@ -65,8 +67,8 @@ cdef inline void lower_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcep
 
 
 cdef inline bint reported_mtu(msghdr* msg, uint32_t* mtu) noexcept nogil:
-    """Return whether the message of the error queue says that a datagram was too big, and set mtu
-    to the MTU that it reports."""
+    """Return whether a message of the error queue reports that a datagram was too big. If so, set
+    mtu to the MTU in the message."""
     cdef sock_extended_err err
     cdef bint found = False
     cdef cmsghdr* c = CMSG_FIRSTHDR(msg)
@@ -87,8 +89,8 @@ cdef inline bint reported_mtu(msghdr* msg, uint32_t* mtu) noexcept nogil:
 
 
 cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
-    """Empty the socket's error queue and lower path MTUs accordingly. Return whether the queue held
-    anything."""
+    """Empty the socket's error queue. Lower the path MTUs for which the queue reports a smaller
+    value. Return whether the queue held any error."""
     cdef msghdr msg
     cdef sockaddr_in6 dest
     cdef uint8_t control[512]
@@ -128,13 +130,13 @@ cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
 cdef inline iovec* build_message(
     worker_t* w, uint32_t message, iovec* iov, peer_t* peer, int32_t datagram_i, uint32_t run_max
 ) noexcept nogil:
-    """Describe datagram datagram_i and those after it, as far as they form a run of at most run_max
-    datagrams, as one message. Return the first gather entry (iovec) left unused."""
+    """Build one message from a run that starts with datagram datagram_i and has at most run_max
+    datagrams. Return the first unused gather entry (iovec)."""
     cdef const queue_t* q = &w.queue
     cdef msghdr* msg = &w.tx_msgs[message].msg_hdr
     cdef const datagram_t* datagram
     cdef cmsghdr* c
-    cdef uint8_t* end = NULL        # of the last gather entry
+    cdef uint8_t* end = NULL        # end of the memory of the last gather entry
     cdef uint32_t n = 0, total = 0
     cdef uint32_t size = q.datagrams[datagram_i].len
     cdef uint16_t gso_size = <uint16_t>size
@@ -178,8 +180,8 @@ cdef inline iovec* build_message(
 cdef inline uint32_t build_messages(
     worker_t* w, int fd, uint32_t peer_i, uint32_t run_max
 ) noexcept nogil:
-    """Describe the queued datagrams for the peers of one socket, from peer_i on, as at most
-    TX_MSGS messages. Return the number of messages."""
+    """Build at most TX_MSGS messages from the queued datagrams for the peers of one socket, from
+    peer_i on. Return the number of messages."""
     cdef uint32_t n = 0
     cdef iovec* iov = &w.tx_iov[0]
     cdef peer_queue_t* waiting
@@ -200,16 +202,16 @@ cdef inline uint32_t build_messages(
 # Flush
 
 
-cdef struct refusal_t:          # what a flush does after the kernel refused a message
+cdef struct refusal_t:          # state of a flush after the kernel refused a message
     bint one_by_one             # send single datagrams until one is accepted
-    bint gso_suspected          # UDP_SEGMENT may be why a run was refused; its size is not
-    uint32_t retries            # of the same datagram
+    bint gso_suspected          # a run was refused, maybe because of UDP_SEGMENT, not its size
+    uint32_t retries            # number of retries of the current datagram
 
 
 cdef inline void account(
     worker_t* w, peer_queue_t* waiting, const run_t* run, drop_t verdict
 ) noexcept nogil:
-    """Take a run out of the queue and count it: sent (PASS), or dropped."""
+    """Remove a run from the queue and count its datagrams: as sent (PASS), or as dropped."""
     cdef peer_counters_t* counters = &waiting.peer.counters[w.index]
     w.queue.waiting_n -= run.n
     waiting.first = run.next
@@ -224,12 +226,12 @@ cdef inline void account(
 cdef inline void handle_refusal(
     worker_t* w, int fd, peer_queue_t* waiting, int error, refusal_t* refusal
 ) noexcept nogil:
-    """Decide about the first message, which sendmmsg refused: retry its datagrams one by one, retry
-    the same datagram, or drop it."""
+    """Handle the first message, which sendmmsg refused. If the cause can be that the message is a
+    run, retry the datagrams one by one. Otherwise retry or drop the message."""
     if w.tx_runs[0].n > 1:
-        # The device cannot send runs (EIO), the kernel does not support UDP_SEGMENT, or the
-        # datagrams exceed the path MTU (EMSGSIZE; older kernels: EINVAL). If the same datagrams are
-        # accepted one by one, UDP_SEGMENT was the cause.
+        # Three causes are possible: the device cannot send runs (EIO), the kernel does not support
+        # UDP_SEGMENT, or the datagrams exceed the path MTU (EMSGSIZE; older kernels: EINVAL). If
+        # the kernel accepts the same datagrams one by one, UDP_SEGMENT was the cause.
         if error == EIO or error == EINVAL or error == EOPNOTSUPP:
             refusal.one_by_one = refusal.gso_suspected = True
             return
@@ -241,8 +243,9 @@ cdef inline void handle_refusal(
     if error == ENOBUFS or error == ENOMEM:
         account(w, waiting, &w.tx_runs[0], DROP_NO_BUFFER)
     elif (read_errors(w, fd) and refusal.retries < MAX_RETRIES) or refusal.retries == 0:
-        # The kernel reports an ICMP error about an earlier datagram, perhaps to another peer, once,
-        # as the result of the next send, and does not send that datagram.
+        # This may be an ICMP error about an earlier datagram, perhaps to another peer. The kernel
+        # reports such an error once, as the result of the next send, and does not send the datagram
+        # of that next send.
         refusal.retries += 1
         return
     else:
@@ -253,7 +256,7 @@ cdef inline void handle_refusal(
 
 
 cdef inline uint32_t next_waiting(const worker_t* w, int fd, uint32_t peer_i) noexcept nogil:
-    """Return the first of the queue's peers, from peer_i on, with datagrams for this socket."""
+    """Return the index of the first peer, from peer_i on, with datagrams waiting for the socket."""
     while peer_i < w.queue.peers_n and (
         w.queue.peers[peer_i].first < 0 or udp_fd(w, w.queue.peers[peer_i].peer) != fd
     ):
@@ -262,8 +265,8 @@ cdef inline uint32_t next_waiting(const worker_t* w, int fd, uint32_t peer_i) no
 
 
 cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
-    """Send the queued datagrams for the peers of one socket. Return whether all was sent;
-    otherwise the socket's buffer is full and the rest waits."""
+    """Send the queued datagrams for the peers of one socket. Return whether all datagrams were
+    sent. If not, the socket's buffer is full, and the rest stays in the queue."""
     cdef uint32_t n, i, run_max, peer_i = 0
     cdef int sent, error
     cdef refusal_t refusal
@@ -282,7 +285,7 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
             account(w, &w.queue.peers[peer_i], &w.tx_runs[i], PASS)
         if sent > 0:
             if <uint32_t>sent < n:
-                read_errors(w, fd)  # the only place that reports why the next message failed
+                read_errors(w, fd)  # only the error queue reports why the next message failed
             if refusal.gso_suspected:
                 w.udp_gso = False
                 raise_event(w, EVENT_UDP_GSO)
@@ -294,8 +297,8 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
 
 
 cdef inline bint flush(worker_t* w) noexcept nogil:
-    """Send the whole queue. Return whether all was sent; otherwise full4 and full6 tell which
-    socket's buffer is full: flush again when it is writable."""
+    """Send the whole queue. Return whether all datagrams were sent. If not, full4 and full6 say
+    which socket's buffer is full; flush again when this socket is writable."""
     w.full4 = w.full6 = False
     if not queue_is_empty(&w.queue):
         w.full4 = w.udp_fd4 >= 0 and not flush_socket(w, w.udp_fd4)
@@ -307,8 +310,8 @@ cdef inline bint flush(worker_t* w) noexcept nogil:
 
 
 cdef inline bint make_room(worker_t* w, uint32_t datagrams) noexcept nogil:
-    """Flush if the queue lacks space for the datagrams of the current frame. Return whether there
-    is space."""
+    """Flush if the queue lacks space for the datagrams of the current frame. Return whether the
+    queue now has space for them."""
     if datagrams > QUEUE_DATAGRAMS:
         return False
     return w.queue.n + datagrams <= QUEUE_DATAGRAMS or flush(w)

@@ -1,13 +1,14 @@
-"""The worker's turns: what it does in which order, and when it returns to the event loop.
+"""The worker's turns: the order of the steps, and when the worker returns to the event loop.
 
 Owns the order of one turn (receive, write, drain the TUN, send), the epoll set, back-pressure, and
-the borrowing of the snapshot. The TUN is drained after the write because a write runs the local TCP
-stack inline, so the stack's reply can often be read immediately.
+the borrowing of the snapshot. The TUN is drained after the write, because the write runs the local
+TCP stack inline. So the stack's reply can often be read immediately.
 
-Threading: ``run`` and ``drain`` are called by the worker's thread without the GIL. A snapshot is
-borrowed while ``busy`` is 1 and ``seen`` is its generation; the control side frees a retired one
-only when every worker is not busy or has seen a later generation. The two full fences (here, and
-after the control side's swap) guarantee that one side sees the other's store.
+Threading: the worker's thread calls ``run`` and ``drain`` without the GIL. A worker has borrowed a
+snapshot while ``busy`` is 1 and ``seen`` is the snapshot's generation. The control side frees a
+retired snapshot only when each worker is not busy or has seen a later generation. There are two
+full fences: one in ``borrow``, one after the control side swaps the snapshot pointer. They
+guarantee that at least one of the two sides sees the other side's store.
 """
 
 from libc.stdint cimport uint64_t
@@ -30,7 +31,7 @@ from table.snapshot cimport snapshot_t
 
 
 cdef enum:
-    POLL_TURNS = 64             # a busy worker polls for errors once in this number of turns
+    POLL_TURNS = 64             # a busy worker polls once in this number of turns, for errors
     BATCHING_DELAY_NS = 40000
 
 
@@ -38,8 +39,8 @@ cdef enum:
 
 
 cdef inline void borrow(worker_t* w) noexcept nogil:
-    """Borrow the active snapshot. Keep the present one while datagrams are queued, because they
-    point to its peers."""
+    """Borrow the active snapshot. While datagrams are queued, keep the snapshot that is already
+    borrowed, because the datagrams point to its peers."""
     if not queue_is_empty(&w.queue) and w.busy:
         return
     store_flag(&w.busy, 1)
@@ -67,8 +68,9 @@ cdef inline void epoll_unregister(worker_t* w) noexcept nogil:
 
 
 cdef inline bint epoll_register(worker_t* w) noexcept nogil:
-    """Add the descriptors that carry packets to the epoll set. False: the kernel refused one, errno
-    has the reason, and none is added, since the event loop would miss packets."""
+    """Add the descriptors that carry packets to the epoll set. Return whether all were added. If
+    the kernel refuses one, none is added and errno has the reason: with only some descriptors, the
+    event loop would miss packets."""
     cdef epoll_event event
     cdef int i
     memset(&event, 0, sizeof(event))
@@ -82,7 +84,8 @@ cdef inline bint epoll_register(worker_t* w) noexcept nogil:
 
 
 cdef inline bint readable(worker_t* w, int which, int fd) noexcept nogil:
-    """Return whether a polled socket is readable. An error counts: receiving clears it."""
+    """Return whether a polled socket is readable. A socket with an error counts as readable,
+    because receiving from the socket clears the error."""
     cdef short events = w.polled[which].revents
     if events & POLLERR:
         read_errors(w, fd)
@@ -90,7 +93,7 @@ cdef inline bint readable(worker_t* w, int which, int fd) noexcept nogil:
 
 
 cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
-    """Poll, and mark the ready descriptors."""
+    """Wait in poll() for at most timeout_ms. Mark the descriptors that are ready."""
     cdef uint64_t value
     w.syscalls_wait += 1
     w.ready = poll(w.polled, POLLED_N, timeout_ms) > 0
@@ -109,7 +112,7 @@ cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
 
 
 cdef inline void assume_ready(worker_t* w) noexcept nogil:
-    """Mark all descriptors ready: a busy worker tries them without a poll."""
+    """Mark all descriptors ready without a poll. A busy worker then tries to read from each."""
     w.now = now_ns()
     borrow(w)
     w.tun_ready = not w.tun_paused
@@ -118,8 +121,8 @@ cdef inline void assume_ready(worker_t* w) noexcept nogil:
 
 
 cdef inline void batching_delay(worker_t* w) noexcept nogil:
-    """Sleep while small packets arrive. A worker in poll() would be woken by the first of them. The
-    wake-up costs the sender CPU time, and the worker would merge fewer packets."""
+    """Sleep while small packets arrive. In poll(), the first packet would wake the worker. This
+    wake-up would cost the sender CPU time, and the worker would merge fewer packets."""
     cdef timespec ts
     ts.tv_sec = 0
     ts.tv_nsec = BATCHING_DELAY_NS
@@ -132,7 +135,8 @@ cdef inline void batching_delay(worker_t* w) noexcept nogil:
 
 
 cdef inline void set_back_pressure(worker_t* w) noexcept nogil:
-    """After a flush: poll a socket whose buffer is full for writing, and pause the TUN."""
+    """Set the polled events after a flush. If a socket's buffer is full, poll this socket for
+    writing, and do not poll the TUN."""
     w.tun_paused = w.full4 or w.full6
     w.polled[ON_TUN].events = 0 if w.tun_paused else POLLIN
     w.polled[ON_UDP4].events = POLLIN | (POLLOUT if w.full4 else 0)
@@ -140,7 +144,7 @@ cdef inline void set_back_pressure(worker_t* w) noexcept nogil:
 
 
 cdef inline bint turn(worker_t* w) noexcept nogil:
-    """Receive, write, drain the TUN, send. Return whether there may be more to do at once."""
+    """Receive, write, drain the TUN, send. Return whether more packets may be ready already."""
     cdef bint more = False
     w.turns += 1
     if w.udp_ready4:
@@ -164,7 +168,8 @@ cdef inline bint turn(worker_t* w) noexcept nogil:
 
 
 cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
-    """Work until no descriptor was ready for linger_ms, or the control side requests a wake-up."""
+    """Work until no descriptor was ready for linger_ms, the control side requests a wake-up, or the
+    TUN is gone."""
     cdef int timeout = 0
     cdef bint more = False
     epoll_unregister(w)
@@ -172,7 +177,7 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
         if more and w.turns % POLL_TURNS != 0:
             assume_ready(w)
         elif more:
-            wait_for_work(w, 0)  # to notice errors and wake-up requests
+            wait_for_work(w, 0)  # to detect errors and wake-up requests
         elif w.small_packets:
             batching_delay(w)
             wait_for_work(w, 0)
@@ -196,8 +201,8 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
 
 
 cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
-    """Forward what the kernel's queues and the send queue hold. Wait for full sockets, but not past
-    ``until`` (monotonic ns)."""
+    """Forward the packets in the kernel's queues and in the send queue. If a socket's buffer is
+    full, wait for the socket. Stop at ``until`` (monotonic ns)."""
     cdef bint more = True
     while more or not queue_is_empty(&w.queue):
         assume_ready(w)
@@ -209,8 +214,8 @@ cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
 
 
 cdef inline void drain(worker_t* w, uint64_t until) noexcept nogil:
-    """Forward what is queued until ``until`` (monotonic ns), then drop the rest (CLOSED). Only
-    after the last ``run``."""
+    """Forward queued packets until ``until`` (monotonic ns). Then drop the remaining datagrams of
+    the send queue (CLOSED). Call this only after the last ``run``."""
     forward_rest(w, until)
     count_drop(&w.encap, DROP_CLOSED, w.queue.waiting_n)
     w.queue.waiting_n = 0

@@ -1,7 +1,7 @@
 """The state of one data worker: descriptors, buffers, counters and switches.
 
-Owns the memory layout and the batch sizes. The steps that use it are in icmp_reply.pxd, send.pxd,
-encap.pxd, decap.pxd and turn.pxd; the send queue is in queue.pxd.
+Owns the memory layout and the batch sizes. The steps that use this state are in icmp_reply.pxd,
+send.pxd, encap.pxd, decap.pxd and turn.pxd. The send queue is in queue.pxd.
 Threading: the worker's thread writes a ``worker_t``. The control side reads the counters, takes
 ``events``, and writes only ``wake_requested`` and the snapshot pointer of ``shared_t``.
 """
@@ -20,27 +20,27 @@ from wire.merge cimport merge_t
 
 cdef enum:
     TX_FRAME = QUEUE_FRAME_BYTES  # the longest read from the TUN
-    TX_MSGS = 64                # messages of one sendmmsg
+    TX_MSGS = 64                # maximum messages of one sendmmsg
 
-    RX_SLOTS = 64               # datagrams of one recvmmsg
+    RX_SLOTS = 64               # maximum messages of one recvmmsg
     RX_SLOT = 65536             # the longest UDP payload, or the longest run joined by UDP_GRO
-    RX_BATCH_BYTES = 262144     # bytes that one batch should receive at most, to stay in cache
+    RX_BATCH_BYTES = 262144     # maximum bytes that one batch should receive, to stay in cache
     WR_FRAME = VNET_LEN + RX_SLOT     # the longest write to the TUN: the payload of one datagram
 
     CMSG_ROOM = 64
 
-    # indices of worker_t.polled
+    # indices of worker_t.polled; the descriptors from ON_TUN on carry packets
     ON_WAKE = 0
-    ON_TUN = 1                  # this and all later ones: descriptors that carry packets
+    ON_TUN = 1
     ON_UDP4 = 2
     ON_UDP6 = 3
     POLLED_N = 4
 
     # bits of worker_t.events
     EVENT_PATH_MTU = 1          # a peer's path MTU became smaller
-    EVENT_UDP_GSO = 2           # the kernel refused UDP_SEGMENT; it is off from now on
-    EVENT_TCP_MERGE = 4         # the kernel refused a TCP merge; merging TCP is off from now on
-    EVENT_UDP_MERGE = 8         # the kernel refused a UDP merge; merging UDP is off from now on
+    EVENT_UDP_GSO = 2           # the kernel refused UDP_SEGMENT, which is now off
+    EVENT_TCP_MERGE = 4         # the kernel refused a merged TCP frame; merging TCP is now off
+    EVENT_UDP_MERGE = 8         # the kernel refused a merged UDP frame; merging UDP is now off
     EVENT_TUN_GONE = 16
 
 
@@ -51,14 +51,14 @@ cdef struct direction_t:        # counters of inner IP packets
     uint64_t drops[DROP_REASONS_N]
 
 
-cdef struct run_t:              # what one message of sendmmsg carries
+cdef struct run_t:              # the run in one message of sendmmsg; may be a single datagram
     uint32_t n                  # datagrams
     uint32_t bytes_
     int32_t next                # index of the peer's first datagram after this message; -1 = none
 
 
 cdef struct shared_t:
-    snapshot_t* snapshot        # the active one: the control side swaps it, workers load it
+    snapshot_t* snapshot        # the active one: the control side stores it, workers load it
     uint32_t workers_n
     uint32_t source_check
     uint8_t tun_addr4[4]
@@ -71,7 +71,7 @@ cdef struct shared_t:
 cdef struct worker_t:
     shared_t* shared
     snapshot_t* snapshot        # borrowed for a turn, and while datagrams are queued
-    uint64_t busy               # 1 while a snapshot is borrowed: see turn.pxd
+    uint64_t busy               # 1 while a snapshot is borrowed (see turn.pxd)
     uint64_t seen               # generation of the borrowed snapshot
     uint64_t wake_requested     # written by the control side: 1 = return to the event loop
     uint64_t events             # EVENT_*: set by the worker, cleared by the control side
@@ -79,17 +79,17 @@ cdef struct worker_t:
     affinity_t affinity
     uint32_t index
 
-    int epoll_fd                # for the event loop: see turn.pxd
+    int epoll_fd                # the event loop waits on it (see turn.pxd)
     int wake_fd
     int tun_fd
     int udp_fd4                 # -1 = no listener of this family
     int udp_fd6
     pollfd polled[POLLED_N]
-    bint full4                  # back-pressure: the last flush found this socket's buffer full
-    bint full6
+    bint full4                  # back-pressure: the IPv4 socket's buffer was full at the last flush
+    bint full6                  # the same for the IPv6 socket
     bint tun_paused             # back-pressure: the TUN is not polled
     bint ready                  # the last poll found a ready descriptor
-    bint small_packets          # the last batch received was of small single datagrams
+    bint small_packets          # the last received batch had many small datagrams (see decap.pxd)
     bint tun_ready
     bint udp_ready4
     bint udp_ready6
@@ -98,7 +98,7 @@ cdef struct worker_t:
     uint32_t vnet_len           # VNET_LEN, or 0 without tun-gso
     bint udp_gso
     bint batch
-    uint32_t gso_max_segs       # datagrams of one UDP_SEGMENT message
+    uint32_t gso_max_segs       # maximum datagrams of one UDP_SEGMENT message
 
     # counters
     direction_t encap
@@ -117,7 +117,7 @@ cdef struct worker_t:
     # TUN to UDP
     uint8_t* tx_frame           # TX_FRAME bytes: the last frame read
     queue_t queue
-    iovec tx_iov[QUEUE_DATAGRAMS]  # gather entries: one per datagram at most
+    iovec tx_iov[QUEUE_DATAGRAMS]  # gather entries; at most one per datagram
     mmsghdr tx_msgs[TX_MSGS]
     uint8_t tx_cmsg[TX_MSGS][CMSG_ROOM]
     run_t tx_runs[TX_MSGS]

@@ -1,1 +1,1 @@
-"""The route table and the snapshots of it that the workers read: the control side."""
+"""The control side: the route table, and the snapshots of the table that the workers read."""

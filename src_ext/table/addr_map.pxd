@@ -1,7 +1,8 @@
 """A hash map from addresses to peers, also used as a set of addresses.
 
-Owns its slots, not the peers. Does not depend on ports or routes. Threading: no locks. Any number
-of threads may read a map that no thread changes.
+A map owns its slots, but not the peers. Does not depend on ports or routes.
+
+Threading: no locks. Any number of threads may read a map while no thread changes the map.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -20,11 +21,12 @@ cdef struct addr_slot_t:
 
 cdef struct addr_map_t:
     addr_slot_t* slots          # owned
-    uint32_t mask               # slots - 1; a power of two, at most half full
+    uint32_t mask               # number of slots - 1; the number is a power of two
 
 
 cdef inline uint32_t addr_hash(const uint8_t* addr, size_t addr_len) noexcept nogil:
-    """Hash an address. Peers cannot choose the keys: only configured addresses are inserted."""
+    """Hash an address. The hash needs no secret: only configured addresses are inserted, so a peer
+    cannot choose the keys."""
     cdef uint64_t h
     if addr_len == 4:
         h = load_u32(addr)
@@ -35,7 +37,8 @@ cdef inline uint32_t addr_hash(const uint8_t* addr, size_t addr_len) noexcept no
 
 
 cdef inline int addr_map_init(addr_map_t* m, size_t n) noexcept nogil:
-    """Allocate an empty map for n addresses. Return 0, or -1 without memory."""
+    """Allocate an empty map for n addresses, which fill at most half of the slots. Return 0, or -1
+    without memory."""
     cdef uint32_t size = 8
     while size < 2 * n:
         size *= 2
@@ -45,7 +48,7 @@ cdef inline int addr_map_init(addr_map_t* m, size_t n) noexcept nogil:
 
 
 cdef inline void addr_map_free(addr_map_t* m) noexcept nogil:
-    """Free the slots; the peers stay."""
+    """Free the slots, but not the peers."""
     free(m.slots)
     m.slots = NULL
 
@@ -77,7 +80,7 @@ cdef inline addr_slot_t* addr_map_put(
 
 
 cdef inline int addr_map_grow(addr_map_t* m) noexcept nogil:
-    """Double the size. Return 0, or -1 without memory; the map is then unchanged."""
+    """Double the number of slots. Return 0, or -1 without memory. After -1 the map is unchanged."""
     cdef addr_map_t bigger
     cdef uint32_t i
     if addr_map_init(&bigger, m.mask + 1) < 0:

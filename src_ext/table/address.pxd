@@ -1,10 +1,10 @@
-"""Text forms of words, addresses, prefixes and numbers: parsed and written.
+"""Parse and write the text forms of words, addresses, prefixes and numbers.
 
-Accepts and writes exactly the text that Python's ``ipaddress`` does (RFC 4291, RFC 5952). The tests
-compare the two. Does not depend on route files or JSON.
+Accepts and writes exactly the same text as Python's ``ipaddress`` (RFC 4291, RFC 5952). The tests
+compare this module with ``ipaddress``. Does not depend on route files or JSON.
 
-Every ``parse_*`` takes untrusted bytes and returns whether it accepts them. Text is borrowed during
-the call. Pure functions, callable from any thread.
+Every ``parse_*`` function takes untrusted bytes and returns whether the bytes are valid. The text
+is borrowed during the call. All functions are pure, and any thread may call them.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
@@ -15,14 +15,14 @@ from table.route cimport route_t
 
 cdef extern from * nogil:
     """
-    /* Since Python 3.13, ipaddress writes ::ffff:192.0.2.1; before, ::ffff:c000:201. */
+    /* Python 3.13 and later write ::ffff:192.0.2.1; earlier versions write ::ffff:c000:201. */
     #define UDPTUN_MAPPED_DOTTED (PY_VERSION_HEX >= 0x030D0000)
     """
     bint UDPTUN_MAPPED_DOTTED
 
 
 cdef enum:
-    PREFIX_DIGITS_MAX = 4300    # longest prefix length in digits: the limit of Python's int()
+    PREFIX_DIGITS_MAX = 4300    # maximum digits of a prefix length, as in Python's int()
 
 
 # Parse
@@ -115,9 +115,9 @@ cdef inline bint parse_addr6(const uint8_t* text, size_t n, uint8_t* addr) noexc
 
 
 cdef inline uint8_t parse_addr(const uint8_t* text, size_t n, uint8_t* addr) noexcept nogil:
-    """Parse an address of either family into 16 bytes; unused bytes are zero.
+    """Parse an address of either family into 16 bytes. Unused bytes are set to zero.
 
-    returns  the family, 4 or 6, or 0 if the text is not an address
+    returns  the family (4 or 6); 0 if the text is not an address
     """
     memset(addr, 0, 16)
     if parse_addr4(text, n, addr):
@@ -126,7 +126,7 @@ cdef inline uint8_t parse_addr(const uint8_t* text, size_t n, uint8_t* addr) noe
 
 
 cdef inline bint parse_prefix(const uint8_t* text, size_t n, route_t* route) noexcept nogil:
-    """Parse ADDRESS or ADDRESS/LENGTH, without host bits, into the route's destination."""
+    """Parse ADDRESS or ADDRESS/LENGTH into the route's destination. Host bits must be zero."""
     cdef const uint8_t* slash = <const uint8_t*>memchr(text, c'/', n)
     cdef size_t addr_n = n if slash == NULL else <size_t>(slash - text), i
     cdef size_t length = 0
@@ -178,7 +178,7 @@ cdef inline size_t write_bytes(uint8_t* out, const char* bytes_, size_t n) noexc
 
 
 cdef inline size_t write_number(uint8_t* out, uint32_t value) noexcept nogil:
-    """Write in decimal. Return the bytes written, at most 10."""
+    """Write a number in decimal. Return the number of bytes written, at most 10."""
     cdef uint8_t digits[10]
     cdef size_t n = 0, i
     while True:
@@ -193,7 +193,7 @@ cdef inline size_t write_number(uint8_t* out, uint32_t value) noexcept nogil:
 
 
 cdef inline size_t write_addr4(uint8_t* out, const uint8_t* addr) noexcept nogil:
-    """Write as dotted decimal. Return the bytes written, at most 15."""
+    """Write an IPv4 address in dotted decimal. Return the number of bytes written, at most 15."""
     cdef size_t n = 0
     cdef int i
     for i in range(4):
@@ -205,7 +205,8 @@ cdef inline size_t write_addr4(uint8_t* out, const uint8_t* addr) noexcept nogil
 
 
 cdef inline size_t write_addr6(uint8_t* out, const uint8_t* addr) noexcept nogil:
-    """Write as RFC 5952: lower case, no leading zeros, "::" for the first longest run of zeros."""
+    """Write an IPv6 address as in RFC 5952: in lower case, without leading zeros, and with "::" for
+    the longest run of zero groups (the first, if several are longest)."""
     cdef int i, run = 0, gap = -1, gap_n = 1, digit
     cdef uint32_t group
     cdef const char* digits = b"0123456789abcdef"
@@ -241,7 +242,7 @@ cdef inline size_t write_addr6(uint8_t* out, const uint8_t* addr) noexcept nogil
 
 
 cdef inline size_t write_addr(uint8_t* out, uint8_t family, const uint8_t* addr) noexcept nogil:
-    """Write without a terminating zero. Return the bytes written, at most 39."""
+    """Write an address without a terminating zero. Return the bytes written, at most 39."""
     return write_addr4(out, addr) if family == 4 else write_addr6(out, addr)
 
 

@@ -1,11 +1,12 @@
-"""Routes as JSON, the form of the control API: ``{"routes": [...], "generation": N}``.
+"""Parse and write routes as JSON. The control API uses ``{"routes": [...], "generation": N}``.
 
-Owns: the grammar of JSON (RFC 8259) as far as a table needs it, parsed and written.
-``udptun.model.Route.from_json`` accepts the same objects; the tests compare the two. Accepts only
-text that ``json.loads`` accepts too.
+Owns: the part of the JSON grammar (RFC 8259) that a table needs. ``udptun.model.Route.from_json``
+accepts the same route objects; the tests compare the two. ``json.loads`` accepts all text that this
+parser accepts.
 
-Each ``json_*`` accepts one element at ``p.pos``, or returns False with ``p.pos`` at the first wrong
-byte. Takes untrusted bytes, borrowed during the call. Threading: as parser.pxd.
+Each ``json_*`` function accepts one element at ``p.pos``. If the element is wrong, the function
+returns False, and ``p.pos`` is at the first wrong byte. The bytes are untrusted and are borrowed
+during the call. Threading: as parser.pxd.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
@@ -22,13 +23,13 @@ from table.route cimport route_t, route_valid
 
 cdef enum:
     JSON_DEPTH = 32             # deepest nesting that is accepted
-    JSON_STRING_MAX = 512       # longest string with escapes that is decoded
+    JSON_STRING_MAX = 512       # longest string with escapes that is decoded, in bytes
 
 
 ctypedef struct json_string_t:
     const uint8_t* chars        # the decoded string: in the text, or in ``decoded``
     size_t n
-    # True: ASCII and fully decoded. Only such a string can be a key or value of a route.
+    # Whether the string is ASCII and fully decoded. Only then can it be a key or value of a route.
     bint plain
     uint8_t decoded[JSON_STRING_MAX]
 
@@ -36,7 +37,8 @@ ctypedef struct json_string_t:
 # Parse
 
 cdef inline uint8_t json_peek(const parser_t* p) noexcept nogil:
-    """Return the next byte, or 0 at the end; a 0 byte is an error anywhere outside a string."""
+    """Return the next byte, or 0 at the end of the text. A 0 byte in the text is not confused with
+    the end: such a byte is an error everywhere, also inside strings."""
     return p.text[p.pos] if p.pos < p.n else 0
 
 
@@ -84,7 +86,8 @@ cdef inline size_t utf8_n(const uint8_t* text, size_t n) noexcept nogil:
 
 
 cdef inline bint json_escape(parser_t* p, uint32_t* value) noexcept nogil:
-    """Accept the rest of an escape, after the backslash. A surrogate pair gives two values."""
+    """Accept the part of an escape after the backslash. A surrogate pair is two escapes and gives
+    two values."""
     cdef uint8_t c = json_peek(p)
     cdef int _i
     value[0] = c
@@ -113,7 +116,7 @@ cdef inline bint json_escape(parser_t* p, uint32_t* value) noexcept nogil:
 
 
 cdef inline bint json_string(parser_t* p, json_string_t* string) noexcept nogil:
-    """Accept a string. It is decoded only if it contains an escape."""
+    """Accept a string. Only a string with escapes is copied and decoded."""
     cdef size_t start, length
     cdef uint32_t value
     cdef uint8_t c
@@ -234,7 +237,7 @@ cdef inline bint json_skip(parser_t* p, int depth) noexcept nogil:
 cdef inline bint json_uint16(
     parser_t* p, json_string_t* string, uint32_t low, uint32_t high, uint16_t* number
 ) noexcept nogil:
-    """Accept low..high, as a number or as a string of digits."""
+    """Accept an integer in low..high, written as a number or as a string of digits."""
     cdef size_t start = p.pos
     if json_peek(p) == c'"':
         return (json_string(p, string) and string.plain
@@ -246,8 +249,8 @@ cdef inline bint json_uint16(
 cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
     """Accept an object with dst, via, and optionally port and mtu, each once.
 
-    Returns False for any other value too; the caller uses json_skip to tell a wrong route from
-    text that is not JSON.
+    False means a wrong route or text that is not JSON. The caller finds out with json_skip which of
+    the two it is.
     """
     cdef json_string_t string
     cdef uint32_t seen = 0, key
@@ -296,7 +299,7 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
 
 
 cdef inline bint json_array(parser_t* p) noexcept nogil:
-    """Accept the array of routes. Returns False also when p.error is set or at the limit."""
+    """Accept the array of routes. Return False also if p.error is set or p.limit is reached."""
     cdef route_t route
     cdef size_t start
     if not json_byte(p, c'['):
@@ -368,9 +371,9 @@ cdef inline void parse_json(parser_t* p) noexcept nogil:
 # Write
 
 cdef inline size_t write_route_json(uint8_t* out, const route_t* route) noexcept nogil:
-    """Write an object of the JSON array: at most ROUTE_TEXT_MAX bytes.
+    """Write a route as an object of the JSON array.
 
-    returns  the bytes written
+    returns  the number of bytes written, at most ROUTE_TEXT_MAX
     """
     cdef size_t n = write_bytes(out, b'{"dst":"', 8)
     n += write_prefix(out + n, route)

@@ -1,9 +1,9 @@
-/* Population count with the POPCNT instruction where the CPU has it. Plain C, because Cython has no
- * inline assembly.
+/* Population count with the POPCNT instruction, if the CPU has this instruction. The file is plain
+ * C, because Cython has no inline assembly.
  *
- * Wheels are built for baseline x86-64, which does not include POPCNT. So the code checks a flag,
- * read once per look-up; the branch is always predicted. An ifunc (target_clones) would cost a
- * function call per count and does not work with the sanitizers.
+ * Wheels are built for baseline x86-64, which does not include POPCNT. So the code checks a flag.
+ * The flag is read once per look-up, and the CPU always predicts the branch. An ifunc
+ * (target_clones) would cost a function call per count and does not work with the sanitizers.
  */
 #ifndef UDPTUN_LPM_H
 #define UDPTUN_LPM_H

@@ -4,21 +4,21 @@ Owns: the look-up structure, a poptrie: Asai & Ohara, "Poptrie: A Compressed Tri
 Count for Fast and Scalable Software IP Routing Table Lookup", SIGCOMM 2015, sections 3.1 to 3.4
 (64-way nodes, leaf bit vector, direct pointing). Two additions are ours:
 
-- The bits that all prefixes share are compared once and then skipped, so that a cluster's /64s
-  inside one /48 are no deeper than its IPv4 /24s. A default route is stored separately, so that it
-  does not reduce the number of shared bits.
-- The width of the direct table depends on the number of routes. It is chosen so that the most
-  frequent prefix length ends at the boundary of a node. A table with few routes is small and quick
-  to build.
+- The bits that all prefixes share are compared once and then skipped. So the /64 prefixes of a
+  cluster inside one /48 are no deeper in the trie than its IPv4 /24 prefixes. A default route is
+  stored separately, because it would reduce the number of shared bits to 0.
+- The width of the direct table depends on the number of routes, so that a table with few routes is
+  small and quick to build. The width is also chosen so that the most frequent prefix length ends at
+  the boundary of a node.
 
-Both families share all code: an address is 128 bits in two words, IPv4 in the upper half of the
-first word, and the compiler drops the second word where it is a constant 0.
+Both families use the same code. An address is 128 bits in two words. An IPv4 address is in the
+upper half of the first word; its second word is a constant 0, for which the compiler emits no code.
 
 Does not depend on next hops, peers or Python. A value is 1 + index into the routes from which the
 structure was built; 0 means no route.
 
-Threading: immutable once built; any number of threads may look up without locks. The owner frees it
-when no thread can use it any more.
+Threading: a built structure is immutable, and any number of threads may look up in it without
+locks. The owner frees the structure when no thread can use it any more.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -35,14 +35,14 @@ cdef extern from "table/lpm.h" nogil:
 cdef enum:
     LPM_STRIDE = 6              # bits that one node decides: 64 slots
     LPM_DIRECT_MAX = 18         # widest direct table: 1 MiB
-    LPM_LEAF = 0x80000000       # flag of a direct entry: it holds a value, not the index of a node
+    LPM_LEAF = 0x80000000       # flag of a direct entry: the entry is a value, not a node's index
 
 
 ctypedef struct lpm_node_t:
-    uint64_t children           # bit i: slot i is a node, else a leaf
-    uint64_t runs               # bit i: slot i is a leaf and the first of a run of equal leaves
+    uint64_t children           # bit i set: slot i is a node; bit i clear: slot i is a leaf
+    uint64_t runs               # bit i set: slot i is a leaf, the first of a run of equal leaves
     uint32_t first_leaf         # index of this node's first run in leaves
-    uint32_t first_child        # index of its first child in nodes
+    uint32_t first_child        # index of this node's first child in nodes
 
 
 ctypedef struct lpm_trie_t:
@@ -50,7 +50,7 @@ ctypedef struct lpm_trie_t:
     uint64_t shared_mask[2]
     unsigned int shared_n       # the number of these bits, 0..127
     unsigned int direct_n       # bits of the direct table, 1..LPM_DIRECT_MAX
-    uint32_t default_value      # the value if the shared bits differ: the default route's, or 0
+    uint32_t default_value      # value if the shared bits differ: of the default route, or 0
     int fast_popcount
     uint32_t* direct            # 1 << direct_n entries, owned
     lpm_node_t* nodes           # owned
@@ -71,7 +71,7 @@ cdef struct lpm_t:
 cdef inline uint32_t _lpm_descend(
     const lpm_trie_t* trie, uint64_t high, uint64_t low, int fast
 ) noexcept nogil:
-    """Return the value for an address without its shared bits."""
+    """Return the value for an address from which the shared bits are removed."""
     cdef uint32_t entry = trie.direct[high >> (64 - trie.direct_n)]
     cdef uint64_t bit
     cdef const lpm_node_t* node
@@ -93,7 +93,7 @@ cdef inline uint32_t _lpm_descend(
 cdef inline uint32_t _lpm_lookup(
     const lpm_trie_t* trie, uint64_t high, uint64_t low
 ) noexcept nogil:
-    """Return the value for an address: compare the shared bits, then descend from the rest."""
+    """Return the value for an address. Compare the shared bits, then look up the other bits."""
     cdef unsigned int skip = trie.shared_n
     if ((high ^ trie.shared[0]) & trie.shared_mask[0]
             | (low ^ trie.shared[1]) & trie.shared_mask[1]):
@@ -115,7 +115,7 @@ cdef inline uint32_t lpm_lookup4(const lpm_t* lpm, uint32_t addr) noexcept nogil
 
 
 cdef inline uint32_t lpm_lookup6(const lpm_t* lpm, const uint8_t* addr16) noexcept nogil:
-    """Return the value for 16 bytes in network order, at any alignment."""
+    """Return the value for an IPv6 address: 16 bytes in network order, at any alignment."""
     return _lpm_lookup(&lpm.v6, load_be64(addr16), load_be64(addr16 + 8))
 
 
@@ -124,7 +124,8 @@ cdef inline uint32_t lpm_lookup6(const lpm_t* lpm, const uint8_t* addr16) noexce
 cdef inline uint64_t _lpm_bits(
     const route_t* route, unsigned int off, unsigned int n
 ) noexcept nogil:
-    """Return n (1..63) bits of the destination from bit ``off`` (0..127) on, then zeros."""
+    """Return n (1..63) bits of the destination from bit ``off`` (0..127) on. Bits behind the end of
+    the address are zeros."""
     cdef uint64_t high = load_be64(route.dst), low = load_be64(route.dst + 8)
     if off >= 64:
         high = low << (off - 64)
@@ -172,11 +173,12 @@ cdef inline int _lpm_fill(
 ) noexcept nogil:
     """Fill node ``at``, which decides the bits from ``depth`` on. Return 0, or -1 without memory.
 
-    low, high  the routes inside this node's prefix that are longer than ``depth``
+    low, high  routes[low:high] are the routes inside this node's prefix that are longer than
+               ``depth``
     value      the value of the longest prefix that covers the whole node
 
-    Recurses at most 128 / LPM_STRIDE deep. A prefix comes before the prefixes inside it, so a later
-    route overwrites the slots of an earlier one.
+    Recurses at most 128 / LPM_STRIDE deep. In table order, a prefix comes before the prefixes
+    inside it. So a later, longer prefix overwrites the slots of an earlier one.
     """
     cdef uint32_t values[64]
     cdef size_t starts[64]
@@ -234,7 +236,7 @@ cdef inline void _lpm_share(
 
     trie.shared_n  in: the shortest prefix length; out: the number of shared bits
 
-    Since the routes are sorted, the bits that the first and the last share are shared by all.
+    The routes are sorted. So bits that the first and the last route share are shared by all routes.
     """
     cdef uint64_t a[2]
     cdef uint64_t b[2]
@@ -254,8 +256,8 @@ cdef inline unsigned int _lpm_direct_width(
 ) noexcept nogil:
     """Return the width of the direct table in bits.
 
-    The table has at most 16 entries per route, and the most frequent prefix length ends at its
-    boundary or at that of a node below.
+    The table has at most 16 entries per route. The most frequent prefix length ends at the boundary
+    of the table or of a node below the table.
     """
     cdef unsigned int widest = LPM_STRIDE, rest = most_frequent - shared
     while widest < LPM_DIRECT_MAX and <size_t>1 << widest < 8 * n:
@@ -340,7 +342,7 @@ cdef inline void _lpm_free_trie(lpm_trie_t* trie) noexcept nogil:
 
 
 cdef inline void lpm_free(lpm_t* lpm) noexcept nogil:
-    """NULL is allowed."""
+    """Free the look-up structure. NULL is allowed."""
     if lpm != NULL:
         _lpm_free_trie(&lpm.v4)
         _lpm_free_trie(&lpm.v6)
@@ -351,7 +353,7 @@ cdef inline lpm_t* lpm_build(const route_t* routes, size_t n) noexcept nogil:
     """Build the look-up structure of a sorted table without repeated prefixes.
 
     routes   borrowed during the call
-    returns  owned by the caller; NULL without memory, or for 2**31 routes and more
+    returns  the structure, owned by the caller; NULL without memory or for 2**31 or more routes
     """
     cdef size_t n4 = 0, high = n, middle
     cdef lpm_t* lpm
@@ -379,5 +381,5 @@ cdef inline size_t _lpm_trie_bytes(const lpm_trie_t* trie) noexcept nogil:
 
 
 cdef inline size_t lpm_bytes(const lpm_t* lpm) noexcept nogil:
-    """Return the bytes of memory held."""
+    """Return the bytes of memory that the structure uses."""
     return sizeof(lpm_t) + _lpm_trie_bytes(&lpm.v4) + _lpm_trie_bytes(&lpm.v6)

@@ -1,12 +1,12 @@
 """The parser of a whole table: its state, its errors, and the check for repeated prefixes.
 
 Owns ``parser_t``. The grammar is in text.pxd (route files) and json.pxd (the control API); each
-provides one ``parse_fn``. A table of 100,000 routes is parsed without the GIL, and does not keep a
-worker waiting on a shared CPU.
+provides one ``parse_fn``. Parsing needs no GIL, and yields the CPU regularly. So a table of 100,000
+routes does not keep a worker on the same CPU waiting.
 
-Does not build error messages. The parser reports which route is wrong and where its text is;
-route_table.pxi then parses that one route with ``udptun.model.Route``, which accepts the same
-grammar, to get the message.
+Does not build error messages. The parser reports which route is wrong and where the text of this
+route is. To get the message, route_table.pxi parses this one route with ``udptun.model.Route``,
+which accepts the same grammar.
 
 Threading: a parser belongs to one thread; the GIL is not needed.
 """
@@ -21,14 +21,14 @@ from table.route cimport (
 
 
 cdef enum:
-    ROUTE_TEXT_MAX = 160        # bytes of the longest route in any form, rounded up
-    YIELD_ROUTES = 512          # routes between two sched_yield(): about 50 us
+    ROUTE_TEXT_MAX = 160        # bytes of the longest route in any text form, rounded up
+    YIELD_ROUTES = 512          # routes between two calls of sched_yield(): about 50 us
 
 
 cdef enum parse_error_t:
     PARSE_OK = 0
     PARSE_ROUTE                 # a route that is not valid
-    PARSE_BODY                  # not the expected JSON at byte error_start
+    PARSE_BODY                  # the text at byte error_start is not the expected JSON
     PARSE_REPEAT                # the prefix of ``repeat`` occurs twice
     PARSE_NO_MEMORY
 
@@ -40,20 +40,21 @@ ctypedef struct parser_t:
     size_t pos                  # offset of the next byte
     route_vec_t routes          # the result: sorted, each prefix once; the caller frees it
     parse_error_t error
-    size_t index                # of the current route: its line from 1 on, or JSON index from 0 on
-    size_t error_start          # the text of the wrong route
+    size_t index                # current route: line number from 1 on, or JSON index from 0 on
+    size_t error_start          # text[error_start:error_end] is the wrong route
     size_t error_end
     route_t repeat
 
 
-# Parses ``text`` from ``pos`` on into ``routes``, in the order of the text, or sets ``error``.
+# A parse_fn parses ``text`` from ``pos`` on. It appends the routes to ``routes`` in the order of
+# the text, or sets ``error``.
 ctypedef void (*parse_fn)(parser_t*) noexcept nogil
 
 
 cdef inline bint add_route(parser_t* p, const route_t* route) noexcept nogil:
-    """Append a route. Return whether to continue: not without memory and not at the limit.
+    """Append a route. Return whether to continue; stop without memory and at p.limit.
 
-    Yields the CPU now and then, so that a worker that waits for it can run.
+    Yields the CPU every YIELD_ROUTES routes, so that a worker that waits for the CPU can run.
     """
     if p.routes.n % YIELD_ROUTES == 0:
         sched_yield()
@@ -65,9 +66,10 @@ cdef inline bint add_route(parser_t* p, const route_t* route) noexcept nogil:
 cdef inline size_t find_repeat(
     const route_vec_t* sorted, const route_vec_t* given
 ) noexcept nogil:
-    """Return the index in ``given`` of the first route whose prefix came before, or its length.
+    """Return the index of the first route in ``given`` whose prefix an earlier route has.
 
-    sorted  the same routes in table order
+    sorted   the same routes in table order
+    returns  the length of ``given`` if no prefix is repeated
     """
     cdef uint8_t* seen = <uint8_t*>calloc(sorted.n + 1, 1)
     cdef size_t i = 0, at
@@ -83,7 +85,8 @@ cdef inline size_t find_repeat(
 cdef inline void parse_routes(parser_t* p, parse_fn parse_body) noexcept nogil:
     """Parse ``text`` into a sorted table with each prefix once, or set ``error``.
 
-    p   in: text, n; all other fields zero. The caller frees p.routes, also after an error
+    p   in: text and n are set, all other fields are zero. The caller frees p.routes, also after an
+        error
     """
     cdef parser_t again = p[0]
     p.limit = <size_t>-1
@@ -95,8 +98,8 @@ cdef inline void parse_routes(parser_t* p, parse_fn parse_body) noexcept nogil:
         return
     if routes_first_repeat(&p.routes) == p.routes.n:
         return
-    # Sorting has lost the order of the text. Parse again to find the first repeated prefix, and a
-    # third time, up to that route, for its position.
+    # Sorting has lost the order of the text. Parse a second time to find the first repeated prefix.
+    # Parse a third time, up to the route with this prefix, to find the position of the route.
     again.limit = <size_t>-1
     parse_body(&again)
     p.limit = find_repeat(&p.routes, &again.routes) + 1

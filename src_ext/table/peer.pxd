@@ -1,11 +1,12 @@
 """One peer: an endpoint of the underlay, its path MTU and its counters.
 
-Owns ``peer_t``. A peer lives as long as a route names its endpoint or a worker may still point to
-it (publish.pxd). Does not depend on routes.
+Owns ``peer_t``. A peer object exists while a route uses its endpoint or a worker may still have a
+pointer to the object (publish.pxd). Does not depend on routes.
 
 Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu`` and
-``path_mtu_ns``: a worker lowers the value, the control side restores it later; either value is
-valid. Each worker writes its own ``peer_counters_t``.
+``path_mtu_ns``. A worker lowers the path MTU, and the control side later resets it to the link MTU.
+If both write at the same time, either value is valid. Each worker writes its own
+``peer_counters_t``.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -22,25 +23,25 @@ cdef struct peer_counters_t:
     uint64_t encap_bytes
     uint64_t decap_packets
     uint64_t decap_bytes
-    uint64_t last_seen_ns       # monotonic; 0 = never
+    uint64_t last_seen_ns       # time of the last packet from the peer, monotonic; 0 = none yet
     uint64_t unused[3]          # fills the cache line
 
 
 cdef struct peer_t:
-    uint8_t addr[16]            # network order; IPv4 in the first four, the rest zero
+    uint8_t addr[16]            # network order; IPv4 in the first 4 bytes, the others are zero
     uint8_t addr_len            # 4 or 16
     uint16_t port               # host order
     uint32_t overhead           # bytes of the outer IP and UDP headers
     uint32_t link_mtu           # of the underlay interface, outer bytes
     uint32_t path_mtu           # outer bytes; <= link_mtu
-    uint64_t path_mtu_ns        # when path_mtu was learned; 0 = it is the link's
+    uint64_t path_mtu_ns        # time at which path_mtu was learned; 0: path_mtu is link_mtu
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
-    uint64_t generation         # control side: of the last snapshot that uses the peer
-    uint32_t ordinal            # control side: its index among the peers of that snapshot
+    uint64_t generation         # control side: generation of the last snapshot with this peer
+    uint32_t ordinal            # control side: index among the peers of that snapshot
     uint32_t sa_len
     sockaddr_in6 sa             # large enough for sockaddr_in
-    # The next peer at the same address, in ascending port order. The order guarantees that a walk
-    # ends even if it meets links of two snapshots.
+    # The next peer at the same address, in ascending port order. During a swap, a worker may follow
+    # links of the old and of the new snapshot. The order guarantees that the chain ends even then.
     peer_t* same_addr
     peer_t* new_same_addr       # control side: same_addr in the snapshot that is being built
     peer_counters_t* counters   # one per worker
@@ -49,7 +50,8 @@ cdef struct peer_t:
 cdef inline peer_t* peer_new(
     const uint8_t* addr, size_t addr_len, uint16_t port, uint32_t link_mtu, uint32_t workers_n
 ) noexcept nogil:
-    """Allocate a peer with all counters at zero; NULL without memory. Freed by ``peer_free``."""
+    """Return a new peer with all counters at zero, or NULL without memory. ``peer_free`` frees it.
+    """
     cdef peer_t* peer = <peer_t*>calloc(1, sizeof(peer_t))
     cdef sockaddr_in* sa4
     if peer == NULL:
@@ -79,7 +81,7 @@ cdef inline peer_t* peer_new(
 
 
 cdef inline void peer_free(peer_t* peer) noexcept nogil:
-    """NULL is allowed."""
+    """Free a peer. NULL is allowed."""
     if peer != NULL:
         free(peer.counters)
         free(peer)

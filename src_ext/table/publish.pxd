@@ -1,13 +1,13 @@
-"""Build a snapshot from routes, activate it, and free the one that it replaces.
+"""Build a snapshot from routes, activate the snapshot, and free the snapshot that it replaces.
 
-Owns the control side of ``snapshot_t``: it finds or creates the peers that the routes name, swaps
-the pointer, and keeps the list of retired snapshots and peers until no worker can see them.
+Owns the control side of ``snapshot_t``: finds or creates the peers that the routes name, swaps the
+pointer, and keeps the list of retired snapshots and peers until no worker can see them.
 
-A retired object is freed once every worker is idle or has borrowed a newer generation (as in RCU);
-neither side blocks. Does not depend on workers; the caller says which generation is the oldest in
-use.
+A retired object is freed when every worker is idle or has borrowed a newer generation (as in RCU).
+Neither the control side nor a worker blocks. Does not depend on workers: the caller passes the
+oldest generation in use.
 
-Threading: one control thread, without the GIL for the long parts.
+Threading: one control thread. The functions that can take long run without the GIL.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -25,7 +25,7 @@ from table.snapshot cimport first_peer_at, hop_t, next_peer, snapshot_free, snap
 cdef struct retired_t:          # a retired object: either a snapshot or a peer
     snapshot_t* snapshot
     peer_t* peer
-    uint64_t generation         # of the first snapshot without it
+    uint64_t generation         # generation of the first snapshot without the object
     retired_t* next
 
 
@@ -33,7 +33,8 @@ cdef struct retired_t:          # a retired object: either a snapshot or a peer
 
 
 cdef inline bint has_peer(const snapshot_t* s, const peer_t* peer) noexcept nogil:
-    """Return whether the snapshot uses this peer object. NULL is allowed and has none."""
+    """Return whether the snapshot uses this peer object. s may be NULL; the result is then False.
+    """
     cdef peer_t* known
     if s == NULL:
         return False
@@ -44,7 +45,7 @@ cdef inline bint has_peer(const snapshot_t* s, const peer_t* peer) noexcept nogi
 
 
 cdef inline void discard_snapshot(snapshot_t* new, const snapshot_t* active) noexcept nogil:
-    """Free a snapshot that was not activated, with the peers that only it uses."""
+    """Free a snapshot that was not activated, and the peers that only this snapshot uses."""
     cdef uint32_t i
     cdef peer_t* peer
     cdef peer_t* next_
@@ -64,10 +65,10 @@ cdef inline peer_t* peer_of_route(
     const snapshot_t* active, snapshot_t* new, const route_t* route, uint32_t link_mtu,
     uint32_t workers_n
 ) noexcept nogil:
-    """Return the peer of a route in the new snapshot; add it if it is missing.
+    """Return the peer of a route in the new snapshot; add the peer if it is missing.
 
-    A peer of the active snapshot is used again, so that it keeps its counters and path MTU.
-    Chains stay sorted by port. Returns NULL without memory.
+    If the active snapshot has the peer, the same object is used, which keeps the counters and the
+    path MTU. Peers at one address stay sorted by port. Return NULL without memory.
     """
     cdef size_t addr_len = 4 if route.via_family == 4 else 16
     cdef addr_slot_t* slot
@@ -100,7 +101,7 @@ cdef inline snapshot_t* build_snapshot(
 ) noexcept nogil:
     """Build a snapshot of these routes, with an empty ``own`` set. Return NULL without memory.
 
-    The result is activated by ``activate_snapshot`` or freed by ``discard_snapshot``.
+    The caller passes the result to ``activate_snapshot`` or to ``discard_snapshot``.
     """
     cdef snapshot_t* new = <snapshot_t*>calloc(1, sizeof(snapshot_t))
     cdef const route_t* route
@@ -141,7 +142,8 @@ cdef inline snapshot_t* build_snapshot(
 cdef inline retired_t* retire(
     retired_t* list_, snapshot_t* snapshot, peer_t* peer, uint64_t generation
 ) noexcept nogil:
-    """Prepend one object to the list. Without memory the object leaks; it is never freed early."""
+    """Prepend one object to the list. Without memory, the object leaks, because freeing the object
+    now would be too early."""
     cdef retired_t* item = <retired_t*>calloc(1, sizeof(retired_t))
     if item == NULL:
         return list_
@@ -155,7 +157,8 @@ cdef inline retired_t* retire(
 cdef inline retired_t* activate_snapshot(
     snapshot_t** active, snapshot_t* new, retired_t* list_
 ) noexcept nogil:
-    """Store the new snapshot in ``active`` and retire the old one with the peers it alone used.
+    """Store the new snapshot in ``active``. Retire the old snapshot and the peers that only the old
+    snapshot used.
 
     returns  the extended list of retired objects
     """
@@ -186,7 +189,7 @@ cdef inline retired_t* activate_snapshot(
 
 
 cdef inline retired_t* reclaim(retired_t* list_, uint64_t oldest) noexcept nogil:
-    """Free the retired objects that no worker can see. Return the list of the others.
+    """Free the retired objects that no worker can see. Return the list of the remaining objects.
 
     oldest  the oldest generation that a busy worker has borrowed; 2**64 - 1 if none is busy
     """

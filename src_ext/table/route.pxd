@@ -4,10 +4,10 @@ Owns: the layout of a route, the order of a table, and the operations that depen
 (search, insert, remove, difference). Does not depend on text forms (text.pxd, json.pxd), look-up by
 address (lpm.pxd) or Python.
 
-Order: by family, then destination bytes, then prefix length. So a prefix comes before every
-prefix inside it, and no two routes of a table compare equal.
+The order of a table is by family, then by destination bytes, then by prefix length. So a prefix
+comes before every prefix inside it, and no two routes of a table compare equal.
 
-Threading: no locks. Any number of threads may read a vector that no thread changes.
+Threading: no locks. Any number of threads may read a vector while no thread changes the vector.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
@@ -19,8 +19,8 @@ from sys cimport sched_yield
 
 
 ctypedef struct route_t:
-    # Addresses in network order, IPv4 in the first 4 bytes. All unused bytes are zero, so that
-    # memcmp of two whole routes compares them.
+    # Addresses are in network order. An IPv4 address is in the first 4 bytes. All unused bytes are
+    # zero, so that memcmp can compare two whole routes.
     uint8_t dst[16]
     uint8_t via[16]
     uint8_t dst_family      # 4 or 6
@@ -61,7 +61,8 @@ cdef inline void routes_free(route_vec_t* vec) noexcept nogil:
 
 
 cdef inline int routes_reserve(route_vec_t* vec, size_t cap) noexcept nogil:
-    """Grow to at least ``cap`` routes, or to double the size. Return 0, or -1 without memory."""
+    """Make space for at least ``cap`` routes. If the vector must grow, at least double its size.
+    Return 0, or -1 without memory."""
     cdef route_t* items
     if cap <= vec.cap:
         return 0
@@ -76,7 +77,7 @@ cdef inline int routes_reserve(route_vec_t* vec, size_t cap) noexcept nogil:
 
 
 cdef inline int routes_append(route_vec_t* vec, const route_t* route) noexcept nogil:
-    """Add at the end, in any order. Return 0, or -1 without memory."""
+    """Add a route at the end; the order may be wrong. Return 0, or -1 without memory."""
     if vec.n == vec.cap and routes_reserve(vec, 16 if vec.n == 0 else vec.n * 2) < 0:
         return -1
     vec.items[vec.n] = route[0]
@@ -103,7 +104,8 @@ cdef inline uint64_t load_be64(const uint8_t* at) noexcept nogil:
 
 
 cdef inline int route_order(const route_t* a, const route_t* b) noexcept nogil:
-    """Return a negative number if a's prefix comes before b's, 0 if equal, else a positive one."""
+    """Compare the prefixes of a and b. Return a negative number if a comes first, 0 if the prefixes
+    are equal, a positive number if b comes first."""
     cdef uint64_t left = load_be64(a.dst), right = load_be64(b.dst)
     if a.dst_family != b.dst_family:
         return <int>a.dst_family - <int>b.dst_family
@@ -116,15 +118,15 @@ cdef inline int route_order(const route_t* a, const route_t* b) noexcept nogil:
 
 
 cdef inline bint route_same(const route_t* a, const route_t* b) noexcept nogil:
-    """Return whether all fields are equal."""
+    """Return whether all fields of two routes are equal."""
     return memcmp(a, b, sizeof(route_t)) == 0
 
 
 cdef inline bint route_valid(const route_t* route) noexcept nogil:
-    """Return whether the fields fit together, by the rules of model.Route.make.
+    """Return whether the combination of fields is valid, by the rules of model.Route.make.
 
     The next hop must be a unicast address. The MTU of an IPv6 route must not be below the
-    minimum of RFC 8200 section 5. Parsers check the range of each single field.
+    minimum of RFC 8200 section 5. The parsers check the range of each field.
     """
     cdef const uint8_t* via = &route.via[0]
     cdef int i
@@ -146,10 +148,11 @@ cdef inline bint route_valid(const route_t* route) noexcept nogil:
 
 
 cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
-    """Sort into table order. Return 0, or -1 without memory (the vector is then unchanged).
+    """Sort into table order. Return 0, or -1 without memory. After -1 the vector is unchanged.
 
-    A merge sort: stable, and a table that is already in order, as we write it, costs one pass.
-    Yields the CPU between passes, so that a worker that waits for it can run.
+    This is a stable merge sort. A table that is already in order, for example one that udptun
+    wrote, takes one pass. The sort yields the CPU between passes, so that a worker that waits for
+    the CPU can run.
     """
     cdef route_t* source = vec.items
     cdef route_t* target
@@ -202,7 +205,8 @@ cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
 
 
 cdef inline size_t routes_first_repeat(const route_vec_t* vec) noexcept nogil:
-    """Return the index of the first route of a sorted vector that repeats a prefix, or n."""
+    """Return the index of the first route of a sorted vector that repeats a prefix; vec.n if no
+    route does."""
     cdef size_t i
     for i in range(1, vec.n):
         if route_order(&vec.items[i - 1], &vec.items[i]) == 0:
@@ -213,7 +217,8 @@ cdef inline size_t routes_first_repeat(const route_vec_t* vec) noexcept nogil:
 cdef inline bint routes_find(
     const route_vec_t* vec, const route_t* key, size_t* at
 ) noexcept nogil:
-    """Return whether the key's prefix is in the table; set ``at`` to its index or insert point."""
+    """Return whether the key's prefix is in the table. Set ``at`` to the index of the prefix, or to
+    the index at which to insert it."""
     cdef size_t low = 0, high = vec.n, middle
     while low < high:
         middle = low + (high - low) // 2
@@ -228,7 +233,8 @@ cdef inline bint routes_find(
 cdef inline int routes_insert(
     route_vec_t* vec, size_t at, const route_t* route
 ) noexcept nogil:
-    """Insert at ``at`` (0..n), from routes_find. Return 0, or -1 without memory."""
+    """Insert a route at index ``at`` (0..n), the result of routes_find. Return 0, or -1 without
+    memory."""
     if vec.n == vec.cap and routes_reserve(vec, 16 if vec.n == 0 else vec.n * 2) < 0:
         return -1
     memmove(&vec.items[at + 1], &vec.items[at], (vec.n - at) * sizeof(route_t))
@@ -246,7 +252,7 @@ cdef inline void routes_remove(route_vec_t* vec, size_t at) noexcept nogil:
 cdef inline route_diff_t routes_diff(
     const route_vec_t* old, const route_vec_t* new, route_edit_t* edits, size_t limit
 ) noexcept nogil:
-    """Count the changes from ``old`` to ``new``, both sorted; store the first ``limit`` of them.
+    """Count the changes from ``old`` to ``new``, both sorted. Store the first ``limit`` changes.
 
     edits  space for ``limit`` edits, filled in table order; may be NULL if ``limit`` is 0
     """

@@ -1,10 +1,10 @@
-"""RouteTable: the routes as the control side reads and changes them.
+"""RouteTable: the table of routes that the control side reads and changes.
 
 Owns: a sorted vector of routes in C memory, and the messages of parse errors. Does not depend on
 snapshots or workers; Core makes a snapshot from a table.
 
-Threading: one thread at a time. Calls whose time grows with the table release the GIL, so other
-threads run during them, but must not touch the same table.
+Threading: only one thread at a time may use a table. Methods whose time grows with the table
+release the GIL. Other threads can run during such a call, but must not use the same table.
 """
 
 import json
@@ -32,11 +32,12 @@ from udptun.errors import FieldError, RouteExists
 from udptun.model import Route
 
 JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}'
-LONGEST_ROUTE = 65536  # bytes of a wrong route up to which the message names the field
+LONGEST_ROUTE = 65536  # in bytes; for a longer wrong route, the message does not name the field
 
 
 def _refuse_repeated_keys(where):
-    """Return a hook for json.loads, which by itself silently takes the last of two equal keys."""
+    """Return a hook with which json.loads refuses repeated keys. Without the hook, json.loads
+    silently uses the last of two equal keys."""
     def hook(pairs):
         members = {}
         for name, value in pairs:
@@ -80,7 +81,7 @@ cdef object parse_error(const parser_t* p, bint is_json):
 
 
 cdef void pack_prefix(route_t* route, object network):
-    """Set the destination of a zeroed route."""
+    """Set the destination of a route. All bytes of the route must be zero before."""
     cdef bytes packed = network.network_address.packed
     memcpy(route.dst, <const char*>packed, len(packed))
     route.dst_family = network.version
@@ -116,7 +117,7 @@ cdef object unpack_route(const route_t* route):
 
 
 cdef tuple route_row(const route_t* route):
-    """Return (dst, via, port, mtu) for display: text, text, number, number or None."""
+    """Return (dst, via, port, mtu) for display. dst and via are text; mtu is None if not set."""
     cdef uint8_t text[ROUTE_TEXT_MAX]
     dst = text[:write_prefix(text, route)].decode()
     via = text[:write_addr(text, route.via_family, route.via)].decode()
@@ -126,7 +127,8 @@ cdef tuple route_row(const route_t* route):
 cdef class RouteTable:
     """The routes, sorted by prefix, each prefix once.
 
-    Single routes go in and come out as model.Route. Whole tables are read and written as text.
+    Methods for single routes take and return model.Route. Whole tables are parsed and written as
+    text.
     """
 
     cdef route_vec_t vec
@@ -175,13 +177,14 @@ cdef class RouteTable:
         return table
 
     cdef const route_vec_t* routes(self) noexcept:
-        """Return the routes, borrowed until the next change."""
+        """Return the routes. The pointer is valid until the next change of the table."""
         return &self.vec
 
     cdef size_t find_unreachable(self, bint has4, bint has6):
-        """Return the index of the first route whose next hop is of another family, or the length.
+        """Return the index of the first route whose next hop has a family without a listener.
 
         has4, has6  whether there is a listener of the family
+        returns     the number of routes if there is no such route
         """
         cdef size_t i = 0
         with nogil:
@@ -200,10 +203,11 @@ cdef class RouteTable:
         return table
 
     def set(self, route, bint replace=False):
-        """Add a model.Route, or change it if ``replace``: return "added", "changed" or "same".
+        """Add a model.Route. If ``replace``, an existing route to the same prefix is replaced.
 
-        Raise FieldError for a value out of range, and RouteExists if ``replace`` is not set and
-        the prefix has another next hop.
+        Return "added", "changed", or "same" if the table already has exactly this route. Raise
+        FieldError if a value is out of range. Raise RouteExists if ``replace`` is not set and the
+        table has another route to the prefix.
         """
         cdef route_t packed
         cdef size_t at
@@ -246,13 +250,13 @@ cdef class RouteTable:
         return None
 
     def route_at(self, size_t index):
-        """Return the model.Route at this place in the table's order."""
+        """Return the model.Route at this index in table order."""
         if index >= self.vec.n:
             raise IndexError(f"route {index} of {self.vec.n}")
         return unpack_route(&self.vec.items[index])
 
     def prefixes(self, size_t start, size_t count):
-        """Return the destinations of up to ``count`` routes from ``start`` on, as text."""
+        """Return the destinations of up to ``count`` routes from index ``start`` on, as text."""
         cdef uint8_t text[ROUTE_TEXT_MAX]
         cdef size_t i
         found = []
@@ -270,8 +274,8 @@ cdef class RouteTable:
     def changes_from(self, RouteTable old not None, size_t limit):
         """Return the first ``limit`` changes since ``old``, for display.
 
-        Each is ``(kind, dst, via, port, mtu)``, with dst and via as text. kind is "added",
-        "changed" (with the new next hop) or "removed" (with the old one).
+        Each change is ``(kind, dst, via, port, mtu)``, with dst and via as text. kind is "added",
+        "changed" (the other fields are those of the new route) or "removed" (of the old route).
         """
         cdef route_diff_t diff
         cdef route_edit_t* edits
@@ -294,15 +298,15 @@ cdef class RouteTable:
             free(edits)
 
     def json_slice(self, size_t start, size_t count):
-        """Return up to ``count`` routes from ``start`` on, as JSON objects separated by commas."""
+        """Return up to ``count`` routes from index ``start`` on: JSON objects, comma-separated."""
         return write_slice(self, start, count, True)
 
     def text_slice(self, size_t start, size_t count):
-        """Return up to ``count`` routes from ``start`` on, as lines of a route file."""
+        """Return up to ``count`` routes from index ``start`` on, as lines of a route file."""
         return write_slice(self, start, count, False)
 
     def sizeof(self):
-        """Return the bytes of C memory held."""
+        """Return the bytes of C memory that the table uses."""
         return self.vec.cap * sizeof(route_t)
 
 

@@ -1,10 +1,10 @@
-"""The snapshot: the immutable table in which a worker looks everything up.
+"""The snapshot: the immutable tables in which a worker looks up addresses.
 
-Owns ``snapshot_t``: routes, next hops, peers by address, our own addresses; and the look-ups in it.
+Owns ``snapshot_t`` (routes, next hops, peers by address, own addresses) and the look-ups in it.
 Does not depend on how a snapshot is built or replaced (publish.pxd).
 
-Threading: a published snapshot does not change, except for the ``same_addr`` links and path MTUs of
-its peers. Workers load the pointer once per turn and never lock.
+Threading: a published snapshot does not change, except for the ``same_addr`` links and the path
+MTUs of its peers. A worker loads the pointer to the snapshot once per turn and takes no lock.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -19,14 +19,14 @@ from wire.headers cimport load_be32
 
 cdef struct hop_t:              # the next hop of one route
     peer_t* peer
-    uint32_t mtu                # of the route, inner bytes; 0 = none
+    uint32_t mtu                # MTU of the route, in inner bytes; 0 = not set
 
 
 cdef struct snapshot_t:
-    lpm_t* lpm                  # from a destination to 1 + index into hops
+    lpm_t* lpm                  # maps a destination to 1 + index into hops
     hop_t* hops                 # one per route, in table order
     size_t hops_n
-    addr_map_t peers            # by outer address: its first peer; same_addr links the others
+    addr_map_t peers            # maps an outer address to its first peer; see same_addr
     addr_map_t own              # inner source addresses that only this host may use
     size_t peers_n
     uint64_t generation         # rises by 1 with each published snapshot
@@ -60,7 +60,8 @@ cdef inline peer_t* first_peer_at(
 cdef inline peer_t* find_peer(
     const snapshot_t* s, const uint8_t* addr, size_t addr_len, uint16_t port
 ) noexcept nogil:
-    """Return the peer at an outer address: with this port, else with the lowest; NULL if none."""
+    """Return the peer with this outer address and port. If there is none, return the peer with this
+    address and the lowest port; NULL if no peer has this address."""
     cdef peer_t* first = first_peer_at(s, addr, addr_len)
     cdef peer_t* peer = first
     while peer != NULL:
@@ -73,17 +74,17 @@ cdef inline peer_t* find_peer(
 cdef inline bint is_own(
     const snapshot_t* s, const uint8_t* addr, size_t addr_len
 ) noexcept nogil:
-    """Return whether an inner source address is one of this host's."""
+    """Return whether an inner source address is one of this host's own addresses."""
     return addr_map_find(&s.own, addr, addr_len).addr_len != 0
 
 
 cdef inline peer_t* next_peer(
     const snapshot_t* s, uint32_t* slot, const peer_t* peer
 ) noexcept nogil:
-    """Iterate over all peers, on the control side: return the one after ``peer``, or NULL.
+    """Return the peer after ``peer``, or NULL: an iteration over all peers, for the control side.
 
     slot  0 at the start; updated by each call
-    peer  NULL at the start, then the last result
+    peer  NULL at the start, then the result of the last call
     """
     if peer != NULL and peer.same_addr != NULL:
         return peer.same_addr
@@ -95,7 +96,7 @@ cdef inline peer_t* next_peer(
 
 
 cdef inline void snapshot_free(snapshot_t* s) noexcept nogil:
-    """Free a snapshot that no worker can see; its peers stay. NULL is allowed."""
+    """Free a snapshot that no worker can see, but not its peers. NULL is allowed."""
     if s != NULL:
         lpm_free(s.lpm)
         free(s.hops)

@@ -1,9 +1,9 @@
-"""The route file: one route per line, ``DST via IP [port P] [mtu M]``, parsed and written.
+"""Parse and write the route file: one route per line, ``DST via IP [port P] [mtu M]``.
 
 A ``#`` starts a comment; blank lines are ignored. ``udptun.model.Route.from_words`` accepts the
 same lines; the tests compare the two.
 
-Takes untrusted bytes, borrowed during the call. Threading: as parser.pxd.
+The bytes are untrusted and are borrowed during the call. Threading: as parser.pxd.
 """
 
 from libc.stdint cimport uint8_t
@@ -23,7 +23,8 @@ from table.route cimport route_t, route_valid
 cdef inline bint next_word(
     const uint8_t* text, size_t n, size_t* at, const uint8_t** word, size_t* word_n
 ) noexcept nogil:
-    """Find the next word from ``at`` on; words are split as ``bytes.split()`` does."""
+    """Find the next word from ``at`` on. Return whether there is one. Words are separated by the
+    same characters as in ``bytes.split()``."""
     cdef size_t i = at[0]
     while i < n and (text[i] == c' ' or 9 <= text[i] <= 13):
         i += 1
@@ -37,7 +38,8 @@ cdef inline bint next_word(
 
 
 cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexcept nogil:
-    """Parse a line without its comment. Return 1 for a route, 0 for a blank line, -1 on error."""
+    """Parse a line from which the comment is removed. Return 1 for a route, 0 for a blank line, -1
+    on error."""
     cdef size_t at = 0, word_n, value_n
     cdef const uint8_t* word
     cdef const uint8_t* value
@@ -94,9 +96,9 @@ cdef inline void parse_text(parser_t* p) noexcept nogil:
 # Write
 
 cdef inline size_t write_route_text(uint8_t* out, const route_t* route) noexcept nogil:
-    """Write a line of a route file with its newline: at most ROUTE_TEXT_MAX bytes.
+    """Write a route as a line of a route file, with the newline.
 
-    returns  the bytes written
+    returns  the number of bytes written, at most ROUTE_TEXT_MAX
     """
     cdef size_t n = write_prefix(out, route)
     n += write_bytes(out + n, b" via ", 5)

@@ -1,14 +1,14 @@
 /* The inner loop of the Internet checksum. It is in C because Cython cannot select SIMD code when
  * a module is loaded.
  *
- * Owns one loop, compiled once per instruction set, and the choice between the variants. They are
- * written out, without target_clones, so that tests can call each of them, and so that the choice
- * needs no ifunc: it works with gcc, clang, musl and the sanitizers. It is made when the module is
- * loaded and never changes, so any thread may call.
+ * Owns one loop, compiled once per instruction set, and the choice between these variants. Each
+ * variant is a separate function, so that tests can call it. target_clones is not used, because it
+ * needs an ifunc, and the code must work with gcc, clang, musl and the sanitizers. The variant is
+ * chosen when the module is loaded. The choice never changes, so any thread may call.
  *
- * Every function here adds the n bytes at p to acc, as 32-bit words in native order; carries
- * collect in the upper half. An odd last byte counts as if a zero byte followed. There is no overflow while
- * acc < 2^63 and n < 2^32. Only p[0:n] is read.
+ * Every function here adds the n bytes at p to acc, as 32-bit words in native order. The carries
+ * are in the upper half of acc. An odd last byte counts as if a zero byte followed. The sum does
+ * not overflow while acc < 2^63 and n < 2^32. Only p[0:n] is read.
  */
 #ifndef UDPTUN_CHECKSUM_H
 #define UDPTUN_CHECKSUM_H
@@ -19,7 +19,7 @@
 
 typedef uint64_t (*udptun_csum_fn)(const uint8_t *p, size_t n, uint64_t acc);
 
-/* For headers: inlined, and unrolled if n is a constant. */
+/* The variant for headers. The compiler inlines it, and unrolls the loop if n is a constant. */
 static inline __attribute__((always_inline)) uint64_t
 udptun_csum_short(const uint8_t *p, size_t n, uint64_t acc)
 {
@@ -42,9 +42,10 @@ udptun_csum_short(const uint8_t *p, size_t n, uint64_t acc)
     return acc;
 }
 
-/* One implementation, with vectors of BYTES. Each 64-bit lane holds two words. `all` sums the lanes
- * modulo 2^64, `high` their upper words; the lower words' sum is all - (high << 32). This takes one
- * operation per vector less than masking. Exact while the lower words' sum is below 2^64. */
+/* One implementation, with vectors of BYTES bytes. Each 64-bit lane holds two words. `all` is the
+ * sum of the lanes modulo 2^64. `high` is the sum of the upper words of the lanes. The sum of the
+ * lower words is all - (high << 32). Masking the words would take one more operation per vector.
+ * The result is exact while the sum of the lower words is below 2^64. */
 #define UDPTUN_CSUM_IMPLEMENTATION(NAME, BYTES, TARGET)                                          \
     TARGET static __attribute__((noinline)) uint64_t                                             \
     NAME(const uint8_t *p, size_t n, uint64_t acc)                                               \

@@ -1,8 +1,8 @@
 """The Internet checksum (RFC 1071) and its incremental update (RFC 1624).
 
-Sums words in native byte order: by RFC 1071 section 2(B) the result is right if it is stored in
-native order too. ``csum_add`` returns an unfolded 64-bit sum, which can be the start value of
-another call. So the constant parts of headers, and each payload, are read only once.
+Sums words in native byte order. By RFC 1071 section 2(B), the result is correct if it is also
+stored in native byte order. ``csum_add`` returns an unfolded 64-bit sum, which can be the start
+value of another call. So constant parts of headers, and payloads, are read only once.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -21,12 +21,13 @@ cdef extern from "wire/checksum.h" nogil:
 
 
 cdef inline uint64_t csum_add(const uint8_t* p, size_t n, uint64_t acc) noexcept nogil:
-    """Return acc plus the words of p[0:n]; p is at an even offset of the data that is summed."""
+    """Return acc plus the sum of the words of p[0:n]. In the data that the whole sum covers, p must
+    be at an even offset."""
     return udptun_csum_add(p, n, acc)
 
 
 cdef inline uint16_t csum_fold(uint64_t acc) noexcept nogil:
-    """Fold a sum to 16 bits, not inverted, native order."""
+    """Return the sum folded to 16 bits, in native order, not inverted."""
     acc = (acc & 0xFFFFFFFFu) + (acc >> 32)
     acc = (acc & 0xFFFFFFFFu) + (acc >> 32)
     acc = (acc & 0xFFFF) + (acc >> 16)
@@ -34,7 +35,7 @@ cdef inline uint16_t csum_fold(uint64_t acc) noexcept nogil:
 
 
 cdef inline uint16_t csum_not(uint64_t acc) noexcept nogil:
-    """Return the folded and inverted sum, as a checksum field holds it."""
+    """Return the folded and inverted sum: the value of a checksum field."""
     return <uint16_t>(~csum_fold(acc))
 
 

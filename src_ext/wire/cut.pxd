@@ -1,9 +1,9 @@
 """Cut the kernel's super-packets into IP packets.
 
 Owns the parsing of the virtio_net_hdr that precedes each packet read from the TUN. ``plan_cut``
-validates a frame, ``cut_start`` makes a template of its headers, ``cut_segment`` writes a segment,
-``cut_header`` only a segment's headers. Depends on no worker.
-Each payload byte is summed once, and the constant part of a header's sum once per super-packet.
+validates a frame, ``cut_start`` makes a template of the segments' headers, ``cut_segment`` writes a
+segment, and ``cut_header`` writes only the headers of a segment. Does not depend on workers.
+Each payload byte is summed once. The constant part of the headers is summed once per super-packet.
 Source: linux/virtio_net.h, RFC 9293 (seq, FIN/PSH), RFC 3168 6.1.2 (CWR on the first only),
 RFC 768 (a computed 0 is sent as 0xFFFF), RFC 6864 (IPv4 id), RFC 8200 4 (extension headers: a TCP
 super-packet has them if the application set them on its socket, RFC 3542 sticky options).
@@ -41,7 +41,7 @@ cdef struct cut_t:
     uint32_t seq            # TCP: of the first segment, host order
     uint32_t ip_id          # IPv4: of the first segment, host order
     uint64_t pseudo         # sum of the pseudo-header without the length
-    # set by ``cut_start``: the headers, with zeros where segments differ, and their sums
+    # set by ``cut_start``: the template of the headers, with zeros where segments differ; its sums
     uint8_t flags           # TCP: of the super-packet
     uint64_t ip_base        # sum of the IPv4 header in ``hdr``
     uint64_t l4_base        # ``pseudo``, plus the sum of the transport header in ``hdr``
@@ -58,7 +58,7 @@ cdef inline drop_t complete_checksum(
     """Complete the transport checksum if the kernel left it to the device (NEEDS_CSUM, no GSO).
 
     p      the IP packet, n bytes; the checksum field holds the pseudo-header's sum
-    ip     from ``parse_ip``; remains valid
+    ip     from ``parse_ip``; still valid after the call
     drops  BAD_GSO if the offsets point into the IP header or outside the packet
     """
     cdef size_t start, field
@@ -154,15 +154,15 @@ cdef inline drop_t plan_cut(
 
 
 cdef inline uint32_t cut_payload_len(const cut_t* cut, uint32_t i) noexcept nogil:
-    """Return the payload bytes of segment i: gso_size, or less for the last."""
+    """Return the payload bytes of segment i: gso_size, or fewer for the last segment."""
     if i + 1 < cut.n:
         return cut.gso_size
     return cut.payload_len - i * cut.gso_size
 
 
 cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
-    """Make the template of all segments' headers from the super-packet at p, as ``plan_cut`` left
-    it. The segments get its present hop limit."""
+    """Make the template of the headers of all segments. p is the super-packet after ``plan_cut``.
+    The segments get the hop limit that the super-packet has at this call."""
     cdef uint8_t* l4 = cut.hdr + cut.ip_hdr_len
     memcpy(cut.hdr, p, cut.hdr_len)
     cut.ip_base = cut.flags = 0
@@ -181,10 +181,10 @@ cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
 cdef inline void cut_header(
     const cut_t* cut, const uint8_t* payload, uint32_t i, uint8_t* out
 ) noexcept nogil:
-    """Write the headers of segment i. Reads none of the bytes that it writes: a load of bytes
-    that several smaller stores have just written stalls until those stores complete.
+    """Write the headers of segment i. The code never reads bytes that it has just written: such a
+    load stalls until the stores complete, if several smaller stores wrote the bytes.
 
-    payload  of this segment, cut_payload_len(i) bytes; does not overlap out
+    payload  the payload of this segment, cut_payload_len(i) bytes; does not overlap out
     out      SEG_HDR_ROOM bytes; the bytes after the headers are overwritten too
     """
     cdef uint32_t len_ = cut_payload_len(cut, i)

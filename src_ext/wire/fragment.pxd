@@ -26,7 +26,7 @@ cdef enum:
 
 
 cdef struct frag_t:             # one fragment: hdr_len bytes of out_hdr, then data
-    uint32_t hdr_len            # the first fragment: including the lead
+    uint32_t hdr_len            # in the first fragment: including the lead
     const uint8_t* data         # points into the caller's data
     uint32_t data_len
 
@@ -34,8 +34,8 @@ cdef struct frag_t:             # one fragment: hdr_len bytes of out_hdr, then d
 cdef inline int fragment_n(
     size_t ip_hdr_len, size_t lead_len, size_t data_len, size_t mtu
 ) noexcept nogil:
-    """Return the number of fragments of at most mtu bytes. 1 = the packet fits; 0 = the MTU has no
-    room for the header, the lead and 8 bytes of payload."""
+    """Return the number of fragments of at most mtu bytes. 1: the packet fits. 0: the MTU is too
+    small for the header, the lead and 8 bytes of payload."""
     cdef size_t payload = lead_len + data_len
     cdef size_t room, step
     if mtu < ip_hdr_len:
@@ -52,8 +52,9 @@ cdef inline int fragment_n(
 cdef inline size_t fragment_options(
     const uint8_t* hdr, size_t ip_hdr_len, uint8_t* out
 ) noexcept nogil:
-    """Copy the options that every fragment carries to out (40 bytes), and pad them to whole words
-    with end-of-list. An option that exceeds the header ends the list. Return the bytes written."""
+    """Copy the options that every fragment carries to out (40 bytes). Pad the options with
+    end-of-list to a multiple of 4 bytes. Stop at an option that exceeds the header. Return the
+    number of bytes written."""
     cdef size_t off = IP4_MIN
     cdef size_t used = 0
     cdef size_t opt_len
@@ -90,9 +91,9 @@ cdef inline void fragment_at(
              lead, or a later fragment's header with the copied options
     out      out.data points into data
 
-    If the packet is a fragment itself, its offset is added, and its MF is kept on the last
-    fragment. An offset beyond the field (the packet would reassemble to more than 65535 bytes) is
-    set to the field's maximum, where every receiver drops it.
+    If the packet itself is a fragment, its offset is added to each offset, and the last fragment
+    keeps its MF flag. If an offset is too large for the field, the packet would reassemble to more
+    than 65535 bytes. The field is then set to its maximum, and every receiver drops the fragment.
     """
     cdef size_t room = mtu - ip_hdr_len
     cdef size_t step = room & ~<size_t>7

@@ -1,7 +1,9 @@
-"""Header fields: offsets, and loads and stores.
+"""Offsets of header fields, and functions that load and store the fields.
 
-Owns no state. ``load_*`` and ``store_*`` assume checked bounds and accept unaligned addresses;
-``_be`` is network order. Offsets count from the start of their header.
+Owns no state. The caller of ``load_*`` and ``store_*`` has checked the bounds. The address may be
+unaligned. ``be`` in a name means network order. Each offset counts from the start of its header.
+IP6_LEN, UDP_LEN, VNET_LEN and the ``_MIN`` names are header lengths. All other ``_LEN`` names are
+offsets of length fields.
 Source: RFC 791, RFC 8200, RFC 9293, RFC 768, linux/virtio_net.h.
 """
 
@@ -96,7 +98,7 @@ cdef inline void store_be32(uint8_t* p, uint32_t v) noexcept nogil:
 
 
 cdef inline uint16_t load_u16(const uint8_t* p) noexcept nogil:
-    """Native order: for the virtio header and for checksums, which are summed in memory order."""
+    """Load in native order, for the virtio header and for checksums."""
     cdef uint16_t v
     memcpy(&v, p, 2)
     return v
@@ -119,5 +121,5 @@ cdef inline uint32_t load_u32(const uint8_t* p) noexcept nogil:
 
 
 cdef inline uint16_t swap16(uint32_t v) noexcept nogil:
-    """Swap host order and network order; hosts are little-endian."""
+    """Convert between host order and network order. All supported hosts are little-endian."""
     return <uint16_t>(((v & 0xFF) << 8) | ((v >> 8) & 0xFF))

@@ -1,8 +1,8 @@
-"""ICMP errors: build one about a packet, and limit their rate.
+"""ICMP errors: build an error about a packet, and limit the rate of errors.
 
-Owns the format of the errors, the rules on when none may be sent, and the token bucket. Does not
-choose the source address, and does not send. The only state is the caller's bucket, which belongs
-to one thread.
+Owns the format of the errors, the rules about when no error may be sent, and the token bucket. Does
+not choose the source address, and does not send. The only state is the caller's bucket, which
+belongs to one thread.
 Source: RFC 792, RFC 1122 3.2.2, RFC 1812 4.3.2, RFC 1191 4 (IPv4); RFC 4443 2.4, 3 (IPv6).
 """
 
@@ -60,8 +60,8 @@ cdef inline bint icmp_allow(icmp_bucket_t* bucket, uint64_t now_ns) noexcept nog
             bucket.tokens_ns = ICMP_BURST_NS
         else:
             bucket.tokens_ns += passed
-    # Also store a now_ns that is smaller than last_ns: with the old value, no token would be added
-    # until the clock reaches it.
+    # Store now_ns also if it is smaller than last_ns. Otherwise no token would be added until the
+    # clock reaches last_ns.
     bucket.last_ns = now_ns if now_ns != 0 else 1
     if bucket.tokens_ns < ICMP_TOKEN_NS:
         return False
@@ -70,7 +70,7 @@ cdef inline bint icmp_allow(icmp_bucket_t* bucket, uint64_t now_ns) noexcept nog
 
 
 cdef inline bint icmp4_allowed(const uint8_t* pkt, size_t hdr_len, size_t n) noexcept nogil:
-    """Return whether RFC 1122 3.2.2 allows an error about pkt[0:n], which has a complete header."""
+    """Return whether RFC 1122 3.2.2 allows an error about pkt[0:n]. The IP header is complete."""
     cdef uint8_t kind
     cdef uint8_t src = pkt[IP4_SRC]
     if load_be16(pkt + IP4_FRAG) & IP4_OFFSET:
@@ -81,7 +81,7 @@ cdef inline bint icmp4_allowed(const uint8_t* pkt, size_t hdr_len, size_t n) noe
         return False
     if pkt[IP4_PROTO] == PROTO_ICMP:
         if n <= hdr_len:
-            return False  # its type is missing: it may be an error
+            return False  # the ICMP type is missing: the packet may be an ICMP error
         kind = pkt[hdr_len]
         return not (kind == 3 or kind == 4 or kind == 5 or kind == 11 or kind == 12)
     return True
@@ -121,7 +121,7 @@ cdef inline bint icmp6_allowed(const uint8_t* pkt, size_t n, int kind) noexcept 
 cdef inline size_t icmp4_error(
     const uint8_t* pkt, size_t n, int kind, const uint8_t* source, uint32_t mtu, uint8_t* out
 ) noexcept nogil:
-    """``icmp_error`` for IPv4; n >= 1."""
+    """Do the work of ``icmp_error`` for IPv4; n >= 1."""
     cdef uint8_t* icmp = out + IP4_MIN
     cdef size_t hdr_len = <size_t>(pkt[0] & 0x0F) * 4
     cdef size_t total
@@ -166,7 +166,7 @@ cdef inline size_t icmp4_error(
 cdef inline size_t icmp6_error(
     const uint8_t* pkt, size_t n, int kind, const uint8_t* source, uint32_t mtu, uint8_t* out
 ) noexcept nogil:
-    """``icmp_error`` for IPv6; n >= 1."""
+    """Do the work of ``icmp_error`` for IPv6; n >= 1."""
     cdef uint8_t* icmp = out + IP6_LEN
     cdef size_t total
     cdef uint64_t acc
@@ -204,11 +204,11 @@ cdef inline size_t icmp6_error(
 cdef inline size_t icmp_error(
     const uint8_t* pkt, size_t n, int kind, const uint8_t* source, uint32_t mtu, uint8_t* out
 ) noexcept nogil:
-    """Write an ICMP error about the packet pkt[0:n], IP header first, addressed to its source.
+    """Write an ICMP error about the packet pkt[0:n], with its IP header, to the packet's source.
 
     pkt      untrusted; n may be less than the declared length
     kind     ICMP_NO_ROUTE, ICMP_TTL_EXCEEDED, ICMP_TOO_BIG
-    source   of the error: 4 or 16 bytes, the packet's family, network order
+    source   the source address of the error: the packet's family, 4 or 16 bytes, network order
     mtu      for ICMP_TOO_BIG; raised to 68 (IPv4) or 1280 (IPv6)
     out      ICMP_MAX bytes or more; does not overlap pkt
     returns  bytes written; 0 if the RFCs forbid an error or the packet does not parse

@@ -1,4 +1,4 @@
-"""Merge received packets into super-packets, so that one write to the TUN carries many.
+"""Merge received packets into super-packets, so that one write to the TUN carries many packets.
 
 Owns merge_t: the packets of one turn in arrival order, grouped into outputs. An output is one
 packet, or consecutive segments of one flow. Payloads stay where they were received until
@@ -30,7 +30,7 @@ from wire.packet cimport ip_t, is_extension
 
 
 cdef enum:
-    MERGE_PACKETS = 2048        # packets in one turn, at most
+    MERGE_PACKETS = 2048        # maximum packets in one turn
     MERGE_FLOWS = 256           # slots of the flow table; a power of two
     MERGE_UDP_MAX = 64          # datagrams of a UDP super-packet: the kernel's UDP_MAX_SEGMENTS
     MERGE_FRAME = VNET_LEN + IP_MAX  # the longest merged frame
@@ -59,7 +59,7 @@ cdef struct output_t:
 
 
 cdef struct flow_t:
-    uint64_t epoch              # the slot is valid while equal to merge_t.epoch
+    uint64_t epoch              # the slot is valid while this equals merge_t.epoch
     int32_t output              # the flow's last output
 
 
@@ -143,8 +143,8 @@ cdef inline merge_class_t merge_classify_udp(
 cdef inline merge_class_t merge_classify(
     const merge_t* m, uint8_t* p, size_t n, const ip_t* ip, candidate_t* c
 ) noexcept nogil:
-    """Classify packet p[0:n]. The ports can be read if the class is CANDIDATE or ENDS_FLOW; with
-    another class the packet may have none."""
+    """Classify packet p[0:n]. If the class is CANDIDATE or ENDS_FLOW, the ports can be read.
+    Packets of the other classes may have no ports."""
     cdef merge_class_t kind
     c.p = p
     c.n = <uint32_t>n
@@ -196,9 +196,9 @@ cdef inline flow_t* merge_flow(merge_t* m, const candidate_t* c) noexcept nogil:
 cdef inline bint same_headers(
     const uint8_t* a, const uint8_t* b, const output_t* out, uint8_t version
 ) noexcept nogil:
-    """Return whether two packets of equal header lengths have equal fields where a merge keeps only
-    one value: addresses, ports, TOS or traffic class and flow label, hop limit, DF, and TCP's
-    acknowledgment, window, urgent pointer and options."""
+    """Return whether two packets of equal header lengths are equal in the fields of which a merge
+    keeps only one value. These are the addresses, ports, TOS (IPv6: traffic class and flow label),
+    hop limit and DF; for TCP also acknowledgment, window, urgent pointer and options."""
     cdef const uint8_t* ta = a + out.ip_hdr_len
     cdef const uint8_t* tb = b + out.ip_hdr_len
     if version == 4:
@@ -223,8 +223,8 @@ cdef inline bint same_headers(
 
 
 cdef inline bint checksums_valid(const candidate_t* c, const uint8_t* p, size_t n) noexcept nogil:
-    """Return whether the transport checksum of p[0:n], and IPv4's header checksum, are right. The
-    packet has the candidate's addresses, protocol and IP header length."""
+    """Return whether the transport checksum of p[0:n] and, for IPv4, the header checksum are
+    correct. The packet has the same addresses, protocol and IP header length as the candidate."""
     cdef uint64_t acc
     if c.addr_len == 4 and csum_fold(csum_add(p, c.ip_hdr_len, 0)) != 0xFFFF:
         return False
@@ -235,7 +235,8 @@ cdef inline bint checksums_valid(const candidate_t* c, const uint8_t* p, size_t 
 cdef inline bint merge_fits(
     const merge_t* m, const output_t* out, const candidate_t* c
 ) noexcept nogil:
-    """Return whether the candidate continues the output, as far as its headers show."""
+    """Return whether the candidate's headers allow it to join the output. Checksums are not
+    verified here."""
     return (
         not out.closed and out.tcp == c.tcp and out.hdr_len == c.hdr_len
         and out.ip_hdr_len == c.ip_hdr_len
@@ -248,8 +249,8 @@ cdef inline bint merge_fits(
 
 
 cdef inline bint verify_first(merge_t* m, output_t* out, const candidate_t* c) noexcept nogil:
-    """Return whether the checksums of the output's first packet are right; close the output if they
-    are not. The candidate has the same addresses and protocol."""
+    """Return whether the checksums of the output's first packet are correct. If not, close the
+    output. The candidate has the same addresses and protocol."""
     if not out.verified:
         out.verified = checksums_valid(c, m.packets[out.first].data, m.packets[out.first].len)
         out.closed = not out.verified
@@ -257,7 +258,7 @@ cdef inline bint verify_first(merge_t* m, output_t* out, const candidate_t* c) n
 
 
 cdef inline int32_t append_packet(merge_t* m, uint8_t* p, size_t n) noexcept nogil:
-    """Record the packet p[0:n], which is the last of its output. Return its index."""
+    """Record the packet p[0:n] as the last packet of its output. Return the packet's index."""
     cdef int32_t i = m.packets_n
     m.packets_n += 1
     m.packets[i].data = p
@@ -267,7 +268,7 @@ cdef inline int32_t append_packet(merge_t* m, uint8_t* p, size_t n) noexcept nog
 
 
 cdef inline void merge_join(merge_t* m, output_t* out, const candidate_t* c) noexcept nogil:
-    """Add a verified candidate that fits to the output."""
+    """Append a candidate to the output. The candidate is verified, and ``merge_fits`` is true."""
     cdef int32_t i = append_packet(m, c.p, c.n)
     m.packets[out.last].next = i
     out.last = i

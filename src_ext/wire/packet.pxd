@@ -35,8 +35,8 @@ cdef struct ip_t:
     uint8_t addr_len    # 4 or 16
     bint fragment       # IPv4: any fragment, including the first
     bint dont_fragment  # IPv4: DF; IPv6: always true
-    uint32_t hdr_len    # of the IP header, including IPv4 options
-    uint32_t total_len  # of the packet, as declared by the header
+    uint32_t hdr_len    # length of the IP header, including IPv4 options
+    uint32_t total_len  # length of the packet that the header declares
 
 
 cdef inline drop_t parse_ip(const uint8_t* p, size_t n, ip_t* ip) noexcept nogil:
@@ -44,7 +44,7 @@ cdef inline drop_t parse_ip(const uint8_t* p, size_t n, ip_t* ip) noexcept nogil
 
     drops  SHORT_PACKET, BAD_VERSION, BAD_HEADER_LEN (IPv4: under 20 or over n)
 
-    The declared length is not checked here, because a super-packet's may be wrong: see
+    The declared length is not checked here, because a super-packet may declare a wrong length. See
     ``check_total_len``.
     """
     cdef uint32_t frag
@@ -139,7 +139,8 @@ cdef inline bint hop_limit_spent(const uint8_t* p, uint8_t version) noexcept nog
 
 
 cdef inline drop_t decrement_hop_limit(uint8_t* p, uint8_t version) noexcept nogil:
-    """Decrement the hop limit and update the IPv4 header checksum; a wrong checksum stays wrong.
+    """Decrement the hop limit and update the IPv4 header checksum. The update is incremental, so a
+    checksum that was wrong before is still wrong after it.
 
     drops  TTL_EXCEEDED if the hop limit is 0 or 1; the packet is then unchanged
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Authority:
-    """A CA, which issues certificates for 127.0.0.1 and for clients, as PEM files."""
+    """A CA that issues certificates for 127.0.0.1 and for clients, as PEM files."""
 
     def __init__(self, folder: Path, name: str = "ca") -> None:
         self.folder = folder
@@ -15,7 +15,7 @@ class Authority:
                       "-keyout", self.cakey, "-out", self.cafile)
 
     def issue(self, name, extension="subjectAltName=IP:127.0.0.1"):
-        """Return (certificate file, key file)."""
+        """Issue a certificate. Return (certificate file, key file)."""
         cert, key, request = (self.folder / f"{name}.{kind}" for kind in ("pem", "key", "csr"))
         extensions = self.folder / f"{name}.ext"
         extensions.write_text(extension + "\n")

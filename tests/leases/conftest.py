@@ -1,4 +1,4 @@
-"""Fixtures of several modules here."""
+"""Fixtures that several modules of this folder use."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""A real etcd for the tests: one or more members, with TLS or users; can be killed and frozen.
+"""A real etcd for the tests: one or more members, with TLS or users. A test can kill or freeze it.
 
-The tests access it through its JSON gateway, so that what our client writes and reads is compared
-with an independent encoding.
+The tests access etcd through its JSON gateway. So the data that our client writes and reads are
+compared with an independent encoding.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class Etcd:
             self._process = None
 
     def wipe(self):
-        """Delete all data, as when a disk is replaced. The member must not run."""
+        """Delete all data, like the replacement of a disk. Stop the member first."""
         shutil.rmtree(self.data)
 
     def freeze(self):
@@ -114,12 +114,14 @@ class Etcd:
                 raise AssertionError(f"{path}: {error.read().decode()}") from None
 
     async def put(self, key, value, ttl=None):
-        """Write a key under the prefix; without ``ttl``, without a lease, as an operator does."""
+        """Write a key under the prefix. If ``ttl`` is None, the key has no lease, like a key that
+        an operator writes."""
         lease = 0 if ttl is None else (await self.ask("lease/grant", TTL=ttl))["ID"]
         await self.ask("kv/put", key=b64(f"{PREFIX}/{key}"), value=b64(value), lease=lease)
 
     async def put_many(self, values):
-        """Write {key: value} under the prefix with one lease; a transaction takes 128 puts."""
+        """Write {key: value} under the prefix with one lease. One transaction contains at most 128
+        puts."""
         lease = (await self.ask("lease/grant", TTL=5000))["ID"]
         puts = [{"request_put": {"key": b64(f"{PREFIX}/{key}"), "value": b64(value),
                                  "lease": lease}} for key, value in values.items()]
@@ -133,7 +135,10 @@ class Etcd:
         await self.ask("kv/deleterange", key=b64(f"{PREFIX}/{key}"))
 
     async def get(self, key):
-        """Return the record of a key: value as bytes, numbers as int; None if there is none."""
+        """Return the record of a key, or None if the key does not exist.
+
+        The value is bytes, the numbers are int.
+        """
         kvs = (await self.ask("kv/range", key=b64(f"{PREFIX}/{key}"))).get("kvs")
         if not kvs:
             return None

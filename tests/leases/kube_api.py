@@ -2,8 +2,8 @@
 
 Owns: the part of the API that a node agent uses: tokens and client certificates, RBAC from a
 ClusterRole, lists in pages, watches with bookmarks, 410, strategic-merge patches of the status
-subresource, validation. It has one history of versions, as etcd does, and can compact it. Does not
-know: udptun. Runs in the asyncio loop of the test.
+subresource, validation. Like etcd, the server has one history of versions, and can compact the
+history. Does not depend on udptun. Runs in the asyncio loop of the test.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _KEY = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-\w.]{0,61}[A
 
 
 class Refusal(Exception):
-    """An error response of the server, a Status object."""
+    """An error response of the server. The body is a Status object."""
 
     def __init__(self, code, reason, message, **details):
         self.status = {
@@ -65,7 +65,7 @@ def expired(message="The provided continue parameter is too old to display a con
 
 
 def node(name, *pod_cidrs, annotations=None, conditions=(), **status):
-    """Return a Node as created by a kubelet and the node controller."""
+    """Return a Node object like the ones that a kubelet and the node controller create."""
     spec = {"podCIDR": pod_cidrs[0], "podCIDRs": list(pod_cidrs)} if pod_cidrs else {}
     return {
         "apiVersion": "v1", "kind": "Node",
@@ -78,7 +78,10 @@ def node(name, *pod_cidrs, annotations=None, conditions=(), **status):
 
 
 class KubeApi:
-    """``async with KubeApi() as api``: listens on 127.0.0.1; the port stays the same."""
+    """The server. Use: ``async with KubeApi() as api``.
+
+    It listens on 127.0.0.1. The port stays the same after a stop and a new start.
+    """
 
     def __init__(self, tls=None, port=0):
         self._tls = tls
@@ -91,11 +94,12 @@ class KubeApi:
         self.users = {ADMIN: ("admin", None)}  # token -> (user, rules; None: no restriction)
         self.requests = []  # (method, path with query, user) of every request
         self.bookmark_seconds = 60.0
-        self.gone_as_event = True  # 410 of a watch: an ERROR event, or the HTTP status
-        self.refuse_next = []  # a Refusal or None for each next request of users with rules
-        self.answering = asyncio.Event()  # cleared: requests get no response
+        self.gone_as_event = True  # a watch's 410: True: an ERROR event; False: the status
+        # For each of the next requests of users with rules: a Refusal, or None for no error.
+        self.refuse_next = []
+        self.answering = asyncio.Event()  # while it is cleared, requests get no response
         self.answering.set()
-        self.on_page = None  # called after each page of a list but the last
+        self.on_page = None  # called after each page of a list, except the last page
         self._changed = asyncio.Condition()
         self._watches = {}  # task -> request
         self._runner = None
@@ -124,7 +128,7 @@ class KubeApi:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self):
-        """Close all connections at once, as when the server is killed."""
+        """Close all connections at once, like a server that is killed."""
         await self.cut_watches()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -154,18 +158,18 @@ class KubeApi:
     # Changes in the cluster
 
     def allow(self, token, user, rules):
-        """Add a token of a user with the permissions in ``rules`` of a ClusterRole."""
+        """Add a token of a user. The user has the permissions in ``rules``, as in a ClusterRole."""
         self.users[token] = (user, rules)
 
     def expire(self, token):
         del self.users[token]
 
     def compact(self):
-        """Delete the history; present watches still get all events."""
+        """Delete the history. Watches that already run still get all events."""
         self.compacted = self.version
 
     async def put(self, new):
-        """Create or replace a node; it gets a new version if it differs."""
+        """Create or replace a node. The node gets a new version if it differs from the old one."""
         name = new["metadata"]["name"]
         old = self.nodes.get(name)
         meta = {
@@ -184,7 +188,10 @@ class KubeApi:
         return new
 
     async def annotate(self, name, **changes):
-        """Change annotations by their last part: annotate("n1", public_ip="..."); None deletes."""
+        """Change annotations. The arguments are the last parts of their names; None deletes.
+
+        Example: annotate("n1", public_ip="...").
+        """
         changed = copy.deepcopy(self.nodes[name])
         there = changed["metadata"].setdefault("annotations", {})
         for last, value in changes.items():
@@ -204,7 +211,7 @@ class KubeApi:
         await self._notify()
 
     async def pass_over(self, n=1):
-        """Increase the version, as for changes of other objects than nodes."""
+        """Increase the version by ``n``. Changes of objects that are not nodes do this too."""
         for _ in range(n):
             self.version = next(self._versions)
         await self._notify()
@@ -323,7 +330,7 @@ class KubeApi:
             {"kind": "NodeList", "apiVersion": "v1", "metadata": metadata, "items": items})
 
     def _at(self, version):
-        """Return all nodes at a version: undo the later changes, last first."""
+        """Return all nodes at a version. The later changes are undone, the last one first."""
         there = dict(self.nodes)
         for when, _, new, old in reversed(self.history):
             if when <= version:
@@ -336,7 +343,7 @@ class KubeApi:
         return there
 
     def _known(self, text):
-        """Parse a resourceVersion; refuse one that this server cannot have issued."""
+        """Parse a resourceVersion. Refuse a version that this server cannot have issued."""
         if text in ("", "0"):
             return 0
         if not text.isdigit():
@@ -374,7 +381,7 @@ class KubeApi:
             del self._watches[asyncio.current_task()]
 
     async def _stream(self, response, start, selected, bookmarks):
-        if not start:  # the present state as ADDED events
+        if not start:  # send the present state as ADDED events
             start = self.version
             for name in sorted(self.nodes):
                 if selected(name):
@@ -499,7 +506,10 @@ def _selector(request):
 
 
 def _merge(old, patch, strategic, path=""):
-    """Merge as in RFC 7386; strategic: conditions are merged by their type."""
+    """Merge ``patch`` into ``old`` as in RFC 7386.
+
+    strategic  True: conditions are merged by their type
+    """
     merged = copy.deepcopy(old) if isinstance(old, dict) else {}
     for key, value in patch.items():
         where = f"{path}.{key}"
@@ -545,7 +555,10 @@ def _validate(new, old):
 
 
 def server_tls(certificate, key, client_authority=None):
-    """Return the TLS context of the server; with a CA, clients can present its certificates."""
+    """Return the TLS context of the server.
+
+    client_authority  the CA whose client certificates are accepted; None: no client certificates
+    """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
     if client_authority is not None:

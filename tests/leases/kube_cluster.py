@@ -1,4 +1,4 @@
-"""A cluster for the tests of the Kubernetes source: the small server, or a real one.
+"""A cluster for the tests of the Kubernetes source, with the small API server or a real one.
 
 Owns: an administrator's requests over HTTP, and the files of a node agent. KUBE_APISERVER_URL is
 the address of a real kube-apiserver, KUBE_APISERVER_TOKEN an administrator's token there.
@@ -37,7 +37,10 @@ def deployed_rules():
 
 
 def flannel(**last_parts):
-    """Return annotations by their last part: flannel(public_ip="192.0.2.1")."""
+    """Return flannel's annotations. The arguments are the last parts of their names.
+
+    Example: flannel(public_ip="192.0.2.1").
+    """
     return {PREFIX + key.replace("_", "-"): value for key, value in last_parts.items()}
 
 
@@ -49,7 +52,10 @@ def member(name, address, *pod_cidrs, **more):
 
 
 class Cluster:
-    """An administrator of an API server. Its nodes have a prefix, and are deleted at the end."""
+    """An administrator of an API server.
+
+    The names of the nodes that it creates have a prefix. These nodes are deleted at the end.
+    """
 
     def __init__(self, url, token, directory, small=None):
         self.url, self.token, self.directory, self.small = url, token, directory, small
@@ -91,7 +97,7 @@ class Cluster:
         return (await self.call("GET", f"/api/v1/nodes/{self.name(short)}")).json()
 
     async def annotations(self, short):
-        """Return flannel's annotations by their last part."""
+        """Return flannel's annotations. The keys are the last parts of their names."""
         there = (await self.get(short))["metadata"].get("annotations", {})
         return {k.removeprefix(PREFIX): v for k, v in there.items() if k.startswith(PREFIX)}
 
@@ -100,7 +106,7 @@ class Cluster:
         return next((c for c in conditions if c["type"] == "NetworkUnavailable"), None)
 
     def config(self, me="n1", net_conf=None, token=None, **options):
-        """Return the configuration of a node agent, with a kubeconfig of its own."""
+        """Return the configuration of a node agent. The agent has its own kubeconfig."""
         (self.directory / "net-conf.json").write_text(json.dumps(net_conf or NET_CONF))
         (self.directory / "token").write_text(token or self.token)
         kubeconfig = {

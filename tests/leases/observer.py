@@ -1,4 +1,4 @@
-"""An observer of a lease source for the tests: applies its updates as the node daemon does."""
+"""An observer of a lease source for the tests. It applies the updates as the node daemon does."""
 
 import asyncio
 import contextlib
@@ -8,10 +8,11 @@ from udptun.leases.base import Changes, Snapshot
 
 
 class Observer:
-    """Reads the updates of a source in a task of its own, and checks that each change applies.
+    """Reads the updates of a source in a separate task, and checks that each change can be applied.
 
-    prefix     only leases whose key has it are recorded: several tests can share one cluster
-    leases     {key: lease}, the present state
+    prefix     only leases with this prefix of the key are recorded, so that several tests can share
+               one cluster
+    leases     the present state: {key: lease}
     batches    the changes of each update after the snapshot, in order
     snapshots  number of snapshots
     """
@@ -26,7 +27,7 @@ class Observer:
         return [change for batch in self.batches for change in batch]
 
     def public_ips(self):
-        """{key without the prefix: public address}"""
+        """Return {key without the prefix: public address}."""
         return {key.removeprefix(self.prefix): str(lease.attributes.public_ip)
                 for key, lease in self.leases.items()}
 
@@ -36,7 +37,7 @@ class Observer:
         return self
 
     async def close(self):
-        """Stop. May be repeated."""
+        """Stop the observer. ``close`` may be called again."""
         assert self.task.cancelled() or not self.task.done(), self.task
         self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -66,7 +67,7 @@ class Observer:
 
 @contextlib.asynccontextmanager
 async def observing(source, prefix=""):
-    """An Observer that has the snapshot. It must not see a second snapshot."""
+    """Yield an Observer that has the snapshot. Fail if the Observer gets a second snapshot."""
     observer = await Observer(source, prefix).ready()
     try:
         yield observer
@@ -77,7 +78,7 @@ async def observing(source, prefix=""):
 
 @contextlib.asynccontextmanager
 async def running(coroutine):
-    """Run a coroutine during a ``with`` block; it must not end by itself."""
+    """Run a coroutine during a ``with`` block. Fail if the coroutine ends by itself."""
     task = asyncio.create_task(coroutine)
     try:
         yield task

@@ -1,4 +1,4 @@
-"""The cache of leases on disk: load returns what was written, or nothing."""
+"""The cache of leases on disk: ``load`` returns exactly the written data, or nothing."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ OWN = Lease(
     name="alpha",
     reserved=True,
 )
-# JSON values from peers that code can confuse with "absent"
+# JSON values in peers' leases that code can confuse with a missing value
 ODD = [
     Lease(f"10.5.{i}.0-24", Subnets(IPv4Network(f"10.5.{i}.0/24")), Attributes(backend_data=data))
     for i, data in enumerate((None, 0, False, "", [], {}, "\ud800"), start=2)
@@ -150,7 +150,7 @@ async def test_a_write_after_a_quiet_period_is_immediate(tmp_path):
 
 
 async def test_the_interval_is_proportional_to_the_duration_of_a_write(tmp_path, monkeypatch):
-    """The first write does not wait; the next write waits for the interval."""
+    """The first write is immediate. The next write waits for the interval."""
     path = tmp_path / "leases.json"
     pauses = []
 
@@ -203,7 +203,7 @@ async def test_closing_writes_without_waiting_for_the_interval(tmp_path):
 async def test_a_failed_write_is_logged_once_and_repeated(
     tmp_path, caplog, monkeypatch
 ):
-    """After a failed write the previous file is still complete."""
+    """After a failed write, the previous file is still complete."""
     path = tmp_path / "leases.json"
     await write(path, known(OWN))
     monkeypatch.setattr(cache, "RETRY_SECONDS", 0.01)

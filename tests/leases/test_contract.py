@@ -1,4 +1,4 @@
-"""The contract of a lease source, checked on every source in the list.
+"""The contract of a lease source, tested with every source in the list.
 
 Each source has a class in ``STORES``: a store that the test can change, stop and start.
 """
@@ -36,7 +36,7 @@ OWN = Attributes(OWN_IP)
 
 
 class FileStore:
-    """A hosts file. It is stopped by renaming it."""
+    """A hosts file. ``stop`` renames the file."""
 
     def __init__(self, folder):
         self._path, self._peers = folder / "hosts.toml", set()
@@ -154,7 +154,8 @@ async def local_addresses():
 
 @pytest.fixture
 async def make(store):
-    """Open sources of the store; close each twice, because a second close must be harmless."""
+    """Open sources of the store. Close each source twice, to test that the second close does
+    nothing."""
     made = []
 
     def make():
@@ -168,7 +169,8 @@ async def make(store):
 
 
 async def test_the_configuration_identifies_the_store(store):
-    """store_id is known before a request, so that leases cached from another store are not used."""
+    """store_id is known before the first request. Leases that were cached from another store have
+    another store_id and are not used."""
     assert store.config.store_id.startswith(store.config.kind)
     assert store.config.store_id != store.other_config.store_id
     assert isinstance(store.config.no_node_data, str)
@@ -214,7 +216,7 @@ async def test_calls_raise_store_down_while_the_store_is_down(store, make):
     source = make()
     with pytest.raises(StoreDown, match=r"."):
         await source.acquire(OWN, Subnets())
-    if type(source).identity is not LeaseSource.identity:  # the inherited one sends no request
+    if type(source).identity is not LeaseSource.identity:  # the inherited method sends no request
         with pytest.raises(StoreDown, match=r"."):
             await source.identity()
     await store.start()
@@ -273,7 +275,7 @@ async def test_hold_runs_until_cancelled(make):
 
 
 def test_the_command_line_can_import_every_configuration():
-    """Neither asyncio nor a client library is imported: both are slow to import."""
+    """The modules import neither asyncio nor a client library, because these are slow to import."""
     modules = [config.__module__ for config in (EtcdConfig, FileConfig, KubeConfig)]
     result = subprocess.run(
         [sys.executable, "-c", f"import udptun.leases.sources, {', '.join(modules)}\n"

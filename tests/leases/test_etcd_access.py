@@ -21,7 +21,7 @@ ME = Attributes(ipaddress.IPv4Address("192.0.2.1"))
 
 @pytest.fixture
 async def make():
-    """Create sources; close them."""
+    """Return a function that creates sources. Close the sources at the end."""
     async with contextlib.AsyncExitStack() as stack:
         def make(etcd, **options):
             source = EtcdSource(EtcdConfig((etcd.url,), **options))
@@ -74,7 +74,7 @@ async def test_tls(tls_etcd, authority, make):
 
 async def test_a_server_certificate_of_another_ca_is_rejected(tls_etcd, tmp_path, make):
     other = Authority(tmp_path, "other")
-    for options in ({"cafile": str(other.cafile)}, {}):  # the second: the system's CAs
+    for options in ({"cafile": str(other.cafile)}, {}):  # {}: the system's CAs
         with pytest.raises(StoreDown, match="etcd at"):
             await make(tls_etcd, **options).network()
 
@@ -95,7 +95,7 @@ async def test_client_certificates(mutual_etcd, authority, make):
 
 
 async def test_a_replaced_certificate_is_read_again(mutual_etcd, authority, tmp_path, make):
-    """The server does not trust the CA of the first certificate; then the file is replaced."""
+    """The server does not trust the CA of the first certificate. Then the file is replaced."""
     await mutual_etcd.put("config", CONFIG)
     (tmp_path / "other").mkdir()
     cert, key = Authority(tmp_path / "other").issue("node", "extendedKeyUsage=clientAuth")
@@ -145,7 +145,7 @@ async def test_a_user_name_is_ignored_without_authentication(tmp_path, make):
         await etcd.put("config", CONFIG)
         source = make(etcd, username="flannel", password="pass")
         assert (await source.network()).network
-        await etcd.enable_auth()  # needed from now on
+        await etcd.enable_auth()  # from now on, requests need a user
         assert (await source.network()).network
     finally:
         etcd.kill()
@@ -159,7 +159,7 @@ async def test_an_invalidated_token_is_renewed(auth_etcd, make):
 
 
 async def test_a_watch_renews_an_invalidated_token(auth_etcd, make):
-    """No other request is sent, so the watch itself must detect the invalid token."""
+    """No other request is sent, so the watch must detect the invalid token."""
     source = make(auth_etcd, username="flannel", password="pass")
     observer = await Observer(source).ready()
     await auth_etcd.forget_tokens()

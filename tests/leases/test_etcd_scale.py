@@ -1,4 +1,4 @@
-"""Five thousand leases in a real etcd: the snapshot, one change, and the memory they take."""
+"""Five thousand leases in a real etcd: the snapshot, one change, and the memory for the leases."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ pytestmark = needs_etcd
 LEASES_N = 5000
 MEMORY_MAX_KIB = 70_000  # a complete daemon may use 80 MB
 
-# Runs in a process of its own, so that only its own memory is measured.
+# This program runs in a separate process, so that only its memory is measured.
 FOLLOW = """
 import asyncio, json, sys, time
 from udptun.leases.etcd.config import EtcdConfig

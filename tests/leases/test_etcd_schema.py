@@ -1,4 +1,4 @@
-"""flannel's keys and values: encoding byte for byte as its Go code, and decoding."""
+"""flannel's keys and values: the encoding, byte for byte as flannel's Go code, and the decoding."""
 
 import ipaddress
 
@@ -21,7 +21,8 @@ def subnets(v4, v6=None):
     ("10.5.52.0-24", subnets("10.5.52.0/24")),
     ("10.5.52.0-24&fc00:0:0:1::-64", subnets("10.5.52.0/24", "fc00:0:0:1::/64")),
     ("10.5.52.0-24&fc00::-64", subnets("10.5.52.0/24", "fc00::/64")),
-    # RFC 5952, as in Go: shorten the longest run of zeros, the first of two, never a single 0
+    # RFC 5952, as in Go: shorten the longest run of zeros. If two runs have the same length,
+    # shorten the first one. Never shorten a single 0.
     ("10.5.0.0-16&fc00:0:1:0:1::-80", subnets("10.5.0.0/16", "fc00:0:1:0:1::/80")),
     ("10.5.0.0-16&fc00::1:0:0:1:0-112", subnets("10.5.0.0/16", "fc00:0:0:1:0:0:1:0/112")),
 ])
@@ -58,7 +59,7 @@ def test_prefixes_of_keys():
      '"BackendData":{"udptun":{"port":8285,"mtu":1450}}}'),
     (Attributes(V4, None, "", {}, 0),
      '{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendData":{},"BackendV6Data":0}'),
-    # Go's encoder escapes these three and two separators, and no other character
+    # Besides JSON's own escapes, Go's encoder escapes only <, >, & and two line separators.
     (Attributes(V4, None, "extension", "a<b>&\u2028\u2029 \"é\\"),
      '{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"extension",'
      '"BackendData":"a\\u003cb\\u003e\\u0026\\u2028\\u2029 \\"é\\\\"}'),

@@ -1,4 +1,4 @@
-"""The etcd source with a real etcd: acquire, renew, lose and get back our own lease."""
+"""The etcd source with a real etcd: acquire, renew, lose and regain our own lease."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def subnets(v4, v6=None):
 
 @pytest.fixture
 async def make(etcd):
-    """Create sources; close them."""
+    """Return a function that creates sources. Close the sources at the end."""
     async with contextlib.AsyncExitStack() as stack:
         def make(**options):
             draw = options.pop("draw", min)
@@ -49,7 +49,7 @@ async def make(etcd):
 
 @pytest.fixture
 async def holding():
-    """Hold a lease in a task of its own."""
+    """Hold a lease in a separate task."""
     tasks = []
 
     def hold(source, lease):
@@ -187,7 +187,8 @@ async def test_another_nodes_reservation_is_never_taken(etcd, make):
 async def test_the_former_subnet_is_assigned_again_if_possible(etcd, make):
     await etcd.put("config", CONFIG)
     assert (await make().acquire(me(), subnets("10.5.200.0/24"))).key == "10.5.200.0-24"
-    # in use, outside the network, another length, other families: another subnet is chosen
+    # The former subnet is in use, is outside the network, has another length, or has other
+    # families. In these cases another subnet is chosen.
     for i, former in enumerate([
         subnets("10.5.200.0/24"), subnets("10.6.1.0/24"), subnets("10.5.1.0/25"),
         subnets("10.5.201.0/24", "fc00::/64"),
@@ -205,7 +206,8 @@ async def test_no_subnet_is_free(etcd, make):
 
 
 async def test_a_lost_race_is_repeated(etcd, make):
-    """Ten nodes try the first free subnet at once. Each gets one, and no unused grant is left."""
+    """Ten nodes try to get the first free subnet at the same time. Each node gets a subnet, and no
+    unused grant is left."""
     await etcd.put("config", CONFIG)
     sources = [make() for _ in range(10)]
     leases = await asyncio.gather(
@@ -218,7 +220,7 @@ async def test_a_lost_race_is_repeated(etcd, make):
 
 
 async def test_acquire_again_with_other_attributes_keeps_the_subnet(etcd, make):
-    """Our public address changed: only we know that the key is ours."""
+    """Our public address has changed, so the lease in the store does not show that it is ours."""
     await etcd.put("config", CONFIG)
     source = make()
     first = await source.acquire(me(1), NONE)
@@ -262,7 +264,7 @@ async def test_a_lease_is_renewed_before_it_ends(etcd, make, holding):
 
 
 async def test_the_lease_of_a_node_that_is_gone_expires(etcd, make):
-    """A short TTL without a renewal: the lease expires, and its peers see the removal."""
+    """A lease with a short TTL is not renewed. The lease expires, and its peers see the removal."""
     await etcd.put("config", CONFIG)
     observer = await Observer(make()).ready()
     await make(ttl_seconds=1, renew_margin_minutes=0.01).acquire(me(), NONE)
@@ -379,7 +381,7 @@ async def test_a_lease_that_expires_in_an_outage_is_lost_and_created_again(etcd,
 
 @pytest.mark.parametrize("loop_turns", range(4))
 async def test_hold_ends_when_cancelled_during_a_change(etcd, make, loop_turns):
-    """hold() is cancelled in each turn of the event loop in which it can handle the change."""
+    """hold() is cancelled at each turn of the event loop in which hold() can handle the change."""
     await etcd.put("config", CONFIG)
     source = make()
     task = asyncio.create_task(source.hold(await source.acquire(me(), NONE)))
@@ -394,8 +396,8 @@ async def test_hold_ends_when_cancelled_during_a_change(etcd, make, loop_turns):
 
 @pytest.mark.parametrize("times", [0, 1, 2])
 async def test_a_lost_response_to_a_write_is_handled(etcd, make, monkeypatch, times):
-    """The write takes effect 0, 1 or 2 times. The node has one subnet and one grant, and finds its
-    own key."""
+    """The write takes effect 0, 1 or 2 times. In each case the node finds its own key, and has one
+    subnet and one grant."""
     await etcd.put("config", CONFIG)
     source = make()
     real, lost = Client.call, []
@@ -421,7 +423,8 @@ async def test_a_lost_response_to_a_write_is_handled(etcd, make, monkeypatch, ti
 async def test_two_daemons_with_the_same_address_back_off(
     etcd, make, holding, monkeypatch
 ):
-    """A configuration error. Each overwrites the other's attributes, and backs off each time."""
+    """This is a configuration error. Each daemon overwrites the other daemon's attributes, and
+    backs off each time."""
     backed_off = []
     monkeypatch.setattr(Backoff, "next", lambda self: backed_off.append(self) or 0.02)
     await etcd.put("config", CONFIG)
@@ -437,5 +440,5 @@ async def test_two_daemons_with_the_same_address_back_off(
         return await version() > 12
 
     await until(contested, "repeated overwriting")
-    assert len(backed_off) >= await version() - 4  # two first writes, two in progress
+    assert len(backed_off) >= await version() - 4  # not the 2 first writes, not 2 in progress
     await observer.close()

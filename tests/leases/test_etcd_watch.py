@@ -1,6 +1,6 @@
-"""The etcd source with a real etcd: the updates of all leases, through failures of the store.
+"""The etcd source with a real etcd: the updates of all leases, during failures of the store.
 
-Known leases stay active until the store reports a change of them.
+A known lease stays active until the store reports a change of this lease.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ CONFIG = '{"Network": "10.5.0.0/16"}'
 
 @pytest.fixture
 async def observe():
-    """Create sources with observers; close both."""
+    """Return a function that creates sources with observers. Close them at the end."""
     async with contextlib.AsyncExitStack() as stack:
         async def observe(*urls, **options):
             source = EtcdSource(EtcdConfig(urls, **options))
@@ -78,7 +78,7 @@ async def test_a_renewal_is_not_a_change(etcd, observe):
 
 
 BAD = {
-    "10.5.90.0-24": b'{"PublicIP":"192.0',  # half-written
+    "10.5.90.0-24": b'{"PublicIP":"192.0',  # a half-written value
     "10.5.91.0-24": b"",
     "10.5.92.0-24": b"\xff\xfe",
     "10.5.93.0-24": b'{"PublicIP":null}',
@@ -164,7 +164,7 @@ async def test_a_compacted_watch_lists_again_and_yields_the_difference(etcd, obs
     await etcd.delete("subnets/10.5.1.0-24")
     await etcd.put("subnets/10.5.2.0-24", value_of(22))
     await etcd.put("subnets/10.5.4.0-24", value_of(4))
-    await etcd.put("subnets/10.5.3.0-24", "{")  # invalid: the previous lease stays
+    await etcd.put("subnets/10.5.3.0-24", "{")  # invalid, so the previous lease stays
     await etcd.put("subnets/10.5.5.0-24", "{")
     await etcd.compact()
     await relay.open()
@@ -198,7 +198,8 @@ async def test_changes_during_a_disconnection_need_no_listing(etcd, observe):
 
 
 async def test_a_frozen_member_is_detected(etcd, observe):
-    """The kernel still accepts data for a stopped process: only a response shows that it runs."""
+    """The kernel accepts data for a stopped process. Only a response shows that the process runs.
+    """
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     observer = await (await observe(etcd.url)).ready()
     health = observer.source.health
@@ -269,14 +270,14 @@ async def test_a_wiped_store_removes_no_lease(etcd, observe):
     etcd.kill()
     etcd.wipe()
     etcd.start()
-    await etcd.put("subnets/10.5.55.0-24", value_of(5), ttl=500)  # back, with another subnet
+    await etcd.put("subnets/10.5.55.0-24", value_of(5), ttl=500)  # returned with another subnet
     await relay.open()
     health = observer.source.health
     await until(lambda: health.relists_n and health.connected, "the new listing")
     assert observer.leases.keys() == {f"10.5.{i}.0-24" for i in (1, 2, 3, 4, 55)}
-    await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)  # back
-    await etcd.put("subnets/10.5.2.0-24", value_of(9), ttl=500)  # another node's
-    await etcd.put("subnets/10.5.33.0-24", value_of(3), ttl=500)  # back, with another subnet
+    await etcd.put("subnets/10.5.1.0-24", value_of(1), ttl=500)  # the node returns
+    await etcd.put("subnets/10.5.2.0-24", value_of(9), ttl=500)  # another node has the subnet
+    await etcd.put("subnets/10.5.33.0-24", value_of(3), ttl=500)  # returned with another subnet
     await until(lambda: "10.5.33.0-24" in observer.leases, "a change from the new store")
     assert observer.public_ips() == {
         "10.5.1.0-24": "192.0.2.1", "10.5.2.0-24": "192.0.2.9", "10.5.33.0-24": "192.0.2.3",
@@ -315,6 +316,6 @@ async def test_our_lease_is_created_again_in_a_wiped_store(etcd, observe):
 async def test_updates_can_be_closed_and_started_again(etcd, observe):
     observer = await (await observe(etcd.url)).ready()
     await observer.close()
-    again = await Observer(observer.source).ready()  # a second time
+    again = await Observer(observer.source).ready()  # read the updates a second time
     assert again.snapshots == 1
     await again.close()

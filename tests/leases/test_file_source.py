@@ -33,7 +33,8 @@ NOTHING = (Attributes(), Subnets())
 
 
 def toml(*nodes, network="10.42.0.0/16"):
-    """Return a hosts file with nodes 1, 2, ...: name, address and subnet have the number."""
+    """Return a hosts file with the given node numbers. Each node's name, address and subnet contain
+    its number."""
     return f'network = "{network}"\n' + "".join(
         f'\n[[nodes]]\nname = "n{i}"\npublic = "192.0.2.{i}"\nsubnets = "10.42.{i}.0/24"\n'
         for i in nodes
@@ -112,7 +113,7 @@ def test_the_lowest_mtu_depends_on_the_family():
     assert (error.field, error.where) == ("mtu", "hosts.toml line 7")
 
 
-# Invalid files: node 2's table starts in line 8; name, public and subnets are in 9 to 11
+# Invalid files. Node 2's table starts in line 8; its name, public and subnets are in lines 9 to 11.
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_an_error_in_json_names_line_and_field(old, new, field, line):
         ("hosts.toml", "a = " + "[" * 9999), ("hosts.toml", "port = " + "9" * 5000),
         ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = 5'),
         ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = [5]'),
-        ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = []'),  # as in a truncated file
+        ("hosts.toml", 'network = "10.42.0.0/16"\nnodes = []'),  # like a truncated file
         ("hosts.json", '{"network": "10.42.0.0/16", "nodes": {"a": 1}}'),
         ("hosts.json", '{"network": ' + "9" * 5000 + "}"),
     ],
@@ -297,7 +298,7 @@ async def watching(path, **options):
 
 
 def replace(path, text):
-    """Replace a file as an editor does."""
+    """Replace a file in the way in which an editor replaces it."""
     fresh = path.with_name(path.name + "~")
     fresh.write_text(text)
     fresh.replace(path)
@@ -333,7 +334,8 @@ async def test_an_edit_in_place_is_seen(hosts):
 
 
 async def test_a_configmap_replaces_a_link_in_the_path(tmp_path):
-    """As in the kubelet: hosts.toml -> ..data/hosts.toml, and ..data -> a directory."""
+    """The kubelet creates these links: hosts.toml -> ..data/hosts.toml, and ..data -> a directory.
+    """
     for version, nodes in (("v1", (1, 2)), ("v2", (1, 2, 3))):
         (tmp_path / version).mkdir()
         (tmp_path / version / "hosts.toml").write_text(toml(*nodes))
@@ -349,10 +351,12 @@ async def test_a_configmap_replaces_a_link_in_the_path(tmp_path):
 
 
 async def test_a_half_written_file_is_not_used(hosts, monkeypatch):
-    """The first half is valid and has fewer nodes: using it would remove the others."""
+    """The first half of the file is valid and has fewer nodes. If the source used this half, it
+    would remove the other nodes."""
     async with watching(hosts, poll_s=3600) as (source, next_update):
         await next_update()
-        # Now each state counts as recent; the writer continues while the source waits.
+        # From now on each state of the file counts as recent, so the source waits. The writer
+        # continues in this time.
         monkeypatch.setattr(file_module, "SETTLE_SECONDS", 3600)
         clock = SimpleNamespace(
             time=file_module.time.time, monotonic=file_module.time.monotonic,
@@ -442,7 +446,7 @@ async def test_a_file_that_is_created_later(tmp_path):
 
 
 async def test_a_change_read_first_by_acquire_is_yielded(hosts):
-    """acquire() and network() also read the file; updates() must still yield the change."""
+    """acquire() and network() also read the file. updates() must still yield the change."""
     async with watching(hosts, poll_s=3600) as (source, next_update):
         await next_update()
         replace(hosts, toml(1, 2, 3))

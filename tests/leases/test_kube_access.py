@@ -1,4 +1,5 @@
-"""Access to the API server: flannel's order of precedence, TLS, and all kinds of credentials."""
+"""Access to the API server: the order in which flannel's options are used, TLS, and all kinds of
+credentials."""
 
 import asyncio
 import json
@@ -20,7 +21,8 @@ ME = Attributes(public_ip=IPv4Address("192.0.2.1"))
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """The folder of ca.pem, and of the certificates of a server and of a client "admin"."""
+    """Return the folder with ca.pem, a server's certificate, and the certificate of the client
+    "admin"."""
     authority = Authority(tmp_path_factory.mktemp("certificates"))
     for name in ("server", "admin"):
         authority.issue(name)
@@ -39,7 +41,7 @@ async def api(certificates):
 
 @pytest.fixture
 def account(tmp_path, certificates):
-    """A service account's directory, as the kubelet mounts it."""
+    """Return the directory of a service account, with the files that the kubelet mounts."""
     directory = tmp_path / "serviceaccount"
     directory.mkdir()
     (directory / "token").write_text("agent")
@@ -134,7 +136,7 @@ async def test_missing_credentials_are_reported(tmp_path, acquire):
 
 
 async def test_a_source_without_credentials_retries(api, account, tmp_path, monkeypatch):
-    """The token can be mounted later."""
+    """The token may be mounted after the start of the source."""
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.port))
     account.rename(tmp_path / "later")

@@ -1,4 +1,4 @@
-"""deploy/kubernetes: commands, permissions and mounts of the manifests are right and consistent."""
+"""deploy/kubernetes: the manifests' commands, permissions and mounts are right and consistent."""
 
 import json
 import shutil

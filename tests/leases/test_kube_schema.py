@@ -1,4 +1,4 @@
-"""Nodes and leases: encoding, decoding, and validation."""
+"""The conversion of Node objects to leases and back: encoding, decoding, and validation."""
 
 import json
 from ipaddress import IPv4Address, IPv6Address, ip_network
@@ -33,7 +33,7 @@ def a_node(annotations=None, **spec):
 
 
 def patched(node, patch):
-    """Return the annotations after a merge patch."""
+    """Return the annotations of ``node`` after a merge patch."""
     there = {**node.annotations, **patch["metadata"]["annotations"]}
     return a_node({k: v for k, v in there.items() if v is not None}, pod_cidr=node.spec.pod_cidr)
 
@@ -70,7 +70,7 @@ def test_an_invalid_node_raises_only_field_error(annotations, pod_cidr, pod_cidr
     ("spec", "want"),
     [
         ({"podCIDR": "10.244.1.0/24"}, Subnets(ip_network("10.244.1.0/24"))),
-        ({"podCIDR": "10.244.1.9/24"}, Subnets(ip_network("10.244.1.0/24"))),  # masked as in Go
+        ({"podCIDR": "10.244.1.9/24"}, Subnets(ip_network("10.244.1.0/24"))),  # masked, as Go does
         ({"podCIDR": "fd00::/64"}, Subnets(None, ip_network("fd00::/64"))),
         ({"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00::/64"]},
          Subnets(ip_network("10.244.1.0/24"), ip_network("fd00::/64"))),

@@ -1,4 +1,7 @@
-"""The small API server behaves as the real one: each test runs with both, if one is given."""
+"""The small API server behaves like a real one.
+
+Each test runs with the small server. If a real server is given, each test also runs with it.
+"""
 
 import asyncio
 import json

@@ -1,7 +1,7 @@
 """The Kubernetes source with an API server over HTTP.
 
-Tests with ``cluster`` run with the small server, and with a real one if one is given. Tests with
-``small`` need control over the server.
+Tests with ``cluster`` run with the small server. If a real server is given, they also run with it.
+Tests with ``small`` run only with the small server, because they must control the server.
 """
 
 import asyncio
@@ -116,7 +116,7 @@ async def test_an_operators_overwrite_takes_precedence(cluster):
     assert lease.attributes.public_ip == IPv4Address("198.51.100.7")
     there = await cluster.annotations("n1")
     assert (there["public-ip"], there["public-ipv6"]) == ("198.51.100.7", "2001:db8::7")
-    lease = await source.acquire(ME, Subnets())  # without IPv6, its overwrite does not apply
+    lease = await source.acquire(ME, Subnets())  # without IPv6, the IPv6 overwrite is ignored
     assert lease.attributes.public_ipv6 is None
 
 
@@ -205,14 +205,14 @@ async def test_a_conflict_is_a_temporary_error(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(token="agent")
     conflict = Refusal(409, "Conflict", "the object has been modified")
-    small.small.refuse_next = [None, conflict]  # the get, then the patch
+    small.small.refuse_next = [None, conflict]  # accept the get, refuse the patch
     with pytest.raises(StoreDown, match=r"409.*modified"):
         await source.acquire(ME, Subnets())
     await source.acquire(ME, Subnets())
 
 
 async def test_the_deployed_role_is_sufficient(small):
-    """All requests of a source, with the role of the service account in deploy/."""
+    """The role of the service account in deploy/ permits all requests of a source."""
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source(token="agent")
     lease = await source.acquire(ME, Subnets())
@@ -254,7 +254,7 @@ async def test_a_missing_or_invalid_net_conf(small):
 
 
 async def test_subnet_lengths_are_not_checked(small):
-    """flannel applies these rules only with etcd."""
+    """flannel checks subnet lengths only with etcd."""
     source = small.source(net_conf={**NET_CONF, "SubnetLen": 31})
     assert str((await source.network()).network) == "10.244.0.0/16"
 
@@ -291,7 +291,7 @@ async def test_nodes_without_flannel_have_no_leases(cluster):
 
 
 async def test_a_change_of_one_family(cluster):
-    """flannel ignores an update if one of the families is unchanged."""
+    """We apply the change. flannel ignores an update if one of the families is unchanged."""
     both = {"public_ipv6": "2001:db8::2"}
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24", "fd00:10:0:2::/64", **both))
     async with observing(cluster.source(net_conf=DUAL_STACK), cluster.prefix) as observer:
@@ -305,7 +305,7 @@ async def test_a_change_of_one_family(cluster):
 
 
 async def test_a_node_created_again_with_another_subnet_is_a_change(cluster):
-    """A podCIDR changes only with its Node object; flannel does not see that."""
+    """A podCIDR changes only if its Node object is created again. flannel ignores this change."""
     await cluster.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
     async with observing(cluster.source(), cluster.prefix) as observer:
         await cluster.delete("n2")
@@ -519,7 +519,7 @@ async def test_temporary_refusals_are_retried(small, code):
 
 
 async def test_a_response_that_is_not_from_kubernetes(small):
-    """For example, a proxy can send such a response."""
+    """A proxy, for example, can send such a response."""
     async def page(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n<p>no</p>")
@@ -606,7 +606,7 @@ async def test_removed_annotations_are_restored(cluster):
 
 
 async def test_a_later_overwrite_is_published(cluster):
-    """Unlike flannel, which reads public-ip-overwrite only at its start."""
+    """flannel reads public-ip-overwrite only at its start. We also publish a later change."""
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -670,13 +670,13 @@ async def test_hold_repeats_a_refused_patch(small):
     source = small.source(token="agent")
     lease = await source.acquire(ME, Subnets())
     conflict = Refusal(409, "Conflict", "the object has been modified")
-    small.small.refuse_next = [None, conflict]  # the get, then the patch of the condition
+    small.small.refuse_next = [None, conflict]  # accept the get, refuse the condition's patch
     async with running(source.hold(lease)):
         await until(lambda: small.condition("n1"), "the condition")
 
 
 async def test_hold_publishes_a_cached_lease(small):
-    """acquire is not called, as after a start while the API server is down."""
+    """acquire is not called. This happens if the API server is down at the start."""
     await small.create(node("n1", "10.244.1.0/24"))
     lease = await small.source().acquire(ME, Subnets())
     await small.small.annotate("n1", public_ip=None)
@@ -688,7 +688,8 @@ async def test_hold_publishes_a_cached_lease(small):
 
 
 async def test_hold_ends_when_cancelled_during_a_change(small):
-    """With asyncio.wait_for of Python 3.11 the cancellation is lost and the daemon never ends."""
+    """With Python 3.11's asyncio.wait_for, the cancellation would be lost, and the daemon would
+    never end."""
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source()
     lease = await source.acquire(ME, Subnets())

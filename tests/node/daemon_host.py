@@ -1,5 +1,5 @@
-"""A node daemon for tests: a real host in a network namespace, a store and a forwarder under the
-test's control."""
+"""A node daemon for tests. The host is real, in a network namespace. The test controls the store
+and the forwarder."""
 
 from __future__ import annotations
 
@@ -83,20 +83,20 @@ def _answer(answer):
 
 
 def underlay():
-    """One interface with one address."""
+    """Create one interface with one address."""
     sh("ip link add under0 mtu 1500 type veth peer name wire", "ip link set wire up",
        "ip addr add 192.0.2.1/24 dev under0", "ip link set under0 up")
 
 
 def use_folder(folder, monkeypatch):
-    """Keep the directories of every instance in ``folder``."""
+    """Make every instance use directories in ``folder``."""
     for name in ("run", "state"):
         monkeypatch.setattr(
             Instance, f"{name}_dir", property(lambda self, name=name: folder / name / self.name))
 
 
 class Node:
-    """A daemon with its host and store. ``config`` can be changed between two runs."""
+    """A daemon, its host and its store. The test can change ``config`` between two runs."""
 
     def __init__(self, tmp_path, monkeypatch):
         self.store = Store()
@@ -146,7 +146,7 @@ class Node:
 
 
 def routes_to(*leases):
-    """Return the forwarder's table for these leases."""
+    """Return the table that the forwarder has to have for these leases."""
     return {str(lease.subnets.v4): str(lease.attributes.public_ip) for lease in leases}
 
 

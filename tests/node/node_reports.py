@@ -1,4 +1,4 @@
-"""Reports of invented daemons, for tests of the modules that read them."""
+"""Example reports of daemons, for tests of the modules that read reports."""
 
 import time
 from ipaddress import IPv4Address, IPv4Network

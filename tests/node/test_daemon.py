@@ -1,7 +1,7 @@
 """The daemon from start to end, with a store and a forwarder that the test controls.
 
-The host is real, a network namespace with one interface; the forwarder is a table behind a real
-control server, which fits what the daemon wants.
+The host is a real network namespace with one interface. The forwarder is a table with a real
+control server; its options are always the ones that the daemon wants.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def served(tmp_path):
 
 @pytest.fixture
 def node_of(tmp_path, monkeypatch):
-    """Makes a Node, in the namespace of the caller."""
+    """Return a function that creates a Node in the namespace of the caller."""
     return lambda: Node(tmp_path, monkeypatch)
 
 
@@ -111,7 +111,7 @@ async def test_cached_leases_are_applied_while_the_store_is_down_at_the_start(se
 async def test_active_routes_are_not_touched_before_the_leases_are_known(
     served, node_of, monkeypatch
 ):
-    """The store answers, but lists the leases late: until then the forwarder's routes stay."""
+    """The store answers, but lists the leases late. Until then the forwarder's routes stay."""
     node = node_of()
     await node.fill_cache(peer(2))
     calls = served.forwarder.calls
@@ -217,7 +217,7 @@ async def test_addresses_that_do_not_matter_change_nothing(served, node_of):
         calls = len(served.forwarder.calls)
         sh("ip link add pods type veth peer name pod", "ip addr add 10.244.1.1/24 dev pods",
            "ip addr add 192.0.2.99/24 dev under0")
-        await asyncio.sleep(0.2)  # no event reports that nothing happens
+        await asyncio.sleep(0.2)  # no event shows that nothing was published, so wait a while
         assert len(node.store.published) == 1
         assert len(served.forwarder.calls) == calls
 

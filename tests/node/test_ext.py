@@ -1,5 +1,6 @@
-"""``udptun ext`` as flanneld runs it: split on blanks, variables expanded, exec; or by a shell.
+"""``udptun ext`` as flanneld runs it.
 
+flanneld splits the command at blanks, expands variables and calls exec. Older releases use a shell.
 The configuration is the one that docs/flannel.md shows. Forwarders are real, between namespaces.
 """
 
@@ -38,7 +39,7 @@ needs_root = pytest.mark.skipif(
 
 
 def documented_backend() -> dict[str, str]:
-    """The Backend of the configuration in docs/flannel.md."""
+    """Return the Backend of the configuration in docs/flannel.md."""
     page = (ROOT / "docs" / "flannel.md").read_text()
     blocks = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (backend,) = [
@@ -50,7 +51,7 @@ def documented_backend() -> dict[str, str]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
-    """A PATH with ``udptun`` on it, as flanneld has."""
+    """Return a value of PATH that contains the directory of ``udptun``, as flanneld has it."""
     program = tmp_path / "bin" / "udptun"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m udptun "$@"\n')
@@ -61,7 +62,7 @@ def path(tmp_path: Path) -> str:
 class Flanneld:
     """flanneld's extension backend on one node, without the rest of flanneld.
 
-    ``by_shell``: as before flannel 0.28.2.
+    by_shell  True: run commands by a shell, as releases before flannel 0.28.2 do
     """
 
     def __init__(self, folder: Path, path: str, host: Host | None = None, by_shell: bool = False):
@@ -83,12 +84,12 @@ class Flanneld:
                 for word in command.split()]
 
     def run(self, name: str, stdin: str = "", **variables: str) -> tuple[int, str]:
-        """The exit code and what flanneld keeps of the output: both streams, trimmed."""
+        """Return the exit code, and the output that flanneld keeps: both streams, trimmed."""
         env = self.env | variables
         argv = self._argv(self.backend[name], env)
         if self.host is not None:
             argv = ["ip", "netns", "exec", self.host.namespace, *argv]
-        # Like Go's CombinedOutput, this ends only when no process holds the pipe open.
+        # Like Go's CombinedOutput, run() returns only when no process holds the pipe open.
         done = subprocess.run(
             argv, env=env, input=stdin + "\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False, timeout=60, start_new_session=True,
@@ -98,7 +99,7 @@ class Flanneld:
     def pre(self) -> str:
         code, said = self.run("PreStartupCommand")
         assert code == 0, said
-        return json.loads(json.dumps(said))  # as BackendData, and back at the peer
+        return json.loads(json.dumps(said))  # encoded as BackendData, and decoded at the peer
 
     def post(self, subnet: str, public_ip: object, **more: str) -> tuple[int, str]:
         return self.run(
@@ -134,7 +135,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def pair(lab: Lab, path: str) -> tuple[Flanneld, Flanneld]:
-    """Two hosts, nothing started."""
+    """Return two hosts on which nothing was started."""
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
     return Flanneld(lab.folder / "a", path, a), Flanneld(lab.folder / "b", path, b)
@@ -164,7 +165,7 @@ def test_two_flannelds_make_an_overlay(lab: Lab, path: str, by_shell: bool) -> N
     assert ping(a, "10.244.2.0").received == 3
     assert ping(pods[0], "10.244.2.2").received == 3
     advertised = nodes[1].pre()
-    # At each renewal of the lease flanneld repeats all commands: nothing changes.
+    # At each renewal of the lease, flanneld runs all commands again. Nothing changes.
     before = nodes[0].status()
     assert nodes[0].add(SUBNETS[1], b.v4, advertised) == QUIET
     assert nodes[0].post(SUBNETS[0], a.v4) == QUIET
@@ -180,7 +181,7 @@ def test_two_flannelds_make_an_overlay(lab: Lab, path: str, by_shell: bool) -> N
 @needs_root
 @pytest.mark.netns
 def test_a_peers_new_address_replaces_its_route(pair) -> None:
-    """flanneld adds the subnet again, with another address and perhaps another port."""
+    """flanneld adds the subnet again, with another address and possibly another port."""
     node = pair[0]
     node.post(SUBNETS[0], node.host.v4)
     for address, port, mtu in (
@@ -226,7 +227,8 @@ def test_another_lease_replaces_the_forwarder(pair) -> None:
 @needs_root
 @pytest.mark.netns
 def test_a_dead_forwarder_is_brought_back_by_the_next_command(pair) -> None:
-    """The new forwarder has the saved routes: flanneld sends routes again only once a day."""
+    """The new forwarder must have the saved routes, because flanneld repeats routes only once a
+    day."""
     bring_up(pair)
     node, host = pair[0], pair[0].host
     wait_for(lambda: "10.244.2.0" in (node.state / "routes").read_text(), "the state file")
@@ -240,7 +242,7 @@ def test_a_dead_forwarder_is_brought_back_by_the_next_command(pair) -> None:
 @needs_root
 @pytest.mark.netns
 def test_an_external_forwarder_is_waited_for(pair) -> None:
-    """A unit or container of its own, started before there is a lease."""
+    """The forwarder has a separate unit or container, which starts before there is a lease."""
     node, host = pair[0], pair[0].host
     node.env["UDPTUN_EXT_FORWARDER"] = "external"
     process = host.start(
@@ -297,7 +299,7 @@ def test_a_warning_says_that_the_unit_stops_the_forwarder(pair) -> None:
 
 
 def test_the_commands_of_each_peer_import_little(tmp_path: Path) -> None:
-    """flanneld runs these commands one after the other, thousands of them when it starts."""
+    """At its start, flanneld runs thousands of these commands, one after the other."""
     script = (
         "import sys\nfrom udptun.cli import cli\n"
         "cli.main(['ext', 'add'], prog_name='udptun', standalone_mode=False)"
@@ -317,7 +319,7 @@ def test_the_commands_of_each_peer_import_little(tmp_path: Path) -> None:
 
 
 def test_the_documented_commands_need_no_shell() -> None:
-    """A word with a quote or a blank would work only through sh."""
+    """A word that contains a quote or a blank would work only with a shell."""
     backend = documented_backend()
     assert set(backend) == {"Type", *COMMANDS}
     for name in COMMANDS:

@@ -40,7 +40,7 @@ def invoke(*argv: str, **env: str) -> Result:
         (["--name", "a=b"], {"name": "a=b"}),
         (["--name="], {"name": ""}),
         (["--name", ""], {"name": ""}),
-        (["--name", "--mask"], {"name": "--mask"}),  # Go takes the next word, also one with dashes
+        (["--name", "--mask"], {"name": "--mask"}),  # Go takes the next word, even with dashes
         (["--name", "-1"], {"name": "-1"}),
         (["--name", "a", "--name", "b"], {"name": "b"}),
         (["--name", "--"], {"name": "--"}),
@@ -119,7 +119,7 @@ def test_help(word: str) -> None:
         ({"THEIRS_NAME": "a"}, [], {"name": "a"}),
         ({"THEIRS_NAME": "a", "OURS_NAME": "b"}, [], {"name": "b"}),
         ({"THEIRS_NAME": "a", "OURS_NAME": "b"}, ["-name=c"], {"name": "c"}),
-        ({"THEIRS_NAME": "a", "OURS_NAME": ""}, [], {"name": "a"}),  # empty is not set
+        ({"THEIRS_NAME": "a", "OURS_NAME": ""}, [], {"name": "a"}),  # empty means "not set"
         ({"OURS_MASK": "true"}, [], {"mask": True}),
         ({"OURS_MASK": "true"}, ["--mask=false"], {}),
         ({"OURS_COUNT": "6"}, [], {"count": 6}),

@@ -1,4 +1,5 @@
-"""Several instances on one host: each uses names of its own, and removes nothing of another."""
+"""Several instances on one host: each has its own names, and removes nothing of another instance.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from udptun.node.status.report import NodeReport
 
 
 class InstanceNode(Node):
-    """A node with all names derived from its instance, in a network of its own."""
+    """A node whose names are all derived from its instance, with its own overlay network."""
 
     def __init__(self, name, network, vni, monkeypatch):
         self.monkeypatch = monkeypatch
@@ -44,7 +45,7 @@ class InstanceNode(Node):
 
 
 def names():
-    """The nftables tables and VXLAN devices of this namespace."""
+    """Return the names of the nftables tables and VXLAN devices in this namespace."""
     tables = {line.split()[-1] for line in sh("nft list tables").splitlines()}
     devices = {line.split(": ")[1] for line in sh("ip -o link show type vxlan").splitlines()}
     return tables, devices
@@ -85,7 +86,7 @@ async def test_the_same_instance_twice_is_refused(tmp_path, monkeypatch):
 
 @in_own_netns
 async def test_a_vni_of_another_instance_is_refused(tmp_path, monkeypatch):
-    """No fall-back to UDP, because the configuration is wrong."""
+    """The daemon does not fall back to UDP, because the configuration is wrong."""
     underlay()
     use_folder(tmp_path, monkeypatch)
     red = InstanceNode("red", 244, 7, monkeypatch)
@@ -102,7 +103,7 @@ async def test_a_vni_of_another_instance_is_refused(tmp_path, monkeypatch):
 
 @in_own_netns
 async def test_a_vni_of_an_unknown_device_leaves_udp(tmp_path, monkeypatch):
-    """An operator's device: --backend auto continues without VXLAN, as after any other failure."""
+    """If an operator's device has the VNI, --backend auto continues without VXLAN."""
     underlay()
     use_folder(tmp_path, monkeypatch)
     sh("ip link add Mine type vxlan id 7 dev under0 dstport 8472")

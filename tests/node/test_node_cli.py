@@ -1,4 +1,4 @@
-"""``udptun node``: the configuration from flags and variables; invalid values.
+"""``udptun node``: the configuration from flags and variables, and errors for invalid values.
 
 The daemon itself is a fake here.
 """
@@ -67,7 +67,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
 
 
 def invoke(*argv: str, **env: str) -> Result:
-    """Run the command without pytest's log handlers, as when a program starts."""
+    """Run the command without pytest's log handlers, because a program starts without handlers."""
     root = logging.getLogger()
     handlers = root.handlers[:]
     root.handlers.clear()
@@ -150,7 +150,7 @@ def test_flanneld_command_line_for_kubernetes_with_all_flags(daemon: FakeDaemon)
     words = """--kube-subnet-mgr=true --kube-api-url=https://192.0.2.1:6443 --kubeconfig-file /kc
         --kube-annotation-prefix=example.org/net --net-config-path=/nc
         --set-node-network-unavailable=false --ip-blackhole-route
-        --etcd-endpoints=http://192.0.2.9:2379"""  # which flanneld ignores then
+        --etcd-endpoints=http://192.0.2.9:2379"""  # flanneld ignores this option here
     config = parsed(daemon, *words.split(), NODE_NAME="n1")
     assert config.source == KubeConfig(
         node_name="n1", api_url="https://192.0.2.1:6443", kubeconfig_file=Path("/kc"),
@@ -174,7 +174,7 @@ def test_an_empty_value_counts_as_not_given(daemon: FakeDaemon) -> None:
     )
 
 
-# Ours
+# udptun's own options
 
 
 def test_our_own_flags(daemon: FakeDaemon) -> None:
@@ -236,7 +236,7 @@ def test_variables(daemon: FakeDaemon) -> None:
     )
 
 
-# Refused
+# Invalid command lines
 
 
 @pytest.mark.parametrize(

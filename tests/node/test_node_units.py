@@ -24,7 +24,7 @@ FORWARDER = DEPLOY / "udptun-node-forwarder.service"
 
 
 class _Unit(RawConfigParser):
-    """Repeated keys, and comments of whole lines only, as systemd has them."""
+    """A parser for systemd's format: keys can be repeated, and a comment is always a whole line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(strict=False, comment_prefixes=("#",), inline_comment_prefixes=None)
@@ -64,7 +64,7 @@ def test_the_forwarder_waits_for_the_file_that_the_daemon_writes() -> None:
     *command, file = _Unit(FORWARDER).words("ExecStart")
     assert command == ["/usr/local/bin/udptun", "forward", "--wait-for"]
     assert Path(file) == NodeConfig(FileConfig(Path("hosts.toml"))).forward_file
-    assert Path(file).name == FORWARD_FILE  # what `udptun ext` writes
+    assert Path(file).name == FORWARD_FILE  # the file that `udptun ext` writes
 
 
 @pytest.mark.parametrize("unit", [NODE, FORWARDER], ids=lambda path: path.stem)
@@ -82,7 +82,7 @@ def test_both_units_may_write_their_directories(unit: Path) -> None:
 def test_the_daemon_starts_with_the_example_of_its_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each variable, commented out or not, is an option with a valid value."""
+    """Each variable is an option with a valid value, even if its line is commented out."""
     assert _Unit(NODE).words("ExecStart") == ["/usr/local/bin/udptun", "node"]
     text = (DEPLOY / "node.env").read_text()
     values = dict(re.findall(r"^#?(UDPTUN_NODE_\w+)=(.*)$", text, re.MULTILINE))

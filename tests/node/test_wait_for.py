@@ -1,6 +1,6 @@
-"""``udptun forward --wait-for FILE``: where its options come from, and errors in the file.
+"""``udptun forward --wait-for FILE``: the sources of its options, and errors in the file.
 
-The commands run for real, up to the point where a forwarder would be made.
+The tests run the real command until it would create a forwarder.
 """
 
 import json
@@ -114,7 +114,7 @@ def test_forward_can_be_stopped_while_it_waits(tmp_path: Path) -> None:
 def test_command_line_and_environment_go_before_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "forward.json", WANTED | {"listen": "192.0.2.1"})
     env = {"UDPTUN_FORWARD_WORKERS": "2", "UDPTUN_FORWARD_TUN": "env0"}
-    # an option after the one that reads the file, and one before it
+    # one option before --wait-for, and one option after it
     with forwarding("--mtu", "1300", "--wait-for", str(path), "--control", "/c", **env) as process:
         code, told, _ = end(process)
     assert code == 0

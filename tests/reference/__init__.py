@@ -1,12 +1,14 @@
 """The reference implementation of the data path: simple and slow, in plain Python.
 
-Owns: the specification of each step, one function per step, with the signatures of the compiled
-``tests.steps``. The tests compare the two. Does not depend on system calls or on other modules of
-udptun than ``model`` and ``drops``. The product never imports this package, also not when the
-compiled core is missing. Threading: functions are pure; a ``ReferenceForwarder`` belongs to one
-thread.
+Owns: the specification of each step. There is one function per step, with the same signature as in
+the compiled ``tests.steps``. The tests compare the two packages. Does not depend on system calls.
+Of udptun, only the modules ``model`` and ``drops`` are used. The product never imports this
+package, even if the compiled core is missing.
 
-Reading order is packet order: packet, checksum, cut, lpm, fragment, icmp, merge, forwarder.
+Threading: the functions are pure; a ``ReferenceForwarder`` belongs to one thread.
+
+Read the modules in the order in which a packet passes them: packet, checksum, cut, lpm, fragment,
+icmp, merge, forwarder.
 """
 
 from .checksum import checksum

@@ -1,6 +1,7 @@
 """The Internet checksum, and the pseudo-header of transport protocols.
 
-Owns: RFC 1071 arithmetic. Does not depend on where in a packet a checksum is. Pure functions.
+Owns: the arithmetic of RFC 1071. Does not depend on the place of a checksum in a packet. Pure
+functions.
 """
 
 import struct
@@ -26,12 +27,15 @@ def checksum(data: bytes, initial: int = 0) -> int:
 
 
 def complement(total: int) -> int:
-    """Return the value of a checksum field if the covered bytes, with field 0, sum to total."""
+    """Return the value for a checksum field.
+
+    total  the sum of the covered bytes, in which the field itself is 0
+    """
     return 0xFFFF - total
 
 
 def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int) -> bytes:
-    """Return the bytes that TCP, UDP and ICMPv6 include in the sum before their own.
+    """Return the pseudo-header, which TCP, UDP and ICMPv6 add to the sum before their own bytes.
 
     source, destination  4 bytes each (RFC 9293 3.1, RFC 768) or 16 bytes each (RFC 8200 8.1)
     length               bytes of transport header and payload
@@ -42,5 +46,8 @@ def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int)
 
 
 def transport_sum(source: bytes, destination: bytes, protocol: int, segment: bytes) -> int:
-    """Return the folded sum of pseudo-header and segment: 0xFFFF if its checksum is correct."""
+    """Return the folded sum of pseudo-header and segment.
+
+    The sum is 0xFFFF if the segment contains its correct checksum.
+    """
     return checksum(segment, checksum(pseudo_header(source, destination, protocol, len(segment))))

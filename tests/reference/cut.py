@@ -1,7 +1,7 @@
 """Cut a frame from a TUN with offloads into IP packets with correct checksums.
 
-Owns: the meaning of virtio_net_hdr in frames read from the TUN. Does not depend on hop limits,
-routes or MTUs. Pure functions.
+Owns: the interpretation of virtio_net_hdr in frames read from the TUN. Does not depend on hop
+limits, routes or MTUs. Pure functions.
 """
 
 import struct
@@ -31,25 +31,25 @@ GSO_NONE = 0
 GSO_TCPV4 = 1
 GSO_TCPV6 = 4
 GSO_UDP_L4 = 5
-GSO_ECN = 0x80  # or'ed to the TCP types
+GSO_ECN = 0x80  # a flag that is combined with the TCP types
 
 TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK, TCP_URG, TCP_ECE, TCP_CWR = (1 << i for i in range(8))
 TCP_CSUM_OFFSET = 16
 UDP_CSUM_OFFSET = 6
-HEADERS_MAX = 120  # of one segment: IPv4 with all options and TCP with all options
+HEADERS_MAX = 120  # maximum for one segment: IPv4 and TCP headers, both with all options
 
 
 def cut(frame: bytes) -> list[bytes]:
     """Return the IP packets in one frame read from a TUN with IFF_VNET_HDR.
 
-    frame    10 bytes virtio_net_hdr in host order, then an IP packet. With a GSO type it is a
-             super-packet of at most 65535 bytes, whose IP and UDP length fields are ignored.
-             hdr_len is ignored: the kernel sets it wrong on forwarded packets. csum_start and
-             csum_offset are valid only with NEEDS_CSUM.
-    returns  whole packets in stream order, hop limit unchanged, without padding behind the declared
-             length. Segments get new checksums. The checksum of a plain packet is completed if
-             NEEDS_CSUM, else unchanged.
-    drops    as check_packet (of a super-packet: as parse_header);
+    frame    10 bytes virtio_net_hdr in host order, then an IP packet. If a GSO type is set, the
+             packet is a super-packet of at most 65535 bytes. Its IP and UDP length fields are
+             ignored. hdr_len is ignored, because the kernel sets a wrong value on forwarded
+             packets. csum_start and csum_offset are valid only with NEEDS_CSUM.
+    returns  whole packets in stream order, without padding behind the declared length. The hop
+             limit is unchanged. Segments get new checksums. If the packet is not a super-packet,
+             its checksum is completed with NEEDS_CSUM, and unchanged without.
+    drops    as check_packet (for a super-packet: as parse_header);
              bad_gso: unknown type; type does not match version or protocol; gso_size 0; a fragment;
              over 65535 bytes; checksum offsets that do not match the headers, are inside the IP
              header or outside the packet;
@@ -105,8 +105,8 @@ def cut(frame: bytes) -> list[bytes]:
 def _complete_checksum(packet: bytes, start: int, offset: int) -> bytes:
     """Complete a checksum that the kernel left to the device (NEEDS_CSUM).
 
-    The field at start + offset holds the sum of the pseudo-header. It becomes the complement of
-    the sum of packet[start:]. For UDP (offset 6), 0 is sent as 0xFFFF.
+    The field at start + offset contains the sum of the pseudo-header. The function replaces this
+    value by the complement of the sum of packet[start:]. For UDP (offset 6), 0 is sent as 0xFFFF.
     """
     field = start + offset
     if field + 2 > len(packet):
@@ -167,8 +167,8 @@ def _transport_header_len(protocol: int, transport: bytes) -> int:
 def _tcp_segment(tcp: bytes, seq_offset: int, first: bool, last: bool) -> bytes:
     """Return the TCP header of one segment, with checksum 0.
 
-    The sequence number advances. CWR is set only on the first segment (RFC 3168 6.1.2), FIN and PSH
-    only on the last, because they refer to the last byte.
+    The sequence number is increased by seq_offset. Only the first segment keeps CWR (RFC 3168
+    6.1.2). Only the last segment keeps FIN and PSH, because they refer to the last byte.
     """
     seq = (int.from_bytes(tcp[4:8], "big") + seq_offset) % 2**32
     flags = tcp[13]
@@ -183,7 +183,7 @@ def _tcp_segment(tcp: bytes, seq_offset: int, first: bool, last: bool) -> bytes:
 
 
 def _with_checksum(header: IPHeader, protocol: int, segment: bytes, offset: int) -> bytes:
-    """Return the segment with its checksum filled in; UDP sends 0 as 0xFFFF."""
+    """Return the segment with its checksum set. For UDP, 0 is sent as 0xFFFF."""
     value = complement(transport_sum(header.source, header.destination, protocol, segment))
     if value == 0 and protocol == PROTO_UDP:
         value = 0xFFFF
@@ -191,9 +191,9 @@ def _with_checksum(header: IPHeader, protocol: int, segment: bytes, offset: int)
 
 
 def _ip_header(headers: bytes, version: int, index: int, transport_len: int) -> bytes:
-    """Return the IP header, with IPv6 extension headers, of segment number ``index``.
+    """Return the IP header of segment number ``index``, including IPv6 extension headers.
 
-    It has the segment's own length and, for IPv4, the super-packet's id + index.
+    The length field is that of the segment. The IPv4 id is the super-packet's id + index.
     """
     if version == 6:
         length = len(headers) - IPV6_LEN + transport_len

@@ -1,7 +1,7 @@
 """A forwarder without sockets: it returns the output for one frame or datagram, and counts.
 
-Owns: the order of the steps in each direction, the source check, and where ICMP errors go. Does not
-depend on system calls, batches, merging or rate limits. One thread.
+Owns: the order of the steps in each direction, the source check, and the destination of ICMP
+errors. Does not depend on system calls, batches, merging or rate limits. One thread.
 """
 
 import ipaddress
@@ -28,15 +28,15 @@ class Encapsulated:
     """The output for one frame from the TUN."""
 
     datagrams: list[Datagram] = field(default_factory=list)
-    icmp: list[bytes] = field(default_factory=list)  # IP packets for our own TUN
+    icmp: list[bytes] = field(default_factory=list)  # IP packets to write to our own TUN
 
 
 @dataclass
 class Decapsulated:
     """The output for one datagram from the socket."""
 
-    packet: bytes | None = None  # for the TUN
-    icmp: list[Datagram] = field(default_factory=list)  # back to the inner sender
+    packet: bytes | None = None  # the packet to write to the TUN
+    icmp: list[Datagram] = field(default_factory=list)  # errors to send back to the inner sender
 
 
 @dataclass
@@ -51,18 +51,21 @@ class Counts:
 class ReferenceForwarder:
     """The path of one packet, in both directions.
 
-    routes            prefixes may overlap; the longest that covers an address is used
-    own_addresses     of this host: refused as inner source addresses
-    tun_addresses     of the TUN, at most one per family: the source of our ICMP errors
-    source_check      "strict": the outer address, with any port, belongs to a peer, and the inner
-                      source is in a subnet routed to that peer or is the peer's own address;
-                      "peer": the first condition only; "off": none
-    path_mtu          the largest outer packet in bytes to an endpoint, where it has been learned
-    underlay_mtu      the same for all other endpoints
+    routes            prefixes may overlap; the longest prefix that covers an address is used
+    own_addresses     addresses of this host; they are refused as inner source addresses
+    tun_addresses     addresses of the TUN, at most one per family; they are the source addresses
+                      of our ICMP errors
+    source_check      "strict": conditions 1 and 2; "peer": condition 1; "off": no condition.
+                      1. The outer address, with any port, belongs to a peer.
+                      2. The inner source address is in a subnet routed to this peer, or is the
+                      peer's own address.
+    path_mtu          the largest outer packet in bytes, for the endpoints whose path MTU is known
+    underlay_mtu      the largest outer packet in bytes for all other endpoints
 
-    ``counts[direction]`` and ``drops[reason, direction]`` are updated at once. A frame counts as
-    its segments, or as 1 if it cannot be cut. Fragments after the first are generated. An ICMP
-    error is generated and delivered in the direction in which it is sent.
+    ``counts[direction]`` and ``drops[reason, direction]`` are updated immediately. A frame counts
+    as its segments, or as 1 if the frame cannot be cut. Fragments after the first count as
+    generated. An ICMP error counts as generated and delivered in the direction in which the error
+    is sent.
     """
 
     def __init__(
@@ -87,12 +90,12 @@ class ReferenceForwarder:
         self.drops: Counter[tuple[str, str]] = Counter()
 
     def encap(self, frame: bytes) -> Encapsulated:
-        """TUN to UDP: cut, look up, decrement the hop limit, fragment for the path.
+        """TUN to UDP: cut a frame, look up the route, decrement the hop limit, fragment packets.
 
         frame  virtio_net_hdr and IP packet, as in ``cut``
 
-        All segments of a super-packet are dropped for the same reason, so at most one ICMP error is
-        sent, about the first.
+        All dropped segments of a super-packet have the same drop reason. So at most one ICMP error
+        is sent, about the first segment.
         """
         result = Encapsulated()
         counts = self.counts[ENCAP]
@@ -124,7 +127,7 @@ class ReferenceForwarder:
     def decap(self, outer_source: Endpoint, datagram: bytes) -> Decapsulated:
         """UDP to TUN: parse, check the sender and the inner source, decrement the hop limit.
 
-        datagram  the UDP payload: an IP packet; shorter payloads are keepalives
+        datagram  the UDP payload: an IP packet. A payload shorter than an IP header is a keepalive
         """
         result = Decapsulated()
         counts = self.counts[DECAP]
@@ -152,7 +155,7 @@ class ReferenceForwarder:
         return max(covering, key=lambda route: route.dst.prefixlen, default=None)
 
     def inner_mtu(self, route: Route) -> int:
-        """Return the largest inner packet of this route: limited by the path and by its own MTU."""
+        """Return the largest inner packet that the path and the MTU of this route allow."""
         outer = self.path_mtu.get(Endpoint(route.via, route.port), self.underlay_mtu)
         fits = outer - OUTER_LEN[route.via.version]
         return fits if route.mtu is None else min(fits, route.mtu)
@@ -174,7 +177,10 @@ class ReferenceForwarder:
             raise Dropped("source_not_routed")
 
     def _icmp_about(self, packet: bytes, reason: str, mtu: int) -> bytes | None:
-        """Return the ICMP error about a packet, or None without a TUN address of its family."""
+        """Return the ICMP error about a packet, or None if none may be sent.
+
+        None also means that the TUN has no address of the packet's family.
+        """
         source = self.tun_addresses.get(parse_header(packet).version)
         return None if source is None else icmp_error(packet, reason, source.packed, mtu)
 
@@ -187,7 +193,10 @@ class ReferenceForwarder:
         return [error]
 
     def _icmp_to_peer(self, packet: bytes) -> list[Datagram]:
-        """Return a time exceeded error for the peer to which the inner source is routed."""
+        """Return a "time exceeded" error for the peer to which the inner source is routed.
+
+        Return an empty list if no error may be sent, without a route, or if the error is too long.
+        """
         error = self._icmp_about(packet, "ttl_exceeded", 0)
         route = self.look_up(parse_header(packet).source)
         if error is None or route is None or len(error) > self.inner_mtu(route):

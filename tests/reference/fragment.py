@@ -25,15 +25,15 @@ def fragment(packet: bytes, mtu: int) -> list[bytes]:
 
     packet   one IP packet; padding behind the declared length is removed
     returns  the unchanged packet if it fits, with any DF and version; else fragments in order. The
-             first has the whole header; later ones only the options with the copied flag. All
-             except the last carry the same payload length: the largest multiple of 8 that fits
-             behind the whole header. If the packet is itself a fragment, offsets continue from its
-             own offset, and the last piece keeps its More Fragments flag.
+             first fragment has the whole header. Later fragments have only the options with the
+             copied flag. All fragments except the last have the same payload length: the largest
+             multiple of 8 that fits behind the whole header. If the packet itself is a fragment,
+             its offset is added to each offset, and the last fragment keeps its MF flag.
     drops    as check_packet; too_big: DF is set, or IPv6, or mtu is below the header plus 8 bytes
     source   RFC 791 3.1 (options), 3.2 (fragmentation); RFC 8200 4.5 (no IPv6 router fragments)
 
-    An offset above the maximum belongs to a packet that reassembles to more than 65535 bytes. It is
-    set to the maximum, so that every receiver refuses it.
+    If an offset is above the maximum, the packet would reassemble to more than 65535 bytes. The
+    offset is then set to the maximum, so that every receiver refuses the fragment.
     """
     packet = packet[: check_packet(packet)]
     header = parse_header(packet)
@@ -64,13 +64,13 @@ def fragment(packet: bytes, mtu: int) -> list[bytes]:
 
 
 def _fragment_header(base: bytes, payload_len: int, fragment_word: int) -> bytes:
-    """Return the header ``base`` with the length and fragment field of one fragment."""
+    """Return a copy of the header ``base`` with the length and fragment fields of one fragment."""
     start = struct.pack("!BBH", 0x40 | len(base) // 4, base[1], len(base) + payload_len)
     return with_ipv4_checksum(start + base[4:6] + fragment_word.to_bytes(2, "big") + base[8:])
 
 
 def _copied_options(options: bytes) -> bytes:
-    """Return the options that every fragment carries, padded to whole words with end-of-list.
+    """Return the options that every fragment carries, padded with end-of-list to 4-byte words.
 
     An option with an impossible length ends the list. No-operation options are left out.
     """

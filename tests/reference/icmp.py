@@ -1,7 +1,7 @@
-"""The ICMP error about one packet, and the cases in which none is allowed.
+"""The ICMP error about one packet, and the cases in which no error is allowed.
 
 Owns: the rules of RFC 1122 3.2.2, RFC 1812 4.3.2 and RFC 4443 2.4. Does not depend on rate limits,
-routes or where the error is sent. Pure functions.
+on routes, or on the destination of the error. Pure functions.
 """
 
 import struct
@@ -41,17 +41,20 @@ MTU6_MIN = 1280  # RFC 8200 5
 def icmp_error(packet: bytes, kind: str, source: bytes, mtu: int = 0) -> bytes | None:
     """Return the ICMP error for the sender of ``packet``, as an IP packet, or None.
 
-    packet   untrusted bytes from the IP header on; quoted up to its declared length, so that the
-             error has at most 576 (IPv4) or 1280 (IPv6) bytes
+    packet   untrusted bytes from the IP header on. The error quotes them up to the declared length,
+             but has at most 576 (IPv4) or 1280 (IPv6) bytes
     kind     "no_route" (IPv4 type 3 code 0, IPv6 1/0), "ttl_exceeded" (11/0, 3/0),
              "too_big" (3/4, 2/0)
     source   our address in the packet's family, 4 or 16 bytes
-    mtu      "too_big" only: the largest IP packet that fits, in bytes; reported as 68..65535 (IPv4)
-             or at least 1280 (IPv6)
-    returns  None if the packet's header does not parse or the RFCs forbid an error: about an ICMP
-             error; about a fragment other than the first; about a packet to a multicast or
-             broadcast destination, except IPv6 too_big, which path MTU discovery needs; about a
-             packet whose source is not a unicast address
+    mtu      "too_big" only: the largest IP packet that fits, in bytes. The reported value is
+             limited to 68..65535 (IPv4), or is at least 1280 (IPv6)
+    returns  None if the packet's header does not parse or if the RFCs forbid an error. They forbid
+             an error about
+             - an ICMP error
+             - a fragment other than the first
+             - a packet to a multicast or broadcast destination; exception: IPv6 too_big, which
+               path MTU discovery needs
+             - a packet whose source is not a unicast address
     source   RFC 792, RFC 1191 4, RFC 1122 3.2.2, RFC 1812 4.3.2; RFC 4443 2.4, 3.1 to 3.3
     """
     try:
@@ -108,7 +111,7 @@ def _allowed6(packet: bytes, header: IPHeader, kind: str) -> bool:
     """Return whether RFC 4443 2.4 (e) allows an error.
 
     The extension headers must be parsed to find out whether the packet is an ICMPv6 error. If they
-    cannot be parsed, the answer is no.
+    cannot be parsed, no error is allowed.
     """
     if header.source[0] == 0xFF or header.source in (bytes(16), bytes(15) + b"\x01"):
         return False
@@ -126,9 +129,10 @@ def _allowed6(packet: bytes, header: IPHeader, kind: str) -> bool:
 
 
 def _upper_layer(packet: bytes, header: IPHeader) -> tuple[int, bytes] | None:
-    """Return the protocol after the IPv6 extension headers, and its bytes.
+    """Return the protocol after the IPv6 extension headers, and the bytes from its header on.
 
-    None if the chain is truncated, too long, or ends in a fragment other than the first.
+    Return None if the chain of extension headers is truncated or too long, or if it shows that the
+    packet is a fragment other than the first.
     """
     next_header, at = header.protocol, IPV6_LEN
     seen = 0

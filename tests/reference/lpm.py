@@ -1,6 +1,8 @@
-"""Longest prefix match by a linear scan of all routes, to compare the compiled look-up with.
+"""Longest prefix match by a linear scan of all routes.
 
-Owns: the correct result. Pure functions.
+The tests compare the compiled look-up with this one.
+
+Owns: the specification of the result. Pure functions.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def table_order(network: Network) -> tuple[int, bytes, int]:
-    """Return the sort key of a table: a prefix comes before every prefix inside it."""
+    """Return the sort key of table order: a prefix comes before every prefix inside it."""
     return network.version, network.network_address.packed, network.prefixlen
 
 
@@ -23,7 +25,10 @@ class Lpm:
         self.networks: list[Network] = sorted(map(ipaddress.ip_network, prefixes), key=table_order)
 
     def lookup(self, addr: bytes) -> int:
-        """Return 1 + index of the longest prefix that covers ``addr`` (4 or 16 bytes), or 0."""
+        """Return 1 + index of the longest prefix that covers ``addr`` (4 or 16 bytes).
+
+        Return 0 if no prefix does.
+        """
         address = ipaddress.ip_address(addr)
         best, best_len = 0, -1
         for i, network in enumerate(self.networks):

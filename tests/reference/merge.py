@@ -4,9 +4,9 @@ Owns: which packets may be merged, and the vnet header of the result. Does not d
 source checks or batch sizes. Pure functions.
 
 The kernel does not verify the checksums of a merged frame, so only packets with a verified
-checksum are merged. Every other packet is written unchanged, and the kernel checks it. A host that
-forwards a merged packet cuts it again and must get the same packets, so all header fields that a
-cut copies must be equal.
+checksum are merged. Every other packet is written unchanged, and the kernel verifies its checksum.
+A host that forwards a merged packet cuts it again and must get the original packets. So the packets
+of a merge must be equal in all header fields that a cut copies.
 """
 
 import struct
@@ -81,23 +81,31 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
 
     packets  in the order of arrival; each has passed check_packet
     tcp, udp whether packets of that protocol are merged
-    returns  frames in the order of their first packets. The packets of a flow keep their order,
-             except that a pure ACK may be moved behind data that arrived after it. A packet that is
-             not merged becomes ten zero bytes and the unchanged packet.
-    merged   n >= 2 packets: NEEDS_CSUM, gso_size = payload of the first, hdr_len and csum_start
-             from the headers; the transport checksum field holds the pseudo-header's sum, not
-             inverted; lengths of the whole, a correct IPv4 header checksum, the IPv4 id of the
-             first, PSH of the last. At most 65535 bytes with headers; UDP at most 64 packets.
+    returns  frames in the order of their first packets. The packets of a flow keep their order.
+             Exception: a pure ACK may be moved behind data that arrived after the ACK. The frame of
+             a packet that is not merged is ten zero bytes and the unchanged packet.
+    merged   the frame of n >= 2 packets has: NEEDS_CSUM; gso_size = the first packet's payload
+             length; hdr_len and csum_start computed from the headers; in the transport checksum
+             field the sum of the pseudo-header, not inverted; the lengths of the merged packet; a
+             correct IPv4 header checksum; the first packet's IPv4 id; the last packet's PSH. A
+             merged packet has at most 65535 bytes with headers. UDP: at most 64 packets.
     drops    as check_packet; if one packet fails, nothing is returned
 
-    A packet joins the open group of its flow if
-    - IPv4: a header of 20 bytes with a correct checksum, not a fragment; IPv6: no extension header;
-      declared length = received length; the transport checksum is present and correct; payload > 0
-    - TCP: flags exactly ACK or ACK and PSH, reserved bits included; sequence number adjacent; ack
-      number, window, urgent pointer and options as the first's. UDP: its length = the IP payload
-    - TOS or traffic class, flow label, TTL or hop limit, IPv4's DF and reserved bit as the first's;
-      with DF clear the IPv4 id is the next one
-    - its payload is not longer than the first's. A shorter one, or PSH, closes the group.
+    A packet joins the open group of its flow if all these conditions are true ("first" is the
+    first packet of the group):
+    - IPv4: the header has 20 bytes and a correct checksum; the packet is not a fragment.
+    - IPv6: there is no extension header.
+    - The declared length is the received length. The transport checksum is present and correct.
+      There is a payload.
+    - TCP: the flags, including reserved bits, are exactly ACK, or ACK and PSH. The sequence number
+      follows the group's last byte. The ack number, window, urgent pointer and options equal
+      those of the first.
+    - UDP: the UDP length is the length of the IP payload.
+    - TOS or traffic class, flow label, TTL or hop limit, and IPv4's DF and reserved bit equal those
+      of the first. If DF is clear, the IPv4 id is that of the group's last packet + 1.
+    - The payload is not longer than that of the first.
+    A packet with PSH closes the group that it joins or opens. A packet with a shorter payload than
+    the first closes the group that it joins.
     A packet that can be merged but does not fit the open group of its flow closes that group and
     opens a new one. A packet that cannot be merged closes the open group of its flow. A packet
     whose ports cannot be read (a fragment, IPv6 extension headers, padding behind the declared
@@ -131,7 +139,8 @@ def merge(packets: list[bytes], tcp: bool = True, udp: bool = True) -> list[byte
 
 
 def _classify(packet: bytes) -> tuple[Flow | None, _Segment | None, str]:
-    """Return the packet's flow if known, the segment if it can be merged, else what it closes."""
+    """Return the packet's flow (None if unknown), the segment if the packet can be merged (else
+    None), and which groups the packet closes."""
     header = parse_header(packet)
     transport = packet[header.header_len :]
     hidden = header.version == 6 and header.protocol in EXTENSION_HEADERS
@@ -156,8 +165,8 @@ def _classify(packet: bytes) -> tuple[Flow | None, _Segment | None, str]:
 
 
 def _judge_transport(protocol: int, transport: bytes) -> tuple[int, str]:
-    """Return the length of a transport header that allows merging, else 0; and what the packet
-    closes if it is not merged."""
+    """Return the length of the transport header, or 0 if the header does not allow merging. Also
+    return which groups the packet closes if it is not merged."""
     if protocol == PROTO_UDP:
         whole = int.from_bytes(transport[4:6], "big") == len(transport)
         return 8 if whole and transport[6:8] != b"\0\0" else 0, _CLOSES_FLOW

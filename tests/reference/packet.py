@@ -53,7 +53,7 @@ class IPHeader(NamedTuple):
 
     version: int  # 4 or 6
     header_len: int  # with IPv4 options, without IPv6 extension headers
-    total_len: int  # declared, header included; not checked
+    total_len: int  # the declared length, header included; not checked
     protocol: int  # IPv6: the first next header
     hop_limit: int
     fragment_word: int  # IPv4: reserved, DF, MF and offset; IPv6: DF
@@ -66,15 +66,15 @@ class IPHeader(NamedTuple):
 
     @property
     def is_fragment(self) -> bool:
-        """IPv4 only: whether this is a fragment, the first one included."""
+        """Whether the packet is an IPv4 fragment. The first fragment counts too."""
         return bool(self.fragment_word & (IPV4_MF | IPV4_OFFSET))
 
 
 def parse_header(packet: bytes) -> IPHeader:
     """Parse the IP header from untrusted bytes.
 
-    drops   short_packet: no byte at all, under 20 (IPv4) or 40 (IPv6); bad_version; bad_header_len:
-            IPv4 header under 20 or beyond the packet
+    drops   short_packet: no bytes, or fewer than 20 (IPv4) or 40 (IPv6); bad_version;
+            bad_header_len: the IPv4 header length is below 20 or exceeds the packet
     source  RFC 791 3.1, RFC 8200 3
     """
     if not packet:
@@ -109,8 +109,8 @@ def check_packet(packet: bytes) -> int:
             the header's length or above len(packet)
     source  RFC 791 3.1, RFC 8200 3, RFC 1812 5.2.2 (the router's checks)
 
-    The IPv4 header checksum is not verified. A wrong one stays wrong, and the receiving kernel
-    drops the packet.
+    The IPv4 header checksum is not verified. Later steps keep a wrong checksum wrong, and the
+    receiving kernel drops the packet.
     """
     header = parse_header(packet)
     if header.total_len < header.header_len or header.total_len > len(packet):
@@ -122,7 +122,7 @@ def decrement_hop_limit(packet: bytes) -> bytes:
     """Return the packet with TTL or hop limit decremented.
 
     packet  from the IP header on; only the header is parsed (reasons as ``parse_header``)
-    drops   ttl_exceeded: it is 0 or 1 already
+    drops   ttl_exceeded: the TTL or hop limit is 0 or 1 already
     source  RFC 791 3.2, RFC 8200 3; RFC 1624 eqn 3: HC' = ~(~HC + ~m + m'), where m is the 16-bit
             word of TTL and protocol. A wrong checksum stays wrong by the same amount.
     """

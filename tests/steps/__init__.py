@@ -1,7 +1,7 @@
-"""The compiled steps of the data path, one Python function each, for tests and micro benchmarks.
+"""The compiled steps of the data path for tests and micro benchmarks: one Python function per step.
 
-The functions have the names and signatures of ``tests.reference``. ``tests/steps/build.py``
-compiles them. The wheel does not contain them.
+The functions have the same names and signatures as those of ``tests.reference``.
+``tests/steps/build.py`` compiles them. The wheel does not contain them.
 """
 
 from ._steps import (

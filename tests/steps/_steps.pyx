@@ -1,7 +1,7 @@
 """The steps of the data path as Python functions, for tests and micro benchmarks.
 
-Owns only the conversion of arguments and results. The signatures are those of ``tests.reference``,
-with which the tests compare the steps. Pure functions.
+Owns only the conversion of arguments and results. The functions have the same signatures as those
+of ``tests.reference``. The tests compare the two. Pure functions.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -23,7 +23,8 @@ from wire.headers cimport VNET_LEN
 from udptun.drops import DROP_REASONS
 from tests.reference import Dropped
 
-# Initial values: gcc does not see that check() raises before an unset field is used.
+# Initial values for variables. They avoid gcc warnings: gcc does not see that check() raises before
+# an unset field is used.
 cdef ip_t NO_IP
 cdef cut_t NO_CUT
 
@@ -36,7 +37,7 @@ cdef check(drop_t verdict):
 
 cdef uint8_t* exact_copy(bytes data) except NULL:
     """Copy bytes into an allocation of exactly their size, so that a sanitizer detects any access
-    outside. The caller frees it."""
+    outside of them. The caller frees the copy."""
     cdef uint8_t* p = <uint8_t*>malloc(len(data) or 1)
     if p == NULL:
         raise MemoryError
@@ -108,7 +109,7 @@ def cut(bytes frame):
 
 
 def merge(list packets, bint tcp=True, bint udp=True):
-    """Packets must parse: the core drops others before this step."""
+    """Merge packets into frames. Each packet must be valid: the core drops invalid ones earlier."""
     cdef merge_t* m = <merge_t*>calloc(1, sizeof(merge_t))
     cdef uint8_t** copies = <uint8_t**>calloc(len(packets) + 1, sizeof(void*))
     cdef uint8_t* frame = <uint8_t*>malloc(MERGE_FRAME)

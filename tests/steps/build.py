@@ -19,7 +19,7 @@ def main() -> None:
     modules = setup["compiled"]("tests.steps._steps", "tests/steps/_steps.pyx")
     command = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
     command.inplace = True
-    # Not in build/lib*, because a wheel built from this tree takes all that it finds there.
+    # Do not use build/lib*: a wheel that is built from this tree would contain all its files.
     command.build_lib = command.build_temp = "build/steps"
     command.ensure_finalized()
     command.run()

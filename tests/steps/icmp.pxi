@@ -44,7 +44,7 @@ def icmp_error(bytes packet, str kind, bytes source, uint32_t mtu=0):
 
 
 def icmp_allow_run(times_ns):
-    """Return the answers of a new token bucket at these times, in order."""
+    """Return, for each of these times in order, whether a new token bucket allows an error."""
     cdef icmp_bucket_t bucket = icmp_bucket_t(0, 0)
     return [bool(icmp_allow(&bucket, now_ns)) for now_ns in times_ns]
 
@@ -52,10 +52,10 @@ def icmp_allow_run(times_ns):
 def fragment(bytes packet, size_t mtu, size_t lead_len=0):
     """Cut an IPv4 packet into fragments of at most ``mtu`` bytes.
 
-    lead_len  bytes after the IP header that are passed with the header, as the core does with the
-              transport header of a segment
+    lead_len  this number of bytes after the IP header is passed together with the header. The core
+              does the same with the transport header of a segment
 
-    Raises Dropped("too_big") with DF, for IPv6, and if the MTU is too small.
+    Raise Dropped("too_big") if DF is set, for IPv6, and if the MTU is too small.
     """
     cdef ip_t ip = NO_IP
     cdef frag_t frag
@@ -114,8 +114,8 @@ cdef extern from *:
 cdef uint16_t _checksum_by(udptun_csum_fn fn, const uint8_t[::1] data, initial) except? 0:
     """Sum ``data`` with one implementation.
 
-    A sanitizer build sums an exact copy with the same alignment within 64 bytes. Other builds sum
-    in place, because the benchmarks time this function.
+    A sanitizer build sums an exact copy of the data, with the same address modulo 64. Other builds
+    sum the data in place, because the benchmarks time this function.
     """
     cdef uint64_t acc = _initial_sum(initial)
     cdef size_t n = data.shape[0]
@@ -134,12 +134,15 @@ cdef uint16_t _checksum_by(udptun_csum_fn fn, const uint8_t[::1] data, initial) 
 
 
 def checksum(const uint8_t[::1] data, initial=0):
-    """Return the ones-complement sum of big-endian words (RFC 1071), folded, not inverted."""
+    """Return the ones-complement sum of the big-endian words of data, folded, not inverted.
+
+    See RFC 1071.
+    """
     return _checksum_by(_csum_add, data, initial)
 
 
 cdef class _Checksum:
-    """One implementation of the checksum, called directly instead of by CPU features."""
+    """One implementation of the checksum. A call uses this implementation, whatever the CPU."""
 
     cdef udptun_csum_fn fn
 

@@ -1,4 +1,4 @@
-"""The look-up alone, for tests and micro benchmarks. Included by _steps.pyx."""
+"""The longest prefix match alone, for tests and micro benchmarks. Included by _steps.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -32,7 +32,7 @@ cdef class Lpm:
         routes_free(&self.parsed.routes)
 
     def build(self):
-        """Build the look-up again, for timing; the constructor has built it once."""
+        """Build the look-up structure again, for timing. The constructor has built it once."""
         cdef lpm_t* old = self.lpm
         with nogil:
             self.lpm = lpm_build(self.parsed.routes.items, self.parsed.routes.n)
@@ -41,7 +41,7 @@ cdef class Lpm:
             raise MemoryError("no memory for the look-up")
 
     def sizeof(self):
-        """Return the bytes of memory that the look-up holds."""
+        """Return the bytes of memory that the look-up structure uses."""
         return lpm_bytes(self.lpm)
 
     def slow_popcount(self):

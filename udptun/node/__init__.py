@@ -1,7 +1,7 @@
-"""The node daemon: makes a machine a node of an overlay network, and keeps it one.
+"""The node daemon: sets up a machine as a node of an overlay network, and maintains that setup.
 
 ``daemon`` composes the parts: ``store`` (our lease), ``peers`` (the other nodes' leases),
-``backends`` (paths to them), ``host`` (interface, firewall, subnet.env), ``process`` (the
-forwarder) and ``status`` (readiness, metrics). It does not depend on how a packet moves, or on how
-a store keeps its leases.
+``backends`` (paths to the other nodes), ``host`` (interface, firewall, subnet.env), ``process``
+(the forwarder) and ``status`` (readiness, metrics). The package does not depend on how packets are
+forwarded, or on how a store keeps its leases.
 """

@@ -1,8 +1,8 @@
 """Remove from this host everything that a daemon with the same configuration created.
 
-Owns: the list of things that a daemon creates, except those of its backends. Does not touch the
-store: a lease expires, or is deleted together with the node. Something that is missing already is
-not an error. Runs once, on the caller's loop.
+Owns: the list of things that a daemon creates, except the things that its backends create. Does not
+change the store: a lease there expires, or is deleted together with the node. A thing that does not
+exist any more is not an error. Runs once, on the caller's loop.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ LOCK_FILE = "lock"  # in the state directory
 
 
 class NotAllRemoved(UdptunError):
-    """Some things could not be removed: the text has the reasons."""
+    """Some things could not be removed. The text has the reasons."""
 
 
 async def clean_up(config: NodeConfig, netlink: Netlink) -> None:
-    """Remove each thing, also if another one cannot be removed. Raises NotAllRemoved."""
+    """Remove everything. If a removal fails, continue with the other things.
+
+    Raises NotAllRemoved at the end if a removal has failed.
+    """
     known = LeaseCache(config.state_dir / CACHE_FILE).load(config.source.store_id)
     failed: list[str] = []
 

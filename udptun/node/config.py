@@ -1,8 +1,9 @@
-"""The configuration of one node daemon. Frozen; a contradiction raises FieldError.
+"""The configuration of one node daemon.
 
-Owns: the defaults, which are flannel's where flannel has the option, else those of the instance.
-Does not depend on the syntax of the command line (``udptun.cli.node``), stores, or interfaces. A
-FieldError names the option. Pure data, imports nothing heavy; any thread.
+Owns: the defaults. If flannel has the option, the default is flannel's; else the default comes from
+the instance. Does not depend on the syntax of the command line (``udptun.cli.node``), on stores, or
+on interfaces. An invalid value raises FieldError, which names the option. The objects are frozen
+and contain only data. The module imports nothing that is slow to import. Any thread.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from .process.launch import FORWARD_FILE
 
 FORWARDERS = ("spawn", "external")
 ANY_ADDRESS = ipaddress.IPv4Address("0.0.0.0")
-_FROM_INSTANCE: Any = None  # __post_init__ sets it
+_FROM_INSTANCE: Any = None  # __post_init__ replaces this value by the instance's default
 
 
 @dataclass(frozen=True, slots=True)
 class InterfaceOptions:
-    """Which interface leads to the other nodes. The fields are in flannel's order of choice.
+    """The options that select the interface for the overlay, in the order in which flannel tries
+    them.
 
-    names        addresses or names of interfaces, of which the first that exists is used
-    regexes      searched for in each interface's name and address, if no name was found
-    can_reach    the interface of the kernel's route to this address
-    public_ip    published instead of the interface's own address; if it is local and nothing above
-                 is given, it selects the interface too
+    names        addresses or names of interfaces; the first one that exists is used
+    regexes      used if no entry of ``names`` exists; each is searched for in the addresses and in
+                 the name of each interface
+    can_reach    selects the interface of the kernel's route to this address
+    public_ip    the address to publish instead of the interface's own address. A local address also
+                 selects the interface, if none of the fields above is given.
+    public_ipv6  the same for IPv6
     """
 
     names: tuple[str, ...] = ()
@@ -52,22 +56,24 @@ class InterfaceOptions:
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """One node daemon.
+    """The options of one node daemon.
 
-    source            where leases come from
-    instance          the name from which all names that the daemon creates are derived
-    backend           a backend's name or "auto"; None: as net-conf.json says
-    advertise         publish in our lease what this node supports beyond flannel
-    subnet_file       flannel's subnet.env
-    iptables_resync   seconds between checks of the firewall rules
-    tun               name of the forwarder's device
-    control           the forwarder's socket
-    forwarder         "spawn": start one if none answers; "external": another program starts it
-    forward_file      the forwarder's options, for its --wait-for; default: in the directory of
-                      ``control``
-    state_dir         kept over restarts: the cached leases, the forwarder's table
-    healthz_port      0: no health server
-    cleanup           remove everything that a daemon with this configuration created, and end
+    source            the configuration of the store of leases
+    instance          the instance; the names of all things that the daemon creates depend on it
+    backend           a backend's name or "auto"; None: use Backend.Type of net-conf.json
+    advertise         publish in our lease the features that this node has in addition to flannel's
+    subnet_file       the path of flannel's subnet.env
+    iptables_resync   seconds between two checks of the firewall rules
+    tun               the name of the forwarder's device
+    control           the forwarder's control socket
+    forwarder         "spawn": start a forwarder if no forwarder answers; "external": another
+                      program starts the forwarder
+    forward_file      the file with the forwarder's options, which the forwarder reads because of
+                      its option --wait-for; default: in the directory of ``control``
+    state_dir         the directory of files that must survive a restart: the cached leases and the
+                      forwarder's table
+    healthz_port      the port of the health server; 0: no health server
+    cleanup           remove everything that a daemon with this configuration created, then exit
     """
 
     source: SourceConfig

@@ -1,13 +1,15 @@
-"""The node daemon: start, set up the host again after each change, stop.
+"""The node daemon: starts its parts, sets up the host again after each change, and stops.
 
-Owns: the order in which the parts are started and ended, and ``_settle``, the one procedure that
-sets up this host for our lease and network. Start, reload, a new address, a changed lease and the
-return of the store are only reasons to run it; it may be repeated, and changes only what differs.
-Does not depend on how a part works. One asyncio loop (not uvloop); netlink and the control client
-have threads of their own.
+Owns: the order in which the parts are started and ended, and ``_settle``, the only procedure that
+sets up this host for our lease and network. The daemon runs ``_settle`` at its start, at a reload,
+after a change of this host's addresses, after a change of our lease, and when the store answers
+again. ``_settle`` may be repeated: it changes only the parts of the host that differ from the
+wanted state. Does not depend on how a part works. One asyncio loop (not uvloop); netlink and the
+control client have threads of their own.
 
-Fail-static: the last answers of the store are on disk, and stay active until the store gives
-others. The end of the daemon, also by a crash, ends nothing else.
+The node is fail-static: the last answers of the store are saved on disk and stay active until the
+store gives other answers. If the daemon ends, also by a crash, the forwarder, the routes and the
+lease stay.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ from .store import Store
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 1.0  # before settling is tried again after a failure
-STATUS_SECONDS = 1.0  # between updates of our status for the service manager
+RETRY_SECONDS = 1.0  # from a failure of ``_settle`` to the next attempt
+STATUS_SECONDS = 1.0  # between two updates of our status for the service manager
 
 
 class AlreadyRunning(UdptunError):
@@ -53,10 +55,11 @@ class AlreadyRunning(UdptunError):
 
 
 async def run(config: NodeConfig) -> None:
-    """Run one node daemon until SIGTERM or SIGINT; with ``cleanup`` remove its things instead.
+    """Run one node daemon until SIGTERM or SIGINT.
 
-    Raises UdptunError or OSError for a failure that trying again does not repair. Call it from the
-    main thread.
+    If ``config.cleanup`` is set, remove everything that the daemon created, and return instead.
+    Raises UdptunError or OSError for a failure that another attempt cannot repair. Call ``run``
+    from the main thread.
     """
     use_one_arena()
     with config.instance.locked("node"), locked(config.state_dir), Netlink() as netlink:
@@ -73,7 +76,7 @@ async def run(config: NodeConfig) -> None:
 
 @contextlib.contextmanager
 def locked(state_dir: Path) -> Iterator[None]:
-    """Hold the state directory: a second daemon on it would overwrite the first one's files."""
+    """Lock the state directory, so that no second daemon overwrites the files in it."""
     state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     with (state_dir / LOCK_FILE).open("a") as file:
         try:
@@ -105,7 +108,7 @@ class Daemon:
     # -- run -------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run until ``stop``, or until a failure that trying again does not repair."""
+        """Run until ``stop`` is called, or until a failure that another attempt cannot repair."""
         loop = asyncio.get_running_loop()
         work = loop.create_task(self._work())
         stop = loop.create_task(self._stopping.wait())
@@ -119,7 +122,10 @@ class Daemon:
                 await work
 
     def stop(self, why: str) -> None:
-        """End the daemon, and nothing else. The second call exits at once."""
+        """End the daemon; the forwarder, the routes and the lease stay.
+
+        The second call exits at once.
+        """
         if self._stopping.is_set():
             log.warning("%s again: exiting at once", why)
             logging.shutdown()
@@ -128,7 +134,7 @@ class Daemon:
         self._stopping.set()
 
     def reload(self) -> None:
-        """Ask the store for everything again, and apply everything to the host again."""
+        """Read everything from the store again, and apply everything to the host again."""
         log.info("reloading")
         self._notifier.reloading()
         self._reloading = True
@@ -164,7 +170,7 @@ class Daemon:
         tasks.create_task(self._announce())
 
     async def _serve_health(self) -> None:
-        from .status.server import HealthServer  # late: only if a port was given
+        from .status.server import HealthServer  # not imported if there is no health server
 
         config = self._config
         server = HealthServer(self.report, config.healthz_ip, config.healthz_port, config.control)
@@ -175,12 +181,14 @@ class Daemon:
             await server.aclose()
 
     async def _announce(self) -> None:
-        """Report that the start is complete, once the paths to all known leases are active."""
+        """Wait until the paths to all known leases are active, then report that the start is
+        complete."""
         self.report.waiting = f"waiting for the leases of {self._store.kind}"
         await self._peers.known.wait()
         await self._backends.synced()
         self.report.waiting = ""
-        # Objects that exist now stay: a collection that visits them would delay a route change.
+        # Most objects that exist now are never deleted. Freezing them excludes them from garbage
+        # collection, because a collection that visits them would delay a route change.
         gc.collect()
         gc.freeze()
         return_free_memory()
@@ -188,7 +196,7 @@ class Daemon:
         self._notifier.ready(self.report.summary())
 
     async def _keep_status(self) -> None:
-        """Report changes that have no event of their own, once a second."""
+        """Once a second, report the changes that no event reports."""
         status, lease_error = "", ""
         while True:
             self.report.firewall_error = self._host.firewall_error
@@ -201,7 +209,10 @@ class Daemon:
     # -- settling ---------------------------------------------------------------------------------
 
     async def _settle_first(self) -> bool:
-        """Settle, and try again after failures that may pass. Return as ``_settle``."""
+        """Call ``_settle`` until it succeeds, and return its result.
+
+        Raises an error that another attempt cannot repair.
+        """
         while True:
             try:
                 return await self._settle()
@@ -237,8 +248,8 @@ class Daemon:
     async def _settle(self) -> bool:
         """Set up this host for our lease and network. Return False if a cached answer was used.
 
-        Raises the store's error if nothing is cached; NoInterface, DeviceError, FieldError,
-        BackendUnavailable, InstanceConflict, OSError.
+        Raises the store's error if the store fails and no answer is cached. Raises NoInterface,
+        DeviceError, FieldError, BackendUnavailable, InstanceConflict, OSError.
         """
         store = self._store
         with store.pass_():
@@ -253,8 +264,9 @@ class Daemon:
             prepared = await self._backends.prepare(
                 Site(network, underlay, former, identity.advert))
             if (lease := store.settled_lease(identity)) is not None:
-                # A change of this host is applied before the store answers. A change in the store
-                # is applied together with the lease, which may have changed as well.
+                # Only the host may have changed: apply the change without waiting for the store.
+                # If the store's data about this node have changed, our lease may have changed too.
+                # Then both are applied together, after ``acquire``.
                 await self._settle_host(prepared, lease)
             lease = await store.acquire(prepared.attributes)
             await self._settle_host(prepared, lease)
@@ -289,7 +301,7 @@ class Daemon:
 
 
 def _with_declared(options: InterfaceOptions, identity: Identity) -> InterfaceOptions:
-    """Combine our options with the public addresses that the store declares."""
+    """Return our options, combined with the public addresses that the store declares."""
     given = (options.public_ip, options.public_ipv6)
     declared = (identity.public_ip, identity.public_ipv6)
     first, second = (declared, given) if identity.overrides_options else (given, declared)
@@ -297,11 +309,11 @@ def _with_declared(options: InterfaceOptions, identity: Identity) -> InterfaceOp
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first error of a group of tasks, which is usually the cause of the others."""
+    """Return the first error of a group of tasks; the other errors are usually its results."""
     error = group.exceptions[0]
     return _first_error(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
+    with contextlib.suppress(RuntimeError):  # the loop is already closed
         loop.call_soon_threadsafe(work)

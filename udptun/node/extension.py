@@ -1,8 +1,8 @@
-"""The commands of flanneld's extension backend: one forwarder, and one route per peer.
+"""The commands of flanneld's extension backend: they manage one forwarder and one route per peer.
 
-Owns: the meaning of the environment and the standard input of these commands. flanneld reads and
-writes the leases. It runs one command at a time and repeats none that failed; it uses the
-output of the advertising command only. Synchronous; one thread.
+Owns: the meaning of the environment and of the standard input of these commands. flanneld reads and
+writes the leases. flanneld runs one command at a time and does not repeat a command that failed.
+flanneld uses only the output of the command that prints the advertisement. Synchronous; one thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .process.launch import (
     wait_ready,
 )
 
-NO_SUBNET6 = ("", "::/0")  # flanneld's value where there is none
+NO_SUBNET6 = ("", "::/0")  # flanneld's values for "no IPv6 subnet"
 
 Environment = Mapping[str, str]
 
@@ -39,10 +39,11 @@ def advertisement(port: int, mtu: int | None) -> str:
 
 
 def peer_route(env: Environment, advertised: str) -> Route:
-    """Return the route to the peer that flanneld names. FieldError names the variable.
+    """Return the route to the peer that flanneld names in the environment.
 
-    advertised  the output of the peer's own command; without a usable advertisement the peer is
-                expected at the default port
+    advertised  the output of the command that the peer ran to print its advertisement. If it
+                contains no valid advertisement, the route uses the default port.
+    Raises FieldError, which names the variable.
     """
     advert = read(advertised) or Advert(DEFAULT_PORT)
     via = parse_next_hop("PUBLIC_IP", _value(env, "PUBLIC_IP"))
@@ -61,11 +62,12 @@ def _value(env: Environment, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """The forwarder of a node whose leases a flanneld keeps.
+    """The forwarder of a node on which flanneld manages the lease.
 
-    spawned   False: another program starts the forwarder, with ``--wait-for`` on our file
+    spawned   True: we start the forwarder; False: another program starts the forwarder, with
+              ``--wait-for`` and the path of ``forward_file``
     warn      prints a sentence for flanneld's log
-    instance  the instance that the forwarder belongs to
+    instance  the instance to which the forwarder belongs
     """
 
     control: Path
@@ -84,9 +86,12 @@ class Extension:
 
     def up(self, env: Environment, tun: str, listen: Endpoint | None, port: int,
            mtu: int | None) -> None:
-        """Start or restart the forwarder with this node's lease, unless it already runs with it.
+        """Start or restart the forwarder with the options for this node's lease.
 
-        listen  given if PUBLIC_IP is not an address of this host
+        A forwarder that already runs with these options is not restarted.
+
+        listen  the endpoint to listen on, needed if PUBLIC_IP is not an address of this host; None:
+                PUBLIC_IP and ``port``
         Raises FieldError, NotStarted, ControlError, OSError.
         """
         subnet = peer_subnet(env)
@@ -102,10 +107,10 @@ class Extension:
         if env.get("IPV6SUBNET", "") not in NO_SUBNET6:
             self.warn("the extension backend does not pass on the peers' IPv6 subnets: "
                       "only IPv4 is carried")
-        spec.write(self.forward_file)  # first: a forwarder with --wait-for starts with it
+        spec.write(self.forward_file)  # first, because a forwarder with --wait-for reads it
         with ControlClient(str(self.control)) as client:
             self._ensure_running(client, spec)
-            client.delete(subnet)  # a route of an earlier holder, from the saved table
+            client.delete(subnet)  # the saved table may have a route to a peer that had our subnet
 
     def _ensure_running(self, client: ControlClient, spec: ForwarderSpec) -> None:
         try:
@@ -129,14 +134,17 @@ class Extension:
         wait_ready(client, spec, child, self.log)
 
     def add(self, route: Route) -> None:
-        """Route a peer's subnet, in place of its former route."""
+        """Set the route to a peer's subnet. The route replaces a former route to the subnet."""
         self._while_running(lambda client: client.put(route))
 
     def remove(self, subnet: IPNetwork) -> None:
         self._while_running(lambda client: client.delete(subnet))
 
     def _while_running(self, change: Callable[[ControlClient], object]) -> None:
-        """Apply a change. If the forwarder has ended, start it: flanneld does not try again."""
+        """Apply a change. If the forwarder has ended, start it first.
+
+        flanneld does not repeat a failed command, so the change must not be lost.
+        """
         with ControlClient(str(self.control)) as client:
             try:
                 change(client)

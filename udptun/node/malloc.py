@@ -1,8 +1,9 @@
 """Settings of the C library's allocator that keep the daemon's memory small.
 
-Owns: these settings, for glibc; other C libraries are left as they are. The daemon has a few
-threads that each allocate in bursts (a table is read, a table is sent). With one arena per thread
-each arena would stay as large as its largest burst.
+Owns: these settings, for glibc. With another C library the functions do nothing. The daemon has a
+few threads that each allocate much memory for a short time, for example to read or to send a table.
+If each thread had its own arena, each arena would stay as large as the largest of these
+allocations.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ _M_ARENA_MAX = -8  # malloc.h
 
 
 def use_one_arena() -> None:
-    """Let all threads allocate from one arena. Call it before there are other threads."""
+    """Let all threads allocate from one arena. Call it before other threads are started."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def return_free_memory() -> None:
-    """Return free memory to the kernel. Of use after the largest burst: the first snapshot."""
+    """Return free memory to the kernel.
+
+    Call it after the first snapshot is applied, because the first snapshot needs the most memory.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

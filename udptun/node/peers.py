@@ -1,11 +1,11 @@
-"""The other nodes: their leases, the plan of paths to them, and its application.
+"""The other nodes: keeps their leases, plans the paths to them, and applies the plan.
 
-Owns: the leases that are active (from the store, or from the cache while the store does not list
-them), the plan, and the order in which both change. Does not depend on how a store is read or how a
-path is applied. One asyncio loop.
+Owns: the active leases, the plan, and the order in which both change. The active leases come from
+the store, or from the cache until the store lists its leases. Does not depend on how a store is
+read or how a path is applied. One asyncio loop.
 
-Until leases are known nothing is applied: the forwarder and the kernel keep the paths that an
-earlier daemon gave them.
+Until leases are known, no paths are applied: the forwarder and the kernel keep the paths of an
+earlier daemon.
 """
 
 from __future__ import annotations
@@ -25,24 +25,29 @@ from .store import PATIENCE_SECONDS, Store
 
 log = logging.getLogger(__name__)
 
-RESYNC_SECONDS = 60.0  # between checks for changes that other programs made to our paths
+RESYNC_SECONDS = 60.0  # between two checks whether other programs have changed our paths
 
 
 class Peers:
-    """``settle_again`` is called when our own lease, or the host, has to be set up again."""
+    """Follows the store's leases, and applies the paths to the other nodes.
+
+    known         set when leases are known, from the store or from the cache
+    settle_again  is called if the daemon has to set up the host again, because our lease has
+                  changed, a change could not be applied, or the store answers again
+    """
 
     def __init__(
         self, store: Store, backends: ActiveBackends, report: NodeReport,
         settle_again: Callable[[], None],
     ) -> None:
-        self.known = asyncio.Event()  # there are leases, from the store or from the cache
+        self.known = asyncio.Event()
         self._store = store
         self._backends = backends
         self._report = report
         self._settle_again = settle_again
         self._leases: dict[str, Lease] = {}
         self._plan: Plan | None = None
-        self._lock = asyncio.Lock()  # one change of leases or plan at a time
+        self._lock = asyncio.Lock()  # held during each change of ``_leases`` or ``_plan``
         self._reapply = False
 
     def reapply(self) -> None:
@@ -50,7 +55,10 @@ class Peers:
         self._reapply = True
 
     async def replan(self, local: LocalNode) -> None:
-        """Compute all paths again if this node has changed, else repair what others changed."""
+        """Compute and apply all paths again if this node has changed.
+
+        If this node has not changed, only repair the paths that other programs have changed.
+        """
         async with self._lock:
             if not self.known.is_set():
                 self._plan = Plan(local)
@@ -64,7 +72,7 @@ class Peers:
     # -- from the store ---------------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Apply each update of the store until cancelled. After the first ``replan``."""
+        """Apply each update of the store until cancelled. Call it after the first ``replan``."""
         async with self._store.updates() as updates:
             async for update in updates:
                 since = time.monotonic()
@@ -74,12 +82,15 @@ class Peers:
                     await self._change(update.changes, since)
                 self._report.leases_n = len(self._leases)
                 self._store.save(self._leases.values())
-                if self._store.refresh_pending:  # the store answers again: read the rest too
+                if self._store.refresh_pending:  # the store answers again: read our lease too
                     self._settle_again()
 
     async def _replace(self, leases: tuple[Lease, ...], since: float) -> None:
-        """Make a new plan. A comparison with the old leases is not needed, because each backend
-        compares the new paths with its own, and it would keep the old list in memory."""
+        """Replace all leases, and apply a new plan.
+
+        The new leases are not compared with the old leases. Each backend compares the new paths
+        with its own paths. A comparison of leases would keep both lists in memory.
+        """
         async with self._lock:
             self._leases = {lease.key: lease for lease in leases}
             assert self._plan is not None and self._store.lease is not None
@@ -100,7 +111,7 @@ class Peers:
                     self._check_own(change.new)
             try:
                 await self._backends.apply(self._plan, self._plan.change(changes), since)
-            except DeviceError as exc:  # settling resyncs: no part of the change is lost
+            except DeviceError as exc:  # ``replan`` resyncs, which applies the failed changes
                 log.error("%s", exc)
                 self._settle_again()
 
@@ -121,9 +132,10 @@ class Peers:
     # -- from the cache ---------------------------------------------------------------------------
 
     async def use_cache(self, store_answered: bool) -> None:
-        """Apply the cached leases unless the store lists its own.
+        """Apply the cached leases, unless the store has listed its leases.
 
-        store_answered  since our start; if so, wait PATIENCE_SECONDS for its list of leases
+        store_answered  True: the store has answered since our start, so first wait up to
+                        PATIENCE_SECONDS for its list of leases; False: do not wait
         """
         await wait_at_most(self.known, PATIENCE_SECONDS if store_answered else 0)
         async with self._lock:
@@ -141,7 +153,10 @@ class Peers:
     # -- on the host ------------------------------------------------------------------------------
 
     async def keep(self) -> None:
-        """Repair changes of other programs every RESYNC_SECONDS, until cancelled."""
+        """Every RESYNC_SECONDS, repair the paths that other programs have changed.
+
+        Runs until cancelled.
+        """
         await self.known.wait()
         while True:
             await asyncio.sleep(RESYNC_SECONDS)

@@ -1,8 +1,8 @@
-"""The store of leases, as this node uses it: our network, our identity, our lease.
+"""This node's access to the store of leases: our network, our identity, our lease.
 
-Owns: the lease source, the cache on disk, what is known about this node, and the task that holds
-our lease. While the store does not answer, cached answers take its place. Does not depend on the
-host, backends, or paths to other nodes. One asyncio loop.
+Owns: the lease source, the cache on disk, the known data about this node, and the task that holds
+our lease. While the store does not answer, cached answers are used. Does not depend on the host, on
+backends, or on paths to other nodes. One asyncio loop.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from .status.report import NodeReport
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 2.0  # at the start; then the cache is used if it has an answer
+PATIENCE_SECONDS = 2.0  # at the start, wait so long for the store before a cached answer is used
 CACHE_FILE = "leases.json"  # in the state directory
 
 FAILURES = (StoreDown, StoreRefused, FieldError, TimeoutError)
 
 
 class Store:
-    """One store of leases. ``network``, ``identity`` and ``acquire`` are called within ``pass_``.
+    """One store of leases. Call ``network``, ``identity`` and ``acquire`` only within ``pass_``.
 
-    confirmed  in the last pass each answer came from the store, or was confirmed by it before
+    confirmed  True: the store did not fail in the last pass. Each answer came from the store, in
+               this pass or in an earlier one.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class Store:
         self._network: NetConfig | None = None
         self._identity: Identity | None = None
         self._lease: Lease | None = None
-        self._published: Attributes | None = None  # what the store accepted since our start
+        self._published: Attributes | None = None  # that the store has accepted since our start
         self._settled = False  # ``settled`` was called since our start
-        self._refresh = True  # the next pass asks the store even for what is known
-        self._asking = False  # this pass does
+        self._refresh = True  # the next pass asks the store again, also for answers that are known
+        self._asking = False  # this pass asks the store again, also for answers that are known
         self._hold: asyncio.Task[None] | None = None
         self._held: Lease | None = None
 
@@ -71,7 +72,7 @@ class Store:
 
     @property
     def lease(self) -> Lease | None:
-        """Our lease as last known, possibly from the cache."""
+        """The last known version of our lease, possibly from the cache."""
         return self._lease
 
     @property
@@ -83,7 +84,7 @@ class Store:
         return self._refresh
 
     def refresh(self) -> None:
-        """Ask the store for everything in the next pass, even for what is known."""
+        """In the next pass, ask the store for everything, also for answers that are known."""
         self._refresh = True
 
     def reload(self) -> None:
@@ -91,7 +92,7 @@ class Store:
         self.refresh()
 
     async def aclose(self) -> None:
-        """Write the cache and close the connections; our lease stays."""
+        """Write the cache and close the connections. Our lease stays in the store."""
         await self._cache.aclose()
         await self._source.aclose()
 
@@ -99,7 +100,10 @@ class Store:
 
     @contextlib.contextmanager
     def pass_(self) -> Iterator[None]:
-        """Frame one pass. If it fails or is not confirmed, the next pass asks the store again."""
+        """Return the context of one pass.
+
+        If the pass fails or is not confirmed, the next pass asks the store again.
+        """
         self._asking, self._refresh = self._refresh, False
         self.confirmed = True
         try:
@@ -110,8 +114,7 @@ class Store:
         self._refresh |= not self.confirmed
 
     async def network(self) -> NetConfig:
-        """Return the network's configuration. Raises StoreDown,
-        StoreRefused, FieldError."""
+        """Return the network's configuration. Raises StoreDown, StoreRefused, FieldError."""
         network = self._network
         if self._asking or network is None:
             try:
@@ -122,7 +125,10 @@ class Store:
         return network
 
     async def identity(self) -> Identity:
-        """Return what the store declares about this node. Raises StoreDown, StoreRefused."""
+        """Return the data that the store declares about this node.
+
+        Raises StoreDown, StoreRefused.
+        """
         if self.confirmed and (self._asking or self._identity is None):
             try:
                 return await self._ask(self._source.identity(), self._lease)
@@ -135,11 +141,17 @@ class Store:
         return self._source.cached_identity(self._lease)
 
     def settled_lease(self, identity: Identity) -> Lease | None:
-        """Return our lease if the host is set up for it and ``identity`` is still the same."""
+        """Return our lease if the host is set up for it and ``identity`` has not changed.
+
+        Return None in other cases.
+        """
         return self._lease if self._settled and identity == self._identity else None
 
     async def acquire(self, attributes: Attributes) -> Lease:
-        """Return our lease with ``attributes`` published in it, or the cached one."""
+        """Publish ``attributes`` in our lease, and return the lease.
+
+        If the store fails, return the cached lease.
+        """
         lease = self._lease
         if self.confirmed and (
             self._asking or lease is None or attributes != self._published
@@ -159,20 +171,27 @@ class Store:
         return lease
 
     def settled(self, network: NetConfig, identity: Identity, lease: Lease) -> None:
-        """Remember what the host is set up for."""
+        """Record the network, the identity and the lease for which the host is now set up."""
         self._network, self._identity, self._lease = network, identity, lease
         self._settled = True
         self._report.lease = lease
 
     async def _ask(self, question: Coroutine[Any, Any, T], known: object) -> T:
-        """Return the store's answer; before the first ``settled``, wait only PATIENCE_SECONDS if
-        an answer is cached."""
+        """Return the store's answer.
+
+        known  the cached answer, or None
+        If an answer is cached and ``settled`` was not called yet, raise TimeoutError after
+        PATIENCE_SECONDS.
+        """
         hurry = not self._settled and known is not None
         async with asyncio.timeout(PATIENCE_SECONDS if hurry else None):
             return await question
 
     def _fall_back(self, exc: Exception, known: object) -> None:
-        """Continue with what is known; raise if nothing is."""
+        """Handle a failure of the store.
+
+        If an answer is known, record that the pass is not confirmed, and return. Else raise.
+        """
         if known is None:
             if isinstance(exc, TimeoutError):
                 raise StoreDown("the store does not answer") from None
@@ -197,7 +216,7 @@ class Store:
     # -- holding our lease ------------------------------------------------------------------------
 
     def hold(self, lease: Lease, tasks: asyncio.TaskGroup) -> None:
-        """Keep the lease, instead of the one that was held before."""
+        """Start to hold ``lease``, and stop to hold the former lease."""
         if self._held == lease:
             return
         if self._hold is not None:
@@ -206,8 +225,11 @@ class Store:
         self._hold = tasks.create_task(self._source.hold(lease))
 
     def changed_by_others(self, own: Lease | None) -> bool:
-        """Return whether our lease in the store differs from the one we hold: it was edited. If it
-        was deleted, the source acquires it again."""
+        """Return True if another program has edited our lease in the store.
+
+        own  our lease in the store; None: the lease was deleted. Then return False, because the
+             source acquires the lease again.
+        """
         return own is not None and self._lease is not None and \
             (own.subnets, own.attributes) != (self._lease.subnets, self._lease.attributes)
 
@@ -215,20 +237,20 @@ class Store:
 
     @contextlib.asynccontextmanager
     async def updates(self) -> AsyncIterator[AsyncIterator[Snapshot | Changes]]:
-        """The source's updates, as ``async with store.updates() as updates``."""
+        """Return the source's updates. Use: ``async with store.updates() as updates``."""
         async with contextlib.aclosing(self._source.updates()) as updates:  # type: ignore[type-var]
             yield updates
 
     def load(self) -> tuple[Lease, ...] | None:
-        """Return all cached leases; None: there is no cache of this store. Blocks."""
+        """Return all cached leases. Return None if there is no cache of this store. Blocks."""
         known = self._cache.load(self._config.source.store_id)
         return None if known is None else known.leases
 
     def load_own(self) -> None:
-        """Take network and lease of this node from the cache. Blocks.
+        """Load this node's network and lease from the cache. Blocks.
 
-        The other leases are not kept: mostly the store answers, and two lists of thousands of
-        leases would double the memory of the daemon.
+        The other nodes' leases are not kept in memory. They are usually not needed, because the
+        store answers. Two lists of thousands of leases would double the memory of the daemon.
         """
         known = self._cache.load(self._config.source.store_id)
         if known is not None:
@@ -236,7 +258,7 @@ class Store:
             self._report.lease = known.lease
 
     def save(self, leases: Iterable[Lease]) -> None:
-        """Write to the cache soon."""
+        """Schedule a write of the cache with ``leases`` and the data about this node."""
         assert self._network is not None
         self._cache.keep(LastKnown(
             self._config.source.store_id, self._network, self._lease, tuple(leases)))

@@ -1,4 +1,4 @@
-"""The contract of every backend in the list, and the modules that may not name a backend."""
+"""Every backend in the list fulfils the contract, and no other module names a backend."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def node_of(tmp_path, monkeypatch):
 
 
 def network_state():
-    """The names of the devices, and the prefixes of the routes: nothing that changes by itself."""
+    """Return the names of the devices and the prefixes of the routes.
+
+    Other data are left out, because they can change without an action of the test.
+    """
     return ({link["ifname"] for link in ip_json("link show")},
             {route["dst"] for route in ip_json("route show")})
 
@@ -107,8 +110,9 @@ def test_a_backend_is_documented(name):
 
 
 def test_no_module_outside_the_package_names_a_backend():
-    """The node daemon, its command line and the shared modules of the package contain no backend's
-    name as a string. Other packages may: the names of devices and the network's configuration."""
+    """No string in the node daemon, its command line or the package's shared modules is the name of
+    a backend. Other packages may contain such strings, for the names of devices and for the
+    network's configuration."""
     modules = [*(ROOT / "udptun" / "node").rglob("*.py"), ROOT / "udptun" / "cli" / "node.py"]
     outside = [path for path in modules if path.parent.name != "backends"
                or path.stem in ("base", "plan", "active")]

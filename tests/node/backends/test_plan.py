@@ -1,4 +1,4 @@
-"""The paths to each peer, and what a change of leases changes."""
+"""The paths to each peer, and the paths that differ after a change of leases."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def lease(n=2, backend="", data=None, data6=None, v6=False, public=None, public6
 
 
 def route_of(found):
-    """The path in the UDP backend."""
+    """Return the path in the UDP backend."""
     return next((path for path in found.paths if isinstance(path, Route)), None)
 
 
 def peer_of(found):
-    """The path in the VXLAN backend."""
+    """Return the path in the VXLAN backend."""
     return next((path for path in found.paths if isinstance(path, VxlanPeer)), None)
 
 
@@ -59,7 +59,7 @@ def only(local, lease):
     return found
 
 
-# The paths, by what both ends support
+# The paths, for each combination of the backends of both ends
 
 
 def test_a_stock_udp_peer_has_our_port():
@@ -253,7 +253,8 @@ def test_changes_one_by_one_give_the_plan_of_all_leases_at_once():
                     sums[subnet] = value
         assert plan.paths("udp") == routes
         assert plan.paths("vxlan") == peers
-        # The order of the changes decides which peer holds a contested subnet, but one always does.
+        # If several peers claim a subnet, the order of the changes decides which peer gets it. One
+        # of these peers always gets it.
         assert set(routes) | set(peers) == {
             one.subnet for peer in now.values() for one in reach(BOTH, peer)[0]}
         fresh = Plan(BOTH, now.values())

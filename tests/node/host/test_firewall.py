@@ -65,7 +65,7 @@ def ruleset(handles=False):
 
 
 def chains():
-    """As "family table chain"."""
+    """Return each chain as "family table chain"."""
     listed = json.loads(sh("nft -j list chains"))["nftables"]
     return {" ".join(item["chain"][key] for key in ("family", "table", "name"))
             for item in listed if "chain" in item}
@@ -79,7 +79,7 @@ async def test_flannels_rules_in_flannels_order():
 
 @in_own_netns
 async def test_active_rules_are_not_touched():
-    """Neither the next ``sync`` nor a restarted daemon replaces them."""
+    """Neither the next ``sync`` nor a restarted daemon replaces the active rules."""
     firewall = Firewall(RULES)
     await firewall.sync()
     before = ruleset(handles=True)
@@ -141,7 +141,7 @@ async def test_other_wanted_rules_replace_the_rules():
         ({"forward": False}, {table + "postrtg" for table in both}),
         ({"network6": None, "subnet6": None}, {"ip udptun-ipv4 postrtg", "ip udptun-ipv4 forward"}),
         ({"network": None, "subnet": None}, {"ip6 udptun-ipv6 postrtg", "ip6 udptun-ipv6 forward"}),
-        # No lease yet: nothing to masquerade for.
+        # The node has no lease yet, so there is no subnet to masquerade.
         ({"subnet": None, "subnet6": None}, {table + "forward" for table in both}),
         ({"masquerade": False, "forward": False}, set()),
     ):
@@ -149,12 +149,12 @@ async def test_other_wanted_rules_replace_the_rules():
         assert await firewall.sync()
         assert not await firewall.sync()
         assert chains() == left
-    assert ruleset() == ""  # no empty table either
+    assert ruleset() == ""  # there is no empty table either
 
 
 @in_own_netns
 async def test_a_subnet_of_one_address():
-    """nft writes a prefix of full length without one."""
+    """nft prints a prefix of full length without the prefix length."""
     firewall = Firewall(dataclasses.replace(RULES, subnet=ip_network("10.42.1.7/32")))
     assert await firewall.sync()
     assert "ip saddr 10.42.1.7 ip daddr 10.42.0.0/16 return" in ruleset()
@@ -163,7 +163,7 @@ async def test_a_subnet_of_one_address():
 
 @in_own_netns
 async def test_remove():
-    """Also by a process that has not created them, as for --cleanup."""
+    """A process that has not created the rules can remove them too, as with --cleanup."""
     await Firewall(RULES).sync()
     firewall = Firewall(FirewallRules())
     assert await firewall.remove()
@@ -183,7 +183,7 @@ async def test_concurrent_syncs_apply_the_rules_once():
 
 
 def program(tmp_path, text):
-    """A stand-in for nft."""
+    """Create an executable that replaces nft."""
     path = tmp_path / "nft"
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
@@ -192,7 +192,7 @@ def program(tmp_path, text):
 
 @in_own_netns
 async def test_another_output_format_of_nft_is_not_a_change(tmp_path):
-    """Later releases print flags as a list: the rules are the same, and are not replaced again."""
+    """Later releases print flags as a list. The rules are the same, so they are not replaced."""
     nft = program(tmp_path, """nft "$@" | sed 's/"fully-random"/["fully-random"]/g'""")
     firewall = Firewall(RULES, nft=nft)
     assert await firewall.sync()
@@ -273,7 +273,7 @@ async def test_rules_are_restored():
         await until(lambda: ruleset() == ACTIVE)
         sh("nft delete table ip udptun-ipv4")
         await until(lambda: ruleset() == ACTIVE)
-    assert ruleset() == ACTIVE  # left in place when the daemon ends
+    assert ruleset() == ACTIVE  # the rules stay when the daemon ends
 
 
 @in_own_netns
@@ -301,7 +301,8 @@ exec nft "$@"
 
 @in_own_netns
 async def test_a_chain_with_policy_drop_is_logged_once(caplog):
-    """Docker sets this policy. Our accept does not override it, so the log has to name it."""
+    """Docker sets this policy. Our accept does not override the policy, so the log names the chain.
+    """
     sh("nft add table ip filter",
        "nft add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",
        "nft add chain ip filter INPUT { type filter hook input priority 0; policy drop; }")

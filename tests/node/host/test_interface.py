@@ -1,4 +1,4 @@
-"""Which interface carries the overlay, on a host with several."""
+"""The choice of the interface that carries the overlay, on a host with several interfaces."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options(**given):
 
 
 async def chosen(want_v4=True, want_v6=False, own=(), **given):
-    """Name, address and IPv6 address of the chosen interface."""
+    """Return the name, the address and the IPv6 address of the chosen interface."""
     with Netlink() as netlink:
         underlay = await choose(netlink, options(**given), want_v4, want_v6, own)
     return (underlay.name, underlay.address and str(underlay.address),
@@ -45,7 +45,7 @@ async def chosen(want_v4=True, want_v6=False, own=(), **given):
 
 @contextlib.contextmanager
 def refused(*words):
-    """The error has the words, and lists the interfaces."""
+    """Check that the error contains the words and lists the interfaces."""
     with pytest.raises(NoInterface) as caught:
         yield
     for word in (*words, "there are lo (127.0.0.1, ::1)", "eth1 (198.51.100.1, 2001:db8:1::1"):
@@ -61,19 +61,20 @@ E0, E1 = ("eth0", "192.0.2.1", None), ("eth1", "198.51.100.1", None)
     ({"names": ("198.51.100.1",)}, E1),
     ({"names": ("192.0.2.2",)}, ("eth0", "192.0.2.2", None)),
     ({"names": ("eth7", "203.0.113.9", "eth1")}, E1),
-    ({"names": ("2001:db8:1::1",)}, E1),  # selects the interface; IPv4 gets its best address
+    ({"names": ("2001:db8:1::1",)}, E1),  # selects eth1; IPv4 gets eth1's best address
     ({"regexes": (r"198\.51\..*",)}, E1),
     ({"regexes": (r"2\.2$",)}, ("eth0", "192.0.2.2", None)),
     ({"regexes": ("^eth1$",)}, E1),
     ({"regexes": ("^nothing$", "th1")}, E1),
-    ({"regexes": ("eth",)}, E0),  # the first
-    ({"regexes": ("1",)}, E0),  # an address goes before any name; never a loopback address
+    ({"regexes": ("eth",)}, E0),  # the first match
+    # Addresses are compared before names. A loopback address never matches.
+    ({"regexes": ("1",)}, E0),
     ({"can_reach": "198.51.100.77"}, E1),
     ({"can_reach": "198.51.100.1"}, E1),  # the kernel's route goes through lo
     ({"can_reach": "2001:db8:1::77"}, E1),
     ({"can_reach": "8.8.8.8"}, E0),
     ({"public_ip": "198.51.100.1"}, E1),
-    ({"public_ip": "203.0.113.5"}, E0),  # behind a NAT: the default route
+    ({"public_ip": "203.0.113.5"}, E0),  # behind a NAT: the default route decides
     ({}, E0),
     # flannel's order
     ({"names": ("eth1",), "regexes": ("eth0",), "can_reach": "192.0.2.7",
@@ -92,7 +93,7 @@ async def test_the_order_of_choice(given, want):
     ({"names": ("eth1",)}, ("eth1", "198.51.100.1", "2001:db8:1::1")),
     ({"names": ("192.0.2.2",)}, ("eth0", "192.0.2.2", "2001:db8::1")),
     ({"names": ("2001:db8:1::1",)}, ("eth1", "198.51.100.1", "2001:db8:1::1")),
-    # A pattern on addresses must match one of each family.
+    # A pattern for addresses must match one address of each family.
     ({"regexes": (r"^198|2001:db8::1$", r"^198|2001:db8:1::")},
      ("eth1", "198.51.100.1", "2001:db8:1::1")),
     ({"can_reach": "198.51.100.7"}, ("eth1", "198.51.100.1", "2001:db8:1::1")),
@@ -158,7 +159,7 @@ async def test_a_link_local_ipv6_address_is_not_enough():
 
 @in_own_netns
 async def test_the_overlays_own_devices_are_never_chosen():
-    """After a restart they still exist, and a pattern may match their addresses."""
+    """After a restart the devices still exist, and a pattern may match their addresses."""
     sh(*HOST, "ip tuntap add udptun0 mode tun", "ip address add 203.0.113.0/32 dev udptun0",
        "ip link set udptun0 up", "ip route add default dev udptun0",
        "ip route add default via 198.51.100.254 metric 100")

@@ -1,4 +1,4 @@
-"""subnet.env, byte for byte as flannel writes it and as its readers read it."""
+"""subnet.env: the file is byte for byte the same as flannel's, and its readers can read it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_mode_does_not_depend_on_the_umask_and_no_other_file_is_left(tmp_pat
 
 
 def test_an_unchanged_file_is_not_written(tmp_path):
-    """Programs that watch the file (the CNI plugin's installer, systemd) get no needless event."""
+    """Programs that watch the file (the CNI plugin's installer, systemd) must get no event."""
     path = tmp_path / "subnet.env"
     assert DUAL.write(path)
     before = path.stat()
@@ -154,7 +154,7 @@ def test_no_file(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "want", "said"), [
-    # Other errors in the file do not matter: the subnet can still be requested.
+    # Errors in other variables are ignored, because the subnet can still be requested.
     ("FLANNEL_SUBNET=10.42.0.1/24\nFLANNEL_MTU=x\n", Subnets(V4["subnet"]), ""),
     (DUAL_TEXT.replace("10.42.0.1", "10.42"), Subnets(None, V6["subnet6"]), "'10.42/24'"),
     (DUAL_TEXT.replace("1::1/64", "x"), Subnets(V4["subnet"]), "'fc00:0:0:x'"),

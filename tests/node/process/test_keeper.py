@@ -1,4 +1,4 @@
-"""The forwarder's keeper against a real control server."""
+"""The forwarder's keeper, tested with a real control server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def control(tmp_path):
 
 @pytest.fixture
 def spec(control):
-    """The options in FakeForwarder's status."""
+    """Return the options that FakeForwarder's status shows."""
     return ForwarderSpec(
         control=str(control), listen=("192.0.2.1:8285",), addresses=("10.244.1.0",),
         networks=("10.244.0.0/16",), tun="udptun0", state="/nowhere", mtu=1472,
@@ -53,7 +53,7 @@ def spec(control):
 
 @pytest.fixture
 async def keeper(control, tmp_path):
-    """A running keeper for a forwarder that another program starts."""
+    """Run a keeper for a forwarder that another program starts."""
     async with running(control, tmp_path) as made:
         yield made
 
@@ -106,7 +106,7 @@ async def test_the_forwarders_routes_stay_until_ours_are_known(
             client.put(route(2))
         keeper.want(spec)
         await until(lambda: keeper.report.forwarder.connected, "the forwarder to be adopted")
-        await asyncio.sleep(0.1)  # several checks
+        await asyncio.sleep(0.1)  # the keeper checks several times in this time
         assert served.forwarder.table == table(route(2))
 
 
@@ -309,7 +309,7 @@ async def test_dismiss_does_not_stop_a_forwarder_that_is_not_ours(thread, contro
 
 @pytest.mark.parametrize("turns", range(12))
 async def test_the_keeper_can_be_cancelled_at_any_moment(thread, control, tmp_path, spec, turns):
-    """Also while it stops a forwarder with other options."""
+    """The keeper can also be cancelled while it stops a forwarder with other options."""
     with Served(thread, control):
         async with running(control, tmp_path) as keeper:
             keeper.want(spec)

@@ -1,4 +1,4 @@
-"""The daemon's metrics have the report's values, and all are documented."""
+"""The daemon's metrics have the values of the report, and every metric is documented."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "node.md"
 
 
 def samples(report: NodeReport) -> dict[str, float]:
-    """By name and labels, without the prefix that all of them have."""
+    """Return the samples by name and labels. The common prefix of the names is removed."""
     found = {}
     for family in text_string_to_metric_families(Metrics(report).render().decode()):
         assert family.documentation.endswith(".")

@@ -14,7 +14,7 @@ from udptun.node.status.notify import Notifier
 
 @pytest.fixture(params=["path", "abstract"])
 def systemd(request, tmp_path):
-    """systemd's socket, and the value of NOTIFY_SOCKET for it."""
+    """Return a socket like systemd's, and the value of NOTIFY_SOCKET for this socket."""
     name = str(tmp_path / "notify") if request.param == "path" else f"@udptun-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.settimeout(60)
@@ -56,7 +56,7 @@ def test_child_processes_do_not_inherit_notify_variables(systemd):
 
 @pytest.mark.parametrize(("environ", "want"), [
     ({"WATCHDOG_USEC": "30000000"}, 30),
-    ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),  # another process's
+    ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),  # the PID of another process
     ({}, None),
     ({"WATCHDOG_USEC": "soon"}, None),
     ({"WATCHDOG_USEC": "0"}, None),
@@ -67,7 +67,8 @@ def test_the_watchdogs_interval(environ, want):
 
 
 async def test_the_watchdog_is_fed_while_we_are_alive(systemd):
-    """Twice per interval; not while the daemon hangs, so that systemd ends it."""
+    """The watchdog is notified twice per interval. If the daemon hangs, the watchdog is not
+    notified, so systemd ends the daemon."""
     sock, name = systemd
     sock.setblocking(False)
     loop = asyncio.get_running_loop()

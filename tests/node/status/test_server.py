@@ -24,7 +24,7 @@ LOOPBACK = parse_address("address", "127.0.0.1")
 
 
 def states(report: NodeReport) -> dict[str, State]:
-    """The checks that do not pass."""
+    """Return the checks whose state is not OK."""
     return {check.name: check.state for check in judge(report) if check.state is not State.OK}
 
 
@@ -33,7 +33,7 @@ def text_of(report: NodeReport, name: str) -> str:
     return str(found)
 
 
-# What makes a node ready
+# Readiness
 
 
 def test_a_healthy_node_passes_every_check() -> None:
@@ -210,7 +210,7 @@ Answer = tuple[int, dict[str, str], str]
 
 
 async def ask(server: HealthServer, path: str, method: str = "GET") -> Answer:
-    """As any HTTP client would."""
+    """Send a request with a common HTTP client."""
     def exchange() -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         try:

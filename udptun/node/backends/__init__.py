@@ -1,15 +1,17 @@
-"""The backends of a node, in one list. Each carries packets to other nodes in its own way.
+"""The list of the node's backends. Each backend carries packets to other nodes by one protocol.
 
 The daemon and the modules for status, cleanup and the command line depend on the list and on the
 contract in ``base``, never on a single backend. CONTRIBUTING.md has the steps to add a backend.
-This module imports nothing, because the command line reads the list.
+This module imports nothing, because the command line reads the list and has to start quickly.
 """
 
 from __future__ import annotations
 
-# name: as text shows it. The name is that of the module here, of Backend.Type in the network's
-# configuration, and of the label in metrics. Each line takes precedence over those above it: if
-# several backends reach a peer, the last of them carries its packets.
+# Each entry has the backend's name and the text that messages show for the backend. The name is
+# also the name of the module in this package, the value of Backend.Type in the network's
+# configuration, and the value of the label in metrics.
+# If several backends reach a peer, the last of these backends in the list carries the packets to
+# the peer.
 BACKENDS = {
     "udp": "UDP",
     "vxlan": "VXLAN",

@@ -1,8 +1,8 @@
-"""The active backends of this node, as one.
+"""Combines the active backends of this node into one object.
 
 Owns: which backends are active, the inner MTU that fits all of them, the attributes of our lease,
-and the report about paths. Does not depend on any single backend. The daemon's loop; one call at a
-time except ``run`` and ``synced``.
+and the report about paths. Does not depend on any single backend. Runs on the daemon's loop. Calls
+must not overlap, except calls of ``run`` and ``synced``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .plan import Delta, LocalNode, Plan
 
 log = logging.getLogger(__name__)
 
-MAX_LOGGED = 10  # unreachable peers in the log, each time some are new
+MAX_LOGGED = 10  # limit of peers that are logged one by one when peers become unreachable
 
 
 class BackendUnavailable(UdptunError):
@@ -36,11 +36,11 @@ class BackendUnavailable(UdptunError):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The outcome of ``ActiveBackends.prepare``.
+    """The result of ``ActiveBackends.prepare``.
 
-    mtu         of the inner packets, bytes
-    attributes  for our lease
-    reaches     of the active backends
+    mtu         the largest inner packet, in bytes
+    attributes  the attributes to publish in our lease
+    reaches     the ``Reach`` of each active backend
     """
 
     site: Site
@@ -57,14 +57,14 @@ class Prepared:
 def create(
     name: str, config: NodeConfig, netlink: Netlink, report: NodeReport
 ) -> Backend[Any]:
-    """Return the backend of this name; it changes nothing on the host yet."""
+    """Create the backend object of this name. The call changes nothing on the host."""
     module = import_module(f".{name}", __package__)
     backend: Backend[Any] = module.create(config, netlink, report)
     return backend
 
 
 class ActiveBackends:
-    """All backends in the list, of which some are active."""
+    """Holds all backends in the list, and knows which of them are active."""
 
     def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
         self._config = config
@@ -78,7 +78,7 @@ class ActiveBackends:
         return iter(self._all.values())
 
     def device_names(self, network: NetConfig) -> frozenset[str]:
-        """Return the names of all devices that the overlay itself may have."""
+        """Return the names of all network devices that the backends may create."""
         return frozenset(name for backend in self for name in backend.device_names(network))
 
     # -- our own side -----------------------------------------------------------------------------
@@ -86,8 +86,8 @@ class ActiveBackends:
     async def prepare(self, site: Site) -> Prepared:
         """Determine which backends are active, and create the devices that our lease names.
 
-        Raises BackendUnavailable, DeviceError, and FieldError if udptun does not have the
-        Backend.Type.
+        Raises BackendUnavailable and DeviceError. Raises FieldError if udptun does not support the
+        configured Backend.Type.
         """
         mode = self._mode(site.network)
         site = replace(site, optional=mode == AUTO)
@@ -97,7 +97,8 @@ class ActiveBackends:
             for backend in active:
                 if backend.needs_node_data:
                     unavailable[backend.name] = no_data
-        while True:  # again if one fails, because the others may then have a larger MTU
+        # If a backend fails, try again without it: the inner MTU of the others may be larger.
+        while True:
             active = [backend for backend in active if backend.name not in unavailable]
             mtu = _inner_mtu(site, active)
             failed = {backend.name: why for backend in active
@@ -130,8 +131,10 @@ class ActiveBackends:
         return mode
 
     async def settle(self, prepared: Prepared, lease: Lease) -> None:
-        """Set up the active backends for our lease, and retire the others. Raises DeviceError,
-        OSError."""
+        """Set up the active backends for our lease, and retire the other backends.
+
+        Raises DeviceError, OSError.
+        """
         for backend in self._active:
             await backend.settle(lease, prepared.mtu)
         for backend in self:
@@ -145,7 +148,7 @@ class ActiveBackends:
                 tasks.create_task(backend.run())
 
     async def synced(self) -> None:
-        """Return once everything that was applied is active."""
+        """Wait until all applied paths are active."""
         for backend in self._active:
             if backend.waits_for:
                 self._report.waiting = f"waiting for {backend.waits_for}"
@@ -154,24 +157,29 @@ class ActiveBackends:
     # -- paths to peers ---------------------------------------------------------------------------
 
     async def apply_all(self, plan: Plan, since: float) -> None:
-        """Apply a whole plan. ``since``: time.monotonic() when its leases arrived. Raises
-        DeviceError."""
+        """Apply a whole plan. Raises DeviceError.
+
+        since  time.monotonic() when the leases of the plan arrived
+        """
         await self._each(
             plan, lambda backend: backend.apply_all(plan.paths(backend.name)), since)
 
     async def apply(self, plan: Plan, delta: Delta, since: float) -> None:
-        """Apply the last change of a plan. Raises DeviceError."""
+        """Apply ``delta``, the last change of ``plan``. Raises DeviceError."""
         await self._each(plan, lambda backend: backend.apply(delta.of(backend.name)), since)
 
     async def resync(self, plan: Plan) -> None:
-        """Compare the host with the plan that was applied, and repair it. Raises DeviceError."""
+        """Compare the host with the applied plan, and repair the differences on the host.
+
+        Raises DeviceError.
+        """
         await self._each(plan, lambda backend: backend.resync())
 
     async def _each(
         self, plan: Plan, call: Callable[[Backend[Any]], Coroutine[Any, Any, int | None]],
         since: float | None = None,
     ) -> None:
-        """Call every active backend, also if one of them fails; then raise the first error."""
+        """Call every active backend, even if some of the calls fail. Then raise the first error."""
         changes: dict[str, int | None] = {}
         errors: list[DeviceError] = []
         for backend in self._active:
@@ -184,7 +192,7 @@ class ActiveBackends:
             self._report.route_changes_n[name] += changed_n or 0
         if errors:
             raise errors[0]
-        # A backend that applies paths in the background (None) records that itself.
+        # None: the backend applies paths in the background, and calls ``paths_applied`` itself.
         if since is not None and (None not in changes.values() or any(changes.values())):
             self._report.paths_applied(since)
 
@@ -198,8 +206,11 @@ class ActiveBackends:
 
 
 def combine(underlay: Underlay, published: Sequence[LeaseData]) -> Attributes:
-    """Return our lease's attributes, from the data of all active backends in the list's order. The
-    last one that has a type sets it."""
+    """Return our lease's attributes, combined from the data of all active backends.
+
+    published  the data of each active backend, in the order of ``BACKENDS``
+    The lease gets the backend type of the last entry that has one.
+    """
     backend_type = ""
     data: dict[int, dict[str, Any]] = {}
     for one in reversed(published):
@@ -210,7 +221,7 @@ def combine(underlay: Underlay, published: Sequence[LeaseData]) -> Attributes:
 
 
 def _inner_mtu(site: Site, active: Collection[Backend[Any]]) -> int:
-    """Return the size of the largest inner packet that fits every path of this node, in bytes."""
+    """Return the size in bytes of the largest inner packet that every active backend can carry."""
     overhead = max((backend.overhead(site) for backend in active), default=0)
     mtu = (site.network.mtu or site.underlay.mtu) - overhead
     if site.declared is not None and site.declared.mtu is not None:
@@ -219,7 +230,7 @@ def _inner_mtu(site: Site, active: Collection[Backend[Any]]) -> int:
 
 
 def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Log each peer's reason once; at most MAX_LOGGED of them."""
+    """Log the reasons that are new or have changed. Log at most MAX_LOGGED peers one by one."""
     new = [(key, why) for key, why in now.items() if before.get(key) != why]
     for key, why in new[:MAX_LOGGED]:
         log.warning("no path to %s: %s", key, why)

@@ -1,14 +1,18 @@
 """The contract between the node daemon and a backend.
 
-Owns: the calls that the daemon makes to every backend, and the records that they exchange. Does not
-depend on any single backend, the store, or how paths of several backends are combined (``plan``). A
-backend runs on the daemon's loop, and its coroutines are called one at a time, except ``run`` and
-``synced``. A ``Reach`` is a pure value that any thread may use.
+Owns: the calls that the daemon makes to every backend, and the arguments and results of these
+calls. Does not depend on any single backend, on the store, or on how the paths of several backends
+are combined (``plan``). A backend runs on the daemon's loop. The daemon never runs two coroutines
+of a backend at the same time, except ``run`` and ``synced``. A ``Reach`` is a pure value that any
+thread may use.
 
-The order of calls: ``prepare``, ``lease_data`` and ``reach``; ``settle`` once our lease is known;
-then ``apply_all``, ``apply`` and ``resync`` as often as needed. Every call may be repeated at any
-time, and changes only what differs. If the backend is not used, the daemon calls ``retire`` instead
-of these.
+The order of calls:
+1. ``prepare``, then ``lease_data`` and ``reach``.
+2. ``settle``, when our lease is known.
+3. ``apply_all``, ``apply`` and ``resync``, as often as needed.
+
+The daemon may repeat a call at any time. A repeated call changes only the parts of the host that
+differ from the wanted state. If the backend is not used, the daemon calls only ``retire``.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class InstanceConflict(UdptunError):
     """Another instance on this host uses a resource that this one needs."""
 
 
-P = TypeVar("P")  # how this backend reaches one subnet: its own type of path
+P = TypeVar("P")  # the backend's type of path; a path describes how to reach one subnet
 
 # A context manager that records an error of its body instead of raising it.
 Attempt = Callable[[], AbstractContextManager[None]]
@@ -40,13 +44,14 @@ Attempt = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What is known about this node before its lease is published.
+    """The data about this node that are known before its lease is published.
 
     network   the network's configuration
-    underlay  the interface that carries the overlay, and this node's addresses on it
-    former    the attributes that our lease had last; None: there was no lease
-    declared  UDP port and MTU limit that the store declares for this node, or None
-    optional  another backend is used if this one is not available
+    underlay  the interface that carries the overlay, and this node's addresses on the interface
+    former    the attributes of our last known lease; None: there was no lease
+    declared  the UDP port and the MTU limit that the store declares for this node; None: the store
+              declares neither
+    optional  True: the daemon uses other backends if this backend is not available
     """
 
     network: NetConfig
@@ -58,10 +63,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class LeaseData:
-    """What a backend publishes in our lease.
+    """The data that a backend publishes in our lease.
 
-    backend_type  the lease's BackendType; "": leave it to the other backends
-    data          members of BackendData (key 4) and of BackendV6Data (key 6)
+    backend_type  the lease's BackendType; "": another backend sets BackendType
+    data          key 4: members of BackendData; key 6: members of BackendV6Data
     """
 
     backend_type: str = ""
@@ -69,9 +74,10 @@ class LeaseData:
 
 
 class PeerNode(NamedTuple):
-    """Another node, by its lease, which may contain anything.
+    """Another node, as described by its lease.
 
-    public  its public addresses by IP version, each checked to be a unicast address
+    attributes  the lease's attributes; they are untrusted and may contain any value
+    public      the node's public addresses by IP version; each is a valid unicast address
     """
 
     attributes: Attributes
@@ -79,25 +85,28 @@ class PeerNode(NamedTuple):
 
 
 class Reach(ABC, Generic[P]):
-    """How one backend of this node reaches other nodes. Subclasses are frozen dataclasses: the
-    daemon computes all paths again when a value differs."""
+    """Computes the paths from this node to other nodes through one backend.
+
+    Subclasses are frozen dataclasses, so that the daemon can compare them. The daemon computes all
+    paths again if a ``Reach`` differs from the one before.
+    """
 
     name: ClassVar[str]
 
     @abstractmethod
     def path(self, peer: PeerNode, subnet: IPNetwork) -> P | str:
-        """Return the path to this subnet of the peer, or a sentence that says why there is none.
+        """Return the path to this subnet of the peer, or a sentence with the reason for no path.
 
-        An empty string: the peer's lease has nothing to do with this backend. Never raises.
+        An empty string means that the peer does not use this backend. Never raises.
         """
 
 
 class Backend(ABC, Generic[P]):
     """One backend of this node.
 
-    name             its key in ``BACKENDS``
-    waits_for        names what ``synced`` waits for; "": it returns at once
-    needs_node_data  it works only if each node's lease carries data of that node
+    name             the backend's key in ``BACKENDS``
+    waits_for        the thing that ``synced`` waits for, as text; "": ``synced`` returns at once
+    needs_node_data  the backend works only if the lease of every node contains data of that node
     """
 
     name: ClassVar[str]
@@ -110,23 +119,23 @@ class Backend(ABC, Generic[P]):
 
     @abstractmethod
     def overhead(self, site: Site) -> int:
-        """Return how many bytes this backend adds to an inner packet, at most."""
+        """Return the largest number of bytes that this backend adds to an inner packet."""
 
     @abstractmethod
     async def prepare(self, site: Site, mtu: int) -> str:
-        """Create the devices that our lease names. Return "" or the reason why that failed.
+        """Create the devices that our lease names. Return "", or the reason for the failure.
 
         mtu  the largest inner packet, in bytes
-        Raises FieldError if the configuration is not valid, and InstanceConflict.
+        Raises InstanceConflict. Raises FieldError if the configuration is not valid.
         """
 
     @abstractmethod
     def lease_data(self, mtu: int) -> LeaseData:
-        """Return the data for our lease. Call it after ``prepare``."""
+        """Return the data for our lease. Call ``lease_data`` after ``prepare``."""
 
     @abstractmethod
     def reach(self) -> Reach[P]:
-        """Return how this node reaches others by this backend. Call it after ``prepare``."""
+        """Return the ``Reach`` for this backend. Call ``reach`` after ``prepare``."""
 
     @abstractmethod
     async def settle(self, lease: Lease, mtu: int) -> None:
@@ -134,44 +143,52 @@ class Backend(ABC, Generic[P]):
 
     @abstractmethod
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:
-        """Remove everything that this backend has created, because it is not used.
-        Raises DeviceError, ControlError, OSError."""
+        """Remove everything that this backend has created, because the backend is not used.
+
+        Raises DeviceError, ControlError, OSError.
+        """
 
     async def run(self) -> None:
         """Do this backend's background work until cancelled."""
         return
 
     async def synced(self) -> None:
-        """Return once everything that was applied is active."""
+        """Wait until all applied paths are active."""
         return
 
     @abstractmethod
     async def apply_all(self, paths: Mapping[IPNetwork, P]) -> int | None:
-        """Make these the only paths, by subnet. After DeviceError, ``resync`` applies the rest.
+        """Replace all paths by ``paths``, which are given by subnet.
 
-        Return how many paths changed; None: they are applied in the background, and the backend
-        reports the result itself.
+        Return how many paths changed. Return None if the backend applies the paths in the
+        background; then the backend reports the result itself. If DeviceError is raised, call
+        ``resync`` to apply the remaining paths.
         """
 
     @abstractmethod
     async def apply(self, changes: Mapping[IPNetwork, P | None]) -> int | None:
-        """Set some paths and remove those that are None; as ``apply_all``."""
+        """Set the given paths. None removes the subnet's path.
+
+        The return value and the errors are those of ``apply_all``.
+        """
 
     async def resync(self) -> None:
-        """Compare the host with the last paths, and repair differences. Raises DeviceError.
+        """Compare the host with the last applied paths, and repair differences on the host.
 
-        For a backend that does not do this itself in ``run``.
+        A backend that does this work in ``run`` does not implement ``resync``. Raises DeviceError.
         """
         return
 
     @property
     def refused(self) -> Mapping[IPNetwork, str]:
-        """The subnets whose path the host did not accept, each with the reason."""
+        """The subnets whose path the host did not accept; the value is the reason."""
         return {}
 
     @abstractmethod
     async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
-        """Remove all that a daemon with this configuration created, each part in an ``attempt``.
+        """Remove everything that a daemon with this configuration created through this backend.
 
-        known  the cached leases; None: there are none
+        known    the cached leases; None: there is no cache
+        attempt  the context manager in which each removal has to run, so that its error does not
+                 stop the other removals
         """

@@ -1,12 +1,13 @@
-"""The paths to each peer, from all active backends.
+"""The paths to each peer, through all active backends.
 
-Owns: the checks that do not depend on a backend, the paths of all peers, which backend carries a
-peer's packets, who is unreachable and why. Does not depend on stores, processes, netlink or any
-single backend. Pure, no I/O; one thread.
+Owns: the checks that do not depend on a backend, the paths to all peers, which backend carries the
+packets to a peer, and which peers are unreachable for which reason. Does not depend on stores,
+processes, netlink or any single backend. Pure, no I/O; one thread.
 
-A peer has a path in each backend that reaches it, not only in the one that carries its packets. So
-this node still accepts packets of a peer that has just lost one backend and sends by another. A
-lease is untrusted: an unusable lease makes only its own peer unreachable.
+A peer has a path in each backend that reaches the peer, not only in the backend that carries the
+packets. If a peer loses one backend and sends through another one, this node therefore still
+accepts the peer's packets. A lease is untrusted: an unusable lease makes only its own peer
+unreachable.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from .base import PeerNode, Reach
 class LocalNode:
     """This node's identity, addresses and active backends.
 
-    key, subnets  of our lease
-    networks      the overlay's, one per enabled IP version
+    key, subnets  the key and the subnets of our lease
+    networks      the overlay's networks, one per enabled IP version
     public        our public addresses
-    reaches       of the active backends, in the order of ``BACKENDS``
+    reaches       the ``Reach`` of each active backend, in the order of ``BACKENDS``
     """
 
     key: str
@@ -41,8 +42,9 @@ class LocalNode:
 class SubnetPaths(NamedTuple):
     """The paths to one subnet of a peer.
 
-    key    of the peer's lease
-    paths  one per ``LocalNode.reaches``, None where that backend has no path; never all None
+    key    the key of the peer's lease
+    paths  one entry per entry of ``LocalNode.reaches``; None: this backend has no path. At least
+           one entry is not None.
     """
 
     key: str
@@ -51,13 +53,14 @@ class SubnetPaths(NamedTuple):
 
 
 class _Unusable(Exception):
-    """A lease cannot be used; the text says why."""
+    """A lease cannot be used. The text is the reason."""
 
 
 def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
-    """Return the paths to the subnets of ``lease``, and the reason if a subnet has no path.
+    """Return the paths to the subnets of ``lease``, and the reason why a subnet has no path.
 
-    The reason is a sentence; "": every subnet of an enabled IP version has a path. Never raises.
+    The reason is a sentence. The reason is "" if every subnet of an enabled IP version has a path.
+    Never raises.
     """
     attributes = lease.attributes
     peer = PeerNode(attributes, {
@@ -69,7 +72,7 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
     for subnet in lease.subnets:
         network = next((net for net in local.networks if net.version == subnet.version), None)
         if network is None:
-            continue  # this network does not have the IP version, so no path is missing
+            continue  # the overlay does not use this IP version, so no path is missing
         try:
             _check(local, subnet, network, peer)
             found.append(SubnetPaths(lease.key, subnet, _paths(local, peer, subnet)))
@@ -96,7 +99,10 @@ def _check(local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNo
 
 
 def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
-    """Return ``one.overlaps(other)``, in a tenth of the time. Both have the same IP version."""
+    """Return the same as ``one.overlaps(other)``, but ten times faster.
+
+    Both networks must have the same IP version.
+    """
     shift = one.max_prefixlen - min(one.prefixlen, other.prefixlen)
     return (int(one.network_address) ^ int(other.network_address)) >> shift == 0
 
@@ -110,7 +116,10 @@ def _paths(local: LocalNode, peer: PeerNode, subnet: IPNetwork) -> tuple[Any | N
 
 
 def _inactive(local: LocalNode, peer: PeerNode) -> str:
-    """Return why a peer whose backend is not active here does not reach us; "": it is active."""
+    """Return why the peer's backend prevents the peer from reaching this node.
+
+    Return "" if the peer's backend is active on this node too.
+    """
     kind = peer.attributes.backend_type or FLANNEL_DEFAULT
     active = [backend.name for backend in local.reaches]
     if kind in active:
@@ -126,7 +135,7 @@ def _inactive(local: LocalNode, peer: PeerNode) -> str:
 class Delta:
     """The effect of one set of changes.
 
-    paths  by backend, then by subnet: the new path, or None if it was removed
+    paths  by backend, then by subnet: the new path; None: the path was removed
     """
 
     paths: dict[str, dict[IPNetwork, Any | None]] = field(default_factory=dict)
@@ -138,8 +147,8 @@ class Delta:
 class Plan:
     """The paths to all peers.
 
-    unreachable  why a peer, or one of its subnets, has no path; by lease key
-    carried_n    by active backend: how many peers' packets it carries
+    unreachable  by lease key: the reason why the peer, or one of its subnets, has no path
+    carried_n    by active backend: the number of peers to which the backend carries the packets
     """
 
     def __init__(self, local: LocalNode, leases: Iterable[Lease] = ()) -> None:
@@ -148,7 +157,7 @@ class Plan:
         self.carried_n = dict.fromkeys((backend.name for backend in local.reaches), 0)
         self._by_subnet: dict[IPNetwork, SubnetPaths] = {}
         self._by_key: dict[str, list[SubnetPaths]] = {}
-        self._rejected: dict[str, Lease] = {}  # they claim a subnet that another lease has
+        self._rejected: dict[str, Lease] = {}  # leases that claim another lease's subnet
         for lease in leases:
             self._add(lease)
 
@@ -161,18 +170,19 @@ class Plan:
         return {}
 
     def key_of(self, subnet: IPNetwork) -> str:
-        """Return the key of the lease that has the subnet, else the subnet as text."""
+        """Return the key of the lease that has the subnet. If none has it, return the subnet as
+        text."""
         found = self._by_subnet.get(subnet)
         return str(subnet) if found is None else found.key
 
     def change(self, changes: Iterable[Change]) -> Delta:
-        """Apply the changes in their order, and return which paths differ afterwards."""
+        """Apply the changes in their order, and return the paths that differ afterwards."""
         before: dict[IPNetwork, SubnetPaths | None] = {}
         for change in changes:
             self._remove(change.key, before)
             if change.new is not None:
                 self._add(change.new, before)
-        if self._rejected:  # the subnet that one of them claims may be free now
+        if self._rejected:  # the subnet that a rejected lease claims may be free now
             for lease in [*self._rejected.values()]:
                 self._remove(lease.key, before)
                 self._add(lease, before)
@@ -219,7 +229,10 @@ class Plan:
             self._count(added, 1)
 
     def _count(self, peer: Sequence[SubnetPaths], by: int) -> None:
-        """Count the peer for the last backend in the list that has a path to any of its subnets."""
+        """Add ``by`` to the count of the backend that carries the packets to the peer.
+
+        That is the last backend in the list that has a path to any of the peer's subnets.
+        """
         for at in reversed(range(len(self.local.reaches))):
             if any(found.paths[at] is not None for found in peer):
                 self.carried_n[self.local.reaches[at].name] += by

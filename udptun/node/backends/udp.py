@@ -1,8 +1,8 @@
 """The UDP backend: the forwarder carries packets as UDP payload.
 
 Owns: the options of this node's forwarder, its routes, our advertisement in the lease, and the
-choice of the endpoint to which a peer's packets are sent. Does not depend on how the forwarder's
-process is started and kept running (``process``). The daemon's loop.
+choice of the endpoint to which the packets for a peer are sent. Does not depend on how the
+forwarder's process is started and kept running (``process``). Runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from .base import Attempt, Backend, LeaseData, PeerNode, Reach, Site
 
 log = logging.getLogger(__name__)
 
-FLANNEL_TYPES = ("", "udp")  # flannel's own udp backend leaves the type out of its lease
+FLANNEL_TYPES = ("", "udp")  # "": the lease of flannel's own udp backend has no type
 
 
 @dataclass(frozen=True, slots=True)
 class UdpReach(Reach[Route]):
-    """
-    port   of our forwarder, and of peers that do not advertise one
+    """The paths through the forwarder.
+
+    port   the port of our forwarder, and of each peer that does not advertise a port
     outer  the IP versions of our underlay
     """
 
@@ -54,8 +55,9 @@ class UdpReach(Reach[Route]):
             return "the peer is a stock flannel, whose udp backend carries only IPv4 over IPv4"
         if mtu is not None and subnet.version == 6 and mtu < MIN_MTU6:
             return f"the peer's MTU {mtu} is too small for IPv6"
-        # Both ends must choose the same outer IP version, because each accepts packets only from
-        # the endpoint that it sends to: the version of the inner packet, else the other one.
+        # Each end accepts packets only from the endpoint to which it sends packets. So both ends
+        # must choose the same outer IP version. The first choice is the IP version of the inner
+        # packet; the second choice is the other IP version.
         for version in (subnet.version, 10 - subnet.version):
             if version in self.outer and version in peer.public:
                 return Route(subnet, peer.public[version], port, mtu)

@@ -1,8 +1,8 @@
 """The VXLAN backend: the kernel's VXLAN device carries packets, as in flannel.
 
-Owns: one device per IP version of the network, the MAC addresses in our lease, and the peers that
-each device has to have. Does not depend on how a device and its entries are created
-(``net.vxlan``). The daemon's loop.
+Owns: one device per IP version of the network, the MAC addresses in our lease, and the list of
+peers of each device. Does not depend on how a device and its entries are created (``net.vxlan``).
+Runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ from .base import Attempt, Backend, InstanceConflict, LeaseData, PeerNode, Reach
 log = logging.getLogger(__name__)
 
 TYPE = "vxlan"  # flannel's BackendType
-# Contains no subnet.
+# By IP version: a network that contains no node's subnet.
 NO_NETWORK: dict[int, IPNetwork] = {4: IPv4Network("0.0.0.0/32"), 6: IPv6Network("::/128")}
 
 
 @dataclass(frozen=True, slots=True)
 class VxlanReach(Reach[VxlanPeer]):
-    """
-    versions  the IP versions that we have a device for
-    vni       of these devices
-    direct    a peer on our own link is routed to without encapsulation
+    """The paths through the VXLAN devices.
+
+    versions  the IP versions for which this node has a device
+    vni       the VNI of these devices
+    direct    packets to a peer on our own link are routed without encapsulation
     """
 
     name: ClassVar[str] = "vxlan"
@@ -72,13 +73,13 @@ class VxlanReach(Reach[VxlanPeer]):
 
 class VxlanBackend(Backend[VxlanPeer]):
     name = "vxlan"
-    needs_node_data = True  # the MAC address of its device
+    needs_node_data = True  # each lease contains the MAC address of the node's device
 
     def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
         self._instance = config.instance
         self._vxlan = Vxlan(netlink)
         self._site: Site | None = None  # of the last ``prepare``
-        self._configs: dict[int, VxlanConfig] = {}  # by IP version, as are the devices
+        self._configs: dict[int, VxlanConfig] = {}  # by IP version, like ``_devices``
         self._devices: dict[int, VxlanDevice] = {}
         self._peers: dict[IPNetwork, VxlanPeer] = {}
         self._refused: dict[IPNetwork, str] = {}
@@ -87,7 +88,10 @@ class VxlanBackend(Backend[VxlanPeer]):
         return tuple(name for version in (4, 6) if (name := self._device(network, version)))
 
     def _device(self, network: NetConfig, version: int) -> str | None:
-        """Return the device's name; None: the name is too long, so there is no such device."""
+        """Return the device's name, or None if the name is too long.
+
+        No device can exist with a name that is too long.
+        """
         try:
             return self._instance.vxlan_device(network.vni, version)
         except FieldError:
@@ -121,7 +125,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         return ""
 
     def _wanted(self, site: Site, mtu: int) -> list[VxlanConfig]:
-        """Return the devices to create, one per IP version of the network."""
+        """Return the configurations of the devices, one per IP version of the network."""
         network, underlay = site.network, site.underlay
         pairs: tuple[tuple[IPAddress | None, IPNetwork | None], ...] = (
             (underlay.address, network.network), (underlay.address6, network.network6),
@@ -155,7 +159,7 @@ class VxlanBackend(Backend[VxlanPeer]):
             self._devices[version] = await self._vxlan.ensure(config, bases)
 
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:
-        """Remove our devices: their routes would take precedence over the TUN's."""
+        """Remove our devices, because their routes would take precedence over the TUN's routes."""
         if self._devices or (former is not None and former.backend_type == TYPE):
             await self._remove_devices(network)
         self._devices, self._configs, self._peers, self._refused = {}, {}, {}, {}
@@ -220,7 +224,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         return self._refused
 
     async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
-        # If our own lease does not name the device, it belongs to a stock flannel.
+        # If our own lease is not a VXLAN lease, the device belongs to a stock flannel.
         if known is None or known.lease is None or known.lease.attributes.backend_type != TYPE:
             return
         await self._remove_devices(known.network, attempt)
@@ -237,7 +241,10 @@ def _data(attributes: Attributes, version: int) -> Mapping[str, Any]:
 
 
 def _former_mac(former: Attributes | None, version: int) -> str | None:
-    """Return the MAC address that our lease had last: peers have it in their entries."""
+    """Return the MAC address in our last known lease.
+
+    The device gets the same address again, because the peers' entries contain the address.
+    """
     mac = None if former is None else _data(former, version).get("VtepMAC")
     return mac if isinstance(mac, str) else None
 

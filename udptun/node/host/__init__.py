@@ -1,1 +1,1 @@
-"""The host: which interface carries the overlay, firewall rules, subnet.env."""
+"""The setup of the host: the choice of the underlay interface, firewall rules, subnet.env."""

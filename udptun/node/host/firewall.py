@@ -1,11 +1,13 @@
-"""Masquerade and forward rules: flannel's, in nftables tables of our own.
+"""Masquerade and forward rules: the same rules as flannel's, in nftables tables of our own.
 
-Owns: the instance's two tables, ``ip udptun-ipv4`` and ``ip6 udptun-ipv6`` by default, and none of
-the host's other rules. Does not depend on leases or interfaces. Asyncio, one loop per object.
+Owns: the instance's two tables, by default ``ip udptun-ipv4`` and ``ip6 udptun-ipv6``. Does not
+change other rules of the host. Does not depend on leases or interfaces. Asyncio, one loop per
+object.
 
-Each ``sync`` reads the rules back, and replaces a table in one transaction if it differs. An accept
-in our table does not override a drop in another one: a packet that the host's own rules drop stays
-dropped. ``keep`` warns if it finds a chain that drops by policy.
+Each ``sync`` reads our tables from the kernel. If a table differs from the wanted rules, ``sync``
+replaces the table in one transaction. An accept in our table does not override a drop in another
+table: a packet that the host's own rules drop is still dropped. ``keep`` logs a warning if the
+policy of a forward chain is drop.
 """
 
 from __future__ import annotations
@@ -45,21 +47,23 @@ MASQUERADE: Json = {"masquerade": {"flags": "fully-random"}}
 
 
 class FirewallError(UdptunError):
-    """The rules could not be read or set; the text is nft's, or says why nft did not run."""
+    """The rules could not be read or set. The text is nft's error, or the reason why nft failed."""
 
 
 class _GarbledError(FirewallError):
-    """nft's answer cannot be parsed."""
+    """The output of nft cannot be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirewallRules:
     """The wanted rules. An IP version without a network has no rules.
 
-    network     the overlay's, ``network6`` for IPv6
-    subnet      this node's, ``subnet6`` for IPv6
-    masquerade  --ip-masq
-    forward     --iptables-forward-rules
+    network     the overlay's IPv4 network
+    subnet      this node's IPv4 subnet
+    network6    the overlay's IPv6 network
+    subnet6     this node's IPv6 subnet
+    masquerade  the value of --ip-masq
+    forward     the value of --iptables-forward-rules
     """
 
     network: ipaddress.IPv4Network | None = None
@@ -71,9 +75,10 @@ class FirewallRules:
 
 
 class Firewall:
-    """Keeps the instance's tables equal to ``want``, which can be set at any time.
+    """Keeps the instance's tables equal to ``want``.
 
-    error  why the last ``sync`` failed, in a sentence; "" if it did not
+    want   the wanted rules; can be set at any time
+    error  the reason why the last ``sync`` failed, as a sentence; "" if ``sync`` succeeded
     """
 
     def __init__(
@@ -86,15 +91,18 @@ class Firewall:
         }
         self._nft = nft
         self._lock = asyncio.Lock()  # one ``sync`` at a time
-        # By family: what was wanted, and what nft read back after that. Another release of nft may
-        # print the same rules differently, which must not count as a change each time.
+        # By family: the rules that we applied last, and nft's output for these rules. Another
+        # release of nft may print the same rules in another form. If the output has not changed
+        # since then, ``sync`` does not replace the table.
         self._applied: dict[str, tuple[list[Json] | None, list[Json] | None]] = {}
 
     async def sync(self) -> bool:
-        """Apply what is wanted. Return True if something had to be changed. Raises FirewallError,
-        after trying both families."""
+        """Apply the wanted rules. Return True if a table had to be changed.
+
+        Raises FirewallError, but only after it has tried both families.
+        """
         changed = False
-        failed: dict[str, None] = {}  # an ordered set: both may fail for the same reason
+        failed: dict[str, None] = {}  # an ordered set: both families may fail for the same reason
         async with self._lock:
             for family in FAMILIES:
                 try:
@@ -107,7 +115,10 @@ class Firewall:
         return changed
 
     async def keep(self, every_s: float) -> None:
-        """Call ``sync`` now and every ``every_s`` seconds until cancelled; log an error once."""
+        """Call ``sync`` now and every ``every_s`` seconds, until cancelled.
+
+        An error that occurs several times in succession is logged once.
+        """
         failed = ""
         obstacles: tuple[str, ...] = ()
         while True:
@@ -126,12 +137,15 @@ class Firewall:
             await asyncio.sleep(every_s)
 
     async def remove(self) -> bool:
-        """Remove the tables. Return True if there were any. Raises FirewallError."""
+        """Remove our tables. Return True if at least one existed. Raises FirewallError."""
         self.want = FirewallRules()
         return await self.sync()
 
     async def obstacles(self) -> tuple[str, ...]:
-        """Return a sentence for each chain whose policy is drop. Raises FirewallError."""
+        """Return a sentence for each forward chain whose policy is drop.
+
+        Return nothing if no forward rules are wanted. Raises FirewallError.
+        """
         if not self.want.forward:
             return ()
         chains = [item["chain"] for item in await self._nft_json("list", "chains")
@@ -148,15 +162,15 @@ class Firewall:
     async def _sync(self, family: str) -> bool:
         want = list(_content(family, self._tables[family], self.want)) or None
         if want is None and shutil.which(self._nft) is None:
-            return False  # no rules are wanted, and a host without nft has none
+            return False  # no rules are wanted; without nft, udptun cannot have created rules
         try:
             there = await self._read(family)
-        except _GarbledError:  # nft 1.0.6, on a table with flags; udptun sets none
+        except _GarbledError:  # nft 1.0.6 prints this for a table with flags; our table has none
             there = []
         if there == want or self._applied.get(family) == (want, there):
             return False
         table = {"table": {"family": family, "name": self._tables[family]}}
-        # Add it first, so that deleting it succeeds whether it exists or not.
+        # The first "add" creates the table if there is none. So the "delete" always succeeds.
         steps: list[Json] = [{"add": table}, {"delete": table}]
         steps += [{"add": item} for item in want or ()]
         await self._nft_json("-f", "-", stdin=json.dumps({"nftables": steps}))
@@ -164,7 +178,10 @@ class Firewall:
         return True
 
     async def _read(self, family: str) -> list[Json] | None:
-        """Return our table, its chains and rules, without handles; None: there is no such table."""
+        """Return our table, its chains and its rules, without handles.
+
+        Return None if the table does not exist.
+        """
         try:
             items = await self._nft_json("list", "table", family, self._tables[family])
         except FirewallError as error:
@@ -177,14 +194,16 @@ class Firewall:
         ]
 
     async def _nft_json(self, *arguments: str, stdin: str = "") -> list[Json]:
-        """Run nft and return its answer. It runs in a thread, so that cancelling the caller does
-        not stop it half way."""
+        """Run nft and return its output. Raises FirewallError.
+
+        nft runs in a thread, so that cancelling the caller does not interrupt nft.
+        """
         command = " ".join((self._nft, *arguments))
         try:
             done = await asyncio.to_thread(
                 subprocess.run, (self._nft, "-j", *arguments), input=stdin, text=True,
                 capture_output=True, check=False, timeout=NFT_TIMEOUT_S,
-                env={**os.environ, "LC_ALL": "C"},  # errors are recognised by their text
+                env={**os.environ, "LC_ALL": "C"},  # we recognise errors by their English text
             )
         except subprocess.TimeoutExpired:
             raise FirewallError(f"{command}: no answer within {NFT_TIMEOUT_S:g} s") from None
@@ -193,7 +212,7 @@ class Firewall:
                 if isinstance(error, FileNotFoundError) else ""
             raise FirewallError(f"{self._nft} does not run: {error.strerror}{hint}") from None
         if done.returncode != 0:
-            # After the first line nft quotes its input.
+            # The first line is the error. The other lines quote the input.
             why = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
             raise FirewallError(f"{command}: {why}")
         try:
@@ -204,7 +223,10 @@ class Firewall:
 
 
 def _content(family: str, table: str, want: FirewallRules) -> Iterator[Json]:
-    """Yield a family's table, its chains and rules as nft's JSON; nothing if none are wanted."""
+    """Yield a family's table, its chains and its rules as nft's JSON.
+
+    Yield nothing if no rules are wanted.
+    """
     network: IPNetwork | None = want.network if family == "ip" else want.network6
     subnet: IPNetwork | None = want.subnet if family == "ip" else want.subnet6
     if network is None:
@@ -228,7 +250,7 @@ def _content(family: str, table: str, want: FirewallRules) -> Iterator[Json]:
 
 
 def _postrouting(family: str, network: IPNetwork, subnet: IPNetwork) -> list[list[Json]]:
-    """Return flannel's rules, in its order; the first that matches decides."""
+    """Return flannel's rules, in flannel's order. The first rule that matches a packet decides."""
     def source(op: str, prefix: IPNetwork) -> Json:
         return _match(family, "saddr", op, prefix)
 
@@ -239,20 +261,24 @@ def _postrouting(family: str, network: IPNetwork, subnet: IPNetwork) -> list[lis
                         "right": KUBE_PROXY_MARK}}
     return [
         [marked, RETURN],
-        # Within the overlay addresses are not translated.
+        # Packets within the overlay: do not translate their addresses.
         [source("==", subnet), destination("==", network), RETURN],
         [source("==", network), destination("==", subnet), RETURN],
-        # A pod of this node sees the client's address from outside the overlay.
+        # Packets from outside the overlay to a pod of this node: the pod sees the client's address.
         [source("!=", network), destination("==", subnet), RETURN],
-        # Out of the overlay: other networks have no route back to a pod.
+        # Packets from the overlay to other networks: these have no route back to a pod.
         [source("==", network), destination("!=", MULTICAST[family]), MASQUERADE],
-        # From this host into the overlay: the other nodes have no route to this host's own address.
+        # Packets from this host to the overlay: the other nodes have no route to this host's own
+        # address.
         [source("!=", network), destination("==", network), MASQUERADE],
     ]
 
 
 def _match(family: str, field: str, op: str, prefix: IPNetwork) -> Json:
-    """nft writes the address of a single host without a prefix length."""
+    """Return a match of an address with ``prefix``, in the form in which nft prints the match.
+
+    nft prints the address of a single host without a prefix length.
+    """
     address = str(prefix.network_address)
     right: Any = address if prefix.prefixlen == prefix.max_prefixlen else \
         {"prefix": {"addr": address, "len": prefix.prefixlen}}

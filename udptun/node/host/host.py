@@ -1,7 +1,7 @@
 """The parts of the host's setup that do not depend on a backend: firewall rules and subnet.env.
 
-Owns: both, and their fields in the report. A failure here is reported and tried again; it does not
-stop the daemon. The daemon's loop.
+Owns: the firewall rules, subnet.env, and their fields in the report. A failure is reported, the
+operation is tried again, and the daemon continues. Runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ class Host:
 
     @property
     def firewall_error(self) -> str:
-        """Why the firewall rules are not active; "" if they are."""
+        """The reason why the firewall rules are not active; "" if they are active."""
         return self._firewall.error
 
     async def settle(self, network: NetConfig, lease: Lease, mtu: int) -> None:
-        """Set up the host for our lease. ``mtu``: of the inner packets, bytes."""
+        """Set up the host for our lease.
+
+        mtu  the largest inner packet, in bytes
+        """
         await self._set_rules(network, lease)
         self._write_env(network, lease, mtu)
 
     async def run(self) -> None:
-        """Put back firewall rules that others remove, until cancelled."""
+        """Restore firewall rules that other programs remove, until cancelled."""
         if self._config.ip_masq or self._config.iptables_forward_rules:
             await self._firewall.keep(self._config.iptables_resync)
 

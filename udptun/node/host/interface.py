@@ -3,11 +3,14 @@
 Owns: the order of choice, and the error if nothing matches. ``net.underlay`` reads the host; the
 daemon chooses again when the host changes. Asyncio, any loop.
 
-Differences from flannel: if an option selects an address of one IP version only, the other version
-gets the interface's best address; a ``--public-ip`` that is not local (behind a NAT) leaves the
-choice to the default route; the overlay's own devices are never chosen, although a pattern may
-match their addresses after a restart; an IPv6 link-local address is never used, because a peer
-cannot send to it.
+The choice differs from flannel's in these cases:
+- If an option selects an address of only one IP version, the other IP version gets the interface's
+  best address.
+- If ``--public-ip`` is not a local address (the node is behind a NAT), the default route selects
+  the interface.
+- The overlay's own devices are never chosen. They still exist after a restart, and a pattern may
+  match their addresses.
+- An IPv6 link-local address is never used, because a peer cannot send packets to it.
 """
 
 from __future__ import annotations
@@ -28,17 +31,21 @@ log = logging.getLogger(__name__)
 
 
 class NoInterface(UdptunError):
-    """No interface matches. The text names what was looked for and what exists. A later attempt may
-    succeed, because the host may change."""
+    """No interface matches. The text names the options and the existing interfaces.
+
+    A later attempt may succeed, because the host may change.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Underlay:
     """The interface that carries the overlay, and this node's addresses on it.
 
-    mtu       of the interface, bytes
-    address   to bind to, ``address6`` for IPv6; None for an IP version that is not wanted
-    public    to publish, ``public6`` for IPv6; None for a version neither wanted nor given
+    mtu       the interface's MTU, in bytes
+    address   the IPv4 address to bind to; None: IPv4 is not wanted
+    address6  the IPv6 address to bind to; None: IPv6 is not wanted
+    public    the IPv4 address to publish; None: IPv4 is not wanted, and --public-ip is not given
+    public6   the IPv6 address to publish; None: IPv6 is not wanted, and --public-ipv6 is not given
     """
 
     name: str
@@ -54,11 +61,11 @@ async def choose(
     netlink: Netlink, options: InterfaceOptions, want_v4: bool, want_v6: bool,
     own: Collection[str] = (),
 ) -> Underlay:
-    """Return the interface that carries the overlay, with an address of each wanted IP version. At
-    least one version is wanted.
+    """Return the interface that carries the overlay, with an address of each wanted IP version.
 
-    own  names of the overlay's own devices
-    Raises NoInterface, and DeviceError if the host cannot be read.
+    want_v4, want_v6  the wanted IP versions; at least one must be True
+    own               the names of the overlay's own devices
+    Raises NoInterface. Raises DeviceError if the interfaces or routes cannot be read.
     """
     existing = tuple(one for one in await interfaces(netlink) if one.name not in own)
     choice = _Choice(netlink, options, want_v4, want_v6, existing)
@@ -77,13 +84,13 @@ async def choose(
     )
 
 
-# An interface, and those of its addresses that an option has selected.
+# An interface, and the addresses of this interface that an option has selected.
 _Found = tuple[Interface, tuple[IPAddress, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """The data of one call of ``choose``."""
+    """The data and the steps of one call of ``choose``."""
 
     netlink: Netlink
     options: InterfaceOptions
@@ -115,7 +122,10 @@ class _Choice:
     def address(
         self, interface: Interface, selected: Iterable[IPAddress], version: int
     ) -> IPAddress:
-        """Return the selected address of the IP version, else the interface's best."""
+        """Return the selected address of the IP version.
+
+        If no address of this IP version is selected, return the interface's best address.
+        """
         for address in (*selected, *_usable(interface)):
             if address.version == version:
                 return address
@@ -144,7 +154,10 @@ class _Choice:
         return next(((one, (address,)) for one in self.existing if address in one.addresses), None)
 
     def _by_regex(self, regex: re.Pattern[str]) -> _Found | None:
-        """Match addresses, one of each wanted IP version; if no interface has them, match names."""
+        """Return the first interface with matching addresses, one of each wanted IP version.
+
+        If there is none, return the first interface with a matching name.
+        """
         for one in self.existing:
             matches = [address for address in _usable(one) if regex.search(str(address))]
             if {address.version for address in matches} >= set(self.versions):
@@ -189,7 +202,7 @@ class _Choice:
 
 
 def _usable(interface: Interface) -> tuple[IPAddress, ...]:
-    """Return the addresses at which another host can reach us."""
+    """Return the interface's addresses that another host can reach."""
     return tuple(
         address for address in interface.addresses
         if not address.is_loopback and not (address.version == 6 and address.is_link_local)

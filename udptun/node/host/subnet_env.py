@@ -1,8 +1,8 @@
 """subnet.env: this node's subnet and MTU, for the CNI plugin that attaches pods.
 
-Owns: the file's format, which is flannel's: the CNI plugin, scripts that source it, and systemd's
-EnvironmentFile read it. Does not depend on the source of a lease. Blocking calls on a few hundred
-bytes; any thread.
+Owns: the file's format. The format is flannel's, because the CNI plugin, shell scripts that source
+the file, and systemd's EnvironmentFile read the file. Does not depend on the source of a lease.
+The calls block, but the file has only a few hundred bytes. Any thread.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ MODE = 0o644  # every program on the host may read it
 
 @dataclass(frozen=True, slots=True)
 class SubnetEnv:
-    """One subnet.env. ``network`` and ``subnet`` are both set or both None; so are the IPv6 pair.
+    """The content of one subnet.env.
 
-    subnet   the lease's prefix, 10.42.1.0/24; the file has its first host, 10.42.1.1/24
-    mtu      the largest inner packet, bytes
-    ip_masq  udptun masquerades, so the CNI plugin need not
+    ``network`` and ``subnet`` are both set or both None. ``network6`` and ``subnet6`` are both set
+    or both None.
+
+    subnet   the lease's prefix, for example 10.42.1.0/24. The file contains the first host address
+             of the prefix, 10.42.1.1/24.
+    mtu      the largest inner packet, in bytes
+    ip_masq  True: udptun masquerades, so the CNI plugin does not need to
     """
 
     network: ipaddress.IPv4Network | None
@@ -42,7 +46,7 @@ class SubnetEnv:
     ip_masq: bool
 
     def text(self) -> str:
-        """Return the file as flannel writes it, byte for byte."""
+        """Return the text of the file. The text is byte for byte the text that flannel writes."""
         lines = []
         if self.network and self.subnet:
             lines += [f"FLANNEL_NETWORK={self.network}",
@@ -55,9 +59,10 @@ class SubnetEnv:
 
     @classmethod
     def parse(cls, text: str, where: str = "") -> Self:
-        """Parse the file; ignore unknown variables.
+        """Parse the text of the file. Unknown variables are ignored.
 
-        Raises FieldError if a variable is missing or wrong.
+        where  the file's name for the error
+        Raises FieldError if a variable is missing or invalid.
         """
         values = _values(text)
         has_v6 = bool({"FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"} & values.keys())
@@ -76,12 +81,15 @@ class SubnetEnv:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Return None if there is no such file. Raises FieldError, OSError."""
+        """Read the file. Return None if the file does not exist. Raises FieldError, OSError."""
         text = _read(path)
         return None if text is None else cls.parse(text, str(path))
 
     def write(self, path: Path) -> bool:
-        """Replace the file atomically. Return False if it had the same content. Raises OSError."""
+        """Replace the file atomically. Raises OSError.
+
+        Return False, and do not write, if the file already has this content and mode.
+        """
         text = self.text().encode()
         with contextlib.suppress(OSError):
             if path.read_bytes() == text and path.stat().st_mode & 0o777 == MODE:
@@ -92,8 +100,11 @@ class SubnetEnv:
 
 
 def former_subnets(path: Path) -> Subnets:
-    """Return the subnets that this node had last. A wrong value is only logged: the other subnet
-    can still be requested."""
+    """Return the subnets in the file, which this node had last.
+
+    An invalid value is only logged, because the node can still request the subnet of the other IP
+    version.
+    """
     try:
         values = _values(_read(path) or "")
     except OSError as error:
@@ -121,8 +132,11 @@ def _read(path: Path) -> str | None:
 
 
 def _values(text: str) -> dict[str, str]:
-    """Return the assignments of a file that a shell could source. Comments, quotes and ``export``
-    mean what they mean to a shell; the last assignment of a name counts."""
+    """Return the assignments of a file that a shell could source.
+
+    Comments, quotes and ``export`` are handled like in a shell. If a name is assigned several
+    times, the last assignment is used.
+    """
     values = {}
     for line in text.splitlines():
         name, equals, value = line.strip().removeprefix("export ").partition("=")

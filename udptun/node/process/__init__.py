@@ -1,1 +1,1 @@
-"""The forwarder's process: start, adopt or replace it, and keep its routes up to date."""
+"""The forwarder's process: starts, adopts or replaces it, and keeps its routes up to date."""

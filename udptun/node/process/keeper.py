@@ -1,10 +1,10 @@
 """Keep one forwarder running with the right options, and keep its routes equal to ours.
 
-Owns: whether a running forwarder is adopted or replaced, when one is started, and the routes that
-it gets. The forwarder is a process of its own, which outlives the daemon on purpose: only a change
-of its options ends it. Does not depend on leases, or how a process is started (``launch``). One
-asyncio loop; the control client, which is synchronous, has a thread of its own that makes one call
-at a time.
+Owns: the decision to adopt or to replace a running forwarder, the time when a forwarder is started,
+and the forwarder's routes. The forwarder is a separate process. It intentionally keeps running
+after the daemon has ended; only a change of the wanted options ends it. Does not depend on leases,
+or on how a process is started (``launch``). One asyncio loop. The control client is synchronous, so
+it has its own thread, which makes one call at a time.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CALL_SECONDS = 5.0  # a forwarder answers within milliseconds; a slower one does not work
-POLL_SECONDS = 0.02  # between attempts to reach a forwarder that we have just started
-IDLE_POLL_SECONDS = 0.1  # between attempts to reach one that another program starts
-CHECK_SECONDS = 5.0  # between checks whether an up-to-date forwarder's table still matches
-FEW_ROUTES = 32  # with more changes, replacing the whole table is less work
-FIRST_BACKOFF, LAST_BACKOFF = 0.5, 5.0  # before a forwarder that ended early is started again
+CALL_SECONDS = 5.0  # timeout of a call; a forwarder that works answers within milliseconds
+POLL_SECONDS = 0.02  # between two attempts to reach a forwarder that we have just started
+IDLE_POLL_SECONDS = 0.1  # between two attempts to reach a forwarder of another program
+CHECK_SECONDS = 5.0  # between two checks whether the forwarder's table still has our routes
+FEW_ROUTES = 32  # if more routes change, replacing the whole table is less work
+FIRST_BACKOFF, LAST_BACKOFF = 0.5, 5.0  # delay before a forwarder that ended early is started again
 
 
 class ForwarderKeeper:
-    """``want`` and the routes can be set at any time, also while no forwarder runs.
+    """Keeps one forwarder running, and keeps its routes equal to ours.
 
-    spawn_as  the instance to start a forwarder for; None: another program starts it
-    backend   counts changed routes in the report
+    ``want``, ``replace`` and ``change`` can be called at any time, also while no forwarder runs.
+
+    spawn_as  the instance for which we start a forwarder; None: another program starts the
+              forwarder
+    backend   the backend whose changed routes are counted in the report
     """
 
     def __init__(
@@ -63,8 +66,8 @@ class ForwarderKeeper:
         self._matches = False  # the running forwarder matches ``_spec``
         self._routes: dict[IPNetwork, Route] | None = None
         self._pending: dict[IPNetwork, Route | None] = {}
-        self._replace_all = True  # replace the whole table: the forwarder's is not known
-        self._since: float | None = None  # when the oldest change that is not active yet arrived
+        self._replace_all = True  # send the whole table, because the forwarder's table is not known
+        self._since: float | None = None  # arrival time of the oldest change that is not active yet
         self._generation = -1
         self._wake = asyncio.Event()
         self._synced = asyncio.Event()
@@ -72,8 +75,9 @@ class ForwarderKeeper:
     # -- the wanted options and routes ------------------------------------------------------------
 
     def want(self, spec: ForwarderSpec) -> None:
-        """Set the options that the forwarder has to run with. Raises OSError if the file cannot be
-        written.
+        """Set the options that the forwarder must have, and write them to the file.
+
+        Raises OSError if the file cannot be written.
         """
         self._report.forwarder.needed = True
         if spec == self._spec:
@@ -88,7 +92,10 @@ class ForwarderKeeper:
         self._request_work()
 
     async def dismiss(self) -> None:
-        """Stop our forwarder, and start no other. A forwarder that is not ours keeps running."""
+        """Stop our forwarder, and do not start another one.
+
+        A forwarder that does not use our options file keeps running.
+        """
         self._report.forwarder.needed = False
         self._spec, self._routes, self._matches = None, None, False
         self._wake.set()
@@ -96,12 +103,12 @@ class ForwarderKeeper:
             await stop_forwarder(self._control, self._forward_file)
 
     def replace(self, routes: Mapping[IPNetwork, Route]) -> None:
-        """Make these the forwarder's only routes."""
+        """Replace all routes of the forwarder by ``routes``."""
         self._routes = dict(routes)
         self._request_replacement()
 
     def change(self, routes: Mapping[IPNetwork, Route | None]) -> None:
-        """Set some routes and delete those that are None. After ``replace``."""
+        """Set the given routes. None deletes the subnet's route. Call it after ``replace``."""
         if not routes:
             return
         assert self._routes is not None
@@ -114,11 +121,14 @@ class ForwarderKeeper:
         self._request_work()
 
     async def wait_synced(self) -> None:
-        """Return once the forwarder has the right options and our routes."""
+        """Wait until the forwarder has the right options and our routes."""
         await self._synced.wait()
 
     def _request_replacement(self) -> None:
-        """Request to send the whole table; a table that is the same already does not change."""
+        """Request that the whole table is sent.
+
+        The forwarder changes nothing if its table already has the same routes.
+        """
         self._replace_all = True
         self._request_work()
 
@@ -128,10 +138,10 @@ class ForwarderKeeper:
         self._since = self._since or time.monotonic()
         self._wake.set()
 
-    # -- finding, starting and stopping it --------------------------------------------------------
+    # -- finding, starting and stopping the forwarder ---------------------------------------------
 
     async def run(self) -> None:
-        """Run until cancelled; the forwarder keeps running."""
+        """Run until cancelled. The forwarder then keeps running."""
         try:
             while True:
                 await self._attempt()
@@ -140,13 +150,17 @@ class ForwarderKeeper:
             self._thread.shutdown(wait=False)
 
     async def _attempt(self) -> None:
-        """Look for the forwarder once, and serve it while it is there."""
+        """Connect to the forwarder once.
+
+        If this succeeds, keep its routes until it ends; else start a forwarder or wait for one.
+        """
         if self._spec is None:
             await self._woken(None)
             return
         try:
-            # Nothing is ever sent on this connection. Its end reports at once that the forwarder
-            # has ended, also if its process is in another PID namespace.
+            # Neither side sends data on this connection. When the forwarder ends, the kernel closes
+            # the connection, so we notice the end at once, also if the forwarder's process is in
+            # another PID namespace.
             lifeline, writer = await asyncio.open_unix_connection(self._control)
         except OSError:
             await self._absent(self._spec)
@@ -160,17 +174,21 @@ class ForwarderKeeper:
         finally:
             gone.cancel()
             writer.close()
-            await asyncio.wait({gone})  # unlike ``await gone``, does not raise its exception
+            await asyncio.wait({gone})  # unlike ``await gone``, wait() raises no exception of gone
             if not gone.cancelled():
                 gone.exception()
             self._report.forwarder.connected = self._matches = False
 
     async def _serve(self, spec: ForwarderSpec, gone: asyncio.Future[bytes]) -> None:
-        """Keep a running forwarder's routes until it ends or other options are wanted."""
+        """Keep the routes of a running forwarder up to date.
+
+        Return or raise when the forwarder has ended, or when its options are not the wanted ones.
+        """
         status = await self._call(lambda: self._client.status(peers=False))
         why = spec.mismatch(status)
         if why:
-            if time.monotonic() < self._not_before:  # just started, or it did not stop
+            # The forwarder was just started, or it has not stopped yet.
+            if time.monotonic() < self._not_before:
                 self._fail(f"the forwarder's options are wrong: {why}")
                 await asyncio.sleep(IDLE_POLL_SECONDS)
                 return
@@ -178,7 +196,7 @@ class ForwarderKeeper:
             self._back_off()
             await self._call(self._client.stop)
             if self._child is not None and self._child.poll() is not None:
-                self._child = None  # it ended as requested
+                self._child = None  # the end was requested, so it is not an error
             return
         if not self._report.forwarder.starts_n:
             log.info("adopting the forwarder on %s", self._control)
@@ -213,7 +231,7 @@ class ForwarderKeeper:
                         "forwarder a unit of its own, and --forwarder external here")
         self._back_off()
         try:
-            spec.write(self._forward_file)  # it may have been removed
+            spec.write(self._forward_file)  # the file may have been removed
             self._child = spawn(self._forward_file, self._log_file, instance)
         except OSError as exc:
             self._fail(f"no forwarder can be started: {exc}")
@@ -222,7 +240,7 @@ class ForwarderKeeper:
         log.info("started a forwarder, process %d; it logs to %s", self._child.pid, self._log_file)
 
     def _back_off(self) -> None:
-        """Wait before the next start or stop, each time longer."""
+        """Delay the next start or stop. The delay increases with each call."""
         self._not_before = time.monotonic() + self._backoff
         self._backoff = min(max(2 * self._backoff, FIRST_BACKOFF), LAST_BACKOFF)
 
@@ -237,7 +255,8 @@ class ForwarderKeeper:
     # -- routes -----------------------------------------------------------------------------------
 
     async def _send_routes(self) -> None:
-        """Send all changes so far. Changes that arrive while it runs wait for the next call."""
+        """Send all pending changes. Changes that arrive during the call are sent by the next call.
+        """
         assert self._routes is not None
         whole = self._replace_all or len(self._pending) > FEW_ROUTES
         pending, self._pending = self._pending, {}
@@ -245,7 +264,8 @@ class ForwarderKeeper:
         self._replace_all = False
         try:
             if whole:
-                # As text: a third of the size of JSON, and a third of the work to make it.
+                # As text, because JSON has three times the size and takes three times as long to
+                # create.
                 table = "".join([f"{route}\n" for route in self._routes.values()]).encode()
                 diff = await self._call(lambda: self._client.replace_text(table))
                 if self._count(diff):
@@ -295,7 +315,11 @@ class ForwarderKeeper:
     # -- waiting ----------------------------------------------------------------------------------
 
     async def _woken(self, gone: asyncio.Future[bytes] | None) -> bool:
-        """Wait for work, or for the end of the forwarder. Return False after CHECK_SECONDS."""
+        """Wait for work, or for the end of the forwarder, and return True.
+
+        gone  done when the forwarder has ended; None: there is no forwarder
+        Return False after CHECK_SECONDS. Without a forwarder there is no such limit.
+        """
         wake = asyncio.ensure_future(self._wake.wait())
         waiting: set[asyncio.Future[Any]] = {wake} if gone is None else {wake, gone}
         try:
@@ -313,10 +337,11 @@ class ForwarderKeeper:
 
 
 async def stop_forwarder(control: Path, forward_file: Path) -> bool:
-    """Stop the forwarder that has its options from ``forward_file``, if it runs.
+    """Stop the forwarder that has its options from ``forward_file``, if this forwarder runs.
 
-    Removes the file first, so that a service manager that starts the forwarder again makes it wait.
-    Return True if one was stopped. Raises NoForwarder if it does not stop.
+    The file is removed first. If a service manager then starts the forwarder again, the forwarder
+    waits for the file. Return True if a forwarder was stopped. Raises NoForwarder if the forwarder
+    does not stop.
     """
     forward_file.unlink(missing_ok=True)
 

@@ -1,9 +1,9 @@
-"""Start a forwarder as a process of its own, which outlives the process that started it.
+"""Start a forwarder as a separate process, which keeps running after its starter has ended.
 
-Owns: the file with the forwarder's options, the check whether a running forwarder matches it, and
-how a forwarder is started detached. Does not depend on leases or routes; the caller decides when a
-forwarder is needed. Synchronous and limited to the standard library, because commands that must be
-quick use it too; any thread.
+Owns: the file with the forwarder's options, the check whether a running forwarder has these
+options, and the start of the forwarder as a detached process. Does not depend on leases or routes.
+The caller decides when a forwarder is needed. The module is synchronous and uses only the standard
+library, because commands that must start quickly use it too. Any thread.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ STATE_FILE = "routes"  # the forwarder's table, in the state directory
 LOG_FILE = "forwarder.log"  # in the state directory
 READY_SECONDS = 15.0
 POLL_SECONDS = 0.02
-LOG_TAIL = 400  # bytes of its log that are quoted if a forwarder did not start
+LOG_TAIL = 400  # bytes at the end of a forwarder's log that the error quotes if the start failed
 
-# A service manager sets these for the process that it starts, not for the forwarder.
+# A service manager sets these variables for the process that it starts. They must not reach the
+# forwarder.
 _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID",
                   "LISTEN_FDNAMES", "RUNTIME_DIRECTORY", "STATE_DIRECTORY")
 
 
 @dataclass(frozen=True, slots=True)
 class ForwarderSpec:
-    """The options that a forwarder has to run with. Texts have the form that its status shows.
+    """The options that a forwarder must have. Each text has the same form as in its status.
 
-    mtu    of the TUN; None: derived from the underlay
-    state  the file in which it keeps its routes
+    mtu    the MTU of the TUN; None: the forwarder derives the MTU from the underlay
+    state  the file in which the forwarder saves its routes
     """
 
     control: str
@@ -55,7 +56,7 @@ class ForwarderSpec:
     mtu: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the long options of ``udptun forward``, by name."""
+        """Return the options of ``udptun forward``. The keys are the long option names."""
         options: dict[str, Any] = {
             "tun": self.tun, "address": list(self.addresses), "network": list(self.networks),
             "listen": list(self.listen), "control": self.control, "state": self.state,
@@ -77,12 +78,15 @@ class ForwarderSpec:
             raise FieldError(str(path), f"{exc}", expected) from None
 
     def write(self, path: Path) -> None:
-        """Replace the file atomically; create its directory."""
+        """Replace the file atomically. Create its directory if there is none."""
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         replace_file(path, [json.dumps(self.to_json(), indent=2).encode(), b"\n"])
 
     def mismatch(self, status: Mapping[str, Any]) -> str:
-        """Return how a running forwarder with this status differs; "" if it does not."""
+        """Compare a running forwarder's status with these options.
+
+        Return a text that describes the first difference, or "" if there is none.
+        """
         device = status["device"]
         for label, wanted, actual in (
             ("its device", self.tun, device["name"]),
@@ -101,14 +105,14 @@ def _text(value: object) -> str:
 
 
 class NotStarted(UdptunError):
-    """A forwarder that was just started, here or by another program, does not answer correctly."""
+    """A forwarder that we or another program have just started does not answer as expected."""
 
 
 def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen[bytes]:
     """Start ``udptun forward`` with the options in the file, in its own session and process group.
 
-    It inherits no terminal, no pipe that a parent reads to its end, and no descriptor. Its output
-    goes to ``log``.
+    The process inherits no terminal and no file descriptor. So a parent that reads our output until
+    the pipe is closed does not wait for the forwarder. The forwarder's output goes to ``log``.
     """
     import subprocess
 
@@ -127,7 +131,7 @@ def wait_ready(
     client: ControlClient, spec: ForwarderSpec, child: subprocess.Popen[bytes] | None,
     log: Path, seconds: float = READY_SECONDS,
 ) -> None:
-    """Return once a forwarder answers that matches ``spec``. Raises NotStarted.
+    """Wait until a forwarder with the options of ``spec`` answers. Raises NotStarted.
 
     child  the process that we started; None: another program starts the forwarder
     """
@@ -149,7 +153,7 @@ def wait_ready(
 
 
 def log_tail(log: Path) -> str:
-    """Return the end of a forwarder's log on one line; "" if there is none."""
+    """Return the end of a forwarder's log as one line. Return "" if the log cannot be read."""
     try:
         text = log.read_bytes()[-LOG_TAIL:]
     except OSError:

@@ -1,1 +1,1 @@
-"""The daemon's state as others see it: the report, readiness, metrics, the HTTP server, systemd."""
+"""Publishes the daemon's state: the report, readiness, metrics, the HTTP server, systemd."""

@@ -1,4 +1,4 @@
-"""Log an error once, although the operation that fails is repeated every second."""
+"""Log an error only once, even if the failing operation is repeated every second."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 class LogOnce:
-    """Logs each distinct error once, until ``clear``."""
+    """Logs each distinct error text once. After ``clear``, logs each text once again."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
@@ -18,5 +18,5 @@ class LogOnce:
             self._logged.add(text)
 
     def clear(self) -> None:
-        """Everything works: log errors again if they come back."""
+        """Forget the logged errors. Call it when everything works again."""
         self._logged.clear()

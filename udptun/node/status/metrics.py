@@ -1,8 +1,9 @@
-"""The daemon's report as Prometheus text. It is read at each scrape; nothing is counted here.
+"""The daemon's report as Prometheus text. Each scrape reads the report; this module counts nothing.
 
-Owns: the names and labels of the daemon's metrics. All begin with ``udptun_node_``, so that the
-forwarder's own can follow in the same answer. No label has a value per peer. Imported at the first
-scrape, because prometheus_client takes megabytes. Rendering runs on the daemon's loop.
+Owns: the names and labels of the daemon's metrics. All names begin with ``udptun_node_``, so that
+the forwarder's metrics can follow in the same response without a conflict of names. No label has
+one value per peer. The module is imported at the first scrape, because prometheus_client needs
+megabytes of memory. Rendering runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -114,7 +115,10 @@ class ReportCollector(Collector):
 
 
 class Metrics:
-    """The daemon's part of /metrics, in Prometheus's text format 0.0.4, like the forwarder's."""
+    """The daemon's part of /metrics.
+
+    The format is Prometheus's text format 0.0.4, the same as that of the forwarder's part.
+    """
 
     def __init__(self, report: NodeReport) -> None:
         self._registry = CollectorRegistry(auto_describe=False)

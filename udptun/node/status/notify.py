@@ -1,8 +1,8 @@
-"""Notifications to systemd: sd_notify(3), without its library.
+"""Notifications to systemd: the protocol of sd_notify(3), without systemd's library.
 
 Owns: the socket that NOTIFY_SOCKET names, and the watchdog's interval. The caller decides when a
-node is ready. Without systemd every call does nothing; none raises. Any thread; a send takes
-microseconds.
+node is ready. Without systemd, the calls do nothing. No call raises an error. Any thread; sending a
+notification takes microseconds.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from ...model import parse_number
 
 log = logging.getLogger(__name__)
 
-SEND_TIMEOUT_S = 1.0  # systemd reads at once; if it hangs, the daemon must not
+SEND_TIMEOUT_S = 1.0  # systemd reads at once; the limit is for a systemd that hangs
 _MAX_USEC = 999_999_999
 
 
 class Notifier:
-    """Sends to the service manager at ``address``; "": sends nothing.
+    """Sends notifications to the service manager.
 
-    watchdog_s  the manager ends a service that was silent for so long; None: never
+    address     the service manager's socket; "": nothing is sent
+    watchdog_s  the service manager ends a service that sends no watchdog notification for so many
+                seconds; None: there is no watchdog
     """
 
     def __init__(self, address: str = "", watchdog_s: float | None = None) -> None:
@@ -36,8 +38,10 @@ class Notifier:
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str] = os.environ) -> Self:
-        """Read systemd's variables, and remove them: a child that inherited them would send
-        notifications in our name."""
+        """Read systemd's variables, and remove them from the environment.
+
+        A child process that inherited the variables could send notifications in our name.
+        """
         address = environ.pop("NOTIFY_SOCKET", "")
         usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
         watchdog_s = None
@@ -49,11 +53,14 @@ class Notifier:
         return cls(address, watchdog_s)
 
     def ready(self, status: str = "") -> None:
-        """Report that the start, or a reload, is complete."""
+        """Report that the start or a reload is complete."""
         self._send("READY=1", *([_status(status)] if status else ()))
 
     def reloading(self) -> None:
-        """Report that a reload begins; ``ready`` ends it. Type=notify-reload requires the time."""
+        """Report that a reload begins. A call of ``ready`` reports its end.
+
+        A unit with Type=notify-reload requires the time in this notification.
+        """
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now_us}")
 
@@ -61,15 +68,17 @@ class Notifier:
         self._send("STOPPING=1", *([_status(status)] if status else ()))
 
     def status(self, text: str) -> None:
-        """Set the line in ``systemctl status``; "" clears it."""
+        """Set the status line of ``systemctl status``. "" clears the line."""
         self._send(_status(text))
 
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
 
     async def feed(self, alive: Callable[[], bool]) -> None:
-        """Notify the watchdog twice per interval while ``alive`` returns True, until cancelled.
-        Return at once without a watchdog."""
+        """Twice per watchdog interval, notify the watchdog if ``alive`` returns True.
+
+        Runs until cancelled. Returns at once if there is no watchdog.
+        """
         while self.watchdog_s is not None:
             if alive():
                 self.watchdog()
@@ -78,7 +87,7 @@ class Notifier:
     def _send(self, *lines: str) -> None:
         if not self._address:
             return
-        # "@" is written for the zero byte at the start of an abstract address.
+        # An "@" at the start stands for the zero byte of an abstract socket address.
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

@@ -1,8 +1,9 @@
-"""Decide from the daemon's report whether this node is ready, and what is wrong with it.
+"""Decide from the daemon's report whether this node is ready, and list its problems.
 
-Owns: the checks, their names, and the condition for each result. The rule: FAILED keeps this
-machine's own pods from using the overlay. DEGRADED does not (the store is down, one peer is
-unreachable), so the node stays ready. Pure; no I/O.
+Owns: the checks, their names, and the condition for each result. FAILED means that this machine's
+own pods cannot use the overlay, so the node is not ready. DEGRADED means that there is a problem
+but the pods can use the overlay, so the node is ready. Examples of DEGRADED: the store is down, or
+one peer is unreachable. Pure; no I/O.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from enum import Enum
 
 from .report import NodeReport
 
-MAX_NAMED = 20  # entries of a list that are shown one by one
+MAX_NAMED = 20  # limit of entries of a list that are shown one by one
 
 
 class State(Enum):
-    """The value is printed before the check's name: "+" and "-" as in Kubernetes, or "!"."""
+    """The state of a check. The value is the character that is printed before the check's name.
+
+    Kubernetes prints "+" and "-" too. Only udptun prints "!".
+    """
 
     OK = "+"
     DEGRADED = "!"
@@ -27,7 +31,10 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check; a line for each entry of ``text``."""
+    """The result of one check.
+
+    text  the lines to print; at least one
+    """
 
     name: str
     state: State
@@ -39,7 +46,7 @@ class Check:
 
 
 def judge(report: NodeReport) -> tuple[Check, ...]:
-    """Return all checks, always the same ones in the same order."""
+    """Return the results of all checks, always in the same order."""
     return tuple(Check(name, *check(report)) for name, check in CHECKS.items())
 
 
@@ -143,7 +150,7 @@ CHECKS: Mapping[str, Callable[[NodeReport], _Result]] = {
 
 
 def _named(what: str, entries: Mapping[str, str]) -> tuple[str, ...]:
-    """Return how many there are, and the first of them, each with its reason."""
+    """Return a line with the number of entries, and lines for the first MAX_NAMED entries."""
     if not entries:
         return ()
     first = [f"{key}: {why}" for key, why in sorted(entries.items())[:MAX_NAMED]]

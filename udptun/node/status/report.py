@@ -1,8 +1,8 @@
 """The daemon's state for /readyz, /metrics, the service manager and the tests.
 
-Owns: the names of these facts. Does not judge them: ``readiness`` decides whether a node is ready.
-The daemon writes it and the health server reads it, both on the daemon's loop: values that are read
-between two awaits are consistent. No I/O.
+Owns: the names of the values in the report. Does not decide whether a node is ready: ``readiness``
+does. The daemon writes the report, and the health server reads the report. Both run on the daemon's
+loop, so values that are read without an await in between are consistent. No I/O.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..host.interface import Underlay
 
 @dataclass(slots=True)
 class ForwarderReport:
-    """The forwarder's process, and which of our routes it has.
+    """The state of the forwarder's process and of its routes.
 
-    needed      an active backend uses it
-    connected   it answered the last request, and has the right options
-    error       why it is not connected, in a sentence; "" if it is
-    synced      its table has exactly our routes
-    routes_n    routes in that table
-    starts_n    processes started since our own start
+    needed      an active backend uses the forwarder
+    connected   the forwarder has answered the last request, and has the right options
+    error       the reason why the forwarder is not connected, as a sentence; "" if it is connected
+    synced      the forwarder's table has exactly our routes
+    routes_n    the number of routes in the forwarder's table
+    starts_n    the number of forwarder processes that we have started since our own start
     replaces_n  how often the whole table was replaced
     """
 
@@ -40,11 +40,11 @@ class ForwarderReport:
 
 @dataclass(slots=True)
 class PeersReport:
-    """How the other nodes are reached.
+    """The paths to the other nodes.
 
-    carried_n    by backend: the number of peers whose packets it carries
-    unreachable  by lease key: peers without a path, each with the reason in a sentence
-    refused      by lease key: peers whose path the kernel did not accept, each with the reason
+    carried_n    by backend: the number of peers to which the backend carries the packets
+    unreachable  by lease key: the reason why the peer has no path, as a sentence
+    refused      by lease key: the reason why the kernel did not accept the peer's path
     """
 
     carried_n: Mapping[str, int] = field(default_factory=dict)
@@ -57,27 +57,30 @@ class PeersReport:
 
 @dataclass(slots=True)
 class NodeReport:
-    """One daemon. Reasons and errors are sentences; "" where there is none.
+    """The report of one daemon. Reasons and errors are sentences; "" means that there is none.
 
-    store             kind of the lease source
-    source            health of the lease source, which updates it
-    waiting           reason why the start is not complete; "" once it is
-    stale             the active leases are cached ones: the store has not listed its leases since
-                      our start
-    lease             ours; None before there was one
-    lease_error       why it could not be acquired or published
-    underlay          the interface that carries the overlay; None before it was chosen
-    interface_error   why none was chosen, or why it can no longer be used
+    store             the kind of the lease source
+    source            the health of the lease source; the source updates this object
+    waiting           the reason why the start is not complete; "" if the start is complete
+    stale             the active leases are from the cache, because the store has not listed its
+                      leases since our start
+    lease             our lease; None before we have one
+    lease_error       the reason why our lease could not be acquired or published
+    underlay          the interface that carries the overlay; None before the choice
+    interface_error   the reason why no interface was chosen, or why the chosen one is not usable
+                      any more
     backend           the mode: a backend's name or "auto"; "" before the network's configuration
                       was read
-    unavailable       by backend, as text shows it: why it is not available on this node
-    mtu               of the inner packets, bytes; 0 before it is known
-    subnet_env_error  why subnet.env is not written
-    firewall_error    why the firewall rules are not active; "" also if none are wanted
-    leases_n          leases known, our own included
-    route_changes_n   by backend: routes added, changed or removed since our start
-    applied           time.monotonic() when paths were last applied, or None
-    lag               seconds from the store's update until its last change was active
+    unavailable       the reasons why backends are not available on this node; the keys are the
+                      texts in ``BACKENDS``
+    mtu               the largest inner packet, in bytes; 0 before it is known
+    subnet_env_error  the reason why subnet.env is not written
+    firewall_error    the reason why the firewall rules are not active; "" also if no rules are
+                      wanted
+    leases_n          the number of known leases, including our own lease
+    route_changes_n   by backend: how many routes were added, changed or removed since our start
+    applied           time.monotonic() when paths were applied last; None: never
+    lag               seconds from the arrival of the last update until its paths were active
     started           time.time() of our start
     """
 
@@ -103,7 +106,10 @@ class NodeReport:
     started: float = field(default_factory=time.time)
 
     def paths_applied(self, since: float) -> None:
-        """Record that paths are active. ``since``: time.monotonic() when their leases arrived."""
+        """Record that paths are active.
+
+        since  time.monotonic() when the leases of these paths arrived
+        """
         self.applied = time.monotonic()
         self.lag = self.applied - since
 

@@ -1,10 +1,15 @@
 """The daemon's HTTP server for probes and scrapes, with flannel's paths and Kubernetes' format.
 
-Owns: /healthz and /livez (200 while the loop runs), /readyz (503 until ready; ``?verbose`` says
-why; /readyz/NAME is one check), /metrics (ours, then the forwarder's). Reads the report, and leaves
-its judgement to ``readiness``. It uses the standard library's HTTP server, because a larger one
-would take ten megabytes on every node for a request every ten seconds. A thread per request speaks
-HTTP; the answer is made on the daemon's loop, so that a loop that hangs does not answer.
+Owns these paths:
+- /healthz and /livez: 200 while the daemon's loop runs
+- /readyz: 503 until the node is ready; ``?verbose`` shows all checks
+- /readyz/NAME: one check
+- /metrics: the daemon's metrics, then the forwarder's metrics
+
+Reads the report; ``readiness`` decides whether the node is ready. The server is the standard
+library's HTTP server, because a larger server would need ten megabytes of memory on every node for
+one request every ten seconds. Each request has a thread, which reads the request and writes the
+response. The daemon's loop creates the response, so that a probe fails if the loop hangs.
 """
 
 from __future__ import annotations
@@ -35,10 +40,10 @@ log = logging.getLogger(__name__)
 
 TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-REQUEST_SECONDS = 10.0  # for a client to send its request and read its answer
-ANSWER_SECONDS = 10.0  # for the loop to make the answer
-THREADS_MAX = 64  # in the whole process: more requests at a time are refused
-FORWARDER_SECONDS = 2.0  # for its metrics: a scrape must end in time without them
+REQUEST_SECONDS = 10.0  # limit for a client to send its request and to read the response
+ANSWER_SECONDS = 10.0  # limit for the loop to create the response
+THREADS_MAX = 64  # limit of threads in the process; further requests are refused
+FORWARDER_SECONDS = 2.0  # limit for the forwarder's metrics; after this, a scrape omits them
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,11 @@ class Answer:
 
 
 class HealthServer:
-    """Answers on ``address`` and ``port`` from ``start`` to ``aclose``; port 0: any free one.
+    """Answers HTTP requests from ``start`` until ``aclose``.
 
-    control  the forwarder's socket, for its metrics
+    address  the address to listen on
+    port     the port to listen on; 0: any free port
+    control  the forwarder's control socket, used to read the forwarder's metrics
     """
 
     def __init__(
@@ -64,7 +71,7 @@ class HealthServer:
         self._http: _Http | None = None
 
     async def start(self) -> None:
-        """Listen. Raises DeviceError if the address cannot be used."""
+        """Start to listen. Raises DeviceError if the address cannot be used."""
         loop = asyncio.get_running_loop()
         try:
             http = _Http(self, loop)
@@ -100,7 +107,11 @@ class HealthServer:
         return _text("not found: there are /healthz, /livez, /readyz and /metrics\n", 404)
 
     def _readyz(self, verbose: bool) -> Answer:
-        """Without ``verbose`` answer ok if the node is ready, else the checks that have failed."""
+        """Answer /readyz.
+
+        verbose  True: show all checks; False: show "ok" if the node is ready, else show the failed
+                 checks
+        """
         checks = judge(self._report)
         ready = is_ready(checks)
         if ready and not verbose:
@@ -110,7 +121,11 @@ class HealthServer:
         return _text("\n".join([*map(str, shown), verdict, ""]), 200 if ready else 503)
 
     def _one_check(self, name: str) -> Answer:
-        """Answer one check. 503 also if it is degraded: the caller asks for this check only."""
+        """Answer /readyz/NAME.
+
+        The status is 503 also if the check is degraded, because the client asks only for this
+        check.
+        """
         found: list[Check] = [check for check in judge(self._report) if check.name == name]
         if not found:
             return _text(f"no such check: there are {', '.join(CHECKS)}\n", 404)
@@ -123,7 +138,10 @@ class HealthServer:
         return self._metrics.render() + of_forwarder.encode()
 
     def _forwarder_metrics(self) -> str:
-        """Return "" if the forwarder does not answer: the daemon's metrics report that."""
+        """Return the forwarder's metrics, or "" if the forwarder does not answer.
+
+        The daemon's metrics report that the forwarder does not answer.
+        """
         try:
             with ControlClient(str(self._control), FORWARDER_SECONDS) as client:
                 return client.metrics()
@@ -144,7 +162,10 @@ def _load_metrics() -> type[Metrics]:
 
 
 class _Http(ThreadingHTTPServer):
-    """The listening socket; ``handle_request`` accepts one connection and starts its thread."""
+    """The listening socket.
+
+    ``handle_request`` accepts one connection and starts a thread for it.
+    """
 
     timeout = 0  # handle_request is called only if a connection is waiting
     request_queue_size = 64
@@ -156,7 +177,11 @@ class _Http(ThreadingHTTPServer):
         super().__init__((str(health.address), health.port), _Request)
 
     def server_bind(self) -> None:
-        """Bind, without the base class's look-up of our own name, which may ask a name server."""
+        """Bind the socket.
+
+        The base class would also look up our own host name, which may need a request to a name
+        server.
+        """
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
