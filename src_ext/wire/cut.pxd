@@ -26,8 +26,9 @@ from wire.packet cimport ip_src, ip_t, skip_extensions
 
 cdef enum:
     MAX_SEG_HDR = 120       # an IPv4 and a TCP header, each with the maximum of options
-    SEG_HDR_ROOM = 128      # size of a header buffer, >= MAX_SEG_HDR. cut_header copies the first half,
-                            # and the second half only if the headers are longer
+    # Size of a header buffer, >= MAX_SEG_HDR. cut_header copies the first half, and the second half
+    # only if the headers are longer.
+    SEG_HDR_ROOM = 128
 
 
 cdef struct cut_t:

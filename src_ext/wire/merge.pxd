@@ -6,9 +6,9 @@ packet, or consecutive segments of one flow. Payloads stay where they were recei
 
 An output is written at the place of its first packet in the order of arrival, which preserves the
 order within a flow. A packet that cannot join closes its flow's output: later packets of the flow
-start a new one. A pure ACK does not close it. A packet whose ports are hidden (a fragment) closes the
-outputs of all flows. The write tells the kernel that checksums are valid, so only verified packets
-are merged; the first packet of an output is verified when a second one is about to join.
+start a new one. A pure ACK does not close it. A packet whose ports are hidden (a fragment) closes
+the outputs of all flows. The write tells the kernel that checksums are valid, so only verified
+packets are merged; the first packet of an output is verified when a second one is about to join.
 
 Source: the rules of Linux's tcp_gro_receive and udp_gro_receive (net/ipv4/tcp_offload.c,
 udp_offload.c), RFC 9293, RFC 768, RFC 6864 (IPv4 ids without DF).
@@ -180,8 +180,8 @@ cdef inline merge_class_t merge_classify(
 
 cdef inline flow_t* merge_flow(merge_t* m, const candidate_t* c) noexcept nogil:
     """Return the flow table's slot for these addresses and ports. Two flows may share a slot:
-    a packet of one then closes the output of the other. This prevents a merge, but reorders nothing.
-    """
+    a packet of one then closes the output of the other. This prevents a merge, but reorders
+    nothing."""
     cdef const uint8_t* addrs = c.p + c.addr_off
     cdef uint64_t h = csum_add(c.p + c.ip_hdr_len, 4, c.proto)
     cdef size_t i
