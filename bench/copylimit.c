@@ -148,7 +148,7 @@ static void flush(int fd, int n) {
 			struct pollfd p = {.fd = fd, .events = POLLOUT};
 			poll(&p, 1, 10);
 		} else if (errno == ECONNREFUSED) {
-			continue; /* of an earlier datagram: the peer had not started yet */
+			continue; /* an earlier datagram's error: the peer had not started */
 		} else {
 			perror("sendmmsg");
 			done++;
@@ -222,7 +222,7 @@ int main(int argc, char **argv) {
 		case SLICE: slice = atoi(optarg); break;
 		default: usage();
 		}
-	/* Every kernel accepts at least 64 segments in one send. */
+	/* Some kernels accept only 64 segments in one send, so a slice must not be smaller. */
 	if (!name || !local.sin_port || !peer.sin_port || slice < UDP_PAYLOAD_MAX / 64 || slice > 65000)
 		usage();
 	for (int i = 0; i < SLOTS; i++) {

@@ -14,8 +14,8 @@
  *   udpload send ADDRESS PORT --run ID --seconds S [--size N] [--rate PPS] [--spread COUNT]
  *       Sends datagrams with N bytes of payload. Each datagram is its own packet (sendmmsg without
  *       UDP_SEGMENT). The sender sends at ticks of 50 us and sleeps between two ticks, because
- *       generator and tunnel may share the CPU cores. After a delay, the sender catches up with at
- *       most the packets of 1 ms, or with two packets if 1 ms has fewer. Without --rate, the sender
+ *       generator and tunnel may share the CPU cores. After a delay, the sender sends at most
+ *       the overdue packets of 1 ms, but at least two packets, and skips the rest. Without --rate, the sender
  *       sends at full rate.
  *       --spread sends to COUNT addresses: ADDRESS, ADDRESS + 4, ADDRESS + 8, and so on. Of COUNT
  *       consecutive datagrams, each address gets one. The order of the addresses is scattered.

@@ -263,7 +263,7 @@ def test_the_example_of_readyz_is_real() -> None:
     report.started, report.unavailable = now - 3 * 3600, {"VXLAN": "the kernel has no vxlan module"}
     assert report.lease is not None
     report.lease = replace(report.lease, subnets=Subnets(IPv4Network("10.5.52.0/24")))
-    report.peers.carried_n = {"udp": 6, "vxlan": 0}
+    report.mtu, report.peers.carried_n = 1472, {"udp": 6, "vxlan": 0}
     report.peers.unreachable = {
         "10.5.60.0-24":
         "this node has only UDP, and the peer's vxlan backend ignores nodes without VXLAN; "

@@ -41,10 +41,10 @@ cdef enum:
 
 
 cdef struct affinity_t:
-    uint64_t checked_ns         # time of the last check; used_ns, sent, received: the values then
-    uint64_t used_ns
-    uint64_t sent
-    uint64_t received
+    uint64_t checked_ns         # time of the last check
+    uint64_t used_ns            # at the last check: the thread's CPU time,
+    uint64_t sent               # the packets sent,
+    uint64_t received           # and the packets received
     uint64_t pinned_until       # 0 = not pinned
     cpu_set_t pinned            # the mask of the one core to which the thread is pinned
     cpu_set_t saved             # the mask to restore

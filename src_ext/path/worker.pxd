@@ -2,8 +2,8 @@
 
 Owns the memory layout and the batch sizes. The steps that use this state are in icmp_reply.pxd,
 send.pxd, encap.pxd, decap.pxd and turn.pxd. The send queue is in queue.pxd.
-Threading: the worker's thread writes a ``worker_t``. The control side reads the counters, takes
-``events``, and writes only ``wake_requested`` and the snapshot pointer of ``shared_t``.
+Threading: the worker's thread writes a ``worker_t``. The control side reads the counters,
+reads and clears ``events``, and writes ``wake_requested`` and the snapshot pointer of ``shared_t``.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t

@@ -68,7 +68,7 @@ cdef inline peer_t* peer_of_route(
     """Return the peer of a route in the new snapshot; add the peer if it is missing.
 
     If the active snapshot has the peer, the same object is used, which keeps the counters and the
-    path MTU. Peers at one address stay sorted by port. Return NULL without memory.
+    path MTU. Peers at one address stay sorted by port. Return NULL if there is no memory.
     """
     cdef size_t addr_len = 4 if route.via_family == 4 else 16
     cdef addr_slot_t* slot
@@ -99,7 +99,8 @@ cdef inline snapshot_t* build_snapshot(
     const snapshot_t* active, const route_t* routes, size_t n, uint64_t generation,
     uint32_t link_mtu4, uint32_t link_mtu6, uint32_t workers_n
 ) noexcept nogil:
-    """Build a snapshot of these routes, with an empty ``own`` set. Return NULL without memory.
+    """Build a snapshot of these routes, with an empty ``own`` set. Return NULL if there is no
+    memory.
 
     The caller passes the result to ``activate_snapshot`` or to ``discard_snapshot``.
     """
@@ -142,8 +143,8 @@ cdef inline snapshot_t* build_snapshot(
 cdef inline retired_t* retire(
     retired_t* list_, snapshot_t* snapshot, peer_t* peer, uint64_t generation
 ) noexcept nogil:
-    """Prepend one object to the list. Without memory, the object leaks, because freeing the object
-    now would be too early."""
+    """Prepend one object to the list. If there is no memory for the list entry, the object is never
+    freed, because a worker may still use it now."""
     cdef retired_t* item = <retired_t*>calloc(1, sizeof(retired_t))
     if item == NULL:
         return list_
@@ -166,7 +167,7 @@ cdef inline retired_t* activate_snapshot(
     cdef uint32_t i, slot = 0, ordinal = 0
     cdef peer_t* peer
     if old != NULL:
-        # First, while the links between the peers are still those of the old snapshot.
+        # Retire the old peers first: the loop below overwrites the links between them.
         peer = next_peer(old, &slot, NULL)
         while peer != NULL:
             if peer.generation != new.generation:

@@ -143,8 +143,8 @@ cdef inline merge_class_t merge_classify_udp(
 cdef inline merge_class_t merge_classify(
     const merge_t* m, uint8_t* p, size_t n, const ip_t* ip, candidate_t* c
 ) noexcept nogil:
-    """Classify packet p[0:n]. If the class is CANDIDATE or ENDS_FLOW, the ports can be read.
-    Packets of the other classes may have no ports."""
+    """Classify packet p[0:n]. If the class is MERGE_CANDIDATE or MERGE_CLOSES_FLOW, the
+    ports can be read. Packets of the other classes may have no ports."""
     cdef merge_class_t kind
     c.p = p
     c.n = <uint32_t>n

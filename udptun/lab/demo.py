@@ -64,8 +64,8 @@ def perform(
     """Run a demo in a new lab, print what was removed, and return the exit code.
 
     show     the demo; returns whether everything worked
-    missing  a requirement of this demo that this host does not meet, or None. The requirements of
-             every demo are checked here
+    missing  an unmet requirement that only this demo has, or None. This function itself checks the
+             requirements that all demos share
     """
     screen = Screen(out or sys.stdout)
     missing = _missing() or missing

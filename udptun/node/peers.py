@@ -147,7 +147,7 @@ class Peers:
             await self._apply_all(self._plan.local, time.monotonic())
             self._report.leases_n, self._report.stale = len(self._leases), True
             self.known.set()
-        log.warning("the store does not list its leases: the cached ones are active, %d",
+        log.warning("no leases from the store yet: using %d leases from the cache",
                     len(self._leases))
 
     # -- on the host ------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ Wanted = TypeVar("Wanted")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _FILE_KEYS = ("network", "port", "mtu", "nodes")
 _NODE_KEYS = ("name", "public", "subnets", "port", "mtu")
-# As in flannel: a longer subnet has no addresses for both a tunnel device and a bridge.
+# As in flannel: a subnet with a longer prefix has too few addresses for a tunnel device and a
+# bridge.
 _MAX_SUBNET_LEN = {4: 30, 6: 126}
 
 
@@ -166,7 +167,8 @@ def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
             raise FieldError("subnets", str(subnet), "a prefix within "
                              + " or ".join(map(str, networks)), f"{path}.subnets")
         if subnet.prefixlen > (longest := _MAX_SUBNET_LEN[subnet.version]):
-            raise FieldError("subnets", str(subnet), f"a /{longest} or larger", f"{path}.subnets")
+            expected = f"a prefix length of at most {longest}"
+            raise FieldError("subnets", str(subnet), expected, f"{path}.subnets")
     options = {**defaults, **node}
     port = parse_number("port", options.get("port", DEFAULT_PORT), 1, MAX_PORT, f"{path}.port")
     mtu = options.get("mtu")
@@ -204,7 +206,8 @@ def _refuse_shared(leases: Sequence[Lease]) -> None:
         if other.network_address in subnet:
             first, second = sorted((i, j))
             raise FieldError("subnets", str(subnet if second == i else other),
-                             f"no address of node {leases[first].name}",
+                             "a prefix that does not overlap the subnets of node "
+                             f"{leases[first].name}",
                              f"nodes[{second}].subnets")
 
 
@@ -217,7 +220,7 @@ def _per_family(table: Mapping[str, Any], key: str, parse_one: Callable[[str, ob
         return [parse_one(key, value, path)]
     items = [parse_one(key, item, f"{path}[{i}]") for i, item in enumerate(value)]
     if not items or len({item.version for item in items}) != len(items):
-        raise FieldError(key, value, "one of IPv4, one of IPv6, or one of each", path)
+        raise FieldError(key, value, "one IPv4 value, one IPv6 value, or one of each", path)
     return items
 
 

@@ -94,7 +94,7 @@ class FileSource(LeaseSource):
         return self.cached_identity(await self._own_lease())
 
     def cached_identity(self, lease: Lease) -> Identity:
-        """Return the declarations of our entry in the file.
+        """Return the addresses, families, port and MTU of our entry in the file.
 
         They are in ``lease``, because the lease has all fields of the entry.
         """

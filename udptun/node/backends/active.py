@@ -192,7 +192,8 @@ class ActiveBackends:
             self._report.route_changes_n[name] += changed_n or 0
         if errors:
             raise errors[0]
-        # None: the backend applies paths in the background, and calls ``paths_applied`` itself.
+        # A backend that returned None applies its paths in the background, and calls
+        # ``paths_applied`` itself.
         if since is not None and (None not in changes.values() or any(changes.values())):
             self._report.paths_applied(since)
 
@@ -235,4 +236,4 @@ def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     for key, why in new[:MAX_LOGGED]:
         log.warning("no path to %s: %s", key, why)
     if len(new) > MAX_LOGGED:
-        log.warning("and no path to %d others: see /readyz?verbose", len(new) - MAX_LOGGED)
+        log.warning("no path to %d more peers: see /readyz?verbose", len(new) - MAX_LOGGED)

@@ -41,7 +41,8 @@ _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS"
 
 @dataclass(frozen=True, slots=True)
 class ForwarderSpec:
-    """The options that a forwarder must have. Each text has the same form as in its status.
+    """The options that a forwarder must have. Each string has the form that it has in the
+    forwarder's status.
 
     mtu    the MTU of the TUN; None: the forwarder derives the MTU from the underlay
     state  the file in which the forwarder saves its routes
@@ -111,8 +112,9 @@ class NotStarted(UdptunError):
 def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen[bytes]:
     """Start ``udptun forward`` with the options in the file, in its own session and process group.
 
-    The process inherits no terminal and no file descriptor. So a parent that reads our output until
-    the pipe is closed does not wait for the forwarder. The forwarder's output goes to ``log``.
+    The process inherits no terminal and no file descriptor. So a program that runs this command and
+    reads its output until the pipe is closed (flanneld does) does not wait for the forwarder. The
+    forwarder's output goes to ``log``.
     """
     import subprocess
 
