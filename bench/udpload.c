@@ -15,8 +15,8 @@
  *       Sends datagrams with N bytes of payload. Each datagram is its own packet (sendmmsg without
  *       UDP_SEGMENT). The sender sends at ticks of 50 us and sleeps between two ticks, because
  *       generator and tunnel may share the CPU cores. After a delay, the sender sends at most
- *       the overdue packets of 1 ms, but at least two packets, and skips the rest. Without --rate, the sender
- *       sends at full rate.
+ *       the overdue packets of 1 ms, but at least two packets, and skips the rest. Without --rate,
+ *       the sender sends at full rate.
  *       --spread sends to COUNT addresses: ADDRESS, ADDRESS + 4, ADDRESS + 8, and so on. Of COUNT
  *       consecutive datagrams, each address gets one. The order of the addresses is scattered.
  *
