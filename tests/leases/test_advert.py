@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.leases.advert import Advert, embed, read
+from udptun.leases.advert import PROBE, Advert, embed, read
 
 VTEP = {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff"}
 ANY_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -22,6 +22,24 @@ def test_advert_without_backend_data():
     data = embed(None, Advert(8285, 1450))
     assert json.dumps(data) == '{"udptun": {"port": 8285, "mtu": 1450}}'
     assert read_data(data) == Advert(8285, 1450)
+
+
+def test_advert_with_features():
+    advert = Advert(8285, 1450, frozenset({PROBE}))
+    data = embed(None, advert)
+    assert json.dumps(data) == (
+        '{"udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["probe"]}}')
+    assert read_data(data) == advert
+
+
+@pytest.mark.parametrize("features", [
+    None, "probe", {"probe": True}, ["quic"], [["probe"]], [1, None, "Probe"]])
+def test_unknown_features_and_versions_are_ignored(features):
+    fields = {"port": 1, "v": 2, "features": features}
+    assert read_data({"udptun": fields}) == Advert(1)
+    if isinstance(features, list):
+        fields["features"] = [*features, "probe"]
+        assert read_data({"udptun": fields}) == Advert(1, None, frozenset({PROBE}))
 
 
 def test_advert_next_to_flannels_fields():

@@ -569,6 +569,53 @@ async def test_peer_routes_with_a_route_of_the_whole_network(version):
         assert not ip_json(f"-{version} route show dev {NAME} proto 85")
 
 
+@both
+@pytest.mark.parametrize("direct", [False, True])
+@in_own_netns
+async def test_a_peer_that_is_not_routed_is_reached_by_a_bound_socket(version, direct):
+    """All other packets to the peer follow the route of the whole network."""
+    underlay()
+    length = 16 if version == 4 else 32
+    network = ip_network(f"{BASE[version]}/{length}")
+    sh("ip tuntap add tun0 mode tun", "ip link set tun0 up",
+       f"ip -{version} route add {network} dev tun0")
+    target = peer(1, version, direct=direct)
+    at = str(target.subnet.network_address)
+    async with opened(version, network=network, other_paths=True) as (vxlan, device):
+        assert await vxlan.sync(device, [target]) == ()
+        routed = "utEa" if direct else NAME
+        assert device_to(at, version) == routed
+        assert await vxlan.change(device, [replace(target, routed=False)]) == ()
+        assert (device_to(at, version), routes(version)) == ("tun0", {})
+        assert neighbours(version) == {at: target.mac}
+        assert forwarding() == {target.mac: str(target.endpoint)}
+        before = sent_packets()
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as bound:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, NAME.encode())
+            bound.sendto(b"probe", (at, 8285))
+        assert sent_packets() == before + 1
+        # The next look at the kernel's entries keeps them, and the route comes back.
+        assert await vxlan.sync(device, [replace(target, routed=False)]) == ()
+        assert (device_to(at, version), routes(version)) == ("tun0", {})
+        assert await vxlan.sync(device, [target]) == ()
+        assert device_to(at, version) == routed
+        if version == 4:
+            assert Path("/proc/sys/net/ipv4/conf", NAME, "rp_filter").read_text() == "2\n"
+        await vxlan.remove(NAME, network)
+    assert device_to(at, version) == "tun0"
+
+
+def device_to(address, version):
+    (route,) = ip_json(f"-{version} route get {address}")
+    return route["dev"]
+
+
+def sent_packets():
+    (link,) = ip_json(f"-s link show {NAME}")
+    return link["stats64"]["tx"]["packets"]
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 

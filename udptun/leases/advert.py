@@ -4,7 +4,11 @@ The advert states that the node has udptun's UDP data path, and gives the parame
 The advert is one key in the lease's BackendData, next to the fields of flannel's backend. flannel
 nodes ignore this key. Example:
 
-    {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff", "udptun": {"port": 8285, "mtu": 1450}}
+    {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff",
+     "udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["probe"]}}
+
+A reader ignores unknown keys and unknown features. An older udptun node publishes neither "v" nor
+"features".
 
 Owns: the key, its encoding and its validation. Pure functions; any thread.
 """
@@ -19,19 +23,25 @@ from typing import Any
 from ..model import MAX_MTU, MAX_PORT, MIN_MTU
 
 KEY = "udptun"
+VERSION = 1  # of the advert's format; written with features, and not checked by readers
+PROBE = "probe"  # the node answers probes on each path, and sends probes
+FEATURES = frozenset({PROBE})  # the features that this version of udptun knows
 
 
 @dataclass(frozen=True, slots=True)
 class Advert:
     """States that the node accepts inner packets, IPv4 and IPv6, as UDP payload.
 
-    port  the UDP port at the node's public addresses
-    mtu   the largest inner packet that the node accepts, in bytes; None: the node does not state a
-          limit
+    port      the UDP port at the node's public addresses
+    mtu       the largest inner packet that the node accepts, in bytes; None: the node does not
+              state a limit
+    features  those of ``FEATURES`` that the node has; nothing that needs a feature is sent to a
+              node without the feature
     """
 
     port: int
     mtu: int | None = None
+    features: frozenset[str] = frozenset()
 
 
 def read(backend_data: Any) -> Advert | None:
@@ -47,12 +57,16 @@ def read(backend_data: Any) -> Advert | None:
     mtu = _number(fields.get("mtu"), MIN_MTU, MAX_MTU)
     if port is None or (mtu is None and fields.get("mtu") is not None):
         return None
-    return Advert(port, mtu)
+    return Advert(port, mtu, _features(fields.get("features")))
 
 
 def embed(backend_data: Any, advert: Advert) -> dict[str, Any]:
     """Return the backend's data (an object or None) with the advert added."""
-    fields = {"port": advert.port} | ({} if advert.mtu is None else {"mtu": advert.mtu})
+    fields: dict[str, Any] = {"port": advert.port}
+    if advert.mtu is not None:
+        fields["mtu"] = advert.mtu
+    if advert.features:
+        fields |= {"v": VERSION, "features": sorted(advert.features)}
     return {**(backend_data or {}), KEY: fields}
 
 
@@ -68,6 +82,12 @@ def _object(backend_data: Any) -> Mapping[str, Any]:
         except (ValueError, RecursionError):
             return {}
     return backend_data if isinstance(backend_data, Mapping) else {}
+
+
+def _features(value: Any) -> frozenset[str]:
+    if not isinstance(value, list):
+        return frozenset()
+    return frozenset(one for one in value if isinstance(one, str) and one in FEATURES)
 
 
 def _number(value: Any, low: int, high: int) -> int | None:

@@ -36,7 +36,7 @@ from .netlink import (
     IN6_ADDR_GEN_MODE_NONE,
     Netlink,
 )
-from .vxlan_entries import Entries, EntrySocket
+from .vxlan_entries import RTPROT_UDPTUN, Entries, EntrySocket
 from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take
 
 __all__ = ["OVERHEAD", "PeerFailure", "VniInUse", "Vxlan", "VxlanConfig", "VxlanDevice",
@@ -54,6 +54,7 @@ PROBE_VNI = (1 << 24) - 8285  # near the maximum: networks rarely use such VNIs
 # The kernel's default port, which is older than IANA's 4789. A module parameter can change it.
 DEFAULT_PORT = 8472
 DEFAULT_PORT_FILE = Path("/sys/module/vxlan/parameters/udp_port")
+LAST_METRIC = (1 << 32) - 1  # the kernel uses the route only if no other route matches
 OVERHEAD = {4: 50, 6: 70}  # bytes of the headers added to an inner packet, by underlay IP version
 
 
@@ -66,6 +67,9 @@ class VxlanConfig:
     local           this host's address on that interface; the device has the same IP version
     mtu             MTU of the device in bytes: the MTU of the underlay minus OVERHEAD
     mac             "aa:bb:.."; None: the MAC of the existing device, or else a random one
+    other_paths     True: packets of a peer may also arrive by another device, and packets to a peer
+                    may leave by another one. Then a socket that is bound to this device must reach
+                    the peers without their routes
     network         network of the overlay. It decides which direct routes are ours. A direct route
                     has udptun's protocol number and does not use the device (DirectRouting). It is
                     ours if its prefix is within ``network``; otherwise another instance has added
@@ -82,6 +86,7 @@ class VxlanConfig:
     gbp: bool = False
     mac: str | None = None
     network: IPNetwork | None = None
+    other_paths: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +365,8 @@ class Vxlan:
             await self._set_addresses(name, index, frozenset(addresses))
         if not found.up:
             await self._set(f"bringing up {name}", index, flags=IFF_UP, change=IFF_UP)
+        if config.other_paths:
+            await self._allow_other_paths(name, index, config)
         return VxlanDevice(name, index, mac, config.mtu, version, config.network)
 
     async def _disable_autoconfiguration(self, name: str, index: int, wants_v6: bool) -> None:
@@ -380,6 +387,27 @@ class Vxlan:
                 ("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}),
             ]},
         )
+
+    async def _allow_other_paths(self, name: str, index: int, config: VxlanConfig) -> None:
+        """Let the device carry packets of peers whose subnets are routed to another device.
+
+        IPv4: rp_filter 2 accepts a packet if any route leads back to its source. The value 0 has
+        no effect, because the kernel uses the larger one of "all" and the device's value. A socket
+        that is bound to a device needs no route: the kernel treats the destination as on-link.
+
+        IPv6 has no reverse path filter, but a bound socket needs a route through its device. One
+        route to the whole network has the largest metric, so no other lookup selects it while
+        another device has a route to the network.
+        """
+        if config.local.version == 4:
+            with contextlib.suppress(OSError):  # /proc/sys is read-only in a container
+                Path("/proc/sys/net/ipv4/conf", name, "rp_filter").write_text("2")
+        elif config.network is not None:
+            async def add(ipr: Any) -> None:
+                await ipr.route("replace", family=socket.AF_INET6, dst=str(config.network),
+                                oif=index, priority=LAST_METRIC, proto=RTPROT_UDPTUN)
+
+            await self._netlink.work(f"adding the route for bound sockets of {name}", add)
 
     async def _set_addresses(
         self, name: str, index: int, addresses: frozenset[IPAddress]

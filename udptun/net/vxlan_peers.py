@@ -2,8 +2,9 @@
 
 Owns the order in which entries are added and removed, and this rule: a peer has a route through the
 device only if its neighbour and FDB entries are active. Without such a route, packets to the peer
-can take another path. Does not depend on the settings of the device or on netlink's message format.
-Threading: same as ``EntrySocket``.
+can take another path. A peer that is not ``routed`` has the two entries and no route: a socket that
+is bound to the device still reaches the peer. Does not depend on the settings of the device or on
+netlink's message format. Threading: same as ``EntrySocket``.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class VxlanPeer:
 
     mac     MAC address of the peer's device, "aa:bb:cc:dd:ee:ff" (VtepMAC of its lease)
     direct  if ``endpoint`` is on the link, route the subnet via it without encapsulation
+    routed  True: the subnet has a route; False: only the neighbour and FDB entries exist
     """
 
     subnet: IPNetwork
     mac: str
     endpoint: IPAddress
     direct: bool = False
+    routed: bool = True
 
     def __post_init__(self) -> None:
         parse_mac("VtepMAC", self.mac)
@@ -116,11 +119,12 @@ class EntryUpdate:
             for peer in peers if self._fits(peer, device, version)
         ]
         # Try the direct route first: the kernel refuses it if the endpoint is not on the link.
-        off_link = self._put_routes(
-            (row, row.prefix, row.endpoint) for row in rows if row.peer.direct)
-        through = self._with_unique_macs(
-            [row for row in rows if not row.peer.direct or row in off_link])
+        direct = [row for row in rows if row.peer.direct and row.peer.routed]
+        off_link = self._put_routes((row, row.prefix, row.endpoint) for row in direct)
+        on_link = {row for row in direct if row not in off_link}
+        through = self._with_unique_macs([row for row in rows if row not in on_link])
         refused = self._put_macs(through)
+        through = [row for row in through if row.peer.routed]
         if version == 6:
             refused |= self._put_routes(
                 (row, (row.prefix[0], 128), ON_LINK) for row in through if row not in refused)

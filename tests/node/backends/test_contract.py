@@ -22,6 +22,7 @@ from udptun.node.status.report import NodeReport
 
 ROOT = Path(__file__).resolve().parents[3]
 SUBNETS = Subnets(IPv4Network("10.244.1.0/24"))
+PEER = IPv4Network("10.244.2.0/24")
 every = pytest.mark.parametrize("name", BACKENDS)
 
 
@@ -67,6 +68,8 @@ async def test_a_backend_runs_all_calls_twice_and_leaves_nothing(name, node_of, 
             await backend.settle(lease, mtu)
             await backend.apply_all({})
             await backend.apply({})
+            await backend.divert({PEER: True})
+            await backend.divert({PEER: False})
             await backend.resync()
             assert backend.refused == {}
         errors = []

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
-from udptun.leases.advert import Advert, embed
+from udptun.leases.advert import PROBE, Advert, embed
 from udptun.leases.base import Attributes, Change, Lease, Subnets
 from udptun.model import Route
 from udptun.net.vxlan import VxlanPeer
@@ -210,6 +210,33 @@ def test_a_peer_that_loses_vxlan_keeps_its_route():
     assert delta.of("vxlan") == {SUB4: None}
     assert delta.of("udp") == {}
     assert plan.carried_n == {"vxlan": 0, "udp": 1}
+
+
+def test_a_diverted_subnet_counts_for_the_backend_that_carries_it():
+    """The setting outlasts a change of the lease, and ends with the path that it needs."""
+    def plan_of(*leases):
+        return Plan(BOTH, leases, {SUB4: "udp"})
+
+    both, other = lease(backend="vxlan", data=embed(VXLAN, ADVERT)), lease(3)
+    plan = plan_of(both, other)
+    assert plan.carried_n == {"vxlan": 0, "udp": 2}
+    plan.carry(SUB4, None)
+    assert plan.carried_n == {"vxlan": 1, "udp": 1}
+    plan.carry(SUB4, "udp")
+    plan.change([Change(both, replace(both, name="renamed"))])
+    assert plan.carried_n == {"vxlan": 0, "udp": 2}
+    stock = lease(backend="vxlan", data=VXLAN)
+    assert plan.change([Change(both, stock)]).subnets == {SUB4}
+    assert plan.carried_n == {"vxlan": 1, "udp": 1}
+    assert plan_of(stock, other).carried_n == plan.carried_n
+    plan.carry(IPv4Network("10.244.9.0/24"), "udp")  # of no peer
+    assert plan.carried_n == {"vxlan": 1, "udp": 1}
+
+
+def test_only_a_peer_that_advertises_probes_gets_them():
+    probed = Advert(9285, 1400, frozenset({PROBE}))
+    for data, port in ((None, None), (embed(None, ADVERT), None), (embed(None, probed), 9285)):
+        assert only(UDP_ONLY, lease(data=data)).probe_port == port
 
 
 def test_a_subnet_claimed_twice_belongs_to_the_first_peer_until_it_leaves():

@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import DeviceError, FieldError, UdptunError
 from ...leases.base import Attributes, Lease
 from ...leases.netconf import NetConfig
+from ...model import IPNetwork
 from ...net.netlink import Netlink
 from ..config import NodeConfig
 from ..host.interface import Underlay
@@ -167,6 +168,14 @@ class ActiveBackends:
     async def apply(self, plan: Plan, delta: Delta, since: float) -> None:
         """Apply ``delta``, the last change of ``plan``. Raises DeviceError."""
         await self._each(plan, lambda backend: backend.apply(delta.of(backend.name)), since)
+
+    async def carry(self, plan: Plan, carriers: Mapping[IPNetwork, str | None]) -> None:
+        """Carry the packets to each subnet by the given backend; None: the last one in the list
+        that has a path. Raises DeviceError."""
+        for subnet, carrier in carriers.items():
+            plan.carry(subnet, carrier)
+        await self._each(plan, lambda backend: backend.divert({
+            subnet: carrier not in (None, backend.name) for subnet, carrier in carriers.items()}))
 
     async def resync(self, plan: Plan) -> None:
         """Compare the host with the applied plan, and repair the differences on the host.

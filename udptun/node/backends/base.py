@@ -9,7 +9,7 @@ thread may use.
 The order of calls:
 1. ``prepare``, then ``lease_data`` and ``reach``.
 2. ``settle``, when our lease is known.
-3. ``apply_all``, ``apply`` and ``resync``, as often as needed.
+3. ``apply_all``, ``apply``, ``divert`` and ``resync``, as often as needed.
 
 The daemon may repeat a call at any time. A repeated call changes only the parts of the host that
 differ from the wanted state. If the backend is not used, the daemon calls only ``retire``.
@@ -171,6 +171,16 @@ class Backend(ABC, Generic[P]):
 
         The return value and the errors are those of ``apply_all``.
         """
+
+    async def divert(self, changes: Mapping[IPNetwork, bool]) -> None:
+        """Give the packets for a subnet to another backend (True), or take them again (False).
+
+        A diverted subnet keeps its path: packets and probes of the peer are still accepted, and our
+        own probes still reach it. The setting applies to paths that are set later too, until it is
+        changed again. A backend does nothing here if the routes of other backends take precedence
+        over its own. Raises DeviceError.
+        """
+        return
 
     async def resync(self) -> None:
         """Compare the host with the last applied paths, and repair differences on the host.

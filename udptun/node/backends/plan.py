@@ -12,10 +12,12 @@ unreachable.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ...leases.advert import PROBE
+from ...leases.advert import read as read_advert
 from ...leases.base import Change, Lease, Subnets
 from ...model import IPAddress, IPNetwork, is_unicast
 from . import BACKENDS, FLANNEL_DEFAULT
@@ -43,13 +45,15 @@ class SubnetPaths(NamedTuple):
     """The paths to one subnet of a peer.
 
     key    the key of the peer's lease
-    paths  one entry per entry of ``LocalNode.reaches``; None: this backend has no path. At least
-           one entry is not None.
+    paths       one entry per entry of ``LocalNode.reaches``; None: this backend has no path. At
+                least one entry is not None.
+    probe_port  the UDP port at which the peer answers probes; None: it answers none
     """
 
     key: str
     subnet: IPNetwork
     paths: tuple[Any | None, ...]
+    probe_port: int | None = None
 
 
 class _Unusable(Exception):
@@ -67,6 +71,8 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
         address.version: address for address in (attributes.public_ip, attributes.public_ipv6)
         if address is not None
     })
+    advert = read_advert(attributes.backend_data)
+    probe_port = advert.port if advert is not None and PROBE in advert.features else None
     found: list[SubnetPaths] = []
     reasons: dict[str, None] = {}  # an ordered set: both subnets may have the same reason
     for subnet in lease.subnets:
@@ -75,7 +81,8 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
             continue  # the overlay does not use this IP version, so no path is missing
         try:
             _check(local, subnet, network, peer)
-            found.append(SubnetPaths(lease.key, subnet, _paths(local, peer, subnet)))
+            paths = _paths(local, peer, subnet)
+            found.append(SubnetPaths(lease.key, subnet, paths, probe_port))
         except _Unusable as exc:
             reasons[str(exc)] = None
     return found, "; ".join(reasons)
@@ -135,10 +142,12 @@ def _inactive(local: LocalNode, peer: PeerNode) -> str:
 class Delta:
     """The effect of one set of changes.
 
-    paths  by backend, then by subnet: the new path; None: the path was removed
+    paths    by backend, then by subnet: the new path; None: the path was removed
+    subnets  the subnets of all leases that were added, changed or removed
     """
 
     paths: dict[str, dict[IPNetwork, Any | None]] = field(default_factory=dict)
+    subnets: frozenset[IPNetwork] = frozenset()
 
     def of(self, backend: str) -> dict[IPNetwork, Any | None]:
         return self.paths.get(backend, {})
@@ -149,10 +158,16 @@ class Plan:
 
     unreachable  by lease key: the reason why the peer, or one of its subnets, has no path
     carried_n    by active backend: the number of peers to which the backend carries the packets
+    carriers     by subnet: the backend that carries the packets, if it is not the last one in the
+                 list that has a path. A subnet without such a path is ignored
     """
 
-    def __init__(self, local: LocalNode, leases: Iterable[Lease] = ()) -> None:
+    def __init__(
+        self, local: LocalNode, leases: Iterable[Lease] = (),
+        carriers: Mapping[IPNetwork, str] | None = None,
+    ) -> None:
         self.local = local
+        self.carriers = dict(carriers or {})
         self.unreachable: dict[str, str] = {}
         self.carried_n = dict.fromkeys((backend.name for backend in local.reaches), 0)
         self._by_subnet: dict[IPNetwork, SubnetPaths] = {}
@@ -175,6 +190,24 @@ class Plan:
         found = self._by_subnet.get(subnet)
         return str(subnet) if found is None else found.key
 
+    def __iter__(self) -> Iterator[SubnetPaths]:
+        return iter(self._by_subnet.values())
+
+    def get(self, subnet: IPNetwork) -> SubnetPaths | None:
+        return self._by_subnet.get(subnet)
+
+    def carry(self, subnet: IPNetwork, backend: str | None) -> None:
+        """Set the backend that carries the packets to the subnet; None: the last one in the list.
+        """
+        found = self._by_subnet.get(subnet)
+        peer = () if found is None else self._by_key[found.key]
+        self._count(peer, -1)
+        if backend is None:
+            self.carriers.pop(subnet, None)
+        else:
+            self.carriers[subnet] = backend
+        self._count(peer, 1)
+
     def change(self, changes: Iterable[Change]) -> Delta:
         """Apply the changes in their order, and return the paths that differ afterwards."""
         before: dict[IPNetwork, SubnetPaths | None] = {}
@@ -186,7 +219,7 @@ class Plan:
             for lease in [*self._rejected.values()]:
                 self._remove(lease.key, before)
                 self._add(lease, before)
-        delta = Delta()
+        delta = Delta(subnets=frozenset(before))
         none = (None,) * len(self.local.reaches)
         for subnet, was in before.items():
             now = self._by_subnet.get(subnet)
@@ -231,9 +264,14 @@ class Plan:
     def _count(self, peer: Sequence[SubnetPaths], by: int) -> None:
         """Add ``by`` to the count of the backend that carries the packets to the peer.
 
-        That is the last backend in the list that has a path to any of the peer's subnets.
+        If the peer's subnets have different carriers, the last one in the list counts.
         """
-        for at in reversed(range(len(self.local.reaches))):
-            if any(found.paths[at] is not None for found in peer):
-                self.carried_n[self.local.reaches[at].name] += by
-                return
+        if peer:
+            at = max(self._carrier(found) for found in peer)
+            self.carried_n[self.local.reaches[at].name] += by
+
+    def _carrier(self, found: SubnetPaths) -> int:
+        """Return the position in ``LocalNode.reaches`` of the backend that carries the packets."""
+        usable = [at for at, path in enumerate(found.paths) if path is not None]
+        chosen = self.carriers.get(found.subnet)
+        return next((at for at in usable if self.local.reaches[at].name == chosen), usable[-1])

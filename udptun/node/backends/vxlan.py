@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
@@ -82,6 +82,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         self._configs: dict[int, VxlanConfig] = {}  # by IP version, like ``_devices``
         self._devices: dict[int, VxlanDevice] = {}
         self._peers: dict[IPNetwork, VxlanPeer] = {}
+        self._diverted: set[IPNetwork] = set()
         self._refused: dict[IPNetwork, str] = {}
 
     def device_names(self, network: NetConfig) -> tuple[str, ...]:
@@ -134,7 +135,7 @@ class VxlanBackend(Backend[VxlanPeer]):
             VxlanConfig(
                 self._instance.vxlan_device(network.vni, local.version), network.vni,
                 network.vxlan_port, underlay.index, local, mtu, network.learning, network.gbp,
-                _former_mac(site.former, local.version), overlay,
+                _former_mac(site.former, local.version), overlay, site.optional,
             )
             for local, overlay in pairs if local is not None and overlay is not None
         ]
@@ -163,6 +164,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         if self._devices or (former is not None and former.backend_type == TYPE):
             await self._remove_devices(network)
         self._devices, self._configs, self._peers, self._refused = {}, {}, {}, {}
+        self._diverted.clear()
 
     async def _remove_devices(self, network: NetConfig, attempt: Attempt = nullcontext) -> None:
         networks: dict[int, IPNetwork | None] = {4: network.network, 6: network.network6}
@@ -186,14 +188,26 @@ class VxlanBackend(Backend[VxlanPeer]):
                 self._peers.pop(subnet, None)
             else:
                 self._peers[subnet] = peer
+        await self._send(changes)
+        return len(changes)
+
+    async def divert(self, changes: Mapping[IPNetwork, bool]) -> None:
+        for subnet, diverted in changes.items():
+            (self._diverted.add if diverted else self._diverted.discard)(subnet)
+        await self._send({net: peer for net in changes if (peer := self._peers.get(net))})
+
+    async def _send(self, changes: Mapping[IPNetwork, VxlanPeer | None]) -> None:
         for version, device in self._devices.items():
             of_device = {net: peer for net, peer in changes.items() if net.version == version}
             if of_device:
                 self._record(await self._vxlan.change(
-                    device, [peer for peer in of_device.values() if peer is not None],
+                    device, self._with_routes(peer for peer in of_device.values() if peer),
                     [subnet for subnet, peer in of_device.items() if peer is None],
                 ))
-        return len(changes)
+
+    def _with_routes(self, peers: Iterable[VxlanPeer]) -> list[VxlanPeer]:
+        return [replace(peer, routed=False) if peer.subnet in self._diverted else peer
+                for peer in peers]
 
     async def resync(self) -> None:
         for version, device in self._devices.items():
@@ -210,7 +224,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         peers = [peer for net, peer in self._peers.items() if net.version == device.version]
         for peer in peers:
             self._refused.pop(peer.subnet, None)
-        self._record(await self._vxlan.sync(device, peers))
+        self._record(await self._vxlan.sync(device, self._with_routes(peers)))
 
     def _record(self, failures: tuple[PeerFailure, ...]) -> None:
         for failure in failures:
