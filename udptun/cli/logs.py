@@ -1,6 +1,8 @@
 """The log of a long-running command. Lines go to stderr, as text or as one JSON object each.
 
-Owns the two formats. Threading: call from the main thread, at the start.
+Owns the two formats, and the level of each logger: udptun's own loggers log from INFO on, all other
+loggers from WARNING on. Libraries log every request at INFO: for example httpx2, which lightkube
+uses. Threading: call from the main thread, at the start.
 """
 
 from __future__ import annotations
@@ -39,6 +41,5 @@ def start(verbose: int = 0, form: str = "text") -> None:
         JsonFormatter() if form == "json"
         else logging.Formatter(f"{stamp}%(levelname)s %(name)s: %(message)s")
     )
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
-    if verbose:
-        log.setLevel(logging.DEBUG)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
