@@ -94,7 +94,16 @@ class GoCommand(click.Command):
     """A command whose options have Go's syntax. ``Bool`` and ``Level`` flags need no value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(self._spelled(ctx, args)))
+        return super().parse_args(ctx, list(self._spelled_so_far(ctx, args)))
+
+    def _spelled_so_far(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
+        """Yield what ``_spelled`` yields. If a shell completes the command line, its end may be
+        missing, and errors are no errors."""
+        try:
+            yield from self._spelled(ctx, args)
+        except click.UsageError:
+            if not ctx.resilient_parsing:
+                raise
 
     def _spelled(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
         """Yield each flag and its value as one argument, a form that click cannot misread."""

@@ -32,8 +32,8 @@ def take_options(
     ctx: click.Context, param: click.Parameter, path: Path | None
 ) -> Path | None:
     """Callback of an eager option: make the file's values the defaults of all other options."""
-    if path is None:
-        return None
+    if path is None or ctx.resilient_parsing:  # resilient: a shell completes the command line
+        return path
     try:
         ctx.default_map = _defaults(ctx, param, _wait(path), str(path))
     except FieldError as exc:
