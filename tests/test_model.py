@@ -143,6 +143,18 @@ def test_host_bits_are_refused_with_the_prefix() -> None:
         model.parse_prefix("dst", "10.1.2.3/8")
 
 
+@pytest.mark.parametrize("text", ["10.244.0.0", "10.244.1.7", "fd00::", "", "/16", "10.244.0.0/",
+                                  "10.244.0.0/255.255.0.0", "10.244.0.0/-1"])
+def test_the_prefix_of_a_network_needs_its_length(text: str) -> None:
+    with pytest.raises(FieldError, match="expected a prefix"):
+        model.parse_prefix("network", text)
+
+
+def test_the_destination_of_a_route_may_be_one_address() -> None:
+    assert str(model.parse_destination("dst", "10.244.1.7")) == "10.244.1.7/32"
+    assert str(model.parse_destination("dst", "fd00::7")) == "fd00::7/128"
+
+
 def test_diff_to_json() -> None:
     assert RouteDiff(7, 1, 2, 3).to_json() == {
         "generation": 7, "added": 1, "changed": 2, "removed": 3,

@@ -54,7 +54,19 @@ def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
 
 
 def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
-    """Parse a prefix in CIDR form. Host bits must be 0: 10.0.0.1/8 is usually a typing error."""
+    """Parse the prefix of a network, in CIDR form with its length.
+
+    Host bits must be 0: 10.0.0.1/8 is usually a typing error. So is 10.244.0.0 without a length,
+    which ip(8) reads as the single address 10.244.0.0/32.
+    """
+    if isinstance(value, str) and "/" not in value:
+        expected = "a prefix with its length, such as 10.244.0.0/16"
+        raise FieldError(field, value, expected, where)
+    return parse_destination(field, value, where)
+
+
+def parse_destination(field: str, value: object, where: str = "") -> IPNetwork:
+    """Parse the destination of a route: a prefix, or one address. Host bits must be 0."""
     try:
         if not isinstance(value, str) or "%" in value:
             raise ValueError
@@ -120,7 +132,7 @@ class Route:
         where: str = "",
     ) -> Route:
         """Build a route from untrusted values. Raises FieldError, which names the field."""
-        prefix = parse_prefix("dst", dst, where)
+        prefix = parse_destination("dst", dst, where)
         next_hop = parse_next_hop("via", via, where)
         port_number = parse_number("port", port, 1, MAX_PORT, where)
         low = MIN_MTU if prefix.version == 4 else MIN_MTU6

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aiohttp import web
 
 from ..errors import ControlError, FieldError, UdptunError
-from ..model import Route, parse_address, parse_prefix
+from ..model import Route, parse_address, parse_destination
 from . import protocol
 from .events import Event, EventHub, Reader
 from .sockets import UnixListener, listen_unix
@@ -194,14 +194,14 @@ class ControlServer:
         if not isinstance(values, dict):
             raise FieldError("route", values, "an object with via")
         route = Route.from_json({"dst": dst, **values})
-        if route.dst != parse_prefix("dst", dst):
+        if route.dst != parse_destination("dst", dst):
             raise FieldError("dst", values["dst"], f"the prefix in the path ({dst}), or none")
         if only_add:
             return _changed(await self._forwarder.add_route(route))
         return _changed(await self._forwarder.put_route(route))
 
     async def _delete_route(self, request: web.BaseRequest) -> web.StreamResponse:
-        dst = parse_prefix("dst", _destination(request))
+        dst = parse_destination("dst", _destination(request))
         return _changed(await self._forwarder.delete_route(dst))
 
     async def _post_stop(self, request: web.BaseRequest) -> web.StreamResponse:
