@@ -23,18 +23,6 @@ from udptun.instance import Instance
 ROUTE = "10.244.2.0/24 via 192.0.2.2"
 
 
-@pytest.fixture(scope="module")
-def thread() -> Iterator[LoopThread]:
-    with LoopThread() as running:
-        yield running
-
-
-@pytest.fixture
-def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
-    with Served(thread, tmp_path / "udptun.sock") as running:
-        yield running
-
-
 class Udptun:
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -134,9 +122,26 @@ def test_sync(udptun: Udptun, tmp_path: Path) -> None:
     assert result.stdout == "added 2, changed 0, removed 0 (generation 2)\n"
     result = udptun("route sync -", stdin="10.1.0.0/16 via 192.0.2.9\n")
     assert result.stdout == "added 0, changed 1, removed 1 (generation 3)\n"
-    assert udptun("route sync - -o json", stdin="").stdout == (
+    assert udptun("route sync - --allow-empty -o json", stdin="").stdout == (
         '{\n  "generation": 4,\n  "added": 0,\n  "changed": 0,\n  "removed": 1\n}\n'
     )
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# 10.1.0.0/16 via 192.0.2.1\n", " \t\n\n  # none\n"])
+def test_sync_without_a_route_is_refused(udptun: Udptun, served: Served, text: str) -> None:
+    udptun(f"route add {ROUTE}")
+    fails(udptun("route sync -", stdin=text), 1, "standard input: there is no route in it",
+          "--allow-empty")
+    assert served.forwarder.bodies == []
+    assert len(udptun.json("route list")["routes"]) == 1
+    assert udptun("route sync - --allow-empty", stdin=text).exit_code == 0
+    assert udptun.json("route list")["routes"] == []
+
+
+@pytest.mark.parametrize("text", [f"{ROUTE}\n", f"# none\n\n\t {ROUTE}", f"\n{ROUTE} # one"])
+def test_sync_with_one_route_is_not_empty(udptun: Udptun, text: str) -> None:
+    assert udptun("route sync -", stdin=text).exit_code == 0
+    assert len(udptun.json("route list")["routes"]) == 1
 
 
 def test_sync_errors_name_file_line_and_field(udptun: Udptun, tmp_path: Path) -> None:
@@ -239,7 +244,8 @@ def test_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     ["status", "drops", "trace 10.0.0.1", "events", "events -w", "stop", "route list",
-     f"route add {ROUTE}", f"route replace {ROUTE}", "route del 10.0.0.0/8", "route sync -"],
+     f"route add {ROUTE}", f"route replace {ROUTE}", "route del 10.0.0.0/8",
+     "route sync - --allow-empty"],
 )
 def test_no_forwarder(tmp_path: Path, words: str) -> None:
     result = Udptun(tmp_path / "absent")(words, stdin="")

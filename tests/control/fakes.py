@@ -1,6 +1,7 @@
 """A fake forwarder without a data plane. The control server, the loop and the socket are real.
 
-The tests of the control API and of the command line use this fake forwarder.
+The tests of the control API and of the command line use this fake forwarder. The conftest.py of each
+directory with such tests imports the fixtures at the end.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from mmap import mmap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvloop
 
 from udptun.control.events import EventHub
@@ -254,3 +256,13 @@ class Served:
         self.thread.call(lambda: [self.forwarder.emit(event) for event in events])
 
 
+@pytest.fixture(scope="module")
+def thread() -> Iterator[LoopThread]:
+    with LoopThread() as running:
+        yield running
+
+
+@pytest.fixture
+def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
+    with Served(thread, tmp_path / "udptun.sock") as running:
+        yield running

@@ -21,18 +21,6 @@ OTHER = Route.make("10.244.2.0/24", "192.0.2.3", 9000, 1400)
 SIX = Route.make("2001:db8:5::/64", "2001:db8::1")
 
 
-@pytest.fixture(scope="module")
-def thread() -> Iterator[LoopThread]:
-    with LoopThread() as running:
-        yield running
-
-
-@pytest.fixture
-def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
-    with Served(thread, tmp_path / "udptun.sock") as running:
-        yield running
-
-
 @pytest.fixture
 def client(served: Served) -> Iterator[ControlClient]:
     with ControlClient(str(served.path)) as connected:

@@ -21,18 +21,6 @@ from udptun.errors import DeviceError, UdptunError
 from udptun.lab import wait_for
 
 
-@pytest.fixture(scope="module")
-def thread() -> Iterator[LoopThread]:
-    with LoopThread() as running:
-        yield running
-
-
-@pytest.fixture
-def served(thread: LoopThread, tmp_path: Path) -> Iterator[Served]:
-    with Served(thread, tmp_path / "udptun.sock") as running:
-        yield running
-
-
 class Http(http.client.HTTPConnection):
     """An HTTP client that does not use udptun's code."""
 

@@ -52,6 +52,20 @@ async def test_a_change_is_completed_when_its_caller_is_cancelled():
 
 
 @in_own_netns
+async def test_reload_of_an_emptied_route_file_deletes_nothing(tmp_path):
+    file = tmp_path / "routes"
+    file.write_text("10.244.2.0/24 via 192.0.2.9\n")
+    async with Forwarder(config(routes_file=file)) as forwarder:
+        for text in ("", "# 10.244.2.0/24 via 192.0.2.9\n"):
+            file.write_text(text)
+            with pytest.raises(UdptunError, match=f"no route in {file}.*--allow-empty"):
+                await forwarder.reload()
+            assert forwarder.route_count == 1
+        file.write_text("10.244.3.0/24 via 192.0.2.9\n")
+        assert (await forwarder.reload()).added == 1
+
+
+@in_own_netns
 async def test_a_device_that_was_set_down_is_configured_again():
     addresses = (parse_address("address", "10.244.1.0"), parse_address("address", "fd00:1::"))
     async with Forwarder(config(addresses=addresses, mtu=1400)) as forwarder:

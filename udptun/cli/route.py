@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..model import Route
 
 WORDS = "DST via IP [port P] [mtu M]"
+ROUTE_LINE = re.compile(rb"^[^\S\n]*[^\s#]", re.MULTILINE)  # a line with more than a comment
 
 
 @click.group()
@@ -76,10 +78,10 @@ def replace(ctx: click.Context, words: tuple[str, ...]) -> None:
 @click.pass_context
 def delete(ctx: click.Context, dst: str) -> None:
     """Delete the route to DST. Succeeds also if there is no such route."""
-    from ..model import parse_prefix
+    from ..model import parse_destination
 
     try:
-        prefix = parse_prefix("DST", dst)
+        prefix = parse_destination("DST", dst)
     except FieldError as exc:
         raise click.UsageError(str(exc)) from exc
     client(ctx).delete(prefix)
@@ -87,20 +89,25 @@ def delete(ctx: click.Context, dst: str) -> None:
 
 @route.command()
 @click.argument("file")
+@click.option("--allow-empty", is_flag=True, help="Accept a FILE without routes.")
 @output
 @connection
 @click.pass_context
-def sync(ctx: click.Context, file: str, output: str) -> None:
+def sync(ctx: click.Context, file: str, allow_empty: bool, output: str) -> None:
     """Replace all routes by those in FILE (- for standard input), in one step.
 
     FILE has one route per line: DST via IP [port P] [mtu M]; # starts a comment. If a line is
-    invalid, nothing changes.
+    invalid, nothing changes. If there is no route in FILE, nothing changes either, because the
+    program that should write the routes may have failed.
     """
     name = "standard input" if file == "-" else file
     try:
         body = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as exc:
         raise Failure(f"{name}: {exc.strerror}") from exc
+    if not allow_empty and not ROUTE_LINE.search(body):
+        raise Failure(f"{name}: there is no route in it, so all routes would be deleted: "
+                      "use --allow-empty if this is intended")
     try:
         diff = client(ctx).replace_text(body)
     except ControlError as exc:

@@ -203,7 +203,11 @@ class Routes:
         return await self._install(core, table)
 
     async def _reload(self, core: _core.Core, path: Path) -> RouteDiff:
-        return await self._install(core, await asyncio.to_thread(_parse_file, path))
+        table = await asyncio.to_thread(_parse_file, path)
+        if len(self) and not len(table):  # the file was emptied, probably by mistake
+            raise UdptunError(f"there is no route in {path}, so all routes would be deleted: use "
+                              f"`udptun route sync --allow-empty {path}` if this is intended")
+        return await self._install(core, table)
 
     async def _install(self, core: _core.Core, table: _core.RouteTable) -> RouteDiff:
         """Replace the active table by ``table``, save the new table and emit events."""
