@@ -11,13 +11,16 @@ import subprocess
 import sys
 import tomllib
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 from udptun.leases.sources import SOURCES
 
-PACKAGE = Path(__file__).resolve().parent.parent / "udptun"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "udptun"
+OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {"errors", "files", "instance", "model", "drops", "wait", "_version"}
 RULES = {
@@ -68,7 +71,6 @@ THIRD_PARTY = {
     "pyroute2": {"net.netlink", "net.underlay", "net.vxlan"},
     "uvloop": {"cli.forward", "forwarder"},
 }
-DISTRIBUTIONS = {"google": "protobuf", "grpc": "grpcio"}  # where the names differ
 EXTENSIONS = {"_core"}
 
 
@@ -131,16 +133,67 @@ def test_imports_follow_the_rules():
     assert violations(PACKAGE, RULES, THIRD_PARTY) == []
 
 
+def canonical(distribution):
+    """Return the name in the form in which all spellings of a distribution's name are equal."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def declared_for(top, *inner):
+    """Return the distributions that pyproject.toml declares for a module, given by its path's parts.
+
+    A package of leases that is an extra has the extra's requirements, the rest of udptun has only
+    the requirements that are always installed. Programs of the checkout have all.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    if top != "udptun":
+        chosen = [project["build-system"]["requires"], *extras.values()]
+    else:
+        chosen = [
+            extras[source.extra] for source in SOURCES
+            if source.extra and inner[:2] == ("leases", source.module.split(".")[1])
+        ]
+    requirements = [*project["project"]["dependencies"], *(one for each in chosen for one in each)]
+    return {canonical(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
+
+
+def undeclared(root, paths):
+    """Return one message for each import of a package that pyproject.toml does not declare.
+
+    A package that is installed only as a dependency of another package counts as undeclared.
+    """
+    distributions = packages_distributions()
+    found = []
+    for path in paths:
+        parts = path.relative_to(root).parts
+        declared = declared_for(*parts)
+        for line, package, _ in imported(path, root / parts[0], set()):
+            if package and package not in (*sys.stdlib_module_names, *OWN):
+                names = distributions.get(package, [package])  # not installed: the usual name
+                if declared.isdisjoint(map(canonical, names)):
+                    found.append(f"{'/'.join(parts)}:{line} imports {package}")
+    return found
+
+
 def test_every_imported_package_is_declared():
-    """A package that is installed only as a dependency of another one is an error."""
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    optional = [each for source in SOURCES if source.extra for each in extras[source.extra]]
-    declared = {
-        re.match(r"[\w-]+", requirement)[0].replace("-", "_")
-        for requirement in (*project["dependencies"], *optional)
-    }
-    assert {DISTRIBUTIONS.get(package, package) for package in THIRD_PARTY} <= declared
+    paths = [ROOT / "setup.py", *(path for top in OWN for path in (ROOT / top).rglob("*.py"))]
+    assert len(paths) > 200
+    assert undeclared(ROOT, paths) == []
+
+
+@pytest.mark.parametrize(("module", "statement"), [
+    ("udptun/leases/kube/x.py", "import httpcore2"),  # installed only because of httpx2
+    ("udptun/leases/kube/x.py", "def f():\n    from anyio import sleep"),
+    ("udptun/leases/etcd/x.py", "import httpx2"),  # declared, but for another extra
+    ("udptun/leases/cache.py", "import msgspec"),
+    ("udptun/node/x.py", "import yaml"),  # declared for the tests only
+    ("bench/x.py", "import numpy"),
+])
+def test_an_undeclared_import_is_found(module, statement, tmp_path):
+    path = tmp_path / module
+    path.parent.mkdir(parents=True)
+    path.write_text(statement)
+    assert len(undeclared(tmp_path, [path])) == 1
 
 
 def documented_rules(text):
