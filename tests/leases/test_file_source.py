@@ -369,6 +369,7 @@ async def test_a_half_written_file_is_not_used(hosts, monkeypatch):
 
 
 async def test_an_invalid_edit_is_refused_and_the_last_valid_state_stays(hosts, caplog):
+    caplog.set_level("INFO")
     async with watching(hosts) as (source, next_update):
         await next_update()
         replace(hosts, toml(1, 2, 3).replace("192.0.2.3", "192.0.2"))
@@ -382,12 +383,15 @@ async def test_an_invalid_edit_is_refused_and_the_last_valid_state_stays(hosts, 
         await until(lambda: source.health.last_contact > polled, "the next poll")
         assert caplog.text.count(want) == 1
         assert source.health.errors_n == 1
+        assert "valid again" not in caplog.text
         replace(hosts, toml(1, 2, 3))
         assert await next_update() == Changes((Change(None, lease(3)),))
         assert source.health.connected and not source.health.error
+        assert caplog.text.count(f"{hosts} is valid again, number of nodes: 3; the error was: {want}") == 1
 
 
 async def test_a_deleted_file_removes_no_node(hosts, caplog):
+    caplog.set_level("INFO")
     async with watching(hosts) as (source, next_update):
         await next_update()
         hosts.rename(hosts.with_suffix(".old"))
@@ -396,8 +400,10 @@ async def test_a_deleted_file_removes_no_node(hosts, caplog):
         for _ in range(3):
             assert await source.acquire(*NOTHING) == lease(1)
         assert caplog.text.count("No such file") == source.health.errors_n == 1
+        assert "valid again" not in caplog.text
         replace(hosts, toml(1))
         assert await next_update() == Changes((Change(lease(2), None),))
+        assert f"{hosts} is valid again, number of nodes: 1" in caplog.text
 
 
 @pytest.mark.parametrize("text", [toml(1), "network = 1"])
@@ -543,6 +549,7 @@ async def test_the_error_without_an_own_node_lists_the_nodes(hosts, options, wor
 
 
 async def test_a_removed_own_entry_is_a_lost_lease_until_it_is_back(hosts, caplog):
+    caplog.set_level("INFO")
     async with watching(hosts) as (source, next_update):
         await next_update()
         holding = asyncio.create_task(source.hold(await source.acquire(*NOTHING)))
@@ -554,6 +561,7 @@ async def test_a_removed_own_entry_is_a_lost_lease_until_it_is_back(hosts, caplo
         replace(hosts, toml(1, 2))
         assert await next_update() == Changes((Change(None, lease(1)),))
         assert (source.health.lease, source.health.lease_error) == ("held", "")
+        assert f"{hosts} has the node n1 again" in caplog.text
         assert not holding.done()
         holding.cancel()
         await asyncio.gather(holding, return_exceptions=True)

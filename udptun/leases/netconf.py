@@ -22,6 +22,10 @@ from ..model import DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU, IPAddress, IPNetwo
 
 MAX_VNI = (1 << 24) - 1
 
+# The values of Backend.Type whose options are checked: those of the backends in node.backends. The
+# options of flannel's other backends may have the same names with other values.
+CHECKED_TYPES = ("auto", "udp", "vxlan")
+
 
 @dataclass(frozen=True, slots=True)
 class NetConfig:
@@ -82,7 +86,7 @@ class NetConfig:
             text, v4.network, v6.network, v4.length, v4.first, v4.last, v6.length, v6.first,
             v6.last, _flag(fields, "EnableNFTables", where), backend_type, backend,
         )
-        if backend_type in ("auto", "udp", "vxlan"):
+        if backend_type in CHECKED_TYPES:
             config._check_options(where)
         return config
 

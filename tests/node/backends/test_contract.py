@@ -13,6 +13,7 @@ from tests.node.daemon_host import NETWORK, Node
 from tests.own_netns import in_own_netns, ip_json
 from udptun.leases.base import Lease, Subnets
 from udptun.leases.cache import LastKnown
+from udptun.leases.netconf import CHECKED_TYPES
 from udptun.net.netlink import Netlink
 from udptun.node.backends import AUTO, BACKENDS, MODES
 from udptun.node.backends.active import combine, create
@@ -126,3 +127,7 @@ def test_no_module_outside_the_package_names_a_backend():
         if isinstance(constant, ast.Constant) and constant.value in BACKENDS
     ]
     assert named == []
+
+
+def test_the_options_of_every_backend_are_checked() -> None:
+    assert set(CHECKED_TYPES) == set(MODES)

@@ -174,6 +174,9 @@ class FileSource(LeaseSource):
         if self._hosts is not None and hosts.network != self._hosts.network:
             log.warning("%s: the network section of the file has changed; the change takes effect "
                         "when the daemon reloads (SIGHUP) or restarts", self._path)
+        if self._error is not None:
+            log.info("%s is valid again, number of nodes: %d; the error was: %s", self._path,
+                     len(hosts.leases), self._error)
         self._hosts, self._error = hosts, None
         self.health.connected, self.health.error = True, ""
         if self._own_key:
@@ -229,6 +232,8 @@ class FileSource(LeaseSource):
     def _check_own(self, hosts: HostsFile) -> None:
         health = self.health
         if any(lease.key == self._own_key for lease in hosts.leases):
+            if health.lease == "lost":
+                log.info("%s has the node %s again", self._path, self._own_key)
             health.lease, health.lease_error = "held", ""
         elif health.lease != "lost":
             health.lease = "lost"
