@@ -139,7 +139,7 @@ def canonical(distribution):
 
 
 def declared_for(top, *inner):
-    """Return the distributions that pyproject.toml declares for a module, given by its path's parts.
+    """Return the distributions that pyproject.toml declares for the module at this path.
 
     A package of leases that is an extra has the extra's requirements, the rest of udptun has only
     the requirements that are always installed. Programs of the checkout have all.

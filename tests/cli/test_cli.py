@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.control.fakes import LoopThread, Served
+from tests.control.fakes import Served
 from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_table

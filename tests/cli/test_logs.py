@@ -50,7 +50,8 @@ assert httpx2.get(f"http://127.0.0.1:{server.server_port}/", trust_env=False).st
 
 def stderr_of(program: str, *argv: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", program, *argv], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, *argv], capture_output=True, text=True, timeout=120,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stderr

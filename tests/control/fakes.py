@@ -1,7 +1,7 @@
 """A fake forwarder without a data plane. The control server, the loop and the socket are real.
 
-The tests of the control API and of the command line use this fake forwarder. The conftest.py of each
-directory with such tests imports the fixtures at the end.
+The tests of the control API and of the command line use this fake forwarder. The conftest.py of
+each directory with such tests imports the fixtures at the end.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.control.fakes import LoopThread, Served
+from tests.control.fakes import Served
 from udptun.control import client as client_module
 from udptun.control import protocol
 from udptun.control.client import ControlClient
