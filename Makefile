@@ -33,7 +33,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak package bench bench-full bench-micro bench-instructions sanitize lint clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak chaos package bench bench-full bench-micro bench-instructions sanitize lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp ## run 
 
 soak: build $(VENV)/test.stamp ## run ten minutes of full load, a route change every 10 ms; root
 	@UDPTUN_SOAK_SECONDS=600 $(PY) -m pytest tests/netns/test_tunnel_life.py -k under_load -s $(ARGS)
+
+chaos: build ## disturb a cluster of five nodes for ten minutes, at random; root
+	@scripts/need $(DEMO_TOOLS) etcd:etcd-server iptables:iptables
+	@$(PY) -m tests.chaos $(ARGS)
 
 SANITIZE_TESTS = tests/wire tests/table tests/path
 sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer and UBSan

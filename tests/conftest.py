@@ -3,8 +3,8 @@
 Hypothesis has no deadline, because no test asserts a time. It takes the same examples on every run,
 so a failure is reproducible. ``UDPTUN_EXAMPLES=N`` takes N new examples on each run.
 
-Tests between hosts (``tests/lab``, ``tests/netns``) need root and are skipped without it. The end
-of each run lists every reason for which something was not tested.
+Tests between hosts (``tests/chaos``, ``tests/lab``, ``tests/netns``) need root and are skipped
+without it. The end of each run lists every reason for which something was not tested.
 
 ``make test`` runs all tests except those marked ``slow``; ``make test-all`` runs those too.
 """
@@ -24,7 +24,8 @@ from udptun.lab.tools import PACKAGES, install_command
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-HOSTS = (TESTS / "lab", TESTS / "netns")  # tests between hosts in network namespaces
+# The folders of tests between hosts in network namespaces.
+HOSTS = (TESTS / "chaos", TESTS / "lab", TESTS / "netns")
 
 _MORE = os.environ.get("UDPTUN_EXAMPLES")
 settings.register_profile(

@@ -147,7 +147,10 @@ class Member:
     external     True: the lab starts the forwarder as a separate process, which waits for the
                  daemon's file, as in a systemd unit or a container. False: the daemon starts the
                  forwarder
-    environment  environment variables of the daemon, in addition to the lab's own variables
+    environment  environment variables of the daemon and of a separate forwarder, in addition to the
+                 lab's own variables
+    choose       True: give the daemon no --iface, so that it chooses the interface of the default
+                 route
     """
 
     host: Host
@@ -155,6 +158,7 @@ class Member:
     options: tuple[str, ...] = ()
     external: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    choose: bool = False
     daemon: Process = field(init=False, repr=False)
     forwarder: Process | None = None
     pod: Host = field(init=False, repr=False)
@@ -172,9 +176,10 @@ class Member:
         return self.folder / "subnet.env"
 
     def argv(self, *more: str) -> list[str]:
+        iface = () if self.choose else (f"--iface={self.host.interfaces[0].name}",)
         return [
-            sys.executable, "-m", "udptun", "node", *self.store,
-            f"--iface={self.host.interfaces[0].name}", f"--subnet-file={self.subnet_file}",
+            sys.executable, "-m", "udptun", "node", *self.store, *iface,
+            f"--subnet-file={self.subnet_file}",
             f"--control={self.control}", f"--state-dir={self.folder / 'state'}",
             f"--healthz-port={HEALTH_PORT}", "--healthz-ip=127.0.0.1",
             f"--forwarder={'external' if self.external else 'spawn'}", *self.options, *more,
@@ -183,11 +188,16 @@ class Member:
     def start(self, *more: str) -> None:
         self.folder.mkdir(exist_ok=True)
         if self.external and (self.forwarder is None or not self.forwarder.alive):
-            waiting = ["--wait-for", str(self.control.with_name("forward.json"))]
-            self.forwarder = self.host.start(
-                [sys.executable, "-m", "udptun", "forward", *waiting], name="forwarder"
-            )
+            self.start_forwarder()
         self.daemon = self.host.start(self.argv(*more), name="node", env=self.environment)
+
+    def start_forwarder(self) -> None:
+        """Start the separate forwarder. It waits for the file that the daemon writes."""
+        waiting = ["--wait-for", str(self.control.with_name("forward.json"))]
+        self.forwarder = self.host.start(
+            [sys.executable, "-m", "udptun", "forward", *waiting], name="forwarder",
+            env=self.environment,
+        )
 
     def ready(self) -> tuple[bool, str]:
         """Return whether the node is ready, and the text of ``/readyz?verbose`` or the error."""

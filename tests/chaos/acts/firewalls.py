@@ -1,0 +1,115 @@
+"""Acts of firewalls: rule sets as packages load them, flushed tables, a full conntrack table."""
+
+from pathlib import Path
+from random import Random
+
+from udptun.lab.cluster import Member
+
+from ..world import World
+from .act import Act, Scene, isolates, pick
+
+RULES = Path(__file__).parent.parent / "rules"
+FLUSH = ("iptables -P INPUT ACCEPT; iptables -P FORWARD ACCEPT; iptables -P OUTPUT ACCEPT; "
+         "for t in filter nat mangle; do iptables -t $t -F; iptables -t $t -X; done")
+
+
+def _flush(world: World, rng: Random) -> Scene:
+    member = pick(world, rng)
+    member.host.run(["nft", "flush", "ruleset"])
+    return Scene(f"{member.host.name}: nft flush ruleset", [member], traced=True)
+
+
+def _policy(binary: str):
+    def do(world: World, rng: Random) -> Scene:
+        member = pick(world, rng)
+        member.host.run([binary, "-P", "FORWARD", "DROP"])
+        return Scene(f"{member.host.name}: {binary} -P FORWARD DROP", [member], traced=True,
+                     undo=lambda: member.host.run([binary, "-P", "FORWARD", "ACCEPT"]))
+
+    return do
+
+
+def _iptables_rules(file: str, text: str):
+    """Return an act that loads a rule set of iptables-save's format, as the package does."""
+
+    def do(world: World, rng: Random) -> Scene:
+        member = pick(world, rng)
+        member.host.run(["iptables-restore", "--noflush"], text=(RULES / file).read_text())
+
+        def undo() -> None:
+            _flush_iptables(member)
+
+        return Scene(f"{member.host.name}: {text}", [member], undo=undo, traced=True)
+
+    return do
+
+
+def _flush_iptables(member: Member) -> None:
+    member.host.run(["sh", "-c", FLUSH])
+
+
+def _firewalld(world: World, rng: Random) -> Scene:
+    """firewalld rejects what is forwarded, in a table of its own: no accept rule can lift that."""
+    member = pick(world, rng)
+    member.host.nft((RULES / "firewalld.nft").read_text())
+    return Scene(f"{member.host.name}: firewalld starts, without our devices in a zone", [member],
+                 isolates(world, member),
+                 lambda: member.host.nft("delete table inet firewalld\n"),
+                 says="firewalld")
+
+
+def _drop_input(world: World, rng: Random) -> Scene:
+    """The host's own firewall drops the tunnel's datagrams."""
+    member = pick(world, rng)
+    member.host.nft("table inet strict {\nchain input {\n"
+                    "type filter hook input priority 10; policy accept;\n"
+                    "udp dport { 8285, 8472 } drop\n}\n}\n")
+    return Scene(f"{member.host.name}: an nftables table drops UDP 8285 and 8472 on input",
+                 [member], isolates(world, member),
+                 lambda: member.host.nft("delete table inet strict\n"))
+
+
+def _drop_output(world: World, rng: Random) -> Scene:
+    member = pick(world, rng)
+    member.host.nft("table inet strict {\nchain output {\n"
+                    "type filter hook output priority 10; policy accept;\n"
+                    "udp dport { 8285, 8472 } drop\n}\n}\n")
+    return Scene(f"{member.host.name}: an nftables table drops UDP 8285 and 8472 on output",
+                 [member], isolates(world, member),
+                 lambda: member.host.nft("delete table inet strict\n"))
+
+
+def _conntrack_full(world: World, rng: Random) -> Scene:
+    """As with a full conntrack table, the first packet of every new flow is dropped."""
+    member = pick(world, rng)
+    member.host.sysctl("net.netfilter.nf_conntrack_acct=1")
+    member.host.nft("table inet full {\nchain pre {\n"
+                    "type filter hook prerouting priority -100; policy accept;\n"
+                    "ct original packets 1 ct reply packets 0 drop\n}\n}\n")
+    return Scene(f"{member.host.name}: new flows are dropped, as with a full conntrack table",
+                 [member], isolates(world, member),
+                 lambda: member.host.nft("delete table inet full\n"))
+
+
+def _flannel_chains(world: World, rng: Random) -> Scene:
+    """What a former flanneld with another subnet leaves: its chain masquerades pod traffic."""
+    member = pick(world, rng)
+    member.host.run(["iptables-restore", "--noflush"], text=(RULES / "flannel.rules").read_text())
+    return Scene(f"{member.host.name}: the iptables chains of a former flanneld", [member],
+                 undo=lambda: _flush_iptables(member), traced=True)
+
+
+ACTS = [
+    Act("nft-flush", "all nftables rules are flushed", _flush),
+    Act("forward-drop", "the FORWARD policy of iptables is DROP", _policy("iptables")),
+    Act("forward-drop-legacy", "the FORWARD policy of iptables-legacy is DROP",
+        _policy("iptables-legacy")),
+    Act("docker", "Docker's rule set is loaded",
+        _iptables_rules("docker.rules", "Docker starts")),
+    Act("ufw", "ufw's rule set is loaded", _iptables_rules("ufw.rules", "ufw is enabled")),
+    Act("firewalld", "firewalld's rule set is loaded", _firewalld),
+    Act("input-drop", "a firewall drops the tunnel's datagrams on input", _drop_input),
+    Act("output-drop", "a firewall drops the tunnel's datagrams on output", _drop_output),
+    Act("conntrack-full", "new flows are dropped as with a full conntrack table", _conntrack_full),
+    Act("leftover-chains", "iptables chains of a former flanneld", _flannel_chains),
+]

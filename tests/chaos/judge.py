@@ -1,0 +1,159 @@
+"""One act: do it, watch what follows, undo it, watch again.
+
+While an act stands, and after it:
+- every pair of pods that has a path works again within the deadline;
+- of a pair without a path, one of the two nodes says so, by name or by a failed check;
+- a node that the act does not concern stays ready, whatever happens to others;
+- the host of a touched node has again what it had before, if the act does not stand;
+- the status says why, and the log has a line, if the act's scene asks for it.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from udptun.lab import LabError
+
+from .acts import Act, Scene
+from .acts.act import Pair
+from .world import Health, World
+
+LOOK_SECONDS = 0.5
+
+
+@dataclass
+class Verdict:
+    """What followed from one act.
+
+    wrong  the failures, each one line; empty: the act passed
+    took   seconds until everything was as it must be: while the act stood, and after it
+    """
+
+    name: str
+    text: str
+    wrong: list[str] = field(default_factory=list)
+    took: list[float] = field(default_factory=list)
+    evidence: str = ""
+
+
+class Judge:
+    def __init__(self, world: World, deadline: float) -> None:
+        self._world, self._deadline = world, deadline
+        self._health: dict[str, Health] = {}
+
+    def steady(self, seconds: float) -> list[str]:
+        """Wait until all pods reach each other, and all nodes are ready. Return what is missing."""
+        self._world.remember()
+        rest = Scene("the cluster is up", list(self._world.members), changes=True)
+        return self._watch(rest, time.monotonic(), seconds, 0, standing=False)[0]
+
+    def run(self, act: Act, rng: Random, tell: Callable[[str], object]) -> Verdict:
+        world = self._world
+        world.remember()
+        logs = {member.host.name: len(world.log(member)) for member in world.members}
+        scene = act.do(world, rng)
+        tell(scene.text)
+        verdict = Verdict(act.name, scene.text)
+        began = time.monotonic()
+        stands = scene.undo is not None
+        wrong, took = self._watch(scene, began, self._deadline, scene.stands, stands, logs)
+        self._note(verdict, "" if not stands else "while it stands: ", wrong, took)
+        if scene.undo is not None:
+            scene.undo()
+            after = Scene(scene.text, scene.touched, changes=scene.changes)
+            wrong, took = self._watch(after, time.monotonic(), self._deadline, 2.0, standing=False)
+            self._note(verdict, "after it: ", wrong, took)
+        return verdict
+
+    def _note(self, verdict: Verdict, when: str, wrong: list[str], took: float) -> None:
+        verdict.wrong += [when + one for one in wrong]
+        verdict.took.append(took)
+        if wrong:
+            world = self._world
+            verdict.evidence += "".join(
+                f"--- {when}{name}\n{health.text}" for name, health in self._health.items())
+            for member in world.members:
+                verdict.evidence += f"--- log of {member.host.name}\n{world.log(member)[-3000:]}\n"
+
+    def _watch(
+        self, scene: Scene, began: float, deadline: float, least: float, standing: bool,
+        logs: dict[str, int] | None = None,
+    ) -> tuple[list[str], float]:
+        """Look until nothing is wrong; return what is wrong at the deadline, and the time taken."""
+        world, unready = self._world, {}
+        while True:
+            world.tend()
+            wrong = self._look(scene, began, standing, logs, unready)
+            passed = time.monotonic() - began
+            if (not wrong and passed >= least) or passed >= max(deadline, least):
+                break
+            time.sleep(LOOK_SECONDS)
+        wrong += unready.values()
+        lost = [at for pair, at in world.mesh.last_lost(began).items() if pair not in scene.cut]
+        took = passed if wrong else max([0.0, *(at - began for at in lost)])
+        return wrong, took
+
+    def _look(self, scene, began, standing, logs, unready) -> list[str]:
+        """Return everything that is wrong now."""
+        world = self._world
+        touched = {member.host.name for member in scene.touched}
+        broken = world.mesh.broken(began)
+        self._health = {member.host.name: world.health(member) for member in world.members}
+        wrong = _by_reason("packets are lost, and a path exists",
+                           {pair: sizes for pair, sizes in broken.items() if pair not in scene.cut})
+        # A cut pair may still work by another way; if it does not, somebody says so.
+        wrong += _by_reason("packets are lost, and neither node says so",
+                            {(a, b): sizes for (a, b), sizes in broken.items()
+                             if (a, b) in scene.cut and not self._says(a, b)})
+        for name, health in self._health.items():
+            if name not in touched and not health.ready:
+                unready[name] = (f"{name} was not ready, and the act does not concern it: "
+                                 f"{', '.join(health.failed()) or health.text.strip()}")
+        if scene.says and not any(re.search(scene.says, self._health[name].text)
+                                  for name in touched):
+            wrong.append(f"no status of {', '.join(sorted(touched))} says /{scene.says}/")
+        if not standing:
+            wrong += [f"{name} is not ready: {', '.join(health.failed()) or health.text.strip()}"
+                      for name, health in self._health.items() if not health.ready]
+            wrong += self._stale_names()
+            if not scene.changes:
+                wrong += [f"{member.host.name}: the host differs: {' | '.join(lines)}"
+                          for member in scene.touched if (lines := self._differs(member))]
+        if scene.traced and logs is not None:
+            wrong += [f"{member.host.name}: nothing was logged" for member in scene.touched
+                      if len(world.log(member)) <= logs[member.host.name]]
+        return wrong
+
+    def _differs(self, member) -> list[str]:
+        try:
+            return self._world.differs(member)
+        except (LabError, OSError) as error:
+            return [str(error)]
+
+    def _says(self, a: str, b: str) -> bool:
+        """Return whether one of two nodes says that it does not reach the other."""
+        for here, there in ((a, b), (b, a)):
+            health = self._health[here]
+            if health.failed() or health.names(self._world.subnets[there]):
+                return True
+        return False
+
+    def _stale_names(self) -> list[str]:
+        """Return the peers that a status still names as unreachable, though nothing stands."""
+        keys = {key: name for name, key in self._world.subnets.items()}
+        return [f"{name} still says that it does not reach {other}"
+                for name, health in self._health.items()
+                for line in health.text.splitlines()
+                for key, other in keys.items()
+                if line.startswith(f"    {key}") and other != name]
+
+
+def _by_reason(why: str, pairs: dict[Pair, str]) -> list[str]:
+    """Return one line for all pairs that lose packets of the same sizes."""
+    lines = []
+    for sizes in sorted(set(pairs.values())):
+        names = ", ".join(f"{a} -> {b}" for (a, b), lost in sorted(pairs.items()) if lost == sizes)
+        lines.append(f"{names}: {sizes} {why}")
+    return lines
