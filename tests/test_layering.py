@@ -31,6 +31,7 @@ RULES = {
     "instance": {"errors"},
     "_version": set(),
     "model": {"errors"},
+    "probe": LEAVES | {"probe"},
     "device": LEAVES | {"device"},
     "net": LEAVES | {"device", "net"},
     "control.protocol": {"errors", "model"},
@@ -38,7 +39,7 @@ RULES = {
     "control": LEAVES | {"control"},
     "forwarder": LEAVES | {
         "_core", "control.events", "control.flannel", "control.server", "control.sockets",
-        "device", "forwarder", "net",
+        "device", "forwarder", "net", "probe",
     },
     "leases": LEAVES | {"leases"},
     "node.backends": LEAVES | {
@@ -50,7 +51,7 @@ RULES = {
     "node.status": LEAVES | {
         "control.client", "leases", "node.backends", "node.host.interface", "node.status",
     },
-    "node": LEAVES | {"control.client", "leases", "net", "node"},
+    "node": LEAVES | {"control.client", "leases", "net", "node", "probe"},
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
         "cli", "control.client", "control.protocol", "device.offload", "device.tun",

@@ -1,0 +1,323 @@
+"""The verdicts over a simulated network: how soon they come, and how many probes they cost."""
+
+import errno
+import itertools
+
+import pytest
+
+from tests.probe.simulation import FULL, Simulation
+from udptun.probe.prober import IDLE_PER_SECOND, URGENT_PER_SECOND
+from udptun.probe.sizes import RECHECK_SECONDS, STEP
+from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE
+
+SEEDS = range(8)
+
+
+def started(keys=("a",), traffic=(), seed=1, **options):
+    """Return a simulation whose peers have answered for a while."""
+    net = Simulation(seed, **options)
+    net.add(*keys)
+    net.with_traffic = set(traffic)
+    net.run(30 + seed * 0.37)  # another moment between two probes for each seed
+    assert {net.state(key) for key in keys} == {REACHABLE}
+    return net
+
+
+def test_a_peer_that_answers_is_reachable_with_its_round_trip():
+    net = started(round_trip=0.040)
+    path = net.prober["a"]
+    assert path.rtt == pytest.approx(0.040)
+    assert path.loss == 0
+    assert path.sizes.largest == FULL
+    assert path.sizes.full_passes
+    assert net.first("a", REACHABLE, 1000.0) < 1
+
+
+def test_a_path_is_unknown_until_its_first_verdict():
+    net = Simulation()
+    net.passes = lambda key, size, now: False
+    net.add("a")
+    assert net.state("a") == UNKNOWN
+    assert net.run(5).state("a") == UNREACHABLE
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_pair_with_traffic_gets_the_verdict_within_four_seconds(seed):
+    net = started(traffic="a", seed=seed)
+    net.passes = lambda key, size, now: False
+    since = net.now
+    net.run(10)
+    assert net.first("a", UNREACHABLE, since) <= 4.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_idle_peer_gets_the_verdict_within_fifteen_seconds(seed):
+    net = started(seed=seed)
+    net.passes = lambda key, size, now: False
+    since = net.now
+    net.run(20)
+    assert net.first("a", UNREACHABLE, since) <= 15.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_traffic_that_begins_after_an_hour_idle_gets_the_verdict_within_four_seconds(seed):
+    net = started(seed=seed)
+    net.run(3600)
+    net.passes = lambda key, size, now: False
+    since = net.now
+    net.with_traffic = {"a"}
+    net.run(5)
+    assert net.first("a", UNREACHABLE, since) <= 4.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_large_packets_that_do_not_pass_are_noticed_within_five_seconds(seed):
+    net = started(traffic="a", seed=seed)
+    net.passes = lambda key, size, now: size <= 1000
+    since = net.now
+    net.run(10)
+    assert net.first("a", REACHABLE, since, full=False) < 5.0
+    assert net.first("a", UNREACHABLE, since) is None
+
+
+@pytest.mark.parametrize("limit", [30, 100, 576, 1279, 1392, 1399])
+@pytest.mark.parametrize("traffic", ["", "a"])
+def test_the_largest_size_that_passes_is_found(limit, traffic):
+    net = started(traffic=traffic)
+    net.passes = lambda key, size, now: size <= limit
+    net.run(600)
+    assert limit - STEP < net.prober["a"].sizes.largest <= limit
+    assert net.prober["a"].loss < 0.1
+    since = net.now
+    net.passes = lambda key, size, now: True
+    net.run(120)
+    assert net.prober["a"].sizes.largest == FULL
+    assert net.first("a", REACHABLE, since, full=True) < (3 * RECHECK_SECONDS if traffic else 120)
+
+
+def test_a_limit_that_falls_and_rises_is_followed():
+    net = started(traffic="a")
+    for limit in (1200, 600, 900):
+        net.passes = lambda key, size, now, limit=limit: size <= limit
+        net.run(1300)
+        assert limit - STEP < net.prober["a"].sizes.largest <= limit
+
+
+def test_an_outage_says_nothing_about_sizes():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: False
+    net.run(60)
+    since = net.now
+    net.passes = lambda key, size, now: True
+    net.run(15)
+    assert net.first("a", REACHABLE, since) <= 13
+    assert net.prober["a"].sizes.largest == FULL
+    assert all(full for _, _, state, full in net.verdicts if state == REACHABLE)
+
+
+def test_random_loss_of_five_percent_changes_no_verdict():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: net.prober._rng.random() > 0.05
+    since = net.now
+    net.run(600)
+    assert net.first("a", UNREACHABLE, since) is None
+    assert 0 < net.prober["a"].loss < 0.3
+
+
+def test_a_long_round_trip_is_not_an_outage():
+    net = started(traffic="a", round_trip=1.8)
+    net.run(300)
+    assert net.state("a") == REACHABLE
+    assert net.first("a", UNREACHABLE, 1030.0) is None
+
+
+def test_one_dead_peer_changes_nothing_for_another():
+    net = started(("a", "b"), traffic="ab")
+    before = len(net.sent_since(net.now - 20, "b"))
+    net.passes = lambda key, size, now: key == "b"
+    since = net.now
+    net.run(20)
+    assert net.state("b") == REACHABLE
+    assert abs(len(net.sent_since(since, "b")) - before) <= 3
+
+
+def test_an_unreachable_peer_is_probed_as_an_idle_one_also_with_traffic():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: False
+    net.run(60)
+    since = net.now
+    net.run(100)
+    assert 8 <= len(net.sent_since(since)) <= 14
+
+
+def test_idle_peers_are_probed_at_different_times():
+    keys = range(500)
+    net = started(keys)
+    since = net.now
+    net.run(10)
+    per_second = [len([1 for at, *_ in net.sent if at - since >= s and at - since < s + 1])
+                  for s in range(10)]
+    assert max(per_second) <= 100
+    assert min(per_second) >= 20
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_the_budget_bounds_the_probes_to_five_thousand_peers(dead):
+    net = Simulation()
+    keys = range(5000)
+    net.add(*keys)
+    net.run(120)
+    assert {net.state(key) for key in keys} == {REACHABLE}
+    since = net.now
+    if dead:
+        net.passes = lambda key, size, now: False
+    net.run(150)
+    rate = len(net.sent_since(since)) / 150
+    if dead:
+        assert rate <= IDLE_PER_SECOND + URGENT_PER_SECOND
+        assert {net.state(key) for key in keys} == {UNREACHABLE}
+    else:
+        assert 80 <= rate <= IDLE_PER_SECOND
+        assert len({key for _, key, _ in net.sent_since(since)}) == 5000
+
+
+def test_pairs_with_traffic_are_bounded_too_and_idle_ones_still_get_their_share():
+    net = Simulation()
+    net.add(*range(1500))
+    net.run(30)
+    net.with_traffic = set(range(1000))
+    net.run(10)
+    since = net.now
+    net.run(30)
+    rows = net.sent_since(since)
+    active = [key for _, key, _ in rows if key < 1000]
+    assert len(active) / 30 <= URGENT_PER_SECOND * 1.05
+    assert set(active) == set(range(1000))
+    assert {key for _, key, _ in rows if key >= 1000} == set(range(1000, 1500))
+
+
+def test_a_nat_hears_of_us_at_most_every_twenty_seconds():
+    net = Simulation()
+    net.add(*range(2500))
+    net.add("nat", max_interval=20.0)
+    net.run(150)
+    times = [at for at, *_ in net.sent_since(1060.0, "nat")]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert max(gaps) <= 24.5
+
+
+def test_received_data_prove_a_peer_that_need_not_answer():
+    net = Simulation()
+    net.passes = lambda key, size, now: False
+    net.add("stock", data_proves=True)
+    net.add("udptun")
+    for _ in range(60):
+        net.run(1)
+        for key in ("stock", "udptun"):
+            net.prober.data_received(key, net.now)
+    assert net.state("stock") == REACHABLE
+    assert net.state("udptun") == UNREACHABLE
+    net.run(20)
+    assert net.state("stock") == UNREACHABLE
+
+
+def test_one_direction_only_is_unreachable_and_the_reason_says_which():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: False
+    for second in range(12):
+        net.run(1)
+        net.prober.heard("a", net.now, heard_seconds=second + 1.0)
+    assert net.state("a") == UNREACHABLE
+    reason = net.prober["a"].reason(net.now)
+    assert "packets from the peer arrive, but it has received no probe for" in reason
+
+
+def test_a_silent_outage_does_not_claim_that_packets_arrive():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: False
+    net.run(10)
+    assert "arrive" not in net.prober["a"].reason(net.now)
+
+
+def test_a_refused_send_counts_as_lost_and_keeps_its_error():
+    net = started(traffic="a")
+    since = net.now
+    while net.state("a") != UNREACHABLE and net.now < since + 10:
+        net.now = max(net.now, net.prober.next_at())
+        for request in net.prober.run():
+            net.prober.send_failed(request, errno.ENETUNREACH)
+    assert net.now - since <= 4
+    assert "Network is unreachable" in net.prober["a"].reason(net.now)
+
+
+def test_a_full_socket_buffer_says_nothing_about_the_path():
+    net = started(traffic="a")
+    since = net.now
+    while net.now < since + 20:
+        net.now = max(net.now, net.prober.next_at())
+        for request in net.prober.run():
+            net.prober.send_failed(request, errno.ENOBUFS)
+    assert net.state("a") == REACHABLE
+
+
+def test_a_size_that_our_kernel_refuses_is_a_limit_and_not_an_outage():
+    net = Simulation()
+    net.add("a")
+    while net.now < 2000:
+        net.now = max(net.now, net.prober.next_at())
+        for request in net.prober.run():
+            if request.size > 1200:
+                net.prober.send_failed(request, errno.EMSGSIZE)
+            else:
+                net.prober.answered("a", request.token, request.size, net.now)
+    assert net.state("a") == REACHABLE
+    assert 1200 - STEP < net.prober["a"].sizes.largest <= 1200
+
+
+def test_an_answer_with_another_token_or_size_is_refused():
+    net = Simulation()
+    net.passes = lambda key, size, now: False
+    net.add("a")
+    net.run(0.1)
+    request = net.prober.request("a", 100)
+    assert not net.prober.answered("a", request.token ^ 1, 100, net.now)
+    assert not net.prober.answered("b", request.token, 100, net.now)
+    assert net.prober["a"].waits_for(request.token)
+    assert net.prober.answered("a", request.token, 100, net.now)
+    assert not net.prober.answered("a", request.token, 100, net.now)  # a copy of the answer
+    request = net.prober.request("a", 100)
+    assert not net.prober.answered("a", request.token, 101, net.now)
+
+
+def test_a_late_answer_proves_the_path():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: False
+    since, net.sent = net.now, []
+    request = net.prober.request("a", 24)
+    net.run(2.0)
+    assert net.prober.answered("a", request.token, 24, net.now)
+    assert net.prober["a"]._missed_n == 0
+    assert net.now - since == pytest.approx(2.0)
+
+
+def test_a_removed_path_is_forgotten():
+    net = started(("a", "b"))
+    net.prober.remove("a")
+    since = net.now
+    net.run(30)
+    assert net.sent_since(since, "a") == []
+    assert "a" not in net.prober
+    net.add("a")
+    assert net.state("a") == UNKNOWN
+
+
+def test_a_path_that_is_added_again_keeps_its_state_and_a_new_size_is_measured():
+    net = started()
+    net.prober.add("a", FULL)
+    assert net.state("a") == REACHABLE
+    assert net.prober["a"].sizes.full_passes
+    net.prober.add("a", FULL + 100)
+    assert net.prober["a"].sizes.full_passes is None
+    net.full += 100
+    net.run(60)
+    assert net.prober["a"].sizes.largest == FULL + 100

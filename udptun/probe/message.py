@@ -1,0 +1,73 @@
+"""The probe message: encode and decode.
+
+Owns the wire format, version 1. All numbers are big-endian, and the message is padded with zeros to
+its size:
+
+    0  u32  magic "utp1"; the high nibble of the first byte is 7, so it is not an IP packet
+    4  u8   kind: 1 request, 2 reply
+    5  u8   path: 1 UDP tunnel, 2 VXLAN
+    6  u16  zero
+    8  u64  token: random, new in each request; the reply has the request's token
+   16  u32  heard: milliseconds since the sender last received a probe of the receiver on this path;
+            0xFFFFFFFF: never
+   20  u16  size of the message in bytes; a reply has the request's size
+   22  u16  zero
+
+``src_ext/wire/probe.pxd`` has the compiled code for the same format. Pure functions: any thread.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+REQUEST, REPLY = 1, 2
+UDP_PATH, VXLAN_PATH = 1, 2
+
+MAGIC = 0x75747031  # "utp1"
+NEVER_HEARD = 0xFFFFFFFF
+MAX_SIZE = 0xFFFF
+
+_HEADER = struct.Struct(">IBBxxQIHxx")
+HEADER_SIZE = _HEADER.size  # 24
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    kind: int
+    path: int
+    token: int
+    heard_ms: int
+    size: int
+
+    def reply(self, heard_ms: int) -> Probe:
+        """Return the reply to this request."""
+        return Probe(REPLY, self.path, self.token, heard_ms, self.size)
+
+    def encode(self) -> bytes:
+        if not HEADER_SIZE <= self.size <= MAX_SIZE:
+            raise ValueError(f"size: {self.size} is not from {HEADER_SIZE} to {MAX_SIZE}")
+        header = _HEADER.pack(MAGIC, self.kind, self.path, self.token, self.heard_ms, self.size)
+        return header.ljust(self.size, b"\0")
+
+
+def decode(message: bytes) -> Probe | None:
+    """Return the probe in a received datagram, or None if the datagram is not a valid probe.
+
+    The fields that are zero in this version, and the padding, are not checked: a later version may
+    use them.
+    """
+    if len(message) < HEADER_SIZE:
+        return None
+    magic, kind, path, token, heard_ms, size = _HEADER.unpack_from(message)
+    known = kind in (REQUEST, REPLY) and path in (UDP_PATH, VXLAN_PATH)
+    if magic != MAGIC or not known or size != len(message):
+        return None
+    return Probe(kind, path, token, heard_ms, size)
+
+
+def heard_field(last_heard: float | None, now: float) -> int:
+    """Return the field ``heard`` for a peer that was last heard at ``last_heard``."""
+    if last_heard is None:
+        return NEVER_HEARD
+    return min(max(int((now - last_heard) * 1000), 0), NEVER_HEARD - 1)

@@ -1,0 +1,248 @@
+"""The paths of one kind (UDP tunnel, VXLAN, echo) to all peers: when each is probed, what changed.
+
+Owns the paths, their schedule and the budget. The caller sends what ``run`` yields, reports what it
+receives, and calls ``run`` again at ``next_at``. Does not do I/O. Threading: one thread.
+
+The budget: at most IDLE_PER_SECOND probes a second to idle and unreachable peers, and at most
+URGENT_PER_SECOND to pairs with traffic and to paths on which an answer is missing. If more are
+due, they wait in order: with N idle peers each is probed every max(10 s, N/100 s).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from .schedule import Budget, Schedule
+from .state import IDLE_SECONDS, PathState
+
+K = TypeVar("K", bound=Hashable)
+
+IDLE_PER_SECOND = 100.0
+URGENT_PER_SECOND = 400.0
+BURST_SECONDS = 0.25  # a bucket holds the probes of this time
+TOKEN_BITS = 64
+IDLE_JITTER = 0.2  # the interval of an idle path varies by this share, so that probes spread
+ACTIVE_JITTER = 0.1
+RETRY_SECONDS = 0.02  # shortest wait for the budget: probes are sent in small batches
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[K]):
+    """A probe to send now. It is recorded as sent."""
+
+    key: K
+    token: int
+    size: int
+    last_heard: float | None  # when the peer's last probe was received
+
+
+class Prober(Generic[K]):
+    """The paths by key.
+
+    clock  returns the monotonic time in seconds
+    """
+
+    def __init__(self, clock: Callable[[], float], rng: random.Random | None = None) -> None:
+        now = clock()
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()  # nobody can guess a token
+        self._paths: dict[K, PathState] = {}
+        self._max_interval: dict[K, float] = {}
+        self._schedule: Schedule[K] = Schedule()
+        self._waiting: dict[bool, dict[K, None]] = {True: {}, False: {}}  # by urgency, in order
+        self._budget = {
+            True: Budget(URGENT_PER_SECOND, URGENT_PER_SECOND * BURST_SECONDS, now),
+            False: Budget(IDLE_PER_SECOND, IDLE_PER_SECOND * BURST_SECONDS, now),
+        }
+        self._changed: dict[K, None] = {}  # in order, each once
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._paths
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._paths)
+
+    def __getitem__(self, key: K) -> PathState:
+        return self._paths[key]
+
+    def get(self, key: K) -> PathState | None:
+        return self._paths.get(key)
+
+    # -- the set of paths -------------------------------------------------------------------------
+
+    def add(
+        self, key: K, full_size: int, *, data_proves: bool = False,
+        max_interval: float | None = None,
+    ) -> None:
+        """Probe a path from now on. A path that is known keeps what was measured.
+
+        full_size     size of the largest message that data packets need
+        data_proves   the peer does not have to answer probes: its data show that it is reachable
+        max_interval  longest time between two probes; a NAT on the path forgets idle peers
+        """
+        path = self._paths.get(key)
+        if max_interval is None:
+            self._max_interval.pop(key, None)
+        else:
+            self._max_interval[key] = max_interval
+        if path is not None:
+            path.resize(full_size)
+            return
+        self._paths[key] = PathState(self._clock(), full_size, data_proves)
+        self._schedule.set(key, self._clock())
+
+    def remove(self, key: K) -> None:
+        self._paths.pop(key, None)
+        self._max_interval.pop(key, None)
+        self._schedule.remove(key)
+        self._changed.pop(key, None)
+
+    # -- what happened ----------------------------------------------------------------------------
+
+    def answered(self, key: K, token: int, size: int, at: float) -> bool:
+        """A reply was received at this time. Return whether it answers a probe of this path."""
+        path = self._paths.get(key)
+        if path is None:
+            return False
+        before = _verdict(path)
+        found = path.answered(at, token, size)
+        if found:
+            self._note(key, path, before)
+            self._plan(key, path)
+        return found
+
+    def heard(self, key: K, at: float, heard_seconds: float | None = None) -> None:
+        """A request of the peer was received; the peer last heard us ``heard_seconds`` ago."""
+        path = self._paths.get(key)
+        if path is not None:
+            path.heard(at, heard_seconds)
+
+    def data_received(self, key: K, at: float) -> None:
+        path = self._paths.get(key)
+        if path is not None:
+            before = _verdict(path)
+            path.data_received(at)
+            if _verdict(path) != before:
+                self._note(key, path, before)
+                self._plan(key, path)
+
+    def traffic(self, key: K) -> None:
+        """The pair has traffic now. Call this about once a second while it has."""
+        path = self._paths.get(key)
+        if path is not None:
+            due = path.next_due(self._interval(key))
+            path.traffic(self._clock())
+            if path.next_due(self._interval(key)) < due:
+                self._plan(key, path)
+
+    def send_failed(self, request: Request[K], error: int) -> None:
+        """The kernel refused to send this probe, with this errno."""
+        path = self._paths.get(request.key)
+        if path is not None:
+            before = _verdict(path)
+            path.send_failed(self._clock(), request.token, error)
+            self._note(request.key, path, before)
+            self._plan(request.key, path)
+
+    # -- what follows -----------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Request[K]]:
+        """Yield the probes that are due and within the budget. Send each before the next one."""
+        for waiting in self._waiting.values():
+            for key in list(waiting):
+                del waiting[key]
+                yield from self._look(key)
+                if key in waiting:  # the budget is used up
+                    break
+        for key in self._schedule.take(self._clock()):
+            yield from self._look(key)
+
+    def request(self, key: K, size: int) -> Request[K]:
+        """Return an extra probe of one path, outside the schedule and the budget."""
+        path = self._paths[key]
+        request = self._sent(key, path, size, decisive=True)
+        self._plan(key, path)
+        return request
+
+    def next_at(self) -> float | None:
+        """Return when ``run`` must be called; None without a path."""
+        times = [self._schedule.next_at()]
+        now = self._clock()
+        for urgent, waiting in self._waiting.items():
+            if waiting:
+                times.append(max(self._budget[urgent].ready_at(now), now + RETRY_SECONDS))
+        return min((at for at in times if at is not None), default=None)
+
+    def take_changes(self) -> list[K]:
+        """Return the paths whose state, or whose answer for the full size, has changed.
+
+        Changes count from the last call on.
+        """
+        changed, self._changed = list(self._changed), {}
+        return changed
+
+    def states(self) -> dict[str, int]:
+        """Return the number of paths in each state."""
+        counts: dict[str, int] = {}
+        for path in self._paths.values():
+            counts[path.state] = counts.get(path.state, 0) + 1
+        return counts
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _interval(self, key: K) -> float:
+        """Return the interval at which this path is probed while it is idle."""
+        share = len(self._paths) / IDLE_PER_SECOND
+        return min(max(IDLE_SECONDS, share), self._max_interval.get(key, math.inf))
+
+    def _plan(self, key: K, path: PathState) -> None:
+        self._schedule.set(key, min(path.next_due(self._interval(key)), path.next_expiry()))
+
+    def _note(self, key: K, path: PathState, before: _Verdict) -> None:
+        if _verdict(path) != before:
+            self._changed[key] = None
+
+    def _look(self, key: K) -> Iterator[Request[K]]:
+        """Count what was not answered, and yield the probes that are due."""
+        path = self._paths.get(key)
+        if path is None:
+            return  # removed while it waited for the budget
+        now = self._clock()
+        before = _verdict(path)
+        path.expire(now)
+        self._note(key, path, before)
+        if now < path.next_due(self._interval(key)):
+            self._plan(key, path)
+            return
+        sizes = path.next_sizes(now)
+        urgent = path.active or path.suspect
+        if self._budget[urgent].take(now, len(sizes)):
+            for index, size in enumerate(sizes):
+                yield self._sent(key, path, size, decisive=index == 0)
+            self._plan(key, path)
+            return
+        self._waiting[urgent][key] = None
+        if path.next_expiry() < math.inf:
+            self._schedule.set(key, path.next_expiry())
+
+    def _sent(self, key: K, path: PathState, size: int, decisive: bool) -> Request[K]:
+        now = self._clock()
+        spread = ACTIVE_JITTER if path.active else IDLE_JITTER
+        token = self._rng.getrandbits(TOKEN_BITS)
+        path.sent(now, token, size, decisive, self._rng.uniform(1 - spread, 1 + spread))
+        return Request(key, token, size, path.last_probe)
+
+
+_Verdict = tuple[str, bool | None, bool]
+
+
+def _verdict(path: PathState) -> _Verdict:
+    """Return what is reported when it changes."""
+    return path.state, path.sizes.full_passes, path.sizes.searching

@@ -1,0 +1,86 @@
+"""When each path is looked at, and how many probes may be sent.
+
+Owns a heap of times, and token buckets. A change of a time pushes a new entry; the old entry is
+skipped when it comes up. So no operation scans all paths. Times are seconds of the monotonic clock.
+Threading: one thread.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+STALE_MIN = 64  # the heap is rebuilt when it has this many more entries than twice the keys
+
+
+class Schedule(Generic[K]):
+    """Keys with a time each."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, K]] = []
+        self._entry: dict[K, tuple[float, int]] = {}  # the valid entry of each key
+        self._order = 0  # keys with equal times keep the order of ``set``
+
+    def __len__(self) -> int:
+        return len(self._entry)
+
+    def set(self, key: K, at: float) -> None:
+        """Set the time of a key. Replaces its former time."""
+        self._order += 1
+        self._entry[key] = at, self._order
+        heapq.heappush(self._heap, (at, self._order, key))
+        if len(self._heap) > 2 * len(self._entry) + STALE_MIN:
+            self._heap = [(at, order, key) for key, (at, order) in self._entry.items()]
+            heapq.heapify(self._heap)
+
+    def remove(self, key: K) -> None:
+        self._entry.pop(key, None)
+
+    def take(self, now: float) -> Iterator[K]:
+        """Yield the keys whose time has come, earliest first. A yielded key has no time any more.
+
+        A time that is set while this runs is not yielded before the next call, unless it is earlier
+        than ``now``.
+        """
+        while self._heap and self._heap[0][0] <= now:
+            at, order, key = heapq.heappop(self._heap)
+            if self._entry.get(key) == (at, order):
+                del self._entry[key]
+                yield key
+
+    def next_at(self) -> float | None:
+        """Return the earliest time, None without a key."""
+        while self._heap:
+            at, order, key = self._heap[0]
+            if self._entry.get(key) == (at, order):
+                return at
+            heapq.heappop(self._heap)
+        return None
+
+
+class Budget:
+    """A token bucket: ``per_second`` on average, at most ``burst`` at once."""
+
+    def __init__(self, per_second: float, burst: float, now: float) -> None:
+        self.per_second = per_second
+        self._burst = burst
+        self._tokens = burst
+        self._at = now
+
+    def take(self, now: float, n: int = 1) -> bool:
+        """Take ``n`` tokens if they are there. A larger request than ``burst`` needs a full bucket.
+        """
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self.per_second)
+        self._at = now
+        if self._tokens < min(n, self._burst):
+            return False
+        self._tokens -= n
+        return True
+
+    def ready_at(self, now: float, n: int = 1) -> float:
+        """Return when ``take`` will succeed."""
+        missing = min(n, self._burst) - self._tokens - (now - self._at) * self.per_second
+        return now + max(missing, 0.0) / self.per_second

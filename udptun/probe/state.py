@@ -1,0 +1,282 @@
+"""What is known about one path to one peer, from probes and from received packets.
+
+Owns the verdict (reachable, unreachable, unknown), the round trip, the loss, the largest size that
+passes, and the time of the next probe. Does not depend on sockets, on how a probe is encoded, or on
+other paths. Times are seconds of the monotonic clock, given by the caller. Threading: one thread.
+
+A path is reachable when a probe is answered: that proves both directions. It is unreachable after
+LOST_AFTER probes in a row without an answer. Received data prove only one direction. But a peer
+that does not have to answer probes (``data_proves``) is reachable also while its data arrive.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from typing import Final
+
+from .sizes import SMALL_SIZE, SizeSearch
+
+REACHABLE: Final = "reachable"
+UNREACHABLE: Final = "unreachable"
+UNKNOWN: Final = "unknown"
+
+LOST_AFTER = 3  # unanswered probes in a row; a path with 5 % loss does this once in 8,000 probes
+ANSWER_SECONDS = 1.0  # a probe counts as unanswered after this time, or after 3 round trips
+ANSWER_MAX_SECONDS = 3.0
+SUSPECT_SECONDS = 0.5  # without an answer for this time, or for 2 round trips, the next is sent
+ACTIVE_SECONDS = 1.0  # between probes of a pair with traffic: the verdict takes at most 4 s
+ACTIVE_LINGER_SECONDS = 3.0  # a pair counts as active for this time after its last traffic
+IDLE_SECONDS = 10.0  # with 20 % jitter and 2.1 s to the verdict: a lost peer is known within 15 s
+LARGE_EVERY_ACTIVE = 2  # small and large probes alternate on a pair with traffic
+LARGE_EVERY_IDLE = 4  # large probes cost bandwidth, and idle pairs send no large packets
+LOSS_WINDOW = 32  # probes
+RTT_GAIN = 1 / 8  # RFC 6298
+LATE_N = 8  # unanswered probes that are remembered: a late answer proves the path as well
+
+_TRANSIENT = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})  # says nothing about the path
+
+
+class _Sent:
+    """One probe without an answer so far.
+
+    decisive  its loss counts for the verdict; a large probe beside a small one is not decisive
+    """
+
+    __slots__ = ("at", "decisive", "size", "token")
+
+    def __init__(self, token: int, size: int, at: float, decisive: bool) -> None:
+        self.token, self.size, self.at, self.decisive = token, size, at, decisive
+
+
+class PathState:
+    """One path.
+
+    state        REACHABLE, UNREACHABLE or UNKNOWN
+    since        when the path entered its state
+    rtt          smoothed round trip in seconds; None: no answer yet
+    last_answer  when the last probe was answered; None: never
+    last_probe   when the peer's last probe, request or reply, was received; None: never
+    last_data    when the last data packet was received; None: never, or not known
+    send_errno   error of the last probe if the kernel refused to send it, else 0
+    sizes        the largest size that passes
+    """
+
+    __slots__ = (
+        "_active_until", "_backoff_n", "_data_proves", "_history", "_history_n", "_jitter",
+        "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending", "_probes_n", "_sent_at",
+        "_soon", "last_answer", "last_data", "last_probe", "rtt", "send_errno", "since", "sizes",
+        "state",
+    )
+
+    def __init__(self, now: float, full_size: int, data_proves: bool = False) -> None:
+        self.state: str = UNKNOWN
+        self.since = now
+        self.rtt: float | None = None
+        self.last_answer: float | None = None
+        self.last_probe: float | None = None
+        self.last_data: float | None = None
+        self.send_errno = 0
+        self.sizes = SizeSearch(full_size)
+        self._data_proves = data_proves
+        self._pending: list[_Sent] = []
+        self._late: list[_Sent] = []
+        self._history = 0  # one bit per finished probe, the last one lowest; 1: lost
+        self._history_n = 0
+        self._missed_n = 0  # decisive probes in a row without an answer
+        self._backoff_n = 0  # probes since the path became unreachable
+        self._probes_n = 0
+        self._sent_at = now
+        self._jitter = 1.0
+        self._missed_at = now  # when the first of them was sent
+        self._soon = True  # the next probe, a large one, is sent at once
+        self._active_until = now
+        self._peer_heard: float | None = None  # when the peer last received a probe of ours
+
+    # -- what happened ----------------------------------------------------------------------------
+
+    def sent(
+        self, now: float, token: int, size: int, decisive: bool = True, jitter: float = 1.0
+    ) -> None:
+        """A probe is sent now. ``jitter`` multiplies the time to the next one."""
+        self._pending.append(_Sent(token, size, now, decisive))
+        self._sent_at = now
+        self._jitter = jitter
+        self._soon = False
+        self.send_errno = 0
+        if decisive:
+            self._probes_n += 1
+            if self.state == UNREACHABLE:
+                self._backoff_n += 1
+
+    def send_failed(self, now: float, token: int, error: int) -> None:
+        """The kernel refused to send the probe, with this errno."""
+        probe = self._take(self._pending, token)
+        if probe is None:
+            return
+        if error == errno.EMSGSIZE and probe.size > SMALL_SIZE:
+            self.sizes.refused(probe.size, now)
+        elif error not in _TRANSIENT:
+            self.send_errno = error
+            self._miss(probe, now)
+
+    def answered(self, now: float, token: int, size: int) -> bool:
+        """A reply was received. Return whether it answers a probe of this path."""
+        probe = self._take(self._pending, token)
+        if probe is not None:
+            self._record(probe, lost=False)
+        else:
+            probe = self._take(self._late, token)
+        if probe is None or size != probe.size:
+            return False
+        sample = max(now - probe.at, 0.0)
+        self.rtt = sample if self.rtt is None else self.rtt + RTT_GAIN * (sample - self.rtt)
+        self.last_answer = self.last_probe = self._peer_heard = now
+        self.sizes.passed(size, probe.at)
+        self._proved(now)
+        return True
+
+    def heard(self, now: float, heard_seconds: float | None = None) -> None:
+        """A request of the peer was received; the peer last heard us ``heard_seconds`` ago."""
+        self.last_probe = now
+        if heard_seconds is not None:
+            self._peer_heard = now - heard_seconds
+
+    def data_received(self, now: float) -> None:
+        self.last_data = now
+        if self._data_proves:
+            self._proved(now)
+
+    def traffic(self, now: float) -> None:
+        """The pair has traffic: packets were sent to the peer, or received from it."""
+        if now >= self._active_until:
+            self._soon = True  # the last probe of an idle pair can be long ago
+        self._active_until = now + ACTIVE_LINGER_SECONDS
+
+    def resize(self, full_size: int) -> None:
+        """The largest data packet has another size now."""
+        self.sizes.resize(full_size)
+
+    def expire(self, now: float) -> None:
+        """Count the probes that were not answered in time."""
+        while self._pending and now >= self._pending[0].at + self._wait():
+            probe = self._pending.pop(0)
+            self._late = [*self._late[1 - LATE_N :], probe]
+            self._miss(probe, now)
+
+    # -- what follows -----------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether the pair had traffic when the last probe was sent, or has had since."""
+        return self._active_until > self._sent_at
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an answer is missing. A suspect path is probed often until a verdict is there."""
+        if self.state == UNREACHABLE:
+            return False
+        awaited = any(probe.decisive for probe in self._pending)
+        return awaited or self._missed_n > 0 or self.sizes.suspect
+
+    @property
+    def loss(self) -> float | None:
+        """Share of the last LOSS_WINDOW probes without an answer in time; None: no probe yet."""
+        return self._history.bit_count() / self._history_n if self._history_n else None
+
+    def next_due(self, idle_seconds: float) -> float:
+        """Return when the next probe is sent. ``idle_seconds`` is the interval of an idle path."""
+        if self._soon:
+            return self._sent_at
+        if self.state == UNREACHABLE:
+            backoff = ACTIVE_SECONDS * 2.0 ** min(self._backoff_n, 10)
+            wait = min(backoff, idle_seconds) if self.active else idle_seconds
+        elif self.suspect:
+            return self._sent_at + max(SUSPECT_SECONDS, 2 * (self.rtt or 0.0))
+        else:
+            wait = ACTIVE_SECONDS if self.active else idle_seconds
+        return self._sent_at + wait * self._jitter
+
+    def next_expiry(self) -> float:
+        """Return when ``expire`` is due; infinite if no answer is awaited."""
+        return self._pending[0].at + self._wait() if self._pending else math.inf
+
+    def next_sizes(self, now: float) -> tuple[int, ...]:
+        """Return the sizes to send now: a small one, a large one, or both.
+
+        An answer to a large probe proves small sizes too. Both are sent to tell a limit of the size
+        from an outage.
+        """
+        if self.state == UNREACHABLE:
+            return (SMALL_SIZE,)
+        if self.suspect:
+            both = self.active or self.sizes.suspect
+            return (SMALL_SIZE, self.sizes.target(now)) if both else (SMALL_SIZE,)
+        every = LARGE_EVERY_ACTIVE if self.active else LARGE_EVERY_IDLE
+        if not (self._soon or self.sizes.searching or self._probes_n % every == 0):
+            return (SMALL_SIZE,)
+        large = self.sizes.target(now)
+        return (SMALL_SIZE, large) if self.sizes.uncertain(large) else (large,)
+
+    def waits_for(self, token: int) -> bool:
+        """Return whether a reply with this token would answer a probe of this path."""
+        return any(probe.token == token for probe in (*self._pending, *self._late))
+
+    def reason(self, now: float) -> str:
+        """Say in a few words why the path is in its state."""
+        if self.state == REACHABLE:
+            return "" if self.last_answer is not None else "data arrive; no probe was answered"
+        if self.send_errno:
+            return f"the kernel does not send: {os.strerror(self.send_errno)}"
+        if self.state == UNKNOWN:
+            return "not probed yet" if not self._history_n else "no answer yet"
+        text = f"{self._missed_n} probes in a row were not answered"
+        heard = max(self.last_probe or 0.0, self.last_data or 0.0)
+        if heard < self._missed_at + SUSPECT_SECONDS:
+            return text
+        text += "; packets from the peer arrive"
+        if self._peer_heard is not None and self._peer_heard < self._missed_at:
+            text += f", but it has received no probe for {now - self._peer_heard:.0f} s"
+        return text
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _wait(self) -> float:
+        """Return after how many seconds a probe counts as unanswered."""
+        return min(max(ANSWER_SECONDS, 3 * (self.rtt or 0.0)), ANSWER_MAX_SECONDS)
+
+    @staticmethod
+    def _take(probes: list[_Sent], token: int) -> _Sent | None:
+        for index, probe in enumerate(probes):
+            if probe.token == token:
+                return probes.pop(index)
+        return None
+
+    def _record(self, probe: _Sent, lost: bool) -> None:
+        if self.sizes.uncertain(probe.size):
+            return  # the loss would say something about the size, not about the path
+        self._history = (self._history << 1 | lost) & ((1 << LOSS_WINDOW) - 1)
+        self._history_n = min(self._history_n + 1, LOSS_WINDOW)
+
+    def _proved(self, now: float) -> None:
+        """The path works now."""
+        self._missed_n = 0
+        if self.state != REACHABLE:
+            self._soon = self.state == UNREACHABLE  # measure the sizes again
+            self.state, self.since = REACHABLE, now
+            self._backoff_n = 0
+
+    def _miss(self, probe: _Sent, now: float) -> None:
+        self._record(probe, lost=True)
+        if probe.size > SMALL_SIZE:
+            self.sizes.missed(probe.size, probe.at)
+        if not probe.decisive:
+            return
+        if not self._missed_n:
+            self._missed_at = probe.at
+        self._missed_n += 1
+        if self._missed_n >= LOST_AFTER and self.state != UNREACHABLE:
+            self.state, self.since = UNREACHABLE, now
+            self._backoff_n = 0
+            self.sizes.path_lost()
