@@ -20,7 +20,10 @@ from tests.own_netns import in_own_netns, ip_json, sh
 from udptun.device.offload import OffloadRequest
 from udptun.device.tun import Tun
 from udptun.errors import DeviceError, FieldError
+from udptun.net.batch import RouteSocket
+from udptun.net.changes import ANYTHING, Change, Kind
 from udptun.net.netlink import Netlink
+from udptun.net.vxlan_entries import EntrySocket
 
 NAME = "utE0"
 OWN4, OWN6 = ip_address("10.244.1.0"), ip_address("fd00:1::")
@@ -109,13 +112,17 @@ def icmp_port_unreachable(own, quoted):
 @pytest.mark.parametrize("rp_filter", [0, 1, 2])
 @pytest.mark.parametrize("accept", [True, False])
 async def test_icmp_from_our_own_address_arrives(rp_filter, accept):
-    """The kernel accepts the packet only if accept_local is 1. It then accepts the packet with any
-    rp_filter value, because the source address is on this device."""
+    """The kernel accepts the packet only if accept_local is 1, with any rp_filter of the host.
+
+    The address is on a second device too, as with --backend auto. With rp_filter 1 on the TUN the
+    kernel would drop the packet, because it looks up the other device."""
     for name in ("all", "default"):
         Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text(str(rp_filter))
+    sh("ip link add utEv type veth peer name utEw", f"ip address add {OWN4}/32 dev utEv",
+       "ip link set utEv up")
     with opened() as tun, Netlink() as netlink:
         await netlink.configure_tun(tun.name, MTU, [OWN4], [NET4])
-        assert Path(f"/proc/sys/net/ipv4/conf/{NAME}/rp_filter").read_text() == f"{rp_filter}\n"
+        assert Path(f"/proc/sys/net/ipv4/conf/{NAME}/rp_filter").read_text() == "2\n"
         if not accept:
             Path(f"/proc/sys/net/ipv4/conf/{NAME}/accept_local").write_text("0")
         with open(tun.fds[0], "r+b", buffering=0, closefd=False) as device, \
@@ -318,21 +325,51 @@ async def test_failure_to_open_the_netlink_socket(monkeypatch):
 
 
 @in_own_netns
-def test_watch_link():
-    """The callback runs when the watch begins, after each message, and after lost messages."""
+def test_watch_changes():
+    """The callback runs when the watch begins, after each kind of change, and after lost messages.
+
+    It does not run for the routes and neighbours that this process sets.
+    """
     calls = queue.SimpleQueue()
-    sh("ip link add name utEa type veth peer name utEb")
+    sh("ip link add name utEa type veth peer name utEb", "ip link set utEa up")
+
+    def wait_for(wanted):
+        while wanted not in calls.get(timeout=60):
+            pass
+
     with Netlink() as netlink:
-        netlink.watch_link(socket.if_nametoindex("utEa"), lambda: calls.put("utEa"))
-        assert calls.get(timeout=60) == "utEa"
-        sh("ip link set utEa txqueuelen 99")
-        assert calls.get(timeout=60) == "utEa"
+        netlink.watch_changes(calls.put)
+        assert calls.get(timeout=60) == {ANYTHING}
+        index = socket.if_nametoindex("utEa")
+        packed = ip_address("192.0.2.0").packed, 24
+        for command, change in (
+            ("ip link set utEa txqueuelen 99", Change(Kind.LINK, index)),
+            ("ip address add 198.51.100.1/32 dev utEa", Change(Kind.ADDRESS, index)),
+            ("ip route add 192.0.2.0/24 dev utEa", Change(Kind.ROUTE, index, packed)),
+            ("ip neighbour add 192.0.2.7 lladdr 02:00:00:00:00:01 dev utEa",
+             Change(Kind.NEIGHBOUR, index)),
+            ("ip -6 rule add to fd00::/16 lookup 77", Change(Kind.RULE)),
+            ("sysctl -qw net.ipv4.conf.utEa.rp_filter=1", Change(Kind.SETTING, index)),
+            ("sysctl -qw net.ipv4.conf.all.rp_filter=1", Change(Kind.SETTING)),
+            ("ip route del 192.0.2.0/24", Change(Kind.ROUTE, index, packed)),
+        ):
+            sh(command)
+            wait_for(change)
+
+        async def neighbour(_):
+            with RouteSocket() as own:
+                assert EntrySocket(own, index, 4).put_neighbours(
+                    [(ip_address("192.0.2.8").packed, bytes((2, 0, 0, 0, 0, 2)))]) == [None]
+
+        asyncio.run(netlink.work("setting a neighbour", neighbour))
+        sh("ip link set utEa txqueuelen 98")
+        seen = calls.get(timeout=60)
+        assert Change(Kind.LINK, index) in seen
+        assert Change(Kind.NEIGHBOUR, index) not in seen
+
         gate = threading.Event()
         netlink._loop.call_soon_threadsafe(gate.wait, 60)
         netlink._watch.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         sh(*(f"ip address add 192.0.2.{i}/32 dev lo" for i in range(1, 100)))
-        while not calls.empty():
-            calls.get()
-        sh("ip link set utEa txqueuelen 98")  # the full buffer has no space for this message
         gate.set()
-        assert calls.get(timeout=60) == "utEa"
+        wait_for(ANYTHING)

@@ -131,7 +131,8 @@ def forward(
     """Run a forwarder: create the TUN device, and carry its packets to and from the peers.
 
     SIGTERM or Ctrl-C sends the queued packets, removes the device and the sockets, and exits; a
-    second one exits at once. SIGHUP loads the route file again, SIGUSR1 logs the counters.
+    second one exits at once. SIGHUP loads the route file again and checks the TUN device, SIGUSR1
+    logs the counters.
     """
     logs.start(verbose)
     for number in (signal.SIGHUP, signal.SIGUSR1):
@@ -226,9 +227,14 @@ class _Signals:
         self._forwarder.request_stop()
 
     def reload(self) -> None:
-        """Load the route file. Does nothing during the start, because the start loads the file."""
+        """Check the TUN device, and load the route file.
+
+        Does nothing during the start, because the start does both.
+        """
         import asyncio
 
+        if self.started and not self._stopping:
+            self._forwarder.check_host()
         if self._forwarder.config.routes_file is None:
             log.info("SIGHUP: no route file is configured, the routes stay as they are")
         elif self.started and not self._stopping:

@@ -92,6 +92,23 @@ class Tun:
         _set_offload(fds[0], 0)
         return tun
 
+    def reopen(self, request: OffloadRequest) -> None:
+        """Make the device again after it was deleted. The queues keep their descriptors' numbers.
+
+        So a thread that polls or reads a descriptor continues with the new queue. The new device is
+        down and has no address. Raises DeviceError if the kernel refuses, or if the new device
+        would have other offloads.
+        """
+        new = Tun.open(self.name, len(self.fds), request)
+        try:
+            if (new.vnet_hdr, new.features) != (self.vnet_hdr, self.features):
+                raise device_error(errno.EOPNOTSUPP, f"making {self.name} again",
+                                   "the kernel does not support the same offloads any more")
+            for fresh, fd in zip(new.fds, self.fds, strict=True):
+                os.dup2(fresh, fd, inheritable=False)
+        finally:
+            new.close()  # the device stays, because its queues have other descriptors now
+
     def close(self) -> None:
         """Close all queues. The kernel then removes the device, unless it is persistent."""
         fds, self.fds = self.fds, ()

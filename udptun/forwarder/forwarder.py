@@ -48,6 +48,7 @@ class Forwarder:
         self.events = EventHub()
         self._routes = Routes(config.routes_file, config.state_file, self.events, self._report)
         self._view: View
+        self._setup: TunSetup | None = None
         self._closing = AsyncExitStack()
         self._stop = asyncio.Event()
         self._failure: UdptunError | None = None
@@ -84,12 +85,14 @@ class Forwarder:
         self._routes.open(core)
         self._closing.push_async_callback(self._routes.close)
         workers = Workers(
-            core, notify_fd, tun.name, self.capabilities, self.events, self._report, self._fail
+            core, notify_fd, self.capabilities, self.events, self._report, self.check_host
         )
         self._closing.push_async_callback(asyncio.to_thread, workers.stop)
         workers.start(tun.fds, self._by_worker(sockets))
-        setup = TunSetup(
-            netlink, tun.name, self.mtu, self.config.addresses, self.config.networks, self._report
+        self._setup = setup = TunSetup(
+            netlink, tun.name, self.mtu, self.config.addresses, self.config.networks,
+            reopen=lambda: self._reopen(tun, workers), report=self._report,
+            repaired=self._report_repair, fail=self._fail,
         )
         await setup.apply()  # last: when the device is up, the table is active and workers run
         self._watch_own_addresses(netlink)
@@ -108,6 +111,11 @@ class Forwarder:
         closing, self._closing = self._closing, AsyncExitStack()
         await closing.aclose()
 
+    def check_host(self) -> None:
+        """Compare the TUN device with the configuration soon, and repair it."""
+        if self._setup is not None:
+            self._setup.check()
+
     def request_stop(self) -> None:
         self._stop.set()
 
@@ -120,6 +128,10 @@ class Forwarder:
     def _report(self, message: str) -> None:
         log.error("%s", message)
         self.events.emit("error", message=message)
+
+    def _report_repair(self, message: str) -> None:
+        log.warning("%s", message)
+        self.events.emit("repaired", message=message)
 
     def _fail(self, message: str) -> None:
         if self._failure is None:
@@ -149,6 +161,13 @@ class Forwarder:
         if len(tun.fds) > 1:
             attach_steering(tun.fds[0])  # a flow stays on its queue, so its packets stay in order
         return tun
+
+    def _reopen(self, tun: Tun, workers: Workers) -> None:
+        """Make the TUN again after it was deleted. Raises DeviceError."""
+        tun.reopen(self.config.offload)
+        if len(tun.fds) > 1:
+            attach_steering(tun.fds[0])
+        workers.continue_on_new_tun()
 
     def _open_sockets(self) -> list[UdpSocket]:
         """Open one socket for each worker and endpoint. Return them ordered by worker."""

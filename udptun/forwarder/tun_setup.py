@@ -1,8 +1,8 @@
-"""Configure the TUN device (MTU, addresses, routes), and restore it after it was set down.
+"""Keep the TUN device as it should be: it exists, with its name, MTU, settings, addresses, routes.
 
-Owns the desired configuration and the comparison with the kernel's state. Does not depend on what
-changed the device: a netlink message is only a reason to read the state again. Lost addresses and
-routes are therefore found even if the device was set down and up again between two reads.
+Owns the desired configuration, the comparison with the kernel's state, and the repairs. Does not
+depend on what changed the device: a notification is only a reason to read the state again. The
+state is also read every LOOK_SECONDS, because the kernel sends no notification of some changes.
 Threading: control loop only.
 """
 
@@ -10,28 +10,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Callable, Iterable
 
 from .. import _core
-from ..errors import UdptunError
-from ..model import IPAddress, IPNetwork
+from ..errors import DeviceError, UdptunError
+from ..model import MIN_MTU6, IPAddress, IPNetwork
+from ..net.changes import Change, Kind
 from ..net.netlink import Netlink
-from ..net.tun_state import TunState, tun_state
+from ..net.tun_state import tun_state
+from ..repairs import Repairs
+from ..wait import wait_at_most
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 10.0
+OF_THE_DEVICE = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.SETTING)
 
 
 class TunSetup:
     """The desired state of one TUN device, applied by ``apply`` and kept by ``keep``.
 
-    report  called with a sentence for each state in which packets are lost
+    reopen  makes the device again after it was deleted. Raises DeviceError, OSError
+    report  called with a sentence for each state that cannot be repaired
+    repaired  called with a sentence for each repair
+    fail    called with a sentence if this process has no right to make the device again
     """
 
     def __init__(
         self, netlink: Netlink, name: str, mtu: int, addresses: Iterable[IPAddress],
-        networks: Iterable[IPNetwork], report: Callable[[str], None],
+        networks: Iterable[IPNetwork], *, reopen: Callable[[], None],
+        report: Callable[[str], None], repaired: Callable[[str], None],
+        fail: Callable[[str], None],
     ) -> None:
         self._netlink = netlink
         self._name = name
@@ -39,12 +51,11 @@ class TunSetup:
         self._mtu = mtu
         self._addresses = tuple(addresses)
         self._networks = tuple(networks)
-        self._report = report
+        self._prefixes = {(net.network_address.packed, net.prefixlen) for net in self._networks}
+        self._reopen, self._report, self._fail = reopen, report, fail
         self._changed = asyncio.Event()
-        self._down = False
-        # Addresses and routes that the last restore failed to set. A restore causes link messages,
-        # which cause the next check. If the same entries are still missing then, do not try again.
-        self._unrestored: list[str] = []
+        self._repairs = Repairs(repaired)
+        self._error = ""  # the last reported one, which is not reported again
 
     async def apply(self) -> None:
         """Configure the device and bring it up. Raises FieldError, DeviceError."""
@@ -53,48 +64,73 @@ class TunSetup:
             gso_max_segs=_core.MAX_FRAME_SEGS,
         )
 
+    def check(self) -> None:
+        """Compare the device with the desired state soon."""
+        self._changed.set()
+
     async def keep(self) -> None:
-        """Watch the device and restore its configuration, until cancelled."""
+        """Watch the device and repair it, until cancelled."""
         loop = asyncio.get_running_loop()
 
-        def on_change() -> None:  # in the netlink thread
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self._changed.set)
+        def on_changes(changes: frozenset[Change]) -> None:  # in the netlink thread
+            if any(map(self._concerns_us, changes)):
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self._changed.set)
 
-        self._netlink.watch_link(self._index, on_change)
+        self._netlink.watch_changes(on_changes)
         while True:
-            await self._changed.wait()
+            await wait_at_most(self._changed, LOOK_SECONDS)
+            await asyncio.sleep(self._repairs.pause())
             self._changed.clear()
+            self._repairs.summarise()
             try:
                 await self._check()
+                self._error = ""
             except (UdptunError, OSError) as error:
-                self._report(str(error))
+                if str(error) != self._error:
+                    self._report(str(error))
+                self._error = str(error)
+
+    def _concerns_us(self, change: Change) -> bool:
+        if self._error or change.kind is Kind.ANY:  # after an error, the obstacle may be anywhere
+            return True
+        return change.kind in OF_THE_DEVICE and (
+            change.device in (self._index, 0) or change.prefix in self._prefixes)
 
     async def _check(self) -> None:
+        wrong = await self._differences()
+        if not wrong:
+            return
+        self._repairs.begin()
+        await self._repair()
+        still = [text for text in await self._differences() if text in wrong]
+        if still:
+            raise DeviceError(errno.EBUSY, f"{self._name} cannot be repaired: {'; '.join(still)}")
+        self._repairs.done(f"{self._name} is repaired: {'; '.join(wrong)}")
+
+    async def _differences(self) -> list[str]:
         state = await tun_state(self._netlink, self._index)
         if state is None:
-            return  # the device is deleted; the workers report this
-        if not state.up:
-            if not self._down:
-                self._report(f"{self._name} was set down: nothing is forwarded until it is up")
-            self._down, self._unrestored = True, []
-            return
-        missing = self._missing(state)
-        if not missing:
-            self._unrestored = []
-        was_down, self._down = self._down, False
-        if missing and missing != self._unrestored:
-            if not was_down:
-                self._report(f"{self._name} was set down and up again, or changed by another"
-                             f" program: it has lost {', '.join(missing)}")
-            self._unrestored = missing
-            await self.apply()
-        elif missing or not was_down:
-            return
-        self._unrestored = []
-        log.warning("%s is up again, with its addresses and routes", self._name)
+            return ["it was deleted"]
+        return state.differences(self._name, self._mtu, self._addresses, self._networks)
 
-    def _missing(self, state: TunState) -> list[str]:
-        missing: list[str] = [str(item) for item in self._addresses if item not in state.addresses]
-        missing += [str(item) for item in self._networks if item not in state.networks]
-        return missing
+    async def _repair(self) -> None:
+        state = await tun_state(self._netlink, self._index)
+        if state is None:
+            self._make_again()
+        elif state.name != self._name:
+            await self._netlink.rename(self._index, self._name)
+        elif state.mtu < MIN_MTU6:
+            # With such an MTU the device has lost IPv6. If IPv6 returns while the device is up, the
+            # kernel adds a link-local address, and sends packets of its own.
+            await self._netlink.set_down(self._index)
+        await self.apply()
+
+    def _make_again(self) -> None:
+        try:
+            self._reopen()
+        except DeviceError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                self._fail(f"the TUN device {self._name} was deleted: {error}")
+            raise
+        self._index = socket.if_nametoindex(self._name)

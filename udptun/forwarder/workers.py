@@ -34,22 +34,20 @@ class Workers:
 
     notify_fd     the eventfd that the core signals when a worker has an event
     capabilities  updated here when a worker loses an offload
-    tun_name      name of the device, used in messages
     report        called with a sentence for each error
-    fail          called with a sentence for an error that ends the forwarder
+    tun_gone      called when the TUN was deleted; ``continue_on_new_tun`` continues
     """
 
     def __init__(
-        self, core: _core.Core, notify_fd: int, tun_name: str, capabilities: Capabilities,
-        events: EventHub, report: Callable[[str], None], fail: Callable[[str], None],
+        self, core: _core.Core, notify_fd: int, capabilities: Capabilities,
+        events: EventHub, report: Callable[[str], None], tun_gone: Callable[[], None],
     ) -> None:
         self._core = core
         self._notify_fd = notify_fd
-        self._tun_name = tun_name
         self._capabilities = capabilities
         self._events = events
         self._report = report
-        self._fail = fail
+        self._tun_gone = tun_gone
         self._threads: list[WorkerThread] = []
         self._refused_n = 0  # packets that the kernel has refused so far
 
@@ -75,6 +73,15 @@ class Workers:
         for thread in self._threads:
             thread.worker.drain(DRAIN_SECONDS)
 
+    def continue_on_new_tun(self) -> None:
+        """Let the workers use the new device behind the descriptors of the TUN's queues.
+
+        A worker whose TUN is gone waits only for a wake-up, and no longer watches its descriptors.
+        """
+        for thread in self._threads:
+            thread.worker.wake()
+            thread.worker.resume()
+
     async def supervise(self) -> None:
         """Handle events and run the core's periodic tasks, until cancelled."""
         loop = asyncio.get_running_loop()
@@ -99,7 +106,7 @@ class Workers:
         for thread in self._threads:
             for event in thread.worker.take_events():
                 if event == "tun_gone":
-                    self._fail(f"the TUN device {self._tun_name} was removed")
+                    self._tun_gone()
                 elif event in OFFLOADS:
                     self._lose(event)
         for packed, port, path_mtu in self._core.path_mtu_changes(FORGET_PATH_MTU_SECONDS):

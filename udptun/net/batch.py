@@ -12,10 +12,11 @@ import errno
 import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
@@ -33,7 +34,9 @@ NLMSGERR_LEN = ERRNO.size + HEADER.size  # the answer contains the request's hea
 RECEIVE_LEN = 1 << 16  # bytes; a datagram of the kernel is at most half as long
 # Requests per send. If all fail, the answers still fit the default receive buffer (208 KiB).
 CHUNK_N = 128
+ASK_N = 32  # questions per send. Each answer uses up to 4 KiB of the receive buffer
 DUMP_TRIES = 5
+OWN_PORTS_N = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,13 @@ class Refusal:
 
 
 class RouteSocket:
-    """A NETLINK_ROUTE socket in the network namespace of the thread that creates it."""
+    """A NETLINK_ROUTE socket in the network namespace of the thread that creates it.
+
+    own_ports  the netlink ports of the last sockets. Notifications have the port of the socket that
+               caused the change, and may be read after that socket was closed
+    """
+
+    own_ports: ClassVar[deque[int]] = deque(maxlen=OWN_PORTS_N)
 
     def __init__(self) -> None:
         self._socket = socket.socket(
@@ -71,6 +80,8 @@ class RouteSocket:
                 if error.errno != errno.ENOPROTOOPT:
                     self._socket.close()
                     raise
+        self._socket.bind((0, 0))  # the kernel chooses the port
+        self.own_ports.append(self._socket.getsockname()[0])
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +121,26 @@ class RouteSocket:
                     if refusal is not None:
                         refused[start + last - first] = refusal
         return refused
+
+    def ask(self, kind: int, bodies: Sequence[bytes]) -> list[memoryview | Refusal]:
+        """Send many questions that each have one answer. Return the answers' bodies, in order.
+
+        raises  OSError: the socket failed
+        """
+        answers: list[memoryview | Refusal] = []
+        for start in range(0, len(bodies), ASK_N):
+            chunk = bodies[start : start + ASK_N]
+            message = bytearray()
+            for sequence, body in enumerate(chunk, self._sequence + 1):
+                message += HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST, sequence, 0)
+                message += body
+            self._sequence += len(chunk)
+            self._socket.send(message)
+            while len(answers) < start + len(chunk):
+                for answer_kind, flags, _, answer in self._receive():
+                    refusal = _refusal(answer, flags) if answer_kind == NLMSG_ERROR else None
+                    answers.append(refusal or answer)
+        return answers
 
     def dump(self, kind: int, body: bytes) -> list[memoryview]:
         """Return the bodies of all answers to a dump request. Raises OSError.

@@ -18,7 +18,6 @@ import ipaddress
 import logging
 import os
 import socket
-import struct
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
@@ -29,25 +28,33 @@ from typing import Any, Self, TypeVar
 from ..device.fault import device_error
 from ..errors import FieldError
 from ..model import MIN_MTU6, IPAddress, IPNetwork
+from .batch import RECEIVE_LEN, RouteSocket
+from .changes import ANYTHING, GROUPS, Change, Kind, parse_changes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# linux/rtnetlink.h
-RTM_NEWLINK = 16
-RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
+RTM_NEWLINK = 16  # linux/rtnetlink.h
 NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4  # linux/netlink.h
 IFLA_AF_SPEC, IFLA_INET_CONF = 26, 1  # linux/if_link.h
-IPV4_DEVCONF_ACCEPT_LOCAL = 23  # linux/ip.h
+# linux/ip.h: numbers of a device's IPv4 settings
+IPV4_DEVCONF_RP_FILTER, IPV4_DEVCONF_ACCEPT_LOCAL = 8, 23
+# The settings of our devices:
+# - accept_local: accept packets with a local source address. The core's ICMP errors have such an
+#   address.
+# - rp_filter 2: with 1, the kernel drops these errors if our address is on two devices, and it
+#   drops the packets of a peer that sends by another path than we do. The kernel uses the larger
+#   one of this value and that of "all", so 0 would not help.
+DEVICE_SETTINGS = {IPV4_DEVCONF_ACCEPT_LOCAL: 1, IPV4_DEVCONF_RP_FILTER: 2}
 IN6_ADDR_GEN_MODE_NONE = 1  # linux/if_link.h
 IFF_UP = 0x1  # linux/if.h
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # linux/if_addr.h
 RT_SCOPE_UNIVERSE = 0
 
-# struct nlmsghdr (length, type), followed by struct ifinfomsg (index, flags)
-LINK_MESSAGE = struct.Struct("=IH10x4xiI4x")
 TXQUEUELEN = 5000
-SETTLE_SECONDS = 0.02  # address changes come in bursts: read the addresses once per burst
+SETTLE_SECONDS = 0.02  # changes come in bursts: report them once per burst
+MAX_CHANGES = 1000  # of one burst; a larger burst is reported as ANYTHING
+ADDRESS_KINDS = (Kind.LINK, Kind.ADDRESS, Kind.ANY)  # changes that can change the addresses
 DUMP_TRIES = 5
 
 
@@ -64,7 +71,8 @@ class Netlink:
         self._closing = False
         self._watch: Any = None
         self._watchers: list[Callable[[frozenset[IPAddress]], None]] = []
-        self._link_watchers: dict[int, Callable[[], None]] = {}
+        self._change_watchers: list[Callable[[frozenset[Change]], None]] = []
+        self._changes: set[Change] = set()  # not delivered yet
         self._seen: frozenset[IPAddress] | None = None
         self._reread: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="netlink", daemon=True)
@@ -108,6 +116,31 @@ class Netlink:
             gso={"gso_max_segs": gso_max_segs, "gso_max_size": gso_max_size},
         ))
 
+    async def set_device(self, name: str, index: int) -> None:
+        """Apply DEVICE_SETTINGS to a device of ours.
+
+        They are set through netlink, because /proc/sys is read-only in an unprivileged container.
+        """
+        await self._call(self._set_device(name, index))
+
+    async def rename(self, index: int, name: str) -> None:
+        """Give the device the name. Raises DeviceError.
+
+        Before Linux 6.2 the kernel renames only a device that is down, so the device is set down.
+        """
+        doing = f"renaming {_interface(index)} to {name}"
+        try:
+            await self._call(self._set_link(doing, index, ifname=name))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            await self.set_down(index)
+            await self._call(self._set_link(doing, index, ifname=name))
+
+    async def set_down(self, index: int) -> None:
+        doing = f"setting {_interface(index)} down"
+        await self._call(self._set_link(doing, index, flags=0, change=IFF_UP))
+
     async def local_addresses(self) -> frozenset[IPAddress]:
         """Return all addresses of all interfaces of this network namespace."""
         return await self._call(self._local_addresses())
@@ -117,14 +150,15 @@ class Netlink:
         begins, and then after each change. No change is missed after the watch begins."""
         self._submit(self._add_watcher(callback))
 
-    def watch_link(self, index: int, callback: Callable[[], None]) -> None:
-        """Call ``callback`` in the netlink thread whenever the device may have changed.
+    def watch_changes(self, callback: Callable[[frozenset[Change]], None]) -> None:
+        """Call ``callback`` in the netlink thread with the changes on this host, burst by burst.
 
-        That is: once when the watch begins, after each link message about the device, and after
-        messages were lost. ``callback`` should read the kernel's state (``tun_state``), because the
-        device may have changed again after the message was sent.
+        The first call, when the watch begins, and each call after a loss of messages has the
+        change ANYTHING. Changes of routes and neighbours that this process made are left out.
+        ``callback`` should cause a read of the kernel's state, because the state may have changed
+        again after a message was sent.
         """
-        self._submit(self._add_link_watcher(index, callback))
+        self._submit(self._add_change_watcher(callback))
 
     async def work(self, doing: str, job: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``job`` with the route socket (pyroute2's AsyncIPRoute) in the netlink thread.
@@ -279,22 +313,22 @@ class Netlink:
         self._seen = None  # so that the next read calls the new watcher, even without a change
         self._schedule_read()
 
-    async def _add_link_watcher(self, index: int, callback: Callable[[], None]) -> None:
-        self._link_watchers[index] = callback
+    async def _add_change_watcher(self, callback: Callable[[frozenset[Change]], None]) -> None:
+        self._change_watchers.append(callback)
         try:
             await self._subscribe()
         except OSError as error:
-            log.error("changes of the TUN device are not watched: %s", error)
-        _run_watcher(callback)
+            log.error("changes of this host are not watched: %s", error)
+        _run_watcher(callback, frozenset({ANYTHING}))
 
     async def _subscribe(self) -> None:
-        async with self._doing("subscribing to address changes"):
+        async with self._doing("subscribing to the kernel's notifications"):
             if self._watch is not None:
                 return
             from pyroute2 import IPRSocket
 
             watch = IPRSocket()
-            watch.bind(groups=RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+            watch.bind(groups=GROUPS)
             watch.socket.setblocking(False)
             self._loop.add_reader(watch.socket.fileno(), self._on_message)
             self._watch = watch
@@ -302,19 +336,28 @@ class Netlink:
     def _on_message(self) -> None:
         """Read the messages. A message only shows that something has changed; the state itself is
         read from the kernel again. Lost messages (ENOBUFS) therefore do no harm."""
-        changed: set[int] = set()
+        changes: set[Change] = set()
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    changed |= _changed_links(self._watch.socket.recv(65536))
+                    changes.update(parse_changes(
+                        self._watch.socket.recv(RECEIVE_LEN), RouteSocket.own_ports))
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
                     log.info("netlink messages were lost: reading the addresses and links again")
-                    changed |= self._link_watchers.keys()
-        for index in changed & self._link_watchers.keys():
-            _run_watcher(self._link_watchers[index])
-        self._schedule_read()
+                    changes.add(ANYTHING)
+        if self._change_watchers and changes:
+            if not self._changes:
+                self._loop.call_later(SETTLE_SECONDS, self._deliver)
+            self._changes |= changes if len(self._changes) < MAX_CHANGES else {ANYTHING}
+        if any(change.kind in ADDRESS_KINDS for change in changes):
+            self._schedule_read()
+
+    def _deliver(self) -> None:
+        changes, self._changes = frozenset(self._changes), set()
+        for callback in tuple(self._change_watchers):
+            _run_watcher(callback, changes)
 
     def _schedule_read(self) -> None:
         if self._reread is None:
@@ -354,7 +397,7 @@ class Netlink:
         async with self._doing(f"{doing}: MTU {mtu}, queue length {txqueuelen}") as ipr:
             await ipr.link("set", index=index, mtu=mtu, txqlen=txqueuelen)
         await self._disable_autoconfiguration(name, index, wants_v6)
-        await self._accept_local(name, index)
+        await self._set_device(name, index)
         for option, value in gso.items():
             if value is not None:
                 try:
@@ -393,15 +436,14 @@ class Netlink:
                 ("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}),
             ]})
 
-    async def _accept_local(self, name: str, index: int) -> None:
-        """Accept packets with a local source address on this device. The core's ICMP errors have
-        such an address.
+    async def _set_link(self, doing: str, index: int, **what: Any) -> None:
+        async with self._doing(doing) as ipr:
+            await ipr.link("set", index=index, **what)
 
-        Set through netlink, because /proc/sys is read-only in an unprivileged container.
-        """
-        async with self._doing(f"setting up {name}: accept_local") as ipr:
+    async def _set_device(self, name: str, index: int) -> None:
+        async with self._doing(f"setting up {name}: accept_local and rp_filter") as ipr:
             answer = await ipr.nlm_request(
-                _accept_local_message(index), RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK
+                _settings_message(index), RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK
             )
             async for _ in answer:
                 pass
@@ -448,18 +490,6 @@ def _run_watcher(callback: Callable[..., None], *args: object) -> None:
         log.exception("a netlink watcher failed")
 
 
-def _changed_links(messages: bytes) -> set[int]:
-    """Return the interface index of each link message in one netlink datagram."""
-    found = set()
-    at = 0
-    while at + LINK_MESSAGE.size <= len(messages):
-        length, kind, index, _ = LINK_MESSAGE.unpack_from(messages, at)
-        if kind == RTM_NEWLINK:
-            found.add(index)
-        at += max(length + 3 & ~3, LINK_MESSAGE.size)
-    return found
-
-
 def _interface(index: int | None) -> str:
     try:
         return socket.if_indextoname(index or 0)
@@ -467,8 +497,8 @@ def _interface(index: int | None) -> str:
         return "another next hop"
 
 
-def _accept_local_message(index: int) -> Any:
-    """Build a message that sets accept_local.
+def _settings_message(index: int) -> Any:
+    """Build a message that sets DEVICE_SETTINGS.
 
     pyroute2 treats the kernel's device settings as one structure and cannot set a single one. This
     function therefore defines the message, with pyroute2's classes.
@@ -487,11 +517,12 @@ def _accept_local_message(index: int) -> Any:
                 nla_map = ((IFLA_INET_CONF, "IFLA_INET_CONF", "conf"),)
 
                 class conf(nla):  # type: ignore[misc]
-                    nla_map = ((IPV4_DEVCONF_ACCEPT_LOCAL, "ACCEPT_LOCAL", "uint32"),)
+                    nla_map = tuple(
+                        (number, f"SETTING_{number}", "uint32") for number in DEVICE_SETTINGS)
 
     message = LinkMessage()
     message["index"] = index
-    conf = {"attrs": [("ACCEPT_LOCAL", 1)]}
+    conf = {"attrs": [(f"SETTING_{n}", value) for n, value in DEVICE_SETTINGS.items()]}
     message["attrs"] = [
         ("IFLA_AF_SPEC", {"attrs": [("AF_INET", {"attrs": [("IFLA_INET_CONF", conf)]})]})
     ]

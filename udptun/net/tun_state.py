@@ -1,7 +1,7 @@
-"""Read the kernel's configuration of one device: flags, addresses and routes.
+"""Read the kernel's configuration of one device: name, flags, settings, addresses and routes.
 
-Owns the reading only; ``netlink.configure_tun`` sets the configuration. Threading: call from any
-asyncio loop; the work runs in the thread of the given ``Netlink``.
+Owns the reading, and the comparison with the configuration that ``netlink.configure_tun`` sets.
+Threading: call from any asyncio loop; the work runs in the thread of the given ``Netlink``.
 
 Since Linux 4.20 the kernel filters the dumps by interface, so the cost does not grow with the
 host's other routes. Older kernels send all entries, and this module filters them.
@@ -11,20 +11,32 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..model import IPAddress, IPNetwork
-from .batch import ATTRIBUTE, RouteSocket, attributes
-from .netlink import IFF_UP, Netlink
+from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
+from .netlink import (
+    DEVICE_SETTINGS,
+    IFF_UP,
+    IFLA_AF_SPEC,
+    IFLA_INET_CONF,
+    IPV4_DEVCONF_ACCEPT_LOCAL,
+    IPV4_DEVCONF_RP_FILTER,
+    Netlink,
+)
 from .underlay import (
     IFA_ADDRESS,
     IFA_LOCAL,
     IFADDRMSG,
     IFINFOMSG,
+    IFLA_IFNAME,
+    IFLA_MTU,
     RT_TABLE_MAIN,
     RTA_OIF,
     RTA_TABLE,
@@ -36,6 +48,7 @@ from .underlay import (
 
 RTA_DST = 1  # linux/rtnetlink.h
 FAMILIES = {socket.AF_INET: 32, socket.AF_INET6: 128}  # family: bits of an address
+SETTING_NAMES = {IPV4_DEVCONF_ACCEPT_LOCAL: "accept_local", IPV4_DEVCONF_RP_FILTER: "rp_filter"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +58,35 @@ class TunState:
     up         the device is up (IFF_UP)
     addresses  addresses of the device, both families
     networks   destinations of the main table's routes through the device
+    settings   the values of DEVICE_SETTINGS in the kernel
     """
 
+    name: str
+    mtu: int
     up: bool
     addresses: frozenset[IPAddress]
     networks: frozenset[IPNetwork]
+    settings: tuple[tuple[int, int], ...]
+
+    def differences(
+        self, name: str, mtu: int, addresses: Iterable[IPAddress], networks: Iterable[IPNetwork]
+    ) -> list[str]:
+        """Return what differs from the wanted configuration, one text for each difference."""
+        found = []
+        if self.name != name:
+            found.append(f"its name is {self.name}")
+        if not self.up:
+            found.append("it is down")
+        if self.mtu != mtu:
+            found.append(f"its MTU is {self.mtu}")
+        lost = [str(one) for one in addresses if one not in self.addresses]
+        if self.up:  # a device that is down has no routes
+            lost += [str(one) for one in networks if one not in self.networks]
+        if lost:
+            found.append(f"it has lost {', '.join(lost)}")
+        found += [f"its {SETTING_NAMES[number]} is {value}" for number, value in self.settings
+                  if value != DEVICE_SETTINGS[number]]
+        return found
 
 
 async def tun_state(netlink: Netlink, index: int) -> TunState | None:
@@ -57,27 +94,39 @@ async def tun_state(netlink: Netlink, index: int) -> TunState | None:
     Raises DeviceError."""
     async def read(_: Any) -> TunState | None:
         with RouteSocket() as kernel:
-            up = _is_up(kernel, index)
-            if up is None:
-                return None
-            return TunState(
-                up, frozenset(_addresses(kernel, index)), frozenset(_networks(kernel, index))
-            )
+            return _state(kernel, index)
 
     return await netlink.work("reading the TUN device's state", read)
 
 
-def _is_up(kernel: RouteSocket, index: int) -> bool | None:
-    for message in kernel.dump(RTM_GETLINK, IFINFOMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
-        _, _, found, flags, _ = IFINFOMSG.unpack_from(message)
-        if found == index:
-            return bool(flags & IFF_UP)
-    return None
+def _state(kernel: RouteSocket, index: int) -> TunState | None:
+    (link,) = kernel.ask(RTM_GETLINK, [IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, 0)])
+    if isinstance(link, Refusal):
+        if link.number == errno.ENODEV:
+            return None
+        raise OSError(link.number, str(link))
+    flags = IFINFOMSG.unpack_from(link)[3]
+    about = attributes(link, IFINFOMSG.size)
+    return TunState(
+        os.fsdecode(bytes(about[IFLA_IFNAME]).rstrip(b"\0")), _u32(about.get(IFLA_MTU)),
+        bool(flags & IFF_UP), frozenset(_addresses(kernel, index)),
+        frozenset(_networks(kernel, index)), _settings(about.get(IFLA_AF_SPEC)),
+    )
+
+
+def _settings(af_spec: memoryview | None) -> tuple[tuple[int, int], ...]:
+    """Read DEVICE_SETTINGS from the link message. Without IPv4 on the host there are none."""
+    inet = attributes(af_spec or memoryview(b""), 0).get(socket.AF_INET)
+    conf = attributes(inet or memoryview(b""), 0).get(IFLA_INET_CONF)
+    if conf is None:
+        return ()
+    values = conf.cast("I")
+    return tuple((number, values[number - 1]) for number in DEVICE_SETTINGS)
 
 
 def _addresses(kernel: RouteSocket, index: int) -> list[IPAddress]:
     found: list[IPAddress] = []
-    for message in kernel.dump(RTM_GETADDR, IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
+    for message in kernel.dump(RTM_GETADDR, IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, index)):
         if IFADDRMSG.unpack_from(message)[4] == index:
             values = attributes(message, IFADDRMSG.size)
             # On a point-to-point link IFA_ADDRESS is the other end.

@@ -1,0 +1,76 @@
+"""Limit and log the repairs that one owner makes on the host. A leaf.
+
+Another program may undo each repair. Then the pause between two repairs grows up to LAST_PAUSE, so
+that the two programs do not use the whole CPU. Each repair is logged once. Equal repairs that
+follow are counted, and logged as one line per SUMMARY_SECONDS.
+
+Owns the pauses and the log lines. Does not depend on what is repaired. One thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FIRST_PAUSE, LAST_PAUSE = 0.5, 8.0  # seconds between two repairs
+CALM_SECONDS = 30.0  # after this time without a repair, the next one is made at once
+SUMMARY_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class _Logged:
+    at: float
+    more_n: int = 0  # equal repairs since then
+
+
+class Repairs:
+    """The repairs of one owner.
+
+    say    called with each log line
+    clock  returns monotonic seconds
+    """
+
+    def __init__(
+        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say = say
+        self._clock = clock
+        self._last: float | None = None
+        self._pause = 0.0
+        self._logged: dict[str, _Logged] = {}
+
+    def pause(self) -> float:
+        """Return the seconds until the next repair may be made; 0 if it may be made now."""
+        if self._last is None:
+            return 0.0
+        return max(0.0, self._last + self._pause - self._clock())
+
+    def begin(self) -> None:
+        """Record that a repair is tried. This sets the pause until the next one."""
+        now = self._clock()
+        repeated = self._last is not None and now - self._last < CALM_SECONDS
+        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LAST_PAUSE) if repeated else 0.0
+        self._last = now
+
+    def done(self, what: str) -> None:
+        """Record a repair that has succeeded. ``what`` is the sentence for the log."""
+        if (logged := self._logged.get(what)) is not None:
+            logged.more_n += 1
+        else:
+            self._logged[what] = _Logged(self._clock())
+            self._say(what)
+
+    def summarise(self) -> None:
+        """Log the counted repairs whose time has come. Call it from time to time."""
+        now = self._clock()
+        for what, logged in [*self._logged.items()]:
+            seconds = now - logged.at
+            if seconds < SUMMARY_SECONDS:
+                continue
+            if logged.more_n:
+                self._say(f"{what} ({logged.more_n} more times in {seconds:.0f} s: another program"
+                          " may undo this)")
+                self._logged[what] = _Logged(now)
+            else:
+                del self._logged[what]
