@@ -280,6 +280,7 @@ def test_the_table_of_instance_names_is_complete() -> None:
     for instance in (Instance(), Instance("blue")):
         names = {
             instance.tun, *(instance.nft_table(version) for version in (4, 6)),
+            *map(instance.iptables_chain, ("FORWARD", "POSTROUTING")),
             *(instance.vxlan_device(1, version) for version in (4, 6)),
             *map(str, (instance.control_socket(), instance.run_dir / FORWARD_FILE,
                        instance.state_dir, instance.subnet_file)),

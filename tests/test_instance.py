@@ -16,6 +16,7 @@ def names(instance: Instance) -> set[str]:
         instance.tun, instance.nft_table(4), instance.nft_table(6), instance.vxlan_device(1, 4),
         instance.vxlan_device(1, 6), str(instance.run_dir), str(instance.state_dir),
         str(instance.subnet_file), str(instance.control_socket()),
+        instance.iptables_chain("FORWARD"), instance.iptables_chain("POSTROUTING"),
     }
 
 
@@ -23,11 +24,12 @@ def test_default_instance_has_the_documented_names():
     assert names(Instance()) == {
         "udptun0", "udptun-ipv4", "udptun-ipv6", "flannel.1", "flannel-v6.1", "/run/udptun",
         "/var/lib/udptun", "/run/flannel/subnet.env", "/run/udptun/udptun.sock",
+        "UDPTUN-FORWARD", "UDPTUN-POSTRTG",
     }
 
 
 def test_two_instances_share_no_name():
-    assert len(names(Instance("blue"))) == 9
+    assert len(names(Instance("blue"))) == 11
     assert not names(Instance("blue")) & names(Instance("green"))
     assert not names(Instance("blue")) & names(Instance())
 

@@ -55,6 +55,13 @@ class Instance:
         """Return the name of the nftables table for IP version 4 or 6."""
         return f"{self.name}-ipv{version}"
 
+    def iptables_chain(self, base: str) -> str:
+        """Return the name of our iptables chain to which the chain ``base`` jumps.
+
+        ``base`` is FORWARD or POSTROUTING. flannel's abbreviation of the latter is POSTRTG.
+        """
+        return f"{self.name.upper()}-{'POSTRTG' if base == 'POSTROUTING' else base}"
+
     def vxlan_device(self, vni: int, version: int) -> str:
         """Return the name of the VXLAN device whose underlay has IP version 4 or 6.
 

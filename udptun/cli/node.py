@@ -24,7 +24,7 @@ from ..leases.file.config import FileConfig
 from ..leases.kube.config import KubeConfig
 from ..model import IPAddress, parse_address
 from ..node.backends import AUTO, MODES
-from ..node.config import FORWARDERS, InterfaceOptions, NodeConfig
+from ..node.config import FIREWALLS, FORWARDERS, InterfaceOptions, NodeConfig
 from . import logs
 from .forward import tun_name
 from .goflags import Bool, Collected, GoCommand, Int, Level
@@ -151,6 +151,10 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
       metavar="FILE", help="File with subnet and MTU, for the CNI plugin.")
 @boolean("--ip-masq", False, "Masquerade packets that leave the overlay.")
 @boolean("--iptables-forward-rules", True, "Accept forwarded packets from and to the overlay.")
+@flag("--firewall", type=click.Choice(FIREWALLS),
+      help="auto: nftables rules, and accept rules in iptables where its rules drop our packets; "
+           "nftables: only nftables; iptables: only iptables.  [default: nftables if the "
+           "network's configuration has EnableNFTables, else auto]")
 @flag("--iptables-resync", type=Int(1), default=STOCK.iptables_resync,
       show_default=True, metavar="SECONDS",
       help="Time between checks of the firewall rules; missing ones are added again.")
@@ -220,7 +224,8 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 
 
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
-    unchanged = ("instance", "backend", "ip_masq", "iptables_forward_rules", "iptables_resync",
+    unchanged = ("instance", "backend", "ip_masq", "iptables_forward_rules", "firewall",
+                 "iptables_resync",
                  "forwarder", "forward_file", "state_dir", "healthz_port", "cleanup")
     given: dict[str, Any] = {  # if not given, NodeConfig uses the instance's
         name: values[name] for name in ("tun", "subnet_file")

@@ -13,6 +13,7 @@ PACKAGES = {
     "ping": "iputils-ping",
     "iperf3": "iperf3",
     "nft": "nftables",
+    "iptables": "iptables",
     "ethtool": "ethtool",
     "sysctl": "procps",
     "tcpdump": "tcpdump",

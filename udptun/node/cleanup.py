@@ -17,7 +17,8 @@ from ..leases.cache import LeaseCache
 from ..net.netlink import Netlink
 from .backends.active import ActiveBackends
 from .config import NodeConfig
-from .host.firewall import Firewall, FirewallRules
+from .host.firewall.keeper import Firewall
+from .host.firewall.rules import FirewallRules
 from .status.report import NodeReport
 from .store import CACHE_FILE
 

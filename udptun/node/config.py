@@ -22,6 +22,7 @@ from .backends import MODES
 from .process.launch import FORWARD_FILE
 
 FORWARDERS = ("spawn", "external")
+FIREWALLS = ("auto", "nftables", "iptables")
 ANY_ADDRESS = ipaddress.IPv4Address("0.0.0.0")
 _FROM_INSTANCE: Any = None  # __post_init__ replaces this value by the instance's default
 
@@ -63,6 +64,8 @@ class NodeConfig:
     backend           a backend's name or "auto"; None: use Backend.Type of net-conf.json
     advertise         publish in our lease the features that this node has in addition to flannel's
     subnet_file       the path of flannel's subnet.env
+    firewall          one of FIREWALLS; None: "nftables" if net-conf.json has EnableNFTables, else
+                      "auto"
     iptables_resync   seconds between two checks of the firewall rules
     tun               the name of the forwarder's device
     control           the forwarder's control socket
@@ -84,6 +87,7 @@ class NodeConfig:
     subnet_file: Path = _FROM_INSTANCE
     ip_masq: bool = False
     iptables_forward_rules: bool = True
+    firewall: str | None = None
     iptables_resync: int = 5
     tun: str = _FROM_INSTANCE
     control: Path = _FROM_INSTANCE
@@ -99,6 +103,8 @@ class NodeConfig:
             raise FieldError("backend", self.backend, " or ".join(MODES))
         if self.forwarder not in FORWARDERS:
             raise FieldError("forwarder", self.forwarder, " or ".join(FORWARDERS))
+        if self.firewall not in (None, *FIREWALLS):
+            raise FieldError("firewall", self.firewall, " or ".join(FIREWALLS))
         if self.iptables_resync < 1:
             raise FieldError("iptables-resync", self.iptables_resync, "at least 1 second")
         if not 0 <= self.healthz_port <= MAX_PORT:

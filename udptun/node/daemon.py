@@ -200,6 +200,7 @@ class Daemon:
         status, lease_error = "", ""
         while True:
             self.report.firewall_error = self._host.firewall_error
+            self.report.firewall_drops = self._host.firewall_drops
             if not self.report.waiting and status != (status := self.report.summary()):
                 self._notifier.status(status)
             if lease_error != (lease_error := self._store.lease_error) and lease_error:

@@ -13,8 +13,9 @@ import pytest
 
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
-from udptun.node.host import firewall as firewall_module
-from udptun.node.host.firewall import Firewall, FirewallError, FirewallRules
+from udptun.node.host.firewall import rules as rules_module
+from udptun.node.host.firewall.keeper import Firewall
+from udptun.node.host.firewall.rules import FirewallError, FirewallRules
 
 RULES = FirewallRules(
     ip_network("10.42.0.0/16"), ip_network("10.42.1.0/24"),
@@ -204,6 +205,7 @@ async def test_another_output_format_of_nft_is_not_a_change(tmp_path):
     assert ruleset() == ACTIVE
 
 
+@in_own_netns
 @pytest.mark.parametrize(("text", "words"), [
     ("echo Operation not permitted >&2; exit 1", ["list table ip udptun-ipv4",
                                                   "Operation not permitted"]),
@@ -213,7 +215,7 @@ async def test_another_output_format_of_nft_is_not_a_change(tmp_path):
 ])
 async def test_nft_fails(tmp_path, monkeypatch, text, words):
     if "sleep" in text:
-        monkeypatch.setattr(firewall_module, "NFT_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(rules_module, "TOOL_TIMEOUT_S", 0.05)
     firewall = Firewall(RULES, nft=program(tmp_path, text))
     with pytest.raises(FirewallError) as caught:
         await firewall.sync()
@@ -222,6 +224,7 @@ async def test_nft_fails(tmp_path, monkeypatch, text, words):
     assert firewall.error == str(caught.value)
 
 
+@in_own_netns
 @pytest.mark.parametrize(("mode", "words"), [
     (None, "does not run: No such file or directory (Debian has it in the package nftables)"),
     (0o644, "does not run: Permission denied"),
@@ -231,12 +234,13 @@ async def test_nft_is_missing(tmp_path, mode, words):
     if mode is not None:
         path.write_text("")
         path.chmod(mode)
-    firewall = Firewall(RULES, nft=str(path))
+    firewall = Firewall(RULES, mode="nftables", nft=str(path))
     with pytest.raises(FirewallError, match="does not run") as caught:
         await firewall.sync()
     assert words in str(caught.value)
 
 
+@in_own_netns
 async def test_nft_is_not_needed_without_rules(tmp_path):
     firewall = Firewall(FirewallRules(), nft=str(tmp_path / "nft"))
     assert not await firewall.sync()
@@ -297,29 +301,3 @@ exec nft "$@"
     assert ruleset() == ACTIVE
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
-
-
-@in_own_netns
-async def test_a_chain_with_policy_drop_is_logged_once(caplog):
-    """Docker sets this policy. Our accept does not override the policy, so the log names the chain.
-    """
-    sh("nft add table ip filter",
-       "nft add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",
-       "nft add chain ip filter INPUT { type filter hook input priority 0; policy drop; }")
-    firewall = Firewall(RULES)
-    assert [sentence.split(" has")[0] for sentence in await firewall.obstacles()] == \
-        ["ip filter FORWARD"]
-    looks = 0
-    obstacles = firewall.obstacles
-
-    async def counted():
-        nonlocal looks
-        looks += 1
-        return await obstacles()
-
-    firewall.obstacles = counted
-    async with keeping(firewall):
-        await until(lambda: looks > 2)
-    assert caplog.text.count("ip filter FORWARD has the policy drop") == 1
-    firewall.want = dataclasses.replace(RULES, forward=False)
-    assert await firewall.obstacles() == ()

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,7 +18,7 @@ from tests.node.node_reports import ready, starting
 from udptun.errors import DeviceError
 from udptun.model import parse_address
 from udptun.node.status.readiness import CHECKS, MAX_NAMED, State, is_ready, judge
-from udptun.node.status.report import NodeReport
+from udptun.node.status.report import FirewallDrop, NodeReport
 from udptun.node.status.server import HealthServer
 
 LOOPBACK = parse_address("address", "127.0.0.1")
@@ -111,6 +112,11 @@ def set_no_firewall(report: NodeReport) -> None:
     report.firewall_error = "nft is not there"
 
 
+def set_drop(report: NodeReport, *, cuts: bool) -> None:
+    report.firewall_drops = (
+        FirewallDrop("packets are dropped by X", "ask X", cuts, time.time() - 12),)
+
+
 def set_unreachable(report: NodeReport) -> None:
     why = "its vxlan backend ignores a UDP-only node"
     report.peers.unreachable = MappingProxyType({"10.5.7.0-24": why})
@@ -149,6 +155,9 @@ def set_waiting(report: NodeReport) -> None:
          "[-]forwarder: its routes are not up to date; routes: 7"),
         (set_no_subnet_env, {"subnet-env": State.FAILED}, "[-]subnet-env: No space left on device"),
         (set_no_firewall, {"firewall": State.FAILED}, "[-]firewall: nft is not there"),
+        (partial(set_drop, cuts=True), {"firewall": State.FAILED},
+         "packets are dropped by X, for "),
+        (partial(set_drop, cuts=False), {"firewall": State.DEGRADED}, "[!]firewall: our rules"),
         (set_unreachable, {"peers": State.DEGRADED},
          "    1 cannot be reached:\n    10.5.7.0-24: its vxlan backend ignores a UDP-only node"),
         (set_refused, {"peers": State.DEGRADED},

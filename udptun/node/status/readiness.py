@@ -131,7 +131,14 @@ def _subnet_env(report: NodeReport) -> _Result:
 def _firewall(report: NodeReport) -> _Result:
     if report.firewall_error:
         return _result(State.FAILED, report.firewall_error)
-    return _result(State.OK, "rules are active")
+    if not report.firewall_drops:
+        return _result(State.OK, "rules are active")
+    cuts = any(drop.cuts for drop in report.firewall_drops)
+    return _result(
+        State.FAILED if cuts else State.DEGRADED,
+        "our rules are active, but rules of other programs drop packets of the overlay:",
+        *(f"{drop.text}, for {_span(time.time() - drop.since)}; {drop.remedy}"
+          for drop in report.firewall_drops))
 
 
 def _peers(report: NodeReport) -> _Result:

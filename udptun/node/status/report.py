@@ -38,6 +38,23 @@ class ForwarderReport:
     replaces_n: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class FirewallDrop:
+    """Packets of the overlay that rules of another program drop, and that udptun cannot lift.
+
+    text    what is dropped by what, as a sentence
+    remedy  what an operator can do, as a sentence
+    cuts    True: this node's pods cannot use the overlay; False: it may be so, or only new
+            connections from other nodes are dropped
+    since   time.time() of the first look that found it
+    """
+
+    text: str
+    remedy: str
+    cuts: bool
+    since: float
+
+
 @dataclass(slots=True)
 class PeersReport:
     """The paths to the other nodes.
@@ -77,6 +94,7 @@ class NodeReport:
     subnet_env_error  the reason why subnet.env is not written
     firewall_error    the reason why the firewall rules are not active; "" also if no rules are
                       wanted
+    firewall_drops    packets of the overlay that other programs' rules drop
     leases_n          the number of known leases, including our own lease
     route_changes_n   by backend: how many routes were added, changed or removed since our start
     applied           time.monotonic() when paths were applied last; None: never
@@ -97,6 +115,7 @@ class NodeReport:
     mtu: int = 0
     subnet_env_error: str = "not written yet"
     firewall_error: str = "not set yet"
+    firewall_drops: tuple[FirewallDrop, ...] = ()
     forwarder: ForwarderReport = field(default_factory=ForwarderReport)
     peers: PeersReport = field(default_factory=PeersReport)
     leases_n: int = 0

@@ -1,0 +1,281 @@
+"""Keeps our rules active, and finds other programs' rules that drop packets of the overlay.
+
+Owns: which tool applies which rules (``--firewall``), the repetition, and the list of drops. Does
+not depend on leases or interfaces. Asyncio, one loop per object.
+
+- nftables: all rules are in our own nftables tables. Nothing else is changed.
+- iptables: all rules are in our own iptables chains, like flannel's rules.
+- auto: the same as nftables, and accept rules in the chain FORWARD of each variant of iptables
+  whose rules drop our packets: an accept in our own table does not override that drop. The accept
+  rules are removed when they are not needed any more. Without nft, auto is the same as iptables.
+
+The jump to our chain is inserted directly before the rule that drops our packets. So rules of a
+network policy before that rule stay effective.
+
+The rules of other programs are read. Whether packets pass is not measured. A rule that udptun
+cannot evaluate (see ``verdict``) makes a finding uncertain. Rules in other places (XDP, tc, eBPF
+programs) are not found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from ....instance import Instance
+from ....model import IPNetwork
+from ...status.report import FirewallDrop
+from . import iptables
+from .nft import FAMILIES, Nft, OtherTable
+from .rules import FirewallError, FirewallRules
+from .verdict import Drop, Flow, drop_of
+
+log = logging.getLogger(__name__)
+
+DEFAULT = Instance()
+Variant = tuple[int, str]  # IP version and variant of iptables
+SHARE = 20  # of the time, at most a 20th is spent reading rules
+
+
+class Firewall:
+    """Keeps the host's rules equal to ``want``.
+
+    want     the wanted rules; can be set at any time
+    mode     one of ``config.FIREWALLS``; can be set at any time
+    error    the reason why the last ``sync`` failed, as a sentence; "" if ``sync`` succeeded
+    dropped  what other programs' rules drop since the last ``sync``
+    """
+
+    def __init__(
+        self, want: FirewallRules, instance: Instance = DEFAULT, *, mode: str = "auto",
+        nft: str = "nft",
+    ) -> None:
+        self.want = want
+        self.mode = mode
+        self.error = ""
+        self.dropped: tuple[FirewallDrop, ...] = ()
+        self._instance = instance
+        self._nft = Nft(instance, nft)
+        self._lock = asyncio.Lock()  # one ``sync`` at a time
+        self._nat_done: set[Variant] = set()  # whose table nat has no rules of ours, if not wanted
+
+    async def sync(self) -> bool:
+        """Apply the wanted rules. Return True if a table had to be changed.
+
+        Raises FirewallError, but only after it has tried everything.
+        """
+        async with self._lock:
+            attempt = _Attempt(
+                self.want, self._effective_mode(), self._instance, self._nft, self._nat_done)
+            await attempt.run()
+            self._record(attempt.dropped)
+            self.error = "; ".join(attempt.failed)
+        if self.error:
+            raise FirewallError(self.error)
+        return attempt.changed
+
+    async def keep(self, every_s: float) -> None:
+        """Call ``sync`` now and at least every ``every_s`` seconds, until cancelled.
+
+        An error that occurs several times in succession is logged once.
+        """
+        failed = ""
+        while True:
+            started = time.monotonic()
+            try:
+                if await self.sync():
+                    log.info("firewall rules applied")
+                failed = ""
+            except FirewallError as error:
+                if str(error) != failed:
+                    log.error("firewall rules are not active: %s", error)
+                failed = str(error)
+            await asyncio.sleep(max(every_s, SHARE * (time.monotonic() - started)))
+
+    async def remove(self) -> bool:
+        """Remove our rules. Return True if there were any. Raises FirewallError."""
+        self.want = FirewallRules()
+        return await self.sync()
+
+    def _effective_mode(self) -> str:
+        """Return the mode; without nft, auto is iptables."""
+        if self.mode == "auto" and not self._nft.is_there:
+            return "iptables"
+        return self.mode
+
+    def _record(self, found: Mapping[str, FirewallDrop]) -> None:
+        before = {one.text: one for one in self.dropped}
+        for text, one in found.items():
+            if text not in before:
+                log.warning("%s; %s", text, one.remedy)
+        for text in before.keys() - found.keys():
+            log.info("no longer: %s", text)
+        self.dropped = tuple(
+            replace(one, since=before[text].since if text in before else one.since)
+            for text, one in found.items()
+        )
+
+
+class _Attempt:
+    """One pass over all tables.
+
+    failed   an ordered set of errors: both families may fail for the same reason
+    dropped  by its text
+    """
+
+    def __init__(
+        self, want: FirewallRules, mode: str, instance: Instance, nft: Nft, nat_done: set[Variant]
+    ) -> None:
+        self.changed = False
+        self.failed: dict[str, None] = {}
+        self.dropped: dict[str, FirewallDrop] = {}
+        self._want = want
+        self._mode = mode
+        self._instance = instance
+        self._nft = nft
+        self._nat_done = nat_done
+
+    async def run(self) -> None:
+        ours = FirewallRules() if self._mode == "iptables" else self._want
+        for family in FAMILIES:
+            with self._recorded():
+                self.changed |= await self._nft.sync(family, ours)
+        tables: list[OtherTable] = []
+        if self._nft.is_there:
+            with self._recorded():
+                tables = await self._nft.others()
+        names = {table.name for table in tables}
+        for family, version in FAMILIES.items():
+            for variant in iptables.VARIANTS:
+                with self._recorded():
+                    if await self._sync_variant(version, variant, names) and variant == "nft":
+                        names.discard(f"{family} filter")
+        for table in tables:
+            if table.name in names:
+                self._judge_table(table)
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        try:
+            yield
+        except FirewallError as error:
+            self.failed[str(error)] = None
+
+    # -- iptables ---------------------------------------------------------------------------------
+
+    async def _sync_variant(self, version: int, variant: str, nft_tables: Collection[str]) -> bool:
+        """Return True if the chain FORWARD of this variant was read and judged."""
+        tables = await iptables.find(version, variant)
+        if tables is None:
+            return False
+        is_default = self._mode == "iptables" and self._want != FirewallRules() \
+            and await iptables.is_default(tables)
+        family = "ip" if version == 4 else "ip6"
+        there = iptables.legacy_tables(version) if variant == "legacy" else \
+            {name.removeprefix(f"{family} ") for name in nft_tables}
+        await self._sync_nat(tables, is_default, (version, variant), "nat" in there)
+        return (is_default or "filter" in there) and await self._sync_forward(tables, is_default)
+
+    async def _sync_nat(
+        self, tables: iptables.Tables, is_default: bool, variant: Variant, is_there: bool
+    ) -> None:
+        """Masquerade by iptables, or once remove the rules of an earlier daemon that did."""
+        if not is_default and (variant in self._nat_done or not is_there):
+            return
+        rules = iptables.own_rules(iptables.POSTROUTING, tables.version, self._want) \
+            if is_default else []
+        listing = await tables.read("nat")
+        await self._change(tables, listing, iptables.POSTROUTING, rules, None, listing.count_jumps(
+            iptables.POSTROUTING, self._instance.iptables_chain(iptables.POSTROUTING)) == 1)
+        if is_default:
+            self._nat_done.discard(variant)
+        else:
+            self._nat_done.add(variant)
+
+    async def _sync_forward(self, tables: iptables.Tables, is_default: bool) -> bool:
+        base, own = iptables.FORWARD, self._instance.iptables_chain(iptables.FORWARD)
+        listing = await tables.read("filter")
+        if base not in listing.policies:
+            return False
+        flows = self._flows(tables.version)
+        drops = _drops(listing.without(own), tables.version, flows)
+        lift = self._mode != "nftables" and (is_default or bool(drops))
+        rules = iptables.own_rules(base, tables.version, self._want) if lift else []
+        at = min((drop.at for drop in drops.values() if drop.at is not None), default=None)
+        in_place = listing.count_jumps(base, own) == 1 and \
+            not _drops(listing, tables.version, flows)
+        if await self._change(tables, listing, base, rules, at, in_place):
+            listing = await tables.read("filter")
+        for flow, drop in _drops(listing, tables.version, flows).items():
+            remedy = "--firewall auto inserts accept rules there" if self._mode == "nftables" \
+                else "an accept rule is needed there"
+            self._report(flow, drop, f"{tables.name}, table filter", remedy)
+        return True
+
+    async def _change(
+        self, tables: iptables.Tables, listing: iptables.Listing, base: str, rules: list[str],
+        at: int | None, in_place: bool,
+    ) -> bool:
+        own = self._instance.iptables_chain(base)
+        if rules:
+            right = in_place and [*listing.rules.get(own, ())] == rules
+        else:
+            right = own not in listing.rules and not listing.count_jumps(base, own)
+        if not right:
+            lines = iptables.change(listing, base, own, rules, at)
+            await tables.apply(iptables.TABLE_OF[base], lines)
+            self.changed = True
+        return not right
+
+    # -- findings ---------------------------------------------------------------------------------
+
+    def _judge_table(self, table: OtherTable) -> None:
+        for version in table.versions:
+            network, _ = self._want.of(version)
+            for flow in self._flows(version):
+                if table.chains is None:
+                    self._add(f"nft cannot print the table {table.name}, whose rules may drop"
+                              " packets of the overlay", "a newer nft may print it", False)
+                    continue
+                for base in table.bases:
+                    if drop := drop_of(table.chains, base, flow):
+                        self._report(flow, drop, f"nftables, table {table.name}",
+                                     _remedy(table.name, network))
+
+    def _report(self, flow: Flow, drop: Drop, where: str, remedy: str) -> None:
+        unless = "" if drop.sure else ", unless a rule with a condition that udptun cannot" \
+            " evaluate accepts them"
+        text = f"{flow.name} are dropped by {where}, chain {drop.chain}: {drop.text}{unless}"
+        self._add(text, remedy, drop.sure and not flow.arrives)
+
+    def _add(self, text: str, remedy: str, cuts: bool) -> None:
+        self.dropped[text] = FirewallDrop(text, remedy, cuts, time.time())
+
+    def _flows(self, version: int) -> tuple[Flow, ...]:
+        network, subnet = self._want.of(version)
+        if network is None or subnet is None:
+            return ()
+        kind = f"IPv{version} packets"
+        return (
+            Flow(f"{kind} from this node's pods to other nodes", subnet, network, False,
+                 self._want.devices),
+            Flow(f"{kind} from other nodes to this node's pods", network, subnet, True,
+                 self._want.devices),
+        )
+
+
+def _drops(listing: iptables.Listing, version: int, flows: Iterable[Flow]) -> dict[Flow, Drop]:
+    chains = listing.chains()
+    return {flow: drop for flow in flows
+            if (drop := drop_of(chains, iptables.FORWARD, flow)) is not None}
+
+
+def _remedy(table: str, network: IPNetwork | None) -> str:
+    if table.endswith(" firewalld"):
+        return f"firewall-cmd --permanent --zone=trusted --add-source={network}, and then" \
+            " firewall-cmd --reload, make firewalld accept them"
+    return f"a rule of this chain has to accept {network}"
