@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from udptun.lab import Lab
+from udptun.lab import Lab, LabError
 
 from .acts import ACTS, Act
 from .judge import Judge, Verdict
@@ -76,8 +76,11 @@ class Chaos:
         """Do one act. What it chooses depends on the seed and its name alone."""
         rng = Random(f"{seed} {act.name}")
         stamp = f"{time.strftime('%H:%M:%S')} {self._elapsed():5.0f} s"
-        verdict = self._judge.run(
-            act, rng, lambda text: self._tell(f"{stamp}  {number:3d} {act.name}: {text}"))
+        try:
+            verdict = self._judge.run(
+                act, rng, lambda text: self._tell(f"{stamp}  {number:3d} {act.name}: {text}"))
+        except (LabError, OSError) as error:
+            verdict = Verdict(act.name, "", [f"the act cannot be done: {error}"])
         self.verdicts.append(verdict)
         took = " + ".join(f"{seconds:.1f}" for seconds in verdict.took)
         if not verdict.wrong:
