@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from udptun.lab import Lab, LabError, missing_tools
+from udptun.lab.cluster import etcd_obstacle
 from udptun.lab.tools import install_command
 
-from . import flame, instructions, plots, profiles, readme, record, report, system
+from . import flame, instructions, nodes, plots, profiles, readme, record, report, system
 from .contenders.external import installed_names
 from .metrics import gap, lookup, memory, pps, rtt, scale, start, tcp
 from .metrics.metric import COMPARED, NO_PROFILE, Metric, Plan
@@ -132,7 +133,44 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--check", type=Path, metavar="FILE",
                          help="fail if a step takes more instructions than FILE says")
     command.set_defaults(run=lambda a: instructions.run(a.save, a.check))
+    _add_nodes_command(commands)
     return parser
+
+
+def _add_nodes_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "what one node costs in a cluster of N nodes (etcd)"
+    command = commands.add_parser("nodes", help=text, description=text)
+    command.add_argument("--nodes", type=_nodes, action="append", metavar="N",
+                         help="number of other nodes; may be repeated; "
+                         f"default {', '.join(str(size) for size in nodes.SIZES)}")
+    command.add_argument("--backend", choices=nodes.BACKENDS, default="udp")
+    command.add_argument("--changes", type=_positive(int), default=100, metavar="N",
+                         help="number of single changes (default 100)")
+    command.add_argument("--seconds", type=_positive(float), default=30.0, metavar="N",
+                         help="length of the measurement at rest, and of the churn (default 30)")
+    command.add_argument("--churn", type=_positive(float), default=10.0, metavar="N",
+                         help="changes per second of the churn (default 10)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="append the figures as JSON")
+    command.set_defaults(run=_nodes_cost)
+
+
+def _nodes(text: str) -> int:
+    value = int(_positive(int)(text))
+    if value > nodes.MAX_NODES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at most {nodes.MAX_NODES}")
+    return value
+
+
+def _nodes_cost(arguments: argparse.Namespace) -> int:
+    problem = _missing_requirement() or etcd_obstacle()
+    try:
+        if problem is None:
+            return nodes.run(arguments.nodes or nodes.SIZES, arguments.backend, arguments.changes,
+                             arguments.seconds, arguments.churn, arguments.out)
+    except LabError as e:
+        problem = str(e)
+    print(f"bench: {problem}", file=sys.stderr)
+    return 1
 
 
 def _add_measuring_command(

@@ -89,8 +89,8 @@ def _leftover_flannel(world: World, rng: Random) -> Scene:
 def _default_route(world: World, rng: Random) -> Scene:
     """A VPN comes up, with a better default route."""
     member = pick(world, rng)
-    member.host.ip("link add vpn0 type veth peer name vpn1", "link set vpn1 up", "addr add 100.64.9.9/24 dev vpn0",
-                   "link set vpn0 up", "route del default",
+    member.host.ip("link add vpn0 type veth peer name vpn1", "link set vpn1 up",
+                   "addr add 100.64.9.9/24 dev vpn0", "link set vpn0 up", "route del default",
                    f"route add default via {world.etcd.host.v4} metric 100",
                    "route add default via 100.64.9.1 dev vpn0 metric 50")
 
