@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,38 @@ class InterfaceOptions:
 
     def __post_init__(self) -> None:
         for regex in self.regexes:
-            try:
-                re.compile(regex)
-            except re.error as exc:
-                raise FieldError("iface-regex", regex, f"a regular expression ({exc})") from None
+            interface_pattern(regex)
+
+
+# The parts of a pattern in which the two rules below look: an escaped character, a character class,
+# and a repetition without a lower bound.
+_PATTERN_PART = re.compile(r"""
+    \\. | \[\^?\]?(?: \\. | \[:\^?\w*:\] | [^]\\] )*\] | \{,\d*\}
+""", re.VERBOSE | re.DOTALL)
+_CLASS_PART = re.compile(r"\\.|\[:\^?\w*:\]", re.DOTALL)
+
+
+def interface_pattern(text: str) -> re.Pattern[str]:
+    """Compile a value of --iface-regex. Raises FieldError.
+
+    flannel's syntax is RE2. Python refuses most of what it does not share with RE2. Two forms have
+    another meaning in Python and are refused here: [[:digit:]] and a{,3}. re.ASCII gives \\d, \\w and
+    \\b the meaning that they have in RE2. The library google-re2 is not used: it has no wheels for
+    musl, and each node would need a compiled package for one option.
+    """
+    for part in _PATTERN_PART.findall(text):
+        if part.startswith("{"):
+            raise FieldError("iface-regex", text, f"{{0{part[1:]} instead of {part}, which RE2 "
+                             "does not read as a repetition")
+        for inner in _CLASS_PART.findall(part[1:]):
+            if inner.startswith("["):
+                raise FieldError("iface-regex", text, f"characters such as 0-9 or a-z instead of "
+                                 f"{inner}, which only RE2 reads as the name of a class")
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            return re.compile(text, re.ASCII)
+    except re.error as exc:
+        raise FieldError("iface-regex", text, f"a regular expression ({exc})") from None
 
 
 @dataclass(frozen=True, slots=True)

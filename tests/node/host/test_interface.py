@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 from ipaddress import ip_address
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.own_netns import in_own_netns, sh
 from udptun.errors import FieldError
 from udptun.net.netlink import Netlink
-from udptun.node.config import InterfaceOptions
+from udptun.node.config import InterfaceOptions, interface_pattern
 from udptun.node.host.interface import NoInterface, choose
 
 HOST = (
@@ -202,3 +203,35 @@ async def test_a_change_of_address_is_seen_by_choosing_again():
 def test_a_pattern_that_cannot_be_compiled():
     with pytest.raises(FieldError, match=r"iface-regex: 'eth\['"):
         options(regexes=("eth[",))
+
+
+@pytest.mark.parametrize(("regex", "part"), [
+    ("eth[[:digit:]]+", r"0-9 .* \[:digit:\]"), ("[^[:alpha:]]", r"\[:alpha:\]"),
+    ("[a-z[:^word:]]", r"\[:\^word:\]"), ("[]:[:digit:]x]", r"\[:digit:\]"),
+    ("(en|[[:alnum:]x])0", r"\[:alnum:\]"), ("[[:digits:]]", r"\[:digits:\]"),
+    ("eth0{,2}", r"\{0,2\} instead of \{,2\}"), ("e{,}", r"\{0,\} instead of \{,\}"),
+])
+def test_a_regex_that_means_something_else_in_flannel_is_refused(regex, part):
+    with pytest.raises(FieldError, match=f"iface-regex: .* expected .*{part}"):
+        InterfaceOptions(regexes=(regex,))
+
+
+@pytest.mark.parametrize("regex", [
+    r"\pL", r"\Qeth0\E", r"eth0\z", "(?U)e+", "(?<name>e)", r"\x{65}", "a(?i)b", r"\C",
+])
+def test_a_regex_that_only_flannel_understands_is_refused(regex):
+    if regex == r"eth0\z" and sys.version_info >= (3, 14):
+        pytest.skip("Python 3.14 has this syntax, with the same meaning")
+    with pytest.raises(FieldError, match="iface-regex"):
+        InterfaceOptions(regexes=(regex,))
+
+
+@pytest.mark.parametrize(("regex", "matches", "differs"), [
+    (r"eth\d", "eth0", "eth\u0660"), (r"^\w+$", "eth_0", "\u00e9th"), ("[:alpha:]", "l", "b"),
+    (r"[\[:alpha:]", "[", "b"), (r"\{,2}", "{,2}", ""), ("[{,3}]", ",", "2"), ("[[e]", "[", "t"),
+    ("[]e]", "]", "t"), ("[a&&b]", "&", "c"),
+])
+def test_a_regex_has_the_same_meaning_as_in_flannel(regex, matches, differs):
+    """The expected matches are those of RE2. A warning of Python would fail the test."""
+    pattern = interface_pattern(regex)
+    assert pattern.search(matches) and not pattern.search(differs)

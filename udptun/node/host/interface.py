@@ -25,7 +25,7 @@ from ...errors import DeviceError, UdptunError
 from ...model import IPAddress
 from ...net.netlink import Netlink
 from ...net.underlay import Interface, default_routes, interfaces, route_to
-from ..config import InterfaceOptions
+from ..config import InterfaceOptions, interface_pattern
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class _Choice:
                 return found
             tried.append(f"--iface={name}")
         for regex in options.regexes:
-            if found := self._by_regex(re.compile(regex)):
+            if found := self._by_regex(interface_pattern(regex)):
                 return found
             tried.append(f"--iface-regex={regex}")
         if options.can_reach is not None:
