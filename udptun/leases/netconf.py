@@ -14,7 +14,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..errors import FieldError
@@ -94,6 +94,11 @@ class NetConfig:
     def networks(self) -> tuple[IPNetwork, ...]:
         """The networks of the enabled families, IPv4 first."""
         return tuple(net for net in (self.network, self.network6) if net is not None)
+
+    def without_ipv6(self) -> NetConfig:
+        """Return this configuration with IPv6 disabled. IPv4 must be enabled."""
+        assert self.network is not None
+        return replace(self, network6=None, subnet6_len=0, subnet6_min=None, subnet6_max=None)
 
     @property
     def subnets_checked(self) -> bool:

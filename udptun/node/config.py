@@ -64,10 +64,10 @@ _CLASS_PART = re.compile(r"\\.|\[:\^?\w*:\]", re.DOTALL)
 def interface_pattern(text: str) -> re.Pattern[str]:
     """Compile a value of --iface-regex. Raises FieldError.
 
-    flannel's syntax is RE2. Python refuses most of what it does not share with RE2. Two forms have
-    another meaning in Python and are refused here: [[:digit:]] and a{,3}. re.ASCII gives \\d, \\w and
-    \\b the meaning that they have in RE2. The library google-re2 is not used: it has no wheels for
-    musl, and each node would need a compiled package for one option.
+    flannel's syntax is RE2. Python refuses most of the syntax that only RE2 has. Two forms have
+    another meaning in Python and are refused here: [[:digit:]] and a{,3}. re.ASCII gives the
+    escapes for digits and words the meaning that they have in RE2. The library google-re2 is not
+    used: it has no wheels for musl, and each node would need a compiled package for one option.
     """
     for part in _PATTERN_PART.findall(text):
         if part.startswith("{"):

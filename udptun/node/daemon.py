@@ -280,7 +280,7 @@ class Daemon:
 
     async def _settle_host(self, prepared: Prepared, lease: Lease) -> None:
         await self._backends.settle(prepared, lease)
-        await self._host.settle(prepared.site.network, lease, prepared.mtu)
+        await self._host.settle(prepared.site.network, prepared.carried(lease), prepared.mtu)
 
     async def _choose_underlay(
         self, identity: Identity, families: frozenset[int], own_devices: frozenset[str]

@@ -23,6 +23,7 @@ from ..leases.base import (
     Snapshot,
     StoreDown,
     StoreRefused,
+    Subnets,
 )
 from ..leases.cache import LastKnown, LeaseCache
 from ..leases.netconf import NetConfig
@@ -157,8 +158,9 @@ class Store:
             self._asking or lease is None or attributes != self._published
         ):
             former = former_subnets(self._config.subnet_file)
-            if not any(former) and lease is not None:
-                former = lease.subnets
+            if lease is not None:
+                # subnet.env has no IPv6 subnet if IPv6 is not carried
+                former = Subnets(former.v4 or lease.subnets.v4, former.v6 or lease.subnets.v6)
             try:
                 got = await self._ask(self._source.acquire(attributes, former), lease)
             except FAILURES as exc:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.control.fakes import LoopThread, Served
 from tests.node.node_reports import ready, starting
 from udptun.errors import DeviceError
+from udptun.leases.base import Subnets
 from udptun.model import parse_address
 from udptun.node.status.readiness import CHECKS, MAX_NAMED, State, is_ready, judge
 from udptun.node.status.report import FirewallDrop, NodeReport
@@ -96,6 +98,19 @@ def set_interface_gone(report: NodeReport) -> None:
     report.interface_error = "eth0 has no address any more"
 
 
+def set_too_small_for_ipv6(report: NodeReport) -> None:
+    assert report.lease is not None
+    subnets = Subnets(IPv4Network("10.5.1.0/24"), IPv6Network("fd44::/64"))
+    report.lease = replace(report.lease, subnets=subnets)
+    report.ipv6_error = "inner packets have at most 1252 bytes, and IPv6 needs 1280"
+
+
+def set_only_ipv6_and_too_small(report: NodeReport) -> None:
+    set_too_small_for_ipv6(report)
+    assert report.lease is not None
+    report.lease = replace(report.lease, subnets=Subnets(v6=report.lease.subnets.v6))
+
+
 def set_no_forwarder(report: NodeReport) -> None:
     report.forwarder.connected, report.forwarder.error = False, "no forwarder answers on /run/s"
 
@@ -149,6 +164,9 @@ def set_waiting(report: NodeReport) -> None:
         (set_not_published, {"lease": State.DEGRADED}, "10.5.1.0/24: no permission to write"),
         (set_no_interface, {"interface": State.FAILED}, "[-]interface: no interface eth9"),
         (set_interface_gone, {"interface": State.FAILED}, "eth0 has no address any more"),
+        (set_too_small_for_ipv6, {"mtu": State.DEGRADED},
+         "[!]mtu: IPv6 is not carried: inner packets have at most 1252 bytes, and IPv6 needs 1280"),
+        (set_only_ipv6_and_too_small, {"mtu": State.FAILED}, "[-]mtu: IPv6 is not carried"),
         (set_no_forwarder, {"forwarder": State.FAILED},
          "[-]forwarder: no forwarder answers on /run/s"),
         (set_out_of_step, {"forwarder": State.FAILED},

@@ -15,9 +15,9 @@ from importlib import import_module
 from typing import Any
 
 from ...errors import DeviceError, FieldError, UdptunError
-from ...leases.base import Attributes, Lease
+from ...leases.base import Attributes, Lease, Subnets
 from ...leases.netconf import NetConfig
-from ...model import IPNetwork
+from ...model import MIN_MTU6, IPNetwork
 from ...net.netlink import Netlink
 from ..config import NodeConfig
 from ..host.interface import Underlay
@@ -39,15 +39,25 @@ class BackendUnavailable(UdptunError):
 class Prepared:
     """The result of ``ActiveBackends.prepare``.
 
+    site        the data about this node; its network has only the IP versions that are carried
+    network     the network's whole configuration
     mtu         the largest inner packet, in bytes
     attributes  the attributes to publish in our lease
     reaches     the ``Reach`` of each active backend
     """
 
     site: Site
+    network: NetConfig
     mtu: int
     attributes: Attributes
     reaches: tuple[Reach[Any], ...]
+
+    def carried(self, lease: Lease) -> Lease:
+        """Return our lease with only the subnets whose IP version is carried."""
+        versions = [network.version for network in self.site.network.networks]
+        v4, v6 = lease.subnets.v4, lease.subnets.v6
+        return replace(lease, subnets=Subnets(v4 if 4 in versions else None,
+                                              v6 if 6 in versions else None))
 
     def local(self, lease: Lease) -> LocalNode:
         underlay = self.site.underlay
@@ -87,11 +97,12 @@ class ActiveBackends:
     async def prepare(self, site: Site) -> Prepared:
         """Determine which backends are active, and create the devices that our lease names.
 
+        If the inner MTU is too small for IPv6, only IPv4 is carried.
         Raises BackendUnavailable and DeviceError. Raises FieldError if udptun does not support the
         configured Backend.Type.
         """
         mode = self._mode(site.network)
-        site = replace(site, optional=mode == AUTO)
+        configured = replace(site, optional=mode == AUTO)
         unavailable: dict[str, str] = {}
         active = [self._all[name] for name in ([*BACKENDS] if mode == AUTO else [mode])]
         if no_data := self._config.source.no_node_data:
@@ -101,7 +112,7 @@ class ActiveBackends:
         # If a backend fails, try again without it: the inner MTU of the others may be larger.
         while True:
             active = [backend for backend in active if backend.name not in unavailable]
-            mtu = _inner_mtu(site, active)
+            site, mtu = self._fitting(configured, active)
             failed = {backend.name: why for backend in active
                       if (why := await backend.prepare(site, mtu))}
             if not failed:
@@ -117,9 +128,32 @@ class ActiveBackends:
         self._report.backend, self._report.mtu = mode, mtu
         self._report.unavailable = {BACKENDS[name]: why for name, why in unavailable.items()}
         return Prepared(
-            site, mtu, combine(site.underlay, [backend.lease_data(mtu) for backend in active]),
+            site, configured.network, mtu,
+            combine(site.underlay, [backend.lease_data(mtu) for backend in active]),
             tuple(backend.reach() for backend in active),
         )
+
+    def _fitting(self, site: Site, active: Collection[Backend[Any]]) -> tuple[Site, int]:
+        """Return the site, and the largest inner packet.
+
+        If this packet is too small for IPv6, return the site without IPv6. Then the kernel would
+        refuse IPv6 on every device of the overlay. Raises BackendUnavailable if no IP version is
+        left.
+        """
+        mtu, why = _inner_mtu(site, active), ""
+        if site.network.network6 is not None and mtu < MIN_MTU6:
+            why = f"inner packets have at most {mtu} bytes, and IPv6 needs {MIN_MTU6}"
+        if why and why != self._report.ipv6_error:
+            log.warning("IPv6 is not carried: %s", why)
+        elif self._report.ipv6_error and not why:
+            log.info("IPv6 is carried again: inner packets have up to %d bytes", mtu)
+        self._report.ipv6_error = why
+        if not why:
+            return site, mtu
+        if site.network.network is None:
+            raise BackendUnavailable(f"IPv6 is not carried: {why}")
+        site = replace(site, network=site.network.without_ipv6())
+        return site, _inner_mtu(site, active)
 
     def _mode(self, network: NetConfig) -> str:
         mode = self._config.backend or network.backend_type
@@ -136,11 +170,12 @@ class ActiveBackends:
 
         Raises DeviceError, OSError.
         """
+        lease = prepared.carried(lease)
         for backend in self._active:
             await backend.settle(lease, prepared.mtu)
         for backend in self:
             if backend not in self._active:
-                await backend.retire(prepared.site.network, prepared.site.former)
+                await backend.retire(prepared.network, prepared.site.former)
 
     async def run(self) -> None:
         """Do the background work of all backends until cancelled."""

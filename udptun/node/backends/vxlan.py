@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
@@ -105,8 +105,10 @@ class VxlanBackend(Backend[VxlanPeer]):
 
     async def prepare(self, site: Site, mtu: int) -> str:
         self._site = site
+        wanted = self._wanted(site, mtu)
         try:
-            for config in self._wanted(site, mtu):
+            await self._remove_all_but({config.local.version for config in wanted}, site)
+            for config in wanted:
                 version = config.local.version
                 if site.optional and version not in self._devices and \
                         (why := await self._vxlan.probe(config)):
@@ -124,6 +126,20 @@ class VxlanBackend(Backend[VxlanPeer]):
         except DeviceError as exc:
             return str(exc)
         return ""
+
+    async def _remove_all_but(self, versions: Collection[int], site: Site) -> None:
+        """Remove our devices of the IP versions that are not carried any more.
+
+        A device is ours if we have created it, or if our last lease has its data.
+        """
+        for version in {4, 6}.difference(versions):
+            config = self._configs.pop(version, None)
+            ours = site.former is not None and site.former.backend_type == TYPE and \
+                _data(site.former, version)
+            if (config or ours) and (name := self._device(site.network, version)):
+                network = NO_NETWORK[version] if config is None else config.network
+                await self._vxlan.remove(name, network)
+            self._devices.pop(version, None)
 
     def _wanted(self, site: Site, mtu: int) -> list[VxlanConfig]:
         """Return the configurations of the devices, one per IP version of the network."""

@@ -111,6 +111,16 @@ def _interface(report: NodeReport) -> _Result:
     return _result(State.OK, f"{underlay.name}, published as {addresses}; inner MTU {report.mtu}")
 
 
+def _mtu(report: NodeReport) -> _Result:
+    lease = report.lease
+    if report.ipv6_error and lease is not None and lease.subnets.v6 is not None:
+        state = State.FAILED if lease.subnets.v4 is None else State.DEGRADED
+        return _result(state, f"IPv6 is not carried: {report.ipv6_error}")
+    if not report.mtu:
+        return _result(State.FAILED, report.ipv6_error or "not known yet")
+    return _result(State.OK, f"inner packets have up to {report.mtu} bytes")
+
+
 def _forwarder(report: NodeReport) -> _Result:
     forwarder = report.forwarder
     if not forwarder.needed:
@@ -151,7 +161,7 @@ def _peers(report: NodeReport) -> _Result:
 
 
 CHECKS: Mapping[str, Callable[[NodeReport], _Result]] = {
-    "start": _start, "store": _store, "lease": _lease, "interface": _interface,
+    "start": _start, "store": _store, "lease": _lease, "interface": _interface, "mtu": _mtu,
     "forwarder": _forwarder, "subnet-env": _subnet_env, "firewall": _firewall, "peers": _peers,
 }
 

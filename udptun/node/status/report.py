@@ -91,6 +91,7 @@ class NodeReport:
     unavailable       the reasons why backends are not available on this node; the keys are the
                       texts in ``BACKENDS``
     mtu               the largest inner packet, in bytes; 0 before it is known
+    ipv6_error        the reason why IPv6 is not carried although it is enabled
     subnet_env_error  the reason why subnet.env is not written
     firewall_error    the reason why the firewall rules are not active; "" also if no rules are
                       wanted
@@ -113,6 +114,7 @@ class NodeReport:
     backend: str = ""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     mtu: int = 0
+    ipv6_error: str = ""
     subnet_env_error: str = "not written yet"
     firewall_error: str = "not set yet"
     firewall_drops: tuple[FirewallDrop, ...] = ()
