@@ -282,7 +282,8 @@ def test_the_table_of_instance_names_is_complete() -> None:
             instance.tun, *(instance.nft_table(version) for version in (4, 6)),
             *map(instance.iptables_chain, ("FORWARD", "POSTROUTING")),
             *(instance.vxlan_device(1, version) for version in (4, 6)),
-            *map(str, (instance.control_socket(), instance.run_dir / FORWARD_FILE,
+            *map(str, (instance.control_socket(), instance.node_socket,
+                       instance.run_dir / FORWARD_FILE,
                        instance.state_dir, instance.subnet_file)),
         }
         column = 1 if instance.is_default else 2

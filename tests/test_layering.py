@@ -45,12 +45,16 @@ RULES = {
     "leases": LEAVES | {"leases"},
     "node.backends": LEAVES | {
         "leases", "net", "node.backends", "node.config", "node.host.interface", "node.process",
-        "node.status.report",
+        "node.status.report", "probe",
     },
     "node.host": LEAVES | {"leases", "net", "node.config", "node.host", "node.status.report"},
+    "node.paths": LEAVES | {
+        "control.client", "node.backends", "node.paths", "node.status.report", "probe",
+    },
     "node.process": LEAVES | {"control.client", "node.process", "node.status.report"},
     "node.status": LEAVES | {
-        "control.client", "leases", "node.backends", "node.host.interface", "node.status",
+        "control.client", "control.protocol", "control.sockets", "leases", "node.backends",
+        "node.host.interface", "node.status",
     },
     "node": LEAVES | {"control.client", "leases", "net", "node", "probe"},
     "lab": LEAVES | {"lab"},

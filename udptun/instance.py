@@ -104,6 +104,11 @@ class Instance:
         """
         return (run_dir or self.run_dir) / f"{self.name}.sock"
 
+    @property
+    def node_socket(self) -> Path:
+        """The node daemon's socket."""
+        return self.run_dir / "node.sock"
+
     @contextmanager
     def locked(self, role: str, run_dir: Path | None = None) -> Iterator[None]:
         """Hold the lock of this instance and ``role`` ("forward", "node") in the network namespace.

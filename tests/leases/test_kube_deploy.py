@@ -49,10 +49,11 @@ def test_the_pod_uses_the_service_account():
                 assert document["metadata"]["namespace"] == namespace["metadata"]["name"]
 
 
-@pytest.mark.parametrize("name", ["node", "forwarder"])
-def test_neither_container_is_privileged(name):
+@pytest.mark.parametrize(("name", "capabilities"), [
+    ("node", ["NET_ADMIN", "NET_RAW"]), ("forwarder", ["NET_ADMIN"])])
+def test_neither_container_is_privileged(name, capabilities):
     rights = container(name)["securityContext"]
-    assert rights["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert rights["capabilities"] == {"drop": ["ALL"], "add": capabilities}
     assert "privileged" not in rights
     assert rights["allowPrivilegeEscalation"] is False
 

@@ -606,6 +606,31 @@ async def test_a_peer_that_is_not_routed_is_reached_by_a_bound_socket(version, d
     assert device_to(at, version) == "tun0"
 
 
+@in_own_netns
+async def test_ages_are_the_times_of_the_last_packets():
+    underlay()
+    async with opened() as (vxlan, device):
+        assert await vxlan.sync(device, [peer(1), peer(2)]) == ()
+        macs = [bytes.fromhex(mac.replace(":", "")) for mac in MACS[:2]]
+        await until_async(lambda: aged(vxlan, device, macs))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"inside", ("10.5.1.7", 9))
+        ages = await vxlan.ages(device)
+        assert [*ages] == macs or [*reversed(ages)] == macs
+        assert ages[macs[0]] < ages[macs[1]]
+
+
+async def aged(vxlan, device, macs):
+    ages = await vxlan.ages(device)
+    return all(ages[mac] > 0.3 for mac in macs)
+
+
+async def until_async(condition):
+    async with asyncio.timeout(30):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
 def device_to(address, version):
     (route,) = ip_json(f"-{version} route get {address}")
     return route["dev"]

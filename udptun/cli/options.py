@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from ..control.protocol import DEFAULT_SOCKET
+from ..control.protocol import DEFAULT_SOCKET, NODE_SOCKET
 from ..errors import FieldError
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ else:
     _ParamType = click.ParamType  # not generic before click 8.2
 
 __all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_json", "echo_table",
-           "instance", "instance_of", "named_socket", "no_headers", "output", "remember", "socket"]
+           "instance", "instance_of", "named_socket", "no_headers",
+           "node_client", "output", "remember", "socket"]
+
+NODE_SECONDS = 5.0  # limit for the answer of the node daemon
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
@@ -156,6 +159,14 @@ def client(ctx: click.Context) -> ControlClient:
     from ..control.client import ControlClient
 
     return ctx.with_resource(ControlClient(_control_path(ctx)))
+
+
+def node_client(ctx: click.Context) -> ControlClient:
+    """Return a client for the node daemon's socket, which is next to the forwarder's."""
+    from ..control.client import ControlClient
+
+    return ctx.with_resource(
+        ControlClient(str(Path(_control_path(ctx)).with_name(NODE_SOCKET)), NODE_SECONDS))
 
 
 def echo_json(value: object) -> None:

@@ -1,15 +1,26 @@
-"""``udptun status``, ``drops``, ``events`` and ``trace``: the state of a running forwarder."""
+"""``udptun status``, ``drops``, ``events`` and ``trace``: the state of a running forwarder and,
+in ``status``, of the node daemon."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..errors import ControlError
-from .options import client, connection, echo_json, echo_table, no_headers, output
+from ..errors import ControlError, NoForwarder
+from .node_status import node_blocks
+from .options import (
+    client,
+    connection,
+    echo_json,
+    echo_table,
+    no_headers,
+    node_client,
+    output,
+)
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -19,12 +30,26 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 @connection
 @click.pass_context
 def status(ctx: click.Context, output: str) -> None:
-    """Show the device, the peers and the packet counts."""
-    found = client(ctx).status()
+    """Show the node, the device, the peers and the packet counts.
+
+    The node daemon and the forwarder are asked. Each part is shown if its process answers.
+    """
+    node = _answer(node_client(ctx).node)
+    found = client(ctx).status() if node is None else _answer(client(ctx).status)
     if output == "json":
-        echo_json(found)
-    else:
-        click.echo("\n\n".join([_device(found), *map(_peer, found["peers"])]))
+        echo_json((found or {}) | ({} if node is None else {"node": node}))
+        return
+    blocks = [] if node is None else [*node_blocks(node)]
+    if found is not None:
+        blocks += [_device(found), *map(_peer, found["peers"])]
+    click.echo("\n\n".join(blocks))
+
+
+def _answer(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    try:
+        return call()
+    except NoForwarder:
+        return None
 
 
 @click.command()

@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ControlError, NoForwarder
@@ -57,6 +57,10 @@ class ControlClient:
     def close(self) -> None:
         self._connection.close()
 
+    def interrupt(self) -> None:
+        """End a call that waits in another thread: it raises NoForwarder."""
+        self._connection.shut_down()
+
     # Reading
 
     def status(self, peers: bool = True) -> dict[str, Any]:
@@ -68,6 +72,11 @@ class ControlClient:
         status: dict[str, Any] = json.loads(
             text, object_hook=lambda value: None if "last_seen_seconds" in value else value)
         return status | {"peers": []}
+
+    def peers(self) -> list[dict[str, Any]]:
+        """Return the peers, each with the measured state of its path."""
+        peers: list[dict[str, Any]] = self._get(protocol.PEERS)["peers"]
+        return peers
 
     def drops(self) -> list[dict[str, Any]]:
         drops: list[dict[str, Any]] = self._get(protocol.DROPS)["drops"]
@@ -91,6 +100,10 @@ class ControlClient:
     def metrics(self) -> str:
         return self._read(self._request("GET", protocol.METRICS)).decode()
 
+    def node(self) -> dict[str, Any]:
+        """Return the state of the node daemon. Only for a client of the daemon's socket."""
+        return self._get(protocol.NODE)
+
     def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
         """Yield a ``hello``, then events.
 
@@ -106,6 +119,14 @@ class ControlClient:
                 yield json.loads(line)
         finally:
             self.close()
+
+    def probe(self, endpoint: str, size: int | None = None) -> dict[str, Any]:
+        """Probe a peer now. The answer comes after at most about a second."""
+        wanted = {"endpoint": endpoint} | ({} if size is None else {"size": size})
+        response = self._request("POST", protocol.PROBE, protocol.dump(wanted), {
+            "Content-Type": protocol.JSON_TYPE})
+        answer: dict[str, Any] = json.loads(self._read(response))
+        return answer
 
     # Changing
 
@@ -280,6 +301,11 @@ class _UnixConnection(http.client.HTTPConnection):
 
     def disable_timeout(self) -> None:
         self.sock.settimeout(None)
+
+    def shut_down(self) -> None:
+        if self.sock is not None:
+            with suppress(OSError):  # already disconnected
+                self.sock.shutdown(socket.SHUT_RDWR)
 
     def refused_answer(self, method: str) -> http.client.HTTPResponse:
         """Return the answer to a request that could not be sent completely."""

@@ -13,6 +13,8 @@ from ..errors import ControlError, FieldError, GenerationMismatch, RouteExists
 DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"  # equals Instance().control_socket() (tested)
 
 STATUS: Final = "/v1/status"
+PEERS: Final = "/v1/peers"
+PROBE: Final = "/v1/probe"
 DROPS: Final = "/v1/drops"
 ROUTES: Final = "/v1/routes"
 TRACE: Final = "/v1/trace"
@@ -20,6 +22,10 @@ EVENTS: Final = "/v1/events"
 STOP: Final = "/v1/stop"
 HEALTHZ: Final = "/v1/healthz"
 METRICS: Final = "/metrics"
+
+# The node daemon's socket stands next to the forwarder's control socket, and has one path.
+NODE_SOCKET: Final = "node.sock"
+NODE: Final = "/v1/node"
 
 JSON_TYPE: Final = "application/json"
 NDJSON_TYPE: Final = "application/x-ndjson"

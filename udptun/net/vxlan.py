@@ -36,11 +36,12 @@ from .netlink import (
     IN6_ADDR_GEN_MODE_NONE,
     Netlink,
 )
+from .vxlan_ages import read_ages
 from .vxlan_entries import RTPROT_UDPTUN, Entries, EntrySocket
 from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take
 
 __all__ = ["OVERHEAD", "PeerFailure", "VniInUse", "Vxlan", "VxlanConfig", "VxlanDevice",
-           "VxlanPeer"]
+           "VxlanPeer", "parse_mac"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -258,6 +259,14 @@ class Vxlan:
             return self._apply(device, update, peers)
 
         return await self._entries(f"changing the peers of {device.name}", device, work)
+
+    async def ages(self, device: VxlanDevice) -> dict[bytes, float]:
+        """Return {MAC: seconds since the last packet to it}. Raises DeviceError."""
+        async def job(_: Any) -> dict[bytes, float]:
+            with RouteSocket() as netlink:
+                return read_ages(netlink, device.index)
+
+        return await self._netlink.work(f"reading the use of {device.name}", job)
 
     def _apply(
         self, device: VxlanDevice, update: EntryUpdate, peers: tuple[VxlanPeer, ...]

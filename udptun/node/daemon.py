@@ -38,10 +38,12 @@ from .config import InterfaceOptions, NodeConfig
 from .host.host import Host
 from .host.interface import NoInterface, Underlay, choose
 from .malloc import return_free_memory, use_one_arena
+from .paths.paths import Carriers, Paths
 from .peers import Peers
 from .status.log import LogOnce
 from .status.notify import Notifier
 from .status.report import NodeReport
+from .status.socket import NodeSocket
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,9 @@ class Daemon:
         self._backends = ActiveBackends(config, netlink, self.report)
         self._host = Host(config, self.report)
         self._settle_again = asyncio.Event()
-        self._peers = Peers(self._store, self._backends, self.report, self._settle_again.set)
+        self._paths = Paths(self._backends, self.report, config.control, self._carry)
+        self._peers = Peers(self._store, self._backends, self.report, self._settle_again.set,
+                            self._paths.update)
         self._notifier = Notifier.from_environment()
         self._stopping = asyncio.Event()
         self._reloading = False
@@ -156,6 +160,7 @@ class Daemon:
         self._store.load_own()
         if self._config.healthz_port:
             tasks.create_task(self._serve_health())
+        tasks.create_task(self._serve_status())
         tasks.create_task(self._notifier.feed(lambda: True))
         tasks.create_task(self._backends.run())
         loop = asyncio.get_running_loop()
@@ -164,6 +169,7 @@ class Daemon:
         tasks.create_task(self._peers.follow())
         tasks.create_task(self._peers.use_cache(settled))
         tasks.create_task(self._keep_settled(settled))
+        tasks.create_task(self._measure())
         tasks.create_task(self._peers.keep())
         tasks.create_task(self._host.run())
         tasks.create_task(self._keep_status())
@@ -175,6 +181,17 @@ class Daemon:
         config = self._config
         server = HealthServer(self.report, config.healthz_ip, config.healthz_port, config.control)
         await server.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await server.aclose()
+
+    async def _serve_status(self) -> None:
+        server = NodeSocket(self.report, self._config.control)
+        try:
+            await server.start()
+        except DeviceError as exc:  # paths and routes do not depend on the socket
+            log.error("no status for `udptun status`: %s", exc)
         try:
             await asyncio.Event().wait()
         finally:
@@ -272,11 +289,21 @@ class Daemon:
             lease = await store.acquire(prepared.attributes)
             await self._settle_host(prepared, lease)
             store.settled(network, identity, lease)
+            self._paths.configure(prepared.mtu, prepared.site.udp_port)
             await self._peers.replan(prepared.local(lease))
             if store.confirmed:
                 assert self._tasks is not None
                 store.hold(lease, self._tasks)
         return store.confirmed
+
+    async def _measure(self) -> None:
+        """Measure the paths. Until they are all active, probes would report their absence only."""
+        await self._peers.known.wait()
+        await self._backends.synced()
+        await self._paths.run()
+
+    async def _carry(self, carriers: Carriers) -> None:
+        await self._peers.carry(carriers)
 
     async def _settle_host(self, prepared: Prepared, lease: Lease) -> None:
         await self._backends.settle(prepared, lease)

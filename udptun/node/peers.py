@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 from ..errors import DeviceError
 from ..leases.base import Change, Lease, Snapshot
+from ..model import IPNetwork
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends
 from .backends.plan import LocalNode, Plan
@@ -32,6 +33,8 @@ class Peers:
     """Follows the store's leases, and applies the paths to the other nodes.
 
     known         set when leases are known, from the store or from the cache
+    planned       is called after each change of the plan, with the plan and the changed subnets;
+                  None: all subnets
     settle_again  is called if the daemon has to set up the host again, because our lease has
                   changed, a change could not be applied, or the store answers again
     """
@@ -39,8 +42,10 @@ class Peers:
     def __init__(
         self, store: Store, backends: ActiveBackends, report: NodeReport,
         settle_again: Callable[[], None],
+        planned: Callable[[Plan, Collection[IPNetwork] | None], None],
     ) -> None:
         self.known = asyncio.Event()
+        self._planned = planned
         self._store = store
         self._backends = backends
         self._report = report
@@ -109,11 +114,13 @@ class Peers:
                     self._leases[change.key] = change.new
                 if change.key == self._store.lease.key:
                     self._check_own(change.new)
+            delta = self._plan.change(changes)
             try:
-                await self._backends.apply(self._plan, self._plan.change(changes), since)
+                await self._backends.apply(self._plan, delta, since)
             except DeviceError as exc:  # ``replan`` resyncs, which applies the failed changes
                 log.error("%s", exc)
                 self._settle_again()
+            self._planned(self._plan, delta.subnets)
 
     def _check_own(self, own: Lease | None) -> None:
         if self._store.changed_by_others(own):
@@ -121,13 +128,26 @@ class Peers:
             self._settle_again()
 
     async def _apply_all(self, local: LocalNode, since: float) -> None:
-        self._plan = Plan(local, self._leases.values())
+        carriers = {}
+        if self._plan is not None and _names(self._plan.local) == _names(local):
+            carriers = self._plan.carriers
+        self._plan = Plan(local, self._leases.values(), carriers)
         try:
             await self._backends.apply_all(self._plan, since)
             self._reapply = False
         except DeviceError as exc:
             log.error("%s", exc)
             self._settle_again()
+        self._planned(self._plan, None)
+
+    async def carry(self, carriers: Mapping[IPNetwork, str | None]) -> None:
+        """Carry the packets to each subnet by this backend; None: by the preferred one.
+
+        Raises DeviceError.
+        """
+        async with self._lock:
+            assert self._plan is not None
+            await self._backends.carry(self._plan, carriers)
 
     # -- from the cache ---------------------------------------------------------------------------
 
@@ -166,3 +186,7 @@ class Peers:
                     await self._backends.resync(self._plan)
                 except DeviceError as exc:
                     log.error("%s", exc)
+
+
+def _names(local: LocalNode) -> list[str]:
+    return [reach.name for reach in local.reaches]

@@ -235,8 +235,9 @@ def test_a_diverted_subnet_counts_for_the_backend_that_carries_it():
 
 def test_only_a_peer_that_advertises_probes_gets_them():
     probed = Advert(9285, 1400, frozenset({PROBE}))
-    for data, port in ((None, None), (embed(None, ADVERT), None), (embed(None, probed), 9285)):
-        assert only(UDP_ONLY, lease(data=data)).probe_port == port
+    for advert in (None, ADVERT, probed):
+        found = only(UDP_ONLY, lease(data=embed(None, advert) if advert else None))
+        assert (found.advert, found.answers_probes) == (advert, advert is probed)
 
 
 def test_a_subnet_claimed_twice_belongs_to_the_first_peer_until_it_leaves():

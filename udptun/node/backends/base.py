@@ -28,7 +28,7 @@ from ...leases.advert import Advert
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
-from ...model import IPAddress, IPNetwork
+from ...model import Endpoint, IPAddress, IPNetwork
 from ..host.interface import Underlay
 
 
@@ -60,6 +60,11 @@ class Site:
     declared: Advert | None = None
     optional: bool = False
 
+    @property
+    def udp_port(self) -> int:
+        """The UDP port of this node, which its lease advertises."""
+        return self.network.udp_port if self.declared is None else self.declared.port
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseData:
@@ -82,6 +87,21 @@ class PeerNode(NamedTuple):
 
     attributes: Attributes
     public: Mapping[int, IPAddress]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeDevice:
+    """A device of a backend. A socket that is bound to it reaches the backend's peers through it.
+
+    index    the interface index; a device that was created again has another one
+    address  our overlay address, the source of the probes
+    path     the number of this path in probe messages
+    """
+
+    name: str
+    index: int
+    address: IPAddress
+    path: int
 
 
 class Reach(ABC, Generic[P]):
@@ -188,6 +208,24 @@ class Backend(ABC, Generic[P]):
         A backend that does this work in ``run`` does not implement ``resync``. Raises DeviceError.
         """
         return
+
+    # How the daemon measures this backend's paths: exactly one of the next two returns a value if
+    # the path can be probed. If neither does, only an echo by the peer's IP stack can measure it.
+
+    def probe_device(self, path: P) -> ProbeDevice | None:
+        """Return the device through which the daemon probes this path."""
+        return None
+
+    def forwarder_endpoint(self, path: P) -> Endpoint | None:
+        """Return the endpoint under which the forwarder reports what it measures on this path."""
+        return None
+
+    async def send_ages(self) -> Mapping[IPNetwork, float]:
+        """Return how many seconds ago the last packet was sent to each subnet, probes included.
+
+        Only for paths with a ``probe_device``. Raises DeviceError.
+        """
+        return {}
 
     @property
     def refused(self) -> Mapping[IPNetwork, str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ...leases.advert import PROBE
+from ...leases.advert import PROBE, Advert
 from ...leases.advert import read as read_advert
 from ...leases.base import Change, Lease, Subnets
 from ...model import IPAddress, IPNetwork, is_unicast
@@ -45,15 +45,19 @@ class SubnetPaths(NamedTuple):
     """The paths to one subnet of a peer.
 
     key    the key of the peer's lease
-    paths       one entry per entry of ``LocalNode.reaches``; None: this backend has no path. At
-                least one entry is not None.
-    probe_port  the UDP port at which the peer answers probes; None: it answers none
+    paths   one entry per entry of ``LocalNode.reaches``; None: this backend has no path. At least
+            one entry is not None.
+    advert  the peer's advert; None: the peer is not a udptun node, or does not say so
     """
 
     key: str
     subnet: IPNetwork
     paths: tuple[Any | None, ...]
-    probe_port: int | None = None
+    advert: Advert | None = None
+
+    @property
+    def answers_probes(self) -> bool:
+        return self.advert is not None and PROBE in self.advert.features
 
 
 class _Unusable(Exception):
@@ -72,7 +76,6 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
         if address is not None
     })
     advert = read_advert(attributes.backend_data)
-    probe_port = advert.port if advert is not None and PROBE in advert.features else None
     found: list[SubnetPaths] = []
     reasons: dict[str, None] = {}  # an ordered set: both subnets may have the same reason
     for subnet in lease.subnets:
@@ -82,7 +85,7 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
         try:
             _check(local, subnet, network, peer)
             paths = _paths(local, peer, subnet)
-            found.append(SubnetPaths(lease.key, subnet, paths, probe_port))
+            found.append(SubnetPaths(lease.key, subnet, paths, advert))
         except _Unusable as exc:
             reasons[str(exc)] = None
     return found, "; ".join(reasons)

@@ -90,15 +90,15 @@ class UdpBackend(Backend[Route]):
     def lease_data(self, mtu: int) -> LeaseData:
         if not self._config.advertise:
             return LeaseData()
-        return LeaseData(data={4: embed(None, Advert(_port(self._prepared), mtu))})
+        return LeaseData(data={4: embed(None, Advert(self._prepared.udp_port, mtu))})
 
     def reach(self) -> UdpReach:
         site = self._prepared
-        return UdpReach(_port(site), tuple(one.version for one in _outer(site.underlay)))
+        return UdpReach(site.udp_port, tuple(one.version for one in _outer(site.underlay)))
 
     async def settle(self, lease: Lease, mtu: int) -> None:
         site, config = self._prepared, self._config
-        port = _port(site)
+        port = site.udp_port
         self._keeper.want(ForwarderSpec(
             control=str(config.control),
             listen=tuple(str(Endpoint(address, port)) for address in _outer(site.underlay)),
@@ -124,6 +124,9 @@ class UdpBackend(Backend[Route]):
     async def apply(self, changes: Mapping[IPNetwork, Route | None]) -> None:
         self._keeper.change(changes)
 
+    def forwarder_endpoint(self, path: Route) -> Endpoint:
+        return Endpoint(path.via, path.port)
+
     async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
         config = self._config
         with attempt():
@@ -143,10 +146,6 @@ def _outer(underlay: Underlay) -> tuple[IPAddress, ...]:
     """Return the addresses that the forwarder listens on."""
     both = (underlay.address, underlay.address6)
     return tuple(address for address in both if address is not None)
-
-
-def _port(site: Site) -> int:
-    return site.network.udp_port if site.declared is None else site.declared.port
 
 
 def create(config: NodeConfig, netlink: Netlink, report: NodeReport) -> UdpBackend:

@@ -30,9 +30,11 @@ from ...net.vxlan import (
     VxlanConfig,
     VxlanDevice,
     VxlanPeer,
+    parse_mac,
 )
+from ...probe.message import VXLAN_PATH
 from ..config import NodeConfig
-from .base import Attempt, Backend, InstanceConflict, LeaseData, PeerNode, Reach, Site
+from .base import Attempt, Backend, InstanceConflict, LeaseData, PeerNode, ProbeDevice, Reach, Site
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class VxlanBackend(Backend[VxlanPeer]):
         self._site: Site | None = None  # of the last ``prepare``
         self._configs: dict[int, VxlanConfig] = {}  # by IP version, like ``_devices``
         self._devices: dict[int, VxlanDevice] = {}
+        self._bases: dict[int, IPAddress] = {}  # our overlay addresses, also by IP version
         self._peers: dict[IPNetwork, VxlanPeer] = {}
         self._diverted: set[IPNetwork] = set()
         self._refused: dict[IPNetwork, str] = {}
@@ -174,6 +177,8 @@ class VxlanBackend(Backend[VxlanPeer]):
         for version, config in self._configs.items():
             bases = [net.network_address for net in lease.subnets if net.version == version]
             self._devices[version] = await self._vxlan.ensure(config, bases)
+            if bases:
+                self._bases[version] = bases[0]
 
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:
         """Remove our devices, because their routes would take precedence over the TUN's routes."""
@@ -248,6 +253,24 @@ class VxlanBackend(Backend[VxlanPeer]):
             if self._refused.get(failure.peer.subnet) != why:
                 log.warning("%s cannot be reached by VXLAN: %s", failure.peer.subnet, why)
             self._refused[failure.peer.subnet] = why
+
+    # -- measuring --------------------------------------------------------------------------------
+
+    def probe_device(self, path: VxlanPeer) -> ProbeDevice | None:
+        version = path.subnet.version
+        device, base = self._devices.get(version), self._bases.get(version)
+        # A direct path does not use the device: its probes would measure another path.
+        if device is None or base is None or path.direct:
+            return None
+        return ProbeDevice(device.name, device.index, base, VXLAN_PATH)
+
+    async def send_ages(self) -> Mapping[IPNetwork, float]:
+        by_mac: dict[tuple[int, bytes], IPNetwork] = {
+            (net.version, parse_mac("VtepMAC", peer.mac)): net for net, peer in self._peers.items()}
+        return {
+            by_mac[version, mac]: age for version, device in [*self._devices.items()]
+            for mac, age in (await self._vxlan.ages(device)).items() if (version, mac) in by_mac
+        }
 
     @property
     def refused(self) -> Mapping[IPNetwork, str]:

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from ..._version import __version__
 from .readiness import State, is_ready, judge
+from .report import STATES
 
 if TYPE_CHECKING:
     from .report import NodeReport
@@ -101,6 +102,20 @@ class ReportCollector(Collector):
         yield reached
         yield _gauge("peers_refused", "Other nodes whose path the kernel or the forwarder "
                      "refused.", len(peers.refused))
+        states = GaugeMetricFamily(
+            "udptun_node_paths", "Subnets of other nodes, by what was measured on the path that "
+            "carries the packets.", labels=("state",))
+        for state in STATES:
+            states.add_metric((state,), len(report.in_state(state)))
+        yield states
+        moved = CounterMetricFamily(
+            "udptun_node_path_changes", "Times a subnet was moved to this backend, because of what "
+            "was measured.", labels=("path",))
+        for path, count in report.path_changes_n.items():
+            moved.add_metric((path,), count)
+        yield moved
+        yield _gauge("paths_moved", "Subnets that are not carried by the preferred backend.",
+                     sum(bool(pair.why) for pair in report.pairs.values()))
         yield _gauge("mtu_bytes", "MTU of the inner packets.", report.mtu)
         yield _gauge("forwarder_up", "1 if the forwarder answers and has the right options.",
                      forwarder.connected)

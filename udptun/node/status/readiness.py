@@ -9,11 +9,12 @@ one peer is unreachable. Pure; no I/O.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from .report import NodeReport
+from ..backends import BACKENDS
+from .report import NodeReport, PairReport
 
 MAX_NAMED = 20  # limit of entries of a list that are shown one by one
 
@@ -156,8 +157,37 @@ def _peers(report: NodeReport) -> _Result:
     paths = peers.by_path()
     for backend, why in report.unavailable.items():
         paths += f"; no {backend} here: {why}"
-    wrong = (*_named("cannot be reached", peers.unreachable), *_named("refused", peers.refused))
-    return _result(State.DEGRADED if wrong else State.OK, paths, *wrong)
+    silent, limited = report.in_state("unreachable"), report.in_state("limited")
+    wrong = (
+        *_named("cannot be reached", peers.unreachable), *_named("refused", peers.refused),
+        *_named("not answering", _troubles(silent)),
+        *_named("not reached by large packets", _troubles(limited)),
+        *(f"not measured: {why}" for why in report.measure_errors),
+    )
+    moved = {_name(pair): f"{BACKENDS[pair.path]} for {_span(time.time() - pair.since)}; {pair.why}"
+             for pair in report.pairs.values() if pair.why}
+    lines = (*wrong, *_named("by another path than the preferred one", moved))
+    if _is_alone(report, silent):
+        return _result(State.FAILED, f"no peer answers; {paths}", *lines)
+    return _result(State.DEGRADED if wrong else State.OK, paths, *lines)
+
+
+def _is_alone(report: NodeReport, silent: Collection[PairReport]) -> bool:
+    """Return whether no peer answers, and this is not explained by the end of one peer.
+
+    With a single peer, nothing tells an isolated node from a node whose peer has ended.
+    """
+    return len(silent) == len(report.pairs) and len({pair.key for pair in silent}) > 1
+
+
+def _troubles(pairs: Iterable[PairReport]) -> dict[str, str]:
+    now = time.time()
+    return {_name(pair): f"for {_span(now - pair.changed)}: {pair.trouble}" for pair in pairs}
+
+
+def _name(pair: PairReport) -> str:
+    return pair.key if str(pair.subnet).replace("/", "-") == pair.key else \
+        f"{pair.key} ({pair.subnet})"
 
 
 CHECKS: Mapping[str, Callable[[NodeReport], _Result]] = {

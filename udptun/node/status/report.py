@@ -8,12 +8,19 @@ loop, so values that are read without an await in between are consistent. No I/O
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
 from ...leases.base import Lease, SourceHealth
+from ...model import IPNetwork
 from ..backends import BACKENDS
 from ..host.interface import Underlay
+
+EVENTS_N = 100
+STATES = ("reachable", "limited", "unreachable", "unknown")  # values of ``PairReport.state``
 
 
 @dataclass(slots=True)
@@ -73,6 +80,30 @@ class PeersReport:
 
 
 @dataclass(slots=True)
+class PairReport:
+    """What was measured between this node and one subnet of a peer. Times are Unix times.
+
+    key       the key of the peer's lease
+    path      the backend that carries the packets
+    why       why it is not the preferred one; "" if it is
+    since     when it began to carry them
+    state     of this path: "reachable"; "limited": large packets do not pass; "unreachable";
+              "unknown": not measured yet, or not measurable
+    trouble   why the state is "limited" or "unreachable"
+    changed   when the state changed last
+    """
+
+    key: str
+    subnet: IPNetwork
+    path: str
+    why: str = ""
+    since: float = field(default_factory=time.time)
+    state: str = "unknown"
+    trouble: str = ""
+    changed: float = field(default_factory=time.time)
+
+
+@dataclass(slots=True)
 class NodeReport:
     """The report of one daemon. Reasons and errors are sentences; "" means that there is none.
 
@@ -97,6 +128,11 @@ class NodeReport:
                       wanted
     firewall_drops    packets of the overlay that other programs' rules drop
     leases_n          the number of known leases, including our own lease
+    pairs             by subnet: what was measured
+    measure_errors    the reasons why some peers cannot be measured
+    path_changes_n    by backend: how often a subnet was moved to it
+    events            the most recent events, as JSON objects
+    describe_paths    returns what is known about each path to a subnet, by backend, as JSON
     route_changes_n   by backend: how many routes were added, changed or removed since our start
     applied           time.monotonic() when paths were applied last; None: never
     lag               seconds from the arrival of the last update until its paths were active
@@ -121,6 +157,11 @@ class NodeReport:
     forwarder: ForwarderReport = field(default_factory=ForwarderReport)
     peers: PeersReport = field(default_factory=PeersReport)
     leases_n: int = 0
+    pairs: dict[IPNetwork, PairReport] = field(default_factory=dict)
+    measure_errors: tuple[str, ...] = ()
+    path_changes_n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BACKENDS, 0))
+    events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=EVENTS_N))
+    describe_paths: Callable[[IPNetwork], Mapping[str, Any]] = lambda _: {}
     route_changes_n: dict[str, int] = field(default_factory=dict)
     applied: float | None = None
     lag: float = 0.0
@@ -133,6 +174,14 @@ class NodeReport:
         """
         self.applied = time.monotonic()
         self.lag = self.applied - since
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record an event of the type ``kind`` with the present time."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.events.append({"time": now, "type": kind, **fields})
+
+    def in_state(self, state: str) -> list[PairReport]:
+        return [pair for pair in self.pairs.values() if pair.state == state]
 
     def summary(self) -> str:
         """Return one line for the log and for ``systemctl status``."""

@@ -1,0 +1,166 @@
+"""The meters on a real kernel: bound sockets and echoes on the loopback device."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from tests.own_netns import in_own_netns, sh
+from tests.wait import until
+from udptun.node.backends.base import ProbeDevice
+from udptun.node.paths.bound import BoundMeter
+from udptun.node.paths.echo import EchoMeter
+from udptun.probe.message import HEADER_SIZE, REQUEST, UDP_PATH, VXLAN_PATH, Probe
+from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE
+
+MTU, PORT = 1450, 8285
+A = {4: ip_address("127.1.0.0"), 6: ip_address("fd00:0:0:1::")}
+B = {4: ip_network("127.2.0.0/16"), 6: ip_network("fd00:0:0:2::/64")}
+both = pytest.mark.parametrize("version", [4, 6])
+
+
+def prepare(version):
+    if version == 6:
+        sh(*(f"ip -6 addr add fd00:0:0:{n}::/128 dev lo nodad" for n in (1, 2)))
+
+
+def device(address, name="lo"):
+    return ProbeDevice(name, 1, address, VXLAN_PATH)
+
+
+@contextlib.contextmanager
+def bound(address, port=PORT, name="lo"):
+    changes = []
+    meter = BoundMeter(device(address, name), port, changes.extend)
+    meter.check()
+    try:
+        yield meter, changes
+    finally:
+        meter.close()
+
+
+@both
+@in_own_netns
+async def test_two_bound_meters_measure_each_other(version):
+    prepare(version)
+    own = ip_network((A[version], B[version].prefixlen), strict=False)
+    with bound(A[version]) as (a, changes), bound(B[version].network_address, 9000) as (b, _):
+        assert (a.error, b.error) == ("", "")
+        b.add(own, PORT, MTU)
+        a.add(B[version], 9000, MTU)
+        for meter, subnet in ((a, B[version]), (b, own)):
+            await until(lambda m=meter, s=subnet: m.prober[s].state == REACHABLE, "an answer")
+            await until(lambda m=meter, s=subnet: m.prober[s].sizes.full_passes, "the full size")
+            assert meter.prober[subnet].rtt < 1
+        assert changes[0] == B[version]
+        assert a.sent_at[B[version]] > 0
+
+
+@in_own_netns
+async def test_a_peer_that_does_not_answer_is_unreachable():
+    with bound(A[4]) as (meter, changes):
+        meter.add(B[4], 9000, MTU)
+        meter.traffic([B[4]])
+        await until(lambda: meter.prober[B[4]].state == UNREACHABLE, "the verdict")
+        assert changes == [B[4]]
+        meter.remove(B[4])
+        assert B[4] not in meter.prober
+
+
+@in_own_netns
+async def test_only_requests_of_known_peers_are_answered_once():
+    with bound(A[4]) as (meter, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        peer.bind(("127.2.0.0", 9000))
+        stranger.bind(("127.2.0.0", 9001))
+        meter.add(B[4], 9000, MTU)
+
+        def request(path=VXLAN_PATH, size=HEADER_SIZE, kind=REQUEST, token=7):
+            return Probe(kind, path, token, 0, size).encode()
+
+        to = (str(A[4]), PORT)
+        peer.sendto(b"no probe", to)
+        peer.sendto(request(path=UDP_PATH), to)  # sent on another path
+        peer.sendto(request()[:-1], to)
+        peer.sendto(request(kind=2), to)  # a reply to nothing
+        stranger.sendto(request(), to)
+        peer.sendto(request(size=1000, token=8), to)
+        peer.setblocking(False)
+        answers = []
+
+        def received():
+            with contextlib.suppress(BlockingIOError):
+                answers.append(peer.recv(2000))
+            replies = [one for one in answers if one[4] == 2]
+            return len(replies) == 1 and len(replies[0]) == 1000 and replies[0][15] == 8
+
+        await until(received, "one reply")
+        with pytest.raises(BlockingIOError):
+            stranger.setblocking(False)
+            stranger.recv(2000)
+
+
+@in_own_netns
+async def test_a_meter_without_its_device_says_so_and_recovers():
+    with bound(A[4], name="gone0") as (meter, _):
+        meter.add(B[4], 9000, MTU)
+        meter.traffic([B[4]])
+        assert "gone0" in meter.error
+        await until(lambda: meter.prober[B[4]].state == UNREACHABLE, "the verdict")
+        assert "No such device" in meter.prober[B[4]].reason(0.0)
+        meter.move(device(A[4]), PORT)
+        meter.check()
+        assert meter.error == ""
+        with bound(B[4].network_address, 9000) as (other, _):
+            other.add(ip_network("127.1.0.0/16"), PORT, MTU)
+            await until(lambda: meter.prober[B[4]].state == REACHABLE, "an answer")
+
+
+@both
+@in_own_netns
+async def test_the_kernel_of_a_peer_answers_echoes(version):
+    prepare(version)
+    meter = EchoMeter(version, lambda _: None)
+    meter.check()
+    try:
+        assert meter.error == ""
+        meter.add(B[version], MTU)
+        await until(lambda: meter.prober[B[version]].sizes.full_passes, "an answer")
+        assert meter.prober[B[version]].state == REACHABLE
+        assert meter.prober[B[version]].sizes.largest == MTU - (28 if version == 4 else 48)
+    finally:
+        meter.close()
+
+
+@in_own_netns
+async def test_data_of_a_peer_that_drops_echoes_show_that_it_is_there():
+    sh("sysctl -qw net.ipv4.icmp_echo_ignore_all=1")
+    meter = EchoMeter(4, lambda _: None)
+    meter.check()
+    try:
+        meter.add(B[4], MTU)
+        meter.traffic([B[4]])
+        await until(lambda: meter.prober[B[4]].state == UNREACHABLE, "the verdict")
+        meter.data_received(B[4])
+        assert meter.prober[B[4]].state == REACHABLE
+    finally:
+        meter.close()
+
+
+@in_own_netns
+async def test_without_the_privilege_nothing_is_claimed(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    meter = EchoMeter(4, lambda _: None)
+    monkeypatch.setattr(meter, "_open", refuse)
+    meter.check()
+    meter.add(B[4], MTU)
+    meter.traffic([B[4]])
+    assert meter._timer is None  # no probe is sent
+    assert meter.prober[B[4]].state == UNKNOWN
+    assert "Operation not permitted" in meter.error

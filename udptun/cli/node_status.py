@@ -1,0 +1,69 @@
+"""The node daemon's part of ``udptun status``, as text.
+
+Formats the JSON of the daemon's socket (docs/node.md); asks nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+MARKS = {"ok": "+", "degraded": "!", "failed": "-"}  # as in /readyz
+
+
+def node_blocks(node: dict[str, Any]) -> Iterator[str]:
+    """Yield one block for the node, and one for each peer."""
+    yield _node(node)
+    for peer in node["peers"]:
+        yield _peer(peer)
+
+
+def _node(node: dict[str, Any]) -> str:
+    lines = [
+        ("version", node["version"]),
+        ("state", "ready" if node["ready"] else f"not ready {node['waiting']}".rstrip()),
+        ("interface", f"{node['interface']}, published as {' and '.join(node['public'])}"),
+        ("backend", node["backend"]),
+        ("mtu", node["mtu"]),
+    ]
+    text = [f"node: {' and '.join(node['subnets']) or 'no lease'}"]
+    text += [f"  {label}: {value}" for label, value in lines]
+    for check in node["checks"]:
+        if check["state"] != "ok":
+            first, *more = check["text"]
+            text.append(f"  [{MARKS[check['state']]}]{check['name']}: {first}")
+            text += [f"      {line}" for line in more]
+    return "\n".join(text)
+
+
+def _peer(peer: dict[str, Any]) -> str:
+    reason = f": {peer['reason']}" if peer["reason"] else ""
+    carried = f"{peer['path']} for {_age(peer['path_since'])}"
+    if peer["path_reason"]:
+        carried += f"; {peer['path_reason']}"
+    text = [
+        f"node peer: {peer['key']}", f"  subnet: {peer['subnet']}",
+        f"  state: {peer['state']} for {_age(peer['since'])}{reason}", f"  carried by: {carried}",
+    ]
+    return "\n".join([*text, *(f"  path {name}: {_path(path)}"
+                               for name, path in peer["paths"].items())])
+
+
+def _path(path: dict[str, Any]) -> str:
+    parts = [path["state"]]
+    if path.get("rtt_us") is not None:
+        parts.append(f"round trip {path['rtt_us'] / 1000:.3g} ms")
+    if path.get("loss"):
+        parts.append(f"loss {path['loss']:.0%}")
+    if path.get("largest_size") is not None:
+        parts.append(f"largest message {path['largest_size']}")
+    return ", ".join(parts) + (f": {path['reason']}" if path.get("reason") else "")
+
+
+def _age(moment: str) -> str:
+    seconds = max((datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds(), 0.0)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

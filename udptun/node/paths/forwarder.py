@@ -1,0 +1,143 @@
+"""What the forwarder has measured on its paths, by endpoint.
+
+Owns the connection to the forwarder's events, and a copy of what it measured. At each connection
+the whole state is read; then each event changes it. ``ask`` lets the forwarder probe one peer now.
+The control client is synchronous: one thread follows the events, and a small pool makes the calls.
+All other methods and the callback run on the daemon's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ...control.client import ControlClient
+from ...errors import ControlError, NoForwarder
+from ...probe.state import REACHABLE, UNREACHABLE
+
+log = logging.getLogger(__name__)
+
+CALL_SECONDS = 5.0
+RECONNECT_SECONDS = 0.5
+THREADS_N = 4  # calls of ``ask`` at a time
+# Until the forwarder counts as gone: one that is started again answers sooner.
+GONE_SECONDS = 3.0
+
+# The forwarder's events about measurements, and the state that follows; None: the same as before.
+EVENTS = {"peer_reachable": REACHABLE, "peer_unreachable": UNREACHABLE, "peer_size": None}
+MEASURED = ("reason", "rtt_us", "largest_size", "full_size_passes")
+
+
+class ForwarderView:
+    """A copy of the forwarder's measured state.
+
+    probes   by endpoint: what was measured; {} while no forwarder answers
+    gone     no forwarder has answered for GONE_SECONDS
+    changed  is called with the endpoints whose state may have changed; None: all
+    """
+
+    def __init__(
+        self, control: Path, changed: Callable[[Collection[str] | None], None]
+    ) -> None:
+        self.probes: dict[str, dict[str, Any]] = {}
+        self.gone = False
+        self._control = str(control)
+        self._changed = changed
+        self._loop = asyncio.get_running_loop()
+        self._calls = ThreadPoolExecutor(THREADS_N, "forwarder-probe")
+        self._stopping = threading.Event()
+        self._stream: ControlClient | None = None
+        self._gone_timer: asyncio.TimerHandle | None = None
+        self._thread = threading.Thread(
+            target=self._follow, name="forwarder-events", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._stream is not None:
+            self._stream.interrupt()
+        if self._gone_timer is not None:
+            self._gone_timer.cancel()
+        self._calls.shutdown(wait=False, cancel_futures=True)
+
+    async def ask(self, endpoint: str, size: int | None = None) -> bool | None:
+        """Probe this peer now. Return whether it answers; None: the forwarder cannot say."""
+        def call() -> bool | None:
+            try:
+                with ControlClient(self._control, CALL_SECONDS) as client:
+                    return bool(client.probe(endpoint, size)["answered"])
+            except (NoForwarder, ControlError) as exc:
+                log.debug("probing %s: %s", endpoint, exc)
+                return None
+
+        return await self._loop.run_in_executor(self._calls, call)
+
+    async def refresh(self) -> None:
+        """Read the whole state again."""
+        def call() -> list[dict[str, Any]]:
+            with ControlClient(self._control, CALL_SECONDS) as client:
+                return client.peers()
+
+        with contextlib.suppress(NoForwarder, ControlError):
+            self._replace(await self._loop.run_in_executor(self._calls, call))
+
+    # -- the thread -------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with ControlClient(self._control, CALL_SECONDS) as stream, \
+                        ControlClient(self._control, CALL_SECONDS) as client:
+                    self._stream = stream
+                    events = stream.events()
+                    next(events)  # "hello": from here on, no event is missed
+                    self._post(self._replace, client.peers())
+                    for event in events:
+                        self._post(self._event, event)
+            except (NoForwarder, ControlError, StopIteration) as exc:
+                log.debug("the forwarder's events: %s", exc)
+            self._stream = None
+            self._post(self._disconnected)
+            self._stopping.wait(RECONNECT_SECONDS)
+
+    def _post(self, call: Callable[..., None], *args: Any) -> None:
+        if not self._stopping.is_set():
+            with contextlib.suppress(RuntimeError):  # the loop is already closed
+                self._loop.call_soon_threadsafe(call, *args)
+
+    # -- on the loop ------------------------------------------------------------------------------
+
+    def _replace(self, peers: list[dict[str, Any]]) -> None:
+        self.probes = {peer["endpoint"]: peer["probe"] for peer in peers if peer.get("probe")}
+        self.gone = False
+        if self._gone_timer is not None:
+            self._gone_timer.cancel()
+            self._gone_timer = None
+        self._changed(None)
+
+    def _event(self, event: Mapping[str, Any]) -> None:
+        if event["type"] not in EVENTS:
+            return
+        endpoint = event["endpoint"]
+        known = self.probes.get(endpoint, {})
+        changed = {name: event[name] for name in MEASURED if name in event}
+        if (state := EVENTS[event["type"]]) is not None:
+            changed |= {"state": state, "since": event["time"]}
+        self.probes[endpoint] = {**known, **changed}
+        self._changed((endpoint,))
+
+    def _disconnected(self) -> None:
+        if self._gone_timer is None:
+            self.probes = {}
+            self._gone_timer = self._loop.call_later(GONE_SECONDS, self._is_gone)
+            self._changed(None)
+
+    def _is_gone(self) -> None:
+        self.gone = True
+        self._changed(None)

@@ -1,0 +1,182 @@
+"""Probe many peers from one socket: the part that all kinds of probes have in common.
+
+Owns the socket, the timer for the next probe, and one ``Prober`` with the state of each path.
+Subclasses build and parse the messages. A socket that cannot be opened, or whose device is gone, is
+opened again at the next ``check``; until then each probe fails, as the path is of no use. Without
+the privilege for the socket nothing is measured, and all states stay unknown. Runs on the daemon's
+loop; nothing here waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ...model import IPNetwork
+from ...probe.prober import Prober, Request
+
+RECEIVE_LEN = 65536  # the largest message
+RECEIVE_N = 64  # messages per wake-up, so that other work of the loop is not delayed
+BUFFER_LEN = 1 << 20  # of the socket: the answers of some hundred full-size probes
+IPV6_MTU_DISCOVER, IPV6_DONTFRAG = 23, 62  # linux/in6.h
+IP_MTU_DISCOVER, PMTUDISC_PROBE = 10, 3  # linux/in.h: set DF, and ignore the known path MTU
+
+# The socket is of no use any more: its device or its address is gone, or no privilege.
+_BROKEN = frozenset({
+    errno.ENODEV, errno.ENXIO, errno.EADDRNOTAVAIL, errno.EBADF, errno.EPERM, errno.EACCES})
+
+
+class Meter(ABC):
+    """Probes peers, given by subnet, and reports the subnets whose state has changed.
+
+    able     False: this process may not open the socket, or ``check`` was not called yet
+    error    why there is no socket; "" if there is one
+    changed  is called with the subnets whose verdict has changed
+    """
+
+    def __init__(self, changed: Callable[[list[IPNetwork]], None]) -> None:
+        self.prober: Prober[IPNetwork] = Prober(time.monotonic)
+        self.able = False  # no probe is sent before the first ``check``
+        self.error = "not opened yet"
+        self.sent_at: dict[IPNetwork, float] = {}  # when we last sent, requests and replies
+        self._changed = changed
+        self._socket: socket.socket | None = None
+        self._errno = errno.ENODEV  # of each probe while there is no socket
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    # -- the peers --------------------------------------------------------------------------------
+
+    def remove(self, subnet: IPNetwork) -> None:
+        self.prober.remove(subnet)
+        self.sent_at.pop(subnet, None)
+
+    def traffic(self, subnets: Iterable[IPNetwork]) -> None:
+        """Data packets are sent to these subnets now."""
+        for subnet in subnets:
+            self.prober.traffic(subnet)
+        self._schedule()
+
+    def data_received(self, subnet: IPNetwork) -> None:
+        self.prober.data_received(subnet, time.monotonic())
+        self._report()
+
+    # -- the socket -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Open the socket if it is not open."""
+        if self._socket is None:
+            try:
+                opened = self._open()
+            except OSError as exc:
+                self.able = not isinstance(exc, PermissionError)
+                self.error = f"{self._opening()}: {exc.strerror}"
+                self._errno = exc.errno or self._errno
+                self._schedule()
+                return
+            self.able = True
+            opened.setblocking(False)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_LEN)
+            self._socket, self.error = opened, ""
+            asyncio.get_running_loop().add_reader(opened, self._receive, opened)
+        self._schedule()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    @abstractmethod
+    def _opening(self) -> str:
+        """Say what ``_open`` does, for an error message."""
+
+    @abstractmethod
+    def _open(self) -> socket.socket:
+        """Open the socket. Raises OSError."""
+
+    @abstractmethod
+    def _message(self, request: Request[IPNetwork]) -> tuple[bytes, Any]:
+        """Return the bytes of a request and the address to which it is sent."""
+
+    @abstractmethod
+    def _received(self, message: bytes, source: Any) -> None:
+        """Parse one received message. It may come from any host."""
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        at = self.prober.next_at() if self.able else None
+        if self._timer is not None:
+            if at is not None and at >= self._timer_at:
+                return  # the timer looks again when it fires
+            self._timer.cancel()
+            self._timer = None
+        if at is not None:
+            self._timer_at = at
+            self._timer = asyncio.get_running_loop().call_later(
+                max(at - time.monotonic(), 0.0), self._run)
+
+    def _run(self) -> None:
+        self._timer = None
+        for request in self.prober.run():
+            message, target = self._message(request)
+            if (number := self.send(request.key, message, target)):
+                self.prober.send_failed(request, number)
+        self._report()
+        self._schedule()
+
+    def send(self, subnet: IPNetwork, message: bytes, target: Any) -> int:
+        """Send a message to a peer. Return 0 or the errno."""
+        if self._socket is None:
+            return self._errno
+        try:
+            self._socket.sendto(message, target)
+        except OSError as exc:
+            number = exc.errno or errno.EIO
+            if number in _BROKEN:
+                self._break(exc)
+            return number
+        self.sent_at[subnet] = time.monotonic()
+        return 0
+
+    def _break(self, exc: OSError) -> None:
+        self.close()
+        self.error, self._errno = str(exc.strerror), exc.errno or self._errno
+
+    def _receive(self, opened: socket.socket) -> None:
+        for _ in range(RECEIVE_N):
+            try:
+                message, source = opened.recvfrom(RECEIVE_LEN)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as exc:  # ENETDOWN is reported once; the next call works again
+                if exc.errno in _BROKEN:
+                    self._break(exc)
+                break
+            self._received(message, source)
+            if self._socket is not opened:
+                break
+        self._report()
+        self._schedule()
+
+    def _report(self) -> None:
+        if changed := self.prober.take_changes():
+            self._changed(changed)
+
+
+def send_whole(opened: socket.socket, version: int) -> None:
+    """Make the socket send each message in one packet of any size, or refuse it with EMSGSIZE."""
+    if version == 4:
+        opened.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+    else:
+        opened.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
+        opened.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)

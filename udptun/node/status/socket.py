@@ -1,0 +1,152 @@
+"""The daemon's socket /run/NAME/node.sock: one HTTP request for the whole state of the node.
+
+Owns the path ``/v1/node`` and its JSON (docs/node.md). ``udptun status`` reads it. Does not depend
+on how the state is measured: it formats the report. Runs on the daemon's loop; a long list of peers
+is formatted in slices, so that other work is not delayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..._version import __version__
+from ...control.protocol import NODE, NODE_SOCKET
+from ...control.sockets import UnixListener, listen_unix
+from .readiness import State, is_ready, judge
+from .report import NodeReport, PairReport
+
+log = logging.getLogger(__name__)
+
+REQUEST_SECONDS = 5.0  # limit for a client to send its request
+ANSWER_SECONDS = 30.0  # limit for a client to read the answer
+CONNECTIONS_N = 32  # further ones are closed at once
+HEAD_LEN = 8192
+PEERS_SLICE = 100  # peers that are formatted at a time
+
+
+async def node_json(report: NodeReport) -> AsyncIterator[bytes]:
+    """Yield the JSON text of the report."""
+    checks = judge(report)
+    lease, underlay = report.lease, report.underlay
+    head = {
+        "version": __version__,
+        "started": _time(report.started),
+        "ready": is_ready(checks),
+        "waiting": report.waiting,
+        "key": None if lease is None else lease.key,
+        "subnets": [] if lease is None else [str(subnet) for subnet in lease.subnets],
+        "interface": None if underlay is None else underlay.name,
+        "public": [] if underlay is None else [
+            str(one) for one in (underlay.public, underlay.public6) if one is not None],
+        "backend": report.backend,
+        "unavailable": dict(report.unavailable),
+        "mtu": report.mtu,
+        "checks": [
+            {"name": check.name, "state": _CHECK_STATES[check.state], "text": list(check.text)}
+            for check in checks],
+        "no_path": dict(report.peers.unreachable),
+        "refused": dict(report.peers.refused),
+        "events": list(report.events),
+    }
+    yield json.dumps(head)[:-1].encode() + b', "peers": ['
+    for at, pair in enumerate([*report.pairs.values()]):
+        text = json.dumps(_peer(report, pair)).encode()
+        yield b", " + text if at else text
+        if at % PEERS_SLICE == PEERS_SLICE - 1:
+            await asyncio.sleep(0)
+    yield b"]}\n"
+
+
+def _peer(report: NodeReport, pair: PairReport) -> dict[str, Any]:
+    return {
+        "key": pair.key,
+        "subnet": str(pair.subnet),
+        "state": pair.state,
+        "since": _time(pair.changed),
+        "reason": pair.trouble,
+        "path": pair.path,
+        "path_since": _time(pair.since),
+        "path_reason": pair.why,
+        "paths": report.describe_paths(pair.subnet),
+    }
+
+
+_CHECK_STATES = {State.OK: "ok", State.DEGRADED: "degraded", State.FAILED: "failed"}
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+class NodeSocket:
+    """Answers requests on the socket from ``start`` until ``aclose``.
+
+    control  the forwarder's control socket; ours is next to it
+    """
+
+    def __init__(self, report: NodeReport, control: Path) -> None:
+        self._report, self._path = report, control.with_name(NODE_SOCKET)
+        self._listener: UnixListener | None = None
+        self._server: asyncio.Server | None = None
+        self._connections_n = 0
+
+    async def start(self) -> None:
+        """Raises DeviceError if the socket cannot be used."""
+        self._listener = await listen_unix(self._path, socket.SOCK_STREAM)
+        self._server = await asyncio.start_unix_server(
+            self._connected, sock=self._listener.sock, limit=HEAD_LEN)
+
+    async def aclose(self) -> None:
+        if self._listener is not None and self._server is not None:
+            self._listener.unlink()
+            self._server.close()
+            self._listener = self._server = None
+
+    async def _connected(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._connections_n += 1
+        try:
+            if self._connections_n <= CONNECTIONS_N and self._may_connect(writer):
+                await self._serve(reader, writer)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            log.debug("a request on %s failed", self._path, exc_info=True)
+        finally:
+            self._connections_n -= 1
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    def _may_connect(self, writer: asyncio.StreamWriter) -> bool:
+        peer = writer.get_extra_info("socket")
+        return self._listener is not None and self._listener.may_connect(peer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(REQUEST_SECONDS):
+            head = await reader.readuntil(b"\r\n\r\n")
+        method, target, *_ = [*head.split(b"\r\n", 1)[0].split(b" "), b"", b""]
+        async with asyncio.timeout(ANSWER_SECONDS):
+            if method != b"GET" or target != NODE.encode():
+                await _answer(writer, "404 Not Found", _error(f"not found: there is GET {NODE}"))
+                return
+            body = b"".join([piece async for piece in node_json(self._report)])
+            await _answer(writer, "200 OK", body)
+
+
+def _error(message: str) -> bytes:
+    return json.dumps({"error": {"code": "not_found", "message": message}}).encode() + b"\n"
+
+
+async def _answer(writer: asyncio.StreamWriter, status: str, body: bytes) -> None:
+    head = (f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")
+    writer.write(head.encode() + body)
+    await writer.drain()
