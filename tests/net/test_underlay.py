@@ -61,6 +61,38 @@ async def test_addresses_are_sorted_best_first():
 
 
 @in_own_netns
+async def test_virtual_addresses_come_after_the_others():
+    """keepalived adds an address without a subnet, or marks the address with its protocol."""
+    sh(*PAIR,
+       "ip address add 192.0.2.100/32 dev eth0",
+       "ip address add 192.0.2.1/24 dev eth0",
+       "ip address add 192.0.2.2/24 dev eth0",  # secondary
+       "ip address add 198.51.100.1/24 dev eth0",
+       "ip address add 2001:db8::100/128 dev eth0 nodad",
+       "ip address add 2001:db8::1/64 dev eth0 nodad")
+    with Netlink() as netlink:
+        found = await addresses_of(netlink, "eth0")
+    v4 = [address for address in found if "." in address]
+    assert v4 == ["192.0.2.1", "198.51.100.1", "192.0.2.2", "192.0.2.100"]
+    assert [address for address in found if address.startswith("2001:")] == \
+        ["2001:db8::1", "2001:db8::100"]
+
+
+@in_own_netns
+async def test_an_address_that_keepalived_has_added_comes_after_the_others():
+    sh(*PAIR, "ip address add 192.0.2.1/24 dev eth0")
+    try:
+        sh("ip address add 198.51.100.1/24 dev eth0 proto 18")
+        sh("ip address add 203.0.113.1/24 dev eth0")
+    except AssertionError:
+        pytest.skip("ip or the kernel has no protocols of addresses")
+    with Netlink() as netlink:
+        found = await addresses_of(netlink, "eth0")
+    assert [address for address in found if "." in address] == \
+        ["192.0.2.1", "203.0.113.1", "198.51.100.1"]
+
+
+@in_own_netns
 async def test_temporary_address_comes_after_the_others():
     """A temporary address (RFC 8981) expires within days. The kernel lists it first."""
     conf = Path("/proc/sys/net/ipv6/conf/eth0")

@@ -105,6 +105,7 @@ class Node:
             source=EtcdConfig(), interface=InterfaceOptions(names=("under0",)),
             subnet_file=tmp_path / "subnet.env", control=tmp_path / "run" / "udptun.sock",
             state_dir=tmp_path / "state", forwarder="external", iptables_forward_rules=False,
+            address_grace=0,
         )
         self.monkeypatch = monkeypatch
         self.serve_store()

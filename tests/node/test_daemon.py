@@ -32,6 +32,7 @@ from udptun.net.netlink import Netlink
 from udptun.node import peers as peers_module
 from udptun.node import store as store_module
 from udptun.node.backends import BACKENDS
+from udptun.node.config import InterfaceOptions
 from udptun.node.daemon import AlreadyRunning, Daemon, locked, run
 
 
@@ -205,6 +206,46 @@ async def test_another_address_is_published_and_listened_at(served, node_of):
         assert node.forward_file["listen"] == ["192.0.2.7:8285"]
         await until(served.forwarder.stopped.is_set, "the old forwarder to be stopped")
         assert daemon.report.interface_error == ""
+
+
+@in_own_netns
+async def test_a_vpns_default_route_does_not_move_the_node(served, node_of):
+    """Neither while the daemon runs, nor at its next start."""
+    node = node_of()
+    node.config = replace(node.config, interface=InterfaceOptions())
+    sh("ip route add default via 192.0.2.254 metric 100")
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2))
+        await node.ready(daemon)
+        sh("ip link add vpn0 type veth peer name far", "ip link set far up", "ip link set vpn0 up",
+           "ip route add default dev vpn0 metric 50", "ip addr add 203.0.113.1/24 dev vpn0")
+        await until(lambda: daemon.report.interface_note, "the note")
+        assert "default route goes through vpn0 now" in daemon.report.interface_note
+        assert len(node.store.published) == 1
+        assert node.forward_file["listen"] == ["192.0.2.1:8285"]
+    async with node.running() as daemon:
+        await until(lambda: len(node.store.published) == 2, "the lease again")
+        assert node.store.published[-1].public_ip == IPv4Address("192.0.2.1")
+        sh("ip link del vpn0")
+        await until(lambda: not daemon.report.interface_note, "the note to be withdrawn")
+
+
+@in_own_netns
+async def test_an_address_that_is_gone_for_a_moment_stays_published(served, node_of):
+    node = node_of()
+    node.config = replace(node.config, address_grace=600)
+    sh("ip addr add 198.51.100.1/24 dev under0")
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2))
+        await node.ready(daemon)
+        sh("ip addr del 192.0.2.1/24 dev under0")
+        await until(lambda: daemon.report.interface_error, "the error")
+        assert "192.0.2.1 is not on this host any more" in daemon.report.interface_error
+        sh("ip addr add 192.0.2.1/24 dev under0")
+        await until(lambda: not daemon.report.interface_error, "the address to be used again")
+        assert len(node.store.published) == 1
 
 
 @in_own_netns

@@ -30,6 +30,9 @@ else:
 
 TRUE = ("1", "t", "T", "TRUE", "true", "True")  # strconv.ParseBool
 FALSE = ("0", "f", "F", "FALSE", "false", "False")
+# time.ParseDuration, without signs and without units below a millisecond
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+PART = r"(\d+(?:\.\d*)?|\.\d+)(ms|s|m|h)"
 NUMBER = re.compile(r"[+-]?[0-9][0-9a-zA-Z_]*")
 
 
@@ -44,6 +47,24 @@ class Bool(_ParamType):
         if value not in TRUE + FALSE:
             self.fail(f"{value!r} is not valid: expected true or false", param, ctx)
         return value in TRUE
+
+
+class Duration(_ParamType):
+    """A duration in Go's notation: 10s, 1m30s, 500ms or 0. The value is in seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if not isinstance(value, str):
+            return float(value)
+        if value == "0":
+            return 0.0
+        if not re.fullmatch(f"(?:{PART})+", value):
+            self.fail(f"{value!r} is not valid: expected a duration such as 10s, 1m30s or 500ms",
+                      param, ctx)
+        return sum(float(number) * UNITS[unit] for number, unit in re.findall(PART, value))
 
 
 class Int(_ParamType):

@@ -27,7 +27,7 @@ from ..node.backends import AUTO, MODES
 from ..node.config import FIREWALLS, FORWARDERS, InterfaceOptions, NodeConfig
 from . import logs
 from .forward import tun_name
-from .goflags import Bool, Collected, GoCommand, Int, Level
+from .goflags import Bool, Collected, Duration, GoCommand, Int, Level
 from .lazy import Failure, failure_of
 from .options import Parsed, named_socket, remember
 
@@ -142,6 +142,10 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--public-ip", type=IPV4, metavar="ADDRESS",
       help="Address at which other nodes reach this node.  [default: the interface's]")
 @flag("--public-ipv6", type=IPV6, metavar="ADDRESS", help="The same for IPv6.")
+@flag("--address-grace", type=Duration(), default=f"{STOCK.address_grace:g}s",
+      show_default=True, metavar="DURATION",
+      help="Time to wait before another address is published, after the published one is gone "
+           "from this host; for example 10s, 500ms or 1m30s.")
 @flag("--backend", type=click.Choice(MODES),
       help=f"{AUTO}: for each peer the best backend that both nodes support.  [default: "
            "Backend.Type of the network's configuration]")
@@ -224,9 +228,9 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 
 
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
-    unchanged = ("instance", "backend", "ip_masq", "iptables_forward_rules", "firewall",
-                 "iptables_resync",
-                 "forwarder", "forward_file", "state_dir", "healthz_port", "cleanup")
+    unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
+                 "firewall", "iptables_resync", "forwarder", "forward_file", "state_dir",
+                 "healthz_port", "cleanup")
     given: dict[str, Any] = {  # if not given, NodeConfig uses the instance's
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT

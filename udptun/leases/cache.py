@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..files import replace_file
+from ..model import IPAddress
 from ..wait import wait_at_most
 from .base import Attributes, Lease, Subnets
 from .netconf import NetConfig
@@ -39,16 +40,19 @@ Kind = TypeVar("Kind")
 class LastKnown:
     """The last known state of one store.
 
-    store    SourceConfig.store_id: the state of one store is never used for another
-    network  the network's configuration
-    lease    our own lease; None if this node had no lease
-    leases   all leases, including our own
+    store      SourceConfig.store_id: the state of one store is never used for another
+    network    the network's configuration
+    lease      our own lease; None if this node had no lease
+    leases     all leases, including our own
+    addresses  the addresses of this host to which the overlay was bound; empty if an older version
+               has written the file
     """
 
     store: str
     network: NetConfig
     lease: Lease | None
     leases: tuple[Lease, ...]
+    addresses: tuple[IPAddress, ...] = ()
 
 
 class LeaseCache:
@@ -145,6 +149,7 @@ def _encode(known: LastKnown) -> bytes:
         "network": known.network.text,
         "subnets_checked": known.network.subnets_checked,
         "lease": known.lease and _lease_to_json(known.lease),
+        "addresses": [str(address) for address in known.addresses],
     })
     lines = []
     for lease in known.leases:
@@ -163,6 +168,7 @@ def _decode(data: bytes) -> LastKnown:
         NetConfig.parse(content["network"], check_subnets=content["subnets_checked"]),
         content["lease"] and _lease_from_json(content["lease"]),
         tuple(map(_lease_from_json, content["leases"])),
+        tuple(map(ipaddress.ip_address, content.get("addresses", ()))),
     )
 
 

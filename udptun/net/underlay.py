@@ -32,8 +32,11 @@ RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, interface index
 IFLA_IFNAME, IFLA_MTU = 3, 4  # linux/if_link.h
 # linux/if_addr.h
 IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
-IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
-IFA_F_TEMPORARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x01, 0x08, 0x20, 0x40
+IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS, IFA_PROTO = 1, 2, 8, 11
+IFA_F_TEMPORARY, IFA_F_NODAD, IFA_F_DADFAILED = 0x01, 0x02, 0x08
+IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x20, 0x40
+IFF_LOOPBACK = 0x8  # linux/if.h
+RTPROT_KEEPALIVED = 18  # linux/rtnetlink.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Interface:
     """One network interface.
 
     mtu        bytes; 0 if the device has none
+    loopback   a loopback device; its MTU says nothing about paths to other hosts
     up         IFF_UP is set by the administrator; the carrier does not matter
     addresses  local addresses of both families, best first (see ``_rank``)
     """
@@ -49,6 +53,7 @@ class Interface:
     name: str
     mtu: int
     up: bool
+    loopback: bool
     addresses: tuple[IPAddress, ...]
 
 
@@ -109,13 +114,16 @@ def _interfaces() -> tuple[Interface, ...]:
         links = kernel.dump(RTM_GETLINK, IFINFOMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
     ranked: dict[int, list[tuple[int, IPAddress]]] = {}
     for message in addresses:
-        _, _, flags, _, index = IFADDRMSG.unpack_from(message)
+        _, prefix_len, flags, _, index = IFADDRMSG.unpack_from(message)
         about = attributes(message, IFADDRMSG.size)
         # On a point-to-point link IFA_ADDRESS is the other end.
         address = _address(about.get(IFA_LOCAL, about.get(IFA_ADDRESS)))
         flags = _number(about.get(IFA_FLAGS)) or flags  # the header has only the low eight bits
         if address is not None and not flags & IFA_F_DADFAILED:
-            ranked.setdefault(index, []).append((_rank(address, flags), address))
+            is_vip = _number(about.get(IFA_PROTO)) == RTPROT_KEEPALIVED
+            if prefix_len == address.max_prefixlen:
+                is_vip |= address.version == 4 or bool(flags & IFA_F_NODAD)
+            ranked.setdefault(index, []).append((_rank(address, flags, is_vip), address))
     found = []
     for message in links:
         _, _, index, flags, _ = IFINFOMSG.unpack_from(message)
@@ -123,22 +131,25 @@ def _interfaces() -> tuple[Interface, ...]:
         best_first = sorted(ranked.get(index, ()), key=lambda item: item[0])
         found.append(Interface(
             index, os.fsdecode(bytes(about[IFLA_IFNAME]).rstrip(b"\0")),
-            _number(about.get(IFLA_MTU)), bool(flags & IFF_UP),
+            _number(about.get(IFLA_MTU)), bool(flags & IFF_UP), bool(flags & IFF_LOOPBACK),
             tuple(address for _, address in best_first),
         ))
     return tuple(sorted(found, key=lambda interface: interface.index))
 
 
-def _rank(address: IPAddress, flags: int) -> int:
+def _rank(address: IPAddress, flags: int, is_vip: bool) -> int:
     """Rank an address as an endpoint for peers. 0 is best; a higher rank is worse.
 
     Best is an address with none of these properties. Then, from better to worse: tentative
-    (duplicate address detection is not complete), temporary (RFC 8981), deprecated, link-local.
+    (duplicate address detection is not complete), temporary (RFC 8981) or secondary, like a virtual
+    address that moves between hosts, deprecated, link-local.
+
+    is_vip  keepalived has added the address, or it has no subnet. DHCPv6 addresses have no subnet
+            either. keepalived adds IPv6 addresses without duplicate address detection.
     """
-    # In IPv4 this flag marks a secondary address of a subnet. It is as good as the primary one.
-    temporary = flags & IFA_F_TEMPORARY and address.version == 6
-    return (8 * bool(address.is_link_local) + 4 * bool(flags & IFA_F_DEPRECATED)
-            + 2 * bool(temporary) + bool(flags & IFA_F_TENTATIVE))
+    # One flag has two meanings: temporary in IPv6, secondary in IPv4.
+    return (16 * bool(address.is_link_local) + 8 * bool(flags & IFA_F_DEPRECATED) + 4 * is_vip
+            + 2 * bool(flags & IFA_F_TEMPORARY) + bool(flags & IFA_F_TENTATIVE))
 
 
 def _default_routes(version: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from .backends import MODES
 from .process.launch import FORWARD_FILE
 
 FORWARDERS = ("spawn", "external")
+MAX_GRACE = 3600
 FIREWALLS = ("auto", "nftables", "iptables")
 ANY_ADDRESS = ipaddress.IPv4Address("0.0.0.0")
 _FROM_INSTANCE: Any = None  # __post_init__ replaces this value by the instance's default
@@ -90,6 +91,8 @@ class NodeConfig:
 
     source            the configuration of the store of leases
     instance          the instance; the names of all things that the daemon creates depend on it
+    address_grace     seconds to wait before another address is published, after the published one
+                      is gone from this host
     backend           a backend's name or "auto"; None: use Backend.Type of net-conf.json
     advertise         publish in our lease the features that this node has in addition to flannel's
     subnet_file       the path of flannel's subnet.env
@@ -111,6 +114,7 @@ class NodeConfig:
     source: SourceConfig
     interface: InterfaceOptions = field(default_factory=InterfaceOptions)
     instance: Instance = field(default_factory=Instance)
+    address_grace: float = 10.0
     backend: str | None = None
     advertise: bool = True
     subnet_file: Path = _FROM_INSTANCE
@@ -132,6 +136,8 @@ class NodeConfig:
             raise FieldError("backend", self.backend, " or ".join(MODES))
         if self.forwarder not in FORWARDERS:
             raise FieldError("forwarder", self.forwarder, " or ".join(FORWARDERS))
+        if not 0 <= self.address_grace <= MAX_GRACE:
+            raise FieldError("address-grace", self.address_grace, f"from 0 to {MAX_GRACE} s")
         if self.firewall not in (None, *FIREWALLS):
             raise FieldError("firewall", self.firewall, " or ".join(FIREWALLS))
         if self.iptables_resync < 1:

@@ -36,7 +36,8 @@ from .backends.base import Site
 from .cleanup import LOCK_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
 from .host.host import Host
-from .host.interface import NoInterface, Underlay, choose
+from .host.interface import NoInterface, Underlay
+from .host.sticky import UnderlayChoice
 from .malloc import return_free_memory, use_one_arena
 from .paths.paths import Carriers, Paths
 from .peers import Peers
@@ -99,6 +100,7 @@ class Daemon:
         self._errors = LogOnce(log)
         self._store = Store(config, source, self.report, self._errors)
         self._backends = ActiveBackends(config, netlink, self.report)
+        self._underlay = UnderlayChoice(netlink, config.address_grace)
         self._host = Host(config, self.report)
         self._settle_again = asyncio.Event()
         self._paths = Paths(self._backends, self.report, config.control, self._carry)
@@ -288,7 +290,7 @@ class Daemon:
                 await self._settle_host(prepared, lease)
             lease = await store.acquire(prepared.attributes)
             await self._settle_host(prepared, lease)
-            store.settled(network, identity, lease)
+            store.settled(network, identity, lease, underlay.bound)
             self._paths.configure(prepared.mtu, prepared.site.udp_port)
             await self._peers.replan(prepared.local(lease))
             if store.confirmed:
@@ -314,9 +316,9 @@ class Daemon:
     ) -> Underlay:
         report = self.report
         try:
-            underlay = await choose(
-                self._netlink, _with_declared(self._config.interface, identity),
-                4 in families, 6 in families, own_devices,
+            underlay = await self._underlay.choose(
+                _with_declared(self._config.interface, identity), families, own_devices,
+                self._store.addresses,
             )
         except (NoInterface, DeviceError) as exc:
             report.interface_error = str(exc)
@@ -324,7 +326,10 @@ class Daemon:
         if report.underlay not in (None, underlay):
             log.warning("the underlay has changed: %s at %s", underlay.name,
                         underlay.public or underlay.public6)
+        if underlay.note and underlay.note != report.interface_note:
+            log.warning("%s", underlay.note)
         report.underlay, report.interface_error = underlay, ""
+        report.interface_note = underlay.note
         return underlay
 
 

@@ -27,6 +27,7 @@ from ..leases.base import (
 )
 from ..leases.cache import LastKnown, LeaseCache
 from ..leases.netconf import NetConfig
+from ..model import IPAddress
 from .config import NodeConfig
 from .host.subnet_env import former_subnets
 from .status.log import LogOnce
@@ -44,6 +45,7 @@ FAILURES = (StoreDown, StoreRefused, FieldError, TimeoutError)
 class Store:
     """One store of leases. Call ``network``, ``identity`` and ``acquire`` only within ``pass_``.
 
+    addresses  the addresses of this host to which the overlay was bound last; empty: not known
     confirmed  True: the store did not fail in the last pass. Each answer came from the store, in
                this pass or in an earlier one.
     """
@@ -51,6 +53,7 @@ class Store:
     def __init__(
         self, config: NodeConfig, source: LeaseSource, report: NodeReport, errors: LogOnce
     ) -> None:
+        self.addresses: tuple[IPAddress, ...] = ()
         self.confirmed = False
         self._config = config
         self._source = source
@@ -172,8 +175,15 @@ class Store:
             raise StoreDown("there is no lease yet")
         return lease
 
-    def settled(self, network: NetConfig, identity: Identity, lease: Lease) -> None:
-        """Record the network, the identity and the lease for which the host is now set up."""
+    def settled(
+        self, network: NetConfig, identity: Identity, lease: Lease,
+        addresses: tuple[IPAddress, ...],
+    ) -> None:
+        """Record the data for which the host is now set up.
+
+        addresses  the addresses of this host to which the overlay is bound
+        """
+        self.addresses = addresses
         self._network, self._identity, self._lease = network, identity, lease
         self._settled = True
         self._report.lease = lease
@@ -257,10 +267,12 @@ class Store:
         known = self._cache.load(self._config.source.store_id)
         if known is not None:
             self._network, self._lease = known.network, known.lease
+            self.addresses = known.addresses
             self._report.lease = known.lease
 
     def save(self, leases: Iterable[Lease]) -> None:
         """Schedule a write of the cache with ``leases`` and the data about this node."""
         assert self._network is not None
         self._cache.keep(LastKnown(
-            self._config.source.store_id, self._network, self._lease, tuple(leases)))
+            self._config.source.store_id, self._network, self._lease, tuple(leases),
+            self.addresses))

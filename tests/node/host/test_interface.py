@@ -14,6 +14,7 @@ from tests.own_netns import in_own_netns, sh
 from udptun.errors import FieldError
 from udptun.net.netlink import Netlink
 from udptun.node.config import InterfaceOptions, interface_pattern
+from udptun.node.host import sticky
 from udptun.node.host.interface import NoInterface, choose
 
 HOST = (
@@ -36,10 +37,11 @@ def options(**given):
     return InterfaceOptions(**given)
 
 
-async def chosen(want_v4=True, want_v6=False, own=(), **given):
+async def chosen(want_v4=True, want_v6=False, own=(), former=(), **given):
     """Return the name, the address and the IPv6 address of the chosen interface."""
+    former = [*map(ip_address, former)]
     with Netlink() as netlink:
-        underlay = await choose(netlink, options(**given), want_v4, want_v6, own)
+        underlay = await choose(netlink, options(**given), want_v4, want_v6, own, former)
     return (underlay.name, underlay.address and str(underlay.address),
             underlay.address6 and str(underlay.address6))
 
@@ -49,7 +51,7 @@ def refused(*words):
     """Check that the error contains the words and lists the interfaces."""
     with pytest.raises(NoInterface) as caught:
         yield
-    for word in (*words, "there are lo (127.0.0.1, ::1)", "eth1 (198.51.100.1, 2001:db8:1::1"):
+    for word in (*words, "there are lo (127.0.0.1", "eth1 (198.51.100.1, 2001:db8:1::1"):
         assert word in str(caught.value)
 
 
@@ -235,3 +237,102 @@ def test_a_regex_has_the_same_meaning_as_in_flannel(regex, matches, differs):
     """The expected matches are those of RE2. A warning of Python would fail the test."""
     pattern = interface_pattern(regex)
     assert pattern.search(matches) and not pattern.search(differs)
+
+
+# -- the former choice ----------------------------------------------------------------------------
+
+
+@in_own_netns
+@pytest.mark.parametrize(("given", "former", "want"), [
+    # The default route goes through eth0, but the address of eth1 is published.
+    ({}, ["198.51.100.1"], E1),
+    ({}, ["192.0.2.2"], ("eth0", "192.0.2.2", None)),
+    ({"can_reach": "192.0.2.77"}, ["198.51.100.1"], E1),
+    ({"names": ("eth0", "eth1")}, ["198.51.100.1"], E1),
+    ({"names": ("eth0",)}, ["192.0.2.2"], ("eth0", "192.0.2.2", None)),
+    ({"regexes": ("eth",)}, ["198.51.100.1"], E1),
+    ({"public_ip": "203.0.113.5"}, ["198.51.100.1"], E1),  # behind a NAT
+    # The options exclude the former choice.
+    ({"names": ("eth0",)}, ["198.51.100.1"], E0),
+    ({"names": ("192.0.2.1",)}, ["192.0.2.2"], E0),
+    ({"regexes": ("^eth0$",)}, ["198.51.100.1"], E0),
+    ({"public_ip": "192.0.2.2"}, ["198.51.100.1"], ("eth0", "192.0.2.2", None)),
+    # The former address is gone, or was of the other IP version.
+    ({}, ["203.0.113.77"], E0),
+    ({}, ["2001:db8:1::1"], E0),
+])
+async def test_the_former_choice_is_kept_if_the_options_allow_it(given, former, want):
+    sh(*HOST, *DEFAULT0)
+    assert await chosen(former=former, **given) == want
+
+
+@in_own_netns
+async def test_the_former_choice_in_both_ip_versions():
+    sh(*HOST, *DEFAULT0, "ip address add 2001:db8:1::2/64 dev eth1 nodad")
+    both = ["198.51.100.1", "2001:db8:1::2"]
+    assert await chosen(want_v6=True, former=both) == ("eth1", *both)
+    sh("ip address del 2001:db8:1::2/64 dev eth1")
+    assert await chosen(want_v6=True, former=both) == ("eth1", "198.51.100.1", "2001:db8:1::1")
+
+
+@in_own_netns
+async def test_a_choice_that_differs_from_the_former_one_is_noted():
+    sh(*HOST, *DEFAULT0)
+    with Netlink() as netlink:
+        async def note(former, **given):
+            kept = await choose(
+                netlink, options(**given), True, False, (), [ip_address(former)])
+            return kept.note
+
+        assert await note("192.0.2.1") == ""
+        assert await note("198.51.100.1") == (
+            "the default route goes through eth0 now; the node stays at its published address on"
+            " eth1")
+        assert (await note("198.51.100.1", names=("eth0", "eth1"))).startswith(
+            "the options would select eth0 now; ")
+        sh("ip route del default via 192.0.2.254")
+        assert "although there is" not in await note("198.51.100.1", names=("eth1",))
+        assert "there is no IPv4 default route" in await note("198.51.100.1")
+
+
+@in_own_netns
+async def test_an_address_of_the_loopback_device_is_reached_through_the_default_route():
+    """The device has an MTU of 65536, which is not that of any path."""
+    sh(*HOST, *DEFAULT0, "ip address add 203.0.113.1/32 dev lo")
+    with Netlink() as netlink:
+        for given in ({"names": ("lo",)}, {"public_ip": "203.0.113.1"}):
+            underlay = await choose(netlink, options(**given), True, False)
+            assert (underlay.name, str(underlay.address), underlay.mtu) == \
+                ("eth0", "203.0.113.1", 1400)
+    sh("ip route del default via 192.0.2.254")
+    with refused("an address of the loopback device needs a default route", "203.0.113.1"):
+        await chosen(names=("lo",))
+
+
+@in_own_netns
+async def test_another_address_is_taken_only_after_a_while(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(sticky.time, "monotonic", lambda: now)
+    sh(*HOST, *DEFAULT0)
+    former = [ip_address("192.0.2.2")]
+    with Netlink() as netlink:
+        choice = sticky.UnderlayChoice(netlink, 10)
+
+        async def address():
+            return str((await choice.choose(options(), {4}, (), former)).address)
+
+        assert await address() == "192.0.2.2"
+        sh("ip address del 192.0.2.2/24 dev eth0")
+        gone = "192.0.2.2 is not on this host any more: .* within 10 s"
+        for step in (0, 9):
+            now += step
+            with pytest.raises(NoInterface, match=gone):
+                await address()
+        sh("ip address add 192.0.2.2/24 dev eth0")
+        assert await address() == "192.0.2.2"
+        sh("ip address del 192.0.2.2/24 dev eth0")  # the time starts again
+        now += 5
+        with pytest.raises(NoInterface, match=gone):
+            await address()
+        now += 11
+        assert await address() == "192.0.2.1"

@@ -19,7 +19,7 @@ import ipaddress
 import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...errors import DeviceError, UdptunError
 from ...model import IPAddress
@@ -46,6 +46,8 @@ class Underlay:
     address6  the IPv6 address to bind to; None: IPv6 is not wanted
     public    the IPv4 address to publish; None: IPv4 is not wanted, and --public-ip is not given
     public6   the IPv6 address to publish; None: IPv6 is not wanted, and --public-ipv6 is not given
+    note      the options would select something else now, but a former choice is kept: what they
+              would select, as a sentence; else ""
     """
 
     name: str
@@ -55,23 +57,33 @@ class Underlay:
     address6: ipaddress.IPv6Address | None
     public: ipaddress.IPv4Address | None
     public6: ipaddress.IPv6Address | None
+    note: str = field(default="", compare=False)
+
+    @property
+    def bound(self) -> tuple[IPAddress, ...]:
+        """The addresses of this host to which the overlay is bound."""
+        return tuple(one for one in (self.address, self.address6) if one is not None)
 
 
 async def choose(
     netlink: Netlink, options: InterfaceOptions, want_v4: bool, want_v6: bool,
-    own: Collection[str] = (),
+    own: Collection[str] = (), former: Collection[IPAddress] = (),
 ) -> Underlay:
     """Return the interface that carries the overlay, with an address of each wanted IP version.
 
     want_v4, want_v6  the wanted IP versions; at least one must be True
     own               the names of the overlay's own devices
+    former            the addresses of the former choice. The interface that has the first of them
+                      is chosen again, unless the options exclude it; so are the addresses.
     Raises NoInterface. Raises DeviceError if the interfaces or routes cannot be read.
     """
     existing = tuple(one for one in await interfaces(netlink) if one.name not in own)
     choice = _Choice(netlink, options, want_v4, want_v6, existing)
-    interface, selected = await choice.make()
+    (interface, selected), note = await _keep_former(choice, former)
     address = choice.address(interface, selected, 4) if want_v4 else None
     address6 = choice.address(interface, selected, 6) if want_v6 else None
+    if interface.loopback:  # its addresses are reached through another interface
+        interface = await choice.egress()
     if interface.mtu == 0:
         raise choice.no_interface(f"{interface.name}: has no MTU")
     if not interface.up:
@@ -80,8 +92,25 @@ async def choose(
     assert not isinstance(address6, ipaddress.IPv4Address)
     return Underlay(
         interface.name, interface.index, interface.mtu, address, address6,
-        options.public_ip or address, options.public_ipv6 or address6,
+        options.public_ip or address, options.public_ipv6 or address6, note,
     )
+
+
+async def _keep_former(choice: _Choice, former: Collection[IPAddress]) -> tuple[_Found, str]:
+    """Return what is chosen, and the note for the case that a former choice was kept."""
+    kept = choice.former(former)
+    if kept is None:
+        return await choice.make(), ""
+    try:
+        fresh = await choice.make()
+    except NoInterface as error:
+        return kept, f"the former choice is kept, although there is {error}"
+    if fresh[0] == kept[0]:
+        return kept, ""
+    why = f"the options would select {fresh[0].name} now"
+    if choice.by_default_route:
+        why = f"the default route goes through {fresh[0].name} now"
+    return kept, f"{why}; the node stays at its published address on {kept[0].name}"
 
 
 # An interface, and the addresses of this interface that an option has selected.
@@ -101,6 +130,41 @@ class _Choice:
     @property
     def versions(self) -> tuple[int, ...]:
         return (4,) * self.want_v4 + (6,) * self.want_v6
+
+    @property
+    def by_default_route(self) -> bool:
+        options = self.options
+        return not (options.names or options.regexes or options.can_reach or self._by_public_ip())
+
+    def former(self, addresses: Collection[IPAddress]) -> _Found | None:
+        """Return the interface and the addresses of the former choice, if the options allow it."""
+        selected = tuple(one for one in addresses if one.version in self.versions)
+        found = self._by_address(selected[0]) if selected else None
+        if found is None or not self._allowed(found[0], selected[0]):
+            return None
+        interface = found[0]
+        return interface, tuple(one for one in selected if one in interface.addresses)
+
+    def _allowed(self, interface: Interface, address: IPAddress) -> bool:
+        options = self.options
+        if options.names or options.regexes:
+            return bool({interface.name, str(address)} & {*options.names}) or any(
+                interface_pattern(regex).search(text) for regex in options.regexes
+                for text in (interface.name, str(address))) or options.can_reach is not None
+        if options.can_reach is None and (public := self._by_public_ip()) is not None:
+            return public == (interface, (address,))
+        return True
+
+    async def egress(self) -> Interface:
+        """Return the interface through which packets leave that have a loopback's address."""
+        try:
+            interface, _ = await self._by_default_route()
+        except NoInterface:
+            interface = None
+        if interface is None or interface.loopback:
+            raise self.no_interface(
+                "an address of the loopback device needs a default route through another interface")
+        return interface
 
     async def make(self) -> _Found:
         options = self.options

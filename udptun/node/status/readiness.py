@@ -109,7 +109,10 @@ def _interface(report: NodeReport) -> _Result:
     if report.interface_error:
         return _result(State.FAILED, report.interface_error)
     addresses = " and ".join(str(one) for one in (underlay.public, underlay.public6) if one)
-    return _result(State.OK, f"{underlay.name}, published as {addresses}; inner MTU {report.mtu}")
+    chosen = f"{underlay.name}, published as {addresses}; inner MTU {report.mtu}"
+    if report.interface_note:
+        return _result(State.DEGRADED, chosen, report.interface_note)
+    return _result(State.OK, chosen)
 
 
 def _mtu(report: NodeReport) -> _Result:

@@ -117,6 +117,8 @@ class NodeReport:
     underlay          the interface that carries the overlay; None before the choice
     interface_error   the reason why no interface was chosen, or why the chosen one is not usable
                       any more
+    interface_note    the reason why another choice of the interface or address would be made now,
+                      without the rule that a published address stays
     backend           the mode: a backend's name or "auto"; "" before the network's configuration
                       was read
     unavailable       the reasons why backends are not available on this node; the keys are the
@@ -147,6 +149,7 @@ class NodeReport:
     lease_error: str = ""
     underlay: Underlay | None = None
     interface_error: str = ""
+    interface_note: str = ""
     backend: str = ""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     mtu: int = 0
