@@ -55,8 +55,16 @@ cdef extern from "<netinet/in.h>" nogil:
     enum: IPPROTO_IP
     enum: IPPROTO_IPV6
     enum: IPPROTO_UDP
+    enum: IP_MTU_DISCOVER
     enum: IP_RECVERR
+    enum: IP_TOS
+    enum: IP_TTL
+    enum: IPV6_DONTFRAG
+    enum: IPV6_MTU_DISCOVER
     enum: IPV6_RECVERR
+    enum: IPV6_TCLASS
+    enum: IPV6_UNICAST_HOPS
+    enum: IPV6_V6ONLY
 
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -83,10 +91,33 @@ cdef extern from "<sys/socket.h>" nogil:
     int sendmmsg(int fd, mmsghdr* msgs, unsigned int n, int flags)
     int recvmmsg(int fd, mmsghdr* msgs, unsigned int n, int flags, timespec* timeout)
     ssize_t recvmsg(int fd, msghdr* msg, int flags)
+    int socket(int family, int kind, int protocol)
+    int bind(int fd, const sockaddr* address, uint32_t n)
+    int connect(int fd, const sockaddr* address, uint32_t n)
+    int getsockname(int fd, sockaddr* address, uint32_t* n)
+    int getsockopt(int fd, int level, int name, void* value, uint32_t* n)
+    int setsockopt(int fd, int level, int name, const void* value, uint32_t n)
     enum: MSG_DONTWAIT
     enum: MSG_ERRQUEUE
     enum: MSG_TRUNC
     enum: MSG_NOSIGNAL
+    enum: SOCK_DGRAM
+    enum: SOCK_NONBLOCK
+    enum: SOCK_CLOEXEC
+    enum: SOL_SOCKET
+    enum: SO_MARK
+    enum: SO_PRIORITY
+    enum: SO_REUSEPORT
+    enum: SO_SNDBUF
+    enum: SO_SNDBUFFORCE
+
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    """
+    #include <linux/sockios.h>
+    """
+    int ioctl(int fd, unsigned long request, void* value)
+    enum: SIOCOUTQ
 
 
 cdef extern from "<netinet/udp.h>" nogil:

@@ -12,14 +12,16 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N
+from path.own_socket cimport close_own_sockets
 from path.queue cimport QUEUE_BYTES, QUEUE_FRAME_DATAGRAMS
 from path.turn cimport drain, epoll_register, run
 from path.worker cimport (
-    EVENT_PATH_MTU, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO, EVENT_UDP_MERGE, RX_SLOT,
-    RX_SLOTS, TX_FRAME, WR_FRAME, direction_t, worker_t,
+    EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
+    EVENT_UDP_MERGE, ON_FULL, OWN_SOCKETS, RX_SLOT, RX_SLOTS, TX_FRAME, WR_FRAME, direction_t,
+    worker_t,
 )
 from sys cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, close,
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, POLLOUT, close,
     epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
 )
 from wire.headers cimport VNET_LEN
@@ -38,7 +40,7 @@ cdef extern from * nogil:
 MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs to set on the TUN
 WORKER_EVENTS = {
     "path_mtu": EVENT_PATH_MTU, "udp-gso": EVENT_UDP_GSO, "tcp-merge": EVENT_TCP_MERGE,
-    "udp-merge": EVENT_UDP_MERGE, "tun_gone": EVENT_TUN_GONE,
+    "udp-merge": EVENT_UDP_MERGE, "tun_gone": EVENT_TUN_GONE, "own_socket": EVENT_OWN_SOCKET,
 }
 
 
@@ -58,7 +60,8 @@ cdef dict packets_of(const direction_t* d, uint64_t queued):
 cdef class Worker:
     """One data worker: a TUN queue, at most one UDP socket per family, and the state of one thread.
 
-    All descriptors are borrowed and must be non-blocking. ``features`` are the offloads to use:
+    All descriptors are borrowed and must be non-blocking. The own sockets (path/own_socket.pxd) are
+    opened and closed by the worker. ``features`` are the offloads to use:
     "tun-gso" (frames carry a vnet header), "udp-gso", "tcp-merge", "udp-merge", "batch".
     """
     cdef worker_t* w
@@ -73,7 +76,9 @@ cdef class Worker:
         w = self.w = <worker_t*>calloc(1, sizeof(worker_t))
         if w == NULL:
             raise MemoryError
-        w.epoll_fd = w.wake_fd = -1
+        w.epoll_fd = w.wake_fd = w.full_fd = -1
+        for i in range(OWN_SOCKETS):
+            w.own_sockets[i].fd = -1
         w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
         w.queue.memory = <uint8_t*>calloc(1, QUEUE_BYTES)
         w.wr_frame = <uint8_t*>calloc(1, WR_FRAME)
@@ -103,6 +108,8 @@ cdef class Worker:
         for i, fd in enumerate((w.wake_fd, tun_fd, udp_fd4, udp_fd6)):
             w.polled[i].fd = fd
             w.polled[i].events = POLLIN
+        w.polled[ON_FULL].fd = -1
+        w.polled[ON_FULL].events = POLLOUT
         event.events = EPOLLIN
         event.data.u64 = 0
         if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not epoll_register(w):
@@ -112,6 +119,7 @@ cdef class Worker:
     def __dealloc__(self):
         if self.w == NULL:
             return
+        close_own_sockets(self.w)
         if self.w.epoll_fd >= 0:
             close(self.w.epoll_fd)
         if self.w.wake_fd >= 0:
@@ -147,6 +155,15 @@ cdef class Worker:
         """Let ``run`` work again after ``wake``."""
         store_flag(&self.w.wake_requested, 0)
 
+    def look(self):
+        """Make an idle worker close the own sockets that are no longer needed.
+
+        Call this from time to time. Does nothing if the worker has no own socket.
+        """
+        cdef uint64_t one = 1
+        if self.w.own_sockets_n != 0:
+            write(self.w.wake_fd, &one, 8)
+
     def drain(self, double seconds):
         """Forward the packets in the queues for at most ``seconds``. Count the rest as dropped.
 
@@ -161,6 +178,10 @@ cdef class Worker:
         """Return the names (see WORKER_EVENTS) of the events raised since the last call."""
         cdef uint64_t events = take_flags(&self.w.events)
         return [name for name, bit in WORKER_EVENTS.items() if events & bit]
+
+    def own_socket_error(self):
+        """Return the errno of the last own socket that could not be opened; 0 if there was none."""
+        return self.w.own_error
 
     def in_use(self):
         """Return the features that are still on, among those that can be lost at run time."""
@@ -178,6 +199,7 @@ cdef class Worker:
             "index": w.index, "turns": w.turns, "loop_returns": w.loop_returns,
             "queued": w.queue.waiting_n, "icmp_sent": w.icmp_sent,
             "icmp_suppressed": w.icmp_suppressed,
+            "own_sockets": w.own_sockets_n, "own_sockets_given": w.own_sockets_given,
             "syscalls": {
                 "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,
                 "receive": w.syscalls_recv, "wait": w.syscalls_wait,

@@ -39,6 +39,9 @@ DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("send_error", (ENCAP,), "The kernel refused the datagram and the retry."),
     DropReason("no_buffer", (ENCAP,),
                "The kernel has no memory to send it (ENOBUFS), or the send queue is full."),
+    DropReason("slow_peer", (ENCAP,),
+               "The kernel still holds a full socket buffer of earlier datagrams to this peer: the "
+               "path to the peer is slower than the traffic, or its link address is unknown."),
     DropReason("unknown_peer", (DECAP,), "The outer source address is not a peer."),
     DropReason("source_not_routed", (DECAP,),
                "The inner source address is not in a subnet routed to the sending peer "

@@ -3,7 +3,8 @@
 Owns the flush. Consecutive datagrams of equal size to one peer form a run; the last datagram of a
 run may be shorter. A run is one message with UDP_SEGMENT, and one sendmmsg sends many messages. If
 the kernel refuses a run, the flush sends the datagrams of the run one by one. So no packet is lost
-while the worker finds out whether UDP_SEGMENT works.
+while the worker finds out whether UDP_SEGMENT works. A full socket buffer affects only the peers
+whose datagrams fill it (``handle_full_socket``).
 
 Also owns the reading of the socket's error queue, which reports path MTUs.
 Threading: the worker's thread.
@@ -13,22 +14,26 @@ Source: udp(7), ip(7) (IP_RECVERR), linux net/ipv4/udp.c (UDP_SEGMENT's limits),
 from libc.errno cimport (
     EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, EOPNOTSUPP, errno,
 )
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from drops cimport DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, PASS, drop_t
+from drops cimport (
+    DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_SLOW_PEER, DROP_TOO_BIG, PASS, drop_t,
+)
 from limits cimport MIN_MTU6
+from path.own_socket cimport give_own_socket, own_socket_of
 from path.queue cimport (
     QUEUE_DATAGRAMS, datagram_t, peer_queue_t, queue_clear, queue_is_empty, queue_t,
 )
 from path.worker cimport (
-    EVENT_PATH_MTU, EVENT_UDP_GSO, TX_MSGS, count_drop, raise_event, run_t, worker_t,
+    EVENT_PATH_MTU, EVENT_UDP_GSO, TX_MSGS, count_drop, own_socket_t, raise_event,
+    run_t, worker_t,
 )
 from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
     IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
     MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
-    cmsghdr, iovec, msghdr, recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
+    cmsghdr, iovec, msghdr, now_ns, recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
 )
 from table.peer cimport peer_counters_t, peer_t
 from table.snapshot cimport first_peer_at
@@ -42,9 +47,20 @@ cdef enum:
     # default of Linux's net.ipv4.route.min_pmtu, for IPv6 MIN_MTU6.
     MIN_PATH_MTU4 = 552
     UNKNOWN_MTU4 = 576          # the MTU to use if the router reports none (RFC 1191 5)
+    # A flush waits for a full socket only if no other peer had datagrams for ALONE_NS, and at most
+    # for PATIENCE_NS. After a wait that was in vain, no flush waits for NO_WAIT_NS.
+    ALONE_NS = 10000000000
+    PATIENCE_NS = 5000000
+    NO_WAIT_NS = 1000000000
 
 
-cdef inline int udp_fd(const worker_t* w, const peer_t* peer) noexcept nogil:
+cdef inline int udp_fd(worker_t* w, const peer_t* peer) noexcept nogil:
+    """Return the socket that sends to the peer: the peer's own socket, or the shared one."""
+    cdef own_socket_t* own
+    if w.own_sockets_n != 0:
+        own = own_socket_of(w, peer)
+        if own != NULL:
+            return own.fd
     return w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
 
 
@@ -255,7 +271,7 @@ cdef inline void handle_refusal(
     refusal.retries = 0
 
 
-cdef inline uint32_t next_waiting(const worker_t* w, int fd, uint32_t peer_i) noexcept nogil:
+cdef inline uint32_t next_waiting(worker_t* w, int fd, uint32_t peer_i) noexcept nogil:
     """Return the index of the first peer, from peer_i on, with datagrams waiting for the socket."""
     while peer_i < w.queue.peers_n and (
         w.queue.peers[peer_i].first < 0 or udp_fd(w, w.queue.peers[peer_i].peer) != fd
@@ -264,9 +280,54 @@ cdef inline uint32_t next_waiting(const worker_t* w, int fd, uint32_t peer_i) no
     return peer_i
 
 
-cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
-    """Send the queued datagrams for the peers of one socket. Return whether all datagrams were
-    sent. If not, the socket's buffer is full, and the rest stays in the queue."""
+cdef inline bint may_wait(worker_t* w) noexcept nogil:
+    """Return whether a flush may wait for a full socket. While it waits, the TUN is not read. So it
+    waits only if this delays no other peer, or only for a short time."""
+    cdef uint64_t now
+    if w.draining:
+        return True
+    now = now_ns()
+    if w.queue.peers_n != 1 or now < w.no_wait_until_ns \
+            or (w.other_peer_ns != 0 and now - w.other_peer_ns < ALONE_NS):
+        return False
+    if w.waiting_ns == 0:
+        w.waiting_ns = now
+    return now - w.waiting_ns < PATIENCE_NS
+
+
+cdef inline void drop_waiting(worker_t* w, peer_queue_t* waiting) noexcept nogil:
+    """Drop the datagrams of a peer whose own socket is full."""
+    cdef int32_t datagram_i = waiting.first
+    cdef uint32_t n = 0
+    while datagram_i >= 0:
+        n += 1
+        datagram_i = w.queue.datagrams[datagram_i].next
+    waiting.first = -1
+    w.queue.waiting_n -= n
+    count_drop(&w.encap, DROP_SLOW_PEER, n)
+
+
+cdef inline bint handle_full_socket(
+    worker_t* w, int fd, peer_queue_t* waiting
+) noexcept nogil:
+    """Handle a full socket buffer. Return False if the flush has to wait for the socket. Otherwise
+    the peer now has an own socket, or its datagrams are dropped."""
+    cdef bint shared = fd == w.udp_fd4 or fd == w.udp_fd6
+    cdef bint wait = may_wait(w)
+    if shared and (w.draining or not wait) and give_own_socket(w, fd, waiting.peer):
+        return True
+    if wait:
+        w.full_fd = fd
+        return False
+    if w.waiting_ns != 0:
+        w.no_wait_until_ns = now_ns() + NO_WAIT_NS
+    drop_waiting(w, waiting)
+    return True
+
+
+cdef inline void flush_socket(worker_t* w, int fd) noexcept nogil:
+    """Send the queued datagrams for the peers of one socket. If full_fd is set afterwards, the
+    socket is full, and the rest stays in the queue."""
     cdef uint32_t n, i, run_max, peer_i = 0
     cdef int sent, error
     cdef refusal_t refusal
@@ -274,7 +335,7 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
     while True:
         peer_i = next_waiting(w, fd, peer_i)
         if peer_i == w.queue.peers_n:
-            return True
+            return
         run_max = w.gso_max_segs if w.udp_gso and not refusal.one_by_one else 1
         n = build_messages(w, fd, peer_i, run_max)
         w.syscalls_send += 1
@@ -291,21 +352,48 @@ cdef inline bint flush_socket(worker_t* w, int fd) noexcept nogil:
                 raise_event(w, EVENT_UDP_GSO)
             memset(&refusal, 0, sizeof(refusal))
         elif error == EAGAIN:
-            return False
+            if not handle_full_socket(w, fd, &w.queue.peers[peer_i]):
+                return
         elif error != EINTR:
             handle_refusal(w, fd, &w.queue.peers[peer_i], error, &refusal)
 
 
+cdef inline void flush_own_sockets(worker_t* w) noexcept nogil:
+    """Send the queued datagrams for the peers that have an own socket."""
+    cdef own_socket_t* own
+    cdef uint32_t i
+    for i in range(w.queue.peers_n):
+        if w.queue.peers[i].first >= 0:
+            own = own_socket_of(w, w.queue.peers[i].peer)
+            if own != NULL:
+                flush_socket(w, own.fd)
+
+
+cdef inline void note_peers(worker_t* w) noexcept nogil:
+    """Note whether the queue has datagrams for another peer than the last flush (see may_wait)."""
+    cdef peer_t* peer = w.queue.peers[0].peer
+    if w.queue.peers_n != 1 or peer != w.last_peer:
+        if w.queue.peers_n != 1 or w.last_peer != NULL:
+            w.other_peer_ns = w.now
+        w.last_peer = peer
+
+
 cdef inline bint flush(worker_t* w) noexcept nogil:
-    """Send the whole queue. Return whether all datagrams were sent. If not, full4 and full6 say
-    which socket's buffer is full; flush again when this socket is writable."""
-    w.full4 = w.full6 = False
+    """Send the whole queue. Return whether the queue is now empty. If not, full_fd is a socket with
+    a full buffer; flush again when this socket is writable, or soon."""
+    w.full_fd = -1
     if not queue_is_empty(&w.queue):
-        w.full4 = w.udp_fd4 >= 0 and not flush_socket(w, w.udp_fd4)
-        w.full6 = w.udp_fd6 >= 0 and not flush_socket(w, w.udp_fd6)
-    if w.full4 or w.full6:
-        return False
-    queue_clear(&w.queue)
+        note_peers(w)
+        if w.udp_fd4 >= 0:
+            flush_socket(w, w.udp_fd4)
+        if w.udp_fd6 >= 0:
+            flush_socket(w, w.udp_fd6)
+        if w.own_sockets_n != 0:
+            flush_own_sockets(w)
+        if w.full_fd >= 0:
+            return False
+        queue_clear(&w.queue)
+    w.waiting_ns = 0
     return True
 
 

@@ -18,13 +18,15 @@ from drops cimport DROP_CLOSED
 from path.affinity cimport adjust_affinity, unpin
 from path.decap cimport receive
 from path.encap cimport drain_tun
+from path.own_socket cimport look_at_own_sockets
 from path.queue cimport queue_clear, queue_is_empty
 from path.send cimport flush, read_errors
 from path.worker cimport (
-    EVENT_TUN_GONE, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, count_drop, raise_event, worker_t,
+    EVENT_TUN_GONE, ON_FULL, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, count_drop, raise_event,
+    worker_t,
 )
 from sys cimport (
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLERR, POLLIN, POLLNVAL, POLLOUT, epoll_ctl, epoll_event,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, POLLERR, POLLIN, POLLNVAL, epoll_ctl, epoll_event,
     full_fence, load_flag, load_ptr, nanosleep, now_ns, poll, read, store_flag, timespec,
 )
 from table.snapshot cimport snapshot_t
@@ -33,6 +35,9 @@ from table.snapshot cimport snapshot_t
 cdef enum:
     POLL_TURNS = 64             # a busy worker polls once in this number of turns, for errors
     BATCHING_DELAY_NS = 40000
+    # A full socket becomes writable (POLLOUT) only when its buffer is half empty. A datagram may
+    # fit earlier, so the worker also tries after this time.
+    RETRY_MS = 1
 
 
 # The snapshot
@@ -62,7 +67,7 @@ cdef inline void epoll_unregister(worker_t* w) noexcept nogil:
     """Remove the descriptors that carry packets from the epoll set. An epoll registration runs a
     wake-up callback for every packet, in the sender's context, even when nothing waits."""
     cdef int i
-    for i in range(ON_TUN, POLLED_N):
+    for i in range(ON_TUN, ON_UDP6 + 1):
         if w.polled[i].fd >= 0:
             epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.polled[i].fd, NULL)
 
@@ -74,9 +79,9 @@ cdef inline bint epoll_register(worker_t* w) noexcept nogil:
     cdef epoll_event event
     cdef int i
     memset(&event, 0, sizeof(event))
-    for i in range(ON_TUN, POLLED_N):
+    event.events = EPOLLIN
+    for i in range(ON_TUN, ON_UDP6 + 1):
         if w.polled[i].fd >= 0:
-            event.events = w.polled[i].events
             if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.polled[i].fd, &event) < 0:
                 epoll_unregister(w)
                 return False
@@ -89,7 +94,7 @@ cdef inline bint readable(worker_t* w, int which, int fd) noexcept nogil:
     cdef short events = w.polled[which].revents
     if events & POLLERR:
         read_errors(w, fd)
-    return events & ~POLLOUT != 0
+    return events != 0
 
 
 cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
@@ -102,6 +107,8 @@ cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
     w.tun_ready = w.udp_ready4 = w.udp_ready6 = False
     if not w.ready:
         return
+    if w.polled[ON_FULL].revents & POLLERR:
+        read_errors(w, w.full_fd)
     if w.polled[ON_WAKE].revents & POLLIN:
         read(w.wake_fd, &value, 8)
     if w.polled[ON_TUN].revents & (POLLERR | POLLNVAL):
@@ -135,12 +142,11 @@ cdef inline void batching_delay(worker_t* w) noexcept nogil:
 
 
 cdef inline void set_back_pressure(worker_t* w) noexcept nogil:
-    """Set the polled events after a flush. If a socket's buffer is full, poll this socket for
-    writing, and do not poll the TUN."""
-    w.tun_paused = w.full4 or w.full6
+    """Set the polled descriptors after a flush. If the flush waits for a full socket, poll this
+    socket for writing, and do not poll the TUN."""
+    w.tun_paused = w.full_fd >= 0
     w.polled[ON_TUN].events = 0 if w.tun_paused else POLLIN
-    w.polled[ON_UDP4].events = POLLIN | (POLLOUT if w.full4 else 0)
-    w.polled[ON_UDP6].events = POLLIN | (POLLOUT if w.full6 else 0)
+    w.polled[ON_FULL].fd = w.full_fd
 
 
 cdef inline bint turn(worker_t* w) noexcept nogil:
@@ -157,7 +163,7 @@ cdef inline bint turn(worker_t* w) noexcept nogil:
         if not flush(w):
             set_back_pressure(w)
             return more
-        w.tun_ready = True  # the TUN was not polled while a socket's buffer was full
+        w.tun_ready = True  # the TUN was not polled during the wait for a full socket
     if w.tun_ready:
         more |= drain_tun(w)
     set_back_pressure(w)
@@ -178,6 +184,8 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             assume_ready(w)
         elif more:
             wait_for_work(w, 0)  # to detect errors and wake-up requests
+        elif w.full_fd >= 0:
+            wait_for_work(w, RETRY_MS)
         elif w.small_packets:
             batching_delay(w)
             wait_for_work(w, 0)
@@ -193,6 +201,8 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             break
         if w.events & EVENT_TUN_GONE:
             break  # without epoll_register: a removed TUN is always ready
+        if w.own_sockets_n != 0 and w.full_fd < 0:
+            look_at_own_sockets(w)
         adjust_affinity(&w.affinity, w.now, w.encap.delivered, w.decap.delivered)
         more = turn(w)
     release(w)
@@ -204,12 +214,13 @@ cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
     """Forward the packets in the kernel's queues and in the send queue. If a socket's buffer is
     full, wait for the socket. Stop at ``until`` (monotonic ns)."""
     cdef bint more = True
+    w.draining = True
     while more or not queue_is_empty(&w.queue):
         assume_ready(w)
         if w.now >= until:
             return
         if not more:
-            wait_for_work(w, 1 + <int>((until - w.now) // 1000000))
+            wait_for_work(w, RETRY_MS)
         more = turn(w)
 
 

@@ -1,17 +1,18 @@
 """The state of one data worker: descriptors, buffers, counters and switches.
 
 Owns the memory layout and the batch sizes. The steps that use this state are in icmp_reply.pxd,
-send.pxd, encap.pxd, decap.pxd and turn.pxd. The send queue is in queue.pxd.
+own_socket.pxd, send.pxd, encap.pxd, decap.pxd and turn.pxd. The send queue is in queue.pxd.
 Threading: the worker's thread writes a ``worker_t``. The control side reads the counters,
 reads and clears ``events``, and writes ``wake_requested`` and the snapshot pointer of ``shared_t``.
 """
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from drops cimport DROP_REASONS_N, drop_t
 from path.affinity cimport affinity_t
 from path.queue cimport QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
 from sys cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
+from table.peer cimport peer_t
 from table.snapshot cimport snapshot_t
 from wire.headers cimport VNET_LEN
 from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
@@ -29,12 +30,15 @@ cdef enum:
 
     CMSG_ROOM = 64
 
-    # indices of worker_t.polled; the descriptors from ON_TUN on carry packets
+    OWN_SOCKETS = 64            # maximum number of peers with an own socket (own_socket.pxd)
+
+    # indices of worker_t.polled; the descriptors from ON_TUN to ON_UDP6 carry packets
     ON_WAKE = 0
     ON_TUN = 1
     ON_UDP4 = 2
     ON_UDP6 = 3
-    POLLED_N = 4
+    ON_FULL = 4                 # the full socket for which the worker waits
+    POLLED_N = 5
 
     # bits of worker_t.events
     EVENT_PATH_MTU = 1          # a peer's path MTU became smaller
@@ -42,6 +46,7 @@ cdef enum:
     EVENT_TCP_MERGE = 4         # the kernel refused a merged TCP frame; merging TCP is now off
     EVENT_UDP_MERGE = 8         # the kernel refused a merged UDP frame; merging UDP is now off
     EVENT_TUN_GONE = 16
+    EVENT_OWN_SOCKET = 32       # an own socket could not be opened
 
 
 cdef struct direction_t:        # counters of inner IP packets
@@ -55,6 +60,16 @@ cdef struct run_t:              # the run in one message of sendmmsg; may be a s
     uint32_t n                  # datagrams
     uint32_t bytes_
     int32_t next                # index of the peer's first datagram after this message; -1 = none
+
+
+cdef struct own_socket_t:       # see own_socket.pxd
+    int fd                      # -1: the slot has no socket
+    peer_t* peer                # only to be compared: the peer may have been freed
+    uint8_t addr[16]            # the peer's endpoint
+    uint8_t addr_len
+    uint16_t port
+    uint64_t given_ns           # time at which the peer got the socket
+    uint32_t empty_looks        # the number of looks in a row at which the socket was empty
 
 
 cdef struct shared_t:
@@ -85,9 +100,13 @@ cdef struct worker_t:
     int udp_fd4                 # -1 = no listener of this family
     int udp_fd6
     pollfd polled[POLLED_N]
-    bint full4                  # back-pressure: the IPv4 socket's buffer was full at the last flush
-    bint full6                  # the same for the IPv6 socket
+    int full_fd                 # back-pressure: the full socket that the flush waits for; -1 = none
     bint tun_paused             # back-pressure: the TUN is not polled
+    bint draining               # the worker stops: a flush waits for each full socket
+    uint64_t waiting_ns         # time at which the present wait began; 0 = no wait
+    uint64_t no_wait_until_ns   # a wait was in vain: until this time, no flush waits
+    peer_t* last_peer           # the last peer of the last flush; only to be compared
+    uint64_t other_peer_ns      # time of the last flush for another peer than before; 0 = none yet
     bint ready                  # the last poll found a ready descriptor
     bint small_packets          # the last received batch had many small datagrams (see decap.pxd)
     bint tun_ready
@@ -113,6 +132,13 @@ cdef struct worker_t:
     uint64_t syscalls_recv
     uint64_t syscalls_wait
     icmp_bucket_t icmp_buckets[2 * ICMP_KINDS_N]
+
+    own_socket_t own_sockets[OWN_SOCKETS]
+    uint32_t own_sockets_n      # open now
+    uint64_t own_sockets_given  # counter
+    uint64_t own_look_ns        # time of the next look
+    uint64_t own_retry_ns       # until this time, none is opened
+    int own_error               # errno of the last one that could not be opened
 
     # TUN to UDP
     uint8_t* tx_frame           # TX_FRAME bytes: the last frame read

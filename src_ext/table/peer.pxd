@@ -24,7 +24,11 @@ cdef struct peer_counters_t:
     uint64_t decap_packets
     uint64_t decap_bytes
     uint64_t last_seen_ns       # time of the last packet from the peer, monotonic; 0 = none yet
-    uint64_t unused[3]          # fills the cache line
+    # path/own_socket.pxd:
+    uint64_t refuse_until_ns    # until this time, the peer gets no own socket
+    uint32_t own_socket         # index of the peer's own socket, if it has one
+    uint32_t unused
+    uint64_t unused2            # fills the cache line
 
 
 cdef struct peer_t:

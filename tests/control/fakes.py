@@ -27,6 +27,7 @@ from udptun.model import IPAddress, IPNetwork, Route, RouteDiff
 VERSION = "0.1.0"
 WORKER = {
     "index": 0, "turns": 8, "loop_returns": 9, "queued": 1, "icmp_sent": 3, "icmp_suppressed": 4,
+    "own_sockets": 2, "own_sockets_given": 3,
     "syscalls": {"read": 5, "write": 6, "send": 7, "receive": 8, "wait": 9},
 }
 

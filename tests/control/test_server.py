@@ -487,6 +487,7 @@ def test_metrics(http_: Http, served: Served) -> None:
         ("udptun_syscalls_total", ("read",)): 5,
         ("udptun_worker_turns_total", ("0",)): 8,
         ("udptun_worker_loop_returns_total", ("0",)): 9,
+        ("udptun_worker_own_sockets", ("0",)): 2,
         ("udptun_peers", ()): 1,
         ("udptun_routes", ()): 1,
         ("udptun_route_generation", ()): 2,

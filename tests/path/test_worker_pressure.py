@@ -1,45 +1,96 @@
-"""Back-pressure: a worker with a full socket waits, loses no packet that it read, and counts all.
+"""Full socket buffers: what the worker does, and that a slow peer harms no other peer.
 
 A slow qdisc on loopback keeps datagrams in the socket's buffer until the buffer is full.
 """
 
+import contextlib
+import errno
+import itertools
 import socket
+import subprocess
+import threading
 import time
+
+import pytest
 
 from tests.own_netns import in_own_netns, sh
 from tests.path.test_worker import ALL, PEERS, Rig
 from tests.wire.craft import Flow, addr
+from udptun import _core
 from udptun.drops import ENCAP
+from udptun.model import Route
+
+NO_GSO = tuple(f for f in ALL if f != "udp-gso")
+OWN_SOCKETS = 64  # src_ext/path/worker.pxd
+DEADLINE_SECONDS = 60
 
 
 def slow_loopback(rate):
     sh(f"tc qdisc replace dev lo root tbf rate {rate} burst 3000 limit 10000000")
 
 
+def slow_addresses(network, rate="100kbit"):
+    """Make loopback slow for destinations in this network, and leave it fast for all others."""
+    done = subprocess.run(
+        ["tc", "qdisc", "add", "dev", "lo", "root", "handle", "1:", "htb", "default", "10"],
+        capture_output=True, text=True, check=False,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"this kernel cannot shape traffic by class: {done.stderr.strip()}")
+    sh("tc class add dev lo parent 1: classid 1:10 htb rate 10gbit quantum 60000",
+       f"tc class add dev lo parent 1: classid 1:20 htb rate {rate} burst 3000 quantum 60000",
+       "tc qdisc add dev lo parent 1:20 pfifo limit 100000",
+       f"tc filter add dev lo parent 1: protocol ip u32 match ip dst {network} flowid 1:20")
+
+
 class FullRig(Rig):
-    """A rig whose IPv4 socket is full after about twenty datagrams."""
+    """A rig whose IPv4 socket is full after about thirty datagrams."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self.udp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
 
-    def fill(self, n=60, size=1200):
-        flow = Flow(dst=addr("10.244.2.5"))
+    def fill(self, n=60, size=1200, dst="10.244.2.5"):
+        flow = Flow(dst=addr(dst))
         for _ in range(n):
             self.write(bytes(10) + flow.udp(bytes(size)))
-        self.work()
-        assert self.core.packets()[ENCAP]["queued"] > 0
+
+    def add_peers(self, network, n):
+        """Add peers to the table, one address of the network each. Return their inner addresses."""
+        self.outer = [f"{network}.{1 + k}" for k in range(n)]
+        more = [Route.make(f"10.245.{k}.0/24", a, 9, None) for k, a in enumerate(self.outer)]
+        text = "\n".join(map(str, [*self.routes, *more]))
+        self.core.publish(_core.RouteTable.parse_text(text.encode()))
+        return [f"10.245.{k}.5" for k in range(n)]
+
+    def own_sockets(self):
+        return self.worker.counters()["own_sockets"]
+
+    def encap(self):
+        return self.core.packets()[ENCAP]
+
+
+def work_until(rig, condition):
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "timeout"
+        rig.work()
+
+
+# One peer
 
 
 @in_own_netns
-def test_the_worker_waits_for_a_full_socket_without_spinning():
-    slow_loopback("1mbit")
-    with FullRig(features=[f for f in ALL if f != "udp-gso"], udp6=True) as rig:
-        rig.fill()
+def test_the_worker_waits_for_a_single_peer_only_for_a_short_time():
+    slow_loopback("100kbit")
+    with FullRig(features=NO_GSO, udp6=True) as rig:
+        rig.fill(n=200)
         before = rig.worker.counters()["turns"]
-        for _ in range(20):
-            rig.work()
-        # one turn each time the socket becomes writable, not a busy loop
+        rig.work()
+        assert rig.encap()["queued"] == 0
+        assert rig.drops().keys() == {("slow_peer", ENCAP)}
+        assert rig.own_sockets() == 1
+        # While it waits, it makes a turn a millisecond, and does not spin.
         assert rig.worker.counters()["turns"] - before < 200
         rig.check_invariant()
 
@@ -47,56 +98,180 @@ def test_the_worker_waits_for_a_full_socket_without_spinning():
 @in_own_netns
 def test_draining_waits_for_a_full_socket():
     slow_loopback("4mbit")
-    with FullRig(features=[f for f in ALL if f != "udp-gso"]) as rig:
-        rig.fill()
-        rig.worker.drain(10.0)
-        packets = rig.core.packets()[ENCAP]
-        assert packets["read"] == packets["delivered"] == 60
+    with FullRig(features=NO_GSO) as rig:
+        rig.fill(n=200)
+        rig.worker.drain(DEADLINE_SECONDS)
+        assert rig.encap()["read"] == rig.encap()["delivered"] == 200
         rig.check_invariant()
 
 
 @in_own_netns
 def test_datagrams_left_after_draining_are_counted():
-    slow_loopback("100kbit")
-    with FullRig(features=[f for f in ALL if f != "udp-gso"]) as rig:
-        rig.fill()
-        rig.worker.drain(0.0)
+    slow_loopback("8kbit")
+    with FullRig(features=NO_GSO) as rig:
+        rig.fill(n=200)
+        rig.worker.drain(0.2)
         assert rig.drops()["closed", ENCAP] > 0
-        assert rig.core.packets()[ENCAP]["queued"] == 0
+        assert rig.encap()["queued"] == 0
         rig.check_invariant()
 
 
 @in_own_netns
 def test_an_icmp_error_to_a_peer_whose_queue_was_sent_already_is_sent():
-    """A full socket ends a flush after the other peer's queue is sent. A datagram queued for that
-    peer before the next flush must be sent too."""
-    slow_loopback("200kbit")
-    with FullRig(features=[f for f in ALL if f != "udp-gso"]) as rig:
+    """While a flush waits for a full socket, the other peer's queue is sent. A datagram queued for
+    that peer before the next flush must be sent too."""
+    slow_addresses(f"{PEERS[0]}/32", "400kbit")
+    with FullRig(features=NO_GSO) as rig:
         rig.write(bytes(10) + Flow(dst=addr("10.244.3.5")).udp(b"first, to the other peer"))
-        rig.fill(n=150, size=200)  # leaves room in the queue for a reply
+        rig.fill(n=250, size=200)
         expiring = Flow(src=addr("10.244.3.7"), dst=addr("10.244.1.7"), ttl=1).udp(b"x")
-        for _ in range(3):
-            rig.send(PEERS[1], expiring)
-        end = time.monotonic() + 20
-        while rig.core.packets()[ENCAP]["queued"] and time.monotonic() < end:
-            rig.work()
-        packets = rig.core.packets()[ENCAP]
-        assert packets["generated"] == 3
-        assert packets["delivered"] == packets["read"] + 3
+        over = threading.Event()
+
+        def keep_sending():
+            while not over.wait(0.01):
+                rig.send(PEERS[1], expiring)
+
+        sender = threading.Thread(target=keep_sending)
+        sender.start()
+        rig.worker.drain(DEADLINE_SECONDS)
+        over.set()
+        sender.join()
+        packets = rig.encap()
+        assert packets["generated"] > 3
+        assert packets["delivered"] == packets["read"] + packets["generated"]
         rig.check_invariant()
 
 
 @in_own_netns
-def test_a_frame_of_many_segments_waits_as_well():
+def test_frames_of_many_segments_wait_as_well():
     slow_loopback("8mbit")
     with FullRig() as rig:
         flow = Flow(dst=addr("10.244.2.5"))
         for _ in range(100):
             rig.write(flow.udp_super(bytes(120 * 20), 20))
-        end = time.monotonic() + 20
-        rig.work()
-        while rig.core.packets()[ENCAP]["delivered"] < 12000 and time.monotonic() < end:
-            rig.work()
+        rig.worker.drain(DEADLINE_SECONDS)
         assert rig.drops() == {}
-        assert rig.core.packets()[ENCAP]["delivered"] == 12000
+        assert rig.encap()["delivered"] == 12000
+        rig.check_invariant()
+
+
+# Several peers
+
+
+@in_own_netns
+@pytest.mark.parametrize("features", [ALL, NO_GSO])
+def test_a_full_socket_does_not_hold_up_another_peer(features):
+    slow_addresses(f"{PEERS[0]}/32")
+    with FullRig(features=features) as rig:
+        flow = Flow(dst=addr("10.244.3.5"))
+        for n in range(20):
+            rig.fill(n=40)
+            rig.write(bytes(10) + flow.udp(b"%d" % n))
+            rig.work()
+            assert len(rig.at(PEERS[1])) == 1
+            assert rig.encap()["queued"] == 0
+        assert rig.drops().keys() == {("slow_peer", ENCAP)}
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_an_own_socket_sends_as_the_shared_socket_and_receives_nothing():
+    slow_addresses("127.9.0.0/16")
+    with FullRig() as rig:
+        rig.udp.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0x28)
+        rig.udp.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
+        slow, = rig.add_peers("127.9.0", 1)
+        rig.outside[PEERS[1]].setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        rig.write(bytes(10) + Flow(dst=addr("10.244.3.5")).udp(b"by the shared socket"))
+        rig.work()
+        while rig.own_sockets() < 2:
+            rig.fill(dst=slow)
+            rig.write(bytes(10) + Flow(dst=addr("10.244.3.5")).udp(b"x"))
+            rig.work()
+        seen = set()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                _, ancillary, _, source = rig.outside[PEERS[1]].recvmsg(2000, 64)
+                seen.add((source, ancillary[0][2]))
+        assert seen == {(rig.udp.getsockname(), b"\x28")}
+        inner = Flow(src=addr("10.244.3.5"), dst=addr("10.244.1.7"))
+        for sender in (PEERS[1], PEERS[0]):
+            for _ in range(50):
+                rig.send(sender, inner.udp(b"to the shared socket"))
+        rig.work()
+        assert len(rig.from_tun()) + rig.drops()["source_not_routed", "decap"] == 100
+
+
+@in_own_netns
+def test_an_own_socket_is_closed_when_it_is_no_longer_needed():
+    slow_addresses("127.9.0.0/16", "1mbit")
+    with FullRig() as rig:
+        slow, = rig.add_peers("127.9.0", 1)
+        rig.write(bytes(10) + Flow(dst=addr("10.244.3.5")).udp(b"another peer"))
+        rig.fill(dst=slow, n=200)
+        rig.work()
+        assert rig.own_sockets() > 0
+
+        def closed():
+            rig.worker.look()
+            return rig.own_sockets() == 0
+
+        work_until(rig, closed)
+        before = rig.encap()["delivered"]
+        rig.fill(dst=slow, n=1)
+        rig.work()
+        assert rig.encap()["delivered"] == before + 1
+
+
+@in_own_netns
+def test_the_peer_of_an_own_socket_may_leave_and_return():
+    slow_addresses("127.9.0.0/16")
+    with FullRig() as rig:
+        for _ in range(3):
+            peers = rig.add_peers("127.9.0", 3)
+            for dst in (*peers, "10.244.3.5"):
+                rig.fill(dst=dst)
+                rig.work()
+            assert rig.own_sockets() > 0
+            rig.core.publish(_core.RouteTable.parse_text(
+                "\n".join(map(str, rig.routes)).encode()))
+            rig.core.collect()
+            rig.work()
+        assert rig.encap()["queued"] == 0
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_more_slow_peers_than_own_sockets_do_not_harm_a_healthy_peer():
+    slow_addresses("127.9.0.0/16", "1mbit")
+    with FullRig() as rig:
+        peers = rig.add_peers("127.9.0", OWN_SOCKETS + 20)
+        flow = Flow(dst=addr("10.244.3.5"))
+        some = itertools.cycle(peers)
+        for n in range(40):
+            for dst in itertools.islice(some, 25):  # in one flush
+                rig.fill(dst=dst, n=8)
+            rig.write(bytes(10) + flow.udp(b"%d" % n))
+            rig.work()
+            assert len(rig.at(PEERS[1])) == 1, n
+        counters = rig.worker.counters()
+        assert counters["own_sockets"] == OWN_SOCKETS
+        assert counters["own_sockets_given"] > OWN_SOCKETS
+        assert rig.encap()["queued"] == 0
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_without_an_own_socket_the_worker_drops_and_reports_the_cause():
+    slow_loopback("100kbit")
+    with FullRig() as rig, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.77", rig.udp.getsockname()[1]))
+        for _, dst in itertools.product(range(5), ("10.244.2.5", "10.244.3.5")):
+            rig.fill(dst=dst)
+            rig.work()
+        assert rig.worker.take_events() == ["own_socket"]
+        assert rig.worker.own_socket_error() == errno.EADDRINUSE
+        assert rig.own_sockets() == 0
+        assert rig.encap()["queued"] == 0
+        assert rig.drops().keys() == {("slow_peer", ENCAP)}
         rig.check_invariant()

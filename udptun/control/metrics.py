@@ -76,11 +76,18 @@ class CounterCollector(Collector):
             "udptun_worker_loop_returns", "Returns of each worker to its event loop.",
             labels=("worker",),
         )
+        own_sockets = GaugeMetricFamily(
+            "udptun_worker_own_sockets",
+            "Slow or dead peers that have a socket of their own, for each worker.",
+            labels=("worker",),
+        )
         for worker in counters["workers"]:
             turns.add_metric((str(worker["index"]),), worker["turns"])
             returns.add_metric((str(worker["index"]),), worker["loop_returns"])
+            own_sockets.add_metric((str(worker["index"]),), worker["own_sockets"])
         yield turns
         yield returns
+        yield own_sockets
 
         yield GaugeMetricFamily("udptun_peers", "Peers with a route.", counters["peers_n"])
         yield GaugeMetricFamily("udptun_routes", "Routes in the table.", counters["routes_n"])

@@ -49,6 +49,7 @@ class Workers:
         self._report = report
         self._tun_gone = tun_gone
         self._threads: list[WorkerThread] = []
+        self._own_socket_errors: set[int] = set()  # reported errnos
         self._refused_n = 0  # packets that the kernel has refused so far
 
     # -- start and stop ---------------------------------------------------------------------------
@@ -92,6 +93,8 @@ class Workers:
                 self._core.collect()
                 self._take_events()
                 self._report_kernel_errors()
+                for thread in self._threads:
+                    thread.worker.look()
         finally:
             loop.remove_reader(self._notify_fd)
 
@@ -107,12 +110,23 @@ class Workers:
             for event in thread.worker.take_events():
                 if event == "tun_gone":
                     self._tun_gone()
+                elif event == "own_socket":
+                    self._report_own_socket(thread.worker.own_socket_error())
                 elif event in OFFLOADS:
                     self._lose(event)
         for packed, port, path_mtu in self._core.path_mtu_changes(FORGET_PATH_MTU_SECONDS):
             endpoint = str(Endpoint(ipaddress.ip_address(packed), port))
             log.info("path MTU to %s is %d", endpoint, path_mtu)
             self._events.emit("peer_mtu", endpoint=endpoint, path_mtu=path_mtu)
+
+    def _report_own_socket(self, error: int) -> None:
+        """Report the errno with which an own socket could not be opened, each errno once."""
+        if error not in self._own_socket_errors:
+            self._own_socket_errors.add(error)
+            self._report(
+                f"cannot open a socket for a slow peer: {os.strerror(error)}; "
+                "slow peers can cost packets to other peers"
+            )
 
     def _lose(self, feature: str) -> None:
         cause = "the kernel refused it at run time"
