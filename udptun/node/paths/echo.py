@@ -30,6 +30,8 @@ SOL_RAW, ICMP_FILTER, ICMPV6_FILTER = 255, 1, 1  # linux/socket.h, icmp.h, icmpv
 class EchoMeter(Meter):
     """Echoes to peers of one IP version."""
 
+    follows_route = True
+
     def __init__(self, version: int, changed: Callable[[list[IPNetwork]], None]) -> None:
         super().__init__(changed)
         self._version = version

@@ -15,7 +15,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from ...model import IPNetwork
 from ...probe.prober import Prober, Request
@@ -34,16 +34,20 @@ _BROKEN = frozenset({
 class Meter(ABC):
     """Probes peers, given by subnet, and reports the subnets whose state has changed.
 
-    able     False: this process may not open the socket, or ``check`` was not called yet
-    error    why there is no socket; "" if there is one
-    changed  is called with the subnets whose verdict has changed
+    follows_route  the probes take the path that carries the packets, not a certain one
+    able           False: this process may not open the socket, or ``check`` was not called yet
+    error          why there is no socket; "" if there is one
+    sent_at        by subnet: when we last sent to the peer, requests and replies
+    changed        is called with the subnets whose verdict has changed
     """
+
+    follows_route: ClassVar[bool] = False
 
     def __init__(self, changed: Callable[[list[IPNetwork]], None]) -> None:
         self.prober: Prober[IPNetwork] = Prober(time.monotonic)
         self.able = False  # no probe is sent before the first ``check``
         self.error = "not opened yet"
-        self.sent_at: dict[IPNetwork, float] = {}  # when we last sent, requests and replies
+        self.sent_at: dict[IPNetwork, float] = {}
         self._changed = changed
         self._socket: socket.socket | None = None
         self._errno = errno.ENODEV  # of each probe while there is no socket

@@ -180,8 +180,7 @@ class NodeReport:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event of the type ``kind`` with the present time."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self.events.append({"time": now, "type": kind, **fields})
+        self.events.append({"time": iso_time(time.time()), "type": kind, **fields})
 
     def in_state(self, state: str) -> list[PairReport]:
         return [pair for pair in self.pairs.values() if pair.state == state]
@@ -191,3 +190,8 @@ class NodeReport:
         subnets = self.lease.subnets if self.lease is not None else "no lease"
         stale = "; from the cache, because the store is down" if self.stale else ""
         return f"{subnets}, {self.leases_n} leases, peers: {self.peers.by_path()}{stale}"
+
+
+def iso_time(seconds: float) -> str:
+    """Return a Unix time as text, as in the forwarder's events."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

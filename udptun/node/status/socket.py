@@ -13,7 +13,6 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..._version import __version__
 from ...control.protocol import NODE, NODE_SOCKET
 from ...control.sockets import UnixListener, listen_unix
 from .readiness import State, is_ready, judge
-from .report import NodeReport, PairReport
+from .report import NodeReport, PairReport, iso_time
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ async def node_json(report: NodeReport) -> AsyncIterator[bytes]:
     lease, underlay = report.lease, report.underlay
     head = {
         "version": __version__,
-        "started": _time(report.started),
+        "started": iso_time(report.started),
         "ready": is_ready(checks),
         "waiting": report.waiting,
         "key": None if lease is None else lease.key,
@@ -70,20 +69,16 @@ def _peer(report: NodeReport, pair: PairReport) -> dict[str, Any]:
         "key": pair.key,
         "subnet": str(pair.subnet),
         "state": pair.state,
-        "since": _time(pair.changed),
+        "since": iso_time(pair.changed),
         "reason": pair.trouble,
         "path": pair.path,
-        "path_since": _time(pair.since),
+        "path_since": iso_time(pair.since),
         "path_reason": pair.why,
         "paths": report.describe_paths(pair.subnet),
     }
 
 
 _CHECK_STATES = {State.OK: "ok", State.DEGRADED: "degraded", State.FAILED: "failed"}
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 class NodeSocket:

@@ -1,0 +1,232 @@
+"""All meters of one node: who measures which path, and the work that keeps them going.
+
+Owns: the sockets of this daemon (one per device that can be probed, one per IP version for echoes),
+the view of what the forwarder has measured, and the search for pairs with traffic. Does not choose
+between paths. Runs on the daemon's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import DeviceError
+from ...model import IPNetwork
+from ...probe.state import REACHABLE
+from ..backends.base import Backend
+from ..backends.plan import SubnetPaths
+from .bound import BoundMeter
+from .choice import Health
+from .echo import EchoMeter
+from .forwarder import ForwarderView
+from .listen import Listener
+from .meter import Meter
+from .pair import Pair, health_of_report, health_of_state, state_json
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+# A path that was left is probed at least this often, so that it can carry again soon.
+LEFT_SECONDS = 5.0
+SEND_AGES_PEERS = 1000  # the times of the last packets are read every (peers / this) seconds
+AGE_SLACK_SECONDS = 0.1  # rounding of these times, and the time of the call
+REFRESH_SECONDS = 15.0  # between two reads of the forwarder's whole state
+REFRESH_PEERS = 100  # with more than 15 times as many peers: (peers / this) seconds
+
+
+class Meters:
+    """The meters, and the state that they have measured.
+
+    changed  is called with the subnets whose state may have changed
+    """
+
+    def __init__(
+        self, control: Path, changed: Callable[[Iterable[IPNetwork]], None]
+    ) -> None:
+        self._control = control
+        self._changed = changed
+        self._port = 0
+        self._bound: dict[tuple[str, int], BoundMeter] = {}  # by backend and IP version
+        self._echo: dict[int, EchoMeter] = {}  # by IP version
+        self._listeners: dict[int, Listener] = {}
+        self._forwarder: ForwarderView | None = None
+        self._by_endpoint: dict[str, dict[IPNetwork, None]] = {}
+
+    # -- which meter measures a path --------------------------------------------------------------
+
+    def use_port(self, port: int) -> None:
+        """Set the UDP port that our lease advertises."""
+        self._port = port
+
+    def of(self, found: SubnetPaths, backends: Sequence[Backend[Any]]) -> tuple[
+        tuple[Meter | None, ...], tuple[str | None, ...]
+    ]:
+        """Return the meter of each path, and the endpoint of each that the forwarder measures."""
+        meters: list[Meter | None] = []
+        endpoints: list[str | None] = []
+        for backend, path in zip(backends, found.paths, strict=True):
+            meter, endpoint = (None, None) if path is None else self._of_path(backend, path, found)
+            meters.append(meter)
+            endpoints.append(endpoint)
+        return tuple(meters), tuple(endpoints)
+
+    def _of_path(
+        self, backend: Backend[Any], path: Any, found: SubnetPaths
+    ) -> tuple[Meter | None, str | None]:
+        version = found.subnet.version
+        if found.answers_probes:
+            if (device := backend.probe_device(path)) is not None:
+                key = backend.name, version
+                if key not in self._bound:
+                    self._bound[key] = BoundMeter(device, self._port, self._changed)
+                self._bound[key].move(device, self._port)
+                return self._bound[key], None
+            if (endpoint := backend.forwarder_endpoint(path)) is not None:
+                if self._forwarder is None:
+                    self._forwarder = ForwarderView(self._control, self._forwarder_changed)
+                return None, str(endpoint)
+        if version not in self._echo:
+            self._echo[version] = EchoMeter(version, self._changed)
+        return self._echo[version], None
+
+    def probe(self, pair: Pair) -> None:
+        """Measure the paths of this pair from now on. What was measured before stays."""
+        for at, meter in enumerate(pair.meters):
+            if isinstance(meter, BoundMeter):
+                assert pair.found.advert is not None
+                left = LEFT_SECONDS if at != pair.choice.at else None
+                meter.add(pair.subnet, pair.found.advert.port, pair.mtu, left)
+            elif isinstance(meter, EchoMeter):
+                meter.add(pair.subnet, pair.mtu)
+        for endpoint in pair.endpoints:
+            if endpoint is not None:
+                self._by_endpoint.setdefault(endpoint, {})[pair.subnet] = None
+
+    def forget(self, pair: Pair) -> None:
+        """Stop to measure the paths of this pair."""
+        for meter in pair.meters:
+            if meter is not None:
+                meter.remove(pair.subnet)
+        for endpoint in pair.endpoints:
+            if endpoint is not None and (subnets := self._by_endpoint.get(endpoint)) is not None:
+                subnets.pop(pair.subnet, None)
+                if not subnets:
+                    del self._by_endpoint[endpoint]
+
+    # -- what was measured ------------------------------------------------------------------------
+
+    def health(self, pair: Pair, at: int) -> tuple[Health | None, str]:
+        """Return the health of one path, and the reason if it is not GOOD."""
+        meter, endpoint = pair.meters[at], pair.endpoints[at]
+        if meter is not None:
+            if meter.follows_route and at != pair.choice.at:
+                return None, ""
+            return health_of_state(meter.prober.get(pair.subnet), time.monotonic())
+        if self._forwarder is None or self._forwarder.gone:
+            return Health.LOST, "the forwarder does not answer"
+        return health_of_report(self._forwarder.probes.get(endpoint or ""))
+
+    def describe(self, pair: Pair, at: int) -> dict[str, Any]:
+        """Return the measurements of one path as JSON, without the verdict."""
+        meter, endpoint = pair.meters[at], pair.endpoints[at]
+        if meter is not None:
+            state = meter.prober.get(pair.subnet)
+            return {} if state is None else state_json(state)
+        probes = {} if self._forwarder is None else self._forwarder.probes
+        return {"endpoint": endpoint, **probes.get(endpoint or "", {})}
+
+    async def ask(self, endpoint: str, size: int) -> Health | None:
+        """Let the forwarder probe its path now. Return what passes; None: it cannot say."""
+        assert self._forwarder is not None
+        answered = await self._forwarder.ask(endpoint, size)
+        if answered is None:
+            return None
+        if answered:
+            return Health.GOOD
+        return Health.SMALL if await self._forwarder.ask(endpoint) else Health.LOST
+
+    def errors(self) -> tuple[str, ...]:
+        """Return the reasons why some peers cannot be measured."""
+        meters = (*self._bound.values(), *self._echo.values())
+        return tuple({meter.error: None for meter in meters if meter.error and len(meter.prober)})
+
+    def _forwarder_changed(self, endpoints: Collection[str] | None) -> None:
+        for endpoint in [*self._by_endpoint] if endpoints is None else endpoints:
+            self._changed([*self._by_endpoint.get(endpoint, ())])
+
+    # -- background work --------------------------------------------------------------------------
+
+    def check(self, pairs: Mapping[IPNetwork, Pair], backends: Sequence[Backend[Any]]) -> None:
+        """Open missing sockets again, and follow devices that were created again."""
+        for at, backend in enumerate(backends):
+            for version in (4, 6):
+                bound = self._bound.get((backend.name, version))
+                subnet = None if bound is None else next(iter(bound.prober), None)
+                pair = None if subnet is None else pairs.get(subnet)
+                if bound is not None and pair is not None:
+                    device = backend.probe_device(pair.found.paths[at])
+                    if device is not None:
+                        bound.move(device, self._port)
+        for meter in (*self._bound.values(), *self._echo.values()):
+            meter.check()
+        for version, echo in self._echo.items():
+            self._listen(version, echo)
+
+    def _listen(self, version: int, echo: EchoMeter) -> None:
+        """Look for packets from the peers that do not answer echoes."""
+        silent = [subnet for subnet in echo.prober if _is_silent(echo, subnet)]
+        if silent and version not in self._listeners:
+            self._listeners[version] = Listener(version, echo.data_received)
+        if version in self._listeners:
+            try:
+                self._listeners[version].watch(silent)
+            except OSError as exc:
+                log.debug("listening for packets of silent peers: %s", exc)
+
+    async def follow_traffic(
+        self, pairs: Mapping[IPNetwork, Pair], at: int, backend: Backend[Any]
+    ) -> None:
+        """Find the pairs with traffic: the kernel knows when it last sent to each peer."""
+        try:
+            ages = await backend.send_ages()
+        except DeviceError as exc:
+            log.debug("%s", exc)
+            return
+        now = time.monotonic()
+        busy: dict[Meter, list[IPNetwork]] = {}
+        for subnet, age in ages.items():
+            pair = pairs.get(subnet)
+            meter = None if pair is None or at >= len(pair.meters) else pair.meters[at]
+            # Our own probes count for the kernel too.
+            if meter is not None and \
+                    now - age > meter.sent_at.get(subnet, 0.0) + AGE_SLACK_SECONDS:
+                busy.setdefault(meter, []).append(subnet)
+        for meter, subnets in busy.items():
+            meter.traffic(subnets)
+
+    async def keep_forwarder(self, pairs: Mapping[IPNetwork, Pair]) -> None:
+        """Read the forwarder's whole state regularly: its events report verdicts only."""
+        while True:
+            await asyncio.sleep(max(REFRESH_SECONDS, len(pairs) / REFRESH_PEERS))
+            if self._forwarder is not None:
+                await self._forwarder.refresh()
+
+    def close(self) -> None:
+        for meter in (*self._bound.values(), *self._echo.values()):
+            meter.close()
+        for listener in self._listeners.values():
+            listener.close()
+        if self._forwarder is not None:
+            self._forwarder.close()
+
+
+def _is_silent(echo: EchoMeter, subnet: IPNetwork) -> bool:
+    """Return whether this peer does not answer echoes at present."""
+    state = echo.prober[subnet]
+    if state.state != REACHABLE or state.last_answer is None:
+        return state.loss is not None  # else no echo was sent yet
+    return state.suspect or (state.last_data or 0.0) > state.last_answer

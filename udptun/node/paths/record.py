@@ -1,0 +1,67 @@
+"""Report what was measured and chosen: in the report, as log lines and as events.
+
+Owns the texts, and the limit of log lines: if many peers change at once, only some are named. Does
+not measure or choose. Runs on the daemon's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ..backends import BACKENDS
+from ..status.report import NodeReport
+from .choice import Health, Measured
+from .pair import STATES, Pair
+
+log = logging.getLogger(__name__)
+
+MAX_LOGGED = 10  # peers that are logged one by one per ``flush``
+TROUBLES = (STATES[Health.LOST], STATES[Health.SMALL])
+
+
+class Recorder:
+    def __init__(self, report: NodeReport) -> None:
+        self._report = report
+        self._lines: list[tuple[int, str]] = []
+
+    def measured(self, pair: Pair, carrying: Measured | None) -> None:
+        """Report the measured state of the path that carries the packets."""
+        report = pair.report
+        health = None if carrying is None else carrying.health
+        report.trouble = "" if carrying is None or not carrying.why else \
+            f"{BACKENDS[report.path]}: {carrying.why}"
+        before, report.state = report.state, STATES[health]
+        if before == report.state:
+            return
+        report.changed = time.time()
+        if health is None or (health is Health.GOOD and before not in TROUBLES):
+            return
+        level = logging.INFO if health is Health.GOOD else logging.WARNING
+        text = f": {report.trouble}" if report.trouble else ""
+        self._lines.append((level, f"{report.key}: {pair.subnet} is {report.state}{text}"))
+        self._report.event(f"peer_{report.state}", peer=report.key, subnet=str(pair.subnet),
+                           path=report.path, reason=report.trouble)
+
+    def moved(self, pair: Pair, path: str) -> None:
+        """Report that the backend ``path`` carries the packets from now on."""
+        report, choice = pair.report, pair.choice
+        if report.path == path:
+            return
+        left, report.path, report.since = report.path, path, time.time()
+        report.why = f"{BACKENDS[left]}: {choice.why}" if choice.why else ""
+        reason = report.why or f"{BACKENDS[path]} works again"
+        self._lines.append((
+            logging.WARNING if choice.why else logging.INFO,
+            f"{report.key}: {pair.subnet} goes by {BACKENDS[path]} now: {reason}"))
+        self._report.path_changes_n[path] += 1
+        self._report.event("path_changed", peer=report.key, subnet=str(pair.subnet), path=path,
+                           reason=reason)
+
+    def flush(self) -> None:
+        """Write the log lines that have come together."""
+        lines, self._lines = self._lines, []
+        for level, line in lines[:MAX_LOGGED]:
+            log.log(level, "%s", line)
+        if len(lines) > MAX_LOGGED:
+            log.warning("%d more changes of paths: see `udptun status`", len(lines) - MAX_LOGGED)
