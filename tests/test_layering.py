@@ -22,13 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
-LEAVES = {"errors", "files", "instance", "model", "drops", "repairs", "wait", "_version"}
+LEAVES = {
+    "connections", "errors", "files", "instance", "model", "drops", "repairs", "wait", "_version",
+}
 RULES = {
     "errors": set(),
     "files": set(),
     "drops": set(),
     "repairs": set(),
     "wait": set(),
+    "connections": set(),
     "instance": {"errors"},
     "_version": set(),
     "model": {"errors"},

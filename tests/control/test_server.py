@@ -1,6 +1,7 @@
 """The HTTP server of the control API, on a real socket and loop, with a fake forwarder."""
 
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -8,7 +9,8 @@ import re
 import socket
 import stat
 import subprocess
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ class Http(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))  # waits while the backlog is full
         self.sock.settimeout(60)
-        self.sock.connect(str(self._path))
 
     def ask(
         self, method: str, path: str, body: Any = None, **headers: str
@@ -635,3 +637,100 @@ def test_curl_commands_of_the_page_work(page: str, served: Served, tmp_path: Pat
         assert done.stdout
     assert commands[-1].endswith("/v1/stop")
     assert [str(dst) for dst in served.forwarder.table] == ["10.9.0.0/16"]
+
+
+# Clients that send nothing, or too slowly
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Return whether the server has closed the connection. Does not wait."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+@pytest.fixture
+def idle(served: Served) -> Iterator[Callable[[], socket.socket]]:
+    """Return a function that opens a connection and sends nothing."""
+    with ExitStack() as stack:
+        def connect() -> socket.socket:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(str(served.path))  # waits while the backlog is full
+            sock.settimeout(60)
+            return sock
+
+        yield connect
+
+
+def test_idle_connections_never_keep_others_out(
+    served: Served, idle: Callable[[], socket.socket]
+) -> None:
+    watching = Http(served.path)
+    watching.request("GET", "/v1/events?follow=1")
+    stream = watching.getresponse()
+    assert b"hello" in stream.readline()
+    silent = [idle() for _ in range(server.CONNECTIONS_MAX + 20)]
+    assert ask_once(served, "GET", "/v1/healthz")[0] == 200
+    # the oldest are closed, the event stream is not idle
+    assert silent[0].recv(1) == silent[20].recv(1) == b""
+    assert not is_closed(silent[-1])
+    served.events({"type": "error", "message": "still there"})
+    assert b"still there" in stream.readline()
+    stream.close()
+    watching.close()
+
+
+def test_a_server_full_of_event_streams_refuses_more(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = served.server._running.manager  # type: ignore[union-attr]
+    monkeypatch.setattr(manager.open, "_limit", 2)
+    streams = []
+    for _ in range(2):
+        connection = Http(served.path)
+        connection.request("GET", "/v1/events?follow=1")
+        streams.append((connection.getresponse(), connection))
+        assert streams[-1][0].readline()
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        ask_once(served, "GET", "/v1/healthz")
+    for part in streams.pop():
+        part.close()
+    wait_for(lambda: len(manager.open._busy) == 1, "the end of the stream")
+    assert ask_once(served, "GET", "/v1/healthz")[0] == 200
+    for part in streams.pop():
+        part.close()
+
+
+def test_a_request_has_one_deadline(
+    thread: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
+    with Served(thread, tmp_path / "slow.sock") as slow, socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(0.05)
+        sock.connect(str(slow.path))
+        for byte in itertools.chain(b"GET /v1/healthz HTTP/1.1\r\nX-Slow: ", itertools.repeat(65)):
+            try:
+                sock.send(bytes([byte]))
+                if sock.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+
+
+def test_a_body_has_a_deadline(http_: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
+    for length in (10, server.LARGE_BODY):
+        http_.putrequest("PUT", "/v1/routes")
+        http_.putheader("Content-Length", str(length))
+        http_.putheader("Content-Type", "application/json")
+        http_.endheaders(b"{")
+        response = http_.getresponse()
+        assert response.status == 400
+        assert b"the body is not complete after 0.5 s" in response.read()
+        http_.close()

@@ -1,8 +1,9 @@
 """The HTTP server of the control API: requests on a Unix socket become calls on the forwarder.
 
-Owns connections, request routing, body limits and the format of the answers (docs/control.md). Does
-not depend on how routes are stored or how packets are forwarded. Threading: control loop only. This
-module collects a large body but does not parse it, and sends a large answer in pieces.
+Owns the limits of connections, the routing of requests, body limits and the format of the answers
+(docs/control.md). Does not depend on how routes are stored or how packets are forwarded. Threading:
+control loop only. This module collects a large body but does not parse it, and sends a large answer
+in pieces.
 
 Import this module only after traffic flows, because the import of aiohttp takes much of a second.
 """
@@ -14,12 +15,13 @@ import json
 import logging
 import os
 import socket
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from mmap import mmap
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 
+from ..connections import Connections
 from ..errors import ControlError, FieldError, UdptunError
 from ..model import Route, parse_address, parse_destination
 from . import protocol
@@ -27,7 +29,7 @@ from .events import Event, EventHub, Reader
 from .sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from ..model import RouteDiff
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CONNECTIONS_MAX = 256  # limit of open connections, event streams included
+REQUEST_SECONDS = 30.0  # limit for a client to send its first request, and for each request's body
 CLOSE_SECONDS = 1.0  # limit for unfinished answers when the server closes
 LARGE_BODY = 1 << 20  # bytes; copying a larger body takes too long
 
@@ -96,12 +100,14 @@ class ControlServer:
     # Routing
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = cast(_Connection, request.protocol)
         try:
-            if not cast(_Connection, request.protocol).allowed:
+            if not connection.allowed:
                 raise ControlError(
                     "forbidden", f"only root and the group of {self.path} may use this socket"
                 )
-            return await self._find(request)(request)
+            with connection.busy():
+                return await self._find(request)(request)
         except ConnectionError:
             raise  # the client has disconnected
         except web.RequestPayloadError as exc:
@@ -229,6 +235,7 @@ class _Manager(web.Server):
     def __init__(self, handler: Handler, listener: UnixListener) -> None:
         super().__init__(handler)
         self.listener = listener
+        self.open = Connections[_Connection](CONNECTIONS_MAX, _Connection.end)
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self)
@@ -238,7 +245,7 @@ class _Connection(web.RequestHandler):
     """One client connection. Checks the client's permission, answers errors as JSON, and calls a
     callback when the connection is lost."""
 
-    __slots__ = ("_listener", "allowed", "on_lost")
+    __slots__ = ("_listener", "_open", "allowed", "on_lost")
 
     def __init__(self, manager: _Manager) -> None:
         super().__init__(
@@ -250,14 +257,34 @@ class _Connection(web.RequestHandler):
             auto_decompress=False,
         )
         self._listener = manager.listener
+        self._open = manager.open
         self.allowed = False
         self.on_lost: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.allowed = self._listener.may_connect(transport.get_extra_info("socket"))
         super().connection_made(transport)
+        if self._open.add(self):
+            loop = asyncio.get_running_loop()
+            loop.call_later(REQUEST_SECONDS, self._open.close_if_silent, self)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """Close the connection, which waits for a request."""
+        self.force_close()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Return the context in which a request is answered."""
+        self._open.request_begins(self)
+        try:
+            yield
+        finally:
+            self._open.request_ends(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._open.remove(self)
         if self.on_lost is not None:
             self.on_lost()
         super().connection_lost(exc)
@@ -378,12 +405,25 @@ async def _body(request: web.BaseRequest, limit: int) -> bytes:
     bytearray does not."""
     await _accept_body(request, limit)
     parts, size = [], 0
-    async for part in request.content.iter_any():
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
+    async with _deadline():
+        async for part in request.content.iter_any():
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
     return b"".join(parts)
+
+
+@asynccontextmanager
+async def _deadline() -> AsyncIterator[None]:
+    """Limit the time in which a client sends a body."""
+    try:
+        async with asyncio.timeout(REQUEST_SECONDS):
+            yield
+    except TimeoutError:
+        raise ControlError(
+            "bad_request", f"the body is not complete after {REQUEST_SECONDS:g} s"
+        ) from None
 
 
 async def _table_body(request: web.BaseRequest) -> bytes | mmap:
@@ -398,10 +438,11 @@ async def _table_body(request: web.BaseRequest) -> bytes | mmap:
         return await _body(request, protocol.MAX_TABLE_BODY)
     await _accept_body(request, protocol.MAX_TABLE_BODY)
     body, at = mmap(-1, length), 0
-    async for part in request.content.iter_any():
-        body[at : at + len(part)] = part
-        at += len(part)
-        os.sched_yield()
+    async with _deadline():
+        async for part in request.content.iter_any():
+            body[at : at + len(part)] = part
+            at += len(part)
+            os.sched_yield()
     if at != length:
         raise ControlError("bad_request", f"the body has {at} bytes, not {length} (Content-Length)")
     return body

@@ -19,6 +19,7 @@ from tests.node.node_reports import ready, starting
 from udptun.errors import DeviceError
 from udptun.leases.base import Subnets
 from udptun.model import parse_address
+from udptun.node.status import server as server_module
 from udptun.node.status.readiness import CHECKS, MAX_NAMED, State, is_ready, judge
 from udptun.node.status.report import FirewallDrop, NodeReport
 from udptun.node.status.server import HealthServer
@@ -335,6 +336,34 @@ async def test_over_ipv6(tmp_path: Path) -> None:
         await writer.wait_closed()
     finally:
         await running.aclose()
+
+
+# Clients that send nothing, or too slowly
+
+
+async def test_idle_connections_never_keep_a_probe_out(server: HealthServer) -> None:
+    idle = [await asyncio.open_connection("127.0.0.1", server.port)
+            for _ in range(2 * server_module.CONNECTIONS_MAX)]
+    assert (await ask(server, "/livez"))[0] == 200
+    async with asyncio.timeout(60):
+        assert await idle[0][0].read() == b""  # the oldest goes first
+    assert not idle[-1][0].at_eof()
+    for _, writer in idle:
+        writer.close()
+
+
+async def test_a_request_has_one_deadline(
+    server: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "REQUEST_SECONDS", 0.5)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    closed = asyncio.create_task(reader.read())
+    writer.write(b"GET /livez HTTP/1.0\r\nX-Slow: ")
+    async with asyncio.timeout(60):
+        while not closed.done():
+            writer.write(b"x")
+            await asyncio.wait([closed], timeout=0.05)
+    writer.close()
 
 
 # Metrics

@@ -9,7 +9,8 @@ Owns these paths:
 Reads the report; ``readiness`` decides whether the node is ready. The server is the standard
 library's HTTP server, because a larger server would need ten megabytes of memory on every node for
 one request every ten seconds. Each request has a thread, which reads the request and writes the
-response. The daemon's loop creates the response, so that a probe fails if the loop hangs.
+response. The daemon's loop creates the response, so that a probe fails if the loop hangs. Each
+connection is for one request.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+from ...connections import Connections
 from ...control.client import ControlClient
 from ...errors import DeviceError, UdptunError
 from .readiness import CHECKS, Check, State, is_ready, judge
@@ -40,9 +41,9 @@ log = logging.getLogger(__name__)
 
 TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-REQUEST_SECONDS = 10.0  # limit for a client to send its request and to read the response
+REQUEST_SECONDS = 10.0  # limit for a client to send its request, and again to read the response
 ANSWER_SECONDS = 10.0  # limit for the loop to create the response
-THREADS_MAX = 64  # limit of threads in the process; further requests are refused
+CONNECTIONS_MAX = 64  # limit of connections; each has a thread
 FORWARDER_SECONDS = 2.0  # limit for the forwarder's metrics; after this, a scrape omits them
 
 
@@ -172,6 +173,7 @@ class _Http(ThreadingHTTPServer):
 
     def __init__(self, health: HealthServer, loop: asyncio.AbstractEventLoop) -> None:
         self.health, self.loop = health, loop
+        self.connections = Connections[socket.socket](CONNECTIONS_MAX, _shut_down)
         v6 = health.address.version == 6
         self.address_family = socket.AF_INET6 if v6 else socket.AF_INET
         super().__init__((str(health.address), health.port), _Request)
@@ -186,11 +188,26 @@ class _Http(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
-    def verify_request(self, request: object, client_address: object) -> bool:
-        return threading.active_count() <= THREADS_MAX
+    def verify_request(self, request: Any, client_address: object) -> bool:
+        """Return False to refuse the connection. Called in the loop."""
+        if not self.connections.add(request):
+            return False
+        # A timeout of the socket would limit each read, so a client could send byte by byte.
+        self.loop.call_later(REQUEST_SECONDS, self.connections.close_if_silent, request)
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.remove(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         log.debug("a health request from %s failed", client_address, exc_info=True)
+
+
+def _shut_down(request: socket.socket) -> None:
+    """End the connection. The thread that waits for the request then closes it."""
+    with contextlib.suppress(OSError):  # it is closed already
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Request(BaseHTTPRequestHandler):
@@ -198,6 +215,7 @@ class _Request(BaseHTTPRequestHandler):
     timeout = REQUEST_SECONDS
 
     def _answer(self) -> None:
+        self.server.connections.request_begins(self.connection)
         coroutine = self.server.health.answer(self.command, self.path)
         with contextlib.suppress(RuntimeError, CancelledError):  # the loop has ended
             future = asyncio.run_coroutine_threadsafe(coroutine, self.server.loop)
