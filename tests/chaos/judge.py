@@ -106,7 +106,7 @@ class Judge:
         # A cut pair may still work by another way; if it does not, somebody says so.
         wrong += _by_reason("packets are lost, and neither node says so",
                             {(a, b): sizes for (a, b), sizes in broken.items()
-                             if (a, b) in scene.cut and not self._says(a, b)})
+                             if (a, b) in scene.cut and not self._says(a, b, scene.says)})
         for name, health in self._health.items():
             if name not in touched and not health.ready:
                 unready[name] = (f"{name} was not ready, and the act does not concern it: "
@@ -132,11 +132,12 @@ class Judge:
         except (LabError, OSError) as error:
             return [str(error)]
 
-    def _says(self, a: str, b: str) -> bool:
-        """Return whether one of two nodes says that it does not reach the other."""
+    def _says(self, a: str, b: str, why: str) -> bool:
+        """Return whether one of two nodes says that it does not reach the other, or why."""
         for here, there in ((a, b), (b, a)):
             health = self._health[here]
-            if health.failed() or health.names(self._world.subnets[there]):
+            if (health.failed() or health.names(self._world.subnets[there])
+                    or (why and re.search(why, health.text))):
                 return True
         return False
 
