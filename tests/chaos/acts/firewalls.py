@@ -1,5 +1,6 @@
 """Acts of firewalls: rule sets as packages load them, flushed tables, a full conntrack table."""
 
+import sys
 from pathlib import Path
 from random import Random
 
@@ -80,15 +81,13 @@ def _drop_output(world: World, rng: Random) -> Scene:
 
 
 def _conntrack_full(world: World, rng: Random) -> Scene:
-    """As with a full conntrack table, the first packet of every new flow is dropped."""
+    """A scan or a busy service fills the table: the kernel drops the packets of new flows."""
     member = pick(world, rng)
-    member.host.sysctl("net.netfilter.nf_conntrack_acct=1")
-    member.host.nft("table inet full {\nchain pre {\n"
-                    "type filter hook prerouting priority -100; policy accept;\n"
-                    "ct original packets 1 ct reply packets 0 drop\n}\n}\n")
-    return Scene(f"{member.host.name}: new flows are dropped, as with a full conntrack table",
-                 [member], isolates(world, member),
-                 lambda: member.host.nft("delete table inet full\n"))
+    program = [sys.executable, "-m", "tests.chaos.conntrack"]
+    member.host.run([*program, "fill"])
+    return Scene(f"{member.host.name}: the conntrack table is full", [member],
+                 isolates(world, member), lambda: member.host.run([*program, "flush"]),
+                 says="conntrack")
 
 
 def _flannel_chains(world: World, rng: Random) -> Scene:
@@ -110,6 +109,6 @@ ACTS = [
     Act("firewalld", "firewalld's rule set is loaded", _firewalld),
     Act("input-drop", "a firewall drops the tunnel's datagrams on input", _drop_input),
     Act("output-drop", "a firewall drops the tunnel's datagrams on output", _drop_output),
-    Act("conntrack-full", "new flows are dropped as with a full conntrack table", _conntrack_full),
+    Act("conntrack-full", "the conntrack table is full: the kernel drops new flows", _conntrack_full),
     Act("leftover-chains", "iptables chains of a former flanneld", _flannel_chains),
 ]
