@@ -143,12 +143,10 @@ class Judge:
 
     def _stale_names(self) -> list[str]:
         """Return the peers that a status still names as unreachable, though nothing stands."""
-        keys = {key: name for name, key in self._world.subnets.items()}
         return [f"{name} still says that it does not reach {other}"
                 for name, health in self._health.items()
-                for line in health.text.splitlines()
-                for key, other in keys.items()
-                if line.startswith(f"    {key}") and other != name]
+                for other, key in self._world.subnets.items()
+                if other != name and health.names(key)]
 
 
 def _by_reason(why: str, pairs: dict[Pair, str]) -> list[str]:

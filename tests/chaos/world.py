@@ -6,6 +6,7 @@ network's filters, and reading a node's status, logs and host. Main thread only,
 
 import contextlib
 import difflib
+import http.client
 import mmap
 import re
 import struct
@@ -13,7 +14,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from udptun.control.protocol import NODE
 from udptun.lab.cluster import Cluster, Member
+from udptun.lab.tunnels import control_request
 
 from .mesh import Mesh
 
@@ -153,8 +156,15 @@ class World:
     # -- what an operator sees -------------------------------------------------------------------
 
     def health(self, member: Member) -> "Health":
-        good, text = member.ready()
-        return Health(good, text)
+        """Ask a node how it is: by its socket, else by HTTP.
+
+        Each of the two survives an act that the other does not.
+        """
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            status, answer = control_request(member.control.with_name("node.sock"), "GET", NODE)
+            if status == 200:
+                return Health.of(answer)
+        return Health(*member.ready())
 
     def key(self, member: Member) -> str:
         """Return the key of a node's lease, by which its peers name it."""
@@ -207,24 +217,34 @@ def _normal(text: str) -> str:
     return re.sub(r"[ \t\\]+", " ", text)
 
 
+_MARKS = {"ok": "+", "degraded": "!", "failed": "-"}
+
+
 class Health:
-    """The text of ``/readyz?verbose``, and whether the node is ready."""
+    """Whether a node says that it is ready, and all that it says.
 
-    def __init__(self, ready: bool, text: str) -> None:
+    text  the checks, as ``/readyz?verbose`` prints them; for a node that does not answer, the error
+    lost  the keys of the peers that it does not reach, or not with large packets
+    """
+
+    def __init__(self, ready: bool, text: str, lost: set[str] | None = None) -> None:
         self.ready, self.text = ready, text
+        self.lost = set() if lost is None else lost
 
-    @property
-    def answers(self) -> bool:
-        return "[+]" in self.text or "[-]" in self.text
+    @classmethod
+    def of(cls, answer: dict) -> "Health":
+        checks = "".join(
+            f"[{_MARKS[check['state']]}]{check['name']}: " + "\n    ".join(check["text"]) + "\n"
+            for check in answer["checks"])
+        lost = {peer["key"] for peer in answer["peers"]
+                if peer["state"] in ("unreachable", "limited")}
+        return cls(answer["ready"], checks, lost)
 
     def failed(self) -> list[str]:
         return re.findall(r"^\[-\]([\w-]+)", self.text, re.MULTILINE)
 
-    def degraded(self) -> list[str]:
-        return re.findall(r"^\[!\]([\w-]+)", self.text, re.MULTILINE)
-
     def names(self, key: str) -> bool:
         """Return whether a peer is named as having a problem."""
-        return key in self.text
+        return key in self.lost or f"\n    {key}" in self.text
 
 

@@ -35,6 +35,7 @@ from .backends.active import ActiveBackends, Prepared
 from .backends.base import Site
 from .cleanup import LOCK_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
+from .host import conntrack
 from .host.host import Host
 from .host.interface import NoInterface, Underlay
 from .host.sticky import UnderlayChoice
@@ -220,11 +221,19 @@ class Daemon:
         while True:
             self.report.firewall_error = self._host.firewall_error
             self.report.firewall_drops = self._host.firewall_drops
+            self._check_conntrack()
             if not self.report.waiting and status != (status := self.report.summary()):
                 self._notifier.status(status)
             if lease_error != (lease_error := self._store.lease_error) and lease_error:
                 log.error("our lease: %s", lease_error)
             await asyncio.sleep(STATUS_SECONDS)
+
+    def _check_conntrack(self) -> None:
+        before, self.report.conntrack = self.report.conntrack, conntrack.shortage()
+        if self.report.conntrack and not before:
+            log.warning("%s", self.report.conntrack)
+        elif before and not self.report.conntrack:
+            log.info("the kernel's conntrack table has room again")
 
     # -- settling ---------------------------------------------------------------------------------
 

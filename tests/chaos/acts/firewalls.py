@@ -87,7 +87,7 @@ def _conntrack_full(world: World, rng: Random) -> Scene:
     member.host.run([*program, "fill"])
     return Scene(f"{member.host.name}: the conntrack table is full", [member],
                  isolates(world, member), lambda: member.host.run([*program, "flush"]),
-                 says="conntrack")
+                 says=r"\[!\]conntrack")
 
 
 def _flannel_chains(world: World, rng: Random) -> Scene:
@@ -109,6 +109,7 @@ ACTS = [
     Act("firewalld", "firewalld's rule set is loaded", _firewalld),
     Act("input-drop", "a firewall drops the tunnel's datagrams on input", _drop_input),
     Act("output-drop", "a firewall drops the tunnel's datagrams on output", _drop_output),
-    Act("conntrack-full", "the conntrack table is full: the kernel drops new flows", _conntrack_full),
+    Act("conntrack-full", "the conntrack table is full: the kernel drops new flows",
+        _conntrack_full),
     Act("leftover-chains", "iptables chains of a former flanneld", _flannel_chains),
 ]

@@ -53,7 +53,7 @@ def test_a_healthy_node_passes_every_check() -> None:
 
 
 def test_a_starting_node_fails_its_checks() -> None:
-    assert set(states(starting())) == set(CHECKS) - {"peers"}
+    assert set(states(starting())) == set(CHECKS) - {"conntrack", "peers"}
     assert set(states(starting()).values()) == {State.FAILED}
 
 
@@ -133,6 +133,10 @@ def set_drop(report: NodeReport, *, cuts: bool) -> None:
         FirewallDrop("packets are dropped by X", "ask X", cuts, time.time() - 12),)
 
 
+def set_conntrack_full(report: NodeReport) -> None:
+    report.conntrack = "the table has 8 of 8 entries"
+
+
 def set_unreachable(report: NodeReport) -> None:
     why = "its vxlan backend ignores a UDP-only node"
     report.peers.unreachable = MappingProxyType({"10.5.7.0-24": why})
@@ -177,6 +181,8 @@ def set_waiting(report: NodeReport) -> None:
         (partial(set_drop, cuts=True), {"firewall": State.FAILED},
          "packets are dropped by X, for "),
         (partial(set_drop, cuts=False), {"firewall": State.DEGRADED}, "[!]firewall: our rules"),
+        (set_conntrack_full, {"conntrack": State.DEGRADED},
+         "[!]conntrack: the table has 8 of 8 entries"),
         (set_unreachable, {"peers": State.DEGRADED},
          "    1 cannot be reached:\n    10.5.7.0-24: its vxlan backend ignores a UDP-only node"),
         (set_refused, {"peers": State.DEGRADED},

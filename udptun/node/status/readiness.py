@@ -155,6 +155,12 @@ def _firewall(report: NodeReport) -> _Result:
           for drop in report.firewall_drops))
 
 
+def _conntrack(report: NodeReport) -> _Result:
+    if report.conntrack:
+        return _result(State.DEGRADED, report.conntrack)
+    return _result(State.OK, "the table has room")
+
+
 def _peers(report: NodeReport) -> _Result:
     peers = report.peers
     paths = peers.by_path()
@@ -195,7 +201,8 @@ def _name(pair: PairReport) -> str:
 
 CHECKS: Mapping[str, Callable[[NodeReport], _Result]] = {
     "start": _start, "store": _store, "lease": _lease, "interface": _interface, "mtu": _mtu,
-    "forwarder": _forwarder, "subnet-env": _subnet_env, "firewall": _firewall, "peers": _peers,
+    "forwarder": _forwarder, "subnet-env": _subnet_env, "firewall": _firewall,
+    "conntrack": _conntrack, "peers": _peers,
 }
 
 

@@ -129,6 +129,7 @@ class NodeReport:
     firewall_error    the reason why the firewall rules are not active; "" also if no rules are
                       wanted
     firewall_drops    packets of the overlay that other programs' rules drop
+    conntrack         the reason why the kernel drops new flows, or soon will
     leases_n          the number of known leases, including our own lease
     pairs             by subnet: what was measured
     measure_errors    the reasons why some peers cannot be measured
@@ -157,6 +158,7 @@ class NodeReport:
     subnet_env_error: str = "not written yet"
     firewall_error: str = "not set yet"
     firewall_drops: tuple[FirewallDrop, ...] = ()
+    conntrack: str = ""
     forwarder: ForwarderReport = field(default_factory=ForwarderReport)
     peers: PeersReport = field(default_factory=PeersReport)
     leases_n: int = 0
