@@ -58,12 +58,13 @@ class Judge:
         verdict = Verdict(act.name, scene.text)
         began = time.monotonic()
         stands = scene.undo is not None
-        wrong, took = self._watch(scene, began, self._deadline, scene.stands, stands, logs)
+        deadline = self._deadline + scene.late
+        wrong, took = self._watch(scene, began, deadline, scene.stands, stands, logs)
         self._note(verdict, "" if not stands else "while it stands: ", wrong, took)
         if scene.undo is not None:
             scene.undo()
             after = Scene(scene.text, scene.touched, changes=scene.changes)
-            wrong, took = self._watch(after, time.monotonic(), self._deadline, 2.0, standing=False)
+            wrong, took = self._watch(after, time.monotonic(), deadline, 2.0, standing=False)
             self._note(verdict, "after it: ", wrong, took)
         return verdict
 
@@ -99,7 +100,8 @@ class Judge:
         """Return everything that is wrong now."""
         world = self._world
         touched = {member.host.name for member in scene.touched}
-        broken = world.mesh.broken(began)
+        broken = {pair: sizes for pair, sizes in world.mesh.broken(began).items()
+                  if pair not in scene.lossy}
         self._health = {member.host.name: world.health(member) for member in world.members}
         wrong = _by_reason("packets are lost, and a path exists",
                            {pair: sizes for pair, sizes in broken.items() if pair not in scene.cut})

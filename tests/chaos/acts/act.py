@@ -24,6 +24,8 @@ class Scene:
     says      a regular expression that must match the status of a touched node while the act stands
     traced    whether the logs of the touched nodes must get a new line
     changes   whether the hosts rightly differ afterwards
+    lossy     the pairs on which single packets are lost; the traffic on them is not judged
+    late      seconds that a repair may take in addition, because the node rightly waits
     """
 
     text: str
@@ -34,6 +36,8 @@ class Scene:
     says: str = ""
     traced: bool = False
     changes: bool = False
+    lossy: set[Pair] = field(default_factory=set)
+    late: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from ..world import PORTS, VXLAN, World
 from .act import ALL, Act, Pair, Scene, both_ways, isolates, pick, pick_two
 
 LARGE = "meta length > 1000"
+GRACE_SECONDS = 10.0  # --address-grace: a node waits before it publishes another address
 
 
 def _cut(world: World, blocked: set[str], pairs: set[Pair]) -> set[Pair]:
@@ -78,9 +79,8 @@ def _loss(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     rule = f"ip daddr {member.host.v4} udp dport {{ 8285, 8472 }} numgen random mod 100 < 30 drop"
     world.block(rule)
-    # The mesh cannot tell a lossy path from a broken one, so no pair of this node is judged.
     return Scene(f"{member.host.name}: 30 % of the datagrams to it are lost", [member],
-                 isolates(world, member), lambda: world.unblock(rule), stands=8)
+                 lossy=isolates(world, member), undo=lambda: world.unblock(rule), stands=8)
 
 
 def _link(member: Member, state: str) -> None:
@@ -122,7 +122,7 @@ def _renumber(world: World, rng: Random) -> Scene:
 
     change(end.v4.ip, fresh)
     return Scene(f"{member.host.name}: the underlay's address changes to {fresh}", [member],
-                 undo=lambda: change(fresh, end.v4.ip), changes=True)
+                 undo=lambda: change(fresh, end.v4.ip), changes=True, late=GRACE_SECONDS)
 
 
 def _second_address(world: World, rng: Random) -> Scene:
