@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -734,3 +735,38 @@ def test_a_body_has_a_deadline(http_: Http, monkeypatch: pytest.MonkeyPatch) -> 
         assert response.status == 400
         assert b"the body is not complete after 0.5 s" in response.read()
         http_.close()
+
+
+def test_a_removed_socket_is_made_again(
+    thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run" / "again.sock"
+    with Served(thread, path):
+        kept = Http(path)
+        assert kept.ask("GET", "/v1/healthz")[0] == 200
+        for _ in range(2):
+            shutil.rmtree(path.parent)
+            wait_for(path.exists, "the socket's file")
+            fresh = Http(path)
+            assert fresh.ask("GET", "/v1/healthz")[0] == 200
+            fresh.close()
+        assert kept.ask("GET", "/v1/healthz")[0] == 200  # open connections stay
+        kept.close()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert "was removed; made it again" in caplog.text
+    assert not path.exists()
+
+
+def test_a_socket_that_cannot_be_made_again_is_said_once(
+    thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "FILE_CHECK_SECONDS", 0.01)
+    folder = tmp_path / "run"
+    with Served(thread, folder / "again.sock"):
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+        wait_for(lambda: "cannot be made again" in caplog.text, "an error in the log")
+        folder.unlink()
+        wait_for((folder / "again.sock").exists, "the socket's file")
+    assert caplog.text.count("cannot be made again") == 1

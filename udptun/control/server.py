@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, cast
 from aiohttp import web
 
 from ..connections import Connections
-from ..errors import ControlError, FieldError, UdptunError
+from ..errors import ControlError, DeviceError, FieldError, UdptunError
 from ..model import Route, parse_address, parse_destination
 from . import protocol
 from .events import Event, EventHub, Reader
-from .sockets import UnixListener, listen_unix
+from .sockets import FILE_CHECK_SECONDS, UnixListener, listen_unix, removed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -56,6 +56,7 @@ class ControlServer:
         self._readers: set[Reader] = set()  # of the open event streams
         self._metrics: Metrics | None = None
         self._running: _Running | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._handlers: dict[str, dict[str, Handler]] = {
             protocol.STATUS: {"GET": self._get_status},
             protocol.DROPS: {"GET": self._get_drops},
@@ -82,13 +83,35 @@ class ControlServer:
             listener.sock.close()
             raise
         self._running = _Running(listener, manager, server)
+        self._keeper = asyncio.create_task(self._keep(self._running))
         log.debug("control socket at %s", self.path)
+
+    async def _keep(self, running: _Running) -> None:
+        """Listen again each time the socket's file was removed. Open connections stay open."""
+        loop, refused = asyncio.get_running_loop(), ""
+        while True:
+            await removed(running.listener)
+            try:
+                listener = await listen_unix(self.path, socket.SOCK_STREAM)
+            except DeviceError as exc:
+                if refused != (refused := str(exc)):
+                    log.error("the control socket was removed, and cannot be made again: %s", exc)
+                await asyncio.sleep(FILE_CHECK_SECONDS)
+                continue
+            running.server.close()
+            running.listener = running.manager.listener = listener
+            running.server = await loop.create_unix_server(running.manager, sock=listener.sock)
+            refused = ""
+            log.warning("the control socket %s was removed; made it again", self.path)
 
     async def close(self) -> None:
         """Remove the socket file, wait CLOSE_SECONDS for unfinished answers, then close all."""
         running, self._running = self._running, None
         if running is None:
             return
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
         running.listener.unlink()
         running.server.close()
         for reader in self._readers:

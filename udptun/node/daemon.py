@@ -190,15 +190,7 @@ class Daemon:
             await server.aclose()
 
     async def _serve_status(self) -> None:
-        server = NodeSocket(self.report, self._config.control)
-        try:
-            await server.start()
-        except DeviceError as exc:  # paths and routes do not depend on the socket
-            log.error("no status for `udptun status`: %s", exc)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await server.aclose()
+        await NodeSocket(self.report, self._config.control).serve()
 
     async def _announce(self) -> None:
         """Wait until the paths to all known leases are active, then report that the start is

@@ -18,7 +18,8 @@ from typing import Any
 
 from ..._version import __version__
 from ...control.protocol import NODE, NODE_SOCKET
-from ...control.sockets import UnixListener, listen_unix
+from ...control.sockets import FILE_CHECK_SECONDS, UnixListener, listen_unix, removed
+from ...errors import DeviceError
 from .readiness import State, is_ready, judge
 from .report import NodeReport, PairReport, iso_time
 
@@ -92,6 +93,28 @@ class NodeSocket:
         self._listener: UnixListener | None = None
         self._server: asyncio.Server | None = None
         self._connections_n = 0
+
+    async def serve(self) -> None:
+        """Answer requests until cancelled. If the socket's file is removed, make it again.
+
+        A failure is logged, and the socket is tried again: paths and routes do not depend on it.
+        """
+        refused = ""
+        try:
+            while True:
+                try:
+                    await self.start()
+                except DeviceError as exc:
+                    if refused != (refused := str(exc)):
+                        log.error("no status for `udptun status`: %s", exc)
+                    await asyncio.sleep(FILE_CHECK_SECONDS)
+                    continue
+                assert self._listener is not None
+                await removed(self._listener)
+                log.warning("the socket %s was removed; making it again", self._path)
+                await self.aclose()
+        finally:
+            await self.aclose()
 
     async def start(self) -> None:
         """Raises DeviceError if the socket cannot be used."""
