@@ -103,6 +103,16 @@ def test_direct_routing_is_passed_to_the_peer():
     )).direct
 
 
+def test_a_node_with_our_public_address_and_another_port_is_another_node():
+    """Two nodes behind one NAT. VXLAN has the same port on all nodes."""
+    ours = IPv4Address("192.0.2.1")
+    found = only(BOTH, lease(public=ours, backend="vxlan", data=embed(VXLAN, ADVERT)))
+    assert route_of(found).port == ADVERT.port
+    assert peer_of(found) is None
+    assert found.shares_address
+    assert not only(BOTH, lease()).shares_address
+
+
 @pytest.mark.parametrize(
     ("local", "peer", "why"),
     [
@@ -115,6 +125,10 @@ def test_direct_routing_is_passed_to_the_peer():
         (BOTH, lease(backend="vxlan", data="nonsense"), "do not match this node's"),
         (BOTH, lease(backend="vxlan"), "do not match this node's"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("192.0.2.1")), "old lease of this node"),
+        (UDP_ONLY, lease(n=2, public=IPv4Address("192.0.2.1"),
+                         data=embed(None, Advert(8285, 1400))), "needs a UDP port of its own"),
+        (VXLAN_ONLY, lease(n=2, public=IPv4Address("192.0.2.1"), backend="vxlan",
+                           data=embed(VXLAN, ADVERT)), "cannot tell apart nodes"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("224.0.0.1")), "not a unicast address"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("0.0.0.0")), "not a unicast address"),
         (UDP_ONLY, Lease("n2", Subnets(SUB4), Attributes()), "no public address"),

@@ -62,7 +62,8 @@ class Prepared:
     def local(self, lease: Lease) -> LocalNode:
         underlay = self.site.underlay
         public = tuple(one for one in (underlay.public, underlay.public6) if one is not None)
-        return LocalNode(lease.key, lease.subnets, self.site.network.networks, public, self.reaches)
+        return LocalNode(lease.key, lease.subnets, self.site.network.networks, public, self.reaches,
+                         self.site.udp_port)
 
 
 def create(

@@ -109,9 +109,12 @@ class Reach(ABC, Generic[P]):
 
     Subclasses are frozen dataclasses, so that the daemon can compare them. The daemon computes all
     paths again if a ``Reach`` differs from the one before.
+
+    has_ports  a node can have a port of its own, so several nodes can have one public address
     """
 
     name: ClassVar[str]
+    has_ports: ClassVar[bool] = False
 
     @abstractmethod
     def path(self, peer: PeerNode, subnet: IPNetwork) -> P | str:

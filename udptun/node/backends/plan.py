@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ...leases.advert import PROBE, Advert
 from ...leases.advert import read as read_advert
 from ...leases.base import Change, Lease, Subnets
-from ...model import IPAddress, IPNetwork, is_unicast
+from ...model import DEFAULT_PORT, IPAddress, IPNetwork, is_unicast
 from . import BACKENDS, FLANNEL_DEFAULT
 from .base import PeerNode, Reach
 
@@ -31,6 +31,7 @@ class LocalNode:
     key, subnets  the key and the subnets of our lease
     networks      the overlay's networks, one per enabled IP version
     public        our public addresses
+    port          our UDP port; other nodes behind the same NAT have another one
     reaches       the ``Reach`` of each active backend, in the order of ``BACKENDS``
     """
 
@@ -39,6 +40,7 @@ class LocalNode:
     networks: tuple[IPNetwork, ...]
     public: tuple[IPAddress, ...]
     reaches: tuple[Reach[Any], ...]
+    port: int = DEFAULT_PORT
 
 
 class SubnetPaths(NamedTuple):
@@ -48,12 +50,14 @@ class SubnetPaths(NamedTuple):
     paths   one entry per entry of ``LocalNode.reaches``; None: this backend has no path. At least
             one entry is not None.
     advert  the peer's advert; None: the peer is not a udptun node, or does not say so
+    shares_address  the peer has our public address: both nodes are behind one NAT
     """
 
     key: str
     subnet: IPNetwork
     paths: tuple[Any | None, ...]
     advert: Advert | None = None
+    shares_address: bool = False
 
     @property
     def answers_probes(self) -> bool:
@@ -83,15 +87,18 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
         if network is None:
             continue  # the overlay does not use this IP version, so no path is missing
         try:
-            _check(local, subnet, network, peer)
+            _check(local, subnet, network, peer, advert)
             paths = _paths(local, peer, subnet)
-            found.append(SubnetPaths(lease.key, subnet, paths, advert))
+            found.append(SubnetPaths(
+                lease.key, subnet, paths, advert, _shares_address(local, peer)))
         except _Unusable as exc:
             reasons[str(exc)] = None
     return found, "; ".join(reasons)
 
 
-def _check(local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNode) -> None:
+def _check(
+    local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNode, advert: Advert | None
+) -> None:
     if subnet.prefixlen < network.prefixlen or not _overlap(subnet, network):
         raise _Unusable(f"its subnet {subnet} is not within {network}")
     for own in local.subnets:
@@ -100,12 +107,17 @@ def _check(local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNo
     if not peer.public:
         raise _Unusable("its lease has no public address")
     for address in peer.public.values():
-        if address in local.public:
+        if address in local.public and (advert is None or advert.port == local.port):
             raise _Unusable(
-                f"its public address {address} is ours: this is an old lease of this node"
+                f"its public address {address} is ours: this is an old lease of this node, or"
+                " another node behind the same address, which then needs a UDP port of its own"
             )
         if not is_unicast(address):
             raise _Unusable(f"its public address {address} is not a unicast address")
+
+
+def _shares_address(local: LocalNode, peer: PeerNode) -> bool:
+    return not {*peer.public.values()}.isdisjoint(local.public)
 
 
 def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
@@ -118,7 +130,12 @@ def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
 
 
 def _paths(local: LocalNode, peer: PeerNode, subnet: IPNetwork) -> tuple[Any | None, ...]:
-    results = [backend.path(peer, subnet) for backend in local.reaches]
+    shares = _shares_address(local, peer)
+    results = [
+        f"{BACKENDS[backend.name]} cannot tell apart nodes with one public address"
+        if shares and not backend.has_ports else backend.path(peer, subnet)
+        for backend in local.reaches
+    ]
     reasons = [result for result in results if isinstance(result, str)]
     if len(reasons) < len(results):
         return tuple(None if isinstance(result, str) else result for result in results)

@@ -40,6 +40,7 @@ class UdpReach(Reach[Route]):
     """
 
     name: ClassVar[str] = "udp"
+    has_ports: ClassVar[bool] = True
 
     port: int
     outer: tuple[int, ...]

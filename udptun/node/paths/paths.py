@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0  # after a choice could not be applied
 ASKS_N = 20  # pairs that wait for the forwarder at a time; others use its last measurement
+HAIRPIN = "; both nodes have one public address, so their NAT has to send packets back (hairpin)"
 
 Carriers = Mapping[IPNetwork, str | None]
 
@@ -150,6 +151,8 @@ class Paths:
             if old is None:
                 continue
             health, why = self._meters.health(pair, at)
+            if why and pair.found.shares_address:
+                why += HAIRPIN
             if health is not old.health:
                 pair.measured[at] = Measured(health, now, why)
                 got_worse |= at == pair.choice.at and health is not None and health < Health.GOOD
