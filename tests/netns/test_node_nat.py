@@ -32,7 +32,7 @@ table ip nat {{
   }}
   chain postrouting {{
     type nat hook postrouting priority srcnat;
-    udp sport {{ 8285, 8286 }} snat to {self.public}
+    ip saddr {{ {self.n1.v4}, {self.n2.v4} }} udp sport {{ 8285, 8286 }} snat to {self.public}
   }}
 }}
 """)
