@@ -20,7 +20,14 @@ from udptun.errors import DeviceError
 from udptun.leases.base import Subnets
 from udptun.model import parse_address
 from udptun.node.status import server as server_module
-from udptun.node.status.readiness import CHECKS, MAX_NAMED, State, is_ready, judge
+from udptun.node.status.readiness import (
+    CHANGE_SECONDS,
+    CHECKS,
+    MAX_NAMED,
+    State,
+    is_ready,
+    judge,
+)
 from udptun.node.status.report import FirewallDrop, NodeReport
 from udptun.node.status.server import HealthServer
 
@@ -55,6 +62,18 @@ def test_a_healthy_node_passes_every_check() -> None:
 def test_a_starting_node_fails_its_checks() -> None:
     assert set(states(starting())) == set(CHECKS) - {"conntrack", "peers"}
     assert set(states(starting()).values()) == {State.FAILED}
+
+
+def test_a_change_that_is_being_applied_does_not_make_the_node_unready() -> None:
+    """In a large cluster there is always one."""
+    report = ready()
+    report.forwarder.mark_synced(False)
+    assert states(report) == {}
+    assert report.forwarder.behind is not None
+    report.forwarder.behind -= CHANGE_SECONDS
+    assert states(report) == {"forwarder": State.FAILED}
+    report.forwarder.mark_synced(True)
+    assert states(report) == {}
 
 
 def set_store_down(report: NodeReport) -> None:

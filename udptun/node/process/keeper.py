@@ -134,7 +134,7 @@ class ForwarderKeeper:
 
     def _request_work(self) -> None:
         self._synced.clear()
-        self._report.forwarder.synced = False
+        self._report.forwarder.mark_synced(False)
         self._since = self._since or time.monotonic()
         self._wake.set()
 
@@ -246,7 +246,7 @@ class ForwarderKeeper:
 
     def _fail(self, why: str) -> None:
         report = self._report.forwarder
-        report.synced = False
+        report.mark_synced(False)
         self._synced.clear()
         if report.error != why:
             log.warning("%s", why)
@@ -286,7 +286,7 @@ class ForwarderKeeper:
         if since is not None:
             report.paths_applied(since)
         if not (self._replace_all or self._pending):
-            report.forwarder.synced = True
+            report.forwarder.mark_synced(True)
             self._synced.set()
 
     def _one(self, subnet: IPNetwork, route: Route | None) -> Callable[[], RouteDiff]:

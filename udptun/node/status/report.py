@@ -31,6 +31,8 @@ class ForwarderReport:
     connected   the forwarder has answered the last request, and has the right options
     error       the reason why the forwarder is not connected, as a sentence; "" if it is connected
     synced      the forwarder's table has exactly our routes
+    behind      time.monotonic() when it began to differ from our routes; None: it has been equal
+                at no time, or it is equal
     routes_n    the number of routes in the forwarder's table
     starts_n    the number of forwarder processes that we have started since our own start
     replaces_n  how often the whole table was replaced
@@ -40,9 +42,17 @@ class ForwarderReport:
     connected: bool = False
     error: str = "not looked for yet"
     synced: bool = False
+    behind: float | None = None
     routes_n: int = 0
     starts_n: int = 0
     replaces_n: int = 0
+
+    def mark_synced(self, synced: bool) -> None:
+        if synced:
+            self.behind = None
+        elif self.synced:
+            self.behind = time.monotonic()
+        self.synced = synced
 
 
 @dataclass(frozen=True, slots=True)
