@@ -21,7 +21,7 @@ from udptun.lab.tools import install_command
 
 from . import flame, instructions, nodes, plots, profiles, readme, record, report, system
 from .contenders.external import installed_names
-from .metrics import gap, lookup, memory, pps, rtt, scale, start, tcp
+from .metrics import gap, isolation, lookup, memory, pps, rtt, scale, start, tcp
 from .metrics.metric import COMPARED, NO_PROFILE, Metric, Plan
 from .session import OutOfTime, Session
 from .summary import load
@@ -50,6 +50,7 @@ SINGLE = {
     "rtt": (rtt.METRIC, Plan(5, 2, ("P1",))),
     "pps": (pps.METRIC, Plan(3, 1, ("P1",))),
     "gap": (gap.METRIC, Plan(10, 2, ("P1",), ("udptun",))),
+    "isolation": (isolation.METRIC, Plan(5, 4, ("P1",), ("udptun",))),
     "memory": (memory.METRIC, Plan(3, 3, ("P1",), ("udptun",))),
     "start": (start.METRIC, Plan(10, 1, ("P1",), ("udptun",))),
     "scale": (scale.METRIC, Plan(3, 1, ("P1",), ("udptun", "onepacket"))),

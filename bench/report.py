@@ -28,6 +28,9 @@ _METRICS = {
     "pps": "UDP datagrams from a to b, each sent as its own packet. *N bytes*: UDP payload.",
     "gap": "20,000 datagrams per second from a to b while all routes of host a's forwarder are "
     "replaced. *N routes*: number of routes replaced.",
+    "isolation": "1000 datagrams per second from a to b while a also sends much more to other "
+    "peers. *N dead*: N peers whose link address does not exist. *N Mbit/s*: one peer behind a "
+    "traffic class of this rate. *quiet*: before a sends to the other peers.",
     "memory": "Resident memory of a forwarder while it forwards one TCP stream. *N routes*: the "
     "size of its table.",
     "start": "Time from the start of the `udptun forward` process to the arrival of the first "

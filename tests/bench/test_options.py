@@ -36,6 +36,7 @@ def nothing_is_measured(monkeypatch):
         (["rtt", "--variant", "sctp idle"], ["rtt: variant 'sctp idle'", "udp idle, udp bulk"]),
         (["pps", "--variant", "64"], ["pps: variant '64'", "N bytes"]),
         (["gap", "--variant", "0 routes"], ["gap: variant '0 routes'", "N: 1..1000000"]),
+        (["isolation", "--variant", "151 dead"], ["isolation: variant '151 dead'", "N: 1..150"]),
         (["scale", "--variant", "101 peers"], ["scale: variant '101 peers'", "N: 1..100"]),
         (["pps", "--variant", "9 bytes"], ["pps: variant '9 bytes'", "16..1400"]),
         (["tcp", "--variant", "129 there"], ["tcp: variant '129 there'", "N: 1..128"]),

@@ -5,6 +5,7 @@ A slow qdisc on loopback keeps datagrams in the socket's buffer until the buffer
 
 import contextlib
 import errno
+import ipaddress
 import itertools
 import socket
 import subprocess
@@ -17,8 +18,10 @@ from tests.own_netns import in_own_netns, sh
 from tests.path.test_worker import ALL, PEERS, Rig
 from tests.wire.craft import Flow, addr
 from udptun import _core
+from udptun.device.offload import OffloadRequest
 from udptun.drops import ENCAP
-from udptun.model import Route
+from udptun.model import Endpoint, Route
+from udptun.net.udp import open_udp
 
 NO_GSO = tuple(f for f in ALL if f != "udp-gso")
 OWN_SOCKETS = 64  # src_ext/path/worker.pxd
@@ -259,6 +262,21 @@ def test_more_slow_peers_than_own_sockets_do_not_harm_a_healthy_peer():
         assert counters["own_sockets_given"] > OWN_SOCKETS
         assert rig.encap()["queued"] == 0
         rig.check_invariant()
+
+
+@in_own_netns
+def test_a_second_forwarder_with_the_same_port_does_not_prevent_own_sockets():
+    slow_loopback("100kbit")
+    with FullRig() as rig:
+        listen = Endpoint(ipaddress.ip_address("127.0.0.77"), rig.udp.getsockname()[1])
+        other = open_udp(listen, OffloadRequest.parse("off"), reuse_port=False)
+        other.let_join()
+        with contextlib.closing(other):
+            for dst in ("10.244.3.5", "10.244.2.5"):
+                rig.fill(dst=dst)
+                rig.work()
+        assert rig.own_sockets() > 0
+        assert rig.worker.take_events() == []
 
 
 @in_own_netns

@@ -177,8 +177,8 @@ class Forwarder:
             for endpoint in config.listen:
                 opened = open_udp(endpoint, config.offload, reuse_port=index > 0)
                 self._closing.callback(opened.close)
-                if index == 0 and config.workers_n > 1:
-                    opened.let_join()
+                if index == 0:
+                    opened.let_join()  # also for the own sockets of slow peers
                 sockets.append(opened)
         return sockets
 

@@ -57,7 +57,8 @@ class UdpSocket:
         return self.socket.family
 
     def let_join(self) -> None:
-        """Let sockets opened with ``reuse_port`` share the endpoint from now on.
+        """Let sockets opened with ``reuse_port`` share the endpoint from now on. The own sockets of
+        slow peers (src_ext/path/own_socket.pxd) need this too, on each address with this port.
 
         The first socket is bound before this call, without SO_REUSEPORT. The bind then fails if
         another program uses the endpoint.
