@@ -9,19 +9,23 @@ at a time.
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.errno cimport EAFNOSUPPORT
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
-from path.worker cimport shared_t, worker_t
-from sys cimport load_flag, now_ns
+from path.probe cimport count_sent, send_datagram
+from path.worker cimport direction_t, shared_t, worker_t
+from sys cimport load_flag, now_ns, sockaddr_in6
 from table.addr_map cimport addr_map_init, addr_map_put
-from table.peer cimport peer_counters_t, peer_free, peer_t
+from table.peer cimport peer_counters_t, peer_free, peer_t, set_sockaddr
 from table.publish cimport (
     activate_snapshot, build_snapshot, discard_snapshot, reclaim, retired_t,
 )
 from table.snapshot cimport find_hop, hop_t, next_peer, path_limit, snapshot_free, snapshot_t
+
+from wire.probe cimport PROBE_LEN, PROBE_MAX, PROBE_REQUEST, build_probe, probe_t
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
 from udptun.errors import FieldError
@@ -66,6 +70,7 @@ cdef class Core:
     cdef list own               # packed addresses
     cdef bint preparing         # a PreparedSnapshot exists; only one may exist at a time
     cdef RouteTable table       # the active table; its routes have the order of snapshot.hops
+    cdef direction_t sent       # the probes sent by send_probe
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd):
@@ -228,6 +233,7 @@ cdef class Core:
                 address=packed_address(peer), port=peer.port, path_mtu=peer.path_mtu,
                 encap_packets=total.encap_packets, encap_bytes=total.encap_bytes,
                 decap_packets=total.decap_packets, decap_bytes=total.decap_bytes, last_seen=seen,
+                probe=peer.probe, last_rx_ns=total.last_seen_ns,
             )
             peer = next_peer(s, &slot, peer)
         return found
@@ -272,15 +278,65 @@ cdef class Core:
             peer = next_peer(s, &slot, peer)
         return changes
 
-    def packets(self):
-        """Return the packet counters of each direction, summed over the workers.
+    # Probes
 
-        The result is {direction: {read, generated, delivered, dropped, queued}}. In each direction,
-        read + generated = delivered + dropped + queued.
+    def send_probe(self, bytes address, uint16_t port, uint64_t token, uint32_t size,
+                   uint32_t heard_ms):
+        """Send a request from the socket of the address's family. Return 0, or the errno with which
+        the kernel refused it. Its answer is a record of ``take_probes`` later.
+
+        size      bytes of the message, PROBE_LEN..PROBE_MAX
+        heard_ms  since the last probe of this peer arrived; 2**32 - 1 = none yet
+        """
+        cdef probe_t probe
+        cdef sockaddr_in6 to
+        cdef uint32_t to_len
+        cdef uint8_t* message
+        cdef int fd, error
+        if len(address) not in (4, 16):
+            raise ValueError(f"an address of {len(address)} bytes")
+        if not PROBE_LEN <= size <= PROBE_MAX:
+            raise ValueError(f"a probe of {size} bytes: expected {PROBE_LEN} to {PROBE_MAX}")
+        fd = -1
+        if self.objects:
+            fd = self.workers[0].udp_fd4 if len(address) == 4 else self.workers[0].udp_fd6
+        if fd < 0:
+            return EAFNOSUPPORT
+        message = <uint8_t*>malloc(size)
+        if message == NULL:
+            raise MemoryError
+        probe.kind, probe.size, probe.token, probe.heard_ms = PROBE_REQUEST, size, token, heard_ms
+        build_probe(message, &probe)
+        to_len = set_sockaddr(&to, <const uint8_t*>address, len(address), port)
+        error = send_datagram(fd, message, size, &to, to_len)
+        free(message)
+        count_sent(&self.sent, error)
+        return error
+
+    def take_probes(self):
+        """Return a model.ProbeRecord for each probe that has arrived since the last call.
+
+        A worker raises the event "probe" when it adds a record. It has space for PROBE_RING
+        records; further ones are lost, and counted in its ``probes_lost``.
         """
         cdef Worker worker
-        counts = ("read", "generated", "delivered", "dropped", "queued")
-        total = {direction: dict.fromkeys(counts, 0) for direction in (ENCAP, DECAP)}
+        found = []
+        for worker in self.objects:
+            found += worker.take_probes()
+        return found
+
+    # Counters
+
+    def packets(self):
+        """Return the packet counters of each direction, summed over all threads.
+
+        The result is {direction: {read, generated, delivered, consumed, dropped, queued}}. In each
+        direction, read + generated = delivered + consumed + dropped + queued.
+        """
+        cdef Worker worker
+        cdef direction_t none
+        memset(&none, 0, sizeof(none))
+        total = {ENCAP: packets_of(&self.sent, 0), DECAP: packets_of(&none, 0)}
         for worker in self.objects:
             for direction, packets in worker.packets().items():
                 for name, n in packets.items():
@@ -294,7 +350,7 @@ cdef class Core:
         rows = []
         for i, reason in enumerate(DROP_REASONS, start=1):
             for direction in reason.directions:
-                n = 0
+                n = self.sent.drops[i] if direction == ENCAP else 0
                 for worker in self.objects:
                     n += worker.dropped(i, direction)
                 rows.append((reason.name, direction, n))

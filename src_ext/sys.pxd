@@ -97,6 +97,9 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockname(int fd, sockaddr* address, uint32_t* n)
     int getsockopt(int fd, int level, int name, void* value, uint32_t* n)
     int setsockopt(int fd, int level, int name, const void* value, uint32_t n)
+    ssize_t sendto(
+        int fd, const void* buf, size_t n, int flags, const sockaddr* to, uint32_t to_len
+    )
     enum: MSG_DONTWAIT
     enum: MSG_ERRQUEUE
     enum: MSG_TRUNC

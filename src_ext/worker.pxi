@@ -14,11 +14,12 @@ from libc.stdlib cimport calloc, free
 from drops cimport DROP_REASONS_N
 from path.own_socket cimport close_own_sockets
 from path.queue cimport QUEUE_BYTES, QUEUE_FRAME_DATAGRAMS
+from path.probe cimport ring_take
 from path.turn cimport drain, epoll_register, run
 from path.worker cimport (
-    EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
+    EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_PROBE, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
     EVENT_UDP_MERGE, ON_FULL, OWN_SOCKETS, RX_SLOT, RX_SLOTS, TX_FRAME, WR_FRAME, direction_t,
-    worker_t,
+    probe_record_t, worker_t,
 )
 from sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, POLLOUT, close,
@@ -28,6 +29,7 @@ from wire.headers cimport VNET_LEN
 from wire.merge cimport merge_reset
 
 from udptun.drops import DECAP, ENCAP
+from udptun.model import ProbeRecord
 
 
 cdef extern from * nogil:
@@ -41,19 +43,20 @@ MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs to set on the TUN
 WORKER_EVENTS = {
     "path_mtu": EVENT_PATH_MTU, "udp-gso": EVENT_UDP_GSO, "tcp-merge": EVENT_TCP_MERGE,
     "udp-merge": EVENT_UDP_MERGE, "tun_gone": EVENT_TUN_GONE, "own_socket": EVENT_OWN_SOCKET,
+    "probe": EVENT_PROBE,
 }
 
 
 cdef dict packets_of(const direction_t* d, uint64_t queued):
-    """Return the five counts of inner IP packets of one direction:
-    read + generated = delivered + dropped + queued."""
+    """Return the six counts of inner IP packets and probes of one direction:
+    read + generated = delivered + consumed + dropped + queued."""
     cdef uint64_t dropped = 0
     cdef int i
     for i in range(DROP_REASONS_N):
         dropped += d.drops[i]
     return {
         "read": d.read, "generated": d.generated, "delivered": d.delivered,
-        "dropped": dropped, "queued": queued,
+        "consumed": d.consumed, "dropped": dropped, "queued": queued,
     }
 
 
@@ -198,13 +201,25 @@ cdef class Worker:
         return {
             "index": w.index, "turns": w.turns, "loop_returns": w.loop_returns,
             "queued": w.queue.waiting_n, "icmp_sent": w.icmp_sent,
-            "icmp_suppressed": w.icmp_suppressed,
+            "icmp_suppressed": w.icmp_suppressed, "probes_lost": w.probes.lost,
             "own_sockets": w.own_sockets_n, "own_sockets_given": w.own_sockets_given,
             "syscalls": {
                 "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,
                 "receive": w.syscalls_recv, "wait": w.syscalls_wait,
             },
         }
+
+    cdef list take_probes(self):
+        """Return a model.ProbeRecord for each probe that has arrived since the last call."""
+        cdef probe_record_t record
+        found = []
+        while ring_take(&self.w.probes, &record):
+            found.append(ProbeRecord(
+                kind=record.probe.kind, address=record.addr[:record.addr_len], port=record.port,
+                token=record.probe.token, heard_ms=record.probe.heard_ms, size=record.probe.size,
+                received_ns=record.received_ns,
+            ))
+        return found
 
     cdef dict packets(self):
         """Return ``packets_of`` by direction: {direction: {read, generated, ...}}."""

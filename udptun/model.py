@@ -1,9 +1,9 @@
 """Endpoints, routes and peers: values, limits, text form and JSON form.
 
 A leaf: imports only ``errors``. Objects are frozen and validated here. Owns the grammar of a route
-as users write it (``DST via IP [port P] [mtu M]``, or a JSON object), and the limits of ports and
-MTUs. The compiled core has a second parser of this grammar. It parses whole tables without the
-interpreter. Tests compare the two parsers. Threading: any thread.
+as users write it (``DST via IP [port P] [mtu M] [probe]``, or a JSON object), and the limits of
+ports and MTUs. The compiled core has a second parser of this grammar. It parses whole tables
+without the interpreter. Tests compare the two parsers. Threading: any thread.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
 
 SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
+PROBE_REQUEST, PROBE_REPLY = 1, 2  # ProbeRecord.kind
+NEVER_HEARD = 0xFFFFFFFF
+ROUTE_WORDS = "DST via IP [port P] [mtu M] [probe]"
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -118,18 +121,20 @@ class Endpoint:
 class Route:
     """Packets to ``dst`` are sent to the peer at ``via``:``port``.
 
-    mtu  largest inner packet for this route, in bytes; None: only the path limits the size
+    mtu    largest inner packet for this route, in bytes; None: only the path limits the size
+    probe  the peer answers probes, so the forwarder may measure the path to it
     """
 
     dst: IPNetwork
     via: IPAddress
     port: int = DEFAULT_PORT
     mtu: int | None = None
+    probe: bool = False
 
     @classmethod
     def make(
         cls, dst: object, via: object, port: object = DEFAULT_PORT, mtu: object = None,
-        where: str = "",
+        probe: object = False, where: str = "",
     ) -> Route:
         """Build a route from untrusted values. Raises FieldError, which names the field."""
         prefix = parse_destination("dst", dst, where)
@@ -137,50 +142,58 @@ class Route:
         port_number = parse_number("port", port, 1, MAX_PORT, where)
         low = MIN_MTU if prefix.version == 4 else MIN_MTU6
         limit = None if mtu is None else parse_number("mtu", mtu, low, MAX_MTU, where)
-        return cls(prefix, next_hop, port_number, limit)
+        if not isinstance(probe, bool):
+            raise FieldError("probe", probe, "true or false", where)
+        return cls(prefix, next_hop, port_number, limit, probe)
 
     @classmethod
     def from_words(cls, words: Sequence[str], where: str = "") -> Route:
-        """Parse ``DST via IP [port P] [mtu M]``, split on blanks."""
+        """Parse ``DST via IP [port P] [mtu M] [probe]``, split on blanks."""
         if len(words) < 3 or words[1] != "via":
-            raise FieldError("route", " ".join(words), "DST via IP [port P] [mtu M]", where)
+            raise FieldError("route", " ".join(words), ROUTE_WORDS, where)
         values: dict[str, object] = {}
-        rest = words[3:]
-        for i in range(0, len(rest), 2):
-            name = rest[i]
-            if name not in ("port", "mtu") or name in values:
-                raise FieldError("route", name, "port P or mtu M, each once", where)
-            if i + 1 == len(rest):
+        rest = iter(words[3:])
+        for name in rest:
+            if name not in ("port", "mtu", "probe") or name in values:
+                raise FieldError("route", name, "port P, mtu M or probe, each once", where)
+            value = True if name == "probe" else next(rest, None)
+            if value is None:
                 raise FieldError(name, "", "a value after it", where)
-            values[name] = rest[i + 1]
+            values[name] = value
         return cls.make(words[0], words[2], where=where, **values)
 
     @classmethod
     def from_json(cls, value: object, where: str = "") -> Route:
-        """Parse ``{"dst", "via", "port"?, "mtu"?}``; ``mtu`` may be null."""
+        """Parse ``{"dst", "via", "port"?, "mtu"?, "probe"?}``; ``mtu`` may be null."""
         if not isinstance(value, Mapping):
             raise FieldError("route", value, "an object with dst and via", where)
         for name in value:
-            if name not in ("dst", "via", "port", "mtu"):
-                raise FieldError("route", name, "only dst, via, port and mtu", where)
+            if name not in ("dst", "via", "port", "mtu", "probe"):
+                raise FieldError("route", name, "only dst, via, port, mtu and probe", where)
         for name in ("dst", "via"):
             if name not in value:
                 raise FieldError(name, None, "a value (it is required)", where)
         return cls.make(**value, where=where)
 
     def to_json(self) -> dict[str, object]:
-        return {"dst": str(self.dst), "via": str(self.via), "port": self.port, "mtu": self.mtu}
+        """Return the JSON object. It has ``probe`` only if it is true."""
+        values = {"dst": str(self.dst), "via": str(self.via), "port": self.port, "mtu": self.mtu}
+        return values | {"probe": True} if self.probe else values
 
     def __str__(self) -> str:
         mtu = "" if self.mtu is None else f" mtu {self.mtu}"
-        return f"{self.dst} via {self.via} port {self.port}{mtu}"
+        probe = " probe" if self.probe else ""
+        return f"{self.dst} via {self.via} port {self.port}{mtu}{probe}"
 
 
 class Peer(NamedTuple):
     """A peer and its counters, as the core reports them.
 
     address    address in packed form
-    last_seen  seconds since the last packet from the peer; None: no packet has arrived
+    last_seen  seconds since the last accepted packet, probe or keepalive from the peer; None: none
+               has arrived
+    probe      a route says that the peer answers probes
+    last_rx_ns  the time that last_seen counts from, monotonic; 0: none
     """
 
     address: bytes
@@ -191,6 +204,27 @@ class Peer(NamedTuple):
     decap_packets: int
     decap_bytes: int
     last_seen: float | None
+    probe: bool
+    last_rx_ns: int
+
+
+class ProbeRecord(NamedTuple):
+    """A probe that has arrived over UDP, as the core reports it.
+
+    kind         PROBE_REQUEST (the worker has answered it already) or PROBE_REPLY
+    address      of the sender, in packed form
+    heard_ms     milliseconds since the sender last received a probe of ours; NEVER_HEARD: never
+    size         bytes of the message
+    received_ns  monotonic
+    """
+
+    kind: int
+    address: bytes
+    port: int
+    token: int
+    heard_ms: int
+    size: int
+    received_ns: int
 
 
 @dataclass(frozen=True, slots=True)

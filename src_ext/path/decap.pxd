@@ -1,4 +1,4 @@
-"""UDP to TUN: split received runs, admit each packet, merge packets and write them.
+"""UDP to TUN: split received runs, consume probes, admit each packet, merge packets, write them.
 
 Owns the path of a received datagram. A datagram is untrusted until ``admit`` accepts its sender and
 its inner source. The counters count inner IP packets, after splitting and before merging.
@@ -10,10 +10,11 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from drops cimport (
-    DROP_OWN_SOURCE, DROP_SOURCE_NOT_ROUTED, DROP_TRUNCATED, DROP_TTL_EXCEEDED, DROP_TUN_WRITE,
-    DROP_UNKNOWN_PEER, PASS, drop_t,
+    DROP_BAD_VERSION, DROP_OWN_SOURCE, DROP_SOURCE_NOT_ROUTED, DROP_TRUNCATED,
+    DROP_TTL_EXCEEDED, DROP_TUN_WRITE, DROP_UNKNOWN_PEER, PASS, drop_t,
 )
 from path.icmp_reply cimport reply_to_peer
+from path.probe cimport take_probe
 from path.send cimport read_errors
 from path.worker cimport (
     CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, count_drop,
@@ -23,13 +24,14 @@ from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
     cmsghdr, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, write,
 )
-from table.peer cimport peer_t
+from table.peer cimport peer_counters_t, peer_t
 from table.snapshot cimport find_hop, find_peer, hop_t, is_own
 from wire.headers cimport load_be16
 from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
 )
 from wire.packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
+from wire.probe cimport is_probe
 
 
 cdef enum:
@@ -46,6 +48,11 @@ cdef struct sender_t:           # the sender of one datagram; caches the last re
     const uint8_t* addr         # outer source address, network order
     uint8_t addr_len
     peer_t* peer                # NULL: the sender is not a peer
+    mmsghdr* message            # the datagram
+    uint16_t port               # host order
+    bint heard                  # the datagram has an accepted packet, a probe, or is a keepalive
+    uint32_t probes_n           # probes in the datagram, and their bytes
+    uint32_t probes_bytes
     uint8_t inner_len           # 0: no result is cached yet
     uint8_t inner[16]
     drop_t verdict
@@ -89,14 +96,34 @@ cdef inline drop_t admit(
     return sender.verdict
 
 
+cdef inline drop_t consume(worker_t* w, sender_t* sender, uint8_t* p, size_t n) noexcept nogil:
+    """Consume a probe. Return PASS if it was one, else the drop reason."""
+    cdef msghdr* message = &sender.message.msg_hdr
+    cdef drop_t verdict = DROP_BAD_VERSION
+    if is_probe(p, n):
+        verdict = take_probe(
+            w, sender.peer, sender.port, message.msg_name, message.msg_namelen, p, n
+        )
+    if verdict == PASS:
+        sender.heard = True
+        sender.probes_n += 1
+        sender.probes_bytes += <uint32_t>n
+        w.decap.consumed += 1
+    return verdict
+
+
 cdef inline void decap_packet(
     worker_t* w, sender_t* sender, uint8_t* p, size_t n
 ) noexcept nogil:
-    """Pass one inner packet to the merge step, or drop it. p[0:n] is borrowed until the outputs
-    are written. Bytes after the declared length are padding and are removed."""
+    """Pass one inner packet to the merge step, consume a probe, or drop it. p[0:n] is borrowed
+    until the outputs are written. Bytes after the declared length are padding and are removed."""
     cdef ip_t ip
     cdef drop_t verdict = parse_ip(p, n, &ip)
     w.decap.read += 1
+    if verdict == DROP_BAD_VERSION:  # no IP packet: it may be a probe
+        verdict = consume(w, sender, p, n)
+        if verdict == PASS:
+            return
     if verdict == PASS:
         verdict = check_total_len(&ip, n)
     if verdict == PASS:
@@ -108,6 +135,7 @@ cdef inline void decap_packet(
     if verdict != PASS:
         count_drop(&w.decap, verdict, 1)
         return
+    sender.heard = True
     merge_add(&w.merge, p, ip.total_len, &ip)
 
 
@@ -178,20 +206,23 @@ cdef inline uint32_t gro_size(msghdr* msg) noexcept nogil:
 
 
 cdef inline void find_sender(
-    const worker_t* w, sender_t* sender, sockaddr_in6* sa
+    const worker_t* w, sender_t* sender, mmsghdr* m
 ) noexcept nogil:
     """Set the outer source address of the sender, and the peer that has this address."""
+    cdef sockaddr_in6* sa = <sockaddr_in6*>m.msg_hdr.msg_name
     cdef sockaddr_in* sa4 = <sockaddr_in*>sa
-    cdef uint16_t port
+    sender.message = m
+    sender.heard = m.msg_len == 0  # an empty datagram is a keepalive
+    sender.probes_n = sender.probes_bytes = 0
     if sa.sin6_family == AF_INET:
         sender.addr = <const uint8_t*>&sa4.sin_addr
         sender.addr_len = 4
-        port = load_be16(<const uint8_t*>&sa4.sin_port)
+        sender.port = load_be16(<const uint8_t*>&sa4.sin_port)
     else:
         sender.addr = <const uint8_t*>&sa.sin6_addr
         sender.addr_len = 16
-        port = load_be16(<const uint8_t*>&sa.sin6_port)
-    sender.peer = find_peer(w.snapshot, sender.addr, sender.addr_len, port)
+        sender.port = load_be16(<const uint8_t*>&sa.sin6_port)
+    sender.peer = find_peer(w.snapshot, sender.addr, sender.addr_len, sender.port)
     sender.inner_len = 0
 
 
@@ -202,11 +233,12 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
     cdef uint64_t read_before = w.decap.read
     cdef size_t piece
     cdef sender_t sender
+    cdef peer_counters_t* counters
     if m.msg_hdr.msg_flags & MSG_TRUNC:
         w.decap.read += 1
         count_drop(&w.decap, DROP_TRUNCATED, 1)
         return
-    find_sender(w, &sender, <sockaddr_in6*>m.msg_hdr.msg_name)
+    find_sender(w, &sender, m)
     if size == 0:
         size = <uint32_t>n
     while True:
@@ -219,9 +251,11 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
         if n == 0:
             break
     if sender.peer != NULL:
-        sender.peer.counters[w.index].decap_packets += w.decap.read - read_before
-        sender.peer.counters[w.index].decap_bytes += m.msg_len
-        sender.peer.counters[w.index].last_seen_ns = w.now
+        counters = &sender.peer.counters[w.index]
+        counters.decap_packets += w.decap.read - read_before - sender.probes_n
+        counters.decap_bytes += m.msg_len - sender.probes_bytes
+        if sender.heard:
+            counters.last_seen_ns = w.now
 
 
 # Each batch

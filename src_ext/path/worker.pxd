@@ -1,9 +1,11 @@
 """The state of one data worker: descriptors, buffers, counters and switches.
 
 Owns the memory layout and the batch sizes. The steps that use this state are in icmp_reply.pxd,
-own_socket.pxd, send.pxd, encap.pxd, decap.pxd and turn.pxd. The send queue is in queue.pxd.
+own_socket.pxd, send.pxd, probe.pxd, encap.pxd, decap.pxd and turn.pxd. The send queue is in
+queue.pxd.
 Threading: the worker's thread writes a ``worker_t``. The control side reads the counters,
-reads and clears ``events``, and writes ``wake_requested`` and the snapshot pointer of ``shared_t``.
+reads and clears ``events``, takes records from ``probes``, and writes ``wake_requested`` and the
+snapshot pointer of ``shared_t``.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -17,6 +19,7 @@ from table.snapshot cimport snapshot_t
 from wire.headers cimport VNET_LEN
 from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from wire.merge cimport merge_t
+from wire.probe cimport probe_t
 
 
 cdef enum:
@@ -47,12 +50,16 @@ cdef enum:
     EVENT_UDP_MERGE = 8         # the kernel refused a merged UDP frame; merging UDP is now off
     EVENT_TUN_GONE = 16
     EVENT_OWN_SOCKET = 32       # an own socket could not be opened
+    EVENT_PROBE = 64            # a probe is in the ring
+
+    PROBE_RING = 256            # records of probes that the control side has not taken yet
 
 
 cdef struct direction_t:        # counters of inner IP packets
     uint64_t read
     uint64_t generated
     uint64_t delivered
+    uint64_t consumed           # probes from peers
     uint64_t drops[DROP_REASONS_N]
 
 
@@ -70,6 +77,21 @@ cdef struct own_socket_t:       # see own_socket.pxd
     uint16_t port
     uint64_t given_ns           # time at which the peer got the socket
     uint32_t empty_looks        # the number of looks in a row at which the socket was empty
+
+
+cdef struct probe_record_t:     # a probe that has arrived
+    probe_t probe
+    uint8_t addr[16]            # of the sender
+    uint8_t addr_len
+    uint32_t port               # of the sender, host order
+    uint64_t received_ns        # monotonic
+
+
+cdef struct probe_ring_t:       # see probe.pxd
+    probe_record_t records[PROBE_RING]
+    uint64_t put                # records ever added; written by the worker
+    uint64_t taken              # records ever taken; written by the control side
+    uint64_t lost               # records that found the ring full
 
 
 cdef struct shared_t:
@@ -158,6 +180,7 @@ cdef struct worker_t:
     merge_t merge
     uint8_t* wr_frame           # WR_FRAME bytes: the last frame written
     uint8_t icmp_out[VNET_LEN + ICMP_MAX]
+    probe_ring_t probes
 
 
 cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept nogil:

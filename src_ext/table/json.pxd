@@ -18,7 +18,7 @@ from table.address cimport (
     write_number, write_prefix,
 )
 from table.parser cimport PARSE_BODY, PARSE_OK, PARSE_ROUTE, add_route, parser_t
-from table.route cimport route_t, route_valid
+from table.route cimport ROUTE_PROBE, route_t, route_valid
 
 
 cdef enum:
@@ -247,7 +247,7 @@ cdef inline bint json_uint16(
 
 
 cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
-    """Accept an object with dst, via, and optionally port and mtu, each once.
+    """Accept an object with dst, via, and optionally port, mtu and probe, each once.
 
     False means a wrong route or text that is not JSON. The caller finds out with json_skip which of
     the two it is.
@@ -269,6 +269,8 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             key = 4
         elif same_word(string.chars, string.n, b"mtu", 3):
             key = 8
+        elif same_word(string.chars, string.n, b"probe", 5):
+            key = 16
         else:
             return False
         if seen & key or not json_byte(p, c':'):
@@ -280,6 +282,11 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
         elif key == 8:
             if not json_word(p, b"null", 4) and not json_uint16(
                     p, &string, MIN_MTU, MAX_MTU, &route.mtu):
+                return False
+        elif key == 16:
+            if json_word(p, b"true", 4):
+                route.flags |= ROUTE_PROBE
+            elif not json_word(p, b"false", 5):
                 return False
         elif not (json_string(p, &string) and string.plain):
             return False
@@ -386,5 +393,7 @@ cdef inline size_t write_route_json(uint8_t* out, const route_t* route) noexcept
         n += write_number(out + n, route.mtu)
     else:
         n += write_bytes(out + n, b"null", 4)
+    if route.flags & ROUTE_PROBE:
+        n += write_bytes(out + n, b',"probe":true', 13)
     out[n] = c'}'
     return n + 1

@@ -24,7 +24,8 @@ locks. The owner frees the structure when no thread can use it any more.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
-from table.route cimport load_be64, route_t
+from table.route cimport route_t
+from wire.headers cimport load_be64
 
 
 cdef extern from "table/lpm.h" nogil:

@@ -11,7 +11,7 @@ If both write at the same time, either value is valid. Each worker writes its ow
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from limits cimport OVERHEAD4, OVERHEAD6
 from sys cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
@@ -23,7 +23,8 @@ cdef struct peer_counters_t:
     uint64_t encap_bytes
     uint64_t decap_packets
     uint64_t decap_bytes
-    uint64_t last_seen_ns       # time of the last packet from the peer, monotonic; 0 = none yet
+    # time of the last accepted packet, probe or keepalive from the peer, monotonic; 0 = none yet
+    uint64_t last_seen_ns
     # path/own_socket.pxd:
     uint64_t refuse_until_ns    # until this time, the peer gets no own socket
     uint32_t own_socket         # index of the peer's own socket, if it has one
@@ -39,6 +40,8 @@ cdef struct peer_t:
     uint32_t link_mtu           # of the underlay interface, outer bytes
     uint32_t path_mtu           # outer bytes; <= link_mtu
     uint64_t path_mtu_ns        # time at which path_mtu was learned; 0: path_mtu is link_mtu
+    bint probe                  # a route says that the peer answers probes
+    bint new_probe              # control side: ``probe`` in the snapshot that is being built
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
     uint64_t generation         # control side: generation of the last snapshot with this peer
     uint32_t ordinal            # control side: index among the peers of that snapshot
@@ -51,13 +54,29 @@ cdef struct peer_t:
     peer_counters_t* counters   # one per worker
 
 
+cdef inline uint32_t set_sockaddr(
+    sockaddr_in6* sa, const uint8_t* addr, size_t addr_len, uint16_t port
+) noexcept nogil:
+    """Set a socket address, of either family. Return its length."""
+    cdef sockaddr_in* sa4 = <sockaddr_in*>sa
+    memset(sa, 0, sizeof(sockaddr_in6))
+    if addr_len == 4:
+        sa4.sin_family = AF_INET
+        sa4.sin_port = swap16(port)
+        memcpy(&sa4.sin_addr, addr, 4)
+        return sizeof(sockaddr_in)
+    sa.sin6_family = AF_INET6
+    sa.sin6_port = swap16(port)
+    memcpy(&sa.sin6_addr, addr, 16)
+    return sizeof(sockaddr_in6)
+
+
 cdef inline peer_t* peer_new(
     const uint8_t* addr, size_t addr_len, uint16_t port, uint32_t link_mtu, uint32_t workers_n
 ) noexcept nogil:
     """Return a new peer with all counters at zero, or NULL without memory. ``peer_free`` frees it.
     """
     cdef peer_t* peer = <peer_t*>calloc(1, sizeof(peer_t))
-    cdef sockaddr_in* sa4
     if peer == NULL:
         return NULL
     peer.counters = <peer_counters_t*>calloc(workers_n, sizeof(peer_counters_t))
@@ -68,19 +87,8 @@ cdef inline peer_t* peer_new(
     peer.addr_len = <uint8_t>addr_len
     peer.port = port
     peer.link_mtu = peer.path_mtu = peer.reported_mtu = link_mtu
-    if addr_len == 4:
-        peer.overhead = OVERHEAD4
-        sa4 = <sockaddr_in*>&peer.sa
-        sa4.sin_family = AF_INET
-        sa4.sin_port = swap16(port)
-        memcpy(&sa4.sin_addr, addr, 4)
-        peer.sa_len = sizeof(sockaddr_in)
-    else:
-        peer.overhead = OVERHEAD6
-        peer.sa.sin6_family = AF_INET6
-        peer.sa.sin6_port = swap16(port)
-        memcpy(&peer.sa.sin6_addr, addr, 16)
-        peer.sa_len = sizeof(sockaddr_in6)
+    peer.overhead = OVERHEAD4 if addr_len == 4 else OVERHEAD6
+    peer.sa_len = set_sockaddr(&peer.sa, addr, addr_len, port)
     return peer
 
 

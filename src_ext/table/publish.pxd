@@ -18,7 +18,7 @@ from sys cimport full_fence, store_ptr
 from table.addr_map cimport addr_map_grow, addr_map_init, addr_map_put, addr_slot_t
 from table.lpm cimport lpm_build
 from table.peer cimport peer_free, peer_new, peer_t
-from table.route cimport route_t
+from table.route cimport ROUTE_PROBE, route_t
 from table.snapshot cimport first_peer_at, hop_t, next_peer, snapshot_free, snapshot_t
 
 
@@ -91,6 +91,7 @@ cdef inline peer_t* peer_of_route(
     peer.new_same_addr = link[0]
     link[0] = peer
     peer.generation = new.generation
+    peer.new_probe = False
     new.peers_n += 1
     return peer
 
@@ -132,6 +133,8 @@ cdef inline snapshot_t* build_snapshot(
                 discard_snapshot(new, active)
                 return NULL
             before = route
+        if route.flags & ROUTE_PROBE:
+            peer.new_probe = True
         new.hops[i].peer = peer
         new.hops[i].mtu = route.mtu
     return new
@@ -179,6 +182,7 @@ cdef inline retired_t* activate_snapshot(
         while peer != NULL:
             peer.ordinal = ordinal
             ordinal += 1
+            peer.probe = peer.new_probe
             store_ptr(<void**>&peer.same_addr, peer.new_same_addr)
             peer = peer.new_same_addr
     store_ptr(<void**>active, new)

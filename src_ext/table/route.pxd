@@ -16,6 +16,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 
 from limits cimport MIN_MTU6
 from sys cimport sched_yield
+from wire.headers cimport load_be64
 
 
 ctypedef struct route_t:
@@ -26,7 +27,7 @@ ctypedef struct route_t:
     uint8_t dst_family      # 4 or 6
     uint8_t dst_len         # prefix length in bits
     uint8_t via_family      # 4 or 6
-    uint8_t pad
+    uint8_t flags           # ROUTE_PROBE
     uint16_t port           # host order
     uint16_t mtu            # bytes; 0 = none
 
@@ -35,6 +36,10 @@ ctypedef struct route_vec_t:
     route_t* items          # owned
     size_t n
     size_t cap
+
+
+cdef enum:                  # bits of route_t.flags
+    ROUTE_PROBE = 1         # the peer answers probes
 
 
 cdef enum route_change_t:
@@ -94,13 +99,6 @@ cdef inline int routes_copy(route_vec_t* target, const route_vec_t* source) noex
     memcpy(target.items, source.items, source.n * sizeof(route_t))
     target.n = source.n
     return 0
-
-
-cdef inline uint64_t load_be64(const uint8_t* at) noexcept nogil:
-    """Load 8 bytes in network order, at any alignment."""
-    return (<uint64_t>at[0] << 56 | <uint64_t>at[1] << 48 | <uint64_t>at[2] << 40
-            | <uint64_t>at[3] << 32 | <uint64_t>at[4] << 24 | <uint64_t>at[5] << 16
-            | <uint64_t>at[6] << 8 | <uint64_t>at[7])
 
 
 cdef inline int route_order(const route_t* a, const route_t* b) noexcept nogil:

@@ -22,16 +22,16 @@ from table.parser cimport (
     PARSE_BODY, PARSE_NO_MEMORY, PARSE_REPEAT, ROUTE_TEXT_MAX, find_repeat, parse_routes, parser_t,
 )
 from table.route cimport (
-    ROUTE_ADDED, ROUTE_CHANGED, route_diff_t, route_edit_t, route_same, route_t, route_valid,
-    route_vec_t, routes_append, routes_copy, routes_diff, routes_find, routes_first_repeat,
-    routes_free, routes_insert, routes_remove, routes_sort,
+    ROUTE_ADDED, ROUTE_CHANGED, ROUTE_PROBE, route_diff_t, route_edit_t, route_same, route_t,
+    route_valid, route_vec_t, routes_append, routes_copy, routes_diff, routes_find,
+    routes_first_repeat, routes_free, routes_insert, routes_remove, routes_sort,
 )
 from table.text cimport parse_text, write_route_text
 
 from udptun.errors import FieldError, RouteExists
 from udptun.model import Route
 
-JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}'
+JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?, "probe"?}, ...]}'
 LONGEST_ROUTE = 65536  # in bytes; for a longer wrong route, the message does not name the field
 
 
@@ -101,9 +101,11 @@ cdef object pack_route(route_t* route, object given):
     if 0 < given.port <= MAX_PORT and (given.mtu is None or MIN_MTU <= given.mtu <= MAX_MTU):
         route.port = given.port
         route.mtu = given.mtu or 0
+        route.flags = ROUTE_PROBE if given.probe else 0
         if route_valid(route) and (route.via_family == 4 or given.via.scope_id is None):
             return
-    Route.make(str(given.dst), str(given.via), given.port, given.mtu)  # raises, with the field
+    # This raises, and names the field.
+    Route.make(str(given.dst), str(given.via), given.port, given.mtu, given.probe)
     raise FieldError("route", given, "a valid route")
 
 
@@ -113,15 +115,19 @@ cdef object unpack_route(const route_t* route):
     via = PyBytes_FromStringAndSize(<const char*>route.via, 4 if route.via_family == 4 else 16)
     network = IPv4Network if route.dst_family == 4 else IPv6Network
     address = IPv4Address if route.via_family == 4 else IPv6Address
-    return Route(network((dst, route.dst_len)), address(via), route.port, route.mtu or None)
+    return Route(
+        network((dst, route.dst_len)), address(via), route.port, route.mtu or None,
+        route.flags & ROUTE_PROBE != 0,
+    )
 
 
 cdef tuple route_row(const route_t* route):
-    """Return (dst, via, port, mtu) for display. dst and via are text; mtu is None if not set."""
+    """Return (dst, via, port, mtu, probe) for display. dst and via are text; mtu is None if not
+    set."""
     cdef uint8_t text[ROUTE_TEXT_MAX]
     dst = text[:write_prefix(text, route)].decode()
     via = text[:write_addr(text, route.via_family, route.via)].decode()
-    return dst, via, route.port, route.mtu or None
+    return dst, via, route.port, route.mtu or None, route.flags & ROUTE_PROBE != 0
 
 
 cdef class RouteTable:
@@ -144,12 +150,14 @@ cdef class RouteTable:
 
     @staticmethod
     def parse_json(const uint8_t[::1] body not None):
-        """Parse ``{"routes": [{"dst", "via", "port"?, "mtu"?}, ...]}``. Raise FieldError."""
+        """Parse ``{"routes": [{"dst", "via", "port"?, "mtu"?, "probe"?}, ...]}``. Raise FieldError.
+        """
         return parse_table(body, True)
 
     @staticmethod
     def parse_text(const uint8_t[::1] body not None):
-        """Parse a route file, ``DST via IP [port P] [mtu M]`` per line. Raise FieldError."""
+        """Parse a route file: a ``DST via IP [port P] [mtu M] [probe]`` per line. Raise FieldError.
+        """
         return parse_table(body, False)
 
     @staticmethod
@@ -274,8 +282,9 @@ cdef class RouteTable:
     def changes_from(self, RouteTable old not None, size_t limit):
         """Return the first ``limit`` changes since ``old``, for display.
 
-        Each change is ``(kind, dst, via, port, mtu)``, with dst and via as text. kind is "added",
-        "changed" (the other fields are those of the new route) or "removed" (of the old route).
+        Each change is ``(kind, dst, via, port, mtu, probe)``, with dst and via as text. kind is
+        "added", "changed" (the other fields are those of the new route) or "removed" (of the old
+        route).
         """
         cdef route_diff_t diff
         cdef route_edit_t* edits

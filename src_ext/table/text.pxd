@@ -1,4 +1,4 @@
-"""Parse and write the route file: one route per line, ``DST via IP [port P] [mtu M]``.
+"""Parse and write the route file: one route per line, ``DST via IP [port P] [mtu M] [probe]``.
 
 A ``#`` starts a comment; blank lines are ignored. ``udptun.model.Route.from_words`` accepts the
 same lines; the tests compare the two.
@@ -15,7 +15,7 @@ from table.address cimport (
     write_prefix,
 )
 from table.parser cimport PARSE_ROUTE, add_route, parser_t
-from table.route cimport route_t, route_valid
+from table.route cimport ROUTE_PROBE, route_t, route_valid
 
 
 # Parse
@@ -56,6 +56,9 @@ cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexce
     if route.via_family == 0:
         return -1
     while next_word(text, n, &at, &word, &word_n):
+        if same_word(word, word_n, b"probe", 5) and not route.flags & ROUTE_PROBE:
+            route.flags |= ROUTE_PROBE
+            continue
         next_word(text, n, &at, &value, &value_n)
         if same_word(word, word_n, b"port", 4) and not route.port:
             if not parse_number(value, value_n, 1, MAX_PORT, &route.port):
@@ -108,5 +111,7 @@ cdef inline size_t write_route_text(uint8_t* out, const route_t* route) noexcept
     if route.mtu:
         n += write_bytes(out + n, b" mtu ", 5)
         n += write_number(out + n, route.mtu)
+    if route.flags & ROUTE_PROBE:
+        n += write_bytes(out + n, b" probe", 6)
     out[n] = c'\n'
     return n + 1

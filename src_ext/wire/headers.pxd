@@ -85,6 +85,12 @@ cdef inline uint32_t load_be32(const uint8_t* p) noexcept nogil:
     return (<uint32_t>p[0] << 24) | (<uint32_t>p[1] << 16) | (<uint32_t>p[2] << 8) | p[3]
 
 
+cdef inline uint64_t load_be64(const uint8_t* p) noexcept nogil:
+    return (<uint64_t>p[0] << 56 | <uint64_t>p[1] << 48 | <uint64_t>p[2] << 40
+            | <uint64_t>p[3] << 32 | <uint64_t>p[4] << 24 | <uint64_t>p[5] << 16
+            | <uint64_t>p[6] << 8 | <uint64_t>p[7])
+
+
 cdef inline void store_be16(uint8_t* p, uint32_t v) noexcept nogil:
     p[0] = <uint8_t>(v >> 8)
     p[1] = <uint8_t>v
@@ -95,6 +101,11 @@ cdef inline void store_be32(uint8_t* p, uint32_t v) noexcept nogil:
     p[1] = <uint8_t>(v >> 16)
     p[2] = <uint8_t>(v >> 8)
     p[3] = <uint8_t>v
+
+
+cdef inline void store_be64(uint8_t* p, uint64_t v) noexcept nogil:
+    store_be32(p, <uint32_t>(v >> 32))
+    store_be32(p + 4, <uint32_t>v)
 
 
 cdef inline uint16_t load_u16(const uint8_t* p) noexcept nogil:

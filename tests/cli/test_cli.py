@@ -77,17 +77,17 @@ def test_add_with_another_next_hop_fails_and_suggests_replace(udptun: Udptun) ->
 
 def test_list_as_a_table(udptun: Udptun) -> None:
     udptun(f"route add {ROUTE}")
-    udptun("route add 2001:db8:5::/64 via 2001:db8::1 port 9 mtu 1400")
+    udptun("route add 2001:db8:5::/64 via 2001:db8::1 port 9 mtu 1400 probe")
     assert udptun("route list").stdout.splitlines() == [
-        "DST              VIA          PORT   MTU",
-        "10.244.2.0/24    192.0.2.2    8285     -",
-        "2001:db8:5::/64  2001:db8::1     9  1400",
+        "DST              VIA          PORT   MTU  PROBE",
+        "10.244.2.0/24    192.0.2.2    8285     -  no",
+        "2001:db8:5::/64  2001:db8::1     9  1400  yes",
     ]
     assert udptun("route list --no-headers").stdout.startswith("10.244.2.0/24    192.0.2.2")
 
 
 def test_list_of_an_empty_table(udptun: Udptun) -> None:
-    assert udptun("route list").stdout == "DST  VIA  PORT  MTU\n"
+    assert udptun("route list").stdout == "DST  VIA  PORT  MTU  PROBE\n"
     assert udptun("route list --no-headers").stdout == ""
 
 
@@ -96,7 +96,7 @@ def test_list_of_an_empty_table(udptun: Udptun) -> None:
     [
         ("route add 10.0.0.1/8 via 192.0.2.2", "dst: '10.0.0.1/8' is not valid: expected a prefix"),
         ("route add 10.0.0.0/8 via peer", "via: 'peer' is not valid: expected an IPv4"),
-        ("route add 10.0.0.0/8", "expected DST via IP [port P] [mtu M]"),
+        ("route add 10.0.0.0/8", "expected DST via IP [port P] [mtu M] [probe]"),
         ("route replace 10.0.0.0/8 via 192.0.2.2 port 0", "port: 0 is not valid"),
         ("route add", "Missing argument"),
         ("route del nonsense", "DST: 'nonsense' is not valid"),
@@ -169,8 +169,8 @@ device: udptun0
   workers: 1
   offloads: tun-gso, udp-gso, batch
   off: udp-merge (asked)
-  packets encap: 10 read, 1 generated, 8 delivered, 2 dropped, 1 queued
-  packets decap: 20 read, 1 generated, 18 delivered, 2 dropped, 1 queued
+  packets encap: 10 read, 1 generated, 8 delivered, 0 consumed, 2 dropped, 1 queued
+  packets decap: 20 read, 1 generated, 18 delivered, 0 consumed, 2 dropped, 1 queued
 
 peer: 192.0.2.2:8285
   subnets: 10.244.2.0/24

@@ -27,7 +27,7 @@ from udptun.model import IPAddress, IPNetwork, Route, RouteDiff
 VERSION = "0.1.0"
 WORKER = {
     "index": 0, "turns": 8, "loop_returns": 9, "queued": 1, "icmp_sent": 3, "icmp_suppressed": 4,
-    "own_sockets": 2, "own_sockets_given": 3,
+    "own_sockets": 2, "own_sockets_given": 3, "probes_lost": 0,
     "syscalls": {"read": 5, "write": 6, "send": 7, "receive": 8, "wait": 9},
 }
 
@@ -155,7 +155,8 @@ class FakeForwarder:
 
 
 def status_of(generation: int, route_count: int) -> dict[str, Any]:
-    side = {"read": 10, "generated": 1, "delivered": 8, "dropped": 2, "queued": 1}
+    side = {"read": 10, "generated": 1, "delivered": 8, "consumed": 0, "dropped": 2,
+            "queued": 1}
     return {
         "version": VERSION, "pid": os.getpid(), "uptime_seconds": 3723.5,
         "generation": generation, "route_count": route_count, "source_check": "strict",

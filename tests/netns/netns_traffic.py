@@ -214,10 +214,11 @@ def settled_packets(forwarder: Forwarder) -> Packets:
 
 
 def assert_invariant(forwarder: Forwarder) -> Packets:
-    """read + generated = delivered + dropped + queued, and the drops by reason add up."""
+    """read + generated = delivered + consumed + dropped + queued. The drops by reason add up."""
     packets, drops = settled(forwarder)
     for direction, p in packets.items():
-        came, went = p["read"] + p["generated"], p["delivered"] + p["dropped"] + p["queued"]
+        came = p["read"] + p["generated"]
+        went = p["delivered"] + p["consumed"] + p["dropped"] + p["queued"]
         assert came == went, f"{direction}: {p}"
         by_reason = sum(n for (where, _), n in drops.items() if where == direction)
         assert by_reason == p["dropped"], f"{direction}: {p}, {drops}"

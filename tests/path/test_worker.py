@@ -53,7 +53,7 @@ class Rig:
         self.routes = [
             Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu),
             Route.make("10.244.3.0/24", PEERS[1], ports[PEERS[1]], mtu),
-            Route.make("10.244.3.128/25", PEERS[0], ports[PEERS[0]], mtu),
+            Route.make("10.244.3.128/25", PEERS[0], ports[PEERS[0]], mtu, True),
             Route.make("fd00:2::/64", PEERS[0], ports[PEERS[0]], mtu and 1280),
             Route.make("fd00:3::/64", PEERS[1], ports[PEERS[1]], mtu and 1280),
         ]
@@ -122,14 +122,16 @@ class Rig:
 
     def counts(self):
         return {
-            direction: {name: row[name] for name in ("read", "generated", "delivered")}
-            for direction, row in self.core.packets().items()
+            direction: {
+                name: row[name] for name in ("read", "generated", "delivered", "consumed")
+            } for direction, row in self.core.packets().items()
         }
 
     def reference_counts(self):
         return {
             direction: {
                 "read": c.read, "generated": c.generated, "delivered": c.delivered,
+                "consumed": c.consumed,
             } for direction, c in self.reference.counts.items()
         }
 
@@ -140,7 +142,7 @@ class Rig:
         for direction in DIRECTIONS:
             row = self.core.packets()[direction]
             assert row["read"] + row["generated"] == (
-                row["delivered"] + row["dropped"] + row["queued"]
+                row["delivered"] + row["consumed"] + row["dropped"] + row["queued"]
             ), direction
 
 
@@ -171,6 +173,24 @@ def frames(rng):
     for _ in range(3):
         frame[rng.randrange(min(len(frame), 70))] = rng.randrange(256)
     return bytes(frame)
+
+
+def probe_like(rng):
+    """Return a probe, or bytes that are almost one."""
+    size = rng.choice((24, 24, 60, 500, 1400))
+    message = bytearray(reference.build_probe(
+        reference.Probe(rng.choice((1, 2)), rng.getrandbits(64), rng.getrandbits(32), size)
+    ))
+    if rng.random() < 0.5:
+        message[rng.choice((0, 4, 5, 6, 20, 21))] = rng.choice((0, 1, 2, 3, 0x45, 0x75))
+        del message[rng.choice((size, size, 4, 23)):]
+    return bytes(message)
+
+
+def probe_row(record):
+    """Return what the reference reports of a probe, too."""
+    address = str(ipaddress.ip_address(record.address))
+    return address, record.kind, record.token, record.heard_ms, record.size
 
 
 def without_id(packets):
@@ -235,7 +255,7 @@ def test_decap_equals_reference(without, source_check):
     for seed in range(30):
         rng = random.Random(f"{seed}-{without}-{source_check}")
         with Rig(features, source_check) as rig:
-            packets, icmp = [], []
+            packets, icmp, probes = [], [], []
             seq = 1000
             for number in range(40):
                 source = rng.choice((2, 2, 2, 3, 1))
@@ -248,8 +268,10 @@ def test_decap_equals_reference(without, source_check):
                     sport=rng.randrange(2), ttl=rng.choice((64, 64, 64, 1)),
                 )
                 data = rng.randbytes(rng.choice((0, 1, 500, 500, 500, 1400)))
-                made = rng.randrange(6)
-                if made == 0:
+                made = rng.randrange(8)
+                if made > 5:
+                    datagram = probe_like(rng)
+                elif made == 0:
                     datagram = rng.randbytes(rng.randrange(60))
                 elif made == 1:
                     datagram = flow.udp(data)
@@ -264,7 +286,9 @@ def test_decap_equals_reference(without, source_check):
                 )
                 if result.packet is not None:
                     packets.append(result.packet)
-                icmp += [d for _, d in result.icmp]
+                icmp += [d for _, d in result.icmp + result.replies]
+                if result.probe is not None:
+                    probes.append((sender, *result.probe))
                 rig.send(sender, datagram)
             rig.work()
             written, packets = without_id(rig.from_tun()), without_id(packets)
@@ -272,7 +296,8 @@ def test_decap_equals_reference(without, source_check):
             assert by_flow(written) == by_flow(packets)
             if without == "tun-gso":
                 assert written == packets
-            assert sorted([d for a in PEERS for d in rig.at(a)]) == sorted(icmp)
+            assert sorted([d for a in rig.outside for d in rig.at(a)]) == sorted(icmp)
+            assert [probe_row(record) for record in rig.core.take_probes()] == probes
             assert rig.counts() == rig.reference_counts()
             assert rig.drops() == {k: n for k, n in rig.reference.drops.items() if n}
             rig.check_invariant()

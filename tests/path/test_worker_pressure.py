@@ -16,11 +16,12 @@ import pytest
 
 from tests.own_netns import in_own_netns, sh
 from tests.path.test_worker import ALL, PEERS, Rig
+from tests.reference import Probe, build_probe
 from tests.wire.craft import Flow, addr
 from udptun import _core
 from udptun.device.offload import OffloadRequest
-from udptun.drops import ENCAP
-from udptun.model import Endpoint, Route
+from udptun.drops import DECAP, ENCAP
+from udptun.model import PROBE_REQUEST, Endpoint, Route
 from udptun.net.udp import open_udp
 
 NO_GSO = tuple(f for f in ALL if f != "udp-gso")
@@ -142,6 +143,23 @@ def test_an_icmp_error_to_a_peer_whose_queue_was_sent_already_is_sent():
         packets = rig.encap()
         assert packets["generated"] > 3
         assert packets["delivered"] == packets["read"] + packets["generated"]
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_a_reply_to_a_probe_is_not_queued_behind_a_full_socket():
+    slow_addresses(f"{PEERS[0]}/32", "20kbit")
+    with FullRig(features=[f for f in ALL if f != "udp-gso"]) as rig:
+        rig.fill()
+        rig.work()
+        for token in range(5):
+            rig.send(PEERS[0], build_probe(Probe(PROBE_REQUEST, token, 0, 24)))
+        end = time.monotonic() + 20
+        while rig.counts()[DECAP]["consumed"] < 5 and time.monotonic() < end:
+            rig.work()
+        assert rig.counts()[DECAP]["consumed"] == 5
+        assert rig.counts()[ENCAP]["generated"] == 5
+        assert rig.drops()["no_buffer", ENCAP] > 0
         rig.check_invariant()
 
 

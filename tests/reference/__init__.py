@@ -8,7 +8,7 @@ package, even if the compiled core is missing.
 Threading: the functions are pure; a ``ReferenceForwarder`` belongs to one thread.
 
 Read the modules in the order in which a packet passes them: packet, checksum, cut, lpm, fragment,
-icmp, merge, forwarder.
+icmp, merge, probe, forwarder.
 """
 
 from .checksum import checksum
@@ -19,13 +19,16 @@ from .icmp import icmp_error
 from .lpm import Lpm
 from .merge import merge
 from .packet import Dropped, check_packet, decrement_hop_limit
+from .probe import Probe, build_probe, parse_probe
 
 __all__ = [
     "Decapsulated",
     "Dropped",
     "Encapsulated",
     "Lpm",
+    "Probe",
     "ReferenceForwarder",
+    "build_probe",
     "check_packet",
     "checksum",
     "cut",
@@ -33,4 +36,5 @@ __all__ = [
     "fragment",
     "icmp_error",
     "merge",
+    "parse_probe",
 ]

@@ -16,6 +16,7 @@ from .cut import cut
 from .fragment import fragment
 from .icmp import icmp_error
 from .packet import Dropped, check_packet, decrement_hop_limit, parse_header
+from .probe import REPLY, REQUEST, Probe, build_probe, parse_probe
 
 Datagram = tuple[Endpoint, bytes]  # destination and UDP payload
 
@@ -37,15 +38,19 @@ class Decapsulated:
 
     packet: bytes | None = None  # the packet to write to the TUN
     icmp: list[Datagram] = field(default_factory=list)  # errors to send back to the inner sender
+    probe: Probe | None = None  # a probe, which is consumed
+    replies: list[Datagram] = field(default_factory=list)  # at most one reply to a probe
 
 
 @dataclass
 class Counts:
-    """Counters of one direction, in inner IP packets: read + generated = delivered + drops."""
+    """Counters of one direction, in inner IP packets and probes:
+    read + generated = delivered + consumed + drops."""
 
     read: int = 0
     generated: int = 0
     delivered: int = 0
+    consumed: int = 0
 
 
 class ReferenceForwarder:
@@ -127,18 +132,25 @@ class ReferenceForwarder:
     def decap(self, outer_source: Endpoint, datagram: bytes) -> Decapsulated:
         """UDP to TUN: parse, check the sender and the inner source, decrement the hop limit.
 
-        datagram  the UDP payload: an IP packet. A payload shorter than an IP header is a keepalive
+        datagram  the UDP payload: an IP packet or a probe. An empty payload is a keepalive
         """
         result = Decapsulated()
         counts = self.counts[DECAP]
         counts.read += 1
         try:
+            result.probe = parse_probe(datagram)
+            if result.probe is not None:
+                self._admit_prober(outer_source)
+                result.replies = self._reply(outer_source, result.probe)
+                counts.consumed += 1
+                return result
             packet = datagram[: check_packet(datagram)]
             self._admit_peer(outer_source)
             self._admit_source(outer_source, packet)
             result.packet = decrement_hop_limit(packet)
         except Dropped as drop:
             self.drops[drop.reason, DECAP] += 1
+            result.probe = None
             if drop.reason == "ttl_exceeded":
                 result.icmp = self._icmp_to_peer(packet)
             return result
@@ -164,6 +176,25 @@ class ReferenceForwarder:
         peers = {route.via for route in self.routes}
         if self.source_check != "off" and outer_source.address not in peers:
             raise Dropped("unknown_peer")
+
+    def _admit_prober(self, outer_source: Endpoint) -> None:
+        """Accept probes from any port of a peer that answers probes, in every mode."""
+        peers = sorted(
+            (route.port, route.probe) for route in self.routes if route.via == outer_source.address
+        )
+        if not peers:
+            raise Dropped("unknown_peer")
+        ports = {port for port, _ in peers}
+        port = outer_source.port if outer_source.port in ports else min(ports)
+        if (port, True) not in peers:
+            raise Dropped("bad_version")
+
+    def _reply(self, sender: Endpoint, probe: Probe) -> list[Datagram]:
+        if probe.kind != REQUEST:
+            return []
+        self.counts[ENCAP].generated += 1
+        self.counts[ENCAP].delivered += 1
+        return [(sender, build_probe(probe._replace(kind=REPLY, heard_ms=0)))]
 
     def _admit_source(self, outer_source: Endpoint, packet: bytes) -> None:
         source = parse_header(packet).source

@@ -6,6 +6,7 @@ The functions have the same names and signatures as those of ``tests.reference``
 
 from ._steps import (
     Lpm,
+    build_probe,
     check_packet,
     checksum,
     checksum_implementations,
@@ -15,10 +16,12 @@ from ._steps import (
     icmp_allow_run,
     icmp_error,
     merge,
+    parse_probe,
 )
 
 __all__ = [
     "Lpm",
+    "build_probe",
     "check_packet",
     "checksum",
     "checksum_implementations",
@@ -28,4 +31,5 @@ __all__ = [
     "icmp_allow_run",
     "icmp_error",
     "merge",
+    "parse_probe",
 ]

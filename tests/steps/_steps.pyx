@@ -19,14 +19,19 @@ from wire.merge cimport (
 from wire.packet cimport check_total_len, ip_t, parse_ip
 from wire.packet cimport decrement_hop_limit as decrement
 from wire.headers cimport VNET_LEN
+from wire.probe cimport build_probe as build
+from wire.probe cimport is_probe
+from wire.probe cimport parse_probe as parse
+from wire.probe cimport probe_t
 
 from udptun.drops import DROP_REASONS
-from tests.reference import Dropped
+from tests.reference import Dropped, Probe
 
 # Initial values for variables. They avoid gcc warnings: gcc does not see that check() raises before
 # an unset field is used.
 cdef ip_t NO_IP
 cdef cut_t NO_CUT
+cdef probe_t NO_PROBE
 
 
 cdef check(drop_t verdict):
@@ -145,3 +150,28 @@ def merge(list packets, bint tcp=True, bint udp=True):
         free(copies)
         free(frame)
         free(m)
+
+
+def parse_probe(bytes datagram):
+    cdef uint8_t* p = exact_copy(datagram)
+    cdef probe_t probe = NO_PROBE
+    try:
+        if not is_probe(p, len(datagram)):
+            return None
+        check(parse(p, len(datagram), &probe))
+        return Probe(probe.kind, probe.token, probe.heard_ms, probe.size)
+    finally:
+        free(p)
+
+
+def build_probe(probe):
+    cdef uint8_t* out = <uint8_t*>malloc(probe.size)
+    cdef probe_t given
+    if out == NULL:
+        raise MemoryError
+    given.kind, given.token, given.heard_ms, given.size = probe
+    try:
+        build(out, &given)
+        return PyBytes_FromStringAndSize(<char*>out, given.size)
+    finally:
+        free(out)

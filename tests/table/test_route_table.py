@@ -32,7 +32,7 @@ def prefixes(draw):
 
 
 routes = st.builds(Route, prefixes(), addresses.filter(is_unicast), st.integers(1, 65535),
-                   st.none() | st.integers(1280, 65535))
+                   st.none() | st.integers(1280, 65535), st.booleans())
 tables = st.lists(routes, unique_by=lambda r: r.dst, max_size=30)
 
 
@@ -155,7 +155,8 @@ def test_slices_are_parsed_back(some, start, count):
 
 
 WORDS = st.one_of(
-    st.sampled_from(("via", "port", "mtu", "via", "port", "mtu", "10.0.0.0/8", "192.0.2.1", "::",
+    st.sampled_from(("via", "port", "mtu", "via", "port", "mtu", "probe",
+                     "10.0.0.0/8", "192.0.2.1", "::",
                      "0", "1", "67", "68", "65535", "65536", "008285", "1234567890", "1e3", "-1",
                      "\x00", "\u0661", "10.0.0.1/8")),
     SOUP, prefixes().map(str), addresses.map(str),
@@ -168,6 +169,11 @@ WORDS = st.one_of(
 @example(["10.0.0.0/8", "via", "::2", "port", "1", "port", "1"])
 @example(["10.0.0.0/8", "via", "::2", "mtu", "1", "mtu", "1"])
 @example(["10.0.0.0/8", "via", "::2", "ttl", "1"])
+@example(["10.0.0.0/8", "via", "::2", "probe"])
+@example(["10.0.0.0/8", "via", "::2", "probe", "mtu", "1400", "port", "1"])
+@example(["10.0.0.0/8", "via", "::2", "probe", "probe"])
+@example(["10.0.0.0/8", "via", "::2", "probe", "1"])
+@example(["10.0.0.0/8", "via", "::2", "port", "probe"])
 def test_parser_and_model_accept_the_same_lines(words):
     line = " ".join(words)
     words = [w.decode() for w in line.encode().split()]
@@ -186,7 +192,7 @@ VALUES = st.one_of(
     allow_infinity=False), st.text(max_size=5), WORDS, st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-KEYS = st.sampled_from(("dst", "via", "port", "mtu") * 2 + ("ttl", "", "dstx"))
+KEYS = st.sampled_from(("dst", "via", "port", "mtu", "probe") * 2 + ("ttl", "", "dstx"))
 OBJECTS = st.one_of(
     VALUES, st.dictionaries(KEYS, VALUES, max_size=5),
     st.builds(lambda r, extra: {**r.to_json(), **extra}, routes,
@@ -224,7 +230,8 @@ def test_any_json_value_is_skipped(value, ascii_only):
 
 JSON_SOUP = st.lists(st.sampled_from([
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'"routes"', b'"generation"', b'"dst"',
-    b'"via"', b'"port"', b'"mtu"', b'"10.0.0.0/8"', b'"::1"', b"null", b"true", b"1", b"-", b"0",
+    b'"via"', b'"port"', b'"mtu"', b'"probe"',
+    b'"10.0.0.0/8"', b'"::1"', b"null", b"true", b"1", b"-", b"0",
     b".5", b"e1", b" ", b"\n", b"\\u0064", b"\xff", b"\xc3\xa9", b"\x00", b"NaN",
     b'{"dst":"10.0.0.0/8","via":"::1"}', b'{"routes":[', b"]}",
 ]), max_size=25).map(b"".join)
@@ -342,7 +349,7 @@ SMALL = st.builds(
     Route.make, st.sampled_from(("0.0.0.0/0", "10.0.0.0/8", "10.0.0.0/16", "10.1.0.0/16", "::/0",
                                  "2001:db8::/32", "2001:db8::/64", "::/128")),
     st.sampled_from(("192.0.2.1", "2001:db8::1")), st.sampled_from((8285, 1)),
-    st.sampled_from((None, 1400)),
+    st.sampled_from((None, 1400)), st.booleans(),
 )
 
 
@@ -413,6 +420,10 @@ def test_a_table_from_routes_has_each_prefix_once(some, data):
     assert outcome(RouteTable.from_routes, [*some[:at], again, *some[at:]]) == message
 
 
+def row(route):
+    return str(route.dst), str(route.via), route.port, route.mtu, route.probe
+
+
 @given(st.lists(SMALL, unique_by=lambda r: r.dst), st.lists(SMALL, unique_by=lambda r: r.dst),
        st.integers(0, 20))
 def test_difference_is_set_arithmetic(before, after, limit):
@@ -423,7 +434,7 @@ def test_difference_is_set_arithmetic(before, after, limit):
     changed = {dst for dst in now.keys() & then.keys() if now[dst] != then[dst]}
     assert new.diff_from(old) == (len(added), len(changed), len(removed))
     wanted = [("added" if dst in added else "changed" if dst in changed else "removed",
-               *(now.get(dst) or then[dst]).to_json().values())
+               *row(now.get(dst) or then[dst]))
               for dst in sorted(added | changed | removed, key=table_order)]
     assert new.changes_from(old, limit) == wanted[:limit]
     assert new.changes_from(old, 1 << 60) == wanted

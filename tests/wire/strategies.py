@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from tests.reference.probe import REPLY, REQUEST, Probe, build_probe
 from tests.wire.craft import (
     ACK,
     CWR,
@@ -210,6 +211,19 @@ def packets(draw):
     if draw(st.booleans()):
         return flow.udp(data)
     return flow.tcp(data, flags=draw(st.integers(0, 255)), options=draw(tcp_options))
+
+
+@st.composite
+def probes(draw):
+    return Probe(
+        draw(st.sampled_from([REQUEST, REPLY])), draw(st.integers(0, 2**64 - 1)),
+        draw(st.integers(0, 2**32 - 1)), draw(st.integers(24, 1472)),
+    )
+
+
+def probe_bytes():
+    """One valid probe."""
+    return probes().map(build_probe)
 
 
 @st.composite

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reference import ReferenceForwarder, fragment, icmp_error
+from tests.reference import Probe, ReferenceForwarder, build_probe, fragment, icmp_error
 from tests.wire import craft, strategies
 from tests.wire.craft import A4, A6, B4, PLAIN, UDP, Flow, addr, ip4, ip6
 from udptun.drops import DECAP, DIRECTIONS, DROP_REASONS, ENCAP
@@ -19,10 +19,10 @@ PEER6 = Endpoint.parse("[2001:db8::2]:8285")
 STRANGER = Endpoint.parse("203.0.113.66:8285")
 ROUTES = [
     Route.make("10.244.0.0/16", "192.0.2.3", 9000),
-    Route.make("10.244.2.0/24", "192.0.2.2"),
+    Route.make("10.244.2.0/24", "192.0.2.2", probe=True),
     Route.make("10.244.3.0/24", "192.0.2.2", mtu=1000),
     Route.make("fd00:2::/64", "192.0.2.2"),
-    Route.make("fd00:3::/64", "2001:db8::2"),
+    Route.make("fd00:3::/64", "2001:db8::2", probe=True),
 ]
 OURS = [ipaddress.ip_address(a) for a in ("10.244.1.0", "fd00:1::", "192.0.2.1")]
 DATA = bytes(3000)
@@ -37,7 +37,7 @@ def check_invariant(forwarder):
     for direction in DIRECTIONS:
         counts = forwarder.counts[direction]
         drops = sum(n for (_, way), n in forwarder.drops.items() if way == direction)
-        assert counts.read + counts.generated == counts.delivered + drops
+        assert counts.read + counts.generated == counts.delivered + counts.consumed + drops
     known = {(reason.name, way) for reason in DROP_REASONS for way in reason.directions}
     assert set(forwarder.drops) <= known
 
@@ -287,6 +287,36 @@ def test_two_forwarders_in_a_row():
     check_invariant(there)
 
 
+# --- probes ---
+
+REQUEST, REPLY = (Probe(kind, 7, 8, 100) for kind in (1, 2))
+
+
+@pytest.mark.parametrize("source_check", ["strict", "peer", "off"])
+@pytest.mark.parametrize(
+    ("sender", "reason"),
+    [
+        (PEER, None), (Endpoint.parse("192.0.2.2:1"), None), (PEER6, None),
+        (OTHER, "bad_version"),  # a peer that is not to be probed
+        (STRANGER, "unknown_peer"),
+    ],
+)
+def test_who_is_answered(sender, reason, source_check):
+    forwarder = make(source_check=source_check)
+    for probe in (REQUEST, REPLY):
+        result = forwarder.decap(sender, build_probe(probe))
+        assert result.packet is None
+        assert result.probe == (None if reason else probe)
+        answered = probe is REQUEST and reason is None
+        assert result.replies == (
+            [(sender, build_probe(Probe(2, 7, 0, 100)))] if answered else []
+        )
+    assert forwarder.drops == ({(reason, DECAP): 2} if reason else {})
+    assert forwarder.counts[DECAP].consumed == (0 if reason else 2)
+    assert forwarder.counts[ENCAP].generated == (0 if reason else 1)
+    check_invariant(forwarder)
+
+
 # --- the invariant, for any input ---
 
 
@@ -298,7 +328,10 @@ def test_two_forwarders_in_a_row():
     ), max_size=5),
     st.lists(st.tuples(
         st.sampled_from([PEER, OTHER, PEER6, STRANGER]),
-        st.one_of(strategies.packets(), strategies.mutated(strategies.packets()), strategies.noise),
+        st.one_of(
+            strategies.packets(), strategies.mutated(strategies.packets()), strategies.noise,
+            strategies.probe_bytes(), strategies.mutated(strategies.probe_bytes()),
+        ),
     ), max_size=5),
     st.sampled_from(["strict", "peer", "off"]),
     st.integers(576, 1500),
@@ -316,7 +349,7 @@ def test_every_packet_is_counted(frames, datagrams, source_check, underlay_mtu):
     for source, datagram in datagrams:
         result = forwarder.decap(source, datagram)
         out[DECAP] += result.packet is not None
-        out[ENCAP] += len(result.icmp)
+        out[ENCAP] += len(result.icmp) + len(result.replies)
     for direction in DIRECTIONS:
         assert forwarder.counts[direction].delivered == out[direction]
     assert forwarder.counts[DECAP].read == len(datagrams)

@@ -17,7 +17,8 @@ PAGE = """\
 
 Every packet that udptun drops is counted once, under one of these reasons. `udptun drops` shows
 the counts. *encap* is the direction from the TUN to UDP, *decap* from UDP to the TUN. In each
-direction, counted in inner IP packets: read + generated = delivered + dropped + queued.
+direction, counted in inner IP packets and probes:
+read + generated = delivered + consumed + dropped + queued.
 
 This page is generated from `udptun/drops.py` by `python -m udptun.cli.reasons > docs/drops.md`.
 

@@ -190,7 +190,7 @@ def _listed(values: list[str]) -> str:
 
 
 def _packets(side: dict[str, int]) -> str:
-    names = ("read", "generated", "delivered", "dropped", "queued")
+    names = ("read", "generated", "delivered", "consumed", "dropped", "queued")
     return ", ".join(f"{side[name]} {name}" for name in names)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .surface import Controlled
 
-PACKET_STATES = ("read", "generated", "delivered", "dropped")
+PACKET_STATES = ("read", "generated", "delivered", "consumed", "dropped")
 
 
 class CounterCollector(Collector):
@@ -34,7 +34,9 @@ class CounterCollector(Collector):
         yield InfoMetricFamily("udptun_build", "The running version.", {"version": __version__})
 
         packets = CounterMetricFamily(
-            "udptun_packets", "Inner IP packets: read + generated = delivered + dropped + queued.",
+            "udptun_packets",
+            "Inner IP packets and probes: "
+            "read + generated = delivered + consumed + dropped + queued.",
             labels=("direction", "state"),
         )
         queued = GaugeMetricFamily(

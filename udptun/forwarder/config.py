@@ -37,7 +37,7 @@ class ForwarderConfig:
     workers       number of worker threads; None: chosen from the number of cores
     control       Unix socket of the control API; None: no control API
     routes_file   file that is read at start and on ``reload``. Each line is a route:
-                  ``DST via IP [port P] [mtu M]``
+                  ``DST via IP [port P] [mtu M] [probe]``
     state_file    copy of the active table. At start, a valid state_file is loaded instead of
                   routes_file
     flannel_*     Unix socket or inherited descriptor for flannel's 20-byte control messages

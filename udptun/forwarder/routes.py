@@ -223,8 +223,9 @@ class Routes:
         if self._state is not None:
             self._state.save_soon(table)
         if added + changed + removed <= EVENTS_MAX:
-            for kind, dst, via, port, mtu in table.changes_from(old, EVENTS_MAX):
-                self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu)
+            for kind, dst, via, port, mtu, probe in table.changes_from(old, EVENTS_MAX):
+                more = {"probe": True} if probe else {}
+                self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu, **more)
         self._events.emit("routes_replaced", **diff.to_json())
         return diff
 

@@ -1,0 +1,144 @@
+"""Probes on the UDP path: consume those that arrive, answer requests, report both kinds.
+
+Owns the ring in which a worker reports probes to the control side, and the sending of a probe. A
+request is answered at once, from the socket on which it arrived, so the round trip includes no
+thread but the worker. Only a peer whose route has ROUTE_PROBE is answered, with one reply per
+request, of the request's size.
+
+Counting: a probe that arrives is read and consumed. A probe that is sent is generated, and then
+delivered or dropped. The counters of a peer do not count probes. Does not depend on who sends
+probes, and when (the control side).
+
+Threading: the worker's thread, with two exceptions. The control side takes records from the ring,
+which has one writer and one reader. ``send_datagram`` runs in any thread: it touches only its
+arguments.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, EMSGSIZE, ENOBUFS, ENOMEM, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from drops cimport (
+    DROP_BAD_VERSION, DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, DROP_UNKNOWN_PEER, PASS,
+    drop_t,
+)
+from path.worker cimport (
+    EVENT_PROBE, PROBE_RING, count_drop, direction_t, probe_record_t, probe_ring_t, raise_event,
+    worker_t,
+)
+from sys cimport (
+    MSG_DONTWAIT, MSG_NOSIGNAL, full_fence, load_flag, now_ns, sendto, sockaddr, store_flag,
+)
+from table.peer cimport peer_t
+from wire.probe cimport PROBE_REPLY, PROBE_REQUEST, build_probe, parse_probe, probe_t
+
+
+cdef enum:
+    SEND_TRIES = 3              # a send may report an ICMP error of an earlier datagram instead
+
+
+# The ring
+
+
+cdef inline void ring_put(probe_ring_t* ring, const probe_record_t* record) noexcept nogil:
+    """Add a record, or count it as lost if the ring is full. The writer's side."""
+    if ring.put - load_flag(&ring.taken) == PROBE_RING:
+        ring.lost += 1
+        return
+    ring.records[ring.put % PROBE_RING] = record[0]
+    store_flag(&ring.put, ring.put + 1)
+
+
+cdef inline bint ring_take(probe_ring_t* ring, probe_record_t* record) noexcept nogil:
+    """Take the oldest record. Return whether there was one. The reader's side."""
+    if load_flag(&ring.put) == ring.taken:
+        return False
+    record[0] = ring.records[ring.taken % PROBE_RING]
+    store_flag(&ring.taken, ring.taken + 1)
+    return True
+
+
+# Sending
+
+
+cdef inline int send_datagram(
+    int fd, const uint8_t* p, size_t n, const void* to, uint32_t to_len
+) noexcept nogil:
+    """Send one datagram. Return 0 or the errno with which the kernel refused it."""
+    cdef int error = 0
+    cdef int _i
+    for _i in range(SEND_TRIES):
+        if sendto(fd, p, n, MSG_DONTWAIT | MSG_NOSIGNAL, <const sockaddr*>to, to_len) >= 0:
+            return 0
+        error = errno
+        if error == EAGAIN or error == EMSGSIZE or error == ENOBUFS or error == ENOMEM:
+            break
+    return error
+
+
+cdef inline drop_t send_verdict(int error) noexcept nogil:
+    """Return the drop reason of a datagram that the kernel refused with this errno; PASS for 0."""
+    if error == 0:
+        return PASS
+    if error == EAGAIN or error == EINTR or error == ENOBUFS or error == ENOMEM:
+        return DROP_NO_BUFFER
+    return DROP_TOO_BIG if error == EMSGSIZE else DROP_SEND_ERROR
+
+
+cdef inline void count_sent(direction_t* encap, int error) noexcept nogil:
+    """Count a probe that was sent, or refused with this errno."""
+    cdef drop_t verdict = send_verdict(error)
+    encap.generated += 1
+    if verdict == PASS:
+        encap.delivered += 1
+    else:
+        count_drop(encap, verdict, 1)
+
+
+# Receiving
+
+
+cdef inline void report(
+    worker_t* w, const peer_t* peer, const probe_t* probe, uint32_t port
+) noexcept nogil:
+    cdef probe_record_t record
+    record.probe = probe[0]
+    record.addr_len = peer.addr_len
+    memcpy(record.addr, peer.addr, 16)
+    record.port = port
+    record.received_ns = now_ns()
+    ring_put(&w.probes, &record)
+    full_fence()  # the control side clears the event first, and then reads the ring
+    raise_event(w, EVENT_PROBE)
+
+
+cdef inline drop_t take_probe(
+    worker_t* w, const peer_t* peer, uint32_t port, const void* from_, uint32_t from_len,
+    uint8_t* p, size_t n
+) noexcept nogil:
+    """Consume the probe p[0:n]. The reply to a request overwrites it. Return PASS or a drop reason.
+
+    peer   the peer at the sender's address; NULL if there is none
+    port   of the sender, host order
+    from_  the sender's socket address
+
+    drops  as ``parse_probe``; UNKNOWN_PEER; BAD_VERSION: the peer is not to be probed
+    """
+    cdef probe_t probe
+    cdef int fd
+    cdef drop_t verdict = parse_probe(p, n, &probe)
+    if verdict != PASS:
+        return verdict
+    if peer == NULL:
+        return DROP_UNKNOWN_PEER
+    if not peer.probe:
+        return DROP_BAD_VERSION
+    report(w, peer, &probe, port)
+    if probe.kind == PROBE_REQUEST:
+        probe.kind = PROBE_REPLY
+        probe.heard_ms = 0
+        build_probe(p, &probe)
+        fd = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
+        w.syscalls_send += 1
+        count_sent(&w.encap, send_datagram(fd, p, n, from_, from_len))
+    return PASS
