@@ -11,10 +11,13 @@ def test_pauses_grow_to_a_limit_and_end_when_it_is_calm():
         pauses.append(repairs.pause())
         now[0] += pauses[-1]
         assert repairs.pause() == 0
-        repairs.begin()
+        repairs.begin("the route")
     assert pauses == [0, 0, 0.5, 1, 2, 4, 8, LAST_PAUSE, LAST_PAUSE]
+    now[0] += LAST_PAUSE
+    repairs.begin("the address")  # another repair is not a repetition
+    assert repairs.pause() == 0
     now[0] += CALM_SECONDS
-    repairs.begin()
+    repairs.begin("the route")
     assert repairs.pause() == 0
 
 

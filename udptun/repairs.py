@@ -9,12 +9,13 @@ Owns the pauses and the log lines. Does not depend on what is repaired. One thre
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 FIRST_PAUSE, LAST_PAUSE = 0.5, 8.0  # seconds between two repairs
-CALM_SECONDS = 30.0  # after this time without a repair, the next one is made at once
+CALM_SECONDS = 30.0  # an equal repair after this time is made at once
 SUMMARY_SECONDS = 60.0
 
 
@@ -38,6 +39,7 @@ class Repairs:
         self._clock = clock
         self._last: float | None = None
         self._pause = 0.0
+        self._tried: dict[str, float] = {}  # what: when
         self._logged: dict[str, _Logged] = {}
 
     def pause(self) -> float:
@@ -46,12 +48,15 @@ class Repairs:
             return 0.0
         return max(0.0, self._last + self._pause - self._clock())
 
-    def begin(self) -> None:
-        """Record that a repair is tried. This sets the pause until the next one."""
+    def begin(self, what: str) -> None:
+        """Record that a repair is tried. This sets the pause until the next one: it grows only if
+        the same repair was tried a short time ago."""
         now = self._clock()
-        repeated = self._last is not None and now - self._last < CALM_SECONDS
+        repeated = now - self._tried.get(what, -math.inf) < CALM_SECONDS
         self._pause = min(max(2 * self._pause, FIRST_PAUSE), LAST_PAUSE) if repeated else 0.0
         self._last = now
+        self._tried = {key: at for key, at in self._tried.items() if now - at < CALM_SECONDS}
+        self._tried[what] = now
 
     def done(self, what: str) -> None:
         """Record a repair that has succeeded. ``what`` is the sentence for the log."""

@@ -21,12 +21,12 @@ SETTINGS = tuple(DEVICE_SETTINGS.items())
 
 @in_own_netns
 async def test_name_flags_settings_addresses_and_routes_of_one_device():
-    sh(*PAIR)
+    sh(*PAIR, "ip link set eth0 addrgenmode none")
     index = socket.if_nametoindex("eth0")
     with Netlink() as netlink:
         await netlink.set_device("eth0", index)
         assert await tun_state(netlink, index) == TunState(
-            "eth0", 1500, True, frozenset(), frozenset(), SETTINGS)
+            "eth0", 1500, True, frozenset(), frozenset(), SETTINGS, quiet=True)
         sh("ip address add 10.244.1.0/32 dev eth0", "ip address add 10.1.1.1/32 dev eth1",
            "ip address add fd00:1::/128 dev eth0 nodad",
            "ip route add 10.244.0.0/16 dev eth0", "ip route add 10.245.0.0/16 dev eth1",
@@ -41,12 +41,13 @@ async def test_name_flags_settings_addresses_and_routes_of_one_device():
         assert state.differences("eth1", 1400, [ip_address("10.9.9.9")], [
             ip_network("10.245.0.0/16")]) == [
             "its name is eth0", "its MTU is 1500", "it has lost 10.9.9.9, 10.245.0.0/16"]
-        sh("ip link set eth0 down", "sysctl -qw net.ipv4.conf.eth0.rp_filter=1")
+        sh("ip link set eth0 down", "sysctl -qw net.ipv4.conf.eth0.rp_filter=1",
+           "ip link set eth0 addrgenmode eui64")
         state = await tun_state(netlink, index)
         assert (state.up, state.addresses) == (False, {ip_address("10.244.1.0")})
         assert not {n for n in state.networks if n.version == 4}
         assert state.differences("eth0", 1500, (), [ip_network("10.244.0.0/16")]) == [
-            "it is down", "its rp_filter is 1"]
+            "it is down", "its rp_filter is 1", "it makes link-local addresses"]
         sh("ip link del eth0")
         assert await tun_state(netlink, index) is None
 

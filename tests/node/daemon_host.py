@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 
 from tests.own_netns import sh
 from tests.wait import until
@@ -18,6 +18,7 @@ from udptun.net.netlink import Netlink
 from udptun.node import daemon as module
 from udptun.node.config import InterfaceOptions, NodeConfig
 from udptun.node.daemon import Daemon
+from udptun.node.process.launch import ForwarderSpec
 
 NETWORK = NetConfig.parse('{"Network": "10.244.0.0/16"}')
 OURS = Subnets(IPv4Network("10.244.1.0/24"))
@@ -123,9 +124,11 @@ class Node:
             self.serve_store()
             daemon = Daemon(self.config, netlink)
             task = asyncio.create_task(daemon.run())
+            device = asyncio.create_task(make_device(self.config.forward_file, netlink))
             try:
                 yield daemon
             finally:
+                device.cancel()
                 daemon.stop("the test")
                 await task
         self.store.closed = False
@@ -144,6 +147,23 @@ class Node:
             self.store.send(*leases)
             await self.ready(daemon)
         self.store = Store()
+
+
+async def make_device(forward_file, netlink):
+    """Do what a forwarder does with the daemon's file: configure its device, here a veth."""
+    last = None
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            spec = ForwarderSpec.read(forward_file)
+            if spec != last:
+                if last is None and spec.tun not in sh("ip -o link show"):
+                    sh(f"ip link add {spec.tun} type veth peer name {spec.tun}-far",
+                       f"ip link set {spec.tun}-far up")
+                await netlink.configure_tun(
+                    spec.tun, spec.mtu, map(ip_address, spec.addresses),
+                    map(ip_network, spec.networks))
+                last = spec
+        await asyncio.sleep(0.02)
 
 
 def routes_to(*leases):

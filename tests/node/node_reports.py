@@ -5,7 +5,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 from udptun.leases.base import Attributes, Lease, SourceHealth, Subnets
 from udptun.node.host.interface import Underlay
-from udptun.node.status.report import ForwarderReport, NodeReport, PeersReport
+from udptun.node.status.report import ForwarderReport, HostReport, NodeReport, PeersReport
 
 
 def starting() -> NodeReport:
@@ -28,6 +28,7 @@ def ready() -> NodeReport:
         mtu=1450,
         subnet_env_error="",
         firewall_error="",
+        host=HostReport(wrong={}),
         forwarder=ForwarderReport(
             connected=True, error="", synced=True, routes_n=7, starts_n=1, replaces_n=3
         ),

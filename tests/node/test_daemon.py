@@ -274,8 +274,10 @@ async def test_a_lease_changed_in_the_store_is_acquired_again(served, node_of):
         old = daemon.report.lease
         node.store.acquire_answer = fresh
         node.store.news.put_nowait(Changes((Change(old, replace(old, subnets=fresh)),)))
-        await until(lambda: "10.244.77.1/24" in node.config.subnet_file.read_text(), "subnet.env")
-        assert node.forward_file["address"] == ["10.244.77.0"]
+        await until(lambda: node.forward_file["address"] == ["10.244.77.0"], "the options")
+        await until(lambda: not daemon.report.forwarder.connected, "the forwarder to be stopped")
+        # No forwarder has the new address yet, so pods must not be attached with it.
+        assert "10.244.1.1/24" in node.config.subnet_file.read_text()
 
 
 @in_own_netns

@@ -63,6 +63,9 @@ async def test_two_instances_do_not_touch_each_others_things(tmp_path, monkeypat
             node.store.send()
             await until(node.config.forward_file.exists, "the forwarder's options")
             await until((node.config.state_dir / "leases.json").exists, "the cache")
+            # No forwarder runs here, so the daemon does not write this file yet.
+            assert not node.config.subnet_file.exists()
+            node.config.subnet_file.write_text("an older one")
         assert names() == ({"red-ipv4", "blue-ipv4"}, {"red.1", "blue.2"})
         assert {path.parent.name for path in (*red.files(), *blue.files())} == {"red", "blue"}
         assert (red.config.tun, blue.config.tun) == ("red0", "blue0")

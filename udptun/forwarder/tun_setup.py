@@ -101,12 +101,13 @@ class TunSetup:
         wrong = await self._differences()
         if not wrong:
             return
-        self._repairs.begin()
+        what = f"{self._name} is repaired: {'; '.join(wrong)}"
+        self._repairs.begin(what)
         await self._repair()
         still = [text for text in await self._differences() if text in wrong]
         if still:
             raise DeviceError(errno.EBUSY, f"{self._name} cannot be repaired: {'; '.join(still)}")
-        self._repairs.done(f"{self._name} is repaired: {'; '.join(wrong)}")
+        self._repairs.done(what)
 
     async def _differences(self) -> list[str]:
         state = await tun_state(self._netlink, self._index)

@@ -26,6 +26,7 @@ from .netlink import (
     IFF_UP,
     IFLA_AF_SPEC,
     IFLA_INET_CONF,
+    IN6_ADDR_GEN_MODE_NONE,
     IPV4_DEVCONF_ACCEPT_LOCAL,
     IPV4_DEVCONF_RP_FILTER,
     Netlink,
@@ -47,6 +48,7 @@ from .underlay import (
 )
 
 RTA_DST = 1  # linux/rtnetlink.h
+IFLA_INET6_ADDR_GEN_MODE = 8  # linux/if_link.h
 FAMILIES = {socket.AF_INET: 32, socket.AF_INET6: 128}  # family: bits of an address
 SETTING_NAMES = {IPV4_DEVCONF_ACCEPT_LOCAL: "accept_local", IPV4_DEVCONF_RP_FILTER: "rp_filter"}
 
@@ -59,6 +61,8 @@ class TunState:
     addresses  addresses of the device, both families
     networks   destinations of the main table's routes through the device
     settings   the values of DEVICE_SETTINGS in the kernel
+    quiet      the kernel makes no link-local address on the device, so it sends no packets of its
+               own
     """
 
     name: str
@@ -67,6 +71,7 @@ class TunState:
     addresses: frozenset[IPAddress]
     networks: frozenset[IPNetwork]
     settings: tuple[tuple[int, int], ...]
+    quiet: bool
 
     def differences(
         self, name: str, mtu: int, addresses: Iterable[IPAddress], networks: Iterable[IPNetwork]
@@ -86,6 +91,8 @@ class TunState:
             found.append(f"it has lost {', '.join(lost)}")
         found += [f"its {SETTING_NAMES[number]} is {value}" for number, value in self.settings
                   if value != DEVICE_SETTINGS[number]]
+        if not self.quiet:
+            found.append("it makes link-local addresses")
         return found
 
 
@@ -107,16 +114,22 @@ def _state(kernel: RouteSocket, index: int) -> TunState | None:
         raise OSError(link.number, str(link))
     flags = IFINFOMSG.unpack_from(link)[3]
     about = attributes(link, IFINFOMSG.size)
+    families = attributes(about.get(IFLA_AF_SPEC, memoryview(b"")), 0)
     return TunState(
         os.fsdecode(bytes(about[IFLA_IFNAME]).rstrip(b"\0")), _u32(about.get(IFLA_MTU)),
         bool(flags & IFF_UP), frozenset(_addresses(kernel, index)),
-        frozenset(_networks(kernel, index)), _settings(about.get(IFLA_AF_SPEC)),
+        frozenset(_networks(kernel, index)), _settings(families.get(socket.AF_INET)),
+        _is_quiet(families.get(socket.AF_INET6)),
     )
 
 
-def _settings(af_spec: memoryview | None) -> tuple[tuple[int, int], ...]:
+def _is_quiet(inet6: memoryview | None) -> bool:
+    mode = attributes(inet6 or memoryview(b""), 0).get(IFLA_INET6_ADDR_GEN_MODE)
+    return mode is None or mode[0] == IN6_ADDR_GEN_MODE_NONE  # None: no IPv6 on this host
+
+
+def _settings(inet: memoryview | None) -> tuple[tuple[int, int], ...]:
     """Read DEVICE_SETTINGS from the link message. Without IPv4 on the host there are none."""
-    inet = attributes(af_spec or memoryview(b""), 0).get(socket.AF_INET)
     conf = attributes(inet or memoryview(b""), 0).get(IFLA_INET_CONF)
     if conf is None:
         return ()

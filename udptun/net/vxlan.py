@@ -36,6 +36,7 @@ from .netlink import (
     IN6_ADDR_GEN_MODE_NONE,
     Netlink,
 )
+from .tun_state import tun_state
 from .vxlan_ages import read_ages
 from .vxlan_entries import RTPROT_UDPTUN, Entries, EntrySocket
 from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take
@@ -125,6 +126,9 @@ class Vxlan:
     def __init__(self, netlink: Netlink) -> None:
         self._netlink = netlink
         self._known: dict[int, Entries] = {}  # by interface number; only in the netlink thread
+        self._kept: dict[str, _Kept] = {}  # by device name: what the last ``ensure`` set up
+        self._repairs: list[str] = []
+        self._repaired: set[int] = set()  # interface numbers: repaired since the last ``sync``
 
     # -- the device -------------------------------------------------------------------------------
 
@@ -163,8 +167,8 @@ class Vxlan:
         have that MAC in their entries.
 
         addresses  the addresses of the device, each set as /32 or /128. All other addresses are
-                   removed, except link-local addresses. None: the addresses are not known yet;
-                   the present addresses stay
+                   removed, except link-local addresses. None: those of the last call; if there
+                   was none, the addresses are not known yet, and the present ones stay
 
         Raises DeviceError or its subclass VniInUse; FieldError for mtu and mac.
         """
@@ -172,32 +176,57 @@ class Vxlan:
             parse_mac("mac", config.mac)
         if config.local.version == 6 and config.mtu < MIN_MTU6:
             raise FieldError("mtu", config.mtu, f"at least {MIN_MTU6} for IPv6 inside")
-        doing = f"creating the VXLAN device {config.name}"
+        kept = self._kept.get(config.name)
+        wanted = None if kept is None else kept.addresses
+        if addresses is not None:
+            wanted = frozenset(addresses)
+        wrong: list[str] = []
         found = await self._find(config.name)
-        if found is not None:
-            if not (mismatch := _mismatch(found, config)):
-                return await self._settle(found, config, addresses)
+        if found is None and kept is not None:
+            found = await self._give_name_back(config.name, kept.index)
+            wrong.append("its name was changed" if found else "it was deleted")
+        if found is not None and (mismatch := _mismatch(found, config)):
             if found.kind != KIND:
-                raise device_error(errno.EEXIST, doing, mismatch)
+                raise device_error(
+                    errno.EEXIST, f"creating the VXLAN device {config.name}", mismatch)
             log.warning("replacing %s: %s", config.name, mismatch)
             config = replace(config, mac=config.mac or found.mac)
             await self._delete(found)
-        try:
-            await self._make(doing, config, 0)
-        except DeviceError as error:
-            if error.errno == errno.EEXIST and (holder := await self._holder(config)):
-                raise VniInUse(config, holder) from None
-            raise
-        found = await self._find(config.name)
-        try:
-            if found is None:
-                raise device_error(errno.ENODEV, doing, "another program removed it")
-            return await self._settle(found, config, addresses)
-        except BaseException:  # do not leave a device that is not configured
-            if found is not None:
-                with contextlib.suppress(DeviceError):
-                    await self._delete(found)
-            raise
+            found = None
+        if found is not None:
+            differences = await self._differences(found, config, wanted)
+            if differences or kept is None:
+                await self._settle(found, config, wanted)
+            device = _device(found, config)
+            wrong += differences
+        else:
+            device = await self._create(config, wanted)
+        if wrong and kept is not None and kept.wanted(config, wanted):
+            self._repairs.append(f"{config.name} is repaired: {'; '.join(wrong)}")
+            self._repaired.add(device.index)
+        self._kept[config.name] = _Kept(device.index, config, wanted)
+        return device
+
+    async def verify(self, name: str) -> list[str]:
+        """Compare the device with what the last ``ensure`` set up, and return what differs.
+
+        Raises DeviceError.
+        """
+        kept = self._kept.get(name)
+        if kept is None:
+            return [f"{name} is not set up yet"]
+        found = await self._find(name)
+        if found is None:
+            return [f"{name} does not exist"]
+        if mismatch := _mismatch(found, kept.config):
+            return [f"{name}: {mismatch}"]
+        return [f"{name}: {text}" for text in
+                await self._differences(found, kept.config, kept.addresses)]
+
+    def take_repairs(self) -> list[str]:
+        """Return a sentence for each repair since the last call."""
+        repairs, self._repairs = self._repairs, []
+        return repairs
 
     async def remove(self, name: str, network: IPNetwork | None = None) -> None:
         """Remove the device with all its entries, and our direct routes to peers.
@@ -216,6 +245,7 @@ class Vxlan:
         def remove_routes(entries: EntrySocket) -> list[str]:
             return entries.delete(Entries(routes=entries.read().routes))
 
+        self._kept.pop(name, None)
         device = VxlanDevice(name, found.index, found.mac, found.mtu, found.version,
                              network)
         for message in await self._entries(f"removing {name}", device, remove_routes):
@@ -225,10 +255,11 @@ class Vxlan:
     # -- the peers --------------------------------------------------------------------------------
 
     async def sync(
-        self, device: VxlanDevice, peers: Iterable[VxlanPeer]
+        self, device: VxlanDevice, peers: Iterable[VxlanPeer], *, repair: bool = False
     ) -> tuple[PeerFailure, ...]:
         """Make ``peers`` the device's only peers: read the device's entries, apply the difference.
 
+        repair  the peers are those of the last call, so each difference is a repair
         Returns the peers that the kernel refused; all other peers are active. Raises DeviceError
         if the whole update failed. In this case possibly no peer is active.
         """
@@ -236,8 +267,15 @@ class Vxlan:
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
             self._known.pop(device.index, None)
-            update = EntryUpdate(entries, Entries(), entries.read(), skip_unchanged=True)
-            return self._apply(device, update, put)
+            there = entries.read()
+            before = there.copy()
+            update = EntryUpdate(entries, Entries(), there, skip_unchanged=True)
+            failures = self._apply(device, update, put)
+            if repair and device.index not in self._repaired and (
+                    wrong := _entry_differences(before, update.now)):
+                self._repairs.append(f"{device.name} is repaired: {wrong}")
+            self._repaired.discard(device.index)
+            return failures
 
         return await self._entries(f"setting the peers of {device.name}", device, work)
 
@@ -335,6 +373,55 @@ class Vxlan:
                 raise
             return None
 
+    async def _give_name_back(self, name: str, index: int) -> _Found | None:
+        """Rename the device with this interface number. Return None if it does not exist."""
+        try:
+            await self._netlink.rename(index, name)
+        except DeviceError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return None
+        return await self._find(name)
+
+    async def _create(
+        self, config: VxlanConfig, addresses: frozenset[IPAddress] | None
+    ) -> VxlanDevice:
+        doing = f"creating the VXLAN device {config.name}"
+        try:
+            await self._make(doing, config, 0)
+        except DeviceError as error:
+            if error.errno == errno.EEXIST and (holder := await self._holder(config)):
+                raise VniInUse(config, holder) from None
+            raise
+        found = await self._find(config.name)
+        try:
+            if found is None:
+                raise device_error(errno.ENODEV, doing, "another program removed it")
+            await self._settle(found, config, addresses)
+            return _device(found, config)
+        except BaseException:  # do not leave a device that is not configured
+            if found is not None:
+                with contextlib.suppress(DeviceError):
+                    await self._delete(found)
+            raise
+
+    async def _differences(
+        self, found: _Found, config: VxlanConfig, addresses: frozenset[IPAddress] | None
+    ) -> list[str]:
+        """Return what differs, among the settings that can be changed on an existing device."""
+        state = await tun_state(self._netlink, found.index)
+        if state is None:
+            return ["it was deleted"]
+        for_sockets = _network_for_sockets(config)
+        wrong = state.differences(
+            config.name, config.mtu, addresses or (), () if for_sockets is None else (for_sockets,))
+        if addresses is not None:
+            more = {one for one in state.addresses - addresses if not one.is_link_local}
+            wrong += [f"it has the address {one}" for one in more]
+        if config.mac is not None and found.mac != config.mac.lower():
+            wrong.append(f"its MAC is {found.mac}")
+        return wrong
+
     async def _make(self, doing: str, config: VxlanConfig, flags: int) -> None:
         options = _options(config)
         if config.mtu:
@@ -360,23 +447,28 @@ class Vxlan:
         await self._netlink.work(f"removing {found.name}", delete)
 
     async def _settle(
-        self, found: _Found, config: VxlanConfig, addresses: Iterable[IPAddress] | None
-    ) -> VxlanDevice:
+        self, found: _Found, config: VxlanConfig, addresses: frozenset[IPAddress] | None
+    ) -> None:
         """Apply the settings that can be changed on an existing device."""
         name, index, version = found.name, found.index, config.local.version
         mac = (config.mac or found.mac).lower()
+        if found.mtu < MIN_MTU6 <= config.mtu and found.up:
+            # The device has lost IPv6. If IPv6 returns while the device is up, the kernel adds a
+            # link-local address.
+            await self._netlink.set_down(index)
+            found = replace(found, up=False)
         if found.mtu != config.mtu:
             await self._set(f"setting up {name}: MTU {config.mtu}", index, mtu=config.mtu)
         if found.mac != mac:
             await self._set(f"setting up {name}: MAC {mac}", index, address=mac)
         await self._disable_autoconfiguration(name, index, version == 6)
+        await self._netlink.set_device(name, index)
         if addresses is not None:
-            await self._set_addresses(name, index, frozenset(addresses))
+            await self._set_addresses(name, index, addresses)
         if not found.up:
             await self._set(f"bringing up {name}", index, flags=IFF_UP, change=IFF_UP)
-        if config.other_paths:
-            await self._allow_other_paths(name, index, config)
-        return VxlanDevice(name, index, mac, config.mtu, version, config.network)
+        if (network := _network_for_sockets(config)) is not None:
+            await self._add_route_for_sockets(name, index, network)
 
     async def _disable_autoconfiguration(self, name: str, index: int, wants_v6: bool) -> None:
         """Turn off IPv6 autoconfiguration, because peers are configured, not discovered.
@@ -397,26 +489,12 @@ class Vxlan:
             ]},
         )
 
-    async def _allow_other_paths(self, name: str, index: int, config: VxlanConfig) -> None:
-        """Let the device carry packets of peers whose subnets are routed to another device.
+    async def _add_route_for_sockets(self, name: str, index: int, network: IPNetwork) -> None:
+        async def add(ipr: Any) -> None:
+            await ipr.route("replace", family=socket.AF_INET6, dst=str(network),
+                            oif=index, priority=LAST_METRIC, proto=RTPROT_UDPTUN)
 
-        IPv4: rp_filter 2 accepts a packet if any route leads back to its source. The value 0 has
-        no effect, because the kernel uses the larger one of "all" and the device's value. A socket
-        that is bound to a device needs no route: the kernel treats the destination as on-link.
-
-        IPv6 has no reverse path filter, but a bound socket needs a route through its device. One
-        route to the whole network has the largest metric, so no other lookup selects it while
-        another device has a route to the network.
-        """
-        if config.local.version == 4:
-            with contextlib.suppress(OSError):  # /proc/sys is read-only in a container
-                Path("/proc/sys/net/ipv4/conf", name, "rp_filter").write_text("2")
-        elif config.network is not None:
-            async def add(ipr: Any) -> None:
-                await ipr.route("replace", family=socket.AF_INET6, dst=str(config.network),
-                                oif=index, priority=LAST_METRIC, proto=RTPROT_UDPTUN)
-
-            await self._netlink.work(f"adding the route for bound sockets of {name}", add)
+        await self._netlink.work(f"adding the route for bound sockets of {name}", add)
 
     async def _set_addresses(
         self, name: str, index: int, addresses: frozenset[IPAddress]
@@ -442,6 +520,20 @@ class Vxlan:
                            prefixlen=address.network.prefixlen, flags=flags)
 
         await self._netlink.work(doing, change)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A device that ``ensure`` has set up."""
+
+    index: int
+    config: VxlanConfig
+    addresses: frozenset[IPAddress] | None
+
+    def wanted(self, config: VxlanConfig, addresses: frozenset[IPAddress] | None) -> bool:
+        """Return whether the same was wanted before, so that another program made the change."""
+        return replace(config, mac=None) == replace(self.config, mac=None) and \
+            addresses in (None, self.addresses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,6 +604,36 @@ def _mismatch(found: _Found, config: VxlanConfig) -> str:
         if has != wants and (has or wants):
             return f"{name} is {_shown(has)}, expected {_shown(wants)}"
     return ""
+
+
+def _network_for_sockets(config: VxlanConfig) -> IPNetwork | None:
+    """Return the network to which sockets that are bound to the device need a route; None: none.
+
+    Such a socket reaches peers whose subnets have no route through the device. IPv4 needs no route:
+    for a bound socket the kernel treats the destination as on-link. IPv6 needs one. This route has
+    the largest metric, so no other lookup selects it while another device has a route to the
+    network.
+    """
+    return config.network if config.other_paths and config.local.version == 6 else None
+
+
+def _device(found: _Found, config: VxlanConfig) -> VxlanDevice:
+    mac = (config.mac or found.mac).lower()
+    return VxlanDevice(
+        config.name, found.index, mac, config.mtu, config.local.version, config.network)
+
+
+def _entry_differences(before: Entries, now: Entries) -> str:
+    """Return how many entries were missing, and how many entries of others were removed."""
+    parts = []
+    for name in ("routes", "neighbours", "forwarding"):
+        were, are = getattr(before, name), getattr(now, name)
+        label = "FDB entries" if name == "forwarding" else name
+        if missing := sum(were.get(key) != value for key, value in are.items()):
+            parts.append(f"it had lost {label}: {missing}")
+        if foreign := len(were.keys() - are.keys()):
+            parts.append(f"it had {label} of another program: {foreign}")
+    return "; ".join(parts)
 
 
 def _shown(setting: Any) -> str:

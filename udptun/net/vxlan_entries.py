@@ -70,6 +70,9 @@ class Entries:
     forwarding: dict[bytes, bytes] = field(default_factory=dict)
     routes: dict[Prefix, bytes] = field(default_factory=dict)
 
+    def copy(self) -> Entries:
+        return Entries(self.neighbours.copy(), self.forwarding.copy(), self.routes.copy())
+
 
 class EntrySocket:
     """Reads and changes the entries of one device.

@@ -2,10 +2,10 @@
 
 Owns: the order in which the parts are started and ended, and ``_settle``, the only procedure that
 sets up this host for our lease and network. The daemon runs ``_settle`` at its start, at a reload,
-after a change of this host's addresses, after a change of our lease, and when the store answers
-again. ``_settle`` may be repeated: it changes only the parts of the host that differ from the
-wanted state. Does not depend on how a part works. One asyncio loop (not uvloop); netlink and the
-control client have threads of their own.
+after a change of this host that concerns the overlay, after a change of our lease, when the store
+answers again, and every LOOK_SECONDS. ``_settle`` may be repeated: it changes only the parts of the
+host that differ from the wanted state. Does not depend on how a part works. One asyncio loop (not
+uvloop); netlink and the control client have threads of their own.
 
 The node is fail-static: the last answers of the store are saved on disk and stay active until the
 store gives other answers. If the daemon ends, also by a crash, the forwarder, the routes and the
@@ -39,6 +39,7 @@ from .host import conntrack
 from .host.host import Host
 from .host.interface import NoInterface, Underlay
 from .host.sticky import UnderlayChoice
+from .in_force import InForce
 from .malloc import return_free_memory, use_one_arena
 from .paths.paths import Carriers, Paths
 from .peers import Peers
@@ -51,6 +52,8 @@ from .store import Store
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0  # from a failure of ``_settle`` to the next attempt
+BETWEEN_SECONDS = 0.2  # at least, between two calls of ``_settle``; one call takes longer
+LOOK_SECONDS = 30.0  # without a notification of the kernel, compare the host so often
 STATUS_SECONDS = 1.0  # between two updates of our status for the service manager
 
 
@@ -104,6 +107,8 @@ class Daemon:
         self._underlay = UnderlayChoice(netlink, config.address_grace)
         self._host = Host(config, self.report)
         self._settle_again = asyncio.Event()
+        self._in_force = InForce(
+            netlink, self._backends, self._host, self.report, self._settle_again.set)
         self._paths = Paths(self._backends, self.report, config.control, self._carry)
         self._peers = Peers(self._store, self._backends, self.report, self._settle_again.set,
                             self._paths.update)
@@ -169,11 +174,11 @@ class Daemon:
         loop = asyncio.get_running_loop()
         self._netlink.watch_addresses(lambda _: _call_in(loop, self._settle_again.set))
         settled = await self._settle_first()
+        self._in_force.start()
         tasks.create_task(self._peers.follow())
         tasks.create_task(self._peers.use_cache(settled))
         tasks.create_task(self._keep_settled(settled))
         tasks.create_task(self._measure())
-        tasks.create_task(self._peers.keep())
         tasks.create_task(self._host.run())
         tasks.create_task(self._keep_status())
         tasks.create_task(self._announce())
@@ -193,12 +198,15 @@ class Daemon:
         await NodeSocket(self.report, self._config.control).serve()
 
     async def _announce(self) -> None:
-        """Wait until the paths to all known leases are active, then report that the start is
-        complete."""
+        """Wait until the paths to all known leases are active and the kernel has everything that
+        we have set up, then report that the start is complete."""
         self.report.waiting = f"waiting for the leases of {self._store.kind}"
         await self._peers.known.wait()
         await self._backends.synced()
+        await self._in_force.published()
         self.report.waiting = ""
+        assert self._tasks is not None
+        self._tasks.create_task(self._in_force.keep())
         # Most objects that exist now are never deleted. Freezing them excludes them from garbage
         # collection, because a collection that visits them would delay a route change.
         gc.collect()
@@ -247,7 +255,8 @@ class Daemon:
     async def _keep_settled(self, settled: bool) -> None:
         while True:
             if settled:
-                await self._settle_again.wait()
+                await wait_at_most(self._settle_again, LOOK_SECONDS)
+                await asyncio.sleep(self._in_force.repairs.pause())
             else:
                 await self._pause()
             self._settle_again.clear()
@@ -261,6 +270,7 @@ class Daemon:
                 self._errors.clear()
             if reloading:
                 self._notifier.ready(self.report.summary())
+            await asyncio.sleep(BETWEEN_SECONDS)
 
     async def _pause(self) -> None:
         await wait_at_most(self._settle_again, RETRY_SECONDS)
@@ -294,6 +304,7 @@ class Daemon:
             store.settled(network, identity, lease, underlay.bound)
             self._paths.configure(prepared.mtu, prepared.site.udp_port)
             await self._peers.replan(prepared.local(lease))
+            await self._in_force.settled(prepared.site, lease)
             if store.confirmed:
                 assert self._tasks is not None
                 store.hold(lease, self._tasks)

@@ -26,8 +26,6 @@ from .store import PATIENCE_SECONDS, Store
 
 log = logging.getLogger(__name__)
 
-RESYNC_SECONDS = 60.0  # between two checks whether other programs have changed our paths
-
 
 class Peers:
     """Follows the store's leases, and applies the paths to the other nodes.
@@ -169,23 +167,6 @@ class Peers:
             self.known.set()
         log.warning("no leases from the store yet: using %d leases from the cache",
                     len(self._leases))
-
-    # -- on the host ------------------------------------------------------------------------------
-
-    async def keep(self) -> None:
-        """Every RESYNC_SECONDS, repair the paths that other programs have changed.
-
-        Runs until cancelled.
-        """
-        await self.known.wait()
-        while True:
-            await asyncio.sleep(RESYNC_SECONDS)
-            async with self._lock:
-                assert self._plan is not None
-                try:
-                    await self._backends.resync(self._plan)
-                except DeviceError as exc:
-                    log.error("%s", exc)
 
 
 def _names(local: LocalNode) -> list[str]:

@@ -93,6 +93,11 @@ class ActiveBackends:
         """Return the names of all network devices that the backends may create."""
         return frozenset(name for backend in self for name in backend.device_names(network))
 
+    def active_devices(self, network: NetConfig) -> frozenset[str]:
+        """Return the names of the network devices that should exist."""
+        return frozenset(
+            name for backend in self._active for name in backend.active_devices(network))
+
     # -- our own side -----------------------------------------------------------------------------
 
     async def prepare(self, site: Site) -> Prepared:
@@ -177,6 +182,17 @@ class ActiveBackends:
         for backend in self:
             if backend not in self._active:
                 await backend.retire(prepared.network, prepared.site.former)
+
+    async def verify(self) -> list[str]:
+        """Return a sentence for each thing of the active backends that is not in force.
+
+        Raises DeviceError.
+        """
+        return [text for backend in self._active for text in await backend.verify()]
+
+    def take_repairs(self) -> list[str]:
+        """Return a sentence for each repair since the last call."""
+        return [text for backend in self for text in backend.take_repairs()]
 
     async def run(self) -> None:
         """Do the background work of all backends until cancelled."""

@@ -140,6 +140,10 @@ class Backend(ABC, Generic[P]):
     def device_names(self, network: NetConfig) -> Collection[str]:
         """Return the names of the network devices that this backend creates."""
 
+    def active_devices(self, network: NetConfig) -> Collection[str]:
+        """Return the names of those devices that should exist while the backend is active."""
+        return self.device_names(network)
+
     @abstractmethod
     def overhead(self, site: Site) -> int:
         """Return the largest number of bytes that this backend adds to an inner packet."""
@@ -229,6 +233,17 @@ class Backend(ABC, Generic[P]):
         Only for paths with a ``probe_device``. Raises DeviceError.
         """
         return {}
+
+    async def verify(self) -> list[str]:
+        """Ask the kernel whether everything that ``settle`` has set up is in force.
+
+        Return a sentence for each thing that is not. Raises DeviceError.
+        """
+        return []
+
+    def take_repairs(self) -> list[str]:
+        """Return a sentence for each repair since the last call."""
+        return []
 
     @property
     def refused(self) -> Mapping[IPNetwork, str]:

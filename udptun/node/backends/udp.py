@@ -8,8 +8,10 @@ forwarder's process is started and kept running (``process``). Runs on the daemo
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
 from typing import ClassVar
 
 from ...leases.advert import Advert, embed
@@ -19,6 +21,7 @@ from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
 from ...model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route
 from ...net.netlink import Netlink
+from ...net.tun_state import tun_state
 from ..config import NodeConfig
 from ..host.interface import Underlay
 from ..process.keeper import ForwarderKeeper, stop_forwarder
@@ -69,8 +72,9 @@ class UdpBackend(Backend[Route]):
     name = "udp"
     waits_for = "the forwarder"
 
-    def __init__(self, config: NodeConfig, report: NodeReport) -> None:
+    def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
         self._config = config
+        self._netlink = netlink
         self._report = report
         self._keeper = ForwarderKeeper(
             config.control, config.forward_file, config.state_dir / LOG_FILE,
@@ -109,6 +113,23 @@ class UdpBackend(Backend[Route]):
             state=str(config.state_dir / STATE_FILE),
             mtu=mtu,
         ))
+
+    async def verify(self) -> list[str]:
+        """Compare the TUN with its configuration. The forwarder repairs it."""
+        spec, name = self._keeper.spec, self._config.tun
+        if spec is None:
+            return [f"{name} is not set up yet"]
+        try:
+            index = socket.if_nametoindex(name)
+        except OSError:
+            return [f"{name} does not exist"]
+        state = await tun_state(self._netlink, index)
+        if state is None:
+            return [f"{name} does not exist"]
+        return [f"{name}: {text}" for text in state.differences(
+            name, state.mtu if spec.mtu is None else spec.mtu,
+            map(ip_address, spec.addresses), map(ip_network, spec.networks),
+        )]
 
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:
         await self._keeper.dismiss()
@@ -150,4 +171,4 @@ def _outer(underlay: Underlay) -> tuple[IPAddress, ...]:
 
 
 def create(config: NodeConfig, netlink: Netlink, report: NodeReport) -> UdpBackend:
-    return UdpBackend(config, report)
+    return UdpBackend(config, netlink, report)

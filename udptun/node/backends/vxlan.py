@@ -91,6 +91,9 @@ class VxlanBackend(Backend[VxlanPeer]):
     def device_names(self, network: NetConfig) -> tuple[str, ...]:
         return tuple(name for version in (4, 6) if (name := self._device(network, version)))
 
+    def active_devices(self, network: NetConfig) -> tuple[str, ...]:
+        return tuple(device.name for device in self._devices.values())
+
     def _device(self, network: NetConfig, version: int) -> str | None:
         """Return the device's name, or None if the name is too long.
 
@@ -199,7 +202,7 @@ class VxlanBackend(Backend[VxlanPeer]):
     async def apply_all(self, paths: Mapping[IPNetwork, VxlanPeer]) -> int:
         differ = paths.items() ^ self._peers.items()
         self._peers, self._refused = dict(paths), {}
-        await self.resync()
+        await self._sync_all(repair=False)
         return len({subnet for subnet, _ in differ})
 
     async def apply(self, changes: Mapping[IPNetwork, VxlanPeer | None]) -> int:
@@ -231,21 +234,31 @@ class VxlanBackend(Backend[VxlanPeer]):
                 for peer in peers]
 
     async def resync(self) -> None:
+        await self._sync_all(repair=True)
+
+    async def _sync_all(self, *, repair: bool) -> None:
         for version, device in self._devices.items():
             try:
-                await self._sync(device)
+                await self._sync(device, repair)
             except DeviceError as exc:
                 if exc.errno not in (errno.ENODEV, errno.ENOENT):
                     raise
-                log.warning("%s does not exist any more, creating it again: %s", device.name, exc)
                 self._devices[version] = await self._vxlan.ensure(self._configs[version])
-                await self._sync(self._devices[version])
+                await self._sync(self._devices[version], repair)
 
-    async def _sync(self, device: VxlanDevice) -> None:
+    async def verify(self) -> list[str]:
+        return [text for device in self._devices.values()
+                for text in await self._vxlan.verify(device.name)]
+
+    def take_repairs(self) -> list[str]:
+        return self._vxlan.take_repairs()
+
+    async def _sync(self, device: VxlanDevice, repair: bool) -> None:
         peers = [peer for net, peer in self._peers.items() if net.version == device.version]
         for peer in peers:
             self._refused.pop(peer.subnet, None)
-        self._record(await self._vxlan.sync(device, self._with_routes(peers)))
+        self._record(await self._vxlan.sync(
+            device, self._with_routes(peers), repair=repair))
 
     def _record(self, failures: tuple[PeerFailure, ...]) -> None:
         for failure in failures:

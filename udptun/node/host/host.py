@@ -1,7 +1,7 @@
-"""The parts of the host's setup that do not depend on a backend: firewall rules and subnet.env.
+"""The parts of the host's setup that do not depend on a backend: firewall, sysctls, subnet.env.
 
-Owns: the firewall rules, subnet.env, and their fields in the report. A failure is reported, the
-operation is tried again, and the daemon continues. Runs on the daemon's loop.
+Owns: the firewall rules, forwarding, subnet.env, and their fields in the report. A failure is
+reported, the operation is tried again, and the daemon continues. Runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..config import NodeConfig
 from ..status.report import FirewallDrop, NodeReport
 from .firewall.keeper import Firewall
 from .firewall.rules import FirewallError, FirewallRules
+from .forwarding import keep_forwarding
 from .subnet_env import SubnetEnv
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class Host:
         self._config = config
         self._report = report
         self._firewall = Firewall(FirewallRules(), config.instance)
+        self._env: SubnetEnv | None = None  # the wanted content of subnet.env
 
     @property
     def firewall_error(self) -> str:
@@ -42,7 +44,16 @@ class Host:
         mtu  the largest inner packet, in bytes
         """
         await self._set_rules(network, lease)
-        self._write_env(network, lease, mtu)
+        subnets = lease.subnets
+        self._env = SubnetEnv(network.network, subnets.v4, network.network6, subnets.v6, mtu,
+                              self._config.ip_masq)
+
+    def keep_forwarding(self, network: NetConfig) -> tuple[list[str], list[str]]:
+        """Turn forwarding on. Return the repairs, and what is still off, as sentences."""
+        if not self._config.iptables_forward_rules:
+            return [], []
+        versions = {one.version for one in network.networks}
+        return keep_forwarding(versions, self._devices(network))
 
     async def run(self) -> None:
         """Restore firewall rules that other programs remove, until cancelled."""
@@ -66,13 +77,15 @@ class Host:
                 devices.add(self._config.instance.vxlan_device(network.vni, one.version))
         return frozenset(devices)
 
-    def _write_env(self, network: NetConfig, lease: Lease, mtu: int) -> None:
-        path, subnets = self._config.subnet_file, lease.subnets
-        env = SubnetEnv(network.network, subnets.v4, network.network6, subnets.v6, mtu,
-                        self._config.ip_masq)
+    def write_env(self) -> None:
+        """Write subnet.env, if it does not have the wanted content. Call it after ``settle``, when
+        everything is in force: the CNI plugin attaches pods as soon as the file exists."""
+        path, env = self._config.subnet_file, self._env
+        assert env is not None
         try:
             if env.write(path):
-                log.info("wrote %s: %s, MTU %d", path, subnets, mtu)
+                subnets = " and ".join(str(one) for one in (env.subnet, env.subnet6) if one)
+                log.info("wrote %s: %s, MTU %d", path, subnets, env.mtu)
             self._report.subnet_env_error = ""
         except OSError as exc:
             why = f"{path} cannot be written: {exc.strerror}"

@@ -74,6 +74,11 @@ class ForwarderKeeper:
 
     # -- the wanted options and routes ------------------------------------------------------------
 
+    @property
+    def spec(self) -> ForwarderSpec | None:
+        """The options that the forwarder must have; None: no forwarder is wanted."""
+        return self._spec
+
     def want(self, spec: ForwarderSpec) -> None:
         """Set the options that the forwarder must have, and write them to the file.
 

@@ -142,6 +142,15 @@ def _forwarder(report: NodeReport) -> _Result:
     return _result(State.OK, f"has all routes: {forwarder.routes_n}")
 
 
+def _host(report: NodeReport) -> _Result:
+    host = report.host
+    texts = [f"{text}, for {_span(time.time() - since)}"
+             for text, since in (*host.wrong.items(), *host.impaired.items())]
+    if not texts:
+        return _result(State.OK, "devices, addresses, routes and sysctls are as they should be")
+    return _result(State.FAILED if host.wrong else State.DEGRADED, *texts)
+
+
 def _subnet_env(report: NodeReport) -> _Result:
     if report.subnet_env_error:
         return _result(State.FAILED, report.subnet_env_error)
@@ -207,7 +216,7 @@ def _name(pair: PairReport) -> str:
 
 CHECKS: Mapping[str, Callable[[NodeReport], _Result]] = {
     "start": _start, "store": _store, "lease": _lease, "interface": _interface, "mtu": _mtu,
-    "forwarder": _forwarder, "subnet-env": _subnet_env, "firewall": _firewall,
+    "forwarder": _forwarder, "host": _host, "subnet-env": _subnet_env, "firewall": _firewall,
     "conntrack": _conntrack, "peers": _peers,
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -114,6 +114,25 @@ class PairReport:
 
 
 @dataclass(slots=True)
+class HostReport:
+    """What the kernel has, compared with what this node needs. Each key is a sentence, its value is
+    time.time() of the first look that found it.
+
+    wrong     this node's pods cannot use the overlay
+    impaired  some packets may be lost
+    """
+
+    wrong: Mapping[str, float] = field(default_factory=lambda: {"not looked at yet": time.time()})
+    impaired: Mapping[str, float] = field(default_factory=dict)
+
+    def set(self, wrong: Iterable[str], impaired: Iterable[str]) -> None:
+        """Record the result of a look."""
+        now = time.time()
+        self.wrong = {text: self.wrong.get(text, now) for text in wrong}
+        self.impaired = {text: self.impaired.get(text, now) for text in impaired}
+
+
+@dataclass(slots=True)
 class NodeReport:
     """The report of one daemon. Reasons and errors are sentences; "" means that there is none.
 
@@ -168,6 +187,7 @@ class NodeReport:
     subnet_env_error: str = "not written yet"
     firewall_error: str = "not set yet"
     firewall_drops: tuple[FirewallDrop, ...] = ()
+    host: HostReport = field(default_factory=HostReport)
     conntrack: str = ""
     forwarder: ForwarderReport = field(default_factory=ForwarderReport)
     peers: PeersReport = field(default_factory=PeersReport)

@@ -1,0 +1,55 @@
+"""Keep this host forwarding packets between pods and the overlay's devices.
+
+Owns: which sysctls are ours, and their values. ``net.ipv4.ip_forward`` and the setting of our own
+devices are ours if ``--iptables-forward-rules`` is on; CNI's bridge plugin sets the first one too.
+``net.ipv6.conf.all.forwarding`` is not ours: with the value 1 the kernel ignores router
+advertisements, and the host may lose its default route. The files in /proc are read and written
+directly. Any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+ROOT = Path("/proc/sys/net")
+FORWARD4, FORWARD6 = "ipv4/ip_forward", "ipv6/conf/all/forwarding"
+
+
+def keep_forwarding(
+    versions: Collection[int], devices: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Turn forwarding on where it is ours. Return the repairs, and what is still off, as sentences.
+
+    versions  the IP versions of the overlay
+    devices   the overlay's devices; some may not exist
+    """
+    repairs: list[str] = []
+    off: list[str] = []
+    if 4 in versions:
+        settings = {FORWARD4: "pods on this host reach no other node over IPv4"} | {
+            f"ipv4/conf/{device}/forwarding": f"packets that arrive on {device} do not reach pods"
+            for device in devices}
+        for name, effect in settings.items():
+            if _value(name) != "0":
+                continue
+            try:
+                (ROOT / name).write_text("1")
+                repairs.append(f"{_sysctl(name)} was 0, and is 1 again")
+            except OSError as exc:
+                off.append(f"{_sysctl(name)} is 0: {effect} (setting it: {exc.strerror})")
+    if 6 in versions and _value(FORWARD6) == "0":
+        off.append(f"{_sysctl(FORWARD6)} is 0: pods on this host reach no other node over IPv6")
+    return repairs, off
+
+
+def _value(name: str) -> str:
+    """Return the value; "" if the host does not have the setting."""
+    try:
+        return (ROOT / name).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _sysctl(name: str) -> str:
+    return "net." + name.replace("/", ".")

@@ -1,0 +1,113 @@
+"""Verify with the kernel what the daemon has set up, and publish subnet.env once it is in force.
+
+Owns: the comparison of the host with what it should be, and its result in the report; which changes
+of the host are a reason for another ``settle`` of the daemon; the log lines about repairs; the time
+at which subnet.env is written. Does not repair anything itself: ``settle`` and the forwarder do.
+Runs on the daemon's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ..errors import UdptunError
+from ..leases.base import Lease
+from ..net.netlink import Netlink
+from ..repairs import Repairs
+from .backends.active import ActiveBackends
+from .backends.base import Site
+from .host.host import Host
+from .host.watch import HostWatch
+from .status.report import NodeReport
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+LOOK_TICKS = 5  # look at the host every so many ticks, and at each tick while something is wrong
+FIRST_LOOKS_SECONDS = 0.05  # between two looks before subnet.env is written
+
+
+class InForce:
+    """Compares the host with what it should be.
+
+    repairs       limits how often the daemon repairs the host
+    settle_again  is called if the host may differ from what it should be
+    """
+
+    def __init__(
+        self, netlink: Netlink, backends: ActiveBackends, host: Host, report: NodeReport,
+        settle_again: Callable[[], None],
+    ) -> None:
+        self.repairs = Repairs(lambda text: log.warning("%s", text))
+        self._backends = backends
+        self._host = host
+        self._report = report
+        self._settle_again = settle_again
+        self._watch = HostWatch(netlink, settle_again)
+        self._site: Site | None = None  # of the last ``settled``
+
+    def start(self) -> None:
+        self._watch.start()
+
+    async def settled(self, site: Site, lease: Lease) -> None:
+        """Look at the host after a successful ``settle`` of the daemon."""
+        self._site = site
+        self._watch.concern(
+            self._backends.active_devices(site.network), site.underlay.index,
+            site.network.networks, lease.subnets)
+        self._record(self._backends.take_repairs())
+        await self._look()
+
+    async def published(self) -> None:
+        """Wait until everything is in force, then write subnet.env."""
+        while not await self._publish():
+            await asyncio.sleep(FIRST_LOOKS_SECONDS)
+
+    async def keep(self) -> None:
+        """Look at the host from time to time, until cancelled."""
+        tick = 0
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            tick += 1
+            self.repairs.summarise()
+            if tick % LOOK_TICKS == 0 or self._report.host.wrong:
+                before = self._report.host.wrong.keys()
+                await self._look()
+                if self._report.host.wrong.keys() - before:
+                    self._settle_again()
+            if not self._missing():
+                self._host.write_env()
+
+    async def _publish(self) -> bool:
+        await self._look()
+        missing = self._missing()
+        if missing:
+            self._report.waiting = f"not everything is in force: {missing}"
+            return False
+        self._host.write_env()
+        return True
+
+    def _missing(self) -> str:
+        """Return what is not in force, according to the last look; "" if everything is."""
+        report = self._report
+        if report.forwarder.needed and not report.forwarder.synced:
+            return "the forwarder's routes"
+        return "; ".join((*report.host.wrong, *filter(None, (self._host.firewall_error,))))
+
+    async def _look(self) -> None:
+        assert self._site is not None
+        try:
+            wrong = await self._backends.verify()
+        except (UdptunError, OSError) as exc:
+            wrong = [str(exc)]
+        repairs, impaired = self._host.keep_forwarding(self._site.network)
+        self._record(repairs)
+        self._report.host.set(wrong, impaired)
+
+    def _record(self, repairs: list[str]) -> None:
+        if repairs:
+            self.repairs.begin("; ".join(repairs))
+        for text in repairs:
+            self.repairs.done(text)
