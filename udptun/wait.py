@@ -1,9 +1,13 @@
-"""Wait for an event with a time limit. Asyncio, any loop."""
+"""Wait for an event with a time limit, or until a file is gone. Asyncio, any loop."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import suppress
+from pathlib import Path
+
+FILE_CHECK_SECONDS = 2.0
 
 
 async def wait_at_most(event: asyncio.Event, seconds: float) -> bool:
@@ -16,3 +20,12 @@ async def wait_at_most(event: asyncio.Event, seconds: float) -> bool:
         async with asyncio.timeout(seconds):
             await event.wait()
     return event.is_set()
+
+
+async def until_removed(path: Path) -> None:
+    """Return when the path does not exist any more.
+
+    inotify is not used, because it would have to watch every directory above the file.
+    """
+    while os.path.lexists(path):
+        await asyncio.sleep(FILE_CHECK_SECONDS)

@@ -5,12 +5,14 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
 from tests.own_netns import in_own_netns, ip_json, sh
+from tests.wait import until
 from udptun import Endpoint, Forwarder, ForwarderConfig, Route
 from udptun.errors import DeviceError, FieldError, UdptunError
 from udptun.model import parse_address, parse_prefix
@@ -138,6 +140,21 @@ async def test_a_state_file_that_cannot_be_written_is_refused(tmp_path):
     async with Forwarder(config(state_file=kept)) as forwarder:
         await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
     assert kept.read_text() == "10.244.2.0/24 via 192.0.2.2 port 8285\n"
+
+
+@in_own_netns
+async def test_a_removed_state_file_is_written_again(tmp_path):
+    kept = tmp_path / "made" / "routes"
+    text = "10.244.2.0/24 via 192.0.2.2 port 8285\n"
+    async with Forwarder(config(state_file=kept)) as forwarder:
+        await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
+        await until(lambda: kept.read_text() == text)
+        shutil.rmtree(kept.parent)
+        await until(kept.exists)
+        assert kept.read_text() == text
+        kept.unlink()
+        await forwarder.delete_route(parse_prefix("dst", "10.244.2.0/24"))
+    assert kept.read_text() == ""
 
 
 @in_own_netns

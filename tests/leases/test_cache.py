@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -48,6 +49,18 @@ async def test_load_returns_what_was_written(tmp_path):
     await write(path, known(OWN, lease=None))
     assert LeaseCache(path).load(ETCD) == known(OWN, lease=None)
     assert [entry.name for entry in path.parent.iterdir()] == ["leases.json"]
+
+
+async def test_a_removed_file_is_written_again(tmp_path, caplog):
+    path = tmp_path / "state" / "leases.json"
+    file = LeaseCache(path)
+    file.keep(known())
+    await until(path.exists)
+    shutil.rmtree(path.parent)
+    await until(path.exists)
+    assert "was removed: writing it again" in caplog.text
+    await file.aclose()
+    assert LeaseCache(path).load(ETCD) == known()
 
 
 async def test_a_lease_that_cannot_be_encoded_is_left_out_alone(tmp_path):

@@ -24,9 +24,10 @@ from aiohttp import web
 from ..connections import Connections
 from ..errors import ControlError, DeviceError, FieldError, UdptunError
 from ..model import Route, parse_address, parse_destination
+from ..wait import FILE_CHECK_SECONDS, until_removed
 from . import protocol
 from .events import Event, EventHub, Reader
-from .sockets import FILE_CHECK_SECONDS, UnixListener, listen_unix, removed
+from .sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -90,7 +91,7 @@ class ControlServer:
         """Listen again each time the socket's file was removed. Open connections stay open."""
         loop, refused = asyncio.get_running_loop(), ""
         while True:
-            await removed(running.listener)
+            await until_removed(self.path)
             try:
                 listener = await listen_unix(self.path, socket.SOCK_STREAM)
             except DeviceError as exc:

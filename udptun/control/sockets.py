@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 DIRECTORY_MODE = 0o750
 SOCKET_MODE = 0o660
-FILE_CHECK_SECONDS = 2.0
 BACKLOG = 128
 LOCK_TRIES, LOCK_PAUSE = 100, 0.05  # a forwarder holds the lock for about a millisecond
 SO_PEERGROUPS = 59  # Linux 4.13; missing in the socket module
@@ -65,16 +64,6 @@ class UnixListener:
             found = self.path.lstat()
             if (found.st_dev, found.st_ino) == self._inode:
                 self.path.unlink()
-
-
-async def removed(listener: UnixListener) -> None:
-    """Return when the socket's file does not exist any more: then no client can connect.
-
-    This happens if somebody removes /run/NAME. inotify is not used, because it would have to watch
-    every directory above the file.
-    """
-    while os.path.lexists(listener.path):
-        await asyncio.sleep(FILE_CHECK_SECONDS)
 
 
 async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:

@@ -1,7 +1,7 @@
 """The state file: a copy of the active route table, loaded at the next start.
 
 Owns the file. It has the grammar of a route file. It is replaced atomically, at most once per
-DELAY_SECONDS.
+DELAY_SECONDS, and written again if somebody removes it.
 Threading: control loop only; a helper thread writes the file.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..device.fault import device_error
 from ..errors import FieldError
 from ..files import replace_file
+from ..wait import until_removed
 
 if TYPE_CHECKING:
     from .._core import RouteTable
@@ -29,7 +30,9 @@ class StateFile:
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self.path = path
         self._report = report
-        self._table: RouteTable | None = None
+        self._table: RouteTable | None = None  # not on disk yet
+        self._saved: RouteTable | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
 
@@ -54,10 +57,11 @@ class StateFile:
     async def save(self, table: RouteTable) -> None:
         """Write this table now. Create the directory if necessary. Raises DeviceError."""
         try:
-            self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             await asyncio.to_thread(self._write, table)
         except OSError as error:
             raise device_error(error.errno or 0, f"writing the state file {self.path}") from None
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().create_task(self._restore_removed())
 
     def save_soon(self, table: RouteTable) -> None:
         """Write this table within about DELAY_SECONDS, or a later table that replaces it."""
@@ -66,12 +70,26 @@ class StateFile:
             self._task = asyncio.get_running_loop().create_task(self._save_later())
 
     async def flush(self) -> None:
-        """Write the last table that was passed to ``save_soon``, if it is not on disk yet."""
+        """Write the last table that was passed to ``save_soon``, if it is not on disk yet.
+
+        The file is not watched any more.
+        """
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
         if self._task is not None and not self._task.done():
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
         await self._save()
+
+    async def _restore_removed(self) -> None:
+        while True:
+            await until_removed(self.path)
+            if self._table is None and self._saved is not None:
+                self._report(f"{self.path} was removed: writing it again")
+                self.save_soon(self._saved)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _save_later(self) -> None:
         await asyncio.sleep(DELAY_SECONDS)
@@ -96,4 +114,6 @@ class StateFile:
 
     def _write(self, table: RouteTable) -> None:
         starts = range(0, len(table), SLICE)
+        self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         replace_file(self.path, (table.text_slice(start, SLICE) for start in starts))
+        self._saved = table

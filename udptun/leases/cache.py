@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from ..files import replace_file
 from ..model import IPAddress
-from ..wait import wait_at_most
+from ..wait import until_removed, wait_at_most
 from .base import Attributes, Lease, Subnets
 from .netconf import NetConfig
 
@@ -67,7 +67,9 @@ class LeaseCache:
         self._interval_s = interval_s
         self._not_before = 0.0  # the earliest time of the next write, in the loop's clock
         self._next: LastKnown | None = None
+        self._last: LastKnown | None = None  # what the file has
         self._task: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     def load(self, store: str) -> LastKnown | None:
@@ -98,15 +100,21 @@ class LeaseCache:
         """Write ``known`` to the file soon.
 
         A later call replaces a state that is not written yet. A failed write is logged and
-        repeated.
+        repeated. If somebody removes the file later, it is written again.
         """
         self._next = known
+        loop = asyncio.get_running_loop()
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._write_all())
+            self._task = loop.create_task(self._write_all())
+        if self._watch is None:
+            self._watch = loop.create_task(self._restore_removed())
 
     async def aclose(self) -> None:
         """If a state is not written yet, write it now. A failed write is not repeated."""
         self._closing.set()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
         if self._task is not None:
             await self._task
 
@@ -124,12 +132,21 @@ class LeaseCache:
                     return
                 self._not_before, logged = clock() + RETRY_SECONDS, True
                 continue
+            self._last = known
             if self._next is known:
                 self._next = None
             interval = self._interval_s
             if interval is None:
                 interval = min(INTERVAL_WRITES * (clock() - began), MAX_INTERVAL_SECONDS)
             self._not_before, logged = clock() + interval, False
+
+    async def _restore_removed(self) -> None:
+        while True:
+            await until_removed(self.path)
+            if self._next is None and self._last is not None:
+                log.warning("%s was removed: writing it again", self.path)
+                self.keep(self._last)
+            await asyncio.sleep(RETRY_SECONDS)
 
     def _write(self, known: LastKnown) -> None:
         self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)

@@ -18,8 +18,9 @@ from typing import Any
 
 from ..._version import __version__
 from ...control.protocol import NODE, NODE_SOCKET
-from ...control.sockets import FILE_CHECK_SECONDS, UnixListener, listen_unix, removed
+from ...control.sockets import UnixListener, listen_unix
 from ...errors import DeviceError
+from ...wait import FILE_CHECK_SECONDS, until_removed
 from .readiness import State, is_ready, judge
 from .report import NodeReport, PairReport, iso_time
 
@@ -109,8 +110,7 @@ class NodeSocket:
                         log.error("no status for `udptun status`: %s", exc)
                     await asyncio.sleep(FILE_CHECK_SECONDS)
                     continue
-                assert self._listener is not None
-                await removed(self._listener)
+                await until_removed(self._path)
                 log.warning("the socket %s was removed; making it again", self._path)
                 await self.aclose()
         finally:
