@@ -28,7 +28,7 @@ from udptun.node.status.readiness import (
     is_ready,
     judge,
 )
-from udptun.node.status.report import FirewallDrop, NodeReport
+from udptun.node.status.report import FirewallDrop, NodeReport, PairReport
 from udptun.node.status.server import HealthServer
 
 LOOPBACK = parse_address("address", "127.0.0.1")
@@ -161,6 +161,35 @@ def set_unreachable(report: NodeReport) -> None:
     report.peers.unreachable = MappingProxyType({"10.5.7.0-24": why})
 
 
+def set_pairs(report: NodeReport, *states: str) -> None:
+    """Give each of the peers 10.5.20.0/24, 10.5.21.0/24, ... one of the states."""
+    for number, state in enumerate(states, 20):
+        trouble = "" if state == "reachable" else f"VXLAN: it is {state}"
+        pair = PairReport(f"10.5.{number}.0-24", IPv4Network(f"10.5.{number}.0/24"), "vxlan",
+                          state=state, trouble=trouble, changed=time.time() - 40)
+        report.pairs[pair.subnet] = pair
+
+
+def set_silent(report: NodeReport) -> None:
+    set_pairs(report, "reachable", "unreachable", "unknown")
+
+
+def set_limited(report: NodeReport) -> None:
+    set_pairs(report, "limited", "reachable")
+
+
+def set_only_peer_silent(report: NodeReport) -> None:
+    set_pairs(report, "unreachable")
+
+
+def set_all_silent(report: NodeReport) -> None:
+    set_pairs(report, "unreachable", "unreachable")
+
+
+def set_not_measured(report: NodeReport) -> None:
+    report.measure_errors = ("opening a raw socket for echoes: Operation not permitted",)
+
+
 def set_refused(report: NodeReport) -> None:
     report.peers.refused = {"10.5.8.0-24": "Network is unreachable"}
 
@@ -196,6 +225,14 @@ def set_waiting(report: NodeReport) -> None:
         (set_out_of_step, {"forwarder": State.FAILED},
          "[-]forwarder: its routes are not up to date; routes: 7"),
         (set_no_subnet_env, {"subnet-env": State.FAILED}, "[-]subnet-env: No space left on device"),
+        (set_silent, {"peers": State.DEGRADED},
+         "    1 not answering:\n    10.5.21.0-24: for 40 s: VXLAN: it is unreachable"),
+        (set_limited, {"peers": State.DEGRADED},
+         "    1 not reached by large packets:\n    10.5.20.0-24: for 40 s: VXLAN: it is limited"),
+        (set_only_peer_silent, {"peers": State.DEGRADED}, "    1 not answering:"),
+        (set_all_silent, {"peers": State.FAILED}, "[-]peers: no peer answers; "),
+        (set_not_measured, {"peers": State.DEGRADED},
+         "    not measured: opening a raw socket for echoes: Operation not permitted"),
         (set_no_firewall, {"firewall": State.FAILED}, "[-]firewall: nft is not there"),
         (partial(set_drop, cuts=True), {"firewall": State.FAILED},
          "packets are dropped by X, for "),
@@ -216,6 +253,17 @@ def test_each_problem_has_its_own_check(
     assert states(report) == found
     assert is_ready(judge(report)) == (State.FAILED not in found.values())
     assert says in text_of(report, next(iter(found)))
+
+
+def test_a_peer_on_another_path_than_the_preferred_one_is_named() -> None:
+    """Its packets arrive, so this is not degraded."""
+    report = ready()
+    set_pairs(report, "reachable")
+    (pair,) = report.pairs.values()
+    pair.path, pair.why, pair.since = "udp", "VXLAN: no answer", time.time() - 70
+    assert states(report) == {}
+    assert ("    1 by another path than the preferred one:\n"
+            "    10.5.20.0-24: UDP for 70 s; VXLAN: no answer") in text_of(report, "peers")
 
 
 def test_a_lease_without_an_end() -> None:

@@ -30,8 +30,10 @@ from .pair import Pair, health_of_report, health_of_state, state_json
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-# A path that was left is probed at least this often, so that it can carry again soon.
+# A path that was left is probed at least this often, so that it can carry again soon. Once it
+# answers, it is probed like one with traffic, because the largest size has to be measured again.
 LEFT_SECONDS = 5.0
+LEFT_N = 100  # pairs per tick for which this is done; more take turns
 SEND_AGES_PEERS = 1000  # the times of the last packets are read every (peers / this) seconds
 AGE_SLACK_SECONDS = 0.1  # rounding of these times, and the time of the call
 REFRESH_SECONDS = 15.0  # between two reads of the forwarder's whole state
@@ -55,6 +57,7 @@ class Meters:
         self._listeners: dict[int, Listener] = {}
         self._forwarder: ForwarderView | None = None
         self._by_endpoint: dict[str, dict[IPNetwork, None]] = {}
+        self._turn = 0
 
     # -- which meter measures a path --------------------------------------------------------------
 
@@ -186,6 +189,15 @@ class Meters:
                 self._listeners[version].watch(silent)
             except OSError as exc:
                 log.debug("listening for packets of silent peers: %s", exc)
+
+    def follow_left(self, pairs: Iterable[Pair]) -> None:
+        """Probe the preferred paths that do not carry the packets, but answer again."""
+        left = [pair for pair in pairs if pair.choice.at != pair.preferred]
+        self._turn = self._turn + LEFT_N if self._turn + LEFT_N < len(left) else 0
+        for pair in left[self._turn : self._turn + LEFT_N]:
+            meter, measured = pair.meters[pair.preferred], pair.measured[pair.preferred]
+            if meter is not None and measured is not None and measured.health:
+                meter.traffic([pair.subnet])
 
     async def follow_traffic(
         self, pairs: Mapping[IPNetwork, Pair], at: int, backend: Backend[Any]

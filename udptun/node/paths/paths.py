@@ -202,7 +202,8 @@ class Paths:
             pair.asking = False
         if self._pairs.get(pair.subnet) is pair:
             if health is not None:
-                pair.measured[at] = Measured(health, time.monotonic(), "probed on suspicion")
+                why = "" if health is Health.GOOD else "no answer to a probe on suspicion"
+                pair.measured[at] = Measured(health, time.monotonic(), why)
             self._decide(pair)
 
     # -- choosing ---------------------------------------------------------------------------------
@@ -271,6 +272,7 @@ class Paths:
     async def _keep_meters(self) -> None:
         while True:
             self._meters.check(self._pairs, self._backends)
+            self._meters.follow_left(self._pairs.values())
             self._report.measure_errors = self._meters.errors()
             await asyncio.sleep(TICK_SECONDS)
 

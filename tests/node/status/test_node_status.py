@@ -1,0 +1,150 @@
+"""What GET /v1/node and ``udptun status`` show."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import stat
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.control.fakes import LoopThread, Served, thread  # noqa: F401
+from tests.node.node_reports import ready
+from udptun.cli import cli
+from udptun.control.client import ControlClient
+from udptun.errors import ControlError
+from udptun.instance import Instance
+from udptun.node.status import socket as module
+from udptun.node.status.report import NodeReport, PairReport
+from udptun.node.status.socket import NodeSocket
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "node.md"
+
+
+def measured() -> NodeReport:
+    """Return a report with one peer that was moved to UDP, like the example in docs/node.md."""
+    report = ready()
+    subnet = IPv4Network("10.5.60.0/24")
+    report.pairs[subnet] = PairReport(
+        "10.5.60.0-24", subnet, "udp", "VXLAN: 3 probes in a row were not answered",
+        state="reachable")
+    report.describe_paths = lambda _: {
+        "udp": {"endpoint": "192.0.2.2:8285", "state": "reachable", "reason": "", "rtt_us": 310},
+        "vxlan": {"state": "unreachable", "reason": "3 probes in a row were not answered",
+                  "loss": 0.25, "largest_size": 1422},
+    }
+    report.event("path_changed", peer="10.5.60.0-24", subnet=str(subnet), path="udp",
+                 reason="VXLAN: 3 probes in a row were not answered")
+    return report
+
+
+@pytest.fixture
+def served_node(thread, tmp_path):  # noqa: F811
+    node = NodeSocket(measured(), tmp_path / "udptun.sock")
+    thread.run(node.start)
+    yield tmp_path / "node.sock"
+    thread.run(node.aclose)
+    assert not (tmp_path / "node.sock").exists()
+
+
+def test_the_socket_is_the_instances(served_node):
+    assert Instance().node_socket.name == served_node.name
+    assert Instance().node_socket.parent == Instance().control_socket().parent
+    assert stat.S_IMODE(served_node.stat().st_mode) == 0o660
+
+
+def test_the_example_in_the_document_has_the_keys_of_a_real_answer(served_node):
+    with ControlClient(str(served_node)) as client:
+        found = client.node()
+    (block,) = [block for block in re.findall(r"```\n(.*?)```", PAGE.read_text(), re.DOTALL)
+                if '"path_since"' in block]
+    example = json.loads(block)
+    assert [*example] == [*found]
+    assert [*example["peers"][0]] == [*found["peers"][0]]
+    assert [*example["events"][0]] == [*found["events"][0]]
+    assert [*example["checks"][0]] == [*found["checks"][0]]
+    assert found["peers"][0]["paths"]["vxlan"]["state"] == "unreachable"
+
+
+def test_many_peers_and_many_requests(served_node):
+    with ControlClient(str(served_node)) as client:
+        for _ in range(3):
+            assert len(client.node()["peers"]) == 1
+
+
+@pytest.mark.parametrize("request_line", [
+    b"GET /v1/status HTTP/1.1", b"POST /v1/node HTTP/1.1", b"\x00\xff", b"GET", b""])
+def test_other_requests_are_refused(served_node, request_line):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(str(served_node))
+        client.sendall(request_line + b"\r\n\r\n")
+        assert client.recv(64).startswith(b"HTTP/1.1 404 ")
+    with ControlClient(str(served_node)) as client, pytest.raises(ControlError, match="not found"):
+        client.routes()
+
+
+def test_a_request_that_is_too_long_or_incomplete_ends_only_itself(served_node, monkeypatch):
+    monkeypatch.setattr(module, "REQUEST_SECONDS", 0.1)
+    for part in (b"GET /v1/node", b"x" * (2 * module.HEAD_LEN)):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(20)
+            client.connect(str(served_node))
+            client.sendall(part)
+            with contextlib.suppress(ConnectionResetError):  # not all of it was read
+                assert client.recv(64) == b""
+    with ControlClient(str(served_node)) as client:
+        assert client.node()["ready"] is True
+
+
+def run_status(control, *options):
+    return CliRunner().invoke(cli, ["status", "--socket", str(control), *options])
+
+
+def test_status_without_a_forwarder_shows_the_node(served_node, tmp_path):
+    """As on a node with VXLAN only."""
+    result = run_status(tmp_path / "udptun.sock")
+    assert result.exit_code == 0, result.output
+    for line in (
+        "node: 10.5.1.0/24", "  state: ready", "node peer: 10.5.60.0-24",
+        "  path udp: reachable, round trip 0.31 ms",
+        "  path vxlan: unreachable, loss 25%, largest message 1422: "
+        "3 probes in a row were not answered",
+    ):
+        assert line in result.output.splitlines()
+    assert re.search(r"^  carried by: udp for \d s; VXLAN: 3 probes", result.output, re.MULTILINE)
+    found = json.loads(run_status(tmp_path / "udptun.sock", "-o", "json").output)
+    assert [*found] == ["node"]
+
+
+def test_status_shows_both(served_node, tmp_path, thread):  # noqa: F811
+    with Served(thread, tmp_path / "udptun.sock"):
+        text = run_status(tmp_path / "udptun.sock").output
+        assert text.index("node: 10.5.1.0/24") < text.index("device: udptun0")
+        found = json.loads(run_status(tmp_path / "udptun.sock", "-o", "json").output)
+        with ControlClient(str(tmp_path / "udptun.sock")) as client:
+            assert [*found] == [*client.status(), "node"]
+
+
+def test_status_without_both_is_an_error(tmp_path):
+    result = run_status(tmp_path / "udptun.sock")
+    assert result.exit_code == 1
+    assert "no forwarder answers" in str(result.exception) + result.output
+
+
+async def test_a_second_daemon_does_not_take_the_socket(tmp_path):
+    first = NodeSocket(ready(), tmp_path / "udptun.sock")
+    second = NodeSocket(ready(), tmp_path / "udptun.sock")
+    await first.start()
+    with pytest.raises(OSError, match="in use"):
+        await second.start()
+    await second.aclose()
+    assert (tmp_path / "node.sock").exists()
+    await first.aclose()
+    await asyncio.sleep(0)
