@@ -19,7 +19,7 @@ from udptun.lab import Lab, LabError, missing_tools
 from udptun.lab.cluster import etcd_obstacle
 from udptun.lab.tools import install_command
 
-from . import flame, instructions, nodes, plots, profiles, readme, record, report, system
+from . import flame, instructions, nodes, plots, probes, profiles, readme, record, report, system
 from .contenders.external import installed_names
 from .metrics import gap, isolation, lookup, memory, pps, rtt, scale, start, tcp
 from .metrics.metric import COMPARED, NO_PROFILE, Metric, Plan
@@ -128,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=_positive(int), default=5)
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     command.set_defaults(run=_flame)
+    text = "CPU time and memory that probes to many idle peers cost"
+    command = commands.add_parser("probes", help=text, description=text)
+    command.add_argument("--peers", type=_positive(int), default=5000, metavar="N")
+    command.add_argument("--seconds", type=_positive(int), default=120, metavar="N")
+    command.set_defaults(run=_probes)
     text = "instruction counts of single steps on fixed input (valgrind)"
     command = commands.add_parser("instructions", help=text, description=text)
     command.add_argument("--save", type=Path, metavar="FILE", help="write the counts to FILE")
@@ -360,6 +365,18 @@ def _flame(arguments: argparse.Namespace) -> int:
     try:
         if problem is None:
             flame.run(arguments.contender, arguments.profile, arguments.seconds, arguments.out)
+            return 0
+    except LabError as e:
+        problem = str(e)
+    print(f"bench: {problem}", file=sys.stderr)
+    return 1
+
+
+def _probes(arguments: argparse.Namespace) -> int:
+    problem = _missing_requirement()
+    try:
+        if problem is None:
+            print(probes.run(arguments.peers, arguments.seconds))
             return 0
     except LabError as e:
         problem = str(e)

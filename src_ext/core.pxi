@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memset
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport count_sent, send_datagram
 from path.worker cimport direction_t, shared_t, worker_t
-from sys cimport load_flag, now_ns, sockaddr_in6
+from sys cimport load_flag, now_ns, sockaddr_in6, store_flag
 from table.addr_map cimport addr_map_init, addr_map_put
 from table.peer cimport peer_counters_t, peer_free, peer_t, set_sockaddr
 from table.publish cimport (
@@ -316,13 +316,72 @@ cdef class Core:
     def take_probes(self):
         """Return a model.ProbeRecord for each probe that has arrived since the last call.
 
-        A worker raises the event "probe" when it adds a record. It has space for PROBE_RING
-        records; further ones are lost, and counted in its ``probes_lost``.
+        Call this at regular intervals. A worker has space for PROBE_RING records; further ones are
+        lost, and counted in its ``probes_lost``. A worker raises the event "probe" when half of
+        the space is used, and for each record after ``wake_on_probe(True)``.
         """
         cdef Worker worker
         found = []
         for worker in self.objects:
             found += worker.take_probes()
+        return found
+
+    def wake_on_probe(self, bint wake):
+        """Set whether a worker wakes the control side for each probe. It does not at first."""
+        store_flag(&self.shared.wake_on_probe, wake)
+
+    def probe_peers(self, uint32_t mtu):
+        """Return {(packed address, port): largest inner packet} of the peers that answer probes.
+
+        The largest packet is the smaller of ``mtu``, the MTU of the TUN, and the largest MTU of the
+        routes to the peer.
+        """
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint32_t limit, slot = 0
+        cdef size_t i
+        cdef hop_t* hop
+        cdef peer_t* peer
+        with nogil:
+            for i in range(s.hops_n):
+                s.hops[i].peer.probe_mtu = 0
+            for i in range(s.hops_n):
+                hop = &s.hops[i]
+                limit = hop.mtu if 0 < hop.mtu < mtu else mtu
+                hop.peer.probe_mtu = max(hop.peer.probe_mtu, limit)
+        found = {}
+        peer = next_peer(s, &slot, NULL)
+        while peer != NULL:
+            if peer.probe:
+                found[packed_address(peer), peer.port] = peer.probe_mtu
+            peer = next_peer(s, &slot, peer)
+        return found
+
+    def take_traffic(self):
+        """Return (packed address, port, whether packets arrived) of the peers with traffic.
+
+        Only peers that answer probes are listed. Traffic counts from the last call on. The
+        counters of all peers are compared without the GIL, so idle peers cost little.
+        """
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint64_t sent, received
+        cdef uint32_t slot = 0, k, workers_n = self.shared.workers_n
+        cdef peer_t* peer
+        cdef bint moved
+        cdef list found = []
+        with nogil:
+            peer = next_peer(s, &slot, NULL)
+            while peer != NULL:
+                if peer.probe:
+                    sent = received = 0
+                    for k in range(workers_n):
+                        sent += peer.counters[k].encap_packets
+                        received += peer.counters[k].decap_packets
+                    moved = received != peer.taken_received
+                    if moved or sent != peer.taken_sent:
+                        peer.taken_sent, peer.taken_received = sent, received
+                        with gil:
+                            found.append((packed_address(peer), peer.port, moved))
+                peer = next_peer(s, &slot, peer)
         return found
 
     # Counters

@@ -361,9 +361,14 @@ def keys(value: Any, path: str = "") -> set[str]:
 async def test_the_examples_of_answers_have_the_keys_of_a_real_forwarder() -> None:
     sh("ip addr replace 192.0.2.1/32 dev lo")
     async with Forwarder(ForwarderConfig(listen=(Endpoint.parse("192.0.2.1"),))) as forwarder:
+        await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2", probe=True))
+        probe = await forwarder.probe(Endpoint.parse("192.0.2.2"))
+        assert probe.pop("error")
+        status = await forwarder.status()
         await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
         answers: list[Any] = [
-            await forwarder.status(),
+            status,
+            probe,
             {"drops": forwarder.drops()},
             forwarder.trace(ipaddress.ip_address("10.244.2.9")),
             json.loads(b"".join([chunk async for chunk in forwarder.route_chunks()])),
@@ -382,6 +387,9 @@ def test_the_table_of_events_is_complete() -> None:
     if "route_{kind}" in emitted:
         emitted -= {"route_{kind}"}
         emitted |= {"route_added", "route_changed", "route_removed"}
+    if "peer_{change}" in emitted:
+        emitted -= {"peer_{change}"}
+        emitted |= {"peer_reachable", "peer_unreachable", "peer_size"}
     page = (ROOT / "docs" / "control.md").read_text()
     table = page.partition("\n## Events\n")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)

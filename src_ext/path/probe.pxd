@@ -42,11 +42,16 @@ cdef enum:
 
 cdef inline void ring_put(probe_ring_t* ring, const probe_record_t* record) noexcept nogil:
     """Add a record, or count it as lost if the ring is full. The writer's side."""
-    if ring.put - load_flag(&ring.taken) == PROBE_RING:
+    if ring_fill(ring) == PROBE_RING:
         ring.lost += 1
         return
     ring.records[ring.put % PROBE_RING] = record[0]
     store_flag(&ring.put, ring.put + 1)
+
+
+cdef inline uint64_t ring_fill(const probe_ring_t* ring) noexcept nogil:
+    """Return the number of records in the ring. The writer's side."""
+    return ring.put - load_flag(&ring.taken)
 
 
 cdef inline bint ring_take(probe_ring_t* ring, probe_record_t* record) noexcept nogil:
@@ -108,8 +113,10 @@ cdef inline void report(
     record.port = port
     record.received_ns = now_ns()
     ring_put(&w.probes, &record)
-    full_fence()  # the control side clears the event first, and then reads the ring
-    raise_event(w, EVENT_PROBE)
+    # A wake-up of the control side costs more than the probe, and the record has its own time.
+    if load_flag(&w.shared.wake_on_probe) or ring_fill(&w.probes) >= PROBE_RING // 2:
+        full_fence()  # the control side clears the event first, and then reads the ring
+        raise_event(w, EVENT_PROBE)
 
 
 cdef inline drop_t take_probe(

@@ -103,6 +103,7 @@ cdef struct shared_t:
     bint has_addr4
     bint has_addr6
     int notify_fd               # eventfd of the control side
+    uint64_t wake_on_probe      # written by the control side: 1 = raise EVENT_PROBE for each probe
 
 
 cdef struct worker_t:

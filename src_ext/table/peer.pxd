@@ -45,6 +45,9 @@ cdef struct peer_t:
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
     uint64_t generation         # control side: generation of the last snapshot with this peer
     uint32_t ordinal            # control side: index among the peers of that snapshot
+    uint32_t probe_mtu          # control side: see Core.probe_peers
+    uint64_t taken_sent         # control side: packets at the last Core.take_traffic
+    uint64_t taken_received
     uint32_t sa_len
     sockaddr_in6 sa             # large enough for sockaddr_in
     # The next peer at the same address, in ascending port order. During a swap, a worker may follow

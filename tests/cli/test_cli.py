@@ -178,6 +178,8 @@ peer: 192.0.2.2:8285
   transfer: 999 B received, 1.50 KiB sent
   packets: 3 received, 12 sent
   path mtu: 1500
+  state: reachable since 2026-11-23T13:05:24Z
+  probes: round trip 0.41 ms, loss 3%, last answer 2026-11-23T13:06:01Z, largest packet 1472
 
 peer: [2001:db8::3]:8285
   subnets: (none)
@@ -187,6 +189,20 @@ peer: [2001:db8::3]:8285
   path mtu: 1500
 """
     assert udptun.json("status")["peers"][0]["endpoint"] == "192.0.2.2:8285"
+
+
+def test_peers(udptun: Udptun, served: Served) -> None:
+    lines = udptun("peers").stdout.splitlines()
+    assert lines[0].split("  ")[0] == "ENDPOINT"
+    assert lines[0].endswith("LAST ANSWER           LARGEST  REASON")
+    assert lines[1].split() == [
+        "192.0.2.2:8285", "reachable", "2026-11-23T13:05:24Z", "0.41", "ms", "3%",
+        "2026-11-23T13:06:01Z", "1472", "-",
+    ]
+    assert lines[2].startswith("[2001:db8::3]:8285  not probed")
+    rows = udptun("peers --no-headers").stdout.splitlines()
+    assert [row.split() for row in rows] == [line.split() for line in lines[1:]]
+    assert udptun.json("peers")["peers"] == udptun.json("status")["peers"]
 
 
 def test_drops(udptun: Udptun, served: Served) -> None:
@@ -242,7 +258,7 @@ def test_version(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["status", "drops", "trace 10.0.0.1", "events", "events -w", "stop", "route list",
+    ["status", "peers", "drops", "trace 10.0.0.1", "events", "events -w", "stop", "route list",
      f"route add {ROUTE}", f"route replace {ROUTE}", "route del 10.0.0.0/8",
      "route sync - --allow-empty"],
 )

@@ -22,7 +22,7 @@ import uvloop
 from udptun.control.events import EventHub
 from udptun.drops import DROP_REASONS
 from udptun.errors import FieldError, GenerationMismatch, RouteExists
-from udptun.model import IPAddress, IPNetwork, Route, RouteDiff
+from udptun.model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 
 VERSION = "0.1.0"
 WORKER = {
@@ -123,6 +123,14 @@ class FakeForwarder:
         for start in range(0, len(text), 100):
             yield text[start : start + 100]
 
+    async def peer_chunks(self) -> AsyncGenerator[bytes, None]:
+        yield json.dumps({"peers": status_of(1, 0)["peers"]}).encode()
+
+    async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
+        if str(endpoint) != "192.0.2.2:8285":
+            raise FieldError("endpoint", str(endpoint), "a peer that has a route with `probe`")
+        return {"answered": True, "rtt_us": 412, "size": size or 24}
+
     def drops(self) -> list[dict[str, Any]]:
         return [
             {"reason": r.name, "direction": d, "packets": 7 * (r.name == "no_route")}
@@ -143,6 +151,10 @@ class FakeForwarder:
             "routes_n": len(self.table), "generation": self.generation,
             "icmp": {"sent": 3, "suppressed": 4}, "syscalls": WORKER["syscalls"],
             "workers": [WORKER],
+            "probes": {
+                "states": {"reachable": 1, "unreachable": 0, "unknown": 0},
+                "probes": {"sent": 9, "refused": 1, "answered": 7, "received": 5},
+            },
         }
 
     # events and stop
@@ -174,11 +186,17 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
                 "endpoint": "192.0.2.2:8285", "subnets": ["10.244.2.0/24"],
                 "encap": {"packets": 12, "bytes": 1536}, "decap": {"packets": 3, "bytes": 999},
                 "path_mtu": 1500, "last_seen_seconds": 3.4,
+                "probe": {
+                    "state": "reachable", "since": "2026-11-23T13:05:24.921+00:00", "reason": "",
+                    "rtt_us": 412, "loss": 0.03125,
+                    "last_answer": "2026-11-23T13:06:01.004+00:00", "largest_size": 1472,
+                    "full_size_passes": True,
+                },
             },
             {
                 "endpoint": "[2001:db8::3]:8285", "subnets": [],
                 "encap": {"packets": 0, "bytes": 0}, "decap": {"packets": 0, "bytes": 0},
-                "path_mtu": 1500, "last_seen_seconds": None,
+                "path_mtu": 1500, "last_seen_seconds": None, "probe": None,
             },
         ],
         "packets": {"encap": side, "decap": dict(side, read=20, delivered=18)},

@@ -89,6 +89,35 @@ def test_status(http_: Http) -> None:
     assert response.headers["Server"] == "udptun"
 
 
+def test_peers(http_: Http) -> None:
+    code, body, _ = http_.ask("GET", "/v1/peers")
+    assert code == 200
+    assert body == {"peers": http_.ask("GET", "/v1/status")[1]["peers"]}
+
+
+def test_probe(http_: Http) -> None:
+    code, body, _ = http_.ask("POST", "/v1/probe", {"endpoint": "192.0.2.2"})
+    assert (code, body) == (200, {"answered": True, "rtt_us": 412, "size": 24})
+    _, body, _ = http_.ask("POST", "/v1/probe", {"endpoint": "192.0.2.2:8285", "size": 1400})
+    assert body["size"] == 1400
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({}, "endpoint"),
+        ({"endpoint": 7}, "endpoint"),
+        ({"endpoint": "nowhere"}, "'nowhere'"),
+        ({"endpoint": "192.0.2.9"}, "a peer that has a route with `probe`"),
+        ({"endpoint": "192.0.2.2", "sizes": 24}, "sizes"),
+    ],
+)
+def test_a_wrong_probe_request_is_refused(http_: Http, body: Any, text: str) -> None:
+    code, answer, _ = http_.ask("POST", "/v1/probe", body)
+    assert (code, answer["error"]["code"]) == (400, "bad_request")
+    assert text in answer["error"]["message"]
+
+
 def test_drops(http_: Http, served: Served) -> None:
     code, body, _ = http_.ask("GET", "/v1/drops")
     assert code == 200
@@ -485,6 +514,8 @@ def test_metrics(http_: Http, served: Served) -> None:
         ("udptun_queued_packets", ("encap",)): 1,
         ("udptun_drops_total", ("encap", "no_route")): 7,
         ("udptun_drops_total", ("decap", "unknown_peer")): 0,
+        ("udptun_probed_peers", ("reachable",)): 1,
+        ("udptun_probes_total", ("answered",)): 7,
         ("udptun_icmp_total", ("sent",)): 3,
         ("udptun_icmp_total", ("suppressed",)): 4,
         ("udptun_syscalls_total", ("read",)): 5,

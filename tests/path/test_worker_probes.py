@@ -111,8 +111,23 @@ def test_the_route_decides_whether_its_peer_is_probed():
         rig.check_invariant()
 
 
+def test_a_worker_wakes_the_control_side_for_each_probe_only_if_asked_to():
+    with Rig() as rig:
+        for wake in (False, True, False):
+            rig.core.wake_on_probe(wake)
+            rig.send(PEERS[0], request(1, 24))
+            rig.work()
+            assert ("probe" in rig.worker.take_events()) == wake
+            assert len(rig.core.take_probes()) == 1
+        for token in range(RING // 2):
+            rig.send(PEERS[0], request(token, 24))
+        rig.work()
+        assert "probe" in rig.worker.take_events()  # before the space is used up
+
+
 def test_a_request_of_the_core_is_answered_by_another_core():
     with Rig() as rig:
+        rig.core.wake_on_probe(True)
         sent_ns = time.monotonic_ns()
         port = rig.outside[PEERS[0]].getsockname()[1]
         packed = socket.inet_aton(PEERS[0])

@@ -22,6 +22,7 @@ COMMANDS = {
     "node": (".node:node", "Run the node daemon: join this host to an overlay network."),
     "route": (".route:route", "List and change the routes of a running forwarder."),
     "status": (".show:status", "Show the node, the device, the peers and the packet counts."),
+    "peers": (".show:peers", "Show for each peer whether it answers probes, and how soon."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
     "trace": (".show:trace", "Show the route of a packet to ADDRESS, or why it is dropped."),

@@ -1,5 +1,5 @@
-"""``udptun status``, ``drops``, ``events`` and ``trace``: the state of a running forwarder and,
-in ``status``, of the node daemon."""
+"""``udptun status``, ``peers``, ``drops``, ``events`` and ``trace``: the state of a running
+forwarder and, in ``status``, of the node daemon."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ def _answer(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         return call()
     except NoForwarder:
         return None
+
+
+@click.command()
+@output
+@no_headers
+@connection
+@click.pass_context
+def peers(ctx: click.Context, output: str, no_headers: bool) -> None:
+    """Show for each peer whether it answers probes, and how soon.
+
+    A peer is probed if one of its routes has the word `probe`. LARGEST is the largest packet, in
+    bytes, that was answered. LOSS is the share of the last 32 probes without an answer.
+    """
+    found = client(ctx).peers()
+    if output == "json":
+        echo_json({"peers": found})
+        return
+    headers = ["ENDPOINT", "STATE", "SINCE", "RTT", "LOSS", "LAST ANSWER", "LARGEST", "REASON"]
+    echo_table(headers, map(_peer_row, found), no_headers)
 
 
 @click.command()
@@ -170,15 +189,46 @@ def _device(found: dict[str, Any]) -> str:
 
 
 def _peer(peer: dict[str, Any]) -> str:
-    encap, decap = peer["encap"], peer["decap"]
+    encap, decap, probe = peer["encap"], peer["decap"], peer.get("probe")
     seen = peer["last_seen_seconds"]
-    return _block("peer", peer["endpoint"], [
+    lines: list[tuple[str, object]] = [
         ("subnets", _listed(peer["subnets"])),
         ("last seen", "never" if seen is None else f"{_duration(seen)} ago"),
         ("transfer", f"{_size(decap['bytes'])} received, {_size(encap['bytes'])} sent"),
         ("packets", f"{decap['packets']} received, {encap['packets']} sent"),
         ("path mtu", peer["path_mtu"]),
-    ])
+    ]
+    if probe is not None:
+        state, since, rtt, loss, answer, largest, reason = _probe_cells(probe)
+        lines.append(("state", f"{state} since {since}" + (f": {reason}" if reason else "")))
+        lines.append(("probes", f"round trip {rtt or 'unknown'}, loss {loss or 'unknown'}, "
+                                f"last answer {answer or 'never'}, "
+                                f"largest packet {largest or 'unknown'}"))
+    return _block("peer", peer["endpoint"], lines)
+
+
+def _peer_row(peer: dict[str, Any]) -> list[object]:
+    probe = peer.get("probe")
+    if probe is None:
+        return [peer["endpoint"], "not probed", *[None] * 6]
+    return [peer["endpoint"], *_probe_cells(probe)]
+
+
+def _probe_cells(probe: dict[str, Any]) -> list[Any]:
+    """Return state, since, round trip, loss, last answer, largest packet and reason."""
+    rtt, loss, largest = probe["rtt_us"], probe["loss"], probe["largest_size"]
+    if largest is not None and probe["full_size_passes"] is False:
+        largest = f"{largest} (limited)"
+    return [
+        probe["state"], _clock(probe["since"]), None if rtt is None else f"{rtt / 1000:.2f} ms",
+        None if loss is None else f"{loss:.0%}", _clock(probe["last_answer"]), largest,
+        probe["reason"] or None,
+    ]
+
+
+def _clock(iso: str | None) -> str | None:
+    """Shorten a time to seconds."""
+    return None if iso is None else f"{iso[:19]}Z"
 
 
 def _block(kind: str, name: str, lines: list[tuple[str, object]]) -> str:

@@ -91,6 +91,21 @@ class CounterCollector(Collector):
         yield returns
         yield own_sockets
 
+        probed = GaugeMetricFamily(
+            "udptun_probed_peers", "Peers that are probed, by the state of the path.",
+            labels=("state",),
+        )
+        for state, count in counters["probes"]["states"].items():
+            probed.add_metric((state,), count)
+        yield probed
+        probes = CounterMetricFamily(
+            "udptun_probes", "Requests sent, requests that the kernel refused to send, answers, "
+            "and requests received.", labels=("state",),
+        )
+        for state, count in counters["probes"]["probes"].items():
+            probes.add_metric((state,), count)
+        yield probes
+
         yield GaugeMetricFamily("udptun_peers", "Peers with a route.", counters["peers_n"])
         yield GaugeMetricFamily("udptun_routes", "Routes in the table.", counters["routes_n"])
         yield GaugeMetricFamily(

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from ..connections import Connections
 from ..errors import ControlError, DeviceError, FieldError, UdptunError
-from ..model import Route, parse_address, parse_destination
+from ..model import Endpoint, Route, parse_address, parse_destination
 from ..wait import FILE_CHECK_SECONDS, until_removed
 from . import protocol
 from .events import Event, EventHub, Reader
@@ -60,6 +60,8 @@ class ControlServer:
         self._keeper: asyncio.Task[None] | None = None
         self._handlers: dict[str, dict[str, Handler]] = {
             protocol.STATUS: {"GET": self._get_status},
+            protocol.PEERS: {"GET": self._get_peers},
+            protocol.PROBE: {"POST": self._post_probe},
             protocol.DROPS: {"GET": self._get_drops},
             protocol.ROUTES: {"GET": self._get_routes, "PUT": self._put_routes},
             protocol.TRACE: {"GET": self._get_trace},
@@ -156,6 +158,9 @@ class ControlServer:
     async def _get_status(self, request: web.BaseRequest) -> web.StreamResponse:
         return await _stream(request, self._forwarder.status_chunks())
 
+    async def _get_peers(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await _stream(request, self._forwarder.peer_chunks())
+
     async def _get_drops(self, request: web.BaseRequest) -> web.StreamResponse:
         return _answer({"drops": self._forwarder.drops()})
 
@@ -233,6 +238,19 @@ class ControlServer:
     async def _delete_route(self, request: web.BaseRequest) -> web.StreamResponse:
         dst = parse_destination("dst", _destination(request))
         return _changed(await self._forwarder.delete_route(dst))
+
+    async def _post_probe(self, request: web.BaseRequest) -> web.StreamResponse:
+        values = _loads(await _body(request, protocol.MAX_BODY))
+        if not isinstance(values, dict) or not isinstance(values.get("endpoint"), str):
+            raise ControlError("bad_request", "the body is not an object with endpoint")
+        unknown = values.keys() - {"endpoint", "size"}
+        if unknown:
+            raise ControlError("bad_request", f"{min(unknown)}: there is no such field")
+        try:
+            endpoint = Endpoint.parse(values["endpoint"])
+            return _answer(await self._forwarder.probe(endpoint, values.get("size")))
+        except FieldError as exc:
+            raise ControlError("bad_request", str(exc)) from None
 
     async def _post_stop(self, request: web.BaseRequest) -> web.StreamResponse:
         response = _answer({"stopping": True}, status=202)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from mmap import mmap
 from typing import Any, Protocol
 
-from ..model import IPAddress, IPNetwork, Route, RouteDiff
+from ..model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 from .events import EventHub
 
 
@@ -24,6 +24,10 @@ class Controlled(Protocol):
     def status_chunks(self) -> AsyncGenerator[bytes, None]: ...
 
     def route_chunks(self) -> AsyncGenerator[bytes, None]: ...
+
+    def peer_chunks(self) -> AsyncGenerator[bytes, None]: ...
+
+    async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]: ...
 
     def drops(self) -> list[dict[str, Any]]: ...
 

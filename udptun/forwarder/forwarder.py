@@ -1,8 +1,8 @@
 """The forwarder: opens and closes the TUN, UDP sockets, workers, route table and control, in order.
 
 Owns only the order of opening and closing. Each part owns its state: ``routes``, ``workers``,
-``tun_setup``, ``view``, ``control.events``. Does not depend on leases, or on what happens to a
-packet (the compiled core). Threading: control loop only.
+``probes``, ``tun_setup``, ``view``, ``control.events``. Does not depend on leases, or on what
+happens to a packet (the compiled core). Threading: control loop only.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from ..device.offload import Capabilities
 from ..device.steering import attach_steering
 from ..device.tun import Tun
 from ..errors import UdptunError
-from ..model import OVERHEAD, IPAddress, IPNetwork, Route, RouteDiff
+from ..model import OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
 from .config import ForwarderConfig
+from .probes import Probes
 from .routes import Routes
 from .tun_setup import TunSetup
 from .view import View
@@ -47,6 +48,7 @@ class Forwarder:
         self.capabilities = Capabilities()
         self.events = EventHub()
         self._routes = Routes(config.routes_file, config.state_file, self.events, self._report)
+        self._probes: Probes
         self._view: View
         self._setup: TunSetup | None = None
         self._closing = AsyncExitStack()
@@ -84,8 +86,10 @@ class Forwarder:
         core, notify_fd = await self._make_core(netlink)
         self._routes.open(core)
         self._closing.push_async_callback(self._routes.close)
+        self._probes = Probes(core, self._routes, self.mtu, self.events)
         workers = Workers(
-            core, notify_fd, self.capabilities, self.events, self._report, self.check_host
+            core, notify_fd, self.capabilities, self.events, self._probes.take, self._report,
+            self.check_host,
         )
         self._closing.push_async_callback(asyncio.to_thread, workers.stop)
         workers.start(tun.fds, self._by_worker(sockets))
@@ -98,9 +102,12 @@ class Forwarder:
         self._watch_own_addresses(netlink)
         self._run_until_close(setup.keep())
         self._run_until_close(workers.supervise())
+        self._probes.start()
+        self._closing.callback(self._probes.close)
         await self._routes.save()
         self._view = View(
-            self.config, tun.name, self.mtu, self.capabilities, core, self._routes, workers
+            self.config, tun.name, self.mtu, self.capabilities, core, self._routes, workers,
+            self._probes,
         )
         self._closing.callback(self.events.close)
         self._log_start()
@@ -309,6 +316,13 @@ class Forwarder:
 
     def status_chunks(self) -> AsyncGenerator[bytes, None]:
         return self._view.status_chunks()
+
+    def peer_chunks(self) -> AsyncGenerator[bytes, None]:
+        return self._view.peer_chunks()
+
+    async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
+        """Probe a peer now. docs/control.md describes the result."""
+        return await self._probes.probe(endpoint, size)
 
     def drops(self) -> list[dict[str, Any]]:
         return self._view.drops()

@@ -21,6 +21,7 @@ from .._version import __version__
 from ..device.offload import Capabilities
 from ..model import Endpoint, IPAddress
 from .config import ForwarderConfig
+from .probes import Probes
 from .routes import PeerRoutes, Routes
 from .workers import Workers
 
@@ -43,6 +44,7 @@ class View:
     core: _core.Core
     routes: Routes
     workers: Workers
+    probes: Probes
     started: float = field(default_factory=time.monotonic)
 
     async def status_chunks(self) -> AsyncGenerator[bytes, None]:
@@ -66,12 +68,27 @@ class View:
             "workers": self.workers.counters(),
             "packets": self.core.packets(),
         }
-        yield json.dumps(head)[:-1].encode() + b', "peers": ['
-        for i, peer in enumerate(peers):
-            yield (b"," if i else b"") + json.dumps(_peer_json(peer)).encode()
+        yield json.dumps(head)[:-1].encode() + b', "peers": '
+        async for piece in self._peers_json(peers):
+            yield piece
+        yield b"}"
+
+    async def peer_chunks(self) -> AsyncGenerator[bytes, None]:
+        """Yield the peers as JSON text, in pieces."""
+        _, _, peers = await self.routes.peers(self.core)
+        yield b'{"peers": '
+        async for piece in self._peers_json(peers):
+            yield piece
+        yield b"}"
+
+    async def _peers_json(self, peers: list[PeerRoutes]) -> AsyncGenerator[bytes, None]:
+        yield b"["
+        for i, row in enumerate(peers):
+            probe = self.probes.report(row.peer.address, row.peer.port)
+            yield (b"," if i else b"") + json.dumps(_peer_json(row) | {"probe": probe}).encode()
             if i % PEERS_SLICE == PEERS_SLICE - 1:
                 await asyncio.sleep(0)
-        yield b"]}"
+        yield b"]"
 
     def drops(self) -> list[dict[str, Any]]:
         """Return the count of each drop reason, for each direction in which the reason can occur.
@@ -92,6 +109,7 @@ class View:
             "peers_n": self.core.peers_n(),
             "routes_n": len(self.routes),
             "generation": self.routes.generation,
+            "probes": self.probes.counters(),
             "icmp": {
                 "sent": sum(worker["icmp_sent"] for worker in workers),
                 "suppressed": sum(worker["icmp_suppressed"] for worker in workers),

@@ -34,18 +34,21 @@ class Workers:
 
     notify_fd     the eventfd that the core signals when a worker has an event
     capabilities  updated here when a worker loses an offload
+    on_probes     called when a worker has received probes
     report        called with a sentence for each error
     tun_gone      called when the TUN was deleted; ``continue_on_new_tun`` continues
     """
 
     def __init__(
-        self, core: _core.Core, notify_fd: int, capabilities: Capabilities,
-        events: EventHub, report: Callable[[str], None], tun_gone: Callable[[], None],
+        self, core: _core.Core, notify_fd: int, capabilities: Capabilities, events: EventHub,
+        on_probes: Callable[[], None], report: Callable[[str], None],
+        tun_gone: Callable[[], None],
     ) -> None:
         self._core = core
         self._notify_fd = notify_fd
         self._capabilities = capabilities
         self._events = events
+        self._on_probes = on_probes
         self._report = report
         self._tun_gone = tun_gone
         self._threads: list[WorkerThread] = []
@@ -92,6 +95,7 @@ class Workers:
                 await asyncio.sleep(HOUSEKEEPING_SECONDS)
                 self._core.collect()
                 self._take_events()
+                self._report_path_mtus()
                 self._report_kernel_errors()
                 for thread in self._threads:
                     thread.worker.look()
@@ -112,8 +116,15 @@ class Workers:
                     self._tun_gone()
                 elif event == "own_socket":
                     self._report_own_socket(thread.worker.own_socket_error())
+                elif event == "probe":
+                    self._on_probes()
+                elif event == "path_mtu":
+                    self._report_path_mtus()
                 elif event in OFFLOADS:
                     self._lose(event)
+
+    def _report_path_mtus(self) -> None:
+        """Look at all peers, which takes half a millisecond for 5,000."""
         for packed, port, path_mtu in self._core.path_mtu_changes(FORGET_PATH_MTU_SECONDS):
             endpoint = str(Endpoint(ipaddress.ip_address(packed), port))
             log.info("path MTU to %s is %d", endpoint, path_mtu)

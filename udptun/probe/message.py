@@ -21,11 +21,13 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-REQUEST, REPLY = 1, 2
+from .. import model
+
+REQUEST, REPLY = model.PROBE_REQUEST, model.PROBE_REPLY
+NEVER_HEARD = model.NEVER_HEARD
 UDP_PATH, VXLAN_PATH = 1, 2
 
 MAGIC = 0x75747031  # "utp1"
-NEVER_HEARD = 0xFFFFFFFF
 MAX_SIZE = 0xFFFF
 
 _HEADER = struct.Struct(">IBBxxQIHxx")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -53,7 +54,10 @@ class Prober(Generic[K]):
         self._paths: dict[K, PathState] = {}
         self._max_interval: dict[K, float] = {}
         self._schedule: Schedule[K] = Schedule()
-        self._waiting: dict[bool, dict[K, None]] = {True: {}, False: {}}  # by urgency, in order
+        # The paths that wait for the budget, by urgency, in order.
+        self._waiting: dict[bool, OrderedDict[K, None]] = {
+            True: OrderedDict(), False: OrderedDict()
+        }
         self._budget = {
             True: Budget(URGENT_PER_SECOND, URGENT_PER_SECOND * BURST_SECONDS, now),
             False: Budget(IDLE_PER_SECOND, IDLE_PER_SECOND * BURST_SECONDS, now),
@@ -155,11 +159,12 @@ class Prober(Generic[K]):
 
     def run(self) -> Iterator[Request[K]]:
         """Yield the probes that are due and within the budget. Send each before the next one."""
-        for waiting in self._waiting.values():
-            for key in list(waiting):
-                del waiting[key]
+        for urgent, waiting in self._waiting.items():
+            while waiting and not self._budget[urgent].spent(self._clock()):
+                key, _ = waiting.popitem(last=False)
                 yield from self._look(key)
                 if key in waiting:  # the budget is used up
+                    waiting.move_to_end(key, last=False)
                     break
         for key in self._schedule.take(self._clock()):
             yield from self._look(key)

@@ -80,6 +80,10 @@ class Budget:
         self._tokens -= n
         return True
 
+    def spent(self, now: float) -> bool:
+        """Return whether not even one token is there."""
+        return self._tokens + (now - self._at) * self.per_second < 1
+
     def ready_at(self, now: float, n: int = 1) -> float:
         """Return when ``take`` will succeed."""
         missing = min(n, self._burst) - self._tokens - (now - self._at) * self.per_second

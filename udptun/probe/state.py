@@ -64,10 +64,10 @@ class PathState:
     """
 
     __slots__ = (
-        "_active_until", "_backoff_n", "_data_proves", "_history", "_history_n", "_jitter",
-        "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending", "_probes_n", "_sent_at",
-        "_soon", "last_answer", "last_data", "last_probe", "rtt", "send_errno", "since", "sizes",
-        "state",
+        "_active_until", "_awaited_n", "_backoff_n", "_data_proves", "_history", "_history_n",
+        "_jitter", "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending", "_probes_n",
+        "_sent_at", "_soon", "last_answer", "last_data", "last_probe", "rtt", "send_errno",
+        "since", "sizes", "state",
     )
 
     def __init__(self, now: float, full_size: int, data_proves: bool = False) -> None:
@@ -82,6 +82,7 @@ class PathState:
         self._data_proves = data_proves
         self._pending: list[_Sent] = []
         self._late: list[_Sent] = []
+        self._awaited_n = 0  # decisive probes in _pending
         self._history = 0  # one bit per finished probe, the last one lowest; 1: lost
         self._history_n = 0
         self._missed_n = 0  # decisive probes in a row without an answer
@@ -106,6 +107,7 @@ class PathState:
         self._soon = False
         self.send_errno = 0
         if decisive:
+            self._awaited_n += 1
             self._probes_n += 1
             if self.state == UNREACHABLE:
                 self._backoff_n += 1
@@ -115,6 +117,7 @@ class PathState:
         probe = self._take(self._pending, token)
         if probe is None:
             return
+        self._awaited_n -= probe.decisive
         if error == errno.EMSGSIZE and probe.size > SMALL_SIZE:
             self.sizes.refused(probe.size, now)
         elif error not in _TRANSIENT:
@@ -125,6 +128,7 @@ class PathState:
         """A reply was received. Return whether it answers a probe of this path."""
         probe = self._take(self._pending, token)
         if probe is not None:
+            self._awaited_n -= probe.decisive
             self._record(probe, lost=False)
         else:
             probe = self._take(self._late, token)
@@ -162,6 +166,7 @@ class PathState:
         """Count the probes that were not answered in time."""
         while self._pending and now >= self._pending[0].at + self._wait():
             probe = self._pending.pop(0)
+            self._awaited_n -= probe.decisive
             self._late = [*self._late[1 - LATE_N :], probe]
             self._miss(probe, now)
 
@@ -177,8 +182,7 @@ class PathState:
         """Whether an answer is missing. A suspect path is probed often until a verdict is there."""
         if self.state == UNREACHABLE:
             return False
-        awaited = any(probe.decisive for probe in self._pending)
-        return awaited or self._missed_n > 0 or self.sizes.suspect
+        return self._awaited_n > 0 or self._missed_n > 0 or self.sizes.suspect
 
     @property
     def loss(self) -> float | None:

@@ -1,0 +1,263 @@
+"""Probe the peers over UDP: send requests, take answers, report what has changed.
+
+Owns the paths to the peers that have a route with ``probe``, and what is reported about them. Does
+not depend on how a verdict is reached (``udptun/probe``), or on how a probe is sent and received
+(the compiled core). Threading: control loop only. Nothing here runs per packet, and nothing runs
+per peer except for peers that are probed, have traffic, or are new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from .. import _core
+from ..control.events import EventHub
+from ..errors import FieldError
+from ..model import Endpoint, ProbeRecord, parse_number
+from ..probe.message import HEADER_SIZE, NEVER_HEARD, REPLY, heard_field
+from ..probe.prober import Prober, Request
+from ..probe.state import REACHABLE, UNKNOWN, UNREACHABLE
+from .routes import Routes
+
+log = logging.getLogger(__name__)
+
+Key = tuple[bytes, int]  # packed address and port of a peer
+
+BATCH_SECONDS = 0.1  # between two ticks at least: probes are sent and taken in small batches
+LOOK_SECONDS = 1.0  # between two looks at the table and at the counters of the peers
+ANSWER_SECONDS = 1.0  # how long ``probe`` waits for an answer
+NAT_SECONDS = 20.0  # longest time between two probes of a peer behind a NAT; NATs forget after 30
+MAX_PROBE = 65507  # largest UDP payload over IPv4
+STATES = (REACHABLE, UNREACHABLE, UNKNOWN)
+
+
+class Probes:
+    """The probes of one forwarder. ``start`` begins to send, ``close`` ends it.
+
+    mtu  of the TUN: the size of the largest packet that a peer gets
+    """
+
+    def __init__(self, core: _core.Core, routes: Routes, mtu: int, events: EventHub) -> None:
+        self._core = core
+        self._routes = routes
+        self._mtu = mtu
+        self._events = events
+        self._prober: Prober[Key] = Prober(time.monotonic)
+        self._limits: dict[Key, int] = {}  # of the peers that are probed: their full size
+        self._by_address: dict[bytes, list[Key]] = {}
+        self._reported: dict[Key, str] = {}  # the last state that was reported
+        self._waiting: dict[int, asyncio.Future[float]] = {}  # extra probes, by token
+        self._generation = 0  # of the table at the last look
+        self._look_at = self._ticked_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._counts = dict.fromkeys(("sent", "refused", "answered", "received"), 0)
+
+    def start(self) -> None:
+        self._arm()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # -- what the workers report ------------------------------------------------------------------
+
+    def take(self) -> None:
+        """Take the probes that the workers have received, without waiting for the next tick."""
+        for record in self._core.take_probes():
+            self._take(record)
+        self._report_changes()
+        if self._timer is not None:
+            self._arm()
+
+    # -- the control API --------------------------------------------------------------------------
+
+    async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
+        """Send one probe now, and wait for its answer. docs/control.md has the result.
+
+        Raises FieldError if the peer is not probed, or for a wrong size.
+        """
+        self._follow_table()
+        key = endpoint.address.packed, endpoint.port
+        if key not in self._prober:
+            raise FieldError("endpoint", str(endpoint), "a peer that has a route with `probe`")
+        size = parse_number("size", HEADER_SIZE if size is None else size, HEADER_SIZE, MAX_PROBE)
+        request = self._prober.request(key, size)
+        answer: dict[str, Any] = {"answered": False, "rtt_us": None, "size": size}
+        arrival: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._waiting[request.token] = arrival
+        self._core.wake_on_probe(True)
+        sent_at = time.monotonic()
+        try:
+            error = self._send(request)
+            if error:
+                return answer | {"error": os.strerror(error)}
+            self._arm()
+            async with asyncio.timeout(ANSWER_SECONDS):
+                rtt = await arrival - sent_at
+            return answer | {"answered": True, "rtt_us": max(round(rtt * 1e6), 0)}
+        except TimeoutError:
+            return answer | {"error": f"no answer within {ANSWER_SECONDS:.0f} s"}
+        finally:
+            del self._waiting[request.token]
+            self._core.wake_on_probe(bool(self._waiting))
+
+    def report(self, address: bytes, port: int) -> dict[str, Any] | None:
+        """Return what is known about the path to a peer; None if the peer is not probed."""
+        path = self._prober.get((address, port))
+        if path is None:
+            return None
+        now = time.monotonic()
+        return {
+            "state": path.state,
+            "since": _iso(path.since, now),
+            "reason": path.reason(now),
+            "rtt_us": _microseconds(path.rtt),
+            "loss": None if path.loss is None else round(path.loss, 4),
+            "last_answer": None if path.last_answer is None else _iso(path.last_answer, now),
+            "largest_size": path.sizes.largest,
+            "full_size_passes": path.sizes.full_passes,
+        }
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Return the number of probed peers in each state, and of probes of each kind."""
+        return {
+            "states": dict.fromkeys(STATES, 0) | self._prober.states(), "probes": dict(self._counts)
+        }
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Take what has arrived, then send what is due.
+
+        Once a second, also look at the table and the counters.
+        """
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self._follow_table()
+            self._follow_traffic(now)
+        for record in self._core.take_probes():
+            self._take(record)
+        for request in self._prober.run():
+            self._send(request)
+        self._report_changes()
+        self._ticked_at, self._timer = now, None
+        self._arm()
+
+    def _arm(self) -> None:
+        """Call ``_tick`` when a probe is due, but no sooner than BATCH_SECONDS after the last call.
+        """
+        due = self._prober.next_at()
+        at = self._look_at if due is None else min(due, self._look_at)
+        at = max(at, self._ticked_at + BATCH_SECONDS)
+        if self._timer is not None:
+            if self._timer_at <= at:
+                return
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(at - time.monotonic(), 0.0), self._tick)
+        self._timer_at = at
+
+    def _follow_table(self) -> None:
+        """Probe the peers that have a route with ``probe`` now, and no others."""
+        if self._generation == self._routes.generation:
+            return
+        self._generation = self._routes.generation
+        limits = self._core.probe_peers(self._mtu)
+        for key in self._limits.keys() - limits.keys():
+            self._prober.remove(key)
+            del self._reported[key]
+            self._by_address[key[0]].remove(key)
+        for key, limit in limits.items() - self._limits.items():
+            if key not in self._limits:
+                self._reported[key] = UNKNOWN
+                self._by_address.setdefault(key[0], []).append(key)
+            self._prober.add(key, limit)
+        self._limits = limits
+        self._by_address = {address: keys for address, keys in self._by_address.items() if keys}
+
+    def _follow_traffic(self, now: float) -> None:
+        for address, port, received in self._core.take_traffic():
+            key = address, port
+            self._prober.traffic(key)
+            if received:
+                self._prober.data_received(key, now)
+
+    def _send(self, request: Request[Key]) -> int:
+        """Send a probe. Return 0, or the errno if the kernel refused it."""
+        (address, port), heard = request.key, request.last_heard
+        error = self._core.send_probe(
+            address, port, request.token, request.size, heard_field(heard, time.monotonic())
+        )
+        self._counts["sent"] += 1
+        if error:
+            self._counts["refused"] += 1
+            self._prober.send_failed(request, error)
+        return error
+
+    def _take(self, record: ProbeRecord) -> None:
+        key, at = self._peer_of(record), record.received_ns / 1e9
+        if key is None:
+            return
+        if record.kind != REPLY:
+            self._counts["received"] += 1
+            never = record.heard_ms == NEVER_HEARD
+            self._prober.heard(key, at, None if never else record.heard_ms / 1000)
+        elif self._prober.answered(key, record.token, record.size, at):
+            self._counts["answered"] += 1
+            arrival = self._waiting.get(record.token)
+            if arrival is not None and not arrival.done():
+                arrival.set_result(at)
+
+    def _peer_of(self, record: ProbeRecord) -> Key | None:
+        """Return the probed peer that sent this probe.
+
+        A peer behind a NAT can send from another port than that of its endpoint. The NAT forgets it
+        if no packet passes for some time.
+        """
+        key = record.address, record.port
+        if key in self._limits:
+            return key
+        keys = self._by_address.get(record.address, [])
+        if record.kind == REPLY:
+            keys = [each for each in keys if self._prober[each].waits_for(record.token)]
+        if len(keys) != 1:
+            return None
+        self._prober.add(keys[0], self._limits[keys[0]], max_interval=NAT_SECONDS)
+        return keys[0]
+
+    # -- reporting --------------------------------------------------------------------------------
+
+    def _report_changes(self) -> None:
+        now = time.monotonic()
+        for key in self._prober.take_changes():
+            path = self._prober[key]
+            before, self._reported[key] = self._reported[key], path.state
+            endpoint = str(Endpoint(ipaddress.ip_address(key[0]), key[1]))
+            change = "size" if path.state == before else path.state
+            if change == UNREACHABLE:
+                log.warning("%s is unreachable: %s", endpoint, path.reason(now))
+            elif change == REACHABLE and before == UNREACHABLE:
+                log.info("%s is reachable again", endpoint)
+            self._events.emit(
+                f"peer_{change}", endpoint=endpoint, path="udp", reason=path.reason(now),
+                rtt_us=_microseconds(path.rtt), largest_size=path.sizes.largest,
+                full_size_passes=path.sizes.full_passes,
+            )
+
+
+def _microseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1e6)
+
+
+def _iso(at: float, now: float) -> str:
+    """Return the time of the wall clock at this time of the monotonic clock."""
+    return datetime.fromtimestamp(time.time() - (now - at), UTC).isoformat(timespec="milliseconds")
