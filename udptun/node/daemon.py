@@ -108,7 +108,8 @@ class Daemon:
         self._host = Host(config, self.report)
         self._settle_again = asyncio.Event()
         self._in_force = InForce(
-            netlink, self._backends, self._host, self.report, self._settle_again.set)
+            netlink, self._backends, self._host, self.report, self._settle_again.set,
+            lambda: self._peers.leases)
         self._paths = Paths(self._backends, self.report, config.control, self._carry)
         self._peers = Peers(self._store, self._backends, self.report, self._settle_again.set,
                             self._paths.update)

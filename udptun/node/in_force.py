@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Collection
 
 from ..errors import UdptunError
 from ..leases.base import Lease
@@ -19,6 +20,7 @@ from ..repairs import Repairs
 from .backends.active import ActiveBackends
 from .backends.base import Site
 from .host.host import Host
+from .host.misrouted import Misrouted
 from .host.watch import HostWatch
 from .status.report import NodeReport
 
@@ -34,12 +36,17 @@ class InForce:
 
     repairs       limits how often the daemon repairs the host
     settle_again  is called if the host may differ from what it should be
+    leases        returns the leases of all nodes
     """
 
     def __init__(
         self, netlink: Netlink, backends: ActiveBackends, host: Host, report: NodeReport,
-        settle_again: Callable[[], None],
+        settle_again: Callable[[], None], leases: Callable[[], Collection[Lease]],
     ) -> None:
+        self._netlink = netlink
+        self._leases = leases
+        self._misrouted = Misrouted(netlink)
+        self._lease: Lease | None = None  # ours, of the last ``settled``
         self.repairs = Repairs(lambda text: log.warning("%s", text))
         self._backends = backends
         self._host = host
@@ -53,12 +60,13 @@ class InForce:
 
     async def settled(self, site: Site, lease: Lease) -> None:
         """Look at the host after a successful ``settle`` of the daemon."""
-        self._site = site
+        self._site, self._lease = site, lease
         self._watch.concern(
             self._backends.active_devices(site.network), site.underlay.index,
             site.network.networks, lease.subnets)
         self._record(self._backends.take_repairs())
         await self._look()
+        await self._look_at_routes()
 
     async def published(self) -> None:
         """Wait until everything is in force, then write subnet.env."""
@@ -77,6 +85,8 @@ class InForce:
                 await self._look()
                 if self._report.host.wrong.keys() - before:
                     self._settle_again()
+            if tick % LOOK_TICKS == 0:
+                await self._look_at_routes()
             if not self._missing():
                 self._host.write_env()
 
@@ -106,8 +116,34 @@ class InForce:
         self._record(repairs)
         self._report.host.set(wrong, impaired)
 
+    async def _look_at_routes(self) -> None:
+        """Ask the kernel about the routes to the next peers."""
+        assert self._site is not None and self._lease is not None
+        network, own = self._site.network, self._lease
+        if self._report.host.wrong:  # the answers would only show this
+            return
+        devices = {_index(name) for name in self._backends.device_names(network)} - {0}
+        peers = [lease for lease in self._leases() if lease.key != own.key]
+        before = self._misrouted.found
+        try:
+            await self._misrouted.look(peers, tuple(own.subnets), devices, network.networks)
+        except (UdptunError, OSError) as exc:
+            log.warning("the routes to peers are not known: %s", exc)
+            return
+        for key, why in self._misrouted.found.items():
+            if before.get(key) != why:
+                log.warning("%s: %s", key, why)
+        self._report.host.set_misrouted(self._misrouted.found)
+
     def _record(self, repairs: list[str]) -> None:
         if repairs:
             self.repairs.begin("; ".join(repairs))
         for text in repairs:
             self.repairs.done(text)
+
+
+def _index(device: str) -> int:
+    try:
+        return socket.if_nametoindex(device)
+    except OSError:
+        return 0

@@ -53,6 +53,11 @@ class Peers:
         self._lock = asyncio.Lock()  # held during each change of ``_leases`` or ``_plan``
         self._reapply = False
 
+    @property
+    def leases(self) -> Collection[Lease]:
+        """The leases of all nodes, ours included."""
+        return self._leases.values()
+
     def reapply(self) -> None:
         """Apply all paths again at the next ``replan``, even if the plan is the same."""
         self._reapply = True

@@ -146,6 +146,8 @@ def _host(report: NodeReport) -> _Result:
     host = report.host
     texts = [f"{text}, for {_span(time.time() - since)}"
              for text, since in (*host.wrong.items(), *host.impaired.items())]
+    texts += _named("misrouted", {key: f"{why}, for {_span(time.time() - since)}"
+                                  for key, (why, since) in host.misrouted.items()})
     if not texts:
         return _result(State.OK, "devices, addresses, routes and sysctls are as they should be")
     return _result(State.FAILED if host.wrong else State.DEGRADED, *texts)

@@ -118,18 +118,27 @@ class HostReport:
     """What the kernel has, compared with what this node needs. Each key is a sentence, its value is
     time.time() of the first look that found it.
 
-    wrong     this node's pods cannot use the overlay
-    impaired  some packets may be lost
+    wrong      this node's pods cannot use the overlay
+    impaired   some packets may be lost
+    misrouted  by lease key: why the kernel does not route the peer's packets through the overlay
     """
 
     wrong: Mapping[str, float] = field(default_factory=lambda: {"not looked at yet": time.time()})
     impaired: Mapping[str, float] = field(default_factory=dict)
+    misrouted: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     def set(self, wrong: Iterable[str], impaired: Iterable[str]) -> None:
         """Record the result of a look."""
         now = time.time()
         self.wrong = {text: self.wrong.get(text, now) for text in wrong}
         self.impaired = {text: self.impaired.get(text, now) for text in impaired}
+
+    def set_misrouted(self, found: Mapping[str, str]) -> None:
+        now = time.time()
+        former = self.misrouted
+        self.misrouted = {
+            key: former[key] if former.get(key, ("",))[0] == why else (why, now)
+            for key, why in found.items()}
 
 
 @dataclass(slots=True)

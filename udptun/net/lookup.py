@@ -1,0 +1,148 @@
+"""Ask the kernel which route packets to many destinations take.
+
+Owns the questions and answers of RTM_GETROUTE, many per system call, and the list of the main
+table's routes within a network. Does not judge whether a route is right. Threading: call from any
+asyncio loop; the work runs in the thread of the given ``Netlink``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..model import IPAddress, IPNetwork
+from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
+from .changes import RTA_DST, RTA_OIF, RTMSG
+from .netlink import Netlink
+
+# linux/rtnetlink.h
+RTM_GETROUTE = 26
+RTA_SRC, RTA_GATEWAY, RTA_TABLE = 2, 5, 15
+RT_TABLE_MAIN = 254
+RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x1000, 0x2000
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A packet: its destination, and its source address if this host has already chosen it."""
+
+    to: IPAddress
+    source: IPAddress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The kernel's answer for one packet.
+
+    device   index of the outgoing interface; 0: the packet is not sent
+    gateway  next hop; None: the destination is on the link, or is this host
+    error    the kernel's reason if there is no route; "" if there is one
+    """
+
+    device: int = 0
+    gateway: IPAddress | None = None
+    error: str = ""
+
+
+async def look_up(netlink: Netlink, questions: Sequence[Question]) -> list[Way]:
+    """Return the kernel's route for each packet. Raises DeviceError."""
+    async def ask(_: Any) -> list[Way]:
+        with RouteSocket() as kernel:
+            return [_way(answer) for answer in
+                    kernel.ask(RTM_GETROUTE, [_request(one, 0) for one in questions])]
+
+    return await netlink.work("looking up routes", ask)
+
+
+async def matched_route(netlink: Netlink, question: Question) -> str:
+    """Return the route that the kernel selects, as text such as "10.0.0.0/8 dev eth0 table 7"; ""
+    if the kernel does not tell. Raises DeviceError."""
+    async def ask(_: Any) -> str:
+        with RouteSocket() as kernel:
+            (answer,) = kernel.ask(RTM_GETROUTE, [
+                _request(question, RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH)])
+            return "" if isinstance(answer, Refusal) else _route_text(answer)
+
+    return await netlink.work(f"looking up the route to {question.to}", ask)
+
+
+async def routes_within(
+    netlink: Netlink, networks: Iterable[IPNetwork]
+) -> list[tuple[IPNetwork, int, str]]:
+    """Return (prefix, interface index, text) of each route of the main table to a part of a
+    network. Raises DeviceError."""
+    wanted = list(networks)
+
+    async def read(_: Any) -> list[tuple[IPNetwork, int, str]]:
+        found = []
+        with RouteSocket() as kernel:
+            for network in wanted:
+                request = RTMSG.pack(_family(network.version), 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
+                size = network.max_prefixlen // 8
+                base, shift = int(network.network_address), size * 8 - network.prefixlen
+                for body in kernel.dump(RTM_GETROUTE, request):
+                    _, length, _, _, table, *_ = RTMSG.unpack_from(body)
+                    if table != RT_TABLE_MAIN or length <= network.prefixlen:
+                        continue
+                    about = attributes(body, RTMSG.size)
+                    packed = bytes(about[RTA_DST])
+                    if (int.from_bytes(packed) ^ base) >> shift == 0:
+                        prefix = ipaddress.ip_network((packed, length))
+                        found.append((prefix, _number(about.get(RTA_OIF)), _route_text(body)))
+        return found
+
+    return await netlink.work("reading the routes within the overlay", read)
+
+
+def _request(question: Question, flags: int) -> bytes:
+    bits = question.to.max_prefixlen
+    source = question.source
+    body = RTMSG.pack(_family(question.to.version), bits, 0 if source is None else bits,
+                      0, 0, 0, 0, 0, flags)
+    body += ATTRIBUTE.pack(ATTRIBUTE.size + bits // 8, RTA_DST) + question.to.packed
+    if source is not None:
+        body += ATTRIBUTE.pack(ATTRIBUTE.size + bits // 8, RTA_SRC) + source.packed
+    return body
+
+
+def _way(answer: memoryview | Refusal) -> Way:
+    if isinstance(answer, Refusal):
+        return Way(error=os.strerror(answer.number))
+    about = attributes(answer, RTMSG.size)
+    gateway = about.get(RTA_GATEWAY)
+    return Way(_number(about.get(RTA_OIF)),
+               None if gateway is None else ipaddress.ip_address(bytes(gateway)))
+
+
+def _route_text(body: memoryview) -> str:
+    family, length, *_ = RTMSG.unpack_from(body)
+    about = attributes(body, RTMSG.size)
+    size = 4 if family == socket.AF_INET else 16
+    text = f"{ipaddress.ip_address(bytes(about.get(RTA_DST, bytes(size))))}/{length}"
+    if (gateway := about.get(RTA_GATEWAY)) is not None:
+        text += f" via {ipaddress.ip_address(bytes(gateway))}"
+    if index := _number(about.get(RTA_OIF)):
+        text += f" dev {device_name(index)}"
+    if (table := _number(about.get(RTA_TABLE))) not in (0, RT_TABLE_MAIN):
+        text += f" table {table}"
+    return text
+
+
+def device_name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return "a device that is gone"
+
+
+def _number(value: memoryview | None) -> int:
+    return 0 if value is None else int.from_bytes(value, sys.byteorder)
+
+
+def _family(version: int) -> int:
+    return socket.AF_INET6 if version == 6 else socket.AF_INET
