@@ -12,6 +12,7 @@ from tests.leases.etcd_server import needs_etcd, value_of
 from tests.leases.observer import Observer
 from tests.wait import until
 from udptun.errors import FieldError
+from udptun.leases import contest
 from udptun.leases.backoff import Backoff
 from udptun.leases.base import Attributes, Lease, StoreDown, StoreRefused, Subnets
 from udptun.leases.etcd import messages
@@ -305,15 +306,21 @@ async def test_a_deleted_reservation_becomes_a_lease(etcd, make, holding):
     await observer.close()
 
 
+async def expire_and_assign(etcd):
+    """Let our lease expire, and give its key to another node."""
+    await etcd.delete("subnets/10.5.1.0-24")
+    await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
+
+
 async def test_a_lease_taken_by_another_node_is_reported_and_created_again_when_free(
     etcd, make, holding, caplog
 ):
     await etcd.put("config", CONFIG)
     source = make()
     lease = await source.acquire(me(), NONE)
+    await expire_and_assign(etcd)
     observer = await Observer(source).ready()
     holding(source, lease)
-    await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
     await until(lambda: source.health.lease == "lost", "the loss")
     assert "10.5.1.0/24 is now the lease of 192.0.2.66" in source.health.lease_error
     assert any(record.levelno == logging.ERROR and "192.0.2.66" in record.message
@@ -330,10 +337,55 @@ async def test_a_renewal_does_not_overwrite_another_nodes_lease(etcd, make, hold
     await etcd.put("config", CONFIG)
     source = make(ttl_seconds=3, renew_margin_minutes=2 / 60)
     lease = await source.acquire(me(), NONE)
-    await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
+    await expire_and_assign(etcd)
     holding(source, lease)
     await until(lambda: source.health.lease == "lost", "the loss")
     assert (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(66).encode()
+
+
+async def test_a_clone_that_writes_our_lease_is_reported_and_overwritten_once(
+    etcd, make, holding
+):
+    """The key was not free, so the other machine had no right to it. Our pods keep their subnet."""
+    await etcd.put("config", CONFIG)
+    source = make()
+    lease = await source.acquire(me(), NONE)
+    observer = await Observer(source).ready()
+    holding(source, lease)
+
+    async def ours():
+        return (await etcd.get("subnets/10.5.1.0-24"))["value"] == value_of(1).encode()
+
+    await etcd.put("subnets/10.5.1.0-24", value_of(66))
+    await until(ours, "our address")
+    assert source.health.lease == "held"
+    assert (await etcd.ttl("subnets/10.5.1.0-24"))[1] == 86400  # it is not a reservation
+    assert source.health.contested == (
+        "another machine publishes our lease with the address 192.0.2.66, we with 192.0.2.1")
+    await etcd.put("subnets/10.5.1.0-24", value_of(66), ttl=500)
+    before = source._keeper._contest.delay
+    await until(lambda: source._keeper._contest.delay > before, "the second write to be seen")
+    with pytest.raises(StoreDown, match=r"192\.0\.2\.66, we with 192\.0\.2\.1"):
+        await source.acquire(me(), lease.subnets)
+    assert not await ours()
+    assert await etcd.subnet_keys() == ["10.5.1.0-24"]
+    await observer.close()
+
+
+async def test_two_machines_with_one_address_notice_each_other(etcd, make, holding):
+    """Both publish the same data, so only the etcd lease of the key shows who wrote it."""
+    await etcd.put("config", CONFIG)
+    both = [make(), make()]
+    observers = []
+    for source in both:
+        observers.append(await Observer(source).ready())
+        holding(source, await source.acquire(me(), NONE))
+    for source in both:
+        await until(lambda source=source: source.health.contested, "the other to be noticed")
+        assert "with our public address 192.0.2.1" in source.health.contested
+    assert (await etcd.get("subnets/10.5.1.0-24"))["version"] < 8
+    for observer in observers:
+        await observer.close()
 
 
 async def test_an_invalid_value_in_our_key_is_replaced(etcd, make, holding):
@@ -427,6 +479,7 @@ async def test_two_daemons_with_the_same_address_back_off(
     backs off each time."""
     backed_off = []
     monkeypatch.setattr(Backoff, "next", lambda self: backed_off.append(self) or 0.02)
+    monkeypatch.setattr(contest, "FIRST_DELAY_SECONDS", 0)
     await etcd.put("config", CONFIG)
     for backend_type in ("udp", "vxlan"):
         source = make()

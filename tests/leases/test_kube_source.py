@@ -605,6 +605,25 @@ async def test_removed_annotations_are_restored(cluster):
         await until(restored, "the annotations")
 
 
+async def test_a_clone_that_publishes_our_node_is_reported_and_overwritten_once(small):
+    """Two machines have one node name. Neither may restore its annotations all the time."""
+    await small.create(node("n1", "10.244.1.0/24"))
+    source = small.source()
+    lease = await source.acquire(ME, Subnets())
+    async with observing(source, small.prefix), running(source.hold(lease)):
+        async def ours():
+            return (await small.annotations("n1"))["public-ip"] == "192.0.2.1"
+
+        await small.annotate("n1", public_ip="192.0.2.66")
+        await until(ours, "our address")
+        assert source.health.contested == (
+            "another machine publishes our node n1 with the address 192.0.2.66, we with 192.0.2.1")
+        await small.annotate("n1", public_ip="192.0.2.66")
+        await until(lambda: source._contest.delay > 0, "the second write to be seen")
+        assert not await ours()
+        assert source.health.lease == "held"
+
+
 async def test_a_later_overwrite_is_published(cluster):
     """flannel reads public-ip-overwrite only at its start. We also publish a later change."""
     await cluster.create(node("n1", "10.244.1.0/24"))

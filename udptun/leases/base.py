@@ -130,6 +130,7 @@ class SourceHealth:
     lease           the state of our lease: "none", "held" or "lost". While our lease is lost, the
                     source tries to get it back
     lease_error     if our lease is lost: the reason, in a sentence
+    contested       another machine writes our lease too: which one, in a sentence; else ""
     lease_expires   time.time() at which our lease expires if it is not renewed; None: it does not
                     expire
     errors_n        number of failed requests to the store since the start
@@ -142,6 +143,7 @@ class SourceHealth:
     last_contact: float | None = None
     lease: str = "none"
     lease_error: str = ""
+    contested: str = ""
     lease_expires: float | None = None
     errors_n: int = 0
     relists_n: int = 0

@@ -310,6 +310,19 @@ async def test_an_address_of_the_loopback_device_is_reached_through_the_default_
 
 
 @in_own_netns
+async def test_an_address_to_publish_that_another_machine_has_is_noted():
+    """A copy of a machine uses the entry of the original in a hosts file."""
+    sh(*HOST, *DEFAULT0)
+    with Netlink() as netlink:
+        async def note(public):
+            return (await choose(netlink, options(public_ip=public), True, False)).note
+
+        assert await note("192.0.2.1") == ""
+        assert await note("203.0.113.5") == ""  # behind a NAT
+        assert "192.0.2.7, is on the link of eth0, but not on this host" in await note("192.0.2.7")
+
+
+@in_own_netns
 async def test_another_address_is_taken_only_after_a_while(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(sticky.time, "monotonic", lambda: now)

@@ -143,6 +143,10 @@ def set_no_subnet_env(report: NodeReport) -> None:
     report.subnet_env_error = "No space left on device"
 
 
+def set_contested(report: NodeReport) -> None:
+    report.source.contested = "another machine writes it"
+
+
 def set_no_firewall(report: NodeReport) -> None:
     report.firewall_error = "nft is not there"
 
@@ -233,6 +237,8 @@ def set_waiting(report: NodeReport) -> None:
         (set_all_silent, {"peers": State.FAILED}, "[-]peers: no peer answers; "),
         (set_not_measured, {"peers": State.DEGRADED},
          "    not measured: opening a raw socket for echoes: Operation not permitted"),
+        (set_contested, {"lease": State.DEGRADED},
+         "[!]lease: 10.5.1.0/24: another machine writes it"),
         (set_no_firewall, {"firewall": State.FAILED}, "[-]firewall: nft is not there"),
         (partial(set_drop, cuts=True), {"firewall": State.FAILED},
          "packets are dropped by X, for "),

@@ -33,6 +33,7 @@ class Entry:
     attributes: Attributes | None  # None: the value is invalid
     mod_revision: int
     lease_id: int  # the ID of the key's etcd lease; 0: no etcd lease, so the key is a reservation
+    create_revision: int = 0  # 0: not known
 
     @property
     def reserved(self) -> bool:

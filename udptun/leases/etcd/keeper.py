@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import FieldError
+from ...model import IPAddress
 from ...wait import wait_at_most
 from ..backoff import Backoff
 from ..base import Attributes, Lease, SourceHealth, StoreDown, StoreRefused, Subnets
+from ..contest import Contest
 from ..netconf import NetConfig
 from . import messages
 from .allocate import Entry, choose, fits, own_entries, same_node
@@ -40,11 +42,14 @@ log = logging.getLogger(__name__)
 class _Held:
     """The last known state of our key.
 
+    create_revision  the revision at which the key was created; 0: not known. If the key has been
+                     deleted and created again, it may belong to another node.
     expires  the time in time.monotonic() when the lease expires; None: it does not expire, because
              it is a reservation or its state in the store is not known yet
     """
 
     lease: Lease
+    create_revision: int
     mod_revision: int
     lease_id: int
     expires: float | None
@@ -52,6 +57,10 @@ class _Held:
 
 class _Taken(Exception):
     """Another node has taken our key."""
+
+
+class _Contested(StoreDown):
+    """Another machine keeps writing our key. Our data are written again later."""
 
 
 class LeaseKeeper:
@@ -74,6 +83,7 @@ class LeaseKeeper:
         self._logged = ""
         self._writing = asyncio.Lock()  # acquire may be called while hold renews the lease
         self._check_now = asyncio.Event()
+        self._contest = Contest(health)
 
     def key_changed(self, key: str | None) -> None:
         """Tell the keeper that ``key`` has changed in the store; None: any key may have changed."""
@@ -114,7 +124,7 @@ class LeaseKeeper:
         backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         if self._held is None or self._held.lease.key != lease.key:
             # ``lease`` was cached before a restart. Its state in the store is not known yet.
-            self._lose(_Held(lease, 0, 0, None), "not confirmed by the store yet")
+            self._lose(_Held(lease, 0, 0, 0, None), "not confirmed by the store yet")
         while True:
             self._check_now.clear()
             try:
@@ -193,21 +203,48 @@ class LeaseKeeper:
             log.warning("our lease %s is held again", held.lease.subnets)
             return True
         if kv.mod_revision != held.mod_revision or self._health.lease == "lost":
-            if not await self._adopt(kv, held):
+            may_write = self._may_write(kv, held)
+            if not await self._adopt(kv, held, may_write) and may_write:
                 await self._write(held, held.lease)
             return True
+        self._contest.end_if_quiet()
         margin = self._config.renew_margin
         if held.expires is not None and time.monotonic() >= held.expires - margin:
             await self._write(held, held.lease)
             log.info("renewed our lease %s", held.lease.subnets)
         return False
 
-    async def _adopt(self, kv: Any, held: _Held) -> bool:
+    def _may_write(self, kv: Any, held: _Held) -> bool:
+        """Return whether our key may be written now.
+
+        It may not if another machine with our public address keeps writing it.
+        """
+        if not held.mod_revision or kv.mod_revision == held.mod_revision \
+                or not self._is_foreign(kv.lease):
+            return True
+        try:
+            if not same_node(read_value(kv.value), held.lease.attributes):
+                return True  # ``_check_owner`` handles another address
+        except FieldError:
+            return True
+        own = _address(held.lease.attributes)
+        return self._contest.may_write(
+            kv.mod_revision, f"another machine publishes this lease with our public address {own}")
+
+    def _is_foreign(self, lease_id: int) -> bool:
+        """Return whether another process has requested the etcd lease of a key."""
+        ours = self._granted | ({self._spare[0]} if self._spare else set())
+        return bool(lease_id) and lease_id not in ours
+
+    async def _adopt(self, kv: Any, held: _Held, may_write: bool) -> bool:
         """Take the key's present state as our lease, if the key has our attributes.
 
-        Return False if the key must be written: it has other attributes, or it expires too soon.
+        Return False if the key must be written: it has other attributes, it expires too soon, or
+        another machine has written it, which shall see that we write it too.
         """
         if kv.value != write_value(held.lease.attributes):
+            return False
+        if may_write and held.lease_id and self._is_foreign(kv.lease):
             return False
         expires = None
         if kv.lease:
@@ -219,7 +256,8 @@ class LeaseKeeper:
                 return False
             expires = time.monotonic() + ttl_s
         self._set_held(
-            replace(held.lease, reserved=not kv.lease), kv.mod_revision, kv.lease, expires
+            replace(held.lease, reserved=not kv.lease), kv.create_revision, kv.mod_revision,
+            kv.lease, expires,
         )
         return True
 
@@ -233,28 +271,41 @@ class LeaseKeeper:
                     return
                 continue
             kv = answer.kvs[0]
-            if kv.mod_revision != held.mod_revision:
-                self._check_owner(kv, lease)
-            found = Entry(lease.key, lease.subnets, None, kv.mod_revision, kv.lease)
-            if await self._put(replace(lease, reserved=found.reserved), found):
+            reserved = not kv.lease
+            if kv.mod_revision != held.mod_revision and self._check_owner(kv, lease):
+                reserved = held.lease.reserved  # the other machine does not decide this
+            found = Entry(
+                lease.key, lease.subnets, None, kv.mod_revision, kv.lease, kv.create_revision)
+            if await self._put(replace(lease, reserved=reserved), found):
                 return
         raise StoreDown(f"etcd key {lease.key} changes faster than it can be written")
 
-    def _check_owner(self, kv: Any, lease: Lease) -> None:
-        """Raise _Taken if our key has the public address of another node.
+    def _check_owner(self, kv: Any, lease: Lease) -> bool:
+        """Return whether another machine has written our key, and we may write it again now.
 
-        Called if the key has changed.
+        Called if the key has changed. Raises _Taken if the key belongs to another node, and
+        _Contested if it is too early to write it again.
         """
         try:
             attributes = read_value(kv.value)
         except FieldError:
-            return  # an invalid value belongs to no node, so our value may be written again
+            return False  # an invalid value belongs to no node, so our value may be written again
         if not same_node(attributes, lease.attributes):
             held = self._held
             if held is not None and same_node(attributes, held.lease.attributes):
-                return  # the key has our previous public address
-            owner = attributes.public_ip or attributes.public_ipv6
+                return False  # the key has our previous public address
+            owner = _address(attributes)
+            if held is not None and held.create_revision == kv.create_revision:
+                # The key was not free, so the other machine had no right to it.
+                own = _address(lease.attributes)
+                text = f"another machine publishes our lease with the address {owner}," \
+                    f" we with {own}"
+                if not self._contest.may_write(kv.mod_revision, text):
+                    raise _Contested(text)
+                log.error("%s: writing ours again", text)
+                return True
             raise _Taken(f"{lease.subnets} is now the lease of {owner}")
+        return False
 
     async def _put(self, lease: Lease, found: Entry | None) -> bool:
         """Write our key, if the key has not changed.
@@ -277,7 +328,9 @@ class LeaseKeeper:
             return False
         former_id = self._held.lease_id if self._held else 0
         self._spare = None
-        self._set_held(lease, int(answer.header.revision), grant_id, expires)
+        revision = int(answer.header.revision)
+        created = revision if found is None else found.create_revision
+        self._set_held(lease, created, revision, grant_id, expires)
         if grant_id:
             self._granted.add(grant_id)
         if former_id in self._granted - {grant_id}:
@@ -311,9 +364,10 @@ class LeaseKeeper:
     # Our last known state, and health
 
     def _set_held(
-        self, lease: Lease, mod_revision: int, lease_id: int, expires: float | None
+        self, lease: Lease, create_revision: int, mod_revision: int, lease_id: int,
+        expires: float | None,
     ) -> None:
-        self._held = _Held(lease, mod_revision, lease_id, expires)
+        self._held = _Held(lease, create_revision, mod_revision, lease_id, expires)
         health = self._health
         health.lease, health.lease_error = "held", ""
         left = None if expires is None else expires - time.monotonic()
@@ -327,10 +381,11 @@ class LeaseKeeper:
     def _next_check(self) -> float:
         """Return the seconds until our key must be read again."""
         assert self._held is not None
+        soonest = min(CHECK_S, self._contest.delay or CHECK_S)
         if self._held.expires is None:
-            return CHECK_S
+            return soonest
         until_renewal = self._held.expires - self._config.renew_margin - time.monotonic()
-        return min(max(until_renewal, 0.0), CHECK_S)
+        return min(max(until_renewal, 0.0), soonest)
 
     def _fail(self, error: Exception) -> None:
         """Record and log why a check failed. The same reason is logged only once."""
@@ -342,12 +397,18 @@ class LeaseKeeper:
         elif held.expires is not None and held.expires <= time.monotonic():
             text = f"expired because it could not be renewed: {error}; forwarding continues"
             self._lose(held, f"it expired because it could not be renewed: {error}")
+        elif isinstance(error, _Contested):
+            text = f"is contested: {error}"
         else:
             text = f"could not be checked: {error}"
         if text != self._logged:
             level = logging.ERROR if health.lease == "lost" else logging.WARNING
             log.log(level, "our lease %s %s", held.lease.subnets, text)
             self._logged = text
+
+
+def _address(attributes: Attributes) -> IPAddress | None:
+    return attributes.public_ip or attributes.public_ipv6
 
 
 def _absent(key: bytes) -> Any:

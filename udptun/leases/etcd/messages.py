@@ -24,7 +24,10 @@ from google.protobuf import (  # type: ignore[import-untyped]
 _PACKAGE = "udptun.etcd"
 _PROTO = """
 message ResponseHeader { uint64 cluster_id = 1; int64 revision = 3; }
-message KeyValue { bytes key = 1; int64 mod_revision = 3; bytes value = 5; int64 lease = 6; }
+message KeyValue {
+    bytes key = 1; int64 create_revision = 2; int64 mod_revision = 3; bytes value = 5;
+    int64 lease = 6;
+}
 
 message RangeRequest { bytes key = 1; bytes range_end = 2; }
 message RangeResponse { ResponseHeader header = 1; repeated KeyValue kvs = 2; }

@@ -64,7 +64,8 @@ class Listing:
                 attributes = read_value(kv.value)
             except FieldError as error:
                 self.skipped[key] = str(error)
-            self.entries.append(Entry(key, subnets, attributes, kv.mod_revision, kv.lease))
+            self.entries.append(Entry(
+                key, subnets, attributes, kv.mod_revision, kv.lease, kv.create_revision))
 
 
 async def list_entries(client: Client, root: str) -> Listing:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 
 from ...errors import FieldError
-from ...model import IPNetwork
+from ...model import IPAddress, IPNetwork
 from ...wait import wait_at_most
 from ..backoff import Backoff
 from ..base import (
@@ -32,6 +33,7 @@ from ..base import (
     StoreRefused,
     Subnets,
 )
+from ..contest import Contest
 from ..netconf import NetConfig
 from .api import Api, Event, Gone
 from .config import KubeConfig
@@ -61,6 +63,9 @@ class KubeSource(LeaseSource):
         self._attributes: Attributes | None = None  # the attributes given to the last ``acquire``
         self._own: Node | None = None  # our node, as last reported by the watch
         self._own_changed = asyncio.Event()
+        self._contest = Contest(self.health)
+        self._published: set[IPAddress] = set()  # the addresses that we have published
+        self._publishes_n = 0
 
     async def network(self) -> NetConfig:
         path = self._config.net_config_path
@@ -120,7 +125,8 @@ class KubeSource(LeaseSource):
                 await asyncio.sleep(backoff.next())
                 continue
             backoff.reset()
-            await wait_at_most(self._own_changed, self._config.resync)
+            await wait_at_most(
+                self._own_changed, min(self._config.resync, self._contest.delay or math.inf))
 
     async def updates(self) -> AsyncIterator[Snapshot | Changes]:
         book = LeaseBook()
@@ -176,6 +182,8 @@ class KubeSource(LeaseSource):
     async def _publish(self, node: Node, published: Attributes) -> None:
         if patch := self._annotations.patch(node, published):
             await self._api.patch_status(node.metadata.name, patch)
+        self._publishes_n += bool(patch)
+        self._published |= {*_addresses(published)}
 
     async def _restore(self, node: FullNode, lease: Lease, announced: str) -> str:
         """Publish the annotations and the condition that our Node object lacks.
@@ -190,7 +198,8 @@ class KubeSource(LeaseSource):
         if subnets != lease.subnets:
             raise StoreRefused(f"the podCIDRs of node {lease.key} have changed from "
                                f"{lease.subnets} to {subnets}")
-        await self._publish(node, published)
+        if self._may_publish(node, lease, published):
+            await self._publish(node, published)
         uid = node.metadata.uid
         # The condition is published once per Node object, as in flannel. Afterwards, a cloud
         # controller may manage the condition.
@@ -200,6 +209,26 @@ class KubeSource(LeaseSource):
             announced = uid
         self.health.lease, self.health.lease_error = "held", ""
         return announced
+
+    def _may_publish(self, node: Node, lease: Lease, published: Attributes) -> bool:
+        """Return False if another machine has published our node, and it is too early to restore
+        our annotations."""
+        try:
+            there = self._annotations.lease(node)
+        except FieldError:
+            there = None
+        known = self._published | {*_addresses(lease.attributes)}
+        others = [] if there is None else \
+            [one for one in _addresses(there.attributes) if one not in known]
+        if not others:
+            self._contest.end_if_quiet()
+            return True
+        ours = " and ".join(map(str, _addresses(published)))
+        text = f"another machine publishes our node {lease.key} with the address {others[0]}, we" \
+            f" with {ours}"
+        if not self.health.contested:
+            log.error("%s", text)
+        return self._contest.may_write((self._publishes_n, *others), text)
 
     def _lost(self, lease: Lease, reason: str) -> None:
         if self.health.lease_error != reason:
@@ -292,6 +321,11 @@ class KubeSource(LeaseSource):
             log.warning("the known leases stay active: %s", reason)
         health.connected, health.error = False, reason
         health.errors_n += 1
+
+
+def _addresses(attributes: Attributes) -> tuple[IPAddress, ...]:
+    both = (attributes.public_ip, attributes.public_ipv6)
+    return tuple(address for address in both if address is not None)
 
 
 @contextmanager

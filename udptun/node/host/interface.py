@@ -46,8 +46,8 @@ class Underlay:
     address6  the IPv6 address to bind to; None: IPv6 is not wanted
     public    the IPv4 address to publish; None: IPv4 is not wanted, and --public-ip is not given
     public6   the IPv6 address to publish; None: IPv6 is not wanted, and --public-ipv6 is not given
-    note      the options would select something else now, but a former choice is kept: what they
-              would select, as a sentence; else ""
+    note      a doubt about the choice, as a sentence: the options would select something else now,
+              or another machine seems to have the address to publish; "": none
     """
 
     name: str
@@ -82,6 +82,7 @@ async def choose(
     (interface, selected), note = await _keep_former(choice, former)
     address = choice.address(interface, selected, 4) if want_v4 else None
     address6 = choice.address(interface, selected, 6) if want_v6 else None
+    note = note or await choice.elsewhere()
     if interface.loopback:  # its addresses are reached through another interface
         interface = await choice.egress()
     if interface.mtu == 0:
@@ -154,6 +155,26 @@ class _Choice:
         if options.can_reach is None and (public := self._by_public_ip()) is not None:
             return public == (interface, (address,))
         return True
+
+    async def elsewhere(self) -> str:
+        """Return a sentence if an address to publish is directly on a link, but not on this host.
+
+        An address behind a NAT is not on a link of this host. So another machine has the address,
+        and both use the same entry of the store: one may be a copy of the other.
+        """
+        by_index = {one.index: one for one in self.existing if not one.loopback}
+        for public in (self.options.public_ip, self.options.public_ipv6):
+            if public is None or public.version not in self.versions or self._by_address(public):
+                continue
+            try:
+                route = await route_to(self.netlink, public)
+            except DeviceError:
+                continue
+            if route.gateway is None and route.index in by_index:
+                return (f"the address to publish, {public}, is on the link of"
+                        f" {by_index[route.index].name}, but not on this host: another machine may"
+                        " use the same name or configuration")
+        return ""
 
     async def egress(self) -> Interface:
         """Return the interface through which packets leave that have a loopback's address."""

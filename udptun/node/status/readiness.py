@@ -99,6 +99,7 @@ def _lease(report: NodeReport) -> _Result:
         wrong = wrong or "from the cache, not confirmed by the store yet"
     elif left is not None and left <= 0:
         wrong = wrong or f"expired {_span(-left)} ago"
+    wrong = "; ".join(filter(None, (wrong, source.contested)))
     if wrong:
         return _result(State.DEGRADED, f"{lease.subnets}: {wrong}")
     expiry = "does not expire" if left is None else f"expires in {_span(left)} unless renewed"

@@ -155,8 +155,7 @@ class NodeReport:
     underlay          the interface that carries the overlay; None before the choice
     interface_error   the reason why no interface was chosen, or why the chosen one is not usable
                       any more
-    interface_note    the reason why another choice of the interface or address would be made now,
-                      without the rule that a published address stays
+    interface_note    a doubt about the choice of the interface or address: see ``Underlay.note``
     backend           the mode: a backend's name or "auto"; "" before the network's configuration
                       was read
     unavailable       the reasons why backends are not available on this node; the keys are the

@@ -1,0 +1,57 @@
+"""Notices that another machine writes our lease, and limits how often we write it back.
+
+Owns: when our data may be written again, and the report in the source's health. Does not depend on
+a store. Asyncio, one loop.
+
+Two machines write one lease if one is a copy of the other, or if both have the same name or public
+address. Each of them sees the other's writes. If each wrote back at once, the lease would change
+all the time, and all nodes would follow. So a machine writes back at once only the first time, and
+then after growing delays.
+"""
+
+from __future__ import annotations
+
+import time
+
+from .base import SourceHealth
+
+QUIET_SECONDS = 600.0  # without a foreign write, until the contest counts as over
+FIRST_DELAY_SECONDS = 5.0
+
+
+class Contest:
+    """A contest about our lease. ``health.contested`` describes it; "": there is none."""
+
+    def __init__(self, health: SourceHealth) -> None:
+        self._health = health
+        self._seen: object = None
+        self._writes_n = 0  # by the other machine, since the contest began
+        self._last = 0.0  # time.monotonic() of the last of them
+        self._not_before = 0.0
+
+    def may_write(self, version: object, text: str) -> bool:
+        """Return whether our data may be written over the data of another machine now.
+
+        version  differs for each write of the other machine
+        text     who has published what, as a sentence
+        """
+        now = time.monotonic()
+        if version != self._seen:
+            self.end_if_quiet()
+            self._seen = version
+            self._writes_n += 1
+            self._last = now
+            delay = FIRST_DELAY_SECONDS * 2 ** (self._writes_n - 2) if self._writes_n > 1 else 0.0
+            self._not_before = now + min(delay, QUIET_SECONDS)
+            self._health.contested = text
+        return now >= self._not_before
+
+    @property
+    def delay(self) -> float:
+        """Seconds until our data may be written."""
+        return max(0.0, self._not_before - time.monotonic())
+
+    def end_if_quiet(self) -> None:
+        if self._writes_n and time.monotonic() - self._last > 2 * QUIET_SECONDS:
+            self._writes_n = 0
+            self._health.contested = ""
