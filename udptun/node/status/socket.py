@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
+from ...connections import Connections
 from ...control.protocol import NODE, NODE_SOCKET
 from ...control.sockets import UnixListener, listen_unix
 from ...errors import DeviceError
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 5.0  # limit for a client to send its request
 ANSWER_SECONDS = 30.0  # limit for a client to read the answer
-CONNECTIONS_N = 32  # further ones are closed at once
+CONNECTIONS_MAX = 32  # for one more, the one that has been idle for the longest time is closed
 HEAD_LEN = 8192
 PEERS_SLICE = 100  # peers that are formatted at a time
 
@@ -93,7 +94,7 @@ class NodeSocket:
         self._report, self._path = report, control.with_name(NODE_SOCKET)
         self._listener: UnixListener | None = None
         self._server: asyncio.Server | None = None
-        self._connections_n = 0
+        self._open = Connections[asyncio.StreamWriter](CONNECTIONS_MAX, _abort)
 
     async def serve(self) -> None:
         """Answer requests until cancelled. If the socket's file is removed, make it again.
@@ -131,14 +132,13 @@ class NodeSocket:
     async def _connected(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self._connections_n += 1
         try:
-            if self._connections_n <= CONNECTIONS_N and self._may_connect(writer):
+            if self._open.add(writer) and self._may_connect(writer):
                 await self._serve(reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             log.debug("a request on %s failed", self._path, exc_info=True)
         finally:
-            self._connections_n -= 1
+            self._open.remove(writer)
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
@@ -150,6 +150,7 @@ class NodeSocket:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(REQUEST_SECONDS):
             head = await reader.readuntil(b"\r\n\r\n")
+        self._open.request_begins(writer)
         method, target, *_ = [*head.split(b"\r\n", 1)[0].split(b" "), b"", b""]
         async with asyncio.timeout(ANSWER_SECONDS):
             if method != b"GET" or target != NODE.encode():
@@ -157,6 +158,10 @@ class NodeSocket:
                 return
             body = b"".join([piece async for piece in node_json(self._report)])
             await _answer(writer, "200 OK", body)
+
+
+def _abort(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
 
 
 def _error(message: str) -> bytes:
