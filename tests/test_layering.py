@@ -63,7 +63,7 @@ RULES = {
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
         "cli", "control.client", "control.protocol", "device.offload", "device.tun",
-        "forwarder", "lab", "leases", "node",
+        "forwarder", "lab", "leases", "net.kernel_path", "node",
     },
     "__main__": {"cli"},
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API

@@ -25,7 +25,7 @@ COMMANDS = {
     "peers": (".show:peers", "Show for each peer whether it answers probes, and how soon."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
-    "trace": (".show:trace", "Show the route of a packet to ADDRESS, or why it is dropped."),
+    "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),
     "stop": (".stop:stop", "Stop a running forwarder."),
     "ext": (".ext:ext", "Commands for flanneld's extension backend."),
     "demo": (".demo:demo", "Show a tunnel between two temporary hosts on this machine."),

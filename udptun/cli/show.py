@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..errors import ControlError, NoForwarder
+from ..errors import NoForwarder
 from .node_status import node_blocks
 from .options import (
     client,
@@ -104,38 +104,6 @@ def drops(
         if show_all or drop["packets"]
     ]
     echo_table(["REASON", "DIRECTION", "PACKETS"], shown, no_headers)
-
-
-@click.command()
-@click.argument("address")
-@output
-@connection
-@click.pass_context
-def trace(ctx: click.Context, address: str, output: str) -> None:
-    """Show the route, peer and MTU of a packet to ADDRESS, or why it would be dropped."""
-    try:
-        found = client(ctx).trace(address)
-    except ControlError as exc:
-        if exc.code == "bad_request":
-            raise click.BadParameter(str(exc), param_hint="ADDRESS") from exc
-        raise
-    if output == "json":
-        echo_json(found)
-        return
-    verdict = found["verdict"]
-    if found["reason"]:
-        verdict += f" ({found['reason']})"
-    route = found["route"]
-    if isinstance(route, dict):
-        route = f"{route['dst']} via {route['via']} port {route['port']}" + (
-            f" mtu {route['mtu']}" if route["mtu"] else ""
-        )
-    lines = {
-        "address": found["address"], "verdict": verdict, "route": route,
-        "peer": found["peer"], "mtu": found["mtu"],
-    }
-    for name, value in lines.items():
-        click.echo(f"{name + ':':<9}{'-' if value is None else value}")
 
 
 @click.command()
