@@ -333,6 +333,9 @@ def _measure(arguments: argparse.Namespace) -> int:
             recorder.write("end", how=how)
         print(f"{how}; removed {removed or 'nothing'}", file=sys.stderr)
         print(finish(folder, recorder.lines))
+        if code == 0 and not load(recorder.lines).figures:
+            print("bench: nothing was measured", file=sys.stderr)
+            code = 1
     return code
 
 

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
+from udptun.cli.forward import forward
 from udptun.device.tun import VNET_LEN
 from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
@@ -39,8 +42,12 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
     """Return udptun with these options of ``udptun forward``.
 
     checkout  the path of the udptun checkout to measure; "" for the checkout with this file
+    ValueError if an option or its value is wrong. The options of another checkout are not checked
+    here, because they may differ.
     """
     env = None
+    if not checkout:
+        _check_options(spec, options)
     if checkout:
         folder = Path(checkout).resolve()
         if not list((folder / "udptun").glob("_core.*.so")):
@@ -81,6 +88,13 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
         return path
 
     return Contender(spec, build)
+
+
+def _check_options(spec: str, options: list[str]) -> None:
+    try:
+        forward.make_context("forward", ["--listen=192.0.2.1", *options])
+    except click.ClickException as exc:
+        raise ValueError(f"contender {spec!r}: {exc.format_message()}") from None
 
 
 def replace_routes(forwarder: Forwarder, body: bytes, kind: str) -> dict[str, Any]:

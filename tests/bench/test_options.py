@@ -49,6 +49,10 @@ def nothing_is_measured(monkeypatch):
          ["tcp: contender 'copylimit' on profile P2", "expected profile P1"]),
         (["flame", "--contender", "copylimit", "--profile", "P3", "--out", "x"],
          ["contender 'copylimit' on profile P3", "expected profile P1"]),
+        (["tcp", "--contender", "udptun --offlod off"], ["'udptun --offlod off'", "--offload"]),
+        (["tcp", "--contender", "udptun --offload of"], ["--offload", "'of' is not valid"]),
+        (["gap", "--with", "udptun --workers many"], ["--workers", "'many' is not valid"]),
+        (["flame", "--contender", "udptun --mtu", "--out", "x"], ["--mtu", "requires an argument"]),
         (["quick", "--variant", "9 lives"], ["'9 lives'", "N there", "udp idle"]),
     ],
 )
@@ -64,6 +68,26 @@ def test_a_wrong_option_is_refused_with_the_value_and_what_was_expected(
     text = capsys.readouterr().err
     for message in messages:
         assert message in text
+
+
+@pytest.mark.parametrize("how", ["complete", "out of time"])
+def test_a_run_that_measures_nothing_fails(how, tmp_path, capsys, monkeypatch):
+    class NoLab:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def close(self):
+            return ""
+
+    monkeypatch.setattr(cli, "_missing_requirement", lambda: None)
+    monkeypatch.setattr(cli, "Lab", NoLab)
+    monkeypatch.setattr(cli, "Session", lambda *_: None)
+    monkeypatch.setattr(cli, "_run", lambda *_: how)
+    assert cli.main(["tcp", "--out", str(tmp_path)]) == 1
+    assert "bench: nothing was measured" in capsys.readouterr().err
 
 
 def test_options_change_the_plan():
