@@ -108,6 +108,9 @@ class Fake:
         if self.how == "reload":
             raise FieldError("via", "x", "an IPv4 address", "routes.txt: line 3")
 
+    def check_host(self):
+        pass
+
     def log_state(self):
         print("state", flush=True)
 
@@ -347,9 +350,51 @@ def test_forwarder_without_access_to_the_lock_runs_unlocked(tmp_path: Path) -> N
         assert "the instance udptun is not locked" in end(process)[2]
 
 
-def test_no_time_stamp_for_the_journal() -> None:
-    with forwarding(JOURNAL_STREAM="8:1") as process:
-        line(process)
-        process.terminate()
-        err = end(process)[2]
-    assert err.startswith("INFO udptun: SIGTERM: stopping\n")
+def test_no_time_stamp_for_the_journal(tmp_path: Path) -> None:
+    """systemd sets JOURNAL_STREAM to device and inode of the stderr that it has made."""
+    reader, writer = os.pipe()
+    stream = os.fstat(writer)
+    program = "from udptun.cli import logs; logs.start(); logs.log.info('one')"
+    for variable, expected in (
+        (f"{stream.st_dev}:{stream.st_ino}", r"INFO udptun: one\n"),
+        ("8:1", r"\d{4}-\d\d-\d\d [\d:,]+ INFO udptun: one\n"),  # inherited, another stderr
+    ):
+        subprocess.run([sys.executable, "-c", program], stderr=writer, check=True,
+                       env=os.environ | {"JOURNAL_STREAM": variable})
+        assert re.fullmatch(expected, os.read(reader, 1 << 16).decode())
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_log_file_has_times_and_a_limit(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from udptun.cli import logs
+logs.FILE_MAX = 4000
+logs.start()
+logs.log.info("before")
+logs.start(0, "text", Path(sys.argv[1]))
+for n in range(1000):
+    logs.log.info("line %d", n)
+os.write(2, b"the text of a crash")
+"""
+    file = tmp_path / "forwarder.log"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True,
+        env=os.environ | {"JOURNAL_STREAM": "8:1"},
+    )
+    assert result.stderr.endswith("before\n") and result.stderr.count("\n") == 1
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == ["forwarder.log", "forwarder.log.1"]
+    assert all(path.stat().st_size <= 4100 for path in files)
+    lines = file.read_text().splitlines()
+    assert re.match(r"\d{4}-\d\d-\d\d [\d:,]+ INFO udptun: line ", lines[0])
+    assert lines[-2].endswith("line 999") and lines[-1] == "the text of a crash"
+
+
+def test_a_log_file_that_cannot_be_written() -> None:
+    with forwarding("--log-file", "/nonexistent/log") as process:
+        code, _, err = end(process)
+    assert (code, err) == (1, "udptun: error: --log-file /nonexistent/log: No such file or "
+                              "directory\n")

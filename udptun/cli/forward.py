@@ -122,11 +122,14 @@ FIELDS = {
               callback=take_options,
               help="Wait until FILE exists and read from it the options that are not given here: "
                    "a JSON object with the names of these options as keys.")
+@click.option("--log-file", type=FILE, metavar="FILE",
+              help="Log to FILE instead of stderr. At 4 MiB, FILE is renamed to FILE.1.")
 @click.option("-v", "--verbose", count=True,
               help="Log debug messages; given twice, tracebacks too.")
 @click.pass_context
 def forward(
-    ctx: click.Context, /, verbose: int, wait_for: Path | None, **values: Any
+    ctx: click.Context, /, verbose: int, log_file: Path | None, wait_for: Path | None,
+    **values: Any
 ) -> None:
     """Run a forwarder: create the TUN device, and carry its packets to and from the peers.
 
@@ -134,7 +137,10 @@ def forward(
     second one exits at once. SIGHUP loads the route file again and checks the TUN device, SIGUSR1
     logs the counters.
     """
-    logs.start(verbose)
+    try:
+        logs.start(verbose, file=log_file)
+    except OSError as exc:
+        raise Failure(f"--log-file {log_file}: {exc.strerror}") from exc
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # ignored until the forwarder runs
     chosen = instance_of(ctx)

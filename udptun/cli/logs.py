@@ -1,8 +1,8 @@
-"""The log of a long-running command. Lines go to stderr, as text or as one JSON object each.
+"""The log of a long-running command: to stderr or a file, as text or as one JSON object per line.
 
-Owns the two formats, and the level of each logger: udptun's own loggers log from INFO on, all other
-loggers from WARNING on. Libraries log every request at INFO: for example httpx2, which lightkube
-uses. Threading: call from the main thread, at the start.
+Owns the two formats, the largest size of the file, and the level of each logger: udptun's own
+loggers log from INFO on, all other loggers from WARNING on. Libraries log every request at INFO:
+for example httpx2, which lightkube uses. Threading: call from the main thread, at the start.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import logging
 import os
 import sys
 from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
 log = logging.getLogger("udptun")
+
+FILE_MAX = 4 << 20  # bytes
 
 
 class JsonFormatter(logging.Formatter):
@@ -29,17 +33,47 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
-def start(verbose: int = 0, form: str = "text") -> None:
-    """Start the log. A second call changes only the level.
+class _BoundedFile(RotatingFileHandler):
+    """A log file that is renamed to FILE.1 at FILE_MAX bytes. At most these two files exist.
+
+    stdout and stderr go to the file too, so it also has the text of a crash.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=FILE_MAX, backupCount=1)
+        self._take_output()
+
+    def doRollover(self) -> None:
+        super().doRollover()
+        self._take_output()
+
+    def _take_output(self) -> None:
+        assert self.stream is not None
+        for fd in (1, 2):
+            os.dup2(self.stream.fileno(), fd)
+
+
+def _is_journal() -> bool:
+    """Return whether stderr is the connection to the journal that systemd has made.
+
+    A process that has another stderr inherits the variable too.
+    """
+    found = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def start(verbose: int = 0, form: str = "text", file: Path | None = None) -> None:
+    """Start the log. A second call changes only the level, and moves the log if it has a file.
 
     verbose  1 or more: also log udptun's DEBUG lines
+    file     log to this file instead of stderr. Raises OSError.
     """
+    handler = logging.StreamHandler(sys.stderr) if file is None else _BoundedFile(file)
     # No time if the log goes to the journal, which adds the time itself.
-    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
-    handler = logging.StreamHandler(sys.stderr)
+    stamp = "" if file is None and _is_journal() else "%(asctime)s "
     handler.setFormatter(
         JsonFormatter() if form == "json"
         else logging.Formatter(f"{stamp}%(levelname)s %(name)s: %(message)s")
     )
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=file is not None)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

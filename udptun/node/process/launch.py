@@ -114,7 +114,7 @@ def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen
 
     The process inherits no terminal and no file descriptor. So a program that runs this command and
     reads its output until the pipe is closed (flanneld does) does not wait for the forwarder. The
-    forwarder's output goes to ``log``.
+    forwarder's output goes to ``log``, which the forwarder keeps below a limit.
     """
     import subprocess
 
@@ -123,7 +123,7 @@ def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen
     with log.open("ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "udptun", "forward", "--instance", instance.name,
-             "--wait-for", str(forward_file)],
+             "--wait-for", str(forward_file), "--log-file", str(log)],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/",
             env=env,
         )
