@@ -54,6 +54,20 @@ async def test_a_change_is_completed_when_its_caller_is_cancelled():
 
 
 @in_own_netns
+async def test_a_route_to_our_own_subnet_is_reported_once(caplog):
+    async with Forwarder(config()) as forwarder:
+        with forwarder.subscribe() as events:
+            await forwarder.add_route(Route.make("10.244.0.0/16", "192.0.2.9"))  # a gateway
+            await forwarder.add_route(Route.make("10.244.1.0/24", "192.0.2.9"))
+            await forwarder.add_route(Route.make("10.244.2.0/24", "192.0.2.9"))
+            async for event in events:
+                if event["type"] == "error":
+                    break
+    assert "10.244.1.0/24 via 192.0.2.9" in event["message"]
+    assert caplog.text.count("is to this host's own subnet") == 1
+
+
+@in_own_netns
 async def test_reload_of_an_emptied_route_file_deletes_nothing(tmp_path):
     file = tmp_path / "routes"
     file.write_text("10.244.2.0/24 via 192.0.2.9\n")

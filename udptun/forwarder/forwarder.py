@@ -47,7 +47,9 @@ class Forwarder:
         self.mtu = 0
         self.capabilities = Capabilities()
         self.events = EventHub()
-        self._routes = Routes(config.routes_file, config.state_file, self.events, self._report)
+        self._routes = Routes(
+            config.routes_file, config.state_file, self.events, self._report, config.addresses
+        )
         self._probes: Probes
         self._view: View
         self._setup: TunSetup | None = None

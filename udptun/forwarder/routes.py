@@ -45,13 +45,17 @@ class Routes:
     routes_file  file that is read at start and by ``reload``
     state_file   copy of the active table. At start, a valid state_file is loaded instead of
                  routes_file
+    addresses    our addresses on the TUN
     """
 
     def __init__(
         self, routes_file: Path | None, state_file: Path | None, events: EventHub,
-        report: Callable[[str], None],
+        report: Callable[[str], None], addresses: Iterable[IPAddress] = (),
     ) -> None:
         self.generation = 0
+        self._report = report
+        self._addresses = tuple(addresses)
+        self._own_routes: set[Route] = set()  # that were reported
         self._routes_file = routes_file
         self._state = None if state_file is None else StateFile(state_file, report)
         self._events = events
@@ -86,6 +90,7 @@ class Routes:
             raise FieldError(error.field, error.value, error.expected, where) from None
         self._core = core
         self.generation = 1
+        self._report_own_routes(core)
 
     async def save(self) -> None:
         """Write the state file. Called at start, so that an unwritable file is found then.
@@ -219,6 +224,7 @@ class Routes:
         await self._activate(core, table, size)
         self._table = table
         self.generation += 1
+        self._report_own_routes(core)
         diff = RouteDiff(self.generation, added, changed, removed)
         if self._state is not None:
             self._state.save_soon(table)
@@ -228,6 +234,22 @@ class Routes:
                 self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu, **more)
         self._events.emit("routes_replaced", **diff.to_json())
         return diff
+
+    def _report_own_routes(self, core: _core.Core) -> None:
+        """Report a route to our own subnet: it sends packets for our own pods to another host.
+
+        The TUN has the base address of our subnet. A shorter prefix, for example of the route to a
+        gateway for the whole overlay, usually begins at another address.
+        """
+        found = set()
+        for address in self._addresses:
+            traced = core.trace(address.packed)
+            if traced is not None and traced[0].dst.network_address == address:
+                found.add(traced[0])
+        for route in found - self._own_routes:
+            self._report(f"the route {route} is to this host's own subnet, which begins at the "
+                         f"address of the TUN")
+        self._own_routes = found
 
     async def _activate(self, core: _core.Core, table: _core.RouteTable, size: int) -> None:
         core.activate(await _run(size > LARGE_TABLE, core.prepare, table))
