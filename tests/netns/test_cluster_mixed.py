@@ -70,13 +70,14 @@ def test_one_node_without_vxlan(lab, no_vxlan):
     lease = lease_of(cluster, a)
     assert lease["BackendType"] == "vxlan"
     assert lease["BackendData"]["VNI"] == 1
-    assert lease["BackendData"]["udptun"] == {"port": 8285, "mtu": mtu}
+    advert = {"port": 8285, "v": 1, "features": ["probe"]}
+    assert lease["BackendData"]["udptun"] == {**advert, "mtu": mtu}
     lease = lease_of(cluster, without)
     assert "BackendType" not in lease
     inner = int(without.env["FLANNEL_MTU"])
-    assert lease["BackendData"] == {"udptun": {"port": 8285, "mtu": inner}}
-    (why,) = [line for line in without.daemon.text().splitlines() if " WARNING " in line]
-    assert "no VXLAN" in why
+    assert lease["BackendData"] == {"udptun": {**advert, "mtu": inner}}
+    lines = without.daemon.text().splitlines()
+    (why,) = [line for line in lines if " WARNING " in line and "no VXLAN" in line]
     assert "Unknown device type" in why
     # The node gets vxlan, as with a new kernel: the pairs change to it.
     without.stop()

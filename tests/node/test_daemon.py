@@ -17,7 +17,7 @@ from tests.node.daemon_host import OURS, Node, peer, routes_to, table
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
 from udptun.errors import FieldError
-from udptun.leases.advert import Advert, embed
+from udptun.leases.advert import FEATURES, Advert, embed
 from udptun.leases.base import (
     Attributes,
     Change,
@@ -60,7 +60,7 @@ async def test_leases_of_the_store_are_applied(served, node_of):
         assert table(served) == routes_to(peer(2), peer(3))
         (published,) = node.store.published
         assert published == Attributes(
-            IPv4Address("192.0.2.1"), None, "", embed(None, Advert(8285, 1472)))
+            IPv4Address("192.0.2.1"), None, "", embed(None, Advert(8285, 1472, FEATURES)))
         assert node.config.subnet_file.read_text() == (
             "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\n"
             "FLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n")

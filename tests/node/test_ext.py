@@ -188,7 +188,7 @@ def test_a_peers_new_address_replaces_its_route(pair) -> None:
         ("192.0.2.2", 8285, None), ("192.0.2.9", 8285, None), ("192.0.2.9", 8286, 1400),
     ):
         assert node.add(SUBNETS[1], address, advertisement(port, mtu)) == QUIET
-        assert node.routes() == [Route.make(SUBNETS[1], address, port, mtu)]
+        assert node.routes() == [Route.make(SUBNETS[1], address, port, mtu, True)]
 
 
 @needs_root
@@ -271,7 +271,8 @@ def test_the_reason_why_a_forwarder_cannot_start_is_printed(pair) -> None:
 def test_the_options_of_one_node_come_from_its_environment(pair) -> None:
     node, host = pair[0], pair[0].host
     node.env |= {"UDPTUN_EXT_PORT": "8286", "UDPTUN_EXT_MTU": "1400"}
-    assert json.loads(node.pre()) == {"udptun": {"port": 8286, "mtu": 1400}}
+    assert json.loads(node.pre()) == {
+        "udptun": {"port": 8286, "mtu": 1400, "v": 1, "features": ["probe"]}}
     assert node.post(SUBNETS[0], host.v4) == QUIET
     device = node.status()["device"]
     assert (device["listen"], device["mtu"]) == ([f"{host.v4}:8286"], 1400)
@@ -332,24 +333,28 @@ def test_the_documented_commands_need_no_shell() -> None:
 
 def test_only_the_advertisement_is_printed(tmp_path: Path, path: str) -> None:
     flanneld = Flanneld(tmp_path / "node", path)
-    assert json.loads(flanneld.pre()) == {"udptun": {"port": 8285}}
+    advert = {"port": 8285, "v": 1, "features": ["probe"]}
+    assert json.loads(flanneld.pre()) == {"udptun": advert}
     assert len(flanneld.pre().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("advertised", "port", "mtu"),
+    ("advertised", "port", "mtu", "probe"),
     [
-        ("\n", 8285, None),
-        (advertisement(8286, 1400) + "\n", 8286, 1400),
-        ('{"udptun":{"port":8287}}\n', 8287, None),
-        ("what another program printed\n", 8285, None),
-        ('{"udptun":{"port":"no"}}\n', 8285, None),
-        ("[]\n", 8285, None),
+        ("\n", 8285, None, False),
+        (advertisement(8286, 1400) + "\n", 8286, 1400, True),
+        ('{"udptun":{"port":8287}}\n', 8287, None, False),
+        ("what another program printed\n", 8285, None, False),
+        ('{"udptun":{"port":"no"}}\n', 8285, None, False),
+        ("[]\n", 8285, None, False),
     ],
 )
-def test_the_advertisement_of_a_peer(advertised: str, port: int, mtu: int | None) -> None:
+def test_the_advertisement_of_a_peer(
+    advertised: str, port: int, mtu: int | None, probe: bool
+) -> None:
     env = {"SUBNET": "10.244.2.0/24", "PUBLIC_IP": "192.0.2.2"}
-    assert peer_route(env, advertised) == Route.make("10.244.2.0/24", "192.0.2.2", port, mtu)
+    assert peer_route(env, advertised) == Route.make(
+        "10.244.2.0/24", "192.0.2.2", port, mtu, probe)
 
 
 @pytest.mark.parametrize(

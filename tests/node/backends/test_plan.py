@@ -252,6 +252,7 @@ def test_only_a_peer_that_advertises_probes_gets_them():
     for advert in (None, ADVERT, probed):
         found = only(UDP_ONLY, lease(data=embed(None, advert) if advert else None))
         assert (found.advert, found.answers_probes) == (advert, advert is probed)
+        assert route_of(found).probe is (advert is probed)
 
 
 def test_a_subnet_claimed_twice_belongs_to_the_first_peer_until_it_leaves():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import ClassVar
 
-from ...leases.advert import Advert, embed
+from ...leases.advert import FEATURES, PROBE, Advert, embed
 from ...leases.advert import read as read_advert
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
@@ -50,9 +50,9 @@ class UdpReach(Reach[Route]):
 
     def path(self, peer: PeerNode, subnet: IPNetwork) -> Route | str:
         advert = read_advert(peer.attributes.backend_data)
-        port, mtu = self.port, None
+        port, mtu, probe = self.port, None, False
         if advert is not None:
-            port, mtu = advert.port, advert.mtu
+            port, mtu, probe = advert.port, advert.mtu, PROBE in advert.features
         elif peer.attributes.backend_type not in FLANNEL_TYPES:
             return "the peer does not advertise UDP"
         elif subnet.version == 6:  # flannel's own udp backend would corrupt IPv6 packets
@@ -64,7 +64,7 @@ class UdpReach(Reach[Route]):
         # packet; the second choice is the other IP version.
         for version in (subnet.version, 10 - subnet.version):
             if version in self.outer and version in peer.public:
-                return Route(subnet, peer.public[version], port, mtu)
+                return Route(subnet, peer.public[version], port, mtu, probe)
         return "the peer has no underlay address of an IP version that this node's underlay has"
 
 
@@ -95,7 +95,8 @@ class UdpBackend(Backend[Route]):
     def lease_data(self, mtu: int) -> LeaseData:
         if not self._config.advertise:
             return LeaseData()
-        return LeaseData(data={4: embed(None, Advert(self._prepared.udp_port, mtu))})
+        advert = Advert(self._prepared.udp_port, mtu, FEATURES)
+        return LeaseData(data={4: embed(None, advert)})
 
     def reach(self) -> UdpReach:
         site = self._prepared

@@ -1,0 +1,68 @@
+"""The copy of what the forwarder has measured: read, changed by events, asked, and lost."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.control.fakes import LoopThread, Served, thread  # noqa: F401
+from tests.wait import until
+from udptun.node.paths import forwarder as module
+from udptun.node.paths.forwarder import ForwarderView
+
+ENDPOINT = "192.0.2.2:8285"
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GONE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "RECONNECT_SECONDS", 0.05)
+    return tmp_path / "udptun.sock"
+
+
+async def test_the_view_follows_the_forwarder(path, thread):  # noqa: F811
+    changes = []
+    view = ForwarderView(path, changes.append)
+    try:
+        await until(lambda: view.gone, "the forwarder to be missed")
+        assert view.probes == {}
+        with Served(thread, path) as served:
+            await until(lambda: view.probes, "the first read")
+            assert not view.gone
+            assert view.probes[ENDPOINT]["state"] == "reachable"
+            assert changes[-1] is None
+            served.events({
+                "time": "2026-01-31T08:00:00.000+00:00", "type": "peer_unreachable",
+                "endpoint": ENDPOINT, "path": "udp", "reason": "no answer", "rtt_us": 5,
+                "largest_size": 1000, "full_size_passes": False})
+            await until(lambda: view.probes[ENDPOINT]["state"] == "unreachable", "the event")
+            found = view.probes[ENDPOINT]
+            assert (found["reason"], found["full_size_passes"]) == ("no answer", False)
+            assert changes[-1] == (ENDPOINT,)
+            served.events({
+                "time": "x", "type": "peer_size", "endpoint": ENDPOINT, "reason": "",
+                "largest_size": 1400, "full_size_passes": True})
+            await until(lambda: view.probes[ENDPOINT]["full_size_passes"], "the event")
+            assert view.probes[ENDPOINT]["state"] == "unreachable"
+            await view.refresh()
+            assert view.probes[ENDPOINT]["state"] == "reachable"
+        await until(lambda: view.gone, "the end to be noticed")
+        assert view.probes == {}
+        with Served(thread, path):  # a forwarder that was started again
+            await until(lambda: not view.gone and view.probes, "the next one")
+    finally:
+        view.close()
+    await asyncio.to_thread(view._thread.join, 20)
+    assert not view._thread.is_alive()
+
+
+async def test_asking(path, thread):  # noqa: F811
+    view = ForwarderView(path, lambda _: None)
+    try:
+        assert await view.ask(ENDPOINT) is None  # no forwarder
+        with Served(thread, path):
+            assert await view.ask(ENDPOINT, 1000) is True
+            assert await view.ask("192.0.2.99:8285") is None  # not a peer that is probed
+    finally:
+        view.close()
