@@ -159,6 +159,8 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
       help="auto: nftables rules, and accept rules in iptables where its rules drop our packets; "
            "nftables: only nftables; iptables: only iptables.  [default: nftables if the "
            "network's configuration has EnableNFTables, else auto]")
+@boolean("--keep-flannel", False,
+         "Do not remove the VXLAN device and the firewall rules that a former flannel has left.")
 @flag("--iptables-resync", type=Int(1), default=STOCK.iptables_resync,
       show_default=True, metavar="SECONDS",
       help="Time between checks of the firewall rules; missing ones are added again.")
@@ -229,8 +231,8 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
-                 "firewall", "iptables_resync", "forwarder", "forward_file", "state_dir",
-                 "healthz_port", "cleanup")
+                 "firewall", "keep_flannel", "iptables_resync", "forwarder", "forward_file",
+                 "state_dir", "healthz_port", "cleanup")
     given: dict[str, Any] = {  # if not given, NodeConfig uses the instance's
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT

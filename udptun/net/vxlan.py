@@ -252,6 +252,21 @@ class Vxlan:
             log.warning("%s", message)
         await self._delete(found)
 
+    async def remove_leftover(self, name: str, vni: int, network: IPNetwork) -> bool:
+        """Remove a VXLAN device that another program has left, with its routes.
+
+        Only a device with this VNI and an address in the network is removed. Return whether there
+        was one. Raises DeviceError.
+        """
+        found = await self._find(name)
+        if found is None or found.kind != KIND or found.options.get("IFLA_VXLAN_ID") != vni:
+            return False
+        state = await tun_state(self._netlink, found.index)
+        if state is None or not any(one in network for one in state.addresses):
+            return False
+        await self._delete(found)
+        return True
+
     # -- the peers --------------------------------------------------------------------------------
 
     async def sync(

@@ -98,6 +98,7 @@ class NodeConfig:
     subnet_file       the path of flannel's subnet.env
     firewall          one of FIREWALLS; None: "nftables" if net-conf.json has EnableNFTables, else
                       "auto"
+    keep_flannel      do not remove what a former flannel has left on this host
     iptables_resync   seconds between two checks of the firewall rules
     tun               the name of the forwarder's device
     control           the forwarder's control socket
@@ -121,6 +122,7 @@ class NodeConfig:
     ip_masq: bool = False
     iptables_forward_rules: bool = True
     firewall: str | None = None
+    keep_flannel: bool = False
     iptables_resync: int = 5
     tun: str = _FROM_INSTANCE
     control: Path = _FROM_INSTANCE

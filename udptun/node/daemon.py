@@ -38,6 +38,7 @@ from .config import InterfaceOptions, NodeConfig
 from .host import conntrack
 from .host.host import Host
 from .host.interface import NoInterface, Underlay
+from .host.leftovers import Leftovers
 from .host.sticky import UnderlayChoice
 from .in_force import InForce
 from .malloc import return_free_memory, use_one_arena
@@ -106,6 +107,7 @@ class Daemon:
         self._backends = ActiveBackends(config, netlink, self.report)
         self._underlay = UnderlayChoice(netlink, config.address_grace)
         self._host = Host(config, self.report)
+        self._leftovers = Leftovers(netlink)
         self._settle_again = asyncio.Event()
         self._in_force = InForce(
             netlink, self._backends, self._host, self.report, self._settle_again.set,
@@ -321,8 +323,11 @@ class Daemon:
         await self._peers.carry(carriers)
 
     async def _settle_host(self, prepared: Prepared, lease: Lease) -> None:
+        network = prepared.site.network
         await self._backends.settle(prepared, lease)
-        await self._host.settle(prepared.site.network, prepared.carried(lease), prepared.mtu)
+        if not self._config.keep_flannel:
+            await self._leftovers.remove(network, self._backends.active_devices(network))
+        await self._host.settle(network, prepared.carried(lease), prepared.mtu)
 
     async def _choose_underlay(
         self, identity: Identity, families: frozenset[int], own_devices: frozenset[str]
