@@ -54,7 +54,9 @@ RULES = {
     "node.paths": LEAVES | {
         "control.client", "node.backends", "node.paths", "node.status.report", "probe",
     },
-    "node.process": LEAVES | {"control.client", "node.process", "node.status.report"},
+    "node.process": LEAVES | {
+        "control.client", "control.protocol", "node.process", "node.status.report",
+    },
     "node.status": LEAVES | {
         "control.client", "control.protocol", "control.sockets", "leases", "node.backends",
         "node.host.interface", "node.status",

@@ -29,8 +29,9 @@ def _kill_daemon(world: World, rng: Random) -> Scene:
 
 def _kill_forwarder(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
-    _kill(world, member, world.forwarder_pids(member), signal.SIGKILL)
-    return Scene(f"{member.host.name}: kill -9 of the forwarder", [member], traced=True)
+    pids = world.forwarder_pids(member)
+    _kill(world, member, pids, signal.SIGKILL)
+    return Scene(f"{member.host.name}: kill -9 of the forwarder", [member], traced=bool(pids))
 
 
 def _kill_both(world: World, rng: Random) -> Scene:

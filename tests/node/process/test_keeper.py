@@ -13,6 +13,7 @@ import pytest
 
 from tests.control.fakes import LoopThread, Served
 from tests.wait import until
+from udptun.control import server
 from udptun.control.client import ControlClient
 from udptun.instance import Instance
 from udptun.leases.base import SourceHealth
@@ -317,3 +318,20 @@ async def test_the_keeper_can_be_cancelled_at_any_moment(thread, control, tmp_pa
             keeper.want(replace(spec, mtu=1400))
             for _ in range(turns):
                 await asyncio.sleep(0)
+
+
+async def test_a_forwarder_that_closes_silent_connections_is_not_lost(
+    thread, control, keeper, spec, monkeypatch, caplog
+):
+    """The forwarder closes a connection that sends no request, and the daemon's must stay."""
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    with Served(thread, control):
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.wait_synced()
+        # A silent connection that is opened later is closed later than a silent one of the keeper.
+        reader, writer = await asyncio.open_unix_connection(control)
+        assert await reader.read() == b""
+        writer.close()
+        assert keeper.report.forwarder.connected
+        assert "has ended" not in caplog.text

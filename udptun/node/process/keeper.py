@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...control.client import ControlClient
+from ...control.protocol import HEALTHZ
 from ...errors import ControlError, FieldError, NoForwarder
 from ...instance import Instance
 from ...model import IPNetwork, Route, RouteDiff
@@ -163,10 +164,11 @@ class ForwarderKeeper:
             await self._woken(None)
             return
         try:
-            # Neither side sends data on this connection. When the forwarder ends, the kernel closes
-            # the connection, so we notice the end at once, also if the forwarder's process is in
-            # another PID namespace.
+            # When the forwarder ends, the kernel closes this connection, so we notice the end at
+            # once, also if the forwarder's process is in another PID namespace. We send one request
+            # on it, because the forwarder closes a connection that sends none.
             lifeline, writer = await asyncio.open_unix_connection(self._control)
+            writer.write(f"GET {HEALTHZ} HTTP/1.1\r\nHost: udptun\r\n\r\n".encode())
         except OSError:
             await self._absent(self._spec)
             return
