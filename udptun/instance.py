@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +130,33 @@ class Instance:
                 f" namespace ({path}); give this one another --instance"
             )
         try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before the lock is released: see _lock_file
+            os.close(fd)
+
+
+    @contextmanager
+    def claimed(self, what: str, path: Path, option: str) -> Iterator[None]:
+        """Hold the lock file ``path``, which contains our name. Only one instance can hold it.
+
+        what    the thing that the lock file protects, for the error message
+        option  the option that gives this instance another one
+        Raises InstanceRunning, which names both instances. Raises OSError.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _lock_file(path)
+        if fd is None:
+            holder = ""
+            with suppress(OSError):
+                holder = path.read_text().strip()
+            raise InstanceRunning(
+                f"{what} is in use by the instance {holder or '(unknown)'}: give the instance "
+                f"{self.name} another {option}"
+            )
+        try:
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{self.name}\n".encode())
             yield
         finally:
             path.unlink(missing_ok=True)  # before the lock is released: see _lock_file

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,26 @@ def test_tun_gso_without_tun_uso():
 def test_kernel_replaces_the_pattern_in_a_name():
     with opened(name="utE%d") as first, opened(name="utE%d") as second:
         assert (first.name, second.name) == ("utE0", "utE1")
+
+
+HOLDER = f"""
+import sys
+from udptun.device.offload import OffloadRequest
+from udptun.device.tun import Tun
+tun = Tun.open({NAME!r}, 1, OffloadRequest.parse("auto"))
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@in_own_netns
+def test_name_in_use_by_a_process_is_refused_with_its_command_line():
+    with subprocess.Popen([sys.executable, "-c", HOLDER, "--instance", "red"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"open\n"
+        with refused(errno.EBUSY, NAME, f"in use by process {holder.pid}: {sys.executable}"):
+            Tun.open(NAME, 1, AUTO)
+        holder.stdin.close()
 
 
 @in_own_netns

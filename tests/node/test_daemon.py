@@ -33,7 +33,7 @@ from udptun.node import peers as peers_module
 from udptun.node import store as store_module
 from udptun.node.backends import BACKENDS
 from udptun.node.config import InterfaceOptions
-from udptun.node.daemon import AlreadyRunning, Daemon, locked, run
+from udptun.node.daemon import Daemon, run
 
 
 @pytest.fixture
@@ -316,13 +316,6 @@ async def test_unreachable_peers_are_reported(served, node_of, caplog):
         assert "only UDP" in daemon.report.peers.unreachable[stock.key]
         assert table(served) == routes_to(peer(3))
         assert any(stock.key in text for text in caplog.messages)
-
-
-def test_a_second_daemon_on_the_same_state_is_refused(tmp_path):
-    with locked(tmp_path), pytest.raises(AlreadyRunning, match=str(tmp_path)), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
 
 
 @in_own_netns

@@ -20,7 +20,7 @@ from udptun.net.netlink import Netlink
 from udptun.node.backends.active import ActiveBackends
 from udptun.node.backends.base import InstanceConflict
 from udptun.node.config import InterfaceOptions, NodeConfig
-from udptun.node.daemon import Daemon, run
+from udptun.node.daemon import Daemon, claimed, run
 from udptun.node.status.report import NodeReport
 
 
@@ -85,6 +85,26 @@ async def test_the_same_instance_twice_is_refused(tmp_path, monkeypatch):
     elsewhere = replace(red.config, state_dir=tmp_path / "other")
     with red.config.instance.locked("node"), pytest.raises(InstanceRunning, match="red"):
         await run(elsewhere)
+
+
+@pytest.mark.parametrize("field", ["subnet_file", "state_dir", "control"])
+def test_a_file_of_another_instance_is_refused(tmp_path, monkeypatch, field):
+    use_folder(tmp_path, monkeypatch)
+    red = InstanceNode("red", 244, 1, monkeypatch).config
+    blue = InstanceNode("blue", 245, 2, monkeypatch).config
+    path = getattr(red, field)
+    with claimed(red), claimed(blue):
+        pass
+    with claimed(red), pytest.raises(InstanceRunning) as caught, \
+            claimed(replace(blue, **{field: path})):
+        pass
+    option = f"--{field.replace('_', '-')}"
+    assert str(path) in str(caught.value)
+    assert f"in use by the instance red: give the instance blue another {option}" in \
+        str(caught.value)
+    with claimed(replace(blue, **{field: path})):  # red has ended
+        pass
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @in_own_netns

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import DeviceError, FieldError
 from ..instance import MAX_DEVICE_NAME
@@ -23,6 +24,7 @@ from .offload import ASKED, OffloadRequest
 log = logging.getLogger(__name__)
 
 DEVICE = "/dev/net/tun"
+HOLDER_LEN = 200  # bytes of a command line in an error message
 
 # linux/if_tun.h
 TUNSETIFF = 0x400454CA
@@ -236,7 +238,7 @@ def _attach(fd: int, name: str, flags: int, first: bool) -> str:
             return real_name
         return _set_iff(fd, name, flags)
     except OSError as error:
-        raise _attach_error(error, doing) from None
+        raise _attach_error(error, doing, name) from None
 
 
 def _set_iff(fd: int, name: str, flags: int) -> str:
@@ -255,15 +257,28 @@ def _is_persistent(fd: int) -> bool:
     return bool(Ifreq.unpack(answer)[1] & IFF_PERSIST)
 
 
-def _attach_error(error: OSError, doing: str) -> DeviceError:
+def _attach_error(error: OSError, doing: str, name: str) -> DeviceError:
     hint = {
         errno.EPERM: "this needs CAP_NET_ADMIN, or a persistent device that this user owns",
-        errno.EBUSY: "the device is in use by another process",
+        errno.EBUSY: f"the device is in use by {_holder(name)}",
         errno.EINVAL: "the name belongs to a device of another type, or to a TUN device with "
                       "another multi_queue setting (made for another number of --workers?)",
         errno.E2BIG: "the device has the maximum number of queues",
     }.get(error.errno or 0, "")
     return device_error(error.errno or 0, doing, hint)
+
+
+def _holder(name: str) -> str:
+    """Return the process that has the device open, for an error message."""
+    here = Path("/proc/thread-self/ns/net").readlink()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
+            if (process / "ns/net").readlink() == here and any(
+                f"iff:\t{name}\n" in info.read_text() for info in (process / "fdinfo").iterdir()
+            ):
+                words = os.fsdecode((process / "cmdline").read_bytes().replace(b"\0", b" "))
+                return f"process {process.name}: {words.strip()[:HOLDER_LEN]}"
+    return "another process"
 
 
 def _set_offload(fd: int, offload: int) -> str | None:

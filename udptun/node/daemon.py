@@ -17,14 +17,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import gc
 import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from ..errors import DeviceError, UdptunError
 from ..leases.base import Identity, Lease, StoreDown
@@ -58,10 +56,6 @@ LOOK_SECONDS = 30.0  # without a notification of the kernel, compare the host so
 STATUS_SECONDS = 1.0  # between two updates of our status for the service manager
 
 
-class AlreadyRunning(UdptunError):
-    """Another daemon uses the same state directory."""
-
-
 async def run(config: NodeConfig) -> None:
     """Run one node daemon until SIGTERM or SIGINT.
 
@@ -70,7 +64,7 @@ async def run(config: NodeConfig) -> None:
     from the main thread.
     """
     use_one_arena()
-    with config.instance.locked("node"), locked(config.state_dir), Netlink() as netlink:
+    with claimed(config), Netlink() as netlink:
         if config.cleanup:
             await clean_up(config, netlink)
         else:
@@ -83,16 +77,23 @@ async def run(config: NodeConfig) -> None:
 
 
 @contextlib.contextmanager
-def locked(state_dir: Path) -> Iterator[None]:
-    """Lock the state directory, so that no second daemon overwrites the files in it."""
-    state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    with (state_dir / LOCK_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunning(
-                f"a node daemon with the state directory {state_dir} is already running"
-            ) from None
+def claimed(config: NodeConfig) -> Iterator[None]:
+    """Lock the instance, and the files that an option can give to two instances.
+
+    Raises InstanceRunning, OSError.
+    """
+    instance, control, subnets = config.instance, config.control, config.subnet_file
+    config.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    control.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    with (
+        instance.locked("node"),
+        instance.claimed(f"the state directory {config.state_dir}",
+                         config.state_dir / LOCK_FILE, "--state-dir"),
+        instance.claimed(f"the control socket {control}",
+                         control.with_name(f".{control.name}.node.lock"), "--control"),
+        instance.claimed(f"the subnet file {subnets}",
+                         subnets.with_name(f".{subnets.name}.lock"), "--subnet-file"),
+    ):
         yield
 
 
