@@ -595,10 +595,12 @@ async def test_a_peer_that_is_not_routed_is_reached_by_a_bound_socket(version, d
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, NAME.encode())
             bound.sendto(b"probe", (at, 8285))
         assert sent_packets() == before + 1
+        assert await vxlan.unrouted(device, [target, peer(2, version)]) == [target.subnet]
         # The next look at the kernel's entries keeps them, and the route comes back.
         assert await vxlan.sync(device, [replace(target, routed=False)]) == ()
         assert (device_to(at, version), routes(version)) == ("tun0", {})
         assert await vxlan.sync(device, [target]) == ()
+        assert await vxlan.unrouted(device, [target]) == []
         assert device_to(at, version) == routed
         if version == 4:
             assert Path("/proc/sys/net/ipv4/conf", NAME, "rp_filter").read_text() == "2\n"

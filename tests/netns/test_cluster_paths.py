@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.netns.cluster_traffic import SteadyTransfer, all_reach_all
+from tests.netns.cluster_traffic import SteadyPing, SteadyTransfer, all_reach_all
 from tests.netns.test_cluster_mixed import Stock, device_to
 from udptun.lab import ping, wait_for
 from udptun.lab.cluster import Cluster, Member, etcd_obstacle
@@ -64,6 +64,27 @@ def switched(seconds: float, pairs, device: str) -> None:
     wait_for(lambda: all(device_to(*pair) == device for pair in pairs), f"{device}", seconds)
 
 
+def test_filtered_vxlan_is_left_for_udp(lab):
+    """All checks still pass, and a daemon that starts again keeps the choice."""
+    a, b = auto_cluster(lab).members
+    transfer = SteadyTransfer(a.pod, b.pod, b.pod_v4)
+    block(b, f"udp dport {VXLAN_PORT}")
+    switched(SWITCH_SECONDS, [(a, b), (b, a)], "udptun0")
+    good, text = a.ready()
+    assert good, text
+    assert [check["name"] for check in node(a)["checks"] if check["state"] != "ok"] == []
+    pinging = SteadyPing(a.pod, b.pod_v4)
+    a.stop()
+    a.start()
+    a.wait_ready()
+    wait_for(lambda: state_of(a, b)["state"] == "reachable", "the measurement", REPORT_SECONDS)
+    assert device_to(a, b) == "udptun0"
+    assert state_of(a, b)["path"] == "udp"
+    assert pinging.lost() == 0
+    assert transfer.finish() > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["both ways", "one way", "large only"])
 def test_a_pair_leaves_vxlan_and_returns(lab, fault):
     """Only the affected pair changes; a transfer goes on; and VXLAN is taken again."""
@@ -95,6 +116,7 @@ def test_a_pair_leaves_vxlan_and_returns(lab, fault):
     assert not any(" goes by " in line for line in third.daemon.text().splitlines())
 
 
+@pytest.mark.slow
 def test_a_pair_leaves_udp_if_that_is_lost(lab):
     """VXLAN is filtered, then UDP too, then VXLAN works: it carries at once, without a hold."""
     cluster = auto_cluster(lab)
@@ -108,6 +130,7 @@ def test_a_pair_leaves_udp_if_that_is_lost(lab):
     all_reach_all(cluster.members)
 
 
+@pytest.mark.slow
 def test_a_dead_peer_is_reported_by_name(lab):
     """Both paths are lost: nothing changes, the peer is named, and the node stays ready."""
     cluster = auto_cluster(lab, 3)
@@ -128,6 +151,7 @@ def test_a_dead_peer_is_reported_by_name(lab):
         wait_for(lambda m=member: measured(m, 2), "all paths", 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["udp", "vxlan"])
 def test_one_backend_measures_and_changes_nothing(lab, backend):
     cluster = Cluster(lab, 3, config=VXLAN, options=[f"--backend={backend}"])
@@ -144,6 +168,7 @@ def test_one_backend_measures_and_changes_nothing(lab, backend):
     wait_for(lambda: measured(a, 2), "the measurement", RETURN_SECONDS)
 
 
+@pytest.mark.slow
 def test_a_stock_peer_is_measured_by_echoes(lab):
     """A peer that drops echoes counts as reachable while its packets arrive."""
     cluster = Cluster(lab, 2, config=VXLAN, options=["--backend=auto"])

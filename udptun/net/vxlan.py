@@ -39,7 +39,7 @@ from .netlink import (
 from .tun_state import tun_state
 from .vxlan_ages import read_ages
 from .vxlan_entries import RTPROT_UDPTUN, Entries, EntrySocket
-from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take
+from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take, unrouted
 
 __all__ = ["OVERHEAD", "PeerFailure", "VniInUse", "Vxlan", "VxlanConfig", "VxlanDevice",
            "VxlanPeer", "parse_mac"]
@@ -312,6 +312,20 @@ class Vxlan:
             return self._apply(device, update, peers)
 
         return await self._entries(f"changing the peers of {device.name}", device, work)
+
+    async def unrouted(
+        self, device: VxlanDevice, peers: Iterable[VxlanPeer]
+    ) -> list[IPNetwork]:
+        """Return the subnets of those peers that have their entries, but no route.
+
+        Raises DeviceError.
+        """
+        asked = tuple(peers)
+        if not asked:
+            return []
+        return await self._entries(
+            f"reading the peers of {device.name}", device,
+            lambda entries: unrouted(entries.read(), asked))
 
     async def ages(self, device: VxlanDevice) -> dict[bytes, float]:
         """Return {MAC: seconds since the last packet to it}. Raises DeviceError."""

@@ -78,6 +78,18 @@ def take(entries: Entries, subnets: Iterable[IPNetwork]) -> Entries:
     return taken
 
 
+def unrouted(entries: Entries, peers: Iterable[VxlanPeer]) -> list[IPNetwork]:
+    """Return the subnets of the peers that have their neighbour and FDB entries, but no route."""
+    found = []
+    for peer in peers:
+        base, mac = peer.subnet.network_address.packed, parse_mac("VtepMAC", peer.mac)
+        if entries.neighbours.get(base) == mac and \
+                entries.forwarding.get(mac) == peer.endpoint.packed and \
+                (base, peer.subnet.prefixlen) not in entries.routes:
+            found.append(peer.subnet)
+    return found
+
+
 @dataclass(eq=False, slots=True)
 class _Row:
     """A peer as bytes of netlink messages."""

@@ -83,6 +83,7 @@ class ActiveBackends:
         self._report = report
         self._all = {name: create(name, config, netlink, report) for name in BACKENDS}
         self._active: tuple[Backend[Any], ...] = ()
+        self._applied = False  # a whole plan was applied since our start
         report.route_changes_n = dict.fromkeys(BACKENDS, 0)
         report.peers.carried_n = dict.fromkeys(BACKENDS, 0)
 
@@ -214,8 +215,29 @@ class ActiveBackends:
 
         since  time.monotonic() when the leases of the plan arrived
         """
+        if not self._applied:
+            await self._keep_carriers(plan)
+            self._applied = True
         await self._each(
             plan, lambda backend: backend.apply_all(plan.paths(backend.name)), since)
+
+    async def _keep_carriers(self, plan: Plan) -> None:
+        """Let the backends carry the packets that they carried under an earlier daemon.
+
+        The earlier daemon has measured that the preferred path to these peers does not work.
+        """
+        for at, backend in enumerate(self._active):
+            if not at:
+                continue  # no other backend to give packets to
+            diverted = {}
+            for subnet in await backend.diverted(plan.paths(backend.name)):
+                found = plan.get(subnet)
+                paths = () if found is None else found.paths[:at]
+                others = [position for position, path in enumerate(paths) if path is not None]
+                if others:
+                    plan.carry(subnet, self._active[others[-1]].name)
+                    diverted[subnet] = True
+            await backend.divert(diverted)
 
     async def apply(self, plan: Plan, delta: Delta, since: float) -> None:
         """Apply ``delta``, the last change of ``plan``. Raises DeviceError."""

@@ -209,6 +209,13 @@ class Backend(ABC, Generic[P]):
         """
         return
 
+    async def diverted(self, paths: Mapping[IPNetwork, P]) -> Collection[IPNetwork]:
+        """Return the subnets that an earlier daemon has diverted, according to the host.
+
+        Call it before the first ``apply_all``, with the same paths. Raises DeviceError.
+        """
+        return ()
+
     async def resync(self) -> None:
         """Compare the host with the last applied paths, and repair differences on the host.
 

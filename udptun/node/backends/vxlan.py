@@ -220,6 +220,12 @@ class VxlanBackend(Backend[VxlanPeer]):
             (self._diverted.add if diverted else self._diverted.discard)(subnet)
         await self._send({net: peer for net in changes if (peer := self._peers.get(net))})
 
+    async def diverted(self, paths: Mapping[IPNetwork, VxlanPeer]) -> list[IPNetwork]:
+        return [
+            subnet for version, device in self._devices.items()
+            for subnet in await self._vxlan.unrouted(
+                device, [peer for net, peer in paths.items() if net.version == version])]
+
     async def _send(self, changes: Mapping[IPNetwork, VxlanPeer | None]) -> None:
         for version, device in self._devices.items():
             of_device = {net: peer for net, peer in changes.items() if net.version == version}

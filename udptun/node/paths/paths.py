@@ -40,6 +40,8 @@ RETRY_SECONDS = 1.0  # after a choice could not be applied
 ASKS_N = 20  # pairs that wait for the forwarder at a time; others use its last measurement
 HAIRPIN = "; both nodes have one public address, so their NAT has to send packets back (hairpin)"
 
+FORMER = "chosen before the start of this daemon"  # why a path is not the preferred one
+
 Carriers = Mapping[IPNetwork, str | None]
 
 
@@ -92,9 +94,11 @@ class Paths:
             if found is None:
                 self._remove(subnet)
             else:
-                self._set(found)
+                self._set(found, plan.carriers.get(subnet))
 
-    def _set(self, found: SubnetPaths) -> None:
+    def _set(self, found: SubnetPaths, carrier: str | None) -> None:
+        """Measure the paths to this subnet. carrier: the backend that carries its packets now, if
+        it is not the preferred one."""
         former = self._pairs.get(found.subnet)
         meters, endpoints = self._meters.of(found, self._backends)
         if former is not None and \
@@ -103,9 +107,11 @@ class Paths:
         now = time.monotonic()
         measured = [None if path is None else Measured(None, now) for path in found.paths]
         if former is None:
-            at = max(at for at, path in enumerate(found.paths) if path is not None)
-            choice = Choice(at, now)
-            report = PairReport(found.key, found.subnet, self._backends[at].name)
+            usable = [at for at, path in enumerate(found.paths) if path is not None]
+            at = next((at for at in usable if self._backends[at].name == carrier), usable[-1])
+            why = FORMER if at != usable[-1] else ""
+            choice = Choice(at, now, why)
+            report = PairReport(found.key, found.subnet, self._backends[at].name, why)
         else:  # the peer has changed: what was measured is about its former paths
             choice, report = former.choice, former.report
             report.key = found.key
