@@ -3,7 +3,7 @@
     python -m bench probes [--peers 5000] [--seconds 120]
 
 Two namespaces: a forwarder, and a process that plays all peers (bench/probe_peers.py): it answers
-all probes, and sends as many requests as that many peers send. The forwarder runs twice, with the
+all probes, and probes the forwarder as that many peers do. The forwarder runs twice, with the
 same routes: without ``probe``, and with it. The difference is the cost.
 
 CPU time is the time on a CPU of all threads of the forwarder (/proc/PID/task/*/schedstat). The time
@@ -24,7 +24,6 @@ from udptun.lab import Forwarder, Lab, wait_for
 from udptun.lab.hosts import Host
 from udptun.lab.tunnels import PORT
 from udptun.probe.prober import IDLE_PER_SECOND
-from udptun.probe.state import IDLE_SECONDS
 
 from . import system
 from .tables import consecutive
@@ -47,7 +46,6 @@ class Cost:
 
 def run(peers: int, seconds: float) -> str:
     """Measure without and with probes. Return the text for the terminal."""
-    rate = min(peers / IDLE_SECONDS, IDLE_PER_SECOND)
     with Lab() as lab:
         node, others = lab.host("node"), lab.host("peers")
         lab.link(node, others)
@@ -56,7 +54,7 @@ def run(peers: int, seconds: float) -> str:
         without = _measure(node, peers, seconds, probe=False)
         actor = others.start([
             sys.executable, "-m", "bench.probe_peers", str(FIRST), str(peers),
-            f"{node.v4}:{PORT}", str(rate),
+            f"{node.v4}:{PORT}",
         ])
         actor.wait_for_output("ready")
         with_ = _measure(node, peers, seconds, probe=True)

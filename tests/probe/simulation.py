@@ -79,3 +79,52 @@ class Simulation:
             if at >= since and of == key and verdict == state and full in (..., passes):
                 return at - since
         return None
+
+
+class Two:
+    """Two nodes that probe each other.
+
+    passes(sender, now)  whether a datagram of this node, 0 or 1, arrives; replaced by a test
+    """
+
+    def __init__(self, seed=1):
+        self.now = 1000.0
+        rng = random.Random(seed)
+        self.probers = [Prober(lambda: self.now, rng) for _ in range(2)]
+        for prober in self.probers:
+            prober.add("other", FULL)
+        self.passes = lambda sender, now: True
+        self.sent = []  # (time, sender)
+        self._flying = []  # heap of (time, order, receiver, kind, token, size, heard)
+
+    def run(self, seconds):
+        end = self.now + seconds
+        while self.now < end:
+            times = [end, *(prober.next_at() for prober in self.probers)]
+            times += [row[0] for row in self._flying[:1]]
+            self.now = max(self.now, min(times))
+            while self._flying and self._flying[0][0] <= self.now:
+                self._receive(*heapq.heappop(self._flying)[2:])
+            for node, prober in enumerate(self.probers):
+                for request in prober.run():
+                    self.sent.append((self.now, node))
+                    heard = request.last_heard
+                    heard = None if heard is None else self.now - heard
+                    self._fly(node, "request", request.token, request.size, heard)
+        return self
+
+    def _fly(self, sender, kind, token, size, heard):
+        if self.passes(sender, self.now):
+            self._order = getattr(self, "_order", 0) + 1
+            row = (self.now + ROUND_TRIP / 2, self._order, 1 - sender, kind, token, size, heard)
+            heapq.heappush(self._flying, row)
+
+    def _receive(self, node, kind, token, size, heard):
+        if kind == "reply":
+            self.probers[node].answered("other", token, size, self.now)
+        else:
+            self.probers[node].heard("other", self.now, heard)
+            self._fly(node, "reply", token, size, 0.0)
+
+    def states(self):
+        return [prober["other"].state for prober in self.probers]

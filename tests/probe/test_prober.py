@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from tests.probe.simulation import FULL, Simulation
+from tests.probe.simulation import FULL, Simulation, Two
 from udptun.probe.prober import IDLE_PER_SECOND, URGENT_PER_SECOND
 from udptun.probe.sizes import RECHECK_SECONDS, STEP
 from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE
@@ -321,3 +321,28 @@ def test_a_path_that_is_added_again_keeps_its_state_and_a_new_size_is_measured()
     net.full += 100
     net.run(60)
     assert net.prober["a"].sizes.largest == FULL + 100
+
+
+def test_an_idle_pair_shares_its_probes():
+    net = Two().run(100)
+    before = len(net.sent)
+    net.run(1000)
+    by = [sum(sender == node for _, sender in net.sent[before:]) for node in range(2)]
+    assert 80 <= sum(by) <= 160  # each side alone would send 100
+    assert min(by) >= 20
+    assert net.states() == [REACHABLE, REACHABLE]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("deaf", [(0,), (1,), (0, 1)])
+def test_both_sides_of_an_idle_pair_get_the_verdict_within_fifteen_seconds(seed, deaf):
+    """Also if only one direction fails, and the packets of the other side still arrive."""
+    net = Two(seed).run(100 + seed)
+    net.passes = lambda sender, now: sender not in deaf
+    since = net.now
+    net.run(25)
+    assert net.states() == [UNREACHABLE, UNREACHABLE]
+    assert max(prober["other"].since for prober in net.probers) - since <= 15.0
+    net.passes = lambda sender, now: True
+    net.run(15)
+    assert net.states() == [REACHABLE, REACHABLE]

@@ -125,8 +125,13 @@ class Prober(Generic[K]):
     def heard(self, key: K, at: float, heard_seconds: float | None = None) -> None:
         """A request of the peer was received; the peer last heard us ``heard_seconds`` ago."""
         path = self._paths.get(key)
-        if path is not None:
-            path.heard(at, heard_seconds)
+        if path is None:
+            return
+        path.heard(at, heard_seconds)
+        interval = self._interval(key)
+        if heard_seconds is not None and heard_seconds <= interval * (1 + IDLE_JITTER):
+            path.postpone(at, interval)
+        self._plan(key, path)
 
     def data_received(self, key: K, at: float) -> None:
         path = self._paths.get(key)

@@ -31,6 +31,7 @@ ACTIVE_LINGER_SECONDS = 3.0  # a pair counts as active for this time after its l
 IDLE_SECONDS = 10.0  # with 20 % jitter and 2.1 s to the verdict: a lost peer is known within 15 s
 LARGE_EVERY_ACTIVE = 2  # small and large probes alternate on a pair with traffic
 LARGE_EVERY_IDLE = 4  # large probes cost bandwidth, and idle pairs send no large packets
+OWN_EVERY = 4  # an idle pair shares its probes, but each side sends one in this many intervals
 LOSS_WINDOW = 32  # probes
 RTT_GAIN = 1 / 8  # RFC 6298
 LATE_N = 8  # unanswered probes that are remembered: a late answer proves the path as well
@@ -66,8 +67,8 @@ class PathState:
     __slots__ = (
         "_active_until", "_awaited_n", "_backoff_n", "_data_proves", "_history", "_history_n",
         "_jitter", "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending", "_probes_n",
-        "_sent_at", "_soon", "last_answer", "last_data", "last_probe", "rtt", "send_errno",
-        "since", "sizes", "state",
+        "_replied_at", "_sent_at", "_soon", "last_answer", "last_data", "last_probe", "rtt",
+        "send_errno", "since", "sizes", "state",
     )
 
     def __init__(self, now: float, full_size: int, data_proves: bool = False) -> None:
@@ -93,6 +94,7 @@ class PathState:
         self._missed_at = now  # when the first of them was sent
         self._soon = True  # the next probe, a large one, is sent at once
         self._active_until = now
+        self._replied_at = 0.0  # when the last request of the peer was answered
         self._peer_heard: float | None = None  # when the peer last received a probe of ours
 
     # -- what happened ----------------------------------------------------------------------------
@@ -142,10 +144,27 @@ class PathState:
         return True
 
     def heard(self, now: float, heard_seconds: float | None = None) -> None:
-        """A request of the peer was received; the peer last heard us ``heard_seconds`` ago."""
+        """A request of the peer was received; the peer last heard us ``heard_seconds`` ago.
+
+        The receiver answers a request at once. If the peer's next request says that this answer has
+        not arrived, the path is probed at once.
+        """
+        replied_at, self._replied_at = self._replied_at, now
         self.last_probe = now
         if heard_seconds is not None:
             self._peer_heard = now - heard_seconds
+        quick = now - max(SUSPECT_SECONDS / 2, 2 * (self.rtt or 0.0))  # the answer may be under way
+        if self.state == REACHABLE and not self.suspect and 0 < replied_at < quick:
+            self._soon |= self._peer_heard is None or self._peer_heard < replied_at
+
+    def postpone(self, now: float, idle_seconds: float) -> None:
+        """The peer's request proves both directions: an idle path needs no probe of ours now.
+
+        Some probes are sent nevertheless, for the round trip, the loss and the sizes.
+        """
+        own = self.last_answer is not None and now - self.last_answer < OWN_EVERY * idle_seconds
+        if self.state == REACHABLE and own and not (self.active or self.suspect or self._soon):
+            self._sent_at = now
 
     def data_received(self, now: float) -> None:
         self.last_data = now
