@@ -15,9 +15,9 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
-from path.probe cimport count_sent, send_datagram
+from path.probe cimport count_sent, send_beside
 from path.worker cimport direction_t, shared_t, worker_t
-from sys cimport load_flag, now_ns, sockaddr_in6, store_flag
+from sys cimport close, load_flag, now_ns, sockaddr_in6, store_flag
 from table.addr_map cimport addr_map_init, addr_map_put
 from table.peer cimport peer_counters_t, peer_free, peer_t, set_sockaddr
 from table.publish cimport (
@@ -71,10 +71,13 @@ cdef class Core:
     cdef bint preparing         # a PreparedSnapshot exists; only one may exist at a time
     cdef RouteTable table       # the active table; its routes have the order of snapshot.hops
     cdef direction_t sent       # the probes sent by send_probe
+    cdef int spare_fd4          # sends probes while the shared socket is full; -1 = not open
+    cdef int spare_fd6
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd):
         cdef bytes packed
+        self.spare_fd4 = self.spare_fd6 = -1
         self.workers = <worker_t**>calloc(workers_n, sizeof(void*))
         if self.workers == NULL:
             raise MemoryError
@@ -108,6 +111,10 @@ cdef class Core:
                 peer_free(peer)
                 peer = next_
             snapshot_free(s)
+        if self.workers != NULL:  # else __cinit__ has not set the descriptors
+            for fd in (self.spare_fd4, self.spare_fd6):
+                if fd >= 0:
+                    close(fd)
         free(self.workers)
 
     cdef add_worker(self, Worker worker, worker_t* w):
@@ -293,6 +300,7 @@ cdef class Core:
         cdef uint32_t to_len
         cdef uint8_t* message
         cdef int fd, error
+        cdef int* spare
         if len(address) not in (4, 16):
             raise ValueError(f"an address of {len(address)} bytes")
         if not PROBE_LEN <= size <= PROBE_MAX:
@@ -308,7 +316,8 @@ cdef class Core:
         probe.kind, probe.size, probe.token, probe.heard_ms = PROBE_REQUEST, size, token, heard_ms
         build_probe(message, &probe)
         to_len = set_sockaddr(&to, <const uint8_t*>address, len(address), port)
-        error = send_datagram(fd, message, size, &to, to_len)
+        spare = &self.spare_fd4 if len(address) == 4 else &self.spare_fd6
+        error = send_beside(fd, spare, message, size, &to, to_len)
         free(message)
         count_sent(&self.sent, error)
         return error

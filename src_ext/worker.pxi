@@ -79,7 +79,7 @@ cdef class Worker:
         w = self.w = <worker_t*>calloc(1, sizeof(worker_t))
         if w == NULL:
             raise MemoryError
-        w.epoll_fd = w.wake_fd = w.full_fd = -1
+        w.epoll_fd = w.wake_fd = w.full_fd = w.spare_fd4 = w.spare_fd6 = -1
         for i in range(OWN_SOCKETS):
             w.own_sockets[i].fd = -1
         w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
@@ -123,6 +123,9 @@ cdef class Worker:
         if self.w == NULL:
             return
         close_own_sockets(self.w)
+        for fd in (self.w.spare_fd4, self.w.spare_fd6):
+            if fd >= 0:
+                close(fd)
         if self.w.epoll_fd >= 0:
             close(self.w.epoll_fd)
         if self.w.wake_fd >= 0:

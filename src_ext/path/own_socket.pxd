@@ -10,7 +10,9 @@ Owns opening, choosing and closing. An own socket has the local address, the por
 the shared socket. It receives no datagrams and no ICMP errors: it is connected to this host's
 discard port, so a datagram from any other source belongs to the shared socket. The messages that it
 sends name their destination.
-Threading: the worker's thread. The control side reads the counters.
+A probe that the shared socket refuses is sent from a spare socket, opened in the same way
+(probe.pxd).
+Threading: the worker's thread, except ``open_socket``. The control side reads the counters.
 Source: linux net/ipv4/udp.c (compute_score, udp_lib_rehash), net/ipv4/datagram.c.
 """
 
@@ -142,7 +144,7 @@ cdef inline int join_address(int shared, int fd) noexcept nogil:
 
 
 cdef inline int open_socket(int shared, int family) noexcept nogil:
-    """Return a new socket that sends as the shared socket does, or a negative errno."""
+    """Return a new socket that sends as the shared socket does, or a negative errno. Any thread."""
     cdef int fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     cdef int error
     if fd < 0:

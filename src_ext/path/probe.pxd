@@ -22,12 +22,14 @@ from drops cimport (
     DROP_BAD_VERSION, DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, DROP_UNKNOWN_PEER, PASS,
     drop_t,
 )
+from path.own_socket cimport open_socket
 from path.worker cimport (
     EVENT_PROBE, PROBE_RING, count_drop, direction_t, probe_record_t, probe_ring_t, raise_event,
     worker_t,
 )
 from sys cimport (
-    MSG_DONTWAIT, MSG_NOSIGNAL, full_fence, load_flag, now_ns, sendto, sockaddr, store_flag,
+    MSG_DONTWAIT, MSG_NOSIGNAL, full_fence, load_flag, now_ns, sendto, sockaddr, sockaddr_in6,
+    store_flag,
 )
 from table.peer cimport peer_t
 from wire.probe cimport PROBE_REPLY, PROBE_REQUEST, build_probe, parse_probe, probe_t
@@ -79,6 +81,22 @@ cdef inline int send_datagram(
         if error == EAGAIN or error == EMSGSIZE or error == ENOBUFS or error == ENOMEM:
             break
     return error
+
+
+cdef inline int send_beside(
+    int shared, int* spare, const uint8_t* p, size_t n, const sockaddr_in6* to, uint32_t to_len
+) noexcept nogil:
+    """Send one datagram. If the shared socket is full, send from a spare one, so that datagrams
+    that the kernel holds for other peers cost no probe. Return 0 or an errno.
+
+    spare  the spare socket of the calling thread, opened here; -1 = not open
+    """
+    cdef int error = send_datagram(shared, p, n, to, to_len)
+    if error != EAGAIN:
+        return error
+    if spare[0] < 0:
+        spare[0] = open_socket(shared, to.sin6_family)
+    return EAGAIN if spare[0] < 0 else send_datagram(spare[0], p, n, to, to_len)
 
 
 cdef inline drop_t send_verdict(int error) noexcept nogil:
@@ -133,6 +151,7 @@ cdef inline drop_t take_probe(
     """
     cdef probe_t probe
     cdef int fd
+    cdef int* spare
     cdef drop_t verdict = parse_probe(p, n, &probe)
     if verdict != PASS:
         return verdict
@@ -146,6 +165,9 @@ cdef inline drop_t take_probe(
         probe.heard_ms = 0
         build_probe(p, &probe)
         fd = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
+        spare = &w.spare_fd4 if peer.addr_len == 4 else &w.spare_fd6
         w.syscalls_send += 1
-        count_sent(&w.encap, send_datagram(fd, p, n, from_, from_len))
+        count_sent(
+            &w.encap, send_beside(fd, spare, p, n, <const sockaddr_in6*>from_, from_len)
+        )
     return PASS

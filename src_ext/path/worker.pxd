@@ -156,6 +156,8 @@ cdef struct worker_t:
     uint64_t syscalls_wait
     icmp_bucket_t icmp_buckets[2 * ICMP_KINDS_N]
 
+    int spare_fd4               # sends probes while the shared socket is full; -1 = not open
+    int spare_fd6
     own_socket_t own_sockets[OWN_SOCKETS]
     uint32_t own_sockets_n      # open now
     uint64_t own_sockets_given  # counter
