@@ -130,16 +130,16 @@ class Guarded(Cluster):
     def own_chain(self, variant):
         return [line for line in self.saved(variant).splitlines() if "UDPTUN" in line]
 
-    def sync(self, mode="auto", **changed):
+    def sync(self, mode="auto", nft="nft"):
         """Let a firewall work once; return what it found."""
         with self.node.inside():
-            firewall = Firewall(replace(self.rules, **changed), mode=mode)
+            firewall = Firewall(self.rules, mode=mode, nft=nft)
             asyncio.run(firewall.sync())
         return firewall.dropped
 
-    def remove(self):
+    def remove(self, nft="nft"):
         with self.node.inside():
-            return asyncio.run(Firewall(FirewallRules()).remove())
+            return asyncio.run(Firewall(FirewallRules(), nft=nft).remove())
 
     def passes(self, sender, receiver, wait=30):
         """Return whether the first datagram of a flow passes from pod to pod."""
@@ -370,6 +370,17 @@ def test_mode_iptables_does_all_of_it_without_nftables(guarded):
     assert guarded.remove()
     assert not guarded.own_chain("nft")
     assert "UDPTUN" not in guarded.node.run([f"{guarded.plain}-nft-save", "-t", "nat"]).stdout
+
+
+def test_auto_without_nft_does_all_of_it_with_iptables(guarded):
+    for variant in ("nft", "legacy"):
+        guarded.load("docker-28.rules", variant)
+    assert guarded.sync(nft="/nonexistent") == ()
+    assert guarded.all_pass()
+    assert guarded.source_seen("pod", "world") == "node"
+    assert guarded.remove(nft="/nonexistent")
+    assert not guarded.own_chain("nft") and not guarded.own_chain("legacy")
+    assert guarded.is_cut()
 
 
 # -- the daemon -----------------------------------------------------------------------------------

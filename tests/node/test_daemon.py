@@ -7,6 +7,7 @@ control server; its options are always the ones that the daemon wants.
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
@@ -345,3 +346,22 @@ async def test_cleanup_leaves_a_stock_flannels_device_alone(served, node_of):
     await run(replace(node.config, cleanup=True))
     assert "flannel.1" in sh("ip link")
 
+
+
+@in_own_netns
+@pytest.mark.parametrize(("option", "enable", "mode"), [
+    (None, False, "auto"), (None, True, "nftables"), ("iptables", True, "iptables"),
+    ("auto", True, "auto"),
+])
+async def test_the_option_firewall_takes_precedence_over_the_network(
+    served, node_of, option, enable, mode
+):
+    node = node_of()
+    node.config = replace(node.config, firewall=option)
+    node.store.network_answer = NetConfig.parse(json.dumps(
+        {"Network": "10.244.0.0/16", "EnableNFTables": enable}))
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2))
+        await node.ready(daemon)
+        assert daemon._host._firewall.mode == mode

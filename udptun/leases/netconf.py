@@ -34,7 +34,7 @@ class NetConfig:
     subnet_len    prefix length of a node's subnet; 0 if the store assigns the subnets
     subnet_min    base address of the first subnet that a node may get
     subnet_max    base address of the last subnet that a node may get
-    nftables      flannel's EnableNFTables; udptun uses nftables with any value of this field
+    nftables      flannel's EnableNFTables; true: firewall rules only in nftables
     backend_type  the Type of Backend, in lower case; "udp" if there is no Backend (as in flannel),
                   "" if Backend has no Type. Not checked here, because the command line can select
                   another backend

@@ -174,9 +174,13 @@ class _Attempt:
             return False
         is_default = self._mode == "iptables" and self._want != FirewallRules() \
             and await iptables.is_default(tables)
-        family = "ip" if version == 4 else "ip6"
-        there = iptables.legacy_tables(version) if variant == "legacy" else \
-            {name.removeprefix(f"{family} ") for name in nft_tables}
+        if variant == "legacy":
+            there: Collection[str] = iptables.legacy_tables(version)
+        elif self._nft.is_there:
+            family = "ip" if version == 4 else "ip6"
+            there = {name.removeprefix(f"{family} ") for name in nft_tables}
+        else:  # nft is not installed, so the tables are not known
+            there = iptables.TABLE_OF.values()
         await self._sync_nat(tables, is_default, (version, variant), "nat" in there)
         return (is_default or "filter" in there) and await self._sync_forward(tables, is_default)
 
