@@ -21,6 +21,7 @@ from .acts.act import Pair
 from .world import Health, World
 
 LOOK_SECONDS = 0.5
+EVIDENCE_LEN = 20_000  # of each log
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Judge:
     def __init__(self, world: World, deadline: float) -> None:
         self._world, self._deadline = world, deadline
         self._health: dict[str, Health] = {}
+        self._logs: dict[str, int] = {}  # length of each node's log when the act began
 
     def steady(self, seconds: float) -> list[str]:
         """Wait until all pods reach each other, and all nodes are ready. Return what is missing."""
@@ -52,14 +54,14 @@ class Judge:
     def run(self, act: Act, rng: Random, tell: Callable[[str], object]) -> Verdict:
         world = self._world
         world.remember()
-        logs = {member.host.name: len(world.log(member)) for member in world.members}
+        self._logs = {member.host.name: len(world.log(member)) for member in world.members}
         scene = act.do(world, rng)
         tell(scene.text)
         verdict = Verdict(act.name, scene.text)
         began = time.monotonic()
         stands = scene.undo is not None
         deadline = self._deadline + scene.late
-        wrong, took = self._watch(scene, began, deadline, scene.stands, stands, logs)
+        wrong, took = self._watch(scene, began, deadline, scene.stands, stands)
         self._note(verdict, "" if not stands else "while it stands: ", wrong, took)
         if scene.undo is not None:
             scene.undo()
@@ -76,17 +78,17 @@ class Judge:
             verdict.evidence += "".join(
                 f"--- {when}{name}\n{health.text}" for name, health in self._health.items())
             for member in world.members:
-                verdict.evidence += f"--- log of {member.host.name}\n{world.log(member)[-3000:]}\n"
+                log = world.log(member)[self._logs[member.host.name]:]
+                verdict.evidence += f"--- log of {member.host.name}\n{log[:EVIDENCE_LEN]}\n"
 
     def _watch(
         self, scene: Scene, began: float, deadline: float, least: float, standing: bool,
-        logs: dict[str, int] | None = None,
     ) -> tuple[list[str], float]:
         """Look until nothing is wrong; return what is wrong at the deadline, and the time taken."""
         world, unready = self._world, {}
         while True:
             world.tend()
-            wrong = self._look(scene, began, standing, logs, unready)
+            wrong = self._look(scene, began, standing, unready)
             passed = time.monotonic() - began
             if (not wrong and passed >= least) or passed >= max(deadline, least):
                 break
@@ -96,7 +98,7 @@ class Judge:
         took = passed if wrong else max([0.0, *(at - began for at in lost)])
         return wrong, took
 
-    def _look(self, scene, began, standing, logs, unready) -> list[str]:
+    def _look(self, scene, began, standing, unready) -> list[str]:
         """Return everything that is wrong now."""
         world = self._world
         touched = {member.host.name for member in scene.touched}
@@ -123,9 +125,9 @@ class Judge:
             if not scene.changes:
                 wrong += [f"{member.host.name}: the host differs: {' | '.join(lines)}"
                           for member in scene.touched if (lines := self._differs(member))]
-        if scene.traced and logs is not None:
+        if scene.traced:
             wrong += [f"{member.host.name}: nothing was logged" for member in scene.touched
-                      if len(world.log(member)) <= logs[member.host.name]]
+                      if len(world.log(member)) <= self._logs[member.host.name]]
         return wrong
 
     def _differs(self, member) -> list[str]:

@@ -19,6 +19,7 @@ from udptun.lab import Host
 PORT = 7007
 TICK_SECONDS = 0.25
 LOST_SECONDS = 1.0  # a request without an answer after this time is lost
+STALL_SECONDS = 0.3  # this program did not run for so long: then a late answer proves nothing
 SMALL = 32
 HEADERS = 28  # IPv4 and UDP
 SIZES = ("small", "full")
@@ -35,8 +36,11 @@ class Request:
 class Sender:
     """One pod's part of the mesh. ``targets`` maps names of nodes to addresses of their pods."""
 
-    def __init__(self, pod: Host, address: str, mtu: int, targets: dict[str, str]) -> None:
-        self._pod, self._address = pod, address
+    def __init__(
+        self, pod: Host, address: str, mtu: int, targets: dict[str, str],
+        stalls: deque[tuple[float, float]],
+    ) -> None:
+        self._pod, self._address, self._stalls = pod, address, stalls
         self._sizes = {"small": SMALL, "full": mtu - HEADERS}
         self.targets = targets
         self.history: dict[tuple[str, str], deque[Request]] = {}
@@ -61,6 +65,8 @@ class Sender:
                     for key, _ in self._poll.select(max(0.0, tick - time.monotonic())):
                         self._receive(key.fileobj, key.fileobj is echo)
                     if (now := time.monotonic()) >= tick:
+                        if now > tick + STALL_SECONDS:
+                            self._stalls.append((tick, now))
                         self._send(now)
                         tick = max(tick + TICK_SECONDS, now)
             finally:
@@ -114,6 +120,7 @@ class Mesh:
 
     def __init__(self) -> None:
         self._senders: dict[str, Sender] = {}
+        self._stalls: deque[tuple[float, float]] = deque(maxlen=_HISTORY)
 
     def restart(self, members) -> None:
         """Start again, with the pods that the members have now."""
@@ -123,7 +130,8 @@ class Mesh:
             name = member.host.name
             targets = {other: address for other, address in addresses.items() if other != name}
             mtu = int(member.env["FLANNEL_MTU"])
-            self._senders[name] = Sender(member.pod, addresses[name], mtu, targets)
+            self._senders[name] = Sender(member.pod, addresses[name], mtu, targets,
+                                         self._stalls)
 
     def stop(self) -> None:
         for sender in self._senders.values():
@@ -165,4 +173,7 @@ class Mesh:
 
     def _sent(self, name, target, size, start, end):
         history = self._senders[name].history.get((target, size), ())
-        return [request for request in tuple(history) if start <= request.sent <= end]
+        stalls = tuple(self._stalls)
+        return [request for request in tuple(history)
+                if start <= request.sent <= end and (request.answered or not any(
+                    began - LOST_SECONDS < request.sent < ended for began, ended in stalls))]
