@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..instance import DEFAULT_INSTANCE
 from .hosts import DEADLINE_SECONDS, Host, Lab, LabError, Process, wait_for
 from .tools import SEARCH_PATH
 from .tunnels import control_request
@@ -27,7 +28,7 @@ from .tunnels import control_request
 PREFIX = "/coreos.com/network"
 NETWORK_CONFIG: Mapping[str, Any] = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
 ETCD_PORT = 2379
-HEALTH_PORT = 8080  # the same port on all nodes, because each node has its own namespace
+HEALTH_PORT = 8080  # usually the same on all nodes, because each node has its own namespace
 
 
 def etcd_obstacle() -> str | None:
@@ -149,6 +150,7 @@ class Member:
                  forwarder
     environment  environment variables of the daemon and of a separate forwarder, in addition to the
                  lab's own variables
+    instance     the instance's name; several instances on one host need different health ports
     choose       True: give the daemon no --iface, so that it chooses the interface of the default
                  route
     """
@@ -159,13 +161,16 @@ class Member:
     external: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     choose: bool = False
+    instance: str = DEFAULT_INSTANCE
+    health_port: int = HEALTH_PORT
     daemon: Process = field(init=False, repr=False)
     forwarder: Process | None = None
     pod: Host = field(init=False, repr=False)
 
     @property
     def folder(self) -> Path:
-        return self.host.lab.folder / f"node-{self.host.name}"
+        own = "" if self.instance == DEFAULT_INSTANCE else f"-{self.instance}"
+        return self.host.lab.folder / f"node-{self.host.name}{own}"
 
     @property
     def control(self) -> Path:
@@ -181,8 +186,9 @@ class Member:
             sys.executable, "-m", "udptun", "node", *self.store, *iface,
             f"--subnet-file={self.subnet_file}",
             f"--control={self.control}", f"--state-dir={self.folder / 'state'}",
-            f"--healthz-port={HEALTH_PORT}", "--healthz-ip=127.0.0.1",
-            f"--forwarder={'external' if self.external else 'spawn'}", *self.options, *more,
+            f"--healthz-port={self.health_port}", "--healthz-ip=127.0.0.1",
+            f"--forwarder={'external' if self.external else 'spawn'}",
+            f"--instance={self.instance}", *self.options, *more,
         ]
 
     def start(self, *more: str) -> None:
@@ -195,8 +201,8 @@ class Member:
         """Start the separate forwarder. It waits for the file that the daemon writes."""
         waiting = ["--wait-for", str(self.control.with_name("forward.json"))]
         self.forwarder = self.host.start(
-            [sys.executable, "-m", "udptun", "forward", *waiting], name="forwarder",
-            env=self.environment,
+            [sys.executable, "-m", "udptun", "forward", f"--instance={self.instance}", *waiting],
+            name="forwarder", env=self.environment,
         )
 
     def ready(self) -> tuple[bool, str]:
@@ -211,7 +217,7 @@ class Member:
         return self._health("/metrics")[1]
 
     def _health(self, path: str) -> tuple[int, str]:
-        connection = _Connection(self.host, "127.0.0.1", HEALTH_PORT)
+        connection = _Connection(self.host, "127.0.0.1", self.health_port)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
