@@ -139,18 +139,19 @@ class Probes:
 
         Once a second, also look at the table and the counters.
         """
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
-            self._follow_table()
-            self._follow_traffic(now)
-        for record in self._core.take_probes():
-            self._take(record)
-        for request in self._prober.run():
-            self._send(request)
-        self._report_changes()
-        self._ticked_at, self._timer = now, None
-        self._arm()
+        self._ticked_at, self._timer = time.monotonic(), None
+        try:
+            if self._ticked_at >= self._look_at:
+                self._look_at = self._ticked_at + LOOK_SECONDS
+                self._follow_table()
+                self._follow_traffic(self._ticked_at)
+            for record in self._core.take_probes():
+                self._take(record)
+            for request in self._prober.run():
+                self._send(request)
+            self._report_changes()
+        finally:
+            self._arm()  # also after an error, which the loop logs: the measurement must go on
 
     def _arm(self) -> None:
         """Call ``_tick`` when a probe is due, but no sooner than BATCH_SECONDS after the last call.
@@ -171,7 +172,7 @@ class Probes:
         if self._generation == self._routes.generation:
             return
         self._generation = self._routes.generation
-        limits = self._core.probe_peers(self._mtu)
+        limits = self._core.probe_peers(min(self._mtu, MAX_PROBE))
         for key in self._limits.keys() - limits.keys():
             self._prober.remove(key)
             del self._reported[key]

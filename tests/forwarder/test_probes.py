@@ -1,0 +1,95 @@
+"""The probes of a real forwarder, with a peer that is a plain socket in the same namespace."""
+
+import asyncio
+import contextlib
+import socket
+
+from tests.own_netns import in_own_netns, sh
+from udptun import Endpoint, Forwarder, ForwarderConfig, Route
+from udptun.forwarder.probes import NAT_SECONDS
+from udptun.model import PROBE_REQUEST
+from udptun.probe.message import decode
+
+HERE, PEER = "192.0.2.1", "192.0.2.9"
+ROUTE = Route.make("10.244.2.0/24", PEER, probe=True)
+
+
+def forwarder():
+    sh(f"ip addr replace {HERE}/32 dev lo", f"ip addr replace {PEER}/32 dev lo")
+    return Forwarder(ForwarderConfig(listen=(Endpoint.parse(HERE),), source_check="peer"))
+
+
+@contextlib.contextmanager
+def peer(answer_port=8285):
+    """Answer the probes to the peer, from a port of its address."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        ports = {}
+        for port in {8285, answer_port}:
+            ports[port] = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            ports[port].bind((PEER, port))
+        sock = ports[8285]
+
+        def answer():
+            data, asker = sock.recvfrom(65535)
+            probe = decode(data)
+            if probe is not None and probe.kind == PROBE_REQUEST:
+                ports[answer_port].sendto(probe.reply(0).encode(), asker)
+
+        loop.add_reader(sock, answer)
+        try:
+            yield
+        finally:
+            loop.remove_reader(sock)
+
+
+async def until(events, kind):
+    async with asyncio.timeout(60):
+        async for event in events:
+            if event["type"] == kind:
+                return event
+    raise AssertionError("the events ended")
+
+
+@in_own_netns
+async def test_a_peer_behind_a_nat_answers_from_another_port():
+    async with forwarder() as running:
+        with peer(answer_port=40000), running.subscribe() as events:
+            await running.put_route(ROUTE)
+            event = await until(events, "peer_reachable")
+        assert event["endpoint"] == f"{PEER}:8285"
+        key = socket.inet_aton(PEER), 8285
+        assert running._probes._prober._max_interval == {key: NAT_SECONDS}
+
+
+@in_own_netns
+async def test_the_probes_go_on_after_an_error():
+    async with forwarder() as running:
+        prober = running._probes._prober
+        run, failed = prober.run, asyncio.Event()
+
+        def fail_once():
+            prober.run = run
+            failed.set()
+            raise RuntimeError("injected")
+
+        prober.run = fail_once
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        async with asyncio.timeout(60):
+            await failed.wait()
+        with peer(), running.subscribe() as events:
+            await running.put_route(ROUTE)
+            await until(events, "peer_reachable")
+
+
+@in_own_netns
+async def test_a_peer_where_nothing_listens_is_unreachable():
+    async with forwarder() as running:
+        with running.subscribe() as events:
+            await running.put_route(ROUTE)
+            event = await until(events, "peer_unreachable")
+            assert event["reason"]
+            with peer():
+                answer = await running.probe(Endpoint.parse(PEER))
+                assert answer["answered"]
+                assert await until(events, "peer_reachable")
