@@ -75,7 +75,8 @@ def test_leftovers_are_removed(lab):
     node.host.ip("link add flannel.1 type vxlan id 1 dstport 8472 dev eth0 nolearning",
                  "address add 10.244.99.0/32 dev flannel.1", "link set flannel.1 up",
                  "route add 10.244.98.0/24 dev flannel.1")
-    wait_for(lambda: not leftovers(node.host), "the device to be removed")
+    node.host.nft(NFTABLES)
+    wait_for(lambda: not leftovers(node.host), "the device and the table to be removed")
 
 
 @pytest.mark.parametrize("why", ["keep", "runs", "another network"])

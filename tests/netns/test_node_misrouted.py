@@ -18,7 +18,7 @@ ACTS = {
         "{pod}/32 do not enter the overlay: they take the route {pod}/32 dev other"),
     "blackhole": (
         "ip route add blackhole {subnet}", "ip route del blackhole {subnet}",
-        "{subnet} do not enter the overlay: Invalid argument"),
+        "they take the route blackhole {subnet}"),
     "policy rule": (
         "ip route add {subnet} dev other table 77; ip rule add to {subnet} lookup 77",
         "ip rule del to {subnet} lookup 77; ip route flush table 77",

@@ -24,6 +24,8 @@ from .netlink import Netlink
 RTM_GETROUTE = 26
 RTA_SRC, RTA_GATEWAY, RTA_TABLE = 2, 5, 15
 RT_TABLE_MAIN = 254
+# Routes that drop packets. ip(8) has the same names.
+ROUTE_KINDS = {6: "blackhole ", 7: "unreachable ", 8: "prohibit "}
 RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x1000, 0x2000
 
 
@@ -73,12 +75,12 @@ async def matched_route(netlink: Netlink, question: Question) -> str:
 
 async def routes_within(
     netlink: Netlink, networks: Iterable[IPNetwork]
-) -> list[tuple[IPNetwork, int, str]]:
-    """Return (prefix, interface index, text) of each route of the main table to a part of a
+) -> list[tuple[IPNetwork, Way, str]]:
+    """Return the prefix, the way and a text for each route of the main table to a part of a
     network. Raises DeviceError."""
     wanted = list(networks)
 
-    async def read(_: Any) -> list[tuple[IPNetwork, int, str]]:
+    async def read(_: Any) -> list[tuple[IPNetwork, Way, str]]:
         found = []
         with RouteSocket() as kernel:
             for network in wanted:
@@ -93,7 +95,7 @@ async def routes_within(
                     packed = bytes(about[RTA_DST])
                     if (int.from_bytes(packed) ^ base) >> shift == 0:
                         prefix = ipaddress.ip_network((packed, length))
-                        found.append((prefix, _number(about.get(RTA_OIF)), _route_text(body)))
+                        found.append((prefix, _way(body), _route_text(body)))
         return found
 
     return await netlink.work("reading the routes within the overlay", read)
@@ -120,10 +122,11 @@ def _way(answer: memoryview | Refusal) -> Way:
 
 
 def _route_text(body: memoryview) -> str:
-    family, length, *_ = RTMSG.unpack_from(body)
+    family, length, _, _, _, _, _, kind, _ = RTMSG.unpack_from(body)
     about = attributes(body, RTMSG.size)
     size = 4 if family == socket.AF_INET else 16
-    text = f"{ipaddress.ip_address(bytes(about.get(RTA_DST, bytes(size))))}/{length}"
+    text = ROUTE_KINDS.get(kind, "")
+    text += f"{ipaddress.ip_address(bytes(about.get(RTA_DST, bytes(size))))}/{length}"
     if (gateway := about.get(RTA_GATEWAY)) is not None:
         text += f" via {ipaddress.ip_address(bytes(gateway))}"
     if index := _number(about.get(RTA_OIF)):

@@ -184,6 +184,8 @@ class Daemon:
         tasks.create_task(self._keep_settled(settled))
         tasks.create_task(self._measure())
         tasks.create_task(self._host.run())
+        if not self._config.keep_flannel:
+            tasks.create_task(self._leftovers.keep())
         tasks.create_task(self._keep_status())
         tasks.create_task(self._announce())
 

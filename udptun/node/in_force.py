@@ -54,6 +54,7 @@ class InForce:
         self._settle_again = settle_again
         self._watch = HostWatch(netlink, settle_again)
         self._site: Site | None = None  # of the last ``settled``
+        self._looked = False
 
     def start(self) -> None:
         self._watch.start()
@@ -113,7 +114,12 @@ class InForce:
         except (UdptunError, OSError) as exc:
             wrong = [str(exc)]
         repairs, impaired = self._host.keep_forwarding(self._site.network)
-        self._record(repairs)
+        if self._looked:
+            self._record(repairs)
+        else:  # what was off before our start is no repair
+            for text in repairs:
+                log.info("%s", text)
+        self._looked = True
         self._report.host.set(wrong, impaired)
 
     async def _look_at_routes(self) -> None:

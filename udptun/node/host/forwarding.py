@@ -35,7 +35,7 @@ def keep_forwarding(
                 continue
             try:
                 (ROOT / name).write_text("1")
-                repairs.append(f"{_sysctl(name)} was 0, and is 1 again")
+                repairs.append(f"{_sysctl(name)} is repaired: it was 0")
             except OSError as exc:
                 off.append(f"{_sysctl(name)} is 0: {effect} (setting it: {exc.strerror})")
     if 6 in versions and _value(FORWARD6) == "0":

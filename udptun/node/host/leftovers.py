@@ -14,11 +14,13 @@ Everything else stays. Runs on the daemon's loop.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import logging
-import time
-from collections.abc import Collection, Iterable, Iterator
+import shutil
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,13 @@ PROGRAMS = ("flanneld", "k3s", "rke2")  # they contain flannel
 CHAINS = {"nat": ("POSTROUTING", "FLANNEL-POSTRTG"), "filter": ("FORWARD", "FLANNEL-FWD")}
 NFT_TABLES = {4: ("ip", "flannel-ipv4"), 6: ("ip6", "flannel-ipv6")}
 PREFIX_OPTIONS = ("-s", "-d")  # of iptables-save
-RULES_SECONDS = 60.0  # between two looks at the rules, which need several processes
+RULES_SECONDS = 10.0  # between two looks at the rules
 
 
 class Leftovers:
     def __init__(self, netlink: Netlink) -> None:
         self._vxlan = Vxlan(netlink)
-        self._rules_looked: tuple[float, NetConfig] | None = None
+        self._network: NetConfig | None = None  # of the last ``remove``
         self._said = ""
 
     async def remove(self, network: NetConfig, ours: Collection[str]) -> None:
@@ -52,28 +54,48 @@ class Leftovers:
 
         ours  the names of the VXLAN devices that our backends use
         """
-        now = time.monotonic()
-        devices = [name for one in network.networks
-                   if (name := _device(network.vni, one.version)) and name not in ours]
-        rules_due = self._rules_looked is None or self._rules_looked[1] != network or \
-            now - self._rules_looked[0] > RULES_SECONDS
-        if not rules_due and not any(_exists(device) for device in devices):
-            return
-        if program := running_flannel():
-            self._say(f"{program} runs here: flannel's devices and rules stay")
-            return
+        if network != self._network:
+            self._network = network
+            await self._attempt(self._remove_rules)
+        for one in network.networks:
+            name = _device(network.vni, one.version)
+            if name and name not in ours and Path("/sys/class/net", name).exists():
+                await self._attempt(partial(self._remove_device, name, one))
+
+    async def keep(self) -> None:
+        """Remove rules that appear later, until cancelled. Of the changes of rules, the kernel
+        sends us no notification."""
+        while True:
+            await asyncio.sleep(RULES_SECONDS)
+            if self._network is not None:
+                await self._attempt(self._remove_rules)
+
+    async def _attempt(self, removal: Callable[[], Awaitable[None]]) -> None:
         try:
-            for one in network.networks:
-                name = _device(network.vni, one.version)
-                if name in devices and await self._vxlan.remove_leftover(name, network.vni, one):
-                    log.warning("removed %s, which a former flannel has left", name)
-            if rules_due:
-                self._rules_looked = now, network
-                for one in network.networks:
-                    await _remove_rules(one)
-            self._said = ""
+            await removal()
         except (UdptunError, OSError) as exc:
             self._say(f"looking for leftovers of flannel: {exc}")
+
+    async def _remove_device(self, name: str, network: IPNetwork) -> None:
+        assert self._network is not None
+        if self._may_remove() and \
+                await self._vxlan.remove_leftover(name, self._network.vni, network):
+            log.warning("removed %s, which a former flannel has left", name)
+
+    async def _remove_rules(self) -> None:
+        assert self._network is not None
+        if not await _are_there() or not self._may_remove():
+            return
+        for network in self._network.networks:
+            for variant in iptables.VARIANTS:
+                await _remove_chains(network, variant)
+            await _remove_nft_table(network)
+
+    def _may_remove(self) -> bool:
+        program = running_flannel()
+        if program:
+            self._say(f"{program} runs here: flannel's devices and rules stay")
+        return not program
 
     def _say(self, text: str) -> None:
         if text != self._said:
@@ -104,21 +126,25 @@ def _device(vni: int, version: int) -> str:
         return ""
 
 
-def _exists(device: str) -> bool:
-    return Path("/sys/class/net", device).exists()
+async def _are_there() -> bool:
+    """Return whether a table or a chain has one of flannel's names. Cheap: at most one process."""
+    if any(iptables.legacy_tables(version) for version in (4, 6)):
+        return True  # the names in legacy tables are not in the list
+    if shutil.which("nft") is None:
+        return False
+    chains = await run_tool(("nft", "list", "chains"), "nftables")
+    names = {chain for _, chain in CHAINS.values()} | {table for _, table in NFT_TABLES.values()}
+    return any(name in chains for name in names)
 
 
-async def _remove_rules(network: IPNetwork) -> None:
-    version = network.version
-    for variant in iptables.VARIANTS:
-        tables = await iptables.find(version, variant)
-        if tables is None:
-            continue
-        present = CHAINS.keys() if variant == "nft" else \
-            CHAINS.keys() & iptables.legacy_tables(version)
-        for table in sorted(present):
-            await _remove_chain(tables, table, network)
-    await _remove_nft_table(network)
+async def _remove_chains(network: IPNetwork, variant: str) -> None:
+    tables = await iptables.find(network.version, variant)
+    if tables is None:
+        return
+    present = CHAINS.keys() if variant == "nft" else \
+        CHAINS.keys() & iptables.legacy_tables(network.version)
+    for table in sorted(present):
+        await _remove_chain(tables, table, network)
 
 
 async def _remove_chain(tables: iptables.Tables, table: str, network: IPNetwork) -> None:

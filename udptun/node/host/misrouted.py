@@ -45,9 +45,9 @@ class Misrouted:
         part = peers[self._next : self._next + PEERS_N]
         self._next += PEERS_N
         foreign = [
-            (prefix, text)
-            for prefix, device, text in await routes_within(self._netlink, networks)
-            if device not in devices and not any(_overlap(prefix, one) for one in own)
+            (prefix, way.gateway, text)
+            for prefix, way, text in await routes_within(self._netlink, networks)
+            if way.device not in devices and not any(_overlap(prefix, one) for one in own)
         ]
         sources: dict[int, IPAddress] = {
             subnet.version: subnet.network_address for subnet in own}
@@ -66,7 +66,7 @@ class Misrouted:
 
     async def _fault(
         self, lease: Lease, question: Question, subnet: IPNetwork | None, way: Way,
-        devices: Collection[int], foreign: Sequence[tuple[IPNetwork, str]],
+        devices: Collection[int], foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]],
     ) -> str:
         if subnet is None:  # the question is about the peer's own address
             if way.device in devices:
@@ -75,16 +75,15 @@ class Misrouted:
                         f" and so the overlay itself, by the route {route}")
             return f"there is no route to its address {question.to}: {way.error}" \
                 if way.error else ""
-        if way.gateway is not None and way.gateway in _public(lease):
-            return ""  # a direct route
-        if way.device not in devices:
-            route = way.error or \
-                f"they take the route {await matched_route(self._netlink, question)}"
-            return f"packets to {subnet} do not enter the overlay: {route}"
-        for prefix, text in foreign:
-            if prefix.prefixlen > subnet.prefixlen and _overlap(prefix, subnet):
+        public = _public(lease)
+        for prefix, gateway, text in foreign:
+            if prefix.prefixlen >= subnet.prefixlen and gateway not in public and \
+                    _overlap(prefix, subnet):
                 return f"packets to {prefix} do not enter the overlay: they take the route {text}"
-        return ""
+        if way.device in devices or way.gateway in public:  # a direct route has such a gateway
+            return ""
+        route = way.error or f"they take the route {await matched_route(self._netlink, question)}"
+        return f"packets to {subnet} do not enter the overlay: {route}"
 
 
 def _questions(
