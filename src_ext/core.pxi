@@ -9,7 +9,7 @@ at a time.
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport EAFNOSUPPORT
+from libc.errno cimport EAFNOSUPPORT, EAGAIN, ECONNREFUSED, EMSGSIZE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -17,20 +17,29 @@ from libc.string cimport memcpy, memset
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport count_sent, send_beside
 from path.worker cimport direction_t, shared_t, worker_t
-from sys cimport close, load_flag, now_ns, sockaddr_in6, store_flag
+from sys cimport (
+    SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
+    sockaddr_in6, store_flag,
+)
 from table.addr_map cimport addr_map_init, addr_map_put
 from table.peer cimport peer_counters_t, peer_free, peer_t, set_sockaddr
 from table.publish cimport (
     activate_snapshot, build_snapshot, discard_snapshot, reclaim, retired_t,
 )
-from table.snapshot cimport find_hop, hop_t, next_peer, path_limit, snapshot_free, snapshot_t
+from table.peer_errors cimport peer_error_t, peer_errors_t, read_errors_of, record_refusal
+from table.snapshot cimport (
+    find_hop, first_peer_at, hop_t, next_peer, path_limit, snapshot_free, snapshot_t,
+)
 
 from wire.probe cimport PROBE_LEN, PROBE_MAX, PROBE_REQUEST, build_probe, probe_t
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
 from udptun.errors import FieldError
-from udptun.model import Peer
+from udptun.model import Peer, PeerError
 
+ERROR_ORIGINS = {
+    SO_EE_ORIGIN_LOCAL: "local", SO_EE_ORIGIN_ICMP: "icmp", SO_EE_ORIGIN_ICMP6: "icmp6",
+}
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 
 
@@ -48,6 +57,34 @@ cdef uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept nogil:
 
 cdef bytes packed_address(const peer_t* peer):
     return PyBytes_FromStringAndSize(<const char*>peer.addr, peer.addr_len)
+
+
+cdef uint64_t errors_n(peer_t* peer, uint32_t workers_n) noexcept nogil:
+    """Return the number of errors of a peer, of all threads."""
+    cdef uint64_t n = 0
+    cdef uint32_t i
+    for i in range(workers_n + 1):
+        n += peer.errors[i].n
+    return n
+
+
+cdef object last_error(peer_t* peer, uint32_t workers_n):
+    """Return the newest error of a peer as a model.PeerError, or None."""
+    cdef peer_errors_t copy
+    cdef peer_error_t newest
+    cdef uint32_t i
+    memset(&newest, 0, sizeof(newest))
+    for i in range(workers_n + 1):
+        if peer.errors[i].n and read_errors_of(&peer.errors[i], &copy) \
+                and copy.last.time_ns > newest.time_ns:
+            newest = copy.last
+    if newest.time_ns == 0:
+        return None
+    return PeerError(
+        errno=newest.error, origin=ERROR_ORIGINS.get(newest.origin, "send"), type=newest.kind,
+        code=newest.code, reporter=newest.reporter[:newest.reporter_len],
+        time_ns=newest.time_ns,
+    )
 
 
 cdef class Core:
@@ -73,6 +110,7 @@ cdef class Core:
     cdef direction_t sent       # the probes sent by send_probe
     cdef int spare_fd4          # sends probes while the shared socket is full; -1 = not open
     cdef int spare_fd6
+    cdef uint64_t sends_refused  # of send_probe
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd):
@@ -241,6 +279,8 @@ cdef class Core:
                 encap_packets=total.encap_packets, encap_bytes=total.encap_bytes,
                 decap_packets=total.decap_packets, decap_bytes=total.decap_bytes, last_seen=seen,
                 probe=peer.probe, last_rx_ns=total.last_seen_ns,
+                errors_n=errors_n(peer, self.shared.workers_n),
+                last_error=last_error(peer, self.shared.workers_n),
             )
             peer = next_peer(s, &slot, peer)
         return found
@@ -320,7 +360,17 @@ cdef class Core:
         error = send_beside(fd, spare, message, size, &to, to_len)
         free(message)
         count_sent(&self.sent, error)
+        if error not in (0, EAGAIN, ECONNREFUSED, EMSGSIZE):
+            self.keep_refusal(<const uint8_t*>address, len(address), port, error)
         return error
+
+    cdef void keep_refusal(self, const uint8_t* addr, size_t addr_len, uint16_t port, int error):
+        cdef peer_t* peer = first_peer_at(self.shared.snapshot, addr, addr_len)
+        while peer != NULL and peer.port != port:
+            peer = peer.same_addr
+        if peer != NULL:
+            record_refusal(&peer.errors[self.shared.workers_n], error, now_ns())
+            self.sends_refused += 1
 
     def take_probes(self):
         """Return a model.ProbeRecord for each probe that has arrived since the last call.
@@ -410,6 +460,23 @@ cdef class Core:
                 for name, n in packets.items():
                     total[direction][name] += n
         return total
+
+    def peer_errors(self):
+        """Return the number of errors that were kept for peers: {"icmp", "send"}."""
+        cdef Worker worker
+        total = {"icmp": 0, "send": self.sends_refused}
+        for worker in self.objects:
+            total["icmp"] += worker.w.icmp_received
+            total["send"] += worker.w.sends_refused
+        return total
+
+    def strangers(self):
+        """Return a model.Stranger for the last few senders that are no peer, the newest first."""
+        cdef Worker worker
+        found = []
+        for worker in self.objects:
+            found += worker.strangers()
+        return sorted(found, key=lambda stranger: stranger.last_ns, reverse=True)
 
     def drops(self):
         """Return (reason, direction, packets) rows: one for each direction of each drop reason."""

@@ -15,6 +15,7 @@ from drops cimport DROP_REASONS_N
 from path.own_socket cimport close_own_sockets
 from path.queue cimport QUEUE_BYTES, QUEUE_FRAME_DATAGRAMS
 from path.probe cimport ring_take
+from path.strangers cimport STRANGERS, copy_strangers, stranger_t, strangers_t
 from path.turn cimport drain, epoll_register, run
 from path.worker cimport (
     EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_PROBE, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
@@ -29,7 +30,7 @@ from wire.headers cimport VNET_LEN
 from wire.merge cimport merge_reset
 
 from udptun.drops import DECAP, ENCAP
-from udptun.model import ProbeRecord
+from udptun.model import ProbeRecord, Stranger
 
 
 cdef extern from * nogil:
@@ -222,6 +223,23 @@ cdef class Worker:
                 token=record.probe.token, heard_ms=record.probe.heard_ms, size=record.probe.size,
                 received_ns=record.received_ns,
             ))
+        return found
+
+    cdef list strangers(self):
+        """Return a model.Stranger for each entry of the list of senders that are no peer."""
+        cdef strangers_t copy
+        cdef stranger_t* item
+        cdef uint32_t i
+        found = []
+        if not copy_strangers(&self.w.strangers, &copy):
+            return found
+        for i in range(STRANGERS):
+            item = &copy.items[i]
+            if item.addr_len != 0:
+                found.append(Stranger(
+                    address=item.addr[:item.addr_len], port=item.port, packets=item.packets,
+                    last_ns=item.last_ns,
+                ))
         return found
 
     cdef dict packets(self):

@@ -32,6 +32,9 @@ DROP_REASONS: tuple[DropReason, ...] = (
                "The kernel's offload header (virtio_net_hdr) contradicts the packet."),
     DropReason("bad_l4_header", (ENCAP,), "The TCP or UDP header of a super-packet is invalid."),
     DropReason("no_route", (ENCAP,), "No route covers the destination (ICMP net unreachable)."),
+    DropReason("recursion", (ENCAP,),
+               "A datagram of a forwarder on this host that was routed into the TUN: a route "
+               "covers the endpoint of its peer."),
     DropReason("ttl_exceeded", _BOTH, "The TTL or hop limit reached 0 here (ICMP time exceeded)."),
     DropReason("too_big", (ENCAP,),
                "Larger than the MTU of the path to the peer, and must not be fragmented "

@@ -186,6 +186,24 @@ class Route:
         return f"{self.dst} via {self.via} port {self.port}{mtu}{probe}"
 
 
+class PeerError(NamedTuple):
+    """What the underlay reported about a datagram to a peer.
+
+    origin    "icmp" or "icmp6": an ICMP error arrived; "local": this host's kernel reported it
+              later; "send": the kernel refused the send
+    type, code  of the ICMP error
+    reporter  the sender of the ICMP error, in packed form; empty: not known
+    time_ns   monotonic
+    """
+
+    errno: int
+    origin: str
+    type: int
+    code: int
+    reporter: bytes
+    time_ns: int
+
+
 class Peer(NamedTuple):
     """A peer and its counters, as the core reports them.
 
@@ -194,6 +212,7 @@ class Peer(NamedTuple):
                has arrived
     probe      a route says that the peer answers probes
     last_rx_ns  the time that last_seen counts from, monotonic; 0: none
+    errors_n   errors that were kept as last_error so far
     """
 
     address: bytes
@@ -206,6 +225,23 @@ class Peer(NamedTuple):
     last_seen: float | None
     probe: bool
     last_rx_ns: int
+    errors_n: int
+    last_error: PeerError | None
+
+
+class Stranger(NamedTuple):
+    """A sender that is no peer. Its packets were dropped as ``unknown_peer``.
+
+    address  in packed form
+    port     of its last datagram
+    packets  since the core last began to count this address: it keeps only a few addresses
+    last_ns  time of the last one, monotonic
+    """
+
+    address: bytes
+    port: int
+    packets: int
+    last_ns: int
 
 
 class ProbeRecord(NamedTuple):

@@ -16,6 +16,7 @@ from drops cimport (
 from path.icmp_reply cimport reply_to_peer
 from path.probe cimport take_probe
 from path.send cimport read_errors
+from path.strangers cimport note_stranger
 from path.worker cimport (
     CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, count_drop,
     raise_event, worker_t,
@@ -231,6 +232,8 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
     cdef size_t n = m.msg_len
     cdef uint32_t size = gro_size(&m.msg_hdr)
     cdef uint64_t read_before = w.decap.read
+    cdef uint64_t unknown_before = w.decap.drops[<int>DROP_UNKNOWN_PEER]
+    cdef uint64_t dropped
     cdef size_t piece
     cdef sender_t sender
     cdef peer_counters_t* counters
@@ -250,7 +253,13 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
         n -= piece
         if n == 0:
             break
-    if sender.peer != NULL:
+    if sender.peer == NULL:
+        dropped = w.decap.drops[<int>DROP_UNKNOWN_PEER] - unknown_before
+        if dropped != 0:
+            note_stranger(
+                &w.strangers, sender.addr, sender.addr_len, sender.port, dropped, w.now
+            )
+    else:
         counters = &sender.peer.counters[w.index]
         counters.decap_packets += w.decap.read - read_before - sender.probes_n
         counters.decap_bytes += m.msg_len - sender.probes_bytes

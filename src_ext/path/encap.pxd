@@ -10,8 +10,8 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 
 from drops cimport (
-    DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_SHORT_PACKET, DROP_TOO_BIG, DROP_TTL_EXCEEDED, PASS,
-    drop_t,
+    DROP_NO_BUFFER, DROP_NO_ROUTE, DROP_RECURSION, DROP_SHORT_PACKET, DROP_TOO_BIG,
+    DROP_TTL_EXCEEDED, PASS, drop_t,
 )
 from path.icmp_reply cimport reply_to_tun
 from path.queue cimport (
@@ -20,15 +20,17 @@ from path.queue cimport (
 from path.send cimport flush, make_room
 from path.worker cimport EVENT_TUN_GONE, TX_FRAME, count_drop, raise_event, worker_t
 from sys cimport read
-from table.snapshot cimport find_hop, hop_t, path_limit
+from table.peer cimport peer_t
+from table.snapshot cimport find_hop, first_peer_at, hop_t, is_own, path_limit
 from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_start, cut_t,
     is_super, plan_cut,
 )
 from wire.fragment cimport frag_t, fragment_at, fragment_n
+from wire.headers cimport IP4_FRAG, IP4_OFFSET, PROTO_UDP, UDP_LEN, load_be16
 from wire.icmp cimport ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED
 from wire.packet cimport (
-    check_total_len, decrement_hop_limit, hop_limit_spent, ip_src, ip_t, parse_ip,
+    EXT_FRAGMENT, check_total_len, decrement_hop_limit, hop_limit_spent, ip_src, ip_t, parse_ip,
 )
 
 
@@ -79,6 +81,37 @@ cdef inline drop_t parse_frame(
 cdef inline drop_t find_route(worker_t* w, frame_t* f) noexcept nogil:
     f.hop = find_hop(w.snapshot, ip_src(f.p, &f.ip) + f.ip.addr_len, f.ip.addr_len)
     return PASS if f.hop != NULL else DROP_NO_ROUTE
+
+
+cdef inline bint is_for_peer(const worker_t* w, const frame_t* f) noexcept nogil:
+    """Return whether the packet is UDP from this host to the endpoint of a peer, which only a
+    forwarder sends. Of a fragment other than the first, only the addresses are known."""
+    cdef const uint8_t* src = ip_src(f.p, &f.ip)
+    cdef size_t at = f.ip.hdr_len
+    cdef uint8_t proto = f.ip.proto
+    cdef bint first = True
+    cdef peer_t* peer
+    if f.ip.version == 4:
+        first = load_be16(f.p + IP4_FRAG) & IP4_OFFSET == 0
+    elif proto == EXT_FRAGMENT and f.n >= at + 8:
+        proto = f.p[at]
+        first = load_be16(f.p + at + 2) >> 3 == 0
+        at += 8
+    if proto != PROTO_UDP or (first and f.n < at + UDP_LEN):
+        return False
+    if not is_own(w.snapshot, src, f.ip.addr_len):
+        return False
+    peer = first_peer_at(w.snapshot, src + f.ip.addr_len, f.ip.addr_len)
+    while peer != NULL and first and peer.port != load_be16(f.p + at + 2):
+        peer = peer.same_addr
+    return peer != NULL
+
+
+cdef inline drop_t check_recursion(const worker_t* w, const frame_t* f) noexcept nogil:
+    """Drop a datagram of our own that was routed back into the TUN. Without this check, it would be
+    sent again, in a datagram that comes back again. It can come back only if a route covers the
+    endpoint of its peer. The source port is not compared: masquerading may have changed it."""
+    return DROP_RECURSION if f.hop.has_endpoint and is_for_peer(w, f) else PASS
 
 
 cdef inline drop_t check_hop_limit(const frame_t* f) noexcept nogil:
@@ -233,6 +266,8 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
     w.encap.read += f.cut.n
     if verdict == PASS:
         verdict = find_route(w, &f)
+    if verdict == PASS:
+        verdict = check_recursion(w, &f)
     if verdict == PASS:
         verdict = check_hop_limit(&f)
     if verdict == PASS:

@@ -23,6 +23,7 @@ from drops cimport (
     drop_t,
 )
 from path.own_socket cimport open_socket
+from path.send cimport keep_refusal
 from path.worker cimport (
     EVENT_PROBE, PROBE_RING, count_drop, direction_t, probe_record_t, probe_ring_t, raise_event,
     worker_t,
@@ -138,7 +139,7 @@ cdef inline void report(
 
 
 cdef inline drop_t take_probe(
-    worker_t* w, const peer_t* peer, uint32_t port, const void* from_, uint32_t from_len,
+    worker_t* w, peer_t* peer, uint32_t port, const void* from_, uint32_t from_len,
     uint8_t* p, size_t n
 ) noexcept nogil:
     """Consume the probe p[0:n]. The reply to a request overwrites it. Return PASS or a drop reason.
@@ -150,7 +151,7 @@ cdef inline drop_t take_probe(
     drops  as ``parse_probe``; UNKNOWN_PEER; BAD_VERSION: the peer is not to be probed
     """
     cdef probe_t probe
-    cdef int fd
+    cdef int fd, error
     cdef int* spare
     cdef drop_t verdict = parse_probe(p, n, &probe)
     if verdict != PASS:
@@ -167,7 +168,8 @@ cdef inline drop_t take_probe(
         fd = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
         spare = &w.spare_fd4 if peer.addr_len == 4 else &w.spare_fd6
         w.syscalls_send += 1
-        count_sent(
-            &w.encap, send_beside(fd, spare, p, n, <const sockaddr_in6*>from_, from_len)
-        )
+        error = send_beside(fd, spare, p, n, <const sockaddr_in6*>from_, from_len)
+        count_sent(&w.encap, error)
+        if error != 0 and error != EAGAIN:
+            keep_refusal(w, peer, error)
     return PASS

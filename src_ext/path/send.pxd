@@ -6,13 +6,13 @@ the kernel refuses a run, the flush sends the datagrams of the run one by one. S
 while the worker finds out whether UDP_SEGMENT works. A full socket buffer affects only the peers
 whose datagrams fill it (``handle_full_socket``).
 
-Also owns the reading of the socket's error queue, which reports path MTUs.
+Also owns the reading of the socket's error queue, which reports path MTUs and ICMP errors.
 Threading: the worker's thread.
 Source: udp(7), ip(7) (IP_RECVERR), linux net/ipv4/udp.c (UDP_SEGMENT's limits), RFC 1191, RFC 8201.
 """
 
 from libc.errno cimport (
-    EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, EOPNOTSUPP, errno,
+    EAGAIN, ECONNREFUSED, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, EOPNOTSUPP, errno,
 )
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -30,13 +30,15 @@ from path.worker cimport (
     run_t, worker_t,
 )
 from sys cimport (
-    AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
+    AF_INET, AF_INET6, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
     IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
     MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
     cmsghdr, iovec, msghdr, now_ns, recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
 )
 from table.peer cimport peer_counters_t, peer_t
+from table.peer_errors cimport peer_error_t, record_error, record_refusal
 from table.snapshot cimport first_peer_at
+from wire.headers cimport swap16
 
 
 cdef enum:
@@ -64,7 +66,7 @@ cdef inline int udp_fd(worker_t* w, const peer_t* peer) noexcept nogil:
     return w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
 
 
-# Path MTUs, from the error queue
+# Path MTUs and errors of peers, from the error queue
 
 
 cdef inline void lower_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
@@ -82,38 +84,71 @@ cdef inline void lower_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcep
     raise_event(w, EVENT_PATH_MTU)
 
 
-cdef inline bint reported_mtu(msghdr* msg, uint32_t* mtu) noexcept nogil:
-    """Return whether a message of the error queue reports that a datagram was too big. If so, set
-    mtu to the MTU in the message."""
+cdef inline bint find_report(msghdr* msg, peer_error_t* report, uint32_t* info) noexcept nogil:
+    """Read one message of the error queue. Return False if it is no report about a datagram of
+    ours. Set ``info`` to the MTU that an EMSGSIZE reports."""
     cdef sock_extended_err err
-    cdef bint found = False
+    cdef sockaddr_in6 reporter
+    cdef size_t n
     cdef cmsghdr* c = CMSG_FIRSTHDR(msg)
-    while c != NULL:
-        if (
-            (c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_RECVERR)
-            or (c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_RECVERR)
-        ) and c.cmsg_len >= CMSG_LEN(sizeof(err)):
-            memcpy(&err, CMSG_DATA(c), sizeof(err))
-            if err.ee_errno == EMSGSIZE and (
-                err.ee_origin == SO_EE_ORIGIN_LOCAL or err.ee_origin == SO_EE_ORIGIN_ICMP
-                or err.ee_origin == SO_EE_ORIGIN_ICMP6
-            ):
-                mtu[0] = err.ee_info
-                found = True
+    while c != NULL and not (
+        (c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_RECVERR)
+        or (c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_RECVERR)
+    ):
         c = CMSG_NXTHDR(msg, c)
-    return found
+    if c == NULL or c.cmsg_len < CMSG_LEN(sizeof(err)):
+        return False
+    memcpy(&err, CMSG_DATA(c), sizeof(err))
+    if err.ee_origin != SO_EE_ORIGIN_LOCAL and err.ee_origin != SO_EE_ORIGIN_ICMP \
+            and err.ee_origin != SO_EE_ORIGIN_ICMP6:
+        return False
+    memset(report, 0, sizeof(peer_error_t))
+    report.error = err.ee_errno
+    report.origin = err.ee_origin
+    report.kind = err.ee_type
+    report.code = err.ee_code
+    info[0] = err.ee_info
+    # The address of the sender follows (ip(7), SO_EE_OFFENDER); AF_UNSPEC = not known.
+    n = c.cmsg_len - CMSG_LEN(sizeof(err))
+    memset(&reporter, 0, sizeof(reporter))
+    memcpy(&reporter, CMSG_DATA(c) + sizeof(err), n if n < sizeof(reporter) else sizeof(reporter))
+    if reporter.sin6_family == AF_INET:
+        report.reporter_len = 4
+        memcpy(report.reporter, &(<sockaddr_in*>&reporter).sin_addr, 4)
+    elif reporter.sin6_family == AF_INET6:
+        report.reporter_len = 16
+        memcpy(report.reporter, &reporter.sin6_addr, 16)
+    return True
+
+
+cdef inline void take_report(
+    worker_t* w, const sockaddr_in6* dest, peer_error_t* report, uint32_t info
+) noexcept nogil:
+    """Lower the path MTUs of the address, or keep the error for the peer with this endpoint."""
+    cdef const sockaddr_in* dest4 = <const sockaddr_in*>dest
+    cdef bint is4 = dest.sin6_family == AF_INET
+    cdef const uint8_t* addr
+    cdef peer_t* peer
+    addr = <const uint8_t*>&dest4.sin_addr if is4 else <const uint8_t*>&dest.sin6_addr
+    peer = first_peer_at(w.snapshot, addr, 4 if is4 else 16)
+    while peer != NULL:
+        if report.error == EMSGSIZE:
+            lower_path_mtu(w, peer, info)
+        elif peer.port == swap16(dest.sin6_port):  # at the same place in sockaddr_in
+            report.time_ns = w.now
+            record_error(&peer.errors[w.index], report)
+            w.icmp_received += 1
+        peer = peer.same_addr
 
 
 cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
     """Empty the socket's error queue. Lower the path MTUs for which the queue reports a smaller
-    value. Return whether the queue held any error."""
+    value, and keep other errors for their peers. Return whether the queue held any error."""
     cdef msghdr msg
     cdef sockaddr_in6 dest
     cdef uint8_t control[512]
-    cdef const uint8_t* addr
-    cdef size_t addr_len
-    cdef uint32_t mtu = 0
-    cdef peer_t* peer
+    cdef peer_error_t report
+    cdef uint32_t info = 0
     cdef int i
     for i in range(MAX_ERRORS):
         memset(&msg, 0, sizeof(msg))
@@ -125,19 +160,18 @@ cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
             if errno == EINTR:
                 continue
             return i != 0
-        if not reported_mtu(&msg, &mtu) or msg.msg_namelen == 0:
-            continue
-        if dest.sin6_family == AF_INET:
-            addr = <const uint8_t*>&(<sockaddr_in*>&dest).sin_addr
-            addr_len = 4
-        else:
-            addr = <const uint8_t*>&dest.sin6_addr
-            addr_len = 16
-        peer = first_peer_at(w.snapshot, addr, addr_len)
-        while peer != NULL:
-            lower_path_mtu(w, peer, mtu)
-            peer = peer.same_addr
+        if msg.msg_namelen != 0 and find_report(&msg, &report, &info):
+            take_report(w, &dest, &report, info)
     return True
+
+
+cdef inline void keep_refusal(worker_t* w, peer_t* peer, int error) noexcept nogil:
+    """Keep the errno of a refused send for its peer. ECONNREFUSED and EMSGSIZE are no answers of
+    the kernel to this datagram: the first is an ICMP error about another one, the second a path
+    MTU."""
+    if error != ECONNREFUSED and error != EMSGSIZE:
+        record_refusal(&peer.errors[w.index], error, w.now)
+        w.sends_refused += 1
 
 
 # Messages
@@ -257,6 +291,7 @@ cdef inline void handle_refusal(
             return
     refusal.gso_suspected = False
     if error == ENOBUFS or error == ENOMEM:
+        keep_refusal(w, waiting.peer, error)
         account(w, waiting, &w.tx_runs[0], DROP_NO_BUFFER)
     elif (read_errors(w, fd) and refusal.retries < MAX_RETRIES) or refusal.retries == 0:
         # This may be an ICMP error about an earlier datagram, perhaps to another peer. The kernel
@@ -265,6 +300,7 @@ cdef inline void handle_refusal(
         refusal.retries += 1
         return
     else:
+        keep_refusal(w, waiting.peer, error)
         account(
             w, waiting, &w.tx_runs[0], DROP_TOO_BIG if error == EMSGSIZE else DROP_SEND_ERROR
         )

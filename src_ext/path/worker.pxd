@@ -13,6 +13,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from drops cimport DROP_REASONS_N, drop_t
 from path.affinity cimport affinity_t
 from path.queue cimport QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
+from path.strangers cimport strangers_t
 from sys cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
 from table.peer cimport peer_t
 from table.snapshot cimport snapshot_t
@@ -147,6 +148,8 @@ cdef struct worker_t:
     direction_t decap
     uint64_t icmp_sent
     uint64_t icmp_suppressed
+    uint64_t icmp_received      # ICMP errors of the underlay, kept for their peers
+    uint64_t sends_refused      # refused sends, kept for their peers
     uint64_t turns
     uint64_t loop_returns
     uint64_t syscalls_read
@@ -184,6 +187,7 @@ cdef struct worker_t:
     uint8_t* wr_frame           # WR_FRAME bytes: the last frame written
     uint8_t icmp_out[VNET_LEN + ICMP_MAX]
     probe_ring_t probes
+    strangers_t strangers
 
 
 cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept nogil:

@@ -15,6 +15,7 @@ from libc.string cimport memcpy, memset
 
 from limits cimport OVERHEAD4, OVERHEAD6
 from sys cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
+from table.peer_errors cimport peer_errors_t
 from wire.headers cimport swap16
 
 
@@ -55,6 +56,7 @@ cdef struct peer_t:
     peer_t* same_addr
     peer_t* new_same_addr       # control side: same_addr in the snapshot that is being built
     peer_counters_t* counters   # one per worker
+    peer_errors_t* errors       # one per worker; one more for the control side, the last
 
 
 cdef inline uint32_t set_sockaddr(
@@ -74,6 +76,14 @@ cdef inline uint32_t set_sockaddr(
     return sizeof(sockaddr_in6)
 
 
+cdef inline void peer_free(peer_t* peer) noexcept nogil:
+    """Free a peer. NULL is allowed."""
+    if peer != NULL:
+        free(peer.counters)
+        free(peer.errors)
+        free(peer)
+
+
 cdef inline peer_t* peer_new(
     const uint8_t* addr, size_t addr_len, uint16_t port, uint32_t link_mtu, uint32_t workers_n
 ) noexcept nogil:
@@ -83,8 +93,9 @@ cdef inline peer_t* peer_new(
     if peer == NULL:
         return NULL
     peer.counters = <peer_counters_t*>calloc(workers_n, sizeof(peer_counters_t))
-    if peer.counters == NULL:
-        free(peer)
+    peer.errors = <peer_errors_t*>calloc(workers_n + 1, sizeof(peer_errors_t))
+    if peer.counters == NULL or peer.errors == NULL:
+        peer_free(peer)
         return NULL
     memcpy(peer.addr, addr, addr_len)
     peer.addr_len = <uint8_t>addr_len
@@ -93,10 +104,3 @@ cdef inline peer_t* peer_new(
     peer.overhead = OVERHEAD4 if addr_len == 4 else OVERHEAD6
     peer.sa_len = set_sockaddr(&peer.sa, addr, addr_len, port)
     return peer
-
-
-cdef inline void peer_free(peer_t* peer) noexcept nogil:
-    """Free a peer. NULL is allowed."""
-    if peer != NULL:
-        free(peer.counters)
-        free(peer)

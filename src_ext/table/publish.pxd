@@ -19,7 +19,9 @@ from table.addr_map cimport addr_map_grow, addr_map_init, addr_map_put, addr_slo
 from table.lpm cimport lpm_build
 from table.peer cimport peer_free, peer_new, peer_t
 from table.route cimport ROUTE_PROBE, route_t
-from table.snapshot cimport first_peer_at, hop_t, next_peer, snapshot_free, snapshot_t
+from table.snapshot cimport (
+    find_hop, first_peer_at, hop_t, next_peer, snapshot_free, snapshot_t,
+)
 
 
 cdef struct retired_t:          # a retired object: either a snapshot or a peer
@@ -96,6 +98,19 @@ cdef inline peer_t* peer_of_route(
     return peer
 
 
+cdef inline void mark_endpoints(snapshot_t* new) noexcept nogil:
+    """Mark the next hops of routes that cover the endpoint of a peer."""
+    cdef hop_t* hop
+    cdef peer_t* peer
+    cdef uint32_t i
+    for i in range(new.peers.mask + 1):
+        peer = new.peers.slots[i].peer
+        if peer != NULL:
+            hop = find_hop(new, peer.addr, peer.addr_len)
+            if hop != NULL:
+                hop.has_endpoint = True
+
+
 cdef inline snapshot_t* build_snapshot(
     const snapshot_t* active, const route_t* routes, size_t n, uint64_t generation,
     uint32_t link_mtu4, uint32_t link_mtu6, uint32_t workers_n
@@ -137,6 +152,7 @@ cdef inline snapshot_t* build_snapshot(
             peer.new_probe = True
         new.hops[i].peer = peer
         new.hops[i].mtu = route.mtu
+    mark_endpoints(new)
     return new
 
 

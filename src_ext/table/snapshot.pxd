@@ -20,6 +20,7 @@ from wire.headers cimport load_be32
 cdef struct hop_t:              # the next hop of one route
     peer_t* peer
     uint32_t mtu                # MTU of the route, in inner bytes; 0 = not set
+    bint has_endpoint           # the endpoint of a peer is routed here: see encap.pxd, recursion
 
 
 cdef struct snapshot_t:

@@ -178,6 +178,8 @@ peer: 192.0.2.2:8285
   transfer: 999 B received, 1.50 KiB sent
   packets: 3 received, 12 sent
   path mtu: 1500
+  last error: connection refused: nothing listens on 192.0.2.2:8285 \
+(ICMP port unreachable from 192.0.2.2), 1 minute, 1 second ago
   state: reachable since 2026-11-23T13:05:24Z
   probes: round trip 0.41 ms, loss 3%, last answer 2026-11-23T13:06:01Z, largest packet 1472
 

@@ -149,7 +149,8 @@ class FakeForwarder:
         return {
             "packets": status_of(1, 0)["packets"], "drops": self.drops(), "peers_n": 1,
             "routes_n": len(self.table), "generation": self.generation,
-            "icmp": {"sent": 3, "suppressed": 4}, "syscalls": WORKER["syscalls"],
+            "icmp": {"sent": 3, "suppressed": 4}, "peer_errors": {"icmp": 5, "send": 6},
+            "syscalls": WORKER["syscalls"],
             "workers": [WORKER],
             "probes": {
                 "states": {"reachable": 1, "unreachable": 0, "unknown": 0},
@@ -185,7 +186,13 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
             {
                 "endpoint": "192.0.2.2:8285", "subnets": ["10.244.2.0/24"],
                 "encap": {"packets": 12, "bytes": 1536}, "decap": {"packets": 3, "bytes": 999},
-                "path_mtu": 1500, "last_seen_seconds": 3.4,
+                "path_mtu": 1500, "last_seen_seconds": 3.4, "errors": 2,
+                "last_error": {
+                    "errno": "ECONNREFUSED", "origin": "icmp", "type": 3, "code": 3,
+                    "reporter": "192.0.2.2", "seconds_ago": 61.2,
+                    "text": "connection refused: nothing listens on 192.0.2.2:8285 "
+                            "(ICMP port unreachable from 192.0.2.2)",
+                },
                 "probe": {
                     "state": "reachable", "since": "2026-11-23T13:05:24.921+00:00", "reason": "",
                     "rtt_us": 412, "loss": 0.03125,
@@ -196,7 +203,8 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
             {
                 "endpoint": "[2001:db8::3]:8285", "subnets": [],
                 "encap": {"packets": 0, "bytes": 0}, "decap": {"packets": 0, "bytes": 0},
-                "path_mtu": 1500, "last_seen_seconds": None, "probe": None,
+                "path_mtu": 1500, "last_seen_seconds": None, "errors": 0, "last_error": None,
+                "probe": None,
             },
         ],
         "packets": {"encap": side, "decap": dict(side, read=20, delivered=18)},

@@ -15,7 +15,15 @@ from udptun.model import Endpoint, IPAddress, Route
 from .cut import cut
 from .fragment import fragment
 from .icmp import icmp_error
-from .packet import Dropped, check_packet, decrement_hop_limit, parse_header
+from .packet import (
+    FRAGMENT,
+    IPV4_OFFSET,
+    PROTO_UDP,
+    Dropped,
+    check_packet,
+    decrement_hop_limit,
+    parse_header,
+)
 from .probe import REPLY, REQUEST, Probe, build_probe, parse_probe
 
 Datagram = tuple[Endpoint, bytes]  # destination and UDP payload
@@ -116,6 +124,8 @@ class ReferenceForwarder:
             try:
                 if route is None:
                     raise Dropped("no_route")
+                if self._is_for_peer(packet):
+                    raise Dropped("recursion")
                 forwarded = decrement_hop_limit(packet)
                 pieces = fragment(forwarded, self.inner_mtu(route))
             except Dropped as drop:
@@ -156,6 +166,28 @@ class ReferenceForwarder:
             return result
         counts.delivered += 1
         return result
+
+    def _is_for_peer(self, packet: bytes) -> bool:
+        """Return whether the packet is UDP from this host to the endpoint of a peer.
+
+        Of a fragment other than the first, only the addresses are known.
+        """
+        header = parse_header(packet)
+        payload = packet[header.header_len :]
+        protocol, offset = header.protocol, header.fragment_word & IPV4_OFFSET
+        if header.version == 6:
+            offset = 0
+            if protocol == FRAGMENT and len(payload) >= 8:
+                protocol, offset = payload[0], int.from_bytes(payload[2:4], "big") >> 3
+                payload = payload[8:]
+        if protocol != PROTO_UDP or ipaddress.ip_address(header.source) not in self.own_addresses:
+            return False
+        ports = {
+            route.port for route in self.routes if route.via.packed == header.destination
+        }
+        if offset:
+            return bool(ports)
+        return len(payload) >= UDP_LEN and int.from_bytes(payload[2:4], "big") in ports
 
     def look_up(self, address: bytes) -> Route | None:
         """Return the route with the longest prefix that covers ``address`` (4 or 16 bytes)."""

@@ -104,6 +104,9 @@ def drops(
         if show_all or drop["packets"]
     ]
     echo_table(["REASON", "DIRECTION", "PACKETS"], shown, no_headers)
+    for drop in found:
+        for source in drop.get("sources", ()):
+            click.echo(_stranger(drop["reason"], source))
 
 
 @click.command()
@@ -124,6 +127,13 @@ def events(ctx: click.Context, watch: bool, output: str) -> None:
                 click.echo(_event(event))
     except KeyboardInterrupt:
         sys.exit(130)  # Ctrl-C is the normal end: the exit code that shells use for it
+
+
+def _stranger(reason: str, source: dict[str, Any]) -> str:
+    return (
+        f"{reason}: {source['packets']} packets from {source['address']} port {source['port']}, "
+        f"the last one {_duration(source['last_seen_seconds'])} ago"
+    )
 
 
 def _event(event: dict[str, Any]) -> str:
@@ -165,6 +175,7 @@ def _peer(peer: dict[str, Any]) -> str:
         ("transfer", f"{_size(decap['bytes'])} received, {_size(encap['bytes'])} sent"),
         ("packets", f"{decap['packets']} received, {encap['packets']} sent"),
         ("path mtu", peer["path_mtu"]),
+        *_last_error(peer),
     ]
     if probe is not None:
         state, since, rtt, loss, answer, largest, reason = _probe_cells(probe)
@@ -197,6 +208,13 @@ def _probe_cells(probe: dict[str, Any]) -> list[Any]:
 def _clock(iso: str | None) -> str | None:
     """Shorten a time to seconds."""
     return None if iso is None else f"{iso[:19]}Z"
+
+
+def _last_error(peer: dict[str, Any]) -> list[tuple[str, object]]:
+    error = peer["last_error"]
+    if error is None:
+        return []
+    return [("last error", f"{error['text']}, {_duration(error['seconds_ago'])} ago")]
 
 
 def _block(kind: str, name: str, lines: list[tuple[str, object]]) -> str:

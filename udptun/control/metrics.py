@@ -63,6 +63,15 @@ class CounterCollector(Collector):
             icmp.add_metric((state,), count)
         yield icmp
 
+        errors = CounterMetricFamily(
+            "udptun_peer_errors",
+            "Errors about datagrams to peers: ICMP errors, and sends that the kernel refused.",
+            labels=("reason",),
+        )
+        for reason, count in counters["peer_errors"].items():
+            errors.add_metric((reason,), count)
+        yield errors
+
         syscalls = CounterMetricFamily(
             "udptun_syscalls", "System calls on the data path.", labels=("call",)
         )

@@ -20,6 +20,7 @@ from .. import _core
 from .._version import __version__
 from ..device.offload import Capabilities
 from ..model import Endpoint, IPAddress
+from . import peer_errors
 from .config import ForwarderConfig
 from .probes import Probes
 from .routes import PeerRoutes, Routes
@@ -93,11 +94,27 @@ class View:
     def drops(self) -> list[dict[str, Any]]:
         """Return the count of each drop reason, for each direction in which the reason can occur.
 
-        Counts of zero are included.
+        Counts of zero are included. The row of ``unknown_peer`` also has the last few senders.
         """
-        return [
+        rows: list[dict[str, Any]] = [
             {"reason": reason, "direction": direction, "packets": packets}
             for reason, direction, packets in self.core.drops()
+        ]
+        for row in rows:
+            if row["reason"] == "unknown_peer":
+                row["sources"] = self._strangers()
+        return rows
+
+    def _strangers(self) -> list[dict[str, Any]]:
+        """Return the last few senders that are no peer."""
+        now = time.monotonic_ns()
+        return [
+            {
+                "address": str(ipaddress.ip_address(stranger.address)), "port": stranger.port,
+                "packets": stranger.packets,
+                "last_seen_seconds": round(max(0, now - stranger.last_ns) / 1e9, 3),
+            }
+            for stranger in self.core.strangers()
         ]
 
     def counters(self) -> dict[str, Any]:
@@ -114,6 +131,7 @@ class View:
                 "sent": sum(worker["icmp_sent"] for worker in workers),
                 "suppressed": sum(worker["icmp_suppressed"] for worker in workers),
             },
+            "peer_errors": self.core.peer_errors(),
             "workers": workers,
             "syscalls": {
                 name: sum(worker["syscalls"][name] for worker in workers)
@@ -150,11 +168,14 @@ class View:
 
 def _peer_json(routes: PeerRoutes) -> dict[str, Any]:
     peer = routes.peer
+    endpoint = Endpoint(ipaddress.ip_address(peer.address), peer.port)
     return {
-        "endpoint": str(Endpoint(ipaddress.ip_address(peer.address), peer.port)),
+        "endpoint": str(endpoint),
         "subnets": routes.prefixes,
         "encap": {"packets": peer.encap_packets, "bytes": peer.encap_bytes},
         "decap": {"packets": peer.decap_packets, "bytes": peer.decap_bytes},
         "path_mtu": peer.path_mtu,
         "last_seen_seconds": None if peer.last_seen is None else round(peer.last_seen, 3),
+        "errors": peer.errors_n,
+        "last_error": peer_errors.to_json(peer.last_error, endpoint),
     }

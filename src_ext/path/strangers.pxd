@@ -1,0 +1,70 @@
+"""The last senders that are no peer: who caused the drops UNKNOWN_PEER.
+
+Owns ``strangers_t``: a few outer source addresses, each with its last port, a count and a time. A
+new address replaces the one that was silent for the longest time.
+
+Threading: the worker's thread writes. The control side reads a copy (a sequence lock, as in
+table/peer_errors.pxd).
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from sys cimport full_fence, load_flag, store_flag
+
+
+cdef enum:
+    STRANGERS = 8
+    STRANGER_READS = 100        # tries of a reader while the worker writes
+
+
+cdef struct stranger_t:
+    uint8_t addr[16]
+    uint8_t addr_len            # 0 = an empty entry
+    uint16_t port               # of the last datagram, host order
+    uint64_t packets            # since the address is in the list
+    uint64_t last_ns            # monotonic
+
+
+cdef struct strangers_t:
+    uint64_t changes            # odd while the list is written
+    stranger_t items[STRANGERS]
+
+
+cdef inline void note_stranger(
+    strangers_t* strangers, const uint8_t* addr, uint8_t addr_len, uint16_t port, uint64_t packets,
+    uint64_t now
+) noexcept nogil:
+    """Count packets that were dropped because their sender is no peer."""
+    cdef stranger_t* item = &strangers.items[0]
+    cdef uint32_t i
+    for i in range(STRANGERS):
+        if strangers.items[i].addr_len == addr_len \
+                and memcmp(strangers.items[i].addr, addr, addr_len) == 0:
+            item = &strangers.items[i]
+            break
+        if strangers.items[i].last_ns < item.last_ns:
+            item = &strangers.items[i]
+    store_flag(&strangers.changes, strangers.changes + 1)
+    full_fence()
+    if item.addr_len != addr_len or memcmp(item.addr, addr, addr_len) != 0:
+        memset(item, 0, sizeof(stranger_t))
+        memcpy(item.addr, addr, addr_len)
+        item.addr_len = addr_len
+    item.port = port
+    item.packets += packets
+    item.last_ns = now
+    store_flag(&strangers.changes, strangers.changes + 1)
+
+
+cdef inline bint copy_strangers(strangers_t* strangers, strangers_t* copy) noexcept nogil:
+    """Copy the list. Return False if the worker wrote all the time."""
+    cdef uint64_t before
+    cdef int _i
+    for _i in range(STRANGER_READS):
+        before = load_flag(&strangers.changes)
+        memcpy(copy, strangers, sizeof(strangers_t))
+        full_fence()
+        if before % 2 == 0 and load_flag(&strangers.changes) == before:
+            return True
+    return False

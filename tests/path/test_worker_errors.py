@@ -1,0 +1,256 @@
+"""What a worker says of datagrams that do not arrive: errors of peers, strangers, recursion.
+
+A socket pair replaces the TUN; UDP uses loopback, as in test_worker.py.
+"""
+
+import errno
+import ipaddress
+import socket
+import time
+
+import pytest
+
+from tests import reference
+from tests.own_netns import in_own_netns, sh
+from tests.path.test_worker import PEERS, STRANGER, TUN4, TUN6, Rig
+from tests.reference.packet import FRAGMENT
+from tests.wire.craft import UDP, Flow, addr, ip4, ip6
+from udptun import _core
+from udptun.drops import DECAP, ENCAP
+from udptun.forwarder import peer_errors
+from udptun.model import Endpoint, PeerError, Route
+
+DEADLINE_SECONDS = 60
+CLOSED_PORT = 9  # nothing listens there in a network namespace of its own
+
+
+def work_until(rig, condition):
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        rig.work()
+
+
+def peer_at(rig, endpoint):
+    address, port = ipaddress.ip_address(endpoint[0]).packed, endpoint[1]
+    (row,) = [p for p in rig.core.peers() if (p.address, p.port) == (address, port)]
+    return row
+
+
+def publish(rig, *routes):
+    rig.core.publish(_core.RouteTable.parse_text("\n".join(map(str, routes)).encode()))
+
+
+# Errors of peers
+
+
+@in_own_netns
+def test_a_port_where_nobody_listens_is_the_last_error_of_this_peer_only():
+    with Rig() as rig:
+        rig.udp.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR, as net/udp.py sets it
+        before = time.monotonic_ns()
+        publish(
+            rig, Route.make("10.244.2.0/24", "127.0.0.5", CLOSED_PORT),
+            Route.make("10.244.3.0/24", "127.0.0.5", CLOSED_PORT + 1),
+        )
+        rig.write(bytes(10) + Flow(dst=addr("10.244.2.5")).udp(b"x"))
+        work_until(rig, lambda: peer_at(rig, ("127.0.0.5", CLOSED_PORT)).last_error)
+        row = peer_at(rig, ("127.0.0.5", CLOSED_PORT))
+        assert row.errors_n == 1
+        assert row.last_error._replace(time_ns=0) == PeerError(
+            errno.ECONNREFUSED, "icmp", 3, 3, addr("127.0.0.5"), 0
+        )
+        assert before <= row.last_error.time_ns <= time.monotonic_ns()
+        other = peer_at(rig, ("127.0.0.5", CLOSED_PORT + 1))
+        assert (other.errors_n, other.last_error) == (0, None)
+        assert rig.core.peer_errors() == {"icmp": 1, "send": 0}
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_a_send_that_the_kernel_refuses_keeps_its_errno():
+    # Policy rules before the table "local", which has all of 127.0.0.0/8.
+    sh("ip rule add pref 10 lookup local", "ip rule del pref 0")
+    refusals = {"unreachable": errno.ENETUNREACH, "prohibit": errno.EACCES,
+                "blackhole": errno.EINVAL}
+    with Rig() as rig:
+        rig.udp.setsockopt(socket.IPPROTO_IP, 11, 1)
+        for count, (action, error) in enumerate(refusals.items(), start=1):
+            endpoint = (f"127.0.0.{20 + count}", 8285)
+            sh(f"ip rule add pref 5 to {endpoint[0]} {action}")
+            publish(rig, Route.make("10.244.2.0/24", *endpoint))
+            rig.write(bytes(10) + Flow(dst=addr("10.244.2.5")).udp(b"x"))
+            work_until(rig, lambda n=count: rig.drops().get(("send_error", ENCAP)) == n)
+            last = peer_at(rig, endpoint).last_error
+            assert (last.errno, last.origin, last.reporter) == (error, "send", b"")
+            assert rig.core.peer_errors() == {"icmp": 0, "send": count}
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_a_probe_that_the_kernel_refuses_keeps_its_errno():
+    sh("ip rule add pref 10 lookup local", "ip rule del pref 0",
+       "ip rule add pref 5 to 127.0.0.21 prohibit")
+    with Rig() as rig:
+        publish(rig, Route.make("10.244.2.0/24", "127.0.0.21", probe=True))
+        assert rig.core.send_probe(addr("127.0.0.21"), 8285, 1, 24, 0) == errno.EACCES
+        row = peer_at(rig, ("127.0.0.21", 8285))
+        assert (row.last_error.errno, row.last_error.origin) == (errno.EACCES, "send")
+        assert (row.errors_n, rig.core.peer_errors()) == (1, {"icmp": 0, "send": 1})
+        assert rig.core.send_probe(addr("127.0.0.21"), 9, 1, 24, 0) == errno.EACCES
+        assert peer_at(rig, ("127.0.0.21", 8285)).errors_n == 1  # another port is no peer
+        rig.check_invariant()
+
+
+HERE = Endpoint.parse("192.0.2.7:8285")
+HERE6 = Endpoint.parse("[2001:db8::7]:8285")
+
+
+@pytest.mark.parametrize(
+    ("error", "endpoint", "text"),
+    [
+        (PeerError(errno.ECONNREFUSED, "icmp", 3, 3, addr("192.0.2.7"), 1), HERE,
+         "connection refused: nothing listens on 192.0.2.7:8285 "
+         "(ICMP port unreachable from 192.0.2.7)"),
+        (PeerError(errno.EHOSTUNREACH, "icmp", 3, 1, addr("192.0.2.1"), 1), HERE,
+         "no route to host: 192.0.2.7 does not answer on its link "
+         "(ICMP host unreachable from 192.0.2.1)"),
+        (PeerError(errno.EACCES, "icmp6", 1, 1, addr("2001:db8::1"), 1), HERE6,
+         "permission denied: a filter rejects datagrams to [2001:db8::7]:8285 "
+         "(ICMP administratively prohibited from 2001:db8::1)"),
+        (PeerError(errno.EHOSTUNREACH, "icmp", 11, 0, addr("192.0.2.1"), 1), HERE,
+         "no route to host: the path to 192.0.2.7 is a loop, or too long "
+         "(ICMP time exceeded from 192.0.2.1)"),
+        (PeerError(errno.EPROTO, "icmp", 12, 0, b"", 1), HERE,
+         "protocol error (ICMP type 12, code 0)"),
+        (PeerError(errno.EPERM, "send", 0, 0, b"", 1), HERE,
+         "operation not permitted: a filter on this host rejects datagrams to 192.0.2.7:8285 "
+         "(the kernel refused the datagram)"),
+    ],
+)
+def test_the_sentence_says_what_and_who(error, endpoint, text):
+    assert peer_errors.describe(error, endpoint) == text
+    made = peer_errors.to_json(error, endpoint)
+    assert (made["errno"], made["text"]) == (errno.errorcode[error.errno], text)
+    assert peer_errors.to_json(None, endpoint) is None
+
+
+# Strangers
+
+
+def test_unknown_senders_are_named():
+    flow = Flow(src=addr("10.244.2.5"), dst=addr("10.244.1.9"))
+    with Rig() as rig:
+        senders = [rig.bound(f"127.0.1.{i}") for i in range(1, 11)]
+        for sender in senders:
+            sender.sendto(flow.udp(b"x"), rig.udp.getsockname())
+            rig.work()
+        for _ in range(2):
+            rig.send(STRANGER, flow.udp(b"x"))
+            rig.work()
+        found = rig.core.strangers()
+        assert len(found) == 8  # the two that were silent for the longest time are gone
+        newest = found[0]
+        assert (newest.address, newest.packets) == (addr(STRANGER), 2)
+        assert newest.port == rig.outside[STRANGER].getsockname()[1]
+        assert [s.address for s in found[1:]] == [addr(f"127.0.1.{i}") for i in range(10, 3, -1)]
+        assert all(s.packets == 1 for s in found[1:])
+        assert rig.drops() == {("unknown_peer", DECAP): 12}
+
+
+def test_a_peer_and_a_malformed_datagram_make_no_stranger():
+    with Rig() as rig:
+        rig.send(PEERS[0], Flow(src=addr("10.244.9.5"), dst=addr("10.244.1.9")).udp(b"x"))
+        rig.send(STRANGER, b"\x45")
+        rig.work()
+        assert rig.core.strangers() == []
+
+
+# Recursion
+
+
+def routed_into_the_tunnel():
+    """Routes that cover the endpoints of two peers."""
+    return [
+        Route.make("10.244.2.0/24", "10.250.0.2"), Route.make("10.250.0.0/16", "127.0.0.2"),
+        Route.make("fd00:2::/64", "127.0.0.3"), Route.make("10.244.9.0/24", "127.0.0.3"),
+    ]
+
+
+def own_packets():
+    """(packet, whether it is one of our datagrams): from us and from others, to the endpoint
+    10.250.0.2:8285 and to others."""
+    ours, pod = str(TUN4), "10.244.1.77"
+    def udp(dport, payload=b"x" * 40):
+        return (8285).to_bytes(2, "big") + dport.to_bytes(2, "big") + bytes(4) + payload
+
+    yield ip4(udp(8285), UDP, ours, "10.250.0.2"), True
+    yield ip4((99).to_bytes(2, "big") + udp(8285)[2:], UDP, ours, "10.250.0.2"), True  # masqueraded
+    yield ip4(udp(8285), UDP, ours, "10.250.0.2", flags=0x2000), True  # the first fragment
+    yield ip4(bytes(40), UDP, ours, "10.250.0.2", flags=0x2003), True  # a later fragment
+    yield ip4(udp(8286), UDP, ours, "10.250.0.2"), False
+    yield ip4(udp(8285), UDP, ours, "10.250.0.3"), False
+    yield ip4(udp(8285), UDP, pod, "10.250.0.2"), False
+    yield ip4(bytes(40), UDP, pod, "10.250.0.2", flags=0x2003), False
+    yield ip4(udp(8285), 6, ours, "10.250.0.2"), False
+    yield ip4(bytes(40), 1, ours, "10.250.0.2"), False
+    yield ip4(udp(8285)[:3], UDP, ours, "10.250.0.2"), False
+
+
+def test_our_own_datagrams_from_the_tun_are_dropped():
+    routes = routed_into_the_tunnel()
+    with Rig() as rig:
+        publish(rig, *routes)
+        twin = reference.ReferenceForwarder(routes, own_addresses=[TUN4, TUN6])
+        expected = 0
+        for packet, is_ours in own_packets():
+            expected += is_ours
+            twin.encap(bytes(10) + packet)
+            assert twin.drops["recursion", ENCAP] == expected, packet.hex()
+            rig.write(bytes(10) + packet)
+            rig.work()
+            assert rig.drops().get(("recursion", ENCAP), 0) == expected, packet.hex()
+        rig.check_invariant()
+
+
+def test_our_own_super_packet_is_dropped_as_its_segments():
+    with Rig() as rig:
+        publish(rig, *routed_into_the_tunnel())
+        flow = Flow(src=TUN4.packed, dst=addr("10.250.0.2"), sport=8285, dport=8285)
+        rig.write(flow.udp_super(bytes(4000), 1000))
+        rig.work()
+        assert rig.drops() == {("recursion", ENCAP): 4}
+        rig.check_invariant()
+
+
+@pytest.mark.parametrize("fragment", [None, 0, 3])
+@pytest.mark.parametrize(("ours", "port"), [(True, 8285), (True, 8286), (False, 8285)])
+def test_our_own_datagrams_over_ipv6_are_dropped(ours, port, fragment):
+    endpoint = "fd00:9::2"
+    routes = [Route.make("fd00:2::/64", endpoint), Route.make("fd00:9::/64", "127.0.0.2")]
+    payload = (99).to_bytes(2, "big") + port.to_bytes(2, "big") + bytes(60)
+    source = str(TUN6) if ours else "fd00:1::77"
+    if fragment is None:
+        packet = ip6(payload, UDP, source, endpoint)
+    else:
+        header = bytes([UDP, 0]) + (fragment << 3 | 1).to_bytes(2, "big") + bytes(4)
+        packet = ip6(header + payload, FRAGMENT, source, endpoint)
+    with Rig(udp6=True) as rig:
+        publish(rig, *routes)
+        twin = reference.ReferenceForwarder(routes, own_addresses=[TUN4, TUN6])
+        twin.encap(bytes(10) + packet)
+        rig.write(bytes(10) + packet)
+        rig.work()
+        dropped = ours and (port == 8285 or fragment == 3)
+        assert rig.drops().get(("recursion", ENCAP), 0) == dropped
+        assert twin.drops["recursion", ENCAP] == dropped
+        rig.check_invariant()
+
+
+def test_without_a_route_that_covers_an_endpoint_nothing_is_dropped():
+    with Rig() as rig:
+        publish(rig, Route.make("10.244.2.0/24", "127.0.0.2"))
+        payload = (8285).to_bytes(2, "big") * 2 + bytes(60)
+        rig.write(bytes(10) + ip4(payload, UDP, str(TUN4), "10.244.2.5"))
+        rig.work()
+        assert rig.drops() == {}
