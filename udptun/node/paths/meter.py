@@ -21,6 +21,7 @@ from ...model import IPNetwork
 from ...probe.prober import Prober, Request
 
 RECEIVE_LEN = 65536  # the largest message
+BATCH_SECONDS = 0.05  # between two sends: probes, and so their answers, come in small batches
 RECEIVE_N = 64  # messages per wake-up, so that other work of the loop is not delayed
 BUFFER_LEN = 1 << 20  # of the socket: the answers of some hundred full-size probes
 IPV6_MTU_DISCOVER, IPV6_DONTFRAG = 23, 62  # linux/in6.h
@@ -52,7 +53,7 @@ class Meter(ABC):
         self._socket: socket.socket | None = None
         self._errno = errno.ENODEV  # of each probe while there is no socket
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._timer_at = self._ran_at = 0.0
 
     # -- the peers --------------------------------------------------------------------------------
 
@@ -118,7 +119,8 @@ class Meter(ABC):
     # -- inside -----------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
-        at = self.prober.next_at() if self.able else None
+        due = self.prober.next_at() if self.able else None
+        at = None if due is None else max(due, self._ran_at + BATCH_SECONDS)
         if self._timer is not None:
             if at is not None and at >= self._timer_at:
                 return  # the timer looks again when it fires
@@ -130,7 +132,7 @@ class Meter(ABC):
                 max(at - time.monotonic(), 0.0), self._run)
 
     def _run(self) -> None:
-        self._timer = None
+        self._timer, self._ran_at = None, time.monotonic()
         for request in self.prober.run():
             message, target = self._message(request)
             if (number := self.send(request.key, message, target)):
