@@ -224,12 +224,13 @@ class Health:
     """Whether a node says that it is ready, and all that it says.
 
     text  the checks, as ``/readyz?verbose`` prints them; for a node that does not answer, the error
-    lost  the keys of the peers that it does not reach, or not with large packets
+    lost  the keys of the peers that it does not reach, or not with large packets; None: the text
+          alone has them
     """
 
     def __init__(self, ready: bool, text: str, lost: set[str] | None = None) -> None:
         self.ready, self.text = ready, text
-        self.lost = set() if lost is None else lost
+        self.lost = lost
 
     @classmethod
     def of(cls, answer: dict) -> "Health":
@@ -238,6 +239,7 @@ class Health:
             for check in answer["checks"])
         lost = {peer["key"] for peer in answer["peers"]
                 if peer["state"] in ("unreachable", "limited")}
+        lost |= answer["no_path"].keys() | answer["refused"].keys()
         return cls(answer["ready"], checks, lost)
 
     def failed(self) -> list[str]:
@@ -245,6 +247,6 @@ class Health:
 
     def names(self, key: str) -> bool:
         """Return whether a peer is named as having a problem."""
-        return key in self.lost or f"\n    {key}" in self.text
+        return key in self.lost if self.lost is not None else f"\n    {key}" in self.text
 
 

@@ -194,3 +194,15 @@ def test_a_stock_peer_is_measured_by_echoes(lab):
     wait_for(lambda: state() == "reachable", "its packets to be seen", 30)
     pinging.stop()
     wait_for(lambda: state() == "unreachable", "the verdict", REPORT_SECONDS)
+
+
+def test_a_peer_behind_a_smaller_underlay_gets_large_packets_by_udp(lab):
+    """VXLAN knows no MTU of a single peer: large packets would be lost without a word."""
+    cluster = Cluster(lab, 2, config=VXLAN, options=["--backend=auto"])
+    a, b = cluster.members
+    b.host.interfaces[0].set_mtu(1400)
+    cluster.start()
+    assert (a.env["FLANNEL_MTU"], b.env["FLANNEL_MTU"]) == ("1450", "1350")
+    switched(SWITCH_SECONDS, [(a, b)], "udptun0")
+    wait_for(lambda: ping(a.pod, b.pod_v4, count=1, size=1400).received, "a large answer")
+    assert ping(b.pod, a.pod_v4, size=1300, df=True).received == 3

@@ -102,7 +102,7 @@ class Meters:
             if isinstance(meter, BoundMeter):
                 assert pair.found.advert is not None
                 left = LEFT_SECONDS if at != pair.choice.at else None
-                meter.add(pair.subnet, pair.found.advert.port, pair.mtu, left)
+                meter.add(pair.subnet, pair.found.advert.port, pair.device_mtu, left)
             elif isinstance(meter, EchoMeter):
                 meter.add(pair.subnet, pair.mtu)
         for endpoint in pair.endpoints:

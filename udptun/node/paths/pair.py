@@ -27,19 +27,22 @@ STATES = {
 class Pair:
     """One subnet of a peer.
 
-    found      its paths, as planned
-    mtu        the largest inner packet, in bytes
-    meters     per path: the meter of this daemon that measures it; None: the forwarder does, or
-               there is no such path
-    endpoints  per path: the endpoint under which the forwarder reports it; None: it does not
-    measured   per path: the health; None: there is no such path
-    choice     the path to carry the packets; ``report`` has the one that carries them now
-    asking     the forwarder probes its path now, and the choice waits for the result
-    timer      looks again when the preferred path has been good for long enough
+    found       its paths, as planned
+    mtu         the largest inner packet that the forwarder sends to this peer, in bytes
+    device_mtu  the largest inner packet that our VXLAN device sends to any peer: the kernel knows
+                no MTU of a single peer
+    meters      per path: the meter of this daemon that measures it; None: the forwarder does, or
+                there is no such path
+    endpoints   per path: the endpoint under which the forwarder reports it; None: it does not
+    measured    per path: the health; None: there is no such path
+    choice      the path to carry the packets; ``report`` has the one that carries them now
+    asking      the forwarder probes its path now, and the choice waits for the result
+    timer       looks again when the preferred path has been good for long enough
     """
 
     found: SubnetPaths
     mtu: int
+    device_mtu: int
     meters: tuple[Meter | None, ...]
     endpoints: tuple[str | None, ...]
     measured: list[Measured | None]

@@ -76,7 +76,7 @@ class Paths:
         if mtu != self._mtu:
             self._mtu = mtu
             for pair in self._pairs.values():
-                pair.mtu = self._mtu_of(pair.found)
+                pair.mtu, pair.device_mtu = self._mtu_of(pair.found), mtu
                 self._meters.probe(pair)
 
     def update(self, plan: Plan, subnets: Collection[IPNetwork] | None = None) -> None:
@@ -116,7 +116,8 @@ class Paths:
             choice, report = former.choice, former.report
             report.key = found.key
             self._forget(former)
-        pair = Pair(found, self._mtu_of(found), meters, endpoints, measured, choice, report)
+        pair = Pair(found, self._mtu_of(found), self._mtu, meters, endpoints, measured, choice,
+                    report)
         self._pairs[found.subnet] = self._report_on(pair)
         self._meters.probe(pair)
         self._look(pair)
