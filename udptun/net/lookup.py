@@ -11,7 +11,7 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +74,10 @@ async def matched_route(netlink: Netlink, question: Question) -> str:
 
 
 async def routes_within(
-    netlink: Netlink, networks: Iterable[IPNetwork]
+    netlink: Netlink, networks: Iterable[IPNetwork], except_devices: Collection[int]
 ) -> list[tuple[IPNetwork, Way, str]]:
     """Return the prefix, the way and a text for each route of the main table to a part of a
-    network. Raises DeviceError."""
+    network, except the routes through these devices. Raises DeviceError."""
     wanted = list(networks)
 
     async def read(_: Any) -> list[tuple[IPNetwork, Way, str]]:
@@ -92,6 +92,8 @@ async def routes_within(
                     if table != RT_TABLE_MAIN or length <= network.prefixlen:
                         continue
                     about = attributes(body, RTMSG.size)
+                    if _number(about.get(RTA_OIF)) in except_devices:
+                        continue
                     packed = bytes(about[RTA_DST])
                     if (int.from_bytes(packed) ^ base) >> shift == 0:
                         prefix = ipaddress.ip_network((packed, length))

@@ -27,6 +27,7 @@ from .status.report import NodeReport
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
+ROUTES_TICKS = 10  # ask for the routes to the next peers every so many ticks
 LOOK_TICKS = 5  # look at the host every so many ticks, and at each tick while something is wrong
 FIRST_LOOKS_SECONDS = 0.05  # between two looks before subnet.env is written
 
@@ -86,7 +87,7 @@ class InForce:
                 await self._look()
                 if self._report.host.wrong.keys() - before:
                     self._settle_again()
-            if tick % LOOK_TICKS == 0:
+            if tick % ROUTES_TICKS == 0:
                 await self._look_at_routes()
             if not self._missing():
                 self._host.write_env()

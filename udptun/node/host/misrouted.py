@@ -46,8 +46,8 @@ class Misrouted:
         self._next += PEERS_N
         foreign = [
             (prefix, way.gateway, text)
-            for prefix, way, text in await routes_within(self._netlink, networks)
-            if way.device not in devices and not any(_overlap(prefix, one) for one in own)
+            for prefix, way, text in await routes_within(self._netlink, networks, devices)
+            if not any(_overlap(prefix, one) for one in own)
         ]
         sources: dict[int, IPAddress] = {
             subnet.version: subnet.network_address for subnet in own}
