@@ -32,7 +32,7 @@ from ...status.report import FirewallDrop
 from . import iptables
 from .nft import FAMILIES, Nft, OtherTable
 from .rules import FirewallError, FirewallRules
-from .verdict import Drop, Flow, drop_of
+from .verdict import Chain, Drop, Flow, drop_of
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +155,9 @@ class _Attempt:
                     if await self._sync_variant(version, variant, names) and variant == "nft":
                         names.discard(f"{family} filter")
         for table in tables:
-            if table.name in names:
-                self._judge_table(table)
+            if table.name in names and table.bases:
+                with self._recorded():
+                    self._judge_table(table, await self._nft.chains(table.name))
 
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -206,15 +207,18 @@ class _Attempt:
         if base not in listing.policies:
             return False
         flows = self._flows(tables.version)
-        drops = _drops(listing.without(own), tables.version, flows)
+        # In a thread, because a host can have thousands of rules.
+        chains = await asyncio.to_thread(listing.chains)
+        others = [rule for rule in chains[base].rules if rule.target != own]
+        drops = _drops({**chains, base: Chain(others, chains[base].policy)}, flows)
         lift = self._mode != "nftables" and (is_default or bool(drops))
         rules = iptables.own_rules(base, tables.version, self._want) if lift else []
         at = min((drop.at for drop in drops.values() if drop.at is not None), default=None)
         in_place = listing.count_jumps(base, own) == 1 and \
-            not _drops(listing, tables.version, flows)
+            not _drops(chains, flows)
         if await self._change(tables, listing, base, rules, at, in_place):
-            listing = await tables.read("filter")
-        for flow, drop in _drops(listing, tables.version, flows).items():
+            chains = (await tables.read("filter")).chains()
+        for flow, drop in _drops(chains, flows).items():
             remedy = "--firewall auto inserts accept rules there" if self._mode == "nftables" \
                 else "an accept rule is needed there"
             self._report(flow, drop, f"{tables.name}, table filter", remedy)
@@ -237,16 +241,16 @@ class _Attempt:
 
     # -- findings ---------------------------------------------------------------------------------
 
-    def _judge_table(self, table: OtherTable) -> None:
+    def _judge_table(self, table: OtherTable, chains: Mapping[str, Chain] | None) -> None:
         for version in table.versions:
             network, _ = self._want.of(version)
             for flow in self._flows(version):
-                if table.chains is None:
+                if chains is None:
                     self._add(f"nft cannot print the table {table.name}, whose rules may drop"
                               " packets of the overlay", "a newer nft may print it", False)
                     continue
                 for base in table.bases:
-                    if drop := drop_of(table.chains, base, flow):
+                    if base in chains and (drop := drop_of(chains, base, flow)):
                         self._report(flow, drop, f"nftables, table {table.name}",
                                      _remedy(table.name, network))
 
@@ -272,8 +276,7 @@ class _Attempt:
         )
 
 
-def _drops(listing: iptables.Listing, version: int, flows: Iterable[Flow]) -> dict[Flow, Drop]:
-    chains = listing.chains()
+def _drops(chains: Mapping[str, Chain], flows: Iterable[Flow]) -> dict[Flow, Drop]:
     return {flow: drop for flow in flows
             if (drop := drop_of(chains, iptables.FORWARD, flow)) is not None}
 

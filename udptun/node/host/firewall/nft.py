@@ -66,13 +66,11 @@ class OtherTable:
     versions  the IP versions whose packets pass the chains
     bases     the names of the filtering base chains at the hooks that our packets pass, in their
               order
-    chains    all chains of the table, if it has such base chains; None: nft cannot print the table
     """
 
     name: str
     versions: Collection[int]
     bases: tuple[str, ...]
-    chains: Mapping[str, Chain] | None
 
 
 class Nft:
@@ -160,15 +158,22 @@ class Nft:
             tables.append(OtherTable(
                 f"{family} {table}", (FAMILIES[family],) if family in FAMILIES else (4, 6),
                 tuple(chain["name"] for chain in chains),
-                await self._chains(family, table) if chains else {},
             ))
         return tables
 
-    async def _chains(self, family: str, table: str) -> dict[str, Chain] | None:
+    async def chains(self, name: str) -> Mapping[str, Chain] | None:
+        """Return the chains of another program's table.
+
+        Return None if nft cannot print the table. Raises FirewallError.
+        """
         try:
-            items = await self._run("-t", "list", "table", family, table)  # -t: no sets
-        except FirewallError:  # the table is gone, or nft cannot print it
+            items = await self._run("-t", "list", "table", *name.split())  # -t: no sets
+        except _GarbledError:
             return None
+        except FirewallError as error:
+            if os.strerror(errno.ENOENT) in str(error):
+                return {}  # the table was removed in the meantime
+            raise
         rules: dict[str, list[Rule]] = {}
         policies: dict[str, str] = {}
         for item in items:
