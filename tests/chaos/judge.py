@@ -102,9 +102,9 @@ class Judge:
         """Return everything that is wrong now."""
         world = self._world
         touched = {member.host.name for member in scene.touched}
+        self._health = {member.host.name: world.health(member) for member in world.members}
         broken = {pair: sizes for pair, sizes in world.mesh.broken(began).items()
                   if pair not in scene.lossy}
-        self._health = {member.host.name: world.health(member) for member in world.members}
         wrong = _by_reason("packets are lost, and a path exists",
                            {pair: sizes for pair, sizes in broken.items() if pair not in scene.cut})
         # A cut pair may still work by another way; if it does not, somebody says so.

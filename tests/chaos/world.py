@@ -158,8 +158,11 @@ class World:
     def health(self, member: Member) -> "Health":
         """Ask a node how it is: by its socket, else by HTTP.
 
-        Each of the two survives an act that the other does not.
+        Each of the two survives an act that the other does not. A stopped daemon is not asked,
+        because it would answer only after the time limit.
         """
+        if _is_stopped(member.daemon.pid):
+            return Health(False, "the daemon does not answer: it is stopped", set())
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             status, answer = control_request(member.control.with_name("node.sock"), "GET", NODE)
             if status == 200:
@@ -208,6 +211,13 @@ class World:
                   f"cat {member.subnet_file}"]
         script = "; ".join(f"echo '# {part.split('|')[0]}'; {part} 2>&1" for part in parts)
         return _normal(member.host.run(["sh", "-c", script], check=False).stdout)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except FileNotFoundError:
+        return False
 
 
 def _normal(text: str) -> str:
