@@ -77,9 +77,7 @@ def lease(n: int, backend: str, moved: int = 0) -> tuple[str, str]:
         value["BackendData"] = {"udptun": advert}
     else:
         mac = ":".join(f"{byte:02x}" for byte in (0x0E, moved & 255, *n.to_bytes(4, "big")))
-        data: dict[str, object] = {"VNI": 1, "VtepMAC": mac}
-        if backend == "auto":
-            data["udptun"] = advert
+        data = {"VNI": 1, "VtepMAC": mac, "udptun": advert}
         value |= {"BackendType": "vxlan", "BackendData": data}
     return f"{PREFIX}/subnets/{str(subnet(n)).replace('/', '-')}", json.dumps(value)
 
@@ -113,7 +111,7 @@ class Simulation:
         self._say(f"{self._n} nodes: ready after {start_s:.1f} s")
         rest = self._rest(seconds)
         self._say(f"{self._n} nodes: at rest measured")
-        times, change_cpu, change_bytes = self._change(changes)
+        times, change_cpu, change_bytes = self._change(changes, rest[0] + rest[1])
         self._say(f"{self._n} nodes: {changes} changes measured")
         churn_cpu = self._churn(churn, seconds)
         self._say(f"{self._n} nodes: {churn:g} changes per second measured")
@@ -172,10 +170,14 @@ class Simulation:
         return ((after[0] - cpu[0]) / took, (after[1] - cpu[1]) / took,
                 (self._sent() - sent) / took, (self._from_store() - received) / took)
 
-    def _change(self, count: int) -> tuple[list[float], float, float]:
+    def _change(self, count: int, rest_cpu: float) -> tuple[list[float], float, float]:
         """Move ``count`` peers, one after the other. Return the times until the data path has it,
-        and the CPU time and the bytes from the store per change."""
+        and the CPU time and the bytes from the store per change.
+
+        rest_cpu  what both processes need at rest, as a share of a core; it is subtracted
+        """
         cpu, received, times = sum(self._cpu()), self._from_store(), []
+        start = time.monotonic()
         self._moved += 1
         for i in range(count):
             n = i * self._n // count
@@ -185,7 +187,7 @@ class Simulation:
                 if time.monotonic() > began + CHANGE_SECONDS:
                     raise LabError(f"peer {n} has not moved within {CHANGE_SECONDS:g} s")
             times.append(time.monotonic() - began)
-        each = (sum(self._cpu()) - cpu) / count
+        each = max(0.0, sum(self._cpu()) - cpu - rest_cpu * (time.monotonic() - start)) / count
         return times, each, (self._from_store() - received) / count
 
     def _churn(self, rate: float, seconds: float) -> float:

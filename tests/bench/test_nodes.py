@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from bench import nodes
-from udptun.lab import Lab
+from bench import nodes, responder
+from udptun.control.protocol import NODE
+from udptun.lab import Lab, wait_for
 from udptun.lab.cluster import etcd_obstacle
+from udptun.lab.tunnels import control_request
 from udptun.leases.etcd.schema import read_key, read_value
 
 
@@ -31,6 +33,27 @@ def test_subnets_are_in_the_network():
     assert isinstance(last, ipaddress.IPv4Network)
 
 
+def states(simulation):
+    """Return the states of all paths to each peer; the responder answers on each."""
+    status, answer = control_request(simulation._node.control.with_name("node.sock"), "GET", NODE)
+    assert status == 200
+    return [state for peer in answer["peers"]
+            for state in {path["state"] for path in peer["paths"].values()}]
+
+
+def test_the_responder_answers_only_requests():
+    request = b"utp1\x01\x02\0\0" + bytes(range(16))
+    reply = b"utp1\x02\x02\0\0" + bytes(range(8)) + bytes(4) + bytes(range(12, 16))
+    assert responder.answer(request) == reply
+    assert responder.answer(reply) is None
+    assert responder.answer(b"") is None
+    inside = b"".join((bytes(8), b"target", b"source", b"\x08\0", bytes(12), b"addr", b"ADDR",
+                       b"\0\1", b"\0\2", b"\0\0", b"\xff\xff"))
+    swapped = b"".join((bytes(8), b"source", b"target", b"\x08\0", bytes(12), b"ADDR", b"addr",
+                        b"\0\2", b"\0\1", b"\0\0", b"\0\0"))
+    assert responder.answer(inside + request, len(inside)) == swapped + reply
+
+
 @pytest.mark.slow
 @pytest.mark.netns
 @pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
@@ -38,7 +61,9 @@ def test_subnets_are_in_the_network():
 def test_a_small_run(backend, tmp_path):
     said = []
     with Lab() as lab:
-        cost = nodes.Simulation(lab, 20, backend, said.append).measure(5, 1.0, 5.0)
+        simulation = nodes.Simulation(lab, 20, backend, said.append)
+        cost = simulation.measure(5, 1.0, 5.0)
+        wait_for(lambda: states(simulation) == ["reachable"] * 20, "all peers to answer")
     assert cost.nodes == 20
     assert min(cost.start_s, cost.daemon_bytes, cost.change_p50_s, cost.start_store_bytes) > 0
     assert said
