@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 from udptun.lab import LabError
@@ -43,7 +44,7 @@ class Judge:
     def __init__(self, world: World, deadline: float) -> None:
         self._world, self._deadline = world, deadline
         self._health: dict[str, Health] = {}
-        self._logs: dict[str, int] = {}  # length of each node's log when the act began
+        self._logs: dict[str, dict[Path, int]] = {}  # what each node's logs had before the act
 
     def steady(self, seconds: float) -> list[str]:
         """Wait until all pods reach each other, and all nodes are ready. Return what is missing."""
@@ -54,7 +55,7 @@ class Judge:
     def run(self, act: Act, rng: Random, tell: Callable[[str], object]) -> Verdict:
         world = self._world
         world.remember()
-        self._logs = {member.host.name: len(world.log(member)) for member in world.members}
+        self._logs = {member.host.name: world.log_sizes(member) for member in world.members}
         scene = act.do(world, rng)
         tell(scene.text)
         verdict = Verdict(act.name, scene.text)
@@ -78,7 +79,7 @@ class Judge:
             verdict.evidence += "".join(
                 f"--- {when}{name}\n{health.text}" for name, health in self._health.items())
             for member in world.members:
-                log = world.log(member)[self._logs[member.host.name]:]
+                log = world.logged_since(member, self._logs[member.host.name])
                 verdict.evidence += f"--- log of {member.host.name}\n{log[:EVIDENCE_LEN]}\n"
 
     def _watch(
@@ -127,7 +128,7 @@ class Judge:
                           for member in scene.touched if (lines := self._differs(member))]
         if scene.traced:
             wrong += [f"{member.host.name}: nothing was logged" for member in scene.touched
-                      if len(world.log(member)) <= self._logs[member.host.name]]
+                      if not world.logged_since(member, self._logs[member.host.name])]
         return wrong
 
     def _differs(self, member) -> list[str]:

@@ -173,13 +173,18 @@ class World:
         """Return the key of a node's lease, by which its peers name it."""
         return str(member.subnet).replace("/", "-")
 
-    def log(self, member: Member) -> str:
-        """Return everything that the node's daemons and forwarders have logged."""
-        texts = [process.text() for process in member.host.processes
-                 if "udptun" in process.argv and process.log.exists()]
-        with contextlib.suppress(OSError):
-            texts.append((member.folder / "state" / "forwarder.log").read_text(errors="replace"))
-        return "".join(texts)
+    def logs(self, member: Member) -> dict[Path, str]:
+        """Return what the node's daemons and forwarders have logged, by file."""
+        files = [process.log for process in member.host.processes if "udptun" in process.argv]
+        files.append(member.folder / "state" / "forwarder.log")
+        return {file: file.read_text(errors="replace") for file in files if file.exists()}
+
+    def log_sizes(self, member: Member) -> dict[Path, int]:
+        return {file: len(text) for file, text in self.logs(member).items()}
+
+    def logged_since(self, member: Member, sizes: dict[Path, int]) -> str:
+        """Return what was logged after ``log_sizes``. An act may remove a file."""
+        return "".join(text[sizes.get(file, 0):] for file, text in self.logs(member).items())
 
     def remember(self) -> None:
         """Save what each node's host has now, as the state to which a node returns."""
