@@ -115,6 +115,18 @@ async def test_changed_rules_are_restored(damage):
 
 
 @in_own_netns
+async def test_each_repair_is_logged_whoever_asks_for_it(caplog):
+    """The daemon also checks the rules when something else on the host has changed."""
+    caplog.set_level(logging.INFO)
+    firewall = Firewall(RULES)
+    assert await firewall.sync()
+    assert not await firewall.sync()
+    sh("nft flush ruleset")
+    assert await firewall.sync()
+    assert caplog.text.count("firewall rules applied") == 2
+
+
+@in_own_netns
 async def test_the_hosts_own_rules_are_left_alone():
     sh("nft add table ip nat", "nft add table inet filter",
        "nft add chain inet filter forward { type filter hook forward priority 0; }",

@@ -74,6 +74,8 @@ class Firewall:
             await attempt.run()
             self._record(attempt.dropped)
             self.error = "; ".join(attempt.failed)
+            if attempt.changed and self.want != FirewallRules():
+                log.info("firewall rules applied")
         if self.error:
             raise FirewallError(self.error)
         return attempt.changed
@@ -87,8 +89,7 @@ class Firewall:
         while True:
             started = time.monotonic()
             try:
-                if await self.sync():
-                    log.info("firewall rules applied")
+                await self.sync()
                 failed = ""
             except FirewallError as error:
                 if str(error) != failed:
