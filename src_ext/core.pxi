@@ -107,7 +107,7 @@ cdef class Core:
     cdef list own               # packed addresses
     cdef bint preparing         # a PreparedSnapshot exists; only one may exist at a time
     cdef RouteTable table       # the active table; its routes have the order of snapshot.hops
-    cdef direction_t sent       # the probes sent by send_probe
+    cdef direction_t sent       # counters of the probes that send_probe sends
     cdef int spare_fd4          # sends probes while the shared socket is full; -1 = not open
     cdef int spare_fd6
     cdef uint64_t sends_refused  # of send_probe
@@ -296,7 +296,7 @@ cdef class Core:
         return [s.hops[i].peer.ordinal for i in range(start, min(start + count, s.hops_n))]
 
     def trace(self, bytes address):
-        """Return (model.Route, largest inner packet) for a packed address; None without a route."""
+        """Return (model.Route, largest inner packet) for a packed address; None: no route."""
         cdef snapshot_t* s = self.shared.snapshot
         cdef hop_t* hop = find_hop(s, <const uint8_t*>address, len(address))
         if hop == NULL:
@@ -330,10 +330,10 @@ cdef class Core:
     def send_probe(self, bytes address, uint16_t port, uint64_t token, uint32_t size,
                    uint32_t heard_ms):
         """Send a request from the socket of the address's family. Return 0, or the errno with which
-        the kernel refused it. Its answer is a record of ``take_probes`` later.
+        the kernel refused it. ``take_probes`` returns the reply when it has arrived.
 
         size      bytes of the message, PROBE_LEN..PROBE_MAX
-        heard_ms  since the last probe of this peer arrived; 2**32 - 1 = none yet
+        heard_ms  milliseconds since the last probe from this peer arrived; 2**32 - 1 = none yet
         """
         cdef probe_t probe
         cdef sockaddr_in6 to
@@ -375,9 +375,9 @@ cdef class Core:
     def take_probes(self):
         """Return a model.ProbeRecord for each probe that has arrived since the last call.
 
-        Call this at regular intervals. A worker has space for PROBE_RING records; further ones are
-        lost, and counted in its ``probes_lost``. A worker raises the event "probe" when half of
-        the space is used, and for each record after ``wake_on_probe(True)``.
+        Call this at regular intervals. A worker has space for PROBE_RING records. Further records
+        are lost; the worker counts them in ``probes_lost``. A worker raises the event "probe" when
+        half of the space is used, and for each record after ``wake_on_probe(True)``.
         """
         cdef Worker worker
         found = []
@@ -386,7 +386,8 @@ cdef class Core:
         return found
 
     def wake_on_probe(self, bint wake):
-        """Set whether a worker wakes the control side for each probe. It does not at first."""
+        """Set whether a worker wakes the control side for each probe. The initial value is False.
+        """
         store_flag(&self.shared.wake_on_probe, wake)
 
     def probe_peers(self, uint32_t mtu):

@@ -64,8 +64,8 @@ cdef dict packets_of(const direction_t* d, uint64_t queued):
 cdef class Worker:
     """One data worker: a TUN queue, at most one UDP socket per family, and the state of one thread.
 
-    All descriptors are borrowed and must be non-blocking. The own sockets (path/own_socket.pxd) are
-    opened and closed by the worker. ``features`` are the offloads to use:
+    All descriptors are borrowed and must be non-blocking. Exception: the worker itself opens and
+    closes its own sockets (path/own_socket.pxd). ``features`` are the offloads to use:
     "tun-gso" (frames carry a vnet header), "udp-gso", "tcp-merge", "udp-merge", "batch".
     """
     cdef worker_t* w
@@ -108,7 +108,7 @@ cdef class Worker:
         w.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if w.epoll_fd < 0 or w.wake_fd < 0:
-            raise OSError(errno, "cannot make the worker's epoll set")
+            raise OSError(errno, "cannot create the worker's epoll set or eventfd")
         for i, fd in enumerate((w.wake_fd, tun_fd, udp_fd4, udp_fd6)):
             w.polled[i].fd = fd
             w.polled[i].events = POLLIN
@@ -165,7 +165,7 @@ cdef class Worker:
     def look(self):
         """Make an idle worker close the own sockets that are no longer needed.
 
-        Call this from time to time. Does nothing if the worker has no own socket.
+        Call this at regular intervals. Do nothing if the worker has no own socket.
         """
         cdef uint64_t one = 1
         if self.w.own_sockets_n != 0:

@@ -42,9 +42,9 @@ cdef enum:
 
 cdef struct affinity_t:
     uint64_t checked_ns         # time of the last check
-    uint64_t used_ns            # at the last check: the thread's CPU time,
-    uint64_t sent               # the packets sent,
-    uint64_t received           # and the packets received
+    uint64_t used_ns            # CPU time of the thread at the last check
+    uint64_t sent               # packets sent until the last check
+    uint64_t received           # packets received until the last check
     uint64_t pinned_until       # 0 = not pinned
     cpu_set_t pinned            # the mask of the one core to which the thread is pinned
     cpu_set_t saved             # the mask to restore
@@ -100,7 +100,7 @@ cdef inline void unpin(affinity_t* a) noexcept nogil:
 cdef inline void adjust_affinity(
     affinity_t* a, uint64_t now, uint64_t sent, uint64_t received
 ) noexcept nogil:
-    """If CHECK_NS have passed since the last check, pin or unpin the thread by its load.
+    """If CHECK_NS have passed since the last check, pin or unpin the thread according to its load.
 
     sent, received  numbers of packets since the worker's start
     """

@@ -51,9 +51,9 @@ cdef struct sender_t:           # the sender of one datagram; caches the last re
     peer_t* peer                # NULL: the sender is not a peer
     mmsghdr* message            # the datagram
     uint16_t port               # host order
-    bint heard                  # the datagram has an accepted packet, a probe, or is a keepalive
-    uint32_t probes_n           # probes in the datagram, and their bytes
-    uint32_t probes_bytes
+    bint heard                  # the datagram has an accepted packet or probe, or is a keepalive
+    uint32_t probes_n           # probes in the message
+    uint32_t probes_bytes       # bytes of these probes
     uint8_t inner_len           # 0: no result is cached yet
     uint8_t inner[16]
     drop_t verdict
@@ -121,7 +121,7 @@ cdef inline void decap_packet(
     cdef ip_t ip
     cdef drop_t verdict = parse_ip(p, n, &ip)
     w.decap.read += 1
-    if verdict == DROP_BAD_VERSION:  # no IP packet: it may be a probe
+    if verdict == DROP_BAD_VERSION:  # not an IP packet, but it may be a probe
         verdict = consume(w, sender, p, n)
         if verdict == PASS:
             return
@@ -299,7 +299,7 @@ cdef inline bint receive(worker_t* w, int fd) noexcept nogil:
     n = recvmmsg(fd, w.rx_msgs, slots, MSG_DONTWAIT, NULL)
     if n < 0:
         if errno != EAGAIN:
-            read_errors(w, fd)  # the kernel reports an ICMP error about our datagram, once
+            read_errors(w, fd)  # the error belongs to a datagram that we sent (ICMP)
         return False
     for i in range(n):
         bytes_ += w.rx_msgs[i].msg_len

@@ -35,8 +35,8 @@ from wire.packet cimport (
 
 
 cdef enum:
-    TURN_FRAMES = 256           # a turn ends after this number of frames, or of bytes
-    TURN_BYTES = 262144
+    TURN_FRAMES = 256           # a turn ends after this number of frames
+    TURN_BYTES = 262144         # a turn ends after this number of bytes
 
 
 cdef struct frame_t:            # one frame from the TUN; each step sets its fields
@@ -47,7 +47,7 @@ cdef struct frame_t:            # one frame from the TUN; each step sets its fie
     cut_t cut                   # cut.n: packets in the frame; other fields: only if is_super
     hop_t* hop
     uint32_t limit              # the largest inner packet on the path to the peer
-    bint too_big                # a packet exceeds the limit: drop (DF) or fragment the packet
+    bint too_big                # a packet exceeds the limit: it is dropped (DF) or fragmented
 
 
 # The steps of encap_frame
@@ -131,8 +131,8 @@ cdef inline drop_t check_size(frame_t* f) noexcept nogil:
 
 
 cdef inline uint32_t queue_last_segment(worker_t* w, frame_t* f) noexcept nogil:
-    """Queue the last segment of a super-packet whose full segments exceed the limit, if the last
-    segment is short enough. Return the number of packets queued (0 or 1)."""
+    """Queue only the last segment of a super-packet, if this segment is within the limit. The full
+    segments exceed the limit. Return the number of packets queued (0 or 1)."""
     cdef uint8_t* out = queue_room(&w.queue)
     cdef uint32_t last = f.cut.n - 1
     cdef uint32_t n

@@ -1,8 +1,8 @@
 """ICMP errors about packets that the worker drops, sent to the packet's inner source.
 
 Owns the choice of source address, the rate limit, and the sending of the error. A local sender gets
-the error through the TUN, a sender behind a peer in a datagram. wire/icmp.pxd builds the error and
-has the rules about when no error may be sent.
+the error through the TUN. A sender behind a peer gets it in a datagram. wire/icmp.pxd builds the
+error, and has the rules that forbid an error.
 Threading: the worker's thread.
 """
 

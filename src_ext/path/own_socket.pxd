@@ -1,17 +1,19 @@
 """Own sockets: send-only UDP sockets, each for one peer whose datagrams the kernel holds.
 
-The kernel charges a datagram to the socket that sent it until the datagram leaves the host: while
-it waits for the link address of the next hop, or in a qdisc. All peers share one socket. If this
-socket's buffer is full, the peer that is sent to next gets an own socket (send.pxd), so that the
-datagrams held for other peers do not delay it. A worker has at most OWN_SOCKETS own sockets. It
-closes one that was empty at several looks; the peer then uses the shared socket again.
+A datagram uses space in the send buffer of its socket until the datagram leaves the host. Before,
+it may wait in the kernel for the link address of the next hop, or in a qdisc. All peers share one
+socket. If the buffer of this socket is full, the peer of the next datagram gets an own socket
+(send.pxd). So the datagrams that the kernel holds for other peers do not delay this peer.
+
+A worker has at most OWN_SOCKETS own sockets. Once per LOOK_NS it looks whether they are empty. It
+closes a socket that was empty at EMPTY_LOOKS looks in a row; the peer then uses the shared socket
+again.
 
 Owns opening, choosing and closing. An own socket has the local address, the port and the options of
-the shared socket. It receives no datagrams and no ICMP errors: it is connected to this host's
-discard port, so a datagram from any other source belongs to the shared socket. The messages that it
-sends name their destination.
-A probe that the shared socket refuses is sent from a spare socket, opened in the same way
-(probe.pxd).
+the shared socket. It receives no datagrams and no ICMP errors: it is connected to the discard port
+of this host, so the kernel delivers datagrams from all other sources to the shared socket. Each
+message that it sends names its destination. ``open_socket`` also opens the spare sockets of
+probe.pxd, which send a probe if the shared socket refuses it.
 Threading: the worker's thread, except ``open_socket``. The control side reads the counters.
 Source: linux net/ipv4/udp.c (compute_score, udp_lib_rehash), net/ipv4/datagram.c.
 """
@@ -37,14 +39,15 @@ from wire.headers cimport swap16
 
 
 cdef enum:
-    OWN_SNDBUF = 1 << 20        # maximum SO_SNDBUF, as reported: the kernel's bytes for one peer
+    OWN_SNDBUF = 1 << 20        # maximum SO_SNDBUF as getsockopt returns it: kernel memory, bytes
     DISCARD_PORT = 9
     LOOK_NS = 1000000000        # time between two looks
-    EMPTY_LOOKS = 3             # an own socket is closed when it was empty at this number of looks
-    # When all own sockets hold datagrams, one is taken from its peer. The peer gets none for this
-    # time. Without this limit, a worker would do little else than open and close sockets.
+    EMPTY_LOOKS = 3             # an own socket is closed if it was empty at this number of looks
+    # If all own sockets hold datagrams, the worker closes one of them, and gives the peer of this
+    # socket no other one for this time. Without this limit, the worker would spend most of its time
+    # with opening and closing sockets.
     REFUSE_NS = 1000000000
-    RETRY_OPEN_NS = 1000000000  # after a socket could not be opened
+    RETRY_OPEN_NS = 1000000000  # if a socket cannot be opened: time until the next attempt
 
 
 cdef inline own_socket_t* own_socket_of(worker_t* w, const peer_t* peer) noexcept nogil:
@@ -64,8 +67,8 @@ cdef inline int held_bytes(int fd) noexcept nogil:
 
 
 cdef inline int copy_option(int shared, int fd, int level, int name) noexcept nogil:
-    """Set an integer option to its value on the shared socket. Options that the kernel or the
-    family does not know are ignored. Return 0, or -1 with errno."""
+    """Copy the value of an integer option from the shared socket to fd. Ignore an option that the
+    kernel or the family does not know. Return 0, or -1 with errno."""
     cdef int wanted = 0, present = 0
     cdef uint32_t n = sizeof(int)
     if getsockopt(shared, level, name, &wanted, &n) < 0:
@@ -98,7 +101,7 @@ cdef inline int copy_options(int shared, int fd, int family) noexcept nogil:
 
 
 cdef inline void limit_buffer(int shared, int fd) noexcept nogil:
-    """Set the send buffer to the shared socket's size, or to OWN_SNDBUF if this is less."""
+    """Set the size of the send buffer: the shared socket's size, at most OWN_SNDBUF."""
     cdef int size = 0
     cdef uint32_t n = sizeof(int)
     getsockopt(shared, SOL_SOCKET, SO_SNDBUF, &size, &n)
@@ -108,12 +111,13 @@ cdef inline void limit_buffer(int shared, int fd) noexcept nogil:
 
 
 cdef inline int join_address(int shared, int fd) noexcept nogil:
-    """Give the socket the shared socket's address and port, without receiving there. Return 0 or
-    an errno.
+    """Give fd the address and the port of the shared socket, but let it receive nothing. Return 0
+    or an errno.
 
-    The socket binds to the port alone, then takes the address by connecting to it. So it never
-    joins the SO_REUSEPORT group of the sockets that receive, and no datagram reaches it in between:
-    a socket that is bound to the address takes precedence.
+    Bind to the port without an address, then connect to the shared socket's address: the kernel
+    then uses this address as the local address, too. So fd never joins the SO_REUSEPORT group of
+    the sockets that receive. Between the two calls no datagram reaches fd, because a socket that is
+    bound to the address takes precedence.
     """
     cdef sockaddr_in6 local, named
     cdef sockaddr_in* local4 = <sockaddr_in*>&local
@@ -123,7 +127,7 @@ cdef inline int join_address(int shared, int fd) noexcept nogil:
         return errno
     memset(&named, 0, sizeof(named))
     named.sin6_family = local.sin6_family
-    named.sin6_port = local.sin6_port  # at the same place in sockaddr_in
+    named.sin6_port = local.sin6_port  # sockaddr_in has its port at the same offset
     if setsockopt(shared, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) < 0 \
             or setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) < 0 \
             or bind(fd, <sockaddr*>&named, n) < 0:
@@ -144,7 +148,8 @@ cdef inline int join_address(int shared, int fd) noexcept nogil:
 
 
 cdef inline int open_socket(int shared, int family) noexcept nogil:
-    """Return a new socket that sends as the shared socket does, or a negative errno. Any thread."""
+    """Return a new socket that sends as the shared socket does, or a negative errno. Any thread may
+    call."""
     cdef int fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     cdef int error
     if fd < 0:
@@ -172,7 +177,7 @@ cdef inline void close_own(worker_t* w, own_socket_t* own) noexcept nogil:
 cdef inline void refuse_for_a_time(
     worker_t* w, const own_socket_t* own, uint64_t now
 ) noexcept nogil:
-    """Give the socket's peer no other socket for some time. The peer may have been freed since."""
+    """Give the socket's peer no other own socket for REFUSE_NS. Do nothing if the peer is gone."""
     cdef peer_t* peer = find_peer(w.snapshot, own.addr, own.addr_len, own.port)
     if peer != NULL and peer == own.peer:
         peer.counters[w.index].refuse_until_ns = now + REFUSE_NS
@@ -187,9 +192,9 @@ cdef inline bint in_queue(const queue_t* q, const peer_t* peer) noexcept nogil:
 
 
 cdef inline own_socket_t* choose_slot(worker_t* w, uint64_t now) noexcept nogil:
-    """Return a slot without a socket. If all have one, close the socket that was given first among
-    those that are empty, or among all if none is empty. The sockets that the present flush needs
-    stay open; there are fewer of them than slots."""
+    """Return a slot without a socket. If there is none, close the oldest socket that is empty; if
+    no socket is empty, close the oldest one. The sockets that the current flush needs stay open:
+    at most QUEUE_PEERS, which is less than the number of slots."""
     cdef own_socket_t* own
     cdef own_socket_t* best = NULL
     cdef bint empty, best_empty = False
@@ -239,7 +244,7 @@ cdef inline bint give_own_socket(worker_t* w, int shared, peer_t* peer) noexcept
 
 
 cdef inline void look_at_own_sockets(worker_t* w) noexcept nogil:
-    """Close the own sockets that are no longer needed. Does nothing if the last look was less than
+    """Close the own sockets that are no longer needed. Do nothing if the last look was less than
     LOOK_NS ago."""
     cdef own_socket_t* own
     cdef uint32_t i

@@ -1,13 +1,13 @@
 """Probes on the UDP path: consume those that arrive, answer requests, report both kinds.
 
-Owns the ring in which a worker reports probes to the control side, and the sending of a probe. A
-request is answered at once, from the socket on which it arrived, so the round trip includes no
-thread but the worker. Only a peer whose route has ROUTE_PROBE is answered, with one reply per
-request, of the request's size.
+Owns the ring in which a worker reports probes to the control side, and the sending of a probe. The
+worker answers a request at once, from the shared socket of the family. So the round-trip time does
+not include other threads of this host. Only peers whose route has ROUTE_PROBE get replies: one
+reply per request, of the same size.
 
 Counting: a probe that arrives is read and consumed. A probe that is sent is generated, and then
-delivered or dropped. The counters of a peer do not count probes. Does not depend on who sends
-probes, and when (the control side).
+delivered or dropped. The counters of a peer do not count probes. The control side decides when
+requests are sent; this file does not depend on it.
 
 Threading: the worker's thread, with two exceptions. The control side takes records from the ring,
 which has one writer and one reader. ``send_datagram`` runs in any thread: it touches only its
@@ -37,14 +37,19 @@ from wire.probe cimport PROBE_REPLY, PROBE_REQUEST, build_probe, parse_probe, pr
 
 
 cdef enum:
-    SEND_TRIES = 3              # a send may report an ICMP error of an earlier datagram instead
+    SEND_TRIES = 3              # a send may fail with the ICMP error of an earlier datagram
 
 
 # The ring
 
 
+cdef inline uint64_t ring_fill(const probe_ring_t* ring) noexcept nogil:
+    """Return the number of records in the ring. Only the writer calls this."""
+    return ring.put - load_flag(&ring.taken)
+
+
 cdef inline void ring_put(probe_ring_t* ring, const probe_record_t* record) noexcept nogil:
-    """Add a record, or count it as lost if the ring is full. The writer's side."""
+    """Add a record, or count it as lost if the ring is full. Only the writer calls this."""
     if ring_fill(ring) == PROBE_RING:
         ring.lost += 1
         return
@@ -52,13 +57,8 @@ cdef inline void ring_put(probe_ring_t* ring, const probe_record_t* record) noex
     store_flag(&ring.put, ring.put + 1)
 
 
-cdef inline uint64_t ring_fill(const probe_ring_t* ring) noexcept nogil:
-    """Return the number of records in the ring. The writer's side."""
-    return ring.put - load_flag(&ring.taken)
-
-
 cdef inline bint ring_take(probe_ring_t* ring, probe_record_t* record) noexcept nogil:
-    """Take the oldest record. Return whether there was one. The reader's side."""
+    """Take the oldest record. Return whether there was one. Only the reader calls this."""
     if load_flag(&ring.put) == ring.taken:
         return False
     record[0] = ring.records[ring.taken % PROBE_RING]
@@ -87,10 +87,10 @@ cdef inline int send_datagram(
 cdef inline int send_beside(
     int shared, int* spare, const uint8_t* p, size_t n, const sockaddr_in6* to, uint32_t to_len
 ) noexcept nogil:
-    """Send one datagram. If the shared socket is full, send from a spare one, so that datagrams
-    that the kernel holds for other peers cost no probe. Return 0 or an errno.
+    """Send one datagram. If the shared socket is full, send from a spare socket: no probe is lost
+    because the kernel holds datagrams for other peers. Return 0 or an errno.
 
-    spare  the spare socket of the calling thread, opened here; -1 = not open
+    spare  the spare socket of the calling thread. -1: it is not open, and is opened if needed
     """
     cdef int error = send_datagram(shared, p, n, to, to_len)
     if error != EAGAIN:
@@ -132,7 +132,8 @@ cdef inline void report(
     record.port = port
     record.received_ns = now_ns()
     ring_put(&w.probes, &record)
-    # A wake-up of the control side costs more than the probe, and the record has its own time.
+    # By default, a probe does not wake the control side: a wake-up costs more than the probe, and
+    # the record has the time of arrival.
     if load_flag(&w.shared.wake_on_probe) or ring_fill(&w.probes) >= PROBE_RING // 2:
         full_fence()  # the control side clears the event first, and then reads the ring
         raise_event(w, EVENT_PROBE)
@@ -148,7 +149,7 @@ cdef inline drop_t take_probe(
     port   of the sender, host order
     from_  the sender's socket address
 
-    drops  as ``parse_probe``; UNKNOWN_PEER; BAD_VERSION: the peer is not to be probed
+    drops  those of ``parse_probe``; UNKNOWN_PEER; BAD_VERSION: no route of the peer has ROUTE_PROBE
     """
     cdef probe_t probe
     cdef int fd, error

@@ -54,8 +54,8 @@ cdef inline bint queue_is_empty(const queue_t* q) noexcept nogil:
 
 
 cdef inline bint queue_is_full(const queue_t* q, uint32_t datagrams) noexcept nogil:
-    """Return whether a flush is needed before the next frame, or ICMP error, of up to ``datagrams``
-    datagrams is added."""
+    """Return whether a flush is needed before up to ``datagrams`` more datagrams are added (of a
+    frame, or of an ICMP error)."""
     return (
         q.n + datagrams > QUEUE_DATAGRAMS or q.used > QUEUE_FULL_BYTES
         or q.peers_n == QUEUE_PEERS

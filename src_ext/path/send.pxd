@@ -49,8 +49,9 @@ cdef enum:
     # default of Linux's net.ipv4.route.min_pmtu, for IPv6 MIN_MTU6.
     MIN_PATH_MTU4 = 552
     UNKNOWN_MTU4 = 576          # the MTU to use if the router reports none (RFC 1191 5)
-    # A flush waits for a full socket only if no other peer had datagrams for ALONE_NS, and at most
-    # for PATIENCE_NS. After a wait that was in vain, no flush waits for NO_WAIT_NS.
+    # A flush waits for a full socket only if no other peer had datagrams during the last ALONE_NS.
+    # It waits for at most PATIENCE_NS. If the socket is still full then, no flush waits during the
+    # next NO_WAIT_NS.
     ALONE_NS = 10000000000
     PATIENCE_NS = 5000000
     NO_WAIT_NS = 1000000000
@@ -254,7 +255,7 @@ cdef inline uint32_t build_messages(
 
 cdef struct refusal_t:          # state of a flush after the kernel refused a message
     bint one_by_one             # send single datagrams until one is accepted
-    bint gso_suspected          # a run was refused, maybe because of UDP_SEGMENT, not its size
+    bint gso_suspected          # a run was refused; the cause may be UDP_SEGMENT, not the size
     uint32_t retries            # number of retries of the current datagram
 
 
@@ -317,8 +318,9 @@ cdef inline uint32_t next_waiting(worker_t* w, int fd, uint32_t peer_i) noexcept
 
 
 cdef inline bint may_wait(worker_t* w) noexcept nogil:
-    """Return whether a flush may wait for a full socket. While it waits, the TUN is not read. So it
-    waits only if this delays no other peer, or only for a short time."""
+    """Return whether a flush may wait for a full socket. During the wait, the TUN is not read. So a
+    flush waits only if no other peer had datagrams recently, and only for a short time. Only a
+    draining worker always waits."""
     cdef uint64_t now
     if w.draining:
         return True
@@ -382,7 +384,7 @@ cdef inline void flush_socket(worker_t* w, int fd) noexcept nogil:
             account(w, &w.queue.peers[peer_i], &w.tx_runs[i], PASS)
         if sent > 0:
             if <uint32_t>sent < n:
-                read_errors(w, fd)  # only the error queue reports why the next message failed
+                read_errors(w, fd)  # only the error queue has the reason why a message failed
             if refusal.gso_suspected:
                 w.udp_gso = False
                 raise_event(w, EVENT_UDP_GSO)
@@ -406,7 +408,8 @@ cdef inline void flush_own_sockets(worker_t* w) noexcept nogil:
 
 
 cdef inline void note_peers(worker_t* w) noexcept nogil:
-    """Note whether the queue has datagrams for another peer than the last flush (see may_wait)."""
+    """Store the time if the queue has datagrams for another peer than the last flush had (see
+    may_wait)."""
     cdef peer_t* peer = w.queue.peers[0].peer
     if w.queue.peers_n != 1 or peer != w.last_peer:
         if w.queue.peers_n != 1 or w.last_peer != NULL:
@@ -416,7 +419,7 @@ cdef inline void note_peers(worker_t* w) noexcept nogil:
 
 cdef inline bint flush(worker_t* w) noexcept nogil:
     """Send the whole queue. Return whether the queue is now empty. If not, full_fd is a socket with
-    a full buffer; flush again when this socket is writable, or soon."""
+    a full buffer. Flush again when this socket is writable, or after RETRY_MS (turn.pxd)."""
     w.full_fd = -1
     if not queue_is_empty(&w.queue):
         note_peers(w)

@@ -74,8 +74,8 @@ cdef inline void epoll_unregister(worker_t* w) noexcept nogil:
 
 cdef inline bint epoll_register(worker_t* w) noexcept nogil:
     """Add the descriptors that carry packets to the epoll set. Return whether all were added. If
-    the kernel refuses one, none is added and errno has the reason: with only some descriptors, the
-    event loop would miss packets."""
+    the kernel refuses one, none is added, because the event loop would miss packets if the set had
+    only some of them; errno has the reason."""
     cdef epoll_event event
     cdef int i
     memset(&event, 0, sizeof(event))
@@ -128,8 +128,9 @@ cdef inline void assume_ready(worker_t* w) noexcept nogil:
 
 
 cdef inline void batching_delay(worker_t* w) noexcept nogil:
-    """Sleep while small packets arrive. In poll(), the first packet would wake the worker. This
-    wake-up would cost the sender CPU time, and the worker would merge fewer packets."""
+    """Sleep for BATCHING_DELAY_NS, so that several small packets arrive. In poll(), the first
+    packet would wake the worker. This wake-up would cost the sender CPU time, and the worker would
+    merge fewer packets."""
     cdef timespec ts
     ts.tv_sec = 0
     ts.tv_nsec = BATCHING_DELAY_NS

@@ -30,7 +30,8 @@ cdef enum:
     RX_SLOTS = 64               # maximum messages of one recvmmsg
     RX_SLOT = 65536             # the longest UDP payload, or the longest run joined by UDP_GRO
     RX_BATCH_BYTES = 262144     # maximum bytes that one batch should receive, to stay in cache
-    WR_FRAME = VNET_LEN + RX_SLOT     # the longest write to the TUN: the payload of one datagram
+    # the longest write to the TUN: the payload of one datagram; a merged frame is not longer
+    WR_FRAME = VNET_LEN + RX_SLOT
 
     CMSG_ROOM = 64
 
@@ -72,7 +73,7 @@ cdef struct run_t:              # the run in one message of sendmmsg; may be a s
 
 cdef struct own_socket_t:       # see own_socket.pxd
     int fd                      # -1: the slot has no socket
-    peer_t* peer                # only to be compared: the peer may have been freed
+    peer_t* peer                # compare it only: the peer may have been freed
     uint8_t addr[16]            # the peer's endpoint
     uint8_t addr_len
     uint16_t port
@@ -90,9 +91,9 @@ cdef struct probe_record_t:     # a probe that has arrived
 
 cdef struct probe_ring_t:       # see probe.pxd
     probe_record_t records[PROBE_RING]
-    uint64_t put                # records ever added; written by the worker
-    uint64_t taken              # records ever taken; written by the control side
-    uint64_t lost               # records that found the ring full
+    uint64_t put                # number of records added so far; written by the worker
+    uint64_t taken              # number of records taken so far; written by the control side
+    uint64_t lost               # number of records lost because the ring was full
 
 
 cdef struct shared_t:
@@ -127,10 +128,10 @@ cdef struct worker_t:
     int full_fd                 # back-pressure: the full socket that the flush waits for; -1 = none
     bint tun_paused             # back-pressure: the TUN is not polled
     bint draining               # the worker stops: a flush waits for each full socket
-    uint64_t waiting_ns         # time at which the present wait began; 0 = no wait
-    uint64_t no_wait_until_ns   # a wait was in vain: until this time, no flush waits
-    peer_t* last_peer           # the last peer of the last flush; only to be compared
-    uint64_t other_peer_ns      # time of the last flush for another peer than before; 0 = none yet
+    uint64_t waiting_ns         # time at which the current wait began; 0 = no wait
+    uint64_t no_wait_until_ns   # until this time, no flush waits: the last wait did not help
+    peer_t* last_peer           # a peer of the last flush; compare it only
+    uint64_t other_peer_ns      # time of the last flush for other peers than before; 0 = none yet
     bint ready                  # the last poll found a ready descriptor
     bint small_packets          # the last received batch had many small datagrams (see decap.pxd)
     bint tun_ready
@@ -165,8 +166,8 @@ cdef struct worker_t:
     uint32_t own_sockets_n      # open now
     uint64_t own_sockets_given  # counter
     uint64_t own_look_ns        # time of the next look
-    uint64_t own_retry_ns       # until this time, none is opened
-    int own_error               # errno of the last one that could not be opened
+    uint64_t own_retry_ns       # until this time, no own socket is opened
+    int own_error               # errno of the last own socket that could not be opened
 
     # TUN to UDP
     uint8_t* tx_frame           # TX_FRAME bytes: the last frame read

@@ -38,7 +38,7 @@ cdef inline uint32_t addr_hash(const uint8_t* addr, size_t addr_len) noexcept no
 
 cdef inline int addr_map_init(addr_map_t* m, size_t n) noexcept nogil:
     """Allocate an empty map for n addresses, which fill at most half of the slots. Return 0, or -1
-    without memory."""
+    if there is no memory."""
     cdef uint32_t size = 8
     while size < 2 * n:
         size *= 2
@@ -80,7 +80,7 @@ cdef inline addr_slot_t* addr_map_put(
 
 
 cdef inline int addr_map_grow(addr_map_t* m) noexcept nogil:
-    """Double the number of slots. Return 0, or -1 without memory. After -1 the map is unchanged."""
+    """Double the number of slots. Return 0. If there is no memory, return -1 and change nothing."""
     cdef addr_map_t bigger
     cdef uint32_t i
     if addr_map_init(&bigger, m.mask + 1) < 0:

@@ -51,7 +51,7 @@ ctypedef struct lpm_trie_t:
     uint64_t shared_mask[2]
     unsigned int shared_n       # the number of these bits, 0..127
     unsigned int direct_n       # bits of the direct table, 1..LPM_DIRECT_MAX
-    uint32_t default_value      # value if the shared bits differ: of the default route, or 0
+    uint32_t default_value      # value of the default route, or 0; used if the shared bits differ
     int fast_popcount
     uint32_t* direct            # 1 << direct_n entries, owned
     lpm_node_t* nodes           # owned
@@ -136,7 +136,7 @@ cdef inline uint64_t _lpm_bits(
 
 
 cdef inline uint32_t _lpm_new_nodes(lpm_trie_t* trie, size_t n) noexcept nogil:
-    """Allocate n consecutive nodes. Return the first index, or LPM_LEAF without memory."""
+    """Allocate n consecutive nodes. Return the first index, or LPM_LEAF if there is no memory."""
     cdef size_t at = trie.nodes_n, cap = trie.nodes_cap
     cdef lpm_node_t* nodes
     if at + n > cap:
@@ -153,7 +153,7 @@ cdef inline uint32_t _lpm_new_nodes(lpm_trie_t* trie, size_t n) noexcept nogil:
 
 
 cdef inline int _lpm_new_leaf(lpm_trie_t* trie, uint32_t value) noexcept nogil:
-    """Append a leaf. Return 0, or -1 without memory."""
+    """Append a leaf. Return 0, or -1 if there is no memory."""
     cdef uint32_t* leaves
     cdef size_t cap
     if trie.leaves_n == trie.leaves_cap:
@@ -172,7 +172,8 @@ cdef inline int _lpm_fill(
     lpm_trie_t* trie, uint32_t at, unsigned int depth, const route_t* routes,
     size_t low, size_t high, uint32_t value
 ) noexcept nogil:
-    """Fill node ``at``, which decides the bits from ``depth`` on. Return 0, or -1 without memory.
+    """Fill node ``at``, which decides the bits from ``depth`` on. Return 0, or -1 if there is no
+    memory.
 
     low, high  routes[low:high] are the routes inside this node's prefix that are longer than
                ``depth``
@@ -271,7 +272,8 @@ cdef inline unsigned int _lpm_direct_width(
 cdef inline int _lpm_build_trie(
     lpm_trie_t* trie, const route_t* routes, size_t low, size_t high
 ) noexcept nogil:
-    """Build the trie of routes[low:high], all of one family. Return 0, or -1 without memory."""
+    """Build the trie of routes[low:high], all of one family. Return 0, or -1 if there is no memory.
+    """
     cdef size_t lengths[129]
     cdef size_t i, slot, first, entries
     cdef unsigned int length, edge
@@ -354,7 +356,8 @@ cdef inline lpm_t* lpm_build(const route_t* routes, size_t n) noexcept nogil:
     """Build the look-up structure of a sorted table without repeated prefixes.
 
     routes   borrowed during the call
-    returns  the structure, owned by the caller; NULL without memory or for 2**31 or more routes
+    returns  the structure, owned by the caller; NULL if there is no memory, or if there are 2**31 or
+             more routes
     """
     cdef size_t n4 = 0, high = n, middle
     cdef lpm_t* lpm

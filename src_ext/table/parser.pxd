@@ -2,7 +2,7 @@
 
 Owns ``parser_t``. The grammar is in text.pxd (route files) and json.pxd (the control API); each
 provides one ``parse_fn``. Parsing needs no GIL, and yields the CPU regularly. So a table of 100,000
-routes does not keep a worker on the same CPU waiting.
+routes does not delay a worker on the same CPU.
 
 Does not build error messages. The parser reports which route is wrong and where the text of this
 route is. To get the message, route_table.pxi parses this one route with ``udptun.model.Route``,
@@ -52,7 +52,7 @@ ctypedef void (*parse_fn)(parser_t*) noexcept nogil
 
 
 cdef inline bint add_route(parser_t* p, const route_t* route) noexcept nogil:
-    """Append a route. Return whether to continue; stop without memory and at p.limit.
+    """Append a route. Return whether to continue: False at p.limit, or if there is no memory.
 
     Yields the CPU every YIELD_ROUTES routes, so that a worker that waits for the CPU can run.
     """
@@ -66,7 +66,7 @@ cdef inline bint add_route(parser_t* p, const route_t* route) noexcept nogil:
 cdef inline size_t find_repeat(
     const route_vec_t* sorted, const route_vec_t* given
 ) noexcept nogil:
-    """Return the index of the first route in ``given`` whose prefix an earlier route has.
+    """Return the index of the first route in ``given`` that has the same prefix as an earlier one.
 
     sorted   the same routes in table order
     returns  the length of ``given`` if no prefix is repeated

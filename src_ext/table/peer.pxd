@@ -41,7 +41,7 @@ cdef struct peer_t:
     uint32_t link_mtu           # of the underlay interface, outer bytes
     uint32_t path_mtu           # outer bytes; <= link_mtu
     uint64_t path_mtu_ns        # time at which path_mtu was learned; 0: path_mtu is link_mtu
-    bint probe                  # a route says that the peer answers probes
+    bint probe                  # a route to the peer has ROUTE_PROBE
     bint new_probe              # control side: ``probe`` in the snapshot that is being built
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
     uint64_t generation         # control side: generation of the last snapshot with this peer
@@ -87,8 +87,8 @@ cdef inline void peer_free(peer_t* peer) noexcept nogil:
 cdef inline peer_t* peer_new(
     const uint8_t* addr, size_t addr_len, uint16_t port, uint32_t link_mtu, uint32_t workers_n
 ) noexcept nogil:
-    """Return a new peer with all counters at zero, or NULL without memory. ``peer_free`` frees it.
-    """
+    """Return a new peer with all counters at zero, or NULL if there is no memory. ``peer_free``
+    frees the peer."""
     cdef peer_t* peer = <peer_t*>calloc(1, sizeof(peer_t))
     if peer == NULL:
         return NULL

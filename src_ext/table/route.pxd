@@ -67,7 +67,7 @@ cdef inline void routes_free(route_vec_t* vec) noexcept nogil:
 
 cdef inline int routes_reserve(route_vec_t* vec, size_t cap) noexcept nogil:
     """Make space for at least ``cap`` routes. If the vector must grow, at least double its size.
-    Return 0, or -1 without memory."""
+    Return 0, or -1 if there is no memory."""
     cdef route_t* items
     if cap <= vec.cap:
         return 0
@@ -82,7 +82,7 @@ cdef inline int routes_reserve(route_vec_t* vec, size_t cap) noexcept nogil:
 
 
 cdef inline int routes_append(route_vec_t* vec, const route_t* route) noexcept nogil:
-    """Add a route at the end; the order may be wrong. Return 0, or -1 without memory."""
+    """Add a route at the end; the order may be wrong. Return 0, or -1 if there is no memory."""
     if vec.n == vec.cap and routes_reserve(vec, 16 if vec.n == 0 else vec.n * 2) < 0:
         return -1
     vec.items[vec.n] = route[0]
@@ -91,7 +91,7 @@ cdef inline int routes_append(route_vec_t* vec, const route_t* route) noexcept n
 
 
 cdef inline int routes_copy(route_vec_t* target, const route_vec_t* source) noexcept nogil:
-    """Copy ``source`` into the empty ``target``. Return 0, or -1 without memory."""
+    """Copy ``source`` into the empty ``target``. Return 0, or -1 if there is no memory."""
     if source.n == 0:
         return 0
     if routes_reserve(target, source.n) < 0:
@@ -146,7 +146,7 @@ cdef inline bint route_valid(const route_t* route) noexcept nogil:
 
 
 cdef inline int routes_sort(route_vec_t* vec) noexcept nogil:
-    """Sort into table order. Return 0, or -1 without memory. After -1 the vector is unchanged.
+    """Sort into table order. Return 0. If there is no memory, return -1 and change nothing.
 
     This is a stable merge sort. A table that is already in order, for example one that udptun
     wrote, takes one pass. The sort yields the CPU between passes, so that a worker that waits for

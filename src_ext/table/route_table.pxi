@@ -32,7 +32,7 @@ from udptun.errors import FieldError, RouteExists
 from udptun.model import Route
 
 JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?, "probe"?}, ...]}'
-LONGEST_ROUTE = 65536  # in bytes; for a longer wrong route, the message does not name the field
+LONGEST_ROUTE = 65536  # bytes; if a wrong route is longer, the error does not name the field
 
 
 def _refuse_repeated_keys(where):
@@ -62,7 +62,7 @@ cdef object route_error(bytes text, bint is_json, str where):
             return error
         except ValueError:  # a number with more digits than int() accepts
             pass
-    return FieldError("route", excerpt, "a route of the usual length", where)
+    return FieldError("route", excerpt, "a shorter text of the route", where)
 
 
 cdef object parse_error(const parser_t* p, bint is_json):
@@ -81,7 +81,7 @@ cdef object parse_error(const parser_t* p, bint is_json):
 
 
 cdef void pack_prefix(route_t* route, object network):
-    """Set the destination of a route. All bytes of the route must be zero before."""
+    """Set the destination of a route. Before the call, all bytes of the route are zero."""
     cdef bytes packed = network.network_address.packed
     memcpy(route.dst, <const char*>packed, len(packed))
     route.dst_family = network.version
@@ -104,7 +104,7 @@ cdef object pack_route(route_t* route, object given):
         route.flags = ROUTE_PROBE if given.probe else 0
         if route_valid(route) and (route.via_family == 4 or given.via.scope_id is None):
             return
-    # This raises, and names the field.
+    # Route.make raises the error that names the field.
     Route.make(str(given.dst), str(given.via), given.port, given.mtu, given.probe)
     raise FieldError("route", given, "a valid route")
 
@@ -156,7 +156,7 @@ cdef class RouteTable:
 
     @staticmethod
     def parse_text(const uint8_t[::1] body not None):
-        """Parse a route file: a ``DST via IP [port P] [mtu M] [probe]`` per line. Raise FieldError.
+        """Parse a route file: lines of ``DST via IP [port P] [mtu M] [probe]``. Raise FieldError.
         """
         return parse_table(body, False)
 

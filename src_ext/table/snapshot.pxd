@@ -82,7 +82,7 @@ cdef inline bint is_own(
 cdef inline peer_t* next_peer(
     const snapshot_t* s, uint32_t* slot, const peer_t* peer
 ) noexcept nogil:
-    """Return the peer after ``peer``, or NULL: an iteration over all peers, for the control side.
+    """Iterate over all peers, for the control side. Return the peer after ``peer``, or NULL.
 
     slot  0 at the start; updated by each call
     peer  NULL at the start, then the result of the last call

@@ -42,7 +42,7 @@ cdef struct cut_t:
     uint32_t seq            # TCP: of the first segment, host order
     uint32_t ip_id          # IPv4: of the first segment, host order
     uint64_t pseudo         # sum of the pseudo-header without the length
-    # set by ``cut_start``: the template of the headers, with zeros where segments differ; its sums
+    # set by ``cut_start``: the template of the headers (zeros where segments differ), and its sums
     uint8_t flags           # TCP: of the super-packet
     uint64_t ip_base        # sum of the IPv4 header in ``hdr``
     uint64_t l4_base        # ``pseudo``, plus the sum of the transport header in ``hdr``
@@ -182,8 +182,8 @@ cdef inline void cut_start(cut_t* cut, const uint8_t* p) noexcept nogil:
 cdef inline void cut_header(
     const cut_t* cut, const uint8_t* payload, uint32_t i, uint8_t* out
 ) noexcept nogil:
-    """Write the headers of segment i. The code never reads bytes that it has just written: such a
-    load stalls until the stores complete, if several smaller stores wrote the bytes.
+    """Write the headers of segment i. The code does not read bytes that it has just written: if
+    several smaller stores wrote the bytes, the load waits until these stores complete.
 
     payload  the payload of this segment, cut_payload_len(i) bytes; does not overlap out
     out      SEG_HDR_ROOM bytes; the bytes after the headers are overwritten too

@@ -4,8 +4,8 @@ Owns no state and copies no payload. The caller has parsed the IP header, and ha
 packet is IPv4 without DF. The options are validated here.
 Source: RFC 791 3.1 (options, copied flag), 3.2 (fragmentation procedure).
 
-The packet is in two pieces. ``hdr`` is the IP header, ip_hdr_len bytes, and after it the *lead*: a
-transport header of lead_len bytes, 0 if the caller wrote none there. ``data`` is the rest.
+The packet is in two pieces. ``hdr`` has ip_hdr_len bytes of IP header, then the *lead*: lead_len
+bytes of transport header, or none (0). ``data`` is the rest of the packet.
 """
 
 from libc.stdint cimport uint8_t, uint32_t

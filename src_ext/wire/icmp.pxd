@@ -1,8 +1,8 @@
 """ICMP errors: build an error about a packet, and limit the rate of errors.
 
-Owns the format of the errors, the rules about when no error may be sent, and the token bucket. Does
-not choose the source address, and does not send. The only state is the caller's bucket, which
-belongs to one thread.
+Owns the format of the errors, the rules that forbid an error, and the token bucket. Does not choose
+the source address, and does not send. The only state is the caller's bucket, which belongs to one
+thread.
 Source: RFC 792, RFC 1122 3.2.2, RFC 1812 4.3.2, RFC 1191 4 (IPv4); RFC 4443 2.4, 3 (IPv6).
 """
 
@@ -44,7 +44,7 @@ cdef enum:
     ICMP_BURST_NS = 50000000
 
 
-cdef struct icmp_bucket_t:  # one per kind and family. Zeros: the bucket is full at its first use
+cdef struct icmp_bucket_t:  # one per kind and family; a bucket of zeros is full at its first use
     uint64_t tokens_ns
     uint64_t last_ns
 

@@ -1,14 +1,14 @@
 """Merge received packets into super-packets, so that one write to the TUN carries many packets.
 
-Owns merge_t: the packets of one turn in arrival order, grouped into outputs. An output is one
-packet, or consecutive segments of one flow. Payloads stay where they were received until
-``merge_frame`` copies them into one frame.
+Owns merge_t: the packets since the last ``merge_reset`` in arrival order, grouped into outputs. An
+output is one packet, or consecutive segments of one flow. Payloads stay where they were received
+until ``merge_frame`` copies them into one frame.
 
-An output is written at the place of its first packet in the order of arrival, which preserves the
-order within a flow. A packet that cannot join closes its flow's output: later packets of the flow
-start a new one. A pure ACK does not close it. A packet whose ports are hidden (a fragment) closes
-the outputs of all flows. The write tells the kernel that checksums are valid, so only verified
-packets are merged; the first packet of an output is verified when a second one is about to join.
+The outputs are written in the arrival order of their first packets. This preserves the order within
+a flow. A packet that cannot join closes its flow's output: later packets of the flow start a new
+output. A pure ACK closes no output. A packet whose ports are hidden (a fragment) closes the outputs
+of all flows. A merged frame tells the kernel that the checksums are valid, so only verified packets
+are merged. The first packet of an output is verified only when a second packet can join.
 
 Source: the rules of Linux's tcp_gro_receive and udp_gro_receive (net/ipv4/tcp_offload.c,
 udp_offload.c), RFC 9293, RFC 768, RFC 6864 (IPv4 ids without DF).
@@ -30,7 +30,7 @@ from wire.packet cimport ip_t, is_extension
 
 
 cdef enum:
-    MERGE_PACKETS = 2048        # maximum packets in one turn
+    MERGE_PACKETS = 2048        # maximum packets between two calls of merge_reset
     MERGE_FLOWS = 256           # slots of the flow table; a power of two
     MERGE_UDP_MAX = 64          # datagrams of a UDP super-packet: the kernel's UDP_MAX_SEGMENTS
     MERGE_FRAME = VNET_LEN + IP_MAX  # the longest merged frame
@@ -53,8 +53,9 @@ cdef struct output_t:
     uint32_t next_seq           # TCP, host order
     uint16_t next_id            # IPv4, host order
     bint tcp
-    bint verified               # the first packet's checksums are right
-    bint closed                 # no packet can join: the last one had PSH or was shorter
+    bint verified               # the first packet's checksums are correct
+    # No packet can join: the last one had PSH or was shorter, or the first one has a bad checksum.
+    bint closed
     uint8_t flags               # TCP: of the last packet
 
 
@@ -99,7 +100,7 @@ cdef struct candidate_t:        # a packet, and its header fields that decide ab
 
 
 cdef inline void merge_reset(merge_t* m) noexcept nogil:
-    """Start a turn: no packets, no flows."""
+    """Remove all packets, outputs and flows."""
     m.packets_n = 0
     m.outputs_n = 0
     m.epoch += 1
@@ -179,9 +180,9 @@ cdef inline merge_class_t merge_classify(
 
 
 cdef inline flow_t* merge_flow(merge_t* m, const candidate_t* c) noexcept nogil:
-    """Return the flow table's slot for these addresses and ports. Two flows may share a slot:
-    a packet of one then closes the output of the other. This prevents a merge, but reorders
-    nothing."""
+    """Return the flow table's slot for these addresses and ports. Two flows may share a slot. Then
+    a packet of one flow closes the output of the other. This prevents a merge, but does not change
+    the order of packets."""
     cdef const uint8_t* addrs = c.p + c.addr_off
     cdef uint64_t h = csum_add(c.p + c.ip_hdr_len, 4, c.proto)
     cdef size_t i

@@ -25,7 +25,7 @@ cdef enum:
     EXT_ESP = 50
     EXT_AUTHENTICATION = 51
     EXT_DESTINATION = 60
-    EXT_MAX_N = 8               # a longer chain is treated as an attack
+    EXT_MAX_N = 8               # maximum headers in a chain; a longer chain is not parsed
     EXT_SEGMENTS_LEFT = 3       # offset in a routing header
 
 
@@ -140,7 +140,7 @@ cdef inline bint hop_limit_spent(const uint8_t* p, uint8_t version) noexcept nog
 
 cdef inline drop_t decrement_hop_limit(uint8_t* p, uint8_t version) noexcept nogil:
     """Decrement the hop limit and update the IPv4 header checksum. The update is incremental, so a
-    checksum that was wrong before is still wrong after it.
+    wrong checksum stays wrong.
 
     drops  TTL_EXCEEDED if the hop limit is 0 or 1; the packet is then unchanged
     """

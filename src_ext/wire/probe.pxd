@@ -5,7 +5,7 @@ forwarders (or, on another path, between two node daemons). Its first byte is ne
 packet: the high nibble is 7. All fields are big-endian. Does not depend on peers or on when a probe
 is sent.
 
-Threading: none; any bytes.
+Threading: all functions are pure, and any thread may call them. ``p`` may be any bytes.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -38,12 +38,13 @@ cdef enum:
 cdef struct probe_t:
     uint8_t kind                # PROBE_REQUEST or PROBE_REPLY
     uint32_t size               # bytes of the message
-    uint32_t heard_ms           # since the sender last received a probe of ours; 2**32 - 1 = never
-    uint64_t token              # of the request; the reply has the same
+    # milliseconds since the sender last received a probe from the receiver; 2**32 - 1 = never
+    uint32_t heard_ms
+    uint64_t token              # identifies a request; the reply has the same token
 
 
 cdef inline bint is_probe(const uint8_t* p, size_t n) noexcept nogil:
-    """Return whether p[0:n] begins as a probe. It may still be malformed."""
+    """Return whether p[0:n] begins with the bytes of a probe. The rest may still be malformed."""
     return n >= PROBE_MAGIC_LEN and load_be32(p) == PROBE_MAGIC
 
 
