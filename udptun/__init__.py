@@ -1,7 +1,7 @@
 """udptun: an IP-over-UDP tunnel in flannel's wire format.
 
-The names of the public API. Each name is imported on first use (PEP 562), so that a client command
-does not load the data plane. ``from udptun import Forwarder`` works as usual.
+Has the names of the public API. A name is imported at its first use (PEP 562), so that a client
+command does not load the data plane. ``from udptun import Forwarder`` works as usual.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""The open connections of one server, and which of them is closed if there are too many.
+"""The open connections of one server, and the choice of the connection to close at the limit.
 
-Owns the rule: a client that sends no request may not keep another client from being answered. So
-the connection that has been idle for the longest time is closed for a new one. Does not depend on
-the kind of the connections. Any thread.
+Owns the rule: clients that send no request must not block other clients. So at the limit, a new
+connection replaces the connection that has been idle for the longest time. Does not depend on the
+kind of the connections. Any thread.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ C = TypeVar("C")
 class Connections(Generic[C]):
     """At most ``limit`` connections.
 
-    close  closes an idle connection; it may not block, and not raise if the connection is closed
-           already
+    close  closes an idle connection. It must not block. It must not raise if the connection is
+           already closed
     """
 
     def __init__(self, limit: int, close: Callable[[C], object]) -> None:
         self._limit = limit
         self._close = close
         self._lock = threading.Lock()
-        # Those that wait for a request, the longest time first. True: after an earlier request.
+        # Connections without a request in progress, the longest idle one first. True: there was a
+        # request before.
         self._idle: dict[C, bool] = {}
         self._busy: set[C] = set()
 
     def add(self, connection: C) -> bool:
-        """Add a connection, and close the one that has been idle for the longest time if there are
-        too many. Return False if all others are busy: then the new one has to be closed."""
+        """Add a connection. At the limit, close the connection that has been idle for the longest
+        time. If no connection is idle, return False: the caller must close the new one."""
         with self._lock:
             oldest = None
             if len(self._idle) + len(self._busy) >= self._limit:

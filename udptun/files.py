@@ -1,4 +1,5 @@
-"""Replace a file atomically: a reader, or a crash at any point, finds the old or the new content.
+"""Replace a file atomically: the file always has either the old or the new content, for a reader
+and after a crash.
 
 A leaf: imports no other module of udptun. Calls block. Threading: any thread, any number of
 writers. Source: rename(2), fsync(2). A rename is on the disk when the directory is synced.

@@ -1,9 +1,9 @@
 """The names of everything that one instance of udptun creates on a host. A leaf.
 
 Several instances can run on one host, for example for two overlays. Each instance has a name. From
-this name the module derives the name of every device, nftables table, socket, lock, state directory
-and file of the instance. So two instances do not share one of these by accident. The default
-instance keeps the names that udptun and flannel have always used.
+this name the module derives the names of all devices, nftables tables, sockets, locks, directories
+and files of the instance. So two instances cannot use the same one by accident. The default
+instance uses the names of earlier versions of udptun, and of flannel.
 
 Owns the grammar of instance names, and the names derived from them. Creates only the lock.
 """
@@ -100,7 +100,7 @@ class Instance:
     def control_socket(self, run_dir: Path | None = None) -> Path:
         """Return the path of the forwarder's control socket.
 
-        run_dir  $RUNTIME_DIRECTORY if that is set, else None
+        run_dir  $RUNTIME_DIRECTORY; None if it is not set
         """
         return (run_dir or self.run_dir) / f"{self.name}.sock"
 
@@ -140,8 +140,8 @@ class Instance:
     def claimed(self, what: str, path: Path, option: str) -> Iterator[None]:
         """Hold the lock file ``path``, which contains our name. Only one instance can hold it.
 
-        what    the thing that the lock file protects, for the error message
-        option  the option that gives this instance another one
+        what    the object that the lock file protects, for the error message
+        option  the option with which the user selects another such object for this instance
         Raises InstanceRunning, which names both instances. Raises OSError.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,8 +167,8 @@ def _lock_file(path: Path) -> int | None:
     """Create the file if necessary, and lock it. Return its descriptor, or None if another process
     holds the lock.
 
-    A process that ends removes the file. This can happen between our open and our flock. Other
-    processes would then lock a new file, and our lock would have no effect. So open the path again.
+    A process that ends removes the file. It may do so between our open and our flock. Then other
+    processes lock a new file, and our lock has no effect. So check this, and open the path again.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -59,8 +59,8 @@ def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
 def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
     """Parse the prefix of a network, in CIDR form with its length.
 
-    Host bits must be 0: 10.0.0.1/8 is usually a typing error. So is 10.244.0.0 without a length,
-    which ip(8) reads as the single address 10.244.0.0/32.
+    Host bits must be 0, because 10.0.0.1/8 is usually a typing error. The length is required,
+    because 10.244.0.0 without a length usually is one too: ip(8) reads it as 10.244.0.0/32.
     """
     if isinstance(value, str) and "/" not in value:
         expected = "a prefix with its length, such as 10.244.0.0/16"
@@ -158,7 +158,7 @@ class Route:
                 raise FieldError("route", name, "port P, mtu M or probe, each once", where)
             value = True if name == "probe" else next(rest, None)
             if value is None:
-                raise FieldError(name, "", "a value after it", where)
+                raise FieldError(name, "", f"a value after the word {name}", where)
             values[name] = value
         return cls.make(words[0], words[2], where=where, **values)
 
@@ -207,12 +207,12 @@ class PeerError(NamedTuple):
 class Peer(NamedTuple):
     """A peer and its counters, as the core reports them.
 
-    address    address in packed form
-    last_seen  seconds since the last accepted packet, probe or keepalive from the peer; None: none
-               has arrived
-    probe      a route says that the peer answers probes
-    last_rx_ns  the time that last_seen counts from, monotonic; 0: none
-    errors_n   errors that were kept as last_error so far
+    address     address in packed form
+    last_seen   seconds since the last accepted packet, probe or keepalive from the peer; None: none
+                has arrived
+    probe       whether a route to the peer has ``probe``
+    last_rx_ns  monotonic time at which it arrived, in nanoseconds; 0: none has arrived
+    errors_n    number of errors so far that were stored as last_error
     """
 
     address: bytes
@@ -249,9 +249,9 @@ class ProbeRecord(NamedTuple):
 
     kind         PROBE_REQUEST (the worker has answered it already) or PROBE_REPLY
     address      of the sender, in packed form
-    heard_ms     milliseconds since the sender last received a probe of ours; NEVER_HEARD: never
+    heard_ms     milliseconds since the sender last received a probe from us; NEVER_HEARD: never
     size         bytes of the message
-    received_ns  monotonic
+    received_ns  monotonic time of arrival
     """
 
     kind: int

@@ -1,8 +1,8 @@
 """Limit and log the repairs that one owner makes on the host. A leaf.
 
 Another program may undo each repair. Then the pause between two repairs grows up to LAST_PAUSE, so
-that the two programs do not use the whole CPU. Each repair is logged once. Equal repairs that
-follow are counted, and logged as one line per SUMMARY_SECONDS.
+that the two programs do not use the whole CPU. The first of several equal repairs is logged. The
+others are counted, and logged as one line per SUMMARY_SECONDS.
 
 Owns the pauses and the log lines. Does not depend on what is repaired. One thread.
 """
@@ -22,7 +22,7 @@ SUMMARY_SECONDS = 60.0
 @dataclass(slots=True)
 class _Logged:
     at: float
-    more_n: int = 0  # equal repairs since then
+    more_n: int = 0  # equal repairs since the last log line
 
 
 class Repairs:
@@ -39,7 +39,7 @@ class Repairs:
         self._clock = clock
         self._last: float | None = None
         self._pause = 0.0
-        self._tried: dict[str, float] = {}  # what: when
+        self._tried: dict[str, float] = {}  # {repair: time of the last try}
         self._logged: dict[str, _Logged] = {}
 
     def pause(self) -> float:
@@ -67,7 +67,7 @@ class Repairs:
             self._say(what)
 
     def summarise(self) -> None:
-        """Log the counted repairs whose time has come. Call it from time to time."""
+        """Log the counted repairs that are due. Call this at regular intervals."""
         now = self._clock()
         for what, logged in [*self._logged.items()]:
             seconds = now - logged.at

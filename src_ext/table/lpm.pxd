@@ -356,8 +356,8 @@ cdef inline lpm_t* lpm_build(const route_t* routes, size_t n) noexcept nogil:
     """Build the look-up structure of a sorted table without repeated prefixes.
 
     routes   borrowed during the call
-    returns  the structure, owned by the caller; NULL if there is no memory, or if there are 2**31 or
-             more routes
+    returns  the structure, owned by the caller; NULL if there is no memory, or if there are 2**31
+             or more routes
     """
     cdef size_t n4 = 0, high = n, middle
     cdef lpm_t* lpm

@@ -347,7 +347,7 @@ def test_forwarder_without_access_to_the_lock_runs_unlocked(tmp_path: Path) -> N
     with forwarding(RUNTIME_DIRECTORY=str(tmp_path / "file")) as process:
         assert line(process) == "up uvloop"
         process.terminate()
-        assert "the instance udptun is not locked" in end(process)[2]
+        assert "cannot lock the instance udptun" in end(process)[2]
 
 
 def test_no_time_stamp_for_the_journal(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The ``udptun`` command. Each group of subcommands is a module, imported when it is called.
+"""The ``udptun`` command. Each subcommand's module is imported when the subcommand is called.
 
-A client command imports little more than click and http.client and so starts fast: a script can run
-one command per peer. Further imports of a command are inside its functions.
+A client command imports little more than click and http.client. So it starts fast, and a script can
+run one command per peer. A command makes its other imports inside its functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMMANDS = {
     "node": (".node:node", "Run the node daemon: join this host to an overlay network."),
     "route": (".route:route", "List and change the routes of a running forwarder."),
     "status": (".show:status", "Show the node, the device, the peers and the packet counts."),
-    "peers": (".show:peers", "Show for each peer whether it answers probes, and how soon."),
+    "peers": (".show:peers", "Show for each peer whether it answers probes, and how fast."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
     "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),

@@ -1,8 +1,8 @@
 """``udptun ext``: the commands that an unmodified flanneld with the extension backend runs.
 
-Owns the options and the output of the commands. flanneld reads all output, also errors. It puts the
-output of the first command into the lease. So ``advertise`` prints only the line for the lease, and
-the other commands print nothing except errors.
+Owns the options and the output of the commands. flanneld reads all output, including errors. It
+puts the output of the first command into the lease. So ``advertise`` prints only the line for the
+lease, and the other commands print nothing except errors.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def up(
 ) -> None:
     """Make a forwarder run with this node's lease (PostStartupCommand).
 
-    Reads NETWORK, SUBNET and PUBLIC_IP. A forwarder that has the lease already is left alone. It
-    keeps running when flanneld ends.
+    Reads NETWORK, SUBNET and PUBLIC_IP. If a forwarder with this lease runs already, the command
+    does not change it. The forwarder keeps running when flanneld ends.
     """
     extension = _extension(ctx, state_dir, forwarder)
     _do(lambda: extension.up(os.environ, tun or extension.instance.tun, listen, port, mtu))
@@ -98,7 +98,7 @@ def up(
 def add(ctx: click.Context, state_dir: Path | None, forwarder: str) -> None:
     """Route a peer's subnet to the peer (SubnetAddCommand).
 
-    Reads SUBNET and PUBLIC_IP, and the peer's advertisement on standard input. A former route of
+    Reads SUBNET and PUBLIC_IP, and the peer's advertisement on standard input. An older route to
     the subnet is replaced.
     """
     from ..node.extension import peer_route

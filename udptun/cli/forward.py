@@ -53,7 +53,7 @@ def _network(text: str) -> IPNetwork:
 
 
 def _auto_or_number(text: str) -> int | None:
-    """Return None for auto, else a number up to MAX_MTU. ForwarderConfig checks the exact range."""
+    """Return None for auto, else a number of at most MAX_MTU. ForwarderConfig checks the range."""
     from ..model import MAX_MTU, parse_number
 
     if text == "auto":
@@ -161,7 +161,7 @@ def _config(
 ) -> ForwarderConfig:
     from ..forwarder import ForwarderConfig
 
-    # options and environment variables UDPTUN_FORWARD_* have other names than the fields
+    # Some options and their variables UDPTUN_FORWARD_* have other names than the fields.
     for option, field in FIELDS.items():
         values[field] = values.pop(option)
     values["tun"] = values["tun"] or chosen.tun
@@ -169,7 +169,7 @@ def _config(
     try:
         return ForwarderConfig(**values)
     except FieldError as exc:
-        # the error names its field as the option is named
+        # The error shall have the name of the option, not of the field.
         where = f" (some options are from {options_file})" if options_file else ""
         raise click.UsageError(f"--{exc}{where}") from exc
 
@@ -182,7 +182,7 @@ def _locked(chosen: Instance) -> Iterator[None]:
         try:
             stack.enter_context(chosen.locked("forward", runtime_directory()))
         except OSError as exc:
-            log.info("the instance %s is not locked, so a second forwarder with this name would not"
+            log.info("cannot lock the instance %s, so a second forwarder with this name would not"
                      " be refused: %s", chosen.name, exc)
         yield
 
@@ -210,7 +210,8 @@ async def _serve(config: ForwarderConfig) -> None:
     loop.add_signal_handler(signal.SIGUSR1, signals.log_state)
     async with forwarder:
         signals.started = True
-        # Collections pause the control API. Exempt the objects loaded so far, which all stay.
+        # A garbage collection pauses the control API. It need not look at the objects that exist
+        # now, because they all stay until the end.
         gc.collect()
         gc.freeze()
         await forwarder.wait_stopped()
@@ -235,7 +236,7 @@ class _Signals:
     def reload(self) -> None:
         """Check the TUN device, and load the route file.
 
-        Does nothing during the start, because the start does both.
+        Do nothing during the start, because the start does both.
         """
         import asyncio
 

@@ -118,8 +118,8 @@ class GoCommand(click.Command):
         return super().parse_args(ctx, list(self._spelled_so_far(ctx, args)))
 
     def _spelled_so_far(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Yield what ``_spelled`` yields. If a shell completes the command line, its end may be
-        missing, and errors are no errors."""
+        """Yield what ``_spelled`` yields. While a shell completes a command line, the end of the
+        line may be missing. So ignore usage errors then."""
         try:
             yield from self._spelled(ctx, args)
         except click.UsageError:

@@ -1,6 +1,6 @@
 """A click group that imports its commands when they are called, and turns errors into exit codes.
 
-Owns the imports on demand. Converts udptun's errors into a line on stderr and an exit code: 1 if
+Owns the imports on demand. Turns an error of udptun into a line on stderr and an exit code: 1 if
 the command failed, 2 if its arguments are wrong.
 """
 

@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
 class _BoundedFile(RotatingFileHandler):
     """A log file that is renamed to FILE.1 at FILE_MAX bytes. At most these two files exist.
 
-    stdout and stderr go to the file too, so it also has the text of a crash.
+    stdout and stderr are redirected to the file, so the file also gets the message of a crash.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class _BoundedFile(RotatingFileHandler):
 def _is_journal() -> bool:
     """Return whether stderr is the connection to the journal that systemd has made.
 
-    A process that has another stderr inherits the variable too.
+    The variable alone does not show this: a process with another stderr may have inherited it.
     """
     found = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

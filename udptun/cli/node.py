@@ -38,7 +38,7 @@ ETCD = EtcdConfig()
 STOCK = NodeConfig(ETCD)
 KUBE = KubeConfig(node_name="any")
 
-# Flags of newer versions of flanneld that have no effect here, and the reasons.
+# Flags of newer versions of flanneld that have no effect here, each with the reason.
 WITHOUT_EFFECT = {
     "ip_blackhole_route": "no route is created for our own subnet",
     "ip_masq_fully_random_disable": "masquerading always picks source ports at random",
@@ -233,7 +233,7 @@ def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
                  "firewall", "keep_flannel", "iptables_resync", "forwarder", "forward_file",
                  "state_dir", "healthz_port", "cleanup")
-    given: dict[str, Any] = {  # if not given, NodeConfig uses the instance's
+    given: dict[str, Any] = {  # NodeConfig takes all other names from the instance
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
@@ -242,7 +242,7 @@ def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     return NodeConfig(
         source=_source(ctx, values),
         interface=InterfaceOptions(
-            # a template may write an empty value, which counts as not given
+            # Ignore empty values: a template may write them.
             names=tuple(filter(None, values["iface"])),
             regexes=tuple(filter(None, values["iface_regex"])),
             can_reach=values["iface_can_reach"],

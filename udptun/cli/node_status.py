@@ -1,6 +1,6 @@
 """The node daemon's part of ``udptun status``, as text.
 
-Formats the JSON of the daemon's socket (docs/node.md); asks nobody.
+Formats the JSON that the daemon's socket returns (docs/node.md). Opens no connection.
 """
 
 from __future__ import annotations

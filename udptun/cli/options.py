@@ -30,7 +30,7 @@ __all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_json", 
            "instance", "instance_of", "named_socket", "no_headers",
            "node_client", "output", "remember", "socket"]
 
-NODE_SECONDS = 5.0  # limit for the answer of the node daemon
+NODE_SECONDS = 5.0  # the longest time to wait for the answer of the node daemon
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
@@ -81,9 +81,9 @@ output = click.option(
 no_headers = click.option("--no-headers", is_flag=True, help="Omit the header line of the table.")
 
 
-# The options --socket and --instance: the control socket, and the instance that it belongs to. Both
-# are accepted before and after the command's name. The values are stored in the context of the
-# ``udptun`` group. The value from the source with the highest precedence counts.
+# The options --socket and --instance select the control socket and the instance. Both are accepted
+# before and after the command's name. The context of the ``udptun`` group stores the values. If an
+# option has several values, the one from the source with the highest precedence counts.
 
 
 def _rank(source: ParameterSource | None) -> int:

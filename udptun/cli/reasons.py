@@ -1,7 +1,7 @@
 """Formats the list of drop reasons for ``udptun drops --explain`` and docs/drops.md.
 
-``python -m udptun.cli.reasons > docs/drops.md`` generates the page. A test compares the
-page to the list.
+``python -m udptun.cli.reasons > docs/drops.md`` generates the page. A test compares the page with
+the list.
 """
 
 from __future__ import annotations

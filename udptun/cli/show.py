@@ -32,7 +32,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def status(ctx: click.Context, output: str) -> None:
     """Show the node, the device, the peers and the packet counts.
 
-    The node daemon and the forwarder are asked. Each part is shown if its process answers.
+    The command asks the node daemon and the forwarder, and shows the answers that it gets.
     """
     node = _answer(node_client(ctx).node)
     found = client(ctx).status() if node is None else _answer(client(ctx).status)
@@ -58,10 +58,10 @@ def _answer(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
 @connection
 @click.pass_context
 def peers(ctx: click.Context, output: str, no_headers: bool) -> None:
-    """Show for each peer whether it answers probes, and how soon.
+    """Show for each peer whether it answers probes, and how fast.
 
     A peer is probed if one of its routes has the word `probe`. LARGEST is the largest packet, in
-    bytes, that was answered. LOSS is the share of the last 32 probes without an answer.
+    bytes, that was answered. LOSS is the share of unanswered probes among the last 32.
     """
     found = client(ctx).peers()
     if output == "json":
@@ -126,7 +126,7 @@ def events(ctx: click.Context, watch: bool, output: str) -> None:
             elif event["type"] != "hello":
                 click.echo(_event(event))
     except KeyboardInterrupt:
-        sys.exit(130)  # Ctrl-C is the normal end: the exit code that shells use for it
+        sys.exit(130)  # Ctrl-C is the normal end; shells use this exit code for it
 
 
 def _stranger(reason: str, source: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def trace(ctx: click.Context, address: str, output: str) -> None:
 
 
 def _path(kernel: KernelPath, tun: str) -> str:
-    """Return by what the packet travels: udp, vxlan, local, none, or another device."""
+    """Return the kind of path that the packet takes: udp, vxlan, local, none or other."""
     if kernel.error:
         return "none"
     if kernel.local:

@@ -23,8 +23,8 @@ from .lazy import Failure
 
 log = logging.getLogger("udptun")
 
-# Seconds between checks; a check takes microseconds. inotify is not used, because the directory may
-# not exist yet either, and a file system may be mounted over a parent directory.
+# Seconds between checks; a check takes microseconds. inotify is not used: the directory may not
+# exist yet, and a file system may be mounted over a parent directory later.
 POLL_SECONDS = 0.1
 
 

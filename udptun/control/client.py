@@ -1,7 +1,7 @@
 """The client of the control API: synchronous, standard library only, fast to import.
 
-Owns one connection, which stays open between calls. Returns the JSON of docs/control.md without
-interpreting it. Exception: the diff of a route change. Threading: one thread per client.
+Owns one connection, which stays open between calls. Returns the JSON of docs/control.md unchanged,
+except for the diff of a route change. Threading: one thread per client.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ class ControlClient:
     def stop(self, exit_seconds: float = EXIT_SECONDS) -> None:
         """Stop the forwarder. Return when its process has ended.
 
-        In two cases the end of the connection counts as the end:
-        - The process runs more than the forwarder, and continues.
-        - The process is not visible, because it is in another PID namespace, for example.
+        In two cases the method returns when the connection ends:
+        - The process does not end, because it does more than run the forwarder.
+        - The process is not visible, for example because it is in another PID namespace.
         """
         self.close()  # the end of a new connection shows that the forwarder has stopped
         with self._connection.handle() as sock:
@@ -242,7 +242,8 @@ class ControlClient:
             try:
                 self._connection.request(method, target, body, headers)
             except BrokenPipeError:
-                # The server refused the request before it had read all of it. The answer says why.
+                # The server refused the request before it had read all of it. Its answer has the
+                # reason.
                 return self._connection.refused_answer(method)
             return self._connection.getresponse()
         except TimeoutError as exc:

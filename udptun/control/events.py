@@ -23,7 +23,7 @@ QUEUE_N = 4096  # events per reader
 
 
 class Reader:
-    """The events that were emitted since the reader was opened and that are not taken yet.
+    """The events since the reader was opened, except those that are already taken.
 
     Take them in batches with ``take``, or one by one with ``async for``.
     """

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 MESSAGE = struct.Struct("=i4si4sHxx")
 SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
 
-WARN_SECONDS = 5.0  # between log lines about bad messages
+WARN_SECONDS = 5.0  # the shortest time between two log lines about bad messages
 ACCEPT_PAUSE = 0.5  # seconds to wait after a failed accept
 
 
@@ -127,7 +127,7 @@ class FlannelControl:
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener.sock)
-            except OSError as exc:  # for example no descriptors left; the listener is valid
+            except OSError as exc:  # for example, no descriptor is left; the listener stays valid
                 self._warn(f"{listener.path}: accept: {exc.strerror}")
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue

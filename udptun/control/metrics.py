@@ -1,7 +1,8 @@
 """The counters as Prometheus text, read at each scrape.
 
-Owns the names and labels of the metrics; does not count. This module is imported in a thread at the
-first scrape, because the import of prometheus_client is slow. Rendering runs on the control loop.
+Owns the names and labels of the metrics, but counts nothing. A helper thread imports this module at
+the first scrape, because the import of prometheus_client is slow. Rendering runs on the control
+loop.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ STOP: Final = "/v1/stop"
 HEALTHZ: Final = "/v1/healthz"
 METRICS: Final = "/metrics"
 
-# The node daemon's socket stands next to the forwarder's control socket, and has one path.
+# The node daemon's socket is in the directory of the forwarder's control socket. It serves a single
+# URL path.
 NODE_SOCKET: Final = "node.sock"
 NODE: Final = "/v1/node"
 
@@ -51,7 +52,8 @@ STATUS_OF: Final = {
 
 
 def dump(value: object) -> bytes:
-    """Encode as compact JSON, followed by a newline so that a terminal stays readable."""
+    """Encode as compact JSON, followed by a newline: the next shell prompt is then on a new line.
+    """
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 

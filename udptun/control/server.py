@@ -313,7 +313,7 @@ class _Connection(web.RequestHandler):
             self.end()
 
     def end(self) -> None:
-        """Close the connection, which waits for a request."""
+        """Close this connection, which has no request in progress."""
         self.force_close()
 
     @contextmanager
@@ -435,7 +435,7 @@ async def _accept_body(request: web.BaseRequest, limit: int) -> None:
         raise _too_large(limit)
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # from here on it counts only the answer
+        request.writer.output_size = 0  # it shall count only the bytes of the answer
 
 
 def _too_large(limit: int) -> ControlError:

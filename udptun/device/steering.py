@@ -1,7 +1,7 @@
 """Keep each flow on one queue of a multi-queue TUN device.
 
-Owns a small eBPF program and its loading. Without the program, when a queue writes a packet, the
-kernel moves the opposite direction of the packet's flow to this queue. Another worker then
+Owns a small eBPF program and its loading. Without the program, each write of a packet to a queue
+makes the kernel move the opposite direction of the packet's flow to this queue. Another worker then
 processes that flow, and packets of the flow are reordered. Threading: any thread; no shared state.
 """
 

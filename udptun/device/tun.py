@@ -70,7 +70,7 @@ class Tun:
     def open(cls, name: str, queues: int, request: OffloadRequest) -> Tun:
         """Open ``queues`` queues of the device ``name``. Create the device if it does not exist.
 
-        Does not bring the device up: the write probe works only while the device is down. Raises
+        The device stays down, because the write probe works only while it is down. Raises
         FieldError for an invalid name, DeviceError if the kernel refuses.
         """
         check_name(name)
@@ -95,7 +95,7 @@ class Tun:
         return tun
 
     def reopen(self, request: OffloadRequest) -> None:
-        """Make the device again after it was deleted. The queues keep their descriptors' numbers.
+        """Make the device again after it was deleted. The numbers of the descriptors do not change.
 
         So a thread that polls or reads a descriptor continues with the new queue. The new device is
         down and has no address. Raises DeviceError if the kernel refuses, or if the new device

@@ -1,8 +1,8 @@
 """The forwarder: opens and closes the TUN, UDP sockets, workers, route table and control, in order.
 
 Owns only the order of opening and closing. Each part owns its state: ``routes``, ``workers``,
-``probes``, ``tun_setup``, ``view``, ``control.events``. Does not depend on leases, or on what
-happens to a packet (the compiled core). Threading: control loop only.
+``probes``, ``tun_setup``, ``view``, ``control.events``. Does not depend on leases, or on how the
+compiled core processes a packet. Threading: control loop only.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Forwarder:
         await closing.aclose()
 
     def check_host(self) -> None:
-        """Compare the TUN device with the configuration soon, and repair it."""
+        """Request a check of the TUN device: it is compared with the configuration and repaired."""
         if self._setup is not None:
             self._setup.check()
 
@@ -187,7 +187,7 @@ class Forwarder:
                 opened = open_udp(endpoint, config.offload, reuse_port=index > 0)
                 self._closing.callback(opened.close)
                 if index == 0:
-                    opened.let_join()  # also for the own sockets of slow peers
+                    opened.let_join()  # for the other workers, and for own sockets of slow peers
                 sockets.append(opened)
         return sockets
 

@@ -1,9 +1,9 @@
-"""Probe the peers over UDP: send requests, take answers, report what has changed.
+"""Probe the peers over UDP: send requests, take answers, report changes.
 
-Owns the paths to the peers that have a route with ``probe``, and what is reported about them. Does
-not depend on how a verdict is reached (``udptun/probe``), or on how a probe is sent and received
-(the compiled core). Threading: control loop only. Nothing here runs per packet, and nothing runs
-per peer except for peers that are probed, have traffic, or are new.
+Owns the paths to the peers that have a route with ``probe``, and the reports about these paths.
+``udptun/probe`` decides whether a path works. The compiled core sends and receives the probes.
+Threading: control loop only. Nothing here runs per packet. Per peer, code runs only for peers that
+are probed, have traffic, or are new.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ log = logging.getLogger(__name__)
 
 Key = tuple[bytes, int]  # packed address and port of a peer
 
-BATCH_SECONDS = 0.1  # between two ticks at least: probes are sent and taken in small batches
-LOOK_SECONDS = 1.0  # between two looks at the table and at the counters of the peers
-ANSWER_SECONDS = 1.0  # how long ``probe`` waits for an answer
-NAT_SECONDS = 20.0  # longest time between two probes of a peer behind a NAT; NATs forget after 30
+BATCH_SECONDS = 0.1  # the shortest time between two ticks; each sends and takes a batch of probes
+LOOK_SECONDS = 1.0  # time between two looks at the table and at the counters of the peers
+ANSWER_SECONDS = 1.0  # time for which ``probe`` waits for an answer
+# The longest time between two probes of a peer behind a NAT. A NAT deletes its entry after 30 s.
+NAT_SECONDS = 20.0
 MAX_PROBE = 65507  # largest UDP payload over IPv4
 STATES = (REACHABLE, UNREACHABLE, UNKNOWN)
 
 
 class Probes:
-    """The probes of one forwarder. ``start`` begins to send, ``close`` ends it.
+    """The probes of one forwarder. They are sent from ``start`` until ``close``.
 
-    mtu  of the TUN: the size of the largest packet that a peer gets
+    mtu  MTU of the TUN: no packet to a peer is larger
     """
 
     def __init__(self, core: _core.Core, routes: Routes, mtu: int, events: EventHub) -> None:
@@ -49,11 +50,11 @@ class Probes:
         self._mtu = mtu
         self._events = events
         self._prober: Prober[Key] = Prober(time.monotonic)
-        self._limits: dict[Key, int] = {}  # of the peers that are probed: their full size
+        self._limits: dict[Key, int] = {}  # the full size of each peer that is probed
         self._by_address: dict[bytes, list[Key]] = {}
         self._reported: dict[Key, str] = {}  # the last state that was reported
         self._waiting: dict[int, asyncio.Future[float]] = {}  # extra probes, by token
-        self._generation = 0  # of the table at the last look
+        self._generation = 0  # generation of the table at the last look
         self._look_at = self._ticked_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -67,7 +68,7 @@ class Probes:
             self._timer.cancel()
             self._timer = None
 
-    # -- what the workers report ------------------------------------------------------------------
+    # -- from the workers -------------------------------------------------------------------------
 
     def take(self) -> None:
         """Take the probes that the workers have received, without waiting for the next tick."""
@@ -80,7 +81,7 @@ class Probes:
     # -- the control API --------------------------------------------------------------------------
 
     async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
-        """Send one probe now, and wait for its answer. docs/control.md has the result.
+        """Send one probe now, and wait for its answer. docs/control.md describes the result.
 
         Raises FieldError if the peer is not probed, or for a wrong size.
         """
@@ -110,7 +111,7 @@ class Probes:
             self._core.wake_on_probe(bool(self._waiting))
 
     def report(self, address: bytes, port: int) -> dict[str, Any] | None:
-        """Return what is known about the path to a peer; None if the peer is not probed."""
+        """Return the state of the path to a peer; None if the peer is not probed."""
         path = self._prober.get((address, port))
         if path is None:
             return None
@@ -135,7 +136,7 @@ class Probes:
     # -- the loop ---------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """Take what has arrived, then send what is due.
+        """Take the probes that have arrived, then send the probes that are due.
 
         Once a second, also look at the table and the counters.
         """
@@ -151,7 +152,7 @@ class Probes:
                 self._send(request)
             self._report_changes()
         finally:
-            self._arm()  # also after an error, which the loop logs: the measurement must go on
+            self._arm()  # probing must also continue after an error, which the loop logs
 
     def _arm(self) -> None:
         """Call ``_tick`` when a probe is due, but no sooner than BATCH_SECONDS after the last call.
@@ -168,7 +169,7 @@ class Probes:
         self._timer_at = at
 
     def _follow_table(self) -> None:
-        """Probe the peers that have a route with ``probe`` now, and no others."""
+        """Probe exactly the peers that have a route with ``probe`` in the present table."""
         if self._generation == self._routes.generation:
             return
         self._generation = self._routes.generation
@@ -221,8 +222,8 @@ class Probes:
     def _peer_of(self, record: ProbeRecord) -> Key | None:
         """Return the probed peer that sent this probe.
 
-        A peer behind a NAT can send from another port than that of its endpoint. The NAT forgets it
-        if no packet passes for some time.
+        A peer behind a NAT can send from another port than that of its endpoint. The NAT deletes
+        its entry for the peer if no packet passes for some time.
         """
         key = record.address, record.port
         if key in self._limits:

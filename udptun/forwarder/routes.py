@@ -55,7 +55,7 @@ class Routes:
         self.generation = 0
         self._report = report
         self._addresses = tuple(addresses)
-        self._own_routes: set[Route] = set()  # that were reported
+        self._own_routes: set[Route] = set()  # the routes to our own subnet that were reported
         self._routes_file = routes_file
         self._state = None if state_file is None else StateFile(state_file, report)
         self._events = events
@@ -93,7 +93,7 @@ class Routes:
         self._report_own_routes(core)
 
     async def save(self) -> None:
-        """Write the state file. Called at start, so that an unwritable file is found then.
+        """Write the state file. The start calls this, and fails if the file cannot be written.
         Raises DeviceError."""
         if self._state is not None:
             await self._state.save(self._table)
@@ -238,8 +238,9 @@ class Routes:
     def _report_own_routes(self, core: _core.Core) -> None:
         """Report a route to our own subnet: it sends packets for our own pods to another host.
 
-        The TUN has the base address of our subnet. A shorter prefix, for example of the route to a
-        gateway for the whole overlay, usually begins at another address.
+        Such a route begins at the address of the TUN, which is the base address of our subnet. A
+        route with a shorter prefix, for example the route to a gateway for the whole overlay,
+        usually begins at another address. It is not reported.
         """
         found = set()
         for address in self._addresses:

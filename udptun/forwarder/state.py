@@ -1,7 +1,7 @@
 """The state file: a copy of the active route table, loaded at the next start.
 
-Owns the file. It has the grammar of a route file. It is replaced atomically, at most once per
-DELAY_SECONDS, and written again if somebody removes it.
+Owns the file, which has the grammar of a route file. The file is replaced atomically, at most once
+per DELAY_SECONDS. If it is removed, it is written again.
 Threading: control loop only; a helper thread writes the file.
 """
 
@@ -30,7 +30,7 @@ class StateFile:
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self.path = path
         self._report = report
-        self._table: RouteTable | None = None  # not on disk yet
+        self._table: RouteTable | None = None  # the table to write; None: the file is up to date
         self._saved: RouteTable | None = None
         self._watch: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -70,9 +70,8 @@ class StateFile:
             self._task = asyncio.get_running_loop().create_task(self._save_later())
 
     async def flush(self) -> None:
-        """Write the last table that was passed to ``save_soon``, if it is not on disk yet.
-
-        The file is not watched any more.
+        """Write the last table that was passed to ``save_soon``, if it is not on disk yet. Stop
+        watching the file.
         """
         if self._watch is not None:
             self._watch.cancel()

@@ -22,7 +22,7 @@ import uvloop
 if TYPE_CHECKING:
     from .._core import Worker
 
-LINGER_MS = 200  # traffic comes in bursts; waiting is cheaper than returning to the loop
+LINGER_MS = 200  # traffic comes in bursts, and to wait in the core is cheaper than to return
 SLICE_NS = 100_000  # the shortest slice that Linux accepts
 
 # struct sched_attr, linux/sched/types.h: size, policy, flags, nice, priority, runtime, deadline,
@@ -39,8 +39,8 @@ def _set_scheduling() -> None:
 
     - SCHED_BATCH: the thread does not preempt a program that has just received a packet from the
       thread. Small datagrams then wait in our queues and do not overflow the program's socket.
-    - A short slice (Linux 6.12; older kernels ignore it): the thread is scheduled again sooner. A
-      packet behind bulk traffic waits less.
+    - A short slice (Linux 6.12; older kernels ignore it): the thread gets the CPU again sooner. So
+      a packet behind bulk traffic waits for a shorter time.
     - A small timer slack: a batching delay ends on time, not up to 50 us late.
     """
     libc = ctypes.CDLL(None)

@@ -1,8 +1,8 @@
-"""Keep the TUN device as it should be: it exists, with its name, MTU, settings, addresses, routes.
+"""Keep the TUN device in its desired state: existence, name, MTU, settings, addresses and routes.
 
-Owns the desired configuration, the comparison with the kernel's state, and the repairs. Does not
-depend on what changed the device: a notification is only a reason to read the state again. The
-state is also read every LOOK_SECONDS, because the kernel sends no notification of some changes.
+Owns the desired state, the comparison with the kernel's state, and the repairs. Does not depend on
+the cause of a change: after each notification the state is read again. The state is also read every
+LOOK_SECONDS, because the kernel sends no notification of some changes.
 Threading: control loop only.
 """
 
@@ -55,7 +55,7 @@ class TunSetup:
         self._reopen, self._report, self._fail = reopen, report, fail
         self._changed = asyncio.Event()
         self._repairs = Repairs(repaired)
-        self._error = ""  # the last reported one, which is not reported again
+        self._error = ""  # the last reported error; an equal error is not reported again
 
     async def apply(self) -> None:
         """Configure the device and bring it up. Raises FieldError, DeviceError."""
@@ -92,7 +92,7 @@ class TunSetup:
                 self._error = str(error)
 
     def _concerns_us(self, change: Change) -> bool:
-        if self._error or change.kind is Kind.ANY:  # after an error, the obstacle may be anywhere
+        if self._error or change.kind is Kind.ANY:  # any change may remove the cause of an error
             return True
         return change.kind in OF_THE_DEVICE and (
             change.device in (self._index, 0) or change.prefix in self._prefixes)
@@ -122,8 +122,8 @@ class TunSetup:
         elif state.name != self._name:
             await self._netlink.rename(self._index, self._name)
         elif state.mtu < MIN_MTU6:
-            # With such an MTU the device has lost IPv6. If IPv6 returns while the device is up, the
-            # kernel adds a link-local address, and sends packets of its own.
+            # With an MTU this small the device has lost IPv6. If IPv6 came back while the device is
+            # up, the kernel would add a link-local address and send packets of its own.
             await self._netlink.set_down(self._index)
         await self.apply()
 

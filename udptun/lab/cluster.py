@@ -80,7 +80,7 @@ class Etcd:
         self.process.kill()
 
     def start(self) -> None:
-        """Start etcd again, with the data from before."""
+        """Start etcd again, with the same data."""
         self.process = self._start()
 
     def put(self, key: str, value: str) -> None:

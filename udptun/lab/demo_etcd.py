@@ -81,7 +81,7 @@ def _show(lab: Lab, screen: Screen) -> bool:
     _count_down(screen, "pings during the outage", _STEADY_SECONDS)
     cluster.etcd.start()
     a.wait_ready()
-    screen.step("both restarted", f"{_name(a)} has its subnet {a.subnet} as before")
+    screen.step("both restarted", f"{_name(a)} has the same subnet, {a.subnet}")
     sent, lost = _count(steady)
     result = f"{sent - lost} of {sent} pings came back"
     screen.step("pings during the outage", result, good=not lost)

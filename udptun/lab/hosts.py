@@ -1,11 +1,11 @@
 """Network namespaces as hosts, the links between them, and the processes in them.
 
-Owns: everything that a lab creates, until ``Lab.close``: the namespaces (named
-``ut<pid>-<n>-<host>``), the devices in them, the processes, one temporary folder. The lab removes
-all of them on return, on an exception, on Ctrl-C, SIGTERM and SIGHUP. If the lab itself is killed
-with SIGKILL, the kernel kills the lab's processes (parent death signal), and the next lab removes
-the namespaces and the folder. Does not depend on what the processes do. Main thread only, for the
-reason in the package's docstring.
+Owns everything that a lab creates: the namespaces (named ``ut<pid>-<n>-<host>``), the devices in
+them, the processes, and one temporary folder. The lab removes all of them at its end, which may
+also be an exception, Ctrl-C, SIGTERM or SIGHUP. If the lab itself is killed with SIGKILL, the
+kernel kills the lab's processes (parent death signal), and the next lab removes the namespaces and
+the folder. Does not depend on what the processes do. Main thread only: the kernel kills a process
+of the lab when the thread that started the process ends.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ _FORWARDING = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 # P1  The settings of a new veth: the link passes super-packets unsegmented.
 # P2  The sender's kernel segments super-packets in software. The receiver's kernel merges segments
 #     (GRO).
-# P3  As P2, but without GRO.
-# P4  As on a NIC without tunnel segmentation: the link passes TCP and UDP super-packets
-#     unsegmented, but the sender's kernel segments VXLAN super-packets in software. GRO is on.
+# P3  The same as P2, but without GRO.
+# P4  Like a NIC without tunnel segmentation: the link passes TCP and UDP super-packets unsegmented,
+#     but the sender's kernel segments VXLAN super-packets in software. GRO is on.
 _TUNNEL_SEGMENTATION = ("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation")
 _TUNNEL_ON = dict.fromkeys(_TUNNEL_SEGMENTATION, "on")
 _TUNNEL_OFF = dict.fromkeys(_TUNNEL_SEGMENTATION, "off")
@@ -253,7 +253,7 @@ class Host:
             popen = subprocess.Popen(
                 self._argv(argv), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True, env=_environment(env), pass_fds=pass_fds,
-                preexec_fn=_prepare_child(os.getpid()),  # noqa: PLW1509 - one thread: see the top
+                preexec_fn=_prepare_child(os.getpid()),  # noqa: PLW1509 - main thread only
             )
         process = Process(self, argv, popen, log)
         self.processes.append(process)
@@ -321,7 +321,7 @@ class Lab:
     """A set of hosts that exist while the context is open."""
 
     _count = itertools.count()
-    _open: set[str] = set()  # noqa: RUF012 - on purpose: all labs of this process
+    _open: set[str] = set()  # noqa: RUF012 - intended: shared by all labs of this process
 
     def __init__(self) -> None:
         self.hosts: list[Host] = []

@@ -130,7 +130,7 @@ class SourceHealth:
     lease           the state of our lease: "none", "held" or "lost". While our lease is lost, the
                     source tries to get it back
     lease_error     if our lease is lost: the reason, in a sentence
-    contested       another machine writes our lease too: which one, in a sentence; else ""
+    contested       if another machine writes our lease too: a sentence that names it; else ""
     lease_expires   time.time() at which our lease expires if it is not renewed; None: it does not
                     expire
     errors_n        number of failed requests to the store since the start
@@ -152,10 +152,10 @@ class SourceHealth:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The store's own declarations about this node. They do not depend on what the node publishes.
+    """The values that the store itself sets for this node. The node's lease does not change them.
 
     public_ip, public_ipv6  the addresses at which other nodes reach this node; None: the store
-                            declares no address of this family
+                            sets no address of this family
     overrides_options       True: these addresses are used instead of --public-ip and
                             --public-ipv6. False: each address is used only if its option is not
                             given
@@ -209,7 +209,7 @@ class LeaseSource(ABC):
         """
 
     async def identity(self) -> Identity:
-        """Return what the store declares about this node. Raises StoreDown, StoreRefused."""
+        """Return the values that the store sets for this node. Raises StoreDown, StoreRefused."""
         return Identity()
 
     def cached_identity(self, lease: Lease) -> Identity:

@@ -67,7 +67,7 @@ class LeaseCache:
         self._interval_s = interval_s
         self._not_before = 0.0  # the earliest time of the next write, in the loop's clock
         self._next: LastKnown | None = None
-        self._last: LastKnown | None = None  # what the file has
+        self._last: LastKnown | None = None  # the state in the file
         self._task: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -100,7 +100,7 @@ class LeaseCache:
         """Write ``known`` to the file soon.
 
         A later call replaces a state that is not written yet. A failed write is logged and
-        repeated. If somebody removes the file later, it is written again.
+        repeated. If the file is removed later, it is written again.
         """
         self._next = known
         loop = asyncio.get_running_loop()

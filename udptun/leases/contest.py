@@ -1,12 +1,12 @@
-"""Notices that another machine writes our lease, and limits how often we write it back.
+"""Notices that another machine writes our lease, and limits how often we write our data again.
 
-Owns: when our data may be written again, and the report in the source's health. Does not depend on
-a store. Asyncio, one loop.
+Owns: the time at which our data may be written again, and the report in the source's health. Does
+not depend on a store. Asyncio, one loop.
 
 Two machines write one lease if one is a copy of the other, or if both have the same name or public
-address. Each of them sees the other's writes. If each wrote back at once, the lease would change
-all the time, and all nodes would follow. So a machine writes back at once only the first time, and
-then after growing delays.
+address. Each of them sees the other's writes. If each wrote its own data again at once, the lease
+would change all the time, and all nodes would apply each change. So a machine writes again at once
+only after the first foreign write, and later after increasing delays.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ import time
 
 from .base import SourceHealth
 
-QUIET_SECONDS = 600.0  # without a foreign write, until the contest counts as over
+# The longest delay before our data are written again. A contest is over when there was no foreign
+# write for twice this time.
+QUIET_SECONDS = 600.0
 FIRST_DELAY_SECONDS = 5.0
 
 
 class Contest:
-    """A contest about our lease. ``health.contested`` describes it; "": there is none."""
+    """A contest: another machine writes our lease too. ``health.contested`` describes it; "" if
+    there is no contest."""
 
     def __init__(self, health: SourceHealth) -> None:
         self._health = health
         self._seen: object = None
-        self._writes_n = 0  # by the other machine, since the contest began
-        self._last = 0.0  # time.monotonic() of the last of them
+        self._writes_n = 0  # number of foreign writes since the contest began
+        self._last = 0.0  # time.monotonic() of the last foreign write
         self._not_before = 0.0
 
     def may_write(self, version: object, text: str) -> bool:
         """Return whether our data may be written over the data of another machine now.
 
         version  differs for each write of the other machine
-        text     who has published what, as a sentence
+        text     a sentence about the foreign write, for ``health.contested``
         """
         now = time.monotonic()
         if version != self._seen:

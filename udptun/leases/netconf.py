@@ -22,8 +22,8 @@ from ..model import DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU, IPAddress, IPNetwo
 
 MAX_VNI = (1 << 24) - 1
 
-# The values of Backend.Type whose options are checked: those of the backends in node.backends. The
-# options of flannel's other backends may have the same names with other values.
+# Options are checked only if Backend.Type is in this list, which has the backends in node.backends.
+# flannel's other backends may have options with the same names, but with other values.
 CHECKED_TYPES = ("auto", "udp", "vxlan")
 
 
@@ -35,9 +35,9 @@ class NetConfig:
     subnet_min    base address of the first subnet that a node may get
     subnet_max    base address of the last subnet that a node may get
     nftables      flannel's EnableNFTables; true: firewall rules only in nftables
-    backend_type  the Type of Backend, in lower case; "udp" if there is no Backend (as in flannel),
-                  "" if Backend has no Type. Not checked here, because the command line can select
-                  another backend
+    backend_type  the field Type of Backend, in lower case; "udp" if there is no Backend (as in
+                  flannel), "" if Backend has no Type. Not checked here, because the command line
+                  can select another backend
     backend       the fields of Backend, with names in lower case
     text          the original text
 
@@ -80,7 +80,7 @@ class NetConfig:
         if _flag(fields, "EnableIPv6", where):
             v6 = _family(fields, _V6, check_subnets, where)
         if v4.network is None and v6.network is None:
-            raise FieldError("EnableIPv4", False, "at least one family to be enabled", where)
+            raise FieldError("EnableIPv4", False, "true for at least one family", where)
         backend_type, backend = _backend(fields, where)
         config = cls(
             text, v4.network, v6.network, v4.length, v4.first, v4.last, v6.length, v6.first,
@@ -164,7 +164,7 @@ class _Names(NamedTuple):
     first: str
     last: str
     usual_len: int  # default length of a node's subnet, if four such subnets fit in the network
-    max_len: int  # a longer subnet has no addresses for both a tunnel device and a bridge
+    max_len: int  # with a longer prefix, a subnet is too small for a tunnel device and a bridge
     max_network_len: int
 
 
@@ -188,7 +188,7 @@ def _family(fields: Mapping[str, Any], names: _Names, check_subnets: bool, where
         return _Family(network)
     if network.prefixlen > names.max_network_len:
         raise FieldError(names.network, str(network),
-                         f"a /{names.max_network_len} or larger", where)
+                         f"a prefix length of at most {names.max_network_len}", where)
     shortest = network.prefixlen + 2  # at least four subnets must fit in the network
     length = _number(fields, names.length, max(names.usual_len, shortest), shortest,
                      names.max_len, where)

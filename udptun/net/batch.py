@@ -1,9 +1,9 @@
 """Send many netlink route requests in one system call; the caller packs their bodies.
 
-pyroute2 sends and awaits each request separately, about 2,000 per second. Thousands of neighbour,
-FDB and route entries need 100 times that rate. Owns the message header, the answers and their
-order. Does not interpret the body of a request. Threading: one thread per socket. Calls block, but
-only for the system call: the kernel answers within it.
+pyroute2 sends a request only after the answer to the last one: about 2,000 per second. Thousands of
+neighbour, FDB and route entries need 100 times that rate. Owns the message header, the answers and
+their order. Does not interpret the body of a request. Threading: one thread per socket. A call
+blocks only during the system call, because the kernel answers within it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ ATTRIBUTE_TYPE = 0x3FFF  # mask without the flags NLA_F_NESTED and NLA_F_NET_BYT
 ERRNO = struct.Struct("=i")  # a negative errno: the first field of nlmsgerr and NLMSG_DONE
 NLMSGERR_LEN = ERRNO.size + HEADER.size  # the answer contains the request's header
 RECEIVE_LEN = 1 << 16  # bytes; a datagram of the kernel is at most half as long
-# Requests per send. If all fail, the answers still fit the default receive buffer (208 KiB).
+# Requests per send. If all fail, the answers still fit into the default receive buffer (208 KiB).
 CHUNK_N = 128
-ASK_N = 32  # questions per send. Each answer uses up to 4 KiB of the receive buffer
+ASK_N = 32  # questions per send; each answer uses up to 4 KiB of the receive buffer
 DUMP_TRIES = 5
 OWN_PORTS_N = 256
 
@@ -62,8 +62,8 @@ class Refusal:
 class RouteSocket:
     """A NETLINK_ROUTE socket in the network namespace of the thread that creates it.
 
-    own_ports  the netlink ports of the last sockets. Notifications have the port of the socket that
-               caused the change, and may be read after that socket was closed
+    own_ports  the netlink ports of the most recent sockets. A notification has the port of the
+               socket that caused the change. It may be read after this socket is closed
     """
 
     own_ports: ClassVar[deque[int]] = deque(maxlen=OWN_PORTS_N)
@@ -105,7 +105,8 @@ class RouteSocket:
             self._sequence += len(chunk)
             message = bytearray()
             for sequence, request in enumerate(chunk, first):
-                # The kernel answers each failed request, and the last one because of NLM_F_ACK.
+                # The kernel answers each failed request. It also answers the last request, which
+                # has NLM_F_ACK.
                 flags = request.flags | NLM_F_REQUEST
                 if sequence == self._sequence:
                     flags |= NLM_F_ACK

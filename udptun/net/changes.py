@@ -1,7 +1,7 @@
-"""Parse the kernel's notifications: what has changed on this host.
+"""Parse the kernel's notifications of changes on this host.
 
-A notification is only a reason to read the kernel's state again. So a ``Change`` says what kind of
-thing has changed and where, but not how. Pure functions; any thread.
+The receiver of a notification reads the kernel's state again. So a ``Change`` has only the kind and
+the place of the change, not the new state. Pure functions; any thread.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Kind(Enum):
     ANY = auto()
 
 
-# By message type; each type for a new or changed thing is followed by the type for a deleted one.
+# The key is the message type for a new or changed object. The next number is the type for a deleted
+# object.
 KINDS = {16: Kind.LINK, 20: Kind.ADDRESS, 24: Kind.ROUTE, 28: Kind.NEIGHBOUR, 32: Kind.RULE,
          80: Kind.SETTING}
 KINDS |= {number + 1: kind for number, kind in KINDS.items()}
@@ -66,7 +67,7 @@ ANYTHING = Change(Kind.ANY)
 def parse_changes(messages: bytes, own_ports: Collection[int] = ()) -> Iterator[Change]:
     """Yield the changes in one netlink datagram.
 
-    own_ports  ports of our own sockets. Changes that they caused are skipped
+    own_ports  ports of our own sockets; changes by these sockets are skipped
     """
     data = memoryview(messages)
     at = 0

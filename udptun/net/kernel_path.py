@@ -2,7 +2,7 @@
 
 Owns one question, for a person who looks for a fault. Reads the kernel's own answer (RTM_GETROUTE),
 and does not depend on what udptun has configured. Uses only the standard library, because a client
-command has to start fast. Any thread, in whose network namespace the question is asked.
+command has to start fast. Any thread; the answer is for the network namespace of the thread.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Vxlan:
 class KernelPath:
     """The kernel's answer for packets that this host sends.
 
-    error    why the kernel sends nothing, as a sentence; "": it sends
+    error    if the kernel does not send the packet: the reason, as a sentence; else ""
     local    the address is this host's own
     kind     the type of the device, for example tun or vxlan; "" for a network card
     gateway  None: the destination is on the link

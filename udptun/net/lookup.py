@@ -1,8 +1,8 @@
 """Ask the kernel which route packets to many destinations take.
 
 Owns the questions and answers of RTM_GETROUTE, many per system call, and the list of the main
-table's routes within a network. Does not judge whether a route is right. Threading: call from any
-asyncio loop; the work runs in the thread of the given ``Netlink``.
+table's routes within a network. Does not decide whether a route is correct. Threading: call from
+any asyncio loop; the work runs in the thread of the given ``Netlink``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x1000, 0x2000
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A packet: its destination, and its source address if this host has already chosen it."""
+    """A packet: its destination, and its source address if it is known; else the kernel selects it.
+    """
 
     to: IPAddress
     source: IPAddress | None = None
@@ -62,8 +63,8 @@ async def look_up(netlink: Netlink, questions: Sequence[Question]) -> list[Way]:
 
 
 async def matched_route(netlink: Netlink, question: Question) -> str:
-    """Return the route that the kernel selects, as text such as "10.0.0.0/8 dev eth0 table 7"; ""
-    if the kernel does not tell. Raises DeviceError."""
+    """Return the route that the kernel selects, as text such as "10.0.0.0/8 dev eth0 table 7".
+    Return "" if the kernel does not report the route. Raises DeviceError."""
     async def ask(_: Any) -> str:
         with RouteSocket() as kernel:
             (answer,) = kernel.ask(RTM_GETROUTE, [

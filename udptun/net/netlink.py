@@ -42,9 +42,9 @@ IPV4_DEVCONF_RP_FILTER, IPV4_DEVCONF_ACCEPT_LOCAL = 8, 23
 # The settings of our devices:
 # - accept_local: accept packets with a local source address. The core's ICMP errors have such an
 #   address.
-# - rp_filter 2: with 1, the kernel drops these errors if our address is on two devices, and it
-#   drops the packets of a peer that sends by another path than we do. The kernel uses the larger
-#   one of this value and that of "all", so 0 would not help.
+# - rp_filter 2: with 1, the kernel drops these errors if our address is on two devices. It also
+#   drops the packets of a peer that sends by another path than we do. A value of 0 would not help,
+#   because the kernel uses the larger one of this value and that of "all".
 DEVICE_SETTINGS = {IPV4_DEVCONF_ACCEPT_LOCAL: 1, IPV4_DEVCONF_RP_FILTER: 2}
 IN6_ADDR_GEN_MODE_NONE = 1  # linux/if_link.h
 IFF_UP = 0x1  # linux/if.h
@@ -53,7 +53,7 @@ RT_SCOPE_UNIVERSE = 0
 
 TXQUEUELEN = 5000
 SETTLE_SECONDS = 0.02  # changes come in bursts: report them once per burst
-MAX_CHANGES = 1000  # of one burst; a larger burst is reported as ANYTHING
+MAX_CHANGES = 1000  # the maximum of one burst; a larger burst is reported as ANYTHING
 ADDRESS_KINDS = (Kind.LINK, Kind.ADDRESS, Kind.ANY)  # changes that can change the addresses
 DUMP_TRIES = 5
 
@@ -109,7 +109,7 @@ class Netlink:
         addresses  each is set as a host address (/32, /128)
         networks   each is routed through the device
         gso_max_*  limits of the super-packets that the host builds. If the kernel refuses a limit,
-                   this is only logged
+                   the refusal is only logged
         """
         await self._call(self._configure_tun(
             name, mtu, tuple(addresses), tuple(networks), txqueuelen=txqueuelen,
@@ -218,7 +218,7 @@ class Netlink:
             # Importing a submodule is not cheaper: it runs the whole __init__ of pyroute2, too.
             from pyroute2 import AsyncIPRoute
 
-            # The lock makes other calls wait; without it they would set up a second transport.
+            # The lock makes other calls wait. Otherwise they would set up a second transport.
             async with self._request_lock:
                 self._ipr = AsyncIPRoute(ext_ack=True)
                 await self._ipr.setup_endpoint()
@@ -298,7 +298,7 @@ class Netlink:
                 async with self._doing(doing) as ipr:
                     (link,) = await ipr.link("get", index=index)
                 return link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_MTU")
-        hint = "a wildcard address has no one MTU" if address.is_unspecified else \
+        hint = "a wildcard address has no single MTU" if address.is_unspecified else \
             "no interface has this address"
         raise device_error(errno.EADDRNOTAVAIL, doing, hint)
 

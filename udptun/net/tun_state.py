@@ -61,7 +61,7 @@ class TunState:
     addresses  addresses of the device, both families
     networks   destinations of the main table's routes through the device
     settings   the values of DEVICE_SETTINGS in the kernel
-    quiet      the kernel makes no link-local address on the device, so it sends no packets of its
+    quiet      the kernel creates no link-local address on the device, so it sends no packets of its
                own
     """
 
@@ -92,7 +92,7 @@ class TunState:
         found += [f"its {SETTING_NAMES[number]} is {value}" for number, value in self.settings
                   if value != DEVICE_SETTINGS[number]]
         if not self.quiet:
-            found.append("it makes link-local addresses")
+            found.append("the kernel creates link-local addresses on it")
         return found
 
 

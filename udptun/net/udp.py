@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # linux/in.h
 IP_MTU_DISCOVER, IP_RECVERR = 10, 11
-PMTUDISC_PROBE = 3  # set DF and ignore the kernel's path MTU; the core has its own per peer
+PMTUDISC_PROBE = 3  # set DF, ignore the kernel's path MTU; the core keeps a path MTU per peer
 # linux/in6.h
 IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG = 23, 25, 62
 # asm-generic/socket.h
@@ -57,8 +57,8 @@ class UdpSocket:
         return self.socket.family
 
     def let_join(self) -> None:
-        """Let sockets opened with ``reuse_port`` share the endpoint from now on. The own sockets of
-        slow peers (src_ext/path/own_socket.pxd) need this too, on each address with this port.
+        """Let later sockets share the endpoint: those opened with ``reuse_port``, and the own
+        sockets of slow peers (src_ext/path/own_socket.pxd), which bind to the same port.
 
         The first socket is bound before this call, without SO_REUSEPORT. The bind then fails if
         another program uses the endpoint.

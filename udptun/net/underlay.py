@@ -44,7 +44,7 @@ class Interface:
     """One network interface.
 
     mtu        bytes; 0 if the device has none
-    loopback   a loopback device; its MTU says nothing about paths to other hosts
+    loopback   a loopback device; its MTU does not limit paths to other hosts
     up         IFF_UP is set by the administrator; the carrier does not matter
     addresses  local addresses of both families, best first (see ``_rank``)
     """
@@ -140,12 +140,12 @@ def _interfaces() -> tuple[Interface, ...]:
 def _rank(address: IPAddress, flags: int, is_vip: bool) -> int:
     """Rank an address as an endpoint for peers. 0 is best; a higher rank is worse.
 
-    Best is an address with none of these properties. Then, from better to worse: tentative
-    (duplicate address detection is not complete), temporary (RFC 8981) or secondary, like a virtual
-    address that moves between hosts, deprecated, link-local.
+    Best is an address with none of the following properties. From better to worse, they are:
+    tentative (duplicate address detection is not complete); temporary (RFC 8981) or secondary;
+    virtual (it moves between hosts); deprecated; link-local.
 
-    is_vip  keepalived has added the address, or it has no subnet. DHCPv6 addresses have no subnet
-            either. keepalived adds IPv6 addresses without duplicate address detection.
+    is_vip  keepalived has added the address, or the address has no subnet. (DHCPv6 addresses have
+            no subnet either.) keepalived adds IPv6 addresses without duplicate address detection
     """
     # One flag has two meanings: temporary in IPv6, secondary in IPv4.
     return (16 * bool(address.is_link_local) + 8 * bool(flags & IFA_F_DEPRECATED) + 4 * is_vip

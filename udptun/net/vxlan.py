@@ -162,7 +162,7 @@ class Vxlan:
     ) -> VxlanDevice:
         """Create the device or adopt an existing one, configure it and bring it up.
 
-        A device with the right settings is adopted, with its peers and its MAC. A device with
+        A device with the configured settings is adopted, with its peers and its MAC. A device with
         other settings is replaced. The new device gets the MAC of the old one, because the peers
         have that MAC in their entries.
 
@@ -560,7 +560,8 @@ class _Kept:
     addresses: frozenset[IPAddress] | None
 
     def wanted(self, config: VxlanConfig, addresses: frozenset[IPAddress] | None) -> bool:
-        """Return whether the same was wanted before, so that another program made the change."""
+        """Return whether the last ``ensure`` had the same arguments. If the device differs
+        nevertheless, another program has changed it."""
         return replace(config, mac=None) == replace(self.config, mac=None) and \
             addresses in (None, self.addresses)
 
@@ -595,8 +596,8 @@ class _Found:
         )
 
 
-# A device is adopted only if it has the configured values of these settings. Each setting:
-# pyroute2's name, and the name in error texts.
+# A device is adopted only if these settings have the configured values. The keys are pyroute2's
+# names, the values are the names in error texts.
 OPTIONS = {
     "vxlan_id": "VNI", "vxlan_port": "port", "vxlan_link": "underlay interface",
     "vxlan_local": "local address", "vxlan_local6": "local address",
@@ -653,7 +654,7 @@ def _device(found: _Found, config: VxlanConfig) -> VxlanDevice:
 
 
 def _entry_differences(before: Entries, now: Entries) -> str:
-    """Return how many entries were missing, and how many entries of others were removed."""
+    """Return the numbers of missing entries and of removed entries of other programs, as text."""
     parts = []
     for name in ("routes", "neighbours", "forwarding"):
         were, are = getattr(before, name), getattr(now, name)

@@ -1,9 +1,9 @@
 """Read when packets were last sent to each peer of a VXLAN device.
 
-The kernel keeps, for each FDB entry, the time of its last use: it looks the entry up for each
-packet (or run of packets) that it sends to the peer. Owns the parsing of this dump, which is kept
-cheap: a node may have thousands of entries, and the dump is read every few seconds. Threading:
-same as ``RouteSocket``.
+The kernel looks up the FDB entry for each packet (or super-packet) that it sends to the peer, and
+stores the time of this use in the entry. Owns the parsing of the FDB dump. The parsing must be
+fast: a node may have thousands of entries, and the dump is read every few seconds. Threading: same
+as ``RouteSocket``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .vxlan_entries import (
     RTM_GETNEIGH,
 )
 
-NDA_CACHEINFO = 3  # linux/neighbour.h: four u32: confirmed, used, updated, references
+NDA_CACHEINFO = 3  # linux/neighbour.h; four u32: confirmed, used, updated, references
 USED = slice(4, 8)
 TICKS = os.sysconf("SC_CLK_TCK")  # the unit of these times
 

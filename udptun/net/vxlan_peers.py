@@ -103,8 +103,10 @@ class _Row:
 class EntryUpdate:
     """One update of a device's entries: ``put`` adds peers, ``clear`` removes unused entries.
 
-    now             entries that stay; ``put`` adds the entries that have become active
-    former          entries to remove, except those that ``put`` needs again
+    now             entries that the device shall have; ``put`` adds each entry that the kernel
+                    accepted
+    former          entries that the device may have; ``clear`` removes those that are not in
+                    ``now``
     skip_unchanged  True: do not send entries that are in ``former``, because ``former`` has just
                     been read from the kernel. False: send all, because ``former`` may be outdated
     failures        peers that are not active

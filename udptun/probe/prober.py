@@ -1,11 +1,12 @@
-"""The paths of one kind (UDP tunnel, VXLAN, echo) to all peers: when each is probed, what changed.
+"""The paths of one kind (UDP tunnel, VXLAN, echo) to all peers: their schedule and their changes.
 
-Owns the paths, their schedule and the budget. The caller sends what ``run`` yields, reports what it
-receives, and calls ``run`` again at ``next_at``. Does not do I/O. Threading: one thread.
+Owns the paths, their schedule and the budget. The caller sends the probes that ``run`` yields,
+reports what it receives, and calls ``run`` again at ``next_at``. Does not do I/O. Threading: one
+thread.
 
 The budget: at most IDLE_PER_SECOND probes a second to idle and unreachable peers, and at most
-URGENT_PER_SECOND to pairs with traffic and to paths on which an answer is missing. If more are
-due, they wait in order: with N idle peers each is probed every max(10 s, N/100 s).
+URGENT_PER_SECOND to pairs with traffic and to paths on which an answer is missing. If more probes
+are due, they wait in order: with N idle peers, each is probed every max(10 s, N/100 s).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ K = TypeVar("K", bound=Hashable)
 
 IDLE_PER_SECOND = 100.0
 URGENT_PER_SECOND = 400.0
-BURST_SECONDS = 0.25  # a bucket holds the probes of this time
+BURST_SECONDS = 0.25  # a bucket holds the tokens of this time
 TOKEN_BITS = 64
-IDLE_JITTER = 0.2  # the interval of an idle path varies by this share, so that probes spread
+IDLE_JITTER = 0.2  # the interval of an idle path varies by this share, to spread the probes
 ACTIVE_JITTER = 0.1
 RETRY_SECONDS = 0.02  # shortest wait for the budget: probes are sent in small batches
 
@@ -50,7 +51,7 @@ class Prober(Generic[K]):
     def __init__(self, clock: Callable[[], float], rng: random.Random | None = None) -> None:
         now = clock()
         self._clock = clock
-        self._rng = rng or random.SystemRandom()  # nobody can guess a token
+        self._rng = rng or random.SystemRandom()  # makes tokens that cannot be guessed
         self._paths: dict[K, PathState] = {}
         self._max_interval: dict[K, float] = {}
         self._schedule: Schedule[K] = Schedule()
@@ -85,11 +86,12 @@ class Prober(Generic[K]):
         self, key: K, full_size: int, *, data_proves: bool = False,
         max_interval: float | None = None,
     ) -> None:
-        """Probe a path from now on. A path that is known keeps what was measured.
+        """Probe a path from now on. A known path keeps its measurements.
 
-        full_size     size of the largest message that data packets need
+        full_size     size of a message that is as large as the largest data packet
         data_proves   the peer does not have to answer probes: its data show that it is reachable
-        max_interval  longest time between two probes; a NAT on the path forgets idle peers
+        max_interval  longest time between two probes, for a NAT on the path that deletes the
+                      entries of idle peers
         """
         path = self._paths.get(key)
         if max_interval is None:
@@ -108,10 +110,10 @@ class Prober(Generic[K]):
         self._schedule.remove(key)
         self._changed.pop(key, None)
 
-    # -- what happened ----------------------------------------------------------------------------
+    # -- events -----------------------------------------------------------------------------------
 
     def answered(self, key: K, token: int, size: int, at: float) -> bool:
-        """A reply was received at this time. Return whether it answers a probe of this path."""
+        """Record a reply. Return whether it answers a probe of this path."""
         path = self._paths.get(key)
         if path is None:
             return False
@@ -123,7 +125,8 @@ class Prober(Generic[K]):
         return found
 
     def heard(self, key: K, at: float, heard_seconds: float | None = None) -> None:
-        """A request of the peer was received; the peer last heard us ``heard_seconds`` ago."""
+        """Record a request of the peer. The peer last received a probe from us ``heard_seconds``
+        ago."""
         path = self._paths.get(key)
         if path is None:
             return
@@ -143,7 +146,8 @@ class Prober(Generic[K]):
                 self._plan(key, path)
 
     def traffic(self, key: K) -> None:
-        """The pair has traffic now. Call this about once a second while it has."""
+        """Record that the pair has traffic. Call this about once a second while there is traffic.
+        """
         path = self._paths.get(key)
         if path is not None:
             due = path.next_due(self._interval(key))
@@ -152,7 +156,7 @@ class Prober(Generic[K]):
                 self._plan(key, path)
 
     def send_failed(self, request: Request[K], error: int) -> None:
-        """The kernel refused to send this probe, with this errno."""
+        """Record that the kernel refused to send this probe, with this errno."""
         path = self._paths.get(request.key)
         if path is not None:
             before = _verdict(path)
@@ -160,7 +164,7 @@ class Prober(Generic[K]):
             self._note(request.key, path, before)
             self._plan(request.key, path)
 
-    # -- what follows -----------------------------------------------------------------------------
+    # -- probes and results -----------------------------------------------------------------------
 
     def run(self) -> Iterator[Request[K]]:
         """Yield the probes that are due and within the budget. Send each before the next one."""
@@ -182,7 +186,7 @@ class Prober(Generic[K]):
         return request
 
     def next_at(self) -> float | None:
-        """Return when ``run`` must be called; None without a path."""
+        """Return the time at which to call ``run``; None if there is no path."""
         times = [self._schedule.next_at()]
         now = self._clock()
         for urgent, waiting in self._waiting.items():
@@ -191,10 +195,8 @@ class Prober(Generic[K]):
         return min((at for at in times if at is not None), default=None)
 
     def take_changes(self) -> list[K]:
-        """Return the paths whose state, or whose answer for the full size, has changed.
-
-        Changes count from the last call on.
-        """
+        """Return the paths whose state or whose result for the full size has changed since the last
+        call."""
         changed, self._changed = list(self._changed), {}
         return changed
 
@@ -220,7 +222,7 @@ class Prober(Generic[K]):
             self._changed[key] = None
 
     def _look(self, key: K) -> Iterator[Request[K]]:
-        """Count what was not answered, and yield the probes that are due."""
+        """Count the unanswered probes, and yield the probes that are due."""
         path = self._paths.get(key)
         if path is None:
             return  # removed while it waited for the budget
@@ -254,5 +256,5 @@ _Verdict = tuple[str, bool | None, bool]
 
 
 def _verdict(path: PathState) -> _Verdict:
-    """Return what is reported when it changes."""
+    """Return the values whose change is reported."""
     return path.state, path.sizes.full_passes, path.sizes.searching

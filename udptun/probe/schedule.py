@@ -1,8 +1,8 @@
-"""When each path is looked at, and how many probes may be sent.
+"""The schedule of the paths, and the limit of probes per second.
 
-Owns a heap of times, and token buckets. A change of a time pushes a new entry; the old entry is
-skipped when it comes up. So no operation scans all paths. Times are seconds of the monotonic clock.
-Threading: one thread.
+Owns a heap of times, and token buckets. A change of a time pushes a new entry. The old entry stays
+in the heap, and is skipped when its time has come. So no operation scans all paths. Times are
+seconds of the monotonic clock. Threading: one thread.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Schedule(Generic[K]):
                 yield key
 
     def next_at(self) -> float | None:
-        """Return the earliest time, None without a key."""
+        """Return the earliest time; None if there is no key."""
         while self._heap:
             at, order, key = self._heap[0]
             if self._entry.get(key) == (at, order):
@@ -71,8 +71,8 @@ class Budget:
         self._at = now
 
     def take(self, now: float, n: int = 1) -> bool:
-        """Take ``n`` tokens if they are there. A larger request than ``burst`` needs a full bucket.
-        """
+        """Take ``n`` tokens if the bucket has them; return whether it had. If ``n`` is more than
+        ``burst``, a full bucket is enough."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self.per_second)
         self._at = now
         if self._tokens < min(n, self._burst):
@@ -81,10 +81,10 @@ class Budget:
         return True
 
     def spent(self, now: float) -> bool:
-        """Return whether not even one token is there."""
+        """Return whether the bucket has less than one token."""
         return self._tokens + (now - self._at) * self.per_second < 1
 
     def ready_at(self, now: float, n: int = 1) -> float:
-        """Return when ``take`` will succeed."""
+        """Return the time at which ``take`` will succeed."""
         missing = min(n, self._burst) - self._tokens - (now - self._at) * self.per_second
         return now + max(missing, 0.0) / self.per_second

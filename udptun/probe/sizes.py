@@ -1,9 +1,9 @@
 """Find the largest message that passes a path.
 
-Owns the bounds of the search. Does not depend on time outs or on who sends: it learns only which
-sizes passed and which did not. Normally each large probe has the full size. If the full size fails
-while small probes are answered, a binary search finds the largest size that passes. Afterwards the
-full size is tried again regularly. Threading: one thread.
+Owns the bounds of the search. Does not depend on timeouts or on the sender: the caller reports
+which sizes passed and which did not. Normally each large probe has the full size. If the full size
+fails while small probes are answered, a binary search finds the largest size that passes.
+Afterwards the full size is tried again regularly. Threading: one thread.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from .message import HEADER_SIZE
 
 SMALL_SIZE = HEADER_SIZE
-STEP = 8  # bytes; the search ends when the bounds are this close. MTUs differ by more.
-MISSES = 3  # unanswered probes of one size until the size fails: a lossy path loses two at times
-RECHECK_SECONDS = 15.0  # between two tries of the full size; a repaired path is noticed this soon
-RESEARCH_SECONDS = 600.0  # until a limit is forgotten and searched again (RFC 1191 6.3)
+STEP = 8  # bytes; the search ends when the bounds differ by this or less
+MISSES = 3  # a size fails after this number of unanswered probes; a lossy path may lose two
+RECHECK_SECONDS = 15.0  # time between two tries of the full size: a repair is found in this time
+RESEARCH_SECONDS = 600.0  # after this time, a limit is measured again (RFC 1191 6.3)
 
 
 class SizeSearch:
@@ -56,11 +56,11 @@ class SizeSearch:
         return self._misses_n > 0 and self._ceiling is None
 
     def uncertain(self, size: int) -> bool:
-        """Return whether this size is over the sizes that are known to pass, in a search."""
+        """Return whether a search runs and this size is not yet known to pass."""
         return self._ceiling is not None and size > self._low()
 
     def resize(self, full: int) -> None:
-        """Change the full size. What was measured for the former one is forgotten."""
+        """Change the full size, and discard the measurements for the old one."""
         if full != self.full:
             self.__init__(full)  # type: ignore[misc]
 
@@ -79,7 +79,7 @@ class SizeSearch:
         return self._low()
 
     def passed(self, size: int, sent_at: float) -> None:
-        """A message of this size, sent at this time, was answered."""
+        """Record that a message of this size, sent at this time, was answered."""
         self.largest = max(size, self._low())
         if self._ceiling is not None and size >= self._ceiling:
             self._ceiling = None  # the limit is gone
@@ -90,7 +90,7 @@ class SizeSearch:
             self._judge()
 
     def missed(self, size: int, sent_at: float) -> None:
-        """A large message of this size, sent at this time, was not answered."""
+        """Record that a large message of this size, sent at this time, was not answered."""
         if size != self._missing_size():
             return  # a new try of the full size, or a probe of an earlier step
         if not self._misses_n:
@@ -99,11 +99,11 @@ class SizeSearch:
         self._judge()
 
     def refused(self, size: int, now: float) -> None:
-        """Our own kernel refused to send this size (EMSGSIZE)."""
+        """Record that our own kernel refused to send this size (EMSGSIZE)."""
         self._fail(size, now)
 
     def path_lost(self) -> None:
-        """No size passes at present, so misses say nothing about sizes."""
+        """Record that the path is down. No size passes, so the misses do not count for a size."""
         self._forget_misses()
 
     # -- inside -----------------------------------------------------------------------------------
@@ -118,7 +118,8 @@ class SizeSearch:
         return (self._low() + self._ceiling) // 2 if self.searching else self._low()
 
     def _judge(self) -> None:
-        """Give a size up if it was missed often while a smaller one, sent later, was answered."""
+        """Record a size as failed if its probes were unanswered several times, although a later
+        probe of a smaller size was answered."""
         if self._misses_n >= MISSES and self._smaller_at >= self._missed_at:
             self._fail(self._missing_size(), self._smaller_at)
 

@@ -1,12 +1,12 @@
-"""What is known about one path to one peer, from probes and from received packets.
+"""The state of one path to one peer, measured with probes and with received packets.
 
 Owns the verdict (reachable, unreachable, unknown), the round trip, the loss, the largest size that
 passes, and the time of the next probe. Does not depend on sockets, on how a probe is encoded, or on
 other paths. Times are seconds of the monotonic clock, given by the caller. Threading: one thread.
 
-A path is reachable when a probe is answered: that proves both directions. It is unreachable after
-LOST_AFTER probes in a row without an answer. Received data prove only one direction. But a peer
-that does not have to answer probes (``data_proves``) is reachable also while its data arrive.
+A path is reachable when a probe is answered: the answer proves both directions. It is unreachable
+after LOST_AFTER unanswered probes in a row. Received data prove only one direction. Exception: if
+a peer does not have to answer probes (``data_proves``), its data also make the path reachable.
 """
 
 from __future__ import annotations
@@ -22,27 +22,37 @@ REACHABLE: Final = "reachable"
 UNREACHABLE: Final = "unreachable"
 UNKNOWN: Final = "unknown"
 
-LOST_AFTER = 3  # unanswered probes in a row; a path with 5 % loss does this once in 8,000 probes
+# Unanswered probes in a row until a path is unreachable. With a loss of 5 %, this happens by chance
+# once in 8,000 probes.
+LOST_AFTER = 3
 ANSWER_SECONDS = 1.0  # a probe counts as unanswered after this time, or after 3 round trips
 ANSWER_MAX_SECONDS = 3.0
-SUSPECT_SECONDS = 0.5  # without an answer for this time, or for 2 round trips, the next is sent
-ACTIVE_SECONDS = 1.0  # between probes of a pair with traffic: the verdict takes at most 4 s
+SUSPECT_SECONDS = 0.5  # after this time, or 2 round trips, without an answer the next one is sent
+ACTIVE_SECONDS = 1.0  # time between probes of a pair with traffic: a verdict takes at most 4 s
 ACTIVE_LINGER_SECONDS = 3.0  # a pair counts as active for this time after its last traffic
-IDLE_SECONDS = 10.0  # with 20 % jitter and 2.1 s to the verdict: a lost peer is known within 15 s
-LARGE_EVERY_ACTIVE = 2  # small and large probes alternate on a pair with traffic
-LARGE_EVERY_IDLE = 4  # large probes cost bandwidth, and idle pairs send no large packets
-OWN_EVERY = 4  # an idle pair shares its probes, but each side sends one in this many intervals
+# Time between probes of an idle pair. With 20 % jitter, and 2.1 s to the verdict, the loss of a
+# peer is detected within 15 s.
+IDLE_SECONDS = 10.0
+LARGE_EVERY_ACTIVE = 2  # on a pair with traffic, every second probe is large
+# On an idle pair, every fourth probe is large: large probes cost bandwidth, and an idle pair sends
+# no large packets.
+LARGE_EVERY_IDLE = 4
+# On an idle pair, a probe of either side serves both sides. But each side sends a probe of its own
+# at least once in this number of intervals.
+OWN_EVERY = 4
 LOSS_WINDOW = 32  # probes
 RTT_GAIN = 1 / 8  # RFC 6298
-LATE_N = 8  # unanswered probes that are remembered: a late answer proves the path as well
+LATE_N = 8  # number of unanswered probes that are kept, because a late answer also proves the path
 
-_TRANSIENT = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})  # says nothing about the path
+# Errors of a send that do not depend on the path.
+_TRANSIENT = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 
 
 class _Sent:
-    """One probe without an answer so far.
+    """One probe that is not answered yet.
 
-    decisive  its loss counts for the verdict; a large probe beside a small one is not decisive
+    decisive  whether its loss counts for the verdict. False for a large probe that is sent together
+              with a small one
     """
 
     __slots__ = ("at", "decisive", "size", "token")
@@ -58,8 +68,8 @@ class PathState:
     since        when the path entered its state
     rtt          smoothed round trip in seconds; None: no answer yet
     last_answer  when the last probe was answered; None: never
-    last_probe   when the peer's last probe, request or reply, was received; None: never
-    last_data    when the last data packet was received; None: never, or not known
+    last_probe   when the last probe (request or reply) from the peer was received; None: never
+    last_data    when the last data packet was received; None: never or unknown
     send_errno   error of the last probe if the kernel refused to send it, else 0
     sizes        the largest size that passes
     """
@@ -84,25 +94,25 @@ class PathState:
         self._pending: list[_Sent] = []
         self._late: list[_Sent] = []
         self._awaited_n = 0  # decisive probes in _pending
-        self._history = 0  # one bit per finished probe, the last one lowest; 1: lost
+        self._history = 0  # one bit per finished probe, the lowest bit is the last one; 1: lost
         self._history_n = 0
         self._missed_n = 0  # decisive probes in a row without an answer
         self._backoff_n = 0  # probes since the path became unreachable
         self._probes_n = 0
         self._sent_at = now
         self._jitter = 1.0
-        self._missed_at = now  # when the first of them was sent
-        self._soon = True  # the next probe, a large one, is sent at once
+        self._missed_at = now  # when the first of the _missed_n probes was sent
+        self._soon = True  # the next probe is large, and is sent at once
         self._active_until = now
         self._replied_at = 0.0  # when the last request of the peer was answered
-        self._peer_heard: float | None = None  # when the peer last received a probe of ours
+        self._peer_heard: float | None = None  # when the peer last received a probe from us
 
-    # -- what happened ----------------------------------------------------------------------------
+    # -- events -----------------------------------------------------------------------------------
 
     def sent(
         self, now: float, token: int, size: int, decisive: bool = True, jitter: float = 1.0
     ) -> None:
-        """A probe is sent now. ``jitter`` multiplies the time to the next one."""
+        """Record that a probe is sent now. ``jitter`` multiplies the time until the next one."""
         self._pending.append(_Sent(token, size, now, decisive))
         self._sent_at = now
         self._jitter = jitter
@@ -115,7 +125,7 @@ class PathState:
                 self._backoff_n += 1
 
     def send_failed(self, now: float, token: int, error: int) -> None:
-        """The kernel refused to send the probe, with this errno."""
+        """Record that the kernel refused to send the probe, with this errno."""
         probe = self._take(self._pending, token)
         if probe is None:
             return
@@ -127,7 +137,7 @@ class PathState:
             self._miss(probe, now)
 
     def answered(self, now: float, token: int, size: int) -> bool:
-        """A reply was received. Return whether it answers a probe of this path."""
+        """Record a reply. Return whether it answers a probe of this path."""
         probe = self._take(self._pending, token)
         if probe is not None:
             self._awaited_n -= probe.decisive
@@ -144,21 +154,24 @@ class PathState:
         return True
 
     def heard(self, now: float, heard_seconds: float | None = None) -> None:
-        """A request of the peer was received; the peer last heard us ``heard_seconds`` ago.
+        """Record a request of the peer. The peer last received a probe from us ``heard_seconds``
+        ago.
 
-        The receiver answers a request at once. If the peer's next request says that this answer has
-        not arrived, the path is probed at once.
+        We answer each request at once. If the peer's next request shows that the answer has not
+        arrived, the path is probed at once.
         """
         replied_at, self._replied_at = self._replied_at, now
         self.last_probe = now
         if heard_seconds is not None:
             self._peer_heard = now - heard_seconds
-        quick = now - max(SUSPECT_SECONDS / 2, 2 * (self.rtt or 0.0))  # the answer may be under way
+        # An answer that was sent after this time may still arrive at the peer.
+        quick = now - max(SUSPECT_SECONDS / 2, 2 * (self.rtt or 0.0))
         if self.state == REACHABLE and not self.suspect and 0 < replied_at < quick:
             self._soon |= self._peer_heard is None or self._peer_heard < replied_at
 
     def postpone(self, now: float, idle_seconds: float) -> None:
-        """The peer's request proves both directions: an idle path needs no probe of ours now.
+        """Postpone the next probe of an idle path, because the peer's request proves both
+        directions.
 
         Some probes are sent nevertheless, for the round trip, the loss and the sizes.
         """
@@ -172,13 +185,13 @@ class PathState:
             self._proved(now)
 
     def traffic(self, now: float) -> None:
-        """The pair has traffic: packets were sent to the peer, or received from it."""
+        """Record traffic of the pair: packets were sent to the peer, or received from it."""
         if now >= self._active_until:
             self._soon = True  # the last probe of an idle pair can be long ago
         self._active_until = now + ACTIVE_LINGER_SECONDS
 
     def resize(self, full_size: int) -> None:
-        """The largest data packet has another size now."""
+        """Change the size of the largest data packet."""
         self.sizes.resize(full_size)
 
     def expire(self, now: float) -> None:
@@ -189,16 +202,16 @@ class PathState:
             self._late = [*self._late[1 - LATE_N :], probe]
             self._miss(probe, now)
 
-    # -- what follows -----------------------------------------------------------------------------
+    # -- probes and results -----------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
-        """Whether the pair had traffic when the last probe was sent, or has had since."""
+        """Whether the pair had traffic when the last probe was sent, or has had traffic since."""
         return self._active_until > self._sent_at
 
     @property
     def suspect(self) -> bool:
-        """Whether an answer is missing. A suspect path is probed often until a verdict is there."""
+        """Whether an answer is missing. A suspect path is probed often until there is a verdict."""
         if self.state == UNREACHABLE:
             return False
         return self._awaited_n > 0 or self._missed_n > 0 or self.sizes.suspect
@@ -228,8 +241,8 @@ class PathState:
     def next_sizes(self, now: float) -> tuple[int, ...]:
         """Return the sizes to send now: a small one, a large one, or both.
 
-        An answer to a large probe proves small sizes too. Both are sent to tell a limit of the size
-        from an outage.
+        An answer to a large probe proves small sizes too. Both are sent together to distinguish a
+        size limit from an outage.
         """
         if self.state == UNREACHABLE:
             return (SMALL_SIZE,)
@@ -247,7 +260,7 @@ class PathState:
         return any(probe.token == token for probe in (*self._pending, *self._late))
 
     def reason(self, now: float) -> str:
-        """Say in a few words why the path is in its state."""
+        """Return the reason for the path's state, in a few words."""
         if self.state == REACHABLE:
             return "" if self.last_answer is not None else "data arrive; no probe was answered"
         if self.send_errno:
@@ -278,12 +291,12 @@ class PathState:
 
     def _record(self, probe: _Sent, lost: bool) -> None:
         if self.sizes.uncertain(probe.size):
-            return  # the loss would say something about the size, not about the path
+            return  # such a loss is a property of the size, not of the path
         self._history = (self._history << 1 | lost) & ((1 << LOSS_WINDOW) - 1)
         self._history_n = min(self._history_n + 1, LOSS_WINDOW)
 
     def _proved(self, now: float) -> None:
-        """The path works now."""
+        """Record that the path works."""
         self._missed_n = 0
         if self.state != REACHABLE:
             self._soon = self.state == UNREACHABLE  # measure the sizes again

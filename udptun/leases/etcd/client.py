@@ -158,7 +158,7 @@ class Client:
             except StoreRefused as error:
                 if _NO_AUTH not in str(error):
                     raise
-                return ()  # as in etcd's own client: a cluster without authentication is no error
+                return ()  # authentication is off; like etcd's own client, continue without a token
             self._token = str(answer.token)
         return (("token", self._token),)
 

@@ -60,7 +60,7 @@ class _Taken(Exception):
 
 
 class _Contested(StoreDown):
-    """Another machine keeps writing our key. Our data are written again later."""
+    """Another machine writes our key repeatedly. Our data are written again later."""
 
 
 class LeaseKeeper:
@@ -217,7 +217,8 @@ class LeaseKeeper:
     def _may_write(self, kv: Any, held: _Held) -> bool:
         """Return whether our key may be written now.
 
-        It may not if another machine with our public address keeps writing it.
+        The answer is False for some time after another machine with our public address has written
+        the key repeatedly.
         """
         if not held.mod_revision or kv.mod_revision == held.mod_revision \
                 or not self._is_foreign(kv.lease):
@@ -240,7 +241,8 @@ class LeaseKeeper:
         """Take the key's present state as our lease, if the key has our attributes.
 
         Return False if the key must be written: it has other attributes, it expires too soon, or
-        another machine has written it, which shall see that we write it too.
+        another machine has written it. In the last case, our write shows the conflict to the other
+        machine.
         """
         if kv.value != write_value(held.lease.attributes):
             return False

@@ -38,8 +38,11 @@ from .allocate import Entry
 from .client import Client
 from .schema import read_key, read_value, subnets_prefix
 
-RETRY_MIN_S, RETRY_MAX_S = 0.1, 0.8  # short, to detect within a second that the store is back
-REFUSED_MAX_S = 10.0  # longer, because the store may have to hash a password at each attempt
+# Delays between attempts. They are short, so that the watch continues within a second after the
+# store is up again. After a refusal they are longer, because the store may have to hash a password
+# at each attempt.
+RETRY_MIN_S, RETRY_MAX_S = 0.1, 0.8
+REFUSED_MAX_S = 10.0
 
 log = logging.getLogger(__name__)
 

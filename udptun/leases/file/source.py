@@ -45,8 +45,8 @@ from .schema import HostsFile, parse
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-SETTLE_SECONDS = 0.1  # a file that was modified less than this long ago may be half written
-SETTLE_TRIES = 10  # after this many waits, a file that is written continuously is read as it is
+SETTLE_SECONDS = 0.1  # a file that was modified within this time may be incomplete
+SETTLE_TRIES = 10  # after this number of waits, the file is read even if it still changes
 
 Signature = tuple[int, ...]
 
@@ -245,9 +245,9 @@ class FileSource(LeaseSource):
 def _settled_signature(path: Path) -> Signature:
     """Wait until the file is no longer being written to; return values that identify this version.
 
-    An editor that writes in place truncates the file first, and a half-written list can be valid.
-    The wait also makes sure that a later write gets a different timestamp, even if the file system
-    has coarse timestamps.
+    An editor that writes in place truncates the file first, and an incomplete list can be valid.
+    The wait also ensures that a later write gets a different timestamp, even if the file system has
+    coarse timestamps.
     """
     for _ in range(SETTLE_TRIES):
         stat = path.stat()

@@ -83,7 +83,7 @@ class KubeSource(LeaseSource):
         node = await self._api.node(await self._name())
         try:
             public_ip, public_ipv6 = self._annotations.node_public(node)
-        except FieldError as e:  # no failure: the node can use the address of its interface
+        except FieldError as e:  # continue: the node can use the address of its interface
             log.error("node %s: %s; the annotations of its public addresses are ignored",
                       node.metadata.name, e)
             return Identity()
@@ -211,8 +211,8 @@ class KubeSource(LeaseSource):
         return announced
 
     def _may_publish(self, node: Node, lease: Lease, published: Attributes) -> bool:
-        """Return False if another machine has published our node, and it is too early to restore
-        our annotations."""
+        """Return whether our annotations may be restored now. The answer is False for some time
+        after another machine has changed them repeatedly."""
         try:
             there = self._annotations.lease(node)
         except FieldError:
