@@ -1,5 +1,5 @@
-# An index of what to do with a clone of udptun. `make` alone lists the targets. A recipe of more than
-# a few lines is a script in scripts/.
+# The tasks for a clone of udptun. `make` alone lists the targets. A recipe of more than a few lines is
+# a script in scripts/.
 
 PYTHON ?= python3
 ifeq ($(origin CC),default)
@@ -21,7 +21,7 @@ EXTENSION_SOURCES := setup.py udptun/drops.py udptun/model.py \
   $(filter-out %.c src_ext/drops.pxd src_ext/limits.pxd,$(wildcard src_ext/*.* src_ext/*/*.*))
 STEPS_SOURCES := $(wildcard tests/steps/build.py tests/steps/*.p*)
 BUILT := $(wildcard udptun/_core$(SUFFIX))
-# Some tools are in the sbin directories, which a user's PATH may leave out.
+# Some tools are in the sbin directories, which a user's PATH may not contain.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -40,7 +40,7 @@ help: ## list the targets
 
 build: $(VENV)/extension.stamp ## create .venv with udptun in it (.venv/bin/udptun)
 
-demo: build ## show two hosts, a tunnel, pings and TCP; root
+demo: build ## show two hosts, a tunnel between them, pings and TCP; root
 	@scripts/need $(DEMO_TOOLS)
 	@$(VENV)/bin/udptun demo $(ARGS)
 
@@ -48,7 +48,7 @@ demo-etcd: build ## show a cluster: etcd, nodes that join and leave, pods; root
 	@scripts/need $(DEMO_TOOLS) etcd:etcd-server
 	@$(PY) -m udptun.lab.demo_etcd $(ARGS)
 
-test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp bench/onepacket ## run what CI runs, 12 minutes; with ARGS: pytest ARGS alone
+test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp bench/onepacket ## run what CI runs, 12 minutes; with ARGS: only pytest ARGS
 	@scripts/need --optional $(TEST_TOOLS)
 	@scripts/test $(PY) $(ARGS)
 
@@ -111,8 +111,8 @@ $(VENV)/installed.stamp: pyproject.toml $(VENV)/made.stamp
 	@$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Recompile when a source has changed or the compiled file is missing. The installation has just
-# compiled it when no source is newer than the installation.
+# Recompile if a source has changed or if the compiled file is missing. Do not recompile if no source
+# is newer than the installation, because the installation has compiled the extension.
 $(VENV)/extension.stamp: $(VENV)/installed.stamp $(EXTENSION_SOURCES) $(if $(BUILT),,FORCE)
 	@if [ ! -e udptun/_core$(SUFFIX) ] || \
 	  [ -n "$$(find $(EXTENSION_SOURCES) -newer $(VENV)/installed.stamp)" ]; then \

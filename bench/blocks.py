@@ -1,4 +1,4 @@
-"""Runs the measurements in interleaved blocks, so that contenders are compared close in time.
+"""Runs the measurements in interleaved blocks: contenders are measured at almost the same time.
 
 Owns: the order of the slots, the counters read before and after each slot, the rules that reject a
 block, and the number of blocks. ``metrics`` has the measurements. Main thread only, like

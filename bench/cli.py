@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=_positive(int), default=5)
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     command.set_defaults(run=_flame)
-    text = "CPU time and memory that probes to many idle peers cost"
+    text = "CPU time and memory for probes to many idle peers"
     command = commands.add_parser("probes", help=text, description=text)
     command.add_argument("--peers", type=_positive(int), default=5000, metavar="N")
     command.add_argument("--seconds", type=_positive(int), default=120, metavar="N")
@@ -137,14 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("instructions", help=text, description=text)
     command.add_argument("--save", type=Path, metavar="FILE", help="write the counts to FILE")
     command.add_argument("--check", type=Path, metavar="FILE",
-                         help="fail if a step takes more instructions than FILE says")
+                         help="fail if a step takes more instructions than FILE allows")
     command.set_defaults(run=lambda a: instructions.run(a.save, a.check))
     _add_nodes_command(commands)
     return parser
 
 
 def _add_nodes_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "what one node costs in a cluster of N nodes (etcd)"
+    text = "cost of one node in a cluster of N nodes (etcd)"
     command = commands.add_parser("nodes", help=text, description=text)
     command.add_argument("--nodes", type=_nodes, action="append", metavar="N",
                          help="number of other nodes; may be repeated; "

@@ -1,4 +1,4 @@
-/* copylimit: the upper bound for a tunnel with udptun's system calls, without udptun's own work.
+/* copylimit: the upper bound for a tunnel with udptun's system calls. It does no other work of udptun.
  *
  * copylimit makes the same system calls in the same order as udptun's worker: recvmmsg with
  * UDP_GRO, one write to the TUN per datagram, reads until the TUN is empty, sendmmsg with
@@ -148,7 +148,7 @@ static void flush(int fd, int n) {
 			struct pollfd p = {.fd = fd, .events = POLLOUT};
 			poll(&p, 1, 10);
 		} else if (errno == ECONNREFUSED) {
-			continue; /* an earlier datagram's error: the peer had not started */
+			continue; /* the error belongs to a datagram sent before the peer had started */
 		} else {
 			perror("sendmmsg");
 			done++;
@@ -222,7 +222,7 @@ int main(int argc, char **argv) {
 		case SLICE: slice = atoi(optarg); break;
 		default: usage();
 		}
-	/* Some kernels accept only 64 segments in one send, so a slice must not be smaller. */
+	/* Some kernels accept only 64 segments in one send. So 64 slices must hold the largest send. */
 	if (!name || !local.sin_port || !peer.sin_port || slice < UDP_PAYLOAD_MAX / 64 || slice > 65000)
 		usage();
 	for (int i = 0; i < SLOTS; i++) {

@@ -1,11 +1,11 @@
-"""What one node costs in a cluster of N nodes: a real node daemon, forwarder and etcd.
+"""The cost of one node in a cluster of N nodes, with a real node daemon, forwarder and etcd.
 
     python -m bench nodes [--nodes 10 --nodes 1000 ...] [--backend udp] [--out FILE]
 
-The leases of the other nodes are synthetic, and one program in a namespace of its own answers the
-probes to all their addresses. Measured are the start, the memory, the CPU time and the traffic at
-rest, one change in the store, and a steady churn. Owns: the leases, the measurement and its table.
-Main thread only, like udptun.lab.
+The other nodes do not exist: their leases are written to etcd, and one program in its own namespace
+answers the probes to all their addresses. The measurement has these parts: the start, the memory,
+the CPU time and the traffic at rest, one change in the store, and a constant rate of changes
+(churn). Owns: the leases, the measurement and its table. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ UNDERLAY = ipaddress.IPv4Network("172.16.0.0/12")
 MAX_NODES = 200_000
 START_SECONDS = 600.0
 CHANGE_SECONDS = 60.0
-_TXN = 128  # etcd accepts at most so many operations in one transaction
+_TXN = 128  # the maximum number of operations that etcd accepts in one transaction
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The figures of one size. Sizes in bytes, times in seconds, shares of one core."""
+    """The figures for one number of nodes: bytes, seconds, and shares of one core."""
 
     nodes: int
     start_s: float
@@ -129,7 +129,7 @@ class Simulation:
             self._cluster.etcd.put_together(lease(n, self._backend) for n in numbers)
 
     def _wait_applied(self) -> None:
-        """Wait until the last peer has its path, and the node says that it has all leases."""
+        """Wait until the last peer has its path and the node reports all leases."""
         wait_for(lambda: self._has(self._n - 1, 0), "the last peer", START_SECONDS)
 
     def _has(self, n: int, moved: int) -> bool:
@@ -171,10 +171,10 @@ class Simulation:
                 (self._sent() - sent) / took, (self._from_store() - received) / took)
 
     def _change(self, count: int, rest_cpu: float) -> tuple[list[float], float, float]:
-        """Move ``count`` peers, one after the other. Return the times until the data path has it,
-        and the CPU time and the bytes from the store per change.
+        """Move ``count`` peers, one after the other. Return the time of each change until it is
+        active in the data path, and the CPU time and the bytes from the store per change.
 
-        rest_cpu  what both processes need at rest, as a share of a core; it is subtracted
+        rest_cpu  the CPU time of both processes at rest, as a share of a core; it is subtracted
         """
         cpu, received, times = sum(self._cpu()), self._from_store(), []
         start = time.monotonic()
@@ -191,7 +191,8 @@ class Simulation:
         return times, each, (self._from_store() - received) / count
 
     def _churn(self, rate: float, seconds: float) -> float:
-        """Move ``rate`` peers per second; return the CPU time of both as a share of a core."""
+        """Move ``rate`` peers per second; return the CPU time of daemon and forwarder as a share of
+        a core."""
         self._moved += 1
         cpu, began = sum(self._cpu()), time.monotonic()
         n = done = 0

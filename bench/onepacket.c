@@ -1,6 +1,6 @@
 /* onepacket: an IPv4 over UDP tunnel that moves one packet per system call.
  *
- * onepacket behaves like flannel's UDP backend. It is written from a description of this behaviour:
+ * onepacket behaves like flannel's UDP backend. It was written from this description:
  * - The UDP payload is the raw inner IPv4 packet.
  * - There is one thread and one buffer. The thread polls the TUN, the UDP socket and the control
  *   socket. Each packet takes one read and one send.
@@ -10,7 +10,7 @@
  * - The outer source address is not checked.
  *
  * The tests use onepacket as a peer that is not udptun. The benchmarks use it as the baseline of
- * all speed comparisons. So do not fix its oddities, and do not make it faster or slower.
+ * all speed comparisons. So do not correct its behaviour, and do not change its speed.
  *
  *   onepacket --tun NAME --address A.B.C.D --network CIDR --listen IP:PORT --mtu N
  *             [--route CIDR=IP:PORT]... [--ctl PATH | --ctl-fd N]

@@ -2,8 +2,8 @@
 
     python -m bench.probe_peers FIRST PEERS NODE:PORT
 
-Answers every probe from the address that it was sent to. Probes the node from each peer's address,
-by the rules of udptun/probe, as that many real peers do. Runs in a namespace in which all the
+Answers every probe from the address to which the probe was sent. Probes the node from each peer's
+address, by the rules of udptun/probe, as real peers do. Runs in a namespace in which all these
 addresses are local. Prints "ready", and at the end the numbers of its answers and requests.
 """
 

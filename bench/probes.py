@@ -1,10 +1,11 @@
-"""What probes cost a forwarder: CPU time, probes per second and memory, with N idle peers.
+"""The cost of probes for a forwarder: CPU time, probes per second and memory, with N idle peers.
 
     python -m bench probes [--peers 5000] [--seconds 120]
 
-Two namespaces: a forwarder, and a process that plays all peers (bench/probe_peers.py): it answers
-all probes, and probes the forwarder as that many peers do. The forwarder runs twice, with the
-same routes: without ``probe``, and with it. The difference is the cost.
+There are two namespaces. One has the forwarder. The other has a process that acts as all peers
+(bench/probe_peers.py): it answers all probes, and probes the forwarder as real peers do. The
+forwarder runs twice with the same routes, first without ``probe`` and then with ``probe``. The
+difference is the cost.
 
 CPU time is the time on a CPU of all threads of the forwarder (/proc/PID/task/*/schedstat). The time
 that the kernel spends on received packets in softirqs is not part of it, unless it interrupts the

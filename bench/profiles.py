@@ -1,6 +1,6 @@
 """The offload profiles of the wire, P1 to P4, as text for the help, the report, plots and README.
 
-A profile says where super-packets (TSO, USO) are cut into MTU-sized packets. The wire is a veth
+A profile defines where super-packets (TSO, USO) are cut into MTU-sized packets. The wire is a veth
 pair; ``udptun.lab`` sets its offloads. Every result belongs to one profile.
 
 Owns: the descriptions. ``udptun.lab.hosts.PROFILES`` has the offloads of each profile.

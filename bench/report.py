@@ -23,8 +23,8 @@ _METRICS = {
     "tcp": "iperf3 between hosts a and b. *N there*: N streams from a to b; *N back*: from b to a; "
     "*N both*: N streams in each direction at the same time.",
     "rtt": "64-byte requests from a, answered by b. *udp* or *tcp*: the protocol. *idle*: each "
-    "request is sent when the previous reply is there. *bulk*: 2000 requests per second while one "
-    "TCP stream runs from a to b.",
+    "request is sent when the previous reply has arrived. *bulk*: 2000 requests per second while "
+    "one TCP stream runs from a to b.",
     "pps": "UDP datagrams from a to b, each sent as its own packet. *N bytes*: UDP payload.",
     "gap": "20,000 datagrams per second from a to b while all routes of host a's forwarder are "
     "replaced. *N routes*: number of routes replaced.",
@@ -85,7 +85,7 @@ def markdown(run: Run, plots: Sequence[str] = ()) -> str:
 
 def _profiles(run: Run) -> list[str]:
     intro = (
-        "A profile says what the wire, a veth pair between the two hosts, does with super-packets: "
+        "A profile defines what the wire, a veth pair between the hosts, does with super-packets: "
         "TCP or UDP data of up to 64 KB that the kernel handles as one packet."
     )
     rows = [

@@ -1,9 +1,9 @@
 """Answers the probes to all addresses of its namespace: the peers of ``bench nodes``.
 
-Owns: one UDP socket on the forwarder's port, and one on VXLAN's. Each reply leaves from the address
-to which the request was sent, so one process is any number of peers. A request in VXLAN is answered
-in VXLAN, with the inner addresses swapped. Knows only the fields of the message that a reply
-changes; udptun's own code is the program that is measured.
+Owns: one UDP socket on the forwarder's port, and one on VXLAN's port. Each reply is sent from the
+address to which the request was sent, so one process can act as any number of peers. The reply to a
+request in VXLAN is in VXLAN too, with the inner addresses swapped. Does not use udptun's own code,
+which is under test: a reply is the request with a few changed fields.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ _IP_PKTINFO = 8  # linux/in.h
 _PKTINFO_LEN = 12
 # Offsets in a VXLAN datagram: the header, then Ethernet, IPv4 without options, UDP, the probe.
 _ETHERNET, _IP, _UDP, _INNER = 8, 22, 42, 50
-# The fields to swap: (offset of the first, length of each); the second follows the first.
+# Pairs of fields to swap: (offset of the first, length of each). The second follows the first.
 _SWAPPED = ((_ETHERNET, 6), (_IP + 12, 4), (_UDP, 2))
-_CHECKSUM = slice(_UDP + 6, _UDP + 8)  # zero: none. The sum of the IP header stays the same.
+_CHECKSUM = slice(_UDP + 6, _UDP + 8)  # UDP's; zero means none. The IP header's does not change.
 
 
 def answer(data: bytes, inner: int = 0) -> bytearray | None:
-    """Return the reply to a datagram; None if it is no request. ``inner``: where the probe is."""
+    """Return the reply to a datagram; None if it is not a request. ``inner``: offset of the probe.
+    """
     if data[inner:inner + 4] != _MAGIC or data[inner + _TYPE] != _REQUEST:
         return None
     reply = bytearray(data)
@@ -41,7 +42,8 @@ def answer(data: bytes, inner: int = 0) -> bytearray | None:
 
 
 def serve(ports: dict[int, int]) -> None:
-    """Answer at these ports for ever. The values say where a datagram has the probe."""
+    """Answer at these ports until the process is killed. The values are the offsets of the probe.
+    """
     poll = selectors.DefaultSelector()
     for port, inner in ports.items():
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -1,8 +1,8 @@
 """Converts the lines of a run into figures. A figure has one value of one series, by block.
 
-Owns: the selection of the lines that are used. A refused slot has no value. The slots of a rejected
-block are left out. The summary lists refused slots and rejected blocks with the reason. Independent
-of the meaning of a value. Pure.
+Owns: the selection of the lines to use. A refused slot has no value. The slots of a rejected block
+are not used. The summary lists refused slots and rejected blocks with the reason. Independent of
+the meaning of a value. Pure.
 """
 
 from __future__ import annotations

@@ -72,8 +72,7 @@ def facts() -> dict[str, str]:
 
 
 def revision() -> str:
-    """Return the commit of the repository; the text says if tracked files differ from the commit.
-    """
+    """Return the commit of the repository, and a note if tracked files differ from the commit."""
     described = _first_line("git", "-C", str(ROOT), "log", "-1", "--format=%h of %cs")
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "-uno")
     return described + (", with uncommitted changes" if described and changed else "")

@@ -14,11 +14,12 @@
  *   udpload send ADDRESS PORT --run ID --seconds S [--size N] [--rate PPS] [--spread COUNT]
  *       Sends datagrams with N bytes of payload. Each datagram is its own packet (sendmmsg without
  *       UDP_SEGMENT). The sender sends at ticks of 50 us and sleeps between two ticks, because
- *       generator and tunnel may share the CPU cores. After a delay, the sender sends at most
- *       the overdue packets of 1 ms, but at least two packets, and skips the rest. Without --rate,
- *       the sender sends at full rate.
+ *       generator and tunnel may share the CPU cores. If the sender is late, it sends the overdue
+ *       packets of at most 1 ms (at least two packets) and skips the rest. "forgiven_seconds" in
+ *       the result is the time of the skipped packets. Without --rate, the sender sends at full
+ *       rate.
  *       --spread sends to COUNT addresses: ADDRESS, ADDRESS + 4, ADDRESS + 8, and so on. Of COUNT
- *       consecutive datagrams, each address gets one. The order of the addresses is scattered.
+ *       consecutive datagrams, each address gets one, in a scattered order.
  *
  * IPv4 only. The result is one line of JSON on standard output. The commands echo and receive first
  * print "ready". The receiver does not use UDP_GRO, so it receives each packet separately.
@@ -240,13 +241,13 @@ static void run_ping(const struct sockaddr_in *to) {
 
 		if (sending && (now >= next_send || (!opt.interval_us && times_n + lost >= sent))) {
 			if (!opt.interval_us)
-				lost = sent - times_n; /* no reply within give_up */
+				lost = sent - times_n; /* requests without a reply within give_up */
 			mark.sent_ns = now;
 			memcpy(out, &mark, sizeof mark);
 			if (send(fd, out, (size_t)opt.size, MSG_NOSIGNAL) == opt.size)
 				sent++;
 			else if (opt.tcp)
-				break; /* a partial send makes the request bounds unknown */
+				break; /* after a partial send, the reader cannot find the next request */
 			mark.seq++;
 			next_send = opt.interval_us ? next_send + opt.interval_us * 1000 : now + give_up;
 		}
@@ -424,7 +425,7 @@ static void run_send(const struct sockaddr_in *to) {
 			}
 			done = sendmmsg(fd, msgs, (unsigned)n, 0);
 			if (done < 0) {
-				refused++; /* the first datagram has no route or no buffer */
+				refused++; /* there is no route or no buffer for the first datagram */
 				done = 1;
 			} else {
 				sent += (uint64_t)done;

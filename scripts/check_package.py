@@ -3,8 +3,9 @@
 The sdist is built from a copy of the checkout without generated files, and the wheel is built from
 the unpacked sdist. So the build fails if a source is missing from the sdist, and neither package
 contains other files of the checkout. The wheel must contain the modules of ``udptun/``, the
-compiled core and nothing else: no tests, no C, no Cython. The wheel is then installed in an empty
-folder and started. Prints each mistake; exits with 1 if there is one.
+compiled core and nothing else: no tests, no C, no Cython. Then the wheel is unpacked into an empty
+folder, and the command ``udptun version`` is started there. Prints each mistake. The exit code is 1
+if there is a mistake.
 """
 
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("udptun", "src_ext")
 FILES = ("setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
-# Files that a build writes into src_ext/. An sdist carries them too; pip generates them again.
+# Files that a build writes into src_ext/. An sdist has them too, but pip generates them again.
 GENERATED = [
     line for line in (ROOT / ".gitignore").read_text().split() if line.startswith("src_ext/")
 ]

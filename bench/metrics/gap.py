@@ -8,8 +8,8 @@ two arrivals (timestamps of the kernel) minus the time between the two transmiss
 sender shares the CPU cores with the tunnel, so it may pause. The subtraction removes such a pause
 from the gap.
 
-The window begins with the request and ends with its reply, when the new table is active. The
-baseline is the longest gap in a window of the same length just before the request: the machine
+The window begins with the request. It ends with the reply: then the new table is active. The
+baseline is the longest gap in a window of the same length directly before the request: the machine
 causes this gap without a change of routes. Needs udptun on both hosts. The reply must confirm that
 all routes were replaced.
 """
@@ -48,7 +48,8 @@ def arrivals(data: bytes) -> list[Arrival]:
 
 
 def longest_gap(recorded: Sequence[Arrival], begin_ns: int, end_ns: int) -> int:
-    """Return the longest gap that ends in the window, or with the first arrival after the window.
+    """Return the longest gap. A gap counts if it ends in the window, or if it ends at the first
+    arrival after the window.
 
     A negative number means that there is no such gap.
     """

@@ -4,7 +4,7 @@ Host a sends 1000 evenly paced datagrams per second to host b. In the second hal
 sends UDP super-packets to peers that the kernel cannot send to fast enough:
 
 - *N dead*: N peers with addresses on the link that no host has. The kernel holds the datagrams
-  until it gives up resolving the address.
+  until the resolution of the address fails.
 - *N Mbit/s*: one peer behind a traffic class of this rate on a's interface.
 
 The delay of a datagram is the time from the send at a to the kernel's timestamp at b. The first
