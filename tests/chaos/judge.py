@@ -108,7 +108,7 @@ class Judge:
                   if pair not in scene.lossy}
         wrong = _by_reason("packets are lost, and a path exists",
                            {pair: sizes for pair, sizes in broken.items() if pair not in scene.cut})
-        # A cut pair may still work by another way; if it does not, somebody says so.
+        # A cut pair may still have a path. If it has none, one of the nodes must report this.
         wrong += _by_reason("packets are lost, and neither node says so",
                             {(a, b): sizes for (a, b), sizes in broken.items()
                              if (a, b) in scene.cut and not self._says(a, b, scene.says)})

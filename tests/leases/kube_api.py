@@ -95,7 +95,7 @@ class KubeApi:
         self.requests = []  # (method, path with query, user) of every request
         self.bookmark_seconds = 60.0
         self.gone_as_event = True  # a watch's 410: True: an ERROR event; False: the status
-        # For each of the next requests of users with rules: a Refusal, or None for no error.
+        # For each of the next requests of users with rules: a Refusal; None: accept the request.
         self.refuse_next = []
         self.answering = asyncio.Event()  # while it is cleared, requests get no response
         self.answering.set()

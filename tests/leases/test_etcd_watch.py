@@ -78,7 +78,7 @@ async def test_a_renewal_is_not_a_change(etcd, observe):
 
 
 BAD = {
-    "10.5.90.0-24": b'{"PublicIP":"192.0',  # a half-written value
+    "10.5.90.0-24": b'{"PublicIP":"192.0',  # an incomplete value
     "10.5.91.0-24": b"",
     "10.5.92.0-24": b"\xff\xfe",
     "10.5.93.0-24": b'{"PublicIP":null}',

@@ -220,7 +220,7 @@ def test_any_value_of_any_field_is_valid_or_a_field_error(value):
 
 
 def test_subnet_rules_are_not_checked_if_the_store_assigns_subnets():
-    """With Kubernetes, flannel does not read the subnet rules. So an invalid rule is no error."""
+    """With Kubernetes, flannel does not read the subnet rules. So an invalid rule is accepted."""
     config = parse(check_subnets=False, Network="10.5.0.0/29", SubnetLen=99, SubnetMin="nowhere")
     assert config.network == IPv4Network("10.5.0.0/29")
     assert (config.subnet_len, config.subnet_min, config.subnet_max) == (0, None, None)

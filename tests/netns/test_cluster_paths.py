@@ -197,7 +197,7 @@ def test_a_stock_peer_is_measured_by_echoes(lab):
 
 
 def test_a_peer_behind_a_smaller_underlay_gets_large_packets_by_udp(lab):
-    """VXLAN knows no MTU of a single peer: large packets would be lost without a word."""
+    """VXLAN has no MTU for a single peer: large packets would be lost without an error."""
     cluster = Cluster(lab, 2, config=VXLAN, options=["--backend=auto"])
     a, b = cluster.members
     b.host.interfaces[0].set_mtu(1400)

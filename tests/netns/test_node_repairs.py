@@ -126,7 +126,7 @@ def log_lines(member):
 
 
 def test_subnet_env_waits_for_the_kernel(lab):
-    """The file appears when the TUN, its route and the rules are in force, and READY=1 after it."""
+    """The file appears when the TUN, its route and the rules are active. READY=1 follows."""
     cluster = Cluster(lab, 1)
     (node,) = cluster.members
     # A device with the TUN's name stops the forwarder from making it.

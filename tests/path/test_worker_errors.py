@@ -45,7 +45,7 @@ def publish(rig, *routes):
 
 
 @in_own_netns
-def test_a_port_where_nobody_listens_is_the_last_error_of_this_peer_only():
+def test_a_port_without_a_listener_is_the_last_error_of_this_peer_only():
     with Rig() as rig:
         rig.udp.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR, as net/udp.py sets it
         before = time.monotonic_ns()

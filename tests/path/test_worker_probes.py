@@ -164,7 +164,7 @@ def test_a_request_that_the_kernel_refuses_is_counted():
                 rig.core.send_probe(address, 9, 1, size, 0)
 
 
-def test_probes_that_nobody_takes_are_counted_as_lost():
+def test_probes_that_are_not_taken_are_counted_as_lost():
     extra = 10
     with Rig() as rig:
         for token in range(RING + extra):

@@ -1,4 +1,4 @@
-"""The verdicts over a simulated network: how soon they come, and how many probes they cost."""
+"""The verdicts over a simulated network: how fast they are, and how many probes they need."""
 
 import errno
 import itertools

@@ -297,7 +297,7 @@ REQUEST, REPLY = (Probe(kind, 7, 8, 100) for kind in (1, 2))
     ("sender", "reason"),
     [
         (PEER, None), (Endpoint.parse("192.0.2.2:1"), None), (PEER6, None),
-        (OTHER, "bad_version"),  # a peer that is not to be probed
+        (OTHER, "bad_version"),  # a peer whose routes have no ``probe``
         (STRANGER, "unknown_peer"),
     ],
 )

@@ -51,8 +51,8 @@ from .store import Store
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0  # from a failure of ``_settle`` to the next attempt
-BETWEEN_SECONDS = 0.2  # at least, between two calls of ``_settle``; one call takes longer
-LOOK_SECONDS = 30.0  # without a notification of the kernel, compare the host so often
+BETWEEN_SECONDS = 0.2  # the shortest time between two calls of ``_settle``; one call takes longer
+LOOK_SECONDS = 30.0  # without a notification of the kernel, compare the host at this interval
 STATUS_SECONDS = 1.0  # between two updates of our status for the service manager
 
 
@@ -317,7 +317,7 @@ class Daemon:
         return store.confirmed
 
     async def _measure(self) -> None:
-        """Measure the paths. Until they are all active, probes would report their absence only."""
+        """Measure the paths after all of them are active: an earlier probe would only fail."""
         await self._peers.known.wait()
         await self._backends.synced()
         await self._paths.run()
@@ -363,7 +363,7 @@ def _with_declared(options: InterfaceOptions, identity: Identity) -> InterfaceOp
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first error of a group of tasks; the other errors are usually its results."""
+    """Return the first error of a group of tasks. It usually causes the other errors."""
     error = group.exceptions[0]
     return _first_error(error) if isinstance(error, BaseExceptionGroup) else error
 

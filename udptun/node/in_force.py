@@ -1,4 +1,4 @@
-"""Verify with the kernel what the daemon has set up, and publish subnet.env once it is in force.
+"""Compare the kernel's state with the daemon's setup, and publish subnet.env when they are equal.
 
 Owns: the comparison of the host with what it should be, and its result in the report; which changes
 of the host are a reason for another ``settle`` of the daemon; the log lines about repairs; the time
@@ -33,10 +33,10 @@ FIRST_LOOKS_SECONDS = 0.05  # between two looks before subnet.env is written
 
 
 class InForce:
-    """Compares the host with what it should be.
+    """Compares the host with its desired state.
 
     repairs       limits how often the daemon repairs the host
-    settle_again  is called if the host may differ from what it should be
+    settle_again  is called if the host may differ from its desired state
     leases        returns the leases of all nodes
     """
 
@@ -71,7 +71,7 @@ class InForce:
         await self._look_at_routes()
 
     async def published(self) -> None:
-        """Wait until everything is in force, then write subnet.env."""
+        """Wait until the whole setup is active, then write subnet.env."""
         while not await self._publish():
             await asyncio.sleep(FIRST_LOOKS_SECONDS)
 
@@ -96,13 +96,13 @@ class InForce:
         await self._look()
         missing = self._missing()
         if missing:
-            self._report.waiting = f"not everything is in force: {missing}"
+            self._report.waiting = f"not everything is active yet: {missing}"
             return False
         self._host.write_env()
         return True
 
     def _missing(self) -> str:
-        """Return what is not in force, according to the last look; "" if everything is."""
+        """Return the part that the last look found missing; "" if nothing is missing."""
         report = self._report
         if report.forwarder.needed and not report.forwarder.synced:
             return "the forwarder's routes"
@@ -117,7 +117,7 @@ class InForce:
         repairs, impaired = self._host.keep_forwarding(self._site.network)
         if self._looked:
             self._record(repairs)
-        else:  # what was off before our start is no repair
+        else:  # to turn on a setting that was off before our start is not a repair
             for text in repairs:
                 log.info("%s", text)
         self._looked = True

@@ -88,7 +88,7 @@ class Store:
         return self._refresh
 
     def refresh(self) -> None:
-        """In the next pass, ask the store for everything, also for answers that are known."""
+        """In the next pass, ask the store for everything again, including known answers."""
         self._refresh = True
 
     def reload(self) -> None:

@@ -120,7 +120,7 @@ ACTS = [
     Act("route-del", "one route of our device is deleted", _delete_one),
     Act("route-flush", "all routes of our device are deleted", _flush),
     Act("networkd", "a network manager removes foreign routes and addresses", _as_networkd),
-    Act("route-other", "somebody else's more specific route to a peer's pods", _more_specific),
+    Act("route-other", "another program's more specific route to a peer's pods", _more_specific),
     Act("route-blackhole", "a blackhole route to a peer's pods", _blackhole),
     Act("policy-rule", "a policy rule sends the overlay to a table without a route", _rule),
     Act("leftover-flannel", "flannel.1 of a former flanneld, with its routes", _leftover_flannel,

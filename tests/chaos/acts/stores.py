@@ -45,7 +45,7 @@ def _garbage(world: World, rng: Random) -> Scene:
     a, _ = pick_two(world, rng)
     key = f"{PREFIX}/subnets/10.244.250.0-24"
     world.etcd.put(key, "{not json")
-    return Scene("somebody writes a lease that is not JSON", undo=lambda: world.etcd.delete(key),
+    return Scene("a program writes a lease that is not JSON", undo=lambda: world.etcd.delete(key),
                  touched=[a], says="10.244.250.0-24")
 
 

@@ -1,4 +1,4 @@
-"""Peers that another backend carries for a while: the kernel's state afterwards is as before."""
+"""Peers that another backend carries for some time: later the kernel has its first state again."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ async def test_changed_rules_are_restored(damage):
 
 
 @in_own_netns
-async def test_each_repair_is_logged_whoever_asks_for_it(caplog):
+async def test_each_repair_is_logged_for_every_caller(caplog):
     """The daemon also checks the rules when something else on the host has changed."""
     caplog.set_level(logging.INFO)
     firewall = Firewall(RULES)

@@ -85,7 +85,7 @@ def set_stale(report: NodeReport) -> None:
     report.stale, report.source.lease = True, "none"
 
 
-def set_never_told(report: NodeReport) -> None:
+def set_never_reported(report: NodeReport) -> None:
     set_store_down(report)
     report.applied = None
 
@@ -211,7 +211,7 @@ def set_waiting(report: NodeReport) -> None:
          "    the active leases are those of the store's last answer"),
         (set_stale, {"store": State.DEGRADED, "lease": State.DEGRADED},
          "the active leases are from the cache"),
-        (set_never_told, {"store": State.FAILED}, "[-]store: etcd: no answer for 5 s"),
+        (set_never_reported, {"store": State.FAILED}, "[-]store: etcd: no answer for 5 s"),
         (set_skipped, {"store": State.DEGRADED},
          "    1 cannot be used:\n    10.5.9.0-24: no PublicIP"),
         (set_lost, {"lease": State.DEGRADED},

@@ -76,7 +76,7 @@ def create(
 
 
 class ActiveBackends:
-    """Holds all backends in the list, and knows which of them are active."""
+    """Holds all backends in the list, and the list of the active ones."""
 
     def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
         self._config = config
@@ -185,7 +185,7 @@ class ActiveBackends:
                 await backend.retire(prepared.network, prepared.site.former)
 
     async def verify(self) -> list[str]:
-        """Return a sentence for each thing of the active backends that is not in force.
+        """Return a sentence for each part of the active backends that is missing on the host.
 
         Raises DeviceError.
         """
@@ -228,7 +228,7 @@ class ActiveBackends:
         """
         for at, backend in enumerate(self._active):
             if not at:
-                continue  # no other backend to give packets to
+                continue  # there is no other backend that could carry the packets
             diverted = {}
             for subnet in await backend.diverted(plan.paths(backend.name)):
                 found = plan.get(subnet)

@@ -231,7 +231,7 @@ class Backend(ABC, Generic[P]):
         return None
 
     def forwarder_endpoint(self, path: P) -> Endpoint | None:
-        """Return the endpoint under which the forwarder reports what it measures on this path."""
+        """Return the endpoint under which the forwarder reports its measurements of this path."""
         return None
 
     async def send_ages(self) -> Mapping[IPNetwork, float]:
@@ -242,9 +242,9 @@ class Backend(ABC, Generic[P]):
         return {}
 
     async def verify(self) -> list[str]:
-        """Ask the kernel whether everything that ``settle`` has set up is in force.
+        """Compare the kernel's state with everything that ``settle`` has set up.
 
-        Return a sentence for each thing that is not. Raises DeviceError.
+        Return a sentence for each difference. Raises DeviceError.
         """
         return []
 

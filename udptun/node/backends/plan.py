@@ -49,7 +49,7 @@ class SubnetPaths(NamedTuple):
     key    the key of the peer's lease
     paths   one entry per entry of ``LocalNode.reaches``; None: this backend has no path. At least
             one entry is not None.
-    advert  the peer's advert; None: the peer is not a udptun node, or does not say so
+    advert  the peer's advert; None: the peer is not a udptun node, or has no advert
     shares_address  the peer has our public address: both nodes are behind one NAT
     """
 
@@ -217,8 +217,8 @@ class Plan:
         return self._by_subnet.get(subnet)
 
     def carry(self, subnet: IPNetwork, backend: str | None) -> None:
-        """Set the backend that carries the packets to the subnet; None: the last one in the list.
-        """
+        """Set the backend that carries the packets to the subnet. None: the last backend in the
+        list that has a path."""
         found = self._by_subnet.get(subnet)
         peer = () if found is None else self._by_key[found.key]
         self._count(peer, -1)

@@ -278,7 +278,8 @@ class VxlanBackend(Backend[VxlanPeer]):
     def probe_device(self, path: VxlanPeer) -> ProbeDevice | None:
         version = path.subnet.version
         device, base = self._devices.get(version), self._bases.get(version)
-        # A direct path does not use the device: its probes would measure another path.
+        # A direct path does not use the device: a probe through the device would measure another
+        # path.
         if device is None or base is None or path.direct:
             return None
         return ProbeDevice(device.name, device.index, base, VXLAN_PATH)

@@ -1,8 +1,8 @@
-"""Whether the kernel's table of connections (conntrack) has room for new flows.
+"""Checks whether the kernel's table of connections (conntrack) has room for new flows.
 
 If the table is full, the kernel drops the first packet of each new flow: of pods, and of the tunnel
-itself. Only the kernel's log says so. Owns: reading the two numbers, and the threshold. The limit
-is the same for all network namespaces; the number of entries counts in each alone. Reading takes
+itself. Only the kernel's log reports this. Owns: reading the two numbers, and the threshold. All
+network namespaces have the same limit, but each has its own number of entries. Reading takes
 microseconds. Any thread.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 LIMIT = Path("/proc/sys/net/netfilter/nf_conntrack_max")
-NEARLY_FULL = 0.95  # the number changes all the time; a full table has fewer entries for moments
+NEARLY_FULL = 0.95  # the number changes all the time, and a full table briefly has fewer entries
 
 
 def shortage(count_file: Path = COUNT, limit_file: Path = LIMIT) -> str:
-    """Return why new flows are dropped, or soon will be. Return "" if the table has room.
+    """Return the reason why new flows are dropped, or will be soon; "" if the table has room.
 
     A kernel without connection tracking has no such files; then nothing is dropped.
     """

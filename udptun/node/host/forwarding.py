@@ -19,7 +19,8 @@ FORWARD4, FORWARD6 = "ipv4/ip_forward", "ipv6/conf/all/forwarding"
 def keep_forwarding(
     versions: Collection[int], devices: Iterable[str]
 ) -> tuple[list[str], list[str]]:
-    """Turn forwarding on where it is ours. Return the repairs, and what is still off, as sentences.
+    """Turn forwarding on where it is ours. Return a sentence for each repair, and one for each
+    setting that is still off.
 
     versions  the IP versions of the overlay
     devices   the overlay's devices; some may not exist

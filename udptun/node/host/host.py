@@ -49,7 +49,8 @@ class Host:
                               self._config.ip_masq)
 
     def keep_forwarding(self, network: NetConfig) -> tuple[list[str], list[str]]:
-        """Turn forwarding on. Return the repairs, and what is still off, as sentences."""
+        """Turn forwarding on. Return a sentence for each repair, and one for each setting that is
+        still off."""
         if not self._config.iptables_forward_rules:
             return [], []
         versions = {one.version for one in network.networks}
@@ -79,7 +80,7 @@ class Host:
 
     def write_env(self) -> None:
         """Write subnet.env, if it does not have the wanted content. Call it after ``settle``, when
-        everything is in force: the CNI plugin attaches pods as soon as the file exists."""
+        everything is active: the CNI plugin attaches pods as soon as the file exists."""
         path, env = self._config.subnet_file, self._env
         assert env is not None
         try:

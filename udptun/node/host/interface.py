@@ -98,7 +98,7 @@ async def choose(
 
 
 async def _keep_former(choice: _Choice, former: Collection[IPAddress]) -> tuple[_Found, str]:
-    """Return what is chosen, and the note for the case that a former choice was kept."""
+    """Return the choice, and a note if the former choice is kept; else ""."""
     kept = choice.former(former)
     if kept is None:
         return await choice.make(), ""

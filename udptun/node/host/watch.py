@@ -1,6 +1,6 @@
 """Find out when something on this host has changed that concerns the overlay.
 
-Owns: which of the kernel's notifications are a reason to compare the host with what it should be.
+Owns: which of the kernel's notifications are a reason to compare the host with its desired state.
 Does not compare anything itself. ``concern`` and the callback run on the daemon's loop.
 """
 

@@ -5,8 +5,8 @@ advertises. So the kernel sends through the device whatever the route to the pee
 only what arrives through it. This measures the path that the device makes, not the path that
 packets take at present.
 
-A request is answered only if it comes from the address and port of a known peer, and with one reply
-of the same size: nobody can use this node to amplify traffic. Runs on the daemon's loop.
+A request is answered only if it comes from the address and port of a known peer. There is one reply
+of the same size. So this node cannot be used to amplify traffic. Runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BoundMeter(Meter):
             self._subnets.pop((str(subnet.network_address), port), None)
 
     def move(self, device: ProbeDevice, port: int) -> None:
-        """Use another device or port from now on. What was measured stays."""
+        """Use another device or port from now on. Keep the measurements."""
         if (device, port) != (self.device, self.port):
             self.close()
             self.device, self.port = device, port

@@ -1,7 +1,8 @@
 """What the forwarder has measured on its paths, by endpoint.
 
-Owns the connection to the forwarder's events, and a copy of what it measured. At each connection
-the whole state is read; then each event changes it. ``ask`` lets the forwarder probe one peer now.
+Owns the connection to the forwarder's events, and a copy of the forwarder's measurements. After
+each connect the whole state is read; then each event updates the copy. ``ask`` makes the forwarder
+probe one peer now.
 The control client is synchronous: one thread follows the events, and a small pool makes the calls.
 All other methods and the callback run on the daemon's loop.
 """
@@ -29,7 +30,7 @@ THREADS_N = 4  # calls of ``ask`` at a time
 # Until the forwarder counts as gone: one that is started again answers sooner.
 GONE_SECONDS = 3.0
 
-# The forwarder's events about measurements, and the state that follows; None: the same as before.
+# The forwarder's events about measurements, and the new state; None: the state does not change.
 EVENTS = {"peer_reachable": REACHABLE, "peer_unreachable": UNREACHABLE, "peer_size": None}
 MEASURED = ("reason", "rtt_us", "largest_size", "full_size_passes")
 

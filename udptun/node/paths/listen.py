@@ -83,7 +83,7 @@ class Listener:
     def _receive(self, opened: socket.socket) -> None:
         try:
             packet = opened.recv(SNAP_LEN)
-        except OSError:  # an interface is down, or nothing is there any more
+        except OSError:  # an interface is down, or no more datagram is waiting
             return
         start = SOURCE[self._version]
         source = int.from_bytes(packet[start : start + ADDRESS_LEN[self._version]])

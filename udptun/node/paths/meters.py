@@ -97,7 +97,7 @@ class Meters:
         return self._echo[version], None
 
     def probe(self, pair: Pair) -> None:
-        """Measure the paths of this pair from now on. What was measured before stays."""
+        """Measure the paths of this pair from now on. Keep the earlier measurements."""
         for at, meter in enumerate(pair.meters):
             if isinstance(meter, BoundMeter):
                 assert pair.found.advert is not None
@@ -202,7 +202,8 @@ class Meters:
     async def follow_traffic(
         self, pairs: Mapping[IPNetwork, Pair], at: int, backend: Backend[Any]
     ) -> None:
-        """Find the pairs with traffic: the kernel knows when it last sent to each peer."""
+        """Find the pairs with traffic: the kernel stores the time of the last packet to each peer.
+        """
         try:
             ages = await backend.send_ages()
         except DeviceError as exc:

@@ -29,8 +29,8 @@ class Pair:
 
     found       its paths, as planned
     mtu         the largest inner packet that the forwarder sends to this peer, in bytes
-    device_mtu  the largest inner packet that our VXLAN device sends to any peer: the kernel knows
-                no MTU of a single peer
+    device_mtu  the largest inner packet that our VXLAN device sends to any peer: the kernel has no
+                MTU for a single peer
     meters      per path: the meter of this daemon that measures it; None: the forwarder does, or
                 there is no such path
     endpoints   per path: the endpoint under which the forwarder reports it; None: it does not

@@ -112,7 +112,7 @@ class Paths:
             why = FORMER if at != usable[-1] else ""
             choice = Choice(at, now, why)
             report = PairReport(found.key, found.subnet, self._backends[at].name, why)
-        else:  # the peer has changed: what was measured is about its former paths
+        else:  # the peer has changed, so the measurements belong to its former paths
             choice, report = former.choice, former.report
             report.key = found.key
             self._forget(former)
@@ -175,7 +175,7 @@ class Paths:
         self._recorder.measured(pair, next(carrying, None))
 
     def _describe(self, subnet: IPNetwork) -> dict[str, Any]:
-        """Return what is known about each path to a subnet, for the status."""
+        """Return the state of each path to a subnet, for the status."""
         pair = self._pairs.get(subnet)
         return {} if pair is None else {
             backend.name: self._meters.describe(pair, at) | {

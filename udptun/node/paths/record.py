@@ -1,4 +1,4 @@
-"""Report what was measured and chosen: in the report, as log lines and as events.
+"""Report the measurements and the choice of paths: in the report, as log lines and as events.
 
 Owns the texts, and the limit of log lines: if many peers change at once, only some are named. Does
 not measure or choose. Runs on the daemon's loop.

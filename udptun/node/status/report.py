@@ -59,7 +59,7 @@ class ForwarderReport:
 class FirewallDrop:
     """Packets of the overlay that rules of another program drop, and that udptun cannot lift.
 
-    text    what is dropped by what, as a sentence
+    text    a sentence that names the dropped packets and the rule that drops them
     remedy  what an operator can do, as a sentence
     cuts    True: this node's pods cannot use the overlay; False: it may be so, or only new
             connections from other nodes are dropped
@@ -91,7 +91,7 @@ class PeersReport:
 
 @dataclass(slots=True)
 class PairReport:
-    """What was measured between this node and one subnet of a peer. Times are Unix times.
+    """The measurements between this node and one subnet of a peer. Times are Unix times.
 
     key       the key of the peer's lease
     path      the backend that carries the packets
@@ -172,7 +172,7 @@ class NodeReport:
     measure_errors    the reasons why some peers cannot be measured
     path_changes_n    by backend: how often a subnet was moved to it
     events            the most recent events, as JSON objects
-    describe_paths    returns what is known about each path to a subnet, by backend, as JSON
+    describe_paths    returns the state of each path to a subnet, by backend, as JSON
     route_changes_n   by backend: how many routes were added, changed or removed since our start
     applied           time.monotonic() when paths were applied last; None: never
     lag               seconds from the arrival of the last update until its paths were active

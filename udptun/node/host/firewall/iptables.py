@@ -118,7 +118,7 @@ async def find(version: int, variant: str) -> Tables | None:
 
 
 async def is_default(tables: Tables) -> bool:
-    """Return True if the host's command iptables uses these tables."""
+    """Return whether the host's command iptables uses these tables."""
     plain = "iptables" if tables.version == 4 else "ip6tables"
     return tables.variant == await _variant_of(plain)
 
@@ -132,7 +132,7 @@ async def _variant_of(command: str) -> str:
 
 
 def legacy_tables(version: int) -> frozenset[str]:
-    """Return the names of the legacy tables that the kernel has. Blocks for a moment."""
+    """Return the names of the legacy tables that the kernel has. Blocks for a short time."""
     name = "ip_tables_names" if version == 4 else "ip6_tables_names"
     try:
         return frozenset(Path(f"/proc/thread-self/net/{name}").read_text().split())
@@ -152,7 +152,7 @@ def own_rules(base: str, version: int, want: FirewallRules) -> list[str]:
         return [f"-s {network} -j ACCEPT", f"-d {network} -j ACCEPT"] if want.forward else []
     if not want.masquerade or subnet is None:
         return []
-    # flannel's rules, in flannel's order; ``nft`` says what they are for
+    # flannel's rules, in flannel's order; ``nft`` explains their purpose
     mark = f"{KUBE_PROXY_MARK:#x}/{KUBE_PROXY_MARK:#x}"
     return [
         f"-m mark --mark {mark} -j RETURN",
@@ -214,7 +214,7 @@ def _parse(words: Iterator[str]) -> tuple[tuple[Condition, ...], str, bool]:
         if word in ("-j", "-g"):
             return tuple(conditions), next(words), word == "-g"
         if word == "-m":
-            next(words)  # the options of a match follow; they decide
+            next(words)  # skip the match's name; its options follow and have the conditions
             continue
         if word == "--comment":
             next(words)

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT = Instance()
 Variant = tuple[int, str]  # IP version and variant of iptables
-SHARE = 20  # of the time, at most a 20th is spent reading rules
+SHARE = 20  # at most 1/20 of the time is used to read rules
 
 
 class Firewall:
@@ -61,7 +61,8 @@ class Firewall:
         self._instance = instance
         self._nft = Nft(instance, nft)
         self._lock = asyncio.Lock()  # one ``sync`` at a time
-        self._nat_done: set[Variant] = set()  # whose table nat has no rules of ours, if not wanted
+        # The variants without rules of ours in their table nat, if we do not want such rules.
+        self._nat_done: set[Variant] = set()
 
     async def sync(self) -> bool:
         """Apply the wanted rules. Return True if a table had to be changed.
@@ -189,7 +190,8 @@ class _Attempt:
     async def _sync_nat(
         self, tables: iptables.Tables, is_default: bool, variant: Variant, is_there: bool
     ) -> None:
-        """Masquerade by iptables, or once remove the rules of an earlier daemon that did."""
+        """Masquerade with iptables. If this is not wanted, remove the rules of an earlier daemon
+        once."""
         if not is_default and (variant in self._nat_done or not is_there):
             return
         rules = iptables.own_rules(iptables.POSTROUTING, tables.version, self._want) \

@@ -48,7 +48,7 @@ FAMILIES = {"ip": 4, "ip6": 6}  # nft's name of each IP version
 POSTROUTING = {"type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"}
 FORWARD = {"type": "filter", "hook": "forward", "prio": 0, "policy": "accept"}
 PACKAGE = "nftables"
-HOOKS = ("prerouting", "forward", "postrouting")  # that a packet passes which the host forwards
+HOOKS = ("prerouting", "forward", "postrouting")  # the hooks that a forwarded packet passes
 
 ACCEPT: Json = {"accept": None}
 RETURN: Json = {"return": None}
@@ -88,7 +88,7 @@ class Nft:
 
     @property
     def is_there(self) -> bool:
-        """The program is installed."""
+        """Whether the program is installed."""
         return shutil.which(self._nft) is not None
 
     async def sync(self, family: str, rules: FirewallRules) -> bool:
