@@ -1,7 +1,8 @@
 """Remove what a former flannel has left on this host and what would take or change our packets.
 
 Owns: which things are flannel's leftovers, and the conditions for their removal:
-- No flanneld runs in this network namespace (nor k3s or rke2, which contain flannel).
+- No flanneld runs in this network namespace (nor k3s or rke2, which contain flannel), and this
+  process sees the host's processes.
 - The VXLAN device has flannel's name for our VNI, our VNI, and an address in our network. Our own
   backend does not use the device.
 - The iptables chains FLANNEL-POSTRTG and FLANNEL-FWD, and the nftables tables flannel-ipv4 and
@@ -18,6 +19,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import os
 import shutil
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from functools import partial
@@ -36,7 +38,11 @@ from .firewall.rules import MULTICAST, FirewallError, run_tool
 
 log = logging.getLogger(__name__)
 
-PROGRAMS = ("flanneld", "k3s", "rke2")  # they contain flannel
+# These contain flannel. k3s starts its own file by the two other names.
+PROGRAMS = ("flanneld", "k3s", "k3s-server", "k3s-agent", "rke2")
+# First processes of a container that is not the whole host. ("pause" is that of a pod.)
+CONTAINER_INITS = ("pause", "tini", "docker-init", "dumb-init", "catatonit")
+DELETED = " (deleted)"  # the kernel appends this to the name of a running file that was removed
 CHAINS = {"nat": ("POSTROUTING", "FLANNEL-POSTRTG"), "filter": ("FORWARD", "FLANNEL-FWD")}
 NFT_TABLES = {4: ("ip", "flannel-ipv4"), 6: ("ip6", "flannel-ipv6")}
 PREFIX_OPTIONS = ("-s", "-d")  # of iptables-save
@@ -92,10 +98,10 @@ class Leftovers:
             await _remove_nft_table(network)
 
     def _may_remove(self) -> bool:
-        program = running_flannel()
-        if program:
-            self._say(f"{program} runs here: flannel's devices and rules stay")
-        return not program
+        why = why_keep()
+        if why:
+            self._say(f"{why}: flannel's devices and rules stay")
+        return not why
 
     def _say(self, text: str) -> None:
         if text != self._said:
@@ -103,20 +109,45 @@ class Leftovers:
         self._said = text
 
 
-def running_flannel() -> str:
-    """Return the name of a program with flannel that runs in this network namespace; "" if none.
-
-    In a container without the host's PID namespace, the host's programs are not visible.
-    """
+def why_keep() -> str:
+    """Say why flannel may run in this network namespace; "": it does not run here."""
+    hidden = "the host's processes are not visible here"
+    try:
+        if os.getpid() == 1 or _comm(Path("/proc/1")) in CONTAINER_INITS:
+            return hidden
+    except OSError:  # the mount option hidepid
+        return hidden
     here = Path("/proc/thread-self/ns/net").stat().st_ino
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            name = (process / "exe").readlink().name
-            if name in PROGRAMS and (process / "ns/net").stat().st_ino == here:
-                return name
-        except OSError:  # it has ended, or it is a kernel thread
+            if name := _flannel(process):
+                try:
+                    if (process / "ns/net").stat().st_ino == here:
+                        return f"{name} runs here"
+                except PermissionError:
+                    return f"{name} runs, and its network namespace cannot be read"
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
     return ""
+
+
+def _flannel(process: Path) -> str:
+    """Return the name of the process if it contains flannel, otherwise "".
+
+    Without CAP_SYS_PTRACE, the file of a process with more privileges than ours cannot be read.
+    Everybody can read ``comm``, but a process can change its own.
+    """
+    if (name := _comm(process)) in PROGRAMS:
+        return name
+    try:
+        name = (process / "exe").readlink().name.removesuffix(DELETED)
+    except (PermissionError, FileNotFoundError):  # a kernel thread has no file
+        return ""
+    return name if name in PROGRAMS else ""
+
+
+def _comm(process: Path) -> str:
+    return (process / "comm").read_text(errors="replace").rstrip("\n")
 
 
 def _device(vni: int, version: int) -> str:
