@@ -89,6 +89,8 @@ def _lines(found: dict[str, Any], kernel: KernelPath, tun: str) -> list[tuple[st
         lines += _forwarder_lines(found)
     elif path == "other" and found["route"]:
         lines.append(("note", f"the forwarder has a route, but the kernel does not use {tun}"))
+    elif path == "none" and found["verdict"]:
+        lines.append(("note", f"from {tun}, the forwarder would {_verdict(found)}"))
     return lines
 
 
@@ -115,15 +117,18 @@ def _vxlan_peer(kernel: KernelPath) -> str:
 
 
 def _forwarder_lines(found: dict[str, Any]) -> list[tuple[str, object]]:
-    verdict = found["verdict"]
-    if found["reason"]:
-        verdict += f" ({found['reason']})"
     route = found["route"]
     if isinstance(route, dict):
         route = f"{route['dst']} via {route['via']} port {route['port']}" + (
             f" mtu {route['mtu']}" if route["mtu"] else ""
         )
-    return [("verdict", verdict), ("route", route), ("peer", found["peer"]), ("mtu", found["mtu"])]
+    return [("verdict", _verdict(found)), ("route", route), ("peer", found["peer"]),
+            ("mtu", found["mtu"])]
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    reason = f" ({found['reason']})" if found["reason"] else ""
+    return f"{found['verdict']}{reason}"
 
 
 def _text(value: object) -> str | None:
