@@ -1,4 +1,4 @@
-"""Steady traffic from every pod to every other: who reaches whom, and since when.
+"""Steady traffic from every pod to every other pod: the pairs that work, and since when.
 
 One thread per pod lives in the pod's namespace. Four times a second it sends a datagram to each
 other pod, small and full-size ones in turn, and it answers the datagrams of the others. Each tick

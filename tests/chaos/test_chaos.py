@@ -60,7 +60,7 @@ def test_the_judge_finds_each_fault(world):
 
     assert verdict(world, harmless, 60) == ""
 
-    # A pair is cut where no node can see it, and the scene says that it has a path.
+    # A pair is cut where no node can detect this. According to the scene, the pair has a path.
     def hidden(world, rng):
         rule = f"add rule ip filter silent ip saddr {a.pod_v4} ip daddr {b.pod_v4} drop\n"
         a.pod.nft("table ip filter {\nchain silent {\ntype filter hook output priority 0\n}\n}\n"
@@ -73,7 +73,7 @@ def test_the_judge_finds_each_fault(world):
     assert "n3" not in found
     assert "after it" not in found
 
-    # The same, and the scene says that there is no path: a node would have to say so.
+    # The same, but according to the scene there is no path: one of the nodes must report this.
     def unreported(world, rng):
         scene = hidden(world, rng)
         scene.cut = {("n1", "n2"), ("n2", "n1")}

@@ -226,7 +226,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _normal(text: str) -> str:
-    """Remove what differs between two looks at the same state: queue and counter words."""
+    """Remove the words that differ between two outputs for the same state: queues, counters."""
     text = re.sub(r" (qlen|group|state|mode|numtxqueues|numrxqueues) \S+", "", text)
     text = re.sub(r"valid_lft \S+|preferred_lft \S+|altname \S+", "", text)
     return re.sub(r"[ \t\\]+", " ", text)
@@ -236,7 +236,7 @@ _MARKS = {"ok": "+", "degraded": "!", "failed": "-"}
 
 
 class Health:
-    """Whether a node says that it is ready, and all that it says.
+    """Whether a node reports that it is ready, and its whole report.
 
     text  the checks, as ``/readyz?verbose`` prints them; for a node that does not answer, the error
     lost  the keys of the peers that it does not reach, or not with large packets; None: the text

@@ -1,4 +1,4 @@
-"""The command line: arguments, output and exit codes, against a real control server."""
+"""The command line: arguments, output and exit codes, with a real control server."""
 
 import json
 import os

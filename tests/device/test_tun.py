@@ -139,7 +139,7 @@ def test_device_that_is_up_is_not_probed():
 
 @in_own_netns
 def test_kernel_checks_the_format_of_a_write_before_the_device():
-    """The write probe depends on it: EINVAL for an unknown format, EIO for a device that is down.
+    """The write probe needs this: EINVAL for an unknown format, EIO for a device that is down.
     """
     with opened() as tun:
         for version, gso_type, expected in (

@@ -86,7 +86,7 @@ def forwarding(*argv: str, table: str = "") -> Iterator[Running]:
 
 
 def shape(value: Any) -> Any:
-    """Return the value with types instead of values that differ from run to run."""
+    """Return the value; replace each value that differs from run to run by its type."""
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     if isinstance(value, list):

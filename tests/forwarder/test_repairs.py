@@ -40,7 +40,7 @@ def both_families(**changes):
 
 
 def as_it_should_be():
-    """Return what ip(8) shows of the device, without the values that change by themselves."""
+    """Return the output of ip(8) for the device, without the values that change by themselves."""
     (link,) = ip_json("address show dev udptun0") or [{}]
     return {
         "flags": set(link["flags"]), "mtu": link["mtu"], "txqlen": link["txqlen"],

@@ -55,7 +55,8 @@ def _flush_iptables(member: Member) -> None:
 
 
 def _firewalld(world: World, rng: Random) -> Scene:
-    """firewalld rejects what is forwarded, in a table of its own: no accept rule can lift that."""
+    """firewalld rejects forwarded packets in its own table. No accept rule of ours can change that.
+    """
     member = pick(world, rng)
     member.host.nft((RULES / "firewalld.nft").read_text())
     return Scene(f"{member.host.name}: firewalld starts, without our devices in a zone", [member],
@@ -96,7 +97,7 @@ def _conntrack_full(world: World, rng: Random) -> Scene:
 
 
 def _flannel_chains(world: World, rng: Random) -> Scene:
-    """What a former flanneld with another subnet leaves: its chain masquerades pod traffic."""
+    """A former flanneld with another subnet has left its chain, which masquerades pod traffic."""
     member = pick(world, rng)
     member.host.run(["iptables-restore", "--noflush"], text=(RULES / "flannel.rules").read_text())
     return Scene(f"{member.host.name}: the iptables chains of a former flanneld", [member],

@@ -31,7 +31,7 @@ def _flush(world: World, rng: Random) -> Scene:
 
 
 def _as_networkd(world: World, rng: Random) -> Scene:
-    """systemd-networkd with ManageForeignRoutes: it removes what it has not configured itself."""
+    """systemd-networkd with ManageForeignRoutes: it removes all routes and rules of others."""
     member = pick(world, rng)
     for device in world.devices(member):
         member.host.ip(f"route flush dev {device}", f"addr flush dev {device} scope global")
@@ -40,7 +40,7 @@ def _as_networkd(world: World, rng: Random) -> Scene:
 
 
 def _more_specific(world: World, rng: Random) -> Scene:
-    """A route of host-gw, Calico or an administrator that wins against ours."""
+    """A route of host-gw, Calico or an administrator that takes precedence over ours."""
     a, b = pick_two(world, rng)
     half = next(iter(b.subnet.subnets()))
     via = rng.choice(world.others(a))
@@ -74,7 +74,7 @@ def _rule(world: World, rng: Random) -> Scene:
 
 
 def _leftover_flannel(world: World, rng: Random) -> Scene:
-    """What a former flanneld with the vxlan backend leaves: device, entries, routes."""
+    """A former flanneld with the vxlan backend has left its device, entries and routes."""
     member = pick(world, rng)
     end = member.host.interfaces[0]
     member.host.ip(
