@@ -128,10 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=_positive(int), default=5)
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     command.set_defaults(run=_flame)
-    text = "CPU time and memory for probes to many idle peers"
+    text = "what probes to many idle peers cost one node (etcd)"
     command = commands.add_parser("probes", help=text, description=text)
     command.add_argument("--peers", type=_positive(int), default=5000, metavar="N")
     command.add_argument("--seconds", type=_positive(int), default=120, metavar="N")
+    command.add_argument("--backend", choices=nodes.BACKENDS, action="append",
+                         help="may be repeated; default all")
     command.set_defaults(run=_probes)
     text = "instruction counts of single steps on fixed input (valgrind)"
     command = commands.add_parser("instructions", help=text, description=text)
@@ -379,7 +381,8 @@ def _probes(arguments: argparse.Namespace) -> int:
     problem = _missing_requirement()
     try:
         if problem is None:
-            print(probes.run(arguments.peers, arguments.seconds))
+            print(probes.run(
+                arguments.peers, arguments.seconds, arguments.backend or nodes.BACKENDS))
             return 0
     except LabError as e:
         problem = str(e)

@@ -17,10 +17,13 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from udptun.control.client import ControlClient
+from udptun.control.protocol import NODE_SOCKET
 from udptun.lab import Lab, LabError, wait_for
 from udptun.lab.cluster import PREFIX, Cluster, Member
 
@@ -32,6 +35,7 @@ UNDERLAY = ipaddress.IPv4Network("172.16.0.0/12")
 MAX_NODES = 200_000
 START_SECONDS = 600.0
 CHANGE_SECONDS = 60.0
+STATUS_SECONDS = 120.0
 _TXN = 128  # the maximum number of operations that etcd accepts in one transaction
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -66,48 +70,71 @@ def subnet(n: int) -> ipaddress.IPv4Network:
     return ipaddress.IPv4Network((int(NETWORK.network_address) + (n << step), SUBNET_LEN))
 
 
-def lease(n: int, backend: str, moved: int = 0) -> tuple[str, str]:
-    """Return key and value of the nth node's lease. ``moved`` gives the node another address."""
+def lease(n: int, backend: str, moved: int = 0, *, probe: bool = True) -> tuple[str, str]:
+    """Return key and value of the nth node's lease. ``moved`` gives the node another address.
+
+    probe  whether the node answers probes
+    """
     value: dict[str, object] = {
         "PublicIP": str(UNDERLAY[(1 + n + moved * MAX_NODES) % UNDERLAY.num_addresses]),
         "PublicIPv6": None,
     }
-    advert = {"port": 8285, "mtu": 1450, "v": 1, "features": ["probe"]}
+    advert = {"port": 8285, "mtu": 1450, "v": 1, "features": ["probe"] if probe else []}
     if backend == "udp":
         value["BackendData"] = {"udptun": advert}
-    else:
+    else:  # a node with VXLAN only advertises too: it answers probes
         mac = ":".join(f"{byte:02x}" for byte in (0x0E, moved & 255, *n.to_bytes(4, "big")))
         data = {"VNI": 1, "VtepMAC": mac, "udptun": advert}
         value |= {"BackendType": "vxlan", "BackendData": data}
     return f"{PREFIX}/subnets/{str(subnet(n)).replace('/', '-')}", json.dumps(value)
 
 
-class Simulation:
-    """One node among ``n`` nodes. The context of ``lab`` must be open."""
+class Unmeasured(Member):
+    """A node that does not measure its paths."""
 
-    def __init__(self, lab: Lab, n: int, backend: str, say: Callable[[str], None]) -> None:
-        self._n, self._backend, self._say = n, backend, say
+    def argv(self, *more: str) -> list[str]:
+        return ["bench.unmeasured" if word == "udptun" else word for word in super().argv(*more)]
+
+
+class Simulation:
+    """One node among ``n`` nodes. The context of ``lab`` must be open.
+
+    probe    False: the node does not measure its paths
+    program  plays the other nodes
+    """
+
+    def __init__(
+        self, lab: Lab, n: int, backend: str, say: Callable[[str], None], *, probe: bool = True,
+        program: str = "bench.responder",
+    ) -> None:
+        self._n, self._backend, self._say, self._probe = n, backend, say, probe
         self._moved = 0
         kind = "udp" if backend == "udp" else "vxlan"
         config = {"Network": str(NETWORK), "SubnetLen": SUBNET_LEN, "Backend": {"Type": kind},
                   "SubnetMin": str(subnet(MAX_NODES)[0])}
         self._cluster = Cluster(lab, 1, config=config, options=[f"--backend={backend}"])
         self._node: Member = self._cluster.members[0]
+        if not probe:
+            self._node = Unmeasured(self._node.host, self._node.store, self._node.options)
         self._peers = lab.host("peers")
         self._link = lab.link(self._node.host, self._peers)
         self._node.host.ip(f"route add {UNDERLAY} via {self._link.b.v4.ip}")
         self._peers.ip(f"route add local {UNDERLAY} dev lo",
                        f"route add {self._node.host.v4} via {self._link.a.v4.ip}")
-        self._peers.start([sys.executable, "-m", "bench.responder"])
+        self._peers.start([sys.executable, "-m", program]).wait_for_output("ready")
 
-    def measure(self, changes: int, seconds: float, churn: float) -> Cost:
+    def start(self) -> float:
+        """Publish the leases and start the node. Return the seconds until all paths are active."""
         self._publish()
         began = time.monotonic()
         self._node.start()
         self._node.wait_ready(START_SECONDS)
         self._wait_applied()
-        start_s = time.monotonic() - began
-        start_cpu, start_bytes = sum(self._cpu()), self._from_store()
+        return time.monotonic() - began
+
+    def measure(self, changes: int, seconds: float, churn: float) -> Cost:
+        start_s = self.start()
+        start_cpu, start_bytes = sum(self.cpu()), self._from_store()
         self._say(f"{self._n} nodes: ready after {start_s:.1f} s")
         rest = self._rest(seconds)
         self._say(f"{self._n} nodes: at rest measured")
@@ -115,7 +142,7 @@ class Simulation:
         self._say(f"{self._n} nodes: {changes} changes measured")
         churn_cpu = self._churn(churn, seconds)
         self._say(f"{self._n} nodes: {churn:g} changes per second measured")
-        memory = [*(_memory(pid) for pid in self._pids()), (0, 0)]
+        memory = [*self.memory(), (0, 0)]
         disk = sum(file.stat().st_size for file in (self._node.folder / "state").iterdir())
         return Cost(
             self._n, start_s, start_cpu, start_bytes, memory[0][0], memory[0][1], memory[1][0],
@@ -126,7 +153,8 @@ class Simulation:
     def _publish(self) -> None:
         for start in range(0, self._n, _TXN):
             numbers = range(start, min(start + _TXN, self._n))
-            self._cluster.etcd.put_together(lease(n, self._backend) for n in numbers)
+            self._cluster.etcd.put_together(
+                lease(n, self._backend, probe=self._probe) for n in numbers)
 
     def _wait_applied(self) -> None:
         """Wait until the last peer has its path and the node reports all leases."""
@@ -147,28 +175,38 @@ class Simulation:
         daemon = self._node.daemon.pid
         return (daemon,) if self._backend == "vxlan" else (daemon, self._node.forwarder_pid())
 
-    def _cpu(self) -> tuple[float, float]:
+    def cpu(self) -> tuple[float, float]:
         """Return the CPU seconds of daemon and forwarder since their start."""
         daemon, *forwarder = (_cpu_seconds(pid) for pid in self._pids())
         return daemon, sum(forwarder)
+
+    def memory(self) -> list[tuple[int, int]]:
+        """Return the resident memory of each process: now, and its peak."""
+        return [_memory(pid) for pid in self._pids()]
+
+    def states(self) -> dict[str, int]:
+        """Return the number of peers in each measured state, as the daemon reports them."""
+        control = self._node.control.with_name(NODE_SOCKET)
+        with ControlClient(str(control), STATUS_SECONDS) as client:
+            return dict(Counter(peer["state"] for peer in client.node()["peers"]))
 
     def _from_store(self) -> int:
         """Return the bytes that the node has received on its connections to etcd."""
         shown = self._node.host.run(["ss", "-tinH", "dst", str(self._cluster.etcd.host.v4)]).stdout
         return sum(int(count) for count in re.findall(r"bytes_received:(\d+)", shown))
 
-    def _sent(self) -> int:
+    def sent(self) -> int:
         path = f"/sys/class/net/{self._link.a.name}/statistics/tx_packets"
         return int(self._node.host.run(["cat", path]).stdout)
 
     def _rest(self, seconds: float) -> tuple[float, float, float, float]:
-        cpu, sent, received = self._cpu(), self._sent(), self._from_store()
+        cpu, sent, received = self.cpu(), self.sent(), self._from_store()
         began = time.monotonic()
         time.sleep(seconds)  # the measured time, in which nothing happens
         took = time.monotonic() - began
-        after = self._cpu()
+        after = self.cpu()
         return ((after[0] - cpu[0]) / took, (after[1] - cpu[1]) / took,
-                (self._sent() - sent) / took, (self._from_store() - received) / took)
+                (self.sent() - sent) / took, (self._from_store() - received) / took)
 
     def _change(self, count: int, rest_cpu: float) -> tuple[list[float], float, float]:
         """Move ``count`` peers, one after the other. Return the time of each change until it is
@@ -176,7 +214,7 @@ class Simulation:
 
         rest_cpu  the CPU time of both processes at rest, as a share of a core; it is subtracted
         """
-        cpu, received, times = sum(self._cpu()), self._from_store(), []
+        cpu, received, times = sum(self.cpu()), self._from_store(), []
         start = time.monotonic()
         self._moved += 1
         for i in range(count):
@@ -187,14 +225,14 @@ class Simulation:
                 if time.monotonic() > began + CHANGE_SECONDS:
                     raise LabError(f"peer {n} has not moved within {CHANGE_SECONDS:g} s")
             times.append(time.monotonic() - began)
-        each = max(0.0, sum(self._cpu()) - cpu - rest_cpu * (time.monotonic() - start)) / count
+        each = max(0.0, sum(self.cpu()) - cpu - rest_cpu * (time.monotonic() - start)) / count
         return times, each, (self._from_store() - received) / count
 
     def _churn(self, rate: float, seconds: float) -> float:
         """Move ``rate`` peers per second; return the CPU time of daemon and forwarder as a share of
         a core."""
         self._moved += 1
-        cpu, began = sum(self._cpu()), time.monotonic()
+        cpu, began = sum(self.cpu()), time.monotonic()
         n = done = 0
         while (now := time.monotonic()) < began + seconds:
             if done < (now - began) * rate:
@@ -207,7 +245,7 @@ class Simulation:
         wait_for(lambda: self._has(n, last), "the last change of the churn", CHANGE_SECONDS)
         took = time.monotonic() - began
         self._moved = last
-        return (sum(self._cpu()) - cpu) / took
+        return (sum(self.cpu()) - cpu) / took
 
     def _restart(self) -> float:
         """Kill the daemon and start it again; return the time until it is ready."""
@@ -219,7 +257,6 @@ class Simulation:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """Return the resident memory of a process: now, and its peak."""
     text = Path(f"/proc/{pid}/status").read_text()
     now, peak = (int(text.split(name)[1].split()[0]) * 1024 for name in ("VmRSS:", "VmHWM:"))
     return now, peak

@@ -1,137 +1,98 @@
-"""The cost of probes for a forwarder: CPU time, probes per second and memory, with N idle peers.
+"""What probes cost one node: CPU time, packets and memory of daemon and forwarder, N idle peers.
 
-    python -m bench probes [--peers 5000] [--seconds 120]
+    python -m bench probes [--peers 5000] [--seconds 120] [--backend auto ...]
 
-There are two namespaces. One has the forwarder. The other has a process that acts as all peers
-(bench/probe_peers.py): it answers all probes, and probes the forwarder as real peers do. The
-forwarder runs twice with the same routes, first without ``probe`` and then with ``probe``. The
-difference is the cost.
+A real node daemon, forwarder and etcd (``Simulation`` of bench/nodes.py); one process answers the
+probes to all peers, and probes the node as that many peers do. The node runs twice with the same
+leases: once the daemon does not measure (bench/unmeasured.py) and no peer answers probes, then as
+it is. The difference is the cost.
 
-CPU time is the time on a CPU of all threads of the forwarder (/proc/PID/task/*/schedstat). The time
-that the kernel spends on received packets in softirqs is not part of it, unless it interrupts the
-forwarder. Memory is VmRSS at the end. Needs root. Main thread only, like udptun.lab.
+CPU time is that of all threads (/proc/PID/stat), with the time that the kernel takes to send, which
+on a veth is also the delivery. Softirqs are not part of it, unless they interrupt a thread. Memory
+is VmRSS at the end. Needs root and etcd. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations
 
-import ipaddress
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from udptun.control.client import ControlClient
-from udptun.lab import Forwarder, Lab, wait_for
-from udptun.lab.hosts import Host
-from udptun.lab.tunnels import PORT
+from udptun.lab import Lab
 from udptun.probe.prober import IDLE_PER_SECOND
 
-from . import system
-from .tables import consecutive
+from . import nodes, system
 
-# RFC 2544: addresses for benchmarks. The lab uses 198.18.0.0/16.
-FIRST = ipaddress.IPv4Address("198.19.0.1")
-PEERS_NET = "198.19.0.0/16"
-SETTLE_SECONDS = 5.0
+SETTLE_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    cpu_share: float  # of one core
+    """The figures of one run. CPU: share of one core; memory: bytes."""
+
+    daemon_cpu: float
+    forwarder_cpu: float
     sent_per_second: float
-    answered_per_second: float
-    asked_per_second: float  # requests of the peers
+    daemon_bytes: int
+    forwarder_bytes: int
     reachable: int
-    rss_kib: int
+
+    @property
+    def cpu(self) -> float:
+        return self.daemon_cpu + self.forwarder_cpu
+
+    @property
+    def memory(self) -> int:
+        return self.daemon_bytes + self.forwarder_bytes
 
 
-def run(peers: int, seconds: float) -> str:
-    """Measure without and with probes. Return the text for the terminal."""
-    with Lab() as lab:
-        node, others = lab.host("node"), lab.host("peers")
-        lab.link(node, others)
-        others.ip(f"route add local {PEERS_NET} dev lo")
-        node.ip(f"route add {PEERS_NET} via {others.v4}")
-        without = _measure(node, peers, seconds, probe=False)
-        actor = others.start([
-            sys.executable, "-m", "bench.probe_peers", str(FIRST), str(peers),
-            f"{node.v4}:{PORT}",
-        ])
-        actor.wait_for_output("ready")
-        with_ = _measure(node, peers, seconds, probe=True)
-        actor.stop()
-    machine = system.facts()
-    rows = [
-        ("peers", f"{peers}", f"{peers}"),
-        ("CPU, share of one core", f"{without.cpu_share:.2%}", f"{with_.cpu_share:.2%}"),
-        ("requests sent per second", "0", f"{with_.sent_per_second:.1f}"),
-        ("answers per second", "0", f"{with_.answered_per_second:.1f}"),
-        ("requests received per second", "0", f"{with_.asked_per_second:.1f}"),
-        ("peers reachable", "-", f"{with_.reachable}"),
-        ("VmRSS, MiB", f"{without.rss_kib / 1024:.1f}", f"{with_.rss_kib / 1024:.1f}"),
-    ]
-    lines = [f"{peers} idle peers, {seconds:.0f} s, kernel {machine['kernel']}", "",
-             f"{'':32}{'without':>12}{'with probes':>14}"]
-    lines += [f"{name:32}{left:>12}{right:>14}" for name, left, right in rows]
-    lines.append(f"{'cost':32}{with_.cpu_share - without.cpu_share:>12.2%} of a core, "
-                 f"{(with_.rss_kib - without.rss_kib) / 1024:.1f} MiB")
+def run(peers: int, seconds: float, backends: Sequence[str]) -> str:
+    """Measure each backend without and with probes. Return the text for the terminal."""
+    lines = [f"{peers} idle peers, {seconds:g} s, kernel {system.facts()['kernel']}"]
+    for backend in backends:
+        loads = [os.getloadavg()[0]]
+        without = measure(peers, seconds, backend, probe=False)
+        with_ = measure(peers, seconds, backend, probe=True)
+        loads.append(os.getloadavg()[0])
+        lines += ["", f"{backend}; load average {loads[0]:.1f} before, {loads[1]:.1f} after",
+                  *table(without, with_)]
     return "\n".join(lines)
 
 
-def _measure(node: Host, peers: int, seconds: float, *, probe: bool) -> Cost:
-    word = " probe" if probe else ""
-    routes = [
-        f"{prefix} via {FIRST + n}{word}"
-        for n, prefix in enumerate(consecutive("10.64.0.0", peers))
+def table(without: Cost, with_: Cost) -> list[str]:
+    rows = [
+        ("node daemon, % of a core", without.daemon_cpu * 100, with_.daemon_cpu * 100, 2),
+        ("forwarder, % of a core", without.forwarder_cpu * 100, with_.forwarder_cpu * 100, 2),
+        ("both, % of a core", without.cpu * 100, with_.cpu * 100, 2),
+        ("packets sent per second", without.sent_per_second, with_.sent_per_second, 1),
+        ("node daemon, MB", without.daemon_bytes / 1e6, with_.daemon_bytes / 1e6, 1),
+        ("forwarder, MB", without.forwarder_bytes / 1e6, with_.forwarder_bytes / 1e6, 1),
+        ("both, MB", without.memory / 1e6, with_.memory / 1e6, 1),
     ]
-    forwarder = Forwarder.start(node, routes=routes, networks=["10.64.0.0/10"])
-    try:
-        if probe:
-            wait_for(lambda: _states(forwarder)["unknown"] == 0, "a verdict on each peer",
-                     SETTLE_SECONDS + 2 * peers / IDLE_PER_SECOND)
-        time.sleep(SETTLE_SECONDS)
-        before, began, cpu = _counts(forwarder), time.monotonic(), _cpu_seconds(forwarder)
-        _progress(seconds)
-        cpu = _cpu_seconds(forwarder) - cpu
+    lines = [f"{'':28}{'without':>10}{'with':>10}{'cost':>10}"]
+    lines += [f"{name:28}{left:>10.{digits}f}{right:>10.{digits}f}{right - left:>10.{digits}f}"
+              for name, left, right, digits in rows]
+    return [*lines, f"{'peers reachable':28}{'-':>10}{with_.reachable:>10}"]
+
+
+def measure(peers: int, seconds: float, backend: str, *, probe: bool) -> Cost:
+    def say(text: str) -> None:
+        print(f"{backend}, {'with' if probe else 'without'} probes: {text}", file=sys.stderr,
+              flush=True)
+
+    with Lab() as lab:
+        node = nodes.Simulation(lab, peers, backend, say, probe=probe,
+                                program="bench.probe_peers")
+        say(f"all paths active after {node.start():.1f} s")
+        # Each peer is probed once. To ask for the state of all peers would cost the daemon memory.
+        time.sleep(SETTLE_SECONDS + peers / IDLE_PER_SECOND)
+        say(f"measuring for {seconds:g} s")
+        cpu, sent, began = node.cpu(), node.sent(), time.monotonic()
+        time.sleep(seconds)  # the measured time, in which nothing happens
         took = time.monotonic() - began
-        after = _counts(forwarder)
-        return Cost(
-            cpu / took, (after["sent"] - before["sent"]) / took,
-            (after["answered"] - before["answered"]) / took,
-            (after["received"] - before["received"]) / took,
-            _states(forwarder)["reachable"], forwarder.rss_kib(),
-        )
-    finally:
-        forwarder.stop()
-
-
-def _progress(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        print(f"measuring, {left:.0f} s left", file=sys.stderr, flush=True)
-        time.sleep(min(left, 15.0))
-
-
-def _cpu_seconds(forwarder: Forwarder) -> float:
-    tasks = Path(f"/proc/{forwarder.process.pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
-
-
-def _metrics(forwarder: Forwarder, name: str) -> dict[str, int]:
-    """Return the values of a metric that has one label, by the label's value."""
-    with ControlClient(str(forwarder.control)) as client:
-        text = client.metrics()
-    found = {}
-    for line in text.splitlines():
-        if line.startswith(f"{name}{{"):
-            label, _, value = line.partition("} ")
-            found[label.split('"')[1]] = int(float(value))
-    return found
-
-
-def _states(forwarder: Forwarder) -> dict[str, int]:
-    return _metrics(forwarder, "udptun_probed_peers")
-
-
-def _counts(forwarder: Forwarder) -> dict[str, int]:
-    return _metrics(forwarder, "udptun_probes_total")
+        after, sent = node.cpu(), node.sent() - sent
+        memory = [*(now for now, _ in node.memory()), 0]
+        return Cost((after[0] - cpu[0]) / took, (after[1] - cpu[1]) / took, sent / took,
+                    memory[0], memory[1], node.states().get("reachable", 0) if probe else 0)

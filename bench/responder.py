@@ -50,6 +50,7 @@ def serve(ports: dict[int, int]) -> None:
         sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         sock.bind(("", port))
         poll.register(sock, selectors.EVENT_READ, (sock, port, inner))
+    print("ready", flush=True)
     while True:
         for key, _ in poll.select():
             _receive(*key.data)
