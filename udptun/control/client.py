@@ -20,7 +20,7 @@ from ..errors import ControlError, NoForwarder
 from . import protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from ..model import Route, RouteDiff
@@ -73,9 +73,13 @@ class ControlClient:
             text, object_hook=lambda value: None if "last_seen_seconds" in value else value)
         return status | {"peers": []}
 
-    def peers(self) -> list[dict[str, Any]]:
-        """Return the peers, each with the measured state of its path."""
-        peers: list[dict[str, Any]] = self._get(protocol.PEERS)["peers"]
+    def peers(self, reduce: Callable[[dict[str, Any]], Any] | None = None) -> list[Any]:
+        """Return the peers, each with the measured state of its path.
+
+        reduce  replaces each JSON object as soon as it is parsed, inner ones first: with thousands
+                of peers, this saves memory
+        """
+        peers: list[Any] = self._get(protocol.PEERS, reduce)["peers"]
         return peers
 
     def drops(self) -> list[dict[str, Any]]:
@@ -182,8 +186,11 @@ class ControlClient:
 
     # The wire
 
-    def _get(self, target: str) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self._read(self._request("GET", target)))
+    def _get(
+        self, target: str, reduce: Callable[[dict[str, Any]], Any] | None = None
+    ) -> dict[str, Any]:
+        text = self._read(self._request("GET", target))
+        answer: dict[str, Any] = json.loads(text, object_hook=reduce)
         return answer
 
     def _put(self, route: Route, headers: dict[str, str]) -> RouteDiff:

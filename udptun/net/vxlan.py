@@ -17,6 +17,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import os
 import random
 import socket
@@ -327,11 +328,12 @@ class Vxlan:
             f"reading the peers of {device.name}", device,
             lambda entries: unrouted(entries.read(), asked))
 
-    async def ages(self, device: VxlanDevice) -> dict[bytes, float]:
-        """Return {MAC: seconds since the last packet to it}. Raises DeviceError."""
+    async def ages(self, device: VxlanDevice, within: float = math.inf) -> dict[bytes, float]:
+        """Return {MAC: seconds since the last packet to it}, up to ``within``. Raises DeviceError.
+        """
         async def job(_: Any) -> dict[bytes, float]:
             with RouteSocket() as netlink:
-                return read_ages(netlink, device.index)
+                return read_ages(netlink, device.index, within)
 
         return await self._netlink.work(f"reading the use of {device.name}", job)
 

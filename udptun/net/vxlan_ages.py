@@ -8,9 +8,11 @@ as ``RouteSocket``.
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 
-from .batch import RouteSocket, attributes
+from .batch import ATTRIBUTE, RouteSocket, attributes
 from .vxlan_entries import (
     AF_BRIDGE,
     NDA_IFINDEX,
@@ -21,19 +23,44 @@ from .vxlan_entries import (
 )
 
 NDA_CACHEINFO = 3  # linux/neighbour.h; four u32: confirmed, used, updated, references
-USED = slice(4, 8)
+USED = struct.Struct("=4xI8x")
+MAC_HEADER = ATTRIBUTE.pack(ATTRIBUTE.size + 6, NDA_LLADDR)
+USED_HEADER = ATTRIBUTE.pack(ATTRIBUTE.size + USED.size, NDA_CACHEINFO)
 TICKS = os.sysconf("SC_CLK_TCK")  # the unit of these times
 
 
-def read_ages(netlink: RouteSocket, index: int) -> dict[bytes, float]:
-    """Return {MAC: seconds since the last packet to it} of the device's FDB. Raises OSError."""
+def read_ages(
+    netlink: RouteSocket, index: int, within: float = math.inf
+) -> dict[bytes, float]:
+    """Return {MAC: seconds since the last packet to it} of the device's FDB, for the entries that
+    were used ``within`` these seconds. Raises OSError.
+    """
     request = NDMSG.pack(AF_BRIDGE, 0, 0, 0, 0) + NUMBER_ATTRIBUTE.pack(8, NDA_IFINDEX, index)
     ages: dict[bytes, float] = {}
+    mac_at = used_at = NDMSG.size
     for body in netlink.dump(RTM_GETNEIGH, request):
         if NDMSG.unpack_from(body)[1] != index:
             continue  # an old kernel ignores the filter of the request
-        found = attributes(body, NDMSG.size)
-        if NDA_LLADDR in found and NDA_CACHEINFO in found:
-            used = found[NDA_CACHEINFO][USED]
-            ages[bytes(found[NDA_LLADDR])] = used.cast("I")[0] / TICKS
+        # Entries of one kind have the same layout, so each is tried with that of the one before.
+        if not (_has(body, mac_at, MAC_HEADER) and _has(body, used_at, USED_HEADER)):
+            places = _places(body)
+            if NDA_LLADDR not in places or NDA_CACHEINFO not in places:
+                continue
+            mac_at, used_at = places[NDA_LLADDR], places[NDA_CACHEINFO]
+        age = USED.unpack_from(body, used_at + ATTRIBUTE.size)[0] / TICKS
+        if age <= within:
+            ages[bytes(body[mac_at + ATTRIBUTE.size : mac_at + ATTRIBUTE.size + 6])] = age
     return ages
+
+
+def _has(body: memoryview, at: int, header: bytes) -> bool:
+    return body[at : at + ATTRIBUTE.size] == header
+
+
+def _places(body: memoryview) -> dict[int, int]:
+    """Return where each attribute begins, by type."""
+    found, at = {}, NDMSG.size
+    for kind, value in attributes(body, NDMSG.size).items():
+        found[kind] = at
+        at += ATTRIBUTE.size + len(value) + 3 & ~3
+    return found

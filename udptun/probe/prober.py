@@ -52,6 +52,7 @@ class Prober(Generic[K]):
         now = clock()
         self._clock = clock
         self._rng = rng or random.SystemRandom()  # makes tokens that cannot be guessed
+        self._jitter = rng or random.Random()
         self._paths: dict[K, PathState] = {}
         self._max_interval: dict[K, float] = {}
         self._schedule: Schedule[K] = Schedule()
@@ -211,8 +212,10 @@ class Prober(Generic[K]):
 
     def _interval(self, key: K) -> float:
         """Return the interval at which this path is probed while it is idle."""
-        share = len(self._paths) / IDLE_PER_SECOND
-        return min(max(IDLE_SECONDS, share), self._max_interval.get(key, math.inf))
+        interval = max(IDLE_SECONDS, len(self._paths) / IDLE_PER_SECOND)
+        if self._max_interval and (limit := self._max_interval.get(key)) is not None:
+            return min(interval, limit)
+        return interval
 
     def _plan(self, key: K, path: PathState) -> None:
         self._schedule.set(key, min(path.next_due(self._interval(key)), path.next_expiry()))
@@ -248,7 +251,7 @@ class Prober(Generic[K]):
         now = self._clock()
         spread = ACTIVE_JITTER if path.active else IDLE_JITTER
         token = self._rng.getrandbits(TOKEN_BITS)
-        path.sent(now, token, size, decisive, self._rng.uniform(1 - spread, 1 + spread))
+        path.sent(now, token, size, decisive, self._jitter.uniform(1 - spread, 1 + spread))
         return Request(key, token, size, path.last_probe)
 
 

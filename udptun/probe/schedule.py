@@ -21,7 +21,7 @@ class Schedule(Generic[K]):
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, K]] = []
-        self._entry: dict[K, tuple[float, int]] = {}  # the valid entry of each key
+        self._entry: dict[K, tuple[float, int, K]] = {}  # the valid entry of each key
         self._order = 0  # keys with equal times keep the order of ``set``
 
     def __len__(self) -> int:
@@ -29,11 +29,14 @@ class Schedule(Generic[K]):
 
     def set(self, key: K, at: float) -> None:
         """Set the time of a key. Replaces its former time."""
+        former = self._entry.get(key)
+        if former is not None and former[0] == at:
+            return
         self._order += 1
-        self._entry[key] = at, self._order
-        heapq.heappush(self._heap, (at, self._order, key))
+        entry = self._entry[key] = at, self._order, key
+        heapq.heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._entry) + STALE_MIN:
-            self._heap = [(at, order, key) for key, (at, order) in self._entry.items()]
+            self._heap = list(self._entry.values())
             heapq.heapify(self._heap)
 
     def remove(self, key: K) -> None:
@@ -46,17 +49,18 @@ class Schedule(Generic[K]):
         than ``now``.
         """
         while self._heap and self._heap[0][0] <= now:
-            at, order, key = heapq.heappop(self._heap)
-            if self._entry.get(key) == (at, order):
+            entry = heapq.heappop(self._heap)
+            key = entry[2]
+            if self._entry.get(key) is entry:
                 del self._entry[key]
                 yield key
 
     def next_at(self) -> float | None:
         """Return the earliest time; None if there is no key."""
         while self._heap:
-            at, order, key = self._heap[0]
-            if self._entry.get(key) == (at, order):
-                return at
+            entry = self._heap[0]
+            if self._entry.get(entry[2]) is entry:
+                return entry[0]
             heapq.heappop(self._heap)
         return None
 

@@ -91,8 +91,9 @@ class PathState:
         self.send_errno = 0
         self.sizes = SizeSearch(full_size)
         self._data_proves = data_proves
-        self._pending: list[_Sent] = []
-        self._late: list[_Sent] = []
+        # Tuples: they are empty most of the time, and all paths share one empty tuple.
+        self._pending: tuple[_Sent, ...] = ()
+        self._late: tuple[_Sent, ...] = ()
         self._awaited_n = 0  # decisive probes in _pending
         self._history = 0  # one bit per finished probe, the lowest bit is the last one; 1: lost
         self._history_n = 0
@@ -113,7 +114,7 @@ class PathState:
         self, now: float, token: int, size: int, decisive: bool = True, jitter: float = 1.0
     ) -> None:
         """Record that a probe is sent now. ``jitter`` multiplies the time until the next one."""
-        self._pending.append(_Sent(token, size, now, decisive))
+        self._pending += (_Sent(token, size, now, decisive),)
         self._sent_at = now
         self._jitter = jitter
         self._soon = False
@@ -126,7 +127,7 @@ class PathState:
 
     def send_failed(self, now: float, token: int, error: int) -> None:
         """Record that the kernel refused to send the probe, with this errno."""
-        probe = self._take(self._pending, token)
+        probe, self._pending = _take(self._pending, token)
         if probe is None:
             return
         self._awaited_n -= probe.decisive
@@ -138,12 +139,12 @@ class PathState:
 
     def answered(self, now: float, token: int, size: int) -> bool:
         """Record a reply. Return whether it answers a probe of this path."""
-        probe = self._take(self._pending, token)
+        probe, self._pending = _take(self._pending, token)
         if probe is not None:
             self._awaited_n -= probe.decisive
             self._record(probe, lost=False)
         else:
-            probe = self._take(self._late, token)
+            probe, self._late = _take(self._late, token)
         if probe is None or size != probe.size:
             return False
         sample = max(now - probe.at, 0.0)
@@ -197,9 +198,10 @@ class PathState:
     def expire(self, now: float) -> None:
         """Count the probes that were not answered in time."""
         while self._pending and now >= self._pending[0].at + self._wait():
-            probe = self._pending.pop(0)
+            probe, *pending = self._pending
+            self._pending = tuple(pending)
             self._awaited_n -= probe.decisive
-            self._late = [*self._late[1 - LATE_N :], probe]
+            self._late = (*self._late[1 - LATE_N :], probe)
             self._miss(probe, now)
 
     # -- probes and results -----------------------------------------------------------------------
@@ -282,13 +284,6 @@ class PathState:
         """Return after how many seconds a probe counts as unanswered."""
         return min(max(ANSWER_SECONDS, 3 * (self.rtt or 0.0)), ANSWER_MAX_SECONDS)
 
-    @staticmethod
-    def _take(probes: list[_Sent], token: int) -> _Sent | None:
-        for index, probe in enumerate(probes):
-            if probe.token == token:
-                return probes.pop(index)
-        return None
-
     def _record(self, probe: _Sent, lost: bool) -> None:
         if self.sizes.uncertain(probe.size):
             return  # such a loss is a property of the size, not of the path
@@ -316,3 +311,11 @@ class PathState:
             self.state, self.since = UNREACHABLE, now
             self._backoff_n = 0
             self.sizes.path_lost()
+
+
+def _take(probes: tuple[_Sent, ...], token: int) -> tuple[_Sent | None, tuple[_Sent, ...]]:
+    """Return the probe with this token, and the others."""
+    for index, probe in enumerate(probes):
+        if probe.token == token:
+            return probe, probes[:index] + probes[index + 1 :]
+    return None, probes

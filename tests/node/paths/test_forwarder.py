@@ -26,31 +26,34 @@ async def test_the_view_follows_the_forwarder(path, thread):  # noqa: F811
     view = ForwarderView(path, changes.append)
     try:
         await until(lambda: view.gone, "the forwarder to be missed")
-        assert view.probes == {}
+        assert view.probe(ENDPOINT) == {}
         with Served(thread, path) as served:
-            await until(lambda: view.probes, "the first read")
+            await until(lambda: view.probe(ENDPOINT), "the first read")
             assert not view.gone
-            assert view.probes[ENDPOINT]["state"] == "reachable"
+            assert view.probe(ENDPOINT)["state"] == "reachable"
             assert changes[-1] is None
             served.events({
                 "time": "2026-01-31T08:00:00.000+00:00", "type": "peer_unreachable",
                 "endpoint": ENDPOINT, "path": "udp", "reason": "no answer", "rtt_us": 5,
                 "largest_size": 1000, "full_size_passes": False})
-            await until(lambda: view.probes[ENDPOINT]["state"] == "unreachable", "the event")
-            found = view.probes[ENDPOINT]
+            await until(lambda: view.probe(ENDPOINT)["state"] == "unreachable", "the event")
+            found = view.probe(ENDPOINT)
             assert (found["reason"], found["full_size_passes"]) == ("no answer", False)
             assert changes[-1] == (ENDPOINT,)
             served.events({
                 "time": "x", "type": "peer_size", "endpoint": ENDPOINT, "reason": "",
                 "largest_size": 1400, "full_size_passes": True})
-            await until(lambda: view.probes[ENDPOINT]["full_size_passes"], "the event")
-            assert view.probes[ENDPOINT]["state"] == "unreachable"
+            await until(lambda: view.probe(ENDPOINT)["full_size_passes"], "the event")
+            assert view.probe(ENDPOINT)["state"] == "unreachable"
             await view.refresh()
-            assert view.probes[ENDPOINT]["state"] == "reachable"
+            assert view.probe(ENDPOINT)["state"] == "reachable"
+            assert changes[-1] == [ENDPOINT]
+            await view.refresh()
+            assert changes[-1] == []
         await until(lambda: view.gone, "the end to be noticed")
-        assert view.probes == {}
+        assert view.probe(ENDPOINT) == {}
         with Served(thread, path):  # a forwarder that was started again
-            await until(lambda: not view.gone and view.probes, "the next one")
+            await until(lambda: not view.gone and view.probe(ENDPOINT), "the next one")
     finally:
         view.close()
     await asyncio.to_thread(view._thread.join, 20)

@@ -6,14 +6,17 @@ import contextlib
 import errno
 import socket
 from ipaddress import ip_address, ip_network
+from types import SimpleNamespace
 
 import pytest
 
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
 from udptun.node.backends.base import ProbeDevice
+from udptun.node.paths import meters as meters_module
 from udptun.node.paths.bound import BoundMeter
 from udptun.node.paths.echo import EchoMeter
+from udptun.node.paths.meters import Meters
 from udptun.probe.message import HEADER_SIZE, REQUEST, UDP_PATH, VXLAN_PATH, Probe
 from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE
 
@@ -53,11 +56,11 @@ async def test_two_bound_meters_measure_each_other(version):
         b.add(own, PORT, MTU)
         a.add(B[version], 9000, MTU)
         for meter, subnet in ((a, B[version]), (b, own)):
-            await until(lambda m=meter, s=subnet: m.prober[s].state == REACHABLE, "an answer")
-            await until(lambda m=meter, s=subnet: m.prober[s].sizes.full_passes, "the full size")
-            assert meter.prober[subnet].rtt < 1
+            await until(lambda m=meter, s=subnet: m.state(s).state == REACHABLE, "an answer")
+            await until(lambda m=meter, s=subnet: m.state(s).sizes.full_passes, "the full size")
+            assert meter.state(subnet).rtt < 1
         assert changes[0] == B[version]
-        assert a.sent_at[B[version]] > 0
+        assert a.sent_at(B[version]) > 0
 
 
 @in_own_netns
@@ -65,10 +68,10 @@ async def test_a_peer_that_does_not_answer_is_unreachable():
     with bound(A[4]) as (meter, changes):
         meter.add(B[4], 9000, MTU)
         meter.traffic([B[4]])
-        await until(lambda: meter.prober[B[4]].state == UNREACHABLE, "the verdict")
+        await until(lambda: meter.state(B[4]).state == UNREACHABLE, "the verdict")
         assert changes == [B[4]]
         meter.remove(B[4])
-        assert B[4] not in meter.prober
+        assert meter.state(B[4]) is None
 
 
 @in_own_netns
@@ -110,14 +113,14 @@ async def test_a_meter_without_its_device_says_so_and_recovers():
         meter.add(B[4], 9000, MTU)
         meter.traffic([B[4]])
         assert "gone0" in meter.error
-        await until(lambda: meter.prober[B[4]].state == UNREACHABLE, "the verdict")
-        assert "No such device" in meter.prober[B[4]].reason(0.0)
+        await until(lambda: meter.state(B[4]).state == UNREACHABLE, "the verdict")
+        assert "No such device" in meter.state(B[4]).reason(0.0)
         meter.move(device(A[4]), PORT)
         meter.check()
         assert meter.error == ""
         with bound(B[4].network_address, 9000) as (other, _):
             other.add(ip_network("127.1.0.0/16"), PORT, MTU)
-            await until(lambda: meter.prober[B[4]].state == REACHABLE, "an answer")
+            await until(lambda: meter.state(B[4]).state == REACHABLE, "an answer")
 
 
 @both
@@ -129,9 +132,9 @@ async def test_the_kernel_of_a_peer_answers_echoes(version):
     try:
         assert meter.error == ""
         meter.add(B[version], MTU)
-        await until(lambda: meter.prober[B[version]].sizes.full_passes, "an answer")
-        assert meter.prober[B[version]].state == REACHABLE
-        assert meter.prober[B[version]].sizes.largest == MTU - (28 if version == 4 else 48)
+        await until(lambda: meter.state(B[version]).sizes.full_passes, "an answer")
+        assert meter.state(B[version]).state == REACHABLE
+        assert meter.state(B[version]).sizes.largest == MTU - (28 if version == 4 else 48)
     finally:
         meter.close()
 
@@ -144,9 +147,9 @@ async def test_data_of_a_peer_that_drops_echoes_show_that_it_is_there():
     try:
         meter.add(B[4], MTU)
         meter.traffic([B[4]])
-        await until(lambda: meter.prober[B[4]].state == UNREACHABLE, "the verdict")
+        await until(lambda: meter.state(B[4]).state == UNREACHABLE, "the verdict")
         meter.data_received(B[4])
-        assert meter.prober[B[4]].state == REACHABLE
+        assert meter.state(B[4]).state == REACHABLE
     finally:
         meter.close()
 
@@ -162,5 +165,34 @@ async def test_without_the_privilege_nothing_is_claimed(monkeypatch):
     meter.add(B[4], MTU)
     meter.traffic([B[4]])
     assert meter._timer is None  # no probe is sent
-    assert meter.prober[B[4]].state == UNKNOWN
+    assert meter.state(B[4]).state == UNKNOWN
     assert "Operation not permitted" in meter.error
+
+
+async def test_a_slow_look_for_traffic_does_not_count_our_probes(monkeypatch, tmp_path):
+    clock, busy = [1000.0], []
+    monkeypatch.setattr(meters_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    used_at = 999.0
+
+    class Probed:
+        traffic = staticmethod(busy.extend)
+
+        def sent_at(self, _):
+            return 999.0
+
+    class Backend:
+        async def send_ages(self, within):
+            age = clock[0] - used_at
+            clock[0] += 5.0  # the answer is delayed on its way
+            return {B[4]: age} if age <= within else {}
+
+    meters = Meters(tmp_path / "udptun.sock", lambda _: None)
+    pairs = {B[4]: SimpleNamespace(meters=(Probed(),))}
+    await meters.follow_traffic(pairs, 0, Backend())
+    assert busy == []
+    used_at = clock[0] - 1.0
+    await meters.follow_traffic(pairs, 0, Backend())
+    assert busy == [B[4]]
+    busy.clear()
+    await meters.follow_traffic(pairs, 0, Backend())
+    assert busy == []  # each packet is found once

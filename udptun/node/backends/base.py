@@ -234,9 +234,10 @@ class Backend(ABC, Generic[P]):
         """Return the endpoint under which the forwarder reports its measurements of this path."""
         return None
 
-    async def send_ages(self) -> Mapping[IPNetwork, float]:
-        """Return how many seconds ago the last packet was sent to each subnet, probes included.
+    async def send_ages(self, within: float) -> Mapping[IPNetwork, float]:
+        """Return how many seconds ago the last packet was sent to a subnet, probes included.
 
+        within  leave out the subnets to which none was sent in so many seconds
         Only for paths with a ``probe_device``. Raises DeviceError.
         """
         return {}

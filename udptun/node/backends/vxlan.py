@@ -30,7 +30,6 @@ from ...net.vxlan import (
     VxlanConfig,
     VxlanDevice,
     VxlanPeer,
-    parse_mac,
 )
 from ...probe.message import VXLAN_PATH
 from ..config import NodeConfig
@@ -284,12 +283,14 @@ class VxlanBackend(Backend[VxlanPeer]):
             return None
         return ProbeDevice(device.name, device.index, base, VXLAN_PATH)
 
-    async def send_ages(self) -> Mapping[IPNetwork, float]:
-        by_mac: dict[tuple[int, bytes], IPNetwork] = {
-            (net.version, parse_mac("VtepMAC", peer.mac)): net for net, peer in self._peers.items()}
+    async def send_ages(self, within: float) -> Mapping[IPNetwork, float]:
+        recent: dict[int, dict[str, float]] = {}  # by IP version: by MAC address
+        for version, device in [*self._devices.items()]:
+            ages = await self._vxlan.ages(device, within)
+            recent[version] = {mac.hex(":"): age for mac, age in ages.items()}
         return {
-            by_mac[version, mac]: age for version, device in [*self._devices.items()]
-            for mac, age in (await self._vxlan.ages(device)).items() if (version, mac) in by_mac
+            net: age for net, peer in self._peers.items()
+            if (age := recent.get(net.version, {}).get(peer.mac.lower())) is not None
         }
 
     @property

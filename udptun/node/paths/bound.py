@@ -34,26 +34,19 @@ class BoundMeter(Meter):
     ) -> None:
         super().__init__(changed)
         self.device, self.port = device, port
-        self._ports: dict[IPNetwork, int] = {}
-        self._subnets: dict[tuple[str, int], IPNetwork] = {}  # by the peer's address and port
+        self._ports: dict[str, int] = {}  # of the peers, by their address
 
     def add(
         self, subnet: IPNetwork, port: int, mtu: int, max_interval: float | None = None
     ) -> None:
         """Probe the peer of this subnet, which answers at ``port``. mtu: of the inner packets."""
-        self._forget(subnet)
-        self._ports[subnet] = port
-        self._subnets[str(subnet.network_address), port] = subnet
-        self.prober.add(subnet, mtu - OVERHEAD[subnet.version], max_interval=max_interval)
-        self._schedule()
+        key = self._probe(subnet, mtu - OVERHEAD[subnet.version], max_interval=max_interval)
+        self._ports[key] = port
 
     def remove(self, subnet: IPNetwork) -> None:
-        self._forget(subnet)
         super().remove(subnet)
-
-    def _forget(self, subnet: IPNetwork) -> None:
-        if (port := self._ports.pop(subnet, None)) is not None:
-            self._subnets.pop((str(subnet.network_address), port), None)
+        if (key := str(subnet.network_address)) not in self._subnets:
+            self._ports.pop(key, None)
 
     def move(self, device: ProbeDevice, port: int) -> None:
         """Use another device or port from now on. Keep the measurements."""
@@ -81,20 +74,23 @@ class BoundMeter(Meter):
             raise
         return opened
 
-    def _message(self, request: Request[IPNetwork]) -> tuple[bytes, Any]:
+    def _message(self, request: Request[str]) -> tuple[bytes, Any]:
         heard = heard_field(request.last_heard, time.monotonic())
         probe = Probe(REQUEST, self.device.path, request.token, heard, request.size)
-        return probe.encode(), (str(request.key.network_address), self._ports[request.key])
+        return probe.encode(), (request.key, self._ports[request.key])
 
     def _received(self, message: bytes, source: Any) -> None:
-        subnet, probe = self._subnets.get(source[:2]), decode(message)
-        if subnet is None or probe is None or probe.path != self.device.path:
+        key, port = source[:2]
+        if self._ports.get(key) != port:
+            return
+        probe = decode(message)
+        if probe is None or probe.path != self.device.path:
             return
         now = time.monotonic()
         if probe.kind == REPLY:
-            self.prober.answered(subnet, probe.token, probe.size, now)
+            self.prober.answered(key, probe.token, probe.size, now)
             return
-        last = self.prober[subnet].last_probe
+        last = self.prober[key].last_probe
         heard = None if probe.heard_ms == NEVER_HEARD else probe.heard_ms / 1000
-        self.prober.heard(subnet, now, heard)
-        self.send(subnet, probe.reply(heard_field(last, now)).encode(), source)
+        self.prober.heard(key, now, heard)
+        self.send(key, probe.reply(heard_field(last, now)).encode(), source)

@@ -37,18 +37,11 @@ class EchoMeter(Meter):
         self._version = version
         self._identifier = int.from_bytes(os.urandom(2))
         self._sequence = 0
-        self._subnets: dict[str, IPNetwork] = {}  # by the peer's address
 
     def add(self, subnet: IPNetwork, mtu: int) -> None:
         """Send echoes to the peer of this subnet. mtu: of the inner packets."""
-        self._subnets[str(subnet.network_address)] = subnet
         # The header of ICMP has the size of UDP's. Peers may drop ICMP, so data count too.
-        self.prober.add(subnet, mtu - OVERHEAD[self._version], data_proves=True)
-        self._schedule()
-
-    def remove(self, subnet: IPNetwork) -> None:
-        self._subnets.pop(str(subnet.network_address), None)
-        super().remove(subnet)
+        self._probe(subnet, mtu - OVERHEAD[self._version], data_proves=True)
 
     # -- the socket -------------------------------------------------------------------------------
 
@@ -75,23 +68,22 @@ class EchoMeter(Meter):
             raise
         return opened
 
-    def _message(self, request: Request[IPNetwork]) -> tuple[bytes, Any]:
+    def _message(self, request: Request[str]) -> tuple[bytes, Any]:
         self._sequence = (self._sequence + 1) & 0xFFFF
         head = HEADER.pack(ECHO_REQUEST[self._version], 0, 0, self._identifier, self._sequence)
         head += TOKEN.pack(request.token)
         if self._version == 4:  # for IPv6, the kernel computes the checksum
             head = head[:2] + _checksum(head).to_bytes(2) + head[4:]
-        return head.ljust(request.size, b"\0"), (str(request.key.network_address), 0)
+        return head.ljust(request.size, b"\0"), (request.key, 0)
 
     def _received(self, message: bytes, source: Any) -> None:
-        subnet = self._subnets.get(source[0])
         start = 4 * (message[0] & 15) if self._version == 4 else 0  # IPv4 comes with its header
-        if subnet is None or len(message) < start + HEADER.size + TOKEN.size:
+        if source[0] not in self.prober or len(message) < start + HEADER.size + TOKEN.size:
             return
         kind, code, _, identifier, _ = HEADER.unpack_from(message, start)
         if (kind, code, identifier) == (ECHO_REPLY[self._version], 0, self._identifier):
             (token,) = TOKEN.unpack_from(message, start + HEADER.size)
-            self.prober.answered(subnet, token, len(message) - start, time.monotonic())
+            self.prober.answered(source[0], token, len(message) - start, time.monotonic())
 
 
 def _checksum(data: bytes) -> int:

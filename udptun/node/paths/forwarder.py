@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,13 +33,15 @@ GONE_SECONDS = 3.0
 
 # The forwarder's events about measurements, and the new state; None: the state does not change.
 EVENTS = {"peer_reachable": REACHABLE, "peer_unreachable": UNREACHABLE, "peer_size": None}
-MEASURED = ("reason", "rtt_us", "largest_size", "full_size_passes")
+# What is kept of each peer, as a tuple: a dict of each would need three times the memory.
+FIELDS = ("state", "since", "reason", "rtt_us", "loss", "last_answer", "largest_size",
+          "full_size_passes")
+VERDICT = [FIELDS.index(name) for name in ("state", "reason", "largest_size", "full_size_passes")]
 
 
 class ForwarderView:
     """A copy of the forwarder's measured state.
 
-    probes   by endpoint: what was measured; {} while no forwarder answers
     gone     no forwarder has answered for GONE_SECONDS
     changed  is called with the endpoints whose state may have changed; None: all
     """
@@ -46,7 +49,8 @@ class ForwarderView:
     def __init__(
         self, control: Path, changed: Callable[[Collection[str] | None], None]
     ) -> None:
-        self.probes: dict[str, dict[str, Any]] = {}
+        # By endpoint: the values of FIELDS. Empty while no forwarder answers.
+        self._probes: dict[str, tuple[Any, ...]] = {}
         self.gone = False
         self._control = str(control)
         self._changed = changed
@@ -67,6 +71,11 @@ class ForwarderView:
             self._gone_timer.cancel()
         self._calls.shutdown(wait=False, cancel_futures=True)
 
+    def probe(self, endpoint: str | None) -> dict[str, Any]:
+        """Return what was measured on the path to this endpoint; {} if nothing is known."""
+        found = self._probes.get(endpoint or "")
+        return {} if found is None else dict(zip(FIELDS, found, strict=True))
+
     async def ask(self, endpoint: str, size: int | None = None) -> bool | None:
         """Probe this peer now. Return whether it answers; None: the forwarder cannot say."""
         def call() -> bool | None:
@@ -81,9 +90,9 @@ class ForwarderView:
 
     async def refresh(self) -> None:
         """Read the whole state again."""
-        def call() -> list[dict[str, Any]]:
+        def call() -> dict[str, tuple[Any, ...]]:
             with ControlClient(self._control, CALL_SECONDS) as client:
-                return client.peers()
+                return _read(client)
 
         with contextlib.suppress(NoForwarder, ControlError):
             self._replace(await self._loop.run_in_executor(self._calls, call))
@@ -98,7 +107,7 @@ class ForwarderView:
                     self._stream = stream
                     events = stream.events()
                     next(events)  # "hello": from here on, no event is missed
-                    self._post(self._replace, client.peers())
+                    self._post(self._replace, _read(client))
                     for event in events:
                         self._post(self._event, event)
             except (NoForwarder, ControlError, StopIteration) as exc:
@@ -114,31 +123,53 @@ class ForwarderView:
 
     # -- on the loop ------------------------------------------------------------------------------
 
-    def _replace(self, peers: list[dict[str, Any]]) -> None:
-        self.probes = {peer["endpoint"]: peer["probe"] for peer in peers if peer.get("probe")}
+    def _replace(self, probes: dict[str, tuple[Any, ...]]) -> None:
+        former, self._probes = self._probes, probes
+        changed = None
+        if former and not self.gone:
+            changed = [endpoint for endpoint in former.keys() | probes.keys()
+                       if _verdict(former.get(endpoint)) != _verdict(probes.get(endpoint))]
         self.gone = False
         if self._gone_timer is not None:
             self._gone_timer.cancel()
             self._gone_timer = None
-        self._changed(None)
+        self._changed(changed)
 
     def _event(self, event: Mapping[str, Any]) -> None:
         if event["type"] not in EVENTS:
             return
         endpoint = event["endpoint"]
-        known = self.probes.get(endpoint, {})
-        changed = {name: event[name] for name in MEASURED if name in event}
+        known = self.probe(endpoint) | {name: event[name] for name in FIELDS if name in event}
         if (state := EVENTS[event["type"]]) is not None:
-            changed |= {"state": state, "since": event["time"]}
-        self.probes[endpoint] = {**known, **changed}
+            known |= {"state": state, "since": event["time"]}
+        self._probes[endpoint] = _compact(known)
         self._changed((endpoint,))
 
     def _disconnected(self) -> None:
         if self._gone_timer is None:
-            self.probes = {}
+            self._probes = {}
             self._gone_timer = self._loop.call_later(GONE_SECONDS, self._is_gone)
             self._changed(None)
 
     def _is_gone(self) -> None:
         self.gone = True
         self._changed(None)
+
+
+def _compact(probe: Mapping[str, Any]) -> tuple[Any, ...]:
+    state = sys.intern(str(probe.get("state")))
+    return (state, *(probe.get(name) for name in FIELDS[1:]))
+
+
+def _read(client: ControlClient) -> dict[str, tuple[Any, ...]]:
+    """Return the values of FIELDS by endpoint."""
+    def reduce(value: dict[str, Any]) -> Any:
+        if "full_size_passes" in value:
+            return _compact(value)
+        return (value["endpoint"], value.get("probe")) if "endpoint" in value else value
+
+    return {endpoint: probe for endpoint, probe in client.peers(reduce) if probe}
+
+
+def _verdict(found: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    return None if found is None else tuple(found[at] for at in VERDICT)

@@ -14,11 +14,12 @@ import errno
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 from ...model import IPNetwork
 from ...probe.prober import Prober, Request
+from ...probe.state import PathState
 
 RECEIVE_LEN = 65536  # the largest message
 BATCH_SECONDS = 0.05  # between two sends: probes, and so their answers, come in small batches
@@ -38,17 +39,19 @@ class Meter(ABC):
     follows_route  the probes take the path that carries the packets, not a certain one
     able           False: this process may not open the socket, or ``check`` was not called yet
     error          why there is no socket; "" if there is one
-    sent_at        by subnet: when we last sent to the peer, requests and replies
     changed        is called with the subnets whose verdict has changed
     """
 
     follows_route: ClassVar[bool] = False
 
     def __init__(self, changed: Callable[[list[IPNetwork]], None]) -> None:
-        self.prober: Prober[IPNetwork] = Prober(time.monotonic)
+        # By the text of the subnet's base address, which is the peer's address. A network as the
+        # key would cost more than all the rest, because Python computes its hash at each look-up.
+        self.prober: Prober[str] = Prober(time.monotonic)
+        self._subnets: dict[str, IPNetwork] = {}
         self.able = False  # no probe is sent before the first ``check``
         self.error = "not opened yet"
-        self.sent_at: dict[IPNetwork, float] = {}
+        self._sent_at: dict[str, float] = {}
         self._changed = changed
         self._socket: socket.socket | None = None
         self._errno = errno.ENODEV  # of each probe while there is no socket
@@ -57,18 +60,32 @@ class Meter(ABC):
 
     # -- the peers --------------------------------------------------------------------------------
 
+    def __iter__(self) -> Iterator[IPNetwork]:
+        return iter(self._subnets.values())
+
+    def state(self, subnet: IPNetwork) -> PathState | None:
+        """Return what was measured of the path to this subnet; None: it is not probed."""
+        return self.prober.get(_key(subnet))
+
+    def sent_at(self, subnet: IPNetwork) -> float:
+        """Return when we last sent to the peer, a request or a reply; 0: never."""
+        return self._sent_at.get(_key(subnet), 0.0)
+
     def remove(self, subnet: IPNetwork) -> None:
-        self.prober.remove(subnet)
-        self.sent_at.pop(subnet, None)
+        key = _key(subnet)
+        if self._subnets.get(key) == subnet:
+            del self._subnets[key]
+            self._sent_at.pop(key, None)
+            self.prober.remove(key)
 
     def traffic(self, subnets: Iterable[IPNetwork]) -> None:
         """Data packets are sent to these subnets now."""
         for subnet in subnets:
-            self.prober.traffic(subnet)
+            self.prober.traffic(_key(subnet))
         self._schedule()
 
     def data_received(self, subnet: IPNetwork) -> None:
-        self.prober.data_received(subnet, time.monotonic())
+        self.prober.data_received(_key(subnet), time.monotonic())
         self._report()
 
     # -- the socket -------------------------------------------------------------------------------
@@ -109,7 +126,7 @@ class Meter(ABC):
         """Open the socket. Raises OSError."""
 
     @abstractmethod
-    def _message(self, request: Request[IPNetwork]) -> tuple[bytes, Any]:
+    def _message(self, request: Request[str]) -> tuple[bytes, Any]:
         """Return the bytes of a request and the address to which it is sent."""
 
     @abstractmethod
@@ -117,6 +134,14 @@ class Meter(ABC):
         """Parse one received message. It may come from any host."""
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _probe(self, subnet: IPNetwork, full_size: int, **options: Any) -> str:
+        """Probe this subnet from now on, with the options of ``Prober.add``. Return its key."""
+        key = _key(subnet)
+        self._subnets[key] = subnet
+        self.prober.add(key, full_size, **options)
+        self._schedule()
+        return key
 
     def _schedule(self) -> None:
         due = self.prober.next_at() if self.able else None
@@ -140,7 +165,7 @@ class Meter(ABC):
         self._report()
         self._schedule()
 
-    def send(self, subnet: IPNetwork, message: bytes, target: Any) -> int:
+    def send(self, key: str, message: bytes, target: Any) -> int:
         """Send a message to a peer. Return 0 or the errno."""
         if self._socket is None:
             return self._errno
@@ -151,7 +176,7 @@ class Meter(ABC):
             if number in _BROKEN:
                 self._break(exc)
             return number
-        self.sent_at[subnet] = time.monotonic()
+        self._sent_at[key] = time.monotonic()
         return 0
 
     def _break(self, exc: OSError) -> None:
@@ -176,7 +201,11 @@ class Meter(ABC):
 
     def _report(self) -> None:
         if changed := self.prober.take_changes():
-            self._changed(changed)
+            self._changed([self._subnets[key] for key in changed])
+
+
+def _key(subnet: IPNetwork) -> str:
+    return str(subnet.network_address)
 
 
 def send_whole(opened: socket.socket, version: int) -> None:

@@ -36,8 +36,10 @@ LEFT_SECONDS = 5.0
 LEFT_N = 100  # pairs per tick for which this is done; more take turns
 SEND_AGES_PEERS = 1000  # the times of the last packets are read every (peers / this) seconds
 AGE_SLACK_SECONDS = 0.1  # rounding of these times, and the time of the call
-REFRESH_SECONDS = 15.0  # between two reads of the forwarder's whole state
-REFRESH_PEERS = 100  # with more than 15 times as many peers: (peers / this) seconds
+# Between two reads of the forwarder's whole state. Verdicts come at once, as events; these reads
+# are for the round trips, losses and times in the status.
+REFRESH_SECONDS = 15.0
+REFRESH_PEERS = 20  # with more than 15 times as many peers: (peers / this) seconds
 
 
 class Meters:
@@ -58,6 +60,7 @@ class Meters:
         self._forwarder: ForwarderView | None = None
         self._by_endpoint: dict[str, dict[IPNetwork, None]] = {}
         self._turn = 0
+        self._looked_at: dict[int, float] = {}  # by path: when the last search for traffic began
 
     # -- which meter measures a path --------------------------------------------------------------
 
@@ -128,19 +131,19 @@ class Meters:
         if meter is not None:
             if meter.follows_route and at != pair.choice.at:
                 return None, ""
-            return health_of_state(meter.prober.get(pair.subnet), time.monotonic())
+            return health_of_state(meter.state(pair.subnet), time.monotonic())
         if self._forwarder is None or self._forwarder.gone:
             return Health.LOST, "the forwarder does not answer"
-        return health_of_report(self._forwarder.probes.get(endpoint or ""))
+        return health_of_report(self._forwarder.probe(endpoint))
 
     def describe(self, pair: Pair, at: int) -> dict[str, Any]:
         """Return the measurements of one path as JSON, without the verdict."""
         meter, endpoint = pair.meters[at], pair.endpoints[at]
         if meter is not None:
-            state = meter.prober.get(pair.subnet)
+            state = meter.state(pair.subnet)
             return {} if state is None else state_json(state)
-        probes = {} if self._forwarder is None else self._forwarder.probes
-        return {"endpoint": endpoint, **probes.get(endpoint or "", {})}
+        probe = {} if self._forwarder is None else self._forwarder.probe(endpoint)
+        return {"endpoint": endpoint, **probe}
 
     async def ask(self, endpoint: str, size: int) -> Health | None:
         """Let the forwarder probe its path now. Return what passes; None: it cannot say."""
@@ -168,7 +171,7 @@ class Meters:
         for at, backend in enumerate(backends):
             for version in (4, 6):
                 bound = self._bound.get((backend.name, version))
-                subnet = None if bound is None else next(iter(bound.prober), None)
+                subnet = None if bound is None else next(iter(bound), None)
                 pair = None if subnet is None else pairs.get(subnet)
                 if bound is not None and pair is not None:
                     device = backend.probe_device(pair.found.paths[at])
@@ -181,7 +184,7 @@ class Meters:
 
     def _listen(self, version: int, echo: EchoMeter) -> None:
         """Look for packets from the peers that do not answer echoes."""
-        silent = [subnet for subnet in echo.prober if _is_silent(echo, subnet)]
+        silent = [subnet for subnet in echo if _is_silent(echo, subnet)]
         if silent and version not in self._listeners:
             self._listeners[version] = Listener(version, echo.data_received)
         if version in self._listeners:
@@ -204,19 +207,21 @@ class Meters:
     ) -> None:
         """Find the pairs with traffic: the kernel stores the time of the last packet to each peer.
         """
+        began = time.monotonic()
         try:
-            ages = await backend.send_ages()
+            ages = await backend.send_ages(began - self._looked_at.get(at, 0.0) + AGE_SLACK_SECONDS)
         except DeviceError as exc:
             log.debug("%s", exc)
             return
-        now = time.monotonic()
+        self._looked_at[at] = began
         busy: dict[Meter, list[IPNetwork]] = {}
         for subnet, age in ages.items():
             pair = pairs.get(subnet)
             meter = None if pair is None or at >= len(pair.meters) else pair.meters[at]
-            # Our own probes count for the kernel too.
+            # Our own probes count for the kernel too. The kernel read its clock after ``began``, so
+            # a slow read does not make a probe look like a later packet.
             if meter is not None and \
-                    now - age > meter.sent_at.get(subnet, 0.0) + AGE_SLACK_SECONDS:
+                    began - age > meter.sent_at(subnet) + AGE_SLACK_SECONDS:
                 busy.setdefault(meter, []).append(subnet)
         for meter, subnets in busy.items():
             meter.traffic(subnets)
@@ -239,7 +244,8 @@ class Meters:
 
 def _is_silent(echo: EchoMeter, subnet: IPNetwork) -> bool:
     """Return whether this peer does not answer echoes at present."""
-    state = echo.prober[subnet]
+    state = echo.state(subnet)
+    assert state is not None
     if state.state != REACHABLE or state.last_answer is None:
         return state.loss is not None  # else no echo was sent yet
     return state.suspect or (state.last_data or 0.0) > state.last_answer

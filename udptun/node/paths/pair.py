@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...model import IPNetwork
@@ -50,14 +50,14 @@ class Pair:
     report: PairReport
     asking: bool = False
     timer: asyncio.TimerHandle | None = None
+    preferred: int = field(init=False)  # the position of the preferred path
 
     @property
     def subnet(self) -> IPNetwork:
         return self.found.subnet
 
-    @property
-    def preferred(self) -> int:
-        return max(at for at, path in enumerate(self.found.paths) if path is not None)
+    def __post_init__(self) -> None:
+        self.preferred = max(at for at, path in enumerate(self.found.paths) if path is not None)
 
     @property
     def chooses(self) -> bool:
