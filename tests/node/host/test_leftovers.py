@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from ipaddress import ip_network
 
 import pytest
 
-from tests.own_netns import in_own_netns
+from tests.own_netns import in_own_netns, sh
 from udptun.node.host import leftovers
 
 ASK = "from udptun.node.host.leftovers import why_keep; print(why_keep())"
@@ -66,3 +67,52 @@ def test_a_running_program_is_seen_whose_file_was_removed(tmp_path, monkeypatch)
 def test_where_the_host_is_not_visible_everything_stays():
     assert ask("unshare", "--pid", "--fork", "--mount-proc") == \
         "the host's processes are not visible here"
+
+
+# -- the rules of iptables ------------------------------------------------------------------------
+
+NETWORK = ip_network("10.244.0.0/16")
+FLANNEL = f"""\
+*filter
+:FLANNEL-FWD - [0:0]
+:FLANNEL-FWD-EXTRA - [0:0]
+-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+-A FORWARD -m comment --comment "before -j FLANNEL-FWD" -j ACCEPT
+-A FORWARD -j FLANNEL-FWD-EXTRA
+-A FLANNEL-FWD -s {NETWORK} -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -d {NETWORK} -m comment --comment "flanneld forward" -j ACCEPT
+COMMIT
+"""
+
+
+def restore(text):
+    if shutil.which("iptables-nft-restore") is None:
+        pytest.skip("iptables-nft-restore is missing")
+    subprocess.run(["iptables-nft-restore", "-n"], input=text, text=True, check=True)
+
+
+def forward_rules():
+    return [line for line in sh("iptables-nft-save -t filter").splitlines()
+            if line.startswith("-A")]
+
+
+@in_own_netns
+async def test_only_jumps_to_flannels_chain_are_removed_with_it():
+    restore(FLANNEL)
+    before = forward_rules()
+    assert not await leftovers._remove_chains(NETWORK, "nft")
+    assert forward_rules() == before[1:3]
+    assert "-A FORWARD -j FLANNEL-FWD-EXTRA" in before[1:3]
+
+
+@in_own_netns
+@pytest.mark.parametrize("rule", [
+    f"-s {NETWORK} -j DROP", f"-s {NETWORK} -i eth0 -j ACCEPT", "-i eth0 -j ACCEPT",
+    f'-m comment --comment "-s {NETWORK} -j ACCEPT"',
+])
+async def test_a_chain_with_another_rule_stays(rule):
+    restore(FLANNEL + f"*filter\n-A FLANNEL-FWD {rule}\nCOMMIT\n")
+    before = forward_rules()
+    assert await leftovers._remove_chains(NETWORK, "nft") == [
+        "the chain FLANNEL-FWD of iptables (nft) stays: not all of its rules are flannel's"]
+    assert forward_rules() == before

@@ -7,8 +7,8 @@ Owns: which things are flannel's leftovers, and the conditions for their removal
   backend does not use the device.
 - The iptables chains FLANNEL-POSTRTG and FLANNEL-FWD, and the nftables tables flannel-ipv4 and
   flannel-ipv6: at least one rule names our network, and no rule names a prefix outside it, except
-  multicast. A former FLANNEL-POSTRTG masquerades all packets between pods once this node has
-  another subnet.
+  multicast. Each rule in the chains has the form of one of flannel's. A former FLANNEL-POSTRTG
+  masquerades all packets between pods once this node has another subnet.
 
 Everything else stays. Runs on the daemon's loop.
 """
@@ -20,8 +20,9 @@ import ipaddress
 import json
 import logging
 import os
+import shlex
 import shutil
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,16 @@ CONTAINER_INITS = ("pause", "tini", "docker-init", "dumb-init", "catatonit")
 DELETED = " (deleted)"  # the kernel appends this to the name of a running file that was removed
 CHAINS = {"nat": ("POSTROUTING", "FLANNEL-POSTRTG"), "filter": ("FORWARD", "FLANNEL-FWD")}
 NFT_TABLES = {4: ("ip", "flannel-ipv4"), 6: ("ip6", "flannel-ipv6")}
+# flannel's rules as iptables-save prints them, without the comment and with P for each prefix.
+RULES = {
+    "nat": frozenset((
+        "-m mark --mark 0x4000/0x4000 -j RETURN",
+        "-s P -d P -j RETURN", "! -s P -d P -j RETURN",
+        *(f"{match} -j MASQUERADE{option}" for match in ("-s P ! -d P", "! -s P -d P")
+          for option in ("", " --random-fully")),
+    )),
+    "filter": frozenset(("-s P -j ACCEPT", "-d P -j ACCEPT")),
+}
 PREFIX_OPTIONS = ("-s", "-d")  # of iptables-save
 RULES_SECONDS = 10.0  # between two looks at the rules
 
@@ -92,10 +103,13 @@ class Leftovers:
         assert self._network is not None
         if not await _are_there() or not self._may_remove():
             return
+        stay = []
         for network in self._network.networks:
             for variant in iptables.VARIANTS:
-                await _remove_chains(network, variant)
+                stay += await _remove_chains(network, variant)
             await _remove_nft_table(network)
+        if stay:
+            self._say("; ".join(stay))
 
     def _may_remove(self) -> bool:
         why = why_keep()
@@ -168,31 +182,54 @@ async def _are_there() -> bool:
     return any(name in chains for name in names)
 
 
-async def _remove_chains(network: IPNetwork, variant: str) -> None:
+async def _remove_chains(network: IPNetwork, variant: str) -> list[str]:
+    """Return why a chain of this network stays, one text for each such chain."""
     tables = await iptables.find(network.version, variant)
     if tables is None:
-        return
+        return []
     present = CHAINS.keys() if variant == "nft" else \
         CHAINS.keys() & iptables.legacy_tables(network.version)
-    for table in sorted(present):
-        await _remove_chain(tables, table, network)
+    return [text for table in sorted(present)
+            if (text := await _remove_chain(tables, table, network))]
 
 
-async def _remove_chain(tables: iptables.Tables, table: str, network: IPNetwork) -> None:
+async def _remove_chain(tables: iptables.Tables, table: str, network: IPNetwork) -> str:
     base, chain = CHAINS[table]
     listing = await tables.read(table)
-    rules = listing.rules.get(chain)
+    rules = [_words(rule) for rule in listing.rules.get(chain, ())]
     if not rules or not _only_ours(_prefixes_of(rules), network):
-        return
-    jumps = [rule for rule in listing.rules.get(base, ()) if f"-j {chain}" in rule]
+        return ""
+    if any(_form(words) not in RULES[table] for words in rules):
+        return f"the chain {chain} of {tables.name} stays: not all of its rules are flannel's"
+    jumps = [rule for rule in listing.rules.get(base, ())
+             if any(option in ("-j", "-g") and target == chain
+                    for option, target in pairwise(_words(rule)))]
     await tables.apply(table, [
         *(f"-D {base} {rule}" for rule in jumps), f"-F {chain}", f"-X {chain}"])
     log.warning("removed the chain %s of %s, which a former flannel has left", chain, tables.name)
+    return ""
 
 
-def _prefixes_of(rules: Iterable[str]) -> Iterator[str]:
-    for rule in rules:
-        words = rule.split()
+def _words(rule: str) -> list[str]:
+    """Split a rule of iptables-save, without its comments, which may contain any text."""
+    try:
+        words = shlex.split(rule)
+    except ValueError:  # this is no rule of flannel
+        return []
+    while "--comment" in words:
+        at = words.index("--comment")
+        del words[at:at + 2]
+    return words
+
+
+def _form(words: Sequence[str]) -> str:
+    text = " ".join("P" if option in PREFIX_OPTIONS else word
+                    for option, word in pairwise(["", *words]))
+    return text.replace("-m comment ", "")
+
+
+def _prefixes_of(rules: Iterable[Sequence[str]]) -> Iterator[str]:
+    for words in rules:
         yield from (value for option, value in pairwise(words) if option in PREFIX_OPTIONS)
 
 
