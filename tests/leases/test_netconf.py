@@ -189,6 +189,25 @@ def test_an_invalid_ipv6_field_is_named(fields, field):
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("check_subnets", [True, False])
+@pytest.mark.parametrize(("network", "low"), [
+    ("0.0.0.0/0", 8), ("0.0.0.0/1", 8), ("10.0.0.0/7", 8),
+    ("::/0", 16), ("2000::/3", 16), ("2a00::/15", 16), ("fc00::/7", 8),
+])
+def test_a_network_with_a_large_part_of_all_addresses_is_refused(network, low, check_subnets):
+    """The firewall accepts all packets of the network."""
+    v6 = ":" in network
+    with pytest.raises(FieldError, match=f"{network}.*a prefix length of at least {low}") as caught:
+        parse(check_subnets, EnableIPv4=not v6, EnableIPv6=v6, Network=network, IPv6Network=network)
+    assert caught.value.field == ("IPv6Network" if v6 else "Network")
+
+
+def test_the_largest_networks():
+    assert parse(Network="10.0.0.0/8").network == IPv4Network("10.0.0.0/8")
+    assert parse6(IPv6Network="fd00::/8").network6 == IPv6Network("fd00::/8")
+    assert parse6(IPv6Network="2a01::/16").network6 == IPv6Network("2a01::/16")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"Network": NaN}', "[" * 100000, '{"a": ' + "9" * 5000 + "}"]
 )

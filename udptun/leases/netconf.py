@@ -2,8 +2,9 @@
 
 Owns: the names, defaults and rules of flannel's ``subnet.Config``, and the options of flannel's udp
 and vxlan backends. All fields are validated when the text is parsed. Everything that flannel
-accepts is accepted: names in any case, unknown fields, host bits in a network. Does not depend on
-where the text comes from, or on the backend of a node.
+accepts is accepted: names in any case, unknown fields, host bits in a network. The only exception
+is a network that has a large part of all addresses. Does not depend on where the text
+comes from, or on the backend of a node.
 Pure functions; any thread.
 
 source  flannel's pkg/subnet/config.go and Documentation/configuration.md
@@ -166,10 +167,13 @@ class _Names(NamedTuple):
     usual_len: int  # default length of a node's subnet, if four such subnets fit in the network
     max_len: int  # with a longer prefix, a subnet is too small for a tunnel device and a bridge
     max_network_len: int
+    min_network_len: int
 
 
-_V4 = _Names(4, "Network", "SubnetLen", "SubnetMin", "SubnetMax", 24, 30, 28)
-_V6 = _Names(6, "IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax", 64, 126, 124)
+_V4 = _Names(4, "Network", "SubnetLen", "SubnetMin", "SubnetMax", 24, 30, 28, 8)
+_V6 = _Names(6, "IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax", 64, 126, 124, 16)
+_UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")  # none of them is on the internet
+_UNIQUE_LOCAL_LEN = 8  # shortest prefix of a network within them
 
 
 class _Family(NamedTuple):
@@ -184,6 +188,12 @@ _OFF = _Family()
 
 def _family(fields: Mapping[str, Any], names: _Names, check_subnets: bool, where: str) -> _Family:
     network = _network(fields, names, where)
+    # The firewall accepts all packets of the network. With a shorter prefix, such as 0.0.0.0/0, it
+    # would accept packets of a large part of the internet. flannel has no such limit.
+    local = network.network_address in _UNIQUE_LOCAL
+    low = _UNIQUE_LOCAL_LEN if local else names.min_network_len
+    if network.prefixlen < low:
+        raise FieldError(names.network, str(network), f"a prefix length of at least {low}", where)
     if not check_subnets:
         return _Family(network)
     if network.prefixlen > names.max_network_len:
