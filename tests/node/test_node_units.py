@@ -73,6 +73,7 @@ def test_both_units_may_write_their_directories(unit: Path) -> None:
     found = _Unit(unit)
     assert "udptun" in found.words("RuntimeDirectory")
     assert found.words("StateDirectory") == ["udptun"]
+    assert found.words("RuntimeDirectoryMode") == ["0750"]  # the last unit that starts sets it
     assert found.words("RuntimeDirectoryPreserve") == ["yes"]
     raw = ["CAP_NET_RAW"] if unit == NODE else []  # echoes
     assert found.words("CapabilityBoundingSet") == ["CAP_NET_ADMIN", *raw]
