@@ -32,6 +32,13 @@ def test_the_delays_grow_and_end(clock):
     assert max(delays) == pytest.approx(QUIET_SECONDS)
 
 
+def test_a_contest_may_last_for_any_number_of_writes(clock):
+    contest = Contest(SourceHealth())
+    for version in range(3000):
+        contest.may_write(version, "B writes")
+    assert contest.delay == pytest.approx(QUIET_SECONDS)
+
+
 def test_a_contest_ends_when_the_other_machine_is_quiet(clock):
     health = SourceHealth()
     contest = Contest(health)

@@ -19,6 +19,7 @@ from .base import SourceHealth
 # write for twice this time.
 QUIET_SECONDS = 600.0
 FIRST_DELAY_SECONDS = 5.0
+MAX_DOUBLINGS = 7  # of the delay; more would exceed QUIET_SECONDS anyway
 
 
 class Contest:
@@ -44,10 +45,16 @@ class Contest:
             self._seen = version
             self._writes_n += 1
             self._last = now
-            delay = FIRST_DELAY_SECONDS * 2 ** (self._writes_n - 2) if self._writes_n > 1 else 0.0
-            self._not_before = now + min(delay, QUIET_SECONDS)
+            self._not_before = now + self._delay_after(self._writes_n)
             self._health.contested = text
         return now >= self._not_before
+
+    @staticmethod
+    def _delay_after(writes_n: int) -> float:
+        if writes_n < 2:
+            return 0.0
+        doublings = min(writes_n - 2, MAX_DOUBLINGS)
+        return min(FIRST_DELAY_SECONDS * 2.0**doublings, QUIET_SECONDS)
 
     @property
     def delay(self) -> float:
