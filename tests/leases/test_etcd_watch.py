@@ -89,11 +89,12 @@ BAD = {
     "0.0.0.0-0": b'{"PublicIP":"192.0.2.98"}',
     "nonsense": b'{"PublicIP":"192.0.2.99"}',
     "deep/10.5.1.0-24": b'{"PublicIP":"192.0.2.99"}',
+    "line\n\x1b[31m": b'{"PublicIP":"192.0.2.99"}',
 }
 
 
 @pytest.mark.parametrize("when", ["listed", "watched"])
-async def test_an_invalid_key_is_skipped_and_reported(etcd, observe, when):
+async def test_an_invalid_key_is_skipped_and_reported(etcd, observe, when, caplog):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     if when == "watched":
         observer = await (await observe(etcd.url)).ready()
@@ -105,7 +106,9 @@ async def test_an_invalid_key_is_skipped_and_reported(etcd, observe, when):
     await until(lambda: "10.5.2.0-24" in observer.leases, "the valid key after the invalid ones")
     assert observer.leases.keys() == {"10.5.1.0-24", "10.5.2.0-24"}
     health = observer.source.health
-    assert health.skipped.keys() == BAD.keys() and health.connected
+    named = {key.replace("\n", r"\n").replace("\x1b", r"\x1b") for key in BAD}
+    assert health.skipped.keys() == named and health.connected
+    assert all(line.isprintable() for line in caplog.messages)
     assert "not valid" in health.skipped["10.5.90.0-24"]
     for key in BAD:
         await etcd.delete(f"subnets/{key}")

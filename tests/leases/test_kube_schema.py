@@ -38,6 +38,11 @@ def patched(node, patch):
     return a_node({k: v for k, v in there.items() if v is not None}, pod_cidr=node.spec.pod_cidr)
 
 
+def test_a_name_has_no_control_characters():
+    node = msgspec.json.decode(b'{"metadata": {"name": "n1\\n\\u001b[31m"}}', type=Node)
+    assert node.metadata.name == r"n1\n\x1b[31m"
+
+
 @given(ATTRIBUTES, ATTRIBUTES)
 def test_published_attributes_are_read_back(before, attributes):
     node = a_node({"other": "stays"}, pod_cidr="10.244.1.0/24")

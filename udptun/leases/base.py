@@ -1,6 +1,7 @@
 """The contract of a lease source: the calls that the node daemon can make to any store of leases.
 
-Owns: the types of leases and of their changes, the calls of a source, and the source's health.
+Owns: the types of leases and of their changes, how keys are shown, the calls of a source, and the
+source's health.
 A source recovers from an outage by itself. An outage does not end ``updates`` and does not remove
 a lease; only ``health`` shows the outage.
 Does not depend on any particular store, or on the use of a lease.
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 # Returns the addresses of this host's interfaces.
 LocalAddresses = Callable[[], Awaitable[Iterable[IPAddress]]]
+
+
+def printable(key: str) -> str:
+    """Return a key of a store with escapes for line ends, control characters and the like.
+
+    Anybody who can write to the store chooses the keys, and they reach the log and terminals.
+    """
+    return key if key.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in key)
 
 
 class StoreDown(UdptunError):

@@ -32,6 +32,7 @@ from ..base import (
     SourceHealth,
     StoreDown,
     StoreRefused,
+    printable,
 )
 from . import messages
 from .allocate import Entry
@@ -248,7 +249,7 @@ def _node(lease: Lease) -> object:
 
 
 def _name(key: bytes, prefix: bytes) -> str:
-    return key.removeprefix(prefix).decode(errors="replace")
+    return printable(key.removeprefix(prefix).decode(errors="replace"))
 
 
 def _end(prefix: bytes) -> bytes:

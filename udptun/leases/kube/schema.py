@@ -15,7 +15,7 @@ import msgspec
 
 from ...errors import FieldError
 from ...model import parse_next_hop
-from ..base import Attributes, Lease, Subnets
+from ..base import Attributes, Lease, Subnets, printable
 
 Patch = dict[str, Any]
 
@@ -25,6 +25,9 @@ class Metadata(msgspec.Struct, rename="camel"):
     uid: str = ""
     resource_version: str = ""
     annotations: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self.name = printable(self.name)
 
 
 class NodeSpec(msgspec.Struct):
