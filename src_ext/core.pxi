@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport count_sent, send_beside
-from path.worker cimport direction_t, shared_t, worker_t
+from path.worker cimport direction_t, shared_t, spare_t, worker_t
 from sys cimport (
     SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
     sockaddr_in6, store_flag,
@@ -108,14 +108,14 @@ cdef class Core:
     cdef bint preparing         # a PreparedSnapshot exists; only one may exist at a time
     cdef RouteTable table       # the active table; its routes have the order of snapshot.hops
     cdef direction_t sent       # counters of the probes that send_probe sends
-    cdef int spare_fd4          # sends probes while the shared socket is full; -1 = not open
-    cdef int spare_fd6
+    cdef spare_t spare4
+    cdef spare_t spare6
     cdef uint64_t sends_refused  # of send_probe
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd):
         cdef bytes packed
-        self.spare_fd4 = self.spare_fd6 = -1
+        self.spare4.fd = self.spare6.fd = -1
         self.workers = <worker_t**>calloc(workers_n, sizeof(void*))
         if self.workers == NULL:
             raise MemoryError
@@ -150,7 +150,7 @@ cdef class Core:
                 peer = next_
             snapshot_free(s)
         if self.workers != NULL:  # else __cinit__ has not set the descriptors
-            for fd in (self.spare_fd4, self.spare_fd6):
+            for fd in (self.spare4.fd, self.spare6.fd):
                 if fd >= 0:
                     close(fd)
         free(self.workers)
@@ -340,7 +340,7 @@ cdef class Core:
         cdef uint32_t to_len
         cdef uint8_t* message
         cdef int fd, error
-        cdef int* spare
+        cdef spare_t* spare
         if len(address) not in (4, 16):
             raise ValueError(f"an address of {len(address)} bytes")
         if not PROBE_LEN <= size <= PROBE_MAX:
@@ -356,7 +356,7 @@ cdef class Core:
         probe.kind, probe.size, probe.token, probe.heard_ms = PROBE_REQUEST, size, token, heard_ms
         build_probe(message, &probe)
         to_len = set_sockaddr(&to, <const uint8_t*>address, len(address), port)
-        spare = &self.spare_fd4 if len(address) == 4 else &self.spare_fd6
+        spare = &self.spare4 if len(address) == 4 else &self.spare6
         error = send_beside(fd, spare, message, size, &to, to_len)
         free(message)
         count_sent(&self.sent, error)

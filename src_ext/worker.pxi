@@ -80,7 +80,7 @@ cdef class Worker:
         w = self.w = <worker_t*>calloc(1, sizeof(worker_t))
         if w == NULL:
             raise MemoryError
-        w.epoll_fd = w.wake_fd = w.full_fd = w.spare_fd4 = w.spare_fd6 = -1
+        w.epoll_fd = w.wake_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
         for i in range(OWN_SOCKETS):
             w.own_sockets[i].fd = -1
         w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
@@ -124,7 +124,7 @@ cdef class Worker:
         if self.w == NULL:
             return
         close_own_sockets(self.w)
-        for fd in (self.w.spare_fd4, self.w.spare_fd6):
+        for fd in (self.w.spare4.fd, self.w.spare6.fd):
             if fd >= 0:
                 close(fd)
         if self.w.epoll_fd >= 0:

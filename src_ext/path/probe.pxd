@@ -22,11 +22,11 @@ from drops cimport (
     DROP_BAD_VERSION, DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_TOO_BIG, DROP_UNKNOWN_PEER, PASS,
     drop_t,
 )
-from path.own_socket cimport open_socket
+from path.own_socket cimport RETRY_OPEN_NS, open_socket
 from path.send cimport keep_refusal
 from path.worker cimport (
     EVENT_PROBE, PROBE_RING, count_drop, direction_t, probe_record_t, probe_ring_t, raise_event,
-    worker_t,
+    spare_t, worker_t,
 )
 from sys cimport (
     MSG_DONTWAIT, MSG_NOSIGNAL, full_fence, load_flag, now_ns, sendto, sockaddr, sockaddr_in6,
@@ -85,19 +85,26 @@ cdef inline int send_datagram(
 
 
 cdef inline int send_beside(
-    int shared, int* spare, const uint8_t* p, size_t n, const sockaddr_in6* to, uint32_t to_len
+    int shared, spare_t* spare, const uint8_t* p, size_t n, const sockaddr_in6* to, uint32_t to_len
 ) noexcept nogil:
     """Send one datagram. If the shared socket is full, send from a spare socket: no probe is lost
     because the kernel holds datagrams for other peers. Return 0 or an errno.
 
-    spare  the spare socket of the calling thread. -1: it is not open, and is opened if needed
+    spare  the spare socket of the calling thread, which is opened if needed
     """
+    cdef uint64_t now
     cdef int error = send_datagram(shared, p, n, to, to_len)
     if error != EAGAIN:
         return error
-    if spare[0] < 0:
-        spare[0] = open_socket(shared, to.sin6_family)
-    return EAGAIN if spare[0] < 0 else send_datagram(spare[0], p, n, to, to_len)
+    if spare.fd < 0:
+        now = now_ns()
+        if now < spare.retry_ns:
+            return EAGAIN
+        spare.fd = open_socket(shared, to.sin6_family)
+        if spare.fd < 0:
+            spare.retry_ns = now + RETRY_OPEN_NS
+            return EAGAIN
+    return send_datagram(spare.fd, p, n, to, to_len)
 
 
 cdef inline drop_t send_verdict(int error) noexcept nogil:
@@ -153,7 +160,7 @@ cdef inline drop_t take_probe(
     """
     cdef probe_t probe
     cdef int fd, error
-    cdef int* spare
+    cdef spare_t* spare
     cdef drop_t verdict = parse_probe(p, n, &probe)
     if verdict != PASS:
         return verdict
@@ -167,7 +174,7 @@ cdef inline drop_t take_probe(
         probe.heard_ms = 0
         build_probe(p, &probe)
         fd = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
-        spare = &w.spare_fd4 if peer.addr_len == 4 else &w.spare_fd6
+        spare = &w.spare4 if peer.addr_len == 4 else &w.spare6
         w.syscalls_send += 1
         error = send_beside(fd, spare, p, n, <const sockaddr_in6*>from_, from_len)
         count_sent(&w.encap, error)

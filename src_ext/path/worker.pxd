@@ -81,6 +81,11 @@ cdef struct own_socket_t:       # see own_socket.pxd
     uint32_t empty_looks        # the number of looks in a row at which the socket was empty
 
 
+cdef struct spare_t:            # sends probes while the shared socket is full; see probe.pxd
+    int fd                      # -1 = not open
+    uint64_t retry_ns           # until this time, it is not opened
+
+
 cdef struct probe_record_t:     # a probe that has arrived
     probe_t probe
     uint8_t addr[16]            # of the sender
@@ -160,8 +165,8 @@ cdef struct worker_t:
     uint64_t syscalls_wait
     icmp_bucket_t icmp_buckets[2 * ICMP_KINDS_N]
 
-    int spare_fd4               # sends probes while the shared socket is full; -1 = not open
-    int spare_fd6
+    spare_t spare4
+    spare_t spare6
     own_socket_t own_sockets[OWN_SOCKETS]
     uint32_t own_sockets_n      # open now
     uint64_t own_sockets_given  # counter

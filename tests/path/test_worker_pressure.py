@@ -166,6 +166,35 @@ def test_a_full_socket_costs_no_probe():
 
 
 @in_own_netns
+def test_a_spare_socket_that_cannot_be_opened_is_tried_again_once_a_second():
+    slow_addresses(f"{PEERS[1]}/32", "4kbit")
+    with FullRig() as rig:
+        rig.fill(n=200, dst="10.244.3.5")
+        rig.work()
+        packed, port = socket.inet_aton(PEERS[0]), rig.outside[PEERS[0]].getsockname()[1]
+
+        def send_request():
+            return rig.core.send_probe(packed, port, 1, 24, NEVER_HEARD)
+
+        def send_reply():
+            rig.at(PEERS[0])  # what arrived before
+            rig.send(PEERS[0], build_probe(Probe(PROBE_REQUEST, 1, NEVER_HEARD, 24)))
+            before = rig.counts()[ENCAP]["generated"]
+            work_until(rig, lambda: rig.counts()[ENCAP]["generated"] > before)
+            return 0 if rig.at(PEERS[0]) else errno.EAGAIN
+
+        for send in (send_request, send_reply):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.bind(("127.0.0.77", rig.udp.getsockname()[1]))
+                begun = time.monotonic()
+                assert send() == errno.EAGAIN
+            again = send()
+            assert again == errno.EAGAIN or time.monotonic() > begun + 1
+            work_until(rig, lambda send=send: send() == 0)
+        rig.check_invariant()
+
+
+@in_own_netns
 def test_frames_of_many_segments_wait_as_well():
     slow_loopback("8mbit")
     with FullRig() as rig:

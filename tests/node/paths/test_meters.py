@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.own_netns import in_own_netns, sh
+from tests.path.test_worker_pressure import FullRig, slow_loopback
 from tests.wait import until
 from udptun.node.backends.base import ProbeDevice
 from udptun.node.paths import meters as meters_module
@@ -121,6 +122,24 @@ async def test_a_meter_without_its_device_says_so_and_recovers():
         with bound(B[4].network_address, 9000) as (other, _):
             other.add(ip_network("127.1.0.0/16"), PORT, MTU)
             await until(lambda: meter.state(B[4]).state == REACHABLE, "an answer")
+
+
+@in_own_netns
+async def test_a_forwarder_with_the_same_port_opens_own_sockets_for_slow_peers():
+    slow_loopback("100kbit")
+    with FullRig() as rig, bound(A[4], rig.udp.getsockname()[1]) as (meter, _):
+        assert meter.error == ""
+        for dst in ("10.244.3.5", "10.244.2.5"):
+            rig.fill(dst=dst)
+            rig.work()
+        assert rig.own_sockets() > 0
+        assert rig.worker.take_events() == []
+
+
+@in_own_netns
+async def test_a_meter_does_not_share_its_port_with_another_meter():
+    with bound(A[4]), bound(A[4]) as (other, _):
+        assert "Address already in use" in other.error
 
 
 @both

@@ -69,6 +69,11 @@ class BoundMeter(Meter):
                 socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.name.encode() + b"\0")
             send_whole(opened, device.address.version)
             opened.bind((str(device.address), self.port))
+            # When the forwarder opens a socket for a slow peer, it binds to this port on all
+            # addresses for a moment. With this option, the kernel allows that if both processes
+            # have the same user. The option is set after the bind, so that the bind fails if
+            # another program uses our address and port.
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         except BaseException:
             opened.close()
             raise
