@@ -6,6 +6,7 @@ import contextlib
 import errno
 import socket
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from tests.wait import until
 from udptun.node.backends.base import ProbeDevice
 from udptun.node.paths import meters as meters_module
 from udptun.node.paths.bound import BoundMeter
+from udptun.node.paths.choice import Health
 from udptun.node.paths.echo import EchoMeter
 from udptun.node.paths.meters import Meters
 from udptun.probe.message import HEADER_SIZE, REQUEST, UDP_PATH, VXLAN_PATH, Probe
@@ -134,6 +136,33 @@ async def test_a_forwarder_with_the_same_port_opens_own_sockets_for_slow_peers()
             rig.work()
         assert rig.own_sockets() > 0
         assert rig.worker.take_events() == []
+
+
+def health(meter):
+    pair = SimpleNamespace(subnet=B[4], meters=(meter,), endpoints=(None,))
+    return Meters(Path("unused"), lambda _: None).health(pair, 0)[0]
+
+
+@in_own_netns
+async def test_a_port_in_use_says_nothing_about_the_paths():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, \
+            bound(A[4]) as (meter, changes), bound(B[4].network_address, 9000) as (peer, _):
+        other.bind((str(A[4]), PORT + 1))
+        peer.add(ip_network("127.1.0.0/16"), PORT, MTU)
+        meter.add(B[4], 9000, MTU)
+        await until(lambda: health(meter) == Health.GOOD, "an answer")
+        changes.clear()
+        meter.move(device(A[4]), PORT + 1)
+        meter.check()
+        assert "Address already in use" in meter.error
+        assert meter._timer is None  # no probe is sent
+        assert health(meter) is None
+        assert changes == [B[4]]
+        other.close()
+        meter.check()
+        assert meter.error == ""
+        assert health(meter) == Health.GOOD
+        assert changes == [B[4], B[4]]
 
 
 @in_own_netns

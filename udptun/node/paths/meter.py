@@ -2,8 +2,9 @@
 
 Owns the socket, the timer for the next probe, and one ``Prober`` with the state of each path.
 Subclasses build and parse the messages. A socket that cannot be opened, or whose device is gone, is
-opened again at the next ``check``; until then each probe fails, as the path is of no use. Without
-the privilege for the socket nothing is measured, and all states stay unknown. Runs on the daemon's
+opened again at the next ``check``. If the device or its address is missing, each probe fails until
+then, as the path is of no use. Any other cause, for example another program that uses the port,
+says nothing about the path: nothing is measured, and all states are unknown. Runs on the daemon's
 loop; nothing here waits.
 """
 
@@ -32,14 +33,17 @@ IP_MTU_DISCOVER, PMTUDISC_PROBE = 10, 3  # linux/in.h: set DF, and ignore the kn
 _BROKEN = frozenset({
     errno.ENODEV, errno.ENXIO, errno.EADDRNOTAVAIL, errno.EBADF, errno.EPERM, errno.EACCES})
 
+# The device or its address is gone, so the path carries no packets.
+_GONE = frozenset({errno.ENODEV, errno.ENXIO, errno.EADDRNOTAVAIL})
+
 
 class Meter(ABC):
     """Probes peers, given by subnet, and reports the subnets whose state has changed.
 
     follows_route  the probes take the path that carries the packets, not a certain one
-    able           False: this process may not open the socket, or ``check`` was not called yet
+    able           False: nothing can be measured, or ``check`` was not called yet
     error          why there is no socket; "" if there is one
-    changed        is called with the subnets whose verdict has changed
+    changed        is called with the subnets whose verdict has changed; with all if ``able`` has
     """
 
     follows_route: ClassVar[bool] = False
@@ -96,17 +100,21 @@ class Meter(ABC):
             try:
                 opened = self._open()
             except OSError as exc:
-                self.able = not isinstance(exc, PermissionError)
                 self.error = f"{self._opening()}: {exc.strerror}"
                 self._errno = exc.errno or self._errno
-                self._schedule()
-                return
-            self.able = True
-            opened.setblocking(False)
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_LEN)
-            self._socket, self.error = opened, ""
-            asyncio.get_running_loop().add_reader(opened, self._receive, opened)
+                self._set_able(exc.errno in _GONE)
+            else:
+                opened.setblocking(False)
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_LEN)
+                self._socket, self.error = opened, ""
+                asyncio.get_running_loop().add_reader(opened, self._receive, opened)
+                self._set_able(True)
         self._schedule()
+
+    def _set_able(self, able: bool) -> None:
+        before, self.able = self.able, able
+        if able != before and self._subnets:
+            self._changed([*self])
 
     def close(self) -> None:
         if self._timer is not None:

@@ -129,7 +129,7 @@ class Meters:
         """Return the health of one path, and the reason if it is not GOOD."""
         meter, endpoint = pair.meters[at], pair.endpoints[at]
         if meter is not None:
-            if meter.follows_route and at != pair.choice.at:
+            if not meter.able or (meter.follows_route and at != pair.choice.at):
                 return None, ""
             return health_of_state(meter.state(pair.subnet), time.monotonic())
         if self._forwarder is None or self._forwarder.gone:
