@@ -111,6 +111,21 @@ async def test_only_requests_of_known_peers_are_answered_once():
 
 
 @in_own_netns
+async def test_a_message_of_a_stranger_is_not_parsed(monkeypatch):
+    parsed = []
+    monkeypatch.setattr("udptun.node.paths.bound.decode", parsed.append)
+    with bound(A[4]) as (meter, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        peer.bind(("127.2.0.0", 9000))
+        stranger.bind(("127.2.0.0", 9001))
+        meter.add(B[4], 9000, MTU)
+        stranger.sendto(b"of a stranger", (str(A[4]), PORT))
+        peer.sendto(b"of the peer", (str(A[4]), PORT))
+        await until(lambda: parsed, "the peer's message")
+        assert parsed == [b"of the peer"]
+
+
+@in_own_netns
 async def test_a_meter_without_its_device_says_so_and_recovers():
     with bound(A[4], name="gone0") as (meter, _):
         meter.add(B[4], 9000, MTU)
