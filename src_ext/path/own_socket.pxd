@@ -53,7 +53,13 @@ cdef enum:
 cdef inline own_socket_t* own_socket_of(worker_t* w, const peer_t* peer) noexcept nogil:
     """Return the peer's own socket, or NULL."""
     cdef own_socket_t* own = &w.own_sockets[peer.counters[w.index].own_socket]
-    return own if own.peer == peer else NULL
+    if own.peer != peer:
+        return NULL
+    # A new peer can have the memory of one that was freed.
+    if own.addr_len != peer.addr_len or own.port != peer.port \
+            or memcmp(own.addr, peer.addr, 16) != 0:
+        return NULL
+    return own
 
 
 cdef inline int held_bytes(int fd) noexcept nogil:

@@ -294,6 +294,33 @@ def test_the_peer_of_an_own_socket_may_leave_and_return():
 
 
 @in_own_netns
+def test_a_new_peer_in_the_memory_of_a_freed_one_does_not_get_its_own_socket():
+    """The socket is of IPv4, and the new peers have IPv6 endpoints."""
+    slow_addresses("127.9.0.0/16", "8kbit")
+    sh("ip -6 route add local fd99::/64 dev lo")
+    with FullRig(udp6=True) as rig:
+        rig.add_peers("127.8.0", 100)  # the allocator keeps the first that are freed for itself
+        slow, = rig.add_peers("127.9.0", 1)
+        rig.worker.look()
+        rig.core.collect()
+        while rig.own_sockets() == 0:
+            rig.fill(dst="10.244.3.5")
+            rig.fill(dst=slow)
+            rig.work()
+        routes = [Route.make(f"fd00:{n:x}::/64", f"fd99::{n:x}", 9) for n in range(0x100, 0x200)]
+        for table in ([], routes):
+            rig.core.publish(_core.RouteTable.parse_text("\n".join(map(str, table)).encode()))
+            rig.worker.look()
+            rig.core.collect()
+        for n in range(0x100, 0x200):
+            rig.write(bytes(10) + Flow(6, src=addr("fd00:1::7"), dst=addr(f"fd00:{n:x}::5")).udp())
+        rig.work()
+        assert rig.own_sockets() > 0
+        assert [peer.last_error for peer in rig.core.peers() if peer.errors_n] == []
+        assert sum(peer.encap_packets for peer in rig.core.peers()) == len(routes)
+
+
+@in_own_netns
 def test_more_slow_peers_than_own_sockets_do_not_harm_a_healthy_peer():
     slow_addresses("127.9.0.0/16", "1mbit")
     with FullRig() as rig:
