@@ -15,7 +15,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
-from path.probe cimport count_sent, send_beside
+from path.probe cimport add_token, count_sent, send_beside
 from path.worker cimport direction_t, shared_t, spare_t, worker_t
 from sys cimport (
     SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
@@ -332,6 +332,7 @@ cdef class Core:
         """Send a request from the socket of the address's family. Return 0, or the errno with which
         the kernel refused it. ``take_probes`` returns the reply when it has arrived.
 
+        token     any number but 0
         size      bytes of the message, PROBE_LEN..PROBE_MAX
         heard_ms  milliseconds since the last probe from this peer arrived; 2**32 - 1 = none yet
         """
@@ -357,6 +358,7 @@ cdef class Core:
         build_probe(message, &probe)
         to_len = set_sockaddr(&to, <const uint8_t*>address, len(address), port)
         spare = &self.spare4 if len(address) == 4 else &self.spare6
+        add_token(&self.shared.tokens, token)
         error = send_beside(fd, spare, message, size, &to, to_len)
         free(message)
         count_sent(&self.sent, error)
@@ -375,9 +377,10 @@ cdef class Core:
     def take_probes(self):
         """Return a model.ProbeRecord for each probe that has arrived since the last call.
 
-        Call this at regular intervals. A worker has space for PROBE_RING records. Further records
-        are lost; the worker counts them in ``probes_lost``. A worker raises the event "probe" when
-        half of the space is used, and for each record after ``wake_on_probe(True)``.
+        Call this at regular intervals. A worker has space for PROBE_RING records. It counts the
+        probes without a record (path/probe.pxd) in ``probes_lost``. A worker raises the event
+        "probe" when a quarter of the space is used, and for each record after
+        ``wake_on_probe(True)``.
         """
         cdef Worker worker
         found = []

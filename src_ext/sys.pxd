@@ -190,12 +190,14 @@ cdef extern from * nogil:
     #define udptun_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define udptun_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
     #define udptun_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    #define udptun_replace(p, old, v) __sync_bool_compare_and_swap((p), (old), (v))
     """
     void* load_ptr "udptun_load"(void** p)
     void store_ptr "udptun_store"(void** p, void* v)
     uint64_t load_flag "udptun_load"(uint64_t* p)
     void store_flag "udptun_store"(uint64_t* p, uint64_t v)
     void full_fence "udptun_fence"()
+    bint replace_flag "udptun_replace"(uint64_t* p, uint64_t old, uint64_t v)  # if *p is old
 
 
 cdef inline uint64_t clock_ns(int clock) noexcept nogil:

@@ -5,13 +5,17 @@ worker answers a request at once, from the shared socket of the family. So the r
 not include other threads of this host. Only peers whose route has ROUTE_PROBE get replies: one
 reply per request, of the same size.
 
+The source address of a probe may be forged. So a reply gets a record only if its token is that of
+a request of ours, and only once. Requests get at most REQUESTS_MAX records per peer in
+REQUEST_WINDOW_NS, and at most half of the ring. A probe without a record is counted as lost.
+
 Counting: a probe that arrives is read and consumed. A probe that is sent is generated, and then
 delivered or dropped. The counters of a peer do not count probes. The control side decides when
 requests are sent; this file does not depend on it.
 
-Threading: the worker's thread, with two exceptions. The control side takes records from the ring,
-which has one writer and one reader. ``send_datagram`` runs in any thread: it touches only its
-arguments.
+Threading: the worker's thread, with three exceptions. The control side takes records from the ring,
+which has one writer and one reader. It adds the tokens of its requests. ``send_datagram`` runs in
+any thread: it touches only its arguments.
 """
 
 from libc.errno cimport EAGAIN, EINTR, EMSGSIZE, ENOBUFS, ENOMEM, errno
@@ -25,19 +29,21 @@ from drops cimport (
 from path.own_socket cimport RETRY_OPEN_NS, open_socket
 from path.send cimport keep_refusal
 from path.worker cimport (
-    EVENT_PROBE, PROBE_RING, count_drop, direction_t, probe_record_t, probe_ring_t, raise_event,
-    spare_t, worker_t,
+    EVENT_PROBE, PROBE_RING, TOKEN_SETS, TOKEN_WAYS, count_drop, direction_t, probe_record_t,
+    probe_ring_t, raise_event, spare_t, tokens_t, worker_t,
 )
 from sys cimport (
-    MSG_DONTWAIT, MSG_NOSIGNAL, full_fence, load_flag, now_ns, sendto, sockaddr, sockaddr_in6,
-    store_flag,
+    MSG_DONTWAIT, MSG_NOSIGNAL, full_fence, load_flag, now_ns, replace_flag, sendto, sockaddr,
+    sockaddr_in6, store_flag,
 )
-from table.peer cimport peer_t
+from table.peer cimport peer_counters_t, peer_t
 from wire.probe cimport PROBE_REPLY, PROBE_REQUEST, build_probe, parse_probe, probe_t
 
 
 cdef enum:
     SEND_TRIES = 3              # a send may fail with the ICMP error of an earlier datagram
+    REQUESTS_MAX = 8            # records of requests, per peer and worker, in one window
+    REQUEST_WINDOW_NS = 100000000
 
 
 # The ring
@@ -63,6 +69,40 @@ cdef inline bint ring_take(probe_ring_t* ring, probe_record_t* record) noexcept 
         return False
     record[0] = ring.records[ring.taken % PROBE_RING]
     store_flag(&ring.taken, ring.taken + 1)
+    return True
+
+
+# What gets a record
+
+
+cdef inline void add_token(tokens_t* tokens, uint64_t token) noexcept nogil:
+    """Accept a reply with this token. The control side."""
+    cdef uint32_t row = <uint32_t>(token % TOKEN_SETS)
+    store_flag(&tokens.sets[row][tokens.next_[row]], token)
+    tokens.next_[row] = (tokens.next_[row] + 1) % TOKEN_WAYS
+
+
+cdef inline bint take_token(tokens_t* tokens, uint64_t token) noexcept nogil:
+    """Return whether a reply with this token is accepted, and accept no other one. Any worker."""
+    cdef uint64_t* row = tokens.sets[token % TOKEN_SETS]
+    cdef int i
+    if token == 0:
+        return False
+    for i in range(TOKEN_WAYS):
+        if load_flag(&row[i]) == token:
+            return replace_flag(&row[i], token, 0)
+    return False
+
+
+cdef inline bint admit_request(worker_t* w, const peer_t* peer, uint64_t now) noexcept nogil:
+    """Return whether one more request of this peer gets a record now, and count it."""
+    cdef peer_counters_t* counters = &peer.counters[w.index]
+    if now - counters.requests_ns >= REQUEST_WINDOW_NS:
+        counters.requests_ns = now
+        counters.requests_n = 0
+    if counters.requests_n == REQUESTS_MAX or ring_fill(&w.probes) >= PROBE_RING // 2:
+        return False
+    counters.requests_n += 1
     return True
 
 
@@ -133,15 +173,22 @@ cdef inline void report(
     worker_t* w, const peer_t* peer, const probe_t* probe, uint32_t port
 ) noexcept nogil:
     cdef probe_record_t record
+    cdef uint64_t now = now_ns()
+    if not (
+        take_token(&w.shared.tokens, probe.token) if probe.kind == PROBE_REPLY
+        else admit_request(w, peer, now)
+    ):
+        w.probes.lost += 1
+        return
     record.probe = probe[0]
     record.addr_len = peer.addr_len
     memcpy(record.addr, peer.addr, 16)
     record.port = port
-    record.received_ns = now_ns()
+    record.received_ns = now
     ring_put(&w.probes, &record)
     # By default, a probe does not wake the control side: a wake-up costs more than the probe, and
     # the record has the time of arrival.
-    if load_flag(&w.shared.wake_on_probe) or ring_fill(&w.probes) >= PROBE_RING // 2:
+    if load_flag(&w.shared.wake_on_probe) or ring_fill(&w.probes) >= PROBE_RING // 4:
         full_fence()  # the control side clears the event first, and then reads the ring
         raise_event(w, EVENT_PROBE)
 
@@ -156,7 +203,8 @@ cdef inline drop_t take_probe(
     port   of the sender, host order
     from_  the sender's socket address
 
-    drops  those of ``parse_probe``; UNKNOWN_PEER; BAD_VERSION: no route of the peer has ROUTE_PROBE
+    drops  those of ``parse_probe``; UNKNOWN_PEER: also if the port is 0, to which no reply can be
+           sent; BAD_VERSION: no route of the peer has ROUTE_PROBE
     """
     cdef probe_t probe
     cdef int fd, error
@@ -164,7 +212,7 @@ cdef inline drop_t take_probe(
     cdef drop_t verdict = parse_probe(p, n, &probe)
     if verdict != PASS:
         return verdict
-    if peer == NULL:
+    if peer == NULL or port == 0:
         return DROP_UNKNOWN_PEER
     if not peer.probe:
         return DROP_BAD_VERSION

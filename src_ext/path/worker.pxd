@@ -54,7 +54,9 @@ cdef enum:
     EVENT_OWN_SOCKET = 32       # an own socket could not be opened
     EVENT_PROBE = 64            # a probe is in the ring
 
-    PROBE_RING = 256            # records of probes that the control side has not taken yet
+    PROBE_RING = 512            # records of probes that the control side has not taken yet
+    TOKEN_SETS = 1024           # a power of two
+    TOKEN_WAYS = 8
 
 
 cdef struct direction_t:        # counters of inner IP packets
@@ -74,7 +76,7 @@ cdef struct run_t:              # the run in one message of sendmmsg; may be a s
 cdef struct own_socket_t:       # see own_socket.pxd
     int fd                      # -1: the slot has no socket
     peer_t* peer                # compare it only: the peer may have been freed
-    uint8_t addr[16]            # the peer's endpoint
+    uint8_t addr[16]            # the peer's endpoint: a new peer can have the same pointer
     uint8_t addr_len
     uint16_t port
     uint64_t given_ns           # time at which the peer got the socket
@@ -98,7 +100,12 @@ cdef struct probe_ring_t:       # see probe.pxd
     probe_record_t records[PROBE_RING]
     uint64_t put                # number of records added so far; written by the worker
     uint64_t taken              # number of records taken so far; written by the control side
-    uint64_t lost               # number of records lost because the ring was full
+    uint64_t lost               # number of probes without a record
+
+
+cdef struct tokens_t:           # of the latest requests without a reply; see probe.pxd
+    uint64_t sets[TOKEN_SETS][TOKEN_WAYS]  # a token is in the set of its lowest bits; 0 = free
+    uint8_t next_[TOKEN_SETS]   # the next place to use; only the control side uses it
 
 
 cdef struct shared_t:
@@ -111,6 +118,7 @@ cdef struct shared_t:
     bint has_addr6
     int notify_fd               # eventfd of the control side
     uint64_t wake_on_probe      # written by the control side: 1 = raise EVENT_PROBE for each probe
+    tokens_t tokens             # written by the control side; workers clear those that they find
 
 
 cdef struct worker_t:

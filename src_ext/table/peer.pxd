@@ -29,8 +29,9 @@ cdef struct peer_counters_t:
     # path/own_socket.pxd:
     uint64_t refuse_until_ns    # until this time, the peer gets no own socket
     uint32_t own_socket         # index of the peer's own socket, if it has one
-    uint32_t unused
-    uint64_t unused2            # fills the cache line
+    # path/probe.pxd:
+    uint32_t requests_n         # requests recorded since requests_ns
+    uint64_t requests_ns
 
 
 cdef struct peer_t:

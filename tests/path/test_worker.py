@@ -21,7 +21,7 @@ from tests import reference
 from tests.wire.craft import NEEDS_CSUM, TCPV4, TCPV6, UDP_L4, Flow, ip4, ip6
 from udptun import _core
 from udptun.drops import DECAP, DIRECTIONS, ENCAP
-from udptun.model import Endpoint, Route
+from udptun.model import PROBE_REQUEST, Endpoint, Route
 
 NO_VNET = ("udp-gso", "udp-gro", "batch")  # the features that do not need tun-gso
 ALL = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge", "batch")
@@ -287,7 +287,7 @@ def test_decap_equals_reference(without, source_check):
                 if result.packet is not None:
                     packets.append(result.packet)
                 icmp += [d for _, d in result.icmp + result.replies]
-                if result.probe is not None:
+                if result.probe is not None and result.probe.kind == PROBE_REQUEST:
                     probes.append((sender, *result.probe))
                 rig.send(sender, datagram)
             rig.work()

@@ -8,19 +8,21 @@ import errno
 import os
 import random
 import socket
+import struct
 import time
 
 import pytest
 
 from tests import reference
-from tests.path.test_worker import ALL, PEERS, STRANGER, UDP_SEGMENT, Rig, probe_row
+from tests.path.test_worker import ALL, LOCAL, PEERS, STRANGER, UDP_SEGMENT, Rig, probe_row
 from tests.reference import Probe, build_probe
 from tests.wire.craft import Flow, addr
 from udptun import _core
 from udptun.drops import DECAP, ENCAP
-from udptun.model import NEVER_HEARD, PROBE_REPLY, PROBE_REQUEST
+from udptun.model import NEVER_HEARD, PROBE_REPLY, PROBE_REQUEST, Route
 
-RING = 256  # src_ext/path/worker.pxd, PROBE_RING
+RING = 512  # src_ext/path/worker.pxd, PROBE_RING
+REQUESTS_MAX = 8  # src_ext/path/probe.pxd, in 0.1 s
 
 
 def request(token=1, size=24):
@@ -29,6 +31,15 @@ def request(token=1, size=24):
 
 def reply(token=1, size=24, heard_ms=0):
     return build_probe(Probe(PROBE_REPLY, token, heard_ms, size))
+
+
+def answered(rig, *tokens):
+    """Send requests with these tokens, and the replies to them."""
+    address, port = rig.outside[PEERS[0]].getsockname()
+    for token in tokens:
+        assert rig.core.send_probe(socket.inet_aton(address), port, token, 24, 0) == 0
+        rig.send(PEERS[0], reply(token))
+        rig.work()
 
 
 def peer_row(rig, address=PEERS[0]):
@@ -119,9 +130,7 @@ def test_a_worker_wakes_the_control_side_for_each_probe_only_if_asked_to():
             rig.work()
             assert ("probe" in rig.worker.take_events()) == wake
             assert len(rig.core.take_probes()) == 1
-        for token in range(RING // 2):
-            rig.send(PEERS[0], request(token, 24))
-        rig.work()
+        answered(rig, *range(1, RING // 4 + 1))
         assert "probe" in rig.worker.take_events()  # before the space is used up
 
 
@@ -167,17 +176,90 @@ def test_a_request_that_the_kernel_refuses_is_counted():
 def test_probes_that_are_not_taken_are_counted_as_lost():
     extra = 10
     with Rig() as rig:
-        for token in range(RING + extra):
-            rig.send(PEERS[0], reply(token))
-            if token % 32 == 31:
-                rig.work()
-        rig.work()
-        assert [record.token for record in rig.core.take_probes()] == list(range(RING))
+        answered(rig, *range(1, RING + extra + 1))
+        assert [record.token for record in rig.core.take_probes()] == list(range(1, RING + 1))
         assert rig.worker.counters()["probes_lost"] == extra
         assert rig.counts()[DECAP]["consumed"] == RING + extra
-        rig.send(PEERS[0], reply(7))
-        rig.work()
+        answered(rig, 7)
         assert [record.token for record in rig.core.take_probes()] == [7]
+        rig.check_invariant()
+
+
+def test_a_reply_is_recorded_only_if_it_answers_a_request_and_only_once():
+    with Rig() as rig:
+        for token in range(RING + 10):  # forged: 0 is no token of a request
+            rig.send(PEERS[0], reply(token))
+            rig.work()
+        answered(rig, 1, 2**64 - 1)
+        rig.send(PEERS[0], reply(1))
+        rig.work()
+        assert [record.token for record in rig.core.take_probes()] == [1, 2**64 - 1]
+        assert rig.worker.counters()["probes_lost"] == RING + 11
+        rig.check_invariant()
+
+
+def test_the_latest_requests_can_be_answered():
+    n = 1024  # in two seconds and more at the highest rate of udptun/probe/prober.py
+    rng = random.Random(5)
+    tokens = [rng.getrandbits(64) for _ in range(n)]
+    with Rig() as rig:
+        address, port = rig.outside[PEERS[0]].getsockname()
+        for token in tokens:
+            rig.core.send_probe(socket.inet_aton(address), port, token, 24, 0)
+        found = []
+        for token in tokens:
+            rig.send(PEERS[0], reply(token))
+            rig.work()
+            found += [record.token for record in rig.core.take_probes()]
+        assert found == tokens
+
+
+def test_the_requests_of_one_peer_get_few_records_but_all_get_an_answer():
+    n = 10 * REQUESTS_MAX
+    with Rig() as rig:
+        began = time.monotonic()
+        for token in range(n):
+            rig.send(PEERS[0], request(token))
+            rig.work()
+        windows = int((time.monotonic() - began) / 0.1) + 1
+        recorded = len(rig.core.take_probes())
+        assert REQUESTS_MAX <= recorded <= min(n, REQUESTS_MAX * windows)
+        assert rig.worker.counters()["probes_lost"] == n - recorded
+        assert rig.at(PEERS[0]) == [reply(token) for token in range(n)]
+        rig.check_invariant()
+
+
+def test_requests_of_many_peers_leave_half_of_the_space_to_replies():
+    senders = [f"127.0.1.{n}" for n in range(1, 41)]
+    with Rig() as rig:
+        routes = [Route.make(f"10.245.{n}.0/24", a, 9, None, True) for n, a in enumerate(senders)]
+        rig.core.publish(_core.RouteTable.parse_text(
+            "\n".join(map(str, [*rig.routes, *routes])).encode()))
+        for address in senders:
+            rig.outside[address] = rig.bound(address)
+            for token in range(REQUESTS_MAX):
+                rig.send(address, request(token))
+            rig.work()
+        answered(rig, *range(1, RING // 2 + 1))
+        kinds = [record.kind for record in rig.core.take_probes()]
+        assert kinds == [PROBE_REQUEST] * (RING // 2) + [PROBE_REPLY] * (RING // 2)
+        rig.check_invariant()
+
+
+def test_a_probe_from_port_0_is_dropped():
+    try:
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+    except PermissionError:
+        pytest.skip("a raw socket needs CAP_NET_RAW")
+    with raw, Rig() as rig:
+        raw.bind((PEERS[0], 0))
+        for message in (request(), reply()):
+            header = struct.pack("!4H", 0, rig.udp.getsockname()[1], 8 + len(message), 0)
+            raw.sendto(header + message, (LOCAL, 0))
+        rig.work()
+        assert rig.drops() == {("unknown_peer", DECAP): 2}
+        assert rig.core.take_probes() == []
+        assert peer_row(rig).last_error is None
         rig.check_invariant()
 
 

@@ -214,7 +214,7 @@ class ReferenceForwarder:
         peers = sorted(
             (route.port, route.probe) for route in self.routes if route.via == outer_source.address
         )
-        if not peers:
+        if not peers or outer_source.port == 0:
             raise Dropped("unknown_peer")
         ports = {port for port, _ in peers}
         port = outer_source.port if outer_source.port in ports else min(ports)
