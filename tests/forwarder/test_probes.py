@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import socket
+import time
 
 from tests.own_netns import in_own_netns, sh
 from udptun import Endpoint, Forwarder, ForwarderConfig, Route
 from udptun.forwarder.probes import NAT_SECONDS
-from udptun.model import PROBE_REQUEST
+from udptun.model import PROBE_REPLY, PROBE_REQUEST, ProbeRecord
 from udptun.probe.message import decode
 
 HERE, PEER = "192.0.2.1", "192.0.2.9"
@@ -60,6 +61,21 @@ async def test_a_peer_behind_a_nat_answers_from_another_port():
         assert event["endpoint"] == f"{PEER}:8285"
         key = socket.inet_aton(PEER), 8285
         assert running._probes._prober._max_interval == {key: NAT_SECONDS}
+
+
+@in_own_netns
+async def test_a_forged_probe_from_another_port_does_not_mean_a_nat():
+    async with forwarder() as running:
+        with peer(), running.subscribe() as events:
+            await running.put_route(ROUTE)
+            await until(events, "peer_reachable")
+        for kind in (PROBE_REQUEST, PROBE_REPLY):
+            running._probes._take(ProbeRecord(
+                kind=kind, address=socket.inet_aton(PEER), port=40000, token=7, heard_ms=0,
+                size=24, received_ns=time.monotonic_ns(),
+            ))
+        assert running._probes._prober._max_interval == {}
+        assert running._probes.counters()["probes"]["received"] == 1
 
 
 @in_own_netns

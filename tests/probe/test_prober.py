@@ -333,6 +333,21 @@ def test_an_idle_pair_shares_its_probes():
     assert net.states() == [REACHABLE, REACHABLE]
 
 
+@pytest.mark.parametrize("every", [0.1, 0.4, 1.0, 6.0])
+@pytest.mark.parametrize("answers", [True, False])
+def test_forged_requests_do_not_delay_the_verdict(every, answers):
+    net = started()
+    since = net.now
+    net.passes = lambda key, size, now: answers
+    while net.now < since + (60 if answers else 15):
+        net.run(every)
+        net.prober.heard("a", net.now, 0.0)
+    if answers:
+        assert len(net.sent_since(since)) >= 5
+    else:
+        assert net.state("a") == UNREACHABLE
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("deaf", [(0,), (1,), (0, 1)])
 def test_both_sides_of_an_idle_pair_get_the_verdict_within_fifteen_seconds(seed, deaf):

@@ -223,7 +223,8 @@ class Probes:
         """Return the probed peer that sent this probe.
 
         A peer behind a NAT can send from another port than that of its endpoint. The NAT deletes
-        its entry for the peer if no packet passes for some time.
+        its entry for the peer if no packet passes for some time. A request from another port can
+        be forged. So only a reply to a probe from us shows that there is a NAT.
         """
         key = record.address, record.port
         if key in self._limits:
@@ -233,7 +234,8 @@ class Probes:
             keys = [each for each in keys if self._prober[each].waits_for(record.token)]
         if len(keys) != 1:
             return None
-        self._prober.add(keys[0], self._limits[keys[0]], max_interval=NAT_SECONDS)
+        if record.kind == REPLY:
+            self._prober.add(keys[0], self._limits[keys[0]], max_interval=NAT_SECONDS)
         return keys[0]
 
     # -- reporting --------------------------------------------------------------------------------

@@ -75,10 +75,10 @@ class PathState:
     """
 
     __slots__ = (
-        "_active_until", "_awaited_n", "_backoff_n", "_data_proves", "_history", "_history_n",
-        "_jitter", "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending", "_probes_n",
-        "_replied_at", "_sent_at", "_soon", "last_answer", "last_data", "last_probe", "rtt",
-        "send_errno", "since", "sizes", "state",
+        "_active_until", "_awaited_n", "_backoff_n", "_confirmed_after", "_data_proves", "_history",
+        "_history_n", "_jitter", "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending",
+        "_probes_n", "_replied_at", "_sent_at", "_soon", "last_answer", "last_data", "last_probe",
+        "rtt", "send_errno", "since", "sizes", "state",
     )
 
     def __init__(self, now: float, full_size: int, data_proves: bool = False) -> None:
@@ -107,6 +107,8 @@ class PathState:
         self._active_until = now
         self._replied_at = 0.0  # when the last request of the peer was answered
         self._peer_heard: float | None = None  # when the peer last received a probe from us
+        # If the peer's last request confirms our last message: seconds since the request before.
+        self._confirmed_after = 0.0
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -163,8 +165,12 @@ class PathState:
         """
         replied_at, self._replied_at = self._replied_at, now
         self.last_probe = now
+        self._confirmed_after = 0.0
         if heard_seconds is not None:
             self._peer_heard = now - heard_seconds
+            error = self._peer_heard - max(replied_at, self._sent_at)
+            if abs(error) < max(SUSPECT_SECONDS, 2 * (self.rtt or 0.0)):
+                self._confirmed_after = now - replied_at
         # An answer that was sent after this time may still arrive at the peer.
         quick = now - max(SUSPECT_SECONDS / 2, 2 * (self.rtt or 0.0))
         if self.state == REACHABLE and not self.suspect and 0 < replied_at < quick:
@@ -174,8 +180,12 @@ class PathState:
         """Postpone the next probe of an idle path, because the peer's request proves both
         directions.
 
-        Some probes are sent nevertheless, for the round trip, the loss and the sizes.
+        Some probes are sent nevertheless, for the round trip, the loss and the sizes. The request
+        can be forged. So it counts only if it says when the peer received our last message, and if
+        the peer's previous request was at least half an interval ago.
         """
+        if self._confirmed_after < idle_seconds / 2:
+            return
         own = self.last_answer is not None and now - self.last_answer < OWN_EVERY * idle_seconds
         if self.state == REACHABLE and own and not (self.active or self.suspect or self._soon):
             self._sent_at = now
