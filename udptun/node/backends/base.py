@@ -242,6 +242,10 @@ class Backend(ABC, Generic[P]):
         """
         return {}
 
+    @abstractmethod
+    def arrival_devices(self, path: P) -> Collection[str]:
+        """Return the names of the devices through which packets of this path's peer arrive."""
+
     async def verify(self) -> list[str]:
         """Compare the kernel's state with everything that ``settle`` has set up.
 

@@ -150,6 +150,9 @@ class UdpBackend(Backend[Route]):
     def forwarder_endpoint(self, path: Route) -> Endpoint:
         return Endpoint(path.via, path.port)
 
+    def arrival_devices(self, path: Route) -> tuple[str, ...]:
+        return (self._config.tun,)
+
     async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
         config = self._config
         with attempt():

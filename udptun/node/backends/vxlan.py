@@ -293,6 +293,12 @@ class VxlanBackend(Backend[VxlanPeer]):
             if (age := recent.get(net.version, {}).get(peer.mac.lower())) is not None
         }
 
+    def arrival_devices(self, path: VxlanPeer) -> tuple[str, ...]:
+        device = self._devices.get(path.subnet.version)
+        # Packets of a peer on our own link arrive without encapsulation if routing is direct.
+        link = (self._prepared.underlay.name,) if path.direct else ()
+        return link if device is None else (device.name, *link)
+
     @property
     def refused(self) -> Mapping[IPNetwork, str]:
         return self._refused

@@ -1,7 +1,9 @@
 """Notice packets from peers that answer no echo: a peer may drop ICMP and be reachable.
 
-One packet socket per IP version, only while there are such peers. A filter in the kernel passes
-packets from their subnets. After the first packet of a subnet, the filter leaves the subnet out
+One packet socket per IP version and device, only while there are such peers. It is bound to the
+device through which their packets arrive: a packet from anywhere else, for example from a local
+pod that uses a peer's address, says nothing. A filter in the kernel passes packets from their
+subnets. After the first packet of a subnet, the filter leaves the subnet out
 until the next ``watch``, so a fast sender costs one packet per call. Needs CAP_NET_RAW. Runs on the
 daemon's loop.
 """
@@ -29,13 +31,19 @@ INSTRUCTION = struct.Struct("=HBBI")
 
 
 class Listener:
-    """received  is called with a subnet when a packet from it arrives"""
+    """Listens on one device, also after it was created again.
 
-    def __init__(self, version: int, received: Callable[[IPNetwork], None]) -> None:
-        self._version = version
+    received  is called with a subnet when a packet from it arrives
+    """
+
+    def __init__(
+        self, version: int, device: str, received: Callable[[IPNetwork], None]
+    ) -> None:
+        self._version, self._device = version, device
         self._received = received
         self._watched: dict[IPNetwork, None] = {}
         self._turn = 0
+        self._index = 0  # of the device to which the socket is bound
         self._socket: socket.socket | None = None
 
     def watch(self, subnets: Iterable[IPNetwork]) -> None:
@@ -46,7 +54,12 @@ class Listener:
             wanted = [*wanted[self._turn :], *wanted[: self._turn]][:SUBNETS_N]
         if not wanted:
             self.close()
-        elif self._watched != (now := dict.fromkeys(wanted)):
+            return
+        if (index := socket.if_nametoindex(self._device)) != self._index:
+            self.close()
+            self._index = index
+        now = dict.fromkeys(wanted)
+        if self._socket is None or self._watched != now:
             self._watched = now
             self._filter()
 
@@ -60,11 +73,11 @@ class Listener:
     def _filter(self) -> None:
         """Attach the filter. Open the socket first if necessary.
 
-        A new socket may receive some packets without the filter; ``_receive`` ignores them.
+        Packets that passed a former filter may still wait in the socket; ``_receive`` ignores them.
         """
+        # Protocol 0: nothing is received before the bind.
         opened = self._socket or socket.socket(
-            socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC,
-            socket.htons(ETHERTYPE[self._version]))
+            socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
         try:
             program = packet_filter(self._watched)
             buffer = ctypes.create_string_buffer(program)
@@ -73,6 +86,7 @@ class Listener:
             if self._socket is None:
                 opened.setblocking(False)
                 opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_LEN)
+                opened.bind((self._device, ETHERTYPE[self._version]))
                 asyncio.get_running_loop().add_reader(opened, self._receive, opened)
                 self._socket = opened
         except BaseException:

@@ -56,7 +56,7 @@ class Meters:
         self._port = 0
         self._bound: dict[tuple[str, int], BoundMeter] = {}  # by backend and IP version
         self._echo: dict[int, EchoMeter] = {}  # by IP version
-        self._listeners: dict[int, Listener] = {}
+        self._listeners: dict[tuple[int, str], Listener] = {}  # by IP version and device
         self._forwarder: ForwarderView | None = None
         self._by_endpoint: dict[str, dict[IPNetwork, None]] = {}
         self._turn = 0
@@ -180,18 +180,28 @@ class Meters:
         for meter in (*self._bound.values(), *self._echo.values()):
             meter.check()
         for version, echo in self._echo.items():
-            self._listen(version, echo)
+            self._listen(version, echo, pairs, backends)
 
-    def _listen(self, version: int, echo: EchoMeter) -> None:
+    def _listen(
+        self, version: int, echo: EchoMeter, pairs: Mapping[IPNetwork, Pair],
+        backends: Sequence[Backend[Any]],
+    ) -> None:
         """Look for packets from the peers that do not answer echoes."""
-        silent = [subnet for subnet in echo if _is_silent(echo, subnet)]
-        if silent and version not in self._listeners:
-            self._listeners[version] = Listener(version, echo.data_received)
-        if version in self._listeners:
-            try:
-                self._listeners[version].watch(silent)
-            except OSError as exc:
-                log.debug("listening for packets of silent peers: %s", exc)
+        silent: dict[str, list[IPNetwork]] = {}  # by device
+        for subnet in echo:
+            pair = pairs.get(subnet)
+            if pair is not None and _is_silent(echo, subnet):
+                for name in _arrival_devices(pair, backends):
+                    silent.setdefault(name, []).append(subnet)
+                    if (version, name) not in self._listeners:
+                        self._listeners[version, name] = Listener(
+                            version, name, echo.data_received)
+        for (of_version, name), listener in self._listeners.items():
+            if of_version == version:
+                try:
+                    listener.watch(silent.get(name, ()))
+                except OSError as exc:
+                    log.debug("listening on %s for packets of silent peers: %s", name, exc)
 
     def follow_left(self, pairs: Iterable[Pair]) -> None:
         """Probe the preferred paths that do not carry the packets, but answer again."""
@@ -240,6 +250,11 @@ class Meters:
             listener.close()
         if self._forwarder is not None:
             self._forwarder.close()
+
+
+def _arrival_devices(pair: Pair, backends: Sequence[Backend[Any]]) -> set[str]:
+    return {name for backend, path in zip(backends, pair.found.paths, strict=True)
+            if path is not None for name in backend.arrival_devices(path)}
 
 
 def _is_silent(echo: EchoMeter, subnet: IPNetwork) -> bool:
