@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from udptun.cli import cli
 from udptun.cli.forward import forward
 from udptun.device.tun import VNET_LEN
 from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan
@@ -91,8 +92,10 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
 
 
 def _check_options(spec: str, options: list[str]) -> None:
+    # With its parent, as in the program: click keeps the names of the help option of the first use.
+    parent = click.Context(cli, info_name="udptun", **cli.context_settings)
     try:
-        forward.make_context("forward", ["--listen=192.0.2.1", *options])
+        forward.make_context("forward", ["--listen=192.0.2.1", *options], parent=parent)
     except click.ClickException as exc:
         raise ValueError(f"contender {spec!r}: {exc.format_message()}") from None
 

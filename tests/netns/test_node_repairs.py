@@ -18,7 +18,8 @@ ACTS = {
     "route-flush": "ip route flush dev DEV",
     "addr-flush": "ip address flush dev DEV",
     "down": "ip link set DEV down",
-    "rename": "ip link set DEV down; ip link set DEV name other; ip link set other up",
+    # The repair may be faster than the last command.
+    "rename": "ip link set DEV down; ip link set DEV name other; ip link set other up || true",
     "mtu": "ip link set DEV mtu 1000",
     "deleted": "ip link del DEV",
     "rp_filter": "sysctl -qw net/ipv4/conf/all/rp_filter=1 net/ipv4/conf/DEV/rp_filter=1",

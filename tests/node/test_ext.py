@@ -420,8 +420,9 @@ def test_a_forwarder_is_started_with_the_instance(
     seen: list[list[str]] = []
     monkeypatch.setattr(subprocess, "Popen", lambda argv, **_: seen.append(argv))
     spawn(tmp_path / "forward.json", tmp_path / "log", Instance("blue"))
-    assert seen[0][1:] == ["-m", "udptun", "forward", "--instance", "blue", "--wait-for",
-                           str(tmp_path / "forward.json")]
+    assert seen[0][1:] == ["-m", "udptun", "forward", "--instance", "blue",
+                           "--wait-for", str(tmp_path / "forward.json"),
+                           "--log-file", str(tmp_path / "log")]
 
 
 def test_the_options_survive_the_file(tmp_path: Path) -> None:
