@@ -127,7 +127,7 @@ class Instance:
         if fd is None:
             raise InstanceRunning(
                 f"udptun {role} of the instance {self.name} is already running in this network"
-                f" namespace ({path}); give this one another --instance"
+                f" namespace ({path}); stop that one, or give this one another --instance"
             )
         try:
             yield

@@ -22,10 +22,10 @@ def node_blocks(node: dict[str, Any]) -> Iterator[str]:
 def _node(node: dict[str, Any]) -> str:
     lines = [
         ("version", node["version"]),
-        ("state", "ready" if node["ready"] else f"not ready {node['waiting']}".rstrip()),
-        ("interface", f"{node['interface']}, published as {' and '.join(node['public'])}"),
-        ("backend", node["backend"]),
-        ("mtu", node["mtu"]),
+        ("state", "ready" if node["ready"] else _not_ready(node["waiting"])),
+        ("interface", _interface(node)),
+        ("backend", node["backend"] or "-"),
+        ("mtu", node["mtu"] or "-"),
     ]
     text = [f"node: {' and '.join(node['subnets']) or 'no lease'}"]
     text += [f"  {label}: {value}" for label, value in lines]
@@ -35,6 +35,16 @@ def _node(node: dict[str, Any]) -> str:
             text.append(f"  [{MARKS[check['state']]}]{check['name']}: {first}")
             text += [f"      {line}" for line in more]
     return "\n".join(text)
+
+
+def _not_ready(waiting: str) -> str:
+    return f"not ready: {waiting}" if waiting else "not ready"
+
+
+def _interface(node: dict[str, Any]) -> str:
+    if not node["interface"]:
+        return "-"
+    return f"{node['interface']}, published as {' and '.join(node['public'])}"
 
 
 def _peer(peer: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from udptun.cli import cli
 from udptun.control.client import ControlClient
 from udptun.errors import ControlError
 from udptun.instance import Instance
+from udptun.leases.base import SourceHealth
 from udptun.node.status import socket as module
 from udptun.node.status.report import NodeReport, PairReport
 from udptun.node.status.socket import NodeSocket
@@ -121,6 +122,19 @@ def test_status_without_a_forwarder_shows_the_node(served_node, tmp_path):
     assert re.search(r"^  carried by: udp for \d s; VXLAN: 3 probes", result.output, re.MULTILINE)
     found = json.loads(run_status(tmp_path / "udptun.sock", "-o", "json").output)
     assert [*found] == ["node"]
+
+
+def test_status_before_the_first_lease(thread, tmp_path):  # noqa: F811
+    report = NodeReport("etcd", SourceHealth(), waiting="waiting for a lease")
+    node = NodeSocket(report, tmp_path / "udptun.sock")
+    thread.run(node.start)
+    try:
+        lines = run_status(tmp_path / "udptun.sock").output.splitlines()
+    finally:
+        thread.run(node.aclose)
+    assert lines[0] == "node: no lease"
+    assert {"  state: not ready: waiting for a lease", "  interface: -", "  backend: -",
+            "  mtu: -"} <= {*lines}
 
 
 def test_status_shows_both(served_node, tmp_path, thread):  # noqa: F811
