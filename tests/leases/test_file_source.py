@@ -24,6 +24,7 @@ from udptun.leases.base import (
     Subnets,
 )
 from udptun.leases.file import source as file_module
+from udptun.leases.file.config import FileConfig
 from udptun.leases.file.positions import Positions
 from udptun.leases.file.schema import parse
 from udptun.leases.file.source import FileSource
@@ -566,3 +567,10 @@ async def test_a_removed_own_entry_is_a_lost_lease_until_it_is_back(hosts, caplo
         assert not holding.done()
         holding.cancel()
         await asyncio.gather(holding, return_exceptions=True)
+
+
+def test_the_cache_of_another_node_is_not_used():
+    file = Path("/etc/udptun/hosts.toml")
+    ids = [FileConfig(file, name).store_id for name in ("", "alpha", "beta")]
+    assert len({*ids}) == 3
+    assert ids[0] == "file /etc/udptun/hosts.toml"  # caches of earlier versions stay valid

@@ -28,4 +28,5 @@ class FileConfig:
 
     @property
     def store_id(self) -> str:
-        return f"file {self.path}"
+        # With another name, the leases of the cache would give this host another node's subnet.
+        return f"file {self.path} {self.node_name}".rstrip()
