@@ -79,7 +79,11 @@ def test_leftovers_are_removed(lab):
     wait_for(lambda: not leftovers(node.host), "the device and the table to be removed")
 
 
-@pytest.mark.parametrize("why", ["keep", "runs", "another network"])
+@pytest.mark.parametrize("why", [
+    "runs",
+    pytest.param("keep", marks=pytest.mark.slow),
+    pytest.param("another network", marks=pytest.mark.slow),
+])
 def test_leftovers_stay(lab, why):
     cluster = Cluster(lab, 1, options=["--backend=udp"])
     (node,) = cluster.members

@@ -52,7 +52,7 @@ table ip nat {{
             member.add_pod()
 
 
-@pytest.mark.parametrize("backend", ["udp", "auto"])
+@pytest.mark.parametrize("backend", ["udp", pytest.param("auto", marks=pytest.mark.slow)])
 def test_nodes_with_one_public_address_reach_each_other(lab, backend):
     site = Site(lab, backend)
     all_reach_all(site.members)
