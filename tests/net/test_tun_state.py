@@ -47,7 +47,8 @@ async def test_name_flags_settings_addresses_and_routes_of_one_device():
         assert (state.up, state.addresses) == (False, {ip_address("10.244.1.0")})
         assert not {n for n in state.networks if n.version == 4}
         assert state.differences("eth0", 1500, (), [ip_network("10.244.0.0/16")]) == [
-            "it is down", "its rp_filter is 1", "it makes link-local addresses"]
+            "it is down", "its rp_filter is 1",
+            "the kernel creates link-local addresses on it"]
         sh("ip link del eth0")
         assert await tun_state(netlink, index) is None
 
