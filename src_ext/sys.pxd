@@ -1,9 +1,10 @@
-"""System calls of the data path, atomic loads and stores, and the clock.
+"""System calls of the data path, atomic loads and stores, the sequence lock, and the clock.
 
 Owns no state. Any thread may call.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from posix.types cimport time_t
 
@@ -198,6 +199,37 @@ cdef extern from * nogil:
     void store_flag "udptun_store"(uint64_t* p, uint64_t v)
     void full_fence "udptun_fence"()
     bint replace_flag "udptun_replace"(uint64_t* p, uint64_t old, uint64_t v)  # if *p is old
+
+
+# A sequence lock: one thread writes a record, others copy it. ``changes``, a member of the record,
+# is odd while the record is written.
+
+cdef enum:
+    COPY_TRIES = 100            # tries of a reader while the thread writes
+
+
+cdef inline void begin_write(uint64_t* changes) noexcept nogil:
+    store_flag(changes, changes[0] + 1)
+    full_fence()
+
+
+cdef inline void end_write(uint64_t* changes) noexcept nogil:
+    store_flag(changes, changes[0] + 1)
+
+
+cdef inline bint copy_record(
+    uint64_t* changes, const void* record, void* copy, size_t n
+) noexcept nogil:
+    """Copy record[0:n]. Return False if the thread wrote all the time."""
+    cdef uint64_t before
+    cdef int _i
+    for _i in range(COPY_TRIES):
+        before = load_flag(changes)
+        memcpy(copy, record, n)
+        full_fence()
+        if before % 2 == 0 and load_flag(changes) == before:
+            return True
+    return False
 
 
 cdef inline uint64_t clock_ns(int clock) noexcept nogil:

@@ -23,13 +23,15 @@ PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
-    "connections", "errors", "files", "instance", "model", "drops", "repairs", "wait", "_version",
+    "connections", "errors", "files", "instance", "model", "drops", "repairs", "spans", "wait",
+    "_version",
 }
 RULES = {
     "errors": set(),
     "files": set(),
     "drops": set(),
     "repairs": set(),
+    "spans": set(),
     "wait": set(),
     "connections": set(),
     "instance": {"errors"},

@@ -3,19 +3,18 @@
 Owns ``strangers_t``: a few outer source addresses, each with its last port, a count and a time. A
 new address replaces the one that was silent for the longest time.
 
-Threading: the worker's thread writes. The control side reads a copy (a sequence lock, as in
-table/peer_errors.pxd).
+Threading: the worker's thread writes. The control side reads a copy (the sequence
+lock of sys.pxd).
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from sys cimport full_fence, load_flag, store_flag
+from sys cimport begin_write, copy_record, end_write
 
 
 cdef enum:
     STRANGERS = 8
-    STRANGER_READS = 100        # tries of a reader while the worker writes
 
 
 cdef struct stranger_t:
@@ -45,8 +44,7 @@ cdef inline void note_stranger(
             break
         if strangers.items[i].last_ns < item.last_ns:
             item = &strangers.items[i]
-    store_flag(&strangers.changes, strangers.changes + 1)
-    full_fence()
+    begin_write(&strangers.changes)
     if item.addr_len != addr_len or memcmp(item.addr, addr, addr_len) != 0:
         memset(item, 0, sizeof(stranger_t))
         memcpy(item.addr, addr, addr_len)
@@ -54,17 +52,9 @@ cdef inline void note_stranger(
     item.port = port
     item.packets += packets
     item.last_ns = now
-    store_flag(&strangers.changes, strangers.changes + 1)
+    end_write(&strangers.changes)
 
 
 cdef inline bint copy_strangers(strangers_t* strangers, strangers_t* copy) noexcept nogil:
     """Copy the list. Return False if the worker wrote all the time."""
-    cdef uint64_t before
-    cdef int _i
-    for _i in range(STRANGER_READS):
-        before = load_flag(&strangers.changes)
-        memcpy(copy, strangers, sizeof(strangers_t))
-        full_fence()
-        if before % 2 == 0 and load_flag(&strangers.changes) == before:
-            return True
-    return False
+    return copy_record(&strangers.changes, strangers, copy, sizeof(strangers_t))

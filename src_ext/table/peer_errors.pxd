@@ -4,18 +4,13 @@ Owns ``peer_errors_t``, the record of one thread about one peer. Does not depend
 comes from. A path MTU is not an error: peer.pxd has it.
 
 Threading: each thread that sends has a record of its own; only this thread writes it. The control
-side reads all. ``changes`` is odd while the record is written (a sequence lock), so a reader never
-uses half of a record.
+side copies all. The sequence lock of sys.pxd prevents that a reader uses half of a record.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
-from sys cimport full_fence, load_flag, store_flag
-
-
-cdef enum:
-    ERROR_READS = 100           # tries of a reader while a thread writes
+from sys cimport begin_write, copy_record, end_write
 
 
 cdef struct peer_error_t:
@@ -35,11 +30,10 @@ cdef struct peer_errors_t:
 
 
 cdef inline void record_error(peer_errors_t* errors, const peer_error_t* error) noexcept nogil:
-    store_flag(&errors.changes, errors.changes + 1)
-    full_fence()
+    begin_write(&errors.changes)
     errors.last = error[0]
     errors.n += 1
-    store_flag(&errors.changes, errors.changes + 1)
+    end_write(&errors.changes)
 
 
 cdef inline void record_refusal(peer_errors_t* errors, int error, uint64_t now) noexcept nogil:
@@ -53,12 +47,4 @@ cdef inline void record_refusal(peer_errors_t* errors, int error, uint64_t now) 
 
 cdef inline bint read_errors_of(peer_errors_t* errors, peer_errors_t* copy) noexcept nogil:
     """Copy a record. Return False if its thread wrote all the time."""
-    cdef uint64_t before
-    cdef int _i
-    for _i in range(ERROR_READS):
-        before = load_flag(&errors.changes)
-        memcpy(copy, errors, sizeof(peer_errors_t))
-        full_fence()
-        if before % 2 == 0 and load_flag(&errors.changes) == before:
-            return True
-    return False
+    return copy_record(&errors.changes, errors, copy, sizeof(peer_errors_t))

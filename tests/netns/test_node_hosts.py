@@ -10,7 +10,7 @@ import pytest
 from tests.netns.cluster_traffic import SteadyPing, all_reach_all
 from tests.processes import alive
 from udptun.lab import Lab, LabError, ping, wait_for
-from udptun.lab.cluster import Member
+from udptun.lab.cluster import Member, start_all
 
 
 class Overlay:
@@ -40,11 +40,7 @@ class Overlay:
         fresh.replace(self.file)
 
     def start(self) -> None:
-        for member in self.members:
-            member.start()
-        for member in self.members:
-            member.wait_ready()
-            member.add_pod()
+        start_all(self.members)
 
 
 @pytest.fixture

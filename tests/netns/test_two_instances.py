@@ -13,7 +13,7 @@ import pytest
 from tests.netns.cluster_traffic import SteadyPing, all_reach_all
 from udptun.instance import Instance
 from udptun.lab import Lab
-from udptun.lab.cluster import Etcd, Member, etcd_obstacle
+from udptun.lab.cluster import Etcd, Member, etcd_obstacle, start_all
 
 SHORT_SECONDS, LONG_SECONDS = 5, 600
 MAX_LOST = 2  # pings: on a loaded machine the choice between VXLAN and UDP may change
@@ -35,11 +35,7 @@ class Overlay:
         ]
 
     def start(self) -> None:
-        for member in self.members:
-            member.start()
-        for member in self.members:
-            member.wait_ready()
-            member.add_pod()
+        start_all(self.members)
 
 
 @pytest.fixture

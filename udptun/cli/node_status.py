@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from ..spans import span
+
 MARKS = {"ok": "+", "degraded": "!", "failed": "-"}  # as in /readyz
 
 
@@ -73,7 +75,4 @@ def _path(path: dict[str, Any]) -> str:
 
 def _age(moment: str) -> str:
     seconds = max((datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds(), 0.0)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return span(seconds)

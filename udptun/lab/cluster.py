@@ -295,6 +295,15 @@ class Member:
         self.host.run(self.argv("--cleanup"))
 
 
+def start_all(members: Sequence[Member]) -> None:
+    """Start nodes at the same time. Return when each node is ready and has a pod."""
+    for member in members:
+        member.start()
+    for member in members:
+        member.wait_ready()
+        member.add_pod()
+
+
 class Cluster:
     """Nodes and an etcd on one Ethernet segment. Before ``start`` is called, only etcd runs."""
 
@@ -316,12 +325,7 @@ class Cluster:
 
         members  the nodes to start; None: all nodes
         """
-        starting = list(self.members if members is None else members)
-        for member in starting:
-            member.start()
-        for member in starting:
-            member.wait_ready()
-            member.add_pod()
+        start_all(self.members if members is None else list(members))
 
 
 def unreachable(members: Sequence[Member], wait: float = 1.0) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from ...spans import span
 from ..backends import BACKENDS
 from .report import NodeReport, PairReport
 
@@ -68,7 +69,7 @@ def _result(state: State, *text: str) -> _Result:
 def _start(report: NodeReport) -> _Result:
     if report.waiting:
         return _result(State.FAILED, report.waiting)
-    return _result(State.OK, f"complete; started {_span(time.time() - report.started)} ago")
+    return _result(State.OK, f"complete; started {span(time.time() - report.started)} ago")
 
 
 def _store(report: NodeReport) -> _Result:
@@ -77,7 +78,7 @@ def _store(report: NodeReport) -> _Result:
     if not source.connected:
         why = f"{store}: {source.error or 'no answer yet'}"
         if source.last_contact is not None:
-            why += f"; last answer {_span(time.monotonic() - source.last_contact)} ago"
+            why += f"; last answer {span(time.monotonic() - source.last_contact)} ago"
         if report.applied is None:
             return _result(State.FAILED, why, *skipped)
         active = "from the cache" if report.stale else "those of the store's last answer"
@@ -98,11 +99,11 @@ def _lease(report: NodeReport) -> _Result:
     elif source.lease == "none":
         wrong = wrong or "from the cache, not confirmed by the store yet"
     elif left is not None and left <= 0:
-        wrong = wrong or f"expired {_span(-left)} ago"
+        wrong = wrong or f"expired {span(-left)} ago"
     wrong = "; ".join(filter(None, (wrong, source.contested)))
     if wrong:
         return _result(State.DEGRADED, f"{lease.subnets}: {wrong}")
-    expiry = "does not expire" if left is None else f"expires in {_span(left)} unless renewed"
+    expiry = "does not expire" if left is None else f"expires in {span(left)} unless renewed"
     return _result(State.OK, f"{lease.subnets}, {expiry}")
 
 
@@ -145,9 +146,9 @@ def _forwarder(report: NodeReport) -> _Result:
 
 def _host(report: NodeReport) -> _Result:
     host = report.host
-    texts = [f"{text}, for {_span(time.time() - since)}"
+    texts = [f"{text}, for {span(time.time() - since)}"
              for text, since in (*host.wrong.items(), *host.impaired.items())]
-    texts += _named("misrouted", {key: f"{why}, for {_span(time.time() - since)}"
+    texts += _named("misrouted", {key: f"{why}, for {span(time.time() - since)}"
                                   for key, (why, since) in host.misrouted.items()})
     if not texts:
         return _result(State.OK, "devices, addresses, routes and sysctls are as they should be")
@@ -169,7 +170,7 @@ def _firewall(report: NodeReport) -> _Result:
     return _result(
         State.FAILED if cuts else State.DEGRADED,
         "our rules are active, but rules of other programs drop packets of the overlay:",
-        *(f"{drop.text}, for {_span(time.time() - drop.since)}; {drop.remedy}"
+        *(f"{drop.text}, for {span(time.time() - drop.since)}; {drop.remedy}"
           for drop in report.firewall_drops))
 
 
@@ -191,7 +192,7 @@ def _peers(report: NodeReport) -> _Result:
         *_named("not reached by large packets", _troubles(limited)),
         *(f"not measured: {why}" for why in report.measure_errors),
     )
-    moved = {_name(pair): f"{BACKENDS[pair.path]} for {_span(time.time() - pair.since)}; {pair.why}"
+    moved = {_name(pair): f"{BACKENDS[pair.path]} for {span(time.time() - pair.since)}; {pair.why}"
              for pair in report.pairs.values() if pair.why}
     lines = (*wrong, *_named("by another path than the preferred one", moved))
     if _is_alone(report, silent):
@@ -209,7 +210,7 @@ def _is_alone(report: NodeReport, silent: Collection[PairReport]) -> bool:
 
 def _troubles(pairs: Iterable[PairReport]) -> dict[str, str]:
     now = time.time()
-    return {_name(pair): f"for {_span(now - pair.changed)}: {pair.trouble}" for pair in pairs}
+    return {_name(pair): f"for {span(now - pair.changed)}: {pair.trouble}" for pair in pairs}
 
 
 def _name(pair: PairReport) -> str:
@@ -231,10 +232,3 @@ def _named(what: str, entries: Mapping[str, str]) -> tuple[str, ...]:
     first = [f"{key}: {why}" for key, why in sorted(entries.items())[:MAX_NAMED]]
     more = [f"and {len(entries) - MAX_NAMED} more"] if len(entries) > MAX_NAMED else []
     return f"{len(entries)} {what}:", *first, *more
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
