@@ -217,8 +217,12 @@ class _Request(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self.server.connections.request_begins(self.connection)
         coroutine = self.server.health.answer(self.command, self.path)
-        with contextlib.suppress(RuntimeError, CancelledError):  # the loop has ended
+        try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self.server.loop)
+        except RuntimeError:  # the loop has ended
+            coroutine.close()
+            return
+        with contextlib.suppress(RuntimeError, CancelledError):  # the loop ends meanwhile
             answer = future.result(ANSWER_SECONDS)
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(answer.body)))
