@@ -26,6 +26,21 @@ def test_busy_connections_are_not_closed() -> None:
     assert open_.add("d") and closed == []
 
 
+def test_the_oldest_request_ends_if_the_server_allows_it() -> None:
+    idle: list[str] = []
+    busy: list[str] = []
+    open_ = Connections[str](3, idle.append, busy.append)
+    for name in "abc":
+        assert open_.add(name)
+    for name in "bac":
+        open_.request_begins(name)
+    assert open_.add("d") and (idle, busy) == ([], ["b"])
+    open_.request_ends("b")  # its answer ends, because its connection is closed
+    assert open_.add("e") and (idle, busy) == (["d"], ["b"])  # an idle one goes first
+    open_.request_begins("e")
+    assert open_.add("f") and (idle, busy) == (["d"], ["b", "a"])
+
+
 def test_only_a_connection_without_any_request_is_silent() -> None:
     closed: list[str] = []
     open_ = Connections[str](9, closed.append)

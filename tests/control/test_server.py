@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control.fakes import VERSION, LoopThread, Served, status_of
+from udptun.connections import Connections
 from udptun.control import events, protocol, server, sockets
 from udptun.errors import DeviceError, UdptunError
 from udptun.lab import wait_for
@@ -716,25 +717,66 @@ def test_idle_connections_never_keep_others_out(
     watching.close()
 
 
-def test_a_server_full_of_event_streams_refuses_more(
+def test_a_server_full_of_event_streams_ends_the_oldest(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = served.server._running.manager  # type: ignore[union-attr]
-    monkeypatch.setattr(manager.open, "_limit", 2)
+    monkeypatch.setattr(open_connections(served), "_limit", 2)
     streams = []
     for _ in range(2):
         connection = Http(served.path)
         connection.request("GET", "/v1/events?follow=1")
         streams.append((connection.getresponse(), connection))
         assert streams[-1][0].readline()
-    with pytest.raises((http.client.HTTPException, ConnectionError)):
-        ask_once(served, "GET", "/v1/healthz")
-    for part in streams.pop():
-        part.close()
-    wait_for(lambda: len(manager.open._busy) == 1, "the end of the stream")
     assert ask_once(served, "GET", "/v1/healthz")[0] == 200
-    for part in streams.pop():
-        part.close()
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        streams[0][0].read()
+    served.events({"type": "error", "message": "still there"})
+    assert b"still there" in streams[1][0].readline()
+    for response, connection in streams:
+        response.close()
+        connection.close()
+
+
+def test_an_answer_has_a_deadline(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def endless() -> AsyncGenerator[bytes, None]:
+        while True:
+            yield bytes(1 << 20)
+
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(served.forwarder, "route_chunks", endless)
+    connection = Http(served.path)
+    connection.request("GET", "/v1/routes")  # and do not read the answer
+    response = connection.getresponse()
+    wait_for(lambda: not len(open_connections(served)), "the end of the connection")
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        response.read()
+    connection.close()
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_an_upload_that_is_broken_off_keeps_no_memory(served: Served, length: bool) -> None:
+    size = 16 << 20
+    head = f"Content-Length: {size}" if length else f"Transfer-Encoding: chunked\r\n\r\n{size:x}"
+    head = f"PUT /v1/routes HTTP/1.1\r\nHost: udptun\r\n{head}\r\n"
+    if length:
+        head += "\r\n"
+    before = resident_bytes()
+    for _ in range(6):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(60)
+            sock.connect(str(served.path))
+            sock.sendall(head.encode() + bytes(size - 1))
+        wait_for(lambda: not len(open_connections(served)), "the end of the connection")
+    assert resident_bytes() - before < 3 * size
+    assert not served.forwarder.bodies
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_connections(served: Served) -> Connections[Any]:
+    return served.server._running.manager.open  # type: ignore[union-attr]
 
 
 def test_a_request_has_one_deadline(

@@ -17,6 +17,7 @@ import os
 import socket
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from mmap import mmap
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 256  # limit of open connections, event streams included
 REQUEST_SECONDS = 30.0  # limit for a client to send its first request, and for each request's body
+ANSWER_SECONDS = 60.0  # limit for a client to read an answer, except an event stream
 CLOSE_SECONDS = 1.0  # limit for unfinished answers when the server closes
 LARGE_BODY = 1 << 20  # bytes; copying a larger body takes too long
 
@@ -132,7 +134,7 @@ class ControlServer:
                 raise ControlError(
                     "forbidden", f"only root and the group of {self.path} may use this socket"
                 )
-            with connection.busy():
+            with connection.busy(), _frames_cleared():
                 return await self._find(request)(request)
         except ConnectionError:
             raise  # the client has disconnected
@@ -277,7 +279,8 @@ class _Manager(web.Server):
     def __init__(self, handler: Handler, listener: UnixListener) -> None:
         super().__init__(handler)
         self.listener = listener
-        self.open = Connections[_Connection](CONNECTIONS_MAX, _Connection.end)
+        self.open = Connections[_Connection](
+            CONNECTIONS_MAX, _Connection.abort, _Connection.abort)
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self)
@@ -306,15 +309,14 @@ class _Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.allowed = self._listener.may_connect(transport.get_extra_info("socket"))
         super().connection_made(transport)
-        if self._open.add(self):
-            loop = asyncio.get_running_loop()
-            loop.call_later(REQUEST_SECONDS, self._open.close_if_silent, self)
-        else:
-            self.end()
+        self._open.add(self)
+        loop = asyncio.get_running_loop()
+        loop.call_later(REQUEST_SECONDS, self._open.close_if_silent, self)
 
-    def end(self) -> None:
-        """Close this connection, which has no request in progress."""
-        self.force_close()
+    def abort(self) -> None:
+        """Close this connection at once, even if the client does not read its answer."""
+        if self.transport is not None:
+            self.transport.abort()
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -398,11 +400,15 @@ async def _stream(
         response = _stream_response(protocol.JSON_TYPE)
         await response.prepare(request)
         try:
-            await response.write(first)
-            async for chunk in chunks:
-                await response.write(chunk)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await response.write(first)
+                async for chunk in chunks:
+                    await response.write(chunk)
         except ConnectionError:
             raise
+        except TimeoutError:
+            cast(_Connection, request.protocol).abort()
+            raise ConnectionResetError("the client does not read its answer") from None
         except Exception as exc:
             log.exception(
                 "%s %s: the answer is incomplete", request.method, request.rel_url.raw_path
@@ -410,6 +416,20 @@ async def _stream(
             raise ConnectionResetError("the answer is incomplete") from exc  # without an end mark
         await response.write_eof(b"\n")
     return response
+
+
+@contextmanager
+def _frames_cleared() -> Iterator[None]:
+    """If a request fails, free its local variables, for example the part of the body that arrived.
+
+    If the client disconnects, aiohttp keeps the exception in a reference cycle. Its traceback keeps
+    the variables of all functions that the exception has left.
+    """
+    try:
+        yield
+    except BaseException as exc:
+        clear_frames(exc.__traceback__)
+        raise
 
 
 async def _write_events(response: web.StreamResponse, events: list[Event]) -> None:

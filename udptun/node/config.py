@@ -25,7 +25,7 @@ from .process.launch import FORWARD_FILE
 FORWARDERS = ("spawn", "external")
 MAX_GRACE = 3600
 FIREWALLS = ("auto", "nftables", "iptables")
-ANY_ADDRESS = ipaddress.IPv4Address("0.0.0.0")
+LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 _FROM_INSTANCE: Any = None  # __post_init__ replaces this value by the instance's default
 
 
@@ -129,7 +129,7 @@ class NodeConfig:
     forwarder: str = "spawn"
     forward_file: Path = _FROM_INSTANCE
     state_dir: Path = _FROM_INSTANCE
-    healthz_ip: IPAddress = ANY_ADDRESS
+    healthz_ip: IPAddress = LOOPBACK  # not flannel's 0.0.0.0: the answers name peers and errors
     healthz_port: int = 0
     cleanup: bool = False
 

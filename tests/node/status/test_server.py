@@ -431,6 +431,31 @@ async def test_idle_connections_never_keep_a_probe_out(server: HealthServer) -> 
         writer.close()
 
 
+async def test_clients_that_do_not_read_never_keep_a_probe_out(
+    server: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def large(method: str, target: str) -> server_module.Answer:
+        nonlocal asked
+        if target == "/livez":
+            return server_module.Answer(b"ok")
+        asked += 1
+        return server_module.Answer(bytes(16 << 20))  # more than the buffers of both sockets
+
+    monkeypatch.setattr(server, "answer", large)
+    slow = []
+    for _ in range(server_module.CONNECTIONS_MAX):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
+        writer.write(b"GET /large HTTP/1.0\r\n\r\n")
+        await reader.readexactly(1)  # now the server sends the answer
+        slow.append(writer)
+    assert asked == server_module.CONNECTIONS_MAX
+    assert (await ask(server, "/livez"))[0] == 200
+    for writer in slow:
+        writer.close()
+
+
 async def test_a_request_has_one_deadline(
     server: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

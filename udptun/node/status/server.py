@@ -224,6 +224,8 @@ class _Request(BaseHTTPRequestHandler):
             return
         with contextlib.suppress(RuntimeError, CancelledError):  # the loop ends meanwhile
             answer = future.result(ANSWER_SECONDS)
+            # From here on, another client may take this one's place: it may read slowly.
+            self.server.connections.request_ends(self.connection)
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(answer.body)))
             for name, value in answer.headers.items():

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 5.0  # limit for a client to send its request
 ANSWER_SECONDS = 30.0  # limit for a client to read the answer
-CONNECTIONS_MAX = 32  # for one more, the one that has been idle for the longest time is closed
+CONNECTIONS_MAX = 32
 HEAD_LEN = 8192
 PEERS_SLICE = 100  # peers that are formatted at a time
 
@@ -94,7 +94,7 @@ class NodeSocket:
         self._report, self._path = report, control.with_name(NODE_SOCKET)
         self._listener: UnixListener | None = None
         self._server: asyncio.Server | None = None
-        self._open = Connections[asyncio.StreamWriter](CONNECTIONS_MAX, _abort)
+        self._open = Connections[asyncio.StreamWriter](CONNECTIONS_MAX, _abort, _abort)
 
     async def serve(self) -> None:
         """Answer requests until cancelled. If the socket's file is removed, make it again.
