@@ -62,16 +62,16 @@ async def look_up(netlink: Netlink, questions: Sequence[Question]) -> list[Way]:
     return await netlink.work("looking up routes", ask)
 
 
-async def matched_route(netlink: Netlink, question: Question) -> str:
-    """Return the route that the kernel selects, as text such as "10.0.0.0/8 dev eth0 table 7".
-    Return "" if the kernel does not report the route. Raises DeviceError."""
-    async def ask(_: Any) -> str:
+async def matched_routes(netlink: Netlink, questions: Sequence[Question]) -> list[str]:
+    """Return the route that the kernel selects for each packet, as text such as
+    "10.0.0.0/8 dev eth0 table 7"; "" if the kernel does not report it. Raises DeviceError."""
+    async def ask(_: Any) -> list[str]:
         with RouteSocket() as kernel:
-            (answer,) = kernel.ask(RTM_GETROUTE, [
-                _request(question, RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH)])
-            return "" if isinstance(answer, Refusal) else _route_text(answer)
+            flags = RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH
+            return ["" if isinstance(answer, Refusal) else _route_text(answer) for answer in
+                    kernel.ask(RTM_GETROUTE, [_request(one, flags) for one in questions])]
 
-    return await netlink.work(f"looking up the route to {question.to}", ask)
+    return await netlink.work("reading the routes of packets", ask) if questions else []
 
 
 async def routes_within(

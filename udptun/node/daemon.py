@@ -213,6 +213,7 @@ class Daemon:
         self.report.waiting = ""
         assert self._tasks is not None
         self._tasks.create_task(self._in_force.keep())
+        self._tasks.create_task(self._in_force.keep_routes())
         # Most objects that exist now are never deleted. Freezing them excludes them from garbage
         # collection, because a collection that visits them would delay a route change.
         gc.collect()

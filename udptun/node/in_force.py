@@ -17,6 +17,7 @@ from ..errors import UdptunError
 from ..leases.base import Lease
 from ..net.netlink import Netlink
 from ..repairs import Repairs
+from ..wait import wait_at_most
 from .backends.active import ActiveBackends
 from .backends.base import Site
 from .host.host import Host
@@ -27,7 +28,10 @@ from .status.report import NodeReport
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-ROUTES_TICKS = 10  # ask for the routes to the next peers every so many ticks
+# Between two looks at the routes to peers. After a change of routes or rules, the next look is at
+# once, and at all peers; else it is at some of them.
+ROUTES_SECONDS = 10.0
+ROUTES_PEERS = 500  # ... but at all peers at most every (peers / this) seconds
 LOOK_TICKS = 5  # look at the host every so many ticks, and at each tick while something is wrong
 FIRST_LOOKS_SECONDS = 0.05  # between two looks before subnet.env is written
 
@@ -53,7 +57,8 @@ class InForce:
         self._host = host
         self._report = report
         self._settle_again = settle_again
-        self._watch = HostWatch(netlink, settle_again)
+        self._routing_changed = asyncio.Event()
+        self._watch = HostWatch(netlink, settle_again, self._routing_changed.set)
         self._site: Site | None = None  # of the last ``settled``
         self._looked = False
 
@@ -68,7 +73,6 @@ class InForce:
             site.network.networks, lease.subnets)
         self._record(self._backends.take_repairs())
         await self._look()
-        await self._look_at_routes()
 
     async def published(self) -> None:
         """Wait until the whole setup is active, then write subnet.env."""
@@ -87,10 +91,23 @@ class InForce:
                 await self._look()
                 if self._report.host.wrong.keys() - before:
                     self._settle_again()
-            if tick % ROUTES_TICKS == 0:
-                await self._look_at_routes()
             if not self._missing():
                 self._host.write_env()
+
+    async def keep_routes(self) -> None:
+        """Look at the routes to the peers: at all of them after a change, else at some of them in
+        turn. Until cancelled."""
+        self._routing_changed.set()
+        while True:
+            await wait_at_most(self._routing_changed, ROUTES_SECONDS)
+            pause = TICK_SECONDS
+            if not self._report.host.wrong:  # else the answers would only show what is wrong
+                changed = self._routing_changed.is_set()
+                self._routing_changed.clear()
+                await self._look_at_routes(everyone=changed)
+                if changed:
+                    pause = max(pause, len(self._leases()) / ROUTES_PEERS)
+            await asyncio.sleep(pause)
 
     async def _publish(self) -> bool:
         await self._look()
@@ -123,17 +140,15 @@ class InForce:
         self._looked = True
         self._report.host.set(wrong, impaired)
 
-    async def _look_at_routes(self) -> None:
-        """Ask the kernel about the routes to the next peers."""
+    async def _look_at_routes(self, *, everyone: bool) -> None:
         assert self._site is not None and self._lease is not None
         network, own = self._site.network, self._lease
-        if self._report.host.wrong:  # the answers would only show this
-            return
         devices = {_index(name) for name in self._backends.device_names(network)} - {0}
         peers = [lease for lease in self._leases() if lease.key != own.key]
         before = self._misrouted.found
         try:
-            await self._misrouted.look(peers, tuple(own.subnets), devices, network.networks)
+            await self._misrouted.look(
+                peers, tuple(own.subnets), devices, network.networks, everyone=everyone)
         except (UdptunError, OSError) as exc:
             log.warning("the routes to peers are not known: %s", exc)
             return

@@ -9,18 +9,31 @@ Runs on the daemon's loop.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ...leases.base import Lease
 from ...model import IPAddress, IPNetwork
-from ...net.lookup import Question, Way, device_name, look_up, matched_route, routes_within
+from ...net.lookup import Question, Way, device_name, look_up, matched_routes, routes_within
 from ...net.netlink import Netlink
 
-PEERS_N = 500  # peers per look; the next look continues with the others
+PEERS_N = 500  # peers per call of the kernel, and per look at a part of the peers
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrong:
+    """A misrouted peer.
+
+    text      the sentence about it, without the route
+    question  the packet whose route completes the sentence; None: the sentence is complete
+    """
+
+    text: str
+    question: Question | None = None
 
 
 class Misrouted:
-    """Looks at the peers in turn.
+    """Looks at the peers: at all of them, or at some of them in turn.
 
     found  by lease key: a sentence about each misrouted peer
     """
@@ -32,18 +45,15 @@ class Misrouted:
 
     async def look(
         self, peers: Sequence[Lease], own: Collection[IPNetwork], devices: Collection[int],
-        networks: Collection[IPNetwork],
+        networks: Collection[IPNetwork], *, everyone: bool,
     ) -> None:
-        """Ask the kernel about the next PEERS_N peers. Raises DeviceError.
+        """Ask the kernel about the peers. Raises DeviceError.
 
         own       this node's subnets; their first addresses are those of the overlay's devices
         devices   the interface indexes of the overlay's devices
         networks  the overlay's networks
+        everyone  ask about all peers; else about the next PEERS_N
         """
-        if self._next >= len(peers):
-            self._next = 0
-        part = peers[self._next : self._next + PEERS_N]
-        self._next += PEERS_N
         foreign = [
             (prefix, way.gateway, text)
             for prefix, way, text in await routes_within(self._netlink, networks, devices)
@@ -51,43 +61,64 @@ class Misrouted:
         ]
         sources: dict[int, IPAddress] = {
             subnet.version: subnet.network_address for subnet in own}
-        asked = [(lease, *item) for lease in part for item in _questions(lease, sources, networks)]
-        ways = await look_up(self._netlink, [question for _, question, _ in asked])
-        wrong: dict[str, str] = {}
-        for (lease, question, subnet), way in zip(asked, ways, strict=True):
-            if lease.key in wrong:
-                continue
-            if text := await self._fault(lease, question, subnet, way, devices, foreign):
-                wrong[lease.key] = text
         known = {lease.key for lease in peers}
-        looked = {lease.key for lease in part}
-        kept = {key: why for key, why in self.found.items() if key in known and key not in looked}
-        self.found = kept | wrong
+        self.found = {key: why for key, why in self.found.items() if key in known}
+        for _ in range(0, len(peers) if everyone else 1, PEERS_N):
+            if self._next >= len(peers):
+                self._next = 0
+            part = peers[self._next : self._next + PEERS_N]
+            self._next += PEERS_N
+            wrong = await self._look_at(part, sources, devices, networks, foreign)
+            looked = {lease.key for lease in part}
+            self.found = {
+                key: why for key, why in self.found.items() if key not in looked} | wrong
 
-    async def _fault(
-        self, lease: Lease, question: Question, subnet: IPNetwork | None, way: Way,
-        devices: Collection[int], foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]],
-    ) -> str:
-        if subnet is None:  # the question is about the peer's own address
-            if way.device in devices:
-                route = await matched_route(self._netlink, question)
-                return (f"packets to its address {question.to} enter {device_name(way.device)}"
-                        f" and so the overlay itself, by the route {route}")
-            return f"there is no route to its address {question.to}: {way.error}" \
-                if way.error else ""
-        public = _public(lease)
-        for prefix, gateway, text in foreign:
-            if prefix.prefixlen >= subnet.prefixlen and gateway not in public and \
-                    _overlap(prefix, subnet):
-                return f"packets to {prefix} do not enter the overlay: they take the route {text}"
-        if way.device in devices or way.gateway in public:  # a direct route has such a gateway
-            return ""
-        route = way.error or f"they take the route {await matched_route(self._netlink, question)}"
-        return f"packets to {subnet} do not enter the overlay: {route}"
+    async def _look_at(
+        self, peers: Sequence[Lease], sources: Mapping[int, IPAddress], devices: Collection[int],
+        networks: Collection[IPNetwork],
+        foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]],
+    ) -> dict[str, str]:
+        """Return the misrouted ones among these peers."""
+        asked = [(lease, *item) for lease in peers for item in _questions(lease, sources, networks)]
+        ways = await look_up(self._netlink, [question for _, question, _ in asked])
+        wrong: dict[str, _Wrong] = {}
+        for (lease, question, subnet), way in zip(asked, ways, strict=True):
+            if lease.key not in wrong and \
+                    (fault := _fault(lease, question, subnet, way, devices, foreign)) is not None:
+                wrong[lease.key] = fault
+        questions = [one.question for one in wrong.values() if one.question is not None]
+        routes = iter(await matched_routes(self._netlink, questions))
+        return {key: one.text if one.question is None else f"{one.text} {next(routes)}"
+                for key, one in wrong.items()}
+
+
+def _fault(
+    lease: Lease, question: Question, subnet: IPNetwork | None, way: Way,
+    devices: Collection[int], foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]],
+) -> _Wrong | None:
+    """Return what is wrong with the kernel's answer ``way``; None: nothing."""
+    if subnet is None:  # the question is about the peer's own address
+        if way.device in devices:
+            return _Wrong(
+                f"packets to its address {question.to} enter {device_name(way.device)}"
+                " and so the overlay itself, by the route", question)
+        return _Wrong(f"there is no route to its address {question.to}: {way.error}") \
+            if way.error else None
+    public = _public(lease)
+    for prefix, gateway, text in foreign:
+        if prefix.prefixlen >= subnet.prefixlen and gateway not in public and \
+                _overlap(prefix, subnet):
+            return _Wrong(
+                f"packets to {prefix} do not enter the overlay: they take the route {text}")
+    if way.device in devices or way.gateway in public:  # a direct route has such a gateway
+        return None
+    text = f"packets to {subnet} do not enter the overlay:"
+    return _Wrong(f"{text} {way.error}") if way.error else \
+        _Wrong(f"{text} they take the route", question)
 
 
 def _questions(
-    lease: Lease, sources: dict[int, IPAddress], networks: Collection[IPNetwork]
+    lease: Lease, sources: Mapping[int, IPAddress], networks: Collection[IPNetwork]
 ) -> Iterator[tuple[Question, IPNetwork | None]]:
     """Yield the questions about one peer. Each has the subnet, or None for the peer's address."""
     for subnet in lease.subnets:

@@ -1,7 +1,8 @@
 """Find out when something on this host has changed that concerns the overlay.
 
-Owns: which of the kernel's notifications are a reason to compare the host with its desired state.
-Does not compare anything itself. ``concern`` and the callback run on the daemon's loop.
+Owns: which of the kernel's notifications are a reason to compare the host with its desired state,
+and which can change the route to a peer. Does not compare anything itself. ``concern`` and the
+callbacks run on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -51,21 +52,32 @@ class _Scope:
             not any(_overlap(net, base, length) and length > net.prefixlen for net in self.own)
 
 
-class HostWatch:
-    """Calls ``on_change`` after changes that concern the overlay."""
+# A change of these kinds can change the route that packets to a peer take.
+_ROUTING = frozenset({Kind.ROUTE, Kind.RULE, Kind.ADDRESS, Kind.ANY})
 
-    def __init__(self, netlink: Netlink, on_change: Callable[[], None]) -> None:
+
+class HostWatch:
+    """Calls ``on_change`` after changes that concern the overlay, and then ``on_routing`` if they
+    can change the route to a peer."""
+
+    def __init__(
+        self, netlink: Netlink, on_change: Callable[[], None], on_routing: Callable[[], None]
+    ) -> None:
         self._netlink = netlink
         self._on_change = on_change
+        self._on_routing = on_routing
         self._scope = _Scope()
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
 
         def on_changes(changes: frozenset[Change]) -> None:  # in the netlink thread
-            if any(map(self._scope.has, changes)):
-                with contextlib.suppress(RuntimeError):  # the loop is closed
+            kinds = {change.kind for change in changes if self._scope.has(change)}
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                if kinds:
                     loop.call_soon_threadsafe(self._on_change)
+                if kinds & _ROUTING:
+                    loop.call_soon_threadsafe(self._on_routing)
 
         self._netlink.watch_changes(on_changes)
 

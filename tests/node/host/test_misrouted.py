@@ -1,0 +1,92 @@
+"""The look at the routes to many peers, and the changes that are a reason for it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+
+import pytest
+
+from tests.own_netns import in_own_netns, sh
+from udptun.leases.base import Attributes, Lease, Subnets
+from udptun.net.netlink import Netlink
+from udptun.node.host.misrouted import PEERS_N, Misrouted
+from udptun.node.host.watch import HostWatch
+
+NETWORK = ipaddress.ip_network("10.0.0.0/8")
+OWN = ipaddress.ip_network("10.255.255.0/24")
+
+
+def leases(n):
+    subnets = [ipaddress.ip_network((int(NETWORK.network_address) + (1 + i << 8), 24))
+               for i in range(n)]
+    first = ipaddress.ip_address("198.18.0.2")
+    return [Lease(str(subnet).replace("/", "-"), Subnets(subnet), Attributes(first + i))
+            for i, subnet in enumerate(subnets)]
+
+
+def make_devices():
+    sh("sysctl -qw net.ipv6.conf.default.disable_ipv6=1",  # it adds addresses on its own
+       "ip link add overlay0 type veth peer name underlay0", "ip link set overlay0 up",
+       "ip link set underlay0 up", "ip addr add 10.255.255.0/32 dev overlay0",
+       "ip addr add 198.18.0.1/15 dev underlay0", "ip route add 10.0.0.0/8 dev overlay0")
+
+
+@in_own_netns
+async def test_a_look_at_everyone_finds_what_is_wrong_with_all_peers():
+    make_devices()
+    peers = leases(2 * PEERS_N + 10)
+    # A policy rule: it is not in the list of the main table's routes, so each peer must be asked.
+    sh("ip route add default dev underlay0 table 77",
+       *(f"ip rule add to {lease.subnets.v4} lookup 77" for lease in (peers[0], peers[-1])))
+    wrong = [peers[0].key, peers[-1].key]
+    devices = {socket.if_nametoindex("overlay0")}
+    with Netlink() as netlink:
+        misrouted = Misrouted(netlink)
+        await misrouted.look(peers, [OWN], devices, [NETWORK], everyone=True)
+        assert list(misrouted.found) == wrong
+        assert misrouted.found[wrong[1]] == (
+            f"packets to {peers[-1].subnets.v4} do not enter the overlay: "
+            "they take the route 0.0.0.0/0 dev underlay0 table 77")
+
+        # A look at a part keeps what is known of the others.
+        sh(*(f"ip rule del to {lease.subnets.v4} lookup 77" for lease in (peers[0], peers[-1])))
+        while peers[-1].key in misrouted.found:
+            before = dict(misrouted.found)
+            await misrouted.look(peers, [OWN], devices, [NETWORK], everyone=False)
+            assert misrouted.found.items() <= before.items()
+        while misrouted.found:
+            await misrouted.look(peers, [OWN], devices, [NETWORK], everyone=False)
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    ("ip rule add to 192.0.2.0/24 lookup 77", True),
+    ("ip route add 10.1.0.0/24 dev underlay0", True),
+    ("ip route add default dev underlay0", True),
+    ("ip address add 10.255.255.7/32 dev overlay0", True),
+    ("ip neigh add 10.1.0.1 lladdr 02:00:00:00:00:01 dev overlay0 nud permanent", False),
+    ("ip link set overlay0 mtu 1400", False),
+])
+def test_changes_of_routes_are_told_apart(command, expected):
+    @in_own_netns
+    async def body():
+        make_devices()
+        seen = asyncio.Queue()
+        with Netlink() as netlink:
+            watch = HostWatch(netlink, lambda: seen.put_nowait("change"),
+                              lambda: seen.put_nowait("routing"))
+            watch.concern(["overlay0"], socket.if_nametoindex("underlay0"), [NETWORK], [OWN])
+            watch.start()
+            async with asyncio.timeout(60):
+                assert {await seen.get(), await seen.get()} == {"change", "routing"}  # it begins
+                sh(command)
+                if expected:
+                    while await seen.get() != "routing":
+                        pass
+                    return
+                assert await seen.get() == "change"
+                await asyncio.sleep(0)
+            assert seen.empty()
+
+    body()
