@@ -79,7 +79,7 @@ class Side:
         if probe.kind == REQUEST:
             self._send(local, wire, probe.reply(0))
             heard = None if probe.heard_ms == NEVER_HEARD else probe.heard_ms / 1000
-            self._prober.heard(local, now, heard)
+            self._prober.heard(local, now, probe.token, heard)
         elif probe.kind == REPLY:
             self._prober.answered(local, probe.token, probe.size, now)
 

@@ -123,7 +123,7 @@ class Two:
         if kind == "reply":
             self.probers[node].answered("other", token, size, self.now)
         else:
-            self.probers[node].heard("other", self.now, heard)
+            self.probers[node].heard("other", self.now, token, heard)
             self._fly(node, "reply", token, size, 0.0)
 
     def states(self):

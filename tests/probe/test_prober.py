@@ -23,6 +23,11 @@ def started(keys=("a",), traffic=(), seed=1, **options):
     return net
 
 
+def proof(net, key="a"):
+    """Return the token of a request whose sender has received our last request."""
+    return net.prober[key]._answered_token >> 32
+
+
 def test_a_peer_that_answers_is_reachable_with_its_round_trip():
     net = started(round_trip=0.040)
     path = net.prober["a"]
@@ -226,7 +231,7 @@ def test_one_direction_only_is_unreachable_and_the_reason_says_which():
     net.passes = lambda key, size, now: False
     for second in range(12):
         net.run(1)
-        net.prober.heard("a", net.now, heard_seconds=second + 1.0)
+        net.prober.heard("a", net.now, proof(net), heard_seconds=second + 1.0)
     assert net.state("a") == UNREACHABLE
     reason = net.prober["a"].reason(net.now)
     assert "packets from the peer arrive, but it has received no probe for" in reason
@@ -333,19 +338,34 @@ def test_an_idle_pair_shares_its_probes():
     assert net.states() == [REACHABLE, REACHABLE]
 
 
-@pytest.mark.parametrize("every", [0.1, 0.4, 1.0, 6.0])
+@pytest.mark.parametrize("every", [0.1, 0.4, 1.0, 6.0, 9.0])
 @pytest.mark.parametrize("answers", [True, False])
-def test_forged_requests_do_not_delay_the_verdict(every, answers):
+@pytest.mark.parametrize("claim", [0.0, "true"])
+def test_forged_requests_do_not_delay_the_verdict(every, answers, claim):
+    """Claims that are true too: the forger knows when we have answered its last request."""
     net = started()
     since = net.now
     net.passes = lambda key, size, now: answers
     while net.now < since + (60 if answers else 15):
         net.run(every)
-        net.prober.heard("a", net.now, 0.0)
+        token = net.prober._rng.getrandbits(64)
+        net.prober.heard("a", net.now, token, every if claim == "true" else claim)
     if answers:
         assert len(net.sent_since(since)) >= 5
     else:
         assert net.state("a") == UNREACHABLE
+
+
+def test_forged_requests_cause_no_probe():
+    net = started()
+    since = net.now
+    quiet = started()
+    quiet.run(60)
+    while net.now < since + 60:
+        net.run(0.3)
+        net.prober.heard("a", net.now, net.prober._jitter.getrandbits(64), 100.0)
+        net.prober.heard("a", net.now, net.prober._jitter.getrandbits(64), None)
+    assert len(net.sent_since(since)) <= len(quiet.sent_since(since)) + 2
 
 
 @pytest.mark.parametrize("seed", range(10))

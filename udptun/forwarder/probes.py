@@ -212,7 +212,8 @@ class Probes:
         if record.kind != REPLY:
             self._counts["received"] += 1
             never = record.heard_ms == NEVER_HEARD
-            self._prober.heard(key, at, None if never else record.heard_ms / 1000)
+            self._prober.heard(
+                key, at, record.token, None if never else record.heard_ms / 1000)
         elif self._prober.answered(key, record.token, record.size, at):
             self._counts["answered"] += 1
             arrival = self._waiting.get(record.token)

@@ -7,17 +7,23 @@ its size:
     4  u8   kind: 1 request, 2 reply
     5  u8   path: 1 UDP tunnel, 2 VXLAN
     6  u16  zero
-    8  u64  token: random, new in each request; the reply has the request's token
+    8  u64  token: new in each request; the reply has the request's token. The upper half is
+            random. The lower half is the upper half of the token of the last request that the
+            sender has received from the receiver; random if there is none
    16  u32  heard: milliseconds since the sender last received a probe of the receiver on this path;
             0xFFFFFFFF: never
    20  u16  size of the message in bytes; a reply has the request's size
    22  u16  zero
+
+The lower half of a request's token proves who sent the request: only the receiver of the other
+node's last request knows that half. A sender with a forged address does not receive it.
 
 ``src_ext/wire/probe.pxd`` has the compiled code for the same format. Pure functions: any thread.
 """
 
 from __future__ import annotations
 
+import random
 import struct
 from dataclasses import dataclass
 
@@ -27,6 +33,7 @@ REQUEST, REPLY = model.PROBE_REQUEST, model.PROBE_REPLY
 NEVER_HEARD = model.NEVER_HEARD
 UDP_PATH, VXLAN_PATH = 1, 2
 
+HALF_BITS = 32  # of a token
 MAGIC = 0x75747031  # "utp1"
 MAX_SIZE = 0xFFFF
 
@@ -73,3 +80,17 @@ def heard_field(last_heard: float | None, now: float) -> int:
     if last_heard is None:
         return NEVER_HEARD
     return min(max(int((now - last_heard) * 1000), 0), NEVER_HEARD - 1)
+
+
+def new_token(rng: random.Random, peer_token: int) -> int:
+    """Return the token of a new request to a peer whose last request had ``peer_token`` (0: none).
+    """
+    upper, lower = rng.getrandbits(HALF_BITS), peer_token >> HALF_BITS
+    return upper << HALF_BITS | (lower or rng.getrandbits(HALF_BITS))
+
+
+def proves(token: int, own_token: int) -> bool:
+    """Return whether the sender of a request with this token has received our request
+    ``own_token`` (0: there was none)."""
+    upper = own_token >> HALF_BITS
+    return upper != 0 and token & (1 << HALF_BITS) - 1 == upper

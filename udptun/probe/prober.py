@@ -18,16 +18,15 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from .message import new_token
 from .schedule import Budget, Schedule
-from .state import IDLE_SECONDS, PathState
+from .state import IDLE_JITTER, IDLE_SECONDS, PathState
 
 K = TypeVar("K", bound=Hashable)
 
 IDLE_PER_SECOND = 100.0
 URGENT_PER_SECOND = 400.0
 BURST_SECONDS = 0.25  # a bucket holds the tokens of this time
-TOKEN_BITS = 64
-IDLE_JITTER = 0.2  # the interval of an idle path varies by this share, to spread the probes
 ACTIVE_JITTER = 0.1
 RETRY_SECONDS = 0.02  # shortest wait for the budget: probes are sent in small batches
 
@@ -125,17 +124,15 @@ class Prober(Generic[K]):
             self._plan(key, path)
         return found
 
-    def heard(self, key: K, at: float, heard_seconds: float | None = None) -> None:
-        """Record a request of the peer. The peer last received a probe from us ``heard_seconds``
-        ago."""
+    def heard(
+        self, key: K, at: float, token: int, heard_seconds: float | None = None
+    ) -> None:
+        """Record a request with this token. Its sender claims to be the peer, and to have received
+        a probe from us ``heard_seconds`` ago."""
         path = self._paths.get(key)
-        if path is None:
-            return
-        path.heard(at, heard_seconds)
-        interval = self._interval(key)
-        if heard_seconds is not None and heard_seconds <= interval * (1 + IDLE_JITTER):
-            path.postpone(at, interval)
-        self._plan(key, path)
+        if path is not None:
+            path.heard(at, token, heard_seconds, self._interval(key))
+            self._plan(key, path)
 
     def data_received(self, key: K, at: float) -> None:
         path = self._paths.get(key)
@@ -250,7 +247,7 @@ class Prober(Generic[K]):
     def _sent(self, key: K, path: PathState, size: int, decisive: bool) -> Request[K]:
         now = self._clock()
         spread = ACTIVE_JITTER if path.active else IDLE_JITTER
-        token = self._rng.getrandbits(TOKEN_BITS)
+        token = new_token(self._rng, path.peer_token)
         path.sent(now, token, size, decisive, self._jitter.uniform(1 - spread, 1 + spread))
         return Request(key, token, size, path.last_probe)
 

@@ -16,6 +16,7 @@ import math
 import os
 from typing import Final
 
+from . import message
 from .sizes import SMALL_SIZE, SizeSearch
 
 REACHABLE: Final = "reachable"
@@ -37,6 +38,7 @@ LARGE_EVERY_ACTIVE = 2  # on a pair with traffic, every second probe is large
 # On an idle pair, every fourth probe is large: large probes cost bandwidth, and an idle pair sends
 # no large packets.
 LARGE_EVERY_IDLE = 4
+IDLE_JITTER = 0.2  # the interval of an idle path varies by this share, to spread the probes
 # On an idle pair, a probe of either side serves both sides. But each side sends a probe of its own
 # at least once in this number of intervals.
 OWN_EVERY = 4
@@ -71,14 +73,15 @@ class PathState:
     last_probe   when the last probe (request or reply) from the peer was received; None: never
     last_data    when the last data packet was received; None: never or unknown
     send_errno   error of the last probe if the kernel refused to send it, else 0
+    peer_token   token of the last request from the peer; 0: none yet
     sizes        the largest size that passes
     """
 
     __slots__ = (
-        "_active_until", "_awaited_n", "_backoff_n", "_confirmed_after", "_data_proves", "_history",
+        "_active_until", "_answered_token", "_awaited_n", "_backoff_n", "_data_proves", "_history",
         "_history_n", "_jitter", "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending",
         "_probes_n", "_replied_at", "_sent_at", "_soon", "last_answer", "last_data", "last_probe",
-        "rtt", "send_errno", "since", "sizes", "state",
+        "peer_token", "rtt", "send_errno", "since", "sizes", "state",
     )
 
     def __init__(self, now: float, full_size: int, data_proves: bool = False) -> None:
@@ -107,8 +110,8 @@ class PathState:
         self._active_until = now
         self._replied_at = 0.0  # when the last request of the peer was answered
         self._peer_heard: float | None = None  # when the peer last received a probe from us
-        # If the peer's last request confirms our last message: seconds since the request before.
-        self._confirmed_after = 0.0
+        self._answered_token = 0  # token of the last request that was answered in time
+        self.peer_token = 0
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -144,6 +147,7 @@ class PathState:
         probe, self._pending = _take(self._pending, token)
         if probe is not None:
             self._awaited_n -= probe.decisive
+            self._answered_token = token
             self._record(probe, lost=False)
         else:
             probe, self._late = _take(self._late, token)
@@ -156,38 +160,34 @@ class PathState:
         self._proved(now)
         return True
 
-    def heard(self, now: float, heard_seconds: float | None = None) -> None:
-        """Record a request of the peer. The peer last received a probe from us ``heard_seconds``
-        ago.
+    def heard(
+        self, now: float, token: int, heard_seconds: float | None, idle_seconds: float
+    ) -> None:
+        """Record a request of the peer. The peer claims that it received a probe from us
+        ``heard_seconds`` ago (None: never). ``idle_seconds``: the interval of an idle path.
 
-        We answer each request at once. If the peer's next request shows that the answer has not
-        arrived, the path is probed at once.
+        The sender of a request can be forged. So the claim counts only if the token proves that the
+        sender has received our last request. Then it has one of two effects:
+        - Our answer to the peer's previous request has not arrived: the path is probed at once.
+        - The peer has heard us within an interval: the request proves both directions, and the next
+          probe of an idle path is postponed. Some probes are sent nevertheless, for the round trip,
+          the loss and the sizes.
         """
         replied_at, self._replied_at = self._replied_at, now
         self.last_probe = now
-        self._confirmed_after = 0.0
-        if heard_seconds is not None:
-            self._peer_heard = now - heard_seconds
-            error = self._peer_heard - max(replied_at, self._sent_at)
-            if abs(error) < max(SUSPECT_SECONDS, 2 * (self.rtt or 0.0)):
-                self._confirmed_after = now - replied_at
+        self.peer_token = token
+        if heard_seconds is None or not message.proves(token, self._answered_token):
+            return
+        self._peer_heard = now - heard_seconds
+        if self.state != REACHABLE or self.suspect:
+            return
         # An answer that was sent after this time may still arrive at the peer.
         quick = now - max(SUSPECT_SECONDS / 2, 2 * (self.rtt or 0.0))
-        if self.state == REACHABLE and not self.suspect and 0 < replied_at < quick:
-            self._soon |= self._peer_heard is None or self._peer_heard < replied_at
-
-    def postpone(self, now: float, idle_seconds: float) -> None:
-        """Postpone the next probe of an idle path, because the peer's request proves both
-        directions.
-
-        Some probes are sent nevertheless, for the round trip, the loss and the sizes. The request
-        can be forged. So it counts only if it says when the peer received our last message, and if
-        the peer's previous request was at least half an interval ago.
-        """
-        if self._confirmed_after < idle_seconds / 2:
-            return
+        if 0 < replied_at < quick and self._peer_heard < replied_at:
+            self._soon = True
         own = self.last_answer is not None and now - self.last_answer < OWN_EVERY * idle_seconds
-        if self.state == REACHABLE and own and not (self.active or self.suspect or self._soon):
+        if heard_seconds <= idle_seconds * (1 + IDLE_JITTER) and own and \
+                not (self.active or self._soon):
             self._sent_at = now
 
     def data_received(self, now: float) -> None:

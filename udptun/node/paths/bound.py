@@ -97,5 +97,5 @@ class BoundMeter(Meter):
             return
         last = self.prober[key].last_probe
         heard = None if probe.heard_ms == NEVER_HEARD else probe.heard_ms / 1000
-        self.prober.heard(key, now, heard)
+        self.prober.heard(key, now, probe.token, heard)
         self.send(key, probe.reply(heard_field(last, now)).encode(), source)
