@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -135,6 +136,21 @@ async def test_an_unreadable_file_is_not_renamed(tmp_path, caplog):
     assert LeaseCache(path).load(ETCD) is None
     assert path.exists()
     assert "cannot be read" in caplog.text
+
+
+async def test_an_unchanged_state_is_not_written_again(tmp_path):
+    path = tmp_path / "leases.json"
+    file, state = LeaseCache(path, interval_s=0.0), known()
+    file.keep(state)
+    await until(path.exists)
+    await until(lambda: file._next is None)
+    written = path.stat().st_ino
+    file.keep(replace(state, leases=(*state.leases,)))
+    assert file._next is None
+    file.keep(replace(state, lease=None))
+    await until(lambda: path.stat().st_ino != written)
+    await file.aclose()
+    assert LeaseCache(path).load(ETCD).lease is None
 
 
 async def test_many_changes_are_one_write_of_the_last(tmp_path):

@@ -622,6 +622,29 @@ async def test_ages_are_the_times_of_the_last_packets():
         assert ages[macs[0]] < ages[macs[1]]
 
 
+@in_own_netns
+async def test_ages_are_read_only_if_somebody_else_has_sent():
+    underlay()
+    async with opened() as (vxlan, device):
+        assert await vxlan.sync(device, [peer(1), peer(2)]) == ()
+        mac = bytes.fromhex(MACS[0].replace(":", ""))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"before", ("10.5.1.7", 9))
+            assert mac in await vxlan.ages(device, own_n=0)
+            sender.sendto(b"own", ("10.5.1.7", 9))
+            sender.sendto(b"own", ("10.5.2.7", 9))
+            assert await vxlan.ages(device, own_n=2) == {}
+            sender.sendto(b"own", ("10.5.1.7", 9))
+            sender.sendto(b"of another program", ("10.5.1.7", 9))
+            assert mac in await vxlan.ages(device, own_n=3)
+            assert await vxlan.ages(device, own_n=3) == {}
+            # The device counts what it could not send too.
+            sh("ip link set utEa down")
+            with contextlib.suppress(OSError):
+                sender.sendto(b"of another program", ("10.5.1.7", 9))
+            assert mac in await vxlan.ages(device, own_n=3)
+
+
 async def aged(vxlan, device, macs):
     ages = await vxlan.ages(device)
     return all(ages[mac] > 0.3 for mac in macs)

@@ -11,8 +11,11 @@ from udptun.probe.message import (
     UDP_PATH,
     VXLAN_PATH,
     Probe,
+    Unguessable,
     decode,
     heard_field,
+    new_token,
+    proves,
 )
 
 GOLDEN = bytes.fromhex("75747031 01 02 0000 0123456789abcdef 000003e8 001a 0000 0000")
@@ -82,3 +85,20 @@ def test_the_field_heard():
     assert heard_field(3.5, 5.0) == 1500
     assert heard_field(6.0, 5.0) == 0
     assert heard_field(0.0, 1e9) == NEVER_HEARD - 1
+
+
+def test_random_bits_do_not_repeat():
+    rng = Unguessable()
+    for bits in (1, 7, 32, 64, 9000):
+        assert {rng.getrandbits(bits).bit_length() <= bits for _ in range(200)} == {True}
+    assert len({rng.getrandbits(32) for _ in range(2000)}) > 1990
+    assert len({Unguessable().getrandbits(64) for _ in range(50)}) == 50
+
+
+def test_a_token_proves_that_the_last_request_was_received():
+    rng = Unguessable()
+    ours = new_token(rng, 0)
+    theirs = new_token(rng, ours)
+    assert proves(theirs, ours)
+    assert not proves(new_token(rng, new_token(rng, 0)), ours)
+    assert not proves(theirs & 0xFFFFFFFF00000000, 0)

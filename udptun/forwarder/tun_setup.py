@@ -110,13 +110,13 @@ class TunSetup:
         self._repairs.done(what)
 
     async def _differences(self) -> list[str]:
-        state = await tun_state(self._netlink, self._index)
+        state = await tun_state(self._netlink, self._index, self._networks)
         if state is None:
             return ["it was deleted"]
         return state.differences(self._name, self._mtu, self._addresses, self._networks)
 
     async def _repair(self) -> None:
-        state = await tun_state(self._netlink, self._index)
+        state = await tun_state(self._netlink, self._index, self._networks)
         if state is None:
             self._make_again()
         elif state.name != self._name:

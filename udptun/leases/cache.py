@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import is_
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,6 +103,8 @@ class LeaseCache:
         A later call replaces a state that is not written yet. A failed write is logged and
         repeated. If the file is removed later, it is written again.
         """
+        if self._next is None and self._last is not None and _is_same(known, self._last):
+            return
         self._next = known
         loop = asyncio.get_running_loop()
         if self._task is None or self._task.done():
@@ -145,12 +148,21 @@ class LeaseCache:
             await until_removed(self.path)
             if self._next is None and self._last is not None:
                 log.warning("%s was removed: writing it again", self.path)
-                self.keep(self._last)
+                known, self._last = self._last, None
+                self.keep(known)
             await asyncio.sleep(RETRY_SECONDS)
 
     def _write(self, known: LastKnown) -> None:
         self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         replace_file(self.path, [_encode(known)])
+
+
+def _is_same(one: LastKnown, other: LastKnown) -> bool:
+    """Return whether both have the same objects. To compare the data of the leases would take long,
+    and fails if they are nested too deeply."""
+    return (one.store, one.network, one.addresses) == \
+        (other.store, other.network, other.addresses) and one.lease is other.lease and \
+        len(one.leases) == len(other.leases) and all(map(is_, one.leases, other.leases))
 
 
 def _encode(known: LastKnown) -> bytes:

@@ -3,8 +3,9 @@
 Owns the reading, and the comparison with the configuration that ``netlink.configure_tun`` sets.
 Threading: call from any asyncio loop; the work runs in the thread of the given ``Netlink``.
 
-Since Linux 4.20 the kernel filters the dumps by interface, so the cost does not grow with the
-host's other routes. Older kernels send all entries, and this module filters them.
+A VXLAN device has a route for each peer. So the caller names the routes that it wants to find: only
+these are parsed, and without any the routes are not read. Since Linux 4.20 the kernel filters the
+dumps by interface. Older kernels send all entries, and this module filters them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class TunState:
 
     up         the device is up (IFF_UP)
     addresses  addresses of the device, both families
-    networks   destinations of the main table's routes through the device
+    networks   those of the given networks to which the main table has a route through the device
     settings   the values of DEVICE_SETTINGS in the kernel
     quiet      the kernel creates no link-local address on the device, so it sends no packets of its
                own
@@ -96,17 +97,26 @@ class TunState:
         return found
 
 
-async def tun_state(netlink: Netlink, index: int) -> TunState | None:
+async def tun_state(
+    netlink: Netlink, index: int, networks: Iterable[IPNetwork] = ()
+) -> TunState | None:
     """Return the state of the device with this interface index, or None if it does not exist.
-    Raises DeviceError."""
+
+    networks  the routes to look for
+    Raises DeviceError.
+    """
+    wanted = frozenset(networks)
+
     async def read(_: Any) -> TunState | None:
         with RouteSocket() as kernel:
-            return _state(kernel, index)
+            return _state(kernel, index, wanted)
 
     return await netlink.work("reading the TUN device's state", read)
 
 
-def _state(kernel: RouteSocket, index: int) -> TunState | None:
+def _state(
+    kernel: RouteSocket, index: int, networks: frozenset[IPNetwork]
+) -> TunState | None:
     (link,) = kernel.ask(RTM_GETLINK, [IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, 0)])
     if isinstance(link, Refusal):
         if link.number == errno.ENODEV:
@@ -118,7 +128,7 @@ def _state(kernel: RouteSocket, index: int) -> TunState | None:
     return TunState(
         os.fsdecode(bytes(about[IFLA_IFNAME]).rstrip(b"\0")), _u32(about.get(IFLA_MTU)),
         bool(flags & IFF_UP), frozenset(_addresses(kernel, index)),
-        frozenset(_networks(kernel, index)), _settings(families.get(socket.AF_INET)),
+        frozenset(_routed(kernel, index, networks)), _settings(families.get(socket.AF_INET)),
         _is_quiet(families.get(socket.AF_INET6)),
     )
 
@@ -149,24 +159,34 @@ def _addresses(kernel: RouteSocket, index: int) -> list[IPAddress]:
     return found
 
 
-def _networks(kernel: RouteSocket, index: int) -> list[IPNetwork]:
-    found: list[IPNetwork] = []
+def _routed(
+    kernel: RouteSocket, index: int, networks: frozenset[IPNetwork]
+) -> Iterator[IPNetwork]:
+    """Yield the networks that the main table routes through the device."""
     for family, bits in FAMILIES.items():
-        request = RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
-        request += ATTRIBUTE.pack(ATTRIBUTE.size + 4, RTA_OIF) + struct.pack("=I", index)
-        try:
-            messages = kernel.dump(RTM_GETROUTE, request)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
-                raise
-            continue  # no main table yet, or no IPv6 on this host, or no such device
-        for message in messages:
+        wanted = {(net.network_address.packed, net.prefixlen): net for net in networks
+                  if net.max_prefixlen == bits}
+        lengths = {length for _, length in wanted}
+        for message in _routes(kernel, index, family) if wanted else ():
             prefix_len = RTMSG.unpack_from(message)[1]
+            if prefix_len not in lengths:
+                continue
             values = attributes(message, RTMSG.size)
-            if _u32(values.get(RTA_OIF)) == index and _u32(values.get(RTA_TABLE)) == RT_TABLE_MAIN:
-                packed = bytes(values.get(RTA_DST, bytes(bits // 8)))
-                found.append(ipaddress.ip_network((packed, prefix_len)))
-    return found
+            prefix = bytes(values.get(RTA_DST, bytes(bits // 8))), prefix_len
+            if prefix in wanted and _u32(values.get(RTA_OIF)) == index and \
+                    _u32(values.get(RTA_TABLE)) == RT_TABLE_MAIN:
+                yield wanted[prefix]
+
+
+def _routes(kernel: RouteSocket, index: int, family: int) -> list[memoryview]:
+    request = RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
+    request += ATTRIBUTE.pack(ATTRIBUTE.size + 4, RTA_OIF) + struct.pack("=I", index)
+    try:
+        return kernel.dump(RTM_GETROUTE, request)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
+            raise
+        return []  # no main table yet, or no IPv6 on this host, or no such device
 
 
 def _u32(attribute: memoryview | None) -> int:

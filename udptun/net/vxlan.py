@@ -38,7 +38,7 @@ from .netlink import (
     Netlink,
 )
 from .tun_state import tun_state
-from .vxlan_ages import read_ages
+from .vxlan_ages import output_n, read_ages
 from .vxlan_entries import RTPROT_UDPTUN, Entries, EntrySocket
 from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take, unrouted
 
@@ -130,6 +130,7 @@ class Vxlan:
         self._kept: dict[str, _Kept] = {}  # by device name: what the last ``ensure`` set up
         self._repairs: list[str] = []
         self._repaired: set[int] = set()  # interface numbers: repaired since the last ``sync``
+        self._others_n: dict[int, int] = {}  # by interface number: output that is not the caller's
 
     # -- the device -------------------------------------------------------------------------------
 
@@ -328,11 +329,22 @@ class Vxlan:
             f"reading the peers of {device.name}", device,
             lambda entries: unrouted(entries.read(), asked))
 
-    async def ages(self, device: VxlanDevice, within: float = math.inf) -> dict[bytes, float]:
+    async def ages(
+        self, device: VxlanDevice, within: float = math.inf, own_n: int | None = None
+    ) -> dict[bytes, float]:
         """Return {MAC: seconds since the last packet to it}, up to ``within``. Raises DeviceError.
+
+        own_n  packets that the caller itself has sent through this device. If only these were sent
+               since the last call, the result is empty: to read the FDB takes long. None: the
+               result has these packets too
         """
         async def job(_: Any) -> dict[bytes, float]:
             with RouteSocket() as netlink:
+                if own_n is not None:
+                    others_n = output_n(netlink, device.index) - own_n
+                    if self._others_n.get(device.index) == others_n:
+                        return {}
+                    self._others_n[device.index] = others_n
                 return read_ages(netlink, device.index, within)
 
         return await self._netlink.work(f"reading the use of {device.name}", job)
@@ -440,12 +452,12 @@ class Vxlan:
         self, found: _Found, config: VxlanConfig, addresses: frozenset[IPAddress] | None
     ) -> list[str]:
         """Return what differs, among the settings that can be changed on an existing device."""
-        state = await tun_state(self._netlink, found.index)
+        for_sockets = _network_for_sockets(config)
+        networks = () if for_sockets is None else (for_sockets,)
+        state = await tun_state(self._netlink, found.index, networks)
         if state is None:
             return ["it was deleted"]
-        for_sockets = _network_for_sockets(config)
-        wrong = state.differences(
-            config.name, config.mtu, addresses or (), () if for_sockets is None else (for_sockets,))
+        wrong = state.differences(config.name, config.mtu, addresses or (), networks)
         if addresses is not None:
             more = {one for one in state.addresses - addresses if not one.is_link_local}
             wrong += [f"it has the address {one}" for one in more]

@@ -2,17 +2,19 @@
 
 The kernel looks up the FDB entry for each packet (or super-packet) that it sends to the peer, and
 stores the time of this use in the entry. Owns the parsing of the FDB dump. The parsing must be
-fast: a node may have thousands of entries, and the dump is read every few seconds. Threading: same
-as ``RouteSocket``.
+fast: a node may have thousands of entries, and the dump is read every few seconds. The device's own
+counter shows whether a dump is necessary. Threading: same as ``RouteSocket``.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import socket
 import struct
 
-from .batch import ATTRIBUTE, RouteSocket, attributes
+from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
+from .underlay import IFINFOMSG, RTM_GETLINK
 from .vxlan_entries import (
     AF_BRIDGE,
     NDA_IFINDEX,
@@ -27,6 +29,19 @@ USED = struct.Struct("=4xI8x")
 MAC_HEADER = ATTRIBUTE.pack(ATTRIBUTE.size + 6, NDA_LLADDR)
 USED_HEADER = ATTRIBUTE.pack(ATTRIBUTE.size + USED.size, NDA_CACHEINFO)
 TICKS = os.sysconf("SC_CLK_TCK")  # the unit of these times
+IFLA_STATS64 = 23  # linux/if_link.h
+# The start of struct rtnl_link_stats64: packets sent, errors and drops of the device's output.
+OUTPUT = struct.Struct("=8xQ24xQ8xQ")
+
+
+def output_n(netlink: RouteSocket, index: int) -> int:
+    """Return the number of packets (or super-packets) that the device was to send, whether it has
+    sent them or not. Raises OSError."""
+    (link,) = netlink.ask(RTM_GETLINK, [IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, 0)])
+    if isinstance(link, Refusal):
+        raise OSError(link.number, str(link))
+    counters: tuple[int, ...] = OUTPUT.unpack_from(attributes(link, IFINFOMSG.size)[IFLA_STATS64])
+    return sum(counters)
 
 
 def read_ages(

@@ -23,6 +23,7 @@ node's last request knows that half. A sender with a forged address does not rec
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 from dataclasses import dataclass
@@ -80,6 +81,24 @@ def heard_field(last_heard: float | None, now: float) -> int:
     if last_heard is None:
         return NEVER_HEARD
     return min(max(int((now - last_heard) * 1000), 0), NEVER_HEARD - 1)
+
+
+class Unguessable(random.SystemRandom):
+    """Random bits of the kernel, read in larger pieces: one system call per probe costs more than
+    all the rest of a probe's schedule."""
+
+    PIECE_BYTES = 1024
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._piece, self._at = b"", 0
+
+    def getrandbits(self, k: int) -> int:
+        size = (k + 7) // 8
+        if self._at + size > len(self._piece):
+            self._piece, self._at = os.urandom(max(self.PIECE_BYTES, size)), 0
+        self._at += size
+        return int.from_bytes(self._piece[self._at - size : self._at]) >> (8 * size - k)
 
 
 def new_token(rng: random.Random, peer_token: int) -> int:

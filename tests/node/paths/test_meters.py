@@ -244,7 +244,9 @@ async def test_a_slow_look_for_traffic_does_not_count_our_probes(monkeypatch, tm
             return 999.0
 
     class Backend:
-        async def send_ages(self, within):
+        name = "vxlan"
+
+        async def send_ages(self, within, probes_n):
             age = clock[0] - used_at
             clock[0] += 5.0  # the answer is delayed on its way
             return {B[4]: age} if age <= within else {}

@@ -234,10 +234,14 @@ class Backend(ABC, Generic[P]):
         """Return the endpoint under which the forwarder reports its measurements of this path."""
         return None
 
-    async def send_ages(self, within: float) -> Mapping[IPNetwork, float]:
-        """Return how many seconds ago the last packet was sent to a subnet, probes included.
+    async def send_ages(
+        self, within: float, probes_n: Mapping[int, int]
+    ) -> Mapping[IPNetwork, float]:
+        """Return how many seconds ago the last packet was sent to a subnet, probes included. Return
+        nothing if only probes were sent since the last call.
 
-        within  leave out the subnets to which none was sent in so many seconds
+        within    leave out the subnets to which none was sent in so many seconds
+        probes_n  by IP version: the number of probes that were sent through the ``probe_device``
         Only for paths with a ``probe_device``. Raises DeviceError.
         """
         return {}

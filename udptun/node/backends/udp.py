@@ -124,12 +124,13 @@ class UdpBackend(Backend[Route]):
             index = socket.if_nametoindex(name)
         except OSError:
             return [f"{name} does not exist"]
-        state = await tun_state(self._netlink, index)
+        networks = [*map(ip_network, spec.networks)]
+        state = await tun_state(self._netlink, index, networks)
         if state is None:
             return [f"{name} does not exist"]
         return [f"{name}: {text}" for text in state.differences(
             name, state.mtu if spec.mtu is None else spec.mtu,
-            map(ip_address, spec.addresses), map(ip_network, spec.networks),
+            map(ip_address, spec.addresses), networks,
         )]
 
     async def retire(self, network: NetConfig, former: Attributes | None) -> None:

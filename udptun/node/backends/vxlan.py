@@ -283,11 +283,16 @@ class VxlanBackend(Backend[VxlanPeer]):
             return None
         return ProbeDevice(device.name, device.index, base, VXLAN_PATH)
 
-    async def send_ages(self, within: float) -> Mapping[IPNetwork, float]:
+    async def send_ages(
+        self, within: float, probes_n: Mapping[int, int]
+    ) -> Mapping[IPNetwork, float]:
         recent: dict[int, dict[str, float]] = {}  # by IP version: by MAC address
         for version, device in [*self._devices.items()]:
-            ages = await self._vxlan.ages(device, within)
-            recent[version] = {mac.hex(":"): age for mac, age in ages.items()}
+            ages = await self._vxlan.ages(device, within, probes_n.get(version, 0))
+            if ages:
+                recent[version] = {mac.hex(":"): age for mac, age in ages.items()}
+        if not recent:
+            return {}
         return {
             net: age for net, peer in self._peers.items()
             if (age := recent.get(net.version, {}).get(peer.mac.lower())) is not None

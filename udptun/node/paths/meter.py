@@ -56,6 +56,7 @@ class Meter(ABC):
         self.able = False  # no probe is sent before the first ``check``
         self.error = "not opened yet"
         self._sent_at: dict[str, float] = {}
+        self.sent_n = 0  # messages that the kernel has accepted
         self._changed = changed
         self._socket: socket.socket | None = None
         self._errno = errno.ENODEV  # of each probe while there is no socket
@@ -185,6 +186,7 @@ class Meter(ABC):
                 self._break(exc)
             return number
         self._sent_at[key] = time.monotonic()
+        self.sent_n += 1
         return 0
 
     def _break(self, exc: OSError) -> None:

@@ -218,8 +218,11 @@ class Meters:
         """Find the pairs with traffic: the kernel stores the time of the last packet to each peer.
         """
         began = time.monotonic()
+        probes_n = {version: bound.sent_n for (name, version), bound in self._bound.items()
+                    if name == backend.name}
         try:
-            ages = await backend.send_ages(began - self._looked_at.get(at, 0.0) + AGE_SLACK_SECONDS)
+            ages = await backend.send_ages(
+                began - self._looked_at.get(at, 0.0) + AGE_SLACK_SECONDS, probes_n)
         except DeviceError as exc:
             log.debug("%s", exc)
             return
