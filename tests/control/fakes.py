@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from mmap import mmap
 from pathlib import Path
@@ -40,6 +40,7 @@ class FakeForwarder:
         self.table: dict[IPNetwork, Route] = {}
         self.stopped = asyncio.Event()
         self.fail_with: Exception | None = None
+        self.standby: dict[str, bool] = {}
         self.bodies: list[bytes] = []
         self.calls: list[str] = []
         self.events = EventHub()
@@ -125,6 +126,10 @@ class FakeForwarder:
 
     async def peer_chunks(self) -> AsyncGenerator[bytes, None]:
         yield json.dumps({"peers": status_of(1, 0)["peers"]}).encode()
+
+    def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
+        for endpoint in endpoints:
+            self.standby[str(endpoint)] = standby
 
     async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
         if str(endpoint) != "192.0.2.2:8285":

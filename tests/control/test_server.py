@@ -96,6 +96,32 @@ def test_peers(http_: Http) -> None:
     assert body == {"peers": http_.ask("GET", "/v1/status")[1]["peers"]}
 
 
+def test_standby(http_: Http, served: Served) -> None:
+    body = {"endpoints": ["192.0.2.2", "[2001:db8::2]:9"], "standby": True}
+    code, answer, _ = http_.ask("POST", "/v1/standby", body)
+    assert (code, answer) == (200, {"standby": True})
+    assert served.forwarder.standby == {"192.0.2.2:8285": True, "[2001:db8::2]:9": True}
+    http_.ask("POST", "/v1/standby", {"endpoints": ["192.0.2.2:8285"], "standby": False})
+    assert served.forwarder.standby["192.0.2.2:8285"] is False
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"endpoints": []}, "expected an object with endpoints and standby"),
+        ({"endpoints": "192.0.2.2", "standby": True}, "a list of at most 500 strings"),
+        ({"endpoints": ["192.0.2.2"] * 501, "standby": True}, "a list of at most 500 strings"),
+        ({"endpoints": [5], "standby": True}, "a list of at most 500 strings"),
+        ({"endpoints": ["192.0.2.2"], "standby": 1}, "standby: 1 is not true or false"),
+        ({"endpoints": ["a"], "standby": True}, "'a'"),
+    ],
+)
+def test_a_wrong_standby_request_is_refused(http_: Http, body: Any, text: str) -> None:
+    code, answer, _ = http_.ask("POST", "/v1/standby", body)
+    assert (code, answer["error"]["code"]) == (400, "bad_request")
+    assert text in answer["error"]["message"]
+
+
 def test_probe(http_: Http) -> None:
     code, body, _ = http_.ask("POST", "/v1/probe", {"endpoint": "192.0.2.2"})
     assert (code, body) == (200, {"answered": True, "rtt_us": 412, "size": 24})

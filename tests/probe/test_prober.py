@@ -201,6 +201,37 @@ def test_pairs_with_traffic_are_bounded_too_and_idle_ones_still_get_their_share(
     assert {key for _, key, _ in rows if key >= 1000} == set(range(1000, 1500))
 
 
+def test_idle_standby_paths_are_probed_less_often_if_there_are_many():
+    net = Simulation()
+    net.add(*range(1000))
+    for key in range(500):
+        net.prober.set_standby(key, True)
+    net.run(100)
+    rows = net.sent_since(1020.0)
+    standby = sum(key < 500 for _, key, _ in rows)
+    assert 0.15 < standby / (len(rows) - standby) < 0.35
+    since = net.now
+    net.passes = lambda key, size, now: key != 7  # from now on, this path carries the packets
+    net.prober.set_standby(7, False)
+    net.run(20)
+    assert net.first(7, UNREACHABLE, since) <= 15.0
+
+
+def test_a_standby_path_with_traffic_or_behind_a_nat_is_probed_as_often_as_others():
+    net = Simulation()
+    net.add(*range(1000))
+    net.add("nat", max_interval=20.0)
+    for key in (*range(1000), "nat"):
+        net.prober.set_standby(key, True)
+    net.run(60)
+    since = net.now
+    net.with_traffic = {3}
+    net.passes = lambda key, size, now: key != 3
+    net.run(60)
+    assert net.first(3, UNREACHABLE, since) <= 5.0
+    assert len(net.sent_since(since, "nat")) >= 2
+
+
 def test_a_nat_hears_of_us_at_most_every_twenty_seconds():
     net = Simulation()
     net.add(*range(2500))

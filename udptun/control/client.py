@@ -132,6 +132,15 @@ class ControlClient:
         answer: dict[str, Any] = json.loads(self._read(response))
         return answer
 
+    def set_standby(self, endpoints: Iterable[str], standby: bool) -> None:
+        """Say whether other paths carry the packets to these peers."""
+        left = list(endpoints)
+        while left:
+            part, left = left[: protocol.MAX_STANDBY], left[protocol.MAX_STANDBY :]
+            body = protocol.dump({"endpoints": part, "standby": standby})
+            self._read(self._request("POST", protocol.STANDBY, body, {
+                "Content-Type": protocol.JSON_TYPE}))
+
     # Changing
 
     def add(self, route: Route) -> RouteDiff:

@@ -15,6 +15,7 @@ DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"  # equals Instance().control_s
 STATUS: Final = "/v1/status"
 PEERS: Final = "/v1/peers"
 PROBE: Final = "/v1/probe"
+STANDBY: Final = "/v1/standby"
 DROPS: Final = "/v1/drops"
 ROUTES: Final = "/v1/routes"
 TRACE: Final = "/v1/trace"
@@ -34,6 +35,7 @@ TEXT_TYPE: Final = "text/plain"
 
 MAX_TABLE_BODY: Final = 64 * 1024 * 1024  # PUT /v1/routes: about a million routes
 MAX_BODY: Final = 64 * 1024  # all other requests
+MAX_STANDBY: Final = 500  # endpoints in one request of POST /v1/standby
 RECENT_EVENTS: Final = 100  # kept for GET /v1/events?follow=0
 
 # Each error code and its HTTP status. Clients should test the code, not the status.

@@ -64,6 +64,7 @@ class ControlServer:
             protocol.STATUS: {"GET": self._get_status},
             protocol.PEERS: {"GET": self._get_peers},
             protocol.PROBE: {"POST": self._post_probe},
+            protocol.STANDBY: {"POST": self._post_standby},
             protocol.DROPS: {"GET": self._get_drops},
             protocol.ROUTES: {"GET": self._get_routes, "PUT": self._put_routes},
             protocol.TRACE: {"GET": self._get_trace},
@@ -253,6 +254,23 @@ class ControlServer:
             return _answer(await self._forwarder.probe(endpoint, values.get("size")))
         except FieldError as exc:
             raise ControlError("bad_request", str(exc)) from None
+
+    async def _post_standby(self, request: web.BaseRequest) -> web.StreamResponse:
+        values = _loads(await _body(request, protocol.MAX_BODY))
+        if not isinstance(values, dict) or values.keys() != {"endpoints", "standby"}:
+            raise ControlError("bad_request", "expected an object with endpoints and standby")
+        texts, standby = values["endpoints"], values["standby"]
+        if not isinstance(texts, list) or len(texts) > protocol.MAX_STANDBY or \
+                not all(isinstance(one, str) for one in texts):
+            raise ControlError("bad_request", f"endpoints: expected a list of at most "
+                               f"{protocol.MAX_STANDBY} strings")
+        if not isinstance(standby, bool):
+            raise ControlError("bad_request", f"standby: {standby!r} is not true or false")
+        try:
+            self._forwarder.set_standby([*map(Endpoint.parse, texts)], standby)
+        except FieldError as exc:
+            raise ControlError("bad_request", str(exc)) from None
+        return _answer({"standby": standby})
 
     async def _post_stop(self, request: web.BaseRequest) -> web.StreamResponse:
         response = _answer({"stopping": True}, status=202)

@@ -6,7 +6,7 @@ fake forwarder of the tests. Threading: every method is called on the forwarder'
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from mmap import mmap
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ class Controlled(Protocol):
     def peer_chunks(self) -> AsyncGenerator[bytes, None]: ...
 
     async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]: ...
+
+    def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None: ...
 
     def drops(self) -> list[dict[str, Any]]: ...
 

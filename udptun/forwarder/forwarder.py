@@ -326,6 +326,10 @@ class Forwarder:
         """Probe a peer now. docs/control.md describes the result."""
         return await self._probes.probe(endpoint, size)
 
+    def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
+        """Set whether other paths carry the packets to these peers."""
+        self._probes.set_standby(endpoints, standby)
+
     def drops(self) -> list[dict[str, Any]]:
         return self._view.drops()
 

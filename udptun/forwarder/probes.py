@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -109,6 +110,13 @@ class Probes:
         finally:
             del self._waiting[request.token]
             self._core.wake_on_probe(bool(self._waiting))
+
+    def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
+        """Probe the peers on standby paths less often. Peers that are not probed are ignored."""
+        self._follow_table()
+        for endpoint in endpoints:
+            self._prober.set_standby((endpoint.address.packed, endpoint.port), standby)
+        self._arm()
 
     def report(self, address: bytes, port: int) -> dict[str, Any] | None:
         """Return the state of the path to a peer; None if the peer is not probed."""

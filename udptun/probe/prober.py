@@ -6,7 +6,8 @@ thread.
 
 The budget: at most IDLE_PER_SECOND probes a second to idle and unreachable peers, and at most
 URGENT_PER_SECOND to pairs with traffic and to paths on which an answer is missing. If more probes
-are due, they wait in order: with N idle peers, each is probed every max(10 s, N/100 s).
+are due, they wait in order: with N idle peers, each is probed every max(10 s, N/100 s). A standby
+path carries no packets, so with many peers it is probed less often: every max(10 s, N/25 s).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ IDLE_PER_SECOND = 100.0
 URGENT_PER_SECOND = 400.0
 BURST_SECONDS = 0.25  # a bucket holds the tokens of this time
 ACTIVE_JITTER = 0.1
+STANDBY_PER_SECOND = 25.0  # probes to N idle standby paths
 RETRY_SECONDS = 0.02  # shortest wait for the budget: probes are sent in small batches
 
 
@@ -54,6 +56,7 @@ class Prober(Generic[K]):
         self._jitter = rng or random.Random()
         self._paths: dict[K, PathState] = {}
         self._max_interval: dict[K, float] = {}
+        self._standby: set[K] = set()
         self._schedule: Schedule[K] = Schedule()
         # The paths that wait for the budget, by urgency, in order.
         self._waiting: dict[bool, OrderedDict[K, None]] = {
@@ -107,8 +110,16 @@ class Prober(Generic[K]):
     def remove(self, key: K) -> None:
         self._paths.pop(key, None)
         self._max_interval.pop(key, None)
+        self._standby.discard(key)
         self._schedule.remove(key)
         self._changed.pop(key, None)
+
+    def set_standby(self, key: K, standby: bool) -> None:
+        """Set whether another path carries the packets to this peer at present."""
+        path = self._paths.get(key)
+        if path is not None and standby != (key in self._standby):
+            (self._standby.add if standby else self._standby.discard)(key)
+            self._plan(key, path)
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -209,7 +220,8 @@ class Prober(Generic[K]):
 
     def _interval(self, key: K) -> float:
         """Return the interval at which this path is probed while it is idle."""
-        interval = max(IDLE_SECONDS, len(self._paths) / IDLE_PER_SECOND)
+        per_second = STANDBY_PER_SECOND if key in self._standby else IDLE_PER_SECOND
+        interval = max(IDLE_SECONDS, len(self._paths) / per_second)
         if self._max_interval and (limit := self._max_interval.get(key)) is not None:
             return min(interval, limit)
         return interval

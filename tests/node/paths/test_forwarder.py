@@ -69,3 +69,21 @@ async def test_asking(path, thread):  # noqa: F811
             assert await view.ask("192.0.2.99:8285") is None  # not a peer that is probed
     finally:
         view.close()
+
+
+async def test_the_forwarder_is_told_which_paths_are_standby(path, thread):  # noqa: F811
+    view = ForwarderView(path, lambda _: None)
+    many = {f"192.0.{i // 250}.{i % 250}:8285" for i in range(1200)}
+    try:
+        await view.set_standby(frozenset(many))  # no forwarder
+        with Served(thread, path) as served:
+            await until(lambda: view.probe(ENDPOINT), "the first read")
+            assert served.forwarder.standby == dict.fromkeys(many, True)
+            await view.set_standby(frozenset(many - {ENDPOINT}) | {"192.0.9.9:8285"})
+            assert served.forwarder.standby[ENDPOINT] is False
+            assert served.forwarder.standby["192.0.9.9:8285"] is True
+            served.forwarder.standby.clear()
+            await view.refresh()
+            assert len(served.forwarder.standby) == 1200
+    finally:
+        view.close()

@@ -2,7 +2,7 @@
 
 Owns the connection to the forwarder's events, and a copy of the forwarder's measurements. After
 each connect the whole state is read; then each event updates the copy. ``ask`` makes the forwarder
-probe one peer now.
+probe one peer now; ``set_standby`` makes it probe some peers less often.
 The control client is synchronous: one thread follows the events, and a small pool makes the calls.
 All other methods and the callback run on the daemon's loop.
 """
@@ -52,6 +52,7 @@ class ForwarderView:
         # By endpoint: the values of FIELDS. Empty while no forwarder answers.
         self._probes: dict[str, tuple[Any, ...]] = {}
         self.gone = False
+        self._standby: frozenset[str] = frozenset()
         self._control = str(control)
         self._changed = changed
         self._loop = asyncio.get_running_loop()
@@ -88,10 +89,28 @@ class ForwarderView:
 
         return await self._loop.run_in_executor(self._calls, call)
 
+    async def set_standby(self, endpoints: frozenset[str]) -> None:
+        """Set the peers to which other paths carry the packets."""
+        former, self._standby = self._standby, endpoints
+
+        def call() -> None:
+            with ControlClient(self._control, CALL_SECONDS) as client:
+                client.set_standby(former - endpoints, False)
+                client.set_standby(endpoints - former, True)
+
+        with contextlib.suppress(NoForwarder, ControlError):  # ``refresh`` repeats it
+            await self._loop.run_in_executor(self._calls, call)
+
+    def _send_standby(self, client: ControlClient) -> None:
+        with contextlib.suppress(ControlError):  # a forwarder of an older version
+            client.set_standby(self._standby, True)
+
     async def refresh(self) -> None:
-        """Read the whole state again."""
+        """Read the whole state again. Also send the standby peers again: the forwarder ignores a
+        peer that it does not probe yet."""
         def call() -> dict[str, tuple[Any, ...]]:
             with ControlClient(self._control, CALL_SECONDS) as client:
+                self._send_standby(client)
                 return _read(client)
 
         with contextlib.suppress(NoForwarder, ControlError):
@@ -107,6 +126,7 @@ class ForwarderView:
                     self._stream = stream
                     events = stream.events()
                     next(events)  # "hello": from here on, no event is missed
+                    self._send_standby(client)
                     self._post(self._replace, _read(client))
                     for event in events:
                         self._post(self._event, event)

@@ -59,6 +59,7 @@ class Meters:
         self._listeners: dict[tuple[int, str], Listener] = {}  # by IP version and device
         self._forwarder: ForwarderView | None = None
         self._by_endpoint: dict[str, dict[IPNetwork, None]] = {}
+        self._standby_changed = False
         self._turn = 0
         self._looked_at: dict[int, float] = {}  # by path: when the last search for traffic began
 
@@ -111,6 +112,7 @@ class Meters:
         for endpoint in pair.endpoints:
             if endpoint is not None:
                 self._by_endpoint.setdefault(endpoint, {})[pair.subnet] = None
+                self._standby_changed = True
 
     def forget(self, pair: Pair) -> None:
         """Stop to measure the paths of this pair."""
@@ -202,6 +204,19 @@ class Meters:
                     listener.watch(silent.get(name, ()))
                 except OSError as exc:
                     log.debug("listening on %s for packets of silent peers: %s", name, exc)
+
+    async def follow_standby(self, pairs: Iterable[Pair]) -> None:
+        """Tell the forwarder to which peers another path carries the packets."""
+        if not self._standby_changed or self._forwarder is None:
+            return
+        self._standby_changed = False
+        carrying: set[str] = set()
+        standby: set[str] = set()
+        for pair in pairs:
+            for at, endpoint in enumerate(pair.endpoints):
+                if endpoint is not None:
+                    (carrying if at == pair.choice.at else standby).add(endpoint)
+        await self._forwarder.set_standby(frozenset(standby - carrying))
 
     def follow_left(self, pairs: Iterable[Pair]) -> None:
         """Probe the preferred paths that do not carry the packets, but answer again."""

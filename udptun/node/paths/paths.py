@@ -280,6 +280,7 @@ class Paths:
         while True:
             self._meters.check(self._pairs, self._backends)
             self._meters.follow_left(self._pairs.values())
+            await self._meters.follow_standby(self._pairs.values())
             self._report.measure_errors = self._meters.errors()
             await asyncio.sleep(TICK_SECONDS)
 
