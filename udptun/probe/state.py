@@ -229,6 +229,11 @@ class PathState:
         return self._awaited_n > 0 or self._missed_n > 0 or self.sizes.suspect
 
     @property
+    def missed(self) -> bool:
+        """Whether the last probe was not answered in time."""
+        return self._missed_n > 0
+
+    @property
     def loss(self) -> float | None:
         """Share of the last LOSS_WINDOW probes without an answer in time; None: no probe yet."""
         return self._history.bit_count() / self._history_n if self._history_n else None

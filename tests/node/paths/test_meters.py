@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import socket
+import time
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from udptun.node.paths import meters as meters_module
 from udptun.node.paths.bound import BoundMeter
 from udptun.node.paths.choice import Health
 from udptun.node.paths.echo import EchoMeter
+from udptun.node.paths.icmp import Echoes
 from udptun.node.paths.meters import Meters
 from udptun.probe.message import HEADER_SIZE, REQUEST, UDP_PATH, VXLAN_PATH, Probe
 from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE
@@ -68,6 +71,7 @@ async def test_two_bound_meters_measure_each_other(version):
 
 @in_own_netns
 async def test_a_peer_that_does_not_answer_is_unreachable():
+    sh("sysctl -qw net.ipv4.icmp_echo_ignore_all=1")
     with bound(A[4]) as (meter, changes):
         meter.add(B[4], 9000, MTU)
         meter.traffic([B[4]])
@@ -75,6 +79,34 @@ async def test_a_peer_that_does_not_answer_is_unreachable():
         assert changes == [B[4]]
         meter.remove(B[4])
         assert meter.state(B[4]) is None
+
+
+@both
+@in_own_netns
+async def test_a_peer_whose_daemon_has_ended_is_reachable(version, caplog):
+    """Its kernel still carries packets, and answers echoes."""
+    prepare(version)
+    own = ip_network((A[version], B[version].prefixlen), strict=False)
+    with bound(A[version]) as (a, changes):
+        with bound(B[version].network_address, 9000) as (b, _):
+            b.add(own, PORT, MTU)
+            a.add(B[version], 9000, MTU)
+            await until(lambda: a.state(B[version]).state == REACHABLE, "an answer")
+        ended = time.monotonic()
+        a.traffic([B[version]])
+        changes.clear()
+        await until(lambda: "answers echoes, but no probes" in caplog.text, "the log line")
+        assert changes == []  # the path was never called unreachable
+        assert a.state(B[version]).last_answer > ended
+        with bound(B[version].network_address, 9000) as (b, _), \
+                caplog.at_level(logging.INFO, "udptun"):
+            b.add(own, PORT, MTU)
+            await until(lambda: "answers probes again" in caplog.text, "the next log line")
+
+
+def test_an_echo_is_as_large_as_a_probe():
+    echo = Echoes(4).request(7, MTU - 28)
+    assert len(echo) + 20 == MTU  # with the header of IPv4
 
 
 @in_own_netns

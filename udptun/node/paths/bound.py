@@ -5,12 +5,20 @@ advertises. So the kernel sends through the device whatever the route to the pee
 only what arrives through it. This measures the path that the device makes, not the path that
 packets take at present.
 
+The peer's daemon answers the probes, and the peer's kernel carries the packets. If a probe is not
+answered, the daemon may have ended, and the path may work. So the next requests are sent as ICMP
+echoes as well, through the same device: the peer's kernel answers these. One of the two answers is
+enough.
+
 A request is answered only if it comes from the address and port of a known peer. There is one reply
 of the same size. So this node cannot be used to amplify traffic. Runs on the daemon's loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -20,7 +28,12 @@ from ...model import OVERHEAD, IPNetwork
 from ...probe.message import NEVER_HEARD, REPLY, REQUEST, Probe, decode, heard_field
 from ...probe.prober import Request
 from ..backends.base import ProbeDevice
-from .meter import Meter, send_whole
+from .icmp import Echoes, open_raw
+from .meter import RECEIVE_LEN, Meter, send_whole
+
+log = logging.getLogger(__name__)
+
+SILENT_AFTER = 3  # answered echoes without an answered probe, until this is logged
 
 
 class BoundMeter(Meter):
@@ -35,6 +48,11 @@ class BoundMeter(Meter):
         super().__init__(changed)
         self.device, self.port = device, port
         self._ports: dict[str, int] = {}  # of the peers, by their address
+        self._echoes = Echoes(device.address.version)
+        self._raw: socket.socket | None = None  # for the echoes; None: not needed until now
+        # By peer: echoes that were answered, since a probe was. The peers that answer probes are
+        # missing.
+        self._echoed: dict[str, int] = {}
 
     def add(
         self, subnet: IPNetwork, port: int, mtu: int, max_interval: float | None = None
@@ -47,12 +65,20 @@ class BoundMeter(Meter):
         super().remove(subnet)
         if (key := str(subnet.network_address)) not in self._subnets:
             self._ports.pop(key, None)
+            self._echoed.pop(key, None)
 
     def move(self, device: ProbeDevice, port: int) -> None:
         """Use another device or port from now on. Keep the measurements."""
         if (device, port) != (self.device, self.port):
             self.close()
             self.device, self.port = device, port
+
+    def close(self) -> None:
+        super().close()
+        if self._raw is not None:
+            asyncio.get_running_loop().remove_reader(self._raw)
+            self._raw.close()
+            self._raw = None
 
     # -- the socket -------------------------------------------------------------------------------
 
@@ -94,8 +120,41 @@ class BoundMeter(Meter):
         now = time.monotonic()
         if probe.kind == REPLY:
             self.prober.answered(key, probe.token, probe.size, now)
+            if self._echoed.pop(key, 0) >= SILENT_AFTER:
+                log.info("%s answers probes again", self._subnets[key])
             return
         last = self.prober[key].last_probe
         heard = None if probe.heard_ms == NEVER_HEARD else probe.heard_ms / 1000
         self.prober.heard(key, now, probe.token, heard)
         self.send(key, probe.reply(heard_field(last, now)).encode(), source)
+
+    # -- echoes -----------------------------------------------------------------------------------
+
+    def _sent(self, request: Request[str]) -> None:
+        key = request.key
+        if not self.prober[key].missed and key not in self._echoed:
+            return
+        # An echo that cannot be sent is as good as one that is not answered.
+        with contextlib.suppress(OSError):
+            if self._raw is None:
+                device = self.device
+                self._raw = open_raw(device.address.version, device.name, device.address)
+                self._raw.setblocking(False)
+                asyncio.get_running_loop().add_reader(self._raw, self._receive_echo, self._raw)
+            self._raw.sendto(self._echoes.request(request.token, request.size), (key, 0))
+
+    def _receive_echo(self, opened: socket.socket) -> None:
+        try:
+            message, source = opened.recvfrom(RECEIVE_LEN)
+        except OSError:  # the device is down, or there is no message
+            return
+        key = source[0]
+        if key not in self.prober or (reply := self._echoes.reply(message)) is None:
+            return
+        if self.prober.answered(key, *reply, time.monotonic()):
+            n = self._echoed[key] = self._echoed.get(key, 0) + 1
+            if n == SILENT_AFTER:
+                log.warning("%s answers echoes, but no probes: its packets pass, but its node "
+                            "daemon does not answer", self._subnets[key])
+        self._report()
+        self._schedule()

@@ -138,6 +138,10 @@ class Meter(ABC):
     def _message(self, request: Request[str]) -> tuple[bytes, Any]:
         """Return the bytes of a request and the address to which it is sent."""
 
+    def _sent(self, request: Request[str]) -> None:
+        """Called after each request that was sent."""
+        return
+
     @abstractmethod
     def _received(self, message: bytes, source: Any) -> None:
         """Parse one received message. It may come from any host."""
@@ -171,6 +175,8 @@ class Meter(ABC):
             message, target = self._message(request)
             if (number := self.send(request.key, message, target)):
                 self.prober.send_failed(request, number)
+            else:
+                self._sent(request)
         self._report()
         self._schedule()
 
