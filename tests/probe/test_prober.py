@@ -155,6 +155,29 @@ def test_an_unreachable_peer_is_probed_as_an_idle_one_also_with_traffic():
     assert 8 <= len(net.sent_since(since)) <= 14
 
 
+@pytest.mark.parametrize("traffic", ["", "a"])
+def test_a_request_of_an_unreachable_peer_shows_that_it_is_back(traffic):
+    net = started(traffic=traffic)
+    net.passes = lambda key, size, now: False
+    net.run(40)
+    assert net.state("a") == UNREACHABLE
+    net.passes = lambda key, size, now: True
+    net.run(max(0.0, net.sent[-1][0] + 2.0 - net.now))
+    net.prober.heard("a", net.now, 1)
+    since = net.now
+    net.run(1)
+    assert net.first("a", REACHABLE, since) < 0.1
+
+    # Such requests may be forged. So many of them cause at most one probe per second.
+    net.passes = lambda key, size, now: False
+    net.run(40)
+    since = net.now
+    for _ in range(100):
+        net.prober.heard("a", net.now, 1)
+        net.run(0.1)
+    assert len(net.sent_since(since)) <= 11
+
+
 def test_idle_peers_are_probed_at_different_times():
     keys = range(500)
     net = started(keys)

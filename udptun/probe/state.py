@@ -172,10 +172,15 @@ class PathState:
         - The peer has heard us within an interval: the request proves both directions, and the next
           probe of an idle path is postponed. Some probes are sent nevertheless, for the round trip,
           the loss and the sizes.
+
+        A request that proves nothing has one effect: an unreachable path is probed, at most once
+        per second, because the peer may be back.
         """
         replied_at, self._replied_at = self._replied_at, now
         self.last_probe = now
         self.peer_token = token
+        if self.state == UNREACHABLE and now - self._sent_at >= ACTIVE_SECONDS:
+            self._soon = True
         if heard_seconds is None or not message.proves(token, self._answered_token):
             return
         self._peer_heard = now - heard_seconds
