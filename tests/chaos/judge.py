@@ -6,6 +6,9 @@ While an act stands, and after it:
 - a node that the act does not concern stays ready, whatever happens to others;
 - the host of a touched node has again what it had before, if the act does not stand;
 - the status says why, and the log has a line, if the act's scene asks for it.
+
+On a loaded machine the deadline is later: by the longest time that a process of the cluster waited
+for a CPU since the act (``World.waited``). The verdict has this time.
 """
 
 import re
@@ -31,13 +34,24 @@ class Verdict:
 
     wrong  the failures, each one line; empty: the act passed
     took   seconds until everything was as it must be: while the act stood, and after it
+    late   seconds by which the deadline was later, because the machine is loaded: the same
     """
 
     name: str
     text: str
     wrong: list[str] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
     evidence: str = ""
+
+
+@dataclass
+class _Found:
+    """What was wrong at the deadline, and the times as in ``Verdict``."""
+
+    wrong: list[str]
+    took: float
+    late: float
 
 
 class Judge:
@@ -50,7 +64,7 @@ class Judge:
         """Wait until all pods reach each other, and all nodes are ready. Return what is missing."""
         self._world.remember()
         rest = Scene("the cluster is up", list(self._world.members), changes=True)
-        return self._watch(rest, time.monotonic(), seconds, 0, standing=False)[0]
+        return self._watch(rest, time.monotonic(), seconds, 0, standing=False).wrong
 
     def run(self, act: Act, rng: Random, tell: Callable[[str], object]) -> Verdict:
         world = self._world
@@ -62,19 +76,20 @@ class Judge:
         began = time.monotonic()
         stands = scene.undo is not None
         deadline = self._deadline + scene.late
-        wrong, took = self._watch(scene, began, deadline, scene.stands, stands)
-        self._note(verdict, "" if not stands else "while it stands: ", wrong, took)
+        found = self._watch(scene, began, deadline, scene.stands, stands)
+        self._note(verdict, "" if not stands else "while it stands: ", found)
         if scene.undo is not None:
             scene.undo()
             after = Scene(scene.text, scene.touched, changes=scene.changes)
-            wrong, took = self._watch(after, time.monotonic(), deadline, 2.0, standing=False)
-            self._note(verdict, "after it: ", wrong, took)
+            found = self._watch(after, time.monotonic(), deadline, 2.0, standing=False)
+            self._note(verdict, "after it: ", found)
         return verdict
 
-    def _note(self, verdict: Verdict, when: str, wrong: list[str], took: float) -> None:
-        verdict.wrong += [when + one for one in wrong]
-        verdict.took.append(took)
-        if wrong:
+    def _note(self, verdict: Verdict, when: str, found: _Found) -> None:
+        verdict.wrong += [when + one for one in found.wrong]
+        verdict.took.append(found.took)
+        verdict.late.append(found.late)
+        if found.wrong:
             world = self._world
             verdict.evidence += "".join(
                 f"--- {when}{name}\n{health.text}" for name, health in self._health.items())
@@ -84,20 +99,24 @@ class Judge:
 
     def _watch(
         self, scene: Scene, began: float, deadline: float, least: float, standing: bool,
-    ) -> tuple[list[str], float]:
-        """Look until nothing is wrong; return what is wrong at the deadline, and the time taken."""
+    ) -> _Found:
+        """Look until nothing is wrong, at most until the deadline."""
         world, unready = self._world, {}
+        before, late = world.waited(), 0.0
         while True:
             world.tend()
             wrong = self._look(scene, began, standing, unready)
             passed = time.monotonic() - began
-            if (not wrong and passed >= least) or passed >= max(deadline, least):
+            if passed >= max(deadline, least):
+                late = max((seconds - before.get(process, 0.0)
+                            for process, seconds in world.waited().items()), default=0.0)
+            if (not wrong and passed >= least) or passed >= max(deadline + late, least):
                 break
             time.sleep(LOOK_SECONDS)
         wrong += unready.values()
         lost = [at for pair, at in world.mesh.last_lost(began).items() if pair not in scene.cut]
         took = passed if wrong else max([0.0, *(at - began for at in lost)])
-        return wrong, took
+        return _Found(wrong, took, late)
 
     def _look(self, scene, began, standing, unready) -> list[str]:
         """Return everything that is wrong now."""
@@ -119,10 +138,10 @@ class Judge:
         if scene.says and not any(re.search(scene.says, self._health[name].text)
                                   for name in touched):
             wrong.append(f"no status of {', '.join(sorted(touched))} says /{scene.says}/")
+        wrong += self._false_names(scene, broken)
         if not standing:
             wrong += [f"{name} is not ready: {', '.join(health.failed()) or health.text.strip()}"
                       for name, health in self._health.items() if not health.ready]
-            wrong += self._stale_names()
             if not scene.changes:
                 wrong += [f"{member.host.name}: the host differs: {' | '.join(lines)}"
                           for member in scene.touched if (lines := self._differs(member))]
@@ -146,12 +165,13 @@ class Judge:
                 return True
         return False
 
-    def _stale_names(self) -> list[str]:
-        """Return the peers that a status still names as unreachable, though nothing stands."""
-        return [f"{name} still says that it does not reach {other}"
-                for name, health in self._health.items()
-                for other, key in self._world.subnets.items()
-                if other != name and health.names(key)]
+    def _false_names(self, scene: Scene, broken: dict[Pair, str]) -> list[str]:
+        """Return the peers that a status names as unreachable, although all packets pass."""
+        passes = {pair for pair in self._world.mesh.pairs()
+                  if pair not in broken and pair not in scene.cut and pair not in scene.lossy}
+        return [f"{a} says that it does not reach {b}, and all packets pass"
+                for a, b in sorted(passes) if (b, a) in passes
+                and self._health[a].names(self._world.subnets[b])]
 
 
 def _by_reason(why: str, pairs: dict[Pair, str]) -> list[str]:

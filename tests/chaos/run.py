@@ -83,9 +83,14 @@ class Chaos:
             verdict = Verdict(act.name, "", [f"the act cannot be done: {error}"])
         self.verdicts.append(verdict)
         took = " + ".join(f"{seconds:.1f}" for seconds in verdict.took)
+        loaded = ""
+        if max(verdict.late, default=0.0):
+            late = " + ".join(f"{seconds:.1f}" for seconds in verdict.late)
+            loaded = f" (deadline later by {late} s: a process waited so long for a CPU)"
         if not verdict.wrong:
-            self._tell(f"                      ok, {took} s")
+            self._tell(f"                      ok, {took} s{loaded}")
             return
+        self._tell(f"                      failed after {took} s{loaded}")
         for line in verdict.wrong:
             self._tell(f"                      WRONG {line}")
         self._tell("                      replay: python -m tests.chaos "

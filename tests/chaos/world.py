@@ -16,6 +16,7 @@ from pathlib import Path
 
 from udptun.control.protocol import NODE
 from udptun.lab.cluster import Cluster, Member
+from udptun.lab.hosts import NETNS_DIR
 from udptun.lab.tunnels import control_request
 
 from .mesh import Mesh
@@ -109,19 +110,29 @@ class World:
         end = member.host.interfaces[0]
         member.host.ip(f"route replace default via {self.etcd.host.v4} dev {end.name}")
 
-    def pids(self, member: Member) -> list[int]:
-        """Return all processes of udptun on a node."""
+    def pids(self, *members: Member) -> list[int]:
+        """Return all processes of udptun on these nodes."""
+        spaces = {(NETNS_DIR / member.host.namespace).stat().st_ino for member in members}
         found = []
-        for word in member.host.run(["ip", "netns", "pids", member.host.namespace]).stdout.split():
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{word}/cmdline").read_bytes().split(b"\0")
-                if b"udptun" in command and (b"node" in command or b"forward" in command):
-                    found.append(int(word))
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                if (process / "ns/net").stat().st_ino in spaces:
+                    command = (process / "cmdline").read_bytes().split(b"\0")
+                    if b"udptun" in command and (b"node" in command or b"forward" in command):
+                        found.append(int(process.name))
         return found
 
     def forwarder_pids(self, member: Member) -> list[int]:
         return [pid for pid in self.pids(member)
                 if b"forward" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+
+    def waited(self) -> dict[int, float]:
+        """Return for how many seconds each process of udptun could run but had no CPU so far."""
+        found = {}
+        for pid in self.pids(*self.members):
+            with contextlib.suppress(OSError, IndexError):  # it has ended; an old kernel
+                found[pid] = int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+        return found
 
     # -- the network -----------------------------------------------------------------------------
 
