@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-CLONE_NEWNET = 0x40000000  # linux/sched.h
+CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -32,6 +32,14 @@ def sh(*commands: str) -> str:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         out = done.stdout
     return out
+
+
+def in_own_mount_namespace() -> None:
+    """Give the calling thread, and those that it starts, mounts of their own. Call it in a test
+    with ``in_own_netns``."""
+    if _libc.unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS)")
+    sh("mount --make-rprivate /")
 
 
 def ip_json(command: str) -> Any:

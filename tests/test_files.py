@@ -1,13 +1,16 @@
-"""Replacing a file: completely or not at all, and without leftover files."""
+"""Replacing a file: completely or not at all, and without leftover files. Locks of files."""
 
 import errno
+import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from udptun.files import replace_file
+from udptun.files import FileLock, replace_file
 
 
 def test_a_file_is_created_and_replaced(tmp_path):
@@ -104,3 +107,66 @@ def test_concurrent_writers_never_mix_their_content(tmp_path):
     reader.join()
     assert seen <= set(texts)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def write_until_killed(path, ready):
+    def parts():
+        yield b"half"
+        ready.set()
+        multiprocessing.Event().wait()
+
+    replace_file(path, parts())
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    path = tmp_path / "file"
+    other = tmp_path / ".file.notes"
+    other.write_bytes(b"of the user")
+    context = multiprocessing.get_context("spawn")
+    writers = []
+    for _ in range(2):
+        ready = context.Event()
+        writers.append(context.Process(target=write_until_killed, args=(path, ready)))
+        writers[-1].start()
+        assert ready.wait(60)
+    writers[0].kill()
+    writers[0].join(60)
+    replace_file(path, [b"new"])
+    assert len([*tmp_path.iterdir()]) == 3  # the file of the living writer stays
+    writers[1].kill()
+    writers[1].join(60)
+    replace_file(path, [b"newer"])
+    assert {*tmp_path.iterdir()} == {path, other}
+    assert path.read_bytes() == b"newer"
+
+
+def test_a_new_file_is_never_readable_by_others(tmp_path):
+    def modes():
+        (fresh,) = (one for one in tmp_path.iterdir())
+        yield oct(fresh.stat().st_mode & 0o077).encode()
+
+    before = os.umask(0)
+    try:
+        replace_file(tmp_path / "file", modes(), 0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").read_bytes() == b"0o0"
+
+
+def test_another_user_cannot_take_a_lock(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    tmp_path.chmod(0o755)
+    before = os.umask(0)
+    try:
+        lock = FileLock.take(tmp_path / "lock")
+    finally:
+        os.umask(before)
+    assert lock is not None
+    attack = ("import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
+              "os.open(sys.argv[1], os.O_RDONLY)")
+    done = subprocess.run([sys.executable, "-c", attack, str(lock.path)], capture_output=True,
+                          text=True, check=False)
+    assert "PermissionError" in done.stderr
+    lock.release()
+    assert [*tmp_path.iterdir()] == []

@@ -34,7 +34,7 @@ RULES = {
     "spans": set(),
     "wait": set(),
     "connections": set(),
-    "instance": {"errors"},
+    "instance": {"errors", "files"},
     "_version": set(),
     "model": {"errors"},
     "probe": LEAVES | {"probe"},

@@ -1,15 +1,37 @@
-"""Replace a file atomically: the file always has either the old or the new content, for a reader
-and after a crash.
+"""Files that udptun owns: replace one atomically, read one back, and lock one.
 
-A leaf: imports no other module of udptun. Calls block. Threading: any thread, any number of
-writers. Source: rename(2), fsync(2). A rename is on the disk when the directory is synced.
+A file that is replaced always has either the old or the new content, for a reader and after a
+crash. A file that is read back may have been changed by another user, so its owner and type are
+checked. A lock file has mode 0600: who can open a file for reading can also lock it.
+
+A leaf: imports no other module of udptun. Calls block, except those of a lock. Threading: any
+thread, any number of writers. Source: rename(2), fsync(2), flock(2). A rename is on the disk when
+the directory is synced.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
+
+_RANDOM_BYTES = 8  # in the name of a file that is being written
+
+
+class UntrustedFile(OSError):
+    """Another user could have written the file, or it is not a regular file."""
+
+    def __init__(self, path: Path, found: str, expected: str) -> None:
+        super().__init__(errno.EPERM, f"{path} {found}: expected {expected}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 def replace_file(path: Path, parts: Iterable[bytes], mode: int | None = None) -> None:
@@ -18,13 +40,13 @@ def replace_file(path: Path, parts: Iterable[bytes], mode: int | None = None) ->
     mode  mode of the file, independent of the umask. None: 0666 minus the umask, the usual mode
           of a new file
 
-    Raises OSError, or an error of the ``parts`` iterator. The old file is then unchanged.
+    Files that a killed writer of ``path`` has left are removed. Raises OSError, or an error of the
+    ``parts`` iterator. The old file is then unchanged.
     """
-    # a random name, because another process may replace the same file
-    fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fresh, handle = _create(path, 0o666 if mode is None else mode & 0o600)
     try:
-        with os.fdopen(handle, "wb") as file:
+        _remove_leftovers(path)
+        with os.fdopen(os.dup(handle), "wb") as file:
             file.writelines(parts)
             file.flush()
             if mode is not None:
@@ -32,10 +54,128 @@ def replace_file(path: Path, parts: Iterable[bytes], mode: int | None = None) ->
             os.fsync(handle)
         fresh.replace(path)
     except BaseException:
-        fresh.unlink()
+        with suppress(OSError):
+            fresh.unlink()
         raise
+    finally:
+        os.close(handle)  # the lock is held until the file has its final name
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _create(path: Path, mode: int) -> tuple[Path, int]:
+    """Create and lock the file that will replace ``path``. The lock shows that its writer lives."""
+    while True:
+        # a random name, because another process may replace the same file
+        fresh = path.with_name(f".{path.name}.{os.urandom(_RANDOM_BYTES).hex()}")
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                return fresh, handle
+        os.close(handle)  # another writer took it for a leftover before it was locked
+
+
+def _remove_leftovers(path: Path) -> None:
+    ours = re.compile(re.escape(f".{path.name}.") + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
+    for found in path.parent.iterdir():
+        if not ours.fullmatch(found.name):
+            continue
+        with suppress(OSError):
+            handle = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.unlink()
+            finally:
+                os.close(handle)
+
+
+def read_own_file(path: Path) -> bytes:
+    """Return the content of a file that only this user and root can have written.
+
+    Raises UntrustedFile, which says what is wrong with the file. Raises OSError.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO does not block
+    try:
+        handle = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UntrustedFile(path, "is a symbolic link", "a regular file") from None
+        if error.errno == errno.ENXIO:
+            raise UntrustedFile(path, "is a socket", "a regular file") from None
+        raise
+    try:
+        _refuse_foreign(path, os.fstat(handle))
+        with os.fdopen(os.dup(handle), "rb") as file:
+            return file.read()
+    finally:
+        os.close(handle)
+
+
+def _refuse_foreign(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise UntrustedFile(path, "is not a regular file", "a regular file")
+    if found.st_uid not in (0, os.geteuid()):
+        raise UntrustedFile(path, f"belongs to the user {found.st_uid}",
+                            f"a file of root or of the user {os.geteuid()}")
+    if found.st_mode & 0o022:
+        raise UntrustedFile(path, f"has mode {stat.S_IMODE(found.st_mode):04o}",
+                            "a file that only its owner can write, such as mode 0600")
+
+
+class FileLock:
+    """A lock that one process holds. The kernel releases it when the process ends."""
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self.path = path
+        self.handle = handle
+
+    @classmethod
+    def take(cls, path: Path) -> Self | None:
+        """Create the file if necessary, and lock it. Return None if another process holds the lock.
+
+        Raises UntrustedFile if another user can lock the file. Raises OSError.
+
+        A process that ends removes the file. It may do so between our open and our flock. Then
+        other processes lock a new file, and our lock has no effect. So check this, and open the
+        path again.
+        """
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                             | os.O_NONBLOCK, 0o600)
+            try:
+                found = os.fstat(handle)
+                _refuse_foreign(path, found)
+                if found.st_mode & 0o077:
+                    raise UntrustedFile(path, f"has mode {stat.S_IMODE(found.st_mode):04o}",
+                                        "a file that only its owner can open")
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            except BaseException:
+                os.close(handle)
+                raise
+            lock = cls(path, handle)
+            if lock.is_valid:
+                return lock
+            os.close(handle)
+
+    @property
+    def is_valid(self) -> bool:
+        """False if the file was removed: then another process can lock a new file."""
+        return os.fstat(self.handle).st_nlink > 0
+
+    def set_text(self, text: str) -> None:
+        """Write the content of the file. Processes that do not get the lock can read it."""
+        os.ftruncate(self.handle, 0)
+        os.pwrite(self.handle, text.encode(), 0)
+
+    def release(self) -> None:
+        if self.is_valid:
+            with suppress(OSError):
+                self.path.unlink()  # before the lock is released: see ``take``
+        os.close(self.handle)

@@ -10,8 +10,6 @@ Owns the grammar of instance names, and the names derived from them. Creates onl
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FieldError, UdptunError
+from .files import FileLock
 
 DEFAULT_INSTANCE = "udptun"
 FLANNEL = "flannel"  # reserved: the default instance uses names of flannel
@@ -123,8 +122,8 @@ class Instance:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         namespace = Path("/proc/thread-self/ns/net").stat().st_ino
         path = directory / f"{self.name}.{role}.{namespace}.lock"
-        fd = _lock_file(path)
-        if fd is None:
+        lock = FileLock.take(path)
+        if lock is None:
             raise InstanceRunning(
                 f"udptun {role} of the instance {self.name} is already running in this network"
                 f" namespace ({path}); stop that one, or give this one another --instance"
@@ -132,9 +131,7 @@ class Instance:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # before the lock is released: see _lock_file
-            os.close(fd)
-
+            lock.release()
 
     @contextmanager
     def claimed(self, what: str, path: Path, option: str) -> Iterator[None]:
@@ -145,8 +142,8 @@ class Instance:
         Raises InstanceRunning, which names both instances. Raises OSError.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = _lock_file(path)
-        if fd is None:
+        lock = FileLock.take(path)
+        if lock is None:
             holder = ""
             with suppress(OSError):
                 holder = path.read_text().strip()
@@ -155,28 +152,7 @@ class Instance:
                 f"{self.name} another {option}"
             )
         try:
-            os.ftruncate(fd, 0)
-            os.write(fd, f"{self.name}\n".encode())
+            lock.set_text(f"{self.name}\n")
             yield
         finally:
-            path.unlink(missing_ok=True)  # before the lock is released: see _lock_file
-            os.close(fd)
-
-
-def _lock_file(path: Path) -> int | None:
-    """Create the file if necessary, and lock it. Return its descriptor, or None if another process
-    holds the lock.
-
-    A process that ends removes the file. It may do so between our open and our flock. Then other
-    processes lock a new file, and our lock has no effect. So check this, and open the path again.
-    """
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        if os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)
+            lock.release()

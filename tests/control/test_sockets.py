@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -18,6 +19,7 @@ import pytest
 from udptun.control import sockets
 from udptun.control.sockets import UnixListener, listen_unix
 from udptun.errors import DeviceError
+from udptun.files import FileLock
 
 STREAM = socket.SOCK_STREAM
 
@@ -171,16 +173,26 @@ def test_one_of_eight_concurrent_listeners_gets_the_path(path: Path) -> None:
     close(got[0])
 
 
-async def test_locked_directory_is_an_error(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_held_lock_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "LOCK_TRIES", 2)
     path.parent.mkdir()
+    lock = FileLock.take(path.with_name(f".{path.name}.lock"))
+    assert lock is not None
+    with pytest.raises(DeviceError, match="is locked by another process"):
+        await listen_unix(path, STREAM)
+    lock.release()
+    listener = await listen_unix(path, STREAM)
+    assert [*path.parent.iterdir()] == [path]
+    close(listener)
+
+
+async def test_locks_of_other_users_have_no_effect(path: Path) -> None:
+    """A user who can read the directory and the socket's file can lock the directory."""
+    path.parent.mkdir()
     fd = os.open(path.parent, os.O_RDONLY)
-    sockets.fcntl.flock(fd, sockets.fcntl.LOCK_EX)
+    fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        with pytest.raises(DeviceError, match="is locked by another process"):
-            await listen_unix(path, STREAM)
+        close(await listen_unix(path, STREAM))
     finally:
         os.close(fd)
 

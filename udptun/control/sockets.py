@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import secrets
 import socket
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceError
+from ..files import FileLock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -70,11 +70,11 @@ async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
     """Listen at ``path``. Replaces a stale socket. Refuses a live socket, and any other file.
 
     If several forwarders try the same path, exactly one succeeds: the check and the bind happen
-    under a lock on the directory, and the socket listens before its file is visible.
+    under a lock, and the socket listens before its file is visible.
     """
     with _explained(path):
         _make_directory(path.parent)
-        async with _locked(path.parent):
+        async with _locked(path):
             _refuse_occupied(path, kind)
             return _bind(path, kind)
 
@@ -152,19 +152,22 @@ def _make_directory(directory: Path) -> None:
 
 
 @asynccontextmanager
-async def _locked(directory: Path) -> AsyncIterator[None]:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+async def _locked(path: Path) -> AsyncIterator[None]:
+    """Hold the lock of the socket ``path``.
+
+    It is a file of its own: a lock on the directory could be taken by every user who can read it.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    for _ in range(LOCK_TRIES):
+        if (lock := FileLock.take(file)) is not None:
+            break
+        await asyncio.sleep(LOCK_PAUSE)
+    else:
+        raise DeviceError(errno.EBUSY, f"{file} is locked by another process")
     try:
-        for _ in range(LOCK_TRIES):
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            await asyncio.sleep(LOCK_PAUSE)
-        else:
-            raise DeviceError(errno.EBUSY, f"{directory} is locked by another process")
         yield
     finally:
-        os.close(fd)
+        lock.release()
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class Forwarder:
     async def _start(self) -> None:
         netlink = Netlink()  # first: its thread imports pyroute2 during the next steps
         self._closing.callback(netlink.close)
+        self._closing.callback(self._routes.unlock)
         self._routes.load()
         self._refuse_occupied_sockets()
         tun = self._open_tun()

@@ -71,7 +71,8 @@ class Routes:
     # -- start and stop ---------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Read the first table. Raises FieldError, DeviceError."""
+        """Read the first table. Call ``unlock`` afterwards, even if this fails. Raises FieldError,
+        DeviceError."""
         state, routes_file = self._state, self._routes_file
         table = state.load() if state is not None else None
         if state is not None and table is not None:
@@ -93,10 +94,14 @@ class Routes:
         self._report_own_routes(core)
 
     async def save(self) -> None:
-        """Write the state file. The start calls this, and fails if the file cannot be written.
-        Raises DeviceError."""
+        """Write the state file, at the start."""
         if self._state is not None:
             await self._state.save(self._table)
+
+    def unlock(self) -> None:
+        """Let another forwarder use the state file. Call it after ``close``."""
+        if self._state is not None:
+            self._state.unlock()
 
     async def close(self) -> None:
         """Refuse further changes, finish the changes that have begun, and write the state file."""

@@ -19,7 +19,7 @@ from operator import is_
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import replace_file
+from ..files import UntrustedFile, read_own_file, replace_file
 from ..model import IPAddress
 from ..wait import until_removed, wait_at_most
 from .base import Attributes, Lease, Subnets
@@ -79,8 +79,11 @@ class LeaseCache:
         An invalid file is renamed. Blocks during file access.
         """
         try:
-            known = _decode(self.path.read_bytes())
+            known = _decode(read_own_file(self.path))
         except FileNotFoundError:
+            return None
+        except UntrustedFile as exc:
+            log.error("the cached leases are not used: %s", exc)
             return None
         except OSError as exc:
             log.error("%s cannot be read: %s", self.path, exc.strerror)
@@ -154,7 +157,7 @@ class LeaseCache:
 
     def _write(self, known: LastKnown) -> None:
         self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        replace_file(self.path, [_encode(known)])
+        replace_file(self.path, [_encode(known)], mode=0o600)
 
 
 def _is_same(one: LastKnown, other: LastKnown) -> bool:

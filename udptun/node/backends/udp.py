@@ -159,7 +159,9 @@ class UdpBackend(Backend[Route]):
         with attempt():
             if await stop_forwarder(config.control, config.forward_file):
                 log.info("stopped the forwarder, which removed %s", config.tun)
-        for name in (STATE_FILE, f"{STATE_FILE}.new", LOG_FILE, f"{LOG_FILE}.1"):
+        for name in (
+            STATE_FILE, f"{STATE_FILE}.new", f".{STATE_FILE}.lock", LOG_FILE, f"{LOG_FILE}.1",
+        ):
             with attempt():
                 (config.state_dir / name).unlink(missing_ok=True)
 
