@@ -23,13 +23,14 @@ PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
-    "connections", "errors", "files", "instance", "model", "drops", "repairs", "spans", "wait",
-    "_version",
+    "connections", "errors", "files", "instance", "model", "drops", "privileges", "repairs",
+    "spans", "wait", "_version",
 }
 RULES = {
     "errors": set(),
     "files": set(),
     "drops": set(),
+    "privileges": set(),
     "repairs": set(),
     "spans": set(),
     "wait": set(),

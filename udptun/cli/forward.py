@@ -147,7 +147,7 @@ def forward(
     try:
         config = _config(chosen, values, wait_for)
         with _locked(chosen):
-            _run(config)
+            _run(config, log_file)
     except (UdptunError, OSError, ImportError) as exc:
         if verbose >= 2:
             log.error("stopped by an error", exc_info=exc)
@@ -187,11 +187,15 @@ def _locked(chosen: Instance) -> Iterator[None]:
         yield
 
 
-def _run(config: ForwarderConfig) -> None:
+def _run(config: ForwarderConfig, log_file: Path | None) -> None:
     import asyncio
 
     import uvloop
 
+    from ..forwarder.needs import needs_of
+    from ..privileges import keep_only
+
+    keep_only(needs_of(config, log_file))  # before another thread exists
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config))
 

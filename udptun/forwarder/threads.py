@@ -49,7 +49,8 @@ def _set_scheduling() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
     number = SYS_SCHED_SETATTR.get(platform.machine())
     if number is not None:
-        attr = SCHED_ATTR.pack(SCHED_ATTR.size, os.SCHED_BATCH, 0, 0, 0, SLICE_NS, 0, 0)
+        nice = os.getpriority(os.PRIO_PROCESS, 0)  # stays; a service manager may have set it
+        attr = SCHED_ATTR.pack(SCHED_ATTR.size, os.SCHED_BATCH, 0, nice, 0, SLICE_NS, 0, 0)
         libc.syscall(number, 0, attr, 0)
 
 

@@ -14,6 +14,7 @@ import ipaddress
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import UdptunError
@@ -190,6 +191,7 @@ class SourceConfig(Protocol):
     no_node_data  "" if leases of this source can carry data of a node's backend, such as a MAC
                   address; else the reason why they cannot, in a sentence
     store_id      identifies one store: leases cached from one store are never used for another
+    files         the files and directories that the source reads
 
     The command line imports the configuration class at every start. So the module of the class must
     import neither asyncio nor a client library.
@@ -200,6 +202,9 @@ class SourceConfig(Protocol):
 
     @property
     def store_id(self) -> str: ...
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
 
 
 class LeaseSource(ABC):

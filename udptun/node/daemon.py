@@ -28,6 +28,7 @@ from ..errors import DeviceError, UdptunError
 from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
 from ..net.netlink import Netlink
+from ..privileges import keep_only
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
 from .backends.base import Site
@@ -40,6 +41,7 @@ from .host.leftovers import Leftovers
 from .host.sticky import UnderlayChoice
 from .in_force import InForce
 from .malloc import return_free_memory, use_one_arena
+from .needs import needs_of
 from .paths.paths import Carriers, Paths
 from .peers import Peers
 from .status.log import LogOnce
@@ -60,10 +62,12 @@ async def run(config: NodeConfig) -> None:
     """Run one node daemon until SIGTERM or SIGINT.
 
     If ``config.cleanup`` is set, remove everything that the daemon created, and return instead.
-    Raises UdptunError or OSError for a failure that another attempt cannot repair. Call ``run``
-    from the main thread.
+    First, give up all privileges that the daemon does not need. Raises UdptunError or OSError for
+    a failure that another attempt cannot repair. Call ``run`` from the main thread, before other
+    threads are started.
     """
     use_one_arena()
+    keep_only(needs_of(config))
     with claimed(config), Netlink() as netlink:
         if config.cleanup:
             await clean_up(config, netlink)

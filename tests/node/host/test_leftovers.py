@@ -14,6 +14,8 @@ from tests.own_netns import in_own_netns, sh
 from udptun.node.host import leftovers
 
 ASK = "from udptun.node.host.leftovers import why_keep; print(why_keep())"
+ASK_WITHOUT_COMM = ASK.replace(
+    "; ", "; from udptun.node.host import leftovers; leftovers._comm = lambda process: 'main'; ")
 NO_PTRACE = ("setpriv", "--bounding-set", "-sys_ptrace")
 
 
@@ -30,10 +32,10 @@ def running(folder, name):
         process.wait()
 
 
-def ask(*wrapper):
+def ask(*wrapper, code=ASK):
     if wrapper and shutil.which(wrapper[0]) is None:
         pytest.skip(f"{wrapper[0]} is missing")
-    done = subprocess.run([*wrapper, sys.executable, "-c", ASK], capture_output=True, text=True,
+    done = subprocess.run([*wrapper, sys.executable, "-c", code], capture_output=True, text=True,
                           check=False)
     if done.returncode and "unshare" in done.stderr:
         pytest.skip(done.stderr)
@@ -61,6 +63,12 @@ def test_a_running_program_is_seen_whose_file_was_removed(tmp_path, monkeypatch)
     with running(tmp_path, "k3s") as program:
         program.unlink()
         assert leftovers.why_keep() == "k3s runs here"
+
+
+@in_own_netns
+def test_without_the_privilege_the_command_line_decides(tmp_path):
+    with running(tmp_path, "flanneld"):
+        assert ask(*NO_PTRACE, code=ASK_WITHOUT_COMM).startswith("flanneld runs")
 
 
 @in_own_netns

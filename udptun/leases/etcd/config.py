@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from posixpath import normpath
 from typing import ClassVar, NamedTuple
 from urllib.parse import urlsplit
@@ -76,6 +77,10 @@ class EtcdConfig:
     def store_id(self) -> str:
         """Contains the prefix but not the endpoints: the members of a cluster change over time."""
         return f"etcd {self.root}"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(Path(name) for name in (self.keyfile, self.certfile, self.cafile) if name)
 
     @property
     def renew_margin(self) -> float:

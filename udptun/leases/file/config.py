@@ -30,3 +30,7 @@ class FileConfig:
     def store_id(self) -> str:
         # With another name, the leases of the cache would give this host another node's subnet.
         return f"file {self.path} {self.node_name}".rstrip()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)

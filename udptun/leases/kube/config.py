@@ -78,6 +78,11 @@ class KubeConfig:
     def store_id(self) -> str:
         return f"kubernetes {self.node_name}".strip()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        access = self.kubeconfig_file or self.service_account / "token"
+        return (access, self.net_config_path)
+
 
 def _complete(prefix: str) -> str:
     """Add the final "/" to DOMAIN, or the final "-" to DOMAIN/NAME, as flannel does."""

@@ -148,16 +148,16 @@ def why_keep() -> str:
 def _flannel(process: Path) -> str:
     """Return the name of the process if it contains flannel, otherwise "".
 
-    Without CAP_SYS_PTRACE, the file of a process with more privileges than ours cannot be read.
-    Everybody can read ``comm``, but a process can change its own.
+    The link to the file of a process with more privileges than ours cannot be read. Everybody can
+    read the name of a process and its command line, but a process can change these.
     """
-    if (name := _comm(process)) in PROGRAMS:
-        return name
     try:
-        name = (process / "exe").readlink().name.removesuffix(DELETED)
+        file = (process / "exe").readlink().name.removesuffix(DELETED)
     except (PermissionError, FileNotFoundError):  # a kernel thread has no file
-        return ""
-    return name if name in PROGRAMS else ""
+        file = ""
+    command = os.fsdecode((process / "cmdline").read_bytes().partition(b"\0")[0])
+    return next((name for name in (_comm(process), file, Path(command).name) if name in PROGRAMS),
+                "")
 
 
 def _comm(process: Path) -> str:
