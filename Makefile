@@ -48,7 +48,7 @@ demo-etcd: build ## show a cluster: etcd, nodes that join and leave, pods; root
 	@scripts/need $(DEMO_TOOLS) etcd:etcd-server
 	@$(PY) -m udptun.lab.demo_etcd $(ARGS)
 
-test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp bench/onepacket ## run what CI runs, 12 minutes; with ARGS: only pytest ARGS
+test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp bench/onepacket ## run what CI runs, 10 minutes; with ARGS: only pytest ARGS
 	@scripts/need --optional $(TEST_TOOLS)
 	@scripts/test $(PY) $(ARGS)
 

@@ -15,6 +15,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -26,6 +27,8 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # The folders of tests between hosts in network namespaces.
 HOSTS = (TESTS / "chaos", TESTS / "lab", TESTS / "netns")
+
+_slow: set[str] = set()  # the slow tests that this run leaves out
 
 _MORE = os.environ.get("UDPTUN_EXAMPLES")
 settings.register_profile(
@@ -56,6 +59,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=obstacle))
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    slow = [item.nodeid for item in items if item.get_closest_marker("slow")]
+    _slow.update(slow)
+    if (worker := getattr(items[0].config, "workeroutput", None)) is not None:
+        worker["slow"] = slow  # for the process that writes the report
+
+
+@pytest.hookimpl(optionalhook=True)  # a hook of xdist
+def pytest_testnodedown(node: Any, error: object) -> None:
+    _slow.update(getattr(node, "workeroutput", {}).get("slow", ()))
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter,
@@ -66,9 +81,8 @@ def pytest_terminal_summary(
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reasons.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
-    for item in terminalreporter.stats.get("deselected", []):
-        if item.get_closest_marker("slow"):
-            reasons.setdefault("slow: `make test-all` runs them", []).append(item.nodeid)
+    if _slow:
+        reasons["slow: `make test-all` runs them"] = sorted(_slow)
     if not reasons:
         return
     terminalreporter.section("NOT TESTED", sep="!", red=True, bold=True)
