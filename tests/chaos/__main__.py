@@ -10,13 +10,16 @@ from udptun.lab.cluster import etcd_obstacle
 
 from .acts import ACTS
 from .run import Chaos
-from .world import MODES
+from .stores import STORES
+from .world import MODES, ClusterKind
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--list", action="store_true", help="list the acts")
     parser.add_argument("--mode", choices=MODES, default="mixed")
+    parser.add_argument("--store", choices=STORES, default="etcd")
+    parser.add_argument("--ipv6", action="store_true", help="the overlay has IPv6 too")
     parser.add_argument("--seed", default=str(random.randrange(10**6)),
                         metavar="TEXT")
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -31,16 +34,17 @@ def main() -> int:
         for act in ACTS.values():
             print(f"{act.name:20} {act.text} ({', '.join(m for m in MODES if m in act.modes)})")
         return 0
-    if obstacle := etcd_obstacle():
+    if options.store == "etcd" and (obstacle := etcd_obstacle()):
         print(f"chaos: {obstacle}", file=sys.stderr)
         return 2
+    cluster = ClusterKind(options.mode, options.store, options.ipv6)
     chosen = None
     if options.act:
         chosen = [ACTS[name] for name in options.act]
     elif options.acts:
-        chosen = [act for act in ACTS.values() if options.mode in act.modes]
-    print(f"chaos: mode {options.mode}, seed {options.seed}", flush=True)
-    chaos = Chaos(options.mode, options.seed, options.deadline, options.out,
+        chosen = [act for act in ACTS.values() if act.suits(cluster)]
+    print(f"chaos: {cluster}, seed {options.seed}", flush=True)
+    chaos = Chaos(cluster, options.seed, options.deadline, options.out,
                   lambda line: print(line, flush=True))
     try:
         failed = chaos.run(chosen, options.minutes * 60)

@@ -1,8 +1,9 @@
 """Steady traffic from every pod to every other pod: the pairs that work, and since when.
 
 One thread per pod lives in the pod's namespace. Four times a second it sends a datagram to each
-other pod, small and full-size ones in turn, and it answers the datagrams of the others. Each tick
-uses a new source port: firewalls accept packets of known flows, and a new flow tells the truth.
+address of each other pod, small and full-size ones in turn, and it answers the datagrams of the
+others. Each tick uses a new source port: firewalls accept packets of known flows, and a new flow
+tells the truth.
 """
 
 import contextlib
@@ -21,8 +22,12 @@ TICK_SECONDS = 0.25
 LOST_SECONDS = 1.0  # a request without an answer after this time is lost
 STALL_SECONDS = 0.3  # this program did not run for so long: then a late answer proves nothing
 SMALL = 32
-HEADERS = 28  # IPv4 and UDP
+HEADERS = {4: 28, 6: 48}  # IP and UDP
 SIZES = ("small", "full")
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+# What is sent: the IP version and the size, by the name in reports.
+KINDS = {"small": (4, "small"), "full": (4, "full"),
+         "small IPv6": (6, "small"), "full IPv6": (6, "full")}
 _SEQUENCE = struct.Struct("!Q")
 _HISTORY = 64
 
@@ -34,15 +39,20 @@ class Request:
 
 
 class Sender:
-    """One pod's part of the mesh. ``targets`` maps names of nodes to addresses of their pods."""
+    """One pod's part of the mesh.
+
+    addresses  of the pod, by IP version
+    targets    the addresses of the pods of the other nodes, by name of the node
+    """
 
     def __init__(
-        self, pod: Host, address: str, mtu: int, targets: dict[str, str],
+        self, pod: Host, addresses: dict[int, str], mtu: int, targets: dict[str, dict[int, str]],
         stalls: deque[tuple[float, float]],
     ) -> None:
-        self._pod, self._address, self._stalls = pod, address, stalls
-        self._sizes = {"small": SMALL, "full": mtu - HEADERS}
+        self._pod, self._addresses, self._stalls = pod, addresses, stalls
+        self._mtu = mtu
         self.targets = targets
+        self.kinds = [kind for kind, (version, _) in KINDS.items() if version in addresses]
         self.history: dict[tuple[str, str], deque[Request]] = {}
         self._waiting: dict[int, Request] = {}
         self._over = threading.Event()
@@ -58,12 +68,12 @@ class Sender:
 
     def _run(self) -> None:
         with self._pod.inside():
-            echo = self._socket(PORT)
+            echoes = [self._socket(version, PORT) for version in self._addresses]
             tick = time.monotonic()
             try:
                 while not self._over.is_set():
                     for key, _ in self._poll.select(max(0.0, tick - time.monotonic())):
-                        self._receive(key.fileobj, key.fileobj is echo)
+                        self._receive(key.fileobj, key.fileobj in echoes)
                     if (now := time.monotonic()) >= tick:
                         if now > tick + STALL_SECONDS:
                             self._stalls.append((tick, now))
@@ -71,14 +81,17 @@ class Sender:
                         tick = max(tick + TICK_SECONDS, now)
             finally:
                 self._poll.close()
-                for _, sock in self._open:
+                for sock in (*echoes, *(sock for _, sock in self._open)):
                     sock.close()
-                echo.close()
 
-    def _socket(self, port: int) -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    def _socket(self, version: int, port: int) -> socket.socket:
+        sock = socket.socket(FAMILY[version], socket.SOCK_DGRAM)
         sock.setblocking(False)
-        sock.bind((self._address, port))
+        try:
+            sock.bind((self._addresses[version], port))
+        except OSError:
+            sock.close()
+            raise
         self._poll.register(sock, selectors.EVENT_READ)
         return sock
 
@@ -97,22 +110,29 @@ class Sender:
             old.close()
         for number in [n for n, one in self._waiting.items() if one.sent < now - LOST_SECONDS]:
             del self._waiting[number]
+        size = SIZES[self._ticks % len(SIZES)]
+        self._ticks += 1
+        for kind in self.kinds:
+            version, of_size = KINDS[kind]
+            if of_size == size:
+                self._send_all(now, kind, version, size)
+
+    def _send_all(self, now: float, kind: str, version: int, size: str) -> None:
         try:
-            sock = self._socket(0)
+            sock = self._socket(version, 0)
         except OSError:  # the pod's address is gone; the requests count as lost
             sock = None
         else:
             self._open.append((now, sock))
-        size = SIZES[self._ticks % len(SIZES)]
-        self._ticks += 1
-        for target, address in self.targets.items():
+        length = SMALL if size == "small" else self._mtu - HEADERS[version]
+        for target, addresses in self.targets.items():
             self._sequence += 1
             request = self._waiting[self._sequence] = Request(now)
-            self.history.setdefault((target, size), deque(maxlen=_HISTORY)).append(request)
-            data = _SEQUENCE.pack(self._sequence).ljust(self._sizes[size], b"\0")
+            self.history.setdefault((target, kind), deque(maxlen=_HISTORY)).append(request)
+            data = _SEQUENCE.pack(self._sequence).ljust(length, b"\0")
             if sock is not None:
                 with contextlib.suppress(OSError):
-                    sock.sendto(data, (address, PORT))
+                    sock.sendto(data, (addresses[version], PORT))
 
 
 class Mesh:
@@ -125,7 +145,7 @@ class Mesh:
     def restart(self, members) -> None:
         """Start again, with the pods that the members have now."""
         self.stop()
-        addresses = {member.host.name: str(member.pod_v4) for member in members}
+        addresses = {member.host.name: _addresses(member) for member in members}
         for member in members:
             name = member.host.name
             targets = {other: address for other, address in addresses.items() if other != name}
@@ -152,10 +172,10 @@ class Mesh:
         found = {}
         for name, target in self.pairs():
             lost = []
-            for size in SIZES:
-                recent = self._sent(name, target, size, start, end)
+            for kind in self._senders[name].kinds:
+                recent = self._sent(name, target, kind, start, end)
                 if not recent or not all(request.answered for request in recent):
-                    lost.append(size)
+                    lost.append(kind)
             if lost:
                 found[name, target] = "+".join(lost)
         return found
@@ -165,15 +185,20 @@ class Mesh:
         end = time.monotonic() - LOST_SECONDS
         found = {}
         for name, target in self.pairs():
-            for size in SIZES:
-                for request in self._sent(name, target, size, since, end):
+            for kind in self._senders[name].kinds:
+                for request in self._sent(name, target, kind, since, end):
                     if not request.answered:
                         found[name, target] = max(found.get((name, target), 0.0), request.sent)
         return found
 
-    def _sent(self, name, target, size, start, end):
-        history = self._senders[name].history.get((target, size), ())
+    def _sent(self, name, target, kind, start, end):
+        history = self._senders[name].history.get((target, kind), ())
         stalls = tuple(self._stalls)
         return [request for request in tuple(history)
                 if start <= request.sent <= end and (request.answered or not any(
                     began - LOST_SECONDS < request.sent < ended for began, ended in stalls))]
+
+
+def _addresses(member) -> dict[int, str]:
+    found = {4: str(member.pod_v4)}
+    return found if member.pod_v6 is None else found | {6: str(member.pod_v6)}

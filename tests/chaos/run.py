@@ -12,7 +12,7 @@ from udptun.lab import Lab, LabError
 
 from .acts import ACTS, Act
 from .judge import Judge, Verdict
-from .world import World
+from .world import ClusterKind, World
 
 START_SECONDS = 60.0
 
@@ -24,8 +24,10 @@ class Chaos:
     folder    gets the evidence of each failure; None: it is not saved
     """
 
-    def __init__(self, mode: str, seed: str, deadline: float, folder: Path | None, tell) -> None:
-        self._mode, self._seed, self._deadline = mode, seed, deadline
+    def __init__(
+        self, cluster: ClusterKind, seed: str, deadline: float, folder: Path | None, tell
+    ) -> None:
+        self._cluster, self._seed, self._deadline = cluster, seed, deadline
         self._folder, self._tell = folder, tell
         self._began = time.monotonic()
         self._lab: Lab | None = None
@@ -49,7 +51,7 @@ class Chaos:
         return sum(bool(verdict.wrong) for verdict in self.verdicts)
 
     def _choose(self, rng: Random) -> Act:
-        return rng.choice([act for act in ACTS.values() if self._mode in act.modes])
+        return rng.choice([act for act in ACTS.values() if act.suits(self._cluster)])
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
@@ -60,7 +62,7 @@ class Chaos:
             return
         self._lab = Lab()
         self._lab.__enter__()
-        self._world = World(self._lab, self._mode)
+        self._world = World(self._lab, self._cluster)
         self._world.start()
         self._judge = Judge(self._world, self._deadline)
         if wrong := self._judge.steady(START_SECONDS):
@@ -94,9 +96,9 @@ class Chaos:
         for line in verdict.wrong:
             self._tell(f"                      WRONG {line}")
         self._tell("                      replay: python -m tests.chaos "
-                   f"--mode {self._mode} --seed {seed} --act {act.name}")
+                   f"{self._cluster.options()} --seed {seed} --act {act.name}")
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            name = f"{self._mode}-{seed}-{act.name}.txt"
+            name = f"{self._cluster.mode}-{seed}-{act.name}.txt"
             (self._folder / name).write_text("\n".join(verdict.wrong) + "\n" + verdict.evidence)
         self._close()

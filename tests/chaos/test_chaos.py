@@ -12,7 +12,7 @@ from udptun.lab.cluster import etcd_obstacle
 
 from .acts import ACTS, Act, Scene
 from .judge import Judge
-from .world import MODES, World
+from .world import MODES, ClusterKind, World
 
 needs_etcd = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
 DEADLINE = 3.0  # of acts that must fail
@@ -35,7 +35,7 @@ def test_acts_are_named_and_described():
 
 @pytest.fixture
 def world(lab):
-    made = World(lab, "udp")
+    made = World(lab, ClusterKind("udp"))
     made.start()
     assert Judge(made, DEADLINE).steady(60) == []
     yield made
@@ -107,7 +107,7 @@ def test_the_judge_finds_each_fault(world):
 @pytest.mark.slow
 def test_an_act_can_be_replayed(lab):
     """The same seed makes the same choices."""
-    world = World(lab, "udp")
+    world = World(lab, ClusterKind("udp"))
     world.start()
     try:
         texts = {ACTS["sighup"].do(world, Random("7.3 sighup")).text for _ in range(2)}

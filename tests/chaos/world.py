@@ -12,19 +12,21 @@ import re
 import struct
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from udptun.control.protocol import NODE
-from udptun.lab.cluster import Cluster, Member
+from udptun.lab.cluster import Member, start_all
 from udptun.lab.hosts import NETNS_DIR
 from udptun.lab.tunnels import control_request
 
 from .mesh import Mesh
+from .stores import STORES
 
 HERE = Path(__file__).parent
 NODES = 5
 TUN = "udptun0"
-VXLAN = "flannel.1"
+VXLAN, VXLAN6 = "flannel.1", "flannel-v6.1"
 PORTS = {"vxlan": 8472, "udp": 8285}
 RESTART_SECONDS = 1.0  # systemd's RestartSec in our units is of this order
 # What each mode gives to the network's configuration and to the daemons.
@@ -43,16 +45,44 @@ def build_preload(folder: Path, source: Path) -> str:
     return str(made)
 
 
+@dataclass(frozen=True)
+class ClusterKind:
+    """A kind of cluster.
+
+    mode   one of ``MODES``
+    store  one of ``STORES``
+    ipv6   the overlay has IPv4 and IPv6; else only IPv4
+    """
+
+    mode: str
+    store: str = "etcd"
+    ipv6: bool = False
+
+    def __str__(self) -> str:
+        return f"mode {self.mode}, store {self.store}, {'IPv4 and IPv6' if self.ipv6 else 'IPv4'}"
+
+    def options(self) -> str:
+        """Return the options of the command line that select this kind."""
+        return f"--mode {self.mode} --store {self.store}{' --ipv6' if self.ipv6 else ''}"
+
+
 class World:
-    def __init__(self, lab, mode: str) -> None:
-        self.lab, self.mode = lab, mode
+    """One cluster of a kind."""
+
+    def __init__(self, lab, kind: ClusterKind) -> None:
+        self.lab, self.mode, self.ipv6 = lab, kind.mode, kind.ipv6
+        mode, store, ipv6 = kind.mode, kind.store, kind.ipv6
         network, backend = MODES[mode]
         config = {"Network": "10.244.0.0/16", "Backend": {"Type": network}}
-        options = [f"--backend={backend}", "--ip-masq"]
-        self.cluster = Cluster(lab, NODES, config=config, options=options)
-        self.etcd = self.cluster.etcd
-        self.members = self.cluster.members
+        if ipv6:
+            config |= {"EnableIPv6": True, "IPv6Network": "fd00:10:244::/56"}
+        hosts = [lab.host(f"n{number}") for number in range(1, NODES + 1)]
+        store_host = lab.host("store")
+        lab.segment(*hosts, store_host)
         self.switch = next(host for host in lab.hosts if host.name.startswith("bridge"))
+        self.store = STORES[store](store_host, hosts, config)
+        options = f"--backend={backend}", "--ip-masq"
+        self.members = [Member(host, self.store.options(host), options) for host in hosts]
         self.mesh = Mesh()
         self._died: dict[tuple[Member, str], float] = {}
         self._filters: list[str] = []
@@ -60,7 +90,8 @@ class World:
         for member in self.members:
             member.choose = True
             self.set_clock(member, 0)
-            member.environment = {"LD_PRELOAD": clock, "CLOCK_FILE": str(self._clock(member))}
+            member.environment = {"LD_PRELOAD": clock, "CLOCK_FILE": str(self._clock(member)),
+                                  **self.store.environment(member.host)}
             self.add_default_route(member)
         if mode == "mixed":
             hides = build_preload(lab.folder, HERE.parent / "netns" / "no_vxlan.c")
@@ -68,11 +99,12 @@ class World:
             self.members[4].external = True
 
     def start(self) -> None:
-        self.cluster.start()
+        start_all(self.members)
         self.mesh.restart(self.members)
 
     def close(self) -> None:
         self.mesh.stop()
+        self.store.close()
 
     def named(self, name: str) -> Member:
         return next(member for member in self.members if member.host.name == name)
@@ -82,7 +114,8 @@ class World:
 
     def devices(self, member: Member) -> list[str]:
         """Return our devices that a node should have."""
-        both = {"udp": [TUN], "vxlan": [VXLAN]}.get(self.mode, [TUN, VXLAN])
+        vxlan = [VXLAN, VXLAN6] if self.ipv6 else [VXLAN]
+        both = {"udp": [TUN], "vxlan": vxlan}.get(self.mode, [TUN, *vxlan])
         hidden = "no_vxlan" in member.environment.get("LD_PRELOAD", "")
         return [TUN] if hidden else both
 
@@ -108,7 +141,9 @@ class World:
     def add_default_route(self, member: Member) -> None:
         """Add the route that DHCP or the distribution's network scripts add."""
         end = member.host.interfaces[0]
-        member.host.ip(f"route replace default via {self.etcd.host.v4} dev {end.name}")
+        member.host.ip(f"route replace default via {self.store.host.v4} dev {end.name}")
+        if self.ipv6:
+            member.host.ip(f"route replace default via {self.store.host.v6} dev {end.name}")
 
     def pids(self, *members: Member) -> list[int]:
         """Return all processes of udptun on these nodes."""
@@ -180,10 +215,6 @@ class World:
                 return Health.of(answer)
         return Health(*member.ready())
 
-    def key(self, member: Member) -> str:
-        """Return the key of a node's lease, by which its peers name it."""
-        return str(member.subnet).replace("/", "-")
-
     def logs(self, member: Member) -> dict[Path, str]:
         """Return what the node's daemons and forwarders have logged, by file."""
         files = [process.log for process in member.host.processes if "udptun" in process.argv]
@@ -199,7 +230,7 @@ class World:
 
     def remember(self) -> None:
         """Save what each node's host has now, as the state to which a node returns."""
-        self.subnets = {member.host.name: self.key(member) for member in self.members}
+        self.subnets = {member.host.name: self.store.key(member) for member in self.members}
         self.wanted = {member.host.name: self.host_state(member) for member in self.members}
 
     def differs(self, member: Member) -> list[str]:
@@ -215,16 +246,22 @@ class World:
 
         VXLAN's routes are not among them: with --backend auto they follow what was measured.
         """
-        parts = [f"ip -o addr show dev {device} | sed 's/^[0-9]*: //'; "
+        parts = [f"ip -o addr show dev {device} | grep -v fe80 | sed 's/^[0-9]*: //'; "
                  f"ip -o -d link show dev {device} | sed 's/^[0-9]*: //'"
                  for device in self.devices(member)]
         if TUN in self.devices(member):
             parts.append(f"ip route show dev {TUN} | sort")
-        if VXLAN in self.devices(member):
-            parts.append(f"ip neigh show dev {VXLAN} nud permanent | sort")
-            parts.append(f"bridge fdb show dev {VXLAN} | grep permanent | sort")
+            if self.ipv6:
+                parts.append(f"ip -6 route show dev {TUN} | grep -v ^fe80 | sort")
+        for device in self.devices(member):
+            if device != TUN:
+                parts.append(f"ip neigh show dev {device} nud permanent | sort")
+                parts.append(f"bridge fdb show dev {device} | grep permanent | sort")
         parts += ["nft -s list table ip udptun-ipv4", "cat /proc/sys/net/ipv4/ip_forward",
                   f"cat {member.subnet_file}"]
+        if self.ipv6:
+            parts += ["nft -s list table ip6 udptun-ipv6",
+                      "cat /proc/sys/net/ipv6/conf/all/forwarding"]
         script = "; ".join(f"echo '# {part.split('|')[0]}'; {part} 2>&1" for part in parts)
         return _normal(member.host.run(["sh", "-c", script], check=False).stdout)
 

@@ -80,11 +80,12 @@ def node(name, *pod_cidrs, annotations=None, conditions=(), **status):
 class KubeApi:
     """The server. Use: ``async with KubeApi() as api``.
 
-    It listens on 127.0.0.1. The port stays the same after a stop and a new start.
+    It listens on ``address``. The port stays the same after a stop and a new start.
     """
 
-    def __init__(self, tls=None, port=0):
+    def __init__(self, tls=None, port=0, address="127.0.0.1"):
         self._tls = tls
+        self.address = address
         self.port = port
         self._versions = itertools.count(1000)
         self.version = next(self._versions)
@@ -108,7 +109,7 @@ class KubeApi:
 
     @property
     def url(self):
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://{self.address}:{self.port}"
 
     async def start(self):
         app = web.Application(middlewares=[self._every])
@@ -122,7 +123,7 @@ class KubeApi:
         self._runner = web.AppRunner(app, shutdown_timeout=0)
         await self._runner.setup()
         site = web.TCPSite(
-            self._runner, "127.0.0.1", self.port, ssl_context=self._tls, reuse_address=True
+            self._runner, self.address, self.port, ssl_context=self._tls, reuse_address=True
         )
         await site.start()
         self.port = self._runner.addresses[0][1]

@@ -251,16 +251,27 @@ class Member:
         return ipaddress.IPv4Interface(self.env["FLANNEL_SUBNET"]).network
 
     @property
+    def subnet6(self) -> ipaddress.IPv6Network | None:
+        text = self.env.get("FLANNEL_IPV6_SUBNET")
+        return None if text is None else ipaddress.IPv6Interface(text).network
+
+    @property
     def pod_v4(self) -> ipaddress.IPv4Address:
         return self.subnet[2]
 
+    @property
+    def pod_v6(self) -> ipaddress.IPv6Address | None:
+        return None if self.subnet6 is None else self.subnet6[2]
+
     def add_pod(self) -> Host:
-        """Create a pod in the node's subnet, with the overlay MTU in subnet.env.
+        """Create a pod in the node's subnets, with the overlay MTU in subnet.env.
 
         The node must be ready.
         """
         name = f"pod{next(self.host.lab.numbers)}"
-        self.pod = self.host.pod(str(self.subnet), mtu=int(self.env["FLANNEL_MTU"]), name=name)
+        subnet6 = None if self.subnet6 is None else str(self.subnet6)
+        self.pod = self.host.pod(
+            str(self.subnet), subnet6, mtu=int(self.env["FLANNEL_MTU"]), name=name)
         return self.pod
 
     def remove_pod(self) -> None:

@@ -6,7 +6,7 @@ from random import Random
 
 from udptun.lab.cluster import Member
 
-from ..world import World
+from ..world import ClusterKind, World
 
 ALL = frozenset({"auto", "mixed", "udp", "vxlan"})
 Pair = tuple[str, str]
@@ -42,12 +42,19 @@ class Scene:
 
 @dataclass(frozen=True)
 class Act:
-    """One thing that an administrator, a package or the network does."""
+    """One thing that an administrator, a package or the network does.
+
+    ipv6  it needs an overlay with IPv6
+    """
 
     name: str
     text: str
     do: Callable[[World, Random], Scene]
     modes: frozenset[str] = ALL
+    ipv6: bool = False
+
+    def suits(self, cluster: ClusterKind) -> bool:
+        return cluster.mode in self.modes and (cluster.ipv6 or not self.ipv6)
 
 
 def isolates(world: World, member: Member) -> set[Pair]:

@@ -3,7 +3,7 @@
 from random import Random
 
 from ..world import TUN, VXLAN, World
-from .act import Act, Scene, pick, pick_device
+from .act import ALL, Act, Scene, isolates, pick, pick_device
 
 
 def _on_device(*commands: str):
@@ -53,6 +53,25 @@ def _sysctl(traced: bool, *settings: str):
     return do
 
 
+def _disable_ipv6(world: World, rng: Random) -> Scene:
+    member, device = pick_device(world, rng)
+    member.host.sysctl(f"net/ipv6/conf/{device}/disable_ipv6=1")
+    return Scene(f"{member.host.name}: IPv6 is disabled on {device}", [member], traced=True)
+
+
+def _no_forwarding6(world: World, rng: Random) -> Scene:
+    """This setting belongs to the administrator: the node reports it, and does not change it."""
+    member = pick(world, rng)
+    member.host.sysctl("net.ipv6.conf.all.forwarding=0")
+
+    def undo() -> None:
+        member.host.sysctl("net.ipv6.conf.all.forwarding=1")
+        world.add_default_route(member)
+
+    return Scene(f"{member.host.name}: sysctl -w net.ipv6.conf.all.forwarding=0", [member],
+                 isolates(world, member), undo, says="net.ipv6.conf.all.forwarding is 0")
+
+
 NEEDS_VXLAN = frozenset({"auto", "mixed", "vxlan"})
 NEEDS_TUN = frozenset({"auto", "mixed", "udp"})
 
@@ -74,6 +93,8 @@ ACTS = [
         _on_device("link set {} address 02:00:00:00:00:77"), frozenset({"vxlan"})),
     Act("forwarding-off", "IPv4 forwarding is switched off",
         _sysctl(True, "net.ipv4.ip_forward=0")),
+    Act("forwarding6-off", "IPv6 forwarding is switched off", _no_forwarding6, ALL, ipv6=True),
+    Act("ipv6-off", "IPv6 is disabled on our device", _disable_ipv6, ALL, ipv6=True),
     Act("rp-filter", "strict reverse path filtering on all devices",
         _sysctl(False, "net.ipv4.conf.all.rp_filter=1", "net.ipv4.conf.default.rp_filter=1")),
     Act("rp-filter-tun", "strict reverse path filtering on our TUN as well",

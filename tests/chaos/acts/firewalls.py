@@ -7,7 +7,7 @@ from random import Random
 from udptun.lab.cluster import Member
 
 from ..world import World
-from .act import Act, Scene, isolates, pick
+from .act import ALL, Act, Scene, isolates, pick
 
 RULES = Path(__file__).parent.parent / "rules"
 FLUSH = ("iptables -P INPUT ACCEPT; iptables -P FORWARD ACCEPT; iptables -P OUTPUT ACCEPT; "
@@ -109,6 +109,8 @@ ACTS = [
     Act("forward-drop", "the FORWARD policy of iptables is DROP", _policy("iptables")),
     Act("forward-drop-legacy", "the FORWARD policy of iptables-legacy is DROP",
         _policy("iptables-legacy")),
+    Act("forward6-drop", "the FORWARD policy of ip6tables is DROP", _policy("ip6tables"), ALL,
+        ipv6=True),
     Act("docker", "Docker's rule set is loaded",
         _iptables_rules("docker.rules", "Docker starts")),
     Act("ufw", "ufw's rule set is loaded",

@@ -4,7 +4,7 @@ from random import Random
 
 from udptun.lab.cluster import Member
 
-from ..world import PORTS, VXLAN, World
+from ..world import PORTS, TUN, World
 from .act import ALL, Act, Pair, Scene, both_ways, isolates, pick, pick_two
 
 LARGE = "meta length > 1000"
@@ -14,7 +14,7 @@ GRACE_SECONDS = 10.0  # --address-grace: a node waits before it publishes anothe
 def _cut(world: World, blocked: set[str], pairs: set[Pair]) -> set[Pair]:
     """Return which of the pairs have no path if these ports are blocked."""
     def paths(name: str) -> set[str]:
-        return {"vxlan" if device == VXLAN else "udp"
+        return {"udp" if device == TUN else "vxlan"
                 for device in world.devices(world.named(name))}
 
     return {(a, b) for a, b in pairs if not (paths(a) & paths(b)) - blocked}
@@ -26,8 +26,10 @@ def _between(world: World, paths: tuple[str, ...], one_way: bool = False, large:
     def block(a: Member, b: Member) -> list[str]:
         size = LARGE if large else ""
         ways = [(a, b)] if one_way else [(a, b), (b, a)]
-        rules = [f"ip saddr {x.host.v4} ip daddr {y.host.v4} udp dport {PORTS[path]} {size} drop"
-                 for path in paths for x, y in ways]
+        rules = [f"{addresses} udp dport {PORTS[path]} {size} drop" for path in paths
+                 for x, y in ways for addresses in (
+                     f"ip saddr {x.host.v4} ip daddr {y.host.v4}",
+                     f"ip6 saddr {x.host.v6} ip6 daddr {y.host.v6}")]
         for rule in rules:
             world.block(rule)
         return rules
@@ -56,8 +58,8 @@ def _blocks(*paths: str, one_way: bool = False, large: bool = False):
 
 def _isolate(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
-    rules = [f"ip {way} {member.host.v4} udp dport {{ 8285, 8472 }} drop"
-             for way in ("saddr", "daddr")]
+    rules = [f"{address} udp dport {{ 8285, 8472 }} drop" for way in ("saddr", "daddr")
+             for address in (f"ip {way} {member.host.v4}", f"ip6 {way} {member.host.v6}")]
     for rule in rules:
         world.block(rule)
 

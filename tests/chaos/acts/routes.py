@@ -5,7 +5,7 @@ from random import Random
 from udptun.lab.cluster import Member
 
 from ..world import TUN, VXLAN, World
-from .act import Act, Scene, both_ways, isolates, pick, pick_device, pick_two
+from .act import ALL, Act, Scene, both_ways, isolates, pick, pick_device, pick_two
 
 
 def _routes_of(member: Member, device: str) -> list[str]:
@@ -60,6 +60,20 @@ def _blackhole(world: World, rng: Random) -> Scene:
                  lambda: a.host.ip(f"route del blackhole {half}"), says=str(half))
 
 
+def _blackhole6(world: World, rng: Random) -> Scene:
+    a, b = pick_two(world, rng)
+    half = next(iter(b.subnet6.subnets()))
+    a.host.ip(f"route add blackhole {half}")
+    return Scene(f"{a.host.name}: ip route add blackhole {half}", [a], both_ways(a, b),
+                 lambda: a.host.ip(f"route del blackhole {half}"), says=str(half))
+
+
+def _flush6(world: World, rng: Random) -> Scene:
+    member, device = pick_device(world, rng)
+    member.host.run(["ip", "-6", "route", "flush", "dev", device])
+    return Scene(f"{member.host.name}: ip -6 route flush dev {device}", [member], traced=True)
+
+
 def _rule(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     rule = "to 10.244.0.0/16 lookup 100 pref 100"
@@ -91,7 +105,7 @@ def _default_route(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     member.host.ip("link add vpn0 type veth peer name vpn1", "link set vpn1 up",
                    "addr add 100.64.9.9/24 dev vpn0", "link set vpn0 up", "route del default",
-                   f"route add default via {world.etcd.host.v4} metric 100",
+                   f"route add default via {world.store.host.v4} metric 100",
                    "route add default via 100.64.9.1 dev vpn0 metric 50")
 
     def undo() -> None:
@@ -122,6 +136,9 @@ ACTS = [
     Act("networkd", "a network manager removes foreign routes and addresses", _as_networkd),
     Act("route-other", "another program's more specific route to a peer's pods", _more_specific),
     Act("route-blackhole", "a blackhole route to a peer's pods", _blackhole),
+    Act("route6-flush", "all IPv6 routes of our device are deleted", _flush6, ALL, ipv6=True),
+    Act("route6-blackhole", "a blackhole route to a peer's pods, IPv6", _blackhole6, ALL,
+        ipv6=True),
     Act("policy-rule", "a policy rule sends the overlay to a table without a route", _rule),
     Act("leftover-flannel", "flannel.1 of a former flanneld, with its routes", _leftover_flannel,
         frozenset({"udp"})),
