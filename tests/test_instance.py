@@ -75,7 +75,7 @@ def test_a_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: py
     flock, holder_ends = fcntl.flock, [True]
 
     def flock_after_removal(fd: int, how: int) -> None:
-        if holder_ends:
+        if holder_ends and how & fcntl.LOCK_NB:  # the file, not its directory
             holder_ends.clear()
             next(tmp_path.iterdir()).unlink()
         flock(fd, how)
@@ -115,3 +115,19 @@ def test_killed_process_releases_its_lock(tmp_path: Path):
 def test_the_instance_of_a_vxlan_device(device, owner):
     found = Instance.of_vxlan_device(device, 7)
     assert (found and found.name) == owner
+
+
+def test_lock_files_of_killed_processes_are_removed(tmp_path: Path):
+    left = [tmp_path / f"blue.node.{inode}.lock" for inode in (1, 2)]
+    others = [tmp_path / name for name in ("blue.forward.1.lock", "red.node.1.lock")]
+    for path in (*left, *others):
+        path.touch()
+    held = tmp_path / "blue.node.3.lock"  # of a process in another network namespace
+    with held.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with Instance("blue").locked("node", tmp_path):
+            [own] = {*tmp_path.iterdir()} - {*others, held}
+            with pytest.raises(InstanceRunning), Instance("blue").locked("node", tmp_path):
+                pass
+        assert {*tmp_path.iterdir()} == {*others, held}
+    assert own.name.startswith("blue.node.")

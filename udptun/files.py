@@ -4,9 +4,9 @@ A file that is replaced always has either the old or the new content, for a read
 crash. A file that is read back may have been changed by another user, so its owner and type are
 checked. A lock file has mode 0600: who can open a file for reading can also lock it.
 
-A leaf: imports no other module of udptun. Calls block, except those of a lock. Threading: any
-thread, any number of writers. Source: rename(2), fsync(2), flock(2). A rename is on the disk when
-the directory is synced.
+A leaf: imports no other module of udptun. Calls block, except those of a lock on a file. Threading:
+any thread, any number of writers. Source: rename(2), fsync(2), flock(2). A rename is on the disk
+when the directory is synced.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -179,3 +179,27 @@ class FileLock:
             with suppress(OSError):
                 self.path.unlink()  # before the lock is released: see ``take``
         os.close(self.handle)
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Let no other process lock a file in the directory. This takes less than a millisecond."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove_free_locks(directory: Path, pattern: str) -> None:
+    """Remove the lock files that no process holds. Call this with the directory locked: for a
+    moment, this function holds each of them."""
+    for path in directory.glob(pattern):
+        with suppress(OSError):  # held, or removed by its holder
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(handle)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FieldError, UdptunError
-from .files import FileLock
+from .files import FileLock, locked_directory, remove_free_locks
 
 DEFAULT_INSTANCE = "udptun"
 FLANNEL = "flannel"  # reserved: the default instance uses names of flannel
@@ -114,7 +114,8 @@ class Instance:
 
         Only one process can hold the lock. The kernel releases it when the process ends, also after
         a crash. The lock file has mode 0600, so other users cannot take the lock. Its name contains
-        the inode of the network namespace, because several namespaces can share one /run.
+        the inode of the network namespace, because several namespaces can share one /run. A killed
+        process leaves its file: the next start of this role, in any namespace, removes it.
 
         Raises InstanceRunning, OSError.
         """
@@ -122,7 +123,9 @@ class Instance:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         namespace = Path("/proc/thread-self/ns/net").stat().st_ino
         path = directory / f"{self.name}.{role}.{namespace}.lock"
-        lock = FileLock.take(path)
+        with locked_directory(directory):
+            lock = FileLock.take(path)
+            remove_free_locks(directory, f"{self.name}.{role}.*.lock")
         if lock is None:
             raise InstanceRunning(
                 f"udptun {role} of the instance {self.name} is already running in this network"
