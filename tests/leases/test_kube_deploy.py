@@ -11,6 +11,7 @@ import yaml
 from tests.leases.kube_cluster import DEPLOY, deployed_rules
 from udptun.cli import cli
 from udptun.leases.file.config import FileConfig
+from udptun.leases.kube.config import SERVICE_ACCOUNT
 from udptun.leases.netconf import NetConfig
 from udptun.node.config import NodeConfig
 
@@ -25,7 +26,8 @@ def pod():
 
 
 def container(name):
-    return next(c for c in pod()["containers"] if c["name"] == name)
+    every = (*pod()["initContainers"], *pod()["containers"])
+    return next(c for c in every if c["name"] == name)
 
 
 def test_the_permissions_are_those_of_flannel():
@@ -50,12 +52,30 @@ def test_the_pod_uses_the_service_account():
 
 
 @pytest.mark.parametrize(("name", "capabilities"), [
-    ("node", ["NET_ADMIN", "NET_RAW"]), ("forwarder", ["NET_ADMIN"])])
-def test_neither_container_is_privileged(name, capabilities):
-    rights = container(name)["securityContext"]
-    assert rights["capabilities"] == {"drop": ["ALL"], "add": capabilities}
-    assert "privileged" not in rights
-    assert rights["allowPrivilegeEscalation"] is False
+    ("node", ["NET_ADMIN", "NET_RAW"]), ("forwarder", ["NET_ADMIN"]),
+    ("cni-plugin", ["DAC_OVERRIDE"]), ("cni-conf", ["DAC_OVERRIDE"]),
+])
+def test_no_container_is_privileged(name, capabilities):
+    assert container(name)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"], "add": capabilities},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def test_only_the_daemon_gets_the_token_of_the_service_account():
+    assert pod()["automountServiceAccountToken"] is False
+    volumes = {v["name"]: v for v in pod()["volumes"]}
+    files, found = set(), set()
+    for source in volumes["api-access"]["projected"]["sources"]:
+        ((_, fields),) = source.items()
+        files |= {item["path"] for item in fields.get("items", [fields])}
+    for part in (*pod()["initContainers"], *pod()["containers"]):
+        found |= {(part["name"], m["mountPath"]) for m in part["volumeMounts"]
+                  if m["name"] == "api-access"}
+    assert found == {("node", str(SERVICE_ACCOUNT))}
+    assert files == {"token", "ca.crt", "namespace"}
 
 
 def test_mounts_and_shared_volumes():

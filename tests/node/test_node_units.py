@@ -21,6 +21,9 @@ from udptun.node.process.launch import FORWARD_FILE
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 NODE = DEPLOY / "udptun-node.service"
 FORWARDER = DEPLOY / "udptun-node-forwarder.service"
+ALONE = DEPLOY / "udptun-forwarder.service"
+UNITS = (NODE, FORWARDER, ALONE)
+MAX_EXPOSURE = 30  # tenths
 
 
 class _Unit(RawConfigParser):
@@ -37,16 +40,42 @@ class _Unit(RawConfigParser):
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
 def test_systemd_understands_the_units(tmp_path: Path) -> None:
-    for unit in (NODE, FORWARDER):
+    for unit in UNITS:
         text = unit.read_text().replace("/usr/local/bin/udptun", "/bin/true")
         (tmp_path / unit.name).write_text(text)
     checked = subprocess.run(
         ["systemd-analyze", "verify", "--recursive-errors=one",
-         *(str(tmp_path / unit.name) for unit in (NODE, FORWARDER))],
+         *(str(tmp_path / unit.name) for unit in UNITS)],
         capture_output=True, text=True, check=False,
     )
     ours = [line for line in checked.stderr.splitlines() if "udptun" in line]
     assert ours == []
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_the_units_are_confined(unit: Path) -> None:
+    rated = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager",
+         f"--threshold={MAX_EXPOSURE}", str(unit)],
+        capture_output=True, text=True, check=False,
+    )
+    if "unrecognized option" in rated.stderr:
+        pytest.skip("systemd-analyze before 250")
+    assert rated.returncode == 0, rated.stdout + rated.stderr
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_the_units_allow_what_the_program_needs(unit: Path) -> None:
+    text = unit.read_text()
+    assert "ProtectKernelTunables=yes" not in text  # the program writes to /proc/sys
+    assert re.search(r"^SystemCallFilter=capset$", text, re.MULTILINE)  # to give up capabilities
+
+
+def test_the_drop_in_for_several_workers_allows_the_steering_program() -> None:
+    page = (DEPLOY / "README.md").read_text()
+    for line in ("CapabilityBoundingSet=CAP_BPF", "SystemCallFilter=bpf"):
+        assert line in page
 
 
 def test_the_forwarder_has_a_unit_of_its_own() -> None:
