@@ -41,6 +41,7 @@ class FakeForwarder:
         self.stopped = asyncio.Event()
         self.fail_with: Exception | None = None
         self.standby: dict[str, bool] = {}
+        self.more_peers: list[dict[str, Any]] = []
         self.bodies: list[bytes] = []
         self.calls: list[str] = []
         self.events = EventHub()
@@ -125,7 +126,7 @@ class FakeForwarder:
             yield text[start : start + 100]
 
     async def peer_chunks(self) -> AsyncGenerator[bytes, None]:
-        yield json.dumps({"peers": status_of(1, 0)["peers"]}).encode()
+        yield json.dumps({"peers": [*status_of(1, 0)["peers"], *self.more_peers]}).encode()
 
     def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
         for endpoint in endpoints:

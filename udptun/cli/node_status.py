@@ -11,6 +11,7 @@ from typing import Any
 
 from ..spans import span
 
+EVENTS_N = 5  # the last events that are shown
 MARKS = {"ok": "+", "degraded": "!", "failed": "-"}  # as in /readyz
 
 
@@ -36,7 +37,15 @@ def _node(node: dict[str, Any]) -> str:
             first, *more = check["text"]
             text.append(f"  [{MARKS[check['state']]}]{check['name']}: {first}")
             text += [f"      {line}" for line in more]
+    text += [f"  event: {_event(event)}" for event in node["events"][-EVENTS_N:]]
     return "\n".join(text)
+
+
+def _event(event: dict[str, Any]) -> str:
+    what = f"{_age(event['time'])} ago, {event['type']}, {event['peer']}: {event['subnet']}"
+    if event.get("path"):
+        what += f" by {event['path']}"
+    return what + (f"; {event['reason']}" if event.get("reason") else "")
 
 
 def _not_ready(waiting: str) -> str:
@@ -54,12 +63,23 @@ def _peer(peer: dict[str, Any]) -> str:
     carried = f"{peer['path']} for {_age(peer['path_since'])}"
     if peer["path_reason"]:
         carried += f"; {peer['path_reason']}"
+    carried += _return(peer)
     text = [
         f"node peer: {peer['key']}", f"  subnet: {peer['subnet']}",
         f"  state: {peer['state']} for {_age(peer['since'])}{reason}", f"  carried by: {carried}",
     ]
     return "\n".join([*text, *(f"  path {name}: {_path(path)}"
                                for name, path in peer["paths"].items())])
+
+
+def _return(peer: dict[str, Any]) -> str:
+    """Say when the preferred path will carry the packets again."""
+    if peer.get("return_at") is not None:
+        return f"; back to {peer['preferred']} in {_until(peer['return_at'])} if it keeps answering"
+    if peer.get("return_seconds") is not None:
+        return f"; back to {peer['preferred']} when it has answered for " \
+            f"{span(peer['return_seconds'])}"
+    return ""
 
 
 def _path(path: dict[str, Any]) -> str:
@@ -69,10 +89,19 @@ def _path(path: dict[str, Any]) -> str:
     if path.get("loss"):
         parts.append(f"loss {path['loss']:.0%}")
     if path.get("largest_size") is not None:
-        parts.append(f"largest message {path['largest_size']}")
+        parts.append(f"largest packet {path['largest_size']}")
+    if path.get("last_answer") is not None:
+        parts.append(f"last answer {_age(path['last_answer'])} ago")
     return ", ".join(parts) + (f": {path['reason']}" if path.get("reason") else "")
 
 
 def _age(moment: str) -> str:
-    seconds = max((datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds(), 0.0)
-    return span(seconds)
+    return span(max(-_seconds_to(moment), 0.0))
+
+
+def _until(moment: str) -> str:
+    return span(max(_seconds_to(moment), 0.0))
+
+
+def _seconds_to(moment: str) -> float:
+    return (datetime.fromisoformat(moment) - datetime.now(UTC)).total_seconds()

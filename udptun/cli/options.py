@@ -30,6 +30,9 @@ __all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_json", 
            "instance", "instance_of", "named_socket", "no_headers",
            "node_client", "output", "remember", "socket"]
 
+# Files of the node daemon: those of node.process.launch and node.store (tested), which take long to
+# import.
+FORWARD_FILE, CACHE_FILE = "forward.json", "leases.json"
 NODE_SECONDS = 5.0  # the longest time to wait for the answer of the node daemon
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
@@ -167,6 +170,23 @@ def node_client(ctx: click.Context) -> ControlClient:
 
     return ctx.with_resource(
         ControlClient(str(Path(_control_path(ctx)).with_name(NODE_SOCKET)), NODE_SECONDS))
+
+
+def node_stopped(ctx: click.Context) -> str:
+    """Return a sentence if a node daemon has set up the forwarder, but does not answer; else "".
+
+    The files with the forwarder's options and with the leases stay when the daemon ends. flanneld's
+    extension has only the first.
+    """
+    control = Path(_control_path(ctx))
+    try:
+        state = json.loads(control.with_name(FORWARD_FILE).read_bytes())["state"]
+        if not Path(state).with_name(CACHE_FILE).exists():
+            return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"the daemon does not answer on {control.with_name(NODE_SOCKET)}. What it has set up " \
+        "stays, but does not follow the leases"
 
 
 def echo_json(value: object) -> None:

@@ -19,6 +19,7 @@ from .options import (
     echo_table,
     no_headers,
     node_client,
+    node_stopped,
     output,
 )
 
@@ -36,10 +37,12 @@ def status(ctx: click.Context, output: str) -> None:
     """
     node = _answer(node_client(ctx).node)
     found = client(ctx).status() if node is None else _answer(client(ctx).status)
+    stopped = node is None and node_stopped(ctx)
     if output == "json":
         echo_json((found or {}) | ({} if node is None else {"node": node}))
         return
-    blocks = [] if node is None else [*node_blocks(node)]
+    blocks = [f"node: {stopped}"] if stopped else []
+    blocks += [] if node is None else [*node_blocks(node)]
     if found is not None:
         blocks += [_device(found), *map(_peer, found["peers"])]
     click.echo("\n\n".join(blocks))
@@ -61,14 +64,16 @@ def peers(ctx: click.Context, output: str, no_headers: bool) -> None:
     """Show for each peer whether it answers probes, and how fast.
 
     A peer is probed if one of its routes has the word `probe`. LARGEST is the largest packet, in
-    bytes, that was answered. LOSS is the share of unanswered probes among the last 32.
+    bytes, that was answered. LOSS is the share of unanswered probes among the last 32. For peers
+    that the forwarder does not probe, the values are those of the node daemon, if one runs.
     """
     found = client(ctx).peers()
     if output == "json":
         echo_json({"peers": found})
         return
     headers = ["ENDPOINT", "STATE", "SINCE", "RTT", "LOSS", "LAST ANSWER", "LARGEST", "REASON"]
-    echo_table(headers, map(_peer_row, found), no_headers)
+    echoes = _echoes(ctx, found)
+    echo_table(headers, [_peer_row(peer, echoes) for peer in found], no_headers)
 
 
 @click.command()
@@ -186,11 +191,25 @@ def _peer(peer: dict[str, Any]) -> str:
     return _block("peer", peer["endpoint"], lines)
 
 
-def _peer_row(peer: dict[str, Any]) -> list[object]:
-    probe = peer.get("probe")
+def _echoes(ctx: click.Context, peers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what the node daemon has measured by echo requests, by subnet, if it is needed."""
+    if all(peer.get("probe") is not None for peer in peers):
+        return {}
+    node = _answer(node_client(ctx).node)
+    return {} if node is None else {
+        peer["subnet"]: path for peer in node["peers"]
+        if (path := peer["paths"].get("udp")) is not None and "endpoint" not in path}
+
+
+def _peer_row(peer: dict[str, Any], echoes: dict[str, dict[str, Any]]) -> list[object]:
+    probe, reason = peer.get("probe"), None
+    if probe is None:
+        probe = next((echoes[net] for net in peer["subnets"] if net in echoes), None)
+        reason = "measured with echo requests"
     if probe is None:
         return [peer["endpoint"], "not probed", *[None] * 6]
-    return [peer["endpoint"], *_probe_cells(probe)]
+    *cells, why = _probe_cells(probe)
+    return [peer["endpoint"], *cells, "; ".join(filter(None, (why, reason))) or None]
 
 
 def _probe_cells(probe: dict[str, Any]) -> list[Any]:

@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import stat
+import time
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from click.testing import CliRunner
 
 from tests.control.fakes import LoopThread, Served, thread  # noqa: F401
 from tests.node.node_reports import ready
-from udptun.cli import cli
+from udptun.cli import cli, options
 from udptun.control.client import ControlClient
 from udptun.errors import ControlError
 from udptun.instance import Instance
 from udptun.leases.base import SourceHealth
+from udptun.node.process.launch import FORWARD_FILE, ForwarderSpec
 from udptun.node.status import socket as module
-from udptun.node.status.report import NodeReport, PairReport
+from udptun.node.status.report import NodeReport, PairReport, iso_time
 from udptun.node.status.socket import NodeSocket
+from udptun.node.store import CACHE_FILE
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "node.md"
 
@@ -34,11 +37,11 @@ def measured() -> NodeReport:
     subnet = IPv4Network("10.5.60.0/24")
     report.pairs[subnet] = PairReport(
         "10.5.60.0-24", subnet, "udp", "VXLAN: 3 probes in a row were not answered",
-        state="reachable")
+        state="reachable", preferred="vxlan", hold=20.0)
     report.describe_paths = lambda _: {
         "udp": {"endpoint": "192.0.2.2:8285", "state": "reachable", "reason": "", "rtt_us": 310},
         "vxlan": {"state": "unreachable", "reason": "3 probes in a row were not answered",
-                  "loss": 0.25, "largest_size": 1422},
+                  "loss": 0.25, "largest_size": 1450, "last_answer": iso_time(time.time() - 300)},
     }
     report.event("path_changed", peer="10.5.60.0-24", subnet=str(subnet), path="udp",
                  reason="VXLAN: 3 probes in a row were not answered")
@@ -57,6 +60,7 @@ def served_node(thread, tmp_path):  # noqa: F811
 def test_the_socket_is_the_instances(served_node):
     assert Instance().node_socket.name == served_node.name
     assert Instance().node_socket.parent == Instance().control_socket().parent
+    assert (options.FORWARD_FILE, options.CACHE_FILE) == (FORWARD_FILE, CACHE_FILE)
     assert stat.S_IMODE(served_node.stat().st_mode) == 0o660
 
 
@@ -115,11 +119,16 @@ def test_status_without_a_forwarder_shows_the_node(served_node, tmp_path):
     for line in (
         "node: 10.5.1.0/24", "  state: ready", "node peer: 10.5.60.0-24",
         "  path udp: reachable, round trip 0.31 ms",
-        "  path vxlan: unreachable, loss 25%, largest message 1422: "
+        "  path vxlan: unreachable, loss 25%, largest packet 1450, last answer 5 min ago: "
         "3 probes in a row were not answered",
     ):
         assert line in result.output.splitlines()
-    assert re.search(r"^  carried by: udp for \d s; VXLAN: 3 probes", result.output, re.MULTILINE)
+    for pattern in (
+        r"^  carried by: udp for \d s; VXLAN: 3 probes in a row were not answered; "
+        r"back to vxlan when it has answered for 20 s$",
+        r"^  event: \d s ago, path_changed, 10.5.60.0-24: 10.5.60.0/24 by udp; VXLAN: 3 probes",
+    ):
+        assert re.search(pattern, result.output, re.MULTILINE), result.output
     found = json.loads(run_status(tmp_path / "udptun.sock", "-o", "json").output)
     assert [*found] == ["node"]
 
@@ -144,6 +153,57 @@ def test_status_shows_both(served_node, tmp_path, thread):  # noqa: F811
         found = json.loads(run_status(tmp_path / "udptun.sock", "-o", "json").output)
         with ControlClient(str(tmp_path / "udptun.sock")) as client:
             assert [*found] == [*client.status(), "node"]
+
+
+def test_status_says_when_the_preferred_path_carries_again(thread, tmp_path):  # noqa: F811
+    report = measured()
+    (pair,) = report.pairs.values()
+    pair.returns = time.time() + 600
+    node = NodeSocket(report, tmp_path / "udptun.sock")
+    thread.run(node.start)
+    try:
+        text = run_status(tmp_path / "udptun.sock").output
+    finally:
+        thread.run(node.aclose)
+    assert "; back to vxlan in 10 min if it keeps answering" in text
+
+
+def test_status_mentions_a_stopped_daemon(thread, tmp_path):  # noqa: F811
+    """But not if flanneld's extension, or an operator, has started the forwarder."""
+    state = tmp_path / "state"
+    state.mkdir()
+    spec = ForwarderSpec("", (), (), (), "udptun0", str(state / "routes"))
+    with Served(thread, tmp_path / "udptun.sock"):
+        assert "node:" not in run_status(tmp_path / "udptun.sock").output
+        spec.write(tmp_path / "forward.json")
+        assert "node:" not in run_status(tmp_path / "udptun.sock").output
+        (state / "leases.json").touch()
+        text = run_status(tmp_path / "udptun.sock").output
+        assert text.startswith(f"node: the daemon does not answer on {tmp_path}/node.sock. ")
+
+
+def test_peers_shows_what_the_daemon_has_measured_by_echo(thread, tmp_path):  # noqa: F811
+    report = measured()
+    subnet = IPv4Network("10.244.9.0/24")
+    report.pairs[subnet] = PairReport("n9", subnet, "udp", state="reachable")
+    since = "2026-01-31T08:00:00.000+00:00"
+    measurement = {"since": since, "rtt_us": 420, "loss": 0.0, "last_answer": since,
+                   "largest_size": 1472, "full_size_passes": True, "state": "reachable",
+                   "reason": ""}
+    report.describe_paths = lambda net: {"udp": measurement} if net == subnet else {}
+    node = NodeSocket(report, tmp_path / "udptun.sock")
+    thread.run(node.start)
+    try:
+        with Served(thread, tmp_path / "udptun.sock") as served:
+            served.forwarder.more_peers = [{"endpoint": "192.0.2.9:8285", "subnets": [str(subnet)],
+                                            "probe": None}]
+            result = CliRunner().invoke(cli, ["peers", "--socket", str(tmp_path / "udptun.sock")])
+    finally:
+        thread.run(node.aclose)
+    row = next(line for line in result.output.splitlines() if "192.0.2.9" in line)
+    assert re.split("  +", row) == [
+        "192.0.2.9:8285", "reachable", "2026-01-31T08:00:00Z", "0.42 ms", "0%",
+        "2026-01-31T08:00:00Z", "1472", "measured with echo requests"]
 
 
 def test_status_without_both_is_an_error(tmp_path):

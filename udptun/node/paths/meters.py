@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DeviceError
-from ...model import IPNetwork
+from ...model import OVERHEAD, IPNetwork
 from ...probe.state import REACHABLE
 from ..backends.base import Backend
 from ..backends.plan import SubnetPaths
@@ -133,7 +133,8 @@ class Meters:
         if meter is not None:
             if not meter.able or (meter.follows_route and at != pair.choice.at):
                 return None, ""
-            return health_of_state(meter.state(pair.subnet), time.monotonic())
+            overhead = OVERHEAD[pair.subnet.version]
+            return health_of_state(meter.state(pair.subnet), overhead, time.monotonic())
         if self._forwarder is None or self._forwarder.gone:
             return Health.LOST, "the forwarder does not answer"
         return health_of_report(self._forwarder.probe(endpoint))
@@ -143,7 +144,7 @@ class Meters:
         meter, endpoint = pair.meters[at], pair.endpoints[at]
         if meter is not None:
             state = meter.state(pair.subnet)
-            return {} if state is None else state_json(state)
+            return {} if state is None else state_json(state, OVERHEAD[pair.subnet.version])
         probe = {} if self._forwarder is None else self._forwarder.probe(endpoint)
         return {"endpoint": endpoint, **probe}
 

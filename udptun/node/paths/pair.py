@@ -66,14 +66,19 @@ class Pair:
         return several and not any(meter and meter.follows_route for meter in self.meters)
 
 
-def health_of_state(state: PathState | None, now: float) -> tuple[Health | None, str]:
-    """Return the health of a path that this daemon measures, and the reason."""
+def health_of_state(
+    state: PathState | None, overhead: int, now: float
+) -> tuple[Health | None, str]:
+    """Return the health of a path that this daemon measures, and the reason.
+
+    overhead  bytes of the inner packet's headers before the message
+    """
     if state is None or state.state not in (REACHABLE, UNREACHABLE):
         return None, ""
     if state.state == UNREACHABLE:
         return Health.LOST, state.reason(now)
     if state.sizes.full_passes is False:
-        return Health.SMALL, _limit(state.sizes.largest)
+        return Health.SMALL, _limit(_packet(state.sizes.largest, overhead))
     return Health.GOOD, ""
 
 
@@ -90,11 +95,19 @@ def health_of_report(probe: Mapping[str, Any] | None) -> tuple[Health | None, st
 
 
 def _limit(largest: object) -> str:
-    return f"messages over {largest} bytes do not pass"
+    return f"packets over {largest} bytes do not pass"
 
 
-def state_json(state: PathState) -> dict[str, Any]:
-    """Return the measurements of a path as the forwarder reports its own: docs/control.md."""
+def _packet(message: int | None, overhead: int) -> int | None:
+    """Return the size of the inner packet that has a message of this size."""
+    return None if message is None else message + overhead
+
+
+def state_json(state: PathState, overhead: int) -> dict[str, Any]:
+    """Return the measurements of a path as the forwarder reports its own: docs/control.md.
+
+    overhead  as in ``health_of_state``
+    """
     now, wall = time.monotonic(), time.time()
 
     def at(moment: float | None) -> str | None:
@@ -105,6 +118,6 @@ def state_json(state: PathState) -> dict[str, Any]:
         "rtt_us": None if state.rtt is None else round(state.rtt * 1e6),
         "loss": None if state.loss is None else round(state.loss, 4),
         "last_answer": at(state.last_answer),
-        "largest_size": state.sizes.largest,
+        "largest_size": _packet(state.sizes.largest, overhead),
         "full_size_passes": state.sizes.full_passes,
     }

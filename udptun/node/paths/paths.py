@@ -234,6 +234,15 @@ class Paths:
             preferred = pair.choice.at == pair.preferred
             self._want(pair.subnet, None if preferred else self._backends[pair.choice.at].name)
             self._meters.probe(pair)
+        self._report_return(pair, now)
+
+    def _report_return(self, pair: Pair, now: float) -> None:
+        """Report when the preferred path will carry the packets again."""
+        report, away = pair.report, pair.chooses and pair.choice.at != pair.preferred
+        report.preferred = self._backends[pair.preferred].name
+        report.hold = pair.choice.hold if away else None
+        at = due(pair.choice, pair.measured) if away else None
+        report.returns = None if at is None else time.time() + at - now
 
     def _want(self, subnet: IPNetwork, carrier: str | None) -> None:
         self._wanted[subnet] = carrier

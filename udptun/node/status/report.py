@@ -101,6 +101,10 @@ class PairReport:
               "unknown": not measured yet, or not measurable
     trouble   why the state is "limited" or "unreachable"
     changed   when the state changed last
+    preferred the preferred backend; it carries the packets as long as it works
+    hold      if it does not carry them: it carries them again after it has worked for so many
+              seconds; None: it carries them, or cannot
+    returns   when it will carry them again if it works until then; None: it does not work now
     """
 
     key: str
@@ -111,6 +115,9 @@ class PairReport:
     state: str = "unknown"
     trouble: str = ""
     changed: float = field(default_factory=time.time)
+    preferred: str = ""
+    hold: float | None = None
+    returns: float | None = None
 
 
 @dataclass(slots=True)

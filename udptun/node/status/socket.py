@@ -77,6 +77,9 @@ def _peer(report: NodeReport, pair: PairReport) -> dict[str, Any]:
         "path": pair.path,
         "path_since": iso_time(pair.since),
         "path_reason": pair.why,
+        "preferred": pair.preferred,
+        "return_seconds": pair.hold,
+        "return_at": None if pair.returns is None else iso_time(pair.returns),
         "paths": report.describe_paths(pair.subnet),
     }
 
