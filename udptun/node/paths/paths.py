@@ -134,6 +134,7 @@ class Paths:
         pair = self._pairs.pop(subnet, None)
         if pair is not None:
             self._forget(pair)
+            self._recorder.forget(pair)
             self._report.pairs.pop(subnet, None)
             if pair.choice.at != pair.preferred:
                 self._want(subnet, None)  # the next peer with this subnet starts afresh

@@ -1,7 +1,8 @@
 """Report the measurements and the choice of paths: in the report, as log lines and as events.
 
-Owns the texts, and the limit of log lines: if many peers change at once, only some are named. Does
-not measure or choose. Runs on the daemon's loop.
+Owns the texts, and the limits of the log: a failure that another path takes over is one line, and
+if many peers change at once, only some are named. Events have each change. Does not measure or
+choose. Runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 
+from ...model import IPNetwork
 from ..backends import BACKENDS
 from ..status.report import NodeReport
 from .choice import Health, Measured
@@ -17,6 +19,10 @@ from .pair import STATES, Pair
 log = logging.getLogger(__name__)
 
 MAX_LOGGED = 10  # peers that are logged one by one per ``flush``
+# If a pair has another path, its state is logged after this time: meanwhile, the other path may be
+# measured and carry the packets. Then only the change of the path is logged.
+SETTLE_SECONDS = 2.0
+GOOD = STATES[Health.GOOD]
 TROUBLES = (STATES[Health.LOST], STATES[Health.SMALL])
 
 
@@ -24,6 +30,9 @@ class Recorder:
     def __init__(self, report: NodeReport) -> None:
         self._report = report
         self._lines: list[tuple[int, str]] = []
+        # By subnet: the pairs whose state has changed, and when it is logged.
+        self._unsettled: dict[IPNetwork, tuple[float, Pair]] = {}
+        self._logged: dict[IPNetwork, str] = {}  # the last state that was logged, if it is not good
 
     def measured(self, pair: Pair, carrying: Measured | None) -> None:
         """Report the measured state of the path that carries the packets."""
@@ -37,9 +46,8 @@ class Recorder:
         report.changed = time.time()
         if health is None or (health is Health.GOOD and before not in TROUBLES):
             return
-        level = logging.INFO if health is Health.GOOD else logging.WARNING
-        text = f": {report.trouble}" if report.trouble else ""
-        self._lines.append((level, f"{report.key}: {pair.subnet} is {report.state}{text}"))
+        at = time.monotonic() + (SETTLE_SECONDS if pair.chooses else 0.0)
+        self._unsettled.setdefault(pair.subnet, (at, pair))
         self._report.event(f"peer_{report.state}", peer=report.key, subnet=str(pair.subnet),
                            path=report.path, reason=report.trouble)
 
@@ -51,6 +59,7 @@ class Recorder:
         left, report.path, report.since = report.path, path, time.time()
         report.why = f"{BACKENDS[left]}: {choice.why}" if choice.why else ""
         reason = report.why or f"{BACKENDS[path]} works again"
+        self._unsettled.pop(pair.subnet, None)
         self._lines.append((
             logging.WARNING if choice.why else logging.INFO,
             f"{report.key}: {pair.subnet} goes by {BACKENDS[path]} now: {reason}"))
@@ -58,10 +67,35 @@ class Recorder:
         self._report.event("path_changed", peer=report.key, subnet=str(pair.subnet), path=path,
                            reason=reason)
 
+    def forget(self, pair: Pair) -> None:
+        """The peer is gone."""
+        self._unsettled.pop(pair.subnet, None)
+        self._logged.pop(pair.subnet, None)
+
     def flush(self) -> None:
         """Write the log lines that have come together."""
+        now = time.monotonic()
+        for subnet, (at, pair) in [*self._unsettled.items()]:
+            if at <= now:
+                del self._unsettled[subnet]
+                self._log_state(pair)
         lines, self._lines = self._lines, []
         for level, line in lines[:MAX_LOGGED]:
             log.log(level, "%s", line)
         if len(lines) > MAX_LOGGED:
             log.warning("%d more changes of paths: see `udptun status`", len(lines) - MAX_LOGGED)
+
+    def _log_state(self, pair: Pair) -> None:
+        report = pair.report
+        if report.state == self._logged.get(pair.subnet, GOOD):
+            return  # it was in the other state only for a moment
+        level = logging.WARNING
+        if report.state in TROUBLES:
+            self._logged[pair.subnet] = report.state
+        else:
+            level = logging.INFO
+            self._logged.pop(pair.subnet, None)
+            if report.state != GOOD:
+                return
+        text = f": {report.trouble}" if report.trouble else ""
+        self._lines.append((level, f"{report.key}: {pair.subnet} is {report.state}{text}"))

@@ -1,0 +1,114 @@
+"""What is logged about measured paths: one line per failure, and no line for a moment."""
+
+from __future__ import annotations
+
+import logging
+from ipaddress import ip_network
+from types import SimpleNamespace
+
+import pytest
+
+from tests.node.node_reports import ready
+from udptun.node.paths import record
+from udptun.node.paths.choice import Choice, Health, Measured
+from udptun.node.paths.record import Recorder
+from udptun.node.status.report import PairReport
+
+LOST = Measured(Health.LOST, 0.0, "3 probes in a row were not answered")
+GOOD = Measured(Health.GOOD, 0.0)
+NET = ip_network("10.5.60.0/24")
+
+
+class Scene:
+    """One pair, whose log lines are collected while a clock of its own runs."""
+
+    def __init__(self, monkeypatch, caplog, chooses):
+        self.now = 1000.0
+        clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now)
+        monkeypatch.setattr(record, "time", clock)
+        caplog.set_level(logging.INFO)
+        self._caplog, self._report = caplog, ready()
+        self.recorder = Recorder(self._report)
+        self.pair = SimpleNamespace(
+            subnet=NET, chooses=chooses, choice=Choice(1, 0.0),
+            report=PairReport("n60", NET, "vxlan", state="reachable"))
+
+    def measured(self, measured):
+        self.recorder.measured(self.pair, measured)
+        self.recorder.flush()
+
+    def moved(self, path, why, measured):
+        self.pair.choice = Choice(0, 0.0, why)
+        self.recorder.moved(self.pair, path)
+        self.recorder.measured(self.pair, measured)
+        self.recorder.flush()
+
+    def later(self, seconds=10.0):
+        self.now += seconds
+        self.recorder.flush()
+
+    @property
+    def lines(self):
+        return self._caplog.messages
+
+    @property
+    def events(self):
+        return [event["type"] for event in self._report.events]
+
+
+@pytest.fixture
+def scene(monkeypatch, caplog):
+    return Scene(monkeypatch, caplog, chooses=True)
+
+
+def test_a_failure_that_another_path_takes_over_is_one_line(scene):
+    scene.measured(LOST)
+    scene.later(1.0)
+    scene.moved("udp", LOST.why, GOOD)
+    scene.later()
+    assert scene.lines == [
+        "n60: 10.5.60.0/24 goes by UDP now: VXLAN: 3 probes in a row were not answered"]
+    scene.moved("vxlan", "", GOOD)
+    scene.later()
+    assert scene.lines[1:] == ["n60: 10.5.60.0/24 goes by VXLAN now: VXLAN works again"]
+    assert scene.events == ["peer_unreachable", "path_changed", "peer_reachable", "path_changed"]
+
+
+def test_a_failure_of_all_paths_is_logged_and_its_end_too(scene):
+    scene.measured(LOST)
+    scene.later(1.0)
+    assert scene.lines == []
+    scene.later()
+    scene.later()
+    assert scene.lines == [
+        "n60: 10.5.60.0/24 is unreachable: VXLAN: 3 probes in a row were not answered"]
+    scene.measured(GOOD)
+    scene.later()
+    assert scene.lines[1:] == ["n60: 10.5.60.0/24 is reachable"]
+
+
+def test_a_late_change_of_the_path_says_that_the_peer_is_reachable(scene):
+    scene.measured(LOST)
+    scene.later()
+    scene.moved("udp", LOST.why, GOOD)
+    scene.later()
+    assert [line.split(": ", 1)[1] for line in scene.lines[1:]] == [
+        "10.5.60.0/24 goes by UDP now: VXLAN: 3 probes in a row were not answered",
+        "10.5.60.0/24 is reachable"]
+
+
+def test_a_moment_is_an_event_and_no_line(scene):
+    scene.measured(LOST)
+    scene.measured(GOOD)
+    scene.later()
+    assert scene.lines == []
+    assert scene.events == ["peer_unreachable", "peer_reachable"]
+
+
+def test_without_another_path_the_line_comes_at_once(monkeypatch, caplog):
+    scene = Scene(monkeypatch, caplog, chooses=False)
+    scene.measured(LOST)
+    assert len(scene.lines) == 1
+    scene.recorder.forget(scene.pair)
+    scene.measured(GOOD)
+    assert len(scene.lines) == 1  # another peer with this subnet
