@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 
@@ -105,7 +106,13 @@ async def test_a_peer_where_nothing_listens_is_unreachable():
             await running.put_route(ROUTE)
             event = await until(events, "peer_unreachable")
             assert event["reason"]
+            chunks = [chunk async for chunk in running.peer_chunks()]
+            (found,) = json.loads(b"".join(chunks))["peers"]
+            assert "port unreachable" in found["last_error"]["text"]
+            assert found["probe"]["reason"].endswith(f"; {found['last_error']['text']}")
             with peer():
                 answer = await running.probe(Endpoint.parse(PEER))
                 assert answer["answered"]
                 assert await until(events, "peer_reachable")
+            chunks = [chunk async for chunk in running.peer_chunks()]
+            assert json.loads(b"".join(chunks))["peers"][0]["probe"]["reason"] == ""

@@ -224,3 +224,16 @@ def test_an_underlay_that_is_too_small_for_ipv6_carries_ipv4(lab):
     wait_for(lambda: "[!]mtu: IPv6" in small.ready()[1], "IPv6 to be off again")
     wait_for(lambda: "FLANNEL_IPV6_SUBNET" not in small.env, "no IPv6 in subnet.env")
     all_reach_all(overlay.members)
+
+
+@pytest.mark.slow
+def test_a_wrong_public_address_in_the_file_is_named_with_its_error(lab):
+    overlay = Overlay(lab)
+    a, b, _ = overlay.members
+    overlay.write(n2='public = "198.18.1.77"\nsubnets = ["10.244.2.0/24"]')
+    for member in overlay.members:
+        member.start()
+    why = "no route to host: 198.18.1.77 does not answer on its link (ICMP host unreachable from"
+    wait_for(lambda: why in a.ready()[1], "the error in the check", 60)
+    assert "the address to publish, 198.18.1.77, is on the link of eth0, but not on this host" in \
+        b.ready()[1]

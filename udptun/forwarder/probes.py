@@ -20,10 +20,11 @@ from typing import Any
 from .. import _core
 from ..control.events import EventHub
 from ..errors import FieldError
-from ..model import Endpoint, ProbeRecord, parse_number
+from ..model import Endpoint, PeerError, ProbeRecord, parse_number
 from ..probe.message import HEADER_SIZE, NEVER_HEARD, REPLY, heard_field
 from ..probe.prober import Prober, Request
 from ..probe.state import REACHABLE, UNKNOWN, UNREACHABLE
+from . import peer_errors
 from .routes import Routes
 
 log = logging.getLogger(__name__)
@@ -118,16 +119,25 @@ class Probes:
             self._prober.set_standby((endpoint.address.packed, endpoint.port), standby)
         self._arm()
 
-    def report(self, address: bytes, port: int) -> dict[str, Any] | None:
-        """Return the state of the path to a peer; None if the peer is not probed."""
+    def report(
+        self, address: bytes, port: int, error: PeerError | None = None
+    ) -> dict[str, Any] | None:
+        """Return the state of the path to a peer; None if the peer is not probed.
+
+        error  the last error of the peer; part of the reason if it is newer than the last answer
+        """
         path = self._prober.get((address, port))
         if path is None:
             return None
         now = time.monotonic()
+        reason = path.reason(now)
+        if path.state == UNREACHABLE and error and error.time_ns / 1e9 > (path.last_answer or 0.0):
+            endpoint = Endpoint(ipaddress.ip_address(address), port)
+            reason += f"; {peer_errors.describe(error, endpoint)}"
         return {
             "state": path.state,
             "since": _iso(path.since, now),
-            "reason": path.reason(now),
+            "reason": reason,
             "rtt_us": _microseconds(path.rtt),
             "loss": None if path.loss is None else round(path.loss, 4),
             "last_answer": None if path.last_answer is None else _iso(path.last_answer, now),

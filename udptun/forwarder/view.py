@@ -85,7 +85,7 @@ class View:
     async def _peers_json(self, peers: list[PeerRoutes]) -> AsyncGenerator[bytes, None]:
         yield b"["
         for i, row in enumerate(peers):
-            probe = self.probes.report(row.peer.address, row.peer.port)
+            probe = self.probes.report(row.peer.address, row.peer.port, row.peer.last_error)
             yield (b"," if i else b"") + json.dumps(_peer_json(row) | {"probe": probe}).encode()
             if i % PEERS_SLICE == PEERS_SLICE - 1:
                 await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -85,5 +86,22 @@ async def test_the_forwarder_is_told_which_paths_are_standby(path, thread):  # n
             served.forwarder.standby.clear()
             await view.refresh()
             assert len(served.forwarder.standby) == 1200
+    finally:
+        view.close()
+
+
+async def test_the_errors_of_peers_that_the_forwarder_does_not_probe(path, thread):  # noqa: F811
+    view = ForwarderView(path, lambda _: None)
+    began = time.monotonic()
+    try:
+        with Served(thread, path) as served:
+            served.forwarder.more_peers = [{
+                "endpoint": "192.0.2.9:8285", "probe": None,
+                "last_error": {"text": "host unreachable", "seconds_ago": 1.0}}]
+            await view.refresh()
+            assert view.error("192.0.2.9:8285", began - 60) == "host unreachable"
+            assert view.error("192.0.2.9:8285", time.monotonic()) == ""  # older than this
+            assert view.error("192.0.2.7:8285", 0.0) == ""
+            assert view.error(ENDPOINT, 0.0) == ""  # part of what the forwarder reports
     finally:
         view.close()

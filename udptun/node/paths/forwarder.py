@@ -1,6 +1,7 @@
 """What the forwarder has measured on its paths, by endpoint.
 
-Owns the connection to the forwarder's events, and a copy of the forwarder's measurements. After
+Owns the connection to the forwarder's events, and a copy of the forwarder's measurements, and of
+the last errors of the peers that the forwarder does not measure. After
 each connect the whole state is read; then each event updates the copy. ``ask`` makes the forwarder
 probe one peer now; ``set_standby`` makes it probe some peers less often.
 The control client is synchronous: one thread follows the events, and a small pool makes the calls.
@@ -14,10 +15,11 @@ import contextlib
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...control.client import ControlClient
 from ...errors import ControlError, NoForwarder
@@ -39,6 +41,13 @@ FIELDS = ("state", "since", "reason", "rtt_us", "loss", "last_answer", "largest_
 VERDICT = [FIELDS.index(name) for name in ("state", "reason", "largest_size", "full_size_passes")]
 
 
+class LastError(NamedTuple):
+    """What the underlay reported about a datagram, and when (monotonic clock)."""
+
+    text: str
+    at: float
+
+
 class ForwarderView:
     """A copy of the forwarder's measured state.
 
@@ -51,6 +60,7 @@ class ForwarderView:
     ) -> None:
         # By endpoint: the values of FIELDS. Empty while no forwarder answers.
         self._probes: dict[str, tuple[Any, ...]] = {}
+        self._errors: dict[str, LastError] = {}
         self.gone = False
         self._standby: frozenset[str] = frozenset()
         self._control = str(control)
@@ -76,6 +86,12 @@ class ForwarderView:
         """Return what was measured on the path to this endpoint; {} if nothing is known."""
         found = self._probes.get(endpoint or "")
         return {} if found is None else dict(zip(FIELDS, found, strict=True))
+
+    def error(self, endpoint: str, since: float) -> str:
+        """Return the last error of a peer that the forwarder does not measure; "" if there was none
+        since this time of the monotonic clock."""
+        found = self._errors.get(endpoint)
+        return found.text if found is not None and found.at > since else ""
 
     async def ask(self, endpoint: str, size: int | None = None) -> bool | None:
         """Probe this peer now. Return whether it answers; None: the forwarder cannot say."""
@@ -108,13 +124,13 @@ class ForwarderView:
     async def refresh(self) -> None:
         """Read the whole state again. Also send the standby peers again: the forwarder ignores a
         peer that it does not probe yet."""
-        def call() -> dict[str, tuple[Any, ...]]:
+        def call() -> _State:
             with ControlClient(self._control, CALL_SECONDS) as client:
                 self._send_standby(client)
                 return _read(client)
 
         with contextlib.suppress(NoForwarder, ControlError):
-            self._replace(await self._loop.run_in_executor(self._calls, call))
+            self._replace(*await self._loop.run_in_executor(self._calls, call))
 
     # -- the thread -------------------------------------------------------------------------------
 
@@ -127,7 +143,7 @@ class ForwarderView:
                     events = stream.events()
                     next(events)  # "hello": from here on, no event is missed
                     self._send_standby(client)
-                    self._post(self._replace, _read(client))
+                    self._post(self._replace, *_read(client))
                     for event in events:
                         self._post(self._event, event)
             except (NoForwarder, ControlError, StopIteration) as exc:
@@ -143,12 +159,16 @@ class ForwarderView:
 
     # -- on the loop ------------------------------------------------------------------------------
 
-    def _replace(self, probes: dict[str, tuple[Any, ...]]) -> None:
+    def _replace(
+        self, probes: dict[str, tuple[Any, ...]], errors: dict[str, LastError]
+    ) -> None:
         former, self._probes = self._probes, probes
+        former_errors, self._errors = self._errors, errors
         changed = None
         if former and not self.gone:
             changed = [endpoint for endpoint in former.keys() | probes.keys()
                        if _verdict(former.get(endpoint)) != _verdict(probes.get(endpoint))]
+            changed += former_errors.keys() | errors.keys()
         self.gone = False
         if self._gone_timer is not None:
             self._gone_timer.cancel()
@@ -167,7 +187,7 @@ class ForwarderView:
 
     def _disconnected(self) -> None:
         if self._gone_timer is None:
-            self._probes = {}
+            self._probes, self._errors = {}, {}
             self._gone_timer = self._loop.call_later(GONE_SECONDS, self._is_gone)
             self._changed(None)
 
@@ -181,14 +201,32 @@ def _compact(probe: Mapping[str, Any]) -> tuple[Any, ...]:
     return (state, *(probe.get(name) for name in FIELDS[1:]))
 
 
-def _read(client: ControlClient) -> dict[str, tuple[Any, ...]]:
-    """Return the values of FIELDS by endpoint."""
+_State = tuple[dict[str, tuple[Any, ...]], dict[str, LastError]]
+
+
+def _read(client: ControlClient) -> _State:
+    """Return by endpoint the values of FIELDS, and the last errors of all other peers."""
+    probes: dict[str, tuple[Any, ...]] = {}
+    errors: dict[str, LastError] = {}
+    now = time.monotonic()
+
     def reduce(value: dict[str, Any]) -> Any:
+        """Keep little of each object: the whole answer would take much memory."""
         if "full_size_passes" in value:
             return _compact(value)
-        return (value["endpoint"], value.get("probe")) if "endpoint" in value else value
+        if "seconds_ago" in value:
+            return LastError(value["text"], now - value["seconds_ago"])
+        if "endpoint" in value:
+            probe, error = value.get("probe"), value.get("last_error")
+            if probe:
+                probes[value["endpoint"]] = probe
+            elif error:
+                errors[value["endpoint"]] = error
+            return None
+        return value
 
-    return {endpoint: probe for endpoint, probe in client.peers(reduce) if probe}
+    client.peers(reduce)
+    return probes, errors
 
 
 def _verdict(found: tuple[Any, ...] | None) -> tuple[Any, ...] | None:

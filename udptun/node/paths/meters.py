@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import DeviceError
 from ...model import OVERHEAD, IPNetwork
-from ...probe.state import REACHABLE
+from ...probe.state import REACHABLE, PathState
 from ..backends.base import Backend
 from ..backends.plan import SubnetPaths
 from .bound import BoundMeter
@@ -93,12 +93,25 @@ class Meters:
                 self._bound[key].move(device, self._port)
                 return self._bound[key], None
             if (endpoint := backend.forwarder_endpoint(path)) is not None:
-                if self._forwarder is None:
-                    self._forwarder = ForwarderView(self._control, self._forwarder_changed)
+                self._follow_forwarder()
                 return None, str(endpoint)
         if version not in self._echo:
             self._echo[version] = EchoMeter(version, self._changed)
         return self._echo[version], None
+
+    def _follow_forwarder(self) -> None:
+        if self._forwarder is None:
+            self._forwarder = ForwarderView(self._control, self._forwarder_changed)
+
+    def errors_of(self, found: SubnetPaths, backends: Sequence[Backend[Any]]) -> str | None:
+        """Return the endpoint whose errors the forwarder reports, for a peer that gets echoes."""
+        if found.answers_probes:
+            return None
+        for backend, path in zip(backends, found.paths, strict=True):
+            if path is not None and (endpoint := backend.forwarder_endpoint(path)) is not None:
+                self._follow_forwarder()
+                return str(endpoint)
+        return None
 
     def probe(self, pair: Pair) -> None:
         """Measure the paths of this pair from now on. Keep the earlier measurements."""
@@ -109,18 +122,17 @@ class Meters:
                 meter.add(pair.subnet, pair.found.advert.port, pair.device_mtu, left)
             elif isinstance(meter, EchoMeter):
                 meter.add(pair.subnet, pair.mtu)
-        for endpoint in pair.endpoints:
-            if endpoint is not None:
-                self._by_endpoint.setdefault(endpoint, {})[pair.subnet] = None
-                self._standby_changed = True
+        self._standby_changed |= any(pair.endpoints)
+        for endpoint in filter(None, (*pair.endpoints, pair.errors_of)):
+            self._by_endpoint.setdefault(endpoint, {})[pair.subnet] = None
 
     def forget(self, pair: Pair) -> None:
         """Stop to measure the paths of this pair."""
         for meter in pair.meters:
             if meter is not None:
                 meter.remove(pair.subnet)
-        for endpoint in pair.endpoints:
-            if endpoint is not None and (subnets := self._by_endpoint.get(endpoint)) is not None:
+        for endpoint in filter(None, (*pair.endpoints, pair.errors_of)):
+            if (subnets := self._by_endpoint.get(endpoint)) is not None:
                 subnets.pop(pair.subnet, None)
                 if not subnets:
                     del self._by_endpoint[endpoint]
@@ -134,10 +146,20 @@ class Meters:
             if not meter.able or (meter.follows_route and at != pair.choice.at):
                 return None, ""
             overhead = OVERHEAD[pair.subnet.version]
-            return health_of_state(meter.state(pair.subnet), overhead, time.monotonic())
+            state = meter.state(pair.subnet)
+            health, why = health_of_state(state, overhead, time.monotonic())
+            if health is Health.LOST and state is not None and (error := self._error(pair, state)):
+                why += f"; {error}"
+            return health, why
         if self._forwarder is None or self._forwarder.gone:
             return Health.LOST, "the forwarder does not answer"
         return health_of_report(self._forwarder.probe(endpoint))
+
+    def _error(self, pair: Pair, state: PathState) -> str:
+        """Return what the underlay reported about a peer since its last answer."""
+        if self._forwarder is None or pair.errors_of is None:
+            return ""
+        return self._forwarder.error(pair.errors_of, state.last_answer or 0.0)
 
     def describe(self, pair: Pair, at: int) -> dict[str, Any]:
         """Return the measurements of one path as JSON, without the verdict."""

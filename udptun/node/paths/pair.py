@@ -34,6 +34,7 @@ class Pair:
     meters      per path: the meter of this daemon that measures it; None: the forwarder does, or
                 there is no such path
     endpoints   per path: the endpoint under which the forwarder reports it; None: it does not
+    errors_of   the endpoint whose errors say why there are no echoes; None: there is none
     measured    per path: the health; None: there is no such path
     choice      the path to carry the packets; ``report`` has the one that carries them now
     asking      the forwarder probes its path now, and the choice waits for the result
@@ -48,6 +49,7 @@ class Pair:
     measured: list[Measured | None]
     choice: Choice
     report: PairReport
+    errors_of: str | None = None
     asking: bool = False
     timer: asyncio.TimerHandle | None = None
     preferred: int = field(init=False)  # the position of the preferred path

@@ -117,7 +117,7 @@ class Paths:
             report.key = found.key
             self._forget(former)
         pair = Pair(found, self._mtu_of(found), self._mtu, meters, endpoints, measured, choice,
-                    report)
+                    report, self._meters.errors_of(found, self._backends))
         self._pairs[found.subnet] = self._report_on(pair)
         self._meters.probe(pair)
         self._look(pair)
