@@ -40,6 +40,7 @@ from udptun.model import Peer, PeerError
 ERROR_ORIGINS = {
     SO_EE_ORIGIN_LOCAL: "local", SO_EE_ORIGIN_ICMP: "icmp", SO_EE_ORIGIN_ICMP6: "icmp6",
 }
+ORIGIN_NUMBERS = {name: number for number, name in ERROR_ORIGINS.items()}
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 
 
@@ -111,6 +112,7 @@ cdef class Core:
     cdef spare_t spare4
     cdef spare_t spare6
     cdef uint64_t sends_refused  # of send_probe
+    cdef dict inherited         # counters of an earlier process; see inherit
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd):
@@ -124,6 +126,7 @@ cdef class Core:
         self.shared.notify_fd = notify_fd
         self.link_mtu4, self.link_mtu6 = link_mtus
         self.objects = []
+        self.inherited = {}
         self.own = []
         for packed in tun_addresses:
             self.own.append(packed)
@@ -264,7 +267,7 @@ cdef class Core:
         cdef peer_t* peer = next_peer(s, &slot, NULL)
         while peer != NULL:
             memset(&total, 0, sizeof(total))
-            for k in range(self.shared.workers_n):
+            for k in range(self.shared.workers_n + 1):
                 c = &peer.counters[k]
                 total.encap_packets += c.encap_packets
                 total.encap_bytes += c.encap_bytes
@@ -278,7 +281,7 @@ cdef class Core:
                 address=packed_address(peer), port=peer.port, path_mtu=peer.path_mtu,
                 encap_packets=total.encap_packets, encap_bytes=total.encap_bytes,
                 decap_packets=total.decap_packets, decap_bytes=total.decap_bytes, last_seen=seen,
-                probe=peer.probe, last_rx_ns=total.last_seen_ns,
+                probe=peer.probe, last_rx_ns=total.last_seen_ns, path_mtu_ns=peer.path_mtu_ns,
                 errors_n=errors_n(peer, self.shared.workers_n),
                 last_error=last_error(peer, self.shared.workers_n),
             )
@@ -363,13 +366,11 @@ cdef class Core:
         free(message)
         count_sent(&self.sent, error)
         if error not in (0, EAGAIN, ECONNREFUSED, EMSGSIZE):
-            self.keep_refusal(<const uint8_t*>address, len(address), port, error)
+            self.keep_refusal(address, port, error)
         return error
 
-    cdef void keep_refusal(self, const uint8_t* addr, size_t addr_len, uint16_t port, int error):
-        cdef peer_t* peer = first_peer_at(self.shared.snapshot, addr, addr_len)
-        while peer != NULL and peer.port != port:
-            peer = peer.same_addr
+    cdef void keep_refusal(self, bytes address, uint16_t port, int error):
+        cdef peer_t* peer = self.find(address, port)
         if peer != NULL:
             record_refusal(&peer.errors[self.shared.workers_n], error, now_ns())
             self.sends_refused += 1
@@ -449,6 +450,70 @@ cdef class Core:
 
     # Counters
 
+    def inherit_peers(self, peers):
+        """Continue the counters, path MTUs and errors of these peers, which an earlier process had.
+
+        Take a model.Peer for each peer. Ignore a peer that has no route. Call this once.
+        """
+        cdef peer_t* peer
+        cdef peer_counters_t* c
+        cdef uint32_t last = self.shared.workers_n  # the record of the control side
+        for had in peers:
+            peer = self.find(had.address, had.port)
+            if peer == NULL:
+                continue
+            c = &peer.counters[last]
+            c.encap_packets, c.encap_bytes = had.encap_packets, had.encap_bytes
+            c.decap_packets, c.decap_bytes = had.decap_packets, had.decap_bytes
+            c.last_seen_ns = had.last_rx_ns
+            peer.taken_sent += had.encap_packets  # so that take_traffic reports only new packets
+            peer.taken_received += had.decap_packets
+            self.inherit_errors(peer, had)
+
+    def inherit_path_mtus(self, peers):
+        """Use the path MTUs of these peers (model.Peer) until they are measured again."""
+        cdef peer_t* peer
+        for had in peers:
+            peer = self.find(had.address, had.port)
+            if peer != NULL and had.path_mtu_ns and had.path_mtu < peer.path_mtu:
+                peer.path_mtu = peer.reported_mtu = had.path_mtu
+                peer.path_mtu_ns = had.path_mtu_ns
+
+    cdef peer_t* find(self, bytes address, uint16_t port):
+        """Return the peer with exactly this endpoint, or NULL."""
+        cdef peer_t* peer = first_peer_at(
+            self.shared.snapshot, <const uint8_t*>address, len(address)
+        )
+        while peer != NULL and peer.port != port:
+            peer = peer.same_addr
+        return peer
+
+    cdef inherit_errors(self, peer_t* peer, had):
+        cdef peer_errors_t* record = &peer.errors[self.shared.workers_n]
+        cdef bytes reporter
+        record.n += had.errors_n
+        if had.last_error is None or record.last.time_ns > had.last_error.time_ns:
+            return
+        reporter = had.last_error.reporter
+        memset(&record.last, 0, sizeof(record.last))
+        record.last.error = had.last_error.errno
+        record.last.origin = ORIGIN_NUMBERS.get(had.last_error.origin, 0)
+        record.last.kind, record.last.code = had.last_error.type, had.last_error.code
+        record.last.reporter_len = len(reporter)
+        memcpy(record.last.reporter, <const uint8_t*>reporter, len(reporter))
+        record.last.time_ns = had.last_error.time_ns
+
+    def inherit(self, dict packets, list drops, dict errors):
+        """Add the results of ``packets``, ``drops`` and ``peer_errors`` of an earlier process.
+
+        A drop reason that this version does not know keeps its row, so that the rows still add up
+        to the number of dropped packets.
+        """
+        self.inherited = {
+            "packets": packets, "errors": errors,
+            "drops": {(reason, direction): n for reason, direction, n in drops if n},
+        }
+
     def packets(self):
         """Return the packet counters of each direction, summed over all threads.
 
@@ -463,6 +528,9 @@ cdef class Core:
             for direction, packets in worker.packets().items():
                 for name, n in packets.items():
                     total[direction][name] += n
+        for direction, packets in self.inherited.get("packets", {}).items():
+            for name, n in packets.items():
+                total[direction][name] += n
         return total
 
     def peer_errors(self):
@@ -472,6 +540,8 @@ cdef class Core:
         for worker in self.objects:
             total["icmp"] += worker.w.icmp_received
             total["send"] += worker.w.sends_refused
+        for name, n in self.inherited.get("errors", {}).items():
+            total[name] += n
         return total
 
     def strangers(self):
@@ -486,13 +556,15 @@ cdef class Core:
         """Return (reason, direction, packets) rows: one for each direction of each drop reason."""
         cdef Worker worker
         cdef int i
+        cdef dict before = dict(self.inherited.get("drops", {}))
         rows = []
         for i, reason in enumerate(DROP_REASONS, start=1):
             for direction in reason.directions:
                 n = self.sent.drops[i] if direction == ENCAP else 0
                 for worker in self.objects:
                     n += worker.dropped(i, direction)
-                rows.append((reason.name, direction, n))
+                rows.append((reason.name, direction, n + before.pop((reason.name, direction), 0)))
+        rows += [(reason, direction, n) for (reason, direction), n in before.items()]
         return rows
 
 

@@ -16,7 +16,7 @@ from path.own_socket cimport close_own_sockets
 from path.queue cimport QUEUE_BYTES, QUEUE_FRAME_DATAGRAMS
 from path.probe cimport ring_take
 from path.strangers cimport STRANGERS, copy_strangers, stranger_t, strangers_t
-from path.turn cimport drain, epoll_register, run
+from path.turn cimport drain, drain_send_queue, epoll_register, run
 from path.worker cimport (
     EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_PROBE, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
     EVENT_UDP_MERGE, ON_FULL, OWN_SOCKETS, RX_SLOT, RX_SLOTS, TX_FRAME, WR_FRAME, direction_t,
@@ -70,6 +70,7 @@ cdef class Worker:
     """
     cdef worker_t* w
     cdef readonly Core core
+    cdef dict inherited         # counters of an earlier process
 
     def __cinit__(self, Core core, int tun_fd, int udp_fd4, int udp_fd6, features,
                   uint32_t gso_max_segs=64):
@@ -77,10 +78,11 @@ cdef class Worker:
         cdef epoll_event event
         cdef uint32_t i
         self.core = core
+        self.inherited = {}
         w = self.w = <worker_t*>calloc(1, sizeof(worker_t))
         if w == NULL:
             raise MemoryError
-        w.epoll_fd = w.wake_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
+        w.epoll_fd = w.wake_fd = w.baton_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
         for i in range(OWN_SOCKETS):
             w.own_sockets[i].fd = -1
         w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
@@ -158,18 +160,35 @@ cdef class Worker:
         store_flag(&self.w.wake_requested, 1)
         write(self.w.wake_fd, &one, 8)
 
+    def hand_over(self, int baton_fd):
+        """Wake as ``wake`` does. When ``run`` returns, write to the eventfd ``baton_fd``.
+
+        From then on, the worker does not use the TUN and the sockets until ``resume``. The caller
+        then passes the queued datagrams to ``drain_send_queue``.
+        """
+        self.w.baton_fd = baton_fd
+        self.wake()
+
     def resume(self):
-        """Let ``run`` work again after ``wake``."""
+        """Let ``run`` work again after ``wake`` or ``hand_over``."""
         store_flag(&self.w.wake_requested, 0)
+
+    def ask(self):
+        """Ask the worker for a sign of life, which increases ``answers``. The worker goes on."""
+        cdef uint64_t one = 1
+        write(self.w.wake_fd, &one, 8)
+
+    def answers(self):
+        """Return how often the worker has noticed ``ask`` or another wake-up."""
+        return self.w.wakes
 
     def look(self):
         """Make an idle worker close the own sockets that are no longer needed.
 
         Call this at regular intervals. Do nothing if the worker has no own socket.
         """
-        cdef uint64_t one = 1
         if self.w.own_sockets_n != 0:
-            write(self.w.wake_fd, &one, 8)
+            self.ask()
 
     def drain(self, double seconds):
         """Forward the packets in the queues for at most ``seconds``. Count the rest as dropped.
@@ -180,6 +199,17 @@ cdef class Worker:
         cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
         with nogil:
             drain(w, end)
+
+    def drain_send_queue(self, double seconds):
+        """Send the queued datagrams for at most ``seconds``. Count the rest as dropped.
+
+        Unlike ``drain``, read no packet. Do not call this during ``run``. ``run`` may be called
+        again later.
+        """
+        cdef worker_t* w = self.w
+        cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
+        with nogil:
+            drain_send_queue(w, end)
 
     def take_events(self):
         """Return the names (see WORKER_EVENTS) of the events raised since the last call."""
@@ -202,16 +232,27 @@ cdef class Worker:
     def counters(self):
         """Return the counters of system calls, turns and ICMP errors, and the queued datagrams."""
         cdef worker_t* w = self.w
-        return {
-            "index": w.index, "turns": w.turns, "loop_returns": w.loop_returns,
-            "queued": w.queue.waiting_n, "icmp_sent": w.icmp_sent,
+        cdef dict before = self.inherited
+        cdef dict calls = before.get("syscalls", {})
+        counted = {
+            "turns": w.turns, "loop_returns": w.loop_returns, "icmp_sent": w.icmp_sent,
             "icmp_suppressed": w.icmp_suppressed, "probes_lost": w.probes.lost,
-            "own_sockets": w.own_sockets_n, "own_sockets_given": w.own_sockets_given,
-            "syscalls": {
-                "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,
-                "receive": w.syscalls_recv, "wait": w.syscalls_wait,
-            },
+            "own_sockets_given": w.own_sockets_given,
         }
+        syscalls = {
+            "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,
+            "receive": w.syscalls_recv, "wait": w.syscalls_wait,
+        }
+        return {
+            "index": w.index, "queued": w.queue.waiting_n, "own_sockets": w.own_sockets_n,
+            **{name: n + before.get(name, 0) for name, n in counted.items()},
+            "syscalls": {name: n + calls.get(name, 0) for name, n in syscalls.items()},
+        }
+
+    def inherit(self, dict counters):
+        """Add the ``counters`` of the worker of an earlier process. Names that are not counters of
+        this version are ignored."""
+        self.inherited = counters
 
     cdef list take_probes(self):
         """Return a model.ProbeRecord for each probe that has arrived since the last call."""

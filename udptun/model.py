@@ -212,6 +212,7 @@ class Peer(NamedTuple):
                 has arrived
     probe       whether a route to the peer has ``probe``
     last_rx_ns  monotonic time at which it arrived, in nanoseconds; 0: none has arrived
+    path_mtu_ns  monotonic time at which the path MTU was learned; 0: it is that of the interface
     errors_n    number of errors so far that were stored as last_error
     """
 
@@ -225,6 +226,7 @@ class Peer(NamedTuple):
     last_seen: float | None
     probe: bool
     last_rx_ns: int
+    path_mtu_ns: int
     errors_n: int
     last_error: PeerError | None
 

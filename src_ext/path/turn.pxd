@@ -27,7 +27,7 @@ from path.worker cimport (
 )
 from sys cimport (
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, POLLERR, POLLIN, POLLNVAL, epoll_ctl, epoll_event,
-    full_fence, load_flag, load_ptr, nanosleep, now_ns, poll, read, store_flag, timespec,
+    full_fence, load_flag, load_ptr, nanosleep, now_ns, poll, read, store_flag, timespec, write,
 )
 from table.snapshot cimport snapshot_t
 
@@ -111,6 +111,7 @@ cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
         read_errors(w, w.full_fd)
     if w.polled[ON_WAKE].revents & POLLIN:
         read(w.wake_fd, &value, 8)
+        w.wakes += 1
     if w.polled[ON_TUN].revents & (POLLERR | POLLNVAL):
         raise_event(w, EVENT_TUN_GONE)
     w.tun_ready = w.polled[ON_TUN].revents != 0
@@ -174,6 +175,14 @@ cdef inline bint turn(worker_t* w) noexcept nogil:
 # All turns
 
 
+cdef inline void pass_baton(worker_t* w) noexcept nogil:
+    """If the worker of another process waits for this one to stop, let that worker begin."""
+    cdef uint64_t one = 1
+    if load_flag(&w.wake_requested) and w.baton_fd >= 0:
+        write(w.baton_fd, &one, 8)
+        w.baton_fd = -1
+
+
 cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
     """Work until no descriptor was ready for linger_ms, the control side requests a wake-up, or the
     TUN is gone."""
@@ -209,6 +218,7 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
     release(w)
     unpin(&w.affinity)
     w.loop_returns += 1
+    pass_baton(w)
 
 
 cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
@@ -225,11 +235,29 @@ cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:
         more = turn(w)
 
 
+cdef inline void drop_queued(worker_t* w) noexcept nogil:
+    """Drop the datagrams of the send queue (CLOSED)."""
+    count_drop(&w.encap, DROP_CLOSED, w.queue.waiting_n)
+    w.queue.waiting_n = 0
+    queue_clear(&w.queue)
+    w.full_fd = -1
+    set_back_pressure(w)
+    w.draining = False
+    release(w)
+
+
 cdef inline void drain(worker_t* w, uint64_t until) noexcept nogil:
     """Forward queued packets until ``until`` (monotonic ns). Then drop the remaining datagrams of
     the send queue (CLOSED). Call this only after the last ``run``."""
     forward_rest(w, until)
-    count_drop(&w.encap, DROP_CLOSED, w.queue.waiting_n)
-    w.queue.waiting_n = 0
-    queue_clear(&w.queue)
-    release(w)
+    drop_queued(w)
+
+
+cdef inline void drain_send_queue(worker_t* w, uint64_t until) noexcept nogil:
+    """Send the send queue, as ``drain`` does, but read nothing: another process reads the
+    descriptors now."""
+    w.draining = True
+    while not flush(w) and w.now < until:
+        set_back_pressure(w)
+        wait_for_work(w, RETRY_MS)
+    drop_queued(w)

@@ -134,6 +134,7 @@ cdef struct worker_t:
 
     int epoll_fd                # the event loop waits on it (see turn.pxd)
     int wake_fd
+    int baton_fd                # eventfd to write when ``run`` returns for a wake-up; -1 = none
     int tun_fd
     int udp_fd4                 # -1 = no listener of this family
     int udp_fd6
@@ -166,6 +167,7 @@ cdef struct worker_t:
     uint64_t sends_refused      # refused sends, kept for their peers
     uint64_t turns
     uint64_t loop_returns
+    uint64_t wakes              # writes to wake_fd that the worker has seen
     uint64_t syscalls_read
     uint64_t syscalls_write
     uint64_t syscalls_send

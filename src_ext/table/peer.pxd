@@ -6,7 +6,7 @@ pointer to the object (publish.pxd). Does not depend on routes.
 Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu`` and
 ``path_mtu_ns``. A worker lowers the path MTU, and the control side later resets it to the link MTU.
 If both write at the same time, either value is valid. Each worker writes its own
-``peer_counters_t``.
+``peer_counters_t``. The control side writes the last one: what an earlier process has counted.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -56,7 +56,7 @@ cdef struct peer_t:
     # links of the old and of the new snapshot. The order guarantees that the chain ends even then.
     peer_t* same_addr
     peer_t* new_same_addr       # control side: same_addr in the snapshot that is being built
-    peer_counters_t* counters   # one per worker
+    peer_counters_t* counters   # one per worker; one more for the control side, the last
     peer_errors_t* errors       # one per worker; one more for the control side, the last
 
 
@@ -93,7 +93,7 @@ cdef inline peer_t* peer_new(
     cdef peer_t* peer = <peer_t*>calloc(1, sizeof(peer_t))
     if peer == NULL:
         return NULL
-    peer.counters = <peer_counters_t*>calloc(workers_n, sizeof(peer_counters_t))
+    peer.counters = <peer_counters_t*>calloc(workers_n + 1, sizeof(peer_counters_t))
     peer.errors = <peer_errors_t*>calloc(workers_n + 1, sizeof(peer_errors_t))
     if peer.counters == NULL or peer.errors == NULL:
         peer_free(peer)
