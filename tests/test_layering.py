@@ -39,6 +39,7 @@ RULES = {
     "_version": set(),
     "model": {"errors"},
     "probe": LEAVES | {"probe"},
+    "takeover": LEAVES | {"takeover"},
     "device": LEAVES | {"device"},
     "net": LEAVES | {"device", "net"},
     "control.protocol": {"errors", "model"},
@@ -46,7 +47,7 @@ RULES = {
     "control": LEAVES | {"control"},
     "forwarder": LEAVES | {
         "_core", "control.events", "control.flannel", "control.server", "control.sockets",
-        "device", "forwarder", "net", "probe",
+        "device", "forwarder", "net", "probe", "takeover",
     },
     "leases": LEAVES | {"leases"},
     "node.backends": LEAVES | {

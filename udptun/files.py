@@ -127,11 +127,18 @@ def _refuse_foreign(path: Path, found: os.stat_result) -> None:
 
 
 class FileLock:
-    """A lock that one process holds. The kernel releases it when the process ends."""
+    """A lock that one process holds. The kernel releases it when the process ends.
 
-    def __init__(self, path: Path, handle: int) -> None:
+    A process that gets a copy of the descriptor holds the lock too.
+
+    owns_file  ``release`` removes the file. False: the file belongs to another process that holds
+               the lock
+    """
+
+    def __init__(self, path: Path, fd: int, owns_file: bool = True) -> None:
         self.path = path
-        self.handle = handle
+        self.fd = fd
+        self.owns_file = owns_file
 
     @classmethod
     def take(cls, path: Path) -> Self | None:
@@ -167,18 +174,18 @@ class FileLock:
     @property
     def is_valid(self) -> bool:
         """False if the file was removed: then another process can lock a new file."""
-        return os.fstat(self.handle).st_nlink > 0
+        return os.fstat(self.fd).st_nlink > 0
 
     def set_text(self, text: str) -> None:
         """Write the content of the file. Processes that do not get the lock can read it."""
-        os.ftruncate(self.handle, 0)
-        os.pwrite(self.handle, text.encode(), 0)
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, text.encode(), 0)
 
     def release(self) -> None:
-        if self.is_valid:
+        if self.owns_file and self.is_valid:
             with suppress(OSError):
                 self.path.unlink()  # before the lock is released: see ``take``
-        os.close(self.handle)
+        os.close(self.fd)
 
 
 @contextmanager

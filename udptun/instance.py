@@ -103,34 +103,27 @@ class Instance:
         """
         return (run_dir or self.run_dir) / f"{self.name}.sock"
 
+    def takeover_socket(self, control: Path) -> Path:
+        """Return the path of the socket at which a forwarder hands itself over. It is next to the
+        forwarder's control socket. The default is /run/NAME/takeover.sock."""
+        if control.name == f"{self.name}.sock":
+            return control.with_name("takeover.sock")
+        return control.with_name(f"{control.stem}.takeover.sock")
+
     @property
     def node_socket(self) -> Path:
         """The node daemon's socket."""
         return self.run_dir / "node.sock"
 
+    def lock(self, role: str, run_dir: Path | None = None) -> InstanceLock:
+        """Return the lock of this instance and ``role`` ("forward", "node"). It is not held yet."""
+        return InstanceLock(self.name, role, run_dir or self.run_dir)
+
     @contextmanager
     def locked(self, role: str, run_dir: Path | None = None) -> Iterator[None]:
-        """Hold the lock of this instance and ``role`` ("forward", "node") in the network namespace.
-
-        Only one process can hold the lock. The kernel releases it when the process ends, also after
-        a crash. The lock file has mode 0600, so other users cannot take the lock. Its name contains
-        the inode of the network namespace, because several namespaces can share one /run. A killed
-        process leaves its file: the next start of this role, in any namespace, removes it.
-
-        Raises InstanceRunning, OSError.
-        """
-        directory = run_dir or self.run_dir
-        directory.mkdir(mode=0o750, parents=True, exist_ok=True)
-        namespace = Path("/proc/thread-self/ns/net").stat().st_ino
-        path = directory / f"{self.name}.{role}.{namespace}.lock"
-        with locked_directory(directory):
-            lock = FileLock.take(path)
-            remove_free_locks(directory, f"{self.name}.{role}.*.lock")
-        if lock is None:
-            raise InstanceRunning(
-                f"udptun {role} of the instance {self.name} is already running in this network"
-                f" namespace ({path}); stop that one, or give this one another --instance"
-            )
+        """Hold the lock of this instance and ``role``. Raises InstanceRunning, OSError."""
+        lock = self.lock(role, run_dir)
+        lock.acquire()
         try:
             yield
         finally:
@@ -159,3 +152,39 @@ class Instance:
             yield
         finally:
             lock.release()
+
+
+class InstanceLock:
+    """The lock of an instance and a role in the network namespace. One process can hold it.
+
+    The kernel releases it when the process ends, also after a crash. The lock file has mode 0600,
+    so other users cannot take the lock. Its name contains the inode of the network namespace,
+    because several namespaces can share one /run. A killed process leaves its file: the next start
+    of this role, in any namespace, removes it.
+    """
+
+    def __init__(self, name: str, role: str, directory: Path) -> None:
+        self._name, self._role, self._directory = name, role, directory
+        self.held: FileLock | None = None
+
+    def acquire(self) -> None:
+        """Raises InstanceRunning, OSError."""
+        self._directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        path = self.path()
+        with locked_directory(self._directory):
+            self.held = FileLock.take(path)
+            remove_free_locks(self._directory, f"{self._name}.{self._role}.*.lock")
+        if self.held is None:
+            raise InstanceRunning(
+                f"udptun {self._role} of the instance {self._name} is already running in this"
+                f" network namespace ({path}); stop that one, or give this one another --instance"
+            )
+
+    def release(self) -> None:
+        held, self.held = self.held, None
+        if held is not None:
+            held.release()
+
+    def path(self) -> Path:
+        namespace = Path("/proc/thread-self/ns/net").stat().st_ino
+        return self._directory / f"{self._name}.{self._role}.{namespace}.lock"

@@ -10,8 +10,6 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,7 @@ from .wait import take_options
 if TYPE_CHECKING:
     from ..device.offload import OffloadRequest
     from ..forwarder import Forwarder, ForwarderConfig
-    from ..instance import Instance
+    from ..instance import Instance, InstanceLock
     from ..model import IPAddress, IPNetwork
 
 log = logging.getLogger("udptun")
@@ -97,6 +95,9 @@ FIELDS = {
 @click.option("--control", type=FILE, metavar="PATH",
               help="Control socket to listen on.  [default: udptun.sock, or NAME.sock with "
                    "--instance NAME, in $RUNTIME_DIRECTORY or /run/NAME]")
+@click.option("--take-over", is_flag=True,
+              help="Take over from the running forwarder of this instance, without losing a "
+                   "packet. It must have the same options. If there is none, start as usual.")
 @click.option("--routes", type=FILE, metavar="FILE",
               help="Route file to load at start and on SIGHUP.")
 @click.option("--mtu", type=Parsed("auto|n", _auto_or_number), default="auto", show_default=True,
@@ -146,8 +147,7 @@ def forward(
     chosen = instance_of(ctx)
     try:
         config = _config(chosen, values, wait_for)
-        with _locked(chosen):
-            _run(config, log_file)
+        _run(config, log_file, chosen.lock("forward", runtime_directory()))
     except (UdptunError, OSError, ImportError) as exc:
         if verbose >= 2:
             log.error("stopped by an error", exc_info=exc)
@@ -166,6 +166,7 @@ def _config(
         values[field] = values.pop(option)
     values["tun"] = values["tun"] or chosen.tun
     values["control"] = values["control"] or chosen.control_socket(runtime_directory())
+    values["takeover"] = chosen.takeover_socket(values["control"])
     try:
         return ForwarderConfig(**values)
     except FieldError as exc:
@@ -174,20 +175,7 @@ def _config(
         raise click.UsageError(f"--{exc}{where}") from exc
 
 
-@contextmanager
-def _locked(chosen: Instance) -> Iterator[None]:
-    """Hold the instance's lock. If the lock's directory is not writable, run without the lock, so
-    that a user who owns a persistent TUN device does not need root."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(chosen.locked("forward", runtime_directory()))
-        except OSError as exc:
-            log.info("cannot lock the instance %s, so a second forwarder with this name would not"
-                     " be refused: %s", chosen.name, exc)
-        yield
-
-
-def _run(config: ForwarderConfig, log_file: Path | None) -> None:
+def _run(config: ForwarderConfig, log_file: Path | None, lock: InstanceLock) -> None:
     import asyncio
 
     import uvloop
@@ -197,15 +185,15 @@ def _run(config: ForwarderConfig, log_file: Path | None) -> None:
 
     keep_only(needs_of(config, log_file))  # before another thread exists
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(config))
+        runner.run(_serve(config, lock))
 
 
-async def _serve(config: ForwarderConfig) -> None:
+async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
     import asyncio
 
     from ..forwarder import Forwarder
 
-    forwarder = Forwarder(config)
+    forwarder = Forwarder(config, lock)
     signals = _Signals(forwarder)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

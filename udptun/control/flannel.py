@@ -25,7 +25,7 @@ from ..model import MAX_PORT, Route
 from .sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Sequence
     from pathlib import Path
 
     from .surface import Controlled
@@ -85,9 +85,16 @@ class FlannelControl:
         self._quiet_until = 0.0
         self._suppressed = 0
 
-    async def listen(self, path: Path) -> None:
-        """Accept connections at ``path``. Raises DeviceError in the cases of ``listen_unix``."""
-        listener = await listen_unix(path, socket.SOCK_SEQPACKET)
+    @property
+    def listeners(self) -> Sequence[UnixListener]:
+        return self._listeners
+
+    async def listen(self, path: Path, listener: UnixListener | None = None) -> None:
+        """Accept connections at ``path``, or on a listening socket of an earlier process.
+
+        Raises DeviceError in the cases of ``listen_unix``.
+        """
+        listener = listener or await listen_unix(path, socket.SOCK_SEQPACKET)
         self._listeners.append(listener)
         self._spawn(self._accept(listener), listener.sock)
 

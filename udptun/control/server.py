@@ -77,9 +77,16 @@ class ControlServer:
             "DELETE": self._delete_route, "PUT": self._put_route,
         }
 
-    async def start(self) -> None:
-        """Start listening. Raises DeviceError if the path is in use or unusable."""
-        listener = await listen_unix(self.path, socket.SOCK_STREAM)
+    @property
+    def listener(self) -> UnixListener | None:
+        return None if self._running is None else self._running.listener
+
+    async def start(self, listener: UnixListener | None = None) -> None:
+        """Start listening, or use the listening socket of an earlier server at the same path.
+
+        Raises DeviceError if the path is in use or unusable.
+        """
+        listener = listener or await listen_unix(self.path, socket.SOCK_STREAM)
         manager = _Manager(self._handle, listener)
         try:
             loop = asyncio.get_running_loop()

@@ -32,13 +32,22 @@ SO_PEERGROUPS = 59  # Linux 4.13; missing in the socket module
 
 
 class UnixListener:
-    """A listening socket and its file."""
+    """A listening socket and its file.
+
+    owns_file  ``unlink`` removes the file. False: the file belongs to another process, which
+               listens on the same socket
+    """
 
     def __init__(self, sock: socket.socket, path: Path, inode: tuple[int, int], gid: int) -> None:
         self.sock = sock
         self.path = path
+        self.owns_file = True
         self._inode = inode
         self._gid = gid
+
+    @property
+    def fd(self) -> int:
+        return self.sock.fileno()
 
     def may_connect(self, peer: socket.socket) -> bool:
         """Return whether ``peer`` is root, the forwarder's user, or in the socket file's group.
@@ -54,19 +63,38 @@ class UnixListener:
         _, uid, gid = struct.unpack("3i", packed)
         return uid in (0, os.geteuid()) or gid == self._gid or self._gid in _peer_groups(peer)
 
+    @classmethod
+    def adopt(cls, fd: int, path: Path) -> UnixListener:
+        """Use the socket that another process listens on. The file is that of the other process.
+        Raises OSError."""
+        sock = socket.socket(fileno=fd)
+        try:
+            sock.setblocking(False)
+            found = path.stat()
+        except BaseException:
+            sock.close()
+            raise
+        listener = cls(sock, path, (found.st_dev, found.st_ino), found.st_gid)
+        listener.owns_file = False
+        return listener
+
     def unlink(self) -> None:
         """Remove the file unless it belongs to another socket now.
 
         Call this while the socket still listens. No other forwarder can take the path until then,
         so there is no race between the check and the removal.
         """
+        if not self.owns_file:
+            return
         with suppress(OSError):
             found = self.path.lstat()
             if (found.st_dev, found.st_ino) == self._inode:
                 self.path.unlink()
 
 
-async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
+async def listen_unix(
+    path: Path, kind: socket.SocketKind, mode: int = SOCKET_MODE
+) -> UnixListener:
     """Listen at ``path``. Replaces a stale socket. Refuses a live socket, and any other file.
 
     If several forwarders try the same path, exactly one succeeds: the check and the bind happen
@@ -76,7 +104,7 @@ async def listen_unix(path: Path, kind: socket.SocketKind) -> UnixListener:
         _make_directory(path.parent)
         async with _locked(path):
             _refuse_occupied(path, kind)
-            return _bind(path, kind)
+            return _bind(path, kind, mode)
 
 
 def refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
@@ -85,10 +113,10 @@ def refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
         _refuse_occupied(path, kind)
 
 
-def _bind(path: Path, kind: socket.SocketKind) -> UnixListener:
+def _bind(path: Path, kind: socket.SocketKind, mode: int) -> UnixListener:
     """Bind to a temporary name, listen, and rename the file to ``path``.
 
-    So ``path`` is either absent or a listening socket of mode 0660. On Linux a socket file gets the
+    So ``path`` is either absent or a listening socket of this mode. On Linux a socket file gets the
     mode of the socket's inode, minus the umask. fchmod before bind therefore restricts the file
     from the start. chmod after bind restores the bits that the umask removed.
     """
@@ -96,10 +124,10 @@ def _bind(path: Path, kind: socket.SocketKind) -> UnixListener:
     hidden = path.with_name(f".{path.name}.{secrets.token_hex(2)}")
     try:
         sock.setblocking(False)
-        os.fchmod(sock.fileno(), SOCKET_MODE)
+        os.fchmod(sock.fileno(), mode)
         sock.bind(str(hidden))
         try:
-            hidden.chmod(SOCKET_MODE)
+            hidden.chmod(mode)
             sock.listen(BACKLOG)
             made = hidden.stat()
             hidden.rename(path)

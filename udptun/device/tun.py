@@ -94,6 +94,25 @@ class Tun:
         _set_offload(fds[0], 0)
         return tun
 
+    @classmethod
+    def adopt(
+        cls, name: str, fds: tuple[int, ...], vnet_hdr: bool, features: frozenset[str],
+        off: dict[str, str],
+    ) -> Tun:
+        """Use the queues that another process has opened. The new object owns the descriptors.
+
+        Raises DeviceError if they are not queues of this device, or the device is gone.
+        """
+        for fd in fds:
+            try:
+                answer = fcntl.ioctl(fd, TUNGETIFF, bytes(Ifreq.size))
+            except OSError as error:
+                raise device_error(error.errno or 0, f"using a queue of {name}") from None
+            actual = os.fsdecode(Ifreq.unpack(answer)[0].rstrip(b"\0"))
+            if actual != name:
+                raise device_error(errno.ENODEV, f"using a queue of {name}", f"it is of {actual}")
+        return cls(name, fds, vnet_hdr, features, off)
+
     def reopen(self, request: OffloadRequest) -> None:
         """Make the device again after it was deleted. The numbers of the descriptors do not change.
 

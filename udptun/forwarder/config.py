@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..device.offload import OffloadRequest
 from ..errors import FieldError
@@ -40,6 +41,8 @@ class ForwarderConfig:
                   ``DST via IP [port P] [mtu M] [probe]``
     state_file    copy of the active table. At start, a valid state_file is loaded instead of
                   routes_file
+    takeover      Unix socket at which another forwarder can take over from this one; None: none can
+    take_over     take over from the forwarder that answers at ``takeover``, if there is one
     flannel_*     Unix socket or inherited descriptor for flannel's 20-byte control messages
     """
 
@@ -54,6 +57,8 @@ class ForwarderConfig:
     workers: int | None = 1
     offload: OffloadRequest = field(default_factory=OffloadRequest)
     source_check: str = SOURCE_CHECKS[0]
+    takeover: Path | None = None
+    take_over: bool = False
     flannel_control: Path | None = None
     flannel_control_fd: int | None = None
 
@@ -83,6 +88,15 @@ class ForwarderConfig:
             )
         if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
             raise FieldError("workers", self.workers, f"auto, or from 1 to {MAX_WORKERS}")
+
+    def agreed_options(self) -> dict[str, Any]:
+        """Return the options in which two forwarders agree if one takes over from the other."""
+        return {
+            "tun": self.tun, "workers": self.workers_n, "offload": str(self.offload),
+            "listen": [str(endpoint) for endpoint in self.listen],
+            "address": [str(address) for address in self.addresses],
+            "network": [str(network) for network in self.networks],
+        }
 
     @property
     def workers_n(self) -> int:

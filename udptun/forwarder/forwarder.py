@@ -16,33 +16,56 @@ import socket
 from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import AbstractContextManager, AsyncExitStack
 from mmap import mmap
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from .. import _core
 from ..control.events import EventHub, Reader
-from ..control.sockets import refuse_occupied
+from ..control.sockets import UnixListener, refuse_occupied
 from ..device.offload import Capabilities
 from ..device.steering import attach_steering
 from ..device.tun import Tun
-from ..errors import UdptunError
+from ..errors import DeviceError, UdptunError
+from ..instance import InstanceLock
 from ..model import OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
+from ..takeover.document import Counted, packets_of, peer_from_json
 from .config import ForwarderConfig
+from .giving import (
+    CONTROL,
+    FLANNEL,
+    FLANNEL_FD,
+    LOCK,
+    STATE_LOCK,
+    TAKEOVER,
+    Giver,
+    Parts,
+    WithFile,
+)
 from .probes import Probes
 from .routes import Routes
+from .taking import Taking
 from .tun_setup import TunSetup
 from .view import View
 from .workers import Workers
+
+if TYPE_CHECKING:
+    from ..control.flannel import FlannelControl
+    from ..control.server import ControlServer
 
 log = logging.getLogger(__name__)
 
 
 class Forwarder:
-    """One forwarder. Call ``start`` and ``close``, or ``async with Forwarder(config) as f:``."""
+    """One forwarder. Call ``start`` and ``close``, or ``async with Forwarder(config) as f:``.
 
-    def __init__(self, config: ForwarderConfig) -> None:
+    lock  held from ``start`` to ``close``, if it can be held
+    """
+
+    def __init__(self, config: ForwarderConfig, lock: InstanceLock | None = None) -> None:
         self.config = config
+        self._lock = lock
         self.tun_name = config.tun
         self.mtu = 0
         self.capabilities = Capabilities()
@@ -53,6 +76,9 @@ class Forwarder:
         self._probes: Probes
         self._view: View
         self._setup: TunSetup | None = None
+        self._server: ControlServer | None = None
+        self._flannel: FlannelControl | None = None
+        self._giver: Giver | None = None
         self._closing = AsyncExitStack()
         self._stop = asyncio.Event()
         self._failure: UdptunError | None = None
@@ -67,24 +93,47 @@ class Forwarder:
         await self.close()
 
     async def start(self) -> None:
-        """Open everything. Traffic flows before the control socket answers.
+        """Open everything, or take it over from the forwarder that runs. Traffic flows before the
+        control socket answers.
 
-        Raises FieldError (a route file), DeviceError (TUN, sockets), OSError (files).
+        Raises FieldError (a route file), DeviceError (TUN, sockets), OSError (files),
+        InstanceRunning, TakeOverError.
         """
+        if self._lock is not None:
+            self._closing.callback(self._lock.release)
         try:
-            await self._start()
+            await self._start(await self._begin_taking())
         except BaseException:
             await self.close()
             raise
 
-    async def _start(self) -> None:
+    async def _begin_taking(self) -> Taking | None:
+        config = self.config
+        if not config.take_over or config.takeover is None:
+            return None
+        from ..control import server  # noqa: F401 - loads slowly: load it before anything waits
+
+        taking = await Taking.begin(config.takeover, config)
+        if taking is None:
+            log.info("no forwarder answers at %s, so there is none to take over", config.takeover)
+        else:
+            self._closing.callback(taking.close)
+        return taking
+
+    async def _start(self, taking: Taking | None) -> None:
+        self._hold_lock(taking)
         netlink = Netlink()  # first: its thread imports pyroute2 during the next steps
         self._closing.callback(netlink.close)
         self._closing.callback(self._routes.unlock)
-        self._routes.load()
-        self._refuse_occupied_sockets()
-        tun = self._open_tun()
-        sockets = self._open_sockets()
+        if taking is None:
+            self._routes.load()
+            self._refuse_occupied_sockets()
+        else:
+            self._routes.inherit(taking.having.routes.encode(), taking.having.generation)
+            if (state := self._routes.state) is not None:
+                state.lock = taking.lock(STATE_LOCK, state.lock_path)
+        tun = self._open_tun(taking)
+        sockets = self._open_sockets(taking)
         self.capabilities = Capabilities.combine(self.config.offload, [tun, *sockets])
         core, notify_fd = await self._make_core(netlink)
         self._routes.open(core)
@@ -95,13 +144,19 @@ class Forwarder:
             self.check_host,
         )
         self._closing.push_async_callback(asyncio.to_thread, workers.stop)
-        workers.start(tun.fds, self._by_worker(sockets))
+        batons = [] if taking is None else self._inherit_state(taking, core)
+        workers.start(tun.fds, self._by_worker(sockets), batons)
+        if taking is not None:
+            self._inherit_counts(await taking.go(), core, workers)
         self._setup = setup = TunSetup(
             netlink, tun.name, self.mtu, self.config.addresses, self.config.networks,
             reopen=lambda: self._reopen(tun, workers), report=self._report,
             repaired=self._report_repair, fail=self._fail,
         )
-        await setup.apply()  # last: when the device is up, the table is active and workers run
+        if taking is None:
+            await setup.apply()  # last: when the device is up, the table is active and workers run
+        else:
+            setup.check()
         self._watch_own_addresses(netlink)
         self._run_until_close(setup.keep())
         self._run_until_close(workers.supervise())
@@ -114,7 +169,18 @@ class Forwarder:
         )
         self._closing.callback(self.events.close)
         self._log_start()
-        await self._start_control()
+        await self._start_control(taking)
+        giver = self._make_giver(Parts(
+            self.config, tun, sockets, core, self._routes, workers, self._probes,
+            self.capabilities, self.mtu, self.events, self._files, self._other_descriptors(),
+            self.request_stop,
+        ), taking)
+        if taking is not None:
+            await taking.done()
+            log.info("took over from process %d, udptun %s", taking.state.pid, taking.state.program)
+            taking.close()
+        if giver is not None:
+            await self._offer(giver)
 
     async def close(self) -> None:
         """Send the queued packets, then close everything that ``start`` opened."""
@@ -164,11 +230,32 @@ class Forwarder:
             if path is not None:
                 refuse_occupied(path, kind)
 
-    def _open_tun(self) -> Tun:
-        tun = Tun.open(self.config.tun, self.config.workers_n, self.config.offload)
+    def _hold_lock(self, taking: Taking | None) -> None:
+        """Hold the lock of the instance, or take it over. Raises InstanceRunning.
+
+        If the lock's directory is not writable, run without the lock, so that a user who owns a
+        persistent TUN device does not need root.
+        """
+        lock = self._lock
+        if lock is None:
+            return
+        if taking is not None:
+            lock.held = taking.lock(LOCK, lock.path())
+        if lock.held is None:
+            try:
+                lock.acquire()
+            except OSError as error:
+                log.info("cannot lock the instance, so a second forwarder with its name would not"
+                         " be refused: %s", error)
+
+    def _open_tun(self, taking: Taking | None) -> Tun:
+        if taking is not None:
+            tun = taking.tun()
+        else:
+            tun = Tun.open(self.config.tun, self.config.workers_n, self.config.offload)
         self._closing.callback(tun.close)
         self.tun_name = tun.name
-        if len(tun.fds) > 1:
+        if len(tun.fds) > 1 and taking is None:
             attach_steering(tun.fds[0])  # a flow stays on its queue, so its packets stay in order
         return tun
 
@@ -178,11 +265,18 @@ class Forwarder:
         if len(tun.fds) > 1:
             attach_steering(tun.fds[0])
         workers.continue_on_new_tun()
+        if self._giver is not None:
+            self._giver.renew_copies()
 
-    def _open_sockets(self) -> list[UdpSocket]:
+    def _open_sockets(self, taking: Taking | None) -> list[UdpSocket]:
         """Open one socket for each worker and endpoint. Return them ordered by worker."""
         config = self.config
         sockets: list[UdpSocket] = []
+        if taking is not None:
+            for opened in taking.sockets(config.listen):
+                self._closing.callback(opened.close)
+                sockets.append(opened)
+            return sockets
         for index in range(config.workers_n):
             for endpoint in config.listen:
                 opened = open_udp(endpoint, config.offload, reuse_port=index > 0)
@@ -250,23 +344,86 @@ class Forwarder:
         for name, cause in self.capabilities.off.items():
             log.info("%s is off: %s", name, cause)
 
-    async def _start_control(self) -> None:
+    async def _start_control(self, taking: Taking | None) -> None:
         config = self.config
+
+        def inherited(name: str, path: Path) -> UnixListener | None:
+            return None if taking is None else taking.listener(name, path)
+
         if config.flannel_control is not None or config.flannel_control_fd is not None:
             from ..control.flannel import FlannelControl
 
-            flannel = FlannelControl(self)
+            self._flannel = flannel = FlannelControl(self)
             self._closing.push_async_callback(flannel.close)
             if config.flannel_control is not None:
-                await flannel.listen(config.flannel_control)
+                path = config.flannel_control
+                await flannel.listen(path, inherited(FLANNEL, path))
             if config.flannel_control_fd is not None:
-                flannel.adopt(config.flannel_control_fd)
+                had = None if taking is None else taking.descriptor(FLANNEL_FD)
+                flannel.adopt(config.flannel_control_fd if had is None else had)
         if config.control is not None:
             from ..control.server import ControlServer  # not at the top: aiohttp loads slowly
 
-            server = ControlServer(self, config.control)
-            await server.start()
-            self._closing.push_async_callback(server.close)
+            self._server = ControlServer(self, config.control)
+            await self._server.start(inherited(CONTROL, config.control))
+            self._closing.push_async_callback(self._server.close)
+
+    # -- handing over -----------------------------------------------------------------------------
+
+    def _inherit_state(self, taking: Taking, core: _core.Core) -> list[int]:
+        """Continue the state of the other forwarder. Return the batons of the workers."""
+        core.inherit_path_mtus(taking.path_mtus())
+        for name, cause in taking.having.off.items():
+            self.capabilities.lose(name, cause)
+        return taking.batons(self.config.workers_n)
+
+    def _inherit_counts(
+        self, counted: Counted, core: _core.Core, workers: Workers
+    ) -> None:
+        """Continue the counters of the other forwarder, whose workers have stopped."""
+        core.inherit(
+            packets_of(counted, core.packets()),
+            [(str(row[0]), str(row[1]), int(row[2])) for row in counted.drops],
+            counted.peer_errors,
+        )
+        core.inherit_peers(map(peer_from_json, counted.peers))
+        workers.inherit(counted.workers)
+        self._probes.inherit(counted.probes, counted.probe_counts)
+        for event in counted.events:
+            self.events.publish(event)
+
+    def _files(self) -> dict[str, WithFile]:
+        """Return the listening sockets and locks, by the names that they have in a take-over."""
+        state = self._routes.state
+        found: dict[str, WithFile | None] = {
+            LOCK: None if self._lock is None else self._lock.held,
+            STATE_LOCK: None if state is None else state.lock,
+            CONTROL: None if self._server is None else self._server.listener,
+            TAKEOVER: None if self._giver is None else self._giver.listener,
+        }
+        for listener in () if self._flannel is None else self._flannel.listeners:
+            found[FLANNEL] = listener
+        return {name: each for name, each in found.items() if each is not None}
+
+    def _other_descriptors(self) -> dict[str, int]:
+        fd = self.config.flannel_control_fd
+        return {} if fd is None else {FLANNEL_FD: fd}
+
+    def _make_giver(self, parts: Parts, taking: Taking | None) -> Giver | None:
+        path = self.config.takeover
+        if path is None:
+            return None
+        return Giver(path, parts, None if taking is None else taking.listener(TAKEOVER, path))
+
+    async def _offer(self, giver: Giver) -> None:
+        """Let other processes take over. If the socket cannot be opened, they cannot."""
+        try:
+            await giver.start()
+        except DeviceError as error:
+            log.warning("no other forwarder can take over from this one: %s", error)
+            return
+        self._giver = giver
+        self._closing.push_async_callback(giver.close)
 
     # -- the Python API; the control API calls it as well (control/surface.py) --------------------
 

@@ -25,7 +25,8 @@ def needs_of(config: ForwarderConfig, log_file: Path | None) -> Needs:
         use.add(Capability.BPF)
     if any(endpoint.port < PRIVILEGED_PORTS for endpoint in config.listen):
         use.add(Capability.NET_BIND_SERVICE)
-    write = (config.control, config.flannel_control, config.state_file, log_file)
+    write = (
+        config.control, config.takeover, config.flannel_control, config.state_file, log_file)
     read = () if config.routes_file is None else (config.routes_file,)
     return Needs(
         use=frozenset(use),

@@ -13,7 +13,7 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,6 +69,28 @@ class Probes:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    # -- another process continues ----------------------------------------------------------------
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """Return what is known about the paths, by endpoint."""
+        return {
+            str(Endpoint(ipaddress.ip_address(key[0]), key[1])): self._prober[key].measured()
+            for key in self._prober
+        }
+
+    def inherit(self, paths: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> None:
+        """Continue with the results of ``measured`` and ``counters`` of an earlier process."""
+        self._follow_table()
+        now = time.monotonic()
+        for text, had in paths.items():
+            endpoint = Endpoint.parse(text)
+            key = endpoint.address.packed, endpoint.port
+            if (path := self._prober.get(key)) is not None:
+                path.inherit(had, now)
+                self._reported[key] = path.state
+        for name in self._counts:
+            self._counts[name] += counts.get(name, 0)
 
     # -- from the workers -------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -29,6 +30,14 @@ LARGE_TABLE = 2000  # routes; a change of a larger table is computed in a helper
 LARGE_BODY = 64 * LARGE_TABLE  # bytes of a table that is not parsed yet
 SLICE = 500  # routes formatted at a time: well under a millisecond of the GIL
 EVENTS_MAX = 1000  # a change of more routes emits one event for all of them
+
+
+class HandedOver(UdptunError, ConnectionError):
+    """The change reached a forwarder that has just handed over to another one.
+
+    This is a ConnectionError, so the control API closes the connection without an answer. A client
+    then connects to the new forwarder, and repeats its request.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +66,12 @@ class Routes:
         self._addresses = tuple(addresses)
         self._own_routes: set[Route] = set()  # the routes to our own subnet that were reported
         self._routes_file = routes_file
-        self._state = None if state_file is None else StateFile(state_file, report)
+        self.state = None if state_file is None else StateFile(state_file, report)
         self._events = events
         self._table = _core.RouteTable()
         self._origin: Path | None = None  # the file from which the first table was read
         self._core: _core.Core | None = None  # set between open and close
+        self._handed_over = False
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
 
@@ -73,7 +83,7 @@ class Routes:
     def load(self) -> None:
         """Read the first table. Call ``unlock`` afterwards, even if this fails. Raises FieldError,
         DeviceError."""
-        state, routes_file = self._state, self._routes_file
+        state, routes_file = self.state, self._routes_file
         table = state.load() if state is not None else None
         if state is not None and table is not None:
             log.info("%d routes loaded from %s%s", len(table), state.path,
@@ -81,6 +91,13 @@ class Routes:
             self._table, self._origin = table, state.path
         elif routes_file is not None:
             self._table, self._origin = _parse_file(routes_file), routes_file
+
+    def inherit(self, text: bytes, generation: int) -> None:
+        """Continue the table of a forwarder from which this one takes over, instead of ``load``.
+
+        Raises FieldError.
+        """
+        self._table, self.generation = _core.RouteTable.parse_text(text), generation
 
     def open(self, core: _core.Core) -> None:
         """Activate the table and accept changes. Raises FieldError, which names the file."""
@@ -90,25 +107,44 @@ class Routes:
             where = f"{self._origin}: {error.where}"
             raise FieldError(error.field, error.value, error.expected, where) from None
         self._core = core
-        self.generation = 1
+        self.generation = self.generation or 1
         self._report_own_routes(core)
 
     async def save(self) -> None:
         """Write the state file, at the start."""
-        if self._state is not None:
-            await self._state.save(self._table)
+        if self.state is not None:
+            await self.state.save(self._table)
 
     def unlock(self) -> None:
         """Let another forwarder use the state file. Call it after ``close``."""
-        if self._state is not None:
-            self._state.unlock()
+        if self.state is not None:
+            self.state.unlock()
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[bytes]:
+        """Hold back all changes while the context is open. Return the table as text.
+
+        The state file then has this table. After ``hand_over``, the changes that were held back
+        raise HandedOver.
+        """
+        async with self._lock:
+            if self.state is not None:
+                await self.state.write_pending()
+            parts = []
+            for start in range(0, len(self._table), SLICE):
+                parts.append(self._table.text_slice(start, SLICE))
+                await asyncio.sleep(0)
+            yield b"".join(parts)
+
+    def hand_over(self) -> None:
+        """Refuse all changes from now on, because another forwarder has the table."""
+        self._core, self._handed_over = None, True
 
     async def close(self) -> None:
         """Refuse further changes, finish the changes that have begun, and write the state file."""
         self._core = None
         await asyncio.gather(*self._changes, return_exceptions=True)
-        if self._state is not None:
-            await self._state.flush()
+        if self.state is not None:
+            await self.state.flush()
 
     # -- changes ----------------------------------------------------------------------------------
 
@@ -177,6 +213,8 @@ class Routes:
 
         async def run() -> T:
             async with self._lock:
+                if self._handed_over:
+                    raise HandedOver("another forwarder has taken over: repeat the request")
                 return await change(core)
 
         task = asyncio.get_running_loop().create_task(run())
@@ -231,8 +269,8 @@ class Routes:
         self.generation += 1
         self._report_own_routes(core)
         diff = RouteDiff(self.generation, added, changed, removed)
-        if self._state is not None:
-            self._state.save_soon(table)
+        if self.state is not None:
+            self.state.save_soon(table)
         if added + changed + removed <= EVENTS_MAX:
             for kind, dst, via, port, mtu, probe in table.changes_from(old, EVENTS_MAX):
                 more = {"probe": True} if probe else {}

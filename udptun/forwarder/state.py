@@ -42,7 +42,10 @@ log = logging.getLogger(__name__)
 
 
 class StateFile:
-    """One state file. ``load`` locks it, ``unlock`` releases it."""
+    """One state file. ``load`` locks it, ``unlock`` releases it.
+
+    lock  None: this process does not have it. A forwarder that takes over sets it
+    """
 
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self.path = path
@@ -52,7 +55,7 @@ class StateFile:
         self._watch: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
-        self._lock: FileLock | None = None
+        self.lock: FileLock | None = None
         self._failure = ""  # the last reported one, until the file is written again
 
     def load(self) -> RouteTable | None:
@@ -87,9 +90,13 @@ class StateFile:
                 return None
             raise device_error(error.errno or 0, f"reading the state file {self.path}") from None
 
+    @property
+    def lock_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.lock")
+
     def unlock(self) -> None:
         """Let another forwarder use the file. Call it after ``flush``."""
-        lock, self._lock = self._lock, None
+        lock, self.lock = self.lock, None
         if lock is not None:
             lock.release()
 
@@ -106,6 +113,10 @@ class StateFile:
         self._table = table
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._save_later())
+
+    async def write_pending(self) -> None:
+        """Write the last table that was passed to ``save_soon``, if it is not on disk yet."""
+        await self._save()
 
     async def flush(self) -> None:
         """Write the last table that was passed to ``save_soon``, if it is not on disk yet. Stop
@@ -159,12 +170,12 @@ class StateFile:
 
     def _take_lock(self) -> None:
         """Lock the file, unless it is locked already. Raises OSError."""
-        if self._lock is not None and self._lock.is_valid:
+        if self.lock is not None and self.lock.is_valid:
             return
         self.unlock()
         self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        self._lock = FileLock.take(self.path.with_name(f".{self.path.name}.lock"))
-        if self._lock is None:
+        self.lock = FileLock.take(self.lock_path)
+        if self.lock is None:
             raise OSError(errno.EBUSY, f"another forwarder uses the state file {self.path}: give "
                                        f"this one another --state")
 

@@ -55,8 +55,17 @@ def _set_scheduling() -> None:
 
 
 class WorkerThread:
-    def __init__(self, worker: Worker, index: int) -> None:
+    """One worker and its thread.
+
+    baton   an eventfd: the worker begins when it is readable; None: it begins at once
+    active  the worker uses its descriptors
+    """
+
+    def __init__(self, worker: Worker, index: int, baton: int | None = None) -> None:
         self.worker = worker
+        self.active = False
+        self._baton = baton
+        self._paused = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._running = threading.Event()
@@ -71,6 +80,22 @@ class WorkerThread:
         self._running.wait()
         if self._failure is not None:
             raise self._failure
+
+    def hand_over(self, baton: int) -> None:
+        """Let the worker stop after its present turn, and then write to the eventfd ``baton``."""
+        assert self._loop is not None
+        self._paused.clear()
+        self.worker.hand_over(baton)
+        self._loop.call_soon_threadsafe(self._unwatch)
+
+    def wait_handed_over(self) -> None:
+        self._paused.wait()
+
+    def go_on(self) -> None:
+        """Let the worker work again after ``hand_over``."""
+        assert self._loop is not None
+        self.worker.resume()
+        self._loop.call_soon_threadsafe(self._watch)
 
     def stop(self) -> None:
         """Stop the worker and join the thread. Queued packets stay queued."""
@@ -96,10 +121,31 @@ class WorkerThread:
 
     async def _serve(self) -> None:
         self._loop = loop = asyncio.get_running_loop()
-        loop.add_reader(self.worker.fileno(), self.worker.run, LINGER_MS)
+        if self._baton is None:
+            self._watch()
+        else:
+            loop.add_reader(self._baton, self._begin, self._baton)
         self._running.set()
         try:
             await self._stop.wait()
         finally:
+            if self._baton is not None:
+                loop.remove_reader(self._baton)
             loop.remove_reader(self.worker.fileno())
             self.worker.resume()
+
+    def _begin(self, baton: int) -> None:
+        asyncio.get_running_loop().remove_reader(baton)
+        self._baton = None
+        self._watch()
+
+    def _watch(self) -> None:
+        self.active = True
+        asyncio.get_running_loop().add_reader(self.worker.fileno(), self.worker.run, LINGER_MS)
+
+    def _unwatch(self) -> None:
+        """After ``hand_over``. If the worker was idle, it has not noticed this yet."""
+        self.worker.run(0)
+        asyncio.get_running_loop().remove_reader(self.worker.fileno())
+        self.active = False
+        self._paused.set()

@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from .. import _core
 from ..control.events import EventHub
@@ -57,25 +58,55 @@ class Workers:
 
     # -- start and stop ---------------------------------------------------------------------------
 
-    def start(self, tun_fds: Sequence[int], udp_fds: Sequence[Mapping[int, int]]) -> None:
+    def start(
+        self, tun_fds: Sequence[int], udp_fds: Sequence[Mapping[int, int]],
+        batons: Sequence[int] = (),
+    ) -> None:
         """Start one worker per TUN queue. ``udp_fds`` has each worker's sockets by IP version.
 
+        batons  an eventfd for each worker: the worker begins when it is readable; empty: at once
         Call ``stop`` later, also if ``start`` raises.
         """
         for index, (tun_fd, fds) in enumerate(zip(tun_fds, udp_fds, strict=True)):
             worker = _core.Worker(
                 self._core, tun_fd, fds.get(4, -1), fds.get(6, -1), self._capabilities.in_use
             )
-            self._threads.append(WorkerThread(worker, index))
+            self._threads.append(WorkerThread(worker, index, batons[index] if batons else None))
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """Stop all threads, then send the queued packets."""
+        active = [thread for thread in self._threads if thread.active]
         for thread in self._threads:
             thread.stop()
-        for thread in self._threads:
+        for thread in active:
             thread.worker.drain(DRAIN_SECONDS)
+
+    def hand_over(self, batons: Sequence[int]) -> None:
+        """Let each worker stop after its present turn, and then write to its baton, an eventfd."""
+        for thread, baton in zip(self._threads, batons, strict=True):
+            thread.hand_over(baton)
+
+    def finish_hand_over(self) -> None:
+        """Wait until all workers have stopped, and send their queued packets. Blocks.
+
+        Afterwards the counters do not change.
+        """
+        for thread in self._threads:
+            thread.wait_handed_over()
+        for thread in self._threads:
+            thread.worker.drain_send_queue(DRAIN_SECONDS)
+
+    def go_on(self) -> None:
+        """Let the workers work again after ``hand_over``."""
+        for thread in self._threads:
+            thread.go_on()
+
+    def inherit(self, counters: Sequence[Mapping[str, Any]]) -> None:
+        """Continue the counters of the workers of an earlier process."""
+        for thread, had in zip(self._threads, counters, strict=False):
+            thread.worker.inherit(dict(had))
 
     def continue_on_new_tun(self) -> None:
         """Let the workers use the new device behind the descriptors of the TUN's queues.

@@ -56,6 +56,28 @@ class UdpSocket:
     def family(self) -> int:
         return self.socket.family
 
+    @classmethod
+    def adopt(
+        cls, fd: int, endpoint: Endpoint, features: frozenset[str], off: dict[str, str]
+    ) -> UdpSocket:
+        """Use the socket that another process has opened. The new object owns the descriptor.
+
+        Raises DeviceError if it is not bound to this endpoint.
+        """
+        doing = f"using the UDP socket {endpoint}"
+        try:
+            sock = socket.socket(fileno=fd)
+            host, port = sock.getsockname()[:2]
+        except OSError as error:
+            raise device_error(error.errno or 0, doing) from None
+        if (sock.type, host, port) != (socket.SOCK_DGRAM, str(endpoint.address), endpoint.port):
+            raise device_error(errno.EADDRNOTAVAIL, doing, f"it is bound to {host}:{port}")
+        return cls(
+            sock, endpoint, features, off,
+            rcvbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
+            sndbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
+        )
+
     def let_join(self) -> None:
         """Let later sockets share the endpoint: those opened with ``reuse_port``, and the own
         sockets of slow peers (src_ext/path/own_socket.pxd), which bind to the same port.

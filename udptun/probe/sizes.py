@@ -55,6 +55,15 @@ class SizeSearch:
         """Whether the full size passed before and was not answered the last time."""
         return self._misses_n > 0 and self._ceiling is None
 
+    def measured(self) -> tuple[int | None, int | None]:
+        """Return the largest size that passed, and the smallest that failed; None: no such size."""
+        return self.largest, self._ceiling
+
+    def inherit(self, largest: int | None, failed: int | None, now: float) -> None:
+        """Continue with the result of ``measured`` of an earlier process."""
+        self.largest, self._ceiling = largest, failed
+        self._limited_at, self._recheck_at = now, now + RECHECK_SECONDS
+
     def uncertain(self, size: int) -> bool:
         """Return whether a search runs and this size is not yet known to pass."""
         return self._ceiling is not None and size > self._low()

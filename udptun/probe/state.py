@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 import math
 import os
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from . import message
 from .sizes import SMALL_SIZE, SizeSearch
@@ -218,6 +219,33 @@ class PathState:
             self._awaited_n -= probe.decisive
             self._late = (*self._late[1 - LATE_N :], probe)
             self._miss(probe, now)
+
+    # -- another process continues ----------------------------------------------------------------
+
+    def measured(self) -> dict[str, Any]:
+        """Return what is known about the path, as JSON. Probes without an answer are left out."""
+        largest, failed = self.sizes.measured()
+        return {
+            "state": self.state, "since": self.since, "rtt": self.rtt,
+            "last_answer": self.last_answer, "last_probe": self.last_probe,
+            "last_data": self.last_data, "history": self._history, "history_n": self._history_n,
+            "full": self.sizes.full, "largest": largest, "failed": failed,
+        }
+
+    def inherit(self, had: Mapping[str, Any], now: float) -> None:
+        """Continue with the result of ``measured`` of an earlier process, on the same clock.
+
+        Missing values stay as they are. The next probe is sent soon, because the earlier process
+        may have waited for an answer.
+        """
+        self.state, self.since = had.get("state", self.state), had.get("since", self.since)
+        self.rtt = had.get("rtt")
+        self.last_answer, self.last_probe = had.get("last_answer"), had.get("last_probe")
+        self.last_data = had.get("last_data")
+        self._history, self._history_n = had.get("history", 0), had.get("history_n", 0)
+        if had.get("full") == self.sizes.full:
+            self.sizes.inherit(had.get("largest"), had.get("failed"), now)
+        self._missed_n = LOST_AFTER if self.state == UNREACHABLE else 0
 
     # -- probes and results -----------------------------------------------------------------------
 

@@ -1,0 +1,218 @@
+"""A forwarder takes over from another one: no packet is lost, nothing is counted twice."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.netns.netns_traffic import (
+    SO_RCVBUFFORCE,
+    assert_invariant,
+    settled_packets,
+    transfer_tcp,
+)
+from udptun.lab import Forwarder, LabError, pair, ping, wait_for
+from udptun.lab.hosts import NETNS_DIR
+from udptun.takeover import document
+from udptun.takeover.channel import Channel, close_all, read_document
+from udptun.takeover.message import Hello, Ready, State, Stopped, TakeOverError
+
+RATE = 2000  # datagrams a second; low, so that a slow machine loses nothing
+
+
+class Stream:
+    """Numbered datagrams from one host to another, at RATE, while the context is open."""
+
+    def __init__(self, source, target, address):
+        self.sender = source.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.receiver = target.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+        self.receiver.bind((str(address), 0))
+        self.receiver.settimeout(5)
+        self.address = self.receiver.getsockname()
+        self.sent = 0
+        self.numbers = []  # of the datagrams that have arrived, in their order
+        self.stop = threading.Event()
+        self.threads = [threading.Thread(target=run) for run in (self._send, self._receive)]
+
+    def _send(self):
+        begin = time.monotonic()
+        while not self.stop.is_set():
+            while self.sent < RATE * (time.monotonic() - begin):
+                self.sender.sendto(self.sent.to_bytes(8, "big"), self.address)
+                self.sent += 1
+            time.sleep(0.0005)
+
+    def _receive(self):
+        with contextlib.suppress(TimeoutError):
+            while not self.stop.is_set() or len(self.numbers) < self.sent:
+                self.numbers.append(int.from_bytes(self.receiver.recv(64), "big"))
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def assert_complete(self):
+        missing = sorted(set(range(self.sent)) - set(self.numbers))
+        assert not missing, f"{len(missing)} of {self.sent} are missing, from {missing[0]} on"
+        assert self.numbers == sorted(self.numbers)
+        assert len(self.numbers) == self.sent
+
+
+def take_over(side, **changes):
+    """Start another forwarder, which takes over. Return the old one, which has ended."""
+    old = side.forwarder
+    new = Forwarder.start(side.host, **side.options | {"extra": ["--take-over"], "wait": False}
+                          | changes)
+    wait_for(lambda: not old.process.alive or not new.process.alive, "the end of one forwarder")
+    if not new.process.alive:
+        raise LabError(new.process.text())
+    assert old.process.wait() == 0, old.process.text()
+    side.forwarder = new
+    return old
+
+
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_no_packet_is_lost_and_none_is_counted_twice(lab, workers):
+    tunnel = pair(lab, workers=workers)
+    a, b = tunnel.sides
+    a.forwarder.udptun("route", "add", "10.244.77.0/24", "via", str(b.outer), "mtu", "1300")
+    assert ping(a.pod, b.pod_v4).received == 3
+    before = a.forwarder.status()
+    with Stream(a.pod, b.pod, b.pod_v4) as stream:
+        wait_for(lambda: stream.sent > 100, "the stream")
+        for side in (a, b, a):
+            old = take_over(side)
+            assert "has taken over" in old.process.text()
+    stream.assert_complete()
+    sent, received = settled_packets(a.forwarder), settled_packets(b.forwarder)
+    for side in tunnel.sides:
+        assert_invariant(side.forwarder)
+    assert sent["encap"]["read"] >= stream.sent
+    assert sent["encap"]["delivered"] == received["decap"]["read"]
+    after = a.forwarder.status()
+    assert after["generation"] == before["generation"]
+    assert after["route_count"] == before["route_count"]
+    peer, other = after["peers"][0], b.forwarder.status()["peers"][0]
+    assert peer["encap"] == other["decap"]
+    assert peer["last_seen_seconds"] > other["last_seen_seconds"]
+    assert a.forwarder.control.exists()
+    transfer_tcp(a.pod, b.pod, b.pod_v4)
+    assert a.forwarder.stop() == 0
+    assert not a.forwarder.control.exists()
+    a.start()
+    assert ping(a.pod, b.pod_v4).received == 3
+
+
+class Client:
+    """Speaks the protocol of a take-over with a side's forwarder, but starts no forwarder."""
+
+    def __init__(self, side):
+        self.path = side.forwarder.control.with_name("a.takeover.sock")
+        self.namespace = (NETNS_DIR / side.host.namespace).stat().st_ino
+        self.options = {}
+
+    async def __aenter__(self):
+        self.channel = await Channel.connect(self.path)
+        return self
+
+    async def __aexit__(self, *exc):
+        self.channel.close()
+
+    async def hello(self, **changes):
+        await self.channel.send(Hello(
+            **{"namespace": self.namespace, "newest": 9, "options": self.options} | changes))
+
+    async def state(self):
+        close_all(await self.channel.receive_descriptors())
+        state, [fd] = await self.channel.receive(State)
+        return document.load(document.Having, read_document(fd, state.size))
+
+    async def ready(self, batons_n=1):
+        batons = [os.eventfd(0) for _ in range(batons_n)]
+        await self.channel.send(Ready(), batons)
+        return batons
+
+
+async def stopped_at(side, last):
+    """Begin a take-over, and break it off after the message ``last``."""
+    async with Client(side) as client:
+        if last == "connect":
+            return
+        await client.hello()
+        having = await client.state()
+        assert "10.244.2.0/24" in having.routes
+        if last == "state":
+            return
+        [baton] = await client.ready()
+        os.eventfd_read(baton)  # the worker has stopped
+        os.close(baton)
+        if last == "ready":
+            return
+        stopped, [fd] = await client.channel.receive(Stopped)
+        counted = document.load(document.Counted, read_document(fd, stopped.size))
+        assert counted.packets["encap"]["read"] > 0
+
+
+def test_a_take_over_that_breaks_off_changes_nothing(lab):
+    """The other process ends after each of its messages. The forwarder goes on."""
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+    with Stream(a.pod, b.pod, b.pod_v4) as stream:
+        for number, last in enumerate(("connect", "state", "ready", "stopped")):
+            wait_for(lambda sent=stream.sent: stream.sent > sent + 100, "the stream")
+            asyncio.run(stopped_at(a, last))
+            a.forwarder.udptun("route", "add", f"10.244.{100 + number}.0/24", "via", str(b.outer))
+    stream.assert_complete()
+    assert_invariant(a.forwarder)
+    assert "Traceback" not in a.forwarder.process.text()
+    take_over(a)
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert a.forwarder.status()["route_count"] == 6
+
+
+REFUSED = [
+    ({"oldest": 7}, "versions 7 to 9"),
+    ({"namespace": 1}, "another network namespace"),
+    ({"options": {"network": ["10.0.0.0/8"]}}, "--network: .*10.244.0.0/16"),
+    ({"options": {"workers": 3}}, "--workers: 3: the running forwarder has 1"),
+]
+
+
+def test_other_options_are_refused_and_the_forwarder_goes_on(lab):
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+    new = Forwarder.start(
+        a.host, **a.options | {"extra": ["--take-over"], "workers": 2, "wait": False})
+    assert new.process.wait() == 1
+    assert "--workers: 2: the running forwarder has 1" in new.process.text()
+
+    async def ask(change):
+        async with Client(a) as client:
+            await client.hello(**change)
+            await client.channel.receive_descriptors()
+
+    for change, reason in REFUSED:
+        with pytest.raises(TakeOverError, match=reason):
+            asyncio.run(ask(change))
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert a.forwarder.get("/v1/healthz")
+
+
+def test_without_a_running_forwarder_it_starts_as_usual(lab):
+    tunnel = pair(lab, start=False)
+    a, b = tunnel.sides
+    a.start(extra=["--take-over"])
+    b.start()
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert "there is none to take over" in a.forwarder.process.text()
