@@ -5,7 +5,8 @@
 Runs in a namespace in which the peers' addresses are local. Answers the probes of one node, on the
 UDP path and on the VXLAN path, from the address to which each was sent. From the first probe on,
 each peer also probes the node, by the rules of udptun/probe, as a real peer does, because nodes
-share the probes of an idle pair. (bench/responder.py only answers.) Owns two sockets; it packs and
+share the probes of an idle pair. If a peer is probed on both paths, UDP is its standby path.
+(bench/responder.py only answers.) Owns two sockets; it packs and
 unpacks VXLAN frames itself, because a real VXLAN device has one address.
 """
 
@@ -55,8 +56,8 @@ class Wire:
 class Side:
     """All peers on one path (UDP_PATH or VXLAN_PATH)."""
 
-    def __init__(self, path: int, port: int) -> None:
-        self._path = path
+    def __init__(self, path: int, port: int, standby: Side | None = None) -> None:
+        self._path, self._standby = path, standby
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         self.sock.bind(("0.0.0.0", port))
@@ -76,12 +77,18 @@ class Side:
         wire = self._wires[local] = Wire(sender, inner)
         if local not in self._prober:
             self._prober.add(local, FULL_SIZE)
+        if self._standby is not None:
+            self._standby.carries_nothing(local)
         if probe.kind == REQUEST:
             self._send(local, wire, probe.reply(0))
             heard = None if probe.heard_ms == NEVER_HEARD else probe.heard_ms / 1000
             self._prober.heard(local, now, probe.token, heard)
         elif probe.kind == REPLY:
             self._prober.answered(local, probe.token, probe.size, now)
+
+    def carries_nothing(self, local: bytes) -> None:
+        """Another side carries the packets to this peer."""
+        self._prober.set_standby(local, True)
 
     def ask(self) -> None:
         """Send the requests that are due."""
@@ -117,7 +124,8 @@ def frame_back(headers: bytes, message: bytes) -> bytes:
 
 
 def serve() -> None:
-    sides = Side(UDP_PATH, UDP_PORT), Side(VXLAN_PATH, VXLAN_PORT)
+    udp = Side(UDP_PATH, UDP_PORT)
+    sides = udp, Side(VXLAN_PATH, VXLAN_PORT, standby=udp)
     selector = selectors.DefaultSelector()
     for side in sides:
         selector.register(side.sock, selectors.EVENT_READ, side)

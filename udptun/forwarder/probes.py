@@ -53,7 +53,7 @@ class Probes:
         self._events = events
         self._prober: Prober[Key] = Prober(time.monotonic)
         self._limits: dict[Key, int] = {}  # the full size of each peer that is probed
-        self._by_address: dict[bytes, list[Key]] = {}
+        self._by_address: dict[bytes, tuple[Key, ...]] = {}
         self._reported: dict[Key, str] = {}  # the last state that was reported
         self._waiting: dict[int, asyncio.Future[float]] = {}  # extra probes, by token
         self._generation = 0  # generation of the table at the last look
@@ -216,15 +216,14 @@ class Probes:
         limits = self._core.probe_peers(min(self._mtu, MAX_PROBE))
         for key in self._limits.keys() - limits.keys():
             self._prober.remove(key)
-            del self._reported[key]
-            self._by_address[key[0]].remove(key)
+            del self._reported[key], self._limits[key]
         for key, limit in limits.items() - self._limits.items():
-            if key not in self._limits:
-                self._reported[key] = UNKNOWN
-                self._by_address.setdefault(key[0], []).append(key)
+            self._reported.setdefault(key, UNKNOWN)
             self._prober.add(key, limit)
-        self._limits = limits
-        self._by_address = {address: keys for address, keys in self._by_address.items() if keys}
+            self._limits[key] = limit  # a key that is known stays the same object
+        self._by_address.clear()
+        for key in self._limits:
+            self._by_address[key[0]] = (*self._by_address.get(key[0], ()), key)
 
     def _follow_traffic(self, now: float) -> None:
         for address, port, received in self._core.take_traffic():
@@ -270,9 +269,9 @@ class Probes:
         key = record.address, record.port
         if key in self._limits:
             return key
-        keys = self._by_address.get(record.address, [])
+        keys = self._by_address.get(record.address, ())
         if record.kind == REPLY:
-            keys = [each for each in keys if self._prober[each].waits_for(record.token)]
+            keys = tuple(one for one in keys if self._prober[one].waits_for(record.token))
         if len(keys) != 1:
             return None
         if record.kind == REPLY:

@@ -101,15 +101,22 @@ class Unguessable(random.SystemRandom):
         return int.from_bytes(self._piece[self._at - size : self._at]) >> (8 * size - k)
 
 
-def new_token(rng: random.Random, peer_token: int) -> int:
-    """Return the token of a new request to a peer whose last request had ``peer_token`` (0: none).
+def half(token: int) -> int:
+    """Return the half of a request's token that the other node's next request contains."""
+    return token >> HALF_BITS
+
+
+def new_token(rng: random.Random, peer_half: int) -> int:
+    """Return the token of a new request to a peer.
+
+    peer_half  ``half`` of the token of the peer's last request; 0: there was none
     """
-    upper, lower = rng.getrandbits(HALF_BITS), peer_token >> HALF_BITS
-    return upper << HALF_BITS | (lower or rng.getrandbits(HALF_BITS))
+    return rng.getrandbits(HALF_BITS) << HALF_BITS | (peer_half or rng.getrandbits(HALF_BITS))
 
 
-def proves(token: int, own_token: int) -> bool:
-    """Return whether the sender of a request with this token has received our request
-    ``own_token`` (0: there was none)."""
-    upper = own_token >> HALF_BITS
-    return upper != 0 and token & (1 << HALF_BITS) - 1 == upper
+def proves(token: int, own_half: int) -> bool:
+    """Return whether the sender of a request with this token has received our last request.
+
+    own_half  ``half`` of the token of our last request; 0: there was none
+    """
+    return own_half != 0 and token & (1 << HALF_BITS) - 1 == own_half

@@ -116,8 +116,9 @@ class Prober(Generic[K]):
 
     def set_standby(self, key: K, standby: bool) -> None:
         """Set whether another path carries the packets to this peer at present."""
-        path = self._paths.get(key)
-        if path is not None and standby != (key in self._standby):
+        if standby == (key in self._standby):
+            return
+        if (path := self._paths.get(key)) is not None:
             (self._standby.add if standby else self._standby.discard)(key)
             self._plan(key, path)
 
@@ -184,6 +185,8 @@ class Prober(Generic[K]):
                 if key in waiting:  # the budget is used up
                     waiting.move_to_end(key, last=False)
                     break
+            if not waiting:
+                waiting.clear()  # frees the memory of a time when many paths waited
         for key in self._schedule.take(self._clock()):
             yield from self._look(key)
 
@@ -259,7 +262,7 @@ class Prober(Generic[K]):
     def _sent(self, key: K, path: PathState, size: int, decisive: bool) -> Request[K]:
         now = self._clock()
         spread = ACTIVE_JITTER if path.active else IDLE_JITTER
-        token = new_token(self._rng, path.peer_token)
+        token = new_token(self._rng, path.peer_half)
         path.sent(now, token, size, decisive, self._jitter.uniform(1 - spread, 1 + spread))
         return Request(key, token, size, path.last_probe)
 

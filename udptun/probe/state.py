@@ -74,15 +74,15 @@ class PathState:
     last_probe   when the last probe (request or reply) from the peer was received; None: never
     last_data    when the last data packet was received; None: never or unknown
     send_errno   error of the last probe if the kernel refused to send it, else 0
-    peer_token   token of the last request from the peer; 0: none yet
+    peer_half    ``message.half`` of the token of the peer's last request; 0: none yet
     sizes        the largest size that passes
     """
 
     __slots__ = (
-        "_active_until", "_answered_token", "_awaited_n", "_backoff_n", "_data_proves", "_history",
+        "_active_until", "_answered_half", "_awaited_n", "_backoff_n", "_data_proves", "_history",
         "_history_n", "_jitter", "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending",
         "_probes_n", "_replied_at", "_sent_at", "_soon", "last_answer", "last_data", "last_probe",
-        "peer_token", "rtt", "send_errno", "since", "sizes", "state",
+        "peer_half", "rtt", "send_errno", "since", "sizes", "state",
     )
 
     def __init__(self, now: float, full_size: int, data_proves: bool = False) -> None:
@@ -111,8 +111,9 @@ class PathState:
         self._active_until = now
         self._replied_at = 0.0  # when the last request of the peer was answered
         self._peer_heard: float | None = None  # when the peer last received a probe from us
-        self._answered_token = 0  # token of the last request that was answered in time
-        self.peer_token = 0
+        # ``message.half`` of the token of our last request that was answered in time; 0: none
+        self._answered_half = 0
+        self.peer_half = 0
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -148,7 +149,8 @@ class PathState:
         probe, self._pending = _take(self._pending, token)
         if probe is not None:
             self._awaited_n -= probe.decisive
-            self._answered_token = token
+            self._late = ()  # the answers to earlier probes would prove nothing new
+            self._answered_half = message.half(token)
             self._record(probe, lost=False)
         else:
             probe, self._late = _take(self._late, token)
@@ -179,10 +181,10 @@ class PathState:
         """
         replied_at, self._replied_at = self._replied_at, now
         self.last_probe = now
-        self.peer_token = token
+        self.peer_half = message.half(token)
         if self.state == UNREACHABLE and now - self._sent_at >= ACTIVE_SECONDS:
             self._soon = True
-        if heard_seconds is None or not message.proves(token, self._answered_token):
+        if heard_seconds is None or not message.proves(token, self._answered_half):
             return
         self._peer_heard = now - heard_seconds
         if self.state != REACHABLE or self.suspect:
@@ -265,6 +267,11 @@ class PathState:
     def missed(self) -> bool:
         """Whether the last probe was not answered in time."""
         return self._missed_n > 0
+
+    @property
+    def last_sent(self) -> float:
+        """When the last probe was sent to the peer: a request, or a reply to the peer's request."""
+        return max(self._sent_at, self._replied_at)
 
     @property
     def loss(self) -> float | None:

@@ -126,7 +126,7 @@ class BoundMeter(Meter):
         last = self.prober[key].last_probe
         heard = None if probe.heard_ms == NEVER_HEARD else probe.heard_ms / 1000
         self.prober.heard(key, now, probe.token, heard)
-        self.send(key, probe.reply(heard_field(last, now)).encode(), source)
+        self.send(probe.reply(heard_field(last, now)).encode(), source)
 
     # -- echoes -----------------------------------------------------------------------------------
 

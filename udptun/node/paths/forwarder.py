@@ -13,17 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ...control.client import ControlClient
 from ...errors import ControlError, NoForwarder
 from ...probe.state import REACHABLE, UNREACHABLE
+from ..status.report import iso_time
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +39,12 @@ GONE_SECONDS = 3.0
 
 # The forwarder's events about measurements, and the new state; None: the state does not change.
 EVENTS = {"peer_reachable": REACHABLE, "peer_unreachable": UNREACHABLE, "peer_size": None}
-# What is kept of each peer, as a tuple: a dict of each would need three times the memory.
+# The members of a peer's measurement that are kept.
 FIELDS = ("state", "since", "reason", "rtt_us", "loss", "last_answer", "largest_size",
           "full_size_passes")
-VERDICT = [FIELDS.index(name) for name in ("state", "reason", "largest_size", "full_size_passes")]
+# The numbers among them: since, last answer, loss, rtt_us, largest_size, full_size_passes. NaN or
+# a negative number: not known.
+NUMBERS = struct.Struct("=dddqib")
 
 
 class LastError(NamedTuple):
@@ -58,8 +64,7 @@ class ForwarderView:
     def __init__(
         self, control: Path, changed: Callable[[Collection[str] | None], None]
     ) -> None:
-        # By endpoint: the values of FIELDS. Empty while no forwarder answers.
-        self._probes: dict[str, tuple[Any, ...]] = {}
+        self._probes: dict[str, _Known] = {}  # by endpoint; empty while no forwarder answers
         self._errors: dict[str, LastError] = {}
         self.gone = False
         self._standby: frozenset[str] = frozenset()
@@ -85,7 +90,7 @@ class ForwarderView:
     def probe(self, endpoint: str | None) -> dict[str, Any]:
         """Return what was measured on the path to this endpoint; {} if nothing is known."""
         found = self._probes.get(endpoint or "")
-        return {} if found is None else dict(zip(FIELDS, found, strict=True))
+        return {} if found is None else found.to_json()
 
     def error(self, endpoint: str, since: float) -> str:
         """Return the last error of a peer that the forwarder does not measure; "" if there was none
@@ -160,7 +165,7 @@ class ForwarderView:
     # -- on the loop ------------------------------------------------------------------------------
 
     def _replace(
-        self, probes: dict[str, tuple[Any, ...]], errors: dict[str, LastError]
+        self, probes: dict[str, _Known], errors: dict[str, LastError]
     ) -> None:
         former, self._probes = self._probes, probes
         former_errors, self._errors = self._errors, errors
@@ -182,7 +187,7 @@ class ForwarderView:
         known = self.probe(endpoint) | {name: event[name] for name in FIELDS if name in event}
         if (state := EVENTS[event["type"]]) is not None:
             known |= {"state": state, "since": event["time"]}
-        self._probes[endpoint] = _compact(known)
+        self._probes[sys.intern(endpoint)] = _Known.of(known)
         self._changed((endpoint,))
 
     def _disconnected(self) -> None:
@@ -196,30 +201,60 @@ class ForwarderView:
         self._changed(None)
 
 
-def _compact(probe: Mapping[str, Any]) -> tuple[Any, ...]:
-    state = sys.intern(str(probe.get("state")))
-    return (state, *(probe.get(name) for name in FIELDS[1:]))
+class _Known(NamedTuple):
+    """What is known of one peer. The numbers are packed: there can be thousands of peers."""
+
+    state: str
+    reason: str
+    numbers: bytes
+
+    @classmethod
+    def of(cls, probe: Mapping[str, Any]) -> Self:
+        def number(name: str, unknown: float = -1) -> Any:
+            value = probe.get(name)
+            return unknown if value is None else value
+
+        return cls(sys.intern(str(probe.get("state"))), str(probe.get("reason") or ""),
+                   NUMBERS.pack(_seconds(probe.get("since")), _seconds(probe.get("last_answer")),
+                                number("loss", math.nan), number("rtt_us"), number("largest_size"),
+                                number("full_size_passes")))
+
+    def to_json(self) -> dict[str, Any]:
+        since, answer, loss, rtt, largest, passes = NUMBERS.unpack(self.numbers)
+        return dict(zip(FIELDS, (
+            self.state, _iso(since), self.reason, None if rtt < 0 else rtt,
+            None if math.isnan(loss) else loss, _iso(answer), None if largest < 0 else largest,
+            None if passes < 0 else bool(passes)), strict=True))
 
 
-_State = tuple[dict[str, tuple[Any, ...]], dict[str, LastError]]
+def _seconds(iso: str | None) -> float:
+    """Return the Unix time, or NaN."""
+    return math.nan if iso is None else datetime.fromisoformat(iso).timestamp()
+
+
+def _iso(seconds: float) -> str | None:
+    return None if math.isnan(seconds) else iso_time(seconds)
+
+
+_State = tuple[dict[str, _Known], dict[str, LastError]]
 
 
 def _read(client: ControlClient) -> _State:
-    """Return by endpoint the values of FIELDS, and the last errors of all other peers."""
-    probes: dict[str, tuple[Any, ...]] = {}
+    """Return by endpoint what is measured, and the last errors of all other peers."""
+    probes: dict[str, _Known] = {}
     errors: dict[str, LastError] = {}
     now = time.monotonic()
 
     def reduce(value: dict[str, Any]) -> Any:
         """Keep little of each object: the whole answer would take much memory."""
         if "full_size_passes" in value:
-            return _compact(value)
+            return _Known.of(value)
         if "seconds_ago" in value:
             return LastError(value["text"], now - value["seconds_ago"])
         if "endpoint" in value:
             probe, error = value.get("probe"), value.get("last_error")
             if probe:
-                probes[value["endpoint"]] = probe
+                probes[sys.intern(value["endpoint"])] = probe
             elif error:
                 errors[value["endpoint"]] = error
             return None
@@ -229,5 +264,7 @@ def _read(client: ControlClient) -> _State:
     return probes, errors
 
 
-def _verdict(found: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    return None if found is None else tuple(found[at] for at in VERDICT)
+def _verdict(found: _Known | None) -> tuple[Any, ...] | None:
+    """Return the values on which a decision depends."""
+    return None if found is None else (
+        found.state, found.reason, *NUMBERS.unpack(found.numbers)[-2:])

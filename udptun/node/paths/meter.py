@@ -55,7 +55,6 @@ class Meter(ABC):
         self._subnets: dict[str, IPNetwork] = {}
         self.able = False  # no probe is sent before the first ``check``
         self.error = "not opened yet"
-        self._sent_at: dict[str, float] = {}
         self.sent_n = 0  # messages that the kernel has accepted
         self._changed = changed
         self._socket: socket.socket | None = None
@@ -73,14 +72,14 @@ class Meter(ABC):
         return self.prober.get(_key(subnet))
 
     def sent_at(self, subnet: IPNetwork) -> float:
-        """Return when we last sent to the peer, a request or a reply; 0: never."""
-        return self._sent_at.get(_key(subnet), 0.0)
+        """Return when we last sent to the peer, a request or a reply; 0: it is not probed."""
+        state = self.prober.get(_key(subnet))
+        return 0.0 if state is None else state.last_sent
 
     def remove(self, subnet: IPNetwork) -> None:
         key = _key(subnet)
         if self._subnets.get(key) == subnet:
             del self._subnets[key]
-            self._sent_at.pop(key, None)
             self.prober.remove(key)
 
     def traffic(self, subnets: Iterable[IPNetwork]) -> None:
@@ -172,15 +171,14 @@ class Meter(ABC):
     def _run(self) -> None:
         self._timer, self._ran_at = None, time.monotonic()
         for request in self.prober.run():
-            message, target = self._message(request)
-            if (number := self.send(request.key, message, target)):
+            if (number := self.send(*self._message(request))):
                 self.prober.send_failed(request, number)
             else:
                 self._sent(request)
         self._report()
         self._schedule()
 
-    def send(self, key: str, message: bytes, target: Any) -> int:
+    def send(self, message: bytes, target: Any) -> int:
         """Send a message to a peer. Return 0 or the errno."""
         if self._socket is None:
             return self._errno
@@ -191,7 +189,6 @@ class Meter(ABC):
             if number in _BROKEN:
                 self._break(exc)
             return number
-        self._sent_at[key] = time.monotonic()
         self.sent_n += 1
         return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ class Meters:
         self._echo: dict[int, EchoMeter] = {}  # by IP version
         self._listeners: dict[tuple[int, str], Listener] = {}  # by IP version and device
         self._forwarder: ForwarderView | None = None
-        self._by_endpoint: dict[str, dict[IPNetwork, None]] = {}
+        self._by_endpoint: dict[str, tuple[IPNetwork, ...]] = {}
         self._standby_changed = False
         self._turn = 0
         self._looked_at: dict[int, float] = {}  # by path: when the last search for traffic began
@@ -94,7 +95,7 @@ class Meters:
                 return self._bound[key], None
             if (endpoint := backend.forwarder_endpoint(path)) is not None:
                 self._follow_forwarder()
-                return None, str(endpoint)
+                return None, sys.intern(str(endpoint))
         if version not in self._echo:
             self._echo[version] = EchoMeter(version, self._changed)
         return self._echo[version], None
@@ -110,7 +111,7 @@ class Meters:
         for backend, path in zip(backends, found.paths, strict=True):
             if path is not None and (endpoint := backend.forwarder_endpoint(path)) is not None:
                 self._follow_forwarder()
-                return str(endpoint)
+                return sys.intern(str(endpoint))
         return None
 
     def probe(self, pair: Pair) -> None:
@@ -124,7 +125,9 @@ class Meters:
                 meter.add(pair.subnet, pair.mtu)
         self._standby_changed |= any(pair.endpoints)
         for endpoint in filter(None, (*pair.endpoints, pair.errors_of)):
-            self._by_endpoint.setdefault(endpoint, {})[pair.subnet] = None
+            subnets = self._by_endpoint.get(endpoint, ())
+            if pair.subnet not in subnets:
+                self._by_endpoint[endpoint] = (*subnets, pair.subnet)
 
     def forget(self, pair: Pair) -> None:
         """Stop to measure the paths of this pair."""
@@ -132,10 +135,9 @@ class Meters:
             if meter is not None:
                 meter.remove(pair.subnet)
         for endpoint in filter(None, (*pair.endpoints, pair.errors_of)):
-            if (subnets := self._by_endpoint.get(endpoint)) is not None:
-                subnets.pop(pair.subnet, None)
-                if not subnets:
-                    del self._by_endpoint[endpoint]
+            subnets = self._by_endpoint.pop(endpoint, ())
+            if (left := tuple(one for one in subnets if one != pair.subnet)):
+                self._by_endpoint[endpoint] = left
 
     # -- what was measured ------------------------------------------------------------------------
 
