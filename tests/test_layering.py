@@ -24,10 +24,11 @@ OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
     "connections", "errors", "files", "instance", "model", "drops", "privileges", "repairs",
-    "spans", "wait", "_version",
+    "spans", "text", "wait", "_version",
 }
 RULES = {
-    "errors": set(),
+    "errors": {"text"},
+    "text": set(),
     "files": set(),
     "drops": set(),
     "privileges": set(),

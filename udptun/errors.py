@@ -1,4 +1,8 @@
-"""The errors that udptun raises. A leaf: imports no other module of udptun."""
+"""The errors that udptun raises. A leaf."""
+
+from __future__ import annotations
+
+from .text import printable, shown
 
 
 class UdptunError(Exception):
@@ -8,13 +12,16 @@ class UdptunError(Exception):
 class FieldError(UdptunError, ValueError):
     """A value is invalid. The error names the field, the value and the expected form.
 
+    Others may have chosen all of them, so the text is printable and has a limited length.
+
     where  position of the value in the input, such as ``"line 3"`` or ``"routes[17]"``, or empty
     """
 
     def __init__(self, field: str, value: object, expected: str, where: str = "") -> None:
         self.field, self.value, self.expected, self.where = field, value, expected, where
-        prefix = f"{where}: " if where else ""
-        super().__init__(f"{prefix}{field}: {value!r} is not valid: expected {expected}")
+        prefix = f"{printable(where)}: " if where else ""
+        super().__init__(f"{prefix}{printable(field)}: {shown(value)} is not valid: "
+                         f"expected {printable(expected)}")
 
 
 class RouteExists(UdptunError):

@@ -2,7 +2,9 @@
 
 Owns the two formats, the largest size of the file, and the level of each logger: udptun's own
 loggers log from INFO on, all other loggers from WARNING on. Libraries log every request at INFO:
-for example httpx2, which lightkube uses. Threading: call from the main thread, at the start.
+for example httpx2, which lightkube uses. Messages contain text that others have chosen, so both
+formats escape unprintable characters and cut long lines. Threading: call from the main thread, at
+the start.
 """
 
 from __future__ import annotations
@@ -14,10 +16,26 @@ import sys
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
+
+from ..text import printable
 
 log = logging.getLogger("udptun")
 
 FILE_MAX = 4 << 20  # bytes
+MESSAGE_MAX = 4000  # characters
+
+
+class TextFormatter(logging.Formatter):
+    """One line per record. The lines of a traceback follow, indented, so that no message can look
+    like another record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message, MESSAGE_MAX)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "  " + _printable_lines(super().formatException(ei), "\n  ")
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,11 +44,16 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": printable(record.getMessage(), MESSAGE_MAX),
         }
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+            text = self.formatException(record.exc_info)
+            entry["exception"] = _printable_lines(text, "\n")
         return json.dumps(entry, ensure_ascii=False)
+
+
+def _printable_lines(text: str, separator: str) -> str:
+    return separator.join(printable(line, MESSAGE_MAX) for line in text.split("\n"))
 
 
 class _BoundedFile(RotatingFileHandler):
@@ -73,7 +96,7 @@ def start(verbose: int = 0, form: str = "text", file: Path | None = None) -> Non
     stamp = "" if file is None and _is_journal() else "%(asctime)s "
     handler.setFormatter(
         JsonFormatter() if form == "json"
-        else logging.Formatter(f"{stamp}%(levelname)s %(name)s: %(message)s")
+        else TextFormatter(f"{stamp}%(levelname)s %(name)s: %(message)s")
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=file is not None)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

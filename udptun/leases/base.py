@@ -1,7 +1,6 @@
 """The contract of a lease source: the calls that the node daemon can make to any store of leases.
 
-Owns: the types of leases and of their changes, how keys are shown, the calls of a source, and the
-source's health.
+Owns: the types of leases and of their changes, the calls of a source, and the source's health.
 A source recovers from an outage by itself. An outage does not end ``updates`` and does not remove
 a lease; only ``health`` shows the outage.
 Does not depend on any particular store, or on the use of a lease.
@@ -11,6 +10,8 @@ Threads: everything runs in the daemon's asyncio loop.
 from __future__ import annotations
 
 import ipaddress
+import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import UdptunError
 from ..model import IPAddress, IPNetwork
+from ..text import printable
 from .advert import Advert
 
 if TYPE_CHECKING:
@@ -29,20 +31,24 @@ if TYPE_CHECKING:
 LocalAddresses = Callable[[], Awaitable[Iterable[IPAddress]]]
 
 
-def printable(key: str) -> str:
-    """Return a key of a store with escapes for line ends, control characters and the like.
-
-    Anybody who can write to the store chooses the keys, and they reach the log and terminals.
-    """
-    return key if key.isprintable() else "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in key)
+MAX_ERROR = 1000  # characters of an error's text
+MAX_NAME = 253  # characters of a key or a node's name, as in Kubernetes: no valid one is longer
+MAX_REASONS = 100  # invalid entries of a store whose reason is kept
+LOG_SECONDS = 5.0  # the shortest time between two log lines about invalid entries
 
 
-class StoreDown(UdptunError):
+class _StoreError(UdptunError):
+    """The text of a server may be in the text of the error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text, MAX_ERROR))
+
+
+class StoreDown(_StoreError):
     """The store does not answer, or answers with a temporary error: a retry may succeed."""
 
 
-class StoreRefused(UdptunError):
+class StoreRefused(_StoreError):
     """The store refused the request: a retry alone cannot succeed.
 
     Examples: wrong credentials, missing permissions, a node without podCIDR.
@@ -131,6 +137,44 @@ class Changes:
     changes: tuple[Change, ...]
 
 
+class Skipped(dict[str, str]):
+    """The entries of a store that cannot be used: {key: reason}. Logs them, with a limited rate.
+
+    Anybody who can write to the store can create any number of them. Only the first MAX_REASONS
+    reasons are kept.
+    """
+
+    NOT_KEPT = f"(only the first {MAX_REASONS} reasons are kept)"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._new_n = 0  # the entries that are not logged yet
+        self._first = ""  # a sentence about the first of them
+        self._not_before = 0.0
+
+    def add(self, key: str, reason: str, sentence: str) -> None:
+        """Add an entry.
+
+        sentence  for the log
+        """
+        known = self.get(key)
+        if known in (reason, self.NOT_KEPT):
+            return
+        self[key] = reason if known is not None or len(self) < MAX_REASONS else self.NOT_KEPT
+        self._first = self._first or sentence
+        self._new_n += 1
+
+    def log(self, log: logging.Logger) -> None:
+        """Log the entries that were added since the last line, as one line. Call it after each
+        answer of the store."""
+        if not self._new_n or time.monotonic() < self._not_before:
+            return
+        more = f"; so are {self._new_n - 1} more entries" if self._new_n > 1 else ""
+        log.warning("%s%s", self._first, more)
+        self._new_n, self._first = 0, ""
+        self._not_before = time.monotonic() + LOG_SECONDS
+
+
 @dataclass(slots=True)
 class SourceHealth:
     """The state of a source. Written by the source, read by /readyz, /metrics and the log.
@@ -158,7 +202,7 @@ class SourceHealth:
     lease_expires: float | None = None
     errors_n: int = 0
     relists_n: int = 0
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class LeaseCache:
         except FileNotFoundError:
             return None
         except UntrustedFile as exc:
-            log.error("the cached leases are not used: %s", exc)
+            log.error("the cached leases cannot be read: %s", exc)
             return None
         except OSError as exc:
             log.error("%s cannot be read: %s", self.path, exc.strerror)

@@ -21,8 +21,10 @@ from contextlib import aclosing
 from typing import Any
 
 from ...errors import FieldError
+from ...text import printable
 from ..backoff import Backoff
 from ..base import (
+    MAX_NAME,
     Attributes,
     Change,
     Changes,
@@ -32,7 +34,6 @@ from ..base import (
     SourceHealth,
     StoreDown,
     StoreRefused,
-    printable,
 )
 from . import messages
 from .allocate import Entry
@@ -173,6 +174,7 @@ class LeaseWatcher:
                 listed[entry.key] = lease
         for key, reason in listing.skipped.items():
             self._skip(key, reason)
+        self._health.skipped.log(log)
         for key in self._health.skipped.keys() - listing.skipped.keys():
             del self._health.skipped[key]
         self._add_lost(listing, listed)
@@ -213,6 +215,7 @@ class LeaseWatcher:
             else:
                 event_changes = self._put(key, event.kv)
             changes += filter(None, event_changes)
+        self._health.skipped.log(log)
         return tuple(changes)
 
     def _put(self, key: str, kv: Any) -> list[Change | None]:
@@ -231,10 +234,8 @@ class LeaseWatcher:
         return [*map(self._book.remove, replaced), self._book.put(lease)]
 
     def _skip(self, key: str, reason: str) -> None:
-        if self._health.skipped.get(key) != reason:
-            kept = "; its previous lease stays active" if key in self._book.leases else ""
-            log.warning("etcd key %s is invalid: %s%s", key, reason, kept)
-            self._health.skipped[key] = reason
+        kept = "; its previous lease stays active" if key in self._book.leases else ""
+        self._health.skipped.add(key, reason, f"etcd key {key} is invalid: {reason}{kept}")
 
 
 def _lease(entry: Entry) -> Lease | None:
@@ -249,7 +250,7 @@ def _node(lease: Lease) -> object:
 
 
 def _name(key: bytes, prefix: bytes) -> str:
-    return printable(key.removeprefix(prefix).decode(errors="replace"))
+    return printable(key.removeprefix(prefix).decode(errors="replace"), MAX_NAME)
 
 
 def _end(prefix: bytes) -> bytes:

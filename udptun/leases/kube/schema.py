@@ -15,7 +15,8 @@ import msgspec
 
 from ...errors import FieldError
 from ...model import parse_next_hop
-from ..base import Attributes, Lease, Subnets, printable
+from ...text import printable
+from ..base import MAX_NAME, Attributes, Lease, Subnets
 
 Patch = dict[str, Any]
 
@@ -27,7 +28,7 @@ class Metadata(msgspec.Struct, rename="camel"):
     annotations: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        self.name = printable(self.name)
+        self.name = printable(self.name, MAX_NAME)
 
 
 class NodeSpec(msgspec.Struct):

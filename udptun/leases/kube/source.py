@@ -244,6 +244,7 @@ class KubeSource(LeaseSource):
             leases, version = await self._listed(book, None)
         for name in self.health.skipped.keys() - leases.keys():
             del self.health.skipped[name]
+        self.health.skipped.log(log)
         return book.replace(lease for lease in leases.values() if lease is not None), version
 
     async def _listed(
@@ -262,7 +263,8 @@ class KubeSource(LeaseSource):
         return leases, version
 
     def _apply(self, book: LeaseBook, events: list[Event]) -> tuple[Change, ...]:
-        changes = (self._apply_one(book, event) for event in events)
+        changes = [self._apply_one(book, event) for event in events]
+        self.health.skipped.log(log)
         return tuple(change for change in changes if change is not None)
 
     def _apply_one(self, book: LeaseBook, event: Event) -> Change | None:
@@ -288,9 +290,7 @@ class KubeSource(LeaseSource):
         try:
             lease = self._annotations.lease(node)
         except FieldError as e:
-            if skipped.get(name) != str(e):
-                log.warning("node %s has an invalid lease: %s", name, e)
-            skipped[name] = str(e)
+            skipped.add(name, str(e), f"node {name} has an invalid lease: {e}")
             return book.leases.get(name)
         skipped.pop(name, None)
         return lease

@@ -20,6 +20,7 @@ from ...leases.advert import PROBE, Advert
 from ...leases.advert import read as read_advert
 from ...leases.base import Change, Lease, Subnets
 from ...model import DEFAULT_PORT, IPAddress, IPNetwork, is_unicast
+from ...text import printable
 from . import BACKENDS, FLANNEL_DEFAULT
 from .base import PeerNode, Reach
 
@@ -155,7 +156,7 @@ def _inactive(local: LocalNode, peer: PeerNode) -> str:
         only = " and ".join(BACKENDS[name] for name in active)
         return (f"this node has only {only}, and the peer's {kind} backend ignores nodes "
                 f"without {BACKENDS[kind]}")
-    return f"the peer's backend is {kind}, which udptun does not have"
+    return f"the peer's backend is {printable(kind, 40)}, which udptun does not have"
 
 
 @dataclass(slots=True)

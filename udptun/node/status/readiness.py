@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ...spans import span
+from ...text import printable
 from ..backends import BACKENDS
 from .report import NodeReport, PairReport
 
 # The routes of the forwarder may differ from the leases for so long: after each change in the store
 # they differ for a moment, and this does not cut off our own pods.
 CHANGE_SECONDS = 5.0
+MAX_LINE = 2000  # characters; some parts were chosen by the store or a server
 MAX_NAMED = 20  # limit of entries of a list that are shown one by one
 
 
@@ -52,7 +54,11 @@ class Check:
 
 def judge(report: NodeReport) -> tuple[Check, ...]:
     """Return the results of all checks, always in the same order."""
-    return tuple(Check(name, *check(report)) for name, check in CHECKS.items())
+    return tuple(_printable(name, *check(report)) for name, check in CHECKS.items())
+
+
+def _printable(name: str, state: State, text: tuple[str, ...]) -> Check:
+    return Check(name, state, tuple(printable(line, MAX_LINE) for line in text))
 
 
 def is_ready(checks: tuple[Check, ...]) -> bool:

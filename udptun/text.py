@@ -1,0 +1,33 @@
+"""Text that others have chosen, for a log, a terminal or an HTTP answer. A leaf. Any thread.
+
+Whoever can write to the store, and every server and peer, chooses text that this host shows. Such
+text can be long, and can contain line ends, escape sequences of terminals, and characters that
+change the direction of writing.
+"""
+
+from __future__ import annotations
+
+LIMIT = 300
+
+
+def printable(text: str, limit: int = LIMIT) -> str:
+    """Return ``text`` with escapes for all characters that are not printable, and cut.
+
+    limit  largest number of characters. If the text is cut, its length follows
+    """
+    if len(text) <= limit and text.isprintable():
+        return text
+    shown = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text[:limit])
+    if len(text) <= limit and len(shown) <= limit:
+        return shown
+    return f"{shown[:limit]}... ({len(text)} characters)"
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value, cut. Raises RecursionError if the value is nested too deeply."""
+    if isinstance(value, str | bytes) and len(value) > LIMIT:
+        unit = "characters" if isinstance(value, str) else "bytes"
+        return f"{value[:LIMIT]!r}... ({len(value)} {unit})"
+    return printable(repr(value), 2 * LIMIT)
