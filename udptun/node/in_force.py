@@ -148,7 +148,8 @@ class InForce:
         before = self._misrouted.found
         try:
             await self._misrouted.look(
-                peers, tuple(own.subnets), devices, network.networks, everyone=everyone)
+                peers, tuple(own.subnets), devices, network.networks,
+                direct=network.direct_routing, everyone=everyone)
         except (UdptunError, OSError) as exc:
             log.warning("the routes to peers are not known: %s", exc)
             return

@@ -44,7 +44,7 @@ async def test_a_look_at_everyone_finds_what_is_wrong_with_all_peers():
     devices = {socket.if_nametoindex("overlay0")}
     with Netlink() as netlink:
         misrouted = Misrouted(netlink)
-        await misrouted.look(peers, [OWN], devices, [NETWORK], everyone=True)
+        await misrouted.look(peers, [OWN], devices, [NETWORK], direct=False, everyone=True)
         assert list(misrouted.found) == wrong
         assert misrouted.found[wrong[1]] == (
             f"packets to {peers[-1].subnets.v4} do not enter the overlay: "
@@ -54,10 +54,27 @@ async def test_a_look_at_everyone_finds_what_is_wrong_with_all_peers():
         sh(*(f"ip rule del to {lease.subnets.v4} lookup 77" for lease in (peers[0], peers[-1])))
         while peers[-1].key in misrouted.found:
             before = dict(misrouted.found)
-            await misrouted.look(peers, [OWN], devices, [NETWORK], everyone=False)
+            await misrouted.look(peers, [OWN], devices, [NETWORK], direct=False, everyone=False)
             assert misrouted.found.items() <= before.items()
         while misrouted.found:
-            await misrouted.look(peers, [OWN], devices, [NETWORK], everyone=False)
+            await misrouted.look(peers, [OWN], devices, [NETWORK], direct=False, everyone=False)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_route_by_the_peer_itself_is_right_only_with_direct_routing(direct):
+    @in_own_netns
+    async def body():
+        make_devices()
+        peers = leases(3)
+        sh(f"ip route add {peers[1].subnets.v4} via {peers[1].attributes.public_ip}",
+           f"ip route add {peers[2].subnets.v4} via {peers[1].attributes.public_ip}")
+        with Netlink() as netlink:
+            misrouted = Misrouted(netlink)
+            await misrouted.look(peers, [OWN], {socket.if_nametoindex("overlay0")}, [NETWORK],
+                                 direct=direct, everyone=True)
+        assert [*misrouted.found] == [peer.key for peer in peers[2 if direct else 1 :]]
+
+    body()
 
 
 @pytest.mark.parametrize(("command", "expected"), [

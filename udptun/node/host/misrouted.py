@@ -45,13 +45,14 @@ class Misrouted:
 
     async def look(
         self, peers: Sequence[Lease], own: Collection[IPNetwork], devices: Collection[int],
-        networks: Collection[IPNetwork], *, everyone: bool,
+        networks: Collection[IPNetwork], *, direct: bool, everyone: bool,
     ) -> None:
         """Ask the kernel about the peers. Raises DeviceError.
 
         own       this node's subnets; their first addresses are those of the overlay's devices
         devices   the interface indexes of the overlay's devices
         networks  the overlay's networks
+        direct    a route whose gateway is the peer itself is right: DirectRouting is on
         everyone  ask about all peers; else about the next PEERS_N
         """
         foreign = [
@@ -68,7 +69,7 @@ class Misrouted:
                 self._next = 0
             part = peers[self._next : self._next + PEERS_N]
             self._next += PEERS_N
-            wrong = await self._look_at(part, sources, devices, networks, foreign)
+            wrong = await self._look_at(part, sources, devices, networks, foreign, direct)
             looked = {lease.key for lease in part}
             self.found = {
                 key: why for key, why in self.found.items() if key not in looked} | wrong
@@ -76,7 +77,7 @@ class Misrouted:
     async def _look_at(
         self, peers: Sequence[Lease], sources: Mapping[int, IPAddress], devices: Collection[int],
         networks: Collection[IPNetwork],
-        foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]],
+        foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]], direct: bool,
     ) -> dict[str, str]:
         """Return the misrouted ones among these peers."""
         asked = [(lease, *item) for lease in peers for item in _questions(lease, sources, networks)]
@@ -84,7 +85,8 @@ class Misrouted:
         wrong: dict[str, _Wrong] = {}
         for (lease, question, subnet), way in zip(asked, ways, strict=True):
             if lease.key not in wrong and \
-                    (fault := _fault(lease, question, subnet, way, devices, foreign)) is not None:
+                    (fault := _fault(
+                        lease, question, subnet, way, devices, foreign, direct)) is not None:
                 wrong[lease.key] = fault
         questions = [one.question for one in wrong.values() if one.question is not None]
         routes = iter(await matched_routes(self._netlink, questions))
@@ -95,6 +97,7 @@ class Misrouted:
 def _fault(
     lease: Lease, question: Question, subnet: IPNetwork | None, way: Way,
     devices: Collection[int], foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]],
+    direct: bool,
 ) -> _Wrong | None:
     """Return what is wrong with the kernel's answer ``way``; None: nothing."""
     if subnet is None:  # the question is about the peer's own address
@@ -104,13 +107,13 @@ def _fault(
                 " and so the overlay itself, by the route", question)
         return _Wrong(f"there is no route to its address {question.to}: {way.error}") \
             if way.error else None
-    public = _public(lease)
+    public = _public(lease) if direct else ()
     for prefix, gateway, text in foreign:
         if prefix.prefixlen >= subnet.prefixlen and gateway not in public and \
                 _overlap(prefix, subnet):
             return _Wrong(
                 f"packets to {prefix} do not enter the overlay: they take the route {text}")
-    if way.device in devices or way.gateway in public:  # a direct route has such a gateway
+    if way.device in devices or way.gateway in public:
         return None
     text = f"packets to {subnet} do not enter the overlay:"
     return _Wrong(f"{text} {way.error}") if way.error else \
