@@ -233,6 +233,29 @@ async def test_new_options_stop_the_forwarder_and_keep_the_routes(
         assert second.forwarder.table == table(route(2))
 
 
+async def test_options_that_change_during_the_comparison_are_compared_too(
+    thread, control, keeper, spec, monkeypatch
+):
+    """The old options match, but they are not wanted any more when the status arrives."""
+    read = keeper._client.status
+
+    def status(**options):
+        found = read(**options)
+        changed = asyncio.run_coroutine_threadsafe(change(), loop)
+        changed.result(60)
+        return found
+
+    async def change():
+        monkeypatch.setattr(keeper._client, "status", read)
+        keeper.want(replace(spec, mtu=1300))
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(keeper._client, "status", status)
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        await until(served.forwarder.stopped.is_set, "the forwarder to be stopped")
+
+
 async def test_the_options_are_written_before_there_is_a_forwarder(
     keeper, spec, tmp_path
 ):

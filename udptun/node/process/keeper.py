@@ -174,7 +174,7 @@ class ForwarderKeeper:
             return
         gone = asyncio.ensure_future(lifeline.read())
         try:
-            await self._serve(self._spec, gone)
+            await self._serve(gone)
         except (NoForwarder, ControlError) as exc:
             self._fail(str(exc))
             await asyncio.sleep(POLL_SECONDS if gone.done() else FIRST_BACKOFF)
@@ -186,13 +186,15 @@ class ForwarderKeeper:
                 gone.exception()
             self._report.forwarder.connected = self._matches = False
 
-    async def _serve(self, spec: ForwarderSpec, gone: asyncio.Future[bytes]) -> None:
+    async def _serve(self, gone: asyncio.Future[bytes]) -> None:
         """Keep the routes of a running forwarder up to date.
 
         Return or raise when the forwarder has ended, or when its options are not the wanted ones.
         """
         status = await self._call(lambda: self._client.status(peers=False))
-        why = spec.mismatch(status)
+        if self._spec is None:  # read after the call: ``want`` and ``dismiss`` may come during it
+            return
+        why = self._spec.mismatch(status)
         if why:
             # The forwarder was just started, or it has not stopped yet.
             if time.monotonic() < self._not_before:
