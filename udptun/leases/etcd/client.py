@@ -191,7 +191,7 @@ class Client:
             raise _closed(address, error) from None
         reading: asyncio.Future[Any] | None = None
         try:
-            await stream.write(messages.WatchRequest(create_request=create))
+            await self._write(stream, address, messages.WatchRequest(create_request=create))
             timeout, response_expected = WATCH_RESPONSE_S, True
             while True:
                 reading = reading or asyncio.ensure_future(stream.read())
@@ -200,7 +200,7 @@ class Client:
                         self._failed()
                         raise StoreDown(f"etcd at {address}: no response to the watch within "
                                         f"{timeout:g} s")
-                    await stream.write(messages.WatchRequest(
+                    await self._write(stream, address, messages.WatchRequest(
                         progress_request=messages.WatchProgressRequest()
                     ))
                     timeout, response_expected = WATCH_RESPONSE_S, True
@@ -224,6 +224,20 @@ class Client:
                 await asyncio.wait({reading})
                 # Retrieve the exception, so that asyncio does not log it.
                 _ = reading.cancelled() or reading.exception()
+
+    async def _write(self, stream: Any, address: str, request: Any) -> None:
+        """Send a request of the watch.
+
+        A write has a time limit: grpc never ends it if another request closes the channel
+        meanwhile.
+        """
+        try:
+            async with asyncio.timeout(WATCH_RESPONSE_S):
+                await stream.write(request)
+        except TimeoutError:
+            self._failed()
+            raise StoreDown(f"etcd at {address}: the watch could not be requested within "
+                            f"{WATCH_RESPONSE_S:g} s") from None
 
     def _error(self, address: str, code: Any, details: str | None) -> StoreDown | StoreRefused:
         self._failed()
