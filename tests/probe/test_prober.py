@@ -100,6 +100,19 @@ def test_the_largest_size_that_passes_is_found(limit, traffic):
     assert net.first("a", REACHABLE, since, full=True) < (3 * RECHECK_SECONDS if traffic else 120)
 
 
+@pytest.mark.parametrize("seconds", range(4, 30, 2))
+def test_a_limit_that_is_gone_before_its_size_is_found_is_forgotten_soon(seconds):
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: size <= 1100
+    net.run(seconds)
+    since = net.now
+    net.passes = lambda key, size, now: True
+    net.run(30)
+    assert net.prober["a"].sizes.full_passes
+    assert net.first("a", REACHABLE, since, full=True) is None or \
+        net.first("a", REACHABLE, since, full=True) <= 13
+
+
 def test_a_limit_that_falls_and_rises_is_followed():
     net = started(traffic="a")
     for limit in (1200, 600, 900):

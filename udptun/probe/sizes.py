@@ -13,7 +13,8 @@ from .message import HEADER_SIZE
 SMALL_SIZE = HEADER_SIZE
 STEP = 8  # bytes; the search ends when the bounds differ by this or less
 MISSES = 3  # a size fails after this number of unanswered probes; a lossy path may lose two
-RECHECK_SECONDS = 15.0  # time between two tries of the full size: a repair is found in this time
+# Time between two tries of the full size, also during a search: a repair is found in this time.
+RECHECK_SECONDS = 10.0
 RESEARCH_SECONDS = 600.0  # after this time, a limit is measured again (RFC 1191 6.3)
 
 
@@ -36,7 +37,7 @@ class SizeSearch:
         self.largest: int | None = None
         self._ceiling: int | None = None  # smallest size that failed
         self._limited_at = 0.0  # when the search began
-        self._recheck_at = 0.0  # when the full size is tried again; used when a search has ended
+        self._recheck_at = 0.0  # when the full size is tried again, if there is a limit
         self._forget_misses()
 
     @property
@@ -80,12 +81,10 @@ class SizeSearch:
         if now >= self._limited_at + RESEARCH_SECONDS:
             self._limited_at = now
             self._ceiling = self.full
-        if self.searching:
-            return (self._low() + self._ceiling) // 2
         if now >= self._recheck_at:
             self._recheck_at = now + RECHECK_SECONDS
             return self.full
-        return self._low()
+        return (self._low() + self._ceiling) // 2 if self.searching else self._low()
 
     def passed(self, size: int, sent_at: float) -> None:
         """Record that a message of this size, sent at this time, was answered."""
