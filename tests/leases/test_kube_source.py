@@ -591,7 +591,7 @@ async def test_the_network_condition_is_not_written_if_disabled(small):
         assert await small.condition("n1") is None
 
 
-async def test_removed_annotations_are_restored(cluster):
+async def test_removed_annotations_are_restored(cluster, caplog):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())
@@ -603,6 +603,7 @@ async def test_removed_annotations_are_restored(cluster):
             return await cluster.annotations("n1") == whole
 
         await until(restored, "the annotations")
+        await until(lambda: "they are restored" in caplog.text, "a log line")
 
 
 async def test_a_clone_that_publishes_our_node_is_reported_and_overwritten_once(small):

@@ -179,11 +179,13 @@ class KubeSource(LeaseSource):
 
     # Our node
 
-    async def _publish(self, node: Node, published: Attributes) -> None:
+    async def _publish(self, node: Node, published: Attributes) -> bool:
+        """Return whether the node's annotations had to be changed."""
         if patch := self._annotations.patch(node, published):
             await self._api.patch_status(node.metadata.name, patch)
         self._publishes_n += bool(patch)
         self._published |= {*_addresses(published)}
+        return bool(patch)
 
     async def _restore(self, node: FullNode, lease: Lease, announced: str) -> str:
         """Publish the annotations and the condition that our Node object lacks.
@@ -198,8 +200,9 @@ class KubeSource(LeaseSource):
         if subnets != lease.subnets:
             raise StoreRefused(f"the podCIDRs of node {lease.key} have changed from "
                                f"{lease.subnets} to {subnets}")
-        if self._may_publish(node, lease, published):
-            await self._publish(node, published)
+        if self._may_publish(node, lease, published) and await self._publish(node, published):
+            log.warning("another program had changed the annotations of our node %s; they are "
+                        "restored", lease.key)
         uid = node.metadata.uid
         # The condition is published once per Node object, as in flannel. Afterwards, a cloud
         # controller may manage the condition.
