@@ -62,7 +62,8 @@ async def assert_harmless(source, caplog, leases=()):
         "n0", Subnets(IPv4Network("10.244.0.0/24")), (IPv4Network("10.244.0.0/16"),),
         (IPv4Address("192.0.2.1"),), (UdpReach(8285, (4,)),))
     report.peers = PeersReport(unreachable=Plan(local, leases).unreachable)
-    report.event("path_changed", reason=source.health.error)
+    report.event("path_changed", peer="n2", subnet="10.244.2.0/24", path="udp",
+                 reason=source.health.error)
     status = json.loads(b"".join([piece async for piece in node_json(report)]))
     formatter = TextFormatter("%(levelname)s %(name)s: %(message)s")
     parts = [
