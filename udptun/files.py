@@ -1,4 +1,4 @@
-"""Files that udptun owns: replace one atomically, read one back, and lock one.
+"""Files that udptun owns: create their directory, replace one atomically, read one back, lock one.
 
 A file that is replaced always has either the old or the new content, for a reader and after a
 crash. A file that is read back may have been changed by another user, so its owner and type are
@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+DIRECTORY_MODE = 0o750
 _RANDOM_BYTES = 8  # in the name of a file that is being written
 
 
@@ -32,6 +33,24 @@ class UntrustedFile(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def make_directory(directory: Path, mode: int = DIRECTORY_MODE) -> None:
+    """Create the missing directories with this mode, whatever the umask. Change no others."""
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for made in reversed(missing):
+        try:
+            made.mkdir(mode)
+        except FileExistsError:
+            continue  # created by another process in the meantime
+        handle = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(handle, mode)
+        finally:
+            os.close(handle)
 
 
 def replace_file(path: Path, parts: Iterable[bytes], mode: int | None = None) -> None:
@@ -91,6 +110,11 @@ def _remove_leftovers(path: Path) -> None:
                 found.unlink()
             finally:
                 os.close(handle)
+
+
+def open_log(path: Path) -> int:
+    """Open a log file to append to it. Return its descriptor. A new file has at most mode 0640."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 
 def read_own_file(path: Path) -> bytes:

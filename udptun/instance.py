@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FieldError, UdptunError
-from .files import FileLock, locked_directory, remove_free_locks
+from .files import FileLock, locked_directory, make_directory, remove_free_locks
 
 DEFAULT_INSTANCE = "udptun"
 FLANNEL = "flannel"  # reserved: the default instance uses names of flannel
@@ -137,7 +137,7 @@ class Instance:
         option  the option with which the user selects another such object for this instance
         Raises InstanceRunning, which names both instances. Raises OSError.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         lock = FileLock.take(path)
         if lock is None:
             holder = ""
@@ -169,7 +169,7 @@ class InstanceLock:
 
     def acquire(self) -> None:
         """Raises InstanceRunning, OSError."""
-        self._directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        make_directory(self._directory)
         path = self.path()
         with locked_directory(self._directory):
             self.held = FileLock.take(path)

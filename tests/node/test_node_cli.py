@@ -57,6 +57,8 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
     fake, module = FakeDaemon(), ModuleType("udptun.node.daemon")
     module.run = fake.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "udptun.node.daemon", module)
+    # This process has to keep its privileges.
+    monkeypatch.setattr("udptun.privileges.keep_only", lambda needs: None)
     for name in ("NODE_NAME", "POD_NAME", "POD_NAMESPACE", "STATE_DIRECTORY", "JOURNAL_STREAM"):
         monkeypatch.delenv(name, raising=False)
     root, ours = logging.getLogger(), logging.getLogger("udptun")

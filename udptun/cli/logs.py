@@ -14,10 +14,12 @@ import logging
 import os
 import sys
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from ..files import open_log
 from ..text import printable
 
 log = logging.getLogger("udptun")
@@ -65,6 +67,9 @@ class _BoundedFile(RotatingFileHandler):
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=FILE_MAX, backupCount=1)
         self._take_output()
+
+    def _open(self) -> TextIOWrapper:
+        return os.fdopen(open_log(Path(self.baseFilename)), "a", encoding=self.encoding)
 
     def doRollover(self) -> None:
         super().doRollover()

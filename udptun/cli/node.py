@@ -307,5 +307,8 @@ def _run(config: NodeConfig) -> None:
     import asyncio
 
     from ..node.daemon import run
+    from ..node.needs import needs_of
+    from ..privileges import keep_only
 
+    keep_only(needs_of(config))  # before another thread exists
     asyncio.run(run(config))

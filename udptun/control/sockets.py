@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceError
-from ..files import FileLock
+from ..files import FileLock, make_directory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-DIRECTORY_MODE = 0o750
 SOCKET_MODE = 0o660
 BACKLOG = 128
 LOCK_TRIES, LOCK_PAUSE = 100, 0.05  # a forwarder holds the lock for about a millisecond
@@ -101,7 +100,7 @@ async def listen_unix(
     under a lock, and the socket listens before its file is visible.
     """
     with _explained(path):
-        _make_directory(path.parent)
+        make_directory(path.parent)
         async with _locked(path):
             _refuse_occupied(path, kind)
             return _bind(path, kind, mode)
@@ -159,24 +158,6 @@ def _refuse_occupied(path: Path, kind: socket.SocketKind) -> None:
     raise DeviceError(
         errno.EADDRINUSE, f"{path} is in use: another process is listening on this socket"
     )
-
-
-def _make_directory(directory: Path) -> None:
-    """Create the missing directories with mode 0750, whatever the umask. Change no others."""
-    missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
-    for made in reversed(missing):
-        try:
-            made.mkdir(DIRECTORY_MODE)
-        except FileExistsError:
-            continue  # created by another process in the meantime
-        fd = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.fchmod(fd, DIRECTORY_MODE)
-        finally:
-            os.close(fd)
 
 
 @asynccontextmanager

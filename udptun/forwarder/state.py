@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from ..device.fault import device_error
 from ..errors import DeviceError, FieldError
-from ..files import FileLock, UntrustedFile, read_own_file, replace_file
+from ..files import FileLock, UntrustedFile, make_directory, read_own_file, replace_file
 from ..wait import until_removed
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class StateFile:
         if self.lock is not None and self.lock.is_valid:
             return
         self.unlock()
-        self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         self.lock = FileLock.take(self.lock_path)
         if self.lock is None:
             raise OSError(errno.EBUSY, f"another forwarder uses the state file {self.path}: give "

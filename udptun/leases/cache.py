@@ -19,7 +19,7 @@ from operator import is_
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import UntrustedFile, read_own_file, replace_file
+from ..files import UntrustedFile, make_directory, read_own_file, replace_file
 from ..model import IPAddress
 from ..wait import until_removed, wait_at_most
 from .base import Attributes, Lease, Subnets
@@ -156,7 +156,7 @@ class LeaseCache:
             await asyncio.sleep(RETRY_SECONDS)
 
     def _write(self, known: LastKnown) -> None:
-        self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         replace_file(self.path, [_encode(known)], mode=0o600)
 
 

@@ -25,23 +25,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..errors import DeviceError, UdptunError
+from ..files import make_directory
 from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
 from ..net.netlink import Netlink
-from ..privileges import keep_only
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
 from .backends.base import Site
 from .cleanup import LOCK_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
-from .host import conntrack
+from .host import conntrack, subnet_env
 from .host.host import Host
 from .host.interface import NoInterface, Underlay
 from .host.leftovers import Leftovers
 from .host.sticky import UnderlayChoice
 from .in_force import InForce
 from .malloc import return_free_memory, use_one_arena
-from .needs import needs_of
 from .paths.paths import Carriers, Paths
 from .peers import Peers
 from .status.log import LogOnce
@@ -62,12 +61,10 @@ async def run(config: NodeConfig) -> None:
     """Run one node daemon until SIGTERM or SIGINT.
 
     If ``config.cleanup`` is set, remove everything that the daemon created, and return instead.
-    First, give up all privileges that the daemon does not need. Raises UdptunError or OSError for
-    a failure that another attempt cannot repair. Call ``run`` from the main thread, before other
-    threads are started.
+    Raises UdptunError or OSError for a failure that another attempt cannot repair. Call ``run``
+    from the main thread.
     """
     use_one_arena()
-    keep_only(needs_of(config))
     with claimed(config), Netlink() as netlink:
         if config.cleanup:
             await clean_up(config, netlink)
@@ -87,8 +84,9 @@ def claimed(config: NodeConfig) -> Iterator[None]:
     Raises InstanceRunning, OSError.
     """
     instance, control, subnets = config.instance, config.control, config.subnet_file
-    config.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    control.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    make_directory(config.state_dir)
+    make_directory(control.parent)
+    make_directory(subnets.parent, subnet_env.DIRECTORY_MODE)
     with (
         instance.locked("node"),
         instance.claimed(f"the state directory {config.state_dir}",

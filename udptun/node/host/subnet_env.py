@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Self
 
 from ...errors import FieldError
-from ...files import replace_file
+from ...files import make_directory, replace_file
 from ...leases.base import Subnets
 from ...model import MAX_MTU, MIN_MTU, parse_number
 
 log = logging.getLogger(__name__)
 
-MODE = 0o644  # every program on the host may read it
+MODE, DIRECTORY_MODE = 0o644, 0o755  # every program on the host may read the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class SubnetEnv:
         with contextlib.suppress(OSError):
             if path.read_bytes() == text and path.stat().st_mode & 0o777 == MODE:
                 return False
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, DIRECTORY_MODE)
         replace_file(path, [text], MODE)
         return True
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import FieldError, NoForwarder, UdptunError
-from ...files import replace_file
+from ...files import make_directory, open_log, replace_file
 from ...instance import Instance
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FORWARD_FILE = "forward.json"  # in the directory of the control socket, by default
 STATE_FILE = "routes"  # the forwarder's table, in the state directory
+FORWARD_FILE_MODE = 0o640  # the group may read it, for a forwarder of another user
 LOG_FILE = "forwarder.log"  # in the state directory
 READY_SECONDS = 15.0
 POLL_SECONDS = 0.02
@@ -80,8 +81,9 @@ class ForwarderSpec:
 
     def write(self, path: Path) -> None:
         """Replace the file atomically. Create its directory if there is none."""
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        replace_file(path, [json.dumps(self.to_json(), indent=2).encode(), b"\n"])
+        make_directory(path.parent)
+        text = json.dumps(self.to_json(), indent=2).encode()
+        replace_file(path, [text, b"\n"], FORWARD_FILE_MODE)
 
     def mismatch(self, status: Mapping[str, Any]) -> str:
         """Compare a running forwarder's status with these options.
@@ -118,9 +120,9 @@ def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen
     """
     import subprocess
 
-    log.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    make_directory(log.parent)
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-    with log.open("ab") as out:
+    with os.fdopen(open_log(log), "ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "udptun", "forward", "--instance", instance.name,
              "--wait-for", str(forward_file), "--log-file", str(log)],
