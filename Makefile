@@ -63,8 +63,10 @@ chaos: build ## disturb a cluster of five nodes for ten minutes, at random; root
 	@$(PY) -m tests.chaos $(ARGS)
 
 SANITIZE_TESTS = tests/wire tests/table tests/path
-sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer and UBSan
-	@scripts/sanitize $(PY) $(SANITIZE_TESTS) $(ARGS)
+THREAD_TESTS = tests/path/test_worker_threads.py
+sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer, UBSan and TSan
+	@scripts/sanitize address $(PY) $(SANITIZE_TESTS) $(ARGS)
+	@scripts/sanitize thread $(PY) $(THREAD_TESTS)
 
 lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
 	@scripts/lint $(PY)

@@ -3,7 +3,8 @@
 Owns: the compiler options, and the ``.pxd`` files that it generates from Python modules. So each
 list and limit is defined only once. pyproject.toml has everything else about the package.
 
-``UDPTUN_SANITIZE=1`` builds with AddressSanitizer and UBSan (see ``make sanitize``).
+``UDPTUN_SANITIZE=address`` builds with AddressSanitizer and UBSan, ``UDPTUN_SANITIZE=thread`` with
+ThreadSanitizer (see ``make sanitize``).
 ``tests/steps/build.py`` uses ``compiled`` for the test wrappers, which no wheel contains.
 """
 
@@ -17,7 +18,11 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 CORE = ROOT / "src_ext"
-SANITIZE = os.environ.get("UDPTUN_SANITIZE") == "1"
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+SANITIZE = SANITIZERS.get(os.environ.get("UDPTUN_SANITIZE", ""), [])
 
 
 def write_pxd(name: str, source: str, lines: list[str]) -> None:
@@ -62,9 +67,8 @@ def compiled(name: str, source: str) -> list[Extension]:
                     "-Wno-sign-compare"]
     link_args = []
     if SANITIZE:
-        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-DUDPTUN_SANITIZE", *flags]
-        link_args += flags
+        compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-DUDPTUN_SANITIZE", *SANITIZE]
+        link_args += SANITIZE
     module = Extension(
         name,
         [source],

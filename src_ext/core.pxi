@@ -16,10 +16,11 @@ from libc.string cimport memcpy, memset
 
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport add_token, count_sent, send_beside
+from path.turn cimport oldest_generation
 from path.worker cimport direction_t, shared_t, spare_t, worker_t
 from sys cimport (
     SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
-    sockaddr_in6, store_flag,
+    peek32, peek64, poke32, poke64, sockaddr_in6, store_flag,
 )
 from table.addr_map cimport addr_map_init, addr_map_put
 from table.peer cimport peer_counters_t, peer_free, peer_t, set_sockaddr
@@ -44,18 +45,6 @@ ORIGIN_NUMBERS = {name: number for number, name in ERROR_ORIGINS.items()}
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 
 
-cdef uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept nogil:
-    """Return the oldest generation that a busy worker has borrowed; 2**64 - 1 if none is busy."""
-    cdef uint64_t oldest = <uint64_t>-1, seen
-    cdef uint32_t i
-    for i in range(n):
-        if load_flag(&workers[i].busy):
-            seen = load_flag(&workers[i].seen)
-            if seen < oldest:
-                oldest = seen
-    return oldest
-
-
 cdef bytes packed_address(const peer_t* peer):
     return PyBytes_FromStringAndSize(<const char*>peer.addr, peer.addr_len)
 
@@ -65,7 +54,7 @@ cdef uint64_t errors_n(peer_t* peer, uint32_t workers_n) noexcept nogil:
     cdef uint64_t n = 0
     cdef uint32_t i
     for i in range(workers_n + 1):
-        n += peer.errors[i].n
+        n += load_flag(&peer.errors[i].n)
     return n
 
 
@@ -76,7 +65,7 @@ cdef object last_error(peer_t* peer, uint32_t workers_n):
     cdef uint32_t i
     memset(&newest, 0, sizeof(newest))
     for i in range(workers_n + 1):
-        if peer.errors[i].n and read_errors_of(&peer.errors[i], &copy) \
+        if load_flag(&peer.errors[i].n) and read_errors_of(&peer.errors[i], &copy) \
                 and copy.last.time_ns > newest.time_ns:
             newest = copy.last
     if newest.time_ns == 0:
@@ -278,10 +267,12 @@ cdef class Core:
             if total.last_seen_ns:
                 seen = max(0.0, (<double>now - <double>total.last_seen_ns) / 1e9)
             found[peer.ordinal] = Peer(
-                address=packed_address(peer), port=peer.port, path_mtu=peer.path_mtu,
+                address=packed_address(peer), port=peer.port,
+                path_mtu=peek32(&peer.path_mtu),
                 encap_packets=total.encap_packets, encap_bytes=total.encap_bytes,
                 decap_packets=total.decap_packets, decap_bytes=total.decap_bytes, last_seen=seen,
-                probe=peer.probe, last_rx_ns=total.last_seen_ns, path_mtu_ns=peer.path_mtu_ns,
+                probe=peer.probe != 0, last_rx_ns=total.last_seen_ns,
+                path_mtu_ns=peek64(&peer.path_mtu_ns),
                 errors_n=errors_n(peer, self.shared.workers_n),
                 last_error=last_error(peer, self.shared.workers_n),
             )
@@ -314,17 +305,19 @@ cdef class Core:
         """
         cdef snapshot_t* s = self.shared.snapshot
         cdef uint64_t forget = <uint64_t>(forget_seconds * 1e9)
-        cdef uint64_t now = now_ns()
-        cdef uint32_t slot = 0
+        cdef uint64_t now = now_ns(), learned
+        cdef uint32_t slot = 0, path_mtu
         cdef peer_t* peer = next_peer(s, &slot, NULL)
         cdef list changes = []
         while peer != NULL:
-            if peer.path_mtu_ns != 0 and now > peer.path_mtu_ns + forget:
-                peer.path_mtu_ns = 0
-                peer.path_mtu = peer.link_mtu
-            if peer.path_mtu != peer.reported_mtu:
-                peer.reported_mtu = peer.path_mtu
-                changes.append((packed_address(peer), peer.port, peer.path_mtu))
+            learned = peek64(&peer.path_mtu_ns)
+            if learned != 0 and now > learned + forget:
+                poke64(&peer.path_mtu_ns, 0)
+                poke32(&peer.path_mtu, peer.link_mtu)
+            path_mtu = peek32(&peer.path_mtu)
+            if path_mtu != peer.reported_mtu:
+                peer.reported_mtu = path_mtu
+                changes.append((packed_address(peer), peer.port, path_mtu))
             peer = next_peer(s, &slot, peer)
         return changes
 
@@ -475,9 +468,10 @@ cdef class Core:
         cdef peer_t* peer
         for had in peers:
             peer = self.find(had.address, had.port)
-            if peer != NULL and had.path_mtu_ns and had.path_mtu < peer.path_mtu:
-                peer.path_mtu = peer.reported_mtu = had.path_mtu
-                peer.path_mtu_ns = had.path_mtu_ns
+            if peer != NULL and had.path_mtu_ns and had.path_mtu < peek32(&peer.path_mtu):
+                poke32(&peer.path_mtu, had.path_mtu)
+                peer.reported_mtu = had.path_mtu
+                poke64(&peer.path_mtu_ns, had.path_mtu_ns)
 
     cdef peer_t* find(self, bytes address, uint16_t port):
         """Return the peer with exactly this endpoint, or NULL."""

@@ -4,7 +4,6 @@ Owns no state. Any thread may call.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
 from posix.types cimport time_t
 
@@ -187,22 +186,41 @@ cdef extern from "<sys/eventfd.h>" nogil:
 
 cdef extern from * nogil:
     """
-    /* The memory orderings used between threads (GCC and clang builtins). */
+    /* The memory orderings used between threads (GCC and clang builtins). There are no bare fences,
+       because ThreadSanitizer does not understand them. */
     #define udptun_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define udptun_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
-    #define udptun_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    #define udptun_load_ordered(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
+    #define udptun_store_ordered(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+    #define udptun_peek(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+    #define udptun_poke(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
     #define udptun_replace(p, old, v) __sync_bool_compare_and_swap((p), (old), (v))
+    #define udptun_set_bits(p, bits) __atomic_fetch_or((p), (bits), __ATOMIC_SEQ_CST)
+    #define udptun_take(p) __atomic_exchange_n((p), 0, __ATOMIC_SEQ_CST)
     """
     void* load_ptr "udptun_load"(void** p)
     void store_ptr "udptun_store"(void** p, void* v)
     uint64_t load_flag "udptun_load"(uint64_t* p)
     void store_flag "udptun_store"(uint64_t* p, uint64_t v)
-    void full_fence "udptun_fence"()
+    # All ordered loads and stores have one order, which all threads see. So if two threads each
+    # store one word and then load the other's word, at least one of them sees the other's store.
+    void* load_ptr_ordered "udptun_load_ordered"(void** p)
+    void store_ptr_ordered "udptun_store_ordered"(void** p, void* v)
+    uint64_t load_flag_ordered "udptun_load_ordered"(uint64_t* p)
+    void store_flag_ordered "udptun_store_ordered"(uint64_t* p, uint64_t v)
+    # Single words that two threads use, without any order relative to other words.
+    uint32_t peek32 "udptun_peek"(const uint32_t* p)
+    void poke32 "udptun_poke"(uint32_t* p, uint32_t v)
+    uint64_t peek64 "udptun_peek"(const uint64_t* p)
+    void poke64 "udptun_poke"(uint64_t* p, uint64_t v)
     bint replace_flag "udptun_replace"(uint64_t* p, uint64_t old, uint64_t v)  # if *p is old
+    uint64_t set_bits "udptun_set_bits"(uint64_t* p, uint64_t bits)  # returns the old value
+    uint64_t take_bits "udptun_take"(uint64_t* p)  # returns the old value; the new one is 0
 
 
 # A sequence lock: one thread writes a record, others copy it. ``changes``, a member of the record,
-# is odd while the record is written.
+# is odd while the record is written. The order of the loads and stores of the single words makes a
+# fence unnecessary. The size of each part of a record is a multiple of 8 bytes.
 
 cdef enum:
     COPY_TRIES = 100            # tries of a reader while the thread writes
@@ -210,7 +228,13 @@ cdef enum:
 
 cdef inline void begin_write(uint64_t* changes) noexcept nogil:
     store_flag(changes, changes[0] + 1)
-    full_fence()
+
+
+cdef inline void write_part(void* part, const void* value, size_t n) noexcept nogil:
+    """Write value[0:n] to a part of the record, between ``begin_write`` and ``end_write``."""
+    cdef size_t i
+    for i in range(n // 8):
+        store_flag(<uint64_t*>part + i, (<const uint64_t*>value)[i])
 
 
 cdef inline void end_write(uint64_t* changes) noexcept nogil:
@@ -222,11 +246,12 @@ cdef inline bint copy_record(
 ) noexcept nogil:
     """Copy record[0:n]. Return False if the thread wrote all the time."""
     cdef uint64_t before
+    cdef size_t i
     cdef int _i
     for _i in range(COPY_TRIES):
         before = load_flag(changes)
-        memcpy(copy, record, n)
-        full_fence()
+        for i in range(n // 8):
+            (<uint64_t*>copy)[i] = load_flag(<uint64_t*>record + i)
         if before % 2 == 0 and load_flag(changes) == before:
             return True
     return False

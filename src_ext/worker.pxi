@@ -13,31 +13,23 @@ from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N
 from path.own_socket cimport close_own_sockets
-from path.queue cimport QUEUE_BYTES, QUEUE_FRAME_DATAGRAMS
+from path.queue cimport QUEUE_FRAME_DATAGRAMS
 from path.probe cimport ring_take
 from path.strangers cimport STRANGERS, copy_strangers, stranger_t, strangers_t
 from path.turn cimport drain, drain_send_queue, epoll_register, run
 from path.worker cimport (
     EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_PROBE, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
-    EVENT_UDP_MERGE, ON_FULL, OWN_SOCKETS, RX_SLOT, RX_SLOTS, TX_FRAME, WR_FRAME, direction_t,
-    probe_record_t, worker_t,
+    EVENT_UDP_MERGE, ON_WAKE, RX_SLOTS, direction_t, free_buffers, init_worker, probe_record_t,
+    worker_t,
 )
 from sys cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, POLLIN, POLLOUT, close,
-    epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, write,
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close,
+    epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, take_bits, write,
 )
 from wire.headers cimport VNET_LEN
-from wire.merge cimport merge_reset
 
 from udptun.drops import DECAP, ENCAP
 from udptun.model import ProbeRecord, Stranger
-
-
-cdef extern from * nogil:
-    """
-    #define udptun_take(p) __atomic_exchange_n((p), 0, __ATOMIC_ACQ_REL)
-    """
-    uint64_t take_flags "udptun_take"(uint64_t* p)
 
 
 MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs to set on the TUN
@@ -76,22 +68,13 @@ cdef class Worker:
                   uint32_t gso_max_segs=64):
         cdef worker_t* w
         cdef epoll_event event
-        cdef uint32_t i
         self.core = core
         self.inherited = {}
         w = self.w = <worker_t*>calloc(1, sizeof(worker_t))
         if w == NULL:
             raise MemoryError
-        w.epoll_fd = w.wake_fd = w.baton_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
-        for i in range(OWN_SOCKETS):
-            w.own_sockets[i].fd = -1
-        w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
-        w.queue.memory = <uint8_t*>calloc(1, QUEUE_BYTES)
-        w.wr_frame = <uint8_t*>calloc(1, WR_FRAME)
-        w.rx_buf = <uint8_t*>calloc(RX_SLOTS, RX_SLOT)
-        if w.tx_frame == NULL or w.queue.memory == NULL or w.rx_buf == NULL or w.wr_frame == NULL:
+        if not init_worker(w, tun_fd, udp_fd4, udp_fd6):
             raise MemoryError
-        w.tun_fd, w.udp_fd4, w.udp_fd6 = tun_fd, udp_fd4, udp_fd6
         w.vnet_len = VNET_LEN if "tun-gso" in features else 0
         w.udp_gso = "udp-gso" in features
         w.batch = "batch" in features
@@ -99,23 +82,11 @@ cdef class Worker:
         w.merge.udp = "udp-merge" in features
         w.gso_max_segs = gso_max_segs
         w.rx_slots = RX_SLOTS if w.batch else 1
-        merge_reset(&w.merge)
-        for i in range(RX_SLOTS):
-            w.rx_iov[i].iov_base = w.rx_buf + i * RX_SLOT
-            w.rx_iov[i].iov_len = RX_SLOT
-            w.rx_msgs[i].msg_hdr.msg_name = &w.rx_from[i]
-            w.rx_msgs[i].msg_hdr.msg_iov = &w.rx_iov[i]
-            w.rx_msgs[i].msg_hdr.msg_iovlen = 1
-            w.rx_msgs[i].msg_hdr.msg_control = &w.rx_cmsg[i][0]
         w.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if w.epoll_fd < 0 or w.wake_fd < 0:
             raise OSError(errno, "cannot create the worker's epoll set or eventfd")
-        for i, fd in enumerate((w.wake_fd, tun_fd, udp_fd4, udp_fd6)):
-            w.polled[i].fd = fd
-            w.polled[i].events = POLLIN
-        w.polled[ON_FULL].fd = -1
-        w.polled[ON_FULL].events = POLLOUT
+        w.polled[ON_WAKE].fd = w.wake_fd
         event.events = EPOLLIN
         event.data.u64 = 0
         if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not epoll_register(w):
@@ -133,10 +104,7 @@ cdef class Worker:
             close(self.w.epoll_fd)
         if self.w.wake_fd >= 0:
             close(self.w.wake_fd)
-        free(self.w.tx_frame)
-        free(self.w.queue.memory)
-        free(self.w.rx_buf)
-        free(self.w.wr_frame)
+        free_buffers(self.w)
         free(self.w)
 
     def fileno(self):
@@ -213,7 +181,7 @@ cdef class Worker:
 
     def take_events(self):
         """Return the names (see WORKER_EVENTS) of the events raised since the last call."""
-        cdef uint64_t events = take_flags(&self.w.events)
+        cdef uint64_t events = take_bits(&self.w.events)
         return [name for name, bit in WORKER_EVENTS.items() if events & bit]
 
     def own_socket_error(self):

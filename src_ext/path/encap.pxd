@@ -21,7 +21,7 @@ from path.send cimport flush, make_room
 from path.worker cimport EVENT_TUN_GONE, TX_FRAME, count_drop, raise_event, worker_t
 from sys cimport read
 from table.peer cimport peer_t
-from table.snapshot cimport find_hop, first_peer_at, hop_t, is_own, path_limit
+from table.snapshot cimport find_hop, first_peer_at, hop_t, is_own, next_at_address, path_limit
 from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_start, cut_t,
     is_super, plan_cut,
@@ -103,7 +103,7 @@ cdef inline bint is_for_peer(const worker_t* w, const frame_t* f) noexcept nogil
         return False
     peer = first_peer_at(w.snapshot, src + f.ip.addr_len, f.ip.addr_len)
     while peer != NULL and first and peer.port != load_be16(f.p + at + 2):
-        peer = peer.same_addr
+        peer = next_at_address(peer)
     return peer != NULL
 
 

@@ -33,7 +33,7 @@ from path.worker cimport (
     probe_ring_t, raise_event, spare_t, tokens_t, worker_t,
 )
 from sys cimport (
-    MSG_DONTWAIT, MSG_NOSIGNAL, full_fence, load_flag, now_ns, replace_flag, sendto, sockaddr,
+    MSG_DONTWAIT, MSG_NOSIGNAL, load_flag, now_ns, peek32, replace_flag, sendto, sockaddr,
     sockaddr_in6, store_flag,
 )
 from table.peer cimport peer_counters_t, peer_t
@@ -189,7 +189,6 @@ cdef inline void report(
     # By default, a probe does not wake the control side: a wake-up costs more than the probe, and
     # the record has the time of arrival.
     if load_flag(&w.shared.wake_on_probe) or ring_fill(&w.probes) >= PROBE_RING // 4:
-        full_fence()  # the control side clears the event first, and then reads the ring
         raise_event(w, EVENT_PROBE)
 
 
@@ -214,7 +213,7 @@ cdef inline drop_t take_probe(
         return verdict
     if peer == NULL or port == 0:
         return DROP_UNKNOWN_PEER
-    if not peer.probe:
+    if not peek32(&peer.probe):
         return DROP_BAD_VERSION
     report(w, peer, &probe, port)
     if probe.kind == PROBE_REQUEST:

@@ -33,11 +33,12 @@ from sys cimport (
     AF_INET, AF_INET6, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
     IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
     MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
-    cmsghdr, iovec, msghdr, now_ns, recvmsg, sendmmsg, sock_extended_err, sockaddr_in, sockaddr_in6,
+    cmsghdr, iovec, msghdr, now_ns, peek32, poke32, poke64, recvmsg, sendmmsg, sock_extended_err,
+    sockaddr_in, sockaddr_in6,
 )
 from table.peer cimport peer_counters_t, peer_t
 from table.peer_errors cimport peer_error_t, record_error, record_refusal
-from table.snapshot cimport first_peer_at
+from table.snapshot cimport first_peer_at, next_at_address
 from wire.headers cimport swap16
 
 
@@ -78,10 +79,10 @@ cdef inline void lower_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcep
         mtu = UNKNOWN_MTU4
     if mtu < lowest:
         mtu = lowest
-    if mtu >= peer.path_mtu:
+    if mtu >= peek32(&peer.path_mtu):
         return
-    peer.path_mtu = mtu
-    peer.path_mtu_ns = w.now
+    poke32(&peer.path_mtu, mtu)
+    poke64(&peer.path_mtu_ns, w.now)
     raise_event(w, EVENT_PATH_MTU)
 
 
@@ -139,7 +140,7 @@ cdef inline void take_report(
             report.time_ns = w.now
             record_error(&peer.errors[w.index], report)
             w.icmp_received += 1
-        peer = peer.same_addr
+        peer = next_at_address(peer)
 
 
 cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:

@@ -10,7 +10,7 @@ lock of sys.pxd).
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from sys cimport begin_write, copy_record, end_write
+from sys cimport begin_write, copy_record, end_write, write_part
 
 
 cdef enum:
@@ -36,6 +36,7 @@ cdef inline void note_stranger(
 ) noexcept nogil:
     """Count packets that were dropped because their sender is no peer."""
     cdef stranger_t* item = &strangers.items[0]
+    cdef stranger_t noted
     cdef uint32_t i
     for i in range(STRANGERS):
         if strangers.items[i].addr_len == addr_len \
@@ -44,14 +45,16 @@ cdef inline void note_stranger(
             break
         if strangers.items[i].last_ns < item.last_ns:
             item = &strangers.items[i]
-    begin_write(&strangers.changes)
+    noted = item[0]
     if item.addr_len != addr_len or memcmp(item.addr, addr, addr_len) != 0:
-        memset(item, 0, sizeof(stranger_t))
-        memcpy(item.addr, addr, addr_len)
-        item.addr_len = addr_len
-    item.port = port
-    item.packets += packets
-    item.last_ns = now
+        memset(&noted, 0, sizeof(stranger_t))
+        memcpy(noted.addr, addr, addr_len)
+        noted.addr_len = addr_len
+    noted.port = port
+    noted.packets += packets
+    noted.last_ns = now
+    begin_write(&strangers.changes)
+    write_part(item, &noted, sizeof(stranger_t))
     end_write(&strangers.changes)
 
 

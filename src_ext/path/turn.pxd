@@ -6,12 +6,13 @@ TCP stack inline. So the stack's reply can often be read immediately.
 
 Threading: the worker's thread calls ``run`` and ``drain`` without the GIL. A worker has borrowed a
 snapshot while ``busy`` is 1 and ``seen`` is the snapshot's generation. The control side frees a
-retired snapshot only when each worker is not busy or has seen a later generation. There are two
-full fences: one in ``borrow``, one after the control side swaps the snapshot pointer. They
-guarantee that at least one of the two sides sees the other side's store.
+retired snapshot only when each worker is not busy or has seen a later generation. A
+worker stores ``busy`` and then loads the snapshot pointer; the control side stores the pointer and
+then loads ``busy``. All four accesses are ordered (sys.pxd), so at least one of the two sides sees
+the other side's store.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from drops cimport DROP_CLOSED
@@ -27,7 +28,8 @@ from path.worker cimport (
 )
 from sys cimport (
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, POLLERR, POLLIN, POLLNVAL, epoll_ctl, epoll_event,
-    full_fence, load_flag, load_ptr, nanosleep, now_ns, poll, read, store_flag, timespec, write,
+    load_flag, load_flag_ordered, load_ptr_ordered, nanosleep, now_ns, poll, read, store_flag,
+    store_flag_ordered, timespec, write,
 )
 from table.snapshot cimport snapshot_t
 
@@ -48,9 +50,8 @@ cdef inline void borrow(worker_t* w) noexcept nogil:
     borrowed, because the datagrams point to its peers."""
     if not queue_is_empty(&w.queue) and w.busy:
         return
-    store_flag(&w.busy, 1)
-    full_fence()
-    w.snapshot = <snapshot_t*>load_ptr(<void**>&w.shared.snapshot)
+    store_flag_ordered(&w.busy, 1)
+    w.snapshot = <snapshot_t*>load_ptr_ordered(<void**>&w.shared.snapshot)
     store_flag(&w.seen, w.snapshot.generation)
 
 
@@ -58,6 +59,19 @@ cdef inline void release(worker_t* w) noexcept nogil:
     """End the borrowing of the snapshot, unless datagrams are queued."""
     if queue_is_empty(&w.queue):
         store_flag(&w.busy, 0)
+
+
+cdef inline uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept nogil:
+    """Return the oldest generation that a busy worker has borrowed; 2**64 - 1 if none is busy. The
+    control side."""
+    cdef uint64_t oldest = <uint64_t>-1, seen
+    cdef uint32_t i
+    for i in range(n):
+        if load_flag_ordered(&workers[i].busy):
+            seen = load_flag(&workers[i].seen)
+            if seen < oldest:
+                oldest = seen
+    return oldest
 
 
 # Waiting
@@ -209,7 +223,7 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
         if load_flag(&w.wake_requested):
             epoll_register(w)
             break
-        if w.events & EVENT_TUN_GONE:
+        if load_flag(&w.events) & EVENT_TUN_GONE:
             break  # without epoll_register: a removed TUN is always ready
         if w.own_sockets_n != 0 and w.full_fd < 0:
             look_at_own_sockets(w)

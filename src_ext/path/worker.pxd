@@ -9,17 +9,18 @@ snapshot pointer of ``shared_t``.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N, drop_t
 from path.affinity cimport affinity_t
-from path.queue cimport QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
+from path.queue cimport QUEUE_BYTES, QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
 from path.strangers cimport strangers_t
-from sys cimport iovec, mmsghdr, pollfd, sockaddr_in6, write
+from sys cimport POLLIN, POLLOUT, iovec, mmsghdr, pollfd, set_bits, sockaddr_in6, write
 from table.peer cimport peer_t
 from table.snapshot cimport snapshot_t
 from wire.headers cimport VNET_LEN
 from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
-from wire.merge cimport merge_t
+from wire.merge cimport merge_reset, merge_t
 from wire.probe cimport probe_t
 
 
@@ -206,13 +207,52 @@ cdef struct worker_t:
     strangers_t strangers
 
 
+cdef inline bint init_worker(
+    worker_t* w, int tun_fd, int udp_fd4, int udp_fd6
+) noexcept nogil:
+    """Set the descriptors and allocate the buffers of a worker_t whose bytes are zero. Return False
+    if there is no memory. The caller then calls ``free_buffers``, too."""
+    cdef uint32_t i
+    w.epoll_fd = w.wake_fd = w.baton_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
+    w.tun_fd, w.udp_fd4, w.udp_fd6 = tun_fd, udp_fd4, udp_fd6
+    for i in range(OWN_SOCKETS):
+        w.own_sockets[i].fd = -1
+    for i in range(POLLED_N):
+        w.polled[i].fd = -1
+        w.polled[i].events = POLLIN
+    w.polled[ON_TUN].fd, w.polled[ON_UDP4].fd, w.polled[ON_UDP6].fd = tun_fd, udp_fd4, udp_fd6
+    w.polled[ON_FULL].events = POLLOUT
+    w.tx_frame = <uint8_t*>calloc(1, TX_FRAME)
+    w.queue.memory = <uint8_t*>calloc(1, QUEUE_BYTES)
+    w.wr_frame = <uint8_t*>calloc(1, WR_FRAME)
+    w.rx_buf = <uint8_t*>calloc(RX_SLOTS, RX_SLOT)
+    if w.tx_frame == NULL or w.queue.memory == NULL or w.rx_buf == NULL or w.wr_frame == NULL:
+        return False
+    merge_reset(&w.merge)
+    for i in range(RX_SLOTS):
+        w.rx_iov[i].iov_base = w.rx_buf + i * RX_SLOT
+        w.rx_iov[i].iov_len = RX_SLOT
+        w.rx_msgs[i].msg_hdr.msg_name = &w.rx_from[i]
+        w.rx_msgs[i].msg_hdr.msg_iov = &w.rx_iov[i]
+        w.rx_msgs[i].msg_hdr.msg_iovlen = 1
+        w.rx_msgs[i].msg_hdr.msg_control = &w.rx_cmsg[i][0]
+    return True
+
+
+cdef inline void free_buffers(worker_t* w) noexcept nogil:
+    free(w.tx_frame)
+    free(w.queue.memory)
+    free(w.rx_buf)
+    free(w.wr_frame)
+
+
 cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept nogil:
     d.drops[<int>reason] += n
 
 
 cdef inline void raise_event(worker_t* w, uint64_t event) noexcept nogil:
-    """Set an event bit and wake the control side. Do nothing if the bit is already set."""
+    """Set an event bit and wake the control side. If the bit is already set, do not wake it again:
+    it clears the bit before it reads what the event is about."""
     cdef uint64_t one = 1
-    if w.events & event != event:
-        w.events |= event
+    if not set_bits(&w.events, event) & event:
         write(w.shared.notify_fd, &one, 8)

@@ -42,7 +42,7 @@ cdef struct peer_t:
     uint32_t link_mtu           # of the underlay interface, outer bytes
     uint32_t path_mtu           # outer bytes; <= link_mtu
     uint64_t path_mtu_ns        # time at which path_mtu was learned; 0: path_mtu is link_mtu
-    bint probe                  # a route to the peer has ROUTE_PROBE
+    uint32_t probe              # 1: a route to the peer has ROUTE_PROBE; else 0
     bint new_probe              # control side: ``probe`` in the snapshot that is being built
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
     uint64_t generation         # control side: generation of the last snapshot with this peer

@@ -10,7 +10,7 @@ side copies all. The sequence lock of sys.pxd prevents that a reader uses half o
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from sys cimport begin_write, copy_record, end_write
+from sys cimport begin_write, copy_record, end_write, store_flag, write_part
 
 
 cdef struct peer_error_t:
@@ -31,8 +31,8 @@ cdef struct peer_errors_t:
 
 cdef inline void record_error(peer_errors_t* errors, const peer_error_t* error) noexcept nogil:
     begin_write(&errors.changes)
-    errors.last = error[0]
-    errors.n += 1
+    write_part(&errors.last, error, sizeof(peer_error_t))
+    store_flag(&errors.n, errors.n + 1)
     end_write(&errors.changes)
 
 

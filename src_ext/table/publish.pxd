@@ -14,7 +14,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp
 
-from sys cimport full_fence, store_ptr
+from sys cimport poke32, store_ptr, store_ptr_ordered
 from table.addr_map cimport addr_map_grow, addr_map_init, addr_map_put, addr_slot_t
 from table.lpm cimport lpm_build
 from table.peer cimport peer_free, peer_new, peer_t
@@ -198,11 +198,10 @@ cdef inline retired_t* activate_snapshot(
         while peer != NULL:
             peer.ordinal = ordinal
             ordinal += 1
-            peer.probe = peer.new_probe
+            poke32(&peer.probe, peer.new_probe)
             store_ptr(<void**>&peer.same_addr, peer.new_same_addr)
             peer = peer.new_same_addr
-    store_ptr(<void**>active, new)
-    full_fence()
+    store_ptr_ordered(<void**>active, new)
     return list_
 
 

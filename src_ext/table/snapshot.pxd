@@ -10,7 +10,7 @@ MTUs of its peers. A worker loads the pointer to the snapshot once per turn and 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
-from sys cimport load_ptr
+from sys cimport load_ptr, peek32
 from table.addr_map cimport addr_map_find, addr_map_free, addr_map_t
 from table.lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
 from table.peer cimport peer_t
@@ -47,7 +47,7 @@ cdef inline hop_t* find_hop(
 
 cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
     """Return the largest inner packet that the route and the path to its peer allow."""
-    cdef uint32_t limit = hop.peer.path_mtu - hop.peer.overhead
+    cdef uint32_t limit = peek32(&hop.peer.path_mtu) - hop.peer.overhead
     return hop.mtu if hop.mtu != 0 and hop.mtu < limit else limit
 
 
@@ -56,6 +56,12 @@ cdef inline peer_t* first_peer_at(
 ) noexcept nogil:
     """Return the peer with the lowest port at an outer address, or NULL."""
     return addr_map_find(&s.peers, addr, addr_len).peer
+
+
+cdef inline peer_t* next_at_address(peer_t* peer) noexcept nogil:
+    """Return the peer with the next port at the same address, or NULL. The control side may change
+    the link at the same time (see peer.pxd)."""
+    return <peer_t*>load_ptr(<void**>&peer.same_addr)
 
 
 cdef inline peer_t* find_peer(
@@ -68,7 +74,7 @@ cdef inline peer_t* find_peer(
     while peer != NULL:
         if peer.port == port:
             return peer
-        peer = <peer_t*>load_ptr(<void**>&peer.same_addr)
+        peer = next_at_address(peer)
     return first
 
 

@@ -1,7 +1,7 @@
 """Compile ``tests.steps._steps`` in place: ``python tests/steps/build.py``.
 
 Uses the compiler options of setup.py, so that the tests run the steps as the product compiles them.
-Compiles only what changed. ``UDPTUN_SANITIZE=1`` has the same effect as in setup.py.
+Compiles only what changed. ``UDPTUN_SANITIZE`` has the same effect as in setup.py.
 """
 
 import os
