@@ -333,7 +333,11 @@ class Daemon:
         await self._backends.settle(prepared, lease)
         if not self._config.keep_flannel:
             await self._leftovers.remove(network, self._backends.active_devices(network))
-        await self._host.settle(network, prepared.carried(lease), prepared.mtu)
+        site, active = prepared.site, {reach.name for reach in prepared.local(lease).reaches}
+        ports = {"udp": site.udp_port, "vxlan": network.vxlan_port}
+        await self._host.settle(
+            network, prepared.carried(lease), prepared.mtu, site.underlay,
+            {name: port for name, port in ports.items() if name in active})
 
     async def _choose_underlay(
         self, identity: Identity, families: frozenset[int], own_devices: frozenset[str]

@@ -73,7 +73,8 @@ def _drop_input(world: World, rng: Random) -> Scene:
                     "udp dport { 8285, 8472 } drop\n}\n}\n")
     return Scene(f"{member.host.name}: an nftables table drops UDP 8285 and 8472 on input",
                  [member], isolates(world, member),
-                 lambda: member.host.nft("delete table inet strict\n"))
+                 lambda: member.host.nft("delete table inet strict\n"),
+                 says=r"node \(UDP (8285|8472)\) are dropped by nftables, table inet strict")
 
 
 def _drop_output(world: World, rng: Random) -> Scene:
@@ -83,7 +84,8 @@ def _drop_output(world: World, rng: Random) -> Scene:
                     "udp dport { 8285, 8472 } drop\n}\n}\n")
     return Scene(f"{member.host.name}: an nftables table drops UDP 8285 and 8472 on output",
                  [member], isolates(world, member),
-                 lambda: member.host.nft("delete table inet strict\n"))
+                 lambda: member.host.nft("delete table inet strict\n"),
+                 says=r"node \(UDP (8285|8472)\) are dropped by nftables, table inet strict")
 
 
 def _conntrack_full(world: World, rng: Random) -> Scene:

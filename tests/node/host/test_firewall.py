@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import json
 import logging
-from ipaddress import ip_network
+import subprocess
+from ipaddress import ip_address, ip_network
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ from tests.wait import until
 from udptun.node.host.firewall import rules as rules_module
 from udptun.node.host.firewall.keeper import Firewall
 from udptun.node.host.firewall.rules import FirewallError, FirewallRules
+from udptun.node.host.host import _datagrams
 
 RULES = FirewallRules(
     ip_network("10.42.0.0/16"), ip_network("10.42.1.0/24"),
@@ -313,3 +316,72 @@ exec nft "$@"
     assert ruleset() == ACTIVE
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
+
+
+# -- the tunnel's own datagrams -------------------------------------------------------------------
+
+NFT = {  # hook, policy, rule, and the ports whose datagrams to this node are dropped
+    "both ports": ("input", "accept", "udp dport { 8285, 8472 } drop", {8285, 8472}),
+    "a range": ("input", "accept", "udp dport 8000-8300 drop", {8285}),
+    "policy": ("input", "drop", "", {8285, 8472}),
+    "known connections": ("input", "drop", "ct state established,related accept", {8472}),
+    "one port is open": ("input", "drop", "udp dport 8472 accept", {8285}),
+    "TCP is open": ("input", "drop", "tcp dport { 8285, 8472 } accept", {8285, 8472}),
+    "other device": ("input", "accept", "iifname lo drop", set()),
+    "unknown condition": ("input", "drop", "meta mark 7 accept", set()),
+    "prerouting": ("prerouting", "accept", "meta l4proto udp th dport 8285 drop", {8285}),
+    "one sender": ("input", "accept", "udp dport 8285 ip saddr 10.9.0.1 drop", set()),
+}
+IPTABLES = {
+    "-P INPUT DROP": {8285, 8472},
+    "-A INPUT -p udp -m udp --dport 8285 -j DROP": {8285},
+    "-A INPUT -p udp -m multiport --dports 53,8400:8500 -j REJECT": {8472},
+    "-A INPUT -p tcp -m tcp --dport 8285 -j DROP": set(),
+    "-A INPUT ! -i lo -m conntrack --ctstate NEW -j DROP": {8472},
+}
+
+
+async def dropped_ports():
+    firewall = Firewall(RULES)
+    underlay = SimpleNamespace(name="eth0", bound=(ip_address("192.0.2.1"),))
+    firewall.tunnel = tuple(_datagrams(underlay, {"udp": 8285, "vxlan": 8472}))
+    await firewall.sync()
+    assert not any(one.cuts for one in firewall.dropped)
+    return {port for port in (8285, 8472) for one in firewall.dropped
+            if f"to this node (UDP {port}) are dropped by" in one.text
+            and one.remedy == f"a rule of this chain has to accept UDP port {port}"}
+
+
+@pytest.mark.parametrize("name", NFT)
+def test_rules_that_drop_the_datagrams_of_the_tunnel_are_named(name):
+    @in_own_netns
+    async def body():
+        hook, policy, rule, ports = NFT[name]
+        table = f"table inet s {{\nchain c {{\ntype filter hook {hook} priority 0; " \
+            f"policy {policy};\n{rule}\n}}\n}}\n"
+        subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
+        assert await dropped_ports() == ports
+
+    body()
+
+
+@pytest.mark.parametrize("rule", IPTABLES)
+def test_iptables_rules_that_drop_the_datagrams_of_the_tunnel_are_named(rule):
+    @in_own_netns
+    async def body():
+        sh(f"iptables {rule}")
+        assert await dropped_ports() == IPTABLES[rule]
+
+    body()
+
+
+@in_own_netns
+async def test_a_rule_that_drops_outgoing_datagrams_is_named():
+    sh("iptables -A OUTPUT -p udp --dport 8472 -j DROP")
+    firewall = Firewall(RULES)
+    underlay = SimpleNamespace(name="eth0", bound=(ip_address("192.0.2.1"),))
+    firewall.tunnel = tuple(_datagrams(underlay, {"udp": 8285, "vxlan": 8472}))
+    await firewall.sync()
+    [found] = firewall.dropped
+    assert "IPv4 datagrams of the tunnel from this node (UDP 8472) are dropped by iptables" in \
+        found.text

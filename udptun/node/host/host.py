@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_network
 
 from ...errors import FieldError
 from ...leases.base import Lease
@@ -16,7 +18,9 @@ from ..config import NodeConfig
 from ..status.report import FirewallDrop, NodeReport
 from .firewall.keeper import Firewall
 from .firewall.rules import FirewallError, FirewallRules
+from .firewall.verdict import Flow
 from .forwarding import keep_forwarding
+from .interface import Underlay
 from .subnet_env import SubnetEnv
 
 log = logging.getLogger(__name__)
@@ -38,11 +42,16 @@ class Host:
     def firewall_drops(self) -> tuple[FirewallDrop, ...]:
         return self._firewall.dropped
 
-    async def settle(self, network: NetConfig, lease: Lease, mtu: int) -> None:
+    async def settle(
+        self, network: NetConfig, lease: Lease, mtu: int, underlay: Underlay,
+        ports: Mapping[str, int],
+    ) -> None:
         """Set up the host for our lease.
 
-        mtu  the largest inner packet, in bytes
+        mtu    the largest inner packet, in bytes
+        ports  by active backend: the UDP port to which all nodes send its datagrams
         """
+        self._firewall.tunnel = tuple(_datagrams(underlay, ports))
         await self._set_rules(network, lease)
         subnets = lease.subnets
         self._env = SubnetEnv(network.network, subnets.v4, network.network6, subnets.v6, mtu,
@@ -93,3 +102,18 @@ class Host:
             if why != self._report.subnet_env_error:
                 log.error("%s", why)
             self._report.subnet_env_error = why
+
+
+def _datagrams(underlay: Underlay, ports: Mapping[str, int]) -> Iterator[Flow]:
+    """Yield the flows of the tunnel's own datagrams."""
+    for backend, port in ports.items():
+        # The forwarders use one port on both sides, the kernel's VXLAN any source port.
+        state = "established" if backend == "udp" else "new"
+        for own in underlay.bound:
+            ours, others = ip_network(own), ip_network(f"{type(own)(0)}/0")
+            name = f"IPv{own.version} datagrams of the tunnel"
+            devices = frozenset({underlay.name})
+            yield Flow(f"{name} to this node (UDP {port})", others, ours, True, devices, port,
+                       state)
+            yield Flow(f"{name} from this node (UDP {port})", ours, others, False, devices, port,
+                       state)

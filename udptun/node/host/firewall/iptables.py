@@ -14,7 +14,7 @@ from __future__ import annotations
 import ipaddress
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,15 @@ from .verdict import (
     Chain,
     Condition,
     Rule,
+    any_of,
     arrives_through,
     destination_in,
     has_state,
+    is_protocol,
     leaves_through,
     negated,
     source_in,
+    to_udp_port,
     unknown,
 )
 
@@ -38,6 +41,7 @@ PACKAGE = "iptables"
 VARIANTS = ("nft", "legacy")
 WAIT_S = "5"  # for the lock of the legacy variant, which other programs may hold
 FORWARD, POSTROUTING = "FORWARD", "POSTROUTING"
+INPUT, OUTPUT = "INPUT", "OUTPUT"
 TABLE_OF = {FORWARD: "filter", POSTROUTING: "nat"}
 
 _ACTIONS = {"ACCEPT": Action.ACCEPT, "DROP": Action.DROP, "REJECT": Action.DROP,
@@ -225,19 +229,29 @@ def _parse(words: Iterator[str]) -> tuple[tuple[Condition, ...], str, bool]:
     return tuple(conditions), "", False
 
 
+_CONDITIONS: Mapping[str, Callable[[str], Condition]] = {
+    "-s": lambda text: source_in(_network(text)),
+    "-d": lambda text: destination_in(_network(text)),
+    "-i": lambda text: arrives_through(text, "+"),
+    "-o": lambda text: leaves_through(text, "+"),
+    "-p": is_protocol,
+    "--dport": lambda text: _ports(text),  # noqa: PLW0108 - it is defined below
+    "--dports": lambda text: any_of([_ports(part) for part in text.split(",")]),
+    "--ctstate": lambda text: has_state(text.split(",")),
+    "--state": lambda text: has_state(text.split(",")),
+}
+
+
 def _condition(option: str, words: Iterator[str]) -> Condition:
-    if option == "-s":
-        return source_in(_network(next(words)))
-    if option == "-d":
-        return destination_in(_network(next(words)))
-    if option == "-i":
-        return arrives_through(next(words), "+")
-    if option == "-o":
-        return leaves_through(next(words), "+")
-    if option in ("--ctstate", "--state"):
-        return has_state(next(words).split(","))
+    if option in _CONDITIONS:
+        return _CONDITIONS[option](next(words))
     # The value of an unknown option is read as another unknown option, which changes nothing.
     return unknown
+
+
+def _ports(text: str) -> Condition:
+    first, _, last = text.partition(":")
+    return to_udp_port(int(first), int(last or first))
 
 
 def _network(text: str) -> IPNetwork:

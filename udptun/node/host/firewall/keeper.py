@@ -30,7 +30,7 @@ from ....instance import Instance
 from ....model import IPNetwork
 from ...status.report import FirewallDrop
 from . import iptables
-from .nft import FAMILIES, Nft, OtherTable
+from .nft import FAMILIES, FORWARDED, RECEIVED, SENT, Nft, OtherTable
 from .rules import FirewallError, FirewallRules
 from .verdict import Chain, Drop, Flow, drop_of
 
@@ -45,6 +45,7 @@ class Firewall:
     """Keeps the host's rules equal to ``want``.
 
     want     the wanted rules; can be set at any time
+    tunnel   the tunnel's own datagrams, which the rules of others may drop; the same
     mode     one of ``config.FIREWALLS``; can be set at any time
     error    the reason why the last ``sync`` failed, as a sentence; "" if ``sync`` succeeded
     dropped  what other programs' rules drop since the last ``sync``
@@ -55,6 +56,7 @@ class Firewall:
         nft: str = "nft",
     ) -> None:
         self.want = want
+        self.tunnel: tuple[Flow, ...] = ()
         self.mode = mode
         self.error = ""
         self.dropped: tuple[FirewallDrop, ...] = ()
@@ -71,7 +73,8 @@ class Firewall:
         """
         async with self._lock:
             attempt = _Attempt(
-                self.want, self._effective_mode(), self._instance, self._nft, self._nat_done)
+                self.want, self.tunnel, self._effective_mode(), self._instance, self._nft,
+                self._nat_done)
             await attempt.run()
             self._record(attempt.dropped)
             self.error = "; ".join(attempt.failed)
@@ -130,12 +133,14 @@ class _Attempt:
     """
 
     def __init__(
-        self, want: FirewallRules, mode: str, instance: Instance, nft: Nft, nat_done: set[Variant]
+        self, want: FirewallRules, tunnel: Iterable[Flow], mode: str, instance: Instance, nft: Nft,
+        nat_done: set[Variant],
     ) -> None:
         self.changed = False
         self.failed: dict[str, None] = {}
         self.dropped: dict[str, FirewallDrop] = {}
         self._want = want
+        self._tunnel = tuple(tunnel)
         self._mode = mode
         self._instance = instance
         self._nft = nft
@@ -225,6 +230,10 @@ class _Attempt:
             remedy = "--firewall auto inserts accept rules there" if self._mode == "nftables" \
                 else "an accept rule is needed there"
             self._report(flow, drop, f"{tables.name}, table filter", remedy)
+        for flow in self._datagrams(tables.version):
+            base = iptables.INPUT if flow.arrives else iptables.OUTPUT
+            if base in chains and (found := drop_of(chains, base, flow)) is not None:
+                self._report(flow, found, f"{tables.name}, table filter", _remedy_for(flow))
         return True
 
     async def _change(
@@ -248,23 +257,37 @@ class _Attempt:
         for version in table.versions:
             network, _ = self._want.of(version)
             for flow in self._flows(version):
-                if chains is None:
+                if chains is not None:
+                    self._judge_hooks(
+                        table, chains, FORWARDED, flow, _remedy(table.name, network))
+                elif table.at(FORWARDED):
                     self._add(f"nft cannot print the table {table.name}, whose rules may drop"
                               " packets of the overlay", "a newer nft may print it", False)
-                    continue
-                for base in table.bases:
-                    if base in chains and (drop := drop_of(chains, base, flow)):
-                        self._report(flow, drop, f"nftables, table {table.name}",
-                                     _remedy(table.name, network))
+            for flow in self._datagrams(version):
+                self._judge_hooks(table, chains or {}, RECEIVED if flow.arrives else SENT, flow,
+                                  _remedy_for(flow))
+
+    def _judge_hooks(
+        self, table: OtherTable, chains: Mapping[str, Chain], hooks: Collection[str], flow: Flow,
+        remedy: str,
+    ) -> None:
+        for base in table.at(hooks):
+            if base in chains and (drop := drop_of(chains, base, flow)):
+                self._report(flow, drop, f"nftables, table {table.name}", remedy)
 
     def _report(self, flow: Flow, drop: Drop, where: str, remedy: str) -> None:
+        if flow.port is not None and not drop.sure:
+            return  # whether the tunnel's datagrams pass is measured, too: see the check `peers`
         unless = "" if drop.sure else ", unless a rule with a condition that udptun cannot" \
             " evaluate accepts them"
         text = f"{flow.name} are dropped by {where}, chain {drop.chain}: {drop.text}{unless}"
-        self._add(text, remedy, drop.sure and not flow.arrives)
+        self._add(text, remedy, drop.sure and not flow.arrives and flow.port is None)
 
     def _add(self, text: str, remedy: str, cuts: bool) -> None:
         self.dropped[text] = FirewallDrop(text, remedy, cuts, time.time())
+
+    def _datagrams(self, version: int) -> list[Flow]:
+        return [flow for flow in self._tunnel if flow.version == version]
 
     def _flows(self, version: int) -> tuple[Flow, ...]:
         network, subnet = self._want.of(version)
@@ -277,6 +300,10 @@ class _Attempt:
             Flow(f"{kind} from other nodes to this node's pods", network, subnet, True,
                  self._want.devices),
         )
+
+
+def _remedy_for(flow: Flow) -> str:
+    return f"a rule of this chain has to accept UDP port {flow.port}"
 
 
 def _drops(chains: Mapping[str, Chain], flows: Iterable[Flow]) -> dict[Flow, Drop]:

@@ -33,11 +33,13 @@ from .verdict import (
     arrives_through,
     destination_in,
     has_state,
+    is_protocol,
     is_version,
     leaves_through,
     negated,
     never,
     source_in,
+    to_udp_port,
     unknown,
 )
 
@@ -48,7 +50,10 @@ FAMILIES = {"ip": 4, "ip6": 6}  # nft's name of each IP version
 POSTROUTING = {"type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"}
 FORWARD = {"type": "filter", "hook": "forward", "prio": 0, "policy": "accept"}
 PACKAGE = "nftables"
-HOOKS = ("prerouting", "forward", "postrouting")  # the hooks that a forwarded packet passes
+# The hooks that packets pass, in their order.
+FORWARDED = ("prerouting", "forward", "postrouting")
+RECEIVED, SENT = ("prerouting", "input"), ("output", "postrouting")
+_HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
 
 ACCEPT: Json = {"accept": None}
 RETURN: Json = {"return": None}
@@ -64,13 +69,16 @@ class OtherTable:
     """A table of another program.
 
     versions  the IP versions whose packets pass the chains
-    bases     the names of the filtering base chains at the hooks that our packets pass, in their
-              order
+    bases     the names and hooks of the filtering base chains, in the order of the hooks
     """
 
     name: str
     versions: Collection[int]
-    bases: tuple[str, ...]
+    bases: tuple[tuple[str, str], ...]
+
+    def at(self, hooks: Collection[str]) -> list[str]:
+        """Return the names of the base chains at these hooks."""
+        return [name for name, hook in self.bases if hook in hooks]
 
 
 class Nft:
@@ -148,16 +156,16 @@ class Nft:
         for item in await self._run("list", "chains"):
             chain = item.get("chain", {})
             found = bases.setdefault((chain.get("family", ""), chain.get("table", "")), [])
-            if chain.get("hook") in HOOKS and chain.get("type") == "filter":
+            if chain.get("hook") in _HOOKS and chain.get("type") == "filter":
                 found.append(chain)
         tables = []
         for (family, table), chains in bases.items():
             if family not in (*FAMILIES, "inet") or table == self._tables.get(family):
                 continue
-            chains.sort(key=lambda chain: (HOOKS.index(chain["hook"]), chain["prio"]))
+            chains.sort(key=lambda chain: (_HOOKS.index(chain["hook"]), chain["prio"]))
             tables.append(OtherTable(
                 f"{family} {table}", (FAMILIES[family],) if family in FAMILIES else (4, 6),
-                tuple(chain["name"] for chain in chains),
+                tuple((chain["name"], chain["hook"]) for chain in chains),
             ))
         return tables
 
@@ -295,6 +303,14 @@ def _compared(left: Any, right: Any) -> Condition:
             condition_of = _arrives_through
         case ("meta", {"key": "oifname" | "oif"}):
             condition_of = _leaves_through
+        case ("meta", {"key": "l4proto"}) | \
+                ("payload", {"protocol": "ip", "field": "protocol"}) | \
+                ("payload", {"protocol": "ip6", "field": "nexthdr"}):
+            condition_of = _is_protocol
+        case ("payload", {"protocol": "udp" | "th", "field": "dport"}):
+            condition_of = _to_port
+        case ("payload", {"protocol": "tcp" | "icmp" | "icmpv6"}):
+            condition_of = _is_no_udp
         case ("meta", {"key": "nfproto"}):
             condition_of = _is_version
         case ("payload", {"protocol": "ip" | "ip6", "field": "saddr"}):
@@ -323,6 +339,20 @@ def _leaves_through(value: Any) -> Condition:
 
 def _is_version(value: Any) -> Condition:
     return is_version(6 if value == "ipv6" else 4)
+
+
+def _is_protocol(value: Any) -> Condition:
+    return is_protocol(str(value))
+
+
+def _is_no_udp(_: Any) -> Condition:
+    return is_protocol("tcp")
+
+
+def _to_port(value: Any) -> Condition:
+    """Return the condition for a port or a range; names and named sets are unknown."""
+    first, last = value["range"] if isinstance(value, dict) and "range" in value else (value, value)
+    return to_udp_port(first, last) if isinstance(first, int) else unknown
 
 
 def _in_network(where: Callable[[IPNetwork], Condition], value: Any) -> Condition:

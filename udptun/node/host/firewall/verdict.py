@@ -1,4 +1,4 @@
-"""What the forward rules of a host do to the first packet of a connection. Pure; no I/O.
+"""What the rules of a host do to the packets of pods, and to the tunnel's own. Pure; no I/O.
 
 Owns: the three kinds of conditions (true, false, unknown for a flow), and how the kernel walks
 through chains. ``iptables`` and ``nft`` translate their output into these types.
@@ -20,11 +20,17 @@ from ....model import IPNetwork
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """New connections through this host in one direction, without address translation.
+    """Packets of one direction, without address translation: those of pods through this host, or
+    the tunnel's datagrams to or from this host.
 
-    name     the direction, as the start of a sentence
-    arrives  True: packets arrive through the overlay's devices; False: they leave through them
-    devices  the overlay's devices. The devices of the pods are not known.
+    name     the packets, as the start of a sentence
+    arrives  True: packets arrive through ``devices``; False: they leave through them
+    devices  pods: the overlay's devices; the devices of the pods are not known. Tunnel: the
+             underlay's device
+    port     tunnel: the UDP port to which the datagrams are sent; None: packets of pods
+    state    the state of connection tracking. Packets of pods are new. So are VXLAN's datagrams,
+             whose source ports vary. Those of the forwarders have one port on both sides, so they
+             belong to a known connection
     """
 
     name: str
@@ -32,6 +38,8 @@ class Flow:
     destination: IPNetwork
     arrives: bool
     devices: frozenset[str]
+    port: int | None = None
+    state: str = "new"
 
     @property
     def version(self) -> int:
@@ -197,8 +205,18 @@ def leaves_through(device: str, wildcard: str) -> Condition:
 
 
 def has_state(states: Iterable[str]) -> Condition:
-    """The state of connection tracking is one of ``states``. A flow's packets are new."""
-    return always if "new" in {state.lower() for state in states} else never
+    """The state of connection tracking is one of ``states``."""
+    wanted = {state.lower() for state in states}
+    return lambda flow: flow.state in wanted
+
+
+def to_udp_port(first: int, last: int) -> Condition:
+    return lambda flow: None if flow.port is None else first <= flow.port <= last
+
+
+def is_protocol(name: str) -> Condition:
+    """``name``: of the protocol, or its number."""
+    return lambda flow: None if flow.port is None else name in ("udp", "17", "all")
 
 
 def is_version(version: int) -> Condition:
@@ -218,6 +236,8 @@ def _through(flow: Flow, device: str, wildcard: str, on_overlay: bool) -> bool |
         matching = flow.devices & {device}
     if on_overlay:
         return False if not matching else True if matching == flow.devices else None
+    if flow.port is not None:  # the other end is this host itself, without a device
+        return False
     # A pod's device is neither one of the overlay's devices nor the loopback device.
     if device in ("", wildcard):
         return True
