@@ -23,8 +23,8 @@ PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
-    "connections", "errors", "files", "instance", "model", "drops", "privileges", "repairs",
-    "spans", "text", "wait", "_version",
+    "connections", "errors", "files", "instance", "model", "notify", "drops", "privileges",
+    "repairs", "spans", "text", "wait", "_version",
 }
 RULES = {
     "errors": {"text"},
@@ -37,6 +37,7 @@ RULES = {
     "wait": set(),
     "connections": set(),
     "instance": {"errors", "files"},
+    "notify": {"errors", "model"},
     "_version": set(),
     "model": {"errors"},
     "probe": LEAVES | {"probe"},
@@ -60,7 +61,7 @@ RULES = {
         "control.client", "node.backends", "node.paths", "node.status.report", "probe",
     },
     "node.process": LEAVES | {
-        "control.client", "control.protocol", "node.process", "node.status.report",
+        "control.client", "control.protocol", "node.process", "node.status.report", "takeover",
     },
     "node.status": LEAVES | {
         "control.client", "control.protocol", "control.sockets", "leases", "node.backends",
@@ -70,7 +71,7 @@ RULES = {
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
         "cli", "control.client", "control.protocol", "device.offload", "device.tun",
-        "forwarder", "lab", "leases", "net.kernel_path", "node",
+        "forwarder", "lab", "leases", "net.kernel_path", "node", "takeover.kept",
     },
     "__main__": {"cli"},
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API

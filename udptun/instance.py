@@ -10,6 +10,7 @@ Owns the grammar of instance names, and the names derived from them. Creates onl
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from .errors import FieldError, UdptunError
 from .files import FileLock, locked_directory, make_directory, remove_free_locks
+
+log = logging.getLogger(__name__)
 
 DEFAULT_INSTANCE = "udptun"
 FLANNEL = "flannel"  # reserved: the default instance uses names of flannel
@@ -179,6 +182,15 @@ class InstanceLock:
                 f"udptun {self._role} of the instance {self._name} is already running in this"
                 f" network namespace ({path}); stop that one, or give this one another --instance"
             )
+
+    def acquire_if_possible(self) -> None:
+        """Run without the lock if its directory is not writable, so that a user who owns a
+        persistent TUN device does not need root. Raises InstanceRunning."""
+        try:
+            self.acquire()
+        except OSError as error:
+            log.info("cannot lock the instance %s, so a second forwarder with this name would not"
+                     " be refused: %s", self._name, error)
 
     def release(self) -> None:
         held, self.held = self.held, None

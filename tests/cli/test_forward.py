@@ -77,10 +77,14 @@ from udptun.errors import DeviceError, FieldError
 class Fake:
     """Prints each call on stdout; ``how`` selects a failure."""
 
-    def __init__(self, config):
+    successor = None
+
+    def __init__(self, config, lock, kept):
+        self.lock = lock
         self.config, self.how, self.stop = config, os.environ.get("HOW"), asyncio.Event()
 
     async def __aenter__(self):
+        self.lock.acquire_if_possible()
         if self.how == "device":
             raise DeviceError(1, "opening the TUN device udptun0: Operation not permitted")
         if self.how == "route":
@@ -94,6 +98,7 @@ class Fake:
 
     async def __aexit__(self, *exc):
         print("draining", flush=True)
+        self.lock.release()
         if self.how == "stuck":
             await asyncio.Event().wait()
 
@@ -110,6 +115,12 @@ class Fake:
 
     def check_host(self):
         pass
+
+    def on_device(self, keep):
+        keep({})
+
+    async def answers(self):
+        return True
 
     def log_state(self):
         print("state", flush=True)
@@ -267,6 +278,7 @@ def test_options_become_the_config() -> None:
         "networks": "(10.244.0.0/16, fd00::/48)", "control": "/c", "routes_file": "/r",
         "state_file": "/s", "mtu": "1400", "workers": "2", "offload": "auto,-udp-merge",
         "source_check": "peer", "flannel_control": "/f", "flannel_control_fd": "7",
+        "takeover": "/c.takeover.sock", "take_over": "False",
     }
 
 

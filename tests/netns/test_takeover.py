@@ -19,7 +19,8 @@ from udptun.lab import Forwarder, LabError, pair, ping, wait_for
 from udptun.lab.hosts import NETNS_DIR
 from udptun.takeover import document
 from udptun.takeover.channel import Channel, close_all, read_document
-from udptun.takeover.message import Hello, Ready, State, Stopped, TakeOverError
+from udptun.takeover.kept import variable
+from udptun.takeover.message import DESCRIPTORS, Hello, Ready, State, Stopped, TakeOverError
 
 RATE = 2000  # datagrams a second; low, so that a slow machine loses nothing
 
@@ -216,3 +217,53 @@ def test_without_a_running_forwarder_it_starts_as_usual(lab):
     b.start()
     assert ping(a.pod, b.pod_v4).received == 3
     assert "there is none to take over" in a.forwarder.process.text()
+
+
+async def copies_of(side):
+    async with Client(side) as client:
+        await client.hello(want=DESCRIPTORS)
+        return await client.channel.receive_descriptors()
+
+
+def test_kept_descriptors_outlive_a_killed_forwarder(lab):
+    """The next forwarder continues with the same device and sockets, also with what they hold."""
+    tunnel = pair(lab, workers=2)
+    a, b = tunnel.sides
+    assert ping(a.pod, b.pod_v4).received == 3
+    index = a.host.run(["cat", "/sys/class/net/udptun0/ifindex"]).stdout
+    kept = asyncio.run(copies_of(a))
+    assert sorted(kept) == ["tun-0", "tun-1", "udp-0-4", "udp-1-4"]
+    try:
+        a.forwarder.process.kill()
+        sender = a.pod.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        receiver = b.pod.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        receiver.bind((str(b.pod_v4), 0))
+        receiver.settimeout(60)
+        for number in range(50):
+            sender.sendto(bytes([number]), receiver.getsockname())
+        a.start(pass_fds=tuple(kept.values()), env=variable(kept))
+    finally:
+        close_all(kept)
+    assert [receiver.recv(9) for _ in range(50)] == [bytes([n]) for n in range(50)]
+    assert a.host.run(["cat", "/sys/class/net/udptun0/ifindex"]).stdout == index
+    assert "of the forwarder that has died" in a.forwarder.process.text()
+    transfer_tcp(a.pod, b.pod, b.pod_v4)
+    assert a.forwarder.stop() == 0
+    a.start()
+    assert ping(a.pod, b.pod_v4).received == 3
+
+
+def test_kept_descriptors_that_do_not_fit_are_not_used(lab):
+    tunnel = pair(lab, workers=2)
+    a, b = tunnel.sides
+    kept = asyncio.run(copies_of(a))
+    try:
+        a.forwarder.process.kill()
+        kept["tun-9"] = kept.pop("tun-1")
+        new = Forwarder.start(a.host, **a.options | {
+            "pass_fds": tuple(kept.values()), "env": variable(kept), "wait": False})
+    finally:
+        close_all(kept)
+    new.wait_ready()
+    assert "are not used: they are those of a forwarder with other options" in new.process.text()
+    assert ping(a.pod, b.pod_v4).received == 3

@@ -192,8 +192,11 @@ async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
     import asyncio
 
     from ..forwarder import Forwarder
+    from ..notify import Notifier
+    from ..takeover.kept import inherited
 
-    forwarder = Forwarder(config, lock)
+    notifier = Notifier.from_environment()
+    forwarder = Forwarder(config, lock, inherited())
     signals = _Signals(forwarder)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -202,11 +205,21 @@ async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
     loop.add_signal_handler(signal.SIGUSR1, signals.log_state)
     async with forwarder:
         signals.started = True
+        notifier.ready()
+        forwarder.on_device(notifier.keep)
+        watchdog = loop.create_task(notifier.feed(forwarder.answers))
         # A garbage collection pauses the control API. It need not look at the objects that exist
         # now, because they all stay until the end.
         gc.collect()
         gc.freeze()
-        await forwarder.wait_stopped()
+        try:
+            await forwarder.wait_stopped()
+        finally:
+            watchdog.cancel()
+        if forwarder.successor is None:
+            notifier.stopping()
+        else:
+            notifier.main_process(forwarder.successor)
 
 
 class _Signals:

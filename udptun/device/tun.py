@@ -113,6 +113,27 @@ class Tun:
                 raise device_error(errno.ENODEV, f"using a queue of {name}", f"it is of {actual}")
         return cls(name, fds, vnet_hdr, features, off)
 
+    @classmethod
+    def reuse(cls, fds: tuple[int, ...], request: OffloadRequest) -> Tun:
+        """Use the queues of a process that has died. The new object owns the descriptors.
+
+        Raises DeviceError if the device is gone or has other settings than ``request`` needs; the
+        descriptors then stay open.
+        """
+        doing = "using the kept queues of the TUN device"
+        try:
+            answer = Ifreq.unpack(fcntl.ioctl(fds[0], TUNGETIFF, bytes(Ifreq.size)))
+        except OSError as error:
+            raise device_error(error.errno or 0, doing) from None
+        vnet_hdr = bool(answer[1] & IFF_VNET_HDR)
+        name = os.fsdecode(answer[0].rstrip(b"\0"))
+        if vnet_hdr != ("tun-gso" in request.features):
+            raise device_error(errno.EOPNOTSUPP, doing, "it was made with other offloads")
+        tun = cls.adopt(name, fds, vnet_hdr, frozenset(), {})
+        if vnet_hdr and (cause := tun._enable(request)) is not None:
+            raise device_error(errno.EOPNOTSUPP, doing, cause)
+        return tun
+
     def reopen(self, request: OffloadRequest) -> None:
         """Make the device again after it was deleted. The numbers of the descriptors do not change.
 

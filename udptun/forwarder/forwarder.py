@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack
 from mmap import mmap
 from pathlib import Path
@@ -43,6 +43,7 @@ from .giving import (
     Parts,
     WithFile,
 )
+from .kept import Kept
 from .probes import Probes
 from .routes import Routes
 from .taking import Taking
@@ -61,11 +62,16 @@ class Forwarder:
     """One forwarder. Call ``start`` and ``close``, or ``async with Forwarder(config) as f:``.
 
     lock  held from ``start`` to ``close``, if it can be held
+    kept  descriptors of a forwarder that has died, by name; this forwarder owns them
     """
 
-    def __init__(self, config: ForwarderConfig, lock: InstanceLock | None = None) -> None:
+    def __init__(
+        self, config: ForwarderConfig, lock: InstanceLock | None = None,
+        kept: Mapping[str, int] | None = None,
+    ) -> None:
         self.config = config
         self._lock = lock
+        self._kept = Kept(kept or {})
         self.tun_name = config.tun
         self.mtu = 0
         self.capabilities = Capabilities()
@@ -73,6 +79,8 @@ class Forwarder:
         self._routes = Routes(
             config.routes_file, config.state_file, self.events, self._report, config.addresses
         )
+        self._keep_device: Callable[[Mapping[str, int]], None] | None = None
+        self._parts: Parts
         self._probes: Probes
         self._view: View
         self._setup: TunSetup | None = None
@@ -132,8 +140,7 @@ class Forwarder:
             self._routes.inherit(taking.having.routes.encode(), taking.having.generation)
             if (state := self._routes.state) is not None:
                 state.lock = taking.lock(STATE_LOCK, state.lock_path)
-        tun = self._open_tun(taking)
-        sockets = self._open_sockets(taking)
+        tun, sockets = self._open_device(taking)
         self.capabilities = Capabilities.combine(self.config.offload, [tun, *sockets])
         core, notify_fd = await self._make_core(netlink)
         self._routes.open(core)
@@ -170,11 +177,12 @@ class Forwarder:
         self._closing.callback(self.events.close)
         self._log_start()
         await self._start_control(taking)
-        giver = self._make_giver(Parts(
+        self._parts = Parts(
             self.config, tun, sockets, core, self._routes, workers, self._probes,
             self.capabilities, self.mtu, self.events, self._files, self._other_descriptors(),
             self.request_stop,
-        ), taking)
+        )
+        giver = self._make_giver(self._parts, taking)
         if taking is not None:
             await taking.done()
             log.info("took over from process %d, udptun %s", taking.state.pid, taking.state.program)
@@ -191,6 +199,21 @@ class Forwarder:
         """Request a check of the TUN device: it is compared with the configuration and repaired."""
         if self._setup is not None:
             self._setup.check()
+
+    def on_device(self, keep: Callable[[Mapping[str, int]], None]) -> None:
+        """Call ``keep`` now, and each time when the TUN was made again, with the descriptors of the
+        TUN and the UDP sockets, by the names under which another process can keep copies."""
+        self._keep_device = keep
+        keep(self._parts.device_descriptors())
+
+    async def answers(self) -> bool:
+        """Ask all workers for a sign of life. Return whether they answered in time."""
+        return await self._parts.workers.answer()
+
+    @property
+    def successor(self) -> int | None:
+        """The process that has taken over from this forwarder; None: there is none."""
+        return None if self._giver is None else self._giver.successor
 
     def request_stop(self) -> None:
         self._stop.set()
@@ -231,33 +254,38 @@ class Forwarder:
                 refuse_occupied(path, kind)
 
     def _hold_lock(self, taking: Taking | None) -> None:
-        """Hold the lock of the instance, or take it over. Raises InstanceRunning.
-
-        If the lock's directory is not writable, run without the lock, so that a user who owns a
-        persistent TUN device does not need root.
-        """
+        """Hold the lock of the instance, or take it over. Raises InstanceRunning."""
         lock = self._lock
         if lock is None:
             return
         if taking is not None:
             lock.held = taking.lock(LOCK, lock.path())
         if lock.held is None:
-            try:
-                lock.acquire()
-            except OSError as error:
-                log.info("cannot lock the instance, so a second forwarder with its name would not"
-                         " be refused: %s", error)
+            lock.acquire_if_possible()
 
-    def _open_tun(self, taking: Taking | None) -> Tun:
+    def _open_device(self, taking: Taking | None) -> tuple[Tun, list[UdpSocket]]:
+        """Return the TUN, and one socket for each worker and endpoint, ordered by worker.
+
+        They are those of the forwarder from which this one takes over, or of one that has died, or
+        new ones.
+        """
+        config = self.config
+        kept = None
         if taking is not None:
-            tun = taking.tun()
+            tun, sockets = taking.tun(), None
+        elif (kept := self._kept.device(config)) is not None:
+            tun, sockets = kept
         else:
-            tun = Tun.open(self.config.tun, self.config.workers_n, self.config.offload)
+            tun, sockets = Tun.open(config.tun, config.workers_n, config.offload), None
         self._closing.callback(tun.close)
         self.tun_name = tun.name
-        if len(tun.fds) > 1 and taking is None:
+        if len(tun.fds) > 1 and taking is None and kept is None:
             attach_steering(tun.fds[0])  # a flow stays on its queue, so its packets stay in order
-        return tun
+        if taking is not None:
+            sockets = taking.sockets(config.listen)
+        for opened in sockets or ():
+            self._closing.callback(opened.close)
+        return tun, self._open_sockets() if sockets is None else sockets
 
     def _reopen(self, tun: Tun, workers: Workers) -> None:
         """Make the TUN again after it was deleted. Raises DeviceError."""
@@ -267,16 +295,12 @@ class Forwarder:
         workers.continue_on_new_tun()
         if self._giver is not None:
             self._giver.renew_copies()
+        if self._keep_device is not None:
+            self._keep_device(self._parts.device_descriptors())
 
-    def _open_sockets(self, taking: Taking | None) -> list[UdpSocket]:
-        """Open one socket for each worker and endpoint. Return them ordered by worker."""
+    def _open_sockets(self) -> list[UdpSocket]:
         config = self.config
         sockets: list[UdpSocket] = []
-        if taking is not None:
-            for opened in taking.sockets(config.listen):
-                self._closing.callback(opened.close)
-                sockets.append(opened)
-            return sockets
         for index in range(config.workers_n):
             for endpoint in config.listen:
                 opened = open_udp(endpoint, config.offload, reuse_port=index > 0)

@@ -30,6 +30,7 @@ from ..net.udp import UdpSocket
 from ..takeover import document
 from ..takeover.channel import Channel, Ended, write_document
 from ..takeover.document import Counted, Device, Having, Socket
+from ..takeover.kept import tun_name, udp_name
 from ..takeover.message import (
     DESCRIPTORS,
     Done,
@@ -60,16 +61,6 @@ READY_SECONDS = 30.0  # limit for the new forwarder to get ready; meanwhile rout
 
 def network_namespace() -> int:
     return Path("/proc/thread-self/ns/net").stat().st_ino
-
-
-def tun_name(index: int) -> str:
-    """Return the name of the descriptor of a TUN queue."""
-    return f"tun-{index}"
-
-
-def udp_name(index: int, version: int) -> str:
-    """Return the name of the descriptor of a worker's UDP socket."""
-    return f"udp-{index}-{version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +113,7 @@ class Giver:
         self._listener = listener
         self._tasks: set[asyncio.Task[None]] = set()
         self._one = asyncio.Lock()
+        self.successor: int | None = None  # the process that has taken over
         self._keepers: set[Channel] = set()  # of the processes that keep copies
 
     @property
@@ -216,6 +208,7 @@ class Giver:
             parts.routes.hand_over()
         for name, each in parts.files().items():
             each.owns_file = name not in done.taken
+        self.successor = hello.pid
         log.info("process %d has taken over", hello.pid)
         parts.handed_over()
 

@@ -26,6 +26,7 @@ from ..net.udp import UdpSocket
 from ..takeover import document
 from ..takeover.channel import Channel, Ended, close_all, read_document
 from ..takeover.document import Counted, Device, Having, Socket
+from ..takeover.kept import tun_name, udp_name
 from ..takeover.message import (
     EVERYTHING,
     OLDEST,
@@ -39,7 +40,7 @@ from ..takeover.message import (
     from_json,
 )
 from .config import ForwarderConfig
-from .giving import network_namespace, tun_name, udp_name
+from .giving import network_namespace
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 HOUSEKEEPING_SECONDS = 1.0
 FORGET_PATH_MTU_SECONDS = 600.0  # RFC 1191 6.3
 DRAIN_SECONDS = 0.5
+ANSWER_SECONDS = 10.0  # limit for a sign of life of all workers
+ANSWER_POLL_SECONDS = 0.02
 OFFLOADS = ("udp-gso", "tcp-merge", "udp-merge")  # offloads that a worker can lose at run time
 KERNEL_ERRORS = ("send_error", "tun_write")  # drop reasons
 
@@ -116,6 +119,19 @@ class Workers:
         for thread in self._threads:
             thread.worker.wake()
             thread.worker.resume()
+
+    async def answer(self) -> bool:
+        """Ask all workers for a sign of life. Return whether all have answered in time."""
+        before = [thread.worker.answers() for thread in self._threads]
+        for thread in self._threads:
+            thread.worker.ask()
+        end = time.monotonic() + ANSWER_SECONDS
+        while any(thread.worker.answers() == n
+                  for thread, n in zip(self._threads, before, strict=True)):
+            if time.monotonic() >= end:
+                return False
+            await asyncio.sleep(ANSWER_POLL_SECONDS)
+        return True
 
     async def supervise(self) -> None:
         """Handle events and run the core's periodic tasks, until cancelled."""

@@ -62,21 +62,37 @@ class UdpSocket:
     ) -> UdpSocket:
         """Use the socket that another process has opened. The new object owns the descriptor.
 
-        Raises DeviceError if it is not bound to this endpoint.
+        Raises DeviceError if it is not bound to this endpoint; the descriptor then stays open.
         """
         doing = f"using the UDP socket {endpoint}"
         try:
             sock = socket.socket(fileno=fd)
-            host, port = sock.getsockname()[:2]
         except OSError as error:
             raise device_error(error.errno or 0, doing) from None
-        if (sock.type, host, port) != (socket.SOCK_DGRAM, str(endpoint.address), endpoint.port):
-            raise device_error(errno.EADDRNOTAVAIL, doing, f"it is bound to {host}:{port}")
+        bound, kind = sock.getsockname(), sock.type
+        if (kind, *bound[:2]) != (socket.SOCK_DGRAM, str(endpoint.address), endpoint.port):
+            sock.detach()
+            raise device_error(errno.EADDRNOTAVAIL, doing, f"it is bound to {bound}")
         return cls(
             sock, endpoint, features, off,
             rcvbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
             sndbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
         )
+
+    @classmethod
+    def reuse(cls, fd: int, endpoint: Endpoint, request: OffloadRequest) -> UdpSocket:
+        """Use the socket of a process that has died. The new object owns the descriptor.
+
+        Raises DeviceError; the descriptor then stays open.
+        """
+        udp = cls.adopt(fd, endpoint, frozenset(), {})
+        try:
+            _set_path_options(udp.socket)
+            _probe(udp, request)
+        except OSError as error:
+            udp.socket.detach()
+            raise device_error(error.errno or 0, f"using the kept UDP socket {endpoint}") from None
+        return udp
 
     def let_join(self) -> None:
         """Let later sockets share the endpoint: those opened with ``reuse_port``, and the own

@@ -275,7 +275,7 @@ async def test_an_equal_file_is_left_alone(keeper, spec, tmp_path):
 async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path, spec, monkeypatch):
     served = Served(thread, control)
 
-    def spawn(forward_file, log, instance):
+    def spawn(forward_file, log, instance, kept):
         assert ForwarderSpec.read(forward_file) == spec
         served.__enter__()
         return Child()
@@ -297,7 +297,7 @@ async def test_a_forwarder_that_ends_at_once_is_restarted_with_backoff_and_its_l
     monkeypatch.setattr(module, "FIRST_BACKOFF", 0.2)
     started = []
 
-    def spawn(forward_file, log, instance):
+    def spawn(forward_file, log, instance, kept):
         log.write_text("TUN: operation not permitted\n")
         started.append(time.monotonic())
         child = Child()

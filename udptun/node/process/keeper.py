@@ -23,7 +23,9 @@ from ...control.protocol import HEALTHZ
 from ...errors import ControlError, FieldError, NoForwarder
 from ...instance import Instance
 from ...model import IPNetwork, Route, RouteDiff
+from ...takeover.channel import close_all
 from ..status.report import NodeReport
+from .copies import Copies
 from .launch import ForwarderSpec, log_tail, spawn
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class ForwarderKeeper:
         self._client = ControlClient(str(control), CALL_SECONDS)
         self._thread = ThreadPoolExecutor(1, "forwarder-control")
         self._child: subprocess.Popen[bytes] | None = None
+        self._copies = Copies((spawn_as or Instance()).takeover_socket(control))
         self._backoff, self._not_before = 0.0, 0.0
 
         self._spec: ForwarderSpec | None = None
@@ -104,6 +107,7 @@ class ForwarderKeeper:
         """
         self._report.forwarder.needed = False
         self._spec, self._routes, self._matches = None, None, False
+        self._copies.close()
         self._wake.set()
         if self._forward_file.exists():
             await stop_forwarder(self._control, self._forward_file)
@@ -152,6 +156,7 @@ class ForwarderKeeper:
             while True:
                 await self._attempt()
         finally:
+            self._copies.close()
             self._thread.submit(self._client.close)
             self._thread.shutdown(wait=False)
 
@@ -203,12 +208,15 @@ class ForwarderKeeper:
                 return
             log.warning("stopping the forwarder, because its options are wrong: %s", why)
             self._back_off()
+            self._copies.close()
             await self._call(self._client.stop)
             if self._child is not None and self._child.poll() is not None:
                 self._child = None  # the end was requested, so it is not an error
             return
         if not self._report.forwarder.starts_n:
             log.info("adopting the forwarder on %s", self._control)
+        if self._spawn_as is not None:
+            self._copies.follow()
         self._backoff, self._matches, self._replace_all = 0.0, True, True
         self._report.forwarder.connected, self._report.forwarder.error = True, ""
         while self._matches and not gone.done():
@@ -241,7 +249,11 @@ class ForwarderKeeper:
         self._back_off()
         try:
             spec.write(self._forward_file)  # the file may have been removed
-            self._child = spawn(self._forward_file, self._log_file, instance)
+            kept = self._copies.take()
+            try:
+                self._child = spawn(self._forward_file, self._log_file, instance, kept)
+            finally:
+                close_all(kept)
         except OSError as exc:
             self._fail(f"no forwarder can be started: {exc}")
             return

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ...errors import FieldError, NoForwarder, UdptunError
 from ...files import make_directory, open_log, replace_file
 from ...instance import Instance
+from ...takeover.kept import variable
 
 if TYPE_CHECKING:
     import subprocess
@@ -111,21 +112,30 @@ class NotStarted(UdptunError):
     """A forwarder that we or another program have just started does not answer as expected."""
 
 
-def spawn(forward_file: Path, log: Path, instance: Instance) -> subprocess.Popen[bytes]:
+def spawn(
+    forward_file: Path, log: Path, instance: Instance, kept: Mapping[str, int] | None = None,
+    take_over: bool = False,
+) -> subprocess.Popen[bytes]:
     """Start ``udptun forward`` with the options in the file, in its own session and process group.
 
-    The process inherits no terminal and no file descriptor. So a program that runs this command and
-    reads its output until the pipe is closed (flanneld does) does not wait for the forwarder. The
-    forwarder's output goes to ``log``, which the forwarder keeps below a limit.
+    kept       descriptors of a forwarder that has died, by name, for the new one
+    take_over  take over from the forwarder that runs
+
+    Otherwise, the process inherits no terminal and no file descriptor. So a program that runs this
+    command and reads its output until the pipe is closed (flanneld does) does not wait for the
+    forwarder. The forwarder's output goes to ``log``, which the forwarder keeps below a limit.
     """
     import subprocess
 
     make_directory(log.parent)
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    env |= variable(kept or {})
     with os.fdopen(open_log(log), "ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "udptun", "forward", "--instance", instance.name,
-             "--wait-for", str(forward_file), "--log-file", str(log)],
+             "--wait-for", str(forward_file), "--log-file", str(log),
+             *(["--take-over"] if take_over else [])],
+            pass_fds=tuple((kept or {}).values()),
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/",
             env=env,
         )

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from udptun.node.status.notify import Notifier
+from udptun.notify import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -75,7 +75,7 @@ async def test_the_watchdog_is_fed_while_we_are_alive(systemd):
     alive = True
     asked = 0
 
-    def is_alive():
+    async def is_alive():
         nonlocal asked
         asked += 1
         return alive
@@ -103,8 +103,24 @@ async def test_without_systemd_nothing_happens(caplog):
     notifier.ready()
     notifier.reloading()
     notifier.stopping()
-    await notifier.feed(lambda: True)
+    await notifier.feed(None)
     assert not caplog.records
+
+
+def test_descriptors_are_kept_by_name(systemd):
+    sock, name = systemd
+    read, write = os.pipe()
+    try:
+        Notifier(name).keep({"tun-0": read})
+        assert sock.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=tun-0"
+        text, [copy], _, _ = socket.recv_fds(sock, 4096, 1)
+        assert text.decode().split("\n")[:2] == ["FDSTORE=1", "FDNAME=tun-0"]
+        os.write(write, b"x")
+        assert os.read(copy, 1) == b"x"
+        os.close(copy)
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def test_a_missing_socket_is_logged_once(tmp_path, caplog):
@@ -116,7 +132,7 @@ def test_a_missing_socket_is_logged_once(tmp_path, caplog):
 
 
 def test_a_hanging_systemd_does_not_block_the_daemon(systemd, caplog, monkeypatch):
-    monkeypatch.setattr("udptun.node.status.notify.SEND_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("udptun.notify.SEND_TIMEOUT_S", 0.01)
     notifier = Notifier(systemd[1])
     for _ in range(10_000):  # no process reads, so the queue fills up
         notifier.watchdog()

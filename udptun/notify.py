@@ -12,10 +12,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Self
 
-from ...model import parse_number
+from .model import parse_number
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,17 @@ class Notifier:
     def stopping(self, status: str = "") -> None:
         self._send("STOPPING=1", *([_status(status)] if status else ()))
 
+    def main_process(self, pid: int) -> None:
+        """Report that another process continues the service."""
+        self._send(f"MAINPID={pid}")
+
+    def keep(self, named: Mapping[str, int]) -> None:
+        """Let the service manager keep copies of these descriptors, in place of earlier ones with
+        the same names. A later start of the service inherits them (sd_listen_fds(3))."""
+        for name, fd in named.items():
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            self._send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=(fd,))
+
     def status(self, text: str) -> None:
         """Set the status line of ``systemctl status``. "" clears the line."""
         self._send(_status(text))
@@ -74,17 +85,17 @@ class Notifier:
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
 
-    async def feed(self, alive: Callable[[], bool]) -> None:
+    async def feed(self, alive: Callable[[], Awaitable[bool]]) -> None:
         """Twice per watchdog interval, notify the watchdog if ``alive`` returns True.
 
         Runs until cancelled. Returns at once if there is no watchdog.
         """
         while self.watchdog_s is not None:
-            if alive():
+            if await alive():
                 self.watchdog()
             await asyncio.sleep(self.watchdog_s / 2)
 
-    def _send(self, *lines: str) -> None:
+    def _send(self, *lines: str, fds: Sequence[int] = ()) -> None:
         if not self._address:
             return
         # An "@" at the start stands for the zero byte of an abstract socket address.
@@ -92,7 +103,8 @@ class Notifier:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(SEND_TIMEOUT_S)
-                sock.sendto("\n".join(lines).encode(), address)
+                sock.connect(address)
+                socket.send_fds(sock, ["\n".join(lines).encode()], fds)
             self._failed = False
         except OSError as error:
             if not self._failed:
