@@ -47,8 +47,10 @@ async def test_load_returns_what_was_written(tmp_path):
     path = tmp_path / "not" / "yet" / "leases.json"
     await write(path, known())
     assert LeaseCache(path).load(ETCD) == known()
-    await write(path, known(OWN, lease=None))
-    assert LeaseCache(path).load(ETCD) == known(OWN, lease=None)
+    await write(path, known(replace(OWN, since=7), lease=None))
+    loaded = LeaseCache(path).load(ETCD)
+    assert loaded == known(OWN, lease=None)
+    assert loaded.leases[0].since == 7
     assert [entry.name for entry in path.parent.iterdir()] == ["leases.json"]
 
 

@@ -116,6 +116,25 @@ async def test_an_invalid_key_is_skipped_and_reported(etcd, observe, when, caplo
     assert all(change.old is None for batch in observer.batches for change in batch)
 
 
+async def test_a_renewal_does_not_change_the_age_of_a_lease(etcd, observe):
+    await etcd.put("subnets/10.5.1.0-24", value_of(1))
+    await etcd.put("subnets/10.5.2.0-24", value_of(2))
+    await etcd.put("subnets/10.5.1.0-24", value_of(1))
+    observer = await (await observe(etcd.url)).ready()
+
+    def ages():
+        return [one.key for one in sorted(observer.leases.values(), key=lambda one: one.age)]
+
+    assert ages() == ["10.5.1.0-24", "10.5.2.0-24"]
+    await etcd.put("subnets/10.5.1.0-24", value_of(3))
+    await etcd.put("subnets/10.5.0.0-24", value_of(4))
+    await until(lambda: "10.5.0.0-24" in observer.leases, "the new key")
+    assert ages() == ["10.5.1.0-24", "10.5.2.0-24", "10.5.0.0-24"]
+    await etcd.delete("subnets/10.5.1.0-24")
+    await etcd.put("subnets/10.5.1.0-24", value_of(3))
+    await until(lambda: ages()[-1] == "10.5.1.0-24", "the key that was created again")
+
+
 async def test_an_invalid_new_value_keeps_the_previous_lease(etcd, observe, caplog):
     await etcd.put("subnets/10.5.1.0-24", value_of(1))
     observer = await (await observe(etcd.url)).ready()

@@ -574,3 +574,10 @@ def test_the_cache_of_another_node_is_not_used():
     ids = [FileConfig(file, name).store_id for name in ("", "alpha", "beta")]
     assert len({*ids}) == 3
     assert ids[0] == "file /etc/udptun/hosts.toml"  # caches of earlier versions stay valid
+
+
+@pytest.mark.parametrize("network", ["127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/8", "fe80::/16"])
+def test_a_network_with_reserved_addresses_is_refused(network):
+    text = f'network = "{network}"\n[[nodes]]\nname = "n1"\npublic = "192.0.2.1"\n'
+    with pytest.raises(FieldError, match=r"hosts line 1: network: .* a network without addresses"):
+        parse(text.encode(), "hosts")

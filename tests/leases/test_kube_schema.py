@@ -43,6 +43,18 @@ def test_a_name_has_no_control_characters():
     assert node.metadata.name == r"n1\n\x1b[31m"
 
 
+@pytest.mark.parametrize(("created", "since"), [
+    ('"2026-01-31T08:00:00Z"', 1769846400), ('"2026-01-31T08:00:01Z"', 1769846401),
+    ("null", 0), ('"yesterday"', 0), ('""', 0),
+])
+def test_the_age_of_a_lease_is_that_of_its_node(created, since):
+    text = f'{{"metadata": {{"name": "n1", "creationTimestamp": {created}}}}}'
+    node = msgspec.json.decode(text, type=Node)
+    node.spec.pod_cidr = "10.244.1.0/24"
+    node.metadata.annotations = {ANNOTATIONS.managed: "true", ANNOTATIONS.public_ip: "192.0.2.1"}
+    assert ANNOTATIONS.lease(node).since == since
+
+
 @given(ATTRIBUTES, ATTRIBUTES)
 def test_published_attributes_are_read_back(before, attributes):
     node = a_node({"other": "stays"}, pod_cidr="10.244.1.0/24")

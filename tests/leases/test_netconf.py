@@ -202,6 +202,19 @@ def test_a_network_with_a_large_part_of_all_addresses_is_refused(network, low, c
     assert caught.value.field == ("IPv6Network" if v6 else "Network")
 
 
+@pytest.mark.parametrize("network", [
+    "127.0.0.0/8", "127.5.0.0/16", "169.254.0.0/16", "169.254.9.0/24", "224.0.0.0/8",
+    "239.1.0.0/16", "0.0.0.0/8", "0.5.0.0/16", "255.0.0.0/8", "::/16", "fe80::/16",
+    "fe80:1::/64", "ff05::/16", "ff00::/16", "::ffff:10.0.0.0/104",
+])
+@pytest.mark.parametrize("check_subnets", [True, False])
+def test_a_network_with_reserved_addresses_is_refused(network, check_subnets):
+    v6 = ":" in network
+    fields = {"EnableIPv4": not v6, "EnableIPv6": v6, "IPv6Network" if v6 else "Network": network}
+    with pytest.raises(FieldError, match="expected a network without addresses of"):
+        NetConfig.parse(json.dumps(fields), check_subnets=check_subnets)
+
+
 def test_the_largest_networks():
     assert parse(Network="10.0.0.0/8").network == IPv4Network("10.0.0.0/8")
     assert parse6(IPv6Network="fd00::/8").network6 == IPv6Network("fd00::/8")

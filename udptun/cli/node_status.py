@@ -42,7 +42,9 @@ def _node(node: dict[str, Any]) -> str:
 
 
 def _event(event: dict[str, Any]) -> str:
-    what = f"{_age(event['time'])} ago, {event['type']}, {event['peer']}: {event['subnet']}"
+    what = f"{_age(event['time'])} ago, {event['type']}, {event['peer']}"
+    if event.get("subnet"):
+        what += f": {event['subnet']}"
     if event.get("path"):
         what += f" by {event['path']}"
     return what + (f"; {event['reason']}" if event.get("reason") else "")

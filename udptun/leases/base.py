@@ -94,6 +94,8 @@ class Lease:
     name      the node's name, for messages only; "" if the store has no name for the node
     reserved  True: an operator reserved the subnets permanently. The lease is routed like any
               other lease, and its subnets are never assigned to another node
+    since     when the lease was created, in a unit of its store: if two leases claim one address,
+              the older lease has it. A renewal does not change it. 0: not known
     """
 
     key: str
@@ -101,6 +103,12 @@ class Lease:
     attributes: Attributes
     name: str = ""
     reserved: bool = False
+    since: int = field(default=0, compare=False)
+
+    @property
+    def age(self) -> tuple[int, str]:
+        """Orders the leases of one store, the oldest first. All nodes have the same order."""
+        return self.since, self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +331,7 @@ class LeaseBook:
     def put(self, lease: Lease) -> Change | None:
         """Store a lease. Return the change, or None if the book already has an equal lease."""
         old = self._leases.get(lease.key)
-        if old == lease:
+        if old == lease and old.since == lease.since:
             return None
         self._leases[lease.key] = lease
         return Change(old, lease)

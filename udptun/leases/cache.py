@@ -210,6 +210,7 @@ def _lease_to_json(lease: Lease) -> dict[str, Any]:
         "key": lease.key,
         "name": lease.name,
         "reserved": lease.reserved,
+        "since": lease.since,
         "v4": _text(lease.subnets.v4),
         "v6": _text(lease.subnets.v6),
         "public_ip": _text(attributes.public_ip),
@@ -234,6 +235,7 @@ def _lease_from_json(fields: Mapping[str, Any]) -> Lease:
         ),
         fields["name"],
         fields["reserved"],
+        fields.get("since", 0),
     )
 
 

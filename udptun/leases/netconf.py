@@ -2,9 +2,9 @@
 
 Owns: the names, defaults and rules of flannel's ``subnet.Config``, and the options of flannel's udp
 and vxlan backends. All fields are validated when the text is parsed. Everything that flannel
-accepts is accepted: names in any case, unknown fields, host bits in a network. The only exception
-is a network that has a large part of all addresses. Does not depend on where the text
-comes from, or on the backend of a node.
+accepts is accepted: names in any case, unknown fields, host bits in a network. The exceptions are a
+network that has a large part of all addresses, and one with reserved addresses, such as loopback
+and multicast addresses. Does not depend on where the text comes from, or on the backend of a node.
 Pure functions; any thread.
 
 source  flannel's pkg/subnet/config.go and Documentation/configuration.md
@@ -176,6 +176,23 @@ _UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")  # none of them is on the inter
 _UNIQUE_LOCAL_LEN = 8  # shortest prefix of a network within them
 
 
+# Packets to these addresses must not be routed into the overlay.
+_RESERVED = tuple((ipaddress.ip_network(prefix), name) for prefix, name in (
+    ("0.0.0.0/8", "this host"), ("127.0.0.0/8", "loopback"), ("169.254.0.0/16", "link-local"),
+    ("224.0.0.0/4", "multicast"), ("255.255.255.255/32", "broadcast"),
+    ("::/96", "unspecified and loopback"), ("::ffff:0:0/96", "IPv4-mapped"),
+    ("fe80::/10", "link-local"), ("ff00::/8", "multicast"),
+))
+
+
+def refuse_reserved(field: str, network: IPNetwork, where: str = "") -> None:
+    """Raise FieldError if the network has addresses that an overlay cannot have."""
+    for reserved, name in _RESERVED:
+        if network.version == reserved.version and network.overlaps(reserved):
+            raise FieldError(field, str(network),
+                             f"a network without addresses of {reserved} ({name})", where)
+
+
 class _Family(NamedTuple):
     network: Any = None  # a network and addresses of the same family, IPv4 or IPv6
     length: int = 0
@@ -194,6 +211,7 @@ def _family(fields: Mapping[str, Any], names: _Names, check_subnets: bool, where
     low = _UNIQUE_LOCAL_LEN if local else names.min_network_len
     if network.prefixlen < low:
         raise FieldError(names.network, str(network), f"a prefix length of at least {low}", where)
+    refuse_reserved(names.network, network, where)
     if not check_subnets:
         return _Family(network)
     if network.prefixlen > names.max_network_len:

@@ -131,6 +131,14 @@ def test_a_node_with_our_public_address_and_another_port_is_another_node():
                            data=embed(VXLAN, ADVERT)), "cannot tell apart nodes"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("224.0.0.1")), "not a unicast address"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("0.0.0.0")), "not a unicast address"),
+        (UDP_ONLY, lease(public=IPv4Address("255.255.255.255")), "not a unicast address"),
+        (UDP_ONLY, lease(public=IPv4Address("127.0.0.1")), "cannot be reached from another host"),
+        (DUAL, lease(public6=IPv6Address("fe80::2")), "cannot be reached from another host"),
+        (DUAL, lease(public6=IPv6Address("::1")), "cannot be reached from another host"),
+        (UDP_ONLY, lease(public=IPv4Address("10.244.2.1")), "in the subnet 10.244.2.0/24"),
+        (UDP_ONLY, lease(public=IPv4Address("10.244.1.9")), "in the subnet 10.244.1.0/24"),
+        (replace(UDP_ONLY, public=(IPv4Address("10.244.2.9"),)), lease(),
+         "has this node's public address 10.244.2.9"),
         (UDP_ONLY, Lease("n2", Subnets(SUB4), Attributes()), "no public address"),
         (UDP_ONLY, Lease("n2", Subnets(IPv4Network("10.9.0.0/24")),
                      Attributes(IPv4Address("192.0.2.2"))), "not within 10.244.0.0/16"),
@@ -255,15 +263,18 @@ def test_only_a_peer_that_advertises_probes_gets_them():
         assert route_of(found).probe is (advert is probed)
 
 
-def test_a_subnet_claimed_twice_belongs_to_the_first_peer_until_it_leaves():
+def test_a_subnet_claimed_twice_belongs_to_the_older_peer_until_it_leaves():
     first, second = lease(2), lease(2, key="other", public=IPv4Address("192.0.2.77"))
-    plan = Plan(UDP_ONLY, [first, second])
+    plan = Plan(UDP_ONLY, [second, first])
     assert plan.paths("udp")[SUB4].via == first.attributes.public_ip
     assert "already belongs to n2" in plan.unreachable["other"]
     delta = plan.change([Change(first, None)])
     assert delta.of("udp") == {SUB4: Route(SUB4, IPv4Address("192.0.2.77"))}
     assert plan.unreachable == {}
     assert plan.key_of(SUB4) == "other"
+
+
+PUBLIC = [*(f"192.0.2.{n}" for n in range(1, 9)), "10.244.3.7", "10.244.5.7"]
 
 
 def test_changes_one_by_one_give_the_plan_of_all_leases_at_once():
@@ -279,7 +290,10 @@ def test_changes_one_by_one_give_the_plan_of_all_leases_at_once():
             if chance.random() < 0.7:
                 data = chance.choice([None, embed(VXLAN, ADVERT), VXLAN])
                 new = lease(chance.randrange(1, 6), chance.choice(["", "vxlan"]), data, key=key,
-                            public=IPv4Address(f"192.0.2.{chance.randrange(1, 9)}"))
+                            public=IPv4Address(chance.choice(PUBLIC)))
+                wide = Subnets(IPv4Network("10.244.2.0/23"), None)
+                new = replace(new, since=chance.randrange(3),
+                              subnets=wide if chance.random() < 0.2 else new.subnets)
             if new is None and key not in now:
                 continue
             changes.append(Change(now.get(key), new))
@@ -297,12 +311,47 @@ def test_changes_one_by_one_give_the_plan_of_all_leases_at_once():
                     sums[subnet] = value
         assert plan.paths("udp") == routes
         assert plan.paths("vxlan") == peers
-        # If several peers claim a subnet, the order of the changes decides which peer gets it. One
-        # of these peers always gets it.
-        assert set(routes) | set(peers) == {
-            one.subnet for peer in now.values() for one in reach(BOTH, peer)[0]}
         fresh = Plan(BOTH, now.values())
-        assert sum(plan.carried_n.values()) == sum(fresh.carried_n.values())
+        assert (fresh.paths("udp"), fresh.paths("vxlan")) == (routes, peers)
+        assert plan.carried_n == fresh.carried_n
+        assert plan.unreachable.keys() == fresh.unreachable.keys()
+        # Each subnet of a usable lease has a path, or overlaps with the addresses of an older one.
+        for peer in now.values():
+            for one in reach(BOTH, peer)[0]:
+                assert one.subnet in {*routes, *peers} or peer.key in plan.unreachable
+
+
+def claims_agree(now):
+    """Compare a plan with the rule, in slow form: from the oldest lease on, each lease gets its
+    subnets and public address, unless they overlap with those of an older lease."""
+    taken, expected = [], set()
+    for peer in sorted(now, key=lambda one: (one.since, one.key)):
+        usable = [one.subnet for one in reach(BOTH, peer)[0]]
+        public = IPv4Network(peer.attributes.public_ip)
+        if not usable or any(public.overlaps(net) for net, is_public in taken if not is_public):
+            continue
+        if public.overlaps(NET4):
+            taken.append((public, True))
+        for subnet in usable:
+            if not any(subnet.overlaps(net) for net, _ in taken):
+                taken.append((subnet, False))
+                expected.add((peer.key, subnet))
+    plan = Plan(BOTH, now)
+    return {(one.key, one.subnet) for one in plan} == expected
+
+
+def test_of_overlapping_leases_the_older_one_has_the_addresses():
+    chance = random.Random(11)
+    for _ in range(300):
+        now = []
+        for n in range(chance.randrange(1, 9)):
+            length = chance.choice([22, 23, 24, 24, 24, 25])
+            base = (10 << 24) + (244 << 16) + (chance.randrange(4, 12) << 8)
+            public = chance.choice([f"192.0.2.{n + 2}", f"10.244.{chance.randrange(2, 12)}.7"])
+            now.append(Lease(
+                f"k{n}", Subnets(IPv4Network((base, length), strict=False)),
+                Attributes(IPv4Address(public)), since=chance.randrange(4)))
+        assert claims_agree(now)
 
 
 def test_overlap_agrees_with_ipaddress():

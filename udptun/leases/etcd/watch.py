@@ -226,7 +226,8 @@ class LeaseWatcher:
             return []
         self._health.skipped.pop(key, None)
         self._lost.pop(key, None)
-        lease = Lease(key, subnets, attributes, reserved=kv.lease == 0)
+        lease = Lease(key, subnets, attributes, reserved=kv.lease == 0,
+                      since=int(kv.create_revision))
         replaced = [other for other in self._lost
                     if _node(self._book.leases[other]) == _node(lease)]
         for other in replaced:  # the node has a new key, so its lost lease is not needed any more
@@ -241,7 +242,8 @@ class LeaseWatcher:
 def _lease(entry: Entry) -> Lease | None:
     if entry.attributes is None:
         return None
-    return Lease(entry.key, entry.subnets, entry.attributes, reserved=entry.reserved)
+    return Lease(entry.key, entry.subnets, entry.attributes, reserved=entry.reserved,
+                 since=entry.create_revision)
 
 
 def _node(lease: Lease) -> object:

@@ -33,7 +33,7 @@ from ...model import (
 )
 from ..advert import Advert, embed, read
 from ..base import Attributes, Lease, Subnets
-from ..netconf import NetConfig
+from ..netconf import NetConfig, refuse_reserved
 from .positions import Positions
 
 Item = TypeVar("Item", IPAddress, IPNetwork)
@@ -131,6 +131,8 @@ def _hosts(content: Mapping[str, Any]) -> HostsFile:
     """
     _refuse_unknown(content, _FILE_KEYS, "")
     networks = _per_family(content, "network", parse_prefix, "")
+    for network in networks:
+        refuse_reserved("network", network, "network")
     port = parse_number("port", content.get("port", DEFAULT_PORT), 1, MAX_PORT, "port")
     nodes = _required(content, "nodes", "")
     if not isinstance(nodes, list) or not nodes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import time
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ class Metadata(msgspec.Struct, rename="camel"):
     name: str = ""
     uid: str = ""
     resource_version: str = ""
+    creation_timestamp: str | None = None  # null in a bookmark
     annotations: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -99,7 +101,8 @@ class Annotations:
         if attributes.public_ip is None and attributes.public_ipv6 is None:
             raise FieldError(self.public_ip, None, "an address here or in public-ipv6")
         name = node.metadata.name
-        return Lease(key=name, subnets=subnets(node), attributes=attributes, name=name)
+        return Lease(key=name, subnets=subnets(node), attributes=attributes, name=name,
+                     since=_seconds(node.metadata.creation_timestamp))
 
     def published(self, node: Node, attributes: Attributes) -> Attributes:
         """Return ``attributes`` with the addresses of the annotations public-ip-overwrite and
@@ -171,6 +174,14 @@ def subnets(node: Node) -> Subnets:
         else:
             raise FieldError("podCIDRs", texts, "at most one prefix per family")
     return Subnets(v4, v6)
+
+
+def _seconds(timestamp: str | None) -> int:
+    """Return a time of the API server in seconds; 0 if it is absent or invalid."""
+    try:
+        return int(datetime.fromisoformat(timestamp or "").timestamp())
+    except (ValueError, OverflowError):
+        return 0
 
 
 def network_up_patch() -> Patch:

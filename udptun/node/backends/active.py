@@ -282,7 +282,7 @@ class ActiveBackends:
 
     def _record_peers(self, plan: Plan) -> None:
         report = self._report.peers
-        _log_new(report.unreachable, plan.unreachable)
+        _log_new(report.unreachable, plan.unreachable, self._report)
         report.carried_n = dict.fromkeys(BACKENDS, 0) | plan.carried_n
         report.unreachable = dict(plan.unreachable)
         report.refused = {plan.key_of(subnet): why for backend in self._active
@@ -313,10 +313,12 @@ def _inner_mtu(site: Site, active: Collection[Backend[Any]]) -> int:
     return mtu
 
 
-def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Log the reasons that are new or have changed. Log at most MAX_LOGGED peers one by one."""
+def _log_new(before: Mapping[str, str], now: Mapping[str, str], report: NodeReport) -> None:
+    """Log the reasons that are new or have changed, and record an event for each. At most
+    MAX_LOGGED peers are named."""
     new = [(key, why) for key, why in now.items() if before.get(key) != why]
     for key, why in new[:MAX_LOGGED]:
         log.warning("no path to %s: %s", key, why)
+        report.event("no_path", peer=key, reason=why)
     if len(new) > MAX_LOGGED:
         log.warning("no path to %d more peers: see /readyz?verbose", len(new) - MAX_LOGGED)

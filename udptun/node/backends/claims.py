@@ -9,85 +9,107 @@ from __future__ import annotations
 
 import ipaddress
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from ...leases.base import Lease
-from ...model import IPAddress, IPNetwork
+from ...model import IPNetwork
 
 
-def addresses_of(lease: Lease) -> Iterator[IPAddress]:
-    both = (lease.attributes.public_ip, lease.attributes.public_ipv6)
-    return (one for one in both if one is not None)
+class _Prefixes:
+    """A sorted set of prefixes of one IP version that do not overlap."""
+
+    def __init__(self) -> None:
+        self._order: list[int] = []  # the first address of each prefix
+        self._by_first: dict[int, tuple[int, IPNetwork]] = {}  # the last address, and the prefix
+
+    def add(self, prefix: IPNetwork) -> None:
+        first, last = _span(prefix)
+        insort(self._order, first)
+        self._by_first[first] = last, prefix
+
+    def remove(self, prefix: IPNetwork) -> None:
+        first = int(prefix.network_address)
+        del self._order[bisect_left(self._order, first)]
+        del self._by_first[first]
+
+    def overlapping(self, prefix: IPNetwork) -> list[IPNetwork]:
+        """Return the prefixes in the set that overlap ``prefix``."""
+        order = self._order
+        if not order:
+            return []
+        first, last = _span(prefix)
+        at = bisect_right(order, first)
+        found = []
+        if at:
+            end, before = self._by_first[order[at - 1]]
+            if end >= first:
+                found.append(before)
+        while at < len(order) and order[at] <= last:
+            found.append(self._by_first[order[at]][1])
+            at += 1
+        return found
 
 
-def claims_of(lease: Lease) -> Iterator[IPNetwork]:
-    """Yield the subnets of a lease, and its public addresses as prefixes."""
-    yield from lease.subnets
-    yield from map(ipaddress.ip_network, addresses_of(lease))
+def _span(prefix: IPNetwork) -> tuple[int, int]:
+    """Return the first and the last address."""
+    first = int(prefix.network_address)
+    return first, first | ((1 << (prefix.max_prefixlen - prefix.prefixlen)) - 1)
 
 
 class Claims:
-    def __init__(self) -> None:
-        # By IP version: the first addresses in ascending order, and the prefix by first address.
-        self._order: dict[int, list[int]] = {4: [], 6: []}
-        self._subnets: dict[int, dict[int, IPNetwork]] = {4: {}, 6: {}}
-        # Usually empty, because public addresses are outside of the overlay's networks.
-        self._public: dict[IPAddress, dict[str, Lease]] = {}  # by address, then by lease key
-        self._public_of: dict[str, list[IPAddress]] = {}
-        self._released: list[IPNetwork] = []
+    """The addresses in use.
 
-    def take_released(self) -> list[IPNetwork]:
-        """Return the prefixes that were removed since the last call."""
-        released, self._released = self._released, []
-        return released
+    networks  the networks of the overlay
+    """
+
+    def __init__(self, networks: Iterable[IPNetwork]) -> None:
+        self._networks = tuple(networks)
+        self._subnets = {4: _Prefixes(), 6: _Prefixes()}
+        # Usually empty, because public addresses are outside of the overlay's networks.
+        self._public = {4: _Prefixes(), 6: _Prefixes()}
+        self._leases_at: dict[IPNetwork, dict[str, Lease]] = {}  # by address, then by lease key
+        self._public_of: dict[str, list[IPNetwork]] = {}
 
     # -- subnets ----------------------------------------------------------------------------------
 
     def add_subnet(self, subnet: IPNetwork) -> None:
-        first = int(subnet.network_address)
-        insort(self._order[subnet.version], first)
-        self._subnets[subnet.version][first] = subnet
+        self._subnets[subnet.version].add(subnet)
 
     def remove_subnet(self, subnet: IPNetwork) -> None:
-        order, first = self._order[subnet.version], int(subnet.network_address)
-        del order[bisect_left(order, first)]
-        del self._subnets[subnet.version][first]
-        self._released.append(subnet)
+        self._subnets[subnet.version].remove(subnet)
 
     def overlapping(self, network: IPNetwork) -> list[IPNetwork]:
         """Return the subnets in the list that overlap a prefix."""
-        order, subnets = self._order[network.version], self._subnets[network.version]
-        first, last = int(network.network_address), int(network.broadcast_address)
-        at = bisect_right(order, first)
-        found = []
-        if at and int(subnets[order[at - 1]].broadcast_address) >= first:
-            found.append(subnets[order[at - 1]])
-        while at < len(order) and order[at] <= last:
-            found.append(subnets[order[at]])
-            at += 1
-        return found
-
-    def subnet_of(self, address: IPAddress) -> IPNetwork | None:
-        """Return the subnet in the list that has the address."""
-        found = self.overlapping(ipaddress.ip_network(address))
-        return found[0] if found else None
+        return self._subnets[network.version].overlapping(network)
 
     # -- public addresses within the overlay's networks -------------------------------------------
 
-    def add_addresses(self, lease: Lease, addresses: Iterable[IPAddress]) -> None:
+    def addresses_inside(self, lease: Lease) -> list[IPNetwork]:
+        """Return the public addresses of a lease that are in the overlay's networks."""
+        both = (lease.attributes.public_ip, lease.attributes.public_ipv6)
+        return [ipaddress.ip_network(address) for address in both if address is not None
+                and any(address in network for network in self._networks)]
+
+    def of(self, lease: Lease) -> list[IPNetwork]:
+        """Return everything that a lease claims."""
+        return [*lease.subnets, *self.addresses_inside(lease)]
+
+    def add_addresses(self, lease: Lease, addresses: Iterable[IPNetwork]) -> None:
         for address in addresses:
-            self._public.setdefault(address, {})[lease.key] = lease
+            if address not in self._leases_at:
+                self._public[address.version].add(address)
+            self._leases_at.setdefault(address, {})[lease.key] = lease
             self._public_of.setdefault(lease.key, []).append(address)
 
     def remove_addresses(self, key: str) -> None:
         for address in self._public_of.pop(key, ()):
-            leases = self._public[address]
+            leases = self._leases_at[address]
             del leases[key]
             if not leases:
-                del self._public[address]
-            self._released.append(ipaddress.ip_network(address))
+                del self._leases_at[address]
+                self._public[address.version].remove(address)
 
     def leases_inside(self, subnet: IPNetwork) -> list[Lease]:
         """Return the leases whose public address is in the subnet."""
-        return [lease for address, leases in self._public.items() if address in subnet
-                for lease in leases.values()]
+        return [lease for address in self._public[subnet.version].overlapping(subnet)
+                for lease in self._leases_at[address].values()]

@@ -7,7 +7,8 @@ processes, netlink or any single backend. Pure, no I/O; one thread.
 A peer has a path in each backend that reaches the peer, not only in the backend that carries the
 packets. If a peer loses one backend and sends through another one, this node therefore still
 accepts the peer's packets. A lease is untrusted: an unusable lease makes only its own peer
-unreachable.
+unreachable. If two leases claim the same addresses, the older lease has them, whatever the order in
+which they arrive.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ...model import DEFAULT_PORT, IPAddress, IPNetwork, is_unicast
 from ...text import printable
 from . import BACKENDS, FLANNEL_DEFAULT
 from .base import PeerNode, Reach
+from .claims import Claims
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class SubnetPaths(NamedTuple):
             one entry is not None.
     advert  the peer's advert; None: the peer is not a udptun node, or has no advert
     shares_address  the peer has our public address: both nodes are behind one NAT
+    lease   the peer's lease
     """
 
     key: str
@@ -59,10 +62,16 @@ class SubnetPaths(NamedTuple):
     paths: tuple[Any | None, ...]
     advert: Advert | None = None
     shares_address: bool = False
+    lease: Lease | None = None
 
     @property
     def answers_probes(self) -> bool:
         return self.advert is not None and PROBE in self.advert.features
+
+
+def _any_overlap(some: Iterable[IPNetwork], others: Iterable[IPNetwork]) -> bool:
+    return any(one.version == other.version and _overlap(one, other)
+               for one in some for other in others)
 
 
 class _Unusable(Exception):
@@ -88,23 +97,27 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
         if network is None:
             continue  # the overlay does not use this IP version, so no path is missing
         try:
-            _check(local, subnet, network, peer, advert)
+            _check(local, lease, subnet, network, peer, advert)
             paths = _paths(local, peer, subnet)
             found.append(SubnetPaths(
-                lease.key, subnet, paths, advert, _shares_address(local, peer)))
+                lease.key, subnet, paths, advert, _shares_address(local, peer), lease))
         except _Unusable as exc:
             reasons[str(exc)] = None
     return found, "; ".join(reasons)
 
 
 def _check(
-    local: LocalNode, subnet: IPNetwork, network: IPNetwork, peer: PeerNode, advert: Advert | None
+    local: LocalNode, lease: Lease, subnet: IPNetwork, network: IPNetwork, peer: PeerNode,
+    advert: Advert | None,
 ) -> None:
     if subnet.prefixlen < network.prefixlen or not _overlap(subnet, network):
         raise _Unusable(f"its subnet {subnet} is not within {network}")
     for own in local.subnets:
         if own.version == subnet.version and _overlap(own, subnet):
             raise _Unusable(f"its subnet {subnet} overlaps this node's subnet {own}")
+    for taken in local.public:
+        if taken in subnet:
+            raise _Unusable(f"its subnet {subnet} has this node's public address {taken}")
     if not peer.public:
         raise _Unusable("its lease has no public address")
     for address in peer.public.values():
@@ -115,6 +128,12 @@ def _check(
             )
         if not is_unicast(address):
             raise _Unusable(f"its public address {address} is not a unicast address")
+        if address.is_loopback or (address.version == 6 and address.is_link_local):
+            raise _Unusable(f"its public address {address} cannot be reached from another host")
+        for inner in (*lease.subnets, *local.subnets):
+            if address in inner:
+                raise _Unusable(
+                    f"its public address {address} is in the subnet {inner} of the overlay")
 
 
 def _shares_address(local: LocalNode, peer: PeerNode) -> bool:
@@ -193,8 +212,9 @@ class Plan:
         self.carried_n = dict.fromkeys((backend.name for backend in local.reaches), 0)
         self._by_subnet: dict[IPNetwork, SubnetPaths] = {}
         self._by_key: dict[str, list[SubnetPaths]] = {}
-        self._rejected: dict[str, Lease] = {}  # leases that claim another lease's subnet
-        for lease in leases:
+        self._claims = Claims(local.networks)
+        self._rejected: dict[str, Lease] = {}  # leases that claim addresses of another lease
+        for lease in sorted(leases, key=lambda one: one.age):
             self._add(lease)
 
     def paths(self, backend: str) -> dict[IPNetwork, Any]:
@@ -232,14 +252,14 @@ class Plan:
     def change(self, changes: Iterable[Change]) -> Delta:
         """Apply the changes in their order, and return the paths that differ afterwards."""
         before: dict[IPNetwork, SubnetPaths | None] = {}
-        for change in changes:
-            self._remove(change.key, before)
-            if change.new is not None:
-                self._add(change.new, before)
-        if self._rejected:  # the subnet that a rejected lease claims may be free now
-            for lease in [*self._rejected.values()]:
-                self._remove(lease.key, before)
-                self._add(lease, before)
+        wanted = {change.key: change.new for change in changes}
+        # The leases that overlap are removed too. Then all of them are added in the order of their
+        # age, so that the result does not depend on the order in which they have arrived.
+        wanted |= self._connected(wanted)
+        for key in wanted:
+            self._remove(key, before)
+        for lease in sorted(filter(None, wanted.values()), key=lambda one: one.age):
+            self._add(lease, before)
         delta = Delta(subnets=frozenset(before))
         none = (None,) * len(self.local.reaches)
         for subnet, was in before.items():
@@ -250,6 +270,35 @@ class Plan:
                     delta.paths.setdefault(backend.name, {})[subnet] = new[at]
         return delta
 
+    def _connected(self, wanted: Mapping[str, Lease | None]) -> dict[str, Lease]:
+        """Return the leases that claim an address of one of the leases, or of a lease found so, by
+        key."""
+        found: dict[str, Lease] = {}
+        old = (self._lease_of(key) for key in wanted)
+        left = [lease for lease in (*wanted.values(), *old) if lease is not None]
+        rejected = dict(self._rejected)
+        while left:
+            claims = self._claims.of(left.pop())
+            others = [lease for claim in claims for lease in self._holders(claim)]
+            others += [lease for lease in rejected.values()
+                       if _any_overlap(claims, self._claims.of(lease))]
+            for lease in others:
+                rejected.pop(lease.key, None)
+                if lease.key not in found and lease.key not in wanted:
+                    found[lease.key] = lease
+                    left.append(lease)
+        return found
+
+    def _lease_of(self, key: str) -> Lease | None:
+        found = self._by_key.get(key)
+        return self._rejected.get(key) if found is None else found[0].lease
+
+    def _holders(self, claim: IPNetwork) -> list[Lease]:
+        """Return the leases that have addresses of the prefix."""
+        subnets = (self._by_subnet[net].lease for net in self._claims.overlapping(claim))
+        return [lease for lease in (*subnets, *self._claims.leases_inside(claim))
+                if lease is not None]
+
     def _remove(self, key: str, before: dict[IPNetwork, SubnetPaths | None]) -> None:
         self.unreachable.pop(key, None)
         self._rejected.pop(key, None)
@@ -258,6 +307,8 @@ class Plan:
         for found in removed:
             before.setdefault(found.subnet, found)
             del self._by_subnet[found.subnet]
+            self._claims.remove_subnet(found.subnet)
+        self._claims.remove_addresses(key)
 
     def _add(
         self, lease: Lease, before: dict[IPNetwork, SubnetPaths | None] | None = None
@@ -268,19 +319,47 @@ class Plan:
         if why:
             self.unreachable[lease.key] = why
         added: list[SubnetPaths] = []
+        refused = self._claim_addresses(lease) if paths else ""
         for found in paths:
-            holder = self._by_subnet.setdefault(found.subnet, found)
-            if holder is not found:
-                self.unreachable[lease.key] = \
-                    f"its subnet {found.subnet} already belongs to {holder.key}"
+            if why := refused or self._claim_subnet(lease, found.subnet):
+                self.unreachable[lease.key] = why
                 self._rejected[lease.key] = lease
                 continue
             added.append(found)
+            self._by_subnet[found.subnet] = found
             if before is not None:
                 before.setdefault(found.subnet, None)
         if added:
             self._by_key[lease.key] = added
             self._count(added, 1)
+
+    def _claim_addresses(self, lease: Lease) -> str:
+        """Claim the lease's public addresses that are in the overlay's networks. Return the reason
+        why an older lease prevents this, or "".
+
+        A public address in a subnet of the overlay cannot be reached: packets to it go into the
+        overlay again.
+        """
+        inside = self._claims.addresses_inside(lease)
+        for address in inside:
+            for subnet in self._claims.overlapping(address):
+                return (f"its public address {address.network_address} is in the subnet {subnet} "
+                        f"of {self._by_subnet[subnet].key}, whose lease is older")
+        self._claims.add_addresses(lease, inside)
+        return ""
+
+    def _claim_subnet(self, lease: Lease, subnet: IPNetwork) -> str:
+        """Claim a subnet. Return the reason why an older lease prevents this, or ""."""
+        for held in self._claims.overlapping(subnet):
+            relation = "already belongs to" if held == subnet else f"overlaps the subnet {held} of"
+            return f"its subnet {subnet} {relation} {self._by_subnet[held].key}, whose lease is " \
+                "older"
+        for other in self._claims.leases_inside(subnet):
+            if other.key != lease.key:
+                return (f"its subnet {subnet} has the public address of {other.key}, whose lease "
+                        f"is older")
+        self._claims.add_subnet(subnet)
+        return ""
 
     def _count(self, peer: Sequence[SubnetPaths], by: int) -> None:
         """Add ``by`` to the count of the backend that carries the packets to the peer.
