@@ -7,7 +7,10 @@ change the direction of writing.
 
 from __future__ import annotations
 
+import re
+
 LIMIT = 300
+_USER = re.compile(r"^(\w+://)?[^/]*@")
 
 
 def printable(text: str, limit: int = LIMIT) -> str:
@@ -31,3 +34,8 @@ def shown(value: object) -> str:
         unit = "characters" if isinstance(value, str) else "bytes"
         return f"{value[:LIMIT]!r}... ({len(value)} {unit})"
     return printable(repr(value), 2 * LIMIT)
+
+
+def without_user(url: str) -> str:
+    """Return the URL without user name and password, for a message."""
+    return _USER.sub(r"\1***@", url)

@@ -1,21 +1,24 @@
-"""The modes of everything that a node and its forwarder create, whatever the umask.
+"""What other users of the host can see of a node: the modes of all files, and no secrets.
 
-The table in docs/security.md is what this test expects.
+The table in docs/security.md has the expected modes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import stat
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from udptun.lab.cluster import Member, start_all
+from udptun.lab.cluster import Cluster, Member, etcd_obstacle, start_all
 
 ROOT = Path(__file__).resolve().parents[2]
+SECRET = b"a-password-of-etcd"
 ROW = re.compile(r"^\| `([^`]+)` \| (0[0-7]{3}) \|", re.MULTILINE)
 
 
@@ -32,17 +35,12 @@ def documented(folder: Path) -> dict[str, int]:
     return found
 
 
+pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+
+
 @pytest.mark.parametrize("umask", ["000", pytest.param("077", marks=pytest.mark.slow)])
 def test_the_modes_are_those_of_the_table_whatever_the_umask(lab, umask):
-    host = lab.host("n1")
-    lab.segment(host, lab.host("n2"))
-    file = lab.folder / "hosts.toml"
-    file.write_text(f'network = "10.244.0.0/16"\n[[nodes]]\nname = "n1"\npublic = "{host.v4}"\n'
-                    'subnets = "10.244.1.0/24"\n')
-    file.chmod(0o600)
-    member = WithUmask(host, [f"--hosts={file}"], ("--node-name=n1",))
-    member.umask = umask
-    start_all([member])
+    member = started(lab, umask)
     modes = documented(member.folder)
     assert len(modes) >= 10
     known, wrong = set(), []
@@ -64,6 +62,34 @@ def test_the_modes_are_those_of_the_table_whatever_the_umask(lab, umask):
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(member.control))
     assert str(member.control) in known
+
+
+@pytest.mark.slow
+def test_the_password_of_the_store_is_in_no_file_and_in_no_other_process(lab):
+    member = started(lab, "022")
+    assert SECRET not in member.daemon.log.read_bytes()
+    for path in member.folder.rglob("*"):
+        assert not path.is_file() or SECRET not in path.read_bytes(), path
+    assert SECRET not in member.host.run(
+        [sys.executable, "-m", "udptun", "--socket", str(member.control), "status", "-o", "json"]
+    ).stdout.encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(member.daemon.pid):
+            continue
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            assert SECRET not in (process / "cmdline").read_bytes()
+            assert SECRET not in (process / "environ").read_bytes()
+    assert SECRET not in Path(f"/proc/{member.daemon.pid}/cmdline").read_bytes()
+
+
+def started(lab, umask: str) -> WithUmask:
+    cluster = Cluster(lab, 1, options=["--etcd-username=u"])
+    (one,) = cluster.members
+    member = WithUmask(one.host, one.store, one.options,
+                       environment={"UDPTUN_NODE_ETCD_PASSWORD": SECRET.decode()})
+    member.umask = umask
+    start_all([member])
+    return member
 
 
 class WithUmask(Member):

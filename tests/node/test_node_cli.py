@@ -312,6 +312,57 @@ def test_the_password_is_not_shown(daemon: FakeDaemon) -> None:
     assert "secret" not in repr(parsed(daemon, "--etcd-username=u", "--etcd-password=secret"))
 
 
+def test_the_password_from_a_file(daemon: FakeDaemon, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text(" secret \n")
+    file.chmod(0o600)
+    result = invoke("--etcd-username=u", f"--etcd-password-file={file}")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert daemon.configs[-1].source == EtcdConfig(username="u", password=" secret ")
+
+
+@pytest.mark.parametrize(("mode", "options", "code", "says"), [
+    (0o644, [], 0, "has the password of etcd: chmod o="),
+    (0o600, ["--etcd-password=secret"], 2, "--etcd-password, not both"),
+    (None, [], 2, "a readable text file"),
+])
+def test_a_bad_file_with_the_password(
+    daemon: FakeDaemon, tmp_path: Path, mode: int | None, options: list[str], code: int, says: str
+) -> None:
+    file = tmp_path / "password"
+    if mode is not None:
+        file.write_text("secret")
+        file.chmod(mode)
+    result = invoke("--etcd-username=u", f"--etcd-password-file={file}", *options)
+    assert result.exit_code == code
+    assert says in result.stderr
+    assert str(file) in result.stderr
+    assert "secret" not in result.stderr
+
+
+def test_a_password_in_the_command_line_causes_a_warning(daemon: FakeDaemon) -> None:
+    given = invoke("--etcd-username=u", "--etcd-password=secret")
+    assert "every user of this host can read the password" in given.stderr
+    from_environment = invoke("--etcd-username=u", UDPTUN_NODE_ETCD_PASSWORD="secret")
+    assert from_environment.stderr == ""
+    for result in (given, from_environment):
+        assert result.exit_code == 0
+        assert "secret" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--etcd-endpoints", "--kube-api-url"])
+@pytest.mark.parametrize("url", ["ftp://u:secret@192.0.2.1", "u:secret@192.0.2.1:2379",
+                                 "ftp://u:se@cret@192.0.2.1/x"])
+def test_an_error_about_a_url_does_not_show_its_password(
+    daemon: FakeDaemon, option: str, url: str
+) -> None:
+    kube = ["--kube-subnet-mgr", "--node-name=n"] if "kube" in option else []
+    result = invoke(*kube, f"{option}={url}")
+    assert result.exit_code == 2
+    assert "***@192.0.2.1" in result.stderr
+    assert "cret" not in result.stderr
+
+
 @pytest.mark.parametrize("word", ["--version", "-version", "--version=true"])
 def test_version(daemon: FakeDaemon, word: str) -> None:
     result = invoke(word)

@@ -38,6 +38,8 @@ ETCD = EtcdConfig()
 STOCK = NodeConfig(ETCD)
 KUBE = KubeConfig(node_name="any")
 
+SECRETS = ("UDPTUN_NODE_ETCD_PASSWORD", "FLANNELD_ETCD_PASSWORD")
+
 # Flags of newer versions of flanneld that have no effect here, each with the reason.
 WITHOUT_EFFECT = {
     "ip_blackhole_route": "no route is created for our own subnet",
@@ -117,7 +119,10 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--etcd-cafile", default="", metavar="FILE", help="CA that signs etcd's certificates.")
 @flag("--etcd-username", default="", metavar="NAME", help="User of etcd.")
 @flag("--etcd-password", default="", metavar="TEXT",
-      help="Password. Use UDPTUN_NODE_ETCD_PASSWORD instead, which ps does not show.")
+      help="Password of the user. Use --etcd-password-file or UDPTUN_NODE_ETCD_PASSWORD instead, "
+           "because every user of this host can read a command line.")
+@flag("--etcd-password-file", type=OPTIONAL_PATH, metavar="FILE",
+      help="File with the password of the user.")
 @flag("--subnet-lease-renew-margin", type=Int(), default=int(ETCD.renew_margin_minutes),
       show_default=True, metavar="MINUTES",
       help="Minutes before the lease in etcd expires at which it is renewed, 1 to 1439.")
@@ -216,6 +221,8 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
     except FieldError as exc:
         dashes = "--" if exc.field.replace("-", "_") in values else ""
         raise click.UsageError(f"{dashes}{exc}", ctx) from exc
+    for variable in SECRETS:  # the programs that we start inherit the environment
+        os.environ.pop(variable, None)
     for name, why in WITHOUT_EFFECT.items():
         if values[name]:
             log.warning("--%s has no effect: %s", name.replace("_", "-"), why)
@@ -260,7 +267,7 @@ def _source(ctx: click.Context, values: dict[str, Any]) -> SourceConfig:
     if values["hosts"] is not None:
         _refuse_another_store(ctx, values)
         return FileConfig(values["hosts"], values["node_name"])
-    return _kube(values) if values["kube_subnet_mgr"] else _etcd(values)
+    return _kube(values) if values["kube_subnet_mgr"] else _etcd(ctx, values)
 
 
 def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
@@ -277,7 +284,27 @@ def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
         raise click.UsageError(f"--hosts and {given} name two sources of leases: give one.", ctx)
 
 
-def _etcd(values: dict[str, Any]) -> EtcdConfig:
+def _password(ctx: click.Context, values: dict[str, Any]) -> str:
+    """Return the password of the etcd user."""
+    password: str = values["etcd_password"]
+    if password and ctx.get_parameter_source("etcd_password") is ParameterSource.COMMANDLINE:
+        log.warning("every user of this host can read the password in the command line: use"
+                    " --etcd-password-file")
+    file: Path | None = values["etcd_password_file"]
+    if file is None:
+        return password
+    if password:
+        raise FieldError("etcd-password-file", str(file), "a file, or --etcd-password, not both")
+    try:
+        if file.stat().st_mode & 0o007:
+            log.warning("every user of this host can use %s, which has the password of etcd: chmod"
+                        " o= %s", file, file)
+        return file.read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise FieldError("etcd-password-file", str(file), f"a readable text file ({exc})") from None
+
+
+def _etcd(ctx: click.Context, values: dict[str, Any]) -> EtcdConfig:
     return EtcdConfig(
         endpoints=tuple(filter(None, map(str.strip, values["etcd_endpoints"].split(",")))),
         prefix=values["etcd_prefix"],
@@ -285,7 +312,7 @@ def _etcd(values: dict[str, Any]) -> EtcdConfig:
         certfile=values["etcd_certfile"],
         cafile=values["etcd_cafile"],
         username=values["etcd_username"],
-        password=values["etcd_password"],
+        password=_password(ctx, values),
         renew_margin_minutes=values["subnet_lease_renew_margin"],
     )
 

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from ...errors import FieldError
+from ...text import without_user
 
 DEFAULT_ENDPOINTS = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")  # as in flannel
 DEFAULT_PREFIX = "/coreos.com/network"
@@ -111,6 +112,6 @@ def _target(url: str, tls: bool) -> Target:
         host, port, parts = None, None, urlsplit("")
     if (parts.scheme not in ("http", "https") or not host or parts.username is not None
             or parts.path not in ("", "/") or parts.query or parts.fragment):
-        raise FieldError("etcd-endpoints", url, "a URL such as http://192.0.2.1:2379")
+        raise FieldError("etcd-endpoints", without_user(url), "a URL such as http://192.0.2.1:2379")
     host = f"[{host}]" if ":" in host else host
     return Target(f"{host}:{DEFAULT_PORT if port is None else port}", parts.scheme == "https")

@@ -13,6 +13,7 @@ from lightkube.config.client_adapter import AsyncClient, ConnectionParams
 from lightkube.config.models import Cluster, User
 from msgspec.structs import replace
 
+from ...text import without_user
 from ..base import StoreRefused
 from .config import KubeConfig
 
@@ -28,7 +29,7 @@ def connect(config: KubeConfig) -> httpx2.AsyncClient:
     try:
         return AsyncClient(_access(config), ConnectionParams(timeout=timeout))
     except Exception as e:  # invalid files cause errors of many types: YAML, TypeError, TLS
-        source = config.kubeconfig_file or config.api_url or config.service_account
+        source = config.kubeconfig_file or without_user(config.api_url) or config.service_account
         raise StoreRefused(f"no access to the Kubernetes API from {source}: {e or repr(e)}") from e
 
 

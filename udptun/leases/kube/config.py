@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...errors import FieldError
+from ...text import without_user
 
 ANNOTATION_PREFIX = "flannel.alpha.coreos.com/"
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -71,7 +72,8 @@ class KubeConfig:
                 "NODE_NAME", self.node_name, "a node's name, or POD_NAME and POD_NAMESPACE"
             )
         if self.api_url and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.api_url):
-            raise FieldError("kube-api-url", self.api_url, "http://HOST:PORT or https://HOST:PORT")
+            raise FieldError("kube-api-url", without_user(self.api_url),
+                             "http://HOST:PORT or https://HOST:PORT")
         object.__setattr__(self, "annotation_prefix", _complete(self.annotation_prefix))
 
     @property
