@@ -58,7 +58,8 @@ RULES = {
     },
     "node.host": LEAVES | {"leases", "net", "node.config", "node.host", "node.status.report"},
     "node.paths": LEAVES | {
-        "control.client", "node.backends", "node.paths", "node.status.report", "probe",
+        "control.client", "node.backends", "node.malloc", "node.paths", "node.status.report",
+        "probe",
     },
     "node.process": LEAVES | {
         "control.client", "control.protocol", "node.process", "node.status.report", "takeover",

@@ -52,9 +52,8 @@ class Probes:
         self._mtu = mtu
         self._events = events
         self._prober: Prober[Key] = Prober(time.monotonic)
-        self._limits: dict[Key, int] = {}  # the full size of each peer that is probed
-        self._by_address: dict[bytes, tuple[Key, ...]] = {}
-        self._reported: dict[Key, str] = {}  # the last state that was reported
+        # The peers at each address. It is made when a peer behind a NAT answers.
+        self._by_address: dict[bytes, tuple[Key, ...]] | None = None
         self._waiting: dict[int, asyncio.Future[float]] = {}  # extra probes, by token
         self._generation = 0  # generation of the table at the last look
         self._look_at = self._ticked_at = 0.0
@@ -88,7 +87,6 @@ class Probes:
             key = endpoint.address.packed, endpoint.port
             if (path := self._prober.get(key)) is not None:
                 path.inherit(had, now)
-                self._reported[key] = path.state
         for name in self._counts:
             self._counts[name] += counts.get(name, 0)
 
@@ -214,16 +212,13 @@ class Probes:
             return
         self._generation = self._routes.generation
         limits = self._core.probe_peers(min(self._mtu, MAX_PROBE))
-        for key in self._limits.keys() - limits.keys():
+        for key in [key for key in self._prober if key not in limits]:
             self._prober.remove(key)
-            del self._reported[key], self._limits[key]
-        for key, limit in limits.items() - self._limits.items():
-            self._reported.setdefault(key, UNKNOWN)
-            self._prober.add(key, limit)
-            self._limits[key] = limit  # a key that is known stays the same object
-        self._by_address.clear()
-        for key in self._limits:
-            self._by_address[key[0]] = (*self._by_address.get(key[0], ()), key)
+        for key, limit in limits.items():
+            path = self._prober.get(key)
+            if path is None or path.sizes.full != limit:
+                self._prober.add(key, limit)
+        self._by_address = None
 
     def _follow_traffic(self, now: float) -> None:
         for address, port, received in self._core.take_traffic():
@@ -267,24 +262,32 @@ class Probes:
         be forged. So only a reply to a probe from us shows that there is a NAT.
         """
         key = record.address, record.port
-        if key in self._limits:
+        if key in self._prober:
             return key
-        keys = self._by_address.get(record.address, ())
+        keys = self._at(record.address)
         if record.kind == REPLY:
             keys = tuple(one for one in keys if self._prober[one].waits_for(record.token))
         if len(keys) != 1:
             return None
         if record.kind == REPLY:
-            self._prober.add(keys[0], self._limits[keys[0]], max_interval=NAT_SECONDS)
+            full = self._prober[keys[0]].sizes.full
+            self._prober.add(keys[0], full, max_interval=NAT_SECONDS)
         return keys[0]
+
+    def _at(self, address: bytes) -> tuple[Key, ...]:
+        """Return the peers at this address."""
+        if self._by_address is None:
+            self._by_address = {}
+            for key in self._prober:
+                self._by_address[key[0]] = (*self._by_address.get(key[0], ()), key)
+        return self._by_address.get(address, ())
 
     # -- reporting --------------------------------------------------------------------------------
 
     def _report_changes(self) -> None:
         now = time.monotonic()
-        for key in self._prober.take_changes():
+        for key, before in self._prober.take_changes().items():
             path = self._prober[key]
-            before, self._reported[key] = self._reported[key], path.state
             endpoint = str(Endpoint(ipaddress.ip_address(key[0]), key[1]))
             change = "size" if path.state == before else path.state
             if change == UNREACHABLE:

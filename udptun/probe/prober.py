@@ -29,6 +29,10 @@ IDLE_PER_SECOND = 100.0
 URGENT_PER_SECOND = 400.0
 BURST_SECONDS = 0.25  # a bucket holds the tokens of this time
 ACTIVE_JITTER = 0.1
+# The interval is multiplied by one of these. All paths share these numbers, which saves memory.
+ACTIVE_FACTORS, IDLE_FACTORS = (
+    tuple(1 + share * step / 32 for step in range(-32, 33))
+    for share in (ACTIVE_JITTER, IDLE_JITTER))
 STANDBY_PER_SECOND = 25.0  # probes to N idle standby paths
 RETRY_SECONDS = 0.02  # shortest wait for the budget: probes are sent in small batches
 
@@ -66,7 +70,7 @@ class Prober(Generic[K]):
             True: Budget(URGENT_PER_SECOND, URGENT_PER_SECOND * BURST_SECONDS, now),
             False: Budget(IDLE_PER_SECOND, IDLE_PER_SECOND * BURST_SECONDS, now),
         }
-        self._changed: dict[K, None] = {}  # in order, each once
+        self._changed: dict[K, str] = {}  # in order: the state before the first change
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -206,10 +210,10 @@ class Prober(Generic[K]):
                 times.append(max(self._budget[urgent].ready_at(now), now + RETRY_SECONDS))
         return min((at for at in times if at is not None), default=None)
 
-    def take_changes(self) -> list[K]:
+    def take_changes(self) -> dict[K, str]:
         """Return the paths whose state or whose result for the full size has changed since the last
-        call."""
-        changed, self._changed = list(self._changed), {}
+        call, and the state that each had before."""
+        changed, self._changed = self._changed, {}
         return changed
 
     def states(self) -> dict[str, int]:
@@ -234,7 +238,7 @@ class Prober(Generic[K]):
 
     def _note(self, key: K, path: PathState, before: _Verdict) -> None:
         if _verdict(path) != before:
-            self._changed[key] = None
+            self._changed.setdefault(key, before[0])
 
     def _look(self, key: K) -> Iterator[Request[K]]:
         """Count the unanswered probes, and yield the probes that are due."""
@@ -261,9 +265,9 @@ class Prober(Generic[K]):
 
     def _sent(self, key: K, path: PathState, size: int, decisive: bool) -> Request[K]:
         now = self._clock()
-        spread = ACTIVE_JITTER if path.active else IDLE_JITTER
+        spread = ACTIVE_FACTORS if path.active else IDLE_FACTORS
         token = new_token(self._rng, path.peer_half)
-        path.sent(now, token, size, decisive, self._jitter.uniform(1 - spread, 1 + spread))
+        path.sent(now, token, size, decisive, self._jitter.choice(spread))
         return Request(key, token, size, path.last_probe)
 
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...model import OVERHEAD, IPNetwork
+from ...model import DEFAULT_PORT, OVERHEAD, IPNetwork
 from ...probe.message import NEVER_HEARD, REPLY, REQUEST, Probe, decode, heard_field
 from ...probe.prober import Request
 from ..backends.base import ProbeDevice
@@ -47,7 +47,7 @@ class BoundMeter(Meter):
     ) -> None:
         super().__init__(changed)
         self.device, self.port = device, port
-        self._ports: dict[str, int] = {}  # of the peers, by their address
+        self._other_ports: dict[str, int] = {}  # of the peers that do not use DEFAULT_PORT
         self._echoes = Echoes(device.address.version)
         self._raw: socket.socket | None = None  # for the echoes; None: not needed until now
         # By peer: echoes that were answered, since a probe was. The peers that answer probes are
@@ -59,12 +59,15 @@ class BoundMeter(Meter):
     ) -> None:
         """Probe the peer of this subnet, which answers at ``port``. mtu: of the inner packets."""
         key = self._probe(subnet, mtu - OVERHEAD[subnet.version], max_interval=max_interval)
-        self._ports[key] = port
+        if port == DEFAULT_PORT:
+            self._other_ports.pop(key, None)
+        else:
+            self._other_ports[key] = port
 
     def remove(self, subnet: IPNetwork) -> None:
         super().remove(subnet)
         if (key := str(subnet.network_address)) not in self._subnets:
-            self._ports.pop(key, None)
+            self._other_ports.pop(key, None)
             self._echoed.pop(key, None)
 
     def move(self, device: ProbeDevice, port: int) -> None:
@@ -108,11 +111,11 @@ class BoundMeter(Meter):
     def _message(self, request: Request[str]) -> tuple[bytes, Any]:
         heard = heard_field(request.last_heard, time.monotonic())
         probe = Probe(REQUEST, self.device.path, request.token, heard, request.size)
-        return probe.encode(), (request.key, self._ports[request.key])
+        return probe.encode(), (request.key, self._other_ports.get(request.key, DEFAULT_PORT))
 
     def _received(self, message: bytes, source: Any) -> None:
         key, port = source[:2]
-        if self._ports.get(key) != port:
+        if key not in self.prober or self._other_ports.get(key, DEFAULT_PORT) != port:
             return
         probe = decode(message)
         if probe is None or probe.path != self.device.path:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Self
 from ...control.client import ControlClient
 from ...errors import ControlError, NoForwarder
 from ...probe.state import REACHABLE, UNREACHABLE
+from ..malloc import return_free_memory
 from ..status.report import iso_time
 
 log = logging.getLogger(__name__)
@@ -261,6 +262,7 @@ def _read(client: ControlClient) -> _State:
         return value
 
     client.peers(reduce)
+    return_free_memory()  # the text of the answer is large
     return probes, errors
 
 

@@ -61,6 +61,7 @@ class Meters:
         self._forwarder: ForwarderView | None = None
         self._by_endpoint: dict[str, tuple[IPNetwork, ...]] = {}
         self._standby_changed = False
+        self._tuples: dict[tuple[Meter | None, ...], tuple[Meter | None, ...]] = {}
         self._turn = 0
         self._looked_at: dict[int, float] = {}  # by path: when the last search for traffic began
 
@@ -80,7 +81,8 @@ class Meters:
             meter, endpoint = (None, None) if path is None else self._of_path(backend, path, found)
             meters.append(meter)
             endpoints.append(endpoint)
-        return tuple(meters), tuple(endpoints)
+        found_meters = tuple(meters)  # most pairs share one tuple
+        return self._tuples.setdefault(found_meters, found_meters), tuple(endpoints)
 
     def _of_path(
         self, backend: Backend[Any], path: Any, found: SubnetPaths
