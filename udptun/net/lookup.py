@@ -27,6 +27,9 @@ RT_TABLE_MAIN = 254
 # Routes that drop packets. ip(8) has the same names.
 ROUTE_KINDS = {6: "blackhole ", 7: "unreachable ", 8: "prohibit "}
 RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x1000, 0x2000
+# The flags of a request for the selected route and its table. With IPv6, the answer always has the
+# table, and the kernel refuses the other flag.
+FIB_MATCH = {4: RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH, 6: RTM_F_FIB_MATCH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +70,9 @@ async def matched_routes(netlink: Netlink, questions: Sequence[Question]) -> lis
     "10.0.0.0/8 dev eth0 table 7"; "" if the kernel does not report it. Raises DeviceError."""
     async def ask(_: Any) -> list[str]:
         with RouteSocket() as kernel:
-            flags = RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH
-            return ["" if isinstance(answer, Refusal) else _route_text(answer) for answer in
-                    kernel.ask(RTM_GETROUTE, [_request(one, flags) for one in questions])]
+            requests = [_request(one, FIB_MATCH[one.to.version]) for one in questions]
+            return ["" if isinstance(answer, Refusal) else _route_text(answer)
+                    for answer in kernel.ask(RTM_GETROUTE, requests)]
 
     return await netlink.work("reading the routes of packets", ask) if questions else []
 

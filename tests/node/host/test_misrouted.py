@@ -60,6 +60,23 @@ async def test_a_look_at_everyone_finds_what_is_wrong_with_all_peers():
             await misrouted.look(peers, [OWN], devices, [NETWORK], direct=False, everyone=False)
 
 
+@in_own_netns
+async def test_the_route_of_ipv6_packets_is_named():
+    sh("ip link add overlay0 type veth peer name underlay0", "ip link set overlay0 up",
+       "ip link set underlay0 up", "ip addr add fd00:1::/128 dev overlay0 nodad",
+       "ip route add fd00::/16 dev overlay0", "ip route add fd00:2::/64 dev underlay0 table 77",
+       "ip -6 rule add to fd00:2::/64 lookup 77")
+    peer = Lease("n2", Subnets(None, ipaddress.ip_network("fd00:2::/64")), Attributes())
+    with Netlink() as netlink:
+        misrouted = Misrouted(netlink)
+        await misrouted.look(
+            [peer], [ipaddress.ip_network("fd00:1::/64")], {socket.if_nametoindex("overlay0")},
+            [ipaddress.ip_network("fd00::/16")], direct=False, everyone=True)
+    assert misrouted.found == {
+        "n2": "packets to fd00:2::/64 do not enter the overlay: they take the route fd00:2::/64 "
+              "dev underlay0 table 77"}
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_route_by_the_peer_itself_is_right_only_with_direct_routing(direct):
     @in_own_netns
