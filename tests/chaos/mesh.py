@@ -162,6 +162,10 @@ class Mesh:
         return [(name, target) for name, sender in self._senders.items()
                 for target in sender.targets]
 
+    def kinds(self, name: str) -> list[str]:
+        """Return the kinds of packets that this node's pod sends."""
+        return self._senders[name].kinds
+
     def broken(self, since: float) -> dict[tuple[str, str], str]:
         """Return the pairs that do not work now, with the sizes that are lost.
 
@@ -172,7 +176,7 @@ class Mesh:
         found = {}
         for name, target in self.pairs():
             lost = []
-            for kind in self._senders[name].kinds:
+            for kind in self.kinds(name):
                 recent = self._sent(name, target, kind, start, end)
                 if not recent or not all(request.answered for request in recent):
                     lost.append(kind)
@@ -185,7 +189,7 @@ class Mesh:
         end = time.monotonic() - LOST_SECONDS
         found = {}
         for name, target in self.pairs():
-            for kind in self._senders[name].kinds:
+            for kind in self.kinds(name):
                 for request in self._sent(name, target, kind, since, end):
                     if not request.answered:
                         found[name, target] = max(found.get((name, target), 0.0), request.sent)

@@ -102,6 +102,34 @@ def test_the_judge_finds_each_fault(world):
     assert "no status of n1 says /no such text/" in verdict(
         world, lambda world, rng: Scene("silent", [a], says="no such text"))
 
+    # A status names a peer whose packets all pass.
+    health = world.health
+
+    def wrong_name(member):
+        found = health(member)
+        if member is a:
+            found.lost = {world.subnets["n2"]}
+        return found
+
+    world.health = wrong_name
+    assert "n1 says that it does not reach n2, and all packets pass" in verdict(world, harmless)
+    world.health = health
+
+
+@pytest.mark.slow
+def test_a_cluster_with_kubernetes_and_ipv6_passes_an_act(lab):
+    world = World(lab, ClusterKind("mixed", "kubernetes", ipv6=True))
+    world.start()
+    try:
+        judge = Judge(world, 60)
+        assert judge.steady(60) == []
+        assert "small IPv6" in {kind for pair in world.mesh.pairs()
+                                for kind in world.mesh.kinds(pair[0])}
+        found = judge.run(ACTS["route6-flush"], Random(1), lambda text: None)
+    finally:
+        world.close()
+    assert found.wrong == []
+
 
 @needs_etcd
 @pytest.mark.slow
