@@ -183,6 +183,61 @@ async def test_a_refusal_does_not_end_a_daemon_with_a_cache(served, node_of):
         assert daemon.report.lease_error == "the password is wrong"
 
 
+TAKING = NetConfig.parse('{"Network": "192.0.2.0/25", "SubnetLen": 28}')
+
+
+@in_own_netns
+async def test_a_network_that_takes_the_underlay_away_is_refused(served, node_of):
+    node = node_of()
+    node.store.network_answer = TAKING
+    with Netlink() as netlink, pytest.raises(
+        FieldError, match=r"192.0.2.0/25.* does not take 192.0.2.1 away, the underlay's address"
+    ):
+        await Daemon(node.config, netlink).run()
+    assert not node.store.published and not node.config.forward_file.exists()
+
+
+@in_own_netns
+async def test_a_network_that_takes_the_store_away_does_not_replace_the_cached_one(
+    served, node_of
+):
+    node = node_of()
+    await node.fill_cache(peer(2))
+    node.store.network_answer = NetConfig.parse('{"Network": "10.0.0.0/8"}')
+    node.store.hosts = lambda: ("10.9.9.9",)
+    sh("ip route add default dev under0")
+    async with node.running() as daemon:
+        await node.ready(daemon)
+        assert table(served) == routes_to(peer(2))
+        assert node.forward_file["network"] == ["10.244.0.0/16"]
+        assert "does not take 10.9.9.9 away, the address of the store" in daemon.report.lease_error
+        node.store.hosts = tuple
+        daemon.reload()
+        await until(lambda: node.forward_file["network"] == ["10.0.0.0/8"], "the new network")
+
+
+@in_own_netns
+async def test_a_lease_that_takes_the_gateway_away_costs_only_itself(served, node_of):
+    node = node_of()
+    sh("ip route add 10.244.7.0/25 dev under0", "ip route add default via 10.244.7.9")
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2), peer(7))
+        await until(lambda: table(served) == routes_to(peer(2), peer(7)), "a longer prefix is safe")
+    sh("ip route replace default dev under0", "ip route del 10.244.7.0/25")
+    sh("ip route add 10.244.7.0/24 dev under0", "ip route replace default via 10.244.7.9")
+    node.store = type(node.store)()
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2), peer(7))
+        await until(lambda: table(served) == routes_to(peer(2)), "the other lease")
+        await until(lambda: daemon.report.peers.unreachable, "the reason")
+        (why,) = daemon.report.peers.unreachable.values()
+        assert why == "its subnet 10.244.7.0/24 would take 10.244.7.9 away, the gateway of this " \
+            "host"
+        assert daemon.report.events[-1]["type"] == "no_path"
+
+
 @in_own_netns
 async def test_an_unknown_backend_is_refused_by_name(served, node_of):
     node = node_of()

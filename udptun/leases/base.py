@@ -309,6 +309,10 @@ class LeaseSource(ABC):
         ``health.skipped``.
         """
 
+    def hosts(self) -> tuple[str, ...]:
+        """Return the names and addresses of the hosts to which requests are sent."""
+        return ()
+
     def reload(self) -> None:
         """Read the store again now. A source that watches its store has nothing to do here."""
         return

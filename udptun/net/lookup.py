@@ -77,6 +77,41 @@ async def matched_routes(netlink: Netlink, questions: Sequence[Question]) -> lis
     return await netlink.work("reading the routes of packets", ask) if questions else []
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The route that the kernel selects for one packet.
+
+    length   its prefix length
+    device   index of the outgoing interface; 0: several, or none
+    gateway  next hop; None: the destination is on the link, or is this host
+    table    number of the routing table
+    """
+
+    length: int
+    device: int
+    gateway: IPAddress | None
+    table: int
+
+
+async def matches(netlink: Netlink, addresses: Sequence[IPAddress]) -> list[Match | None]:
+    """Return the route that the kernel selects for each address; None: there is no route. Raises
+    DeviceError."""
+    async def ask(_: Any) -> list[Match | None]:
+        with RouteSocket() as kernel:
+            flags = RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH
+            requests = [_request(Question(one), flags) for one in addresses]
+            return [None if isinstance(answer, Refusal) else _match(answer)
+                    for answer in kernel.ask(RTM_GETROUTE, requests)]
+
+    return await netlink.work("looking up routes", ask) if addresses else []
+
+
+def _match(answer: memoryview) -> Match:
+    _, length, _, _, table, *_ = RTMSG.unpack_from(answer)
+    way, about = _way(answer), attributes(answer, RTMSG.size)
+    return Match(length, way.device, way.gateway, _number(about.get(RTA_TABLE)) or table)
+
+
 async def routes_within(
     netlink: Netlink, networks: Iterable[IPNetwork], except_devices: Collection[int]
 ) -> list[tuple[IPNetwork, Way, str]]:
@@ -110,6 +145,8 @@ async def routes_within(
 def _request(question: Question, flags: int) -> bytes:
     bits = question.to.max_prefixlen
     source = question.source
+    if question.to.version == 6:  # the kernel refuses this flag, and always reports the table
+        flags &= ~RTM_F_LOOKUP_TABLE
     body = RTMSG.pack(_family(question.to.version), bits, 0 if source is None else bits,
                       0, 0, 0, 0, 0, flags)
     body += ATTRIBUTE.pack(ATTRIBUTE.size + bits // 8, RTA_DST) + question.to.packed

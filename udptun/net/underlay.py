@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..model import IPAddress
+from ..model import IPAddress, IPNetwork
 from .batch import RouteSocket, attributes
 from .netlink import IFF_UP, Netlink
 
@@ -77,6 +77,24 @@ async def interfaces(netlink: Netlink) -> tuple[Interface, ...]:
         return _interfaces()
 
     return await netlink.work("reading the interfaces", read)
+
+
+async def links_of(netlink: Netlink, index: int) -> tuple[IPNetwork, ...]:
+    """Return the prefix of each address of an interface. Raises DeviceError."""
+    async def read(_: Any) -> tuple[IPNetwork, ...]:
+        found = []
+        with RouteSocket() as kernel:
+            for message in kernel.dump(
+                RTM_GETADDR, IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+            ):
+                _, length, _, _, owner = IFADDRMSG.unpack_from(message)
+                about = attributes(message, IFADDRMSG.size)
+                address = _address(about.get(IFA_LOCAL, about.get(IFA_ADDRESS)))
+                if owner == index and address is not None:
+                    found.append(ipaddress.ip_network((address, length), strict=False))
+        return tuple(found)
+
+    return await netlink.work("reading the addresses of an interface", read)
 
 
 async def default_routes(netlink: Netlink, version: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ..errors import DeviceError, UdptunError
+from ..errors import DeviceError, FieldError, UdptunError
 from ..files import make_directory
 from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
@@ -37,9 +37,10 @@ from .cleanup import LOCK_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
 from .host import conntrack, subnet_env
 from .host.host import Host
-from .host.interface import NoInterface, Underlay
+from .host.interface import Needed, NoInterface, Underlay
 from .host.leftovers import Leftovers
 from .host.sticky import UnderlayChoice
+from .host.taken import Taken, refuse_taken
 from .in_force import InForce
 from .malloc import return_free_memory, use_one_arena
 from .paths.paths import Carriers, Paths
@@ -111,6 +112,7 @@ class Daemon:
         self._underlay = UnderlayChoice(netlink, config.address_grace)
         self._host = Host(config, self.report)
         self._leftovers = Leftovers(netlink)
+        self._taken = Taken(netlink)
         self._settle_again = asyncio.Event()
         self._in_force = InForce(
             netlink, self._backends, self._host, self.report, self._settle_again.set,
@@ -303,6 +305,7 @@ class Daemon:
             former = None if store.lease is None else store.lease.attributes
             prepared = await self._backends.prepare(
                 Site(network, underlay, former, identity.advert))
+            needed = await self._refuse_taken(prepared)
             if (lease := store.settled_lease(identity)) is not None:
                 # Only the host may have changed: apply the change without waiting for the store.
                 # If the store's data about this node have changed, our lease may have changed too.
@@ -312,12 +315,28 @@ class Daemon:
             await self._settle_host(prepared, lease)
             store.settled(network, identity, lease, underlay.bound)
             self._paths.configure(prepared.mtu, prepared.site.udp_port)
-            await self._peers.replan(prepared.local(lease))
+            await self._peers.replan(replace(prepared.local(lease), needed=needed))
             await self._in_force.settled(prepared.site, lease)
             if store.confirmed:
                 assert self._tasks is not None
                 store.hold(lease, self._tasks)
         return store.confirmed
+
+    async def _refuse_taken(self, prepared: Prepared) -> tuple[Needed, ...]:
+        """Return the addresses that this host must reach without the overlay.
+
+        If the route to a network through the TUN takes one of them away, raises the error of
+        ``Store.refuse``. VXLAN has no such route, but one to the subnet of each peer (``plan``).
+        """
+        network, underlay = prepared.site.network, prepared.site.underlay
+        needed = await self._taken.needed(
+            underlay, self._store.hosts(), self._backends.device_names(network))
+        if any(reach.name == "udp" for reach in prepared.reaches):
+            try:
+                refuse_taken(network.networks, needed)
+            except FieldError as exc:
+                raise self._store.refuse(network, exc) from None
+        return needed
 
     async def _measure(self) -> None:
         """Measure the paths after all of them are active: an earlier probe would only fail."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
-from ..errors import FieldError
+from ..errors import FieldError, UdptunError
 from ..leases.base import (
     Attributes,
     Changes,
@@ -61,6 +61,7 @@ class Store:
         self._errors = errors
         self._cache = LeaseCache(config.state_dir / CACHE_FILE)
         self._network: NetConfig | None = None
+        self._refused: tuple[NetConfig, FieldError] | None = None
         self._identity: Identity | None = None
         self._lease: Lease | None = None
         self._published: Attributes | None = None  # that the store has accepted since our start
@@ -87,12 +88,16 @@ class Store:
     def refresh_pending(self) -> bool:
         return self._refresh
 
+    def hosts(self) -> tuple[str, ...]:
+        return self._source.hosts()
+
     def refresh(self) -> None:
         """In the next pass, ask the store for everything again, including known answers."""
         self._refresh = True
 
     def reload(self) -> None:
         self._source.reload()
+        self._refused = None
         self.refresh()
 
     async def aclose(self) -> None:
@@ -122,11 +127,25 @@ class Store:
         network = self._network
         if self._asking or network is None:
             try:
-                network = await self._ask(self._source.network(), network)
+                answer = await self._ask(self._source.network(), network)
+                if self._refused is not None and answer == self._refused[0]:
+                    raise self._refused[1]
+                network = answer
             except FAILURES as exc:
                 self._fall_back(exc, network)
         assert network is not None
         return network
+
+    def refuse(self, network: NetConfig, error: FieldError) -> UdptunError:
+        """Use the last known network instead of ``network``, from the next pass on, until
+        ``reload``.
+
+        Returns the error to raise: ``error``, which ends the daemon, if there is no other network.
+        """
+        self._refused = network, error
+        if self._network is None or self._network == network:
+            return error
+        return StoreDown(str(error))
 
     async def identity(self) -> Identity:
         """Return the data that the store declares about this node.

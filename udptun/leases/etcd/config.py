@@ -28,6 +28,10 @@ class Target(NamedTuple):
     address: str  # "192.0.2.1:2379", "[2001:db8::1]:2379", "etcd.example:2379"
     secure: bool
 
+    @property
+    def host(self) -> str:
+        return self.address.rpartition(":")[0].strip("[]")
+
 
 @dataclass(frozen=True, slots=True)
 class EtcdConfig:

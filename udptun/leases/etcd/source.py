@@ -58,6 +58,9 @@ class EtcdSource(LeaseSource):
             self._keeper.key_changed, self._set_state,
         ).updates()
 
+    def hosts(self) -> tuple[str, ...]:
+        return tuple(target.host for target in self._config.targets)
+
     async def aclose(self) -> None:
         await self._client.aclose()
 

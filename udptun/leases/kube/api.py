@@ -77,6 +77,10 @@ class Api:
         self._config = config
         self._http = connect(config)
 
+    @property
+    def host(self) -> str:
+        return self._http.base_url.host
+
     async def aclose(self) -> None:
         await self._http.aclose()
 

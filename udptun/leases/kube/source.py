@@ -158,6 +158,16 @@ class KubeSource(LeaseSource):
                 self._set_disconnected(str(e))
             await asyncio.sleep(backoff.next())
 
+    def hosts(self) -> tuple[str, ...]:
+        """Return the API server's host; nothing if it is the address of a service.
+
+        A pod that uses its service account sends requests to the address of a service, which the
+        host translates.
+        """
+        config = self._config
+        given = config.api_url or config.kubeconfig_file is not None
+        return (self._client.host,) if given and self._client is not None else ()
+
     async def aclose(self) -> None:
         if self._client is not None:
             await self._client.aclose()

@@ -22,6 +22,7 @@ from ...leases.advert import read as read_advert
 from ...leases.base import Change, Lease, Subnets
 from ...model import DEFAULT_PORT, IPAddress, IPNetwork, is_unicast
 from ...text import printable
+from ..host.interface import Needed
 from . import BACKENDS, FLANNEL_DEFAULT
 from .base import PeerNode, Reach
 from .claims import Claims
@@ -36,6 +37,7 @@ class LocalNode:
     public        our public addresses
     port          our UDP port; other nodes behind the same NAT have another one
     reaches       the ``Reach`` of each active backend, in the order of ``BACKENDS``
+    needed        the addresses that this host must reach without the overlay
     """
 
     key: str
@@ -44,6 +46,7 @@ class LocalNode:
     public: tuple[IPAddress, ...]
     reaches: tuple[Reach[Any], ...]
     port: int = DEFAULT_PORT
+    needed: tuple[Needed, ...] = ()
 
 
 class SubnetPaths(NamedTuple):
@@ -97,7 +100,8 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
         if network is None:
             continue  # the overlay does not use this IP version, so no path is missing
         try:
-            _check(local, lease, subnet, network, peer, advert)
+            _check_subnet(local, subnet, network)
+            _check_addresses(local, lease, peer, advert)
             paths = _paths(local, peer, subnet)
             found.append(SubnetPaths(
                 lease.key, subnet, paths, advert, _shares_address(local, peer), lease))
@@ -106,10 +110,7 @@ def reach(local: LocalNode, lease: Lease) -> tuple[list[SubnetPaths], str]:
     return found, "; ".join(reasons)
 
 
-def _check(
-    local: LocalNode, lease: Lease, subnet: IPNetwork, network: IPNetwork, peer: PeerNode,
-    advert: Advert | None,
-) -> None:
+def _check_subnet(local: LocalNode, subnet: IPNetwork, network: IPNetwork) -> None:
     if subnet.prefixlen < network.prefixlen or not _overlap(subnet, network):
         raise _Unusable(f"its subnet {subnet} is not within {network}")
     for own in local.subnets:
@@ -118,6 +119,14 @@ def _check(
     for taken in local.public:
         if taken in subnet:
             raise _Unusable(f"its subnet {subnet} has this node's public address {taken}")
+    for one in local.needed:
+        if one.is_in(subnet):
+            raise _Unusable(f"its subnet {subnet} would take {one.address} away, {one.what}")
+
+
+def _check_addresses(
+    local: LocalNode, lease: Lease, peer: PeerNode, advert: Advert | None
+) -> None:
     if not peer.public:
         raise _Unusable("its lease has no public address")
     for address in peer.public.values():

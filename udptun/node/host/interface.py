@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ...errors import DeviceError, UdptunError
-from ...model import IPAddress
+from ...model import IPAddress, IPNetwork
 from ...net.netlink import Netlink
 from ...net.underlay import Interface, default_routes, interfaces, route_to
 from ..config import InterfaceOptions, interface_pattern
@@ -63,6 +63,24 @@ class Underlay:
     def bound(self) -> tuple[IPAddress, ...]:
         """The addresses of this host to which the overlay is bound."""
         return tuple(one for one in (self.address, self.address6) if one is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """An address that this host must reach without the overlay.
+
+    what    names it, for messages
+    length  prefix length of the route to it; a route of the overlay with the same or a longer
+            prefix takes it away
+    """
+
+    address: IPAddress
+    what: str
+    length: int
+
+    def is_in(self, prefix: IPNetwork) -> bool:
+        """Return whether a route of the overlay to ``prefix`` takes the address away."""
+        return self.address in prefix and prefix.prefixlen >= self.length
 
 
 async def choose(

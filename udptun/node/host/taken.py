@@ -1,0 +1,104 @@
+"""Finds the addresses that the routes of the overlay would take away from this host.
+
+Owns: the list of addresses that this host must reach without the overlay (those of the underlay's
+link, of the gateway and of the store), and the decision whether the route to a network of the
+overlay takes one of them away. Does not depend on how the routes are set.
+
+A network that has such an address is not a mistake in itself: 10.0.0.0/8 may contain the underlay,
+as with flannel. The kernel uses the route with the longest prefix. So an address is taken away only
+if the present route to it has a prefix that is not longer than that of the overlay's route. Only
+routes of the main table count, because routes of other tables do not compete with ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from ipaddress import ip_address
+
+from ...errors import FieldError
+from ...model import IPAddress, IPNetwork
+from ...net.lookup import RT_TABLE_MAIN, matches
+from ...net.netlink import Netlink
+from ...net.underlay import links_of
+from .interface import Needed, Underlay
+
+# The route to an address of the internet shows the gateway. No packet is sent.
+INTERNET: tuple[IPAddress, ...] = (ip_address("1.1.1.1"), ip_address("2606:4700:4700::1111"))
+RESOLVE_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class Taken:
+    """The check of one host."""
+
+    def __init__(self, netlink: Netlink) -> None:
+        self._netlink = netlink
+        self._resolved: dict[str, tuple[IPAddress, ...]] = {}
+
+    async def needed(
+        self, underlay: Underlay, store_hosts: Iterable[str], own_devices: Collection[str]
+    ) -> tuple[Needed, ...]:
+        """Return the addresses that this host must reach without the overlay.
+
+        store_hosts  names and addresses of the store
+        own_devices  names of the overlay's devices
+        Raises DeviceError.
+        """
+        links = await links_of(self._netlink, underlay.index)
+        found = [
+            Needed(address, f"the underlay's address on {underlay.name}", link.prefixlen)
+            for address in underlay.bound for link in links
+            if address in link and link.prefixlen < link.max_prefixlen
+        ]
+        own = {_index(name) for name in own_devices} - {0}
+        routes = await matches(self._netlink, INTERNET)
+        wanted = {route.gateway: "the gateway of this host" for route in routes
+                  if route is not None and route.gateway is not None and route.device not in own}
+        for host in store_hosts:
+            what = f"the address of the store ({host})"
+            wanted |= dict.fromkeys(await self._resolve(host), what)
+        routes = await matches(self._netlink, [*wanted])
+        found += [
+            Needed(address, what, route.length)
+            for (address, what), route in zip(wanted.items(), routes, strict=True)
+            if route is not None and route.table == RT_TABLE_MAIN
+        ]
+        return tuple(found)
+
+    async def _resolve(self, host: str) -> tuple[IPAddress, ...]:
+        """Return the addresses of a host; none if its name cannot be resolved now."""
+        with suppress(ValueError):
+            return (ip_address(host),)
+        if host not in self._resolved:
+            try:
+                async with asyncio.timeout(RESOLVE_SECONDS):
+                    answers = await asyncio.get_running_loop().getaddrinfo(
+                        host, None, type=socket.SOCK_STREAM)
+            except (OSError, TimeoutError, UnicodeError):
+                log.debug("the name of the store, %s, cannot be resolved now", host)
+                return ()
+            self._resolved[host] = tuple({ip_address(answer[4][0]) for answer in answers})
+        return self._resolved[host]
+
+
+def refuse_taken(networks: Iterable[IPNetwork], needed: Iterable[Needed]) -> None:
+    """Raise FieldError if the route to a network takes an address away."""
+    wanted = [*needed]
+    for network in networks:
+        for one in wanted:
+            if one.is_in(network):
+                raise FieldError(
+                    "Network" if network.version == 4 else "IPv6Network", str(network),
+                    f"a network whose route does not take {one.address} away, {one.what}")
+
+
+def _index(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
