@@ -19,7 +19,19 @@ from udptun.lab import Lab, LabError, missing_tools
 from udptun.lab.cluster import etcd_obstacle
 from udptun.lab.tools import install_command
 
-from . import flame, instructions, nodes, plots, probes, profiles, readme, record, report, system
+from . import (
+    flame,
+    instructions,
+    nodes,
+    plots,
+    probes,
+    profiles,
+    readme,
+    record,
+    report,
+    system,
+    takeover,
+)
 from .contenders.external import installed_names
 from .metrics import gap, isolation, lookup, memory, pps, rtt, scale, start, tcp
 from .metrics.metric import COMPARED, NO_PROFILE, Metric, Plan
@@ -135,6 +147,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--backend", choices=nodes.BACKENDS, action="append",
                          help="may be repeated; default all")
     command.set_defaults(run=_probes)
+
+    text = "lost packets and gaps when a forwarder takes over from another one, or is killed"
+    command = commands.add_parser("takeover", help=text, description=text)
+    command.add_argument("--count", type=int, default=100, help="take-overs  [default: 100]")
+    command.add_argument("--kills", type=int, default=100, help="kills  [default: 100]")
+    command.add_argument("--rate", type=int, default=0, metavar="PPS",
+                         help="datagrams per second  [default: the highest without loss]")
+    command.set_defaults(run=_takeover)
     text = "instruction counts of single steps on fixed input (valgrind)"
     command = commands.add_parser("instructions", help=text, description=text)
     command.add_argument("--save", type=Path, metavar="FILE", help="write the counts to FILE")
@@ -383,6 +403,19 @@ def _probes(arguments: argparse.Namespace) -> int:
         if problem is None:
             print(probes.run(
                 arguments.peers, arguments.seconds, arguments.backend or nodes.BACKENDS))
+            return 0
+    except LabError as e:
+        problem = str(e)
+    print(f"bench: {problem}", file=sys.stderr)
+    return 1
+
+
+def _takeover(arguments: argparse.Namespace) -> int:
+    problem = _missing_requirement()
+    try:
+        if problem is None:
+            for line in takeover.run(arguments.count, arguments.kills, arguments.rate):
+                print(line, flush=True)
             return 0
     except LabError as e:
         problem = str(e)

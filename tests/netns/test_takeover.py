@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -266,4 +267,41 @@ def test_kept_descriptors_that_do_not_fit_are_not_used(lab):
         close_all(kept)
     new.wait_ready()
     assert "are not used: they are those of a forwarder with other options" in new.process.text()
+    assert ping(a.pod, b.pod_v4).received == 3
+
+
+def test_the_service_manager_hears_of_everything(lab):
+    """SIGUSR2 starts a forwarder that takes over. It becomes the main process of the service, and
+    the service manager has copies of the descriptors."""
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    lab.sockets.append(manager)
+    manager.bind(str(lab.folder / "notify"))
+    manager.settimeout(60)
+
+    def hears(*wanted):
+        found = {}
+        while set(wanted) - found.keys():
+            text, fds, _, _ = socket.recv_fds(manager, 4096, 1)
+            key = text.decode().replace("FDSTORE=1\nFDNAME=", "store ").split("\n")[0]
+            found[key] = fds
+        return found
+
+    tunnel = pair(lab, start=False)
+    a, b = tunnel.sides
+    b.start()
+    a.start(env={"NOTIFY_SOCKET": str(lab.folder / "notify"), "WATCHDOG_USEC": "500000"})
+    found = hears("READY=1", "store tun-0", "store udp-0-4", "WATCHDOG=1")
+    kept = {"tun-0": found["store tun-0"][0], "udp-0-4": found["store udp-0-4"][0]}
+    old = a.forwarder.process
+    with Stream(a.pod, b.pod, b.pod_v4) as stream:
+        old.signal(signal.SIGUSR2)
+        assert old.wait() == 0, old.text()
+        pid = a.forwarder.status()["pid"]
+        assert pid != old.pid
+        hears(f"MAINPID={pid}", "READY=1", "WATCHDOG=1")
+    stream.assert_complete()
+    os.kill(pid, signal.SIGKILL)
+    a.start(pass_fds=tuple(kept.values()), env=variable(kept))
+    close_all(kept)
+    assert "of the forwarder that has died" in a.forwarder.process.text()
     assert ping(a.pod, b.pod_v4).received == 3

@@ -10,6 +10,10 @@ import gc
 import logging
 import os
 import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +21,7 @@ import click
 
 from ..errors import FieldError, UdptunError
 from ..model import SOURCE_CHECKS
+from ..takeover.kept import KEPT
 from . import logs
 from .lazy import Failure, failure_of
 from .options import LISTEN, Parsed, instance, instance_of
@@ -75,6 +80,10 @@ def runtime_directory() -> Path | None:
     return Path(directory) if directory else None
 
 
+TAKE_OVER = "--take-over"
+# Variables that are valid for one process only.
+NOT_PASSED_ON = {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", KEPT}
+
 FILE = click.Path(path_type=Path)
 FIELDS = {
     "address": "addresses", "network": "networks", "routes": "routes_file", "state": "state_file",
@@ -95,7 +104,7 @@ FIELDS = {
 @click.option("--control", type=FILE, metavar="PATH",
               help="Control socket to listen on.  [default: udptun.sock, or NAME.sock with "
                    "--instance NAME, in $RUNTIME_DIRECTORY or /run/NAME]")
-@click.option("--take-over", is_flag=True,
+@click.option(TAKE_OVER, is_flag=True,
               help="Take over from the running forwarder of this instance, without losing a "
                    "packet. It must have the same options. If there is none, start as usual.")
 @click.option("--routes", type=FILE, metavar="FILE",
@@ -136,13 +145,13 @@ def forward(
 
     SIGTERM or Ctrl-C sends the queued packets, removes the device and the sockets, and exits; a
     second one exits at once. SIGHUP loads the route file again and checks the TUN device, SIGUSR1
-    logs the counters.
+    logs the counters. SIGUSR2 starts the installed version, which takes over.
     """
     try:
         logs.start(verbose, file=log_file)
     except OSError as exc:
         raise Failure(f"--log-file {log_file}: {exc.strerror}") from exc
-    for number in (signal.SIGHUP, signal.SIGUSR1):
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # ignored until the forwarder runs
     chosen = instance_of(ctx)
     try:
@@ -195,14 +204,16 @@ async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
     from ..notify import Notifier
     from ..takeover.kept import inherited
 
+    environment = dict(os.environ)
     notifier = Notifier.from_environment()
     forwarder = Forwarder(config, lock, inherited())
-    signals = _Signals(forwarder)
+    signals = _Signals(forwarder, environment)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.stop, signal.Signals(number).name)
     loop.add_signal_handler(signal.SIGHUP, signals.reload)
     loop.add_signal_handler(signal.SIGUSR1, signals.log_state)
+    loop.add_signal_handler(signal.SIGUSR2, signals.upgrade)
     async with forwarder:
         signals.started = True
         notifier.ready()
@@ -223,8 +234,14 @@ async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
 
 
 class _Signals:
-    def __init__(self, forwarder: Forwarder) -> None:
+    """What each signal does.
+
+    environment  that of the start; a forwarder that takes over gets it too
+    """
+
+    def __init__(self, forwarder: Forwarder, environment: Mapping[str, str]) -> None:
         self._forwarder = forwarder
+        self._environment = environment
         self._stopping = False
         self._reloads: set[Any] = set()
         self.started = False
@@ -263,3 +280,28 @@ class _Signals:
     def log_state(self) -> None:
         if self.started:
             self._forwarder.log_state()
+
+    def upgrade(self) -> None:
+        """Start the installed program with the same options. It takes over from this process.
+
+        It runs in the same control group and namespaces, with the same capabilities.
+        """
+        if not self.started or self._stopping:
+            return
+        argv = [sys.executable, *sys.orig_argv[1:]]
+        if TAKE_OVER not in argv:
+            argv.append(TAKE_OVER)
+        env = {name: self._environment[name] for name in self._environment.keys() - NOT_PASSED_ON}
+        log.info("SIGUSR2: starting the forwarder that takes over")
+        try:
+            child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL)
+        except OSError as exc:
+            log.error("the forwarder that takes over was not started: %s", exc)
+            return
+        # Not a thread of a pool: this process ends without waiting for it.
+        threading.Thread(target=_reap, args=(child,), daemon=True).start()
+
+
+def _reap(child: subprocess.Popen[bytes]) -> None:
+    code = child.wait()
+    log.error("the forwarder that was to take over has ended with %d; this one goes on", code)

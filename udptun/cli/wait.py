@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import click
 
 from ..errors import FieldError
+from ..notify import Notifier
 from . import logs
 from .lazy import Failure
 
@@ -45,6 +47,7 @@ def take_options(
 
 def _wait(path: Path) -> bytes:
     waited = False
+    notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     while True:
         try:
             return path.read_bytes()
@@ -53,6 +56,7 @@ def _wait(path: Path) -> bytes:
                 logs.start()
                 log.info("waiting for the options file %s", path)
                 waited = True
+            notifier.watchdog()
             time.sleep(POLL_SECONDS)
 
 

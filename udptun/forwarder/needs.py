@@ -30,6 +30,7 @@ def needs_of(config: ForwarderConfig, log_file: Path | None) -> Needs:
     read = () if config.routes_file is None else (config.routes_file,)
     return Needs(
         use=frozenset(use),
+        children=frozenset(use),  # for the forwarder that takes over after SIGUSR2
         read=(*read, *program_files()),
         write=tuple(path for path in write if path is not None),
     )
