@@ -1,4 +1,4 @@
-"""A node finds peers whose packets the host routes past the overlay, and names the route."""
+"""A node names the routes and rules of its host that keep packets out of the tunnel."""
 
 from __future__ import annotations
 
@@ -66,3 +66,16 @@ def test_a_misrouted_peer_is_named(cluster, name):
     finally:
         node.host.run(["sh", "-c", undo])
     wait_for(lambda: "[+]host" in node.ready()[1], "the check to pass again", 15)
+
+
+def test_rules_that_drop_the_tunnels_datagrams_are_named(cluster):
+    node, _ = cluster.members
+    port = {"udptun0": 8285, "flannel.1": 8472}[cluster.device]
+    node.host.nft("table inet strict {\nchain in {\ntype filter hook input priority 0\n"
+                  f"udp dport {port} drop\n}}\n}}\n")
+    named = f"(UDP {port}) are dropped by nftables, table inet strict, chain in: drop"
+    try:
+        wait_for(lambda: named in node.ready()[1], f"{named!r} in the checks")
+    finally:
+        node.host.nft("delete table inet strict\n")
+    wait_for(lambda: "[+]firewall" in node.ready()[1], "the check to pass again")

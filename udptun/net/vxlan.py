@@ -115,7 +115,7 @@ class VniInUse(DeviceError):
     """
 
     def __init__(self, config: VxlanConfig, holder: str) -> None:
-        port = config.port or _default_port()
+        port = config.port or default_port()
         super().__init__(errno.EEXIST, f"creating the VXLAN device {config.name}: {holder} has "
                          f"VNI {config.vni} and port {port} already")
         self.holder = holder
@@ -627,7 +627,7 @@ FORBIDDEN = {
 
 def _options(config: VxlanConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "vxlan_id": config.vni, "vxlan_port": config.port or _default_port(),
+        "vxlan_id": config.vni, "vxlan_port": config.port or default_port(),
         "vxlan_learning": int(config.learning),
     }
     if config.gbp:
@@ -684,7 +684,8 @@ def _shown(setting: Any) -> str:
     return "not set" if setting is None else str(setting)
 
 
-def _default_port() -> int:
+def default_port() -> int:
+    """Return the port of a VXLAN device that is created without one."""
     try:
         return int(DEFAULT_PORT_FILE.read_text())
     except OSError:  # the module is not loaded, or /sys is not mounted

@@ -29,6 +29,7 @@ from ..files import make_directory
 from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
 from ..net.netlink import Netlink
+from ..net.vxlan import default_port
 from ..notify import Notifier
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
@@ -353,7 +354,7 @@ class Daemon:
         if not self._config.keep_flannel:
             await self._leftovers.remove(network, self._backends.active_devices(network))
         site, active = prepared.site, {reach.name for reach in prepared.local(lease).reaches}
-        ports = {"udp": site.udp_port, "vxlan": network.vxlan_port}
+        ports = {"udp": site.udp_port, "vxlan": network.vxlan_port or default_port()}
         await self._host.settle(
             network, prepared.carried(lease), prepared.mtu, site.underlay,
             {name: port for name, port in ports.items() if name in active})
