@@ -2,6 +2,7 @@
 
 import fcntl
 import multiprocessing
+import os
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_a_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: py
     def flock_after_removal(fd: int, how: int) -> None:
         if holder_ends and how & fcntl.LOCK_NB:  # the file, not its directory
             holder_ends.clear()
-            next(tmp_path.iterdir()).unlink()
+            next(tmp_path.glob("blue.*")).unlink()
         flock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", flock_after_removal)
@@ -131,3 +132,23 @@ def test_lock_files_of_killed_processes_are_removed(tmp_path: Path):
                 pass
         assert {*tmp_path.iterdir()} == {*others, held}
     assert own.name.startswith("blue.node.")
+
+
+def lock_and_release(directory: Path) -> None:
+    with Instance("blue").locked("forward", directory):
+        pass
+
+
+def test_a_user_who_may_only_read_the_directory_cannot_delay_a_start(tmp_path: Path):
+    handle = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        start = multiprocessing.get_context("spawn").Process(
+            target=lock_and_release, args=(tmp_path,))
+        start.start()
+        start.join(60)
+        start.kill()
+        assert start.exitcode == 0
+    finally:
+        os.close(handle)
+    assert list(tmp_path.iterdir()) == []

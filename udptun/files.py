@@ -16,8 +16,8 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -165,6 +165,13 @@ class FileLock:
         self.owns_file = owns_file
 
     @classmethod
+    def wait(cls, path: Path) -> Self:
+        """Create the file if necessary, and lock it, after other processes have released it."""
+        lock = cls._take(path, fcntl.LOCK_EX)
+        assert lock is not None
+        return lock
+
+    @classmethod
     def take(cls, path: Path) -> Self | None:
         """Create the file if necessary, and lock it. Return None if another process holds the lock.
 
@@ -174,6 +181,10 @@ class FileLock:
         other processes lock a new file, and our lock has no effect. So check this, and open the
         path again.
         """
+        return cls._take(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @classmethod
+    def _take(cls, path: Path, how: int) -> Self | None:
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                              | os.O_NONBLOCK, 0o600)
@@ -183,7 +194,7 @@ class FileLock:
                 if found.st_mode & 0o077:
                     raise UntrustedFile(path, f"has mode {stat.S_IMODE(found.st_mode):04o}",
                                         "a file that only its owner can open")
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, how)
             except BlockingIOError:
                 os.close(handle)
                 return None
@@ -212,20 +223,9 @@ class FileLock:
         os.close(self.fd)
 
 
-@contextmanager
-def locked_directory(directory: Path) -> Iterator[None]:
-    """Let no other process lock a file in the directory. This takes less than a millisecond."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def remove_free_locks(directory: Path, pattern: str) -> None:
-    """Remove the lock files that no process holds. Call this with the directory locked: for a
-    moment, this function holds each of them."""
+    """Remove the lock files that no process holds. Let only one process at a time call this and
+    lock these files: for a moment, this function holds each of them."""
     for path in directory.glob(pattern):
         with suppress(OSError):  # held, or removed by its holder
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FieldError, UdptunError
-from .files import FileLock, locked_directory, make_directory, remove_free_locks
+from .files import FileLock, make_directory, remove_free_locks
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +174,13 @@ class InstanceLock:
         """Raises InstanceRunning, OSError."""
         make_directory(self._directory)
         path = self.path()
-        with locked_directory(self._directory):
+        # A lock on the directory could be taken by every user who can read it.
+        others = FileLock.wait(self._directory / f".{self._name}.{self._role}.lock")
+        try:
             self.held = FileLock.take(path)
             remove_free_locks(self._directory, f"{self._name}.{self._role}.*.lock")
+        finally:
+            others.release()
         if self.held is None:
             raise InstanceRunning(
                 f"udptun {self._role} of the instance {self._name} is already running in this"

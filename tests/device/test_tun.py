@@ -111,6 +111,37 @@ def test_name_in_use_is_refused(queues):
         pass
 
 
+ATTACH = """
+import os, sys
+from udptun.device import tun
+os.setgroups([])
+os.setresuid(1000, 1000, 1000)
+fd = int(sys.argv[1])
+try:
+    tun._set_iff(fd, sys.argv[2], tun.IFF_TUN | tun.IFF_NO_PI | tun.IFF_MULTI_QUEUE
+                 | (tun.IFF_VNET_HDR if sys.argv[3] == "vnet" else 0))
+except OSError as error:
+    print(error.errno)
+else:
+    print("attached")
+"""
+
+
+@in_own_netns
+@pytest.mark.parametrize("request_", [AUTO, OFF])
+def test_another_user_cannot_add_a_queue(request_):
+    """On most hosts every user can open /dev/net/tun."""
+    with opened(2, request_) as tun:
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", ATTACH, str(fd), NAME, "vnet" if tun.vnet_hdr else "plain"],
+                capture_output=True, text=True, check=True, pass_fds=[fd])
+        finally:
+            os.close(fd)
+        assert done.stdout == f"{errno.EPERM}\n"
+
+
 @in_own_netns
 def test_name_of_another_type_of_device_is_refused():
     with refused(errno.EINVAL, "opening the TUN device lo", "another type"):

@@ -28,6 +28,7 @@ HOLDER_LEN = 200  # bytes of a command line in an error message
 
 # linux/if_tun.h
 TUNSETIFF = 0x400454CA
+TUNSETOWNER = 0x400454CC
 TUNSETOFFLOAD = 0x400454D0
 TUNGETIFF = 0x800454D2
 TUNSETVNETHDRSZ = 0x400454D8
@@ -242,6 +243,10 @@ def _open_queues(name: str, queues: int, flags: int) -> tuple[tuple[int, ...], s
         for _ in range(queues):
             fds.append(_open_device())
             name = _attach(fds[-1], name, flags, first=len(fds) == 1)
+            if len(fds) == 1 and not _is_persistent(fds[0]):
+                # A device without owner and group lets every user who can open DEVICE, which is
+                # every user of most hosts, add a queue: to read our packets, and to send.
+                fcntl.ioctl(fds[0], TUNSETOWNER, os.geteuid())
     except BaseException:
         for fd in fds:
             os.close(fd)
