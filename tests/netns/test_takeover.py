@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+import udptun
 from tests.netns.netns_traffic import (
     SO_RCVBUFFORCE,
     assert_invariant,
@@ -305,3 +308,39 @@ def test_the_service_manager_hears_of_everything(lab):
     close_all(kept)
     assert "of the forwarder that has died" in a.forwarder.process.text()
     assert ping(a.pod, b.pod_v4).received == 3
+
+
+@pytest.fixture
+def later_version(tmp_path):
+    """Return the environment in which a later version of udptun runs: it has a later version of the
+    messages, and fields that this version does not have. It lacks fields that this version has."""
+    shutil.copytree(Path(udptun.__file__).parent, tmp_path / "udptun")
+    for name, old, new in (
+        ("takeover/message.py", "\nVERSION = 1", "\nVERSION = 2"),
+        ("takeover/message.py", "    program: str", "    later: int = 7\n    program: str"),
+        ("takeover/document.py", "    routes: str", "    later: str = 'x'\n    routes: str"),
+        ("takeover/document.py", "    probe_counts: dict[str, int] = field(default_factory=dict)\n",
+         ""),
+        ("forwarder/giving.py", ', probe_counts=parts.probes.counters()["probes"]', ""),
+        ("forwarder/forwarder.py", "counted.probe_counts", "{}"),
+        ("_version.py", "__version__ =", "__version__ = '99' ; was ="),
+    ):
+        path = tmp_path / "udptun" / name
+        text = path.read_text()
+        assert old in text, (name, old)
+        path.write_text(text.replace(old, new))
+    return {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+
+
+def test_a_later_version_takes_over_and_back(lab, later_version):
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+    with Stream(a.pod, b.pod, b.pod_v4) as stream:
+        wait_for(lambda: stream.sent > 100, "the stream")
+        take_over(a, env=later_version)
+        assert a.forwarder.status()["version"] == "99"
+        take_over(a)
+        assert a.forwarder.status()["version"] == udptun.__version__
+    stream.assert_complete()
+    assert settled_packets(a.forwarder)["encap"]["read"] >= stream.sent
+    assert_invariant(a.forwarder)

@@ -196,7 +196,8 @@ class Giver:
         async with parts.routes.frozen() as table:
             await channel.send_descriptors(parts.descriptors())
             text = document.dump(self._having(table))
-            state = State(version, __version__, os.getpid(), len(text))
+            state = State(
+                version=version, program=__version__, pid=os.getpid(), size=len(text))
             await _send_document(channel, state, text)
             async with asyncio.timeout(READY_SECONDS):
                 _, batons = await channel.receive(Ready)
@@ -224,7 +225,7 @@ class Giver:
             parts.probes.take()
             parts.probes.close()
             text = document.dump(self._counted())
-            await _send_document(channel, Stopped(len(text)), text)
+            await _send_document(channel, Stopped(size=len(text)), text)
             # No limit: while the connection is open, the new forwarder lives and forwards.
             done, _ = await channel.receive(Done)
             return done
@@ -240,9 +241,11 @@ class Giver:
                 if name in parts.capabilities.found}
         return Having(
             generation=parts.routes.generation, mtu=parts.mtu, off=lost,
-            device=asdict(Device(tun.name, tun.vnet_hdr, sorted(tun.features), tun.off)),
+            device=asdict(Device(
+                name=tun.name, vnet_hdr=tun.vnet_hdr, features=sorted(tun.features), off=tun.off)),
             sockets=[
-                asdict(Socket(str(opened.endpoint), sorted(opened.features), opened.off))
+                asdict(Socket(endpoint=str(opened.endpoint), features=sorted(opened.features),
+                              off=opened.off))
                 for opened in parts.sockets
             ],
             routes=table.decode(),

@@ -78,8 +78,8 @@ class Taking:
         descriptors: dict[str, int] = {}
         try:
             await channel.send(Hello(
-                EVERYTHING, OLDEST, VERSION, __version__, os.getpid(), network_namespace(),
-                config.agreed_options(),
+                want=EVERYTHING, oldest=OLDEST, newest=VERSION, program=__version__,
+                pid=os.getpid(), namespace=network_namespace(), options=config.agreed_options(),
             ))
             async with asyncio.timeout(ANSWER_SECONDS):
                 descriptors = await channel.receive_descriptors()
@@ -197,4 +197,4 @@ class Taking:
         for each in self._files.values():
             each.owns_file = True
         with suppress(Ended):  # it has ended already
-            await self._channel.send(Done(list(self._files)))
+            await self._channel.send(Done(taken=list(self._files)))

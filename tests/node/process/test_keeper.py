@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.control.fakes import LoopThread, Served
+from tests.control.fakes import VERSION, LoopThread, Served
 from tests.wait import until
 from udptun.control import server
 from udptun.control.client import ControlClient
@@ -270,6 +270,29 @@ async def test_an_equal_file_is_left_alone(keeper, spec, tmp_path):
     keeper.want(spec)
     after = (tmp_path / "forward.json").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+async def test_a_forwarder_of_another_version_is_taken_over_once(
+    thread, control, tmp_path, spec, monkeypatch, caplog
+):
+    started = []
+    monkeypatch.setattr(module, "spawn", lambda *args, **how: started.append(how) or Child())
+    monkeypatch.setattr(module, "__version__", "9.9")
+    with Served(thread, control):
+        async with running(control, tmp_path, spawned=True) as keeper:  # it has no such socket
+            keeper.want(spec)
+            await until(lambda: "too old" in caplog.text, "the warning")
+        (tmp_path / "takeover.sock").touch()
+        async with running(control, tmp_path, spawned=True) as keeper:
+            keeper.want(spec)
+            keeper.replace(table(route(2)))
+            await keeper.wait_synced()
+        monkeypatch.setattr(module, "__version__", VERSION)
+        async with running(control, tmp_path, spawned=True) as keeper:
+            keeper.want(spec)
+            keeper.replace(table(route(3)))
+            await keeper.wait_synced()
+    assert started == [{"take_over": True}]
 
 
 async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path, spec, monkeypatch):

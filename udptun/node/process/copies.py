@@ -52,7 +52,7 @@ class Copies:
             log.debug("no copies of the forwarder's descriptors: %s", error)
             return
         try:
-            await channel.send(Hello(DESCRIPTORS, OLDEST, VERSION))
+            await channel.send(Hello(want=DESCRIPTORS, oldest=OLDEST, newest=VERSION))
             while True:
                 named = await channel.receive_descriptors()
                 close_all(self._named)

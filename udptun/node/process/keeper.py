@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..._version import __version__
 from ...control.client import ControlClient
 from ...control.protocol import HEALTHZ
 from ...errors import ControlError, FieldError, NoForwarder
@@ -64,6 +65,7 @@ class ForwarderKeeper:
         self._thread = ThreadPoolExecutor(1, "forwarder-control")
         self._child: subprocess.Popen[bytes] | None = None
         self._copies = Copies((spawn_as or Instance()).takeover_socket(control))
+        self._renewed = False
         self._backoff, self._not_before = 0.0, 0.0
 
         self._spec: ForwarderSpec | None = None
@@ -217,6 +219,7 @@ class ForwarderKeeper:
             log.info("adopting the forwarder on %s", self._control)
         if self._spawn_as is not None:
             self._copies.follow()
+            self._renew(status["version"], self._spawn_as)
         self._backoff, self._matches, self._replace_all = 0.0, True, True
         self._report.forwarder.connected, self._report.forwarder.error = True, ""
         while self._matches and not gone.done():
@@ -259,6 +262,24 @@ class ForwarderKeeper:
             return
         self._report.forwarder.starts_n += 1
         log.info("started a forwarder, process %d; it logs to %s", self._child.pid, self._log_file)
+
+    def _renew(self, version: str, instance: Instance) -> None:
+        """If the running forwarder is of another version, start one of our version, which takes
+        over. Try this once. If it fails, the running forwarder goes on."""
+        if version == __version__ or self._renewed:
+            return
+        self._renewed = True
+        what = f"the forwarder is udptun {version}, this daemon {__version__}"
+        if not instance.takeover_socket(self._control).exists():
+            log.warning("%s; it is too old to be replaced without an outage, so it stays", what)
+            return
+        log.info("%s: a new forwarder takes over", what)
+        try:
+            self._child = spawn(self._forward_file, self._log_file, instance, take_over=True)
+        except OSError as exc:
+            log.error("no forwarder can be started: %s", exc)
+            return
+        self._report.forwarder.starts_n += 1
 
     def _back_off(self) -> None:
         """Delay the next start or stop. The delay increases with each call."""
