@@ -14,22 +14,25 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from limits cimport MIN_MTU6
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport add_token, count_sent, send_beside
 from path.turn cimport oldest_generation
 from path.worker cimport direction_t, shared_t, spare_t, worker_t
 from sys cimport (
     SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
-    peek32, peek64, poke32, poke64, sockaddr_in6, store_flag,
+    peek32, peek64, poke32, poke64, sockaddr_in6, store_flag, take_bits,
 )
 from table.addr_map cimport addr_map_init, addr_map_put
-from table.peer cimport peer_counters_t, peer_free, peer_t, set_sockaddr
+from table.peer cimport (
+    HINT_DEVICE, HINT_MTU, peer_counters_t, peer_free, peer_t, set_sockaddr,
+)
 from table.publish cimport (
     activate_snapshot, build_snapshot, discard_snapshot, reclaim, retired_t,
 )
 from table.peer_errors cimport peer_error_t, peer_errors_t, read_errors_of, record_refusal
 from table.snapshot cimport (
-    find_hop, first_peer_at, hop_t, next_peer, path_limit, snapshot_free, snapshot_t,
+    find_hop, first_peer_at, hop_t, next_peer, packet_limit, snapshot_free, snapshot_t,
 )
 
 from wire.probe cimport PROBE_LEN, PROBE_MAX, PROBE_REQUEST, build_probe, probe_t
@@ -273,6 +276,7 @@ cdef class Core:
                 decap_packets=total.decap_packets, decap_bytes=total.decap_bytes, last_seen=seen,
                 probe=peer.probe != 0, last_rx_ns=total.last_seen_ns,
                 path_mtu_ns=peek64(&peer.path_mtu_ns),
+                df_mtu=peek32(&peer.df_mtu),
                 errors_n=errors_n(peer, self.shared.workers_n),
                 last_error=last_error(peer, self.shared.workers_n),
             )
@@ -295,25 +299,66 @@ cdef class Core:
         cdef hop_t* hop = find_hop(s, <const uint8_t*>address, len(address))
         if hop == NULL:
             return None
-        return self.table.route_at(hop - s.hops), path_limit(hop)
+        return self.table.route_at(hop - s.hops), packet_limit(hop, 4 if len(address) == 4 else 6)
 
-    def path_mtu_changes(self, double forget_seconds):
-        """Return [(packed address, port, path MTU)] of the peers whose path MTU has changed.
+    # Path MTUs
 
-        Changes count from the last call on. A path MTU that was learned more than
-        ``forget_seconds`` ago is first reset to the link MTU (RFC 1191 6.3).
-        """
+    def needs_icmp6(self):
+        """Return whether the path MTU in ICMPv6 errors is needed: an IPv6 peer answers no probes,
+        or the kernel has to fragment datagrams to such a peer."""
         cdef snapshot_t* s = self.shared.snapshot
-        cdef uint64_t forget = <uint64_t>(forget_seconds * 1e9)
-        cdef uint64_t now = now_ns(), learned
+        cdef uint32_t slot = 0
+        cdef peer_t* peer
+        with nogil:
+            peer = next_peer(s, &slot, NULL)
+            while peer != NULL and (
+                peer.addr_len == 4
+                or (peer.probe and peek32(&peer.path_mtu) >= MIN_MTU6 + peer.overhead)
+            ):
+                peer = next_peer(s, &slot, peer)
+        return peer != NULL
+
+    def take_mtu_hints(self):
+        """Return [(packed address, port, from this host's device, path MTU)]: the path MTUs that
+        were reported since the last call. An ICMP error may report 0: a router did not say more."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint64_t hint
+        cdef uint32_t slot = 0
+        cdef peer_t* peer = next_peer(s, &slot, NULL)
+        cdef list hints = []
+        while peer != NULL:
+            if load_flag(&peer.hint):
+                hint = take_bits(&peer.hint)
+                hints.append((
+                    packed_address(peer), peer.port, bool(hint & HINT_DEVICE), hint & HINT_MTU
+                ))
+            peer = next_peer(s, &slot, peer)
+        return hints
+
+    def set_path_mtu(self, bytes address, uint16_t port, uint32_t path_mtu, uint32_t df_mtu):
+        """Set the path MTU of a peer, at most the link MTU. Do nothing if the peer is gone.
+
+        df_mtu  datagrams that may be longer are sent without DF; 0 = none are
+        """
+        cdef peer_t* peer = self.find(address, port)
+        if peer != NULL:
+            path_mtu = min(path_mtu, peer.link_mtu)
+            df_mtu = min(df_mtu, path_mtu) if df_mtu != 0 else path_mtu
+            poke32(&peer.path_mtu, path_mtu)
+            poke32(&peer.df_mtu, df_mtu)
+            if df_mtu == peer.link_mtu:
+                poke64(&peer.path_mtu_ns, 0)
+            elif peek64(&peer.path_mtu_ns) == 0:
+                poke64(&peer.path_mtu_ns, now_ns())
+
+    def path_mtu_changes(self):
+        """Return [(packed address, port, path MTU)] of the peers whose path MTU has changed since
+        the last call."""
+        cdef snapshot_t* s = self.shared.snapshot
         cdef uint32_t slot = 0, path_mtu
         cdef peer_t* peer = next_peer(s, &slot, NULL)
         cdef list changes = []
         while peer != NULL:
-            learned = peek64(&peer.path_mtu_ns)
-            if learned != 0 and now > learned + forget:
-                poke64(&peer.path_mtu_ns, 0)
-                poke32(&peer.path_mtu, peer.link_mtu)
             path_mtu = peek32(&peer.path_mtu)
             if path_mtu != peer.reported_mtu:
                 peer.reported_mtu = path_mtu
@@ -336,16 +381,18 @@ cdef class Core:
         cdef sockaddr_in6 to
         cdef uint32_t to_len
         cdef uint8_t* message
-        cdef int fd, error
+        cdef int sender = -1, receiver = -1, error
+        cdef worker_t* w
         cdef spare_t* spare
         if len(address) not in (4, 16):
             raise ValueError(f"an address of {len(address)} bytes")
         if not PROBE_LEN <= size <= PROBE_MAX:
             raise ValueError(f"a probe of {size} bytes: expected {PROBE_LEN} to {PROBE_MAX}")
-        fd = -1
         if self.objects:
-            fd = self.workers[0].udp_fd4 if len(address) == 4 else self.workers[0].udp_fd6
-        if fd < 0:
+            w = self.workers[0]
+            sender = w.sender4 if len(address) == 4 else w.sender6
+            receiver = w.udp_fd4 if len(address) == 4 else w.udp_fd6
+        if sender < 0:
             return EAFNOSUPPORT
         message = <uint8_t*>malloc(size)
         if message == NULL:
@@ -355,7 +402,7 @@ cdef class Core:
         to_len = set_sockaddr(&to, <const uint8_t*>address, len(address), port)
         spare = &self.spare4 if len(address) == 4 else &self.spare6
         add_token(&self.shared.tokens, token)
-        error = send_beside(fd, spare, message, size, &to, to_len)
+        error = send_beside(sender, receiver, spare, message, size, &to, to_len)
         free(message)
         count_sent(&self.sent, error)
         if error not in (0, EAGAIN, ECONNREFUSED, EMSGSIZE):
@@ -390,8 +437,8 @@ cdef class Core:
     def probe_peers(self, uint32_t mtu):
         """Return {(packed address, port): largest inner packet} of the peers that answer probes.
 
-        The largest packet is the smaller of ``mtu``, the MTU of the TUN, and the largest MTU of the
-        routes to the peer.
+        The largest packet is the smallest of ``mtu`` (the MTU of the TUN), the largest MTU of the
+        routes to the peer, and what the link to the peer can carry.
         """
         cdef snapshot_t* s = self.shared.snapshot
         cdef uint32_t limit, slot = 0
@@ -403,7 +450,8 @@ cdef class Core:
                 s.hops[i].peer.probe_mtu = 0
             for i in range(s.hops_n):
                 hop = &s.hops[i]
-                limit = hop.mtu if 0 < hop.mtu < mtu else mtu
+                limit = min(mtu, hop.peer.link_mtu - hop.peer.overhead)
+                limit = hop.mtu if 0 < hop.mtu < limit else limit
                 hop.peer.probe_mtu = max(hop.peer.probe_mtu, limit)
         found = {}
         peer = next_peer(s, &slot, NULL)
@@ -468,9 +516,9 @@ cdef class Core:
         cdef peer_t* peer
         for had in peers:
             peer = self.find(had.address, had.port)
-            if peer != NULL and had.path_mtu_ns and had.path_mtu < peek32(&peer.path_mtu):
-                poke32(&peer.path_mtu, had.path_mtu)
-                peer.reported_mtu = had.path_mtu
+            if peer != NULL and had.path_mtu_ns:
+                self.set_path_mtu(had.address, had.port, had.path_mtu, had.df_mtu)
+                peer.reported_mtu = peek32(&peer.path_mtu)
                 poke64(&peer.path_mtu_ns, had.path_mtu_ns)
 
     cdef peer_t* find(self, bytes address, uint16_t port):

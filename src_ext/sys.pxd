@@ -56,11 +56,14 @@ cdef extern from "<netinet/in.h>" nogil:
     enum: IPPROTO_IPV6
     enum: IPPROTO_UDP
     enum: IP_MTU_DISCOVER
+    enum: IP_PMTUDISC_OMIT
+    enum: IP_PMTUDISC_PROBE
     enum: IP_RECVERR
     enum: IP_TOS
     enum: IP_TTL
     enum: IPV6_DONTFRAG
     enum: IPV6_MTU_DISCOVER
+    enum: IPV6_PMTUDISC_WANT
     enum: IPV6_RECVERR
     enum: IPV6_TCLASS
     enum: IPV6_UNICAST_HOPS
@@ -113,6 +116,10 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: SO_REUSEPORT
     enum: SO_SNDBUF
     enum: SO_SNDBUFFORCE
+
+
+cdef extern from "<sys/random.h>" nogil:
+    ssize_t getrandom(void* buf, size_t n, unsigned int flags)
 
 
 cdef extern from "<sys/ioctl.h>" nogil:

@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N
-from path.own_socket cimport close_own_sockets
+from path.own_socket cimport close_senders, open_sender
 from path.queue cimport QUEUE_FRAME_DATAGRAMS
 from path.probe cimport ring_take
 from path.strangers cimport STRANGERS, copy_strangers, stranger_t, strangers_t
@@ -75,6 +75,10 @@ cdef class Worker:
             raise MemoryError
         if not init_worker(w, tun_fd, udp_fd4, udp_fd6):
             raise MemoryError
+        if udp_fd4 >= 0:
+            fd = open_sender(udp_fd4)
+            if fd >= 0:
+                w.sender4 = fd
         w.vnet_len = VNET_LEN if "tun-gso" in features else 0
         w.udp_gso = "udp-gso" in features
         w.batch = "batch" in features
@@ -96,10 +100,7 @@ cdef class Worker:
     def __dealloc__(self):
         if self.w == NULL:
             return
-        close_own_sockets(self.w)
-        for fd in (self.w.spare4.fd, self.w.spare6.fd):
-            if fd >= 0:
-                close(fd)
+        close_senders(self.w)
         if self.w.epoll_fd >= 0:
             close(self.w.epoll_fd)
         if self.w.wake_fd >= 0:
@@ -151,22 +152,24 @@ cdef class Worker:
         return self.w.wakes
 
     def look(self):
-        """Make an idle worker close the own sockets that are no longer needed.
+        """Make an idle worker close the own sockets that are no longer needed, and read errors
+        again after a flood.
 
-        Call this at regular intervals. Do nothing if the worker has no own socket.
+        Call this at regular intervals. Do nothing if the worker has nothing of this to do.
         """
-        if self.w.own_sockets_n != 0:
+        if self.w.own_sockets_n != 0 or self.w.deaf_until_ns != 0:
             self.ask()
 
     def drain(self, double seconds):
         """Forward the packets in the queues for at most ``seconds``. Count the rest as dropped.
 
-        Call this only after the last ``run``.
+        Call this only after the last ``run``. Close the sockets that the worker has opened.
         """
         cdef worker_t* w = self.w
         cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)
         with nogil:
             drain(w, end)
+            close_senders(w)
 
     def drain_send_queue(self, double seconds):
         """Send the queued datagrams for at most ``seconds``. Count the rest as dropped.
@@ -205,7 +208,7 @@ cdef class Worker:
         counted = {
             "turns": w.turns, "loop_returns": w.loop_returns, "icmp_sent": w.icmp_sent,
             "icmp_suppressed": w.icmp_suppressed, "probes_lost": w.probes.lost,
-            "own_sockets_given": w.own_sockets_given,
+            "own_sockets_given": w.own_sockets_given, "icmp_floods": w.deaf_n,
         }
         syscalls = {
             "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,

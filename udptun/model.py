@@ -213,6 +213,7 @@ class Peer(NamedTuple):
     probe       whether a route to the peer has ``probe``
     last_rx_ns  monotonic time at which it arrived, in nanoseconds; 0: none has arrived
     path_mtu_ns  monotonic time at which the path MTU was learned; 0: it is that of the interface
+    df_mtu       longer datagrams are sent without DF; 0: none are
     errors_n    number of errors so far that were stored as last_error
     """
 
@@ -227,6 +228,7 @@ class Peer(NamedTuple):
     probe: bool
     last_rx_ns: int
     path_mtu_ns: int
+    df_mtu: int
     errors_n: int
     last_error: PeerError | None
 

@@ -298,9 +298,10 @@ cdef inline bint receive(worker_t* w, int fd) noexcept nogil:
     w.syscalls_recv += 1
     n = recvmmsg(fd, w.rx_msgs, slots, MSG_DONTWAIT, NULL)
     if n < 0:
-        if errno != EAGAIN:
-            read_errors(w, fd)  # the error belongs to a datagram that we sent (ICMP)
-        return False
+        if errno == EAGAIN:
+            return False
+        read_errors(w, fd)  # the error belongs to a datagram that we sent (ICMP)
+        return True
     for i in range(n):
         bytes_ += w.rx_msgs[i].msg_len
         decap_datagram(w, &w.rx_msgs[i], w.rx_buf + i * RX_SLOT)

@@ -14,14 +14,15 @@ from drops cimport (
     DROP_TTL_EXCEEDED, PASS, drop_t,
 )
 from path.icmp_reply cimport reply_to_tun
+from path.own_socket cimport open_fragmenting
 from path.queue cimport (
     QUEUE_FRAME_DATAGRAMS, queue_append, queue_append_copy, queue_is_full, queue_room,
 )
 from path.send cimport flush, make_room
 from path.worker cimport EVENT_TUN_GONE, TX_FRAME, count_drop, raise_event, worker_t
-from sys cimport read
+from sys cimport peek32, read
 from table.peer cimport peer_t
-from table.snapshot cimport find_hop, first_peer_at, hop_t, is_own, next_at_address, path_limit
+from table.snapshot cimport find_hop, first_peer_at, hop_t, is_own, next_at_address, packet_limit
 from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_header, cut_payload_len, cut_segment, cut_start, cut_t,
     is_super, plan_cut,
@@ -48,6 +49,7 @@ cdef struct frame_t:            # one frame from the TUN; each step sets its fie
     hop_t* hop
     uint32_t limit              # the largest inner packet on the path to the peer
     bint too_big                # a packet exceeds the limit: it is dropped (DF) or fragmented
+    bint fragments              # the datagrams may be fragmented, see own_socket.pxd
 
 
 # The steps of encap_frame
@@ -118,12 +120,16 @@ cdef inline drop_t check_hop_limit(const frame_t* f) noexcept nogil:
     return DROP_TTL_EXCEEDED if hop_limit_spent(f.p, f.ip.version) else PASS
 
 
-cdef inline drop_t check_size(frame_t* f) noexcept nogil:
+cdef inline drop_t check_size(worker_t* w, frame_t* f) noexcept nogil:
+    """Drop a packet that is too long. Whether its datagrams may be fragmented depends on the limit,
+    not on the packet: datagrams of one flow must leave from one socket, to stay in order."""
     cdef uint32_t longest = <uint32_t>f.n
     if f.is_super:
         longest = f.cut.hdr_len + f.cut.gso_size
-    f.limit = path_limit(f.hop)
+    f.limit = packet_limit(f.hop, f.ip.version)
     f.too_big = longest > f.limit
+    f.fragments = f.limit + f.hop.peer.overhead > peek32(&f.hop.peer.df_mtu) \
+        and open_fragmenting(w, f.hop.peer.addr_len)
     return DROP_TOO_BIG if f.too_big and f.ip.dont_fragment else PASS
 
 
@@ -141,7 +147,7 @@ cdef inline uint32_t queue_last_segment(worker_t* w, frame_t* f) noexcept nogil:
     cut_start(&f.cut, f.p)
     n = cut_segment(&f.cut, f.p, last, out)
     decrement_hop_limit(out, f.cut.version)
-    queue_append(&w.queue, f.hop.peer, n)
+    queue_append(&w.queue, f.hop.peer, f.fragments, n)
     return 1
 
 
@@ -193,7 +199,7 @@ cdef inline void queue_segments(worker_t* w, frame_t* f) noexcept nogil:
         return
     for i in range(f.cut.n):
         queue_append(
-            &w.queue, f.hop.peer, cut_segment(&f.cut, f.p, i, queue_room(&w.queue))
+            &w.queue, f.hop.peer, f.fragments, cut_segment(&f.cut, f.p, i, queue_room(&w.queue))
         )
 
 
@@ -222,7 +228,7 @@ cdef inline void queue_fragments(
         out = queue_room(&w.queue)
         fragment_at(hdr, ip_hdr_len, lead_len, data, data_len, f.limit, i, out, &frag)
         memcpy(out + frag.hdr_len, frag.data, frag.data_len)
-        queue_append(&w.queue, f.hop.peer, frag.hdr_len + frag.data_len)
+        queue_append(&w.queue, f.hop.peer, f.fragments, frag.hdr_len + frag.data_len)
 
 
 cdef inline void queue_segment_fragments(worker_t* w, frame_t* f) noexcept nogil:
@@ -250,7 +256,7 @@ cdef inline void queue_frame(worker_t* w, frame_t* f) noexcept nogil:
     elif f.too_big:
         queue_fragments(w, f, f.p, 0, f.p + f.ip.hdr_len, <uint32_t>f.n - f.ip.hdr_len)
     else:
-        queue_append_copy(&w.queue, f.hop.peer, f.p, <uint32_t>f.n)
+        queue_append_copy(&w.queue, f.hop.peer, f.fragments, f.p, <uint32_t>f.n)
 
 
 # The path
@@ -271,7 +277,7 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
     if verdict == PASS:
         verdict = check_hop_limit(&f)
     if verdict == PASS:
-        verdict = check_size(&f)
+        verdict = check_size(w, &f)
     if verdict != PASS:
         refuse(w, &f, verdict)
         return

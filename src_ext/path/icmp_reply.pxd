@@ -75,4 +75,4 @@ cdef inline void reply_to_peer(
     if reply_len == 0:
         return
     w.encap.generated += 1
-    queue_append(&w.queue, hop.peer, <uint32_t>reply_len)
+    queue_append(&w.queue, hop.peer, False, <uint32_t>reply_len)

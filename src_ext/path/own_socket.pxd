@@ -1,4 +1,17 @@
-"""Own sockets: send-only UDP sockets, each for one peer whose datagrams the kernel holds.
+"""Sockets that only send: the shared sender, own sockets of slow peers, and sockets for datagrams
+that may be fragmented.
+
+The socket that receives gets the ICMP errors, too. The *shared sender* of IPv4 is another socket
+with the same address and port, so an ICMP error, which anybody can forge, does not make a send
+fail. And the socket that receives can ignore the path MTU in such an error, which the kernel would
+otherwise store for all programs of the host (IP_PMTUDISC_OMIT). The sender sets DF, which
+IP_PMTUDISC_OMIT would not (IP_PMTUDISC_PROBE). Over IPv6 the socket that receives is also the
+shared sender: there IPV6_DONTFRAG has the role of DF.
+
+An inner IPv6 packet of up to 1280 bytes must arrive, even if the path has less space for it (RFC
+8200 5). Datagrams with such packets leave from a *fragmenting* socket, which sets no DF. So this
+host or a router can fragment them. Over IPv6 only this host can, and only if the kernel has
+accepted the path MTU from an ICMPv6 error.
 
 A datagram uses space in the send buffer of its socket until the datagram leaves the host. Before,
 it may wait in the kernel for the link address of the next hop, or in a qdisc. All peers share one
@@ -6,32 +19,42 @@ socket. If the buffer of this socket is full, the peer of the next datagram gets
 (send.pxd). So the datagrams that the kernel holds for other peers do not delay this peer.
 
 A worker has at most OWN_SOCKETS own sockets. Once per LOOK_NS it looks whether they are empty. It
-closes a socket that was empty at EMPTY_LOOKS looks in a row; the peer then uses the shared socket
+closes a socket that was empty at EMPTY_LOOKS looks in a row; the peer then uses the shared sender
 again.
 
-Owns opening, choosing and closing. An own socket has the local address, the port and the options of
-the shared socket. It receives no datagrams and no ICMP errors: it is connected to the discard port
-of this host, so the kernel delivers datagrams from all other sources to the shared socket. Each
-message that it sends names its destination. ``open_socket`` also opens the spare sockets of
-probe.pxd, which send a probe if the shared socket refuses it.
-Threading: the worker's thread, except ``open_socket``. The control side reads the counters.
-Source: linux net/ipv4/udp.c (compute_score, udp_lib_rehash), net/ipv4/datagram.c.
+Owns opening, choosing and closing. These sockets have the local address, the port and the options
+of the socket that receives. Each message names its destination. They receive nothing:
+
+- The shared sender is an IPv6 socket that is bound to the IPv4-mapped address. For an IPv4
+  datagram, and for an ICMP error about one, the kernel prefers the IPv4 socket.
+- The other sockets are connected to a random port of this host, so the kernel delivers datagrams
+  from all other sources to the socket that receives. A forged ICMP error about such a socket would
+  have to name this port.
+
+``open_socket`` also opens the spare sockets of probe.pxd, which send a probe if the shared sender
+refuses it.
+Threading: the worker's thread, except ``open_socket`` and ``open_sender``. The control side reads
+the counters.
+Source: linux net/ipv4/udp.c (compute_score, udp_lib_get_port, udp_lib_rehash, __udp4_lib_err),
+net/ipv4/datagram.c, net/ipv4/ip_output.c (__ip_make_skb), net/ipv6/udp.c (udpv6_sendmsg).
 """
 
 from libc.errno cimport EADDRNOTAVAIL, errno
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.limits cimport INT_MAX
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from path.queue cimport queue_t
 from path.worker cimport (
-    EVENT_OWN_SOCKET, OWN_SOCKETS, own_socket_t, raise_event, worker_t,
+    EVENT_OWN_SOCKET, OWN_SOCKETS, own_socket_t, raise_event, spare_t, worker_t,
 )
 from sys cimport (
-    AF_INET, AF_INET6, IP_MTU_DISCOVER, IP_RECVERR, IP_TOS, IP_TTL, IPPROTO_IP, IPPROTO_IPV6,
-    IPV6_DONTFRAG, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_TCLASS, IPV6_UNICAST_HOPS, IPV6_V6ONLY,
-    SIOCOUTQ, SO_MARK, SO_PRIORITY, SO_REUSEPORT, SO_SNDBUF, SO_SNDBUFFORCE, SOCK_CLOEXEC,
-    SOCK_DGRAM, SOCK_NONBLOCK, SOL_SOCKET, bind, close, connect, getsockname, getsockopt, ioctl,
-    now_ns, setsockopt, sockaddr, sockaddr_in, sockaddr_in6, socket,
+    AF_INET, AF_INET6, IP_MTU_DISCOVER, IP_PMTUDISC_OMIT, IP_PMTUDISC_PROBE, IP_RECVERR, IP_TOS,
+    IP_TTL, IPPROTO_IP, IPPROTO_IPV6, IPV6_DONTFRAG, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_WANT,
+    IPV6_RECVERR, IPV6_TCLASS, IPV6_UNICAST_HOPS, IPV6_V6ONLY, SIOCOUTQ, SO_MARK, SO_PRIORITY,
+    SO_REUSEPORT, SO_SNDBUF, SO_SNDBUFFORCE, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOL_SOCKET,
+    bind, close, connect, getrandom, getsockname, getsockopt, ioctl, now_ns, setsockopt, sockaddr,
+    sockaddr_in, sockaddr_in6, socket,
 )
 from table.peer cimport peer_t
 from table.snapshot cimport find_peer
@@ -40,7 +63,7 @@ from wire.headers cimport swap16
 
 cdef enum:
     OWN_SNDBUF = 1 << 20        # maximum SO_SNDBUF as getsockopt returns it: kernel memory, bytes
-    DISCARD_PORT = 9
+    LOWEST_PORT = 1024          # of the random ports to which own sockets are connected
     LOOK_NS = 1000000000        # time between two looks
     EMPTY_LOOKS = 3             # an own socket is closed if it was empty at this number of looks
     # If all own sockets hold datagrams, the worker closes one of them, and gives the peer of this
@@ -72,12 +95,16 @@ cdef inline int held_bytes(int fd) noexcept nogil:
 # Open
 
 
-cdef inline int copy_option(int shared, int fd, int level, int name) noexcept nogil:
-    """Copy the value of an integer option from the shared socket to fd. Ignore an option that the
-    kernel or the family does not know. Return 0, or -1 with errno."""
+cdef inline int set_option(int fd, int level, int name, int value) noexcept nogil:
+    return setsockopt(fd, level, name, &value, sizeof(int))
+
+
+cdef inline int copy_option(int receiver, int fd, int level, int name) noexcept nogil:
+    """Copy the value of an integer option from the receiving socket to fd. Ignore an option that
+    the kernel or the family does not know. Return 0, or -1 with errno."""
     cdef int wanted = 0, present = 0
     cdef uint32_t n = sizeof(int)
-    if getsockopt(shared, level, name, &wanted, &n) < 0:
+    if getsockopt(receiver, level, name, &wanted, &n) < 0:
         return 0
     n = sizeof(int)
     if getsockopt(fd, level, name, &present, &n) == 0 and present == wanted:
@@ -85,42 +112,47 @@ cdef inline int copy_option(int shared, int fd, int level, int name) noexcept no
     return setsockopt(fd, level, name, &wanted, sizeof(int))
 
 
-cdef inline int copy_options(int shared, int fd, int family) noexcept nogil:
-    if copy_option(shared, fd, SOL_SOCKET, SO_MARK) < 0 \
-            or copy_option(shared, fd, SOL_SOCKET, SO_PRIORITY) < 0:
+cdef inline int copy_options(int receiver, int fd, int family) noexcept nogil:
+    """Set the options of a socket that sends. Let the kernel report only to this socket what it
+    refuses to send from it. Return 0, or a negative number with errno.
+
+    family  of the addresses to which the socket sends
+    """
+    if copy_option(receiver, fd, SOL_SOCKET, SO_MARK) < 0 \
+            or copy_option(receiver, fd, SOL_SOCKET, SO_PRIORITY) < 0:
         return -1
     if family == AF_INET:
         return (
-            copy_option(shared, fd, IPPROTO_IP, IP_MTU_DISCOVER)
-            | copy_option(shared, fd, IPPROTO_IP, IP_RECVERR)
-            | copy_option(shared, fd, IPPROTO_IP, IP_TOS)
-            | copy_option(shared, fd, IPPROTO_IP, IP_TTL)
+            set_option(fd, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
+            | set_option(fd, IPPROTO_IP, IP_RECVERR, 1)
+            | copy_option(receiver, fd, IPPROTO_IP, IP_TOS)
+            | copy_option(receiver, fd, IPPROTO_IP, IP_TTL)
         )
     return (
-        copy_option(shared, fd, IPPROTO_IPV6, IPV6_V6ONLY)
-        | copy_option(shared, fd, IPPROTO_IPV6, IPV6_MTU_DISCOVER)
-        | copy_option(shared, fd, IPPROTO_IPV6, IPV6_DONTFRAG)
-        | copy_option(shared, fd, IPPROTO_IPV6, IPV6_RECVERR)
-        | copy_option(shared, fd, IPPROTO_IPV6, IPV6_TCLASS)
-        | copy_option(shared, fd, IPPROTO_IPV6, IPV6_UNICAST_HOPS)
+        copy_option(receiver, fd, IPPROTO_IPV6, IPV6_V6ONLY)
+        | copy_option(receiver, fd, IPPROTO_IPV6, IPV6_MTU_DISCOVER)
+        | copy_option(receiver, fd, IPPROTO_IPV6, IPV6_DONTFRAG)
+        | set_option(fd, IPPROTO_IPV6, IPV6_RECVERR, 1)
+        | copy_option(receiver, fd, IPPROTO_IPV6, IPV6_TCLASS)
+        | copy_option(receiver, fd, IPPROTO_IPV6, IPV6_UNICAST_HOPS)
     )
 
 
-cdef inline void limit_buffer(int shared, int fd) noexcept nogil:
-    """Set the size of the send buffer: the shared socket's size, at most OWN_SNDBUF."""
+cdef inline void set_buffer(int receiver, int fd, int limit) noexcept nogil:
+    """Set the size of the send buffer: the receiving socket's size, at most ``limit``."""
     cdef int size = 0
     cdef uint32_t n = sizeof(int)
-    getsockopt(shared, SOL_SOCKET, SO_SNDBUF, &size, &n)
-    size = (size if size < OWN_SNDBUF else OWN_SNDBUF) // 2  # the kernel doubles the value
+    getsockopt(receiver, SOL_SOCKET, SO_SNDBUF, &size, &n)
+    size = (size if size < limit else limit) // 2  # the kernel doubles the value
     if setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof(int)) < 0:
         setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(int))
 
 
-cdef inline int join_address(int shared, int fd) noexcept nogil:
-    """Give fd the address and the port of the shared socket, but let it receive nothing. Return 0
-    or an errno.
+cdef inline int join_address(int receiver, int fd) noexcept nogil:
+    """Give fd the address and the port of the receiving socket, but let it receive nothing. Return
+    0 or an errno.
 
-    Bind to the port without an address, then connect to the shared socket's address: the kernel
+    Bind to the port without an address, then connect to the receiving socket's address: the kernel
     then uses this address as the local address, too. So fd never joins the SO_REUSEPORT group of
     the sockets that receive. Between the two calls no datagram reaches fd, because a socket that is
     bound to the address takes precedence.
@@ -128,18 +160,20 @@ cdef inline int join_address(int shared, int fd) noexcept nogil:
     cdef sockaddr_in6 local, named
     cdef sockaddr_in* local4 = <sockaddr_in*>&local
     cdef uint32_t n = sizeof(local)
+    cdef uint16_t port = 0
     cdef int on = 1
-    if getsockname(shared, <sockaddr*>&local, &n) < 0:
+    if getsockname(receiver, <sockaddr*>&local, &n) < 0:
         return errno
     memset(&named, 0, sizeof(named))
     named.sin6_family = local.sin6_family
     named.sin6_port = local.sin6_port  # sockaddr_in has its port at the same offset
-    if setsockopt(shared, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) < 0 \
+    if setsockopt(receiver, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) < 0 \
             or setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) < 0 \
             or bind(fd, <sockaddr*>&named, n) < 0:
         return errno
     memcpy(&named, &local, sizeof(local))
-    named.sin6_port = swap16(DISCARD_PORT)
+    getrandom(&port, sizeof(port), 0)
+    named.sin6_port = swap16(<uint16_t>(port | LOWEST_PORT))
     if connect(fd, <sockaddr*>&named, n) < 0:
         return errno
     n = sizeof(named)
@@ -153,15 +187,82 @@ cdef inline int join_address(int shared, int fd) noexcept nogil:
     return EADDRNOTAVAIL  # the host has lost the address
 
 
-cdef inline int open_socket(int shared, int family) noexcept nogil:
-    """Return a new socket that sends as the shared socket does, or a negative errno. Any thread may
+cdef inline int open_socket(int receiver, int family) noexcept nogil:
+    """Return a new socket that sends as the receiving one does, or a negative errno. Any thread may
     call."""
     cdef int fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     cdef int error
     if fd < 0:
         return -errno
-    limit_buffer(shared, fd)
-    error = errno if copy_options(shared, fd, family) < 0 else join_address(shared, fd)
+    set_buffer(receiver, fd, OWN_SNDBUF)
+    error = errno if copy_options(receiver, fd, family) < 0 else join_address(receiver, fd)
+    if error != 0:
+        close(fd)
+        return -error
+    return fd
+
+
+cdef inline bint open_fragmenting(worker_t* w, size_t addr_len) noexcept nogil:
+    """Open the fragmenting socket of a family, if it is not open. Return whether it is open."""
+    cdef spare_t* fragmenting = &w.fragmenting4 if addr_len == 4 else &w.fragmenting6
+    cdef int fd
+    if fragmenting.fd >= 0:
+        return True
+    if w.now < fragmenting.retry_ns:
+        return False
+    if addr_len == 4:
+        fd = open_socket(w.udp_fd4, AF_INET)
+        if fd >= 0:
+            set_option(fd, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_OMIT)
+    else:
+        fd = open_socket(w.udp_fd6, AF_INET6)
+        if fd >= 0:
+            # Only the sender fragments, to the path MTU that the kernel knows.
+            set_option(fd, IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_WANT)
+            set_option(fd, IPPROTO_IPV6, IPV6_DONTFRAG, 0)
+    if fd < 0:
+        fragmenting.retry_ns = w.now + RETRY_OPEN_NS
+        return False
+    fragmenting.fd = fd
+    return True
+
+
+cdef inline int join_as_mapped(int receiver, int fd) noexcept nogil:
+    """Bind fd to the IPv4-mapped address and the port of the receiving socket. Return 0 or an
+    errno."""
+    cdef sockaddr_in local
+    cdef sockaddr_in6 mapped
+    cdef uint32_t n = sizeof(local)
+    if getsockname(receiver, <sockaddr*>&local, &n) < 0:
+        return errno
+    if local.sin_family != AF_INET:
+        return EADDRNOTAVAIL
+    memset(&mapped, 0, sizeof(mapped))
+    mapped.sin6_family = AF_INET6
+    mapped.sin6_port = local.sin_port
+    memset(<uint8_t*>&mapped.sin6_addr + 10, 0xFF, 2)
+    memcpy(<uint8_t*>&mapped.sin6_addr + 12, &local.sin_addr, 4)
+    if set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0) < 0 \
+            or set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or bind(fd, <sockaddr*>&mapped, sizeof(mapped)) < 0:
+        return errno
+    return 0
+
+
+cdef inline int open_sender(int receiver) noexcept nogil:
+    """Return a new shared sender for IPv4, or a negative errno. Let ``receiver``, the socket that
+    receives, ignore the path MTUs in ICMP errors. Any thread may call."""
+    cdef int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    cdef int error
+    # If there is no sender, ``receiver`` also sends.
+    set_option(receiver, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
+    if fd < 0:
+        return -errno
+    set_buffer(receiver, fd, INT_MAX)
+    error = errno if copy_options(receiver, fd, AF_INET) < 0 else join_as_mapped(receiver, fd)
+    if error == 0 and set_option(receiver, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_OMIT) < 0:
+        error = errno
     if error != 0:
         close(fd)
         return -error
@@ -222,15 +323,16 @@ cdef inline own_socket_t* choose_slot(worker_t* w, uint64_t now) noexcept nogil:
     return best
 
 
-cdef inline bint give_own_socket(worker_t* w, int shared, peer_t* peer) noexcept nogil:
-    """Give the peer an own socket, which sends as ``shared`` does. Return False if the peer may
+cdef inline bint give_own_socket(worker_t* w, peer_t* peer) noexcept nogil:
+    """Give the peer an own socket, which sends as the shared one does. Return False if the peer may
     have none now, or the kernel refuses."""
+    cdef int receiver = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
     cdef uint64_t now = now_ns()
     cdef own_socket_t* own
     if now < peer.counters[w.index].refuse_until_ns or now < w.own_retry_ns:
         return False
     own = choose_slot(w, now)
-    own.fd = open_socket(shared, AF_INET if peer.addr_len == 4 else AF_INET6)
+    own.fd = open_socket(receiver, AF_INET if peer.addr_len == 4 else AF_INET6)
     if own.fd < 0:
         w.own_error = -own.fd
         own.fd = -1
@@ -266,7 +368,22 @@ cdef inline void look_at_own_sockets(worker_t* w) noexcept nogil:
             close_own(w, own)
 
 
-cdef inline void close_own_sockets(worker_t* w) noexcept nogil:
+cdef inline void close_spare(spare_t* spare) noexcept nogil:
+    if spare.fd >= 0:
+        close(spare.fd)
+    spare.fd = -1
+
+
+cdef inline void close_senders(worker_t* w) noexcept nogil:
+    """Close all sockets of this file, so that the port is free when the receiving socket is closed.
+    """
     cdef uint32_t i
     for i in range(OWN_SOCKETS):
         close_own(w, &w.own_sockets[i])
+    close_spare(&w.spare4)
+    close_spare(&w.spare6)
+    close_spare(&w.fragmenting4)
+    close_spare(&w.fragmenting6)
+    if w.sender4 != w.udp_fd4:
+        close(w.sender4)
+    w.sender4 = w.udp_fd4

@@ -1,7 +1,7 @@
 """Probes on the UDP path: consume those that arrive, answer requests, report both kinds.
 
 Owns the ring in which a worker reports probes to the control side, and the sending of a probe. The
-worker answers a request at once, from the shared socket of the family. So the round-trip time does
+worker answers a request at once, from the shared sender of the family. So the round-trip time does
 not include other threads of this host. Only peers whose route has ROUTE_PROBE get replies: one
 reply per request, of the same size.
 
@@ -41,7 +41,7 @@ from wire.probe cimport PROBE_REPLY, PROBE_REQUEST, build_probe, parse_probe, pr
 
 
 cdef enum:
-    SEND_TRIES = 3              # a send may fail with the ICMP error of an earlier datagram
+    SEND_TRIES = 8              # a send may fail with the ICMP error of an earlier datagram
     REQUESTS_MAX = 8            # records of requests, per peer and worker, in one window
     REQUEST_WINDOW_NS = 100000000
 
@@ -125,22 +125,24 @@ cdef inline int send_datagram(
 
 
 cdef inline int send_beside(
-    int shared, spare_t* spare, const uint8_t* p, size_t n, const sockaddr_in6* to, uint32_t to_len
+    int sender, int receiver, spare_t* spare, const uint8_t* p, size_t n, const sockaddr_in6* to,
+    uint32_t to_len
 ) noexcept nogil:
-    """Send one datagram. If the shared socket is full, send from a spare socket: no probe is lost
+    """Send one datagram. If the shared sender is full, send from a spare socket: no probe is lost
     because the kernel holds datagrams for other peers. Return 0 or an errno.
 
-    spare  the spare socket of the calling thread, which is opened if needed
+    receiver  the socket that receives the datagrams of this family
+    spare     the spare socket of the calling thread, which is opened if needed
     """
     cdef uint64_t now
-    cdef int error = send_datagram(shared, p, n, to, to_len)
+    cdef int error = send_datagram(sender, p, n, to, to_len)
     if error != EAGAIN:
         return error
     if spare.fd < 0:
         now = now_ns()
         if now < spare.retry_ns:
             return EAGAIN
-        spare.fd = open_socket(shared, to.sin6_family)
+        spare.fd = open_socket(receiver, to.sin6_family)
         if spare.fd < 0:
             spare.retry_ns = now + RETRY_OPEN_NS
             return EAGAIN
@@ -206,7 +208,7 @@ cdef inline drop_t take_probe(
            sent; BAD_VERSION: no route of the peer has ROUTE_PROBE
     """
     cdef probe_t probe
-    cdef int fd, error
+    cdef int sender, receiver, error
     cdef spare_t* spare
     cdef drop_t verdict = parse_probe(p, n, &probe)
     if verdict != PASS:
@@ -220,10 +222,13 @@ cdef inline drop_t take_probe(
         probe.kind = PROBE_REPLY
         probe.heard_ms = 0
         build_probe(p, &probe)
-        fd = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
+        sender = w.sender4 if peer.addr_len == 4 else w.sender6
+        receiver = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
         spare = &w.spare4 if peer.addr_len == 4 else &w.spare6
         w.syscalls_send += 1
-        error = send_beside(fd, spare, p, n, <const sockaddr_in6*>from_, from_len)
+        error = send_beside(
+            sender, receiver, spare, p, n, <const sockaddr_in6*>from_, from_len
+        )
         count_sent(&w.encap, error)
         if error != 0 and error != EAGAIN:
             keep_refusal(w, peer, error)

@@ -35,6 +35,7 @@ cdef struct datagram_t:
 
 cdef struct peer_queue_t:       # the datagrams that wait for one peer, in order
     peer_t* peer
+    bint fragments              # the datagrams may be fragmented
     int32_t first               # index in queue_t.datagrams; -1: no datagram waits for this peer
     int32_t last
 
@@ -67,19 +68,25 @@ cdef inline uint8_t* queue_room(queue_t* q) noexcept nogil:
     return q.memory + q.used
 
 
-cdef inline void queue_append(queue_t* q, peer_t* peer, uint32_t n) noexcept nogil:
-    """Add the datagram of n bytes at ``queue_room``. The queue must not be full."""
+cdef inline void queue_append(
+    queue_t* q, peer_t* peer, bint fragments, uint32_t n
+) noexcept nogil:
+    """Add the datagram of n bytes at ``queue_room``. The queue must not be full.
+
+    fragments  whether the datagram may be fragmented
+    """
     cdef datagram_t* datagram = &q.datagrams[q.n]
     cdef peer_queue_t* waiting = NULL
     cdef uint32_t i
     for i in range(q.peers_n):
-        if q.peers[i].peer == peer:
+        if q.peers[i].peer == peer and q.peers[i].fragments == fragments:
             waiting = &q.peers[i]
             break
     if waiting == NULL:
         waiting = &q.peers[q.peers_n]
         q.peers_n += 1
         waiting.peer = peer
+        waiting.fragments = fragments
         waiting.first = -1
     if waiting.first < 0:  # a new peer, or an incomplete flush sent all its datagrams
         waiting.first = q.n
@@ -95,11 +102,11 @@ cdef inline void queue_append(queue_t* q, peer_t* peer, uint32_t n) noexcept nog
 
 
 cdef inline void queue_append_copy(
-    queue_t* q, peer_t* peer, const uint8_t* p, uint32_t n
+    queue_t* q, peer_t* peer, bint fragments, const uint8_t* p, uint32_t n
 ) noexcept nogil:
     """Add a copy of p[0:n]. The queue must not be full."""
     memcpy(queue_room(q), p, n)
-    queue_append(q, peer, n)
+    queue_append(q, peer, fragments, n)
 
 
 cdef inline void queue_clear(queue_t* q) noexcept nogil:

@@ -6,13 +6,15 @@ the kernel refuses a run, the flush sends the datagrams of the run one by one. S
 while the worker finds out whether UDP_SEGMENT works. A full socket buffer affects only the peers
 whose datagrams fill it (``handle_full_socket``).
 
-Also owns the reading of the socket's error queue, which reports path MTUs and ICMP errors.
+Also owns the reading of the sockets' error queues, which report path MTUs and ICMP errors. Anybody
+can forge an ICMP error, and errors use the memory of the receive buffer. So a worker reads at most
+ERRORS_MAX ICMP errors in ERRORS_NS. If there are more, the kernel queues none for DEAF_NS.
 Threading: the worker's thread.
 Source: udp(7), ip(7) (IP_RECVERR), linux net/ipv4/udp.c (UDP_SEGMENT's limits), RFC 1191, RFC 8201.
 """
 
 from libc.errno cimport (
-    EAGAIN, ECONNREFUSED, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, EOPNOTSUPP, errno,
+    EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENOMEM, EOPNOTSUPP, errno,
 )
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -20,8 +22,7 @@ from libc.string cimport memcpy, memset
 from drops cimport (
     DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_SLOW_PEER, DROP_TOO_BIG, PASS, drop_t,
 )
-from limits cimport MIN_MTU6
-from path.own_socket cimport give_own_socket, own_socket_of
+from path.own_socket cimport give_own_socket, own_socket_of, set_option
 from path.queue cimport (
     QUEUE_DATAGRAMS, datagram_t, peer_queue_t, queue_clear, queue_is_empty, queue_t,
 )
@@ -33,23 +34,22 @@ from sys cimport (
     AF_INET, AF_INET6, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
     IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
     MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
-    cmsghdr, iovec, msghdr, now_ns, peek32, poke32, poke64, recvmsg, sendmmsg, sock_extended_err,
-    sockaddr_in, sockaddr_in6,
+    cmsghdr, iovec, msghdr, now_ns, peek32, peek64, poke32, poke64, recvmsg, sendmmsg,
+    sock_extended_err, sockaddr_in, sockaddr_in6, store_flag,
 )
-from table.peer cimport peer_counters_t, peer_t
+from table.peer cimport HINT_DEVICE, HINT_ICMP, peer_counters_t, peer_t
 from table.peer_errors cimport peer_error_t, record_error, record_refusal
-from table.snapshot cimport first_peer_at, next_at_address
-from wire.headers cimport swap16
+from table.snapshot cimport find_hop, first_peer_at, hop_t, next_at_address
+from wire.headers cimport IP4_DST, IP4_MIN, IP6_DST, IP6_LEN, swap16
 
 
 cdef enum:
     MAX_UDP_PAYLOAD = 65507     # maximum bytes of one message: the sum of its datagrams
-    MAX_RETRIES = 4             # retries if a send reports an ICMP error of an earlier datagram
     MAX_ERRORS = 1024           # maximum number of errors that one read_errors reads
-    # A forged ICMP error cannot reduce the path MTU below a minimum. For IPv4 the minimum is the
-    # default of Linux's net.ipv4.route.min_pmtu, for IPv6 MIN_MTU6.
-    MIN_PATH_MTU4 = 552
-    UNKNOWN_MTU4 = 576          # the MTU to use if the router reports none (RFC 1191 5)
+    ERRORS_MAX = 64             # maximum number of ICMP errors that a worker reads in ERRORS_NS
+    ERRORS_NS = 100000000
+    DEAF_NS = 1000000000
+    QUOTE = 64                  # bytes that are read of the payload of a reported datagram
     # A flush waits for a full socket only if no other peer had datagrams during the last ALONE_NS.
     # It waits for at most PATIENCE_NS. If the socket is still full then, no flush waits during the
     # next NO_WAIT_NS.
@@ -58,32 +58,55 @@ cdef enum:
     NO_WAIT_NS = 1000000000
 
 
-cdef inline int udp_fd(worker_t* w, const peer_t* peer) noexcept nogil:
-    """Return the socket that sends to the peer: the peer's own socket, or the shared one."""
+cdef inline int udp_fd(worker_t* w, const peer_queue_t* waiting) noexcept nogil:
+    """Return the socket that sends these datagrams: the fragmenting one, the peer's own socket, or
+    the shared sender."""
+    cdef bint is4 = waiting.peer.addr_len == 4
     cdef own_socket_t* own
+    if waiting.fragments:
+        return w.fragmenting4.fd if is4 else w.fragmenting6.fd
     if w.own_sockets_n != 0:
-        own = own_socket_of(w, peer)
+        own = own_socket_of(w, waiting.peer)
         if own != NULL:
             return own.fd
-    return w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
+    return w.sender4 if is4 else w.sender6
 
 
 # Path MTUs and errors of peers, from the error queue
 
 
-cdef inline void lower_path_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
-    """Lower the peer's path MTU to mtu (outer bytes; 0 = the router reported none). The control
-    side resets the path MTU to the link MTU after some time."""
-    cdef uint32_t lowest = MIN_PATH_MTU4 if peer.addr_len == 4 else MIN_MTU6
-    if mtu == 0:
-        mtu = UNKNOWN_MTU4
-    if mtu < lowest:
-        mtu = lowest
-    if mtu >= peek32(&peer.path_mtu):
+cdef inline void take_device_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
+    """Lower the peer's path MTU to the MTU of this host's device or route."""
+    if mtu == 0 or mtu >= peek32(&peer.path_mtu):
         return
     poke32(&peer.path_mtu, mtu)
-    poke64(&peer.path_mtu_ns, w.now)
+    poke32(&peer.df_mtu, mtu)
+    if peek64(&peer.path_mtu_ns) == 0:
+        poke64(&peer.path_mtu_ns, w.now)
+    store_flag(&peer.hint, HINT_DEVICE | mtu)
     raise_event(w, EVENT_PATH_MTU)
+
+
+cdef inline void take_hint(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
+    """Tell the control side what an ICMP error reports (0 = the router reported no MTU)."""
+    if mtu < peek32(&peer.df_mtu):
+        store_flag(&peer.hint, HINT_ICMP | mtu)
+        raise_event(w, EVENT_PATH_MTU)
+
+
+cdef inline bint is_routed_to(
+    const worker_t* w, const peer_t* peer, const uint8_t* p, size_t n
+) noexcept nogil:
+    """Return False if the quoted packet p[0:n] is no packet for this peer. A router may quote so
+    little that this is not known."""
+    cdef hop_t* hop
+    if n >= IP4_MIN and p[0] >> 4 == 4:
+        hop = find_hop(w.snapshot, p + IP4_DST, 4)
+    elif n >= IP6_LEN and p[0] >> 4 == 6:
+        hop = find_hop(w.snapshot, p + IP6_DST, 16)
+    else:
+        return True
+    return hop != NULL and hop.peer == peer
 
 
 cdef inline bint find_report(msghdr* msg, peer_error_t* report, uint32_t* info) noexcept nogil:
@@ -123,55 +146,120 @@ cdef inline bint find_report(msghdr* msg, peer_error_t* report, uint32_t* info) 
     return True
 
 
+cdef inline size_t address_of(const sockaddr_in6* sa, const uint8_t** addr) noexcept nogil:
+    """Set ``addr`` to the address in a socket address. Return its length. An IPv4-mapped address
+    counts as an IPv4 address: the shared sender reports such addresses."""
+    cdef const uint8_t* p = <const uint8_t*>&sa.sin6_addr
+    cdef size_t i = 0
+    if sa.sin6_family == AF_INET:
+        addr[0] = <const uint8_t*>&(<const sockaddr_in*>sa).sin_addr
+        return 4
+    while i < 10 and p[i] == 0:
+        i += 1
+    if i == 10 and p[10] == 0xFF and p[11] == 0xFF:
+        addr[0] = p + 12
+        return 4
+    addr[0] = p
+    return 16
+
+
 cdef inline void take_report(
-    worker_t* w, const sockaddr_in6* dest, peer_error_t* report, uint32_t info
+    worker_t* w, const sockaddr_in6* dest, peer_error_t* report, uint32_t info,
+    const uint8_t* quote, size_t quote_n
 ) noexcept nogil:
-    """Lower the path MTUs of the address, or keep the error for the peer with this endpoint."""
-    cdef const sockaddr_in* dest4 = <const sockaddr_in*>dest
-    cdef bint is4 = dest.sin6_family == AF_INET
+    """Use a report about a datagram to ``dest``. quote[0:quote_n] is the start of its payload."""
     cdef const uint8_t* addr
-    cdef peer_t* peer
-    addr = <const uint8_t*>&dest4.sin_addr if is4 else <const uint8_t*>&dest.sin6_addr
-    peer = first_peer_at(w.snapshot, addr, 4 if is4 else 16)
+    cdef size_t addr_len = address_of(dest, &addr)
+    cdef peer_t* peer = first_peer_at(w.snapshot, addr, addr_len)
     while peer != NULL:
-        if report.error == EMSGSIZE:
-            lower_path_mtu(w, peer, info)
+        if report.error == EMSGSIZE and report.origin == SO_EE_ORIGIN_LOCAL:
+            take_device_mtu(w, peer, info)
         elif peer.port == swap16(dest.sin6_port):  # at the same place in sockaddr_in
-            report.time_ns = w.now
-            record_error(&peer.errors[w.index], report)
-            w.icmp_received += 1
+            if report.error != EMSGSIZE:
+                report.time_ns = w.now
+                record_error(&peer.errors[w.index], report)
+                w.icmp_received += 1
+            elif is_routed_to(w, peer, quote, quote_n):
+                take_hint(w, peer, info)
         peer = next_at_address(peer)
 
 
+cdef inline void queue_errors(const worker_t* w, int on) noexcept nogil:
+    """Let the kernel queue errors for the sockets that receive, or let it discard them. Turning
+    this off empties the queues."""
+    if w.udp_fd4 >= 0:
+        set_option(w.udp_fd4, IPPROTO_IP, IP_RECVERR, on)
+    if w.udp_fd6 >= 0:
+        set_option(w.udp_fd6, IPPROTO_IPV6, IPV6_RECVERR, on)
+
+
+cdef inline bint admit_error(worker_t* w) noexcept nogil:
+    """Count one ICMP error. Return False if there are too many; the kernel then queues no errors
+    for DEAF_NS."""
+    if w.now - w.errors_since_ns >= ERRORS_NS:
+        w.errors_since_ns = w.now
+        w.errors_n = 0
+    w.errors_n += 1
+    if w.errors_n <= ERRORS_MAX:
+        return True
+    if w.deaf_until_ns == 0:
+        queue_errors(w, 0)
+        w.deaf_n += 1
+    w.deaf_until_ns = w.now + DEAF_NS
+    return False
+
+
+cdef inline void listen_again(worker_t* w) noexcept nogil:
+    """Let the kernel queue errors again when DEAF_NS have passed."""
+    if w.now >= w.deaf_until_ns:
+        w.deaf_until_ns = 0
+        queue_errors(w, 1)
+
+
 cdef inline bint read_errors(worker_t* w, int fd) noexcept nogil:
-    """Empty the socket's error queue. Lower the path MTUs for which the queue reports a smaller
-    value, and keep other errors for their peers. Return whether the queue held any error."""
+    """Empty the socket's error queue. Use the path MTUs that the queue reports, and keep other
+    errors for their peers. Return whether the queue held an ICMP error: the last call for this
+    socket may then have failed because of it."""
     cdef msghdr msg
     cdef sockaddr_in6 dest
     cdef uint8_t control[512]
+    cdef uint8_t quote[QUOTE]
+    cdef iovec iov
+    cdef ssize_t n
     cdef peer_error_t report
     cdef uint32_t info = 0
-    cdef int i
-    for i in range(MAX_ERRORS):
+    cdef uint64_t deaf_before = w.deaf_n
+    cdef bint icmp = False
+    cdef int _i
+    for _i in range(MAX_ERRORS):
         memset(&msg, 0, sizeof(msg))
         msg.msg_name = &dest
         msg.msg_namelen = sizeof(dest)
         msg.msg_control = control
         msg.msg_controllen = sizeof(control)
-        if recvmsg(fd, &msg, MSG_ERRQUEUE | MSG_DONTWAIT) < 0:
+        msg.msg_iov = &iov
+        msg.msg_iovlen = 1
+        iov.iov_base = quote
+        iov.iov_len = QUOTE
+        n = recvmsg(fd, &msg, MSG_ERRQUEUE | MSG_DONTWAIT)
+        if n < 0:
             if errno == EINTR:
                 continue
-            return i != 0
-        if msg.msg_namelen != 0 and find_report(&msg, &report, &info):
-            take_report(w, &dest, &report, info)
-    return True
+            break
+        if msg.msg_namelen == 0 or not find_report(&msg, &report, &info):
+            continue
+        if report.origin != SO_EE_ORIGIN_LOCAL:
+            if not admit_error(w):
+                break
+            icmp = True
+        take_report(w, &dest, &report, info, quote, n)
+    return icmp or w.deaf_n != deaf_before
 
 
 cdef inline void keep_refusal(worker_t* w, peer_t* peer, int error) noexcept nogil:
-    """Keep the errno of a refused send for its peer. ECONNREFUSED and EMSGSIZE are no answers of
-    the kernel to this datagram: the first is an ICMP error about another one, the second a path
-    MTU."""
-    if error != ECONNREFUSED and error != EMSGSIZE:
+    """Keep the errno of a refused send for its peer, except EMSGSIZE, which is about the path MTU.
+    """
+    if error != EMSGSIZE:
         record_refusal(&peer.errors[w.index], error, w.now)
         w.sends_refused += 1
 
@@ -241,7 +329,7 @@ cdef inline uint32_t build_messages(
     while peer_i < w.queue.peers_n and n < TX_MSGS:
         waiting = &w.queue.peers[peer_i]
         peer_i += 1
-        if udp_fd(w, waiting.peer) != fd:
+        if udp_fd(w, waiting) != fd:
             continue
         datagram_i = waiting.first
         while datagram_i >= 0 and n < TX_MSGS:
@@ -257,7 +345,7 @@ cdef inline uint32_t build_messages(
 cdef struct refusal_t:          # state of a flush after the kernel refused a message
     bint one_by_one             # send single datagrams until one is accepted
     bint gso_suspected          # a run was refused; the cause may be UDP_SEGMENT, not the size
-    uint32_t retries            # number of retries of the current datagram
+    bint retried                # the current datagram was retried
 
 
 cdef inline void account(
@@ -285,7 +373,9 @@ cdef inline void handle_refusal(
         # UDP_SEGMENT, or the datagrams exceed the path MTU (EMSGSIZE; older kernels: EINVAL). If
         # the kernel accepts the same datagrams one by one, UDP_SEGMENT was the cause.
         if error == EIO or error == EINVAL or error == EOPNOTSUPP:
-            refusal.one_by_one = refusal.gso_suspected = True
+            refusal.one_by_one = True
+            # A run of datagrams that must be fragmented is always refused.
+            refusal.gso_suspected = not waiting.fragments
             return
         if error == EMSGSIZE:
             read_errors(w, fd)
@@ -295,24 +385,24 @@ cdef inline void handle_refusal(
     if error == ENOBUFS or error == ENOMEM:
         keep_refusal(w, waiting.peer, error)
         account(w, waiting, &w.tx_runs[0], DROP_NO_BUFFER)
-    elif (read_errors(w, fd) and refusal.retries < MAX_RETRIES) or refusal.retries == 0:
+    elif read_errors(w, fd) or not refusal.retried:
         # This may be an ICMP error about an earlier datagram, perhaps to another peer. The kernel
         # reports such an error once, as the result of the next send, and does not send the datagram
-        # of that next send.
-        refusal.retries += 1
+        # of that next send. ERRORS_MAX limits the number of retries.
+        refusal.retried = True
         return
     else:
         keep_refusal(w, waiting.peer, error)
         account(
             w, waiting, &w.tx_runs[0], DROP_TOO_BIG if error == EMSGSIZE else DROP_SEND_ERROR
         )
-    refusal.retries = 0
+    refusal.retried = False
 
 
 cdef inline uint32_t next_waiting(worker_t* w, int fd, uint32_t peer_i) noexcept nogil:
     """Return the index of the first peer, from peer_i on, with datagrams waiting for the socket."""
     while peer_i < w.queue.peers_n and (
-        w.queue.peers[peer_i].first < 0 or udp_fd(w, w.queue.peers[peer_i].peer) != fd
+        w.queue.peers[peer_i].first < 0 or udp_fd(w, &w.queue.peers[peer_i]) != fd
     ):
         peer_i += 1
     return peer_i
@@ -351,9 +441,9 @@ cdef inline bint handle_full_socket(
 ) noexcept nogil:
     """Handle a full socket buffer. Return False if the flush has to wait for the socket. Otherwise
     the peer now has an own socket, or its datagrams are dropped."""
-    cdef bint shared = fd == w.udp_fd4 or fd == w.udp_fd6
+    cdef bint shared = fd == w.sender4 or fd == w.sender6
     cdef bint wait = may_wait(w)
-    if shared and (w.draining or not wait) and give_own_socket(w, fd, waiting.peer):
+    if shared and (w.draining or not wait) and give_own_socket(w, waiting.peer):
         return True
     if wait:
         w.full_fd = fd
@@ -402,7 +492,7 @@ cdef inline void flush_own_sockets(worker_t* w) noexcept nogil:
     cdef own_socket_t* own
     cdef uint32_t i
     for i in range(w.queue.peers_n):
-        if w.queue.peers[i].first >= 0:
+        if w.queue.peers[i].first >= 0 and not w.queue.peers[i].fragments:
             own = own_socket_of(w, w.queue.peers[i].peer)
             if own != NULL:
                 flush_socket(w, own.fd)
@@ -424,12 +514,16 @@ cdef inline bint flush(worker_t* w) noexcept nogil:
     w.full_fd = -1
     if not queue_is_empty(&w.queue):
         note_peers(w)
-        if w.udp_fd4 >= 0:
-            flush_socket(w, w.udp_fd4)
-        if w.udp_fd6 >= 0:
-            flush_socket(w, w.udp_fd6)
+        if w.sender4 >= 0:
+            flush_socket(w, w.sender4)
+        if w.sender6 >= 0:
+            flush_socket(w, w.sender6)
         if w.own_sockets_n != 0:
             flush_own_sockets(w)
+        if w.fragmenting4.fd >= 0:
+            flush_socket(w, w.fragmenting4.fd)
+        if w.fragmenting6.fd >= 0:
+            flush_socket(w, w.fragmenting6.fd)
         if w.full_fd >= 0:
             return False
         queue_clear(&w.queue)

@@ -21,7 +21,7 @@ from path.decap cimport receive
 from path.encap cimport drain_tun
 from path.own_socket cimport look_at_own_sockets
 from path.queue cimport queue_clear, queue_is_empty
-from path.send cimport flush, read_errors
+from path.send cimport flush, listen_again, read_errors
 from path.worker cimport (
     EVENT_TUN_GONE, ON_FULL, ON_TUN, ON_UDP4, ON_UDP6, ON_WAKE, POLLED_N, count_drop, raise_event,
     worker_t,
@@ -227,6 +227,8 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             break  # without epoll_register: a removed TUN is always ready
         if w.own_sockets_n != 0 and w.full_fd < 0:
             look_at_own_sockets(w)
+        if w.deaf_until_ns != 0:
+            listen_again(w)
         adjust_affinity(&w.affinity, w.now, w.encap.delivered, w.decap.delivered)
         more = turn(w)
     release(w)

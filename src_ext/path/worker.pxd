@@ -47,7 +47,7 @@ cdef enum:
     POLLED_N = 5
 
     # bits of worker_t.events
-    EVENT_PATH_MTU = 1          # a peer's path MTU became smaller
+    EVENT_PATH_MTU = 1          # a peer has a hint (peer.pxd)
     EVENT_UDP_GSO = 2           # the kernel refused UDP_SEGMENT, which is now off
     EVENT_TCP_MERGE = 4         # the kernel refused a merged TCP frame; merging TCP is now off
     EVENT_UDP_MERGE = 8         # the kernel refused a merged UDP frame; merging UDP is now off
@@ -84,7 +84,7 @@ cdef struct own_socket_t:       # see own_socket.pxd
     uint32_t empty_looks        # the number of looks in a row at which the socket was empty
 
 
-cdef struct spare_t:            # sends probes while the shared socket is full; see probe.pxd
+cdef struct spare_t:            # a socket that sends, opened when it is needed
     int fd                      # -1 = not open
     uint64_t retry_ns           # until this time, it is not opened
 
@@ -137,8 +137,10 @@ cdef struct worker_t:
     int wake_fd
     int baton_fd                # eventfd to write when ``run`` returns for a wake-up; -1 = none
     int tun_fd
-    int udp_fd4                 # -1 = no listener of this family
+    int udp_fd4                 # receives; -1 = no listener of this family
     int udp_fd6
+    int sender4                 # the shared sender (own_socket.pxd); can be udp_fd4
+    int sender6
     pollfd polled[POLLED_N]
     int full_fd                 # back-pressure: the full socket that the flush waits for; -1 = none
     bint tun_paused             # back-pressure: the TUN is not polled
@@ -176,8 +178,16 @@ cdef struct worker_t:
     uint64_t syscalls_wait
     icmp_bucket_t icmp_buckets[2 * ICMP_KINDS_N]
 
+    # limit of the errors that are read (send.pxd)
+    uint64_t errors_since_ns    # when the present window began
+    uint32_t errors_n           # errors read in this window
+    uint64_t deaf_until_ns      # until this time, the kernel queues no errors; 0 = it does
+    uint64_t deaf_n             # how often the limit was reached
+
     spare_t spare4
     spare_t spare6
+    spare_t fragmenting4        # see own_socket.pxd
+    spare_t fragmenting6
     own_socket_t own_sockets[OWN_SOCKETS]
     uint32_t own_sockets_n      # open now
     uint64_t own_sockets_given  # counter
@@ -214,7 +224,9 @@ cdef inline bint init_worker(
     if there is no memory. The caller then calls ``free_buffers``, too."""
     cdef uint32_t i
     w.epoll_fd = w.wake_fd = w.baton_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
+    w.fragmenting4.fd = w.fragmenting6.fd = -1
     w.tun_fd, w.udp_fd4, w.udp_fd6 = tun_fd, udp_fd4, udp_fd6
+    w.sender4, w.sender6 = udp_fd4, udp_fd6
     for i in range(OWN_SOCKETS):
         w.own_sockets[i].fd = -1
     for i in range(POLLED_N):

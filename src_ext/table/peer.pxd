@@ -3,10 +3,14 @@
 Owns ``peer_t``. A peer object exists while a route uses its endpoint or a worker may still have a
 pointer to the object (publish.pxd). Does not depend on routes.
 
+The control side decides the path MTU. A report that it is smaller can be forged, so a worker only
+stores it as a *hint*. Exception: what this host's kernel reports about its own device is true, so a
+worker applies it at once.
+
 Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu`` and
-``path_mtu_ns``. A worker lowers the path MTU, and the control side later resets it to the link MTU.
-If both write at the same time, either value is valid. Each worker writes its own
-``peer_counters_t``. The control side writes the last one: what an earlier process has counted.
+``df_mtu``. If both write at the same time, either value is valid. A worker stores ``hint``, and the
+control side takes it. Each worker writes its own ``peer_counters_t``. The control side writes the
+last one: what an earlier process has counted.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -17,6 +21,12 @@ from limits cimport OVERHEAD4, OVERHEAD6
 from sys cimport AF_INET, AF_INET6, sockaddr_in, sockaddr_in6
 from table.peer_errors cimport peer_errors_t
 from wire.headers cimport swap16
+
+
+cdef enum:
+    HINT_ICMP = 1 << 30         # an ICMP error reported the path MTU
+    HINT_DEVICE = 1 << 29       # the kernel refused a datagram
+    HINT_MTU = 0xFFFFFF         # mask of the path MTU
 
 
 cdef struct peer_counters_t:
@@ -41,7 +51,11 @@ cdef struct peer_t:
     uint32_t overhead           # bytes of the outer IP and UDP headers
     uint32_t link_mtu           # of the underlay interface, outer bytes
     uint32_t path_mtu           # outer bytes; <= link_mtu
-    uint64_t path_mtu_ns        # time at which path_mtu was learned; 0: path_mtu is link_mtu
+    uint64_t path_mtu_ns        # time at which df_mtu became smaller than link_mtu; 0: it is not
+    # Datagrams that may be longer than this are sent without DF. <= path_mtu; smaller only if the
+    # path MTU is uncertain.
+    uint32_t df_mtu
+    uint64_t hint               # HINT_*, and the reported path MTU (0 = not reported); 0 = no hint
     uint32_t probe              # 1: a route to the peer has ROUTE_PROBE; else 0
     bint new_probe              # control side: ``probe`` in the snapshot that is being built
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
@@ -101,7 +115,7 @@ cdef inline peer_t* peer_new(
     memcpy(peer.addr, addr, addr_len)
     peer.addr_len = <uint8_t>addr_len
     peer.port = port
-    peer.link_mtu = peer.path_mtu = peer.reported_mtu = link_mtu
+    peer.link_mtu = peer.path_mtu = peer.df_mtu = peer.reported_mtu = link_mtu
     peer.overhead = OVERHEAD4 if addr_len == 4 else OVERHEAD6
     peer.sa_len = set_sockaddr(&peer.sa, addr, addr_len, port)
     return peer

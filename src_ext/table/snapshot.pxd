@@ -10,6 +10,7 @@ MTUs of its peers. A worker loads the pointer to the snapshot once per turn and 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
+from limits cimport MIN_MTU6
 from sys cimport load_ptr, peek32
 from table.addr_map cimport addr_map_find, addr_map_free, addr_map_t
 from table.lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
@@ -49,6 +50,13 @@ cdef inline uint32_t path_limit(const hop_t* hop) noexcept nogil:
     """Return the largest inner packet that the route and the path to its peer allow."""
     cdef uint32_t limit = peek32(&hop.peer.path_mtu) - hop.peer.overhead
     return hop.mtu if hop.mtu != 0 and hop.mtu < limit else limit
+
+
+cdef inline uint32_t packet_limit(const hop_t* hop, uint8_t version) noexcept nogil:
+    """Return the largest inner packet of this IP version that the route takes. IPv6 packets of 1280
+    bytes must arrive (RFC 8200 5). If the path has less space, their datagrams are fragmented."""
+    cdef uint32_t limit = path_limit(hop)
+    return MIN_MTU6 if version == 6 and limit < MIN_MTU6 else limit
 
 
 cdef inline peer_t* first_peer_at(

@@ -177,7 +177,7 @@ peer: 192.0.2.2:8285
   last seen: 3 seconds ago
   transfer: 999 B received, 1.50 KiB sent
   packets: 3 received, 12 sent
-  path mtu: 1500
+  path mtu: 1500 (measured)
   last error: connection refused: nothing listens on 192.0.2.2:8285 \
 (ICMP port unreachable from 192.0.2.2), 1 minute, 1 second ago
   state: reachable since 2026-11-23T13:05:24Z
@@ -188,7 +188,7 @@ peer: [2001:db8::3]:8285
   last seen: never
   transfer: 0 B received, 0 B sent
   packets: 0 received, 0 sent
-  path mtu: 1500
+  path mtu: 1280 (reported by an ICMP error, believed for 42 s more)
 """
     assert udptun.json("status")["peers"][0]["endpoint"] == "192.0.2.2:8285"
 

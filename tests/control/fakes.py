@@ -27,7 +27,7 @@ from udptun.model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 VERSION = "0.1.0"
 WORKER = {
     "index": 0, "turns": 8, "loop_returns": 9, "queued": 1, "icmp_sent": 3, "icmp_suppressed": 4,
-    "own_sockets": 2, "own_sockets_given": 3, "probes_lost": 0,
+    "own_sockets": 2, "own_sockets_given": 3, "probes_lost": 0, "icmp_floods": 0,
     "syscalls": {"read": 5, "write": 6, "send": 7, "receive": 8, "wait": 9},
 }
 
@@ -192,7 +192,8 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
             {
                 "endpoint": "192.0.2.2:8285", "subnets": ["10.244.2.0/24"],
                 "encap": {"packets": 12, "bytes": 1536}, "decap": {"packets": 3, "bytes": 999},
-                "path_mtu": 1500, "last_seen_seconds": 3.4, "errors": 2,
+                "path_mtu": 1500, "path_mtu_source": "probe", "path_mtu_seconds": None,
+                "last_seen_seconds": 3.4, "errors": 2,
                 "last_error": {
                     "errno": "ECONNREFUSED", "origin": "icmp", "type": 3, "code": 3,
                     "reporter": "192.0.2.2", "seconds_ago": 61.2,
@@ -209,7 +210,8 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
             {
                 "endpoint": "[2001:db8::3]:8285", "subnets": [],
                 "encap": {"packets": 0, "bytes": 0}, "decap": {"packets": 0, "bytes": 0},
-                "path_mtu": 1500, "last_seen_seconds": None, "errors": 0, "last_error": None,
+                "path_mtu": 1280, "path_mtu_source": "icmp", "path_mtu_seconds": 41.7,
+                "last_seen_seconds": None, "errors": 0, "last_error": None,
                 "probe": None,
             },
         ],

@@ -36,7 +36,8 @@ class Rig:
     """One worker between a socket pair (its TUN) and loopback sockets; a reference forwarder."""
 
     def __init__(
-        self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64, udp6=False
+        self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64, udp6=False,
+        sockopts=(),
     ):
         self.features = features
         self.closing = contextlib.ExitStack()
@@ -46,6 +47,8 @@ class Rig:
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self.udp = self.bound(LOCAL)
+        for option in sockopts:  # the worker opens a sender with the same options
+            self.udp.setsockopt(*option)
         if "udp-gro" in features:
             self.udp.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
         self.outside = {a: self.bound(a) for a in (*PEERS, STRANGER)}
@@ -64,6 +67,7 @@ class Rig:
             sock6 = self.closing.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
             sock6.setblocking(False)
             sock6.bind(("::1", 0))
+            self.udp6 = sock6
             fd6 = sock6.fileno()
         link_mtus = (1500, 1500 if udp6 else 0)
         self.core = _core.Core(source_check, 1, link_mtus, [TUN4.packed, TUN6.packed], self.notify)

@@ -3,9 +3,13 @@
 A socket pair replaces the TUN; UDP uses loopback, as in test_worker.py.
 """
 
+import contextlib
 import errno
 import ipaddress
 import socket
+import struct
+import subprocess
+import threading
 import time
 
 import pytest
@@ -35,6 +39,10 @@ def peer_at(rig, endpoint):
     address, port = ipaddress.ip_address(endpoint[0]).packed, endpoint[1]
     (row,) = [p for p in rig.core.peers() if (p.address, p.port) == (address, port)]
     return row
+
+
+def sh_output(command):
+    return subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
 
 
 def publish(rig, *routes):
@@ -133,6 +141,165 @@ def test_the_sentence_says_what_and_who(error, endpoint, text):
     made = peer_errors.to_json(error, endpoint)
     assert (made["errno"], made["text"]) == (errno.errorcode[error.errno], text)
     assert peer_errors.to_json(None, endpoint) is None
+
+
+# Forged errors
+
+
+def forge(rig, outer, kind, code, mtu, quote=b""):
+    """Return (socket, message, target) of an ICMP error about a datagram of the rig to its peer."""
+    here, there = (rig.udp, rig.outside[PEERS[0]]) if outer == 4 else (rig.udp6, rig.peer6)
+    (source, sport), (target, dport) = here.getsockname()[:2], there.getsockname()[:2]
+    udp = struct.pack("!HHHH", sport, dport, 1480, 0) + quote
+    if outer == 4:
+        ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 1500, 1, 0x4000, 64, 17, 0, addr(source),
+                         addr(target))
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        message = struct.pack("!BBHHH", kind, code, 0, 0, mtu) + ip + udp
+        total = 0xFFFF - reference.checksum(message)
+        message = message[:2] + total.to_bytes(2, "big") + message[4:]
+#X - reference.checksum(message)).to_bytes(2, "big") + message[4:]
+    else:
+        ip = struct.pack("!IHBB16s16s", 0x60000000, 1480, 17, 64, addr(source), addr(target))
+        raw = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+        # the kernel computes the checksum
+        message = struct.pack("!BBHI", kind, code, 0, mtu) + ip + udp
+    return rig.closing.enter_context(raw), message, (source, 0)
+
+
+class Rig6(Rig):
+    """A rig with a peer at an IPv6 address, for 10.244.7.0/24. Errors are queued, as net/udp.py
+    lets the kernel do."""
+
+    def __init__(self):
+        super().__init__(udp6=True)
+        self.udp.setsockopt(socket.IPPROTO_IP, 11, 1)
+        self.udp6.setsockopt(socket.IPPROTO_IPV6, 25, 1)
+        self.peer6 = self.closing.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        self.peer6.setblocking(False)
+        self.peer6.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self.peer6.bind(("::1", 0))
+        publish(self, *self.routes, Route.make("10.244.7.0/24", *self.peer6.getsockname()[:2]))
+
+
+FLOODS = {4: [(3, 3, 0), (3, 4, 552), (3, 1, 0), (11, 0, 0)], 6: [(1, 4, 0), (1, 3, 0), (3, 0, 0)]}
+
+
+@in_own_netns
+@pytest.mark.parametrize("outer", [4, 6])
+def test_a_flood_of_errors_costs_no_packet(outer):
+    inner = {4: "10.244.2.5", 6: "10.244.7.5"}[outer]
+    with Rig6() as rig:
+        rig.udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # errors fill it quickly
+        ends = (rig.outside[PEERS[0]], rig.udp) if outer == 4 else (rig.peer6, rig.udp6)
+        forged = [forge(rig, outer, *each) for each in FLOODS[outer]]
+        done = threading.Event()
+
+        def flood():
+            while not done.is_set():
+                for raw, message, target in forged:
+                    raw.sendto(message, target)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        sent = received = 0
+        try:
+            work_until(rig, lambda: rig.worker.counters()["icmp_floods"])
+            while sent < 2000:
+                for _ in range(20):
+                    rig.write(bytes(10) + Flow(dst=addr(inner)).udp(b"x" * 100))
+                    ends[0].sendto(Flow(src=addr(inner), dst=addr("10.244.1.9")).udp(b"y"),
+                                   ends[1].getsockname())
+                sent += 20
+                work_until(rig, lambda n=sent: rig.counts()[ENCAP]["read"] >= n)
+                work_until(rig, lambda n=sent: rig.counts()[DECAP]["read"] >= n)
+        finally:
+            done.set()
+            thread.join()
+        with contextlib.suppress(BlockingIOError):
+            while ends[0].recv(2000):
+                received += 1
+        assert (received, rig.drops()) == (sent, {})
+        assert rig.counts()[DECAP]["delivered"] == sent
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_after_a_flood_errors_are_kept_again():
+    with Rig6() as rig:
+        raw, message, target = forge(rig, 4, 3, 3, 0)
+        for _ in range(200):
+            raw.sendto(message, target)
+        work_until(rig, lambda: rig.worker.counters()["icmp_floods"])
+        endpoint = rig.outside[PEERS[0]].getsockname()
+        kept = peer_at(rig, endpoint).errors_n
+        assert kept <= 64
+        def hears():
+            raw.sendto(message, target)
+            rig.worker.look()
+            return peer_at(rig, endpoint).errors_n > kept
+
+        work_until(rig, hears)
+
+
+@in_own_netns
+def test_a_forged_path_mtu_is_only_a_hint():
+    with Rig6() as rig:
+        endpoint = rig.outside[PEERS[0]].getsockname()
+        packed = addr(endpoint[0]), endpoint[1]
+        header = ip4(bytes(40), 6, "10.244.1.9", "10.244.2.5")
+        for quote in (b"", b"12345678", header, b"utp1" + bytes(60)):
+            raw, message, target = forge(rig, 4, 3, 4, 552, quote)
+            raw.sendto(message, target)
+            hints = []
+            work_until(rig, lambda to=hints: to.extend(rig.core.take_mtu_hints()) or to)
+            assert hints == [(*packed, False, 552)]
+        elsewhere = ip4(bytes(40), 6, "10.244.1.9", "10.244.3.5")
+        for quote in (elsewhere, ip4(bytes(40), 6, "10.244.1.9", "192.0.2.1")):
+            raw, message, target = forge(rig, 4, 3, 4, 552, quote)
+            raw.sendto(message, target)
+        raw, message, target = forge(rig, 4, 3, 3, 0)  # arrives after them
+        raw.sendto(message, target)
+        work_until(rig, lambda: peer_at(rig, endpoint).errors_n)
+        assert rig.core.take_mtu_hints() == []
+        assert peer_at(rig, endpoint).path_mtu == 1500
+        route = sh_output(f"ip route get {endpoint[0]} from 127.0.0.1")
+        assert "mtu" not in route
+
+
+@in_own_netns
+def test_the_mtu_of_the_device_is_applied_at_once():
+    with Rig() as rig:
+        sh("ip link set lo mtu 1000")
+        endpoint = rig.outside[PEERS[0]].getsockname()
+        rig.write(bytes(10) + Flow(dst=addr("10.244.2.5")).udp(bytes(1200)))
+        work_until(rig, lambda: peer_at(rig, endpoint).path_mtu == 1000)
+        assert rig.core.take_mtu_hints() == [(addr(endpoint[0]), endpoint[1], True, 1000)]
+        assert rig.drops() == {("too_big", ENCAP): 1}
+        rig.core.set_path_mtu(addr(endpoint[0]), endpoint[1], 0xFFFF, 0)
+        assert peer_at(rig, endpoint).path_mtu == 1500  # of the link
+        assert rig.core.path_mtu_changes() == []
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_ipv6_packets_of_1280_bytes_leave_in_fragments():
+    with Rig() as rig:
+        sh("ip link set lo mtu 1000")
+        endpoint = rig.outside[PEERS[0]].getsockname()
+        rig.core.set_path_mtu(addr(endpoint[0]), endpoint[1], 1000, 0)
+        flow = Flow(version=6, src=addr("fd00:1::9"), dst=addr("fd00:2::5"))
+        packet = flow.udp(bytes(1280 - 48))
+        rig.write(bytes(10) + packet)
+        rig.write(flow.tcp_super(bytes(3600), 1200))
+        rig.write(bytes(10) + Flow(dst=addr("10.244.2.5")).udp(bytes(800)))
+        got = []
+        work_until(rig, lambda: got.extend(rig.at(PEERS[0])) or len(got) == 5)
+        assert sum(len(datagram) > 1000 - 28 for datagram in got) == 4
+        assert rig.drops() == {}
+        rig.write(bytes(10) + flow.udp(bytes(1281 - 48)))
+        work_until(rig, lambda: rig.drops() == {("too_big", ENCAP): 1})
+        rig.check_invariant()
 
 
 # Strangers

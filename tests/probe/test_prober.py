@@ -6,8 +6,8 @@ import itertools
 import pytest
 
 from tests.probe.simulation import FULL, Simulation, Two
-from udptun.probe.prober import IDLE_PER_SECOND, URGENT_PER_SECOND
-from udptun.probe.sizes import RECHECK_SECONDS, STEP
+from udptun.probe.prober import HINTS_PER_SECOND, IDLE_PER_SECOND, URGENT_PER_SECOND
+from udptun.probe.sizes import RETRY_SECONDS, STEP
 from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE
 
 SEEDS = range(5)
@@ -97,7 +97,7 @@ def test_the_largest_size_that_passes_is_found(limit, traffic):
     net.passes = lambda key, size, now: True
     net.run(120)
     assert net.prober["a"].sizes.largest == FULL
-    assert net.first("a", REACHABLE, since, full=True) < (3 * RECHECK_SECONDS if traffic else 120)
+    assert net.first("a", REACHABLE, since, full=True) < (3 * RETRY_SECONDS if traffic else 120)
 
 
 @pytest.mark.parametrize("seconds", range(4, 30, 2))
@@ -448,3 +448,97 @@ def test_both_sides_of_an_idle_pair_get_the_verdict_within_fifteen_seconds(seed,
     net.passes = lambda sender, now: True
     net.run(15)
     assert net.states() == [REACHABLE, REACHABLE]
+
+
+# Reports of a smaller path MTU
+
+
+@pytest.mark.parametrize("size", [24, 524, 1000, 1399])
+@pytest.mark.parametrize("traffic", ["", "a"])
+def test_a_forged_report_causes_one_probe_and_changes_nothing(size, traffic):
+    net = started(traffic=traffic)
+    since = net.now
+    for _ in range(20):
+        net.prober.hint("a", size)
+        net.run(0.05)
+    assert net.prober["a"].sizes.limit is None
+    assert [row for row in net.verdicts if row[0] >= since] == []
+    rows = net.sent_since(since)
+    assert {FULL, size} <= {sent for _, _, sent in rows}
+    assert len(rows) <= 3 * (1 + bool(traffic))  # the full size, the reported one, a small one
+
+
+@pytest.mark.parametrize("limit", [524, 1000, 1372, 1399])
+def test_a_true_report_sets_the_limit_within_a_second(limit):
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: size <= limit
+    since = net.now
+    net.prober.hint("a", limit)
+    while net.prober["a"].sizes.limit is None:
+        net.run(0.05)
+    assert net.now - since <= 1.0
+    assert net.prober["a"].sizes.limit == limit
+    net.run(3)
+    assert limit - STEP < net.prober["a"].sizes.limit <= limit
+
+
+def test_a_report_that_is_too_small_costs_only_a_moment():
+    """The path has a limit, and somebody reports a smaller one."""
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: size <= 1372
+    net.prober.hint("a", 524)
+    net.run(5)
+    assert net.prober["a"].sizes.limit == 1372
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_limit_that_nobody_reports_is_found_within_six_seconds(seed):
+    net = started(traffic="a", seed=seed)
+    net.passes = lambda key, size, now: size <= 1372
+    since = net.now
+    while net.prober["a"].sizes.limit is None:
+        net.run(0.05)
+    assert net.now - since <= 6
+    assert net.prober["a"].sizes.limit == 1372  # the first limit that is set is the final one
+
+
+@pytest.mark.parametrize(("low", "high"), [(1000, FULL), (1000, 1100), (524, 1372)])
+def test_a_limit_rises_within_seconds(low, high):
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: size <= low
+    net.run(20)
+    net.passes = lambda key, size, now: size <= high
+    net.run(RETRY_SECONDS + 5)
+    limit = net.prober["a"].sizes.limit
+    assert limit is None if high == FULL else high - STEP < limit <= high
+
+
+def test_reports_about_many_peers_cause_few_probes():
+    net = started(range(500))
+    since, before = net.now, len(net.sent)
+    while net.now < since + 5:
+        for key in range(500):
+            net.prober.hint(key, 524)
+        net.run(0.1)
+    idle = 5 * 500 / 10
+    assert len(net.sent) - before <= idle * 1.3 + 3 * HINTS_PER_SECOND * 6
+
+
+def test_a_report_during_an_outage_is_ignored():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: False
+    net.run(10)
+    net.prober.hint("a", 524)
+    net.passes = lambda key, size, now: True
+    net.run(20)
+    assert net.prober["a"].sizes.limit is None
+    assert net.prober["a"].sizes.full_passes
+
+
+def test_heavy_loss_sets_no_limit_for_long():
+    net = started(traffic="a")
+    net.passes = lambda key, size, now: net.prober._rng.random() > 0.3
+    net.run(300)
+    net.passes = lambda key, size, now: True
+    net.run(RETRY_SECONDS + 2)
+    assert net.prober["a"].sizes.limit is None

@@ -69,7 +69,7 @@ def test_the_newest_common_version_is_used(monkeypatch):
 
 def test_a_peer_survives_the_way():
     error = PeerError(111, "icmp", 3, 1, bytes([192, 0, 2, 1]), 55)
-    peer = Peer(bytes(16), 8285, 1400, 1, 2, 3, 4, None, False, 66, 77, 5, error)
+    peer = Peer(bytes(16), 8285, 1400, 1, 2, 3, 4, None, False, 66, 77, 1200, 5, error)
     assert peer_from_json(json.loads(json.dumps(peer_to_json(peer)))) == peer
     assert peer_from_json(peer_to_json(peer) | {"later": 1}) == peer
     with pytest.raises(TakeOverError):

@@ -179,7 +179,7 @@ def _peer(peer: dict[str, Any]) -> str:
         ("last seen", "never" if seen is None else f"{_duration(seen)} ago"),
         ("transfer", f"{_size(decap['bytes'])} received, {_size(encap['bytes'])} sent"),
         ("packets", f"{decap['packets']} received, {encap['packets']} sent"),
-        ("path mtu", peer["path_mtu"]),
+        ("path mtu", _path_mtu(peer)),
         *_last_error(peer),
     ]
     if probe is not None:
@@ -189,6 +189,16 @@ def _peer(peer: dict[str, Any]) -> str:
                                 f"last answer {answer or 'never'}, "
                                 f"largest packet {largest or 'unknown'}"))
     return _block("peer", peer["endpoint"], lines)
+
+
+def _path_mtu(peer: dict[str, Any]) -> str:
+    source, seconds = peer["path_mtu_source"], peer["path_mtu_seconds"]
+    if source == "probe":
+        return f"{peer['path_mtu']} (measured)"
+    if seconds is None:
+        return f"{peer['path_mtu']} (of the interface, not measured)"
+    who = "an ICMP error" if source == "icmp" else "the kernel"
+    return f"{peer['path_mtu']} (reported by {who}, believed for {seconds:.0f} s more)"
 
 
 def _echoes(ctx: click.Context, peers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

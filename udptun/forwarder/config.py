@@ -34,7 +34,8 @@ class ForwarderConfig:
     listen        endpoints on the underlay: at least one, at most one per family
     addresses     addresses of the TUN, at most one per family; each is set as a /32 or /128
     networks      overlay prefixes that are routed through the TUN
-    mtu           MTU of the TUN in bytes; None: the underlay's MTU minus the outer headers
+    mtu           MTU of the TUN in bytes; None: the underlay's MTU minus the outer headers, with
+                  IPv6 inside at least 1280
     workers       number of worker threads; None: chosen from the number of cores
     control       Unix socket of the control API; None: no control API
     routes_file   file that is read at start and on ``reload``. Each line is a route:
@@ -62,6 +63,11 @@ class ForwarderConfig:
     flannel_control: Path | None = None
     flannel_control_fd: int | None = None
 
+    @property
+    def has_ipv6(self) -> bool:
+        """Whether the tunnel carries IPv6."""
+        return any(item.version == 6 for item in (*self.addresses, *self.networks))
+
     def __post_init__(self) -> None:
         if not self.listen:
             raise FieldError("listen", None, "at least one ADDRESS:PORT")
@@ -78,9 +84,7 @@ class ForwarderConfig:
             raise FieldError("source-check", self.source_check, _one_of(SOURCE_CHECKS))
         if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_MTU:
             raise FieldError("mtu", self.mtu, f"auto, or from {MIN_TUN_MTU} to {MAX_MTU}")
-        if self.mtu is not None and self.mtu < MIN_MTU6 and any(
-            item.version == 6 for item in (*self.addresses, *self.networks)
-        ):
+        if self.mtu is not None and self.mtu < MIN_MTU6 and self.has_ipv6:
             raise FieldError("mtu", self.mtu, f"at least {MIN_MTU6} for IPv6 inside the tunnel")
         if self.control is not None and self.control == self.flannel_control:
             raise FieldError(

@@ -1,8 +1,8 @@
 """The forwarder: opens and closes the TUN, UDP sockets, workers, route table and control, in order.
 
 Owns only the order of opening and closing. Each part owns its state: ``routes``, ``workers``,
-``probes``, ``tun_setup``, ``view``, ``control.events``. Does not depend on leases, or on how the
-compiled core processes a packet. Threading: control loop only.
+``probes``, ``path_mtus``, ``tun_setup``, ``view``, ``control.events``. Does not depend on leases,
+or on how the compiled core processes a packet. Threading: control loop only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..device.steering import attach_steering
 from ..device.tun import Tun
 from ..errors import DeviceError, UdptunError
 from ..instance import InstanceLock
-from ..model import OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
+from ..model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
 from ..takeover.document import Counted, packets_of, peer_from_json
@@ -44,6 +44,7 @@ from .giving import (
     WithFile,
 )
 from .kept import Kept
+from .path_mtus import PathMtus
 from .probes import Probes
 from .routes import Routes
 from .taking import Taking
@@ -146,12 +147,13 @@ class Forwarder:
         self._routes.open(core)
         self._closing.push_async_callback(self._routes.close)
         self._probes = Probes(core, self._routes, self.mtu, self.events)
+        path_mtus = PathMtus(core, self._probes, self.events, self._trust_icmp6(sockets))
         workers = Workers(
-            core, notify_fd, self.capabilities, self.events, self._probes.take, self._report,
-            self.check_host,
+            core, notify_fd, self.capabilities, self.events, self._probes.take, path_mtus.update,
+            self._report, self.check_host,
         )
         self._closing.push_async_callback(asyncio.to_thread, workers.stop)
-        batons = [] if taking is None else self._inherit_state(taking, core)
+        batons = [] if taking is None else self._inherit_state(taking, path_mtus)
         workers.start(tun.fds, self._by_worker(sockets), batons)
         if taking is not None:
             self._inherit_counts(await taking.go(), core, workers)
@@ -172,7 +174,7 @@ class Forwarder:
         await self._routes.save()
         self._view = View(
             self.config, tun.name, self.mtu, self.capabilities, core, self._routes, workers,
-            self._probes,
+            self._probes, path_mtus,
         )
         self._closing.callback(self.events.close)
         self._log_start()
@@ -318,6 +320,14 @@ class Forwarder:
             for at in range(0, len(sockets), per_worker)
         ]
 
+    def _trust_icmp6(self, sockets: list[UdpSocket]) -> Callable[[bool], None]:
+        def trust(on: bool) -> None:
+            for each in sockets:
+                if each.endpoint.address.version == 6:
+                    each.trust_icmp(on)
+
+        return trust
+
     async def _make_core(self, netlink: Netlink) -> tuple[_core.Core, int]:
         """Create the core, and the eventfd that its workers signal when they have an event."""
         config = self.config
@@ -325,9 +335,10 @@ class Forwarder:
         for endpoint in config.listen:
             _, link_mtu = await netlink.underlay_mtu(endpoint.address)
             link_mtus[endpoint.address.version] = link_mtu
-        self.mtu = config.mtu or min(
-            mtu - OVERHEAD[version] for version, mtu in link_mtus.items() if mtu
-        )
+        carried = min(mtu - OVERHEAD[version] for version, mtu in link_mtus.items() if mtu)
+        # IPv6 needs 1280 bytes (RFC 8200 5): on a smaller underlay the core lets its datagrams be
+        # fragmented, and IPv4 senders get ICMP errors.
+        self.mtu = config.mtu or (max(carried, MIN_MTU6) if config.has_ipv6 else carried)
         notify_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing.callback(os.close, notify_fd)
         core = _core.Core(
@@ -394,9 +405,9 @@ class Forwarder:
 
     # -- handing over -----------------------------------------------------------------------------
 
-    def _inherit_state(self, taking: Taking, core: _core.Core) -> list[int]:
+    def _inherit_state(self, taking: Taking, path_mtus: PathMtus) -> list[int]:
         """Continue the state of the other forwarder. Return the batons of the workers."""
-        core.inherit_path_mtus(taking.path_mtus())
+        path_mtus.inherit(taking.path_mtus())
         for name, cause in taking.having.off.items():
             self.capabilities.lose(name, cause)
         return taking.batons(self.config.workers_n)

@@ -1,6 +1,7 @@
 """Probe the peers over UDP: send requests, take answers, report changes.
 
 Owns the paths to the peers that have a route with ``probe``, and the reports about these paths.
+Sets the path MTU of these peers in the core.
 ``udptun/probe`` decides whether a path works. The compiled core sends and receives the probes.
 Threading: control loop only. Nothing here runs per packet. Per peer, code runs only for peers that
 are probed, have traffic, or are new.
@@ -20,7 +21,7 @@ from typing import Any
 from .. import _core
 from ..control.events import EventHub
 from ..errors import FieldError
-from ..model import Endpoint, PeerError, ProbeRecord, parse_number
+from ..model import MIN_MTU, OVERHEAD, Endpoint, PeerError, ProbeRecord, parse_number
 from ..probe.message import HEADER_SIZE, NEVER_HEARD, REPLY, heard_field
 from ..probe.prober import Prober, Request
 from ..probe.state import REACHABLE, UNKNOWN, UNREACHABLE
@@ -37,6 +38,7 @@ ANSWER_SECONDS = 1.0  # time for which ``probe`` waits for an answer
 # The longest time between two probes of a peer behind a NAT. A NAT deletes its entry after 30 s.
 NAT_SECONDS = 20.0
 MAX_PROBE = 65507  # largest UDP payload over IPv4
+LINK_MTU = 0xFFFF  # the core uses the MTU of the link if that is smaller
 STATES = (REACHABLE, UNREACHABLE, UNKNOWN)
 
 
@@ -87,6 +89,7 @@ class Probes:
             key = endpoint.address.packed, endpoint.port
             if (path := self._prober.get(key)) is not None:
                 path.inherit(had, now)
+                self._set_path_mtu(key)
         for name in self._counts:
             self._counts[name] += counts.get(name, 0)
 
@@ -99,6 +102,30 @@ class Probes:
         self._report_changes()
         if self._timer is not None:
             self._arm()
+
+    # -- path MTUs --------------------------------------------------------------------------------
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._prober
+
+    def hint(self, key: Key, size: int) -> None:
+        """Test the present size, because of a report that only packets up to ``size`` pass."""
+        self._prober.hint(key, size)
+        if self._timer is not None:
+            self._arm()
+
+    def has_measured(self, key: Key) -> bool:
+        """Return whether probes have shown which size passes."""
+        path = self._prober.get(key)
+        return path is not None and path.sizes.full_passes is not None
+
+    def _set_path_mtu(self, key: Key) -> None:
+        """Set the path MTU that the probes have measured, or that of the link if they show no
+        limit."""
+        limit = self._prober[key].sizes.limit
+        overhead = OVERHEAD[4 if len(key[0]) == 4 else 6]
+        path_mtu = LINK_MTU if limit is None else max(limit, MIN_MTU) + overhead
+        self._core.set_path_mtu(*key, path_mtu, 0)
 
     # -- the control API --------------------------------------------------------------------------
 
@@ -214,10 +241,12 @@ class Probes:
         limits = self._core.probe_peers(min(self._mtu, MAX_PROBE))
         for key in [key for key in self._prober if key not in limits]:
             self._prober.remove(key)
+            self._core.set_path_mtu(*key, LINK_MTU, 0)
         for key, limit in limits.items():
             path = self._prober.get(key)
             if path is None or path.sizes.full != limit:
                 self._prober.add(key, limit)
+                self._set_path_mtu(key)
         self._by_address = None
 
     def _follow_traffic(self, now: float) -> None:
@@ -250,6 +279,9 @@ class Probes:
                 key, at, record.token, None if never else record.heard_ms / 1000)
         elif self._prober.answered(key, record.token, record.size, at):
             self._counts["answered"] += 1
+            if record.size == self._prober[key].sizes.present:
+                # Also if nothing changed: a report about the device may have lowered the path MTU.
+                self._set_path_mtu(key)
             arrival = self._waiting.get(record.token)
             if arrival is not None and not arrival.done():
                 arrival.set_result(at)
@@ -288,6 +320,7 @@ class Probes:
         now = time.monotonic()
         for key, before in self._prober.take_changes().items():
             path = self._prober[key]
+            self._set_path_mtu(key)
             endpoint = str(Endpoint(ipaddress.ip_address(key[0]), key[1]))
             change = "size" if path.state == before else path.state
             if change == UNREACHABLE:

@@ -22,6 +22,7 @@ from ..device.offload import Capabilities
 from ..model import Endpoint, IPAddress
 from . import peer_errors
 from .config import ForwarderConfig
+from .path_mtus import PathMtus
 from .probes import Probes
 from .routes import PeerRoutes, Routes
 from .workers import Workers
@@ -46,6 +47,7 @@ class View:
     routes: Routes
     workers: Workers
     probes: Probes
+    path_mtus: PathMtus
     started: float = field(default_factory=time.monotonic)
 
     async def status_chunks(self) -> AsyncGenerator[bytes, None]:
@@ -85,8 +87,10 @@ class View:
     async def _peers_json(self, peers: list[PeerRoutes]) -> AsyncGenerator[bytes, None]:
         yield b"["
         for i, row in enumerate(peers):
-            probe = self.probes.report(row.peer.address, row.peer.port, row.peer.last_error)
-            yield (b"," if i else b"") + json.dumps(_peer_json(row) | {"probe": probe}).encode()
+            key = row.peer.address, row.peer.port
+            answer = _peer_json(row) | self.path_mtus.report(*key)
+            answer["probe"] = self.probes.report(*key, row.peer.last_error)
+            yield (b"," if i else b"") + json.dumps(answer).encode()
             if i % PEERS_SLICE == PEERS_SLICE - 1:
                 await asyncio.sleep(0)
         yield b"]"

@@ -1,4 +1,4 @@
-"""The worker threads and their supervision: events, lost offloads, path MTUs, kernel errors.
+"""The worker threads and their supervision: events, lost offloads, kernel errors.
 
 Owns the threads, the eventfd through which workers report, and the periodic tasks of the core.
 Does not depend on what a worker does with a packet (the compiled core). Threading: control loop
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import time
@@ -19,13 +18,11 @@ from typing import Any
 from .. import _core
 from ..control.events import EventHub
 from ..device.offload import Capabilities
-from ..model import Endpoint
 from .threads import WorkerThread
 
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 1.0
-FORGET_PATH_MTU_SECONDS = 600.0  # RFC 1191 6.3
 DRAIN_SECONDS = 0.5
 ANSWER_SECONDS = 10.0  # limit for a sign of life of all workers
 ANSWER_POLL_SECONDS = 0.02
@@ -39,20 +36,22 @@ class Workers:
     notify_fd     the eventfd that the core signals when a worker has an event
     capabilities  updated here when a worker loses an offload
     on_probes     called when a worker has received probes
+    on_path_mtus  called once a second, and when a worker has a report about a path MTU
     report        called with a sentence for each error
     tun_gone      called when the TUN was deleted; ``continue_on_new_tun`` continues
     """
 
     def __init__(
         self, core: _core.Core, notify_fd: int, capabilities: Capabilities, events: EventHub,
-        on_probes: Callable[[], None], report: Callable[[str], None],
-        tun_gone: Callable[[], None],
+        on_probes: Callable[[], None], on_path_mtus: Callable[[], None],
+        report: Callable[[str], None], tun_gone: Callable[[], None],
     ) -> None:
         self._core = core
         self._notify_fd = notify_fd
         self._capabilities = capabilities
         self._events = events
         self._on_probes = on_probes
+        self._on_path_mtus = on_path_mtus
         self._report = report
         self._tun_gone = tun_gone
         self._threads: list[WorkerThread] = []
@@ -142,7 +141,7 @@ class Workers:
                 await asyncio.sleep(HOUSEKEEPING_SECONDS)
                 self._core.collect()
                 self._take_events()
-                self._report_path_mtus()
+                self._on_path_mtus()
                 self._report_kernel_errors()
                 for thread in self._threads:
                     thread.worker.look()
@@ -166,16 +165,9 @@ class Workers:
                 elif event == "probe":
                     self._on_probes()
                 elif event == "path_mtu":
-                    self._report_path_mtus()
+                    self._on_path_mtus()
                 elif event in OFFLOADS:
                     self._lose(event)
-
-    def _report_path_mtus(self) -> None:
-        """Look at all peers, which takes half a millisecond for 5,000."""
-        for packed, port, path_mtu in self._core.path_mtu_changes(FORGET_PATH_MTU_SECONDS):
-            endpoint = str(Endpoint(ipaddress.ip_address(packed), port))
-            log.info("path MTU to %s is %d", endpoint, path_mtu)
-            self._events.emit("peer_mtu", endpoint=endpoint, path_mtu=path_mtu)
 
     def _report_own_socket(self, error: int) -> None:
         """Report the errno with which an own socket could not be opened, each errno once."""

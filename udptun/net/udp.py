@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # linux/in.h
 IP_MTU_DISCOVER, IP_RECVERR = 10, 11
 PMTUDISC_PROBE = 3  # set DF, ignore the kernel's path MTU; the core keeps a path MTU per peer
+PMTUDISC_INTERFACE = 4  # also ignore ICMP errors about the path MTU
 # linux/in6.h
 IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG = 23, 25, 62
 # asm-generic/socket.h
@@ -73,6 +74,7 @@ class UdpSocket:
         if (kind, *bound[:2]) != (socket.SOCK_DGRAM, str(endpoint.address), endpoint.port):
             sock.detach()
             raise device_error(errno.EADDRNOTAVAIL, doing, f"it is bound to {bound}")
+        _queue_errors(sock)  # the other process may have turned this off during a flood
         return cls(
             sock, endpoint, features, off,
             rcvbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
@@ -102,6 +104,14 @@ class UdpSocket:
         another program uses the endpoint.
         """
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+    def trust_icmp(self, on: bool) -> None:
+        """Set whether ICMPv6 errors about the path MTU arrive in the error queue of an IPv6 socket.
+        The kernel then also stores the path MTU for all programs.
+        """
+        self.socket.setsockopt(
+            socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE if on else PMTUDISC_INTERFACE
+        )
 
     def close(self) -> None:
         self.socket.close()
@@ -153,9 +163,15 @@ def _set_path_options(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)
-        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+    _queue_errors(sock)
+
+
+def _queue_errors(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
+    else:
         sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
 
 

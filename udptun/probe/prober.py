@@ -27,6 +27,7 @@ K = TypeVar("K", bound=Hashable)
 
 IDLE_PER_SECOND = 100.0
 URGENT_PER_SECOND = 400.0
+HINTS_PER_SECOND = 20.0
 BURST_SECONDS = 0.25  # a bucket holds the tokens of this time
 ACTIVE_JITTER = 0.1
 # The interval is multiplied by one of these. All paths share these numbers, which saves memory.
@@ -70,6 +71,7 @@ class Prober(Generic[K]):
             True: Budget(URGENT_PER_SECOND, URGENT_PER_SECOND * BURST_SECONDS, now),
             False: Budget(IDLE_PER_SECOND, IDLE_PER_SECOND * BURST_SECONDS, now),
         }
+        self._hints = Budget(HINTS_PER_SECOND, HINTS_PER_SECOND, now)
         self._changed: dict[K, str] = {}  # in order: the state before the first change
 
     def __len__(self) -> int:
@@ -159,6 +161,14 @@ class Prober(Generic[K]):
                 self._note(key, path, before)
                 self._plan(key, path)
 
+    def hint(self, key: K, size: int) -> None:
+        """Record a report that only packets up to this size pass. Anybody can forge one, so at most
+        HINTS_PER_SECOND paths are probed because of it."""
+        path, now = self._paths.get(key), self._clock()
+        if path is not None and not self._hints.spent(now) and path.hint(now, size):
+            self._hints.take(now)
+            self._plan(key, path)
+
     def traffic(self, key: K) -> None:
         """Record that the pair has traffic. Call this about once a second while there is traffic.
         """
@@ -211,7 +221,7 @@ class Prober(Generic[K]):
         return min((at for at in times if at is not None), default=None)
 
     def take_changes(self) -> dict[K, str]:
-        """Return the paths whose state or whose result for the full size has changed since the last
+        """Return the paths whose state or whose result for the sizes has changed since the last
         call, and the state that each had before."""
         changed, self._changed = self._changed, {}
         return changed
@@ -255,8 +265,8 @@ class Prober(Generic[K]):
         sizes = path.next_sizes(now)
         urgent = path.active or path.suspect
         if self._budget[urgent].take(now, len(sizes)):
-            for index, size in enumerate(sizes):
-                yield self._sent(key, path, size, decisive=index == 0)
+            for index, size in enumerate(sizes, start=1):
+                yield self._sent(key, path, size, decisive=index == len(sizes))
             self._plan(key, path)
             return
         self._waiting[urgent][key] = None
@@ -271,9 +281,9 @@ class Prober(Generic[K]):
         return Request(key, token, size, path.last_probe)
 
 
-_Verdict = tuple[str, bool | None, bool]
+_Verdict = tuple[str, bool | None, bool, int | None]
 
 
 def _verdict(path: PathState) -> _Verdict:
     """Return the values whose change is reported."""
-    return path.state, path.sizes.full_passes, path.sizes.searching
+    return path.state, path.sizes.full_passes, path.sizes.searching, path.sizes.limit

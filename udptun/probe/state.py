@@ -35,6 +35,7 @@ ACTIVE_LINGER_SECONDS = 3.0  # a pair counts as active for this time after its l
 # Time between probes of an idle pair. With 20 % jitter, and 2.1 s to the verdict, the loss of a
 # peer is detected within 15 s.
 IDLE_SECONDS = 10.0
+ROUND_SECONDS = 0.1  # time between two rounds of probes that search for the largest size
 LARGE_EVERY_ACTIVE = 2  # on a pair with traffic, every second probe is large
 # On an idle pair, every fourth probe is large: large probes cost bandwidth, and an idle pair sends
 # no large packets.
@@ -54,8 +55,8 @@ _TRANSIENT = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 class _Sent:
     """One probe that is not answered yet.
 
-    decisive  whether its loss counts for the verdict. False for a large probe that is sent together
-              with a small one
+    decisive  whether its loss counts for the verdict. False for a large probe that is sent just
+              before a small one
     """
 
     __slots__ = ("at", "decisive", "size", "token")
@@ -146,6 +147,7 @@ class PathState:
 
     def answered(self, now: float, token: int, size: int) -> bool:
         """Record a reply. Return whether it answers a probe of this path."""
+        earlier = self._pending
         probe, self._pending = _take(self._pending, token)
         if probe is not None:
             self._awaited_n -= probe.decisive
@@ -159,6 +161,7 @@ class PathState:
         sample = max(now - probe.at, 0.0)
         self.rtt = sample if self.rtt is None else self.rtt + RTT_GAIN * (sample - self.rtt)
         self.last_answer = self.last_probe = self._peer_heard = now
+        self._overtake(earlier, probe, now)
         self.sizes.passed(size, probe.at)
         self._proved(now)
         return True
@@ -209,9 +212,18 @@ class PathState:
             self._soon = True  # the last probe of an idle pair can be long ago
         self._active_until = now + ACTIVE_LINGER_SECONDS
 
+    def hint(self, now: float, size: int) -> bool:
+        """Record a report that only packets up to this size pass. Return whether to probe now."""
+        if self.state != REACHABLE or not self.sizes.hint(size, now):
+            return False
+        self._soon = True
+        return True
+
     def resize(self, full_size: int) -> None:
         """Change the size of the largest data packet."""
-        self.sizes.resize(full_size)
+        if full_size != self.sizes.full:
+            self.sizes = SizeSearch(full_size)
+            self._soon = True
 
     def expire(self, now: float) -> None:
         """Count the probes that were not answered in time."""
@@ -226,12 +238,11 @@ class PathState:
 
     def measured(self) -> dict[str, Any]:
         """Return what is known about the path, as JSON. Probes without an answer are left out."""
-        largest, failed = self.sizes.measured()
         return {
             "state": self.state, "since": self.since, "rtt": self.rtt,
             "last_answer": self.last_answer, "last_probe": self.last_probe,
             "last_data": self.last_data, "history": self._history, "history_n": self._history_n,
-            "full": self.sizes.full, "largest": largest, "failed": failed,
+            "full": self.sizes.full, **self.sizes.measured(),
         }
 
     def inherit(self, had: Mapping[str, Any], now: float) -> None:
@@ -246,7 +257,7 @@ class PathState:
         self.last_data = had.get("last_data")
         self._history, self._history_n = had.get("history", 0), had.get("history_n", 0)
         if had.get("full") == self.sizes.full:
-            self.sizes.inherit(had.get("largest"), had.get("failed"), now)
+            self.sizes.inherit(had, now)
         self._missed_n = LOST_AFTER if self.state == UNREACHABLE else 0
 
     # -- probes and results -----------------------------------------------------------------------
@@ -261,7 +272,7 @@ class PathState:
         """Whether an answer is missing. A suspect path is probed often until there is a verdict."""
         if self.state == UNREACHABLE:
             return False
-        return self._awaited_n > 0 or self._missed_n > 0 or self.sizes.suspect
+        return self._awaited_n > 0 or self._missed_n > 0 or self.sizes.urgent
 
     @property
     def missed(self) -> bool:
@@ -285,6 +296,8 @@ class PathState:
         if self.state == UNREACHABLE:
             backoff = ACTIVE_SECONDS * 2.0 ** min(self._backoff_n, 10)
             wait = min(backoff, idle_seconds) if self.active else idle_seconds
+        elif self.sizes.urgent and not self._pending:
+            return self._sent_at + ROUND_SECONDS
         elif self.suspect:
             return self._sent_at + max(SUSPECT_SECONDS, 2 * (self.rtt or 0.0))
         else:
@@ -296,21 +309,20 @@ class PathState:
         return self._pending[0].at + self._wait() if self._pending else math.inf
 
     def next_sizes(self, now: float) -> tuple[int, ...]:
-        """Return the sizes to send now: a small one, a large one, or both.
+        """Return the sizes to send now: a small one, large ones, or both.
 
         An answer to a large probe proves small sizes too. Both are sent together to distinguish a
-        size limit from an outage.
+        size limit from an outage. The small one is sent last: if only it is answered, the others
+        are lost.
         """
-        if self.state == UNREACHABLE:
+        if self.state == UNREACHABLE or (self.suspect and not (self.active or self.sizes.urgent)):
             return (SMALL_SIZE,)
-        if self.suspect:
-            both = self.active or self.sizes.suspect
-            return (SMALL_SIZE, self.sizes.target(now)) if both else (SMALL_SIZE,)
         every = LARGE_EVERY_ACTIVE if self.active else LARGE_EVERY_IDLE
-        if not (self._soon or self.sizes.searching or self._probes_n % every == 0):
+        if not (self._soon or self.suspect or self._probes_n % every == 0):
             return (SMALL_SIZE,)
-        large = self.sizes.target(now)
-        return (SMALL_SIZE, large) if self.sizes.uncertain(large) else (large,)
+        large = self.sizes.targets(now)
+        both = self.suspect or self.state == UNKNOWN or self.sizes.uncertain(large[0])
+        return (*large, SMALL_SIZE) if both else large
 
     def waits_for(self, token: int) -> bool:
         """Return whether a reply with this token would answer a probe of this path."""
@@ -344,6 +356,21 @@ class PathState:
             return  # such a loss is a property of the size, not of the path
         self._history = (self._history << 1 | lost) & ((1 << LOSS_WINDOW) - 1)
         self._history_n = min(self._history_n + 1, LOSS_WINDOW)
+
+    def _overtake(self, earlier: tuple[_Sent, ...], probe: _Sent, now: float) -> None:
+        """Count the larger probes that were sent before this one as lost. They are in ``earlier``.
+
+        The probes of a path stay in order. If a late answer arrives nevertheless, it is used.
+        """
+        if probe not in earlier:
+            return
+        for lost in earlier[: earlier.index(probe)]:
+            if lost.size > probe.size:
+                self._pending = tuple(each for each in self._pending if each is not lost)
+                self._awaited_n -= lost.decisive
+                self._late = (*self._late[1 - LATE_N :], lost)
+                self._record(lost, lost=True)
+                self.sizes.missed(lost.size, lost.at)
 
     def _proved(self, now: float) -> None:
         """Record that the path works."""

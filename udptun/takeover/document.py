@@ -100,7 +100,7 @@ def peer_to_json(peer: Peer) -> dict[str, Any]:
     error = peer.last_error
     return {
         "address": peer.address.hex(), "port": peer.port, "path_mtu": peer.path_mtu,
-        "path_mtu_ns": peer.path_mtu_ns, "encap_packets": peer.encap_packets,
+        "path_mtu_ns": peer.path_mtu_ns, "df_mtu": peer.df_mtu, "encap_packets": peer.encap_packets,
         "encap_bytes": peer.encap_bytes, "decap_packets": peer.decap_packets,
         "decap_bytes": peer.decap_bytes, "last_rx_ns": peer.last_rx_ns, "errors_n": peer.errors_n,
         "last_error": None if error is None else
@@ -117,7 +117,7 @@ def peer_from_json(values: dict[str, Any]) -> Peer:
         error = values.get("last_error")
         return Peer(
             address=bytes.fromhex(values["address"]), port=number("port"),
-            path_mtu=number("path_mtu"), path_mtu_ns=number("path_mtu_ns"),
+            path_mtu=number("path_mtu"), path_mtu_ns=number("path_mtu_ns"), df_mtu=number("df_mtu"),
             encap_packets=number("encap_packets"), encap_bytes=number("encap_bytes"),
             decap_packets=number("decap_packets"), decap_bytes=number("decap_bytes"),
             last_seen=None, probe=False, last_rx_ns=number("last_rx_ns"),

@@ -305,11 +305,16 @@ def combine(underlay: Underlay, published: Sequence[LeaseData]) -> Attributes:
 
 
 def _inner_mtu(site: Site, active: Collection[Backend[Any]]) -> int:
-    """Return the size in bytes of the largest inner packet that every active backend can carry."""
+    """Return the size in bytes of the largest inner packet that every active backend can carry.
+
+    With IPv6, this is at least 1280 (RFC 8200 5) if the backends can fragment their own packets.
+    """
     overhead = max((backend.overhead(site) for backend in active), default=0)
     mtu = (site.network.mtu or site.underlay.mtu) - overhead
     if site.declared is not None and site.declared.mtu is not None:
         mtu = min(mtu, site.declared.mtu)
+    if site.network.network6 is not None and all(backend.fragments for backend in active):
+        mtu = max(mtu, MIN_MTU6)
     return mtu
 
 

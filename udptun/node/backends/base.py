@@ -130,11 +130,14 @@ class Backend(ABC, Generic[P]):
     name             the backend's key in ``BACKENDS``
     waits_for        the thing that ``synced`` waits for, as text; "": ``synced`` returns at once
     needs_node_data  the backend works only if the lease of every node contains data of that node
+    fragments        the backend carries IPv6 packets of 1280 bytes over every underlay, because it
+                     lets its own packets be fragmented
     """
 
     name: ClassVar[str]
     waits_for: ClassVar[str] = ""
     needs_node_data: ClassVar[bool] = False
+    fragments: ClassVar[bool] = False
 
     @abstractmethod
     def device_names(self, network: NetConfig) -> Collection[str]:

@@ -71,6 +71,7 @@ class UdpReach(Reach[Route]):
 class UdpBackend(Backend[Route]):
     name = "udp"
     waits_for = "the forwarder"
+    fragments = True
 
     def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
         self._config = config
