@@ -29,11 +29,11 @@ export DEBIAN_FRONTEND := noninteractive
 
 DEMO_TOOLS := ip:iproute2 ping:iputils-ping iperf3:iperf3 nft:nftables ethtool:ethtool \
   sysctl:procps
-TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-server
+TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-server clang:clang
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak chaos package bench bench-full bench-micro bench-instructions sanitize lint clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak chaos package bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,15 @@ THREAD_TESTS = tests/path/test_worker_threads.py
 sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer, UBSan and TSan
 	@scripts/sanitize address $(PY) $(SANITIZE_TESTS) $(ARGS)
 	@scripts/sanitize thread $(PY) $(THREAD_TESTS)
+
+FUZZ_SECONDS ?= 120
+fuzz: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/fuzz.stamp ## fuzz the core and all parsers for FUZZ_SECONDS, 120
+	@scripts/need clang:clang
+	@$(PY) -m tests.fuzz run --seconds $(FUZZ_SECONDS) $(ARGS)
+
+fuzz-planted: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/fuzz.stamp ## show that each fuzz harness finds a planted bug
+	@scripts/need clang:clang
+	@$(PY) -m tests.fuzz planted $(ARGS)
 
 lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
 	@scripts/lint $(PY)
