@@ -69,7 +69,8 @@ def _blackhole6(world: World, rng: Random) -> Scene:
 
 
 def _flush6(world: World, rng: Random) -> Scene:
-    member, device = pick_device(world, rng)
+    member = pick(world, rng)
+    device = rng.choice([one for one in world.devices(member) if one != VXLAN])  # it has IPv4 only
     member.host.run(["ip", "-6", "route", "flush", "dev", device])
     return Scene(f"{member.host.name}: ip -6 route flush dev {device}", [member], traced=True)
 
