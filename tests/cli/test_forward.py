@@ -410,3 +410,23 @@ def test_a_log_file_that_cannot_be_written() -> None:
         code, _, err = end(process)
     assert (code, err) == (1, "udptun: error: --log-file /nonexistent/log: No such file or "
                               "directory\n")
+
+
+@pytest.mark.parametrize("act", ["shutil.rmtree(file.parent)", "file.unlink()",
+                                 "file.rename(file.with_suffix('.old'))"])
+def test_a_log_file_that_was_removed_is_made_again(tmp_path, act):
+    file = tmp_path / "state" / "forwarder.log"
+    file.parent.mkdir()
+    program = f"""
+import shutil, sys
+from pathlib import Path
+from udptun.cli import logs
+file = Path(sys.argv[1])
+logs.start(file=file)
+logs.log.info("before")
+{act}
+logs.log.info("after")
+print("a crash", file=sys.stderr, flush=True)
+"""
+    subprocess.run([sys.executable, "-c", program, str(file)], check=True)
+    assert re.fullmatch(r"\S+ \S+ INFO udptun: after\na crash\n", file.read_text())

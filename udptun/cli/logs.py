@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from ..files import open_log
+from ..files import make_directory, open_log
 from ..text import printable
 
 log = logging.getLogger("udptun")
@@ -61,7 +62,8 @@ def _printable_lines(text: str, separator: str) -> str:
 class _BoundedFile(RotatingFileHandler):
     """A log file that is renamed to FILE.1 at FILE_MAX bytes. At most these two files exist.
 
-    stdout and stderr are redirected to the file, so the file also gets the message of a crash.
+    If another program has removed or renamed the file, the next line goes to a new one. stdout and
+    stderr are redirected to the file, so the file also gets the message of a crash.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,6 +72,21 @@ class _BoundedFile(RotatingFileHandler):
 
     def _open(self) -> TextIOWrapper:
         return os.fdopen(open_log(Path(self.baseFilename)), "a", encoding=self.encoding)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # then the line goes to the old file
+            self._follow_path()
+        super().emit(record)
+
+    def _follow_path(self) -> None:
+        assert self.stream is not None
+        path = Path(self.baseFilename)
+        if path.exists() and path.stat().st_ino == os.fstat(self.stream.fileno()).st_ino:
+            return
+        make_directory(path.parent)
+        former, self.stream = self.stream, self._open()
+        former.close()
+        self._take_output()
 
     def doRollover(self) -> None:
         super().doRollover()
