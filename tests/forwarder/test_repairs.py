@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 
 import pytest
@@ -11,6 +12,9 @@ from tests.forwarder.test_forwarder import config
 from tests.own_netns import in_own_netns, ip_json, sh
 from tests.wait import until
 from udptun import Forwarder, Route
+from udptun.device import tun
+from udptun.device.offload import OffloadRequest
+from udptun.errors import DeviceError
 from udptun.model import parse_address, parse_prefix
 
 PEER = "192.0.2.2"
@@ -153,3 +157,25 @@ async def test_a_repair_fight_is_bounded_and_logged_in_one_line(caplog):
             async with asyncio.timeout(60):
                 assert (await anext(events))["type"] == "repaired"
     assert len([one for one in caplog.messages if "is repaired" in one]) == 1
+
+
+@in_own_netns
+async def test_a_queue_that_another_process_has_added_stops_the_start(monkeypatch):
+    """A user can add a queue between the creation of the device and the setting of its owner."""
+    attach, foreign = tun._attach, []
+
+    def attach_two(fd, name, flags, first):
+        real_name = attach(fd, name, flags, first)
+        if first:
+            foreign.append(tun._open_device())
+            attach(foreign[0], name, flags, False)
+        return real_name
+
+    monkeypatch.setattr(tun, "_attach", attach_two)
+    forwarder = Forwarder(config(workers=2, offload=OffloadRequest.parse("off")))
+    try:
+        with pytest.raises(DeviceError, match="udptun0 has 3 queues instead of 2"):
+            await forwarder.start()
+    finally:
+        for fd in foreign:
+            os.close(fd)

@@ -159,7 +159,7 @@ class Forwarder:
             self._inherit_counts(await taking.go(), core, workers)
         self._setup = setup = TunSetup(
             netlink, tun.name, self.mtu, self.config.addresses, self.config.networks,
-            reopen=lambda: self._reopen(tun, workers), report=self._report,
+            queues=len(tun.fds), reopen=lambda: self._reopen(tun, workers), report=self._report,
             repaired=self._report_repair, fail=self._fail,
         )
         if taking is None:

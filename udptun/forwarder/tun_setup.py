@@ -33,6 +33,7 @@ OF_THE_DEVICE = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.SETTING)
 class TunSetup:
     """The desired state of one TUN device, applied by ``apply`` and kept by ``keep``.
 
+    queues  number of queues that we have
     reopen  makes the device again after it was deleted. Raises DeviceError, OSError
     report  called with a sentence for each state that cannot be repaired
     repaired  called with a sentence for each repair
@@ -41,7 +42,7 @@ class TunSetup:
 
     def __init__(
         self, netlink: Netlink, name: str, mtu: int, addresses: Iterable[IPAddress],
-        networks: Iterable[IPNetwork], *, reopen: Callable[[], None],
+        networks: Iterable[IPNetwork], *, queues: int, reopen: Callable[[], None],
         report: Callable[[str], None], repaired: Callable[[str], None],
         fail: Callable[[str], None],
     ) -> None:
@@ -49,6 +50,7 @@ class TunSetup:
         self._name = name
         self._index = socket.if_nametoindex(name)
         self._mtu = mtu
+        self._queues = queues
         self._addresses = tuple(addresses)
         self._networks = tuple(networks)
         self._prefixes = {(net.network_address.packed, net.prefixlen) for net in self._networks}
@@ -59,10 +61,23 @@ class TunSetup:
 
     async def apply(self) -> None:
         """Configure the device and bring it up. Raises FieldError, DeviceError."""
+        await self._refuse_foreign_queues()
         await self._netlink.configure_tun(
             self._name, self._mtu, self._addresses, self._networks,
             gso_max_segs=_core.MAX_FRAME_SEGS,
         )
+
+    async def _refuse_foreign_queues(self) -> None:
+        """Raise DeviceError if another process has a queue of the device.
+
+        For some microseconds, between its creation and the setting of its owner, every user who can
+        open /dev/net/tun can add a queue. This check makes sure that nobody did.
+        """
+        state = await tun_state(self._netlink, self._index)
+        if state is not None and state.queues > self._queues:
+            raise DeviceError(
+                errno.EBUSY, f"{self._name} has {state.queues} queues instead of {self._queues}: "
+                             "another process has added a queue, and could read and send packets")
 
     def check(self) -> None:
         """Compare the device with the desired state soon."""

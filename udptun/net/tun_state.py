@@ -49,7 +49,10 @@ from .underlay import (
 )
 
 RTA_DST = 1  # linux/rtnetlink.h
-IFLA_INET6_ADDR_GEN_MODE = 8  # linux/if_link.h
+# linux/if_link.h
+IFLA_INET6_ADDR_GEN_MODE = 8
+IFLA_LINKINFO, IFLA_INFO_DATA = 18, 2
+IFLA_TUN_NUM_QUEUES, IFLA_TUN_NUM_DISABLED_QUEUES = 8, 9
 FAMILIES = {socket.AF_INET: 32, socket.AF_INET6: 128}  # family: bits of an address
 SETTING_NAMES = {IPV4_DEVCONF_ACCEPT_LOCAL: "accept_local", IPV4_DEVCONF_RP_FILTER: "rp_filter"}
 
@@ -64,6 +67,7 @@ class TunState:
     settings   the values of DEVICE_SETTINGS in the kernel
     quiet      the kernel creates no link-local address on the device, so it sends no packets of its
                own
+    queues     number of queues, also the detached ones, of a TUN that may have several; else 0
     """
 
     name: str
@@ -73,6 +77,7 @@ class TunState:
     networks: frozenset[IPNetwork]
     settings: tuple[tuple[int, int], ...]
     quiet: bool
+    queues: int = 0
 
     def differences(
         self, name: str, mtu: int, addresses: Iterable[IPAddress], networks: Iterable[IPNetwork]
@@ -129,8 +134,14 @@ def _state(
         os.fsdecode(bytes(about[IFLA_IFNAME]).rstrip(b"\0")), _u32(about.get(IFLA_MTU)),
         bool(flags & IFF_UP), frozenset(_addresses(kernel, index)),
         frozenset(_routed(kernel, index, networks)), _settings(families.get(socket.AF_INET)),
-        _is_quiet(families.get(socket.AF_INET6)),
+        _is_quiet(families.get(socket.AF_INET6)), _queues(about.get(IFLA_LINKINFO)),
     )
+
+
+def _queues(info: memoryview | None) -> int:
+    data = attributes(info or memoryview(b""), 0).get(IFLA_INFO_DATA)
+    tun = attributes(data or memoryview(b""), 0)
+    return _u32(tun.get(IFLA_TUN_NUM_QUEUES)) + _u32(tun.get(IFLA_TUN_NUM_DISABLED_QUEUES))
 
 
 def _is_quiet(inet6: memoryview | None) -> bool:
