@@ -316,7 +316,8 @@ class Daemon:
             await self._settle_host(prepared, lease)
             store.settled(network, identity, lease, underlay.bound)
             self._paths.configure(prepared.mtu, prepared.site.udp_port)
-            await self._peers.replan(replace(prepared.local(lease), needed=needed))
+            await self._peers.replan(replace(
+                prepared.local(lease), needed=needed, broadcasts=self._taken.broadcasts))
             await self._in_force.settled(prepared.site, lease)
             if store.confirmed:
                 assert self._tasks is not None

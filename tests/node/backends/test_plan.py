@@ -16,6 +16,7 @@ from udptun.net.vxlan import VxlanPeer
 from udptun.node.backends.plan import LocalNode, Plan, _overlap, reach
 from udptun.node.backends.udp import UdpReach
 from udptun.node.backends.vxlan import VxlanReach
+from udptun.node.host.interface import Needed
 
 MAC = "0e:00:00:00:00:02"
 VXLAN = {"VNI": 1, "VtepMAC": MAC}
@@ -132,6 +133,10 @@ def test_a_node_with_our_public_address_and_another_port_is_another_node():
         (UDP_ONLY, lease(n=2, public=IPv4Address("224.0.0.1")), "not a unicast address"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("0.0.0.0")), "not a unicast address"),
         (UDP_ONLY, lease(public=IPv4Address("255.255.255.255")), "not a unicast address"),
+        (replace(UDP_ONLY, broadcasts=(IPv4Address("192.0.2.255"),)),
+         lease(public=IPv4Address("192.0.2.255")), "not a unicast address"),
+        (replace(UDP_ONLY, needed=(Needed(IPv4Address("10.244.2.9"), "the gateway", 24),)), lease(),
+         "would take 10.244.2.9 away, the gateway"),
         (UDP_ONLY, lease(public=IPv4Address("127.0.0.1")), "cannot be reached from another host"),
         (DUAL, lease(public6=IPv6Address("fe80::2")), "cannot be reached from another host"),
         (DUAL, lease(public6=IPv6Address("::1")), "cannot be reached from another host"),

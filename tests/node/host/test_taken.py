@@ -29,7 +29,9 @@ async def taken_by(network, *store_hosts, own=()):
         "under0", socket.if_nametoindex("under0"), 1500, ip_address("10.1.2.3"),
         ip_address("fd00:1::3"), ip_address("10.1.2.3"), ip_address("fd00:1::3"))
     with Netlink() as netlink:
-        needed = await Taken(netlink).needed(underlay, store_hosts, own)
+        taken = Taken(netlink)
+        needed = await taken.needed(underlay, store_hosts, own)
+    assert taken.broadcasts == (ip_address("10.1.2.255"),)
     found = {str(one.address) for one in needed if one.is_in(ip_network(network))}
     if found:
         with pytest.raises(FieldError, match="whose route does not take") as raised:

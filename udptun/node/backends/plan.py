@@ -38,6 +38,7 @@ class LocalNode:
     port          our UDP port; other nodes behind the same NAT have another one
     reaches       the ``Reach`` of each active backend, in the order of ``BACKENDS``
     needed        the addresses that this host must reach without the overlay
+    broadcasts    the broadcast addresses of the underlay's links
     """
 
     key: str
@@ -47,6 +48,7 @@ class LocalNode:
     reaches: tuple[Reach[Any], ...]
     port: int = DEFAULT_PORT
     needed: tuple[Needed, ...] = ()
+    broadcasts: tuple[IPAddress, ...] = ()
 
 
 class SubnetPaths(NamedTuple):
@@ -135,7 +137,7 @@ def _check_addresses(
                 f"its public address {address} is ours: this is an old lease of this node, or"
                 " another node behind the same address, which then needs a UDP port of its own"
             )
-        if not is_unicast(address):
+        if not is_unicast(address) or address in local.broadcasts:
             raise _Unusable(f"its public address {address} is not a unicast address")
         if address.is_loopback or (address.version == 6 and address.is_link_local):
             raise _Unusable(f"its public address {address} cannot be reached from another host")

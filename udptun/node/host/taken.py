@@ -34,9 +34,13 @@ log = logging.getLogger(__name__)
 
 
 class Taken:
-    """The check of one host."""
+    """The check of one host.
+
+    broadcasts  the broadcast addresses of the underlay's links, as of the last call of ``needed``
+    """
 
     def __init__(self, netlink: Netlink) -> None:
+        self.broadcasts: tuple[IPAddress, ...] = ()
         self._netlink = netlink
         self._resolved: dict[str, tuple[IPAddress, ...]] = {}
 
@@ -50,6 +54,8 @@ class Taken:
         Raises DeviceError.
         """
         links = await links_of(self._netlink, underlay.index)
+        self.broadcasts = tuple(link.broadcast_address for link in links
+                                if link.version == 4 and link.prefixlen < 31)
         found = [
             Needed(address, f"the underlay's address on {underlay.name}", link.prefixlen)
             for address in underlay.bound for link in links
