@@ -55,8 +55,9 @@ test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp bench/onepa
 test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp ## run every test: all Pythons, slow tests, sanitizers, soak
 	@MAKE=$(MAKE) PYTHON=$(PYTHON) scripts/test-all
 
-soak: build $(VENV)/test.stamp ## run ten minutes of full load, a route change every 10 ms; root
-	@UDPTUN_SOAK_SECONDS=600 $(PY) -m pytest tests/netns/test_tunnel_life.py -k under_load -s $(ARGS)
+SOAK_SECONDS ?= 600
+soak: build $(VENV)/test.stamp ## run SOAK_SECONDS, 600, of full load, a route change every 10 ms; root
+	@UDPTUN_SOAK_SECONDS=$(SOAK_SECONDS) $(PY) -m pytest tests/netns/test_tunnel_life.py -k under_load -s $(ARGS)
 
 chaos: build ## disturb a cluster of five nodes for ten minutes, at random; root
 	@scripts/need $(DEMO_TOOLS) etcd:etcd-server iptables:iptables
