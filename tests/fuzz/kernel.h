@@ -19,6 +19,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -225,7 +226,8 @@ static int fuzz_recvmmsg(int fd, struct mmsghdr *msgs, unsigned slots, int flags
 }
 
 /* One message of the error queue: 1 byte decides whether there is one; then 4 bytes of the script
- * choose the destination, the error and the length of the control message; up to 48 bytes fill it. */
+ * choose the destination, the error and the length of the control message; up to 48 bytes fill it.
+ * Then a byte for the length of the quoted payload, and the payload. */
 static ssize_t fuzz_recvmsg(int fd, struct msghdr *m, int flags) {
   (void)fd;
   if (!(flags & MSG_ERRQUEUE)) fuzz_fail("recvmsg without MSG_ERRQUEUE");
@@ -239,7 +241,7 @@ static ssize_t fuzz_recvmsg(int fd, struct msghdr *m, int flags) {
   struct sock_extended_err err = {0};
   err.ee_errno = kind & 1 ? EMSGSIZE : ECONNREFUSED;
   err.ee_origin = kind >> 1 & 7;
-  err.ee_info = fuzz_answer() << 4;
+  err.ee_info = 68 + (fuzz_answer() << 4);  /* a device's MTU is at least 68 */
   size_t room = m->msg_controllen;
   uint8_t data[sizeof(err) + 48];
   size_t data_n = n % sizeof(data);
@@ -270,7 +272,9 @@ static ssize_t fuzz_recvmsg(int fd, struct msghdr *m, int flags) {
     memcpy(m->msg_name, &dest, sizeof(dest));
     m->msg_namelen = sizeof(dest);
   }
-  return 0;
+  size_t quoted = fuzz_answer() % (m->msg_iov[0].iov_len + 1);
+  for (size_t i = 0; i < quoted; i++) ((uint8_t *)m->msg_iov[0].iov_base)[i] = fuzz_answer();
+  return quoted;
 }
 
 /* Own sockets (path/own_socket.pxd). */
@@ -336,4 +340,5 @@ static int fuzz_clock(int clock, struct timespec *ts) {
 #define getsockopt(fd, level, name, p, n) fuzz_getsockopt(fd, level, name, p, n)
 #define ioctl(fd, request, p) fuzz_ioctl(fd, request, p)
 #define clock_gettime(clock, ts) fuzz_clock(clock, ts)
+#define getrandom(p, n, flags) 0
 #define sched_yield() 0

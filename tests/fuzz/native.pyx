@@ -23,7 +23,7 @@ from libc.stdlib cimport atoi, calloc, free, getenv, malloc
 from libc.string cimport memcmp, memcpy, memset, strcmp, strlen
 
 from drops cimport DROP_REASONS_N, PASS
-from path.own_socket cimport close_own_sockets
+from path.own_socket cimport close_senders
 from path.probe cimport add_token
 from path.queue cimport queue_is_empty
 from path.send cimport read_errors
@@ -83,6 +83,7 @@ cdef extern from * nogil:
 cdef enum:
     WORKERS = 3
     LINK_MTU = 1500
+    LEAST_MTU = 68              # the smallest path MTU that kernel.h reports
     LONGEST = LINK_MTU - 28     # the longest payload over IPv4
     TEST_NET = 0x0A000000       # 10.0.0.0, in which ``publish`` has its routes
     GENERATIONS = 250           # snapshots of one input of ``publish``
@@ -279,8 +280,7 @@ cdef void free_rig(rig_t* rig) noexcept nogil:
     for i in range(WORKERS):
         if rig.workers[i] == NULL:
             continue
-        close_own_sockets(rig.workers[i])
-        kernel.open_n -= (rig.workers[i].spare4.fd >= 0) + (rig.workers[i].spare6.fd >= 0)
+        close_senders(rig.workers[i])
         rig.workers[i][0] = UNUSED_WORKER[i]
     if kernel.open_n != 0:
         fuzz_fail(b"a socket is not closed")
@@ -511,7 +511,7 @@ cdef void fuzz_errors(input_t* rest) noexcept nogil:
     cdef rig_t* rig = new_rig(7, 1)
     cdef worker_t* w = rig.workers[0]
     cdef peer_t* peer
-    cdef uint32_t slot = 0, lowest
+    cdef uint32_t slot = 0
     kernel.script = rest.p
     kernel.script_n = rest.n
     borrow(w)
@@ -520,8 +520,7 @@ cdef void fuzz_errors(input_t* rest) noexcept nogil:
         read_errors(w, FD_UDP4)
     peer = next_peer(w.snapshot, &slot, NULL)
     while peer != NULL:
-        lowest = 552 if peer.addr_len == 4 else 1280
-        if not lowest <= peer.path_mtu <= LINK_MTU:
+        if not LEAST_MTU <= peer.path_mtu <= LINK_MTU:
             fuzz_fail(b"a path MTU out of its range")
         if peer.errors[0].n != 0 and peer.errors[0].last.reporter_len not in (0, 4, 16):
             fuzz_fail(b"a reporter of another length")
