@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Self
 
 from .model import parse_number
@@ -77,6 +78,21 @@ class Notifier:
         for name, fd in named.items():
             self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
             self._send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=(fd,))
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let the service manager close its copies of these descriptors. Return when it has done
+        so, or after SEND_TIMEOUT_S."""
+        for name in names:
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        read, write = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._send("BARRIER=1", fds=(write,))  # it closes this copy last (sd_notify_barrier(3))
+        finally:
+            os.close(write)
+        try:
+            select.select([read], [], [], SEND_TIMEOUT_S)
+        finally:
+            os.close(read)
 
     def status(self, text: str) -> None:
         """Set the status line of ``systemctl status``. "" clears the line."""

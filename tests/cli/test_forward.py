@@ -79,7 +79,7 @@ class Fake:
 
     successor = None
 
-    def __init__(self, config, lock, kept):
+    def __init__(self, config, lock, kept, forget):
         self.lock = lock
         self.config, self.how, self.stop = config, os.environ.get("HOW"), asyncio.Event()
 

@@ -236,7 +236,8 @@ def test_kept_descriptors_outlive_a_killed_forwarder(lab):
     assert ping(a.pod, b.pod_v4).received == 3
     index = a.host.run(["cat", "/sys/class/net/udptun0/ifindex"]).stdout
     kept = asyncio.run(copies_of(a))
-    assert sorted(kept) == ["tun-0", "tun-1", "udp-0-4", "udp-1-4"]
+    assert sorted(name.partition(".")[0] for name in kept) == [
+        "tun-0", "tun-1", "udp-0-4", "udp-1-4"]
     try:
         a.forwarder.process.kill()
         sender = a.pod.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -258,43 +259,65 @@ def test_kept_descriptors_outlive_a_killed_forwarder(lab):
 
 
 def test_kept_descriptors_that_do_not_fit_are_not_used(lab):
-    tunnel = pair(lab, workers=2)
+    """Other addresses: the kept device has the old ones. While the service manager has its copies,
+    the names and ports are in use, so it is asked to close them."""
+    tunnel = pair(lab)
     a, b = tunnel.sides
+    manager = service_manager(lab)
     kept = asyncio.run(copies_of(a))
     try:
         a.forwarder.process.kill()
-        kept["tun-9"] = kept.pop("tun-1")
         new = Forwarder.start(a.host, **a.options | {
-            "pass_fds": tuple(kept.values()), "env": variable(kept), "wait": False})
+            "pass_fds": tuple(kept.values()), "addresses": ["10.244.1.9", a.v6], "wait": False,
+            "env": variable(kept) | {"NOTIFY_SOCKET": manager.getsockname()}})
+        removed = {manager.recv(4096).decode().split("FDNAME=")[1] for _ in kept}
+        assert removed == kept.keys()
     finally:
         close_all(kept)
+    text, barrier, _, _ = socket.recv_fds(manager, 4096, 1)
+    assert text == b"BARRIER=1"
+    os.close(barrier[0])
     new.wait_ready()
     assert "are not used: they are those of a forwarder with other options" in new.process.text()
+    assert "10.244.1.0" not in a.host.run(["ip", "addr", "show", "udptun0"]).stdout
     assert ping(a.pod, b.pod_v4).received == 3
+
+
+def service_manager(lab):
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    lab.sockets.append(manager)
+    manager.bind(str(lab.folder / "notify"))
+    manager.settimeout(60)
+    return manager
 
 
 def test_the_service_manager_hears_of_everything(lab):
     """SIGUSR2 starts a forwarder that takes over. It becomes the main process of the service, and
     the service manager has copies of the descriptors."""
-    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    lab.sockets.append(manager)
-    manager.bind(str(lab.folder / "notify"))
-    manager.settimeout(60)
+    manager = service_manager(lab)
+    heard, kept = [], {}
+
+    def listen():  # all the time, because the kernel queues only a few messages
+        with contextlib.suppress(OSError):  # the end of the test
+            while True:
+                text, fds, _, _ = socket.recv_fds(manager, 4096, 1)
+                key, _, name = text.decode().partition("\nFDNAME=")
+                heard.append(key)
+                if key == "FDSTORE=1":
+                    kept[name.partition("\n")[0]] = fds[0]
 
     def hears(*wanted):
-        found = {}
-        while set(wanted) - found.keys():
-            text, fds, _, _ = socket.recv_fds(manager, 4096, 1)
-            key = text.decode().replace("FDSTORE=1\nFDNAME=", "store ").split("\n")[0]
-            found[key] = fds
-        return found
+        wait_for(lambda: set(wanted) <= set(heard), f"{wanted} in {heard}")
+        heard.clear()
 
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     tunnel = pair(lab, start=False)
     a, b = tunnel.sides
     b.start()
     a.start(env={"NOTIFY_SOCKET": str(lab.folder / "notify"), "WATCHDOG_USEC": "500000"})
-    found = hears("READY=1", "store tun-0", "store udp-0-4", "WATCHDOG=1")
-    kept = {"tun-0": found["store tun-0"][0], "udp-0-4": found["store udp-0-4"][0]}
+    hears("READY=1", "FDSTORE=1", "WATCHDOG=1")
+    wait_for(lambda: len(kept) == 2, "both descriptors")
     old = a.forwarder.process
     with Stream(a.pod, b.pod, b.pod_v4) as stream:
         old.signal(signal.SIGUSR2)
@@ -344,3 +367,17 @@ def test_a_later_version_takes_over_and_back(lab, later_version):
     stream.assert_complete()
     assert settled_packets(a.forwarder)["encap"]["read"] >= stream.sent
     assert_invariant(a.forwarder)
+
+
+def test_the_underlays_new_mtu_is_used_after_a_take_over(lab):
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+    assert ping(a.pod, b.pod_v4).received == 3
+    for end in (tunnel.link.a, tunnel.link.b):
+        end.set_mtu(1400)
+    take_over(a)
+    a.forwarder.wait_ready()
+    assert a.forwarder.status()["device"]["mtu"] == 1400 - 28
+    wait_for(lambda: a.host.run(["cat", "/sys/class/net/udptun0/mtu"]).stdout.strip() == "1372",
+             "the MTU of the TUN")
+    assert ping(a.pod, b.pod_v4).received == 3

@@ -206,7 +206,7 @@ async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
 
     environment = dict(os.environ)
     notifier = Notifier.from_environment()
-    forwarder = Forwarder(config, lock, inherited())
+    forwarder = Forwarder(config, lock, inherited(), notifier.forget)
     signals = _Signals(forwarder, environment)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,6 +5,8 @@ Values that contradict each other raise a FieldError here, with the name of the 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -101,6 +103,13 @@ class ForwarderConfig:
             "address": [str(address) for address in self.addresses],
             "network": [str(network) for network in self.networks],
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that differs if one of the agreed options differs. Kept descriptors have it in
+        their names, because a device with other addresses must not be used again."""
+        text = json.dumps(self.agreed_options(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def workers_n(self) -> int:

@@ -64,15 +64,18 @@ class Forwarder:
 
     lock  held from ``start`` to ``close``, if it can be held
     kept  descriptors of a forwarder that has died, by name; this forwarder owns them
+    forget  called with the names of kept descriptors that cannot be used. It lets their keeper
+          close its copies, and waits until this is done
     """
 
     def __init__(
         self, config: ForwarderConfig, lock: InstanceLock | None = None,
         kept: Mapping[str, int] | None = None,
+        forget: Callable[[Iterable[str]], None] | None = None,
     ) -> None:
         self.config = config
         self._lock = lock
-        self._kept = Kept(kept or {})
+        self._kept = Kept(kept or {}, forget)
         self.tun_name = config.tun
         self.mtu = 0
         self.capabilities = Capabilities()
@@ -206,7 +209,7 @@ class Forwarder:
         """Call ``keep`` now, and each time when the TUN was made again, with the descriptors of the
         TUN and the UDP sockets, by the names under which another process can keep copies."""
         self._keep_device = keep
-        keep(self._parts.device_descriptors())
+        keep(self._parts.kept_descriptors())
 
     async def answers(self) -> bool:
         """Ask all workers for a sign of life. Return whether they answered in time."""
@@ -298,7 +301,7 @@ class Forwarder:
         if self._giver is not None:
             self._giver.renew_copies()
         if self._keep_device is not None:
-            self._keep_device(self._parts.device_descriptors())
+            self._keep_device(self._parts.kept_descriptors())
 
     def _open_sockets(self) -> list[UdpSocket]:
         config = self.config

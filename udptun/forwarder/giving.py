@@ -92,6 +92,12 @@ class Parts:
         files = {name: each.fd for name, each in self.files().items()}
         return self.device_descriptors() | files | dict(self.others)
 
+    def kept_descriptors(self) -> dict[str, int]:
+        """Return the descriptors of the TUN and the UDP sockets, by the names under which another
+        process keeps copies."""
+        mark = self.config.fingerprint
+        return {f"{name}.{mark}": fd for name, fd in self.device_descriptors().items()}
+
     def device_descriptors(self) -> dict[str, int]:
         """Return the descriptors of the TUN and the UDP sockets, by name."""
         named = {tun_name(index): fd for index, fd in enumerate(self.tun.fds)}
@@ -142,7 +148,7 @@ class Giver:
 
     async def _send_copies(self, channel: Channel) -> None:
         try:
-            await channel.send_descriptors(self._parts.device_descriptors())
+            await channel.send_descriptors(self._parts.kept_descriptors())
         except TakeOverError as error:
             log.debug("the copies of the descriptors are not renewed: %s", error)
 
@@ -182,7 +188,7 @@ class Giver:
 
     async def _lend(self, channel: Channel) -> None:
         """Let a process keep copies of the descriptors until it closes the connection."""
-        await channel.send_descriptors(self._parts.device_descriptors())
+        await channel.send_descriptors(self._parts.kept_descriptors())
         self._keepers.add(channel)
         await channel.receive(Done)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ..device.tun import Tun
 from ..errors import DeviceError
@@ -21,10 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class Kept:
-    """The inherited descriptors, by name."""
+    """The inherited descriptors, by name.
 
-    def __init__(self, named: Mapping[str, int]) -> None:
+    forget  called with the names of the descriptors that cannot be used: until their keeper has
+            closed its copies, the device and the ports are in use
+    """
+
+    def __init__(
+        self, named: Mapping[str, int], forget: Callable[[Iterable[str]], None] | None = None
+    ) -> None:
         self._named = dict(named)
+        self._forget = forget
 
     def device(self, config: ForwarderConfig) -> tuple[Tun, list[UdpSocket]] | None:
         """Return the TUN and the sockets, ordered by worker; None if they cannot be used."""
@@ -34,18 +41,24 @@ class Kept:
             tun, sockets = self._adopt(config)
         except DeviceError as error:
             log.warning("the kept TUN and sockets are not used: %s", error)
+            names = list(self._named)
             self.close()
+            if self._forget is not None:
+                self._forget(names)
             return None
         self._named = {}
         log.info("continuing with the TUN and the sockets of the forwarder that has died")
         return tun, sockets
 
     def _adopt(self, config: ForwarderConfig) -> tuple[Tun, list[UdpSocket]]:
-        named, workers = self._named, range(config.workers_n)
+        mark = f".{config.fingerprint}"
+        named = {name.removesuffix(mark): fd for name, fd in self._named.items()
+                 if name.endswith(mark)}
+        workers = range(config.workers_n)
         listen = [(udp_name(i, each.address.version), each) for i in workers
                   for each in config.listen]
         wanted = {tun_name(i) for i in workers} | {name for name, _ in listen}
-        if named.keys() != wanted:
+        if named.keys() != wanted or len(named) != len(self._named):
             raise DeviceError(errno.EINVAL, "they are those of a forwarder with other options")
         tun = Tun.reuse(tuple(named[tun_name(i)] for i in workers), config.offload)
         if tun.name != config.tun:
