@@ -84,7 +84,7 @@ lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
 package: build ## build sdist and wheel, check their contents
 	@$(PY) scripts/check_package.py
 
-BENCH_PROGRAMS := bench/onepacket bench/udpload bench/copylimit
+BENCH_PROGRAMS := bench/onepacket bench/udpload bench/copylimit bench/icmpflood
 
 bench: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compare with other tunnels: TCP, round trips; 8 minutes, root
 	@scripts/need $(DEMO_TOOLS)

@@ -11,7 +11,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from udptun.lab.tools import install_command
 
 from . import (
     flame,
+    floods,
     instructions,
     nodes,
     plots,
@@ -155,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rate", type=int, default=0, metavar="PPS",
                          help="datagrams per second  [default: the highest without loss]")
     command.set_defaults(run=_takeover)
+    text = "packets that are lost in a flood of forged ICMP errors"
+    command = commands.add_parser("floods", help=text, description=text)
+    command.add_argument("--rate", type=_positive(int), default=60_000, metavar="PPS",
+                         help="ICMP errors per second  [default: 60000]")
+    command.add_argument("--seconds", type=_positive(int), default=5, metavar="N")
+    command.set_defaults(run=_floods)
     text = "instruction counts of single steps on fixed input (valgrind)"
     command = commands.add_parser("instructions", help=text, description=text)
     command.add_argument("--save", type=Path, metavar="FILE", help="write the counts to FILE")
@@ -411,10 +418,18 @@ def _probes(arguments: argparse.Namespace) -> int:
 
 
 def _takeover(arguments: argparse.Namespace) -> int:
+    return _print_lines(takeover.run(arguments.count, arguments.kills, arguments.rate))
+
+
+def _floods(arguments: argparse.Namespace) -> int:
+    return _print_lines(floods.run(arguments.rate, arguments.seconds))
+
+
+def _print_lines(lines: Iterator[str]) -> int:
     problem = _missing_requirement()
     try:
         if problem is None:
-            for line in takeover.run(arguments.count, arguments.kills, arguments.rate):
+            for line in lines:
                 print(line, flush=True)
             return 0
     except LabError as e:
