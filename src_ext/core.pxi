@@ -18,7 +18,7 @@ from limits cimport MIN_MTU6
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport add_token, count_sent, send_beside
 from path.turn cimport oldest_generation
-from path.worker cimport direction_t, shared_t, spare_t, worker_t
+from path.worker cimport OWN_NETS, direction_t, own_net_t, shared_t, spare_t, worker_t
 from sys cimport (
     SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
     peek32, peek64, poke32, poke64, sockaddr_in6, store_flag, take_bits,
@@ -89,6 +89,9 @@ cdef class Core:
                    listener of the family
     tun_addresses  the packed addresses of the TUN; they are the source addresses of ICMP errors
     notify_fd      an eventfd, borrowed; a worker writes to it when the worker raises an event
+    own_subnets    None: packets to any inner destination are delivered; else (packed address,
+                   prefix length) of at most OWN_NETS prefixes: only packets to these, and to
+                   ``tun_addresses``, are delivered
     """
     cdef shared_t shared
     cdef worker_t** workers     # owned array of borrowed pointers: one per Worker in objects
@@ -107,7 +110,7 @@ cdef class Core:
     cdef dict inherited         # counters of an earlier process; see inherit
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
-                  int notify_fd):
+                  int notify_fd, own_subnets=None):
         cdef bytes packed
         self.spare4.fd = self.spare6.fd = -1
         self.workers = <worker_t**>calloc(workers_n, sizeof(void*))
@@ -128,7 +131,22 @@ cdef class Core:
             else:
                 memcpy(self.shared.tun_addr6, <const uint8_t*>packed, 16)
                 self.shared.has_addr6 = True
+        if own_subnets is not None:
+            self.shared.admit_own = True
+            for packed, length in (*own_subnets, *((one, 8 * len(one)) for one in self.own)):
+                self.add_own_net(packed, length)
         self.publish(RouteTable())
+
+    cdef add_own_net(self, bytes packed, uint32_t length):
+        cdef own_net_t* net = &self.shared.own_nets[self.shared.own_nets_n]
+        cdef uint32_t i
+        if self.shared.own_nets_n == OWN_NETS:
+            raise ValueError(f"more than {OWN_NETS} own prefixes")
+        net.addr_len = <uint8_t>len(packed)
+        memcpy(net.addr, <const uint8_t*>packed, len(packed))
+        for i in range(length):
+            net.mask[i // 8] |= <uint8_t>(0x80 >> i % 8)
+        self.shared.own_nets_n += 1
 
     def __dealloc__(self):
         # Each Worker holds a reference to its Core, so no worker is left.
@@ -587,7 +605,7 @@ cdef class Core:
         return total
 
     def strangers(self):
-        """Return a model.Stranger for the last few senders that are no peer, the newest first."""
+        """Return a model.Stranger for the last few refused senders, the newest first."""
         cdef Worker worker
         found = []
         for worker in self.objects:

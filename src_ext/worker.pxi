@@ -28,7 +28,7 @@ from sys cimport (
 )
 from wire.headers cimport VNET_LEN
 
-from udptun.drops import DECAP, ENCAP
+from udptun.drops import DECAP, DROP_REASONS, ENCAP
 from udptun.model import ProbeRecord, Stranger
 
 
@@ -238,7 +238,7 @@ cdef class Worker:
         return found
 
     cdef list strangers(self):
-        """Return a model.Stranger for each entry of the list of senders that are no peer."""
+        """Return a model.Stranger for each entry of the list of refused senders."""
         cdef strangers_t copy
         cdef stranger_t* item
         cdef uint32_t i
@@ -250,7 +250,7 @@ cdef class Worker:
             if item.addr_len != 0:
                 found.append(Stranger(
                     address=item.addr[:item.addr_len], port=item.port, packets=item.packets,
-                    last_ns=item.last_ns,
+                    last_ns=item.last_ns, reason=DROP_REASONS[item.reason - 1].name,
                 ))
         return found
 

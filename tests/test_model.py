@@ -14,7 +14,7 @@ from udptun import _core, model
 from udptun.cli import reasons
 from udptun.drops import DIRECTIONS, DROP_REASONS
 from udptun.errors import FieldError, UdptunError
-from udptun.model import SOURCE_CHECKS, Endpoint, Route, RouteDiff
+from udptun.model import SOURCE_CHECKS, Endpoint, Mark, Route, RouteDiff
 
 networks = st.one_of(
     st.builds(lambda a, n: ip_network((a, n), strict=False), st.ip_addresses(v=4),
@@ -26,7 +26,8 @@ networks = st.one_of(
 
 routes = st.builds(
     Route, networks, st.ip_addresses().filter(model.is_unicast), st.integers(1, 65535),
-    st.none() | st.integers(model.MIN_MTU6, model.MAX_MTU),
+    st.none() | st.integers(model.MIN_MTU6, model.MAX_MTU), st.booleans(),
+    st.sampled_from((None, model.ANY_PORT, (1, 1), (9000, 9000), (9000, 9015), (2, 65535))),
 )
 
 
@@ -99,6 +100,13 @@ def test_route_defaults() -> None:
         ("10.0.0.0/8 via 192.0.2.1 port 0", "port", 0),
         ("10.0.0.0/8 via 192.0.2.1 port 70000", "port", 70000),
         ("10.0.0.0/8 via 192.0.2.1 port -1", "port", "-1"),
+        ("10.0.0.0/8 via 192.0.2.1 source-port", "source-port", ""),
+        ("10.0.0.0/8 via 192.0.2.1 source-port 1 source-port 1", "route", "source-port"),
+        ("10.0.0.0/8 via 192.0.2.1 source_port 1", "route", "source_port"),
+        ("10.0.0.0/8 via 192.0.2.1 source-port all", "source_port", "all"),
+        ("10.0.0.0/8 via 192.0.2.1 source-port 0", "source_port", "0"),
+        ("10.0.0.0/8 via 192.0.2.1 source-port 9-8", "source_port", "9-8"),
+        ("10.0.0.0/8 via 192.0.2.1 source-port 1-65536", "source_port", "1-65536"),
         ("10.0.0.0/8 via 192.0.2.1 mtu 67", "mtu", 67),
         ("10.0.0.0/8 via 192.0.2.1 mtu 65536", "mtu", 65536),
         ("10.0.0.0/8 via 192.0.2.256", "via", "192.0.2.256"),
@@ -148,6 +156,34 @@ def test_invalid_route_json_is_refused(value: object, field: str) -> None:
     with pytest.raises(FieldError, match=r"^routes\[3\]: ") as caught:
         Route.from_json(value, "routes[3]")
     assert caught.value.field == field
+
+
+def test_the_text_and_json_of_source_ports() -> None:
+    start = "10.0.0.0/8 via 192.0.2.1 port 8285"
+    for text, ports, value in (
+        ("any", model.ANY_PORT, "any"), ("1-65535", model.ANY_PORT, "any"),
+        ("9000", (9000, 9000), 9000), ("9000-9015", (9000, 9015), "9000-9015"),
+    ):
+        route = Route.from_words(f"{start} source-port {text}".split())
+        assert (route.source_port, route.to_json()["source_port"]) == (ports, value)
+        assert str(route) == f"{start} source-port {value}"
+    plain = Route.from_words(start.split())
+    assert plain.source_port is None and "source_port" not in plain.to_json()
+    assert Route.from_json({**plain.to_json(), "source_port": None}) == plain
+
+
+@pytest.mark.parametrize("text", ["0x1000/0x1000", "4096/4096", "0x1000/4096"])
+def test_a_mark(text: str) -> None:
+    assert Mark.parse(text) == Mark(0x1000, 0x1000)
+    assert str(Mark.parse(text)) == "0x1000/0x1000"
+    assert Mark.parse("7") == Mark(7, 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "0/1", "1/0", "3/1", "-1", "1/", "/1", "1/2/3",
+                                  "0x100000000", "1/0x1ffffffff", "010"])
+def test_a_mark_that_is_not_valid_is_refused(text: str) -> None:
+    with pytest.raises(FieldError, match="VALUE/MASK"):
+        Mark.parse(text)
 
 
 def test_host_bits_are_refused_with_the_prefix() -> None:

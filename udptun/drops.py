@@ -46,10 +46,16 @@ DROP_REASONS: tuple[DropReason, ...] = (
                "The kernel still holds a full socket buffer of earlier datagrams to this peer: the "
                "path to the peer is slower than the traffic, or its link address is unknown."),
     DropReason("unknown_peer", (DECAP,), "The outer source address is not a peer."),
+    DropReason("source_port", (DECAP,),
+               "The outer source address is a peer, but the outer source port is not one of the "
+               "ports from which this peer may send (source check strict)."),
     DropReason("source_not_routed", (DECAP,),
                "The inner source address is not in a subnet routed to the sending peer "
                "(source check strict)."),
     DropReason("own_source", (DECAP,), "The inner source address is an address of this host."),
+    DropReason("destination_not_own", (DECAP,),
+               "The inner destination address is not an address of the TUN and not in a subnet of "
+               "this node (--admit own)."),
     DropReason("truncated", (DECAP,), "The datagram is longer than the receive buffer."),
     DropReason("tun_write", (DECAP,), "The TUN refused the packet."),
     DropReason("closed", (ENCAP,), "Still queued when the forwarder stopped."),

@@ -57,6 +57,16 @@ class Instance:
         """Return the name of the nftables table for IP version 4 or 6."""
         return f"{self.name}-ipv{version}"
 
+    @property
+    def guard_table(self) -> str:
+        """The name of the nftables table with the rules against forged packets, in both families.
+        """
+        return f"{self.name}-guard"
+
+    def guard_chain(self, way: str) -> str:
+        """Return the name of the iptables chain with these rules. ``way`` is "out" or "in"."""
+        return f"{self.name.upper()}-GUARD-{way.upper()}"
+
     def iptables_chain(self, base: str) -> str:
         """Return the name of our iptables chain to which the chain ``base`` jumps.
 

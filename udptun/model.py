@@ -1,9 +1,9 @@
 """Endpoints, routes and peers: values, limits, text form and JSON form.
 
 A leaf: imports only ``errors``. Objects are frozen and validated here. Owns the grammar of a route
-as users write it (``DST via IP [port P] [mtu M] [probe]``, or a JSON object), and the limits of
-ports and MTUs. The compiled core has a second parser of this grammar. It parses whole tables
-without the interpreter. Tests compare the two parsers. Threading: any thread.
+as users write it (``ROUTE_WORDS``, or a JSON object), and the limits of ports and MTUs. The
+compiled core has a second parser of this grammar. It parses whole tables without the interpreter.
+Tests compare the two parsers. Threading: any thread.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ MAX_PORT = 65535
 MIN_MTU = 68  # RFC 791: every IPv4 router forwards 68 octets without fragmentation
 MIN_MTU6 = 1280  # RFC 8200 section 5: the MTU of an IPv6 link is at least this
 MAX_MTU = 65535
+MAX_MARK = 0xFFFFFFFF
 MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
 
 SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
+ADMITS = ("any", "own")  # the default first
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
 PROBE_REQUEST, PROBE_REPLY = 1, 2  # ProbeRecord.kind
 NEVER_HEARD = 0xFFFFFFFF
-ROUTE_WORDS = "DST via IP [port P] [mtu M] [probe]"
+ROUTE_WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe]"
+ANY_PORT = (1, MAX_PORT)  # as Route.source_port
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -93,6 +96,51 @@ def parse_number(field: str, value: object, low: int, high: int, where: str = ""
     return value
 
 
+def parse_source_port(value: object, where: str = "") -> tuple[int, int]:
+    """Parse ``any``, a port, or the first and the last port as ``P-Q``."""
+    if value == "any":
+        return ANY_PORT
+    first, dash, last = value.partition("-") if isinstance(value, str) else (value, "", "")
+    try:
+        low = parse_number("source_port", first, 1, MAX_PORT, where)
+        return low, parse_number("source_port", last, low, MAX_PORT, where) if dash else low
+    except FieldError:
+        expected = f"any, a port from 1 to {MAX_PORT}, or the first and last port, such as 100-115"
+        raise FieldError("source_port", value, expected, where) from None
+
+
+def source_port_json(ports: tuple[int, int]) -> int | str:
+    """Return the JSON form of Route.source_port. It is also the text form."""
+    if ports == ANY_PORT:
+        return "any"
+    first, last = ports
+    return first if first == last else f"{first}-{last}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A mark of packets (SO_MARK). A packet has it if its mark has ``value`` in the bits of
+    ``mask``. Text: ``0x1000/0x1000``; without a mask, all bits count."""
+
+    value: int
+    mask: int
+
+    @classmethod
+    def parse(cls, text: str, field: str = "mark") -> Mark:
+        try:
+            value, slash, mask = text.partition("/")
+            mark = cls(int(value, 0), int(mask, 0) if slash else MAX_MARK)
+            if not 0 < mark.mask <= MAX_MARK or not 0 < mark.value & mark.mask == mark.value:
+                raise ValueError
+        except ValueError:
+            expected = "VALUE/MASK, such as 0x1000/0x1000: a value that is not 0, within the mask"
+            raise FieldError(field, text, expected) from None
+        return mark
+
+    def __str__(self) -> str:
+        return f"{self.value:#x}/{self.mask:#x}"
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An address and UDP port on the underlay. Text: ``192.0.2.1:8285``, ``[2001:db8::1]:8285``."""
@@ -123,6 +171,8 @@ class Route:
 
     mtu    largest inner packet for this route, in bytes; None: only the path limits the size
     probe  the peer answers probes, so the forwarder may measure the path to it
+    source_port  first and last of the ports, besides ``port``, from which the peer may send under
+                 the source check strict; None: no other port
     """
 
     dst: IPNetwork
@@ -130,11 +180,12 @@ class Route:
     port: int = DEFAULT_PORT
     mtu: int | None = None
     probe: bool = False
+    source_port: tuple[int, int] | None = None
 
     @classmethod
     def make(
         cls, dst: object, via: object, port: object = DEFAULT_PORT, mtu: object = None,
-        probe: object = False, where: str = "",
+        probe: object = False, source_port: object = None, *, where: str = "",
     ) -> Route:
         """Build a route from untrusted values. Raises FieldError, which names the field."""
         prefix = parse_destination("dst", dst, where)
@@ -144,46 +195,58 @@ class Route:
         limit = None if mtu is None else parse_number("mtu", mtu, low, MAX_MTU, where)
         if not isinstance(probe, bool):
             raise FieldError("probe", probe, "true or false", where)
-        return cls(prefix, next_hop, port_number, limit, probe)
+        sources = None if source_port is None else parse_source_port(source_port, where)
+        return cls(prefix, next_hop, port_number, limit, probe, sources)
 
     @classmethod
     def from_words(cls, words: Sequence[str], where: str = "") -> Route:
-        """Parse ``DST via IP [port P] [mtu M] [probe]``, split on blanks."""
+        """Parse ``ROUTE_WORDS``, split on blanks."""
         if len(words) < 3 or words[1] != "via":
             raise FieldError("route", " ".join(words), ROUTE_WORDS, where)
         values: dict[str, object] = {}
         rest = iter(words[3:])
         for name in rest:
-            if name not in ("port", "mtu", "probe") or name in values:
-                raise FieldError("route", name, "port P, mtu M or probe, each once", where)
+            key = name.replace("-", "_")
+            if name not in ("port", "mtu", "source-port", "probe") or key in values:
+                expected = "port P, mtu M, source-port P or probe, each once"
+                raise FieldError("route", name, expected, where)
             value = True if name == "probe" else next(rest, None)
             if value is None:
                 raise FieldError(name, "", f"a value after the word {name}", where)
-            values[name] = value
+            values[key] = value
         return cls.make(words[0], words[2], where=where, **values)
 
     @classmethod
     def from_json(cls, value: object, where: str = "") -> Route:
-        """Parse ``{"dst", "via", "port"?, "mtu"?, "probe"?}``; ``mtu`` may be null."""
+        """Parse ``{"dst", "via", "port"?, "mtu"?, "source_port"?, "probe"?}``. ``mtu`` and
+        ``source_port`` may be null."""
         if not isinstance(value, Mapping):
             raise FieldError("route", value, "an object with dst and via", where)
         for name in value:
-            if name not in ("dst", "via", "port", "mtu", "probe"):
-                raise FieldError("route", name, "only dst, via, port, mtu and probe", where)
+            if name not in ("dst", "via", "port", "mtu", "source_port", "probe"):
+                expected = "only dst, via, port, mtu, source_port and probe"
+                raise FieldError("route", name, expected, where)
         for name in ("dst", "via"):
             if name not in value:
                 raise FieldError(name, None, "a value (it is required)", where)
         return cls.make(**value, where=where)
 
     def to_json(self) -> dict[str, object]:
-        """Return the JSON object. It has ``probe`` only if it is true."""
-        values = {"dst": str(self.dst), "via": str(self.via), "port": self.port, "mtu": self.mtu}
+        """Return the JSON object. It has ``source_port`` only if it is set, and ``probe`` only if
+        it is true."""
+        values: dict[str, object] = {
+            "dst": str(self.dst), "via": str(self.via), "port": self.port, "mtu": self.mtu,
+        }
+        if self.source_port is not None:
+            values["source_port"] = source_port_json(self.source_port)
         return values | {"probe": True} if self.probe else values
 
     def __str__(self) -> str:
         mtu = "" if self.mtu is None else f" mtu {self.mtu}"
+        ports = self.source_port
+        source = "" if ports is None else f" source-port {source_port_json(ports)}"
         probe = " probe" if self.probe else ""
-        return f"{self.dst} via {self.via} port {self.port}{mtu}{probe}"
+        return f"{self.dst} via {self.via} port {self.port}{mtu}{source}{probe}"
 
 
 class PeerError(NamedTuple):
@@ -234,18 +297,20 @@ class Peer(NamedTuple):
 
 
 class Stranger(NamedTuple):
-    """A sender that is no peer. Its packets were dropped as ``unknown_peer``.
+    """A refused sender, whose packets were dropped as ``unknown_peer`` or ``source_port``.
 
     address  in packed form
     port     of its last datagram
     packets  since the core last began to count this address: it keeps only a few addresses
     last_ns  time of the last one, monotonic
+    reason   drop reason of the last one
     """
 
     address: bytes
     port: int
     packets: int
     last_ns: int
+    reason: str
 
 
 class ProbeRecord(NamedTuple):

@@ -10,8 +10,9 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from drops cimport (
-    DROP_BAD_VERSION, DROP_OWN_SOURCE, DROP_SOURCE_NOT_ROUTED, DROP_TRUNCATED,
-    DROP_TTL_EXCEEDED, DROP_TUN_WRITE, DROP_UNKNOWN_PEER, PASS, drop_t,
+    DROP_BAD_VERSION, DROP_DESTINATION_NOT_OWN, DROP_OWN_SOURCE, DROP_SOURCE_NOT_ROUTED,
+    DROP_SOURCE_PORT, DROP_TRUNCATED, DROP_TTL_EXCEEDED, DROP_TUN_WRITE, DROP_UNKNOWN_PEER, PASS,
+    drop_t,
 )
 from path.icmp_reply cimport reply_to_peer
 from path.probe cimport take_probe
@@ -19,15 +20,15 @@ from path.send cimport read_errors
 from path.strangers cimport note_stranger
 from path.worker cimport (
     CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, count_drop,
-    raise_event, worker_t,
+    own_net_t, raise_event, worker_t,
 )
 from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
     cmsghdr, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, write,
 )
 from table.peer cimport peer_counters_t, peer_t
-from table.snapshot cimport find_hop, find_peer, hop_t, is_own
-from wire.headers cimport load_be16
+from table.snapshot cimport find_hop, find_peer, hop_admits, hop_t, is_own, may_send_from
+from wire.headers cimport load_be16, load_u32, load_u64
 from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
 )
@@ -38,28 +39,38 @@ from wire.probe cimport is_probe
 cdef enum:
     CHECK_OFF = 0               # no source check, as in flannel
     CHECK_PEER = 1              # the outer source address must belong to a peer
-    CHECK_STRICT = 2            # also, the inner source must be routed to this peer
+    # also, the outer source port must be one of the peer, and the inner source must be routed to it
+    CHECK_STRICT = 2
     RX_SLOTS_MIN = 4
     # The batching delay (turn.pxd) can follow a batch only if both conditions are true:
     SMALL_BATCH_MIN = 6         # the batch has at least this number of datagrams
     SMALL_DATAGRAM = 2000       # the average datagram has fewer bytes than this
 
 
-cdef struct sender_t:           # the sender of one datagram; caches the last result of check_source
+cdef struct sender_t:           # the sender of one datagram; caches the last result of admit
     const uint8_t* addr         # outer source address, network order
     uint8_t addr_len
     peer_t* peer                # NULL: the sender is not a peer
     mmsghdr* message            # the datagram
+    drop_t refusal              # PASS, or why nothing from this sender is accepted
     uint16_t port               # host order
     bint heard                  # the datagram has an accepted packet or probe, or is a keepalive
     uint32_t probes_n           # probes in the message
     uint32_t probes_bytes       # bytes of these probes
-    uint8_t inner_len           # 0: no result is cached yet
-    uint8_t inner[16]
+    uint8_t inner_len           # bytes of one inner address; 0: no result is cached yet
+    uint8_t inner[32]           # inner source and destination of the cached result
     drop_t verdict
 
 
 # Each packet
+
+
+cdef inline bint is_from(const sender_t* sender, const peer_t* peer) noexcept nogil:
+    """Return whether the sender has the address of this peer."""
+    return sender.peer == peer or (
+        peer.addr_len == sender.addr_len
+        and memcmp(peer.addr, sender.addr, sender.addr_len) == 0
+    )
 
 
 cdef inline drop_t check_source(
@@ -73,27 +84,50 @@ cdef inline drop_t check_source(
     if w.shared.source_check != CHECK_STRICT:
         return PASS
     hop = find_hop(w.snapshot, src, addr_len)
-    if (
-        hop != NULL and hop.peer.addr_len == sender.addr_len
-        and memcmp(hop.peer.addr, sender.addr, sender.addr_len) == 0
-    ):
+    if hop != NULL and is_from(sender, hop.peer) and hop_admits(hop, sender.port):
         return PASS
     if addr_len == sender.addr_len and memcmp(src, sender.addr, addr_len) == 0:
         return PASS
     return DROP_SOURCE_NOT_ROUTED
 
 
-cdef inline drop_t admit(
-    const worker_t* w, sender_t* sender, const uint8_t* src, size_t addr_len
+cdef inline bint in_net(const uint8_t* addr, const own_net_t* net) noexcept nogil:
+    if net.addr_len == 4:
+        return (load_u32(addr) ^ load_u32(net.addr)) & load_u32(net.mask) == 0
+    return (
+        (load_u64(addr) ^ load_u64(net.addr)) & load_u64(net.mask) == 0
+        and (load_u64(addr + 8) ^ load_u64(net.addr + 8)) & load_u64(net.mask + 8) == 0
+    )
+
+
+cdef inline drop_t check_destination(
+    const worker_t* w, const uint8_t* dst, size_t addr_len
 ) noexcept nogil:
-    """Return PASS if this sender may use this inner source address, else the drop reason. Most
-    packets of one datagram have the same source, so the last result is cached."""
-    if sender.peer == NULL and w.shared.source_check != CHECK_OFF:
-        return DROP_UNKNOWN_PEER
-    if sender.inner_len != addr_len or memcmp(sender.inner, src, addr_len) != 0:
-        sender.verdict = check_source(w, sender, src, addr_len)
+    """Return PASS if packets to this inner address are delivered, else the drop reason."""
+    cdef uint32_t i
+    for i in range(w.shared.own_nets_n):
+        if w.shared.own_nets[i].addr_len == addr_len and in_net(dst, &w.shared.own_nets[i]):
+            return PASS
+    return DROP_DESTINATION_NOT_OWN
+
+
+cdef inline drop_t admit(
+    const worker_t* w, sender_t* sender, const uint8_t* addrs, size_t addr_len
+) noexcept nogil:
+    """Return PASS if this sender may use this inner source address and this host delivers to this
+    inner destination address, else the drop reason. Most packets of one run have the same
+    addresses, so the last result is cached.
+
+    addrs  the inner source address, then the inner destination address
+    """
+    if sender.refusal != PASS:
+        return sender.refusal
+    if sender.inner_len != addr_len or memcmp(sender.inner, addrs, 2 * addr_len) != 0:
+        sender.verdict = check_source(w, sender, addrs, addr_len)
+        if sender.verdict == PASS and w.shared.admit_own:
+            sender.verdict = check_destination(w, addrs + addr_len, addr_len)
         sender.inner_len = <uint8_t>addr_len
-        memcpy(sender.inner, src, addr_len)
+        memcpy(sender.inner, addrs, 2 * addr_len)
     return sender.verdict
 
 
@@ -103,7 +137,7 @@ cdef inline drop_t consume(worker_t* w, sender_t* sender, uint8_t* p, size_t n) 
     cdef drop_t verdict = DROP_BAD_VERSION
     if is_probe(p, n):
         verdict = take_probe(
-            w, sender.peer, sender.port, message.msg_name, message.msg_namelen, p, n
+            w, sender.peer, sender.refusal, sender.port, message.msg_name, message.msg_namelen, p, n
         )
     if verdict == PASS:
         sender.heard = True
@@ -206,14 +240,29 @@ cdef inline uint32_t gro_size(msghdr* msg) noexcept nogil:
     return 0
 
 
+cdef inline drop_t check_sender(const worker_t* w, const sender_t* sender) noexcept nogil:
+    """Return PASS if packets and probes from this endpoint may be accepted, else the drop reason.
+    """
+    if w.shared.source_check == CHECK_OFF:
+        return PASS
+    if sender.peer == NULL:
+        return DROP_UNKNOWN_PEER
+    if (
+        w.shared.source_check == CHECK_STRICT and sender.port != sender.peer.port
+        and not may_send_from(w.snapshot, sender.addr, sender.addr_len, sender.port)
+    ):
+        return DROP_SOURCE_PORT
+    return PASS
+
+
 cdef inline void find_sender(
     const worker_t* w, sender_t* sender, mmsghdr* m
 ) noexcept nogil:
-    """Set the outer source address of the sender, and the peer that has this address."""
+    """Set the outer source endpoint of the sender, the peer that has its address, and whether the
+    sender is refused."""
     cdef sockaddr_in6* sa = <sockaddr_in6*>m.msg_hdr.msg_name
     cdef sockaddr_in* sa4 = <sockaddr_in*>sa
     sender.message = m
-    sender.heard = m.msg_len == 0  # an empty datagram is a keepalive
     sender.probes_n = sender.probes_bytes = 0
     if sa.sin6_family == AF_INET:
         sender.addr = <const uint8_t*>&sa4.sin_addr
@@ -224,6 +273,8 @@ cdef inline void find_sender(
         sender.addr_len = 16
         sender.port = load_be16(<const uint8_t*>&sa.sin6_port)
     sender.peer = find_peer(w.snapshot, sender.addr, sender.addr_len, sender.port)
+    sender.refusal = check_sender(w, sender)
+    sender.heard = m.msg_len == 0  # an empty datagram is a keepalive
     sender.inner_len = 0
 
 
@@ -232,8 +283,7 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
     cdef size_t n = m.msg_len
     cdef uint32_t size = gro_size(&m.msg_hdr)
     cdef uint64_t read_before = w.decap.read
-    cdef uint64_t unknown_before = w.decap.drops[<int>DROP_UNKNOWN_PEER]
-    cdef uint64_t dropped
+    cdef uint64_t refused_before, refused
     cdef size_t piece
     cdef sender_t sender
     cdef peer_counters_t* counters
@@ -242,6 +292,7 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
         count_drop(&w.decap, DROP_TRUNCATED, 1)
         return
     find_sender(w, &sender, m)
+    refused_before = w.decap.drops[<int>sender.refusal]
     if size == 0:
         size = <uint32_t>n
     while True:
@@ -253,13 +304,14 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
         n -= piece
         if n == 0:
             break
-    if sender.peer == NULL:
-        dropped = w.decap.drops[<int>DROP_UNKNOWN_PEER] - unknown_before
-        if dropped != 0:
+    if sender.refusal != PASS:
+        refused = w.decap.drops[<int>sender.refusal] - refused_before
+        if refused != 0:
             note_stranger(
-                &w.strangers, sender.addr, sender.addr_len, sender.port, dropped, w.now
+                &w.strangers, sender.addr, sender.addr_len, sender.port, <uint8_t>sender.refusal,
+                refused, w.now
             )
-    else:
+    elif sender.peer != NULL:
         counters = &sender.peer.counters[w.index]
         counters.decap_packets += w.decap.read - read_before - sender.probes_n
         counters.decap_bytes += m.msg_len - sender.probes_bytes

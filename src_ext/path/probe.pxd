@@ -195,16 +195,17 @@ cdef inline void report(
 
 
 cdef inline drop_t take_probe(
-    worker_t* w, peer_t* peer, uint32_t port, const void* from_, uint32_t from_len,
+    worker_t* w, peer_t* peer, drop_t refusal, uint32_t port, const void* from_, uint32_t from_len,
     uint8_t* p, size_t n
 ) noexcept nogil:
     """Consume the probe p[0:n]. The reply to a request overwrites it. Return PASS or a drop reason.
 
-    peer   the peer at the sender's address; NULL if there is none
-    port   of the sender, host order
-    from_  the sender's socket address
+    peer     the peer at the sender's address; NULL if there is none
+    refusal  PASS, or why nothing from this sender is accepted
+    port     of the sender, host order
+    from_    the sender's socket address
 
-    drops  those of ``parse_probe``; UNKNOWN_PEER: also if the port is 0, to which no reply can be
+    drops  those of ``parse_probe``; ``refusal``; UNKNOWN_PEER: also if the port is 0, to which no reply can be
            sent; BAD_VERSION: no route of the peer has ROUTE_PROBE
     """
     cdef probe_t probe
@@ -213,6 +214,8 @@ cdef inline drop_t take_probe(
     cdef drop_t verdict = parse_probe(p, n, &probe)
     if verdict != PASS:
         return verdict
+    if refusal != PASS:
+        return refusal
     if peer == NULL or port == 0:
         return DROP_UNKNOWN_PEER
     if not peek32(&peer.probe):

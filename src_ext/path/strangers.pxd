@@ -1,4 +1,4 @@
-"""The last senders that are no peer: who caused the drops UNKNOWN_PEER.
+"""The last refused senders: who caused the drops UNKNOWN_PEER and SOURCE_PORT.
 
 Owns ``strangers_t``: a few outer source addresses, each with its last port, a count and a time. A
 new address replaces the one that was silent for the longest time.
@@ -21,6 +21,7 @@ cdef struct stranger_t:
     uint8_t addr[16]
     uint8_t addr_len            # 0 = an empty entry
     uint16_t port               # of the last datagram, host order
+    uint8_t reason              # drop_t of the last datagram
     uint64_t packets            # since the address is in the list
     uint64_t last_ns            # monotonic
 
@@ -31,10 +32,10 @@ cdef struct strangers_t:
 
 
 cdef inline void note_stranger(
-    strangers_t* strangers, const uint8_t* addr, uint8_t addr_len, uint16_t port, uint64_t packets,
-    uint64_t now
+    strangers_t* strangers, const uint8_t* addr, uint8_t addr_len, uint16_t port, uint8_t reason,
+    uint64_t packets, uint64_t now
 ) noexcept nogil:
-    """Count packets that were dropped because their sender is no peer."""
+    """Count packets that were dropped because of their sender."""
     cdef stranger_t* item = &strangers.items[0]
     cdef stranger_t noted
     cdef uint32_t i
@@ -51,6 +52,7 @@ cdef inline void note_stranger(
         memcpy(noted.addr, addr, addr_len)
         noted.addr_len = addr_len
     noted.port = port
+    noted.reason = reason
     noted.packets += packets
     noted.last_ns = now
     begin_write(&strangers.changes)

@@ -38,6 +38,8 @@ cdef enum:
 
     OWN_SOCKETS = 64            # maximum number of peers with an own socket (own_socket.pxd)
 
+    OWN_NETS = 8                # maximum number of prefixes to which --admit own delivers
+
     # indices of worker_t.polled; the descriptors from ON_TUN to ON_UDP6 carry packets
     ON_WAKE = 0
     ON_TUN = 1
@@ -109,10 +111,19 @@ cdef struct tokens_t:           # of the latest requests without a reply; see pr
     uint8_t next_[TOKEN_SETS]   # the next place to use; only the control side uses it
 
 
+cdef struct own_net_t:          # a prefix; see Core, own_subnets
+    uint8_t addr[16]
+    uint8_t mask[16]
+    uint8_t addr_len            # 4 or 16
+
+
 cdef struct shared_t:
     snapshot_t* snapshot        # the active one: the control side stores it, workers load it
     uint32_t workers_n
     uint32_t source_check
+    bint admit_own              # deliver only to inner destinations in own_nets
+    uint32_t own_nets_n
+    own_net_t own_nets[OWN_NETS]
     uint8_t tun_addr4[4]
     uint8_t tun_addr6[16]
     bint has_addr4

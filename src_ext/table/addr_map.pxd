@@ -5,7 +5,7 @@ A map owns its slots, but not the peers. Does not depend on ports or routes.
 Threading: no locks. Any number of threads may read a map while no thread changes the map.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy
 
@@ -16,6 +16,10 @@ from wire.headers cimport load_u32, load_u64
 cdef struct addr_slot_t:
     uint8_t addr[16]
     uint8_t addr_len            # 4 or 16; 0 = empty
+    # Not in a set: the peers at this address may also send from these ports, which are those of all
+    # routes to the address, with the ports between them; none if first > last
+    uint16_t source_first
+    uint16_t source_last
     peer_t* peer                # NULL in a set
 
 
@@ -87,7 +91,7 @@ cdef inline int addr_map_grow(addr_map_t* m) noexcept nogil:
         return -1
     for i in range(m.mask + 1):
         if m.slots[i].addr_len != 0:
-            addr_map_put(&bigger, m.slots[i].addr, m.slots[i].addr_len).peer = m.slots[i].peer
+            addr_map_put(&bigger, m.slots[i].addr, m.slots[i].addr_len)[0] = m.slots[i]
     free(m.slots)
     m[0] = bigger
     return 0

@@ -10,6 +10,7 @@ is borrowed during the call. All functions are pure, and any thread may call the
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
+from limits cimport MAX_PORT
 from table.route cimport route_t
 
 
@@ -169,6 +170,21 @@ cdef inline bint parse_number(
     return low <= value <= high
 
 
+cdef inline bint parse_source_port(const uint8_t* text, size_t n, route_t* route) noexcept nogil:
+    """Parse ``any``, a port, or the first and the last port as ``P-Q``."""
+    cdef const uint8_t* dash = <const uint8_t*>memchr(text, c'-', n)
+    cdef size_t first_n = n if dash == NULL else <size_t>(dash - text)
+    if same_word(text, n, b"any", 3):
+        route.source_first = 1
+        route.source_last = MAX_PORT
+        return True
+    if not parse_number(text, first_n, 1, MAX_PORT, &route.source_first):
+        return False
+    route.source_last = route.source_first
+    return dash == NULL or parse_number(
+        dash + 1, n - first_n - 1, route.source_first, MAX_PORT, &route.source_last)
+
+
 # Write
 
 cdef inline size_t write_bytes(uint8_t* out, const char* bytes_, size_t n) noexcept nogil:
@@ -189,6 +205,18 @@ cdef inline size_t write_number(uint8_t* out, uint32_t value) noexcept nogil:
             break
     for i in range(n):
         out[i] = digits[n - 1 - i]
+    return n
+
+
+cdef inline size_t write_source_port(uint8_t* out, const route_t* route) noexcept nogil:
+    """Write the ports of a route that has them: ``any``, a port, or ``P-Q``."""
+    cdef size_t n
+    if route.source_first == 1 and route.source_last == MAX_PORT:
+        return write_bytes(out, b"any", 3)
+    n = write_number(out, route.source_first)
+    if route.source_last != route.source_first:
+        out[n] = c'-'
+        n += 1 + write_number(out + n + 1, route.source_last)
     return n
 
 

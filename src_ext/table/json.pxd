@@ -14,8 +14,8 @@ from libc.string cimport memcmp, memcpy, memset
 
 from limits cimport DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU
 from table.address cimport (
-    hex_digit, is_digit, parse_addr, parse_number, parse_prefix, same_word, write_addr, write_bytes,
-    write_number, write_prefix,
+    hex_digit, is_digit, parse_addr, parse_number, parse_prefix, parse_source_port, same_word,
+    write_addr, write_bytes, write_number, write_prefix, write_source_port,
 )
 from table.parser cimport PARSE_BODY, PARSE_OK, PARSE_ROUTE, add_route, parser_t
 from table.route cimport ROUTE_PROBE, route_t, route_valid
@@ -246,8 +246,22 @@ cdef inline bint json_uint16(
             and parse_number(p.text + start, p.pos - start, low, high, number))
 
 
+cdef inline bint json_source_port(
+    parser_t* p, json_string_t* string, route_t* route
+) noexcept nogil:
+    """Accept null, a port, or a string that parse_source_port accepts."""
+    cdef size_t start = p.pos
+    if json_word(p, b"null", 4):
+        return True
+    if json_peek(p) == c'"':
+        return (json_string(p, string) and string.plain
+                and parse_source_port(string.chars, string.n, route))
+    return (json_number(p)
+            and parse_source_port(p.text + start, p.pos - start, route))
+
+
 cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
-    """Accept an object with dst, via, and optionally port, mtu and probe, each once.
+    """Accept an object with dst, via, and optionally port, mtu, source_port and probe, each once.
 
     False means a wrong route or text that is not JSON. The caller finds out with json_skip which of
     the two it is.
@@ -271,6 +285,8 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             key = 8
         elif same_word(string.chars, string.n, b"probe", 5):
             key = 16
+        elif same_word(string.chars, string.n, b"source_port", 11):
+            key = 32
         else:
             return False
         if seen & key or not json_byte(p, c':'):
@@ -287,6 +303,9 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             if json_word(p, b"true", 4):
                 route.flags |= ROUTE_PROBE
             elif not json_word(p, b"false", 5):
+                return False
+        elif key == 32:
+            if not json_source_port(p, &string, route):
                 return False
         elif not (json_string(p, &string) and string.plain):
             return False
@@ -377,6 +396,18 @@ cdef inline void parse_json(parser_t* p) noexcept nogil:
 
 # Write
 
+cdef inline size_t write_json_source_port(uint8_t* out, const route_t* route) noexcept nogil:
+    """Write the member source_port: one port as a number, other values as a string."""
+    cdef bint quoted = route.source_first != route.source_last
+    cdef size_t n = write_bytes(out, b',"source_port":', 15)
+    if quoted:
+        n += write_bytes(out + n, b'"', 1)
+    n += write_source_port(out + n, route)
+    if quoted:
+        n += write_bytes(out + n, b'"', 1)
+    return n
+
+
 cdef inline size_t write_route_json(uint8_t* out, const route_t* route) noexcept nogil:
     """Write a route as an object of the JSON array.
 
@@ -393,6 +424,8 @@ cdef inline size_t write_route_json(uint8_t* out, const route_t* route) noexcept
         n += write_number(out + n, route.mtu)
     else:
         n += write_bytes(out + n, b"null", 4)
+    if route.source_last:
+        n += write_json_source_port(out + n, route)
     if route.flags & ROUTE_PROBE:
         n += write_bytes(out + n, b',"probe":true', 13)
     out[n] = c'}'

@@ -15,7 +15,9 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp
 
 from sys cimport poke32, store_ptr, store_ptr_ordered
-from table.addr_map cimport addr_map_grow, addr_map_init, addr_map_put, addr_slot_t
+from table.addr_map cimport (
+    addr_map_find, addr_map_grow, addr_map_init, addr_map_put, addr_slot_t,
+)
 from table.lpm cimport lpm_build
 from table.peer cimport peer_free, peer_new, peer_t
 from table.route cimport ROUTE_PROBE, route_t
@@ -77,6 +79,8 @@ cdef inline peer_t* peer_of_route(
     cdef peer_t** link
     cdef peer_t* peer = NULL
     slot = addr_map_put(&new.peers, route.via, addr_len)
+    if slot.peer == NULL:
+        slot.source_first = 1  # no port: first > last
     link = &slot.peer
     while link[0] != NULL and link[0].port < route.port:
         link = &link[0].new_same_addr
@@ -96,6 +100,23 @@ cdef inline peer_t* peer_of_route(
     peer.new_probe = False
     new.peers_n += 1
     return peer
+
+
+cdef inline void set_source_ports(
+    snapshot_t* new, hop_t* hop, const route_t* route
+) noexcept nogil:
+    """Store the ports of a route in its next hop, and add them to those of its peer's address."""
+    cdef addr_slot_t* slot
+    hop.source_first = 1  # no port: first > last
+    if route.source_last == 0:
+        return
+    hop.source_first = route.source_first
+    hop.source_last = route.source_last
+    slot = addr_map_find(&new.peers, hop.peer.addr, hop.peer.addr_len)
+    if slot.source_last == 0:
+        slot.source_first = route.source_first
+    slot.source_first = min(slot.source_first, route.source_first)
+    slot.source_last = max(slot.source_last, route.source_last)
 
 
 cdef inline void mark_endpoints(snapshot_t* new) noexcept nogil:
@@ -152,6 +173,7 @@ cdef inline snapshot_t* build_snapshot(
             peer.new_probe = True
         new.hops[i].peer = peer
         new.hops[i].mtu = route.mtu
+        set_source_ports(new, &new.hops[i], route)
     mark_endpoints(new)
     return new
 

@@ -30,6 +30,8 @@ ctypedef struct route_t:
     uint8_t flags           # ROUTE_PROBE
     uint16_t port           # host order
     uint16_t mtu            # bytes; 0 = none
+    uint16_t source_first   # the peer may send from its port and from these ports; both are 0:
+    uint16_t source_last    # from no other port; 1 and 65535: from any port
 
 
 ctypedef struct route_vec_t:

@@ -31,7 +31,7 @@ from table.text cimport parse_text, write_route_text
 from udptun.errors import FieldError, RouteExists
 from udptun.model import Route
 
-JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?, "probe"?}, ...]}'
+JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?, "source_port"?, "probe"?}, ...]}'
 LONGEST_ROUTE = 65536  # bytes; if a wrong route is longer, the error does not name the field
 
 
@@ -98,15 +98,23 @@ cdef object pack_route(route_t* route, object given):
     pack_prefix(route, given.dst)
     memcpy(route.via, <const char*>packed, len(packed))
     route.via_family = given.via.version
-    if 0 < given.port <= MAX_PORT and (given.mtu is None or MIN_MTU <= given.mtu <= MAX_MTU):
+    first, last = given.source_port or (0, 0)
+    if 0 < given.port <= MAX_PORT and (given.mtu is None or MIN_MTU <= given.mtu <= MAX_MTU) \
+            and (given.source_port is None or 0 < first <= last <= MAX_PORT):
         route.port = given.port
         route.mtu = given.mtu or 0
+        route.source_first, route.source_last = first, last
         route.flags = ROUTE_PROBE if given.probe else 0
         if route_valid(route) and (route.via_family == 4 or given.via.scope_id is None):
             return
     # Route.make raises the error that names the field.
-    Route.make(str(given.dst), str(given.via), given.port, given.mtu, given.probe)
+    Route.make(str(given.dst), str(given.via), given.port, given.mtu, given.probe,
+               given.source_port and f"{first}-{last}")
     raise FieldError("route", given, "a valid route")
+
+
+cdef tuple source_port(const route_t* route):
+    return (route.source_first, route.source_last) if route.source_last else None
 
 
 cdef object unpack_route(const route_t* route):
@@ -117,17 +125,18 @@ cdef object unpack_route(const route_t* route):
     address = IPv4Address if route.via_family == 4 else IPv6Address
     return Route(
         network((dst, route.dst_len)), address(via), route.port, route.mtu or None,
-        route.flags & ROUTE_PROBE != 0,
+        route.flags & ROUTE_PROBE != 0, source_port(route),
     )
 
 
 cdef tuple route_row(const route_t* route):
-    """Return (dst, via, port, mtu, probe) for display. dst and via are text; mtu is None if not
-    set."""
+    """Return (dst, via, port, mtu, probe, source_port) for display. dst and via are text; mtu and
+    source_port are None if not set."""
     cdef uint8_t text[ROUTE_TEXT_MAX]
     dst = text[:write_prefix(text, route)].decode()
     via = text[:write_addr(text, route.via_family, route.via)].decode()
-    return dst, via, route.port, route.mtu or None, route.flags & ROUTE_PROBE != 0
+    return (dst, via, route.port, route.mtu or None, route.flags & ROUTE_PROBE != 0,
+            source_port(route))
 
 
 cdef class RouteTable:
@@ -150,14 +159,12 @@ cdef class RouteTable:
 
     @staticmethod
     def parse_json(const uint8_t[::1] body not None):
-        """Parse ``{"routes": [{"dst", "via", "port"?, "mtu"?, "probe"?}, ...]}``. Raise FieldError.
-        """
+        """Parse the JSON of JSON_BODY. Raise FieldError."""
         return parse_table(body, True)
 
     @staticmethod
     def parse_text(const uint8_t[::1] body not None):
-        """Parse a route file: lines of ``DST via IP [port P] [mtu M] [probe]``. Raise FieldError.
-        """
+        """Parse a route file: lines of ``udptun.model.ROUTE_WORDS``. Raise FieldError."""
         return parse_table(body, False)
 
     @staticmethod
@@ -282,7 +289,7 @@ cdef class RouteTable:
     def changes_from(self, RouteTable old not None, size_t limit):
         """Return the first ``limit`` changes since ``old``, for display.
 
-        Each change is ``(kind, dst, via, port, mtu, probe)``, with dst and via as text. kind is
+        Each change is ``(kind, dst, via, port, mtu, probe, source_port)``, dst and via as text. kind is
         "added", "changed" (the other fields are those of the new route) or "removed" (of the old
         route).
         """

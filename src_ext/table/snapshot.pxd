@@ -12,7 +12,7 @@ from libc.stdlib cimport free
 
 from limits cimport MIN_MTU6
 from sys cimport load_ptr, peek32
-from table.addr_map cimport addr_map_find, addr_map_free, addr_map_t
+from table.addr_map cimport addr_map_find, addr_map_free, addr_map_t, addr_slot_t
 from table.lpm cimport lpm_free, lpm_lookup4, lpm_lookup6, lpm_t
 from table.peer cimport peer_t
 from wire.headers cimport load_be32
@@ -20,8 +20,10 @@ from wire.headers cimport load_be32
 
 cdef struct hop_t:              # the next hop of one route
     peer_t* peer
-    uint32_t mtu                # MTU of the route, in inner bytes; 0 = not set
-    bint has_endpoint           # the endpoint of a peer is routed here: see encap.pxd, recursion
+    uint16_t mtu                # MTU of the route, in inner bytes; 0 = not set
+    uint16_t source_first       # the peer may also send from these ports; none if first > last
+    uint16_t source_last
+    uint8_t has_endpoint        # the endpoint of a peer is routed here: see encap.pxd, recursion
 
 
 cdef struct snapshot_t:
@@ -84,6 +86,20 @@ cdef inline peer_t* find_peer(
             return peer
         peer = next_at_address(peer)
     return first
+
+
+cdef inline bint hop_admits(const hop_t* hop, uint16_t port) noexcept nogil:
+    """Return whether the peer of a route may send packets of this route's prefix from this port."""
+    return port == hop.peer.port or hop.source_first <= port <= hop.source_last
+
+
+cdef inline bint may_send_from(
+    const snapshot_t* s, const uint8_t* addr, size_t addr_len, uint16_t port
+) noexcept nogil:
+    """Return whether routes to an outer address name this port as one from which peers may send.
+    The peers' own ports are not considered."""
+    cdef addr_slot_t* slot = addr_map_find(&s.peers, addr, addr_len)
+    return slot.source_first <= port <= slot.source_last
 
 
 cdef inline bint is_own(

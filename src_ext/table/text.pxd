@@ -1,6 +1,7 @@
-"""Parse and write the route file: one route per line, ``DST via IP [port P] [mtu M] [probe]``.
+"""Parse and write the route file, one route per line:
+``DST via IP [port P] [mtu M] [source-port P] [probe]``.
 
-A ``#`` starts a comment; blank lines are ignored. ``udptun.model.Route.from_words`` accepts the
+The source port is a port, ``P-Q`` or ``any``. A ``#`` starts a comment; blank lines are ignored. ``udptun.model.Route.from_words`` accepts the
 same lines; the tests compare the two.
 
 The bytes are untrusted and are borrowed during the call. Threading: as parser.pxd.
@@ -11,8 +12,8 @@ from libc.string cimport memchr, memset
 
 from limits cimport DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU
 from table.address cimport (
-    parse_addr, parse_number, parse_prefix, same_word, write_addr, write_bytes, write_number,
-    write_prefix,
+    parse_addr, parse_number, parse_prefix, parse_source_port, same_word, write_addr, write_bytes,
+    write_number, write_prefix, write_source_port,
 )
 from table.parser cimport PARSE_ROUTE, add_route, parser_t
 from table.route cimport ROUTE_PROBE, route_t, route_valid
@@ -66,6 +67,9 @@ cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexce
         elif same_word(word, word_n, b"mtu", 3) and not route.mtu:
             if not parse_number(value, value_n, MIN_MTU, MAX_MTU, &route.mtu):
                 return -1
+        elif same_word(word, word_n, b"source-port", 11) and not route.source_last:
+            if not parse_source_port(value, value_n, route):
+                return -1
         else:
             return -1
     if not route.port:
@@ -111,6 +115,9 @@ cdef inline size_t write_route_text(uint8_t* out, const route_t* route) noexcept
     if route.mtu:
         n += write_bytes(out + n, b" mtu ", 5)
         n += write_number(out + n, route.mtu)
+    if route.source_last:
+        n += write_bytes(out + n, b" source-port ", 13)
+        n += write_source_port(out + n, route)
     if route.flags & ROUTE_PROBE:
         n += write_bytes(out + n, b" probe", 6)
     out[n] = c'\n'

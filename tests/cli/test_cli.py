@@ -77,17 +77,17 @@ def test_add_with_another_next_hop_fails_and_suggests_replace(udptun: Udptun) ->
 
 def test_list_as_a_table(udptun: Udptun) -> None:
     udptun(f"route add {ROUTE}")
-    udptun("route add 2001:db8:5::/64 via 2001:db8::1 port 9 mtu 1400 probe")
+    udptun("route add 2001:db8:5::/64 via 2001:db8::1 port 9 mtu 1400 probe source-port any")
     assert udptun("route list").stdout.splitlines() == [
-        "DST              VIA          PORT   MTU  PROBE",
-        "10.244.2.0/24    192.0.2.2    8285     -  no",
-        "2001:db8:5::/64  2001:db8::1     9  1400  yes",
+        "DST              VIA          PORT   MTU  PROBE  SOURCE-PORT",
+        "10.244.2.0/24    192.0.2.2    8285     -  no     -",
+        "2001:db8:5::/64  2001:db8::1     9  1400  yes    any",
     ]
     assert udptun("route list --no-headers").stdout.startswith("10.244.2.0/24    192.0.2.2")
 
 
 def test_list_of_an_empty_table(udptun: Udptun) -> None:
-    assert udptun("route list").stdout == "DST  VIA  PORT  MTU  PROBE\n"
+    assert udptun("route list").stdout == "DST  VIA  PORT  MTU  PROBE  SOURCE-PORT\n"
     assert udptun("route list --no-headers").stdout == ""
 
 
@@ -96,7 +96,7 @@ def test_list_of_an_empty_table(udptun: Udptun) -> None:
     [
         ("route add 10.0.0.1/8 via 192.0.2.2", "dst: '10.0.0.1/8' is not valid: expected a prefix"),
         ("route add 10.0.0.0/8 via peer", "via: 'peer' is not valid: expected an IPv4"),
-        ("route add 10.0.0.0/8", "expected DST via IP [port P] [mtu M] [probe]"),
+        ("route add 10.0.0.0/8", "expected DST via IP [port P] [mtu M] [source-port P] [probe]"),
         ("route replace 10.0.0.0/8 via 192.0.2.2 port 0", "port: 0 is not valid"),
         ("route add", "Missing argument"),
         ("route del nonsense", "DST: 'nonsense' is not valid"),

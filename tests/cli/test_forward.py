@@ -266,6 +266,7 @@ def test_options_become_the_config() -> None:
     words = """--listen [2001:db8::1]:9 --tun wire0 --address 10.244.1.0 --address fd00::1
                --network 10.244.0.0/16 --network fd00::/48 --control /c --routes /r --state /s
                --mtu 1400 --workers 2 --offload auto,-udp-merge --source-check peer
+               --admit own --subnet 10.244.1.0/24 --subnet fd00::/64 --mark 0x1000/0xf000
                --flannel-control /f --flannel-control-fd 7"""
     with forwarding(*words.split(), how="config") as process:
         config = json.loads(line(process))
@@ -279,6 +280,7 @@ def test_options_become_the_config() -> None:
         "state_file": "/s", "mtu": "1400", "workers": "2", "offload": "auto,-udp-merge",
         "source_check": "peer", "flannel_control": "/f", "flannel_control_fd": "7",
         "takeover": "/c.takeover.sock", "take_over": "False",
+        "admit": "own", "subnets": "(10.244.1.0/24, fd00::/64)", "mark": "0x1000/0xf000",
     }
 
 

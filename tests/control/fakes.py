@@ -179,9 +179,10 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
     return {
         "version": VERSION, "pid": os.getpid(), "uptime_seconds": 3723.5,
         "generation": generation, "route_count": route_count, "source_check": "strict",
+        "admit": "any", "mark": None,
         "device": {
             "name": "udptun0", "mtu": 1472, "addresses": ["10.244.1.0"],
-            "networks": ["10.244.0.0/16"], "listen": ["192.0.2.1:8285"],
+            "networks": ["10.244.0.0/16"], "subnets": [], "listen": ["192.0.2.1:8285"],
         },
         "capabilities": {
             "found": ["tun-gso", "udp-gso"], "in_use": ["tun-gso", "udp-gso", "batch"],

@@ -42,6 +42,20 @@ def test_unknown_features_and_versions_are_ignored(features):
         assert read_data({"udptun": fields}) == Advert(1, None, frozenset({PROBE}))
 
 
+def test_source_ports():
+    advert = Advert(8285, None, frozenset(), (9000, 9015))
+    data = embed(None, advert)
+    assert json.dumps(data) == '{"udptun": {"port": 8285, "source_ports": [9000, 9015]}}'
+    assert read_data(data) == advert
+
+
+@pytest.mark.parametrize("ports", [
+    None, "any", 9000, [], [9000], [0, 1], [2, 1], [1, 65536], [1, 2, 3], ["1", "2"], [1.0, 2],
+    [True, True], {"first": 1, "last": 2}])
+def test_invalid_source_ports_admit_no_other_port(ports):
+    assert read_data({"udptun": {"port": 8285, "source_ports": ports}}) == Advert(8285)
+
+
 def test_advert_next_to_flannels_fields():
     data = embed(VTEP, Advert(8285))
     assert json.dumps(data) == (

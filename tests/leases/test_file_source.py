@@ -28,6 +28,7 @@ from udptun.leases.file.config import FileConfig
 from udptun.leases.file.positions import Positions
 from udptun.leases.file.schema import parse
 from udptun.leases.file.source import FileSource
+from udptun.model import ANY_PORT
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "hosts.toml"
 NOTHING = (Attributes(), Subnets())
@@ -62,7 +63,7 @@ def test_the_documented_example_is_valid():
     assert hosts.network.network == IPv4Network("10.42.0.0/16")
     assert hosts.network.network6 is None
     assert (hosts.network.backend_type, hosts.network.udp_port) == ("udp", 8285)
-    alpha, beta, gamma = hosts.leases
+    alpha, beta, gamma, delta = hosts.leases
     assert (alpha.key, alpha.name) == ("alpha", "alpha")
     assert alpha.subnets == Subnets(IPv4Network("10.42.1.0/24"))
     assert alpha.attributes.public_ip == IPv4Address("192.0.2.1")
@@ -71,6 +72,19 @@ def test_the_documented_example_is_valid():
     assert read(beta.attributes.backend_data) == Advert(8286, 1400)
     assert gamma.attributes.public_ipv6 == IPv6Address("2001:db8::7")
     assert read(gamma.attributes.backend_data) == Advert(8285, 1280)
+    assert read(delta.attributes.backend_data) == Advert(8285, 1400, source_ports=ANY_PORT)
+
+
+@pytest.mark.parametrize(("given", "ports"), [
+    ("", [ANY_PORT, ANY_PORT, None]), ('source_port = 9000', [(9000, 9000), ANY_PORT, None]),
+    ('source_port = "9000-9015"', [(9000, 9015), ANY_PORT, None]),
+])
+def test_nodes_with_one_public_address_may_send_from_any_port(given, ports):
+    """They are behind a NAT. The file can name their ports."""
+    text = toml(1, 2, 3).replace("192.0.2.2", "192.0.2.1", 1)
+    text = text.replace('name = "n1"', f'name = "n1"\nport = 8286\n{given}')
+    hosts = parse(text.encode(), "hosts.toml")
+    assert [read(lease.attributes.backend_data).source_ports for lease in hosts.leases] == ports
 
 
 def test_json_gives_the_same_result_as_toml():

@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import struct
+from ipaddress import ip_address
 
 import pytest
 
@@ -63,8 +64,9 @@ class Ground:
             receiver.setblocking(False)
             self.received[family] = receiver
 
-    def inject(self, host, packets) -> None:
+    def inject(self, host, packets, port: int = PORT) -> None:
         with host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.bind((str(host.v4), port))
             for packet in packets:
                 sender.sendto(packet, (str(self.target.v4), PORT))
 
@@ -80,7 +82,8 @@ class Ground:
                 return got
 
 
-# (sender, inner source address) -> drop reason in each mode, None for delivery
+# (sender, inner source address) -> drop reason in each mode, None for delivery. Other programs of
+# the peer's host, and its masqueraded pods, send from other ports than the peer.
 MATRIX = {
     ("stranger", "peer's"): ("unknown_peer", "unknown_peer", None),
     ("stranger", "nobody's"): ("unknown_peer", "unknown_peer", None),
@@ -90,6 +93,9 @@ MATRIX = {
     ("peer", "nobody's"): ("source_not_routed", None, None),
     ("peer", "own"): ("own_source", "own_source", "own_source"),
     ("peer", "the peer's outer"): (None, None, None),
+    ("peer's other port", "peer's"): ("source_port", None, None),
+    ("peer's other port", "the peer's outer"): ("source_port", None, None),
+    ("peer's other port", "own"): ("source_port", "own_source", "own_source"),
 }
 
 
@@ -112,7 +118,8 @@ def test_who_may_send(lab, mode, offload):
             payload = f"{who} as {whose}".encode()
             packet = inner_packet(source, getattr(ground.at, name), payload)
             before, already = ground.forwarder.drops(), ground.read()
-            ground.inject(getattr(ground, who), [packet])
+            host, _, other = who.partition("'s other ")
+            ground.inject(getattr(ground, host), [packet], PORT + 1 if other else PORT)
             wait_for(lambda already=already: ground.read() == already + 1, "the packet to be read")
             after = ground.forwarder.drops()
             changes = {
@@ -130,6 +137,54 @@ def test_who_may_send(lab, mode, offload):
     shown = json.loads(ground.forwarder.udptun("drops", "-o", "json").stdout)["drops"]
     shown_drops = {(d["direction"], d["reason"]): d["packets"] for d in shown if d["packets"]}
     assert shown_drops == ground.forwarder.drops()
+
+
+def test_what_a_peer_may_reach(lab):
+    """With --admit own: this node's subnets and its address in the overlay, and nothing else."""
+    ground = Ground(lab, extra=[
+        "--admit", "own", "--subnet", str(node(1).subnet), "--subnet", str(node(1).subnet6)])
+    source = node(2).v4 + 1
+    own = [ground.at.v4, ground.at.v6]
+    foreign = [ground.target.v4, ip_address("127.0.0.1"), ip_address("224.0.0.1"),
+               ip_address("255.255.255.255"), node(2).v4, ip_address("ff02::1"), node(2).v6]
+    for to in (*own, *foreign):
+        packet = inner_packet(source if to.version == 4 else node(2).v6 + 1, to, b"hello")
+        already = ground.read()
+        ground.inject(ground.peer, [packet])
+        wait_for(lambda already=already: ground.read() == already + 1, "the packet to be read")
+    assert ground.forwarder.drops() == {("decap", "destination_not_own"): len(foreign)}
+    assert [ground.arrived(version) for version in (4, 6)] == [[b"hello"]] * 2
+    status = ground.forwarder.status()
+    assert status["admit"] == "own"
+    assert status["device"]["subnets"] == [str(node(1).subnet), str(node(1).subnet6)]
+    assert_invariant(ground.forwarder)
+
+
+def test_all_datagrams_have_the_mark(lab):
+    """Packets and probes; tests/path tests the own sockets."""
+    ground = Ground(lab, extra=["--mark", "0x1000/0xf000"])
+    assert ground.forwarder.status()["mark"] == "0x1000/0xf000"
+    ground.target.nft(
+        "table inet watch {\n counter marked {}\n counter plain {}\n chain c {\n"
+        " type filter hook postrouting priority 0;\n"
+        f" udp sport {PORT} meta mark 0x1000 counter name marked\n"
+        f" udp sport {PORT} meta mark != 0x1000 counter name plain\n }}\n}}\n")
+
+    def counted(name: str) -> int:
+        listed = json.loads(ground.target.run(
+            ["nft", "-j", "list", "counter", "inet", "watch", name]).stdout)
+        return listed["nftables"][-1]["counter"]["packets"]
+
+    ground.forwarder.udptun("route", "add", *f"10.244.5.0/24 via {ground.peer.v4} probe".split())
+    wait_for(lambda: counted("marked") > 0, "a probe")
+    probes = counted("marked")
+    with ground.target.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(200):
+            sender.sendto(b"x", (str(node(2).v4 + 1), TARGET_PORT))
+    wait_for(lambda: ground.forwarder.status()["packets"]["encap"]["delivered"] >= 200,
+             "the packets to be sent")
+    assert counted("marked") > probes
+    assert counted("plain") == 0
 
 
 def rubbish(count: int):

@@ -32,12 +32,20 @@ TUN4, TUN6 = ipaddress.ip_address("10.244.1.0"), ipaddress.ip_address("fd00:1::"
 UDP_SEGMENT, UDP_GRO = 103, 104
 
 
+def arrived(sock):
+    datagrams = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            datagrams.append(sock.recv(1 << 16))
+    return datagrams
+
+
 class Rig:
     """One worker between a socket pair (its TUN) and loopback sockets; a reference forwarder."""
 
     def __init__(
         self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64, udp6=False,
-        sockopts=(),
+        sockopts=(), own_subnets=None,
     ):
         self.features = features
         self.closing = contextlib.ExitStack()
@@ -52,11 +60,16 @@ class Rig:
         if "udp-gro" in features:
             self.udp.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
         self.outside = {a: self.bound(a) for a in (*PEERS, STRANGER)}
+        # The first peer sends from other ports, too: ports[0] is one from which it may send, and
+        # the table does not name ports[1].
+        self.ports = [self.bound(PEERS[0]) for _ in range(2)]
+        admitted = self.ports[0].getsockname()[1]
         ports = {a: self.outside[a].getsockname()[1] for a in PEERS}
         self.routes = [
             Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu),
             Route.make("10.244.3.0/24", PEERS[1], ports[PEERS[1]], mtu),
             Route.make("10.244.3.128/25", PEERS[0], ports[PEERS[0]], mtu, True),
+            Route.make("10.244.4.0/24", PEERS[0], ports[PEERS[0]], mtu, False, admitted),
             Route.make("fd00:2::/64", PEERS[0], ports[PEERS[0]], mtu and 1280),
             Route.make("fd00:3::/64", PEERS[1], ports[PEERS[1]], mtu and 1280),
         ]
@@ -70,14 +83,16 @@ class Rig:
             self.udp6 = sock6
             fd6 = sock6.fileno()
         link_mtus = (1500, 1500 if udp6 else 0)
-        self.core = _core.Core(source_check, 1, link_mtus, [TUN4.packed, TUN6.packed], self.notify)
+        self.core = _core.Core(source_check, 1, link_mtus, [TUN4.packed, TUN6.packed], self.notify,
+                               own_subnets and [(net.network_address.packed, net.prefixlen)
+                                                for net in own_subnets])
         self.core.publish(_core.RouteTable.parse_text("\n".join(map(str, self.routes)).encode()))
         self.worker = _core.Worker(
             self.core, worker_end.fileno(), self.udp.fileno(), fd6, features, gso_max_segs
         )
         self.reference = reference.ReferenceForwarder(
             self.routes, own_addresses=[TUN4, TUN6], tun_addresses=[TUN4, TUN6],
-            source_check=source_check,
+            source_check=source_check, own_subnets=own_subnets,
         )
 
     def __enter__(self):
@@ -101,8 +116,8 @@ class Rig:
         """Write a frame as the kernel does; without tun-gso it has no vnet header."""
         self.tun.send(frame if self.vnet else frame[10:])
 
-    def send(self, address, datagram):
-        self.outside[address].sendto(datagram, self.udp.getsockname())
+    def send(self, address, datagram, sender=None):
+        (sender or self.outside[address]).sendto(datagram, self.udp.getsockname())
 
     def work(self):
         self.worker.run(1)
@@ -118,11 +133,10 @@ class Rig:
 
     def at(self, address):
         """Return the datagrams that arrived at an outside socket."""
-        datagrams = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                datagrams.append(self.outside[address].recv(1 << 16))
-        return datagrams
+        return arrived(self.outside[address])
+
+    def at_all(self):
+        return [one for sock in (*self.outside.values(), *self.ports) for one in arrived(sock)]
 
     def counts(self):
         return {
@@ -252,23 +266,28 @@ def test_encap_equals_reference(without, mtu):
             rig.check_invariant()
 
 
+OWN_SUBNETS = [ipaddress.ip_network(text) for text in ("10.244.1.0/25", "fd00:1::8/125")]
+
+
 @pytest.mark.parametrize("source_check", ["strict", "peer", "off"])
 @pytest.mark.parametrize("without", [None, "tun-gso", "udp-gro", "tcp-merge", "udp-merge", "batch"])
 def test_decap_equals_reference(without, source_check):
     features = NO_VNET if without == "tun-gso" else [f for f in ALL if f != without]
     for seed in range(30):
         rng = random.Random(f"{seed}-{without}-{source_check}")
-        with Rig(features, source_check) as rig:
+        with Rig(features, source_check, own_subnets=rng.choice((None, OWN_SUBNETS))) as rig:
             packets, icmp, probes = [], [], []
             seq = 1000
             for number in range(40):
-                source = rng.choice((2, 2, 2, 3, 1))
+                source = rng.choice((2, 2, 2, 3, 1, 4))
+                to = rng.choice(("9", "9", "9", "200", "0"))
                 version = rng.choice((4, 4, 6))
                 host = rng.choice((0, 7))
                 text = f"10.244.{source}.{host}" if version == 4 else f"fd00:{source}::"
                 flow = Flow(
                     version, src=ipaddress.ip_address(text).packed,
-                    dst=ipaddress.ip_address("10.244.1.9" if version == 4 else "fd00:1::9").packed,
+                    dst=ipaddress.ip_address(
+                        f"10.244.1.{to}" if version == 4 else f"fd00:1::{to}").packed,
                     sport=rng.randrange(2), ttl=rng.choice((64, 64, 64, 1)),
                 )
                 data = rng.randbytes(rng.choice((0, 1, 500, 500, 500, 1400)))
@@ -285,22 +304,25 @@ def test_decap_equals_reference(without, source_check):
                 if rng.random() < 0.05:
                     datagram += bytes(rng.randrange(9))
                 sender = rng.choice((PEERS[0], PEERS[0], PEERS[1], STRANGER))
+                from_ = rig.outside[sender]
+                if sender == PEERS[0] and rng.random() < 0.3:
+                    from_ = rng.choice(rig.ports)
                 result = rig.reference.decap(
-                    Endpoint.parse(":".join(map(str, rig.outside[sender].getsockname()))), datagram
+                    Endpoint.parse(":".join(map(str, from_.getsockname()))), datagram
                 )
                 if result.packet is not None:
                     packets.append(result.packet)
                 icmp += [d for _, d in result.icmp + result.replies]
                 if result.probe is not None and result.probe.kind == PROBE_REQUEST:
                     probes.append((sender, *result.probe))
-                rig.send(sender, datagram)
+                rig.send(sender, datagram, from_)
             rig.work()
             written, packets = without_id(rig.from_tun()), without_id(packets)
             assert sorted(written) == sorted(packets)
             assert by_flow(written) == by_flow(packets)
             if without == "tun-gso":
                 assert written == packets
-            assert sorted([d for a in rig.outside for d in rig.at(a)]) == sorted(icmp)
+            assert sorted(rig.at_all()) == sorted(icmp)
             assert [probe_row(record) for record in rig.core.take_probes()] == probes
             assert rig.counts() == rig.reference_counts()
             assert rig.drops() == {k: n for k, n in rig.reference.drops.items() if n}

@@ -22,7 +22,7 @@ from tests.wire.craft import UDP, Flow, addr, ip4, ip6
 from udptun import _core
 from udptun.drops import DECAP, ENCAP
 from udptun.forwarder import peer_errors
-from udptun.model import Endpoint, PeerError, Route
+from udptun.model import Endpoint, PeerError, Route, Stranger
 
 DEADLINE_SECONDS = 60
 CLOSED_PORT = 9  # nothing listens there in a network namespace of its own
@@ -331,6 +331,55 @@ def test_a_peer_and_a_malformed_datagram_make_no_stranger():
         rig.send(STRANGER, b"\x45")
         rig.work()
         assert rig.core.strangers() == []
+
+
+def test_a_sender_with_the_wrong_port_is_named_and_is_not_the_peer():
+    with Rig() as rig:
+        packet = Flow(src=addr("10.244.2.5"), dst=addr("10.244.1.9")).udp(b"x")
+        for _ in range(2):
+            rig.send(PEERS[0], packet, rig.ports[1])
+        rig.send(PEERS[0], b"", rig.ports[1])  # a keepalive
+        rig.work()
+        assert rig.drops() == {("source_port", DECAP): 2, ("short_packet", DECAP): 1}
+        (found,) = rig.core.strangers()
+        assert found._replace(last_ns=0) == Stranger(
+            addr(PEERS[0]), rig.ports[1].getsockname()[1], 2, 0, "source_port")
+        row = peer_at(rig, rig.outside[PEERS[0]].getsockname())
+        assert (row.decap_packets, row.decap_bytes, row.last_seen) == (0, 0, None)
+        rig.check_invariant()
+
+
+def test_a_table_change_changes_the_ports_from_which_a_peer_may_send():
+    """Also for a peer of the table before, which keeps its object and its counters."""
+    with Rig() as rig:
+        packet = Flow(src=addr("10.244.2.5"), dst=addr("10.244.1.9")).udp(b"x")
+        there = rig.outside[PEERS[0]].getsockname()
+        other = rig.ports[1].getsockname()[1]
+        dropped = 0
+        for ports, admitted in (
+            ("any", True), (None, False), (other, True), (f"{other}-65535", True),
+            (f"1-{other - 1}", False), (None, False),
+        ):
+            publish(rig, Route.make("10.244.2.0/24", *there, source_port=ports))
+            rig.send(PEERS[0], packet, rig.ports[1])
+            rig.work()
+            dropped += not admitted
+            assert len(rig.from_tun()) == admitted, ports
+            assert rig.drops().get(("source_port", DECAP), 0) == dropped, ports
+        assert peer_at(rig, there).decap_packets == 3
+
+
+def test_two_peers_at_one_address_are_told_apart_by_their_ports():
+    """As for two nodes behind one NAT: neither may send as the other one."""
+    with Rig() as rig:
+        first, second = (sock.getsockname() for sock in rig.ports)
+        publish(rig, Route.make("10.244.2.0/24", *first), Route.make("10.244.3.0/24", *second))
+        for sender, subnet in ((0, 2), (1, 3), (0, 3), (1, 2)):
+            packet = Flow(src=addr(f"10.244.{subnet}.5"), dst=addr("10.244.1.9")).udp(b"x")
+            rig.send(PEERS[0], packet, rig.ports[sender])
+        rig.work()
+        assert len(rig.from_tun()) == 2
+        assert rig.drops() == {("source_not_routed", DECAP): 2}
 
 
 # Recursion

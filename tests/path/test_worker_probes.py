@@ -232,7 +232,8 @@ def test_the_requests_of_one_peer_get_few_records_but_all_get_an_answer():
 def test_requests_of_many_peers_leave_half_of_the_space_to_replies():
     senders = [f"127.0.1.{n}" for n in range(1, 41)]
     with Rig() as rig:
-        routes = [Route.make(f"10.245.{n}.0/24", a, 9, None, True) for n, a in enumerate(senders)]
+        routes = [Route.make(f"10.245.{n}.0/24", a, 9, None, True, "any")
+                  for n, a in enumerate(senders)]
         rig.core.publish(_core.RouteTable.parse_text(
             "\n".join(map(str, [*rig.routes, *routes])).encode()))
         for address in senders:
@@ -246,18 +247,20 @@ def test_requests_of_many_peers_leave_half_of_the_space_to_replies():
         rig.check_invariant()
 
 
-def test_a_probe_from_port_0_is_dropped():
+@pytest.mark.parametrize(
+    "source_check, reason", [("strict", "source_port"), ("peer", "unknown_peer")])
+def test_a_probe_from_port_0_is_dropped(source_check, reason):
     try:
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
     except PermissionError:
         pytest.skip("a raw socket needs CAP_NET_RAW")
-    with raw, Rig() as rig:
+    with raw, Rig(source_check=source_check) as rig:
         raw.bind((PEERS[0], 0))
         for message in (request(), reply()):
             header = struct.pack("!4H", 0, rig.udp.getsockname()[1], 8 + len(message), 0)
             raw.sendto(header + message, (LOCAL, 0))
         rig.work()
-        assert rig.drops() == {("unknown_peer", DECAP): 2}
+        assert rig.drops() == {(reason, DECAP): 2}
         assert rig.core.take_probes() == []
         assert peer_row(rig).last_error is None
         rig.check_invariant()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from udptun.drops import DECAP, DIRECTIONS, ENCAP
-from udptun.model import Endpoint, IPAddress, Route
+from udptun.model import Endpoint, IPAddress, IPNetwork, Route
 
 from .cut import cut
 from .fragment import fragment
@@ -68,10 +68,14 @@ class ReferenceForwarder:
     own_addresses     addresses of this host; they are refused as inner source addresses
     tun_addresses     addresses of the TUN, at most one per family; they are the source addresses
                       of our ICMP errors
-    source_check      "strict": conditions 1 and 2; "peer": condition 1; "off": no condition.
-                      1. The outer address, with any port, belongs to a peer.
-                      2. The inner source address is in a subnet routed to this peer, or is the
-                      peer's own address.
+    source_check      "strict": conditions 1 to 3; "peer": condition 1; "off": no condition.
+                      1. The outer address belongs to a peer.
+                      2. The outer port is that of a peer at this address, or one from which a route
+                      to this address lets the peer send.
+                      3. The inner source address is in a subnet routed to this address, and
+                      condition 2 holds for this route; or it is the outer address itself.
+    own_subnets       None: every inner destination is accepted; else only those in one of these
+                      prefixes and ``tun_addresses``
     path_mtu          the largest outer packet in bytes, for the endpoints whose path MTU is known
     underlay_mtu      the largest outer packet in bytes for all other endpoints
 
@@ -88,6 +92,7 @@ class ReferenceForwarder:
         own_addresses: Iterable[IPAddress] = (),
         tun_addresses: Iterable[IPAddress] = (),
         source_check: str = "strict",
+        own_subnets: Iterable[IPNetwork] | None = None,
         path_mtu: Mapping[Endpoint, int] | None = None,
         underlay_mtu: int = 1500,
     ) -> None:
@@ -97,6 +102,7 @@ class ReferenceForwarder:
             address.version: address for address in tun_addresses
         }
         self.source_check = source_check
+        self.own_subnets = None if own_subnets is None else list(own_subnets)
         self.path_mtu = dict(path_mtu or {})
         self.underlay_mtu = underlay_mtu
         self.counts = {direction: Counts() for direction in DIRECTIONS}
@@ -157,6 +163,7 @@ class ReferenceForwarder:
             packet = datagram[: check_packet(datagram)]
             self._admit_peer(outer_source)
             self._admit_source(outer_source, packet)
+            self._admit_destination(packet)
             result.packet = decrement_hop_limit(packet)
         except Dropped as drop:
             self.drops[drop.reason, DECAP] += 1
@@ -205,12 +212,20 @@ class ReferenceForwarder:
         return fits if route.mtu is None else min(fits, route.mtu)
 
     def _admit_peer(self, outer_source: Endpoint) -> None:
-        peers = {route.via for route in self.routes}
-        if self.source_check != "off" and outer_source.address not in peers:
+        if self.source_check == "off":
+            return
+        there = [route for route in self.routes if route.via == outer_source.address]
+        if not there:
             raise Dropped("unknown_peer")
+        if self.source_check == "peer" or outer_source.port in {route.port for route in there}:
+            return
+        named = [ports for route in there if (ports := route.source_port) is not None]
+        if not named or not min(named)[0] <= outer_source.port <= max(last for _, last in named):
+            raise Dropped("source_port")
 
     def _admit_prober(self, outer_source: Endpoint) -> None:
-        """Accept probes from any port of a peer that answers probes, in every mode."""
+        """Accept probes only from peers that answer probes, in every mode."""
+        self._admit_peer(outer_source)
         peers = sorted(
             (route.port, route.probe) for route in self.routes if route.via == outer_source.address
         )
@@ -238,6 +253,16 @@ class ReferenceForwarder:
         route = self.look_up(source)
         if route is None or route.via != outer_source.address:
             raise Dropped("source_not_routed")
+        first, last = route.source_port or (route.port, route.port)
+        if outer_source.port != route.port and not first <= outer_source.port <= last:
+            raise Dropped("source_not_routed")
+
+    def _admit_destination(self, packet: bytes) -> None:
+        if self.own_subnets is None:
+            return
+        to = ipaddress.ip_address(parse_header(packet).destination)
+        if to not in self.tun_addresses.values() and not any(to in net for net in self.own_subnets):
+            raise Dropped("destination_not_own")
 
     def _icmp_about(self, packet: bytes, reason: str, mtu: int) -> bytes | None:
         """Return the ICMP error about a packet, or None if none may be sent.

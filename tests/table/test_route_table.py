@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.reference.lpm import table_order
 from udptun._core import RouteTable
 from udptun.errors import FieldError, RouteExists
-from udptun.model import Route, is_unicast
+from udptun.model import ANY_PORT, Route, is_unicast
 
 v4 = st.integers(0, (1 << 32) - 1).map(ipaddress.IPv4Address)
 v6 = st.one_of(
@@ -31,8 +31,11 @@ def prefixes(draw):
     return ipaddress.ip_network(f"{address}/{length}", strict=False)
 
 
-routes = st.builds(Route, prefixes(), addresses.filter(is_unicast), st.integers(1, 65535),
-                   st.none() | st.integers(1280, 65535), st.booleans())
+ports = st.integers(1, 65535)
+source_ports = st.none() | st.just(ANY_PORT) | ports.map(lambda p: (p, p)) | st.tuples(
+    ports, ports).map(lambda pair: (min(pair), max(pair)))
+routes = st.builds(Route, prefixes(), addresses.filter(is_unicast), ports,
+                   st.none() | st.integers(1280, 65535), st.booleans(), source_ports)
 tables = st.lists(routes, unique_by=lambda r: r.dst, max_size=30)
 
 
@@ -133,6 +136,41 @@ def test_parser_and_model_accept_the_same_prefixes(text, suffix):
     assert outcome(parse) == outcome(expected)
 
 
+SOURCE_PORTS = st.one_of(
+    st.sampled_from(("any", "ANY", "", "-", "0", "1", "65535", "65536", "1-65535", "1-1", "2-1",
+                     "0-5", "5-65536", "5-", "-5", "5--7", "5-7-9", "any-5", "0007", "1 ",
+                     "\u0665", "5-\u0665", "0000000001", "1e3", "null")),
+    st.text("0123456789-any", max_size=13))
+
+
+@given(st.one_of(SOURCE_PORTS, st.none(), st.booleans(), st.floats(), st.integers(), st.just([])))
+@example(8285)
+@example(1.0)
+def test_parser_and_model_accept_the_same_source_ports_in_json(port):
+    value = {"dst": "10.0.0.0/8", "via": "192.0.2.1", "source_port": port}
+
+    def parse():
+        return parse_json(json.dumps(value).encode()).route_at(0).source_port
+
+    def expected():
+        return Route.from_json(json.loads(json.dumps(value)), "routes[0]").source_port
+
+    assert outcome(parse) == outcome(expected)
+
+
+@given(SOURCE_PORTS)
+def test_parser_and_model_accept_the_same_source_ports_in_text(port):
+    line = f"10.0.0.0/8 via 192.0.2.1 source-port {port} mtu 1400"
+
+    def parse():
+        return RouteTable.parse_text(line.encode()).route_at(0).source_port
+
+    def expected():
+        return Route.from_words(line.split(), "line 1").source_port
+
+    assert outcome(parse) == outcome(expected)
+
+
 # Whole tables
 
 @given(tables)
@@ -156,6 +194,7 @@ def test_slices_are_parsed_back(some, start, count):
 
 WORDS = st.one_of(
     st.sampled_from(("via", "port", "mtu", "via", "port", "mtu", "probe",
+                     "source-port", "source_port", "any", "8000-8015",
                      "10.0.0.0/8", "192.0.2.1", "::",
                      "0", "1", "67", "68", "65535", "65536", "008285", "1234567890", "1e3", "-1",
                      "\x00", "\u0661", "10.0.0.1/8")),
@@ -174,6 +213,8 @@ WORDS = st.one_of(
 @example(["10.0.0.0/8", "via", "::2", "probe", "probe"])
 @example(["10.0.0.0/8", "via", "::2", "probe", "1"])
 @example(["10.0.0.0/8", "via", "::2", "port", "probe"])
+@example(["10.0.0.0/8", "via", "::2", "source-port", "any", "probe"])
+@example(["10.0.0.0/8", "via", "::2", "source-port", "any", "source-port", "1"])
 def test_parser_and_model_accept_the_same_lines(words):
     line = " ".join(words)
     words = [w.decode() for w in line.encode().split()]
@@ -192,7 +233,8 @@ VALUES = st.one_of(
     allow_infinity=False), st.text(max_size=5), WORDS, st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-KEYS = st.sampled_from(("dst", "via", "port", "mtu", "probe") * 2 + ("ttl", "", "dstx"))
+KEYS = st.sampled_from(
+    ("dst", "via", "port", "mtu", "source_port", "probe") * 2 + ("ttl", "", "dstx"))
 OBJECTS = st.one_of(
     VALUES, st.dictionaries(KEYS, VALUES, max_size=5),
     st.builds(lambda r, extra: {**r.to_json(), **extra}, routes,
@@ -231,6 +273,7 @@ def test_any_json_value_is_skipped(value, ascii_only):
 JSON_SOUP = st.lists(st.sampled_from([
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'"routes"', b'"generation"', b'"dst"',
     b'"via"', b'"port"', b'"mtu"', b'"probe"',
+    b'"source_port"', b'"any"', b'"1-9"',
     b'"10.0.0.0/8"', b'"::1"', b"null", b"true", b"1", b"-", b"0",
     b".5", b"e1", b" ", b"\n", b"\\u0064", b"\xff", b"\xc3\xa9", b"\x00", b"NaN",
     b'{"dst":"10.0.0.0/8","via":"::1"}', b'{"routes":[', b"]}",
@@ -421,7 +464,7 @@ def test_a_table_from_routes_has_each_prefix_once(some, data):
 
 
 def row(route):
-    return str(route.dst), str(route.via), route.port, route.mtu, route.probe
+    return str(route.dst), str(route.via), route.port, route.mtu, route.probe, route.source_port
 
 
 @given(st.lists(SMALL, unique_by=lambda r: r.dst), st.lists(SMALL, unique_by=lambda r: r.dst),

@@ -17,10 +17,13 @@ PEER = Endpoint.parse("192.0.2.2:8285")
 OTHER = Endpoint.parse("192.0.2.3:9000")
 PEER6 = Endpoint.parse("[2001:db8::2]:8285")
 STRANGER = Endpoint.parse("203.0.113.66:8285")
+NAT = Endpoint.parse("192.0.2.5:4000")  # one route lets this peer send from this port
 ROUTES = [
     Route.make("10.244.0.0/16", "192.0.2.3", 9000),
     Route.make("10.244.2.0/24", "192.0.2.2", probe=True),
     Route.make("10.244.3.0/24", "192.0.2.2", mtu=1000),
+    Route.make("10.244.5.0/24", "192.0.2.5", source_port=4000),
+    Route.make("10.244.6.0/24", "192.0.2.5"),
     Route.make("fd00:2::/64", "192.0.2.2"),
     Route.make("fd00:3::/64", "2001:db8::2", probe=True),
 ]
@@ -193,7 +196,17 @@ def test_from_a_peer():
     ("outer", "inner", "strict", "peer", "off"),
     [
         (PEER, "10.244.2.9", None, None, None),
-        (Endpoint.parse("192.0.2.2:1"), "10.244.2.9", None, None, None),  # any port
+        (Endpoint.parse("192.0.2.2:1"), "10.244.2.9", "source_port", None, None),
+        (Endpoint.parse("192.0.2.2:1"), "192.0.2.2", "source_port", None, None),
+        (Endpoint.parse("192.0.2.2:1"), "10.244.1.0", "source_port", "own_source", "own_source"),
+        (Endpoint.parse("192.0.2.3:8285"), "10.244.9.9", "source_port", None, None),
+        (NAT, "10.244.5.9", None, None, None),
+        (NAT, "192.0.2.5", None, None, None),  # the peer itself
+        (NAT, "10.244.6.9", "source_not_routed", None, None),  # that route names no other port
+        (Endpoint.parse("192.0.2.5:8285"), "10.244.6.9", None, None, None),
+        (Endpoint.parse("192.0.2.5:8285"), "10.244.5.9", None, None, None),
+        (Endpoint.parse("192.0.2.5:3999"), "10.244.5.9", "source_port", None, None),
+        (Endpoint.parse("192.0.2.5:4001"), "10.244.5.9", "source_port", None, None),
         (PEER, "192.0.2.2", None, None, None),  # the peer itself
         (PEER, "10.244.9.9", "source_not_routed", None, None),  # the other peer's
         (OTHER, "10.244.2.9", "source_not_routed", None, None),  # a longer prefix is PEER's
@@ -222,6 +235,30 @@ def test_who_may_send(outer, inner, strict, peer, off):
         else:
             assert result.packet is None, mode
             assert forwarder.drops == {(reason, DECAP): 1}
+        check_invariant(forwarder)
+
+
+@pytest.mark.parametrize(
+    ("inner", "admitted"),
+    [
+        ("10.244.1.0", True),  # the TUN's address, which is in no own subnet here
+        ("10.244.1.8", True), ("10.244.1.15", True), ("10.244.1.16", False), ("10.244.7.8", False),
+        ("192.0.2.1", False), ("127.0.0.1", False), ("224.0.0.1", False),
+        ("255.255.255.255", False), ("198.51.100.1", False),
+        ("fd00:1::", True), ("fd00:1::8", True), ("fd00:1::7", False), ("fd00:1::10", False),
+        ("2001:db8::1", False), ("ff02::1", False), ("fe80::1", False),
+    ],
+)
+def test_what_may_be_reached(inner, admitted):
+    packet = ip6(b"", UDP, "fd00:2::5", inner) if ":" in inner else ip4(b"", UDP, B4, inner)
+    for subnets in (None, [ipaddress.ip_network("10.244.1.8/29"), ipaddress.ip_network(
+            "fd00:1::8/125")]):
+        forwarder = make(own_subnets=subnets)
+        result = forwarder.decap(PEER, packet)
+        refused = subnets is not None and not admitted
+        assert result.packet == (None if refused else lowered(packet))
+        assert not result.icmp
+        assert forwarder.drops == ({("destination_not_own", DECAP): 1} if refused else {})
         check_invariant(forwarder)
 
 
@@ -296,7 +333,7 @@ REQUEST, REPLY = (Probe(kind, 7, 8, 100) for kind in (1, 2))
 @pytest.mark.parametrize(
     ("sender", "reason"),
     [
-        (PEER, None), (Endpoint.parse("192.0.2.2:1"), None), (PEER6, None),
+        (PEER, None), (PEER6, None),
         (OTHER, "bad_version"),  # a peer whose routes have no ``probe``
         (STRANGER, "unknown_peer"),
     ],

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import FieldError, UdptunError
-from ..model import SOURCE_CHECKS
+from ..model import ADMITS, SOURCE_CHECKS
 from ..takeover.kept import KEPT
 from . import logs
 from .lazy import Failure, failure_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..device.offload import OffloadRequest
     from ..forwarder import Forwarder, ForwarderConfig
     from ..instance import Instance, InstanceLock
-    from ..model import IPAddress, IPNetwork
+    from ..model import IPAddress, IPNetwork, Mark
 
 log = logging.getLogger("udptun")
 
@@ -53,6 +53,18 @@ def _network(text: str) -> IPNetwork:
     from ..model import parse_prefix
 
     return parse_prefix("--network", text)
+
+
+def _subnet(text: str) -> IPNetwork:
+    from ..model import parse_prefix
+
+    return parse_prefix("--subnet", text)
+
+
+def _mark(text: str) -> Mark:
+    from ..model import Mark
+
+    return Mark.parse(text)
 
 
 def _auto_or_number(text: str) -> int | None:
@@ -87,6 +99,7 @@ NOT_PASSED_ON = {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", K
 FILE = click.Path(path_type=Path)
 FIELDS = {
     "address": "addresses", "network": "networks", "routes": "routes_file", "state": "state_file",
+    "subnet": "subnets",
 }
 
 
@@ -119,9 +132,17 @@ FIELDS = {
               help="Offloads to use: auto, off, or a list such as auto,-udp-merge,-udp-gso.")
 @click.option("--source-check", type=click.Choice(SOURCE_CHECKS), default=SOURCE_CHECKS[0],
               show_default=True,
-              help="Which received packets to accept. strict: from a known peer, with an inner "
-                   "source address routed to that peer; peer: from any known peer; off: from any "
-                   "address.")
+              help="Which received packets to accept. strict: from the address and port of a "
+                   "peer, with an inner source address routed to that peer; peer: from the "
+                   "address of any peer; off: from any address.")
+@click.option("--admit", type=click.Choice(ADMITS), default=ADMITS[0], show_default=True,
+              help="Which inner destinations to accept. any: all that this host accepts or "
+                   "forwards; own: only --address and --subnet.")
+@click.option("--subnet", type=Parsed("prefix", _subnet), multiple=True,
+              help="Own subnet of this host in the overlay, for --admit own. Repeatable.")
+@click.option("--mark", type=Parsed("value/mask", _mark),
+              help="Set this mark (SO_MARK) on all datagrams, so that firewall rules can tell them "
+                   "from those of other programs.  [default: no mark]")
 @click.option("--state", type=FILE, metavar="FILE",
               help="Keep a copy of the route table in FILE, and load it at start.")
 @click.option("--flannel-control", type=FILE, metavar="PATH",

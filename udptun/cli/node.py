@@ -22,7 +22,7 @@ from ..leases.base import SourceConfig
 from ..leases.etcd.config import EtcdConfig
 from ..leases.file.config import FileConfig
 from ..leases.kube.config import KubeConfig
-from ..model import IPAddress, parse_address
+from ..model import ADMITS, IPAddress, Mark, parse_address, parse_source_port
 from ..node.backends import AUTO, MODES
 from ..node.config import FIREWALLS, FORWARDERS, InterfaceOptions, NodeConfig
 from . import logs
@@ -84,6 +84,15 @@ def _address(version: int | None = None) -> Callable[[str], IPAddress]:
         return address
 
     return parse
+
+
+def _source_port(text: str) -> tuple[int, int] | tuple[()] | None:
+    """Return the value of NodeConfig.source_port."""
+    return (() if text == "own" else parse_source_port(text)) if text else None
+
+
+def _mark(text: str) -> Mark | None:
+    return None if text == "off" else Mark.parse(text)
 
 
 PATH = Parsed("file", _file)
@@ -169,6 +178,16 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--iptables-resync", type=Int(1), default=STOCK.iptables_resync,
       show_default=True, metavar="SECONDS",
       help="Time between checks of the firewall rules; missing ones are added again.")
+@flag("--source-port", type=Parsed("own|any|p|p-q", _source_port), metavar="own|any|P|P-Q",
+      help="Ports, besides its own, from which this node's datagrams arrive at other nodes, which "
+           "accept no others.  [default: any if --public-ip is an address of a NAT, else own]")
+@flag("--admit", type=click.Choice(ADMITS), default=STOCK.admit, show_default=True,
+      help="Which packets from other nodes to accept. any: to all that this host accepts or "
+           "forwards; own: to this node's subnets only.")
+@flag("--mark", type=Parsed("value/mask", _mark), default=str(STOCK.mark), show_default=True,
+      metavar="VALUE/MASK|off",
+      help="Mark of the forwarder's datagrams. Firewall rules drop what other programs and pods "
+           "send to the forwarders of other nodes, because it does not have the mark.")
 @flag("--tun", type=Parsed("name", tun_name), default=STOCK.tun, show_default=True,
       help="Name of the forwarder's TUN device.")
 @flag("--control", type=OPTIONAL_PATH, metavar="PATH",
@@ -238,8 +257,8 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
-                 "firewall", "keep_flannel", "iptables_resync", "forwarder", "forward_file",
-                 "state_dir", "healthz_port", "cleanup")
+                 "firewall", "keep_flannel", "iptables_resync", "source_port", "admit", "mark",
+                 "forwarder", "forward_file", "state_dir", "healthz_port", "cleanup")
     given: dict[str, Any] = {  # NodeConfig takes all other names from the instance
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT

@@ -17,6 +17,7 @@ from ..device.offload import OffloadRequest
 from ..errors import FieldError
 from ..instance import Instance
 from ..model import (
+    ADMITS,
     MAX_MTU,
     MIN_MTU6,
     MIN_TUN_MTU,
@@ -24,9 +25,11 @@ from ..model import (
     Endpoint,
     IPAddress,
     IPNetwork,
+    Mark,
 )
 
 MAX_WORKERS = 64
+MAX_SUBNETS = 6  # the core has space for these and for the addresses of the TUN
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,16 @@ class ForwarderConfig:
     listen        endpoints on the underlay: at least one, at most one per family
     addresses     addresses of the TUN, at most one per family; each is set as a /32 or /128
     networks      overlay prefixes that are routed through the TUN
+    subnets       this node's own prefixes of the overlay, for ``admit``
+    admit         "any": deliver packets to any inner destination; "own": only to ``addresses`` and
+                  ``subnets``
+    mark          mark of all datagrams that the forwarder sends; None: no mark
     mtu           MTU of the TUN in bytes; None: the underlay's MTU minus the outer headers, with
                   IPv6 inside at least 1280
     workers       number of worker threads; None: chosen from the number of cores
     control       Unix socket of the control API; None: no control API
     routes_file   file that is read at start and on ``reload``. Each line is a route:
-                  ``DST via IP [port P] [mtu M] [probe]``
+                  ``DST via IP [port P] [mtu M] [source-port P] [probe]``
     state_file    copy of the active table. At start, a valid state_file is loaded instead of
                   routes_file
     takeover      Unix socket at which another forwarder can take over from this one; None: none can
@@ -60,6 +67,9 @@ class ForwarderConfig:
     workers: int | None = 1
     offload: OffloadRequest = field(default_factory=OffloadRequest)
     source_check: str = SOURCE_CHECKS[0]
+    subnets: tuple[IPNetwork, ...] = ()
+    admit: str = ADMITS[0]
+    mark: Mark | None = None
     takeover: Path | None = None
     take_over: bool = False
     flannel_control: Path | None = None
@@ -84,6 +94,10 @@ class ForwarderConfig:
                 raise FieldError("address", str(address), "an address of the overlay")
         if self.source_check not in SOURCE_CHECKS:
             raise FieldError("source-check", self.source_check, _one_of(SOURCE_CHECKS))
+        if self.admit not in ADMITS:
+            raise FieldError("admit", self.admit, _one_of(ADMITS))
+        if len(self.subnets) > MAX_SUBNETS:
+            raise FieldError("subnet", len(self.subnets), f"at most {MAX_SUBNETS} prefixes")
         if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_MTU:
             raise FieldError("mtu", self.mtu, f"auto, or from {MIN_TUN_MTU} to {MAX_MTU}")
         if self.mtu is not None and self.mtu < MIN_MTU6 and self.has_ipv6:

@@ -308,7 +308,8 @@ class Forwarder:
         sockets: list[UdpSocket] = []
         for index in range(config.workers_n):
             for endpoint in config.listen:
-                opened = open_udp(endpoint, config.offload, reuse_port=index > 0)
+                opened = open_udp(
+                    endpoint, config.offload, reuse_port=index > 0, mark=config.mark)
                 self._closing.callback(opened.close)
                 if index == 0:
                     opened.let_join()  # for the other workers, and for own sockets of slow peers
@@ -347,6 +348,8 @@ class Forwarder:
         core = _core.Core(
             config.source_check, config.workers_n, (link_mtus[4], link_mtus[6]),
             [address.packed for address in config.addresses], notify_fd,
+            None if config.admit == "any" else [
+                (net.network_address.packed, net.prefixlen) for net in config.subnets],
         )
         core.set_own_addresses(a.packed for a in await netlink.local_addresses())
         return core, notify_fd

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from .. import _core
 from ..control.events import EventHub
 from ..errors import DeviceError, FieldError, GenerationMismatch, UdptunError
-from ..model import IPAddress, IPNetwork, Peer, Route, RouteDiff
+from ..model import IPAddress, IPNetwork, Peer, Route, RouteDiff, source_port_json
 from .state import StateFile
 
 log = logging.getLogger(__name__)
@@ -272,8 +272,10 @@ class Routes:
         if self.state is not None:
             self.state.save_soon(table)
         if added + changed + removed <= EVENTS_MAX:
-            for kind, dst, via, port, mtu, probe in table.changes_from(old, EVENTS_MAX):
-                more = {"probe": True} if probe else {}
+            for kind, dst, via, port, mtu, probe, ports in table.changes_from(old, EVENTS_MAX):
+                more: dict[str, Any] = {"probe": True} if probe else {}
+                if ports is not None:
+                    more["source_port"] = source_port_json(ports)
                 self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu, **more)
         self._events.emit("routes_replaced", **diff.to_json())
         return diff

@@ -60,11 +60,14 @@ class View:
             "generation": generation,
             "route_count": route_count,
             "source_check": self.config.source_check,
+            "admit": self.config.admit,
+            "mark": None if self.config.mark is None else str(self.config.mark),
             "device": {
                 "name": self.tun_name,
                 "mtu": self.mtu,
                 "addresses": [str(address) for address in self.config.addresses],
                 "networks": [str(network) for network in self.config.networks],
+                "subnets": [str(subnet) for subnet in self.config.subnets],
                 "listen": [str(endpoint) for endpoint in self.config.listen],
             },
             "capabilities": self.capabilities.to_json(),
@@ -98,19 +101,20 @@ class View:
     def drops(self) -> list[dict[str, Any]]:
         """Return the count of each drop reason, for each direction in which the reason can occur.
 
-        Counts of zero are included. The row of ``unknown_peer`` also has the last few senders.
+        Counts of zero are included. The rows of ``unknown_peer`` and ``source_port`` also have the
+        last few senders.
         """
         rows: list[dict[str, Any]] = [
             {"reason": reason, "direction": direction, "packets": packets}
             for reason, direction, packets in self.core.drops()
         ]
         for row in rows:
-            if row["reason"] == "unknown_peer":
-                row["sources"] = self._strangers()
+            if row["reason"] in ("unknown_peer", "source_port"):
+                row["sources"] = self._strangers(row["reason"])
         return rows
 
-    def _strangers(self) -> list[dict[str, Any]]:
-        """Return the last few senders that are no peer."""
+    def _strangers(self, reason: str) -> list[dict[str, Any]]:
+        """Return the last few senders whose last packet was dropped for this reason."""
         now = time.monotonic_ns()
         return [
             {
@@ -118,7 +122,7 @@ class View:
                 "packets": stranger.packets,
                 "last_seen_seconds": round(max(0, now - stranger.last_ns) / 1e9, 3),
             }
-            for stranger in self.core.strangers()
+            for stranger in self.core.strangers() if stranger.reason == reason
         ]
 
     def counters(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ The advert is one key in the lease's BackendData, next to the fields of flannel'
 nodes ignore this key. Example:
 
     {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff",
-     "udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["probe"]}}
+     "udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["probe"],
+                "source_ports": [9000, 9015]}}
 
 A reader ignores unknown keys and unknown features. An older udptun node publishes neither "v" nor
 "features".
@@ -37,11 +38,14 @@ class Advert:
               state a limit
     features  those of ``FEATURES`` that the node has; nothing that needs a feature is sent to a
               node without the feature
+    source_ports  first and last of the ports, besides ``port``, from which the node's datagrams
+              arrive at other nodes; None: no other port
     """
 
     port: int
     mtu: int | None = None
     features: frozenset[str] = frozenset()
+    source_ports: tuple[int, int] | None = None
 
 
 def read(backend_data: Any) -> Advert | None:
@@ -57,7 +61,7 @@ def read(backend_data: Any) -> Advert | None:
     mtu = _number(fields.get("mtu"), MIN_MTU, MAX_MTU)
     if port is None or (mtu is None and fields.get("mtu") is not None):
         return None
-    return Advert(port, mtu, _features(fields.get("features")))
+    return Advert(port, mtu, _features(fields.get("features")), _ports(fields.get("source_ports")))
 
 
 def embed(backend_data: Any, advert: Advert) -> dict[str, Any]:
@@ -67,6 +71,8 @@ def embed(backend_data: Any, advert: Advert) -> dict[str, Any]:
         fields["mtu"] = advert.mtu
     if advert.features:
         fields |= {"v": VERSION, "features": sorted(advert.features)}
+    if advert.source_ports is not None:
+        fields["source_ports"] = list(advert.source_ports)
     return {**(backend_data or {}), KEY: fields}
 
 
@@ -88,6 +94,16 @@ def _features(value: Any) -> frozenset[str]:
     if not isinstance(value, list):
         return frozenset()
     return frozenset(one for one in value if isinstance(one, str) and one in FEATURES)
+
+
+def _ports(value: Any) -> tuple[int, int] | None:
+    """Return the first and the last port. If the value is invalid, the node may use no other port.
+    """
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    first = _number(value[0], 1, MAX_PORT)
+    last = None if first is None else _number(value[1], first, MAX_PORT)
+    return None if first is None or last is None else (first, last)
 
 
 def _number(value: Any, low: int, high: int) -> int | None:

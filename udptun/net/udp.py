@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..device.fault import device_error
 from ..device.offload import ASKED, OffloadRequest
-from ..model import Endpoint
+from ..model import Endpoint, Mark
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +117,13 @@ class UdpSocket:
         self.socket.close()
 
 
-def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> UdpSocket:
+def open_udp(
+    listen: Endpoint, request: OffloadRequest, reuse_port: bool, mark: Mark | None = None
+) -> UdpSocket:
     """Open and bind a socket. Raises DeviceError, which names the endpoint.
 
     reuse_port  share the endpoint with a socket that is already bound to it (see ``let_join``)
+    mark        mark of all datagrams; needs CAP_NET_ADMIN
     """
     doing = f"opening the UDP socket {listen}"
     family = socket.AF_INET6 if listen.address.version == 6 else socket.AF_INET
@@ -133,6 +136,8 @@ def open_udp(listen: Endpoint, request: OffloadRequest, reuse_port: bool) -> Udp
         raise device_error(error.errno or 0, doing, hint) from None
     try:
         _set_path_options(sock)
+        if mark is not None:
+            _set_mark(sock, mark)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         udp = UdpSocket(
@@ -173,6 +178,16 @@ def _queue_errors(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+
+
+def _set_mark(sock: socket.socket, mark: Mark) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark.value)
+    except PermissionError as error:
+        raise device_error(
+            error.errno or 0, f"setting the mark {mark} on a UDP socket",
+            "--mark needs CAP_NET_ADMIN",
+        ) from None
 
 
 def _enlarge(sock: socket.socket, force: int, plain: int, size: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import FieldError
 from ..instance import Instance
 from ..leases.base import SourceConfig
-from ..model import MAX_PORT, IPAddress
+from ..model import ADMITS, MAX_PORT, IPAddress, Mark
 from .backends import MODES
 from .process.launch import FORWARD_FILE
 
@@ -26,6 +26,9 @@ FORWARDERS = ("spawn", "external")
 MAX_GRACE = 3600
 FIREWALLS = ("auto", "nftables", "iptables")
 LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
+# A bit that kube-proxy (0x4000, 0x8000), the CNI plugin portmap (0x2000), Tailscale (0xff0000) and
+# Calico (0xffff0000) do not use by default.
+DEFAULT_MARK = Mark(0x1000, 0x1000)
 _FROM_INSTANCE: Any = None  # __post_init__ replaces this value by the instance's default
 
 
@@ -100,6 +103,11 @@ class NodeConfig:
                       "auto"
     keep_flannel      do not remove what a former flannel has left on this host
     iptables_resync   seconds between two checks of the firewall rules
+    source_port       first and last of the ports, besides ours, from which our datagrams arrive at
+                      other nodes; (): none; None: all if we publish an address that this host
+                      does not have, else none
+    admit             which inner destinations the forwarder accepts: one of ADMITS
+    mark              the mark of the forwarder's datagrams; None: no mark
     tun               the name of the forwarder's device
     control           the forwarder's control socket
     forwarder         "spawn": start a forwarder if no forwarder answers; "external": another
@@ -124,6 +132,9 @@ class NodeConfig:
     firewall: str | None = None
     keep_flannel: bool = False
     iptables_resync: int = 5
+    source_port: tuple[int, int] | tuple[()] | None = None
+    admit: str = ADMITS[0]
+    mark: Mark | None = DEFAULT_MARK
     tun: str = _FROM_INSTANCE
     control: Path = _FROM_INSTANCE
     forwarder: str = "spawn"
@@ -136,6 +147,8 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in MODES:
             raise FieldError("backend", self.backend, " or ".join(MODES))
+        if self.admit not in ADMITS:
+            raise FieldError("admit", self.admit, " or ".join(ADMITS))
         if self.forwarder not in FORWARDERS:
             raise FieldError("forwarder", self.forwarder, " or ".join(FORWARDERS))
         if not 0 <= self.address_grace <= MAX_GRACE:

@@ -47,7 +47,8 @@ def peer_route(env: Environment, advertised: str) -> Route:
     """
     advert = read(advertised) or Advert(DEFAULT_PORT)
     via = parse_next_hop("PUBLIC_IP", _value(env, "PUBLIC_IP"))
-    return Route(peer_subnet(env), via, advert.port, advert.mtu, PROBE in advert.features)
+    return Route(peer_subnet(env), via, advert.port, advert.mtu, PROBE in advert.features,
+                 advert.source_ports)
 
 
 def peer_subnet(env: Environment) -> IPNetwork:

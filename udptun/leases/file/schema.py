@@ -12,14 +12,16 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from ...errors import FieldError
 from ...model import (
+    ANY_PORT,
     DEFAULT_PORT,
     MAX_MTU,
     MAX_PORT,
@@ -30,6 +32,7 @@ from ...model import (
     parse_next_hop,
     parse_number,
     parse_prefix,
+    parse_source_port,
 )
 from ..advert import Advert, embed, read
 from ..base import Attributes, Lease, Subnets
@@ -41,7 +44,7 @@ Wanted = TypeVar("Wanted")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _FILE_KEYS = ("network", "port", "mtu", "nodes")
-_NODE_KEYS = ("name", "public", "subnets", "port", "mtu")
+_NODE_KEYS = ("name", "public", "subnets", "port", "mtu", "source_port")
 # As in flannel: a subnet with a longer prefix has too few addresses for a tunnel device and a
 # bridge.
 _MAX_SUBNET_LEN = {4: 30, 6: 126}
@@ -142,6 +145,7 @@ def _hosts(content: Mapping[str, Any]) -> HostsFile:
         parse_number("mtu", content["mtu"], MIN_MTU, MAX_MTU, "mtu")
     leases = tuple(_node(node, defaults, networks, f"nodes[{i}]") for i, node in enumerate(nodes))
     _refuse_shared(leases)
+    leases = _with_nat_ports(leases)
     return HostsFile(_netconf(networks, port), leases)
 
 
@@ -177,10 +181,36 @@ def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
     if mtu is not None:
         low = MIN_MTU6 if any(subnet.version == 6 for subnet in subnets) else MIN_MTU
         mtu = parse_number("mtu", mtu, low, MAX_MTU, f"{path}.mtu")
+    ports = None
+    if node.get("source_port") is not None:
+        ports = parse_source_port(node["source_port"], f"{path}.source_port")
     attributes = Attributes(_of_type(public, IPv4Address), _of_type(public, IPv6Address),
-                            backend_data=embed(None, Advert(port, mtu)))
+                            backend_data=embed(None, Advert(port, mtu, source_ports=ports)))
     return Lease(name, Subnets(_of_type(subnets, IPv4Network), _of_type(subnets, IPv6Network)),
                  attributes, name)
+
+
+def _with_nat_ports(leases: Sequence[Lease]) -> tuple[Lease, ...]:
+    """Let nodes that share a public address send from any port, unless the file names their ports.
+
+    They are behind a NAT, which may change the ports.
+    """
+    def public(lease: Lease) -> set[IPAddress]:
+        both = (lease.attributes.public_ip, lease.attributes.public_ipv6)
+        return {address for address in both if address is not None}
+
+    nodes_n = Counter(address for lease in leases for address in public(lease))
+    found = []
+    for lease in leases:
+        advert = read(lease.attributes.backend_data)
+        assert advert is not None  # ``_node`` has written it
+        if advert.source_ports is None and any(nodes_n[one] > 1 for one in public(lease)):
+            data = embed(None, replace(advert, source_ports=ANY_PORT))
+            found.append(
+                replace(lease, attributes=replace(lease.attributes, backend_data=data)))
+        else:
+            found.append(lease)
+    return tuple(found)
 
 
 def _refuse_shared(leases: Sequence[Lease]) -> None:

@@ -19,7 +19,7 @@ from ...leases.advert import read as read_advert
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
-from ...model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route
+from ...model import ANY_PORT, MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route
 from ...net.netlink import Netlink
 from ...net.tun_state import tun_state
 from ..config import NodeConfig
@@ -50,9 +50,10 @@ class UdpReach(Reach[Route]):
 
     def path(self, peer: PeerNode, subnet: IPNetwork) -> Route | str:
         advert = read_advert(peer.attributes.backend_data)
-        port, mtu, probe = self.port, None, False
+        port, mtu, probe, ports = self.port, None, False, None
         if advert is not None:
             port, mtu, probe = advert.port, advert.mtu, PROBE in advert.features
+            ports = advert.source_ports
         elif peer.attributes.backend_type not in FLANNEL_TYPES:
             return "the peer does not advertise UDP"
         elif subnet.version == 6:  # flannel's own udp backend would corrupt IPv6 packets
@@ -64,7 +65,7 @@ class UdpReach(Reach[Route]):
         # packet; the second choice is the other IP version.
         for version in (subnet.version, 10 - subnet.version):
             if version in self.outer and version in peer.public:
-                return Route(subnet, peer.public[version], port, mtu, probe)
+                return Route(subnet, peer.public[version], port, mtu, probe, ports)
         return "the peer has no underlay address of an IP version that this node's underlay has"
 
 
@@ -96,8 +97,17 @@ class UdpBackend(Backend[Route]):
     def lease_data(self, mtu: int) -> LeaseData:
         if not self._config.advertise:
             return LeaseData()
-        advert = Advert(self._prepared.udp_port, mtu, FEATURES)
+        advert = Advert(self._prepared.udp_port, mtu, FEATURES, self._source_ports())
         return LeaseData(data={4: embed(None, advert)})
+
+    def _source_ports(self) -> tuple[int, int] | None:
+        """Return the ports, besides ours, from which our datagrams arrive at other nodes. A NAT,
+        which has our published address, may change our port to any other one."""
+        if self._config.source_port is not None:
+            return self._config.source_port or None
+        underlay = self._prepared.underlay
+        published = {underlay.public, underlay.public6} - {None}
+        return None if published <= set(underlay.bound) else ANY_PORT
 
     def reach(self) -> UdpReach:
         site = self._prepared
@@ -114,6 +124,9 @@ class UdpBackend(Backend[Route]):
             tun=config.tun,
             state=str(config.state_dir / STATE_FILE),
             mtu=mtu,
+            mark=None if config.mark is None else str(config.mark),
+            admit=config.admit,
+            subnets=() if config.admit == "any" else tuple(map(str, lease.subnets)),
         ))
 
     async def verify(self) -> list[str]:
@@ -151,6 +164,10 @@ class UdpBackend(Backend[Route]):
 
     def forwarder_endpoint(self, path: Route) -> Endpoint:
         return Endpoint(path.via, path.port)
+
+    @property
+    def marked(self) -> bool:
+        return self._config.mark is None or self._keeper.matches
 
     def arrival_devices(self, path: Route) -> tuple[str, ...]:
         return (self._config.tun,)

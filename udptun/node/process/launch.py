@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ...errors import FieldError, NoForwarder, UdptunError
 from ...files import make_directory, open_log, replace_file
 from ...instance import Instance
+from ...model import ADMITS
 from ...takeover.kept import variable
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class ForwarderSpec:
 
     mtu    the MTU of the TUN; None: the forwarder derives the MTU from the underlay
     state  the file in which the forwarder saves its routes
+    mark   the mark of its datagrams; None: no mark
+    admit, subnets  the inner destinations that it accepts: "any", or "own" with these prefixes
     """
 
     control: str
@@ -57,6 +60,9 @@ class ForwarderSpec:
     tun: str
     state: str
     mtu: int | None = None
+    mark: str | None = None
+    admit: str = ADMITS[0]
+    subnets: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the options of ``udptun forward``. The keys are the long option names."""
@@ -64,7 +70,13 @@ class ForwarderSpec:
             "tun": self.tun, "address": list(self.addresses), "network": list(self.networks),
             "listen": list(self.listen), "control": self.control, "state": self.state,
         }
-        return options if self.mtu is None else options | {"mtu": self.mtu}
+        if self.mtu is not None:
+            options["mtu"] = self.mtu
+        if self.mark is not None:
+            options["mark"] = self.mark
+        if self.admit != ADMITS[0]:
+            options |= {"admit": self.admit, "subnet": list(self.subnets)}
+        return options
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -75,6 +87,8 @@ class ForwarderSpec:
                 control=options["control"], listen=tuple(options["listen"]),
                 addresses=tuple(options["address"]), networks=tuple(options["network"]),
                 tun=options["tun"], state=options["state"], mtu=options.get("mtu"),
+                mark=options.get("mark"), admit=options.get("admit", ADMITS[0]),
+                subnets=tuple(options.get("subnet", ())),
             )
         except (ValueError, KeyError, TypeError) as exc:
             expected = "the options of a forwarder, as JSON"
@@ -97,6 +111,9 @@ class ForwarderSpec:
             ("its addresses", self.addresses, tuple(device["addresses"])),
             ("its networks", self.networks, tuple(device["networks"])),
             ("it listens on", self.listen, tuple(device["listen"])),
+            ("its mark", self.mark, status.get("mark")),  # older forwarders have no mark
+            ("its option admit", self.admit, status.get("admit", ADMITS[0])),
+            ("its subnets", self.subnets, tuple(device.get("subnets", ()))),
             ("its MTU", device["mtu"] if self.mtu is None else self.mtu, device["mtu"]),
         ):
             if wanted != actual:
