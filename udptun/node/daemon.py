@@ -21,19 +21,21 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from ..errors import DeviceError, FieldError, UdptunError
 from ..files import make_directory
 from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
+from ..model import Endpoint, IPNetwork
 from ..net.netlink import Netlink
 from ..net.vxlan import default_port
 from ..notify import Notifier
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
 from .backends.base import Site
+from .backends.plan import Plan
 from .cleanup import LOCK_FILE, clean_up
 from .config import InterfaceOptions, NodeConfig
 from .host import conntrack, subnet_env
@@ -111,7 +113,7 @@ class Daemon:
         self._store = Store(config, source, self.report, self._errors)
         self._backends = ActiveBackends(config, netlink, self.report)
         self._underlay = UnderlayChoice(netlink, config.address_grace)
-        self._host = Host(config, self.report)
+        self._host = Host(config, self.report, self._guarded)
         self._leftovers = Leftovers(netlink)
         self._taken = Taken(netlink)
         self._settle_again = asyncio.Event()
@@ -120,7 +122,7 @@ class Daemon:
             lambda: self._peers.leases)
         self._paths = Paths(self._backends, self.report, config.control, self._carry)
         self._peers = Peers(self._store, self._backends, self.report, self._settle_again.set,
-                            self._paths.update)
+                            self._plan_changed)
         self._notifier = Notifier.from_environment()
         self._stopping = asyncio.Event()
         self._reloading = False
@@ -345,6 +347,15 @@ class Daemon:
         await self._peers.known.wait()
         await self._backends.synced()
         await self._paths.run()
+
+    def _guarded(
+        self, interface: str
+    ) -> tuple[frozenset[Endpoint], frozenset[IPNetwork]] | None:
+        return self._peers.guarded(interface)
+
+    def _plan_changed(self, plan: Plan, subnets: Collection[IPNetwork] | None) -> None:
+        self._paths.update(plan, subnets)
+        self._host.guard_soon()
 
     async def _carry(self, carriers: Carriers) -> None:
         await self._peers.carry(carriers)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from ..errors import DeviceError
 from ..leases.base import Change, Lease, Snapshot
-from ..model import IPNetwork
+from ..model import Endpoint, IPNetwork
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends
 from .backends.plan import LocalNode, Plan
@@ -52,11 +52,25 @@ class Peers:
         self._plan: Plan | None = None
         self._lock = asyncio.Lock()  # held during each change of ``_leases`` or ``_plan``
         self._reapply = False
+        # The last result of ``guarded`` and its interface; None after a change of the plan
+        self._guarded: tuple[
+            str, tuple[frozenset[Endpoint], frozenset[IPNetwork]]] | None = None
 
     @property
     def leases(self) -> Collection[Lease]:
         """The leases of all nodes, ours included."""
         return self._leases.values()
+
+    def guarded(
+        self, interface: str
+    ) -> tuple[frozenset[Endpoint], frozenset[IPNetwork]] | None:
+        """Return what ``ActiveBackends.guarded`` returns. Return None if it is not known: there are
+        no leases yet, or our forwarder does not answer or does not have its mark yet."""
+        if not self.known.is_set() or self._plan is None or not self._backends.marked:
+            return None
+        if self._guarded is None or self._guarded[0] != interface:
+            self._guarded = interface, self._backends.guarded(self._plan, interface)
+        return self._guarded[1]
 
     def reapply(self) -> None:
         """Apply all paths again at the next ``replan``, even if the plan is the same."""
@@ -118,6 +132,7 @@ class Peers:
                 if change.key == self._store.lease.key:
                     self._check_own(change.new)
             delta = self._plan.change(changes)
+            self._guarded = None
             try:
                 await self._backends.apply(self._plan, delta, since)
             except DeviceError as exc:  # ``replan`` resyncs, which applies the failed changes
@@ -134,7 +149,7 @@ class Peers:
         carriers = {}
         if self._plan is not None and _names(self._plan.local) == _names(local):
             carriers = self._plan.carriers
-        self._plan = Plan(local, self._leases.values(), carriers)
+        self._plan, self._guarded = Plan(local, self._leases.values(), carriers), None
         try:
             await self._backends.apply_all(self._plan, since)
             self._reapply = False

@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import DeviceError, FieldError, UdptunError
 from ...leases.base import Attributes, Lease, Subnets
 from ...leases.netconf import NetConfig
-from ...model import MIN_MTU6, IPNetwork
+from ...model import MIN_MTU6, Endpoint, IPNetwork
 from ...net.netlink import Netlink
 from ..config import NodeConfig
 from ..host.interface import Underlay
@@ -250,6 +250,26 @@ class ActiveBackends:
             plan.carry(subnet, carrier)
         await self._each(plan, lambda backend: backend.divert({
             subnet: carrier not in (None, backend.name) for subnet, carrier in carriers.items()}))
+
+    def guarded(
+        self, plan: Plan, interface: str
+    ) -> tuple[frozenset[Endpoint], frozenset[IPNetwork]]:
+        """Return the endpoints of the other nodes' forwarders, and the subnets whose packets arrive
+        on the underlay's interface because their nodes route without encapsulation."""
+        endpoints: set[Endpoint] = set()
+        direct: set[IPNetwork] = set()
+        for backend in self._active:
+            for subnet, path in plan.paths(backend.name).items():
+                if (endpoint := backend.forwarder_endpoint(path)) is not None:
+                    endpoints.add(endpoint)
+                if interface in backend.arrival_devices(path):
+                    direct.add(subnet)
+        return frozenset(endpoints), frozenset(direct)
+
+    @property
+    def marked(self) -> bool:
+        """Whether the datagrams of all forwarders are known to have the mark of --mark."""
+        return all(backend.marked for backend in self._active)
 
     async def resync(self, plan: Plan) -> None:
         """Compare the host with the applied plan, and repair the differences on the host.

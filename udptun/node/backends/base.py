@@ -253,6 +253,12 @@ class Backend(ABC, Generic[P]):
     def arrival_devices(self, path: P) -> Collection[str]:
         """Return the names of the devices through which packets of this path's peer arrive."""
 
+    @property
+    def marked(self) -> bool:
+        """Whether the datagrams of this backend's forwarder are known to have the mark of --mark.
+        """
+        return True
+
     async def verify(self) -> list[str]:
         """Compare the kernel's state with everything that ``settle`` has set up.
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_network
 
 from ...errors import FieldError
 from ...leases.base import Lease
 from ...leases.netconf import NetConfig
+from ...model import Endpoint, IPNetwork
 from ..config import NodeConfig
 from ..status.report import FirewallDrop, NodeReport
+from .firewall.guard import GuardRules
 from .firewall.keeper import Firewall
 from .firewall.rules import FirewallError, FirewallRules
 from .firewall.verdict import Flow
@@ -25,12 +27,27 @@ from .subnet_env import SubnetEnv
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "lo"  # an address of this device can be published
+
 
 class Host:
-    def __init__(self, config: NodeConfig, report: NodeReport) -> None:
+    """The parts of the host's setup that do not depend on a backend.
+
+    guarded  takes the name of the underlay's interface. Returns the endpoints of the other nodes'
+             forwarders, and the subnets whose packets arrive on this interface; None: not known
+    """
+
+    def __init__(
+        self, config: NodeConfig, report: NodeReport,
+        guarded: Callable[[str], tuple[frozenset[Endpoint], frozenset[IPNetwork]] | None],
+    ) -> None:
         self._config = config
         self._report = report
+        self._guarded = guarded
+        self._underlay: Underlay | None = None
+        self._networks: tuple[IPNetwork, ...] = ()
         self._firewall = Firewall(FirewallRules(), config.instance)
+        self._firewall.guard = self._guard
         self._env: SubnetEnv | None = None  # the wanted content of subnet.env
 
     @property
@@ -52,6 +69,7 @@ class Host:
         ports  by active backend: the UDP port to which all nodes send its datagrams
         """
         self._firewall.tunnel = tuple(_datagrams(underlay, ports))
+        self._underlay, self._networks = underlay, network.networks
         await self._set_rules(network, lease)
         subnets = lease.subnets
         self._env = SubnetEnv(network.network, subnets.v4, network.network6, subnets.v6, mtu,
@@ -68,6 +86,25 @@ class Host:
     async def run(self) -> None:
         """Restore firewall rules that other programs remove, until cancelled."""
         await self._firewall.keep(self._config.iptables_resync)
+
+    def guard_soon(self) -> None:
+        """Update the rules against forged packets soon, because the other nodes have changed."""
+        self._firewall.sync_soon()
+
+    def _guard(self) -> GuardRules | None:
+        """Return the wanted rules against forged packets; None: they are not known yet."""
+        underlay, config = self._underlay, self._config
+        if underlay is None or (found := self._guarded(underlay.name)) is None:
+            # Rules that need a mark must not stay if the forwarder will have none.
+            return GuardRules() if config.mark is None else None
+        endpoints, direct = found
+        public = (underlay.address, underlay.address6, underlay.public, underlay.public6)
+        mixed = underlay.name == LOOPBACK or any(
+            address in network for network in self._networks for address in public
+            if address is not None)
+        return GuardRules(
+            config.mark, endpoints, "" if mixed else underlay.name, self._networks, direct,
+            config.ip_masq)
 
     async def _set_rules(self, network: NetConfig, lease: Lease) -> None:
         config = self._config

@@ -85,6 +85,11 @@ class ForwarderKeeper:
         """The options that the forwarder must have; None: no forwarder is wanted."""
         return self._spec
 
+    @property
+    def matches(self) -> bool:
+        """Whether the running forwarder is known to have the wanted options."""
+        return self._matches
+
     def want(self, spec: ForwarderSpec) -> None:
         """Set the options that the forwarder must have, and write them to the file.
 

@@ -23,13 +23,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ....instance import Instance
 from ....model import IPNetwork
+from ....wait import wait_at_most
 from ...status.report import FirewallDrop
 from . import iptables
+from .guard import TABLE, GuardRules, NftGuard, sync_iptables
 from .nft import FAMILIES, FORWARDED, RECEIVED, SENT, Nft, OtherTable
 from .rules import FirewallError, FirewallRules
 from .verdict import Chain, Drop, Flow, drop_of
@@ -47,6 +49,8 @@ class Firewall:
     want     the wanted rules; can be set at any time
     tunnel   the tunnel's own datagrams, which the rules of others may drop; the same
     mode     one of ``config.FIREWALLS``; can be set at any time
+    guard    returns the wanted rules of ``guard``; None: leave those that are there. Set it before
+             the first ``sync``
     error    the reason why the last ``sync`` failed, as a sentence; "" if ``sync`` succeeded
     dropped  what other programs' rules drop since the last ``sync``
     """
@@ -58,13 +62,17 @@ class Firewall:
         self.want = want
         self.tunnel: tuple[Flow, ...] = ()
         self.mode = mode
+        self.guard: Callable[[], GuardRules | None] = lambda: None
         self.error = ""
         self.dropped: tuple[FirewallDrop, ...] = ()
         self._instance = instance
         self._nft = Nft(instance, nft)
+        self._nft_guard = NftGuard(instance, self._nft)
+        self._again = asyncio.Event()
         self._lock = asyncio.Lock()  # one ``sync`` at a time
         # The variants without rules of ours in their table nat, if we do not want such rules.
         self._nat_done: set[Variant] = set()
+        self._guard_done: set[Variant] = set()  # the same for the table mangle
 
     async def sync(self) -> bool:
         """Apply the wanted rules. Return True if a table had to be changed.
@@ -74,7 +82,7 @@ class Firewall:
         async with self._lock:
             attempt = _Attempt(
                 self.want, self.tunnel, self._effective_mode(), self._instance, self._nft,
-                self._nat_done)
+                self._nat_done, self._nft_guard, self.guard(), self._guard_done)
             await attempt.run()
             self._record(attempt.dropped)
             self.error = "; ".join(attempt.failed)
@@ -84,14 +92,19 @@ class Firewall:
             raise FirewallError(self.error)
         return attempt.changed
 
+    def sync_soon(self) -> None:
+        """Let ``keep`` call ``sync`` soon."""
+        self._again.set()
+
     async def keep(self, every_s: float) -> None:
-        """Call ``sync`` now and at least every ``every_s`` seconds, until cancelled.
+        """Call ``sync`` now, every ``every_s`` seconds and after ``sync_soon``, until cancelled.
 
         An error that occurs several times in succession is logged once.
         """
         failed = ""
         while True:
             started = time.monotonic()
+            self._again.clear()
             try:
                 await self.sync()
                 failed = ""
@@ -99,11 +112,14 @@ class Firewall:
                 if str(error) != failed:
                     log.error("firewall rules are not active: %s", error)
                 failed = str(error)
-            await asyncio.sleep(max(every_s, SHARE * (time.monotonic() - started)))
+            pause = SHARE * (time.monotonic() - started)
+            await asyncio.sleep(pause)
+            await wait_at_most(self._again, max(0.0, every_s - pause))
 
     async def remove(self) -> bool:
         """Remove our rules. Return True if there were any. Raises FirewallError."""
         self.want = FirewallRules()
+        self.guard = GuardRules
         return await self.sync()
 
     def _effective_mode(self) -> str:
@@ -134,7 +150,8 @@ class _Attempt:
 
     def __init__(
         self, want: FirewallRules, tunnel: Iterable[Flow], mode: str, instance: Instance, nft: Nft,
-        nat_done: set[Variant],
+        nat_done: set[Variant], nft_guard: NftGuard, guard: GuardRules | None,
+        guard_done: set[Variant],
     ) -> None:
         self.changed = False
         self.failed: dict[str, None] = {}
@@ -145,12 +162,16 @@ class _Attempt:
         self._instance = instance
         self._nft = nft
         self._nat_done = nat_done
+        self._nft_guard = nft_guard
+        self._guard = guard
+        self._guard_done = guard_done
 
     async def run(self) -> None:
         ours = FirewallRules() if self._mode == "iptables" else self._want
         for family in FAMILIES:
             with self._recorded():
                 self.changed |= await self._nft.sync(family, ours)
+        await self._sync_nft_guard()
         tables: list[OtherTable] = []
         if self._nft.is_there:
             with self._recorded():
@@ -173,7 +194,30 @@ class _Attempt:
         except FirewallError as error:
             self.failed[str(error)] = None
 
+    async def _sync_nft_guard(self) -> None:
+        if self._guard is None:
+            return
+        ours = GuardRules() if self._mode == "iptables" else self._guard
+        for family in FAMILIES:
+            with self._recorded():
+                self.changed |= await self._nft_guard.sync(family, ours)
+
     # -- iptables ---------------------------------------------------------------------------------
+
+    async def _sync_guard(
+        self, tables: iptables.Tables, is_default: bool, variant: Variant, is_there: bool
+    ) -> None:
+        """Guard with iptables. If this is not wanted, remove the rules of an earlier daemon once.
+        """
+        if self._guard is None or (
+                not is_default and (variant in self._guard_done or not is_there)):
+            return
+        ours = self._guard if is_default else GuardRules()
+        self.changed |= await sync_iptables(tables, self._instance, ours)
+        if is_default:
+            self._guard_done.discard(variant)
+        else:
+            self._guard_done.add(variant)
 
     async def _sync_variant(self, version: int, variant: str, nft_tables: Collection[str]) -> bool:
         """Return True if the chain FORWARD of this variant was read and judged."""
@@ -190,6 +234,7 @@ class _Attempt:
         else:  # nft is not installed, so the tables are not known
             there = iptables.TABLE_OF.values()
         await self._sync_nat(tables, is_default, (version, variant), "nat" in there)
+        await self._sync_guard(tables, is_default, (version, variant), TABLE in there)
         return (is_default or "filter" in there) and await self._sync_forward(tables, is_default)
 
     async def _sync_nat(

@@ -60,7 +60,7 @@ RETURN: Json = {"return": None}
 MASQUERADE: Json = {"masquerade": {"flags": "fully-random"}}
 
 
-class _GarbledError(FirewallError):
+class GarbledError(FirewallError):
     """The output of nft cannot be parsed."""
 
 
@@ -88,6 +88,7 @@ class Nft:
         self._tables = {
             family: instance.nft_table(version) for family, version in FAMILIES.items()
         }
+        self._guard_table = instance.guard_table  # of ``guard``
         self._nft = program
         # By family: the rules that we applied last, and nft's output for these rules. Another
         # release of nft may print the same rules in another form. If the output has not changed
@@ -109,7 +110,7 @@ class Nft:
             return False  # no rules are wanted; without nft, udptun cannot have created rules
         try:
             there = await self._read(family)
-        except _GarbledError:  # nft 1.0.6 prints this for a table with flags; our table has none
+        except GarbledError:  # nft 1.0.6 prints this for a table with flags; our table has none
             there = []
         if there == want or self._applied.get(family) == (want, there):
             return False
@@ -117,7 +118,7 @@ class Nft:
         # The first "add" creates the table if there is none. So the "delete" always succeeds.
         steps: list[Json] = [{"add": table}, {"delete": table}]
         steps += [{"add": item} for item in want or ()]
-        await self._run("-f", "-", stdin=json.dumps({"nftables": steps}))
+        await self.run("-f", "-", stdin=json.dumps({"nftables": steps}))
         self._applied[family] = (want, await self._read(family))
         return True
 
@@ -127,7 +128,7 @@ class Nft:
         Return None if the table does not exist.
         """
         try:
-            items = await self._run("list", "table", family, self._tables[family])
+            items = await self.run("list", "table", family, self._tables[family])
         except FirewallError as error:
             if os.strerror(errno.ENOENT) in str(error):
                 return None
@@ -137,14 +138,14 @@ class Nft:
             for item in items for kind, body in item.items() if kind != "metainfo"
         ]
 
-    async def _run(self, *arguments: str, stdin: str = "") -> list[Json]:
+    async def run(self, *arguments: str, stdin: str = "") -> list[Json]:
         """Run nft and return its output. Raises FirewallError."""
         command = (self._nft, "-j", *arguments)
         output = await run_tool(command, PACKAGE, stdin)
         try:
             answer: list[Json] = json.loads(output)["nftables"] if output else []
         except (ValueError, KeyError, TypeError):
-            raise _GarbledError(f"{' '.join(command)}: its output is not the expected JSON") \
+            raise GarbledError(f"{' '.join(command)}: its output is not the expected JSON") \
                 from None
         return answer
 
@@ -153,14 +154,15 @@ class Nft:
     async def others(self) -> list[OtherTable]:
         """Return all tables except ours. Raises FirewallError."""
         bases: dict[tuple[str, str], list[Json]] = {}
-        for item in await self._run("list", "chains"):
+        for item in await self.run("list", "chains"):
             chain = item.get("chain", {})
             found = bases.setdefault((chain.get("family", ""), chain.get("table", "")), [])
             if chain.get("hook") in _HOOKS and chain.get("type") == "filter":
                 found.append(chain)
         tables = []
         for (family, table), chains in bases.items():
-            if family not in (*FAMILIES, "inet") or table == self._tables.get(family):
+            if family not in (*FAMILIES, "inet") or table in (
+                    self._tables.get(family), self._guard_table):
                 continue
             chains.sort(key=lambda chain: (_HOOKS.index(chain["hook"]), chain["prio"]))
             tables.append(OtherTable(
@@ -175,8 +177,8 @@ class Nft:
         Return None if nft cannot print the table. Raises FirewallError.
         """
         try:
-            items = await self._run("-t", "list", "table", *name.split())  # -t: no sets
-        except _GarbledError:
+            items = await self.run("-t", "list", "table", *name.split())  # -t: no sets
+        except GarbledError:
             return None
         except FirewallError as error:
             if os.strerror(errno.ENOENT) in str(error):
