@@ -14,7 +14,7 @@ import pytest
 from tests.own_netns import in_own_netns, sh
 from udptun.device.offload import OffloadRequest
 from udptun.errors import DeviceError
-from udptun.model import Endpoint
+from udptun.model import Endpoint, Mark
 from udptun.net import udp as module
 from udptun.net.udp import open_udp
 
@@ -37,6 +37,32 @@ def refused(number, *words):
         yield
     assert caught.value.errno == number
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mark needs CAP_NET_ADMIN")
+def test_the_mark_is_set_and_removed():
+    def mark():
+        return udp.socket.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
+
+    with contextlib.closing(open_udp(LOCAL[4], AUTO, False, Mark(0x1000, 0xF000))) as udp:
+        assert mark() == 0x1000
+        udp.set_mark(Mark(7, 7))
+        assert mark() == 7
+        udp.set_mark(None)
+        assert mark() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_mark_without_the_capability_is_refused():
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(65534)
+        try:
+            open_udp(LOCAL[4], AUTO, False, Mark(7, 7))
+        except DeviceError as error:
+            os._exit(error.errno == errno.EPERM and "--mark needs CAP_NET_ADMIN" in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -190,6 +190,8 @@ class Forwarder:
         giver = self._make_giver(self._parts, taking)
         if taking is not None:
             await taking.done()
+            for opened in sockets:  # not earlier: until now, the other forwarder might go on
+                opened.set_mark(self.config.mark)
             log.info("took over from process %d, udptun %s", taking.state.pid, taking.state.program)
             taking.close()
         if giver is not None:

@@ -113,6 +113,18 @@ class UdpSocket:
             socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE if on else PMTUDISC_INTERFACE
         )
 
+    def set_mark(self, mark: Mark | None) -> None:
+        """Set the mark of all datagrams, or remove it. Raises DeviceError."""
+        try:
+            value = 0 if mark is None else mark.value
+            if self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) != value:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, value)
+        except PermissionError as error:
+            raise device_error(
+                error.errno or 0, f"setting the mark {mark} on a UDP socket",
+                "--mark needs CAP_NET_ADMIN",
+            ) from None
+
     def close(self) -> None:
         self.socket.close()
 
@@ -136,8 +148,6 @@ def open_udp(
         raise device_error(error.errno or 0, doing, hint) from None
     try:
         _set_path_options(sock)
-        if mark is not None:
-            _set_mark(sock, mark)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         udp = UdpSocket(
@@ -145,6 +155,7 @@ def open_udp(
             rcvbuf=_enlarge(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, RCVBUF),
             sndbuf=_enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, SNDBUF),
         )
+        udp.set_mark(mark)
         _probe(udp, request)
         # Bind last: datagrams arrive after it, and the options above must apply to them.
         sock.bind((str(listen.address), listen.port))
@@ -153,6 +164,7 @@ def open_udp(
         hint = {
             errno.EADDRINUSE: "another process listens there",
             errno.EADDRNOTAVAIL: "no interface has this address",
+            errno.EPERM: "--mark needs CAP_NET_ADMIN",
             errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE",
         }.get(error.errno or 0, "")
         raise device_error(error.errno or 0, doing, hint) from None
@@ -178,16 +190,6 @@ def _queue_errors(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
-
-
-def _set_mark(sock: socket.socket, mark: Mark) -> None:
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark.value)
-    except PermissionError as error:
-        raise device_error(
-            error.errno or 0, f"setting the mark {mark} on a UDP socket",
-            "--mark needs CAP_NET_ADMIN",
-        ) from None
 
 
 def _enlarge(sock: socket.socket, force: int, plain: int, size: int) -> int:
