@@ -205,8 +205,8 @@ cdef inline drop_t take_probe(
     port     of the sender, host order
     from_    the sender's socket address
 
-    drops  those of ``parse_probe``; ``refusal``; UNKNOWN_PEER: also if the port is 0, to which no reply can be
-           sent; BAD_VERSION: no route of the peer has ROUTE_PROBE
+    drops  those of ``parse_probe``; ``refusal``; UNKNOWN_PEER: also if the port is 0, to which no
+           reply can be sent; BAD_VERSION: no route of the peer has ROUTE_PROBE
     """
     cdef probe_t probe
     cdef int sender, receiver, error

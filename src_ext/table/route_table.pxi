@@ -289,9 +289,9 @@ cdef class RouteTable:
     def changes_from(self, RouteTable old not None, size_t limit):
         """Return the first ``limit`` changes since ``old``, for display.
 
-        Each change is ``(kind, dst, via, port, mtu, probe, source_port)``, dst and via as text. kind is
-        "added", "changed" (the other fields are those of the new route) or "removed" (of the old
-        route).
+        Each change is ``(kind, dst, via, port, mtu, probe, source_port)``, dst and via as text.
+        kind is "added", "changed" (the other fields are those of the new route) or "removed" (of
+        the old route).
         """
         cdef route_diff_t diff
         cdef route_edit_t* edits

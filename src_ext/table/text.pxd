@@ -1,8 +1,8 @@
 """Parse and write the route file, one route per line:
 ``DST via IP [port P] [mtu M] [source-port P] [probe]``.
 
-The source port is a port, ``P-Q`` or ``any``. A ``#`` starts a comment; blank lines are ignored. ``udptun.model.Route.from_words`` accepts the
-same lines; the tests compare the two.
+The source port is a port, ``P-Q`` or ``any``. A ``#`` starts a comment; blank lines are ignored.
+``udptun.model.Route.from_words`` accepts the same lines; the tests compare the two.
 
 The bytes are untrusted and are borrowed during the call. Threading: as parser.pxd.
 """
