@@ -737,6 +737,24 @@ async def test_second_peer_with_the_same_mac_is_refused():
 
 @both
 @in_own_netns
+async def test_a_later_peer_cannot_take_the_mac_of_another_peer(version):
+    """Otherwise the packets to the first peer would go to the later one."""
+    underlay()
+    first, thief = peer(1, version), replace(peer(2, version), mac=MACS[0].upper())
+    async with opened(version) as (vxlan, device):
+        await vxlan.sync(device, [first])
+        failures = await vxlan.change(device, [thief])
+        assert str(first.endpoint) in errors_of(failures)[thief.subnet]
+        assert_active(first, version=version)
+        moved = replace(first, endpoint=LOCAL[version] + 77)
+        assert await vxlan.change(device, [moved]) == ()
+        assert_active(moved, version=version)
+        assert await vxlan.change(device, [thief], [first.subnet]) == ()
+        assert_active(thief, version=version)
+
+
+@both
+@in_own_netns
 async def test_peer_without_an_fdb_entry_has_no_route(version, monkeypatch):
     """Without a route, packets to the peer can take another path. The former entries of the peer
     are removed."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from ..device.fault import device_error
 from ..errors import DeviceError, FieldError
@@ -174,23 +175,33 @@ class EntryUpdate:
                 return False
         return True
 
-    def _with_unique_macs(self, rows: Iterable[_Row]) -> list[_Row]:
+    def _with_unique_macs(self, rows: Sequence[_Row]) -> list[_Row]:
         """Return rows in which each MAC has one endpoint, as the FDB requires.
 
         If several endpoints have the same MAC, the first endpoint keeps it. The others become
-        failures.
+        failures. Otherwise a peer could get the packets to another peer, by a lease with its MAC.
         """
         holders: dict[bytes, _Row] = {}
-        unique = []
+        held, unique = self._held(row.mac for row in rows), []
         for row in rows:
-            holder = holders.setdefault(row.mac, row)
-            if holder.endpoint == row.endpoint:
-                unique.append(row)
+            if held.get(row.mac, row.endpoint) != row.endpoint:
+                other = f"at {ip_address(held[row.mac])}"
+            elif (holder := holders.setdefault(row.mac, row)).endpoint != row.endpoint:
+                other = str(holder.peer)
             else:
-                expected = f"a unique MAC address (the peer {holder.peer} has the same one)"
-                self.failures.append(PeerFailure(
-                    row.peer, FieldError("VtepMAC", row.peer.mac, expected)))
+                unique.append(row)
+                continue
+            expected = f"a unique MAC address (the peer {other} has the same one)"
+            self.failures.append(PeerFailure(
+                row.peer, FieldError("VtepMAC", row.peer.mac, expected)))
         return unique
+
+    def _held(self, macs: Iterable[bytes]) -> dict[bytes, bytes]:
+        """Return the endpoints of those MACs that peers outside of this update have."""
+        present = self.now.forwarding
+        found = {mac: present[mac] for mac in macs if mac in present}
+        used = set(self.now.neighbours.values()) if found else set()
+        return {mac: endpoint for mac, endpoint in found.items() if mac in used}
 
     def _put_macs(self, rows: Sequence[_Row]) -> dict[_Row, Refusal]:
         now, former = self.now, self._former

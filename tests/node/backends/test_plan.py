@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import time
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -357,6 +358,28 @@ def test_of_overlapping_leases_the_older_one_has_the_addresses():
                 f"k{n}", Subnets(IPv4Network((base, length), strict=False)),
                 Attributes(IPv4Address(public)), since=chance.randrange(4)))
         assert claims_agree(now)
+
+
+def test_a_change_with_many_rejected_leases_takes_no_minutes():
+    """Each lease claims a subnet of the lease before and one of the lease after, so a change of one
+    lease concerns all of them. Their number is chosen by whoever writes to the store."""
+    def peer(n, public):
+        return Lease(f"k{n}", Subnets(
+            IPv4Network((0x0A800000 + ((n + 1) // 2 << 4), 28)),
+            IPv6Network((0xFD44 << 112 | 1 << 95 | n // 2 << 64, 64)),
+        ), Attributes(IPv4Address(public), backend_data=embed(None, ADVERT)), since=n)
+
+    local = replace(DUAL, networks=(IPv4Network("10.128.0.0/9"), NET6))
+    leases = [peer(n, "192.0.2.2") for n in range(3000)]
+    moved = [peer(n, "192.0.2.3" if n == 0 else "192.0.2.2") for n in range(3000)]
+    plan = Plan(local, leases)
+    began = time.process_time()
+    plan.change([Change(leases[0], moved[0])])
+    assert time.process_time() - began < 20
+    fresh = Plan(local, moved)
+    assert plan.paths("udp") == fresh.paths("udp")
+    assert plan.unreachable.keys() == fresh.unreachable.keys()
+    assert len(fresh.unreachable) > 1000
 
 
 def test_overlap_agrees_with_ipaddress():

@@ -1,15 +1,17 @@
 """Which addresses of the overlay's networks are in use by leases, to find leases that overlap.
 
-Owns: the sorted list of the subnets that have paths, and the public addresses that are within the
-overlay's networks. The subnets in the list do not overlap. Does not decide which lease has the
-addresses (``plan``). Pure, no I/O; one thread.
+Owns: the sorted list of the subnets that have paths, the public addresses that are within the
+overlay's networks, and the index of the leases that were rejected. The subnets in the list do not
+overlap; the claims of rejected leases do. Does not decide which lease has the addresses (``plan``).
+Pure, no I/O; one thread.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from ...leases.base import Lease
 from ...model import IPNetwork
@@ -54,6 +56,69 @@ def _span(prefix: IPNetwork) -> tuple[int, int]:
     """Return the first and the last address."""
     first = int(prefix.network_address)
     return first, first | ((1 << (prefix.max_prefixlen - prefix.prefixlen)) - 1)
+
+
+class Rejected:
+    """Leases by the prefixes that they claim. The prefixes may overlap.
+
+    Two prefixes overlap only if one contains the other. So the search needs one look-up for each
+    prefix length in use, and the sorted list for the longer prefixes.
+    """
+
+    def __init__(self) -> None:
+        self._claims: dict[str, list[IPNetwork]] = {}  # by lease key
+        self._leases: dict[IPNetwork, dict[str, Lease]] = {}  # by claim, then by lease key
+        self._order: dict[int, list[tuple[int, int]]] = {4: [], 6: []}  # first address, length
+        self._lengths: dict[int, Counter[int]] = {4: Counter(), 6: Counter()}
+
+    def get(self, key: str) -> Lease | None:
+        claims = self._claims.get(key)
+        return self._leases[claims[0]][key] if claims else None
+
+    def add(self, lease: Lease, claims: list[IPNetwork]) -> None:
+        """Add a lease that is not in the index. It has at least one claim."""
+        self._claims[lease.key] = [*dict.fromkeys(claims)]
+        for claim in self._claims[lease.key]:
+            if claim not in self._leases:
+                self._leases[claim] = {}
+                self._lengths[claim.version][claim.prefixlen] += 1
+                insort(self._order[claim.version], _place(claim))
+            self._leases[claim][lease.key] = lease
+
+    def remove(self, key: str) -> None:
+        for claim in self._claims.pop(key, ()):
+            del self._leases[claim][key]
+            if self._leases[claim]:
+                continue
+            del self._leases[claim]
+            order, lengths = self._order[claim.version], self._lengths[claim.version]
+            del order[bisect_left(order, _place(claim))]
+            lengths[claim.prefixlen] -= 1
+            if not lengths[claim.prefixlen]:
+                del lengths[claim.prefixlen]
+
+    def overlapping(self, prefix: IPNetwork, seen: set[IPNetwork]) -> Iterator[Lease]:
+        """Yield the leases whose claims overlap ``prefix``, except those of the claims in ``seen``.
+        Add the claims to ``seen``."""
+        for claim in self._overlapping(prefix):
+            if claim not in seen:
+                seen.add(claim)
+                yield from self._leases[claim].values()
+
+    def _overlapping(self, prefix: IPNetwork) -> Iterator[IPNetwork]:
+        for length in self._lengths[prefix.version]:
+            if length < prefix.prefixlen and \
+                    (shorter := prefix.supernet(new_prefix=length)) in self._leases:
+                yield shorter
+        order, (first, last) = self._order[prefix.version], _span(prefix)
+        at = bisect_left(order, (first, prefix.prefixlen))
+        while at < len(order) and order[at][0] <= last:
+            yield type(prefix)(order[at])
+            at += 1
+
+
+def _place(prefix: IPNetwork) -> tuple[int, int]:
+    return int(prefix.network_address), prefix.prefixlen
 
 
 class Claims:

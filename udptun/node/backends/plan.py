@@ -25,7 +25,7 @@ from ...text import printable
 from ..host.interface import Needed
 from . import BACKENDS, FLANNEL_DEFAULT
 from .base import PeerNode, Reach
-from .claims import Claims
+from .claims import Claims, Rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,6 @@ class SubnetPaths(NamedTuple):
     @property
     def answers_probes(self) -> bool:
         return self.advert is not None and PROBE in self.advert.features
-
-
-def _any_overlap(some: Iterable[IPNetwork], others: Iterable[IPNetwork]) -> bool:
-    return any(one.version == other.version and _overlap(one, other)
-               for one in some for other in others)
 
 
 class _Unusable(Exception):
@@ -224,7 +219,7 @@ class Plan:
         self._by_subnet: dict[IPNetwork, SubnetPaths] = {}
         self._by_key: dict[str, list[SubnetPaths]] = {}
         self._claims = Claims(local.networks)
-        self._rejected: dict[str, Lease] = {}  # leases that claim addresses of another lease
+        self._rejected = Rejected()  # leases that claim addresses of another lease
         for lease in sorted(leases, key=lambda one: one.age):
             self._add(lease)
 
@@ -287,17 +282,17 @@ class Plan:
         found: dict[str, Lease] = {}
         old = (self._lease_of(key) for key in wanted)
         left = [lease for lease in (*wanted.values(), *old) if lease is not None]
-        rejected = dict(self._rejected)
+        asked: set[IPNetwork] = set()
+        seen: set[IPNetwork] = set()
         while left:
-            claims = self._claims.of(left.pop())
-            others = [lease for claim in claims for lease in self._holders(claim)]
-            others += [lease for lease in rejected.values()
-                       if _any_overlap(claims, self._claims.of(lease))]
-            for lease in others:
-                rejected.pop(lease.key, None)
-                if lease.key not in found and lease.key not in wanted:
-                    found[lease.key] = lease
-                    left.append(lease)
+            for claim in self._claims.of(left.pop()):
+                if claim in asked:
+                    continue  # otherwise many leases with one claim would take very long
+                asked.add(claim)
+                for lease in (*self._holders(claim), *self._rejected.overlapping(claim, seen)):
+                    if lease.key not in found and lease.key not in wanted:
+                        found[lease.key] = lease
+                        left.append(lease)
         return found
 
     def _lease_of(self, key: str) -> Lease | None:
@@ -312,7 +307,7 @@ class Plan:
 
     def _remove(self, key: str, before: dict[IPNetwork, SubnetPaths | None]) -> None:
         self.unreachable.pop(key, None)
-        self._rejected.pop(key, None)
+        self._rejected.remove(key)
         removed = self._by_key.pop(key, ())
         self._count(removed, -1)
         for found in removed:
@@ -330,16 +325,19 @@ class Plan:
         if why:
             self.unreachable[lease.key] = why
         added: list[SubnetPaths] = []
+        rejected = False
         refused = self._claim_addresses(lease) if paths else ""
         for found in paths:
             if why := refused or self._claim_subnet(lease, found.subnet):
                 self.unreachable[lease.key] = why
-                self._rejected[lease.key] = lease
+                rejected = True
                 continue
             added.append(found)
             self._by_subnet[found.subnet] = found
             if before is not None:
                 before.setdefault(found.subnet, None)
+        if rejected:
+            self._rejected.add(lease, self._claims.of(lease))
         if added:
             self._by_key[lease.key] = added
             self._count(added, 1)
