@@ -29,7 +29,8 @@ of the socket that receives. Each message names its destination. They receive no
   datagram, and for an ICMP error about one, the kernel prefers the IPv4 socket.
 - The other sockets are connected to a random port of this host, so the kernel delivers datagrams
   from all other sources to the socket that receives. A forged ICMP error about such a socket would
-  have to name this port.
+  have to name this port. If another program has the port at another address of this host, the other
+  sockets of IPv4 are like the shared sender, and those of IPv6 cannot be opened.
 
 ``open_socket`` also opens the spare sockets of probe.pxd, which send a probe if the shared sender
 refuses it.
@@ -39,7 +40,7 @@ Source: linux net/ipv4/udp.c (compute_score, udp_lib_get_port, udp_lib_rehash, _
 net/ipv4/datagram.c, net/ipv4/ip_output.c (__ip_make_skb), net/ipv6/udp.c (udpv6_sendmsg).
 """
 
-from libc.errno cimport EADDRNOTAVAIL, errno
+from libc.errno cimport EADDRINUSE, EADDRNOTAVAIL, errno
 from libc.limits cimport INT_MAX
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
@@ -187,9 +188,8 @@ cdef inline int join_address(int receiver, int fd) noexcept nogil:
     return EADDRNOTAVAIL  # the host has lost the address
 
 
-cdef inline int open_socket(int receiver, int family) noexcept nogil:
-    """Return a new socket that sends as the receiving one does, or a negative errno. Any thread may
-    call."""
+cdef inline int open_connected(int receiver, int family) noexcept nogil:
+    """Return a new socket that is connected to a port of this host, or a negative errno."""
     cdef int fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     cdef int error
     if fd < 0:
@@ -199,6 +199,57 @@ cdef inline int open_socket(int receiver, int family) noexcept nogil:
     if error != 0:
         close(fd)
         return -error
+    return fd
+
+
+cdef inline int join_as_mapped(int receiver, int fd) noexcept nogil:
+    """Bind fd to the IPv4-mapped address and the port of the receiving socket. Return 0 or an
+    errno."""
+    cdef sockaddr_in local
+    cdef sockaddr_in6 mapped
+    cdef uint32_t n = sizeof(local)
+    if getsockname(receiver, <sockaddr*>&local, &n) < 0:
+        return errno
+    if local.sin_family != AF_INET:
+        return EADDRNOTAVAIL
+    memset(&mapped, 0, sizeof(mapped))
+    mapped.sin6_family = AF_INET6
+    mapped.sin6_port = local.sin_port
+    memset(<uint8_t*>&mapped.sin6_addr + 10, 0xFF, 2)
+    memcpy(<uint8_t*>&mapped.sin6_addr + 12, &local.sin_addr, 4)
+    if set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0) < 0 \
+            or set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or bind(fd, <sockaddr*>&mapped, sizeof(mapped)) < 0:
+        return errno
+    return 0
+
+
+cdef inline int open_mapped(int receiver, int limit) noexcept nogil:
+    """Return a new socket that is bound to the IPv4-mapped address, or a negative errno.
+
+    limit  of its send buffer
+    """
+    cdef int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    cdef int error
+    if fd < 0:
+        return -errno
+    set_buffer(receiver, fd, limit)
+    error = errno if copy_options(receiver, fd, AF_INET) < 0 else join_as_mapped(receiver, fd)
+    if error != 0:
+        close(fd)
+        return -error
+    return fd
+
+
+cdef inline int open_socket(int receiver, int family) noexcept nogil:
+    """Return a new socket that sends as the receiving one does, or a negative errno. Any thread may
+    call."""
+    cdef int fd = open_connected(receiver, family)
+    if fd == -EADDRINUSE and family == AF_INET:
+        # Any user can bind the port to another address of this host, such as 127.0.0.1. Then the
+        # kernel refuses to bind the port without an address.
+        return open_mapped(receiver, OWN_SNDBUF)
     return fd
 
 
@@ -227,43 +278,15 @@ cdef inline bint open_fragmenting(worker_t* w, size_t addr_len) noexcept nogil:
     return True
 
 
-cdef inline int join_as_mapped(int receiver, int fd) noexcept nogil:
-    """Bind fd to the IPv4-mapped address and the port of the receiving socket. Return 0 or an
-    errno."""
-    cdef sockaddr_in local
-    cdef sockaddr_in6 mapped
-    cdef uint32_t n = sizeof(local)
-    if getsockname(receiver, <sockaddr*>&local, &n) < 0:
-        return errno
-    if local.sin_family != AF_INET:
-        return EADDRNOTAVAIL
-    memset(&mapped, 0, sizeof(mapped))
-    mapped.sin6_family = AF_INET6
-    mapped.sin6_port = local.sin_port
-    memset(<uint8_t*>&mapped.sin6_addr + 10, 0xFF, 2)
-    memcpy(<uint8_t*>&mapped.sin6_addr + 12, &local.sin_addr, 4)
-    if set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0) < 0 \
-            or set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or bind(fd, <sockaddr*>&mapped, sizeof(mapped)) < 0:
-        return errno
-    return 0
-
-
 cdef inline int open_sender(int receiver) noexcept nogil:
     """Return a new shared sender for IPv4, or a negative errno. Let ``receiver``, the socket that
     receives, ignore the path MTUs in ICMP errors. Any thread may call."""
-    cdef int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-    cdef int error
+    cdef int fd, error
     # If there is no sender, ``receiver`` also sends.
     set_option(receiver, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
-    if fd < 0:
-        return -errno
-    set_buffer(receiver, fd, INT_MAX)
-    error = errno if copy_options(receiver, fd, AF_INET) < 0 else join_as_mapped(receiver, fd)
-    if error == 0 and set_option(receiver, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_OMIT) < 0:
+    fd = open_mapped(receiver, INT_MAX)
+    if fd >= 0 and set_option(receiver, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_OMIT) < 0:
         error = errno
-    if error != 0:
         close(fd)
         return -error
     return fd

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import ipaddress
 import itertools
+import os
+import resource
 import socket
 import subprocess
 import threading
@@ -79,6 +81,19 @@ def work_until(rig, condition):
     while not condition():
         assert time.monotonic() < end, "timeout"
         rig.work()
+
+
+@contextlib.contextmanager
+def no_more_descriptors():
+    """Let this process open no file."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # One peer
@@ -183,8 +198,7 @@ def test_a_spare_socket_that_cannot_be_opened_is_tried_again_once_a_second():
             return 0 if rig.at(PEERS[0]) else errno.EAGAIN
 
         for send in (send_request, send_reply):
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
-                other.bind(("127.0.0.77", rig.udp.getsockname()[1]))
+            with no_more_descriptors():
                 begun = time.monotonic()
                 assert send() == errno.EAGAIN
             again = send()
@@ -354,15 +368,28 @@ def test_a_second_forwarder_with_the_same_port_does_not_prevent_own_sockets():
 
 
 @in_own_netns
-def test_without_an_own_socket_the_worker_drops_and_reports_the_cause():
+def test_a_program_with_the_same_port_at_another_address_does_not_prevent_own_sockets():
+    """Every user can open such a socket."""
     slow_loopback("100kbit")
     with FullRig() as rig, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("127.0.0.77", rig.udp.getsockname()[1]))
+        for dst in ("10.244.3.5", "10.244.2.5"):
+            rig.fill(dst=dst)
+            rig.work()
+        assert rig.own_sockets() > 0
+        assert rig.worker.take_events() == []
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_without_an_own_socket_the_worker_drops_and_reports_the_cause():
+    slow_loopback("100kbit")
+    with FullRig() as rig, no_more_descriptors():
         for _, dst in itertools.product(range(5), ("10.244.2.5", "10.244.3.5")):
             rig.fill(dst=dst)
             rig.work()
         assert rig.worker.take_events() == ["own_socket"]
-        assert rig.worker.own_socket_error() == errno.EADDRINUSE
+        assert rig.worker.own_socket_error() == errno.EMFILE
         assert rig.own_sockets() == 0
         assert rig.encap()["queued"] == 0
         assert rig.drops().keys() == {("slow_peer", ENCAP)}
