@@ -24,11 +24,20 @@ CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def run_program(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the system. It does not get the libraries that scripts/sanitize preloads:
+    they fail on errors of the program."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(
+        command.split(), capture_output=True, text=True, check=False, env=environment
+    )
+
+
 def sh(*commands: str) -> str:
     """Run each command, which must succeed. Return the output of the last one."""
     out = ""
     for command in commands:
-        done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+        done = run_program(command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         out = done.stdout
     return out

@@ -8,7 +8,6 @@ import errno
 import ipaddress
 import socket
 import struct
-import subprocess
 import threading
 import time
 
@@ -39,10 +38,6 @@ def peer_at(rig, endpoint):
     address, port = ipaddress.ip_address(endpoint[0]).packed, endpoint[1]
     (row,) = [p for p in rig.core.peers() if (p.address, p.port) == (address, port)]
     return row
-
-
-def sh_output(command):
-    return subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
 
 
 def publish(rig, *routes):
@@ -263,7 +258,7 @@ def test_a_forged_path_mtu_is_only_a_hint():
         work_until(rig, lambda: peer_at(rig, endpoint).errors_n)
         assert rig.core.take_mtu_hints() == []
         assert peer_at(rig, endpoint).path_mtu == 1500
-        route = sh_output(f"ip route get {endpoint[0]} from 127.0.0.1")
+        route = sh(f"ip route get {endpoint[0]} from 127.0.0.1")
         assert "mtu" not in route
 
 

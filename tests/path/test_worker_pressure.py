@@ -10,13 +10,12 @@ import itertools
 import os
 import resource
 import socket
-import subprocess
 import threading
 import time
 
 import pytest
 
-from tests.own_netns import in_own_netns, sh
+from tests.own_netns import in_own_netns, run_program, sh
 from tests.path.test_worker import ALL, PEERS, Rig
 from tests.reference import Probe, build_probe
 from tests.wire.craft import Flow, addr
@@ -37,10 +36,7 @@ def slow_loopback(rate):
 
 def slow_addresses(network, rate="100kbit"):
     """Make loopback slow for destinations in this network, and leave it fast for all others."""
-    done = subprocess.run(
-        ["tc", "qdisc", "add", "dev", "lo", "root", "handle", "1:", "htb", "default", "10"],
-        capture_output=True, text=True, check=False,
-    )
+    done = run_program("tc qdisc add dev lo root handle 1: htb default 10")
     if done.returncode != 0:
         pytest.skip(f"this kernel cannot shape traffic by class: {done.stderr.strip()}")
     sh("tc class add dev lo parent 1: classid 1:10 htb rate 10gbit quantum 60000",
