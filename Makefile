@@ -78,7 +78,7 @@ fuzz-planted: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/fuzz.stamp ##
 	@scripts/need clang:clang
 	@$(PY) -m tests.fuzz planted $(ARGS)
 
-lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types
+lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types, and that the fuzz harnesses fit the source
 	@scripts/lint $(PY)
 
 package: build ## build sdist and wheel, check their contents

@@ -1,4 +1,4 @@
-"""Run the harnesses: ``python -m tests.fuzz run|planted|minimize|repeat``; see ``--help``.
+"""Run the harnesses: ``python -m tests.fuzz check|run|planted|minimize|repeat``; see ``--help``.
 
 Owns build/fuzz, the time of each harness, and the corpora in tests/fuzz/corpus.
 """
@@ -145,6 +145,23 @@ def find_planted(names: list[str], seconds: int) -> int:
     return 1 if missed else 0
 
 
+def check() -> int:
+    """Check without clang that the harnesses fit the source: that they can be translated, and that
+    each bug can be planted."""
+    out = OUT / "check"
+    try:
+        for bug in planted.PYTHON:
+            bug.plant((native.ROOT / bug.file).read_text(), str(bug.without))
+        native.translate(planted.plant_native(out), out / "native")
+    except ValueError as error:
+        print(f"tests/fuzz/planted.py: {error}", file=sys.stderr)
+    except subprocess.CalledProcessError:  # Cython has printed the errors
+        print("tests/fuzz/native.pyx does not fit src_ext", file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
 def merge(harness: str, program: Path, known: Path, found: Path) -> list[bytes]:
     """Return inputs that reach the same code as those in both directories."""
     if harness in PYTHON:  # atheris cannot merge; each input of ``found`` reached new code
@@ -179,6 +196,7 @@ def minimize(names: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("check", help="show that the harnesses fit the source; a few seconds")
     one = actions.add_parser("run", help="fuzz all harnesses, or those named")
     one.add_argument("--seconds", type=int, default=120, help="time of the whole run")
     one.add_argument("names", nargs="*", metavar="HARNESS", help=" ".join((*GROUPS, *ALL)))
@@ -191,6 +209,8 @@ def main() -> int:
     one.add_argument("harness", choices=ALL)
     one.add_argument("files", nargs="+")
     arguments = parser.parse_args()
+    if arguments.action == "check":
+        return check()
     if arguments.action == "repeat":
         files = [str(Path(name).resolve()) for name in arguments.files]
         result = fuzz(arguments.harness, files, build())

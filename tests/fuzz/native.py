@@ -1,6 +1,6 @@
 """Build the program of the native harnesses (native.pyx) with clang: libFuzzer, ASan and UBSan.
 
-Owns the compiler's options. Does not depend on what the harnesses do.
+Owns the options of Cython and of the compiler. Does not depend on what the harnesses do.
 """
 
 import os
@@ -20,17 +20,23 @@ FLAGS = (
 )
 
 
-def build(core: Path, out: Path) -> Path:
-    """Build the program from the core's sources in ``core``. Return its path, in ``out``.
+def translate(core: Path, out: Path) -> Path:
+    """Translate the program, with the core's sources in ``core``, to C. Return its path, in ``out``.
 
     ``core`` also has the generated .pxd files, which setup.py writes.
     """
     out.mkdir(parents=True, exist_ok=True)
-    source, program = out / "native.c", out / "native"
+    source = out / "native.c"
     cython = [sys.executable, "-m", "cython", "-3", "-I", str(core)]
     for directive in DIRECTIVES:
         cython += ["-X", directive]
     subprocess.run([*cython, "-o", str(source), str(HERE / "native.pyx")], check=True)
+    return source
+
+
+def build(core: Path, out: Path) -> Path:
+    """Build the program from the core's sources in ``core``. Return its path, in ``out``."""
+    source, program = translate(core, out), out / "native"
     compiler = os.environ.get("FUZZ_CC", "clang")
     includes = [f"-I{core}", f"-I{sysconfig.get_path('include')}"]
     # The program never calls Python, so it is not linked with it.
