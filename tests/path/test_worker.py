@@ -481,7 +481,7 @@ def test_a_worker_that_is_busy_receiving_is_not_pinned():
     allowed = os.sched_getaffinity(0)
     with Rig() as rig:
         with busy(rig, allowed, decap_load) as tid:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 240  # with a sanitizer, on busy cores
             wanted = cpu_ticks(tid) + os.sysconf("SC_CLK_TCK")
             while cpu_ticks(tid) < wanted:
                 assert time.monotonic() < end

@@ -99,9 +99,10 @@ class Threads:
 
     def read_all(self):
         core = self.core
-        for read in (core.packets, core.drops, core.peer_errors, core.take_traffic, core.collect):
+        for read in (core.packets, core.drops, core.peer_errors, core.take_traffic, core.collect,
+                     core.path_mtu_changes, core.take_mtu_hints, core.needs_icmp6):
             read()
-        core.path_mtu_changes(0.001)
+        core.set_path_mtu(addr(PEER), self.port, 1400, 1200)
         for worker in self.workers:
             for read in (worker.counters, worker.take_events, worker.in_use):
                 read()
