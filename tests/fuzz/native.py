@@ -21,7 +21,7 @@ FLAGS = (
 
 
 def translate(core: Path, out: Path) -> Path:
-    """Translate the program, with the core's sources in ``core``, to C. Return its path, in ``out``.
+    """Translate the program and the core's sources in ``core`` to C. Return the path, in ``out``.
 
     ``core`` also has the generated .pxd files, which setup.py writes.
     """
