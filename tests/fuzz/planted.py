@@ -73,6 +73,8 @@ PYTHON = (
     Bug("hosts", "udptun/leases/file/schema.py",
         "if {{not items or len({item.version for item in items}) != len(items)}}:", False),
     Bug("net-conf", "udptun/leases/netconf.py", "if {{address not in network}}:", False),
+    Bug("takeover", "udptun/takeover/document.py",
+        "if address is None or {{len(address) not in sizes}}:", False),
 )
 
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from tests.reference import Probe, build_probe
 from tests.wire.craft import Flow, addr
 from udptun.control import flannel
+from udptun.model import Peer, PeerError
 from udptun.probe import message
+from udptun.takeover import document
+from udptun.takeover import message as takeover
 
 
 def _flows() -> Iterator[Flow]:
@@ -63,12 +66,30 @@ _HOSTS_JSON = json.dumps({
     "network": "10.244.0.0/16",
     "nodes": [{"name": "a", "public": "192.0.2.1", "subnets": "10.244.1.0/24"}],
 }).encode()
+_MESSAGES = (
+    takeover.Hello(program="1.0", pid=3, options={"tun": "udptun0"}), takeover.State(size=10),
+    takeover.Descriptors(["tun-0"], more=True), takeover.Done(["lock"]), takeover.Refused("busy"),
+)
+_PEERS = [document.peer_to_json(Peer(
+    addr("192.0.2.1"), 8285, 1400, 1, 2, 3, 4, None, False, 5, 6, 1300, 7,
+    PeerError(111, "icmp", 3, 1, addr("192.0.2.9"), 8),
+))]
+_HAVING = document.Having(
+    generation=7, mtu=1472, off={"udp-gso": "x"}, device={"name": "udptun0", "vnet_hdr": True},
+    sockets=[{"endpoint": "192.0.2.1:8285"}], peers=_PEERS, paths={"lock": "/run/udptun/lock"},
+    routes="10.244.2.0/24 via 192.0.2.1",
+)
+_COUNTED = document.Counted(
+    packets={"encap": {"read": 1}}, drops=[["no_route", "encap", 1]], peer_errors={"sent": 1},
+    workers=[{"turns": 1}], peers=_PEERS, probe_counts={"sent": 1},
+)
 
 
 def seeds(harness: str) -> list[bytes]:
     """Return a few inputs, valid ones in the harness' format."""
     frames, packets, probes = list(_frames()), list(_packets()), list(_probes())
-    datagram = [struct.pack("<BHHH", 0x20, 0, len(p), len(p)) + p for p in packets + probes[:2]]
+    datagram = [struct.pack("<BHHH", 0x20, 0, len(p), len(p)) + p
+                for p in [*packets, *probes[:2], probes[0][:12]]]
     table = {
         "encap": [bytes([7, 0]) + _chunks([frame], "<HH") for frame in frames],
         "decap": [bytes([7, 0]) + one for one in datagram],
@@ -94,5 +115,7 @@ def seeds(harness: str) -> list[bytes]:
         "advert": [json.dumps(_VALUE["BackendData"]).encode()],
         "hosts": [_HOSTS, _HOSTS.replace(b'"10.244.1.0/24", "fd00:0:0:1::/64"', b""), _HOSTS_JSON],
         "net-conf": [json.dumps(_NET).encode()],
+        "takeover": [*map(takeover.encode, _MESSAGES), document.dump(_HAVING),
+                     document.dump(_COUNTED)],
     }
     return table[harness]

@@ -2,8 +2,9 @@
 
 The first group compares a compiled step with the slow reference (tests/reference): the results are
 equal, or both drop the packet for the same reason. The second group parses what a store, a file, a
-peer or a client sends: a parser accepts it, or raises FieldError (the control API: an error of its
-own). What was accepted is the same after it is written and parsed again.
+peer, a client or another forwarder sends: a parser accepts it, or raises FieldError (the control
+API and the take-over: an error of their own). What was accepted is the same after it is written and
+parsed again.
 
 Owns no state. Does not depend on the fuzzer (tests/fuzz/guided.py).
 """
@@ -26,6 +27,9 @@ from udptun.leases.kube import schema as kube
 from udptun.leases.netconf import NetConfig
 from udptun.model import Endpoint, Route
 from udptun.probe import message
+from udptun.takeover import document
+from udptun.takeover import message as takeover_message
+from udptun.takeover.message import TakeOverError
 
 Target = Callable[[bytes], None]
 
@@ -291,9 +295,50 @@ def net_conf(data: bytes) -> None:
         assert 0 < found.udp_port <= 65535
 
 
+def takeover(data: bytes) -> None:
+    """A message and the documents of a take-over, as the forwarder reads them."""
+    try:
+        decoded = takeover_message.decode(data)
+    except TakeOverError:
+        decoded = None
+    if decoded is not None:
+        assert takeover_message.decode(takeover_message.encode(decoded)) == decoded
+    for read in (_having, _counted):
+        try:
+            read(data)
+        except TakeOverError:
+            continue
+
+
+def _having(data: bytes) -> None:
+    having = document.load(document.Having, data)
+    assert document.load(document.Having, document.dump(having)) == having
+    having.routes.encode()
+    takeover_message.from_json(document.Device, having.device)
+    for values in having.sockets:
+        takeover_message.from_json(document.Socket, values)
+    _peers(having.peers)
+
+
+def _counted(data: bytes) -> None:
+    counted = document.load(document.Counted, data)
+    packets = document.packets_of(counted, {"encap": {"read": 0}, "decap": {"read": 0}})
+    numbers = [n for counts in packets.values() for n in counts.values()]
+    assert all(0 <= n < 1 << 64 for n in (*numbers, *(n for *_, n in document.drops_of(counted))))
+    _peers(counted.peers)
+
+
+def _peers(rows: list[dict[str, Any]]) -> None:
+    for values in rows:
+        peer = document.peer_from_json(values)
+        assert len(peer.address) in (4, 16)
+        assert peer.last_error is None or len(peer.last_error.reporter) in (0, 4, 16)
+        assert document.peer_from_json(document.peer_to_json(peer)) == peer
+
+
 TARGETS: dict[str, Target] = {
     "step-cut": cut, "step-packet": packet, "step-fragment": fragment, "step-icmp": icmp,
     "step-merge": merge, "probe": probe, "route-text": route_text, "route-json": route_json,
     "control": control, "flannel": flannel_message, "lease": lease, "node": node_annotations,
-    "advert": advert_data, "hosts": hosts, "net-conf": net_conf,
+    "advert": advert_data, "hosts": hosts, "net-conf": net_conf, "takeover": takeover,
 }

@@ -30,7 +30,7 @@ from ..instance import InstanceLock
 from ..model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
-from ..takeover.document import Counted, packets_of, peer_from_json
+from ..takeover.document import Counted, drops_of, packets_of, peer_from_json
 from .config import ForwarderConfig
 from .giving import (
     CONTROL,
@@ -425,9 +425,7 @@ class Forwarder:
     ) -> None:
         """Continue the counters of the other forwarder, whose workers have stopped."""
         core.inherit(
-            packets_of(counted, core.packets()),
-            [(str(row[0]), str(row[1]), int(row[2])) for row in counted.drops],
-            counted.peer_errors,
+            packets_of(counted, core.packets()), drops_of(counted), counted.peer_errors
         )
         core.inherit_peers(map(peer_from_json, counted.peers))
         workers.inherit(counted.workers)

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from ..model import Peer, PeerError
-from .message import TakeOverError, from_json
+from .message import NUMBER_MAX, TakeOverError, from_json, has_type, read_object
+
+_32_BITS = 0xFFFF_FFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,7 @@ def dump(document: Having | Counted) -> bytes:
 
 def load(kind: type[D], text: bytes) -> D:
     """Raises TakeOverError."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise TakeOverError(f"the document is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise TakeOverError("the document is not a JSON object")
-    return from_json(kind, values)
+    return from_json(kind, read_object(text, "the document"))
 
 
 def peer_to_json(peer: Peer) -> dict[str, Any]:
@@ -110,30 +106,61 @@ def peer_to_json(peer: Peer) -> dict[str, Any]:
 
 def peer_from_json(values: dict[str, Any]) -> Peer:
     """Raises TakeOverError."""
-    def number(name: str) -> int:
-        return int(values.get(name, 0))
-
-    try:
-        error = values.get("last_error")
-        return Peer(
-            address=bytes.fromhex(values["address"]), port=number("port"),
-            path_mtu=number("path_mtu"), path_mtu_ns=number("path_mtu_ns"), df_mtu=number("df_mtu"),
-            encap_packets=number("encap_packets"), encap_bytes=number("encap_bytes"),
-            decap_packets=number("decap_packets"), decap_bytes=number("decap_bytes"),
-            last_seen=None, probe=False, last_rx_ns=number("last_rx_ns"),
-            errors_n=number("errors_n"), last_error=None if error is None else _error(error),
-        )
-    except (ValueError, KeyError, TypeError) as wrong:
-        raise TakeOverError(f"a peer of the document is not valid: {wrong!r}") from None
-
-
-def _error(values: dict[str, Any]) -> PeerError:
-    return PeerError(
-        errno=int(values.get("errno", 0)), origin=str(values.get("origin", "send")),
-        type=int(values.get("type", 0)), code=int(values.get("code", 0)),
-        reporter=bytes.fromhex(values.get("reporter", "")),
-        time_ns=int(values.get("time_ns", 0)),
+    error = values.get("last_error")
+    return Peer(
+        address=_address(values, "address", (4, 16)), port=_number(values, "port", 0xFFFF),
+        path_mtu=_number(values, "path_mtu", _32_BITS), path_mtu_ns=_number(values, "path_mtu_ns"),
+        df_mtu=_number(values, "df_mtu", _32_BITS),
+        encap_packets=_number(values, "encap_packets"), encap_bytes=_number(values, "encap_bytes"),
+        decap_packets=_number(values, "decap_packets"), decap_bytes=_number(values, "decap_bytes"),
+        last_seen=None, probe=False, last_rx_ns=_number(values, "last_rx_ns"),
+        errors_n=_number(values, "errors_n"), last_error=None if error is None else _error(error),
     )
+
+
+def _error(values: Any) -> PeerError:
+    if not isinstance(values, dict):
+        raise _wrong("last_error", values, "an object or null")
+    origin = values.get("origin", "send")
+    if not isinstance(origin, str):
+        raise _wrong("origin", origin, "a text")
+    return PeerError(
+        errno=_number(values, "errno", _32_BITS), origin=origin,
+        type=_number(values, "type", 0xFF), code=_number(values, "code", 0xFF),
+        reporter=_address(values, "reporter", (0, 4, 16)), time_ns=_number(values, "time_ns"),
+    )
+
+
+def _number(values: dict[str, Any], name: str, highest: int = NUMBER_MAX) -> int:
+    value = values.get(name, 0)
+    if type(value) is not int or not 0 <= value <= highest:
+        raise _wrong(name, value, f"a number from 0 to {highest}")
+    return value
+
+
+def _address(values: dict[str, Any], name: str, sizes: tuple[int, ...]) -> bytes:
+    """Return an address in packed form. The core relies on its size."""
+    text = values.get(name, "")
+    try:
+        address = bytes.fromhex(text)
+    except (TypeError, ValueError):
+        address = None
+    if address is None or len(address) not in sizes:
+        raise _wrong(name, text, f"hexadecimal digits of {' or '.join(map(str, sizes))} bytes")
+    return address
+
+
+def _wrong(name: str, value: Any, expected: str) -> TakeOverError:
+    text = type(value).__name__ if isinstance(value, dict | list) else f"{value!r:.60}"
+    return TakeOverError(f"the document: {name}: {text}: expected {expected}")
+
+
+def drops_of(counted: Counted) -> list[tuple[str, str, int]]:
+    """Return the rows of ``drops``: reason, direction, number. Raises TakeOverError."""
+    for row in counted.drops:
+        if len(row) < 3 or not has_type(row[:2], list[str]) or not has_type(row[2], int):
+            raise _wrong("drops", row, "rows of a reason, a direction and a number")
+    return [(row[0], row[1], row[2]) for row in counted.drops]
 
 
 def packets_of(
@@ -141,6 +168,6 @@ def packets_of(
 ) -> dict[str, dict[str, int]]:
     """Return the packet counters of the directions and kinds that both versions have."""
     return {
-        direction: {name: int(n) for name, n in counts.items() if name in directions[direction]}
+        direction: {name: n for name, n in counts.items() if name in directions[direction]}
         for direction, counts in counted.packets.items() if direction in directions
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import UdptunError
 
@@ -20,6 +20,7 @@ OLDEST = 1  # the oldest version that we can use
 
 MESSAGE_MAX = 60_000  # bytes; larger values are passed as documents, in files without a name
 DESCRIPTORS_MAX = 64  # descriptors in one message; the kernel's limit is 253
+NUMBER_MAX = (1 << 64) - 1  # the core's counters and times have 64 bits
 EVERYTHING, DESCRIPTORS = "everything", "descriptors"  # Hello.want
 
 
@@ -125,12 +126,25 @@ def encode(message: Message) -> bytes:
 
 def decode(data: bytes) -> Message | None:
     """Return the message; None if this version does not know its type. Raises TakeOverError."""
-    try:
-        values = json.loads(data)
-        kind = KINDS.get(values["type"])
-    except (ValueError, KeyError, TypeError):
-        raise TakeOverError(f"not a message of a take-over: {data[:60]!r}") from None
+    values = read_object(data, "the message")
+    name = values.get("type")
+    if not isinstance(name, str):
+        raise TakeOverError(f"not a message of a take-over: {data[:60]!r}")
+    kind = KINDS.get(name)
     return None if kind is None else from_json(kind, values)
+
+
+def read_object(text: bytes, what: str) -> dict[str, Any]:
+    """Parse a JSON object. Raises TakeOverError, which begins with ``what``."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise TakeOverError(f"{what} is not JSON: {error}") from None
+    except RecursionError:
+        raise TakeOverError(f"{what} is not valid: its lists and objects are too deep") from None
+    if not isinstance(values, dict):
+        raise TakeOverError(f"{what} is not a JSON object")
+    return values
 
 
 T = TypeVar("T")
@@ -139,21 +153,40 @@ T = TypeVar("T")
 def from_json(kind: type[T], values: dict[str, Any]) -> T:
     """Make an object of a dataclass whose fields all have defaults. Ignore unknown values.
 
-    Raises TakeOverError if a value has another type than the default of its field.
+    Raises TakeOverError if a value does not have the type of its field.
     """
-    default = kind()
+    types = get_type_hints(kind)
     known = {}
-    for each in fields(default):  # type: ignore[arg-type]
+    for each in fields(kind):  # type: ignore[arg-type]
         if each.name not in values:
             continue
-        value, like = values[each.name], getattr(default, each.name)
-        if like is not None and type(value) is not type(like):
+        value, expected = values[each.name], types[each.name]
+        if not has_type(value, expected):
+            text = "" if isinstance(value, dict | list) else f" {value!r:.60}:"
+            name = expected.__name__ if get_origin(expected) is None else str(expected)
             raise TakeOverError(
-                f"{kind.__name__.lower()}: {each.name}: {str(value)[:60]}: expected a value of the "
-                f"type {type(like).__name__}"
+                f"{kind.__name__.lower()}: {each.name}:{text} expected a value of the type {name}"
             )
         known[each.name] = value
     return kind(**known)
+
+
+def has_type(value: Any, expected: Any) -> bool:
+    """Return whether a JSON value has this type: Any, bool, int, str, or a list or dict of those.
+
+    An int is in the range 0..NUMBER_MAX. A str can be written as UTF-8.
+    """
+    if expected is Any:
+        return True
+    if type(value) is not (get_origin(expected) or expected):
+        return False
+    if isinstance(value, dict | list):
+        inner = get_args(expected)[-1]
+        items = value.values() if isinstance(value, dict) else value
+        return inner is Any or all(has_type(item, inner) for item in items)
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+    return bool(0 <= value <= NUMBER_MAX)
 
 
 def agree(oldest: int, newest: int) -> int:
