@@ -15,7 +15,7 @@ from tests.control.fakes import Served
 from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_table
-from udptun.cli.show import _duration, _size
+from udptun.cli.show import _duration, _event, _size
 from udptun.control import protocol
 from udptun.instance import Instance
 
@@ -232,6 +232,12 @@ def test_recent_events(udptun: Udptun) -> None:
     )
     lines = [json.loads(line) for line in udptun("events -o json").stdout.splitlines()]
     assert [line["type"] for line in lines] == ["hello", "route_added"]
+
+
+def test_an_event_is_shown_without_its_empty_fields() -> None:
+    event = {"time": "T", "type": "peer_reachable", "endpoint": "192.0.2.2:8285", "reason": "",
+             "rtt_us": None, "largest_size": 0}
+    assert _event(event) == "T  peer_reachable   endpoint 192.0.2.2:8285 largest_size 0"
 
 
 def test_version(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def _event(event: dict[str, Any]) -> str:
     rest = {k: v for k, v in event.items() if k not in ("time", "type")}
     text = rest.pop("dst", "") or rest.pop("message", "")
     words = [text] if text else []
-    words += [f"{k} {v}" for k, v in rest.items() if v is not None]
+    words += [f"{k} {v}" for k, v in rest.items() if v not in (None, "")]
     return f"{event['time']}  {event['type']:<15}  {' '.join(words)}"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import subprocess
 import time
 from dataclasses import replace
 
@@ -333,6 +334,22 @@ async def test_a_forwarder_that_ends_at_once_is_restarted_with_backoff_and_its_l
         await until(lambda: len(started) == 3, "three attempts")
         assert "operation not permitted" in keeper.report.forwarder.error
     assert started[2] - started[1] > 0.15
+
+
+async def test_a_forwarder_that_was_killed_is_reported_with_the_signal(
+    control, tmp_path, spec, monkeypatch
+):
+    def spawn(forward_file, log, instance, kept):
+        log.write_text("INFO udptun0 is up\n")  # not the reason
+        child = subprocess.Popen(["sleep", "600"])
+        child.kill()
+        child.wait()
+        return child
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    async with running(control, tmp_path, spawned=True) as keeper:
+        keeper.want(spec)
+        await until(lambda: "SIGKILL" in keeper.report.forwarder.error, "the signal to be reported")
 
 
 async def test_dismiss_removes_the_file_before_it_stops_the_forwarder(

@@ -27,7 +27,7 @@ from ...model import IPNetwork, Route, RouteDiff
 from ...takeover.channel import close_all
 from ..status.report import NodeReport
 from .copies import Copies
-from .launch import ForwarderSpec, log_tail, spawn
+from .launch import ForwarderSpec, how_ended, spawn
 
 if TYPE_CHECKING:
     import subprocess
@@ -240,7 +240,7 @@ class ForwarderKeeper:
         child = self._child
         if child is not None and child.poll() is not None:
             self._child = None
-            self._fail(f"the forwarder ended: {log_tail(self._log_file) or child.returncode}")
+            self._fail(how_ended(child.returncode, self._log_file))
         if self._spawn_as is None:
             self._fail(f"no forwarder answers on {self._control}: start one with "
                        f"--wait-for {self._forward_file}")

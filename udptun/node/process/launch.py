@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -181,6 +182,16 @@ def wait_ready(
         if time.monotonic() > deadline:
             raise NotStarted(f"the forwarder is not ready after {seconds:g} s: {why}")
         time.sleep(POLL_SECONDS)
+
+
+def how_ended(code: int, log: Path) -> str:
+    """Say why a forwarder that we started has ended. ``code`` is the Popen's return code."""
+    tail = log_tail(log)
+    if code >= 0:
+        return f"the forwarder ended: {tail or code}"
+    # The log of a process that was killed does not have the reason, but a crash may write there.
+    name = next((one.name for one in signal.Signals if one == -code), str(-code))
+    return f"the forwarder was ended by the signal {name}; the end of its log: {tail or 'empty'}"
 
 
 def log_tail(log: Path) -> str:
