@@ -106,7 +106,7 @@ class Node:
             source=EtcdConfig(), interface=InterfaceOptions(names=("under0",)),
             subnet_file=tmp_path / "subnet.env", control=tmp_path / "run" / "udptun.sock",
             state_dir=tmp_path / "state", forwarder="external", iptables_forward_rules=False,
-            address_grace=0,
+            address_grace=0, mark=None,  # the forwarder of the tests has no mark
         )
         self.monkeypatch = monkeypatch
         self.serve_store()
