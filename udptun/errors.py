@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from .text import printable, shown
 
 
@@ -26,6 +28,20 @@ class FieldError(UdptunError, ValueError):
 
 class RouteExists(UdptunError):
     """The table has a route to the same prefix with another next hop."""
+
+
+class RouteLoops(FieldError):
+    """The host would route the datagrams to a route's endpoint into our own TUN (ELOOP).
+
+    The TUN would give them back to the forwarder.
+    """
+
+    def __init__(self, dst: str, via: str, device: str) -> None:
+        self.errno = errno.ELOOP
+        super().__init__(
+            "via", via, f"an address that this host does not route into {device} itself (ELOOP)",
+            f"route {dst}",
+        )
 
 
 class GenerationMismatch(UdptunError):

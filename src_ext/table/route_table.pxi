@@ -279,6 +279,18 @@ cdef class RouteTable:
             found.append(text[:write_prefix(text, &self.vec.items[i])].decode())
         return found
 
+    def next_hops(self, size_t start, size_t count):
+        """Return the set of next hops, as packed addresses, of up to ``count`` routes from index
+        ``start`` on."""
+        cdef size_t i
+        cdef const route_t* route
+        found = set()
+        for i in range(start, start + min(count, self.vec.n - min(start, self.vec.n))):
+            route = &self.vec.items[i]
+            found.add(PyBytes_FromStringAndSize(
+                <const char*>route.via, 4 if route.via_family == 4 else 16))
+        return found
+
     def diff_from(self, RouteTable old not None):
         """Return how many routes were (added, changed, removed) since ``old``."""
         cdef route_diff_t diff

@@ -9,6 +9,7 @@ from udptun.errors import (
     FieldError,
     GenerationMismatch,
     RouteExists,
+    RouteLoops,
     UdptunError,
 )
 
@@ -71,6 +72,7 @@ def test_errors_of_a_request_have_a_code_and_a_status() -> None:
         FieldError("via", "x", "an address"): "bad_route",
         FieldError("body", "x", "JSON"): "bad_json",
         RouteExists("there"): "route_exists",
+        RouteLoops("10.244.3.0/24", "10.244.3.7", "udptun0"): "route_loops",
         GenerationMismatch("moved"): "generation_mismatch",
         ControlError("too_large", "big"): "too_large",
     }

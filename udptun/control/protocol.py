@@ -8,7 +8,7 @@ import json
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
-from ..errors import ControlError, FieldError, GenerationMismatch, RouteExists
+from ..errors import ControlError, FieldError, GenerationMismatch, RouteExists, RouteLoops
 
 DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"  # equals Instance().control_socket() (tested)
 
@@ -47,6 +47,7 @@ STATUS_OF: Final = {
     "not_found": 404,
     "method_not_allowed": 405,
     "route_exists": 409,
+    "route_loops": 409,
     "generation_mismatch": 409,
     "too_large": 413,
     "internal": 500,
@@ -63,6 +64,8 @@ def error_of(exc: Exception) -> ControlError | None:
     """Return the error answer if the request caused ``exc``; None for any other exception."""
     if isinstance(exc, ControlError):
         return exc
+    if isinstance(exc, RouteLoops):
+        return ControlError("route_loops", str(exc))
     if isinstance(exc, FieldError):
         # The table parsers use the field "body" for a body that is not valid JSON or text.
         return ControlError("bad_json" if exc.field == "body" else "bad_route", str(exc))

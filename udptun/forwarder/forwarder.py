@@ -44,6 +44,7 @@ from .giving import (
     WithFile,
 )
 from .kept import Kept
+from .loops import Loops
 from .path_mtus import PathMtus
 from .probes import Probes
 from .routes import Routes
@@ -147,7 +148,7 @@ class Forwarder:
         tun, sockets = self._open_device(taking)
         self.capabilities = Capabilities.combine(self.config.offload, [tun, *sockets])
         core, notify_fd = await self._make_core(netlink)
-        self._routes.open(core)
+        self._routes.open(core, Loops(netlink, tun.name, self.config.listen, self.config.mark))
         self._closing.push_async_callback(self._routes.close)
         self._probes = Probes(core, self._routes, self.mtu, self.events)
         path_mtus = PathMtus(core, self._probes, self.events, self._trust_icmp6(sockets))
@@ -167,6 +168,7 @@ class Forwarder:
         )
         if taking is None:
             await setup.apply()  # last: when the device is up, the table is active and workers run
+            await self._routes.leave_out_loops()
         else:
             setup.check()
         self._watch_own_addresses(netlink)

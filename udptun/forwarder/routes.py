@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from .. import _core
 from ..control.events import EventHub
-from ..errors import DeviceError, FieldError, GenerationMismatch, UdptunError
+from ..errors import DeviceError, FieldError, GenerationMismatch, RouteLoops, UdptunError
 from ..model import IPAddress, IPNetwork, Peer, Route, RouteDiff, source_port_json
+from .loops import SLICE, Loops
 from .state import StateFile
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 LARGE_TABLE = 2000  # routes; a change of a larger table is computed in a helper thread
 LARGE_BODY = 64 * LARGE_TABLE  # bytes of a table that is not parsed yet
-SLICE = 500  # routes formatted at a time: well under a millisecond of the GIL
+MAX_NAMED = 10  # routes that one message names
 EVENTS_MAX = 1000  # a change of more routes emits one event for all of them
 
 
@@ -71,6 +72,7 @@ class Routes:
         self._table = _core.RouteTable()
         self._origin: Path | None = None  # the file from which the first table was read
         self._core: _core.Core | None = None  # set between open and close
+        self._loops: Loops | None = None
         self._handed_over = False
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
@@ -99,16 +101,40 @@ class Routes:
         """
         self._table, self.generation = _core.RouteTable.parse_text(text), generation
 
-    def open(self, core: _core.Core) -> None:
+    def open(self, core: _core.Core, loops: Loops) -> None:
         """Activate the table and accept changes. Raises FieldError, which names the file."""
         try:
             core.publish(self._table)
         except FieldError as error:
             where = f"{self._origin}: {error.where}"
             raise FieldError(error.field, error.value, error.expected, where) from None
-        self._core = core
+        self._core, self._loops = core, loops
         self.generation = self.generation or 1
         self._report_own_routes(core)
+
+    async def leave_out_loops(self) -> None:
+        """Remove and report the routes whose endpoint the host routes into the TUN.
+
+        Call it at the start, when the TUN is set up: until then the kernel does not route anything
+        into it. The state of the host may have changed since the routes were configured, so such a
+        route does not make the other routes unusable.
+        """
+        await self._change(self._leave_out_loops)
+
+    async def _leave_out_loops(self, core: _core.Core) -> None:
+        assert self._loops is not None
+        looping = [route async for route in self._loops.find(self._table)]
+        if not looping:
+            return
+        table = self._table.copy()
+        for route in looping:
+            table.delete(route.dst)
+        named = ", ".join(map(str, looping[:MAX_NAMED]))
+        more = f" and {len(looping) - MAX_NAMED} more" if len(looping) > MAX_NAMED else ""
+        source = "" if self._origin is None else f" of {self._origin}"
+        self._report(f"routes{source} are left out, because this host routes their endpoint into "
+                     f"{self._loops.device} itself (ELOOP): {named}{more}")
+        await self._install(core, table, checked=True)
 
     async def save(self) -> None:
         """Write the state file, at the start."""
@@ -119,6 +145,7 @@ class Routes:
         """Let another forwarder use the state file. Call it after ``close``."""
         if self.state is not None:
             self.state.unlock()
+
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[bytes]:
         """Hold back all changes while the context is open. Return the table as text.
@@ -151,7 +178,8 @@ class Routes:
     async def add(self, route: Route) -> RouteDiff:
         """Add a route. If the table has the same route already, nothing changes.
 
-        Raises RouteExists if the table has a route to the prefix with another next hop.
+        Raises RouteExists if the table has a route to the prefix with another next hop. Like the
+        other changes, raises RouteLoops if the host routes an endpoint into the TUN.
         """
         return await self._change(lambda core: self._set(core, route, replace=False))
 
@@ -233,13 +261,16 @@ class Routes:
         table = self._table.copy()
         if table.set(route, replace) == "same":
             return RouteDiff(self.generation)
-        return await self._install(core, table)
+        assert self._loops is not None
+        if await self._loops.among({route.via.packed}):
+            raise RouteLoops(str(route.dst), str(route.via), self._loops.device)
+        return await self._install(core, table, checked=True)
 
     async def _delete(self, core: _core.Core, dst: IPNetwork) -> RouteDiff:
         table = self._table.copy()
         if not table.delete(dst):
             return RouteDiff(self.generation)
-        return await self._install(core, table)
+        return await self._install(core, table, checked=True)
 
     async def _replace(
         self, core: _core.Core, parse: Callable[[bytes | mmap], _core.RouteTable],
@@ -257,13 +288,20 @@ class Routes:
                               f"`udptun route sync --allow-empty {path}` if this is intended")
         return await self._install(core, table)
 
-    async def _install(self, core: _core.Core, table: _core.RouteTable) -> RouteDiff:
-        """Replace the active table by ``table``, save the new table and emit events."""
+    async def _install(
+        self, core: _core.Core, table: _core.RouteTable, checked: bool = False
+    ) -> RouteDiff:
+        """Replace the active table by ``table``, save the new table and emit events.
+
+        checked  the table has no new route whose endpoint the host routes into the TUN
+        """
         old = self._table
         size = max(len(table), len(old))
         added, changed, removed = await _run(size > LARGE_TABLE, table.diff_from, old)
         if not added and not changed and not removed:
             return RouteDiff(self.generation)
+        if not checked:
+            await self._refuse_loops(table)
         await self._activate(core, table, size)
         self._table = table
         self.generation += 1
@@ -279,6 +317,11 @@ class Routes:
                 self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu, **more)
         self._events.emit("routes_replaced", **diff.to_json())
         return diff
+
+    async def _refuse_loops(self, table: _core.RouteTable) -> None:
+        assert self._loops is not None
+        async for route in self._loops.find(table):
+            raise RouteLoops(str(route.dst), str(route.via), self._loops.device)
 
     def _report_own_routes(self, core: _core.Core) -> None:
         """Report a route to our own subnet: it sends packets for our own pods to another host.

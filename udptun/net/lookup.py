@@ -22,7 +22,7 @@ from .netlink import Netlink
 
 # linux/rtnetlink.h
 RTM_GETROUTE = 26
-RTA_SRC, RTA_GATEWAY, RTA_TABLE = 2, 5, 15
+RTA_SRC, RTA_GATEWAY, RTA_TABLE, RTA_MARK = 2, 5, 15, 16
 RT_TABLE_MAIN = 254
 # Routes that drop packets. ip(8) has the same names.
 ROUTE_KINDS = {6: "blackhole ", 7: "unreachable ", 8: "prohibit "}
@@ -35,10 +35,13 @@ FIB_MATCH = {4: RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH, 6: RTM_F_FIB_MATCH}
 @dataclass(frozen=True, slots=True)
 class Question:
     """A packet: its destination, and its source address if it is known; else the kernel selects it.
+
+    mark  the mark of the packet (SO_MARK), which rules can match; 0: no mark
     """
 
     to: IPAddress
     source: IPAddress | None = None
+    mark: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,15 @@ async def look_up(netlink: Netlink, questions: Sequence[Question]) -> list[Way]:
     """Return the kernel's route for each packet. Raises DeviceError."""
     async def ask(_: Any) -> list[Way]:
         with RouteSocket() as kernel:
-            return [_way(answer) for answer in
-                    kernel.ask(RTM_GETROUTE, [_request(one, 0) for one in questions])]
+            return ask_ways(kernel, questions)
 
     return await netlink.work("looking up routes", ask)
+
+
+def ask_ways(kernel: RouteSocket, questions: Sequence[Question]) -> list[Way]:
+    """Return the kernel's route for each packet. Raises OSError."""
+    return [_way(answer) for answer in
+            kernel.ask(RTM_GETROUTE, [_request(one, 0) for one in questions])]
 
 
 async def matched_routes(netlink: Netlink, questions: Sequence[Question]) -> list[str]:
@@ -109,7 +117,7 @@ async def matches(netlink: Netlink, addresses: Sequence[IPAddress]) -> list[Matc
 def _match(answer: memoryview) -> Match:
     _, length, _, _, table, *_ = RTMSG.unpack_from(answer)
     way, about = _way(answer), attributes(answer, RTMSG.size)
-    return Match(length, way.device, way.gateway, _number(about.get(RTA_TABLE)) or table)
+    return Match(length, way.device, way.gateway, number(about.get(RTA_TABLE)) or table)
 
 
 async def routes_within(
@@ -131,7 +139,7 @@ async def routes_within(
                     if table != RT_TABLE_MAIN or length <= network.prefixlen:
                         continue
                     about = attributes(body, RTMSG.size)
-                    if _number(about.get(RTA_OIF)) in except_devices:
+                    if number(about.get(RTA_OIF)) in except_devices:
                         continue
                     packed = bytes(about[RTA_DST])
                     if (int.from_bytes(packed) ^ base) >> shift == 0:
@@ -152,7 +160,13 @@ def _request(question: Question, flags: int) -> bytes:
     body += ATTRIBUTE.pack(ATTRIBUTE.size + bits // 8, RTA_DST) + question.to.packed
     if source is not None:
         body += ATTRIBUTE.pack(ATTRIBUTE.size + bits // 8, RTA_SRC) + source.packed
+    if question.mark:
+        body += numeric_attribute(RTA_MARK, question.mark)
     return body
+
+
+def numeric_attribute(kind: int, value: int) -> bytes:
+    return ATTRIBUTE.pack(ATTRIBUTE.size + 4, kind) + value.to_bytes(4, sys.byteorder)
 
 
 def _way(answer: memoryview | Refusal) -> Way:
@@ -160,7 +174,7 @@ def _way(answer: memoryview | Refusal) -> Way:
         return Way(error=os.strerror(answer.number))
     about = attributes(answer, RTMSG.size)
     gateway = about.get(RTA_GATEWAY)
-    return Way(_number(about.get(RTA_OIF)),
+    return Way(number(about.get(RTA_OIF)),
                None if gateway is None else ipaddress.ip_address(bytes(gateway)))
 
 
@@ -172,9 +186,9 @@ def _route_text(body: memoryview) -> str:
     text += f"{ipaddress.ip_address(bytes(about.get(RTA_DST, bytes(size))))}/{length}"
     if (gateway := about.get(RTA_GATEWAY)) is not None:
         text += f" via {ipaddress.ip_address(bytes(gateway))}"
-    if index := _number(about.get(RTA_OIF)):
+    if index := number(about.get(RTA_OIF)):
         text += f" dev {device_name(index)}"
-    if (table := _number(about.get(RTA_TABLE))) not in (0, RT_TABLE_MAIN):
+    if (table := number(about.get(RTA_TABLE))) not in (0, RT_TABLE_MAIN):
         text += f" table {table}"
     return text
 
@@ -186,7 +200,7 @@ def device_name(index: int) -> str:
         return "a device that is gone"
 
 
-def _number(value: memoryview | None) -> int:
+def number(value: memoryview | None) -> int:
     return 0 if value is None else int.from_bytes(value, sys.byteorder)
 
 
