@@ -239,6 +239,27 @@ async def test_a_lease_that_takes_the_gateway_away_costs_only_itself(served, nod
 
 
 @in_own_netns
+async def test_a_lease_that_is_routed_into_our_tun_costs_only_itself(served, node_of):
+    node = node_of()
+    inside = replace(peer(3), attributes=replace(
+        peer(3).attributes, public_ip=IPv4Address("10.244.77.7")))
+    async with node.running() as daemon:
+        await until(lambda: sh("ip route show 10.244.0.0/16"), "the route of the network")
+        sh("ip route add 192.0.2.4 dev udptun0")
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2), inside, peer(4))
+        await until(lambda: table(served) == routes_to(peer(2)), "the other lease")
+        await until(lambda: len(daemon.report.peers.refused) == 2, "the reasons")
+        refused = daemon.report.peers.refused
+        assert refused.keys() == {"10.244.3.0-24", "10.244.4.0-24"}
+        assert "address 10.244.77.7 into the forwarder's own TUN" in refused["10.244.3.0-24"]
+        sh("ip route add 10.244.77.0/24 via 192.0.2.254")  # now it is reachable by the underlay
+        daemon.reload()
+        await until(lambda: table(served) == routes_to(peer(2), inside), "the usable lease")
+        await until(lambda: daemon.report.peers.refused.keys() == {"10.244.4.0-24"}, "the report")
+
+
+@in_own_netns
 async def test_an_unknown_backend_is_refused_by_name(served, node_of):
     node = node_of()
     node.store.network_answer = NetConfig.parse(

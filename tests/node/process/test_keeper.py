@@ -63,10 +63,15 @@ async def keeper(control, tmp_path):
 @contextlib.asynccontextmanager
 async def running(control, tmp_path, spawned=False):
     report = NodeReport("file", SourceHealth())
+    loops, told = set(), []
+
+    async def looping(addresses):
+        return {one for one in addresses if str(ipaddress.ip_address(one)) in loops}
+
     made = ForwarderKeeper(
         control, tmp_path / "forward.json", tmp_path / "forwarder.log",
-        Instance() if spawned else None, report, "udp")
-    made.report = report
+        Instance() if spawned else None, report, "udp", looping, lambda: told.append(made.refused))
+    made.report, made.loops, made.told = report, loops, told
     task = asyncio.create_task(made.run())
     try:
         yield made
@@ -141,6 +146,35 @@ async def test_changes_during_a_change_are_sent_after_it(thread, control, keeper
                 await asyncio.sleep(0)
         await keeper.wait_synced()
         assert served.forwarder.table == table(*(route(n) for n in range(2, 60)))
+
+
+async def test_a_route_that_would_loop_costs_only_itself(
+    thread, control, keeper, spec, monkeypatch, caplog
+):
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.05)
+    keeper.loops.add("192.0.2.7")
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(route(2), route(3, 7)))
+        await keeper.wait_synced()
+        assert served.forwarder.table == table(route(2))
+        assert keeper.report.forwarder.routes_n == 1
+        assert "10.244.3.0/24 cannot be reached by UDP: this host routes the peer's address " \
+            "192.0.2.7 into the forwarder's own TUN" in caplog.text
+        keeper.change({route(2).dst: route(2, 7), route(4).dst: route(4)})  # one by one
+        await keeper.wait_synced()
+        assert served.forwarder.table == table(route(4))
+        assert keeper.refused.keys() == {route(2).dst, route(3).dst}
+        keeper.change({route(n).dst: route(n, 7 if n % 2 else 9) for n in range(4, 104)})  # at once
+        await keeper.wait_synced()
+        assert served.forwarder.table == table(*(route(n, 9) for n in range(4, 104, 2)))
+        keeper.change({route(3).dst: None})
+        await keeper.wait_synced()
+        assert keeper.told[-1] == keeper.refused
+        assert route(3).dst not in keeper.refused
+        keeper.loops.clear()  # the host has another route
+        await until(lambda: len(served.forwarder.table) == 101, "all routes")
+        assert keeper.told[-1] == keeper.refused == {}
 
 
 async def test_after_a_reconnect_the_whole_table_is_sent(thread, control, keeper, spec):

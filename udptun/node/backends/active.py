@@ -83,6 +83,9 @@ class ActiveBackends:
         self._report = report
         self._all = {name: create(name, config, netlink, report) for name in BACKENDS}
         self._active: tuple[Backend[Any], ...] = ()
+        self._plan: Plan | None = None  # the last one
+        for backend in self._all.values():
+            backend.on_refused = self._record_refused
         self._applied = False  # a whole plan was applied since our start
         report.route_changes_n = dict.fromkeys(BACKENDS, 0)
         report.peers.carried_n = dict.fromkeys(BACKENDS, 0)
@@ -305,8 +308,14 @@ class ActiveBackends:
         _log_new(report.unreachable, plan.unreachable, self._report)
         report.carried_n = dict.fromkeys(BACKENDS, 0) | plan.carried_n
         report.unreachable = dict(plan.unreachable)
-        report.refused = {plan.key_of(subnet): why for backend in self._active
-                          for subnet, why in backend.refused.items()}
+        self._plan = plan
+        self._record_refused()
+
+    def _record_refused(self) -> None:
+        if self._plan is not None:
+            self._report.peers.refused = {
+                self._plan.key_of(subnet): why for backend in self._active
+                for subnet, why in backend.refused.items()}
 
 
 def combine(underlay: Underlay, published: Sequence[LeaseData]) -> Attributes:

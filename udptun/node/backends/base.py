@@ -132,12 +132,15 @@ class Backend(ABC, Generic[P]):
     needs_node_data  the backend works only if the lease of every node contains data of that node
     fragments        the backend carries IPv6 packets of 1280 bytes over every underlay, because it
                      lets its own packets be fragmented
+    on_refused       set by the daemon; a backend that applies paths in the background calls it when
+                     ``refused`` has changed
     """
 
     name: ClassVar[str]
     waits_for: ClassVar[str] = ""
     needs_node_data: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
+    on_refused: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
     def device_names(self, network: NetConfig) -> Collection[str]:
@@ -272,7 +275,7 @@ class Backend(ABC, Generic[P]):
 
     @property
     def refused(self) -> Mapping[IPNetwork, str]:
-        """The subnets whose path the host did not accept; the value is the reason."""
+        """The subnets whose path the host or the forwarder does not accept, with the reason."""
         return {}
 
     @abstractmethod

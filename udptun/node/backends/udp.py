@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import ClassVar
@@ -20,6 +20,7 @@ from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
 from ...model import ANY_PORT, MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route
+from ...net.loops import routed_into
 from ...net.netlink import Netlink
 from ...net.tun_state import tun_state
 from ..config import NodeConfig
@@ -81,6 +82,7 @@ class UdpBackend(Backend[Route]):
         self._keeper = ForwarderKeeper(
             config.control, config.forward_file, config.state_dir / LOG_FILE,
             config.instance if config.forwarder == "spawn" else None, report, self.name,
+            self._looping, self._refused_changed,
         )
         self._site: Site | None = None  # of the last ``prepare``
 
@@ -161,6 +163,18 @@ class UdpBackend(Backend[Route]):
 
     async def apply(self, changes: Mapping[IPNetwork, Route | None]) -> None:
         self._keeper.change(changes)
+
+    @property
+    def refused(self) -> Mapping[IPNetwork, str]:
+        return self._keeper.refused
+
+    def _refused_changed(self) -> None:
+        self.on_refused()  # read now: it is set after this object was made
+
+    async def _looping(self, addresses: Collection[bytes]) -> Collection[bytes]:
+        config = self._config
+        return await routed_into(
+            self._netlink, config.tun, addresses, _outer(self._prepared.underlay), config.mark)
 
     def forwarder_endpoint(self, path: Route) -> Endpoint:
         return Endpoint(path.via, path.port)

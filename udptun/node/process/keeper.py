@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..._version import __version__
 from ...control.client import ControlClient
 from ...control.protocol import HEALTHZ
-from ...errors import ControlError, FieldError, NoForwarder
+from ...errors import ControlError, DeviceError, FieldError, NoForwarder
 from ...instance import Instance
 from ...model import IPNetwork, Route, RouteDiff
 from ...takeover.channel import close_all
@@ -40,6 +40,7 @@ POLL_SECONDS = 0.02  # between two attempts to reach a forwarder that we have ju
 IDLE_POLL_SECONDS = 0.1  # between two attempts to reach a forwarder of another program
 CHECK_SECONDS = 5.0  # between two checks whether the forwarder's table still has our routes
 FEW_ROUTES = 32  # if more routes change, replacing the whole table is less work
+MAX_LOGGED = 10  # limit of routes that are logged one by one when they are refused
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 5.0  # delay before a forwarder that ended early is started again
 
 
@@ -51,16 +52,22 @@ class ForwarderKeeper:
     spawn_as  the instance for which we start a forwarder; None: another program starts the
               forwarder
     backend   the backend whose changed routes are counted in the report
+    looping   returns which of these packed addresses the host routes into the forwarder's TUN.
+              Raises DeviceError
+    on_refused  called when ``refused`` has changed
     """
 
     def __init__(
         self, control: Path, forward_file: Path, log_file: Path, spawn_as: Instance | None,
         report: NodeReport, backend: str,
+        looping: Callable[[Collection[bytes]], Awaitable[Collection[bytes]]],
+        on_refused: Callable[[], None],
     ) -> None:
         self._control, self._forward_file, self._log_file = control, forward_file, log_file
         self._spawn_as = spawn_as
         self._report = report
         self._backend = backend
+        self._looping, self._on_refused = looping, on_refused
         self._client = ControlClient(str(control), CALL_SECONDS)
         self._thread = ThreadPoolExecutor(1, "forwarder-control")
         self._child: subprocess.Popen[bytes] | None = None
@@ -72,6 +79,7 @@ class ForwarderKeeper:
         self._matches = False  # the running forwarder matches ``_spec``
         self._routes: dict[IPNetwork, Route] | None = None
         self._pending: dict[IPNetwork, Route | None] = {}
+        self._refused: dict[IPNetwork, Route] = {}
         self._replace_all = True  # send the whole table, because the forwarder's table is not known
         self._since: float | None = None  # arrival time of the oldest change that is not active yet
         self._generation = -1
@@ -89,6 +97,14 @@ class ForwarderKeeper:
     def matches(self) -> bool:
         """Whether the running forwarder is known to have the wanted options."""
         return self._matches
+
+    @property
+    def refused(self) -> dict[IPNetwork, str]:
+        """The subnets whose route is not sent to the forwarder, with the reason.
+
+        The forwarder would refuse the route, and the whole table that contains it.
+        """
+        return {subnet: _why(route) for subnet, route in self._refused.items()}
 
     def want(self, spec: ForwarderSpec) -> None:
         """Set the options that the forwarder must have, and write them to the file.
@@ -187,7 +203,7 @@ class ForwarderKeeper:
         gone = asyncio.ensure_future(lifeline.read())
         try:
             await self._serve(gone)
-        except (NoForwarder, ControlError) as exc:
+        except (NoForwarder, ControlError, DeviceError) as exc:
             self._fail(str(exc))
             await asyncio.sleep(POLL_SECONDS if gone.done() else FIRST_BACKOFF)
         finally:
@@ -311,30 +327,60 @@ class ForwarderKeeper:
         self._replace_all = False
         try:
             if whole:
+                routes = self._routes.copy()  # it can change during a call
+                await self._refuse_loops(routes, whole=True)
                 # As text, because JSON has three times the size and takes three times as long to
                 # create.
-                table = "".join([f"{route}\n" for route in self._routes.values()]).encode()
+                table = "".join([f"{route}\n" for subnet, route in routes.items()
+                                 if subnet not in self._refused]).encode()
                 diff = await self._call(lambda: self._client.replace_text(table))
                 if self._count(diff):
                     log.info("routes applied: %d added, %d changed, %d removed",
                              diff.added, diff.changed, diff.removed)
                 self._report.forwarder.replaces_n += 1
             else:
+                await self._refuse_loops(pending, whole=False)
                 for subnet, route in pending.items():
                     before = self._generation
-                    diff = await self._call(self._one(subnet, route))
+                    diff = await self._call(
+                        self._one(subnet, None if subnet in self._refused else route))
                     if diff.generation != before + bool(self._count(diff)):
                         self._restore_all()
         except BaseException:
             self._replace_all, self._since = True, since
             raise
         report = self._report
-        report.forwarder.routes_n = len(self._routes)
+        report.forwarder.routes_n = len(self._routes.keys() - self._refused.keys())
         if since is not None:
             report.paths_applied(since)
         if not (self._replace_all or self._pending):
             report.forwarder.mark_synced(True)
             self._synced.set()
+
+    async def _refuse_loops(
+        self, routes: Mapping[IPNetwork, Route | None], *, whole: bool
+    ) -> None:
+        """Find those of the routes whose endpoint the host routes into the forwarder's TUN.
+
+        whole  the other routes are not wanted any more
+        """
+        looping = await self._looping(
+            {route.via.packed for route in routes.values() if route is not None})
+        before = self._refused
+        self._refused = {} if whole else {
+            subnet: route for subnet, route in before.items() if subnet not in routes}
+        for subnet, route in routes.items():
+            if route is not None and route.via.packed in looping:
+                self._refused[subnet] = route
+        new = [(subnet, route) for subnet, route in self._refused.items()
+               if before.get(subnet) != route]
+        for subnet, route in new[:MAX_LOGGED]:
+            log.warning("%s cannot be reached by UDP: %s", subnet, _why(route))
+        if len(new) > MAX_LOGGED:
+            log.warning("and %d more subnets cannot be reached, for the same reason",
+                        len(new) - MAX_LOGGED)
+        if before != self._refused:
+            self._on_refused()
 
     def _one(self, subnet: IPNetwork, route: Route | None) -> Callable[[], RouteDiff]:
         if route is None:
@@ -353,11 +399,16 @@ class ForwarderKeeper:
         self._request_replacement()
 
     async def _check(self) -> None:
-        """Restore the forwarder's routes if another program has changed them."""
+        """Restore the forwarder's routes if another program has changed them. Send a refused route
+        if the forwarder would accept it now."""
         events = await self._call(lambda: list(self._client.events(follow=False)))
         if self._routes is not None and not self._replace_all and \
                 events[0]["generation"] != self._generation:
             self._restore_all()
+        if self._refused:  # the host may have another route now
+            refused = {route.via.packed for route in self._refused.values()}
+            if refused != {*await self._looping(refused)}:
+                self._request_replacement()
 
     # -- waiting ----------------------------------------------------------------------------------
 
@@ -381,6 +432,11 @@ class ForwarderKeeper:
 
     async def _call(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+def _why(route: Route) -> str:
+    return (f"this host routes the peer's address {route.via} into the forwarder's own TUN, so "
+            "datagrams to it would come back (ELOOP)")
 
 
 async def stop_forwarder(control: Path, forward_file: Path) -> bool:

@@ -78,7 +78,8 @@ class PeersReport:
 
     carried_n    by backend: the number of peers to which the backend carries the packets
     unreachable  by lease key: the reason why the peer has no path, as a sentence
-    refused      by lease key: the reason why the kernel did not accept the peer's path
+    refused      by lease key: the reason why the kernel or the forwarder does not accept the peer's
+                 path
     """
 
     carried_n: Mapping[str, int] = field(default_factory=dict)
