@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import copy
+import ipaddress
 import itertools
 import json
 import re
@@ -27,6 +28,7 @@ _PATCHES = (
     "application/json-patch+json", "application/merge-patch+json",
     "application/strategic-merge-patch+json", "application/apply-patch+yaml",
 )
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _KEY = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?")
 
 
@@ -36,7 +38,7 @@ class Refusal(Exception):
     def __init__(self, code, reason, message, **details):
         self.status = {
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": message, "reason": reason, "code": code,
+            "message": message, **({"reason": reason} if reason else {}), "code": code,
         }
         if details:
             self.status["details"] = details
@@ -53,6 +55,11 @@ def invalid(kind, name, field, value, why):
         name=name, kind=kind,
         causes=[{"reason": "FieldValueInvalid", "message": why, "field": field}],
     )
+
+
+def internal(message):
+    """Return the answer to some bad input: the real server has no better status for it."""
+    return Refusal(500, "", message)
 
 
 def bad_request(message):
@@ -117,6 +124,7 @@ class KubeApi:
         app.router.add_post("/api/v1/nodes", self._create)
         app.router.add_get("/api/v1/nodes/{name}", self._get)
         app.router.add_patch("/api/v1/nodes/{name}", self._patch)
+        app.router.add_get("/api/v1/nodes/{name}/status", self._get)
         app.router.add_patch("/api/v1/nodes/{name}/status", self._patch_status)
         app.router.add_delete("/api/v1/nodes/{name}", self._delete)
         app.router.add_get("/api/v1/namespaces/{namespace}/pods/{name}", self._pod)
@@ -236,6 +244,10 @@ class KubeApi:
         except Refusal as e:
             return web.json_response(e.status, status=e.status["code"])
         except web.HTTPNotFound:
+            if request.path.startswith("/api/v1/"):
+                refusal = Refusal(
+                    404, "NotFound", "the server could not find the requested resource")
+                return web.json_response(refusal.status, status=404)
             return web.Response(status=404, text="404 page not found\n")
         except web.HTTPMethodNotAllowed:
             refusal = Refusal(405, "MethodNotAllowed", "the server does not allow this method on "
@@ -251,6 +263,8 @@ class KubeApi:
         peer = request.transport.get_extra_info("peercert")
         if peer:  # system:masters, as in kubeadm's admin certificate
             return dict(entry[0] for entry in peer["subject"])["commonName"], None
+        if not scheme:
+            return "system:anonymous", ()
         self.requests.append((request.method, str(request.rel_url), None))
         raise Refusal(401, "Unauthorized", "Unauthorized")
 
@@ -314,10 +328,10 @@ class KubeApi:
                 raise expired()
         else:
             version, after = self.version, ""
-            self._known(request.query.get("resourceVersion", ""))
+            self._known(request.query.get("resourceVersion", ""), bad_request)
         there = self._at(version)
         names = [name for name in sorted(there) if name > after and selected(name)]
-        page = names[:limit] if limit else names
+        page = names[:limit] if limit > 0 else names
         metadata = {"resourceVersion": str(version)}
         if len(page) < len(names):
             token = json.dumps([version, page[-1]]).encode()
@@ -343,12 +357,16 @@ class KubeApi:
                 there[name] = old
         return there
 
-    def _known(self, text):
-        """Parse a resourceVersion. Refuse a version that this server cannot have issued."""
+    def _known(self, text, refusal=internal):
+        """Parse a resourceVersion. Refuse a version that this server cannot have issued.
+
+        refusal  makes the refusal of a text that is not a number
+        """
         if text in ("", "0"):
             return 0
         if not text.isdigit():
-            raise bad_request(f'Invalid value: "{text}": strconv.ParseUint: invalid syntax')
+            raise refusal(f'resourceVersion: Invalid value: "{text}": strconv.ParseUint: parsing '
+                          f'"{text}": invalid syntax')
         if int(text) > self.version:
             raise Refusal(
                 504, "Timeout", f"Timeout: Too large resource version: {text}, current: "
@@ -415,7 +433,8 @@ class KubeApi:
         new = await _body(request)
         name = new.get("metadata", {}).get("name", "")
         if name in self.nodes:
-            raise Refusal(409, "AlreadyExists", f'nodes "{name}" already exists', name=name)
+            raise Refusal(409, "AlreadyExists", f'nodes "{name}" already exists', name=name,
+                          kind="nodes")
         _validate(new, None)
         return web.json_response(await self.put(new), status=201)
 
@@ -423,8 +442,10 @@ class KubeApi:
         name = request.match_info["name"]
         if name not in self.nodes:
             raise not_found("nodes", name)
+        details = {"name": name, "kind": "nodes", "uid": self.nodes[name]["metadata"]["uid"]}
         await self.delete(name)
-        return web.json_response({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+        return web.json_response({"kind": "Status", "apiVersion": "v1", "metadata": {},
+                                  "status": "Success", "details": details})
 
     async def _patch(self, request):
         return await self._patched(request, "status")
@@ -447,7 +468,13 @@ class KubeApi:
         old = self.nodes.get(name)
         if old is None:
             raise not_found("nodes", name)
-        wanted = patch.get("metadata", {}).get("resourceVersion")
+        metadata = patch.get("metadata", {})
+        if metadata.get("name", name) != name:
+            raise bad_request(f"the name of the object ({metadata['name']}) does not match the "
+                              f"name on the URL ({name})")
+        wanted = metadata.get("resourceVersion")
+        if wanted is not None and not wanted.isdigit():
+            raise internal(f'strconv.ParseUint: parsing "{wanted}": invalid syntax')
         if wanted is not None and wanted != old["metadata"]["resourceVersion"]:
             raise Refusal(
                 409, "Conflict", f'Operation cannot be fulfilled on nodes "{name}": the object has '
@@ -455,7 +482,7 @@ class KubeApi:
                 name=name, kind="nodes")
         new = _merge(old, patch, strategic=kind.endswith("/strategic-merge-patch+json"))
         new[untouched] = old.get(untouched, {})
-        for fixed in ("name", "uid", "creationTimestamp"):
+        for fixed in ("uid", "creationTimestamp"):
             if new["metadata"].get(fixed) != old["metadata"].get(fixed):
                 raise invalid("Node", name, f"metadata.{fixed}", new["metadata"].get(fixed),
                               "field is immutable")
@@ -490,8 +517,8 @@ def _number(request, name, default):
     text = request.query.get(name)
     if text is None:
         return default
-    if not text.isdigit():
-        raise bad_request(f'{name}: Invalid value: "{text}"')
+    if not re.fullmatch(r"-?\d+", text):
+        raise bad_request(f'strconv.ParseInt: parsing "{text}": invalid syntax')
     return int(text)
 
 
@@ -501,8 +528,7 @@ def _selector(request):
         return lambda name: True
     field, _, wanted = text.partition("=")
     if field not in ("metadata.name", "spec.unschedulable"):
-        raise bad_request(f'Unable to find "/v1, Resource=nodes" that match field selector '
-                          f'"{text}": field label not supported: {field}')
+        raise bad_request(f"field label not supported: {field}")
     return lambda name: name == wanted.lstrip("=")
 
 
@@ -522,7 +548,7 @@ def _merge(old, patch, strategic, path=""):
             by_type = {c["type"]: c for c in merged.get(key, [])}
             for condition in value:
                 if "type" not in condition:
-                    raise bad_request("map: map[] does not contain declared merge key: type")
+                    raise internal(f"map: {condition} does not contain declared merge key: type")
                 by_type[condition["type"]] = {**by_type.get(condition["type"], {}), **condition}
             merged[key] = list(by_type.values())
         else:
@@ -531,28 +557,38 @@ def _merge(old, patch, strategic, path=""):
 
 
 def _validate(new, old):
-    name = new["metadata"]["name"]
+    """Refuse what the real server refuses. It accepts any status of a condition."""
+    name, spec = new["metadata"]["name"], new.get("spec", {})
+    if not _NAME.fullmatch(name):
+        raise invalid("Node", name, "metadata.name", name, "a lowercase RFC 1123 subdomain must "
+                      "consist of lower case alphanumeric characters, '-' or '.'")
     annotations = new["metadata"].get("annotations", {})
     for key, value in annotations.items():
         if not isinstance(value, str):
-            raise bad_request("json: cannot unmarshal into Go struct field "
-                              "ObjectMeta.metadata.annotations of type string")
+            raise invalid("", "", "patch", annotations, "cannot convert int64 to string")
         if not _KEY.fullmatch(key):
             raise invalid("Node", name, "metadata.annotations", key, "name part must be valid")
     if sum(len(k) + len(v) for k, v in annotations.items()) > MAX_ANNOTATIONS:
         raise Refusal(422, "Invalid", f'Node "{name}" is invalid: metadata.annotations: Too long: '
                       "may not be more than 262144 bytes")
-    if len(new.get("spec", {}).get("podCIDRs", [])) > 2:
-        raise invalid("Node", name, "spec.podCIDRs", new["spec"]["podCIDRs"],
-                      "may specify no more than one CIDR for each IP family")
+    _validate_cidrs(name, spec.get("podCIDRs", []))
     before = (old or {}).get("spec", {}).get("podCIDR")
-    if before and new.get("spec", {}).get("podCIDR") != before:
+    if before and spec.get("podCIDR") != before:
         raise Refusal(422, "Invalid", f'Node "{name}" is invalid: spec.podCIDRs: Forbidden: node '
                       "updates may not change podCIDR except from \"\" to valid")
-    for condition in new.get("status", {}).get("conditions", []):
-        if condition.get("status") not in ("True", "False", "Unknown"):
-            raise invalid("Node", name, "status.conditions.status", condition.get("status"),
-                          "must be True, False or Unknown")
+
+
+def _validate_cidrs(name, cidrs):
+    versions = []
+    for i, text in enumerate(cidrs):
+        try:
+            versions.append(ipaddress.ip_network(text, strict=False).version)
+        except ValueError:
+            raise invalid("Node", name, f"spec.podCIDRs[{i}]", text, "must be a valid CIDR value, "
+                          "(e.g. 10.9.8.0/24 or 2001:db8::/64)") from None
+    if len(versions) > len(set(versions)):
+        raise invalid("Node", name, "spec.podCIDRs", cidrs,
+                      "may specify no more than one CIDR for each IP family")
 
 
 def server_tls(certificate, key, client_authority=None):

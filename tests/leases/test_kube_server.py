@@ -80,9 +80,64 @@ async def test_a_watch_ends_after_its_timeout(cluster):
             if e["object"]["metadata"].get("name", "").startswith(cluster.prefix or " ")] == []
 
 
-async def test_invalid_versions(cluster):
-    answer = await cluster.call("GET", "/api/v1/nodes", watch="true", resourceVersion="x")
-    assert answer.status_code == 400
+@pytest.mark.parametrize(
+    ("path", "code", "reason"),
+    [
+        ("/api/v1/nodes?watch=true&resourceVersion=x", 500, None),
+        ("/api/v1/nodes?resourceVersion=x", 400, "BadRequest"),
+        ("/api/v1/nodes?limit=x", 400, "BadRequest"),
+        ("/api/v1/nodes?watch=true&timeoutSeconds=x", 400, "BadRequest"),
+        ("/api/v1/nodes?fieldSelector=spec.x%3D1", 400, "BadRequest"),
+        ("/api/v1/nodes?resourceVersion=999999999", 504, "Timeout"),
+        ("/api/v1/nothing", 404, "NotFound"),
+    ],
+)
+async def test_reads_that_are_refused(cluster, path, code, reason):
+    answer = await cluster.http.get(path)
+    status = answer.json()
+    assert (answer.status_code, status["code"], status.get("reason")) == (code, code, reason)
+    assert (status["kind"], status["status"]) == ("Status", "Failure")
+
+
+async def test_reads_that_are_accepted(cluster):
+    await cluster.create(node("a"))
+    name = cluster.name("a")
+    listing = (await cluster.call("GET", "/api/v1/nodes", limit="-1")).json()
+    assert name in {n["metadata"]["name"] for n in listing["items"]}
+    status = (await cluster.call("GET", f"/api/v1/nodes/{name}/status")).json()
+    assert status["metadata"]["name"] == name
+    assert (await cluster.http.get("/nothing")).text == "404 page not found\n"
+
+
+async def test_a_request_without_a_token_is_anonymous(cluster):
+    del cluster.http.headers["Authorization"]
+    answer = await cluster.http.get("/api/v1/nodes")
+    cluster.http.headers["Authorization"] = f"Bearer {cluster.token}"
+    assert (answer.status_code, answer.json()["reason"]) == (403, "Forbidden")
+    assert 'User "system:anonymous" cannot list resource "nodes"' in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pod_cidrs"),
+    [("Upper", ()), ("a", ("x",)), ("a", ("10.244.1.0/24", "10.244.2.0/24"))],
+)
+async def test_nodes_that_are_refused(cluster, name, pod_cidrs):
+    new = node(cluster.name(name), *pod_cidrs)
+    answer = await cluster.call("POST", "/api/v1/nodes", new)
+    assert (answer.status_code, answer.json()["reason"]) == (422, "Invalid"), answer.text
+
+
+async def test_a_node_exists_once_and_a_deletion_names_it(cluster):
+    await cluster.create(node("a"))
+    answer = await cluster.call("POST", "/api/v1/nodes", node(cluster.name("a")))
+    details = {"name": cluster.name("a"), "kind": "nodes"}
+    assert (answer.status_code, answer.json()["reason"]) == (409, "AlreadyExists")
+    assert answer.json()["details"] == details
+    uid = (await cluster.get("a"))["metadata"]["uid"]
+    answer = await cluster.call("DELETE", f"/api/v1/nodes/{cluster.name('a')}")
+    assert answer.json()["status"] == "Success"
+    assert answer.json()["details"] == {**details, "uid": uid}
+    cluster.forget("a")
 
 
 async def test_a_missing_node(cluster):
@@ -121,20 +176,25 @@ async def test_null_removes_an_annotation_and_a_patch_without_effect_is_not_an_e
 
 
 @pytest.mark.parametrize(
-    ("body", "kind", "code"),
+    ("body", "kind", "code", "reason"),
     [
-        ({"metadata": {"annotations": {"x": 1}}}, STRATEGIC, 400),
-        ({"metadata": {"annotations": {"not a key": "1"}}}, STRATEGIC, 422),
-        ({"metadata": {"annotations": {"x": "1" * 300_000}}}, STRATEGIC, 422),
-        ({"metadata": {"resourceVersion": "1"}}, STRATEGIC, 409),
-        ({"metadata": {}}, "application/json", 415),
+        ({"metadata": {"annotations": {"x": 1}}}, STRATEGIC, 422, "Invalid"),
+        ({"metadata": {"annotations": {"not a key": "1"}}}, STRATEGIC, 422, "Invalid"),
+        ({"metadata": {"annotations": {"x": "1" * 300_000}}}, STRATEGIC, 422, "Invalid"),
+        ({"metadata": {"uid": "other"}}, STRATEGIC, 422, "Invalid"),
+        ({"metadata": {"name": "other"}}, STRATEGIC, 400, "BadRequest"),
+        ({"metadata": {"resourceVersion": "1"}}, STRATEGIC, 409, "Conflict"),
+        ({"metadata": {"resourceVersion": "x"}}, STRATEGIC, 500, None),
+        ({"status": {"conditions": [{"status": "True"}]}}, STRATEGIC, 500, None),
+        ([1], STRATEGIC, 400, "BadRequest"),
+        ({"metadata": {}}, "application/json", 415, "UnsupportedMediaType"),
     ],
 )
-async def test_patches_that_are_refused(cluster, body, kind, code):
+async def test_patches_that_are_refused(cluster, body, kind, code, reason):
     await cluster.create(node("a"))
     answer = await cluster.call("PATCH", f"/api/v1/nodes/{cluster.name('a')}/status", body, kind)
     assert answer.status_code == code, answer.text
-    assert answer.json()["code"] == code
+    assert (answer.json()["code"], answer.json().get("reason")) == (code, reason)
 
 
 async def test_a_pod_cidr_cannot_change(cluster):
