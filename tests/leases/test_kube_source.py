@@ -666,6 +666,21 @@ async def test_a_changed_pod_cidr_is_a_lost_lease(cluster):
     assert source.health.lease == "held"
 
 
+async def test_another_pod_cidr_is_published(cluster):
+    """A Node that is deleted and created again has no annotations, so nobody routes its subnet."""
+    await cluster.create(node("n1", "10.244.1.0/24"))
+    source = cluster.source()
+    lease = await source.acquire(ME, Subnets())
+    async with observing(source, cluster.prefix) as observer, running(source.hold(lease)):
+        await until(lambda: cluster.condition("n1"), "the condition")
+        await cluster.delete("n1")
+        await cluster.create(node("n1", "10.244.9.0/24"))
+        await until(lambda: [one.subnets for one in observer.leases.values()] == [
+            Subnets(ip_network("10.244.9.0/24"))], "the lease of n1")
+        assert source.health.lease == "lost"  # until the host is set up for the new podCIDR
+        assert await cluster.condition("n1") is None
+
+
 async def test_an_outage_loses_no_lease(small):
     await small.create(node("n1", "10.244.1.0/24"))
     source = small.source()

@@ -14,6 +14,8 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from tests.control.fakes import LoopThread, Served
+from tests.leases.kube_api import node as kube_node
+from tests.leases.kube_cluster import open_cluster
 from tests.node.daemon_host import OURS, Node, peer, routes_to, table
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
@@ -355,6 +357,27 @@ async def test_a_lease_changed_in_the_store_is_acquired_again(served, node_of):
         await until(lambda: not daemon.report.forwarder.connected, "the forwarder to be stopped")
         # No forwarder has the new address yet, so pods must not be attached with it.
         assert "10.244.1.1/24" in node.config.subnet_file.read_text()
+
+
+@in_own_netns
+async def test_a_kubernetes_node_with_another_pod_cidr_is_taken(
+    served, node_of, tmp_path, caplog
+):
+    """The Node object was deleted and created again, so it has no annotations."""
+    node = node_of()
+    async with open_cluster("small", tmp_path) as cluster:
+        await cluster.create(kube_node("n1", "10.244.1.0/24"))
+        node.store = cluster.source()
+        async with node.running() as daemon:
+            await until(lambda: cluster.condition("n1"), "the condition")
+            await cluster.delete("n1")
+            await cluster.create(kube_node("n1", "10.244.9.0/24"))
+            await until(lambda: cluster.condition("n1"), "the condition of the new Node object")
+            assert (await cluster.annotations("n1"))["public-ip"] == "192.0.2.1"
+            assert node.forward_file["address"] == ["10.244.9.0"]
+            assert str(daemon.report.lease.subnets) == "10.244.9.0/24"
+            await until(lambda: node.store.health.lease == "held", "the lease to be held")
+    assert "the bridge cni0 if it has an address in 10.244.1.0/24" in caplog.text
 
 
 @in_own_netns

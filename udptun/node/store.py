@@ -234,8 +234,10 @@ class Store:
 
     def _record(self, attributes: Attributes, got: Lease) -> None:
         if self._lease is not None and got.subnets != self._lease.subnets:
-            log.error("our subnets are now %s: replies to pods in %s no longer arrive",
-                      got.subnets, self._lease.subnets)
+            log.error(
+                "our subnets are now %s: packets to pods in %s no longer arrive. Delete these "
+                "pods, and the bridge cni0 if it has an address in %s: the CNI plugin creates it "
+                "again", got.subnets, self._lease.subnets, self._lease.subnets)
         if attributes != self._published:
             public = " and ".join(
                 str(one) for one in (got.attributes.public_ip, got.attributes.public_ipv6) if one)

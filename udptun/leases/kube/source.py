@@ -200,6 +200,9 @@ class KubeSource(LeaseSource):
     async def _restore(self, node: FullNode, lease: Lease, announced: str) -> str:
         """Publish the annotations and the condition that our Node object lacks.
 
+        Raises StoreRefused if the podCIDRs have changed, for example because the Node object was
+        deleted and created again. Then only the annotations are published.
+
         announced  the uid of the Node object for which the condition was published; "" at first
 
         Return the new value of ``announced``.
@@ -208,6 +211,10 @@ class KubeSource(LeaseSource):
             subnets = _within(await self.network(), node)
             published = self._annotations.published(node, self._attributes or lease.attributes)
         if subnets != lease.subnets:
+            # Our entry in ``updates`` makes the daemon set up the host, and hold the new lease.
+            # Only then may the scheduler assign pods, so the condition is not published here.
+            if self._may_publish(node, lease, published):
+                await self._publish(node, published)
             raise StoreRefused(f"the podCIDRs of node {lease.key} have changed from "
                                f"{lease.subnets} to {subnets}")
         if self._may_publish(node, lease, published) and await self._publish(node, published):
