@@ -219,6 +219,13 @@ class KubeApi:
         self.history.append((self.version, "DELETED", gone, old))
         await self._notify()
 
+    async def set_back(self, version):
+        """Forget all later changes, as after etcd was restored from a backup."""
+        self.nodes = self._at(version)
+        self.history = [entry for entry in self.history if entry[0] <= version]
+        self.version, self._versions = version, itertools.count(version + 1)
+        await self._notify()
+
     async def pass_over(self, n=1):
         """Increase the version by ``n``. Changes of objects that are not nodes do this too."""
         for _ in range(n):
@@ -357,17 +364,18 @@ class KubeApi:
                 there[name] = old
         return there
 
-    def _known(self, text, refusal=internal):
+    def _known(self, text, refusal=internal, future=False):
         """Parse a resourceVersion. Refuse a version that this server cannot have issued.
 
         refusal  makes the refusal of a text that is not a number
+        future   True: accept also a later version
         """
         if text in ("", "0"):
             return 0
         if not text.isdigit():
             raise refusal(f'resourceVersion: Invalid value: "{text}": strconv.ParseUint: parsing '
                           f'"{text}": invalid syntax')
-        if int(text) > self.version:
+        if int(text) > self.version and not future:
             raise Refusal(
                 504, "Timeout", f"Timeout: Too large resource version: {text}, current: "
                 f"{self.version}", retryAfterSeconds=1,
@@ -378,7 +386,8 @@ class KubeApi:
 
     async def _watch(self, request):
         selected = _selector(request)
-        start = self._known(request.query.get("resourceVersion", ""))
+        # The real server accepts a version of the future, and sends nothing.
+        start = self._known(request.query.get("resourceVersion", ""), future=True)
         seconds = _number(request, "timeoutSeconds", 1800)
         bookmarks = request.query.get("allowWatchBookmarks") in ("1", "true")
         gone = expired(f"too old resource version: {start} ({self.compacted})")
@@ -410,7 +419,7 @@ class KubeApi:
         while True:
             await self.answering.wait()
             fresh = self.history[bisect_right(self.history, start, key=itemgetter(0)):]
-            start = self.version
+            start = max(start, self.version)
             for _, kind, new, _ in fresh:
                 if selected(new["metadata"]["name"]):
                     await _line(response, kind, new)

@@ -74,6 +74,11 @@ async def test_a_watch_yields_the_events_after_its_version(cluster):
     assert versions == sorted(set(versions))
 
 
+async def test_a_watch_from_the_future_is_silent(cluster):
+    future = str(int(await version(cluster)) + 10**6)
+    assert await lines(cluster, 1, resourceVersion=future, timeoutSeconds="1") == []
+
+
 async def test_a_watch_ends_after_its_timeout(cluster):
     start = await version(cluster)
     assert [e for e in await lines(cluster, 9, resourceVersion=start, timeoutSeconds="1")

@@ -506,6 +506,33 @@ async def test_a_frozen_server_is_detected(small):
         await until(lambda: source.health.connected, "the recovery")
 
 
+async def test_a_quiet_watch_is_no_failure(small):
+    """The real server sends no bookmark for minutes if nothing changes."""
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    source = small.source(watch_silence=0.1)
+    async with observing(source) as observer:
+        watches = lambda: [url for _, url, _ in small.small.requests if "watch=" in url]  # noqa: E731
+        await until(lambda: len(watches()) > 2, "a third watch")
+        assert source.health.errors_n == 0
+        assert source.health.relists_n == 0
+        await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+        await until(lambda: "n2" in observer.public_ips(), "n2")
+
+
+async def test_a_store_that_was_set_back_to_a_backup_is_listed_again(small):
+    await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
+    backup = small.small.version
+    await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
+    source = small.source(watch_silence=0.1)
+    async with observing(source) as observer:
+        assert len(observer.leases) == 2
+        await small.small.set_back(backup)
+        await until(lambda: observer.public_ips() == {"n1": "192.0.2.1"}, "the backup")
+        assert source.health.relists_n == 1
+        await small.create(member("n3", "192.0.2.3", "10.244.3.0/24"))
+        await until(lambda: "n3" in observer.public_ips(), "n3")
+
+
 @pytest.mark.parametrize("code", [429, 500, 503, 403, 410])
 async def test_temporary_refusals_are_retried(small, code):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))

@@ -29,7 +29,10 @@ _T = TypeVar("_T")
 
 
 class Gone(StoreDown):
-    """HTTP 410: the server no longer has the request's resource version. List the nodes again."""
+    """The server does not have the request's resource version. List the nodes again.
+
+    It returned HTTP 410, or its store was set back to a backup.
+    """
 
 
 class Event(msgspec.Struct):
@@ -123,8 +126,11 @@ class Api:
         """Yield the events after ``version``. Events that are received together are in one list.
 
         The first list is empty. It shows that the server has accepted the watch. Returns when the
-        server ends the watch, which is normal. Raises StoreDown if nothing is received for
-        ``watch_silence``: a healthy server sends a bookmark about every minute.
+        server ends the watch, which is normal. Returns also if nothing is received for
+        ``watch_silence``, and the server still answers: the connection can be broken, so the caller
+        watches again. Raises Gone if the server has been set back to an older version. From a later
+        version, the server accepts a watch, but sends nothing. Raises StoreDown if the server does
+        not answer.
         """
         action = "watch nodes"
         params = {
@@ -145,15 +151,29 @@ class Api:
             rest, chunks = b"", response.aiter_bytes()
             while True:
                 with _failures(action):
-                    async with asyncio.timeout(self._config.watch_silence):
-                        chunk = await anext(chunks, None)
+                    try:
+                        async with asyncio.timeout(self._config.watch_silence):
+                            chunk = await anext(chunks, None)
+                    except TimeoutError:
+                        await self._probe(version)
+                        return
                     if chunk is None:
                         return
                     *lines, rest = (rest + chunk).split(b"\n")
                     events = [_event(action, line) for line in lines if line.strip()]
+                if events:
+                    version = events[-1].object.metadata.resource_version
                 yield events
         finally:
             await response.aclose()
+
+    async def _probe(self, version: str) -> None:
+        """List one node. Raises Gone if the server's version is older than ``version``."""
+        listing = await self._call("list nodes", _NodeList, "GET", _NODES, params={"limit": "1"})
+        now = listing.metadata.resource_version
+        # Decimal numbers without leading zeros are compared as text: they can have any length.
+        if now.isdecimal() and version.isdecimal() and (len(now), now) < (len(version), version):
+            raise Gone(f"watch nodes: the API server went back from version {version} to {now}")
 
     async def _call(
         self, action: str, kind: type[_T], method: str, path: str, **options: Any

@@ -38,8 +38,9 @@ class KubeConfig:
     request_timeout               a request fails if it has no response within this time
     watch_timeout                 timeoutSeconds of a watch request: the server ends the watch after
                                   this time
-    watch_silence                 a watch is dead after this time without an event or a bookmark.
-                                  The server sends a bookmark about every minute
+    watch_silence                 after this time without an event or a bookmark, ask whether the
+                                  server still answers, and watch again. In a quiet cluster, this is
+                                  normal: the server may send no bookmark for minutes
     resync                        our node is read at this interval, even without an event
     retry_min, retry_max          the back-off while the API server is down. The values are small,
                                   so that changes are seen soon after the server is up again
