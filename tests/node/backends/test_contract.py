@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
 from tests.node.daemon_host import NETWORK, Node
 from tests.own_netns import in_own_netns, ip_json
+from udptun.leases.advert import Advert
 from udptun.leases.base import Lease, Subnets
 from udptun.leases.cache import LastKnown
 from udptun.leases.netconf import CHECKED_TYPES
+from udptun.model import Route
 from udptun.net.netlink import Netlink
 from udptun.node.backends import AUTO, BACKENDS, MODES
 from udptun.node.backends.active import combine, create
@@ -39,6 +41,26 @@ def network_state():
     """
     return ({link["ifname"] for link in ip_json("link show")},
             {route["dst"] for route in ip_json("route show")})
+
+
+@in_own_netns
+async def test_a_lease_cannot_make_the_firewall_block_another_service(node_of):
+    """The rules against forged packets drop what other programs send to a guarded endpoint. A
+    lease has any address and port, such as those of a name server."""
+    node = node_of()
+    declared = Advert(9285)
+    with Netlink() as netlink:
+        backend = create("udp", node.config, netlink, NodeReport("etcd", node.store.health))
+        underlay = await choose(netlink, node.config.interface, True, False)
+        for site, guarded in (
+            (Site(NETWORK, underlay), {8285}), (Site(NETWORK, underlay, declared=declared),
+                                                {8285, 9285}),
+        ):
+            await backend.prepare(site, 1400)
+            paths = [Route(PEER, IPv4Address("192.0.2.53"), port)
+                     for port in (53, 8472, 8285, 9285, 51820)]
+            found = {backend.guarded_endpoint(path) for path in paths} - {None}
+            assert {one.port for one in found} == guarded
 
 
 @every

@@ -257,13 +257,13 @@ class ActiveBackends:
     def guarded(
         self, plan: Plan, interface: str
     ) -> tuple[frozenset[Endpoint], frozenset[IPNetwork]]:
-        """Return the endpoints of the other nodes' forwarders, and the subnets whose packets arrive
-        on the underlay's interface because their nodes route without encapsulation."""
+        """Return the guarded endpoints of other nodes' forwarders, and the subnets whose packets
+        arrive on the underlay's interface because their nodes route without encapsulation."""
         endpoints: set[Endpoint] = set()
         direct: set[IPNetwork] = set()
         for backend in self._active:
             for subnet, path in plan.paths(backend.name).items():
-                if (endpoint := backend.forwarder_endpoint(path)) is not None:
+                if (endpoint := backend.guarded_endpoint(path)) is not None:
                     endpoints.add(endpoint)
                 if interface in backend.arrival_devices(path):
                     direct.add(subnet)

@@ -240,6 +240,11 @@ class Backend(ABC, Generic[P]):
         """Return the endpoint under which the forwarder reports its measurements of this path."""
         return None
 
+    def guarded_endpoint(self, path: P) -> Endpoint | None:
+        """Return the endpoint of the peer's forwarder if the firewall shall keep other programs of
+        this host from sending to it."""
+        return None
+
     async def send_ages(
         self, within: float, probes_n: Mapping[int, int]
     ) -> Mapping[IPNetwork, float]:

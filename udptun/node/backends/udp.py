@@ -179,6 +179,15 @@ class UdpBackend(Backend[Route]):
     def forwarder_endpoint(self, path: Route) -> Endpoint:
         return Endpoint(path.via, path.port)
 
+    def guarded_endpoint(self, path: Route) -> Endpoint | None:
+        # The peer chooses the address and the port. If every port was guarded, a lease could block
+        # other traffic of all nodes, for example with the address of a name server and port 53, or
+        # with the address of another node and the port of VXLAN.
+        site = self._prepared
+        if path.port not in (site.udp_port, site.network.udp_port):
+            return None
+        return Endpoint(path.via, path.port)
+
     @property
     def marked(self) -> bool:
         return self._config.mark is None or self._keeper.matches
