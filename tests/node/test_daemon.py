@@ -15,7 +15,7 @@ import pytest
 
 from tests.control.fakes import LoopThread, Served
 from tests.leases.kube_api import node as kube_node
-from tests.leases.kube_cluster import open_cluster
+from tests.leases.kube_cluster import flannel, open_cluster
 from tests.node.daemon_host import OURS, Node, peer, routes_to, table
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
@@ -378,6 +378,21 @@ async def test_a_kubernetes_node_with_another_pod_cidr_is_taken(
             assert str(daemon.report.lease.subnets) == "10.244.9.0/24"
             await until(lambda: node.store.health.lease == "held", "the lease to be held")
     assert "the bridge cni0 if it has an address in 10.244.1.0/24" in caplog.text
+
+
+@in_own_netns
+async def test_an_address_that_the_store_sets_is_kept_while_it_is_down(served, node_of, tmp_path):
+    node = node_of()
+    async with open_cluster("small", tmp_path) as cluster:
+        await cluster.create(kube_node(
+            "n1", "10.244.1.0/24", annotations=flannel(node_public_ip="198.51.100.9")))
+        for down in (False, True):
+            node.store = cluster.source()
+            async with node.running() as daemon:
+                await node.ready(daemon)
+                assert bool(daemon.report.lease_error) == down
+                assert str(daemon.report.underlay.public) == "198.51.100.9"
+            await cluster.small.stop()
 
 
 @in_own_netns

@@ -47,6 +47,8 @@ class LastKnown:
     leases     all leases, including our own
     addresses  the addresses of this host to which the overlay was bound; empty if an older version
                has written the file
+    overrides  the public addresses that the store sets for this node, and that take precedence
+               over the options; empty also if an older version has written the file
     """
 
     store: str
@@ -54,6 +56,7 @@ class LastKnown:
     lease: Lease | None
     leases: tuple[Lease, ...]
     addresses: tuple[IPAddress, ...] = ()
+    overrides: tuple[IPAddress, ...] = ()
 
 
 class LeaseCache:
@@ -163,9 +166,10 @@ class LeaseCache:
 def _is_same(one: LastKnown, other: LastKnown) -> bool:
     """Return whether both have the same objects. To compare the data of the leases would take long,
     and fails if they are nested too deeply."""
-    return (one.store, one.network, one.addresses) == \
-        (other.store, other.network, other.addresses) and one.lease is other.lease and \
-        len(one.leases) == len(other.leases) and all(map(is_, one.leases, other.leases))
+    return (one.store, one.network, one.addresses, one.overrides) == \
+        (other.store, other.network, other.addresses, other.overrides) and \
+        one.lease is other.lease and len(one.leases) == len(other.leases) and \
+        all(map(is_, one.leases, other.leases))
 
 
 def _encode(known: LastKnown) -> bytes:
@@ -182,6 +186,7 @@ def _encode(known: LastKnown) -> bytes:
         "subnets_checked": known.network.subnets_checked,
         "lease": known.lease and _lease_to_json(known.lease),
         "addresses": [str(address) for address in known.addresses],
+        "overrides": [str(address) for address in known.overrides],
     })
     lines = []
     for lease in known.leases:
@@ -201,6 +206,7 @@ def _decode(data: bytes) -> LastKnown:
         content["lease"] and _lease_from_json(content["lease"]),
         tuple(map(_lease_from_json, content["leases"])),
         tuple(map(ipaddress.ip_address, content.get("addresses", ()))),
+        tuple(map(ipaddress.ip_address, content.get("overrides", ()))),
     )
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, TypeVar
 
 from ..errors import FieldError, UdptunError
@@ -63,6 +64,7 @@ class Store:
         self._network: NetConfig | None = None
         self._refused: tuple[NetConfig, FieldError] | None = None
         self._identity: Identity | None = None
+        self._overrides: Identity | None = None  # of the cache, if it has any
         self._lease: Lease | None = None
         self._published: Attributes | None = None  # that the store has accepted since our start
         self._settled = False  # ``settled`` was called since our start
@@ -161,7 +163,7 @@ class Store:
             return self._identity
         if self._lease is None:
             raise StoreDown("there is no lease yet")
-        return self._source.cached_identity(self._lease)
+        return self._overrides or self._source.cached_identity(self._lease)
 
     def settled_lease(self, identity: Identity) -> Lease | None:
         """Return our lease if the host is set up for it and ``identity`` has not changed.
@@ -289,6 +291,7 @@ class Store:
         if known is not None:
             self._network, self._lease = known.network, known.lease
             self.addresses = known.addresses
+            self._overrides = _overriding(known.overrides)
             self._report.lease = known.lease
 
     def save(self, leases: Iterable[Lease]) -> None:
@@ -296,4 +299,17 @@ class Store:
         assert self._network is not None
         self._cache.keep(LastKnown(
             self._config.source.store_id, self._network, self._lease, tuple(leases),
-            self.addresses))
+            self.addresses, _overrides(self._identity)))
+
+
+def _overrides(identity: Identity | None) -> tuple[IPAddress, ...]:
+    if identity is None or not identity.overrides_options:
+        return ()
+    both = (identity.public_ip, identity.public_ipv6)
+    return tuple(address for address in both if address is not None)
+
+
+def _overriding(addresses: tuple[IPAddress, ...]) -> Identity | None:
+    v4 = next((one for one in addresses if isinstance(one, IPv4Address)), None)
+    v6 = next((one for one in addresses if isinstance(one, IPv6Address)), None)
+    return Identity(v4, v6, overrides_options=True) if addresses else None
