@@ -30,7 +30,6 @@ from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
 from ..model import Endpoint, IPNetwork
 from ..net.netlink import Netlink
-from ..net.vxlan import default_port
 from ..notify import Notifier
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
@@ -335,7 +334,7 @@ class Daemon:
         network, underlay = prepared.site.network, prepared.site.underlay
         needed = await self._taken.needed(
             underlay, self._store.hosts(), self._backends.device_names(network))
-        if any(reach.name == "udp" for reach in prepared.reaches):
+        if self._backends.through_tun:
             try:
                 refuse_taken(network.networks, needed)
             except FieldError as exc:
@@ -365,11 +364,8 @@ class Daemon:
         await self._backends.settle(prepared, lease)
         if not self._config.keep_flannel:
             await self._leftovers.remove(network, self._backends.active_devices(network))
-        site, active = prepared.site, {reach.name for reach in prepared.local(lease).reaches}
-        ports = {"udp": site.udp_port, "vxlan": network.vxlan_port or default_port()}
-        await self._host.settle(
-            network, prepared.carried(lease), prepared.mtu, site.underlay,
-            {name: port for name, port in ports.items() if name in active})
+        await self._host.settle(network, prepared.carried(lease), prepared.mtu,
+                                prepared.site.underlay, self._backends.outer_flows())
 
     async def _choose_underlay(
         self, identity: Identity, families: frozenset[int], own_devices: frozenset[str]

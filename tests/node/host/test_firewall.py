@@ -18,7 +18,8 @@ from tests.wait import until
 from udptun.node.host.firewall import rules as rules_module
 from udptun.node.host.firewall.keeper import Firewall
 from udptun.node.host.firewall.rules import FirewallError, FirewallRules
-from udptun.node.host.host import _datagrams
+from udptun.node.host.host import tunnel_flows
+from udptun.node.host.interface import OuterFlow
 
 RULES = FirewallRules(
     ip_network("10.42.0.0/16"), ip_network("10.42.1.0/24"),
@@ -341,10 +342,13 @@ IPTABLES = {
 }
 
 
+OUTER = (OuterFlow(8285, same_port=True), OuterFlow(8472, same_port=False))
+
+
 async def dropped_ports():
     firewall = Firewall(RULES)
     underlay = SimpleNamespace(name="eth0", bound=(ip_address("192.0.2.1"),))
-    firewall.tunnel = tuple(_datagrams(underlay, {"udp": 8285, "vxlan": 8472}))
+    firewall.tunnel = tuple(tunnel_flows(underlay, OUTER))
     await firewall.sync()
     assert not any(one.cuts for one in firewall.dropped)
     return {port for port in (8285, 8472) for one in firewall.dropped
@@ -380,7 +384,7 @@ async def test_a_rule_that_drops_outgoing_datagrams_is_named():
     sh("iptables -A OUTPUT -p udp --dport 8472 -j DROP")
     firewall = Firewall(RULES)
     underlay = SimpleNamespace(name="eth0", bound=(ip_address("192.0.2.1"),))
-    firewall.tunnel = tuple(_datagrams(underlay, {"udp": 8285, "vxlan": 8472}))
+    firewall.tunnel = tuple(tunnel_flows(underlay, OUTER))
     await firewall.sync()
     [found] = firewall.dropped
     assert "IPv4 datagrams of the tunnel from this node (UDP 8472) are dropped by iptables" in \

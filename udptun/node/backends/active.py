@@ -20,7 +20,7 @@ from ...leases.netconf import NetConfig
 from ...model import MIN_MTU6, Endpoint, IPNetwork
 from ...net.netlink import Netlink
 from ..config import NodeConfig
-from ..host.interface import Underlay
+from ..host.interface import OuterFlow, Underlay
 from ..status.report import NodeReport
 from . import AUTO, BACKENDS, MODES
 from .base import Backend, LeaseData, Reach, Site
@@ -253,6 +253,13 @@ class ActiveBackends:
             plan.carry(subnet, carrier)
         await self._each(plan, lambda backend: backend.divert({
             subnet: carrier not in (None, backend.name) for subnet, carrier in carriers.items()}))
+
+    @property
+    def through_tun(self) -> bool:
+        return any(backend.through_tun for backend in self._active)
+
+    def outer_flows(self) -> tuple[OuterFlow, ...]:
+        return tuple(backend.outer_flow() for backend in self._active)
 
     def guarded(
         self, plan: Plan, interface: str

@@ -29,7 +29,7 @@ from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
 from ...model import Endpoint, IPAddress, IPNetwork
-from ..host.interface import Underlay
+from ..host.interface import OuterFlow, Underlay
 
 
 class InstanceConflict(UdptunError):
@@ -132,6 +132,7 @@ class Backend(ABC, Generic[P]):
     needs_node_data  the backend works only if the lease of every node contains data of that node
     fragments        the backend carries IPv6 packets of 1280 bytes over every underlay, because it
                      lets its own packets be fragmented
+    through_tun      the host routes the whole network into the TUN, not only the subnets of peers
     on_refused       set by the daemon; a backend that applies paths in the background calls it when
                      ``refused`` has changed
     """
@@ -140,6 +141,7 @@ class Backend(ABC, Generic[P]):
     waits_for: ClassVar[str] = ""
     needs_node_data: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
+    through_tun: ClassVar[bool] = False
     on_refused: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
@@ -165,6 +167,10 @@ class Backend(ABC, Generic[P]):
     @abstractmethod
     def lease_data(self, mtu: int) -> LeaseData:
         """Return the data for our lease. Call ``lease_data`` after ``prepare``."""
+
+    @abstractmethod
+    def outer_flow(self) -> OuterFlow:
+        """Return what a firewall sees of the datagrams. Call ``outer_flow`` after ``prepare``."""
 
     @abstractmethod
     def reach(self) -> Reach[P]:

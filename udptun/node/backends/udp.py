@@ -24,7 +24,7 @@ from ...net.loops import routed_into
 from ...net.netlink import Netlink
 from ...net.tun_state import tun_state
 from ..config import NodeConfig
-from ..host.interface import Underlay
+from ..host.interface import OuterFlow, Underlay
 from ..process.keeper import ForwarderKeeper, stop_forwarder
 from ..process.launch import LOG_FILE, STATE_FILE, ForwarderSpec
 from ..status.report import NodeReport
@@ -74,6 +74,7 @@ class UdpBackend(Backend[Route]):
     name = "udp"
     waits_for = "the forwarder"
     fragments = True
+    through_tun = True
 
     def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
         self._config = config
@@ -187,6 +188,9 @@ class UdpBackend(Backend[Route]):
         if path.port not in (site.udp_port, site.network.udp_port):
             return None
         return Endpoint(path.via, path.port)
+
+    def outer_flow(self) -> OuterFlow:
+        return OuterFlow(self._prepared.udp_port, same_port=True)
 
     @property
     def marked(self) -> bool:

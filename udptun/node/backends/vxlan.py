@@ -30,9 +30,11 @@ from ...net.vxlan import (
     VxlanConfig,
     VxlanDevice,
     VxlanPeer,
+    default_port,
 )
 from ...probe.message import VXLAN_PATH
 from ..config import NodeConfig
+from ..host.interface import OuterFlow
 from .base import Attempt, Backend, InstanceConflict, LeaseData, PeerNode, ProbeDevice, Reach, Site
 
 log = logging.getLogger(__name__)
@@ -167,6 +169,9 @@ class VxlanBackend(Backend[VxlanPeer]):
             version: {"VNI": vni, "VtepMAC": device.mac}
             for version, device in self._devices.items()
         })
+
+    def outer_flow(self) -> OuterFlow:
+        return OuterFlow(self._prepared.network.vxlan_port or default_port(), same_port=False)
 
     def reach(self) -> VxlanReach:
         network = self._prepared.network

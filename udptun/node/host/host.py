@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_network
 
 from ...errors import FieldError
@@ -22,7 +22,7 @@ from .firewall.keeper import Firewall
 from .firewall.rules import FirewallError, FirewallRules
 from .firewall.verdict import Flow
 from .forwarding import keep_forwarding
-from .interface import Underlay
+from .interface import OuterFlow, Underlay
 from .subnet_env import SubnetEnv
 
 log = logging.getLogger(__name__)
@@ -61,14 +61,14 @@ class Host:
 
     async def settle(
         self, network: NetConfig, lease: Lease, mtu: int, underlay: Underlay,
-        ports: Mapping[str, int],
+        outer: Iterable[OuterFlow],
     ) -> None:
         """Set up the host for our lease.
 
         mtu    the largest inner packet, in bytes
-        ports  by active backend: the UDP port to which all nodes send its datagrams
+        outer  one for each active backend
         """
-        self._firewall.tunnel = tuple(_datagrams(underlay, ports))
+        self._firewall.tunnel = tuple(tunnel_flows(underlay, outer))
         self._underlay, self._networks = underlay, network.networks
         await self._set_rules(network, lease)
         subnets = lease.subnets
@@ -141,11 +141,10 @@ class Host:
             self._report.subnet_env_error = why
 
 
-def _datagrams(underlay: Underlay, ports: Mapping[str, int]) -> Iterator[Flow]:
+def tunnel_flows(underlay: Underlay, outer: Iterable[OuterFlow]) -> Iterator[Flow]:
     """Yield the flows of the tunnel's own datagrams."""
-    for backend, port in ports.items():
-        # The forwarders use one port on both sides, the kernel's VXLAN any source port.
-        state = "established" if backend == "udp" else "new"
+    for each in outer:
+        port, state = each.port, "established" if each.same_port else "new"
         for own in underlay.bound:
             ours, others = ip_network(own), ip_network(f"{type(own)(0)}/0")
             name = f"IPv{own.version} datagrams of the tunnel"

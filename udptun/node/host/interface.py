@@ -38,6 +38,18 @@ class NoInterface(UdptunError):
 
 
 @dataclass(frozen=True, slots=True)
+class OuterFlow:
+    """The datagrams of a backend, as a firewall sees them.
+
+    port       the UDP port to which all nodes send them
+    same_port  they have this source port too, so connection tracking knows the connection
+    """
+
+    port: int
+    same_port: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Underlay:
     """The interface that carries the overlay, and this node's addresses on it.
 
