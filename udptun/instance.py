@@ -192,9 +192,12 @@ class InstanceLock:
         finally:
             others.release()
         if self.held is None:
+            instead = "stop that one, or give this one another --instance"
+            if self._role == "forward":
+                instead = f"take over from it with --take-over, {instead}"
             raise InstanceRunning(
                 f"udptun {self._role} of the instance {self._name} is already running in this"
-                f" network namespace ({path}); stop that one, or give this one another --instance"
+                f" network namespace ({path}); {instead}"
             )
 
     def acquire_if_possible(self) -> None:
