@@ -7,7 +7,6 @@ notification takes microseconds.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import select
@@ -106,6 +105,8 @@ class Notifier:
 
         Runs until cancelled. Returns at once if there is no watchdog.
         """
+        import asyncio  # not above: the command line imports this module for its --help too
+
         while self.watchdog_s is not None:
             if await alive():
                 self.watchdog()

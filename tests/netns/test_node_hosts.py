@@ -202,8 +202,6 @@ def test_an_underlay_that_is_too_small_for_ipv6_carries_it_in_fragments(lab):
     assert "[+]mtu: inner packets have up to 1280" in small.ready()[1]
     assert small.env["FLANNEL_MTU"] == "1280"
     assert "FLANNEL_IPV6_SUBNET" in small.env
-    largest = 1280 - 48  # ping's payload
-    assert ping(others[0].host, "fd44:0:1::", count=2, size=largest).received == 2
     assert all("[+]mtu: inner packets have up to 1472" in other.ready()[1] for other in others)
     assert small.daemon.text().count("started a forwarder") == 1
     small.host.interfaces[0].set_mtu(1500)
@@ -215,6 +213,13 @@ def test_an_underlay_that_is_too_small_for_ipv6_carries_it_in_fragments(lab):
     small.daemon.signal(signal.SIGHUP)
     wait_for(lambda: "up to 1280" in small.ready()[1], "the smaller MTU")
     all_reach_all(overlay.members)
+    for other in others:
+        other.host.interfaces[0].set_mtu(1280)
+        other.daemon.signal(signal.SIGHUP)
+        wait_for(lambda other=other: "up to 1280" in other.ready()[1], "the smaller MTU")
+    all_reach_all(overlay.members)
+    largest = 1280 - 48  # ping's payload
+    assert ping(others[0].host, "fd44:0:1::", count=2, size=largest).received == 2
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import udptun.forwarder
 from udptun.cli import main
 
 class Told:
-    def __init__(self, config):
+    def __init__(self, config, *others):
         print(*(f"{name}={getattr(config, name)}" for name in config.__slots__), sep="\\n")
         sys.exit(0)
 
