@@ -197,15 +197,9 @@ def _nodes(text: str) -> int:
 
 
 def _nodes_cost(arguments: argparse.Namespace) -> int:
-    problem = _missing_requirement() or etcd_obstacle()
-    try:
-        if problem is None:
-            return nodes.run(arguments.nodes or nodes.SIZES, arguments.backend, arguments.changes,
-                             arguments.seconds, arguments.churn, arguments.out)
-    except LabError as e:
-        problem = str(e)
-    print(f"bench: {problem}", file=sys.stderr)
-    return 1
+    return _in_lab(lambda: nodes.run(
+        arguments.nodes or nodes.SIZES, arguments.backend, arguments.changes, arguments.seconds,
+        arguments.churn, arguments.out), etcd_obstacle())
 
 
 def _add_measuring_command(
@@ -393,28 +387,13 @@ def _report_again(arguments: argparse.Namespace) -> int:
 
 
 def _flame(arguments: argparse.Namespace) -> int:
-    problem = _missing_requirement()
-    try:
-        if problem is None:
-            flame.run(arguments.contender, arguments.profile, arguments.seconds, arguments.out)
-            return 0
-    except LabError as e:
-        problem = str(e)
-    print(f"bench: {problem}", file=sys.stderr)
-    return 1
+    return _in_lab(lambda: flame.run(
+        arguments.contender, arguments.profile, arguments.seconds, arguments.out))
 
 
 def _probes(arguments: argparse.Namespace) -> int:
-    problem = _missing_requirement()
-    try:
-        if problem is None:
-            print(probes.run(
-                arguments.peers, arguments.seconds, arguments.backend or nodes.BACKENDS))
-            return 0
-    except LabError as e:
-        problem = str(e)
-    print(f"bench: {problem}", file=sys.stderr)
-    return 1
+    return _in_lab(lambda: print(probes.run(
+        arguments.peers, arguments.seconds, arguments.backend or nodes.BACKENDS)))
 
 
 def _takeover(arguments: argparse.Namespace) -> int:
@@ -426,12 +405,22 @@ def _floods(arguments: argparse.Namespace) -> int:
 
 
 def _print_lines(lines: Iterator[str]) -> int:
-    problem = _missing_requirement()
+    def run() -> None:
+        for line in lines:
+            print(line, flush=True)
+
+    return _in_lab(run)
+
+
+def _in_lab(run: Callable[[], int | None], obstacle: str | None = None) -> int:
+    """Call ``run``, which needs a lab. Return its exit status; None is 0.
+
+    obstacle  a reason why it cannot run, besides those of a lab
+    """
+    problem = _missing_requirement() or obstacle
     try:
         if problem is None:
-            for line in lines:
-                print(line, flush=True)
-            return 0
+            return run() or 0
     except LabError as e:
         problem = str(e)
     print(f"bench: {problem}", file=sys.stderr)

@@ -110,7 +110,7 @@ cdef inline int copy_option(int receiver, int fd, int level, int name) noexcept 
     n = sizeof(int)
     if getsockopt(fd, level, name, &present, &n) == 0 and present == wanted:
         return 0
-    return setsockopt(fd, level, name, &wanted, sizeof(int))
+    return set_option(fd, level, name, wanted)
 
 
 cdef inline int copy_options(int receiver, int fd, int family) noexcept nogil:
@@ -162,14 +162,13 @@ cdef inline int join_address(int receiver, int fd) noexcept nogil:
     cdef sockaddr_in* local4 = <sockaddr_in*>&local
     cdef uint32_t n = sizeof(local)
     cdef uint16_t port = 0
-    cdef int on = 1
     if getsockname(receiver, <sockaddr*>&local, &n) < 0:
         return errno
     memset(&named, 0, sizeof(named))
     named.sin6_family = local.sin6_family
     named.sin6_port = local.sin6_port  # sockaddr_in has its port at the same offset
-    if setsockopt(receiver, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) < 0 \
-            or setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) < 0 \
+    if set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
             or bind(fd, <sockaddr*>&named, n) < 0:
         return errno
     memcpy(&named, &local, sizeof(local))
@@ -186,20 +185,6 @@ cdef inline int join_address(int receiver, int fd) noexcept nogil:
     elif memcmp(&named.sin6_addr, &local.sin6_addr, 16) == 0:
         return 0
     return EADDRNOTAVAIL  # the host has lost the address
-
-
-cdef inline int open_connected(int receiver, int family) noexcept nogil:
-    """Return a new socket that is connected to a port of this host, or a negative errno."""
-    cdef int fd = socket(family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-    cdef int error
-    if fd < 0:
-        return -errno
-    set_buffer(receiver, fd, OWN_SNDBUF)
-    error = errno if copy_options(receiver, fd, family) < 0 else join_address(receiver, fd)
-    if error != 0:
-        close(fd)
-        return -error
-    return fd
 
 
 cdef inline int join_as_mapped(int receiver, int fd) noexcept nogil:
@@ -225,17 +210,25 @@ cdef inline int join_as_mapped(int receiver, int fd) noexcept nogil:
     return 0
 
 
-cdef inline int open_mapped(int receiver, int limit) noexcept nogil:
-    """Return a new socket that is bound to the IPv4-mapped address, or a negative errno.
+cdef inline int open_joined(
+    int receiver, int family, bint mapped, int limit
+) noexcept nogil:
+    """Return a new socket with the receiving socket's options and address, or a negative errno.
 
-    limit  of its send buffer
+    family  of the receiving socket
+    mapped  bind to the IPv4-mapped address; else connect to a port of this host
+    limit   of its send buffer
     """
-    cdef int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    cdef int fd = socket(AF_INET6 if mapped else family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
+                         0)
     cdef int error
     if fd < 0:
         return -errno
     set_buffer(receiver, fd, limit)
-    error = errno if copy_options(receiver, fd, AF_INET) < 0 else join_as_mapped(receiver, fd)
+    if copy_options(receiver, fd, family) < 0:
+        error = errno
+    else:
+        error = join_as_mapped(receiver, fd) if mapped else join_address(receiver, fd)
     if error != 0:
         close(fd)
         return -error
@@ -245,11 +238,11 @@ cdef inline int open_mapped(int receiver, int limit) noexcept nogil:
 cdef inline int open_socket(int receiver, int family) noexcept nogil:
     """Return a new socket that sends as the receiving one does, or a negative errno. Any thread may
     call."""
-    cdef int fd = open_connected(receiver, family)
+    cdef int fd = open_joined(receiver, family, False, OWN_SNDBUF)
     if fd == -EADDRINUSE and family == AF_INET:
         # Any user can bind the port to another address of this host, such as 127.0.0.1. Then the
         # kernel refuses to bind the port without an address.
-        return open_mapped(receiver, OWN_SNDBUF)
+        return open_joined(receiver, family, True, OWN_SNDBUF)
     return fd
 
 
@@ -284,7 +277,7 @@ cdef inline int open_sender(int receiver) noexcept nogil:
     cdef int fd, error
     # If there is no sender, ``receiver`` also sends.
     set_option(receiver, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
-    fd = open_mapped(receiver, INT_MAX)
+    fd = open_joined(receiver, AF_INET, True, INT_MAX)
     if fd >= 0 and set_option(receiver, IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_OMIT) < 0:
         error = errno
         close(fd)

@@ -40,6 +40,11 @@ async def small(tmp_path):
         yield cluster
 
 
+def watches(cluster):
+    """Return the URLs of the watches that the small server has received."""
+    return [url for _, url, _ in cluster.small.requests if "watch=" in url]
+
+
 # Acquire
 
 
@@ -453,8 +458,7 @@ async def test_a_watch_that_ends_normally_is_continued(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(watch_timeout=1)
     async with observing(source) as observer:
-        watches = lambda: [url for _, url, _ in small.small.requests if "watch=" in url]  # noqa: E731
-        await until(lambda: len(watches()) > 1, "a second watch")
+        await until(lambda: len(watches(small)) > 1, "a second watch")
         assert source.health.errors_n == 0
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))
         await until(lambda: "n2" in observer.public_ips(), "n2")
@@ -511,8 +515,7 @@ async def test_a_quiet_watch_is_no_failure(small):
     await small.create(member("n1", "192.0.2.1", "10.244.1.0/24"))
     source = small.source(watch_silence=0.1)
     async with observing(source) as observer:
-        watches = lambda: [url for _, url, _ in small.small.requests if "watch=" in url]  # noqa: E731
-        await until(lambda: len(watches()) > 2, "a third watch")
+        await until(lambda: len(watches(small)) > 2, "a third watch")
         assert source.health.errors_n == 0
         assert source.health.relists_n == 0
         await small.create(member("n2", "192.0.2.2", "10.244.2.0/24"))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.netns.cluster_traffic import all_reach_all
+from tests.netns.hosts_file import two_nodes
 from udptun.lab import wait_for
-from udptun.lab.cluster import Member
 from udptun.node.host.firewall.keeper import Firewall
 from udptun.node.host.firewall.rules import FirewallRules
 
@@ -388,16 +388,7 @@ def test_auto_without_nft_does_all_of_it_with_iptables(guarded):
 
 def test_two_nodes_with_another_programs_rules(lab):
     """Docker is started under running nodes; then firewalld instead of it."""
-    hosts = [lab.host(name) for name in ("n1", "n2")]
-    lab.segment(*hosts)
-    file = lab.folder / "hosts.toml"
-    file.write_text("network = '10.244.0.0/16'\n" + "".join(
-        f'[[nodes]]\nname = "{host.name}"\npublic = "{host.v4}"\nsubnets = "10.244.{i}.0/24"\n'
-        for i, host in enumerate(hosts, 1)))
-    members = [
-        Member(host, [f"--hosts={file}"], (f"--node-name={host.name}", "--iptables-resync=1"))
-        for host in hosts
-    ]
+    members = two_nodes(lab, "--iptables-resync=1")
     for member in members:
         member.start()
     for member in members:

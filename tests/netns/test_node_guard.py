@@ -16,10 +16,10 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from tests.netns.cluster_traffic import all_reach_all
+from tests.netns.hosts_file import two_nodes
 from tests.netns.test_tunnel_sources import inner_packet
 from udptun.instance import Instance
 from udptun.lab import wait_for
-from udptun.lab.cluster import Member
 from udptun.model import Endpoint, Mark
 from udptun.node.host.firewall.guard import GuardRules
 from udptun.node.host.firewall.keeper import Firewall
@@ -242,17 +242,7 @@ def test_many_peers_come_and_go(lab):
 def test_a_node_guards_its_peers(lab, firewall):
     """A pod and a user of one node cannot speak as another pod of this node, also after a restart
     of the daemon, and everything is removed with --cleanup."""
-    hosts = [lab.host(name) for name in ("n1", "n2")]
-    lab.segment(*hosts)
-    file = lab.folder / "hosts.toml"
-    file.write_text("network = '10.244.0.0/16'\n" + "".join(
-        f'[[nodes]]\nname = "{host.name}"\npublic = "{host.v4}"\nsubnets = "10.244.{i}.0/24"\n'
-        for i, host in enumerate(hosts, 1)))
-    members = [
-        Member(host, [f"--hosts={file}"],
-               (f"--node-name={host.name}", "--ip-masq", f"--firewall={firewall}"))
-        for host in hosts
-    ]
+    members = two_nodes(lab, "--ip-masq", f"--firewall={firewall}")
     for member in members:
         member.start()
     for member in members:

@@ -11,9 +11,9 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..model import IPAddress, IPNetwork
 from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
@@ -30,6 +30,8 @@ RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x1000, 0x2000
 # The flags of a request for the selected route and its table. With IPv6, the answer always has the
 # table, and the kernel refuses the other flag.
 FIB_MATCH = {4: RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH, 6: RTM_F_FIB_MATCH}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,7 @@ def ask_ways(kernel: RouteSocket, questions: Sequence[Question]) -> list[Way]:
 async def matched_routes(netlink: Netlink, questions: Sequence[Question]) -> list[str]:
     """Return the route that the kernel selects for each packet, as text such as
     "10.0.0.0/8 dev eth0 table 7"; "" if the kernel does not report it. Raises DeviceError."""
-    async def ask(_: Any) -> list[str]:
-        with RouteSocket() as kernel:
-            requests = [_request(one, FIB_MATCH[one.to.version]) for one in questions]
-            return ["" if isinstance(answer, Refusal) else _route_text(answer)
-                    for answer in kernel.ask(RTM_GETROUTE, requests)]
-
-    return await netlink.work("reading the routes of packets", ask) if questions else []
+    return [text or "" for text in await _selected(netlink, questions, _route_text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +100,21 @@ class Match:
 async def matches(netlink: Netlink, addresses: Sequence[IPAddress]) -> list[Match | None]:
     """Return the route that the kernel selects for each address; None: there is no route. Raises
     DeviceError."""
-    async def ask(_: Any) -> list[Match | None]:
+    return await _selected(netlink, [Question(one) for one in addresses], _match)
+
+
+async def _selected(
+    netlink: Netlink, questions: Sequence[Question], read: Callable[[memoryview], T]
+) -> list[T | None]:
+    """Return what ``read`` finds in the route that the kernel selects for each packet; None: the
+    kernel reports no route. Raises DeviceError."""
+    async def ask(_: Any) -> list[T | None]:
         with RouteSocket() as kernel:
-            flags = RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH
-            requests = [_request(Question(one), flags) for one in addresses]
-            return [None if isinstance(answer, Refusal) else _match(answer)
+            requests = [_request(one, FIB_MATCH[one.to.version]) for one in questions]
+            return [None if isinstance(answer, Refusal) else read(answer)
                     for answer in kernel.ask(RTM_GETROUTE, requests)]
 
-    return await netlink.work("looking up routes", ask) if addresses else []
+    return await netlink.work("reading the routes of packets", ask) if questions else []
 
 
 def _match(answer: memoryview) -> Match:
@@ -153,8 +156,6 @@ async def routes_within(
 def _request(question: Question, flags: int) -> bytes:
     bits = question.to.max_prefixlen
     source = question.source
-    if question.to.version == 6:  # the kernel refuses this flag, and always reports the table
-        flags &= ~RTM_F_LOOKUP_TABLE
     body = RTMSG.pack(_family(question.to.version), bits, 0 if source is None else bits,
                       0, 0, 0, 0, 0, flags)
     body += ATTRIBUTE.pack(ATTRIBUTE.size + bits // 8, RTA_DST) + question.to.packed
@@ -191,6 +192,14 @@ def _route_text(body: memoryview) -> str:
     if (table := number(about.get(RTA_TABLE))) not in (0, RT_TABLE_MAIN):
         text += f" table {table}"
     return text
+
+
+def device_index(name: str) -> int:
+    """Return the index of a device; 0: there is no such device."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
 
 
 def device_name(index: int) -> str:

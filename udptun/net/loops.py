@@ -17,7 +17,7 @@ from typing import Any
 from ..model import IPAddress, Mark
 from .batch import RouteSocket, attributes
 from .changes import RTA_DST, RTA_OIF, RTMSG
-from .lookup import RTM_GETROUTE, Question, ask_ways, number, numeric_attribute
+from .lookup import RTM_GETROUTE, Question, ask_ways, device_index, number, numeric_attribute
 from .netlink import Netlink
 
 FEW = 64  # addresses; of more, only those that a route through the TUN covers are looked up
@@ -39,9 +39,8 @@ async def routed_into(
     value = 0 if mark is None else mark.value
 
     async def ask(_: Any) -> set[bytes]:
-        try:
-            index = socket.if_nametoindex(device)
-        except OSError:  # the device was deleted, so nothing is routed into it
+        index = device_index(device)
+        if index == 0:  # the device was deleted, so nothing is routed into it
             return set()
         with RouteSocket() as kernel:
             packed = [one for one in addresses if len(one) in source_of]

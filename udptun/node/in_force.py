@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable, Collection
 
 from ..errors import UdptunError
 from ..leases.base import Lease
+from ..net.lookup import device_index
 from ..net.netlink import Netlink
 from ..repairs import Repairs
 from ..wait import wait_at_most
@@ -143,7 +143,7 @@ class InForce:
     async def _look_at_routes(self, *, everyone: bool) -> None:
         assert self._site is not None and self._lease is not None
         network, own = self._site.network, self._lease
-        devices = {_index(name) for name in self._backends.device_names(network)} - {0}
+        devices = {device_index(name) for name in self._backends.device_names(network)} - {0}
         peers = [lease for lease in self._leases() if lease.key != own.key]
         before = self._misrouted.found
         try:
@@ -163,10 +163,3 @@ class InForce:
             self.repairs.begin("; ".join(repairs))
         for text in repairs:
             self.repairs.done(text)
-
-
-def _index(device: str) -> int:
-    try:
-        return socket.if_nametoindex(device)
-    except OSError:
-        return 0

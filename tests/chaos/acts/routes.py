@@ -1,8 +1,10 @@
 """Acts on routes and policy rules: ours deleted, others added, leftovers of other programs."""
 
+from collections.abc import Callable
 from random import Random
 
 from udptun.lab.cluster import Member
+from udptun.model import IPNetwork
 
 from ..world import TUN, VXLAN, World
 from .act import ALL, Act, Scene, both_ways, isolates, pick, pick_device, pick_two
@@ -53,16 +55,18 @@ def _more_specific(world: World, rng: Random) -> Scene:
 
 
 def _blackhole(world: World, rng: Random) -> Scene:
-    a, b = pick_two(world, rng)
-    half = next(iter(b.subnet.subnets()))
-    a.host.ip(f"route add blackhole {half}")
-    return Scene(f"{a.host.name}: ip route add blackhole {half}", [a], both_ways(a, b),
-                 lambda: a.host.ip(f"route del blackhole {half}"), says=str(half))
+    return _into_blackhole(world, rng, lambda member: member.subnet)
 
 
 def _blackhole6(world: World, rng: Random) -> Scene:
+    return _into_blackhole(world, rng, lambda member: member.subnet6)
+
+
+def _into_blackhole(
+    world: World, rng: Random, subnet: Callable[[Member], IPNetwork]
+) -> Scene:
     a, b = pick_two(world, rng)
-    half = next(iter(b.subnet6.subnets()))
+    half = next(iter(subnet(b).subnets()))
     a.host.ip(f"route add blackhole {half}")
     return Scene(f"{a.host.name}: ip route add blackhole {half}", [a], both_ways(a, b),
                  lambda: a.host.ip(f"route del blackhole {half}"), says=str(half))

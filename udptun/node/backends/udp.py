@@ -8,7 +8,6 @@ forwarder's process is started and kept running (``process``). Runs on the daemo
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
@@ -20,6 +19,7 @@ from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
 from ...model import ANY_PORT, MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route
+from ...net.lookup import device_index
 from ...net.loops import routed_into
 from ...net.netlink import Netlink
 from ...net.tun_state import tun_state
@@ -137,9 +137,8 @@ class UdpBackend(Backend[Route]):
         spec, name = self._keeper.spec, self._config.tun
         if spec is None:
             return [f"{name} is not set up yet"]
-        try:
-            index = socket.if_nametoindex(name)
-        except OSError:
+        index = device_index(name)
+        if index == 0:
             return [f"{name} does not exist"]
         networks = [*map(ip_network, spec.networks)]
         state = await tun_state(self._netlink, index, networks)

@@ -21,7 +21,7 @@ from ipaddress import ip_address
 
 from ...errors import FieldError
 from ...model import IPAddress, IPNetwork
-from ...net.lookup import RT_TABLE_MAIN, matches
+from ...net.lookup import RT_TABLE_MAIN, device_index, matches
 from ...net.netlink import Netlink
 from ...net.underlay import links_of
 from .interface import Needed, Underlay
@@ -61,7 +61,7 @@ class Taken:
             for address in underlay.bound for link in links
             if address in link and link.prefixlen < link.max_prefixlen
         ]
-        own = {_index(name) for name in own_devices} - {0}
+        own = {device_index(name) for name in own_devices} - {0}
         routes = await matches(self._netlink, INTERNET)
         wanted = {route.gateway: "the gateway of this host" for route in routes
                   if route is not None and route.gateway is not None and route.device not in own}
@@ -101,10 +101,3 @@ def refuse_taken(networks: Iterable[IPNetwork], needed: Iterable[Needed]) -> Non
                 raise FieldError(
                     "Network" if network.version == 4 else "IPv6Network", str(network),
                     f"a network whose route does not take {one.address} away, {one.what}")
-
-
-def _index(name: str) -> int:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return 0

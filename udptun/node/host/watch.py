@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from ...model import IPNetwork
 from ...net.changes import Change, Kind
+from ...net.lookup import device_index
 from ...net.netlink import Netlink
 
 
@@ -90,16 +90,9 @@ class HostWatch:
         devices   the names of the overlay's devices that should exist
         underlay  the interface index of the underlay
         """
-        indexes = [_index(name) for name in devices]
+        indexes = [device_index(name) for name in devices]
         self._scope = _Scope(
             frozenset({underlay, *indexes} - {0}), all(indexes), tuple(networks), tuple(own))
-
-
-def _index(name: str) -> int:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return 0
 
 
 def _overlap(network: IPNetwork, base: bytes, length: int) -> bool:
