@@ -153,7 +153,6 @@ def forge(rig, outer, kind, code, mtu, quote=b""):
         message = struct.pack("!BBHHH", kind, code, 0, 0, mtu) + ip + udp
         total = 0xFFFF - reference.checksum(message)
         message = message[:2] + total.to_bytes(2, "big") + message[4:]
-#X - reference.checksum(message)).to_bytes(2, "big") + message[4:]
     else:
         ip = struct.pack("!IHBB16s16s", 0x60000000, 1480, 17, 64, addr(source), addr(target))
         raw = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
