@@ -345,7 +345,7 @@ cdef inline uint32_t build_messages(
 cdef struct refusal_t:          # state of a flush after the kernel refused a message
     bint one_by_one             # send single datagrams until one is accepted
     bint gso_suspected          # a run was refused; the cause may be UDP_SEGMENT, not the size
-    bint retried                # the current datagram was retried
+    bint retried                # the last try had no ICMP error as its cause
 
 
 cdef inline void account(
@@ -385,10 +385,15 @@ cdef inline void handle_refusal(
     if error == ENOBUFS or error == ENOMEM:
         keep_refusal(w, waiting.peer, error)
         account(w, waiting, &w.tx_runs[0], DROP_NO_BUFFER)
-    elif read_errors(w, fd) or not refusal.retried:
+    elif read_errors(w, fd):
         # This may be an ICMP error about an earlier datagram, perhaps to another peer. The kernel
         # reports such an error once, as the result of the next send, and does not send the datagram
         # of that next send. ERRORS_MAX limits the number of retries.
+        refusal.retried = False
+        return
+    elif not refusal.retried:
+        # The error can still be that of an ICMP error that was read, or removed from the queue,
+        # just before the kernel stored it for the next send.
         refusal.retried = True
         return
     else:
