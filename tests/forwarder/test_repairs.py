@@ -16,6 +16,8 @@ from udptun.device import tun
 from udptun.device.offload import OffloadRequest
 from udptun.errors import DeviceError
 from udptun.model import parse_address, parse_prefix
+from udptun.net.netlink import Netlink
+from udptun.repairs import Repairs
 
 PEER = "192.0.2.2"
 OWN = ("10.244.1.0", "fd00:1::")
@@ -145,18 +147,46 @@ async def test_a_name_that_another_device_took_is_reported():
 
 
 @in_own_netns
-async def test_a_repair_fight_is_bounded_and_logged_in_one_line(caplog):
+async def test_a_repair_fight_is_bounded_and_logged_in_one_line(caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
+    made, done = [], Repairs.done
+    monkeypatch.setattr(Repairs, "done", lambda self, what: (made.append(what), done(self, what)))
     async with Forwarder(config()) as forwarder:
         with forwarder.subscribe() as events:
-            for _ in range(4):
+            for repairs in range(1, 5):
                 sh("ip route del 10.244.0.0/16")
-                async with asyncio.timeout(60):
-                    await until(lambda: ip_json("route show 10.244.0.0/16"), "the route")
+                await until(lambda n=repairs: len(made) == n, "the repair")
             assert forwarder._setup._repairs.pause() > 0
-            async with asyncio.timeout(60):
-                assert (await anext(events))["type"] == "repaired"
+            assert (await anext(events))["type"] == "repaired"
     assert len([one for one in caplog.messages if "is repaired" in one]) == 1
+
+
+def undo_repairs(monkeypatch, times):
+    """Delete the route again right after each of the next repairs, as another program may do."""
+    configure = Netlink.configure_tun
+    left = [times]
+
+    async def configure_and_undo(self, *args, **kwargs):
+        await configure(self, *args, **kwargs)
+        if left[0]:
+            left[0] -= 1
+            sh("ip route del 10.244.0.0/16")
+
+    monkeypatch.setattr(Netlink, "configure_tun", configure_and_undo)
+
+
+@in_own_netns
+@pytest.mark.parametrize(("times", "expected"), [
+    (1, ["repaired"]), (2, ["repaired"]), (3, ["error", "repaired"]), (4, ["error", "repaired"])])
+async def test_a_repair_that_is_undone_at_once_is_made_again(monkeypatch, times, expected):
+    async with Forwarder(config()) as forwarder:
+        undo_repairs(monkeypatch, times)
+        with forwarder.subscribe() as events:
+            sh("ip route del 10.244.0.0/16")
+            async with asyncio.timeout(60):
+                seen = [await anext(events) for _ in expected]
+            assert [event["type"] for event in seen] == expected
+            assert "10.244.0.0/16" in seen[0]["message"]
 
 
 @in_own_netns

@@ -27,6 +27,7 @@ from ..wait import wait_at_most
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 10.0
+TRIES = 3  # number of repairs without effect until an error is reported
 OF_THE_DEVICE = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.SETTING)
 
 
@@ -57,6 +58,7 @@ class TunSetup:
         self._reopen, self._report, self._fail = reopen, report, fail
         self._changed = asyncio.Event()
         self._repairs = Repairs(repaired)
+        self._failed_n = 0  # repairs without effect since the state was last right
         self._error = ""  # the last reported error; an equal error is not reported again
 
     async def apply(self) -> None:
@@ -115,14 +117,21 @@ class TunSetup:
     async def _check(self) -> None:
         wrong = await self._differences()
         if not wrong:
+            self._failed_n = 0
             return
         what = f"{self._name} is repaired: {'; '.join(wrong)}"
         self._repairs.begin(what)
         await self._repair()
         still = [text for text in await self._differences() if text in wrong]
-        if still:
+        if not still:
+            self._failed_n = 0
+            self._repairs.done(what)
+            return
+        # The kernel has accepted the repair. Another program may have undone it since.
+        self._failed_n += 1
+        if self._failed_n >= TRIES:
             raise DeviceError(errno.EBUSY, f"{self._name} cannot be repaired: {'; '.join(still)}")
-        self._repairs.done(what)
+        self._changed.set()
 
     async def _differences(self) -> list[str]:
         state = await tun_state(self._netlink, self._index, self._networks)
