@@ -21,15 +21,16 @@ EXTENSION_SOURCES := setup.py udptun/drops.py udptun/model.py \
   $(filter-out %.c src_ext/drops.pxd src_ext/limits.pxd,$(wildcard src_ext/*.* src_ext/*/*.*))
 STEPS_SOURCES := $(wildcard tests/steps/build.py tests/steps/*.p*)
 BUILT := $(wildcard udptun/_core$(SUFFIX))
-# Some tools are in the sbin directories, which a user's PATH may not contain.
-export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+# Some tools are in directories that a user's PATH may not contain. CNI plugins are in the last one.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin:/usr/lib/cni
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 export DEBIAN_FRONTEND := noninteractive
 
 DEMO_TOOLS := ip:iproute2 ping:iputils-ping iperf3:iperf3 nft:nftables ethtool:ethtool \
   sysctl:procps
-TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-server clang:clang
+TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-server clang:clang \
+  host-local:containernetworking-plugins
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

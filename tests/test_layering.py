@@ -23,8 +23,8 @@ PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
-    "connections", "errors", "files", "instance", "model", "notify", "drops", "privileges",
-    "repairs", "spans", "text", "wait", "_version",
+    "connections", "env_file", "errors", "files", "instance", "model", "notify", "drops",
+    "privileges", "repairs", "spans", "text", "wait", "_version",
 }
 RULES = {
     "errors": {"text"},
@@ -40,6 +40,8 @@ RULES = {
     "notify": {"errors", "model"},
     "_version": set(),
     "model": {"errors"},
+    "env_file": {"errors"},
+    "cni": LEAVES | {"cni"},
     "probe": LEAVES | {"probe"},
     "takeover": LEAVES | {"takeover"},
     "device": LEAVES | {"device"},
@@ -71,7 +73,7 @@ RULES = {
     "node": LEAVES | {"control.client", "leases", "net", "node", "probe"},
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
-        "cli", "control.client", "control.protocol", "device.offload", "device.tun",
+        "cli", "cni", "control.client", "control.protocol", "device.offload", "device.tun",
         "forwarder", "lab", "leases", "net.kernel_path", "node", "takeover.kept",
     },
     "__main__": {"cli"},

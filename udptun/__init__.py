@@ -4,10 +4,9 @@ Has the names of the public API. A name is imported at its first use (PEP 562), 
 command does not load the data plane. ``from udptun import Forwarder`` works as usual.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from ._version import __version__
+
+TYPE_CHECKING = False  # importing typing is slow, and the CNI plugin must start fast
 
 if TYPE_CHECKING:
     from .control.client import ControlClient
@@ -57,6 +56,8 @@ def __getattr__(name: str) -> object:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     value: object = getattr(import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value

@@ -27,6 +27,7 @@ COMMANDS = {
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
     "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),
     "stop": (".stop:stop", "Stop a running forwarder."),
+    "cni": (".cni:cni", "Attach pods: the CNI plugin, started by a container runtime."),
     "ext": (".ext:ext", "Commands for flanneld's extension backend."),
     "demo": (".demo:demo", "Show a tunnel between two temporary hosts on this machine."),
     "version": (".version:version", "Show the version."),

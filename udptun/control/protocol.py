@@ -25,9 +25,10 @@ HEALTHZ: Final = "/v1/healthz"
 METRICS: Final = "/metrics"
 
 # The node daemon's socket is in the directory of the forwarder's control socket. It serves a single
-# URL path.
+# URL path. The list of peers can be long; the CNI plugin does not need it.
 NODE_SOCKET: Final = "node.sock"
 NODE: Final = "/v1/node"
+NODE_WITHOUT_PEERS: Final = f"{NODE}?peers=0"
 
 JSON_TYPE: Final = "application/json"
 NDJSON_TYPE: Final = "application/x-ndjson"

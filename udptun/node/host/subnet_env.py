@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ...env_file import assignments, network4, network6
 from ...errors import FieldError
 from ...files import make_directory, replace_file
 from ...leases.base import Subnets
@@ -64,17 +64,17 @@ class SubnetEnv:
         where  the file's name for the error
         Raises FieldError if a variable is missing or invalid.
         """
-        values = _values(text)
+        values = assignments(text)
         has_v6 = bool({"FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"} & values.keys())
         has_v4 = not has_v6 or bool({"FLANNEL_NETWORK", "FLANNEL_SUBNET"} & values.keys())
         masq = values.get("FLANNEL_IPMASQ")
         if masq not in ("true", "false"):
             raise FieldError("FLANNEL_IPMASQ", masq, "true or false", where)
         return cls(
-            _network4("FLANNEL_NETWORK", values, where) if has_v4 else None,
-            _network4("FLANNEL_SUBNET", values, where) if has_v4 else None,
-            _network6("FLANNEL_IPV6_NETWORK", values, where) if has_v6 else None,
-            _network6("FLANNEL_IPV6_SUBNET", values, where) if has_v6 else None,
+            network4("FLANNEL_NETWORK", values, where) if has_v4 else None,
+            network4("FLANNEL_SUBNET", values, where) if has_v4 else None,
+            network6("FLANNEL_IPV6_NETWORK", values, where) if has_v6 else None,
+            network6("FLANNEL_IPV6_SUBNET", values, where) if has_v6 else None,
             parse_number("FLANNEL_MTU", values.get("FLANNEL_MTU"), MIN_MTU, MAX_MTU, where),
             masq == "true",
         )
@@ -106,19 +106,19 @@ def former_subnets(path: Path) -> Subnets:
     version.
     """
     try:
-        values = _values(_read(path) or "")
+        values = assignments(_read(path) or "")
     except OSError as error:
         log.warning("the former subnet is not known: %s cannot be read: %s", path, error)
         return Subnets()
     v4, v6 = None, None
     try:
         if "FLANNEL_SUBNET" in values:
-            v4 = _network4("FLANNEL_SUBNET", values, str(path))
+            v4 = network4("FLANNEL_SUBNET", values, str(path))
     except FieldError as error:
         log.warning("the former subnet is not known: %s", error)
     try:
         if "FLANNEL_IPV6_SUBNET" in values:
-            v6 = _network6("FLANNEL_IPV6_SUBNET", values, str(path))
+            v6 = network6("FLANNEL_IPV6_SUBNET", values, str(path))
     except FieldError as error:
         log.warning("the former IPv6 subnet is not known: %s", error)
     return Subnets(v4, v6)
@@ -129,33 +129,3 @@ def _read(path: Path) -> str | None:
         return path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return None
-
-
-def _values(text: str) -> dict[str, str]:
-    """Return the assignments of a file that a shell could source.
-
-    Comments, quotes and ``export`` are handled like in a shell. If a name is assigned several
-    times, the last assignment is used.
-    """
-    values = {}
-    for line in text.splitlines():
-        name, equals, value = line.strip().removeprefix("export ").partition("=")
-        if equals and not name.startswith("#"):
-            values[name.strip()] = value.strip().strip("\"'")
-    return values
-
-
-def _network4(field: str, values: Mapping[str, str], where: str) -> ipaddress.IPv4Network:
-    try:
-        return ipaddress.IPv4Interface(values.get(field, "")).network
-    except ValueError:
-        expected = "an IPv4 prefix such as 10.42.1.1/24"
-        raise FieldError(field, values.get(field), expected, where) from None
-
-
-def _network6(field: str, values: Mapping[str, str], where: str) -> ipaddress.IPv6Network:
-    try:
-        return ipaddress.IPv6Interface(values.get(field, "")).network
-    except ValueError:
-        expected = "an IPv6 prefix such as fc00:0:0:1::1/64"
-        raise FieldError(field, values.get(field), expected, where) from None

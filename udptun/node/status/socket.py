@@ -18,7 +18,7 @@ from typing import Any
 
 from ..._version import __version__
 from ...connections import Connections
-from ...control.protocol import NODE, NODE_SOCKET
+from ...control.protocol import NODE, NODE_SOCKET, NODE_WITHOUT_PEERS
 from ...control.sockets import UnixListener, listen_unix
 from ...errors import DeviceError
 from ...wait import FILE_CHECK_SECONDS, until_removed
@@ -34,7 +34,7 @@ HEAD_LEN = 8192
 PEERS_SLICE = 100  # peers that are formatted at a time
 
 
-async def node_json(report: NodeReport) -> AsyncIterator[bytes]:
+async def node_json(report: NodeReport, with_peers: bool = True) -> AsyncIterator[bytes]:
     """Yield the JSON text of the report."""
     checks = judge(report)
     lease, underlay = report.lease, report.underlay
@@ -59,7 +59,7 @@ async def node_json(report: NodeReport) -> AsyncIterator[bytes]:
         "events": list(report.events),
     }
     yield json.dumps(head)[:-1].encode() + b', "peers": ['
-    for at, pair in enumerate([*report.pairs.values()]):
+    for at, pair in enumerate([*report.pairs.values()] if with_peers else ()):
         text = json.dumps(_peer(report, pair)).encode()
         yield b", " + text if at else text
         if at % PEERS_SLICE == PEERS_SLICE - 1:
@@ -156,10 +156,11 @@ class NodeSocket:
         self._open.request_begins(writer)
         method, target, *_ = [*head.split(b"\r\n", 1)[0].split(b" "), b"", b""]
         async with asyncio.timeout(ANSWER_SECONDS):
-            if method != b"GET" or target != NODE.encode():
+            if method != b"GET" or target.decode("latin-1") not in (NODE, NODE_WITHOUT_PEERS):
                 await _answer(writer, "404 Not Found", _error(f"not found: there is GET {NODE}"))
                 return
-            body = b"".join([piece async for piece in node_json(self._report)])
+            with_peers = target == NODE.encode()
+            body = b"".join([piece async for piece in node_json(self._report, with_peers)])
             await _answer(writer, "200 OK", body)
 
 
