@@ -23,7 +23,7 @@ _BOTH = DIRECTIONS
 
 DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("short_packet", _BOTH,
-               "Shorter than an IP header (also empty datagrams sent as keepalives)."),
+               "The packet is shorter than an IP header. Empty datagrams (keepalives) count here."),
     DropReason("bad_version", _BOTH, "The IP version is neither 4 nor 6."),
     DropReason("bad_header_len", _BOTH,
                "The IPv4 header length is less than 20 bytes or exceeds the packet."),
@@ -33,22 +33,23 @@ DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("bad_l4_header", (ENCAP,), "The TCP or UDP header of a super-packet is invalid."),
     DropReason("no_route", (ENCAP,), "No route covers the destination (ICMP net unreachable)."),
     DropReason("recursion", (ENCAP,),
-               "A datagram of a forwarder on this host that was routed into the TUN: a route "
-               "covers the endpoint of its peer."),
+               "The host routed a forwarder's own datagram into the TUN, because a route through the "
+               "TUN covers the endpoint of the peer."),
     DropReason("ttl_exceeded", _BOTH, "The TTL or hop limit reached 0 here (ICMP time exceeded)."),
     DropReason("too_big", (ENCAP,),
-               "Larger than the MTU of the path to the peer, and must not be fragmented "
+               "The packet is larger than the path MTU to the peer, and must not be fragmented "
                "(ICMP fragmentation needed, packet too big)."),
-    DropReason("send_error", (ENCAP,), "The kernel refused the datagram and the retry."),
+    DropReason("send_error", (ENCAP,),
+               "The kernel refused the datagram, and refused it again when it was repeated."),
     DropReason("no_buffer", (ENCAP,),
-               "The kernel has no memory to send it (ENOBUFS), or the send queue is full."),
+               "The kernel has no memory for the datagram (ENOBUFS), or the send queue is full."),
     DropReason("slow_peer", (ENCAP,),
                "The kernel still holds a full socket buffer of earlier datagrams to this peer: the "
                "path to the peer is slower than the traffic, or its link address is unknown."),
-    DropReason("unknown_peer", (DECAP,), "The outer source address is not a peer."),
+    DropReason("unknown_peer", (DECAP,), "The outer source address is not that of a peer."),
     DropReason("source_port", (DECAP,),
-               "The outer source address is a peer, but the outer source port is not one of the "
-               "ports from which this peer may send (source check strict)."),
+               "The outer source address is that of a peer, but the outer source port is not one of "
+               "the ports from which this peer may send (source check strict)."),
     DropReason("source_not_routed", (DECAP,),
                "The inner source address is not in a subnet routed to the sending peer "
                "(source check strict)."),
@@ -58,5 +59,5 @@ DROP_REASONS: tuple[DropReason, ...] = (
                "this node (--admit own)."),
     DropReason("truncated", (DECAP,), "The datagram is longer than the receive buffer."),
     DropReason("tun_write", (DECAP,), "The TUN refused the packet."),
-    DropReason("closed", (ENCAP,), "Still queued when the forwarder stopped."),
+    DropReason("closed", (ENCAP,), "The packet was still queued when the forwarder stopped."),
 )
