@@ -33,8 +33,8 @@ DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("bad_l4_header", (ENCAP,), "The TCP or UDP header of a super-packet is invalid."),
     DropReason("no_route", (ENCAP,), "No route covers the destination (ICMP net unreachable)."),
     DropReason("recursion", (ENCAP,),
-               "The host routed a forwarder's own datagram into the TUN, because a route through the "
-               "TUN covers the endpoint of the peer."),
+               "The host routed a forwarder's own datagram into the TUN, because a route through "
+               "the TUN covers the endpoint of the peer."),
     DropReason("ttl_exceeded", _BOTH, "The TTL or hop limit reached 0 here (ICMP time exceeded)."),
     DropReason("too_big", (ENCAP,),
                "The packet is larger than the path MTU to the peer, and must not be fragmented "
@@ -48,8 +48,8 @@ DROP_REASONS: tuple[DropReason, ...] = (
                "path to the peer is slower than the traffic, or its link address is unknown."),
     DropReason("unknown_peer", (DECAP,), "The outer source address is not that of a peer."),
     DropReason("source_port", (DECAP,),
-               "The outer source address is that of a peer, but the outer source port is not one of "
-               "the ports from which this peer may send (source check strict)."),
+               "The outer source address is that of a peer, but the outer source port is not one "
+               "of the ports from which this peer may send (source check strict)."),
     DropReason("source_not_routed", (DECAP,),
                "The inner source address is not in a subnet routed to the sending peer "
                "(source check strict)."),

@@ -358,6 +358,6 @@ def _drops(chains: Mapping[str, Chain], flows: Iterable[Flow]) -> dict[Flow, Dro
 
 def _remedy(table: str, network: IPNetwork | None) -> str:
     if table.endswith(" firewalld"):
-        return f"firewall-cmd --permanent --zone=trusted --add-source={network}, and then" \
-            " firewall-cmd --reload, make firewalld accept them"
+        return "to make firewalld accept them, run: firewall-cmd --permanent --zone=trusted" \
+            f" --add-source={network} && firewall-cmd --reload"
     return f"a rule of this chain has to accept {network}"
