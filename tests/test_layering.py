@@ -60,8 +60,8 @@ RULES = {
     },
     "node.host": LEAVES | {"leases", "net", "node.config", "node.host", "node.status.report"},
     "node.paths": LEAVES | {
-        "control.client", "node.backends", "node.malloc", "node.paths", "node.status.report",
-        "probe",
+        "control.client", "net.icmp", "node.backends", "node.malloc", "node.paths",
+        "node.status.report", "probe",
     },
     "node.process": LEAVES | {
         "control.client", "control.protocol", "node.process", "node.status.report", "takeover",
@@ -74,7 +74,7 @@ RULES = {
     "lab": LEAVES | {"lab"},
     "cli": LEAVES | {
         "cli", "cni", "control.client", "control.protocol", "device.offload", "device.tun",
-        "forwarder", "lab", "leases", "net.kernel_path", "node", "takeover.kept",
+        "forwarder", "lab", "leases", "net.icmp", "net.kernel_path", "node", "takeover.kept",
     },
     "__main__": {"cli"},
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API

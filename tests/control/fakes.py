@@ -132,10 +132,13 @@ class FakeForwarder:
         for endpoint in endpoints:
             self.standby[str(endpoint)] = standby
 
-    async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
+    async def probe(
+        self, endpoint: Endpoint, size: int | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         if str(endpoint) != "192.0.2.2:8285":
             raise FieldError("endpoint", str(endpoint), "a peer that has a route with `probe`")
-        return {"answered": True, "rtt_us": 412, "size": size or 24}
+        return {"answered": True, "rtt_us": 412, "size": size or 24, "heard_seconds": 0.001,
+                "peer_heard_seconds": 0.001, "from_peer": True, "to_peer": True}
 
     def drops(self) -> list[dict[str, Any]]:
         return [

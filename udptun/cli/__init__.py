@@ -25,6 +25,7 @@ COMMANDS = {
     "peers": (".show:peers", "Show for each peer whether it answers probes, and how fast."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
+    "ping": (".ping:ping", "Measure the path to a node or an address."),
     "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),
     "stop": (".stop:stop", "Stop a running forwarder."),
     "cni": (".cni:cni", "Attach pods: the CNI plugin, started by a container runtime."),

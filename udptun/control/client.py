@@ -124,9 +124,15 @@ class ControlClient:
         finally:
             self.close()
 
-    def probe(self, endpoint: str, size: int | None = None) -> dict[str, Any]:
-        """Probe a peer now. The answer comes after at most about a second."""
-        wanted = {"endpoint": endpoint} | ({} if size is None else {"size": size})
+    def probe(
+        self, endpoint: str, size: int | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """Probe a peer now.
+
+        timeout  how long the forwarder waits for the answer of the peer; None: a second
+        """
+        wanted: dict[str, Any] = {"endpoint": endpoint, "size": size, "timeout": timeout}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
         response = self._request("POST", protocol.PROBE, protocol.dump(wanted), {
             "Content-Type": protocol.JSON_TYPE})
         answer: dict[str, Any] = json.loads(self._read(response))

@@ -253,12 +253,13 @@ class ControlServer:
         values = _loads(await _body(request, protocol.MAX_BODY))
         if not isinstance(values, dict) or not isinstance(values.get("endpoint"), str):
             raise ControlError("bad_request", "the body is not an object with endpoint")
-        unknown = values.keys() - {"endpoint", "size"}
+        unknown = values.keys() - {"endpoint", "size", "timeout"}
         if unknown:
             raise ControlError("bad_request", f"{min(unknown)}: there is no such field")
         try:
             endpoint = Endpoint.parse(values["endpoint"])
-            return _answer(await self._forwarder.probe(endpoint, values.get("size")))
+            return _answer(await self._forwarder.probe(
+                endpoint, values.get("size"), values.get("timeout")))
         except FieldError as exc:
             raise ControlError("bad_request", str(exc)) from None
 

@@ -523,9 +523,11 @@ class Forwarder:
     def peer_chunks(self) -> AsyncGenerator[bytes, None]:
         return self._view.peer_chunks()
 
-    async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
+    async def probe(
+        self, endpoint: Endpoint, size: int | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Probe a peer now. docs/control.md describes the result."""
-        return await self._probes.probe(endpoint, size)
+        return await self._probes.probe(endpoint, size, timeout)
 
     def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
         """Set whether other paths carry the packets to these peers."""

@@ -34,7 +34,8 @@ Key = tuple[bytes, int]  # packed address and port of a peer
 
 BATCH_SECONDS = 0.1  # the shortest time between two ticks; each sends and takes a batch of probes
 LOOK_SECONDS = 1.0  # time between two looks at the table and at the counters of the peers
-ANSWER_SECONDS = 1.0  # time for which ``probe`` waits for an answer
+ANSWER_SECONDS = 1.0  # time for which ``probe`` waits for an answer, if the caller sets no other
+TIMEOUT_MAX = 10.0
 # The longest time between two probes of a peer behind a NAT. A NAT deletes its entry after 30 s.
 NAT_SECONDS = 20.0
 MAX_PROBE = 65507  # largest UDP payload over IPv4
@@ -59,6 +60,7 @@ class Probes:
         self._waiting: dict[int, asyncio.Future[float]] = {}  # extra probes, by token
         self._generation = 0  # generation of the table at the last look
         self._look_at = self._ticked_at = 0.0
+        self._looked_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._counts = dict.fromkeys(("sent", "refused", "answered", "received"), 0)
@@ -129,16 +131,19 @@ class Probes:
 
     # -- the control API --------------------------------------------------------------------------
 
-    async def probe(self, endpoint: Endpoint, size: int | None = None) -> dict[str, Any]:
+    async def probe(
+        self, endpoint: Endpoint, size: int | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Send one probe now, and wait for its answer. docs/control.md describes the result.
 
-        Raises FieldError if the peer is not probed, or for a wrong size.
+        Raises FieldError if the peer is not probed, or for a wrong size or timeout.
         """
         self._follow_table()
         key = endpoint.address.packed, endpoint.port
         if key not in self._prober:
             raise FieldError("endpoint", str(endpoint), "a peer that has a route with `probe`")
         size = parse_number("size", HEADER_SIZE if size is None else size, HEADER_SIZE, MAX_PROBE)
+        seconds = _timeout(timeout)
         request = self._prober.request(key, size)
         answer: dict[str, Any] = {"answered": False, "rtt_us": None, "size": size}
         arrival: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -148,16 +153,35 @@ class Probes:
         try:
             error = self._send(request)
             if error:
-                return answer | {"error": os.strerror(error)}
+                return answer | self._heard(key) | {"error": os.strerror(error)}
             self._arm()
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(seconds):
                 rtt = await arrival - sent_at
-            return answer | {"answered": True, "rtt_us": max(round(rtt * 1e6), 0)}
+            return answer | self._heard(key) | {
+                "answered": True, "rtt_us": max(round(rtt * 1e6), 0)}
         except TimeoutError:
-            return answer | {"error": f"no answer within {ANSWER_SECONDS:.0f} s"}
+            return answer | self._heard(key) | {"error": f"no answer within {seconds:g} s"}
         finally:
             del self._waiting[request.token]
             self._core.wake_on_probe(bool(self._waiting))
+
+    def _heard(self, key: Key) -> dict[str, Any]:
+        """Return when each direction to this peer last worked, and what fails at present."""
+        path, now = self._prober.get(key), time.monotonic()
+        if path is None:  # its route was removed in the meantime
+            return {"heard_seconds": None, "peer_heard_seconds": None, "from_peer": None,
+                    "to_peer": None}
+        heard = max(path.last_probe or 0.0, path.last_data or 0.0)
+        missed, from_peer, to_peer = path.missed_at, True, None
+        if missed is None:
+            to_peer = True
+        elif not (from_peer := path.heard_since_missed()):
+            pass  # the peer cannot report what it receives
+        elif path.peer_heard is not None:
+            to_peer = path.peer_heard >= missed
+        return {"heard_seconds": _age(heard or None, now),
+                "peer_heard_seconds": _age(path.peer_heard, now),
+                "from_peer": from_peer, "to_peer": to_peer}
 
     def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
         """Probe the peers on standby paths less often. Peers that are not probed are ignored."""
@@ -210,7 +234,7 @@ class Probes:
             if self._ticked_at >= self._look_at:
                 self._look_at = self._ticked_at + LOOK_SECONDS
                 self._follow_table()
-                self._follow_traffic(self._ticked_at)
+                self._follow_traffic()
             for record in self._core.take_probes():
                 self._take(record)
             for request in self._prober.run():
@@ -249,12 +273,15 @@ class Probes:
                 self._set_path_mtu(key)
         self._by_address = None
 
-    def _follow_traffic(self, now: float) -> None:
+    def _follow_traffic(self) -> None:
+        """Report the traffic since the last look. The packets may have arrived right after it. A
+        later time could make packets from before a failure look like packets after it."""
+        since, self._looked_at = self._looked_at, self._ticked_at
         for address, port, received in self._core.take_traffic():
             key = address, port
             self._prober.traffic(key)
             if received:
-                self._prober.data_received(key, now)
+                self._prober.data_received(key, since)
 
     def _send(self, request: Request[Key]) -> int:
         """Send a probe. Return 0, or the errno if the kernel refused it."""
@@ -332,6 +359,19 @@ class Probes:
                 rtt_us=_microseconds(path.rtt), largest_size=path.sizes.largest,
                 full_size_passes=path.sizes.full_passes,
             )
+
+
+def _timeout(value: float | None) -> float:
+    if value is None:
+        return ANSWER_SECONDS
+    if isinstance(value, bool) or not isinstance(value, int | float) or \
+            not 0 < value <= TIMEOUT_MAX:
+        raise FieldError("timeout", value, f"a number of seconds, over 0 and up to {TIMEOUT_MAX:g}")
+    return value
+
+
+def _age(at: float | None, now: float) -> float | None:
+    return None if at is None else round(max(now - at, 0.0), 3)
 
 
 def _microseconds(seconds: float | None) -> int | None:

@@ -74,6 +74,7 @@ class PathState:
     last_answer  when the last probe was answered; None: never
     last_probe   when the last probe (request or reply) from the peer was received; None: never
     last_data    when the last data packet was received; None: never or unknown
+    peer_heard   when the peer last received a probe from us, as it has reported; None: never
     send_errno   error of the last probe if the kernel refused to send it, else 0
     peer_half    ``message.half`` of the token of the peer's last request; 0: none yet
     sizes        the largest size that passes
@@ -81,9 +82,9 @@ class PathState:
 
     __slots__ = (
         "_active_until", "_answered_half", "_awaited_n", "_backoff_n", "_data_proves", "_history",
-        "_history_n", "_jitter", "_late", "_missed_at", "_missed_n", "_peer_heard", "_pending",
-        "_probes_n", "_replied_at", "_sent_at", "_soon", "last_answer", "last_data", "last_probe",
-        "peer_half", "rtt", "send_errno", "since", "sizes", "state",
+        "_history_n", "_jitter", "_late", "_missed_at", "_missed_n", "_pending", "_probes_n",
+        "_replied_at", "_sent_at", "_soon", "last_answer", "last_data", "last_probe", "peer_half",
+        "peer_heard", "rtt", "send_errno", "since", "sizes", "state",
     )
 
     def __init__(self, now: float, full_size: int, data_proves: bool = False) -> None:
@@ -111,7 +112,7 @@ class PathState:
         self._soon = True  # the next probe is large, and is sent at once
         self._active_until = now
         self._replied_at = 0.0  # when the last request of the peer was answered
-        self._peer_heard: float | None = None  # when the peer last received a probe from us
+        self.peer_heard: float | None = None
         # ``message.half`` of the token of our last request that was answered in time; 0: none
         self._answered_half = 0
         self.peer_half = 0
@@ -160,7 +161,7 @@ class PathState:
             return False
         sample = max(now - probe.at, 0.0)
         self.rtt = sample if self.rtt is None else self.rtt + RTT_GAIN * (sample - self.rtt)
-        self.last_answer = self.last_probe = self._peer_heard = now
+        self.last_answer = self.last_probe = self.peer_heard = now
         self._overtake(earlier, probe, now)
         self.sizes.passed(size, probe.at)
         self._proved(now)
@@ -189,12 +190,12 @@ class PathState:
             self._soon = True
         if heard_seconds is None or not message.proves(token, self._answered_half):
             return
-        self._peer_heard = now - heard_seconds
+        self.peer_heard = now - heard_seconds
         if self.state != REACHABLE or self.suspect:
             return
         # An answer that was sent after this time may still arrive at the peer.
         quick = now - max(SUSPECT_SECONDS / 2, 2 * (self.rtt or 0.0))
-        if 0 < replied_at < quick and self._peer_heard < replied_at:
+        if 0 < replied_at < quick and self.peer_heard < replied_at:
             self._soon = True
         own = self.last_answer is not None and now - self.last_answer < OWN_EVERY * idle_seconds
         if heard_seconds <= idle_seconds * (1 + IDLE_JITTER) and own and \
@@ -328,6 +329,17 @@ class PathState:
         """Return whether a reply with this token would answer a probe of this path."""
         return any(probe.token == token for probe in (*self._pending, *self._late))
 
+    @property
+    def missed_at(self) -> float | None:
+        """When the first of the unanswered probes in a row was sent; None: the last was answered.
+        """
+        return self._missed_at if self._missed_n else None
+
+    def heard_since_missed(self) -> bool:
+        """Return whether something of the peer has arrived since probes are not answered."""
+        heard = max(self.last_probe or 0.0, self.last_data or 0.0)
+        return heard >= self._missed_at + SUSPECT_SECONDS
+
     def reason(self, now: float) -> str:
         """Return the reason for the path's state, in a few words."""
         if self.state == REACHABLE:
@@ -337,12 +349,11 @@ class PathState:
         if self.state == UNKNOWN:
             return "not probed yet" if not self._history_n else "no answer yet"
         text = f"{self._missed_n} probes in a row were not answered"
-        heard = max(self.last_probe or 0.0, self.last_data or 0.0)
-        if heard < self._missed_at + SUSPECT_SECONDS:
+        if not self.heard_since_missed():
             return text
         text += "; packets from the peer arrive"
-        if self._peer_heard is not None and self._peer_heard < self._missed_at:
-            text += f", but it has received no probe for {now - self._peer_heard:.0f} s"
+        if self.peer_heard is not None and self.peer_heard < self._missed_at:
+            text += f", but it has received no probe for {now - self.peer_heard:.0f} s"
         return text
 
     # -- inside -----------------------------------------------------------------------------------

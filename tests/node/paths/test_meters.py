@@ -16,12 +16,12 @@ import pytest
 from tests.own_netns import in_own_netns, sh
 from tests.path.test_worker_pressure import FullRig, slow_loopback
 from tests.wait import until
+from udptun.net.icmp import Echoes
 from udptun.node.backends.base import ProbeDevice
 from udptun.node.paths import meters as meters_module
 from udptun.node.paths.bound import BoundMeter
 from udptun.node.paths.choice import Health
 from udptun.node.paths.echo import EchoMeter
-from udptun.node.paths.icmp import Echoes
 from udptun.node.paths.meters import Meters
 from udptun.probe.message import HEADER_SIZE, REQUEST, UDP_PATH, VXLAN_PATH, Probe
 from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE

@@ -25,11 +25,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ...model import DEFAULT_PORT, OVERHEAD, IPNetwork
+from ...net.icmp import Echoes, open_raw, send_whole
 from ...probe.message import NEVER_HEARD, REPLY, REQUEST, Probe, decode, heard_field
 from ...probe.prober import Request
 from ..backends.base import ProbeDevice
-from .icmp import Echoes, open_raw
-from .meter import RECEIVE_LEN, Meter, send_whole
+from .meter import RECEIVE_LEN, Meter
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...model import OVERHEAD, IPNetwork
+from ...net.icmp import Echoes, open_raw
 from ...probe.prober import Request
-from .icmp import Echoes, open_raw
 from .meter import Meter
 
 

@@ -26,8 +26,6 @@ RECEIVE_LEN = 65536  # the largest message
 BATCH_SECONDS = 0.05  # between two sends: probes, and so their answers, come in small batches
 RECEIVE_N = 64  # messages per wake-up, so that other work of the loop is not delayed
 BUFFER_LEN = 1 << 20  # of the socket: the answers of some hundred full-size probes
-IPV6_MTU_DISCOVER, IPV6_DONTFRAG = 23, 62  # linux/in6.h
-IP_MTU_DISCOVER, PMTUDISC_PROBE = 10, 3  # linux/in.h: set DF, and ignore the known path MTU
 
 # The socket is of no use any more: its device or its address is gone, or no privilege.
 _BROKEN = frozenset({
@@ -219,12 +217,3 @@ class Meter(ABC):
 
 def _key(subnet: IPNetwork) -> str:
     return str(subnet.network_address)
-
-
-def send_whole(opened: socket.socket, version: int) -> None:
-    """Make the socket send each message in one packet of any size, or refuse it with EMSGSIZE."""
-    if version == 4:
-        opened.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
-    else:
-        opened.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
-        opened.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)

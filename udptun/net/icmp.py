@@ -2,7 +2,8 @@
 
 Owns the format. The size of an echo is the number of bytes after the ICMP header, which has the
 size of UDP's: an echo and a probe of the same size make equally large packets. A reply is matched
-by a random token in its payload. Does not depend on who is asked or when. Any thread.
+by a random token in its payload. Does not depend on who is asked or when, and uses only the
+standard library, because a client command has to start fast. Any thread.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import os
 import socket
 import struct
 
-from ...model import IPAddress
-from .meter import send_whole
+from ..model import IPAddress
 
 ECHO_REQUEST, ECHO_REPLY = {4: 8, 6: 128}, {4: 0, 6: 129}
 HEADER = struct.Struct(">BBHHH")  # type, code, checksum, identifier, sequence number
 TOKEN = struct.Struct(">Q")
+IP_MTU_DISCOVER, PMTUDISC_PROBE = 10, 3  # linux/in.h: set DF, and ignore the known path MTU
+IPV6_MTU_DISCOVER, IPV6_DONTFRAG = 23, 62  # linux/in6.h
 SOL_RAW, ICMP_FILTER, ICMPV6_FILTER = 255, 1, 1  # linux/socket.h, icmp.h, icmpv6.h
 
 
@@ -49,6 +51,15 @@ def open_raw(version: int, device: str = "", address: IPAddress | None = None) -
         opened.close()
         raise
     return opened
+
+
+def send_whole(opened: socket.socket, version: int) -> None:
+    """Make the socket send each message in one packet of any size, or refuse it with EMSGSIZE."""
+    if version == 4:
+        opened.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+    else:
+        opened.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
+        opened.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)
 
 
 class Echoes:

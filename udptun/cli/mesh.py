@@ -1,0 +1,133 @@
+"""The peers by name: what the node daemon and the forwarder report about each, in one row.
+
+Owns the combination of the two answers (``GET /v1/node`` and ``GET /v1/status``), and the look-up
+of a peer by what a person types. A row always has the same keys. A value that was not measured is
+None. Opens no connection. Pure functions: any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Row = dict[str, Any]
+
+NOT_PROBED = "not probed"
+# The values of ``state``, the worst first. A peer with several subnets has its worst state.
+STATES = ("no path", "refused", "unreachable", "limited", "unknown", NOT_PROBED, "reachable")
+MEASURED = ("rtt_us", "loss", "last_answer", "largest_size")
+
+
+def mesh(node: Mapping[str, Any] | None, peers: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Return one row per peer, sorted by name.
+
+    node   the answer of the node daemon; None: there is none
+    peers  the peers of the forwarder; empty: there is none
+    """
+    peers = [*peers]
+    by_subnet = {subnet: peer for peer in peers for subnet in peer["subnets"]}
+    rows: dict[str, Row] = {}
+    known: set[str] = set()  # endpoints of the peers that have a name
+    for pair in [] if node is None else node["peers"]:
+        peer = by_subnet.get(pair["subnet"])
+        if peer is not None:
+            known.add(peer["endpoint"])
+        row = _of_pair(pair, peer)
+        former = rows.get(row["name"])
+        rows[row["name"]] = row if former is None else _joined(former, row)
+    for state, key in (("no path", "no_path"), ("refused", "refused")):
+        for name, reason in ({} if node is None else node[key]).items():
+            row = rows.setdefault(name, _row(name, []))
+            row |= {"state": state, "reason": reason, "path": "none" if key == "no_path"
+                    else row["path"]}
+    for peer in peers:
+        if peer["endpoint"] not in known:
+            rows[peer["endpoint"]] = _of_peer(peer)
+    return sorted(rows.values(), key=lambda row: natural(row["name"]))
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """Return a sort key that puts ``n2`` before ``n10``."""
+    parts: list[tuple[int, int, str]] = []
+    digits = ""
+    for char in f"{text}\0":  # the last character ends a number
+        if char.isascii() and char.isdigit():
+            digits += char
+            continue
+        if digits:
+            parts.append((0, int(digits), ""))
+            digits = ""
+        parts.append((1, 0, char))
+    return parts[:-1]
+
+
+def find(rows: Iterable[Row], target: str) -> Row | None:
+    """Return the peer with this name, subnet, endpoint or public address; None: there is none."""
+    for row in rows:
+        if target == row["name"] or target in row["subnets"] or target == row["endpoint"] or \
+                (row["endpoint"] and target == host_of(row["endpoint"])):
+            return row
+    return None
+
+
+def host_of(endpoint: str) -> str:
+    """Return the address of an endpoint: ``[2001:db8::1]:8285`` -> ``2001:db8::1``."""
+    return endpoint.rpartition(":")[0].strip("[]")
+
+
+def _row(name: str, subnets: list[str]) -> Row:
+    return {
+        "name": name, "subnets": subnets, "endpoint": None, "path": None, "path_since": None,
+        "path_reason": "", "state": "unknown", "since": None, "reason": "",
+        **dict.fromkeys(MEASURED), "path_mtu": None, "last_seen_seconds": None, "sent": None,
+        "received": None, "errors": None, "last_error": None, "probed": False, "paths": {},
+    }
+
+
+def _of_pair(pair: Mapping[str, Any], peer: Mapping[str, Any] | None) -> Row:
+    row = _row(pair["key"], [pair["subnet"]]) | {
+        key: pair[key] for key in ("path", "path_since", "path_reason", "state", "since", "reason")}
+    row["paths"] = pair["paths"]
+    measured = pair["paths"].get(pair["path"]) or {}
+    row |= {name: measured.get(name) for name in MEASURED}
+    row["endpoint"] = (pair["paths"].get("udp") or {}).get("endpoint")
+    return row if peer is None else row | _counted(peer)
+
+
+def _of_peer(peer: Mapping[str, Any]) -> Row:
+    row = _row(peer["endpoint"], peer["subnets"]) | _counted(peer)
+    probe = peer.get("probe")
+    row |= {"path": "udp", "state": NOT_PROBED}
+    if probe is not None:
+        limited = probe["state"] == "reachable" and probe["full_size_passes"] is False
+        row |= {name: probe[name] for name in ("since", "reason", *MEASURED)}
+        row["state"] = "limited" if limited else probe["state"]
+        row["paths"] = {"udp": probe}
+    return row
+
+
+def _counted(peer: Mapping[str, Any]) -> Row:
+    return {
+        "endpoint": peer["endpoint"], "path_mtu": peer["path_mtu"], "sent": peer["encap"],
+        "received": peer["decap"], "last_seen_seconds": peer["last_seen_seconds"],
+        "errors": peer["errors"], "last_error": peer["last_error"],
+        "probed": peer.get("probe") is not None,
+    }
+
+
+def _joined(one: Row, other: Row) -> Row:
+    """Return the row of a peer with two subnets: the worse state, and the sum of the packets."""
+    worse = min(one, other, key=lambda row: STATES.index(row["state"]))
+    joined = worse | {"subnets": one["subnets"] + other["subnets"]}
+    if one["endpoint"] != other["endpoint"]:
+        joined |= {side: _sum(one[side], other[side]) for side in ("sent", "received")}
+    elif joined["sent"] is None:
+        joined |= {side: one[side] or other[side] for side in ("sent", "received")}
+    return joined
+
+
+def _sum(one: Mapping[str, int] | None, other: Mapping[str, int] | None) -> dict[str, int] | None:
+    if one is None or other is None:
+        found = one or other
+        return None if found is None else dict(found)
+    return {name: one[name] + other[name] for name in one}
