@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from udptun.files import FileLock, replace_file
+from udptun.files import FileLock, UntrustedFile, open_log, replace_file
 
 
 def test_a_file_is_created_and_replaced(tmp_path):
@@ -170,3 +170,43 @@ def test_another_user_cannot_take_a_lock(tmp_path):
     assert "PermissionError" in done.stderr
     lock.release()
     assert [*tmp_path.iterdir()] == []
+
+
+# Log files
+
+
+def link_to(path):
+    path.with_name("target").write_bytes(b"kept")
+    path.symlink_to(path.with_name("target"))
+
+
+def give_away(path):
+    if os.geteuid() != 0:
+        pytest.skip("giving a file to another user needs root")
+    path.touch()
+    os.chown(path, 65534, -1)
+
+
+def let_others_write(path):
+    path.touch()
+    path.chmod(0o666)
+
+
+@pytest.mark.parametrize(("make", "text"), [
+    (link_to, "is a symbolic link"), (os.mkfifo, "is not a regular file"),
+    (give_away, "belongs to the user 65534"), (let_others_write, "has mode 0666")])
+def test_a_log_that_another_user_may_have_made_is_refused(tmp_path, make, text):
+    path = tmp_path / "log"
+    make(path)
+    with pytest.raises(UntrustedFile, match=f"{path} {text}: expected "):
+        open_log(path)
+
+
+@pytest.mark.parametrize("name", ["log", "/dev/null"])
+def test_a_log_is_appended_to(tmp_path, name):
+    path = tmp_path / name
+    for _ in range(2):
+        with os.fdopen(open_log(path), "ab") as file:
+            file.write(b"x\n")
+    if name == "log":
+        assert path.read_bytes() == b"x\nx\n"

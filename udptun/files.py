@@ -113,8 +113,21 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def open_log(path: Path) -> int:
-    """Open a log file to append to it. Return its descriptor. A new file has at most mode 0640."""
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    """Open a log file to append to it. Return its descriptor. A new file has at most mode 0640.
+
+    Raises UntrustedFile if it is a symbolic link, neither a regular file nor a character device
+    (such as /dev/null), or if another user can write it. Raises OSError.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    handle = _open_own(path, flags, 0o640)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISCHR(found.st_mode):
+            _refuse_foreign(path, found)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
 
 
 def read_own_file(path: Path) -> bytes:
@@ -122,21 +135,24 @@ def read_own_file(path: Path) -> bytes:
 
     Raises UntrustedFile, which says what is wrong with the file. Raises OSError.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO does not block
-    try:
-        handle = os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UntrustedFile(path, "is a symbolic link", "a regular file") from None
-        if error.errno == errno.ENXIO:
-            raise UntrustedFile(path, "is a socket", "a regular file") from None
-        raise
+    handle = _open_own(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _refuse_foreign(path, os.fstat(handle))
         with os.fdopen(os.dup(handle), "rb") as file:
             return file.read()
     finally:
         os.close(handle)
+
+
+def _open_own(path: Path, flags: int, mode: int = 0) -> int:
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)  # a FIFO does not block
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UntrustedFile(path, "is a symbolic link", "a regular file") from None
+        if error.errno == errno.ENXIO:
+            raise UntrustedFile(path, "is not a regular file", "a regular file") from None
+        raise
 
 
 def _refuse_foreign(path: Path, found: os.stat_result) -> None:

@@ -414,6 +414,16 @@ def test_a_log_file_that_cannot_be_written() -> None:
                               "directory\n")
 
 
+def test_a_log_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "log"
+    link.symlink_to(tmp_path / "other")
+    with forwarding("--log-file", str(link)) as process:
+        code, _, err = end(process)
+    assert (code, err) == (1, f"udptun: error: --log-file: {link} is a symbolic link: expected a "
+                              "regular file\n")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("act", ["shutil.rmtree(file.parent)", "file.unlink()",
                                  "file.rename(file.with_suffix('.old'))"])
 def test_a_log_file_that_was_removed_is_made_again(tmp_path, act):

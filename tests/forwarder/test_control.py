@@ -5,7 +5,11 @@ Also compares the fake forwarder of the other tests with the real one: answers a
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
+import os
+import resource
 import shutil
 import signal
 import socket
@@ -13,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,10 @@ from udptun.control.client import ControlClient
 from udptun.control.metrics import Metrics
 from udptun.errors import ControlError
 from udptun.instance import Instance
+from udptun.lab.hosts import wait_for
 from udptun.model import Route, parse_address
+from udptun.takeover.channel import Channel, close_all
+from udptun.takeover.message import DESCRIPTORS, Hello
 
 UDPTUN = [sys.executable, "-m", "udptun"]
 ROUTE = Route.make("10.244.2.0/24", "192.0.2.2", mtu=1400)
@@ -178,6 +185,50 @@ def test_flannel_messages_change_routes_and_stop_the_forwarder() -> None:
             flannel.send(message(3))
         assert udptun.process.wait(60) == 0
         events.close()
+
+
+@contextmanager
+def no_descriptor_left(pid: int) -> Iterator[None]:
+    """Let the process open no descriptor."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@in_own_netns
+def test_the_sockets_answer_again_after_a_lack_of_descriptors() -> None:
+    with forwarding() as udptun, ExitStack() as clients:
+        paths = [udptun.socket.with_name("takeover.sock"), udptun.socket, udptun.flannel]
+        for path in paths:
+            wait_for(path.exists, f"{path}")
+        with no_descriptor_left(udptun.process.pid):
+            for path in paths:
+                kind = socket.SOCK_STREAM if path == udptun.socket else socket.SOCK_SEQPACKET
+                client = clients.enter_context(socket.socket(socket.AF_UNIX, kind))
+                client.connect(str(path))
+            udptun.wait_for_log(f"{udptun.flannel}: accept: {os.strerror(errno.EMFILE)}")
+        with udptun.client() as control:
+            control.put(ROUTE)
+        asyncio.run(ask_for_copies(paths[0]))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as flannel:
+            flannel.connect(str(udptun.flannel))
+            flannel.send(message(3))
+        assert udptun.process.wait(60) == 0
+
+
+async def ask_for_copies(path: Path) -> None:
+    channel = await Channel.connect(path)
+    try:
+        async with asyncio.timeout(60):
+            await channel.send(Hello(want=DESCRIPTORS))
+            copies = await channel.receive_descriptors()
+        assert len(copies) == 2
+        close_all(copies)
+    finally:
+        channel.close()
 
 
 @in_own_netns

@@ -139,7 +139,7 @@ def make_writable(path):
     [
         (os.mkfifo, "is not a regular file: expected a regular file"),
         (os.mkdir, "is not a regular file: expected a regular file"),
-        (make_socket, "is a socket: expected a regular file"),
+        (make_socket, "is not a regular file: expected a regular file"),
         (make_link, "is a symbolic link: expected a regular file"),
         (make_foreign, "belongs to the user 65534: expected a file of root or of the user 0"),
         (make_writable, "has mode 0620: expected a file that only its owner can write"),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import FieldError, UdptunError
+from ..files import UntrustedFile
 from ..model import ADMITS, SOURCE_CHECKS
 from ..takeover.kept import KEPT
 from . import logs
@@ -171,7 +172,9 @@ def forward(
     try:
         logs.start(verbose, file=log_file)
     except OSError as exc:
-        raise Failure(f"--log-file {log_file}: {exc.strerror}") from exc
+        what = f"--log-file: {exc}" if isinstance(exc, UntrustedFile) else \
+            f"--log-file {log_file}: {exc.strerror}"
+        raise Failure(what) from exc
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # ignored until the forwarder runs
     chosen = instance_of(ctx)

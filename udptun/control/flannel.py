@@ -38,7 +38,6 @@ MESSAGE = struct.Struct("=i4si4sHxx")
 SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
 
 WARN_SECONDS = 5.0  # the shortest time between two log lines about bad messages
-ACCEPT_PAUSE = 0.5  # seconds to wait after a failed accept
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +129,8 @@ class FlannelControl:
         task.add_done_callback(lambda _: sock.close())
 
     async def _accept(self, listener: UnixListener) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            try:
-                sock, _ = await loop.sock_accept(listener.sock)
-            except OSError as exc:  # for example, no descriptor is left; the listener stays valid
-                self._warn(f"{listener.path}: accept: {exc.strerror}")
-                await asyncio.sleep(ACCEPT_PAUSE)
-                continue
+            sock = await listener.accept(self._warn)
             if listener.may_connect(sock):
                 self._spawn(self._serve(sock, str(listener.path)), sock)
             else:

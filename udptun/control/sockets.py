@@ -22,10 +22,11 @@ from ..errors import DeviceError
 from ..files import FileLock, make_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 SOCKET_MODE = 0o660
 BACKLOG = 128
+ACCEPT_PAUSE = 0.5  # seconds to wait after a failed accept
 LOCK_TRIES, LOCK_PAUSE = 100, 0.05  # a forwarder holds the lock for about a millisecond
 SO_PEERGROUPS = 59  # Linux 4.13; missing in the socket module
 
@@ -61,6 +62,22 @@ class UnixListener:
         packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         _, uid, gid = struct.unpack("3i", packed)
         return uid in (0, os.geteuid()) or gid == self._gid or self._gid in _peer_groups(peer)
+
+    async def accept(self, warn: Callable[[str], object]) -> socket.socket:
+        """Return the next connection. If the kernel refuses it, for example because no descriptor
+        is left, try again.
+
+        warn  called with a sentence when the first try fails
+        """
+        loop, failed = asyncio.get_running_loop(), False
+        while True:
+            try:
+                return (await loop.sock_accept(self.sock))[0]
+            except OSError as exc:
+                if not failed:
+                    warn(f"{self.path}: accept: {exc.strerror}")
+                failed = True
+                await asyncio.sleep(ACCEPT_PAUSE)
 
     @classmethod
     def adopt(cls, fd: int, path: Path) -> UnixListener:

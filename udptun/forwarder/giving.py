@@ -159,15 +159,14 @@ class Giver:
 
     async def _accept(self, listener: UnixListener) -> None:
         while True:
-            sock, _ = await asyncio.get_running_loop().sock_accept(listener.sock)
-            self._spawn(self._serve(Channel(sock)))
+            self._spawn(self._serve(Channel(await listener.accept(log.warning))))
 
     async def _serve(self, channel: Channel) -> None:
         try:
-            async with asyncio.timeout(HELLO_SECONDS):
-                hello, _ = await channel.receive(Hello)
             if channel.peer_uid not in (0, os.geteuid()):
                 raise TakeOverError("only root and the user of the forwarder may take over")
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello, _ = await channel.receive(Hello)
             if hello.want == DESCRIPTORS:
                 await self._lend(channel)
             elif self._one.locked():

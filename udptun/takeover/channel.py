@@ -87,11 +87,18 @@ class Channel:
     async def receive(self, kind: type[M]) -> tuple[M, list[int]]:
         """Return the next message, which must be of this kind, and its descriptors.
 
-        The caller owns the descriptors. Raises Ended, TakeOverError (also for ``Refused``).
+        The caller owns the descriptors. A message can carry any descriptors: those that do not
+        belong to it are closed. Raises Ended, TakeOverError (also for ``Refused``).
         """
         while True:
             message, fds = await self._receive()
+            least, most = (0, 0) if message is None else message.carries
+            for fd in fds[most:]:
+                os.close(fd)
+            del fds[most:]
             if isinstance(message, kind):
+                if len(fds) < least:
+                    raise TakeOverError(f"the message {kind.kind} carries no descriptor")
                 return message, fds
             for fd in fds:
                 os.close(fd)
@@ -155,9 +162,13 @@ class Channel:
         try:
             while True:
                 message, fds = await self.receive(Descriptors)
-                named |= dict(zip(message.names, fds, strict=False))
-                if len(message.names) != len(fds):
-                    raise TakeOverError(f"{len(message.names)} names for {len(fds)} descriptors")
+                fresh = dict(zip(message.names, fds, strict=False))
+                if len(message.names) != len(fds) or len(fresh | named) != len(fds) + len(named):
+                    for fd in fds:
+                        os.close(fd)
+                    raise TakeOverError(f"{len(message.names)} names for {len(fds)} descriptors: "
+                                        "expected one for each, and no name twice")
+                named |= fresh
                 if not message.more:
                     return named
         except BaseException:

@@ -28,6 +28,9 @@ class TakeOverError(UdptunError):
     """A take-over has failed. The forwarder that runs goes on."""
 
 
+# Each kind of message has ``carries``: the least and the largest number of its descriptors.
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
     """The first message of the process that asks.
@@ -41,6 +44,7 @@ class Hello:
     """
 
     kind: ClassVar = "hello"
+    carries: ClassVar = (0, 0)
     want: str = EVERYTHING
     oldest: int = 1
     newest: int = 1
@@ -55,6 +59,7 @@ class Refused:
     """The answer to ``Hello`` if there will be no take-over."""
 
     kind: ClassVar = "refused"
+    carries: ClassVar = (0, 0)
     reason: str = "no reason was given"
 
 
@@ -66,6 +71,7 @@ class Descriptors:
     """
 
     kind: ClassVar = "descriptors"
+    carries: ClassVar = (0, DESCRIPTORS_MAX)
     names: list[str] = field(default_factory=list)
     more: bool = False
 
@@ -79,6 +85,7 @@ class State:
     """
 
     kind: ClassVar = "state"
+    carries: ClassVar = (1, 1)
     version: int = 1
     program: str = ""
     pid: int = 0
@@ -91,6 +98,7 @@ class Ready:
     writes to it after its last turn."""
 
     kind: ClassVar = "ready"
+    carries: ClassVar = (0, DESCRIPTORS_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class Stopped:
     counters."""
 
     kind: ClassVar = "stopped"
+    carries: ClassVar = (1, 1)
     size: int = 0
 
 
@@ -111,6 +120,7 @@ class Done:
     """
 
     kind: ClassVar = "done"
+    carries: ClassVar = (0, 0)
     taken: list[str] = field(default_factory=list)
 
 

@@ -16,6 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control.fakes import LoopThread, Served
 from tests.node.node_reports import ready, starting
+from tests.path.test_worker_pressure import no_more_descriptors
+from tests.wait import until
 from udptun.errors import DeviceError
 from udptun.leases.base import Subnets
 from udptun.model import parse_address
@@ -468,6 +470,28 @@ async def test_a_request_has_one_deadline(
             writer.write(b"x")
             await asyncio.wait([closed], timeout=0.05)
     writer.close()
+
+
+@pytest.mark.parametrize("pause", [0.01, 3600])
+async def test_a_lack_of_descriptors_costs_no_cpu_time_and_passes(
+    server: HealthServer, monkeypatch: pytest.MonkeyPatch, pause: float
+) -> None:
+    monkeypatch.setattr(server_module, "ACCEPT_PAUSE", pause)
+    tries, get_request = [], server_module._Http.get_request
+    monkeypatch.setattr(server_module._Http, "get_request",
+                        lambda self: (tries.append(0), get_request(self))[1])
+    with socket.create_connection(("127.0.0.1", server.port), 60):
+        await until(lambda: tries, "the first connection")
+        second = socket.socket()
+        with no_more_descriptors(), second:
+            second.connect(("127.0.0.1", server.port))
+            await until(lambda: len(tries) == 2, "the second connection")
+            for _ in range(100):
+                await asyncio.sleep(0)
+            if pause > 1:
+                assert len(tries) == 2
+                return
+    assert (await ask(server, "/livez"))[0] == 200
 
 
 # Metrics

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import FieldError, NoForwarder, UdptunError
-from ...files import make_directory, open_log, replace_file
+from ...files import make_directory, open_log, read_own_file, replace_file
 from ...instance import Instance
 from ...model import ADMITS
 from ...takeover.kept import variable
@@ -197,7 +197,7 @@ def how_ended(code: int, log: Path) -> str:
 def log_tail(log: Path) -> str:
     """Return the end of a forwarder's log as one line. Return "" if the log cannot be read."""
     try:
-        text = log.read_bytes()[-LOG_TAIL:]
+        text = read_own_file(log)[-LOG_TAIL:]
     except OSError:
         return ""
     return " ".join(text.decode(errors="replace").split())

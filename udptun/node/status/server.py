@@ -43,6 +43,7 @@ TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_SECONDS = 10.0  # limit for a client to send its request, and again to read the response
 ANSWER_SECONDS = 10.0  # limit for the loop to create the response
+ACCEPT_PAUSE = 0.5  # seconds to wait after a failed accept
 CONNECTIONS_MAX = 64  # limit of connections; each has a thread
 FORWARDER_SECONDS = 2.0  # limit for the forwarder's metrics; after this, a scrape omits them
 
@@ -83,7 +84,7 @@ class HealthServer:
             ) from exc
         self._http = http
         self.port = http.server_address[1]
-        loop.add_reader(http.fileno(), http.handle_request)
+        http.watch()
         log.info("listening for health checks on %s port %d", self.address, self.port)
 
     async def aclose(self) -> None:
@@ -187,6 +188,21 @@ class _Http(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
+
+    def watch(self) -> None:
+        """Accept connections from now on, until the socket is closed."""
+        if self.fileno() >= 0:
+            self.loop.add_reader(self.fileno(), self.handle_request)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            # For example, no descriptor is left. The connection is still waiting, so the loop would
+            # call again at once.
+            self.loop.remove_reader(self.fileno())
+            self.loop.call_later(ACCEPT_PAUSE, self.watch)
+            raise  # the base class expects it
 
     def verify_request(self, request: Any, client_address: object) -> bool:
         """Return False to refuse the connection. Called in the loop."""
