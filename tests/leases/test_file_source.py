@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.wait import until
 from udptun.errors import FieldError
-from udptun.leases.advert import Advert, read
+from udptun.leases.advert import PROBE, Advert, read
 from udptun.leases.base import (
     Attributes,
     Change,
@@ -32,6 +32,7 @@ from udptun.model import ANY_PORT
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "hosts.toml"
 NOTHING = (Attributes(), Subnets())
+PROBED = frozenset({PROBE})
 
 
 def toml(*nodes, network="10.42.0.0/16"):
@@ -68,11 +69,11 @@ def test_the_documented_example_is_valid():
     assert alpha.subnets == Subnets(IPv4Network("10.42.1.0/24"))
     assert alpha.attributes.public_ip == IPv4Address("192.0.2.1")
     assert alpha.attributes.public_ipv6 is None
-    assert read(alpha.attributes.backend_data) == Advert(8285, 1400)
-    assert read(beta.attributes.backend_data) == Advert(8286, 1400)
+    assert read(alpha.attributes.backend_data) == Advert(8285, 1400, PROBED)
+    assert read(beta.attributes.backend_data) == Advert(8286, 1400, PROBED)
     assert gamma.attributes.public_ipv6 == IPv6Address("2001:db8::7")
-    assert read(gamma.attributes.backend_data) == Advert(8285, 1280)
-    assert read(delta.attributes.backend_data) == Advert(8285, 1400, source_ports=ANY_PORT)
+    assert read(gamma.attributes.backend_data) == Advert(8285, 1280, PROBED)
+    assert read(delta.attributes.backend_data) == Advert(8285, 1400, PROBED, ANY_PORT)
 
 
 @pytest.mark.parametrize(("given", "ports"), [
@@ -87,6 +88,17 @@ def test_nodes_with_one_public_address_may_send_from_any_port(given, ports):
     assert [read(lease.attributes.backend_data).source_ports for lease in hosts.leases] == ports
 
 
+@pytest.mark.parametrize(("default", "own", "probed"), [
+    ("", "", [True, True]), ("probe = false", "", [False, False]),
+    ("", "probe = false", [False, True]), ("probe = false", "probe = true", [True, False]),
+    ("probe = true", "probe = false", [False, True]),
+])
+def test_the_nodes_answer_probes_unless_the_file_says_otherwise(default, own, probed):
+    text = f"{default}\n{toml(1, 2)}".replace('name = "n1"', f'name = "n1"\n{own}')
+    adverts = [read(lease.attributes.backend_data) for lease in parse(text.encode(), "").leases]
+    assert [PROBE in advert.features for advert in adverts] == probed
+
+
 def test_json_gives_the_same_result_as_toml():
     text = toml(1, 2)
     content = {
@@ -98,7 +110,7 @@ def test_json_gives_the_same_result_as_toml():
     assert parse(json.dumps(content).encode(), "hosts.json") == want
     assert parse(json.dumps(content, indent=2).encode(), "hosts") == want
     assert parse(text.encode(), "hosts") == want
-    assert read(want.leases[0].attributes.backend_data) == Advert(8285, None)
+    assert read(want.leases[0].attributes.backend_data) == Advert(8285, None, PROBED)
 
 
 def test_both_families():
@@ -117,12 +129,12 @@ def test_both_families():
     assert six.subnets == Subnets(IPv4Network("10.42.1.0/24"), IPv6Network("fd00:42:0:1::/64"))
     assert (six.attributes.public_ip, six.attributes.public_ipv6) == (
         None, IPv6Address("2001:db8::1"))
-    assert read(six.attributes.backend_data) == Advert(9000, 1280)
+    assert read(six.attributes.backend_data) == Advert(9000, 1280, PROBED)
 
 
 def test_the_lowest_mtu_depends_on_the_family():
     text = toml(1) + 'mtu = 1279\n'
-    assert read(parse(text.encode(), "").leases[0].attributes.backend_data) == Advert(8285, 1279)
+    assert read(lease(1, text).attributes.backend_data) == Advert(8285, 1279, PROBED)
     six = text.replace('"10.42.0.0/16"', '"fd00::/16"').replace('"10.42.1.0/24"', '"fd00:1::/64"')
     error = refusal(six)
     assert (error.field, error.where) == ("mtu", "hosts.toml line 7")
@@ -141,6 +153,7 @@ def test_the_lowest_mtu_depends_on_the_family():
         ('"10.42.0.0/16"', '"10.42.0.0/16"\nport = 0', "port", 2),
         ('"10.42.0.0/16"', '"10.42.0.0/16"\nmtu = 60', "mtu", 2),
         ('"10.42.0.0/16"', '"10.42.0.0/16"\nmtus = 1400', "mtus", 2),
+        ('"10.42.0.0/16"', '"10.42.0.0/16"\nprobe = 1', "probe", 2),
         ('name = "n2"', "", "name", 8),
         ('name = "n2"', "name = 2", "name", 9),
         ('name = "n2"', 'name = "n 2"', "name", 9),
@@ -168,6 +181,7 @@ def test_the_lowest_mtu_depends_on_the_family():
         ('"10.42.2.0/24"', '"10.42.0.0/22"', "subnets", 11),
         ('"10.42.2.0/24"', '"10.42.2.0/24"\nport = "x"', "port", 12),
         ('"10.42.2.0/24"', '"10.42.2.0/24"\nmtu = 65536', "mtu", 12),
+        ('"10.42.2.0/24"', '"10.42.2.0/24"\nprobe = "no"', "probe", 12),
         ('"10.42.2.0/24"', '"10.42.2.0/24"\nvia = "192.0.2.9"', "via", 12),
         ('"10.42.2.0/24"', '"10.42.2.0/24"\nname = "again"', "the text", 12),
         ('"10.42.2.0/24"', '"10.42.2.0/24', "the text", 11),

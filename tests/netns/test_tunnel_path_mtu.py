@@ -126,9 +126,15 @@ def test_a_forged_error_changes_no_path_mtu_of_a_peer_that_answers_probes(lab):
     assert_invariant(a.forwarder)
 
 
-def test_a_forged_error_about_a_peer_without_probes_is_limited(lab):
-    tunnel = pair(lab)
+@pytest.mark.parametrize("probed", [False, True])
+def test_a_forged_error_about_a_peer_without_probes_is_limited(lab, probed):
+    """The peer answers no probes. ``probed``: it gets some nevertheless."""
+    tunnel = pair(lab, start=False)
     a, b = tunnel.sides
+    if probed:
+        a.options["routes"] = [f"{route} probe" for route in a.routes_to(b)]
+    b.start()  # first, so that no early probe is refused
+    a.start()
     forger = Forger(b, a)
     forger.send(552, inner(a.v4, "10.99.0.1"))  # is not routed to the peer
     forger.send(552, inner(a.v4, b.v4), dport=9)

@@ -79,7 +79,7 @@ class PathMtus:
             self._take((address, port), device, mtu, now)
         for key in [key for key, belief in self._beliefs.items() if now >= belief.until]:
             del self._beliefs[key]
-            if key not in self._probes:
+            if not self._probes.answers(key):
                 self._core.set_path_mtu(*key, LINK_MTU, 0)
         for address, port, path_mtu in self._core.path_mtu_changes():
             endpoint = str(Endpoint(ipaddress.ip_address(address), port))
@@ -100,9 +100,8 @@ class PathMtus:
     def report(self, address: bytes, port: int) -> dict[str, Any]:
         """Return where the path MTU of a peer comes from. docs/control.md describes the fields."""
         belief = self._beliefs.get((address, port))
-        if (address, port) in self._probes:
-            measured = self._probes.has_measured((address, port))
-            return {"path_mtu_source": "probe" if measured else "device", "path_mtu_seconds": None}
+        if self._probes.answers((address, port)) and self._probes.has_measured((address, port)):
+            return {"path_mtu_source": "probe", "path_mtu_seconds": None}
         if belief is None:
             return {"path_mtu_source": "device", "path_mtu_seconds": None}
         seconds = max(round(belief.until - time.monotonic(), 1), 0.0)
@@ -111,7 +110,7 @@ class PathMtus:
     def _take(self, key: Key, device: bool, mtu: int, now: float) -> None:
         version = 4 if len(key[0]) == 4 else 6
         mtu = max(mtu or UNKNOWN_MTU[version], MIN_MTU + OVERHEAD[version])
-        if key in self._probes:
+        if self._probes.answers(key):
             self._probes.hint(key, mtu - OVERHEAD[version])
             return
         self._beliefs[key] = Belief("device" if device else "icmp", now + BELIEF_SECONDS)

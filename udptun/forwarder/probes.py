@@ -110,6 +110,11 @@ class Probes:
     def __contains__(self, key: Key) -> bool:
         return key in self._prober
 
+    def answers(self, key: Key) -> bool:
+        """Return whether the peer answers probes at present."""
+        path = self._prober.get(key)
+        return path is not None and path.state == REACHABLE
+
     def hint(self, key: Key, size: int) -> None:
         """Test the present size, because of a report that only packets up to ``size`` pass."""
         self._prober.hint(key, size)

@@ -29,10 +29,12 @@ class EchoMeter(Meter):
         self._version = version
         self._echoes = Echoes(version)
 
-    def add(self, subnet: IPNetwork, mtu: int) -> None:
-        """Send echoes to the peer of this subnet. mtu: of the inner packets."""
-        # Peers may drop ICMP, so data count too.
-        self._probe(subnet, mtu - OVERHEAD[self._version], data_proves=True)
+    def add(self, subnet: IPNetwork, mtu: int, data_proves: bool = True) -> None:
+        """Send echoes to the peer of this subnet. mtu: of the inner packets.
+
+        data_proves  packets from the peer count too, because the peer may drop ICMP
+        """
+        self._probe(subnet, mtu - OVERHEAD[self._version], data_proves=data_proves)
 
     # -- the socket -------------------------------------------------------------------------------
 

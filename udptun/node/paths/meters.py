@@ -62,6 +62,7 @@ class Meters:
         self._by_endpoint: dict[str, tuple[IPNetwork, ...]] = {}
         self._standby_changed = False
         self._tuples: dict[tuple[Meter | None, ...], tuple[Meter | None, ...]] = {}
+        self._echoed: set[IPNetwork] = set()  # they answer echoes, but not the forwarder's probes
         self._turn = 0
         self._looked_at: dict[int, float] = {}  # by path: when the last search for traffic began
 
@@ -98,9 +99,12 @@ class Meters:
             if (endpoint := backend.forwarder_endpoint(path)) is not None:
                 self._follow_forwarder()
                 return None, sys.intern(str(endpoint))
+        return self._echo_meter(version), None
+
+    def _echo_meter(self, version: int) -> EchoMeter:
         if version not in self._echo:
             self._echo[version] = EchoMeter(version, self._changed)
-        return self._echo[version], None
+        return self._echo[version]
 
     def _follow_forwarder(self) -> None:
         if self._forwarder is None:
@@ -133,9 +137,10 @@ class Meters:
 
     def forget(self, pair: Pair) -> None:
         """Stop to measure the paths of this pair."""
-        for meter in pair.meters:
+        for meter in (*pair.meters, self._echo.get(pair.subnet.version)):
             if meter is not None:
                 meter.remove(pair.subnet)
+        self._echoed.discard(pair.subnet)
         for endpoint in filter(None, (*pair.endpoints, pair.errors_of)):
             subnets = self._by_endpoint.pop(endpoint, ())
             if (left := tuple(one for one in subnets if one != pair.subnet)):
@@ -157,7 +162,35 @@ class Meters:
             return health, why
         if self._forwarder is None or self._forwarder.gone:
             return Health.LOST, "the forwarder does not answer"
-        return health_of_report(self._forwarder.probe(endpoint))
+        health, why = health_of_report(self._forwarder.probe(endpoint))
+        if sum(path is not None for path in pair.found.paths) == 1:
+            return self._or_echoed(pair, health, why)
+        return health, why  # an echo would take the path that carries the packets
+
+    def _or_echoed(
+        self, pair: Pair, health: Health | None, why: str
+    ) -> tuple[Health | None, str]:
+        """Return the health that echoes show if no probe is answered.
+
+        The node may run something else than the hosts file says. Its packets do not show that it is
+        reachable, because they prove only one direction.
+        """
+        meter = self._echo_meter(pair.subnet.version)
+        if health is not Health.LOST:
+            if health is not None:
+                meter.remove(pair.subnet)
+                self._echoed.discard(pair.subnet)
+            return health, why
+        if (state := meter.state(pair.subnet)) is None:
+            meter.add(pair.subnet, pair.mtu, data_proves=False)
+        echoed, limit = health_of_state(state, OVERHEAD[pair.subnet.version], time.monotonic())
+        if not echoed:  # not measured yet, or LOST
+            return health, why
+        if pair.subnet not in self._echoed:
+            self._echoed.add(pair.subnet)
+            log.warning("%s: %s answers echoes, but no probes: see `probe` in the documentation of "
+                        "the hosts file", pair.found.key, pair.subnet)
+        return echoed, limit
 
     def _error(self, pair: Pair, state: PathState) -> str:
         """Return what the underlay reported about a peer since its last answer."""
@@ -219,7 +252,7 @@ class Meters:
         silent: dict[str, list[IPNetwork]] = {}  # by device
         for subnet in echo:
             pair = pairs.get(subnet)
-            if pair is not None and _is_silent(echo, subnet):
+            if pair is not None and echo in pair.meters and _is_silent(echo, subnet):
                 for name in _arrival_devices(pair, backends):
                     silent.setdefault(name, []).append(subnet)
                     if (version, name) not in self._listeners:
