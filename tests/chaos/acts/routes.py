@@ -48,10 +48,9 @@ def _more_specific(world: World, rng: Random) -> Scene:
     via = rng.choice(world.others(a))
     add = f"route add {half} via {via.host.v4}"
     a.host.ip(add)
-    # The packets may still arrive: by the underlay, without the tunnel, if b is the next hop.
-    cut = set() if via is b else both_ways(a, b)
-    return Scene(f"{a.host.name}: ip {add}", [a], cut, lambda: a.host.ip(f"route del {half}"),
-                 says=str(half))
+    # Not even if b is the next hop: b drops packets of the overlay that arrive without the tunnel.
+    return Scene(f"{a.host.name}: ip {add}", [a], both_ways(a, b),
+                 lambda: a.host.ip(f"route del {half}"), says=str(half))
 
 
 def _blackhole(world: World, rng: Random) -> Scene:
