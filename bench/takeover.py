@@ -8,12 +8,14 @@ Two nodes with a forwarder each. Host a sends evenly paced datagrams of 64 bytes
   highest of RATES at which CONTROL_RUNS runs without a take-over lose nothing.
 - *bulk TCP*: the same beside a TCP stream at full rate, with few datagrams.
 - *kill*: the forwarder of host a is killed with SIGKILL at KILL_RATE datagrams a second. This
-  program has copies of its descriptors, as the node daemon has, and starts the next one with them
-  as soon as the kernel reports the end.
+  program has copies of its descriptors and a standby process, as the node daemon has. The standby
+  process continues with them.
+- *kill, new*: the same, but a new process is started with the copies, as systemd does.
 
 A gap is defined as in bench/metrics/gap.py: the time between two arrivals, less the time between
 the two transmissions. The window of an event is from its begin until the new forwarder is ready.
-The control is the longest gap in a window of the same length directly before. Lost datagrams are
+The control is the longest gap in a window of the same length before it, but at most PAUSE_SECONDS.
+It ends MARGIN_NS earlier, so that the gap of the event is not counted in it too. Lost datagrams are
 counted by the sender and the receiver. Needs root. Main thread only, like udptun.lab.
 """
 
@@ -29,6 +31,7 @@ from pathlib import Path
 
 from udptun.lab import Forwarder, Lab, LabError, Pair, Process, Side, pair, wait_for
 from udptun.lab.hosts import NETNS_DIR
+from udptun.takeover import standby
 from udptun.takeover.channel import Channel, close_all
 from udptun.takeover.kept import variable
 from udptun.takeover.message import DESCRIPTORS, Hello
@@ -45,6 +48,7 @@ KILL_RATE = 10_000
 SIZE = 64
 BATCH = 10  # events of one run of the generator
 PAUSE_SECONDS = 0.5  # between two events
+MARGIN_NS = 50_000_000
 SETTLE_SECONDS = 0.5
 PORT = 7700
 
@@ -87,7 +91,8 @@ def run(count: int, kills: int, rate: int) -> Iterator[str]:
                 line = bench.take_overs("bulk TCP", BESIDE_TCP_RATE, count).line()
             yield line + bench.lost_between()
         if kills:
-            yield bench.kills(kills).line()
+            yield bench.kills("kill", _kill, kills).line()
+            yield bench.kills("kill, new", _kill_without_standby, kills).line()
     yield f"load average {os.getloadavg()[0]:.1f} at the end"
 
 
@@ -110,24 +115,30 @@ class _Bench:
     def take_overs(self, name: str, rate: int, count: int) -> Result:
         sides = self.tunnel.sides
 
-        def event(index: int) -> None:
-            _take_over(sides[index % 2])
+        def event(index: int) -> Callable[[], None]:
+            return lambda: _take_over(sides[index % 2])
 
         return self._events(name, rate, count, event)
 
-    def kills(self, count: int) -> Result:
-        return self._events("kill", KILL_RATE, count, lambda _: _kill(self.tunnel.a))
+    def kills(
+        self, name: str, kill: Callable[[Side], Callable[[], None]], count: int
+    ) -> Result:
+        return self._events(name, KILL_RATE, count, lambda _: kill(self.tunnel.a))
 
-    def _events(self, name: str, rate: int, count: int, event: Callable[[int], None]) -> Result:
+    def _events(
+        self, name: str, rate: int, count: int, prepare: Callable[[int], Callable[[], None]]
+    ) -> Result:
+        """``prepare`` returns the event."""
         result = Result(name, rate)
         windows: list[tuple[int, int]] = []
 
         def batch() -> None:
             time.sleep(2.0)
             for _ in range(min(BATCH, count - len(result.gaps) - len(windows))):
+                event = prepare(len(result.gaps) + len(windows))
                 time.sleep(PAUSE_SECONDS)
                 begin = time.time_ns()
-                event(len(result.gaps) + len(windows))
+                event()
                 windows.append((begin, time.time_ns()))
 
         while len(result.gaps) < count:
@@ -136,9 +147,10 @@ class _Bench:
             result.sent, result.received = result.sent + sent, result.received + received
             recorded = arrivals(self._record.read_bytes())
             for begin, end in windows:
-                length = min(end - begin, int(PAUSE_SECONDS * 1e9))
+                length = min(end - begin, int(PAUSE_SECONDS * 1e9) - MARGIN_NS)
                 result.gaps.append(longest_gap(recorded, begin, end))
-                result.quiet.append(longest_gap(recorded, begin - length, begin))
+                quiet = begin - MARGIN_NS
+                result.quiet.append(longest_gap(recorded, quiet - length, quiet))
         return result
 
     def _stream(self, rate: int, work: Callable[[], None]) -> tuple[int, int]:
@@ -182,13 +194,37 @@ def _take_over(side: Side) -> None:
     side.forwarder = new
 
 
-def _kill(side: Side) -> None:
+def _kill(side: Side) -> Callable[[], None]:
+    ours, theirs = standby.waiting_pair()
+    with theirs:
+        new = Forwarder.start(side.host, **side.options | {
+            "extra": ["--standby", str(theirs.fileno())], "pass_fds": (theirs.fileno(),),
+            "wait": False})
+    standby.wait_loaded(ours)
+    if not new.process.alive:
+        raise LabError(f"the standby process has ended: {new.process.text()}")
     kept = asyncio.run(_copies(side))
-    try:
+
+    def event() -> None:
+        side.forwarder.process.kill()
+        with ours:
+            standby.begin(ours, kept)
+        close_all(kept)
+        side.forwarder = new
+        new.wait_ready()
+
+    return event
+
+
+def _kill_without_standby(side: Side) -> Callable[[], None]:
+    kept = asyncio.run(_copies(side))
+
+    def event() -> None:
         side.forwarder.process.kill()
         side.start(pass_fds=tuple(kept.values()), env=variable(kept))
-    finally:
         close_all(kept)
+
+    return event
 
 
 async def _copies(side: Side) -> dict[str, int]:

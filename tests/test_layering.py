@@ -75,6 +75,7 @@ RULES = {
     "cli": LEAVES | {
         "cli", "cni", "control.client", "control.protocol", "device.offload", "device.tun",
         "forwarder", "lab", "leases", "net.icmp", "net.kernel_path", "node", "takeover.kept",
+        "takeover.standby",
     },
     "__main__": {"cli"},
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API

@@ -22,7 +22,9 @@ from udptun.device.tun import Tun
 from udptun.errors import DeviceError, FieldError
 from udptun.net.batch import RouteSocket
 from udptun.net.changes import ANYTHING, Change, Kind
+from udptun.net.local import underlay_mtu
 from udptun.net.netlink import Netlink
+from udptun.net.underlay import route_to
 from udptun.net.vxlan_entries import EntrySocket
 
 NAME = "utE0"
@@ -160,16 +162,15 @@ async def test_small_mtu():
 
 
 @in_own_netns
-async def test_underlay_mtu():
+def test_underlay_mtu():
     sh("ip link add utEa type veth peer name utEb", "ip link set utEa mtu 1450",
        "ip address add 192.0.2.1 peer 192.0.2.9/32 dev utEa",
        "ip address add 2001:db8::1/64 dev utEa nodad")
-    with Netlink() as netlink:
-        assert await netlink.underlay_mtu(ip_address("192.0.2.1")) == ("utEa", 1450)
-        assert await netlink.underlay_mtu(ip_address("2001:db8::1")) == ("utEa", 1450)
-        for address in ("192.0.2.9", "192.0.2.2", "0.0.0.0"):  # the first is the peer's address
-            with refused(errno.EADDRNOTAVAIL, address):
-                await netlink.underlay_mtu(ip_address(address))
+    assert underlay_mtu(ip_address("192.0.2.1")) == ("utEa", 1450)
+    assert underlay_mtu(ip_address("2001:db8::1")) == ("utEa", 1450)
+    for address in ("192.0.2.9", "192.0.2.2", "0.0.0.0"):  # the first is the peer's address
+        with refused(errno.EADDRNOTAVAIL, address):
+            underlay_mtu(ip_address(address))
 
 
 @in_own_netns
@@ -273,6 +274,19 @@ async def test_refused_gso_limits_are_logged_and_no_error(caplog):
     assert "gso_max_segs 1048576" in caplog.text
 
 
+async def test_a_thread_that_begins_later():
+    netlink = Netlink(begin=False)
+    call = asyncio.create_task(netlink.local_addresses())
+    await asyncio.sleep(0)
+    netlink.begin()
+    netlink.begin()
+    assert ip_address("127.0.0.1") in await call
+    netlink.close()
+    never = Netlink(begin=False)
+    never.close()
+    assert not never._thread.is_alive()
+
+
 async def test_close():
     netlink = Netlink()
     netlink.close()  # while the thread still imports pyroute2
@@ -288,7 +302,8 @@ async def test_close_ends_pending_calls():
     netlink = Netlink()
     gate = threading.Event()
     netlink._loop.call_soon_threadsafe(gate.wait, 60)  # no call can finish before close()
-    calls = [asyncio.create_task(netlink.local_addresses()) for _ in range(10)]
+    address = ip_address("127.0.0.1")
+    calls = [asyncio.create_task(route_to(netlink, address)) for _ in range(10)]
     await asyncio.sleep(0)  # the loop runs once and submits all calls
     closer = threading.Thread(target=netlink.close)
     closer.start()

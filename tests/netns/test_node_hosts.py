@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -85,9 +86,22 @@ def test_a_daemons_end_does_not_disturb_packets(overlay):
     assert steady.lost() == 0
 
 
+def standby_of(member: Member) -> int:
+    """Return the process that waits to become the node's forwarder; 0: there is none."""
+    for task in Path(f"/proc/{member.daemon.pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if b"--standby" in Path(f"/proc/{child}/cmdline").read_bytes() and \
+                    int(child) != member.forwarder_pid():
+                return int(child)
+    return 0
+
+
 def test_a_forwarder_that_is_killed_comes_back_with_its_routes(overlay):
+    """The standby process continues, with the same TUN. Afterwards there is another one, which ends
+    with the daemon."""
     a, *_ = overlay.members
-    killed, routes = a.forwarder_pid(), a.routes()
+    killed, routes, tun = a.forwarder_pid(), a.routes(), tun_of(a)
+    standby = wait_for(lambda: standby_of(a), "a standby process")
     os.kill(killed, signal.SIGKILL)
 
     def back() -> bool:
@@ -97,7 +111,13 @@ def test_a_forwarder_that_is_killed_comes_back_with_its_routes(overlay):
             return False
 
     wait_for(back, "another forwarder with the routes")
+    assert (a.forwarder_pid(), tun_of(a)) == (standby, tun)
     all_reach_all(overlay.members)
+    another = wait_for(lambda: standby_of(a), "another standby process")
+    a.daemon.signal(signal.SIGTERM)
+    assert a.daemon.wait() == 0
+    wait_for(lambda: not alive(another), "the end of the standby process")
+    assert alive(standby)
 
 
 def test_a_forwarder_that_is_gone_with_its_daemon_is_started_by_the_next(overlay):

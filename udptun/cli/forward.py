@@ -26,6 +26,7 @@ from ..takeover.kept import KEPT
 from . import logs
 from .lazy import Failure, failure_of
 from .options import LISTEN, Parsed, instance, instance_of
+from .standby import wait_until_needed
 from .wait import take_options
 
 if TYPE_CHECKING:
@@ -154,6 +155,10 @@ FIELDS = {
               callback=take_options,
               help="Wait until FILE exists and read from it the options that are not given here: "
                    "a JSON object with the names of these options as keys.")
+@click.option("--standby", type=click.IntRange(min=0), metavar="N", is_eager=True,
+              callback=wait_until_needed, expose_value=False,
+              help="Load the program, and wait for a message at the inherited descriptor N. Give "
+                   "it before --wait-for. `udptun node` starts such a process.")
 @click.option("--log-file", type=FILE, metavar="FILE",
               help="Log to FILE instead of stderr. At 4 MiB, FILE is renamed to FILE.1.")
 @click.option("-v", "--verbose", count=True,

@@ -195,6 +195,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--forwarder", type=click.Choice(FORWARDERS), default=STOCK.forwarder,
       show_default=True,
       help="spawn: start a forwarder if none answers; external: another program starts it.")
+@boolean("--forwarder-standby", STOCK.forwarder_standby,
+         "With --forwarder spawn: keep a loaded process, which forwards at once if the forwarder "
+         "dies. It needs 20 MiB.")
 @flag("--forward-file", type=OPTIONAL_PATH, metavar="FILE",
       help="File for the forwarder's options, for its --wait-for.  [default: forward.json in the "
            "directory of the control socket]")
@@ -258,7 +261,8 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
                  "firewall", "keep_flannel", "iptables_resync", "source_port", "admit", "mark",
-                 "forwarder", "forward_file", "state_dir", "healthz_port", "cleanup")
+                 "forwarder", "forwarder_standby", "forward_file", "state_dir", "healthz_port",
+                 "cleanup")
     given: dict[str, Any] = {  # NodeConfig takes all other names from the instance
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT

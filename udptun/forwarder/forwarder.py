@@ -28,6 +28,7 @@ from ..device.tun import Tun
 from ..errors import DeviceError, UdptunError
 from ..instance import InstanceLock
 from ..model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
+from ..net.local import local_addresses, underlay_mtu
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
 from ..takeover.document import Counted, drops_of, packets_of, peer_from_json
@@ -135,7 +136,9 @@ class Forwarder:
 
     async def _start(self, taking: Taking | None) -> None:
         self._hold_lock(taking)
-        netlink = Netlink()  # first: its thread imports pyroute2 during the next steps
+        # The thread imports pyroute2 during the next steps, because they need it to set up the TUN.
+        # But if the TUN works already, packets wait, and the import would slow down these steps.
+        netlink = Netlink(begin=taking is None and not self._kept)
         self._closing.callback(netlink.close)
         self._closing.callback(self._routes.unlock)
         if taking is None:
@@ -147,7 +150,7 @@ class Forwarder:
                 state.lock = taking.lock(STATE_LOCK, state.lock_path)
         tun, sockets = self._open_device(taking)
         self.capabilities = Capabilities.combine(self.config.offload, [tun, *sockets])
-        core, notify_fd = await self._make_core(netlink)
+        core, notify_fd = self._make_core()
         self._routes.open(core, Loops(netlink, tun.name, self.config.listen, self.config.mark))
         self._closing.push_async_callback(self._routes.close)
         self._probes = Probes(core, self._routes, self.mtu, self.events)
@@ -161,6 +164,7 @@ class Forwarder:
         workers.start(tun.fds, self._by_worker(sockets), batons)
         if taking is not None:
             self._inherit_counts(await taking.go(), core, workers)
+        netlink.begin()
         self._setup = setup = TunSetup(
             netlink, tun.name, self.mtu, self.config.addresses, self.config.networks,
             queues=len(tun.fds), reopen=lambda: self._reopen(tun, workers), report=self._report,
@@ -336,12 +340,12 @@ class Forwarder:
 
         return trust
 
-    async def _make_core(self, netlink: Netlink) -> tuple[_core.Core, int]:
+    def _make_core(self) -> tuple[_core.Core, int]:
         """Create the core, and the eventfd that its workers signal when they have an event."""
         config = self.config
         link_mtus = {4: 0, 6: 0}
         for endpoint in config.listen:
-            _, link_mtu = await netlink.underlay_mtu(endpoint.address)
+            _, link_mtu = underlay_mtu(endpoint.address)
             link_mtus[endpoint.address.version] = link_mtu
         carried = min(mtu - OVERHEAD[version] for version, mtu in link_mtus.items() if mtu)
         # IPv6 needs 1280 bytes (RFC 8200 5): on a smaller underlay the core lets its datagrams be
@@ -355,7 +359,7 @@ class Forwarder:
             None if config.admit == "any" else [
                 (net.network_address.packed, net.prefixlen) for net in config.subnets],
         )
-        core.set_own_addresses(a.packed for a in await netlink.local_addresses())
+        core.set_own_addresses(a.packed for a in local_addresses())
         return core, notify_fd
 
     def _watch_own_addresses(self, netlink: Netlink) -> None:

@@ -33,6 +33,10 @@ class Kept:
         self._named = dict(named)
         self._forget = forget
 
+    def __bool__(self) -> bool:
+        """Whether there are descriptors that are not used yet."""
+        return bool(self._named)
+
     def device(self, config: ForwarderConfig) -> tuple[Tun, list[UdpSocket]] | None:
         """Return the TUN and the sockets, ordered by worker; None if they cannot be used."""
         if not self._named:

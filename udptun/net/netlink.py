@@ -2,8 +2,8 @@
 
 Owns the netlink thread. All of pyroute2 runs in this thread, for two reasons:
 - pyroute2 does not work on uvloop.
-- The import of pyroute2 takes as long as the rest of a start. The constructor starts the thread,
-  which imports pyroute2 while the caller continues.
+- The import of pyroute2 takes as long as the rest of a start. The thread imports pyroute2 while the
+  caller continues. A forwarder whose device works already begins the thread only when it forwards.
 
 Does not depend on the forwarder's routes and peers. Threading: call public methods from any thread,
 ``async`` methods from any asyncio loop. pyroute2 objects never leave the netlink thread.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
 import socket
@@ -28,6 +27,7 @@ from typing import Any, Self, TypeVar
 from ..device.fault import device_error
 from ..errors import FieldError
 from ..model import MIN_MTU6, IPAddress, IPNetwork
+from . import local
 from .batch import RECEIVE_LEN, RouteSocket
 from .changes import ANYTHING, GROUPS, Change, Kind, parse_changes
 
@@ -59,9 +59,12 @@ DUMP_TRIES = 5
 
 
 class Netlink:
-    """One netlink thread, joined by ``close``. Can be used as a context manager."""
+    """One netlink thread, joined by ``close``. Can be used as a context manager.
 
-    def __init__(self) -> None:
+    begin  start the thread now; else ``begin`` starts it, and calls wait for this
+    """
+
+    def __init__(self, begin: bool = True) -> None:
         self._loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
         self._ipr: Any = None
         self._failure: Exception | None = None
@@ -76,7 +79,8 @@ class Netlink:
         self._seen: frozenset[IPAddress] | None = None
         self._reread: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="netlink", daemon=True)
-        self._thread.start()
+        if begin:
+            self.begin()
 
     def __enter__(self) -> Self:
         return self
@@ -89,9 +93,10 @@ class Netlink:
 
     # -- public -----------------------------------------------------------------------------------
 
-    async def underlay_mtu(self, address: IPAddress) -> tuple[str, int]:
-        """Return the interface that has this local address, and its MTU in bytes."""
-        return await self._call(self._underlay_mtu(address))
+    def begin(self) -> None:
+        """Start the thread, if it is not started yet."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     async def configure_tun(
         self,
@@ -174,6 +179,7 @@ class Netlink:
             if not self._closing:
                 self._closing = True
                 self._loop.call_soon_threadsafe(self._stop.set)
+        self.begin()  # it also ends pending calls, and closes the loop
         self._thread.join()
 
     # -- the thread -------------------------------------------------------------------------------
@@ -279,28 +285,11 @@ class Netlink:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    async def _addresses(self, doing: str) -> list[tuple[IPAddress, int]]:
-        found = []
-        for message in await self._dump(doing, "addr"):
-            # On a point-to-point link IFA_ADDRESS is the other end.
-            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-            if text:
-                found.append((ipaddress.ip_address(text), int(message["index"])))
-        return found
-
     async def _local_addresses(self) -> frozenset[IPAddress]:
-        return frozenset(address for address, _ in await self._addresses("reading all addresses"))
+        async def read(_: Any) -> frozenset[IPAddress]:
+            return local.local_addresses()
 
-    async def _underlay_mtu(self, address: IPAddress) -> tuple[str, int]:
-        doing = f"looking for the interface with the address {address}"
-        for local, index in await self._addresses(doing):
-            if local == address:
-                async with self._doing(doing) as ipr:
-                    (link,) = await ipr.link("get", index=index)
-                return link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_MTU")
-        hint = "a wildcard address has no single MTU" if address.is_unspecified else \
-            "no interface has this address"
-        raise device_error(errno.EADDRNOTAVAIL, doing, hint)
+        return await self._work("reading all addresses", read)
 
     # -- watching ---------------------------------------------------------------------------------
 

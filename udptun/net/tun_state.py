@@ -22,6 +22,16 @@ from typing import Any
 
 from ..model import IPAddress, IPNetwork
 from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
+from .local import (
+    IFA_ADDRESS,
+    IFA_LOCAL,
+    IFADDRMSG,
+    IFINFOMSG,
+    IFLA_IFNAME,
+    IFLA_MTU,
+    RTM_GETADDR,
+    RTM_GETLINK,
+)
 from .netlink import (
     DEVICE_SETTINGS,
     IFF_UP,
@@ -32,21 +42,7 @@ from .netlink import (
     IPV4_DEVCONF_RP_FILTER,
     Netlink,
 )
-from .underlay import (
-    IFA_ADDRESS,
-    IFA_LOCAL,
-    IFADDRMSG,
-    IFINFOMSG,
-    IFLA_IFNAME,
-    IFLA_MTU,
-    RT_TABLE_MAIN,
-    RTA_OIF,
-    RTA_TABLE,
-    RTM_GETADDR,
-    RTM_GETLINK,
-    RTM_GETROUTE,
-    RTMSG,
-)
+from .underlay import RT_TABLE_MAIN, RTA_OIF, RTA_TABLE, RTM_GETROUTE, RTMSG
 
 RTA_DST = 1  # linux/rtnetlink.h
 # linux/if_link.h

@@ -20,19 +20,25 @@ from typing import Any, cast
 
 from ..model import IPAddress, IPNetwork
 from .batch import RouteSocket, attributes
+from .local import (
+    IFA_ADDRESS,
+    IFA_LOCAL,
+    IFADDRMSG,
+    IFINFOMSG,
+    IFLA_IFNAME,
+    IFLA_MTU,
+    RTM_GETADDR,
+    RTM_GETLINK,
+)
 from .netlink import IFF_UP, Netlink
 
-# linux/rtnetlink.h
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE = 18, 22, 26
+RTM_GETROUTE = 26  # linux/rtnetlink.h
 RT_TABLE_MAIN, RTN_UNICAST = 254, 1
 RTA_OIF, RTA_MULTIPATH, RTA_TABLE = 4, 9, 15
-IFINFOMSG = struct.Struct("=BxHiII")  # family, kind of device, index, flags, change
 RTMSG = struct.Struct("=8BI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 RTNEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, interface index
-IFLA_IFNAME, IFLA_MTU = 3, 4  # linux/if_link.h
 # linux/if_addr.h
-IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
-IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS, IFA_PROTO = 1, 2, 8, 11
+IFA_FLAGS, IFA_PROTO = 8, 11
 IFA_F_TEMPORARY, IFA_F_NODAD, IFA_F_DADFAILED = 0x01, 0x02, 0x08
 IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x20, 0x40
 IFF_LOOPBACK = 0x8  # linux/if.h

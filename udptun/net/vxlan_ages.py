@@ -14,7 +14,7 @@ import socket
 import struct
 
 from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
-from .underlay import IFINFOMSG, RTM_GETLINK
+from .local import IFINFOMSG, RTM_GETLINK
 from .vxlan_entries import (
     AF_BRIDGE,
     NDA_IFINDEX,

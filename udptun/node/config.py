@@ -112,6 +112,7 @@ class NodeConfig:
     control           the forwarder's control socket
     forwarder         "spawn": start a forwarder if no forwarder answers; "external": another
                       program starts the forwarder
+    forwarder_standby  with "spawn": keep a standby process for the case that the forwarder dies
     forward_file      the file with the forwarder's options, which the forwarder reads because of
                       its option --wait-for; default: in the directory of ``control``
     state_dir         the directory of files that must survive a restart: the cached leases and the
@@ -138,6 +139,7 @@ class NodeConfig:
     tun: str = _FROM_INSTANCE
     control: Path = _FROM_INSTANCE
     forwarder: str = "spawn"
+    forwarder_standby: bool = True
     forward_file: Path = _FROM_INSTANCE
     state_dir: Path = _FROM_INSTANCE
     healthz_ip: IPAddress = LOOPBACK  # not flannel's 0.0.0.0: the answers name peers and errors

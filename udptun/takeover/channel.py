@@ -111,7 +111,9 @@ class Channel:
         while True:
             try:
                 data, fds, flags, _ = socket.recv_fds(
-                    self._sock, MESSAGE_MAX + 1, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
+                    self._sock, MESSAGE_MAX + 1, DESCRIPTORS_MAX)
+                for fd in fds:
+                    os.set_inheritable(fd, False)  # Python 3.11 ignores MSG_CMSG_CLOEXEC here
                 break
             except BlockingIOError:
                 await self._event(asyncio.get_running_loop().add_reader,

@@ -28,6 +28,7 @@ from ...takeover.channel import close_all
 from ..status.report import NodeReport
 from .copies import Copies
 from .launch import ForwarderSpec, how_ended, spawn
+from .standby import Standby
 
 if TYPE_CHECKING:
     import subprocess
@@ -55,13 +56,14 @@ class ForwarderKeeper:
     looping   returns which of these packed addresses the host routes into the forwarder's TUN.
               Raises DeviceError
     on_refused  called when ``refused`` has changed
+    standby   keep a standby process for the case that the forwarder dies
     """
 
     def __init__(
         self, control: Path, forward_file: Path, log_file: Path, spawn_as: Instance | None,
         report: NodeReport, backend: str,
         looping: Callable[[Collection[bytes]], Awaitable[Collection[bytes]]],
-        on_refused: Callable[[], None],
+        on_refused: Callable[[], None], standby: bool = False,
     ) -> None:
         self._control, self._forward_file, self._log_file = control, forward_file, log_file
         self._spawn_as = spawn_as
@@ -73,6 +75,8 @@ class ForwarderKeeper:
         self._child: subprocess.Popen[bytes] | None = None
         self._copies = Copies((spawn_as or Instance()).takeover_socket(control))
         self._renewed = False
+        self._wants_standby = standby and spawn_as is not None
+        self._standby: Standby | None = None
         self._backoff, self._not_before = 0.0, 0.0
 
         self._spec: ForwarderSpec | None = None
@@ -131,6 +135,7 @@ class ForwarderKeeper:
         self._report.forwarder.needed = False
         self._spec, self._routes, self._matches = None, None, False
         self._copies.close()
+        self._close_standby()
         self._wake.set()
         if self._forward_file.exists():
             await stop_forwarder(self._control, self._forward_file)
@@ -180,6 +185,7 @@ class ForwarderKeeper:
                 await self._attempt()
         finally:
             self._copies.close()
+            self._close_standby()
             self._thread.submit(self._client.close)
             self._thread.shutdown(wait=False)
 
@@ -247,6 +253,7 @@ class ForwarderKeeper:
             if self._routes is not None and (self._replace_all or self._pending):
                 await self._send_routes()
             if not await self._woken(gone):
+                self._prepare_standby()
                 await self._check()
         if gone.done():
             raise NoForwarder(f"the forwarder on {self._control} has ended")
@@ -275,7 +282,8 @@ class ForwarderKeeper:
             spec.write(self._forward_file)  # the file may have been removed
             kept = self._copies.take()
             try:
-                self._child = spawn(self._forward_file, self._log_file, instance, kept)
+                self._child = self._standby_goes(kept) or \
+                    spawn(self._forward_file, self._log_file, instance, kept)
             finally:
                 close_all(kept)
         except OSError as exc:
@@ -301,6 +309,36 @@ class ForwarderKeeper:
             log.error("no forwarder can be started: %s", exc)
             return
         self._report.forwarder.starts_n += 1
+
+    # -- the standby process ----------------------------------------------------------------------
+
+    def _prepare_standby(self) -> None:
+        """Start a standby process if there is none. Called when the forwarder has run for a while,
+        so that the load of the start does not add to that of the forwarder's start."""
+        if not self._wants_standby or self._standby is not None:
+            return
+        assert self._spawn_as is not None
+        try:
+            self._standby = Standby.start(self._forward_file, self._log_file, self._spawn_as)
+        except OSError as exc:
+            log.warning("no standby process for the forwarder can be started: %s", exc)
+
+    def _standby_goes(self, kept: Mapping[str, int]) -> subprocess.Popen[bytes] | None:
+        """Let the standby process forward. Return None if there is none."""
+        standby, self._standby = self._standby, None
+        if standby is None:
+            return None
+        try:
+            return standby.go(kept)
+        except OSError as exc:
+            log.warning("the standby process has ended: %s", exc)
+            standby.close()
+            return None
+
+    def _close_standby(self) -> None:
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.close()
 
     def _back_off(self) -> None:
         """Delay the next start or stop. The delay increases with each call."""

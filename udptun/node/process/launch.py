@@ -132,12 +132,13 @@ class NotStarted(UdptunError):
 
 def spawn(
     forward_file: Path, log: Path, instance: Instance, kept: Mapping[str, int] | None = None,
-    take_over: bool = False,
+    take_over: bool = False, standby: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start ``udptun forward`` with the options in the file, in its own session and process group.
 
     kept       descriptors of a forwarder that has died, by name, for the new one
     take_over  take over from the forwarder that runs
+    standby    a descriptor; the process waits at it until it is needed (``standby``)
 
     Otherwise, the process inherits no terminal and no file descriptor. So a program that runs this
     command and reads its output until the pipe is closed (flanneld does) does not wait for the
@@ -148,12 +149,17 @@ def spawn(
     make_directory(log.parent)
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     env |= variable(kept or {})
+    argv = [sys.executable, "-m", "udptun", "forward", "--instance", instance.name]
+    fds = [*(kept or {}).values()]
+    if standby is not None:
+        argv += ["--standby", str(standby)]  # before --wait-for: the file can still change
+        fds.append(standby)
+    argv += ["--wait-for", str(forward_file), "--log-file", str(log)]
+    if take_over:
+        argv.append("--take-over")
     with os.fdopen(open_log(log), "ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "udptun", "forward", "--instance", instance.name,
-             "--wait-for", str(forward_file), "--log-file", str(log),
-             *(["--take-over"] if take_over else [])],
-            pass_fds=tuple((kept or {}).values()),
+            argv, pass_fds=fds,
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/",
             env=env,
         )
