@@ -26,9 +26,9 @@ for name in sorted({"", "a.later.library", *manager.loggerDict}):
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.getLogger(name).log(level, "said at %d", level)
 """
-LIBRARIES = [*THIRD_PARTY, "google.protobuf", "httpcore2", "httpcore", "asyncio"]
+LIBRARIES = [*THIRD_PARTY, "google.protobuf", "asyncio"]
 
-# One request by the client library of the Kubernetes API to a server that answers 404.
+# One request to the Kubernetes API to a server that answers 404.
 REQUEST = """
 import sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -43,8 +43,24 @@ class Handler(BaseHTTPRequestHandler):
         pass
 server = HTTPServer(("127.0.0.1", 0), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-import httpx2
-assert httpx2.get(f"http://127.0.0.1:{server.server_port}/", trust_env=False).status_code == 404
+import asyncio
+from pathlib import Path
+from udptun.leases.base import StoreRefused
+from udptun.leases.kube.api import Api
+from udptun.leases.kube.config import KubeConfig
+
+async def request():
+    api = Api(KubeConfig(node_name="n", api_url=f"http://127.0.0.1:{server.server_port}"))
+    try:
+        await api.node("n")
+    except StoreRefused as error:
+        assert "404" in str(error)
+    else:
+        raise AssertionError
+    finally:
+        await api.aclose()
+
+asyncio.run(request())
 """
 
 
@@ -72,5 +88,4 @@ def test_libraries_log_warnings_and_errors_only(verbose: int) -> None:
 
 
 def test_a_request_to_the_kubernetes_api_logs_nothing() -> None:
-    pytest.importorskip("httpx2")
     assert stderr_of(REQUEST) == ""

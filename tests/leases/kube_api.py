@@ -15,6 +15,7 @@ import itertools
 import json
 import re
 import ssl
+import time
 import uuid
 from bisect import bisect_right
 from datetime import UTC, datetime
@@ -101,6 +102,7 @@ class KubeApi:
         self.history = []  # (version, type, object, object before)
         self.users = {ADMIN: ("admin", None)}  # token -> (user, rules; None: no restriction)
         self.requests = []  # (method, path with query, user) of every request
+        self.headers = []  # of every request
         self.bookmark_seconds = 60.0
         self.gone_as_event = True  # a watch's 410: True: an ERROR event; False: the status
         # For each of the next requests of users with rules: a Refusal; None: accept the request.
@@ -240,6 +242,7 @@ class KubeApi:
 
     @web.middleware
     async def _every(self, request, handler):
+        self.headers.append(request.headers)
         try:
             user, rules = self._user(request)
             self.requests.append((request.method, str(request.rel_url), user))
@@ -268,6 +271,9 @@ class KubeApi:
         if scheme == "Basic" and base64.b64decode(token).decode() in self.users:
             return self.users[base64.b64decode(token).decode()]
         peer = request.transport.get_extra_info("peercert")
+        if peer and ssl.cert_time_to_seconds(peer["notAfter"]) < time.time():
+            # also on a connection that was opened before
+            raise Refusal(401, "Unauthorized", "Unauthorized")
         if peer:  # system:masters, as in kubeadm's admin certificate
             return dict(entry[0] for entry in peer["subject"])["commonName"], None
         if not scheme:

@@ -24,10 +24,13 @@ async def lines(cluster, n, **params):
     """Return the first n events of a watch."""
     found = []
     params = {"watch": "true", **params}
+    headers = {"Authorization": f"Bearer {cluster.token}"}
     async with asyncio.timeout(60):
-        async with cluster.http.stream("GET", "/api/v1/nodes", params=params) as response:
-            assert response.status_code == 200
-            async for line in response.aiter_lines():
+        async with cluster.http.get(
+            f"{cluster.url}/api/v1/nodes", params=params, headers=headers
+        ) as response:
+            assert response.status == 200
+            async for line in response.content:
                 found.append(json.loads(line))
                 if len(found) == n:
                     return found
@@ -39,7 +42,7 @@ async def version(cluster):
 
 
 async def test_an_unknown_token_is_refused(cluster):
-    answer = await cluster.http.get("/api/v1/nodes", headers={"Authorization": "Bearer no"})
+    answer = await cluster.call("GET", "/api/v1/nodes", token="no")
     assert answer.status_code == 401
     assert answer.json()["reason"] == "Unauthorized"
     assert answer.json()["kind"] == "Status"
@@ -98,7 +101,7 @@ async def test_a_watch_ends_after_its_timeout(cluster):
     ],
 )
 async def test_reads_that_are_refused(cluster, path, code, reason):
-    answer = await cluster.http.get(path)
+    answer = await cluster.call("GET", path)
     status = answer.json()
     assert (answer.status_code, status["code"], status.get("reason")) == (code, code, reason)
     assert (status["kind"], status["status"]) == ("Status", "Failure")
@@ -111,13 +114,11 @@ async def test_reads_that_are_accepted(cluster):
     assert name in {n["metadata"]["name"] for n in listing["items"]}
     status = (await cluster.call("GET", f"/api/v1/nodes/{name}/status")).json()
     assert status["metadata"]["name"] == name
-    assert (await cluster.http.get("/nothing")).text == "404 page not found\n"
+    assert (await cluster.call("GET", "/nothing")).text == "404 page not found\n"
 
 
 async def test_a_request_without_a_token_is_anonymous(cluster):
-    del cluster.http.headers["Authorization"]
-    answer = await cluster.http.get("/api/v1/nodes")
-    cluster.http.headers["Authorization"] = f"Bearer {cluster.token}"
+    answer = await cluster.call("GET", "/api/v1/nodes", token="")
     assert (answer.status_code, answer.json()["reason"]) == (403, "Forbidden")
     assert 'User "system:anonymous" cannot list resource "nodes"' in answer.json()["message"]
 

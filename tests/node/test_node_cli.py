@@ -389,7 +389,7 @@ def test_libraries_of_the_stores_are_not_loaded() -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60
     ).stdout.split()
-    assert not {"grpc", "google", "lightkube", "aiohttp", "prometheus_client", "pyroute2",
+    assert not {"grpc", "google", "yaml", "aiohttp", "prometheus_client", "pyroute2",
                 "uvloop", "asyncio"} & set(loaded)
 
 

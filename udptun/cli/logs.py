@@ -1,10 +1,9 @@
 """The log of a long-running command: to stderr or a file, as text or as one JSON object per line.
 
 Owns the two formats, the largest size of the file, and the level of each logger: udptun's own
-loggers log from INFO on, all other loggers from WARNING on. Libraries log every request at INFO:
-for example httpx2, which lightkube uses. Messages contain text that others have chosen, so both
-formats escape unprintable characters and cut long lines. Threading: call from the main thread, at
-the start.
+loggers log from INFO on, all other loggers from WARNING on, because some libraries log every
+request at INFO. Messages contain text that others have chosen, so both formats escape unprintable
+characters and cut long lines. Threading: call from the main thread, at the start.
 """
 
 from __future__ import annotations

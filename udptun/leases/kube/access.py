@@ -1,61 +1,54 @@
-"""Builds one HTTP client for the API server from a KubeConfig.
+"""Selects the API server and the credentials, in flannel's order of precedence.
 
-Owns: the choice of the server's address and of the credentials, in flannel's order of precedence.
-lightkube reads kubeconfig files and service accounts and handles TLS. If the server has rejected
-the token, lightkube reads the token file again. Asyncio, one loop.
+Owns: the order, and the files of a service account. Opens no connection. Any thread.
 """
 
 from __future__ import annotations
 
-import httpx2
-from lightkube.config import kubeconfig
-from lightkube.config.client_adapter import AsyncClient, ConnectionParams
-from lightkube.config.models import Cluster, User
-from msgspec.structs import replace
+import os
+from dataclasses import replace
+from pathlib import Path
 
+from ...errors import FieldError
 from ...text import without_user
-from ..base import StoreRefused
 from .config import KubeConfig
-
-_CONNECT_TIMEOUT = 3.0  # seconds; a running server accepts a connection at once
-
-
-def connect(config: KubeConfig) -> httpx2.AsyncClient:
-    """Build the client. Does not connect to the server yet.
-
-    Raises StoreRefused if there are no valid credentials.
-    """
-    timeout = httpx2.Timeout(config.request_timeout, connect=_CONNECT_TIMEOUT)
-    try:
-        return AsyncClient(_access(config), ConnectionParams(timeout=timeout))
-    except Exception as e:  # invalid files cause errors of many types: YAML, TypeError, TLS
-        source = config.kubeconfig_file or without_user(config.api_url) or config.service_account
-        raise StoreRefused(f"no access to the Kubernetes API from {source}: {e or repr(e)}") from e
+from .kubeconfig import Access, parse
 
 
-def _access(config: KubeConfig) -> kubeconfig.SingleConfig:
-    """Select the server and the credentials. The first of these that is given is used:
+def source_of(config: KubeConfig) -> str:
+    """Return where the access comes from, for messages."""
+    return str(config.kubeconfig_file or without_user(config.api_url) or config.service_account)
+
+
+def find_access(config: KubeConfig) -> Access:
+    """Return the first of these that is given:
 
     1. kubeconfig_file. If api_url is also given, it replaces the server in the file.
     2. api_url. In a pod, an https api_url is used with the credentials of the pod's service
        account. flannel sends no credentials in this case. Only an API server without authentication
        accepts such requests.
     3. The service account.
+
+    Raises FieldError, OSError.
     """
-    account = config.service_account
-    if config.kubeconfig_file is not None:
-        access = kubeconfig.KubeConfig.from_file(config.kubeconfig_file).get()
-    elif not config.api_url:
-        access = kubeconfig.KubeConfig.from_service_account(account).get()
-    elif config.api_url.startswith("https:") and (account / "token").exists():
-        cluster = Cluster(certificate_auth=str(account / "ca.crt"))
-        user = User(token_file=str(account / "token"))
-        access = kubeconfig.KubeConfig.from_one(cluster=cluster, user=user).get()
-    else:
-        access = kubeconfig.KubeConfig.from_server(config.api_url).get()
-    assert access is not None  # get() without a default value never returns None
-    user = access.user or User()
-    if user.token_file is not None:
-        user = replace(user, token_file=str(access.abs_file(user.token_file)))
-    server = config.api_url or access.cluster.server
-    return access._replace(cluster=replace(access.cluster, server=server), user=user)
+    path, account = config.kubeconfig_file, config.service_account
+    if path is not None:
+        return parse(path.expanduser().read_bytes(), path.expanduser(), config.api_url)
+    if config.api_url:
+        if config.api_url.startswith("https:") and (account / "token").exists():
+            return _service_account(config.api_url, account)
+        return Access(config.api_url)
+    (account / "token").stat()  # without a service account, this is the clearest error
+    return _service_account(_service(), account)
+
+
+def _service_account(server: str, account: Path) -> Access:
+    return replace(Access(server), ca=account / "ca.crt", token_file=account / "token")
+
+
+def _service() -> str:
+    """Return the API server's address, which the kubelet gives to each pod."""
+    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
+    if not host or not port:
+        raise FieldError("KUBERNETES_SERVICE_HOST", host, "the variables of a pod, or a kubeconfig")
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"

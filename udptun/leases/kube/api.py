@@ -2,25 +2,24 @@
 
 Owns: HTTP, paging, the framing of a watch, and the meaning of each failure: ``Gone`` (list again),
 ``StoreDown`` or ``StoreRefused``. Does not depend on leases. Asyncio, one loop.
-
-The request functions of lightkube are not used, for three reasons. lightkube's watch does not
-request bookmarks. The watch has no timeout for a silent server. lightkube decodes complete nodes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import ssl
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import httpx2
+import aiohttp
 import msgspec
-from lightkube.core.exceptions import ConfigError
 
 from ..base import StoreDown, StoreRefused
-from .access import connect
 from .config import KubeConfig
+from .http import Http
 from .schema import FullNode, Node, Patch
 
 _NODES = "/api/v1/nodes"
@@ -78,11 +77,11 @@ class Api:
 
     def __init__(self, config: KubeConfig) -> None:
         self._config = config
-        self._http = connect(config)
+        self._http = Http(config)
 
     @property
-    def host(self) -> str:
-        return self._http.base_url.host
+    def hosts(self) -> tuple[str, ...]:
+        return self._http.hosts
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -103,7 +102,7 @@ class Api:
         """
         return await self._call(
             f"patch the status of node {name}", FullNode, "PATCH", f"{_NODES}/{name}/status",
-            content=msgspec.json.encode(patch), headers={"Content-Type": _STRATEGIC_MERGE},
+            data=msgspec.json.encode(patch), headers=[("Content-Type", _STRATEGIC_MERGE)],
         )
 
     async def nodes(self, page: int | None) -> AsyncGenerator[tuple[list[Node], str], None]:
@@ -137,35 +136,25 @@ class Api:
             "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version,
             "timeoutSeconds": str(self._config.watch_timeout),
         }
-        request = self._http.build_request("GET", _NODES, params=params, timeout=None)
         with _failures(action):
-            async with asyncio.timeout(self._config.request_timeout):
-                response = await self._http.send(request, stream=True)
-        try:
-            if not response.is_success:
-                with _failures(action):
-                    async with asyncio.timeout(self._config.request_timeout):
-                        await response.aread()
-                raise _refusal(action, response)
-            yield []
-            rest, chunks = b"", response.aiter_bytes()
-            while True:
-                with _failures(action):
+            async with self._http.request("GET", _NODES, params=params) as response:
+                await self._check(action, response)
+                yield []
+                rest = b""
+                while True:
                     try:
                         async with asyncio.timeout(self._config.watch_silence):
-                            chunk = await anext(chunks, None)
+                            chunk = await response.content.readany()
                     except TimeoutError:
                         await self._probe(version)
                         return
-                    if chunk is None:
+                    if not chunk:
                         return
                     *lines, rest = (rest + chunk).split(b"\n")
                     events = [_event(action, line) for line in lines if line.strip()]
-                if events:
-                    version = events[-1].object.metadata.resource_version
-                yield events
-        finally:
-            await response.aclose()
+                    if events:
+                        version = events[-1].object.metadata.resource_version
+                    yield events
 
     async def _probe(self, version: str) -> None:
         """List one node. Raises Gone if the server's version is older than ``version``."""
@@ -179,11 +168,22 @@ class Api:
         self, action: str, kind: type[_T], method: str, path: str, **options: Any
     ) -> _T:
         with _failures(action):
-            async with asyncio.timeout(self._config.request_timeout):
-                response = await self._http.request(method, path, **options)
-            if not response.is_success:
-                raise _refusal(action, response)
-            return msgspec.json.decode(response.content, type=kind)
+            async with self._http.request(method, path, **options) as response:
+                await self._check(action, response)
+                async with asyncio.timeout(self._config.request_timeout):
+                    return msgspec.json.decode(await response.read(), type=kind)
+
+    async def _check(self, action: str, response: aiohttp.ClientResponse) -> None:
+        """Raise the exception of a response that is not successful."""
+        if 200 <= response.status < 300:
+            return
+        async with asyncio.timeout(self._config.request_timeout):
+            body = await response.read()
+        try:
+            message = msgspec.json.decode(body, type=_Status).message
+        except msgspec.DecodeError:  # for example, the response of a proxy
+            message = body[:200].decode(errors="replace")
+        raise _failure(action, response.status, message or response.reason or "")
 
 
 def _event(action: str, line: bytes) -> Event:
@@ -204,22 +204,26 @@ def _failures(action: str) -> Iterator[None]:
     """Turn errors of the connection, credentials and decoding into StoreDown or StoreRefused."""
     try:
         yield
-    except (TimeoutError, httpx2.TimeoutException) as e:
+    except TimeoutError as e:  # one of aiohttp's errors is also a TimeoutError
         raise StoreDown(f"{action}: the API server does not respond") from e
-    except httpx2.HTTPError as e:
-        raise StoreDown(f"{action}: {e or type(e).__name__}") from e
+    except aiohttp.ClientError as e:
+        raise StoreDown(f"{action}: {_reason(e)}") from e
     except msgspec.DecodeError as e:
         raise StoreDown(f"{action}: the response is not from Kubernetes: {e}") from e
-    except (ConfigError, OSError) as e:  # the token is unreadable, or a credential plugin failed
-        raise StoreRefused(f"{action}: no credentials: {e}") from e
 
 
-def _refusal(action: str, response: httpx2.Response) -> StoreDown | StoreRefused:
-    try:
-        message = msgspec.json.decode(response.content, type=_Status).message
-    except msgspec.DecodeError:  # for example, the response of a proxy
-        message = response.text[:200]
-    return _failure(action, response.status_code, message or response.reason_phrase)
+def _reason(error: aiohttp.ClientError) -> str:
+    """Return a text that is the same each time: aiohttp's contains the address of an object."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"no connection to {error.host}:{error.port}: {error.certificate_error}"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+        known = cause.errno and not isinstance(cause, ssl.SSLError | socket.gaierror)
+        why = os.strerror(cause.errno or 0) if known else str(cause)
+        return f"no connection to {error.host}:{error.port}: {why}"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy returned {error.status}: {error.message}"
+    return str(error) or type(error).__name__
 
 
 def _failure(action: str, code: int, message: str) -> StoreDown | StoreRefused:

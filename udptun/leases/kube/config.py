@@ -1,4 +1,4 @@
-"""The configuration of a Kubernetes source, validated. Does not import lightkube.
+"""The configuration of a Kubernetes source, validated. Does not import aiohttp.
 
 Does not read the environment. The command line passes NODE_NAME, POD_NAME and POD_NAMESPACE.
 Frozen dataclass; any thread.

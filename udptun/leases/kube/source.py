@@ -166,7 +166,7 @@ class KubeSource(LeaseSource):
         """
         config = self._config
         given = config.api_url or config.kubeconfig_file is not None
-        return (self._client.host,) if given and self._client is not None else ()
+        return self._client.hosts if given and self._client is not None else ()
 
     async def aclose(self) -> None:
         if self._client is not None:
