@@ -23,10 +23,11 @@ PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
-    "connections", "env_file", "errors", "files", "instance", "model", "notify", "drops",
+    "build", "connections", "env_file", "errors", "files", "instance", "model", "notify", "drops",
     "privileges", "repairs", "spans", "text", "wait", "_version",
 }
 RULES = {
+    "build": set(),
     "errors": {"text"},
     "text": set(),
     "files": set(),

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from udptun.build import build_id
 from udptun.control.events import EventHub
 from udptun.drops import DROP_REASONS
 from udptun.errors import FieldError, GenerationMismatch, RouteExists
@@ -42,6 +43,7 @@ class FakeForwarder:
         self.fail_with: Exception | None = None
         self.standby: dict[str, bool] = {}
         self.more_peers: list[dict[str, Any]] = []
+        self.other_status: dict[str, Any] = {}
         self.bodies: list[bytes] = []
         self.calls: list[str] = []
         self.events = EventHub()
@@ -121,7 +123,8 @@ class FakeForwarder:
     async def status_chunks(self) -> AsyncGenerator[bytes, None]:
         if self.fail_with is not None:
             raise self.fail_with
-        text = json.dumps(status_of(self.generation, len(self.table))).encode()
+        text = json.dumps(
+            status_of(self.generation, len(self.table)) | self.other_status).encode()
         for start in range(0, len(text), 100):
             yield text[start : start + 100]
 
@@ -180,7 +183,8 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
     side = {"read": 10, "generated": 1, "delivered": 8, "consumed": 0, "dropped": 2,
             "queued": 1}
     return {
-        "version": VERSION, "pid": os.getpid(), "uptime_seconds": 3723.5,
+        "version": VERSION, "build": build_id(), "pid": os.getpid(),
+        "uptime_seconds": 3723.5,
         "generation": generation, "route_count": route_count, "source_check": "strict",
         "admit": "any", "mark": None,
         "device": {

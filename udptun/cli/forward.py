@@ -95,6 +95,7 @@ def runtime_directory() -> Path | None:
 
 
 TAKE_OVER = "--take-over"
+GENTLY = 15  # added to the nice value
 # Variables that are valid for one process only.
 NOT_PASSED_ON = {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", KEPT}
 
@@ -184,6 +185,8 @@ def forward(
         signal.signal(number, signal.SIG_IGN)  # ignored until the forwarder runs
     chosen = instance_of(ctx)
     try:
+        if values["take_over"]:
+            _load_gently()
         config = _config(chosen, values, wait_for)
         _run(config, log_file, chosen.lock("forward", runtime_directory()))
     except (UdptunError, OSError, ImportError) as exc:
@@ -192,6 +195,30 @@ def forward(
         if isinstance(exc, ImportError):
             raise Failure(str(exc)) from exc
         raise failure_of(exc) from exc
+
+
+def _load_gently() -> None:
+    """Import what a take-over needs, at a low priority, so that the running forwarder has the CPU.
+
+    Without the capability to raise the priority again, the priority stays as it is.
+    """
+    try:
+        os.nice(-1)
+    except PermissionError:
+        _load()
+        return
+    os.nice(1 + GENTLY)
+    try:
+        _load()
+    finally:
+        os.nice(-GENTLY)
+
+
+def _load() -> None:
+    from .. import notify, privileges  # noqa: F401
+    from ..forwarder import needs, preload  # noqa: F401
+
+    preload.load()
 
 
 def _config(

@@ -37,4 +37,7 @@ def wait_until_needed(
 
 def _load() -> None:
     from .. import forwarder, notify, privileges  # noqa: F401
+    from ..build import build_id
     from ..forwarder import needs  # noqa: F401
+
+    build_id()  # now, because an update replaces the files

@@ -32,6 +32,7 @@ from ..net.local import local_addresses, underlay_mtu
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
 from ..takeover.document import Counted, drops_of, packets_of, peer_from_json
+from . import preload
 from .config import ForwarderConfig
 from .giving import (
     CONTROL,
@@ -125,8 +126,7 @@ class Forwarder:
         config = self.config
         if not config.take_over or config.takeover is None:
             return None
-        from ..control import server  # noqa: F401 - loads slowly: load it before anything waits
-
+        preload.load()
         taking = await Taking.begin(config.takeover, config)
         if taking is None:
             log.info("no forwarder answers at %s, so there is none to take over", config.takeover)
@@ -198,7 +198,8 @@ class Forwarder:
             await taking.done()
             for opened in sockets:  # not earlier: until now, the other forwarder might go on
                 opened.set_mark(self.config.mark)
-            log.info("took over from process %d, udptun %s", taking.state.pid, taking.state.program)
+            log.info("took over from process %d, udptun %s (build %s)", taking.state.pid,
+                     taking.state.program, taking.state.build or "unknown")
             taking.close()
         if giver is not None:
             await self._offer(giver)

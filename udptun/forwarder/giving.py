@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import _core
 from .._version import __version__
+from ..build import build_id
 from ..control.events import EventHub
 from ..control.sockets import UnixListener, listen_unix
 from ..device.offload import Capabilities
@@ -197,12 +198,14 @@ class Giver:
         parts = self._parts
         version = agree(hello.oldest, hello.newest)
         _check_agreement(parts, hello)
-        log.info("process %d, udptun %s, takes over", hello.pid, hello.program)
+        log.info("process %d, udptun %s (build %s), takes over", hello.pid, hello.program,
+                 hello.build or "unknown")
         async with parts.routes.frozen() as table:
             await channel.send_descriptors(parts.descriptors())
             text = document.dump(self._having(table))
             state = State(
-                version=version, program=__version__, pid=os.getpid(), size=len(text))
+                version=version, program=__version__, build=build_id(), pid=os.getpid(),
+                size=len(text))
             await _send_document(channel, state, text)
             async with asyncio.timeout(READY_SECONDS):
                 _, batons = await channel.receive(Ready)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from .._version import __version__
+from ..build import build_id
 from ..control.sockets import UnixListener
 from ..device.tun import Tun
 from ..files import FileLock
@@ -79,7 +80,8 @@ class Taking:
         try:
             await channel.send(Hello(
                 want=EVERYTHING, oldest=OLDEST, newest=VERSION, program=__version__,
-                pid=os.getpid(), namespace=network_namespace(), options=config.agreed_options(),
+                build=build_id(), pid=os.getpid(), namespace=network_namespace(),
+                options=config.agreed_options(),
             ))
             async with asyncio.timeout(ANSWER_SECONDS):
                 descriptors = await channel.receive_descriptors()

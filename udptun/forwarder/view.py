@@ -18,6 +18,7 @@ from typing import Any
 
 from .. import _core
 from .._version import __version__
+from ..build import build_id
 from ..device.offload import Capabilities
 from ..model import Endpoint, IPAddress
 from . import peer_errors
@@ -48,6 +49,7 @@ class View:
     workers: Workers
     probes: Probes
     path_mtus: PathMtus
+    build: str = field(default_factory=build_id)
     started: float = field(default_factory=time.monotonic)
 
     async def status_chunks(self) -> AsyncGenerator[bytes, None]:
@@ -55,6 +57,7 @@ class View:
         generation, route_count, peers = await self.routes.peers(self.core)
         head = {
             "version": __version__,
+            "build": self.build,
             "pid": os.getpid(),
             "uptime_seconds": round(time.monotonic() - self.started, 3),
             "generation": generation,

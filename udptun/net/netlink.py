@@ -58,6 +58,11 @@ ADDRESS_KINDS = (Kind.LINK, Kind.ADDRESS, Kind.ANY)  # changes that can change t
 DUMP_TRIES = 5
 
 
+def load() -> None:
+    """Import pyroute2 now, in this thread."""
+    import pyroute2  # noqa: F401
+
+
 class Netlink:
     """One netlink thread, joined by ``close``. Can be used as a context manager.
 

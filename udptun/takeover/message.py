@@ -38,7 +38,7 @@ class Hello:
     want      EVERYTHING: it is going to take over. DESCRIPTORS: it only keeps copies of the
               descriptors, and gets a new message each time when they change
     oldest, newest  versions of the messages that it can use
-    program   its version of udptun
+    program, build  its version and build of udptun
     namespace  inode of its network namespace
     options   the options in which both forwarders must agree
     """
@@ -52,6 +52,7 @@ class Hello:
     pid: int = 0
     namespace: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    build: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class State:
     """What the running forwarder has. The message carries the descriptor of the document.
 
     version  of the messages, from here on
+    program, build  the version and build of udptun that runs
     size     bytes of the document
     """
 
@@ -90,6 +92,7 @@ class State:
     program: str = ""
     pid: int = 0
     size: int = 0
+    build: str = ""
 
 
 @dataclass(frozen=True, slots=True)

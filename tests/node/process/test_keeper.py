@@ -330,6 +330,22 @@ async def test_a_forwarder_of_another_version_is_taken_over_once(
     assert started == [{"take_over": True}]
 
 
+@pytest.mark.parametrize("build", ["0123456789ab", ""])
+async def test_a_forwarder_of_the_same_version_but_another_build_is_taken_over(
+    thread, control, tmp_path, spec, monkeypatch, build
+):
+    """After an update from source. An earlier version has no build in its status."""
+    started = []
+    monkeypatch.setattr(module, "spawn", lambda *args, **how: started.append(how) or Child())
+    (tmp_path / "takeover.sock").touch()
+    with Served(thread, control) as served:
+        served.forwarder.other_status = {"build": build}
+        async with running(control, tmp_path, spawned=True) as keeper:
+            keeper.want(spec)
+            await until(lambda: started, "the take-over")
+    assert started == [{"take_over": True}]
+
+
 async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path, spec, monkeypatch):
     served = Served(thread, control)
 

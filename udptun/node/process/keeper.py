@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..._version import __version__
+from ...build import build_id
 from ...control.client import ControlClient
 from ...control.protocol import HEALTHZ
 from ...errors import ControlError, DeviceError, FieldError, NoForwarder
@@ -74,6 +75,7 @@ class ForwarderKeeper:
         self._thread = ThreadPoolExecutor(1, "forwarder-control")
         self._child: subprocess.Popen[bytes] | None = None
         self._copies = Copies((spawn_as or Instance()).takeover_socket(control))
+        self._build = build_id()  # now, because an update replaces the files
         self._renewed = False
         self._wants_standby = standby and spawn_as is not None
         self._standby: Standby | None = None
@@ -246,7 +248,7 @@ class ForwarderKeeper:
             log.info("adopting the forwarder on %s", self._control)
         if self._spawn_as is not None:
             self._copies.follow()
-            self._renew(status["version"], self._spawn_as)
+            self._renew(status["version"], status.get("build", ""), self._spawn_as)
         self._backoff, self._matches, self._replace_all = 0.0, True, True
         self._report.forwarder.connected, self._report.forwarder.error = True, ""
         while self._matches and not gone.done():
@@ -292,13 +294,14 @@ class ForwarderKeeper:
         self._report.forwarder.starts_n += 1
         log.info("started a forwarder, process %d; it logs to %s", self._child.pid, self._log_file)
 
-    def _renew(self, version: str, instance: Instance) -> None:
-        """If the running forwarder is of another version, start one of our version, which takes
-        over. Try this once. If it fails, the running forwarder goes on."""
-        if version == __version__ or self._renewed:
+    def _renew(self, version: str, build: str, instance: Instance) -> None:
+        """If the running forwarder is of another build, start one of our build, which takes over.
+        Try this once. If it fails, the running forwarder goes on."""
+        if (version, build) == (__version__, self._build) or self._renewed:
             return
         self._renewed = True
-        what = f"the forwarder is udptun {version}, this daemon {__version__}"
+        what = (f"the forwarder is udptun {version} (build {build or 'unknown'}), this daemon "
+                f"{__version__} (build {self._build})")
         if not instance.takeover_socket(self._control).exists():
             log.warning("%s; it is too old to be replaced without an outage, so it stays", what)
             return
