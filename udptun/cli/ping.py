@@ -234,7 +234,7 @@ class EchoPinger:
         self.smallest = ECHO_MIN[address.version]
         self._version, self._headers = address.version, HEADERS[address.version]
         self._echoes, self._token = Echoes(address.version), 0
-        self._raw: socket.socket = open_raw(address.version)
+        self._raw: socket.socket = open_raw(address.version, self._echoes.identifier)
         self._raw.connect((str(address), 0))
 
     def once(self, size: int, seconds: float) -> Answer:

@@ -2,12 +2,14 @@
 
 Owns the format. The size of an echo is the number of bytes after the ICMP header, which has the
 size of UDP's: an echo and a probe of the same size make equally large packets. A reply is matched
-by a random token in its payload. Does not depend on who is asked or when, and uses only the
+by a random token in its payload. Anybody can forge replies, so the kernel drops those that do not
+have the identifier of the socket's requests. Does not depend on who is asked or when, and uses only the
 standard library, because a client command has to start fast. Any thread.
 """
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 import struct
@@ -19,11 +21,20 @@ HEADER = struct.Struct(">BBHHH")  # type, code, checksum, identifier, sequence n
 TOKEN = struct.Struct(">Q")
 IP_MTU_DISCOVER, PMTUDISC_PROBE = 10, 3  # linux/in.h: set DF, and ignore the known path MTU
 IPV6_MTU_DISCOVER, IPV6_DONTFRAG = 23, 62  # linux/in6.h
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+# linux/filter.h: an instruction, and a program (the number of its instructions, and their address)
+INSTRUCTION, PROGRAM = struct.Struct("=HBBI"), struct.Struct("@HP")
+LOAD_IP4_HEADER_LEN, LOAD_16_BITS, LOAD_16_BITS_BEHIND_HEADER = 0xB1, 0x28, 0x48
+JUMP_IF_EQUAL, RETURN = 0x15, 0x06
+IDENTIFIER_AT = 4  # offset in the ICMP header
 SOL_RAW, ICMP_FILTER, ICMPV6_FILTER = 255, 1, 1  # linux/socket.h, icmp.h, icmpv6.h
 
 
-def open_raw(version: int, device: str = "", address: IPAddress | None = None) -> socket.socket:
-    """Return a raw socket that receives echo replies only. It needs CAP_NET_RAW. Raises OSError.
+def open_raw(
+    version: int, identifier: int, device: str = "", address: IPAddress | None = None
+) -> socket.socket:
+    """Return a raw socket that receives only echo replies with this identifier. It needs
+    CAP_NET_RAW. Raises OSError.
 
     Ping sockets need no privilege, but the sysctl ping_group_range excludes everybody by default.
 
@@ -42,6 +53,7 @@ def open_raw(version: int, device: str = "", address: IPAddress | None = None) -
         else:
             opened.setsockopt(SOL_RAW, ICMP_FILTER,
                               struct.pack("=I", 0xFFFFFFFF & ~(1 << ECHO_REPLY[4])))
+        _receive_only(opened, version, identifier)
         send_whole(opened, version)
         if device:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
@@ -51,6 +63,18 @@ def open_raw(version: int, device: str = "", address: IPAddress | None = None) -
         opened.close()
         raise
     return opened
+
+
+def _receive_only(opened: socket.socket, version: int, identifier: int) -> None:
+    """Let the kernel drop messages with another identifier."""
+    # An IPv4 message comes with its IP header.
+    load = [(LOAD_IP4_HEADER_LEN, 0, 0, 0), (LOAD_16_BITS_BEHIND_HEADER, 0, 0, IDENTIFIER_AT)] \
+        if version == 4 else [(LOAD_16_BITS, 0, 0, IDENTIFIER_AT)]
+    program = [*load, (JUMP_IF_EQUAL, 0, 1, identifier), (RETURN, 0, 0, 0xFFFFFFFF),
+               (RETURN, 0, 0, 0)]
+    code = array.array("B", b"".join(INSTRUCTION.pack(*one) for one in program))
+    opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER,
+                      PROGRAM.pack(len(program), code.buffer_info()[0]))
 
 
 def send_whole(opened: socket.socket, version: int) -> None:
@@ -67,13 +91,13 @@ class Echoes:
 
     def __init__(self, version: int) -> None:
         self._version = version
-        self._identifier = int.from_bytes(os.urandom(2))
+        self.identifier = int.from_bytes(os.urandom(2))
         self._sequence = 0
 
     def request(self, token: int, size: int) -> bytes:
         """Return a request. size: at least 8 bytes."""
         self._sequence = (self._sequence + 1) & 0xFFFF
-        head = HEADER.pack(ECHO_REQUEST[self._version], 0, 0, self._identifier, self._sequence)
+        head = HEADER.pack(ECHO_REQUEST[self._version], 0, 0, self.identifier, self._sequence)
         head += TOKEN.pack(token)
         if self._version == 4:  # for IPv6, the kernel computes the checksum
             head = head[:2] + _checksum(head).to_bytes(2) + head[4:]
@@ -85,7 +109,7 @@ class Echoes:
         if len(message) < start + HEADER.size + TOKEN.size:
             return None
         kind, code, _, identifier, _ = HEADER.unpack_from(message, start)
-        if (kind, code, identifier) != (ECHO_REPLY[self._version], 0, self._identifier):
+        if (kind, code, identifier) != (ECHO_REPLY[self._version], 0, self.identifier):
             return None
         (token,) = TOKEN.unpack_from(message, start + HEADER.size)
         return token, len(message) - start - HEADER.size

@@ -141,7 +141,8 @@ class BoundMeter(Meter):
         with contextlib.suppress(OSError):
             if self._raw is None:
                 device = self.device
-                self._raw = open_raw(device.address.version, device.name, device.address)
+                self._raw = open_raw(device.address.version, self._echoes.identifier, device.name,
+                                     device.address)
                 self._raw.setblocking(False)
                 asyncio.get_running_loop().add_reader(self._raw, self._receive_echo, self._raw)
             self._raw.sendto(self._echoes.request(request.token, request.size), (key, 0))

@@ -42,7 +42,7 @@ class EchoMeter(Meter):
         return "opening a raw socket for echoes"
 
     def _open(self) -> socket.socket:
-        return open_raw(self._version)
+        return open_raw(self._version, self._echoes.identifier)
 
     def _message(self, request: Request[str]) -> tuple[bytes, Any]:
         return self._echoes.request(request.token, request.size), (request.key, 0)
