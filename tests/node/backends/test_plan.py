@@ -360,6 +360,14 @@ def test_of_overlapping_leases_the_older_one_has_the_addresses():
         assert claims_agree(now)
 
 
+def test_after_a_start_the_older_of_two_leases_with_one_mac_comes_first():
+    """The first of two VXLAN peers with one MAC address keeps it (udptun/net/vxlan_peers.py)."""
+    old, thief = (replace(lease(n, "vxlan", VXLAN), since=n) for n in (2, 3))
+    for leases in ([old, thief], [thief, old]):
+        assert [*Plan(VXLAN_ONLY, leases).paths("vxlan")] == [
+            old.subnets.v4, thief.subnets.v4]
+
+
 def test_a_change_with_many_rejected_leases_takes_no_minutes():
     """Each lease claims a subnet of the lease before and one of the lease after, so a change of one
     lease concerns all of them. Their number is chosen by whoever writes to the store."""
