@@ -524,6 +524,26 @@ def test_reports_about_many_peers_cause_few_probes():
     assert len(net.sent) - before <= idle * 1.3 + 3 * HINTS_PER_SECOND * 6
 
 
+@pytest.mark.parametrize("busy", [[0], range(40)], ids=["traffic", "traffic of all"])
+def test_forged_reports_about_others_do_not_delay_a_true_one(busy):
+    """Forged reports about other peers use up the budget, before and after the true report."""
+    net = started(range(200), traffic=busy)
+    forged = busy[1:] or range(1, 200)
+    net.passes = lambda key, size, now: key != 0 or size <= 1000
+    since = net.now
+    for turn in range(100):
+        for key in forged:
+            net.prober.hint(key, 524)
+        if turn == 30:
+            since = net.now
+            net.prober.hint(0, 1000)  # only once: then the sender of the data waits for an answer
+        net.run(0.1)
+        if net.prober[0].sizes.limit:
+            break
+    assert turn >= 30
+    assert net.now - since <= 2.0
+
+
 def test_a_report_during_an_outage_is_ignored():
     net = started(traffic="a")
     net.passes = lambda key, size, now: False

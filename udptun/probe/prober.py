@@ -12,6 +12,7 @@ path carries no packets, so with many peers it is probed less often: every max(1
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections import OrderedDict
@@ -72,6 +73,10 @@ class Prober(Generic[K]):
             False: Budget(IDLE_PER_SECOND, IDLE_PER_SECOND * BURST_SECONDS, now),
         }
         self._hints = Budget(HINTS_PER_SECOND, HINTS_PER_SECOND, now)
+        self._hinted: dict[K, int] = {}  # the reports that wait for this budget, see ``hint``
+        # A heap: whether the path is idle, last use of a report, number of the entry, path.
+        self._hint_order: list[tuple[bool, float, int, K]] = []
+        self._hints_n = 0
         self._changed: dict[K, str] = {}  # in order: the state before the first change
 
     def __len__(self) -> int:
@@ -118,6 +123,7 @@ class Prober(Generic[K]):
         self._max_interval.pop(key, None)
         self._standby.discard(key)
         self._schedule.remove(key)
+        self._hinted.pop(key, None)
         self._changed.pop(key, None)
 
     def set_standby(self, key: K, standby: bool) -> None:
@@ -163,11 +169,30 @@ class Prober(Generic[K]):
 
     def hint(self, key: K, size: int) -> None:
         """Record a report that only packets up to this size pass. Anybody can forge one, so at most
-        HINTS_PER_SECOND paths are probed because of it."""
-        path, now = self._paths.get(key), self._clock()
-        if path is not None and not self._hints.spent(now) and path.hint(now, size):
-            self._hints.take(now)
-            self._plan(key, path)
+        HINTS_PER_SECOND paths are probed because of it.
+
+        If there are more reports, paths with traffic are first, and of these the path whose last
+        report was used longest ago. So forged reports about some peers do not delay a true one
+        about another peer for long.
+        """
+        path = self._paths.get(key)
+        if path is None:
+            return
+        if key not in self._hinted:
+            self._hints_n += 1  # makes the entries of the heap comparable
+            heapq.heappush(
+                self._hint_order, (not path.active, path.sizes.hinted_at, self._hints_n, key))
+        self._hinted[key] = size
+        self._use_hints()
+
+    def _use_hints(self) -> None:
+        now = self._clock()
+        while self._hint_order and not self._hints.spent(now):
+            *_, key = heapq.heappop(self._hint_order)
+            size, path = self._hinted.pop(key, None), self._paths.get(key)
+            if size is not None and path is not None and path.hint(now, size):
+                self._hints.take(now)
+                self._plan(key, path)
 
     def traffic(self, key: K) -> None:
         """Record that the pair has traffic. Call this about once a second while there is traffic.
@@ -192,6 +217,7 @@ class Prober(Generic[K]):
 
     def run(self) -> Iterator[Request[K]]:
         """Yield the probes that are due and within the budget. Send each before the next one."""
+        self._use_hints()
         for urgent, waiting in self._waiting.items():
             while waiting and not self._budget[urgent].spent(self._clock()):
                 key, _ = waiting.popitem(last=False)
@@ -218,6 +244,8 @@ class Prober(Generic[K]):
         for urgent, waiting in self._waiting.items():
             if waiting:
                 times.append(max(self._budget[urgent].ready_at(now), now + RETRY_SECONDS))
+        if self._hint_order:
+            times.append(max(self._hints.ready_at(now), now + RETRY_SECONDS))
         return min((at for at in times if at is not None), default=None)
 
     def take_changes(self) -> dict[K, str]:

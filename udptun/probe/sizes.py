@@ -36,11 +36,12 @@ class SizeSearch:
     full     size of a message that is as large as the largest data packet
     largest  largest size that passed since the last failure; None: none has passed yet
     limit    largest data packet that should be sent; None: there is no limit below ``full``
+    hinted_at  when a hint was used the last time
     """
 
     __slots__ = (
-        "_ceiling", "_failed_at", "_hint", "_hinted_at", "_missed_at", "_misses_n", "_retry_at",
-        "_smaller", "_smaller_at", "_testing", "full", "largest", "limit",
+        "_ceiling", "_failed_at", "_hint", "_missed_at", "_misses_n", "_retry_at", "_smaller",
+        "_smaller_at", "_testing", "full", "hinted_at", "largest", "limit",
     )
 
     def __init__(self, full: int) -> None:
@@ -53,7 +54,7 @@ class SizeSearch:
         self._failed_at = 0.0  # when the present size failed the last time
         self._retry_at = 0.0  # when larger sizes are tried again, if there is a limit
         self._hint: int | None = None
-        self._hinted_at = -HINT_SECONDS
+        self.hinted_at = -HINT_SECONDS
         self._testing = False  # a hint arrived, and the present size has not been judged since
         self._misses_n = 0
         self._missed_at = 0.0
@@ -112,9 +113,9 @@ class SizeSearch:
 
     def hint(self, size: int, now: float) -> bool:
         """Record a report that only packets up to this size pass. Return whether to test it now."""
-        if now < self._hinted_at + HINT_SECONDS or size >= self.present:
+        if now < self.hinted_at + HINT_SECONDS or size >= self.present:
             return False
-        self._hinted_at = now
+        self.hinted_at = now
         self._hint = size
         self._testing = not self.searching
         return True
