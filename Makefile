@@ -34,7 +34,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak chaos package bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak chaos package wheels bundle image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,19 @@ lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types, and t
 
 package: build ## build sdist and wheel, check their contents
 	@$(PY) scripts/check_package.py
+
+wheels: build $(VENV)/package.stamp $(VENV)/cross.stamp ## build the sdist and the wheels of a release into dist/, each twice
+	@$(PY) scripts/wheels.py --twice $(ARGS)
+
+bundle: build $(VENV)/package.stamp $(if $(filter %aarch64,$(ARGS)),$(VENV)/cross.stamp) ## build dist/udptun-VERSION-CPU.run, which installs udptun offline
+	@$(PY) scripts/bundle.py $(ARGS)
+
+image: build $(VENV)/package.stamp ## build the container image without an engine, for ctr images import; root
+	@scripts/need buildah:buildah debootstrap:debootstrap
+	@$(PY) scripts/image.py $(ARGS)
+
+lock: build ## update the packages in bundles and images: deploy/bundle.lock
+	@$(PY) scripts/lock.py
 
 BENCH_PROGRAMS := bench/onepacket bench/udpload bench/copylimit bench/icmpflood
 

@@ -3,6 +3,8 @@
 Owns: the compiler options, and the ``.pxd`` files that it generates from Python modules. So each
 list and limit is defined only once. pyproject.toml has everything else about the package.
 
+A wheel has no symbols and no paths of the machine that built it. A build in place keeps the
+symbols, for profilers and debuggers.
 ``UDPTUN_SANITIZE=address`` builds with AddressSanitizer and UBSan, ``UDPTUN_SANITIZE=thread`` with
 ThreadSanitizer (see ``make sanitize``).
 ``tests/steps/build.py`` uses ``compiled`` for the test wrappers, which no wheel contains.
@@ -11,10 +13,12 @@ ThreadSanitizer (see ``make sanitize``).
 import os
 import runpy
 import sys
+import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CORE = ROOT / "src_ext"
@@ -23,6 +27,11 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 SANITIZE = SANITIZERS.get(os.environ.get("UDPTUN_SANITIZE", ""), [])
+# Make a memory error that remains hard to use. The sanitizers have stricter checks of their own.
+HARDEN = ["-fstack-protector-strong", "-fstack-clash-protection", "-U_FORTIFY_SOURCE",
+          "-D_FORTIFY_SOURCE=2"]
+HARDEN_CPU = {"x86_64": ["-fcf-protection=full"], "aarch64": ["-mbranch-protection=standard"]}
+HARDEN_LINK = ["-Wl,-z,relro,-z,now", "-Wl,-z,noexecstack"]
 
 
 def write_pxd(name: str, source: str, lines: list[str]) -> None:
@@ -64,9 +73,14 @@ def compiled(name: str, source: str) -> list[Extension]:
     write_drops()
     write_limits()
     compile_args = ["-O3", "-std=gnu11", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function",
-                    "-Wno-sign-compare"]
+                    "-Wno-sign-compare", "-Wno-unused-result"]
     link_args = []
-    if SANITIZE:
+    if not SANITIZE:
+        # get_platform() names the target of a cross compiler, if _PYTHON_HOST_PLATFORM is set.
+        cpu = sysconfig.get_platform().rpartition("-")[2]
+        compile_args += [*HARDEN, *HARDEN_CPU.get(cpu, [])]
+        link_args += HARDEN_LINK
+    else:
         compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-DUDPTUN_SANITIZE", *SANITIZE]
         link_args += SANITIZE
     module = Extension(
@@ -93,5 +107,17 @@ def compiled(name: str, source: str) -> list[Extension]:
     return modules
 
 
+class BuildExtension(build_ext):
+    """Build for a wheel without symbols and without paths of this machine."""
+
+    def run(self) -> None:
+        if not (self.inplace or self.editable_mode or SANITIZE):
+            for module in self.extensions:
+                module.extra_compile_args += ["-g0", f"-ffile-prefix-map={ROOT}=."]
+                module.extra_link_args += ["-Wl,-s", "-Wl,--build-id=none"]
+        super().run()
+
+
 if __name__ == "__main__":
-    setup(ext_modules=compiled("udptun._core", "src_ext/_core.pyx"))
+    setup(cmdclass={"build_ext": BuildExtension},
+          ext_modules=compiled("udptun._core", "src_ext/_core.pyx"))

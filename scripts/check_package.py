@@ -1,32 +1,27 @@
 """Build the sdist and the wheel, and check what they contain: ``python scripts/check_package.py``.
 
-The sdist is built from a copy of the checkout without generated files, and the wheel is built from
-the unpacked sdist. So the build fails if a source is missing from the sdist, and neither package
-contains other files of the checkout. The wheel must contain the modules of ``udptun/``, the
-compiled core and nothing else: no tests, no C, no Cython. Then the wheel is unpacked into an empty
+The sdist must have the files of the repository and no others. The wheel is built from the unpacked
+sdist, so the build fails if a source is missing there. The wheel must contain the modules of
+``udptun/``, the compiled core and nothing else: no tests, no C, no Cython. The core must be
+stripped and hardened, without paths of this machine. Then the wheel is unpacked into an empty
 folder, and the command ``udptun version`` is started there. Prints each mistake. The exit code is 1
 if there is a mistake.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
-import tomllib
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("udptun", "src_ext")
-FILES = ("setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
-# Files that a build writes into src_ext/. An sdist has them too, but pip generates them again.
+import release
+from release import ROOT
+
 GENERATED = [
     line for line in (ROOT / ".gitignore").read_text().split() if line.startswith("src_ext/")
 ]
-IGNORED = ("*.so", "__pycache__", *(Path(pattern).name for pattern in GENERATED))
 MODULES = (".py", ".pyi", ".typed")
 
 
@@ -34,33 +29,11 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def copy_sources(target: Path) -> set[str]:
-    for name in SOURCES:
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns(*IGNORED))
-    for name in FILES:
-        shutil.copy(ROOT / name, target / name)
-    return files(target)
-
-
-def build(kind: str, source: Path, out: Path) -> Path:
-    """Build with the backend that pip uses; ``kind`` is "sdist" or "wheel"."""
-    out.mkdir()
-    call = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", call], cwd=source, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        sys.exit(f"building the {kind} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    [built] = out.iterdir()
-    return built
-
-
 def sdist_mistakes(have: set[str], sources: set[str]) -> list[str]:
     own = {"PKG-INFO", "setup.cfg", *(name for name in have if name.startswith("udptun.egg-info/"))}
     own |= {name for name in have if any(Path(name).match(pattern) for pattern in GENERATED)}
-    wanted = {name for name in sources if not name.endswith(".md")} | {"README.md"}
     return [
-        *(f"sdist: {name} is missing" for name in sorted(wanted - have)),
+        *(f"sdist: {name} is missing" for name in sorted(sources - have)),
         *(f"sdist: {name} does not belong there" for name in sorted(have - sources - own)),
     ]
 
@@ -74,6 +47,24 @@ def wheel_mistakes(have: set[str], sources: set[str]) -> list[str]:
         *(f"wheel: {name} is missing" for name in sorted(wanted - have)),
         *(f"wheel: {name} does not belong there" for name in sorted(have - wanted)),
     ]
+
+
+def core_mistakes(core: Path) -> list[str]:
+    """Check the compiled core with readelf, if there is one."""
+    try:
+        shown = release.output(["readelf", "-W", "-S", "-l", "-d", str(core)])
+    except FileNotFoundError:
+        return []
+    wrong = {
+        "it has symbols": ".symtab" in shown,
+        "it has debug information": ".debug_info" in shown,
+        "it has a run path": "RPATH" in shown or "RUNPATH" in shown,
+        "its relocations stay writable": "GNU_RELRO" not in shown or "BIND_NOW" not in shown,
+        "its stack is executable": "GNU_STACK" not in shown or " RWE " in shown,
+        "it names a directory of this machine": str(ROOT).encode() in core.read_bytes(),
+        "it has no stack protector": b"__stack_chk_fail" not in core.read_bytes(),
+    }
+    return [f"wheel: {core.name}: {mistake}" for mistake, found in wrong.items() if found]
 
 
 def start_mistakes(wheel: Path, target: Path) -> list[str]:
@@ -93,20 +84,19 @@ def start_mistakes(wheel: Path, target: Path) -> list[str]:
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="udptun-package-") as name:
         folder = Path(name)
-        (folder / "source").mkdir()
-        sources = copy_sources(folder / "source")
-        sdist = build("sdist", folder / "source", folder / "sdist")
-        with tarfile.open(sdist) as archive:
-            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python >= 3.11.4
-            archive.extractall(folder / "unpacked", **safe)
-        [unpacked] = (folder / "unpacked").iterdir()
-        mistakes = sdist_mistakes(files(unpacked), sources)
-        wheel = build("wheel", unpacked, folder / "wheel")
+        sdist = release.make_sdist(folder / "dist", sys.executable, folder)
+        source = release.unpack(sdist, folder / "again")
+        sources = set(release.sources())
+        mistakes = sdist_mistakes(files(source), sources)
+        wheel = release.build("wheel", source, folder / "wheel", sys.executable, {
+            "LDSHARED": f"{os.environ.get('CC', 'gcc')} -shared",
+        })
         with zipfile.ZipFile(wheel) as archive:
             mistakes += wheel_mistakes(set(archive.namelist()), sources)
         mistakes += start_mistakes(wheel, folder / "installed")
-    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
-    print(*mistakes, sep="\n") if mistakes else print(f"{name}: {sdist.name}, {wheel.name}: good")
+        for core in (folder / "installed" / "udptun").glob("_core*.so"):
+            mistakes += core_mistakes(core)
+    print(*mistakes, sep="\n") if mistakes else print(f"{sdist.name}, {wheel.name}: good")
     return 1 if mistakes else 0
 
 

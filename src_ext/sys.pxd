@@ -193,6 +193,9 @@ cdef extern from "<sys/eventfd.h>" nogil:
 
 cdef extern from * nogil:
     """
+    #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    #error "udptun supports little-endian processors only: checksums and ports depend on the order"
+    #endif
     /* The memory orderings used between threads (GCC and clang builtins). There are no bare fences,
        because ThreadSanitizer does not understand them. */
     #define udptun_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)

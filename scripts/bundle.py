@@ -1,0 +1,140 @@
+"""Build a file that installs udptun, dist/udptun-VERSION-CPU.run: ``python scripts/bundle.py``.
+
+The file is a zip archive behind a few lines of shell. It has udptun's wheels from dist/ (it builds
+those that are missing), the wheels of all dependencies with the versions and hashes of
+deploy/bundle.lock, the units, the man pages, and scripts/installer.py, which installs all this. The
+host needs CPython 3.11 or 3.13, as Debian 12 and 13 have it, and neither network nor compiler.
+"""
+
+import argparse
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import man_pages
+import release
+from lock import CPUS, LOCK, PYTHONS, platforms
+from release import BUILD, DIST, ROOT, VERSION
+
+STUB = """#!/bin/sh
+# udptun {version} for {cpu}: a zip archive that installs itself; "sh {name} --help".
+if [ "$(uname -m)" != {cpu} ]; then
+  echo "udptun: this file is for {cpu}, not $(uname -m)" >&2
+  exit 1
+fi
+for python in {pythons}; do
+  for dir in /usr/bin /usr/local/bin; do
+    [ -x "$dir/$python" ] && exec "$dir/$python" -I "$0" "$@"
+  done
+done
+echo "udptun: {wanted} is missing; on Debian: apt-get install python3" >&2
+exit 1
+"""
+# file of the repository -> directory below /usr/local, where the active version has it
+SYSTEM = {
+    "deploy/*.service": "lib/systemd/system",
+    "deploy/modules-load.d/*.conf": "lib/modules-load.d",
+    "deploy/*.env": "share/udptun",
+    "deploy/sysctl.d/*.conf": "share/udptun/sysctl.d",
+    "LICENSE": "share/doc/udptun",
+    "README.md": "share/doc/udptun",
+    "CHANGELOG.md": "share/doc/udptun",
+    "docs/*.md": "share/doc/udptun/docs",
+    "deploy/README.md": "share/doc/udptun/deploy",
+}
+
+
+def is_packed(name: str) -> bool:
+    return name.startswith(("udptun/", "src_ext/")) or name in {"setup.py", "pyproject.toml"}
+
+
+def own_wheels(cpu: str) -> list[Path]:
+    """Return udptun's wheels for the CPU; build those that are missing or older than a source."""
+    patterns = {
+        f"{v}-glibc-{cpu}": f"udptun-{VERSION}-cp{v.replace('.', '')}-*manylinux*_{cpu}.whl"
+        for v in PYTHONS
+    }
+    newest = max((ROOT / name).stat().st_mtime for name in release.sources() if is_packed(name))
+    missing = [
+        target for target, pattern in patterns.items()
+        if not any(path.stat().st_mtime > newest for path in DIST.glob(pattern))
+    ]
+    if missing:
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "wheels.py"), *missing], check=True)
+    return [path for pattern in patterns.values() for path in sorted(DIST.glob(pattern))]
+
+
+def dependencies(cpu: str) -> list[Path]:
+    """Download the wheels of the lock file; pip compares their hashes."""
+    folder = BUILD / f"wheelhouse-{cpu}"
+    stamp = folder / LOCK.name
+    if not stamp.exists() or stamp.read_bytes() != LOCK.read_bytes():
+        shutil.rmtree(folder, ignore_errors=True)
+        for version in PYTHONS:
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes",
+                 "-d", str(folder), *platforms(version, cpu), "-r", str(LOCK)],
+                check=True,
+            )
+        shutil.copy(LOCK, stamp)
+    return sorted(folder.glob("*.whl"))
+
+
+def system_files(scratch: Path) -> dict[str, bytes]:
+    """Return path in the archive -> content."""
+    files = {
+        f"system/{folder}/{path.name}": path.read_bytes()
+        for pattern, folder in SYSTEM.items() for path in sorted(ROOT.glob(pattern))
+    }
+    man_pages.write(scratch)
+    return files | {
+        f"system/share/man/man8/{path.name}": path.read_bytes()
+        for path in sorted(scratch.glob("*.8"))
+    }
+
+
+def write_bundle(target: Path, cpu: str, files: dict[str, bytes]) -> None:
+    names = [f"python{version}" for version in reversed(PYTHONS)]
+    stub = STUB.format(
+        version=VERSION, cpu=cpu, name=target.name, pythons=" ".join(names),
+        wanted=" or ".join(f"Python {version}" for version in PYTHONS),
+    )
+    with target.open("wb") as file:
+        file.write(stub.encode())
+        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for name, content in sorted(files.items()):
+                entry = zipfile.ZipInfo(name, release.zip_time())
+                entry.external_attr = 0o100644 << 16
+                packed = zipfile.ZIP_STORED if name.endswith(".whl") else zipfile.ZIP_DEFLATED
+                archive.writestr(entry, content, packed)
+    target.chmod(0o755)
+
+
+def build(cpu: str) -> Path:
+    DIST.mkdir(exist_ok=True)
+    wheels = [*own_wheels(cpu), *dependencies(cpu)]
+    with tempfile.TemporaryDirectory(prefix="udptun-bundle-") as scratch:
+        files = system_files(Path(scratch))
+    files |= {f"wheels/{path.name}": path.read_bytes() for path in wheels}
+    files["__main__.py"] = (ROOT / "scripts" / "installer.py").read_bytes()
+    files["VERSION"] = VERSION.encode()
+    target = DIST / f"udptun-{VERSION}-{cpu}.run"
+    write_bundle(target, cpu, files)
+    print(f"bundle: dist/{target.name}, {target.stat().st_size / 1e6:.0f} MB", flush=True)
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cpu", nargs="?", choices=CPUS, default=platform.machine())
+    options = parser.parse_args()
+    build(options.cpu)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
