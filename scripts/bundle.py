@@ -7,6 +7,7 @@ host needs CPython 3.11 or 3.13, as Debian 12 and 13 have it, and neither networ
 """
 
 import argparse
+import os
 import platform
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ SYSTEM = {
     "deploy/modules-load.d/*.conf": "lib/modules-load.d",
     "deploy/*.env": "share/udptun",
     "deploy/sysctl.d/*.conf": "share/udptun/sysctl.d",
+    "scripts/cni_tree.py": "share/udptun/cni",
     "LICENSE": "share/doc/udptun",
     "README.md": "share/doc/udptun",
     "CHANGELOG.md": "share/doc/udptun",
@@ -84,12 +86,24 @@ def dependencies(cpu: str) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def system_files(scratch: Path) -> dict[str, bytes]:
+def cni_launcher(cpu: str, scratch: Path) -> bytes:
+    """Return the launcher of the CNI plugin, a static program."""
+    out = scratch / "launcher"
+    compiler = "gcc" if cpu == platform.machine() else (
+        f"{sys.executable} -m ziglang cc -target {cpu}-linux-musl")
+    subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "cni_tree.py"), "--only-launcher", str(out)],
+        check=True, env={"CC": compiler, **os.environ})
+    return out.read_bytes()
+
+
+def system_files(cpu: str, scratch: Path) -> dict[str, bytes]:
     """Return path in the archive -> content."""
     files = {
         f"system/{folder}/{path.name}": path.read_bytes()
         for pattern, folder in SYSTEM.items() for path in sorted(ROOT.glob(pattern))
     }
+    files["system/share/udptun/cni/launcher"] = cni_launcher(cpu, scratch)
     man_pages.write(scratch)
     return files | {
         f"system/share/man/man8/{path.name}": path.read_bytes()
@@ -118,7 +132,7 @@ def build(cpu: str) -> Path:
     DIST.mkdir(exist_ok=True)
     wheels = [*own_wheels(cpu), *dependencies(cpu)]
     with tempfile.TemporaryDirectory(prefix="udptun-bundle-") as scratch:
-        files = system_files(Path(scratch))
+        files = system_files(cpu, Path(scratch))
     files |= {f"wheels/{path.name}": path.read_bytes() for path in wheels}
     files["__main__.py"] = (ROOT / "scripts" / "installer.py").read_bytes()
     files["VERSION"] = VERSION.encode()

@@ -10,6 +10,7 @@ import yaml
 
 from tests.leases.kube_cluster import DEPLOY, deployed_rules
 from udptun.cli import cli
+from udptun.cni.install import checked_conflist
 from udptun.leases.file.config import FileConfig
 from udptun.leases.kube.config import SERVICE_ACCOUNT
 from udptun.leases.netconf import NetConfig
@@ -53,7 +54,7 @@ def test_the_pod_uses_the_service_account():
 
 @pytest.mark.parametrize(("name", "capabilities"), [
     ("node", ["NET_ADMIN", "NET_RAW"]), ("forwarder", ["NET_ADMIN"]),
-    ("cni-plugin", ["DAC_OVERRIDE"]), ("cni-conf", ["DAC_OVERRIDE"]),
+    ("cni", ["DAC_OVERRIDE"]),
 ])
 def test_no_container_is_privileged(name, capabilities):
     assert container(name)["securityContext"] == {
@@ -109,12 +110,31 @@ def test_the_forwarder_waits_for_the_file_that_the_daemon_writes():
     assert container("forwarder")["args"] == ["forward", "--wait-for", str(file)]
 
 
+def test_the_cni_container_installs_the_configuration_that_it_mounts(tmp_path):
+    """All images are ours, and the command works with the mounted files."""
+    every = (*pod()["initContainers"], *pod()["containers"])
+    assert {part["image"] for part in every} == {"udptun"}
+    cni, name, *args = container("cni")["args"]
+    mounts = {m["mountPath"]: m["name"] for m in container("cni")["volumeMounts"]}
+    group = cli.get_command(click.Context(cli), cni)
+    (config,) = documents("config.yaml")
+    for file, text in config["data"].items():
+        (tmp_path / file).write_text(text)
+    conflist = args[args.index("--conflist") + 1]
+    directory, _, file = conflist.rpartition("/")
+    assert mounts[directory] == "config"
+    args[args.index(conflist)] = str(tmp_path / file)
+    params = group.get_command(click.Context(cli), name).make_context(name, args).params
+    assert {str(params["bin_dir"]), str(params["conf_dir"])} <= set(mounts)
+    assert checked_conflist(params["conflist"])
+
+
 def test_the_configuration_is_valid():
     (config,) = documents("config.yaml")
     network = NetConfig.parse(config["data"]["net-conf.json"], check_subnets=False)
     assert network.network is not None
     cni = json.loads(config["data"]["cni-conf.json"])
-    assert [p["type"] for p in cni["plugins"]] == ["flannel", "portmap"]
+    assert [p["type"] for p in cni["plugins"]] == ["udptun", "portmap"]
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
