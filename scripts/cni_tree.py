@@ -40,7 +40,7 @@ EXCLUDED = [
 
 
 def loaded(package: Path) -> dict[str, Path]:
-    """Return the modules with a file that the plugin loads."""
+    """Return the modules with a file that the plugin loads, without other names of a module."""
     script = (f"import {ENTRY}, encodings.latin_1, encodings.idna, sys\n"
               "for name, module in sorted(sys.modules.items()):\n"
               "    path = getattr(module, '__file__', None)\n"
@@ -48,8 +48,9 @@ def loaded(package: Path) -> dict[str, Path]:
     done = subprocess.run(
         [sys.executable, "-S", "-c", script], check=True, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(package)})
-    return {name: Path(path) for name, _, path in
-            (line.partition(" ") for line in done.stdout.splitlines()) if name != "__main__"}
+    lines = (line.partition(" ") for line in done.stdout.splitlines())
+    return {name: Path(path) for name, _, path in lines
+            if Path(path).name.split(".")[0] in ("__init__", name.split(".")[-1])}
 
 
 def library(names: list[str]) -> dict[str, Path]:
