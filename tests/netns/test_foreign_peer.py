@@ -4,7 +4,6 @@ The peer is bench/onepacket in every run, and the real flanneld if FLANNELD name
 """
 
 import os
-import shutil
 import socket
 import struct
 import threading
@@ -12,7 +11,8 @@ import threading
 import pytest
 
 from tests.netns.netns_traffic import UdpFlow, assert_invariant, transfer_tcp
-from udptun.lab import Forwarder, LabError, OnePacket, node, ping, wait_for
+from udptun.lab import Forwarder, OnePacket, node, ping, wait_for
+from udptun.lab.cluster import PREFIX, Etcd, etcd_obstacle
 
 AT_A, AT_B = node(1), node(2)
 SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
@@ -125,33 +125,16 @@ def test_the_real_flanneld_at_the_other_end(lab):
     flanneld = os.environ.get("FLANNELD")
     if not flanneld:
         pytest.skip("REAL FLANNELD NOT TESTED: name its binary in FLANNELD")
-    if not shutil.which("etcd") or not shutil.which("etcdctl"):
-        pytest.skip("REAL FLANNELD NOT TESTED: it takes etcd (etcd-server, etcd-client)")
+    if obstacle := etcd_obstacle():
+        pytest.skip(f"REAL FLANNELD NOT TESTED: {obstacle}")
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
-    etcd = "http://127.0.0.1:2379"
-    b.start(["etcd", "--data-dir", str(lab.folder / "etcd"), "--listen-client-urls", etcd,
-             "--advertise-client-urls", etcd, "--listen-peer-urls", "http://127.0.0.1:2380"])
-
-    def etcdctl(*argv: str) -> str:
-        return b.run(["etcdctl", "--endpoints", etcd, *argv], env={"ETCDCTL_API": "3"}).stdout
-
-    def etcd_answers() -> bool:
-        try:
-            etcdctl("endpoint", "health")
-        except LabError:
-            return False
-        return True
-
-    wait_for(etcd_answers, "etcd")
-    prefix = "/coreos.com/network"
-    etcdctl("put", f"{prefix}/config", '{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}')
-    etcdctl(
-        "put", f"{prefix}/subnets/10.244.1.0-24", f'{{"PublicIP":"{a.v4}","PublicIPv6":null}}'
-    )
+    etcd = Etcd(b)
+    etcd.put(f"{PREFIX}/config", '{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}')
+    etcd.put(f"{PREFIX}/subnets/10.244.1.0-24", f'{{"PublicIP":"{a.v4}","PublicIPv6":null}}')
     env_file = lab.folder / "subnet.env"
     b.start([
-        flanneld, f"--etcd-endpoints={etcd}", f"--iface={b.v4}", f"--subnet-file={env_file}",
+        flanneld, f"--etcd-endpoints={etcd.url}", f"--iface={b.v4}", f"--subnet-file={env_file}",
     ])
     wait_for(lambda: env_file.exists() and "FLANNEL_MTU" in env_file.read_text(), "flanneld")
     values = dict(line.split("=", 1) for line in env_file.read_text().splitlines())

@@ -85,6 +85,8 @@ class SizeSearch:
     @property
     def urgent(self) -> bool:
         """Whether the next probes should be sent as soon as possible."""
+        if self._ceiling is None:  # the usual case; this runs several times per probe
+            return self._testing or self._misses_n > 0
         return self.searching or self.suspect
 
     def measured(self) -> dict[str, int | None]:

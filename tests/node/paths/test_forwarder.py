@@ -10,7 +10,9 @@ import pytest
 from tests.control.fakes import LoopThread, Served, thread  # noqa: F401
 from tests.wait import until
 from udptun.node.paths import forwarder as module
+from udptun.node.paths import meters as meters_module
 from udptun.node.paths.forwarder import ForwarderView
+from udptun.node.paths.meters import Meters
 
 ENDPOINT = "192.0.2.2:8285"
 
@@ -84,8 +86,29 @@ async def test_the_forwarder_is_told_which_paths_are_standby(path, thread):  # n
             assert served.forwarder.standby[ENDPOINT] is False
             assert served.forwarder.standby["192.0.9.9:8285"] is True
             served.forwarder.standby.clear()
-            await view.refresh()
+            await view.repeat_standby()
             assert len(served.forwarder.standby) == 1200
+    finally:
+        view.close()
+
+
+async def test_old_measurements_are_read_again_for_the_status(path, thread, monkeypatch):  # noqa: F811
+    meters = Meters(path, lambda _: None)
+    await meters.freshen()  # the forwarder measures nothing
+    meters._follow_forwarder()
+    view = meters._forwarder
+    try:
+        with Served(thread, path) as served:
+            await until(lambda: view.probe(ENDPOINT), "the first read")
+            served.forwarder.more_peers = [{
+                "endpoint": "192.0.2.9:8285", "probe": None,
+                "last_error": {"text": "host unreachable", "seconds_ago": 1.0}}]
+            await meters.freshen()
+            assert view.error("192.0.2.9:8285", 0.0) == ""  # the first read is not old
+            monkeypatch.setattr(meters_module, "FRESH_SECONDS", 0.0)
+            await meters.freshen()
+            assert view.error("192.0.2.9:8285", 0.0) == "host unreachable"
+        await meters.freshen()  # no forwarder
     finally:
         view.close()
 

@@ -190,7 +190,13 @@ def test_peers_shows_what_the_daemon_has_measured_by_echo(thread, tmp_path):  # 
     measurement = {"since": since, "rtt_us": 420, "loss": 0.0, "last_answer": since,
                    "largest_size": 1472, "full_size_passes": True, "state": "reachable",
                    "reason": ""}
-    report.describe_paths = lambda net: {"udp": measurement} if net == subnet else {}
+    fresh = []
+
+    async def freshen():
+        fresh.append(True)
+
+    report.freshen_paths = freshen
+    report.describe_paths = lambda net: {"udp": measurement} if net == subnet and fresh else {}
     node = NodeSocket(report, tmp_path / "udptun.sock")
     thread.run(node.start)
     try:

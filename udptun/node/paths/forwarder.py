@@ -59,6 +59,7 @@ class ForwarderView:
     """A copy of the forwarder's measured state.
 
     gone     no forwarder has answered for GONE_SECONDS
+    read_at  when the whole state was read last (monotonic clock); 0: never
     changed  is called with the endpoints whose state may have changed; None: all
     """
 
@@ -68,6 +69,7 @@ class ForwarderView:
         self._probes: dict[str, _Known] = {}  # by endpoint; empty while no forwarder answers
         self._errors: dict[str, LastError] = {}
         self.gone = False
+        self.read_at = 0.0
         self._standby: frozenset[str] = frozenset()
         self._control = str(control)
         self._changed = changed
@@ -120,19 +122,27 @@ class ForwarderView:
                 client.set_standby(former - endpoints, False)
                 client.set_standby(endpoints - former, True)
 
-        with contextlib.suppress(NoForwarder, ControlError):  # ``refresh`` repeats it
+        with contextlib.suppress(NoForwarder, ControlError):  # ``repeat_standby`` follows
             await self._loop.run_in_executor(self._calls, call)
 
     def _send_standby(self, client: ControlClient) -> None:
         with contextlib.suppress(ControlError):  # a forwarder of an older version
             client.set_standby(self._standby, True)
 
-    async def refresh(self) -> None:
-        """Read the whole state again. Also send the standby peers again: the forwarder ignores a
-        peer that it does not probe yet."""
-        def call() -> _State:
+    async def repeat_standby(self) -> None:
+        """Send the standby peers again: the forwarder ignores a peer that it does not probe yet."""
+        def call() -> None:
             with ControlClient(self._control, CALL_SECONDS) as client:
                 self._send_standby(client)
+
+        if self._standby:
+            with contextlib.suppress(NoForwarder, ControlError):
+                await self._loop.run_in_executor(self._calls, call)
+
+    async def refresh(self) -> None:
+        """Read the whole state again."""
+        def call() -> _State:
+            with ControlClient(self._control, CALL_SECONDS) as client:
                 return _read(client)
 
         with contextlib.suppress(NoForwarder, ControlError):
@@ -168,6 +178,7 @@ class ForwarderView:
     def _replace(
         self, probes: dict[str, _Known], errors: dict[str, LastError]
     ) -> None:
+        self.read_at = time.monotonic()
         former, self._probes = self._probes, probes
         former_errors, self._errors = self._errors, errors
         changed = None

@@ -8,6 +8,7 @@ between paths. Runs on the daemon's loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -37,10 +38,15 @@ LEFT_SECONDS = 5.0
 LEFT_N = 100  # pairs per tick for which this is done; more take turns
 SEND_AGES_PEERS = 1000  # the times of the last packets are read every (peers / this) seconds
 AGE_SLACK_SECONDS = 0.1  # rounding of these times, and the time of the call
-# Between two reads of the forwarder's whole state. Verdicts come at once, as events; these reads
-# are for the round trips, losses and times in the status.
+# Between two looks after the forwarder: (peers / this) seconds, but at least REFRESH_SECONDS.
 REFRESH_SECONDS = 15.0
-REFRESH_PEERS = 20  # with more than 15 times as many peers: (peers / this) seconds
+REFRESH_PEERS = 20
+# Between two reads of the forwarder's whole state: (peers / this) seconds. Verdicts come at once,
+# as events. A read is for the round trips, losses and times in the status. So it also takes place
+# when the status is asked for, if the last one is older than FRESH_SECONDS.
+READ_PEERS = 5
+FRESH_SECONDS = 5.0
+READ_WAIT_SECONDS = 2.0  # the status does not wait longer for the forwarder
 
 
 class Meters:
@@ -315,11 +321,22 @@ class Meters:
             meter.traffic(subnets)
 
     async def keep_forwarder(self, pairs: Mapping[IPNetwork, Pair]) -> None:
-        """Read the forwarder's whole state regularly: its events report verdicts only."""
+        """Tell the forwarder regularly which paths are standby: it ignores a peer that it does not
+        probe yet. Read its whole state more rarely, because its events report only verdicts."""
         while True:
             await asyncio.sleep(max(REFRESH_SECONDS, len(pairs) / REFRESH_PEERS))
             if self._forwarder is not None:
-                await self._forwarder.refresh()
+                await self._forwarder.repeat_standby()
+                if time.monotonic() >= self._forwarder.read_at + len(pairs) / READ_PEERS:
+                    await self._forwarder.refresh()
+
+    async def freshen(self) -> None:
+        """Read the forwarder's whole state if the last read is old."""
+        forwarder = self._forwarder
+        if forwarder is not None and time.monotonic() >= forwarder.read_at + FRESH_SECONDS:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(READ_WAIT_SECONDS):
+                    await forwarder.refresh()
 
     def close(self) -> None:
         for meter in (*self._bound.values(), *self._echo.values()):

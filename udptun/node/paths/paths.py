@@ -67,6 +67,7 @@ class Paths:
         self._wake = asyncio.Event()
         self._asks: set[asyncio.Task[None]] = set()
         report.describe_paths = self._describe
+        report.freshen_paths = self._meters.freshen
 
     # -- the plan ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -149,6 +149,10 @@ class HostReport:
             for key, why in found.items()}
 
 
+async def _nothing() -> None:
+    return
+
+
 @dataclass(slots=True)
 class NodeReport:
     """The report of one daemon. Reasons and errors are sentences; "" means that there is none.
@@ -181,6 +185,7 @@ class NodeReport:
     path_changes_n    by backend: how often a subnet was moved to it
     events            the most recent events, as JSON objects
     describe_paths    returns the state of each path to a subnet, by backend, as JSON
+    freshen_paths     reads what is described again if it is old
     route_changes_n   by backend: how many routes were added, changed or removed since our start
     applied           time.monotonic() when paths were applied last; None: never
     lag               seconds from the arrival of the last update until its paths were active
@@ -213,6 +218,7 @@ class NodeReport:
     path_changes_n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BACKENDS, 0))
     events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=EVENTS_N))
     describe_paths: Callable[[IPNetwork], Mapping[str, Any]] = lambda _: {}
+    freshen_paths: Callable[[], Awaitable[None]] = _nothing
     route_changes_n: dict[str, int] = field(default_factory=dict)
     applied: float | None = None
     lag: float = 0.0

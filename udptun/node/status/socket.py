@@ -160,6 +160,8 @@ class NodeSocket:
                 await _answer(writer, "404 Not Found", _error(f"not found: there is GET {NODE}"))
                 return
             with_peers = target == NODE.encode()
+            if with_peers:
+                await self._report.freshen_paths()
             body = b"".join([piece async for piece in node_json(self._report, with_peers)])
             await _answer(writer, "200 OK", body)
 
