@@ -10,9 +10,11 @@ import threading
 
 import pytest
 
+from tests.netns.cluster_traffic import all_reach_all
 from tests.netns.netns_traffic import UdpFlow, assert_invariant, transfer_tcp
 from udptun.lab import Forwarder, OnePacket, node, ping, wait_for
-from udptun.lab.cluster import PREFIX, Etcd, etcd_obstacle
+from udptun.lab.cluster import PREFIX, Cluster, Etcd, etcd_obstacle
+from udptun.lab.tunnels import control_request
 
 AT_A, AT_B = node(1), node(2)
 SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
@@ -120,13 +122,19 @@ def test_flannels_control_messages_drive_the_forwarder(lab, onepacket):
         assert forwarder.process.wait() == 0
 
 
-def test_the_real_flanneld_at_the_other_end(lab):
-    """flanneld with its UDP backend, and an etcd to which the test writes our node's lease."""
+def the_flanneld() -> str:
+    """Return the path of flanneld, or skip the test."""
     flanneld = os.environ.get("FLANNELD")
     if not flanneld:
         pytest.skip("REAL FLANNELD NOT TESTED: name its binary in FLANNELD")
     if obstacle := etcd_obstacle():
         pytest.skip(f"REAL FLANNELD NOT TESTED: {obstacle}")
+    return flanneld
+
+
+def test_the_real_flanneld_at_the_other_end(lab):
+    """flanneld with its UDP backend, and an etcd to which the test writes our node's lease."""
+    flanneld = the_flanneld()
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
     etcd = Etcd(b)
@@ -147,3 +155,46 @@ def test_the_real_flanneld_at_the_other_end(lab):
     transfer_tcp(a, b, its_address)
     transfer_tcp(b, a, AT_A.v4)
     assert_invariant(forwarder)
+
+
+def test_a_cluster_with_the_real_flanneld_and_its_replacement(lab):
+    """VXLAN: one node runs flanneld, which udptun replaces afterwards."""
+    flanneld = the_flanneld()
+    config = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
+    cluster = Cluster(lab, 2, config=config, options=["--backend=auto"])
+    ours, stock = cluster.members
+    stock.folder.mkdir()
+    process = stock.host.start([
+        flanneld, *stock.store, f"--iface={stock.host.v4}", f"--subnet-file={stock.subnet_file}",
+        "--ip-masq",
+    ])
+    ours.start()
+    ours.wait_ready()
+    wait_for(stock.subnet_file.exists, "flanneld")
+    subnet = stock.subnet
+    for member in cluster.members:
+        member.add_pod()
+
+    def peers() -> list[tuple[str, str]]:
+        path = ours.control.with_name("node.sock")
+        status, answer = control_request(path, "GET", "/v1/node")
+        assert status == 200, answer
+        return [(peer["state"], peer["path"]) for peer in answer["peers"]]
+
+    def rules() -> str:
+        commands = (["iptables-save"], ["nft", "list", "ruleset"])
+        shown = [stock.host.run(command, check=False).stdout for command in commands]
+        return "".join(shown).upper()
+
+    wait_for(lambda: peers() == [("reachable", "vxlan")], "an echo")
+    all_reach_all(cluster.members)
+    transfer_tcp(ours.pod, stock.pod, stock.pod_v4)
+    transfer_tcp(stock.pod, ours.pod, ours.pod_v4)
+    assert "FLANNEL" in rules().replace("FLANNEL.1", "")
+    assert process.stop() == 0
+    stock.start()
+    stock.wait_ready()
+    assert stock.subnet == subnet
+    wait_for(lambda: "FLANNEL" not in rules().replace("FLANNEL.1", ""), "the leftovers to go")
+    wait_for(lambda: peers() == [("reachable", "vxlan")], "a probe")
+    all_reach_all(cluster.members)
