@@ -184,8 +184,7 @@ class InstanceLock:
         """Raises InstanceRunning, OSError."""
         make_directory(self._directory)
         path = self.path()
-        # A lock on the directory could be taken by every user who can read it.
-        others = FileLock.wait(self._directory / f".{self._name}.{self._role}.lock")
+        others = self._alone()
         try:
             self.held = FileLock.take(path)
             remove_free_locks(self._directory, f"{self._name}.{self._role}.*.lock")
@@ -200,6 +199,11 @@ class InstanceLock:
                 f" network namespace ({path}); {instead}"
             )
 
+    def _alone(self) -> FileLock:
+        """Wait until no other process looks at the lock, and let none look until the release."""
+        # A lock on the directory could be taken by every user who can read it.
+        return FileLock.wait(self._directory / f".{self._name}.{self._role}.lock")
+
     def acquire_if_possible(self) -> None:
         """Run without the lock if its directory is not writable, so that a user who owns a
         persistent TUN device does not need root. Raises InstanceRunning."""
@@ -208,6 +212,21 @@ class InstanceLock:
         except OSError as error:
             log.info("cannot lock the instance %s, so a second forwarder with this name would not"
                      " be refused: %s", self._name, error)
+
+    def is_free(self) -> bool:
+        """Return whether no process holds the lock. Raises OSError."""
+        make_directory(self._directory)
+        path = self.path()
+        others = self._alone()  # else a process that starts now could find the lock held by us
+        try:
+            if not path.exists():
+                return True
+            lock = FileLock.take(path)
+            if lock is not None:
+                lock.release()
+            return lock is not None
+        finally:
+            others.release()
 
     def release(self) -> None:
         held, self.held = self.held, None

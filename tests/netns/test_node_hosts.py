@@ -96,6 +96,52 @@ def standby_of(member: Member) -> int:
     return 0
 
 
+def test_a_new_pod_takes_over_from_the_old_one(lab):
+    """As with maxSurge: the new containers start while the old ones run. The old processes stay,
+    because the kubelet would start ended ones again, and end after the new ones."""
+    overlay = Overlay(lab, "--take-over", external=True)
+    a, b, _ = overlay.members
+    a.start_forwarder("--take-over", "--linger")
+    overlay.start()
+    tun = tun_of(a)
+    steady = SteadyPing(a.pod, b.pod_v4)
+    pods = [(a.daemon, a.forwarder)]
+    for _ in range(2):
+        a.start_forwarder("--take-over", "--linger")
+        a.start()
+        pods.append((a.daemon, a.forwarder))
+        old_daemon, old_forwarder = pods[-2]
+        wait_for(lambda old=old_forwarder: "has taken over" in old.text(), "the new forwarder")
+        wait_for(lambda old=old_daemon: "another daemon has taken over" in old.text(),
+                 "the new daemon")
+        wait_for(lambda: a.ready()[0] and a.ask("/v1/status")["pid"] == a.forwarder.pid,
+                 "the new pod")
+        assert tun_of(a) == tun
+        assert all(process.alive for pod in pods for process in pod)
+    assert steady.lost() == 0
+    all_reach_all(overlay.members)
+    first, second, third = pods
+    for process in first:
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+    for process in third:  # the second pod's containers end, and would be started again
+        process.kill()
+    for process in second:
+        assert process.wait() == 0
+
+
+def test_an_old_daemon_that_does_not_hand_over_is_named(overlay):
+    """As an earlier version, whose socket has no such request."""
+    a, *_ = overlay.members
+    a.daemon.signal(signal.SIGSTOP)
+    try:
+        new = a.host.start(a.argv("--take-over"), name="node")
+        assert new.wait() == 1
+        assert "the running daemon does not answer" in new.text()
+    finally:
+        a.daemon.signal(signal.SIGCONT)
+
+
 def test_a_forwarder_that_is_killed_comes_back_with_its_routes(overlay):
     """The standby process continues, with the same TUN. Afterwards there is another one, which ends
     with the daemon."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ def runtime_directory() -> Path | None:
 
 
 TAKE_OVER = "--take-over"
+LINGER_SECONDS = 2.0  # between two checks whether the forwarder that has taken over has ended
 GENTLY = 15  # added to the nice value
 # Variables that are valid for one process only.
 NOT_PASSED_ON = {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", KEPT}
@@ -123,6 +125,9 @@ FIELDS = {
 @click.option(TAKE_OVER, is_flag=True,
               help="Take over from the running forwarder of this instance, without losing a "
                    "packet. It must have the same options. If there is none, start as usual.")
+@click.option("--linger", is_flag=True,
+              help="After another forwarder has taken over, stay as an idle process until that one "
+                   "has ended, or until SIGTERM. For containers, which are started again at once.")
 @click.option("--routes", type=FILE, metavar="FILE",
               help="Route file to load at start and on SIGHUP.")
 @click.option("--mtu", type=Parsed("auto|n", _auto_or_number), default="auto", show_default=True,
@@ -167,7 +172,7 @@ FIELDS = {
 @click.pass_context
 def forward(
     ctx: click.Context, /, verbose: int, log_file: Path | None, wait_for: Path | None,
-    **values: Any
+    linger: bool, **values: Any
 ) -> None:
     """Run a forwarder: create the TUN device, and carry its packets to and from the peers.
 
@@ -188,7 +193,7 @@ def forward(
         if values["take_over"]:
             _load_gently()
         config = _config(chosen, values, wait_for)
-        _run(config, log_file, chosen.lock("forward", runtime_directory()))
+        _run(config, log_file, chosen.lock("forward", runtime_directory()), linger)
     except (UdptunError, OSError, ImportError) as exc:
         if verbose >= 2:
             log.error("stopped by an error", exc_info=exc)
@@ -240,7 +245,9 @@ def _config(
         raise click.UsageError(f"--{exc}{where}") from exc
 
 
-def _run(config: ForwarderConfig, log_file: Path | None, lock: InstanceLock) -> None:
+def _run(
+    config: ForwarderConfig, log_file: Path | None, lock: InstanceLock, linger: bool
+) -> None:
     import asyncio
 
     import uvloop
@@ -250,10 +257,12 @@ def _run(config: ForwarderConfig, log_file: Path | None, lock: InstanceLock) -> 
 
     keep_only(needs_of(config, log_file))  # before another thread exists
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(config, lock))
+        if runner.run(_serve(config, lock)) and linger:
+            runner.run(_stay(lock))
 
 
-async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
+async def _serve(config: ForwarderConfig, lock: InstanceLock) -> bool:
+    """Return whether another forwarder has taken over."""
     import asyncio
 
     from ..forwarder import Forwarder
@@ -287,6 +296,20 @@ async def _serve(config: ForwarderConfig, lock: InstanceLock) -> None:
             notifier.stopping()
         else:
             notifier.main_process(forwarder.successor)
+    return forwarder.successor is not None
+
+
+async def _stay(lock: InstanceLock) -> None:
+    """Stay until the forwarder that has taken over has ended, or until SIGTERM or SIGINT."""
+    import asyncio
+
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    while not (ended.is_set() or lock.is_free()):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                await ended.wait()
 
 
 class _Signals:

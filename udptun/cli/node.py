@@ -214,6 +214,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--healthz-port", type=Int(0), default=STOCK.healthz_port, show_default=True,
       metavar="PORT",
       help="Port to serve them on; 0: off.")
+@boolean("--take-over", False,
+         "Let the running daemon of this instance hand over the node, and continue its work. If "
+         "there is none, start as usual.")
 @boolean("--cleanup", False,
          "Stop the forwarder, remove everything that the daemon created, and exit.",
          envvar=None, allow_from_autoenv=False)
@@ -262,7 +265,7 @@ def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
                  "firewall", "keep_flannel", "iptables_resync", "source_port", "admit", "mark",
                  "forwarder", "forwarder_standby", "forward_file", "state_dir", "healthz_port",
-                 "cleanup")
+                 "take_over", "cleanup")
     given: dict[str, Any] = {  # NodeConfig takes all other names from the instance
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT

@@ -24,11 +24,12 @@ STOP: Final = "/v1/stop"
 HEALTHZ: Final = "/v1/healthz"
 METRICS: Final = "/metrics"
 
-# The node daemon's socket is in the directory of the forwarder's control socket. It serves a single
-# URL path. The list of peers can be long; the CNI plugin does not need it.
+# The node daemon's socket is in the directory of the forwarder's control socket. It serves two
+# URL paths. The list of peers can be long; the CNI plugin does not need it.
 NODE_SOCKET: Final = "node.sock"
 NODE: Final = "/v1/node"
 NODE_WITHOUT_PEERS: Final = f"{NODE}?peers=0"
+HAND_OVER: Final = "/v1/node/hand-over"
 
 JSON_TYPE: Final = "application/json"
 NDJSON_TYPE: Final = "application/x-ndjson"

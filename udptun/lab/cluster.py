@@ -197,11 +197,15 @@ class Member:
             self.start_forwarder()
         self.daemon = self.host.start(self.argv(*more), name="node", env=self.environment)
 
-    def start_forwarder(self) -> None:
-        """Start the separate forwarder. It waits for the file that the daemon writes."""
+    def start_forwarder(self, *more: str) -> None:
+        """Start the separate forwarder. It waits for the file that the daemon writes.
+
+        more  further options
+        """
         waiting = ["--wait-for", str(self.control.with_name("forward.json"))]
         self.forwarder = self.host.start(
-            [sys.executable, "-m", "udptun", "forward", f"--instance={self.instance}", *waiting],
+            [sys.executable, "-m", "udptun", "forward", f"--instance={self.instance}", *waiting,
+             *more],
             name="forwarder", env=self.environment,
         )
 

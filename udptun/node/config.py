@@ -118,6 +118,7 @@ class NodeConfig:
     state_dir         the directory of files that must survive a restart: the cached leases and the
                       forwarder's table
     healthz_port      the port of the health server; 0: no health server
+    take_over         let the daemon of this instance that runs hand over the node
     cleanup           remove everything that a daemon with this configuration created, then exit
     """
 
@@ -144,6 +145,7 @@ class NodeConfig:
     state_dir: Path = _FROM_INSTANCE
     healthz_ip: IPAddress = LOOPBACK  # not flannel's 0.0.0.0: the answers name peers and errors
     healthz_port: int = 0
+    take_over: bool = False
     cleanup: bool = False
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from dataclasses import replace
 
 from ..errors import DeviceError, FieldError, UdptunError
 from ..files import make_directory
+from ..instance import Instance
 from ..leases.base import Identity, Lease, StoreDown
 from ..leases.sources import make_source
 from ..model import Endpoint, IPNetwork
@@ -47,6 +48,7 @@ from .in_force import InForce
 from .malloc import return_free_memory, use_one_arena
 from .paths.paths import Carriers, Paths
 from .peers import Peers
+from .process import handover
 from .status.log import LogOnce
 from .status.report import NodeReport
 from .status.socket import NodeSocket
@@ -68,6 +70,15 @@ async def run(config: NodeConfig) -> None:
     from the main thread.
     """
     use_one_arena()
+    if config.take_over:
+        await handover.take_over(config.instance, config.control)
+    handed_over = await _run(config)
+    if handed_over:
+        await _stay(config.instance)
+
+
+async def _run(config: NodeConfig) -> bool:
+    """Return whether the daemon has handed over to another one."""
     with claimed(config), Netlink() as netlink:
         if config.cleanup:
             await clean_up(config, netlink)
@@ -78,6 +89,21 @@ async def run(config: NodeConfig) -> None:
                 loop.add_signal_handler(number, daemon.stop, signal.Signals(number).name)
             loop.add_signal_handler(signal.SIGHUP, daemon.reload)
             await daemon.run()
+            return daemon.handed_over
+    return False
+
+
+async def _stay(instance: Instance) -> None:
+    """Stay until the daemon that has taken over has ended, or until SIGTERM or SIGINT.
+
+    Otherwise a container runtime would start this daemon again at once.
+    """
+    loop = asyncio.get_running_loop()
+    waiting = loop.create_task(handover.wait_for_successor(instance))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, waiting.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
 
 
 @contextlib.contextmanager
@@ -125,6 +151,7 @@ class Daemon:
         self._notifier = Notifier.from_environment()
         self._stopping = asyncio.Event()
         self._reloading = False
+        self.handed_over = False
         self._tasks: asyncio.TaskGroup | None = None
 
     # -- run -------------------------------------------------------------------------------------
@@ -154,6 +181,13 @@ class Daemon:
             os._exit(1)
         log.info("%s: ending; forwarder, routes and lease stay", why)
         self._stopping.set()
+
+    def _hand_over(self) -> None:
+        """End for another daemon, which has asked for the node."""
+        if not self._stopping.is_set():
+            log.info("another daemon takes over; forwarder, routes and lease stay")
+            self.handed_over = True
+            self._stopping.set()
 
     def reload(self) -> None:
         """Read everything from the store again, and apply everything to the host again."""
@@ -207,7 +241,7 @@ class Daemon:
             await server.aclose()
 
     async def _serve_status(self) -> None:
-        await NodeSocket(self.report, self._config.control).serve()
+        await NodeSocket(self.report, self._config.control, self._hand_over).serve()
 
     async def _announce(self) -> None:
         """Wait until the paths to all known leases are active and the kernel has everything that

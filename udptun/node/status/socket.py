@@ -1,4 +1,5 @@
-"""The daemon's socket /run/NAME/node.sock: one HTTP request for the whole state of the node.
+"""The daemon's socket /run/NAME/node.sock: HTTP requests for the whole state of the node, and for
+its hand-over to another daemon.
 
 Owns the path ``/v1/node`` and its JSON (docs/node.md). ``udptun status`` reads it. Does not depend
 on how the state is measured: it formats the report. Runs on the daemon's loop; a long list of peers
@@ -11,14 +12,16 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
-from collections.abc import AsyncIterator
+import struct
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
 from ...connections import Connections
-from ...control.protocol import NODE, NODE_SOCKET, NODE_WITHOUT_PEERS
+from ...control.protocol import HAND_OVER, NODE, NODE_SOCKET, NODE_WITHOUT_PEERS
 from ...control.sockets import UnixListener, listen_unix
 from ...errors import DeviceError
 from ...wait import FILE_CHECK_SECONDS, until_removed
@@ -91,9 +94,13 @@ class NodeSocket:
     """Answers requests on the socket from ``start`` until ``aclose``.
 
     control  the forwarder's control socket; ours is next to it
+    hand_over  called when another daemon asks for the node; None: it is refused
     """
 
-    def __init__(self, report: NodeReport, control: Path) -> None:
+    def __init__(
+        self, report: NodeReport, control: Path, hand_over: Callable[[], None] | None = None
+    ) -> None:
+        self._hand_over = hand_over
         self._report, self._path = report, control.with_name(NODE_SOCKET)
         self._listener: UnixListener | None = None
         self._server: asyncio.Server | None = None
@@ -156,6 +163,9 @@ class NodeSocket:
         self._open.request_begins(writer)
         method, target, *_ = [*head.split(b"\r\n", 1)[0].split(b" "), b"", b""]
         async with asyncio.timeout(ANSWER_SECONDS):
+            if (method, target) == (b"POST", HAND_OVER.encode()) and self._hand_over is not None:
+                await self._give(writer, self._hand_over)
+                return
             if method != b"GET" or target.decode("latin-1") not in (NODE, NODE_WITHOUT_PEERS):
                 await _answer(writer, "404 Not Found", _error(f"not found: there is GET {NODE}"))
                 return
@@ -166,12 +176,25 @@ class NodeSocket:
             await _answer(writer, "200 OK", body)
 
 
+    async def _give(
+        self, writer: asyncio.StreamWriter, hand_over: Callable[[], None]
+    ) -> None:
+        packed = writer.get_extra_info("socket").getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", packed)[1] not in (0, os.geteuid()):
+            await _answer(writer, "403 Forbidden",
+                          _error("only root and the daemon's user may take over", "forbidden"))
+            return
+        await _answer(writer, "200 OK", json.dumps({"pid": os.getpid()}).encode() + b"\n")
+        hand_over()
+
+
 def _abort(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def _error(message: str) -> bytes:
-    return json.dumps({"error": {"code": "not_found", "message": message}}).encode() + b"\n"
+def _error(message: str, code: str = "not_found") -> bytes:
+    return json.dumps({"error": {"code": code, "message": message}}).encode() + b"\n"
 
 
 async def _answer(writer: asyncio.StreamWriter, status: str, body: bytes) -> None:
