@@ -34,7 +34,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak chaos package wheels bundle image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak chaos package wheels bundle deb image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ wheels: build $(VENV)/package.stamp $(VENV)/cross.stamp ## build the sdist and t
 
 bundle: build $(VENV)/package.stamp $(if $(filter %aarch64,$(ARGS)),$(VENV)/cross.stamp) ## build dist/udptun-VERSION-CPU.run, which installs udptun offline
 	@$(PY) scripts/bundle.py $(ARGS)
+
+deb: build $(VENV)/package.stamp ## build a Debian package of the same files, for Debian 12
+	@$(PY) scripts/deb.py $(ARGS)
 
 image: build $(VENV)/package.stamp ## build the container image without an engine, for ctr images import; root
 	@scripts/need buildah:buildah debootstrap:debootstrap

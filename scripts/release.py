@@ -98,6 +98,11 @@ def make_sdist(out: Path, python: str, scratch: Path) -> Path:
     return out / built.name
 
 
+def bare_name(requirement: str) -> str:
+    """Return the name in a requirement, for example of ``aiohttp>=3``."""
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
 def normal_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 

@@ -188,9 +188,12 @@ def undeclared(root, paths):
     for path in paths:
         parts = path.relative_to(root).parts
         declared = declared_for(*parts)
-        siblings = {each.stem for each in path.parent.glob("*.py")} if parts[0] == "scripts" else ()
+        # a script has its own directory in sys.path, and some tests add this directory
+        scripts = {each.stem for each in (root / "scripts").glob("*.py")}
+        if parts[0] not in {"scripts", "tests"}:
+            scripts = set()
         for line, package, _ in imported(path, root / parts[0], set()):
-            if package and package not in (*sys.stdlib_module_names, *OWN, *siblings):
+            if package and package not in (*sys.stdlib_module_names, *OWN, *scripts):
                 names = distributions.get(package, [package])  # not installed: the usual name
                 if declared.isdisjoint(map(canonical, names)):
                     found.append(f"{'/'.join(parts)}:{line} imports {package}")

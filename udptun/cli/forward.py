@@ -367,7 +367,7 @@ class _Signals:
         """
         if not self.started or self._stopping:
             return
-        argv = [sys.executable, *sys.orig_argv[1:]]
+        argv = _installed_program()
         if TAKE_OVER not in argv:
             argv.append(TAKE_OVER)
         env = {name: self._environment[name] for name in self._environment.keys() - NOT_PASSED_ON}
@@ -379,6 +379,17 @@ class _Signals:
             return
         # Not a thread of a pool: this process ends without waiting for it.
         threading.Thread(target=_reap, args=(child,), daemon=True).start()
+
+
+def _installed_program() -> list[str]:
+    """Return the command line of this process, which starts the version that is installed now.
+
+    A script names its interpreter. The installed version of the script may name another one.
+    """
+    program, *arguments = sys.orig_argv[1:]
+    if Path(program).is_file() and os.access(program, os.X_OK):
+        return [program, *arguments]
+    return [sys.executable, program, *arguments]
 
 
 def _reap(child: subprocess.Popen[bytes]) -> None:

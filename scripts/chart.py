@@ -1,0 +1,55 @@
+"""Write the templates of the Helm chart: ``python scripts/chart.py``.
+
+The manifests in deploy/kubernetes are the only source. A template is a manifest in which values of
+the chart stand in the place of what an administrator may have to change. The chart has no template
+of the namespace, because Helm creates it (``--create-namespace``).
+"""
+
+import re
+
+from release import ROOT
+
+MANIFESTS = ROOT / "deploy" / "kubernetes"
+CHART = ROOT / "deploy" / "helm" / "udptun"
+FILES = ("rbac.yaml", "config.yaml", "daemonset.yaml")
+NOTE = "{{- /* scripts/chart.py writes this file from deploy/kubernetes. */ -}}\n"
+IMAGE = "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+CHANGES = {  # pattern -> replacement, and how often it occurs in all files
+    r"namespace: kube-udptun$": ("namespace: {{ .Release.Namespace }}", 4),
+    r"image: udptun$": (f'image: "{IMAGE}"', 3),
+    r"imagePullPolicy: IfNotPresent$": ("imagePullPolicy: {{ .Values.image.pullPolicy }}", 3),
+    r"^  net-conf\.json: \|\n(?:    .*\n)+": (
+        "  net-conf.json: |\n    {{- .Values.netConf | toPrettyJson | nindent 4 }}\n", 1,
+    ),
+    r"^( +)kubernetes\.io/os: linux$": (
+        r"\g<0>\n\1{{- with .Values.nodeSelector }}\n\1{{- toYaml . | nindent 8 }}\n\1{{- end }}",
+        1,
+    ),
+    r"^( +)- --healthz-port=8286$": (
+        r"\g<0>\n\1{{- range .Values.nodeOptions }}\n\1- {{ . | quote }}\n\1{{- end }}", 1,
+    ),
+}
+
+
+def templates() -> dict[str, str]:
+    """Return the file name and the text of each template."""
+    texts = {name: (MANIFESTS / name).read_text() for name in FILES}
+    for pattern, (replacement, wanted) in CHANGES.items():
+        found = 0
+        for name, text in texts.items():
+            texts[name], n = re.subn(pattern, replacement, text, flags=re.MULTILINE)
+            found += n
+        if found != wanted:
+            raise SystemExit(f"{pattern!r} occurs {found} times in deploy/kubernetes, not {wanted}")
+    return {name: NOTE + text for name, text in texts.items()}
+
+
+def main() -> None:
+    folder = CHART / "templates"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in templates().items():
+        (folder / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The Helm chart and the kustomization make the same objects, because they have one source."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from udptun._version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+KUSTOMIZATION = ROOT / "deploy" / "kubernetes"
+CHART = ROOT / "deploy" / "helm" / "udptun"
+
+rendered = pytest.mark.skipif(
+    not shutil.which("helm") or not shutil.which("kubectl"),
+    reason="helm or kubectl is missing",
+)
+
+
+def objects(command: list[str]) -> dict[tuple[str, str], Any]:
+    """Return what a command prints, by kind and name; the JSON in a ConfigMap is parsed."""
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {}
+    for one in filter(None, yaml.safe_load_all(text)):
+        if one["kind"] == "ConfigMap":
+            one["data"] = {name: json.loads(value) for name, value in one["data"].items()}
+        found[one["kind"], one["metadata"]["name"]] = one
+    return found
+
+
+def chart(*options: str) -> dict[tuple[str, str], Any]:
+    return objects(["helm", "template", "udptun", str(CHART), "--namespace", "kube-udptun",
+                    *options])
+
+
+def test_the_templates_are_written_from_the_manifests() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        want = runpy.run_path(str(ROOT / "scripts" / "chart.py"))["templates"]()
+    finally:
+        sys.path.pop(0)
+    have = {path.name: path.read_text() for path in (CHART / "templates").iterdir()}
+    assert have == want, "run: python scripts/chart.py"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    about = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    kustomization = yaml.safe_load((KUSTOMIZATION / "kustomization.yaml").read_text())
+    versions = {about["version"], about["appVersion"], kustomization["images"][0]["newTag"]}
+    assert versions == {__version__}
+
+
+def test_the_default_network_is_the_same() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    config = yaml.safe_load((KUSTOMIZATION / "config.yaml").read_text())
+    assert json.loads(config["data"]["net-conf.json"]) == values["netConf"]
+
+
+@rendered
+def test_both_make_the_same_objects() -> None:
+    want = objects(["kubectl", "kustomize", str(KUSTOMIZATION)])
+    del want["Namespace", "kube-udptun"]  # Helm creates it
+    assert chart() == want
+
+
+@rendered
+def test_the_values_reach_the_objects() -> None:
+    made = chart(
+        "--set", "image.repository=registry.example/udptun,image.tag=1", "--set",
+        "nodeOptions={--iface=eth1},nodeSelector.overlay=udptun,netConf.EnableIPv6=true",
+    )
+    pod = made["DaemonSet", "udptun"]["spec"]["template"]["spec"]
+    containers = [*pod["initContainers"], *pod["containers"]]
+    assert {one["image"] for one in containers} == {"registry.example/udptun:1"}
+    assert containers[-1]["args"][-1] == "--iface=eth1"
+    assert pod["nodeSelector"] == {"kubernetes.io/os": "linux", "overlay": "udptun"}
+    assert made["ConfigMap", "udptun"]["data"]["net-conf.json"]["EnableIPv6"] is True
