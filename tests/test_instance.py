@@ -71,6 +71,17 @@ def test_instance_can_be_locked_once_per_role(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whether_a_lock_is_free(tmp_path: Path):
+    lock, other = (Instance("blue").lock("node", tmp_path) for _ in range(2))
+    assert other.is_free()
+    lock.acquire()
+    assert not other.is_free()
+    lock.release()
+    assert other.is_free()
+    lock.acquire()  # the question has not taken it
+    lock.release()
+
+
 def test_a_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The holder removes the file and ends between our open and our flock."""
     flock, holder_ends = fcntl.flock, [True]

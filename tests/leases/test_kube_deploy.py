@@ -107,7 +107,18 @@ def test_the_daemons_command_line_is_valid(monkeypatch):
 
 def test_the_forwarder_waits_for_the_file_that_the_daemon_writes():
     file = NodeConfig(FileConfig(DEPLOY)).forward_file
-    assert container("forwarder")["args"] == ["forward", "--wait-for", str(file)]
+    assert container("forwarder")["args"] == [
+        "forward", "--wait-for", str(file), "--take-over", "--linger"]
+
+
+def test_a_new_pod_starts_next_to_the_old_one_and_takes_over():
+    """Both are on the host's network, so with a port the new pod could not be scheduled."""
+    (daemon_set,) = documents("daemonset.yaml")
+    assert daemon_set["spec"]["updateStrategy"]["rollingUpdate"] == {
+        "maxSurge": 1, "maxUnavailable": 0}
+    assert "--take-over" in container("node")["args"]
+    assert pod()["hostNetwork"]
+    assert not any("ports" in part for part in (*pod()["initContainers"], *pod()["containers"]))
 
 
 def test_the_cni_container_installs_the_configuration_that_it_mounts(tmp_path):
