@@ -203,6 +203,23 @@ async def test_a_removed_state_file_is_written_again(tmp_path):
 
 
 @in_own_netns
+async def test_a_saved_route_without_a_listener_of_its_version_does_not_stop_the_start(
+    tmp_path, caplog
+):
+    """For example, the host had IPv6 when the routes were saved."""
+    kept = tmp_path / "routes"
+    sh("ip addr add 2001:db8::1/128 dev lo nodad")
+    both = (Endpoint.parse(HERE), Endpoint.parse("[2001:db8::1]:8285"))
+    async with Forwarder(config(state_file=kept, listen=both)) as forwarder:
+        await forwarder.put_route(Route.make("10.244.2.0/24", "192.0.2.2"))
+        await forwarder.put_route(Route.make("10.244.3.0/24", "2001:db8::3"))
+    async with Forwarder(config(state_file=kept)) as forwarder:
+        assert forwarder.route_count == 1
+        await until(lambda: has_route(kept) and "10.244.3.0" not in kept.read_text())
+    assert "1 routes of" in caplog.text and "10.244.3.0/24 via 2001:db8::3" in caplog.text
+
+
+@in_own_netns
 async def test_the_error_for_an_unreachable_next_hop_names_the_file(tmp_path):
     routes = tmp_path / "routes"
     routes.write_text("10.244.2.0/24 via 2001:db8::2\n")

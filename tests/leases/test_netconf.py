@@ -291,3 +291,10 @@ def test_options_of_vxlan():
     assert (config.vni, config.mtu) == (4096, 9000)
     assert config.direct_routing and config.learning and config.gbp
     assert config.backend["macprefix"] == "0E-2A"
+
+
+@pytest.mark.parametrize(("backend", "vni"), [({}, 1), ({"VNI": None}, 1), ({"VNI": 0}, 0),
+                                            ({"VNI": 7}, 7), ({"vni": 0}, 0)])
+def test_an_absent_vni_and_vni_0_differ(backend, vni):
+    text = json.dumps({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", **backend}})
+    assert NetConfig.parse(text).vni == vni

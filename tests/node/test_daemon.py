@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 import pytest
 
@@ -88,6 +88,19 @@ async def test_without_the_advertisement_the_lease_is_flannels(served, node_of):
     async with node.running():
         await until(lambda: node.store.published, "the lease")
     assert node.store.published == [Attributes(IPv4Address("192.0.2.1"))]
+
+
+@in_own_netns
+@pytest.mark.parametrize("advertise", [True, False])
+async def test_flannels_udp_backend_publishes_no_ipv6_address(served, node_of, advertise):
+    node = node_of()
+    node.config = replace(
+        node.config, advertise=advertise,
+        interface=replace(node.config.interface, public_ipv6=IPv6Address("2001:db8::1")))
+    async with node.running():
+        await until(lambda: node.store.published, "the lease")
+    (published,) = node.store.published
+    assert (published.public_ipv6 is not None) == advertise
 
 
 @in_own_netns
@@ -378,6 +391,36 @@ async def test_a_kubernetes_node_with_another_pod_cidr_is_taken(
             assert str(daemon.report.lease.subnets) == "10.244.9.0/24"
             await until(lambda: node.store.health.lease == "held", "the lease to be held")
     assert "the bridge cni0 if it has an address in 10.244.1.0/24" in caplog.text
+
+
+@in_own_netns
+@pytest.mark.parametrize("lacking", ["node", "podCIDR", "role"])
+async def test_a_kubernetes_node_waits_until_the_cluster_is_ready(
+    served, node_of, tmp_path, lacking
+):
+    node = node_of()
+    async with open_cluster("small", tmp_path) as cluster:
+        rules = cluster.small.users["agent"]
+        if lacking == "role":
+            cluster.small.allow("agent", rules[0], [])
+        if lacking != "node":
+            await cluster.create(kube_node("n1", *["10.244.1.0/24"] * (lacking != "podCIDR")))
+        node.store = cluster.source(token="agent")
+        async with node.running() as daemon:
+            await until(lambda: {
+                "node": "404", "podCIDR": "n1: podCIDR: None",
+                "role": 'cannot get resource "nodes"'}[lacking] in daemon.report.waiting, "a wait")
+            assert not node.config.subnet_file.exists()
+            if lacking == "node":
+                await cluster.create(kube_node("n1", "10.244.1.0/24"))
+            elif lacking == "role":
+                cluster.small.users["agent"] = rules
+            else:
+                body = {"spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]}}
+                await cluster.call(
+                    "PATCH", "/api/v1/nodes/n1", body, "application/merge-patch+json")
+            await node.ready(daemon)
+            assert "10.244.1.1/24" in node.config.subnet_file.read_text()
 
 
 @in_own_netns

@@ -33,6 +33,11 @@ class Loops:
         self._sources = [endpoint.address for endpoint in listen]
         self._mark = mark
 
+    @property
+    def versions(self) -> frozenset[int]:
+        """The IP versions of the endpoints from which the forwarder sends."""
+        return frozenset(address.version for address in self._sources)
+
     async def among(self, addresses: Collection[bytes]) -> set[bytes]:
         """Return the packed addresses that the host routes into the TUN. Raises DeviceError."""
         return await routed_into(

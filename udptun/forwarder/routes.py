@@ -104,13 +104,36 @@ class Routes:
     def open(self, core: _core.Core, loops: Loops) -> None:
         """Activate the table and accept changes. Raises FieldError, which names the file."""
         try:
-            core.publish(self._table)
+            try:
+                core.publish(self._table)
+            except FieldError:
+                if not self._leave_out_families(loops.versions):
+                    raise
+                core.publish(self._table)
         except FieldError as error:
             where = f"{self._origin}: {error.where}"
             raise FieldError(error.field, error.value, error.expected, where) from None
         self._core, self._loops = core, loops
         self.generation = self.generation or 1
         self._report_own_routes(core)
+
+    def _leave_out_families(self, versions: frozenset[int]) -> bool:
+        """Remove the saved routes whose next hop has an IP version without a listener.
+
+        The options may have changed since the routes were saved: such a route may not make the
+        others unusable. Returns whether there was one.
+        """
+        if self.state is None or self._origin != self.state.path:
+            return False
+        routes = map(self._table.route_at, range(len(self._table)))
+        left_out = [route for route in routes if route.via.version not in versions]
+        for route in left_out:
+            self._table.delete(route.dst)
+        if left_out:
+            self._report(f"{len(left_out)} routes of {self._origin} are left out, because this "
+                         "forwarder does not listen on an address of their IP version: "
+                         f"{_named(left_out)}")
+        return bool(left_out)
 
     async def leave_out_loops(self) -> None:
         """Remove and report the routes whose endpoint the host routes into the TUN.
@@ -129,11 +152,9 @@ class Routes:
         table = self._table.copy()
         for route in looping:
             table.delete(route.dst)
-        named = ", ".join(map(str, looping[:MAX_NAMED]))
-        more = f" and {len(looping) - MAX_NAMED} more" if len(looping) > MAX_NAMED else ""
         source = "" if self._origin is None else f" of {self._origin}"
         self._report(f"routes{source} are left out, because this host routes their endpoint into "
-                     f"{self._loops.device} itself (ELOOP): {named}{more}")
+                     f"{self._loops.device} itself (ELOOP): {_named(looping)}")
         await self._install(core, table, checked=True)
 
     async def save(self) -> None:
@@ -370,6 +391,11 @@ class Routes:
 async def _run(large: bool, work: Callable[..., T], *args: Any) -> T:
     """Call ``work``, which releases the GIL. If ``large``, call it in a helper thread."""
     return await asyncio.to_thread(work, *args) if large else work(*args)
+
+
+def _named(routes: list[Route]) -> str:
+    more = f" and {len(routes) - MAX_NAMED} more" if len(routes) > MAX_NAMED else ""
+    return ", ".join(map(str, routes[:MAX_NAMED])) + more
 
 
 def _parse_file(path: Path) -> _core.RouteTable:

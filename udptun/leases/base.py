@@ -51,7 +51,14 @@ class StoreDown(_StoreError):
 class StoreRefused(_StoreError):
     """The store refused the request: a retry alone cannot succeed.
 
-    Examples: wrong credentials, missing permissions, a node without podCIDR.
+    Examples: wrong credentials, an invalid kubeconfig.
+    """
+
+
+class StoreNotReady(StoreRefused):
+    """The store refuses the request until somebody changes the store: the daemon waits for that.
+
+    Examples: missing permissions, a node without podCIDR.
     """
 
 

@@ -125,6 +125,8 @@ class NetConfig:
 
     @property
     def vni(self) -> int:
+        if self.backend.get("vni") == 0:  # as in flannel, 0 is not the default
+            return 0
         return self._number("VNI", 1, 0, MAX_VNI)
 
     @property

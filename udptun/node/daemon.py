@@ -27,7 +27,7 @@ from dataclasses import replace
 from ..errors import DeviceError, FieldError, UdptunError
 from ..files import make_directory
 from ..instance import Instance
-from ..leases.base import Identity, Lease, StoreDown
+from ..leases.base import Identity, Lease, StoreDown, StoreNotReady
 from ..leases.sources import make_source
 from ..model import Endpoint, IPNetwork
 from ..net.netlink import Netlink
@@ -292,7 +292,7 @@ class Daemon:
         while True:
             try:
                 return await self._settle()
-            except (StoreDown, NoInterface, DeviceError) as exc:
+            except (StoreDown, StoreNotReady, NoInterface, DeviceError) as exc:
                 if isinstance(exc, DeviceError) and exc.errno in (errno.EPERM, errno.EACCES):
                     raise
                 self._errors.error(str(exc))

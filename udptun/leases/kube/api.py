@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-from ..base import StoreDown, StoreRefused
+from ..base import StoreDown, StoreNotReady, StoreRefused
 from .config import KubeConfig
 from .http import Http
 from .schema import FullNode, Node, Patch
@@ -32,6 +32,10 @@ class Gone(StoreDown):
 
     It returned HTTP 410, or its store was set back to a backup.
     """
+
+
+class Forbidden(StoreNotReady):
+    """Our role does not permit the request (403)."""
 
 
 class Event(msgspec.Struct):
@@ -232,4 +236,8 @@ def _failure(action: str, code: int, message: str) -> StoreDown | StoreRefused:
         return Gone(sentence)
     if code in (408, 409, 429) or code >= 500:
         return StoreDown(sentence)
+    if code == 403:  # also in the first second of a server, which has not read the roles yet
+        return Forbidden(sentence)
+    if code in (401, 404):  # the token is not valid yet, or the kubelet has not made the node yet
+        return StoreNotReady(sentence)
     return StoreRefused(sentence)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,6 +21,7 @@ from ...text import printable
 from ..base import MAX_NAME, Attributes, Lease, Subnets
 
 Patch = dict[str, Any]
+T = TypeVar("T")
 
 
 class Metadata(msgspec.Struct, rename="camel"):
@@ -84,48 +86,64 @@ class Annotations:
         self.node_public_ip = f"{prefix}node-public-ip"
         self.node_public_ipv6 = f"{prefix}node-public-ipv6"
 
-    def lease(self, node: Node) -> Lease | None:
+    def lease(
+        self, node: Node, former: Attributes | None = None, faults: list[FieldError] | None = None
+    ) -> Lease | None:
         """Return a node's lease, or None if flannel does not manage the node.
 
-        Raises FieldError if the lease is invalid.
+        former  the node's last known attributes; None: not known
+        faults  gets an error for each annotation that concerns only one IP version and is invalid.
+                Its value is then taken from ``former``
+
+        Raises FieldError if the lease has no valid address, or if another annotation is invalid.
         """
         if node.annotations.get(self.managed) != "true":
             return None
+        faults = [] if faults is None else faults
+        before = former or Attributes()
         attributes = Attributes(
-            public_ip=_v4(node, self.public_ip),
-            public_ipv6=_v6(node, self.public_ipv6),
+            public_ip=_valid(_v4, node, self.public_ip, before.public_ip, faults),
+            public_ipv6=_valid(_v6, node, self.public_ipv6, before.public_ipv6, faults),
             backend_type=node.annotations.get(self.backend_type, ""),
             backend_data=_json(node, self.backend_data),
-            backend_v6_data=_json(node, self.backend_v6_data),
+            backend_v6_data=_valid(
+                _json, node, self.backend_v6_data, before.backend_v6_data, faults),
         )
         if attributes.public_ip is None and attributes.public_ipv6 is None:
+            if faults:
+                raise faults[0]
             raise FieldError(self.public_ip, None, "an address here or in public-ipv6")
         name = node.metadata.name
         return Lease(key=name, subnets=subnets(node), attributes=attributes, name=name,
                      since=_seconds(node.metadata.creation_timestamp))
 
-    def published(self, node: Node, attributes: Attributes) -> Attributes:
+    def published(
+        self, node: Node, attributes: Attributes, known: dict[str, Any], faults: list[FieldError]
+    ) -> Attributes:
         """Return ``attributes`` with the addresses of the annotations public-ip-overwrite and
         public-ipv6-overwrite.
 
         If ``attributes`` has no address of a family, the annotation of this family is ignored.
-        Raises FieldError if an annotation is invalid.
+        ``known`` and ``faults`` are those of ``_last_valid``.
         """
         v4, v6 = attributes.public_ip, attributes.public_ipv6
         return replace(
             attributes,
-            public_ip=v4 and (_v4(node, self.public_ip_overwrite) or v4),
-            public_ipv6=v6 and (_v6(node, self.public_ipv6_overwrite) or v6),
+            public_ip=v4 and (
+                _last_valid(_v4, node, self.public_ip_overwrite, known, faults) or v4),
+            public_ipv6=v6 and (
+                _last_valid(_v6, node, self.public_ipv6_overwrite, known, faults) or v6),
         )
 
     def node_public(
-        self, node: Node
+        self, node: Node, known: dict[str, Any], faults: list[FieldError]
     ) -> tuple[ipaddress.IPv4Address | None, ipaddress.IPv6Address | None]:
         """Return the addresses that override ``--public-ip`` and ``--public-ipv6``.
 
-        Raises FieldError if an annotation is invalid.
+        ``known`` and ``faults`` are those of ``_last_valid``.
         """
-        return _v4(node, self.node_public_ip), _v6(node, self.node_public_ipv6)
+        return (_last_valid(_v4, node, self.node_public_ip, known, faults),
+                _last_valid(_v6, node, self.node_public_ipv6, known, faults))
 
     def patch(self, node: Node, published: Attributes) -> Patch | None:
         """Return the strategic-merge patch that publishes these attributes.
@@ -211,6 +229,31 @@ def _v6(node: Node, name: str) -> ipaddress.IPv6Address | None:
     if isinstance(address, ipaddress.IPv4Address):
         raise FieldError(name, value, "an IPv6 address")
     return address
+
+
+def _valid(
+    parse: Callable[[Node, str], T], node: Node, name: str, former: T, faults: list[FieldError]
+) -> T:
+    """Return the value of an annotation. If it is invalid, add the error to ``faults``, and return
+    ``former``."""
+    try:
+        return parse(node, name)
+    except FieldError as e:
+        faults.append(e)
+        return former
+
+
+def _last_valid(
+    parse: Callable[[Node, str], T | None], node: Node, name: str, known: dict[str, Any],
+    faults: list[FieldError],
+) -> T | None:
+    """Return the value of an annotation of our node. If it is invalid, return its last valid value.
+
+    known   the last valid values by name, which this call updates
+    faults  gets the error if the annotation is invalid
+    """
+    known[name] = value = _valid(parse, node, name, known.get(name), faults)
+    return value
 
 
 def _json(node: Node, name: str) -> Any:

@@ -30,17 +30,20 @@ from ..base import (
     Snapshot,
     SourceHealth,
     StoreDown,
+    StoreNotReady,
     StoreRefused,
     Subnets,
 )
 from ..contest import Contest
 from ..netconf import NetConfig
-from .api import Api, Event, Gone
+from .api import Api, Event, Forbidden, Gone
 from .config import KubeConfig
 from .schema import Annotations, FullNode, Node, network_up_patch
 from .schema import subnets as pod_subnets
 
 log = logging.getLogger(__name__)
+
+REMIND_SECONDS = 60.0  # between two log lines about the same missing permission
 
 
 def open_source(config: KubeConfig, _: LocalAddresses) -> KubeSource:
@@ -65,6 +68,10 @@ class KubeSource(LeaseSource):
         self._own_changed = asyncio.Event()
         self._contest = Contest(self.health)
         self._published: set[IPAddress] = set()  # the addresses that we have published
+        # The last valid values of the annotations that set an address: {name: address}.
+        self._set_by_others: dict[str, IPAddress | None] = {}
+        self._faults: set[str] = set()  # the invalid annotations of our node that are logged
+        self._forbidden: dict[str, float] = {}  # {a text of the log: when it was logged last}
         self._publishes_n = 0
 
     async def network(self) -> NetConfig:
@@ -78,15 +85,13 @@ class KubeSource(LeaseSource):
     async def identity(self) -> Identity:
         """Read this node's annotations node-public-ip and node-public-ipv6.
 
-        They override --public-ip and --public-ipv6, as in flannel. Raises StoreDown, StoreRefused.
+        They override --public-ip and --public-ipv6, as in flannel. An invalid annotation is
+        ignored: its last valid value stays. Raises StoreDown, StoreRefused.
         """
         node = await self._api.node(await self._name())
-        try:
-            public_ip, public_ipv6 = self._annotations.node_public(node)
-        except FieldError as e:  # continue: the node can use the address of its interface
-            log.error("node %s: %s; the annotations of its public addresses are ignored",
-                      node.metadata.name, e)
-            return Identity()
+        faults: list[FieldError] = []
+        public_ip, public_ipv6 = self._annotations.node_public(node, self._set_by_others, faults)
+        self._report_faults(node, faults)
         return Identity(public_ip, public_ipv6, overrides_options=True)
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
@@ -98,7 +103,7 @@ class KubeSource(LeaseSource):
         node = await self._api.node(await self._name())
         with _refused(node):
             subnets = _within(await self.network(), node)
-            published = self._annotations.published(node, attributes)
+        published = self._overwritten(node, attributes)
         await self._publish(node, published)
         self._attributes = attributes
         self.health.lease, self.health.lease_error = "held", ""
@@ -121,7 +126,7 @@ class KubeSource(LeaseSource):
                 continue
             except StoreRefused as e:
                 self.health.errors_n += 1
-                self._lost(lease, str(e))
+                self._lost(lease, e)
                 await asyncio.sleep(backoff.next())
                 continue
             backoff.reset()
@@ -155,7 +160,7 @@ class KubeSource(LeaseSource):
                 self.health.relists_n += 1
                 log.info("listing the nodes again: %s", e)
             except (StoreDown, StoreRefused) as e:
-                self._set_disconnected(str(e))
+                self._set_disconnected(e)
             await asyncio.sleep(backoff.next())
 
     def hosts(self) -> tuple[str, ...]:
@@ -209,7 +214,7 @@ class KubeSource(LeaseSource):
         """
         with _refused(node):
             subnets = _within(await self.network(), node)
-            published = self._annotations.published(node, self._attributes or lease.attributes)
+        published = self._overwritten(node, self._attributes or lease.attributes)
         if subnets != lease.subnets:
             # Our entry in ``updates`` makes the daemon set up the host, and hold the new lease.
             # Only then may the scheduler assign pods, so the condition is not published here.
@@ -250,10 +255,34 @@ class KubeSource(LeaseSource):
             log.error("%s", text)
         return self._contest.may_write((self._publishes_n, *others), text)
 
-    def _lost(self, lease: Lease, reason: str) -> None:
-        if self.health.lease_error != reason:
+    def _overwritten(self, node: Node, attributes: Attributes) -> Attributes:
+        """Return the attributes to publish."""
+        faults: list[FieldError] = []
+        published = self._annotations.published(node, attributes, self._set_by_others, faults)
+        self._report_faults(node, faults)
+        return published
+
+    def _report_faults(self, node: Node, faults: list[FieldError]) -> None:
+        """Log each invalid annotation of our node once."""
+        for fault in faults:
+            if (text := str(fault)) not in self._faults:
+                log.error("node %s: %s; the annotation is ignored", node.metadata.name, text)
+                self._faults.add(text)
+
+    def _lost(self, lease: Lease, error: StoreRefused) -> None:
+        reason = str(error)
+        if isinstance(error, Forbidden):
+            self._remind(reason)
+        elif self.health.lease_error != reason:
             log.warning("our lease %s is lost: %s", lease.subnets, reason)
         self.health.lease, self.health.lease_error = "lost", reason
+
+    def _remind(self, reason: str) -> None:
+        """Log a request that our role does not permit, once a minute."""
+        now = time.monotonic()
+        if now >= self._forbidden.get(reason, -math.inf) + REMIND_SECONDS:
+            log.error("the role of this node in Kubernetes (RBAC) is too narrow: %s", reason)
+            self._forbidden[reason] = now
 
     # All nodes
 
@@ -307,12 +336,18 @@ class KubeSource(LeaseSource):
         name, skipped = node.metadata.name, self.health.skipped
         if name == self._node_name:
             self._set_own(node)
+        former, faults = book.leases.get(name), list[FieldError]()
         try:
-            lease = self._annotations.lease(node)
+            lease = self._annotations.lease(
+                node, None if former is None else former.attributes, faults)
         except FieldError as e:
             skipped.add(name, str(e), f"node {name} has an invalid lease: {e}")
-            return book.leases.get(name)
-        skipped.pop(name, None)
+            return former
+        if faults:
+            text = "; ".join(map(str, faults))
+            skipped.add(name, text, f"a part of the lease of node {name} is invalid: {text}")
+        else:
+            skipped.pop(name, None)
         return lease
 
     def _set_own(self, node: Node | None) -> None:
@@ -335,9 +370,11 @@ class KubeSource(LeaseSource):
             log.info("the API server responds again")
         health.connected, health.error, health.last_contact = True, "", time.monotonic()
 
-    def _set_disconnected(self, reason: str) -> None:
-        health = self.health
-        if health.error != reason:
+    def _set_disconnected(self, error: StoreDown | StoreRefused) -> None:
+        health, reason = self.health, str(error)
+        if isinstance(error, Forbidden):
+            self._remind(reason)
+        elif health.error != reason:
             log.warning("the known leases stay active: %s", reason)
         health.connected, health.error = False, reason
         health.errors_n += 1
@@ -350,15 +387,14 @@ def _addresses(attributes: Attributes) -> tuple[IPAddress, ...]:
 
 @contextmanager
 def _refused(node: Node) -> Iterator[None]:
-    """Turn FieldError into StoreRefused.
+    """Turn FieldError into StoreNotReady.
 
-    A retry cannot succeed, because an operator must correct our node or the network's
-    configuration.
+    An operator, or the controller manager, must change our node or the network's configuration.
     """
     try:
         yield
     except FieldError as e:
-        raise StoreRefused(f"node {node.metadata.name}: {e}") from e
+        raise StoreNotReady(f"node {node.metadata.name}: {e}") from e
 
 
 def _within(network: NetConfig, node: Node) -> Subnets:
@@ -366,15 +402,16 @@ def _within(network: NetConfig, node: Node) -> Subnets:
 
     Raises FieldError if a subnet is missing, or is not within its network.
     """
-    subnets = pod_subnets(node)
-    if network.network is None:  # IPv4 is disabled: ignore an IPv4 podCIDR, as flannel does
-        subnets = Subnets(None, subnets.v6)
+    both = pod_subnets(node)
+    # The podCIDR of a disabled IP version is ignored, as in flannel.
+    subnets = Subnets(None if network.network is None else both.v4,
+                      None if network.network6 is None else both.v6)
     for name, whole, subnet in (
         ("Network", network.network, subnets.v4), ("IPv6Network", network.network6, subnets.v6)
     ):
         if whole is not None and subnet is None:
             raise FieldError("podCIDRs", node.spec.pod_cidrs, f"one within {name} {whole}")
-        if subnet is not None and (whole is None or not _contains(whole, subnet)):
+        if whole is not None and subnet is not None and not _contains(whole, subnet):
             raise FieldError("podCIDR", str(subnet), f"a prefix within {name} ({whole})")
     return subnets
 

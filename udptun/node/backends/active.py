@@ -137,9 +137,11 @@ class ActiveBackends:
         self._active = tuple(active)
         self._report.backend, self._report.mtu = mode, mtu
         self._report.unavailable = {BACKENDS[name]: why for name, why in unavailable.items()}
+        attributes = combine(site.underlay, [backend.lease_data(mtu) for backend in active])
+        if not self._config.advertise and not attributes.backend_type:
+            attributes = _as_flannels_udp(attributes)
         return Prepared(
-            site, configured.network, mtu,
-            combine(site.underlay, [backend.lease_data(mtu) for backend in active]),
+            site, configured.network, mtu, attributes,
             tuple(backend.reach() for backend in active),
         )
 
@@ -323,6 +325,11 @@ class ActiveBackends:
             self._report.peers.refused = {
                 self._plan.key_of(subnet): why for backend in self._active
                 for subnet, why in backend.refused.items()}
+
+
+def _as_flannels_udp(attributes: Attributes) -> Attributes:
+    """Return the attributes as flannel's udp backend publishes them: it has only IPv4."""
+    return attributes if attributes.public_ip is None else replace(attributes, public_ipv6=None)
 
 
 def combine(underlay: Underlay, published: Sequence[LeaseData]) -> Attributes:
