@@ -41,7 +41,7 @@ class Refusal(Exception):
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": message, **({"reason": reason} if reason else {}), "code": code,
         }
-        if details:
+        if details := {name: value for name, value in details.items() if value}:
             self.status["details"] = details
         super().__init__(message)
 
@@ -295,13 +295,18 @@ class KubeApi:
             if ("" in rule["apiGroups"] and resource in rule["resources"]
                     and verb in rule["verbs"]):
                 return
-        name = f' "{info["name"]}"' if "name" in info else ""
+        field, _, selected = request.query.get("fieldSelector", "").partition("=")
+        of = info.get("name") or (selected if field == "metadata.name" else "")
+        name = f' "{of}"' if of else ""
         where = (f'in the namespace "{info["namespace"]}"' if "namespace" in info
                  else "at the cluster scope")
+        if not request.path.startswith("/api/"):
+            raise Refusal(403, "Forbidden", f'forbidden: User "{user}" cannot {verb} path '
+                          f'"{request.path}"')
         raise Refusal(
             403, "Forbidden",
             f'{resource}{name} is forbidden: User "{user}" cannot {verb} resource "{resource}" in '
-            f'API group "" {where}', name=info.get("name", ""), kind=resource,
+            f'API group "" {where}', name=of, kind=resource,
         )
 
     # Read
@@ -564,8 +569,11 @@ def _merge(old, patch, strategic, path=""):
             for condition in value:
                 if "type" not in condition:
                     raise internal(f"map: {condition} does not contain declared merge key: type")
+            fresh = [c for c in value if c["type"] not in by_type]  # the real server's order
+            for condition in value:
                 by_type[condition["type"]] = {**by_type.get(condition["type"], {}), **condition}
-            merged[key] = list(by_type.values())
+            new = {c["type"] for c in fresh}
+            merged[key] = fresh + [c for kind, c in by_type.items() if kind not in new]
         else:
             merged[key] = copy.deepcopy(value)
     return merged
@@ -574,6 +582,13 @@ def _merge(old, patch, strategic, path=""):
 def _validate(new, old):
     """Refuse what the real server refuses. It accepts any status of a condition."""
     name, spec = new["metadata"]["name"], new.get("spec", {})
+
+    def forbidden(field, reason, why):
+        return Refusal(
+            422, "Invalid", f'Node "{name}" is invalid: {field}: {reason}: {why}', name=name,
+            kind="Node", causes=[{"reason": f"FieldValue{reason.title().replace(' ', '')}",
+                                  "message": why, "field": field}])
+
     if not _NAME.fullmatch(name):
         raise invalid("Node", name, "metadata.name", name, "a lowercase RFC 1123 subdomain must "
                       "consist of lower case alphanumeric characters, '-' or '.'")
@@ -584,13 +599,12 @@ def _validate(new, old):
         if not _KEY.fullmatch(key):
             raise invalid("Node", name, "metadata.annotations", key, "name part must be valid")
     if sum(len(k) + len(v) for k, v in annotations.items()) > MAX_ANNOTATIONS:
-        raise Refusal(422, "Invalid", f'Node "{name}" is invalid: metadata.annotations: Too long: '
-                      "may not be more than 262144 bytes")
+        raise forbidden("metadata.annotations", "Too long", "may not be more than 262144 bytes")
     _validate_cidrs(name, spec.get("podCIDRs", []))
     before = (old or {}).get("spec", {}).get("podCIDR")
     if before and spec.get("podCIDR") != before:
-        raise Refusal(422, "Invalid", f'Node "{name}" is invalid: spec.podCIDRs: Forbidden: node '
-                      "updates may not change podCIDR except from \"\" to valid")
+        raise forbidden("spec.podCIDRs", "Forbidden",
+                        "node updates may not change podCIDR except from \"\" to valid")
 
 
 def _validate_cidrs(name, cidrs):
