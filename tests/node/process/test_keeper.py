@@ -13,9 +13,11 @@ from dataclasses import replace
 import pytest
 
 from tests.control.fakes import VERSION, LoopThread, Served
+from tests.node.daemon_host import use_folder
 from tests.wait import until
 from udptun.control import server
 from udptun.control.client import ControlClient
+from udptun.errors import NoForwarder
 from udptun.instance import Instance
 from udptun.leases.base import SourceHealth
 from udptun.model import Route
@@ -448,3 +450,26 @@ async def test_a_forwarder_that_closes_silent_connections_is_not_lost(
         writer.close()
         assert keeper.report.forwarder.connected
         assert "has ended" not in caplog.text
+
+
+@pytest.mark.parametrize("late", [True, False])
+async def test_a_forwarder_that_is_opening_is_stopped_too(
+    thread, tmp_path, monkeypatch, late
+):
+    """It has the lock of its instance, but its control socket does not answer yet."""
+    use_folder(tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "OPENING_SECONDS", 60.0 if late else 0.1)
+    control, file, instance = tmp_path / "control.sock", tmp_path / "forward.json", Instance("x")
+    looks, held = [], module._is_running
+    monkeypatch.setattr(module, "_is_running", lambda one: looks.append(one) or held(one))
+    with instance.locked("forward"):
+        stopping = asyncio.create_task(module.stop_forwarder(control, file, instance))
+        if late:
+            await until(lambda: len(looks) > 1, "a second look")
+            with Served(thread, control) as served:
+                assert await stopping
+                assert served.forwarder.stopped.is_set()
+        else:
+            with pytest.raises(NoForwarder, match=f"instance x runs, but does not .* {control}"):
+                await stopping
+    assert not await module.stop_forwarder(control, file, instance)

@@ -201,7 +201,7 @@ class UdpBackend(Backend[Route]):
     async def cleanup(self, known: LastKnown | None, attempt: Attempt) -> None:
         config = self._config
         with attempt():
-            if await stop_forwarder(config.control, config.forward_file):
+            if await stop_forwarder(config.control, config.forward_file, config.instance):
                 log.info("stopped the forwarder, which removed %s", config.tun)
         for name in (
             STATE_FILE, f"{STATE_FILE}.new", f".{STATE_FILE}.lock", LOG_FILE, f"{LOG_FILE}.1",

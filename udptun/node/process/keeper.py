@@ -23,7 +23,7 @@ from ...build import build_id
 from ...control.client import ControlClient
 from ...control.protocol import HEALTHZ
 from ...errors import ControlError, DeviceError, FieldError, NoForwarder
-from ...instance import Instance
+from ...instance import Instance, InstanceRunning
 from ...model import IPNetwork, Route, RouteDiff
 from ...takeover.channel import close_all
 from ..status.report import NodeReport
@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 CALL_SECONDS = 5.0  # timeout of a call; a forwarder that works answers within milliseconds
 POLL_SECONDS = 0.02  # between two attempts to reach a forwarder that we have just started
+OPENING_SECONDS = 10.0  # a forwarder that opens has answered by then
 IDLE_POLL_SECONDS = 0.1  # between two attempts to reach a forwarder of another program
 CHECK_SECONDS = 5.0  # between two checks whether the forwarder's table still has our routes
 FEW_ROUTES = 32  # if more routes change, replacing the whole table is less work
@@ -480,12 +481,16 @@ def _why(route: Route) -> str:
             "datagrams to it would come back (ELOOP)")
 
 
-async def stop_forwarder(control: Path, forward_file: Path) -> bool:
+async def stop_forwarder(
+    control: Path, forward_file: Path, instance: Instance | None = None
+) -> bool:
     """Stop the forwarder that has its options from ``forward_file``, if this forwarder runs.
 
     The file is removed first. If a service manager then starts the forwarder again, the forwarder
     waits for the file. Return True if a forwarder was stopped. Raises NoForwarder if the forwarder
     does not stop.
+
+    instance  wait for a forwarder of this instance that is still opening; None: do not wait
     """
     forward_file.unlink(missing_ok=True)
 
@@ -498,4 +503,21 @@ async def stop_forwarder(control: Path, forward_file: Path) -> bool:
             client.stop()
             return True
 
-    return await asyncio.to_thread(stop)
+    deadline = time.monotonic() + OPENING_SECONDS
+    while not (stopped := await asyncio.to_thread(stop)):
+        if instance is None or not _is_running(instance):
+            break
+        if time.monotonic() > deadline:
+            raise NoForwarder(f"a forwarder of the instance {instance.name} runs, but does not "
+                              f"answer on {control}")
+        await asyncio.sleep(IDLE_POLL_SECONDS)
+    return stopped
+
+
+def _is_running(instance: Instance) -> bool:
+    """Return whether a forwarder has the instance's lock, also one that does not answer yet."""
+    try:
+        with instance.locked("forward"):
+            return False
+    except InstanceRunning:
+        return True
