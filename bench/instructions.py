@@ -166,8 +166,8 @@ def parse(text: str, folders: Sequence[Path] = _OURS) -> int:
                 total += int(line.split()[1])
             callee = False
     if not total:
-        raise ValueError("valgrind collected nothing: expected calls of the extension's functions; "
-                         "run make build")
+        raise ValueError(
+            "valgrind counted no instructions of the compiled extension: run make build")
     return total
 
 
@@ -197,9 +197,9 @@ def build_key() -> str:
 def _simd_path(cpuinfo: str) -> str:
     """Return the widest instruction set that valgrind reports to the program on this CPU.
 
-    On x86-64, valgrind emulates one of a few CPUs. The widest of these instruction sets that the
-    real CPU has selects the emulated CPU. The emulated CPU selects the code of the checksum, of
-    glibc's memcpy and of other functions.
+    On x86-64, valgrind emulates a CPU with AVX2, with AVX or with SSE4.2: the widest of these that
+    the real CPU has. The emulated CPU decides which code of the checksum, of glibc's memcpy and of
+    other functions runs.
     """
     found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     flags = found[1].split() if found else []

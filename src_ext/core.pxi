@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 
 from limits cimport MIN_MTU6
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
-from path.probe cimport add_token, count_sent, send_beside
+from path.probe cimport add_token, count_sent, send_with_spare
 from path.turn cimport oldest_generation
 from path.worker cimport OWN_NETS, direction_t, own_net_t, shared_t, spare_t, worker_t
 from sys cimport (
@@ -89,9 +89,9 @@ cdef class Core:
                    listener of the family
     tun_addresses  the packed addresses of the TUN; they are the source addresses of ICMP errors
     notify_fd      an eventfd, borrowed; a worker writes to it when the worker raises an event
-    own_subnets    None: packets to any inner destination are delivered; else (packed address,
-                   prefix length) of at most OWN_NETS prefixes: only packets to these, and to
-                   ``tun_addresses``, are delivered
+    own_subnets    None: deliver packets to any inner destination. Otherwise a list of at most
+                   OWN_NETS prefixes, each (packed address, prefix length): deliver only packets to
+                   these prefixes and to ``tun_addresses``
     """
     cdef shared_t shared
     cdef worker_t** workers     # owned array of borrowed pointers: one per Worker in objects
@@ -187,7 +187,7 @@ cdef class Core:
             route = table.route_at(index)
             family = "IPv4" if has4 else "IPv6"
             raise FieldError("via", str(route.via),
-                             f"an {family} address: there is no other listener",
+                             f"an {family} address, because all listeners are {family}",
                              f"route {route.dst}")
 
     def prepare(self, RouteTable table):
@@ -221,7 +221,7 @@ cdef class Core:
         cdef snapshot_t* new = prepared.snapshot
         cdef bytes packed
         if new == NULL or new.generation != self.generation + 1:
-            raise ValueError("prepared for another generation")
+            raise ValueError("the snapshot was built for another generation of the table")
         if addr_map_init(&new.own, len(self.own) + 1) < 0:
             raise MemoryError
         for packed in self.own:
@@ -322,8 +322,8 @@ cdef class Core:
     # Path MTUs
 
     def needs_icmp6(self):
-        """Return whether the path MTU in ICMPv6 errors is needed: an IPv6 peer answers no probes,
-        or the kernel has to fragment datagrams to such a peer."""
+        """Return whether the kernel needs the path MTU in ICMPv6 errors.  It does if an IPv6 peer
+        answers no probes, or if the kernel has to fragment datagrams to any IPv6 peer. """
         cdef snapshot_t* s = self.shared.snapshot
         cdef uint32_t slot = 0
         cdef peer_t* peer
@@ -337,8 +337,9 @@ cdef class Core:
         return peer != NULL
 
     def take_mtu_hints(self):
-        """Return [(packed address, port, from this host's device, path MTU)]: the path MTUs that
-        were reported since the last call. An ICMP error may report 0: a router did not say more."""
+        """Return the path MTUs that were reported since the last call.  The result is [(packed
+        address, port, whether this host's device reported it, path MTU)]. The path MTU is 0 if an
+        ICMP error contained none. """
         cdef snapshot_t* s = self.shared.snapshot
         cdef uint64_t hint
         cdef uint32_t slot = 0
@@ -356,7 +357,7 @@ cdef class Core:
     def set_path_mtu(self, bytes address, uint16_t port, uint32_t path_mtu, uint32_t df_mtu):
         """Set the path MTU of a peer, at most the link MTU. Do nothing if the peer is gone.
 
-        df_mtu  datagrams that may be longer are sent without DF; 0 = none are
+        df_mtu  size of the largest datagram that is sent with DF; 0: all are sent with DF
         """
         cdef peer_t* peer = self.find(address, port)
         if peer != NULL:
@@ -420,7 +421,7 @@ cdef class Core:
         to_len = set_sockaddr(&to, <const uint8_t*>address, len(address), port)
         spare = &self.spare4 if len(address) == 4 else &self.spare6
         add_token(&self.shared.tokens, token)
-        error = send_beside(sender, receiver, spare, message, size, &to, to_len)
+        error = send_with_spare(sender, receiver, spare, message, size, &to, to_len)
         free(message)
         count_sent(&self.sent, error)
         if error not in (0, EAGAIN, ECONNREFUSED, EMSGSIZE):
@@ -482,7 +483,7 @@ cdef class Core:
     def take_traffic(self):
         """Return (packed address, port, whether packets arrived) of the peers with traffic.
 
-        Only peers that answer probes are listed. Traffic counts from the last call on. The
+        Only peers that answer probes are listed, and only traffic since the last call counts. The
         counters of all peers are compared without the GIL, so idle peers cost little.
         """
         cdef snapshot_t* s = self.shared.snapshot
@@ -510,34 +511,34 @@ cdef class Core:
     # Counters
 
     def inherit_peers(self, peers):
-        """Continue the counters, path MTUs and errors of these peers, which an earlier process had.
-
-        Take a model.Peer for each peer. Ignore a peer that has no route. Call this once.
-        """
+        """Start the counters and errors of these peers with the values of an earlier process.
+        peers  model.Peer objects; a peer that has no route is ignored  Call this once.
+        ``inherit_path_mtus`` sets the path MTUs. """
         cdef peer_t* peer
         cdef peer_counters_t* c
         cdef uint32_t last = self.shared.workers_n  # the record of the control side
-        for had in peers:
-            peer = self.find(had.address, had.port)
+        for earlier in peers:
+            peer = self.find(earlier.address, earlier.port)
             if peer == NULL:
                 continue
             c = &peer.counters[last]
-            c.encap_packets, c.encap_bytes = had.encap_packets, had.encap_bytes
-            c.decap_packets, c.decap_bytes = had.decap_packets, had.decap_bytes
-            c.last_seen_ns = had.last_rx_ns
-            peer.taken_sent += had.encap_packets  # so that take_traffic reports only new packets
-            peer.taken_received += had.decap_packets
-            self.inherit_errors(peer, had)
+            c.encap_packets, c.encap_bytes = earlier.encap_packets, earlier.encap_bytes
+            c.decap_packets, c.decap_bytes = earlier.decap_packets, earlier.decap_bytes
+            c.last_seen_ns = earlier.last_rx_ns
+            # so that take_traffic reports only new packets
+            peer.taken_sent += earlier.encap_packets
+            peer.taken_received += earlier.decap_packets
+            self.inherit_errors(peer, earlier)
 
     def inherit_path_mtus(self, peers):
         """Use the path MTUs of these peers (model.Peer) until they are measured again."""
         cdef peer_t* peer
-        for had in peers:
-            peer = self.find(had.address, had.port)
-            if peer != NULL and had.path_mtu_ns:
-                self.set_path_mtu(had.address, had.port, had.path_mtu, had.df_mtu)
+        for earlier in peers:
+            peer = self.find(earlier.address, earlier.port)
+            if peer != NULL and earlier.path_mtu_ns:
+                self.set_path_mtu(earlier.address, earlier.port, earlier.path_mtu, earlier.df_mtu)
                 peer.reported_mtu = peek32(&peer.path_mtu)
-                poke64(&peer.path_mtu_ns, had.path_mtu_ns)
+                poke64(&peer.path_mtu_ns, earlier.path_mtu_ns)
 
     cdef peer_t* find(self, bytes address, uint16_t port):
         """Return the peer with exactly this endpoint, or NULL."""
@@ -548,20 +549,20 @@ cdef class Core:
             peer = peer.same_addr
         return peer
 
-    cdef inherit_errors(self, peer_t* peer, had):
+    cdef inherit_errors(self, peer_t* peer, earlier):
         cdef peer_errors_t* record = &peer.errors[self.shared.workers_n]
         cdef bytes reporter
-        record.n += had.errors_n
-        if had.last_error is None or record.last.time_ns > had.last_error.time_ns:
+        record.n += earlier.errors_n
+        if earlier.last_error is None or record.last.time_ns > earlier.last_error.time_ns:
             return
-        reporter = had.last_error.reporter
+        reporter = earlier.last_error.reporter
         memset(&record.last, 0, sizeof(record.last))
-        record.last.error = had.last_error.errno
-        record.last.origin = ORIGIN_NUMBERS.get(had.last_error.origin, 0)
-        record.last.kind, record.last.code = had.last_error.type, had.last_error.code
+        record.last.error = earlier.last_error.errno
+        record.last.origin = ORIGIN_NUMBERS.get(earlier.last_error.origin, 0)
+        record.last.kind, record.last.code = earlier.last_error.type, earlier.last_error.code
         record.last.reporter_len = len(reporter)
         memcpy(record.last.reporter, <const uint8_t*>reporter, len(reporter))
-        record.last.time_ns = had.last_error.time_ns
+        record.last.time_ns = earlier.last_error.time_ns
 
     def inherit(self, dict packets, list drops, dict errors):
         """Add the results of ``packets``, ``drops`` and ``peer_errors`` of an earlier process.
@@ -604,13 +605,13 @@ cdef class Core:
             total[name] += n
         return total
 
-    def strangers(self):
-        """Return a model.Stranger for the last few refused senders, the newest first."""
+    def refused_senders(self):
+        """Return a model.RefusedSender for the last few refused senders, the newest first."""
         cdef Worker worker
         found = []
         for worker in self.objects:
-            found += worker.strangers()
-        return sorted(found, key=lambda stranger: stranger.last_ns, reverse=True)
+            found += worker.refused_senders()
+        return sorted(found, key=lambda sender: sender.last_ns, reverse=True)
 
     def drops(self):
         """Return (reason, direction, packets) rows: one for each direction of each drop reason."""

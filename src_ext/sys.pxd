@@ -254,7 +254,7 @@ cdef inline void end_write(uint64_t* changes) noexcept nogil:
 cdef inline bint copy_record(
     uint64_t* changes, const void* record, void* copy, size_t n
 ) noexcept nogil:
-    """Copy record[0:n]. Return False if the thread wrote all the time."""
+    """Copy record[0:n]. Return False if the writer changed the record during every attempt."""
     cdef uint64_t before
     cdef size_t i
     cdef int _i

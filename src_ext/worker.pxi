@@ -15,7 +15,9 @@ from drops cimport DROP_REASONS_N
 from path.own_socket cimport close_senders, open_sender
 from path.queue cimport QUEUE_FRAME_DATAGRAMS
 from path.probe cimport ring_take
-from path.strangers cimport STRANGERS, copy_strangers, stranger_t, strangers_t
+from path.refused_senders cimport (
+    REFUSED_SENDERS, copy_refused_senders, refused_sender_t, refused_senders_t,
+)
 from path.turn cimport drain, drain_send_queue, epoll_register, run
 from path.worker cimport (
     EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_PROBE, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
@@ -29,7 +31,7 @@ from sys cimport (
 from wire.headers cimport VNET_LEN
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
-from udptun.model import ProbeRecord, Stranger
+from udptun.model import ProbeRecord, RefusedSender
 
 
 MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs to set on the TUN
@@ -129,13 +131,13 @@ cdef class Worker:
         store_flag(&self.w.wake_requested, 1)
         write(self.w.wake_fd, &one, 8)
 
-    def hand_over(self, int baton_fd):
-        """Wake as ``wake`` does. When ``run`` returns, write to the eventfd ``baton_fd``.
+    def hand_over(self, int successor_fd):
+        """Wake as ``wake`` does. When ``run`` returns, write to the eventfd ``successor_fd``.
 
         From then on, the worker does not use the TUN and the sockets until ``resume``. The caller
         then passes the queued datagrams to ``drain_send_queue``.
         """
-        self.w.baton_fd = baton_fd
+        self.w.successor_fd = successor_fd
         self.wake()
 
     def resume(self):
@@ -237,18 +239,18 @@ cdef class Worker:
             ))
         return found
 
-    cdef list strangers(self):
-        """Return a model.Stranger for each entry of the list of refused senders."""
-        cdef strangers_t copy
-        cdef stranger_t* item
+    cdef list refused_senders(self):
+        """Return a model.RefusedSender for each entry of the list of refused senders."""
+        cdef refused_senders_t copy
+        cdef refused_sender_t* item
         cdef uint32_t i
         found = []
-        if not copy_strangers(&self.w.strangers, &copy):
+        if not copy_refused_senders(&self.w.refused_senders, &copy):
             return found
-        for i in range(STRANGERS):
+        for i in range(REFUSED_SENDERS):
             item = &copy.items[i]
             if item.addr_len != 0:
-                found.append(Stranger(
+                found.append(RefusedSender(
                     address=item.addr[:item.addr_len], port=item.port, packets=item.packets,
                     last_ns=item.last_ns, reason=DROP_REASONS[item.reason - 1].name,
                 ))

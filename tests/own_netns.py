@@ -1,8 +1,8 @@
 """Run a test in a network namespace of its own.
 
-The test runs in a new thread that moves to a new namespace. Threads and processes that it starts
-inherit the namespace; the kernel removes it, with its devices, when the last of them has ended. For
-tests of one host only; tests of several hosts use ``udptun.lab``.
+The test runs in a new thread that moves to a new namespace. Threads and processes that the test
+starts inherit the namespace. When the last of them has ended, the kernel removes the namespace with
+its devices. Tests of several hosts use ``udptun.lab`` instead.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def run_program(command: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the system. It does not get the libraries that scripts/sanitize preloads:
-    they fail on errors of the program."""
+    """Run a system program without the libraries that scripts/sanitize preloads: they would stop it
+    on its own memory errors."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     return subprocess.run(
         command.split(), capture_output=True, text=True, check=False, env=environment

@@ -32,7 +32,7 @@ def test_equal_repairs_are_one_line_with_a_count():
     now[0] += SUMMARY_SECONDS
     repairs.summarise()
     assert said[2:] == [
-        "the route is repaired (4 more times in 60 s: another program may undo this)"]
+        "the route is repaired (4 more times in 60 s: probably another program undoes this repair)"]
     now[0] += SUMMARY_SECONDS
     repairs.summarise()
     repairs.done("the route is repaired")

@@ -276,7 +276,7 @@ class Peer(NamedTuple):
     probe       whether a route to the peer has ``probe``
     last_rx_ns  monotonic time at which it arrived, in nanoseconds; 0: none has arrived
     path_mtu_ns  monotonic time at which the path MTU was learned; 0: it is that of the interface
-    df_mtu       longer datagrams are sent without DF; 0: none are
+    df_mtu       size of the largest datagram that is sent with DF; 0: all are sent with DF
     errors_n    number of errors so far that were stored as last_error
     """
 
@@ -296,7 +296,7 @@ class Peer(NamedTuple):
     last_error: PeerError | None
 
 
-class Stranger(NamedTuple):
+class RefusedSender(NamedTuple):
     """A refused sender, whose packets were dropped as ``unknown_peer`` or ``source_port``.
 
     address  in packed form

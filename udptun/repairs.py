@@ -1,8 +1,7 @@
-"""Limit and log the repairs that one owner makes on the host. A leaf.
-
-Another program may undo each repair. Then the pause between two repairs grows up to LAST_PAUSE, so
-that the two programs do not use the whole CPU. The first of several equal repairs is logged. The
-others are counted, and logged as one line per SUMMARY_SECONDS.
+"""Limit and log the repairs of settings that other programs change. A leaf.  If another program
+undoes each repair, the pause between two repairs grows up to LAST_PAUSE, so that the two programs
+do not use the whole CPU. The first of several equal repairs is logged. The others are counted, and
+logged as one line per SUMMARY_SECONDS.
 
 Owns the pauses and the log lines. Does not depend on what is repaired. One thread.
 """
@@ -26,10 +25,8 @@ class _Logged:
 
 
 class Repairs:
-    """The repairs of one owner.
-
-    say    called with each log line
-    clock  returns monotonic seconds
+    """The repairs of one part of the program.  say    called with each log line clock  returns
+    monotonic seconds
     """
 
     def __init__(
@@ -74,8 +71,8 @@ class Repairs:
             if seconds < SUMMARY_SECONDS:
                 continue
             if logged.more_n:
-                self._say(f"{what} ({logged.more_n} more times in {seconds:.0f} s: another program"
-                          " may undo this)")
+                self._say(f"{what} ({logged.more_n} more times in {seconds:.0f} s: probably another"
+                          " program undoes this repair)")
                 self._logged[what] = _Logged(now)
             else:
                 del self._logged[what]

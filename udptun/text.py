@@ -1,9 +1,6 @@
-"""Text that others have chosen, for a log, a terminal or an HTTP answer. A leaf. Any thread.
-
-Whoever can write to the store, and every server and peer, chooses text that this host shows. Such
-text can be long, and can contain line ends, escape sequences of terminals, and characters that
-change the direction of writing.
-"""
+"""Make untrusted text safe for a log, a terminal or an HTTP answer. A leaf. Any thread.  This host
+shows text from the store, from servers and from peers. Such text can be long, and can contain line
+ends, escape sequences of terminals, and characters that change the direction of writing. """
 
 from __future__ import annotations
 
@@ -14,10 +11,9 @@ _USER = re.compile(r"^(\w+://)?[^/]*@")
 
 
 def printable(text: str, limit: int = LIMIT) -> str:
-    """Return ``text`` with escapes for all characters that are not printable, and cut.
-
-    limit  largest number of characters. If the text is cut, its length follows
-    """
+    """Return ``text``, truncated, with escapes for all characters that are not printable.  limit
+    largest number of characters. To a truncated text, "... (N characters)" is appended, where N is
+    the length of ``text`` """
     if len(text) <= limit and text.isprintable():
         return text
     shown = "".join(
@@ -29,7 +25,8 @@ def printable(text: str, limit: int = LIMIT) -> str:
 
 
 def shown(value: object) -> str:
-    """Return the repr of a value, cut. Raises RecursionError if the value is nested too deeply."""
+    """Return the repr of a value, truncated. Raises RecursionError if the value is nested too
+    deeply."""
     if isinstance(value, str | bytes) and len(value) > LIMIT:
         unit = "characters" if isinstance(value, str) else "bytes"
         return f"{value[:LIMIT]!r}... ({len(value)} {unit})"

@@ -11,7 +11,7 @@ bench/contenders/NAME.toml describes the tunnel NAME:
     device    the network device that the tunnel creates
     mtu       the MTU of the device
     profiles  optional: the profiles on which the tunnel works
-    prepare   optional: commands that run on both hosts before the start command runs on a host
+    prepare   optional: commands that run on both hosts before the first start command
     start     the command that starts the tunnel; the command must keep running
     ready     optional: a text that the start command prints when the tunnel is up. The set-up waits
               for this text and for the device; without ``ready`` it waits for the device only

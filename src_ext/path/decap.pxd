@@ -17,7 +17,7 @@ from drops cimport (
 from path.icmp_reply cimport reply_to_peer
 from path.probe cimport take_probe
 from path.send cimport read_errors
-from path.strangers cimport note_stranger
+from path.refused_senders cimport count_refused_sender
 from path.worker cimport (
     CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, count_drop,
     own_net_t, raise_event, worker_t,
@@ -307,8 +307,9 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
     if sender.refusal != PASS:
         refused = w.decap.drops[<int>sender.refusal] - refused_before
         if refused != 0:
-            note_stranger(
-                &w.strangers, sender.addr, sender.addr_len, sender.port, <uint8_t>sender.refusal,
+            count_refused_sender(
+                &w.refused_senders, sender.addr, sender.addr_len, sender.port,
+                <uint8_t>sender.refusal,
                 refused, w.now
             )
     elif sender.peer != NULL:

@@ -124,7 +124,7 @@ cdef inline int send_datagram(
     return error
 
 
-cdef inline int send_beside(
+cdef inline int send_with_spare(
     int sender, int receiver, spare_t* spare, const uint8_t* p, size_t n, const sockaddr_in6* to,
     uint32_t to_len
 ) noexcept nogil:
@@ -229,7 +229,7 @@ cdef inline drop_t take_probe(
         receiver = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
         spare = &w.spare4 if peer.addr_len == 4 else &w.spare6
         w.syscalls_send += 1
-        error = send_beside(
+        error = send_with_spare(
             sender, receiver, spare, p, n, <const sockaddr_in6*>from_, from_len
         )
         count_sent(&w.encap, error)

@@ -189,12 +189,12 @@ cdef inline bint turn(worker_t* w) noexcept nogil:
 # All turns
 
 
-cdef inline void pass_baton(worker_t* w) noexcept nogil:
+cdef inline void wake_successor(worker_t* w) noexcept nogil:
     """If the worker of another process waits for this one to stop, let that worker begin."""
     cdef uint64_t one = 1
-    if load_flag(&w.wake_requested) and w.baton_fd >= 0:
-        write(w.baton_fd, &one, 8)
-        w.baton_fd = -1
+    if load_flag(&w.wake_requested) and w.successor_fd >= 0:
+        write(w.successor_fd, &one, 8)
+        w.successor_fd = -1
 
 
 cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
@@ -234,7 +234,7 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
     release(w)
     unpin(&w.affinity)
     w.loop_returns += 1
-    pass_baton(w)
+    wake_successor(w)
 
 
 cdef inline void forward_rest(worker_t* w, uint64_t until) noexcept nogil:

@@ -14,7 +14,7 @@ from libc.stdlib cimport calloc, free
 from drops cimport DROP_REASONS_N, drop_t
 from path.affinity cimport affinity_t
 from path.queue cimport QUEUE_BYTES, QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
-from path.strangers cimport strangers_t
+from path.refused_senders cimport refused_senders_t
 from sys cimport POLLIN, POLLOUT, iovec, mmsghdr, pollfd, set_bits, sockaddr_in6, write
 from table.peer cimport peer_t
 from table.snapshot cimport snapshot_t
@@ -146,7 +146,7 @@ cdef struct worker_t:
 
     int epoll_fd                # the event loop waits on it (see turn.pxd)
     int wake_fd
-    int baton_fd                # eventfd to write when ``run`` returns for a wake-up; -1 = none
+    int successor_fd            # eventfd to write when ``run`` returns for a wake-up; -1 = none
     int tun_fd
     int udp_fd4                 # receives; -1 = no listener of this family
     int udp_fd6
@@ -225,7 +225,7 @@ cdef struct worker_t:
     uint8_t* wr_frame           # WR_FRAME bytes: the last frame written
     uint8_t icmp_out[VNET_LEN + ICMP_MAX]
     probe_ring_t probes
-    strangers_t strangers
+    refused_senders_t refused_senders
 
 
 cdef inline bint init_worker(
@@ -234,7 +234,7 @@ cdef inline bint init_worker(
     """Set the descriptors and allocate the buffers of a worker_t whose bytes are zero. Return False
     if there is no memory. The caller then calls ``free_buffers``, too."""
     cdef uint32_t i
-    w.epoll_fd = w.wake_fd = w.baton_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
+    w.epoll_fd = w.wake_fd = w.successor_fd = w.full_fd = w.spare4.fd = w.spare6.fd = -1
     w.fragmenting4.fd = w.fragmenting6.fd = -1
     w.tun_fd, w.udp_fd4, w.udp_fd6 = tun_fd, udp_fd4, udp_fd6
     w.sender4, w.sender6 = udp_fd4, udp_fd6

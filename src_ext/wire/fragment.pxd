@@ -85,8 +85,8 @@ cdef inline void fragment_at(
 
     hdr      20..60 bytes of IP header, then lead_len <= 60; its length field is ignored
     i        0..fragment_n - 1. All fragments except the last have the same payload length:
-             the MTU minus the full IP header, rounded down to 8 bytes. Later fragments can have
-             fewer options and thus space for more, but the length does not depend on this
+             the MTU minus the full IP header, rounded down to 8 bytes. If later fragments have
+             fewer options, the space that this saves is not used
     out_hdr  FRAG_HDR_MAX bytes, does not overlap hdr. Out: the first fragment's full header and
              lead, or a later fragment's header with the copied options
     out      out.data points into data

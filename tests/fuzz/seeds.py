@@ -74,12 +74,12 @@ _PEERS = [document.peer_to_json(Peer(
     addr("192.0.2.1"), 8285, 1400, 1, 2, 3, 4, None, False, 5, 6, 1300, 7,
     PeerError(111, "icmp", 3, 1, addr("192.0.2.9"), 8),
 ))]
-_HAVING = document.Having(
+_HAVING = document.StateDocument(
     generation=7, mtu=1472, off={"udp-gso": "x"}, device={"name": "udptun0", "vnet_hdr": True},
     sockets=[{"endpoint": "192.0.2.1:8285"}], peers=_PEERS, paths={"lock": "/run/udptun/lock"},
     routes="10.244.2.0/24 via 192.0.2.1",
 )
-_COUNTED = document.Counted(
+_COUNTED = document.CountersDocument(
     packets={"encap": {"read": 1}}, drops=[["no_route", "encap", 1]], peer_errors={"sent": 1},
     workers=[{"turns": 1}], peers=_PEERS, probe_counts={"sent": 1},
 )

@@ -311,8 +311,8 @@ def takeover(data: bytes) -> None:
 
 
 def _having(data: bytes) -> None:
-    having = document.load(document.Having, data)
-    assert document.load(document.Having, document.dump(having)) == having
+    having = document.load(document.StateDocument, data)
+    assert document.load(document.StateDocument, document.dump(having)) == having
     having.routes.encode()
     takeover_message.from_json(document.Device, having.device)
     for values in having.sockets:
@@ -321,7 +321,7 @@ def _having(data: bytes) -> None:
 
 
 def _counted(data: bytes) -> None:
-    counted = document.load(document.Counted, data)
+    counted = document.load(document.CountersDocument, data)
     packets = document.packets_of(counted, {"encap": {"read": 0}, "decap": {"read": 0}})
     numbers = [n for counts in packets.values() for n in counts.values()]
     assert all(0 <= n < 1 << 64 for n in (*numbers, *(n for *_, n in document.drops_of(counted))))

@@ -141,7 +141,7 @@ class Client:
     async def state(self):
         close_all(await self.channel.receive_descriptors())
         state, [fd] = await self.channel.receive(State)
-        return document.load(document.Having, read_document(fd, state.size))
+        return document.load(document.StateDocument, read_document(fd, state.size))
 
     async def ready(self, batons_n=1):
         batons = [os.eventfd(0) for _ in range(batons_n)]
@@ -165,7 +165,7 @@ async def stopped_at(side, last):
         if last == "ready":
             return
         stopped, [fd] = await client.channel.receive(Stopped)
-        counted = document.load(document.Counted, read_document(fd, stopped.size))
+        counted = document.load(document.CountersDocument, read_document(fd, stopped.size))
         assert counted.packets["encap"]["read"] > 0
 
 

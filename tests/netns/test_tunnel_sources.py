@@ -39,14 +39,14 @@ def _complement(data: bytes) -> bytes:
 
 class Ground:
     """Node 1 with its forwarder; node 2 without one, so that a test can send from its address; a
-    host that is not a peer ("stranger"). Node 3 has a route but no host: its subnet belongs to
+    host that is not a peer ("outsider"). Node 3 has a route but no host: its subnet belongs to
     another peer."""
 
     def __init__(self, lab, **options) -> None:
         self.target, self.peer = lab.host("target"), lab.host("peer")
-        self.stranger = lab.host("stranger")
-        lab.segment(self.target, self.peer, self.stranger)
-        absent = self.stranger.v4 + 100
+        self.outsider = lab.host("outsider")
+        lab.segment(self.target, self.peer, self.outsider)
+        absent = self.outsider.v4 + 100
         self.at = node(1)
         self.forwarder = Forwarder.start(
             self.target, addresses=[self.at.v4, self.at.v6], networks=[NETWORK, NETWORK6],
@@ -85,9 +85,9 @@ class Ground:
 # (sender, inner source address) -> drop reason in each mode, None for delivery. Other programs of
 # the peer's host, and its masqueraded pods, send from other ports than the peer.
 MATRIX = {
-    ("stranger", "peer's"): ("unknown_peer", "unknown_peer", None),
-    ("stranger", "nobody's"): ("unknown_peer", "unknown_peer", None),
-    ("stranger", "own"): ("unknown_peer", "unknown_peer", "own_source"),
+    ("outsider", "peer's"): ("unknown_peer", "unknown_peer", None),
+    ("outsider", "nobody's"): ("unknown_peer", "unknown_peer", None),
+    ("outsider", "own"): ("unknown_peer", "unknown_peer", "own_source"),
     ("peer", "peer's"): (None, None, None),
     ("peer", "another peer's"): ("source_not_routed", None, None),
     ("peer", "nobody's"): ("source_not_routed", None, None),
@@ -209,7 +209,7 @@ def test_random_datagrams_are_counted_as_drops(lab, offload):
     with nft_counters(ground.target, "eth0", came=f"udp dport {PORT}") as wire:
         already = ground.read()
         for i in range(0, count, 100):
-            ground.inject(ground.stranger, packets[i : i + 100])
+            ground.inject(ground.outsider, packets[i : i + 100])
             wait_for(lambda n=already + i + 100: ground.read() >= n, "the burst to be read")
         came = wire.packets()["came"]
     assert came == count

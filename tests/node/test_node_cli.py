@@ -197,11 +197,11 @@ def test_the_forward_file_is_in_the_directory_of_the_control_socket(daemon: Fake
     assert config.forward_file == Path("/run/x/forward.json")
 
 
-def test_the_socket_may_be_named_as_for_other_commands(daemon: FakeDaemon) -> None:
+def test_udptun_socket_sets_the_control_socket(daemon: FakeDaemon) -> None:
     assert parsed(daemon, UDPTUN_SOCKET="/run/x.sock").control == Path("/run/x.sock")
 
 
-def test_the_instance_names_everything_that_is_not_given(daemon: FakeDaemon) -> None:
+def test_the_instance_sets_the_default_of_each_name(daemon: FakeDaemon) -> None:
     config = parsed(daemon, "--instance=blue")
     assert config == NodeConfig(source=EtcdConfig(), instance=Instance("blue"))
     assert (config.tun, config.control, config.forward_file) == (

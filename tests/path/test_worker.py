@@ -27,7 +27,7 @@ NO_VNET = ("udp-gso", "udp-gro", "batch")  # the features that do not need tun-g
 ALL = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge", "batch")
 LOCAL = "127.0.0.1"
 PEERS = ("127.0.0.2", "127.0.0.3")
-STRANGER = "127.0.0.9"
+OUTSIDER = "127.0.0.9"
 TUN4, TUN6 = ipaddress.ip_address("10.244.1.0"), ipaddress.ip_address("fd00:1::")
 UDP_SEGMENT, UDP_GRO = 103, 104
 
@@ -59,7 +59,7 @@ class Rig:
             self.udp.setsockopt(*option)
         if "udp-gro" in features:
             self.udp.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
-        self.outside = {a: self.bound(a) for a in (*PEERS, STRANGER)}
+        self.outside = {a: self.bound(a) for a in (*PEERS, OUTSIDER)}
         # The first peer sends from other ports, too: ports[0] is one from which it may send, and
         # the table does not name ports[1].
         self.ports = [self.bound(PEERS[0]) for _ in range(2)]
@@ -303,7 +303,7 @@ def test_decap_equals_reference(without, source_check):
                     seq += len(data)
                 if rng.random() < 0.05:
                     datagram += bytes(rng.randrange(9))
-                sender = rng.choice((PEERS[0], PEERS[0], PEERS[1], STRANGER))
+                sender = rng.choice((PEERS[0], PEERS[0], PEERS[1], OUTSIDER))
                 from_ = rig.outside[sender]
                 if sender == PEERS[0] and rng.random() < 0.3:
                     from_ = rng.choice(rig.ports)
@@ -522,7 +522,7 @@ def test_arbitrary_bytes_both_ways_keep_the_invariant():
     with Rig(source_check="off") as rig:
         for _ in range(300):
             for _ in range(10):
-                rig.send(STRANGER, rng.randbytes(rng.randrange(200)))
+                rig.send(OUTSIDER, rng.randbytes(rng.randrange(200)))
                 rig.write(rng.randbytes(rng.randrange(10, 200)))
             rig.work()
             rig.check_invariant()

@@ -1,4 +1,4 @@
-"""What a worker says of datagrams that do not arrive: errors of peers, strangers, recursion.
+"""What a worker says of datagrams that do not arrive: errors of peers, refused senders, recursion.
 
 A socket pair replaces the TUN; UDP uses loopback, as in test_worker.py.
 """
@@ -14,13 +14,13 @@ import pytest
 
 from tests import reference
 from tests.own_netns import in_own_netns, sh
-from tests.path.test_worker import ALL, PEERS, STRANGER, TUN4, TUN6, Rig, arrived
+from tests.path.test_worker import ALL, OUTSIDER, PEERS, TUN4, TUN6, Rig, arrived
 from tests.reference.packet import FRAGMENT
 from tests.wire.craft import UDP, Flow, addr, ip4, ip6
 from udptun import _core
 from udptun.drops import DECAP, ENCAP
 from udptun.forwarder import peer_errors
-from udptun.model import Endpoint, PeerError, Route, Stranger
+from udptun.model import Endpoint, PeerError, RefusedSender, Route
 
 DEADLINE_SECONDS = 60
 CLOSED_PORT = 9  # nothing listens there in a network namespace of its own
@@ -314,7 +314,7 @@ def test_ipv6_packets_of_1280_bytes_leave_in_fragments():
         rig.check_invariant()
 
 
-# Strangers
+# Refused senders
 
 
 def test_unknown_senders_are_named():
@@ -325,24 +325,24 @@ def test_unknown_senders_are_named():
             sender.sendto(flow.udp(b"x"), rig.udp.getsockname())
             rig.work()
         for _ in range(2):
-            rig.send(STRANGER, flow.udp(b"x"))
+            rig.send(OUTSIDER, flow.udp(b"x"))
             rig.work()
-        found = rig.core.strangers()
+        found = rig.core.refused_senders()
         assert len(found) == 8  # the two that were silent for the longest time are gone
         newest = found[0]
-        assert (newest.address, newest.packets) == (addr(STRANGER), 2)
-        assert newest.port == rig.outside[STRANGER].getsockname()[1]
+        assert (newest.address, newest.packets) == (addr(OUTSIDER), 2)
+        assert newest.port == rig.outside[OUTSIDER].getsockname()[1]
         assert [s.address for s in found[1:]] == [addr(f"127.0.1.{i}") for i in range(10, 3, -1)]
         assert all(s.packets == 1 for s in found[1:])
         assert rig.drops() == {("unknown_peer", DECAP): 12}
 
 
-def test_a_peer_and_a_malformed_datagram_make_no_stranger():
+def test_a_peer_and_a_malformed_datagram_make_no_outsider():
     with Rig() as rig:
         rig.send(PEERS[0], Flow(src=addr("10.244.9.5"), dst=addr("10.244.1.9")).udp(b"x"))
-        rig.send(STRANGER, b"\x45")
+        rig.send(OUTSIDER, b"\x45")
         rig.work()
-        assert rig.core.strangers() == []
+        assert rig.core.refused_senders() == []
 
 
 def test_a_sender_with_the_wrong_port_is_named_and_is_not_the_peer():
@@ -353,8 +353,8 @@ def test_a_sender_with_the_wrong_port_is_named_and_is_not_the_peer():
         rig.send(PEERS[0], b"", rig.ports[1])  # a keepalive
         rig.work()
         assert rig.drops() == {("source_port", DECAP): 2, ("short_packet", DECAP): 1}
-        (found,) = rig.core.strangers()
-        assert found._replace(last_ns=0) == Stranger(
+        (found,) = rig.core.refused_senders()
+        assert found._replace(last_ns=0) == RefusedSender(
             addr(PEERS[0]), rig.ports[1].getsockname()[1], 2, 0, "source_port")
         row = peer_at(rig, rig.outside[PEERS[0]].getsockname())
         assert (row.decap_packets, row.decap_bytes, row.last_seen) == (0, 0, None)

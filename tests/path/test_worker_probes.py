@@ -14,7 +14,7 @@ import time
 import pytest
 
 from tests import reference
-from tests.path.test_worker import ALL, LOCAL, PEERS, STRANGER, UDP_SEGMENT, Rig, probe_row
+from tests.path.test_worker import ALL, LOCAL, OUTSIDER, PEERS, UDP_SEGMENT, Rig, probe_row
 from tests.reference import Probe, build_probe
 from tests.wire.craft import Flow, addr
 from udptun import _core
@@ -90,8 +90,8 @@ def test_a_reply_is_of_the_requests_size_and_carries_nothing_of_its_padding():
 
 
 @pytest.mark.parametrize("source_check", ["strict", "peer", "off"])
-@pytest.mark.parametrize("sender, reason", [(STRANGER, "unknown_peer"), (PEERS[1], "bad_version")])
-def test_a_stranger_and_a_peer_that_is_not_to_be_probed_get_no_answer(
+@pytest.mark.parametrize("sender, reason", [(OUTSIDER, "unknown_peer"), (PEERS[1], "bad_version")])
+def test_a_outsider_and_a_peer_that_is_not_to_be_probed_get_no_answer(
     sender, reason, source_check
 ):
     with Rig(source_check=source_check) as rig:
@@ -291,7 +291,7 @@ def test_hostile_probes_keep_the_invariant():
                 for _ in range(rng.randrange(4)):
                     message[rng.randrange(24)] = rng.randrange(256)
                 del message[rng.choice((len(message), rng.randrange(len(message)))):]
-                rig.send(rng.choice((PEERS[0], PEERS[1], STRANGER)), bytes(message))
+                rig.send(rng.choice((PEERS[0], PEERS[1], OUTSIDER)), bytes(message))
             rig.work()
             rig.check_invariant()
             rig.core.take_probes()

@@ -22,7 +22,7 @@ WORKERS = 3
 CHANGES = 300
 DEADLINE_SECONDS = 60
 IP_RECVERR = 11
-PEER, OTHER, STRANGER = "127.0.0.2", "127.0.0.3", "127.0.0.9"
+PEER, OTHER, OUTSIDER = "127.0.0.2", "127.0.0.3", "127.0.0.9"
 
 
 class Threads:
@@ -36,7 +36,7 @@ class Threads:
                       for _ in range(WORKERS)]
         self.udp = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(WORKERS)]
         self.outside = {a: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                        for a in (PEER, STRANGER)}
+                        for a in (PEER, OUTSIDER)}
         for sock in self.udp:
             sock.bind(("127.0.0.1", 0))
             sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
@@ -90,7 +90,7 @@ class Threads:
             try:
                 tun.send(out[turn % len(out)])
                 self.outside[PEER].sendto((inside, probe)[turn % 2], to)
-                self.outside[STRANGER].sendto(inside, to)
+                self.outside[OUTSIDER].sendto(inside, to)
                 while True:
                     tun.recv(1 << 16)
             except BlockingIOError:
@@ -106,7 +106,7 @@ class Threads:
         for worker in self.workers:
             for read in (worker.counters, worker.take_events, worker.in_use):
                 read()
-        return core.take_probes(), core.strangers(), [p for p in core.peers() if p.errors_n]
+        return core.take_probes(), core.refused_senders(), [p for p in core.peers() if p.errors_n]
 
 
 def exercise(rig):
@@ -114,7 +114,7 @@ def exercise(rig):
     threads += [threading.Thread(target=rig.load, args=(i,)) for i in range(WORKERS)]
     for thread in threads:
         thread.start()
-    seen = {"probes": False, "strangers": False, "errors": False}
+    seen = {"probes": False, "refused senders": False, "errors": False}
     end = time.monotonic() + DEADLINE_SECONDS
     changes = 0
     try:
@@ -140,8 +140,8 @@ def exercise(rig):
         ), direction
     drops = {reason for reason, _, n in rig.core.drops() if n}
     assert {"recursion", "unknown_peer", "no_route"} <= drops
-    assert {ipaddress.ip_address(s.address) for s in rig.core.strangers()} == {
-        ipaddress.ip_address(STRANGER)
+    assert {ipaddress.ip_address(s.address) for s in rig.core.refused_senders()} == {
+        ipaddress.ip_address(OUTSIDER)
     }
 
 

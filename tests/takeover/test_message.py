@@ -7,8 +7,8 @@ import pytest
 from udptun.model import Peer, PeerError
 from udptun.takeover import message
 from udptun.takeover.document import (
-    Counted,
-    Having,
+    CountersDocument,
+    StateDocument,
     drops_of,
     dump,
     load,
@@ -40,8 +40,8 @@ def test_unknown_fields_are_ignored_and_missing_ones_have_their_default():
     text = json.dumps({"type": "hello", "pid": 3, "of-a-later-version": [1]}).encode()
     assert decode(text) == Hello(pid=3)
     assert decode(b'{"type": "of-a-later-version"}') is None
-    assert load(Having, b'{"mtu": 1400, "later": {}}') == Having(mtu=1400)
-    assert load(Counted, b"{}") == Counted()
+    assert load(StateDocument, b'{"mtu": 1400, "later": {}}') == StateDocument(mtu=1400)
+    assert load(CountersDocument, b"{}") == CountersDocument()
 
 
 @pytest.mark.parametrize("text", [
@@ -61,7 +61,7 @@ def test_a_wrong_message_is_refused(text):
 ])
 def test_a_wrong_document_is_refused(text):
     with pytest.raises(TakeOverError):
-        load(Having, text)
+        load(StateDocument, text)
 
 
 @pytest.mark.parametrize("values", [
@@ -71,15 +71,15 @@ def test_a_wrong_document_is_refused(text):
 ])
 def test_wrong_counters_are_refused(values):
     with pytest.raises(TakeOverError, match=next(iter(values))):
-        load(Counted, json.dumps(values).encode())
+        load(CountersDocument, json.dumps(values).encode())
 
 
 @pytest.mark.parametrize("row", [[], ["no_route", "encap"], ["no_route", "encap", -1], [1, "x", 1]])
 def test_a_wrong_row_of_drops_is_refused(row):
     with pytest.raises(TakeOverError, match="drops"):
-        drops_of(Counted(drops=[["no_route", "encap", 1], row]))
+        drops_of(CountersDocument(drops=[["no_route", "encap", 1], row]))
     rows = [["no_route", "encap", 1, "later"]]
-    assert drops_of(Counted(drops=rows)) == [("no_route", "encap", 1)]
+    assert drops_of(CountersDocument(drops=rows)) == [("no_route", "encap", 1)]
 
 
 def test_the_newest_common_version_is_used(monkeypatch):
@@ -118,5 +118,6 @@ def test_a_wrong_peer_is_refused(field, values):
 
 
 def test_counters_that_this_version_does_not_have_are_left_out():
-    counted = load(Counted, dump(Counted(packets={"encap": {"read": 3, "x": 1}, "y": {"read": 1}})))
+    packets = {"encap": {"read": 3, "x": 1}, "y": {"read": 1}}
+    counted = load(CountersDocument, dump(CountersDocument(packets=packets)))
     assert packets_of(counted, {"encap": {"read": 0, "generated": 0}}) == {"encap": {"read": 3}}

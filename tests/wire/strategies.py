@@ -132,7 +132,7 @@ ODD_HEADERS = [
 ]
 ODD_NUMBERS = [(1, 0), (-1, 0), (1400, 0), (0, 1), (0, -1), (0, 1000)]  # of seq and IPv4 id
 # Packets of no flow above, or with hidden ports.
-STRANGERS = [
+OUTSIDERS = [
     *(ip4(NOISE[:64], proto, flags=word)
       for proto in (6, 17, ICMP) for word in (0x2000, 1, 0x2001)),
     *(ip4(NOISE[:64], proto) for proto in (ICMP, 47)),
@@ -150,15 +150,15 @@ def arrivals(draw, max_size=40):
     with any other packets between them. All pass check_packet."""
     chosen = draw(st.lists(st.sampled_from(FLOWS), min_size=1, max_size=3))
     size = draw(st.sampled_from([1, 2, 99, 100, 1400]))
-    odd = st.sampled_from([None] * 12 + ["field", "header", "number", "size", "stranger"])
+    odd = st.sampled_from([None] * 12 + ["field", "header", "number", "size", "outsider"])
     expected = {}  # the seq and id that continue a flow
     arrived = []
     for _ in range(draw(st.integers(0, max_size))):
         flow, tcp, event = draw(st.sampled_from(chosen)), draw(st.booleans()), draw(odd)
         seq, ident = expected.get((flow, tcp), (2**32 - 500, 65530))
         key, fields, length = (flow, tcp), {}, size
-        if event == "stranger":
-            arrived.append(draw(st.sampled_from(STRANGERS)))
+        if event == "outsider":
+            arrived.append(draw(st.sampled_from(OUTSIDERS)))
             continue
         if event == "field":
             fields = draw(st.sampled_from(ODD_FIELDS))

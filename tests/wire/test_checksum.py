@@ -26,7 +26,7 @@ def test_empty(impl):
     assert impl.checksum(b"", 0xABCD) == 0xABCD
 
 
-def test_zero_only_from_zeros(impl):
+def test_the_sum_is_zero_only_if_all_bytes_are_zero(impl):
     assert impl.checksum(bytes(64)) == 0
     assert impl.checksum(b"\xff" * 64) == 0xFFFF
     assert impl.checksum(b"\xff\xff", 0xFFFF) == 0xFFFF

@@ -16,7 +16,7 @@ from udptun.model import Endpoint, Route
 PEER = Endpoint.parse("192.0.2.2:8285")
 OTHER = Endpoint.parse("192.0.2.3:9000")
 PEER6 = Endpoint.parse("[2001:db8::2]:8285")
-STRANGER = Endpoint.parse("203.0.113.66:8285")
+OUTSIDER = Endpoint.parse("203.0.113.66:8285")
 NAT = Endpoint.parse("192.0.2.5:4000")  # one route lets this peer send from this port
 ROUTES = [
     Route.make("10.244.0.0/16", "192.0.2.3", 9000),
@@ -212,11 +212,11 @@ def test_from_a_peer():
         (OTHER, "10.244.2.9", "source_not_routed", None, None),  # a longer prefix is PEER's
         (OTHER, "192.0.2.2", "source_not_routed", None, None),
         (PEER, "198.51.100.1", "source_not_routed", None, None),
-        (STRANGER, "10.244.2.9", "unknown_peer", "unknown_peer", None),
-        (STRANGER, "203.0.113.66", "unknown_peer", "unknown_peer", None),
+        (OUTSIDER, "10.244.2.9", "unknown_peer", "unknown_peer", None),
+        (OUTSIDER, "203.0.113.66", "unknown_peer", "unknown_peer", None),
         (PEER, "10.244.1.0", "own_source", "own_source", "own_source"),
         (PEER, "192.0.2.1", "own_source", "own_source", "own_source"),
-        (STRANGER, "10.244.1.0", "unknown_peer", "unknown_peer", "own_source"),
+        (OUTSIDER, "10.244.1.0", "unknown_peer", "unknown_peer", "own_source"),
         (PEER, "fd00:2::5", None, None, None),
         (PEER6, "fd00:3::5", None, None, None),
         (PEER6, "fd00:2::5", "source_not_routed", None, None),
@@ -274,7 +274,7 @@ def test_what_may_be_reached(inner, admitted):
 )
 def test_malformed_datagrams(datagram, reason):
     forwarder = make(source_check="off")
-    assert forwarder.decap(STRANGER, datagram).packet is None
+    assert forwarder.decap(OUTSIDER, datagram).packet is None
     assert forwarder.drops == {(reason, DECAP): 1}
     check_invariant(forwarder)
 
@@ -298,7 +298,7 @@ def test_time_exceeded_is_sent_through_the_tunnel(version, ttl):
 def test_no_route_for_the_error():
     forwarder = make(source_check="off")
     packet = ip4(b"x", UDP, "198.51.100.7", A4, ttl=1)
-    assert not forwarder.decap(STRANGER, packet).icmp
+    assert not forwarder.decap(OUTSIDER, packet).icmp
     check_invariant(forwarder)
 
 
@@ -335,7 +335,7 @@ REQUEST, REPLY = (Probe(kind, 7, 8, 100) for kind in (1, 2))
     [
         (PEER, None), (PEER6, None),
         (OTHER, "bad_version"),  # a peer whose routes have no ``probe``
-        (STRANGER, "unknown_peer"),
+        (OUTSIDER, "unknown_peer"),
     ],
 )
 def test_who_is_answered(sender, reason, source_check):
@@ -364,7 +364,7 @@ def test_who_is_answered(sender, reason, source_check):
                   strategies.payloads()),
     ), max_size=5),
     st.lists(st.tuples(
-        st.sampled_from([PEER, OTHER, PEER6, STRANGER]),
+        st.sampled_from([PEER, OTHER, PEER6, OUTSIDER]),
         st.one_of(
             strategies.packets(), strategies.mutated(strategies.packets()), strategies.noise,
             strategies.probe_bytes(), strategies.mutated(strategies.probe_bytes()),

@@ -115,19 +115,22 @@ class GoCommand(click.Command):
     """A command whose options have Go's syntax. ``Bool`` and ``Level`` flags need no value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(self._spelled_so_far(ctx, args)))
+        return super().parse_args(ctx, list(self._normalised_if_complete(ctx, args)))
 
-    def _spelled_so_far(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Yield what ``_spelled`` yields. While a shell completes a command line, the end of the
-        line may be missing. So ignore usage errors then."""
+    def _normalised_if_complete(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
+        """Yield the arguments of ``_normalised``.
+
+        While a shell completes a command line, the end of the line may be missing. In this case,
+        ignore usage errors.
+        """
         try:
-            yield from self._spelled(ctx, args)
+            yield from self._normalised(ctx, args)
         except click.UsageError:
             if not ctx.resilient_parsing:
                 raise
 
-    def _spelled(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Yield each flag and its value as one argument, a form that click cannot misread."""
+    def _normalised(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
+        """Yield each flag and its value as one argument, which click cannot misread."""
         flags = {opt.lstrip("-"): param for param in self.get_params(ctx) for opt in param.opts}
         words = deque(args)
         while words:

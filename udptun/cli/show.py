@@ -111,7 +111,7 @@ def drops(
     echo_table(["REASON", "DIRECTION", "PACKETS"], shown, no_headers)
     for drop in found:
         for source in drop.get("sources", ()):
-            click.echo(_stranger(drop["reason"], source))
+            click.echo(_refused_sender(drop["reason"], source))
 
 
 @click.command()
@@ -134,7 +134,7 @@ def events(ctx: click.Context, watch: bool, output: str) -> None:
         sys.exit(130)  # Ctrl-C is the normal end; shells use this exit code for it
 
 
-def _stranger(reason: str, source: dict[str, Any]) -> str:
+def _refused_sender(reason: str, source: dict[str, Any]) -> str:
     return (
         f"{reason}: {source['packets']} packets from {source['address']} port {source['port']}, "
         f"the last one {_duration(source['last_seen_seconds'])} ago"

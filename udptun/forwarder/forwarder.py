@@ -31,7 +31,7 @@ from ..model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, R
 from ..net.local import local_addresses, underlay_mtu
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
-from ..takeover.document import Counted, drops_of, packets_of, peer_from_json
+from ..takeover.document import CountersDocument, drops_of, packets_of, peer_from_json
 from . import preload
 from .config import ForwarderConfig
 from .giving import (
@@ -428,7 +428,7 @@ class Forwarder:
         return taking.batons(self.config.workers_n)
 
     def _inherit_counts(
-        self, counted: Counted, core: _core.Core, workers: Workers
+        self, counted: CountersDocument, core: _core.Core, workers: Workers
     ) -> None:
         """Continue the counters of the other forwarder, whose workers have stopped."""
         core.inherit(

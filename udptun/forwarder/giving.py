@@ -30,7 +30,7 @@ from ..files import FileLock
 from ..net.udp import UdpSocket
 from ..takeover import document
 from ..takeover.channel import Channel, Ended, write_document
-from ..takeover.document import Counted, Device, Having, Socket
+from ..takeover.document import CountersDocument, Device, Socket, StateDocument
 from ..takeover.kept import tun_name, udp_name
 from ..takeover.message import (
     DESCRIPTORS,
@@ -242,12 +242,12 @@ class Giver:
             parts.probes.start()
             raise
 
-    def _having(self, table: bytes) -> Having:
+    def _having(self, table: bytes) -> StateDocument:
         parts = self._parts
         tun = parts.tun
         lost = {name: cause for name, cause in parts.capabilities.off.items()
                 if name in parts.capabilities.found}
-        return Having(
+        return StateDocument(
             generation=parts.routes.generation, mtu=parts.mtu, off=lost,
             device=asdict(Device(
                 name=tun.name, vnet_hdr=tun.vnet_hdr, features=sorted(tun.features), off=tun.off)),
@@ -261,9 +261,9 @@ class Giver:
             paths={name: str(each.path) for name, each in parts.files().items()},
         )
 
-    def _counted(self) -> Counted:
+    def _counted(self) -> CountersDocument:
         parts = self._parts
-        return Counted(
+        return CountersDocument(
             packets=parts.core.packets(), drops=[list(row) for row in parts.core.drops() if row[2]],
             peer_errors=parts.core.peer_errors(),
             workers=[dict(counters) for counters in parts.workers.counters()],

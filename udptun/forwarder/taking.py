@@ -26,7 +26,7 @@ from ..model import Endpoint, Peer
 from ..net.udp import UdpSocket
 from ..takeover import document
 from ..takeover.channel import Channel, Ended, close_all, read_document
-from ..takeover.document import Counted, Device, Having, Socket
+from ..takeover.document import CountersDocument, Device, Socket, StateDocument
 from ..takeover.kept import tun_name, udp_name
 from ..takeover.message import (
     EVERYTHING,
@@ -56,7 +56,7 @@ class Taking:
     """
 
     def __init__(
-        self, channel: Channel, descriptors: dict[str, int], state: State, having: Having
+        self, channel: Channel, descriptors: dict[str, int], state: State, having: StateDocument
     ) -> None:
         self.state, self.having = state, having
         self._channel = channel
@@ -86,7 +86,7 @@ class Taking:
             async with asyncio.timeout(ANSWER_SECONDS):
                 descriptors = await channel.receive_descriptors()
                 state, fds = await channel.receive(State)
-            having = document.load(Having, read_document(fds[0], state.size))
+            having = document.load(StateDocument, read_document(fds[0], state.size))
         except BaseException as error:
             close_all(descriptors)
             channel.close()
@@ -175,7 +175,7 @@ class Taking:
         self._batons = [os.eventfd(0, flags) for _ in range(workers_n)]
         return self._batons
 
-    async def go(self) -> Counted:
+    async def go(self) -> CountersDocument:
         """Let the other workers stop and ours begin. Return what the other forwarder counted.
 
         If the other forwarder ends in the meantime, our workers begin nevertheless, and the counts
@@ -189,10 +189,10 @@ class Taking:
             log.warning("the running forwarder ended during the take-over: its counters are lost")
             for baton in self._batons:
                 os.eventfd_write(baton, 1)
-            return Counted()
+            return CountersDocument()
         except TimeoutError:
             raise TakeOverError("the running forwarder did not stop its workers") from None
-        return document.load(Counted, read_document(fds[0], stopped.size))
+        return document.load(CountersDocument, read_document(fds[0], stopped.size))
 
     async def done(self) -> None:
         """Confirm. From now on, this forwarder is the one that runs."""

@@ -117,19 +117,19 @@ class View:
         ]
         for row in rows:
             if row["reason"] in ("unknown_peer", "source_port"):
-                row["sources"] = self._strangers(row["reason"])
+                row["sources"] = self._refused_senders(row["reason"])
         return rows
 
-    def _strangers(self, reason: str) -> list[dict[str, Any]]:
+    def _refused_senders(self, reason: str) -> list[dict[str, Any]]:
         """Return the last few senders whose last packet was dropped for this reason."""
         now = time.monotonic_ns()
         return [
             {
-                "address": str(ipaddress.ip_address(stranger.address)), "port": stranger.port,
-                "packets": stranger.packets,
-                "last_seen_seconds": round(max(0, now - stranger.last_ns) / 1e9, 3),
+                "address": str(ipaddress.ip_address(sender.address)), "port": sender.port,
+                "packets": sender.packets,
+                "last_seen_seconds": round(max(0, now - sender.last_ns) / 1e9, 3),
             }
-            for stranger in self.core.strangers() if stranger.reason == reason
+            for sender in self.core.refused_senders() if sender.reason == reason
         ]
 
     def counters(self) -> dict[str, Any]:

@@ -106,20 +106,20 @@ def _show(lab: Lab, screen: Screen, seconds: int) -> bool:
     screen.title("udptun demo: two hosts, a pod behind each, one tunnel between them")
     a, b = lab.host("a"), lab.host("b")
     lab.link(a, b)
-    at_a, at_b = node(1), node(2)
-    pods = a.pod(str(at_a.subnet)), b.pod(str(at_b.subnet))
-    screen.say(screen.paint("36", _picture(a, b, at_a, at_b)))
+    node_a, node_b = node(1), node(2)
+    pods = a.pod(str(node_a.subnet)), b.pod(str(node_b.subnet))
+    screen.say(screen.paint("36", _picture(a, b, node_a, node_b)))
     screen.step("hosts", "4 network namespaces, joined by veths of MTU 1500")
-    _start(a, at_a, f"{at_b.subnet} via {b.v4}", screen)
-    _start(b, at_b, f"{at_a.subnet} via {a.v4}", screen)
+    _start(a, node_a, f"{node_b.subnet} via {b.v4}", screen)
+    _start(b, node_b, f"{node_a.subnet} via {a.v4}", screen)
 
     screen.say()
-    far_pod = at_b.subnet[2]
+    far_pod = node_b.subnet[2]
     pings = [
-        _ping(screen, "ping host a -> host b", a, at_b.v4),
+        _ping(screen, "ping host a -> host b", a, node_b.v4),
         _ping(screen, "ping pod a -> pod b", pods[0], far_pod),
     ]
-    tunnel = _tcp(screen, "TCP over udptun", (b, a), at_b.v4, seconds)
+    tunnel = _tcp(screen, "TCP over udptun", (b, a), node_b.v4, seconds)
     kernel: Throughput | None = None
     kernel_ping: Ping | None = None
     try:
@@ -141,19 +141,19 @@ def _show(lab: Lab, screen: Screen, seconds: int) -> bool:
     return all(p.received == p.sent for p in pings)
 
 
-def _picture(a: Host, b: Host, at_a: Node, at_b: Node) -> str:
+def _picture(a: Host, b: Host, node_a: Node, node_b: Node) -> str:
     width = 27
     rows = (
         ("host a", f"UDP {PORT}", "host b"),
         (f"{a.v4}", "=" * 13, f"{b.v4}"),
-        (f"TUN {at_a.v4}", "IP packets", f"TUN {at_b.v4}"),
+        (f"TUN {node_a.v4}", "IP packets", f"TUN {node_b.v4}"),
     )
     lines = [
         f"  |{left:^{width}}|{middle:^15}|{right:^{width}}|" for left, middle, right in rows
     ]
     edge = f"  +{'-' * width}+{'':15}+{'-' * width}+"
     down = f"   {'|':^{width}} {'':15} {'|':^{width}}"
-    pods = f"   {f'pod {at_a.subnet[2]}':^{width}} {'':15} {f'pod {at_b.subnet[2]}':^{width}}"
+    pods = f"   {f'pod {node_a.subnet[2]}':^{width}} {'':15} {f'pod {node_b.subnet[2]}':^{width}}"
     return "\n".join(["", edge, *lines, edge, down.rstrip(), pods.rstrip(), ""])
 
 

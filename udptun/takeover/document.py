@@ -38,7 +38,7 @@ class Socket:
 
 
 @dataclass(frozen=True, slots=True)
-class Having:
+class StateDocument:
     """What the running forwarder has, apart from its descriptors and the route table.
 
     mtu     MTU of the TUN
@@ -59,7 +59,7 @@ class Having:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class CountersDocument:
     """The last values of everything that the running forwarder counts and measures.
 
     packets, drops, peer_errors  as Core returns them
@@ -80,10 +80,10 @@ class Counted:
     events: list[dict[str, Any]] = field(default_factory=list)
 
 
-D = TypeVar("D", Having, Counted)
+D = TypeVar("D", StateDocument, CountersDocument)
 
 
-def dump(document: Having | Counted) -> bytes:
+def dump(document: StateDocument | CountersDocument) -> bytes:
     return json.dumps(asdict(document)).encode()
 
 
@@ -155,7 +155,7 @@ def _wrong(name: str, value: Any, expected: str) -> TakeOverError:
     return TakeOverError(f"the document: {name}: {text}: expected {expected}")
 
 
-def drops_of(counted: Counted) -> list[tuple[str, str, int]]:
+def drops_of(counted: CountersDocument) -> list[tuple[str, str, int]]:
     """Return the rows of ``drops``: reason, direction, number. Raises TakeOverError."""
     for row in counted.drops:
         if len(row) < 3 or not has_type(row[:2], list[str]) or not has_type(row[2], int):
@@ -164,7 +164,7 @@ def drops_of(counted: Counted) -> list[tuple[str, str, int]]:
 
 
 def packets_of(
-    counted: Counted, directions: dict[str, dict[str, int]]
+    counted: CountersDocument, directions: dict[str, dict[str, int]]
 ) -> dict[str, dict[str, int]]:
     """Return the packet counters of the directions and kinds that both versions have."""
     return {

@@ -1,4 +1,5 @@
-"""The meters on a real kernel: bound sockets and echoes on the loopback device."""
+"""The classes that measure the path to a peer (BoundMeter: probes, EchoMeter: ICMP echoes), with a
+real kernel, on the loopback device."""
 
 from __future__ import annotations
 
@@ -110,11 +111,11 @@ def test_an_echo_is_as_large_as_a_probe():
 
 
 @in_own_netns
-async def test_only_requests_of_known_peers_are_answered_once():
+async def test_a_request_is_answered_once_if_its_sender_is_a_known_peer():
     with bound(A[4]) as (meter, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outsider:
         peer.bind(("127.2.0.0", 9000))
-        stranger.bind(("127.2.0.0", 9001))
+        outsider.bind(("127.2.0.0", 9001))
         meter.add(B[4], 9000, MTU)
 
         def request(path=VXLAN_PATH, size=HEADER_SIZE, kind=REQUEST, token=7):
@@ -124,8 +125,8 @@ async def test_only_requests_of_known_peers_are_answered_once():
         peer.sendto(b"no probe", to)
         peer.sendto(request(path=UDP_PATH), to)  # sent on another path
         peer.sendto(request()[:-1], to)
-        peer.sendto(request(kind=2), to)  # a reply to nothing
-        stranger.sendto(request(), to)
+        peer.sendto(request(kind=2), to)  # a reply without a request
+        outsider.sendto(request(), to)
         peer.sendto(request(size=1000, token=8), to)
         peer.setblocking(False)
         answers = []
@@ -138,20 +139,20 @@ async def test_only_requests_of_known_peers_are_answered_once():
 
         await until(received, "one reply")
         with pytest.raises(BlockingIOError):
-            stranger.setblocking(False)
-            stranger.recv(2000)
+            outsider.setblocking(False)
+            outsider.recv(2000)
 
 
 @in_own_netns
-async def test_a_message_of_a_stranger_is_not_parsed(monkeypatch):
+async def test_a_message_of_a_outsider_is_not_parsed(monkeypatch):
     parsed = []
     monkeypatch.setattr("udptun.node.paths.bound.decode", parsed.append)
     with bound(A[4]) as (meter, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outsider:
         peer.bind(("127.2.0.0", 9000))
-        stranger.bind(("127.2.0.0", 9001))
+        outsider.bind(("127.2.0.0", 9001))
         meter.add(B[4], 9000, MTU)
-        stranger.sendto(b"of a stranger", (str(A[4]), PORT))
+        outsider.sendto(b"of a outsider", (str(A[4]), PORT))
         peer.sendto(b"of the peer", (str(A[4]), PORT))
         await until(lambda: parsed, "the peer's message")
         assert parsed == [b"of the peer"]
@@ -191,7 +192,7 @@ def health(meter):
 
 
 @in_own_netns
-async def test_a_port_in_use_says_nothing_about_the_paths():
+async def test_if_the_port_is_in_use_the_state_of_the_paths_is_unknown():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, \
             bound(A[4]) as (meter, changes), bound(B[4].network_address, 9000) as (peer, _):
         other.bind((str(A[4]), PORT + 1))
@@ -235,7 +236,7 @@ async def test_the_kernel_of_a_peer_answers_echoes(version):
 
 
 @in_own_netns
-async def test_data_of_a_peer_that_drops_echoes_show_that_it_is_there():
+async def test_a_peer_that_drops_echoes_is_reachable_while_its_data_arrive():
     sh("sysctl -qw net.ipv4.icmp_echo_ignore_all=1")
     meter = EchoMeter(4, lambda _: None)
     meter.check()
@@ -250,7 +251,7 @@ async def test_data_of_a_peer_that_drops_echoes_show_that_it_is_there():
 
 
 @in_own_netns
-async def test_without_the_privilege_nothing_is_claimed(monkeypatch):
+async def test_without_cap_net_raw_the_state_is_unknown(monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -264,7 +265,7 @@ async def test_without_the_privilege_nothing_is_claimed(monkeypatch):
     assert "Operation not permitted" in meter.error
 
 
-async def test_a_slow_look_for_traffic_does_not_count_our_probes(monkeypatch, tmp_path):
+async def test_own_probes_do_not_count_as_traffic_if_the_kernel_answers_late(monkeypatch, tmp_path):
     clock, busy = [1000.0], []
     monkeypatch.setattr(meters_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     used_at = 999.0

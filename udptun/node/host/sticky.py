@@ -1,11 +1,8 @@
-"""Keeps the chosen underlay addresses for as long as they are on this host.
-
-Owns: the time since an address of the former choice is gone, and the decision to take another one.
-``interface`` makes the choice. One asyncio loop.
-
-A published address is this node's identity for the other nodes. A new default route, for example
-of a VPN, or an address that is gone for a moment must not change it.
-"""
+"""Keeps the chosen underlay addresses for as long as they are on this host.  Owns: the time at
+which a chosen address disappeared, and the decision to choose another address. ``interface`` makes
+the choice. One asyncio loop.  The other nodes identify this node by its published address. So a new
+default route, for example of a VPN, or an address that is missing for a moment must not change the
+choice. """
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from .interface import NoInterface, Underlay, choose
 
 
 class UnderlayChoice:
-    """grace_s  seconds to wait before another address is taken"""
+    """grace_s  seconds to wait before another address is chosen"""
 
     def __init__(self, netlink: Netlink, grace_s: float) -> None:
         self._netlink = netlink
@@ -33,8 +30,8 @@ class UnderlayChoice:
     ) -> Underlay:
         """Return the underlay; see ``interface.choose``.
 
-        Raises NoInterface also if an address of the former choice is gone and the time to wait for
-        it is not over. So the caller has to call again.
+        Also raises NoInterface if a chosen address has been missing for less than ``grace_s``. The
+        caller has to call again later.
         """
         wanted = [address for address in former if address.version in versions]
         local = {address for one in await interfaces(self._netlink) for address in one.addresses}
@@ -46,7 +43,7 @@ class UnderlayChoice:
             self._gone_since = now
         if self._gone_since is not None and now - self._gone_since < self._grace_s:
             raise NoInterface(
-                f"{' and '.join(map(str, gone))} is not on this host any more: another address is"
-                f" published if it does not come back within {self._grace_s:g} s")
+                f"{' and '.join(map(str, gone))} is not on this host any more: if it does not come"
+                f" back within {self._grace_s:g} s, another address is published")
         return await choose(
             self._netlink, options, 4 in versions, 6 in versions, own, former)

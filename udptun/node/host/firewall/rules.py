@@ -17,7 +17,7 @@ from ....errors import UdptunError
 from ....model import IPNetwork
 
 MULTICAST = {4: ipaddress.ip_network("224.0.0.0/4"), 6: ipaddress.ip_network("ff00::/8")}
-KUBE_PROXY_MARK = 0x4000  # kube-proxy masquerades packets with this mark itself
+KUBE_PROXY_MARK = 0x4000  # kube-proxy's own rules masquerade packets with this mark
 TOOL_TIMEOUT_S = 10.0
 
 
