@@ -415,7 +415,7 @@ def _print_lines(lines: Iterator[str]) -> int:
 def _in_lab(run: Callable[[], int | None], obstacle: str | None = None) -> int:
     """Call ``run``, which needs a lab. Return its exit status; None is 0.
 
-    obstacle  a reason why it cannot run, besides those of a lab
+    obstacle  a reason why it cannot run, in addition to the reasons of a lab
     """
     problem = _missing_requirement() or obstacle
     try:

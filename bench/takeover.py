@@ -6,7 +6,7 @@ Two nodes with a forwarder each. Host a sends evenly paced datagrams of 64 bytes
 
 - *take-over*: a new forwarder takes over on host a, then on host b, and so on. The rate is the
   highest of RATES at which CONTROL_RUNS runs without a take-over lose nothing.
-- *bulk TCP*: the same beside a TCP stream at full rate, with few datagrams.
+- *bulk TCP*: few datagrams, and at the same time a TCP stream at full rate.
 - *kill*: the forwarder of host a is killed with SIGKILL at KILL_RATE datagrams a second. This
   program has copies of its descriptors and a standby process, as the node daemon has. The standby
   process continues with them.

@@ -322,8 +322,11 @@ cdef class Core:
     # Path MTUs
 
     def needs_icmp6(self):
-        """Return whether the kernel needs the path MTU in ICMPv6 errors.  It does if an IPv6 peer
-        answers no probes, or if the kernel has to fragment datagrams to any IPv6 peer. """
+        """Return whether the kernel needs the path MTU in ICMPv6 errors.
+
+        It does if an IPv6 peer answers no probes, or if the kernel has to fragment datagrams to
+        any IPv6 peer.
+        """
         cdef snapshot_t* s = self.shared.snapshot
         cdef uint32_t slot = 0
         cdef peer_t* peer
@@ -337,9 +340,11 @@ cdef class Core:
         return peer != NULL
 
     def take_mtu_hints(self):
-        """Return the path MTUs that were reported since the last call.  The result is [(packed
-        address, port, whether this host's device reported it, path MTU)]. The path MTU is 0 if an
-        ICMP error contained none. """
+        """Return the path MTUs that were reported since the last call.
+
+        The result is [(packed address, port, whether this host's device reported it, path MTU)].
+        The path MTU is 0 if an ICMP error contained none.
+        """
         cdef snapshot_t* s = self.shared.snapshot
         cdef uint64_t hint
         cdef uint32_t slot = 0
@@ -512,8 +517,10 @@ cdef class Core:
 
     def inherit_peers(self, peers):
         """Start the counters and errors of these peers with the values of an earlier process.
-        peers  model.Peer objects; a peer that has no route is ignored  Call this once.
-        ``inherit_path_mtus`` sets the path MTUs. """
+        peers  model.Peer objects; a peer that has no route is ignored
+
+        Call this once. ``inherit_path_mtus`` sets the path MTUs.
+        """
         cdef peer_t* peer
         cdef peer_counters_t* c
         cdef uint32_t last = self.shared.workers_n  # the record of the control side

@@ -145,7 +145,7 @@ cdef class Worker:
         store_flag(&self.w.wake_requested, 0)
 
     def ask(self):
-        """Ask the worker for a sign of life, which increases ``answers``. The worker goes on."""
+        """Ask the worker whether it runs: it increases ``answers`` and continues."""
         cdef uint64_t one = 1
         write(self.w.wake_fd, &one, 8)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 # ignored, nohup ignores SIGHUP; children inherit that, and programs leave ignored signals ignored.
 DEFAULT_SIGNALS = ("env", "--default-signal=INT,HUP,QUIT")
 
-# Python that makes a program believe that it does not run as root.
+# Python code that hides from a program that it runs as root.
 WITHOUT_ROOT = "import os, sys; os.geteuid = lambda: 65534"
 
 

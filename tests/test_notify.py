@@ -98,7 +98,7 @@ async def test_the_watchdog_is_fed_while_we_are_alive(systemd):
         await task
 
 
-async def test_without_systemd_nothing_happens(caplog):
+async def test_without_systemd_no_notification_is_sent(caplog):
     notifier = Notifier.from_environment({})
     notifier.ready()
     notifier.reloading()

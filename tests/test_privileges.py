@@ -72,7 +72,7 @@ def test_only_the_given_capabilities_stay() -> None:
 
 
 @needs_root
-def test_threads_that_start_later_have_no_more() -> None:
+def test_threads_that_start_later_have_the_same_capabilities() -> None:
     found, _ = run("""
 keep_only(Needs(frozenset({ADMIN})))
 thread = threading.Thread(target=lambda: print(json.dumps(status())))

@@ -171,7 +171,7 @@ class Route:
 
     mtu    largest inner packet for this route, in bytes; None: only the path limits the size
     probe  the peer answers probes, so the forwarder may measure the path to it
-    source_port  first and last of the ports, besides ``port``, from which the peer may send under
+    source_port  first and last of the further ports from which the peer may send under
                  the source check strict; None: no other port
     """
 

@@ -1,7 +1,8 @@
-"""Limit and log the repairs of settings that other programs change. A leaf.  If another program
-undoes each repair, the pause between two repairs grows up to LAST_PAUSE, so that the two programs
-do not use the whole CPU. The first of several equal repairs is logged. The others are counted, and
-logged as one line per SUMMARY_SECONDS.
+"""Limit and log the repairs of settings that other programs change. A leaf.
+
+If another program undoes each repair, the pause between two repairs grows up to LAST_PAUSE, so that
+the two programs do not use the whole CPU. The first of several equal repairs is logged. The others
+are counted, and logged as one line per SUMMARY_SECONDS.
 
 Owns the pauses and the log lines. Does not depend on what is repaired. One thread.
 """

@@ -1,6 +1,9 @@
-"""Make untrusted text safe for a log, a terminal or an HTTP answer. A leaf. Any thread.  This host
-shows text from the store, from servers and from peers. Such text can be long, and can contain line
-ends, escape sequences of terminals, and characters that change the direction of writing. """
+"""Make untrusted text safe for a log, a terminal or an HTTP answer. A leaf. Any thread.
+
+This host shows text from the store, from servers and from peers. Such text can be long, and can
+contain line ends, escape sequences of terminals, and characters that change the direction of
+writing.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ _USER = re.compile(r"^(\w+://)?[^/]*@")
 
 
 def printable(text: str, limit: int = LIMIT) -> str:
-    """Return ``text``, truncated, with escapes for all characters that are not printable.  limit
-    largest number of characters. To a truncated text, "... (N characters)" is appended, where N is
-    the length of ``text`` """
+    """Return ``text``, truncated, with escapes for all characters that are not printable.
+
+    limit  largest number of characters. To a truncated text, "... (N characters)" is appended,
+           where N is the length of ``text``
+    """
     if len(text) <= limit and text.isprintable():
         return text
     shown = "".join(

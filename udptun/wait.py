@@ -1,4 +1,4 @@
-"""Wait for an event with a time limit, or until a file is gone. Asyncio, any loop."""
+"""Wait for an event with a time limit, or until a file was removed. Asyncio, any loop."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def measure(s: Session, plan: Plan) -> None:
 
 
 METRIC = Metric(
-    "isolation", "delay and loss of one flow beside slow or dead peers", measure, VARIANTS,
+    "isolation", "delay and loss of one flow while other peers are slow or dead", measure, VARIANTS,
     "N dead (N: 1..150) or N Mbit/s (N: 1..10000)", r"(?P<n>\d+) (?P<unit>dead|Mbit/s)",
     {"dead": (1, 150), "Mbit/s": (1, 10000)}, programs=("udptun",),
 )

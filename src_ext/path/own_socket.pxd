@@ -1,20 +1,24 @@
 """Sockets that only send: the shared sender, own sockets of slow peers, and sockets for datagrams
 that may be fragmented.
 
-The socket that receives gets the ICMP errors, too. The *shared sender* of IPv4 is another socket
-with the same address and port, so an ICMP error, which anybody can forge, does not make a send
-fail. And the socket that receives can ignore the path MTU in such an error, which the kernel would
-otherwise store for all programs of the host (IP_PMTUDISC_OMIT). The sender sets DF, which
-IP_PMTUDISC_OMIT would not (IP_PMTUDISC_PROBE). Over IPv6 the socket that receives is also the
-shared sender: there IPV6_DONTFRAG has the role of DF.
+Over IPv4, the *shared sender* and the receiving socket are two sockets with the same address and
+port:
 
-An inner IPv6 packet of up to 1280 bytes must arrive, even if the path has less space for it (RFC
+- The receiving socket gets the ICMP errors. So an error, which can be forged, does not make a send
+  fail. With IP_PMTUDISC_OMIT, this socket also ignores the path MTU in an error, which the kernel
+  would otherwise store for all programs of the host.
+- The shared sender sets DF (IP_PMTUDISC_PROBE), which a socket with IP_PMTUDISC_OMIT does not.
+
+Over IPv6, the receiving socket is also the shared sender: with IPV6_DONTFRAG, the kernel does not
+fragment.
+
+An inner IPv6 packet of up to 1280 bytes must arrive, even if the path MTU is too small for it (RFC
 8200 5). Datagrams with such packets leave from a *fragmenting* socket, which sets no DF. So this
-host or a router can fragment them. Over IPv6 only this host can, and only if the kernel has
-accepted the path MTU from an ICMPv6 error.
+host or a router can fragment them. Over IPv6 only this host can fragment, and only if the kernel
+has accepted the path MTU from an ICMPv6 error.
 
-A datagram uses space in the send buffer of its socket until the datagram leaves the host. Before,
-it may wait in the kernel for the link address of the next hop, or in a qdisc. All peers share one
+A datagram uses space in the send buffer of its socket until the datagram leaves the host. It may
+first wait in the kernel for the link address of the next hop, or in a qdisc. All peers share one
 socket. If the buffer of this socket is full, the peer of the next datagram gets an own socket
 (send.pxd). So the datagrams that the kernel holds for other peers do not delay this peer.
 
@@ -102,7 +106,7 @@ cdef inline int set_option(int fd, int level, int name, int value) noexcept nogi
 
 cdef inline int copy_option(int receiver, int fd, int level, int name) noexcept nogil:
     """Copy the value of an integer option from the receiving socket to fd. Ignore an option that
-    the kernel or the family does not know. Return 0, or -1 with errno."""
+    the kernel or the family does not support. Return 0, or -1 with errno."""
     cdef int wanted = 0, present = 0
     cdef uint32_t n = sizeof(int)
     if getsockopt(receiver, level, name, &wanted, &n) < 0:

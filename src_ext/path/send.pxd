@@ -88,7 +88,7 @@ cdef inline void take_device_mtu(worker_t* w, peer_t* peer, uint32_t mtu) noexce
 
 
 cdef inline void take_hint(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nogil:
-    """Tell the control side what an ICMP error reports (0 = the router reported no MTU)."""
+    """Report the path MTU in an ICMP error to the control side (0 = the error has no MTU)."""
     if mtu < peek32(&peer.df_mtu):
         store_flag(&peer.hint, HINT_ICMP | mtu)
         raise_event(w, EVENT_PATH_MTU)
@@ -97,8 +97,8 @@ cdef inline void take_hint(worker_t* w, peer_t* peer, uint32_t mtu) noexcept nog
 cdef inline bint is_routed_to(
     const worker_t* w, const peer_t* peer, const uint8_t* p, size_t n
 ) noexcept nogil:
-    """Return False if the quoted packet p[0:n] is no packet for this peer. A router may quote so
-    little that this is not known."""
+    """Return False if the quoted packet p[0:n] is not for this peer. Return True if the router has
+    quoted too little to see this."""
     cdef hop_t* hop
     if n >= IP4_MIN and p[0] >> 4 == 4:
         hop = find_hop(w.snapshot, p + IP4_DST, 4)
@@ -110,8 +110,8 @@ cdef inline bint is_routed_to(
 
 
 cdef inline bint find_report(msghdr* msg, peer_error_t* report, uint32_t* info) noexcept nogil:
-    """Read one message of the error queue. Return False if it is no report about a datagram of
-    ours. Set ``info`` to the MTU that an EMSGSIZE reports."""
+    """Read one message of the error queue. Return False if it is not about one of our datagrams.
+    Set ``info`` to the MTU that an EMSGSIZE reports."""
     cdef sock_extended_err err
     cdef sockaddr_in6 reporter
     cdef size_t n

@@ -41,7 +41,7 @@ def test_a_stall_before_the_window_does_not_count():
     assert longest_gap(steady(20, delays={2: 500}), 10 * MS, 15 * MS) == 0
 
 
-def test_a_stall_that_ends_after_the_window_counts():
+def test_a_stall_counts_if_it_ends_after_the_window():
     recorded = steady(20, delays={i: (12 - i) * MS for i in range(8, 12)})
     assert longest_gap(recorded, 8 * MS, 9 * MS) == 4 * MS
 

@@ -17,7 +17,7 @@ def words_sum(data):
     return (total & 0xFFFF) + (total >> 16)
 
 
-def test_a_frame_goes_back_to_its_sender():
+def test_a_frame_is_returned_to_its_sender():
     vxlan = bytes.fromhex("0800000000000100")
     ip = bytes(12) + socket.inet_aton("10.0.0.1") + socket.inet_aton("10.0.0.64")
     frame = vxlan + b"target" + b"source" + b"\x08\0" + ip + struct.pack(">4H", 1000, 2000, 0, 0)

@@ -150,5 +150,5 @@ def test_numbers(value, want):
     assert number(value) == want
 
 
-def test_spread_of_no_estimate_is_a_dash():
+def test_without_an_estimate_the_spread_is_a_dash():
     assert spread(None) == "-"

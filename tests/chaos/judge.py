@@ -2,7 +2,7 @@
 
 While an act stands, and after it:
 - every pair of pods that has a path works again within the deadline;
-- of a pair without a path, one of the two nodes says so, by name or by a failed check;
+- if a pair has no path, one of the two nodes reports this, by name or by a failed check;
 - a node that the act does not concern stays ready, whatever happens to others;
 - the host of a touched node has again what it had before, if the act does not stand;
 - the status says why, and the log has a line, if the act's scene asks for it.
@@ -128,7 +128,7 @@ class Judge:
         wrong = _by_reason("packets are lost, and a path exists",
                            {pair: sizes for pair, sizes in broken.items() if pair not in scene.cut})
         # A cut pair may still have a path. If it has none, one of the nodes must report this.
-        wrong += _by_reason("packets are lost, and neither node says so",
+        wrong += _by_reason("packets are lost, and neither node reports this",
                             {(a, b): sizes for (a, b), sizes in broken.items()
                              if (a, b) in scene.cut and not self._says(a, b, scene.says)})
         for name, health in self._health.items():

@@ -1,7 +1,7 @@
 """The chaos itself: the acts can be listed and replayed, and the judge sees what is wrong.
 
 `make chaos` runs the acts; these tests break things that udptun cannot repair, in a small way, and
-check that the judge says so.
+check that the judge reports it.
 """
 
 from random import Random
@@ -79,7 +79,7 @@ def test_the_judge_finds_each_fault(world):
         scene.cut = {("n1", "n2"), ("n2", "n1")}
         return scene
 
-    assert "n2 -> n1: small+full packets are lost, and neither node says so" in verdict(
+    assert "n2 -> n1: small+full packets are lost, and neither node reports this" in verdict(
         world, unreported)
 
     # A node that the act does not concern becomes unready.

@@ -188,7 +188,7 @@ peer: [2001:db8::3]:8285
   last seen: never
   transfer: 0 B received, 0 B sent
   packets: 0 received, 0 sent
-  path mtu: 1280 (reported by an ICMP error, believed for 42 s more)
+  path mtu: 1280 (reported by an ICMP error, used for 42 s more)
 """
     assert udptun.json("status")["peers"][0]["endpoint"] == "192.0.2.2:8285"
 

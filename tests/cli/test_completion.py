@@ -82,7 +82,7 @@ def test_an_unfinished_or_wrong_word_before_it_is_no_error() -> None:
             complete(*words, name, before)
 
 
-def test_completion_reads_no_file_and_waits_for_none(tmp_path: Path) -> None:
+def test_completion_does_not_read_files_or_wait_for_them(tmp_path: Path) -> None:
     file = tmp_path / "forward.json"
     assert values("forward", "--wait-for", str(file), "--source-check") == ["strict", "peer", "off"]
     file.write_text("not JSON")

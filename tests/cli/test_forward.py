@@ -223,7 +223,7 @@ def test_an_invalid_route_file_leaves_the_forwarder_running() -> None:
     assert "the routes stay as they are: routes.txt: line 3: via: 'x' is not valid" in err
 
 
-def test_hup_without_a_route_file_changes_nothing() -> None:
+def test_hup_without_a_route_file_keeps_the_table() -> None:
     with forwarding() as process:
         line(process)
         process.send_signal(signal.SIGHUP)
@@ -321,7 +321,7 @@ def test_the_instance_gives_the_default_names(
     assert config["control"] == f"{tmp_path}/{name}.sock"
 
 
-def test_explicit_names_win_over_the_instance(tmp_path: Path) -> None:
+def test_explicit_names_take_precedence_over_the_instance(tmp_path: Path) -> None:
     with forwarding(
         "--instance", "blue", "--tun", "wire0", "--control", "/c", how="config"
     ) as process:

@@ -186,7 +186,7 @@ def test_the_mtu_is_that_of_the_device_now(
 
 
 @in_own_netns
-def test_a_failed_add_leaves_what_del_needs(tmp_path: Path) -> None:
+def test_after_a_failed_add_del_can_still_clean_up(tmp_path: Path) -> None:
     runtime = Runtime(tmp_path)
     runtime.write_subnet()
     failed = runtime.run("ADD")  # the namespace does not exist

@@ -67,7 +67,7 @@ def test_a_delegate_that_does_not_read_a_large_configuration(runtime: Runtime) -
     assert runtime.run("ADD", delegate={"x": "x" * 1_000_000}).code == 0
 
 
-def test_a_delegate_that_is_missing_or_no_program(runtime: Runtime) -> None:
+def test_a_missing_delegate_and_a_delegate_that_is_no_program(runtime: Runtime) -> None:
     for expected in ("is not in CNI_PATH", "is not in CNI_PATH", "cannot be started"):
         code, message = runtime.run("ADD").error
         assert code == 5

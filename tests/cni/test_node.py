@@ -125,7 +125,7 @@ def test_add_waits_until_the_node_is_ready(runtime: Runtime) -> None:
     assert mtu(Answer(process.returncode, output, "")) == 1450
 
 
-def test_no_daemon_and_nothing_written(runtime: Runtime) -> None:
+def test_without_a_daemon_no_file_is_written(runtime: Runtime) -> None:
     assert runtime.run("STATUS").error[0] == 50
     code, message = runtime.run("ADD").error
     assert code == 11

@@ -624,7 +624,7 @@ def test_start_again_after_close(thread: LoopThread, tmp_path: Path) -> None:
         assert served.forwarder.events.readers_n == 0
 
 
-def test_second_close_does_nothing(thread: LoopThread, tmp_path: Path) -> None:
+def test_second_close_has_no_effect(thread: LoopThread, tmp_path: Path) -> None:
     with Served(thread, tmp_path / "udptun.sock") as served:
         served.close()
         thread.run(served.server.close)
@@ -725,7 +725,7 @@ def idle(served: Served) -> Iterator[Callable[[], socket.socket]]:
         yield connect
 
 
-def test_idle_connections_never_keep_others_out(
+def test_idle_connections_never_block_other_clients(
     served: Served, idle: Callable[[], socket.socket]
 ) -> None:
     watching = Http(served.path)
@@ -856,7 +856,7 @@ def test_a_removed_socket_is_made_again(
     assert not path.exists()
 
 
-def test_a_socket_that_cannot_be_made_again_is_said_once(
+def test_if_a_socket_cannot_be_created_again_this_is_logged_once(
     thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -73,7 +73,7 @@ async def test_a_route_to_our_own_subnet_is_reported_once(caplog):
 
 
 @in_own_netns
-async def test_reload_of_an_emptied_route_file_deletes_nothing(tmp_path):
+async def test_reload_of_an_emptied_route_file_keeps_the_routes(tmp_path):
     file = tmp_path / "routes"
     file.write_text("10.244.2.0/24 via 192.0.2.9\n")
     async with Forwarder(config(routes_file=file)) as forwarder:

@@ -38,7 +38,7 @@ CHANGES = {
 
 
 @in_own_netns
-async def test_every_change_refuses_it_and_changes_nothing(tmp_path):
+async def test_every_change_refuses_a_looping_route_and_has_no_effect(tmp_path):
     file = tmp_path / "routes"
     file.write_bytes(text_of(GOOD))
     async with Forwarder(config(routes_file=file)) as forwarder:

@@ -146,8 +146,8 @@ def find_planted(names: list[str], seconds: int) -> int:
 
 
 def check() -> int:
-    """Check without clang that the harnesses fit the source: that they can be translated, and that
-    each bug can be planted."""
+    """Check without clang that the harnesses match the source: that Cython can translate them, and
+    that each bug can be planted."""
     out = OUT / "check"
     try:
         for bug in planted.PYTHON:
@@ -156,7 +156,7 @@ def check() -> int:
     except ValueError as error:
         print(f"tests/fuzz/planted.py: {error}", file=sys.stderr)
     except subprocess.CalledProcessError:  # Cython has printed the errors
-        print("tests/fuzz/native.pyx does not fit src_ext", file=sys.stderr)
+        print("tests/fuzz/native.pyx does not match src_ext", file=sys.stderr)
     else:
         return 0
     return 1
@@ -196,7 +196,7 @@ def minimize(names: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("check", help="show that the harnesses fit the source; a few seconds")
+    actions.add_parser("check", help="show that the harnesses match the source; a few seconds")
     one = actions.add_parser("run", help="fuzz all harnesses, or those named")
     one.add_argument("--seconds", type=int, default=120, help="time of the whole run")
     one.add_argument("names", nargs="*", metavar="HARNESS", help=" ".join((*GROUPS, *ALL)))

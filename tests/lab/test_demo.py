@@ -49,7 +49,7 @@ def test_colour_only_on_a_terminal_without_no_color(no_colour):
     assert not leftovers(demo.pid)
 
 
-def test_ctrl_c_leaves_nothing_behind():
+def test_ctrl_c_removes_everything_that_was_created():
     with subprocess.Popen(
         DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as demo:

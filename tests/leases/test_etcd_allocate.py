@@ -46,7 +46,7 @@ def test_a_subnet_with_an_invalid_value_is_in_use():
     assert choose(NETWORK, taken, Subnets(), min) == Subnets(V4("10.5.5.0/24"))
 
 
-def test_the_former_subnet_must_overlap_nothing():
+def test_the_former_subnet_must_not_overlap_another():
     former = Subnets(V4("10.5.9.0/24"))
     assert choose(NETWORK, [], former, min) == former
     assert choose(NETWORK, [entry("10.5.9.128/25", 2)], former, min) != former

@@ -69,7 +69,7 @@ def test_repr_omits_the_password():
     assert "hidden" not in repr(EtcdConfig(username="me", password="hidden"))
 
 
-def test_the_configuration_imports_nothing_heavy():
+def test_the_configuration_imports_no_large_module():
     script = "import udptun.leases.etcd.config, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
                             text=True).stdout.split()

@@ -778,7 +778,7 @@ async def test_a_changed_pod_cidr_is_a_lost_lease(cluster):
 
 
 async def test_another_pod_cidr_is_published(cluster):
-    """A Node that is deleted and created again has no annotations, so nobody routes its subnet."""
+    """A Node that is deleted and created again has no annotations: no node routes its subnet."""
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source()
     lease = await source.acquire(ME, Subnets())

@@ -623,7 +623,7 @@ async def test_ages_are_the_times_of_the_last_packets():
 
 
 @in_own_netns
-async def test_ages_are_read_only_if_somebody_else_has_sent():
+async def test_ages_are_read_only_if_other_programs_have_sent():
     underlay()
     async with opened() as (vxlan, device):
         assert await vxlan.sync(device, [peer(1), peer(2)]) == ()

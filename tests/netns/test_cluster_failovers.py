@@ -51,7 +51,7 @@ class Quick(Member):
 
 
 @pytest.mark.timeout(300 + 60 * FAILOVERS_N)
-def test_many_failures_of_vxlan_leave_nothing(lab, capsys):
+def test_many_failures_of_vxlan_leave_no_stale_entries(lab, capsys):
     cluster = Cluster(lab, 2, config=VXLAN, options=["--backend=auto"])
     cluster.members = [Quick(one.host, one.store, one.options) for one in cluster.members]
     a, b = cluster.members

@@ -1,4 +1,4 @@
-"""Clusters of unlike nodes: one that cannot create VXLAN devices, and a stock flannel node.
+"""Clusters of different nodes: one that cannot create VXLAN devices, and a stock flannel node.
 
 The stock node has what flannel leaves in the kernel and in etcd: a vxlan device with static
 entries, and a lease. ``no_vxlan.c`` makes the kernel refuse vxlan to one process.

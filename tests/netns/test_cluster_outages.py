@@ -147,7 +147,7 @@ def test_sigterm_leaves_the_packets_flowing(lab):
     assert tun_of(a) == device
 
 
-def test_cleanup_leaves_nothing(lab):
+def test_cleanup_removes_everything_that_was_created(lab):
     cluster = Cluster(lab, 2, options=["--ip-masq", "--backend=auto"])
     a = cluster.members[0]
     links = a.host.run(["ip", "-br", "link"]).stdout

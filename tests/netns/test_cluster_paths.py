@@ -1,4 +1,4 @@
-"""Nodes that measure their paths: filters of VXLAN or UDP, stock peers, peers that are gone."""
+"""Nodes that measure their paths: filters of VXLAN or UDP, stock peers, peers that have left."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_filtered_vxlan_is_left_for_udp(lab):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["both ways", "one way", "large only"])
 def test_a_pair_leaves_vxlan_and_returns(lab, fault):
-    """Only the affected pair changes; a transfer goes on; and VXLAN is taken again."""
+    """Only the affected pair changes its path, a transfer continues, and VXLAN is used again."""
     cluster = auto_cluster(lab, 3)
     a, b, third = cluster.members
     here = [(a, b), (b, a)]
@@ -117,7 +117,7 @@ def test_a_pair_leaves_vxlan_and_returns(lab, fault):
 
 
 @pytest.mark.slow
-def test_a_pair_leaves_udp_if_that_is_lost(lab):
+def test_a_pair_leaves_udp_if_udp_fails(lab):
     """VXLAN is filtered, then UDP too, then VXLAN works: it carries at once, without a hold."""
     cluster = auto_cluster(lab)
     a, b = cluster.members
@@ -153,7 +153,7 @@ def test_a_dead_peer_is_reported_by_name(lab):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["udp", "vxlan"])
-def test_one_backend_measures_and_changes_nothing(lab, backend):
+def test_one_backend_measures_and_does_not_change_paths(lab, backend):
     cluster = Cluster(lab, 3, config=VXLAN, options=[f"--backend={backend}"])
     cluster.start()
     all_reach_all(cluster.members)

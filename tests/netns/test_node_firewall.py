@@ -1,4 +1,4 @@
-"""The effect of our rules on packets through a node, also beside the rules of other programs."""
+"""The effect of our rules on packets through a node, alone and with rules of other programs."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_accept_rules_are_restored(guarded):
         assert guarded.own_chain("nft") == ours, act
 
 
-def test_accept_rules_go_when_nothing_drops_any_more(guarded):
+def test_accept_rules_are_removed_when_no_rule_drops_any_more(guarded):
     guarded.load("docker-28.rules")
     guarded.sync()
     assert guarded.own_chain("nft")
@@ -251,7 +251,7 @@ def test_a_network_policy_before_the_drop_stays_effective(guarded):
     assert not guarded.passes("pod", "other pod", 0.2)
 
 
-def test_rules_that_let_packets_pass_get_no_addition(guarded):
+def test_no_rule_is_added_if_the_rules_accept_the_packets(guarded):
     guarded.node.run([f"{guarded.plain}-nft-restore"], text="""\
 *filter
 :FORWARD ACCEPT [0:0]
@@ -333,7 +333,7 @@ table inet others {{
         assert guarded.is_cut(), chain
 
 
-def test_a_condition_that_cannot_be_evaluated_is_said(guarded):
+def test_a_condition_that_cannot_be_evaluated_is_reported(guarded):
     guarded.node.nft("""\
 table inet others {
   chain base { type filter hook forward priority 0; policy drop; meta mark 7 accept; }

@@ -169,8 +169,8 @@ async def stopped_at(side, last):
         assert counted.packets["encap"]["read"] > 0
 
 
-def test_a_take_over_that_breaks_off_changes_nothing(lab):
-    """The other process ends after each of its messages. The forwarder goes on."""
+def test_a_take_over_that_breaks_off_has_no_effect(lab):
+    """The other process ends after each of its messages. The forwarder continues."""
     tunnel = pair(lab)
     a, b = tunnel.sides
     with Stream(a.pod, b.pod, b.pod_v4) as stream:
@@ -291,7 +291,7 @@ def service_manager(lab):
     return manager
 
 
-def test_the_service_manager_hears_of_everything(lab):
+def test_the_service_manager_is_notified_of_each_step(lab):
     """SIGUSR2 starts a forwarder that takes over. It becomes the main process of the service, and
     the service manager has copies of the descriptors."""
     manager = service_manager(lab)

@@ -29,8 +29,8 @@ def test_ping_between_nodes_and_pods(tunnel):
 def test_traceroute_shows_both_ends_of_the_tunnel(tunnel):
     a, b = tunnel.sides
     gateway4, gateway6 = a.node.subnet[1], a.node.subnet6[1]
-    # Each forwarder is a hop, and so is each node's kernel where it forwards for a pod. The far
-    # node answers twice: a hop limit that ends in its forwarder, and one that gets beyond it.
+    # Each forwarder is a hop, and so is each node's kernel if it forwards for a pod. The far node
+    # answers twice: once if the hop limit ends in its forwarder, and once if it ends later.
     for host, target, hops in (
         (a.host, b.v4, [a.v4, b.v4, b.v4]),
         (a.host, b.v6, [a.v6, b.v6, b.v6]),

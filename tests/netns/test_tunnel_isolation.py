@@ -30,7 +30,7 @@ class PacedFlow:
     """Datagrams at a steady pace from one host to another. The kernel records the arrival times.
 
     It records them by the wall clock, which a virtual machine may set at any moment: then the
-    delays say nothing.
+    the delays have no meaning.
     """
 
     def __init__(self, source, target, address):

@@ -143,9 +143,9 @@ def test_a_forged_error_about_a_peer_without_probes_is_limited(lab, probed):
     assert path_mtu(a)["path_mtu"] == 1500
     forger.send(552, inner(a.v4, b.v4))
     await_path_mtu(a, 1280)
-    believed = path_mtu(a)
-    assert believed["path_mtu_source"] == "icmp"
-    assert 0 < believed["path_mtu_seconds"] <= 60
+    reported = path_mtu(a)
+    assert reported["path_mtu_source"] == "icmp"
+    assert 0 < reported["path_mtu_seconds"] <= 60
     assert "mtu" not in kernels_mtu(a, b.outer)
     assert ping(a.host, b.v4, size=1280 - 28 - 28, df=True).received == 3
     assert ping(a.host, b.v6, size=1280 - 48, df=True).received == 3

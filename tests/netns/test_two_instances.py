@@ -108,7 +108,8 @@ def refuses_the_files_of_another(red: Overlay, blue: Overlay) -> None:
 
 
 def test_two_overlays_on_the_same_hosts(overlays):
-    """One is cleaned up and started again beside the other; a clash of both is refused."""
+    """One instance is cleaned up and started again while the other runs; equal names are
+    refused."""
     red, blue = overlays
     side_by_side(red, blue, SHORT_SECONDS)
     refuses_the_files_of_another(red, blue)

@@ -202,7 +202,7 @@ TAKING = NetConfig.parse('{"Network": "192.0.2.0/25", "SubnetLen": 28}')
 
 
 @in_own_netns
-async def test_a_network_that_takes_the_underlay_away_is_refused(served, node_of):
+async def test_a_network_that_contains_the_underlay_is_refused(served, node_of):
     node = node_of()
     node.store.network_answer = TAKING
     with Netlink() as netlink, pytest.raises(
@@ -213,7 +213,7 @@ async def test_a_network_that_takes_the_underlay_away_is_refused(served, node_of
 
 
 @in_own_netns
-async def test_a_network_that_takes_the_store_away_does_not_replace_the_cached_one(
+async def test_a_network_that_contains_the_store_does_not_replace_the_cached_one(
     served, node_of
 ):
     node = node_of()
@@ -232,7 +232,7 @@ async def test_a_network_that_takes_the_store_away_does_not_replace_the_cached_o
 
 
 @in_own_netns
-async def test_a_lease_that_takes_the_gateway_away_costs_only_itself(served, node_of):
+async def test_a_lease_that_contains_the_gateway_does_not_affect_other_leases(served, node_of):
     node = node_of()
     sh("ip route add 10.244.7.0/25 dev under0", "ip route add default via 10.244.7.9")
     async with node.running() as daemon:
@@ -254,7 +254,7 @@ async def test_a_lease_that_takes_the_gateway_away_costs_only_itself(served, nod
 
 
 @in_own_netns
-async def test_a_lease_that_is_routed_into_our_tun_costs_only_itself(served, node_of):
+async def test_a_lease_that_is_routed_into_our_tun_does_not_affect_other_leases(served, node_of):
     node = node_of()
     inside = replace(peer(3), attributes=replace(
         peer(3).attributes, public_ip=IPv4Address("10.244.77.7")))
@@ -341,7 +341,7 @@ async def test_an_address_that_is_gone_for_a_moment_stays_published(served, node
 
 
 @in_own_netns
-async def test_addresses_that_do_not_matter_change_nothing(served, node_of):
+async def test_addresses_that_do_not_matter_have_no_effect(served, node_of):
     node = node_of()
     async with node.running() as daemon:
         await until(lambda: node.store.published, "the lease")
@@ -373,7 +373,7 @@ async def test_a_lease_changed_in_the_store_is_acquired_again(served, node_of):
 
 
 @in_own_netns
-async def test_a_kubernetes_node_with_another_pod_cidr_is_taken(
+async def test_a_kubernetes_node_with_another_pod_cidr_is_used(
     served, node_of, tmp_path, caplog
 ):
     """The Node object was deleted and created again, so it has no annotations."""
@@ -493,7 +493,7 @@ async def test_cleanup_removes_everything_and_can_be_repeated(served, node_of):
 
 
 @in_own_netns
-async def test_cleanup_leaves_a_stock_flannels_device_alone(served, node_of):
+async def test_cleanup_keeps_the_device_of_a_stock_flannel(served, node_of):
     node = node_of()
     await node.fill_cache(peer(2))
     try:

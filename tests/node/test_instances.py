@@ -52,7 +52,7 @@ def names():
 
 
 @in_own_netns
-async def test_two_instances_do_not_touch_each_others_things(tmp_path, monkeypatch):
+async def test_two_instances_do_not_change_each_others_devices_and_files(tmp_path, monkeypatch):
     underlay()
     use_folder(tmp_path, monkeypatch)
     red = InstanceNode("red", 244, 1, monkeypatch)

@@ -111,7 +111,7 @@ def test_forward_can_be_stopped_while_it_waits(tmp_path: Path) -> None:
     assert (code, told, err) == (-signal.SIGTERM, {}, "")
 
 
-def test_command_line_and_environment_go_before_the_file(tmp_path: Path) -> None:
+def test_command_line_and_environment_take_precedence_over_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "forward.json", WANTED | {"listen": "192.0.2.1"})
     env = {"UDPTUN_FORWARD_WORKERS": "2", "UDPTUN_FORWARD_TUN": "env0"}
     # one option before --wait-for, and one option after it

@@ -1,4 +1,4 @@
-"""What a worker says of datagrams that do not arrive: errors of peers, refused senders, recursion.
+"""What a worker reports about datagrams that do not arrive: errors, refused senders, recursion.
 
 A socket pair replaces the TUN; UDP uses loopback, as in test_worker.py.
 """
@@ -130,7 +130,7 @@ HERE6 = Endpoint.parse("[2001:db8::7]:8285")
          "(the kernel refused the datagram)"),
     ],
 )
-def test_the_sentence_says_what_and_who(error, endpoint, text):
+def test_the_sentence_names_the_change_and_the_program(error, endpoint, text):
     assert peer_errors.describe(error, endpoint) == text
     made = peer_errors.to_json(error, endpoint)
     assert (made["errno"], made["text"]) == (errno.errorcode[error.errno], text)
@@ -184,7 +184,7 @@ FEW = 70  # more than the 64 that a worker reads
 
 @in_own_netns
 @pytest.mark.parametrize("outer", [4, 6])
-def test_a_flood_of_errors_costs_no_packet(outer):
+def test_a_flood_of_errors_does_not_cause_packet_loss(outer):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # loopback then keeps the order
     inner = {4: "10.244.2.5", 6: "10.244.7.5"}[outer]
     queues_errors = {4: (socket.IPPROTO_IP, 11), 6: (socket.IPPROTO_IPV6, 25)}[outer]
@@ -337,7 +337,7 @@ def test_unknown_senders_are_named():
         assert rig.drops() == {("unknown_peer", DECAP): 12}
 
 
-def test_a_peer_and_a_malformed_datagram_make_no_outsider():
+def test_a_peer_and_the_sender_of_a_malformed_datagram_are_not_listed():
     with Rig() as rig:
         rig.send(PEERS[0], Flow(src=addr("10.244.9.5"), dst=addr("10.244.1.9")).udp(b"x"))
         rig.send(OUTSIDER, b"\x45")

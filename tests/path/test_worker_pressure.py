@@ -158,7 +158,7 @@ def test_an_icmp_error_to_a_peer_whose_queue_was_sent_already_is_sent():
 
 
 @in_own_netns
-def test_a_full_socket_costs_no_probe():
+def test_no_probe_is_lost_when_a_socket_is_full():
     """Otherwise healthy peers would count as unreachable while datagrams are held for others."""
     slow_addresses(f"{PEERS[1]}/32", "20kbit")
     with FullRig() as rig:
@@ -236,7 +236,7 @@ def test_a_full_socket_does_not_hold_up_another_peer(features):
 
 
 @in_own_netns
-def test_an_own_socket_sends_as_the_shared_socket_and_receives_nothing():
+def test_an_own_socket_sends_like_the_shared_sender_and_does_not_receive():
     slow_addresses("127.9.0.0/16")
     options = [(socket.IPPROTO_IP, socket.IP_TOS, 0x28), (socket.SOL_SOCKET, socket.SO_MARK, 7)]
     with FullRig(sockopts=options) as rig:

@@ -80,7 +80,7 @@ def test_probes_inside_a_run_of_datagrams(features, where):
         rig.check_invariant()
 
 
-def test_a_reply_is_of_the_requests_size_and_carries_nothing_of_its_padding():
+def test_a_reply_has_the_requests_size_and_not_its_padding():
     with Rig() as rig:
         message = bytearray(request(9, 1400))
         message[24:] = os.urandom(1376)
@@ -91,7 +91,7 @@ def test_a_reply_is_of_the_requests_size_and_carries_nothing_of_its_padding():
 
 @pytest.mark.parametrize("source_check", ["strict", "peer", "off"])
 @pytest.mark.parametrize("sender, reason", [(OUTSIDER, "unknown_peer"), (PEERS[1], "bad_version")])
-def test_a_outsider_and_a_peer_that_is_not_to_be_probed_get_no_answer(
+def test_an_unknown_sender_and_a_peer_without_probe_get_no_answer(
     sender, reason, source_check
 ):
     with Rig(source_check=source_check) as rig:
@@ -266,7 +266,7 @@ def test_a_probe_from_port_0_is_dropped(source_check, reason):
         rig.check_invariant()
 
 
-def test_only_what_is_accepted_says_that_a_peer_is_alive():
+def test_only_accepted_datagrams_update_last_seen():
     inner = {"src": addr("10.244.2.5"), "dst": addr("10.244.1.9")}
     accepted = [Flow(**inner).udp(b"x"), request(), reply(), b""]
     refused = [

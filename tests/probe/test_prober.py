@@ -101,7 +101,7 @@ def test_the_largest_size_that_passes_is_found(limit, traffic):
 
 
 @pytest.mark.parametrize("seconds", range(4, 30, 2))
-def test_a_limit_that_is_gone_before_its_size_is_found_is_forgotten_soon(seconds):
+def test_a_limit_that_ends_during_the_search_is_forgotten_soon(seconds):
     net = started(traffic="a")
     net.passes = lambda key, size, now: size <= 1100
     net.run(seconds)
@@ -121,7 +121,7 @@ def test_a_limit_that_falls_and_rises_is_followed():
         assert limit - STEP < net.prober["a"].sizes.largest <= limit
 
 
-def test_an_outage_says_nothing_about_sizes():
+def test_an_outage_does_not_change_the_measured_sizes():
     net = started(traffic="a")
     net.passes = lambda key, size, now: False
     net.run(60)
@@ -149,7 +149,7 @@ def test_a_long_round_trip_is_not_an_outage():
     assert net.first("a", UNREACHABLE, 1030.0) is None
 
 
-def test_one_dead_peer_changes_nothing_for_another():
+def test_one_dead_peer_does_not_affect_another():
     net = started(("a", "b"), traffic="ab")
     before = len(net.sent_since(net.now - 20, "b"))
     net.passes = lambda key, size, now: key == "b"
@@ -322,7 +322,7 @@ def test_a_refused_send_counts_as_lost_and_keeps_its_error():
     assert "Network is unreachable" in net.prober["a"].reason(net.now)
 
 
-def test_a_full_socket_buffer_says_nothing_about_the_path():
+def test_a_full_socket_buffer_does_not_change_the_path_state():
     net = started(traffic="a")
     since = net.now
     while net.now < since + 20:
@@ -409,7 +409,7 @@ def test_an_idle_pair_shares_its_probes():
 @pytest.mark.parametrize("answers", [True, False])
 @pytest.mark.parametrize("claim", [0.0, "true"])
 def test_forged_requests_do_not_delay_the_verdict(every, answers, claim):
-    """Claims that are true too: the forger knows when we have answered its last request."""
+    """Forged claims can be true: the sender has seen when we answered its last request."""
     net = started()
     since = net.now
     net.passes = lambda key, size, now: answers
@@ -455,7 +455,7 @@ def test_both_sides_of_an_idle_pair_get_the_verdict_within_fifteen_seconds(seed,
 
 @pytest.mark.parametrize("size", [24, 524, 1000, 1399])
 @pytest.mark.parametrize("traffic", ["", "a"])
-def test_a_forged_report_causes_one_probe_and_changes_nothing(size, traffic):
+def test_a_forged_report_causes_one_probe_and_does_not_change_the_path_mtu(size, traffic):
     net = started(traffic=traffic)
     since = net.now
     for _ in range(20):
@@ -482,8 +482,8 @@ def test_a_true_report_sets_the_limit_within_a_second(limit):
     assert limit - STEP < net.prober["a"].sizes.limit <= limit
 
 
-def test_a_report_that_is_too_small_costs_only_a_moment():
-    """The path has a limit, and somebody reports a smaller one."""
+def test_a_report_that_is_too_small_is_soon_corrected():
+    """The path has a limit, and a forged report gives a smaller limit."""
     net = started(traffic="a")
     net.passes = lambda key, size, now: size <= 1372
     net.prober.hint("a", 524)

@@ -49,7 +49,7 @@ def test_from_the_node_daemon():
         os.close(write)
 
 
-def test_nothing_is_inherited_from_wrong_variables():
+def test_wrong_variables_are_not_inherited():
     for text in ("x", "tun-0", "tun-0=", "=3", "lock=1", "tun-0=x"):
         assert inherited({"UDPTUN_KEPT_DESCRIPTORS": text}) == {}
     assert inherited({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "-1"}) == {}

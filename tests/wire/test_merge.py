@@ -307,7 +307,7 @@ def test_wrong_ipv4_checksum(impl, make, at):
 @BOTH
 @pytest.mark.parametrize("make", [train, volley])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_wrong_transport_checksum_is_not_made_right(impl, version, make, at):
+def test_a_wrong_transport_checksum_is_not_corrected(impl, version, make, at):
     """The kernel does not verify merged packets: one with a bad checksum is written unchanged."""
     packets = make(Flow(version), 4)
     packets[at] = packets[at][:-1] + bytes([packets[at][-1] ^ 1])
@@ -509,7 +509,7 @@ def test_impossible_tcp_header_length_seals_its_flow(impl, version, words):
 
 
 @pytest.mark.parametrize("proto", [craft.ICMP, 47, 132])
-def test_other_protocols_seal_nothing(impl, proto):
+def test_other_protocols_seal_no_output(impl, proto):
     a, b = train(Flow(), 2)
     other = ip4(b"x" * 64, proto)
     assert shape(impl.merge([a, other, b])) == [2, 1]

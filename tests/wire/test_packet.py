@@ -120,7 +120,7 @@ def test_rfc1624_by_hand(impl):
 @given(
     st.integers(0, 0xFFFF), st.integers(2, 255), st.integers(0, 255), st.integers(0, 0xFFFF)
 )
-def test_wrong_checksum_stays_as_wrong(impl, ident, ttl, proto, error):
+def test_a_wrong_checksum_stays_wrong(impl, ident, ttl, proto, error):
     right = ip4(b"", proto, A4, B4, ident=ident, ttl=ttl)
     field = ones_sum(right[10:12] + error.to_bytes(2, "big"))
     wrong = right[:10] + field.to_bytes(2, "big") + right[12:]

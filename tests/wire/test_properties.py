@@ -125,7 +125,7 @@ def test_every_packet_out_of_a_merge_is_as_valid_as_it_came(impl, packets):
 
 
 @given(st.lists(strategies.mutated(strategies.packets()), max_size=20), strategies.arrivals())
-def test_merging_hostile_packets_loses_and_repairs_nothing(impl, hostile, valid):
+def test_merging_keeps_hostile_packets_unchanged(impl, hostile, valid):
     packets = []
     for packet in [*valid[::2], *hostile, *valid[1::2]]:
         try:

@@ -394,4 +394,4 @@ def _installed_program() -> list[str]:
 
 def _reap(child: subprocess.Popen[bytes]) -> None:
     code = child.wait()
-    log.error("the forwarder that was to take over has ended with %d; this one goes on", code)
+    log.error("the new forwarder has ended with %d; this one continues", code)

@@ -158,19 +158,19 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--public-ipv6", type=IPV6, metavar="ADDRESS", help="The same for IPv6.")
 @flag("--address-grace", type=Duration(), default=f"{STOCK.address_grace:g}s",
       show_default=True, metavar="DURATION",
-      help="Time to wait before another address is published, after the published one is gone "
-           "from this host; for example 10s, 500ms or 1m30s.")
+      help="If this host loses the published address: time to wait before another address is "
+           "published; for example 10s, 500ms or 1m30s.")
 @flag("--backend", type=click.Choice(MODES),
       help=f"{AUTO}: for each peer the best backend that both nodes support.  [default: "
            "Backend.Type of the network's configuration]")
 @flag("--advertise", type=click.Choice(["on", "off"]), default="on", show_default=True,
-      help="Publish in our lease what this node supports beyond flannel.")
+      help="Publish in our lease what this node supports in addition to flannel.")
 @flag("--subnet-file", type=PATH, default=STOCK.subnet_file, show_default=True,
       metavar="FILE", help="File with subnet and MTU, for the CNI plugin.")
 @boolean("--ip-masq", False, "Masquerade packets that leave the overlay.")
 @boolean("--iptables-forward-rules", True, "Accept forwarded packets from and to the overlay.")
 @flag("--firewall", type=click.Choice(FIREWALLS),
-      help="auto: nftables rules, and accept rules in iptables where its rules drop our packets; "
+      help="auto: nftables rules, and accept rules in iptables if its rules drop our packets; "
            "nftables: only nftables; iptables: only iptables.  [default: nftables if the "
            "network's configuration has EnableNFTables, else auto]")
 @boolean("--keep-flannel", False,
@@ -179,15 +179,15 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
       show_default=True, metavar="SECONDS",
       help="Time between checks of the firewall rules; missing ones are added again.")
 @flag("--source-port", type=Parsed("own|any|p|p-q", _source_port), metavar="own|any|P|P-Q",
-      help="Ports, besides its own, from which this node's datagrams arrive at other nodes, which "
-           "accept no others.  [default: any if --public-ip is an address of a NAT, else own]")
+      help="Source ports that other nodes accept from this node, in addition to its UDP port.  "
+           "[default: any if --public-ip is an address of a NAT, else own]")
 @flag("--admit", type=click.Choice(ADMITS), default=STOCK.admit, show_default=True,
-      help="Which packets from other nodes to accept. any: to all that this host accepts or "
-           "forwards; own: to this node's subnets only.")
+      help="Which packets from other nodes to accept. any: packets to every destination; own: only "
+           "packets to this node's subnets.")
 @flag("--mark", type=Parsed("value/mask", _mark), default=str(STOCK.mark), show_default=True,
       metavar="VALUE/MASK|off",
-      help="Mark of the forwarder's datagrams. Firewall rules drop what other programs and pods "
-           "send to the forwarders of other nodes, because it does not have the mark.")
+      help="Mark of the forwarder's datagrams. Firewall rules drop datagrams without this mark to "
+           "the forwarders of other nodes.")
 @flag("--tun", type=Parsed("name", tun_name), default=STOCK.tun, show_default=True,
       help="Name of the forwarder's TUN device.")
 @flag("--control", type=OPTIONAL_PATH, metavar="PATH",

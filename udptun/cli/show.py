@@ -198,7 +198,7 @@ def _path_mtu(peer: dict[str, Any]) -> str:
     if seconds is None:
         return f"{peer['path_mtu']} (of the interface, not measured)"
     who = "an ICMP error" if source == "icmp" else "the kernel"
-    return f"{peer['path_mtu']} (reported by {who}, believed for {seconds:.0f} s more)"
+    return f"{peer['path_mtu']} (reported by {who}, used for {seconds:.0f} s more)"
 
 
 def _echoes(ctx: click.Context, peers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

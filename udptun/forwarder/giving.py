@@ -2,7 +2,7 @@
 
 Owns the socket, and the order of a take-over on this side: hold back changes of the routes, send
 descriptors and state, wait until the other forwarder is ready, stop the workers, send the counters,
-and end. If anything fails before the other forwarder confirms, the workers go on. A process can
+and end. If anything fails before the other forwarder confirms, the workers continue. A process can
 also ask for copies of the descriptors only. docs/takeover.md describes the messages. Does not
 depend on how the parts of a forwarder are opened. Threading: control loop only.
 """
@@ -51,13 +51,13 @@ from .workers import Workers
 log = logging.getLogger(__name__)
 
 MODE = 0o600
-# names of descriptors, besides those of the device
+# names of descriptors that are not of the device
 LOCK, STATE_LOCK, CONTROL, TAKEOVER = "lock", "state-lock", "control", "takeover"
 FLANNEL, FLANNEL_FD = "flannel", "flannel-fd"
 
 WithFile = UnixListener | FileLock  # each has fd, path and owns_file
 HELLO_SECONDS = 5.0  # limit for the first message of a client
-READY_SECONDS = 30.0  # limit for the new forwarder to get ready; meanwhile routes cannot change
+READY_SECONDS = 30.0  # limit for the new forwarder to get ready; routes cannot change until then
 
 
 def network_namespace() -> int:
@@ -71,7 +71,7 @@ class Parts:
     sockets    in the order of the workers, and for each worker in the order of ``config.listen``
     files      the listening sockets and locks by name
     others     further descriptors by name
-    handed_over  called when another process has everything. It owns the files that it uses
+    handed_over  called when another process has taken over. This process owns the files it uses
     """
 
     config: ForwarderConfig
@@ -111,7 +111,7 @@ class Parts:
 class Giver:
     """Answers at the take-over socket from ``start`` to ``close``.
 
-    listener  the listening socket of the forwarder before, at the same path; None: make one
+    listener  the listening socket of the earlier forwarder at this path; None: create a socket
     """
 
     def __init__(self, path: Path, parts: Parts, listener: UnixListener | None = None) -> None:
@@ -178,7 +178,7 @@ class Giver:
         except Ended as error:
             log.debug("take-over: %s", error)
         except (UdptunError, OSError, TimeoutError) as error:
-            log.warning("a take-over has failed, this forwarder goes on: %s", error or "time-out")
+            log.warning("a take-over has failed, this forwarder continues: %s", error or "time-out")
             await _refuse(channel, str(error) or "it took too long")
         finally:
             self._keepers.discard(channel)
@@ -226,7 +226,7 @@ class Giver:
         workers go on, and raise."""
         parts = self._parts
         if len(batons) != parts.config.workers_n:
-            raise TakeOverError(f"{len(batons)} batons for {parts.config.workers_n} workers")
+            raise TakeOverError(f"{len(batons)} eventfds for {parts.config.workers_n} workers")
         parts.workers.hand_over(batons)
         try:
             await asyncio.shield(asyncio.to_thread(parts.workers.finish_hand_over))
@@ -234,7 +234,7 @@ class Giver:
             parts.probes.close()
             text = document.dump(self._counted())
             await _send_document(channel, Stopped(size=len(text)), text)
-            # No limit: while the connection is open, the new forwarder lives and forwards.
+            # No time limit: while the connection is open, the new forwarder runs and forwards.
             done, _ = await channel.receive(Done)
             return done
         except BaseException:

@@ -1,13 +1,12 @@
 """Decide the path MTU of each peer (RFC 8899).
 
-A report about a path MTU is an ICMP error, which anybody can forge. If the peer answers probes, the
-report is a hint that makes ``probes`` test the present size, and only answers count. If the peer
-answers no probes, the report is believed for BELIEF_SECONDS, but not below FLOOR: datagrams that
-may be too long for the reported path MTU are then sent without DF, so that routers can fragment
-them.
+A report about a path MTU is an ICMP error, which can be forged. If the peer answers probes, the
+report is a hint: ``probes`` then tests the present size, and only the answers count. If the peer
+answers no probes, the reported path MTU is used for REPORT_SECONDS, but not below FLOOR: datagrams
+that can exceed a smaller reported path MTU are sent without DF, so that routers can fragment them.
 
-Owns what is believed of peers without probes, and the events about path MTUs. Does not depend on
-how a report arrives (the compiled core) or how a size is tested (``udptun/probe``). Threading:
+Owns the reported path MTUs of peers without probes, and the events about path MTUs. Does not depend
+on how a report arrives (the compiled core) or how a size is tested (``udptun/probe``). Threading:
 control loop only. Only ``update`` looks at all peers, which takes half a millisecond for 5,000.
 """
 
@@ -27,17 +26,17 @@ from .probes import LINK_MTU, Key, Probes
 
 log = logging.getLogger(__name__)
 
-BELIEF_SECONDS = 60.0
+REPORT_SECONDS = 60.0
 FLOOR = 1280  # all common links carry this
 UNKNOWN_MTU = {4: 576, 6: 1280}  # if the router reports none (RFC 1191 5, RFC 8201)
 
 
 @dataclass(frozen=True, slots=True)
-class Belief:
-    """What is believed of the path to a peer that answers no probes.
+class Reported:
+    """A reported path MTU that is in use, of a peer that answers no probes.
 
     source  "icmp" or "device"
-    until   monotonic time at which it ends
+    until   monotonic time until which it is used
     """
 
     source: str
@@ -59,17 +58,17 @@ class PathMtus:
         self._events = events
         self._trust_icmp6 = trust_icmp6
         self._trusts_icmp6: bool | None = None
-        self._beliefs: dict[Key, Belief] = {}
+        self._reported: dict[Key, Reported] = {}
 
     def inherit(self, peers: Iterable[Peer]) -> None:
-        """Believe for some time what an earlier process knew of these peers."""
+        """Use the path MTUs that were reported to an earlier process for REPORT_SECONDS more."""
         self._core.inherit_path_mtus(peers)
-        until = time.monotonic() + BELIEF_SECONDS
+        until = time.monotonic() + REPORT_SECONDS
         for peer in peers:
-            self._beliefs[peer.address, peer.port] = Belief("icmp", until)
+            self._reported[peer.address, peer.port] = Reported("icmp", until)
 
     def update(self) -> None:
-        """Take the reports, end what was believed long enough, and report changes.
+        """Apply new reports, discard old ones, and emit events about changes.
 
         Called once a second, and when a worker has a report.
         """
@@ -77,8 +76,8 @@ class PathMtus:
         self._choose_icmp6()
         for address, port, device, mtu in self._core.take_mtu_hints():
             self._take((address, port), device, mtu, now)
-        for key in [key for key, belief in self._beliefs.items() if now >= belief.until]:
-            del self._beliefs[key]
+        for key in [key for key, reported in self._reported.items() if now >= reported.until]:
+            del self._reported[key]
             if not self._probes.answers(key):
                 self._core.set_path_mtu(*key, LINK_MTU, 0)
         for address, port, path_mtu in self._core.path_mtu_changes():
@@ -99,13 +98,13 @@ class PathMtus:
 
     def report(self, address: bytes, port: int) -> dict[str, Any]:
         """Return where the path MTU of a peer comes from. docs/control.md describes the fields."""
-        belief = self._beliefs.get((address, port))
+        reported = self._reported.get((address, port))
         if self._probes.answers((address, port)) and self._probes.has_measured((address, port)):
             return {"path_mtu_source": "probe", "path_mtu_seconds": None}
-        if belief is None:
+        if reported is None:
             return {"path_mtu_source": "device", "path_mtu_seconds": None}
-        seconds = max(round(belief.until - time.monotonic(), 1), 0.0)
-        return {"path_mtu_source": belief.source, "path_mtu_seconds": seconds}
+        seconds = max(round(reported.until - time.monotonic(), 1), 0.0)
+        return {"path_mtu_source": reported.source, "path_mtu_seconds": seconds}
 
     def _take(self, key: Key, device: bool, mtu: int, now: float) -> None:
         version = 4 if len(key[0]) == 4 else 6
@@ -113,6 +112,6 @@ class PathMtus:
         if self._probes.answers(key):
             self._probes.hint(key, mtu - OVERHEAD[version])
             return
-        self._beliefs[key] = Belief("device" if device else "icmp", now + BELIEF_SECONDS)
+        self._reported[key] = Reported("device" if device else "icmp", now + REPORT_SECONDS)
         if not device:  # the worker has already applied what the device reports
             self._core.set_path_mtu(*key, max(mtu, FLOOR), mtu)

@@ -1,8 +1,8 @@
 """Take over from a running forwarder.
 
 Owns the connection to it, the received descriptors until a part of the new forwarder adopts them,
-and the order of a take-over on this side. docs/takeover.md describes the messages. Until ``done``,
-the running forwarder goes on when ``close`` closes the connection, or this process ends.
+and the order of a take-over on this side. docs/takeover.md describes the messages. If ``close``
+closes the connection before ``done``, or this process ends, the running forwarder continues.
 Threading: control loop only.
 """
 
@@ -49,10 +49,10 @@ ANSWER_SECONDS = 30.0  # limit for each message of the running forwarder
 
 
 class Taking:
-    """A take-over in progress. ``close`` ends it; if it is not done yet, the other one goes on.
+    """A take-over in progress. If ``close`` ends it before ``done``, the other forwarder continues.
 
-    state   what the other forwarder says about itself
-    having  what it has
+    state   the message ``state`` of the other forwarder
+    having  its document
     """
 
     def __init__(
@@ -176,9 +176,9 @@ class Taking:
         return self._batons
 
     async def go(self) -> CountersDocument:
-        """Let the other workers stop and ours begin. Return what the other forwarder counted.
+        """Stop the other forwarder's workers and start ours. Return its counters.
 
-        If the other forwarder ends in the meantime, our workers begin nevertheless, and the counts
+        If the other forwarder ends during this, our workers start nevertheless, and its counters
         are lost. Raises TakeOverError.
         """
         await self._channel.send(Ready(), self._batons)
@@ -195,7 +195,7 @@ class Taking:
         return document.load(CountersDocument, read_document(fds[0], stopped.size))
 
     async def done(self) -> None:
-        """Confirm. From now on, this forwarder is the one that runs."""
+        """Confirm the take-over. Then the other forwarder ends."""
         for each in self._files.values():
             each.owns_file = True
         with suppress(Ended):  # it has ended already

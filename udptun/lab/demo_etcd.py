@@ -76,7 +76,7 @@ def _show(lab: Lab, screen: Screen) -> bool:
     cluster.etcd.stop()
     screen.step("etcd", "killed")
     a.daemon.kill()
-    screen.step(f"node daemon of {_name(a)}", "killed; the forwarder goes on")
+    screen.step(f"node daemon of {_name(a)}", "killed; the forwarder continues")
     a.start()
     _count_down(screen, "pings during the outage", _STEADY_SECONDS)
     cluster.etcd.start()

@@ -38,7 +38,7 @@ class Advert:
               state a limit
     features  those of ``FEATURES`` that the node has; nothing that needs a feature is sent to a
               node without the feature
-    source_ports  first and last of the ports, besides ``port``, from which the node's datagrams
+    source_ports  first and last of the further ports from which the node's datagrams
               arrive at other nodes; None: no other port
     """
 

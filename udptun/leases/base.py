@@ -1,10 +1,9 @@
 """The contract of a lease source: the calls that the node daemon can make to any store of leases.
 
 Owns: the types of leases and of their changes, the calls of a source, and the source's health.
-A source recovers from an outage by itself. An outage does not end ``updates`` and does not remove
-a lease; only ``health`` shows the outage.
-Does not depend on any particular store, or on the use of a lease.
-Threads: everything runs in the daemon's asyncio loop.
+After an outage, a source connects to the store again. An outage does not end ``updates`` and does
+not remove a lease; only ``health`` shows the outage. Does not depend on any particular store, or on
+the use of a lease. Threads: everything runs in the daemon's asyncio loop.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Subnets:
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """The data that a node publishes in its lease besides its subnets: flannel's LeaseAttrs.
+    """The data that a node publishes in its lease in addition to its subnets: flannel's LeaseAttrs.
 
     backend_type     "vxlan", "udp", ...; flannel's UDP backend publishes ""
     backend_data     any JSON value, decoded; None if the lease has no such value. Data of an

@@ -4,9 +4,9 @@ Owns: the time at which our data may be written again, and the report in the sou
 not depend on a store. Asyncio, one loop.
 
 Two machines write one lease if one is a copy of the other, or if both have the same name or public
-address. Each of them sees the other's writes. If each wrote its own data again at once, the lease
-would change all the time, and all nodes would apply each change. So a machine writes again at once
-only after the first foreign write, and later after increasing delays.
+address. Each machine sees the writes of the other one. If each wrote its own data again at once,
+the lease would change all the time, and all nodes would apply each change. So a machine writes
+again at once only after the first write of the other machine, and later after increasing delays.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 
 from .base import SourceHealth
 
-# The longest delay before our data are written again. A contest is over when there was no foreign
-# write for twice this time.
+# The longest delay before our data are written again. A contest is over when the other machine has
+# not written for twice this time.
 QUIET_SECONDS = 600.0
 FIRST_DELAY_SECONDS = 5.0
 MAX_DOUBLINGS = 7  # of the delay; more would exceed QUIET_SECONDS anyway
@@ -29,15 +29,15 @@ class Contest:
     def __init__(self, health: SourceHealth) -> None:
         self._health = health
         self._seen: object = None
-        self._writes_n = 0  # number of foreign writes since the contest began
-        self._last = 0.0  # time.monotonic() of the last foreign write
+        self._writes_n = 0  # number of writes of the other machine since the contest began
+        self._last = 0.0  # time.monotonic() of the last write of the other machine
         self._not_before = 0.0
 
     def may_write(self, version: object, text: str) -> bool:
         """Return whether our data may be written over the data of another machine now.
 
         version  differs for each write of the other machine
-        text     a sentence about the foreign write, for ``health.contested``
+        text     a sentence about the write of the other machine, for ``health.contested``
         """
         now = time.monotonic()
         if version != self._seen:

@@ -103,7 +103,7 @@ class NodeConfig:
                       "auto"
     keep_flannel      do not remove what a former flannel has left on this host
     iptables_resync   seconds between two checks of the firewall rules
-    source_port       first and last of the ports, besides ours, from which our datagrams arrive at
+    source_port       first and last of the further ports from which our datagrams arrive at
                       other nodes; (): none; None: all if we publish an address that this host
                       does not have, else none
     admit             which inner destinations the forwarder accepts: one of ADMITS

@@ -1,9 +1,12 @@
 """Compare the kernel's state with the daemon's setup, and publish subnet.env when they are equal.
 
-Owns: the comparison of the host with what it should be, and its result in the report; which changes
-of the host are a reason for another ``settle`` of the daemon; the log lines about repairs; the time
-at which subnet.env is written. Does not repair anything itself: ``settle`` and the forwarder do.
-Runs on the daemon's loop.
+Owns:
+- the comparison of the host with the setup, and its result in the report
+- the decision which changes of the host cause another ``settle`` of the daemon
+- the log lines about repairs
+- the time at which subnet.env is written
+
+Does not repair anything: ``settle`` and the forwarder do. Runs on the daemon's loop.
 """
 
 from __future__ import annotations
@@ -119,7 +122,7 @@ class InForce:
         return True
 
     def _missing(self) -> str:
-        """Return the part that the last look found missing; "" if nothing is missing."""
+        """Return the part that was missing at the last comparison; "" if none was missing."""
         report = self._report
         if report.forwarder.needed and not report.forwarder.synced:
             return "the forwarder's routes"

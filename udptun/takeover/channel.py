@@ -40,7 +40,7 @@ class Ended(TakeOverError):
 
 
 class Channel:
-    """One connection. ``close`` closes it and the descriptors that nobody has taken."""
+    """One connection. ``close`` also closes the received descriptors that were not returned."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -82,7 +82,7 @@ class Channel:
                 await self._event(asyncio.get_running_loop().add_writer,
                                   asyncio.get_running_loop().remove_writer)
             except OSError as error:
-                raise Ended(f"the other forwarder is gone: {error.strerror}") from None
+                raise Ended(f"the connection is broken: {error.strerror}") from None
 
     async def receive(self, kind: type[M]) -> tuple[M, list[int]]:
         """Return the next message, which must be of this kind, and its descriptors.
@@ -119,7 +119,7 @@ class Channel:
                 await self._event(asyncio.get_running_loop().add_reader,
                                   asyncio.get_running_loop().remove_reader)
             except OSError as error:
-                raise Ended(f"the other forwarder is gone: {error.strerror}") from None
+                raise Ended(f"the connection is broken: {error.strerror}") from None
         if not data:
             raise Ended("the other forwarder has ended, or has closed the connection")
         try:

@@ -2,9 +2,9 @@
 describes them.
 
 Owns the types of the messages, their form as JSON, and the rule by which both sides agree on a
-version. A field that this version does not know is ignored; a missing field has its default. So a
-newer forwarder can take over from an older one, and the other way round. Does no input or output.
-Threading: pure functions.
+version. An unknown field is ignored; a missing field has its default. So a newer forwarder can take
+over from an older one, and an older one from a newer one. Does no input or output. Threading: pure
+functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVERYTHING, DESCRIPTORS = "everything", "descriptors"  # Hello.want
 
 
 class TakeOverError(UdptunError):
-    """A take-over has failed. The forwarder that runs goes on."""
+    """A take-over has failed. The running forwarder continues."""
 
 
 # Each kind of message has ``carries``: the least and the largest number of its descriptors.
@@ -138,7 +138,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message | None:
-    """Return the message; None if this version does not know its type. Raises TakeOverError."""
+    """Return the message; None if its type is unknown. Raises TakeOverError."""
     values = read_object(data, "the message")
     name = values.get("type")
     if not isinstance(name, str):
@@ -203,7 +203,7 @@ def has_type(value: Any, expected: Any) -> bool:
 
 
 def agree(oldest: int, newest: int) -> int:
-    """Return the version that both sides use: the newest that both know. Raises TakeOverError."""
+    """Return the newest version that both sides support. Raises TakeOverError."""
     version = min(newest, VERSION)
     if version < max(oldest, OLDEST):
         raise TakeOverError(

@@ -65,7 +65,7 @@ async def test_a_lease_cannot_make_the_firewall_block_another_service(node_of):
 
 @every
 @in_own_netns
-async def test_a_backend_runs_all_calls_twice_and_leaves_nothing(name, node_of, tmp_path):
+async def test_a_backend_runs_all_calls_twice_and_removes_what_it_created(name, node_of, tmp_path):
     node = node_of()
     before, files = network_state(), {*tmp_path.rglob("*")}
     report = NodeReport("etcd", node.store.health)
@@ -114,7 +114,7 @@ async def test_a_backend_runs_all_calls_twice_and_leaves_nothing(name, node_of, 
 
 @every
 @in_own_netns
-async def test_a_backend_that_is_not_used_changes_nothing(name, node_of):
+async def test_an_unused_backend_does_not_change_the_host(name, node_of):
     node = node_of()
     before = network_state()
     with Netlink() as netlink:

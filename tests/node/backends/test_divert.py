@@ -35,7 +35,7 @@ def open_files():
 
 
 @in_own_netns
-async def test_a_hundred_changes_of_the_carrier_leave_nothing(tmp_path, monkeypatch):
+async def test_a_hundred_changes_of_the_carrier_leave_no_stale_entries(tmp_path, monkeypatch):
     node = Node(tmp_path, monkeypatch)
     with Netlink() as netlink:
         backend = create("vxlan", node.config, netlink, NodeReport("etcd", node.store.health))

@@ -18,7 +18,7 @@ def test_shortage(tmp_path, count, limit, is_short):
     assert not why or f"{count} of {limit} entries" in why
 
 
-def test_a_kernel_without_conntrack_has_no_shortage(tmp_path):
+def test_without_conntrack_in_the_kernel_the_check_passes(tmp_path):
     assert shortage(tmp_path / "none", tmp_path / "none") == ""
 
 

@@ -131,7 +131,7 @@ async def test_each_repair_is_logged_for_every_caller(caplog):
 
 
 @in_own_netns
-async def test_the_hosts_own_rules_are_left_alone():
+async def test_the_hosts_own_rules_are_not_changed():
     sh("nft add table ip nat", "nft add table inet filter",
        "nft add chain inet filter forward { type filter hook forward priority 0; }",
        "nft add rule inet filter forward ip saddr 203.0.113.0/24 drop",

@@ -72,7 +72,7 @@ def test_without_the_privilege_the_command_line_decides(tmp_path):
 
 
 @in_own_netns
-def test_where_the_host_is_not_visible_everything_stays():
+def test_if_the_host_is_not_visible_no_leftover_is_removed():
     assert ask("unshare", "--pid", "--fork", "--mount-proc") == \
         "the host's processes are not visible here"
 

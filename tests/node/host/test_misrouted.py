@@ -34,7 +34,7 @@ def make_devices():
 
 
 @in_own_netns
-async def test_a_look_at_everyone_finds_what_is_wrong_with_all_peers():
+async def test_a_check_of_all_peers_finds_every_wrong_route():
     make_devices()
     peers = leases(2 * PEERS_N + 10)
     # A policy rule: it is not in the list of the main table's routes, so each peer must be asked.

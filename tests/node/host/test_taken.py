@@ -23,7 +23,7 @@ STORE = "10.9.9.9"  # behind the default route
 
 
 async def taken_by(network, *store_hosts, own=()):
-    """Return the addresses that the route to a network takes away."""
+    """Return the needed addresses whose packets the route to a network would divert."""
     sh(*HOST)
     underlay = Underlay(
         "under0", socket.if_nametoindex("under0"), 1500, ip_address("10.1.2.3"),
@@ -63,7 +63,7 @@ async def taken_by(network, *store_hosts, own=()):
     ("10.0.0.0/8", ("10.1.2.3",), set()),  # the store runs on this host
     ("10.0.0.0/8", ("localhost", "no such name.invalid"), set()),
 ])
-def test_what_a_network_takes_away(network, stores, taken):
+def test_a_network_captures_addresses_without_longer_prefixes(network, stores, taken):
     @in_own_netns
     async def check():
         assert await taken_by(network, *stores) == taken
@@ -72,7 +72,7 @@ def test_what_a_network_takes_away(network, stores, taken):
 
 
 @in_own_netns
-async def test_an_address_that_the_overlay_has_taken_already():
+async def test_an_address_that_the_overlay_already_captures():
     sh("ip link add tun9 type veth peer name far", "ip link set far up", "ip link set tun9 up",
        "ip route add 10.0.0.0/8 dev tun9")
     assert await taken_by("10.0.0.0/8", STORE, own=("tun9", "none")) == {STORE}

@@ -144,7 +144,7 @@ async def test_a_request_is_answered_once_if_its_sender_is_a_known_peer():
 
 
 @in_own_netns
-async def test_a_message_of_a_outsider_is_not_parsed(monkeypatch):
+async def test_a_message_of_an_unknown_sender_is_not_parsed(monkeypatch):
     parsed = []
     monkeypatch.setattr("udptun.node.paths.bound.decode", parsed.append)
     with bound(A[4]) as (meter, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
@@ -152,14 +152,14 @@ async def test_a_message_of_a_outsider_is_not_parsed(monkeypatch):
         peer.bind(("127.2.0.0", 9000))
         outsider.bind(("127.2.0.0", 9001))
         meter.add(B[4], 9000, MTU)
-        outsider.sendto(b"of a outsider", (str(A[4]), PORT))
+        outsider.sendto(b"of an unknown sender", (str(A[4]), PORT))
         peer.sendto(b"of the peer", (str(A[4]), PORT))
         await until(lambda: parsed, "the peer's message")
         assert parsed == [b"of the peer"]
 
 
 @in_own_netns
-async def test_a_meter_without_its_device_says_so_and_recovers():
+async def test_a_meter_without_its_device_reports_this_and_recovers():
     with bound(A[4], name="gone0") as (meter, _):
         meter.add(B[4], 9000, MTU)
         meter.traffic([B[4]])

@@ -61,7 +61,7 @@ def scene(monkeypatch, caplog):
     return Scene(monkeypatch, caplog, chooses=True)
 
 
-def test_a_failure_that_another_path_takes_over_is_one_line(scene):
+def test_a_failure_with_a_working_second_path_causes_one_log_line(scene):
     scene.measured(LOST)
     scene.later(1.0)
     scene.moved("udp", LOST.why, GOOD)
@@ -74,7 +74,7 @@ def test_a_failure_that_another_path_takes_over_is_one_line(scene):
     assert scene.events == ["peer_unreachable", "path_changed", "peer_reachable", "path_changed"]
 
 
-def test_a_failure_of_all_paths_is_logged_and_its_end_too(scene):
+def test_the_begin_and_the_end_of_a_failure_of_all_paths_are_logged(scene):
     scene.measured(LOST)
     scene.later(1.0)
     assert scene.lines == []
@@ -87,7 +87,7 @@ def test_a_failure_of_all_paths_is_logged_and_its_end_too(scene):
     assert scene.lines[1:] == ["n60: 10.5.60.0/24 is reachable"]
 
 
-def test_a_late_change_of_the_path_says_that_the_peer_is_reachable(scene):
+def test_a_late_change_of_the_path_reports_the_peer_as_reachable(scene):
     scene.measured(LOST)
     scene.later()
     scene.moved("udp", LOST.why, GOOD)
@@ -97,7 +97,7 @@ def test_a_late_change_of_the_path_says_that_the_peer_is_reachable(scene):
         "10.5.60.0/24 is reachable"]
 
 
-def test_a_moment_is_an_event_and_no_line(scene):
+def test_a_short_failure_causes_an_event_but_no_log_line(scene):
     scene.measured(LOST)
     scene.measured(GOOD)
     scene.later()

@@ -206,7 +206,7 @@ async def test_routes_changed_by_another_program_are_restored(
         await until(lambda: served.forwarder.table == table(route(2)), "our routes to be back")
 
 
-async def test_a_change_by_another_program_between_ours_is_noticed_at_once(
+async def test_a_change_by_another_program_between_two_of_ours_is_detected_at_once(
     thread, control, keeper, spec
 ):
     with Served(thread, control) as served:
@@ -301,7 +301,7 @@ async def test_the_options_are_written_before_there_is_a_forwarder(
     await until(lambda: "--wait-for" in keeper.report.forwarder.error, "the reason")
 
 
-async def test_an_equal_file_is_left_alone(keeper, spec, tmp_path):
+async def test_an_equal_file_is_not_written(keeper, spec, tmp_path):
     spec.write(tmp_path / "forward.json")
     before = (tmp_path / "forward.json").stat()
     keeper.want(spec)

@@ -95,7 +95,7 @@ def test_other_requests_are_refused(served_node, request_line):
         client.routes()
 
 
-def test_a_request_that_is_too_long_or_incomplete_ends_only_itself(served_node, monkeypatch):
+def test_a_request_that_is_too_long_or_incomplete_does_not_affect_others(served_node, monkeypatch):
     monkeypatch.setattr(module, "REQUEST_SECONDS", 0.1)
     for part in (b"GET /v1/node", b"x" * (2 * module.HEAD_LEN)):
         with socket.socket(socket.AF_UNIX) as client:
@@ -155,7 +155,7 @@ def test_status_shows_both(served_node, tmp_path, thread):  # noqa: F811
             assert [*found] == [*client.status(), "node"]
 
 
-def test_status_says_when_the_preferred_path_carries_again(thread, tmp_path):  # noqa: F811
+def test_status_shows_when_the_preferred_path_is_used_again(thread, tmp_path):  # noqa: F811
     report = measured()
     (pair,) = report.pairs.values()
     pair.returns = time.time() + 600
@@ -182,7 +182,7 @@ def test_status_mentions_a_stopped_daemon(thread, tmp_path):  # noqa: F811
         assert text.startswith(f"node: the daemon does not answer on {tmp_path}/node.sock. ")
 
 
-def test_peers_shows_what_the_daemon_has_measured_by_echo(thread, tmp_path):  # noqa: F811
+def test_the_command_peers_shows_the_daemons_echo_measurements(thread, tmp_path):  # noqa: F811
     report = measured()
     subnet = IPv4Network("10.244.9.0/24")
     report.pairs[subnet] = PairReport("n9", subnet, "udp", state="reachable")

@@ -399,7 +399,7 @@ async def test_other_requests(server: HealthServer, method: str, path: str, stat
         assert body == ""
 
 
-async def test_a_port_that_is_taken(server: HealthServer) -> None:
+async def test_a_port_that_is_in_use(server: HealthServer) -> None:
     second = HealthServer(ready(), LOOPBACK, server.port, Path("/none"))
     with pytest.raises(DeviceError, match=f"127.0.0.1 port {server.port}: "):
         await second.start()

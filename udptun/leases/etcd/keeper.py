@@ -304,7 +304,7 @@ class LeaseKeeper:
                     f" we with {own}"
                 if not self._contest.may_write(kv.mod_revision, text):
                     raise _Contested(text)
-                log.error("%s: writing ours again", text)
+                log.error("%s: writing our data again", text)
                 return True
             raise _Taken(f"{lease.subnets} is now the lease of {owner}")
         return False

@@ -1,4 +1,4 @@
-"""Leases from a hosts file: the source that needs no store besides the file.
+"""Leases from a hosts file: the source that needs only this file.
 
 Owns: reading the file again when it changes, and finding this machine's entry in it.
 ``schema`` has the grammar of the file.

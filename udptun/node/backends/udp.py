@@ -104,7 +104,7 @@ class UdpBackend(Backend[Route]):
         return LeaseData(data={4: embed(None, advert)})
 
     def _source_ports(self) -> tuple[int, int] | None:
-        """Return the ports, besides ours, from which our datagrams arrive at other nodes. A NAT,
+        """Return the further ports from which our datagrams arrive at other nodes. A NAT,
         which has our published address, may change our port to any other one."""
         if self._config.source_port is not None:
             return self._config.source_port or None

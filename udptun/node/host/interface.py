@@ -83,7 +83,7 @@ class Needed:
 
     what    names it, for messages
     length  prefix length of the route to it; a route of the overlay with the same or a longer
-            prefix takes it away
+            prefix diverts the packets to this address
     """
 
     address: IPAddress

@@ -1,8 +1,11 @@
-"""Keeps the chosen underlay addresses for as long as they are on this host.  Owns: the time at
-which a chosen address disappeared, and the decision to choose another address. ``interface`` makes
-the choice. One asyncio loop.  The other nodes identify this node by its published address. So a new
-default route, for example of a VPN, or an address that is missing for a moment must not change the
-choice. """
+"""Keeps the chosen underlay addresses for as long as they are on this host.
+
+Owns: the time at which a chosen address disappeared, and the decision to choose another address.
+``interface`` makes the choice. One asyncio loop.
+
+The other nodes identify this node by its published address. So a new default route, for example of
+a VPN, or an address that is missing for a moment must not change the choice.
+"""
 
 from __future__ import annotations
 

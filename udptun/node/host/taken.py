@@ -1,12 +1,12 @@
-"""Finds the addresses that the routes of the overlay would take away from this host.
+"""Finds addresses that this host could no longer reach because of the overlay's routes.
 
 Owns: the list of addresses that this host must reach without the overlay (those of the underlay's
 link, of the gateway and of the store), and the decision whether the route to a network of the
-overlay takes one of them away. Does not depend on how the routes are set.
+overlay would divert the packets to one of them. Does not depend on how the routes are set.
 
-A network that has such an address is not a mistake in itself: 10.0.0.0/8 may contain the underlay,
-as with flannel. The kernel uses the route with the longest prefix. So an address is taken away only
-if the present route to it has a prefix that is not longer than that of the overlay's route. Only
+A network may contain such an address: 10.0.0.0/8 may contain the underlay, as with flannel. The
+kernel uses the route with the longest prefix. So packets to an address are diverted only if the
+present route to the address has a prefix that is not longer than that of the overlay's route. Only
 routes of the main table count, because routes of other tables do not compete with ours.
 """
 
@@ -93,11 +93,11 @@ class Taken:
 
 
 def refuse_taken(networks: Iterable[IPNetwork], needed: Iterable[Needed]) -> None:
-    """Raise FieldError if the route to a network takes an address away."""
+    """Raise FieldError if the route to a network would divert the packets to a needed address."""
     wanted = [*needed]
     for network in networks:
         for one in wanted:
             if one.is_in(network):
                 raise FieldError(
                     "Network" if network.version == 4 else "IPv6Network", str(network),
-                    f"a network whose route does not take {one.address} away, {one.what}")
+                    f"a network whose route does not divert packets to {one.address}, {one.what}")

@@ -1,14 +1,14 @@
-"""Probe peers through one device: request and reply stay on it, in both directions.
+"""Probe peers through one device.
 
 The socket is bound to the device, to our overlay address on it, and to the UDP port that our lease
-advertises. So the kernel sends through the device whatever the route to the peer is, and delivers
-only what arrives through it. This measures the path that the device makes, not the path that
-packets take at present.
+advertises. So the kernel sends through this device with every route to the peer, and delivers only
+datagrams that arrive through it. This measures the path of the device, even if the packets use
+another path at present.
 
-The peer's daemon answers the probes, and the peer's kernel carries the packets. If a probe is not
-answered, the daemon may have ended, and the path may work. So the next requests are sent as ICMP
-echoes as well, through the same device: the peer's kernel answers these. One of the two answers is
-enough.
+The peer's daemon answers the probes, but the peer's kernel carries the packets. If a probe is not
+answered, the path may still work, because only the daemon may have ended. So with each further
+probe an ICMP echo request is sent through the same device: the peer's kernel answers it. One of the
+two answers is enough.
 
 A request is answered only if it comes from the address and port of a known peer. There is one reply
 of the same size. So this node cannot be used to amplify traffic. Runs on the daemon's loop.
@@ -137,7 +137,7 @@ class BoundMeter(Meter):
         key = request.key
         if not self.prober[key].missed and key not in self._echoed:
             return
-        # An echo that cannot be sent is as good as one that is not answered.
+        # An echo that cannot be sent counts as an echo without an answer.
         with contextlib.suppress(OSError):
             if self._raw is None:
                 device = self.device

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 CALL_SECONDS = 5.0
 RECONNECT_SECONDS = 0.5
 THREADS_N = 4  # calls of ``ask`` at a time
-# Until the forwarder counts as gone: one that is started again answers sooner.
+# The forwarder counts as gone after this time. A forwarder that is restarted answers sooner.
 GONE_SECONDS = 3.0
 
 # The forwarder's events about measurements, and the new state; None: the state does not change.
@@ -43,8 +43,8 @@ EVENTS = {"peer_reachable": REACHABLE, "peer_unreachable": UNREACHABLE, "peer_si
 # The members of a peer's measurement that are kept.
 FIELDS = ("state", "since", "reason", "rtt_us", "loss", "last_answer", "largest_size",
           "full_size_passes")
-# The numbers among them: since, last answer, loss, rtt_us, largest_size, full_size_passes. NaN or
-# a negative number: not known.
+# The numbers among these members: since, last answer, loss, rtt_us, largest_size, full_size_passes.
+# NaN or a negative number: not known.
 NUMBERS = struct.Struct("=dddqib")
 
 

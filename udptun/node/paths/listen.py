@@ -1,10 +1,10 @@
 """Notice packets from peers that answer no echo: a peer may drop ICMP and be reachable.
 
 One packet socket per IP version and device, only while there are such peers. It is bound to the
-device through which their packets arrive: a packet from anywhere else, for example from a local
-pod that uses a peer's address, says nothing. A filter in the kernel passes packets from their
-subnets. After the first packet of a subnet, the filter leaves the subnet out
-until the next ``watch``, so a fast sender costs one packet per call. Needs CAP_NET_RAW. Runs on the
+device through which their packets arrive: a packet from another device, for example from a local
+pod that uses a peer's address, proves nothing. A filter in the kernel passes packets from the
+subnets of these peers. After the first packet of a subnet, the filter leaves the subnet out until
+the next ``watch``. So a fast sender costs one packet per call. Needs CAP_NET_RAW. Runs on the
 daemon's loop.
 """
 

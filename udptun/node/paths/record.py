@@ -68,7 +68,7 @@ class Recorder:
                            reason=reason)
 
     def forget(self, pair: Pair) -> None:
-        """The peer is gone."""
+        """Delete the record of a peer that has left."""
         self._unsettled.pop(pair.subnet, None)
         self._logged.pop(pair.subnet, None)
 

@@ -18,8 +18,8 @@ from ...text import printable
 from ..backends import BACKENDS
 from .report import NodeReport, PairReport
 
-# The routes of the forwarder may differ from the leases for so long: after each change in the store
-# they differ for a moment, and this does not cut off our own pods.
+# For this time, the forwarder's routes may differ from the leases. They differ for a moment after
+# each change in the store, and our pods can use the overlay nevertheless.
 CHANGE_SECONDS = 5.0
 MAX_LINE = 2000  # characters; some parts were chosen by the store or a server
 MAX_NAMED = 20  # limit of entries of a list that are shown one by one
@@ -207,9 +207,9 @@ def _peers(report: NodeReport) -> _Result:
 
 
 def _is_alone(report: NodeReport, silent: Collection[PairReport]) -> bool:
-    """Return whether no peer answers, and this is not explained by the end of one peer.
+    """Return whether there are several peers and none of them answers.
 
-    With a single peer, nothing tells an isolated node from a node whose peer has ended.
+    With a single peer, the cause can also be that this peer has ended.
     """
     return len(silent) == len(report.pairs) and len({pair.key for pair in silent}) > 1
 
