@@ -206,7 +206,8 @@ async def test_a_network_that_contains_the_underlay_is_refused(served, node_of):
     node = node_of()
     node.store.network_answer = TAKING
     with Netlink() as netlink, pytest.raises(
-        FieldError, match=r"192.0.2.0/25.* does not take 192.0.2.1 away, the underlay's address"
+        FieldError,
+        match=r"192.0.2.0/25.* does not divert packets to 192.0.2.1, the underlay's address",
     ):
         await Daemon(node.config, netlink).run()
     assert not node.store.published and not node.config.forward_file.exists()
@@ -225,7 +226,8 @@ async def test_a_network_that_contains_the_store_does_not_replace_the_cached_one
         await node.ready(daemon)
         assert table(served) == routes_to(peer(2))
         assert node.forward_file["network"] == ["10.244.0.0/16"]
-        assert "does not take 10.9.9.9 away, the address of the store" in daemon.report.lease_error
+        assert "does not divert packets to 10.9.9.9, the address of the store" in \
+            daemon.report.lease_error
         node.store.hosts = tuple
         daemon.reload()
         await until(lambda: node.forward_file["network"] == ["10.0.0.0/8"], "the new network")
@@ -248,8 +250,8 @@ async def test_a_lease_that_contains_the_gateway_does_not_affect_other_leases(se
         await until(lambda: table(served) == routes_to(peer(2)), "the other lease")
         await until(lambda: daemon.report.peers.unreachable, "the reason")
         (why,) = daemon.report.peers.unreachable.values()
-        assert why == "its subnet 10.244.7.0/24 would take 10.244.7.9 away, the gateway of this " \
-            "host"
+        assert why == "its subnet 10.244.7.0/24 would divert packets to 10.244.7.9, the gateway " \
+            "of this host"
         assert daemon.report.events[-1]["type"] == "no_path"
 
 

@@ -362,8 +362,9 @@ class Daemon:
     async def _refuse_taken(self, prepared: Prepared) -> tuple[Needed, ...]:
         """Return the addresses that this host must reach without the overlay.
 
-        If the route to a network through the TUN takes one of them away, raises the error of
-        ``Store.refuse``. VXLAN has no such route, but one to the subnet of each peer (``plan``).
+        If the route to a network through the TUN would divert packets to one of them, raises the
+        error of ``Store.refuse``. VXLAN has no such route, but a route to the subnet of each peer
+        (``plan``).
         """
         network, underlay = prepared.site.network, prepared.site.underlay
         needed = await self._taken.needed(

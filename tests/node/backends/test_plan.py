@@ -137,7 +137,7 @@ def test_a_node_with_our_public_address_and_another_port_is_another_node():
         (replace(UDP_ONLY, broadcasts=(IPv4Address("192.0.2.255"),)),
          lease(public=IPv4Address("192.0.2.255")), "not a unicast address"),
         (replace(UDP_ONLY, needed=(Needed(IPv4Address("10.244.2.9"), "the gateway", 24),)), lease(),
-         "would take 10.244.2.9 away, the gateway"),
+         "would divert packets to 10.244.2.9, the gateway"),
         (UDP_ONLY, lease(public=IPv4Address("127.0.0.1")), "cannot be reached from another host"),
         (DUAL, lease(public6=IPv6Address("fe80::2")), "cannot be reached from another host"),
         (DUAL, lease(public6=IPv6Address("::1")), "cannot be reached from another host"),

@@ -1,4 +1,4 @@
-"""Networks whose routes would take addresses away that the host needs, with the real kernel."""
+"""Networks whose routes would divert packets that the host needs, with the real kernel."""
 
 import socket
 from ipaddress import ip_address, ip_network
@@ -34,7 +34,7 @@ async def taken_by(network, *store_hosts, own=()):
     assert taken.broadcasts == (ip_address("10.1.2.255"),)
     found = {str(one.address) for one in needed if one.is_in(ip_network(network))}
     if found:
-        with pytest.raises(FieldError, match="whose route does not take") as raised:
+        with pytest.raises(FieldError, match="whose route does not divert") as raised:
             refuse_taken([ip_network(network)], needed)
         assert any(address in str(raised.value) for address in found)
     else:

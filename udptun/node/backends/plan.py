@@ -118,7 +118,8 @@ def _check_subnet(local: LocalNode, subnet: IPNetwork, network: IPNetwork) -> No
             raise _Unusable(f"its subnet {subnet} has this node's public address {taken}")
     for one in local.needed:
         if one.is_in(subnet):
-            raise _Unusable(f"its subnet {subnet} would take {one.address} away, {one.what}")
+            raise _Unusable(
+                f"its subnet {subnet} would divert packets to {one.address}, {one.what}")
 
 
 def _check_addresses(

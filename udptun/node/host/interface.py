@@ -91,7 +91,7 @@ class Needed:
     length: int
 
     def is_in(self, prefix: IPNetwork) -> bool:
-        """Return whether a route of the overlay to ``prefix`` takes the address away."""
+        """Return whether a route of the overlay to ``prefix`` diverts packets to the address."""
         return self.address in prefix and prefix.prefixlen >= self.length
 
 
