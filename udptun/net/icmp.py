@@ -2,9 +2,9 @@
 
 Owns the format. The size of an echo is the number of bytes after the ICMP header, which has the
 size of UDP's: an echo and a probe of the same size make equally large packets. A reply is matched
-by a random token in its payload. Anybody can forge replies, so the kernel drops those that do not
-have the identifier of the socket's requests. Does not depend on who is asked or when, and uses only
-the standard library, because a client command has to start fast. Any thread.
+by a random token in its payload. Replies can be forged, so the kernel drops replies that do not
+have the identifier of the socket's requests. Does not depend on the destination or the time of a
+request. Uses only the standard library, because a client command has to start fast. Any thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the kernel does with a packet to one address: the route, the device and the VXLAN entries.
 
-Owns one question, for a person who looks for a fault. Reads the kernel's own answer (RTM_GETROUTE),
-and does not depend on what udptun has configured. Uses only the standard library, because a client
-command has to start fast. Any thread; the answer is for the network namespace of the thread.
+For a person who looks for a fault. Reads the kernel's own answer (RTM_GETROUTE), and does not
+depend on what udptun has configured. Uses only the standard library, because a client command has
+to start fast. Any thread; the answer is for the network namespace of the thread.
 """
 
 from __future__ import annotations

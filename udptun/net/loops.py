@@ -1,8 +1,8 @@
 """Find the peers whose datagrams the kernel would route into our own TUN.
 
-Owns one question to the kernel: which device a datagram of the forwarder to an address leaves
-through. The TUN would give such a datagram back to the forwarder. Prefixes are not compared: an
-address within the overlay's networks is usable if the host has a more specific route to it, or a
+Owns one question to the kernel: through which device a datagram of the forwarder to an address
+leaves. If the device is our TUN, the datagram returns to the forwarder. Prefixes are not compared:
+an address within the overlay's networks is usable if the host has a more specific route to it, or a
 rule for the forwarder's source or mark. Does not decide what happens to a route. Threading: call
 from any asyncio loop; the work runs in the thread of the given ``Netlink``.
 """

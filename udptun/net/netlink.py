@@ -3,7 +3,8 @@
 Owns the netlink thread. All of pyroute2 runs in this thread, for two reasons:
 - pyroute2 does not work on uvloop.
 - The import of pyroute2 takes as long as the rest of a start. The thread imports pyroute2 while the
-  caller continues. A forwarder whose device works already begins the thread only when it forwards.
+  caller continues. If the device already works, the forwarder starts this thread only when it
+  forwards packets.
 
 Does not depend on the forwarder's routes and peers. Threading: call public methods from any thread,
 ``async`` methods from any asyncio loop. pyroute2 objects never leave the netlink thread.

@@ -1,8 +1,8 @@
-"""Sends HTTP requests to the API server, with credentials that are always the present ones.
+"""Sends HTTP requests to the API server, and keeps the credentials up to date.
 
 Owns: the connections, and when the credentials are read again: if one of their files has changed,
-if they have expired, after a failure of TLS, and after the answer 401. Does not know what is
-requested. Asyncio, one loop.
+if they have expired, after a failure of TLS, and after the answer 401. Does not depend on the
+content of a request. Asyncio, one loop.
 """
 
 from __future__ import annotations

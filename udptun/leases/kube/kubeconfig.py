@@ -1,9 +1,9 @@
-"""Parses kubeconfig files: the API server, and how to prove who we are.
+"""Parses kubeconfig files: the API server and the credentials.
 
 Owns: the fields of a kubeconfig that describe one connection, and their rules. As in kubectl, the
-current context counts, and a relative path starts at the directory of the file. Each field has an
-effect, or is refused by its name. The fields of other contexts are not checked. Reads only the
-kubeconfig itself, not the files that it names. Any thread.
+current context is used, and a relative path starts at the directory of the file. A field that is
+not supported is refused, and the error names it. The fields of other contexts are not checked.
+Reads only the kubeconfig itself, not the files that it names. Any thread.
 
 source  the types Config, Cluster, AuthInfo and ExecConfig of client-go's clientcmd/api/v1
 """

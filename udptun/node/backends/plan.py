@@ -7,8 +7,8 @@ processes, netlink or any single backend. Pure, no I/O; one thread.
 A peer has a path in each backend that reaches the peer, not only in the backend that carries the
 packets. If a peer loses one backend and sends through another one, this node therefore still
 accepts the peer's packets. A lease is untrusted: an unusable lease makes only its own peer
-unreachable. If two leases claim the same addresses, the older lease has them, whatever the order in
-which they arrive.
+unreachable. If two leases claim the same addresses, the older lease is used for them. The order in
+which the leases arrive does not matter.
 """
 
 from __future__ import annotations

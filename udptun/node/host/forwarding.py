@@ -1,8 +1,8 @@
 """Keep this host forwarding packets between pods and the overlay's devices.
 
-Owns: which sysctls are ours, and their values. ``net.ipv4.ip_forward`` and the setting of our own
-devices are ours if ``--iptables-forward-rules`` is on; CNI's bridge plugin sets the first one too.
-``net.ipv6.conf.all.forwarding`` is not ours: with the value 1 the kernel ignores router
+Owns: which sysctls udptun sets, and their values. If ``--iptables-forward-rules`` is on, udptun
+sets ``net.ipv4.ip_forward``, as CNI's bridge plugin does, and the setting of its own devices. It
+does not set ``net.ipv6.conf.all.forwarding``: with the value 1 the kernel ignores router
 advertisements, and the host may lose its default route. The files in /proc are read and written
 directly. Any thread.
 """

@@ -1,4 +1,4 @@
-"""Remove what a former flannel has left on this host and what would take or change our packets.
+"""Remove what an earlier flannel has left on this host, if it would divert or change our packets.
 
 Owns: which things are flannel's leftovers, and the conditions for their removal:
 - No flanneld runs in this network namespace (nor k3s or rke2, which contain flannel), and this

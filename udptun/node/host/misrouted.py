@@ -1,10 +1,10 @@
 """Find peers whose packets the kernel does not route through the overlay.
 
-Owns: what is wrong with a route, and the sentence about it. For each peer the kernel must route the
-peer's subnets to a device of the overlay, and the peer's own address to the underlay. Another
-program's more specific route, a policy rule, or a peer's address within the overlay make it differ.
-Does not see rules that depend on the incoming interface or on a mark. Changes nothing on the host.
-Runs on the daemon's loop.
+Owns: what is wrong with a route, and the sentence about it. For each peer, the kernel must route
+the peer's subnets to a device of the overlay, and the peer's own address to the underlay. Causes of
+a wrong route are a more specific route of another program, a policy rule, or a peer's address
+within the overlay. Does not see rules that depend on the incoming interface or on a mark. Changes
+nothing on the host. Runs on the daemon's loop.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Decide which of several paths carries the packets to one subnet, from their measured health.
 
 Owns the rule and its times:
-- The carrying path is left at once if another path is measured to be better.
-- A path that is preferred and was left carries again when it has been good for ``hold`` seconds.
-  The hold doubles each time when the path is left soon after its return. So a path that comes and
-  goes causes few changes.
-- Nothing is known or all paths are equally bad: nothing changes.
+- If another path is measured to be better than the path that carries the packets, it carries them
+  at once.
+- The preferred path carries the packets again when it has been good for ``hold`` seconds. The hold
+  doubles each time when the path fails soon after its return. So an unstable path causes few
+  changes.
+- If no state is known, or all paths are equally bad, the choice does not change.
 
 Does not depend on how health is measured, or on how a choice is applied. Pure; times are seconds of
 the monotonic clock.

@@ -1,11 +1,11 @@
 """What the forwarder has measured on its paths, by endpoint.
 
-Owns the connection to the forwarder's events, and a copy of the forwarder's measurements, and of
-the last errors of the peers that the forwarder does not measure. After
-each connect the whole state is read; then each event updates the copy. ``ask`` makes the forwarder
-probe one peer now; ``set_standby`` makes it probe some peers less often.
-The control client is synchronous: one thread follows the events, and a small pool makes the calls.
-All other methods and the callback run on the daemon's loop.
+Owns the connection to the forwarder's events, a copy of the forwarder's measurements, and a copy of
+the last errors of the peers that the forwarder does not measure. After each connect the whole state
+is read; then each event updates the copy. ``ask`` makes the forwarder probe one peer now;
+``set_standby`` makes it probe some peers less often. The control client is synchronous: one thread
+follows the events, and a small pool makes the calls. All other methods and the callback run on the
+daemon's loop.
 """
 
 from __future__ import annotations

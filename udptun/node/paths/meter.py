@@ -1,11 +1,11 @@
 """Probe many peers from one socket: the part that all kinds of probes have in common.
 
 Owns the socket, the timer for the next probe, and one ``Prober`` with the state of each path.
-Subclasses build and parse the messages. A socket that cannot be opened, or whose device is gone, is
-opened again at the next ``check``. If the device or its address is missing, each probe fails until
-then, as the path is of no use. Any other cause, for example another program that uses the port,
-says nothing about the path: nothing is measured, and all states are unknown. Runs on the daemon's
-loop; nothing here waits.
+Subclasses build and parse the messages. A socket that cannot be opened, or whose device was
+removed, is opened again at the next ``check``. If the device or its address is missing, the path
+does not work, so each probe fails until then. With any other cause, for example another program
+that uses the port, the path may work: it is not measured, and all states are unknown. Runs on the
+daemon's loop; no method waits.
 """
 
 from __future__ import annotations

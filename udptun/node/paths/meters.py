@@ -1,4 +1,4 @@
-"""All meters of one node: who measures which path, and the work that keeps them going.
+"""All meters of one node. A meter measures the paths of one device, or with one protocol.
 
 Owns: the sockets of this daemon (one per device that can be probed, one per IP version for echoes),
 the view of what the forwarder has measured, and the search for pairs with traffic. Does not choose

@@ -7,10 +7,11 @@ or on how a choice is applied to the host. Runs on the daemon's loop.
 How a path is measured:
 - A peer that advertises probes is probed on each path: by this daemon through the device of a
   backend (``bound``), or by the forwarder, which reports the result (``forwarder``).
-- Any other peer gets an echo to its overlay address (``echo``). The echo takes the path that
-  carries the packets. So these peers are only reported on, and keep the preferred path.
+- Any other peer gets an echo request to its overlay address (``echo``). The request takes the path
+  that carries the packets. So the state of these peers is only reported, and their path does not
+  change.
 
-Only a node with several backends chooses. With a single backend the same measurements are reported.
+Only a node with several backends chooses between paths.
 """
 
 from __future__ import annotations

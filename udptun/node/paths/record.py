@@ -1,8 +1,8 @@
 """Report the measurements and the choice of paths: in the report, as log lines and as events.
 
-Owns the texts, and the limits of the log: a failure that another path takes over is one line, and
-if many peers change at once, only some are named. Events have each change. Does not measure or
-choose. Runs on the daemon's loop.
+Owns the texts, and the limits of the log: if another path carries the packets after a failure, this
+is one line; if many peers change at the same time, only some are named. Each change is an event.
+Does not measure or choose. Runs on the daemon's loop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A process that has loaded the program of a forwarder, and waits until one is needed.
 
-To load the program takes most of the time of a start. So after a crash, a standby process forwards
-much sooner than a new one. Owns the process and the socket on which it waits. Does not decide when
-a forwarder is needed. The module is synchronous. Any thread.
+Most of the time of a start is needed to load the program. So after a crash, a standby process
+forwards much sooner than a new process. Owns the process and the socket on which it waits. Does not
+decide when a forwarder is needed. The module is synchronous. Any thread.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Owns: the nftables tables ``ip udptun-guard`` and ``ip6 udptun-guard``, or the i
 UDPTUN-GUARD-OUT and UDPTUN-GUARD-IN in the table mangle; other instances have other names. Does not
 decide which tool is used: ``keeper`` does. Asyncio, one loop per object.
 
-On the way out: a packet to the UDP port of another node's forwarder is dropped, unless it has the
-mark of our forwarder. Otherwise any program on this host, and any pod whose packets are
-masqueraded, could send inner packets that look as if this node had sent them.
+Outgoing: a packet to the UDP port of another node's forwarder is dropped, unless it has the mark of
+our forwarder. Otherwise any program on this host, and any pod whose packets are masqueraded, could
+send inner packets that look as if this node had sent them.
 
 - nftables: the chain is at the hook postrouting, after address translation. It drops only packets
   whose source is now an address of this host. So this host still forwards the datagrams of other
@@ -14,11 +14,11 @@ masqueraded, could send inner packets that look as if this node had sent them.
 - iptables: no table can drop after address translation. The chain drops packets with any source
   except the addresses of other nodes.
 
-On the way in: a packet that arrives on the underlay's interface with a source and a destination in
-the overlay is dropped: packets of the overlay arrive on the overlay's devices. If this node
-masquerades, a packet with a source in the overlay is dropped whatever its destination is. Without
-masquerading, pods of other nodes use their own addresses also towards addresses outside the
-overlay. Nodes that route without encapsulation (DirectRouting) are excepted.
+Incoming: a packet that arrives on the underlay's interface with a source and a destination in the
+overlay is dropped, because packets of the overlay arrive on the overlay's devices. If this node
+masquerades, a packet with a source in the overlay and any other destination is dropped too. Without
+masquerading, pods of other nodes use their own addresses also for packets that leave the overlay.
+Nodes that route without encapsulation (DirectRouting) are excepted.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ MULTIPORT_MAX = 15  # ports of one rule: linux/netfilter/xt_multiport.h
 
 @dataclass(frozen=True, slots=True)
 class GuardRules:
-    """What to guard. Without endpoints there are no rules for the way out; without an interface
-    there are none for the way in.
+    """What to guard. Without endpoints there are no rules for outgoing packets; without an
+    interface there are no rules for incoming packets.
 
     mark        the mark of our forwarder's datagrams
     endpoints   of the forwarders of other nodes

@@ -1,4 +1,4 @@
-"""iptables: our chains, and the rules of others in the same tables.
+"""iptables: our chains, and the rules of other programs in the same tables.
 
 Owns: the instance's chains, by default UDPTUN-FORWARD in the table filter and UDPTUN-POSTRTG in the
 table nat, and the rules that jump to them. Changes no other rule. Does not decide which rules are

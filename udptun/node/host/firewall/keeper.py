@@ -13,8 +13,8 @@ The jump to our chain is inserted directly before the rule that drops our packet
 network policy before that rule stay effective.
 
 The rules of other programs are read. Whether packets pass is not measured. A rule that udptun
-cannot evaluate (see ``verdict``) makes a finding uncertain. Rules in other places (XDP, tc, eBPF
-programs) are not found.
+cannot evaluate (see ``verdict``) makes a finding uncertain. XDP, tc and eBPF programs are not
+found.
 """
 
 from __future__ import annotations

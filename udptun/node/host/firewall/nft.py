@@ -1,4 +1,4 @@
-"""nftables: our tables, and the rules of others at the hooks that our packets pass.
+"""nftables: our tables, and other programs' rules at the hooks that our packets pass.
 
 Owns: the instance's two tables, by default ``ip udptun-ipv4`` and ``ip6 udptun-ipv6``. Does not
 change other rules of the host. Does not depend on leases or interfaces. Asyncio, one loop.

@@ -3,10 +3,10 @@
 Owns: the three kinds of conditions (true, false, unknown for a flow), and how the kernel walks
 through chains. ``iptables`` and ``nft`` translate their output into these types.
 
-A flow stands for all packets between two networks, so a rule for a part of them is neither true
-nor false for it: its condition is unknown, as is a condition that udptun cannot evaluate (a set, a
-mark, a rate). A rule with an unknown condition decides nothing. If such a rule would accept, the
-finding is only likely.
+A flow stands for all packets between two networks. A condition is unknown if it is true for only
+some of these packets, or if udptun cannot evaluate it (a set, a mark, a rate). A rule with an
+unknown condition does not decide the verdict. If such a rule would accept, the finding is only
+likely.
 """
 
 from __future__ import annotations
