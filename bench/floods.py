@@ -2,10 +2,10 @@
 
     python -m bench floods [--rate PPS] [--seconds N]
 
-Two nodes with a forwarder each. Datagrams of 64 bytes go from the flooded node to the other one,
-and then the other way. The other node sends ICMP errors that quote the tunnel's datagrams
+Two nodes with a forwarder each. Datagrams of 64 bytes go from the flooded node to the other node,
+and then in the other direction. The other node sends ICMP errors that quote the tunnel's datagrams
 (bench/icmpflood.c). The rate of the datagrams is the highest of RATES at which CONTROL_RUNS runs
-without a flood lose nothing. Needs root. Main thread only, like udptun.lab.
+without a flood lose no datagram. Needs root. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations

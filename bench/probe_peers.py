@@ -1,13 +1,13 @@
-"""Plays the peers of ``bench probes``: one process for any number of nodes.
+"""Simulates the peers of ``bench probes``: one process for any number of nodes.
 
     python -m bench.probe_peers
 
 Runs in a namespace in which the peers' addresses are local. Answers the probes of one node, on the
-UDP path and on the VXLAN path, from the address to which each was sent. From the first probe on,
-each peer also probes the node, by the rules of udptun/probe, as a real peer does, because nodes
-share the probes of an idle pair. If a peer is probed on both paths, UDP is its standby path.
-(bench/responder.py only answers.) Owns two sockets; it packs and
-unpacks VXLAN frames itself, because a real VXLAN device has one address.
+UDP path and on the VXLAN path, from the address to which each probe was sent. After its first
+probe, each peer also probes the node by the rules of udptun/probe, like a real peer: one probe
+serves both sides of an idle pair. If a peer is probed on both paths, UDP is its standby path.
+(bench/responder.py only answers.) Owns two sockets. Packs and unpacks VXLAN frames itself, because
+a real VXLAN device has only one address.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
 
 A real node daemon, forwarder and etcd (``Simulation`` of bench/nodes.py); one process answers the
 probes to all peers, and probes the node as that many peers do. The node runs twice with the same
-leases: once the daemon does not measure (bench/unmeasured.py) and no peer answers probes, then as
-it is. The difference is the cost.
+leases: the first time the daemon does not measure (bench/unmeasured.py) and no peer answers probes,
+the second time it runs as usual. The difference is the cost.
 
-CPU time is that of all threads (/proc/PID/stat), with the time that the kernel takes to send, which
-on a veth is also the delivery. Softirqs are not part of it, unless they interrupt a thread. Memory
-is VmRSS at the end. Needs root and etcd. Main thread only, like udptun.lab.
+CPU time is that of all threads (/proc/PID/stat). It includes the kernel's time for sending, which
+on a veth includes the delivery. It does not include softirqs, unless they interrupt a thread.
+Memory is VmRSS at the end. Needs root and etcd. Main thread only, like udptun.lab.
 """
 
 from __future__ import annotations

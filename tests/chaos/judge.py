@@ -1,14 +1,14 @@
 """One act: do it, watch what follows, undo it, watch again.
 
-While an act stands, and after it:
+After an act was done, and after it was undone:
 - every pair of pods that has a path works again within the deadline;
 - if a pair has no path, one of the two nodes reports this, by name or by a failed check;
-- a node that the act does not concern stays ready, whatever happens to others;
-- the host of a touched node has again what it had before, if the act does not stand;
-- the status says why, and the log has a line, if the act's scene asks for it.
+- a node that the act does not affect stays ready;
+- when the act was undone, the host of an affected node has the same configuration as before;
+- if the act's scene requires it, the status shows the cause, and the log has a line.
 
-On a loaded machine the deadline is later: by the longest time that a process of the cluster waited
-for a CPU since the act (``World.waited``). The verdict has this time.
+On a loaded machine, the longest time that a process of the cluster waited for a CPU since the act
+is added to the deadline (``World.waited``). The verdict has this time.
 """
 
 import re

@@ -2,8 +2,8 @@
 
 One thread per pod lives in the pod's namespace. Four times a second it sends a datagram to each
 address of each other pod, small and full-size ones in turn, and it answers the datagrams of the
-others. Each tick uses a new source port: firewalls accept packets of known flows, and a new flow
-tells the truth.
+others. Each tick uses a new source port: firewalls accept packets of known flows, so only a new
+flow shows whether packets pass.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Bugs to plant: for each harness, a check that is taken out of the source.
+"""Bugs to plant: for each harness, a check that is removed from the source.
 
 Owns the list, and the patched copies of the source. The native program has all its bugs at once;
 the environment variable FUZZ_PLANTED turns one of them on (kernel.h). A Python target runs in a
@@ -16,7 +16,7 @@ _SWITCH = "cdef extern from *:\n    bint planted_is(int n) nogil\n\n"
 
 @dataclass(frozen=True)
 class Bug:
-    """A check to take out: ``around`` is text of the file, with the condition in double braces."""
+    """A check to remove: ``around`` is text of the file, with the condition in double braces."""
 
     harness: str
     file: str

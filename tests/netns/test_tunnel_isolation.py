@@ -1,8 +1,8 @@
 """Datagrams that the kernel holds for slow or dead peers do not harm the traffic of other peers.
 
-The kernel charges a held datagram to the socket that sent it: while it waits for the link address
-of a dead neighbour, or in a qdisc. With one socket for all peers, held datagrams fill the buffer,
-and nothing is sent to anyone.
+A datagram uses memory of the socket that sent it while it waits in the kernel for the link address
+of a dead neighbour, or in a qdisc. With one socket for all peers, such datagrams fill the buffer,
+and no datagram to any peer is sent.
 """
 
 import socket

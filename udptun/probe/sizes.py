@@ -6,9 +6,9 @@ large probe has the full size. If it fails while smaller probes are answered, a 
 largest size that passes. Afterwards the next larger size and the full size are tried again
 regularly.
 
-A report that only a smaller size passes (an ICMP error) can be forged. So it is a hint: the present
-size is tested at once. Only if that size fails, the reported size is the first that the search
-tries. Threading: one thread.
+A report that only a smaller size passes (an ICMP error) can be forged. So it is only a hint: the
+present size is tested at once. If the present size fails, a search begins with the reported size.
+Threading: one thread.
 """
 
 from __future__ import annotations
