@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cni.runtime import Runtime, needs_plugins
-from tests.own_netns import in_own_netns, sh
+from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 
 pytestmark = needs_plugins
 V6 = "fd00:10:244:1::1/64"
@@ -152,8 +152,30 @@ def test_gc_and_del_of_pods_that_flannels_plugin_has_attached(tmp_path: Path) ->
         assert runtime.saved() == [runtime.container_id]  # flannel's name
         assert runtime.run("GC", **runtime.attachments((runtime.container_id, "eth0"))).code == 0
         assert interface(pod) and len(runtime.leased()) == 1
+        other = json.loads((runtime.data / runtime.container_id).read_text()) | {"name": "net2"}
+        (runtime.data / "other").write_text(json.dumps(other))
+        (runtime.data / "without-address").write_text(json.dumps(other | {"name": "net1"}))
         assert runtime.run("GC", **runtime.attachments()).code == 0
-    assert (runtime.leased(), runtime.saved()) == (set(), [])
+    assert (runtime.leased(), runtime.saved()) == (set(), ["other"])
+
+
+@in_own_netns
+def test_a_pod_of_the_type_flannel_can_be_removed_with_the_type_udptun(tmp_path: Path) -> None:
+    """The data directories are the default ones, on an empty file system."""
+    in_own_mount_namespace()
+    sh("mount -t tmpfs none /var/lib")
+    runtime = Runtime(tmp_path)
+    runtime.write_subnet()
+    del runtime.config["dataDir"]
+    with runtime.pod() as pod:
+        assert runtime.run("ADD", type="flannel").code == 0
+        saved = Path("/var/lib/cni/flannel") / runtime.container_id
+        assert saved.exists()
+        assert runtime.run("DEL", name="net2").code == 0  # another network
+        assert saved.exists()
+        assert runtime.run("DEL").code == 0
+        assert not saved.exists()
+        assert "eth0" not in sh(f"ip -n {pod} link")
 
 
 @in_own_netns
