@@ -9,7 +9,8 @@ from pathlib import Path
 from tests.cni.runtime import ROOT
 
 SLOW = {"asyncio", "click", "contextlib", "ctypes", "dataclasses", "http", "inspect", "logging",
-        "pathlib", "pyroute2", "subprocess", "threading", "typing", "urllib", "uvloop"}
+        "pathlib", "pyroute2", "selectors", "socket", "subprocess", "threading", "typing",
+        "urllib", "uvloop"}
 # other modules of udptun are loaded by these only for some configurations
 ALLOWED = {"udptun", "udptun._version", "udptun.env_file", "udptun.errors", "udptun.text"}
 
