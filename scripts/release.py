@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 import time
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +24,14 @@ EARLIEST = 315532800  # 1980-01-01, the earliest time that a zip archive can hol
 
 def epoch() -> int:
     """Return the time stamp of all files in packages: SOURCE_DATE_EPOCH, or the last commit's."""
-    given = os.environ.get("SOURCE_DATE_EPOCH")
-    if given is None and (ROOT / ".git").exists():
-        given = output(["git", "log", "-1", "--format=%ct"], cwd=ROOT)
-    return max(int(given or EARLIEST), EARLIEST)
+    return max(int(os.environ.get("SOURCE_DATE_EPOCH") or commit_time()), EARLIEST)
+
+
+@cache
+def commit_time() -> str:
+    if not (ROOT / ".git").exists():
+        return "0"
+    return output(["git", "log", "-1", "--format=%ct"], cwd=ROOT)
 
 
 def output(command: list[str], **options: object) -> str:
