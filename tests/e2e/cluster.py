@@ -1,0 +1,199 @@
+"""The whole cluster: a control plane and three nodes on one Ethernet segment.
+
+Owns the bring-up, udptun's installation, and questions about pods. Does not depend on what the
+steps do with it. Main thread only, like the lab.
+"""
+
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from udptun.lab import Lab, LabError, Process, wait_for
+
+from .plane import Plane
+from .programs import CACHE, Tell, Waiting, busybox_image, programs
+from .worker import Worker
+
+MANIFESTS = Path(__file__).parents[2] / "deploy/kubernetes"
+NAMESPACE = "kube-udptun"
+SLOW_SECONDS = 240.0  # for what takes seconds on an idle machine
+_SLEEP = ("/bin/sleep", "2147483647")  # 2^31 - 1 s: the longest time that busybox accepts
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One running pod. ``v4`` and ``v6`` are its addresses."""
+
+    name: str
+    node: str
+    v4: str
+    v6: str
+
+
+class Cluster:
+    def __init__(self, lab: Lab, image: Path, tell: Tell) -> None:
+        self.lab, self.image, self.tell = lab, image, tell
+        binaries = programs(CACHE, tell)
+        images = [busybox_image(CACHE, name, _SLEEP) for name in ("pause", "box")]
+        hosts = [lab.host(name) for name in ("plane", "node1", "node2", "node3")]
+        self.segment = lab.segment(*hosts)
+        for host in hosts:
+            host.forwarding()
+        self.plane = Plane(hosts[0], binaries)
+        self.workers = [Worker(host, self.plane, [*images, image]) for host in hosts[1:]]
+
+    def start(self) -> None:
+        with Waiting("starting etcd and the API server", self.tell):
+            self.plane.start()
+        for worker in self.workers:
+            with Waiting(f"starting {worker.name}", self.tell):
+                worker.start()
+        wait_for(lambda: len(self.plane.get("nodes")["items"]) == len(self.workers),
+                 "all nodes to register", SLOW_SECONDS)
+
+    # ---- udptun --------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Apply deploy/kubernetes with the image's name, and wait until udptun runs."""
+        self.plane.kubectl("apply", "-k", str(self.manifests()))
+        self.wait_installed()
+
+    def manifests(self) -> Path:
+        """Return a copy of deploy/kubernetes that names the image which the nodes have loaded."""
+        folder = self.lab.folder / "manifests"
+        if not folder.exists():
+            shutil.copytree(MANIFESTS, folder)
+            kustomization = folder / "kustomization.yaml"
+            text, count = re.subn(r"newTag: .*", f"newTag: {image_tag(self.image)}",
+                                  kustomization.read_text())
+            assert count == 1, "one image in kustomization.yaml"
+            kustomization.write_text(text)
+        return folder
+
+    def wait_installed(self) -> None:
+        self.wait(self.installed, "udptun to be ready on all nodes")
+        self.wait(self.nodes_ready, "all nodes to be ready")
+
+    def installed(self) -> bool:
+        status = self.plane.get("daemonset", "udptun", "-n", NAMESPACE)["status"]
+        wanted = len(self.workers)
+        return bool(status["desiredNumberScheduled"] == wanted == status.get("numberReady")
+                    == status.get("updatedNumberScheduled"))
+
+    def nodes_ready(self) -> bool:
+        return all(self.condition(worker.name, "Ready") == "True"
+                   and self.condition(worker.name, "NetworkUnavailable") in ("False", "")
+                   for worker in self.workers)
+
+    def condition(self, node: str, kind: str) -> str:
+        """Return the status of a node's condition; "" if the node or the condition is absent."""
+        for found in self.plane.get("nodes")["items"]:
+            if found["metadata"]["name"] == node:
+                for condition in found["status"].get("conditions", []):
+                    if condition["type"] == kind:
+                        return str(condition["status"])
+        return ""
+
+    def evidence(self) -> str:
+        """Return what helps to find out why a step failed."""
+        parts = []
+        for argv in (["get", "nodes,pods", "-A", "-o", "wide"],
+                     ["logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=udptun",
+                      "--all-containers", "--prefix", "--tail=15"],
+                     ["get", "events", "-A", "--field-selector=type=Warning"]):
+            try:
+                parts.append(self.plane.kubectl(*argv)[-6000:])
+            except LabError as error:
+                parts.append(str(error))
+        return "\n".join(parts)
+
+    # ---- pods ----------------------------------------------------------------------------------
+
+    def run_everywhere(self, name: str, **spec: Any) -> None:
+        """Start one pod on each node, as a DaemonSet with a label ``app: NAME``."""
+        labels = {"app": name}
+        container = {"name": name, "image": "localhost/box:1", "imagePullPolicy": "Never", **spec}
+        self.plane.apply({
+            "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": {"name": name},
+            "spec": {"selector": {"matchLabels": labels}, "template": {
+                "metadata": {"labels": labels},
+                "spec": {"terminationGracePeriodSeconds": 0, "containers": [container],
+                         "tolerations": [{"operator": "Exists"}]}}},
+        })
+
+    def pods(self, name: str) -> list[Pod]:
+        """Wait until each node has a ready pod of ``run_everywhere``; return the pods."""
+        return self.wait(lambda: self._pods(name), f"a pod {name} on each node")
+
+    def _pods(self, name: str) -> list[Pod]:
+        found = []
+        for pod in self.plane.get("pods", "-l", f"app={name}")["items"]:
+            status = pod["status"]
+            ready = any(condition["type"] == "Ready" and condition["status"] == "True"
+                        for condition in status.get("conditions", []))
+            if ready and "deletionTimestamp" not in pod["metadata"]:
+                addresses = {":" in entry["ip"]: entry["ip"] for entry in status["podIPs"]}
+                found.append(Pod(pod["metadata"]["name"], pod["spec"]["nodeName"],
+                                 addresses.get(False, ""), addresses.get(True, "")))
+        return found if len({pod.node for pod in found}) == len(self.workers) else []
+
+    def shell(self, pod: Pod, script: str, seconds: float = 120) -> str:
+        return self.plane.kubectl("exec", pod.name, "--", "/bin/sh", "-c", script, seconds=seconds)
+
+    def unreachable(self, pods: Sequence[Pod]) -> list[str]:
+        """Ping from each pod to each pod in both families; return the pairs that failed."""
+        failed = []
+        for pod in pods:
+            targets = [address for other in pods if other is not pod
+                       for address in (other.v4, other.v6) if address]
+            # One packet may be lost to ARP or while a pod starts.
+            script = " ".join(f"ping -c2 -W2 {target} >/dev/null || echo {target};"
+                              for target in targets)
+            failed += [f"{pod.node} to {line}" for line in self.shell(pod, script).split()]
+        return failed
+
+    def all_reach(self, pods: Sequence[Pod]) -> None:
+        """Raise LabError unless all pods reach each other soon."""
+        wait_for(lambda: not self.unreachable(pods), "all pods to reach each other", 60)
+
+    def steady_ping(self, pod: Pod, target: str, count: int) -> Process:
+        """Start ``count`` pings, ten a second, from inside a pod; see ``lost``."""
+        worker = self.worker(pod.node)
+        return worker.start_in_pod(pod.name, ["busybox", "ping", "-q", "-i", "0.1", "-W", "1",
+                                              "-c", str(count), target])
+
+    def worker(self, name: str) -> Worker:
+        return next(worker for worker in self.workers if worker.name == name)
+
+    def wait(self, predicate: Callable[[], Any], what: str) -> Any:
+        """As ``wait_for``, with a longer deadline. While the API server is away, it asks again."""
+
+        def asked() -> Any:
+            try:
+                return predicate()
+            except (LabError, json.JSONDecodeError, KeyError):
+                return None
+
+        return wait_for(asked, what, SLOW_SECONDS)
+
+
+def image_tag(archive: Path) -> str:
+    """Return the tag of the image in an OCI archive."""
+    with tarfile.open(archive) as tar:
+        index = tar.extractfile("index.json")
+        assert index is not None
+        annotations = json.load(index)["manifests"][0]["annotations"]
+    return str(annotations["org.opencontainers.image.ref.name"]).rpartition(":")[2]
+
+
+def lost(ping: Process) -> tuple[int, int]:
+    """Wait for a ping of ``Cluster.steady_ping``. Return how many it sent, and how many it lost."""
+    ping.wait(120)
+    words = next(line for line in ping.text().splitlines() if "packets transmitted" in line).split()
+    sent, received = int(words[0]), int(words[3])
+    return sent, sent - received

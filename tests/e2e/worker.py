@@ -1,0 +1,189 @@
+"""One node of the cluster: containerd, kubelet and kube-proxy in namespaces of their own.
+
+Owns what makes a network namespace of the lab a whole machine for Kubernetes: its own processes
+(a PID namespace, so that the end of its first process ends the node, with all containers), its own
+mounts (/run, /var/lib, /etc/cni, /opt/cni) and the programs that run there. Does not depend on
+udptun. Main thread only, like the lab.
+
+    worker.run([...])      a command on the node: its network, mounts and processes
+    worker.power_off()     everything on the node ends at once, as when the machine loses power
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from udptun.lab import Host, Process, wait_for
+
+from .plane import POD_CIDRS, Plane
+from .programs import CNI_PLUGINS
+
+# The node's own directories; each is empty at the start.
+_OWN = ("etc/cni/net.d", "opt/cni/bin", "var/lib/cni", "var/lib/kubelet", "var/lib/containerd",
+        "var/lib/udptun", "var/log/pods", "var/log/containers")
+# The first process of the node. It mounts the directories, and waits for its children's ends.
+_FIRST = """
+set -e
+mount --make-rprivate /
+for name in {own}; do mkdir -p /$name; mount --bind {root}/$name /$name; done
+mount -t tmpfs tmpfs /run
+mount --make-rshared /
+mkdir -p /run/lock /run/netns
+touch {root}/started
+while :; do sleep 1000 & wait; done
+"""
+_CONTAINERD = """
+version = 2
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "localhost/pause:1"
+  restrict_oom_score_adj = true
+  tolerate_missing_hugetlb_controller = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/etc/cni/net.d"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "/var/lib/containerd/opt"
+"""
+_KUBELET = """
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+authentication:
+  anonymous: {{enabled: false}}
+  x509: {{clientCAFile: "{ca}"}}
+authorization: {{mode: Webhook}}
+cgroupDriver: cgroupfs
+cgroupsPerQOS: false
+enforceNodeAllocatable: []
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+failCgroupV1: false
+failSwapOn: false
+evictionHard: {{memory.available: "0%", nodefs.available: "0%", imagefs.available: "0%"}}
+imageGCHighThresholdPercent: 100
+localStorageCapacityIsolation: false
+makeIPTablesUtilChains: false
+nodeStatusUpdateFrequency: 4s
+oomScoreAdj: 0
+resolvConf: ""
+syncFrequency: 5s
+"""
+
+
+class Worker:
+    def __init__(self, host: Host, plane: Plane, images: Sequence[Path]) -> None:
+        self.host, self.plane, self.images = host, plane, list(images)
+        self.name = host.name
+        self.root = host.lab.folder / f"root-{self.name}"
+        for name in _OWN:
+            (self.root / name).mkdir(parents=True)
+        # Debian's plugins. A distribution or another DaemonSet usually brings them.
+        for plugin in ("bridge", "host-local", "loopback", "portmap"):
+            shutil.copy(CNI_PLUGINS / plugin, self.root / "opt/cni/bin")
+        self._first: Process | None = None
+        self.containerd: Process
+        self.kubelet: Process
+
+    def start(self) -> None:
+        """Start the node's first process, containerd, kubelet and kube-proxy."""
+        (self.root / "started").unlink(missing_ok=True)
+        script = _FIRST.format(own=" ".join(_OWN), root=self.root)
+        # ip(8) has mounted another /sys, without cgroups. nsenter returns to the machine's mounts.
+        self._first = self.host.start([
+            "nsenter", f"--mount=/proc/{os.getpid()}/ns/mnt", "unshare", "--mount", "--pid", "--fork",
+            "--kill-child", "--mount-proc", "sh", "-c", script,
+        ], name="first")
+        wait_for((self.root / "started").exists, f"the first process of {self.name}")
+        children = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children")
+        self._inside = int(children.read_text().split()[0])
+        self._start_containerd()
+        self._start_kubelet()
+        self._start_kube_proxy()
+
+    def power_off(self) -> None:
+        """End all processes of the node at once."""
+        if self._first is not None:
+            self._first.kill()
+            self._first = None
+
+    def _enter(self, argv: Sequence[str]) -> list[str]:
+        return ["nsenter", f"--target={self._inside}", "--mount", "--pid", "--", *argv]
+
+    def run(
+        self, argv: Sequence[str], *, check: bool = True, seconds: float = 60,
+        text: str | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the node."""
+        return self.host.run(self._enter(argv), check=check, seconds=seconds, text=text)
+
+    def pod_pids(self, pod: str, namespace: str = "default") -> dict[str, int]:
+        """Return the process of each container of a pod, as seen on the node, by name."""
+        found = self._containerd(
+            "containers", "ls", "-q", f'labels."io.kubernetes.pod.name"=={pod},'
+            f'labels."io.kubernetes.pod.namespace"=={namespace}').split()
+        tasks = dict(line.split()[:2] for line in self._containerd("tasks", "ls").splitlines()[1:])
+        pids = {}
+        for container in found:
+            labels = json.loads(self._containerd("containers", "info", container))["Labels"]
+            if container in tasks:
+                name = labels.get("io.kubernetes.container.name", "sandbox")
+                pids[name] = int(tasks[container])
+        return pids
+
+    def start_in_pod(self, pod: str, argv: Sequence[str]) -> Process:
+        """Start a program of the machine in a pod's network. The API server is not needed."""
+        pid = self.pod_pids(pod)["sandbox"]
+        return self.host.start(self._enter(["nsenter", f"--net=/proc/{pid}/ns/net", *argv]),
+                               name=f"{argv[0]}-{pod}")
+
+    def kill(self, pid: int) -> None:
+        """Kill a process of the node with SIGKILL. ``pid`` is as seen on the node."""
+        self.run(["kill", "-9", str(pid)])
+
+    def _containerd(self, *argv: str) -> str:
+        return self.run(["ctr", "-n", "k8s.io", *argv]).stdout
+
+    def _start_containerd(self) -> None:
+        config = self.root / "containerd.toml"
+        config.write_text(_CONTAINERD)
+        self.containerd = self.host.start(
+            self._enter(["containerd", "--config", str(config)]), name="containerd")
+        wait_for(lambda: self.run(["ctr", "version"], check=False).returncode == 0,
+                 f"containerd on {self.name}")
+        for image in self.images:
+            self.load(image)
+
+    def load(self, image: Path) -> None:
+        """Load an image from its archive."""
+        self.run(["ctr", "-n", "k8s.io", "images", "import", str(image)], seconds=600)
+
+    def _start_kubelet(self) -> None:
+        config = self.root / "kubelet.yaml"
+        config.write_text(_KUBELET.format(ca=self.plane.authority.cafile))
+        kubeconfig = self.plane.kubeconfig(f"system:node:{self.name}", "system:nodes")
+        self.kubelet = self.host.start(self._enter([
+            str(self.plane.programs / "kubelet"), f"--config={config}",
+            f"--kubeconfig={kubeconfig}", f"--hostname-override={self.name}",
+            f"--node-ip={self.host.v4},{self.host.v6}", "--root-dir=/var/lib/kubelet",
+        ]), name="kubelet")
+
+    def _start_kube_proxy(self) -> None:
+        kubeconfig = self.plane.kubeconfig("system:kube-proxy")
+        self.proxy = self.host.start(self._enter([
+            str(self.plane.programs / "kube-proxy"), f"--kubeconfig={kubeconfig}",
+            f"--hostname-override={self.name}", "--proxy-mode=nftables",
+            f"--cluster-cidr={POD_CIDRS}", "--conntrack-max-per-core=0",
+            "--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s",
+        ]), name="kube-proxy")
+
+    def restart_kubelet(self) -> None:
+        self.kubelet.stop()
+        self._start_kubelet()
+
+    def files(self) -> set[str]:
+        """Return the files below the node's own directories that CNI and udptun may leave."""
+        found = self.run(["find", "/etc/cni", "/opt/cni", "/run/udptun", "/run/flannel",
+                          "/var/lib/udptun", "/var/lib/cni"], check=False).stdout
+        return set(found.splitlines())
+
