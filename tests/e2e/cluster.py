@@ -45,6 +45,9 @@ class Cluster:
         for host in hosts:
             host.forwarding()
         self.plane = Plane(hosts[0], binaries)
+        for host in hosts[1:]:
+            # A packet to a service address needs a route before kube-proxy rewrites its address.
+            host.ip(f"route add default via {hosts[0].v4}", f"route add default via {hosts[0].v6}")
         self.workers = [Worker(host, self.plane, [*images, image]) for host in hosts[1:]]
 
     def start(self) -> None:

@@ -84,7 +84,7 @@ class Plane:
             f"--service-account-signing-key-file={self._accounts[1]}",
             "--service-account-issuer=https://kubernetes.default.svc",
             "--authorization-mode=Node,RBAC", f"--service-cluster-ip-range={SERVICE_CIDRS}",
-            "--allow-privileged=true",
+            "--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP",
         ])
         wait_for(lambda: self._answers("/readyz"), "the API server", 120)
 
