@@ -15,7 +15,7 @@ from typing import Any
 
 from udptun.lab import Lab, LabError, Process, wait_for
 
-from .plane import Plane
+from .plane import POD_V4, POD_V6, Plane
 from .programs import CACHE, Tell, Waiting, busybox_image, programs
 from .worker import Worker
 
@@ -71,11 +71,10 @@ class Cluster:
         folder = self.lab.folder / "manifests"
         if not folder.exists():
             shutil.copytree(MANIFESTS, folder)
-            kustomization = folder / "kustomization.yaml"
-            text, count = re.subn(r"newTag: .*", f"newTag: {image_tag(self.image)}",
-                                  kustomization.read_text())
-            assert count == 1, "one image in kustomization.yaml"
-            kustomization.write_text(text)
+            _replace(folder / "kustomization.yaml", "newTag: .*",
+                     f"newTag: {image_tag(self.image)}")
+            _replace(folder / "config.yaml", '"Network": .*',
+                     f'"Network": "{POD_V4}", "EnableIPv6": true, "IPv6Network": "{POD_V6}",')
         return folder
 
     def wait_installed(self) -> None:
@@ -183,6 +182,14 @@ class Cluster:
                 return None
 
         return wait_for(asked, what, SLOW_SECONDS)
+
+
+def _replace(path: Path, pattern: str, text: str) -> None:
+    """Replace the one occurrence of ``pattern`` in a file."""
+    content, count = re.subn(pattern, text, path.read_text())
+    if count != 1:
+        raise LabError(f"{path.name}: expected {pattern!r} once, found it {count} times")
+    path.write_text(content)
 
 
 def image_tag(archive: Path) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from tests.leases.authority import Authority
 from udptun.lab import Host, LabError, Process, wait_for
 
-POD_CIDRS = "10.244.0.0/16,fd00:10:244::/56"
+POD_V4, POD_V6 = "10.244.0.0/16", "fd00:10:244::/56"
+POD_CIDRS = f"{POD_V4},{POD_V6}"
 SERVICE_CIDRS = "10.96.0.0/16,fd00:10:96::/112"
 SERVICE_ADDRESS = "10.96.0.1"
 _ADMIN = "admin"
