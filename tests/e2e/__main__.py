@@ -94,7 +94,7 @@ def _one(cluster: Cluster, name: str, tell: object) -> Result:
     began = time.monotonic()
     try:
         measured, error = step(cluster), ""
-    except LabError as failure:
+    except (LabError, OSError) as failure:
         measured, error = "", str(failure)
     seconds = time.monotonic() - began
     tell(f"{name}: {'FAILED: ' + error if error else measured} ({seconds:.0f} s)")

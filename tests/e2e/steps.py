@@ -102,11 +102,13 @@ def masquerade(cluster: Cluster) -> str:
     """outside the cluster, a pod's packets have its node's address"""
     outside = cluster.plane.host
     pod = _pods(cluster)[0]
-    with outside.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
+    with outside.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind((str(outside.v4), 9999))
-        listener.settimeout(30)
-        cluster.shell(pod, f"echo hello | nc -u -w1 {outside.v4} 9999 || true")
-        source = listener.recvfrom(64)[1][0]
+        listener.listen()
+        listener.settimeout(60)
+        cluster.shell(pod, f"wget -q -T 1 http://{outside.v4}:9999/ || true")
+        connection, (source, _) = listener.accept()
+        connection.close()
     wanted = str(cluster.worker(pod.node).host.v4)
     _check(source == wanted, f"source {source}; expected {wanted}")
     return f"{pod.v4} is {source} outside"

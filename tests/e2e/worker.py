@@ -66,6 +66,7 @@ localStorageCapacityIsolation: false
 makeIPTablesUtilChains: false
 nodeStatusUpdateFrequency: 4s
 oomScoreAdj: 0
+clusterDNS: ["10.96.0.10"]  # nobody answers there; without it, kubelet warns about each pod
 resolvConf: ""
 syncFrequency: 5s
 """
