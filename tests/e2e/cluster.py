@@ -37,7 +37,7 @@ class Pod:
 
 class Cluster:
     def __init__(self, lab: Lab, image: Path, tell: Tell) -> None:
-        self.lab, self.image, self.tell = lab, image, tell
+        self.lab, self.tell, self.image_name = lab, tell, image_name(image)
         binaries = programs(CACHE, tell)
         images = [busybox_image(CACHE, name, _SLEEP) for name in ("pause", "box")]
         hosts = [lab.host(name) for name in ("plane", "node1", "node2", "node3")]
@@ -72,7 +72,7 @@ class Cluster:
         if not folder.exists():
             shutil.copytree(MANIFESTS, folder)
             _replace(folder / "kustomization.yaml", "newTag: .*",
-                     f"newTag: {image_tag(self.image)}")
+                     f"newTag: {self.image_name.rpartition(':')[2]}")
             _replace(folder / "config.yaml", '"Network": .*',
                      f'"Network": "{POD_V4}", "EnableIPv6": true, "IPv6Network": "{POD_V6}",')
         return folder
@@ -192,13 +192,13 @@ def _replace(path: Path, pattern: str, text: str) -> None:
     path.write_text(content)
 
 
-def image_tag(archive: Path) -> str:
-    """Return the tag of the image in an OCI archive."""
+def image_name(archive: Path) -> str:
+    """Return the name of the image in an OCI archive, with its tag."""
     with tarfile.open(archive) as tar:
         index = tar.extractfile("index.json")
         assert index is not None
         annotations = json.load(index)["manifests"][0]["annotations"]
-    return str(annotations["org.opencontainers.image.ref.name"]).rpartition(":")[2]
+    return str(annotations["org.opencontainers.image.ref.name"])
 
 
 def lost(ping: Process) -> tuple[int, int]:

@@ -42,7 +42,6 @@ class Plane:
         self.folder = host.lab.folder / "plane"
         self.folder.mkdir()
         self.server = f"https://{host.v4}:6443"
-        # Go accepts a CA only with this use of its key.
         self.authority = Authority(self.folder)
         names = f"subjectAltName=IP:{host.v4},IP:127.0.0.1,IP:{SERVICE_ADDRESS},DNS:kubernetes"
         self._serving = self.authority.issue("kube-apiserver", names)
@@ -107,7 +106,8 @@ class Plane:
 
     def certificate(self, name: str, group: str = "") -> tuple[Path, Path]:
         """Issue a client certificate for a user of a group."""
-        return self.authority.issue(name, "extendedKeyUsage=clientAuth", group=group)
+        subject = f"/O={group}/CN={name}" if group else f"/CN={name}"
+        return self.authority.issue(name, "extendedKeyUsage=clientAuth", subject)
 
     def kubeconfig(self, user: str, group: str = "") -> Path:
         """Write a kubeconfig for a user; return its path."""

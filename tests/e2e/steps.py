@@ -7,6 +7,7 @@ this file; ``install`` comes first, and ``uninstall`` last.
 
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 
@@ -90,10 +91,10 @@ def host_port(cluster: Cluster) -> str:
     found = _pods(cluster)
     for pod in found:
         other = next(p for p in found if p is not pod)
-        target = cluster.worker(pod.node).host.v4
-        name = cluster.worker(other.node).run(
-            ["busybox", "wget", "-q", "-O", "-", "-T", "5", f"http://{target}:{_PORT}/name"])
-        _check(name.stdout.strip() == pod.name, f"{target}:{_PORT} answered {name.stdout!r}")
+        target = f"http://{cluster.worker(pod.node).host.v4}:{_PORT}/name"
+        script = f"import urllib.request as r; print(r.urlopen({target!r}, timeout=9).read())"
+        answer = cluster.worker(other.node).run([sys.executable, "-c", script]).stdout
+        _check(pod.name in answer, f"{target} answered {answer!r}")
     return f"port {_PORT} of {len(found)} nodes"
 
 
@@ -258,8 +259,10 @@ def uninstall(cluster: Cluster) -> str:
     cluster.plane.kubectl("delete", "-k", str(cluster.manifests()), seconds=300)
     left = []
     for worker in cluster.workers:
+        for words in (["cni", "uninstall"], ["node", "--kube-subnet-mgr", "--cleanup"]):
+            worker.run_image(cluster.image_name, ["udptun", *words])
         listing = worker.run(["sh", "-c", "ip -o link; nft list ruleset; ip route; ip -6 route; "
-                              "find /run/udptun /run/flannel /var/lib/udptun /etc/cni/net.d"],
+                              "find /run/udptun /run/flannel /var/lib/udptun /etc/cni/net.d /opt/cni"],
                              check=False).stdout
         left += [f"{worker.name}: {line.strip()}" for line in listing.splitlines()
                  if re.search(r"udptun|flannel", line)]

@@ -138,6 +138,13 @@ class Worker:
         return self.host.start(self._enter(["nsenter", f"--net=/proc/{pid}/ns/net", *argv]),
                                name=f"{argv[0]}-{pod}")
 
+    def run_image(self, image: str, argv: Sequence[str]) -> None:
+        """Run a command of an image with the host's network and directories, as the README says."""
+        mounts = []
+        for folder in ("/run", "/var/lib", "/etc/cni/net.d", "/opt/cni/bin"):
+            mounts += ["--mount", f"type=bind,src={folder},dst={folder},options=rbind:rw"]
+        self._containerd("run", "--rm", "--privileged", "--net-host", *mounts, image, "clean", *argv)
+
     def kill(self, pid: int) -> None:
         """Kill a process of the node with SIGKILL. ``pid`` is as seen on the node."""
         self.run(["kill", "-9", str(pid)])
