@@ -34,7 +34,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak chaos package wheels bundle deb image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitize
 	@scripts/sanitize thread $(PY) $(THREAD_TESTS)
 
 FUZZ_SECONDS ?= 120
+e2e: image $(VENV)/test.stamp ## run a whole Kubernetes cluster with our image; root; slow the first time
+	@scripts/need etcd:etcd-server containerd:containerd ctr:containerd runc:runc openssl:openssl
+	@$(PY) -m tests.e2e $(ARGS)
+
 fuzz: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/fuzz.stamp ## fuzz the core and all parsers for FUZZ_SECONDS, 120
 	@scripts/need clang:clang
 	@$(PY) -m tests.fuzz run --seconds $(FUZZ_SECONDS) $(ARGS)
