@@ -20,6 +20,8 @@ STEPS: dict[str, Step] = {}
 
 _WEB = "mkdir -p /www; dd if=/dev/zero of=/www/mega bs=1M count=4 2>/dev/null; "\
        "hostname > /www/name; exec httpd -f -p 80 -h /www"
+_LISTING = "ip -o link; ip route; ip -6 route; nft list ruleset; "\
+           "find /run/udptun /run/flannel /var/lib/udptun /etc/cni/net.d /opt/cni"
 _PORT = 8088  # the pods' port on each node
 _MEGA = 4 * 2**20
 
@@ -261,9 +263,7 @@ def uninstall(cluster: Cluster) -> str:
     for worker in cluster.workers:
         for words in (["cni", "uninstall"], ["node", "--kube-subnet-mgr", "--cleanup"]):
             worker.run_image(cluster.image_name, ["udptun", *words])
-        listing = worker.run(["sh", "-c", "ip -o link; nft list ruleset; ip route; ip -6 route; "
-                              "find /run/udptun /run/flannel /var/lib/udptun /etc/cni/net.d /opt/cni"],
-                             check=False).stdout
+        listing = worker.run(["sh", "-c", _LISTING], check=False).stdout
         left += [f"{worker.name}: {line.strip()}" for line in listing.splitlines()
                  if re.search(r"udptun|flannel", line)]
     _check(not left, "left over: " + "; ".join(left))

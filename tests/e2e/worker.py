@@ -92,8 +92,9 @@ class Worker:
         script = _FIRST.format(own=" ".join(_OWN), root=self.root)
         # ip(8) has mounted another /sys, without cgroups. nsenter returns to the machine's mounts.
         self._first = self.host.start([
-            "nsenter", f"--mount=/proc/{os.getpid()}/ns/mnt", "unshare", "--mount", "--pid", "--fork",
-            "--kill-child", "--mount-proc", "sh", "-c", script,
+            "nsenter", f"--mount=/proc/{os.getpid()}/ns/mnt",
+            "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+            "sh", "-c", script,
         ], name="first")
         wait_for((self.root / "started").exists, f"the first process of {self.name}")
         children = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children")
@@ -140,10 +141,10 @@ class Worker:
 
     def run_image(self, image: str, argv: Sequence[str]) -> None:
         """Run a command of an image with the host's network and directories, as the README says."""
-        mounts = []
+        options = ["--rm", "--privileged", "--net-host"]
         for folder in ("/run", "/var/lib", "/etc/cni/net.d", "/opt/cni/bin"):
-            mounts += ["--mount", f"type=bind,src={folder},dst={folder},options=rbind:rw"]
-        self._containerd("run", "--rm", "--privileged", "--net-host", *mounts, image, "clean", *argv)
+            options += ["--mount", f"type=bind,src={folder},dst={folder},options=rbind:rw"]
+        self._containerd("run", *options, image, "clean", *argv)
 
     def kill(self, pid: int) -> None:
         """Kill a process of the node with SIGKILL. ``pid`` is as seen on the node."""
