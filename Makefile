@@ -37,7 +37,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 .PHONY: help build demo demo-etcd test test-all soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/extension.stamp ## create .venv with udptun in it (.venv/bin/udptun)
 

@@ -109,13 +109,13 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
 
 def make_targets() -> set[str]:
     text = (ROOT / "Makefile").read_text()
-    return set(re.findall(r"^([a-z][a-z/_-]*):(?!=)", text, re.MULTILINE))
+    return set(re.findall(r"^([a-z][a-z0-9/_-]*):(?!=)", text, re.MULTILINE))
 
 
 def explained_by_make() -> set[str]:
     """Return the targets that ``make`` alone lists."""
     text = (ROOT / "Makefile").read_text()
-    return set(re.findall(r"^([a-z][a-z/_-]*):.*## ", text, re.MULTILINE))
+    return set(re.findall(r"^([a-z][a-z0-9/_-]*):.*## ", text, re.MULTILINE))
 
 
 def used_targets(text: str) -> Iterator[str]:
