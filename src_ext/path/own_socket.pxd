@@ -34,7 +34,8 @@ of the socket that receives. Each message names its destination. They receive no
 - The other sockets are connected to a random port of this host, so the kernel delivers datagrams
   from all other sources to the socket that receives. A forged ICMP error about such a socket would
   have to name this port. If another program has the port at another address of this host, the other
-  sockets of IPv4 are like the shared sender, and those of IPv6 cannot be opened.
+  sockets of IPv4 are like the shared sender, and those of IPv6 are bound to the address first
+  (``join_beside``).
 
 ``open_socket`` also opens the spare sockets of probe.pxd, which send a probe if the shared sender
 refuses it.
@@ -153,6 +154,16 @@ cdef inline void set_buffer(int receiver, int fd, int limit) noexcept nogil:
         setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(int))
 
 
+cdef inline int connect_nowhere(int fd, const sockaddr_in6* local, uint32_t n) noexcept nogil:
+    """Connect fd to a random port of the local address, of either family. Return 0 or an errno."""
+    cdef sockaddr_in6 named
+    cdef uint16_t port = 0
+    memcpy(&named, local, sizeof(named))
+    getrandom(&port, sizeof(port), 0)
+    named.sin6_port = swap16(<uint16_t>(port | LOWEST_PORT))  # at the same place in sockaddr_in
+    return errno if connect(fd, <sockaddr*>&named, n) < 0 else 0
+
+
 cdef inline int join_address(int receiver, int fd) noexcept nogil:
     """Give fd the address and the port of the receiving socket, but let it receive nothing. Return
     0 or an errno.
@@ -165,7 +176,7 @@ cdef inline int join_address(int receiver, int fd) noexcept nogil:
     cdef sockaddr_in6 local, named
     cdef sockaddr_in* local4 = <sockaddr_in*>&local
     cdef uint32_t n = sizeof(local)
-    cdef uint16_t port = 0
+    cdef int error
     if getsockname(receiver, <sockaddr*>&local, &n) < 0:
         return errno
     memset(&named, 0, sizeof(named))
@@ -175,11 +186,9 @@ cdef inline int join_address(int receiver, int fd) noexcept nogil:
             or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
             or bind(fd, <sockaddr*>&named, n) < 0:
         return errno
-    memcpy(&named, &local, sizeof(local))
-    getrandom(&port, sizeof(port), 0)
-    named.sin6_port = swap16(<uint16_t>(port | LOWEST_PORT))
-    if connect(fd, <sockaddr*>&named, n) < 0:
-        return errno
+    error = connect_nowhere(fd, &local, n)
+    if error != 0:
+        return error
     n = sizeof(named)
     if getsockname(fd, <sockaddr*>&named, &n) < 0:
         return errno
@@ -214,25 +223,50 @@ cdef inline int join_as_mapped(int receiver, int fd) noexcept nogil:
     return 0
 
 
+cdef inline int join_beside(int receiver, int fd) noexcept nogil:
+    """Bind fd to the IPv6 address and the port of the receiving socket, then connect it to a port
+    of this host. Return 0 or an errno.
+
+    Between the two calls, fd is in the SO_REUSEPORT group of the receiving socket, and can get
+    datagrams of that moment, which are lost. A connected socket gets none.
+    """
+    cdef sockaddr_in6 local
+    cdef uint32_t n = sizeof(local)
+    if getsockname(receiver, <sockaddr*>&local, &n) < 0:
+        return errno
+    if local.sin6_family != AF_INET6:
+        return EADDRNOTAVAIL
+    if set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or bind(fd, <sockaddr*>&local, n) < 0:
+        return errno
+    return connect_nowhere(fd, &local, n)
+
+
 cdef inline int open_joined(
-    int receiver, int family, bint mapped, int limit
+    int receiver, int family, bint at_address, int limit
 ) noexcept nogil:
     """Return a new socket with the receiving socket's options and address, or a negative errno.
 
     family  of the receiving socket
-    mapped  bind to the IPv4-mapped address; else connect to a port of this host
+    at_address  bind to the address of the receiving socket: for IPv4 to the IPv4-mapped address,
+                without a connect. Otherwise bind to the port without an address, then connect
     limit   of its send buffer
     """
-    cdef int fd = socket(AF_INET6 if mapped else family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
-                         0)
+    cdef int fd = socket(AF_INET6 if at_address else family,
+                         SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
     cdef int error
     if fd < 0:
         return -errno
     set_buffer(receiver, fd, limit)
     if copy_options(receiver, fd, family) < 0:
         error = errno
+    elif not at_address:
+        error = join_address(receiver, fd)
+    elif family == AF_INET:
+        error = join_as_mapped(receiver, fd)
     else:
-        error = join_as_mapped(receiver, fd) if mapped else join_address(receiver, fd)
+        error = join_beside(receiver, fd)
     if error != 0:
         close(fd)
         return -error
@@ -243,9 +277,9 @@ cdef inline int open_socket(int receiver, int family) noexcept nogil:
     """Return a new socket that sends as the receiving one does, or a negative errno. Any thread may
     call."""
     cdef int fd = open_joined(receiver, family, False, OWN_SNDBUF)
-    if fd == -EADDRINUSE and family == AF_INET:
-        # Any user can bind the port to another address of this host, such as 127.0.0.1. Then the
-        # kernel refuses to bind the port without an address.
+    if fd == -EADDRINUSE:
+        # Any user can bind the port to another address of this host, such as 127.0.0.1 or ::1. Then
+        # the kernel refuses to bind the port without an address.
         return open_joined(receiver, family, True, OWN_SNDBUF)
     return fd
 

@@ -378,6 +378,36 @@ def test_a_program_with_the_same_port_at_another_address_does_not_prevent_own_so
 
 
 @in_own_netns
+def test_a_program_with_the_same_port_at_another_ipv6_address_does_not_prevent_own_sockets():
+    with Rig(udp6=True) as rig, socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other:
+        sh("ip link set lo mtu 1300", "ip address add 2001:db8::7/128 dev lo nodad")
+        other.bind(("2001:db8::7", rig.udp6.getsockname()[1]))
+        for option, value in ((23, 3), (62, 1)):  # as net/udp.py sets them: never fragment
+            rig.udp6.setsockopt(socket.IPPROTO_IPV6, option, value)
+        peer = rig.closing.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        peer.bind(("::1", 0))
+        peer.settimeout(DEADLINE_SECONDS)
+        route = Route.make("fd00:9::/64", *peer.getsockname()[:2])
+        rig.core.publish(_core.RouteTable.parse_text(str(route).encode()))
+        # The datagrams to this peer leave from the fragmenting socket.
+        rig.core.set_path_mtu(addr("::1"), peer.getsockname()[1], 1300, 0)
+        flow = Flow(version=6, src=addr("fd00:1::9"), dst=addr("fd00:9::5"))
+        packet = flow.udp(bytes(1280 - 48))
+        rig.write(bytes(10) + packet)
+        rig.work()
+        assert rig.drops() == {}
+        received, sender = peer.recvfrom(2000)
+        assert len(received) == len(packet)
+        assert sender[:2] == rig.udp6.getsockname()[:2]
+        back = Flow(version=6, src=addr("fd00:9::5"), dst=addr("fd00:1::9")).udp(b"y")
+        for _ in range(9):
+            peer.sendto(back, rig.udp6.getsockname()[:2])
+        work_until(rig, lambda: len(rig.from_tun()) or rig.core.packets()[DECAP]["read"] == 9)
+        assert rig.core.packets()[DECAP]["delivered"] == 9
+        rig.check_invariant()
+
+
+@in_own_netns
 def test_without_an_own_socket_the_worker_drops_and_reports_the_cause():
     slow_loopback("100kbit")
     with FullRig() as rig, no_more_descriptors():
