@@ -236,8 +236,9 @@ def test_recent_events(udptun: Udptun) -> None:
 
 def test_an_event_is_shown_without_its_empty_fields() -> None:
     event = {"time": "T", "type": "peer_reachable", "endpoint": "192.0.2.2:8285", "reason": "",
-             "rtt_us": None, "largest_size": 0}
-    assert _event(event) == "T  peer_reachable   endpoint 192.0.2.2:8285 largest_size 0"
+             "rtt_us": None, "largest_size": 0, "probe": True, "full_size_passes": False}
+    assert _event(event) == ("T  peer_reachable   endpoint 192.0.2.2:8285 largest_size 0 "
+                             "probe yes full_size_passes no")
 
 
 def test_version(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_operator_commands() -> None:
         assert {"route_added", "route_removed", "routes_replaced"} <= set(types)
 
         assert udptun("stop").returncode == 0
+        udptun.wait_for_log(f"stop requested at {udptun.socket}")
         assert udptun.process.wait(60) == 0
         assert not udptun.socket.exists() and not udptun.flannel.exists()
         assert "utD:" not in sh("ip link show")

@@ -105,7 +105,7 @@ async def test_a_peer_where_nothing_listens_is_unreachable():
         with running.subscribe() as events:
             await running.put_route(ROUTE)
             event = await until(events, "peer_unreachable")
-            assert event["reason"]
+            assert "perhaps because its route to this node has no `probe`" in event["reason"]
             chunks = [chunk async for chunk in running.peer_chunks()]
             (found,) = json.loads(b"".join(chunks))["peers"]
             assert "port unreachable" in found["last_error"]["text"]

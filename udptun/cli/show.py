@@ -145,8 +145,12 @@ def _event(event: dict[str, Any]) -> str:
     rest = {k: v for k, v in event.items() if k not in ("time", "type")}
     text = rest.pop("dst", "") or rest.pop("message", "")
     words = [text] if text else []
-    words += [f"{k} {v}" for k, v in rest.items() if v not in (None, "")]
+    words += [f"{k} {_word(v)}" for k, v in rest.items() if v not in (None, "")]
     return f"{event['time']}  {event['type']:<15}  {' '.join(words)}"
+
+
+def _word(value: object) -> object:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 def _device(found: dict[str, Any]) -> str:

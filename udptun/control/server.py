@@ -284,6 +284,7 @@ class ControlServer:
         response = _answer({"stopping": True}, status=202)
         await response.prepare(request)
         await response.write_eof()  # sent before the server closes
+        log.info("stop requested at %s", self.path)
         self._forwarder.request_stop()
         return response
 

@@ -24,7 +24,7 @@ from ..errors import FieldError
 from ..model import MIN_MTU, OVERHEAD, Endpoint, PeerError, ProbeRecord, parse_number
 from ..probe.message import HEADER_SIZE, NEVER_HEARD, REPLY, heard_field
 from ..probe.prober import Prober, Request
-from ..probe.state import REACHABLE, UNKNOWN, UNREACHABLE
+from ..probe.state import REACHABLE, UNKNOWN, UNREACHABLE, PathState
 from . import peer_errors
 from .routes import Routes
 
@@ -206,7 +206,7 @@ class Probes:
         if path is None:
             return None
         now = time.monotonic()
-        reason = path.reason(now)
+        reason = _reason(path, now)
         if path.state == UNREACHABLE and error and error.time_ns / 1e9 > (path.last_answer or 0.0):
             endpoint = Endpoint(ipaddress.ip_address(address), port)
             reason += f"; {peer_errors.describe(error, endpoint)}"
@@ -356,14 +356,21 @@ class Probes:
             endpoint = str(Endpoint(ipaddress.ip_address(key[0]), key[1]))
             change = "size" if path.state == before else path.state
             if change == UNREACHABLE:
-                log.warning("%s is unreachable: %s", endpoint, path.reason(now))
+                log.warning("%s is unreachable: %s", endpoint, _reason(path, now))
             elif change == REACHABLE and before == UNREACHABLE:
                 log.info("%s is reachable again", endpoint)
             self._events.emit(
-                f"peer_{change}", endpoint=endpoint, path="udp", reason=path.reason(now),
+                f"peer_{change}", endpoint=endpoint, path="udp", reason=_reason(path, now),
                 rtt_us=_microseconds(path.rtt), largest_size=path.sizes.largest,
                 full_size_passes=path.sizes.full_passes,
             )
+
+
+def _reason(path: PathState, now: float) -> str:
+    reason = path.reason(now)
+    if path.state == UNREACHABLE and path.never_probed:
+        reason += ", perhaps because its route to this node has no `probe`"
+    return reason
 
 
 def _timeout(value: float | None) -> float:

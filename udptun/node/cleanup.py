@@ -58,3 +58,11 @@ async def clean_up(config: NodeConfig, netlink: Netlink) -> None:
             (config.state_dir / name).unlink(missing_ok=True)
     if failed:
         raise NotAllRemoved("; ".join(failed))
+
+
+def remove_empty_directories(config: NodeConfig) -> None:
+    """Remove the directories of our files that are empty now. Call this without locks in them."""
+    files = (config.subnet_file, config.forward_file, config.control)
+    for directory in {config.state_dir, *(path.parent for path in files)}:
+        with contextlib.suppress(OSError):  # another instance uses it, or it is a mount point
+            directory.rmdir()

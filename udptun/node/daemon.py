@@ -36,7 +36,7 @@ from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
 from .backends.base import Site
 from .backends.plan import Plan
-from .cleanup import LOCK_FILE, clean_up
+from .cleanup import LOCK_FILE, clean_up, remove_empty_directories
 from .config import InterfaceOptions, NodeConfig
 from .host import conntrack, subnet_env
 from .host.host import Host
@@ -90,6 +90,7 @@ async def _run(config: NodeConfig) -> bool:
             loop.add_signal_handler(signal.SIGHUP, daemon.reload)
             await daemon.run()
             return daemon.handed_over
+    remove_empty_directories(config)  # the locks were there
     return False
 
 

@@ -349,12 +349,18 @@ class PathState:
         if self.state == UNKNOWN:
             return "not probed yet" if not self._history_n else "no answer yet"
         text = f"{self._missed_n} probes in a row were not answered"
-        if not self.heard_since_missed():
-            return text
-        text += "; packets from the peer arrive"
-        if self.peer_heard is not None and self.peer_heard < self._missed_at:
-            text += f", but it has received no probe for {now - self.peer_heard:.0f} s"
+        if self.heard_since_missed():
+            text += "; packets from the peer arrive"
+            if self.peer_heard is not None and self.peer_heard < self._missed_at:
+                text += f", but it has received no probe for {now - self.peer_heard:.0f} s"
+        if self.never_probed:
+            text += "; the peer has never answered or sent a probe"
         return text
+
+    @property
+    def never_probed(self) -> bool:
+        """Whether the peer has never answered or sent a probe: it may not use probes."""
+        return self.last_answer is None and self.last_probe is None
 
     # -- inside -----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ The file is polled once a second. A poll costs one stat(). inotify would miss so
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import platform
 import time
@@ -168,7 +169,10 @@ class FileSource(LeaseSource):
                 self._fail(exc)
             except OSError as exc:
                 self._signature = None
-                self._fail(StoreDown(f"{self._path} cannot be read: {exc.strerror}"))
+                what = "does not exist" if exc.errno == errno.ENOENT else \
+                    f"cannot be read: {exc.strerror}"
+                self._fail(StoreDown(
+                    f"{self._path} {what}; the daemon tries again every {self._poll_s:g} s"))
 
     def _use(self, hosts: HostsFile) -> None:
         if self._hosts is not None and hosts.network != self._hosts.network:
