@@ -620,6 +620,21 @@ cdef class Core:
             found += worker.refused_senders()
         return sorted(found, key=lambda sender: sender.last_ns, reverse=True)
 
+    def last_dropped(self):
+        """Return {(reason, direction): [model.DroppedPacket, ...]}, the oldest first. Reasons
+        without a record are left out."""
+        cdef Worker worker
+        cdef int i
+        found = {}
+        for i, reason in enumerate(DROP_REASONS, start=1):
+            for direction in reason.directions:
+                last = []
+                for worker in self.objects:
+                    last += worker.last_dropped(i, direction)
+                if last:
+                    found[reason.name, direction] = sorted(last, key=lambda one: one.time_ns)
+        return found
+
     def drops(self):
         """Return (reason, direction, packets) rows: one for each direction of each drop reason."""
         cdef Worker worker

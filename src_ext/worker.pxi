@@ -12,6 +12,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N
+from path.dropped cimport DROPPED_N, copy_dropped, dropped_packet_t, dropped_t
 from path.own_socket cimport close_senders, open_sender
 from path.queue cimport QUEUE_FRAME_DATAGRAMS
 from path.probe cimport ring_take
@@ -31,7 +32,7 @@ from sys cimport (
 from wire.headers cimport VNET_LEN
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
-from udptun.model import ProbeRecord, RefusedSender
+from udptun.model import DroppedPacket, ProbeRecord, RefusedSender
 
 
 MAX_FRAME_SEGS = QUEUE_FRAME_DATAGRAMS  # the gso_max_segs to set on the TUN
@@ -253,6 +254,28 @@ cdef class Worker:
                 found.append(RefusedSender(
                     address=item.addr[:item.addr_len], port=item.port, packets=item.packets,
                     last_ns=item.last_ns, reason=DROP_REASONS[item.reason - 1].name,
+                ))
+        return found
+
+    cdef list last_dropped(self, int reason, str direction):
+        """Return a model.DroppedPacket for each record of one direction and reason of ``drop_t``.
+        """
+        cdef dropped_packet_t items[DROPPED_N]
+        cdef dropped_packet_t* item
+        cdef uint32_t i
+        cdef dropped_t* dropped = &self.w.encap_dropped[reason]
+        if direction == DECAP:
+            dropped = &self.w.decap_dropped[reason]
+        found = []
+        if not copy_dropped(dropped, items):
+            return found
+        for i in range(DROPPED_N):
+            item = &items[i]
+            if item.time_ns != 0:
+                found.append(DroppedPacket(
+                    worker=self.w.index, number=item.number, time_ns=item.time_ns,
+                    packets=item.packets, length=item.len, address=item.addr[:item.addr_len],
+                    port=item.port, head=item.head[:item.head_len],
                 ))
         return found
 

@@ -296,6 +296,29 @@ class Peer(NamedTuple):
     last_error: PeerError | None
 
 
+class DroppedPacket(NamedTuple):
+    """The first bytes of a dropped packet.
+
+    worker   index of the worker that dropped it
+    number   of the record: 1, 2, ... for each worker, direction and reason
+    time_ns  monotonic
+    packets  the number of packets that were dropped together with this one, itself included
+    length   of the packet in bytes
+    address  of the other end, in packed form: the sender of the datagram, or the peer; b"": none
+    port     of the other end
+    head     the first bytes of the packet, which may be no IP packet
+    """
+
+    worker: int
+    number: int
+    time_ns: int
+    packets: int
+    length: int
+    address: bytes
+    port: int
+    head: bytes
+
+
 class RefusedSender(NamedTuple):
     """A refused sender, whose packets were dropped as ``unknown_peer`` or ``source_port``.
 

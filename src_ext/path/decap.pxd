@@ -19,7 +19,7 @@ from path.probe cimport take_probe
 from path.send cimport read_errors
 from path.refused_senders cimport count_refused_sender
 from path.worker cimport (
-    CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, count_drop,
+    CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, drop_from_udp,
     own_net_t, raise_event, worker_t,
 )
 from sys cimport (
@@ -168,7 +168,7 @@ cdef inline void decap_packet(
     if verdict == DROP_TTL_EXCEEDED:
         reply_to_peer(w, p, ip.total_len, &ip)
     if verdict != PASS:
-        count_drop(&w.decap, verdict, 1)
+        drop_from_udp(w, verdict, p, n, sender.addr, sender.addr_len, sender.port)
         return
     sender.heard = True
     merge_add(&w.merge, p, ip.total_len, &ip)
@@ -186,7 +186,7 @@ cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:
         memcpy(w.wr_frame + w.vnet_len, packet.data, packet.len)
         w.syscalls_write += 1
         if write(w.tun_fd, w.wr_frame, w.vnet_len + packet.len) < 0:
-            count_drop(&w.decap, DROP_TUN_WRITE, 1)
+            drop_from_udp(w, DROP_TUN_WRITE, packet.data, packet.len, NULL, 0, 0)
         else:
             w.decap.delivered += 1
         i = packet.next
@@ -287,11 +287,13 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
     cdef size_t piece
     cdef sender_t sender
     cdef peer_counters_t* counters
+    find_sender(w, &sender, m)
     if m.msg_hdr.msg_flags & MSG_TRUNC:
         w.decap.read += 1
-        count_drop(&w.decap, DROP_TRUNCATED, 1)
+        drop_from_udp(
+            w, DROP_TRUNCATED, p, min(n, <size_t>RX_SLOT), sender.addr, sender.addr_len, sender.port
+        )
         return
-    find_sender(w, &sender, m)
     refused_before = w.decap.drops[<int>sender.refusal]
     if size == 0:
         size = <uint32_t>n

@@ -19,7 +19,7 @@ from path.queue cimport (
     QUEUE_FRAME_DATAGRAMS, queue_append, queue_append_copy, queue_is_full, queue_room,
 )
 from path.send cimport flush, make_room
-from path.worker cimport EVENT_TUN_GONE, TX_FRAME, count_drop, raise_event, worker_t
+from path.worker cimport EVENT_TUN_GONE, TX_FRAME, drop_from_tun, raise_event, worker_t
 from sys cimport peek32, read
 from table.peer cimport peer_t
 from table.snapshot cimport find_hop, first_peer_at, hop_t, is_own, next_at_address, packet_limit
@@ -64,6 +64,7 @@ cdef inline drop_t parse_frame(
     f.cut.n = 1
     f.limit = 0
     if n < vnet_len:
+        f.p, f.n = frame, n
         return DROP_SHORT_PACKET
     f.p = frame + vnet_len
     f.n = n - vnet_len
@@ -177,9 +178,12 @@ cdef inline void refuse(worker_t* w, frame_t* f, drop_t reason) noexcept nogil:
     """
     cdef uint32_t dropped = f.cut.n
     cdef int kind = icmp_kind(reason)
+    cdef peer_t* peer = NULL
+    if reason == DROP_RECURSION or reason == DROP_TTL_EXCEEDED or reason == DROP_TOO_BIG:
+        peer = f.hop.peer  # these steps come after find_route
     if reason == DROP_TOO_BIG:
         dropped -= queue_last_segment(w, f)
-    count_drop(&w.encap, reason, dropped)
+    drop_from_tun(w, reason, dropped, f.p, f.n, peer)
     if kind < 0:
         return
     if f.is_super:
@@ -195,7 +199,7 @@ cdef inline void queue_segments(worker_t* w, frame_t* f) noexcept nogil:
     cdef uint32_t i
     cut_start(&f.cut, f.p)
     if not make_room(w, f.cut.n):
-        count_drop(&w.encap, DROP_NO_BUFFER, f.cut.n)
+        drop_from_tun(w, DROP_NO_BUFFER, f.cut.n, f.p, f.n, f.hop.peer)
         return
     for i in range(f.cut.n):
         queue_append(
@@ -218,10 +222,10 @@ cdef inline void queue_fragments(
     cdef frag_t frag
     cdef int i
     if n <= 0:
-        count_drop(&w.encap, DROP_TOO_BIG, 1)
+        drop_from_tun(w, DROP_TOO_BIG, 1, f.p, f.n, f.hop.peer)
         return
     if not make_room(w, n):
-        count_drop(&w.encap, DROP_NO_BUFFER, 1)
+        drop_from_tun(w, DROP_NO_BUFFER, 1, f.p, f.n, f.hop.peer)
         return
     w.encap.generated += n - 1
     for i in range(n):

@@ -27,7 +27,7 @@ from path.queue cimport (
     QUEUE_DATAGRAMS, datagram_t, peer_queue_t, queue_clear, queue_is_empty, queue_t,
 )
 from path.worker cimport (
-    EVENT_PATH_MTU, EVENT_UDP_GSO, TX_MSGS, count_drop, own_socket_t, raise_event,
+    EVENT_PATH_MTU, EVENT_UDP_GSO, TX_MSGS, drop_from_tun, own_socket_t, raise_event,
     run_t, worker_t,
 )
 from sys cimport (
@@ -353,10 +353,11 @@ cdef inline void account(
 ) noexcept nogil:
     """Remove a run from the queue and count its datagrams: as sent (PASS), or as dropped."""
     cdef peer_counters_t* counters = &waiting.peer.counters[w.index]
+    cdef const datagram_t* first = &w.queue.datagrams[waiting.first]
     w.queue.waiting_n -= run.n
     waiting.first = run.next
     if verdict != PASS:
-        count_drop(&w.encap, verdict, run.n)
+        drop_from_tun(w, verdict, run.n, first.data, first.len, waiting.peer)
         return
     w.encap.delivered += run.n
     counters.encap_packets += run.n
@@ -432,13 +433,14 @@ cdef inline bint may_wait(worker_t* w) noexcept nogil:
 cdef inline void drop_waiting(worker_t* w, peer_queue_t* waiting) noexcept nogil:
     """Drop the datagrams of a peer whose own socket is full."""
     cdef int32_t datagram_i = waiting.first
+    cdef const datagram_t* first = &w.queue.datagrams[datagram_i]
     cdef uint32_t n = 0
     while datagram_i >= 0:
         n += 1
         datagram_i = w.queue.datagrams[datagram_i].next
     waiting.first = -1
     w.queue.waiting_n -= n
-    count_drop(&w.encap, DROP_SLOW_PEER, n)
+    drop_from_tun(w, DROP_SLOW_PEER, n, first.data, first.len, waiting.peer)
 
 
 cdef inline bint handle_full_socket(

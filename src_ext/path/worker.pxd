@@ -13,6 +13,7 @@ from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N, drop_t
 from path.affinity cimport affinity_t
+from path.dropped cimport dropped_t, is_rare, note_dropped
 from path.queue cimport QUEUE_BYTES, QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
 from path.refused_senders cimport refused_senders_t
 from sys cimport POLLIN, POLLOUT, iovec, mmsghdr, pollfd, set_bits, sockaddr_in6, write
@@ -226,6 +227,8 @@ cdef struct worker_t:
     uint8_t icmp_out[VNET_LEN + ICMP_MAX]
     probe_ring_t probes
     refused_senders_t refused_senders
+    dropped_t encap_dropped[DROP_REASONS_N]
+    dropped_t decap_dropped[DROP_REASONS_N]
 
 
 cdef inline bint init_worker(
@@ -271,6 +274,32 @@ cdef inline void free_buffers(worker_t* w) noexcept nogil:
 
 cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept nogil:
     d.drops[<int>reason] += n
+
+
+cdef inline void drop_from_tun(
+    worker_t* w, drop_t reason, uint64_t packets, const uint8_t* p, size_t n, const peer_t* peer
+) noexcept nogil:
+    """Count packets that were read from the TUN and are dropped, and record the first, p[0:n].
+
+    peer  to which they would have been sent; NULL = not known
+    """
+    is_rare()
+    count_drop(&w.encap, reason, packets)
+    if peer == NULL:
+        note_dropped(&w.encap_dropped[<int>reason], w.now, packets, p, n, NULL, 0, 0)
+    else:
+        note_dropped(&w.encap_dropped[<int>reason], w.now, packets, p, n, peer.addr, peer.addr_len,
+                     peer.port)
+
+
+cdef inline void drop_from_udp(
+    worker_t* w, drop_t reason, const uint8_t* p, size_t n, const uint8_t* addr, uint8_t addr_len,
+    uint16_t port
+) noexcept nogil:
+    """Count a packet from this endpoint that is dropped, and record it. addr_len 0: not known."""
+    is_rare()
+    count_drop(&w.decap, reason, 1)
+    note_dropped(&w.decap_dropped[<int>reason], w.now, 1, p, n, addr, addr_len, port)
 
 
 cdef inline void raise_event(worker_t* w, uint64_t event) noexcept nogil:

@@ -433,3 +433,13 @@ print("loaded:", *sys.modules, file=sys.stderr)
     loaded = set(done.stderr.split("loaded:")[1].split())
     assert loaded & HEAVY <= needs
     assert not {name for name in loaded if name.startswith(("email.mime", "udptun.control.server"))}
+
+
+def test_the_last_dropped_packets(udptun: Udptun) -> None:
+    assert udptun("drops --last").stdout.splitlines() == [
+        "TIME          REASON    DIRECTION  PACKETS  BYTES  PEER OR SENDER  PACKET",
+        "13:05:24.921  no_route  encap            1     84               -  "
+        "udp 10.244.1.7:40000 > 10.244.9.9:53",
+    ]
+    (row,) = [row for row in udptun.json("drops --last")["drops"] if row["last"]]
+    assert row["last"][0]["dst_port"] == 53

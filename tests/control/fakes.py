@@ -144,8 +144,14 @@ class FakeForwarder:
                 "peer_heard_seconds": 0.001, "from_peer": True, "to_peer": True}
 
     def drops(self) -> list[dict[str, Any]]:
+        last = [{
+            "id": "0-1", "time": "2026-11-23T13:05:24.921+00:00", "packets": 1, "length": 84,
+            "endpoint": None, "src": "10.244.1.7", "dst": "10.244.9.9", "protocol": "udp",
+            "src_port": 40000, "dst_port": 53,
+        }]
         return [
-            {"reason": r.name, "direction": d, "packets": 7 * (r.name == "no_route")}
+            {"reason": r.name, "direction": d, "packets": 7 * (r.name == "no_route"),
+             "last": last if r.name == "no_route" else []}
             for r in DROP_REASONS for d in r.directions
         ]
 

@@ -337,6 +337,56 @@ def test_unknown_senders_are_named():
         assert rig.drops() == {("unknown_peer", DECAP): 12}
 
 
+# The last dropped packets
+
+
+def test_the_last_dropped_packets_have_their_sender_and_first_bytes():
+    flow = Flow(src=addr("10.244.2.5"), dst=addr("10.244.1.9"))
+    with Rig() as rig:
+        for n in range(20):
+            rig.send(OUTSIDER, flow.udp(bytes(n)))
+            rig.work()
+        found = rig.core.last_dropped()
+        assert found.keys() == {("unknown_peer", DECAP)}
+        last = found["unknown_peer", DECAP]
+        assert [one.number for one in last] == list(range(5, 21))
+        assert [one.length for one in last] == [28 + n for n in range(4, 20)]
+        port = rig.outside[OUTSIDER].getsockname()[1]
+        assert {(one.address, one.port, one.packets) for one in last} == {(addr(OUTSIDER), port, 1)}
+        assert last[-1].head == flow.udp(bytes(19))[:64]
+        assert sorted(one.time_ns for one in last) == [one.time_ns for one in last]
+
+
+def test_dropped_packets_to_peers_have_the_peer():
+    with Rig() as rig:
+        rig.write(bytes(10) + Flow(dst=addr("10.99.0.1")).udp(b"x" * 100))  # no route
+        endpoint = rig.outside[PEERS[0]].getsockname()
+        rig.core.set_path_mtu(addr(endpoint[0]), endpoint[1], 1000, 0)
+        packets = Flow(dst=addr("10.244.2.5")).tcp_super(bytes(3600), 1200)
+        rig.write(packets)
+        rig.write(bytes(4))  # shorter than the vnet header
+        rig.work()
+        found = {reason: last for (reason, _), last in rig.core.last_dropped().items()}
+        assert found.keys() == {"no_route", "too_big", "short_packet"}
+        (no_route,), (too_big,), (short,) = (
+            found[reason] for reason in ("no_route", "too_big", "short_packet"))
+        assert (no_route.address, no_route.length, len(no_route.head)) == (b"", 128, 64)
+        assert (too_big.address, too_big.port) == (addr(endpoint[0]), endpoint[1])
+        assert (too_big.packets, too_big.length) == (3, len(packets) - 10)
+        assert short.head == bytes(4)
+
+
+def test_a_flood_costs_at_most_16_records_per_turn():
+    with Rig() as rig:
+        for n in range(40):
+            rig.send(OUTSIDER, Flow(src=addr("10.244.2.5")).udp(bytes(n)))
+        rig.work()
+        last = rig.core.last_dropped()["unknown_peer", DECAP]
+        turns = {one.time_ns for one in last}
+        assert rig.drops() == {("unknown_peer", DECAP): 40}
+        assert last[-1].number <= 16 * len(turns) + 16
+
+
 def test_a_peer_and_the_sender_of_a_malformed_datagram_are_not_listed():
     with Rig() as rig:
         rig.send(PEERS[0], Flow(src=addr("10.244.9.5"), dst=addr("10.244.1.9")).udp(b"x"))

@@ -106,6 +106,7 @@ class Threads:
         for worker in self.workers:
             for read in (worker.counters, worker.take_events, worker.in_use):
                 read()
+        core.last_dropped()
         return core.take_probes(), core.refused_senders(), [p for p in core.peers() if p.errors_n]
 
 

@@ -81,16 +81,26 @@ def peers(ctx: click.Context, output: str, no_headers: bool) -> None:
 @no_headers
 @click.option("--all", "show_all", is_flag=True, help="Also show reasons with a count of 0.")
 @click.option("--explain", is_flag=True, help="Explain all reasons; needs no forwarder.")
+@click.option("--last", is_flag=True, help="Show the last dropped packets of each reason.")
+@click.option("-w", "--watch", is_flag=True,
+              help="Show the packets that are dropped from now on, until Ctrl-C.")
 @connection
 @click.pass_context
 def drops(
-    ctx: click.Context, output: str, no_headers: bool, show_all: bool, explain: bool
+    ctx: click.Context, output: str, no_headers: bool, show_all: bool, explain: bool, last: bool,
+    watch: bool,
 ) -> None:
     """Show how many packets were dropped, and why.
 
     encap is the direction from the TUN to UDP, decap from UDP to the TUN. The JSON output has all
-    reasons.
+    reasons. With -w, it has one object per line and dropped packet.
     """
+    if watch or last:
+        from .dropped import show_last, watch_drops
+
+        show = watch_drops if watch else show_last
+        show(ctx, output, no_headers)
+        return
     if explain:
         from .reasons import COLUMNS, rows
 

@@ -21,7 +21,7 @@ from .._version import __version__
 from ..build import build_id
 from ..device.offload import Capabilities
 from ..model import Endpoint, IPAddress
-from . import peer_errors
+from . import dropped, peer_errors
 from .config import ForwarderConfig
 from .path_mtus import PathMtus
 from .probes import Probes
@@ -31,6 +31,7 @@ from .workers import Workers
 log = logging.getLogger(__name__)
 
 PEERS_SLICE = 64  # peers formatted at a time
+LAST_N = 16  # dropped packets shown for each reason and direction
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class View:
     path_mtus: PathMtus
     build: str = field(default_factory=build_id)
     started: float = field(default_factory=time.monotonic)
+    clock: dropped.Clock = field(default_factory=dropped.Clock)
 
     async def status_chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield the status as JSON text, in pieces."""
@@ -108,17 +110,23 @@ class View:
     def drops(self) -> list[dict[str, Any]]:
         """Return the count of each drop reason, for each direction in which the reason can occur.
 
-        Counts of zero are included. The rows of ``unknown_peer`` and ``source_port`` also have the
-        last few senders.
+        Counts of zero are included. Each row has the last dropped packets. The rows of
+        ``unknown_peer`` and ``source_port`` also have the last few senders.
         """
-        rows: list[dict[str, Any]] = [
-            {"reason": reason, "direction": direction, "packets": packets}
-            for reason, direction, packets in self.core.drops()
-        ]
+        last = self.core.last_dropped()
+        rows = self._drop_counts()
         for row in rows:
+            packets = last.get((row["reason"], row["direction"]), [])
+            row["last"] = [dropped.to_json(one, self.clock) for one in packets[-LAST_N:]]
             if row["reason"] in ("unknown_peer", "source_port"):
                 row["sources"] = self._refused_senders(row["reason"])
         return rows
+
+    def _drop_counts(self) -> list[dict[str, Any]]:
+        return [
+            {"reason": reason, "direction": direction, "packets": packets}
+            for reason, direction, packets in self.core.drops()
+        ]
 
     def _refused_senders(self, reason: str) -> list[dict[str, Any]]:
         """Return the last few senders whose last packet was dropped for this reason."""
@@ -137,7 +145,7 @@ class View:
         workers = self.workers.counters()
         return {
             "packets": self.core.packets(),
-            "drops": self.drops(),
+            "drops": self._drop_counts(),
             "peers_n": self.core.peers_n(),
             "routes_n": len(self.routes),
             "generation": self.routes.generation,
@@ -176,7 +184,7 @@ class View:
                  len(self.routes), self.core.peers_n())
         for direction, counts in self.core.packets().items():
             log.info("%s: %s", direction, " ".join(f"{k}={v}" for k, v in counts.items()))
-        for drop in self.drops():
+        for drop in self._drop_counts():
             if drop["packets"]:
                 log.info("dropped %(packets)d: %(reason)s, %(direction)s", drop)
 
