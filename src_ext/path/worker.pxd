@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N, drop_t
 from path.affinity cimport affinity_t
-from path.dropped cimport dropped_t, is_rare, note_dropped
+from path.dropped cimport dropped_t, note_dropped, rarely
 from path.queue cimport QUEUE_BYTES, QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
 from path.refused_senders cimport refused_senders_t
 from sys cimport POLLIN, POLLOUT, iovec, mmsghdr, pollfd, set_bits, sockaddr_in6, write
@@ -231,6 +231,18 @@ cdef struct worker_t:
     dropped_t decap_dropped[DROP_REASONS_N]
 
 
+cdef struct drop_arguments_t:   # see drop_from_tun, drop_from_udp
+    worker_t* w
+    bint encap
+    drop_t reason
+    uint64_t packets
+    const uint8_t* p            # the first packet
+    size_t n
+    const uint8_t* addr         # the endpoint at the other end
+    uint8_t addr_len
+    uint16_t port
+
+
 cdef inline bint init_worker(
     worker_t* w, int tun_fd, int udp_fd4, int udp_fd6
 ) noexcept nogil:
@@ -276,6 +288,20 @@ cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept 
     d.drops[<int>reason] += n
 
 
+cdef inline void take_drop(const void* arguments) noexcept nogil:
+    """Count and record the dropped packets of a ``drop_arguments_t``."""
+    cdef const drop_arguments_t* a = <const drop_arguments_t*>arguments
+    cdef worker_t* w = a.w
+    if a.encap:
+        count_drop(&w.encap, a.reason, a.packets)
+        note_dropped(&w.encap_dropped[<int>a.reason], w.now, a.packets, a.p, a.n, a.addr,
+                     a.addr_len, a.port)
+    else:
+        count_drop(&w.decap, a.reason, a.packets)
+        note_dropped(&w.decap_dropped[<int>a.reason], w.now, a.packets, a.p, a.n, a.addr,
+                     a.addr_len, a.port)
+
+
 cdef inline void drop_from_tun(
     worker_t* w, drop_t reason, uint64_t packets, const uint8_t* p, size_t n, const peer_t* peer
 ) noexcept nogil:
@@ -283,13 +309,13 @@ cdef inline void drop_from_tun(
 
     peer  to which they would have been sent; NULL = not known
     """
-    is_rare()
-    count_drop(&w.encap, reason, packets)
-    if peer == NULL:
-        note_dropped(&w.encap_dropped[<int>reason], w.now, packets, p, n, NULL, 0, 0)
-    else:
-        note_dropped(&w.encap_dropped[<int>reason], w.now, packets, p, n, peer.addr, peer.addr_len,
-                     peer.port)
+    cdef drop_arguments_t a
+    a.w, a.encap, a.reason, a.packets, a.p, a.n = w, True, reason, packets, p, n
+    a.addr, a.addr_len, a.port = NULL, 0, 0
+    if peer != NULL:
+        a.addr = peer.addr
+        a.addr_len, a.port = <uint8_t>peer.addr_len, <uint16_t>peer.port
+    rarely(take_drop, &a)
 
 
 cdef inline void drop_from_udp(
@@ -297,9 +323,10 @@ cdef inline void drop_from_udp(
     uint16_t port
 ) noexcept nogil:
     """Count a packet from this endpoint that is dropped, and record it. addr_len 0: not known."""
-    is_rare()
-    count_drop(&w.decap, reason, 1)
-    note_dropped(&w.decap_dropped[<int>reason], w.now, 1, p, n, addr, addr_len, port)
+    cdef drop_arguments_t a
+    a.w, a.encap, a.reason, a.packets, a.p, a.n = w, False, reason, 1, p, n
+    a.addr, a.addr_len, a.port = addr, addr_len, port
+    rarely(take_drop, &a)
 
 
 cdef inline void raise_event(worker_t* w, uint64_t event) noexcept nogil:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.control.fakes import Served
+from tests.control.fakes import Served, status_of
 from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_table
@@ -156,8 +157,9 @@ def test_sync_errors_name_file_line_and_field(udptun: Udptun, tmp_path: Path) ->
 
 
 def test_status(udptun: Udptun) -> None:
-    result = udptun("status")
-    assert result.stdout == f"""\
+    text = re.sub(r"(reachable   )(\d+ \w+ *)  udp", r"\1AGE  udp", udptun("status").stdout)
+    text = re.sub(r"FOR +PATH", "FOR  PATH", re.sub(r"probed  - +udp", "probed  -    udp", text))
+    assert text == f"""\
 device: udptun0
   version: 0.1.0, process {os.getpid()}, up for 1 hour, 2 minutes
   addresses: 10.244.1.0
@@ -172,6 +174,14 @@ device: udptun0
   packets encap: 10 read, 1 generated, 8 delivered, 0 consumed, 2 dropped, 1 queued
   packets decap: 20 read, 1 generated, 18 delivered, 0 consumed, 2 dropped, 1 queued
 
+PEER                STATE       FOR  PATH  RTT      LOSS  SENT      RECEIVED   MTU  SEEN  \
+SUBNETS        LAST ERROR
+192.0.2.2:8285      reachable   AGE  udp   0.41 ms  3%    1.50 KiB  999 B     1472  3 s   \
+10.244.2.0/24  ECONNREFUSED 61 s ago
+[2001:db8::3]:8285  not probed  -    udp   -        -     0 B       0 B          -  -     \
+-              -
+"""
+    assert udptun("status 192.0.2.2").stdout == """\
 peer: 192.0.2.2:8285
   subnets: 10.244.2.0/24
   last seen: 3 seconds ago
@@ -182,13 +192,6 @@ peer: 192.0.2.2:8285
 (ICMP port unreachable from 192.0.2.2), 1 minute, 1 second ago
   state: reachable since 2026-11-23T13:05:24Z
   probes: round trip 0.41 ms, loss 3%, last answer 2026-11-23T13:06:01Z, largest packet 1472
-
-peer: [2001:db8::3]:8285
-  subnets: (none)
-  last seen: never
-  transfer: 0 B received, 0 B sent
-  packets: 0 received, 0 sent
-  path mtu: 1280 (reported by an ICMP error, used for 42 s more)
 """
     assert udptun.json("status")["peers"][0]["endpoint"] == "192.0.2.2:8285"
 
@@ -443,3 +446,34 @@ def test_the_last_dropped_packets(udptun: Udptun) -> None:
     ]
     (row,) = [row for row in udptun.json("drops --last")["drops"] if row["last"]]
     assert row["last"][0]["dst_port"] == 53
+
+
+def test_status_of_some_peers(udptun: Udptun) -> None:
+    assert [row["state"] for row in udptun.json("status --sort state")["mesh"]] == [
+        "not probed", "reachable"]
+    assert [row["name"] for row in udptun.json("status --sort received")["mesh"]] == [
+        "[2001:db8::3]:8285", "192.0.2.2:8285"]
+    text = udptun("status --state unreachable").stdout
+    assert text.endswith("no peer in this state\n2 more peers in other states\n")
+    fails(udptun("status nobody"), 2, "'nobody' is not a peer of this host")
+
+
+def test_status_for_programs(udptun: Udptun) -> None:
+    dump = [line.split("\t") for line in udptun("status -o dump").stdout.splitlines()]
+    assert [len(row) for row in dump] == [16, 16]
+    assert dump[0][:2] == ["192.0.2.2:8285", "reachable"]
+    assert dump[0][-4:] == ["12", "1536", "3", "999"]
+    text = udptun("status -o yaml").stdout
+    assert '"mesh":\n  -\n    "name": "192.0.2.2:8285"\n' in text
+    assert '"mark": null\n' in text
+
+
+def test_status_check(udptun: Udptun, served: Served) -> None:
+    result = udptun("status --check")
+    assert (result.exit_code, result.output) == (0, "")
+    peer = status_of(1, 0)["peers"][0]
+    peer["probe"] |= {"state": "unreachable", "reason": "3 probes in a row were not answered"}
+    served.forwarder.other_status = {"peers": [peer]}
+    result = udptun("status --check")
+    assert (result.exit_code, result.output) == (
+        1, "192.0.2.2:8285 is unreachable: 3 probes in a row were not answered\n")

@@ -21,7 +21,7 @@ COMMANDS = {
     "forward": (".forward:forward", "Run a forwarder on this host."),
     "node": (".node:node", "Run the node daemon: join this host to an overlay network."),
     "route": (".route:route", "List and change the routes of a running forwarder."),
-    "status": (".show:status", "Show the node, the device, the peers and the packet counts."),
+    "status": (".status:status", "Show the node, the device, the peers and the packet counts."),
     "peers": (".show:peers", "Show for each peer whether it answers probes, and how fast."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
     "events": (".show:events", "Show recent events, or follow new ones with -w."),

@@ -5,7 +5,6 @@ Formats the JSON that the daemon's socket returns (docs/node.md). Opens no conne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,14 +14,7 @@ EVENTS_N = 5  # the last events that are shown
 MARKS = {"ok": "+", "degraded": "!", "failed": "-"}  # as in /readyz
 
 
-def node_blocks(node: dict[str, Any]) -> Iterator[str]:
-    """Yield one block for the node, and one for each peer."""
-    yield _node(node)
-    for peer in node["peers"]:
-        yield _peer(peer)
-
-
-def _node(node: dict[str, Any]) -> str:
+def node_block(node: dict[str, Any]) -> str:
     lines = [
         ("version", node["version"]),
         ("state", "ready" if node["ready"] else _not_ready(node["waiting"])),
@@ -42,7 +34,7 @@ def _node(node: dict[str, Any]) -> str:
 
 
 def _event(event: dict[str, Any]) -> str:
-    what = f"{_age(event['time'])} ago, {event['type']}, {event['peer']}"
+    what = f"{age(event['time'])} ago, {event['type']}, {event['peer']}"
     if event.get("subnet"):
         what += f": {event['subnet']}"
     if event.get("path"):
@@ -60,15 +52,15 @@ def _interface(node: dict[str, Any]) -> str:
     return f"{node['interface']}, published as {' and '.join(node['public'])}"
 
 
-def _peer(peer: dict[str, Any]) -> str:
+def peer_block(peer: dict[str, Any]) -> str:
     reason = f": {peer['reason']}" if peer["reason"] else ""
-    carried = f"{peer['path']} for {_age(peer['path_since'])}"
+    carried = f"{peer['path']} for {age(peer['path_since'])}"
     if peer["path_reason"]:
         carried += f"; {peer['path_reason']}"
     carried += _return(peer)
     text = [
         f"node peer: {peer['key']}", f"  subnet: {peer['subnet']}",
-        f"  state: {peer['state']} for {_age(peer['since'])}{reason}", f"  carried by: {carried}",
+        f"  state: {peer['state']} for {age(peer['since'])}{reason}", f"  carried by: {carried}",
     ]
     return "\n".join([*text, *(f"  path {name}: {_path(path)}"
                                for name, path in peer["paths"].items())])
@@ -93,11 +85,11 @@ def _path(path: dict[str, Any]) -> str:
     if path.get("largest_size") is not None:
         parts.append(f"largest packet {path['largest_size']}")
     if path.get("last_answer") is not None:
-        parts.append(f"last answer {_age(path['last_answer'])} ago")
+        parts.append(f"last answer {age(path['last_answer'])} ago")
     return ", ".join(parts) + (f": {path['reason']}" if path.get("reason") else "")
 
 
-def _age(moment: str) -> str:
+def age(moment: str) -> str:
     return span(max(-_seconds_to(moment), 0.0))
 
 

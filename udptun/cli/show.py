@@ -1,5 +1,5 @@
-"""``udptun status``, ``peers``, ``drops``, ``events`` and ``trace``: the state of a running
-forwarder and, in ``status``, of the node daemon."""
+"""``udptun peers``, ``drops`` and ``events``, and the blocks of ``udptun status`` about the
+forwarder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from ..errors import NoForwarder
-from .node_status import node_blocks
 from .options import (
     client,
     connection,
@@ -19,33 +18,10 @@ from .options import (
     echo_table,
     no_headers,
     node_client,
-    node_stopped,
     output,
 )
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-@click.command()
-@output
-@connection
-@click.pass_context
-def status(ctx: click.Context, output: str) -> None:
-    """Show the node, the device, the peers and the packet counts.
-
-    The command asks the node daemon and the forwarder, and shows the answers that it gets.
-    """
-    node = _answer(node_client(ctx).node)
-    found = client(ctx).status() if node is None else _answer(client(ctx).status)
-    stopped = node is None and node_stopped(ctx)
-    if output == "json":
-        echo_json((found or {}) | ({} if node is None else {"node": node}))
-        return
-    blocks = [f"node: {stopped}"] if stopped else []
-    blocks += [] if node is None else [*node_blocks(node)]
-    if found is not None:
-        blocks += [_device(found), *map(_peer, found["peers"])]
-    click.echo("\n\n".join(blocks))
 
 
 def _answer(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

@@ -117,20 +117,25 @@ def test_status_without_a_forwarder_shows_the_node(served_node, tmp_path):
     result = run_status(tmp_path / "udptun.sock")
     assert result.exit_code == 0, result.output
     for line in (
-        "node: 10.5.1.0/24", "  state: ready", "node peer: 10.5.60.0-24",
+        "node: 10.5.1.0/24", "  state: ready"):
+        assert line in result.output.splitlines()
+    result = run_status(tmp_path / "udptun.sock", "10.5.60.0-24")
+    for line in (
+        "node peer: 10.5.60.0-24",
         "  path udp: reachable, round trip 0.31 ms",
         "  path vxlan: unreachable, loss 25%, largest packet 1450, last answer 5 min ago: "
         "3 probes in a row were not answered",
     ):
         assert line in result.output.splitlines()
+    text = result.output + run_status(tmp_path / "udptun.sock").output
     for pattern in (
         r"^  carried by: udp for \d s; VXLAN: 3 probes in a row were not answered; "
         r"back to vxlan when it has answered for 20 s$",
         r"^  event: \d s ago, path_changed, 10.5.60.0-24: 10.5.60.0/24 by udp; VXLAN: 3 probes",
     ):
-        assert re.search(pattern, result.output, re.MULTILINE), result.output
+        assert re.search(pattern, text, re.MULTILINE), text
     found = json.loads(run_status(tmp_path / "udptun.sock", "-o", "json").output)
-    assert [*found] == ["node"]
+    assert [*found] == ["node", "mesh"]
 
 
 def test_status_before_the_first_lease(thread, tmp_path):  # noqa: F811
@@ -152,7 +157,7 @@ def test_status_shows_both(served_node, tmp_path, thread):  # noqa: F811
         assert text.index("node: 10.5.1.0/24") < text.index("device: udptun0")
         found = json.loads(run_status(tmp_path / "udptun.sock", "-o", "json").output)
         with ControlClient(str(tmp_path / "udptun.sock")) as client:
-            assert [*found] == [*client.status(), "node"]
+            assert [*found] == [*client.status(), "node", "mesh"]
 
 
 def test_status_shows_when_the_preferred_path_is_used_again(thread, tmp_path):  # noqa: F811
@@ -162,7 +167,7 @@ def test_status_shows_when_the_preferred_path_is_used_again(thread, tmp_path):  
     node = NodeSocket(report, tmp_path / "udptun.sock")
     thread.run(node.start)
     try:
-        text = run_status(tmp_path / "udptun.sock").output
+        text = run_status(tmp_path / "udptun.sock", "10.5.60.0-24").output
     finally:
         thread.run(node.aclose)
     assert "; back to vxlan in 10 min if it keeps answering" in text

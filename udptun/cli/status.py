@@ -1,0 +1,256 @@
+"""``udptun status``: the node, the forwarder, and every peer by name.
+
+Owns the choice of what is shown, the table of peers and the formats. ``mesh`` combines the answers
+of the node daemon and the forwarder; ``node_status`` and ``show`` format the blocks. Threading:
+main thread.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+from .mesh import STATES, Row, find, mesh, natural
+from .node_status import age, node_block, peer_block
+from .options import client, connection, echo_json, echo_table, node_client, node_stopped
+from .show import _answer, _device, _peer, _size
+
+WATCH_SECONDS = 2.0
+GOOD = ("reachable", "unknown", "not probed")  # --check fails for all other states
+CLEAR = "\x1b[H\x1b[2J"  # of a terminal: to the top left, and erase
+# The columns of the table, and which of them a narrow terminal does without, the first one first.
+COLUMNS = ("PEER", "STATE", "FOR", "PATH", "RTT", "LOSS", "OUT/S", "IN/S", "SENT", "RECEIVED",
+           "MTU", "SEEN", "SUBNETS", "LAST ERROR", "REASON")
+OMITTED = ("SUBNETS", "LAST ERROR", "MTU", "REASON", "FOR", "RECEIVED", "SENT", "SEEN")
+SORT = ("name", "state", "rtt", "loss", "sent", "received", "seen")
+DUMP = ("name", "state", "since", "path", "rtt_us", "loss", "largest_size", "path_mtu",
+        "last_seen_seconds", "endpoint", "errors", "reason")
+
+
+@click.command()
+@click.argument("wanted", metavar="[NODE]", required=False)
+@click.option("--sort", type=click.Choice(SORT), default="name", show_default=True,
+              help="Order of the peers. Only names are in rising order.")
+@click.option("--state", "states", type=click.Choice(STATES), multiple=True,
+              help="Show only the peers in this state; may be repeated.")
+@click.option("-w", "--watch", is_flag=True, help="Repeat every 2 seconds, until Ctrl-C.")
+@click.option("--check", is_flag=True,
+              help="Show only what is wrong; the exit code is 1 if there is something.")
+@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml", "dump"]),
+              default="table", show_default=True,
+              help="Output format. dump: one line per peer, separated by tabs.")
+@connection
+@click.pass_context
+def status(
+    ctx: click.Context, wanted: str | None, sort: str, states: tuple[str, ...], watch: bool,
+    check: bool, output: str,
+) -> None:
+    """Show the node, the device, the peers and the packet counts.
+
+    The command asks the node daemon and the forwarder, and shows the answers that it gets. NODE
+    is the name of a peer, its subnet or its public address: then only this peer is shown, with all
+    details. SENT and RECEIVED count UDP payload, without packets that VXLAN carries.
+    """
+    before: Sample | None = None
+    try:
+        while True:
+            now = Sample(ctx, wanted, sort, states, before)
+            if watch and output == "table" and sys.stdout.isatty():
+                click.echo(CLEAR, nl=False)
+            if check:
+                problems = [*_problems(now)]
+                for line in problems:
+                    click.echo(line)
+                if not watch:
+                    sys.exit(bool(problems))
+            else:
+                _show(ctx, now, output, wanted)
+            if not watch:
+                return
+            before = now
+            time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C is the normal end; shells use this exit code for it
+
+
+class Sample:
+    """What the node daemon and the forwarder answered at one time."""
+
+    def __init__(
+        self, ctx: click.Context, wanted: str | None, sort: str, states: tuple[str, ...],
+        before: Sample | None,
+    ) -> None:
+        self.node = _answer(node_client(ctx).node)
+        self.found = client(ctx).status() if self.node is None else _answer(client(ctx).status)
+        self.at = time.monotonic()
+        self.all = mesh(self.node, [] if self.found is None else self.found["peers"])
+        self.rows = self.all
+        if wanted is not None:
+            row = find(self.rows, wanted)
+            if row is None:
+                raise click.BadParameter(f"{wanted!r} is not a peer of this host",
+                                         param_hint="NODE")
+            self.rows = [row]
+        self.rows = sorted((row for row in self.rows if not states or row["state"] in states),
+                           key=lambda row: _sort_key(row, sort))
+        self.rates = {} if before is None else self._rates(before)
+
+    def _rates(self, before: Sample) -> dict[str, tuple[float | None, ...]]:
+        """Return bytes per second, sent and received, by name."""
+        former = {row["name"]: row for row in before.all}
+        passed = self.at - before.at
+        found: dict[str, tuple[float | None, ...]] = {}
+        for row in self.rows:
+            was = former.get(row["name"])
+            if was is not None:
+                found[row["name"]] = tuple(
+                    _rate(was[side], row[side], passed) for side in ("sent", "received"))
+        return found
+
+
+def _rate(
+    was: Mapping[str, int] | None, now: Mapping[str, int] | None, seconds: float
+) -> float | None:
+    """None: not counted, or the counter began again."""
+    if was is None or now is None or now["bytes"] < was["bytes"]:
+        return None
+    return (now["bytes"] - was["bytes"]) / seconds
+
+
+def _sort_key(row: Row, sort: str) -> tuple[Any, ...]:
+    if sort == "state":
+        return STATES.index(row["state"]), natural(row["name"])
+    number = {
+        "rtt": row["rtt_us"], "loss": row["loss"], "seen": row["last_seen_seconds"],
+        "sent": row["sent"] and row["sent"]["bytes"],
+        "received": row["received"] and row["received"]["bytes"],
+    }.get(sort)
+    return -1.0 if number is None else number, natural(row["name"])
+
+
+def _show(ctx: click.Context, now: Sample, output: str, wanted: str | None) -> None:
+    if output in ("json", "yaml"):
+        value = (now.found or {}) | ({} if now.node is None else {"node": now.node})
+        value |= {"mesh": now.rows}
+        if output == "json":
+            echo_json(value)
+        else:
+            click.echo("\n".join(_yaml(value)))
+    elif output == "dump":
+        for row in now.rows:
+            click.echo("\t".join(_cell(row[name]) for name in DUMP) + "".join(
+                f"\t{_cell(row[side] and row[side][unit])}" for side in ("sent", "received")
+                for unit in ("packets", "bytes")))
+    elif wanted is not None:
+        click.echo("\n\n".join(_details(now)))
+    else:
+        for block in _host(ctx, now):
+            click.echo(f"{block}\n")
+        _echo_peers(now)
+
+
+def _host(ctx: click.Context, now: Sample) -> Iterator[str]:
+    """Yield the blocks of the host: the node, then the forwarder."""
+    stopped = now.node is None and node_stopped(ctx)
+    if stopped:
+        yield f"node: {stopped}"
+    if now.node is not None:
+        yield node_block(now.node)
+    if now.found is not None:
+        yield _device(now.found)
+
+
+def _details(now: Sample) -> Iterator[str]:
+    if not now.rows:
+        return  # the peer is in another state than --state
+    (row,) = now.rows
+    for pair in [] if now.node is None else now.node["peers"]:
+        if pair["key"] == row["name"]:
+            yield peer_block(pair)
+    for peer in [] if now.found is None else now.found["peers"]:
+        if peer["endpoint"] == row["endpoint"]:
+            yield _peer(peer)
+    if row["state"] in ("no path", "refused"):
+        yield f"node peer: {row['name']}\n  state: {row['state']}: {row['reason']}"
+
+
+def _echo_peers(now: Sample) -> None:
+    hidden = len(now.all) - len(now.rows)
+    if now.rows:
+        cells = [dict(zip(COLUMNS, _cells(row, now.rates), strict=True)) for row in now.rows]
+        shown = [name for name in COLUMNS
+                 if any(row[name] is not None for row in cells) or name in COLUMNS[:2]]
+        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1 << 16
+        for name in OMITTED:
+            if _width(shown, cells) <= room:
+                break
+            shown = [one for one in shown if one != name]
+        echo_table(shown, [[row[name] for name in shown] for row in cells])
+    else:
+        click.echo("no peers" if not hidden else "no peer in this state")
+    if hidden:
+        click.echo(f"{hidden} more {'peer' if hidden == 1 else 'peers'} in other states")
+
+
+def _width(names: list[str], rows: list[dict[str, Any]]) -> int:
+    return sum(max(len(name), *(len("-" if row[name] is None else str(row[name])) for row in rows))
+               + 2 for name in names) - 2
+
+
+def _cells(row: Row, rates: Mapping[str, tuple[float | None, ...]]) -> list[Any]:
+    out, into = rates.get(row["name"], (None, None))
+    error, sent, received = row["last_error"], row["sent"], row["received"]
+    return [
+        row["name"], row["state"], row["since"] and age(row["since"]), row["path"],
+        None if row["rtt_us"] is None else f"{row['rtt_us'] / 1000:.2f} ms",
+        None if row["loss"] is None else f"{row['loss']:.0%}",
+        *(None if rate is None else f"{_size(round(rate))}/s" for rate in (out, into)),
+        *(side and _size(side["bytes"]) for side in (sent, received)),
+        row["largest_size"], _seen(row["last_seen_seconds"]), ", ".join(row["subnets"]) or None,
+        error and f"{error['errno']} {_seen(error['seconds_ago'])} ago",
+        "; ".join(filter(None, (row["reason"], row["path_reason"]))) or None,
+    ]
+
+
+def _seen(seconds: float | None) -> str | None:
+    from ..spans import span
+
+    return None if seconds is None else span(seconds)
+
+
+def _problems(now: Sample) -> Iterator[str]:
+    """Yield a line for each thing that is wrong."""
+    if now.node is not None:
+        if not now.node["ready"]:
+            yield "the node is not ready" + (
+                f": {now.node['waiting']}" if now.node["waiting"] else "")
+        for check in now.node["checks"]:
+            if check["state"] != "ok":
+                yield f"{check['state']}: {check['name']}: {' '.join(check['text'])}"
+    for row in now.rows:
+        if row["state"] not in GOOD:
+            yield f"{row['name']} is {row['state']}" + (
+                f": {row['reason']}" if row["reason"] else "")
+
+
+def _cell(value: object) -> str:
+    """Format one value for ``dump``: no tabs, no line ends."""
+    return "-" if value in (None, "") else " ".join(str(value).split())
+
+
+def _yaml(value: Any, indent: str = "") -> Iterator[str]:
+    """Yield the lines of a value of JSON as YAML. Strings are quoted as in JSON, which is YAML."""
+    items = [(f"{json.dumps(key)}:", one) for key, one in value.items()] \
+        if isinstance(value, dict) else [("-", one) for one in value]
+    for head, one in items:
+        if isinstance(one, dict | list) and one:
+            yield f"{indent}{head}"
+            yield from _yaml(one, f"{indent}  ")
+        else:
+            yield f"{indent}{head} {json.dumps(one)}"
