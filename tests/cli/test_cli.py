@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from tests.control.fakes import Served, status_of
 from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
-from udptun.cli.options import echo_table
+from udptun.cli.options import echo_fitting, echo_table
 from udptun.cli.show import _duration, _event, _size
 from udptun.control import protocol
 from udptun.instance import Instance
@@ -351,6 +351,19 @@ def test_a_table_with_only_absent_numbers(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "A   B\nx   -\nyy  -\n"
 
 
+def test_a_table_that_fits_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(room: int | None) -> list[str]:
+        echo_fitting(["A", "BYTES", "C"], [("x" * 10, 1, "y" * 40), ("x", None, None)],
+                     ["BYTES", "C"], room, cut_last=True)
+        return capsys.readouterr().out.splitlines()
+
+    assert shown(None) == shown(80) == [
+        "A           BYTES  C", f"{'x' * 10}      1  {'y' * 40}", "x               -  -"]
+    assert shown(50)[1] == f"{'x' * 10}      1  {'y' * 28}..."
+    assert shown(42) == ["A           C", f"{'x' * 10}  {'y' * 27}...", "x           -"]
+    assert shown(20) == ["A", "x" * 10, "x"]
+
+
 # As processes
 
 
@@ -452,7 +465,7 @@ def test_status_of_some_peers(udptun: Udptun) -> None:
     assert [row["state"] for row in udptun.json("status --sort state")["mesh"]] == [
         "not probed", "reachable"]
     assert [row["name"] for row in udptun.json("status --sort received")["mesh"]] == [
-        "[2001:db8::3]:8285", "192.0.2.2:8285"]
+        "192.0.2.2:8285", "[2001:db8::3]:8285"]
     text = udptun("status --state unreachable").stdout
     assert text.endswith("no peer in this state\n2 more peers in other states\n")
     fails(udptun("status nobody"), 2, "'nobody' is not a peer of this host")

@@ -16,10 +16,11 @@ import click
 
 from ..errors import NoForwarder
 from .mesh import find, host_of, mesh
-from .options import client, echo_json, echo_table, node_client
+from .options import client, echo_fitting, echo_json, node_client, terminal_width
 
 POLL_SECONDS = 0.5
 HEADERS = ("TIME", "REASON", "DIRECTION", "PACKETS", "BYTES", "PEER OR SENDER", "PACKET")
+OMITTED = ("PACKETS", "BYTES", "DIRECTION")  # in a narrow terminal, the first one first
 # Widths of the columns with -w, where the later rows are not known yet.
 WIDTHS = (12, 19, 9, 7, 5, 21)
 
@@ -33,7 +34,7 @@ def show_last(ctx: click.Context, output: str, no_headers: bool) -> None:
         return
     names = _names(ctx)
     rows = [_row(packet, names) for packet in _packets(found)]
-    echo_table(HEADERS, rows, no_headers)
+    echo_fitting(HEADERS, rows, OMITTED, terminal_width(), no_headers)
 
 
 def watch_drops(ctx: click.Context, output: str, no_headers: bool) -> None:

@@ -6,6 +6,8 @@ Does not depend on any single command. Imports nothing that a client command doe
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
 else:
     _ParamType = click.ParamType  # not generic before click 8.2
 
-__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_json", "echo_table",
+__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_fitting", "echo_json",
+           "echo_table",
            "instance", "instance_of", "named_socket", "no_headers",
            "node_client", "output", "remember", "socket"]
 
 # Files of the node daemon: those of node.process.launch and node.store (tested), which take long to
 # import.
 FORWARD_FILE, CACHE_FILE = "forward.json", "leases.json"
+LEAST_TEXT = 24  # of a column of text that is cut, in characters
 NODE_SECONDS = 5.0  # the longest time to wait for the answer of the node daemon
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
@@ -213,3 +217,38 @@ def echo_table(
             for cell, width, right in zip(line, widths, numeric, strict=True)
         ]
         click.echo("  ".join(cells).rstrip())
+
+
+
+def terminal_width() -> int | None:
+    """Return the number of columns of the terminal; None: the output is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def echo_fitting(
+    headers: Sequence[str], rows: Iterable[Sequence[object]], omitted: Sequence[str],
+    room: int | None, hide_headers: bool = False, cut_last: bool = False,
+) -> None:
+    """Print a table in ``room`` columns, or the complete table if ``room`` is None.
+
+    If the table is too wide, the columns ``omitted`` are omitted one by one, the first one first.
+    If ``cut_last`` is true, the last column is text: its cells are cut, to LEAST_TEXT at least.
+    """
+    body = [[*row[:-1], "-" if row[-1] is None else str(row[-1])] for row in rows]
+    widths = [max(len("-" if cell is None else str(cell)) for cell in column)
+              for column in zip(headers, *body, strict=True)]
+    least = [*widths[:-1], min(widths[-1], LEAST_TEXT) if cut_last else widths[-1]]
+    shown = [*range(len(headers))]
+    for name in omitted if room is not None else ():
+        if sum(least[i] + 2 for i in shown) - 2 <= (room or 0):
+            break
+        shown = [i for i in shown if headers[i] != name]
+    if room is not None and cut_last and shown[-1] == len(headers) - 1:
+        left = max(room - sum(widths[i] + 2 for i in shown[:-1]), LEAST_TEXT)
+        for row in body:
+            row[-1] = _cut(str(row[-1]), left)
+    echo_table([headers[i] for i in shown], [[row[i] for i in shown] for row in body], hide_headers)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[:width - 3]}..."

@@ -8,7 +8,7 @@ main thread.
 from __future__ import annotations
 
 import json
-import shutil
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,24 @@ import click
 
 from .mesh import STATES, Row, find, mesh, natural
 from .node_status import age, node_block, peer_block
-from .options import client, connection, echo_json, echo_table, node_client, node_stopped
+from .options import (
+    client,
+    connection,
+    echo_fitting,
+    echo_json,
+    node_client,
+    node_stopped,
+    terminal_width,
+)
 from .show import _answer, _device, _peer, _size
 
 WATCH_SECONDS = 2.0
 GOOD = ("reachable", "unknown", "not probed")  # --check fails for all other states
 CLEAR = "\x1b[H\x1b[2J"  # of a terminal: to the top left, and erase
-# The columns of the table, and which of them a narrow terminal does without, the first one first.
+# The columns of the table, and those that a narrow terminal does not show, the first one first.
 COLUMNS = ("PEER", "STATE", "FOR", "PATH", "RTT", "LOSS", "OUT/S", "IN/S", "SENT", "RECEIVED",
            "MTU", "SEEN", "SUBNETS", "LAST ERROR", "REASON")
-OMITTED = ("SUBNETS", "LAST ERROR", "MTU", "REASON", "FOR", "RECEIVED", "SENT", "SEEN")
+OMITTED = ("SUBNETS", "LAST ERROR", "MTU", "REASON", "SENT", "RECEIVED", "FOR", "SEEN")
 SORT = ("name", "state", "rtt", "loss", "sent", "received", "seen")
 DUMP = ("name", "state", "since", "path", "rtt_us", "loss", "largest_size", "path_mtu",
         "last_seen_seconds", "endpoint", "errors", "reason")
@@ -36,7 +44,7 @@ DUMP = ("name", "state", "since", "path", "rtt_us", "loss", "largest_size", "pat
 @click.command()
 @click.argument("wanted", metavar="[NODE]", required=False)
 @click.option("--sort", type=click.Choice(SORT), default="name", show_default=True,
-              help="Order of the peers. Only names are in rising order.")
+              help="Order of the peers. state: the worst first. Numbers: the largest first.")
 @click.option("--state", "states", type=click.Choice(STATES), multiple=True,
               help="Show only the peers in this state; may be repeated.")
 @click.option("-w", "--watch", is_flag=True, help="Repeat every 2 seconds, until Ctrl-C.")
@@ -54,8 +62,9 @@ def status(
     """Show the node, the device, the peers and the packet counts.
 
     The command asks the node daemon and the forwarder, and shows the answers that it gets. NODE
-    is the name of a peer, its subnet or its public address: then only this peer is shown, with all
-    details. SENT and RECEIVED count UDP payload, without packets that VXLAN carries.
+    is the name, the subnet or the public address of a peer. With NODE, the command shows only this
+    peer, with all details. SENT and RECEIVED count UDP payload. They do not count packets that
+    VXLAN carries.
     """
     before: Sample | None = None
     try:
@@ -131,7 +140,7 @@ def _sort_key(row: Row, sort: str) -> tuple[Any, ...]:
         "sent": row["sent"] and row["sent"]["bytes"],
         "received": row["received"] and row["received"]["bytes"],
     }.get(sort)
-    return -1.0 if number is None else number, natural(row["name"])
+    return math.inf if number is None else -number, natural(row["name"])
 
 
 def _show(ctx: click.Context, now: Sample, output: str, wanted: str | None) -> None:
@@ -186,21 +195,12 @@ def _echo_peers(now: Sample) -> None:
         cells = [dict(zip(COLUMNS, _cells(row, now.rates), strict=True)) for row in now.rows]
         shown = [name for name in COLUMNS
                  if any(row[name] is not None for row in cells) or name in COLUMNS[:2]]
-        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1 << 16
-        for name in OMITTED:
-            if _width(shown, cells) <= room:
-                break
-            shown = [one for one in shown if one != name]
-        echo_table(shown, [[row[name] for name in shown] for row in cells])
+        echo_fitting(shown, [[row[name] for name in shown] for row in cells], OMITTED,
+                     terminal_width(), cut_last=shown[-1] == COLUMNS[-1])
     else:
         click.echo("no peers" if not hidden else "no peer in this state")
     if hidden:
         click.echo(f"{hidden} more {'peer' if hidden == 1 else 'peers'} in other states")
-
-
-def _width(names: list[str], rows: list[dict[str, Any]]) -> int:
-    return sum(max(len(name), *(len("-" if row[name] is None else str(row[name])) for row in rows))
-               + 2 for name in names) - 2
 
 
 def _cells(row: Row, rates: Mapping[str, tuple[float | None, ...]]) -> list[Any]:
