@@ -12,6 +12,7 @@ from udptun.lab import Lab, LabError
 from .cluster import Cluster
 from .programs import missing
 from .steps import STEPS
+from .worker import remove_cgroups
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,8 @@ def _run(names: list[str], image: Path, keep: bool) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        remove_cgroups()
     failed = [result for result in results if result.error]
     print(f"\n{'step':16} {'':6} {'time':>6}  measured")
     for result in results:

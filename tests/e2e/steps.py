@@ -109,7 +109,7 @@ def masquerade(cluster: Cluster) -> str:
         listener.bind((str(outside.v4), 9999))
         listener.listen()
         listener.settimeout(60)
-        cluster.shell(pod, f"wget -q -T 1 http://{outside.v4}:9999/ || true")
+        cluster.shell(pod, f"timeout 5 wget -q http://{outside.v4}:9999/ || true")
         connection, (source, _) = listener.accept()
         connection.close()
     wanted = str(cluster.worker(pod.node).host.v4)
@@ -130,12 +130,38 @@ def service(cluster: Cluster) -> str:
 
     def all_seen() -> bool:
         script = "for i in 1 2 3 4 5 6; do "\
-                 f"wget -q -T 5 -O - http://{address}/name || true; done"
+                 f"timeout 5 wget -q -O - http://{address}/name || true; done"
         seen.update(cluster.shell(found[0], script).split())
         return {pod.name for pod in found} <= seen
 
     wait_for(all_seen, f"answers of all pods through {address}", 120)
     return f"{address} leads to {len(seen)} pods"
+
+
+@_step
+def fallback(cluster: Cluster) -> str:
+    """the network drops VXLAN between all nodes: pods reach each other by UDP"""
+    for worker in cluster.workers:
+        worker.host.nft("add table inet e2e; "
+                        "add chain inet e2e in { type filter hook prerouting priority -300; }; "
+                        "add rule inet e2e in udp dport 8472 drop")
+    return _path(cluster, "udptun0")
+
+
+def _path(cluster: Cluster, device: str) -> str:
+    """Wait until all nodes send by ``device`` to the pods of others, and these answer."""
+    found = _pods(cluster)
+    began = time.monotonic()
+
+    def by_device() -> bool:
+        return all(
+            f" dev {device} " in cluster.worker(a.node).run(["ip", "route", "get", b.v4]).stdout
+            for a in found for b in found if a is not b)
+
+    wait_for(by_device, f"all nodes to send by {device}", 120)
+    seconds = time.monotonic() - began
+    cluster.all_reach(found)
+    return f"all by {device} after {seconds:.0f} s"
 
 
 @_step
@@ -238,6 +264,14 @@ def upgrade(cluster: Cluster) -> str:
     sent, missing = lost(ping)
     cluster.all_reach(_pods(cluster))
     return f"{missing} of {sent} packets lost"
+
+
+@_step
+def vxlan_again(cluster: Cluster) -> str:
+    """the network passes VXLAN again: pods reach each other by VXLAN"""
+    for worker in cluster.workers:
+        worker.run(["nft", "delete", "table", "inet", "e2e"], check=False)
+    return _path(cluster, "flannel.1")
 
 
 @_step

@@ -9,6 +9,7 @@ udptun. Main thread only, like the lab.
     worker.power_off()     everything on the node ends at once, as when the machine loses power
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from udptun.lab import Host, Process, wait_for
 from .plane import POD_CIDRS, Plane
 from .programs import CNI_PLUGINS
 
+_CGROUPS = Path("/sys/fs/cgroup")
 # The node's own directories; each is empty at the start.
 _OWN = ("etc/cni/net.d", "opt/cni/bin", "var/lib/cni", "var/lib/kubelet", "var/lib/containerd",
         "var/lib/udptun", "var/log/pods", "var/log/containers")
@@ -196,3 +198,12 @@ class Worker:
                           "/var/lib/udptun", "/var/lib/cni"], check=False).stdout
         return set(found.splitlines())
 
+
+def remove_cgroups() -> None:
+    """Remove the cgroups of containers that have ended. containerd leaves those of killed nodes."""
+    for root in [*_CGROUPS.glob("k8s.io"), *_CGROUPS.glob("*/k8s.io")]:
+        for folder in sorted(root.rglob("*/"), key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):  # in use
+                folder.rmdir()
+        with contextlib.suppress(OSError):
+            root.rmdir()
