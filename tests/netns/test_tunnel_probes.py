@@ -173,13 +173,13 @@ def test_one_probe_on_request(lab):
     assert (status, answer["answered"], answer["size"]) == (200, True, 24)
     assert answer["rtt_us"] > 0
     assert ask(a, endpoint=endpoint, size=1472)[1]["answered"]
-    assert ask(a, endpoint=endpoint, size=1473)[1] == {
+    assert ask(a, endpoint=endpoint, size=1473)[1].items() >= {
         "answered": False, "rtt_us": None, "size": 1473, "error": "Message too long",
-    }
+    }.items()
     with blocked(b, f"ip saddr {a.outer}"):
-        assert ask(a, endpoint=endpoint)[1] == {
+        assert ask(a, endpoint=endpoint)[1].items() >= {
             "answered": False, "rtt_us": None, "size": 24, "error": "no answer within 1 s",
-        }
+        }.items()
     for body in ({"endpoint": "192.0.2.99"}, {"endpoint": endpoint, "size": 23},
                  {"endpoint": endpoint, "size": 65508}, {"endpoint": f"{b.outer}:9"}):
         status, answer = ask(a, **body)
