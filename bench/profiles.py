@@ -44,7 +44,7 @@ PROFILES = {
         "as P2, but the receiver's kernel does not merge",
     ),
     "P4": Profile(
-        "no tunnel segmentation",
+        "no offload for VXLAN super-packets",
         "the wire passes TCP and UDP super-packets whole, but no VXLAN super-packets: the sender's "
         "kernel segments these in software; GRO is on",
         mtu_frames=False,

@@ -19,7 +19,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _TITLES = {
     "direct": "no tunnel", "vxlan": "kernel VXLAN", "udptun": "**udptun**",
     "udptun --offload off": "udptun, offloads off",
-    "onepacket": "one packet per system call, like flannel's UDP backend (in C)",
+    "onepacket": "a C program that sends one packet per system call, as flannel's UDP backend does",
 }
 # (heading, metric, profile, variant, value). The tcp variant "1 there" is one stream in the
 # direction from host a to host b.
@@ -50,9 +50,10 @@ def comparison(run: Run) -> str:
     return "\n".join([
         *table(header, rows), "",
         f"Medians with 95 % intervals, measured {day} with udptun {machine.get('revision', '')} on "
-        f"{machine.get('processor', '')}, kernel {machine.get('kernel', '')}. Both hosts, the "
-        "tunnel and the load share these CPU cores. TCP: one stream. CPU: seconds of the whole "
-        "system per gigabyte. `make bench` measures your machine.", "",
+        f"{machine.get('processor', '')} (number of CPU cores x processor), kernel "
+        f"{machine.get('kernel', '')}. Both hosts, the tunnel and the load share these cores. TCP: "
+        "one stream. CPU: seconds of the whole system per gigabyte. `make bench` measures your "
+        "machine.", "",
         "The profiles differ in what happens to super-packets (TCP or UDP data of up to 64 KB that "
         "the kernel handles as one packet) on the wire between the hosts:", "",
         *(f"- {name}: {PROFILES[name].text}." for name in used),

@@ -2,7 +2,7 @@
 
 Owns: the selection of the lines to use. A refused slot has no value. The slots of a rejected block
 are not used. The summary lists refused slots and rejected blocks with the reason. Independent of
-the meaning of a value. Pure.
+the meaning of a value. The functions have no side effects.
 """
 
 from __future__ import annotations

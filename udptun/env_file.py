@@ -1,7 +1,7 @@
 """Files of shell assignments such as subnet.env: the lines, and the networks in them. A leaf.
 
 The node daemon and the CNI plugin use it. Imports nothing slow, because the plugin must start fast.
-Pure; any thread.
+The functions have no side effects. Any thread.
 """
 
 from __future__ import annotations

@@ -50,8 +50,10 @@ class Start:
         send_errors = sent["refused"]  # failed sends; expected, because there is no route yet
         if not send_errors:
             raise Refused("host a had a route to b before the forwarder started")
-        if not recorded or recorded[0][2] < begin:
+        if not recorded:
             raise Refused(f"no packet arrived within {self.seconds} s: {sent} {received}")
+        if recorded[0][2] < begin:
+            raise Refused(f"a packet arrived before the forwarder started: {sent} {received}")
         first = recorded[0][2] - begin
         return SlotResult({"start_ns": float(first)}, (received["bytes"], 0), {"sent": sent})
 

@@ -1,7 +1,7 @@
 """Fixed input for the micro benchmarks: consecutive TCP or UDP packets of one flow.
 
-Owns: the bytes of the packets. Pure. The checksums are computed by the reference implementation, so
-that a benchmark fails if the compiled checksum is wrong.
+Owns: the bytes of the packets. The functions have no side effects. The reference implementation
+computes the checksums, so that a benchmark fails if the compiled checksum is wrong.
 """
 
 from __future__ import annotations

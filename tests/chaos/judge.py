@@ -74,10 +74,10 @@ class Judge:
         tell(scene.text)
         verdict = Verdict(act.name, scene.text)
         began = time.monotonic()
-        stands = scene.undo is not None
-        deadline = self._deadline + scene.late
-        found = self._watch(scene, began, deadline, scene.stands, stands)
-        self._note(verdict, "" if not stands else "while it stands: ", found)
+        is_undone = scene.undo is not None
+        deadline = self._deadline + scene.extra_seconds
+        found = self._watch(scene, began, deadline, scene.lasts_seconds, is_undone)
+        self._note(verdict, "while it lasts: " if is_undone else "", found)
         if scene.undo is not None:
             scene.undo()
             after = Scene(scene.text, scene.touched, changes=scene.changes)
@@ -145,7 +145,7 @@ class Judge:
             if not scene.changes:
                 wrong += [f"{member.host.name}: the host differs: {' | '.join(lines)}"
                           for member in scene.touched if (lines := self._differs(member))]
-        if scene.traced:
+        if scene.must_log:
             wrong += [f"{member.host.name}: nothing was logged" for member in scene.touched
                       if not world.logged_since(member, self._logs[member.host.name])]
         return wrong

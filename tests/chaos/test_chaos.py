@@ -68,7 +68,7 @@ def test_the_judge_finds_each_fault(world):
         return Scene("hidden", [a], undo=lambda: a.pod.nft("delete table ip filter\n"))
 
     found = verdict(world, hidden)
-    assert ("while it stands: n1 -> n2, n2 -> n1: small+full packets are lost, "
+    assert ("while it lasts: n1 -> n2, n2 -> n1: small+full packets are lost, "
             "and a path exists") in found
     assert "n3" not in found
     assert "after it" not in found
@@ -98,7 +98,7 @@ def test_the_judge_finds_each_fault(world):
     assert "n1: the host differs: +udptun0 inet 198.51.100.7/32" in verdict(world, changed)
     a.host.ip("address del 198.51.100.7/32 dev udptun0")
     assert "n1: nothing was logged" in verdict(
-        world, lambda world, rng: Scene("silent", [a], traced=True))
+        world, lambda world, rng: Scene("silent", [a], must_log=True))
     assert "no status of n1 says /no such text/" in verdict(
         world, lambda world, rng: Scene("silent", [a], says="no such text"))
 

@@ -85,7 +85,7 @@ def test_many_failures_of_vxlan_leave_no_stale_entries(lab, capsys):
         carriers = [event["path"] for event in node(member)["events"]
                     if event["type"] == "path_changed"]
         assert carriers == (["udp", "vxlan"] * FAILOVERS_N)[-len(carriers):]
-        lines = [line for line in member.daemon.text().splitlines() if " goes by " in line]
+        lines = [line for line in member.daemon.text().splitlines() if " now use " in line]
         assert len(lines) == 2 * FAILOVERS_N
     assert [kept(member) for member in cluster.members] == before
     more = [open_files(member) - was for member, was in zip(cluster.members, files, strict=True)]

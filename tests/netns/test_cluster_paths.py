@@ -108,12 +108,12 @@ def test_a_pair_leaves_vxlan_and_returns(lab, fault):
     switched(RETURN_SECONDS, here, "flannel.1")
     assert transfer.finish() > 0
     for member in (a, b):
-        lines = [line for line in member.daemon.text().splitlines() if " goes by " in line]
+        lines = [line for line in member.daemon.text().splitlines() if " now use " in line]
         assert len(lines) == 2, lines
         assert [event["path"] for event in node(member)["events"]
                 if event["type"] == "path_changed"] == ["udp", "vxlan"]
         assert 'udptun_node_path_changes_total{path="udp"} 1.0' in member.metrics()
-    assert not any(" goes by " in line for line in third.daemon.text().splitlines())
+    assert not any(" now use " in line for line in third.daemon.text().splitlines())
 
 
 @pytest.mark.slow

@@ -29,8 +29,9 @@ def test_ping_between_nodes_and_pods(tunnel):
 def test_traceroute_shows_both_ends_of_the_tunnel(tunnel):
     a, b = tunnel.sides
     gateway4, gateway6 = a.node.subnet[1], a.node.subnet6[1]
-    # Each forwarder is a hop, and so is each node's kernel if it forwards for a pod. The far node
-    # answers twice: once if the hop limit ends in its forwarder, and once if it ends later.
+    # Each forwarder is a hop, and so is each node's kernel if it forwards for a pod. The remote
+    # node appears twice: its forwarder answers the probe whose hop limit expires there, and its
+    # kernel answers the next probe.
     for host, target, hops in (
         (a.host, b.v4, [a.v4, b.v4, b.v4]),
         (a.host, b.v6, [a.v6, b.v6, b.v6]),
@@ -45,16 +46,16 @@ def traceroute(host, target) -> list[str]:
     return [line.split()[1] for line in done.stdout.splitlines()[1:]]
 
 
-def test_the_sender_gets_an_icmp_error_without_a_route(tunnel):
+def test_a_packet_without_a_route_causes_an_icmp_error_to_its_sender(tunnel):
     a = tunnel.a
-    nobody = node(77)
+    absent = node(77)
     for host in (a.host, a.pod):
-        result = ping(host, nobody.v4, count=2, wait=1)
+        result = ping(host, absent.v4, count=2, wait=1)
         assert any(f"From {a.v4}" in e and "Net Unreachable" in e for e in result.errors), result
-        result = ping(host, nobody.v6, count=2, wait=1)
+        result = ping(host, absent.v6, count=2, wait=1)
         assert any(f"From {a.v6}" in e and "No route" in e for e in result.errors), result
     assert a.forwarder.drops()["encap", "no_route"] >= 4
-    verdict = json.loads(a.forwarder.udptun("trace", str(nobody.v4), "-o", "json").stdout)
+    verdict = json.loads(a.forwarder.udptun("trace", str(absent.v4), "-o", "json").stdout)
     assert (verdict["verdict"], verdict["reason"]) == ("drop", "no_route")
 
 

@@ -244,8 +244,8 @@ def test_variables(daemon: FakeDaemon) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--hosts=/h", "--kube-subnet-mgr"], "--hosts and --kube-subnet-mgr name two sources"),
-        (["--hosts=/h", "--etcd-prefix=/x"], "--hosts and --etcd-prefix name two sources"),
+        (["--hosts=/h", "--kube-subnet-mgr"], "--hosts and --kube-subnet-mgr select two"),
+        (["--hosts=/h", "--etcd-prefix=/x"], "--hosts and --etcd-prefix select two"),
         (["--kube-subnet-mgr"], "NODE_NAME: '' is not valid"),
         (["--etcd-endpoints="], "--etcd-endpoints: '' is not valid"),
         (["--etcd-endpoints=ftp://x"], "--etcd-endpoints: 'ftp://x' is not valid"),
@@ -280,7 +280,7 @@ def test_invalid_option_exits_2_and_is_named(
     assert daemon.configs == []
 
 
-def test_two_stores_one_from_a_variable_are_refused(daemon: FakeDaemon) -> None:
+def test_a_second_store_that_comes_from_a_variable_is_refused(daemon: FakeDaemon) -> None:
     result = invoke("--hosts=/h", FLANNELD_ETCD_ENDPOINTS="http://192.0.2.1:2379")
     assert result.exit_code == 2
     assert "(from UDPTUN_NODE_ETCD_ENDPOINTS or FLANNELD_ETCD_ENDPOINTS)" in result.stderr

@@ -10,8 +10,8 @@ from udptun.probe.message import (
     REQUEST,
     UDP_PATH,
     VXLAN_PATH,
+    KernelRandom,
     Probe,
-    Unguessable,
     decode,
     half,
     heard_field,
@@ -89,15 +89,15 @@ def test_the_field_heard():
 
 
 def test_random_bits_do_not_repeat():
-    rng = Unguessable()
+    rng = KernelRandom()
     for bits in (1, 7, 32, 64, 9000):
         assert {rng.getrandbits(bits).bit_length() <= bits for _ in range(200)} == {True}
     assert len({rng.getrandbits(32) for _ in range(2000)}) > 1990
-    assert len({Unguessable().getrandbits(64) for _ in range(50)}) == 50
+    assert len({KernelRandom().getrandbits(64) for _ in range(50)}) == 50
 
 
 def test_a_token_proves_that_the_last_request_was_received():
-    rng = Unguessable()
+    rng = KernelRandom()
     ours = new_token(rng, 0)
     theirs = new_token(rng, half(ours))
     assert proves(theirs, half(ours))

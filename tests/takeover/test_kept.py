@@ -24,7 +24,8 @@ def started(environment, fds=(), shell="exec"):
 
 
 def test_from_systemd():
-    """Descriptors with other names belong to other units."""
+    """A descriptor with another name (here: stored) is not one that udptun has stored. It is
+    ignored."""
     read, write = os.pipe()
     try:
         environment = {"LISTEN_FDS": "3", "LISTEN_FDNAMES": "tun-0:stored:udp-0-4"}
@@ -49,7 +50,7 @@ def test_from_the_node_daemon():
         os.close(write)
 
 
-def test_wrong_variables_are_not_inherited():
+def test_invalid_variables_give_no_descriptors():
     for text in ("x", "tun-0", "tun-0=", "=3", "lock=1", "tun-0=x"):
         assert inherited({"UDPTUN_KEPT_DESCRIPTORS": text}) == {}
     assert inherited({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "-1"}) == {}

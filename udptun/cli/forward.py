@@ -127,7 +127,8 @@ FIELDS = {
                    "packet. It must have the same options. If there is none, start as usual.")
 @click.option("--linger", is_flag=True,
               help="After another forwarder has taken over, stay as an idle process until that one "
-                   "has ended, or until SIGTERM. For containers, which are started again at once.")
+                   "has ended, or until SIGTERM. Use it in a container: if the old process ended, "
+                   "the runtime would start the container again.")
 @click.option("--routes", type=FILE, metavar="FILE",
               help="Route file to load at start and on SIGHUP.")
 @click.option("--mtu", type=Parsed("auto|n", _auto_or_number), default="auto", show_default=True,

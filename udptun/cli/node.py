@@ -307,7 +307,8 @@ def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
         given = f"--{name.replace('_', '-')}"
         if source is ParameterSource.ENVIRONMENT:
             given += f" (from UDPTUN_NODE_{name.upper()} or FLANNELD_{name.upper()})"
-        raise click.UsageError(f"--hosts and {given} name two sources of leases: give one.", ctx)
+        raise click.UsageError(
+            f"--hosts and {given} select two different stores of leases: give only one.", ctx)
 
 
 def _password(ctx: click.Context, values: dict[str, Any]) -> str:

@@ -346,7 +346,7 @@ def _summary(found: dict[str, Any], name: str) -> Iterator[str]:
     times = [ms for ms in found["rtt_ms"] if ms is not None]
     yield f"sent {found['sent']}, answered {found['answered']}, loss {found['loss']:.0%}" + (
         f", round trip {min(times):.2f} / {sum(times) / len(times):.2f} / {max(times):.2f} ms "
-        "(least / mean / most)" if times else "")
+        "(min / mean / max)" if times else "")
     largest, full = found["largest_size"], found["full_size"]
     if largest is not None:
         yield f"largest packet: {largest} bytes" + (

@@ -1,6 +1,6 @@
-"""The versions of the CNI specification, and results in the format of another version.
+"""The versions of the CNI specification. Converts a result from one version's format to another's.
 
-Owns: the list of supported versions, and the differences between their results. Pure.
+Owns: the list of supported versions, and the conversion. The functions have no side effects.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ def is_at_most(version: str, other: str) -> bool:
 def convert(result: dict[str, Any], version: str) -> dict[str, Any]:
     """Return ``result`` in the format of ``version``.
 
-    From 1.0.0 on, an address has no field "version". Results before 0.3.0 have another structure:
-    such a result is returned as it is, because every delegate that has that version prints it.
+    From 1.0.0 on, an address has no field "version". Results of versions before 0.3.0 have another
+    structure and are not converted. No conversion is needed: a delegate that supports ``version``
+    prints its result in this version.
     """
-    former = result.get("cniVersion", OLDEST)
-    if former == version or former not in SUPPORTED or not is_at_most("0.3.0", former):
+    source_version = result.get("cniVersion", OLDEST)
+    if source_version == version or source_version not in SUPPORTED:
+        return result
+    if not is_at_most("0.3.0", source_version):
         return result
     if not is_at_most("0.3.0", version):
         return result

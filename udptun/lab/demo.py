@@ -64,8 +64,8 @@ def perform(
     """Run a demo in a new lab, print what was removed, and return the exit code.
 
     show     the demo; returns whether everything worked
-    missing  an unmet requirement that only this demo has, or None. This function itself checks the
-             requirements that all demos share
+    missing  what this demo needs and this machine does not have, or None. ``perform`` itself checks
+             what all demos need
     """
     screen = Screen(out or sys.stdout)
     missing = _missing() or missing

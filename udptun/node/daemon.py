@@ -44,7 +44,7 @@ from .host.interface import Needed, NoInterface, Underlay
 from .host.leftovers import Leftovers
 from .host.sticky import UnderlayChoice
 from .host.taken import Taken, refuse_taken
-from .in_force import InForce
+from .host_check import HostCheck
 from .malloc import return_free_memory, use_one_arena
 from .paths.paths import Carriers, Paths
 from .peers import Peers
@@ -143,7 +143,7 @@ class Daemon:
         self._leftovers = Leftovers(netlink)
         self._taken = Taken(netlink)
         self._settle_again = asyncio.Event()
-        self._in_force = InForce(
+        self._host_check = HostCheck(
             netlink, self._backends, self._host, self.report, self._settle_again.set,
             lambda: self._peers.leases)
         self._paths = Paths(self._backends, self.report, config.control, self._carry)
@@ -219,7 +219,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         self._netlink.watch_addresses(lambda _: _call_in(loop, self._settle_again.set))
         settled = await self._settle_first()
-        self._in_force.start()
+        self._host_check.start()
         tasks.create_task(self._peers.follow())
         tasks.create_task(self._peers.use_cache(settled))
         tasks.create_task(self._keep_settled(settled))
@@ -250,11 +250,11 @@ class Daemon:
         self.report.waiting = f"waiting for the leases of {self._store.kind}"
         await self._peers.known.wait()
         await self._backends.synced()
-        await self._in_force.published()
+        await self._host_check.published()
         self.report.waiting = ""
         assert self._tasks is not None
-        self._tasks.create_task(self._in_force.keep())
-        self._tasks.create_task(self._in_force.keep_routes())
+        self._tasks.create_task(self._host_check.keep())
+        self._tasks.create_task(self._host_check.keep_routes())
         # Most objects that exist now are never deleted. Freezing them excludes them from garbage
         # collection, because a collection that visits them would delay a route change.
         gc.collect()
@@ -304,7 +304,7 @@ class Daemon:
         while True:
             if settled:
                 await wait_at_most(self._settle_again, LOOK_SECONDS)
-                await asyncio.sleep(self._in_force.repairs.pause())
+                await asyncio.sleep(self._host_check.repairs.pause())
             else:
                 await self._pause()
             self._settle_again.clear()
@@ -354,7 +354,7 @@ class Daemon:
             self._paths.configure(prepared.mtu, prepared.site.udp_port)
             await self._peers.replan(replace(
                 prepared.local(lease), needed=needed, broadcasts=self._taken.broadcasts))
-            await self._in_force.settled(prepared.site, lease)
+            await self._host_check.settled(prepared.site, lease)
             if store.confirmed:
                 assert self._tasks is not None
                 store.hold(lease, self._tasks)

@@ -17,13 +17,17 @@ def needs_of(config: NodeConfig) -> Needs:
 
     NET_ADMIN  addresses, routes, VXLAN devices, sysctls; nft and iptables need it too
     NET_RAW    echo requests to peers that answer no probes; iptables-legacy needs it too
-    A forwarder that the daemon starts may listen on a low port, and may have several workers.
+
+    Only for a forwarder that the daemon starts:
+    NET_BIND_SERVICE  a port below 1024
+    BPF               several workers
     """
     use = frozenset({Capability.NET_ADMIN, Capability.NET_RAW})
     forwarder = set()
     if config.forwarder == "spawn":
         forwarder.add(Capability.NET_BIND_SERVICE)
-        if os.environ.get("UDPTUN_FORWARD_WORKERS", "1") != "1":  # the forwarder inherits it
+        # The forwarder inherits this variable.
+        if os.environ.get("UDPTUN_FORWARD_WORKERS", "1") != "1":
             forwarder.add(Capability.BPF)
     return Needs(
         use=use,

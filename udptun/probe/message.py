@@ -7,16 +7,19 @@ its size:
     4  u8   kind: 1 request, 2 reply
     5  u8   path: 1 UDP tunnel, 2 VXLAN
     6  u16  zero
-    8  u64  token: new in each request; the reply has the request's token. The upper half is
-            random. The lower half is the upper half of the token of the last request that the
-            sender has received from the receiver; random if there is none
+    8  u64  token: new in each request; the reply has the request's token.
+            Upper 32 bits of a request's token: a new random number.
+            Lower 32 bits: the upper 32 bits of the last request that came from the peer; random if
+            none came
    16  u32  heard: milliseconds since the sender last received a probe of the receiver on this path;
-            0xFFFFFFFF: never
+            0xFFFFFFFF: never. Over UDP, it is 0 in a reply and is not used
    20  u16  size of the message in bytes; a reply has the request's size
    22  u16  zero
 
-The lower half of a request's token proves who sent the request: only the receiver of the other
-node's last request knows that half. A sender with a forged address does not receive it.
+The lower half shows that a request comes from the peer. For example, node A puts a random number
+into each request to node B. Only a node that receives at B's address knows this number. B repeats
+it in its next request to A. A sender that forges B's address does not receive A's request, so it
+does not know the number.
 
 ``src_ext/wire/probe.pxd`` has the compiled code for the same format. Pure functions: any thread.
 """
@@ -83,9 +86,9 @@ def heard_field(last_heard: float | None, now: float) -> int:
     return min(max(int((now - last_heard) * 1000), 0), NEVER_HEARD - 1)
 
 
-class Unguessable(random.SystemRandom):
-    """Random bits of the kernel, read in larger pieces: one system call per probe costs more than
-    all the rest of a probe's schedule."""
+class KernelRandom(random.SystemRandom):
+    """Random numbers from the kernel. They are read in larger pieces, because one system call for
+    each probe would take more time than everything else that scheduling the probe needs."""
 
     PIECE_BYTES = 1024
 
@@ -102,7 +105,8 @@ class Unguessable(random.SystemRandom):
 
 
 def half(token: int) -> int:
-    """Return the half of a request's token that the other node's next request contains."""
+    """Return the upper half of a request's token. The peer repeats it in the lower half of its next
+    request."""
     return token >> HALF_BITS
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .message import Unguessable, new_token
+from .message import KernelRandom, new_token
 from .schedule import Budget, Schedule
 from .state import IDLE_JITTER, IDLE_SECONDS, PathState
 
@@ -58,7 +58,7 @@ class Prober(Generic[K]):
     def __init__(self, clock: Callable[[], float], rng: random.Random | None = None) -> None:
         now = clock()
         self._clock = clock
-        self._rng = rng or Unguessable()
+        self._rng = rng or KernelRandom()
         self._jitter = rng or random.Random()
         self._paths: dict[K, PathState] = {}
         self._max_interval: dict[K, float] = {}

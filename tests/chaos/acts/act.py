@@ -16,28 +16,29 @@ Pair = tuple[str, str]
 class Scene:
     """One act that was done, and what must follow from it.
 
-    text      what was done, with the names, for the log
-    touched   the nodes that the act concerns: only these may be unready
-    cut       the pairs that have no path while the act stands, each in both directions
-    undo      undoes the act; None: the act does not stand, and the node must repair its effect
-    stands    seconds for which the act stands at least
-    says      a regular expression that must match the status of a touched node while the act stands
-    traced    whether the logs of the touched nodes must get a new line
-    changes   whether the hosts rightly differ afterwards
-    lossy     the pairs on which single packets are lost; the traffic on them is not judged
-    late      seconds that a repair may take in addition, because the node rightly waits
+    text           what was done, with the names, for the log
+    touched        the nodes that the act concerns: only these may be unready
+    cut            the pairs that have no path while the act lasts, each in both directions
+    undo           undoes the act; None: the act ends at once, and the node must repair its effect
+    lasts_seconds  the shortest time until the act is undone
+    says           a regular expression that must match the status of a touched node while the act
+                   lasts
+    must_log       whether the logs of the touched nodes must get a new line
+    changes        whether the hosts rightly differ afterwards
+    lossy          the pairs on which single packets are lost; the traffic on them is not judged
+    extra_seconds  additional time for a repair, because the node rightly waits
     """
 
     text: str
     touched: list[Member] = field(default_factory=list)
     cut: set[Pair] = field(default_factory=set)
     undo: Callable[[], object] | None = None
-    stands: float = 3.0
+    lasts_seconds: float = 3.0
     says: str = ""
-    traced: bool = False
+    must_log: bool = False
     changes: bool = False
     lossy: set[Pair] = field(default_factory=set)
-    late: float = 0.0
+    extra_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

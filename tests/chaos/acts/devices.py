@@ -18,7 +18,7 @@ def _on_device(*commands: str):
         for line in lines:
             member.host.run(["ip", *line.split()], check=line is lines[0])
         text = "; ".join(f"ip {line}" for line in lines)
-        return Scene(f"{member.host.name}: {text}", [member], traced=True)
+        return Scene(f"{member.host.name}: {text}", [member], must_log=True)
 
     return do
 
@@ -30,12 +30,12 @@ def _entries(*commands: str):
         member = rng.choice([one for one in world.members if VXLAN in world.devices(one)])
         for command in commands:
             member.host.run(["sh", "-c", command])
-        return Scene(f"{member.host.name}: {'; '.join(commands)}", [member], traced=True)
+        return Scene(f"{member.host.name}: {'; '.join(commands)}", [member], must_log=True)
 
     return do
 
 
-def _sysctl(traced: bool, *settings: str):
+def _sysctl(must_log: bool, *settings: str):
     def do(world: World, rng: Random) -> Scene:
         member = pick(world, rng)
         done = [setting.format(TUN) for setting in settings]
@@ -48,7 +48,7 @@ def _sysctl(traced: bool, *settings: str):
                                  for one, value in zip(done, before, strict=True)))
 
         return Scene(f"{member.host.name}: sysctl -w {' '.join(done)}", [member],
-                     traced=traced, undo=None if traced else undo)
+                     must_log=must_log, undo=None if must_log else undo)
 
     return do
 
@@ -56,7 +56,7 @@ def _sysctl(traced: bool, *settings: str):
 def _disable_ipv6(world: World, rng: Random) -> Scene:
     member, device = pick_device(world, rng)
     member.host.sysctl(f"net/ipv6/conf/{device}/disable_ipv6=1")
-    return Scene(f"{member.host.name}: IPv6 is disabled on {device}", [member], traced=True)
+    return Scene(f"{member.host.name}: IPv6 is disabled on {device}", [member], must_log=True)
 
 
 def _no_forwarding6(world: World, rng: Random) -> Scene:

@@ -17,14 +17,14 @@ FLUSH = ("iptables -P INPUT ACCEPT; iptables -P FORWARD ACCEPT; iptables -P OUTP
 def _flush(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     member.host.run(["nft", "flush", "ruleset"])
-    return Scene(f"{member.host.name}: nft flush ruleset", [member], traced=True)
+    return Scene(f"{member.host.name}: nft flush ruleset", [member], must_log=True)
 
 
 def _policy(binary: str):
     def do(world: World, rng: Random) -> Scene:
         member = pick(world, rng)
         member.host.run([binary, "-P", "FORWARD", "DROP"])
-        return Scene(f"{member.host.name}: {binary} -P FORWARD DROP", [member], traced=True,
+        return Scene(f"{member.host.name}: {binary} -P FORWARD DROP", [member], must_log=True,
                      undo=lambda: member.host.run([binary, "-P", "FORWARD", "ACCEPT"]))
 
     return do
@@ -45,7 +45,7 @@ def _iptables_rules(file: str, text: str, drops_input: bool = False):
             _flush_iptables(member)
 
         cut = isolates(world, member) if drops_input and world.mode == "vxlan" else set()
-        return Scene(f"{member.host.name}: {text}", [member], cut, undo, traced=True)
+        return Scene(f"{member.host.name}: {text}", [member], cut, undo, must_log=True)
 
     return do
 
@@ -103,7 +103,7 @@ def _flannel_chains(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     member.host.run(["iptables-restore", "--noflush"], text=(RULES / "flannel.rules").read_text())
     return Scene(f"{member.host.name}: the iptables chains of a former flanneld", [member],
-                 undo=lambda: _flush_iptables(member), traced=True)
+                 undo=lambda: _flush_iptables(member), must_log=True)
 
 
 ACTS = [

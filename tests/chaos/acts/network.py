@@ -51,7 +51,7 @@ def _blocks(*paths: str, one_way: bool = False, large: bool = False):
         way = "->" if one_way else "<->"
         which = " longer than 1000 bytes" if large else ""
         return Scene(f"{a.host.name} {way} {b.host.name}: UDP {ports}{which} is dropped",
-                     [a, b] if cut else [], cut, undo, stands=6)
+                     [a, b] if cut else [], cut, undo, lasts_seconds=6)
 
     return do
 
@@ -74,7 +74,7 @@ def _isolate(world: World, rng: Random) -> Scene:
 def _no_icmp(world: World, rng: Random) -> Scene:
     world.block("ip protocol icmp drop")
     return Scene("the network drops all ICMP", undo=lambda: world.unblock("ip protocol icmp drop"),
-                 stands=8)
+                 lasts_seconds=8)
 
 
 def _loss(world: World, rng: Random) -> Scene:
@@ -82,7 +82,7 @@ def _loss(world: World, rng: Random) -> Scene:
     rule = f"ip daddr {member.host.v4} udp dport {{ 8285, 8472 }} numgen random mod 100 < 30 drop"
     world.block(rule)
     return Scene(f"{member.host.name}: 30 % of the datagrams to it are lost", [member],
-                 lossy=isolates(world, member), undo=lambda: world.unblock(rule), stands=8)
+                 lossy=isolates(world, member), undo=lambda: world.unblock(rule), lasts_seconds=8)
 
 
 def _link(member: Member, state: str) -> None:
@@ -107,7 +107,7 @@ def _down(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     _link(member, "down")
     return Scene(f"{member.host.name}: the underlay's link is down", [member],
-                 isolates(world, member), lambda: _up_again(world, member), stands=5)
+                 isolates(world, member), lambda: _up_again(world, member), lasts_seconds=5)
 
 
 def _renumber(world: World, rng: Random) -> Scene:
@@ -124,7 +124,7 @@ def _renumber(world: World, rng: Random) -> Scene:
 
     change(end.v4.ip, fresh)
     return Scene(f"{member.host.name}: the underlay's address changes to {fresh}", [member],
-                 undo=lambda: change(fresh, end.v4.ip), changes=True, late=GRACE_SECONDS)
+                 undo=lambda: change(fresh, end.v4.ip), changes=True, extra_seconds=GRACE_SECONDS)
 
 
 def _second_address(world: World, rng: Random) -> Scene:
@@ -134,7 +134,8 @@ def _second_address(world: World, rng: Random) -> Scene:
     vip = end.v4.network[rng.randrange(210, 250)]
     member.host.ip(f"address add {vip}/32 dev {end.name}")
     return Scene(f"{member.host.name}: a virtual address {vip}/32 on the underlay", [member],
-                 undo=lambda: member.host.ip(f"address del {vip}/32 dev {end.name}"), stands=6)
+                 undo=lambda: member.host.ip(f"address del {vip}/32 dev {end.name}"),
+                 lasts_seconds=6)
 
 
 def _underlay_mtu(world: World, rng: Random) -> Scene:
@@ -143,7 +144,7 @@ def _underlay_mtu(world: World, rng: Random) -> Scene:
     end.set_mtu(1300)
     # Full-size packets of the peers are larger than this link: they are lost without an ICMP error.
     return Scene(f"{member.host.name}: the MTU of the underlay is 1300", [member],
-                 isolates(world, member), lambda: end.set_mtu(1500), stands=6, changes=True)
+                 isolates(world, member), lambda: end.set_mtu(1500), lasts_seconds=6, changes=True)
 
 
 AUTO = frozenset({"auto", "mixed"})

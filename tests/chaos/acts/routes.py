@@ -23,13 +23,13 @@ def _delete_one(world: World, rng: Random) -> Scene:
     route = rng.choice(routes)
     target = route.split()[0]
     member.host.ip(f"route del {target} dev {device}")
-    return Scene(f"{member.host.name}: ip route del {target} dev {device}", [member], traced=True)
+    return Scene(f"{member.host.name}: ip route del {target} dev {device}", [member], must_log=True)
 
 
 def _flush(world: World, rng: Random) -> Scene:
     member, device = pick_device(world, rng)
     member.host.ip(f"route flush dev {device}")
-    return Scene(f"{member.host.name}: ip route flush dev {device}", [member], traced=True)
+    return Scene(f"{member.host.name}: ip route flush dev {device}", [member], must_log=True)
 
 
 def _as_networkd(world: World, rng: Random) -> Scene:
@@ -38,7 +38,7 @@ def _as_networkd(world: World, rng: Random) -> Scene:
     for device in world.devices(member):
         member.host.ip(f"route flush dev {device}", f"addr flush dev {device} scope global")
     return Scene(f"{member.host.name}: all routes and addresses of our devices removed, as "
-                 "systemd-networkd does", [member], traced=True)
+                 "systemd-networkd does", [member], must_log=True)
 
 
 def _more_specific(world: World, rng: Random) -> Scene:
@@ -75,7 +75,7 @@ def _flush6(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     device = rng.choice([one for one in world.devices(member) if one != VXLAN])  # it has IPv4 only
     member.host.run(["ip", "-6", "route", "flush", "dev", device])
-    return Scene(f"{member.host.name}: ip -6 route flush dev {device}", [member], traced=True)
+    return Scene(f"{member.host.name}: ip -6 route flush dev {device}", [member], must_log=True)
 
 
 def _rule(world: World, rng: Random) -> Scene:
@@ -101,7 +101,7 @@ def _leftover_flannel(world: World, rng: Random) -> Scene:
     for other in world.others(member):
         member.host.ip(f"route add {other.subnet} via {other.subnet[0]} dev {VXLAN} onlink")
     return Scene(f"{member.host.name}: {VXLAN} of a former flanneld, with routes to all peers",
-                 [member], traced=True)
+                 [member], must_log=True)
 
 
 def _default_route(world: World, rng: Random) -> Scene:
@@ -117,7 +117,7 @@ def _default_route(world: World, rng: Random) -> Scene:
         world.add_default_route(member)
 
     return Scene(f"{member.host.name}: a VPN's device vpn0 with the default route of metric 50",
-                 [member], undo=undo, stands=8, says="vpn0")
+                 [member], undo=undo, lasts_seconds=8, says="vpn0")
 
 
 def _endpoint_into_tun(world: World, rng: Random) -> Scene:

@@ -9,7 +9,7 @@ from .act import Act, Scene, pick, pick_two
 
 def _stop_store(world: World, rng: Random) -> Scene:
     world.store.stop()
-    return Scene(f"{world.store.title} is killed", undo=world.store.start, stands=8,
+    return Scene(f"{world.store.title} is killed", undo=world.store.start, lasts_seconds=8,
                  says=r"\[!\]store", touched=list(world.members))
 
 
@@ -18,14 +18,14 @@ def _stop_store_and_daemon(world: World, rng: Random) -> Scene:
     world.store.stop()
     member.daemon.kill()
     return Scene(f"{world.store.title} is killed, and the daemon of {member.host.name}",
-                 undo=world.store.start, stands=8, says=r"\[!\]store",
+                 undo=world.store.start, lasts_seconds=8, says=r"\[!\]store",
                  touched=list(world.members))
 
 
 def _delete_lease(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     world.store.delete_lease(member)
-    return Scene(f"the lease of {member.host.name} is deleted", [member], traced=True)
+    return Scene(f"the lease of {member.host.name} is deleted", [member], must_log=True)
 
 
 def _clone(world: World, rng: Random) -> Scene:
@@ -33,7 +33,7 @@ def _clone(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     world.store.publish_clone(member, str(member.host.interfaces[0].v4.network[222]))
     return Scene(f"a clone publishes the lease of {member.host.name} with its own address",
-                 [member], traced=True)
+                 [member], must_log=True)
 
 
 def _garbage(world: World, rng: Random) -> Scene:
@@ -48,7 +48,7 @@ def _compact(world: World, rng: Random) -> Scene:
     return Scene(f"the history of {world.store.title} is compacted")
 
 
-def _remove(name: str, *parts: str, traced: bool = True):
+def _remove(name: str, *parts: str, must_log: bool = True):
     def do(world: World, rng: Random) -> Scene:
         member = pick(world, rng)
         path = member.folder.joinpath(*parts)
@@ -56,7 +56,7 @@ def _remove(name: str, *parts: str, traced: bool = True):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        return Scene(f"{member.host.name}: rm -r {name}", [member], traced=traced)
+        return Scene(f"{member.host.name}: rm -r {name}", [member], must_log=must_log)
 
     return do
 
@@ -66,7 +66,7 @@ def _remove_state_and_restart(world: World, rng: Random) -> Scene:
     shutil.rmtree(member.folder / "state", ignore_errors=True)
     member.daemon.kill()
     return Scene(f"{member.host.name}: rm -r /var/lib/udptun, then the daemon restarts", [member],
-                 traced=True)
+                 must_log=True)
 
 
 ACTS = [

@@ -16,7 +16,7 @@ from udptun.node.paths.choice import (
     Health,
     Measured,
     decide,
-    due,
+    next_decision_time,
 )
 
 LOST, SMALL, GOOD = Health
@@ -65,17 +65,17 @@ def test_the_next_choice(carrying, other, preferred, then):
 def test_the_preferred_path_returns_after_the_hold(other):
     choice = Choice(OTHER, 0.0, hold=20.0)
     paths = measured(other, GOOD)
-    assert due(choice, paths) == NOW + 20
+    assert next_decision_time(choice, paths) == NOW + 20
     assert decide(choice, paths, NOW + 19.9) is choice
     back = decide(choice, paths, NOW + 20)
-    assert (back.at, back.why, due(back, paths)) == (PREFERRED, "", None)
+    assert (back.at, back.why, next_decision_time(back, paths)) == (PREFERRED, "", None)
 
 
 @pytest.mark.parametrize("health", [LOST, SMALL, None])
 def test_the_preferred_path_does_not_return_by_time_alone(health):
     choice = Choice(OTHER, 0.0)
     paths = measured(GOOD, health)
-    assert due(choice, paths) is None
+    assert next_decision_time(choice, paths) is None
     assert decide(choice, paths, NOW + 10_000) is choice
 
 

@@ -1,4 +1,4 @@
-"""What is logged about measured paths: one line per failure, and no line for a moment."""
+"""What is logged about measured paths: one line per failure, and none for a short failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NET = ip_network("10.5.60.0/24")
 
 
 class Scene:
-    """One pair, whose log lines are collected while a clock of its own runs."""
+    """One pair with a simulated clock. Collects the log lines about the pair."""
 
     def __init__(self, monkeypatch, caplog, chooses):
         self.now = 1000.0
@@ -67,10 +67,11 @@ def test_a_failure_with_a_working_second_path_causes_one_log_line(scene):
     scene.moved("udp", LOST.why, GOOD)
     scene.later()
     assert scene.lines == [
-        "n60: 10.5.60.0/24 goes by UDP now: VXLAN: 3 probes in a row were not answered"]
+        "n60: packets to 10.5.60.0/24 now use UDP instead of VXLAN: "
+        "3 probes in a row were not answered"]
     scene.moved("vxlan", "", GOOD)
     scene.later()
-    assert scene.lines[1:] == ["n60: 10.5.60.0/24 goes by VXLAN now: VXLAN works again"]
+    assert scene.lines[1:] == ["n60: packets to 10.5.60.0/24 now use VXLAN: VXLAN works again"]
     assert scene.events == ["peer_unreachable", "path_changed", "peer_reachable", "path_changed"]
 
 
@@ -93,7 +94,8 @@ def test_a_late_change_of_the_path_reports_the_peer_as_reachable(scene):
     scene.moved("udp", LOST.why, GOOD)
     scene.later()
     assert [line.split(": ", 1)[1] for line in scene.lines[1:]] == [
-        "10.5.60.0/24 goes by UDP now: VXLAN: 3 probes in a row were not answered",
+        "packets to 10.5.60.0/24 now use UDP instead of VXLAN: "
+        "3 probes in a row were not answered",
         "10.5.60.0/24 is reachable"]
 
 
@@ -111,4 +113,6 @@ def test_without_another_path_the_line_comes_at_once(monkeypatch, caplog):
     assert len(scene.lines) == 1
     scene.recorder.forget(scene.pair)
     scene.measured(GOOD)
-    assert len(scene.lines) == 1  # another peer with this subnet
+    # After ``forget``, the pair is that of another peer with the same subnet. The new peer did not
+    # fail before, so nothing is logged.
+    assert len(scene.lines) == 1

@@ -3,7 +3,7 @@
 Owns: the sorted list of the subnets that have paths, the public addresses that are within the
 overlay's networks, and the index of the leases that were rejected. The subnets in the list do not
 overlap; the claims of rejected leases do. Does not decide which lease has the addresses (``plan``).
-Pure, no I/O; one thread.
+No I/O; one thread.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns: the checks that do not depend on a backend, the paths to all peers, which backend carries the
 packets to a peer, and which peers are unreachable for which reason. Does not depend on stores,
-processes, netlink or any single backend. Pure, no I/O; one thread.
+processes, netlink or any single backend. No I/O; one thread.
 
 A peer has a path in each backend that reaches the peer, not only in the backend that carries the
 packets. If a peer loses one backend and sends through another one, this node therefore still

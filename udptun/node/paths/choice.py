@@ -1,15 +1,15 @@
 """Decide which of several paths carries the packets to one subnet, from their measured health.
 
 Owns the rule and its times:
-- If another path is measured to be better than the path that carries the packets, it carries them
-  at once.
-- The preferred path carries the packets again when it has been good for ``hold`` seconds. The hold
-  doubles each time when the path fails soon after its return. So an unstable path causes few
+- If the measured health of another path is better than that of the current path, the packets move
+  to the other path at once.
+- The packets return to the preferred path when this path has been good for ``hold`` seconds. The
+  hold doubles each time when the path fails soon after the return. So an unstable path causes few
   changes.
 - If no state is known, or all paths are equally bad, the choice does not change.
 
-Does not depend on how health is measured, or on how a choice is applied. Pure; times are seconds of
-the monotonic clock.
+Does not depend on how health is measured, or on how a choice is applied. The functions have no side
+effects. Times are seconds of the monotonic clock.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from enum import IntEnum
 
 FIRST_HOLD_SECONDS = 10.0
 LAST_HOLD_SECONDS = 600.0
-# A path that stays good for this time after its return is trusted again.
+# If the preferred path stays good for this time after the return, the next hold is the first one.
 TRUST_SECONDS = 600.0
 
 
 class Health(IntEnum):
-    """What a path was measured to carry. A larger value is better."""
+    """Which packets pass on a path, according to the measurement. A larger value is better."""
 
     LOST = 0  # nothing
     SMALL = 1  # small packets, but not the largest ones
@@ -53,8 +53,8 @@ class Choice:
     at        its position in the list of paths
     since     when it was chosen
     why       why it is not the preferred path; "" if it is
-    hold      seconds for which the preferred path must be good before it carries again
-    returned  when the preferred path last carried again; None: it was never left
+    hold      seconds for which the preferred path must be good before the packets return to it
+    returned  when the packets last returned to the preferred path; None: they never did
     """
 
     at: int
@@ -78,15 +78,16 @@ def decide(choice: Choice, paths: Sequence[Measured | None], now: float) -> Choi
     best = max(usable, key=lambda at: (_rank(paths[at]), at))
     if carrying.health is not None and _rank(paths[best]) > carrying.health:
         if best == preferred:
-            return _returned(choice, preferred, now)
-        return _left(choice, best, carrying.why, now)
+            return _return_to(choice, preferred, now)
+        return _leave(choice, best, carrying.why, now)
     if choice.at != preferred and _is_held(paths[preferred], choice.hold, now):
-        return _returned(choice, preferred, now)
+        return _return_to(choice, preferred, now)
     return choice
 
 
-def due(choice: Choice, paths: Sequence[Measured | None]) -> float | None:
-    """Return when ``decide`` may return another choice although no health changes; None: never."""
+def next_decision_time(choice: Choice, paths: Sequence[Measured | None]) -> float | None:
+    """Return the time at which the result of ``decide`` changes if no path's health changes. None:
+    there is no such time."""
     preferred = max(at for at, path in enumerate(paths) if path is not None)
     path = paths[preferred]
     if choice.at == preferred or path is None or path.health is not Health.GOOD:
@@ -102,11 +103,11 @@ def _is_held(path: Measured | None, hold: float, now: float) -> bool:
     return path is not None and path.health is Health.GOOD and now >= path.since + hold
 
 
-def _returned(choice: Choice, preferred: int, now: float) -> Choice:
+def _return_to(choice: Choice, preferred: int, now: float) -> Choice:
     return Choice(preferred, now, "", choice.hold, now)
 
 
-def _left(choice: Choice, at: int, why: str, now: float) -> Choice:
+def _leave(choice: Choice, at: int, why: str, now: float) -> Choice:
     again = choice.returned is not None and now - choice.returned < TRUST_SECONDS
     hold = min(2 * choice.hold, LAST_HOLD_SECONDS) if again else FIRST_HOLD_SECONDS
     return Choice(at, now, why, hold, choice.returned)

@@ -30,7 +30,7 @@ from ..backends.active import ActiveBackends
 from ..backends.base import Backend
 from ..backends.plan import Plan, SubnetPaths
 from ..status.report import NodeReport, PairReport
-from .choice import Choice, Health, Measured, decide, due
+from .choice import Choice, Health, Measured, decide, next_decision_time
 from .meters import SEND_AGES_PEERS, TICK_SECONDS, Meters
 from .pair import STATES, Pair
 from .record import Recorder
@@ -228,7 +228,7 @@ class Paths:
         former = pair.choice
         if pair.chooses:
             pair.choice = decide(former, pair.measured, now)
-            if (at := due(pair.choice, pair.measured)) is not None:
+            if (at := next_decision_time(pair.choice, pair.measured)) is not None:
                 pair.timer = asyncio.get_running_loop().call_later(
                     max(at - now, 0.0), self._decide, pair)
         elif former.at != pair.preferred:
@@ -244,7 +244,7 @@ class Paths:
         report, away = pair.report, pair.chooses and pair.choice.at != pair.preferred
         report.preferred = self._backends[pair.preferred].name
         report.hold = pair.choice.hold if away else None
-        at = due(pair.choice, pair.measured) if away else None
+        at = next_decision_time(pair.choice, pair.measured) if away else None
         report.returns = None if at is None else time.time() + at - now
 
     def _want(self, subnet: IPNetwork, carrier: str | None) -> None:

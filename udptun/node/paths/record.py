@@ -59,10 +59,11 @@ class Recorder:
         left, report.path, report.since = report.path, path, time.time()
         report.why = f"{BACKENDS[left]}: {choice.why}" if choice.why else ""
         reason = report.why or f"{BACKENDS[path]} works again"
+        why = f" instead of {BACKENDS[left]}: {choice.why}" if choice.why else f": {reason}"
         self._unsettled.pop(pair.subnet, None)
         self._lines.append((
             logging.WARNING if choice.why else logging.INFO,
-            f"{report.key}: {pair.subnet} goes by {BACKENDS[path]} now: {reason}"))
+            f"{report.key}: packets to {pair.subnet} now use {BACKENDS[path]}{why}"))
         self._report.path_changes_n[path] += 1
         self._report.event("path_changed", peer=report.key, subnet=str(pair.subnet), path=path,
                            reason=reason)

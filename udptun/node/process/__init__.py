@@ -1,1 +1,1 @@
-"""The forwarder's process: starts, adopts or replaces it, and keeps its routes up to date."""
+"""Start, adopt or replace the forwarder's process, and keep the forwarder's routes up to date."""

@@ -3,7 +3,7 @@
 Owns: the checks, their names, and the condition for each result. FAILED means that this machine's
 own pods cannot use the overlay, so the node is not ready. DEGRADED means that there is a problem
 but the pods can use the overlay, so the node is ready. Examples of DEGRADED: the store is down, or
-one peer is unreachable. Pure; no I/O.
+one peer is unreachable. The functions have no side effects.
 """
 
 from __future__ import annotations

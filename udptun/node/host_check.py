@@ -39,7 +39,7 @@ LOOK_TICKS = 5  # look at the host every so many ticks, and at each tick while s
 FIRST_LOOKS_SECONDS = 0.05  # between two looks before subnet.env is written
 
 
-class InForce:
+class HostCheck:
     """Compares the host with its desired state.
 
     repairs       limits how often the daemon repairs the host
