@@ -21,7 +21,7 @@ STEPS: dict[str, Step] = {}
 _WEB = "mkdir -p /www; dd if=/dev/zero of=/www/mega bs=1M count=4 2>/dev/null; "\
        "hostname > /www/name; exec httpd -f -p 80 -h /www"
 _LISTING = "ip -o link; ip route; ip -6 route; nft list ruleset; "\
-           "find /run/udptun /run/flannel /var/lib/udptun /etc/cni/net.d /opt/cni"
+           "find /run/udptun /run/flannel; find /var/lib/udptun /etc/cni/net.d /opt/cni -mindepth 1"
 _PORT = 8088  # the pods' port on each node
 _MEGA = 4 * 2**20
 
@@ -295,8 +295,9 @@ def uninstall(cluster: Cluster) -> str:
     cluster.plane.kubectl("delete", "-k", str(cluster.manifests()), seconds=300)
     left = []
     for worker in cluster.workers:
-        for words in (["cni", "uninstall"], ["node", "--kube-subnet-mgr", "--cleanup"]):
-            worker.run_image(cluster.image_name, ["udptun", *words])
+        for words in ("cni uninstall",
+                      f"node --kube-subnet-mgr --node-name {worker.name} --cleanup"):
+            worker.run_image(cluster.image_name, ["udptun", *words.split()])
         listing = worker.run(["sh", "-c", _LISTING], check=False).stdout
         left += [f"{worker.name}: {line.strip()}" for line in listing.splitlines()
                  if re.search(r"udptun|flannel", line)]
