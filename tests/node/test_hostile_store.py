@@ -18,7 +18,7 @@ from tests.leases.observer import Observer, running
 from tests.node.node_reports import ready
 from tests.wait import until
 from udptun.cli.logs import TextFormatter
-from udptun.cli.node_status import node_blocks
+from udptun.cli.node_status import node_block, peer_block
 from udptun.leases.base import Attributes, StoreDown, StoreRefused, Subnets
 from udptun.leases.etcd.config import EtcdConfig
 from udptun.leases.file.config import FileConfig
@@ -67,7 +67,8 @@ async def assert_harmless(source, caplog, leases=()):
     status = json.loads(b"".join([piece async for piece in node_json(report)]))
     formatter = TextFormatter("%(levelname)s %(name)s: %(message)s")
     parts = [
-        *map(str, judge(report)), *texts_of(status), *node_blocks(status),
+        *map(str, judge(report)), *texts_of(status), node_block(status),
+        *map(peer_block, status["peers"]),
         Metrics(report).render().decode(), *map(formatter.format, caplog.records),
     ]
     for line in "\n".join(parts).split("\n"):
