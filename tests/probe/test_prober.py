@@ -121,6 +121,21 @@ def test_a_limit_that_falls_and_rises_is_followed():
         assert limit - STEP < net.prober["a"].sizes.largest <= limit
 
 
+def test_an_outage_after_the_first_answer_sets_no_limit():
+    """The peer starts later than the first probe, answers a small one, and is cut off."""
+    simulation = Simulation()
+    simulation.passes = lambda key, size, now: 1000.4 < now < 1000.8
+    simulation.add("a", data_proves=True)
+    simulation.with_traffic.add("a")
+    simulation.run(6)
+    path = simulation.prober["a"]
+    assert path.state == UNREACHABLE and path.last_answer is not None
+    assert path.sizes.full_passes is not False
+    simulation.prober.data_received("a", simulation.now)
+    simulation.run(6)
+    assert path.sizes.full_passes is not False
+
+
 def test_an_outage_does_not_change_the_measured_sizes():
     net = started(traffic="a")
     net.passes = lambda key, size, now: False

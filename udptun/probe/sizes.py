@@ -40,8 +40,8 @@ class SizeSearch:
     """
 
     __slots__ = (
-        "_ceiling", "_failed_at", "_hint", "_missed_at", "_misses_n", "_retry_at", "_smaller",
-        "_smaller_at", "_testing", "full", "hinted_at", "largest", "limit",
+        "_ceiling", "_failed_at", "_hint", "_last_missed_at", "_missed_at", "_misses_n", "_retry_at",
+        "_smaller", "_smaller_at", "_testing", "full", "hinted_at", "largest", "limit",
     )
 
     def __init__(self, full: int) -> None:
@@ -57,7 +57,7 @@ class SizeSearch:
         self.hinted_at = -HINT_SECONDS
         self._testing = False  # a hint arrived, and the present size has not been judged since
         self._misses_n = 0
-        self._missed_at = 0.0
+        self._missed_at = self._last_missed_at = 0.0  # when the first and the last one were sent
         self._smaller_at = -1.0  # when the last smaller message that was answered was sent
         self._smaller = SMALL_SIZE  # the largest smaller size that passed since the first miss
 
@@ -147,6 +147,7 @@ class SizeSearch:
         if not self._misses_n:
             self._missed_at = sent_at
         self._misses_n += 1
+        self._last_missed_at = sent_at
         self._judge()
         self._publish(sent_at)
 
@@ -179,10 +180,11 @@ class SizeSearch:
         return common[len(common) // 2] if common else (low + ceiling) // 2
 
     def _judge(self) -> None:
-        """Record a size as failed if its probes were unanswered several times, although a later
-        probe of a smaller size was answered."""
+        """Record a size as failed if its probes were unanswered several times, although a probe of
+        a smaller size was answered that was sent after the last of them. Else the path may be down
+        since then."""
         enough = SEARCH_MISSES if self.searching else MISSES
-        if self._misses_n >= enough and self._smaller_at >= self._missed_at:
+        if self._misses_n >= enough and self._smaller_at >= self._last_missed_at:
             self._fail(self._judged_size(), self._smaller_at)
 
     def _fail(self, size: int, now: float) -> None:
@@ -214,6 +216,6 @@ class SizeSearch:
 
     def _forget_misses(self) -> None:
         self._misses_n = 0
-        self._missed_at = 0.0
+        self._missed_at = self._last_missed_at = 0.0
         self._smaller_at = -1.0
         self._smaller = SMALL_SIZE
