@@ -18,6 +18,7 @@ from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_fitting, echo_table
 from udptun.cli.show import _duration, _event, _size
 from udptun.control import protocol
+from udptun.control.client import _UnixConnection
 from udptun.instance import Instance
 
 ROUTE = "10.244.2.0/24 via 192.0.2.2"
@@ -479,6 +480,23 @@ def test_status_for_programs(udptun: Udptun) -> None:
     text = udptun("status -o yaml").stdout
     assert '"mesh":\n  -\n    "name": "192.0.2.2:8285"\n' in text
     assert '"mark": null\n' in text
+
+
+def test_status_that_repeats_keeps_one_connection(
+    udptun: Udptun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, rounds, connect = [], [], _UnixConnection.connect
+
+    def stop_at_third(_: float) -> None:
+        rounds.append(None)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        _UnixConnection, "connect", lambda self: connect(self) or opened.append(self))
+    monkeypatch.setattr("udptun.cli.status.time.sleep", stop_at_third)
+    assert udptun("status -w").exit_code == 130
+    assert len(opened) == 1
 
 
 def test_status_check(udptun: Udptun, served: Served) -> None:

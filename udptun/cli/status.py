@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,6 +28,9 @@ from .options import (
     terminal_width,
 )
 from .show import _answer, _device, _peer, _size
+
+if TYPE_CHECKING:
+    from ..control.client import ControlClient
 
 WATCH_SECONDS = 2.0
 GOOD = ("reachable", "unknown", "not probed")  # --check fails for all other states
@@ -67,9 +70,10 @@ def status(
     VXLAN carries.
     """
     before: Sample | None = None
+    node, forwarder = node_client(ctx), client(ctx)
     try:
         while True:
-            now = Sample(ctx, wanted, sort, states, before)
+            now = Sample(node, forwarder, wanted, sort, states, before)
             if watch and output == "table" and sys.stdout.isatty():
                 click.echo(CLEAR, nl=False)
             if check:
@@ -92,11 +96,11 @@ class Sample:
     """What the node daemon and the forwarder answered at one time."""
 
     def __init__(
-        self, ctx: click.Context, wanted: str | None, sort: str, states: tuple[str, ...],
-        before: Sample | None,
+        self, node: ControlClient, forwarder: ControlClient, wanted: str | None, sort: str,
+        states: tuple[str, ...], before: Sample | None,
     ) -> None:
-        self.node = _answer(node_client(ctx).node)
-        self.found = client(ctx).status() if self.node is None else _answer(client(ctx).status)
+        self.node = _answer(node.node)
+        self.found = forwarder.status() if self.node is None else _answer(forwarder.status)
         self.at = time.monotonic()
         self.all = mesh(self.node, [] if self.found is None else self.found["peers"])
         self.rows = self.all
