@@ -208,16 +208,17 @@ def _load_gently() -> None:
 
     Without the capability to raise the priority again, the priority stays as it is.
     """
+    former = os.getpriority(os.PRIO_PROCESS, 0)
     try:
         os.nice(-1)
     except PermissionError:
         _load()
         return
-    os.nice(1 + GENTLY)
+    os.setpriority(os.PRIO_PROCESS, 0, former + GENTLY)
     try:
         _load()
     finally:
-        os.nice(-GENTLY)
+        os.setpriority(os.PRIO_PROCESS, 0, former)  # nice() is limited to 19, so it cannot undo
 
 
 def _load() -> None:
