@@ -164,6 +164,17 @@ cdef inline int connect_nowhere(int fd, const sockaddr_in6* local, uint32_t n) n
     return errno if connect(fd, <sockaddr*>&named, n) < 0 else 0
 
 
+cdef inline int bind_shared(
+    int receiver, int fd, const void* address, uint32_t n
+) noexcept nogil:
+    """Bind fd to an address with the port of the receiving socket. Return 0 or an errno."""
+    if set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
+            or bind(fd, <const sockaddr*>address, n) < 0:
+        return errno
+    return 0
+
+
 cdef inline int join_address(int receiver, int fd) noexcept nogil:
     """Give fd the address and the port of the receiving socket, but let it receive nothing. Return
     0 or an errno.
@@ -182,11 +193,9 @@ cdef inline int join_address(int receiver, int fd) noexcept nogil:
     memset(&named, 0, sizeof(named))
     named.sin6_family = local.sin6_family
     named.sin6_port = local.sin6_port  # sockaddr_in has its port at the same offset
-    if set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or bind(fd, <sockaddr*>&named, n) < 0:
-        return errno
-    error = connect_nowhere(fd, &local, n)
+    error = bind_shared(receiver, fd, &named, n)
+    if error == 0:
+        error = connect_nowhere(fd, &local, n)
     if error != 0:
         return error
     n = sizeof(named)
@@ -215,12 +224,9 @@ cdef inline int join_as_mapped(int receiver, int fd) noexcept nogil:
     mapped.sin6_port = local.sin_port
     memset(<uint8_t*>&mapped.sin6_addr + 10, 0xFF, 2)
     memcpy(<uint8_t*>&mapped.sin6_addr + 12, &local.sin_addr, 4)
-    if set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0) < 0 \
-            or set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or bind(fd, <sockaddr*>&mapped, sizeof(mapped)) < 0:
+    if set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0) < 0:
         return errno
-    return 0
+    return bind_shared(receiver, fd, &mapped, sizeof(mapped))
 
 
 cdef inline int join_beside(int receiver, int fd) noexcept nogil:
@@ -232,15 +238,13 @@ cdef inline int join_beside(int receiver, int fd) noexcept nogil:
     """
     cdef sockaddr_in6 local
     cdef uint32_t n = sizeof(local)
+    cdef int error
     if getsockname(receiver, <sockaddr*>&local, &n) < 0:
         return errno
     if local.sin6_family != AF_INET6:
         return EADDRNOTAVAIL
-    if set_option(receiver, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or set_option(fd, SOL_SOCKET, SO_REUSEPORT, 1) < 0 \
-            or bind(fd, <sockaddr*>&local, n) < 0:
-        return errno
-    return connect_nowhere(fd, &local, n)
+    error = bind_shared(receiver, fd, &local, n)
+    return error if error != 0 else connect_nowhere(fd, &local, n)
 
 
 cdef inline int open_joined(

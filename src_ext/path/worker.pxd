@@ -232,8 +232,9 @@ cdef struct worker_t:
 
 
 cdef struct drop_arguments_t:   # see drop_from_tun, drop_from_udp
-    worker_t* w
-    bint encap
+    direction_t* direction
+    dropped_t* dropped          # the records of this direction, by reason
+    uint64_t now
     drop_t reason
     uint64_t packets
     const uint8_t* p            # the first packet
@@ -291,15 +292,8 @@ cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept 
 cdef inline void take_drop(const void* arguments) noexcept nogil:
     """Count and record the dropped packets of a ``drop_arguments_t``."""
     cdef const drop_arguments_t* a = <const drop_arguments_t*>arguments
-    cdef worker_t* w = a.w
-    if a.encap:
-        count_drop(&w.encap, a.reason, a.packets)
-        note_dropped(&w.encap_dropped[<int>a.reason], w.now, a.packets, a.p, a.n, a.addr,
-                     a.addr_len, a.port)
-    else:
-        count_drop(&w.decap, a.reason, a.packets)
-        note_dropped(&w.decap_dropped[<int>a.reason], w.now, a.packets, a.p, a.n, a.addr,
-                     a.addr_len, a.port)
+    count_drop(a.direction, a.reason, a.packets)
+    note_dropped(&a.dropped[<int>a.reason], a.now, a.packets, a.p, a.n, a.addr, a.addr_len, a.port)
 
 
 cdef inline void drop_from_tun(
@@ -310,7 +304,8 @@ cdef inline void drop_from_tun(
     peer  to which they would have been sent; NULL = not known
     """
     cdef drop_arguments_t a
-    a.w, a.encap, a.reason, a.packets, a.p, a.n = w, True, reason, packets, p, n
+    a.direction, a.dropped, a.now = &w.encap, w.encap_dropped, w.now
+    a.reason, a.packets, a.p, a.n = reason, packets, p, n
     a.addr, a.addr_len, a.port = NULL, 0, 0
     if peer != NULL:
         a.addr = peer.addr
@@ -324,7 +319,8 @@ cdef inline void drop_from_udp(
 ) noexcept nogil:
     """Count a packet from this endpoint that is dropped, and record it. addr_len 0: not known."""
     cdef drop_arguments_t a
-    a.w, a.encap, a.reason, a.packets, a.p, a.n = w, False, reason, 1, p, n
+    a.direction, a.dropped, a.now = &w.decap, w.decap_dropped, w.now
+    a.reason, a.packets, a.p, a.n = reason, 1, p, n
     a.addr, a.addr_len, a.port = addr, addr_len, port
     rarely(take_drop, &a)
 
