@@ -59,8 +59,7 @@ class UnixListener:
             found = self.path.stat()
             if (found.st_dev, found.st_ino) == self._inode:
                 self._gid = found.st_gid
-        packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, gid = struct.unpack("3i", packed)
+        uid, gid = peer_ids(peer)
         return uid in (0, os.geteuid()) or gid == self._gid or self._gid in _peer_groups(peer)
 
     async def accept(self, warn: Callable[[str], object]) -> socket.socket:
@@ -207,6 +206,13 @@ def _explained(path: Path) -> Iterator[None]:
         raise DeviceError(
             exc.errno or errno.EINVAL, f"cannot listen on {path}: {reason}"
         ) from exc
+
+
+def peer_ids(peer: socket.socket) -> tuple[int, int]:
+    """Return the user ID and the group ID of the process at the other end of a Unix socket."""
+    packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, gid = struct.unpack("3i", packed)
+    return uid, gid
 
 
 def _peer_groups(peer: socket.socket) -> set[int]:

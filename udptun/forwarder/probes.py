@@ -107,9 +107,6 @@ class Probes:
 
     # -- path MTUs --------------------------------------------------------------------------------
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._prober
-
     def answers(self, key: Key) -> bool:
         """Return whether the peer answers probes at present."""
         path = self._prober.get(key)

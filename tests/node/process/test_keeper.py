@@ -18,7 +18,7 @@ from tests.wait import until
 from udptun.control import server
 from udptun.control.client import ControlClient
 from udptun.errors import NoForwarder
-from udptun.instance import Instance
+from udptun.instance import Instance, InstanceLock
 from udptun.leases.base import SourceHealth
 from udptun.model import Route
 from udptun.node.process import keeper as module
@@ -460,8 +460,9 @@ async def test_a_forwarder_that_is_opening_is_stopped_too(
     use_folder(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "OPENING_SECONDS", 60.0 if late else 0.1)
     control, file, instance = tmp_path / "control.sock", tmp_path / "forward.json", Instance("x")
-    looks, held = [], module._is_running
-    monkeypatch.setattr(module, "_is_running", lambda one: looks.append(one) or held(one))
+    looks, is_free = [], InstanceLock.is_free
+    monkeypatch.setattr(
+        InstanceLock, "is_free", lambda lock: looks.append(lock) or is_free(lock))
     with instance.locked("forward"):
         stopping = asyncio.create_task(module.stop_forwarder(control, file, instance))
         if late:

@@ -23,7 +23,7 @@ from ...build import build_id
 from ...control.client import ControlClient
 from ...control.protocol import HEALTHZ
 from ...errors import ControlError, DeviceError, FieldError, NoForwarder
-from ...instance import Instance, InstanceRunning
+from ...instance import Instance
 from ...model import IPNetwork, Route, RouteDiff
 from ...takeover.channel import close_all
 from ..status.report import NodeReport
@@ -505,19 +505,10 @@ async def stop_forwarder(
 
     deadline = time.monotonic() + OPENING_SECONDS
     while not (stopped := await asyncio.to_thread(stop)):
-        if instance is None or not _is_running(instance):
+        if instance is None or instance.lock("forward").is_free():
             break
         if time.monotonic() > deadline:
             raise NoForwarder(f"a forwarder of the instance {instance.name} runs, but does not "
                               f"answer on {control}")
         await asyncio.sleep(IDLE_POLL_SECONDS)
     return stopped
-
-
-def _is_running(instance: Instance) -> bool:
-    """Return whether a forwarder has the instance's lock, also one that does not answer yet."""
-    try:
-        with instance.locked("forward"):
-            return False
-    except InstanceRunning:
-        return True

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from ..._version import __version__
 from ...connections import Connections
 from ...control.protocol import HAND_OVER, NODE, NODE_SOCKET, NODE_WITHOUT_PEERS
-from ...control.sockets import UnixListener, listen_unix
+from ...control.sockets import UnixListener, listen_unix, peer_ids
 from ...errors import DeviceError
 from ...wait import FILE_CHECK_SECONDS, until_removed
 from .readiness import State, is_ready, judge
@@ -175,13 +174,11 @@ class NodeSocket:
             body = b"".join([piece async for piece in node_json(self._report, with_peers)])
             await _answer(writer, "200 OK", body)
 
-
     async def _give(
         self, writer: asyncio.StreamWriter, hand_over: Callable[[], None]
     ) -> None:
-        packed = writer.get_extra_info("socket").getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", packed)[1] not in (0, os.geteuid()):
+        uid, _ = peer_ids(writer.get_extra_info("socket"))
+        if uid not in (0, os.geteuid()):
             await _answer(writer, "403 Forbidden",
                           _error("only root and the daemon's user may take over", "forbidden"))
             return
