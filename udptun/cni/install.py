@@ -64,7 +64,6 @@ class Installation:
                 self._install_plugin(name, plugins / name)
             if config is not None:
                 self._install_conflist(config)
-            self._write_record()
             self._remove_trees(keep={_link(self._home / CURRENT), former})
         finally:
             lock.release()
@@ -140,10 +139,11 @@ class Installation:
                            "of the project containernetworking")
 
     def _write(self, name: str, content: bytes) -> None:
-        path = self._bin / name
-        self._record[name] = _sha(content)
-        self._write_record()  # first, so that an interrupted installation can be removed
-        if _digest(path) != _sha(content):
+        path, digest = self._bin / name, _sha(content)
+        if self._record.get(name) != digest:
+            self._record[name] = digest
+            self._write_record()  # first, so that an interrupted installation can be removed
+        if _digest(path) != digest:
             replace_file(path, [content], _PROGRAM)
             self.log.append(f"wrote {path}")
 
