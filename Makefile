@@ -29,6 +29,7 @@ export DEBIAN_FRONTEND := noninteractive
 
 DEMO_TOOLS := ip:iproute2 ping:iputils-ping iperf3:iperf3 nft:nftables ethtool:ethtool \
   sysctl:procps
+E2E_TOOLS := etcd:etcd-server containerd:containerd runc:runc openssl:openssl nft:nftables ip:iproute2 busybox:busybox-static portmap:containernetworking-plugins
 TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-server clang:clang \
   host-local:containernetworking-plugins
 
@@ -64,6 +65,10 @@ chaos: build ## disturb a cluster of five nodes for ten minutes, at random; root
 	@scripts/need $(DEMO_TOOLS) etcd:etcd-server iptables:iptables
 	@$(PY) -m tests.chaos $(ARGS)
 
+e2e: image $(VENV)/test.stamp ## run a whole Kubernetes cluster with our image; root; slow the first time
+	@scripts/need $(E2E_TOOLS)
+	@$(PY) -m tests.e2e $(ARGS)
+
 SANITIZE_TESTS = tests/wire tests/table tests/path
 THREAD_TESTS = tests/path/test_worker_threads.py
 sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer, UBSan and TSan
@@ -71,10 +76,6 @@ sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitize
 	@scripts/sanitize thread $(PY) $(THREAD_TESTS)
 
 FUZZ_SECONDS ?= 120
-e2e: image $(VENV)/test.stamp ## run a whole Kubernetes cluster with our image; root; slow the first time
-	@scripts/need etcd:etcd-server containerd:containerd ctr:containerd runc:runc openssl:openssl
-	@$(PY) -m tests.e2e $(ARGS)
-
 fuzz: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/fuzz.stamp ## fuzz the core and all parsers for FUZZ_SECONDS, 120
 	@scripts/need clang:clang
 	@$(PY) -m tests.fuzz run --seconds $(FUZZ_SECONDS) $(ARGS)
@@ -92,10 +93,12 @@ package: build ## build sdist and wheel, check their contents
 wheels: build $(VENV)/package.stamp $(VENV)/cross.stamp ## build the sdist and the wheels of a release into dist/, each twice
 	@$(PY) scripts/wheels.py --twice $(ARGS)
 
-bundle: build $(VENV)/package.stamp $(if $(filter %aarch64,$(ARGS)),$(VENV)/cross.stamp) ## build dist/udptun-VERSION-CPU.run, which installs udptun offline
+# a compiler for the other CPU, if ARGS names it
+CROSS = $(if $(filter %aarch64,$(ARGS)),$(VENV)/cross.stamp)
+bundle: build $(VENV)/package.stamp $(CROSS) ## build dist/udptun-VERSION-CPU.run, which installs udptun offline
 	@$(PY) scripts/bundle.py $(ARGS)
 
-deb: build $(VENV)/package.stamp ## build a Debian package of the same files, for Debian 12
+deb: build $(VENV)/package.stamp $(CROSS) ## build a Debian package of the same files, for Debian 12
 	@$(PY) scripts/deb.py $(ARGS)
 
 image: build $(VENV)/package.stamp ## build the container image without an engine, for ctr images import; root

@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import cni_tree
 import man_pages
 import release
 from lock import CPUS, LOCK, PYTHONS, platforms
@@ -89,11 +90,9 @@ def dependencies(cpu: str) -> list[Path]:
 def cni_launcher(cpu: str, scratch: Path) -> bytes:
     """Return the launcher of the CNI plugin, a static program."""
     out = scratch / "launcher"
-    compiler = "gcc" if cpu == platform.machine() else (
+    compiler = os.environ.get("CC", "gcc") if cpu == platform.machine() else (
         f"{sys.executable} -m ziglang cc -target {cpu}-linux-musl")
-    subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "cni_tree.py"), "--only-launcher", str(out)],
-        check=True, env={"CC": compiler, **os.environ})
+    cni_tree.build_launcher(out, compiler)
     return out.read_bytes()
 
 

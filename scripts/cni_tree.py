@@ -123,31 +123,25 @@ def copy_programs(target: Path) -> None:
             subprocess.run([strip, "--strip-unneeded", one], check=True)
 
 
-def build_launcher(out: Path) -> None:
-    compiler = shlex.split(os.environ.get("CC", "gcc"))
-    subprocess.run(
-        [*compiler, "-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-o", out, LAUNCHER],
-        check=True)
+def build_launcher(out: Path, compiler: str) -> None:
+    options = ["-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*shlex.split(compiler), *options, "-o", out, LAUNCHER], check=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the CNI plugin for hosts without Python.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--launcher", type=Path, help="the launcher, already compiled")
-    parser.add_argument("--only-launcher", action="store_true", help="OUT is the launcher")
     parser.add_argument("--package", type=Path, default=ROOT, help="the directory with udptun/")
     options = parser.parse_args()
     out, target = options.out, options.out / "tree"
-    if options.only_launcher:
-        build_launcher(out)
-        return
     target.mkdir(parents=True)
     copy_modules(options.package, target)
     copy_programs(target)
     if options.launcher:
         shutil.copyfile(options.launcher, out / "launcher")
     else:
-        build_launcher(out / "launcher")
+        build_launcher(out / "launcher", os.environ.get("CC", "gcc"))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB, Python {sys.version.split()[0]}")
     if size > MAX_BYTES:

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
 import bundle
@@ -49,8 +48,7 @@ systemctl stop 'udptun-node*.service' 'udptun-forwarder*.service'
 
 
 def maintainer() -> str:
-    with (release.ROOT / "pyproject.toml").open("rb") as file:
-        return str(tomllib.load(file)["project"]["authors"][0]["name"]) + " <root@localhost>"
+    return str(release.pyproject()["project"]["authors"][0]["name"]) + " <root@localhost>"
 
 
 def lay_out(run_file: Path, tree: Path) -> None:

@@ -9,10 +9,9 @@ import json
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
-from release import ROOT, normal_name
+from release import ROOT, normal_name, pyproject
 
 LOCK = ROOT / "deploy" / "bundle.lock"
 EXTRAS = ("etcd", "kube")
@@ -22,8 +21,7 @@ HEAD = "# The packages of a bundle, with the hashes of their wheels. Written by 
 
 
 def requirements() -> list[str]:
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        project = tomllib.load(file)["project"]
+    project = pyproject()["project"]
     extra = (name for extra in EXTRAS for name in project["optional-dependencies"][extra])
     return [*project["dependencies"], *extra]
 

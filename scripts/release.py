@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import tarfile
 import time
+import tomllib
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -32,6 +34,11 @@ def commit_time() -> str:
     if not (ROOT / ".git").exists():
         return "0"
     return output(["git", "log", "-1", "--format=%ct"], cwd=ROOT)
+
+
+def pyproject() -> dict[str, Any]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)
 
 
 def output(command: list[str], **options: object) -> str:

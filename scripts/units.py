@@ -27,11 +27,11 @@ def templates() -> dict[str, str]:
     """Return the file name and the text of each template."""
     found = {}
     for unit in sorted((ROOT / "deploy").glob("*[!@].service")):
-        comment, text = unit.read_text().split("\n\n", 1)
+        text = unit.read_text()
         for pattern, replacement in CHANGES:
             text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-        head = NOTE.format(name=unit.name)
-        found[unit.name.replace(".service", "@.service")] = f"{head}{comment}\n\n{text}"
+        note = NOTE.format(name=unit.name)
+        found[unit.name.replace(".service", "@.service")] = note + text
     return found
 
 

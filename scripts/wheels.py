@@ -17,15 +17,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import release
+from lock import CPUS
 from release import BUILD, DIST, ROOT
 
 GLIBC = "2.28"  # what ziglang's compiler links against: Debian 10, RHEL 8
-CPUS = ("x86_64", "aarch64")
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def builder(version: str, path: str) -> str:
     if not python.exists():
         print(f"preparing a virtual environment of CPython {version}", flush=True)
         subprocess.run([path, "-m", "venv", str(python.parents[1])], check=True)
-        with (ROOT / "pyproject.toml").open("rb") as file:
-            requires = tomllib.load(file)["build-system"]["requires"]
+        requires = release.pyproject()["build-system"]["requires"]
         subprocess.run([str(python), "-m", "pip", "install", "-q", *requires], check=True)
     return str(python)
 
@@ -105,9 +103,8 @@ def auditwheel(*arguments: str) -> str:
 def make_wheel(target: Target, python: str, sdist: Path, scratch: Path) -> Path:
     source = release.unpack(sdist, scratch / "source")
     built = release.build("wheel", source, scratch / "wheel", python, target.environment())
-    libc = "musl" if target.libc == "musl" else "glibc"
-    auditwheel("repair", "--plat", "auto", "-w", str(scratch / "named"),
-               *(["--plat", f"musllinux_1_2_{target.cpu}"] if libc == "musl" else []), str(built))
+    platform_tag = f"musllinux_1_2_{target.cpu}" if target.libc == "musl" else "auto"
+    auditwheel("repair", "--plat", platform_tag, "-w", str(scratch / "named"), str(built))
     [named] = (scratch / "named").iterdir()
     return named
 

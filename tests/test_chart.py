@@ -1,16 +1,15 @@
 """The Helm chart and the kustomization make the same objects, because they have one source."""
 
 import json
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.scripts import script
 from udptun._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,11 +39,7 @@ def chart(*options: str) -> dict[tuple[str, str], Any]:
 
 
 def test_the_templates_are_written_from_the_manifests() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        want = runpy.run_path(str(ROOT / "scripts" / "chart.py"))["templates"]()
-    finally:
-        sys.path.pop(0)
+    want = script("chart").templates()
     have = {path.name: path.read_text() for path in (CHART / "templates").iterdir()}
     assert have == want, "run: python scripts/chart.py"
 

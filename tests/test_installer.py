@@ -12,14 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-try:
-    import bundle
-    import lock
-    import release
-finally:
-    sys.path.pop(0)
+from tests.scripts import SCRIPTS, script
+
+bundle, lock, release = script("bundle"), script("lock"), script("release")
 
 CPU = platform.machine()
 TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
@@ -49,7 +44,7 @@ def make_bundle(folder: Path, version: str, more: dict[str, bytes] | None = None
         f"system/{UNIT}": f"# {version}\nExecStart=/usr/local/bin/udptun node\n".encode(),
         "system/share/udptun/node.env": b"",
         "VERSION": version.encode(),
-        "__main__.py": (ROOT / "scripts" / "installer.py").read_bytes(),
+        "__main__.py": (SCRIPTS / "installer.py").read_bytes(),
         **(more or {}),
     })
     return target

@@ -1,23 +1,19 @@
 """The systemd units are valid, and the templates are those that scripts/units.py writes."""
 
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 
 
 def test_the_templates_are_written_from_the_units() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        want = runpy.run_path(str(ROOT / "scripts" / "units.py"))["templates"]()
-    finally:
-        sys.path.pop(0)
+    want = script("units").templates()
     have = {path.name: path.read_text() for path in DEPLOY.glob("*@.service")}
     assert have == want, "run: python scripts/units.py"
     assert len(have) == 3
