@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cni.runtime import Answer, Runtime, fake_plugin
+from tests.control.fakes import LoopThread
 from tests.node.node_reports import ready
 from tests.own_netns import in_own_netns
 from udptun.cni import node
@@ -51,22 +51,15 @@ def report(subnet: str = "10.244.1.0/24", mtu: int = 1400) -> NodeReport:
 
 
 @contextmanager
-def daemon(runtime: Runtime, answers: NodeReport) -> Iterator[Callable[[], None]]:
+def daemon(runtime: Runtime, answers: NodeReport) -> Iterator[None]:
     """Answer at the daemon's socket, in a thread."""
-    loop = asyncio.new_event_loop()
-    server = NodeSocket(answers, runtime.directory / "run" / "udptun.sock")
-    loop.run_until_complete(server.start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield lambda: None
-    finally:
-        asyncio.run_coroutine_threadsafe(server.aclose(), loop).result(30)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+    with LoopThread() as thread:
+        server = NodeSocket(answers, runtime.directory / "run" / "udptun.sock")
+        thread.run(server.start)
+        try:
+            yield
+        finally:
+            thread.run(server.aclose)
 
 
 def mtu(answer: Answer) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from udptun.lab import Lab, LabError
 
 from .cluster import Cluster
-from .programs import missing
+from .programs import Tell, missing
 from .steps import STEPS
 from .worker import remove_cgroups
 
@@ -90,8 +90,7 @@ def _run(names: list[str], image: Path, keep: bool) -> int:
     return 1 if failed else 0
 
 
-def _one(cluster: Cluster, name: str, tell: object) -> Result:
-    assert callable(tell)
+def _one(cluster: Cluster, name: str, tell: Tell) -> Result:
     step = STEPS[name]
     tell(f"{name}: {step.__doc__}")
     began = time.monotonic()

@@ -88,18 +88,15 @@ class Cluster:
                     == status.get("updatedNumberScheduled"))
 
     def nodes_ready(self) -> bool:
-        return all(self.condition(worker.name, "Ready") == "True"
-                   and self.condition(worker.name, "NetworkUnavailable") in ("False", "")
-                   for worker in self.workers)
+        found = [self.conditions(worker.name) for worker in self.workers]
+        return all(conditions.get("Ready") == "True"
+                   and conditions.get("NetworkUnavailable", "False") == "False"
+                   for conditions in found)
 
-    def condition(self, node: str, kind: str) -> str:
-        """Return the status of a node's condition; "" if the node or the condition is absent."""
-        for found in self.plane.get("nodes")["items"]:
-            if found["metadata"]["name"] == node:
-                for condition in found["status"].get("conditions", []):
-                    if condition["type"] == kind:
-                        return str(condition["status"])
-        return ""
+    def conditions(self, node: str) -> dict[str, str]:
+        """Return the status of each condition of a node."""
+        found = self.plane.get("node", node)["status"].get("conditions", [])
+        return {condition["type"]: condition["status"] for condition in found}
 
     def evidence(self) -> str:
         """Return what helps to find out why a step failed."""

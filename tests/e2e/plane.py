@@ -43,8 +43,7 @@ class Plane:
         self.folder.mkdir()
         self.server = f"https://{host.v4}:6443"
         self.authority = Authority(self.folder)
-        names = f"subjectAltName=IP:{host.v4},IP:127.0.0.1,IP:{SERVICE_ADDRESS},DNS:kubernetes"
-        self._serving = self.authority.issue("kube-apiserver", names)
+        self.renew_serving_certificate()
         self._accounts = self.authority.issue("service-accounts")
         self.processes: dict[str, Process] = {}
 

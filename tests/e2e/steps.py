@@ -48,6 +48,11 @@ def _udptun_pod(cluster: Cluster, node: str) -> str:
     raise LabError(f"no pod of udptun on {node}")
 
 
+def _reach_again(cluster: Cluster) -> None:
+    """Wait until the pods reach each other, while some of them are still being replaced."""
+    cluster.wait(lambda: not cluster.unreachable(_pods(cluster)), "all pods to reach each other")
+
+
 def _restarts(cluster: Cluster, node: str, container: str) -> int:
     pod = cluster.plane.get("pod", _udptun_pod(cluster, node), "-n", NAMESPACE)
     return sum(status["restartCount"] for status in pod["status"]["containerStatuses"]
@@ -248,7 +253,7 @@ def node_again(cluster: Cluster) -> str:
     cluster.wait_installed()
     # Pods of the old podCIDR are replaced, as the daemon's log says.
     cluster.plane.kubectl("delete", "pods", "-l", "app=web", "--wait=false")
-    cluster.wait(lambda: not cluster.unreachable(_pods(cluster)), "all pods to reach each other")
+    _reach_again(cluster)
     return f"podCIDR {before}, then {after}"
 
 
@@ -279,11 +284,11 @@ def power_off(cluster: Cluster) -> str:
     """a node loses power and starts again: its pods come back"""
     worker = cluster.workers[1]
     worker.power_off()
-    cluster.wait(lambda: cluster.condition(worker.name, "Ready") != "True",
+    cluster.wait(lambda: cluster.conditions(worker.name).get("Ready") != "True",
                  f"{worker.name} to be not ready")
     worker.start()
     cluster.wait_installed()
-    cluster.wait(lambda: not cluster.unreachable(_pods(cluster)), "all pods to reach each other")
+    _reach_again(cluster)
     return f"{worker.name} is back"
 
 

@@ -192,12 +192,6 @@ class Worker:
         self.kubelet.stop()
         self._start_kubelet()
 
-    def files(self) -> set[str]:
-        """Return the files below the node's own directories that CNI and udptun may leave."""
-        found = self.run(["find", "/etc/cni", "/opt/cni", "/run/udptun", "/run/flannel",
-                          "/var/lib/udptun", "/var/lib/cni"], check=False).stdout
-        return set(found.splitlines())
-
 
 def remove_cgroups() -> None:
     """Remove the cgroups of containers that have ended. containerd leaves those of killed nodes."""

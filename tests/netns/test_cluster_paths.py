@@ -8,7 +8,6 @@ from tests.netns.cluster_traffic import SteadyPing, SteadyTransfer, all_reach_al
 from tests.netns.test_cluster_mixed import Stock, device_to
 from udptun.lab import ping, wait_for
 from udptun.lab.cluster import Cluster, Member, etcd_obstacle
-from udptun.lab.tunnels import control_request
 
 pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
 
@@ -31,19 +30,12 @@ def auto_cluster(lab, count=2, **what) -> Cluster:
     return cluster
 
 
-def node(member: Member) -> dict:
-    """Return what the daemon answers on its socket."""
-    status, answer = control_request(member.control.with_name("node.sock"), "GET", "/v1/node")
-    assert status == 200, answer
-    return answer
-
-
 def state_of(member: Member, peer: Member) -> dict:
-    return next(one for one in node(member)["peers"] if one["subnet"] == str(peer.subnet))
+    return next(one for one in member.ask_node()["peers"] if one["subnet"] == str(peer.subnet))
 
 
 def measured(member: Member, count: int) -> bool:
-    peers = node(member)["peers"]
+    peers = member.ask_node()["peers"]
     return len(peers) == count and all(
         path["state"] == "reachable" for one in peers for path in one["paths"].values())
 
@@ -72,7 +64,7 @@ def test_filtered_vxlan_is_left_for_udp(lab):
     switched(SWITCH_SECONDS, [(a, b), (b, a)], "udptun0")
     good, text = a.ready()
     assert good, text
-    assert [check["name"] for check in node(a)["checks"] if check["state"] != "ok"] == []
+    assert [check["name"] for check in a.ask_node()["checks"] if check["state"] != "ok"] == []
     pinging = SteadyPing(a.pod, b.pod_v4)
     a.stop()
     a.start()
@@ -110,7 +102,7 @@ def test_a_pair_leaves_vxlan_and_returns(lab, fault):
     for member in (a, b):
         lines = [line for line in member.daemon.text().splitlines() if " now use " in line]
         assert len(lines) == 2, lines
-        assert [event["path"] for event in node(member)["events"]
+        assert [event["path"] for event in member.ask_node()["events"]
                 if event["type"] == "path_changed"] == ["udp", "vxlan"]
         assert 'udptun_node_path_changes_total{path="udp"} 1.0' in member.metrics()
     assert not any(" now use " in line for line in third.daemon.text().splitlines())
@@ -178,7 +170,7 @@ def test_a_stock_peer_is_measured_by_echoes(lab):
     stock.learn()
 
     def state() -> str:
-        (peer,) = node(ours)["peers"]
+        (peer,) = ours.ask_node()["peers"]
         return peer["state"]
 
     wait_for(lambda: state() == "reachable", "the echo", 30)

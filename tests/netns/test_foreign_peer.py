@@ -14,7 +14,6 @@ from tests.netns.cluster_traffic import all_reach_all
 from tests.netns.netns_traffic import UdpFlow, assert_invariant, transfer_tcp
 from udptun.lab import Forwarder, OnePacket, node, ping, wait_for
 from udptun.lab.cluster import PREFIX, Cluster, Etcd, etcd_obstacle
-from udptun.lab.tunnels import control_request
 
 AT_A, AT_B = node(1), node(2)
 SET_ROUTE, DEL_ROUTE, STOP = 1, 2, 3
@@ -176,10 +175,7 @@ def test_a_cluster_with_the_real_flanneld_and_its_replacement(lab):
         member.add_pod()
 
     def peers() -> list[tuple[str, str]]:
-        path = ours.control.with_name("node.sock")
-        status, answer = control_request(path, "GET", "/v1/node")
-        assert status == 200, answer
-        return [(peer["state"], peer["path"]) for peer in answer["peers"]]
+        return [(peer["state"], peer["path"]) for peer in ours.ask_node()["peers"]]
 
     def rules() -> str:
         commands = (["iptables-save"], ["nft", "list", "ruleset"])

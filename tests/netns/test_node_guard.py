@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -274,9 +275,12 @@ def test_a_node_guards_its_peers(lab, firewall):
     all_reach_all(members)  # sent after the pod's packet, on the same path
     after = drops()
     assert after["source_port"] == before["source_port"]
-    # The receiver does not rely on the sender's rules.
+    # The receiver does not rely on the sender's rules. The daemon, which would restore them at
+    # once, stands still meanwhile.
+    a.daemon.signal(signal.SIGSTOP)
     a.host.run(["nft", "flush", "ruleset"])
     assert forge(a.host, NOBODY)
+    a.daemon.signal(signal.SIGCONT)
     wait_for(lambda: drops()["source_port"] == before["source_port"] + 1, "the drop at the peer")
     wait_for(lambda: f"{b.host.v4}" in guarded(), "the rules to be restored")
     all_reach_all(members)

@@ -6,21 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.netns.hosts_file import write
 from udptun.lab import OnePacket, ping, wait_for
 from udptun.lab.cluster import Member, start_all
-from udptun.lab.tunnels import control_request
 
 MIDDLE = 1400
 STEP = 8  # the search for the largest size ends when its bounds are this close
-
-
-def write(lab, hosts, *more: str) -> str:
-    """Write a hosts file, and return the daemon's option for it."""
-    file = lab.folder / "hosts.toml"
-    file.write_text("\n".join(["network = '10.244.0.0/16'", *more]) + "\n" + "".join(
-        f'[[nodes]]\nname = "{host.name}"\npublic = "{host.v4}"\nsubnets = "10.244.{i}.0/24"\n'
-        for i, host in enumerate(hosts, 1)))
-    return f"--hosts={file}"
 
 
 def the_peer(member: Member) -> dict[str, Any]:
@@ -31,9 +22,7 @@ def the_peer(member: Member) -> dict[str, Any]:
 
 def states(member: Member) -> list[str]:
     """Return the state of each peer, as the node reports it."""
-    status, answer = control_request(member.control.with_name("node.sock"), "GET", "/v1/node")
-    assert status == 200, answer
-    return [peer["state"] for peer in answer["peers"]]
+    return [peer["state"] for peer in member.ask_node()["peers"]]
 
 
 def test_two_nodes_of_a_file_find_the_size_that_a_silent_path_carries(lab):

@@ -284,7 +284,14 @@ class Member:
 
     def ask(self, path: str) -> Any:
         """Send GET ``path`` to the forwarder's control socket; return the decoded answer."""
-        status, answer = control_request(self.control, "GET", path)
+        return self._ask(self.control, path)
+
+    def ask_node(self) -> Any:
+        """Return the decoded answer of the node daemon's socket."""
+        return self._ask(self.control.with_name("node.sock"), "/v1/node")
+
+    def _ask(self, socket: Path, path: str) -> Any:
+        status, answer = control_request(socket, "GET", path)
         if status != 200:
             raise LabError(f"GET {path} on {self.host.name}: {status} {answer}")
         return answer
