@@ -26,8 +26,10 @@ class _Logged:
 
 
 class Repairs:
-    """The repairs of one part of the program.  say    called with each log line clock  returns
-    monotonic seconds
+    """The repairs of one part of the program.
+
+    say    called with each log line
+    clock  returns monotonic seconds
     """
 
     def __init__(
