@@ -40,8 +40,8 @@ class SizeSearch:
     """
 
     __slots__ = (
-        "_ceiling", "_failed_at", "_hint", "_last_missed_at", "_missed_at", "_misses_n", "_retry_at",
-        "_smaller", "_smaller_at", "_testing", "full", "hinted_at", "largest", "limit",
+        "_ceiling", "_failed_at", "_hint", "_last_missed_at", "_missed_at", "_misses_n",
+        "_retry_at", "_smaller", "_smaller_at", "_testing", "full", "hinted_at", "largest", "limit",
     )
 
     def __init__(self, full: int) -> None:
