@@ -181,12 +181,13 @@ class Meters:
         The node may run something else than the hosts file says. Its packets do not show that it is
         reachable, because they prove only one direction.
         """
-        meter = self._echo_meter(pair.subnet.version)
         if health is not Health.LOST:
             if health is not None:
-                meter.remove(pair.subnet)
+                if (meter := self._echo.get(pair.subnet.version)) is not None:
+                    meter.remove(pair.subnet)
                 self._echoed.discard(pair.subnet)
             return health, why
+        meter = self._echo_meter(pair.subnet.version)
         if (state := meter.state(pair.subnet)) is None:
             meter.add(pair.subnet, pair.mtu, data_proves=False)
         echoed, limit = health_of_state(state, OVERHEAD[pair.subnet.version], time.monotonic())
