@@ -26,7 +26,6 @@ from tests.netns.test_cluster_paths import (
     VXLAN_PORT,
     block,
     measured,
-    node,
     switched,
     unblock,
 )
@@ -82,7 +81,7 @@ def test_many_failures_of_vxlan_leave_no_stale_entries(lab, capsys):
     for member in cluster.members:
         wait_for(lambda m=member: measured(m, 1), f"{member.host.name} to measure")
         wait_for(lambda m=member: changes(m) == (FAILOVERS_N, FAILOVERS_N), "all changes")
-        carriers = [event["path"] for event in node(member)["events"]
+        carriers = [event["path"] for event in member.ask_node()["events"]
                     if event["type"] == "path_changed"]
         assert carriers == (["udp", "vxlan"] * FAILOVERS_N)[-len(carriers):]
         lines = [line for line in member.daemon.text().splitlines() if " now use " in line]

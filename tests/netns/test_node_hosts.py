@@ -91,8 +91,11 @@ def standby_of(member: Member) -> int:
     """Return the process that waits to become the node's forwarder; 0: there is none."""
     for task in Path(f"/proc/{member.daemon.pid}/task").iterdir():
         for child in (task / "children").read_text().split():
-            if b"--standby" in Path(f"/proc/{child}/cmdline").read_bytes() and \
-                    int(child) != member.forwarder_pid():
+            try:
+                arguments = Path(f"/proc/{child}/cmdline").read_bytes()
+            except FileNotFoundError:  # it has ended since
+                continue
+            if b"--standby" in arguments and int(child) != member.forwarder_pid():
                 return int(child)
     return 0
 
