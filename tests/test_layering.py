@@ -303,6 +303,21 @@ def test_the_check_finds_each_wrong_import(tmp_path, path, source, want):
     assert violations(root, RULES, THIRD_PARTY) == [want]
 
 
+def private_imports(path):
+    """Yield the line of each import of a name with an underscore from another module of ours."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield from (f"{path.name}:{node.lineno}: {alias.name}" for alias in node.names
+                        if re.match("_(?!core$|version$)[a-z]", alias.name))
+
+
+def test_private_names_are_used_only_in_their_module(tmp_path):
+    found = [use for path in sorted(PACKAGE.rglob("*.py")) for use in private_imports(path)]
+    assert found == []
+    (tmp_path / "bad.py").write_text("from .. import _core\nfrom .show import _size\n")
+    assert [*private_imports(tmp_path / "bad.py")] == ["bad.py:2: _size"]
+
+
 def loaded_by(statement):
     """Return the names in sys.modules after one statement in a new interpreter."""
     script = f"{statement}\nimport sys\nprint(*sys.modules)"

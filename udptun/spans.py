@@ -1,7 +1,8 @@
-"""Write lengths of time for people. Pure functions: any thread."""
+"""Write lengths of time and numbers of bytes for people. Pure functions: any thread."""
 
 from __future__ import annotations
 
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def span(seconds: float) -> str:
     """Return the length in the largest unit of which it has at least two, such as ``90 s``."""
@@ -9,3 +10,19 @@ def span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def duration(seconds: float) -> str:
+    """Return the length in its two largest units: ``2 hours, 5 minutes``."""
+    left, parts = int(seconds), []
+    for name, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count, left = divmod(left, length)
+        if count:
+            parts.append(f"{count} {name}{'s' if count > 1 else ''}")
+    return ", ".join(parts[:2]) or "0 seconds"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the largest unit that it fills."""
+    power = min(max(count.bit_length() - 1, 0) // 10, len(UNITS) - 1)
+    return f"{count / 1024**power:.2f} {UNITS[power]}" if power else f"{count} B"

@@ -16,10 +16,11 @@ from tests.control.fakes import Served, status_of
 from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
 from udptun.cli.options import echo_fitting, echo_table
-from udptun.cli.show import _duration, _event, _size
+from udptun.cli.show import event_line
 from udptun.control import protocol
 from udptun.control.client import _UnixConnection
 from udptun.instance import Instance
+from udptun.spans import duration, size
 
 ROUTE = "10.244.2.0/24 via 192.0.2.2"
 
@@ -241,7 +242,7 @@ def test_recent_events(udptun: Udptun) -> None:
 def test_an_event_is_shown_without_its_empty_fields() -> None:
     event = {"time": "T", "type": "peer_reachable", "endpoint": "192.0.2.2:8285", "reason": "",
              "rtt_us": None, "largest_size": 0, "probe": True, "full_size_passes": False}
-    assert _event(event) == ("T  peer_reachable   endpoint 192.0.2.2:8285 largest_size 0 "
+    assert event_line(event) == ("T  peer_reachable   endpoint 192.0.2.2:8285 largest_size 0 "
                              "probe yes full_size_passes no")
 
 
@@ -334,8 +335,8 @@ def test_overall_help_lists_every_command_in_order_of_use(tmp_path: Path) -> Non
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536, "1.50 KiB"),
      (5 * 1024**2, "5.00 MiB"), (1024**4, "1.00 TiB"), (5000 * 1024**4, "5000.00 TiB")],
 )
-def test_size(count: int, text: str) -> None:
-    assert _size(count) == text
+def testsize(count: int, text: str) -> None:
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -343,8 +344,8 @@ def test_size(count: int, text: str) -> None:
     [(0.4, "0 seconds"), (1.9, "1 second"), (61, "1 minute, 1 second"), (3600, "1 hour"),
      (90061, "1 day, 1 hour"), (86400 * 3 + 5, "3 days, 5 seconds")],
 )
-def test_duration(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+def testduration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_a_table_with_only_absent_numbers(capsys: pytest.CaptureFixture[str]) -> None:

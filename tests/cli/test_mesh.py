@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.control.fakes import status_of
-from udptun.cli.mesh import find, mesh, natural
+from udptun.cli.mesh import endpoint_of, find, mesh, natural
 
 PEERS: list[dict[str, Any]] = status_of(1, 0)["peers"]
 
@@ -64,6 +64,23 @@ def test_a_peer_is_found_by_name_subnet_endpoint_and_address() -> None:
     found = find(rows, "2001:db8::3")
     assert found is not None and found["endpoint"] == "[2001:db8::3]:8285"
     assert find(rows, "n") is find(rows, "10.244.2.1") is find(rows, "") is None
+
+
+def test_a_node_with_an_address_of_each_family_is_found_by_both() -> None:
+    other = {"udp": {"endpoint": "[2001:db8::2]:8285", "state": "reachable"}}
+    pairs = node(pair("n2", "10.244.2.0/24"), pair("n2", "fd44::/64", paths=other))
+    v6 = PEERS[1] | {"endpoint": "[2001:db8::2]:8285", "subnets": ["fd44::/64"]}
+    for peers in ([], [PEERS[0], v6]):
+        (row,) = mesh(pairs, peers)
+        assert row["endpoints"] == {
+            "192.0.2.2:8285": ["10.244.2.0/24"], "[2001:db8::2]:8285": ["fd44::/64"]}
+        for target, endpoint in (
+            ("n2", "192.0.2.2:8285"), ("fd44::/64", "[2001:db8::2]:8285"),
+            ("192.0.2.2", "192.0.2.2:8285"), ("2001:db8::2", "[2001:db8::2]:8285"),
+            ("[2001:db8::2]:8285", "[2001:db8::2]:8285"),
+        ):
+            assert find([row], target) is row, target
+            assert endpoint_of(row, target) == endpoint, target
 
 
 def test_names_are_sorted_as_people_do() -> None:

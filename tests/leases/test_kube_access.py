@@ -8,6 +8,7 @@ import json
 import ssl
 import subprocess
 from ipaddress import IPv4Address
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -397,6 +398,12 @@ def test_an_invalid_option_is_named(field, options):
     with pytest.raises(FieldError) as caught:
         KubeConfig(**{"node_name": "n", **options})
     assert caught.value.field == field
+
+
+def test_a_home_directory_is_expanded_in_all_uses_of_the_kubeconfig(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = KubeConfig(node_name="n", kubeconfig_file=Path("~/config"))
+    assert config.kubeconfig_file == config.files[0] == tmp_path / "config"
 
 
 async def test_a_ca_without_key_usage_is_accepted(api, certificates, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..errors import NoForwarder
+from .answers import ask_node
 from .mesh import find, host_of, mesh
 from .options import client, echo_fitting, echo_json, node_client, terminal_width
 
@@ -72,10 +72,7 @@ def _id(packet: Packet) -> tuple[str, ...]:
 
 def _names(ctx: click.Context) -> list[Packet]:
     """Return the peers that have a name; none if no node daemon answers."""
-    try:
-        return mesh(node_client(ctx).node(), [])
-    except NoForwarder:
-        return []
+    return mesh(ask_node(node_client(ctx)), [])
 
 
 def _row(packet: Packet, names: list[Packet]) -> list[object]:

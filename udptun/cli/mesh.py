@@ -64,10 +64,21 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 def find(rows: Iterable[Row], target: str) -> Row | None:
     """Return the peer with this name, subnet, endpoint or public address; None: there is none."""
     for row in rows:
-        if target == row["name"] or target in row["subnets"] or target == row["endpoint"] or \
-                (row["endpoint"] and target == host_of(row["endpoint"])):
+        if target == row["name"] or target in row["subnets"] or _endpoint(row, target):
             return row
     return None
+
+
+def endpoint_of(row: Row, target: str) -> str | None:
+    """Return the endpoint that ``target`` names: by itself, by its address or by a subnet behind
+    it. Any other target of ``find`` names the first endpoint. None: the peer has none."""
+    return _endpoint(row, target) or next(
+        (endpoint for endpoint, subnets in row["endpoints"].items() if target in subnets),
+        row["endpoint"])
+
+
+def _endpoint(row: Row, target: str) -> str | None:
+    return next((one for one in row["endpoints"] if target in (one, host_of(one))), None)
 
 
 def host_of(endpoint: str) -> str:
@@ -77,8 +88,8 @@ def host_of(endpoint: str) -> str:
 
 def _row(name: str, subnets: list[str]) -> Row:
     return {
-        "name": name, "subnets": subnets, "endpoint": None, "path": None, "path_since": None,
-        "path_reason": "", "state": "unknown", "since": None, "reason": "",
+        "name": name, "subnets": subnets, "endpoint": None, "endpoints": {}, "path": None,
+        "path_since": None, "path_reason": "", "state": "unknown", "since": None, "reason": "",
         **dict.fromkeys(MEASURED), "path_mtu": None, "last_seen_seconds": None, "sent": None,
         "received": None, "errors": None, "last_error": None, "probed": False, "paths": {},
     }
@@ -91,11 +102,16 @@ def _of_pair(pair: Mapping[str, Any], peer: Mapping[str, Any] | None) -> Row:
     measured = pair["paths"].get(pair["path"]) or {}
     row |= {name: measured.get(name) for name in MEASURED}
     row["endpoint"] = (pair["paths"].get("udp") or {}).get("endpoint")
-    return row if peer is None else row | _counted(peer)
+    if peer is not None:
+        row |= _counted(peer)
+    if row["endpoint"] is not None:
+        row["endpoints"] = {row["endpoint"]: row["subnets"]}
+    return row
 
 
 def _of_peer(peer: Mapping[str, Any]) -> Row:
     row = _row(peer["endpoint"], peer["subnets"]) | _counted(peer)
+    row["endpoints"] = {peer["endpoint"]: peer["subnets"]}
     probe = peer.get("probe")
     row |= {"path": "udp", "state": NOT_PROBED}
     if probe is not None:
@@ -116,12 +132,17 @@ def _counted(peer: Mapping[str, Any]) -> Row:
 
 
 def _joined(one: Row, other: Row) -> Row:
-    """Return the row of a peer with two subnets: the worse state, and the sum of the packets."""
+    """Return the row of a peer with one more subnet, ``other``: the worse state, and the sum of the
+    packets. Subnets behind the same endpoint share its counters."""
     worse = min(one, other, key=lambda row: STATES.index(row["state"]))
-    joined = worse | {"subnets": one["subnets"] + other["subnets"]}
-    if one["endpoint"] != other["endpoint"]:
+    endpoints = dict(one["endpoints"])
+    for endpoint, subnets in other["endpoints"].items():
+        endpoints[endpoint] = endpoints.get(endpoint, []) + subnets
+    joined = worse | {"subnets": one["subnets"] + other["subnets"], "endpoints": endpoints}
+    joined["endpoint"] = next(iter(endpoints), None)
+    if endpoints.keys() != one["endpoints"].keys():
         joined |= {side: _sum(one[side], other[side]) for side in ("sent", "received")}
-    elif joined["sent"] is None:
+    else:
         joined |= {side: one[side] or other[side] for side in ("sent", "received")}
     return joined
 

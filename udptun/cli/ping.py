@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from ..errors import ControlError, FieldError, NoForwarder, UdptunError
-from .mesh import Row, find, mesh
+from ..errors import ControlError, FieldError, UdptunError
+from .answers import ask
+from .mesh import Row, endpoint_of, find
 from .options import client, connection, echo_json, node_client, output
 
 if TYPE_CHECKING:
@@ -78,15 +79,20 @@ def ping(
 
     The exit code is 0 if a packet was answered, else 1.
     """
-    rows, mtu = _answers(ctx)
+    answers = ask(node_client(ctx), client(ctx))
+    rows = answers.rows
     row, address = _resolve(rows, target)
     name = target if row is None else row["name"]
     found: dict[str, Any] = {"target": target, "node": None if row is None else name}
     if _by_probe(row, address, wanted):
         assert row is not None
-        found |= {"method": "probe", "path": "udp", "address": None, "endpoint": row["endpoint"]}
-        pinger: Pinger = ProbePinger(client(ctx), row["endpoint"])
-        full, way = min(filter(None, (mtu, _route_mtu(ctx, row)))), f"UDP to {row['endpoint']}"
+        assert answers.forwarder is not None  # a row without its answer is not ``probed``
+        endpoint = endpoint_of(row, target)
+        assert endpoint is not None
+        found |= {"method": "probe", "path": "udp", "address": None, "endpoint": endpoint}
+        pinger: Pinger = ProbePinger(client(ctx), endpoint)
+        mtus = answers.forwarder["device"]["mtu"], _route_mtu(ctx, row["endpoints"][endpoint])
+        full, way = min(filter(None, mtus)), f"UDP to {endpoint}"
     else:
         address = _base_address(row) if address is None else address
         from ..net.kernel_path import kernel_path
@@ -103,7 +109,8 @@ def ping(
     _run(pinger, found, (count, interval, size or pinger.smallest), sweep and full,
          quiet=output == "json")
     if not found["answered"] and found["method"] == "echo" and row is not None:
-        found["directions"]["from_peer"] = _arrives(row, _answers(ctx)[0])
+        found["directions"]["from_peer"] = _arrives(
+            row, ask(node_client(ctx), client(ctx)).rows)
     if output == "json":
         echo_json(found)
     else:
@@ -113,21 +120,6 @@ def ping(
 
 
 # What is pinged
-
-
-def _answers(ctx: click.Context) -> tuple[list[Row], int]:
-    """Return the peers, and the MTU of the TUN; 0: there is no forwarder."""
-    try:
-        node: dict[str, Any] | None = node_client(ctx).node()
-    except NoForwarder:
-        node = None
-    try:
-        status = client(ctx).status()
-    except NoForwarder:
-        if node is None:
-            raise
-        return mesh(node, []), 0
-    return mesh(node, status["peers"]), status["device"]["mtu"]
 
 
 def _resolve(rows: list[Row], target: str) -> tuple[Row | None, IPAddress | None]:
@@ -170,9 +162,9 @@ def _base_address(row: Row | None) -> IPAddress:
     return ip_network(row["subnets"][0]).network_address
 
 
-def _route_mtu(ctx: click.Context, row: Row) -> int | None:
-    """Return the MTU of the route to the peer; None: it has none."""
-    found = client(ctx).trace(row["subnets"][0].partition("/")[0]) if row["subnets"] else {}
+def _route_mtu(ctx: click.Context, subnets: list[str]) -> int | None:
+    """Return the MTU of the route to the first subnet; None: it has none."""
+    found = client(ctx).trace(subnets[0].partition("/")[0]) if subnets else {}
     route = found.get("route")
     return route["mtu"] if isinstance(route, dict) else None
 

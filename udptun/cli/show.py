@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..errors import NoForwarder
+from ..spans import duration, size
+from .answers import ask_node
 from .options import (
     client,
     connection,
@@ -20,15 +20,6 @@ from .options import (
     node_client,
     output,
 )
-
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def _answer(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    try:
-        return call()
-    except NoForwarder:
-        return None
 
 
 @click.command()
@@ -115,7 +106,7 @@ def events(ctx: click.Context, watch: bool, output: str) -> None:
             if output == "json":
                 click.echo(json.dumps(event))
             elif event["type"] != "hello":
-                click.echo(_event(event))
+                click.echo(event_line(event))
     except KeyboardInterrupt:
         sys.exit(130)  # Ctrl-C is the normal end; shells use this exit code for it
 
@@ -123,28 +114,33 @@ def events(ctx: click.Context, watch: bool, output: str) -> None:
 def _refused_sender(reason: str, source: dict[str, Any]) -> str:
     return (
         f"{reason}: {source['packets']} packets from {source['address']} port {source['port']}, "
-        f"the last one {_duration(source['last_seen_seconds'])} ago"
+        f"the last one {duration(source['last_seen_seconds'])} ago"
     )
 
 
-def _event(event: dict[str, Any]) -> str:
+def event_line(event: dict[str, Any]) -> str:
+    return f"{event['time']}  {event['type']:<15}  {event_text(event)}"
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """Return the text of an event of the forwarder, without its time and type."""
     rest = {k: v for k, v in event.items() if k not in ("time", "type")}
     text = rest.pop("dst", "") or rest.pop("message", "")
     words = [text] if text else []
     words += [f"{k} {_word(v)}" for k, v in rest.items() if v not in (None, "")]
-    return f"{event['time']}  {event['type']:<15}  {' '.join(words)}"
+    return " ".join(words)
 
 
 def _word(value: object) -> object:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
-def _device(found: dict[str, Any]) -> str:
+def device_block(found: dict[str, Any]) -> str:
     device, capabilities = found["device"], found["capabilities"]
     off = [f"{name} ({cause})" for name, cause in capabilities["off"].items()]
     lines = [
         ("version", f"{found['version']}, process {found['pid']}, "
-                    f"up for {_duration(found['uptime_seconds'])}"),
+                    f"up for {duration(found['uptime_seconds'])}"),
         ("addresses", _listed(device["addresses"])),
         ("networks", _listed(device["networks"])),
         ("listening", _listed(device["listen"])),
@@ -161,13 +157,13 @@ def _device(found: dict[str, Any]) -> str:
     return _block("device", device["name"], lines)
 
 
-def _peer(peer: dict[str, Any]) -> str:
+def peer_block(peer: dict[str, Any]) -> str:
     encap, decap, probe = peer["encap"], peer["decap"], peer.get("probe")
     seen = peer["last_seen_seconds"]
     lines: list[tuple[str, object]] = [
         ("subnets", _listed(peer["subnets"])),
-        ("last seen", "never" if seen is None else f"{_duration(seen)} ago"),
-        ("transfer", f"{_size(decap['bytes'])} received, {_size(encap['bytes'])} sent"),
+        ("last seen", "never" if seen is None else f"{duration(seen)} ago"),
+        ("transfer", f"{size(decap['bytes'])} received, {size(encap['bytes'])} sent"),
         ("packets", f"{decap['packets']} received, {encap['packets']} sent"),
         ("path mtu", _path_mtu(peer)),
         *_last_error(peer),
@@ -195,7 +191,7 @@ def _echoes(ctx: click.Context, peers: list[dict[str, Any]]) -> dict[str, dict[s
     """Return what the node daemon has measured by echo requests, by subnet, if it is needed."""
     if all(peer.get("probe") is not None for peer in peers):
         return {}
-    node = _answer(node_client(ctx).node)
+    node = ask_node(node_client(ctx))
     return {} if node is None else {
         peer["subnet"]: path for peer in node["peers"]
         if (path := peer["paths"].get("udp")) is not None and "endpoint" not in path}
@@ -233,7 +229,7 @@ def _last_error(peer: dict[str, Any]) -> list[tuple[str, object]]:
     error = peer["last_error"]
     if error is None:
         return []
-    return [("last error", f"{error['text']}, {_duration(error['seconds_ago'])} ago")]
+    return [("last error", f"{error['text']}, {duration(error['seconds_ago'])} ago")]
 
 
 def _block(kind: str, name: str, lines: list[tuple[str, object]]) -> str:
@@ -249,17 +245,3 @@ def _packets(side: dict[str, int]) -> str:
     return ", ".join(f"{side[name]} {name}" for name in names)
 
 
-def _size(count: int) -> str:
-    """Format bytes in the largest unit that they fill."""
-    power = min(max(count.bit_length() - 1, 0) // 10, len(UNITS) - 1)
-    return f"{count / 1024**power:.2f} {UNITS[power]}" if power else f"{count} B"
-
-
-def _duration(seconds: float) -> str:
-    """Format with the two largest units: ``2 hours, 5 minutes``."""
-    left, parts = int(seconds), []
-    for name, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        count, left = divmod(left, length)
-        if count:
-            parts.append(f"{count} {name}{'s' if count > 1 else ''}")
-    return ", ".join(parts[:2]) or "0 seconds"

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .mesh import STATES, Row, find, mesh, natural
-from .node_status import age, node_block, peer_block
+from ..spans import size, span
+from .answers import ask
+from .mesh import STATES, Row, find, natural
+from .node_status import age, node_block
+from .node_status import peer_block as node_peer_block
 from .options import (
     client,
     connection,
@@ -27,7 +30,7 @@ from .options import (
     node_stopped,
     terminal_width,
 )
-from .show import _answer, _device, _peer, _size
+from .show import device_block, peer_block
 
 if TYPE_CHECKING:
     from ..control.client import ControlClient
@@ -99,11 +102,10 @@ class Sample:
         self, node: ControlClient, forwarder: ControlClient, wanted: str | None, sort: str,
         states: tuple[str, ...], before: Sample | None,
     ) -> None:
-        self.node = _answer(node.node)
-        self.found = forwarder.status() if self.node is None else _answer(forwarder.status)
+        answers = ask(node, forwarder)
+        self.node, self.found = answers.node, answers.forwarder
         self.at = time.monotonic()
-        self.all = mesh(self.node, [] if self.found is None else self.found["peers"])
-        self.rows = self.all
+        self.rows = self.all = answers.rows
         if wanted is not None:
             row = find(self.rows, wanted)
             if row is None:
@@ -176,7 +178,7 @@ def _host(ctx: click.Context, now: Sample) -> Iterator[str]:
     if now.node is not None:
         yield node_block(now.node)
     if now.found is not None:
-        yield _device(now.found)
+        yield device_block(now.found)
 
 
 def _details(now: Sample) -> Iterator[str]:
@@ -185,10 +187,10 @@ def _details(now: Sample) -> Iterator[str]:
     (row,) = now.rows
     for pair in [] if now.node is None else now.node["peers"]:
         if pair["key"] == row["name"]:
-            yield peer_block(pair)
+            yield node_peer_block(pair)
     for peer in [] if now.found is None else now.found["peers"]:
-        if peer["endpoint"] == row["endpoint"]:
-            yield _peer(peer)
+        if peer["endpoint"] in row["endpoints"]:
+            yield peer_block(peer)
     if row["state"] in ("no path", "refused"):
         yield f"node peer: {row['name']}\n  state: {row['state']}: {row['reason']}"
 
@@ -214,8 +216,8 @@ def _cells(row: Row, rates: Mapping[str, tuple[float | None, ...]]) -> list[Any]
         row["name"], row["state"], row["since"] and age(row["since"]), row["path"],
         None if row["rtt_us"] is None else f"{row['rtt_us'] / 1000:.2f} ms",
         None if row["loss"] is None else f"{row['loss']:.0%}",
-        *(None if rate is None else f"{_size(round(rate))}/s" for rate in (out, into)),
-        *(side and _size(side["bytes"]) for side in (sent, received)),
+        *(None if rate is None else f"{size(round(rate))}/s" for rate in (out, into)),
+        *(side and size(side["bytes"]) for side in (sent, received)),
         row["largest_size"], _seen(row["last_seen_seconds"]), ", ".join(row["subnets"]) or None,
         error and f"{error['errno']} {_seen(error['seconds_ago'])} ago",
         "; ".join(filter(None, (row["reason"], row["path_reason"]))) or None,
@@ -223,8 +225,6 @@ def _cells(row: Row, rates: Mapping[str, tuple[float | None, ...]]) -> list[Any]
 
 
 def _seen(seconds: float | None) -> str | None:
-    from ..spans import span
-
     return None if seconds is None else span(seconds)
 
 

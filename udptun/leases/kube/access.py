@@ -33,7 +33,7 @@ def find_access(config: KubeConfig) -> Access:
     """
     path, account = config.kubeconfig_file, config.service_account
     if path is not None:
-        return parse(path.expanduser().read_bytes(), path.expanduser(), config.api_url)
+        return parse(path.read_bytes(), path, config.api_url)
     if config.api_url:
         if config.api_url.startswith("https:") and (account / "token").exists():
             return _service_account(config.api_url, account)

@@ -29,7 +29,7 @@ class KubeConfig:
     pod_name, pod_namespace       our pod; required if node_name is ""
     api_url                       http://HOST:PORT or https://HOST:PORT; "": use the address in the
                                   kubeconfig or of the service account
-    kubeconfig_file               the kubeconfig; None: use the pod's service account
+    kubeconfig_file               the kubeconfig; None: use the pod's service account. ~ is expanded
     annotation_prefix             the prefix of flannel's annotations. It is completed as in
                                   flannel: "example.org" means "example.org/"
     net_config_path               path of flannel's net-conf.json
@@ -75,6 +75,8 @@ class KubeConfig:
         if self.api_url and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.api_url):
             raise FieldError("kube-api-url", without_user(self.api_url),
                              "http://HOST:PORT or https://HOST:PORT")
+        if self.kubeconfig_file is not None:
+            object.__setattr__(self, "kubeconfig_file", _expanded(self.kubeconfig_file))
         object.__setattr__(self, "annotation_prefix", _complete(self.annotation_prefix))
 
     @property
@@ -85,6 +87,15 @@ class KubeConfig:
     def files(self) -> tuple[Path, ...]:
         access = self.kubeconfig_file or self.service_account / "token"
         return (access, self.net_config_path)
+
+
+def _expanded(path: Path) -> Path:
+    """Replace a leading ~ or ~USER by the home directory."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise FieldError(
+            "kubeconfig-file", str(path), "a path in the home directory of a known user") from None
 
 
 def _complete(prefix: str) -> str:

@@ -74,7 +74,7 @@ class Reader:
         source = source_of(self._config)
         try:
             if self._config.kubeconfig_file is not None:
-                self._watch(self._config.kubeconfig_file.expanduser())
+                self._watch(self._config.kubeconfig_file)
             access = find_access(self._config)
             issued = None if access.plugin is None else await plugin.run(access.plugin)
             return self._credentials(access, issued)
