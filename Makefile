@@ -35,7 +35,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint docs clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,11 +50,11 @@ demo-etcd: build ## show a cluster: etcd, nodes that join and leave, pods; root
 	@scripts/need $(DEMO_TOOLS) etcd:etcd-server
 	@$(PY) -m udptun.lab.demo_etcd $(ARGS)
 
-test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp bench/onepacket ## run what CI runs, 10 minutes; with ARGS: only pytest ARGS
+test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp $(VENV)/docs.stamp bench/onepacket ## run what CI runs, 10 minutes; with ARGS: only pytest ARGS
 	@scripts/need --optional $(TEST_TOOLS)
 	@scripts/test $(PY) $(ARGS)
 
-test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp ## run every test: all Pythons, slow tests, sanitizers, soak
+test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp $(VENV)/docs.stamp ## run every test: all Pythons, slow tests, sanitizers, soak
 	@MAKE=$(MAKE) PYTHON=$(PYTHON) scripts/test-all
 
 SOAK_SECONDS ?= 600
@@ -86,6 +86,9 @@ fuzz-planted: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/fuzz.stamp ##
 
 lint: build $(VENV)/test.stamp $(VENV)/dev.stamp ## check style and types, and that the fuzz harnesses fit the source
 	@scripts/lint $(PY)
+
+docs: build $(VENV)/docs.stamp ## build the documentation site, build/docs/index.html
+	@$(PY) scripts/docsite.py $(ARGS)
 
 package: build ## build sdist and wheel, check their contents
 	@$(PY) scripts/check_package.py

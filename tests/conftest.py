@@ -26,7 +26,7 @@ from udptun.lab.tools import PACKAGES, install_command
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # The folders of tests between hosts in network namespaces.
-HOSTS = (TESTS / "chaos", TESTS / "lab", TESTS / "netns")
+HOSTS = (TESTS / "chaos", TESTS / "docs", TESTS / "lab", TESTS / "netns")
 
 _slow: set[str] = set()  # the slow tests that this run leaves out
 
