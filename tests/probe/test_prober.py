@@ -317,13 +317,16 @@ def test_one_direction_only_is_unreachable_and_the_reason_says_which():
     assert net.state("a") == UNREACHABLE
     reason = net.prober["a"].reason(net.now)
     assert "packets from the peer arrive, but it has received no probe for" in reason
+    assert net.prober["a"].directions() == (True, False)
 
 
 def test_a_silent_outage_does_not_claim_that_packets_arrive():
     net = started(traffic="a")
     net.passes = lambda key, size, now: False
+    assert net.prober["a"].directions() == (True, True)
     net.run(10)
     assert "arrive" not in net.prober["a"].reason(net.now)
+    assert net.prober["a"].directions() == (False, None)  # the peer cannot report what it receives
 
 
 def test_a_refused_send_counts_as_lost_and_keeps_its_error():

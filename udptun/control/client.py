@@ -108,6 +108,14 @@ class ControlClient:
         """Return the state of the node daemon. Only for a client of the daemon's socket."""
         return self._get(protocol.NODE)
 
+    def hand_over(self) -> int:
+        """Let the node daemon hand over the node. Return its process ID.
+
+        Only for a client of the daemon's socket. The daemon releases its locks after the answer.
+        """
+        answer = json.loads(self._read(self._request("POST", protocol.HAND_OVER)))
+        return int(answer["pid"])
+
     def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
         """Yield a ``hello``, then events.
 

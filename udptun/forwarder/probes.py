@@ -173,15 +173,8 @@ class Probes:
         if path is None:  # its route was removed in the meantime
             return {"heard_seconds": None, "peer_heard_seconds": None, "from_peer": None,
                     "to_peer": None}
-        heard = max(path.last_probe or 0.0, path.last_data or 0.0)
-        missed, from_peer, to_peer = path.missed_at, True, None
-        if missed is None:
-            to_peer = True
-        elif not (from_peer := path.heard_since_missed()):
-            pass  # the peer cannot report what it receives
-        elif path.peer_heard is not None:
-            to_peer = path.peer_heard >= missed
-        return {"heard_seconds": _age(heard or None, now),
+        from_peer, to_peer = path.directions()
+        return {"heard_seconds": _age(path.last_heard, now),
                 "peer_heard_seconds": _age(path.peer_heard, now),
                 "from_peer": from_peer, "to_peer": to_peer}
 

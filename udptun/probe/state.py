@@ -330,15 +330,21 @@ class PathState:
         return any(probe.token == token for probe in (*self._pending, *self._late))
 
     @property
-    def missed_at(self) -> float | None:
-        """When the first of the unanswered probes in a row was sent; None: the last was answered.
-        """
-        return self._missed_at if self._missed_n else None
+    def last_heard(self) -> float | None:
+        """When the last probe or data packet of the peer was received; None: never."""
+        return max(self.last_probe or 0.0, self.last_data or 0.0) or None
 
     def heard_since_missed(self) -> bool:
         """Return whether something of the peer has arrived since probes are not answered."""
-        heard = max(self.last_probe or 0.0, self.last_data or 0.0)
-        return heard >= self._missed_at + SUSPECT_SECONDS
+        return (self.last_heard or 0.0) >= self._missed_at + SUSPECT_SECONDS
+
+    def directions(self) -> tuple[bool, bool | None]:
+        """Return whether packets pass from the peer, and to the peer; None: unknown."""
+        if not self._missed_n:
+            return True, True
+        if not self.heard_since_missed():
+            return False, None  # the peer cannot report what it receives
+        return True, None if self.peer_heard is None else self.peer_heard >= self._missed_at
 
     def reason(self, now: float) -> str:
         """Return the reason for the path's state, in a few words."""

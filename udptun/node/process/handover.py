@@ -9,13 +9,12 @@ case. Owns the request and the waiting. One asyncio loop.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import socket
 from pathlib import Path
 
-from ...control.protocol import HAND_OVER, NODE_SOCKET
-from ...errors import UdptunError
+from ...control.client import ControlClient
+from ...control.protocol import NODE_SOCKET
+from ...errors import ControlError, NoForwarder, UdptunError
 from ...instance import Instance
 
 log = logging.getLogger(__name__)
@@ -24,7 +23,6 @@ ANSWER_SECONDS = 10.0
 RELEASE_SECONDS = 30.0  # from the answer until the old daemon has released its locks
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 2.0  # between two checks whether the successor has ended
-ANSWER_MAX = 1 << 16
 
 
 class NoHandOver(UdptunError):
@@ -33,15 +31,12 @@ class NoHandOver(UdptunError):
 
 async def take_over(instance: Instance, control: Path) -> None:
     """Let the daemon of this instance that runs hand over, and wait until it has. Return at once
-    if none runs. Raises NoHandOver, OSError."""
+    if none runs. Raises NoHandOver."""
     lock = instance.lock("node")
     if lock.is_free():
         return
     path = control.with_name(NODE_SOCKET)
-    try:
-        pid = await asyncio.to_thread(_ask, path)
-    except OSError as error:
-        raise NoHandOver(f"the running daemon does not answer at {path}: {error}") from None
+    pid = await asyncio.to_thread(_ask, path)
     log.info("the daemon with the process ID %d hands over", pid)
     try:
         async with asyncio.timeout(RELEASE_SECONDS):
@@ -68,20 +63,12 @@ async def wait_for_successor(instance: Instance) -> None:
 
 
 def _ask(path: Path) -> int:
-    """Send the request. Return the process ID of the daemon. Raises OSError, NoHandOver."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(ANSWER_SECONDS)
-        sock.connect(str(path))
-        sock.sendall(f"POST {HAND_OVER} HTTP/1.1\r\nHost: udptun\r\n\r\n".encode())
-        answer = b""
-        while len(answer) < ANSWER_MAX and (part := sock.recv(ANSWER_MAX)):
-            answer += part
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status = head.split(b"\r\n")[0].split(b" ")[1:2]
+    """Send the request. Return the process ID of the daemon. Raises NoHandOver."""
     try:
-        if status == [b"200"]:
-            return int(json.loads(body)["pid"])
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise NoHandOver(f"the running daemon cannot hand over, stop it first ({path}: "
-                     f"{(b' '.join(status)).decode('ascii', 'replace')[:20] or 'no answer'})")
+        with ControlClient(str(path), ANSWER_SECONDS) as client:
+            return client.hand_over()
+    except NoForwarder:
+        raise NoHandOver(f"the running daemon does not answer at {path}") from None
+    except (ControlError, ValueError, KeyError, TypeError) as error:
+        raise NoHandOver(
+            f"the running daemon cannot hand over, stop it first ({path}: {error})") from None
