@@ -7,6 +7,7 @@ A wheel has no symbols and no paths of the machine that built it. A build in pla
 symbols, for profilers and debuggers.
 ``UDPTUN_SANITIZE=address`` builds with AddressSanitizer and UBSan, ``UDPTUN_SANITIZE=thread`` with
 ThreadSanitizer (see ``make sanitize``).
+A wheel also has the files of scripts/share_files.py.
 ``tests/steps/build.py`` uses ``compiled`` for the test wrappers, which no wheel contains.
 """
 
@@ -118,6 +119,21 @@ class BuildExtension(build_ext):
         super().run()
 
 
+def share_files() -> list[tuple[str, list[str]]]:
+    """Write the man pages and the completion files of a wheel. Return directory -> files."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+    import share_files
+
+    share = ROOT / "build" / "share"
+    written = [path.relative_to(ROOT) for path in share_files.write(share)]
+    folders = sorted({path.parent for path in written})
+    return [
+        (str(folder.relative_to("build")), [str(p) for p in written if p.parent == folder])
+        for folder in folders
+    ]
+
+
 if __name__ == "__main__":
-    setup(cmdclass={"build_ext": BuildExtension},
+    setup(data_files=share_files() if "bdist_wheel" in sys.argv else [],
+          cmdclass={"build_ext": BuildExtension},
           ext_modules=compiled("udptun._core", "src_ext/_core.pyx"))

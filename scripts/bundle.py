@@ -2,8 +2,9 @@
 
 The file is a zip archive behind a few lines of shell. It has udptun's wheels from dist/ (it builds
 those that are missing), the wheels of all dependencies with the versions and hashes of
-deploy/bundle.lock, the units, the man pages, and scripts/installer.py, which installs all this. The
-host needs CPython 3.11 or 3.13, as Debian 12 and 13 have it, and neither network nor compiler.
+deploy/bundle.lock, the units, the man pages, shell completion, and scripts/installer.py, which
+installs all this. The host needs CPython 3.11 or 3.13, as Debian 12 and 13 have it, and neither
+network nor compiler.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 import cni_tree
-import man_pages
 import release
+import share_files
 from lock import CPUS, LOCK, PYTHONS, platforms
 from release import BUILD, DIST, ROOT, VERSION
 
@@ -103,10 +104,8 @@ def system_files(cpu: str, scratch: Path) -> dict[str, bytes]:
         for pattern, folder in SYSTEM.items() for path in sorted(ROOT.glob(pattern))
     }
     files["system/share/udptun/cni/launcher"] = cni_launcher(cpu, scratch)
-    man_pages.write(scratch)
     return files | {
-        f"system/share/man/man8/{path.name}": path.read_bytes()
-        for path in sorted(scratch.glob("*.8"))
+        f"system/share/{name}": content for name, content in share_files.files().items()
     }
 
 

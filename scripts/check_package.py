@@ -2,13 +2,14 @@
 
 The sdist must have the files of the repository and no others. The wheel is built from the unpacked
 sdist, so the build fails if a source is missing there. The wheel must contain the modules of
-``udptun/``, the compiled core and nothing else: no tests, no C, no Cython. The core must be
-stripped and hardened, without paths of this machine. Then the wheel is unpacked into an empty
-folder, and the command ``udptun version`` is started there. Prints each mistake. The exit code is 1
-if there is a mistake.
+``udptun/``, the compiled core, man pages, shell completion and nothing else: no tests, no C, no
+Cython. The core must be stripped and hardened, without paths of this machine. Then the wheel is
+unpacked into an empty folder, and the command ``udptun version`` is started there. Prints each
+mistake. The exit code is 1 if there is a mistake.
 """
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import release
+import share_files
 from release import ROOT
 
 GENERATED = [
@@ -39,10 +41,13 @@ def sdist_mistakes(have: set[str], sources: set[str]) -> list[str]:
 
 
 def wheel_mistakes(have: set[str], sources: set[str]) -> list[str]:
-    have = {name for name in have if ".dist-info/" not in name}
+    have = {
+        re.sub(r"^udptun-[^/]*\.data/data/", "", name) for name in have if ".dist-info/" not in name
+    }
     wanted = {
         name for name in sources if name.startswith("udptun/") and Path(name).suffix in MODULES
     } | {f"udptun/_core{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    wanted |= {f"share/{name}" for name in share_files.files()}
     return [
         *(f"wheel: {name} is missing" for name in sorted(wanted - have)),
         *(f"wheel: {name} does not belong there" for name in sorted(have - wanted)),

@@ -70,7 +70,7 @@ def _walk(name: str, command: click.Command, parent: click.Context | None) -> It
 def _options(command: click.Command, context: click.Context) -> Iterator[Option]:
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is None:
+        if record is None or isinstance(parameter, click.Argument):
             continue
         names, text = record[0], " ".join(record[1].split())
         variables = _variables(parameter, context)

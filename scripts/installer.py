@@ -6,8 +6,9 @@
     python3 /opt/udptun/VERSION/installer.py uninstall
 
 Each version has a directory of its own with a virtual environment. The active version also has the
-command /usr/local/bin/udptun, units, man pages and a few files more below /usr/local. Uninstalling
-leaves the configuration (/etc/udptun) and the state (/var/lib/udptun) in place.
+command /usr/local/bin/udptun, units, man pages, shell completion and a few files more below
+/usr/local. Uninstalling leaves the configuration (/etc/udptun) and the state (/var/lib/udptun) in
+place.
 
 Uses only the standard library, without venv and ensurepip, which Debian has in other packages.
 """

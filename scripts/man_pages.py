@@ -1,19 +1,34 @@
-"""Write the man pages of all commands: ``python scripts/man_pages.py FOLDER``.
+"""The man pages of all commands: one page for ``udptun`` and one for each command.
 
-One page for ``udptun`` and one for each command, all in section 8. The text is that of ``--help``.
+The text is that of ``--help``. Daemons and the programs that others start are in section 8, the
+other commands in section 1.
 """
 
 import re
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import click
+import command_tree
 import release
+from command_tree import Command
 
-sys.path.insert(0, str(release.ROOT))
-from udptun.cli import cli
+EXIT = {
+    "udptun forward": {
+        0: "It was stopped by a signal, by `udptun stop` or by flannel.",
+        1: "It failed to start, lost its TUN device, or got a second signal.",
+        2: "An option is not valid.",
+    },
+    "udptun node": {
+        0: "It was stopped by a signal.",
+        1: "It got a second signal, or an error that a retry cannot fix.",
+        2: "An option is not valid.",
+    },
+    "": {
+        0: "Success.",
+        1: "The request failed, or no forwarder answers.",
+        2: "An option or argument is not valid.",
+    },
+}
 
 
 def roff(text: str) -> str:
@@ -22,8 +37,8 @@ def roff(text: str) -> str:
     return re.sub(r"^([.'])", r"\\&\1", text, flags=re.MULTILINE)
 
 
-def paragraphs(text: str) -> Iterator[str]:
-    for number, part in enumerate(re.split(r"\n\s*\n", text.strip())):
+def paragraphs(command: Command) -> Iterator[str]:
+    for number, part in enumerate(command.paragraphs):
         if number:
             yield ".PP"
         if part.startswith("\b"):  # click's mark: keep the lines
@@ -34,49 +49,38 @@ def paragraphs(text: str) -> Iterator[str]:
             yield roff(" ".join(part.split()))
 
 
-def commands(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    yield name, command
-    if isinstance(command, click.Group):
-        context = click.Context(command, info_name=name)
-        for child in command.list_commands(context):
-            found = command.get_command(context, child)
-            if found is not None and not found.hidden:
-                yield from commands(f"{name} {child}", found)
-
-
-def page(name: str, command: click.Command, others: list[str]) -> str:
-    context = click.Context(
-        command, info_name=name, auto_envvar_prefix=name.replace(" ", "_").upper()
-    )
+def page(command: Command, others: list[Command]) -> str:
     date = time.strftime("%Y-%m-%d", time.gmtime(release.epoch()))
-    title = name.replace(" ", "-")
-    usage = " ".join([name, *command.collect_usage_pieces(context)])
     lines = [
-        f'.TH {roff(title.upper())} 8 "{date}" "udptun {release.VERSION}" "udptun"',
-        ".SH NAME", f"{roff(title)} \\- {roff(command.get_short_help_str(200).rstrip('.'))}",
-        ".SH SYNOPSIS", f".B {roff(usage)}",
-        ".SH DESCRIPTION", *paragraphs(command.help or ""),
+        f'.TH {roff(command.title.upper())} {command.section} "{date}" '
+        f'"udptun {release.VERSION}" "udptun"',
+        ".SH NAME", f"{roff(command.title)} \\- {roff(command.summary)}",
+        ".SH SYNOPSIS", f".B {roff(command.usage)}",
+        ".SH DESCRIPTION", *(paragraphs(command) if command.paragraphs else [command.summary]),
         ".SH OPTIONS",
     ]
-    for parameter in command.get_params(context):
-        record = parameter.get_help_record(context)
-        if record is not None:
-            lines += [".TP", f".B {roff(record[0])}", roff(" ".join(record[1].split())) or r"\&"]
-    see = [other for other in others if other != title and (
-        other == "udptun" or other.startswith(f"{title}-")
-    )]
-    if see:
-        lines += [".SH SEE ALSO", ",\n".join(f".BR {roff(other)} (8)" for other in see)]
-    return "\n".join(lines).replace(",\n.BR", "\n.BR") + "\n"
+    for option in command.options:
+        lines += [".TP", f".B {roff(option.names)}", roff(option.text) or r"\&"]
+        if option.variables:
+            lines += [".br", roff(f"Environment: {', '.join(option.variables)}")]
+    lines.append(".SH EXIT STATUS")
+    for code, meaning in EXIT.get(command.name, EXIT[""]).items():
+        lines += [".TP", f".B {code}", roff(meaning)]
+    related = [
+        other for other in others if other != command and (
+            other.name == "udptun" or command.name == other.name.rpartition(" ")[0]
+        )
+    ]
+    if related:
+        lines.append(".SH SEE ALSO")
+        lines += [f".BR {roff(other.title)} ({other.section})" for other in related]
+    return "\n".join(lines) + "\n"
 
 
-def write(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    found = list(commands("udptun", cli))
-    names = [name.replace(" ", "-") for name, _ in found]
-    for name, command in found:
-        (folder / f"{name.replace(' ', '-')}.8").write_text(page(name, command, names))
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+def pages() -> dict[str, bytes]:
+    """Return path below share/man -> text."""
+    found = command_tree.commands()
+    return {
+        f"man{command.section}/{command.title}.{command.section}": page(command, found).encode()
+        for command in found
+    }

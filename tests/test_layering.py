@@ -188,9 +188,9 @@ def undeclared(root, paths):
     for path in paths:
         parts = path.relative_to(root).parts
         declared = declared_for(*parts)
-        # a script has its own directory in sys.path, and some tests add this directory
+        # a script has its own directory in sys.path; setup.py and some tests add this directory
         scripts = {each.stem for each in (root / "scripts").glob("*.py")}
-        if parts[0] not in {"scripts", "tests"}:
+        if parts[0] not in {"scripts", "setup.py", "tests"}:
             scripts = set()
         for line, package, _ in imported(path, root / parts[0], set()):
             if package and package not in (*sys.stdlib_module_names, *OWN, *scripts):

@@ -1,8 +1,15 @@
-"""Completion by the shell: every command and option, for each shell that click supports."""
+"""Completion by the shell: every command and option, for each shell that click supports.
+
+The last tests start the real shells with the completion files that packages install.
+"""
 
 import os
+import pty
+import select
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +17,7 @@ import click
 import pytest
 from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 
+from tests.scripts import script
 from udptun.cli import cli
 from udptun.node.backends import MODES
 
@@ -100,3 +108,95 @@ def test_the_program_completes_for(shell: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     for mode in MODES:
         assert mode in result.stdout
+
+
+# The installed files, in real shells
+
+share_files = script("share_files")
+RENDERED = ("udptun", "udptun-node", "udptun-route-add")
+BIN = Path(sys.executable).parent  # has the command udptun
+
+
+@pytest.fixture
+def share(tmp_path: Path) -> Path:
+    share_files.write(tmp_path)
+    return tmp_path
+
+
+def need(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    if not (BIN / "udptun").exists():
+        pytest.skip(f"there is no {BIN}/udptun")
+
+
+def typed(command: list[str], ready: str, keys: str, wanted: str, folder: Path) -> None:
+    """Run a shell in a terminal. When it has printed ``ready``, type ``keys`` until it prints
+    ``wanted``."""
+    env = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder), "TERM": "dumb"}
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe(command[0], command, env)
+    deadline, seen, asked = time.monotonic() + 60, "", False
+    try:
+        while wanted not in seen:
+            assert time.monotonic() < deadline, seen
+            if not asked and ready in seen:
+                os.write(terminal, keys.encode())
+                asked, seen = True, ""
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096).decode(errors="replace")
+    finally:
+        os.close(terminal)  # the shell gets SIGHUP
+        os.waitpid(process, 0)
+
+
+def test_bash_completes_with_the_installed_file(share: Path) -> None:
+    need("bash")
+    rc = share / "bashrc"
+    rc.write_text(f"PS1='rea''dy> '\n. {share / share_files.COMPLETION['bash']}\n")
+    typed(["bash", "--noprofile", "--rcfile", str(rc), "-i"], "ready> ",
+          "udptun node --backend vx\t", "vxlan ", share)
+
+
+def test_zsh_completes_with_the_installed_file(share: Path) -> None:
+    need("zsh")
+    (share / ".zshrc").write_text(
+        f"PS1='ready> '\nfpath=({(share / share_files.COMPLETION['zsh']).parent} $fpath)\n"
+        "autoload -Uz compinit && compinit -u\n")
+    typed(["zsh", "-i"], "ready> ", "udptun node --backend vx\t", "vxlan", share)
+
+
+def test_fish_completes_with_the_installed_file(share: Path) -> None:
+    need("fish")
+    file = share / share_files.COMPLETION["fish"]
+    script = f"source {file}; complete -C 'udptun node --backend '"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", script], capture_output=True, text=True, check=False,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(share)})
+    assert set(MODES) <= {line.split("\t")[0] for line in done.stdout.splitlines()}, done.stderr
+
+
+# The man pages
+
+
+def test_man_renders_the_pages_and_knows_their_names(share: Path) -> None:
+    need("man")
+    pages = sorted((share / "man").rglob("*.[18]"))
+    wanted = {"-".join(("udptun", *words)) for words, _ in commands()}
+    assert {page.stem for page in pages} == wanted
+    named = subprocess.run(
+        ["lexgrog", *map(str, pages)], capture_output=True, text=True, check=True)
+    for page, line in zip(pages, named.stdout.splitlines(), strict=True):
+        assert line.startswith(f'{page}: "{page.stem} - '), line
+    shown = subprocess.run(
+        ["man", "--warnings=w", "-l", *(str(page) for page in pages if page.stem in RENDERED)],
+        capture_output=True, text=True, check=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8", "MANPAGER": "cat"})
+    assert shown.stderr == ""
+    assert "UDPTUN_NODE_BACKEND" in shown.stdout
+
+
+def test_the_daemons_are_in_section_8(share: Path) -> None:
+    assert (share / "man" / "man8" / "udptun-forward.8").exists()
+    assert (share / "man" / "man1" / "udptun-status.1").exists()
