@@ -73,10 +73,14 @@ RULES = {
     },
     "node": LEAVES | {"control.client", "leases", "net", "node", "probe"},
     "lab": LEAVES | {"lab"},
+    "doctor": LEAVES | {
+        "control.client", "control.protocol", "doctor", "leases", "net", "node.host",
+        "node.process.launch",
+    },
     "cli": LEAVES | {
         "cli", "cni", "control.client", "control.protocol", "device.offload", "device.tun",
-        "forwarder", "lab", "leases", "net.icmp", "net.kernel_path", "node", "takeover.kept",
-        "takeover.standby",
+        "doctor", "forwarder", "lab", "leases", "net.echo", "net.kernel_path", "node",
+        "takeover.kept", "takeover.standby",
     },
     "__main__": {"cli"},
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API

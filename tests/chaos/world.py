@@ -69,14 +69,14 @@ class ClusterKind:
 class World:
     """One cluster of a kind."""
 
-    def __init__(self, lab, kind: ClusterKind) -> None:
+    def __init__(self, lab, kind: ClusterKind, nodes: int = NODES) -> None:
         self.lab, self.mode, self.ipv6 = lab, kind.mode, kind.ipv6
         mode, store, ipv6 = kind.mode, kind.store, kind.ipv6
         network, backend = MODES[mode]
         config = {"Network": "10.244.0.0/16", "Backend": {"Type": network}}
         if ipv6:
             config |= {"EnableIPv6": True, "IPv6Network": "fd00:10:244::/56"}
-        hosts = [lab.host(f"n{number}") for number in range(1, NODES + 1)]
+        hosts = [lab.host(f"n{number}") for number in range(1, nodes + 1)]
         store_host = lab.host("store")
         lab.segment(*hosts, store_host)
         self.switch = next(host for host in lab.hosts if host.name.startswith("bridge"))

@@ -27,6 +27,7 @@ COMMANDS = {
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
     "ping": (".ping:ping", "Measure the path to a node or an address."),
     "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),
+    "doctor": (".doctor:doctor", "Find out what is wrong with the tunnel, and what to do."),
     "stop": (".stop:stop", "Stop a running forwarder."),
     "cni": (".cni:cni", "Attach pods: the CNI plugin, started by a container runtime."),
     "ext": (".ext:ext", "Commands for flanneld's extension backend."),

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 else:
     _ParamType = click.ParamType  # not generic before click 8.2
 
-__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "echo_fitting", "echo_json",
+__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "control_path",
+           "echo_fitting", "echo_json",
            "echo_table",
            "instance", "instance_of", "named_socket", "no_headers",
            "node_client", "output", "remember", "socket"]
@@ -153,7 +154,7 @@ def named_socket(ctx: click.Context) -> Path | None:
     return None if path is None or by_socket > by_instance else Path(path)
 
 
-def _control_path(ctx: click.Context) -> str:
+def control_path(ctx: click.Context) -> str:
     if (path := named_socket(ctx)) is not None:
         return str(path)
     if ctx.find_root().params.get("instance") is None:
@@ -165,7 +166,7 @@ def client(ctx: click.Context) -> ControlClient:
     """Return a client for the chosen socket. The client is closed at the end of the command."""
     from ..control.client import ControlClient
 
-    return ctx.with_resource(ControlClient(_control_path(ctx)))
+    return ctx.with_resource(ControlClient(control_path(ctx)))
 
 
 def node_client(ctx: click.Context) -> ControlClient:
@@ -173,7 +174,7 @@ def node_client(ctx: click.Context) -> ControlClient:
     from ..control.client import ControlClient
 
     return ctx.with_resource(
-        ControlClient(str(Path(_control_path(ctx)).with_name(NODE_SOCKET)), NODE_SECONDS))
+        ControlClient(str(Path(control_path(ctx)).with_name(NODE_SOCKET)), NODE_SECONDS))
 
 
 def node_stopped(ctx: click.Context) -> str:
@@ -182,7 +183,7 @@ def node_stopped(ctx: click.Context) -> str:
     The files with the forwarder's options and with the leases stay when the daemon ends. flanneld's
     extension has only the first.
     """
-    control = Path(_control_path(ctx))
+    control = Path(control_path(ctx))
     try:
         state = json.loads(control.with_name(FORWARD_FILE).read_bytes())["state"]
         if not Path(state).with_name(CACHE_FILE).exists():

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from ..errors import ControlError, FieldError, UdptunError
+from ..net.echo import Answer, EchoPinger
 from .answers import ask
 from .mesh import Row, endpoint_of, find
 from .options import client, connection, echo_json, node_client, output
 
 if TYPE_CHECKING:
-    import socket
-
     from ..control.client import ControlClient
     from ..model import IPAddress
     from ..net.kernel_path import KernelPath
@@ -30,16 +29,8 @@ ANSWER_SECONDS = 1.0
 # A search for the largest size waits for so many round trips, within these bounds.
 SEARCH_ROUND_TRIPS, SEARCH_MIN_SECONDS = 5, 0.3
 SEARCH_TRIES = 2  # a size fails after this number of unanswered packets
-PROBE_MIN, ECHO_MIN = 24, {4: 36, 6: 56}  # the smallest packets
-HEADERS = {4: 28, 6: 48}  # bytes before the payload of an echo request
+PROBE_MIN = 24  # the smallest packet
 EXIT_UNREACHABLE = 1
-
-
-class Answer:
-    """The result of one packet. rtt: in seconds; None: no answer, and ``error`` says why."""
-
-    def __init__(self, rtt: float | None, error: str = "") -> None:
-        self.rtt, self.error = rtt, error
 
 
 class Pinger(Protocol):
@@ -215,42 +206,6 @@ class ProbePinger:
         not work (False), or this is not known (None)."""
         return {key: self._last.get(key) for key in (
             "from_peer", "to_peer", "heard_seconds", "peer_heard_seconds")}
-
-
-class EchoPinger:
-    """Sends ICMP echo requests along the kernel's route."""
-
-    def __init__(self, address: IPAddress) -> None:
-        from ..net.icmp import Echoes, open_raw
-
-        self.smallest = ECHO_MIN[address.version]
-        self._version, self._headers = address.version, HEADERS[address.version]
-        self._echoes, self._token = Echoes(address.version), 0
-        self._raw: socket.socket = open_raw(address.version, self._echoes.identifier)
-        self._raw.connect((str(address), 0))
-
-    def once(self, size: int, seconds: float) -> Answer:
-        if size < self.smallest:
-            raise UdptunError(f"--size: {size} is less than {self.smallest}, the smallest packet")
-        self._token += 1
-        wanted = size - self._headers
-        sent_at = time.monotonic()
-        try:
-            self._raw.send(self._echoes.request(self._token, wanted))
-            while (left := sent_at + seconds - time.monotonic()) > 0:
-                self._raw.settimeout(left)
-                reply = self._echoes.reply(self._raw.recv(65536))
-                if reply == (self._token, wanted):
-                    return Answer(time.monotonic() - sent_at)
-        except TimeoutError:
-            pass
-        except OSError as exc:
-            return Answer(None, exc.strerror or str(exc))
-        return Answer(None, f"no answer within {seconds:g} s")
-
-    def directions(self) -> dict[str, Any]:
-        """Echo requests do not show which direction fails."""
-        return {"from_peer": None, "to_peer": None}
 
 
 def _echo_pinger(address: IPAddress) -> EchoPinger:

@@ -82,7 +82,7 @@ class LeaseCache:
         An invalid file is renamed. Blocks during file access.
         """
         try:
-            known = _decode(read_own_file(self.path))
+            known = read_known(self.path)
         except FileNotFoundError:
             return None
         except UntrustedFile as exc:
@@ -161,6 +161,15 @@ class LeaseCache:
     def _write(self, known: LastKnown) -> None:
         make_directory(self.path.parent)
         replace_file(self.path, [_encode(known)], mode=0o600)
+
+
+def read_known(path: Path) -> LastKnown:
+    """Read a file that a LeaseCache has written, of any store. Changes nothing.
+
+    Raises OSError if the file cannot be read; ValueError, KeyError, TypeError or RecursionError if
+    it is invalid.
+    """
+    return _decode(read_own_file(path))
 
 
 def _is_same(one: LastKnown, other: LastKnown) -> bool:

@@ -132,7 +132,7 @@ def claimed(config: NodeConfig) -> Iterator[None]:
 class Daemon:
     def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
         source = make_source(config.source, netlink.local_addresses)
-        self.report = NodeReport(config.source.kind, source.health)
+        self.report = NodeReport(config.source.kind, source.health, files=_files(config))
         self._config = config
         self._netlink = netlink
         self._errors = LogOnce(log)
@@ -423,6 +423,14 @@ class Daemon:
         report.underlay, report.interface_error = underlay, ""
         report.interface_note = underlay.note
         return underlay
+
+
+def _files(config: NodeConfig) -> dict[str, str]:
+    """Return the paths that the options can change, for `udptun doctor`."""
+    return {
+        "control": str(config.control), "state_dir": str(config.state_dir),
+        "subnet_file": str(config.subnet_file), "forward_file": str(config.forward_file),
+    }
 
 
 def _with_declared(options: InterfaceOptions, identity: Identity) -> InterfaceOptions:

@@ -23,6 +23,11 @@ EVENTS_N = 100
 STATES = ("reachable", "limited", "unreachable", "unknown")  # values of ``PairReport.state``
 
 
+def _clock_offset() -> float:
+    """Return the difference between the wall clock and the time since the boot."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 @dataclass(slots=True)
 class ForwarderReport:
     """The state of the forwarder's process and of its routes.
@@ -190,6 +195,7 @@ class NodeReport:
     applied           time.monotonic() when paths were applied last; None: never
     lag               seconds from the arrival of the last update until its paths were active
     started           time.time() of our start
+    files             the paths of our files, by name
     """
 
     store: str
@@ -223,6 +229,13 @@ class NodeReport:
     applied: float | None = None
     lag: float = 0.0
     started: float = field(default_factory=time.time)
+    files: Mapping[str, str] = field(default_factory=dict)
+    _boot: float = field(default_factory=_clock_offset)
+
+    def clock_step(self) -> float:
+        """Return by how many seconds the wall clock was set forward since our start. Suspension
+        does not count, nor does the slow correction by NTP."""
+        return _clock_offset() - self._boot
 
     def paths_applied(self, since: float) -> None:
         """Record that paths are active.

@@ -43,6 +43,9 @@ async def node_json(report: NodeReport, with_peers: bool = True) -> AsyncIterato
     head = {
         "version": __version__,
         "started": iso_time(report.started),
+        "clock_step_seconds": round(report.clock_step(), 3),
+        "store": report.store,
+        "files": dict(report.files),
         "ready": is_ready(checks),
         "waiting": report.waiting,
         "key": None if lease is None else lease.key,

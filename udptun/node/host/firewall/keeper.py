@@ -141,6 +141,22 @@ class Firewall:
         )
 
 
+async def find_drops(
+    want: FirewallRules, tunnel: Iterable[Flow], instance: Instance = DEFAULT, nft: str = "nft"
+) -> list[FirewallDrop]:
+    """Return what other programs' rules drop. Change nothing; for use without a daemon.
+
+    want    the rules of ours that the daemon would apply
+    tunnel  the tunnel's own datagrams
+    Raises FirewallError.
+    """
+    programs = Nft(instance, nft)
+    attempt = _Attempt(want, tunnel, "auto", instance, programs, set(),
+                       NftGuard(instance, programs), None, set())
+    await attempt.look()
+    return [*attempt.dropped.values()]
+
+
 class _Attempt:
     """One pass over all tables.
 
@@ -271,14 +287,7 @@ class _Attempt:
             not _drops(chains, flows)
         if await self._change(tables, listing, base, rules, at, in_place):
             chains = (await tables.read("filter")).chains()
-        for flow, drop in _drops(chains, flows).items():
-            remedy = "--firewall auto inserts accept rules there" if self._mode == "nftables" \
-                else "an accept rule is needed there"
-            self._report(flow, drop, f"{tables.name}, table filter", remedy)
-        for flow in self._datagrams(tables.version):
-            base = iptables.INPUT if flow.arrives else iptables.OUTPUT
-            if base in chains and (found := drop_of(chains, base, flow)) is not None:
-                self._report(flow, found, f"{tables.name}, table filter", _remedy_for(flow))
+        self._judge_variant(tables, chains, flows)
         return True
 
     async def _change(
@@ -297,6 +306,38 @@ class _Attempt:
         return not right
 
     # -- findings ---------------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """Find the drops, and change nothing."""
+        tables = await self._nft.others() if self._nft.is_there else []
+        names = {table.name for table in tables}
+        for family, version in FAMILIES.items():
+            for variant in iptables.VARIANTS:
+                is_there = "filter" in iptables.legacy_tables(version) if variant == "legacy" \
+                    else f"{family} filter" in names
+                found = await iptables.find(version, variant) if is_there else None
+                if found is None:
+                    continue
+                chains = (await found.read("filter")).chains()
+                if iptables.FORWARD in chains:
+                    self._judge_variant(found, chains, self._flows(version))
+                    if variant == "nft":
+                        names.discard(f"{family} filter")
+        for table in tables:
+            if table.name in names and table.bases:
+                self._judge_table(table, await self._nft.chains(table.name))
+
+    def _judge_variant(
+        self, tables: iptables.Tables, chains: Mapping[str, Chain], flows: Iterable[Flow]
+    ) -> None:
+        for flow, drop in _drops(chains, flows).items():
+            remedy = "--firewall auto inserts accept rules there" if self._mode == "nftables" \
+                else "an accept rule is needed there"
+            self._report(flow, drop, f"{tables.name}, table filter", remedy)
+        for flow in self._datagrams(tables.version):
+            base = iptables.INPUT if flow.arrives else iptables.OUTPUT
+            if base in chains and (found := drop_of(chains, base, flow)) is not None:
+                self._report(flow, found, f"{tables.name}, table filter", _remedy_for(flow))
 
     def _judge_table(self, table: OtherTable, chains: Mapping[str, Chain] | None) -> None:
         for version in table.versions:

@@ -1,0 +1,281 @@
+"""``udptun doctor`` on healthy nodes, and on nodes with one fault each.
+
+Most faults are acts of ``tests/chaos``, the others are in ``faults.py``. Neither knows what doctor
+looks at. A fault must be found by the check that concerns it, with evidence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from random import Random
+
+import pytest
+
+from tests.chaos.acts import ACTS
+from tests.chaos.world import ClusterKind, World
+from tests.netns.doctor_runs import await_healthy, doctor
+from tests.netns.hosts_file import two_nodes
+from udptun.doctor.checks import CHECKS
+from udptun.lab import Lab, LabError, wait_for
+from udptun.lab.cluster import Cluster, etcd_obstacle, start_all
+
+needs_etcd = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+SECONDS = 40.0  # until a fault is found; a peer counts as unreachable within 15 s
+
+# Acts that last, by the mode of the cluster: the check that must find the act, and what its finding
+# must contain.
+LASTING = {
+    "udp": {
+        "route-other": ("routes", r"10\.244\.\d+\.0/25 via"),
+        "route-blackhole": ("routes", r"blackhole 10\.244"),
+        "policy-rule": ("routes", "No route to host"),
+        "endpoint-in-tun": ("routes", "enter udptun0"),
+        "default-route": ("interface", "vpn0"),
+        "firewalld": ("firewall", "table inet firewalld"),
+        "input-drop": ("firewall", r"to this node \(UDP 8285\).*table inet strict"),
+        "output-drop": ("firewall", r"from this node \(UDP 8285\).*table inet strict"),
+        "conntrack-full": ("conntrack", r"\d+ of \d+ entries"),
+        "block-udp": ("peers", "answers pings, so UDP port 8285 is filtered"),
+        "block-udp-one-way": ("peers", r"unreachable.*8285"),
+        "block-udp-large": ("packet-size", r"largest packet that passes has \d+ bytes"),
+        "block-node": ("peers", "answers pings, so UDP port 8285 is filtered"),
+        "loss": ("loss", r"\d+% of the packets"),
+        "underlay-down": ("underlay", "eth0, which carries the tunnel, is down"),
+        "underlay-mtu": ("mtu", "eth0 has only 1300"),
+        "stop-daemon": ("node-daemon", "stopped by a signal.*state T.*kill -CONT"),
+        "stop-forwarder": ("forwarder", "stopped by a signal.*state T.*kill -CONT"),
+        "suspend": ("node-daemon", "stopped by a signal"),
+        "clock-forward": ("clock", "set forward by 2 d"),
+        "clock-back": ("clock", "set back by 2 d"),
+        "store-stop": ("store", "etcd.*last answer"),
+        "lease-garbage": ("store", "10.244.250.0-24"),
+    },
+    "vxlan": {
+        "block-vxlan": ("peers", r"VXLAN.*answers pings, so the tunnel's UDP port is filtered"),
+        "block-vxlan-large": ("packet-size", r"VXLAN.*largest packet that passes has \d+ bytes"),
+        "ufw": ("firewall", r"UDP 8472.*ufw"),
+        "input-drop": ("firewall", r"to this node \(UDP 8472\).*table inet strict"),
+        "stop-daemon": ("node-daemon", "stopped by a signal"),
+    },
+    "auto": {
+        "block-vxlan": ("preferred-path", "reached by UDP only: VXLAN"),
+        "block-udp": ("other-path", "not be reachable by UDP"),
+    },
+}
+# Acts that a running node repairs: so its programs are stopped or killed first.
+UNATTENDED = {
+    "link-down": ("host", "udptun0: it is down"),
+    "addr-flush": ("host", r"udptun0: it has lost 10\.244"),
+    "link-mtu": ("host", "udptun0: its MTU is 1000"),
+    "route-flush": ("host", r"udptun0: it has lost 10\.244\.0\.0/16"),
+    "link-rename": ("host", "udptun0 does not exist"),
+    "forwarding-off": ("forwarding", "net.ipv4.ip_forward is 0.*sysctl -w"),
+    "rp-filter-tun": ("rp-filter", "udptun0.*rp_filter is 1.*sysctl -w"),
+    "forward-drop": ("firewall", r"iptables \(nft\), table filter.*FORWARD"),
+    "forward-drop-legacy": ("firewall", r"iptables \(legacy\), table filter.*FORWARD"),
+    "leftover-chains": ("leftovers", "FLANNEL-"),
+    "leftover-flannel": ("leftovers", r"flannel\.1 of a former flannel.*ip link delete"),
+    "route-blackhole": ("routes", r"blackhole 10\.244"),
+    "subnet-env-delete": ("subnet-env", "does not exist: no pod can be attached"),
+    "run-delete": ("state-files", "run does not exist"),
+}
+# Faults of ``faults.py``, which are not acts of the chaos.
+OTHERS = {
+    "other-subnet": ("subnet-env", r"subnet 10\.244\.99\.0/24.*lease"),
+    "vni-taken": ("device-names", "vx9 has the VNI 1"),
+    "name-taken": ("device-names", "udptun0 is not a TUN.*dummy"),
+}
+
+
+@contextlib.contextmanager
+def world_of(lab: Lab, mode: str):
+    world = World(lab, ClusterKind(mode), 3)
+    try:
+        world.start()
+        for member in world.members:
+            await_healthy(member)
+        yield world
+    finally:
+        world.close()
+
+
+def await_finding(member, check, pattern):
+    """Wait until the check has a finding with this text."""
+    last = []
+
+    def found():
+        last[:] = [doctor(member)]
+        return any(re.search(pattern, text, re.DOTALL) for text in last[0].of(check))
+
+    try:
+        wait_for(found, f"{check} to find /{pattern}/", SECONDS)
+    except LabError as exc:
+        raise AssertionError(f"{exc}: {last[0].problems}") from None
+
+
+def signal_all(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@needs_etcd
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", LASTING)
+def test_each_lasting_act_is_found_by_name(lab, mode):
+    with world_of(lab, mode) as world:
+        for name, (check, pattern) in LASTING[mode].items():
+            scene = ACTS[name].do(world, Random(f"doctor {name}"))
+            member = (scene.touched or world.members)[0]
+            try:
+                if mode == "auto":
+                    member = _blocked_first(scene, world)
+                await_finding(member, check, pattern)
+            except AssertionError as exc:
+                pytest.fail(f"{name} ({scene.text}): {exc}")
+            finally:
+                scene.undo()
+            for one in world.members:
+                await_healthy(one)
+
+
+def _blocked_first(scene, world):
+    """Return the first node that the text of the scene names."""
+    return world.named(scene.text.split()[0])
+
+
+@needs_etcd
+@pytest.mark.slow
+def test_each_act_on_an_unattended_node_is_found_by_name(lab):
+    """The daemon and the forwarder are stopped, so doctor must look itself."""
+    with world_of(lab, "udp") as world:
+        for name, (check, pattern) in UNATTENDED.items():
+            rng = Random(f"doctor {name}")
+            pids = world.pids(*world.members)
+            signal_all(pids, signal.SIGSTOP)
+            scene = None
+            try:
+                scene = ACTS[name].do(world, rng)
+                member = scene.touched[0]
+                report = doctor(member)
+                texts = report.of(check)
+                assert any(re.search(pattern, text, re.DOTALL) for text in texts), \
+                    f"{name} ({scene.text}): {report.problems}"
+                assert report.of("node-daemon")
+                assert report.of("forwarder")
+            finally:
+                if scene is not None and scene.undo is not None:
+                    scene.undo()
+                signal_all(pids, signal.SIGCONT)
+            for one in world.members:
+                await_healthy(one)
+
+
+@needs_etcd
+@pytest.mark.slow
+def test_other_faults_are_found_by_name(lab):
+    with world_of(lab, "udp") as world:
+        member = world.members[0]
+        for name, (check, pattern) in OTHERS.items():
+            pids = world.pids(member)
+            signal_all(pids, signal.SIGSTOP)
+            try:
+                fault(member, name)
+                report = doctor(member)
+                assert any(re.search(pattern, text, re.DOTALL) for text in report.of(check)), \
+                    f"{name}: {report.problems}"
+            finally:
+                member.host.run(["sh", "-c", "ip link del vx9; ip -d link show udptun0 | grep -q"
+                                 " dummy && ip link del udptun0"], check=False)
+                signal_all(pids, signal.SIGCONT)
+            await_healthy(member)
+
+
+def environment(member):
+    return {"CONTROL": str(member.control), "STATE_DIR": str(member.folder / "state"),
+            "SUBNET_FILE": str(member.subnet_file), "ADDRESS": str(member.host.v4)}
+
+
+def fault(member, name):
+    member.host.run([sys.executable, "-m", "tests.netns.faults", name], env=environment(member))
+
+
+@needs_etcd
+@pytest.mark.slow
+def test_files_ports_and_dead_programs(lab):
+    """Faults that need a mount namespace, or that the node must be dead for."""
+    cluster = Cluster(lab, 2)
+    cluster.start()
+    node, _ = cluster.members
+    await_healthy(node)
+    faults = {
+        "state-read-only": ("state-files", "read-only file system"),
+        "state-full": ("state-files", "is full"),
+        "tun-missing": ("tun-device", "is not the TUN device"),
+    }
+    for name, (check, pattern) in faults.items():
+        inject = f'{sys.executable} -m tests.netns.faults {name} && exec "$@"'
+        words = " ".join(f"{key}={value}" for key, value in environment(node).items())
+        report = doctor(node, prefix=("unshare", "-m", "sh", "-c", f"export {words}; {inject}",
+                                      "sh"))
+        assert any(re.search(pattern, text) for text in report.of(check)), \
+            f"{name}: {report.problems}"
+    await_healthy(node)
+
+    node.daemon.kill()
+    report = doctor(node)
+    assert "does not run" in report.of("node-daemon")[0]
+    assert not report.of("forwarder")
+    pid = node.forwarder_pid()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: doctor(node).of("forwarder"), "doctor to miss the forwarder")
+    holder = node.host.start([sys.executable, "-m", "tests.netns.faults", "port-taken", "--hold"],
+                             env=environment(node))
+    wait_for(lambda: any("another program has the UDP port 8285" in text
+                         for text in doctor(node).of("port")), "doctor to find the port taken")
+    holder.kill()
+    assert "does not run" in doctor(node).of("forwarder")[0]
+
+
+@needs_etcd
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["udp", "vxlan", "auto"])
+def test_a_healthy_cluster(lab, backend):
+    cluster = Cluster(lab, 3, options=[f"--backend={backend}"], config={
+        "Network": "10.244.0.0/16", "EnableIPv6": True, "IPv6Network": "fd00:10:244::/56",
+        "Backend": {"Type": "udp" if backend == "udp" else "vxlan"}})
+    for member in cluster.members:
+        member.host.sysctl("net.ipv6.conf.all.forwarding=1")
+    cluster.start()
+    for member in cluster.members:
+        await_healthy(member)
+
+
+def test_a_pair_of_hosts_and_its_stopped_programs(lab):
+    """Fast: nothing is found on a healthy pair; a stopped daemon and a stopped forwarder are."""
+    members = two_nodes(lab)
+    start_all(members)
+    node, _ = members
+    await_healthy(node)
+    report = doctor(node)
+    assert {one["check"] for one in report.findings} == {check.name for check in CHECKS}
+
+    node.subnet_file.rename(node.subnet_file.with_suffix(".gone"))
+    pids = [node.daemon.pid, node.forwarder_pid()]
+    signal_all(pids, signal.SIGSTOP)
+    try:
+        node.subnet_file.unlink(missing_ok=True)
+        began = time.monotonic()
+        report = doctor(node)
+        assert time.monotonic() < began + 60  # although both sockets hang
+    finally:
+        signal_all(pids, signal.SIGCONT)
+    assert f"process {pids[0]} has the state T" in report.of("node-daemon")[0]
+    assert f"process {pids[1]} has the state T" in report.of("forwarder")[0]
+    assert report.of("subnet-env")
+    await_healthy(node)

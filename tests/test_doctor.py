@@ -1,0 +1,117 @@
+"""The parts of ``udptun doctor`` that need no network: deadlines, output, the generated page."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from udptun.doctor import run as runner
+from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
+from udptun.doctor.checks import CHECKS
+from udptun.doctor.checks.daemon import _problems, _split
+from udptun.doctor.facts import Facts
+from udptun.doctor.page import page
+from udptun.doctor.sockets import _address
+from udptun.instance import Instance
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Facts:
+    return Facts(Instance(), tmp_path / "udptun.sock", lambda node, peers: [], tmp_path,
+                 tmp_path / "subnet.env")
+
+
+def made(look: object, seconds: float = 5.0) -> Check:
+    return Check("it", "looks at it", "node.md", look, seconds)  # type: ignore[arg-type]
+
+
+def test_the_page_lists_the_checks() -> None:
+    assert (ROOT / "docs" / "doctor.md").read_text() == page(), \
+        "run python -m udptun.doctor.page > docs/doctor.md"
+
+
+def test_each_check_has_a_name_of_its_own_and_an_existing_page() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS) >= 40
+    for check in CHECKS:
+        assert (ROOT / "docs" / check.page.partition("#")[0]).exists()
+
+
+def test_a_check_that_hangs_is_given_up(facts: Facts) -> None:
+    over = threading.Event()
+
+    def hangs(_: Facts) -> list[Finding]:
+        over.wait()
+        return []
+
+    began = time.monotonic()
+    found = runner.run(facts, [made(hangs, 0.2), made(lambda _: [ok("fine")])])
+    over.set()
+    assert time.monotonic() < began + 30
+    assert [one.finding.result for one in found] == [Result.WARNING, Result.OK]
+    assert "did not end within" in found[0].finding.text
+
+
+def test_the_worst_comes_first_and_no_check_is_lost(facts: Facts) -> None:
+    def skips(_: Facts) -> list[Finding]:
+        raise Skip("not here")
+
+    def breaks(_: Facts) -> list[Finding]:
+        raise ZeroDivisionError("a bug")
+
+    def denied(_: Facts) -> list[Finding]:
+        raise PermissionError(13, "Permission denied", "/x")
+
+    found = runner.run(facts, [made(lambda _: []), made(skips), made(breaks), made(denied),
+                               made(lambda _: [warning("w")]), made(lambda _: [failed("f")])])
+    assert [one.finding.result.value for one in found] == [
+        "failed", "warning", "skipped", "skipped", "skipped", "ok"]
+    assert "a bug" in found[3].finding.text
+    assert "run as root" in found[4].finding.text
+
+
+def test_the_whole_run_is_bounded(facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "ALL_SECONDS", 0.0)
+    (found,) = runner.run(facts, [made(lambda _: [failed("never looked at")])])
+    assert found.finding == Finding(Result.SKIPPED, "no time is left")
+
+
+def test_foreign_text_is_escaped() -> None:
+    assert "\x1b" not in failed("a \x1b[2J name", "\x1b]0;", "\u202e").text
+    assert "\\x1b" in failed("a \x1b[2J name").text
+
+
+def test_a_host_without_udptun(facts: Facts) -> None:
+    """Nothing runs, and no file is there: each check ends, and only one has a finding."""
+    facts.gather()
+    found = runner.run(facts, CHECKS)
+    assert {one.check.name for one in found} == {check.name for check in CHECKS}
+    assert not [one for one in found if "itself failed" in one.finding.text]
+
+
+@pytest.mark.parametrize(("texts", "good", "problems"), [
+    (["one problem"], "", ["one problem"]),
+    (["etcd answers; leases: 3", "1 cannot be used:", "k: bad"], "etcd answers; leases: 3",
+     ["1 cannot be used: k: bad"]),
+    (["our rules are active, but rules of other programs drop packets of the overlay:", "a", "b"],
+     "", ["a", "b"]),
+    (["etcd: down", "the active leases are from the cache"],
+     "the active leases are from the cache", ["etcd: down"]),
+])
+def test_the_lines_of_the_daemon(texts: list[str], good: str, problems: list[str]) -> None:
+    assert _problems(texts) == (good, problems)
+
+
+def test_the_remedy_of_the_daemon() -> None:
+    assert _split("x drops; a rule of this chain has to accept UDP port 1") == (
+        "x drops", "", "a rule of this chain has to accept UDP port 1")
+    assert _split("a; b") == ("a; b", "", "")
+
+
+def test_addresses_of_proc() -> None:
+    assert str(_address("0100007F")) == "127.0.0.1"
+    assert str(_address("00000000000000000000000001000000")) == "::1"

@@ -1,0 +1,271 @@
+"""Checks of the devices: /dev/net/tun, the TUN, VXLAN, and the kernel's settings for them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..check import Finding, Skip, check, failed, ok, warning
+from ..facts import Facts
+
+TUN_FILE = Path("/dev/net/tun")
+TUN_NUMBER = (10, 200)
+SYS = Path("/proc/sys/net")
+OLDEST = (5, 10)  # the oldest kernel that udptun supports
+IPV6_MIN = 1280
+
+
+@check("tun-device", "/dev/net/tun: it exists and may be opened (device cgroup, seccomp, AppArmor)",
+       "operations.md#troubleshooting")
+def tun_device(facts: Facts) -> Iterator[Finding]:
+    if not facts.expects_forwarder and facts.expects_node:
+        raise Skip("this node does not need a TUN")
+    try:
+        found = TUN_FILE.stat()
+    except FileNotFoundError:
+        yield failed(f"{TUN_FILE} does not exist", remedy="run: modprobe tun")
+        return
+    number = os.major(found.st_rdev), os.minor(found.st_rdev)
+    if not stat.S_ISCHR(found.st_mode) or number != TUN_NUMBER:
+        yield failed(f"{TUN_FILE} is not the TUN device", f"its device number is {number}",
+                     f"run: rm {TUN_FILE} && mknod {TUN_FILE} c 10 200")
+        return
+    try:
+        os.close(os.open(TUN_FILE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        if exc.errno in (errno.EACCES, errno.EPERM) and not facts.is_root:
+            raise Skip(f"this user may not open {TUN_FILE}: run as root") from None
+        remedy = "run: modprobe tun"
+        if exc.errno in (errno.EACCES, errno.EPERM):
+            remedy = "allow the device to this container (--device /dev/net/tun)"
+        yield failed(f"{TUN_FILE} cannot be opened: {exc.strerror}", _confinement(), remedy)
+        return
+    yield ok(f"{TUN_FILE} can be opened")
+
+
+def _confinement() -> str:
+    """Return the AppArmor profile and the seccomp mode of this process."""
+    parts = []
+    try:
+        profile = Path("/proc/self/attr/current").read_text().strip("\0\n ")
+        if profile and profile != "unconfined":
+            parts.append(f"AppArmor profile {profile}")
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Seccomp:") and line.split()[1] != "0":
+                parts.append(f"seccomp mode {line.split()[1]}")
+    except OSError:
+        pass
+    return ", ".join(parts)
+
+
+@check("kernel", "the version of the kernel, and features that udptun uses",
+       "datapath.md#offloads")
+def kernel(facts: Facts) -> Iterator[Finding]:
+    release = os.uname().release
+    version = tuple(int(word) for word in release.split("-")[0].split(".")[:2] if word.isdigit())
+    if version < OLDEST:
+        yield warning(f"the kernel {release} is older than {OLDEST[0]}.{OLDEST[1]}",
+                      remedy="update the kernel")
+    else:
+        yield ok(f"Linux {release}")
+
+
+@check("offloads", "offloads that the kernel has refused", "datapath.md#offloads")
+def offloads(facts: Facts) -> Iterator[Finding]:
+    if facts.forwarder.answer is None:
+        raise Skip("no forwarder answers")
+    found = facts.forwarder.answer["capabilities"]
+    for name, cause in found["off"].items():
+        if cause != "asked":
+            yield warning(f"the offload {name} is off, so throughput is lower: {cause}",
+                          remedy="a newer kernel may have it")
+    if not found["off"]:
+        yield ok(f"in use: {', '.join(found['in_use'])}")
+
+
+@check("vxlan", "whether this kernel can make VXLAN devices, if the network wants them",
+       "flannel.md#nodes-that-cannot-make-vxlan-devices")
+def vxlan(facts: Facts) -> Iterator[Finding]:
+    if facts.node.answer is not None:
+        for backend, why in facts.node.answer["unavailable"].items():
+            yield warning(f"{backend} is not available on this node: {why}",
+                          remedy="run: modprobe vxlan" if "vxlan" in f"{backend}{why}".lower()
+                          else "")
+        return
+    missing = [name for name in facts.vxlan_devices if name not in facts.links]
+    if not facts.vxlan_devices:
+        raise Skip("this node does not use VXLAN, or it is not known whether it does")
+    if len(missing) == len(facts.vxlan_devices) and not Path("/sys/module/vxlan").exists():
+        yield failed("the kernel has no module vxlan", remedy="run: modprobe vxlan")
+
+
+@check("device-names", "devices of other programs with the names or the VNI of ours",
+       "node.md#several-overlays-on-one-host")
+def device_names(facts: Facts) -> Iterator[Finding]:
+    tun = facts.links.get(facts.tun)
+    if facts.expects_forwarder and tun is not None and tun.kind != "tun":
+        yield failed(f"{facts.tun} is not a TUN: another program has a device of this name",
+                     f"its type is {tun.kind or 'a network card'}",
+                     f"run: ip link delete {facts.tun}, or give udptun another --tun")
+    network = None if facts.known is None else facts.known.network
+    if network is None:
+        return
+    for name in facts.vxlan_devices:
+        link = facts.links.get(name)
+        if link is not None and (link.kind != "vxlan" or link.vni != network.vni):
+            yield failed(f"{name} is not a VXLAN device with VNI {network.vni}",
+                         f"its type is {link.kind}, its VNI {link.vni}",
+                         f"run: ip link delete {name}")
+    for link in facts.links.values():
+        if facts.vxlan_devices and link.kind == "vxlan" and link.vni == network.vni and \
+                link.name not in facts.vxlan_devices:
+            yield failed(f"{link.name} has the VNI {network.vni} of this overlay",
+                         remedy=f"run: ip link delete {link.name}, if no other program needs it")
+
+
+def differences(facts: Facts) -> Iterator[Finding]:
+    """Compare the overlay's devices with what the daemon or the forwarder has set up."""
+    looked = False
+    for finding in _tun_differences(facts):
+        looked = True
+        yield finding
+    for name in facts.vxlan_devices:
+        link = facts.links.get(name)
+        looked = True
+        if link is None:
+            if facts.backend == "vxlan":
+                yield failed(f"{name} does not exist", remedy="start the node daemon: it makes it")
+        elif not link.up:
+            yield failed(f"{name} is down", remedy=f"run: ip link set {name} up")
+        elif facts.known is not None and facts.known.lease is not None:
+            own = {subnet.network_address for subnet in facts.known.lease.subnets}
+            if not own & {one.address for one in link.addresses}:
+                yield failed(f"{name} has lost its address",
+                             remedy="start the node daemon: it sets it")
+    if not looked:
+        raise Skip("it is not known which devices this host should have")
+
+
+def _tun_differences(facts: Facts) -> Iterator[Finding]:
+    """Yield an ok finding if nothing differs, so that the caller knows that it was looked at."""
+    from ...model import parse_address, parse_prefix
+    from ...net.netlink import Netlink
+    from ...net.tun_state import tun_state
+
+    answer = facts.forwarder.answer
+    if answer is not None:
+        device = answer["device"]
+        addresses, networks, mtu = device["addresses"], device["networks"], device["mtu"]
+    elif facts.spec is not None:
+        addresses, networks, mtu = facts.spec.addresses, facts.spec.networks, facts.spec.mtu
+    else:
+        return
+    link = facts.links.get(facts.tun)
+    restart = "run: systemctl reload udptun-node, or start the daemon: it repairs the device"
+    if link is None:
+        yield failed(f"{facts.tun} does not exist", remedy=restart)
+        return
+    wanted = [parse_prefix("network", text) for text in networks]
+    with Netlink() as netlink:
+        state = asyncio.run(tun_state(netlink, link.index, wanted))
+    if state is None:
+        return
+    found = state.differences(facts.tun, state.mtu if mtu is None else mtu,
+                              [parse_address("address", text) for text in addresses], wanted)
+    for text in found:
+        yield failed(f"{facts.tun}: {text}", remedy=restart)
+    if not found:
+        yield ok(f"{facts.tun}: MTU {state.mtu}, addresses and routes are there")
+
+
+@check("forwarding", "net.ipv4.ip_forward and net.ipv6.conf.all.forwarding",
+       "operations.md#troubleshooting")
+def forwarding(facts: Facts) -> Iterator[Finding]:
+    if not facts.networks:
+        raise Skip("the overlay's networks are not known")
+    if not facts.expects_node:
+        raise Skip("this host has no pods' subnet: it may be an end point only")
+    versions = {network.version for network in facts.networks}
+    for version, name in ((4, "ipv4/ip_forward"), (6, "ipv6/conf/all/forwarding")):
+        if version in versions and _read(SYS / name) == "0":
+            key = "net." + name.replace("/", ".")
+            yield failed(f"{key} is 0: pods on this host reach no other node over IPv{version}",
+                         remedy=f"run: sysctl -w {key}=1")
+
+
+@check("rp-filter", "strict reverse path filtering on the overlay's devices",
+       "operations.md#troubleshooting")
+def rp_filter(facts: Facts) -> Iterator[Finding]:
+    for name in facts.devices:
+        own, all_ = (_read(SYS / f"ipv4/conf/{one}/rp_filter") for one in (name, "all"))
+        if own and max(int(own), int(all_ or "0")) == 1:
+            yield failed(
+                f"the kernel drops packets from {name} whose source it does not route there",
+                f"net.ipv4.conf.{name}.rp_filter is {own}, that of all is {all_}",
+                f"run: sysctl -w net.ipv4.conf.{name}.rp_filter=2")
+
+
+@check("bridge-filter", "net.bridge.bridge-nf-call-iptables, on a Kubernetes node",
+       "node.md#firewall")
+def bridge_filter(facts: Facts) -> Iterator[Finding]:
+    from .kubernetes import kubelet_is_here
+
+    value = _read(SYS / "bridge/bridge-nf-call-iptables")
+    if not kubelet_is_here():
+        raise Skip("no kubelet runs here")
+    if value == "0":
+        yield warning("services do not work between pods of this node: iptables does not see"
+                      " packets on the bridge", "net.bridge.bridge-nf-call-iptables is 0",
+                      "run: sysctl -w net.bridge.bridge-nf-call-iptables=1")
+    elif not value:
+        yield warning("the module br_netfilter is not loaded: services do not work between pods of"
+                      " this node", remedy="run: modprobe br_netfilter")
+
+
+@check("mtu", "the MTU of the overlay, of the underlay, of subnet.env and of the pods' bridge",
+       "operations.md#choose-the-mtu")
+def mtu(facts: Facts) -> Iterator[Finding]:
+    from .daemon import reported
+
+    yield from reported(facts, "mtu") or ()
+    underlay = facts.underlay
+    tun = facts.links.get(facts.tun) if facts.expects_forwarder else None
+    addresses = facts.underlay_addresses
+    if underlay is not None and tun is not None and addresses:
+        overhead = 28 if any(one.version == 4 for one in addresses) else 48
+        if tun.mtu > underlay.mtu - overhead and tun.mtu > IPV6_MIN and underlay.name != "lo":
+            yield failed(
+                f"{tun.name} has MTU {tun.mtu}, and {underlay.name} has only {underlay.mtu}: large"
+                " packets are lost or fragmented", f"the tunnel adds {overhead} bytes",
+                "restore the MTU of the interface, or restart the forwarder")
+    bridge = facts.links.get("cni0")
+    wanted = None if facts.node.answer is None else facts.node.answer["mtu"]
+    if bridge is not None and wanted and bridge.mtu > wanted:
+        yield warning(f"the pods' bridge cni0 has MTU {bridge.mtu}, and the overlay {wanted}",
+                      remedy="delete the pods and the bridge: the CNI plugin makes it again")
+
+
+@check("ipv6", "IPv6 on the overlay's devices, if the overlay has IPv6", "node.md#health")
+def ipv6(facts: Facts) -> Iterator[Finding]:
+    if not any(network.version == 6 for network in facts.networks):
+        raise Skip("the overlay has no IPv6, or its networks are not known")
+    for name in facts.devices:
+        if _read(SYS / f"ipv6/conf/{name}/disable_ipv6") == "1" and name in facts.links and not (
+                name.startswith(("flannel.", f"{facts.instance.name}."))):
+            yield failed(f"IPv6 is disabled on {name}",
+                         remedy=f"run: sysctl -w net.ipv6.conf.{name}.disable_ipv6=0")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+CHECKS = (tun_device, kernel, offloads, vxlan, device_names, forwarding, rp_filter, bridge_filter,
+          mtu, ipv6)

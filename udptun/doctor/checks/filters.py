@@ -1,0 +1,64 @@
+"""Checks of the packet filters: what others drop, and the table of connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from ipaddress import ip_network
+
+from ...model import IPNetwork
+from ..check import Finding, Skip, check, failed, ok, warning
+from ..facts import Facts
+
+
+def drops(facts: Facts) -> Iterator[Finding]:
+    """Read the rules of other programs, as the daemon does."""
+    from ...node.host.firewall.keeper import find_drops
+    from ...node.host.firewall.rules import FirewallRules
+    from ...node.host.firewall.verdict import Flow
+
+    if not facts.is_root:
+        raise Skip("the rules of the firewall can only be read by root")
+    if not facts.networks:
+        raise Skip("the overlay's networks are not known")
+    subnets = () if facts.known is None or facts.known.lease is None else facts.known.lease.subnets
+    by_version: dict[int, tuple[IPNetwork | None, IPNetwork | None]] = {
+        version: (
+            next((one for one in facts.networks if one.version == version), None),
+            next((one for one in subnets if one.version == version), None))
+        for version in (4, 6)}
+    want = FirewallRules(*by_version[4], *by_version[6], forward=True,  # type: ignore[arg-type]
+                         devices=frozenset(facts.devices))
+    link = facts.underlay
+    flows = []
+    for endpoint in facts.listen if link is not None else ():
+        assert link is not None
+        own, others = ip_network(endpoint.address), ip_network(f"{type(endpoint.address)(0)}/0")
+        name, device = f"IPv{own.version} datagrams of the tunnel", frozenset({link.name})
+        flows += [
+            Flow(f"{name} to this node (UDP {endpoint.port})", others, own, True, device,
+                 endpoint.port, "established"),
+            Flow(f"{name} from this node (UDP {endpoint.port})", own, others, False, device,
+                 endpoint.port, "established")]
+    found = asyncio.run(find_drops(want, flows, facts.instance))
+    for one in found:
+        yield (failed if one.cuts else warning)(one.text, remedy=one.remedy)
+    if not found:
+        yield ok("no rule drops packets of the overlay or of the tunnel")
+
+
+@check("conntrack", "whether the kernel's table of connections is nearly full", "node.md#health")
+def conntrack(facts: Facts) -> Iterator[Finding]:
+    from ...node.host.conntrack import LIMIT, shortage
+
+    why = shortage()
+    if why:
+        text, _, remedy = why.rpartition("; raise ")
+        yield failed(text, remedy=f"raise {remedy}")
+        return
+    if not LIMIT.exists():
+        raise Skip("this kernel tracks no connections")
+    yield ok("the table has room")
+
+
+CHECKS = (conntrack,)

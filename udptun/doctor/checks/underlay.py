@@ -1,0 +1,103 @@
+"""Checks of the network below the tunnel: the interface, its address, the port."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..check import Finding, Skip, check, failed, ok, warning
+from ..facts import Facts
+from ..processes import owners_of_socket
+
+VXLAN_PORT = 8472
+
+
+@check("underlay", "the interface that carries the tunnel: it exists, is up, has a link",
+       "node.md#which-interface-and-address-other-nodes-use")
+def underlay(facts: Facts) -> Iterator[Finding]:
+    link = facts.underlay
+    if link is None:
+        if not facts.underlay_addresses:
+            raise Skip("it is not known which interface carries the tunnel")
+        return  # ``underlay-address`` reports it
+    if not link.up:
+        yield failed(f"{link.name}, which carries the tunnel, is down",
+                     remedy=f"run: ip link set {link.name} up")
+    elif not link.carrier:
+        yield failed(f"{link.name}, which carries the tunnel, has no link",
+                     "carrier 0", "look at the cable, the switch or the virtual machine's network")
+    else:
+        yield ok(f"{link.name} is up, MTU {link.mtu}")
+
+
+@check("underlay-address", "this host has the addresses that the tunnel uses, and has them alone",
+       "operations.md#troubleshooting")
+def address(facts: Facts) -> Iterator[Finding]:
+    wanted = facts.underlay_addresses
+    if not wanted:
+        raise Skip("the addresses of the tunnel are not known")
+    have = {one.address: (link, one) for link in facts.links.values() for one in link.addresses}
+    for one in wanted:
+        if one not in have:
+            yield failed(f"no interface has the address {one}, which the tunnel uses",
+                         remedy="restore the address, or restart the daemon: it chooses again")
+            continue
+        link, found = have[one]
+        if found.duplicate:
+            yield failed(f"another host has the address {one} of {link.name}, too",
+                         "the kernel's duplicate address detection", "change one of the addresses")
+        elif found.tentative:
+            yield warning(f"the kernel has not accepted the address {one} of {link.name} yet",
+                          "it is tentative")
+        else:
+            yield ok(f"{link.name} has {one}")
+
+
+@check("duplicate-peers", "nodes that publish the same address and port",
+       "node.md#which-interface-and-address-other-nodes-use")
+def duplicate_peers(facts: Facts) -> Iterator[Finding]:
+    if facts.known is None:
+        raise Skip("the leases are not known")
+    own = facts.known.lease.key if facts.known.lease is not None else None
+    public: dict[str, list[str]] = {}
+    for lease in facts.known.leases:
+        attributes = lease.attributes
+        data = attributes.backend_data
+        port = (data.get("port") or data.get("Port") or 0) if isinstance(data, dict) else 0
+        if attributes.public_ip is not None:
+            public.setdefault(f"{attributes.public_ip} port {port}" if port
+                              else str(attributes.public_ip), []).append(lease.key)
+    for where, keys in public.items():
+        if len(keys) > 1:
+            whose = " and this node" if own in keys else ""
+            names = ", ".join(key for key in keys if key != own)
+            yield failed(f"{names}{whose} publish the same address {where}",
+                         remedy="give each node an address of its own, or delete the lease of the"
+                         " machine that is gone")
+
+
+@check("port", "the UDP port: the forwarder has it, and no other program",
+       "operations.md#troubleshooting")
+def port(facts: Facts) -> Iterator[Finding]:
+    if not facts.listen:
+        raise Skip("this host does not listen on UDP, or its port is not known")
+    assert facts.first is not None
+    ours = {one.pid for one in facts.processes}  # the daemon keeps copies of the sockets
+    for endpoint in facts.listen:
+        at = [one for one in facts.first.sockets if one.port == endpoint.port and
+              (one.address == endpoint.address or one.address.is_unspecified)]
+        if not at:
+            yield failed(f"no program listens on UDP {endpoint}",
+                         remedy="start the forwarder: see the check forwarder")
+            continue
+        for inode in {one.inode for one in at}:
+            owners = owners_of_socket(inode)
+            if owners and not owners.keys() & ours:
+                names = ", ".join(f"{name} (process {pid})" for pid, name in owners.items())
+                yield failed(f"another program has the UDP port {endpoint.port}: {names}",
+                             f"its socket is bound to {at[0].address}",
+                             "stop it, or give udptun another port")
+        if facts.forwarder.answer is not None:
+            yield ok(f"the forwarder listens on {endpoint}")
+
+
+CHECKS = (underlay, address, duplicate_peers, port)
