@@ -29,6 +29,7 @@ VERSION = "0.1.0"
 WORKER = {
     "index": 0, "turns": 8, "loop_returns": 9, "queued": 1, "icmp_sent": 3, "icmp_suppressed": 4,
     "own_sockets": 2, "own_sockets_given": 3, "probes_lost": 0, "icmp_floods": 0,
+    "cpu_seconds": 1.25,
     "syscalls": {"read": 5, "write": 6, "send": 7, "receive": 8, "wait": 9},
 }
 
@@ -278,13 +279,17 @@ class LoopThread:
 class Served:
     """A fake forwarder with a real control server. The server closes after a stop request."""
 
-    def __init__(self, thread: LoopThread, path: Path) -> None:
-        self.thread, self.path = thread, path
+    forwarder: FakeForwarder
+
+    def __init__(
+        self, thread: LoopThread, path: Path, make: Callable[[], FakeForwarder] = FakeForwarder
+    ) -> None:
+        self.thread, self.path, self._make = thread, path, make
 
     def __enter__(self) -> Served:
         from udptun.control.server import ControlServer
 
-        self.forwarder: FakeForwarder = self.thread.call(FakeForwarder)
+        self.forwarder = self.thread.call(self._make)
         self.server = ControlServer(self.forwarder, self.path)
         self.thread.run(self.server.start)
         self._closing = asyncio.run_coroutine_threadsafe(self._close(), self.thread.loop)

@@ -30,6 +30,7 @@ from .options import (
     node_stopped,
     terminal_width,
 )
+from .samples import UNKNOWN, Pair, peer_rates
 from .show import device_block, peer_block
 
 if TYPE_CHECKING:
@@ -114,28 +115,8 @@ class Sample:
             self.rows = [row]
         self.rows = sorted((row for row in self.rows if not states or row["state"] in states),
                            key=lambda row: _sort_key(row, sort))
-        self.rates = {} if before is None else self._rates(before)
-
-    def _rates(self, before: Sample) -> dict[str, tuple[float | None, ...]]:
-        """Return bytes per second, sent and received, by name."""
-        former = {row["name"]: row for row in before.all}
-        passed = self.at - before.at
-        found: dict[str, tuple[float | None, ...]] = {}
-        for row in self.rows:
-            was = former.get(row["name"])
-            if was is not None:
-                found[row["name"]] = tuple(
-                    _rate(was[side], row[side], passed) for side in ("sent", "received"))
-        return found
-
-
-def _rate(
-    was: Mapping[str, int] | None, now: Mapping[str, int] | None, seconds: float
-) -> float | None:
-    """None: not counted, or the counter began again."""
-    if was is None or now is None or now["bytes"] < was["bytes"]:
-        return None
-    return (now["bytes"] - was["bytes"]) / seconds
+        self.rates = {} if before is None else peer_rates(
+            before.all, self.rows, self.at - before.at)
 
 
 def _sort_key(row: Row, sort: str) -> tuple[Any, ...]:
@@ -209,8 +190,8 @@ def _echo_peers(now: Sample) -> None:
         click.echo(f"{hidden} more {'peer' if hidden == 1 else 'peers'} in other states")
 
 
-def _cells(row: Row, rates: Mapping[str, tuple[float | None, ...]]) -> list[Any]:
-    out, into = rates.get(row["name"], (None, None))
+def _cells(row: Row, rates: Mapping[str, Pair]) -> list[Any]:
+    out, into = rates.get(row["name"], UNKNOWN)
     error, sent, received = row["last_error"], row["sent"], row["received"]
     return [
         row["name"], row["state"], row["since"] and age(row["since"]), row["path"],

@@ -14,6 +14,7 @@ import os
 import platform
 import struct
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ SLICE_NS = 100_000  # the shortest slice that Linux accepts
 # period. The C library has no function for this system call.
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
+
+THREAD_CLOCK = 6  # the kind of a clock: scheduled time of one thread
 
 PR_SET_TIMERSLACK = 29  # linux/prctl.h
 TIMER_SLACK_NS = 1000
@@ -80,6 +83,19 @@ class WorkerThread:
         self._running.wait()
         if self._failure is not None:
             raise self._failure
+
+    def cpu_seconds(self) -> float | None:
+        """Return the CPU time that the thread has used. None: the thread has ended.
+
+        Not time.pthread_getcpuclockid: it reads freed memory if the thread has ended. The kernel's
+        clock of a thread ID only fails then. Source: CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED,
+        linux/include/linux/posix-timers.h.
+        """
+        tid = self._thread.native_id
+        try:
+            return None if tid is None else time.clock_gettime(~tid << 3 | THREAD_CLOCK)
+        except OSError:
+            return None
 
     def hand_over(self, baton: int) -> None:
         """Let the worker stop after its present turn, and then write to the eventfd ``baton``."""

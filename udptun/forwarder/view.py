@@ -76,7 +76,7 @@ class View:
                 "listen": [str(endpoint) for endpoint in self.config.listen],
             },
             "capabilities": self.capabilities.to_json(),
-            "workers": self.workers.counters(),
+            "workers": self.workers.status(),
             "packets": self.core.packets(),
         }
         yield json.dumps(head)[:-1].encode() + b', "peers": '

@@ -202,3 +202,8 @@ class Workers:
 
     def counters(self) -> list[_core.WorkerCounters]:
         return [thread.worker.counters() for thread in self._threads]
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return the counters of each worker, and the CPU time of its thread."""
+        return [{**thread.worker.counters(), "cpu_seconds": thread.cpu_seconds()}
+                for thread in self._threads]

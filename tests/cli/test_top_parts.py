@@ -1,0 +1,133 @@
+"""The parts of ``udptun top`` and its rates: cells, keys, samples."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.cli.scene import HOSTILE
+from tests.control.fakes import FakeForwarder, status_of
+from udptun.cli.answers import Answers
+from udptun.cli.samples import UNKNOWN, Change, History, Sample, vxlan_bytes
+from udptun.cli.top.cells import ASCII_BARS, amount, bars, count, fit, width
+from udptun.cli.top.screen import Screen
+from udptun.cli.top.terminal import keys
+from udptun.instance import Instance
+
+
+@given(st.text(), st.integers(0, 40), st.booleans())
+def test_a_cell_has_its_width_and_only_printable_characters(
+    text: str, cells: int, right: bool
+) -> None:
+    shown = fit(text, cells, right)
+    assert width(shown) == cells and shown.isprintable()
+
+
+def test_cells() -> None:
+    assert fit("abcdef", 4) == "abc~"
+    assert fit("ab", 4, right=True) == "  ab"
+    assert fit("日本語", 4) == "日~ "
+    assert fit("\x1b[2J", 10) == "\\x1b[2J   "
+    assert fit(None, 2) == "- "
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (None, "-"), (0, "0 B"), (1023, "1023 B"), (1023.6, "1.00 KiB"), (1024 * 99.96, "100 KiB"),
+    (1536, "1.50 KiB"), (1024**2 * 10, "10.0 MiB"), (2**60, "1048576 TiB"),
+])
+def test_amounts(value: float | None, text: str) -> None:
+    assert amount(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (None, "-"), (0, "0"), (0.34, "0.3"), (12, "12"), (999.4, "999"), (999.6, "1.0k"),
+    (12_345, "12.3k"), (5e6, "5M"), (7e12, "7000G"),
+])
+def test_counts(value: float | None, text: str) -> None:
+    assert count(value) == text
+
+
+def test_bars() -> None:
+    assert bars([0, 1, 4, 8], 4, 4, ASCII_BARS) == " .=@"
+    assert bars([8], 60, 6, ASCII_BARS) == "     @"  # the minute has just begun
+    assert bars([0.001, 1000], 2, 2, ASCII_BARS) == ".@"
+    assert bars([None, 0, 0], 3, 3, ASCII_BARS) == "   "
+    assert bars([1, 2, 8, 2], 4, 2, ASCII_BARS) == ":@"
+    assert bars([1, 8], 2, 4, ASCII_BARS) == "..@@"  # more cells than values
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("q/", ["q", "/"]), ("\x1b[A\x1bOB\x1b[6~", ["up", "down", "page down"]), ("\x1b", ["escape"]),
+    ("\x1b[200~x", ["x"]), ("\r\x7f", ["enter", "backspace"]), ("\x1b[1;5Cé\x00", ["é"]),
+])
+def test_keys(text: str, wanted: list[str]) -> None:
+    assert [*keys(text)] == wanted
+
+
+def test_vxlan_devices_are_those_of_the_instance(tmp_path: Path) -> None:
+    table = tmp_path / "dev"
+    names = [Instance().vxlan_device(1, 4), Instance().vxlan_device(4096, 6), "flannel0", "eth0.1",
+             Instance("net2").vxlan_device(1, 4)]
+    table.write_text("Inter-|   Receive\n face |bytes\n" + "".join(
+        f"{name}: {i}1 2 0 0 0 0 0 0 {i}9 10 0 0 0 0 0 0\n" for i, name in enumerate(names, 1)))
+    assert vxlan_bytes("udptun", table) == {"flannel.1": (19, 11), "flannel-v6.4096": (29, 21)}
+    assert vxlan_bytes("net2", table) == {"net2.1": (59, 51)}
+    assert vxlan_bytes("udptun", tmp_path / "absent") == {}
+
+
+def sample(at: float, **changed: Any) -> Sample:
+    status = status_of(1, 0) | changed
+    taken = Sample(Answers(None, status), FakeForwarder().drops(), {"flannel.1": (100, 200)})
+    taken.at = at
+    return taken
+
+
+def peer(sent: int) -> dict[str, Any]:
+    found: dict[str, Any] = status_of(1, 0)["peers"][0]
+    return found | {"encap": {"packets": 1, "bytes": sent}}
+
+
+def test_rates() -> None:
+    before, now = sample(1.0, peers=[peer(100)]), sample(3.0, peers=[peer(300)])
+    change = Change(before, now)
+    assert change.peers == {"192.0.2.2:8285": (100.0, 0.0)} and change.total == (100.0, 0.0)
+    assert change.cpu == [0.0] and change.vxlan == {"flannel.1": (0.0, 0.0)}
+    assert change.drops["no_route", "encap"] == 0.0
+    assert change.batch == UNKNOWN  # no call
+
+
+def test_a_counter_that_begins_again_has_no_rate() -> None:
+    change = Change(sample(1.0, peers=[peer(300)]), sample(2.0, peers=[peer(100)], pid=77))
+    assert change.peers["192.0.2.2:8285"] == (None, 0.0)
+    assert change.cpu == [None]
+    assert Change(None, sample(1.0)).total == UNKNOWN
+
+
+def test_the_history_forgets_peers_that_are_gone_for_a_minute() -> None:
+    history = History(interval=20)
+    for at in range(4):
+        history.add(sample(float(at), peers=[peer(100 * at)]))
+    paused = history.copy()
+    assert [*history.peers["192.0.2.2:8285"]] == [(100.0, 0.0)] * 3
+    for at in range(3):
+        assert history.peers
+        history.add(sample(at + 4.0, peers=[]))
+    assert not history.peers and paused.peers and paused.length == 3
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (40, 10), (20, 4), (300, 5)])
+@pytest.mark.parametrize("key", ["q", "?", "/", "d"])
+def test_a_picture_has_the_size_of_the_terminal(size: tuple[int, int], key: str) -> None:
+    history = History(1)
+    history.add(sample(1.0))
+    rows = [peer(5) | {"endpoint": name, "subnets": [name]} for name in HOSTILE]
+    history.add(sample(2.0, peers=rows))
+    screen = Screen(history, 1, styled=False)
+    screen.press(key)
+    for _ in HOSTILE:
+        screen.press("down")
+        lines = screen.lines(*size)
+        assert len(lines) == size[1]
+        assert all(width(line) <= size[0] and line.isprintable() for line in lines)
