@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
@@ -183,18 +183,47 @@ def test_the_request_has_the_path_of_the_protocol() -> None:
     assert protocol.NODE_WITHOUT_PEERS.encode() in node._REQUEST
 
 
+NET4, SUBNET4 = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.1.0/24")
+NET6, SUBNET6 = IPv6Network("fd00:244::/48"), IPv6Network("fd00:244:0:1::/64")
+DUAL = SubnetEnv(NET4, SUBNET4, NET6, SUBNET6, 1450, False)
+
+
 @pytest.mark.parametrize("written", [
-    SubnetEnv(IPv4Network("10.244.0.0/16"), IPv4Network("10.244.1.0/24"), None, None, 1450, True),
+    SubnetEnv(NET4, SUBNET4, None, None, 1450, True), DUAL,
+    SubnetEnv(None, None, NET6, SUBNET6, 1430, False),
 ])
 def test_what_the_daemon_writes_is_read(written: SubnetEnv) -> None:
     overlay = node.parse(written.text(), "")
-    assert (overlay.networks, overlay.subnets) == ([written.network], [written.subnet])
+    assert overlay.networks == [one for one in (written.network, written.network6) if one]
+    assert overlay.subnets == [one for one in (written.subnet, written.subnet6) if one]
     assert (overlay.mtu, overlay.ip_masq) == (written.mtu, written.ip_masq)
+
+
+def test_the_file_is_read_as_a_shell_reads_it() -> None:
+    overlay = node.parse(
+        "# by hand\n\nexport FLANNEL_NETWORK='10.244.0.0/16'\nFLANNEL_SUBNET=10.9.0.1/24\n"
+        ' FLANNEL_SUBNET="10.244.1.1/24"  \nFLANNEL_MTU=1450\nOTHER\n#FLANNEL_MTU=9\n'
+        "FLANNEL_IPMASQ=true", "")
+    assert (overlay.networks, overlay.subnets) == ([NET4], [SUBNET4])
+    assert (overlay.mtu, overlay.ip_masq) == (1450, True)
+
+
+@pytest.mark.parametrize("field", [
+    "FLANNEL_NETWORK", "FLANNEL_SUBNET", "FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET",
+    "FLANNEL_MTU", "FLANNEL_IPMASQ",
+])
+def test_a_missing_variable_is_named(field: str) -> None:
+    lines = [line for line in DUAL.text().splitlines() if not line.startswith(f"{field}=")]
+    with pytest.raises(FieldError) as caught:
+        node.parse("\n".join(lines), "/subnet.env")
+    assert (caught.value.field, caught.value.where) == (field, "/subnet.env")
 
 
 @pytest.mark.parametrize(("line", "field"), [
     ("FLANNEL_NETWORK=10.244.0.0/16/1", "FLANNEL_NETWORK"),
     ("FLANNEL_SUBNET=", "FLANNEL_SUBNET"),
+    ("FLANNEL_SUBNET=10.244/24", "FLANNEL_SUBNET"),
+    ("FLANNEL_SUBNET=fd00::1/64", "FLANNEL_SUBNET"),
     ("FLANNEL_MTU=", "FLANNEL_MTU"),
     ("FLANNEL_MTU=-1", "FLANNEL_MTU"),
     ("FLANNEL_MTU=99999", "FLANNEL_MTU"),

@@ -144,10 +144,11 @@ def parse(text: str, where: str) -> Overlay:
     values = assignments(text)
     networks: list[Network] = []
     subnets: list[Network] = []
-    if "FLANNEL_NETWORK" in values or "FLANNEL_IPV6_NETWORK" not in values:
+    has_v6 = "FLANNEL_IPV6_NETWORK" in values or "FLANNEL_IPV6_SUBNET" in values
+    if "FLANNEL_NETWORK" in values or "FLANNEL_SUBNET" in values or not has_v6:
         networks.append(network4("FLANNEL_NETWORK", values, where))
         subnets.append(network4("FLANNEL_SUBNET", values, where))
-    if "FLANNEL_IPV6_NETWORK" in values:
+    if has_v6:
         networks.append(network6("FLANNEL_IPV6_NETWORK", values, where))
         subnets.append(network6("FLANNEL_IPV6_SUBNET", values, where))
     mtu, masq = values.get("FLANNEL_MTU", ""), values.get("FLANNEL_IPMASQ")

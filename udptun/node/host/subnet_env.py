@@ -1,7 +1,8 @@
 """subnet.env: this node's subnet and MTU, for the CNI plugin that attaches pods.
 
-Owns: the file's format. The format is flannel's, because the CNI plugin, shell scripts that source
-the file, and systemd's EnvironmentFile read the file. Does not depend on the source of a lease.
+Owns: what is written. The format is flannel's, because the CNI plugin (udptun/cni/node.py reads the
+file), shell scripts that source the file, and systemd's EnvironmentFile read it. Does not depend on
+the source of a lease.
 The calls block, but the file has only a few hundred bytes. Any thread.
 """
 
@@ -12,13 +13,11 @@ import ipaddress
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from ...env_file import assignments, network4, network6
 from ...errors import FieldError
 from ...files import make_directory, replace_file
 from ...leases.base import Subnets
-from ...model import MAX_MTU, MIN_MTU, parse_number
 
 log = logging.getLogger(__name__)
 
@@ -57,34 +56,6 @@ class SubnetEnv:
         lines += [f"FLANNEL_MTU={self.mtu}", f"FLANNEL_IPMASQ={str(self.ip_masq).lower()}"]
         return "".join(f"{line}\n" for line in lines)
 
-    @classmethod
-    def parse(cls, text: str, where: str = "") -> Self:
-        """Parse the text of the file. Unknown variables are ignored.
-
-        where  the file's name for the error
-        Raises FieldError if a variable is missing or invalid.
-        """
-        values = assignments(text)
-        has_v6 = bool({"FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"} & values.keys())
-        has_v4 = not has_v6 or bool({"FLANNEL_NETWORK", "FLANNEL_SUBNET"} & values.keys())
-        masq = values.get("FLANNEL_IPMASQ")
-        if masq not in ("true", "false"):
-            raise FieldError("FLANNEL_IPMASQ", masq, "true or false", where)
-        return cls(
-            network4("FLANNEL_NETWORK", values, where) if has_v4 else None,
-            network4("FLANNEL_SUBNET", values, where) if has_v4 else None,
-            network6("FLANNEL_IPV6_NETWORK", values, where) if has_v6 else None,
-            network6("FLANNEL_IPV6_SUBNET", values, where) if has_v6 else None,
-            parse_number("FLANNEL_MTU", values.get("FLANNEL_MTU"), MIN_MTU, MAX_MTU, where),
-            masq == "true",
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> Self | None:
-        """Read the file. Return None if the file does not exist. Raises FieldError, OSError."""
-        text = _read(path)
-        return None if text is None else cls.parse(text, str(path))
-
     def write(self, path: Path) -> bool:
         """Replace the file atomically. Raises OSError.
 
@@ -106,7 +77,9 @@ def former_subnets(path: Path) -> Subnets:
     version.
     """
     try:
-        values = assignments(_read(path) or "")
+        values = assignments(path.read_bytes().decode(errors="replace"))
+    except FileNotFoundError:
+        return Subnets()
     except OSError as error:
         log.warning("the former subnet is not known: %s cannot be read: %s", path, error)
         return Subnets()
@@ -122,10 +95,3 @@ def former_subnets(path: Path) -> Subnets:
     except FieldError as error:
         log.warning("the former IPv6 subnet is not known: %s", error)
     return Subnets(v4, v6)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return None
