@@ -9,9 +9,10 @@ from pathlib import Path
 
 from udptun.lab import Lab, LabError
 
+from . import migration  # noqa: F401 - it fills the table of steps
 from .cluster import Cluster
 from .programs import Tell, missing
-from .steps import STEPS
+from .step import NEEDS, STEPS, with_needed
 from .worker import remove_cgroups
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.e2e")
     parser.add_argument("--list", action="store_true", help="list the steps")
     parser.add_argument("--step", action="append", choices=list(STEPS), metavar="NAME",
-                        help="run this step after install; can be repeated")
+                        help="run this step, after those that it needs; can be repeated")
     parser.add_argument("--image", type=Path, metavar="TAR",
                         help="udptun's image; default: the newest in dist/")
     parser.add_argument("--keep", action="store_true", help="keep the cluster until Ctrl-C")
@@ -48,9 +49,7 @@ def main() -> int:
     if lacks:
         print("e2e: this machine lacks " + ", ".join(lacks), file=sys.stderr)
         return 2
-    names = [name for name in STEPS
-             if options.step is None or name == "install" or name in options.step]
-    return _run(names, image, options.keep)
+    return _run(with_needed(options.step or STEPS), image, options.keep)
 
 
 def _run(names: list[str], image: Path, keep: bool) -> int:
@@ -65,9 +64,11 @@ def _run(names: list[str], image: Path, keep: bool) -> int:
             cluster = Cluster(lab, image, tell)
             cluster.start()
             for name in names:
-                results.append(_one(cluster, name, tell))
-                if results[-1].error and name == "install":
-                    break
+                passed = {result.name for result in results if not result.error}
+                if NEEDS[name] in {"", *passed}:
+                    results.append(_one(cluster, name, tell))
+                else:
+                    results.append(Result(name, 0, "", f"not run: it needs {NEEDS[name]}"))
             if keep:
                 kubeconfig = cluster.plane.kubeconfig("admin", "system:masters")
                 tell(f"the cluster stays until Ctrl-C: ip netns exec {cluster.plane.host.namespace}"

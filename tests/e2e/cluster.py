@@ -5,22 +5,30 @@ steps do with it. Main thread only, like the lab.
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from udptun.lab import Lab, LabError, Process, wait_for
 
+from .others import Others
 from .plane import POD_V4, POD_V6, Plane
-from .programs import CACHE, Tell, Waiting, busybox_image, programs
+from .programs import CACHE, Tell, Waiting, busybox_image, helm, programs
+from .second import PODS as SECOND_PODS
+from .second import Second
 from .worker import Worker
 
 MANIFESTS = Path(__file__).parents[2] / "deploy/kubernetes"
+CHART = MANIFESTS.parent / "helm/udptun"
 NAMESPACE = "kube-udptun"
+CLEANUP = "kube-udptun-cleanup"
 SLOW_SECONDS = 240.0  # for what takes seconds on an idle machine
 _SLEEP = ("/bin/sleep", "2147483647")  # 2^31 - 1 s: the longest time that busybox accepts
 
@@ -41,14 +49,18 @@ class Cluster:
         binaries = programs(CACHE, tell)
         images = [busybox_image(CACHE, name, _SLEEP) for name in ("pause", "box")]
         hosts = [lab.host(name) for name in ("plane", "node1", "node2", "node3")]
-        self.segment = lab.segment(*hosts)
+        other = lab.host("plane2")
+        self.segment = lab.segment(*hosts, other)
         for host in hosts:
             host.forwarding()
         self.plane = Plane(hosts[0], binaries)
         for host in hosts[1:]:
             # A packet to a service address needs a route before kube-proxy rewrites its address.
             host.ip(f"route add default via {hosts[0].v4}", f"route add default via {hosts[0].v6}")
-        self.workers = [Worker(host, self.plane, [*images, image]) for host in hosts[1:]]
+        self.workers = [Worker(host, self.plane, [*images, image], python=host is not hosts[-1])
+                        for host in hosts[1:]]
+        self.others = Others(self.workers)
+        self.second = Second(Plane(other, binaries, SECOND_PODS), self.workers, self.image_name)
 
     def start(self) -> None:
         with Waiting("starting etcd and the API server", self.tell):
@@ -71,18 +83,39 @@ class Cluster:
         folder = self.lab.folder / "manifests"
         if not folder.exists():
             shutil.copytree(MANIFESTS, folder)
-            _replace(folder / "kustomization.yaml", "newTag: .*",
-                     f"newTag: {self.image_name.rpartition(':')[2]}")
+            for kustomization in folder.rglob("kustomization.yaml"):
+                _replace(kustomization, "newTag: .*",
+                         f"newTag: {self.image_name.rpartition(':')[2]}")
             _replace(folder / "config.yaml", '"Network": .*',
                      f'"Network": "{POD_V4}", "EnableIPv6": true, "IPv6Network": "{POD_V6}",')
         return folder
+
+    def clean_up(self) -> None:
+        """Remove udptun from all nodes, with deploy/kubernetes/cleanup, as the README says."""
+        folder = str(self.manifests() / "cleanup")
+        self.plane.kubectl("apply", "-k", folder)
+        self.plane.kubectl("-n", CLEANUP, "rollout", "status", "daemonset/udptun-cleanup",
+                           f"--timeout={SLOW_SECONDS:g}s", seconds=SLOW_SECONDS + 10)
+        self.plane.kubectl("delete", "-k", folder, seconds=120)
 
     def wait_installed(self) -> None:
         self.wait(self.installed, "udptun to be ready on all nodes")
         self.wait(self.nodes_ready, "all nodes to be ready")
 
+    def helm(self, *argv: str) -> None:
+        """Run Helm as administrator."""
+        kubeconfig = self.plane.kubeconfig("admin", "system:masters")
+        folder = self.lab.folder / "helm"
+        self.plane.host.run([str(helm(CACHE, self.tell)), *argv], seconds=120, env={
+            "KUBECONFIG": str(kubeconfig), "HELM_CACHE_HOME": str(folder),
+            "HELM_CONFIG_HOME": str(folder), "HELM_DATA_HOME": str(folder)})
+
     def installed(self) -> bool:
-        status = self.plane.get("daemonset", "udptun", "-n", NAMESPACE)["status"]
+        return self.complete("udptun", NAMESPACE)
+
+    def complete(self, name: str, namespace: str) -> bool:
+        """Return whether a DaemonSet has a ready pod of its present version on each node."""
+        status = self.plane.get("daemonset", name, "-n", namespace)["status"]
         wanted = len(self.workers)
         return bool(status["desiredNumberScheduled"] == wanted == status.get("numberReady")
                     == status.get("updatedNumberScheduled"))
@@ -179,6 +212,33 @@ class Cluster:
                 return None
 
         return wait_for(asked, what, SLOW_SECONDS)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a ping has measured. ``longest``: the longest time without an answer, in seconds."""
+
+    sent: int
+    lost: int
+    longest: float
+
+
+class Steady:
+    """A ping from inside a pod, ten a second, until ``stop``."""
+
+    def __init__(self, cluster: Cluster, pod: Pod, target: str) -> None:
+        worker = cluster.worker(pod.node)
+        self._ping = worker.start_in_pod(pod.name, ["busybox", "ping", "-i", "0.1", target])
+
+    def stop(self) -> Loss:
+        os.killpg(self._ping.pid, signal.SIGINT)  # ping then prints its statistics
+        wait_for(lambda: "packets transmitted" in self._ping.text(), "the statistics of a ping")
+        text = self._ping.text()
+        sent = int(re.findall(r"(\d+) packets transmitted", text)[0])
+        # The last packet may have been sent just before the end.
+        seen = sorted({int(number) for number in re.findall(r"seq=(\d+)", text)} | {-1, sent - 1})
+        gaps = [after - before - 1 for before, after in pairwise(seen)]
+        return Loss(sent, sum(gaps), max(gaps) / 10)
 
 
 def _replace(path: Path, pattern: str, text: str) -> None:

@@ -35,11 +35,15 @@ current-context: e2e
 
 
 class Plane:
-    """A control plane on ``host``. ``programs`` is the directory of Kubernetes' programs."""
+    """A control plane on ``host``.
 
-    def __init__(self, host: Host, programs: Path) -> None:
-        self.host, self.programs = host, programs
-        self.folder = host.lab.folder / "plane"
+    programs  the directory of Kubernetes' programs
+    pods      the pods' networks
+    """
+
+    def __init__(self, host: Host, programs: Path, pods: str = POD_CIDRS) -> None:
+        self.host, self.programs, self.pods = host, programs, pods
+        self.folder = host.lab.folder / host.name
         self.folder.mkdir()
         self.server = f"https://{host.v4}:6443"
         self.authority = Authority(self.folder)
@@ -53,7 +57,7 @@ class Plane:
         kubeconfig = self.kubeconfig("system:kube-controller-manager")
         self._start("kube-controller-manager", [
             f"--kubeconfig={kubeconfig}", "--allocate-node-cidrs=true",
-            f"--cluster-cidr={POD_CIDRS}", f"--service-cluster-ip-range={SERVICE_CIDRS}",
+            f"--cluster-cidr={self.pods}", f"--service-cluster-ip-range={SERVICE_CIDRS}",
             f"--service-account-private-key-file={self._accounts[1]}",
             f"--root-ca-file={self.authority.cafile}", "--use-service-account-credentials=true",
             "--leader-elect=false", "--node-monitor-grace-period=20s",

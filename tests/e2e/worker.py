@@ -14,10 +14,12 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from udptun.lab import Host, Process, wait_for
+from udptun.lab.tools import SEARCH_PATH
 
 from .plane import POD_CIDRS, Plane
 from .programs import CNI_PLUGINS
@@ -31,6 +33,7 @@ _FIRST = """
 set -e
 mount --make-rprivate /
 for name in {own}; do mkdir -p /$name; mount --bind {root}/$name /$name; done
+for program in {hidden}; do mount --bind /dev/null $program; done
 mount -t tmpfs tmpfs /run
 mount --make-rshared /
 mkdir -p /run/lock /run/netns
@@ -75,8 +78,12 @@ syncFrequency: 5s
 
 
 class Worker:
-    def __init__(self, host: Host, plane: Plane, images: Sequence[Path]) -> None:
-        self.host, self.plane, self.images = host, plane, list(images)
+    """A node. ``python``: whether programs on the node can run the machine's Python."""
+
+    def __init__(
+        self, host: Host, plane: Plane, images: Sequence[Path], python: bool = True
+    ) -> None:
+        self.host, self.plane, self.images, self.python = host, plane, list(images), python
         self.name = host.name
         self.root = host.lab.folder / f"root-{self.name}"
         for name in _OWN:
@@ -91,7 +98,8 @@ class Worker:
     def start(self) -> None:
         """Start the node's first process, containerd, kubelet and kube-proxy."""
         (self.root / "started").unlink(missing_ok=True)
-        script = _FIRST.format(own=" ".join(_OWN), root=self.root)
+        script = _FIRST.format(own=" ".join(_OWN), root=self.root,
+                               hidden=" ".join(() if self.python else _pythons()))
         # ip(8) has mounted another /sys, without cgroups. nsenter returns to the machine's mounts.
         self._first = self.host.start([
             "nsenter", f"--mount=/proc/{os.getpid()}/ns/mnt",
@@ -143,10 +151,20 @@ class Worker:
 
     def run_image(self, image: str, argv: Sequence[str]) -> None:
         """Run a command of an image with the host's network and directories, as the README says."""
+        self.run(self._in_image(image, "clean", argv, ()))
+
+    def start_image(self, image: str, name: str, argv: Sequence[str], folder: Path) -> Process:
+        """Start a command of an image in the same way. ``folder`` is one more directory."""
+        return self.host.start(self._enter(self._in_image(image, name, argv, [str(folder)])),
+                               name=name)
+
+    def _in_image(
+        self, image: str, name: str, argv: Sequence[str], more: Sequence[str]
+    ) -> list[str]:
         options = ["--rm", "--privileged", "--net-host"]
-        for folder in ("/run", "/var/lib", "/etc/cni/net.d", "/opt/cni/bin"):
+        for folder in ("/run", "/var/lib", "/etc/cni/net.d", "/opt/cni/bin", *more):
             options += ["--mount", f"type=bind,src={folder},dst={folder},options=rbind:rw"]
-        self._containerd("run", *options, image, "clean", *argv)
+        return ["ctr", "-n", "k8s.io", "run", *options, image, name, *argv]
 
     def kill(self, pid: int) -> None:
         """Kill a process of the node with SIGKILL. ``pid`` is as seen on the node."""
@@ -191,6 +209,13 @@ class Worker:
     def restart_kubelet(self) -> None:
         self.kubelet.stop()
         self._start_kubelet()
+
+
+def _pythons() -> list[str]:
+    """Return the files of all Pythons that are programs of this machine."""
+    folders = [*os.environ["PATH"].split(":"), *SEARCH_PATH.split(":"), f"{sys.base_prefix}/bin"]
+    return sorted({str(path.resolve()) for folder in folders
+                   for path in Path(folder).glob("python*") if path.exists()})
 
 
 def remove_cgroups() -> None:

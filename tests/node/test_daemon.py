@@ -506,6 +506,25 @@ async def test_cleanup_keeps_the_device_of_a_stock_flannel(served, node_of):
     assert "flannel.1" in sh("ip link")
 
 
+@in_own_netns
+async def test_cleanup_leaves_device_and_subnet_file_to_a_flannel_that_uses_them(served, node_of):
+    """The node changes back to flannel: flanneld has taken over the device and the file."""
+    try:
+        sh("ip link add flannel.9 type vxlan id 9 dstport 8472", "ip link del flannel.9")
+    except AssertionError:
+        pytest.skip("this kernel has no vxlan")
+    node = node_of()
+    node.config = replace(node.config, backend="vxlan", ip_masq=True)
+    await node.fill_cache()
+    for keep in (True, False):
+        await run(replace(node.config, cleanup=True, keep_flannel=keep))
+        assert ("flannel.1" in sh("ip link")) == keep
+        assert node.config.subnet_file.exists() == keep
+        assert "udptun" not in sh("nft list ruleset")
+        if keep:
+            assert not (node.folder / "state").exists()
+            await node.fill_cache()  # the state, for the second clean-up
+
 
 @in_own_netns
 @pytest.mark.parametrize(("option", "enable", "mode"), [

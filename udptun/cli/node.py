@@ -174,7 +174,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
            "nftables: only nftables; iptables: only iptables.  [default: nftables if the "
            "network's configuration has EnableNFTables, else auto]")
 @boolean("--keep-flannel", False,
-         "Do not remove the VXLAN device and the firewall rules that a former flannel has left.")
+         "Do not remove the VXLAN device and the firewall rules that a former flannel has left. "
+         "With --cleanup: do not remove the VXLAN device and the subnet file, because a flanneld "
+         "that runs now uses them.")
 @flag("--iptables-resync", type=Int(1), default=STOCK.iptables_resync,
       show_default=True, metavar="SECONDS",
       help="Time between checks of the firewall rules; missing ones are added again.")

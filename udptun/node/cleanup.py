@@ -51,8 +51,9 @@ async def clean_up(config: NodeConfig, netlink: Netlink) -> None:
     with attempt():
         if await Firewall(FirewallRules(), config.instance).remove():
             log.info("removed the firewall rules")
-    with attempt():
-        config.subnet_file.unlink(missing_ok=True)
+    if not config.leaves_to_flannel:
+        with attempt():
+            config.subnet_file.unlink(missing_ok=True)
     for name in (CACHE_FILE, f"{CACHE_FILE}.new", LOCK_FILE):
         with attempt():
             (config.state_dir / name).unlink(missing_ok=True)

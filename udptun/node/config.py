@@ -101,7 +101,8 @@ class NodeConfig:
     subnet_file       the path of flannel's subnet.env
     firewall          one of FIREWALLS; None: "nftables" if net-conf.json has EnableNFTables, else
                       "auto"
-    keep_flannel      do not remove what a former flannel has left on this host
+    keep_flannel      do not remove what a former flannel has left on this host. With ``cleanup``,
+                      do not remove what a flannel that runs now has taken over
     iptables_resync   seconds between two checks of the firewall rules
     source_port       first and last of the further ports from which our datagrams arrive at
                       other nodes; (): none; None: all if we publish an address that this host
@@ -171,3 +172,9 @@ class NodeConfig:
                 object.__setattr__(self, name, default)
         if self.forward_file is None:
             object.__setattr__(self, "forward_file", self.control.with_name(FORWARD_FILE))
+
+    @property
+    def leaves_to_flannel(self) -> bool:
+        """``cleanup`` keeps the VXLAN devices and subnet.env. Only the default instance gives them
+        flannel's names."""
+        return self.keep_flannel and self.instance.is_default

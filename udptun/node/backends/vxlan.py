@@ -80,6 +80,7 @@ class VxlanBackend(Backend[VxlanPeer]):
 
     def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
         self._instance = config.instance
+        self._leaves_to_flannel = config.leaves_to_flannel
         self._vxlan = Vxlan(netlink)
         self._site: Site | None = None  # of the last ``prepare``
         self._configs: dict[int, VxlanConfig] = {}  # by IP version, like ``_devices``
@@ -317,7 +318,8 @@ class VxlanBackend(Backend[VxlanPeer]):
         # If our own lease is not a VXLAN lease, the device belongs to a stock flannel.
         if known is None or known.lease is None or known.lease.attributes.backend_type != TYPE:
             return
-        await self._remove_devices(known.network, attempt)
+        if not self._leaves_to_flannel:
+            await self._remove_devices(known.network, attempt)
 
     @property
     def _prepared(self) -> Site:
