@@ -136,10 +136,10 @@ class Cluster:
         parts = []
         for argv in (["get", "nodes,pods", "-A", "-o", "wide"],
                      ["logs", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=udptun",
-                      "--all-containers", "--prefix", "--tail=15"],
+                      "--all-containers", "--prefix", "--tail=40"],
                      ["get", "events", "-A", "--field-selector=type=Warning"]):
             try:
-                parts.append(self.plane.kubectl(*argv)[-6000:])
+                parts.append(self.plane.kubectl(*argv)[-12000:])
             except LabError as error:
                 parts.append(str(error))
         return "\n".join(parts)
@@ -221,6 +221,10 @@ class Loss:
     sent: int
     lost: int
     longest: float
+
+    def __str__(self) -> str:
+        gap = f", the longest outage was {self.longest:.1f} s" if self.lost else ""
+        return f"{self.lost} of {self.sent} packets lost{gap}"
 
 
 class Steady:

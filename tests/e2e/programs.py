@@ -163,7 +163,7 @@ def flannel_image(cache: Path, programs: Path) -> Path:
         _copy(programs / "flannel", root)
         _copy(programs / "install-conf", root / "opt/bin")
         _copy_with_libraries(programs / "flanneld", root, "opt/bin")
-        for name in ("nft", "iptables"):
+        for name in ("nft", "iptables", "ip6tables"):
             program = shutil.which(name, path=SEARCH_PATH)
             assert program is not None  # see missing()
             _copy_with_libraries(Path(program), root, "usr/sbin")

@@ -22,8 +22,8 @@ _WEB = "mkdir -p /www; dd if=/dev/zero of=/www/mega bs=1M count=4 2>/dev/null; "
        "hostname > /www/name; exec httpd -f -p 80 -h /www"
 # The directories themselves are mounts of the worker.
 _LISTING = "ip -o link; ip route; ip -6 route; nft list ruleset; "\
-           "find /run/udptun /run/flannel /run/blue /var/lib/blue; "\
-           "find /var/lib/udptun /etc/cni/net.d /opt/cni -mindepth 1"
+           "find /run/udptun /run/flannel /run/blue /var/lib/udptun /var/lib/blue; "\
+           "find /etc/cni/net.d /opt/cni/bin -mindepth 1"
 
 
 def step(needs: str = "install") -> Callable[[Step], Step]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from udptun.lab import wait_for
 
-from .cluster import NAMESPACE, Cluster, lost
+from .cluster import NAMESPACE, Cluster, Steady, lost
 from .step import (
     PORT,
     check,
@@ -248,16 +248,17 @@ def node_again(cluster: Cluster) -> str:
 
 @step()
 def upgrade(cluster: Cluster) -> str:
-    """kubectl rollout restart: the DaemonSet is replaced node by node"""
+    """kubectl rollout restart: the DaemonSet is replaced node by node, and no packet is lost"""
     a, b, *_ = pods_of(cluster)
-    ping = cluster.steady_ping(a, b.v4, 900)
+    ping = Steady(cluster, a, b.v4)
     cluster.plane.kubectl("rollout", "restart", "daemonset/udptun", "-n", NAMESPACE)
     cluster.plane.kubectl("rollout", "status", "daemonset/udptun", "-n", NAMESPACE,
                           "--timeout=240s", seconds=300)
     cluster.wait_installed()
-    sent, missing = lost(ping)
+    loss = ping.stop()
+    check(loss.lost == 0, str(loss))
     cluster.all_reach(pods_of(cluster))
-    return f"{missing} of {sent} packets lost"
+    return str(loss)
 
 
 @step()

@@ -26,8 +26,7 @@ from .programs import CNI_PLUGINS
 
 _CGROUPS = Path("/sys/fs/cgroup")
 # The node's own directories; each is empty at the start.
-_OWN = ("etc/cni/net.d", "opt/cni/bin", "var/lib/cni", "var/lib/kubelet", "var/lib/containerd",
-        "var/lib/udptun", "var/log/pods", "var/log/containers")
+_OWN = ("etc/cni/net.d", "opt/cni/bin", "var/lib", "var/log/pods", "var/log/containers")
 # The first process of the node. It mounts the directories, and waits for its children's ends.
 _FIRST = """
 set -e
