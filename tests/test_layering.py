@@ -74,7 +74,7 @@ RULES = {
     "node": LEAVES | {"control.client", "leases", "net", "node", "probe"},
     "lab": LEAVES | {"lab"},
     "doctor": LEAVES | {
-        "control.client", "control.protocol", "doctor", "leases", "net", "node.host",
+        "cni.node", "control.client", "control.protocol", "doctor", "leases", "net", "node.host",
         "node.process.launch",
     },
     "cli": LEAVES | {

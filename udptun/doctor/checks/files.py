@@ -19,7 +19,7 @@ ANCIENT = 1_700_000_000  # Unix time of the first version; a clock before it was
 @check("subnet-env", "subnet.env, which the CNI plugin reads: it exists and has our subnet",
        "node.md#host-configuration")
 def subnet_env(facts: Facts) -> Iterator[Finding]:
-    from ...node.host.subnet_env import SubnetEnv
+    from ...cni.node import parse
     from .daemon import reported
 
     if not facts.expects_node:
@@ -28,15 +28,15 @@ def subnet_env(facts: Facts) -> Iterator[Finding]:
     yield from (one for one in told if one.result != "ok")
     path, remedy = facts.subnet_file, "restart the node daemon: it writes the file"
     try:
-        found = SubnetEnv.read(path)
+        found = parse(path.read_bytes().decode(errors="replace"), str(path))
     except FieldError as exc:
         yield failed(f"{path} is not valid: {exc}", remedy=remedy)
         return
-    if found is None:
+    except FileNotFoundError:
         yield failed(f"{path} does not exist: no pod can be attached", remedy=remedy)
         return
     wanted = _subnets(facts)
-    have = {str(one) for one in (found.subnet, found.subnet6) if one is not None}
+    have = {str(one) for one in found.subnets}
     if wanted is not None and not have <= wanted:
         yield failed(f"{path} has the subnet {', '.join(sorted(have))}, and this node's lease"
                      f" {', '.join(sorted(wanted))}", remedy=remedy)
