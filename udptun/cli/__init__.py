@@ -29,6 +29,7 @@ COMMANDS = {
     "ping": (".ping:ping", "Measure the path to a node or an address."),
     "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),
     "doctor": (".doctor:doctor", "Find out what is wrong with the tunnel, and what to do."),
+    "report": (".report:report", "Write one file with the state of this host, for a bug report."),
     "stop": (".stop:stop", "Stop a running forwarder."),
     "cni": (".cni:cni", "Attach pods: the CNI plugin, started by a container runtime."),
     "ext": (".ext:ext", "Commands for flanneld's extension backend."),
