@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
-from udptun.doctor.checks import CHECKS
+from udptun.doctor.checks import CHECKS, kubernetes
 from udptun.doctor.checks.daemon import _problems, _split
 from udptun.doctor.facts import Facts
 from udptun.doctor.page import page
@@ -115,3 +116,26 @@ def test_the_remedy_of_the_daemon() -> None:
 def test_addresses_of_proc() -> None:
     assert str(_address("0100007F")) == "127.0.0.1"
     assert str(_address("00000000000000000000000001000000")) == "::1"
+
+
+@pytest.mark.parametrize(("files", "plugins", "found"), [
+    ({}, (), "has no configuration"),
+    ({"10-calico.conflist": "calico"}, ("bridge", "host-local", "loopback"), "does not use udptun"),
+    ({"10-flannel.conflist": "flannel"}, ("flannel", "bridge", "loopback"),
+     "the CNI plugin host-local is missing"),
+    ({"10-flannel.conflist": "flannel"}, ("flannel", "bridge", "host-local", "loopback"), ""),
+])
+def test_cni_on_a_host_with_a_kubelet(
+    facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str],
+    plugins: tuple[str, ...], found: str,
+) -> None:
+    for name, folder in (("CONFIG_DIR", tmp_path / "net.d"), ("PLUGIN_DIR", tmp_path / "bin")):
+        folder.mkdir()
+        monkeypatch.setattr(kubernetes, name, folder)
+    monkeypatch.setattr(kubernetes, "kubelet_is_here", lambda: True)
+    for name, kind in files.items():
+        (tmp_path / "net.d" / name).write_text(json.dumps({"plugins": [{"type": kind}]}))
+    for name in plugins:
+        (tmp_path / "bin" / name).touch()
+    problems = [one.text for one in kubernetes.cni.look(facts) if one.result != Result.OK]
+    assert problems == [] if not found else found in problems[0]

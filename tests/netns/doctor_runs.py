@@ -1,10 +1,12 @@
 """Runs ``udptun doctor`` on a node, as an operator does."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from udptun.lab import wait_for
+from udptun.lab import Host, wait_for
 from udptun.lab.cluster import Member
 
 # Results of these checks depend on the load of the machine that runs the tests, and on its disk.
@@ -28,12 +30,19 @@ class Report:
         return [f"{one['text']} | {one['evidence']} | {one['remedy']}"
                 for one in self.problems if one["check"] == check]
 
+    def says(self, check: str, pattern: str) -> bool:
+        """Return whether a problem of the check matches."""
+        return any(re.search(pattern, text, re.DOTALL) for text in self.of(check))
+
 
 def doctor(member: Member, *words: str, prefix: tuple[str, ...] = ()) -> Report:
-    done = member.host.run(
-        [*prefix, sys.executable, "-m", "udptun", "doctor", "-o", "json",
-         f"--state-dir={member.folder / 'state'}", f"--subnet-file={member.subnet_file}", *words],
-        check=False, env={"UDPTUN_SOCKET": str(member.control)})
+    return ask(member.host, member.control, f"--state-dir={member.folder / 'state'}",
+               f"--subnet-file={member.subnet_file}", *words, prefix=prefix)
+
+
+def ask(host: Host, control: Path, *words: str, prefix: tuple[str, ...] = ()) -> Report:
+    done = host.run([*prefix, sys.executable, "-m", "udptun", "doctor", "-o", "json", *words],
+                    check=False, env={"UDPTUN_SOCKET": str(control)})
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert done.returncode == (1 if found["found"] else 0)

@@ -2,11 +2,11 @@
 
 For the test of ``udptun doctor``. This program does not import udptun: it does what other programs,
 administrators and broken disks do. It reads its arguments from the environment:
-CONTROL, STATE_DIR, SUBNET_FILE and ADDRESS of the node. With --hold it keeps the fault until its
-standard input ends.
+STATE_DIR, SUBNET_FILE and ADDRESS of the node. With --hold it keeps the fault until a signal.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -80,5 +80,4 @@ FAULTS = {
 if __name__ == "__main__":
     kept = FAULTS[sys.argv[1]]()
     if "--hold" in sys.argv:
-        print("done", flush=True)
-        sys.stdin.read()
+        signal.pause()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -18,11 +17,13 @@ import pytest
 
 from tests.chaos.acts import ACTS
 from tests.chaos.world import ClusterKind, World
-from tests.netns.doctor_runs import await_healthy, doctor
+from tests.netns.doctor_runs import ask, await_healthy, doctor
 from tests.netns.hosts_file import two_nodes
+from tests.netns.test_tunnel_probes import probing
 from udptun.doctor.checks import CHECKS
 from udptun.lab import Lab, LabError, wait_for
 from udptun.lab.cluster import Cluster, etcd_obstacle, start_all
+from udptun.lab.tunnels import control_request
 
 LONG = pytest.mark.timeout(1800)  # each act takes 10 to 30 s
 needs_etcd = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
@@ -79,17 +80,20 @@ UNATTENDED = {
     "rp-filter-tun": ("rp-filter", "udptun0.*rp_filter is 1.*sysctl -w"),
     "forward-drop": ("firewall", r"iptables \(nft\), table filter.*FORWARD"),
     "forward-drop-legacy": ("firewall", r"iptables \(legacy\), table filter.*FORWARD"),
+    "nft-flush": ("firewall", "masquerade packets of pods are gone.*udptun-ipv4"),
     "leftover-chains": ("leftovers", "FLANNEL-"),
     "leftover-flannel": ("leftovers", r"flannel\.1 of a former flannel.*ip link delete"),
     "route-blackhole": ("routes", r"blackhole 10\.244"),
     "subnet-env-delete": ("subnet-env", "does not exist: no pod can be attached"),
     "run-delete": ("state-files", "run does not exist"),
 }
-# Faults of ``faults.py``, which are not acts of the chaos.
+# Faults of ``faults.py``, which are not acts of the chaos, by the mode of the cluster.
 OTHERS = {
-    "other-subnet": ("subnet-env", r"subnet 10\.244\.99\.0/24.*lease"),
-    "vni-taken": ("device-names", "vx9 has the VNI 1"),
-    "name-taken": ("device-names", "udptun0 is not a TUN.*dummy"),
+    "udp": {
+        "other-subnet": ("subnet-env", r"subnet 10\.244\.99\.0/24.*lease"),
+        "name-taken": ("device-names", "udptun0 is not a TUN.*dummy"),
+    },
+    "vxlan": {"vni-taken": ("device-names", "vx9 has the VNI 1")},
 }
 
 
@@ -111,7 +115,7 @@ def await_finding(member, check, pattern):
 
     def found():
         last[:] = [doctor(member)]
-        return any(re.search(pattern, text, re.DOTALL) for text in last[0].of(check))
+        return last[0].says(check, pattern)
 
     try:
         wait_for(found, f"{check} to find /{pattern}/", SECONDS)
@@ -130,18 +134,19 @@ def signal_all(pids, number):
 @LONG
 @pytest.mark.parametrize("mode", LASTING)
 def test_each_lasting_act_is_found_by_name(lab, mode):
+    missed = []
     with world_of(lab, mode) as world:
         for name, (check, pattern) in LASTING[mode].items():
             scene = ACTS[name].do(world, Random(f"doctor {name}"))
             try:
-                member = _observer(name, scene, world)
-                await_finding(member, check, pattern)
+                await_finding(_observer(name, scene, world), check, pattern)
             except AssertionError as exc:
-                pytest.fail(f"{name} ({scene.text}): {exc}")
+                missed.append(f"{name} ({scene.text}): {exc}")
             finally:
                 scene.undo()
             for one in world.members:
                 await_healthy(one)
+    assert missed == []
 
 
 def _observer(name, scene, world):
@@ -159,42 +164,42 @@ def _observer(name, scene, world):
 @LONG
 def test_each_act_on_an_unattended_node_is_found_by_name(lab):
     """The daemon and the forwarder are stopped, so doctor must look itself."""
+    missed = []
     with world_of(lab, "udp") as world:
         for name, (check, pattern) in UNATTENDED.items():
-            rng = Random(f"doctor {name}")
             pids = world.pids(*world.members)
             signal_all(pids, signal.SIGSTOP)
-            scene = None
+            undo = None
             try:
-                scene = ACTS[name].do(world, rng)
-                member = scene.touched[0]
-                report = doctor(member)
-                texts = report.of(check)
-                assert any(re.search(pattern, text, re.DOTALL) for text in texts), \
-                    f"{name} ({scene.text}): {report.problems}"
-                assert report.of("node-daemon")
-                assert report.of("forwarder")
+                scene = ACTS[name].do(world, Random(f"doctor {name}"))
+                undo = scene.undo
+                report = doctor(scene.touched[0])
+                wanted = {check: pattern, "node-daemon": "state T", "forwarder": "state T"}
+                missed += [f"{name} ({scene.text}): not /{text}/ of {one}: {report.problems}"
+                           for one, text in wanted.items() if not report.says(one, text)]
             finally:
-                if scene is not None and scene.undo is not None:
-                    scene.undo()
+                if undo is not None:
+                    undo()
                 signal_all(pids, signal.SIGCONT)
             for one in world.members:
                 await_healthy(one)
+    assert missed == []
 
 
 @needs_etcd
 @pytest.mark.slow
-def test_other_faults_are_found_by_name(lab):
-    with world_of(lab, "udp") as world:
+@LONG
+@pytest.mark.parametrize("mode", OTHERS)
+def test_other_faults_are_found_by_name(lab, mode):
+    with world_of(lab, mode) as world:
         member = world.members[0]
-        for name, (check, pattern) in OTHERS.items():
+        for name, (check, pattern) in OTHERS[mode].items():
             pids = world.pids(member)
             signal_all(pids, signal.SIGSTOP)
             try:
                 fault(member, name)
                 report = doctor(member)
-                assert any(re.search(pattern, text, re.DOTALL) for text in report.of(check)), \
-                    f"{name}: {report.problems}"
+                assert report.says(check, pattern), f"{name}: {report.problems}"
             finally:
                 member.host.run(["sh", "-c", "ip link del vx9; ip -d link show udptun0 | grep -q"
                                  " dummy && ip link del udptun0"], check=False)
@@ -203,7 +208,7 @@ def test_other_faults_are_found_by_name(lab):
 
 
 def environment(member):
-    return {"CONTROL": str(member.control), "STATE_DIR": str(member.folder / "state"),
+    return {"STATE_DIR": str(member.folder / "state"),
             "SUBNET_FILE": str(member.subnet_file), "ADDRESS": str(member.host.v4)}
 
 
@@ -213,6 +218,7 @@ def fault(member, name):
 
 @needs_etcd
 @pytest.mark.slow
+@LONG
 def test_files_ports_and_dead_programs(lab):
     """Faults that need a mount namespace, or that the node must be dead for."""
     cluster = Cluster(lab, 2)
@@ -229,8 +235,7 @@ def test_files_ports_and_dead_programs(lab):
         words = " ".join(f"{key}={value}" for key, value in environment(node).items())
         report = doctor(node, prefix=("unshare", "-m", "sh", "-c", f"export {words}; {inject}",
                                       "sh"))
-        assert any(re.search(pattern, text) for text in report.of(check)), \
-            f"{name}: {report.problems}"
+        assert report.says(check, pattern), f"{name}: {report.problems}"
     await_healthy(node)
 
     node.daemon.kill()
@@ -242,8 +247,8 @@ def test_files_ports_and_dead_programs(lab):
     wait_for(lambda: doctor(node).of("forwarder"), "doctor to miss the forwarder")
     holder = node.host.start([sys.executable, "-m", "tests.netns.faults", "port-taken", "--hold"],
                              env=environment(node))
-    wait_for(lambda: any("another program has the UDP port 8285" in text
-                         for text in doctor(node).of("port")), "doctor to find the port taken")
+    wait_for(lambda: doctor(node).says("port", "another program has the UDP port 8285"),
+             "doctor to find the port taken")
     holder.kill()
     assert "does not run" in doctor(node).of("forwarder")[0]
 
@@ -260,6 +265,37 @@ def test_a_healthy_cluster(lab, backend):
     cluster.start()
     for member in cluster.members:
         await_healthy(member)
+
+
+@pytest.mark.slow
+def test_drops_and_full_buffers_of_a_forwarder_without_a_daemon(lab):
+    """The packets come from a program that is no peer."""
+    a, b = probing(lab).sides
+    assert ask(a.host, a.forwarder.control).problems == []
+    pid = control_request(a.forwarder.control, "GET", "/v1/status")[1]["pid"]
+
+    def flood(burst):
+        return b.host.start([sys.executable, "-c", "import socket, time\n"
+                             "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+                             "while True:\n"
+                             f"    for _ in range({burst}):\n"
+                             f"        s.sendto(b'E' * 1400, ('{a.outer}', 8285))\n"
+                             "    time.sleep(0.02)\n"])
+
+    sender = flood(1)
+    wait_for(lambda: ask(a.host, a.forwarder.control).says("drops", "decap.*since the start"),
+             "doctor to find the drops")
+    sender.kill()
+    os.kill(pid, signal.SIGSTOP)
+    sender = flood(400)
+    try:
+        words = "--check", "buffers", "--check", "forwarder"
+        wait_for(lambda: ask(a.host, a.forwarder.control, *words).says(
+            "buffers", r"receive buffer.*\d+ within"), "doctor to find the full buffer")
+        assert ask(a.host, a.forwarder.control, *words).says("forwarder", "state T")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        sender.kill()
 
 
 def test_a_pair_of_hosts_and_its_stopped_programs(lab):

@@ -135,10 +135,10 @@ def _lines(one: Found, width: int | None) -> list[str]:
     is_bad = finding.result in ("failed", "warning")
     more = [
         *([f"measured: {finding.evidence}"] if finding.evidence else []),
-        *([f"remedy: {finding.remedy}"] if finding.remedy else []),
+        *([_remedy(finding.remedy)] if finding.remedy else []),
         *([f"see docs/{one.check.page}"] if is_bad else [])]
     if width is None:
-        return ["; ".join((head, *more))]
+        return ["; ".join(part.rstrip(".") for part in (head, *more))]
     room = max(width, MIN_WIDTH)
     lines = textwrap.wrap(head, room, subsequent_indent=INDENT, break_on_hyphens=False)
     for text in more:
@@ -147,11 +147,15 @@ def _lines(one: Found, width: int | None) -> list[str]:
     return lines
 
 
+def _remedy(text: str) -> str:
+    return text if text.startswith("run: ") else f"remedy: {text}"
+
+
 class Progress:
     """Shows on a terminal, on stderr, what the command waits for, if it takes long."""
 
     def __init__(self) -> None:
-        self._shown, self._text, self._began = False, "", time.monotonic()
+        self._shown, self._text, self._began = "", "", time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -165,9 +169,10 @@ class Progress:
 
     def _run(self) -> None:
         while not self._over.wait(0.2):
-            if time.monotonic() > self._began + PROGRESS_AFTER_SECONDS:
-                self._shown = True
-                click.echo(f"\r\x1b[K{self._text} ...", nl=False, err=True)
+            text = self._text
+            if text != self._shown and time.monotonic() > self._began + PROGRESS_AFTER_SECONDS:
+                self._shown = text
+                click.echo(f"\r\x1b[K{text} ...", nl=False, err=True)
 
     def __exit__(self, *_: object) -> None:
         self._over.set()

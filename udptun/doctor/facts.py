@@ -22,7 +22,7 @@ from ..control.protocol import NODE_SOCKET
 from ..errors import ControlError, FieldError, NoForwarder
 from ..instance import Instance
 from ..net.links import Link, links
-from .processes import Process, processes, thread_seconds
+from .processes import Process, processes, sockets_of, thread_seconds
 from .sockets import UdpSocket, udp_sockets
 
 if TYPE_CHECKING:
@@ -245,8 +245,12 @@ class Facts:
 
         if self.forwarder.answer is not None:
             texts = self.forwarder.answer["device"]["listen"]
-        else:
-            texts = () if self.spec is None else self.spec.listen
+        elif self.spec is not None:
+            texts = self.spec.listen
+        else:  # those of a forwarder that runs but does not answer
+            inodes = {inode for one in self.running("forward") for inode in sockets_of(one.pid)}
+            return tuple({Endpoint(one.address, one.port) for one in udp_sockets()
+                          if one.inode in inodes})
         return tuple(Endpoint.parse(text, "listen") for text in texts)
 
     @cached_property

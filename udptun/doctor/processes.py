@@ -94,6 +94,19 @@ def owners_of_socket(inode: int) -> dict[int, str]:
     return found
 
 
+def sockets_of(pid: int) -> set[int]:
+    """Return the inodes of the sockets of a process."""
+    found = set()
+    try:
+        for one in (PROC / str(pid) / "fd").iterdir():
+            kind, _, inode = str(one.readlink()).partition(":[")
+            if kind == "socket":
+                found.add(int(inode.rstrip("]")))
+    except OSError:
+        pass
+    return found
+
+
 def capabilities(pid: int) -> int | None:
     """Return the effective capabilities of a process as a bit mask."""
     try:

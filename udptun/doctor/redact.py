@@ -93,7 +93,7 @@ class Pseudonyms:
                         key=lambda one: (-len(one), one))
         self._names = {name: f"node-{number}" for number, name in enumerate(wanted, 1)}
         self._pattern = re.compile(
-            r"(?<![\w-])(" + "|".join(map(re.escape, wanted)) + r")(?![\w-])") if wanted else None
+            r"(?<!\w)(" + "|".join(map(re.escape, wanted)) + r")(?!\w)") if wanted else None
 
     def replace(self, text: str) -> str:
         text = _MAC.sub(self._of_mac, text)

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Iterator
 from ipaddress import ip_network
 
+from ...errors import FieldError
 from ...model import IPNetwork
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
+from .routing import chain_names
 
 
 def drops(facts: Facts) -> Iterator[Finding]:
@@ -40,11 +42,31 @@ def drops(facts: Facts) -> Iterator[Finding]:
                  endpoint.port, "established"),
             Flow(f"{name} from this node (UDP {endpoint.port})", own, others, False, device,
                  endpoint.port, "established")]
+    yield from _own_rules(facts)
     found = asyncio.run(find_drops(want, flows, facts.instance))
     for one in found:
         yield (failed if one.cuts else warning)(one.text, remedy=one.remedy)
     if not found:
         yield ok("no rule drops packets of the overlay or of the tunnel")
+
+
+def _own_rules(facts: Facts) -> Iterator[Finding]:
+    """subnet.env tells whether the daemon masquerades: then its rules must be there."""
+    from ...node.host.subnet_env import SubnetEnv
+
+    try:
+        env = SubnetEnv.read(facts.subnet_file)
+    except (FieldError, OSError):
+        return
+    if env is None or not env.ip_masq:
+        return
+    names, instance = asyncio.run(chain_names()), facts.instance
+    for version in {one.version for one in (env.network, env.network6) if one is not None}:
+        table, chain = instance.nft_table(version), instance.iptables_chain("POSTROUTING")
+        if table not in names and chain not in names:
+            yield failed(f"the rules that masquerade packets of pods are gone (IPv{version})",
+                         f"neither the nftables table {table} nor the chain {chain} exists",
+                         "start the node daemon: it restores them")
 
 
 @check("conntrack", "whether the kernel's table of connections is nearly full", "node.md#health")

@@ -43,8 +43,8 @@ def peers(facts: Facts) -> Iterator[Finding]:
     good = [row for row in rows if row["state"] in ("reachable", "limited")]
     others = len(rows) - len(good) - len(bad)
     if not bad:
-        yield ok(f"{len(good)} of {len(rows)} peers are reachable" + (
-            f"; {others} are not measured" if others else ""))
+        yield ok(f"reachable: {len(good)} of {len(rows)}" + (
+            f"; not measured: {others}" if others else ""))
 
 
 @check("silent-peers", "without a daemon: whether the peers that nobody measures answer pings",
@@ -63,7 +63,7 @@ def silent_peers(facts: Facts) -> Iterator[Finding]:
         if error:
             yield warning(f"{name} does not answer pings through the overlay",
                           f"{address}: {error}", f"run: udptun ping {address}")
-    yield ok(f"{len(answers)} peers were pinged")
+    yield ok(f"peers that were pinged: {len(answers)}")
 
 
 @check("packet-size", "whether packets of full size reach each peer (path MTU, filtered ICMP)",
@@ -99,7 +99,7 @@ def loss(facts: Facts) -> Iterator[Finding]:
                           "; ".join(filter(None, (evidence, _by(row)))),
                           "look for errors and drops of the network cards and switches on the path")
     if suspects:
-        yield ok(f"probes were lost to {len(suspects)} peers; it was measured again")
+        yield ok(f"peers with lost probes, which were measured again: {len(suspects)}")
 
 
 def _loss_now(facts: Facts, row: Row) -> float | None:
@@ -166,7 +166,7 @@ def _name(row: Row) -> str:
 
 
 def _by(row: Row) -> str:
-    return f"measured on the path by {_path(row)}" if row["path"] in ("udp", "vxlan") else ""
+    return f"on the path by {_path(row)}" if row["path"] in ("udp", "vxlan") else ""
 
 
 def _path(row: Row) -> str:

@@ -40,10 +40,10 @@ def forwarder(facts: Facts) -> Iterator[Finding]:
         answer, lines = facts.forwarder.answer, reported_lines(facts, "forwarder")
         if lines is not None and lines[0] != "ok":
             yield failed(f"the forwarder does not have what the daemon wants: {lines[1][0]}",
-                         f"{answer['route_count']} routes",
+                         f"routes: {answer['route_count']}",
                          "see the logs of the daemon and of the forwarder")
             return
-        yield ok(f"version {answer['version']} answers, {answer['route_count']} routes")
+        yield ok(f"version {answer['version']} answers; routes: {answer['route_count']}")
         return
     if facts.forwarder.denied:
         raise Skip(f"{facts.control} may not be used by this user: run as root")
@@ -89,6 +89,8 @@ def versions(facts: Facts) -> Iterator[Finding]:
 @check("duplicates", "a second daemon or forwarder of this instance; flanneld on the same host",
        "node.md#several-overlays-on-one-host")
 def duplicates(facts: Facts) -> Iterator[Finding]:
+    if not facts.is_root:
+        raise Skip("the network namespaces of other users' processes can only be read by root")
     daemons = facts.running("node")
     if len(daemons) > 1 and len([one for one in daemons if not one.is_stopped]) > 1:
         pids = ", ".join(str(one.pid) for one in daemons)

@@ -33,7 +33,7 @@ def misrouted(facts: Facts) -> Iterator[Finding]:
         yield failed(f"{key}: {why}", remedy="remove this route or rule, or change its prefix;"
                      " if the device is gone, see the check host")
     if not look.found:
-        yield ok(f"the kernel routes {len(peers)} peers through the overlay")
+        yield ok(f"peers that the kernel routes through the overlay: {len(peers)}")
 
 
 def _looped(facts: Facts) -> Iterator[Finding]:
@@ -54,7 +54,7 @@ def _looped(facts: Facts) -> Iterator[Finding]:
         elif path.device == facts.tun:
             yield failed(f"the host routes the peer's address {endpoint.address} into {facts.tun}"
                          " itself", remedy=f"run: ip route get {endpoint.address}")
-    yield ok(f"the endpoints of {looked} peers are routed through the underlay")
+    yield ok(f"peers whose endpoint the kernel routes through the underlay: {looked}")
 
 
 @check("leftovers", "devices and rules that a former flannel has left",
@@ -73,7 +73,7 @@ def leftovers(facts: Facts) -> Iterator[Finding]:
                           why, f"run: ip link delete {link.name}")
     if not facts.is_root:
         raise Skip("the rules of the firewall can only be read by root")
-    found = asyncio.run(_chains())
+    found = asyncio.run(chain_names())
     names = {name for _, name in CHAINS.values()} | {name for _, name in NFT_TABLES.values()}
     for name in sorted(names & found):
         yield warning(f"the firewall chain or table {name} of a former flannel is still there: it"
@@ -81,7 +81,7 @@ def leftovers(facts: Facts) -> Iterator[Finding]:
                       "restart the node daemon without --keep-flannel, or remove it")
 
 
-async def _chains() -> set[str]:
+async def chain_names() -> set[str]:
     """Return the names of all chains and tables, of both variants of iptables and of nftables."""
     from ...node.host.firewall import iptables
     from ...node.host.firewall.rules import run_tool
