@@ -23,6 +23,11 @@ EXIT = {
         1: "It got a second signal, or an error that a retry cannot fix.",
         2: "An option is not valid.",
     },
+    "udptun doctor": {
+        0: "Nothing was found.",
+        1: "Something was found.",
+        2: "An option or argument is not valid.",
+    },
     "": {
         0: "Success.",
         1: "The request failed, or no forwarder answers.",

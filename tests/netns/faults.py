@@ -68,7 +68,7 @@ def vni_taken() -> None:
 def name_taken() -> None:
     """Another device has the name of the TUN."""
     subprocess.run(["ip", "link", "del", "udptun0"], check=False)
-    run("ip", "link", "add", "udptun0", "type", "dummy")
+    run("ip", "link", "add", "udptun0", "type", "veth", "peer", "name", "far0")
 
 
 FAULTS = {

@@ -91,7 +91,7 @@ UNATTENDED = {
 OTHERS = {
     "udp": {
         "other-subnet": ("subnet-env", r"subnet 10\.244\.99\.0/24.*lease"),
-        "name-taken": ("device-names", "udptun0 is not a TUN.*dummy"),
+        "name-taken": ("device-names", "udptun0 is not a TUN.*veth"),
     },
     "vxlan": {"vni-taken": ("device-names", "vx9 has the VNI 1")},
 }
@@ -201,8 +201,8 @@ def test_other_faults_are_found_by_name(lab, mode):
                 report = doctor(member)
                 assert report.says(check, pattern), f"{name}: {report.problems}"
             finally:
-                member.host.run(["sh", "-c", "ip link del vx9; ip -d link show udptun0 | grep -q"
-                                 " dummy && ip link del udptun0"], check=False)
+                for device in ("vx9", "far0"):
+                    member.host.run(["ip", "link", "del", device], check=False)
                 signal_all(pids, signal.SIGCONT)
             await_healthy(member)
 
