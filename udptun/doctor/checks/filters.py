@@ -52,16 +52,16 @@ def drops(facts: Facts) -> Iterator[Finding]:
 
 def _own_rules(facts: Facts) -> Iterator[Finding]:
     """subnet.env tells whether the daemon masquerades: then its rules must be there."""
-    from ...node.host.subnet_env import SubnetEnv
+    from ...cni.node import parse
 
     try:
-        env = SubnetEnv.read(facts.subnet_file)
+        env = parse(facts.subnet_file.read_bytes().decode(errors="replace"), "")
     except (FieldError, OSError):
         return
-    if env is None or not env.ip_masq:
+    if not env.ip_masq:
         return
     names, instance = asyncio.run(chain_names()), facts.instance
-    for version in {one.version for one in (env.network, env.network6) if one is not None}:
+    for version in sorted({subnet.version for subnet in env.subnets}):
         table, chain = instance.nft_table(version), instance.iptables_chain("POSTROUTING")
         if table not in names and chain not in names:
             yield failed(f"the rules that masquerade packets of pods are gone (IPv{version})",
