@@ -35,7 +35,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions sanitize fuzz fuzz-planted lint docs clean FORCE
+.PHONY: help build demo demo-etcd test test-all soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions express sanitize fuzz fuzz-planted lint docs clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ e2e: image $(VENV)/test.stamp ## run a whole Kubernetes cluster with our image; 
 
 SANITIZE_TESTS = tests/wire tests/table tests/path
 THREAD_TESTS = tests/path/test_worker_threads.py
+express: ## compile the programs of the express path; the result is committed
+	@scripts/need clang:clang
+	@scripts/express udptun/forwarder/express.bpf.o
+
 sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer, UBSan and TSan
 	@scripts/sanitize address $(PY) $(SANITIZE_TESTS) $(ARGS)
 	@scripts/sanitize thread $(PY) $(THREAD_TESTS)

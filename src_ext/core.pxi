@@ -24,6 +24,9 @@ from sys cimport (
     peek32, peek64, poke32, poke64, sockaddr_in6, store_flag, take_bits,
 )
 from table.addr_map cimport addr_map_init, addr_map_put
+from table.express cimport (
+    KIND_ADMIT, KIND_OWN, any_express, entry_t, prefix_t, route_entries, set_prefix,
+)
 from table.peer cimport (
     HINT_DEVICE, HINT_MTU, peer_counters_t, peer_free, peer_t, set_sockaddr,
 )
@@ -45,6 +48,8 @@ ERROR_ORIGINS = {
     SO_EE_ORIGIN_LOCAL: "local", SO_EE_ORIGIN_ICMP: "icmp", SO_EE_ORIGIN_ICMP6: "icmp6",
 }
 ORIGIN_NUMBERS = {name: number for number, name in ERROR_ORIGINS.items()}
+# the reasons for which the express path drops packets
+EXPRESS_DROPS = {ENCAP: "no_buffer", DECAP: "tun_write"}
 SOURCE_CHECKS = {"off": CHECK_OFF, "peer": CHECK_PEER, "strict": CHECK_STRICT}
 
 
@@ -108,6 +113,7 @@ cdef class Core:
     cdef spare_t spare6
     cdef uint64_t sends_refused  # of send_probe
     cdef dict inherited         # counters of an earlier process; see inherit
+    cdef tuple express_packets  # see set_express
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd, own_subnets=None):
@@ -122,6 +128,7 @@ cdef class Core:
         self.link_mtu4, self.link_mtu6 = link_mtus
         self.objects = []
         self.inherited = {}
+        self.express_packets = (0, 0, 0, 0)
         self.own = []
         for packed in tun_addresses:
             self.own.append(packed)
@@ -277,7 +284,7 @@ cdef class Core:
         cdef peer_t* peer = next_peer(s, &slot, NULL)
         while peer != NULL:
             memset(&total, 0, sizeof(total))
-            for k in range(self.shared.workers_n + 1):
+            for k in range(self.shared.workers_n + 2):
                 c = &peer.counters[k]
                 total.encap_packets += c.encap_packets
                 total.encap_bytes += c.encap_bytes
@@ -502,7 +509,7 @@ cdef class Core:
             while peer != NULL:
                 if peer.probe:
                     sent = received = 0
-                    for k in range(workers_n):
+                    for k in range(workers_n + 2):
                         sent += peer.counters[k].encap_packets
                         received += peer.counters[k].decap_packets
                     moved = received != peer.taken_received
@@ -512,6 +519,45 @@ cdef class Core:
                             found.append((packed_address(peer), peer.port, moved))
                 peer = next_peer(s, &slot, peer)
         return found
+
+    # The express path
+
+    @property
+    def snapshot_generation(self):
+        """The generation of the active snapshot."""
+        return self.generation
+
+    def express_peers(self):
+        """Return {(packed address, port): largest inner packet} of the peers that can receive in
+        the kernel. Larger packets need fragments, or an ICMP error."""
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint32_t slot = 0
+        cdef peer_t* peer = next_peer(s, &slot, NULL)
+        found = {}
+        while peer != NULL:
+            if peer.express:
+                found[packed_address(peer), peer.port] = min(
+                    peek32(&peer.path_mtu), peek32(&peer.df_mtu)) - peer.overhead
+            peer = next_peer(s, &slot, peer)
+        return found
+
+    def set_express(self, dict peers, tuple packets):
+        """Set what the express path has counted so far.
+
+        peers    {(packed address, port): (sent packets, sent bytes, received packets, received
+                 bytes, monotonic time of the last received packet)}
+        packets  (sent, received, dropped while sending, dropped while receiving)
+        """
+        cdef peer_t* peer
+        cdef peer_counters_t* c
+        for (address, port), counted in peers.items():
+            peer = self.find(address, port)
+            if peer != NULL:
+                c = &peer.counters[self.shared.workers_n + 1]
+                c.encap_packets, c.encap_bytes = counted[0], counted[1]
+                c.decap_packets, c.decap_bytes = counted[2], counted[3]
+                c.last_seen_ns = counted[4]
+        self.express_packets = packets
 
     # Counters
 
@@ -592,6 +638,11 @@ cdef class Core:
         cdef direction_t none
         memset(&none, 0, sizeof(none))
         total = {ENCAP: packets_of(&self.sent, 0), DECAP: packets_of(&none, 0)}
+        for direction, delivered, dropped in zip(
+                total, self.express_packets[:2], self.express_packets[2:]):
+            total[direction]["read"] += delivered + dropped
+            total[direction]["delivered"] += delivered
+            total[direction]["dropped"] += dropped
         for worker in self.objects:
             for direction, packets in worker.packets().items():
                 for name, n in packets.items():
@@ -644,6 +695,8 @@ cdef class Core:
         for i, reason in enumerate(DROP_REASONS, start=1):
             for direction in reason.directions:
                 n = self.sent.drops[i] if direction == ENCAP else 0
+                if reason.name == EXPRESS_DROPS[direction]:
+                    n += self.express_packets[2 if direction == ENCAP else 3]
                 for worker in self.objects:
                     n += worker.dropped(i, direction)
                 rows.append((reason.name, direction, n + before.pop((reason.name, direction), 0)))
@@ -660,6 +713,44 @@ cdef class PreparedSnapshot:
 
     def __cinit__(self, Core core, RouteTable table):
         self.core, self.table = core, table
+
+    @property
+    def generation(self):
+        return self.snapshot.generation
+
+    def express_entries(self):
+        """Return the keys and the values of the express path's table, in the layout of
+        src_ext/express/maps.h: routes, own addresses, prefixes to deliver to.
+
+        Both are empty if no peer can receive in the kernel. This can take long; it does not hold
+        the GIL most of the time.
+        """
+        cdef const route_vec_t* routes = self.table.routes()
+        cdef shared_t* shared = &self.core.shared
+        cdef size_t n = routes.n
+        cdef size_t total = n + len(self.core.own) + shared.own_nets_n
+        cdef prefix_t* keys
+        cdef entry_t* entries
+        cdef uint32_t i, length
+        cdef bytes packed, key_bytes, values
+        if not any_express(routes):
+            return b"", b""
+        key_bytes = PyBytes_FromStringAndSize(NULL, total * sizeof(prefix_t))
+        values = bytes(total * sizeof(entry_t))
+        keys = <prefix_t*><char*>key_bytes
+        entries = <entry_t*><char*>values
+        with nogil:
+            route_entries(routes, self.snapshot.hops, keys, entries)
+        for packed in self.core.own:
+            set_prefix(&keys[n], KIND_OWN, <const uint8_t*>packed, 4 if len(packed) == 4 else 6,
+                       8 * len(packed))
+            n += 1
+        for i in range(shared.own_nets_n):
+            length = int.from_bytes(shared.own_nets[i].mask[:16], "big").bit_count()
+            set_prefix(&keys[n], KIND_ADMIT, shared.own_nets[i].addr,
+                       4 if shared.own_nets[i].addr_len == 4 else 6, length)
+            n += 1
+        return key_bytes, values
 
     def __dealloc__(self):
         if self.snapshot != NULL:

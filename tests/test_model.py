@@ -78,12 +78,13 @@ def test_route_defaults() -> None:
     words = ["10.0.0.1", "via", "192.0.2.2", "mtu", "1400", "port", "9"]
     host = Route(ip_network("10.0.0.1/32"), ip_address("192.0.2.2"), 9, 1400)
     assert Route.from_words(words) == host
-    for words_with_probe in ([*words, "probe"], [*words[:3], "probe", *words[3:]]):
-        probed = Route.from_words(words_with_probe)
-        assert probed == replace(host, probe=True)
-    assert str(probed) == "10.0.0.1/32 via 192.0.2.2 port 9 mtu 1400 probe"
-    assert Route.from_json(probed.to_json()) == probed
-    assert "probe" not in host.to_json()
+    for flag in ("probe", "express"):
+        for words_with_flag in ([*words, flag], [*words[:3], flag, *words[3:]]):
+            flagged = Route.from_words(words_with_flag)
+            assert flagged == replace(host, **{flag: True})
+        assert str(flagged) == f"10.0.0.1/32 via 192.0.2.2 port 9 mtu 1400 {flag}"
+        assert Route.from_json(flagged.to_json()) == flagged
+        assert flag not in host.to_json()
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,7 @@ def test_route_defaults() -> None:
         ("10.0.0.0/8 via 192.0.2.1 port", "port", ""),
         ("10.0.0.0/8 via 192.0.2.1 probe probe", "route", "probe"),
         ("10.0.0.0/8 via 192.0.2.1 probe yes", "route", "yes"),
+        ("10.0.0.0/8 via 192.0.2.1 express express", "route", "express"),
         ("10.0.0.0/8 via 192.0.2.1 port 0", "port", 0),
         ("10.0.0.0/8 via 192.0.2.1 port 70000", "port", 70000),
         ("10.0.0.0/8 via 192.0.2.1 port -1", "port", "-1"),
@@ -150,6 +152,7 @@ def test_invalid_route_text_is_refused(text: str, field: str, value: object) -> 
         ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "probe": None}, "probe"),
         ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "probe": 1}, "probe"),
         ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "probe": "true"}, "probe"),
+        ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "express": 1}, "express"),
     ],
 )
 def test_invalid_route_json_is_refused(value: object, field: str) -> None:

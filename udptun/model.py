@@ -25,10 +25,11 @@ MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
 
 SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
 ADMITS = ("any", "own")  # the default first
+ACCELERATES = ("off", "auto")  # the default first
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
 PROBE_REQUEST, PROBE_REPLY = 1, 2  # ProbeRecord.kind
 NEVER_HEARD = 0xFFFFFFFF
-ROUTE_WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe]"
+ROUTE_WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe] [express]"
 ANY_PORT = (1, MAX_PORT)  # as Route.source_port
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -173,6 +174,7 @@ class Route:
     probe  the peer answers probes, so the forwarder may measure the path to it
     source_port  first and last of the further ports from which the peer may send under
                  the source check strict; None: no other port
+    express  the peer can receive in the kernel, and may send from there
     """
 
     dst: IPNetwork
@@ -181,11 +183,13 @@ class Route:
     mtu: int | None = None
     probe: bool = False
     source_port: tuple[int, int] | None = None
+    express: bool = False
 
     @classmethod
     def make(
         cls, dst: object, via: object, port: object = DEFAULT_PORT, mtu: object = None,
-        probe: object = False, source_port: object = None, *, where: str = "",
+        probe: object = False, source_port: object = None, express: object = False, *,
+        where: str = "",
     ) -> Route:
         """Build a route from untrusted values. Raises FieldError, which names the field."""
         prefix = parse_destination("dst", dst, where)
@@ -195,8 +199,10 @@ class Route:
         limit = None if mtu is None else parse_number("mtu", mtu, low, MAX_MTU, where)
         if not isinstance(probe, bool):
             raise FieldError("probe", probe, "true or false", where)
+        if not isinstance(express, bool):
+            raise FieldError("express", express, "true or false", where)
         sources = None if source_port is None else parse_source_port(source_port, where)
-        return cls(prefix, next_hop, port_number, limit, probe, sources)
+        return cls(prefix, next_hop, port_number, limit, probe, sources, express)
 
     @classmethod
     def from_words(cls, words: Sequence[str], where: str = "") -> Route:
@@ -207,10 +213,10 @@ class Route:
         rest = iter(words[3:])
         for name in rest:
             key = name.replace("-", "_")
-            if name not in ("port", "mtu", "source-port", "probe") or key in values:
-                expected = "port P, mtu M, source-port P or probe, each once"
+            if name not in ("port", "mtu", "source-port", "probe", "express") or key in values:
+                expected = "port P, mtu M, source-port P, probe or express, each once"
                 raise FieldError("route", name, expected, where)
-            value = True if name == "probe" else next(rest, None)
+            value = True if name in ("probe", "express") else next(rest, None)
             if value is None:
                 raise FieldError(name, "", f"a value after the word {name}", where)
             values[key] = value
@@ -218,13 +224,13 @@ class Route:
 
     @classmethod
     def from_json(cls, value: object, where: str = "") -> Route:
-        """Parse ``{"dst", "via", "port"?, "mtu"?, "source_port"?, "probe"?}``. ``mtu`` and
-        ``source_port`` may be null."""
+        """Parse ``{"dst", "via", "port"?, "mtu"?, "source_port"?, "probe"?, "express"?}``.
+        ``mtu`` and ``source_port`` may be null."""
         if not isinstance(value, Mapping):
             raise FieldError("route", value, "an object with dst and via", where)
         for name in value:
-            if name not in ("dst", "via", "port", "mtu", "source_port", "probe"):
-                expected = "only dst, via, port, mtu, source_port and probe"
+            if name not in ("dst", "via", "port", "mtu", "source_port", "probe", "express"):
+                expected = "only dst, via, port, mtu, source_port, probe and express"
                 raise FieldError("route", name, expected, where)
         for name in ("dst", "via"):
             if name not in value:
@@ -232,21 +238,22 @@ class Route:
         return cls.make(**value, where=where)
 
     def to_json(self) -> dict[str, object]:
-        """Return the JSON object. It has ``source_port`` only if it is set, and ``probe`` only if
-        it is true."""
+        """Return the JSON object. It has ``source_port`` only if it is set, ``probe`` and
+        ``express`` only if they are true."""
         values: dict[str, object] = {
             "dst": str(self.dst), "via": str(self.via), "port": self.port, "mtu": self.mtu,
         }
         if self.source_port is not None:
             values["source_port"] = source_port_json(self.source_port)
-        return values | {"probe": True} if self.probe else values
+        values |= {"probe": True} if self.probe else {}
+        return values | {"express": True} if self.express else values
 
     def __str__(self) -> str:
         mtu = "" if self.mtu is None else f" mtu {self.mtu}"
         ports = self.source_port
         source = "" if ports is None else f" source-port {source_port_json(ports)}"
-        probe = " probe" if self.probe else ""
-        return f"{self.dst} via {self.via} port {self.port}{mtu}{source}{probe}"
+        flags = " probe" * self.probe + " express" * self.express
+        return f"{self.dst} via {self.via} port {self.port}{mtu}{source}{flags}"
 
 
 class PeerError(NamedTuple):

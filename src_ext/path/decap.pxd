@@ -24,10 +24,11 @@ from path.worker cimport (
 )
 from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
-    cmsghdr, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, write,
+    cmsghdr, mmsghdr, msghdr, peek32, recvmmsg, sockaddr_in, sockaddr_in6, write,
 )
 from table.peer cimport peer_counters_t, peer_t
 from table.snapshot cimport find_hop, find_peer, hop_admits, hop_t, is_own, may_send_from
+from wire.finish cimport finish_checksum
 from wire.headers cimport load_be16, load_u32, load_u64
 from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
@@ -54,6 +55,7 @@ cdef struct sender_t:           # the sender of one datagram; caches the last re
     mmsghdr* message            # the datagram
     drop_t refusal              # PASS, or why nothing from this sender is accepted
     uint16_t port               # host order
+    bint express                # the peer's kernel may have sent the packet
     bint heard                  # the datagram has an accepted packet or probe, or is a keepalive
     uint32_t probes_n           # probes in the message
     uint32_t probes_bytes       # bytes of these probes
@@ -171,6 +173,8 @@ cdef inline void decap_packet(
         drop_from_udp(w, verdict, p, n, sender.addr, sender.addr_len, sender.port)
         return
     sender.heard = True
+    if sender.express:
+        finish_checksum(p, &ip)
     merge_add(&w.merge, p, ip.total_len, &ip)
 
 
@@ -274,6 +278,7 @@ cdef inline void find_sender(
         sender.port = load_be16(<const uint8_t*>&sa.sin6_port)
     sender.peer = find_peer(w.snapshot, sender.addr, sender.addr_len, sender.port)
     sender.refusal = check_sender(w, sender)
+    sender.express = sender.peer != NULL and peek32(&sender.peer.express) != 0
     sender.heard = m.msg_len == 0  # an empty datagram is a keepalive
     sender.inner_len = 0
 

@@ -18,7 +18,7 @@ from table.address cimport (
     write_addr, write_bytes, write_number, write_prefix, write_source_port,
 )
 from table.parser cimport PARSE_BODY, PARSE_OK, PARSE_ROUTE, add_route, parser_t
-from table.route cimport ROUTE_PROBE, route_t, route_valid
+from table.route cimport ROUTE_EXPRESS, ROUTE_PROBE, route_t, route_valid
 
 
 cdef enum:
@@ -261,7 +261,8 @@ cdef inline bint json_source_port(
 
 
 cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
-    """Accept an object with dst, via, and optionally port, mtu, source_port and probe, each once.
+    """Accept an object with dst, via, and optionally port, mtu, source_port, probe and
+    express, each once.
 
     False means a wrong route or text that is not JSON. The caller finds out with json_skip which of
     the two it is.
@@ -287,6 +288,8 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             key = 16
         elif same_word(string.chars, string.n, b"source_port", 11):
             key = 32
+        elif same_word(string.chars, string.n, b"express", 7):
+            key = 64
         else:
             return False
         if seen & key or not json_byte(p, c':'):
@@ -299,9 +302,9 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             if not json_word(p, b"null", 4) and not json_uint16(
                     p, &string, MIN_MTU, MAX_MTU, &route.mtu):
                 return False
-        elif key == 16:
+        elif key == 16 or key == 64:
             if json_word(p, b"true", 4):
-                route.flags |= ROUTE_PROBE
+                route.flags |= ROUTE_PROBE if key == 16 else ROUTE_EXPRESS
             elif not json_word(p, b"false", 5):
                 return False
         elif key == 32:
@@ -428,5 +431,7 @@ cdef inline size_t write_route_json(uint8_t* out, const route_t* route) noexcept
         n += write_json_source_port(out + n, route)
     if route.flags & ROUTE_PROBE:
         n += write_bytes(out + n, b',"probe":true', 13)
+    if route.flags & ROUTE_EXPRESS:
+        n += write_bytes(out + n, b',"express":true', 15)
     out[n] = c'}'
     return n + 1

@@ -21,7 +21,7 @@ from table.route cimport (
 
 
 cdef enum:
-    ROUTE_TEXT_MAX = 192        # bytes of the longest route in any text form, rounded up
+    ROUTE_TEXT_MAX = 208        # bytes of the longest route in any text form, rounded up
     YIELD_ROUTES = 512          # routes between two calls of sched_yield(): about 50 us
 
 

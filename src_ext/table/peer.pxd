@@ -10,7 +10,7 @@ worker applies it at once.
 Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu`` and
 ``df_mtu``. If both write at the same time, either value is valid. A worker stores ``hint``, and the
 control side takes it. Each worker writes its own ``peer_counters_t``. The control side writes the
-last one: what an earlier process has counted.
+last two: what an earlier process and what the express path have counted.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -58,6 +58,8 @@ cdef struct peer_t:
     uint64_t hint               # HINT_*, and the reported path MTU (0 = not reported); 0 = no hint
     uint32_t probe              # 1: a route to the peer has ROUTE_PROBE; else 0
     bint new_probe              # control side: ``probe`` in the snapshot that is being built
+    uint32_t express            # 1: a route to the peer has ROUTE_EXPRESS; else 0
+    bint new_express            # control side: as new_probe
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
     uint64_t generation         # control side: generation of the last snapshot with this peer
     uint32_t ordinal            # control side: index among the peers of that snapshot
@@ -70,7 +72,8 @@ cdef struct peer_t:
     # links of the old and of the new snapshot. The order guarantees that the chain ends even then.
     peer_t* same_addr
     peer_t* new_same_addr       # control side: same_addr in the snapshot that is being built
-    peer_counters_t* counters   # one per worker; one more for the control side, the last
+    # One per worker; one more for the control side; the last: what the express path has counted.
+    peer_counters_t* counters
     peer_errors_t* errors       # one per worker; one more for the control side, the last
 
 
@@ -107,7 +110,7 @@ cdef inline peer_t* peer_new(
     cdef peer_t* peer = <peer_t*>calloc(1, sizeof(peer_t))
     if peer == NULL:
         return NULL
-    peer.counters = <peer_counters_t*>calloc(workers_n + 1, sizeof(peer_counters_t))
+    peer.counters = <peer_counters_t*>calloc(workers_n + 2, sizeof(peer_counters_t))
     peer.errors = <peer_errors_t*>calloc(workers_n + 1, sizeof(peer_errors_t))
     if peer.counters == NULL or peer.errors == NULL:
         peer_free(peer)

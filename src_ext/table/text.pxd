@@ -1,5 +1,5 @@
 """Parse and write the route file, one route per line:
-``DST via IP [port P] [mtu M] [source-port P] [probe]``.
+``DST via IP [port P] [mtu M] [source-port P] [probe] [express]``.
 
 The source port is a port, ``P-Q`` or ``any``. A ``#`` starts a comment; blank lines are ignored.
 ``udptun.model.Route.from_words`` accepts the same lines; the tests compare the two.
@@ -16,7 +16,7 @@ from table.address cimport (
     write_number, write_prefix, write_source_port,
 )
 from table.parser cimport PARSE_ROUTE, add_route, parser_t
-from table.route cimport ROUTE_PROBE, route_t, route_valid
+from table.route cimport ROUTE_EXPRESS, ROUTE_PROBE, route_t, route_valid
 
 
 # Parse
@@ -59,6 +59,9 @@ cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexce
     while next_word(text, n, &at, &word, &word_n):
         if same_word(word, word_n, b"probe", 5) and not route.flags & ROUTE_PROBE:
             route.flags |= ROUTE_PROBE
+            continue
+        if same_word(word, word_n, b"express", 7) and not route.flags & ROUTE_EXPRESS:
+            route.flags |= ROUTE_EXPRESS
             continue
         next_word(text, n, &at, &value, &value_n)
         if same_word(word, word_n, b"port", 4) and not route.port:
@@ -120,5 +123,7 @@ cdef inline size_t write_route_text(uint8_t* out, const route_t* route) noexcept
         n += write_source_port(out + n, route)
     if route.flags & ROUTE_PROBE:
         n += write_bytes(out + n, b" probe", 6)
+    if route.flags & ROUTE_EXPRESS:
+        n += write_bytes(out + n, b" express", 8)
     out[n] = c'\n'
     return n + 1

@@ -23,6 +23,7 @@ from udptun.build import build_id
 from udptun.control.events import EventHub
 from udptun.drops import DROP_REASONS
 from udptun.errors import FieldError, GenerationMismatch, RouteExists
+from udptun.forwarder.express import TOTALS as EXPRESS_TOTALS
 from udptun.model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 
 VERSION = "0.1.0"
@@ -194,6 +195,11 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
         "uptime_seconds": 3723.5,
         "generation": generation, "route_count": route_count, "source_check": "strict",
         "admit": "any", "mark": None,
+        "accelerate": {
+            "mode": "off", "active": False, "reason": "--accelerate off", "generation": 3,
+            "kernel_generation": None, "devices": [],
+            "packets": dict.fromkeys(EXPRESS_TOTALS, 0),
+        },
         "device": {
             "name": "udptun0", "mtu": 1472, "addresses": ["10.244.1.0"],
             "networks": ["10.244.0.0/16"], "subnets": [], "listen": ["192.0.2.1:8285"],
@@ -221,6 +227,7 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
                     "last_answer": "2026-11-23T13:06:01.004+00:00", "largest_size": 1472,
                     "full_size_passes": True,
                 },
+                "express": {"active": False, "reason": "--accelerate off"},
             },
             {
                 "endpoint": "[2001:db8::3]:8285", "subnets": [],
@@ -228,6 +235,7 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
                 "path_mtu": 1280, "path_mtu_source": "icmp", "path_mtu_seconds": 41.7,
                 "last_seen_seconds": None, "errors": 0, "last_error": None,
                 "probe": None,
+                "express": {"active": False, "reason": "--accelerate off"},
             },
         ],
         "packets": {"encap": side, "decap": dict(side, read=20, delivered=18)},

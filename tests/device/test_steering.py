@@ -90,11 +90,11 @@ def test_fragments_of_a_datagram_stay_together():
 
 @in_own_netns
 def test_refused_program_is_logged(monkeypatch, caplog):
-    def refuse(code):
+    def refuse(*_):
         raise OSError(errno.EPERM, "")
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(steering, "_load", refuse)
+    monkeypatch.setattr(steering.bpf, "load_program", refuse)
     with two_queues() as tun:
         assert attach_steering(tun.fds[0]) == "EPERM"
         assert "EPERM" in caplog.text

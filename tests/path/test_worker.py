@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import reference
-from tests.wire.craft import NEEDS_CSUM, TCPV4, TCPV6, UDP_L4, Flow, ip4, ip6
+from tests.wire.craft import NEEDS_CSUM, TCPV4, TCPV6, UDP_L4, Flow, ip4, ip6, unfinished
 from udptun import _core
 from udptun.drops import DECAP, DIRECTIONS, ENCAP
 from udptun.model import PROBE_REQUEST, Endpoint, Route
@@ -66,7 +66,7 @@ class Rig:
         admitted = self.ports[0].getsockname()[1]
         ports = {a: self.outside[a].getsockname()[1] for a in PEERS}
         self.routes = [
-            Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu),
+            Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu, express=True),
             Route.make("10.244.3.0/24", PEERS[1], ports[PEERS[1]], mtu),
             Route.make("10.244.3.128/25", PEERS[0], ports[PEERS[0]], mtu, True),
             Route.make("10.244.4.0/24", PEERS[0], ports[PEERS[0]], mtu, False, admitted),
@@ -303,6 +303,8 @@ def test_decap_equals_reference(without, source_check):
                     seq += len(data)
                 if rng.random() < 0.05:
                     datagram += bytes(rng.randrange(9))
+                if rng.random() < 0.2:
+                    datagram = unfinished(datagram)
                 sender = rng.choice((PEERS[0], PEERS[0], PEERS[1], OUTSIDER))
                 from_ = rig.outside[sender]
                 if sender == PEERS[0] and rng.random() < 0.3:

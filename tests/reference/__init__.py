@@ -8,11 +8,12 @@ package, even if the compiled core is missing.
 Threading: the functions are pure; a ``ReferenceForwarder`` belongs to one thread.
 
 Read the modules in the order in which a packet passes them: packet, checksum, cut, lpm, fragment,
-icmp, merge, probe, forwarder.
+icmp, finish, merge, probe, forwarder.
 """
 
 from .checksum import checksum
 from .cut import cut
+from .finish import finish_checksum
 from .forwarder import Decapsulated, Encapsulated, ReferenceForwarder
 from .fragment import fragment
 from .icmp import icmp_error
@@ -33,6 +34,7 @@ __all__ = [
     "checksum",
     "cut",
     "decrement_hop_limit",
+    "finish_checksum",
     "fragment",
     "icmp_error",
     "merge",

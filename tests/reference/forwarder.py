@@ -13,6 +13,7 @@ from udptun.drops import DECAP, DIRECTIONS, ENCAP
 from udptun.model import Endpoint, IPAddress, IPNetwork, Route
 
 from .cut import cut
+from .finish import finish_checksum
 from .fragment import fragment
 from .icmp import icmp_error
 from .packet import (
@@ -165,6 +166,8 @@ class ReferenceForwarder:
             self._admit_source(outer_source, packet)
             self._admit_destination(packet)
             result.packet = decrement_hop_limit(packet)
+            if self._may_send_unfinished(outer_source):
+                result.packet = finish_checksum(result.packet)
         except Dropped as drop:
             self.drops[drop.reason, DECAP] += 1
             result.probe = None
@@ -235,6 +238,15 @@ class ReferenceForwarder:
         port = outer_source.port if outer_source.port in ports else min(ports)
         if (port, True) not in peers:
             raise Dropped("bad_version")
+
+    def _may_send_unfinished(self, outer_source: Endpoint) -> bool:
+        """Return whether the packet may come from the kernel of the peer."""
+        peers = sorted({route.port for route in self.routes if route.via == outer_source.address})
+        if not peers:
+            return False
+        port = outer_source.port if outer_source.port in peers else peers[0]
+        return any(route.express for route in self.routes
+                   if (route.via, route.port) == (outer_source.address, port))
 
     def _reply(self, sender: Endpoint, probe: Probe) -> list[Datagram]:
         if probe.kind != REQUEST:

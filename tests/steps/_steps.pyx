@@ -13,6 +13,7 @@ from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_segment, cut_start, cut_t, is_super, plan_cut,
 )
 from drops cimport PASS, drop_t
+from wire.finish cimport finish_checksum as finish
 from wire.merge cimport (
     MERGE_FRAME, MERGE_PACKETS, merge_add, merge_frame, merge_reset, merge_t, output_t,
 )
@@ -150,6 +151,18 @@ def merge(list packets, bint tcp=True, bint udp=True):
         free(copies)
         free(frame)
         free(m)
+
+
+def finish_checksum(bytes packet):
+    cdef uint8_t* p = exact_copy(packet)
+    cdef ip_t ip = NO_IP
+    try:
+        check(parse_ip(p, len(packet), &ip))
+        check(check_total_len(&ip, len(packet)))
+        finish(p, &ip)
+        return PyBytes_FromStringAndSize(<char*>p, len(packet))
+    finally:
+        free(p)
 
 
 def parse_probe(bytes datagram):

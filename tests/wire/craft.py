@@ -249,3 +249,20 @@ def check_valid(packet: bytes) -> None:
         assert ones_sum(pseudo(src, dst, proto, len(segment)) + segment) == 0xFFFF
     if proto == ICMP and not fragment:
         assert ones_sum(segment) == 0xFFFF
+
+
+def unfinished(packet: bytes) -> bytes:
+    """Return the packet as a kernel sends it that leaves the transport checksum to the device: the
+    field has the sum of the pseudo-header. Other packets than TCP and UDP are not changed."""
+    version = packet[0] >> 4 if packet else 0
+    header_len = 40 if version == 6 else 20
+    if version not in (4, 6) or len(packet) < header_len + 20:
+        return packet
+    proto = packet[6] if version == 6 else packet[9]
+    if proto not in (TCP, UDP):
+        return packet
+    addresses = packet[8:40] if version == 6 else packet[12:20]
+    size = len(addresses) // 2
+    before = pseudo(addresses[:size], addresses[size:], proto, len(packet) - header_len)
+    at = header_len + (16 if proto == TCP else 6)
+    return packet[:at] + ones_sum(before).to_bytes(2, "big") + packet[at + 2 :]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests import reference
 from tests.reference import Dropped
 from tests.wire import strategies
-from tests.wire.craft import DESTINATION_OPTIONS, HOP_BY_HOP, ROUTING
+from tests.wire.craft import DESTINATION_OPTIONS, HOP_BY_HOP, ROUTING, unfinished
 
 any_packet = st.one_of(
     strategies.packets(), strategies.mutated(strategies.packets()), strategies.noise
@@ -51,6 +51,13 @@ def test_check_packet(compiled, packet):
 @given(any_packet)
 def test_decrement_hop_limit(compiled, packet):
     same(compiled, "decrement_hop_limit", packet)
+
+
+@given(any_packet, st.booleans())
+def test_finish_checksum(compiled, packet, from_a_kernel):
+    if from_a_kernel:
+        packet = unfinished(packet)
+    same(compiled, "finish_checksum", packet)
 
 
 @given(any_frame)

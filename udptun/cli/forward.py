@@ -22,7 +22,7 @@ import click
 
 from ..errors import FieldError, UdptunError
 from ..files import UntrustedFile
-from ..model import ADMITS, SOURCE_CHECKS
+from ..model import ACCELERATES, ADMITS, SOURCE_CHECKS
 from ..takeover.kept import KEPT
 from . import logs
 from .lazy import Failure, failure_of
@@ -152,6 +152,10 @@ FIELDS = {
 @click.option("--mark", type=Parsed("value/mask", _mark),
               help="Set this mark (SO_MARK) on all datagrams, so that firewall rules can tell them "
                    "from those of other programs.  [default: no mark]")
+@click.option("--accelerate", type=click.Choice(ACCELERATES), default=ACCELERATES[0],
+              show_default=True,
+              help="auto: let the kernel carry packets to and from the peers whose routes have "
+                   "`express`, if it can; off: carry all packets in this process.")
 @click.option("--state", type=FILE, metavar="FILE",
               help="Keep a copy of the route table in FILE, and load it at start.")
 @click.option("--flannel-control", type=FILE, metavar="PATH",

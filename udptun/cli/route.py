@@ -16,7 +16,7 @@ from .options import client, connection, echo_json, echo_table, no_headers, outp
 if TYPE_CHECKING:
     from ..model import Route
 
-WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe]"
+WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe] [express]"
 ROUTE_LINE = re.compile(rb"^[^\S\n]*[^\s#]", re.MULTILINE)  # a line with more than a comment
 
 
@@ -25,7 +25,7 @@ def route() -> None:
     """List and change the routes of a running forwarder.
 
     The syntax of a route is like that of ip(8):
-    10.244.2.0/24 via 192.0.2.2 [port 8285] [mtu 1400] [source-port any] [probe]
+    10.244.2.0/24 via 192.0.2.2 [port 8285] [mtu 1400] [source-port any] [probe] [express]
     """
 
 
@@ -100,9 +100,9 @@ def delete(ctx: click.Context, dst: str) -> None:
 def sync(ctx: click.Context, file: str, allow_empty: bool, output: str) -> None:
     """Replace all routes by those in FILE (- for standard input), in one step.
 
-    FILE has one route per line: DST via IP [port P] [mtu M] [source-port P] [probe]. A # starts a
-    comment. If a line is invalid, nothing changes. If there is no route in FILE, nothing changes
-    either, because the program that should write the routes may have failed.
+    FILE has one route per line: DST via IP [port P] [mtu M] [source-port P] [probe] [express]. A #
+    starts a comment. If a line is invalid, nothing changes. If there is no route in FILE, nothing
+    changes either, because the program that should write the routes may have failed.
     """
     name = "standard input" if file == "-" else file
     try:

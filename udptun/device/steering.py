@@ -7,7 +7,6 @@ processes that flow, and packets of the flow are reordered. Threading: any threa
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
@@ -16,11 +15,11 @@ import socket
 import struct
 import sys
 
+from . import bpf
+
 log = logging.getLogger(__name__)
 
 TUNSETSTEERINGEBPF = 0x800454E0  # linux/if_tun.h
-BPF_PROG_LOAD, BPF_PROG_TYPE_SOCKET_FILTER = 5, 1  # linux/bpf.h
-BPF_SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 
 # linux/bpf_common.h, linux/bpf.h
 _LD_ABS, _LD_IND = 0x20, 0x40
@@ -41,7 +40,7 @@ def attach_steering(fd: int) -> str | None:
     """
     program = -1
     try:
-        program = _load(_assemble(_program()))
+        program = bpf.load_program(bpf.SOCKET_FILTER, _assemble(_program()))
         fcntl.ioctl(fd, TUNSETSTEERINGEBPF, struct.pack("i", program))
     except OSError as error:
         cause = errno.errorcode.get(error.errno or 0, str(error.errno))
@@ -135,25 +134,3 @@ def _assemble(program: list[Step | str]) -> bytes:
             registers = destination << 4 | source
         code += struct.pack("=BBhi", opcode, registers, offset, value)
     return bytes(code)
-
-
-def _load(code: bytes) -> int:
-    """Load the program with bpf(BPF_PROG_LOAD). Returns its file descriptor. Raises OSError."""
-    number = BPF_SYSCALL.get(os.uname().machine)
-    if number is None:
-        raise OSError(errno.ENOSYS, "bpf")
-    instructions = ctypes.create_string_buffer(code, len(code))
-    license_text = ctypes.create_string_buffer(b"Apache-2.0")
-    attributes = ctypes.create_string_buffer(struct.pack(
-        "=IIQQ", BPF_PROG_TYPE_SOCKET_FILTER, len(code) // 8,
-        ctypes.addressof(instructions), ctypes.addressof(license_text),
-    ), 128)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    fd = int(libc.syscall(
-        ctypes.c_long(number), ctypes.c_long(BPF_PROG_LOAD), attributes,
-        ctypes.c_long(len(attributes)),
-    ))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), "bpf")
-    return fd

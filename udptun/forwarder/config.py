@@ -17,6 +17,7 @@ from ..device.offload import OffloadRequest
 from ..errors import FieldError
 from ..instance import Instance
 from ..model import (
+    ACCELERATES,
     ADMITS,
     MAX_MTU,
     MIN_MTU6,
@@ -48,9 +49,11 @@ class ForwarderConfig:
     workers       number of worker threads; None: chosen from the number of cores
     control       Unix socket of the control API; None: no control API
     routes_file   file that is read at start and on ``reload``. Each line is a route:
-                  ``DST via IP [port P] [mtu M] [source-port P] [probe]``
+                  ``DST via IP [port P] [mtu M] [source-port P] [probe] [express]``
     state_file    copy of the active table. At start, a valid state_file is loaded instead of
                   routes_file
+    accelerate    "auto": packets to and from the peers whose routes have ``express`` may pass in
+                  the kernel; "off": none
     takeover      Unix socket at which another forwarder can take over from this one; None: none can
     take_over     take over from the forwarder that answers at ``takeover``, if there is one
     flannel_*     Unix socket or inherited descriptor for flannel's 20-byte control messages
@@ -70,6 +73,7 @@ class ForwarderConfig:
     subnets: tuple[IPNetwork, ...] = ()
     admit: str = ADMITS[0]
     mark: Mark | None = None
+    accelerate: str = ACCELERATES[0]
     takeover: Path | None = None
     take_over: bool = False
     flannel_control: Path | None = None
@@ -92,10 +96,12 @@ class ForwarderConfig:
         for address in self.addresses:
             if address.is_unspecified or address.is_multicast or address.is_loopback:
                 raise FieldError("address", str(address), "an address of the overlay")
-        if self.source_check not in SOURCE_CHECKS:
-            raise FieldError("source-check", self.source_check, _one_of(SOURCE_CHECKS))
-        if self.admit not in ADMITS:
-            raise FieldError("admit", self.admit, _one_of(ADMITS))
+        for name, value, words in (
+            ("source-check", self.source_check, SOURCE_CHECKS), ("admit", self.admit, ADMITS),
+            ("accelerate", self.accelerate, ACCELERATES),
+        ):
+            if value not in words:
+                raise FieldError(name, value, _one_of(words))
         if len(self.subnets) > MAX_SUBNETS:
             raise FieldError("subnet", len(self.subnets), f"at most {MAX_SUBNETS} prefixes")
         if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_MTU:

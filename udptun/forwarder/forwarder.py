@@ -34,6 +34,7 @@ from ..net.udp import UdpSocket, open_udp
 from ..takeover.document import CountersDocument, drops_of, packets_of, peer_from_json
 from . import preload
 from .config import ForwarderConfig
+from .express import Express
 from .giving import (
     CONTROL,
     FLANNEL,
@@ -89,6 +90,7 @@ class Forwarder:
         self._keep_device: Callable[[Mapping[str, int]], None] | None = None
         self._parts: Parts
         self._probes: Probes
+        self._express: Express
         self._view: View
         self._setup: TunSetup | None = None
         self._server: ControlServer | None = None
@@ -151,13 +153,15 @@ class Forwarder:
         tun, sockets = self._open_device(taking)
         self.capabilities = Capabilities.combine(self.config.offload, [tun, *sockets])
         core, notify_fd = self._make_core()
-        self._routes.open(core, Loops(netlink, tun.name, self.config.listen, self.config.mark))
+        express = self._open_express(tun, core, sockets)
+        self._routes.open(
+            core, Loops(netlink, tun.name, self.config.listen, self.config.mark), express)
         self._closing.push_async_callback(self._routes.close)
-        self._probes = Probes(core, self._routes, self.mtu, self.events)
+        self._probes = Probes(core, self._routes, self.mtu, self.events, express.read)
         path_mtus = PathMtus(core, self._probes, self.events, self._trust_icmp6(sockets))
         workers = Workers(
-            core, notify_fd, self.capabilities, self.events, self._probes.take, path_mtus.update,
-            self._report, self.check_host,
+            core, notify_fd, self.capabilities, self.events, self._probes.take,
+            lambda: self._update_path_mtus(path_mtus), self._report, self.check_host,
         )
         self._closing.push_async_callback(asyncio.to_thread, workers.stop)
         batons = [] if taking is None else self._inherit_state(taking, path_mtus)
@@ -183,7 +187,7 @@ class Forwarder:
         await self._routes.save()
         self._view = View(
             self.config, tun.name, self.mtu, self.capabilities, core, self._routes, workers,
-            self._probes, path_mtus,
+            self._probes, path_mtus, express,
         )
         self._closing.callback(self.events.close)
         self._log_start()
@@ -191,23 +195,23 @@ class Forwarder:
         self._parts = Parts(
             self.config, tun, sockets, core, self._routes, workers, self._probes,
             self.capabilities, self.mtu, self.events, self._files, self._other_descriptors(),
-            self.request_stop,
+            self.request_stop, express.read,
         )
         giver = self._make_giver(self._parts, taking)
         if taking is not None:
-            await taking.done()
-            for opened in sockets:  # not earlier: until now, the other forwarder might go on
-                opened.set_mark(self.config.mark)
-            log.info("took over from process %d, udptun %s (build %s)", taking.state.pid,
-                     taking.state.program, taking.state.build or "unknown")
-            taking.close()
+            await self._finish_taking(taking, sockets)
         if giver is not None:
             await self._offer(giver)
+        self._run_express(express, netlink)
 
     async def close(self) -> None:
         """Send the queued packets, then close everything that ``start`` opened."""
         closing, self._closing = self._closing, AsyncExitStack()
         await closing.aclose()
+
+    def _update_path_mtus(self, path_mtus: PathMtus) -> None:
+        path_mtus.update()
+        self._express.update()
 
     def check_host(self) -> None:
         """Request a check of the TUN device: it is compared with the configuration and repaired."""
@@ -300,6 +304,22 @@ class Forwarder:
         for opened in sockets or ():
             self._closing.callback(opened.close)
         return tun, self._open_sockets() if sockets is None else sockets
+
+    def _open_express(self, tun: Tun, core: _core.Core, sockets: list[UdpSocket]) -> Express:
+        self._express = express = Express(self.config, tun.name, core)
+        self._closing.callback(express.release)
+        if not express.off:
+            for opened in sockets:
+                opened.accept_no_checksum()
+        return express
+
+    def _run_express(self, express: Express, netlink: Netlink) -> None:
+        """Attach the programs. A take-over is finished: the other forwarder does not go on."""
+        self._closing.push_async_callback(self._close_express)
+        self._run_until_close(express.follow(netlink))
+
+    async def _close_express(self) -> None:
+        await self._express.close(leave=self.successor is not None)
 
     def _reopen(self, tun: Tun, workers: Workers) -> None:
         """Make the TUN again after it was deleted. Raises DeviceError."""
@@ -439,6 +459,14 @@ class Forwarder:
         self._probes.inherit(counted.probes, counted.probe_counts)
         for event in counted.events:
             self.events.publish(event)
+
+    async def _finish_taking(self, taking: Taking, sockets: list[UdpSocket]) -> None:
+        await taking.done()
+        for opened in sockets:  # not earlier: until now, the other forwarder might go on
+            opened.set_mark(self.config.mark)
+        log.info("took over from process %d, udptun %s (build %s)", taking.state.pid,
+                 taking.state.program, taking.state.build or "unknown")
+        taking.close()
 
     def _files(self) -> dict[str, WithFile]:
         """Return the listening sockets and locks, by the names that they have in a take-over."""

@@ -71,6 +71,7 @@ class Parts:
     sockets    in the order of the workers, and for each worker in the order of ``config.listen``
     files      the listening sockets and locks by name
     others     further descriptors by name
+    read_express  gives the core what the express path has counted
     handed_over  called when another process has taken over. This process owns the files it uses
     """
 
@@ -87,6 +88,7 @@ class Parts:
     files: Callable[[], Mapping[str, WithFile]]
     others: Mapping[str, int]
     handed_over: Callable[[], None]
+    read_express: Callable[[], None]
 
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors, by name."""
@@ -263,6 +265,7 @@ class Giver:
 
     def _counted(self) -> CountersDocument:
         parts = self._parts
+        parts.read_express()
         return CountersDocument(
             packets=parts.core.packets(), drops=[list(row) for row in parts.core.drops() if row[2]],
             peer_errors=parts.core.peer_errors(),

@@ -17,11 +17,11 @@ def needs_of(config: ForwarderConfig, log_file: Path | None) -> Needs:
     """Return what a forwarder with this configuration needs during its whole life.
 
     NET_ADMIN         to make and repair the TUN, also after it was deleted; socket options
-    BPF               to steer flows to the queues of several workers
+    BPF               to steer flows to the queues of several workers; for the express path
     NET_BIND_SERVICE  for sockets on a low port: those of slow peers are opened later
     """
     use = {Capability.NET_ADMIN}
-    if config.workers_n > 1:
+    if config.workers_n > 1 or config.accelerate != "off":
         use.add(Capability.BPF)
     if any(endpoint.port < PRIVILEGED_PORTS for endpoint in config.listen):
         use.add(Capability.NET_BIND_SERVICE)

@@ -14,7 +14,7 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -47,9 +47,14 @@ class Probes:
     """The probes of one forwarder. They are sent from ``start`` until ``close``.
 
     mtu  MTU of the TUN: no packet to a peer is larger
+    read_express  gives the core what the express path has counted
     """
 
-    def __init__(self, core: _core.Core, routes: Routes, mtu: int, events: EventHub) -> None:
+    def __init__(
+        self, core: _core.Core, routes: Routes, mtu: int, events: EventHub,
+        read_express: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._read_express = read_express
         self._core = core
         self._routes = routes
         self._mtu = mtu
@@ -272,6 +277,7 @@ class Probes:
         """Report the traffic since the last look. The packets may have arrived right after it. A
         later time could make packets from before a failure look like packets after it."""
         since, self._looked_at = self._looked_at, self._ticked_at
+        self._read_express()
         for address, port, received in self._core.take_traffic():
             key = address, port
             self._prober.traffic(key)

@@ -21,6 +21,7 @@ from .. import _core
 from ..control.events import EventHub
 from ..errors import DeviceError, FieldError, GenerationMismatch, RouteLoops, UdptunError
 from ..model import IPAddress, IPNetwork, Peer, Route, RouteDiff, source_port_json
+from .express import Express, Table
 from .loops import SLICE, Loops
 from .state import StateFile
 
@@ -73,6 +74,7 @@ class Routes:
         self._origin: Path | None = None  # the file from which the first table was read
         self._core: _core.Core | None = None  # set between open and close
         self._loops: Loops | None = None
+        self._express: Express | None = None
         self._handed_over = False
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
@@ -101,15 +103,16 @@ class Routes:
         """
         self._table, self.generation = _core.RouteTable.parse_text(text), generation
 
-    def open(self, core: _core.Core, loops: Loops) -> None:
+    def open(self, core: _core.Core, loops: Loops, express: Express) -> None:
         """Activate the table and accept changes. Raises FieldError, which names the file."""
+        self._express = express
         try:
             try:
-                core.publish(self._table)
+                self._publish(core, *self._prepare(core, self._table))
             except FieldError:
                 if not self._leave_out_families(loops.versions):
                     raise
-                core.publish(self._table)
+                self._publish(core, *self._prepare(core, self._table))
         except FieldError as error:
             where = f"{self._origin}: {error.where}"
             raise FieldError(error.field, error.value, error.expected, where) from None
@@ -331,10 +334,13 @@ class Routes:
         if self.state is not None:
             self.state.save_soon(table)
         if added + changed + removed <= EVENTS_MAX:
-            for kind, dst, via, port, mtu, probe, ports in table.changes_from(old, EVENTS_MAX):
+            for kind, dst, via, port, mtu, probe, ports, express in table.changes_from(
+                    old, EVENTS_MAX):
                 more: dict[str, Any] = {"probe": True} if probe else {}
                 if ports is not None:
                     more["source_port"] = source_port_json(ports)
+                if express:
+                    more["express"] = True
                 self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu, **more)
         self._events.emit("routes_replaced", **diff.to_json())
         return diff
@@ -362,7 +368,23 @@ class Routes:
         self._own_routes = found
 
     async def _activate(self, core: _core.Core, table: _core.RouteTable, size: int) -> None:
-        core.activate(await _run(size > LARGE_TABLE, core.prepare, table))
+        self._publish(core, *await _run(size > LARGE_TABLE, self._prepare, core, table))
+
+    def _prepare(
+        self, core: _core.Core, table: _core.RouteTable
+    ) -> tuple[_core.PreparedSnapshot, Table | None]:
+        """Build what the workers and the express path look addresses up in. Any thread."""
+        assert self._express is not None
+        prepared = core.prepare(table)
+        return prepared, self._express.build(prepared)
+
+    def _publish(
+        self, core: _core.Core, prepared: _core.PreparedSnapshot, table: Table | None
+    ) -> None:
+        """Activate both in one step."""
+        assert self._express is not None
+        core.activate(prepared)
+        self._express.activate(table)
 
     # -- reading ----------------------------------------------------------------------------------
 

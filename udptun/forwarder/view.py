@@ -23,6 +23,7 @@ from ..device.offload import Capabilities
 from ..model import Endpoint, IPAddress
 from . import dropped, peer_errors
 from .config import ForwarderConfig
+from .express import Express
 from .path_mtus import PathMtus
 from .probes import Probes
 from .routes import PeerRoutes, Routes
@@ -50,12 +51,14 @@ class View:
     workers: Workers
     probes: Probes
     path_mtus: PathMtus
+    express: Express
     build: str = field(default_factory=build_id)
     started: float = field(default_factory=time.monotonic)
     clock: dropped.Clock = field(default_factory=dropped.Clock)
 
     async def status_chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield the status as JSON text, in pieces."""
+        self.express.read()
         generation, route_count, peers = await self.routes.peers(self.core)
         head = {
             "version": __version__,
@@ -67,6 +70,7 @@ class View:
             "source_check": self.config.source_check,
             "admit": self.config.admit,
             "mark": None if self.config.mark is None else str(self.config.mark),
+            "accelerate": self.express.report(),
             "device": {
                 "name": self.tun_name,
                 "mtu": self.mtu,
@@ -86,6 +90,7 @@ class View:
 
     async def peer_chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield the peers as JSON text, in pieces."""
+        self.express.read()
         _, _, peers = await self.routes.peers(self.core)
         yield b'{"peers": '
         async for piece in self._peers_json(peers):
@@ -105,6 +110,7 @@ class View:
         key = row.peer.address, row.peer.port
         answer = _peer_json(row) | self.path_mtus.report(*key)
         answer["probe"] = self.probes.report(*key, row.peer.last_error)
+        answer["express"] = self.express.report_peer(key)
         return answer
 
     def drops(self) -> list[dict[str, Any]]:
@@ -123,6 +129,7 @@ class View:
         return rows
 
     def _drop_counts(self) -> list[dict[str, Any]]:
+        self.express.read()
         return [
             {"reason": reason, "direction": direction, "packets": packets}
             for reason, direction, packets in self.core.drops()
@@ -143,6 +150,7 @@ class View:
     def counters(self) -> dict[str, Any]:
         """Return the counters for /metrics, without the counters of each peer."""
         workers = self.workers.counters()
+        self.express.read()
         return {
             "packets": self.core.packets(),
             "drops": self._drop_counts(),

@@ -60,7 +60,7 @@ class Refusal:
 
 
 class RouteSocket:
-    """A NETLINK_ROUTE socket in the network namespace of the thread that creates it.
+    """A netlink socket, usually for routes, in the network namespace of the thread that creates it.
 
     own_ports  the netlink ports of the most recent sockets. A notification has the port of the
                socket that caused the change. It may be read after this socket is closed
@@ -68,9 +68,9 @@ class RouteSocket:
 
     own_ports: ClassVar[deque[int]] = deque(maxlen=OWN_PORTS_N)
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
         self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
         )
         self._sequence = 0
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):

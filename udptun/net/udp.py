@@ -26,7 +26,7 @@ IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG = 23, 25, 62
 # asm-generic/socket.h
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 # linux/udp.h
-UDP_SEGMENT, UDP_GRO = 103, 104
+UDP_SEGMENT, UDP_GRO, UDP_NO_CHECK6_RX = 103, 104, 102
 
 RCVBUF = 8 << 20  # holds a few milliseconds of a full link while no worker is scheduled
 SNDBUF = 4 << 20
@@ -124,6 +124,12 @@ class UdpSocket:
                 error.errno or 0, f"setting the mark {mark} on a UDP socket",
                 "--mark needs CAP_NET_ADMIN",
             ) from None
+
+    def accept_no_checksum(self) -> None:
+        """Receive also the datagrams without a UDP checksum over IPv6 (RFC 6935). Over IPv4 they
+        always arrive."""
+        if self.endpoint.address.version == 6:
+            self.socket.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)
 
     def close(self) -> None:
         self.socket.close()

@@ -1,0 +1,189 @@
+/* The express path: two programs that carry packets between the TUN and the underlay in the kernel.
+ *
+ * "send" runs on the egress of the TUN, "receive" on the ingress of the underlay's interface. Each
+ * takes the packets that it fully understands and leaves the others to user space. A packet that is
+ * left is unchanged. docs/datapath.md describes both ways.
+ *
+ * A datagram from "send" has the outer UDP checksum 0; user space always sends a checksum. The
+ * inner checksum of such a datagram may be unfinished (CHECKSUM_PARTIAL): if the link is a veth or
+ * virtio, nobody finishes it. So "receive" takes all datagrams with the checksum 0 that it can, and
+ * user space finishes the inner checksum of the others.
+ *
+ * Compiled at development time (make express). Only UAPI headers are needed, and no BTF.
+ */
+#include "packet.h"
+
+/* The values of the TC_ACT_* constants (linux/pkt_cls.h). "Unspecified" lets the next program at
+ * this hook run, and then the kernel goes on as without programs. */
+enum { NEXT = -1, DROP = 2 };
+
+/* A flow that has sent nothing for this time belongs to no path. Until then no packet of it can
+ * wait in user space, so a change of the path does not reorder packets. */
+#define FLOW_IDLE_NS 1000000000ULL
+/* More packets per RATE_NS than this: user space sends them faster, in batches. */
+#define RATE_NS 10000000ULL
+#define RATE_PACKETS 500
+
+extern char settings, table, peers, counters, totals, flows;
+
+INLINE void count(__u32 what, __u64 n)
+{
+	__u64 *total = map_lookup(&totals, &what);
+
+	if (total)
+		*total += n;
+}
+
+INLINE int leave(__u32 reason)
+{
+	count(reason, 1);
+	return NEXT;
+}
+
+/* Return the entry of the longest prefix with this address. The kind has its IP version. */
+INLINE struct entry *look_up(void *trie, __u8 kind, const __u32 *address)
+{
+	struct prefix key = { .kind = kind };
+
+	key.bits = KIND_BITS + ((kind & 0xF) == 4 ? 32 : 128);
+	copy_address(key.addr, address);
+	return map_lookup(trie, &key);
+}
+
+/* Return whether user space sends this flow. A flow with bulk moves to user space as a whole and
+ * stays there until it is idle, so its packets stay in order: what the kernel has sent is ahead.
+ *
+ * n     number of packets; more than 1: a super-packet
+ * data  whether there is anything after the headers
+ */
+INLINE int in_user_space(const struct flow *key, const struct peer *peer, __u32 n, int data)
+{
+	struct flow_state *state = map_lookup(&flows, key), new = {};
+	/* The kernel may not segment UDP super-packets inside a tunnel. */
+	int bulk = n > 1 && (peer->slow_bulk || (__u8)key->ports != TCP);
+	__u64 now = now_ns(), idle;
+
+	if (!state) {
+		new.last_ns = new.since_ns = now;
+		new.packets = n;
+		new.in_user_space = bulk;
+		map_update(&flows, key, &new, BPF_ANY);
+		return new.in_user_space;
+	}
+	idle = now - state->last_ns;
+	state->last_ns = now;
+	if (state->in_user_space && idle < FLOW_IDLE_NS)
+		return 1;
+	state->in_user_space = bulk;
+	if (now - state->since_ns > RATE_NS) {
+		state->since_ns = now;
+		state->packets = 0;
+	}
+	if (data && n == 1 && ++state->packets > RATE_PACKETS)
+		state->in_user_space = 1;
+	return state->in_user_space;
+}
+
+SECTION("tc/send") int send(struct __sk_buff *skb)
+{
+	__u32 zero = 0, header, n, size, limit;
+	struct settings *own = map_lookup(&settings, &zero);
+	void *trie = map_lookup(&table, &zero);
+	struct counters *counted;
+	struct packet inner;
+	struct entry *route;
+	struct peer *peer;
+	int outer;
+
+	if (!own || !trie || !own->sending)
+		return NEXT;
+	if (parse_sent(skb, &inner))
+		return leave(SEND_OTHER);
+	route = look_up(trie, ROUTE | inner.addrs.version, inner.addrs.destination);
+	if (!route || !(route->flags & ROUTE_EXPRESS) || route->flags & ROUTE_ENDPOINT)
+		return leave(SEND_NO_ROUTE);
+	peer = map_lookup(&peers, &route->peer);
+	counted = map_lookup(&counters, &route->peer);
+	if (!peer || !counted)
+		return leave(SEND_PEER);
+	if (inner.hops < 2)
+		return leave(SEND_HOP_LIMIT);
+
+	limit = peer->limit;
+	if (route->mtu && route->mtu < limit)
+		limit = route->mtu;
+	header = inner.header;
+	n = packets_of(skb, skb->len, header);
+	size = n > 1 ? header + skb->gso_size : skb->len;
+	outer = route->peer.family == 4 ? OUTER4 : OUTER6;
+	if (size > limit || skb->len + outer > 0xFFFF)
+		return leave(SEND_SIZE);
+	if (in_user_space(&inner.flow, peer, n, skb->len > header))
+		return leave(SEND_FLOW);
+
+	size = skb->len;
+	if (encapsulate(skb, own, &route->peer, &inner, size) < 0)
+		return leave(SEND_REFUSED);
+	if (change_head(skb, ETHERNET, 0) < 0) {
+		count(SEND_DROPPED, n);
+		return DROP;
+	}
+	counted->sent_packets += n;
+	counted->sent_bytes += size + (__u64)(n - 1) * header;
+	count(SENT, n);
+	skb->mark = own->mark;
+	/* Without a next hop: the kernel looks up the route, and replaces that of the inner packet. It
+	 * would otherwise send packets that wait for a link address by the route of the inner packet. */
+	return redirect_neigh(peer->ifindex, 0, 0, 0);
+}
+
+SECTION("tc/receive") int receive(struct __sk_buff *skb)
+{
+	__u32 zero = 0, n, size = 0;
+	struct settings *own = map_lookup(&settings, &zero);
+	void *trie = map_lookup(&table, &zero);
+	struct counters *counted;
+	struct endpoint sender = {};
+	struct packet inner;
+	struct entry *route;
+	int outer;
+
+	if (!own || !trie || !own->receiving)
+		return NEXT;
+	outer = parse_outer(skb, own, &sender, &size);
+	if (outer == 0)
+		return NEXT;
+	if (parse_received(skb, outer, size, &inner))
+		return leave(RECEIVE_OTHER);
+
+	if (look_up(trie, OWN | inner.addrs.version, inner.addrs.source))
+		return leave(RECEIVE_SOURCE);
+	/* User space accepts more senders. Those that are refused here are left to it. */
+	route = look_up(trie, ROUTE | inner.addrs.version, inner.addrs.source);
+	if (!route || !(route->flags & ROUTE_EXPRESS) || !same_endpoint(&route->peer, &sender))
+		return leave(RECEIVE_SOURCE);
+	counted = map_lookup(&counters, &route->peer);
+	if (!map_lookup(&peers, &route->peer) || !counted)
+		return leave(RECEIVE_SOURCE);
+	if (own->admit_own &&
+	    !look_up(trie, ADMIT | inner.addrs.version, inner.addrs.destination))
+		return leave(RECEIVE_DESTINATION);
+	if (inner.hops < 2)
+		return leave(RECEIVE_HOP_LIMIT);
+
+	n = packets_of(skb, size, inner.header);
+	switch (decapsulate(skb, outer, &inner)) {
+	case 0:
+		break;
+	case UNCHANGED:
+		return leave(RECEIVE_REFUSED);
+	default:
+		count(RECEIVE_DROPPED, n);
+		return DROP;
+	}
+	counted->received_packets += n;
+	counted->received_bytes += size + (__u64)(n - 1) * inner.header;
+	counted->last_seen_ns = now_ns();
+	count(RECEIVED, n);
+	return redirect(own->tun, BPF_F_INGRESS);
+}

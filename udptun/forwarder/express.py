@@ -1,0 +1,482 @@
+"""The express path: programs in the kernel that carry packets instead of the workers.
+
+Owns the programs, their maps, the decision which peers use them, and their counters.
+src_ext/express/ has the programs; docs/datapath.md describes both paths. The table of the programs
+is built from the same snapshot as that of the workers, and is activated together with it. What the
+programs do not take is left to the workers, so every failure here only makes packets slower.
+Threading: control loop only. Exception: any thread may call ``build``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..device import bpf
+from ..errors import DeviceError, UdptunError
+from ..model import IPAddress
+from ..net import ethtool, hooks, xfrm
+from ..net.batch import RouteSocket
+from ..net.changes import Change, Kind
+from ..net.hooks import Hook
+from ..net.local import underlay_mtu
+from ..net.lookup import Question, Way, ask_ways, device_name
+from ..net.netlink import Netlink
+from ..wait import wait_at_most
+from .config import ForwarderConfig
+
+log = logging.getLogger(__name__)
+
+OBJECT = Path(__file__).parent / "express.bpf.o"
+PROGRAMS = {"send": "tc/send", "receive": "tc/receive"}
+LOOK_SECONDS = 10.0
+PAUSE_SECONDS = 0.05  # between two looks at the host
+
+# The layouts of src_ext/express/maps.h
+SETTINGS = struct.Struct("=II4s16sHHIII")
+ENDPOINT = struct.Struct("=16sHBx")
+PEER = struct.Struct("=IHH")
+KEY_BYTES, ENTRY_BYTES = 24, 24
+FLOW_BYTES, FLOW_STATE_BYTES, COUNTERS_BYTES = 16, 24, 40
+PEERS_MAX, FLOWS_MAX = 16384, 65536
+ZERO = struct.pack("=I", 0)
+# enum total
+TOTALS = (
+    "sent", "received", "send_dropped", "receive_dropped", "send_other", "send_no_route",
+    "send_hop_limit", "send_size", "send_peer", "send_flow", "send_refused", "receive_other",
+    "receive_source", "receive_destination", "receive_hop_limit", "receive_refused",
+)
+
+# Drivers of links between guests of one host. These links pass super-packets to the peer whole.
+PASSING_DRIVERS = frozenset({"veth", "virtio_net"})
+SUPER_PACKETS = frozenset(
+    {"tx-generic-segmentation", "tx-tcp-segmentation", "tx-udp_tnl-segmentation"})
+CONCERN_US = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.RULE, Kind.ANY)
+
+Key = tuple[bytes, int]  # packed address and port of a peer
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table for the programs that is not active yet."""
+
+    map: bpf.Map
+    generation: int
+
+
+@dataclass(slots=True)
+class Facts:
+    """What one look at the host has found.
+
+    ways      the kernel's route to each peer
+    reasons   why a peer cannot use the express path
+    devices   underlay devices of the peers that can use it
+    slow_bulk  devices on which the workers send bulk faster
+    error     why no packet can be taken; "" if packets can be taken
+    """
+
+    ways: dict[Key, Way] = field(default_factory=dict)
+    reasons: dict[Key, str] = field(default_factory=dict)
+    devices: set[int] = field(default_factory=set)
+    slow_bulk: set[int] = field(default_factory=set)
+    tun: int = 0
+    error: str = ""
+
+
+class Express:
+    """The express path of one forwarder.
+
+    tun  name of the TUN
+    Call ``close`` at the end, also if the path is off.
+    """
+
+    def __init__(self, config: ForwarderConfig, tun: str, core: _core.Core) -> None:
+        self._config = config
+        self._tun = tun
+        self._core = core
+        self._listen = {one.address.version: one for one in config.listen}
+        self._maps: dict[str, bpf.Map] = {}
+        self._programs: dict[str, int] = {}
+        self._active: Table | None = None
+        self._peers: dict[Key, bytes] = {}  # as in the map
+        self._facts = Facts(error="starting")
+        self._netlink: Netlink | None = None
+        self._changed = asyncio.Event()
+        self._counted: set[Key] = set()  # peers that have counters
+        self._said = ""
+        self.off = "" if config.accelerate == "auto" else "--accelerate off"
+        if not self.off:
+            try:
+                self._open()
+            except OSError as error:
+                self._turn_off(f"{error.strerror or error}", error.errno)
+
+    # -- start and stop ---------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Create the maps and load the programs. Raises OSError."""
+        programs = bpf.read_object(OBJECT)
+        empty = bpf.Map("udptun_table", bpf.LPM_TRIE, KEY_BYTES, ENTRY_BYTES, 1)
+        self._active = Table(empty, 0)
+        self._maps = {
+            "settings": bpf.Map("udptun_settings", bpf.ARRAY, 4, SETTINGS.size, 1),
+            "table": bpf.Map("udptun_tables", bpf.ARRAY_OF_MAPS, 4, 4, 1, inner=empty),
+            "peers": bpf.Map("udptun_peers", bpf.HASH, ENDPOINT.size, PEER.size, PEERS_MAX),
+            "counters": bpf.Map(
+                "udptun_counters", bpf.PERCPU_HASH, ENDPOINT.size, COUNTERS_BYTES, PEERS_MAX),
+            "totals": bpf.Map("udptun_totals", bpf.PERCPU_ARRAY, 4, 8, len(TOTALS)),
+            "flows": bpf.Map(
+                "udptun_flows", bpf.LRU_HASH, FLOW_BYTES, FLOW_STATE_BYTES, FLOWS_MAX),
+        }
+        self._maps["table"][ZERO] = struct.pack("=I", empty.fd)
+        fds = {name: each.fd for name, each in self._maps.items()}
+        for name, section in PROGRAMS.items():
+            self._programs[name] = bpf.load_program(
+                bpf.SCHED_CLS, programs[section].linked(fds), f"udptun_{name}")
+
+    def _turn_off(self, reason: str, number: int | None = None) -> None:
+        name = errno.errorcode.get(number or 0)
+        self.off = f"{reason} ({name})" if name and name not in reason else reason
+        log.info("the express path is off: %s", self.off)
+        self.release()
+
+    def release(self) -> None:
+        """Close all descriptors. Programs at hooks stay there. Can be called again."""
+        for fd in self._programs.values():
+            os.close(fd)
+        for each in self._maps.values():
+            each.close()
+        if self._active is not None:
+            self._active.map.close()
+        self._programs, self._maps, self._active = {}, {}, None
+
+    async def follow(self, netlink: Netlink) -> None:
+        """Attach the programs, and keep them and the peers as they should be, until cancelled."""
+        self._netlink = netlink
+        if self.off:  # an earlier forwarder may have left programs
+            await self._remove(netlink)
+            return
+        loop = asyncio.get_running_loop()
+
+        def on_changes(changes: frozenset[Change]) -> None:  # in the netlink thread
+            if any(change.kind in CONCERN_US for change in changes):
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self._changed.set)
+
+        netlink.watch_changes(on_changes)
+        with contextlib.ExitStack() as watching:
+            for watch in (hooks.watch(), xfrm.watch()):
+                if watch is not None:
+                    watching.enter_context(watch)
+                    loop.add_reader(watch, self._on_change, watch)
+                    watching.callback(loop.remove_reader, watch)
+            while not self.off:
+                self._changed.clear()
+                try:
+                    await self._refresh(netlink)
+                except (UdptunError, OSError) as error:
+                    self._say(str(error))
+                await asyncio.sleep(PAUSE_SECONDS)
+                await wait_at_most(self._changed, LOOK_SECONDS)
+
+    def _on_change(self, watch: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # none left, or messages were lost
+            while watch.recv(1 << 16):
+                pass
+        self._changed.set()
+
+    async def close(self, leave: bool) -> None:
+        """Remove the programs from the hooks, or leave them because another forwarder goes on."""
+        if self._netlink is not None and not leave:
+            try:
+                await self._remove(self._netlink)
+            except (UdptunError, OSError) as error:
+                log.warning("the programs of the express path are not removed: %s", error)
+        self.release()
+
+    async def _remove(self, netlink: Netlink) -> None:
+        names = {self._name(program) for program in PROGRAMS}
+
+        async def remove(_: Any) -> None:
+            hooks.detach_everywhere(names)
+
+        await netlink.work("removing the programs of the express path", remove)
+
+    def _name(self, program: str) -> str:
+        return f"{hooks.NAME_PREFIX}{program}-{self._tun}"
+
+    def _say(self, problem: str) -> None:
+        if problem != self._said:
+            self._said = problem
+            if problem:
+                log.warning("the express path: %s", problem)
+
+    # -- the table --------------------------------------------------------------------------------
+
+    def build(self, prepared: _core.PreparedSnapshot) -> Table | None:
+        """Build the programs' table for a snapshot. None: the express path is off."""
+        if self.off:
+            return None
+        keys, entries = prepared.express_entries()
+        try:
+            table = bpf.Map(
+                "udptun_table", bpf.LPM_TRIE, KEY_BYTES, ENTRY_BYTES,
+                max(len(keys) // KEY_BYTES, 1))
+        except OSError as error:
+            log.warning("no table for the express path: %s", error)
+            return None
+        try:
+            table.fill(keys, entries)
+        except OSError as error:
+            log.warning("the table of the express path cannot be filled: %s", error)
+            table.close()
+            return None
+        return Table(table, prepared.generation)
+
+    def activate(self, table: Table | None) -> None:
+        """Let the programs use the table, together with the snapshot that has just become active.
+
+        table  None: there is none. The programs then leave all packets to the workers.
+        """
+        if self.off:
+            return
+        try:
+            if table is None:
+                raise OSError(errno.ENOMEM, "there is no table")
+            self._maps["table"][ZERO] = struct.pack("=I", table.map.fd)
+        except OSError as error:  # the old table would disagree with the snapshot
+            if table is not None:
+                table.map.close()
+            self._set_peers({})
+            self._turn_off(str(error), error.errno)
+            self._changed.set()
+            return
+        former, self._active = self._active, table
+        if former is not None:
+            former.map.close()
+        self._changed.set()
+
+    # -- the peers --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Look at the host and the peers again soon."""
+        self._changed.set()
+
+    async def _refresh(self, netlink: Netlink) -> None:
+        """Compare the hooks and the peers with what they should be, and change what differs."""
+        limits = self._core.express_peers()
+
+        async def look(_: Any) -> Facts:
+            with RouteSocket() as kernel:
+                return self._look(kernel, limits)
+
+        facts = await netlink.work("looking at the underlay for the express path", look)
+        if self.off:
+            return
+        self._write_settings(facts)
+        self._facts = facts
+        self.update()
+
+        async def attach(_: Any) -> None:
+            with RouteSocket() as kernel:
+                self._attach(kernel, facts)
+
+        await netlink.work("attaching the programs of the express path", attach)
+        self._say(facts.error if limits else "")
+
+    def update(self) -> None:
+        """Set the peers that use the express path, with their present path MTUs."""
+        if self.off:
+            return
+        facts, limits = self._facts, self._core.express_peers()
+        for key in self._counted - limits.keys():
+            del self._maps["counters"][_endpoint(key)]
+            self._counted.discard(key)
+        wanted = {}
+        if not facts.error:
+            for key, limit in limits.items():
+                way = facts.ways.get(key)
+                if way is None or key in facts.reasons or not 0 < limit <= 0xFFFF:
+                    continue
+                wanted[key] = PEER.pack(way.device, limit, way.device in facts.slow_bulk)
+        self._set_peers(wanted)
+
+    def _set_peers(self, wanted: Mapping[Key, bytes]) -> None:
+        peers, counters = self._maps["peers"], self._maps["counters"]
+        for key in self._peers.keys() - wanted.keys():
+            del peers[_endpoint(key)]
+            del self._peers[key]
+        for key, value in wanted.items():
+            if self._peers.get(key) == value:
+                continue
+            try:
+                if key not in self._counted:
+                    counters.add(_endpoint(key), bytes(COUNTERS_BYTES))
+                    self._counted.add(key)
+                peers[_endpoint(key)] = value
+            except OSError as error:
+                self._facts.reasons[key] = f"the map of peers: {error.strerror}"
+                continue
+            self._peers[key] = value
+
+    def _write_settings(self, facts: Facts) -> None:
+        four, six = self._listen.get(4), self._listen.get(6)
+        works = not facts.error
+        self._maps["settings"][ZERO] = SETTINGS.pack(
+            facts.tun, 0 if self._config.mark is None else self._config.mark.value,
+            b"" if four is None else four.address.packed,
+            b"" if six is None else six.address.packed,
+            0 if four is None else four.port, 0 if six is None else six.port,
+            self._config.admit == "own", works, works)
+
+    # -- in the netlink thread --------------------------------------------------------------------
+
+    def _look(self, kernel: RouteSocket, limits: Mapping[Key, int]) -> Facts:
+        facts = Facts()
+        if not limits:
+            facts.error = "no peer can receive in the kernel"
+            return facts
+        try:
+            facts.tun = socket.if_nametoindex(self._tun)
+        except OSError:
+            facts.error = f"there is no device {self._tun}"
+            return facts
+        if other := hooks.others(kernel, facts.tun, Hook.EGRESS):
+            facts.error = f"{other} is at the egress of {self._tun}"
+            return facts
+        keys = list(limits)
+        mark = 0 if self._config.mark is None else self._config.mark.value
+        peers = [ipaddress.ip_address(key[0]) for key in keys]
+        ways = ask_ways(kernel, [
+            Question(peer, self._own(peer), mark) for peer in peers])
+        policies = xfrm.policies()
+        devices = {
+            index: _device_reason(kernel, index)
+            for index in {way.device for way in ways if way.device}}
+        for endpoint in self._config.listen:  # what arrives at our address
+            with contextlib.suppress(DeviceError):
+                index = socket.if_nametoindex(underlay_mtu(endpoint.address)[0])
+                devices.setdefault(index, _device_reason(kernel, index))
+        for key, peer, way in zip(keys, peers, ways, strict=True):
+            facts.ways[key] = way
+            reason = way.error or devices.get(way.device, "the host does not send packets to it")
+            if not reason and any(one.covers(self._own(peer), peer) for one in policies):
+                reason = "an IPsec policy applies"
+            if reason:
+                facts.reasons[key] = reason
+        if len(facts.reasons) < len(keys):
+            facts.devices = {index for index, reason in devices.items() if not reason}
+        facts.slow_bulk = {index for index in facts.devices if _bulk_is_slow(index)}
+        return facts
+
+    def _own(self, peer: IPAddress) -> IPAddress:
+        return self._listen[peer.version].address
+
+    def _attach(self, kernel: RouteSocket, facts: Facts) -> None:
+        wanted: dict[tuple[int, Hook], str] = {}
+        if facts.devices and not facts.error:
+            wanted[facts.tun, Hook.EGRESS] = "send"
+            wanted |= {(index, Hook.INGRESS): "receive" for index in facts.devices}
+        names = {self._name(program) for program in PROGRAMS}
+        for device in hooks.with_clsact(kernel):
+            for hook in Hook:
+                for one in hooks.filters(kernel, device, hook):
+                    if one.name not in names:
+                        continue
+                    program = wanted.get((device, hook))
+                    if program is None or one.name != self._name(program):
+                        hooks.detach(kernel, device, hook, one.name)
+                    elif one.program == bpf.program_id(self._programs[program]):
+                        del wanted[device, hook]
+        for (device, hook), program in wanted.items():
+            hooks.attach(kernel, device, hook, self._name(program), self._programs[program])
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Give the core what the programs have counted so far."""
+        if self.off:
+            return
+        counters = self._maps["counters"]
+        peers = {}
+        for key in self._counted:
+            *counted, _ = counters.sums(_endpoint(key))
+            peers[key] = (*counted, counters.latest(_endpoint(key), len(counted)))
+        totals = self._totals()
+        self._core.set_express(peers, (
+            totals["sent"], totals["received"], totals["send_dropped"], totals["receive_dropped"]))
+
+    def _totals(self) -> dict[str, int]:
+        if self.off:
+            return dict.fromkeys(TOTALS, 0)
+        totals = self._maps["totals"]
+        return {name: totals.sums(struct.pack("=I", index))[0]
+                for index, name in enumerate(TOTALS)}
+
+    def report(self) -> dict[str, Any]:
+        """Return the state of the express path. docs/control.md describes it."""
+        error = self.off or self._facts.error
+        return {
+            "mode": self._config.accelerate,
+            "active": not error and bool(self._peers),
+            "reason": error or None,
+            "generation": self._core.snapshot_generation,
+            "kernel_generation": self._kernel_generation(),
+            "devices": sorted(map(device_name, self._facts.devices)),
+            "packets": self._totals(),
+        }
+
+    def _kernel_generation(self) -> int | None:
+        """Return the generation of the table that the programs use now."""
+        if self.off or self._active is None:
+            return None
+        (number,) = struct.unpack("=I", self._maps["table"][ZERO])
+        return self._active.generation if number == self._active.map.id() else None
+
+    def report_peer(self, key: Key) -> dict[str, Any]:
+        """Return whether a peer uses the express path, and why not."""
+        if key in self._peers and not self.off:
+            return {"active": True, "reason": None}
+        reason = self.off or self._facts.reasons.get(key) or self._facts.error
+        if not reason or (not self.off and key not in self._facts.ways):
+            reason = "its route has no `express`"
+        return {"active": False, "reason": reason}
+
+
+def _endpoint(key: Key) -> bytes:
+    return ENDPOINT.pack(key[0], key[1], 4 if len(key[0]) == 4 else 6)
+
+
+def _device_reason(kernel: RouteSocket, index: int) -> str:
+    """Return why packets cannot pass a device directly; "": they can."""
+    name = device_name(index)
+    if not hooks.is_ethernet(kernel, index):
+        return f"{name} is not an Ethernet device"
+    other = hooks.others(kernel, index, Hook.INGRESS)
+    return f"{other} is at the ingress of {name}" if other else ""
+
+
+def _bulk_is_slow(index: int) -> bool:
+    """Return whether the workers send bulk through this device faster.
+
+    The programs do not merge what they receive. So bulk is fast only on links that pass
+    super-packets to the peer unsegmented.
+    """
+    name = device_name(index)
+    try:
+        return ethtool.driver(name) not in PASSING_DRIVERS or \
+            not ethtool.active_features(name) >= SUPER_PACKETS
+    except OSError:
+        return True
+

@@ -1,0 +1,189 @@
+"""Attach BPF programs to the clsact hooks of devices, and look for other programs there.
+
+Owns the requests for the clsact qdisc and its filters. A filter stays attached when this process
+ends: the kernel holds the program and its maps. So packets go on flowing without a process, and no
+file in /sys/fs/bpf is needed. Our filters have names that begin with NAME_PREFIX; filters of other
+programs are never changed. Does not depend on what a program does. Threading: any thread, in the
+network namespace of that thread; a call takes well under a millisecond.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from ..device.bpf import TCX_EGRESS, TCX_INGRESS, attached_n
+from .batch import ATTRIBUTE, Refusal, Request, RouteSocket, attributes
+from .local import IFINFOMSG, RTM_GETLINK
+
+# linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h
+RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
+RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
+NLM_F_CREATE, NLM_F_EXCL = 0x400, 0x200
+TCMSG = struct.Struct("=BxxxiIII")  # family, interface index, handle, parent, info
+TCA_KIND, TCA_OPTIONS = 1, 2
+TCA_BPF_FD, TCA_BPF_NAME, TCA_BPF_FLAGS, TCA_BPF_ID = 6, 7, 8, 11
+DIRECT_ACTION = 1  # TCA_BPF_FLAG_ACT_DIRECT: the program's result is the verdict
+CLSACT_HANDLE, CLSACT_PARENT = 0xFFFF0000, 0xFFFFFFF1
+PRIORITY = 8285  # of our filters; filters of other programs usually have smaller or larger numbers
+ALL_PROTOCOLS = socket.htons(3)  # ETH_P_ALL
+NAME_PREFIX = "udptun-"
+ARPHRD_ETHER = 1
+RTMGRP_TC = 0x8
+
+
+class Hook(Enum):
+    """A hook of a device: what arrives on it, or what leaves through it."""
+
+    INGRESS = 0xFFFFFFF2
+    EGRESS = 0xFFFFFFF3
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A filter at a hook.
+
+    name     of a BPF filter; "" if there is none
+    program  the kernel's number of the BPF program; 0: none
+    """
+
+    kind: str
+    priority: int
+    handle: int
+    name: str
+    program: int
+
+
+def filters(kernel: RouteSocket, device: int, hook: Hook) -> list[Filter]:
+    """Return the filters of a hook; none if the device is gone. Raises OSError."""
+    try:
+        answers = kernel.dump(RTM_GETTFILTER, TCMSG.pack(0, device, 0, hook.value, 0))
+    except OSError as error:
+        if error.errno in (errno.ENODEV, errno.EINVAL, errno.ENOENT):  # no device, or no clsact
+            return []
+        raise
+    return list(_filters(answers))
+
+
+def _filters(answers: list[memoryview]) -> Iterator[Filter]:
+    for answer in answers:
+        _, _, handle, _, info = TCMSG.unpack_from(answer)
+        about = attributes(answer, TCMSG.size)
+        if handle == 0:  # not a filter: the head of a list of filters
+            continue
+        options = attributes(about.get(TCA_OPTIONS, memoryview(b"")), 0)
+        yield Filter(
+            _text(about.get(TCA_KIND)), info >> 16, handle, _text(options.get(TCA_BPF_NAME)),
+            int.from_bytes(options.get(TCA_BPF_ID, b""), "little"))
+
+
+def attach(kernel: RouteSocket, device: int, hook: Hook, name: str, program: int) -> None:
+    """Attach a program under this name, or replace the program of our filter with this name.
+
+    name  begins with NAME_PREFIX. Raises OSError
+    """
+    clsact = TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0) + _attribute(
+        TCA_KIND, b"clsact\0")
+    _send(kernel, Request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, clsact), errno.EEXIST)
+    handle = next((one.handle for one in filters(kernel, device, hook) if one.name == name), 0)
+    options = (_attribute(TCA_BPF_FD, struct.pack("=I", program))
+               + _attribute(TCA_BPF_NAME, name.encode() + b"\0")
+               + _attribute(TCA_BPF_FLAGS, struct.pack("=I", DIRECT_ACTION)))
+    body = _filter(device, hook, handle) + _attribute(TCA_OPTIONS, options)
+    _send(kernel, Request(RTM_NEWTFILTER, NLM_F_CREATE, body))
+
+
+def detach(kernel: RouteSocket, device: int, hook: Hook, name: str) -> None:
+    """Remove our filter with this name. Remove the clsact qdisc if no filter is left. Raises
+    OSError."""
+    for one in filters(kernel, device, hook):
+        if one.name == name:
+            request = Request(RTM_DELTFILTER, 0, _filter(device, hook, one.handle))
+            _send(kernel, request, errno.ENOENT, errno.ENODEV)
+    remove_empty(kernel, device)
+
+
+def remove_empty(kernel: RouteSocket, device: int) -> None:
+    """Remove the clsact qdisc of a device if it has no filter. Raises OSError."""
+    if not any(filters(kernel, device, hook) for hook in Hook):
+        request = Request(
+            RTM_DELQDISC, 0, TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0))
+        _send(kernel, request, errno.ENOENT, errno.ENODEV, errno.EINVAL)
+
+
+def detach_everywhere(names: set[str] | None = None) -> list[str]:
+    """Remove our filters from all devices. Return the names of the removed ones. Raises OSError.
+
+    names  only the filters with these names; None: all
+    """
+    removed = []
+    with RouteSocket() as kernel:
+        for device in with_clsact(kernel):
+            ours = [(hook, one.name) for hook in Hook for one in filters(kernel, device, hook)
+                    if one.name.startswith(NAME_PREFIX) and (names is None or one.name in names)]
+            for hook, name in ours:
+                detach(kernel, device, hook, name)
+                removed.append(name)
+    return removed
+
+
+def with_clsact(kernel: RouteSocket) -> list[int]:
+    """Return the indexes of the devices that have a clsact qdisc. Raises OSError."""
+    found = []
+    for answer in kernel.dump(RTM_GETQDISC, TCMSG.pack(0, 0, 0, 0, 0)):
+        _, device, _, _, _ = TCMSG.unpack_from(answer)
+        if _text(attributes(answer, TCMSG.size).get(TCA_KIND)) == "clsact":
+            found.append(device)
+    return found
+
+
+def others(kernel: RouteSocket, device: int, hook: Hook) -> str:
+    """Return what other programs have attached to a hook, as text; "": nothing. Raises OSError."""
+    foreign = [one for one in filters(kernel, device, hook)
+               if not one.name.startswith(NAME_PREFIX)]
+    if foreign:
+        return f"a {foreign[0].kind} filter {foreign[0].name}".rstrip()
+    tcx = attached_n(device, TCX_INGRESS if hook is Hook.INGRESS else TCX_EGRESS)
+    return "a TCX program" if tcx else ""
+
+
+def watch() -> socket.socket | None:
+    """Return a non-blocking socket that gets a message at each change of a qdisc or filter."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC
+                         | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+    sock.bind((0, RTMGRP_TC))
+    return sock
+
+
+def is_ethernet(kernel: RouteSocket, device: int) -> bool:
+    """Return whether the packets of a device have an Ethernet header. Raises OSError."""
+    [answer] = kernel.ask(RTM_GETLINK, [IFINFOMSG.pack(socket.AF_UNSPEC, 0, device, 0, 0)])
+    if isinstance(answer, Refusal):
+        return False
+    _, kind, *_ = IFINFOMSG.unpack_from(answer)
+    return bool(kind == ARPHRD_ETHER)
+
+
+def _filter(device: int, hook: Hook, handle: int) -> bytes:
+    info = PRIORITY << 16 | ALL_PROTOCOLS
+    return TCMSG.pack(0, device, handle, hook.value, info) + _attribute(TCA_KIND, b"bpf\0")
+
+
+def _send(kernel: RouteSocket, request: Request, *accepted: int) -> None:
+    """Raise OSError if the kernel refuses the request with another errno."""
+    refusal = kernel.send([request]).get(0)
+    if refusal is not None and refusal.number not in accepted:
+        raise OSError(refusal.number, str(refusal))
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    length = ATTRIBUTE.size + len(value)
+    return ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
+
+
+def _text(value: memoryview | None) -> str:
+    return "" if value is None else bytes(value).rstrip(b"\0").decode("utf-8", "replace")
