@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def _one(cluster: Cluster, name: str, tell: Tell) -> Result:
         measured, error = step(cluster), ""
     except (LabError, OSError) as failure:
         measured, error = "", str(failure)
+    except Exception as failure:  # a mistake in one step; the others still run
+        traceback.print_exc()
+        measured, error = "", f"{type(failure).__name__}: {failure}"
     seconds = time.monotonic() - began
     tell(f"{name}: {'FAILED: ' + error if error else measured} ({seconds:.0f} s)")
     if error:

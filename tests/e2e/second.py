@@ -81,7 +81,8 @@ class Second:
     def _addresses(self, worker: Worker) -> list[str]:
         found = json.loads(worker.run(
             ["ip", "-n", _POD, "-j", "address", "show", "dev", "eth0", "scope", "global"]).stdout)
-        return [one["local"] for one in found[0]["addr_info"]]
+        # ip(8) prints an empty object for an address of another scope
+        return [one["local"] for one in found[0]["addr_info"] if one]
 
     def stop(self) -> None:
         """Remove the pods and the instance from the nodes, and end the control plane."""
