@@ -1,6 +1,7 @@
-"""The Helm chart and the kustomization make the same objects, because they have one source."""
+"""The manifests for Kubernetes: chart and kustomization make the same objects; startup probes."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from tests.scripts import script
 from udptun._version import __version__
+from udptun.instance import Instance
 
 ROOT = Path(__file__).resolve().parent.parent
 KUSTOMIZATION = ROOT / "deploy" / "kubernetes"
@@ -79,3 +81,28 @@ def test_the_values_reach_the_objects() -> None:
     assert containers[-1]["args"][-1] == "--iface=eth1"
     assert pod["nodeSelector"] == {"kubernetes.io/os": "linux", "overlay": "udptun"}
     assert made["ConfigMap", "udptun"]["data"]["net-conf.json"]["EnableIPv6"] is True
+
+
+def starts(container: str, pid: int) -> bool:
+    """Run the startup probe of a container, as if ``pid`` were the container's first process."""
+    manifest = yaml.safe_load((KUSTOMIZATION / "daemonset.yaml").read_text())
+    probe = next(one["startupProbe"] for one in manifest["spec"]["template"]["spec"]["containers"]
+                 if one["name"] == container)
+    shell, option, command = probe["exec"]["command"]
+    assert "/proc/1/" in command
+    return not subprocess.call([shell, option, command.replace("/proc/1/", f"/proc/{pid}/")])
+
+
+@pytest.mark.skipif(not os.access("/dev/net/tun", os.R_OK | os.W_OK), reason="no /dev/net/tun")
+def test_the_forwarder_has_started_when_it_has_the_tun() -> None:
+    """The pod that it replaces must not make the probe succeed: the TUN is in our process only."""
+    assert not starts("forwarder", os.getpid())
+    with Path("/dev/net/tun").open("rb+", buffering=0):
+        assert starts("forwarder", os.getpid())
+
+
+def test_the_daemon_has_started_when_it_has_its_lock() -> None:
+    assert not starts("node", os.getpid())
+    lock = Instance().lock("node").path()
+    assert f"{lock.parent}/udptun.node" in (KUSTOMIZATION / "daemonset.yaml").read_text()
+    assert lock.name.startswith("udptun.node.")
