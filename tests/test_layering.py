@@ -23,10 +23,11 @@ PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
-    "build", "connections", "env_file", "errors", "files", "instance", "model", "notify", "drops",
-    "privileges", "repairs", "spans", "text", "wait", "_version",
+    "answers", "build", "connections", "drops", "env_file", "errors", "files", "instance", "model",
+    "notify", "privileges", "repairs", "spans", "text", "wait", "_version",
 }
 RULES = {
+    "answers": set(),
     "build": set(),
     "errors": {"text"},
     "text": set(),
@@ -48,7 +49,7 @@ RULES = {
     "device": LEAVES | {"device"},
     "net": LEAVES | {"device", "net"},
     "control.protocol": {"errors", "model"},
-    "control.client": {"errors", "model", "control.protocol"},
+    "control.client": {"answers", "errors", "model", "control.protocol"},
     "control": LEAVES | {"control"},
     "forwarder": LEAVES | {
         "_core", "control.events", "control.flannel", "control.server", "control.sockets",

@@ -9,6 +9,7 @@ from ._version import __version__
 TYPE_CHECKING = False  # importing typing is slow, and the CNI plugin must start fast
 
 if TYPE_CHECKING:
+    from .answers import Drop, Node, Peer, ProbeAnswer, Status, Trace
     from .control.client import ControlClient
     from .errors import (
         ControlError,
@@ -26,21 +27,28 @@ __all__ = [
     "ControlClient",
     "ControlError",
     "DeviceError",
+    "Drop",
     "Endpoint",
     "FieldError",
     "Forwarder",
     "ForwarderConfig",
     "GenerationMismatch",
     "NoForwarder",
+    "Node",
     "OffloadRequest",
+    "Peer",
+    "ProbeAnswer",
     "Route",
     "RouteDiff",
     "RouteExists",
+    "Status",
+    "Trace",
     "UdptunError",
     "__version__",
 ]
 
 _HOMES = {
+    "answers": ("Drop", "Node", "Peer", "ProbeAnswer", "Status", "Trace"),
     "control.client": ("ControlClient",),
     "errors": (
         "ControlError", "DeviceError", "FieldError", "GenerationMismatch", "NoForwarder",

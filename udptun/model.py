@@ -37,6 +37,8 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def parse_address(field: str, value: object, where: str = "") -> IPAddress:
+    if isinstance(value, IPAddress):
+        return value
     try:
         if not isinstance(value, str) or "%" in value:
             raise ValueError
@@ -74,6 +76,8 @@ def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
 
 def parse_destination(field: str, value: object, where: str = "") -> IPNetwork:
     """Parse the destination of a route: a prefix, or one address. Host bits must be 0."""
+    if isinstance(value, IPNetwork):
+        return value
     try:
         if not isinstance(value, str) or "%" in value:
             raise ValueError
@@ -128,13 +132,15 @@ class Mark:
 
     @classmethod
     def parse(cls, text: str, field: str = "mark") -> Mark:
+        expected = "VALUE/MASK, such as 0x1000/0x1000: a value that is not 0, within the mask"
+        if not isinstance(text, str):
+            raise FieldError(field, text, expected)
         try:
             value, slash, mask = text.partition("/")
             mark = cls(int(value, 0), int(mask, 0) if slash else MAX_MARK)
             if not 0 < mark.mask <= MAX_MARK or not 0 < mark.value & mark.mask == mark.value:
                 raise ValueError
         except ValueError:
-            expected = "VALUE/MASK, such as 0x1000/0x1000: a value that is not 0, within the mask"
             raise FieldError(field, text, expected) from None
         return mark
 
@@ -151,6 +157,8 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, field: str = "endpoint") -> Endpoint:
+        if not isinstance(text, str):
+            raise FieldError(field, text, "ADDRESS, ADDRESS:PORT or [IPV6]:PORT")
         host, port = text, str(DEFAULT_PORT)
         if text.startswith("["):
             host, bracket, rest = text[1:].partition("]")
@@ -205,6 +213,13 @@ class Route:
         return cls(prefix, next_hop, port_number, limit, probe, sources, express)
 
     @classmethod
+    def parse(cls, text: str, where: str = "") -> Route:
+        """Parse the text of a route, as in a route file: ``ROUTE_WORDS``."""
+        if not isinstance(text, str):
+            raise FieldError("route", text, f"a Route, or {ROUTE_WORDS}", where)
+        return cls.from_words(text.split(), where)
+
+    @classmethod
     def from_words(cls, words: Sequence[str], where: str = "") -> Route:
         """Parse ``ROUTE_WORDS``, split on blanks."""
         if len(words) < 3 or words[1] != "via":
@@ -254,6 +269,14 @@ class Route:
         source = "" if ports is None else f" source-port {source_port_json(ports)}"
         flags = " probe" * self.probe + " express" * self.express
         return f"{self.dst} via {self.via} port {self.port}{mtu}{source}{flags}"
+
+
+def as_endpoint(value: Endpoint | str, field: str = "endpoint") -> Endpoint:
+    return value if isinstance(value, Endpoint) else Endpoint.parse(value, field)
+
+
+def as_route(value: Route | str) -> Route:
+    return value if isinstance(value, Route) else Route.parse(value)
 
 
 class PeerError(NamedTuple):

@@ -139,6 +139,7 @@ def test_the_answers_of_a_forwarder(lab: Lab) -> None:
         assert mistakes(path, method, status, json.loads(text)) == []
 
 
+@pytest.mark.slow
 def test_the_answers_of_a_node(lab: Lab) -> None:
     nodes = two_nodes(lab)
     for node in nodes:

@@ -61,10 +61,10 @@ def host_name(sample: Sample | None) -> str:
 
 def take(node: ControlClient, forwarder: ControlClient) -> Sample:
     """Ask for everything. Raises NoForwarder if neither the daemon nor the forwarder answers."""
-    answers, drops = ask(node, forwarder), []
+    answers, drops = ask(node, forwarder), list[dict[str, Any]]()
     if answers.forwarder is not None:
         try:
-            drops = forwarder.drops()
+            drops = [*forwarder.drops()]
         except NoForwarder:  # it has ended since
             answers = Answers(answers.node, None)
     return Sample(answers, drops, vxlan_bytes(Path(forwarder.path).stem))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
-    from ..model import Route, RouteDiff
+    from ..answers import Drop, Node, ProbeAnswer, Status, Trace
+    from ..model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 
 TIMEOUT = 30.0  # seconds; the forwarder answers within milliseconds
 EXIT_SECONDS = 5.0  # limit between end of connection and end of process
@@ -63,28 +64,34 @@ class ControlClient:
 
     # Reading
 
-    def status(self, peers: bool = True) -> dict[str, Any]:
+    def status(self, peers: bool = True) -> Status:
         """Return the status. ``peers=False`` omits the list of peers, which can be very long."""
+        from ..answers import Status
+
         if peers:
-            return self._get(protocol.STATUS)
+            return Status(self._get(protocol.STATUS))
         text = self._read(self._request("GET", protocol.STATUS))
         # Discard each peer as soon as it is parsed, to save memory.
         status: dict[str, Any] = json.loads(
             text, object_hook=lambda value: None if "last_seen_seconds" in value else value)
-        return status | {"peers": []}
+        return Status(status | {"peers": []})
 
     def peers(self, reduce: Callable[[dict[str, Any]], Any] | None = None) -> list[Any]:
-        """Return the peers, each with the measured state of its path.
+        """Return the peers, each with the measured state of its path, as Peer.
 
         reduce  replaces each JSON object as soon as it is parsed, inner ones first: with thousands
                 of peers, this saves memory
         """
-        peers: list[Any] = self._get(protocol.PEERS, reduce)["peers"]
-        return peers
+        from ..answers import Peer
 
-    def drops(self) -> list[dict[str, Any]]:
-        drops: list[dict[str, Any]] = self._get(protocol.DROPS)["drops"]
-        return drops
+        peers: list[Any] = self._get(protocol.PEERS, reduce)["peers"]
+        return peers if reduce is not None else [Peer(peer) for peer in peers]
+
+    def drops(self) -> list[Drop]:
+        """Return the dropped packets, by reason and direction."""
+        from ..answers import Drop
+
+        return [Drop(row) for row in self._get(protocol.DROPS)["drops"]]
 
     def routes(self) -> dict[str, Any]:
         """Return ``{"generation": N, "routes": [{"dst", "via", "port", "mtu"}]}``."""
@@ -96,17 +103,22 @@ class ControlClient:
         while piece := self._read(response, CHUNK):
             yield piece
 
-    def trace(self, address: str) -> dict[str, Any]:
+    def trace(self, address: IPAddress | str) -> Trace:
+        """Return what the forwarder does with a packet to an address."""
         from urllib.parse import quote
 
-        return self._get(f"{protocol.TRACE}?address={quote(address)}")
+        from ..answers import Trace
+
+        return Trace(self._get(f"{protocol.TRACE}?address={quote(str(address))}"))
 
     def metrics(self) -> str:
         return self._read(self._request("GET", protocol.METRICS)).decode()
 
-    def node(self) -> dict[str, Any]:
+    def node(self) -> Node:
         """Return the state of the node daemon. Only for a client of the daemon's socket."""
-        return self._get(protocol.NODE)
+        from ..answers import Node
+
+        return Node(self._get(protocol.NODE))
 
     def hand_over(self) -> int:
         """Let the node daemon hand over the node. Return its process ID.
@@ -133,51 +145,56 @@ class ControlClient:
             self.close()
 
     def probe(
-        self, endpoint: str, size: int | None = None, timeout: float | None = None
-    ) -> dict[str, Any]:
+        self, endpoint: Endpoint | str, size: int | None = None, timeout: float | None = None
+    ) -> ProbeAnswer:
         """Probe a peer now.
 
         timeout  how long the forwarder waits for the answer of the peer; None: a second
         """
-        wanted: dict[str, Any] = {"endpoint": endpoint, "size": size, "timeout": timeout}
+        from ..answers import ProbeAnswer
+
+        wanted: dict[str, Any] = {"endpoint": str(endpoint), "size": size, "timeout": timeout}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         response = self._request("POST", protocol.PROBE, protocol.dump(wanted), {
             "Content-Type": protocol.JSON_TYPE})
-        answer: dict[str, Any] = json.loads(self._read(response))
-        return answer
+        return ProbeAnswer(json.loads(self._read(response)))
 
-    def set_standby(self, endpoints: Iterable[str], standby: bool) -> None:
-        """Say whether other paths carry the packets to these peers."""
-        left = list(endpoints)
+    def set_standby(self, endpoints: Iterable[Endpoint | str], standby: bool) -> None:
+        """Set whether other paths carry the packets to these peers."""
+        left = [str(endpoint) for endpoint in endpoints]
         while left:
             part, left = left[: protocol.MAX_STANDBY], left[protocol.MAX_STANDBY :]
             body = protocol.dump({"endpoints": part, "standby": standby})
             self._read(self._request("POST", protocol.STANDBY, body, {
                 "Content-Type": protocol.JSON_TYPE}))
 
-    # Changing
+    # Changing. ``Forwarder`` has methods of the same names.
 
-    def add(self, route: Route) -> RouteDiff:
-        """Add ``route``. If its prefix has another next hop: ControlError ``route_exists``."""
+    def add_route(self, route: Route | str) -> RouteDiff:
+        """Add a route. If its prefix has another next hop: ControlError ``route_exists``."""
         return self._put(route, {"If-None-Match": "*"})
 
-    def put(self, route: Route) -> RouteDiff:
-        """Add ``route``, or replace the route to the same prefix."""
+    def put_route(self, route: Route | str) -> RouteDiff:
+        """Add a route, or replace the route to the same prefix."""
         return self._put(route, {})
 
-    def delete(self, dst: object) -> RouteDiff:
-        """Delete the route to the prefix ``dst``. If there is none, nothing changes."""
+    def delete_route(self, dst: IPNetwork | str) -> RouteDiff:
+        """Delete the route to a prefix. If there is none, nothing changes."""
         return self._change("DELETE", protocol.route_path(str(dst)))
 
-    def replace(
-        self, routes: Iterable[Route], expect_generation: int | None = None
+    def replace_routes(
+        self, routes: Iterable[Route | str], expect_generation: int | None = None
     ) -> RouteDiff:
         """Replace the whole table in one step.
 
         Raises ControlError ``generation_mismatch`` if the table is not at ``expect_generation``.
         """
-        body = protocol.dump({"routes": [route.to_json() for route in routes]})
+        from ..model import as_route
+
+        body = protocol.dump({"routes": [as_route(route).to_json() for route in routes]})
         return self._replace(body, protocol.JSON_TYPE, expect_generation)
+
+    add, put, delete, replace = add_route, put_route, delete_route, replace_routes  # former names
 
     def replace_text(self, body: bytes, expect_generation: int | None = None) -> RouteDiff:
         """Replace the whole table by the text of a route file; see ``replace``."""
@@ -216,8 +233,10 @@ class ControlClient:
         answer: dict[str, Any] = json.loads(text, object_hook=reduce)
         return answer
 
-    def _put(self, route: Route, headers: dict[str, str]) -> RouteDiff:
-        values = route.to_json()
+    def _put(self, route: Route | str, headers: dict[str, str]) -> RouteDiff:
+        from ..model import as_route
+
+        values = as_route(route).to_json()
         path = protocol.route_path(str(values.pop("dst")))
         headers["Content-Type"] = protocol.JSON_TYPE
         return self._change("PUT", path, protocol.dump(values), headers)

@@ -6,7 +6,7 @@ fake forwarder of the tests. Threading: every method is called on the forwarder'
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from mmap import mmap
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ class Controlled(Protocol):
 
     def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None: ...
 
-    def drops(self) -> list[dict[str, Any]]: ...
+    def drops(self) -> Sequence[dict[str, Any]]: ...
 
     def trace(self, address: IPAddress) -> dict[str, Any]: ...
 

@@ -108,7 +108,7 @@ class Facts:
         found = Sample()
         if self.forwarder.answer is not None:
             try:
-                found.drops = self.client.drops()
+                found.drops = [*self.client.drops()]
             except (NoForwarder, ControlError):
                 found.drops = None
             found.threads = thread_seconds(self.forwarder.answer["pid"])

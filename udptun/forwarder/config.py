@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from ..device.offload import OffloadRequest
 from ..errors import FieldError
@@ -27,15 +28,25 @@ from ..model import (
     IPAddress,
     IPNetwork,
     Mark,
+    as_endpoint,
+    parse_address,
+    parse_prefix,
 )
 
+_T = TypeVar("_T")
+_Some = Union[_T, str, Iterable[Union[_T, str]]]  # noqa: UP007 - X | Y does not take a TypeVar
+
 MAX_WORKERS = 64
+IFNAMSIZ = 16  # linux/if.h
 MAX_SUBNETS = 6  # the core has space for these and for the addresses of the TUN
 
 
 @dataclass(frozen=True, slots=True)
 class ForwarderConfig:
     """The configuration of one forwarder.
+
+    Text is accepted for each value, and one value where several are possible:
+    ``ForwarderConfig("192.0.2.1", addresses="10.244.1.0", networks=["10.244.0.0/16"])``.
 
     listen        endpoints on the underlay: at least one, at most one per family
     addresses     addresses of the TUN, at most one per family; each is set as a /32 or /128
@@ -84,7 +95,50 @@ class ForwarderConfig:
         """Whether the tunnel carries IPv6."""
         return any(item.version == 6 for item in (*self.addresses, *self.networks))
 
+    if TYPE_CHECKING:
+
+        def __init__(  # as the generated one, but with the types that are accepted
+            self, listen: _Some[Endpoint], tun: str = ..., addresses: _Some[IPAddress] = ...,
+            networks: _Some[IPNetwork] = ..., control: Path | str | None = ...,
+            routes_file: Path | str | None = ..., state_file: Path | str | None = ...,
+            mtu: int | None = ..., workers: int | None = ..., offload: OffloadRequest | str = ...,
+            source_check: str = ..., subnets: _Some[IPNetwork] = ..., admit: str = ...,
+            mark: Mark | str | None = ..., takeover: Path | str | None = ...,
+            take_over: bool = ..., flannel_control: Path | str | None = ...,
+            flannel_control_fd: int | None = ...,
+        ) -> None: ...
+
+    def _convert(self) -> None:
+        """Replace text by the values that it stands for."""
+        converted: dict[str, object] = {
+            "listen": _each(self.listen, partial(as_endpoint, field="listen")),
+            "addresses": _each(self.addresses, partial(parse_address, "addresses")),
+        }
+        for name in ("networks", "subnets"):
+            converted[name] = _each(getattr(self, name), partial(parse_prefix, name))
+        for name in ("control", "routes_file", "state_file", "takeover", "flannel_control"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | os.PathLike):
+                raise FieldError(name, value, "a path")
+            converted[name] = None if value is None else Path(value)
+        if not isinstance(self.offload, OffloadRequest):
+            if not isinstance(self.offload, str):
+                raise FieldError("offload", self.offload, "auto, off or a list of offloads")
+            converted["offload"] = OffloadRequest.parse(self.offload)
+        if not isinstance(self.tun, str) or not 0 < len(self.tun) < IFNAMSIZ:
+            raise FieldError("tun", self.tun, f"a name of 1 to {IFNAMSIZ - 1} characters")
+        if self.mark is not None and not isinstance(self.mark, Mark):
+            converted["mark"] = Mark.parse(self.mark)
+        for name, (low, high) in {
+            "mtu": (MIN_TUN_MTU, MAX_MTU), "workers": (1, MAX_WORKERS),
+        }.items():
+            if (number := getattr(self, name)) is not None and not isinstance(number, int):
+                raise FieldError(name, number, f"None, or a whole number from {low} to {high}")
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
+
     def __post_init__(self) -> None:
+        self._convert()
         if not self.listen:
             raise FieldError("listen", None, "at least one ADDRESS:PORT")
         _one_per_family("listen", [endpoint.address for endpoint in self.listen])
@@ -138,6 +192,13 @@ class ForwarderConfig:
         if self.workers is not None:
             return self.workers
         return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+
+
+def _each(values: object, convert: Callable[[Any], object]) -> tuple[object, ...]:
+    """Convert one value, or each of several."""
+    if isinstance(values, Iterable) and not isinstance(values, str | IPNetwork):
+        return tuple(map(convert, values))
+    return (convert(values),)
 
 
 def _one_of(words: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .. import _core
+from ..answers import Drop, Peer, ProbeAnswer, Status, Trace
 from ..control.events import EventHub, Reader
 from ..control.sockets import UnixListener, refuse_occupied
 from ..device.offload import Capabilities
@@ -27,7 +28,19 @@ from ..device.steering import attach_steering
 from ..device.tun import Tun
 from ..errors import DeviceError, UdptunError
 from ..instance import InstanceLock
-from ..model import MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
+from ..model import (
+    MIN_MTU6,
+    OVERHEAD,
+    Endpoint,
+    IPAddress,
+    IPNetwork,
+    Route,
+    RouteDiff,
+    as_endpoint,
+    as_route,
+    parse_address,
+    parse_destination,
+)
 from ..net.local import local_addresses, underlay_mtu
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
@@ -66,6 +79,9 @@ log = logging.getLogger(__name__)
 class Forwarder:
     """One forwarder. Call ``start`` and ``close``, or ``async with Forwarder(config) as f:``.
 
+    If the data path fails, for example because the TUN was deleted and cannot be made again, the
+    body of ``async with`` is cancelled, and UdptunError is raised from it.
+
     lock  held from ``start`` to ``close``, if it can be held
     kept  descriptors of a forwarder that has died, by name; this forwarder owns them
     forget  called with the names of kept descriptors that cannot be used. It lets their keeper
@@ -99,15 +115,26 @@ class Forwarder:
         self._closing = AsyncExitStack()
         self._stop = asyncio.Event()
         self._failure: UdptunError | None = None
+        self._body: asyncio.Task[Any] | None = None  # runs the body of ``async with``
+        self._cancelled = False
 
     # -- start and stop ---------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         await self.start()
+        self._body = asyncio.current_task()
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: object
+    ) -> None:
+        body, self._body = self._body, None
         await self.close()
+        if self._cancelled and body is not None and body.uncancel() == 0 and kind in (
+            None, asyncio.CancelledError
+        ):
+            assert self._failure is not None
+            raise self._failure from None
 
     async def start(self) -> None:
         """Open everything, or take it over from the forwarder that runs. Traffic flows before the
@@ -255,6 +282,8 @@ class Forwarder:
             self._failure = UdptunError(message)
             self._report(message)
             self.request_stop()
+            if self._body is not None:
+                self._cancelled = self._body.cancel()
 
     # -- the steps of a start ---------------------------------------------------------------------
 
@@ -511,18 +540,21 @@ class Forwarder:
     def route_count(self) -> int:
         return len(self._routes)
 
-    async def add_route(self, route: Route) -> RouteDiff:
-        """Add a route. ``Routes`` documents this and the other changes."""
-        return await self._routes.add(route)
+    async def add_route(self, route: Route | str) -> RouteDiff:
+        """Add a route. If its prefix has another next hop: RouteExists."""
+        return await self._routes.add(as_route(route))
 
-    async def put_route(self, route: Route) -> RouteDiff:
-        return await self._routes.put(route)
+    async def put_route(self, route: Route | str) -> RouteDiff:
+        """Add a route, or replace the route to the same prefix."""
+        return await self._routes.put(as_route(route))
 
-    async def delete_route(self, dst: IPNetwork) -> RouteDiff:
-        return await self._routes.delete(dst)
+    async def delete_route(self, dst: IPNetwork | str) -> RouteDiff:
+        """Delete the route to a prefix. If there is none, nothing changes."""
+        return await self._routes.delete(parse_destination("dst", dst))
 
-    async def replace_routes(self, routes: Iterable[Route]) -> RouteDiff:
-        return await self._routes.replace(routes)
+    async def replace_routes(self, routes: Iterable[Route | str]) -> RouteDiff:
+        """Replace the whole table in one step."""
+        return await self._routes.replace(map(as_route, routes))
 
     async def replace_routes_json(
         self, body: bytes | mmap, expect_generation: int | None = None
@@ -544,11 +576,19 @@ class Forwarder:
     def route_chunks(self) -> AsyncGenerator[bytes, None]:
         return self._routes.json_chunks()
 
-    async def status(self) -> dict[str, Any]:
-        """Return the status. docs/control.md describes its format."""
-        text = b"".join([chunk async for chunk in self.status_chunks()])
-        status: dict[str, Any] = json.loads(text)
-        return status
+    async def routes(self) -> list[Route]:
+        """Return the route table."""
+        text = b"".join([chunk async for chunk in self.route_chunks()])
+        return [Route.from_json(route) for route in json.loads(text)["routes"]]
+
+    async def status(self) -> Status:
+        """Return the status. docs/control.md describes its fields."""
+        return Status(json.loads(b"".join([chunk async for chunk in self.status_chunks()])))
+
+    async def peers(self) -> list[Peer]:
+        """Return the peers."""
+        text = b"".join([chunk async for chunk in self.peer_chunks()])
+        return [Peer(peer) for peer in json.loads(text)["peers"]]
 
     def status_chunks(self) -> AsyncGenerator[bytes, None]:
         return self._view.status_chunks()
@@ -557,23 +597,25 @@ class Forwarder:
         return self._view.peer_chunks()
 
     async def probe(
-        self, endpoint: Endpoint, size: int | None = None, timeout: float | None = None
-    ) -> dict[str, Any]:
+        self, endpoint: Endpoint | str, size: int | None = None, timeout: float | None = None
+    ) -> ProbeAnswer:
         """Probe a peer now. docs/control.md describes the result."""
-        return await self._probes.probe(endpoint, size, timeout)
+        return ProbeAnswer(await self._probes.probe(as_endpoint(endpoint), size, timeout))
 
-    def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
+    def set_standby(self, endpoints: Iterable[Endpoint | str], standby: bool) -> None:
         """Set whether other paths carry the packets to these peers."""
-        self._probes.set_standby(endpoints, standby)
+        self._probes.set_standby(map(as_endpoint, endpoints), standby)
 
-    def drops(self) -> list[dict[str, Any]]:
-        return self._view.drops()
+    def drops(self) -> list[Drop]:
+        """Return the dropped packets, by reason and direction."""
+        return [Drop(row) for row in self._view.drops()]
 
     def counters(self) -> dict[str, Any]:
         return self._view.counters()
 
-    def trace(self, address: IPAddress) -> dict[str, Any]:
-        return self._view.trace(address)
+    def trace(self, address: IPAddress | str) -> Trace:
+        """Return what the forwarder does with a packet to an address."""
+        return Trace(self._view.trace(parse_address("address", address)))
 
     def log_state(self) -> None:
         self._view.log_state()
