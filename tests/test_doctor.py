@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
 from udptun.doctor.checks import CHECKS, kubernetes
@@ -139,3 +141,17 @@ def test_cni_on_a_host_with_a_kubelet(
         (tmp_path / "bin" / name).touch()
     problems = [one.text for one in kubernetes.cni.look(facts) if one.result != Result.OK]
     assert problems == [] if not found else found in problems[0]
+
+
+def test_an_unknown_check_is_a_usage_error() -> None:
+    done = CliRunner().invoke(cli, ["doctor", "--check", "nonsense"])
+    assert done.exit_code == 2
+    assert "node-daemon" in done.output  # the names that exist
+
+
+def test_the_output_of_a_pipe_has_one_line_for_each_finding(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, [
+        "--socket", str(tmp_path / "none.sock"), "doctor", "--check", "node-daemon", "--check",
+        "kernel", "--state-dir", str(tmp_path)])
+    assert done.exit_code in (0, 1)
+    assert len(done.output.splitlines()) == done.exit_code + 1

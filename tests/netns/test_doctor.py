@@ -238,6 +238,12 @@ def test_files_ports_and_dead_programs(lab):
         assert report.says(check, pattern), f"{name}: {report.problems}"
     await_healthy(node)
 
+    other = cluster.etcd.host
+    other.ip(f"address add {node.host.v4}/32 dev {other.interfaces[0].name}")
+    assert doctor(node).says("underlay-address", r"another host has the address.*ARP")
+    other.ip(f"address del {node.host.v4}/32 dev {other.interfaces[0].name}")
+    await_healthy(node)
+
     node.daemon.kill()
     report = doctor(node)
     assert "does not run" in report.of("node-daemon")[0]

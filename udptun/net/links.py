@@ -28,7 +28,7 @@ from .local import (
 )
 
 # linux/if_link.h
-IFLA_LINKINFO, IFLA_CARRIER = 18, 33
+IFLA_ADDRESS, IFLA_LINKINFO, IFLA_CARRIER = 1, 18, 33
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 IFLA_VXLAN_ID, IFLA_VXLAN_PORT = 1, 15
 IFF_UP = 0x1  # linux/if.h
@@ -59,6 +59,7 @@ class Link:
     up       the administrator has set it up
     carrier  it has a link to the next device
     vni, port  of a VXLAN device; else 0
+    mac      "" if it has none
     """
 
     index: int
@@ -69,6 +70,7 @@ class Link:
     carrier: bool
     vni: int
     port: int
+    mac: str
     addresses: tuple[Address, ...]
 
 
@@ -94,7 +96,8 @@ def _link(message: memoryview, addresses: dict[int, list[Address]]) -> Link:
         index, _text(about.get(IFLA_IFNAME)), kind, _number(about.get(IFLA_MTU)),
         bool(flags & IFF_UP), bool(_number(about.get(IFLA_CARRIER))),
         _number(data.get(IFLA_VXLAN_ID)),
-        int.from_bytes(data.get(IFLA_VXLAN_PORT, b"")), tuple(addresses.get(index, ())))
+        int.from_bytes(data.get(IFLA_VXLAN_PORT, b"")),
+        bytes(about.get(IFLA_ADDRESS, b"")).hex(":"), tuple(addresses.get(index, ())))
 
 
 def _addresses(kernel: RouteSocket) -> dict[int, list[Address]]:

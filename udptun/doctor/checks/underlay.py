@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...model import IPAddress
+from ...net.arp import other_owners
+from ...net.links import Link
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
 from ..processes import owners_of_socket
@@ -48,8 +51,19 @@ def address(facts: Facts) -> Iterator[Finding]:
         elif found.tentative:
             yield warning(f"the kernel has not accepted the address {one} of {link.name} yet",
                           "it is tentative")
+        elif macs := _other_owners(facts, link, one):
+            yield failed(f"another host has the address {one} of {link.name}, too",
+                         f"it answers ARP requests from {', '.join(sorted(macs))}",
+                         "change one of the addresses")
         else:
             yield ok(f"{link.name} has {one}")
+
+
+def _other_owners(facts: Facts, link: Link, address: IPAddress) -> set[str]:
+    if address.version == 6 or not facts.is_root or not (link.up and link.carrier):
+        return set()  # for IPv6, the kernel looks itself
+    # A host answers on each of its interfaces for all of its addresses.
+    return other_owners(link.name, address) - {one.mac for one in facts.links.values()}
 
 
 @check("duplicate-peers", "nodes that publish the same address and port",
