@@ -90,6 +90,7 @@ class Facts:
         self.node_socket = control.with_name(NODE_SOCKET)
         self._mesh, self._state_dir, self._subnet_file = mesh, state_dir, subnet_file
         self.node, self.forwarder = Asked(), Asked()
+        self.known_error = ""  # why ``known`` is None, after it was read
         self.first: Sample | None = None
         self.last: Sample | None = None
 
@@ -165,8 +166,6 @@ class Facts:
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
             self.known_error = f"{self.state_dir / CACHE_FILE} is not valid: {exc!r}"
         return None
-
-    known_error = ""
 
     def _file(self, name: str) -> str | None:
         answer = self.node.answer

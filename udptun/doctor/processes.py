@@ -39,12 +39,7 @@ class Process:
 
     def option(self, name: str) -> str | None:
         """Return the value of a long option of the command line; None: it is not there."""
-        for at, word in enumerate(self.argv):
-            if word.startswith(f"--{name}="):
-                return word.partition("=")[2]
-            if word == f"--{name}" and at + 1 < len(self.argv):
-                return self.argv[at + 1]
-        return None
+        return _option(self.argv, name)
 
 
 def processes() -> list[Process]:
@@ -60,9 +55,9 @@ def processes() -> list[Process]:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:  # it has ended
             continue
-        one = Process(int(folder.name), role, "", state, "--standby" in argv, argv)
-        found.append(Process(one.pid, role, one.option("instance") or DEFAULT_INSTANCE, state,
-                             one.standby, argv))
+        found.append(Process(
+            int(folder.name), role, _option(argv, "instance") or DEFAULT_INSTANCE, state,
+            "--standby" in argv, argv))
     return found
 
 
@@ -153,12 +148,27 @@ def _argv(folder: Path) -> tuple[str, ...]:
     return tuple(map(os.fsdecode, (folder / "cmdline").read_bytes().split(b"\0")[:-1]))
 
 
+def _option(argv: tuple[str, ...], name: str) -> str | None:
+    """Return the value of ``--name``. Go's flags may have one hyphen."""
+    for at, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option in (f"--{name}", f"-{name}"):
+            if equals:
+                return value
+            return argv[at + 1] if at + 1 < len(argv) else None
+    return None
+
+
 def _role(argv: tuple[str, ...]) -> str | None:
     """Return the command of udptun that the command line runs; None: it is another program."""
     for at, word in enumerate(argv[:-1]):
         if Path(word).name == "udptun":
-            return next((role for role in argv[at + 1:] if role in ROLES), None) \
-                if argv[at + 1].startswith("-") or argv[at + 1] in ROLES else None
+            follows = argv[at + 1:]
+            if follows[0] in ROLES:
+                return follows[0]
+            # Options of the group stand before the command, for example --instance blue.
+            return next((one for one in follows if one in ROLES), None) \
+                if follows[0].startswith("-") else None
     return None
 
 
