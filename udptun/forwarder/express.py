@@ -25,7 +25,7 @@ from typing import Any
 from .. import _core
 from ..device import bpf
 from ..errors import DeviceError, UdptunError
-from ..model import IPAddress
+from ..model import OVERHEAD, IPAddress
 from ..net import ethtool, hooks, xfrm
 from ..net.batch import RouteSocket
 from ..net.changes import Change, Kind
@@ -82,6 +82,7 @@ class Facts:
     ways      the kernel's route to each peer
     reasons   why a peer cannot use the express path
     devices   underlay devices of the peers that can use it
+    mtus      MTU of each underlay device
     slow_bulk  devices on which the workers send bulk faster
     error     why no packet can be taken; "" if packets can be taken
     """
@@ -89,6 +90,7 @@ class Facts:
     ways: dict[Key, Way] = field(default_factory=dict)
     reasons: dict[Key, str] = field(default_factory=dict)
     devices: set[int] = field(default_factory=set)
+    mtus: dict[int, int] = field(default_factory=dict)
     slow_bulk: set[int] = field(default_factory=set)
     tun: int = 0
     error: str = ""
@@ -305,9 +307,14 @@ class Express:
             self._counted.discard(key)
         wanted = {}
         if not facts.error:
-            for key, limit in limits.items():
+            for key, path_limit in limits.items():
                 way = facts.ways.get(key)
-                if way is None or key in facts.reasons or not 0 < limit <= 0xFFFF:
+                if way is None or key in facts.reasons:
+                    continue
+                # The kernel does not compare these packets with the MTU of the device.
+                overhead = OVERHEAD[4 if len(key[0]) == 4 else 6]
+                limit = min(path_limit, facts.mtus[way.device] - overhead, 0xFFFF)
+                if limit <= 0:
                     continue
                 wanted[key] = PEER.pack(way.device, limit, way.device in facts.slow_bulk)
         self._set_peers(wanted)
@@ -377,6 +384,7 @@ class Express:
                 facts.reasons[key] = reason
         if len(facts.reasons) < len(keys):
             facts.devices = {index for index, reason in devices.items() if not reason}
+        facts.mtus = {index: hooks.ethernet_mtu(kernel, index) for index in facts.devices}
         facts.slow_bulk = {index for index in facts.devices if _bulk_is_slow(index)}
         return facts
 
@@ -461,7 +469,7 @@ def _endpoint(key: Key) -> bytes:
 def _device_reason(kernel: RouteSocket, index: int) -> str:
     """Return why packets cannot pass a device directly; "": they can."""
     name = device_name(index)
-    if not hooks.is_ethernet(kernel, index):
+    if not hooks.ethernet_mtu(kernel, index):
         return f"{name} is not an Ethernet device"
     other = hooks.others(kernel, index, Hook.INGRESS)
     return f"{other} is at the ingress of {name}" if other else ""

@@ -337,9 +337,8 @@ class Forwarder:
     def _open_express(self, tun: Tun, core: _core.Core, sockets: list[UdpSocket]) -> Express:
         self._express = express = Express(self.config, tun.name, core)
         self._closing.callback(express.release)
-        if not express.off:
-            for opened in sockets:
-                opened.accept_no_checksum()
+        for opened in sockets:  # also if it is off: peers may not know that yet
+            opened.accept_no_checksum()
         return express
 
     def _run_express(self, express: Express, netlink: Netlink) -> None:

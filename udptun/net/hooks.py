@@ -12,13 +12,14 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from ..device.bpf import TCX_EGRESS, TCX_INGRESS, attached_n
 from .batch import ATTRIBUTE, Refusal, Request, RouteSocket, attributes
-from .local import IFINFOMSG, RTM_GETLINK
+from .local import IFINFOMSG, IFLA_MTU, RTM_GETLINK
 
 # linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
@@ -78,7 +79,7 @@ def _filters(answers: list[memoryview]) -> Iterator[Filter]:
         options = attributes(about.get(TCA_OPTIONS, memoryview(b"")), 0)
         yield Filter(
             _text(about.get(TCA_KIND)), info >> 16, handle, _text(options.get(TCA_BPF_NAME)),
-            int.from_bytes(options.get(TCA_BPF_ID, b""), "little"))
+            int.from_bytes(options.get(TCA_BPF_ID, b""), sys.byteorder))
 
 
 def attach(kernel: RouteSocket, device: int, hook: Hook, name: str, program: int) -> None:
@@ -159,13 +160,14 @@ def watch() -> socket.socket | None:
     return sock
 
 
-def is_ethernet(kernel: RouteSocket, device: int) -> bool:
-    """Return whether the packets of a device have an Ethernet header. Raises OSError."""
+def ethernet_mtu(kernel: RouteSocket, device: int) -> int:
+    """Return the MTU of a device; 0 if its packets have no Ethernet header. Raises OSError."""
     [answer] = kernel.ask(RTM_GETLINK, [IFINFOMSG.pack(socket.AF_UNSPEC, 0, device, 0, 0)])
     if isinstance(answer, Refusal):
-        return False
+        return 0
     _, kind, *_ = IFINFOMSG.unpack_from(answer)
-    return bool(kind == ARPHRD_ETHER)
+    mtu = attributes(answer, IFINFOMSG.size).get(IFLA_MTU, b"")
+    return int.from_bytes(mtu, sys.byteorder) if kind == ARPHRD_ETHER else 0
 
 
 def _filter(device: int, hook: Hook, handle: int) -> bytes:

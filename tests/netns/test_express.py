@@ -1,0 +1,329 @@
+"""The express path: what passes in the kernel, what does not, and what it leaves behind."""
+
+import asyncio
+import ipaddress
+import json
+import random
+import socket
+import struct
+
+import pytest
+
+from tests import reference
+from tests.netns.netns_traffic import (
+    assert_invariant,
+    exchange_udp,
+    settled,
+    transfer_tcp,
+)
+from tests.netns.test_takeover import Stream, copies_of, take_over
+from tests.wire.craft import ICMP, TCP, Flow, ip4, ip6, unfinished
+from udptun.device import bpf
+from udptun.lab import node, pair, ping, wait_for
+from udptun.lab.tunnels import PORT
+from udptun.model import Endpoint, Route
+from udptun.takeover.channel import close_all
+from udptun.takeover.kept import variable
+
+SO_NO_CHECK, UDP_NO_CHECK6_TX = 11, 101
+ON = ("--accelerate", "auto")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Skip the tests if this kernel or this process cannot load a program."""
+    try:
+        bpf.load_program(bpf.SCHED_CLS, struct.pack("=BBhi", 0xB7, 0, 0, 0) + b"\x95" + bytes(7))
+    except OSError as error:
+        pytest.skip(f"no eBPF programs here: {error.strerror}")
+
+
+def express_pair(lab, *, outer=4, profile="P1", extra=(ON, ON), **options):
+    """Return a pair whose routes have ``express``, and wait until its programs are attached."""
+    tunnel = pair(lab, outer=outer, start=False, **options)
+    tunnel.link.profile(profile)
+    for side, other, more in zip(tunnel.sides, tunnel.sides[::-1], extra, strict=True):
+        side.options["routes"] = [f"{route} express" for route in side.routes_to(other)]
+        side.start(extra=more)
+    for side, more in zip(tunnel.sides, extra, strict=True):
+        if more:
+            wait_for(lambda s=side: accelerate(s)["active"], "the express path")
+    return tunnel
+
+
+def accelerate(side):
+    return side.forwarder.status()["accelerate"]
+
+
+def kernel_packets(side):
+    return accelerate(side)["packets"]
+
+
+def filters(host):
+    """Return the names of the BPF filters on all devices."""
+    names = []
+    for device in json.loads(host.run(["ip", "-j", "link"]).stdout):
+        for hook in ("ingress", "egress"):
+            text = host.run(["tc", "filter", "show", "dev", device["ifname"], hook], check=False)
+            names += [word for word in text.stdout.split() if word.startswith("udptun-")]
+    return names
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+def test_packets_pass_in_the_kernel(lab, outer):
+    tunnel = express_pair(lab, outer=outer)
+    a, b = tunnel.sides
+    for host, addresses in ((a.host, (b.v4, b.v6)), (a.pod, (b.pod_v4, b.pod_v6))):
+        for address in addresses:
+            assert ping(host, address).received == 3
+    for side in tunnel.sides:
+        counted = kernel_packets(side)
+        assert (counted["sent"], counted["received"]) == (12, 12)
+    for address in (b.v4, b.v6):
+        transfer_tcp(a.host, b.host, address)
+    for address in (b.pod_v4, b.pod_v6):
+        transfer_tcp(a.pod, b.pod, address)
+    exchange_udp(a.pod, b.pod, b.pod_v4, 1400)
+    exchange_udp(a.host, b.host, b.v6, 1380)
+    for side in tunnel.sides:
+        counted, packets = kernel_packets(side), assert_invariant(side.forwarder)
+        assert counted["sent"] > 4 * (4 << 20) / 1500 * 0.9
+        assert packets["encap"]["delivered"] >= counted["sent"]
+        assert accelerate(side)["generation"] == accelerate(side)["kernel_generation"]
+    (sent,), (received,) = (side.forwarder.status()["peers"] for side in tunnel.sides)
+    assert sent["encap"] == received["decap"]
+    assert received["last_seen_seconds"] is not None
+    assert a.forwarder.stop() == 0
+    assert filters(a.host) == []
+    assert "clsact" not in a.host.run(["tc", "qdisc", "show"]).stdout
+    assert len(filters(b.host)) == 2
+
+
+@pytest.mark.parametrize(("profile", "outer"), [("P1", 4), ("P3", 6)])
+def test_a_peer_without_programs_finishes_the_checksums(lab, profile, outer):
+    """Its route still says that the peer may send from its kernel, for example after a restart."""
+    tunnel = express_pair(lab, profile=profile, outer=outer, extra=(ON, ()))
+    a, b = tunnel.sides
+    for address in (b.pod_v4, b.pod_v6):
+        assert ping(a.pod, address).received == 3
+        transfer_tcp(a.pod, b.pod, address, size=1 << 18)
+    assert kernel_packets(a)["sent"] >= 6
+    assert kernel_packets(b)["received"] == 0
+    assert accelerate(b)["reason"] == "--accelerate off"
+    for side in tunnel.sides:
+        assert_invariant(side.forwarder)
+
+
+def test_nothing_is_sent_from_the_kernel_to_a_peer_without_express(lab):
+    tunnel = pair(lab, extra=ON)
+    a, b = tunnel.sides
+    transfer_tcp(a.pod, b.pod, b.pod_v4, size=1 << 18)
+    for side in tunnel.sides:
+        assert not accelerate(side)["active"]
+        assert filters(side.host) == []
+        assert side.forwarder.status()["peers"][0]["express"]["reason"]
+    a.forwarder.udptun("route", "replace", str(b.node.subnet), "via", str(b.outer), "express")
+    wait_for(lambda: accelerate(a)["active"], "the express path")
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert kernel_packets(a)["sent"] == 3
+    a.forwarder.udptun("route", "del", str(b.node.subnet))  # at once, also in the kernel
+    assert ping(a.pod, b.pod_v4, count=1, wait=0.2).received == 0
+    assert kernel_packets(a)["sent"] == 3
+
+
+def own_addresses(host):
+    found = json.loads(host.run(["ip", "-j", "address"]).stdout)
+    return [ipaddress.ip_address(one["local"]) for link in found for one in link["addr_info"]]
+
+
+def no_checksum_socket(host, address, port):
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    sock = host.socket(family, socket.SOCK_DGRAM)
+    if address.version == 6:
+        sock.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_TX, 1)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)
+    sock.bind((str(address), port))
+    return sock
+
+
+def hostile_packet(rng):
+    """A packet from a peer: usual, or wrong in one or several ways."""
+    version = rng.choice((4, 4, 6))
+    source, to = rng.choice((2, 2, 2, 2, 3, 1)), rng.choice((1, 1, 1, 9))
+    host = rng.choice((7, 7, 0))
+    flow = Flow(
+        version,
+        src=ipaddress.ip_address(
+            f"10.244.{source}.{host}" if version == 4 else f"fd44:0:{source}::{host + 15}").packed,
+        dst=ipaddress.ip_address(f"10.244.{to}.9" if version == 4 else f"fd44:0:{to}::9").packed,
+        ttl=rng.choice((64, 64, 64, 2, 1, 0)),
+        flags=rng.choice((0x4000, 0x4000, 0, 0x2000, 0x0003)),
+        ip_options=rng.choice((b"", b"", b"", b"\x01\x01\x01\x01")) if version == 4 else b"",
+        extensions=rng.choice(((), (), ((60, bytes(6)),))) if version == 6 else (),
+    )
+    data = rng.randbytes(rng.choice((0, 1, 500, 1300)))
+    packet = rng.choice((flow.udp, flow.tcp, lambda one: flow.ip(b"\x08\0\0\0" + one, ICMP)))(data)
+    kind = rng.randrange(10)
+    if kind == 0:
+        packet += bytes(rng.randrange(1, 9))
+    elif kind == 1:
+        packet = packet[: rng.randrange(len(packet))]
+    elif kind == 2:
+        at = rng.randrange(min(len(packet), 44))
+        packet = packet[:at] + rng.randbytes(1) + packet[at + 1 :]
+    elif kind == 3:
+        packet = unfinished(packet)
+    elif kind == 4:
+        make, short = (ip4, "total_len") if version == 4 else (ip6, "payload_len")
+        packet = make(data, TCP, flow.source, flow.destination,
+                      **{short: rng.choice((0, 19, 20, len(data) + 1, 65535))})
+    return packet
+
+
+@pytest.mark.parametrize(("outer", "source_check", "admit"), [
+    (4, "strict", "own"), (6, "strict", "any"), (4, "peer", "own"), (4, "off", "any"),
+])
+def test_the_kernel_admits_no_packet_that_user_space_refuses(lab, outer, source_check, admit):
+    """Datagrams with checksum 0 from a peer's address, from its port and from another one. All
+    counters are those of the reference forwarder, on whichever path a packet has passed."""
+    tunnel = pair(lab, outer=outer, start=False)
+    a, b = tunnel.sides
+    routes = [f"{route} express" for route in a.routes_to(b)]
+    routes += [f"{node(3).subnet} via {b.outer + 50} express",
+               f"{node(3).subnet6} via {b.outer + 50} express"]
+    subnets = [a.node.subnet, a.node.subnet6]
+    a.start(routes=routes, source_check=source_check, extra=[
+        *ON, "--admit", admit, *(word for net in subnets for word in ("--subnet", str(net)))])
+    wait_for(lambda: accelerate(a)["active"], "the express path")
+    expected = reference.ReferenceForwarder(
+        [Route.from_words(route.split()) for route in routes],
+        own_addresses=own_addresses(a.host), tun_addresses=[a.v4, a.v6],
+        source_check=source_check, own_subnets=subnets if admit == "own" else None)
+    before = settled(a.forwarder)[0]["decap"]
+    rng = random.Random(f"{outer} {source_check} {admit}")
+    with no_checksum_socket(b.host, b.outer, PORT) as right, \
+            no_checksum_socket(b.host, b.outer, 9999) as wrong:
+        for _ in range(400):
+            sock = rng.choice((right, right, right, wrong))
+            packet = hostile_packet(rng)
+            expected.decap(Endpoint(b.outer, sock.getsockname()[1]), packet)
+            sock.sendto(packet, (str(a.outer), PORT))
+    packets, drops = settled(a.forwarder)
+    wanted = {reason: n for (reason, where), n in expected.drops.items() if where == "decap" and n}
+    assert {reason: n for (where, reason), n in drops.items() if where == "decap"} == wanted
+    counts = expected.counts["decap"]
+    assert packets["decap"]["read"] - before["read"] == 400
+    # Packets that this host cannot forward cause ICMP errors, which are generated and delivered.
+    delivered = packets["decap"]["delivered"] - packets["decap"]["generated"]
+    assert delivered - before["delivered"] + before["generated"] == counts.delivered
+    counted = kernel_packets(a)
+    assert 10 < counted["received"] <= counts.delivered
+    assert counted["receive_source"] > 10
+    assert counted["receive_other"] > 10
+    assert counted["receive_hop_limit"] > 0
+    assert (counted["receive_destination"] > 0) == (admit == "own")
+    assert_invariant(a.forwarder)
+
+
+def test_other_programs_stay_and_turn_it_off(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    device = a.host.interfaces[0].name
+    a.host.run(["tc", "filter", "add", "dev", device, "ingress", "pref", "7", "protocol", "ip",
+                "u32", "match", "ip", "protocol", "99", "0xff", "flowid", "1:1"])
+    wait_for(lambda: not accelerate(a)["active"], "the express path to end")
+    reason = a.forwarder.status()["peers"][0]["express"]["reason"]
+    assert reason == f"a u32 filter is at the ingress of {device}"
+    assert filters(a.host) == []
+    before = kernel_packets(a)
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert kernel_packets(a)["sent"] == before["sent"]
+    shown = a.host.run(["tc", "filter", "show", "dev", device, "ingress"]).stdout
+    assert "u32" in shown
+    a.host.run(["tc", "filter", "del", "dev", device, "ingress", "pref", "7"])
+    wait_for(lambda: accelerate(a)["active"], "the express path")
+    a.host.run(["tc", "filter", "add", "dev", "udptun0", "egress", "pref", "7", "protocol", "ip",
+                "u32", "match", "ip", "protocol", "99", "0xff", "flowid", "1:1"])
+    wait_for(lambda: not accelerate(a)["active"], "the express path to end")
+    assert "u32 filter is at the egress of udptun0" in accelerate(a)["reason"]
+    assert a.forwarder.stop() == 0
+
+
+def test_packets_that_need_ipsec_are_left_to_the_workers(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    a.host.run(["ip", "xfrm", "policy", "add", "src", str(a.outer), "dst", str(b.outer),
+                "proto", "udp", "dir", "out", "action", "block"])
+    wait_for(lambda: not accelerate(a)["active"], "the express path to end")
+    (peer,) = a.forwarder.status()["peers"]
+    assert peer["express"] == {"active": False, "reason": "an IPsec policy applies"}
+    before = kernel_packets(b)
+    ping(a.pod, b.pod_v4, count=2, wait=0.2)
+    assert kernel_packets(b)["received"] == before["received"]
+    a.host.run(["ip", "xfrm", "policy", "flush"])
+    wait_for(lambda: accelerate(a)["active"], "the express path")
+    assert ping(a.pod, b.pod_v4).received == 3
+
+
+def test_known_routes_keep_working_when_the_forwarder_is_killed(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    assert ping(a.pod, b.pod_v4).received == 3
+    kept = asyncio.run(copies_of(a))
+    try:
+        with Stream(a.pod, b.pod, b.pod_v4) as stream:
+            wait_for(lambda: stream.sent > 100, "the stream")
+            a.forwarder.process.kill()
+            wait_for(lambda: stream.sent > 1100, "1000 datagrams without a forwarder")
+            for address in (b.pod_v4, b.pod_v6):
+                assert ping(a.pod, address, count=20).received == 20
+            a.start(pass_fds=tuple(kept.values()), env=variable(kept), extra=ON)
+            wait_for(lambda: accelerate(a)["active"], "the express path")
+        stream.assert_complete()
+    finally:
+        close_all(kept)
+    assert len(filters(a.host)) == 2
+    a.forwarder.process.kill()  # the TUN goes too, and the next one has another index
+    a.start(extra=ON)
+    wait_for(lambda: accelerate(a)["active"], "the express path")
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert kernel_packets(a)["sent"] >= 3
+    a.forwarder.process.kill()
+    a.start(extra=())  # off: it removes what the killed forwarder has left
+    wait_for(lambda: filters(a.host) == [], "the filters to be removed")
+    transfer_tcp(a.pod, b.pod, b.pod_v4, size=1 << 16)
+
+
+def test_a_take_over_loses_no_packet(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    with Stream(a.pod, b.pod, b.pod_v4) as stream:
+        wait_for(lambda: stream.sent > 100, "the stream")
+        take_over(a, extra=[*ON, "--take-over"])
+        wait_for(lambda: accelerate(a)["active"], "the express path")
+        take_over(b, extra=[*ON, "--take-over"])
+        wait_for(lambda: accelerate(b)["active"], "the express path")
+    stream.assert_complete()
+    for side in tunnel.sides:
+        assert len(filters(side.host)) == 2
+        assert_invariant(side.forwarder)
+    assert kernel_packets(a)["sent"] > 0
+
+
+def test_a_smaller_mtu_of_the_underlay_applies(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    for end in (tunnel.link.a, tunnel.link.b):
+        end.set_mtu(1400)
+
+    def refused():
+        return any("1372" in error for error in
+                   ping(a.pod, b.pod_v4, count=1, size=1400, df=True, wait=0.3).errors)
+
+    wait_for(refused, "an ICMP error with the new MTU")
+    before = kernel_packets(a)["sent"]
+    assert ping(a.pod, b.pod_v4, size=1372 - 28, df=True).received == 3
+    assert kernel_packets(a)["sent"] - before == 3
+    # Fragments, by the workers. The reply may be the first packet that is too large for b's path.
+    wait_for(lambda: ping(a.pod, b.pod_v4, count=1, size=1400, df=False).received, "an answer")
