@@ -2,10 +2,10 @@
 
 The sdist must have the files of the repository and no others. The wheel is built from the unpacked
 sdist, so the build fails if a source is missing there. The wheel must contain the modules of
-``udptun/``, the compiled core, man pages, shell completion and nothing else: no tests, no C, no
-Cython. The core must be stripped and hardened, without paths of this machine. Then the wheel is
-unpacked into an empty folder, and the command ``udptun version`` is started there. Prints each
-mistake. The exit code is 1 if there is a mistake.
+``udptun/`` and the files of its page, the compiled core, man pages, shell completion and nothing
+else: no tests, no C, no Cython. The core must be stripped and hardened, without paths of this
+machine. Then the wheel is unpacked into an empty folder, and the command ``udptun version`` is
+started there. Prints each mistake. The exit code is 1 if there is a mistake.
 """
 
 import os
@@ -24,7 +24,7 @@ from release import ROOT
 GENERATED = [
     line for line in (ROOT / ".gitignore").read_text().split() if line.startswith("src_ext/")
 ]
-MODULES = (".py", ".pyi", ".typed")
+MODULES = (".py", ".pyi", ".typed", ".css", ".js", ".svg")
 
 
 def files(folder: Path) -> set[str]:

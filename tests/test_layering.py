@@ -87,7 +87,7 @@ RULES = {
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API
 }
 THIRD_PARTY = {
-    "aiohttp": {"control.server", "leases.kube"},
+    "aiohttp": {"cli.web.server", "control.server", "leases.kube"},
     "click": {"cli"},
     "google": {"leases.etcd"},  # protobuf
     "grpc": {"leases.etcd"},

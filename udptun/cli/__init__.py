@@ -24,6 +24,7 @@ COMMANDS = {
     "status": (".status:status", "Show the node, the device, the peers and the packet counts."),
     "peers": (".show:peers", "Show for each peer whether it answers probes, and how fast."),
     "top": (".top:top", "Show rates, drops and states of the peers, live."),
+    "web": (".web:web", "Serve a page with peers, paths, rates, drops and events."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
     "ping": (".ping:ping", "Measure the path to a node or an address."),

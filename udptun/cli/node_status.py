@@ -34,7 +34,12 @@ def node_block(node: dict[str, Any]) -> str:
 
 
 def _event(event: dict[str, Any]) -> str:
-    what = f"{age(event['time'])} ago, {event['type']}, {event['peer']}"
+    return f"{age(event['time'])} ago, {event['type']}, {event_text(event)}"
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """Return the text of an event of the node daemon, without its time and type."""
+    what = str(event["peer"])
     if event.get("subnet"):
         what += f": {event['subnet']}"
     if event.get("path"):
