@@ -75,13 +75,15 @@ def fits(wheel: str) -> bool:
 
 def unpack_wheel(wheel: zipfile.ZipFile, packages: Path) -> None:
     for entry in wheel.infolist():
+        if entry.is_dir():
+            continue
         name = entry.filename
         if ".data/" in name:  # NAME-VERSION.data/KIND/PATH
             _, kind, name = name.split("/", 2)
             if kind not in {"purelib", "platlib"}:
                 continue
         target = packages / name
-        if entry.is_dir() or packages not in target.parents:
+        if packages not in target.parents:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(wheel.read(entry))

@@ -35,6 +35,8 @@ def make_bundle(folder: Path, version: str, more: dict[str, bytes] | None = None
         f"wheels/udptun-{version}-{TAG}-{TAG}-linux_{CPU}.whl": wheel({
             "udptun/cli.py": f"import purelib_part\ndef main(): print('version {version}')",
             "udptun/_core.so": "",
+            "udptun-1.data/": "",  # setuptools writes entries for directories
+            "udptun-1.data/purelib/": "",
             "udptun-1.data/purelib/purelib_part.py": "",
             "udptun-1.data/scripts/not_installed": "",
         }),
