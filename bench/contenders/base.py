@@ -33,6 +33,7 @@ class PathUnderTest:
     restart         starts udptun's forwarder on host a again, and does not wait until it is ready
     set_routes      replaces the extra routes of host a
     warm_up_seconds the contender needs traffic for this time before it reaches its full rate
+    redirected      tc redirects the contender's packets, so that they skip netfilter's egress hook
     facts           details for the report
     """
 
@@ -49,6 +50,7 @@ class PathUnderTest:
     restart: Callable[[], Forwarder] | None = None
     set_routes: Callable[[Sequence[ExtraRoute]], None] | None = None
     warm_up_seconds: float = 0
+    redirected: bool = False
     facts: dict[str, object] = field(default_factory=dict)
 
     def wait_ready(self) -> None:

@@ -10,6 +10,7 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import click
 from udptun.cli import cli
 from udptun.cli.forward import forward
 from udptun.device.tun import VNET_LEN
-from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan
+from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan, wait_for
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
 from udptun.model import OVERHEAD
 
@@ -57,10 +58,12 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
             )
         env = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
 
+    express = " express" if "auto" in _values(options, "--accelerate") else ""
+
     def start(host: Host, plan: Node, peer: Host, other: Node) -> Forwarder:
         return Forwarder.start(
             host, addresses=[plan.v4, plan.v6], networks=[NETWORK, NETWORK6],
-            routes=[f"{subnet} via {peer.v4}" for subnet in (other.subnet, other.subnet6)],
+            routes=[f"{subnet} via {peer.v4}{express}" for subnet in (other.subnet, other.subnet6)],
             extra=options, env=env, wait=False,
         )
 
@@ -73,8 +76,11 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
         path = PathUnderTest(
             spec, a, b, link, plans[0].v4, plans[1].v4, f"udp dport {PORT}",
             status["device"]["mtu"], "udptun0", forwarders,
-            restart=lambda: start(a, plans[0], b, plans[1]),
+            restart=lambda: start(a, plans[0], b, plans[1]), redirected=bool(express),
         )
+        if express:
+            wait_for(lambda: all(one.status()["accelerate"]["active"] for one in forwarders),
+                     "the express path")
         own = forwarders[0].routes_file.read_text()
 
         def set_routes(routes: Sequence[ExtraRoute]) -> None:
@@ -89,6 +95,12 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
         return path
 
     return Contender(spec, build)
+
+
+def _values(options: list[str], name: str) -> list[str]:
+    """Return the values of an option, in both ways to write it."""
+    after = [value for key, value in pairwise(options) if key == name]
+    return after + [one.partition("=")[2] for one in options if one.startswith(f"{name}=")]
 
 
 def _check_options(spec: str, options: list[str]) -> None:

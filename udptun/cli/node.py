@@ -22,7 +22,7 @@ from ..leases.base import SourceConfig
 from ..leases.etcd.config import EtcdConfig
 from ..leases.file.config import FileConfig
 from ..leases.kube.config import KubeConfig
-from ..model import ADMITS, IPAddress, Mark, parse_address, parse_source_port
+from ..model import ACCELERATES, ADMITS, IPAddress, Mark, parse_address, parse_source_port
 from ..node.backends import AUTO, MODES
 from ..node.config import FIREWALLS, FORWARDERS, InterfaceOptions, NodeConfig
 from . import logs
@@ -190,6 +190,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
       metavar="VALUE/MASK|off",
       help="Mark of the forwarder's datagrams. Firewall rules drop datagrams without this mark to "
            "the forwarders of other nodes.")
+@flag("--accelerate", type=click.Choice(ACCELERATES), default=STOCK.accelerate, show_default=True,
+      help="auto: let the kernel carry packets to and from the nodes that have this option too, if "
+           "it can; off: the forwarder carries all packets.")
 @flag("--tun", type=Parsed("name", tun_name), default=STOCK.tun, show_default=True,
       help="Name of the forwarder's TUN device.")
 @flag("--control", type=OPTIONAL_PATH, metavar="PATH",
@@ -266,6 +269,7 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
                  "firewall", "keep_flannel", "iptables_resync", "source_port", "admit", "mark",
+                 "accelerate",
                  "forwarder", "forwarder_standby", "forward_file", "state_dir", "healthz_port",
                  "take_over", "cleanup")
     given: dict[str, Any] = {  # NodeConfig takes all other names from the instance

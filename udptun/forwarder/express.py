@@ -371,13 +371,17 @@ class Express:
         devices = {
             index: _device_reason(kernel, index)
             for index in {way.device for way in ways if way.device}}
+        gone = {}
         for endpoint in self._config.listen:  # what arrives at our address
-            with contextlib.suppress(DeviceError):
+            try:
                 index = socket.if_nametoindex(underlay_mtu(endpoint.address)[0])
                 devices.setdefault(index, _device_reason(kernel, index))
+            except (DeviceError, OSError):
+                gone[endpoint.address.version] = f"no interface has {endpoint.address}"
         for key, peer, way in zip(keys, peers, ways, strict=True):
             facts.ways[key] = way
-            reason = way.error or devices.get(way.device, "the host does not send packets to it")
+            reason = gone.get(peer.version) or way.error or devices.get(
+                way.device, "the host does not send packets to it")
             if not reason and any(one.covers(self._own(peer), peer) for one in policies):
                 reason = "an IPsec policy applies"
             if reason:

@@ -5,7 +5,7 @@ The advert is one key in the lease's BackendData, next to the fields of flannel'
 nodes ignore this key. Example:
 
     {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff",
-     "udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["probe"],
+     "udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["express", "probe"],
                 "source_ports": [9000, 9015]}}
 
 A reader ignores unknown keys and unknown features. An older udptun node publishes neither "v" nor
@@ -26,7 +26,8 @@ from ..model import MAX_MTU, MAX_PORT, MIN_MTU
 KEY = "udptun"
 VERSION = 1  # of the advert's format; written with features, and not checked by readers
 PROBE = "probe"  # the node answers probes on each path, and sends probes
-FEATURES = frozenset({PROBE})  # the features that this version of udptun knows
+EXPRESS = "express"  # the node can receive in the kernel, and may send from there
+FEATURES = frozenset({PROBE, EXPRESS})  # the features that this version of udptun knows
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import FieldError
 from ..instance import Instance
 from ..leases.base import SourceConfig
-from ..model import ADMITS, MAX_PORT, IPAddress, Mark
+from ..model import ACCELERATES, ADMITS, MAX_PORT, IPAddress, Mark
 from .backends import MODES
 from .process.launch import FORWARD_FILE
 
@@ -109,6 +109,7 @@ class NodeConfig:
                       does not have, else none
     admit             which inner destinations the forwarder accepts: one of ADMITS
     mark              the mark of the forwarder's datagrams; None: no mark
+    accelerate        whether packets may pass in the kernel: one of ACCELERATES
     tun               the name of the forwarder's device
     control           the forwarder's control socket
     forwarder         "spawn": start a forwarder if no forwarder answers; "external": another
@@ -138,6 +139,7 @@ class NodeConfig:
     source_port: tuple[int, int] | tuple[()] | None = None
     admit: str = ADMITS[0]
     mark: Mark | None = DEFAULT_MARK
+    accelerate: str = ACCELERATES[0]
     tun: str = _FROM_INSTANCE
     control: Path = _FROM_INSTANCE
     forwarder: str = "spawn"
@@ -154,6 +156,8 @@ class NodeConfig:
             raise FieldError("backend", self.backend, " or ".join(MODES))
         if self.admit not in ADMITS:
             raise FieldError("admit", self.admit, " or ".join(ADMITS))
+        if self.accelerate not in ACCELERATES:
+            raise FieldError("accelerate", self.accelerate, " or ".join(ACCELERATES))
         if self.forwarder not in FORWARDERS:
             raise FieldError("forwarder", self.forwarder, " or ".join(FORWARDERS))
         if not 0 <= self.address_grace <= MAX_GRACE:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..control.client import ControlClient
 from ..errors import FieldError, NoForwarder
 from ..instance import Instance
-from ..leases.advert import FEATURES, PROBE, Advert, embed, read
+from ..leases.advert import PROBE, Advert, embed, read
 from ..model import DEFAULT_PORT, Endpoint, IPNetwork, Route, parse_next_hop, parse_prefix
 from .process.launch import (
     FORWARD_FILE,
@@ -35,7 +35,7 @@ Environment = Mapping[str, str]
 
 def advertisement(port: int, mtu: int | None) -> str:
     """Return one line for the lease, which the peers' ``udptun ext add`` reads."""
-    return json.dumps(embed(None, Advert(port, mtu, FEATURES)), separators=(",", ":"))
+    return json.dumps(embed(None, Advert(port, mtu, frozenset({PROBE}))), separators=(",", ":"))
 
 
 def peer_route(env: Environment, advertised: str) -> Route:

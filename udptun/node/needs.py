@@ -20,14 +20,14 @@ def needs_of(config: NodeConfig) -> Needs:
 
     Only for a forwarder that the daemon starts:
     NET_BIND_SERVICE  a port below 1024
-    BPF               several workers
+    BPF               several workers; the express path
     """
     use = frozenset({Capability.NET_ADMIN, Capability.NET_RAW})
     forwarder = set()
     if config.forwarder == "spawn":
         forwarder.add(Capability.NET_BIND_SERVICE)
         # The forwarder inherits this variable.
-        if os.environ.get("UDPTUN_FORWARD_WORKERS", "1") != "1":
+        if os.environ.get("UDPTUN_FORWARD_WORKERS", "1") != "1" or config.accelerate != "off":
             forwarder.add(Capability.BPF)
     return Needs(
         use=use,

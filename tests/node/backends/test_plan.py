@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
-from udptun.leases.advert import PROBE, Advert, embed
+from udptun.leases.advert import EXPRESS, PROBE, Advert, embed
 from udptun.leases.base import Attributes, Change, Lease, Subnets
 from udptun.model import Route
 from udptun.net.vxlan import VxlanPeer
@@ -267,6 +267,16 @@ def test_only_a_peer_that_advertises_probes_gets_them():
         found = only(UDP_ONLY, lease(data=embed(None, advert) if advert else None))
         assert (found.advert, found.answers_probes) == (advert, advert is probed)
         assert route_of(found).probe is (advert is probed)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_the_express_path_needs_both_ends(ours, theirs):
+    advert = Advert(9285, 1400, frozenset({PROBE, EXPRESS} if theirs else {PROBE}))
+    local = replace(UDP_ONLY, reaches=(UdpReach(8285, (4,), ours),))
+    route = route_of(only(local, lease(data=embed(None, advert))))
+    assert route.express is (ours and theirs)
+    assert route.probe
 
 
 def test_a_subnet_claimed_twice_belongs_to_the_older_peer_until_it_leaves():

@@ -34,7 +34,7 @@ from ...model import (
     parse_prefix,
     parse_source_port,
 )
-from ..advert import PROBE, Advert, embed, read
+from ..advert import EXPRESS, PROBE, Advert, embed, read
 from ..base import Attributes, Lease, Subnets
 from ..netconf import NetConfig, refuse_reserved
 from .positions import Positions
@@ -43,8 +43,9 @@ Item = TypeVar("Item", IPAddress, IPNetwork)
 Wanted = TypeVar("Wanted")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
-_FILE_KEYS = ("network", "port", "mtu", "probe", "nodes")
-_NODE_KEYS = ("name", "public", "subnets", "port", "mtu", "probe", "source_port")
+_FILE_KEYS = ("network", "port", "mtu", "probe", "express", "nodes")
+_NODE_KEYS = ("name", "public", "subnets", "port", "mtu", "probe", "express",
+              "source_port")
 # As in flannel: a subnet with a longer prefix has too few addresses for a tunnel device and a
 # bridge.
 _MAX_SUBNET_LEN = {4: 30, 6: 126}
@@ -140,8 +141,8 @@ def _hosts(content: Mapping[str, Any]) -> HostsFile:
     nodes = _required(content, "nodes", "")
     if not isinstance(nodes, list) or not nodes:
         raise FieldError("nodes", nodes, "a list of at least one node", "nodes")
-    defaults = {key: content[key] for key in ("port", "mtu", "probe") if key in content}
-    _answers_probes(content, "probe")
+    defaults = {key: content[key] for key in ("port", "mtu", "probe", "express") if key in content}
+    _features(content, "")
     if "mtu" in content:
         parse_number("mtu", content["mtu"], MIN_MTU, MAX_MTU, "mtu")
     leases = tuple(_node(node, defaults, networks, f"nodes[{i}]") for i, node in enumerate(nodes))
@@ -185,19 +186,24 @@ def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
     ports = None
     if node.get("source_port") is not None:
         ports = parse_source_port(node["source_port"], f"{path}.source_port")
-    features = frozenset({PROBE} if _answers_probes(options, f"{path}.probe") else ())
+    features = _features(options, f"{path}.")
     attributes = Attributes(_of_type(public, IPv4Address), _of_type(public, IPv6Address),
                             backend_data=embed(None, Advert(port, mtu, features, ports)))
     return Lease(name, Subnets(_of_type(subnets, IPv4Network), _of_type(subnets, IPv6Network)),
                  attributes, name)
 
 
-def _answers_probes(options: Mapping[str, Any], path: str) -> bool:
-    """The nodes of a hosts file run udptun, unless the file says otherwise."""
-    value = options.get("probe", True)
-    if not isinstance(value, bool):
-        raise FieldError("probe", value, "true or false", path)
-    return value
+def _features(options: Mapping[str, Any], path: str) -> frozenset[str]:
+    """The nodes of a hosts file run udptun, unless the file says otherwise. Whether they have
+    --accelerate auto, the file has to say."""
+    found = set()
+    for feature, default in ((PROBE, True), (EXPRESS, False)):
+        value = options.get(feature, default)
+        if not isinstance(value, bool):
+            raise FieldError(feature, value, "true or false", f"{path}{feature}")
+        if value:
+            found.add(feature)
+    return frozenset(found)
 
 
 def _with_nat_ports(leases: Sequence[Lease]) -> tuple[Lease, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import ClassVar
 
-from ...leases.advert import FEATURES, PROBE, Advert, embed
+from ...leases.advert import EXPRESS, PROBE, Advert, embed
 from ...leases.advert import read as read_advert
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
@@ -41,6 +41,7 @@ class UdpReach(Reach[Route]):
 
     port   the port of our forwarder, and of each peer that does not advertise a port
     outer  the IP versions of our underlay
+    express  our forwarder may use the express path
     """
 
     name: ClassVar[str] = "udp"
@@ -48,13 +49,15 @@ class UdpReach(Reach[Route]):
 
     port: int
     outer: tuple[int, ...]
+    express: bool = False
 
     def path(self, peer: PeerNode, subnet: IPNetwork) -> Route | str:
         advert = read_advert(peer.attributes.backend_data)
-        port, mtu, probe, ports = self.port, None, False, None
+        port, mtu, probe, ports, express = self.port, None, False, None, False
         if advert is not None:
             port, mtu, probe = advert.port, advert.mtu, PROBE in advert.features
             ports = advert.source_ports
+            express = self.express and EXPRESS in advert.features
         elif peer.attributes.backend_type not in FLANNEL_TYPES:
             return "the peer does not advertise UDP"
         elif subnet.version == 6:  # flannel's own udp backend would corrupt IPv6 packets
@@ -66,7 +69,7 @@ class UdpReach(Reach[Route]):
         # packet; the second choice is the other IP version.
         for version in (subnet.version, 10 - subnet.version):
             if version in self.outer and version in peer.public:
-                return Route(subnet, peer.public[version], port, mtu, probe, ports)
+                return Route(subnet, peer.public[version], port, mtu, probe, ports, express)
         return "the peer has no underlay address of an IP version that this node's underlay has"
 
 
@@ -100,7 +103,9 @@ class UdpBackend(Backend[Route]):
     def lease_data(self, mtu: int) -> LeaseData:
         if not self._config.advertise:
             return LeaseData()
-        advert = Advert(self._prepared.udp_port, mtu, FEATURES, self._source_ports())
+        features = {PROBE, EXPRESS} if self._accelerates else {PROBE}
+        advert = Advert(
+            self._prepared.udp_port, mtu, frozenset(features), self._source_ports())
         return LeaseData(data={4: embed(None, advert)})
 
     def _source_ports(self) -> tuple[int, int] | None:
@@ -114,7 +119,14 @@ class UdpBackend(Backend[Route]):
 
     def reach(self) -> UdpReach:
         site = self._prepared
-        return UdpReach(site.udp_port, tuple(one.version for one in _outer(site.underlay)))
+        return UdpReach(site.udp_port, tuple(one.version for one in _outer(site.underlay)),
+                        self._accelerates)
+
+    @property
+    def _accelerates(self) -> bool:
+        """Whether peers may send to us from their kernel. It does not matter if our kernel refuses
+        the programs: the workers accept these packets too."""
+        return self._config.accelerate == "auto"
 
     async def settle(self, lease: Lease, mtu: int) -> None:
         site, config = self._prepared, self._config
@@ -128,6 +140,7 @@ class UdpBackend(Backend[Route]):
             state=str(config.state_dir / STATE_FILE),
             mtu=mtu,
             mark=None if config.mark is None else str(config.mark),
+            accelerate=config.accelerate,
             admit=config.admit,
             subnets=() if config.admit == "any" else tuple(map(str, lease.subnets)),
         ))

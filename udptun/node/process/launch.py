@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ...errors import FieldError, NoForwarder, UdptunError
 from ...files import make_directory, open_log, read_own_file, replace_file
 from ...instance import Instance
-from ...model import ADMITS
+from ...model import ACCELERATES, ADMITS
 from ...takeover.kept import variable
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class ForwarderSpec:
     mtu    the MTU of the TUN; None: the forwarder derives the MTU from the underlay
     state  the file in which the forwarder saves its routes
     mark   the mark of its datagrams; None: no mark
+    accelerate  "auto": packets may pass in the kernel
     admit, subnets  the inner destinations that it accepts: "any", or "own" with these prefixes
     """
 
@@ -62,6 +63,7 @@ class ForwarderSpec:
     state: str
     mtu: int | None = None
     mark: str | None = None
+    accelerate: str = ACCELERATES[0]
     admit: str = ADMITS[0]
     subnets: tuple[str, ...] = ()
 
@@ -75,6 +77,8 @@ class ForwarderSpec:
             options["mtu"] = self.mtu
         if self.mark is not None:
             options["mark"] = self.mark
+        if self.accelerate != ACCELERATES[0]:
+            options["accelerate"] = self.accelerate
         if self.admit != ADMITS[0]:
             options |= {"admit": self.admit, "subnet": list(self.subnets)}
         return options
@@ -88,7 +92,8 @@ class ForwarderSpec:
                 control=options["control"], listen=tuple(options["listen"]),
                 addresses=tuple(options["address"]), networks=tuple(options["network"]),
                 tun=options["tun"], state=options["state"], mtu=options.get("mtu"),
-                mark=options.get("mark"), admit=options.get("admit", ADMITS[0]),
+                mark=options.get("mark"), accelerate=options.get("accelerate", ACCELERATES[0]),
+                admit=options.get("admit", ADMITS[0]),
                 subnets=tuple(options.get("subnet", ())),
             )
         except (ValueError, KeyError, TypeError) as exc:
@@ -113,6 +118,8 @@ class ForwarderSpec:
             ("its networks", self.networks, tuple(device["networks"])),
             ("it listens on", self.listen, tuple(device["listen"])),
             ("its mark", self.mark, status.get("mark")),  # older forwarders have no mark
+            ("its option accelerate", self.accelerate,
+             status.get("accelerate", {}).get("mode", ACCELERATES[0])),
             ("its option admit", self.admit, status.get("admit", ADMITS[0])),
             ("its subnets", self.subnets, tuple(device.get("subnets", ()))),
             ("its MTU", device["mtu"] if self.mtu is None else self.mtu, device["mtu"]),
