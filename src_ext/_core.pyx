@@ -1,6 +1,6 @@
-"""The compiled core as Python sees it: RouteTable, Core and Worker.
+"""The compiled core as Python sees it: RouteTable, Core, Worker and Capture.
 
-Owns nothing itself: the classes are in the three files that are included below. The code that
+Owns nothing itself: the classes are in the four files that are included below. The code that
 processes packets is in the .pxd files. README.md lists these files in reading order.
 
 Threading: the control thread uses ``Core`` and ``RouteTable``; a worker's thread calls
@@ -13,4 +13,5 @@ include "table/route_table.pxi"
 cdef class Core  # a forward declaration: Worker and Core refer to each other
 
 include "worker.pxi"
+include "capture.pxi"
 include "core.pxi"

@@ -17,8 +17,9 @@ from libc.string cimport memcpy, memset
 from limits cimport MIN_MTU6
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport add_token, count_sent, send_with_spare
-from path.turn cimport oldest_generation
-from path.worker cimport OWN_NETS, direction_t, own_net_t, shared_t, spare_t, worker_t
+from path.capture cimport CAPTURES_N, capture_free, capture_t, switch_capture
+from path.turn cimport capture_is_unused, oldest_generation
+from path.worker cimport OWN_NETS, direction_t, shared_t, spare_t, worker_t
 from sys cimport (
     SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
     peek32, peek64, poke32, poke64, sockaddr_in6, store_flag, take_bits,
@@ -38,6 +39,7 @@ from table.snapshot cimport (
     find_hop, first_peer_at, hop_t, next_peer, packet_limit, snapshot_free, snapshot_t,
 )
 
+from wire.net cimport set_net
 from wire.probe cimport PROBE_LEN, PROBE_MAX, PROBE_REQUEST, build_probe, probe_t
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
@@ -114,6 +116,7 @@ cdef class Core:
     cdef uint64_t sends_refused  # of send_probe
     cdef dict inherited         # counters of an earlier process; see inherit
     cdef tuple express_packets  # see set_express
+    cdef uint64_t ended[CAPTURES_N]  # captures_t.word when the capture ended; 0 = it has not
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
                   int notify_fd, own_subnets=None):
@@ -145,14 +148,9 @@ cdef class Core:
         self.publish(RouteTable())
 
     cdef add_own_net(self, bytes packed, uint32_t length):
-        cdef own_net_t* net = &self.shared.own_nets[self.shared.own_nets_n]
-        cdef uint32_t i
         if self.shared.own_nets_n == OWN_NETS:
             raise ValueError(f"more than {OWN_NETS} own prefixes")
-        net.addr_len = <uint8_t>len(packed)
-        memcpy(net.addr, <const uint8_t*>packed, len(packed))
-        for i in range(length):
-            net.mask[i // 8] |= <uint8_t>(0x80 >> i % 8)
+        set_net(&self.shared.own_nets[self.shared.own_nets_n], packed, len(packed), length)
         self.shared.own_nets_n += 1
 
     def __dealloc__(self):
@@ -162,6 +160,9 @@ cdef class Core:
         cdef peer_t* next_
         cdef uint32_t slot = 0
         reclaim(self.retired, <uint64_t>-1)
+        for slot in range(CAPTURES_N):
+            capture_free(self.shared.captures.items[slot])
+        slot = 0
         if s != NULL:
             peer = next_peer(s, &slot, NULL)
             while peer != NULL:
@@ -255,6 +256,39 @@ cdef class Core:
         cdef uint32_t n = <uint32_t>len(self.objects)
         with nogil:
             self.retired = reclaim(self.retired, oldest_generation(self.workers, n))
+            self.free_captures(n)
+
+    cdef void free_captures(self, uint32_t workers_n) noexcept nogil:
+        """Free the ended captures that no worker can use."""
+        cdef int i
+        for i in range(CAPTURES_N):
+            if self.ended[i] and capture_is_unused(self.workers, workers_n, self.ended[i]):
+                capture_free(self.shared.captures.items[i])
+                self.shared.captures.items[i] = NULL
+                self.ended[i] = 0
+
+    def start_capture(self, filter):
+        """Start a capture of the packets that match a model.CaptureFilter, and return it.
+
+        Return None if CAPTURES_N captures run already. Raise MemoryError.
+        """
+        cdef uint32_t slot
+        cdef capture_t* capture
+        self.collect()
+        for slot in range(CAPTURES_N):
+            if self.shared.captures.items[slot] == NULL:
+                break
+        else:
+            return None
+        capture = new_capture(filter, self.shared.workers_n)
+        self.shared.captures.items[slot] = capture
+        switch_capture(&self.shared.captures, slot, True)
+        return Capture(self, slot)
+
+    cdef end_capture(self, uint32_t slot):
+        switch_capture(&self.shared.captures, slot, False)
+        self.ended[slot] = self.shared.captures.word
+        self.collect()
 
     def set_own_addresses(self, addresses):
         """Set the packed inner source addresses that are refused on receive.

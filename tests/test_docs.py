@@ -173,7 +173,7 @@ def mistakes(line: str) -> list[str]:
         commands.append(command)
     known = options_of(*commands)
     return [
-        option for option in OPTION.findall(line)
+        option for option in OPTION.findall(re.sub(r" \| (tshark|tcpdump) .*", "", line))
         if option not in known and not (
             re.fullmatch("-([a-z])\\1+", option) and option[:2] in known  # -vv
         )

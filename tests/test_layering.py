@@ -23,8 +23,8 @@ PACKAGE = ROOT / "udptun"
 OWN = ("udptun", "bench", "tests", "scripts")  # directories with Python files
 
 LEAVES = {
-    "answers", "build", "connections", "drops", "env_file", "errors", "files", "instance", "model",
-    "notify", "privileges", "repairs", "spans", "text", "wait", "_version",
+    "answers", "build", "connections", "drops", "env_file", "errors", "files", "flows",
+    "instance", "model", "notify", "privileges", "repairs", "spans", "text", "wait", "_version",
 }
 RULES = {
     "answers": set(),
@@ -33,6 +33,7 @@ RULES = {
     "text": set(),
     "files": set(),
     "drops": set(),
+    "flows": set(),
     "privileges": set(),
     "repairs": set(),
     "spans": set(),

@@ -21,6 +21,8 @@ MIN_MTU = 68  # RFC 791: every IPv4 router forwards 68 octets without fragmentat
 MIN_MTU6 = 1280  # RFC 8200 section 5: the MTU of an IPv6 link is at least this
 MAX_MTU = 65535
 MAX_MARK = 0xFFFFFFFF
+MAX_SNAPLEN = 65536
+MAX_SAMPLE = 1_000_000
 MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
 
 SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
@@ -347,6 +349,32 @@ class DroppedPacket(NamedTuple):
     address: bytes
     port: int
     head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureFilter:
+    """Which packets a capture records. A packet matches if it matches each part that is not empty.
+
+    direction  from this host to a peer (out), or the opposite (in)
+    dropped    only dropped packets
+    peers      one of these outer addresses; with a port that is not 0, also this port
+    networks   the inner address on the peer's side is in one of these
+    hosts      each of these is the inner source or destination
+    ports      each of these is the inner source or destination port
+    protocols  one of these numbers of transport protocols
+    snaplen    the largest number of bytes of a packet that is recorded
+    sample     record one of this number of matching packets
+    """
+
+    direction: str = "both"
+    dropped: bool = False
+    peers: tuple[tuple[IPAddress, int], ...] = ()
+    networks: tuple[IPNetwork, ...] = ()
+    hosts: tuple[IPAddress, ...] = ()
+    ports: tuple[int, ...] = ()
+    protocols: tuple[int, ...] = ()
+    snaplen: int = MAX_SNAPLEN
+    sample: int = 1
 
 
 class RefusedSender(NamedTuple):

@@ -39,7 +39,7 @@ class LoopbackWorker:
         self._udp, self.peer = self._bound("127.0.0.1"), self._bound("127.0.0.2")
         notify = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing.callback(os.close, notify)
-        core = _core.Core("off", 1, (1500, 0), [bytes((10, 99, 1, 0))], notify)
+        self.core = core = _core.Core("off", 1, (1500, 0), [bytes((10, 99, 1, 0))], notify)
         port = self.peer.getsockname()[1]
         core.publish(_core.RouteTable.parse_text(b"10.0.0.0/8 via 127.0.0.2 port %d" % port))
         self._worker = _core.Worker(

@@ -19,8 +19,8 @@ from path.probe cimport take_probe
 from path.send cimport read_errors
 from path.refused_senders cimport count_refused_sender
 from path.worker cimport (
-    CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS, drop_from_udp,
-    own_net_t, raise_event, worker_t,
+    CMSG_ROOM, EVENT_TCP_MERGE, EVENT_UDP_MERGE, RX_BATCH_BYTES, RX_SLOT, RX_SLOTS,
+    capture_from_udp, drop_from_udp, is_capturing, raise_event, worker_t,
 )
 from sys cimport (
     AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
@@ -29,11 +29,12 @@ from sys cimport (
 from table.peer cimport peer_counters_t, peer_t
 from table.snapshot cimport find_hop, find_peer, hop_admits, hop_t, is_own, may_send_from
 from wire.finish cimport finish_checksum
-from wire.headers cimport load_be16, load_u32, load_u64
+from wire.headers cimport load_be16
 from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
 )
 from wire.packet cimport check_total_len, decrement_hop_limit, ip_src, ip_t, parse_ip
+from wire.net cimport in_net
 from wire.probe cimport is_probe
 
 
@@ -93,22 +94,13 @@ cdef inline drop_t check_source(
     return DROP_SOURCE_NOT_ROUTED
 
 
-cdef inline bint in_net(const uint8_t* addr, const own_net_t* net) noexcept nogil:
-    if net.addr_len == 4:
-        return (load_u32(addr) ^ load_u32(net.addr)) & load_u32(net.mask) == 0
-    return (
-        (load_u64(addr) ^ load_u64(net.addr)) & load_u64(net.mask) == 0
-        and (load_u64(addr + 8) ^ load_u64(net.addr + 8)) & load_u64(net.mask + 8) == 0
-    )
-
-
 cdef inline drop_t check_destination(
     const worker_t* w, const uint8_t* dst, size_t addr_len
 ) noexcept nogil:
     """Return PASS if packets to this inner address are delivered, else the drop reason."""
     cdef uint32_t i
     for i in range(w.shared.own_nets_n):
-        if w.shared.own_nets[i].addr_len == addr_len and in_net(dst, &w.shared.own_nets[i]):
+        if in_net(&w.shared.own_nets[i], dst, addr_len):
             return PASS
     return DROP_DESTINATION_NOT_OWN
 
@@ -175,6 +167,8 @@ cdef inline void decap_packet(
     sender.heard = True
     if sender.express:
         finish_checksum(p, &ip)
+    if is_capturing(w):
+        capture_from_udp(w, p, ip.total_len, sender.addr, sender.addr_len, sender.port, False)
     merge_add(&w.merge, p, ip.total_len, &ip)
 
 

@@ -6,7 +6,7 @@ Threading: the worker's thread.
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 from drops cimport (
@@ -19,7 +19,9 @@ from path.queue cimport (
     QUEUE_FRAME_DATAGRAMS, queue_append, queue_append_copy, queue_is_full, queue_room,
 )
 from path.send cimport flush, make_room
-from path.worker cimport EVENT_TUN_GONE, TX_FRAME, drop_from_tun, raise_event, worker_t
+from path.worker cimport (
+    EVENT_TUN_GONE, TX_FRAME, capture_from_tun, drop_from_tun, is_capturing, raise_event, worker_t,
+)
 from sys cimport peek32, read
 from table.peer cimport peer_t
 from table.snapshot cimport find_hop, first_peer_at, hop_t, is_own, next_at_address, packet_limit
@@ -28,7 +30,10 @@ from wire.cut cimport (
     is_super, plan_cut,
 )
 from wire.fragment cimport frag_t, fragment_at, fragment_n
-from wire.headers cimport IP4_FRAG, IP4_OFFSET, PROTO_UDP, UDP_LEN, load_be16
+from wire.headers cimport (
+    IP4_FRAG, IP4_OFFSET, PROTO_UDP, UDP_LEN, UDP_LENGTH, VNET_GSO_SIZE, VNET_LEN, load_be16,
+    load_u16, store_be16,
+)
 from wire.icmp cimport ICMP_NO_ROUTE, ICMP_TOO_BIG, ICMP_TTL_EXCEEDED
 from wire.packet cimport (
     EXT_FRAGMENT, check_total_len, decrement_hop_limit, hop_limit_spent, ip_src, ip_t, parse_ip,
@@ -64,7 +69,7 @@ cdef inline drop_t parse_frame(
     f.cut.n = 1
     f.limit = 0
     if n < vnet_len:
-        f.p, f.n = frame, n
+        f.p, f.n, f.is_super = frame, n, False
         return DROP_SHORT_PACKET
     f.p = frame + vnet_len
     f.n = n - vnet_len
@@ -134,6 +139,22 @@ cdef inline drop_t check_size(worker_t* w, frame_t* f) noexcept nogil:
     return DROP_TOO_BIG if f.too_big and f.ip.dont_fragment else PASS
 
 
+cdef inline uint16_t segment_of(const frame_t* f) noexcept nogil:
+    """Return the payload bytes of each segment of a super-packet, as the kernel declares them; 0
+    for a packet."""
+    return load_u16(f.p - VNET_LEN + VNET_GSO_SIZE) if f.is_super else 0
+
+
+cdef inline void set_udp_length(frame_t* f, bint restore) noexcept nogil:
+    """Restore the length field of a UDP super-packet, or set it to zero again, as ``plan_cut`` has
+    done. Wireshark does not accept a super-packet with zero."""
+    if f.is_super and not f.cut.tcp:
+        store_be16(
+            f.p + f.cut.ip_hdr_len + UDP_LENGTH,
+            <uint16_t>(UDP_LEN + f.cut.payload_len) if restore else 0,
+        )
+
+
 # A packet that is dropped
 
 
@@ -183,7 +204,12 @@ cdef inline void refuse(worker_t* w, frame_t* f, drop_t reason) noexcept nogil:
         peer = f.hop.peer  # these steps come after find_route
     if reason == DROP_TOO_BIG:
         dropped -= queue_last_segment(w, f)
-    drop_from_tun(w, reason, dropped, f.p, f.n, peer)
+    if peer != NULL or kind >= 0:  # the steps after ``plan_cut``
+        set_udp_length(f, True)
+        drop_from_tun(w, reason, dropped, f.p, f.n, peer, segment_of(f))
+        set_udp_length(f, False)
+    else:
+        drop_from_tun(w, reason, dropped, f.p, f.n, NULL, segment_of(f))
     if kind < 0:
         return
     if f.is_super:
@@ -194,12 +220,18 @@ cdef inline void refuse(worker_t* w, frame_t* f, drop_t reason) noexcept nogil:
 # A packet that passes
 
 
+cdef inline void capture_frame(worker_t* w, frame_t* f) noexcept nogil:
+    set_udp_length(f, True)
+    capture_from_tun(w, f.cut.n, f.p, f.n, segment_of(f), f.hop.peer, False)
+    set_udp_length(f, False)
+
+
 cdef inline void queue_segments(worker_t* w, frame_t* f) noexcept nogil:
     """Queue the segments of a super-packet."""
     cdef uint32_t i
     cut_start(&f.cut, f.p)
     if not make_room(w, f.cut.n):
-        drop_from_tun(w, DROP_NO_BUFFER, f.cut.n, f.p, f.n, f.hop.peer)
+        drop_from_tun(w, DROP_NO_BUFFER, f.cut.n, f.p, f.n, f.hop.peer, segment_of(f))
         return
     for i in range(f.cut.n):
         queue_append(
@@ -285,6 +317,8 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
     if verdict != PASS:
         refuse(w, &f, verdict)
         return
+    if is_capturing(w):
+        capture_frame(w, &f)
     decrement_hop_limit(f.p, f.ip.version)
     queue_frame(w, &f)
 

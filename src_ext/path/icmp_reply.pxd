@@ -11,7 +11,9 @@ from libc.string cimport memset
 
 from drops cimport DROP_TUN_WRITE
 from path.queue cimport queue_append, queue_is_full, queue_room
-from path.worker cimport count_drop, worker_t
+from path.worker cimport (
+    capture_from_tun, capture_from_udp, count_drop, is_capturing, worker_t,
+)
 from sys cimport write
 from table.snapshot cimport find_hop, hop_t, path_limit
 from wire.headers cimport VNET_LEN
@@ -54,6 +56,8 @@ cdef inline void reply_to_tun(
         return
     memset(w.icmp_out, 0, VNET_LEN)
     w.decap.generated += 1
+    if is_capturing(w):
+        capture_from_udp(w, reply, reply_len, NULL, 0, 0, True)
     w.syscalls_write += 1
     if write(w.tun_fd, reply - w.vnet_len, reply_len + w.vnet_len) < 0:
         count_drop(&w.decap, DROP_TUN_WRITE, 1)
@@ -75,4 +79,6 @@ cdef inline void reply_to_peer(
     if reply_len == 0:
         return
     w.encap.generated += 1
+    if is_capturing(w):
+        capture_from_tun(w, 1, queue_room(&w.queue), reply_len, 0, hop.peer, True)
     queue_append(&w.queue, hop.peer, False, <uint32_t>reply_len)

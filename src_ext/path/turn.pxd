@@ -9,7 +9,8 @@ snapshot while ``busy`` is 1 and ``seen`` is the snapshot's generation. The cont
 retired snapshot only when each worker is not busy or has seen a later generation. A
 worker stores ``busy`` and then loads the snapshot pointer; the control side stores the pointer and
 then loads ``busy``. All four accesses are ordered (sys.pxd), so at least one of the two sides sees
-the other side's store.
+the other side's store. The captures that a worker uses follow the same rule, with
+``captures_t.word`` in place of the pointer; a worker loads it in each turn that reads packets.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -17,6 +18,7 @@ from libc.string cimport memset
 
 from drops cimport DROP_CLOSED
 from path.affinity cimport adjust_affinity, unpin
+from path.capture cimport CAPTURE_BITS
 from path.decap cimport receive
 from path.encap cimport drain_tun
 from path.own_socket cimport look_at_own_sockets
@@ -55,6 +57,12 @@ cdef inline void borrow(worker_t* w) noexcept nogil:
     store_flag(&w.seen, w.snapshot.generation)
 
 
+cdef inline void look_for_captures(worker_t* w) noexcept nogil:
+    """Use the captures that are on. A turn without this call can only flush what was queued before,
+    while the worker was busy all the time: so the captures that it uses still exist."""
+    store_flag(&w.capturing, load_flag_ordered(&w.shared.captures.word))
+
+
 cdef inline void release(worker_t* w) noexcept nogil:
     """End the borrowing of the snapshot, unless datagrams are queued."""
     if queue_is_empty(&w.queue):
@@ -72,6 +80,19 @@ cdef inline uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept 
             if seen < oldest:
                 oldest = seen
     return oldest
+
+
+cdef inline bint capture_is_unused(worker_t** workers, uint32_t n, uint64_t word) noexcept nogil:
+    """Return whether no worker can use a capture that was turned off. The control side.
+
+    word  captures_t.word after the capture was turned off
+    """
+    cdef uint32_t i
+    for i in range(n):
+        if load_flag_ordered(&workers[i].busy) \
+                and load_flag(&workers[i].capturing) >> CAPTURE_BITS < word >> CAPTURE_BITS:
+            return False
+    return True
 
 
 # Waiting
@@ -121,6 +142,7 @@ cdef inline void wait_for_work(worker_t* w, int timeout_ms) noexcept nogil:
     w.tun_ready = w.udp_ready4 = w.udp_ready6 = False
     if not w.ready:
         return
+    look_for_captures(w)
     if w.polled[ON_FULL].revents & POLLERR:
         read_errors(w, w.full_fd)
     if w.polled[ON_WAKE].revents & POLLIN:
@@ -137,6 +159,7 @@ cdef inline void assume_ready(worker_t* w) noexcept nogil:
     """Mark all descriptors ready without a poll. A busy worker then tries to read from each."""
     w.now = now_ns()
     borrow(w)
+    look_for_captures(w)
     w.tun_ready = not w.tun_paused
     w.udp_ready4 = w.udp_fd4 >= 0
     w.udp_ready6 = w.udp_fd6 >= 0

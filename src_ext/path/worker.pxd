@@ -11,8 +11,11 @@ snapshot pointer of ``shared_t``.
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from drops cimport DROP_REASONS_N, drop_t
+from drops cimport DROP_REASONS_N, PASS, drop_t
 from path.affinity cimport affinity_t
+from path.capture cimport (
+    CAPTURE_IN, CAPTURE_MASK, CAPTURE_OUT, RECORD_GENERATED, capture_packet, captured_t, captures_t,
+)
 from path.dropped cimport dropped_t, note_dropped, rarely
 from path.queue cimport QUEUE_BYTES, QUEUE_DATAGRAMS, QUEUE_FRAME_BYTES, queue_t
 from path.refused_senders cimport refused_senders_t
@@ -22,6 +25,7 @@ from table.snapshot cimport snapshot_t
 from wire.headers cimport VNET_LEN
 from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from wire.merge cimport merge_reset, merge_t
+from wire.net cimport net_t
 from wire.probe cimport probe_t
 
 
@@ -112,19 +116,13 @@ cdef struct tokens_t:           # of the latest requests without a reply; see pr
     uint8_t next_[TOKEN_SETS]   # the next place to use; only the control side uses it
 
 
-cdef struct own_net_t:          # a prefix; see Core, own_subnets
-    uint8_t addr[16]
-    uint8_t mask[16]
-    uint8_t addr_len            # 4 or 16
-
-
 cdef struct shared_t:
     snapshot_t* snapshot        # the active one: the control side stores it, workers load it
     uint32_t workers_n
     uint32_t source_check
     bint admit_own              # deliver only to inner destinations in own_nets
     uint32_t own_nets_n
-    own_net_t own_nets[OWN_NETS]
+    net_t own_nets[OWN_NETS]  # see Core, own_subnets
     uint8_t tun_addr4[4]
     uint8_t tun_addr6[16]
     bint has_addr4
@@ -132,6 +130,7 @@ cdef struct shared_t:
     int notify_fd               # eventfd of the control side
     uint64_t wake_on_probe      # written by the control side: 1 = raise EVENT_PROBE for each probe
     tokens_t tokens             # written by the control side; workers clear those that they find
+    captures_t captures
 
 
 cdef struct worker_t:
@@ -139,6 +138,7 @@ cdef struct worker_t:
     snapshot_t* snapshot        # borrowed for a turn, and while datagrams are queued
     uint64_t busy               # 1 while a snapshot is borrowed (see turn.pxd)
     uint64_t seen               # generation of the borrowed snapshot
+    uint64_t capturing          # captures_t.word of this turn
     uint64_t wake_requested     # written by the control side: 1 = return to the event loop
     uint64_t events             # EVENT_*: set by the worker, cleared by the control side
     uint64_t now                # monotonic ns, read once per turn
@@ -231,16 +231,17 @@ cdef struct worker_t:
     dropped_t decap_dropped[DROP_REASONS_N]
 
 
-cdef struct drop_arguments_t:   # see drop_from_tun, drop_from_udp
-    direction_t* direction
-    dropped_t* dropped          # the records of this direction, by reason
-    uint64_t now
-    drop_t reason
-    uint64_t packets
+cdef struct handled_t:          # a packet that is dropped or captured
+    worker_t* w
+    uint8_t direction           # CAPTURE_*
+    uint8_t flags               # RECORD_*
+    drop_t reason               # PASS = not dropped
+    uint16_t segment            # payload bytes of each segment; 0 = not a super-packet
+    uint32_t packets            # packets that are handled together
     const uint8_t* p            # the first packet
     size_t n
     const uint8_t* addr         # the endpoint at the other end
-    uint8_t addr_len
+    uint8_t addr_len            # 0 = not known
     uint16_t port
 
 
@@ -289,40 +290,105 @@ cdef inline void count_drop(direction_t* d, drop_t reason, uint64_t n) noexcept 
     d.drops[<int>reason] += n
 
 
-cdef inline void take_drop(const void* arguments) noexcept nogil:
-    """Count and record the dropped packets of a ``drop_arguments_t``."""
-    cdef const drop_arguments_t* a = <const drop_arguments_t*>arguments
-    count_drop(a.direction, a.reason, a.packets)
-    note_dropped(&a.dropped[<int>a.reason], a.now, a.packets, a.p, a.n, a.addr, a.addr_len, a.port)
+cdef inline void capture_handled(const handled_t* h) noexcept nogil:
+    """Offer a packet to the captures that are on."""
+    cdef captured_t c
+    c.captures, c.word, c.writer = &h.w.shared.captures, h.w.capturing, h.w.index
+    c.direction, c.flags, c.reason = h.direction, h.flags, h.reason
+    c.segment, c.packets, c.p, c.n = h.segment, h.packets, h.p, h.n
+    c.addr, c.addr_len, c.port = h.addr, h.addr_len, h.port
+    capture_packet(&c)
+
+
+cdef inline void take_drop(const void* handled) noexcept nogil:
+    """Count and record the dropped packets of a ``handled_t``."""
+    cdef const handled_t* h = <const handled_t*>handled
+    cdef dropped_t* dropped = h.w.encap_dropped
+    cdef direction_t* direction = &h.w.encap
+    if h.direction == CAPTURE_IN:
+        dropped, direction = h.w.decap_dropped, &h.w.decap
+    count_drop(direction, h.reason, h.packets)
+    note_dropped(
+        &dropped[<int>h.reason], h.w.now, h.packets, h.p, h.n, h.addr, h.addr_len, h.port
+    )
+    if h.w.capturing & CAPTURE_MASK:
+        capture_handled(h)
+
+
+cdef inline void take_capture(const void* handled) noexcept nogil:
+    """Capture the packet of a ``handled_t``."""
+    capture_handled(<const handled_t*>handled)
+
+
+cdef inline void handle_from_tun(
+    worker_t* w, drop_t reason, uint32_t packets, const uint8_t* p, size_t n, uint16_t segment,
+    const peer_t* peer, bint generated
+) noexcept nogil:
+    cdef handled_t h
+    h.w, h.direction, h.flags = w, CAPTURE_OUT, RECORD_GENERATED if generated else 0
+    h.reason, h.packets, h.p, h.n, h.segment = reason, packets, p, n, segment
+    h.addr, h.addr_len, h.port = NULL, 0, 0
+    if peer != NULL:
+        h.addr = peer.addr
+        h.addr_len, h.port = <uint8_t>peer.addr_len, <uint16_t>peer.port
+    rarely(take_capture if reason == PASS else take_drop, &h)
+
+
+cdef inline void handle_from_udp(
+    worker_t* w, drop_t reason, const uint8_t* p, size_t n, const uint8_t* addr, uint8_t addr_len,
+    uint16_t port, bint generated
+) noexcept nogil:
+    cdef handled_t h
+    h.w, h.direction, h.flags = w, CAPTURE_IN, RECORD_GENERATED if generated else 0
+    h.reason, h.packets, h.p, h.n, h.segment = reason, 1, p, n, 0
+    h.addr, h.addr_len, h.port = addr, addr_len, port
+    rarely(take_capture if reason == PASS else take_drop, &h)
+
+
+cdef inline bint is_capturing(const worker_t* w) noexcept nogil:
+    return w.capturing & CAPTURE_MASK != 0
+
+
+cdef inline void capture_from_tun(
+    worker_t* w, uint32_t packets, const uint8_t* p, size_t n, uint16_t segment, const peer_t* peer,
+    bint generated
+) noexcept nogil:
+    """Capture a frame that goes to a peer. The caller has checked ``is_capturing``.
+
+    segment    payload bytes of each segment of a super-packet; 0 for a packet
+    generated  the forwarder made the packet
+    """
+    handle_from_tun(w, PASS, packets, p, n, segment, peer, generated)
+
+
+cdef inline void capture_from_udp(
+    worker_t* w, const uint8_t* p, size_t n, const uint8_t* addr, uint8_t addr_len, uint16_t port,
+    bint generated
+) noexcept nogil:
+    """Capture a packet that goes to the TUN, as ``capture_from_tun``."""
+    handle_from_udp(w, PASS, p, n, addr, addr_len, port, generated)
 
 
 cdef inline void drop_from_tun(
-    worker_t* w, drop_t reason, uint64_t packets, const uint8_t* p, size_t n, const peer_t* peer
+    worker_t* w, drop_t reason, uint32_t packets, const uint8_t* p, size_t n, const peer_t* peer,
+    uint16_t segment=0
 ) noexcept nogil:
-    """Count packets that were read from the TUN and are dropped, and record the first, p[0:n].
+    """Count packets that were read from the TUN and are dropped. Record and capture the first,
+    p[0:n].
 
-    peer  to which they would have been sent; NULL = not known
+    peer     to which they would have been sent; NULL = not known
+    segment  payload bytes of each segment if p[0:n] is a super-packet
     """
-    cdef drop_arguments_t a
-    a.direction, a.dropped, a.now = &w.encap, w.encap_dropped, w.now
-    a.reason, a.packets, a.p, a.n = reason, packets, p, n
-    a.addr, a.addr_len, a.port = NULL, 0, 0
-    if peer != NULL:
-        a.addr = peer.addr
-        a.addr_len, a.port = <uint8_t>peer.addr_len, <uint16_t>peer.port
-    rarely(take_drop, &a)
+    handle_from_tun(w, reason, packets, p, n, segment, peer, False)
 
 
 cdef inline void drop_from_udp(
     worker_t* w, drop_t reason, const uint8_t* p, size_t n, const uint8_t* addr, uint8_t addr_len,
     uint16_t port
 ) noexcept nogil:
-    """Count a packet from this endpoint that is dropped, and record it. addr_len 0: not known."""
-    cdef drop_arguments_t a
-    a.direction, a.dropped, a.now = &w.decap, w.decap_dropped, w.now
-    a.reason, a.packets, a.p, a.n = reason, 1, p, n
-    a.addr, a.addr_len, a.port = addr, addr_len, port
-    rarely(take_drop, &a)
+    """Count a packet from this endpoint that is dropped; record and capture it. addr_len 0: the
+    endpoint is not known."""
+    handle_from_udp(w, reason, p, n, addr, addr_len, port, False)
 
 
 cdef inline void raise_event(worker_t* w, uint64_t event) noexcept nogil:

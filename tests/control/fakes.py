@@ -14,17 +14,18 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from concurrent.futures import Future
 from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import uvloop
 
+from tests.reference import Record, build_record
 from udptun.build import build_id
 from udptun.control.events import EventHub
 from udptun.drops import DROP_REASONS
 from udptun.errors import FieldError, GenerationMismatch, RouteExists
 from udptun.forwarder.express import TOTALS as EXPRESS_TOTALS
-from udptun.model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
+from udptun.model import CaptureFilter, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 
 VERSION = "0.1.0"
 WORKER = {
@@ -33,6 +34,36 @@ WORKER = {
     "cpu_seconds": 1.25,
     "syscalls": {"read": 5, "write": 6, "send": 7, "receive": 8, "wait": 9},
 }
+
+
+PING = bytes.fromhex("4500001c000040004001 0000 0af40107 0af40205 0800 f7ff 00000000")
+CAPTURED = b"".join(map(build_record, (
+    Record(1_000, 0, 28, 1, 0, 8285, 2, "", False, 0, bytes((192, 0, 2, 2)), PING),
+    Record(2_000, 3, 9000, 7, 1400, 8285, 2, "too_big", False, 0, bytes((192, 0, 2, 2)), PING),
+)))
+
+
+class FakeCapture:
+    """Has two packets, then none."""
+
+    head: ClassVar[dict[str, Any]] = {
+        "version": VERSION, "device": "udptun0", "mtu": 1472, "clock_offset_ns": 10**18,
+        "reasons": [reason.name for reason in DROP_REASONS], "snaplen": 65536, "sample": 1,
+    }
+
+    def __init__(self) -> None:
+        self.left = CAPTURED
+        self.closed = False
+
+    def take(self) -> bytes:
+        taken, self.left = self.left, b""
+        return taken
+
+    def counts(self) -> tuple[int, int]:
+        return 5, 3
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class FakeForwarder:
@@ -49,6 +80,7 @@ class FakeForwarder:
         self.bodies: list[bytes] = []
         self.calls: list[str] = []
         self.events = EventHub()
+        self.captures: list[tuple[CaptureFilter, FakeCapture]] = []
 
     # routes
 
@@ -156,6 +188,11 @@ class FakeForwarder:
              "last": last if r.name == "no_route" else []}
             for r in DROP_REASONS for d in r.directions
         ]
+
+    def capture(self, wanted: CaptureFilter) -> FakeCapture:
+        self._call("capture")
+        self.captures.append((wanted, FakeCapture()))
+        return self.captures[-1][1]
 
     def trace(self, address: IPAddress) -> dict[str, Any]:
         for dst, route in self.table.items():

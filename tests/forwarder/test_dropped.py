@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from udptun.forwarder.dropped import UNKNOWN, Clock, flow, to_json
+from udptun.flows import UNKNOWN, flow
+from udptun.forwarder.dropped import Clock, to_json
 from udptun.model import DroppedPacket
 
 SRC, DST = "10.244.1.7", "10.244.9.9"

@@ -23,6 +23,10 @@ from libc.stdlib cimport atoi, calloc, free, getenv, malloc
 from libc.string cimport memcmp, memcpy, memset, strcmp, strlen
 
 from drops cimport DROP_REASONS_N, PASS
+from path.capture cimport (
+    CAPTURE_IN, CAPTURE_OUT, capture_free, capture_new, capture_record_t, capture_t,
+    ring_take_bytes, ring_waiting, switch_capture,
+)
 from path.own_socket cimport close_senders
 from path.probe cimport add_token
 from path.queue cimport queue_is_empty
@@ -86,6 +90,9 @@ cdef enum:
     LEAST_MTU = 68              # the smallest path MTU that kernel.h reports
     LONGEST = LINK_MTU - 28     # the longest payload over IPv4
     TEST_NET = 0x0A000000       # 10.0.0.0, in which ``publish`` has its routes
+    CAPTURED = 2                # captures of each input: of all packets, and of some flows
+    RING = 4096                 # bytes of a capture's ring
+    SNAPLEN = 300
     GENERATIONS = 250           # snapshots of one input of ``publish``
     TURNS_MAX = 4096            # turns after which a worker must have sent everything
 
@@ -218,7 +225,49 @@ cdef rig_t* new_rig(uint8_t switches, uint32_t workers_n) noexcept nogil:
         w.gso_max_segs = 64
         w.rx_slots = 64 if w.batch else 1
     publish(rig, build(NULL, ROUTES.items, ROUTES.n, 1))
+    start_captures(rig)
     return rig
+
+
+cdef void start_captures(rig_t* rig) noexcept nogil:
+    cdef capture_t* capture
+    cdef uint32_t slot
+    for slot in range(CAPTURED):
+        capture = capture_new(WORKERS, RING)
+        if capture == NULL:
+            fuzz_fail(b"no memory")
+        capture.filter.directions = CAPTURE_IN | CAPTURE_OUT
+        capture.filter.snaplen = SNAPLEN
+        capture.filter.sample = 1
+        capture.filter.ports_n = slot
+        capture.filter.ports[0] = 80
+        rig.shared.captures.items[slot] = capture
+        switch_capture(&rig.shared.captures, slot, True)
+
+
+cdef void check_captures(rig_t* rig) noexcept nogil:
+    """Take the records of all rings, and check their sizes."""
+    cdef uint8_t taken[RING]
+    cdef const capture_record_t* record
+    cdef uint64_t n, at
+    cdef uint32_t slot, i
+    for slot in range(CAPTURED):
+        for i in range(WORKERS):
+            n = ring_waiting(&rig.shared.captures.items[slot].rings[i])
+            if n > RING:
+                fuzz_fail(b"a ring has more bytes than space")
+            ring_take_bytes(&rig.shared.captures.items[slot].rings[i], RING, taken, n)
+            at = 0
+            while at < n:
+                record = <const capture_record_t*>(taken + at)
+                if record.size % 8 or record.captured > SNAPLEN \
+                        or record.captured > record.length \
+                        or record.size < sizeof(capture_record_t) + record.captured \
+                        or record.addr_len not in (0, 4, 16):
+                    fuzz_fail(b"a record of a capture is wrong")
+                at += record.size
+            if at != n:
+                fuzz_fail(b"a ring does not end with a record")
 
 
 cdef void check_direction(const direction_t* d, uint64_t queued) noexcept nogil:
@@ -277,6 +326,9 @@ cdef void free_rig(rig_t* rig) noexcept nogil:
         peer_free(peer)
         peer = next_
     snapshot_free(s)
+    check_captures(rig)
+    for i in range(CAPTURED):
+        capture_free(rig.shared.captures.items[i])
     for i in range(WORKERS):
         if rig.workers[i] == NULL:
             continue

@@ -40,6 +40,7 @@ class Bug:
 NATIVE = (
     Bug("encap", "wire/cut.pxd", "if {{l4_hdr < TCP_MIN or l4_hdr > l4_len}}:", False),
     Bug("encap", "wire/packet.pxd", "if {{ip.hdr_len < IP4_MIN or ip.hdr_len > n}}:", False),
+    Bug("decap", "path/capture.pxd", "visible and {{off + 4 <= n}} and (", True),
     Bug("decap", "wire/packet.pxd", "if {{ip.total_len < ip.hdr_len or ip.total_len > n}}:", False),
     Bug("decap", "wire/probe.pxd", "if {{n < PROBE_LEN}}:", False),
     Bug("merge", "wire/merge.pxd", "and {{c.payload_len <= out.gso_size}} and", True),

@@ -16,12 +16,16 @@ from tests.own_netns import in_own_netns
 from tests.path.test_worker import ALL, TUN4, TUN6
 from tests.wire.craft import Flow, addr
 from udptun import _core
-from udptun.model import Route
+from udptun.model import CaptureFilter, Route
 
 WORKERS = 3
 CHANGES = 300
 DEADLINE_SECONDS = 60
 IP_RECVERR = 11
+CAPTURES = (
+    CaptureFilter(), CaptureFilter(dropped=True), CaptureFilter(protocols=(6,), snaplen=100),
+    CaptureFilter(ports=(80,), sample=7),
+)
 PEER, OTHER, OUTSIDER = "127.0.0.2", "127.0.0.3", "127.0.0.9"
 
 
@@ -54,6 +58,7 @@ class Threads:
             for pair, udp in zip(self.pairs, self.udp, strict=True)
         ]
         self.stopping = False
+        self.captures, self.captured = [None], 0
 
     def publish(self, i):
         """Activate one of several tables. All have the peer that exists. The peers at the address
@@ -97,6 +102,17 @@ class Threads:
                 if turn % 64 == 0:
                     time.sleep(0.001)  # let the workers run on one core
 
+    def capture(self, i):
+        """Start, read and end captures: some end before the workers have seen that they began."""
+        if i % 3 == 0 and len(self.captures) < 5:
+            self.captures.append(self.core.start_capture(CAPTURES[i % len(CAPTURES)]))
+        for one in filter(None, self.captures):
+            self.captured += len(one.take())
+            matched, lost = one.counts()
+            assert matched >= lost
+        if i % 2 and self.captures and (one := self.captures.pop(0)) is not None:
+            one.close()
+
     def read_all(self):
         core = self.core
         for read in (core.packets, core.drops, core.peer_errors, core.take_traffic, core.collect,
@@ -122,6 +138,7 @@ def exercise(rig):
         while changes < CHANGES or not all(seen.values()):
             assert time.monotonic() < end, (changes, seen, rig.core.packets())
             rig.publish(changes)
+            rig.capture(changes)
             changes += 1
             for name, found in zip(seen, rig.read_all(), strict=True):
                 seen[name] |= bool(found)
@@ -139,6 +156,7 @@ def exercise(rig):
         assert row["read"] + row["generated"] == (
             row["delivered"] + row["consumed"] + row["dropped"] + row["queued"]
         ), direction
+    assert rig.captured > 0
     drops = {reason for reason, _, n in rig.core.drops() if n}
     assert {"recursion", "unknown_peer", "no_route"} <= drops
     assert {ipaddress.ip_address(s.address) for s in rig.core.refused_senders()} == {

@@ -8,9 +8,10 @@ package, even if the compiled core is missing.
 Threading: the functions are pure; a ``ReferenceForwarder`` belongs to one thread.
 
 Read the modules in the order in which a packet passes them: packet, checksum, cut, lpm, fragment,
-icmp, finish, merge, probe, forwarder.
+icmp, finish, merge, probe, capture, forwarder.
 """
 
+from .capture import Record, build_record, parse_records, wants
 from .checksum import checksum
 from .cut import cut
 from .finish import finish_checksum
@@ -28,8 +29,10 @@ __all__ = [
     "Encapsulated",
     "Lpm",
     "Probe",
+    "Record",
     "ReferenceForwarder",
     "build_probe",
+    "build_record",
     "check_packet",
     "checksum",
     "cut",
@@ -39,4 +42,6 @@ __all__ = [
     "icmp_error",
     "merge",
     "parse_probe",
+    "parse_records",
+    "wants",
 ]

@@ -26,6 +26,7 @@ COMMANDS = {
     "top": (".top:top", "Show rates, drops and states of the peers, live."),
     "web": (".web:web", "Serve a page with peers, paths, rates, drops and events."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
+    "capture": (".capture:capture", "Record packets with the reason of each drop, as pcapng."),
     "events": (".show:events", "Show recent events, or follow new ones with -w."),
     "ping": (".ping:ping", "Measure the path to a node or an address."),
     "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),

@@ -14,15 +14,18 @@ from typing import Any
 
 import click
 
+from ..flows import flow_text
+from ..text import printable
 from .answers import ask_node
 from .mesh import find, host_of, mesh
-from .options import client, echo_fitting, echo_json, node_client, terminal_width
+from .options import client, cut, echo_fitting, echo_json, node_client, terminal_width
 
 POLL_SECONDS = 0.5
 HEADERS = ("TIME", "REASON", "DIRECTION", "PACKETS", "BYTES", "PEER OR SENDER", "PACKET")
 OMITTED = ("PACKETS", "BYTES", "DIRECTION")  # in a narrow terminal, the first one first
 # Widths of the columns with -w, where the later rows are not known yet.
 WIDTHS = (12, 19, 9, 7, 5, 21)
+WIDE = 130  # columns of a terminal in which such a row fits
 
 Packet = dict[str, Any]
 
@@ -32,15 +35,15 @@ def show_last(ctx: click.Context, output: str, no_headers: bool) -> None:
     if output == "json":
         echo_json({"drops": found})
         return
-    names = _names(ctx)
+    names = names_of(ctx)
     rows = [_row(packet, names) for packet in _packets(found)]
     echo_fitting(HEADERS, rows, OMITTED, terminal_width(), no_headers)
 
 
 def watch_drops(ctx: click.Context, output: str, no_headers: bool) -> None:
-    connected, names = client(ctx), _names(ctx)
+    connected, names = client(ctx), names_of(ctx)
     if output != "json" and not no_headers:
-        click.echo(_line(HEADERS))
+        click.echo(_line(HEADERS, terminal_width()))
     try:
         seen = _ids(_packets(connected.drops()))
         while True:
@@ -49,7 +52,8 @@ def watch_drops(ctx: click.Context, output: str, no_headers: bool) -> None:
             for packet in packets:
                 if _id(packet) in seen:
                     continue
-                click.echo(json.dumps(packet) if output == "json" else _line(_row(packet, names)))
+                click.echo(json.dumps(packet) if output == "json" else
+                           _line(_row(packet, names), terminal_width()))
             seen = _ids(packets)
     except KeyboardInterrupt:
         sys.exit(130)  # Ctrl-C is the normal end; shells use this exit code for it
@@ -70,7 +74,7 @@ def _id(packet: Packet) -> tuple[str, ...]:
     return packet["reason"], packet["direction"], packet["id"], packet["time"]
 
 
-def _names(ctx: click.Context) -> list[Packet]:
+def names_of(ctx: click.Context) -> list[Packet]:
     """Return the peers that have a name; none if no node daemon answers."""
     return mesh(ask_node(node_client(ctx)), [])
 
@@ -78,27 +82,23 @@ def _names(ctx: click.Context) -> list[Packet]:
 def _row(packet: Packet, names: list[Packet]) -> list[object]:
     return [
         packet["time"][11:23], packet["reason"], packet["direction"], packet["packets"],
-        packet["length"], _sender(packet, names), _inner(packet)]
+        packet["length"], named(packet["endpoint"], names), flow_text(packet)]
 
 
-def _sender(packet: Packet, names: list[Packet]) -> str | None:
+def named(endpoint: str | None, names: list[Packet]) -> str | None:
     """Return the endpoint, with the name of its node if it has one."""
-    if packet["endpoint"] is None:
+    if endpoint is None:
         return None
-    row = find(names, packet["endpoint"]) or find(names, host_of(packet["endpoint"]))
-    return f"{packet['endpoint']} ({row['name']})" if row is not None else packet["endpoint"]
+    row = find(names, endpoint) or find(names, host_of(endpoint))
+    return f"{endpoint} ({printable(row['name'])})" if row is not None else endpoint
 
 
-def _inner(packet: Packet) -> str:
-    if packet["src"] is None:
-        return "no IP packet"
-    src, dst = (
-        str(packet[side]) if packet[f"{side}_port"] is None else
-        f"[{packet[side]}]:{packet[f'{side}_port']}" if ":" in packet[side] else
-        f"{packet[side]}:{packet[f'{side}_port']}" for side in ("src", "dst"))
-    return f"{packet['protocol']} {src} > {dst}"
-
-
-def _line(cells: Iterable[object]) -> str:
-    *head, last = ("-" if cell is None else str(cell) for cell in cells)
-    return "  ".join([*(cell.ljust(n) for cell, n in zip(head, WIDTHS, strict=True)), last])
+def _line(cells: Iterable[object], room: int | None) -> str:
+    """Return a line with aligned columns. In a terminal of less than WIDE columns, OMITTED are left
+    out, the columns are not aligned, and a line that is too long is cut."""
+    texts = ["-" if cell is None else str(cell) for cell in cells]
+    if room is None or room >= WIDE:
+        *head, last = texts
+        return "  ".join([*(cell.ljust(n) for cell, n in zip(head, WIDTHS, strict=True)), last])
+    kept = (text for text, name in zip(texts, HEADERS, strict=True) if name not in OMITTED)
+    return cut(" ".join(kept), room)

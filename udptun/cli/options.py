@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 else:
     _ParamType = click.ParamType  # not generic before click 8.2
 
-__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "control_path",
-           "echo_fitting", "echo_json",
-           "echo_table",
-           "instance", "instance_of", "named_socket", "no_headers",
+__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "control_path", "cut",
+           "echo_fitting", "echo_json", "echo_table", "instance", "instance_of", "named_socket",
+           "no_headers",
            "node_client", "output", "remember", "socket"]
 
 # Files of the node daemon: those of node.process.launch and node.store (tested), which take long to
@@ -247,9 +246,9 @@ def echo_fitting(
     if room is not None and cut_last and shown[-1] == len(headers) - 1:
         left = max(room - sum(widths[i] + 2 for i in shown[:-1]), LEAST_TEXT)
         for row in body:
-            row[-1] = _cut(str(row[-1]), left)
+            row[-1] = cut(str(row[-1]), left)
     echo_table([headers[i] for i in shown], [[row[i] for i in shown] for row in body], hide_headers)
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[:width - 3]}..."

@@ -168,6 +168,31 @@ class ControlClient:
             self._read(self._request("POST", protocol.STANDBY, body, {
                 "Content-Type": protocol.JSON_TYPE}))
 
+    @contextmanager
+    def capture(
+        self, wanted: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], Iterator[bytes]]]:
+        """Start a capture; yield its head and its records in pieces. It ends with the context.
+
+        wanted  the fields of ``POST /v1/capture``
+
+        Do not make another call on this client before the end.
+        """
+        response = self._request("POST", protocol.CAPTURE, protocol.dump(wanted), {
+            "Content-Type": protocol.JSON_TYPE})
+        self._connection.disable_timeout()
+        pieces = self._pieces(response)
+        try:
+            head, newline, rest = b"", b"", b""
+            while not newline:
+                piece = next(pieces, b"")
+                if not piece:
+                    raise NoForwarder(f"the forwarder on {self.path} closed the connection")
+                head, newline, rest = (head + piece).partition(b"\n")
+            yield json.loads(head), _chained(rest, pieces)
+        finally:
+            self.close()
+
     # Changing. ``Forwarder`` has methods of the same names.
 
     def add_route(self, route: Route | str) -> RouteDiff:
@@ -312,10 +337,15 @@ class ControlClient:
         HTTPResponse.readline is not used: it treats a broken connection as the normal end.
         """
         rest = b""
+        for piece in self._pieces(response):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+
+    def _pieces(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """Yield the body in pieces, each when it arrives."""
         try:
             while piece := response.read1(CHUNK):
-                *lines, rest = (rest + piece).split(b"\n")
-                yield from lines
+                yield piece
         except (OSError, http.client.HTTPException) as exc:
             raise self._no_answer(exc) from exc
 
@@ -363,6 +393,12 @@ class _UnixConnection(http.client.HTTPConnection):
         response.begin()
         self.close()  # the request is incomplete: no other request can follow
         return response
+
+
+def _chained(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    if first:
+        yield first
+    yield from pieces
 
 
 @contextmanager

@@ -17,6 +17,7 @@ PEERS: Final = "/v1/peers"
 PROBE: Final = "/v1/probe"
 STANDBY: Final = "/v1/standby"
 DROPS: Final = "/v1/drops"
+CAPTURE: Final = "/v1/capture"
 ROUTES: Final = "/v1/routes"
 TRACE: Final = "/v1/trace"
 EVENTS: Final = "/v1/events"
@@ -33,6 +34,7 @@ HAND_OVER: Final = "/v1/node/hand-over"
 
 JSON_TYPE: Final = "application/json"
 NDJSON_TYPE: Final = "application/x-ndjson"
+CAPTURE_TYPE: Final = "application/vnd.udptun.capture"
 TEXT_TYPE: Final = "text/plain"
 
 MAX_TABLE_BODY: Final = 64 * 1024 * 1024  # PUT /v1/routes: about a million routes
@@ -51,6 +53,7 @@ STATUS_OF: Final = {
     "route_exists": 409,
     "route_loops": 409,
     "generation_mismatch": 409,
+    "too_many": 409,
     "too_large": 413,
     "internal": 500,
 }

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import socket
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from mmap import mmap
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, cast
@@ -27,8 +27,9 @@ from ..errors import ControlError, DeviceError, FieldError, UdptunError
 from ..model import Endpoint, Route, parse_address, parse_destination
 from ..wait import FILE_CHECK_SECONDS, until_removed
 from . import protocol
+from .capture import counts_record, end_record, parse_filter
 from .events import Event, EventHub, Reader
-from .sockets import UnixListener, listen_unix
+from .sockets import UnixListener, listen_unix, peer_ids
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from ..model import RouteDiff
     from .metrics import Metrics
-    from .surface import Controlled
+    from .surface import Captured, Controlled
 
     Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -46,6 +47,8 @@ CONNECTIONS_MAX = 256  # limit of open connections, event streams included
 REQUEST_SECONDS = 30.0  # limit for a client to send its first request, and for each request's body
 ANSWER_SECONDS = 60.0  # limit for a client to read an answer, except an event stream
 CLOSE_SECONDS = 1.0  # limit for unfinished answers when the server closes
+CAPTURE_SECONDS = 0.02  # between two looks at the records of a capture
+COUNTS_SECONDS = 1.0  # between two reports of how many packets were lost
 LARGE_BODY = 1 << 20  # bytes; copying a larger body takes too long
 
 
@@ -57,6 +60,7 @@ class ControlServer:
         self._forwarder = forwarder
         self._events: EventHub = forwarder.events
         self._readers: set[Reader] = set()  # of the open event streams
+        self._captures: set[_Ended] = set()  # of the running captures
         self._metrics: Metrics | None = None
         self._running: _Running | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -66,6 +70,7 @@ class ControlServer:
             protocol.PROBE: {"POST": self._post_probe},
             protocol.STANDBY: {"POST": self._post_standby},
             protocol.DROPS: {"GET": self._get_drops},
+            protocol.CAPTURE: {"POST": self._post_capture},
             protocol.ROUTES: {"GET": self._get_routes, "PUT": self._put_routes},
             protocol.TRACE: {"GET": self._get_trace},
             protocol.EVENTS: {"GET": self._get_events},
@@ -129,6 +134,8 @@ class ControlServer:
         running.server.close()
         for reader in self._readers:
             reader.end()
+        for ended in self._captures:
+            ended.end("the forwarder stops, or another one takes over from it")
         await asyncio.sleep(0)  # let requests that have just arrived reach their handler
         running.manager.pre_shutdown()
         await running.manager.shutdown(CLOSE_SECONDS)
@@ -221,6 +228,39 @@ class ControlServer:
                 connection.on_lost = None
                 self._readers.discard(reader)
 
+    # Capturing
+
+    async def _post_capture(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Send records until the client closes the connection, the time is over, or the server
+        closes. If the client does not read, the core drops records."""
+        connection = cast(_Connection, request.protocol)
+        if connection.uid not in (0, os.geteuid()):
+            raise ControlError(
+                "forbidden", "only root and the user of the forwarder may capture packets")
+        try:
+            wanted, seconds = parse_filter(_object(await _body(request, protocol.MAX_BODY)))
+        except FieldError as exc:
+            raise ControlError("bad_request", str(exc)) from None
+        captured, ended = self._forwarder.capture(wanted), _Ended()
+        self._captures.add(ended)
+        connection.on_lost = ended.end_quietly
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(
+            seconds, ended.end, "the time is over")
+        try:
+            response = _stream_response(protocol.CAPTURE_TYPE)
+            response.headers["Cache-Control"] = "no-store"
+            await response.prepare(request)
+            await response.write(protocol.dump(captured.head))
+            await _send_records(response, captured, ended)
+            await response.write_eof()
+        finally:
+            captured.close()
+            connection.on_lost = None
+            self._captures.discard(ended)
+            if timer is not None:
+                timer.cancel()
+        return response
+
     # Changing
 
     async def _put_routes(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -289,6 +329,21 @@ class ControlServer:
         return response
 
 
+class _Ended(asyncio.Event):
+    """Set when a capture ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason = ""
+
+    def end(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self.set()
+
+    def end_quietly(self) -> None:
+        self.end("the client is gone")
+
+
 class _Running:
     """The objects that exist between start and close."""
 
@@ -317,7 +372,7 @@ class _Connection(web.RequestHandler):
     """One client connection. Checks the client's permission, answers errors as JSON, and calls a
     callback when the connection is lost."""
 
-    __slots__ = ("_listener", "_open", "allowed", "on_lost")
+    __slots__ = ("_listener", "_open", "allowed", "on_lost", "uid")
 
     def __init__(self, manager: _Manager) -> None:
         super().__init__(
@@ -331,10 +386,13 @@ class _Connection(web.RequestHandler):
         self._listener = manager.listener
         self._open = manager.open
         self.allowed = False
+        self.uid = -1  # of the client's process
         self.on_lost: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.allowed = self._listener.may_connect(transport.get_extra_info("socket"))
+        peer = transport.get_extra_info("socket")
+        self.allowed = self._listener.may_connect(peer)
+        self.uid, _ = peer_ids(peer)
         super().connection_made(transport)
         self._open.add(self)
         loop = asyncio.get_running_loop()
@@ -468,6 +526,27 @@ async def _write_events(response: web.StreamResponse, events: list[Event]) -> No
     await response.write(lines)
 
 
+async def _send_records(
+    response: web.StreamResponse, captured: Captured, ended: _Ended
+) -> None:
+    """Send the records of a capture until it ends, then the reason."""
+    loop = asyncio.get_running_loop()
+    counts, due, over = (0, 0), loop.time() + COUNTS_SECONDS, False
+    while not over:
+        over = ended.is_set()
+        records = captured.take()
+        if over or loop.time() >= due:
+            due = loop.time() + COUNTS_SECONDS
+            if counts != (counts := captured.counts()) or over:
+                records += counts_record(*counts)
+        if over:
+            records += end_record(ended.reason)
+        if records:
+            await response.write(records)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), CAPTURE_SECONDS)
+
+
 # Requests
 
 
@@ -542,6 +621,13 @@ def _loads(body: bytes) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError) as exc:
         raise ControlError("bad_json", f"the body is not JSON: {exc}") from None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    values = _loads(body or b"{}")
+    if not isinstance(values, dict):
+        raise FieldError("the body", values, "a JSON object")
+    return values
 
 
 def _destination(request: web.BaseRequest) -> str:

@@ -10,8 +10,21 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from mmap import mmap
 from typing import Any, Protocol
 
-from ..model import Endpoint, IPAddress, IPNetwork, Route, RouteDiff
+from ..model import CaptureFilter, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 from .events import EventHub
+
+
+class Captured(Protocol):
+    """A running capture."""
+
+    @property
+    def head(self) -> dict[str, Any]: ...
+
+    def take(self) -> bytes: ...
+
+    def counts(self) -> tuple[int, int]: ...
+
+    def close(self) -> None: ...
 
 
 class Controlled(Protocol):
@@ -34,6 +47,8 @@ class Controlled(Protocol):
     def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None: ...
 
     def drops(self) -> Sequence[dict[str, Any]]: ...
+
+    def capture(self, wanted: CaptureFilter) -> Captured: ...
 
     def trace(self, address: IPAddress) -> dict[str, Any]: ...
 

@@ -31,6 +31,7 @@ from ..instance import InstanceLock
 from ..model import (
     MIN_MTU6,
     OVERHEAD,
+    CaptureFilter,
     Endpoint,
     IPAddress,
     IPNetwork,
@@ -46,6 +47,7 @@ from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
 from ..takeover.document import CountersDocument, drops_of, packets_of, peer_from_json
 from . import preload
+from .captures import Captured, Captures
 from .config import ForwarderConfig
 from .express import Express
 from .giving import (
@@ -104,6 +106,7 @@ class Forwarder:
             config.routes_file, config.state_file, self.events, self._report, config.addresses
         )
         self._keep_device: Callable[[Mapping[str, int]], None] | None = None
+        self._captures: Captures
         self._parts: Parts
         self._probes: Probes
         self._express: Express
@@ -409,6 +412,7 @@ class Forwarder:
                 (net.network_address.packed, net.prefixlen) for net in config.subnets],
         )
         core.set_own_addresses(a.packed for a in local_addresses())
+        self._captures = Captures(core, self.tun_name, self.mtu)
         return core, notify_fd
 
     def _watch_own_addresses(self, netlink: Netlink) -> None:
@@ -608,6 +612,10 @@ class Forwarder:
     def drops(self) -> list[Drop]:
         """Return the dropped packets, by reason and direction."""
         return [Drop(row) for row in self._view.drops()]
+
+    def capture(self, wanted: CaptureFilter) -> Captured:
+        """Start to record packets. The caller ends this with ``close``."""
+        return self._captures.start(wanted)
 
     def counters(self) -> dict[str, Any]:
         return self._view.counters()
