@@ -55,6 +55,7 @@ test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp $(VENV)/doc
 	@scripts/test $(PY) $(ARGS)
 
 test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp $(VENV)/docs.stamp ## run every test: all Pythons, slow tests, sanitizers, soak
+	@scripts/need --optional chromium:chromium
 	@MAKE=$(MAKE) PYTHON=$(PYTHON) scripts/test-all
 
 SOAK_SECONDS ?= 600

@@ -24,7 +24,7 @@ from release import ROOT
 GENERATED = [
     line for line in (ROOT / ".gitignore").read_text().split() if line.startswith("src_ext/")
 ]
-MODULES = (".py", ".pyi", ".typed", ".css", ".js", ".svg")
+MODULES = (".py", ".pyi", ".typed", ".css", ".js", ".svg", ".o")
 
 
 def files(folder: Path) -> set[str]:

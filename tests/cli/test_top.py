@@ -163,6 +163,7 @@ def test_foreign_names_cannot_control_the_terminal(tmp_path: Path) -> None:
         assert re.sub(r"[\r\n]", "", rest).isprintable()
 
 
+@pytest.mark.slow  # much CPU time
 def test_five_hundred_peers(tmp_path: Path) -> None:
     with scene(tmp_path, 500) as running, Tty(command(running, "--sort", "name")) as tty:
         tty.until("n2 ")

@@ -146,12 +146,16 @@ def _problems(view: View) -> Iterator[Element]:
             yield E("li", "the node is not ready" + (
                 f": {node['waiting']}" if node["waiting"] else ""))
         for check in node["checks"]:
-            if check["name"] == "peers" and check["state"] != "ok":
-                yield E("li", f"{check['state']}: peers: see ", E("a", "the peers", href="#peers"))
-            elif check["state"] != "ok":
-                first, *more = check["text"]
-                yield E("li", f"{check['state']}: {check['name']}: {first}", *(
-                    [E("ul", *(E("li", line) for line in more))] if more else []))
+            if check["state"] == "ok":
+                continue
+            first, *more = check["text"]
+            text = f"{check['state']}: {check['name']}: {first}"
+            if check["name"] == "peers":
+                yield E("li", f"{text}; see ", E("a", "the table of peers", href="#peers"))
+            elif more:
+                yield E("li", text, E("ul", *(E("li", line) for line in more)))
+            else:
+                yield E("li", text)
     if view.sample.forwarder is None:
         yield E("li", "no forwarder answers: nothing is known about UDP")
 
