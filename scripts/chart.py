@@ -11,11 +11,11 @@ from release import ROOT
 
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 CHART = ROOT / "deploy" / "helm" / "udptun"
-FILES = ("rbac.yaml", "config.yaml", "daemonset.yaml")
+FILES = ("rbac.yaml", "config.yaml", "daemonset.yaml", "monitoring/podmonitor.yaml")
 NOTE = "{{- /* scripts/chart.py writes this file from deploy/kubernetes. */ -}}\n"
 IMAGE = "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
 CHANGES = {  # pattern -> replacement, and how often it occurs in all files
-    r"namespace: kube-udptun$": ("namespace: {{ .Release.Namespace }}", 4),
+    r"namespace: kube-udptun$": ("namespace: {{ .Release.Namespace }}", 5),
     r"image: udptun$": (f'image: "{IMAGE}"', 3),
     r"imagePullPolicy: IfNotPresent$": ("imagePullPolicy: {{ .Values.image.pullPolicy }}", 3),
     r"^  net-conf\.json: \|\n(?:    .*\n)+": (
@@ -26,7 +26,18 @@ CHANGES = {  # pattern -> replacement, and how often it occurs in all files
         1,
     ),
     r"^( +)- --healthz-port=8286$": (
-        r"\g<0>\n\1{{- range .Values.nodeOptions }}\n\1- {{ . | quote }}\n\1{{- end }}", 1,
+        r"\g<0>"
+        r"\n\1{{- with .Values.metrics.port }}\n\1- --metrics=[$(POD_IP)]:{{ . }}\n\1{{- end }}"
+        r"\n\1{{- range .Values.nodeOptions }}\n\1- {{ . | quote }}\n\1{{- end }}", 1,
+    ),
+    r"^( +)  fieldRef:\n +fieldPath: spec\.nodeName$": (
+        r"\g<0>\n          {{- if .Values.metrics.port }}\n            - name: POD_IP"
+        r"\n              valueFrom:\n                fieldRef:"
+        r"\n                  fieldPath: status.podIP\n          {{- end }}", 1,
+    ),
+    r"\b9586\b": ("{{ .Values.metrics.port }}", 2),
+    r"(?s)\A(.*^kind: PodMonitor$.*)\Z": (
+        "{{- if and .Values.metrics.port .Values.metrics.podMonitor }}\n\\1{{- end }}\n", 1,
     ),
 }
 
@@ -41,7 +52,7 @@ def templates() -> dict[str, str]:
             found += n
         if found != wanted:
             raise SystemExit(f"{pattern!r} occurs {found} times in deploy/kubernetes, not {wanted}")
-    return {name: NOTE + text for name, text in texts.items()}
+    return {name.rpartition("/")[2]: NOTE + text for name, text in texts.items()}
 
 
 def main() -> None:

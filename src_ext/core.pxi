@@ -19,7 +19,7 @@ from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.probe cimport add_token, count_sent, send_with_spare
 from path.capture cimport CAPTURES_N, capture_free, capture_t, switch_capture
 from path.turn cimport capture_is_unused, oldest_generation
-from path.worker cimport OWN_NETS, direction_t, shared_t, spare_t, worker_t
+from path.worker cimport ERRNOS, OWN_NETS, direction_t, shared_t, spare_t, worker_t
 from sys cimport (
     SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, close, load_flag, now_ns,
     peek32, peek64, poke32, poke64, sockaddr_in6, store_flag, take_bits,
@@ -29,7 +29,7 @@ from table.express cimport (
     KIND_ADMIT, KIND_OWN, any_express, entry_t, prefix_t, route_entries, set_prefix,
 )
 from table.peer cimport (
-    HINT_DEVICE, HINT_MTU, peer_counters_t, peer_free, peer_t, set_sockaddr,
+    HINT_DEVICE, HINT_MTU, add_counters, peer_counters_t, peer_free, peer_t, set_sockaddr,
 )
 from table.publish cimport (
     activate_snapshot, build_snapshot, discard_snapshot, reclaim, retired_t,
@@ -114,6 +114,8 @@ cdef class Core:
     cdef spare_t spare4
     cdef spare_t spare6
     cdef uint64_t sends_refused  # of send_probe
+    cdef uint32_t[ERRNOS] refusals  # of send_probe, by errno
+    cdef peer_counters_t gone   # of the peers that have been freed
     cdef dict inherited         # counters of an earlier process; see inherit
     cdef tuple express_packets  # see set_express
     cdef uint64_t ended[CAPTURES_N]  # captures_t.word when the capture ended; 0 = it has not
@@ -159,7 +161,7 @@ cdef class Core:
         cdef peer_t* peer
         cdef peer_t* next_
         cdef uint32_t slot = 0
-        reclaim(self.retired, <uint64_t>-1)
+        reclaim(self.retired, <uint64_t>-1, self.shared.workers_n, &self.gone)
         for slot in range(CAPTURES_N):
             capture_free(self.shared.captures.items[slot])
         slot = 0
@@ -255,7 +257,9 @@ cdef class Core:
         """Free the retired objects that no worker can see. The caller must do this regularly."""
         cdef uint32_t n = <uint32_t>len(self.objects)
         with nogil:
-            self.retired = reclaim(self.retired, oldest_generation(self.workers, n))
+            self.retired = reclaim(
+                self.retired, oldest_generation(self.workers, n), self.shared.workers_n, &self.gone
+            )
             self.free_captures(n)
 
     cdef void free_captures(self, uint32_t workers_n) noexcept nogil:
@@ -312,19 +316,12 @@ cdef class Core:
         cdef snapshot_t* s = self.shared.snapshot
         cdef list found = [None] * s.peers_n
         cdef peer_counters_t total
-        cdef peer_counters_t* c
         cdef uint64_t now = now_ns()
-        cdef uint32_t slot = 0, k
+        cdef uint32_t slot = 0
         cdef peer_t* peer = next_peer(s, &slot, NULL)
         while peer != NULL:
             memset(&total, 0, sizeof(total))
-            for k in range(self.shared.workers_n + 2):
-                c = &peer.counters[k]
-                total.encap_packets += c.encap_packets
-                total.encap_bytes += c.encap_bytes
-                total.decap_packets += c.decap_packets
-                total.decap_bytes += c.decap_bytes
-                total.last_seen_ns = max(total.last_seen_ns, c.last_seen_ns)
+            add_counters(&total, peer, self.shared.workers_n)
             seen = None
             if total.last_seen_ns:
                 seen = max(0.0, (<double>now - <double>total.last_seen_ns) / 1e9)
@@ -479,6 +476,7 @@ cdef class Core:
         if peer != NULL:
             record_refusal(&peer.errors[self.shared.workers_n], error, now_ns())
             self.sends_refused += 1
+            self.refusals[error if 0 < error < ERRNOS else 0] += 1
 
     def take_probes(self):
         """Return a model.ProbeRecord for each probe that has arrived since the last call.
@@ -597,7 +595,7 @@ cdef class Core:
 
     def inherit_peers(self, peers):
         """Start the counters and errors of these peers with the values of an earlier process.
-        peers  model.Peer objects; a peer that has no route is ignored
+        peers  model.Peer objects; of a peer that has no route, only the sums are kept
 
         Call this once. ``inherit_path_mtus`` sets the path MTUs.
         """
@@ -606,11 +604,13 @@ cdef class Core:
         cdef uint32_t last = self.shared.workers_n  # the record of the control side
         for earlier in peers:
             peer = self.find(earlier.address, earlier.port)
+            c = &self.gone if peer == NULL else &peer.counters[last]
+            c.encap_packets += earlier.encap_packets
+            c.encap_bytes += earlier.encap_bytes
+            c.decap_packets += earlier.decap_packets
+            c.decap_bytes += earlier.decap_bytes
             if peer == NULL:
                 continue
-            c = &peer.counters[last]
-            c.encap_packets, c.encap_bytes = earlier.encap_packets, earlier.encap_bytes
-            c.decap_packets, c.decap_bytes = earlier.decap_packets, earlier.decap_bytes
             c.last_seen_ns = earlier.last_rx_ns
             # so that take_traffic reports only new packets
             peer.taken_sent += earlier.encap_packets
@@ -696,6 +696,48 @@ cdef class Core:
         for name, n in self.inherited.get("errors", {}).items():
             total[name] += n
         return total
+
+    def send_errors(self):
+        """Return {errno: number} of the sends that the kernel refused; 0: an unknown errno."""
+        cdef Worker worker
+        cdef uint32_t i
+        total = {i: self.refusals[i] for i in range(ERRNOS) if self.refusals[i]}
+        for worker in self.objects:
+            for i in range(ERRNOS):
+                if worker.w.refusals[i]:
+                    total[i] = total.get(i, 0) + worker.w.refusals[i]
+        return total
+
+    def transferred(self):
+        """Return {direction: {packets, bytes}} of all peers together, also of those that have left.
+
+        The counters are those of ``peers``. They never decrease.
+        """
+        cdef peer_counters_t total = self.gone
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint32_t slot = 0
+        cdef peer_t* peer = next_peer(s, &slot, NULL)
+        cdef retired_t* item = self.retired
+        with nogil:
+            while peer != NULL:
+                add_counters(&total, peer, self.shared.workers_n)
+                peer = next_peer(s, &slot, peer)
+            while item != NULL:
+                if item.peer != NULL:
+                    add_counters(&total, item.peer, self.shared.workers_n)
+                item = item.next
+        return {
+            ENCAP: {"packets": total.encap_packets, "bytes": total.encap_bytes},
+            DECAP: {"packets": total.decap_packets, "bytes": total.decap_bytes},
+        }
+
+    def inherit_gone(self, dict gone):
+        """Add what an earlier process has counted of peers that had left: a part of its
+        ``transferred``."""
+        self.gone.encap_packets += gone[ENCAP]["packets"]
+        self.gone.encap_bytes += gone[ENCAP]["bytes"]
+        self.gone.decap_packets += gone[DECAP]["packets"]
+        self.gone.decap_bytes += gone[DECAP]["bytes"]
 
     def refused_senders(self):
         """Return a model.RefusedSender for the last few refused senders, the newest first."""

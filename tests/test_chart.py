@@ -12,7 +12,9 @@ import yaml
 
 from tests.scripts import script
 from udptun._version import __version__
+from udptun.control.listen import parse_listen
 from udptun.instance import Instance
+from udptun.model import Endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 KUSTOMIZATION = ROOT / "deploy" / "kubernetes"
@@ -106,3 +108,35 @@ def test_the_daemon_has_started_when_it_has_its_lock() -> None:
     lock = Instance().lock("node").path()
     assert f"{lock.parent}/udptun.node" in (KUSTOMIZATION / "daemonset.yaml").read_text()
     assert lock.name.startswith("udptun.node.")
+
+
+@rendered
+def test_both_make_the_same_objects_for_metrics(tmp_path: Path) -> None:
+    want = with_component(tmp_path)
+    del want["Namespace", "kube-udptun"]
+    assert chart("--set", "metrics.port=9586,metrics.podMonitor=true") == want
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is missing")
+def test_metrics_are_served_only_with_the_component(tmp_path: Path) -> None:
+    without = objects(["kubectl", "kustomize", str(KUSTOMIZATION)])
+    made = with_component(tmp_path)
+    assert made.keys() - without.keys() == {("PodMonitor", "udptun")}
+    node, plain = (
+        found["DaemonSet", "udptun"]["spec"]["template"]["spec"]["containers"][1]
+        for found in (made, without))
+    assert set(node["args"]) - set(plain["args"]) == {"--metrics=[$(POD_IP)]:9586"}
+    assert "POD_IP" in {one["name"] for one in node["env"]}
+    assert "ports" not in node  # with ports, a new pod could not start next to the old one
+    assert parse_listen("", "[192.0.2.1]:9586") == Endpoint.parse("192.0.2.1:9586")
+
+
+def with_component(folder: Path) -> dict[tuple[str, str], Any]:
+    """Return the objects of a kustomization in which the component is turned on."""
+    copy = folder / "kubernetes"
+    shutil.copytree(KUSTOMIZATION, copy)
+    file = copy / "kustomization.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("# components:", "components:").replace("#   - m", "  - m"))
+    assert file.read_text() != text
+    return objects(["kubectl", "kustomize", str(copy)])

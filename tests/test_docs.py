@@ -18,7 +18,7 @@ import click
 import pytest
 
 from tests.control import fakes
-from tests.node.node_reports import ready
+from tests.node.node_reports import DEVICES, MEASURED, TRANSFERRED, ready, with_peers
 from tests.own_netns import in_own_netns, sh
 from udptun import Endpoint, Forwarder, ForwarderConfig, Route
 from udptun.cli import cli
@@ -236,7 +236,9 @@ def test_operations_page_lists_every_drop_reason(name: str) -> None:
 
 def test_metrics_in_documents_exist() -> None:
     have = set()
-    for collector in (CounterCollector(fakes.FakeForwarder()), ReportCollector(ready())):
+    node = ReportCollector(with_peers(), 1)
+    node.devices, node.measured, node.transferred = DEVICES, MEASURED, TRANSFERRED
+    for collector in (CounterCollector(fakes.FakeForwarder(), 1), node):
         for family in collector.collect():
             have |= {family.name, *(sample.name for sample in family.samples)}
     for page in PAGES:

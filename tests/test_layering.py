@@ -53,7 +53,8 @@ RULES = {
     "control.client": {"answers", "errors", "model", "control.protocol"},
     "control": LEAVES | {"control"},
     "forwarder": LEAVES | {
-        "_core", "control.events", "control.flannel", "control.server", "control.sockets",
+        "_core", "control.events", "control.flannel", "control.listen", "control.metrics",
+        "control.scrape", "control.server", "control.sockets",
         "device", "forwarder", "net", "probe", "takeover",
     },
     "leases": LEAVES | {"leases"},
@@ -70,18 +71,21 @@ RULES = {
         "control.client", "control.protocol", "node.process", "node.status.report", "takeover",
     },
     "node.status": LEAVES | {
-        "control.client", "control.protocol", "control.sockets", "leases", "node.backends",
-        "node.host.interface", "node.status",
+        "control.client", "control.events", "control.families", "control.http",
+        "control.peer_series", "control.protocol", "control.scrape", "control.sockets", "leases",
+        "node.backends", "node.host.interface", "node.status",
     },
-    "node": LEAVES | {"control.client", "leases", "net", "node", "probe"},
+    "node": LEAVES | {
+        "control.client", "control.listen", "control.scrape", "leases", "net", "node", "probe",
+    },
     "lab": LEAVES | {"lab"},
     "doctor": LEAVES | {
         "cni.node", "control.client", "control.protocol", "doctor", "leases", "net", "node.host",
         "node.process.launch",
     },
     "cli": LEAVES | {
-        "cli", "cni", "control.client", "control.protocol", "device.offload", "device.tun",
-        "doctor", "forwarder", "lab", "leases", "net.echo", "net.kernel_path", "node",
+        "cli", "cni", "control.client", "control.listen", "control.protocol", "device.offload",
+        "device.tun", "doctor", "forwarder", "lab", "leases", "net.echo", "net.kernel_path", "node",
         "takeover.kept", "takeover.standby",
     },
     "__main__": {"cli"},
@@ -93,7 +97,7 @@ THIRD_PARTY = {
     "google": {"leases.etcd"},  # protobuf
     "grpc": {"leases.etcd"},
     "msgspec": {"leases"},
-    "prometheus_client": {"control.metrics", "node.status.metrics"},
+    "prometheus_client": {"control.families", "control.metrics", "node.status.metrics"},
     "pyroute2": {"net.netlink", "net.underlay", "net.vxlan"},
     "uvloop": {"cli.forward", "forwarder"},
     "yaml": {"leases.kube"},

@@ -27,7 +27,7 @@ from path.queue cimport (
     QUEUE_DATAGRAMS, datagram_t, peer_queue_t, queue_clear, queue_is_empty, queue_t,
 )
 from path.worker cimport (
-    EVENT_PATH_MTU, EVENT_UDP_GSO, TX_MSGS, drop_from_tun, own_socket_t, raise_event,
+    ERRNOS, EVENT_PATH_MTU, EVENT_UDP_GSO, TX_MSGS, drop_from_tun, own_socket_t, raise_event,
     run_t, worker_t,
 )
 from sys cimport (
@@ -262,6 +262,7 @@ cdef inline void keep_refusal(worker_t* w, peer_t* peer, int error) noexcept nog
     if error != EMSGSIZE:
         record_refusal(&peer.errors[w.index], error, w.now)
         w.sends_refused += 1
+        w.refusals[error if 0 < error < ERRNOS else 0] += 1
 
 
 # Messages

@@ -32,6 +32,7 @@ from wire.probe cimport probe_t
 cdef enum:
     TX_FRAME = QUEUE_FRAME_BYTES  # the longest read from the TUN
     TX_MSGS = 64                # maximum messages of one sendmmsg
+    ERRNOS = 134                # errnos that are counted; Linux has 1 to 133. 0: any other
 
     RX_SLOTS = 64               # maximum messages of one recvmmsg
     RX_SLOT = 65536             # the longest UDP payload, or the longest run joined by UDP_GRO
@@ -179,7 +180,7 @@ cdef struct worker_t:
     uint64_t icmp_sent
     uint64_t icmp_suppressed
     uint64_t icmp_received      # ICMP errors of the underlay, kept for their peers
-    uint64_t sends_refused      # refused sends, kept for their peers
+    uint64_t sends_refused      # refused sends, kept for their peers; ``refusals`` has the errnos
     uint64_t turns
     uint64_t loop_returns
     uint64_t wakes              # writes to wake_fd that the worker has seen
@@ -198,6 +199,7 @@ cdef struct worker_t:
 
     spare_t spare4
     spare_t spare6
+    uint64_t[ERRNOS] refusals   # refused sends by errno
     spare_t fragmenting4        # see own_socket.pxd
     spare_t fragmenting6
     own_socket_t own_sockets[OWN_SOCKETS]

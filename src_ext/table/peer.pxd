@@ -77,6 +77,21 @@ cdef struct peer_t:
     peer_errors_t* errors       # one per worker; one more for the control side, the last
 
 
+cdef inline void add_counters(
+    peer_counters_t* total, const peer_t* peer, uint32_t workers_n
+) noexcept nogil:
+    """Add all records of a peer's counters. ``last_seen_ns`` becomes the latest time."""
+    cdef const peer_counters_t* c
+    cdef uint32_t k
+    for k in range(workers_n + 2):
+        c = &peer.counters[k]
+        total.encap_packets += c.encap_packets
+        total.encap_bytes += c.encap_bytes
+        total.decap_packets += c.decap_packets
+        total.decap_bytes += c.decap_bytes
+        total.last_seen_ns = max(total.last_seen_ns, c.last_seen_ns)
+
+
 cdef inline uint32_t set_sockaddr(
     sockaddr_in6* sa, const uint8_t* addr, size_t addr_len, uint16_t port
 ) noexcept nogil:

@@ -19,7 +19,7 @@ from table.addr_map cimport (
     addr_map_find, addr_map_grow, addr_map_init, addr_map_put, addr_slot_t,
 )
 from table.lpm cimport lpm_build
-from table.peer cimport peer_free, peer_new, peer_t
+from table.peer cimport add_counters, peer_counters_t, peer_free, peer_new, peer_t
 from table.route cimport ROUTE_EXPRESS, ROUTE_PROBE, route_t
 from table.snapshot cimport (
     find_hop, first_peer_at, hop_t, next_peer, snapshot_free, snapshot_t,
@@ -234,10 +234,13 @@ cdef inline retired_t* activate_snapshot(
 # Reclaim
 
 
-cdef inline retired_t* reclaim(retired_t* list_, uint64_t oldest) noexcept nogil:
+cdef inline retired_t* reclaim(
+    retired_t* list_, uint64_t oldest, uint32_t workers_n, peer_counters_t* gone
+) noexcept nogil:
     """Free the retired objects that no worker can see. Return the list of the remaining objects.
 
     oldest  the oldest generation that a busy worker has borrowed; 2**64 - 1 if none is busy
+    gone    the counters of the freed peers are added to these
     """
     cdef retired_t** link = &list_
     cdef retired_t* item
@@ -247,6 +250,8 @@ cdef inline retired_t* reclaim(retired_t* list_, uint64_t oldest) noexcept nogil
             link = &item.next
             continue
         link[0] = item.next
+        if item.peer != NULL:
+            add_counters(gone, item.peer, workers_n)
         peer_free(item.peer)
         snapshot_free(item.snapshot)
         free(item)

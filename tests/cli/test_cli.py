@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from tests.control.fakes import Served, status_of
 from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
+from udptun.cli.events import event_line
 from udptun.cli.options import echo_fitting, echo_table
-from udptun.cli.show import event_line
 from udptun.control import protocol
 from udptun.control.client import _UnixConnection
 from udptun.instance import Instance
@@ -233,7 +233,7 @@ def test_drops_explained_without_a_forwarder(tmp_path: Path) -> None:
 def test_recent_events(udptun: Udptun) -> None:
     udptun(f"route add {ROUTE}")
     assert udptun("events").stdout == (
-        "2026-11-23T12:00:00.000+00:00  route_added      "
+        "2026-11-23T12:00:00.000+00:00  forwarder  route_added       "
         "10.244.2.0/24 via 192.0.2.2 port 8285\n"
     )
     lines = [json.loads(line) for line in udptun("events -o json").stdout.splitlines()]
@@ -243,7 +243,9 @@ def test_recent_events(udptun: Udptun) -> None:
 def test_an_event_is_shown_without_its_empty_fields() -> None:
     event = {"time": "T", "type": "peer_reachable", "endpoint": "192.0.2.2:8285", "reason": "",
              "rtt_us": None, "largest_size": 0, "probe": True, "full_size_passes": False}
-    assert event_line(event) == ("T  peer_reachable   endpoint 192.0.2.2:8285 largest_size 0 "
+    event["source"] = "node"
+    assert event_line(event) == (
+        "T  node       peer_reachable    endpoint 192.0.2.2:8285 largest_size 0 "
                              "probe yes full_size_passes no")
 
 

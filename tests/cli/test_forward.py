@@ -267,7 +267,7 @@ def test_options_become_the_config() -> None:
                --network 10.244.0.0/16 --network fd00::/48 --control /c --routes /r --state /s
                --mtu 1400 --workers 2 --offload auto,-udp-merge --source-check peer
                --admit own --subnet 10.244.1.0/24 --subnet fd00::/64 --mark 0x1000/0xf000
-               --flannel-control /f --flannel-control-fd 7"""
+               --flannel-control /f --flannel-control-fd 7 --metrics 9100 --metrics-peers 3"""
     with forwarding(*words.split(), how="config") as process:
         config = json.loads(line(process))
     plain = {k: re.sub(r"IPv[46](Address|Network)\('([^']*)'\)", r"\2", v)
@@ -279,7 +279,8 @@ def test_options_become_the_config() -> None:
         "networks": "(10.244.0.0/16, fd00::/48)", "control": "/c", "routes_file": "/r",
         "state_file": "/s", "mtu": "1400", "workers": "2", "offload": "auto,-udp-merge",
         "source_check": "peer", "flannel_control": "/f", "flannel_control_fd": "7",
-        "takeover": "/c.takeover.sock", "take_over": "False",
+        "takeover": "/c.takeover.sock", "take_over": "False", "accelerate": "off",
+        "metrics": "127.0.0.1:9100", "metrics_peers": "3",
         "admit": "own", "subnets": "(10.244.1.0/24, fd00::/64)", "mark": "0x1000/0xf000",
     }
 
@@ -411,7 +412,7 @@ def test_a_log_file_that_cannot_be_written() -> None:
     with forwarding("--log-file", "/nonexistent/log") as process:
         code, _, err = end(process)
     assert (code, err) == (1, "udptun: error: --log-file /nonexistent/log: No such file or "
-                              "directory\n")
+                              "directory (ENOENT)\n")
 
 
 def test_a_log_file_that_is_a_link_is_refused(tmp_path: Path) -> None:

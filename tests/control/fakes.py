@@ -22,6 +22,7 @@ import uvloop
 from tests.reference import Record, build_record
 from udptun.build import build_id
 from udptun.control.events import EventHub
+from udptun.control.metrics import Metrics
 from udptun.drops import DROP_REASONS
 from udptun.errors import FieldError, GenerationMismatch, RouteExists
 from udptun.forwarder.express import TOTALS as EXPRESS_TOTALS
@@ -79,6 +80,7 @@ class FakeForwarder:
         self.other_status: dict[str, Any] = {}
         self.bodies: list[bytes] = []
         self.calls: list[str] = []
+        self.metrics_peers = 0
         self.events = EventHub()
         self.captures: list[tuple[CaptureFilter, FakeCapture]] = []
 
@@ -204,6 +206,10 @@ class FakeForwarder:
 
     def counters(self) -> dict[str, Any]:
         return {
+            "build": build_id(), "started": 1e9, "takeovers_n": 2,
+            "transferred": {"encap": {"packets": 8, "bytes": 900},
+                            "decap": {"packets": 7, "bytes": 800}},
+            "send_errors": {"EPERM": 4, "ENOBUFS": 2},
             "packets": status_of(1, 0)["packets"], "drops": self.drops(), "peers_n": 1,
             "routes_n": len(self.table), "generation": self.generation,
             "icmp": {"sent": 3, "suppressed": 4}, "peer_errors": {"icmp": 5, "send": 6},
@@ -212,8 +218,19 @@ class FakeForwarder:
             "probes": {
                 "states": {"reachable": 1, "unreachable": 0, "unknown": 0},
                 "probes": {"sent": 9, "refused": 1, "answered": 7, "received": 5},
+                "round_trips": [0.001, None, 0.003], "losses": [0.0, 0.5, None],
             },
         }
+
+    def peer_counters(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"192.0.2.{n}:8285": {
+                "transferred": (n, 100 * n, 2 * n, 200 * n), "round_trip": n / 1000, "loss": None}
+            for n in range(1, 5)
+        }
+
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        return Metrics(self, self.metrics_peers).render(accept)
 
     # events and stop
 

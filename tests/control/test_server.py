@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control.fakes import VERSION, LoopThread, Served, status_of
+from udptun.build import build_id
 from udptun.connections import Connections
 from udptun.control import events, protocol, server, sockets
 from udptun.errors import DeviceError, UdptunError
@@ -535,7 +536,15 @@ def test_metrics(http_: Http, served: Served) -> None:
     assert response.headers["Content-Type"].startswith("text/plain; version=")
     found = samples(body.decode())
     expected = {
-        ("udptun_build_info", (VERSION,)): 1,
+        ("udptun_build_info", (build_id(), VERSION)): 1,
+        ("udptun_start_time_seconds", ()): 1e9,
+        ("udptun_takeovers_total", ()): 2,
+        ("udptun_bytes_total", ("encap",)): 900,
+        ("udptun_send_errors_total", ("EPERM",)): 4,
+        ("udptun_worker_cpu_seconds_total", ("0",)): 1.25,
+        ("udptun_round_trip_seconds", ("0.5",)): 0.001,
+        ("udptun_round_trip_seconds", ("1",)): 0.003,
+        ("udptun_probe_loss_ratio", ("0.95",)): 0.5,
         ("udptun_packets_total", ("encap", "read")): 10,
         ("udptun_packets_total", ("decap", "delivered")): 18,
         ("udptun_queued_packets", ("encap",)): 1,
@@ -564,8 +573,22 @@ def test_metrics_follow_the_naming_conventions(http_: Http) -> None:
         for sample in family.samples:
             assert (family.type == "counter") == sample.name.endswith("_total")
             assert set(sample.labels) <= {
-                "direction", "state", "reason", "worker", "call", "version",
+                "direction", "state", "reason", "worker", "call", "version", "build", "errno",
+                "quantile",
             }
+
+
+def test_some_peers_have_metrics_of_their_own(http_: Http, served: Served) -> None:
+    served.forwarder.metrics_peers = 2
+    found = samples(http_.ask("GET", "/metrics")[1].decode())
+    sizes = {key[1]: value for key, value in found.items() if key[0] == "udptun_peer_bytes_total"}
+    assert sizes == {
+        ("encap", "192.0.2.4:8285"): 400, ("decap", "192.0.2.4:8285"): 800,
+        ("encap", "192.0.2.3:8285"): 300, ("decap", "192.0.2.3:8285"): 600,
+        ("encap", "other"): 300, ("decap", "other"): 600,
+    }
+    assert found["udptun_peer_round_trip_seconds", ("192.0.2.4:8285",)] == 0.004
+    assert not [key for key in found if key[0] == "udptun_peer_probe_loss_ratio"]  # not measured
 
 
 def test_openmetrics_with_accept_header(http_: Http) -> None:

@@ -36,7 +36,7 @@ from path.worker cimport direction_t, init_worker, shared_t, worker_t
 from table.addr_map cimport addr_map_init, addr_map_put
 from table.json cimport parse_json, write_route_json
 from table.parser cimport PARSE_BODY, PARSE_OK, ROUTE_TEXT_MAX, parse_fn, parse_routes, parser_t
-from table.peer cimport peer_free, peer_t
+from table.peer cimport peer_counters_t, peer_free, peer_t
 from table.publish cimport (
     activate_snapshot, build_snapshot, discard_snapshot, reclaim, retired_t,
 )
@@ -106,6 +106,7 @@ cdef struct rig_t:              # the state of one input
     shared_t shared
     worker_t* workers[WORKERS]
     retired_t* retired
+    peer_counters_t gone
 
 
 cdef route_vec_t ROUTES         # the table of all harnesses except ``publish``
@@ -308,7 +309,10 @@ cdef void finish(worker_t* w) noexcept nogil:
 
 cdef void reclaim_unused(rig_t* rig) noexcept nogil:
     cdef uint32_t workers_n = WORKERS if rig.workers[1] != NULL else 1
-    rig.retired = reclaim(rig.retired, oldest_generation(rig.workers, workers_n))
+    rig.retired = reclaim(
+        rig.retired, oldest_generation(rig.workers, workers_n), rig.shared.workers_n,
+        &rig.gone,
+    )
 
 
 cdef void free_rig(rig_t* rig) noexcept nogil:

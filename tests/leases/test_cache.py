@@ -253,7 +253,7 @@ async def test_a_failed_write_is_logged_once_and_repeated(
         await until(lambda: len(tries) >= 3, "three attempts")
     assert LeaseCache(path).load(ETCD) == known(OWN)
     assert [record.getMessage() for record in caplog.records] == [
-        f"the leases are not saved to {path}: No space left on device"
+        f"the leases are not saved to {path}: No space left on device (ENOSPC)"
     ]
     full = False
     await until(lambda: LeaseCache(path).load(ETCD) == known(), "the file")

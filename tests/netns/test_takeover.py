@@ -381,3 +381,28 @@ def test_the_underlays_new_mtu_is_used_after_a_take_over(lab):
     wait_for(lambda: a.host.run(["cat", "/sys/class/net/udptun0/mtu"]).stdout.strip() == "1372",
              "the MTU of the TUN")
     assert ping(a.pod, b.pod_v4).received == 3
+
+
+def scrape(host):
+    """Return the metrics of a forwarder with ``--metrics 9100``, by name and labels."""
+    text = host.run(["curl", "-s", "--max-time", "30", "http://127.0.0.1:9100/metrics"]).stdout
+    return {name: float(value) for line in text.splitlines() if not line.startswith("#")
+            for name, value in [line.rsplit(" ", 1)]}
+
+
+def test_the_metrics_and_their_socket_are_taken_over(lab):
+    tunnel = pair(lab, extra=["--metrics", "9100"])
+    a, b = tunnel.sides
+    assert ping(a.pod, b.pod_v4, size=1000).received == 3
+    sent = 'udptun_bytes_total{direction="encap"}'
+    wait_for(lambda: scrape(a.host).get(sent, 0) >= 3000, "the metrics")
+    for subnet in (b.node.subnet, b.node.subnet6):
+        a.forwarder.udptun("route", "del", str(subnet))
+    before = scrape(a.host)
+    assert before[sent] >= 3000  # of a peer that has left
+    take_over(a, extra=["--metrics", "9100", "--take-over"])
+    after = scrape(a.host)
+    assert after[sent] == before[sent]
+    assert (before["udptun_takeovers_total"], after["udptun_takeovers_total"]) == (0, 1)
+    cpu = 'udptun_worker_cpu_seconds_total{worker="0"}'
+    assert after[cpu] >= before[cpu] > 0

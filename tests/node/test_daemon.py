@@ -252,7 +252,7 @@ async def test_a_lease_that_contains_the_gateway_does_not_affect_other_leases(se
         (why,) = daemon.report.peers.unreachable.values()
         assert why == "its subnet 10.244.7.0/24 would divert packets to 10.244.7.9, the gateway " \
             "of this host"
-        assert daemon.report.events[-1]["type"] == "no_path"
+        assert daemon.report.events.recent[-1]["type"] == "no_path"
 
 
 @in_own_netns

@@ -27,7 +27,7 @@ COMMANDS = {
     "web": (".web:web", "Serve a page with peers, paths, rates, drops and events."),
     "drops": (".show:drops", "Show how many packets were dropped, and why."),
     "capture": (".capture:capture", "Record packets with the reason of each drop, as pcapng."),
-    "events": (".show:events", "Show recent events, or follow new ones with -w."),
+    "events": (".events:events", "Show what has happened, or follow it with -w."),
     "ping": (".ping:ping", "Measure the path to a node or an address."),
     "trace": (".trace:trace", "Show what happens to a packet to ADDRESS, in the kernel and here."),
     "doctor": (".doctor:doctor", "Find out what is wrong with the tunnel, and what to do."),

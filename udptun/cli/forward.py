@@ -24,11 +24,12 @@ from ..errors import FieldError, UdptunError
 from ..files import UntrustedFile
 from ..model import ACCELERATES, ADMITS, SOURCE_CHECKS
 from ..takeover.kept import KEPT
+from ..text import os_reason
 from . import logs
-from .lazy import Failure, failure_of
-from .options import LISTEN, Parsed, instance, instance_of
+from .lazy import Failure, Misuse, failure_of
+from .options import LISTEN, METRICS, Parsed, instance, instance_of
 from .standby import wait_until_needed
-from .wait import take_options
+from .wait import WaitFor, take_options
 
 if TYPE_CHECKING:
     from ..device.offload import OffloadRequest
@@ -158,11 +159,16 @@ FIELDS = {
                    "`express`, if it can; off: carry all packets in this process.")
 @click.option("--state", type=FILE, metavar="FILE",
               help="Keep a copy of the route table in FILE, and load it at start.")
+@click.option("--metrics", type=METRICS, metavar="[ADDRESS:]PORT",
+              help="Serve the metrics over HTTP at this address and TCP port, for Prometheus. "
+                   "Without ADDRESS: only for this host.  [default: off]")
+@click.option("--metrics-peers", type=int, default=0, show_default=True, metavar="N",
+              help="Give up to N peers metrics of their own, and sum up the others.")
 @click.option("--flannel-control", type=FILE, metavar="PATH",
               help="SOCK_SEQPACKET socket to listen on for flannel's control messages.")
 @click.option("--flannel-control-fd", type=click.IntRange(min=0), metavar="N",
               help="Inherited descriptor to read flannel's control messages from.")
-@click.option("--wait-for", type=FILE, metavar="FILE", is_eager=True,
+@click.option("--wait-for", cls=WaitFor, type=FILE, metavar="FILE", is_eager=True,
               callback=take_options,
               help="Wait until FILE exists and read from it the options that are not given here: "
                    "a JSON object with the names of these options as keys.")
@@ -172,12 +178,14 @@ FIELDS = {
                    "it before --wait-for. `udptun node` starts such a process.")
 @click.option("--log-file", type=FILE, metavar="FILE",
               help="Log to FILE instead of stderr. At 4 MiB, FILE is renamed to FILE.1.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text",
+              show_default=True, help="Format of the log: text, or one JSON object per line.")
 @click.option("-v", "--verbose", count=True,
               help="Log debug messages; given twice, tracebacks too.")
 @click.pass_context
 def forward(
-    ctx: click.Context, /, verbose: int, log_file: Path | None, wait_for: Path | None,
-    linger: bool, **values: Any
+    ctx: click.Context, /, verbose: int, log_file: Path | None, log_format: str,
+    wait_for: Path | None, linger: bool, **values: Any
 ) -> None:
     """Run a forwarder: create the TUN device, and carry its packets to and from the peers.
 
@@ -186,10 +194,10 @@ def forward(
     logs the counters. SIGUSR2 starts the installed version, which takes over.
     """
     try:
-        logs.start(verbose, file=log_file)
+        logs.start(verbose, log_format, log_file)
     except OSError as exc:
         what = f"--log-file: {exc}" if isinstance(exc, UntrustedFile) else \
-            f"--log-file {log_file}: {exc.strerror}"
+            f"--log-file {log_file}: {os_reason(exc)}"
         raise Failure(what) from exc
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # ignored until the forwarder runs
@@ -248,7 +256,7 @@ def _config(
     except FieldError as exc:
         # The error shall have the name of the option, not of the field.
         where = f" (some options are from {options_file})" if options_file else ""
-        raise click.UsageError(f"--{exc}{where}") from exc
+        raise Misuse(f"--{exc}{where}") from exc
 
 
 def _run(

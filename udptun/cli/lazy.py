@@ -6,6 +6,7 @@ the command failed, 2 if its arguments are wrong.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,7 +22,25 @@ class Failure(click.ClickException):
     """The command failed: one line on stderr, exit code 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"udptun: error: {self.message}", file=file, err=file is None)
+        if not _logged(self.message):
+            click.echo(f"udptun: error: {self.message}", file=file, err=file is None)
+
+
+class Misuse(click.UsageError):
+    """Options contradict each other. A command whose log has started raises it. Exit code 2."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        if not _logged(self.format_message()):
+            super().show(file)
+
+
+def _logged(message: str) -> bool:
+    """Log the last line of a daemon whose log is JSON. Return False if there is no such log."""
+    logs = sys.modules.get(f"{__package__}.logs")
+    if logs is None or not logs.is_json():
+        return False
+    logs.log.critical("%s", message)
+    return True
 
 
 def failure_of(exc: UdptunError | OSError) -> Failure:

@@ -106,6 +106,11 @@ def _is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
+def is_json() -> bool:
+    """Return whether the log has started and has the format JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
+
+
 def start(verbose: int = 0, form: str = "text", file: Path | None = None) -> None:
     """Start the log. A second call changes only the level, and moves the log if it has a file.
 

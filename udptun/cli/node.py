@@ -16,19 +16,28 @@ import click
 from click.core import ParameterSource
 
 from .._version import __version__
+from ..control.listen import parse_listen
 from ..errors import FieldError, UdptunError
 from ..instance import DEFAULT_INSTANCE, Instance
 from ..leases.base import SourceConfig
 from ..leases.etcd.config import EtcdConfig
 from ..leases.file.config import FileConfig
 from ..leases.kube.config import KubeConfig
-from ..model import ACCELERATES, ADMITS, IPAddress, Mark, parse_address, parse_source_port
+from ..model import (
+    ACCELERATES,
+    ADMITS,
+    Endpoint,
+    IPAddress,
+    Mark,
+    parse_address,
+    parse_source_port,
+)
 from ..node.backends import AUTO, MODES
 from ..node.config import FIREWALLS, FORWARDERS, InterfaceOptions, NodeConfig
 from . import logs
 from .forward import tun_name
 from .goflags import Bool, Collected, Duration, GoCommand, Int, Level
-from .lazy import Failure, failure_of
+from .lazy import Failure, Misuse, failure_of
 from .options import Parsed, named_socket, remember
 
 log = logging.getLogger("udptun")
@@ -89,6 +98,10 @@ def _address(version: int | None = None) -> Callable[[str], IPAddress]:
 def _source_port(text: str) -> tuple[int, int] | tuple[()] | None:
     """Return the value of NodeConfig.source_port."""
     return (() if text == "own" else parse_source_port(text)) if text else None
+
+
+def _metrics(text: str) -> Endpoint:
+    return parse_listen("", text)
 
 
 def _mark(text: str) -> Mark | None:
@@ -219,6 +232,12 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--healthz-port", type=Int(0), default=STOCK.healthz_port, show_default=True,
       metavar="PORT",
       help="Port to serve them on; 0: off.")
+@flag("--metrics", type=Parsed("[address:]port", _empty_is_none(_metrics)),
+      metavar="[ADDRESS:]PORT",
+      help="Serve the metrics of the daemon and of its forwarder over HTTP at this address and TCP "
+           "port, for Prometheus. Without ADDRESS: only for this host.  [default: off]")
+@flag("--metrics-peers", type=Int(0), default=STOCK.metrics_peers, show_default=True, metavar="N",
+      help="Give up to N peers metrics of their own, and sum up the others.")
 @boolean("--take-over", False,
          "Let the running daemon of this instance hand over the node, and continue its work. If "
          "there is none, start as usual.")
@@ -247,10 +266,10 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
     """
     logs.start(verbose, log_format)
     try:
-        config = _config(ctx, values)
+        config = _config(ctx, values, log_format)
     except FieldError as exc:
         dashes = "--" if exc.field.replace("-", "_") in values else ""
-        raise click.UsageError(f"{dashes}{exc}", ctx) from exc
+        raise Misuse(f"{dashes}{exc}", ctx) from exc
     for variable in SECRETS:  # the programs that we start inherit the environment
         os.environ.pop(variable, None)
     for name, why in WITHOUT_EFFECT.items():
@@ -266,12 +285,12 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
         raise failure_of(exc) from exc
 
 
-def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
+def _config(ctx: click.Context, values: dict[str, Any], log_format: str) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
                  "firewall", "keep_flannel", "iptables_resync", "source_port", "admit", "mark",
                  "accelerate",
                  "forwarder", "forwarder_standby", "forward_file", "state_dir", "healthz_port",
-                 "take_over", "cleanup")
+                 "metrics", "metrics_peers", "take_over", "cleanup")
     given: dict[str, Any] = {  # NodeConfig takes all other names from the instance
         name: values[name] for name in ("tun", "subnet_file")
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
@@ -290,6 +309,7 @@ def _config(ctx: click.Context, values: dict[str, Any]) -> NodeConfig:
         ),
         advertise=values["advertise"] == "on",
         healthz_ip=values["healthz_ip"] or STOCK.healthz_ip,
+        log_format=log_format,
         **{name: values[name] for name in unchanged},
         **given,
     )
@@ -313,7 +333,7 @@ def _refuse_another_store(ctx: click.Context, values: dict[str, Any]) -> None:
         given = f"--{name.replace('_', '-')}"
         if source is ParameterSource.ENVIRONMENT:
             given += f" (from UDPTUN_NODE_{name.upper()} or FLANNELD_{name.upper()})"
-        raise click.UsageError(
+        raise Misuse(
             f"--hosts and {given} select two different stores of leases: give only one.", ctx)
 
 

@@ -5,10 +5,11 @@ Formats the JSON that the daemon's socket returns (docs/node.md). Opens no conne
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from ..spans import span
+from ..spans import size, span
 
 EVENTS_N = 5  # the last events that are shown
 MARKS = {"ok": "+", "degraded": "!", "failed": "-"}  # as in /readyz
@@ -29,17 +30,32 @@ def node_block(node: dict[str, Any]) -> str:
             first, *more = check["text"]
             text.append(f"  [{MARKS[check['state']]}]{check['name']}: {first}")
             text += [f"      {line}" for line in more]
+    text += [f"  {line}" for line in _devices(node.get("devices", ()))]
     text += [f"  event: {_event(event)}" for event in node["events"][-EVENTS_N:]]
     return "\n".join(text)
 
 
+def _devices(devices: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for each device: what the kernel has counted, in both directions."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for count in devices:
+        found.setdefault((count["path"], count["device"]), {})[count["direction"]] = count
+    for (path, device), sides in found.items():
+        sent, received = sides["encap"], sides["decap"]
+        text = f"transfer by {path}: {size(received['bytes'])} received, {size(sent['bytes'])} sent"
+        lost = [f"{name} {n}" for name in ("errors", "dropped")
+                if (n := sent[name] + received[name])]
+        yield f"{text} ({', '.join([device, *lost])})"
+
+
 def _event(event: dict[str, Any]) -> str:
-    return f"{age(event['time'])} ago, {event['type']}, {event_text(event)}"
+    text = event_text(event)
+    return f"{age(event['time'])} ago, {event['type']}" + (f", {text}" if text else "")
 
 
 def event_text(event: dict[str, Any]) -> str:
     """Return the text of an event of the node daemon, without its time and type."""
-    what = str(event["peer"])
+    what = str(event.get("peer") or event.get("check") or event.get("message") or "")
     if event.get("subnet"):
         what += f": {event['subnet']}"
     if event.get("path"):

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 else:
     _ParamType = click.ParamType  # not generic before click 8.2
 
-__all__ = ["INSTANCE", "LISTEN", "Parsed", "client", "connection", "control_path", "cut",
-           "echo_fitting", "echo_json", "echo_table", "instance", "instance_of", "named_socket",
-           "no_headers",
+__all__ = ["INSTANCE", "LISTEN", "METRICS", "Parsed", "client", "connection", "control_path",
+           "cut", "echo_fitting", "echo_json", "echo_table", "instance", "instance_of",
+           "named_socket", "no_headers",
            "node_client", "output", "remember", "socket"]
 
 # Files of the node daemon: those of node.process.launch and node.store (tested), which take long to
@@ -71,6 +71,15 @@ def _listen(text: str) -> Endpoint:
 
 
 LISTEN = Parsed("address[:port]", _listen)
+
+
+def _metrics(text: str) -> Endpoint:
+    from ..control.listen import parse_listen
+
+    return parse_listen("--metrics", text)
+
+
+METRICS = Parsed("[address:]port", _metrics)
 
 
 def _instance(text: str) -> Instance:
@@ -251,4 +260,6 @@ def echo_fitting(
 
 
 def cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[:width - 3]}..."
+    from ..text import cut as cut_words
+
+    return text if len(text) <= width else f"{cut_words(text, width - 3)}..."

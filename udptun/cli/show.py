@@ -1,15 +1,14 @@
-"""``udptun peers``, ``drops`` and ``events``, and the blocks of ``udptun status`` about the
+"""``udptun peers`` and ``drops``, and the blocks of ``udptun status`` about the
 forwarder."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import click
 
 from ..spans import duration, size
+from ..text import counted
 from .answers import ask_node
 from .options import (
     client,
@@ -91,48 +90,12 @@ def drops(
             click.echo(_refused_sender(drop["reason"], source))
 
 
-@click.command()
-@click.option("-w", "--watch", is_flag=True, help="Show new events as they happen, until Ctrl-C.")
-@output
-@connection
-@click.pass_context
-def events(ctx: click.Context, watch: bool, output: str) -> None:
-    """Show the recent events, or with -w new ones.
-
-    As JSON: one object per line; the first is a "hello" with the generation of the route table.
-    """
-    try:
-        for event in client(ctx).events(follow=watch):
-            if output == "json":
-                click.echo(json.dumps(event))
-            elif event["type"] != "hello":
-                click.echo(event_line(event))
-    except KeyboardInterrupt:
-        sys.exit(130)  # Ctrl-C is the normal end; shells use this exit code for it
-
-
 def _refused_sender(reason: str, source: dict[str, Any]) -> str:
     return (
-        f"{reason}: {source['packets']} packets from {source['address']} port {source['port']}, "
+        f"{reason}: {counted(source['packets'], 'packet')} from {source['address']} "
+        f"port {source['port']}, "
         f"the last one {duration(source['last_seen_seconds'])} ago"
     )
-
-
-def event_line(event: dict[str, Any]) -> str:
-    return f"{event['time']}  {event['type']:<15}  {event_text(event)}"
-
-
-def event_text(event: dict[str, Any]) -> str:
-    """Return the text of an event of the forwarder, without its time and type."""
-    rest = {k: v for k, v in event.items() if k not in ("time", "type")}
-    text = rest.pop("dst", "") or rest.pop("message", "")
-    words = [text] if text else []
-    words += [f"{k} {_word(v)}" for k, v in rest.items() if v not in (None, "")]
-    return " ".join(words)
-
-
-def _word(value: object) -> object:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 def device_block(found: dict[str, Any]) -> str:

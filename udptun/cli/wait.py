@@ -28,6 +28,26 @@ log = logging.getLogger("udptun")
 # Seconds between checks; a check takes microseconds. inotify is not used: the directory may not
 # exist yet, and a file system may be mounted over a parent directory later.
 POLL_SECONDS = 0.1
+_GIVEN = "udptun.cli.wait"  # key in ``Context.meta``
+
+
+class WaitFor(click.Option):
+    """The option. It remembers the options that are given on the command line: the log starts
+    before these are processed."""
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        ctx.meta[_GIVEN] = opts
+        return super().handle_parse_result(ctx, opts, args)
+
+
+def _log_format(ctx: click.Context) -> str:
+    """Return the value of --log-format, from the command line or the environment."""
+    for option in ctx.command.params:
+        if option.name == "log_format":
+            return str(option.consume_value(ctx, ctx.meta[_GIVEN])[0])
+    return "text"
 
 
 def take_options(
@@ -37,7 +57,7 @@ def take_options(
     if path is None or ctx.resilient_parsing:  # resilient: a shell completes the command line
         return path
     try:
-        ctx.default_map = _defaults(ctx, param, _wait(path), str(path))
+        ctx.default_map = _defaults(ctx, param, _wait(path, _log_format(ctx)), str(path))
     except FieldError as exc:
         raise Failure(str(exc)) from exc
     except OSError as exc:
@@ -45,7 +65,7 @@ def take_options(
     return path
 
 
-def _wait(path: Path) -> bytes:
+def _wait(path: Path, log_format: str) -> bytes:
     waited = False
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     while True:
@@ -53,7 +73,7 @@ def _wait(path: Path) -> bytes:
             return path.read_bytes()
         except FileNotFoundError:
             if not waited:
-                logs.start()
+                logs.start(form=log_format)
                 log.info("waiting for the options file %s", path)
                 waited = True
             notifier.watchdog()

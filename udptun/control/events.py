@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from ..text import counted
 from .protocol import RECENT_EVENTS
 
 Event = dict[str, Any]
@@ -109,6 +110,7 @@ def _event(kind: str, **fields: Any) -> Event:
 
 
 def _loss(lost: int) -> Event:
+    were = "was" if lost == 1 else "were"
     return _event(
-        "error", message=f"{lost} events were lost: this reader is too slow", lost=lost
+        "error", message=f"{counted(lost, 'event')} {were} lost: this reader is too slow", lost=lost
     )

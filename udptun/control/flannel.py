@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeviceError, FieldError, UdptunError
 from ..model import MAX_PORT, Route
+from ..text import os_reason
 from .sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class FlannelControl:
             sock = socket.socket(fileno=fd)
         except OSError as exc:
             raise DeviceError(
-                exc.errno or errno.EBADF, f"flannel control fd {fd}: {exc.strerror}"
+                exc.errno or errno.EBADF, f"flannel control fd {fd}: {os_reason(exc)}"
             ) from exc
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
             sock.detach()
@@ -144,7 +145,7 @@ class FlannelControl:
             try:
                 data = await loop.sock_recv(sock, MESSAGE.size + 1)
             except OSError as exc:
-                log.info("flannel control %s: %s", name, exc.strerror)
+                log.info("flannel control %s: %s", name, os_reason(exc))
                 return
             if not data and _hung_up(sock):
                 log.debug("flannel control %s: closed by the other side", name)

@@ -7,7 +7,7 @@ loop.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -15,9 +15,11 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from .._version import __version__
+from .families import quantile_gauge, transfer_counters
+from .peer_series import PeerSeries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from prometheus_client import Metric
 
@@ -27,13 +29,36 @@ PACKET_STATES = ("read", "generated", "delivered", "consumed", "dropped")
 
 
 class CounterCollector(Collector):
-    def __init__(self, forwarder: Controlled) -> None:
+    """peers_n: how many peers get metrics of their own."""
+
+    def __init__(self, forwarder: Controlled, peers_n: int = 0) -> None:
         self._forwarder = forwarder
+        self._series = PeerSeries(peers_n) if peers_n else None
 
     def collect(self) -> Iterator[Metric]:
         counters = self._forwarder.counters()
-        yield InfoMetricFamily("udptun_build", "The running version.", {"version": __version__})
+        yield InfoMetricFamily("udptun_build", "The running version, and the build of its files.",
+                               {"version": __version__, "build": counters["build"]})
+        yield GaugeMetricFamily("udptun_start_time_seconds",
+                                "When the process started, in Unix time.", counters["started"])
+        yield CounterMetricFamily(
+            "udptun_takeovers", "Times a forwarder has taken over from another one, since a "
+            "forwarder started without a take-over.", counters["takeovers_n"])
 
+        yield from self._traffic(counters)
+        yield from self._failures(counters)
+        yield from self._workers(counters)
+        yield from self._probes(counters["probes"])
+        if self._series is not None:
+            yield from self._of_peers(self._series)
+        yield GaugeMetricFamily("udptun_peers", "Peers with a route.", counters["peers_n"])
+        yield GaugeMetricFamily("udptun_routes", "Routes in the table.", counters["routes_n"])
+        yield GaugeMetricFamily(
+            "udptun_route_generation", "Increases by one with each change of the route table.",
+            counters["generation"],
+        )
+
+    def _traffic(self, counters: Mapping[str, Any]) -> Iterator[Metric]:
         packets = CounterMetricFamily(
             "udptun_packets",
             "Inner IP packets and probes: "
@@ -50,6 +75,15 @@ class CounterCollector(Collector):
         yield packets
         yield queued
 
+        size = CounterMetricFamily(
+            "udptun_bytes", "UDP payload of the packets that were sent to peers (encap) or came "
+            "from them (decap).", labels=("direction",)
+        )
+        for direction, sums in counters["transferred"].items():
+            size.add_metric((direction,), sums["bytes"])
+        yield size
+
+    def _failures(self, counters: Mapping[str, Any]) -> Iterator[Metric]:
         drops = CounterMetricFamily(
             "udptun_drops", "Dropped inner IP packets by reason.", labels=("direction", "reason")
         )
@@ -73,6 +107,15 @@ class CounterCollector(Collector):
             errors.add_metric((reason,), count)
         yield errors
 
+        refused = CounterMetricFamily(
+            "udptun_send_errors", "Datagrams to peers that the kernel refused, by the errno.",
+            labels=("errno",),
+        )
+        for name, count in counters["send_errors"].items():
+            refused.add_metric((name,), count)
+        yield refused
+
+    def _workers(self, counters: Mapping[str, Any]) -> Iterator[Metric]:
         syscalls = CounterMetricFamily(
             "udptun_syscalls", "System calls on the data path.", labels=("call",)
         )
@@ -93,41 +136,62 @@ class CounterCollector(Collector):
             "Slow or dead peers that have a socket of their own, for each worker.",
             labels=("worker",),
         )
+        cpu = CounterMetricFamily(
+            "udptun_worker_cpu_seconds", "CPU time of each worker.", labels=("worker",)
+        )
         for worker in counters["workers"]:
+            cpu.add_metric((str(worker["index"]),), worker["cpu_seconds"])
             turns.add_metric((str(worker["index"]),), worker["turns"])
             returns.add_metric((str(worker["index"]),), worker["loop_returns"])
             own_sockets.add_metric((str(worker["index"]),), worker["own_sockets"])
         yield turns
         yield returns
         yield own_sockets
+        yield cpu
 
+    def _probes(self, counters: Mapping[str, Any]) -> Iterator[Metric]:
         probed = GaugeMetricFamily(
             "udptun_probed_peers", "Peers that are probed, by the state of the path.",
             labels=("state",),
         )
-        for state, count in counters["probes"]["states"].items():
+        for state, count in counters["states"].items():
             probed.add_metric((state,), count)
         yield probed
         probes = CounterMetricFamily(
             "udptun_probes", "Requests sent, requests that the kernel refused to send, answers, "
             "and requests received.", labels=("state",),
         )
-        for state, count in counters["probes"]["probes"].items():
+        for state, count in counters["probes"].items():
             probes.add_metric((state,), count)
         yield probes
+        yield quantile_gauge(
+            "udptun_round_trip_seconds", "Round trips of probes to peers: quantiles over the "
+            "peers.", (), [((), counters["round_trips"])])
+        yield quantile_gauge(
+            "udptun_probe_loss_ratio", "Share of the last 32 probes that was not answered: "
+            "quantiles over the peers.", (), [((), counters["losses"])])
 
-        yield GaugeMetricFamily("udptun_peers", "Peers with a route.", counters["peers_n"])
-        yield GaugeMetricFamily("udptun_routes", "Routes in the table.", counters["routes_n"])
-        yield GaugeMetricFamily(
-            "udptun_route_generation", "Increases by one with each change of the route table.",
-            counters["generation"],
-        )
+    def _of_peers(self, series: PeerSeries) -> Iterator[Metric]:
+        peers = self._forwarder.peer_counters()
+        yield from transfer_counters("udptun", {}, series.update(
+            {peer: of_peer["transferred"] for peer, of_peer in peers.items()}))
+        trips = GaugeMetricFamily("udptun_peer_round_trip_seconds",
+                                  "Round trip of probes to the peer.", labels=("peer",))
+        losses = GaugeMetricFamily(
+            "udptun_peer_probe_loss_ratio", "Share of the last 32 probes to the peer that was not "
+            "answered.", labels=("peer",))
+        for peer in sorted(series.shown):
+            for family, name in ((trips, "round_trip"), (losses, "loss")):
+                if (value := peers[peer][name]) is not None:
+                    family.add_metric((peer,), value)
+        yield trips
+        yield losses
 
 
 class Metrics:
-    def __init__(self, forwarder: Controlled) -> None:
+    def __init__(self, forwarder: Controlled, peers_n: int = 0) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(CounterCollector(forwarder))
+        self._registry.register(CounterCollector(forwarder, peers_n))
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """Return the text and its content type. ``accept`` selects the format."""

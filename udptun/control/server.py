@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..model import RouteDiff
-    from .metrics import Metrics
     from .surface import Captured, Controlled
 
     Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -61,7 +60,6 @@ class ControlServer:
         self._events: EventHub = forwarder.events
         self._readers: set[Reader] = set()  # of the open event streams
         self._captures: set[_Ended] = set()  # of the running captures
-        self._metrics: Metrics | None = None
         self._running: _Running | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._handlers: dict[str, dict[str, Handler]] = {
@@ -195,9 +193,7 @@ class ControlServer:
         return _answer({"status": "ok"})
 
     async def _get_metrics(self, request: web.BaseRequest) -> web.StreamResponse:
-        if self._metrics is None:
-            self._metrics = (await asyncio.to_thread(_load_metrics))(self._forwarder)
-        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        body, content_type = await self._forwarder.metrics(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _get_events(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -637,9 +633,3 @@ def _destination(request: web.BaseRequest) -> str:
     dst = protocol.parse_route_path(request.rel_url.raw_path)
     assert dst is not None  # checked by _find
     return dst
-
-
-def _load_metrics() -> type[Metrics]:
-    from .metrics import Metrics
-
-    return Metrics

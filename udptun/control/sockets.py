@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeviceError
 from ..files import FileLock, make_directory
+from ..text import os_reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -74,7 +75,7 @@ class UnixListener:
                 return (await loop.sock_accept(self.sock))[0]
             except OSError as exc:
                 if not failed:
-                    warn(f"{self.path}: accept: {exc.strerror}")
+                    warn(f"{self.path}: accept: {os_reason(exc)}")
                 failed = True
                 await asyncio.sleep(ACCEPT_PAUSE)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from ..errors import DeviceError
+from ..text import errno_reason
 
 
 def device_error(number: int, doing: str, hint: str = "") -> DeviceError:
@@ -13,5 +12,5 @@ def device_error(number: int, doing: str, hint: str = "") -> DeviceError:
     doing  the operation, such as ``"opening the TUN device udptun0"``
     hint   a likely cause or remedy, which is shown in brackets
     """
-    text = f"{doing}: {os.strerror(number)}"
-    return DeviceError(number, f"{text} ({hint})" if hint else text)
+    text = f"{doing}: {errno_reason(number)}"
+    return DeviceError(number, f"{text[:-1]}; {hint})" if hint else text)

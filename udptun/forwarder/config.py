@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
+from ..control.listen import check_peers
 from ..device.offload import OffloadRequest
 from ..errors import FieldError
 from ..instance import Instance
@@ -67,6 +68,8 @@ class ForwarderConfig:
                   the kernel; "off": none
     takeover      Unix socket at which another forwarder can take over from this one; None: none can
     take_over     take over from the forwarder that answers at ``takeover``, if there is one
+    metrics       address and port at which /metrics is served over TCP; None: not served
+    metrics_peers number of peers with metrics of their own
     flannel_*     Unix socket or inherited descriptor for flannel's 20-byte control messages
     """
 
@@ -87,6 +90,8 @@ class ForwarderConfig:
     accelerate: str = ACCELERATES[0]
     takeover: Path | None = None
     take_over: bool = False
+    metrics: Endpoint | None = None
+    metrics_peers: int = 0
     flannel_control: Path | None = None
     flannel_control_fd: int | None = None
 
@@ -166,6 +171,7 @@ class ForwarderConfig:
             raise FieldError(
                 "flannel-control", str(self.flannel_control), "another path than --control"
             )
+        check_peers("metrics-peers", self.metrics_peers)
         if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
             raise FieldError("workers", self.workers, f"auto, or from 1 to {MAX_WORKERS}")
 

@@ -45,7 +45,14 @@ from ..model import (
 from ..net.local import local_addresses, underlay_mtu
 from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
-from ..takeover.document import CountersDocument, drops_of, packets_of, peer_from_json
+from ..takeover.document import (
+    CountersDocument,
+    drops_of,
+    gone_of,
+    packets_of,
+    peer_from_json,
+)
+from ..text import counted
 from . import preload
 from .captures import Captured, Captures
 from .config import ForwarderConfig
@@ -55,6 +62,7 @@ from .giving import (
     FLANNEL,
     FLANNEL_FD,
     LOCK,
+    SCRAPES,
     STATE_LOCK,
     TAKEOVER,
     Giver,
@@ -73,6 +81,8 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     from ..control.flannel import FlannelControl
+    from ..control.metrics import Metrics
+    from ..control.scrape import Scrape
     from ..control.server import ControlServer
 
 log = logging.getLogger(__name__)
@@ -114,6 +124,8 @@ class Forwarder:
         self._setup: TunSetup | None = None
         self._server: ControlServer | None = None
         self._flannel: FlannelControl | None = None
+        self._scrape: Scrape | None = None
+        self._metrics: Metrics | None = None
         self._giver: Giver | None = None
         self._closing = AsyncExitStack()
         self._stop = asyncio.Event()
@@ -196,8 +208,7 @@ class Forwarder:
         self._closing.push_async_callback(asyncio.to_thread, workers.stop)
         batons = [] if taking is None else self._inherit_state(taking, path_mtus)
         workers.start(tun.fds, self._by_worker(sockets), batons)
-        if taking is not None:
-            self._inherit_counts(await taking.go(), core, workers)
+        former = None if taking is None else await self._inherit_counts(taking, core, workers)
         netlink.begin()
         self._setup = setup = TunSetup(
             netlink, tun.name, self.mtu, self.config.addresses, self.config.networks,
@@ -217,14 +228,14 @@ class Forwarder:
         await self._routes.save()
         self._view = View(
             self.config, tun.name, self.mtu, self.capabilities, core, self._routes, workers,
-            self._probes, path_mtus, express,
+            self._probes, path_mtus, express, former,
         )
         self._closing.callback(self.events.close)
         self._log_start()
         await self._start_control(taking)
         self._parts = Parts(
-            self.config, tun, sockets, core, self._routes, workers, self._probes,
-            self.capabilities, self.mtu, self.events, self._files, self._other_descriptors(),
+            self.config, tun, sockets, core, self._routes, workers, self._probes, self._view,
+            self.capabilities, self.mtu, self.events, self._files, self._other_descriptors,
             self.request_stop, express.read,
         )
         giver = self._make_giver(self._parts, taking)
@@ -441,8 +452,9 @@ class Forwarder:
             self._report(f"an internal task failed: {task.exception()}")
 
     def _log_start(self) -> None:
-        log.info("%s is up: mtu %d, %d routes, offloads %s", self.tun_name, self.mtu,
-                 len(self._routes), " ".join(sorted(self.capabilities.in_use)) or "none")
+        log.info("%s is up: mtu %d, %s, offloads %s", self.tun_name, self.mtu,
+                 counted(len(self._routes), "route"),
+                 " ".join(sorted(self.capabilities.in_use)) or "none")
         for name, cause in self.capabilities.off.items():
             log.info("%s is off: %s", name, cause)
 
@@ -469,6 +481,19 @@ class Forwarder:
             self._server = ControlServer(self, config.control)
             await self._server.start(inherited(CONTROL, config.control))
             self._closing.push_async_callback(self._server.close)
+        if config.metrics is not None:
+            self._start_scrape(config.metrics, taking)
+
+    def _start_scrape(self, listen: Endpoint, taking: Taking | None) -> None:
+        from ..control.scrape import Scrape  # not at the top, because it is seldom needed
+
+        async def render() -> bytes:
+            return (await self.metrics())[0]
+
+        self._scrape = Scrape(listen, render)
+        if taking is not None and (fd := taking.descriptor(SCRAPES)) is not None:
+            self._scrape.inherit(fd)
+        self._run_until_close(self._scrape.run())
 
     # -- handing over -----------------------------------------------------------------------------
 
@@ -479,18 +504,21 @@ class Forwarder:
             self.capabilities.lose(name, cause)
         return taking.batons(self.config.workers_n)
 
-    def _inherit_counts(
-        self, counted: CountersDocument, core: _core.Core, workers: Workers
-    ) -> None:
-        """Continue the counters of the other forwarder, whose workers have stopped."""
+    async def _inherit_counts(
+        self, taking: Taking, core: _core.Core, workers: Workers
+    ) -> CountersDocument:
+        """Stop the workers of the other forwarder, and continue its counters. Return these."""
+        counted = await taking.go()
         core.inherit(
             packets_of(counted, core.packets()), drops_of(counted), counted.peer_errors
         )
         core.inherit_peers(map(peer_from_json, counted.peers))
+        core.inherit_gone(gone_of(counted))
         workers.inherit(counted.workers)
         self._probes.inherit(counted.probes, counted.probe_counts)
         for event in counted.events:
             self.events.publish(event)
+        return counted
 
     async def _finish_taking(self, taking: Taking, sockets: list[UdpSocket]) -> None:
         await taking.done()
@@ -514,8 +542,9 @@ class Forwarder:
         return {name: each for name, each in found.items() if each is not None}
 
     def _other_descriptors(self) -> dict[str, int]:
-        fd = self.config.flannel_control_fd
-        return {} if fd is None else {FLANNEL_FD: fd}
+        scrape = None if self._scrape is None else self._scrape.fd
+        found = {FLANNEL_FD: self.config.flannel_control_fd, SCRAPES: scrape}
+        return {name: fd for name, fd in found.items() if fd is not None}
 
     def _make_giver(self, parts: Parts, taking: Taking | None) -> Giver | None:
         path = self.config.takeover
@@ -620,12 +649,32 @@ class Forwarder:
     def counters(self) -> dict[str, Any]:
         return self._view.counters()
 
+    def peer_counters(self) -> dict[str, dict[str, Any]]:
+        return self._view.peer_counters()
+
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the counters as Prometheus's text, and its content type.
+
+        accept  selects the format, as the HTTP header does
+        """
+        if self._metrics is None:
+            loaded = await asyncio.to_thread(_load_metrics)
+            self._metrics = self._metrics or loaded(self, self.config.metrics_peers)
+        return self._metrics.render(accept)
+
     def trace(self, address: IPAddress | str) -> Trace:
         """Return what the forwarder does with a packet to an address."""
         return Trace(self._view.trace(parse_address("address", address)))
 
     def log_state(self) -> None:
         self._view.log_state()
+
+
+def _load_metrics() -> type[Metrics]:
+    """The import of prometheus_client takes long, so it runs in a thread, at the first scrape."""
+    from ..control.metrics import Metrics
+
+    return Metrics
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -46,6 +46,7 @@ from ..takeover.message import (
 from .config import ForwarderConfig
 from .probes import Probes
 from .routes import Routes
+from .view import View
 from .workers import Workers
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ MODE = 0o600
 # names of descriptors that are not of the device
 LOCK, STATE_LOCK, CONTROL, TAKEOVER = "lock", "state-lock", "control", "takeover"
 FLANNEL, FLANNEL_FD = "flannel", "flannel-fd"
+SCRAPES = "metrics"
 
 WithFile = UnixListener | FileLock  # each has fd, path and owns_file
 HELLO_SECONDS = 5.0  # limit for the first message of a client
@@ -82,18 +84,19 @@ class Parts:
     routes: Routes
     workers: Workers
     probes: Probes
+    view: View
     capabilities: Capabilities
     mtu: int
     events: EventHub
     files: Callable[[], Mapping[str, WithFile]]
-    others: Mapping[str, int]
+    others: Callable[[], Mapping[str, int]]
     handed_over: Callable[[], None]
     read_express: Callable[[], None]
 
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors, by name."""
         files = {name: each.fd for name, each in self.files().items()}
-        return self.device_descriptors() | files | dict(self.others)
+        return self.device_descriptors() | files | dict(self.others())
 
     def kept_descriptors(self) -> dict[str, int]:
         """Return the descriptors of the TUN and the UDP sockets, by the names under which another
@@ -266,13 +269,16 @@ class Giver:
     def _counted(self) -> CountersDocument:
         parts = self._parts
         parts.read_express()
+        peers = parts.core.peers()
         return CountersDocument(
             packets=parts.core.packets(), drops=[list(row) for row in parts.core.drops() if row[2]],
             peer_errors=parts.core.peer_errors(),
-            workers=[dict(counters) for counters in parts.workers.counters()],
-            peers=[document.peer_to_json(peer) for peer in parts.core.peers()],
+            workers=parts.workers.counters(),
+            peers=[document.peer_to_json(peer) for peer in peers],
             probes=parts.probes.measured(), probe_counts=parts.probes.counters()["probes"],
             events=list(parts.events.recent),
+            gone=document.gone(parts.core.transferred(), peers),
+            send_errors=parts.view.send_errors(), takeovers_n=parts.view.takeovers_n,
         )
 
 

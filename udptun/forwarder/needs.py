@@ -18,12 +18,14 @@ def needs_of(config: ForwarderConfig, log_file: Path | None) -> Needs:
 
     NET_ADMIN         to make and repair the TUN, also after it was deleted; socket options
     BPF               to steer flows to the queues of several workers; for the express path
-    NET_BIND_SERVICE  for sockets on a low port: those of slow peers are opened later
+    NET_BIND_SERVICE  for sockets on a low port: those of slow peers, and a TCP socket for metrics
+                      whose address does not exist yet, are opened later
     """
     use = {Capability.NET_ADMIN}
     if config.workers_n > 1 or config.accelerate != "off":
         use.add(Capability.BPF)
-    if any(endpoint.port < PRIVILEGED_PORTS for endpoint in config.listen):
+    endpoints = (*config.listen, *(() if config.metrics is None else (config.metrics,)))
+    if any(endpoint.port < PRIVILEGED_PORTS for endpoint in endpoints):
         use.add(Capability.NET_BIND_SERVICE)
     write = (
         config.control, config.takeover, config.flannel_control, config.state_file, log_file)

@@ -222,6 +222,10 @@ class Probes:
             "states": dict.fromkeys(STATES, 0) | self._prober.states(), "probes": dict(self._counts)
         }
 
+    def figures(self) -> dict[Key, tuple[float | None, float | None]]:
+        """Return the round trip in seconds and the loss of each probed peer."""
+        return {key: ((path := self._prober[key]).rtt, path.loss) for key in self._prober}
+
     # -- the loop ---------------------------------------------------------------------------------
 
     def _tick(self) -> None:

@@ -21,6 +21,7 @@ from .. import _core
 from ..control.events import EventHub
 from ..errors import DeviceError, FieldError, GenerationMismatch, RouteLoops, UdptunError
 from ..model import IPAddress, IPNetwork, Peer, Route, RouteDiff, source_port_json
+from ..text import counted, os_reason
 from .express import Express, Table
 from .loops import SLICE, Loops
 from .state import StateFile
@@ -90,7 +91,7 @@ class Routes:
         state, routes_file = self.state, self._routes_file
         table = state.load() if state is not None else None
         if state is not None and table is not None:
-            log.info("%d routes loaded from %s%s", len(table), state.path,
+            log.info("%s loaded from %s%s", counted(len(table), "route"), state.path,
                      "" if routes_file is None else f"; {routes_file} is read on SIGHUP only")
             self._table, self._origin = table, state.path
         elif routes_file is not None:
@@ -133,7 +134,8 @@ class Routes:
         for route in left_out:
             self._table.delete(route.dst)
         if left_out:
-            self._report(f"{len(left_out)} routes of {self._origin} are left out, because this "
+            self._report(f"left out {counted(len(left_out), 'route')} of {self._origin}, because "
+                         "this "
                          "forwarder does not listen on an address of their IP version: "
                          f"{_named(left_out)}")
         return bool(left_out)
@@ -427,4 +429,4 @@ def _parse_file(path: Path) -> _core.RouteTable:
         where = f"{path}: {error.where}"
         raise FieldError(error.field, error.value, error.expected, where) from None
     except OSError as error:
-        raise DeviceError(error.errno, f"reading {path}: {error.strerror}") from None
+        raise DeviceError(error.errno, f"reading {path}: {os_reason(error)}") from None

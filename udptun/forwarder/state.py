@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from ..device.fault import device_error
 from ..errors import DeviceError, FieldError
 from ..files import FileLock, UntrustedFile, make_directory, read_own_file, replace_file
+from ..text import os_reason
 from ..wait import until_removed
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class StateFile:
             raise DeviceError(error.errno, f"the state file's lock {error}") from None
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise DeviceError(error.errno, str(error.strerror)) from None
+                raise DeviceError(error.errno, os_reason(error)) from None
             self._report_failure(error)  # the disk is full or read-only: each write tries again
         try:
             return RouteTable.parse_text(_checked(read_own_file(self.path)))
@@ -86,7 +87,7 @@ class StateFile:
             raise DeviceError(error.errno, f"the state file {error}") from None
         except OSError as error:
             if error.errno in _DISK_ERRORS:
-                self._move_aside(f"cannot be read: {error.strerror}")
+                self._move_aside(f"cannot be read: {os_reason(error)}")
                 return None
             raise device_error(error.errno or 0, f"reading the state file {self.path}") from None
 
@@ -180,7 +181,7 @@ class StateFile:
                                        f"this one another --state")
 
     def _report_failure(self, error: OSError) -> None:
-        text = f"cannot write the route table to {self.path}: {error.strerror}"
+        text = f"cannot write the route table to {self.path}: {os_reason(error)}"
         if text != self._failure:
             self._failure = text
             self._report(f"{text}; forwarding continues, and the file is written later")
@@ -191,7 +192,7 @@ class StateFile:
             self.path.replace(aside)
         except OSError as error:
             self._report(f"{self.path} {why}; it is not used, and cannot be renamed: "
-                         f"{error.strerror}")
+                         f"{os_reason(error)}")
         else:
             self._report(f"{self.path} {why}; it is not used, and is renamed to {aside}")
 

@@ -40,6 +40,7 @@ from ..takeover.message import (
     TakeOverError,
     from_json,
 )
+from ..text import os_reason
 from .config import ForwarderConfig
 from .giving import network_namespace
 
@@ -75,7 +76,7 @@ class Taking:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
                 return None
-            raise TakeOverError(f"connecting to {path}: {error.strerror}") from None
+            raise TakeOverError(f"connecting to {path}: {os_reason(error)}") from None
         descriptors: dict[str, int] = {}
         try:
             await channel.send(Hello(

@@ -67,6 +67,8 @@ class WorkerThread:
     def __init__(self, worker: Worker, index: int, baton: int | None = None) -> None:
         self.worker = worker
         self.active = False
+        self.former_cpu = 0.0  # of the same worker in an earlier process, in seconds
+        self._cpu = 0.0
         self._baton = baton
         self._paused = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -112,6 +114,11 @@ class WorkerThread:
         assert self._loop is not None
         self.worker.resume()
         self._loop.call_soon_threadsafe(self._watch)
+
+    def total_cpu_seconds(self) -> float:
+        """Return the CPU time of the worker, also that of the same worker in earlier processes."""
+        self._cpu = self.cpu_seconds() or self._cpu
+        return self.former_cpu + self._cpu
 
     def stop(self) -> None:
         """Stop the worker and join the thread. Queued packets stay queued."""

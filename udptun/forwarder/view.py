@@ -7,6 +7,7 @@ only. A long answer is built in pieces.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import logging
@@ -21,6 +22,8 @@ from .._version import __version__
 from ..build import build_id
 from ..device.offload import Capabilities
 from ..model import Endpoint, IPAddress
+from ..takeover.document import CountersDocument
+from ..text import counted
 from . import dropped, peer_errors
 from .config import ForwarderConfig
 from .express import Express
@@ -40,6 +43,7 @@ class View:
     """Builds the answers.
 
     tun_name, mtu  name and MTU of the device; the configuration can differ
+    former         what the forwarder had counted from which this one has taken over
     """
 
     config: ForwarderConfig
@@ -52,8 +56,10 @@ class View:
     probes: Probes
     path_mtus: PathMtus
     express: Express
+    former: CountersDocument | None
     build: str = field(default_factory=build_id)
     started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
     clock: dropped.Clock = field(default_factory=dropped.Clock)
 
     async def status_chunks(self) -> AsyncGenerator[bytes, None]:
@@ -151,24 +157,60 @@ class View:
         """Return the counters for /metrics, without the counters of each peer."""
         workers = self.workers.counters()
         self.express.read()
+        figures = self.probes.figures().values()
         return {
+            "build": self.build,
+            "started": self.started_at,
+            "takeovers_n": self.takeovers_n,
             "packets": self.core.packets(),
+            "transferred": self.core.transferred(),
             "drops": self._drop_counts(),
             "peers_n": self.core.peers_n(),
             "routes_n": len(self.routes),
             "generation": self.routes.generation,
-            "probes": self.probes.counters(),
+            "probes": self.probes.counters() | {
+                "round_trips": [trip for trip, _ in figures],
+                "losses": [loss for _, loss in figures],
+            },
             "icmp": {
                 "sent": sum(worker["icmp_sent"] for worker in workers),
                 "suppressed": sum(worker["icmp_suppressed"] for worker in workers),
             },
             "peer_errors": self.core.peer_errors(),
+            "send_errors": self.send_errors(),
             "workers": workers,
             "syscalls": {
                 name: sum(worker["syscalls"][name] for worker in workers)
                 for name in workers[0]["syscalls"]
             },
         }
+
+    @property
+    def takeovers_n(self) -> int:
+        """How often a forwarder has taken over since one started without a take-over."""
+        return 0 if self.former is None else self.former.takeovers_n + 1
+
+    def send_errors(self) -> dict[str, int]:
+        """Return the number of datagrams that the kernel refused, by the name of the errno."""
+        total = {} if self.former is None else dict(self.former.send_errors)
+        for number, count in self.core.send_errors().items():
+            name = errno.errorcode.get(number, "other")
+            total[name] = total.get(name, 0) + count
+        return total
+
+    def peer_counters(self) -> dict[str, dict[str, Any]]:
+        """Return, by endpoint: sent packets and bytes, received packets and bytes, the round trip
+        in seconds and the loss of its probes. None: not measured."""
+        figures, found = self.probes.figures(), {}
+        for peer in self.core.peers():
+            trip, loss = figures.get((peer.address, peer.port), (None, None))
+            endpoint = Endpoint(ipaddress.ip_address(peer.address), peer.port)
+            found[str(endpoint)] = {
+                "transferred": (peer.encap_packets, peer.encap_bytes,
+                                peer.decap_packets, peer.decap_bytes),
+                "round_trip": trip, "loss": loss,
+            }
+        return found
 
     def trace(self, address: IPAddress) -> dict[str, Any]:
         """Return the verdict on a packet to this address, and the packet's route, peer and MTU."""
@@ -188,8 +230,8 @@ class View:
 
     def log_state(self) -> None:
         """Write the most important counters to the log."""
-        log.info("%s: generation %d, %d routes, %d peers", self.tun_name, self.routes.generation,
-                 len(self.routes), self.core.peers_n())
+        log.info("%s: generation %d, %s, %s", self.tun_name, self.routes.generation,
+                 counted(len(self.routes), "route"), counted(self.core.peers_n(), "peer"))
         for direction, counts in self.core.packets().items():
             log.info("%s: %s", direction, " ".join(f"{k}={v}" for k, v in counts.items()))
         for drop in self._drop_counts():

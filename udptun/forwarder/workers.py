@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import time
@@ -18,6 +19,8 @@ from typing import Any
 from .. import _core
 from ..control.events import EventHub
 from ..device.offload import Capabilities
+from ..model import Endpoint
+from ..text import counted, errno_reason
 from .threads import WorkerThread
 
 log = logging.getLogger(__name__)
@@ -27,7 +30,9 @@ DRAIN_SECONDS = 0.5
 ANSWER_SECONDS = 10.0  # limit for a sign of life of all workers
 ANSWER_POLL_SECONDS = 0.02
 OFFLOADS = ("udp-gso", "tcp-merge", "udp-merge")  # offloads that a worker can lose at run time
-KERNEL_ERRORS = ("send_error", "tun_write")  # drop reasons
+SEND_ERROR = "send_error"
+KERNEL_ERRORS = {SEND_ERROR: "did not send", "tun_write": "did not accept on the TUN"}
+NAMED_N = 3  # peers that one log line names
 
 
 class Workers:
@@ -56,7 +61,8 @@ class Workers:
         self._tun_gone = tun_gone
         self._threads: list[WorkerThread] = []
         self._own_socket_errors: set[int] = set()  # reported errnos
-        self._refused_n = 0  # packets that the kernel has refused so far
+        self._refused: dict[str, int] = {}  # packets that the kernel has refused, by drop reason
+        self._send_errors: dict[int, int] = {}  # refused sends, by errno
 
     # -- start and stop ---------------------------------------------------------------------------
 
@@ -109,6 +115,7 @@ class Workers:
         """Continue the counters of the workers of an earlier process."""
         for thread, had in zip(self._threads, counters, strict=False):
             thread.worker.inherit(dict(had))
+            thread.former_cpu = had.get("cpu_seconds", 0.0)
 
     def continue_on_new_tun(self) -> None:
         """Let the workers use the new device behind the descriptors of the TUN's queues.
@@ -174,7 +181,7 @@ class Workers:
         if error not in self._own_socket_errors:
             self._own_socket_errors.add(error)
             self._report(
-                f"cannot open a socket for a slow peer: {os.strerror(error)}; "
+                f"cannot open a socket for a slow peer: {errno_reason(error)}; "
                 "slow peers can cost packets to other peers"
             )
 
@@ -189,19 +196,39 @@ class Workers:
 
         Called at most once a second.
         """
-        refused_n = sum(
-            packets for reason, _, packets in self._core.drops() if reason in KERNEL_ERRORS
-        )
-        if refused_n > self._refused_n:
-            self._report(
-                f"the kernel refused {refused_n - self._refused_n} packets; see `udptun drops`"
-            )
-        self._refused_n = refused_n
+        refused = {reason: packets for reason, _, packets in self._core.drops()
+                   if reason in KERNEL_ERRORS}
+        errors = self._core.send_errors()
+        for reason, packets in refused.items():
+            new = packets - self._refused.get(reason, 0)
+            if new > 0:
+                why = self._why_refused(errors) if reason == SEND_ERROR else ""
+                self._report(f"the kernel {KERNEL_ERRORS[reason]} {counted(new, 'packet')}{why}; "
+                             "see `udptun drops --last`")
+        self._refused, self._send_errors = refused, errors
+
+    def _why_refused(self, errors: Mapping[int, int]) -> str:
+        """Return the new errnos of sends, and some of the peers whose last error is one of them."""
+        new = [number for number, n in errors.items() if n > self._send_errors.get(number, 0)]
+        if not new:
+            return ""
+        since = time.monotonic_ns() - 2 * int(HOUSEKEEPING_SECONDS * 1e9)
+        peers = [
+            str(Endpoint(ipaddress.ip_address(peer.address), peer.port))
+            for peer in self._core.peers()
+            if (last := peer.last_error) and last.origin == "send" and last.time_ns > since
+            and last.errno in new]
+        to = f" to {', '.join(peers[:NAMED_N])}" + (
+            f" and {counted(len(peers) - NAMED_N, 'more peer')}" if len(peers) > NAMED_N else "")
+        return (to if peers else "") + f": {', '.join(map(errno_reason, new))}"
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def counters(self) -> list[_core.WorkerCounters]:
-        return [thread.worker.counters() for thread in self._threads]
+    def counters(self) -> list[dict[str, Any]]:
+        """Return the counters of each worker, with the CPU time of the workers in earlier
+        processes from which this one has taken over."""
+        return [{**thread.worker.counters(), "cpu_seconds": round(thread.total_cpu_seconds(), 6)}
+                for thread in self._threads]
 
     def status(self) -> list[dict[str, Any]]:
         """Return the counters of each worker, and the CPU time of its thread."""

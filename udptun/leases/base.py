@@ -183,8 +183,10 @@ class Skipped(dict[str, str]):
         answer of the store."""
         if not self._new_n or time.monotonic() < self._not_before:
             return
-        more = f"; so are {self._new_n - 1} more entries" if self._new_n > 1 else ""
-        log.warning("%s%s", self._first, more)
+        more = self._new_n - 1
+        be = "is" if more == 1 else "are"
+        also = f"; so {be} {more} more {'entry' if more == 1 else 'entries'}" if more else ""
+        log.warning("%s%s", self._first, also)
         self._new_n, self._first = 0, ""
         self._not_before = time.monotonic() + LOG_SECONDS
 
@@ -202,6 +204,7 @@ class SourceHealth:
     contested       if another machine writes our lease too: a sentence that names it; else ""
     lease_expires   time.time() at which our lease expires if it is not renewed; None: it does not
                     expire
+    lease_renewed   time.time() at which our lease was last acquired or renewed; None: never
     errors_n        number of failed requests to the store since the start
     relists_n       number of full listings that were needed because the watch could not continue
     skipped         entries of the store that cannot be used: {key: reason}
@@ -214,6 +217,7 @@ class SourceHealth:
     lease_error: str = ""
     contested: str = ""
     lease_expires: float | None = None
+    lease_renewed: float | None = None
     errors_n: int = 0
     relists_n: int = 0
     skipped: Skipped = field(default_factory=Skipped)

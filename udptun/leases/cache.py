@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from ..files import UntrustedFile, make_directory, read_own_file, replace_file
 from ..model import IPAddress
+from ..text import os_reason
 from ..wait import until_removed, wait_at_most
 from .base import Attributes, Lease, Subnets
 from .netconf import NetConfig
@@ -89,7 +90,7 @@ class LeaseCache:
             log.error("the cached leases cannot be read: %s", exc)
             return None
         except OSError as exc:
-            log.error("%s cannot be read: %s", self.path, exc.strerror)
+            log.error("%s cannot be read: %s", self.path, os_reason(exc))
             return None
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
             aside = self.path.with_name(self.path.name + ".bad")
@@ -136,7 +137,7 @@ class LeaseCache:
                 await asyncio.to_thread(self._write, known)
             except OSError as exc:
                 if not logged:
-                    log.error("the leases are not saved to %s: %s", self.path, exc.strerror)
+                    log.error("the leases are not saved to %s: %s", self.path, os_reason(exc))
                 if self._closing.is_set():
                     return
                 self._not_before, logged = clock() + RETRY_SECONDS, True

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..errors import DeviceError
 from ..model import IPAddress
+from ..text import os_reason
 from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
 from .vxlan_entries import EntrySocket
 
@@ -71,7 +72,8 @@ def kernel_path(address: IPAddress) -> KernelPath:
         with RouteSocket() as kernel:
             return _ask(kernel, address)
     except OSError as exc:
-        raise DeviceError(exc.errno, f"looking up the route to {address}: {exc.strerror}") from exc
+        raise DeviceError(
+            exc.errno, f"looking up the route to {address}: {os_reason(exc)}") from exc
 
 
 def _ask(kernel: RouteSocket, address: IPAddress) -> KernelPath:

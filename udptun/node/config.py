@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..control.listen import check_peers
 from ..errors import FieldError
 from ..instance import Instance
 from ..leases.base import SourceConfig
-from ..model import ACCELERATES, ADMITS, MAX_PORT, IPAddress, Mark
+from ..model import ACCELERATES, ADMITS, MAX_PORT, Endpoint, IPAddress, Mark
 from .backends import MODES
 from .process.launch import FORWARD_FILE
 
@@ -120,6 +121,9 @@ class NodeConfig:
     state_dir         the directory of files that must survive a restart: the cached leases and the
                       forwarder's table
     healthz_port      the port of the health server; 0: no health server
+    metrics           the address and port at which /metrics is served; None: not served there
+    metrics_peers     the number of peers with metrics of their own
+    log_format        the format of the logs, also of the forwarder's: "text" or "json"
     take_over         let the daemon of this instance that runs hand over the node
     cleanup           remove everything that a daemon with this configuration created, then exit
     """
@@ -148,6 +152,9 @@ class NodeConfig:
     state_dir: Path = _FROM_INSTANCE
     healthz_ip: IPAddress = LOOPBACK  # not flannel's 0.0.0.0: the answers name peers and errors
     healthz_port: int = 0
+    metrics: Endpoint | None = None
+    metrics_peers: int = 0
+    log_format: str = "text"
     take_over: bool = False
     cleanup: bool = False
 
@@ -168,6 +175,10 @@ class NodeConfig:
             raise FieldError("iptables-resync", self.iptables_resync, "at least 1 second")
         if not 0 <= self.healthz_port <= MAX_PORT:
             raise FieldError("healthz-port", self.healthz_port, f"from 0 (off) to {MAX_PORT}")
+        check_peers("metrics-peers", self.metrics_peers)
+        if self.metrics == Endpoint(self.healthz_ip, self.healthz_port or MAX_PORT + 1):
+            raise FieldError("metrics", str(self.metrics), "another address than that of the "
+                             "health checks, which serve the same metrics")
         for name, default in (
             ("subnet_file", self.instance.subnet_file), ("tun", self.instance.tun),
             ("control", self.instance.control_socket()), ("state_dir", self.instance.state_dir),

@@ -24,6 +24,7 @@ import signal
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
+from .._version import __version__
 from ..errors import DeviceError, FieldError, UdptunError
 from ..files import make_directory
 from ..instance import Instance
@@ -49,8 +50,10 @@ from .malloc import return_free_memory, use_one_arena
 from .paths.paths import Carriers, Paths
 from .peers import Peers
 from .process import handover
+from .status.checks import CheckEvents
 from .status.log import LogOnce
 from .status.report import NodeReport
+from .status.scrape import NodeScrape
 from .status.socket import NodeSocket
 from .store import Store
 
@@ -135,6 +138,8 @@ class Daemon:
         self.report = NodeReport(config.source.kind, source.health, files=_files(config))
         self._config = config
         self._netlink = netlink
+        self._changes = CheckEvents(self.report)
+        self._scrape = NodeScrape(self.report, config.control, config.metrics_peers)
         self._errors = LogOnce(log)
         self._store = Store(config, source, self.report, self._errors)
         self._backends = ActiveBackends(config, netlink, self.report)
@@ -210,9 +215,14 @@ class Daemon:
 
     async def _start(self, tasks: asyncio.TaskGroup) -> None:
         self._tasks = tasks
+        self.report.event("started", message=f"udptun {__version__}, process {os.getpid()}")
         self._store.load_own()
         if self._config.healthz_port:
             tasks.create_task(self._serve_health())
+        if self._config.metrics is not None:
+            from ..control.scrape import Scrape
+
+            tasks.create_task(Scrape(self._config.metrics, self._scrape.render).run())
         tasks.create_task(self._serve_status())
         tasks.create_task(self._notifier.feed(_alive))
         tasks.create_task(self._backends.run())
@@ -234,7 +244,8 @@ class Daemon:
         from .status.server import HealthServer  # not imported if there is no health server
 
         config = self._config
-        server = HealthServer(self.report, config.healthz_ip, config.healthz_port, config.control)
+        server = HealthServer(
+            self.report, config.healthz_ip, config.healthz_port, self._scrape.render)
         await server.start()
         try:
             await asyncio.Event().wait()
@@ -261,6 +272,7 @@ class Daemon:
         gc.freeze()
         return_free_memory()
         log.info("ready: %s", self.report.summary())
+        self.report.event("ready", message=self.report.summary())
         self._notifier.ready(self.report.summary())
 
     async def _keep_status(self) -> None:
@@ -270,6 +282,7 @@ class Daemon:
             self.report.firewall_error = self._host.firewall_error
             self.report.firewall_drops = self._host.firewall_drops
             self._check_conntrack()
+            self._changes.look()
             if not self.report.waiting and status != (status := self.report.summary()):
                 self._notifier.status(status)
             if lease_error != (lease_error := self._store.lease_error) and lease_error:

@@ -166,3 +166,4 @@ class HostCheck:
             self.repairs.begin("; ".join(repairs))
         for text in repairs:
             self.repairs.done(text)
+            self._report.event("repaired", message=text)

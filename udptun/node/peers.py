@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from ..errors import DeviceError
 from ..leases.base import Change, Lease, Snapshot
 from ..model import Endpoint, IPNetwork
+from ..text import counted
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends
 from .backends.plan import LocalNode, Plan
@@ -185,8 +186,8 @@ class Peers:
             await self._apply_all(self._plan.local, time.monotonic())
             self._report.leases_n, self._report.stale = len(self._leases), True
             self.known.set()
-        log.warning("no leases from the store yet: using %d leases from the cache",
-                    len(self._leases))
+        log.warning("no leases from the store yet: using %s from the cache",
+                    counted(len(self._leases), "lease"))
 
 
 def _names(local: LocalNode) -> list[str]:

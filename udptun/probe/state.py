@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ..text import errno_reason
 from . import message
 from .sizes import SMALL_SIZE, SizeSearch
 
@@ -351,7 +351,7 @@ class PathState:
         if self.state == REACHABLE:
             return "" if self.last_answer is not None else "data arrive; no probe was answered"
         if self.send_errno:
-            return f"the kernel does not send: {os.strerror(self.send_errno)}"
+            return f"the kernel does not send: {errno_reason(self.send_errno)}"
         if self.state == UNKNOWN:
             return "not probed yet" if not self._history_n else "no answer yet"
         text = f"{self._missed_n} probes in a row were not answered"

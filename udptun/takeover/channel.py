@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
+from ..text import os_reason
 from .message import (
     DESCRIPTORS_MAX,
     MESSAGE_MAX,
@@ -82,7 +83,7 @@ class Channel:
                 await self._event(asyncio.get_running_loop().add_writer,
                                   asyncio.get_running_loop().remove_writer)
             except OSError as error:
-                raise Ended(f"the connection is broken: {error.strerror}") from None
+                raise Ended(f"the connection is broken: {os_reason(error)}") from None
 
     async def receive(self, kind: type[M]) -> tuple[M, list[int]]:
         """Return the next message, which must be of this kind, and its descriptors.
@@ -119,7 +120,7 @@ class Channel:
                 await self._event(asyncio.get_running_loop().add_reader,
                                   asyncio.get_running_loop().remove_reader)
             except OSError as error:
-                raise Ended(f"the connection is broken: {error.strerror}") from None
+                raise Ended(f"the connection is broken: {os_reason(error)}") from None
         if not data:
             raise Ended("the other forwarder has ended, or has closed the connection")
         try:

@@ -8,9 +8,11 @@ processes of a host share. Does no input or output. Threading: pure functions.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from ..drops import DECAP, ENCAP
 from ..model import Peer, PeerError
 from .message import NUMBER_MAX, TakeOverError, from_json, has_type, read_object
 
@@ -68,6 +70,9 @@ class CountersDocument:
     probes   the paths that are probed, by endpoint
     probe_counts  numbers of probes
     events   the latest events
+    gone     by direction: packets and bytes of the peers that have left
+    send_errors  refused sends by the name of the errno
+    takeovers_n  number of take-overs so far
     """
 
     packets: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -78,6 +83,9 @@ class CountersDocument:
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     probe_counts: dict[str, int] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    gone: dict[str, dict[str, int]] = field(default_factory=dict)
+    send_errors: dict[str, int] = field(default_factory=dict)
+    takeovers_n: int = 0
 
 
 D = TypeVar("D", StateDocument, CountersDocument)
@@ -171,3 +179,27 @@ def packets_of(
         direction: {name: n for name, n in counts.items() if name in directions[direction]}
         for direction, counts in counted.packets.items() if direction in directions
     }
+
+
+def gone_of(counted: CountersDocument) -> dict[str, dict[str, int]]:
+    """Return packets and bytes of the peers that have left, by direction. An earlier version does
+    not send them. Raises TakeOverError."""
+    found = {direction: {"packets": 0, "bytes": 0} for direction in (ENCAP, DECAP)}
+    for direction, counts in found.items():
+        had = counted.gone.get(direction, {})
+        for name in counts:
+            counts[name] = _number(had, name)
+    return found
+
+
+def gone(
+    transferred: dict[str, dict[str, int]], peers: Iterable[Peer]
+) -> dict[str, dict[str, int]]:
+    """Return what remains of the sums of all peers without the present ones."""
+    found = {direction: dict(counts) for direction, counts in transferred.items()}
+    for peer in peers:
+        found[ENCAP]["packets"] -= peer.encap_packets
+        found[ENCAP]["bytes"] -= peer.encap_bytes
+        found[DECAP]["packets"] -= peer.decap_packets
+        found[DECAP]["bytes"] -= peer.decap_bytes
+    return found

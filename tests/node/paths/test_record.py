@@ -53,7 +53,7 @@ class Scene:
 
     @property
     def events(self):
-        return [event["type"] for event in self._report.events]
+        return [event["type"] for event in self._report.events.recent]
 
 
 @pytest.fixture

@@ -67,8 +67,8 @@ def test_the_socket_is_the_instances(served_node):
 def test_the_example_in_the_document_has_the_keys_of_a_real_answer(served_node):
     with ControlClient(str(served_node)) as client:
         found = client.node()
-    (block,) = [block for block in re.findall(r"```\n(.*?)```", PAGE.read_text(), re.DOTALL)
-                if '"path_since"' in block]
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if '"path_since"' in block]
     example = json.loads(block)
     assert [*example] == [*found]
     assert [*example["peers"][0]] == [*found["peers"][0]]

@@ -18,10 +18,10 @@ from tests.control.fakes import LoopThread, Served
 from tests.node.node_reports import ready, starting
 from tests.path.test_worker_pressure import no_more_descriptors
 from tests.wait import until
+from udptun.control import http as server_module
 from udptun.errors import DeviceError
 from udptun.leases.base import Subnets
 from udptun.model import parse_address
-from udptun.node.status import server as server_module
 from udptun.node.status.readiness import (
     CHANGE_SECONDS,
     CHECKS,
@@ -31,6 +31,7 @@ from udptun.node.status.readiness import (
     judge,
 )
 from udptun.node.status.report import FirewallDrop, NodeReport, PairReport
+from udptun.node.status.scrape import NodeScrape
 from udptun.node.status.server import HealthServer
 
 LOOPBACK = parse_address("address", "127.0.0.1")
@@ -309,7 +310,9 @@ def test_only_the_first_of_many_peers_are_listed() -> None:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[HealthServer]:
-    running = HealthServer(ready(), LOOPBACK, 0, tmp_path / "udptun.sock")
+    report = ready()
+    scrape = NodeScrape(report, tmp_path / "udptun.sock")
+    running = HealthServer(report, LOOPBACK, 0, scrape.render)
     await running.start()
     yield running
     await running.aclose()
@@ -400,14 +403,14 @@ async def test_other_requests(server: HealthServer, method: str, path: str, stat
 
 
 async def test_a_port_that_is_in_use(server: HealthServer) -> None:
-    second = HealthServer(ready(), LOOPBACK, server.port, Path("/none"))
+    second = HealthServer(ready(), LOOPBACK, server.port, server._render)
     with pytest.raises(DeviceError, match=f"127.0.0.1 port {server.port}: "):
         await second.start()
     await second.aclose()
 
 
-async def test_over_ipv6(tmp_path: Path) -> None:
-    running = HealthServer(ready(), parse_address("a", "::1"), 0, tmp_path / "s")
+async def test_over_ipv6(server: HealthServer) -> None:
+    running = HealthServer(ready(), parse_address("a", "::1"), 0, server._render)
     await running.start()
     try:
         reader, writer = await asyncio.open_connection("::1", running.port)
@@ -527,7 +530,7 @@ async def test_metrics_without_a_forwarder(server: HealthServer) -> None:
 async def test_a_hanging_forwarder_does_not_delay_a_scrape(
     server: HealthServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("udptun.node.status.server.FORWARDER_SECONDS", 0.1)
+    monkeypatch.setattr("udptun.node.status.scrape.FORWARDER_SECONDS", 0.1)
     with socket.socket(socket.AF_UNIX) as hanging:
         hanging.bind(str(tmp_path / "udptun.sock"))
         hanging.listen()  # the kernel accepts the connection; no process answers

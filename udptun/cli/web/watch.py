@@ -16,9 +16,9 @@ from typing import Any
 from ...control.client import ControlClient
 from ...control.protocol import NODE_SOCKET
 from ...errors import NoForwarder, UdptunError
+from ..events import event_text
 from ..node_status import event_text as node_event_text
 from ..samples import Change, Sample, take
-from ..show import event_text
 
 ASK_SECONDS = 5.0  # the longest time to wait for an answer
 FRESH_SECONDS = 1.0

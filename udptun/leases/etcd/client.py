@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import grpc  # type: ignore[import-untyped]
 
+from ...text import os_reason
 from ..base import StoreDown, StoreRefused
 from . import messages
 from .config import EtcdConfig
@@ -124,7 +125,7 @@ class Client:
             try:
                 return Path(path).read_bytes() if path else None
             except OSError as error:
-                raise StoreRefused(f"cannot read --{option} {path}: {error.strerror}") from None
+                raise StoreRefused(f"cannot read --{option} {path}: {os_reason(error)}") from None
 
         config = self._config
         return grpc.ssl_channel_credentials(

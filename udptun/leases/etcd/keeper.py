@@ -371,7 +371,7 @@ class LeaseKeeper:
     ) -> None:
         self._held = _Held(lease, create_revision, mod_revision, lease_id, expires)
         health = self._health
-        health.lease, health.lease_error = "held", ""
+        health.lease, health.lease_error, health.lease_renewed = "held", "", time.time()
         left = None if expires is None else expires - time.monotonic()
         health.lease_expires = None if left is None else time.time() + left
 

@@ -21,7 +21,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ...errors import FieldError
-from ...text import printable
+from ...text import counted, printable
 from ..backoff import Backoff
 from ..base import (
     MAX_NAME,
@@ -190,8 +190,9 @@ class LeaseWatcher:
         if known and (
             listing.cluster_id != self._cluster_id or listing.revision < self._highest
         ) and (missing := known.keys() - listed.keys()):
-            log.warning("etcd has lost %d leases: they stay active for %g s or until their nodes "
-                        "are back", len(missing), self._lost_ttl)
+            log.warning("etcd has lost %s, for example %s: active for %g s more, or until the "
+                        "nodes are back", counted(len(missing), "lease"), min(missing),
+                        self._lost_ttl)
             for key in missing:
                 self._lost.setdefault(key, now + self._lost_ttl)
         self._cluster_id, self._highest = listing.cluster_id, listing.revision

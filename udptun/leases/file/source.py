@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ...errors import FieldError
 from ...model import IPAddress
+from ...text import os_reason
 from ...wait import wait_at_most
 from ..advert import read as read_advert
 from ..base import (
@@ -170,7 +171,7 @@ class FileSource(LeaseSource):
             except OSError as exc:
                 self._signature = None
                 what = "does not exist" if exc.errno == errno.ENOENT else \
-                    f"cannot be read: {exc.strerror}"
+                    f"cannot be read: {os_reason(exc)}"
                 self._fail(StoreDown(
                     f"{self._path} {what}; the daemon tries again every {self._poll_s:g} s"))
 
@@ -238,7 +239,7 @@ class FileSource(LeaseSource):
         if any(lease.key == self._own_key for lease in hosts.leases):
             if health.lease == "lost":
                 log.info("%s has the node %s again", self._path, self._own_key)
-            health.lease, health.lease_error = "held", ""
+            health.lease, health.lease_error, health.lease_renewed = "held", "", time.time()
         elif health.lease != "lost":
             health.lease = "lost"
             health.lease_error = f"{self._path} has no node {self._own_key} any more"

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from ...text import printable
+from ...text import os_reason, printable
 from ..base import StoreRefused
 from .kubeconfig import Plugin
 
@@ -65,7 +65,7 @@ async def run(plugin: Plugin) -> Issued:
             limit=_MAX_OUTPUT)
     except OSError as e:
         hint = f" ({plugin.install_hint})" if plugin.install_hint else ""
-        raise StoreRefused(f"the credential plugin {name} does not start: {e.strerror}{hint}") \
+        raise StoreRefused(f"the credential plugin {name} does not start: {os_reason(e)}{hint}") \
             from None
     try:
         async with asyncio.timeout(SECONDS):

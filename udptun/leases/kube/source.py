@@ -107,6 +107,7 @@ class KubeSource(LeaseSource):
         await self._publish(node, published)
         self._attributes = attributes
         self.health.lease, self.health.lease_error = "held", ""
+        self.health.lease_renewed = time.time()
         name = node.metadata.name
         return Lease(key=name, subnets=subnets, attributes=published, name=name)
 
@@ -233,6 +234,7 @@ class KubeSource(LeaseSource):
                 await self._api.patch_status(lease.key, network_up_patch())
             announced = uid
         self.health.lease, self.health.lease_error = "held", ""
+        self.health.lease_renewed = time.time()
         return announced
 
     def _may_publish(self, node: Node, lease: Lease, published: Attributes) -> bool:

@@ -18,10 +18,12 @@ from ...errors import DeviceError, FieldError, UdptunError
 from ...leases.base import Attributes, Lease, Subnets
 from ...leases.netconf import NetConfig
 from ...model import MIN_MTU6, Endpoint, IPNetwork
+from ...net.counters import device_counts
 from ...net.netlink import Netlink
+from ...text import counted
 from ..config import NodeConfig
 from ..host.interface import OuterFlow, Underlay
-from ..status.report import NodeReport
+from ..status.report import DeviceCount, NodeReport
 from . import AUTO, BACKENDS, MODES
 from .base import Backend, LeaseData, Reach, Site
 from .plan import Delta, LocalNode, Plan
@@ -87,6 +89,8 @@ class ActiveBackends:
         for backend in self._all.values():
             backend.on_refused = self._record_refused
         self._applied = False  # a whole plan was applied since our start
+        self._network: NetConfig | None = None  # of the last ``prepare``
+        report.count_devices = self._count_devices
         report.route_changes_n = dict.fromkeys(BACKENDS, 0)
         report.peers.carried_n = dict.fromkeys(BACKENDS, 0)
 
@@ -101,6 +105,17 @@ class ActiveBackends:
         """Return the names of the network devices that should exist."""
         return frozenset(
             name for backend in self._active for name in backend.active_devices(network))
+
+    async def _count_devices(self) -> list[DeviceCount]:
+        """Ask the kernel. Raises OSError."""
+        if self._network is None:
+            return []
+        paths = {name: backend.name for backend in self._active
+                 for name in backend.active_devices(self._network)}
+        counts = await asyncio.to_thread(device_counts, paths)
+        return [DeviceCount(paths[name], name, direction, *of_direction)
+                for name, of_device in counts.items()
+                for direction, of_direction in of_device._asdict().items()]
 
     # -- our own side -----------------------------------------------------------------------------
 
@@ -134,7 +149,7 @@ class ActiveBackends:
         for name, why in unavailable.items():
             if self._report.unavailable.get(BACKENDS[name]) != why:
                 log.warning("no %s on this node: %s", BACKENDS[name], why)
-        self._active = tuple(active)
+        self._active, self._network = tuple(active), configured.network
         self._report.backend, self._report.mtu = mode, mtu
         self._report.unavailable = {BACKENDS[name]: why for name, why in unavailable.items()}
         attributes = combine(site.underlay, [backend.lease_data(mtu) for backend in active])
@@ -369,4 +384,5 @@ def _log_new(before: Mapping[str, str], now: Mapping[str, str], report: NodeRepo
         log.warning("no path to %s: %s", key, why)
         report.event("no_path", peer=key, reason=why)
     if len(new) > MAX_LOGGED:
-        log.warning("no path to %d more peers: see /readyz?verbose", len(new) - MAX_LOGGED)
+        log.warning("no path to %s: see `udptun status --state 'no path'`",
+                    counted(len(new) - MAX_LOGGED, "more peer"))

@@ -86,7 +86,7 @@ class UdpBackend(Backend[Route]):
         self._keeper = ForwarderKeeper(
             config.control, config.forward_file, config.state_dir / LOG_FILE,
             config.instance if config.forwarder == "spawn" else None, report, self.name,
-            self._looping, self._refused_changed, config.forwarder_standby,
+            self._looping, self._refused_changed, config.forwarder_standby, config.log_format,
         )
         self._site: Site | None = None  # of the last ``prepare``
 

@@ -35,6 +35,7 @@ from ...net.vxlan import (
 from ...probe.message import VXLAN_PATH
 from ..config import NodeConfig
 from ..host.interface import OuterFlow
+from ..status.report import NodeReport
 from .base import Attempt, Backend, InstanceConflict, LeaseData, PeerNode, ProbeDevice, Reach, Site
 
 log = logging.getLogger(__name__)
@@ -78,9 +79,10 @@ class VxlanBackend(Backend[VxlanPeer]):
     name = "vxlan"
     needs_node_data = True  # each lease contains the MAC address of the node's device
 
-    def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
+    def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
         self._instance = config.instance
         self._leaves_to_flannel = config.leaves_to_flannel
+        self._report = report
         self._vxlan = Vxlan(netlink)
         self._site: Site | None = None  # of the last ``prepare``
         self._configs: dict[int, VxlanConfig] = {}  # by IP version, like ``_devices``
@@ -275,7 +277,8 @@ class VxlanBackend(Backend[VxlanPeer]):
         for failure in failures:
             why = str(failure.error)
             if self._refused.get(failure.peer.subnet) != why:
-                log.warning("%s cannot be reached by VXLAN: %s", failure.peer.subnet, why)
+                log.warning("%s cannot be reached by VXLAN: %s",
+                            self._report.name_of(failure.peer.subnet), why)
             self._refused[failure.peer.subnet] = why
 
     # -- measuring --------------------------------------------------------------------------------
@@ -341,5 +344,5 @@ def _former_mac(former: Attributes | None, version: int) -> str | None:
     return mac if isinstance(mac, str) else None
 
 
-def create(config: NodeConfig, netlink: Netlink, report: object) -> VxlanBackend:
-    return VxlanBackend(config, netlink)
+def create(config: NodeConfig, netlink: Netlink, report: NodeReport) -> VxlanBackend:
+    return VxlanBackend(config, netlink, report)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from ...text import os_reason
+
 ROOT = Path("/proc/sys/net")
 FORWARD4, FORWARD6 = "ipv4/ip_forward", "ipv6/conf/all/forwarding"
 
@@ -38,7 +40,7 @@ def keep_forwarding(
                 (ROOT / name).write_text("1")
                 repairs.append(f"{_sysctl(name)} is repaired: it was 0")
             except OSError as exc:
-                off.append(f"{_sysctl(name)} is 0: {effect} (setting it: {exc.strerror})")
+                off.append(f"{_sysctl(name)} is 0: {effect} (setting it: {os_reason(exc)})")
     if 6 in versions and _value(FORWARD6) == "0":
         off.append(f"{_sysctl(FORWARD6)} is 0: pods on this host reach no other node over IPv6")
     return repairs, off

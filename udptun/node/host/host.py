@@ -15,6 +15,7 @@ from ...errors import FieldError
 from ...leases.base import Lease
 from ...leases.netconf import NetConfig
 from ...model import Endpoint, IPNetwork
+from ...text import os_reason
 from ..config import NodeConfig
 from ..status.report import FirewallDrop, NodeReport
 from .firewall.guard import GuardRules
@@ -135,7 +136,7 @@ class Host:
                 log.info("wrote %s: %s, MTU %d", path, subnets, env.mtu)
             self._report.subnet_env_error = ""
         except OSError as exc:
-            why = f"{path} cannot be written: {exc.strerror}"
+            why = f"{path} cannot be written: {os_reason(exc)}"
             if why != self._report.subnet_env_error:
                 log.error("%s", why)
             self._report.subnet_env_error = why

@@ -95,6 +95,14 @@ class ForwarderView:
         found = self._probes.get(endpoint or "")
         return {} if found is None else found.to_json()
 
+    def figures(self, endpoint: str | None) -> tuple[float | None, float | None]:
+        """Return the round trip of this peer in seconds, and its loss; None: not known."""
+        found = self._probes.get(endpoint or "")
+        if found is None:
+            return None, None
+        _, _, loss, rtt, *_ = NUMBERS.unpack(found.numbers)
+        return None if rtt < 0 else rtt / 1e6, None if math.isnan(loss) else loss
+
     def error(self, endpoint: str, since: float) -> str:
         """Return the last error of a peer that the forwarder does not measure; "" if there was none
         since this time of the monotonic clock."""

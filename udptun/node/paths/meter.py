@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from ...model import IPNetwork
 from ...probe.prober import Prober, Request
 from ...probe.state import PathState
+from ...text import os_reason
 
 RECEIVE_LEN = 65536  # the largest message
 BATCH_SECONDS = 0.05  # between two sends: probes, and so their answers, come in small batches
@@ -98,7 +99,7 @@ class Meter(ABC):
             try:
                 opened = self._open()
             except OSError as exc:
-                self.error = f"{self._opening()}: {exc.strerror}"
+                self.error = f"{self._opening()}: {os_reason(exc)}"
                 self._errno = exc.errno or self._errno
                 self._set_able(exc.errno in _GONE)
             else:
@@ -192,7 +193,7 @@ class Meter(ABC):
 
     def _break(self, exc: OSError) -> None:
         self.close()
-        self.error, self._errno = str(exc.strerror), exc.errno or self._errno
+        self.error, self._errno = os_reason(exc), exc.errno or self._errno
 
     def _receive(self, opened: socket.socket) -> None:
         for _ in range(RECEIVE_N):

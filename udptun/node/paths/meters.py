@@ -216,6 +216,16 @@ class Meters:
         probe = {} if self._forwarder is None else self._forwarder.probe(endpoint)
         return {"endpoint": endpoint, **probe}
 
+    def figures(self, pair: Pair, at: int) -> tuple[float | None, float | None]:
+        """Return the round trip of one path in seconds, and its loss; None: not measured."""
+        meter, endpoint = pair.meters[at], pair.endpoints[at]
+        if meter is None:
+            return (None, None) if self._forwarder is None else self._forwarder.figures(endpoint)
+        if meter.follows_route and at != pair.choice.at:
+            return None, None  # it measures the other path
+        state = meter.state(pair.subnet)
+        return (None, None) if state is None else (state.rtt, state.loss)
+
     async def ask(self, endpoint: str, size: int) -> Health | None:
         """Let the forwarder probe its path now. Return what passes; None: it cannot say."""
         assert self._forwarder is not None

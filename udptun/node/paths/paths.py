@@ -25,11 +25,12 @@ from typing import Any
 
 from ...errors import DeviceError
 from ...model import IPNetwork
+from ...text import counted
 from ...wait import wait_at_most
 from ..backends.active import ActiveBackends
 from ..backends.base import Backend
 from ..backends.plan import Plan, SubnetPaths
-from ..status.report import NodeReport, PairReport
+from ..status.report import NodeReport, PairReport, PathMeasurement
 from .choice import Choice, Health, Measured, decide, next_decision_time
 from .meters import SEND_AGES_PEERS, TICK_SECONDS, Meters
 from .pair import STATES, Pair
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0  # after a choice could not be applied
 ASKS_N = 20  # pairs that wait for the forwarder at a time; others use its last measurement
+LOGGED_N = 5  # subnets that one log line names
+SLICE_N = 500  # pairs that are read at a time for the metrics
 HAIRPIN = "; both nodes have one public address, so their NAT has to send packets back (hairpin)"
 
 FORMER = "chosen before the start of this daemon"  # why a path is not the preferred one
@@ -69,6 +72,7 @@ class Paths:
         self._asks: set[asyncio.Task[None]] = set()
         report.describe_paths = self._describe
         report.freshen_paths = self._meters.freshen
+        report.measurements = self._measurements
 
     # -- the plan ---------------------------------------------------------------------------------
 
@@ -186,6 +190,20 @@ class Paths:
             for at, backend in enumerate(self._backends)
             if (measured := pair.measured[at]) is not None}
 
+    async def _measurements(self) -> list[PathMeasurement]:
+        """Return what was measured of each path, for the metrics."""
+        found = []
+        for n, pair in enumerate([*self._pairs.values()], 1):
+            for at, (backend, measured) in enumerate(
+                    zip(self._backends, pair.measured, strict=False)):
+                if measured is not None:
+                    found.append(PathMeasurement(
+                        pair.report.key, pair.subnet, backend.name, STATES[measured.health],
+                        *self._meters.figures(pair, at)))
+            if n % SLICE_N == 0:
+                await asyncio.sleep(0)
+        return found
+
     # -- asking the forwarder ---------------------------------------------------------------------
 
     def _ask(self, pair: Pair) -> bool:
@@ -257,7 +275,9 @@ class Paths:
         try:
             await self._carry(wanted)
         except DeviceError as exc:
-            log.error("changing the path to %d subnets: %s", len(wanted), exc)
+            log.error("changing the path to %s (%s): %s; trying again",
+                      counted(len(wanted), "subnet"),
+                      ", ".join(map(str, [*wanted][:LOGGED_N])), exc)
             self._wanted = wanted | self._wanted
             await asyncio.sleep(RETRY_SECONDS)
             self._wake.set()

@@ -11,6 +11,7 @@ import logging
 import time
 
 from ...model import IPNetwork
+from ...text import counted
 from ..backends import BACKENDS
 from ..status.report import NodeReport
 from .choice import Health, Measured
@@ -84,7 +85,8 @@ class Recorder:
         for level, line in lines[:MAX_LOGGED]:
             log.log(level, "%s", line)
         if len(lines) > MAX_LOGGED:
-            log.warning("%d more changes of paths: see `udptun status`", len(lines) - MAX_LOGGED)
+            log.warning("%s of paths: see `udptun events`",
+                        counted(len(lines) - MAX_LOGGED, "more change"))
 
     def _log_state(self, pair: Pair) -> None:
         report = pair.report

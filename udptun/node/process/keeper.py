@@ -26,6 +26,7 @@ from ...errors import ControlError, DeviceError, FieldError, NoForwarder
 from ...instance import Instance
 from ...model import IPNetwork, Route, RouteDiff
 from ...takeover.channel import close_all
+from ...text import counted
 from ..status.report import NodeReport
 from .copies import Copies
 from .launch import ForwarderSpec, how_ended, spawn
@@ -59,14 +60,16 @@ class ForwarderKeeper:
               Raises DeviceError
     on_refused  called when ``refused`` has changed
     standby   keep a standby process for the case that the forwarder dies
+    log_format  of the forwarders that we start
     """
 
     def __init__(
         self, control: Path, forward_file: Path, log_file: Path, spawn_as: Instance | None,
         report: NodeReport, backend: str,
         looping: Callable[[Collection[bytes]], Awaitable[Collection[bytes]]],
-        on_refused: Callable[[], None], standby: bool = False,
+        on_refused: Callable[[], None], standby: bool = False, log_format: str = "text",
     ) -> None:
+        self._log_format = log_format
         self._control, self._forward_file, self._log_file = control, forward_file, log_file
         self._spawn_as = spawn_as
         self._report = report
@@ -286,7 +289,8 @@ class ForwarderKeeper:
             kept = self._copies.take()
             try:
                 self._child = self._standby_goes(kept) or \
-                    spawn(self._forward_file, self._log_file, instance, kept)
+                    spawn(self._forward_file, self._log_file, instance, kept,
+                          log_format=self._log_format)
             finally:
                 close_all(kept)
         except OSError as exc:
@@ -308,7 +312,8 @@ class ForwarderKeeper:
             return
         log.info("%s: a new forwarder takes over", what)
         try:
-            self._child = spawn(self._forward_file, self._log_file, instance, take_over=True)
+            self._child = spawn(self._forward_file, self._log_file, instance, take_over=True,
+                                log_format=self._log_format)
         except OSError as exc:
             log.error("no forwarder can be started: %s", exc)
             return
@@ -323,7 +328,8 @@ class ForwarderKeeper:
             return
         assert self._spawn_as is not None
         try:
-            self._standby = Standby.start(self._forward_file, self._log_file, self._spawn_as)
+            self._standby = Standby.start(
+                self._forward_file, self._log_file, self._spawn_as, self._log_format)
         except OSError as exc:
             log.warning("no standby process for the forwarder can be started: %s", exc)
 
@@ -417,10 +423,11 @@ class ForwarderKeeper:
         new = [(subnet, route) for subnet, route in self._refused.items()
                if before.get(subnet) != route]
         for subnet, route in new[:MAX_LOGGED]:
-            log.warning("%s cannot be reached by UDP: %s", subnet, _why(route))
+            log.warning("%s cannot be reached by UDP: %s", self._report.name_of(subnet),
+                        _why(route))
         if len(new) > MAX_LOGGED:
-            log.warning("and %d more subnets cannot be reached, for the same reason",
-                        len(new) - MAX_LOGGED)
+            log.warning("%s cannot be reached by UDP either, for the same reason: see "
+                        "`udptun status`", counted(len(new) - MAX_LOGGED, "more subnet"))
         if before != self._refused:
             self._on_refused()
 

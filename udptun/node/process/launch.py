@@ -23,6 +23,7 @@ from ...files import make_directory, open_log, read_own_file, replace_file
 from ...instance import Instance
 from ...model import ACCELERATES, ADMITS
 from ...takeover.kept import variable
+from ...text import cut
 
 if TYPE_CHECKING:
     import subprocess
@@ -35,7 +36,8 @@ FORWARD_FILE_MODE = 0o640  # the group may read it, for a forwarder of another u
 LOG_FILE = "forwarder.log"  # in the state directory
 READY_SECONDS = 15.0
 POLL_SECONDS = 0.02
-LOG_TAIL = 400  # bytes at the end of a forwarder's log that the error quotes if the start failed
+LOG_TAIL = 400  # characters at the end of a forwarder's log that the error quotes
+READ_TAIL = 16384  # bytes of the log that are looked at for that
 
 # A service manager sets these variables for the process that it starts. They must not reach the
 # forwarder.
@@ -139,13 +141,14 @@ class NotStarted(UdptunError):
 
 def spawn(
     forward_file: Path, log: Path, instance: Instance, kept: Mapping[str, int] | None = None,
-    take_over: bool = False, standby: int | None = None,
+    take_over: bool = False, standby: int | None = None, log_format: str = "text",
 ) -> subprocess.Popen[bytes]:
     """Start ``udptun forward`` with the options in the file, in its own session and process group.
 
     kept       descriptors of a forwarder that has died, by name, for the new one
     take_over  take over from the forwarder that runs
     standby    a descriptor; the process waits at it until it is needed (``standby``)
+    log_format the format of the log: "text" or "json"
 
     Otherwise, the process inherits no terminal and no file descriptor. So a program that runs this
     command and reads its output until the pipe is closed (flanneld does) does not wait for the
@@ -161,7 +164,7 @@ def spawn(
     if standby is not None:
         argv += ["--standby", str(standby)]  # before --wait-for: the file can still change
         fds.append(standby)
-    argv += ["--wait-for", str(forward_file), "--log-file", str(log)]
+    argv += ["--wait-for", str(forward_file), "--log-file", str(log), "--log-format", log_format]
     if take_over:
         argv.append("--take-over")
     with os.fdopen(open_log(log), "ab") as out:
@@ -208,9 +211,26 @@ def how_ended(code: int, log: Path) -> str:
 
 
 def log_tail(log: Path) -> str:
-    """Return the end of a forwarder's log as one line. Return "" if the log cannot be read."""
+    """Return the end of a forwarder's log as one line: the last lines that are at most LOG_TAIL
+    bytes together. Return "" if the log cannot be read."""
     try:
-        text = read_own_file(log)[-LOG_TAIL:]
+        text = read_own_file(log)
     except OSError:
         return ""
-    return " ".join(text.decode(errors="replace").split())
+    lines: list[str] = []
+    for line in reversed(text[-READ_TAIL:].decode(errors="replace").splitlines()):
+        lines.insert(0, _message_of(line))
+        if sum(map(len, lines)) > LOG_TAIL:
+            break
+    words = " ".join(" ".join(lines[1:] if len(lines) > 1 and sum(map(len, lines)) > LOG_TAIL
+                              else lines).split())
+    return cut(words, LOG_TAIL)
+
+
+def _message_of(line: str) -> str:
+    """Return the message of a line in JSON, or the line itself."""
+    try:
+        entry = json.loads(line)
+        return str(entry["message"])
+    except (ValueError, KeyError, TypeError):
+        return line

@@ -28,12 +28,15 @@ class Standby:
         self._socket = ours
 
     @classmethod
-    def start(cls, forward_file: Path, log: Path, instance: Instance) -> Self:
+    def start(
+        cls, forward_file: Path, log: Path, instance: Instance, log_format: str = "text"
+    ) -> Self:
         """Raises OSError. The arguments are those of ``launch.spawn``."""
         ours, theirs = waiting_pair()
         try:
             with theirs:
-                return cls(spawn(forward_file, log, instance, standby=theirs.fileno()), ours)
+                return cls(spawn(forward_file, log, instance, standby=theirs.fileno(),
+                                 log_format=log_format), ours)
         except BaseException:
             ours.close()
             raise

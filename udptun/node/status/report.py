@@ -8,18 +8,18 @@ loop, so values that are read without an await in between are consistent. No I/O
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from ...control.events import EventHub
 from ...leases.base import Lease, SourceHealth
 from ...model import IPNetwork
+from ...text import counted
 from ..backends import BACKENDS
 from ..host.interface import Underlay
 
-EVENTS_N = 100
 STATES = ("reachable", "limited", "unreachable", "unknown")  # values of ``PairReport.state``
 
 
@@ -126,6 +126,42 @@ class PairReport:
     returns: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceCount:
+    """What the kernel has counted for one device of a backend, in one direction. The kernel counts
+    a super-packet as one packet.
+
+    direction  "encap": to other nodes; "decap": from them
+    """
+
+    path: str
+    device: str
+    direction: str
+    packets: int
+    bytes: int
+    errors: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class PathMeasurement:
+    """What was measured of one path to one subnet of a peer.
+
+    key         the key of the peer's lease
+    path        the backend
+    state       one of STATES
+    round_trip  in seconds; None: not measured
+    loss        share of the last 32 probes without an answer; None: not measured
+    """
+
+    key: str
+    subnet: IPNetwork
+    path: str
+    state: str
+    round_trip: float | None
+    loss: float | None
+
+
 @dataclass(slots=True)
 class HostReport:
     """What the kernel has, compared with what this node needs. Each key is a sentence, its value is
@@ -158,6 +194,10 @@ async def _nothing() -> None:
     return
 
 
+async def _none() -> list[Any]:
+    return []
+
+
 @dataclass(slots=True)
 class NodeReport:
     """The report of one daemon. Reasons and errors are sentences; "" means that there is none.
@@ -188,9 +228,11 @@ class NodeReport:
     pairs             by subnet: what was measured
     measure_errors    the reasons why some peers cannot be measured
     path_changes_n    by backend: how often a subnet was moved to it
-    events            the most recent events, as JSON objects
+    events            the events of this daemon
     describe_paths    returns the state of each path to a subnet, by backend, as JSON
     freshen_paths     reads what is described again if it is old
+    measurements      returns what was measured of each path
+    count_devices     reads the counters of the backends' devices. Raises OSError
     route_changes_n   by backend: how many routes were added, changed or removed since our start
     applied           time.monotonic() when paths were applied last; None: never
     lag               seconds from the arrival of the last update until its paths were active
@@ -222,9 +264,11 @@ class NodeReport:
     pairs: dict[IPNetwork, PairReport] = field(default_factory=dict)
     measure_errors: tuple[str, ...] = ()
     path_changes_n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BACKENDS, 0))
-    events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=EVENTS_N))
+    events: EventHub = field(default_factory=EventHub)
     describe_paths: Callable[[IPNetwork], Mapping[str, Any]] = lambda _: {}
     freshen_paths: Callable[[], Awaitable[None]] = _nothing
+    measurements: Callable[[], Awaitable[list[PathMeasurement]]] = _none
+    count_devices: Callable[[], Awaitable[list[DeviceCount]]] = _none
     route_changes_n: dict[str, int] = field(default_factory=dict)
     applied: float | None = None
     lag: float = 0.0
@@ -247,7 +291,14 @@ class NodeReport:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event of the type ``kind`` with the present time."""
-        self.events.append({"time": iso_time(time.time()), "type": kind, **fields})
+        self.events.emit(kind, **fields)
+
+    def name_of(self, subnet: IPNetwork) -> str:
+        """Return the subnet, with the key of its peer's lease if that is another text."""
+        pair = self.pairs.get(subnet)
+        if pair is None or pair.key in (str(subnet), str(subnet).replace("/", "-")):
+            return str(subnet)
+        return f"{pair.key} ({subnet})"
 
     def in_state(self, state: str) -> list[PairReport]:
         return [pair for pair in self.pairs.values() if pair.state == state]
@@ -256,7 +307,7 @@ class NodeReport:
         """Return one line for the log and for ``systemctl status``."""
         subnets = self.lease.subnets if self.lease is not None else "no lease"
         stale = "; from the cache, because the store is down" if self.stale else ""
-        return f"{subnets}, {self.leases_n} leases, peers: {self.peers.by_path()}{stale}"
+        return f"{subnets}, {counted(self.leases_n, 'lease')}, peers: {self.peers.by_path()}{stale}"
 
 
 def iso_time(seconds: float) -> str:

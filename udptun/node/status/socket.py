@@ -1,9 +1,10 @@
 """The daemon's socket /run/NAME/node.sock: HTTP requests for the whole state of the node, and for
 its hand-over to another daemon.
 
-Owns the path ``/v1/node`` and its JSON (docs/node.md). ``udptun status`` reads it. Does not depend
-on how the state is measured: it formats the report. Runs on the daemon's loop; a long list of peers
-is formatted in slices, so that other work is not delayed.
+Owns the path ``/v1/node`` and its JSON (docs/node.md), which ``udptun status`` reads, and the path
+``/v1/events``, which ``udptun events`` reads. Does not depend on how
+the state is measured: it formats the report. Runs on the daemon's loop; a long list of peers is
+formatted in slices, so that other work is not delayed.
 """
 
 from __future__ import annotations
@@ -14,18 +15,29 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
 from ...connections import Connections
-from ...control.protocol import HAND_OVER, NODE, NODE_SOCKET, NODE_WITHOUT_PEERS
+from ...control.events import Event
+from ...control.protocol import (
+    EVENTS,
+    HAND_OVER,
+    JSON_TYPE,
+    NDJSON_TYPE,
+    NODE,
+    NODE_SOCKET,
+    NODE_WITHOUT_PEERS,
+    dump,
+)
 from ...control.sockets import UnixListener, listen_unix, peer_ids
 from ...errors import DeviceError
 from ...wait import FILE_CHECK_SECONDS, until_removed
 from .readiness import State, is_ready, judge
-from .report import NodeReport, PairReport, iso_time
+from .report import DeviceCount, NodeReport, PairReport, iso_time
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +48,10 @@ HEAD_LEN = 8192
 PEERS_SLICE = 100  # peers that are formatted at a time
 
 
-async def node_json(report: NodeReport, with_peers: bool = True) -> AsyncIterator[bytes]:
-    """Yield the JSON text of the report."""
+async def node_json(
+    report: NodeReport, with_peers: bool = True, devices: Sequence[DeviceCount] = ()
+) -> AsyncIterator[bytes]:
+    """Yield the JSON text of the report, with the counters of the devices."""
     checks = judge(report)
     lease, underlay = report.lease, report.underlay
     head = {
@@ -61,7 +75,8 @@ async def node_json(report: NodeReport, with_peers: bool = True) -> AsyncIterato
             for check in checks],
         "no_path": dict(report.peers.unreachable),
         "refused": dict(report.peers.refused),
-        "events": list(report.events),
+        "events": list(report.events.recent),
+        "devices": [asdict(count) for count in devices],
     }
     yield json.dumps(head)[:-1].encode() + b', "peers": ['
     for at, pair in enumerate([*report.pairs.values()] if with_peers else ()):
@@ -164,18 +179,55 @@ class NodeSocket:
             head = await reader.readuntil(b"\r\n\r\n")
         self._open.request_begins(writer)
         method, target, *_ = [*head.split(b"\r\n", 1)[0].split(b" "), b"", b""]
+        path, _, query = target.partition(b"?")
+        if (method, path) == (b"GET", EVENTS.encode()):
+            await self._serve_events(reader, writer, follow=query != b"follow=0")
+            return
         async with asyncio.timeout(ANSWER_SECONDS):
             if (method, target) == (b"POST", HAND_OVER.encode()) and self._hand_over is not None:
                 await self._give(writer, self._hand_over)
                 return
             if method != b"GET" or target.decode("latin-1") not in (NODE, NODE_WITHOUT_PEERS):
-                await _answer(writer, "404 Not Found", _error(f"not found: there is GET {NODE}"))
+                await _answer(writer, "404 Not Found", _error(
+                    f"not found: there are GET {NODE} and GET {EVENTS}"))
                 return
             with_peers = target == NODE.encode()
+            devices: list[DeviceCount] = []
             if with_peers:
                 await self._report.freshen_paths()
-            body = b"".join([piece async for piece in node_json(self._report, with_peers)])
+                devices = await self._count_devices()
+            body = b"".join([
+                piece async for piece in node_json(self._report, with_peers, devices)])
             await _answer(writer, "200 OK", body)
+
+    async def _count_devices(self) -> list[DeviceCount]:
+        try:
+            return await self._report.count_devices()
+        except OSError as exc:
+            log.debug("the devices' counters are left out: %s", exc)
+            return []
+
+    async def _serve_events(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, follow: bool
+    ) -> None:
+        """Send the recent events, or with ``follow`` the new ones until the client disconnects."""
+        events = self._report.events
+        writer.write(_head("200 OK", NDJSON_TYPE, "Transfer-Encoding: chunked"))
+        hello: Event = {"type": "hello"}
+        if not follow:
+            await _send(writer, [hello, *events.recent])
+        else:
+            with events.subscribe() as new:
+                await _send(writer, [hello])  # from here on, no event is missed
+                gone = asyncio.ensure_future(reader.read(1))
+                gone.add_done_callback(lambda _: new.end())
+                try:
+                    while taken := await new.take():
+                        await _send(writer, taken)
+                finally:
+                    gone.cancel()
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
 
     async def _give(
         self, writer: asyncio.StreamWriter, hand_over: Callable[[], None]
@@ -197,8 +249,20 @@ def _error(message: str, code: str = "not_found") -> bytes:
     return json.dumps({"error": {"code": code, "message": message}}).encode() + b"\n"
 
 
+async def _send(writer: asyncio.StreamWriter, events: Iterable[Event]) -> None:
+    """Send a chunk with a line for each event."""
+    text = b"".join(map(dump, events))
+    writer.write(b"%x\r\n%s\r\n" % (len(text), text))
+    async with asyncio.timeout(ANSWER_SECONDS):
+        await writer.drain()
+
+
+def _head(status: str, content_type: str, *more: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Type: {content_type}", *more]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 async def _answer(writer: asyncio.StreamWriter, status: str, body: bytes) -> None:
-    head = (f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")
-    writer.write(head.encode() + body)
+    head = _head(status, JSON_TYPE, f"Content-Length: {len(body)}", "Connection: close")
+    writer.write(head + body)
     await writer.drain()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ....errors import UdptunError
 from ....model import IPNetwork
+from ....text import os_reason
 
 MULTICAST = {4: ipaddress.ip_network("224.0.0.0/4"), 6: ipaddress.ip_network("ff00::/8")}
 KUBE_PROXY_MARK = 0x4000  # kube-proxy's own rules masquerade packets with this mark
@@ -69,7 +70,7 @@ async def run_tool(argv: Sequence[str], package: str, stdin: str = "") -> str:
     except OSError as error:
         hint = f" (Debian has it in the package {package})" \
             if isinstance(error, FileNotFoundError) else ""
-        raise FirewallError(f"{argv[0]} does not run: {error.strerror}{hint}") from None
+        raise FirewallError(f"{argv[0]} does not run: {os_reason(error)}{hint}") from None
     if done.returncode != 0:
         # The first line is the error. The other lines quote the input.
         why = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
