@@ -302,6 +302,10 @@ def uninstall(cluster: Cluster) -> str:
     stop_pods(cluster)
     cluster.plane.kubectl("delete", "-k", str(cluster.manifests()), seconds=300)
     cluster.clean_up()
+    names = ("backend-data", "backend-v6-data", "backend-type", "public-ip", "public-ipv6",
+             "kube-subnet-manager")
+    cluster.plane.kubectl("annotate", "nodes", "--all",
+                          *(f"flannel.alpha.coreos.com/{name}-" for name in names))
     left = left_over(cluster.workers)
     check(not left, "left over: " + "; ".join(left))
     others = cluster.others.check()

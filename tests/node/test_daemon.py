@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
@@ -492,6 +493,17 @@ async def test_cleanup_removes_everything_and_can_be_repeated(served, node_of):
         assert not node.config.subnet_file.exists()
         assert not (node.folder / "run" / "forward.json").exists()
         assert "udptun" not in sh("nft list ruleset")
+
+
+@in_own_netns
+async def test_cleanup_removes_the_sockets_of_a_forwarder_that_was_killed(tmp_path, node_of):
+    (tmp_path / "run").mkdir()
+    node = node_of()
+    for name in ("udptun.sock", "takeover.sock"):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(tmp_path / "run" / name))
+    await run(replace(node.config, cleanup=True))
+    assert not [*(tmp_path / "run").glob("*.sock")]
 
 
 @in_own_netns

@@ -216,6 +216,9 @@ class UdpBackend(Backend[Route]):
         with attempt():
             if await stop_forwarder(config.control, config.forward_file, config.instance):
                 log.info("stopped the forwarder, which removed %s", config.tun)
+            else:  # a forwarder that was killed has left its sockets
+                config.control.unlink(missing_ok=True)
+                config.instance.takeover_socket(config.control).unlink(missing_ok=True)
         for name in (
             STATE_FILE, f"{STATE_FILE}.new", f".{STATE_FILE}.lock", LOG_FILE, f"{LOG_FILE}.1",
         ):
