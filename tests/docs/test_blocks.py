@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT, Block, all_blocks
-from tests.e2e.steps import STEPS
+from tests.e2e import migration  # noqa: F401 - it fills the table of steps
+from tests.e2e.step import STEPS
 from udptun.lab import Host, Lab, Process, wait_for
 
 PATH = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"  # begins with our udptun
