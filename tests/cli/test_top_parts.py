@@ -98,6 +98,22 @@ def test_rates() -> None:
     assert change.batch == UNKNOWN  # no call
 
 
+def test_packets_that_pass_in_the_kernel_are_in_no_batch() -> None:
+    before = sample(1.0)
+    side = {**status_of(1, 0)["packets"]["encap"]}
+    worker = status_of(1, 0)["workers"][0]
+    now = sample(
+        2.0, packets={"encap": side | {"delivered": side["delivered"] + 1100},
+                      "decap": status_of(1, 0)["packets"]["decap"]},
+        accelerate=status_of(1, 0)["accelerate"] | {"packets": {
+            **status_of(1, 0)["accelerate"]["packets"],
+            "sent": status_of(1, 0)["accelerate"]["packets"].get("sent", 0) + 1000}},
+        workers=[worker | {"syscalls": worker["syscalls"] | {
+            "send": worker["syscalls"]["send"] + 10}}])
+    change = Change(before, now)
+    assert change.packets == (1100.0, 0.0) and change.batch == (10.0, None)
+
+
 def test_a_counter_that_begins_again_has_no_rate() -> None:
     change = Change(sample(1.0, peers=[peer(300)]), sample(2.0, peers=[peer(100)], pid=77))
     assert change.peers["192.0.2.2:8285"] == (None, 0.0)

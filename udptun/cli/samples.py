@@ -97,7 +97,7 @@ class Change:
     total       the same for all peers together
     vxlan       bytes per second of each VXLAN device
     packets     packets per second, sent and received by the forwarder
-    batch       packets for each system call that sends, and for each that receives
+    batch       packets of the workers for each system call that sends, and for each that receives
     cpu         the share of a CPU that each worker used
     drops       packets per second, by reason and direction
     """
@@ -127,7 +127,8 @@ class Change:
     ) -> None:
         self.packets = _pair(_packets(before), _packets(now), seconds)
         calls = _pair(_calls(before), _calls(now), seconds)
-        self.batch = _share(self.packets[0], calls[0]), _share(self.packets[1], calls[1])
+        passed = _pair(_by_workers(before), _by_workers(now), seconds)
+        self.batch = _share(passed[0], calls[0]), _share(passed[1], calls[1])
         same = before["pid"] == now["pid"]  # another process begins again at 0
         old = {worker["index"]: worker.get("cpu_seconds") for worker in before["workers"]}
         for worker in now["workers"]:
@@ -180,6 +181,13 @@ def _total(rates: Iterable[float | None]) -> float | None:
 def _packets(status: Mapping[str, Any]) -> tuple[int, int]:
     packets = status["packets"]
     return packets["encap"]["delivered"], packets["decap"]["read"]
+
+
+def _by_workers(status: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the packets that passed the workers. The others passed in the kernel."""
+    sent, received = _packets(status)
+    kernel = status.get("accelerate", {}).get("packets", {})
+    return sent - kernel.get("sent", 0), received - kernel.get("received", 0)
 
 
 def _calls(status: Mapping[str, Any]) -> tuple[int, int]:
