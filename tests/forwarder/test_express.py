@@ -1,0 +1,74 @@
+"""The programs of the express path: the committed object file, and how it is read and loaded."""
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.own_netns import in_own_netns
+from udptun.device import bpf
+from udptun.forwarder import express
+
+ROOT = Path(__file__).parents[2]
+COMPILER = "clang version 14.0.6"  # with which the committed file was compiled
+
+
+def test_the_object_file_is_that_of_the_source(tmp_path):
+    clang = shutil.which("clang")
+    if clang is None or not Path("/usr/include/linux/bpf.h").exists():
+        pytest.skip("clang or the headers of the kernel's API are missing")
+    version = subprocess.run([clang, "--version"], check=True, capture_output=True, text=True)
+    if COMPILER not in version.stdout:
+        pytest.skip(f"another compiler than {COMPILER}")
+    made = tmp_path / "express.bpf.o"
+    subprocess.run([ROOT / "scripts" / "express", made], check=True)
+    assert made.read_bytes() == express.OBJECT.read_bytes(), "run `make express`, commit the result"
+
+
+def test_each_program_uses_only_maps_that_exist():
+    programs = bpf.read_object(express.OBJECT)
+    assert set(programs) == set(express.PROGRAMS.values())
+    for program in programs.values():
+        maps = set(program.maps.values())
+        assert maps <= {"settings", "table", "peers", "counters", "totals", "flows"}
+        linked = program.linked(dict.fromkeys(maps, 77))
+        for at in program.maps:
+            assert linked[at] == 0x18 and linked[at + 1] >> 4 == bpf.PSEUDO_MAP_FD
+            assert struct.unpack_from("<i", linked, at + 4) == (77,)
+
+
+def test_another_file_is_refused(tmp_path):
+    wrong = tmp_path / "wrong.o"
+    wrong.write_bytes(b"no object file")
+    with pytest.raises(OSError, match="not a 64-bit little-endian ELF file"):
+        bpf.read_object(wrong)
+
+
+@in_own_netns
+def test_maps_hold_what_was_set():
+    try:
+        found = bpf.Map("test", bpf.PERCPU_HASH, 4, 16, 8)
+    except PermissionError:
+        pytest.skip("bpf(2) is not permitted here")
+    key = b"key1"
+    with pytest.raises(KeyError):
+        found[key]
+    found.add(key, bytes(16))
+    with pytest.raises(FileExistsError):
+        found.add(key, bytes(16))
+    found[key] = struct.pack(f"={2 * bpf.cpus_n()}Q", *range(2 * bpf.cpus_n()))
+    assert found.sums(key)[0] == sum(range(0, 2 * bpf.cpus_n(), 2))
+    assert found.latest(key, 1) == 2 * bpf.cpus_n() - 1
+    del found[key], found[key]
+    with pytest.raises(KeyError):
+        found[key]
+    trie = bpf.Map("trie", bpf.LPM_TRIE, 24, 24, 4)
+    keys = [struct.pack("=IB3x16s", 32 + bits, 4, bytes([10, n])) for n, bits in ((1, 16), (2, 24))]
+    trie.fill(b"".join(keys), bytes(24) + b"x" * 24)
+    assert trie[struct.pack("=IB3x16s", 64, 4, bytes([10, 2]))] == b"x" * 24
+    os.fstat(trie.fd)
+    trie.close()
+    found.close()
