@@ -193,6 +193,8 @@ def test_the_kernel_admits_no_packet_that_user_space_refuses(lab, outer, source_
     routes += [f"{node(3).subnet} via {b.outer + 50} express",
                f"{node(3).subnet6} via {b.outer + 50} express"]
     subnets = [a.node.subnet, a.node.subnet6]
+    # An address of this host in a subnet of the peer: no packet may come from it.
+    a.host.ip(f"address add {b.v4}/32 dev lo", f"address add {b.v6}/128 dev lo")
     a.start(routes=routes, source_check=source_check, extra=[
         *ON, "--admit", admit, *(word for net in subnets for word in ("--subnet", str(net)))])
     wait_for(lambda: accelerate(a)["active"], "the express path")
