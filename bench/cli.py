@@ -220,7 +220,8 @@ def _add_measuring_command(
     command.add_argument(
         "--contender", action="append", metavar="SPEC",
         help="replaces the default contenders: direct, vxlan, onepacket, copylimit, "
-        "'udptun [OPTION]...', 'udptun@CHECKOUT', or the name of a file in bench/contenders; "
+        "'udptun [OPTION]...', 'udptun@CHECKOUT', the name of a file in bench/contenders, or a "
+        "path that ends with .toml (bench/README.md); "
         "may be repeated",
     )
     command.add_argument("--with", action="append", metavar="SPEC", dest="more", default=[],

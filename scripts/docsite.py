@@ -26,7 +26,7 @@ ELSEWHERE = {
     "deploy/README.md": "install",
     "deploy/kubernetes/README.md": "manifests",
     "src_ext/README.md": "core",
-    "bench/README.md": "bench-others",
+    "bench/README.md": "benchmark",
     "CONTRIBUTING.md": "contributing",
     "CHANGELOG.md": "changelog",
     "SECURITY.md": "report-a-weakness",

@@ -23,8 +23,9 @@ def find(spec: str) -> Contender:
     if program(spec) == "udptun":
         return builtin.udptun(spec, name.partition("@")[2], options)
     known = [*builtin.CONTENDERS, *external.names()]
-    if name not in known:
-        raise ValueError(f"contender {name!r}: expected one of udptun, {', '.join(known)}")
+    if name not in known and not name.endswith(".toml"):
+        raise ValueError(
+            f"contender {name!r}: expected one of udptun, {', '.join(known)}, or a file FILE.toml")
     if options:
         raise ValueError(f"contender {spec!r}: {name} takes no options; only udptun does")
     return builtin.CONTENDERS[name] if name in builtin.CONTENDERS else external.load(name)

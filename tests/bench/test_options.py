@@ -1,6 +1,8 @@
 """The options of ``python -m bench``: a wrong option is refused before the first measurement."""
 
 import argparse
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,19 @@ def test_the_kernels_congestion_control_is_accepted():
     assert cli._congestion_control(name) == name
     with pytest.raises(argparse.ArgumentTypeError, match="'no-such-control'"):
         cli._congestion_control("no-such-control")
+
+
+def test_the_commands_of_the_readme_are_accepted():
+    """A contender's programs may be missing here; its description is checked."""
+    text = (Path(__file__).resolve().parents[2] / "bench" / "README.md").read_text()
+    (block,) = re.findall(r"^```sh\n([^`]*)^```", text, re.MULTILINE)
+    commands = [shlex.split(line, comments=True)[3:] for line in block.splitlines()]
+    assert len(commands) >= 4
+    for command in commands:
+        if command != ["--help"]:
+            assert steps(*command)
+
+
+def test_the_readme_explains_every_profile():
+    text = (Path(__file__).resolve().parents[2] / "bench" / "README.md").read_text()
+    assert tuple(re.findall(r"^\| (P\d) \|", text, re.MULTILINE)) == profiles.NAMES

@@ -113,10 +113,10 @@ with Lab() as lab:
 """
 
 
-def start_victim() -> tuple[subprocess.Popen, int, Path]:
+def start_victim(*prefix: str) -> tuple[subprocess.Popen, int, Path]:
     victim = subprocess.Popen(
-        [*DEFAULT_SIGNALS, sys.executable, "-c", VICTIM], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+        [*DEFAULT_SIGNALS, *prefix, sys.executable, "-c", VICTIM], stdout=subprocess.PIPE,
+        text=True, stderr=subprocess.DEVNULL, start_new_session=True,
     )
     pid, folder = victim.stdout.readline().split()
     return victim, int(pid), Path(folder)
@@ -132,6 +132,16 @@ def test_a_signal_removes_everything(number):
     assert not names(victim.pid)
     assert not folder.exists()
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_sigint_ends_a_lab_in_the_background_of_a_shell():
+    """A shell lets background processes ignore SIGINT."""
+    victim, _, folder = start_victim("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    with victim:
+        victim.send_signal(signal.SIGINT)
+        assert victim.wait(60) != 0
+    assert not names(victim.pid)
+    assert not folder.exists()
 
 
 def test_the_next_lab_removes_namespaces_of_a_killed_lab():

@@ -384,13 +384,17 @@ class Lab:
     def _catch_signals(self) -> None:
         """Make SIGTERM and SIGHUP raise an exception, as Ctrl-C does.
 
-        A signal that already has a handler is not changed.
+        A signal that already has a handler is not changed. Exception: a shell lets its background
+        processes ignore SIGINT. The lab ends at SIGINT there too.
         """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _STOP_SIGNALS:
             if signal.getsignal(number) is signal.SIG_DFL:
                 self._saved_handlers[number] = signal.signal(number, _exit_on_signal)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            self._saved_handlers[signal.SIGINT] = signal.signal(
+                signal.SIGINT, signal.default_int_handler)
 
     def host(self, name: str) -> Host:
         host = Host(self, name, self.prefix + name)
