@@ -41,6 +41,18 @@ class Device(Answer):
     listen: list[str]
 
 
+class Accelerate(Answer):
+    """The express path. ``reason`` says why it is not active."""
+
+    mode: Literal["auto", "off"]
+    active: bool
+    reason: str | None
+    generation: int
+    kernel_generation: int | None
+    devices: list[str]
+    packets: dict[str, int]
+
+
 class Capabilities(Answer):
     found: list[str]
     in_use: list[str]
@@ -58,6 +70,7 @@ class Worker(Answer):
     own_sockets_given: int
     probes_lost: int
     icmp_floods: int
+    cpu_seconds: float | None
     syscalls: dict[str, int]
 
 
@@ -116,6 +129,7 @@ class Peer(Answer):
     errors: int
     last_error: PeerError | None
     probe: PathState | None
+    express: dict[str, Any]
     _types: ClassVar = {
         "encap": Traffic, "decap": Traffic, "last_error": PeerError, "probe": PathState,
     }
@@ -133,14 +147,15 @@ class Status(Answer):
     source_check: Literal["strict", "peer", "off"]
     admit: Literal["any", "own"]
     mark: str | None
+    accelerate: Accelerate
     device: Device
     capabilities: Capabilities
     workers: list[Worker]
     packets: Packets
     peers: list[Peer]
     _types: ClassVar = {
-        "device": Device, "capabilities": Capabilities, "workers": Worker, "packets": Packets,
-        "peers": Peer,
+        "accelerate": Accelerate, "device": Device, "capabilities": Capabilities,
+        "workers": Worker, "packets": Packets, "peers": Peer,
     }
 
 
@@ -208,6 +223,18 @@ class Check(Answer):
     text: list[str]
 
 
+class DeviceCount(Answer):
+    """What the kernel has counted for a device of the overlay, in one direction."""
+
+    path: str
+    device: str
+    direction: Literal["encap", "decap"]
+    packets: int
+    bytes: int
+    errors: int
+    dropped: int
+
+
 class NodePeer(Answer):
     key: str
     subnet: str
@@ -241,5 +268,6 @@ class Node(Answer):
     no_path: dict[str, str]
     refused: dict[str, str]
     events: list[dict[str, Any]]
+    devices: list[DeviceCount]
     peers: list[NodePeer]
-    _types: ClassVar = {"checks": Check, "peers": NodePeer}
+    _types: ClassVar = {"checks": Check, "devices": DeviceCount, "peers": NodePeer}
