@@ -573,6 +573,10 @@ cdef class Core:
             peer = next_peer(s, &slot, peer)
         return found
 
+    def has_peer(self, bytes address, uint16_t port):
+        """Return whether a route has this endpoint. address: packed"""
+        return self.find(address, port) != NULL
+
     def set_express(self, dict peers, tuple packets):
         """Set what the express path has counted so far.
 

@@ -146,6 +146,7 @@ SECTION("tc/receive") int receive(struct __sk_buff *skb)
 	struct endpoint sender = {};
 	struct packet inner;
 	struct entry *route;
+	struct peer *peer;
 	int outer;
 
 	if (!own || !trie || !own->receiving)
@@ -162,8 +163,10 @@ SECTION("tc/receive") int receive(struct __sk_buff *skb)
 	route = look_up(trie, ROUTE | inner.addrs.version, inner.addrs.source);
 	if (!route || !(route->flags & ROUTE_EXPRESS) || !same_endpoint(&route->peer, &sender))
 		return leave(RECEIVE_SOURCE);
+	peer = map_lookup(&peers, &route->peer);
 	counted = map_lookup(&counters, &route->peer);
-	if (!map_lookup(&peers, &route->peer) || !counted)
+	/* On another interface, the kernel checks the sender's address (rp_filter). */
+	if (!peer || !counted || peer->ifindex != skb->ifindex)
 		return leave(RECEIVE_SOURCE);
 	if (own->admit_own &&
 	    !look_up(trie, ADMIT | inner.addrs.version, inner.addrs.destination))

@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.netns.test_takeover import Stream, copies_of, take_over
 from tests.wire.craft import ICMP, TCP, Flow, ip4, ip6, unfinished
 from udptun.device import bpf
 from udptun.lab import node, pair, ping, wait_for
-from udptun.lab.tunnels import PORT
+from udptun.lab.tunnels import PORT, Forwarder
 from udptun.model import Endpoint, Route
 from udptun.takeover.channel import close_all
 from udptun.takeover.kept import variable
@@ -329,3 +330,77 @@ def test_a_smaller_mtu_of_the_underlay_applies(lab):
     assert kernel_packets(a)["sent"] - before == 3
     # Fragments, by the workers. The reply may be the first packet that is too large for b's path.
     wait_for(lambda: ping(a.pod, b.pod_v4, count=1, size=1400, df=False).received, "an answer")
+
+
+@pytest.mark.parametrize("extra", [ON, ()])
+def test_a_forwarder_with_another_tun_removes_what_a_killed_one_left(lab, extra):
+    """A program that is left would take the datagrams, and drop them: its TUN is gone."""
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    assert ping(a.pod, b.pod_v4).received == 3
+    a.forwarder.process.kill()
+    a.start(tun="udptun1", extra=extra)
+    wait_for(lambda: len(filters(a.host)) == 2 * bool(extra) and
+             not any("udptun0" in name for name in filters(a.host)), "the filters of udptun1")
+    for address in (b.pod_v4, b.pod_v6):
+        assert ping(a.pod, address).received == 3
+    transfer_tcp(b.pod, a.pod, a.pod_v4, size=1 << 16)
+    assert a.forwarder.stop() == 0
+    assert filters(a.host) == []
+
+
+def test_the_programs_of_another_forwarder_stay(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    a.host.ip("address add 198.51.100.1/32 dev lo")
+    other = Forwarder.start(
+        replace(a.host, name="a2"), listen=["198.51.100.1"], networks=["10.99.0.0/16"],
+        tun="udptun9", routes=[f"10.99.1.0/24 via {b.outer} express"],
+        extra=(*ON, "--instance", "other"))
+    wait_for(lambda: len(filters(a.host)) == 4, "the programs of both")
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert other.stop() == 0
+    assert len(filters(a.host)) == 2
+    assert kernel_packets(a)["received"] == 3
+
+
+def test_a_datagram_on_another_interface_is_left_to_the_kernel(lab):
+    """The kernel drops it if rp_filter is strict: its sender is reached through another one."""
+    tunnel = pair(lab, start=False)
+    a, b = tunnel.sides
+    c = lab.host("c")
+    c.sysctl("net.ipv4.conf.all.arp_announce=2")  # do not ask with the forged address
+    link = lab.link(a.host, c)
+    c.ip(f"address add {b.outer}/32 dev lo", f"route add {a.outer} via {link.a.v4.ip}")
+    a.start(extra=ON, routes=[f"{b.node.subnet} via {b.outer} express",
+                              f"{node(3).subnet} via {link.b.v4.ip} express"])
+    wait_for(lambda: len(filters(a.host)) == 3, "the programs on both interfaces")
+    a.host.sysctl("net.ipv4.conf.all.rp_filter=1")
+    packet = Flow(4, src=b.pod_v4.packed, dst=a.pod_v4.packed).udp(b"data")
+    for host, accepted in ((b.host, 20), (c, 0)):
+        before, read = kernel_packets(a), settled(a.forwarder)[0]["decap"]["read"]
+        with no_checksum_socket(host, b.outer, PORT) as sock:
+            for _ in range(20):
+                sock.sendto(packet, (str(a.outer), PORT))
+
+        def seen(name, before=before):
+            return kernel_packets(a)[name] - before[name]
+
+        wait_for(lambda: seen("received") + seen("receive_source") == 20, "the datagrams")
+        assert seen("received") == accepted
+        assert settled(a.forwarder)[0]["decap"]["read"] - read == accepted
+
+
+def test_the_counters_of_a_peer_go_on_when_its_route_changes(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    assert ping(a.pod, b.pod_v4, count=5).received == 5
+    for n, more in ((5, []), (8, ["express"])):
+        assert a.forwarder.status()["peers"][0]["encap"]["packets"] == n
+        for subnet in (b.node.subnet, b.node.subnet6):
+            a.forwarder.udptun("route", "replace", str(subnet), "via", str(b.outer), *more)
+        wait_for(lambda on=bool(more): a.forwarder.status()["peers"][0]["express"]["active"] == on,
+                 "the change")
+        assert ping(a.pod, b.pod_v4).received == 3
+    assert a.forwarder.status()["peers"][0]["encap"]["packets"] == 11
+    assert kernel_packets(a)["sent"] == 8

@@ -31,7 +31,7 @@ from ..net.batch import RouteSocket
 from ..net.changes import Change, Kind
 from ..net.hooks import Hook
 from ..net.local import underlay_mtu
-from ..net.lookup import Question, Way, ask_ways, device_name
+from ..net.lookup import Question, Way, ask_ways, device_index, device_name
 from ..net.netlink import Netlink
 from ..wait import wait_at_most
 from .config import ForwarderConfig
@@ -208,10 +208,10 @@ class Express:
         self.release()
 
     async def _remove(self, netlink: Netlink) -> None:
-        names = {self._name(program) for program in PROGRAMS}
-
         async def remove(_: Any) -> None:
-            hooks.detach_everywhere(names)
+            with RouteSocket() as kernel:
+                for device, hook, one in self._attached(kernel):
+                    hooks.detach(kernel, device, hook, one.name)
 
         await netlink.work("removing the programs of the express path", remove)
 
@@ -303,6 +303,8 @@ class Express:
             return
         facts, limits = self._facts, self._core.express_peers()
         for key in self._counted - limits.keys():
+            if self._core.has_peer(*key):  # its counters go on if it gets `express` again
+                continue
             del self._maps["counters"][_endpoint(key)]
             self._counted.discard(key)
         wanted = {}
@@ -400,19 +402,22 @@ class Express:
         if facts.devices and not facts.error:
             wanted[facts.tun, Hook.EGRESS] = "send"
             wanted |= {(index, Hook.INGRESS): "receive" for index in facts.devices}
-        names = {self._name(program) for program in PROGRAMS}
-        for device in hooks.with_clsact(kernel):
-            for hook in Hook:
-                for one in hooks.filters(kernel, device, hook):
-                    if one.name not in names:
-                        continue
-                    program = wanted.get((device, hook))
-                    if program is None or one.name != self._name(program):
-                        hooks.detach(kernel, device, hook, one.name)
-                    elif one.program == bpf.program_id(self._programs[program]):
-                        del wanted[device, hook]
+        for device, hook, one in self._attached(kernel):
+            program = wanted.get((device, hook))
+            if program is None or one.name != self._name(program):
+                hooks.detach(kernel, device, hook, one.name)
+            elif one.program == bpf.program_id(self._programs[program]):
+                del wanted[device, hook]
         for (device, hook), program in wanted.items():
             hooks.attach(kernel, device, hook, self._name(program), self._programs[program])
+
+    def _attached(self, kernel: RouteSocket) -> list[tuple[int, Hook, hooks.Filter]]:
+        """Return the programs of this forwarder, and those that a killed forwarder has left: their
+        TUN is gone, so they would drop what they take."""
+        return [(device, hook, one) for device in hooks.with_clsact(kernel) for hook in Hook
+                for one in hooks.filters(kernel, device, hook)
+                if any(one.name == self._name(program) for program in PROGRAMS)
+                or _tun_is_gone(one.name)]
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -464,6 +469,15 @@ class Express:
         if not reason or (not self.off and key not in self._facts.ways):
             reason = "its route has no `express`"
         return {"active": False, "reason": reason}
+
+
+def _tun_is_gone(name: str) -> bool:
+    """Return whether a filter has the name of one of our programs, and its TUN does not exist."""
+    for program in PROGRAMS:
+        prefix = f"{hooks.NAME_PREFIX}{program}-"
+        if name.startswith(prefix):
+            return not device_index(name.removeprefix(prefix))
+    return False
 
 
 def _endpoint(key: Key) -> bytes:

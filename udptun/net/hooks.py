@@ -116,22 +116,6 @@ def remove_empty(kernel: RouteSocket, device: int) -> None:
         _send(kernel, request, errno.ENOENT, errno.ENODEV, errno.EINVAL)
 
 
-def detach_everywhere(names: set[str] | None = None) -> list[str]:
-    """Remove our filters from all devices. Return the names of the removed ones. Raises OSError.
-
-    names  only the filters with these names; None: all
-    """
-    removed = []
-    with RouteSocket() as kernel:
-        for device in with_clsact(kernel):
-            ours = [(hook, one.name) for hook in Hook for one in filters(kernel, device, hook)
-                    if one.name.startswith(NAME_PREFIX) and (names is None or one.name in names)]
-            for hook, name in ours:
-                detach(kernel, device, hook, name)
-                removed.append(name)
-    return removed
-
-
 def with_clsact(kernel: RouteSocket) -> list[int]:
     """Return the indexes of the devices that have a clsact qdisc. Raises OSError."""
     found = []
