@@ -1,7 +1,7 @@
 """Replace the route table by a JSON file: routes_from_json.py FILE
 
-The file has a subnet and an address for each host: {"10.244.2.0/24": "192.0.2.2"}. A mistake in it
-changes nothing.
+The file has a subnet and an address for each host: {"10.244.2.0/24": "192.0.2.2"}. If the
+file has a mistake, no route changes.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Connect this host with another one: two_hosts.py HERE THERE NUMBER
 
-HERE and THERE are the addresses of the two hosts on the real network. This host gets the overlay
-network 10.244.NUMBER.0/24, the other one has the other number, 1 or 2. Run it as root on both
-hosts, and end it with Ctrl-C.
+HERE and THERE are the addresses of the two hosts on the real network. NUMBER
+is 1 on one host and 2 on the other. Each host gets the overlay network 10.244.NUMBER.0/24. Run the
+program as root on both hosts, and end it with Ctrl-C.
 """
 
 import asyncio
