@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -136,6 +137,47 @@ def test_sizes_and_times_are_bounded(planted: Facts, monkeypatch) -> None:
     found = texts(collect(planted, dict, False))
     assert found["sysctls.txt"].startswith("not ready within")
     assert all(len(text) < 200 for name, text in found.items() if name != "contents.txt")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start a process of another user")
+@pytest.mark.parametrize("program", ["sh", "setuid"])
+def test_a_process_of_another_user_names_no_files(tmp_path: Path, monkeypatch, program) -> None:
+    """Root would read them, and put them into the report."""
+    secret, state = tmp_path / "secret", tmp_path / "state"
+    secret.write_text("only root may read this\n")
+    secret.chmod(0o600)
+    state.mkdir()
+    (state / "forwarder.log").symlink_to(secret)
+    os.mkfifo(tmp_path / "fifo")  # to read it would take forever
+    monkeypatch.setattr(bundle, "COMMANDS", {})
+    monkeypatch.setattr(bundle, "UNITS", ())
+    argv = ["sh", "-c", "read line", "udptun", "node", f"--instance={INSTANCE}",
+            f"--subnet-file={secret}", f"--state-dir={state}", f"--etcd-keyfile={tmp_path}/fifo"]
+    effective = 0 if program == "setuid" else 65534
+    with subprocess.Popen(
+            argv, stdin=subprocess.PIPE,
+            preexec_fn=lambda: os.setresuid(65534, effective, 65534),  # noqa: PLW1509 - one thread
+            ) as process:
+        wait_for(lambda: b"node" in Path(f"/proc/{process.pid}/cmdline").read_bytes(), "exec")
+        facts = Facts(Instance(INSTANCE), tmp_path / "udptun.sock", lambda node, peers: [])
+        assert facts.processes == []
+        facts.gather()
+        found = texts(collect(facts, dict, False))
+        process.communicate()
+    assert not any("only root" in text for text in found.values())
+
+
+def test_a_process_of_the_owner_of_the_socket_counts(tmp_path: Path) -> None:
+    """A forwarder can run as a user of its own."""
+    control = tmp_path / "udptun.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(control))
+    facts = Facts(Instance(INSTANCE), control, lambda node, peers: [])
+    assert facts.users == {0, os.geteuid()}
+    if os.geteuid() == 0:
+        os.chown(control, 65534, 65534)
+        facts = Facts(Instance(INSTANCE), control, lambda node, peers: [])
+        assert facts.users == {0, 65534}
 
 
 def test_the_command_writes_a_private_file(tmp_path: Path, monkeypatch) -> None:

@@ -118,8 +118,17 @@ class Facts:
     # -- programs and files ------------------------------------------------------------------------
 
     @cached_property
+    def users(self) -> set[int]:
+        """The users whose processes count: root, this user, and the owner of the socket. The
+        options of a process name files, which root can read and another user cannot."""
+        try:
+            return {0, os.geteuid(), self.control.stat().st_uid}
+        except OSError:
+            return {0, os.geteuid()}
+
+    @cached_property
     def processes(self) -> list[Process]:
-        return [one for one in processes() if one.instance == self.instance.name]
+        return [one for one in processes(self.users) if one.instance == self.instance.name]
 
     def running(self, role: str) -> list[Process]:
         """Return the processes of this role, without those that have ended."""

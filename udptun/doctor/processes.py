@@ -6,8 +6,9 @@ other users' processes cannot be read: such values are None.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +43,19 @@ class Process:
         return _option(self.argv, name)
 
 
-def processes() -> list[Process]:
-    """Return the processes of udptun in this network namespace."""
+def processes(users: Container[int]) -> list[Process]:
+    """Return the processes of udptun in this network namespace that run as one of these users.
+
+    Every user can start a process that looks like one of udptun, with options of its choice.
+    """
     here = _namespace(PROC / "thread-self")
     found = []
     for folder in _folders():
         try:
             argv = _argv(folder)
             role = _role(argv)
-            if role is None or _namespace(folder) not in (here, None):
+            if role is None or _namespace(folder) not in (here, None) or \
+                    not all(user in users for user in _users(folder)):
                 continue
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:  # it has ended
@@ -170,6 +175,17 @@ def _role(argv: tuple[str, ...]) -> str | None:
             return next((one for one in follows if one in ROLES), None) \
                 if follows[0].startswith("-") else None
     return None
+
+
+def _users(folder: Path) -> list[int]:
+    """Return the real, effective, saved and file system user of a process. Raises OSError.
+
+    The owner of the folder is not enough: it is root if the process forbids core dumps.
+    """
+    for line in (folder / "status").read_text(errors="replace").splitlines():
+        if line.startswith("Uid:"):
+            return [int(word) for word in line.split()[1:]]
+    raise ProcessLookupError(errno.ESRCH, "the process has no users")
 
 
 def _namespace(folder: Path) -> int | None:
