@@ -12,7 +12,7 @@ import os
 import re
 
 LIMIT = 300
-WORD_MAX = 40  # a text is truncated at the last blank within so many characters
+WORD_MAX = 40  # a text is truncated at the last blank within this number of characters
 _USER = re.compile(r"^(\w+://)?[^/]*@")
 
 

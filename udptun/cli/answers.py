@@ -1,4 +1,4 @@
-"""What the node daemon and the forwarder of this host answer, and the peers that result.
+"""The answers of the node daemon and the forwarder of this host, and the peers computed from them.
 
 Owns the rule for a part that does not answer: its answer is None. If neither answers, the error of
 the forwarder is raised. Opens no connection: the callers pass clients. Threading: as the clients.

@@ -55,7 +55,8 @@ def _sample(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--peer", "peers", metavar="NAME|ADDRESS", multiple=True,
               help="Only packets to and from this peer; can be repeated.")
 @click.option("--route", "routes", metavar="SUBNET", multiple=True,
-              help="Only packets to and from addresses behind peers in SUBNET; can be repeated.")
+              help="Only packets whose inner address on the peer's side is in SUBNET; can be "
+              "repeated.")
 @click.option("--host", "hosts", metavar="ADDRESS", multiple=True,
               help="Only packets from or to this inner address. Twice: between the two.")
 @click.option("--port", "ports", type=click.IntRange(0, 65535), multiple=True,
@@ -328,5 +329,5 @@ def _shown_filter() -> str:
 
 
 def _forget_stdout() -> None:
-    """Let Python not complain at the end that standard output is closed."""
+    """Prevent an error of Python at its end if standard output is closed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,7 +51,7 @@ def files_of_node(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @click.option("-v", "--verbose", is_flag=True,
-              help="Also show the checks that found nothing, and those that could not look.")
+              help="Also show the checks that found nothing, and those that could not run.")
 @click.option("--check", "names", metavar="NAME", multiple=True,
               help="Run only this check; may be repeated.")
 @files_of_node
@@ -65,7 +65,7 @@ def doctor(
     """Look for everything that is known to break a tunnel, and show what to do.
 
     The command asks the kernel, the node daemon and the forwarder. It changes nothing, and also
-    works if the daemon or the forwarder does not run. Without root, some checks cannot look.
+    works if the daemon or the forwarder does not run. Without root, some checks cannot run.
 
     The exit code is 0 if nothing was found, 1 if something was found, 2 if an argument is wrong.
     """
@@ -123,7 +123,7 @@ def _show(found: list[Found], checks_n: int, verbose: bool) -> None:
     bad = problems(found)
     count = f"{len(bad)} {'problem' if len(bad) == 1 else 'problems'} found" if bad else \
         "nothing found"
-    not_looked = f"; {unable} do not apply or could not look, see -v" \
+    not_looked = f"; {unable} do not apply or could not run, see -v" \
         if unable and not verbose else ""
     click.echo(f"{checks_n} {'check' if checks_n == 1 else 'checks'}, {count}{not_looked}")
 

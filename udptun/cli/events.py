@@ -100,7 +100,7 @@ def _follow(clients: dict[str, ControlClient]) -> Iterator[Event]:
         if source in waiting:
             waiting.remove(source)
             if not waiting and hello:
-                yield hello.get(SOURCES[-1]) or hello[SOURCES[0]]  # the forwarder's is better
+                yield hello.get(SOURCES[-1]) or hello[SOURCES[0]]  # the forwarder's hello
         if not waiting:
             yield from held
             held.clear()
@@ -114,8 +114,8 @@ def _read(
     source: str, path: str,
     arrived: queue.SimpleQueue[tuple[str, Event | UdptunError | None]],
 ) -> None:
-    """Pass on the events of one process, again and again. At each end of the stream: its error, or
-    None. The client is that of this thread: another thread could not close it during a read."""
+    """Pass on the events of one process. Open the stream again whenever it ends, and pass on its
+    error, or None. The client is made here: no other thread could close it during a read."""
     from ..control.client import ControlClient
 
     client = ControlClient(path)
@@ -130,7 +130,7 @@ def _read(
 
 
 class Names:
-    """The names of the peers, by what the forwarder calls them: an endpoint or a subnet."""
+    """The names of the peers, by endpoint or by subnet."""
 
     def __init__(self, node: ControlClient) -> None:
         self._node = node

@@ -189,7 +189,7 @@ class _Request(BaseHTTPRequestHandler):
             return
         with contextlib.suppress(RuntimeError, CancelledError):  # the loop ends meanwhile
             answer = future.result(ANSWER_SECONDS)
-            # From here on, another client may take this one's place: it may read slowly.
+            # The client may read slowly, so this connection does not count for the limit now.
             self.server.connections.request_ends(self.connection)
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(answer.body)))

@@ -42,8 +42,8 @@ class CounterCollector(Collector):
         yield GaugeMetricFamily("udptun_start_time_seconds",
                                 "When the process started, in Unix time.", counters["started"])
         yield CounterMetricFamily(
-            "udptun_takeovers", "Times a forwarder has taken over from another one, since a "
-            "forwarder started without a take-over.", counters["takeovers_n"])
+            "udptun_takeovers", "Take-overs since the last start of a forwarder without a "
+            "take-over.", counters["takeovers_n"])
 
         yield from self._traffic(counters)
         yield from self._failures(counters)

@@ -100,7 +100,7 @@ def read_object(path: Path) -> dict[str, Program]:
 
 
 def load_program(kind: int, code: bytes, name: str = "") -> int:
-    """Load a program. Returns its descriptor. Raises OSError; with the verifier's last words."""
+    """Load a program. Returns its descriptor. Raises OSError with the end of the verifier's log."""
     instructions = ctypes.create_string_buffer(code, len(code))
     license_text = ctypes.create_string_buffer(LICENSE)
 
@@ -235,7 +235,7 @@ def attached_n(ifindex: int, hook: int) -> int:
 
     Raises OSError.
     """
-    # The kernel also writes after what it reads.
+    # The kernel also writes behind the fields that it reads.
     attributes = ctypes.create_string_buffer(
         struct.pack("=IIIIQI4x", ifindex, hook, 0, 0, 0, 0), ATTRIBUTES_BYTES)
     try:

@@ -1,8 +1,8 @@
 """Collect the state of this host for a bug report, as files of one tar.
 
-Owns the list of the parts, the limits of their sizes and times, and what is secret. A part that
-cannot be had has its error in the tar. Changes nothing on the host. Threading: main thread; each
-part runs in a thread of its own.
+Owns the list of the parts, the limits of their sizes and times, and what is secret. If a part is
+not available, the tar has the error instead. Changes nothing on the host. Threading: main thread;
+each part runs in a thread of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SERVICE_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of the report. error  why it could not be had; its text is then the error"""
+    """One file of the report. error  why it is not available; its text is then the error"""
 
     name: str
     text: str

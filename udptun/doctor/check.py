@@ -1,7 +1,7 @@
 """What a check is, and what it can find.
 
 A check looks at one part of the host and returns findings. It changes nothing. It raises ``Skip``
-if it cannot look: for example without root, or because the part does not exist on this host. A
+if it cannot run: for example without root, or because the part does not exist on this host. A
 finding contains only what was measured or read.
 
 Owns the types. Imports no check. Pure: any thread.
@@ -19,7 +19,7 @@ from ..text import printable
 if TYPE_CHECKING:
     from .facts import Facts
 
-TEXT_LIMIT = 600  # characters of a text; parts of it were chosen by a store or a peer
+TEXT_LIMIT = 600  # characters of a text; a store or a peer may have chosen parts of it
 DEADLINE_SECONDS = 8.0
 
 
@@ -33,7 +33,7 @@ class Result(StrEnum):
 
 
 class Skip(Exception):
-    """The check cannot look; the text is the reason."""
+    """The check cannot run; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def _stolen() -> tuple[int, int]:
 
 @dataclass
 class Sample:
-    """Counters of one moment. A second sample shows what rises."""
+    """Counters of one moment. A second sample shows which counters rise."""
 
     at: float = field(default_factory=time.monotonic)
     drops: list[Answer] | None = None
@@ -73,7 +73,7 @@ class Sample:
 
 
 class Facts:
-    """Of one instance on this host.
+    """The facts of one instance on this host.
 
     control   the forwarder's control socket; the daemon's socket is next to it
     mesh      combines the two answers into one row for each peer

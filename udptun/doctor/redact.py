@@ -49,7 +49,7 @@ class Secrets:
         for value in values:
             for form in (value, value.strip()):
                 if len(form) >= SHORTEST:
-                    # As it is, and as it stands in JSON.
+                    # The text itself, and its form in JSON.
                     self._values |= {form, json.dumps(form)[1:-1]}
 
     def remove(self, text: str) -> str:

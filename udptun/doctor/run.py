@@ -61,6 +61,6 @@ def _collect(facts: Facts, check: Check, findings: list[Finding]) -> None:
     except PermissionError as exc:
         findings[:] = [skipped(f"{exc}: run as root")]
     except (UdptunError, OSError) as exc:
-        findings[:] = [skipped(f"cannot look: {exc}")]
+        findings[:] = [skipped(f"cannot run: {exc}")]
     except Exception as exc:  # one check must not end the others
         findings[:] = [skipped(f"this check itself failed: {exc!r}")]

@@ -356,7 +356,7 @@ class Forwarder:
         return express
 
     def _run_express(self, express: Express, netlink: Netlink) -> None:
-        """Attach the programs. A take-over is finished: the other forwarder does not go on."""
+        """Attach the programs. Called after a take-over: the other forwarder has ended its work."""
         self._closing.push_async_callback(self._close_express)
         self._run_until_close(express.follow(netlink))
 
@@ -522,7 +522,7 @@ class Forwarder:
 
     async def _finish_taking(self, taking: Taking, sockets: list[UdpSocket]) -> None:
         await taking.done()
-        for opened in sockets:  # not earlier: until now, the other forwarder might go on
+        for opened in sockets:  # not earlier: until now, the other forwarder might continue
             opened.set_mark(self.config.mark)
         log.info("took over from process %d, udptun %s (build %s)", taking.state.pid,
                  taking.state.program, taking.state.build or "unknown")

@@ -43,7 +43,7 @@ class View:
     """Builds the answers.
 
     tun_name, mtu  name and MTU of the device; the configuration can differ
-    former         what the forwarder had counted from which this one has taken over
+    former         the counters of the forwarder from which this one has taken over
     """
 
     config: ForwarderConfig

@@ -1,7 +1,7 @@
 """Attach BPF programs to the clsact hooks of devices, and look for other programs there.
 
 Owns the requests for the clsact qdisc and its filters. A filter stays attached when this process
-ends: the kernel holds the program and its maps. So packets go on flowing without a process, and no
+ends: the kernel holds the program and its maps. So packets flow without a process, and no
 file in /sys/fs/bpf is needed. Our filters have names that begin with NAME_PREFIX; filters of other
 programs are never changed. Does not depend on what a program does. Threading: any thread, in the
 network namespace of that thread; a call takes well under a millisecond.

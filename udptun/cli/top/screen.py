@@ -40,7 +40,7 @@ HELP = (
     "/               show only the peers that contain a text: in the name, state, subnet, endpoint",
     "Escape          show all peers again",
     "d               direction: both, out, in",
-    "p               pause: the picture stays, and the measurement goes on",
+    "p               pause: the picture stays, and the measurement continues",
     "? h             this page; any key closes it",
     "",
     "OUT/S and IN/S are bytes of UDP payload per second, without packets that VXLAN carries.",

@@ -1,7 +1,7 @@
 """The terminal of ``udptun top``: what is drawn, keys, signals.
 
 Owns the state of the terminal: it is restored when the program ends in any way that Python can
-notice, and while the program is stopped (Ctrl-Z). Knows nothing about what is drawn. Uses only the
+notice, and while the program is stopped (Ctrl-Z). Does not depend on what is drawn. Uses only the
 sequences that all terminals have in common with ECMA-48 and xterm's alternate screen. Threading:
 main thread.
 """
@@ -25,7 +25,7 @@ from typing import Any
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
 HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 ESCAPE_SECONDS = 0.1  # between the characters of one key; a slow network can separate them
-SMALLEST = (20, 4)  # columns and lines; a terminal that says 0 does not know its size
+SMALLEST = (20, 4)  # columns and lines; 0: the terminal does not report its size
 SEQUENCES = {
     "[A": "up", "[B": "down", "[C": "right", "[D": "left", "[H": "home", "[F": "end",
     "[1~": "home", "[7~": "home", "[4~": "end", "[8~": "end", "[5~": "page up", "[6~": "page down",

@@ -47,8 +47,8 @@ def _listen(text: str) -> Endpoint:
 def web(ctx: click.Context, listen: Endpoint, names: tuple[str, ...]) -> None:
     """Serve a page with the peers, paths, rates, drops and events, until Ctrl-C.
 
-    The page shows what this node has measured. It cannot change anything. It has no password: who
-    can connect to the address can read the page.
+    The page shows what this node has measured. It cannot change anything. It has no password:
+    everyone who can connect to the address can read the page.
     """
     asyncio.run(_serve(listen, names, Path(control_path(ctx))))
 

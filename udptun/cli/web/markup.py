@@ -1,8 +1,8 @@
 """Elements of HTML and SVG. Every text and every attribute is escaped, because none is markup.
 
 ``element`` takes text and elements; ``html`` writes the document. There is no way to insert markup
-as text. Text of other hosts can contain what no document may contain, so ``printable`` escapes it
-first. Pure functions: any thread.
+as text. Text of other hosts can contain characters that a document must not contain, so
+``printable`` escapes it first. Pure functions: any thread.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 There are two pictures with the same content: a star for wide screens, a tree for narrow ones. A
 state has a shape and a word, not only a colour. If there are many peers, the ones in a bad state
-and the busiest have a place of their own, and the others are counted together for each path. Pure
+and the busiest have a place of their own, and the others form one group for each path. Pure
 functions: any thread.
 """
 

@@ -1,4 +1,4 @@
-"""Checks whose verdict the node daemon has: they repeat what its own checks report.
+"""Checks that repeat the results of the node daemon's own checks.
 
 If the daemon does not answer, the same functions that the daemon uses look at the host.
 """
@@ -16,7 +16,7 @@ from ..facts import Facts
 WORKS = re.compile(r" answers; leases: |, published as ")
 FORWARDING = re.compile(r"net\.ipv[46]\.(ip_forward|conf\.all\.forwarding) is 0")
 MISROUTED = re.compile(r"^\d+ misrouted:$")
-CONTESTED = "look for a second machine with this name or address, and at this host's clock"
+CONTESTED = "look for a second machine with this name or address, and check this host's clock"
 NO_DAEMON = "the node daemon does not answer"
 
 
@@ -46,8 +46,8 @@ def reported_lines(facts: Facts, name: str) -> tuple[str, list[str]] | None:
 def _problems(texts: list[str]) -> tuple[str, list[str]]:
     """Return the line that says what still works, if there is one, and each problem.
 
-    A line that ends with a colon is the heading of the lines after it. Only a heading with a number
-    belongs to their meaning.
+    A line that ends with a colon is the heading of the lines after it. Each of these lines gets the
+    heading in front if it begins with a number.
     """
     good = texts[0] if len(texts) > 1 and WORKS.search(texts[0]) else ""
     heading, found = "", []
@@ -127,7 +127,7 @@ def host(facts: Facts) -> Iterator[Finding]:
     yield from differences(facts)
 
 
-@check("routes", "routes and policy rules of others that take the packets to a peer",
+@check("routes", "routes and policy rules of other programs that divert packets to a peer",
        "node.md#health")
 def routes(facts: Facts) -> Iterator[Finding]:
     lines = reported_lines(facts, "host")

@@ -41,7 +41,7 @@ def tun_device(facts: Facts) -> Iterator[Finding]:
             raise Skip(f"this user may not open {TUN_FILE}: run as root") from None
         remedy = "run: modprobe tun"
         if exc.errno in (errno.EACCES, errno.EPERM):
-            remedy = "allow the device to this container (--device /dev/net/tun)"
+            remedy = "give this container the device (--device /dev/net/tun)"
         yield failed(f"{TUN_FILE} cannot be opened: {exc.strerror}", _confinement(), remedy)
         return
     yield ok(f"{TUN_FILE} can be opened")
@@ -82,7 +82,7 @@ def offloads(facts: Facts) -> Iterator[Finding]:
     for name, cause in found["off"].items():
         if cause != "asked":
             yield warning(f"the offload {name} is off, so throughput is lower: {cause}",
-                          remedy="a newer kernel may have it")
+                          remedy="a newer kernel may have this offload")
     if not found["off"]:
         yield ok(f"in use: {', '.join(found['in_use'])}")
 
@@ -138,14 +138,15 @@ def differences(facts: Facts) -> Iterator[Finding]:
         looked = True
         if link is None:
             if facts.backend == "vxlan":
-                yield failed(f"{name} does not exist", remedy="start the node daemon: it makes it")
+                yield failed(f"{name} does not exist",
+                             remedy="start the node daemon: it makes the device")
         elif not link.up:
             yield failed(f"{name} is down", remedy=f"run: ip link set {name} up")
         elif facts.known is not None and facts.known.lease is not None:
             own = {subnet.network_address for subnet in facts.known.lease.subnets}
             if not own & {one.address for one in link.addresses}:
                 yield failed(f"{name} has lost its address",
-                             remedy="start the node daemon: it sets it")
+                             remedy="start the node daemon: it sets the address")
     if not looked:
         raise Skip("it is not known which devices this host should have")
 
@@ -188,7 +189,7 @@ def forwarding(facts: Facts) -> Iterator[Finding]:
     if not facts.networks:
         raise Skip("the overlay's networks are not known")
     if not facts.expects_node:
-        raise Skip("this host has no pods' subnet: it may be an end point only")
+        raise Skip("this host has no subnet for pods: it may be only an endpoint")
     versions = {network.version for network in facts.networks}
     for version, name in ((4, "ipv4/ip_forward"), (6, "ipv6/conf/all/forwarding")):
         if version in versions and _read(SYS / name) == "0":
@@ -204,8 +205,8 @@ def rp_filter(facts: Facts) -> Iterator[Finding]:
         own, all_ = (_read(SYS / f"ipv4/conf/{one}/rp_filter") for one in (name, "all"))
         if own and max(int(own), int(all_ or "0")) == 1:
             yield failed(
-                f"the kernel drops packets from {name} whose source it does not route there",
-                f"net.ipv4.conf.{name}.rp_filter is {own}, that of all is {all_}",
+                f"the kernel drops packets from {name} if it routes their source to another device",
+                f"net.ipv4.conf.{name}.rp_filter is {own}, net.ipv4.conf.all.rp_filter is {all_}",
                 f"run: sysctl -w net.ipv4.conf.{name}.rp_filter=2")
 
 

@@ -67,7 +67,7 @@ def state_files(facts: Facts) -> Iterator[Finding]:
     for path in wanted:
         if not path.is_dir():
             yield failed(f"the directory {path} does not exist",
-                         remedy="restart the daemon: it makes it")
+                         remedy="restart the daemon: it makes the directory")
             continue
         found = os.statvfs(path)
         if found.f_flag & os.ST_RDONLY:

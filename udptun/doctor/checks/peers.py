@@ -27,7 +27,7 @@ LOSS, LOSS_N, LOSS_SECONDS = 0.1, 20, 0.4
 BAD = ("no path", "refused", "unreachable")
 
 
-@check("peers", "whether each peer is reachable, and for others the layer at which packets stop",
+@check("peers", "whether each peer is reachable; if not, the layer at which its packets stop",
        "diagnose.md#ping", seconds=12)
 def peers(facts: Facts) -> Iterator[Finding]:
     rows = _rows(facts)
@@ -47,7 +47,7 @@ def peers(facts: Facts) -> Iterator[Finding]:
             f"; not measured: {others}" if others else ""))
 
 
-@check("silent-peers", "without a daemon: whether the peers that nobody measures answer pings",
+@check("silent-peers", "without a daemon: whether the peers that are not measured answer pings",
        "diagnose.md#ping", seconds=6)
 def silent_peers(facts: Facts) -> Iterator[Finding]:
     """Echo requests to the base address of each peer, if no daemon measures the paths."""
@@ -138,8 +138,8 @@ def other_path(facts: Facts) -> Iterator[Finding]:
             if name != row["path"] and row["state"] not in BAD and not row["path_reason"] and \
                     path.get("state") in ("unreachable", "limited"):
                 yield warning(
-                    f"{_name(row)} would not be reachable by {name.upper()}, which is the second"
-                    f" path: {path.get('reason') or path['state']}",
+                    f"{name.upper()}, the second path to {_name(row)}, does not work:"
+                    f" {path.get('reason') or path['state']}",
                     remedy="let the path pass the tunnel's UDP port in both directions")
 
 
@@ -195,10 +195,10 @@ def _of_host(facts: Facts, row: Row, address: IPAddress) -> tuple[str, str]:
     error = _echo(address) if facts.is_root else "not asked"
     directions = _directions(facts, row)
     if error == "not asked":
-        return f"Whether its host answers was not measured{directions}", "run as root"
+        return f"Whether its host answers pings was not measured{directions}", "run as root"
     if error:
         return f"Its host {address} does not answer pings either ({error}){directions}", \
-            f"look whether the machine runs, and at the network: ping {address}"
+            f"check that the machine runs, and check the network: ping {address}"
     port = f"UDP port {Endpoint.parse(row['endpoint']).port}" if row["endpoint"] and \
         row["path"] == "udp" else "the tunnel's UDP port"
     return f"Its host {address} answers pings, so {port} is filtered, or udptun does not run" \

@@ -71,7 +71,7 @@ def _silent(
     return failed(f"the {what} does not run. {effect}", asked.error, restart)
 
 
-@check("versions", "whether the daemon, the forwarder and this command have one version",
+@check("versions", "whether the daemon, the forwarder and this command have the same version",
        "operations.md#upgrade-and-restart")
 def versions(facts: Facts) -> Iterator[Finding]:
     from ..._version import __version__

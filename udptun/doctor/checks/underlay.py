@@ -32,7 +32,8 @@ def underlay(facts: Facts) -> Iterator[Finding]:
         yield ok(f"{link.name} is up, MTU {link.mtu}")
 
 
-@check("underlay-address", "this host has the addresses that the tunnel uses, and has them alone",
+@check("underlay-address",
+       "whether this host, and no other, has the addresses that the tunnel uses",
        "operations.md#troubleshooting")
 def address(facts: Facts) -> Iterator[Finding]:
     wanted = facts.underlay_addresses
@@ -42,7 +43,8 @@ def address(facts: Facts) -> Iterator[Finding]:
     for one in wanted:
         if one not in have:
             yield failed(f"no interface has the address {one}, which the tunnel uses",
-                         remedy="restore the address, or restart the daemon: it chooses again")
+                         remedy="restore the address, or restart the daemon: it chooses an "
+                                "address again")
             continue
         link, found = have[one]
         if found.duplicate:
@@ -89,7 +91,7 @@ def duplicate_peers(facts: Facts) -> Iterator[Finding]:
                          " machine that is gone")
 
 
-@check("port", "the UDP port: the forwarder has it, and no other program",
+@check("port", "whether the forwarder, and no other program, listens on the UDP port",
        "operations.md#troubleshooting")
 def port(facts: Facts) -> Iterator[Finding]:
     if not facts.listen:

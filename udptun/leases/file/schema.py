@@ -194,8 +194,8 @@ def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
 
 
 def _features(options: Mapping[str, Any], path: str) -> frozenset[str]:
-    """The nodes of a hosts file run udptun, unless the file says otherwise. Whether they have
-    --accelerate auto, the file has to say."""
+    """The nodes of a hosts file run udptun, unless the file says otherwise. The file also says
+    whether they have --accelerate auto."""
     found = set()
     for feature, default in ((PROBE, True), (EXPRESS, False)):
         value = options.get(feature, default)

@@ -190,7 +190,7 @@ class Meters:
         meter = self._echo_meter(pair.subnet.version)
         if (state := meter.state(pair.subnet)) is None:
             meter.add(pair.subnet, pair.mtu, data_proves=False)
-        if not meter.able:  # its state is that of a time when it was able
+        if not meter.able:  # its state is from a time when it could measure
             return health, why
         echoed, limit = health_of_state(state, OVERHEAD[pair.subnet.version], time.monotonic())
         if not echoed:  # not measured yet, or LOST

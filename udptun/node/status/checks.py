@@ -19,7 +19,7 @@ class CheckEvents:
         self._last: dict[str, State] = {}
 
     def look(self) -> None:
-        """Compare the checks with the last look. The first look reports what is not OK."""
+        """Compare the checks with the last call. The first call reports those that are not OK."""
         for name, check in CHECKS.items():
             if name == PEERS:
                 continue

@@ -171,8 +171,8 @@ class ReportCollector(Collector):
     def _probes(self) -> Iterator[Metric]:
         by_path = {path: [one for one in self.measured if one.path == path] for path in BACKENDS}
         states = GaugeMetricFamily(
-            "udptun_node_measured_paths", "Paths to subnets of other nodes, also those that carry "
-            "no packets at present, by what was measured.", labels=("path", "state"))
+            "udptun_node_measured_paths", "Paths to subnets of other nodes by measured state, also "
+            "paths that carry no packets at present.", labels=("path", "state"))
         for path, measured in by_path.items():
             for state in STATES:
                 states.add_metric((path, state), sum(one.state == state for one in measured))

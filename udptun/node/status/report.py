@@ -230,7 +230,7 @@ class NodeReport:
     path_changes_n    by backend: how often a subnet was moved to it
     events            the events of this daemon
     describe_paths    returns the state of each path to a subnet, by backend, as JSON
-    freshen_paths     reads what is described again if it is old
+    freshen_paths     reads the state of the paths again if it is old
     measurements      returns what was measured of each path
     count_devices     reads the counters of the backends' devices. Raises OSError
     route_changes_n   by backend: how many routes were added, changed or removed since our start
