@@ -249,6 +249,12 @@ def test_an_event_is_shown_without_its_empty_fields() -> None:
                              "probe yes full_size_passes no")
 
 
+def test_an_event_cannot_control_the_terminal():
+    event = {"time": "2026-07-01T10:00:00Z", "type": "error", "message": "from\x1b[2J a server"}
+    assert "\x1b" not in event_line(event)
+    assert "from\\x1b[2J a server" in event_line(event)
+
+
 def test_version(tmp_path: Path) -> None:
     udptun = Udptun(tmp_path / "absent")
     assert udptun("version").stdout == udptun("--version").stdout == "udptun 0.1.0\n"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ControlError, NoForwarder, UdptunError
+from ..text import printable
 from .options import client, connection, node_client, output
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Event = dict[str, Any]
 SOURCES = ("node", "forwarder")
 HELLO = "hello"
 AGAIN_SECONDS = 2.0  # until a stream that has ended is opened again
+TEXT_MAX = 2000  # characters of the text of an event
 NAMES_SECONDS = 5.0  # the shortest time between two requests for the names of the peers
 
 
@@ -173,7 +175,7 @@ def event_text(event: Event) -> str:
     rest = {k: v for k, v in event.items() if k not in ("time", "type", "source")}
     words = [text for name in ("peer", "dst", "check", "message") if (text := rest.pop(name, ""))]
     words += [f"{k} {_word(v)}" for k, v in rest.items() if v not in (None, "")]
-    return " ".join(words)
+    return printable(" ".join(words), TEXT_MAX)
 
 
 def _word(value: object) -> object:
