@@ -8,17 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
-from udptun.doctor.checks import CHECKS, kubernetes
+from udptun.doctor.checks import CHECKS, kubernetes, load, peers
 from udptun.doctor.checks.daemon import _problems, _split
-from udptun.doctor.facts import Facts
+from udptun.doctor.facts import Facts, Sample
 from udptun.doctor.page import page
 from udptun.doctor.sockets import _address
 from udptun.instance import Instance
+from udptun.model import parse_address
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,6 +120,7 @@ def test_the_remedy_of_the_daemon() -> None:
 def test_addresses_of_proc() -> None:
     assert str(_address("0100007F")) == "127.0.0.1"
     assert str(_address("00000000000000000000000001000000")) == "::1"
+    assert str(_address("0000000000000000FFFF0000010200C0")) == "192.0.2.1"  # bound by IPv6
 
 
 @pytest.mark.parametrize(("files", "plugins", "found"), [
@@ -155,3 +158,45 @@ def test_the_output_of_a_pipe_has_one_line_for_each_finding(tmp_path: Path) -> N
         "kernel", "--state-dir", str(tmp_path)])
     assert done.exit_code in (0, 1)
     assert len(done.output.splitlines()) == done.exit_code + 1
+
+
+def test_nothing_is_claimed_of_a_host_without_udptun(facts: Facts) -> None:
+    """A check that has nothing to look at is skipped, not ok."""
+    facts.processes = []  # without those of other tests
+    facts.gather()
+    found = {one.check.name: one.finding for one in runner.run(facts, CHECKS)}
+    for name in ("forwarder", "open-files", "device-names", "rp-filter", "mtu"):
+        assert found[name].result == Result.SKIPPED, name
+    assert "it is not known whether" in found["forwarder"].text
+    assert found["open-files"].text == "neither the daemon nor the forwarder runs"
+
+
+def test_the_shell_completes_the_names_of_checks() -> None:
+    def names(typed: str) -> list[str]:
+        found = ShellComplete(cli, {}, "udptun", "_UDPTUN_COMPLETE").get_completions(
+            ["doctor", "--check"], typed)
+        return [one.value for one in found]
+
+    assert names("") == [check.name for check in CHECKS]
+    assert names("mt") == ["mtu"]
+
+
+def test_what_is_dropped_now_is_not_called_nothing(facts: Facts) -> None:
+    def sample(at: float, packets: int) -> Sample:
+        return Sample(at, [{"reason": "no_route", "direction": "encap", "packets": packets}], [])
+
+    facts.first, facts.last = sample(1.0, 3), sample(3.0, 8)
+    rises, total = load.drops.look(facts)
+    assert rises.result == Result.WARNING
+    assert total.text == "dropped within 2.0 s: 5; since the start: 8"
+
+
+def test_a_peer_of_routes_by_hand_may_have_no_route_back(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_echo", lambda address: "")
+    monkeypatch.setattr(Facts, "is_root", True)
+    row = {"endpoint": "192.0.2.2:8285", "path": "udp", "probed": False}
+    layer, remedy = peers._of_host(facts, row, parse_address("address", "192.0.2.2"))
+    assert "or has no route to this host" in layer
+    assert "udptun route list" in remedy

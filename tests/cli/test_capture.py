@@ -12,8 +12,8 @@ from tests.cli.test_cli import Udptun, fails, udptun
 from tests.control.fakes import CAPTURED, PING, Served
 from tests.reference import build_record
 from tests.reference.capture import parse_records
-from udptun.cli.capture import _endpoints, describe
-from udptun.cli.captured import Counts, End, records
+from udptun.cli.capture import Lines, _endpoints, describe
+from udptun.cli.captured import Counts, End, Packet, records
 from udptun.cli.dropped import WIDTHS, _line, _row
 from udptun.cli.lazy import Failure
 from udptun.control.capture import counts_record, end_record
@@ -72,9 +72,10 @@ def test_options_become_the_filter(udptun: Udptun, served: Served) -> None:
     ("words", "code", "text"),
     [
         ("--peer n9", 1, "n9: there is no peer of this name"),
-        ("--peer 192.0.2.300", 1, "peers: '192.0.2.300' is not valid"),
-        ("--route 10.0.0.1/8", 1, "routes: '10.0.0.1/8' is not valid"),
-        ("--protocol quic", 1, "protocol: 'quic' is not valid"),
+        ("--peer 192.0.2.300", 2, "for --peer: '192.0.2.300' is not valid"),
+        ("--route 10.0.0.1/8", 2, "for --route: '10.0.0.1/8' is not valid"),
+        ("--port 1 --port 2 --port 3", 2, "for --port: [1, 2, 3] is not valid"),
+        ("--protocol quic", 2, "for --protocol: 'quic' is not valid"),
         ("--sample 2/3", 2, "'2/3' is not valid: expected 1/N"),
         ("-w x --text", 2, "exclude each other"),
         ("--file-size 1", 2, "needs --write FILE"),
@@ -168,13 +169,24 @@ def row(name: str, *endpoints: str) -> dict[str, Any]:
             "endpoints": dict.fromkeys(endpoints, ())}
 
 
+def test_a_packet_is_shown_completely_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("udptun.cli.capture.terminal_width", lambda: 60)
+    Lines([]).packet(Packet(0, "out", "no_route", 84, 1, 0, False, "192.0.2.2:8285", 0, b""))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= 60
+    assert " ".join(" ".join(lines).split()).endswith("dropped: no_route, peer 192.0.2.2:8285")
+
+
 def test_a_line_of_drops_fits_into_the_terminal(served: Served) -> None:
     (drop,) = [drop for drop in served.forwarder.drops() if drop["last"]]
     packet = {"reason": "source_not_routed", "direction": "decap", **drop["last"][0],
               "endpoint": "192.0.2.123:8285"}
     cells = _row(packet, [])
     assert _line(cells, 80) == \
-        "13:05:24.921 source_not_routed 192.0.2.123:8285 udp 10.244.1.7:40000 > 10.244..."
+        "13:05:24.921 source_not_routed 192.0.2.123:8285 udp 10.244.1.7:40000 >\n" \
+        "             10.244.9.9:53"
     packet["reason"] = "no_route"
     assert _line(_row(packet, []), 80).endswith(" 10.244.1.7:40000 > 10.244.9.9:53")
     assert _line(cells, 100).endswith("udp 10.244.1.7:40000 > 10.244.9.9:53")

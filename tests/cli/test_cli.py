@@ -479,7 +479,7 @@ def test_status_of_some_peers(udptun: Udptun) -> None:
         "192.0.2.2:8285", "[2001:db8::3]:8285"]
     text = udptun("status --state unreachable").stdout
     assert text.endswith("no peer in this state\n2 more peers in other states\n")
-    fails(udptun("status nobody"), 2, "'nobody' is not a peer of this host")
+    fails(udptun("status nobody"), 2, "'nobody' is not a peer: see `udptun status`")
 
 
 def test_status_for_programs(udptun: Udptun) -> None:

@@ -57,6 +57,8 @@ def test_keys(node: Scene) -> None:
         assert tty.ended() == 0
         assert tty.modes() == tty.at_start
         assert tty.raw.endswith(b"\x1b[?1049l")
+        # Clearing after a full line would remove its last character.
+        assert not re.search(rb"[^\nH]\x1b\[K", tty.raw)
 
 
 def test_details_scrolling_help_and_pause(node: Scene) -> None:

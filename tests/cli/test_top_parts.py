@@ -12,7 +12,7 @@ from tests.control.fakes import FakeForwarder, status_of
 from udptun.cli.answers import Answers
 from udptun.cli.samples import UNKNOWN, Change, History, Sample, vxlan_bytes
 from udptun.cli.top.cells import ASCII_BARS, amount, bars, count, fit, width
-from udptun.cli.top.screen import Screen
+from udptun.cli.top.screen import HELP, Screen
 from udptun.cli.top.terminal import keys
 from udptun.instance import Instance
 
@@ -131,6 +131,10 @@ def test_the_history_forgets_peers_that_are_gone_for_a_minute() -> None:
         assert history.peers
         history.add(sample(at + 4.0, peers=[]))
     assert not history.peers and paused.peers and paused.length == 3
+
+
+def test_the_help_fits_into_80_columns() -> None:
+    assert max(map(width, HELP)) <= 80
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (40, 10), (20, 4), (300, 5)])

@@ -14,25 +14,28 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .._version import __version__
-from ..errors import NoForwarder
+from ..errors import ControlError, NoForwarder
 from ..flows import flow, flow_text
+from ..text import counted
 from .captured import Counts, End, Packet, records
 from .dropped import named, names_of
 from .lazy import Failure
 from .mesh import find, host_of
-from .options import client, connection, cut, terminal_width
+from .options import client, connection, terminal_width, wrap
 from .pcapng import PcapngWriter
 
 if TYPE_CHECKING:
     from .captured import Record
 
 OVER = "the time is over"
+INDENT = " " * 17  # below the direction
 MEGABYTE = 1_000_000
 FILE_MODE = 0o600  # the file has the contents of packets
 
@@ -48,7 +51,7 @@ def _sample(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("-w", "--write", "path", metavar="FILE",
               help="Write pcapng to FILE; - is standard output.")
 @click.option("--text", is_flag=True,
-              help="Print a line for each packet, also if the output is no terminal.")
+              help="Print a line for each packet, also if the output is not a terminal.")
 @click.option("--direction", type=click.Choice(["both", "out", "in"]), default="both",
               show_default=True, help="out: from this host to a peer; in: from a peer.")
 @click.option("--dropped", is_flag=True, help="Only packets that are dropped.")
@@ -109,7 +112,7 @@ def capture(
         output = File(path or "-", names, (file_size or 0) * MEGABYTE, files)
     running, connected = _Running(), client(ctx)
     running.on_stop = connected.interrupt
-    with running, connected.capture(wanted) as (head, pieces):
+    with running, _named_options(wanted), connected.capture(wanted) as (head, pieces):
         try:
             output.begin(head, _shown_filter())
             _copy(records(head, pieces), output, count, running)
@@ -181,7 +184,7 @@ class _Running:
 
     def report(self, sample: int) -> None:
         """Print how many packets were captured. Fail if the forwarder has ended the capture."""
-        parts = [f"{self.captured} packet{'' if self.captured == 1 else 's'} captured"]
+        parts = [f"{counted(self.captured, 'packet')} captured"]
         if sample > 1:
             parts.append(f"one of {sample} recorded")
         if self.lost:
@@ -195,7 +198,8 @@ class _Running:
 
 
 class Lines:
-    """Prints one line for each packet."""
+    """Prints one line for each packet. On a terminal, a line that is too long is continued on the
+    next one, because the reason of a drop is at its end."""
 
     def __init__(self, names: list[dict[str, Any]]) -> None:
         self._names = names
@@ -210,7 +214,7 @@ class Lines:
         line = f"{time.strftime('%H:%M:%S', time.gmtime(seconds))}.{rest // 1000:06d}  " \
             f"{packet.direction:3}  {', '.join(parts)}"
         room = terminal_width()
-        sys.stdout.write((line if room is None else cut(line, room)) + "\n")
+        sys.stdout.write((line if room is None else wrap(line, room, INDENT)) + "\n")
 
     def flush(self) -> None:
         sys.stdout.flush()
@@ -306,6 +310,19 @@ def describe(packet: Packet, names: list[dict[str, Any]]) -> Iterator[str]:
 
 
 # Options
+
+
+@contextmanager
+def _named_options(wanted: dict[str, Any]) -> Iterator[None]:
+    """Name the option in an error of the forwarder that names a field of the filter."""
+    try:
+        yield
+    except ControlError as exc:
+        field, _, text = str(exc).partition(": ")
+        if field not in wanted:
+            raise
+        option = field if field == "seconds" else field.removesuffix("s")
+        raise click.BadParameter(text, param_hint=f"--{option}") from exc
 
 
 def _endpoints(text: str, names: list[dict[str, Any]]) -> list[str]:

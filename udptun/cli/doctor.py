@@ -26,6 +26,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from ..doctor.facts import Facts
     from ..doctor.run import Found
 
@@ -35,6 +37,17 @@ INDENT = " " * 10
 MIN_WIDTH = 40
 
 path_option = click.Path(path_type=Path)
+
+
+def complete_check(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from ..doctor.checks import CHECKS
+
+    return [CompletionItem(one.name, help=one.looks_at)
+            for one in CHECKS if one.name.startswith(incomplete)]
 
 
 def files_of_node(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,7 +66,7 @@ def files_of_node(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("-v", "--verbose", is_flag=True,
               help="Also show the checks that found nothing, and those that could not run.")
 @click.option("--check", "names", metavar="NAME", multiple=True,
-              help="Run only this check; may be repeated.")
+              shell_complete=complete_check, help="Run only this check; may be repeated.")
 @files_of_node
 @output
 @connection
@@ -123,7 +136,8 @@ def _show(found: list[Found], checks_n: int, verbose: bool) -> None:
     bad = problems(found)
     count = f"{len(bad)} {'problem' if len(bad) == 1 else 'problems'} found" if bad else \
         "nothing found"
-    not_looked = f"; {unable} do not apply or could not run, see -v" \
+    verb = "does" if unable == 1 else "do"
+    not_looked = f"; {unable} {verb} not apply or could not run, see -v" \
         if unable and not verbose else ""
     click.echo(f"{checks_n} {'check' if checks_n == 1 else 'checks'}, {count}{not_looked}")
 

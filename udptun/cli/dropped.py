@@ -18,7 +18,7 @@ from ..flows import flow_text
 from ..text import printable
 from .answers import ask_node
 from .mesh import find, host_of, mesh
-from .options import client, cut, echo_fitting, echo_json, node_client, terminal_width
+from .options import client, echo_fitting, echo_json, node_client, terminal_width, wrap
 
 POLL_SECONDS = 0.5
 HEADERS = ("TIME", "REASON", "DIRECTION", "PACKETS", "BYTES", "PEER OR SENDER", "PACKET")
@@ -42,10 +42,10 @@ def show_last(ctx: click.Context, output: str, no_headers: bool) -> None:
 
 def watch_drops(ctx: click.Context, output: str, no_headers: bool) -> None:
     connected, names = client(ctx), names_of(ctx)
-    if output != "json" and not no_headers:
-        click.echo(_line(HEADERS, terminal_width()))
     try:
         seen = _ids(_packets(connected.drops()))
+        if output != "json" and not no_headers:
+            click.echo(_line(HEADERS, terminal_width()))
         while True:
             time.sleep(POLL_SECONDS)
             packets = _packets(connected.drops())
@@ -95,10 +95,10 @@ def named(endpoint: str | None, names: list[Packet]) -> str | None:
 
 def _line(cells: Iterable[object], room: int | None) -> str:
     """Return a line with aligned columns. In a terminal of less than WIDE columns, OMITTED are left
-    out, the columns are not aligned, and a line that is too long is cut."""
+    out, the columns are not aligned, and a line that is too long is continued on the next one."""
     texts = ["-" if cell is None else str(cell) for cell in cells]
     if room is None or room >= WIDE:
         *head, last = texts
         return "  ".join([*(cell.ljust(n) for cell, n in zip(head, WIDTHS, strict=True)), last])
     kept = (text for text, name in zip(texts, HEADERS, strict=True) if name not in OMITTED)
-    return cut(" ".join(kept), room)
+    return wrap(" ".join(kept), room, " " * (WIDTHS[0] + 1))

@@ -31,7 +31,7 @@ else:
 __all__ = ["INSTANCE", "LISTEN", "METRICS", "Parsed", "client", "connection", "control_path",
            "cut", "echo_fitting", "echo_json", "echo_table", "instance", "instance_of",
            "named_socket", "no_headers",
-           "node_client", "output", "remember", "socket"]
+           "node_client", "output", "remember", "socket", "terminal_width", "wrap"]
 
 # Files of the node daemon: those of node.process.launch and node.store (tested), which take long to
 # import.
@@ -257,6 +257,14 @@ def echo_fitting(
         for row in body:
             row[-1] = cut(str(row[-1]), left)
     echo_table([headers[i] for i in shown], [[row[i] for i in shown] for row in body], hide_headers)
+
+
+def wrap(text: str, width: int, indent: str) -> str:
+    """Return a text in lines of ``width`` columns. The later lines begin with ``indent``."""
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, max(width, 2 * LEAST_TEXT), subsequent_indent=indent,
+                                   break_on_hyphens=False))
 
 
 def cut(text: str, width: int) -> str:

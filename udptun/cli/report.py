@@ -31,9 +31,9 @@ def report(
 ) -> None:
     """Write one file with the state of this host, to attach to a bug report.
 
-    The file is a tar. Passwords, tokens, keys and certificates are not in it. With --redact,
-    addresses and names of hosts are pseudonyms: the same address has the same pseudonym in every
-    part. Look at the file before you publish it.
+    The file is a compressed tar. Passwords, tokens, keys and certificates are not in it. With
+    --redact, addresses and names of hosts are pseudonyms: the same address has the same pseudonym
+    in every part. Look at the file before you publish it.
     """
     from ..doctor.bundle import archive, collect, contents
     from ..doctor.checks import CHECKS

@@ -91,7 +91,7 @@ def delete(ctx: click.Context, dst: str) -> None:
     client(ctx).delete(prefix)
 
 
-@route.command()
+@route.command(short_help="Replace all routes by those in FILE, in one step.")
 @click.argument("file")
 @click.option("--allow-empty", is_flag=True, help="Accept a FILE without routes.")
 @output

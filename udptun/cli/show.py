@@ -13,12 +13,16 @@ from .answers import ask_node
 from .options import (
     client,
     connection,
+    echo_fitting,
     echo_json,
     echo_table,
     no_headers,
     node_client,
     output,
+    terminal_width,
 )
+
+OMITTED = ("LAST ANSWER", "SINCE")  # of ``udptun peers`` in a narrow terminal, the first one first
 
 
 @click.command()
@@ -39,7 +43,8 @@ def peers(ctx: click.Context, output: str, no_headers: bool) -> None:
         return
     headers = ["ENDPOINT", "STATE", "SINCE", "RTT", "LOSS", "LAST ANSWER", "LARGEST", "REASON"]
     echoes = _echoes(ctx, found)
-    echo_table(headers, [_peer_row(peer, echoes) for peer in found], no_headers)
+    echo_fitting(headers, [_peer_row(peer, echoes) for peer in found], OMITTED, terminal_width(),
+                 no_headers, cut_last=True)
 
 
 @click.command()

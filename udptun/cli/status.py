@@ -110,7 +110,7 @@ class Sample:
         if wanted is not None:
             row = find(self.rows, wanted)
             if row is None:
-                raise click.BadParameter(f"{wanted!r} is not a peer of this host",
+                raise click.BadParameter(f"{wanted!r} is not a peer: see `udptun status`",
                                          param_hint="NODE")
             self.rows = [row]
         self.rows = sorted((row for row in self.rows if not states or row["state"] in states),

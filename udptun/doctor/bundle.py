@@ -27,7 +27,7 @@ from .._version import __version__
 from ..build import build_id
 from ..control.client import ControlClient
 from ..errors import UdptunError
-from ..text import printable
+from ..text import counted, printable
 from .facts import ANSWER_SECONDS, Facts
 from .processes import PROC
 from .redact import Pseudonyms, Secrets
@@ -99,7 +99,7 @@ def contents(parts: Iterable[Part]) -> str:
     """List the parts."""
     return "".join(f"{part.name:<34}  " + (
         f"not there: {printable(part.error)}" if part.error
-        else f"{len(part.text.encode())} bytes") + "\n" for part in parts)
+        else counted(len(part.text.encode()), "byte")) + "\n" for part in parts)
 
 
 def archive(parts: Iterable[Part], folder: str) -> bytes:

@@ -37,7 +37,10 @@ def udp_sockets() -> list[UdpSocket]:
 
 
 def _address(text: str) -> IPAddress:
-    """Parse the kernel's notation: 32-bit words in the byte order of this machine."""
+    """Parse the kernel's notation: 32-bit words in the byte order of this machine. An IPv6 socket
+    that is bound to an IPv4 address has an address like ::ffff:192.0.2.1."""
     data = b"".join(int(text[at:at + 8], 16).to_bytes(4, sys.byteorder)
                     for at in range(0, len(text), 8))
-    return ipaddress.ip_address(data)
+    found = ipaddress.ip_address(data)
+    mapped = found.ipv4_mapped if found.version == 6 else None
+    return found if mapped is None else mapped

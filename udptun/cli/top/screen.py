@@ -35,16 +35,16 @@ COLOURS = {
 }
 HELP = (
     "q               quit",
-    "up down, PgUp PgDn, Home End   select a peer; the line at the bottom shows its details",
+    "up down, PgUp PgDn, Home End   select a peer; a line below has its details",
     "s S, right left order by the next, by the previous column; r reverses it",
-    "/               show only the peers that contain a text: in the name, state, subnet, endpoint",
+    "/               show only peers with a text in name, state, subnet or endpoint",
     "Escape          show all peers again",
     "d               direction: both, out, in",
     "p               pause: the picture stays, and the measurement continues",
     "? h             this page; any key closes it",
     "",
-    "OUT/S and IN/S are bytes of UDP payload per second, without packets that VXLAN carries.",
-    "LAST MINUTE: bytes per second in the shown directions. Each peer has its own scale.",
+    "OUT/S, IN/S: bytes of UDP payload per second, without packets of VXLAN.",
+    "LAST MINUTE: rate in the shown directions. Each peer has its own scale.",
     "packets per call: packets that one system call sends or receives.",
     "-: not measured.",
 )

@@ -23,7 +23,7 @@ from typing import Any
 
 # Alternate screen, no cursor, no automatic line wrap; and the reverse.
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
-HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+HOME, CLEAR_LINE = "\x1b[H", "\x1b[K"
 ESCAPE_SECONDS = 0.1  # between the characters of one key; a slow network can separate them
 SMALLEST = (20, 4)  # columns and lines; 0: the terminal does not report its size
 SEQUENCES = {
@@ -99,8 +99,9 @@ class Terminal:
         return (max(columns or 80, SMALLEST[0]), max(lines or 24, SMALLEST[1]))
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Draw all lines in one write, so that the terminal does not flicker."""
-        self._write(HOME + "\r\n".join(line + CLEAR_LINE for line in lines) + CLEAR_BELOW)
+        """Draw all lines in one write, so that the terminal does not flicker. Each line is cleared
+        before it is written: after a full line, the cursor is still on its last character."""
+        self._write(HOME + "\r\n".join(CLEAR_LINE + line for line in lines))
 
     def _write(self, text: str) -> None:
         left = text.encode(self._encoding, "replace")

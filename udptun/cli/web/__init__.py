@@ -72,7 +72,7 @@ async def _serve(listen: Endpoint, names: tuple[str, ...], control: Path) -> Non
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end.set)
     if listen.address.is_loopback:
-        click.echo("every user of this host can read it", err=True)
+        click.echo("the page has no password: every user of this host can read it", err=True)
     else:
         click.echo(f"warning: every host that reaches {listen.address} can read the page, and the "
                    "networks between can change it", err=True)

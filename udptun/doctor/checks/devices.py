@@ -17,6 +17,7 @@ TUN_NUMBER = (10, 200)
 SYS = Path("/proc/sys/net")
 OLDEST = (5, 10)  # the oldest kernel that udptun supports
 IPV6_MIN = 1280
+UNKNOWN_DEVICES = "it is not known which devices this host should have"
 
 
 @check("tun-device", "/dev/net/tun: it exists and may be opened (device cgroup, seccomp, AppArmor)",
@@ -106,6 +107,8 @@ def vxlan(facts: Facts) -> Iterator[Finding]:
 @check("device-names", "devices of other programs with the names or the VNI of ours",
        "node.md#several-overlays-on-one-host")
 def device_names(facts: Facts) -> Iterator[Finding]:
+    if not facts.devices:
+        raise Skip(UNKNOWN_DEVICES)
     tun = facts.links.get(facts.tun)
     if facts.expects_forwarder and tun is not None and tun.kind != "tun":
         yield failed(f"{facts.tun} is not a TUN: another program has a device of this name",
@@ -148,7 +151,7 @@ def differences(facts: Facts) -> Iterator[Finding]:
                 yield failed(f"{name} has lost its address",
                              remedy="start the node daemon: it sets the address")
     if not looked:
-        raise Skip("it is not known which devices this host should have")
+        raise Skip(UNKNOWN_DEVICES)
 
 
 def _tun_differences(facts: Facts) -> Iterator[Finding]:
@@ -201,6 +204,8 @@ def forwarding(facts: Facts) -> Iterator[Finding]:
 @check("rp-filter", "strict reverse path filtering on the overlay's devices",
        "operations.md#troubleshooting")
 def rp_filter(facts: Facts) -> Iterator[Finding]:
+    if not facts.devices:
+        raise Skip(UNKNOWN_DEVICES)
     for name in facts.devices:
         own, all_ = (_read(SYS / f"ipv4/conf/{one}/rp_filter") for one in (name, "all"))
         if own and max(int(own), int(all_ or "0")) == 1:
@@ -232,6 +237,8 @@ def bridge_filter(facts: Facts) -> Iterator[Finding]:
 def mtu(facts: Facts) -> Iterator[Finding]:
     from .daemon import reported
 
+    if facts.node.answer is None and not facts.devices:
+        raise Skip(UNKNOWN_DEVICES)
     yield from reported(facts, "mtu") or ()
     underlay = facts.underlay
     tun = facts.links.get(facts.tun) if facts.expects_forwarder else None

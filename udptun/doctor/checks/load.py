@@ -33,9 +33,10 @@ def drops(facts: Facts) -> Iterator[Finding]:
     if first.drops is None or last.drops is None:
         raise Skip("no forwarder answers")
     before = {(one["reason"], one["direction"]): one["packets"] for one in first.drops}
-    seconds = last.at - first.at
+    seconds, rises = last.at - first.at, 0
     for one in last.drops:
         rise = one["packets"] - before.get((one["reason"], one["direction"]), 0)
+        rises += rise
         if rise <= 0 or (one["reason"] in QUIET and rise < 10 * seconds):
             continue
         yield warning(
@@ -44,7 +45,7 @@ def drops(facts: Facts) -> Iterator[Finding]:
             f"{rise} within {seconds:.1f} s, {one['packets']} since the start{_senders(one)}",
             "run: udptun drops --last")
     total = sum(one["packets"] for one in last.drops)
-    yield ok(f"nothing is dropped now; {total} since the start")
+    yield ok(f"dropped within {seconds:.1f} s: {rises}; since the start: {total}")
 
 
 def _senders(drop: dict[str, object]) -> str:

@@ -201,9 +201,13 @@ def _of_host(facts: Facts, row: Row, address: IPAddress) -> tuple[str, str]:
             f"check that the machine runs, and check the network: ping {address}"
     port = f"UDP port {Endpoint.parse(row['endpoint']).port}" if row["endpoint"] and \
         row["path"] == "udp" else "the tunnel's UDP port"
-    return f"Its host {address} answers pings, so {port} is filtered, or udptun does not run" \
-        f" there{directions}", "let the firewalls of both hosts and of the network pass the" \
-        " port in both directions; run udptun doctor on the peer"
+    where = f"Its host {address} answers pings, so {port} is filtered, or udptun does not run there"
+    remedy = "let the firewalls of both hosts and of the network pass the port in both" \
+        " directions; run udptun doctor on the peer"
+    if facts.node.answer is None:  # the routes of the peer were added by hand
+        return f"{where}, or has no route to this host{directions}", \
+            f"{remedy}; see udptun route list there"
+    return f"{where}{directions}", remedy
 
 
 def _directions(facts: Facts, row: Row) -> str:

@@ -48,7 +48,8 @@ def forwarder(facts: Facts) -> Iterator[Finding]:
     if facts.forwarder.denied:
         raise Skip(f"{facts.control} may not be used by this user: run as root")
     if not facts.expects_forwarder:
-        raise Skip("this node does not need a forwarder")
+        raise Skip("this node does not need a forwarder" if facts.expects_node else
+                   "no forwarder answers, and it is not known whether this host needs one")
     unit = "node" if facts.expects_node else "forward"
     yield _silent("forwarder", [one for one in facts.running("forward") if not one.standby]
                   or [one for one in facts.running("forward") if one.is_stopped],
@@ -140,7 +141,8 @@ def files(facts: Facts) -> Iterator[Finding]:
             yield warning(f"the {who} has {count} of at most {limit} open files",
                           f"process {one.pid}", "raise LimitNOFILE= of the unit")
     if not seen:
-        raise Skip("no process of udptun can be looked at: run as root")
+        raise Skip("no process of udptun can be looked at: run as root" if facts.processes else
+                   "neither the daemon nor the forwarder runs")
 
 
 CHECKS = (node_daemon, forwarder, versions, duplicates, has_capabilities, files)
