@@ -64,8 +64,8 @@ RULES = {
     },
     "node.host": LEAVES | {"leases", "net", "node.config", "node.host", "node.status.report"},
     "node.paths": LEAVES | {
-        "control.client", "net.icmp", "node.backends", "node.malloc", "node.paths",
-        "node.status.report", "probe",
+        "control.client", "net.conntrack", "net.icmp", "node.backends", "node.malloc",
+        "node.paths", "node.status.report", "probe",
     },
     "node.process": LEAVES | {
         "control.client", "control.protocol", "node.process", "node.status.report", "takeover",

@@ -10,6 +10,11 @@ answered, the path may still work, because only the daemon may have ended. So wi
 probe an ICMP echo request is sent through the same device: the peer's kernel answers it. One of the
 two answers is enough.
 
+If an old conntrack entry has the addresses and ports of our probes, the kernel may change their
+source port, and the peer ignores them. Example: a probe of the peer arrived before our address was
+on the device, and the kernel masqueraded it. Further probes of the peer keep such an entry. So if
+our probes are not answered, the entries of this flow are deleted.
+
 A request is answered only if it comes from the address and port of a known peer. There is one reply
 of the same size. So this node cannot be used to amplify traffic. Runs on the daemon's loop.
 """
@@ -21,13 +26,16 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address
 from typing import Any
 
 from ...model import DEFAULT_PORT, OVERHEAD, IPNetwork
+from ...net.conntrack import UdpFlow, forget_flows
 from ...net.icmp import Echoes, open_raw, send_whole
 from ...probe.message import NEVER_HEARD, REPLY, REQUEST, Probe, decode, heard_field
 from ...probe.prober import Request
+from ...probe.state import UNREACHABLE
 from ..backends.base import ProbeDevice
 from .meter import RECEIVE_LEN, Meter
 
@@ -106,6 +114,8 @@ class BoundMeter(Meter):
         except BaseException:
             opened.close()
             raise
+        # The address may be new, and these peers may have sent probes to it before.
+        self._lost(key for key in self.prober if self.prober[key].state == UNREACHABLE)
         return opened
 
     def _message(self, request: Request[str]) -> tuple[bytes, Any]:
@@ -130,6 +140,13 @@ class BoundMeter(Meter):
         heard = None if probe.heard_ms == NEVER_HEARD else probe.heard_ms / 1000
         self.prober.heard(key, now, probe.token, heard)
         self.send(probe.reply(heard_field(last, now)).encode(), source)
+
+    def _lost(self, keys: Iterable[str]) -> None:
+        """Delete the conntrack entries of the probes in both directions."""
+        flows = [UdpFlow(self.device.address, self.port, ip_address(key),
+                         self._other_ports.get(key, DEFAULT_PORT)) for key in keys]
+        if flows:
+            forget_flows(one for flow in flows for one in (flow, flow.reverse()))
 
     # -- echoes -----------------------------------------------------------------------------------
 
@@ -158,6 +175,7 @@ class BoundMeter(Meter):
         if self.prober.answered(key, *reply, time.monotonic()):
             n = self._echoed[key] = self._echoed.get(key, 0) + 1
             if n == SILENT_AFTER:
+                self._lost([key])  # its daemon may answer, but the probes have a wrong port
                 log.warning("%s answers echoes, but no probes: its packets pass, but its node "
                             "daemon does not answer", self._subnets[key])
         self._report()

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from ...model import IPNetwork
 from ...probe.prober import Prober, Request
-from ...probe.state import PathState
+from ...probe.state import UNREACHABLE, PathState
 from ...text import os_reason
 
 RECEIVE_LEN = 65536  # the largest message
@@ -140,6 +140,10 @@ class Meter(ABC):
         """Called after each request that was sent."""
         return
 
+    def _lost(self, keys: Iterable[str]) -> None:
+        """Called when paths have become unreachable, before this is reported."""
+        return
+
     @abstractmethod
     def _received(self, message: bytes, source: Any) -> None:
         """Parse one received message. It may come from any host."""
@@ -213,6 +217,9 @@ class Meter(ABC):
 
     def _report(self) -> None:
         if changed := self.prober.take_changes():
+            if lost := [key for key, before in changed.items()
+                        if self.prober[key].state == UNREACHABLE != before]:
+                self._lost(lost)
             self._changed([self._subnets[key] for key in changed])
 
 
