@@ -555,3 +555,31 @@ async def test_the_option_firewall_takes_precedence_over_the_network(
         node.store.send(peer(2))
         await node.ready(daemon)
         assert daemon._host._firewall.mode == mode
+
+
+@in_own_netns
+async def test_the_firewall_knows_a_new_subnet_before_a_device_has_its_address(
+    served, node_of, monkeypatch
+):
+    """Else it masquerades our first packets from this address."""
+    node = node_of()
+    node.config = replace(node.config, ip_masq=True)
+    known = {}  # by our subnet: whether each call of ``settle`` has found it in the rules
+
+    async with node.running() as daemon:
+        settle = daemon._backends.settle
+
+        async def checked(prepared, lease):
+            subnet = str(lease.subnets.v4)
+            known.setdefault(subnet, []).append(f"saddr {subnet}" in sh("nft list ruleset"))
+            await settle(prepared, lease)
+
+        monkeypatch.setattr(daemon._backends, "settle", checked)
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2))
+        await node.ready(daemon)
+        node.store.acquire_answer = Subnets(IPv4Network("10.244.5.0/24"))
+        daemon.reload()
+        await until(lambda: "10.244.5.0" in sh("ip -4 -o addr show"), "the new address")
+    assert {*known} == {str(OURS.v4), "10.244.5.0/24"}
+    assert all(all(calls) for calls in known.values())

@@ -409,12 +409,13 @@ class Daemon:
         await self._peers.carry(carriers)
 
     async def _settle_host(self, prepared: Prepared, lease: Lease) -> None:
-        network = prepared.site.network
+        network, carried = prepared.site.network, prepared.carried(lease)
+        await self._host.prepare(network, carried)
         await self._backends.settle(prepared, lease)
         if not self._config.keep_flannel:
             await self._leftovers.remove(network, self._backends.active_devices(network))
-        await self._host.settle(network, prepared.carried(lease), prepared.mtu,
-                                prepared.site.underlay, self._backends.outer_flows())
+        await self._host.settle(network, carried, prepared.mtu, prepared.site.underlay,
+                                self._backends.outer_flows())
 
     async def _choose_underlay(
         self, identity: Identity, families: frozenset[int], own_devices: frozenset[str]

@@ -60,18 +60,33 @@ class Host:
     def firewall_drops(self) -> tuple[FirewallDrop, ...]:
         return self._firewall.dropped
 
+    async def prepare(self, network: NetConfig, lease: Lease) -> None:
+        """Set the wanted firewall rules. Apply them now if they differ from the former ones.
+
+        Call it before a device gets an address of the lease. The old rules would masquerade the
+        first packets from this address, and the kernel would keep the translation of these flows.
+        """
+        config, before = self._config, self._firewall.want
+        self._firewall.want = FirewallRules(
+            network.network, lease.subnets.v4, network.network6, lease.subnets.v6,
+            config.ip_masq, config.iptables_forward_rules, self._devices(network),
+        )
+        self._firewall.mode = config.firewall or ("nftables" if network.nftables else "auto")
+        if self._firewall.want != before:
+            await self._sync_rules()
+
     async def settle(
         self, network: NetConfig, lease: Lease, mtu: int, underlay: Underlay,
         outer: Iterable[OuterFlow],
     ) -> None:
-        """Set up the host for our lease.
+        """Set up the host for our lease, after ``prepare``.
 
         mtu    the largest inner packet, in bytes
         outer  one for each active backend
         """
         self._firewall.tunnel = tuple(tunnel_flows(underlay, outer))
         self._underlay, self._networks = underlay, network.networks
-        await self._set_rules(network, lease)
+        await self._sync_rules()
         subnets = lease.subnets
         self._env = SubnetEnv(network.network, subnets.v4, network.network6, subnets.v6, mtu,
                               self._config.ip_masq)
@@ -107,13 +122,7 @@ class Host:
             config.mark, endpoints, "" if mixed else underlay.name, self._networks, direct,
             config.ip_masq)
 
-    async def _set_rules(self, network: NetConfig, lease: Lease) -> None:
-        config = self._config
-        self._firewall.want = FirewallRules(
-            network.network, lease.subnets.v4, network.network6, lease.subnets.v6,
-            config.ip_masq, config.iptables_forward_rules, self._devices(network),
-        )
-        self._firewall.mode = config.firewall or ("nftables" if network.nftables else "auto")
+    async def _sync_rules(self) -> None:
         with contextlib.suppress(FirewallError):  # Firewall.keep tries again and logs it
             await self._firewall.sync()
 
