@@ -255,6 +255,9 @@ class Node(Answer):
 
     version: str
     started: str
+    clock_step_seconds: float
+    store: str
+    files: dict[str, str]
     ready: bool
     waiting: str
     key: str | None

@@ -84,6 +84,8 @@ class Cluster:
         if not folder.exists():
             shutil.copytree(MANIFESTS, folder)
             for kustomization in folder.rglob("kustomization.yaml"):
+                if "newTag" not in kustomization.read_text():
+                    continue  # a component, which has no image
                 _replace(kustomization, "newTag: .*",
                          f"newTag: {self.image_name.rpartition(':')[2]}")
             _replace(folder / "config.yaml", '"Network": .*',

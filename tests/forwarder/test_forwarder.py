@@ -216,7 +216,7 @@ async def test_a_saved_route_without_a_listener_of_its_version_does_not_stop_the
     async with Forwarder(config(state_file=kept)) as forwarder:
         assert forwarder.route_count == 1
         await until(lambda: has_route(kept) and "10.244.3.0" not in kept.read_text())
-    assert "1 routes of" in caplog.text and "10.244.3.0/24 via 2001:db8::3" in caplog.text
+    assert "1 route of" in caplog.text and "10.244.3.0/24 via 2001:db8::3" in caplog.text
 
 
 @in_own_netns

@@ -422,7 +422,7 @@ def test_a_forwarder_is_started_with_the_instance(
     spawn(tmp_path / "forward.json", tmp_path / "log", Instance("blue"))
     assert seen[0][1:] == ["-m", "udptun", "forward", "--instance", "blue",
                            "--wait-for", str(tmp_path / "forward.json"),
-                           "--log-file", str(tmp_path / "log")]
+                           "--log-file", str(tmp_path / "log"), "--log-format", "text"]
 
 
 def test_the_options_survive_the_file(tmp_path: Path) -> None:

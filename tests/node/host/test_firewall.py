@@ -242,7 +242,8 @@ async def test_nft_fails(tmp_path, monkeypatch, text, words):
 
 @in_own_netns
 @pytest.mark.parametrize(("mode", "words"), [
-    (None, "does not run: No such file or directory (Debian has it in the package nftables)"),
+    (None, "does not run: No such file or directory (ENOENT) (Debian has it in the "
+     "package nftables)"),
     (0o644, "does not run: Permission denied"),
 ])
 async def test_nft_is_missing(tmp_path, mode, words):

@@ -329,7 +329,7 @@ async def test_a_forwarder_of_another_version_is_taken_over_once(
             keeper.want(spec)
             keeper.replace(table(route(3)))
             await keeper.wait_synced()
-    assert started == [{"take_over": True}]
+    assert started == [{"take_over": True, "log_format": "text"}]
 
 
 @pytest.mark.parametrize("build", ["0123456789ab", ""])
@@ -345,7 +345,7 @@ async def test_a_forwarder_of_the_same_version_but_another_build_is_taken_over(
         async with running(control, tmp_path, spawned=True) as keeper:
             keeper.want(spec)
             await until(lambda: started, "the take-over")
-    assert started == [{"take_over": True}]
+    assert started == [{"take_over": True, "log_format": "text"}]
 
 
 async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path, spec, monkeypatch):

@@ -18,5 +18,6 @@ BACKENDS = {
 }
 
 FLANNEL_DEFAULT = "udp"  # the backend of a lease without a BackendType
+FORWARDERS = "udp"  # the backend whose packets the forwarder carries, and counts for each peer
 AUTO = "auto"  # all backends that this host and the store of leases support
 MODES = (AUTO, *BACKENDS)  # values of --backend and of Backend.Type

@@ -22,7 +22,7 @@ from ..._version import __version__
 from ...build import build_id
 from ...control.families import quantile_gauge, transfer_counters
 from ...control.peer_series import Counters, PeerSeries
-from ..backends import BACKENDS
+from ..backends import BACKENDS, FORWARDERS
 from .readiness import State, is_ready, judge
 from .report import STATES
 
@@ -36,9 +36,6 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
     return CounterMetricFamily(f"udptun_node_{name}", text, value)
-
-
-UDP = "udp"  # the backend whose packets are counted for each peer
 
 
 class ReportCollector(Collector):
@@ -195,7 +192,7 @@ class ReportCollector(Collector):
             if (key := keys.get(subnet)) is not None:
                 a, b, c, d = (x + y for x, y in zip(sums[key], counts, strict=True))
                 sums[key] = a, b, c, d
-        yield from transfer_counters("udptun_node", {"path": UDP}, series.update(sums))
+        yield from transfer_counters("udptun_node", {"path": FORWARDERS}, series.update(sums))
         reachable = GaugeMetricFamily(
             "udptun_node_peer_reachable", "1 if the path that carries the packets to the peer "
             "works, 0 if not; no sample if it is not known.", labels=("peer",))
