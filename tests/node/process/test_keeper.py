@@ -351,7 +351,7 @@ async def test_a_forwarder_of_the_same_version_but_another_build_is_taken_over(
 async def test_a_forwarder_is_started_if_none_answers(thread, control, tmp_path, spec, monkeypatch):
     served = Served(thread, control)
 
-    def spawn(forward_file, log, instance, kept):
+    def spawn(forward_file, log, instance, kept, log_format):
         assert ForwarderSpec.read(forward_file) == spec
         served.__enter__()
         return Child()
@@ -373,7 +373,7 @@ async def test_a_forwarder_that_ends_at_once_is_restarted_with_backoff_and_its_l
     monkeypatch.setattr(module, "FIRST_BACKOFF", 0.2)
     started = []
 
-    def spawn(forward_file, log, instance, kept):
+    def spawn(forward_file, log, instance, kept, log_format):
         log.write_text("TUN: operation not permitted\n")
         started.append(time.monotonic())
         child = Child()
@@ -391,7 +391,7 @@ async def test_a_forwarder_that_ends_at_once_is_restarted_with_backoff_and_its_l
 async def test_a_forwarder_that_was_killed_is_reported_with_the_signal(
     control, tmp_path, spec, monkeypatch
 ):
-    def spawn(forward_file, log, instance, kept):
+    def spawn(forward_file, log, instance, kept, log_format):
         log.write_text("INFO udptun0 is up\n")  # not the reason
         child = subprocess.Popen(["sleep", "600"])
         child.kill()
