@@ -53,7 +53,7 @@ def test_the_two_hosts_of_the_readme(lab: Lab, hosts: tuple[Host, Host]) -> None
         _run(host, rest.replace("ping ", "ping -c 3 "), lab.folder / f"run-{host.name}/udptun.sock")
         for host, rest in reversed([*zip(hosts, later, strict=True)])
     ]
-    assert "peer: 192.0.2.1:8285" in outputs[0]
+    assert "192.0.2.1:8285" in outputs[0]
     assert " 0% packet loss" in outputs[1]
 
 
