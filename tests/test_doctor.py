@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
+from ipaddress import IPv4Address, ip_network
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.shell_completion import ShellComplete
@@ -14,12 +16,14 @@ from click.testing import CliRunner
 from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
-from udptun.doctor.checks import CHECKS, kubernetes, load, peers
+from udptun.doctor.checks import CHECKS, kubernetes, load, peers, underlay
 from udptun.doctor.checks.daemon import _problems, _split
 from udptun.doctor.facts import Facts, Sample
 from udptun.doctor.page import page
 from udptun.doctor.sockets import _address
 from udptun.instance import Instance
+from udptun.leases.advert import Advert, embed
+from udptun.leases.base import Attributes, Lease, Subnets
 from udptun.model import parse_address
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,3 +204,17 @@ def test_a_peer_of_routes_by_hand_may_have_no_route_back(
     layer, remedy = peers._of_host(facts, row, parse_address("address", "192.0.2.2"))
     assert "or has no route to this host" in layer
     assert "udptun route list" in remedy
+
+
+def test_nodes_behind_one_address_are_duplicates_only_with_the_same_port(facts: Facts) -> None:
+    def lease(key: str, port: int) -> Lease:
+        return Lease(key, Subnets(ip_network("10.244.1.0/24")), Attributes(
+            IPv4Address("192.0.2.1"), None, "", embed(None, Advert(port, 1450))))
+
+    def found(*leases: Lease) -> list[str]:
+        facts.__dict__["known"] = SimpleNamespace(lease=None, leases=leases)
+        return [one.text for one in underlay.duplicate_peers.look(facts)]
+
+    assert found(lease("a", 8285), lease("b", 8286)) == []
+    assert found(lease("a", 8285), lease("b", 8285)) == [
+        "a, b publish the same address 192.0.2.1 port 8285"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...leases.advert import read
 from ...model import IPAddress
 from ...net.arp import other_owners
 from ...net.links import Link
@@ -77,11 +78,10 @@ def duplicate_peers(facts: Facts) -> Iterator[Finding]:
     public: dict[str, list[str]] = {}
     for lease in facts.known.leases:
         attributes = lease.attributes
-        data = attributes.backend_data
-        port = (data.get("port") or data.get("Port") or 0) if isinstance(data, dict) else 0
+        advert = read(attributes.backend_data)
         if attributes.public_ip is not None:
-            public.setdefault(f"{attributes.public_ip} port {port}" if port
-                              else str(attributes.public_ip), []).append(lease.key)
+            where = f"{attributes.public_ip}{f' port {advert.port}' if advert else ''}"
+            public.setdefault(where, []).append(lease.key)
     for where, keys in public.items():
         if len(keys) > 1:
             whose = " and this node" if own in keys else ""
