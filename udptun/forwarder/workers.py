@@ -116,6 +116,8 @@ class Workers:
         for thread, had in zip(self._threads, counters, strict=False):
             thread.worker.inherit(dict(had))
             thread.former_cpu = had.get("cpu_seconds", 0.0)
+        # The core has inherited these, and the earlier process has reported them.
+        self._refused, self._send_errors = self._kernel_refused(), self._core.send_errors()
 
     def continue_on_new_tun(self) -> None:
         """Let the workers use the new device behind the descriptors of the TUN's queues.
@@ -196,9 +198,7 @@ class Workers:
 
         Called at most once a second.
         """
-        refused = {reason: packets for reason, _, packets in self._core.drops()
-                   if reason in KERNEL_ERRORS}
-        errors = self._core.send_errors()
+        refused, errors = self._kernel_refused(), self._core.send_errors()
         for reason, packets in refused.items():
             new = packets - self._refused.get(reason, 0)
             if new > 0:
@@ -206,6 +206,10 @@ class Workers:
                 self._report(f"the kernel {KERNEL_ERRORS[reason]} {counted(new, 'packet')}{why}; "
                              "see `udptun drops --last`")
         self._refused, self._send_errors = refused, errors
+
+    def _kernel_refused(self) -> dict[str, int]:
+        return {reason: packets for reason, _, packets in self._core.drops()
+                if reason in KERNEL_ERRORS}
 
     def _why_refused(self, errors: Mapping[int, int]) -> str:
         """Return the new errnos of sends, and some of the peers whose last error is one of them."""
