@@ -60,8 +60,9 @@ def test_maps_hold_what_was_set():
     with pytest.raises(FileExistsError):
         found.add(key, bytes(16))
     found[key] = struct.pack(f"={2 * bpf.cpus_n()}Q", *range(2 * bpf.cpus_n()))
-    assert found.sums(key)[0] == sum(range(0, 2 * bpf.cpus_n(), 2))
-    assert found.latest(key, 1) == 2 * bpf.cpus_n() - 1
+    first, second = found.per_cpu(key)
+    assert sum(first) == sum(range(0, 2 * bpf.cpus_n(), 2))
+    assert max(second) == 2 * bpf.cpus_n() - 1
     del found[key], found[key]
     with pytest.raises(KeyError):
         found[key]

@@ -196,16 +196,14 @@ class Map:
                 self[keys[at * self._key_size :][: self._key_size]] = \
                     values[at * self._value_size :][: self._value_size]
 
-    def sums(self, key: bytes) -> tuple[int, ...]:
-        """Return the 64-bit words of a value per CPU, summed over the CPUs. Raises KeyError."""
+    def per_cpu(self, key: bytes) -> list[tuple[int, ...]]:
+        """Return each 64-bit word of a value per CPU, as a tuple of its values on the CPUs.
+
+        Raises KeyError, OSError.
+        """
         words = self._value_size // 8
         values = struct.unpack(f"={self._read_size // 8}Q", self[key])
-        return tuple(sum(values[word::words]) for word in range(words))
-
-    def latest(self, key: bytes, word: int) -> int:
-        """Return the largest value of a word of a value per CPU. Raises KeyError."""
-        values = struct.unpack(f"={self._read_size // 8}Q", self[key])
-        return max(map(int, values[word :: self._value_size // 8]))
+        return [values[word::words] for word in range(words)]
 
     def id(self) -> int:
         """Return the number that the kernel has given to the map. Raises OSError."""

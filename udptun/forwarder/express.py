@@ -428,8 +428,8 @@ class Express:
         counters = self._maps["counters"]
         peers = {}
         for key in self._counted:
-            *counted, _ = counters.sums(_endpoint(key))
-            peers[key] = (*counted, counters.latest(_endpoint(key), len(counted)))
+            *counted, seen = counters.per_cpu(_endpoint(key))
+            peers[key] = (*map(sum, counted), max(seen))
         totals = self._totals()
         self._core.set_express(peers, (
             totals["sent"], totals["received"], totals["send_dropped"], totals["receive_dropped"]))
@@ -438,7 +438,7 @@ class Express:
         if self.off:
             return dict.fromkeys(TOTALS, 0)
         totals = self._maps["totals"]
-        return {name: totals.sums(struct.pack("=I", index))[0]
+        return {name: sum(totals.per_cpu(struct.pack("=I", index))[0])
                 for index, name in enumerate(TOTALS)}
 
     def report(self) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class View:
         Counts of zero are included. Each row has the last dropped packets. The rows of
         ``unknown_peer`` and ``source_port`` also have the last few senders.
         """
+        self.express.read()
         last = self.core.last_dropped()
         rows = self._drop_counts()
         for row in rows:
@@ -135,7 +136,6 @@ class View:
         return rows
 
     def _drop_counts(self) -> list[dict[str, Any]]:
-        self.express.read()
         return [
             {"reason": reason, "direction": direction, "packets": packets}
             for reason, direction, packets in self.core.drops()
@@ -230,6 +230,7 @@ class View:
 
     def log_state(self) -> None:
         """Write the most important counters to the log."""
+        self.express.read()
         log.info("%s: generation %d, %s, %s", self.tun_name, self.routes.generation,
                  counted(len(self.routes), "route"), counted(self.core.peers_n(), "peer"))
         for direction, counts in self.core.packets().items():
