@@ -3,7 +3,9 @@ typed answers, the same names in the forwarder and in its client."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import dataclasses
 import errno
 import inspect
 import ipaddress
@@ -31,6 +33,7 @@ from udptun import (
 )
 from udptun.answers import Answer
 from udptun.device.tun import Tun
+from udptun.forwarder import config as config_module
 from udptun.model import Mark
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,3 +196,12 @@ async def test_a_cancelled_body_stays_cancelled() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_the_declared_arguments_of_the_configuration_are_its_fields() -> None:
+    """The class declares its arguments by hand, because they also accept text."""
+    tree = ast.parse(Path(config_module.__file__).read_text())
+    [declared] = [node for node in ast.walk(tree)
+                  if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    assert [argument.arg for argument in declared.args.args[1:]] == [
+        field.name for field in dataclasses.fields(ForwarderConfig)]

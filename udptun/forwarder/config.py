@@ -108,9 +108,10 @@ class ForwarderConfig:
             routes_file: Path | str | None = ..., state_file: Path | str | None = ...,
             mtu: int | None = ..., workers: int | None = ..., offload: OffloadRequest | str = ...,
             source_check: str = ..., subnets: _Some[IPNetwork] = ..., admit: str = ...,
-            mark: Mark | str | None = ..., takeover: Path | str | None = ...,
-            take_over: bool = ..., flannel_control: Path | str | None = ...,
-            flannel_control_fd: int | None = ...,
+            mark: Mark | str | None = ..., accelerate: str = ...,
+            takeover: Path | str | None = ..., take_over: bool = ...,
+            metrics: Endpoint | None = ..., metrics_peers: int = ...,
+            flannel_control: Path | str | None = ..., flannel_control_fd: int | None = ...,
         ) -> None: ...
 
     def _convert(self) -> None:
