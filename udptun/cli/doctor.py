@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..text import counted
 from .mesh import mesh
 from .options import (
     connection,
@@ -112,7 +113,7 @@ def facts_of(ctx: click.Context, state_dir: Path | None, subnet_file: Path | Non
 
 
 def problems(found: list[Found]) -> list[Found]:
-    return [one for one in found if one.finding.result in ("failed", "warning")]
+    return [one for one in found if one.finding.is_bad]
 
 
 def to_json(found: list[Found]) -> dict[str, object]:
@@ -134,23 +135,21 @@ def _show(found: list[Found], checks_n: int, verbose: bool) -> None:
             click.echo(line)
     unable = len({one.check.name for one in found if one.finding.result == "skipped"})
     bad = problems(found)
-    count = f"{len(bad)} {'problem' if len(bad) == 1 else 'problems'} found" if bad else \
-        "nothing found"
+    count = f"{counted(len(bad), 'problem')} found" if bad else "nothing found"
     verb = "does" if unable == 1 else "do"
     not_looked = f"; {unable} {verb} not apply or could not run, see -v" \
         if unable and not verbose else ""
-    click.echo(f"{checks_n} {'check' if checks_n == 1 else 'checks'}, {count}{not_looked}")
+    click.echo(f"{counted(checks_n, 'check')}, {count}{not_looked}")
 
 
 def _lines(one: Found, width: int | None) -> list[str]:
     """Return one line, or in a terminal of ``width`` columns a block."""
     finding = one.finding
     head = f"{finding.result.upper():<8}  {one.check.name}: {finding.text}"
-    is_bad = finding.result in ("failed", "warning")
     more = [
         *([f"measured: {finding.evidence}"] if finding.evidence else []),
         *([_remedy(finding.remedy)] if finding.remedy else []),
-        *([f"see docs/{one.check.page}"] if is_bad else [])]
+        *([f"see docs/{one.check.page}"] if finding.is_bad else [])]
     if width is None:
         return ["; ".join(part.rstrip(".") for part in (head, *more))]
     room = max(width, MIN_WIDTH)

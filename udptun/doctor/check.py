@@ -50,6 +50,10 @@ class Finding:
     evidence: str = ""
     remedy: str = ""
 
+    @property
+    def is_bad(self) -> bool:
+        return self.result in (Result.FAILED, Result.WARNING)
+
 
 @dataclass(frozen=True, slots=True)
 class Check:

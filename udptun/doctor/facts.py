@@ -69,7 +69,7 @@ class Sample:
     drops: list[Answer] | None = None
     sockets: list[UdpSocket] = field(default_factory=udp_sockets)
     cpu: tuple[int, int] = field(default_factory=_stolen)
-    threads: dict[str, float] = field(default_factory=dict)
+    threads: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
 class Facts:

@@ -130,7 +130,7 @@ def open_files(pid: int) -> tuple[int, int] | None:
     return None
 
 
-def thread_seconds(pid: int) -> dict[str, float]:
+def thread_seconds(pid: int) -> dict[tuple[str, str], float]:
     """Return the CPU time of each thread of a process, by the thread's number and name."""
     found = {}
     tick = os.sysconf("SC_CLK_TCK")
@@ -138,8 +138,7 @@ def thread_seconds(pid: int) -> dict[str, float]:
         for folder in (PROC / str(pid) / "task").iterdir():
             head, _, rest = (folder / "stat").read_text().rpartition(")")
             fields = rest.split()
-            name = f"{folder.name} {head.partition('(')[2]}"
-            found[name] = (int(fields[11]) + int(fields[12])) / tick
+            found[folder.name, head.partition("(")[2]] = (int(fields[11]) + int(fields[12])) / tick
     except (OSError, ValueError):
         pass
     return found

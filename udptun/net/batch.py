@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,6 +193,22 @@ def attributes(body: memoryview, start: int) -> dict[int, memoryview]:
         found[kind & ATTRIBUTE_TYPE] = body[start + ATTRIBUTE.size : start + length]
         start += length + 3 & ~3
     return found
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """Return an attribute of a request, with its padding."""
+    length = ATTRIBUTE.size + len(value)
+    return ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
+
+
+def number(value: memoryview | None) -> int:
+    """Return the number of an attribute in the byte order of the host; 0 without the attribute."""
+    return int.from_bytes(value or b"", sys.byteorder)
+
+
+def text(value: memoryview | None) -> str:
+    """Return the name of an attribute; "" without the attribute."""
+    return os.fsdecode(bytes(value or b"").rstrip(b"\0"))
 
 
 def _refusal(answer: memoryview, flags: int) -> Refusal | None:

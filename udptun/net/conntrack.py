@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ..model import IPAddress
 from ..text import os_reason
-from .batch import ATTRIBUTE, Request, RouteSocket
+from .batch import Request, RouteSocket, attribute
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +67,10 @@ def forget_flows(flows: Iterable[UdpFlow]) -> None:
 def _body(flow: UdpFlow) -> bytes:
     version = flow.source.version
     source, destination = CTA_IP[version]
-    addresses = _attribute(source, flow.source.packed) \
-        + _attribute(destination, flow.destination.packed)
-    ports = _attribute(CTA_PROTO_NUM, bytes([socket.IPPROTO_UDP])) \
-        + _attribute(CTA_PROTO_SRC_PORT, flow.source_port.to_bytes(2)) \
-        + _attribute(CTA_PROTO_DST_PORT, flow.destination_port.to_bytes(2))
-    return NFGENMSG.pack(FAMILY[version], 0, 0) + _attribute(
-        CTA_TUPLE_ORIG, _attribute(CTA_TUPLE_IP, addresses) + _attribute(CTA_TUPLE_PROTO, ports))
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = ATTRIBUTE.size + len(value)
-    return ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
+    addresses = attribute(source, flow.source.packed) \
+        + attribute(destination, flow.destination.packed)
+    ports = attribute(CTA_PROTO_NUM, bytes([socket.IPPROTO_UDP])) \
+        + attribute(CTA_PROTO_SRC_PORT, flow.source_port.to_bytes(2)) \
+        + attribute(CTA_PROTO_DST_PORT, flow.destination_port.to_bytes(2))
+    return NFGENMSG.pack(FAMILY[version], 0, 0) + attribute(
+        CTA_TUPLE_ORIG, attribute(CTA_TUPLE_IP, addresses) + attribute(CTA_TUPLE_PROTO, ports))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..device.bpf import TCX_EGRESS, TCX_INGRESS, attached_n
-from .batch import ATTRIBUTE, Refusal, Request, RouteSocket, attributes
+from .batch import Refusal, Request, RouteSocket, attribute, attributes
 from .local import IFINFOMSG, IFLA_MTU, RTM_GETLINK
 
 # linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h
@@ -87,14 +87,14 @@ def attach(kernel: RouteSocket, device: int, hook: Hook, name: str, program: int
 
     name  begins with NAME_PREFIX. Raises OSError
     """
-    clsact = TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0) + _attribute(
+    clsact = TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0) + attribute(
         TCA_KIND, b"clsact\0")
     _send(kernel, Request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, clsact), errno.EEXIST)
     handle = next((one.handle for one in filters(kernel, device, hook) if one.name == name), 0)
-    options = (_attribute(TCA_BPF_FD, struct.pack("=I", program))
-               + _attribute(TCA_BPF_NAME, name.encode() + b"\0")
-               + _attribute(TCA_BPF_FLAGS, struct.pack("=I", DIRECT_ACTION)))
-    body = _filter(device, hook, handle) + _attribute(TCA_OPTIONS, options)
+    options = (attribute(TCA_BPF_FD, struct.pack("=I", program))
+               + attribute(TCA_BPF_NAME, name.encode() + b"\0")
+               + attribute(TCA_BPF_FLAGS, struct.pack("=I", DIRECT_ACTION)))
+    body = _filter(device, hook, handle) + attribute(TCA_OPTIONS, options)
     _send(kernel, Request(RTM_NEWTFILTER, NLM_F_CREATE, body))
 
 
@@ -156,7 +156,7 @@ def ethernet_mtu(kernel: RouteSocket, device: int) -> int:
 
 def _filter(device: int, hook: Hook, handle: int) -> bytes:
     info = PRIORITY << 16 | ALL_PROTOCOLS
-    return TCMSG.pack(0, device, handle, hook.value, info) + _attribute(TCA_KIND, b"bpf\0")
+    return TCMSG.pack(0, device, handle, hook.value, info) + attribute(TCA_KIND, b"bpf\0")
 
 
 def _send(kernel: RouteSocket, request: Request, *accepted: int) -> None:
@@ -164,11 +164,6 @@ def _send(kernel: RouteSocket, request: Request, *accepted: int) -> None:
     refusal = kernel.send([request]).get(0)
     if refusal is not None and refusal.number not in accepted:
         raise OSError(refusal.number, str(refusal))
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = ATTRIBUTE.size + len(value)
-    return ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
 
 
 def _text(value: memoryview | None) -> str:

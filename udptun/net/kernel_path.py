@@ -10,13 +10,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import struct
-import sys
 from dataclasses import dataclass
 
 from ..errors import DeviceError
 from ..model import IPAddress
 from ..text import os_reason
-from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
+from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes, number, text
 from .vxlan_entries import EntrySocket
 
 # linux/rtnetlink.h
@@ -85,20 +84,20 @@ def _ask(kernel: RouteSocket, address: IPAddress) -> KernelPath:
         return KernelPath(error=str(answer))
     kind = RTMSG.unpack_from(answer)[7]
     route = attributes(answer, RTMSG.size)
-    index, table = _number(route.get(RTA_OIF)), _number(route.get(RTA_TABLE))
+    index, table = number(route.get(RTA_OIF)), number(route.get(RTA_TABLE))
     gateway, source = _address(route.get(RTA_GATEWAY)), _address(route.get(RTA_PREFSRC))
     (answer,) = kernel.ask(RTM_GETLINK, [IFINFOMSG.pack(0, 0, index, 0, 0)])
     if isinstance(answer, Refusal):  # the device was removed in the meantime
         raise OSError(answer.number, os.strerror(answer.number))
     link = attributes(answer, IFINFOMSG.size)
     info = attributes(link.get(IFLA_LINKINFO, memoryview(b"")), 0)
-    name, device_kind = _text(link.get(IFLA_IFNAME)), _text(info.get(IFLA_INFO_KIND))
+    name, device_kind = text(link.get(IFLA_IFNAME)), text(info.get(IFLA_INFO_KIND))
     vxlan = None
     if device_kind == "vxlan":
         data = attributes(info.get(IFLA_INFO_DATA, memoryview(b"")), 0)
-        vni = _number(data.get(IFLA_VXLAN_ID))
+        vni = number(data.get(IFLA_VXLAN_ID))
         vxlan = _vxlan(kernel, index, vni, gateway or address)
-    return KernelPath("", kind == RTN_LOCAL, name, device_kind, _number(link.get(IFLA_MTU)),
+    return KernelPath("", kind == RTN_LOCAL, name, device_kind, number(link.get(IFLA_MTU)),
                       gateway, source, table, vxlan)
 
 
@@ -110,13 +109,5 @@ def _vxlan(kernel: RouteSocket, index: int, vni: int, next_hop: IPAddress) -> Vx
                  None if remote is None else ipaddress.ip_address(remote))
 
 
-def _number(attribute: memoryview | None) -> int:
-    return int.from_bytes(attribute or b"", sys.byteorder)
-
-
 def _address(attribute: memoryview | None) -> IPAddress | None:
     return None if attribute is None else ipaddress.ip_address(bytes(attribute))
-
-
-def _text(attribute: memoryview | None) -> str:
-    return os.fsdecode(bytes(attribute or b"").rstrip(b"\0"))

@@ -8,14 +8,12 @@ fast. Any thread; the answer is for the network namespace of the thread.
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
-import sys
 from dataclasses import dataclass
 
 from ..device.fault import device_error
 from ..model import IPAddress
-from .batch import RouteSocket, attributes
+from .batch import RouteSocket, attributes, number, text
 from .local import (
     IFA_ADDRESS,
     IFA_LOCAL,
@@ -30,7 +28,7 @@ from .local import (
 # linux/if_link.h
 IFLA_ADDRESS, IFLA_LINKINFO, IFLA_CARRIER = 1, 18, 33
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
-IFLA_VXLAN_ID, IFLA_VXLAN_PORT = 1, 15
+IFLA_VXLAN_ID = 1
 IFF_UP = 0x1  # linux/if.h
 # linux/if_addr.h
 IFA_FLAGS = 8
@@ -46,7 +44,6 @@ class Address:
     """
 
     address: IPAddress
-    prefixlen: int
     duplicate: bool
     tentative: bool
 
@@ -58,7 +55,7 @@ class Link:
     kind     the type of a virtual device, for example tun or vxlan; "" for a network card
     up       the administrator has set it up
     carrier  it has a link to the next device
-    vni, port  of a VXLAN device; else 0
+    vni      of a VXLAN device; else 0
     mac      "" if it has none
     """
 
@@ -69,7 +66,6 @@ class Link:
     up: bool
     carrier: bool
     vni: int
-    port: int
     mac: str
     addresses: tuple[Address, ...]
 
@@ -90,35 +86,26 @@ def _link(message: memoryview, addresses: dict[int, list[Address]]) -> Link:
     _, _, index, flags, _ = IFINFOMSG.unpack_from(message)
     about = attributes(message, IFINFOMSG.size)
     info = attributes(about.get(IFLA_LINKINFO, memoryview(b"")), 0)
-    kind = _text(info.get(IFLA_INFO_KIND))
+    kind = text(info.get(IFLA_INFO_KIND))
     data = attributes(info.get(IFLA_INFO_DATA, memoryview(b"")), 0) if kind == "vxlan" else {}
     return Link(
-        index, _text(about.get(IFLA_IFNAME)), kind, _number(about.get(IFLA_MTU)),
-        bool(flags & IFF_UP), bool(_number(about.get(IFLA_CARRIER))),
-        _number(data.get(IFLA_VXLAN_ID)),
-        int.from_bytes(data.get(IFLA_VXLAN_PORT, b"")),
+        index, text(about.get(IFLA_IFNAME)), kind, number(about.get(IFLA_MTU)),
+        bool(flags & IFF_UP), bool(number(about.get(IFLA_CARRIER))),
+        number(data.get(IFLA_VXLAN_ID)),
         bytes(about.get(IFLA_ADDRESS, b"")).hex(":"), tuple(addresses.get(index, ())))
 
 
 def _addresses(kernel: RouteSocket) -> dict[int, list[Address]]:
     found: dict[int, list[Address]] = {}
     for message in kernel.dump(RTM_GETADDR, IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
-        _, length, flags, _, index = IFADDRMSG.unpack_from(message)
+        _, _, flags, _, index = IFADDRMSG.unpack_from(message)
         about = attributes(message, IFADDRMSG.size)
         # On a point-to-point link IFA_ADDRESS is the other end.
         packed = about.get(IFA_LOCAL, about.get(IFA_ADDRESS))
         if packed is None:
             continue
-        flags = _number(about.get(IFA_FLAGS)) or flags
+        flags = number(about.get(IFA_FLAGS)) or flags
         found.setdefault(index, []).append(Address(
-            ipaddress.ip_address(bytes(packed)), length, bool(flags & IFA_F_DADFAILED),
+            ipaddress.ip_address(bytes(packed)), bool(flags & IFA_F_DADFAILED),
             bool(flags & IFA_F_TENTATIVE)))
     return found
-
-
-def _number(attribute: memoryview | None) -> int:
-    return int.from_bytes(attribute or b"", sys.byteorder)
-
-
-def _text(attribute: memoryview | None) -> str:
-    return os.fsdecode(bytes(attribute or b"").rstrip(b"\0"))

@@ -9,14 +9,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...model import MIN_MTU6, OVERHEAD
+from ...node.host.forwarding import FORWARD4, FORWARD6, sysctl, value_of
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
 
 TUN_FILE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)
-SYS = Path("/proc/sys/net")
 OLDEST = (5, 10)  # the oldest kernel that udptun supports
-IPV6_MIN = 1280
 UNKNOWN_DEVICES = "it is not known which devices this host should have"
 
 
@@ -132,13 +132,12 @@ def device_names(facts: Facts) -> Iterator[Finding]:
 
 def differences(facts: Facts) -> Iterator[Finding]:
     """Compare the overlay's devices with what the daemon or the forwarder has set up."""
-    looked = False
-    for finding in _tun_differences(facts):
-        looked = True
-        yield finding
+    found = [*_tun_differences(facts)]
+    if not found and not facts.vxlan_devices:
+        raise Skip(UNKNOWN_DEVICES)
+    yield from found
     for name in facts.vxlan_devices:
         link = facts.links.get(name)
-        looked = True
         if link is None:
             if facts.backend == "vxlan":
                 yield failed(f"{name} does not exist",
@@ -150,8 +149,6 @@ def differences(facts: Facts) -> Iterator[Finding]:
             if not own & {one.address for one in link.addresses}:
                 yield failed(f"{name} has lost its address",
                              remedy="start the node daemon: it sets the address")
-    if not looked:
-        raise Skip(UNKNOWN_DEVICES)
 
 
 def _tun_differences(facts: Facts) -> Iterator[Finding]:
@@ -194,9 +191,9 @@ def forwarding(facts: Facts) -> Iterator[Finding]:
     if not facts.expects_node:
         raise Skip("this host has no subnet for pods: it may be only an endpoint")
     versions = {network.version for network in facts.networks}
-    for version, name in ((4, "ipv4/ip_forward"), (6, "ipv6/conf/all/forwarding")):
-        if version in versions and _read(SYS / name) == "0":
-            key = "net." + name.replace("/", ".")
+    for version, name in ((4, FORWARD4), (6, FORWARD6)):
+        if version in versions and value_of(name) == "0":
+            key = sysctl(name)
             yield failed(f"{key} is 0: pods on this host reach no other node over IPv{version}",
                          remedy=f"run: sysctl -w {key}=1")
 
@@ -207,7 +204,7 @@ def rp_filter(facts: Facts) -> Iterator[Finding]:
     if not facts.devices:
         raise Skip(UNKNOWN_DEVICES)
     for name in facts.devices:
-        own, all_ = (_read(SYS / f"ipv4/conf/{one}/rp_filter") for one in (name, "all"))
+        own, all_ = (value_of(f"ipv4/conf/{one}/rp_filter") for one in (name, "all"))
         if own and max(int(own), int(all_ or "0")) == 1:
             yield failed(
                 f"the kernel drops packets from {name} if it routes their source to another device",
@@ -220,7 +217,7 @@ def rp_filter(facts: Facts) -> Iterator[Finding]:
 def bridge_filter(facts: Facts) -> Iterator[Finding]:
     from .kubernetes import kubelet_is_here
 
-    value = _read(SYS / "bridge/bridge-nf-call-iptables")
+    value = value_of("bridge/bridge-nf-call-iptables")
     if not kubelet_is_here():
         raise Skip("no kubelet runs here")
     if value == "0":
@@ -244,8 +241,8 @@ def mtu(facts: Facts) -> Iterator[Finding]:
     tun = facts.links.get(facts.tun) if facts.expects_forwarder else None
     addresses = facts.underlay_addresses
     if underlay is not None and tun is not None and addresses:
-        overhead = 28 if any(one.version == 4 for one in addresses) else 48
-        if tun.mtu > underlay.mtu - overhead and tun.mtu > IPV6_MIN and underlay.name != "lo":
+        overhead = OVERHEAD[min(one.version for one in addresses)]
+        if tun.mtu > underlay.mtu - overhead and tun.mtu > MIN_MTU6 and underlay.name != "lo":
             yield failed(
                 f"{tun.name} has MTU {tun.mtu}, and {underlay.name} has only {underlay.mtu}: large"
                 " packets are lost or fragmented", f"the tunnel adds {overhead} bytes",
@@ -262,17 +259,10 @@ def ipv6(facts: Facts) -> Iterator[Finding]:
     if not any(network.version == 6 for network in facts.networks):
         raise Skip("the overlay has no IPv6, or its networks are not known")
     for name in facts.devices:
-        if _read(SYS / f"ipv6/conf/{name}/disable_ipv6") == "1" and name in facts.links and not (
+        if value_of(f"ipv6/conf/{name}/disable_ipv6") == "1" and name in facts.links and not (
                 name.startswith(("flannel.", f"{facts.instance.name}."))):
             yield failed(f"IPv6 is disabled on {name}",
                          remedy=f"run: sysctl -w net.ipv6.conf.{name}.disable_ipv6=0")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 CHECKS = (tun_device, kernel, offloads, vxlan, device_names, forwarding, rp_filter, bridge_filter,

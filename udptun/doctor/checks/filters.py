@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from ipaddress import ip_network
 
 from ...errors import FieldError
 from ...model import IPNetwork
@@ -17,7 +16,7 @@ def drops(facts: Facts) -> Iterator[Finding]:
     """Read the rules of other programs, as the daemon does."""
     from ...node.host.firewall.keeper import find_drops
     from ...node.host.firewall.rules import FirewallRules
-    from ...node.host.firewall.verdict import Flow
+    from ...node.host.firewall.verdict import datagrams
 
     if not facts.is_root:
         raise Skip("the rules of the firewall can only be read by root")
@@ -32,16 +31,9 @@ def drops(facts: Facts) -> Iterator[Finding]:
     want = FirewallRules(*by_version[4], *by_version[6], forward=True,  # type: ignore[arg-type]
                          devices=frozenset(facts.devices))
     link = facts.underlay
-    flows = []
-    for endpoint in facts.listen if link is not None else ():
-        assert link is not None
-        own, others = ip_network(endpoint.address), ip_network(f"{type(endpoint.address)(0)}/0")
-        name, device = f"IPv{own.version} datagrams of the tunnel", frozenset({link.name})
-        flows += [
-            Flow(f"{name} to this node (UDP {endpoint.port})", others, own, True, device,
-                 endpoint.port, "established"),
-            Flow(f"{name} from this node (UDP {endpoint.port})", own, others, False, device,
-                 endpoint.port, "established")]
+    flows = [] if link is None else [
+        flow for one in facts.listen
+        for flow in datagrams(one.address, link.name, one.port, "established")]
     yield from _own_rules(facts)
     found = asyncio.run(find_drops(want, flows, facts.instance))
     for one in found:

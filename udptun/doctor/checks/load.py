@@ -87,10 +87,9 @@ def cpu(facts: Facts) -> Iterator[Finding]:
         yield warning(f"the hypervisor takes {stolen / total:.0%} of the CPU time of this machine",
                       f"steal in /proc/stat, within {seconds:.1f} s",
                       "move the machine, or give it CPUs of its own")
-    for name, used in last.threads.items():
-        share = (used - first.threads.get(name, used)) / seconds
+    for (number, thread), used in last.threads.items():
+        share = (used - first.threads.get((number, thread), used)) / seconds
         if share > WORKER:
-            number, _, thread = name.partition(" ")
             yield warning(f"the forwarder's thread {thread} uses {share:.0%} of a core: it limits"
                           " the throughput", f"thread {number}, within {seconds:.1f} s",
                           "give the forwarder more --workers")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...privileges import Capability
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Asked, Facts
 from ..processes import Process, capabilities, named, open_files
 from .daemon import reported_lines
 
-CAP_NET_ADMIN, CAP_NET_RAW = 12, 13  # linux/capability.h
 FILES_SHARE = 0.8
 UNITS = {"node": "udptun-node", "forward": "udptun-forwarder"}
 
@@ -93,7 +93,7 @@ def duplicates(facts: Facts) -> Iterator[Finding]:
     if not facts.is_root:
         raise Skip("the network namespaces of other users' processes can only be read by root")
     daemons = facts.running("node")
-    if len(daemons) > 1 and len([one for one in daemons if not one.is_stopped]) > 1:
+    if sum(not one.is_stopped for one in daemons) > 1:
         pids = ", ".join(str(one.pid) for one in daemons)
         yield warning(f"{len(daemons)} node daemons of this instance run: processes {pids}",
                       remedy="one of them may be handing over; otherwise stop one")
@@ -119,10 +119,10 @@ def has_capabilities(facts: Facts) -> Iterator[Finding]:
         evidence = f"process {one.pid}: CapEff {mask:016x}"
         who = "node daemon" if one.role == "node" else "forwarder"
         remedy = "see CapabilityBoundingSet= of the unit, or securityContext of the pod"
-        if not mask >> CAP_NET_ADMIN & 1:
+        if not mask >> Capability.NET_ADMIN & 1:
             yield failed(f"the {who} does not have CAP_NET_ADMIN: it cannot set up devices",
                          evidence, remedy)
-        elif one.role == "node" and not mask >> CAP_NET_RAW & 1:
+        elif one.role == "node" and not mask >> Capability.NET_RAW & 1:
             yield warning("the node daemon does not have CAP_NET_RAW: it cannot measure peers that"
                           " answer no probes", evidence, remedy)
 

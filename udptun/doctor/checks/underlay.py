@@ -10,9 +10,7 @@ from ...net.arp import other_owners
 from ...net.links import Link
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
-from ..processes import owners_of_socket
-
-VXLAN_PORT = 8472
+from ..processes import owners_of_socket, sockets_of
 
 
 @check("underlay", "the interface that carries the tunnel: it exists, is up, has a link",
@@ -97,7 +95,8 @@ def port(facts: Facts) -> Iterator[Finding]:
     if not facts.listen:
         raise Skip("this host does not listen on UDP, or its port is not known")
     assert facts.first is not None
-    ours = {one.pid for one in facts.processes}  # the daemon keeps copies of the sockets
+    pids = {one.pid for one in facts.processes}  # the daemon keeps copies of the sockets
+    ours = {inode for pid in pids for inode in sockets_of(pid)}
     for endpoint in facts.listen:
         at = [one for one in facts.first.sockets if one.port == endpoint.port and
               (one.address == endpoint.address or one.address.is_unspecified)]
@@ -105,9 +104,9 @@ def port(facts: Facts) -> Iterator[Finding]:
             yield failed(f"no program listens on UDP {endpoint}",
                          remedy="start the forwarder: see the check forwarder")
             continue
-        for inode in {one.inode for one in at}:
-            owners = owners_of_socket(inode)
-            if owners and not owners.keys() & ours:
+        for inode in {one.inode for one in at} - ours:
+            owners = owners_of_socket(inode)  # looks at all processes
+            if owners and not owners.keys() & pids:
                 names = ", ".join(f"{name} (process {pid})" for pid, name in owners.items())
                 yield failed(f"another program has the UDP port {endpoint.port}: {names}",
                              f"its socket is bound to {at[0].address}",

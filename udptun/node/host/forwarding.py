@@ -34,19 +34,19 @@ def keep_forwarding(
             f"ipv4/conf/{device}/forwarding": f"packets that arrive on {device} do not reach pods"
             for device in devices}
         for name, effect in settings.items():
-            if _value(name) != "0":
+            if value_of(name) != "0":
                 continue
             try:
                 (ROOT / name).write_text("1")
-                repairs.append(f"{_sysctl(name)} is repaired: it was 0")
+                repairs.append(f"{sysctl(name)} is repaired: it was 0")
             except OSError as exc:
-                off.append(f"{_sysctl(name)} is 0: {effect} (setting it: {os_reason(exc)})")
-    if 6 in versions and _value(FORWARD6) == "0":
-        off.append(f"{_sysctl(FORWARD6)} is 0: pods on this host reach no other node over IPv6")
+                off.append(f"{sysctl(name)} is 0: {effect} (setting it: {os_reason(exc)})")
+    if 6 in versions and value_of(FORWARD6) == "0":
+        off.append(f"{sysctl(FORWARD6)} is 0: pods on this host reach no other node over IPv6")
     return repairs, off
 
 
-def _value(name: str) -> str:
+def value_of(name: str) -> str:
     """Return the value; "" if the host does not have the setting."""
     try:
         return (ROOT / name).read_text().strip()
@@ -54,5 +54,6 @@ def _value(name: str) -> str:
         return ""
 
 
-def _sysctl(name: str) -> str:
+def sysctl(name: str) -> str:
+    """Return the name that sysctl(8) uses."""
     return "net." + name.replace("/", ".")

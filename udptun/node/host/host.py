@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from ipaddress import ip_network
 
 from ...errors import FieldError
 from ...leases.base import Lease
@@ -21,7 +20,7 @@ from ..status.report import FirewallDrop, NodeReport
 from .firewall.guard import GuardRules
 from .firewall.keeper import Firewall
 from .firewall.rules import FirewallError, FirewallRules
-from .firewall.verdict import Flow
+from .firewall.verdict import Flow, datagrams
 from .forwarding import keep_forwarding
 from .interface import OuterFlow, Underlay
 from .subnet_env import SubnetEnv
@@ -156,10 +155,4 @@ def tunnel_flows(underlay: Underlay, outer: Iterable[OuterFlow]) -> Iterator[Flo
     for each in outer:
         port, state = each.port, "established" if each.same_port else "new"
         for own in underlay.bound:
-            ours, others = ip_network(own), ip_network(f"{type(own)(0)}/0")
-            name = f"IPv{own.version} datagrams of the tunnel"
-            devices = frozenset({underlay.name})
-            yield Flow(f"{name} to this node (UDP {port})", others, ours, True, devices, port,
-                       state)
-            yield Flow(f"{name} from this node (UDP {port})", ours, others, False, devices, port,
-                       state)
+            yield from datagrams(own, underlay.name, port, state)

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from ipaddress import ip_network
 
-from ....model import IPNetwork
+from ....model import IPAddress, IPNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,16 @@ class Flow:
     @property
     def version(self) -> int:
         return self.source.version
+
+
+def datagrams(own: IPAddress, device: str, port: int, state: str) -> list[Flow]:
+    """Return the flows of the tunnel's datagrams to and from our address on the underlay."""
+    ours, others = ip_network(own), ip_network(f"{type(own)(0)}/0")
+    name, devices = f"IPv{own.version} datagrams of the tunnel", frozenset({device})
+    return [
+        Flow(f"{name} to this node (UDP {port})", others, ours, True, devices, port, state),
+        Flow(f"{name} from this node (UDP {port})", ours, others, False, devices, port, state),
+    ]
 
 
 # True, False, or None for unknown
