@@ -29,7 +29,9 @@ export DEBIAN_FRONTEND := noninteractive
 
 DEMO_TOOLS := ip:iproute2 ping:iputils-ping iperf3:iperf3 nft:nftables ethtool:ethtool \
   sysctl:procps
-E2E_TOOLS := etcd:etcd-server containerd:containerd runc:runc openssl:openssl nft:nftables ip:iproute2 iptables:iptables busybox:busybox-static portmap:containernetworking-plugins
+E2E_TOOLS := go:golang-go buildah:buildah nsenter:util-linux etcd:etcd-server \
+  containerd:containerd runc:runc openssl:openssl nft:nftables ip:iproute2 iptables:iptables \
+  busybox:busybox-static portmap:containernetworking-plugins
 TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-server clang:clang \
   host-local:containernetworking-plugins
 

@@ -13,8 +13,8 @@ WIDTH, HEIGHT, PER_ROW = 24, 8, 3  # Grafana's grid has 24 columns
 CHOSEN = '{instance=~"$instance"'
 SOURCE = {"type": "prometheus", "uid": "$datasource"}
 
-# Row -> panels: title, unit, and for each curve the query and its legend. CHOSEN replaces a "{" in
-# front of labels, or is added.
+# Row -> panels: title, unit, and for each curve the query and its legend. CHOSEN is added to the
+# labels of each metric.
 PANELS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
     "Nodes": [
         ("Nodes that are ready", "short", {
@@ -99,9 +99,7 @@ PANELS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
 
 def query(text: str) -> str:
     """Limit the query to the chosen instances."""
-    return text.replace("{}", CHOSEN + "}").replace('{direction=', CHOSEN + ",direction=").replace(
-        "{quantile=", CHOSEN + ",quantile=").replace("{state=", CHOSEN + ",state=").replace(
-        "{reason=", CHOSEN + ",reason=")
+    return text.replace("{", CHOSEN + ",").replace(",}", "}")
 
 
 def _panel(at: int, y: int, title: str, unit: str, curves: dict[str, str]) -> dict[str, Any]:

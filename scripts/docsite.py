@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import generated_pages
@@ -36,6 +37,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 ITEM = re.compile(r"^- \[([^\]]*)\]\(([^)#\s]+)\)", re.MULTILINE)
 
 
+@cache
 def pages() -> dict[str, str]:
     """Return path in the repository -> name on the site, without ``.md``."""
     in_docs = {

@@ -13,6 +13,7 @@ Blocks of one page and world run in the order of the page.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,3 +78,9 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def all_blocks() -> list[Block]:
     return [block for page in PAGES for block in blocks(page) if block.is_command]
+
+
+def functions_of(path: Path) -> set[str]:
+    """Return the names of the functions in a file of tests."""
+    return {node.name for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}

@@ -6,7 +6,6 @@ and a /run and a /var/lib of their own.
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import ROOT, Block, all_blocks
+from tests.docs.blocks import ROOT, Block, all_blocks, functions_of
 from tests.e2e import migration  # noqa: F401 - it fills the table of steps
 from tests.e2e.step import STEPS
 from udptun.lab import Host, Lab, Process, wait_for
@@ -152,9 +151,7 @@ def test_the_marker_names_something_that_exists(block: Block) -> None:
         assert block.marker.removeprefix("make e2e, step ") in STEPS
     elif block.kind == "run by":
         path, _, name = block.marker.partition("::")
-        names = {node.name for node in ast.walk(ast.parse((ROOT / path).read_text()))
-                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        assert name in names
+        assert name in functions_of(ROOT / path)
 
 
 @pytest.mark.unprivileged

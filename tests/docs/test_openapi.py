@@ -26,7 +26,6 @@ from udptun.lab import Lab, pair, ping, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text())
-NODE_PATHS = {protocol.NODE, protocol.HAND_OVER}
 
 
 def closed(schema: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.docs.blocks import functions_of
 from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 from udptun import DeviceError, Endpoint, Forwarder, ForwarderConfig
 from udptun.cli import cli
@@ -23,13 +23,6 @@ ENTRIES = [
     (part.partition("\n") for part in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:])
 ]
 HERE = "192.0.2.1"
-
-
-def functions_of(path: Path) -> set[str]:
-    return {node.name for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-
-
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=[title for title, _ in ENTRIES])

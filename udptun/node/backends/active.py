@@ -107,12 +107,16 @@ class ActiveBackends:
             name for backend in self._active for name in backend.active_devices(network))
 
     async def _count_devices(self) -> list[DeviceCount]:
-        """Ask the kernel. Raises OSError."""
+        """Ask the kernel. Return nothing if it fails."""
         if self._network is None:
             return []
         paths = {name: backend.name for backend in self._active
                  for name in backend.active_devices(self._network)}
-        counts = await asyncio.to_thread(device_counts, paths)
+        try:
+            counts = await asyncio.to_thread(device_counts, paths)
+        except OSError as exc:
+            log.debug("the devices' counters are left out: %s", exc)
+            return []
         return [DeviceCount(paths[name], name, direction, *of_direction)
                 for name, of_device in counts.items()
                 for direction, of_direction in of_device._asdict().items()]

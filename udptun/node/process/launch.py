@@ -212,19 +212,18 @@ def how_ended(code: int, log: Path) -> str:
 
 def log_tail(log: Path) -> str:
     """Return the end of a forwarder's log as one line: the last lines that are at most LOG_TAIL
-    bytes together. Return "" if the log cannot be read."""
+    characters together. Return "" if the log cannot be read."""
     try:
         text = read_own_file(log)
     except OSError:
         return ""
     lines: list[str] = []
     for line in reversed(text[-READ_TAIL:].decode(errors="replace").splitlines()):
-        lines.insert(0, _message_of(line))
-        if sum(map(len, lines)) > LOG_TAIL:
+        message = _message_of(line)
+        if lines and len(message) + sum(map(len, lines)) > LOG_TAIL:
             break
-    words = " ".join(" ".join(lines[1:] if len(lines) > 1 and sum(map(len, lines)) > LOG_TAIL
-                              else lines).split())
-    return cut(words, LOG_TAIL)
+        lines.insert(0, message)
+    return cut(" ".join(" ".join(lines).split()), LOG_TAIL)
 
 
 def _message_of(line: str) -> str:

@@ -232,7 +232,7 @@ class NodeReport:
     describe_paths    returns the state of each path to a subnet, by backend, as JSON
     freshen_paths     reads the state of the paths again if it is old
     measurements      returns what was measured of each path
-    count_devices     reads the counters of the backends' devices. Raises OSError
+    count_devices     reads the counters of the backends' devices
     route_changes_n   by backend: how many routes were added, changed or removed since our start
     applied           time.monotonic() when paths were applied last; None: never
     lag               seconds from the arrival of the last update until its paths were active

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...control.client import ControlClient
 from ...control.peer_series import Counters
 from ...errors import UdptunError
-from .report import DeviceCount, NodeReport
+from .report import NodeReport
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -39,14 +39,8 @@ class NodeScrape:
             self._metrics = self._metrics or loaded(self._report, self._peers_n)
         text, peers = await asyncio.to_thread(self._ask_forwarder)
         return self._metrics.render(
-            await self._devices(), await self._report.measurements(), peers) + text.encode()
-
-    async def _devices(self) -> list[DeviceCount]:
-        try:
-            return await self._report.count_devices()
-        except OSError as exc:
-            log.debug("the devices' counters are left out: %s", exc)
-            return []
+            await self._report.count_devices(), await self._report.measurements(), peers
+        ) + text.encode()
 
     def _ask_forwarder(self) -> tuple[str, dict[str, Counters]]:
         """Return the forwarder's metrics, and what it has counted for each of its peers' subnets:

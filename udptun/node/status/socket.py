@@ -195,17 +195,10 @@ class NodeSocket:
             devices: list[DeviceCount] = []
             if with_peers:
                 await self._report.freshen_paths()
-                devices = await self._count_devices()
+                devices = await self._report.count_devices()
             body = b"".join([
                 piece async for piece in node_json(self._report, with_peers, devices)])
             await _answer(writer, "200 OK", body)
-
-    async def _count_devices(self) -> list[DeviceCount]:
-        try:
-            return await self._report.count_devices()
-        except OSError as exc:
-            log.debug("the devices' counters are left out: %s", exc)
-            return []
 
     async def _serve_events(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, follow: bool
