@@ -12,7 +12,7 @@ from tests.cli.test_cli import Udptun, fails, udptun
 from tests.control.fakes import CAPTURED, PING, Served
 from tests.reference import build_record
 from tests.reference.capture import parse_records
-from udptun.cli.capture import Lines, _endpoints, describe
+from udptun.cli.capture import Lines, _by_endpoint, _endpoints, describe
 from udptun.cli.captured import Counts, End, Packet, records
 from udptun.cli.dropped import WIDTHS, _line, _row
 from udptun.cli.lazy import Failure
@@ -120,11 +120,11 @@ def test_unknown_records_are_ignored_and_invalid_ones_refused() -> None:
 
 def test_what_the_forwarder_knows_of_a_packet() -> None:
     [[packet, *_]] = records(HEAD, [CAPTURED])
-    names = [row("n2\x1b", "192.0.2.2:8285")]
-    assert [*describe(packet, names)] == ["peer 192.0.2.2:8285 (n2\\x1b)"]
-    assert [*describe(packet._replace(generated=True, endpoint=""), names)] == [
+    named = _by_endpoint([row("n2\x1b", "192.0.2.2:8285")])
+    assert [*describe(packet, named)] == ["peer 192.0.2.2:8285 (n2\\x1b)"]
+    assert [*describe(packet._replace(generated=True, endpoint=""), named)] == [
         "made by the forwarder"]
-    assert [*describe(packet._replace(packets=4, reason="slow_peer", endpoint=""), names)] == [
+    assert [*describe(packet._replace(packets=4, reason="slow_peer", endpoint=""), named)] == [
         "dropped: slow_peer", "the first of 4 packets"]
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 OVER = "the time is over"
 INDENT = " " * 17  # below the direction
 MEGABYTE = 1_000_000
+NAMES_MAX = 4096  # endpoints whose text is kept
 FILE_MODE = 0o600  # the file has the contents of packets
 
 
@@ -202,7 +204,7 @@ class Lines:
     next one, because the reason of a drop is at its end."""
 
     def __init__(self, names: list[dict[str, Any]]) -> None:
-        self._names = names
+        self._named = _by_endpoint(names)
 
     def begin(self, head: dict[str, Any], filtered: str) -> None:
         pass
@@ -210,7 +212,7 @@ class Lines:
     def packet(self, packet: Packet) -> None:
         seconds, rest = divmod(packet.time_ns, 1_000_000_000)
         parts = [f"{flow_text(flow(packet.data[:64]))}", f"{packet.length} bytes",
-                 *describe(packet, self._names)]
+                 *describe(packet, self._named)]
         line = f"{time.strftime('%H:%M:%S', time.gmtime(seconds))}.{rest // 1000:06d}  " \
             f"{packet.direction:3}  {', '.join(parts)}"
         room = terminal_width()
@@ -233,7 +235,8 @@ class File:
     def __init__(
         self, path: str, names: list[dict[str, Any]], most: int, files: int | None
     ) -> None:
-        self._path, self._names, self._most, self._files = path, names, most, files
+        self._path, self._most, self._files = path, most, files
+        self._named = _by_endpoint(names)
         self._blocks: list[bytes] = []
         self._size = self._number = 0
         self._writer = PcapngWriter(self._blocks.append)
@@ -246,7 +249,7 @@ class File:
     def packet(self, packet: Packet) -> None:
         self._writer.packet(
             packet.time_ns, packet.data, packet.length, outbound=packet.direction == "out",
-            lost=packet.lost, comment="; ".join(describe(packet, self._names)))
+            lost=packet.lost, comment="; ".join(describe(packet, self._named)))
         if self._most and self._size + sum(map(len, self._blocks)) >= self._most:
             self.flush()
             os.close(self._fd)
@@ -295,12 +298,20 @@ class File:
         return f"{self._path}.{number}" if number else self._path
 
 
-def describe(packet: Packet, names: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield what the forwarder knows of a packet, besides its bytes."""
+def _by_endpoint(names: list[dict[str, Any]]) -> Callable[[str], str | None]:
+    """Return ``named`` for these peers. It keeps its results: a search for each packet is slow."""
+    return lru_cache(NAMES_MAX)(lambda endpoint: named(endpoint, names))
+
+
+def describe(packet: Packet, named: Callable[[str], str | None]) -> Iterator[str]:
+    """Yield what the forwarder knows of a packet, besides its bytes.
+
+    named  returns an endpoint with the name of its peer
+    """
     if packet.reason:
         yield f"dropped: {packet.reason}"
     if packet.endpoint:
-        yield f"peer {named(packet.endpoint, names)}"
+        yield f"peer {named(packet.endpoint)}"
     if packet.segment:
         yield f"super-packet of {packet.packets} packets, {packet.segment} payload bytes each"
     elif packet.packets > 1:

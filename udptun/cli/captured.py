@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..errors import UdptunError
@@ -107,6 +108,7 @@ def _record(text: bytes, reasons: list[str], offset: int) -> Record | None:
     )
 
 
+@lru_cache(4096)
 def _endpoint(packed: bytes, port: int) -> str:
     host = str(ipaddress.ip_address(packed))
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
