@@ -239,7 +239,7 @@ class File:
         self._named = _by_endpoint(names)
         self._blocks: list[bytes] = []
         self._size = self._number = 0
-        self._writer = PcapngWriter(self._blocks.append)
+        self._writer = PcapngWriter(self._add)
         self._fd = -1
 
     def begin(self, head: dict[str, Any], filtered: str) -> None:
@@ -250,17 +250,20 @@ class File:
         self._writer.packet(
             packet.time_ns, packet.data, packet.length, outbound=packet.direction == "out",
             lost=packet.lost, comment="; ".join(describe(packet, self._named)))
-        if self._most and self._size + sum(map(len, self._blocks)) >= self._most:
+        if self._most and self._size >= self._most:
             self.flush()
             os.close(self._fd)
             self._number += 1
             self._open()
 
+    def _add(self, block: bytes) -> None:
+        self._blocks.append(block)
+        self._size += len(block)
+
     def flush(self) -> None:
         """Write the blocks at once, so that a reader of a pipe gets whole blocks."""
         left = memoryview(b"".join(self._blocks))
         self._blocks.clear()
-        self._size += len(left)
         while left:
             left = left[os.write(self._fd, left) :]
 
