@@ -12,6 +12,12 @@ def span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def milliseconds(microseconds: int) -> str:
+    """Return the length with fewer decimals if it is longer: ``1.23 ms``, ``123 ms``."""
+    value = microseconds / 1000
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} ms"
+
+
 def duration(seconds: float) -> str:
     """Return the length in its two largest units: ``2 hours, 5 minutes``."""
     left, parts = int(seconds), []

@@ -86,6 +86,16 @@ def host_of(endpoint: str) -> str:
     return endpoint.rpartition(":")[0].strip("[]")
 
 
+def words(row: Row) -> str:
+    """Return the text in which a filter is searched, in lower case."""
+    return " ".join([row["name"], row["state"], *row["subnets"], *row["endpoints"]]).lower()
+
+
+def why(row: Row) -> str:
+    """Return the reasons of the state and of the path."""
+    return "; ".join(filter(None, (row["reason"], row["path_reason"])))
+
+
 def _row(name: str, subnets: list[str]) -> Row:
     return {
         "name": name, "subnets": subnets, "endpoint": None, "endpoints": {}, "path": None,

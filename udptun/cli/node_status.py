@@ -5,7 +5,7 @@ Formats the JSON that the daemon's socket returns (docs/node.md). Opens no conne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,6 +51,15 @@ def _devices(devices: Iterable[dict[str, Any]]) -> Iterator[str]:
 def _event(event: dict[str, Any]) -> str:
     text = event_text(event)
     return f"{age(event['time'])} ago, {event['type']}" + (f", {text}" if text else "")
+
+
+def problems(node: dict[str, Any], omitted: Container[str] = ()) -> Iterator[str]:
+    """Yield a line for each thing that is wrong with the node. omitted: names of checks."""
+    if not node["ready"]:
+        yield f"the node is {_not_ready(node['waiting'])}"
+    for check in node["checks"]:
+        if check["state"] != "ok" and check["name"] not in omitted:
+            yield f"{check['state']}: {check['name']}: {' '.join(check['text'])}"
 
 
 def event_text(event: dict[str, Any]) -> str:

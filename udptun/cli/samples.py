@@ -115,7 +115,7 @@ class Change:
         seconds = now.at - before.at
         self.peers = peer_rates(before.rows, now.rows, seconds)
         pairs = self.peers.values()
-        self.total = _total(out for out, _ in pairs), _total(into for _, into in pairs)
+        self.total = total(out for out, _ in pairs), total(into for _, into in pairs)
         for device, counts in now.vxlan.items():
             self.vxlan[device] = _pair(before.vxlan.get(device), counts, seconds)
         if before.forwarder is not None and now.forwarder is not None:
@@ -172,7 +172,7 @@ def _share(number: float | None, calls: float | None) -> float | None:
     return number / calls if number is not None and calls else None
 
 
-def _total(rates: Iterable[float | None]) -> float | None:
+def total(rates: Iterable[float | None]) -> float | None:
     """Return the sum; None: no rate is known."""
     known = [rate for rate in rates if rate is not None]
     return sum(known) if known else None

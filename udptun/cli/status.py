@@ -18,8 +18,8 @@ import click
 
 from ..spans import size, span
 from .answers import ask
-from .mesh import STATES, Row, find, natural
-from .node_status import age, node_block
+from .mesh import STATES, Row, find, natural, why
+from .node_status import age, node_block, problems
 from .node_status import peer_block as node_peer_block
 from .options import (
     client,
@@ -81,11 +81,11 @@ def status(
             if watch and output == "table" and sys.stdout.isatty():
                 click.echo(CLEAR, nl=False)
             if check:
-                problems = [*_problems(now)]
-                for line in problems:
+                wrong = [*_problems(now)]
+                for line in wrong:
                     click.echo(line)
                 if not watch:
-                    sys.exit(bool(problems))
+                    sys.exit(bool(wrong))
             else:
                 _show(ctx, now, output, wanted)
             if not watch:
@@ -201,7 +201,7 @@ def _cells(row: Row, rates: Mapping[str, Pair]) -> list[Any]:
         *(side and size(side["bytes"]) for side in (sent, received)),
         row["largest_size"], _seen(row["last_seen_seconds"]), ", ".join(row["subnets"]) or None,
         error and f"{error['errno']} {_seen(error['seconds_ago'])} ago",
-        "; ".join(filter(None, (row["reason"], row["path_reason"]))) or None,
+        why(row) or None,
     ]
 
 
@@ -212,12 +212,7 @@ def _seen(seconds: float | None) -> str | None:
 def _problems(now: Sample) -> Iterator[str]:
     """Yield a line for each thing that is wrong."""
     if now.node is not None:
-        if not now.node["ready"]:
-            yield "the node is not ready" + (
-                f": {now.node['waiting']}" if now.node["waiting"] else "")
-        for check in now.node["checks"]:
-            if check["state"] != "ok":
-                yield f"{check['state']}: {check['name']}: {' '.join(check['text'])}"
+        yield from problems(now.node)
     for row in now.rows:
         if row["state"] not in GOOD:
             yield f"{row['name']} is {row['state']}" + (

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
-from ...spans import span
+from ...spans import milliseconds, span
 from ...text import printable
-from ..mesh import STATES, Row, natural
-from ..node_status import age
+from ..mesh import STATES, Row, natural, why, words
+from ..node_status import age, problems
 from ..samples import UNKNOWN, History, Pair, host_name
 from .cells import ASCII_BARS, BARS, amount, bars, count, fit, width
 
@@ -174,7 +174,7 @@ class Screen:
         """Return the peers in the chosen order."""
         sample = self._shown.sample
         wanted = self.filter.lower()
-        rows = [row for row in ([] if sample is None else sample.rows) if wanted in _words(row)]
+        rows = [row for row in ([] if sample is None else sample.rows) if wanted in words(row)]
         rows.sort(key=lambda row: natural(row["name"]), reverse=self.reverse)
         return rows if self.sort == "name" else sorted(rows, key=self._key)
 
@@ -243,8 +243,9 @@ class Screen:
             yield self._coloured(fit(self.trouble, columns), "unreachable")
         if sample is None:
             return
-        for line in (*_node_lines(sample.node), _states(sample.rows)):
-            yield fit(line, columns)
+        if sample.node is not None:  # the table shows the peers
+            yield from (fit(line, columns) for line in problems(sample.node, omitted=("peers",)))
+        yield fit(_states(sample.rows), columns)
         if change is None or sample.forwarder is None:
             if sample.forwarder is None and not self.trouble:
                 yield fit("no forwarder on this host: nothing is known about UDP", columns)
@@ -279,7 +280,7 @@ class Screen:
     def _layout(self, rows: list[Row], columns: int) -> list[Column]:
         """Return the columns that fit, with their widths."""
         hidden = {"out": "IN/S", "in": "OUT/S"}.get(self.direction)
-        empty = None if any(map(_reason, rows)) else "REASON"
+        empty = None if any(map(why, rows)) else "REASON"
         by_title = {column.title: copy(column) for column in COLUMNS}
         longest = max((width(printable(row["name"])) for row in rows), default=0)
         name = by_title["PEER"]
@@ -293,7 +294,7 @@ class Screen:
                 break
             chosen.add(title)
             left -= by_title[title].cells + GAP
-        texts = max((len(_reason(row)) for row in rows), default=0)
+        texts = max((len(why(row)) for row in rows), default=0)
         for title, most in (("REASON", texts), ("PEER", longest), ("LAST MINUTE", MOST_SPARK)):
             if title in chosen:
                 more = min(max(most - by_title[title].cells, 0), left)
@@ -307,10 +308,10 @@ class Screen:
         values: Mapping[str, Callable[[], object]] = {
             "PEER": lambda: row["name"], "STATE": lambda: row["state"],
             "FOR": lambda: row["since"] and age(row["since"]), "PATH": lambda: row["path"],
-            "RTT": lambda: None if row["rtt_us"] is None else _milliseconds(row["rtt_us"]),
+            "RTT": lambda: None if row["rtt_us"] is None else milliseconds(row["rtt_us"]),
             "LOSS": lambda: None if row["loss"] is None else f"{row['loss']:.0%}",
             "OUT/S": lambda: amount(out), "IN/S": lambda: amount(into),
-            "SENT": lambda: sent, "RECEIVED": lambda: received, "REASON": lambda: _reason(row),
+            "SENT": lambda: sent, "RECEIVED": lambda: received, "REASON": lambda: why(row),
         }
         for column in layout:
             if column.title == "LAST MINUTE":
@@ -374,20 +375,6 @@ def _after(values: tuple[str, ...], present: str, step: int) -> str:
     return values[(values.index(present) + step) % len(values)]
 
 
-def _words(row: Row) -> str:
-    """Return the text in which the filter is searched."""
-    return " ".join([row["name"], row["state"], *row["subnets"], *row["endpoints"]]).lower()
-
-
-def _reason(row: Row) -> str:
-    return "; ".join(filter(None, (row["reason"], row["path_reason"])))
-
-
-def _milliseconds(microseconds: int) -> str:
-    value = microseconds / 1000
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} ms"
-
-
 def _clock(wall: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(wall))
 
@@ -396,17 +383,6 @@ def _ends(left: str, right: str, columns: int) -> str:
     """Return two texts at both ends of a line. The right one is cut last."""
     room = max(columns - width(right) - 1, 0)
     return fit(f"{fit(left, room)} {right}", columns)
-
-
-def _node_lines(node: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield a line for each thing that is wrong with this node."""
-    if node is None:
-        return
-    if not node["ready"]:
-        yield "the node is not ready" + (f": {node['waiting']}" if node["waiting"] else "")
-    for check in node["checks"]:
-        if check["state"] != "ok" and check["name"] != "peers":  # the table shows the peers
-            yield f"{check['state']}: {check['name']}: {' '.join(check['text'])}"
 
 
 def _states(rows: list[Row]) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 from ..._version import __version__
 from ...drops import DROP_REASONS
 from ...errors import FieldError
-from ...spans import size, span
-from ..mesh import STATES, Row, natural
+from ...spans import milliseconds, size, span
+from ..mesh import STATES, Row, natural, why, words
 from ..node_status import age
-from ..samples import UNKNOWN, Pair, host_name
+from ..samples import UNKNOWN, Pair, host_name, total
 from ..top.cells import amount, count
 from .markup import Element, element, html
-from .picture import anchor, kind_of, legend, milliseconds, shape_of, spots, star, tree
+from .picture import anchor, kind_of, legend, shape_of, spots, star, tree
 from .watch import View
 
 E = element
@@ -62,8 +62,7 @@ class Choice:
 
     def rows(self, rows: list[Row], rates: Mapping[str, Pair]) -> list[Row]:
         wanted = self.wanted.lower()
-        kept = [row for row in rows if self.state in ("", row["state"]) and wanted in " ".join(
-            [row["name"], row["state"], *row["subnets"], *row["endpoints"]]).lower()]
+        kept = [row for row in rows if self.state in ("", row["state"]) and wanted in words(row)]
         kept.sort(key=lambda row: natural(row["name"]))
         column = self.sort.removeprefix("-")
         if column == "name":
@@ -175,14 +174,9 @@ def _facts(view: View) -> Iterator[tuple[str, str]]:
             "-" if share is None else f"{share:.0%}" for share in change.cpu) or "-"
         yield "Packets per call", "sent {}, received {}".format(*(
             "-" if n is None else f"{n:.1f}" for n in change.batch))
-        yield "Drops", f"{_drop_rate(change.drops.values())}/s"
+        yield "Drops", f"{count(total(change.drops.values()))}/s"
     for device, (out, into) in change.vxlan.items():
         yield f"VXLAN {device}", f"out {amount(out)}/s, in {amount(into)}/s, all peers together"
-
-
-def _drop_rate(rates: Any) -> str:
-    known = [rate for rate in rates if rate is not None]
-    return count(sum(known) if known else None)
 
 
 # Peers
@@ -243,7 +237,7 @@ def _row(row: Row, rates: Mapping[str, Pair]) -> Element:
         **{side: row[side] and size(row[side]["bytes"]) for side in ("sent", "received")},
         "mtu": row["largest_size"], "seen": None if seen is None else f"{span(seen)} ago",
         "subnets": " ".join(row["subnets"]) or None,
-        "reason": "; ".join(filter(None, (row["reason"], row["path_reason"], _error(row)))) or None,
+        "reason": "; ".join(filter(None, (why(row), _error(row)))) or None,
     }
     state = E("td", E("span", class_=f"mark {shape_of(row['state'])}", aria_hidden="true"),
               row["state"], class_=f"state {kind_of(row['state'])}")

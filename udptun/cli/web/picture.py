@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
+from ...spans import milliseconds
 from ...text import printable
 from ..mesh import STATES, Row, natural
 from ..samples import UNKNOWN, Pair
@@ -99,11 +100,6 @@ def _group(state: str, path: str | None, members: Sequence[Row]) -> Spot:
         facts.append(f"{milliseconds(min(times))} to {milliseconds(max(times))}")
     more = f"{len(members)} more peer{'s' * (len(members) > 1)}"
     return Spot(more, ", ".join(facts), "group", kind_of(state), path or "several", None)
-
-
-def milliseconds(microseconds: int) -> str:
-    value = microseconds / 1000
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} ms"
 
 
 def star(host: str, shown: Sequence[Spot]) -> Element:
