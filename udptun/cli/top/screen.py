@@ -14,7 +14,7 @@ from typing import Any
 
 from ...spans import milliseconds, span
 from ...text import printable
-from ..mesh import STATES, Row, natural, why, words
+from ..mesh import STATES, Row, why, words
 from ..node_status import age, problems
 from ..samples import UNKNOWN, History, Pair, host_name
 from .cells import ASCII_BARS, BARS, amount, bars, count, fit, width
@@ -171,11 +171,12 @@ class Screen:
     # The picture
 
     def rows(self) -> list[Row]:
-        """Return the peers in the chosen order."""
+        """Return the peers in the chosen order. Those of the sample are sorted by name."""
         sample = self._shown.sample
         wanted = self.filter.lower()
         rows = [row for row in ([] if sample is None else sample.rows) if wanted in words(row)]
-        rows.sort(key=lambda row: natural(row["name"]), reverse=self.reverse)
+        if self.reverse:
+            rows.reverse()
         return rows if self.sort == "name" else sorted(rows, key=self._key)
 
     def _key(self, row: Row) -> float:

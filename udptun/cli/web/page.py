@@ -15,7 +15,7 @@ from ..._version import __version__
 from ...drops import DROP_REASONS
 from ...errors import FieldError
 from ...spans import milliseconds, size, span
-from ..mesh import STATES, Row, natural, why, words
+from ..mesh import STATES, Row, why, words
 from ..node_status import age
 from ..samples import UNKNOWN, Pair, host_name, total
 from ..top.cells import amount, count
@@ -61,9 +61,9 @@ class Choice:
         return choice
 
     def rows(self, rows: list[Row], rates: Mapping[str, Pair]) -> list[Row]:
+        """Return the chosen ones of the rows, which are sorted by name, in the chosen order."""
         wanted = self.wanted.lower()
         kept = [row for row in rows if self.state in ("", row["state"]) and wanted in words(row)]
-        kept.sort(key=lambda row: natural(row["name"]))
         column = self.sort.removeprefix("-")
         if column == "name":
             return kept[::-1] if self.sort != column else kept
