@@ -41,10 +41,16 @@ MEANINGS = {reason.name: reason.meaning for reason in DROP_REASONS}
 
 
 class Choice:
-    """The order and the choice of the rows. sort: a column; after ``-``, in reverse order."""
+    """The order and the choice of the rows.
+
+    sort     a column; after ``-``, in reverse order
+    column   the column without ``-``
+    reverse  whether it is in reverse order
+    """
 
     def __init__(self, sort: str = "name", wanted: str = "", state: str = "") -> None:
         self.sort, self.wanted, self.state = sort, wanted, state
+        self.column, self.reverse = sort.removeprefix("-"), sort.startswith("-")
 
     @classmethod
     def parse(cls, query: Mapping[str, str]) -> Choice:
@@ -54,7 +60,7 @@ class Choice:
         if unknown:
             raise FieldError("query", min(unknown), "sort, q and state")
         choice = cls(values.get("sort", "name"), values.get("q", ""), values.get("state", ""))
-        if choice.sort.removeprefix("-") not in SORTABLE:
+        if choice.column not in SORTABLE:
             raise FieldError("sort", choice.sort, f"one of {', '.join(SORTABLE)}, or - and one")
         if choice.state not in ("", *STATES):
             raise FieldError("state", choice.state, f"one of {', '.join(STATES)}")
@@ -64,14 +70,12 @@ class Choice:
         """Return the chosen ones of the rows, which are sorted by name, in the chosen order."""
         wanted = self.wanted.lower()
         kept = [row for row in rows if self.state in ("", row["state"]) and wanted in words(row)]
-        column = self.sort.removeprefix("-")
-        if column == "name":
-            return kept[::-1] if self.sort != column else kept
-        sign = -1 if self.sort != column else 1
-        known = [(row, value) for row in kept if (value := _value(row, rates, column)) is not None]
-        known.sort(key=lambda pair: pair[1], reverse=(sign < 0) == (column in ASCENDING))
-        found = [row for row, _ in known]
-        return [*found, *(row for row in kept if _value(row, rates, column) is None)]
+        if self.column == "name":
+            return kept[::-1] if self.reverse else kept
+        values = [(row, _value(row, rates, self.column)) for row in kept]
+        known = [pair for pair in values if pair[1] is not None]
+        known.sort(key=lambda pair: pair[1], reverse=self.reverse == (self.column in ASCENDING))
+        return [row for row, _ in [*known, *(pair for pair in values if pair[1] is None)]]
 
 
 def _value(row: Row, rates: Mapping[str, Pair], column: str) -> Any:
@@ -211,13 +215,12 @@ def _heading(choice: Choice, key: str, title: str, hidden: bool, number: bool) -
     kind = _kind(hidden, number)
     if key not in SORTABLE:
         return E("th", title, scope="col", class_=kind)
-    column = choice.sort.removeprefix("-")
-    is_sorted, reverse = column == key, choice.sort != column
-    ascending = (key in ASCENDING) != reverse
+    is_sorted = choice.column == key
+    ascending = (key in ASCENDING) != choice.reverse
     order = None if not is_sorted else "ascending" if ascending else "descending"
     arrow = {"ascending": " ▲", "descending": " ▼", None: ""}[order]
     button = E("button", title, E("span", arrow, aria_hidden="true"), name="sort",
-               value=f"-{key}" if is_sorted and not reverse else key, form="choice",
+               value=f"-{key}" if is_sorted and not choice.reverse else key, form="choice",
                id=f"sort-{key}")
     return E("th", button, scope="col", aria_sort=order, class_=kind)
 
