@@ -4,12 +4,9 @@ The last tests start the real shells with the completion files that packages ins
 """
 
 import os
-import pty
-import select
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import click
 import pytest
 from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 
+from tests.cli.tty import Tty
 from tests.scripts import script
 from udptun.cli import cli
 from udptun.node.backends import MODES
@@ -131,24 +129,15 @@ def need(program: str) -> None:
 
 
 def typed(command: list[str], ready: str, keys: str, wanted: str, folder: Path) -> None:
-    """Run a shell in a terminal. When it has printed ``ready``, type ``keys`` until it prints
-    ``wanted``."""
+    """Run a shell in a terminal. When it has printed ``ready``, type ``keys``, and wait until it
+    prints ``wanted``."""
     env = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder), "TERM": "dumb"}
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execvpe(command[0], command, env)
-    deadline, seen, asked = time.monotonic() + 60, "", False
-    try:
-        while wanted not in seen:
-            assert time.monotonic() < deadline, seen
-            if not asked and ready in seen:
-                os.write(terminal, keys.encode())
-                asked, seen = True, ""
-            if select.select([terminal], [], [], 1)[0]:
-                seen += os.read(terminal, 4096).decode(errors="replace")
-    finally:
-        os.close(terminal)  # the shell gets SIGHUP
-        os.waitpid(process, 0)
+    only = ["env", "-i", *(f"{name}={value}" for name, value in env.items())]
+    with Tty([*only, *command]) as tty:
+        tty.until(lambda: ready.encode() in tty.raw)
+        before = len(tty.raw)
+        tty.press(keys)
+        tty.until(lambda: wanted.encode() in tty.raw[before:])
 
 
 def test_bash_completes_with_the_installed_file(share: Path) -> None:
