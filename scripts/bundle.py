@@ -42,6 +42,7 @@ SYSTEM = {
     "deploy/*.service": "lib/systemd/system",
     "deploy/modules-load.d/*.conf": "lib/modules-load.d",
     "deploy/*.env": "share/udptun",
+    "deploy/*.conf": "share/udptun",
     "deploy/sysctl.d/*.conf": "share/udptun/sysctl.d",
     "scripts/cni_tree.py": "share/udptun/cni",
     "LICENSE": "share/doc/udptun",

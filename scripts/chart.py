@@ -14,6 +14,8 @@ CHART = ROOT / "deploy" / "helm" / "udptun"
 FILES = ("rbac.yaml", "config.yaml", "daemonset.yaml", "monitoring/podmonitor.yaml")
 NOTE = "{{- /* scripts/chart.py writes this file from deploy/kubernetes. */ -}}\n"
 IMAGE = "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+# as text, because `off` without quotes is the boolean false in YAML
+IF_ACCELERATE = '{{- if eq (toString .Values.accelerate) "auto" }}'
 CHANGES = {  # pattern -> replacement, and how often it occurs in all files
     r"namespace: kube-udptun$": ("namespace: {{ .Release.Namespace }}", 5),
     r"image: udptun$": (f'image: "{IMAGE}"', 3),
@@ -28,7 +30,12 @@ CHANGES = {  # pattern -> replacement, and how often it occurs in all files
     r"^( +)- --healthz-port=8286$": (
         r"\g<0>"
         r"\n\1{{- with .Values.metrics.port }}\n\1- --metrics=[$(POD_IP)]:{{ . }}\n\1{{- end }}"
+        rf"\n\1{IF_ACCELERATE}\n\1- --accelerate=auto\n\1{{{{- end }}}}"
         r"\n\1{{- range .Values.nodeOptions }}\n\1- {{ . | quote }}\n\1{{- end }}", 1,
+    ),
+    r"^( +)add: \[NET_ADMIN\]$": (
+        rf"\1{IF_ACCELERATE}\n\1add: [NET_ADMIN, BPF]"
+        r"\n\1{{- else }}\n\g<0>\n\1{{- end }}", 1,
     ),
     r"^( +)  fieldRef:\n +fieldPath: spec\.nodeName$": (
         r"\g<0>\n          {{- if .Values.metrics.port }}\n            - name: POD_IP"

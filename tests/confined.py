@@ -1,8 +1,8 @@
 """Run a command with the restrictions of a systemd unit, without systemd as the first process.
 
-    python tests/confined.py UNIT WRITABLE COMMAND...
+    python tests/confined.py UNIT[:DROP-IN] WRITABLE COMMAND...
 
-Applies of the unit: CapabilityBoundingSet, NoNewPrivileges, SystemCallFilter,
+Applies of the unit and its drop-in: CapabilityBoundingSet, NoNewPrivileges, SystemCallFilter,
 RestrictAddressFamilies, MemoryDenyWriteExecute, UMask, and ProtectSystem=strict: only WRITABLE,
 /run and the file systems of the kernel stay writable. The groups of system calls are those of
 systemd-analyze. The other settings of the units hide or protect parts of the host that udptun does
@@ -37,11 +37,12 @@ class Compare(ctypes.Structure):
                 ("first", ctypes.c_uint64), ("second", ctypes.c_uint64))
 
 
-def settings(unit: Path) -> dict[str, list[str]]:
-    """Return the values of each setting, in the order of the file."""
+def settings(*units: Path) -> dict[str, list[str]]:
+    """Return the values of each setting, in the order of the files."""
     found: dict[str, list[str]] = {}
-    for key, value in re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE):
-        found.setdefault(key, []).append(value)
+    for unit in units:
+        for key, value in re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE):
+            found.setdefault(key, []).append(value)
     return found
 
 
@@ -110,10 +111,10 @@ def protect_system(writable: str) -> None:
 
 
 def main() -> None:
-    unit, writable, *command = sys.argv[1:]
-    wanted = settings(Path(unit))
+    units, writable, *command = sys.argv[1:]
+    wanted = settings(*map(Path, units.split(":")))
     calls = allowed_calls(wanted["SystemCallFilter"])
-    kept = {CAPABILITIES[name] for name in wanted["CapabilityBoundingSet"][0].split()}
+    kept = {CAPABILITIES[name] for line in wanted["CapabilityBoundingSet"] for name in line.split()}
     protect_system(writable)
     os.umask(int(wanted["UMask"][0], 8))
     privileges._limit_bounding_set(sum(1 << number for number in kept))

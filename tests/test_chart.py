@@ -112,7 +112,7 @@ def test_the_daemon_has_started_when_it_has_its_lock() -> None:
 
 @rendered
 def test_both_make_the_same_objects_for_metrics(tmp_path: Path) -> None:
-    want = with_component(tmp_path)
+    want = with_component(tmp_path, "monitoring")
     del want["Namespace", "kube-udptun"]
     assert chart("--set", "metrics.port=9586,metrics.podMonitor=true") == want
 
@@ -120,7 +120,7 @@ def test_both_make_the_same_objects_for_metrics(tmp_path: Path) -> None:
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is missing")
 def test_metrics_are_served_only_with_the_component(tmp_path: Path) -> None:
     without = objects(["kubectl", "kustomize", str(KUSTOMIZATION)])
-    made = with_component(tmp_path)
+    made = with_component(tmp_path, "monitoring")
     assert made.keys() - without.keys() == {("PodMonitor", "udptun")}
     node, plain = (
         found["DaemonSet", "udptun"]["spec"]["template"]["spec"]["containers"][1]
@@ -131,12 +131,47 @@ def test_metrics_are_served_only_with_the_component(tmp_path: Path) -> None:
     assert parse_listen("", "[192.0.2.1]:9586") == Endpoint.parse("192.0.2.1:9586")
 
 
-def with_component(folder: Path) -> dict[tuple[str, str], Any]:
-    """Return the objects of a kustomization in which the component is turned on."""
+def containers(found: dict[tuple[str, str], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the containers of the forwarder and of the node daemon."""
+    forwarder, node = found["DaemonSet", "udptun"]["spec"]["template"]["spec"]["containers"]
+    return forwarder, node
+
+
+@rendered
+def test_both_make_the_same_objects_for_the_express_path(tmp_path: Path) -> None:
+    want = with_component(tmp_path, "accelerate")
+    del want["Namespace", "kube-udptun"]
+    assert chart("--set", "accelerate=auto") == want
+    assert chart("--set", "accelerate=off") == chart("--set", "accelerate=false") == chart()
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is missing")
+def test_only_the_component_gives_the_capability_of_the_express_path(tmp_path: Path) -> None:
+    plain = containers(objects(["kubectl", "kustomize", str(KUSTOMIZATION)]))
+    made = containers(with_component(tmp_path, "accelerate"))
+    added = [{name: one["securityContext"]["capabilities"]["add"] for name, one in
+              zip(("forwarder", "node"), pod, strict=True)} for pod in (plain, made)]
+    assert added == [{"forwarder": ["NET_ADMIN"], "node": ["NET_ADMIN", "NET_RAW"]},
+                     {"forwarder": ["NET_ADMIN", "BPF"], "node": ["NET_ADMIN", "NET_RAW"]}]
+    assert made[1]["args"] == [*plain[1]["args"], "--accelerate=auto"]
+    assert made[0]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is missing")
+def test_all_components_work_together(tmp_path: Path) -> None:
+    forwarder, node = containers(with_component(tmp_path, "monitoring", "accelerate"))
+    assert "BPF" in forwarder["securityContext"]["capabilities"]["add"]
+    assert {"--accelerate=auto", "--metrics=[$(POD_IP)]:9586"} <= set(node["args"])
+
+
+def with_component(folder: Path, *names: str) -> dict[tuple[str, str], Any]:
+    """Return the objects of a kustomization in which the components are turned on."""
     copy = folder / "kubernetes"
     shutil.copytree(KUSTOMIZATION, copy)
     file = copy / "kustomization.yaml"
     text = file.read_text()
-    file.write_text(text.replace("# components:", "components:").replace("#   - m", "  - m"))
-    assert file.read_text() != text
+    for line in ("components:", *(f"  - {name}" for name in names)):
+        assert f"# {line}\n" in text
+        text = text.replace(f"# {line}\n", f"{line}\n")
+    file.write_text(text)
     return objects(["kubectl", "kustomize", str(copy)])

@@ -7,6 +7,7 @@ datagram, without assuming a rate, and compares every byte.
 import contextlib
 import hashlib
 import json
+import os
 import random
 import socket
 import struct
@@ -14,11 +15,24 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import pytest
+
+from udptun.device import bpf
 from udptun.lab import Forwarder, Host, wait_for
 
 UDP_SEGMENT = 103
 SO_RCVBUFFORCE = 33
 _ROOM = 1 << 25
+
+
+def skip_without_programs() -> None:
+    """Skip the test if this kernel or this process cannot load a program."""
+    try:
+        fd = bpf.load_program(
+            bpf.SCHED_CLS, struct.pack("=BBhi", 0xB7, 0, 0, 0) + b"\x95" + bytes(7))
+    except OSError as error:
+        pytest.skip(f"no eBPF programs here: {error.strerror}")
+    os.close(fd)
 
 
 def family(address: object) -> int:

@@ -5,7 +5,6 @@ import ipaddress
 import json
 import random
 import socket
-import struct
 from dataclasses import replace
 
 import pytest
@@ -15,11 +14,11 @@ from tests.netns.netns_traffic import (
     assert_invariant,
     exchange_udp,
     settled,
+    skip_without_programs,
     transfer_tcp,
 )
 from tests.netns.test_takeover import Stream, copies_of, take_over
 from tests.wire.craft import ICMP, TCP, Flow, ip4, ip6, unfinished
-from udptun.device import bpf
 from udptun.lab import node, pair, ping, wait_for
 from udptun.lab.tunnels import PORT, Forwarder
 from udptun.model import Endpoint, Route
@@ -32,11 +31,8 @@ ON = ("--accelerate", "auto")
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """Skip the tests if this kernel or this process cannot load a program."""
-    try:
-        bpf.load_program(bpf.SCHED_CLS, struct.pack("=BBhi", 0xB7, 0, 0, 0) + b"\x95" + bytes(7))
-    except OSError as error:
-        pytest.skip(f"no eBPF programs here: {error.strerror}")
+    """Skip the tests without programs."""
+    skip_without_programs()
 
 
 def express_pair(lab, *, outer=4, profile="P1", extra=(ON, ON), **options):

@@ -13,34 +13,38 @@ from pathlib import Path
 import pytest
 
 from tests import confined
-from udptun.lab import wait_for
+from tests.netns.netns_traffic import skip_without_programs
+from udptun.lab import pair, ping, wait_for
 from udptun.lab.cluster import Cluster, Member, etcd_obstacle, unreachable
+from udptun.lab.tunnels import Forwarder
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 
+DROP_IN = DEPLOY / "bpf.conf"
+
 pytestmark = [
     pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze"),
     pytest.mark.skipif(ctypes.util.find_library("seccomp") is None, reason="no libseccomp"),
-    pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle())),
 ]
+
+
+def wrapper(host, *units: Path) -> list[str]:
+    return [sys.executable, "-m", "tests.confined", ":".join(map(str, units)),
+            str(host.lab.folder)]
 
 
 class Confined(Member):
     """A node whose two processes have the restrictions of the units."""
 
     def argv(self, *more: str) -> list[str]:
-        return [*self._wrapper("udptun-node"), *super().argv(*more)]
+        return [*wrapper(self.host, DEPLOY / "udptun-node.service"), *super().argv(*more)]
 
     def start_forwarder(self) -> None:
         waiting = ["--wait-for", str(self.control.with_name("forward.json"))]
         command = [sys.executable, "-m", "udptun", "forward", *waiting]
-        self.forwarder = self.host.start(
-            [*self._wrapper("udptun-node-forwarder"), *command], name="forwarder")
-
-    def _wrapper(self, unit: str) -> list[str]:
-        return [sys.executable, "-m", "tests.confined", str(DEPLOY / f"{unit}.service"),
-                str(self.host.lab.folder)]
+        unit = DEPLOY / "udptun-node-forwarder.service"
+        self.forwarder = self.host.start([*wrapper(self.host, unit), *command], name="forwarder")
 
 
 def seccomp_mode(pid: int) -> str:
@@ -55,7 +59,38 @@ def test_the_filter_refuses(restriction):
     assert (restriction in calls) == (restriction == "clone3")
 
 
+@pytest.mark.parametrize("unit", ["udptun-forwarder", "udptun-node-forwarder"])
+@pytest.mark.parametrize("with_drop_in", [True, False])
+def test_the_drop_in_allows_the_express_path(lab, unit, with_drop_in):
+    skip_without_programs()
+    tunnel = pair(lab, start=False)
+    a, b = tunnel.sides
+    b.start(extra=("--accelerate", "auto"),
+            routes=[f"{route} express" for route in b.routes_to(a)])
+    control, routes = lab.folder / "a.sock", lab.folder / "a.routes"
+    routes.write_text("".join(f"{route} express\n" for route in a.routes_to(b)))
+    units = [DEPLOY / f"{unit}.service", *([DROP_IN] if with_drop_in else [])]
+    process = a.host.start([
+        *wrapper(a.host, *units), sys.executable, "-m", "udptun", "forward", "--listen",
+        str(a.outer), "--address", str(a.v4), "--network", "10.244.0.0/16", "--control",
+        str(control), "--routes", str(routes), "--accelerate", "auto"])
+    forwarder = Forwarder(process, control, routes)
+    forwarder.wait_ready()
+    state = forwarder.status()["accelerate"]
+    if with_drop_in:
+        wait_for(lambda: forwarder.status()["accelerate"]["active"], "the express path")
+    else:
+        assert state["reason"] == ("this process may not load programs: it needs CAP_BPF and the "
+                                   "system call bpf (EPERM)")
+    assert ping(a.pod, b.pod_v4).received == 3
+    sent = forwarder.status()["accelerate"]["packets"]["sent"]
+    assert sent == (3 if with_drop_in else 0)
+    assert forwarder.stop() == 0
+    assert "clsact" not in a.host.run(["tc", "qdisc", "show"]).stdout
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
 def test_a_node_works_in_its_units(lab):
     cluster = Cluster(lab, 2, options=["--backend=auto", "--ip-masq", "--firewall=iptables"])
     cluster.members = [Confined(m.host, m.store, m.options, external=True)

@@ -3,6 +3,7 @@
 ``tests/test_docs.py`` tests the pages and the forwarder's own unit.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -72,10 +73,33 @@ def test_the_units_allow_what_the_program_needs(unit: Path) -> None:
     assert re.search(r"^SystemCallFilter=capset$", text, re.MULTILINE)  # to give up capabilities
 
 
-def test_the_drop_in_for_several_workers_allows_the_steering_program() -> None:
-    page = (DEPLOY / "README.md").read_text()
-    for line in ("CapabilityBoundingSet=CAP_BPF", "SystemCallFilter=bpf"):
-        assert line in page
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
+@pytest.mark.parametrize("unit", [FORWARDER, ALONE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("with_drop_in", [False, True])
+def test_only_the_drop_in_allows_to_load_programs(
+    unit: Path, with_drop_in: bool, tmp_path: Path,
+) -> None:
+    copy = tmp_path / unit.name
+    copy.write_text(unit.read_text().replace("/usr/local/bin/udptun", "/bin/true"))
+    if with_drop_in:
+        folder = tmp_path / f"{unit.name}.d"
+        folder.mkdir()
+        shutil.copy(DEPLOY / "bpf.conf", folder)
+    path = {"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": "/usr/bin:/bin"}
+    verified = subprocess.run(["systemd-analyze", "verify", "--man=no", str(copy)], env=path,
+                              capture_output=True, text=True, check=False)
+    assert [line for line in verified.stderr.splitlines() if str(tmp_path) in line] == []
+    rated = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", "--json=short",
+         f"--threshold={MAX_EXPOSURE}", str(copy)],
+        env=path, capture_output=True, text=True, check=False)
+    if "unrecognized option" in rated.stderr:
+        pytest.skip("systemd-analyze before 250")
+    assert rated.returncode == 0, rated.stdout + rated.stderr
+    about = {one["json_field"]: one for one in json.loads(rated.stdout)}
+    assert about["CapabilityBoundingSet_CAP_BPF"]["set"] != with_drop_in
+    told = about["SystemCallFilter_privileged"]["description"]
+    assert ("bpf is allowed" in told) == with_drop_in
 
 
 def test_the_forwarder_has_a_unit_of_its_own() -> None:

@@ -122,7 +122,11 @@ class Express:
             try:
                 self._open()
             except OSError as error:
-                self._turn_off(f"{error.strerror or error}", error.errno)
+                reason = f"{error.strerror or error}"
+                if error.errno == errno.EPERM:
+                    reason = ("this process may not load programs: it needs CAP_BPF and the system "
+                              "call bpf")
+                self._turn_off(reason, error.errno)
 
     # -- start and stop ---------------------------------------------------------------------------
 
