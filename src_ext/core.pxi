@@ -39,6 +39,7 @@ from table.snapshot cimport (
     find_hop, first_peer_at, hop_t, next_peer, packet_limit, snapshot_free, snapshot_t,
 )
 
+from wire.headers cimport IP_MAX
 from wire.net cimport set_net
 from wire.probe cimport PROBE_LEN, PROBE_MAX, PROBE_REQUEST, build_probe, probe_t
 
@@ -130,6 +131,7 @@ cdef class Core:
         self.shared.workers_n = workers_n
         self.shared.source_check = SOURCE_CHECKS[source_check]
         self.shared.notify_fd = notify_fd
+        self.shared.tun_mtu = IP_MAX
         self.link_mtu4, self.link_mtu6 = link_mtus
         self.objects = []
         self.inherited = {}
@@ -572,6 +574,11 @@ cdef class Core:
                     peek32(&peer.path_mtu), peek32(&peer.df_mtu)) - peer.overhead
             peer = next_peer(s, &slot, peer)
         return found
+
+    def set_tun_mtu(self, uint32_t mtu):
+        """Set the MTU of the TUN in bytes. Longer TCP packets from the kernel of a peer are
+        super-packets: the workers cut them. Until the first call, no packet is longer."""
+        poke32(&self.shared.tun_mtu, mtu)
 
     def has_peer(self, bytes address, uint16_t port):
         """Return whether a route has this endpoint. address: packed"""

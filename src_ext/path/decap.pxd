@@ -14,6 +14,7 @@ from drops cimport (
     DROP_SOURCE_PORT, DROP_TRUNCATED, DROP_TTL_EXCEEDED, DROP_TUN_WRITE, DROP_UNKNOWN_PEER, PASS,
     drop_t,
 )
+from limits cimport MIN_MTU6
 from path.icmp_reply cimport reply_to_peer
 from path.probe cimport take_probe
 from path.send cimport read_errors
@@ -28,8 +29,11 @@ from sys cimport (
 )
 from table.peer cimport peer_counters_t, peer_t
 from table.snapshot cimport find_hop, find_peer, hop_admits, hop_t, is_own, may_send_from
+from wire.cut cimport MAX_SEG_HDR, cut_segment, cut_start, cut_t, plan_cut
 from wire.finish cimport finish_checksum
-from wire.headers cimport load_be16
+from wire.headers cimport (
+    GSO_TCPV4, GSO_TCPV6, PROTO_TCP, VNET_GSO_SIZE, VNET_GSO_TYPE, VNET_LEN, load_be16, store_u16,
+)
 from wire.merge cimport (
     MERGE_PACKETS, merge_add, merge_frame, merge_packet_t, merge_reset, output_t,
 )
@@ -63,6 +67,88 @@ cdef struct sender_t:           # the sender of one datagram; caches the last re
     uint8_t inner_len           # bytes of one inner address; 0: no result is cached yet
     uint8_t inner[32]           # inner source and destination of the cached result
     drop_t verdict
+
+
+# Write to the TUN
+
+
+cdef inline void write_packet(worker_t* w, const uint8_t* p, size_t n) noexcept nogil:
+    """Write the first w.vnet_len + n bytes of w.wr_frame, which have the packet p[0:n]."""
+    w.syscalls_write += 1
+    if write(w.tun_fd, w.wr_frame, w.vnet_len + n) < 0:
+        drop_from_udp(w, DROP_TUN_WRITE, p, n, NULL, 0, 0)
+    else:
+        w.decap.delivered += 1
+
+
+cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:
+    """Write packet i and all later packets of the same output, unchanged, one frame each."""
+    cdef merge_packet_t* packet
+    memset(w.wr_frame, 0, w.vnet_len)
+    while i >= 0:
+        packet = &w.merge.packets[i]
+        memcpy(w.wr_frame + w.vnet_len, packet.data, packet.len)
+        write_packet(w, packet.data, packet.len)
+        i = packet.next
+
+
+cdef inline void disable_merge(worker_t* w, bint tcp) noexcept nogil:
+    if tcp:
+        w.merge.tcp = False
+        raise_event(w, EVENT_TCP_MERGE)
+    else:
+        w.merge.udp = False
+        raise_event(w, EVENT_UDP_MERGE)
+
+
+cdef inline void write_outputs(worker_t* w) noexcept nogil:
+    """Write all outputs of the merge step to the TUN, in order. If the kernel refuses a merged
+    frame, write the frame's packets one by one. If the error is EINVAL, also turn merging off for
+    the protocol of the frame (TCP or UDP)."""
+    cdef int32_t i
+    cdef size_t n
+    cdef output_t* out
+    for i in range(w.merge.outputs_n):
+        out = &w.merge.outputs[i]
+        if out.n == 1:
+            write_packets(w, out.first)
+            continue
+        n = merge_frame(&w.merge, out, w.wr_frame)
+        w.syscalls_write += 1
+        if write(w.tun_fd, w.wr_frame, n) >= 0:
+            w.decap.delivered += out.n
+            continue
+        if errno == EINVAL:
+            disable_merge(w, out.tcp)
+        write_packets(w, out.first)
+    merge_reset(&w.merge)
+
+
+cdef inline bint write_cut(worker_t* w, uint8_t* p, const ip_t* ip) noexcept nogil:
+    """Cut the super-packet p[0:ip.total_len] and write its segments. Return False, and write
+    nothing, if it is not TCP or its headers do not parse. Count the other segments as read.
+
+    The sender's size of the segments is not known. Each segment here is short enough for all links
+    that carry IPv6 (RFC 8200 5).
+    """
+    cdef uint8_t[VNET_LEN] vnet
+    cdef cut_t cut
+    cdef uint32_t i, n
+    if ip.proto != PROTO_TCP:
+        return False
+    memset(vnet, 0, VNET_LEN)
+    vnet[VNET_GSO_TYPE] = GSO_TCPV4 if ip.version == 4 else GSO_TCPV6
+    store_u16(vnet + VNET_GSO_SIZE, MIN_MTU6 - MAX_SEG_HDR)
+    if plan_cut(vnet, p, ip.total_len, ip, &cut) != PASS:
+        return False
+    cut_start(&cut, p)
+    write_outputs(w)  # the packets that arrived earlier come first
+    w.decap.read += cut.n - 1
+    memset(w.wr_frame, 0, w.vnet_len)
+    for i in range(cut.n):
+        n = cut_segment(&cut, p, i, w.wr_frame + w.vnet_len)
+        write_packet(w, w.wr_frame + w.vnet_len, n)
+    return True
 
 
 # Each packet
@@ -147,6 +233,7 @@ cdef inline void decap_packet(
     """Pass one inner packet to the merge step, consume a probe, or drop it. p[0:n] is borrowed
     until the outputs are written. Bytes after the declared length are padding and are removed."""
     cdef ip_t ip
+    cdef bint unfinished
     cdef drop_t verdict = parse_ip(p, n, &ip)
     w.decap.read += 1
     if verdict == DROP_BAD_VERSION:  # not an IP packet, but it may be a probe
@@ -165,61 +252,12 @@ cdef inline void decap_packet(
         drop_from_udp(w, verdict, p, n, sender.addr, sender.addr_len, sender.port)
         return
     sender.heard = True
-    if sender.express:
-        finish_checksum(p, &ip)
+    unfinished = sender.express and finish_checksum(p, &ip)
     if is_capturing(w):
         capture_from_udp(w, p, ip.total_len, sender.addr, sender.addr_len, sender.port, False)
+    if unfinished and ip.total_len > peek32(&w.shared.tun_mtu) and write_cut(w, p, &ip):
+        return
     merge_add(&w.merge, p, ip.total_len, &ip)
-
-
-# Write to the TUN
-
-
-cdef inline void write_packets(worker_t* w, int32_t i) noexcept nogil:
-    """Write packet i and all later packets of the same output, unchanged, one frame each."""
-    cdef merge_packet_t* packet
-    memset(w.wr_frame, 0, w.vnet_len)
-    while i >= 0:
-        packet = &w.merge.packets[i]
-        memcpy(w.wr_frame + w.vnet_len, packet.data, packet.len)
-        w.syscalls_write += 1
-        if write(w.tun_fd, w.wr_frame, w.vnet_len + packet.len) < 0:
-            drop_from_udp(w, DROP_TUN_WRITE, packet.data, packet.len, NULL, 0, 0)
-        else:
-            w.decap.delivered += 1
-        i = packet.next
-
-
-cdef inline void disable_merge(worker_t* w, bint tcp) noexcept nogil:
-    if tcp:
-        w.merge.tcp = False
-        raise_event(w, EVENT_TCP_MERGE)
-    else:
-        w.merge.udp = False
-        raise_event(w, EVENT_UDP_MERGE)
-
-
-cdef inline void write_outputs(worker_t* w) noexcept nogil:
-    """Write all outputs of the merge step to the TUN, in order. If the kernel refuses a merged
-    frame, write the frame's packets one by one. If the error is EINVAL, also turn merging off for
-    the protocol of the frame (TCP or UDP)."""
-    cdef int32_t i
-    cdef size_t n
-    cdef output_t* out
-    for i in range(w.merge.outputs_n):
-        out = &w.merge.outputs[i]
-        if out.n == 1:
-            write_packets(w, out.first)
-            continue
-        n = merge_frame(&w.merge, out, w.wr_frame)
-        w.syscalls_write += 1
-        if write(w.tun_fd, w.wr_frame, n) >= 0:
-            w.decap.delivered += out.n
-            continue
-        if errno == EINVAL:
-            disable_merge(w, out.tcp)
-        write_packets(w, out.first)
-    merge_reset(&w.merge)
 
 
 # Each datagram

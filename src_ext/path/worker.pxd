@@ -128,6 +128,7 @@ cdef struct shared_t:
     uint8_t tun_addr6[16]
     bint has_addr4
     bint has_addr6
+    uint32_t tun_mtu            # written by the control side
     int notify_fd               # eventfd of the control side
     uint64_t wake_on_probe      # written by the control side: 1 = raise EVENT_PROBE for each probe
     tokens_t tokens             # written by the control side; workers clear those that they find

@@ -16,8 +16,9 @@ from wire.headers cimport (
 from wire.packet cimport ip_src, ip_t
 
 
-cdef inline void finish_checksum(uint8_t* p, const ip_t* ip) noexcept nogil:
-    """Finish the checksum of a packet p[0:ip.total_len], if it is unfinished.
+cdef inline bint finish_checksum(uint8_t* p, const ip_t* ip) noexcept nogil:
+    """Finish the checksum of a packet p[0:ip.total_len], if it is unfinished. Return whether the
+    field had the sum of the pseudo-header.
 
     ip  from ``parse_ip``; the declared length is checked
     """
@@ -29,12 +30,13 @@ cdef inline void finish_checksum(uint8_t* p, const ip_t* ip) noexcept nogil:
     cdef uint8_t* field = l4 + (TCP_CSUM if tcp else UDP_CSUM)
     if ip.fragment or (not tcp and ip.proto != PROTO_UDP) or \
             n < <size_t>(TCP_MIN if tcp else UDP_LEN):
-        return
+        return False
     pseudo = csum_fold(csum_pseudo(ip_src(p, ip), ip.addr_len, ip.proto, <uint32_t>n))
     if load_u16(field) != pseudo or (not tcp and pseudo == 0):
-        return
+        return False
     sum_ = csum_fold(csum_add(l4, n, 0))
     if csum_fold(sum_ + pseudo) == 0xFFFF:
-        return
+        return True
     sum_ = <uint16_t>~sum_
     store_u16(field, 0xFFFF if sum_ == 0 and not tcp else sum_)
+    return True

@@ -7,6 +7,7 @@ limits, routes or MTUs. Pure functions.
 import struct
 
 from .checksum import checksum, complement, transport_sum
+from .finish import finish_checksum
 from .packet import (
     DESTINATION_OPTIONS,
     EXTENSION_HEADERS,
@@ -36,6 +37,7 @@ GSO_ECN = 0x80  # a flag that is combined with the TCP types
 TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK, TCP_URG, TCP_ECE, TCP_CWR = (1 << i for i in range(8))
 TCP_CSUM_OFFSET = 16
 UDP_CSUM_OFFSET = 6
+IPV6_MTU_MIN = 1280
 HEADERS_MAX = 120  # maximum for one segment: IPv4 and TCP headers, both with all options
 
 
@@ -100,6 +102,20 @@ def cut(frame: bytes) -> list[bytes]:
         ip = _ip_header(packet[:transport_at], header.version, index, len(segment))
         segments.append(ip + segment)
     return segments
+
+
+def cut_unfinished(packet: bytes) -> list[bytes]:
+    """Return the segments of a super-packet that a peer's kernel has sent whole.
+
+    The size of the segments is unknown, so they are short enough for all links that carry IPv6
+    (RFC 8200 5), whatever the length of their headers. Return the packet with a finished checksum
+    if it is not TCP or its headers do not parse.
+    """
+    gso_type = GSO_TCPV4 if packet[0] >> 4 == 4 else GSO_TCPV6
+    try:
+        return cut(VNET_HDR.pack(0, gso_type, 0, IPV6_MTU_MIN - HEADERS_MAX, 0, 0) + packet)
+    except Dropped:
+        return [finish_checksum(packet)]
 
 
 def _complete_checksum(packet: bytes, start: int, offset: int) -> bytes:

@@ -10,12 +10,9 @@ from .packet import IPV4_MF, IPV4_OFFSET, PROTO_TCP, PROTO_UDP, check_packet, pa
 TRANSPORTS = {PROTO_TCP: (16, 20), PROTO_UDP: (6, 8)}
 
 
-def finish_checksum(packet: bytes) -> bytes:
-    """Return the packet with its TCP or UDP checksum finished, if it is unfinished.
-
-    The field of an unfinished checksum holds the sum of the pseudo-header, not inverted (linux
-    include/linux/skbuff.h, CHECKSUM_PARTIAL). A packet with a right checksum is not changed, and
-    nor is one whose field has another value.
+def is_unfinished(packet: bytes) -> bool:
+    """Return whether the field of the TCP or UDP checksum has the sum of the pseudo-header, not
+    inverted (linux include/linux/skbuff.h, CHECKSUM_PARTIAL). This may be the right checksum, too.
 
     drops  as check_packet
     """
@@ -23,16 +20,29 @@ def finish_checksum(packet: bytes) -> bytes:
     header = parse_header(packet)
     fragment = header.version == 4 and header.fragment_word & (IPV4_MF | IPV4_OFFSET)
     if header.protocol not in TRANSPORTS or fragment:
-        return packet
+        return False
     offset, shortest = TRANSPORTS[header.protocol]
     segment = packet[header.header_len : total_len]
     if len(segment) < shortest:
-        return packet
+        return False
     field = int.from_bytes(segment[offset : offset + 2], "big")
     pseudo = checksum(pseudo_header(
         header.source, header.destination, header.protocol, len(segment)))
-    if field != pseudo or (header.protocol == PROTO_UDP and field == 0):
+    return field == pseudo and not (header.protocol == PROTO_UDP and field == 0)
+
+
+def finish_checksum(packet: bytes) -> bytes:
+    """Return the packet with its TCP or UDP checksum finished, if it is unfinished.
+
+    A packet with a right checksum is not changed, and nor is one whose field has another value.
+
+    drops  as check_packet
+    """
+    if not is_unfinished(packet):
         return packet
+    header = parse_header(packet)
+    offset, _ = TRANSPORTS[header.protocol]
+    segment = packet[header.header_len : check_packet(packet)]
     if transport_sum(header.source, header.destination, header.protocol, segment) == 0xFFFF:
         return packet
     value = complement(checksum(segment))

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from udptun.drops import DECAP, DIRECTIONS, ENCAP
 from udptun.model import Endpoint, IPAddress, IPNetwork, Route
 
-from .cut import cut
-from .finish import finish_checksum
+from .cut import cut, cut_unfinished
+from .finish import finish_checksum, is_unfinished
 from .fragment import fragment
 from .icmp import icmp_error
 from .packet import (
     FRAGMENT,
+    IP_MAX,
     IPV4_OFFSET,
     PROTO_UDP,
     Dropped,
@@ -45,7 +46,7 @@ class Encapsulated:
 class Decapsulated:
     """The output for one datagram from the socket."""
 
-    packet: bytes | None = None  # the packet to write to the TUN
+    packets: list[bytes] = field(default_factory=list)  # to write to the TUN
     icmp: list[Datagram] = field(default_factory=list)  # errors to send back to the inner sender
     probe: Probe | None = None  # a probe, which is consumed
     replies: list[Datagram] = field(default_factory=list)  # at most one reply to a probe
@@ -79,6 +80,7 @@ class ReferenceForwarder:
                       prefixes and ``tun_addresses``
     path_mtu          the largest outer packet in bytes, for the endpoints whose path MTU is known
     underlay_mtu      the largest outer packet in bytes for all other endpoints
+    tun_mtu           MTU of the TUN. A longer TCP packet from a peer's kernel is a super-packet
 
     ``counts[direction]`` and ``drops[reason, direction]`` are updated immediately. A frame counts
     as its segments, or as 1 if the frame cannot be cut. Fragments after the first count as
@@ -96,6 +98,7 @@ class ReferenceForwarder:
         own_subnets: Iterable[IPNetwork] | None = None,
         path_mtu: Mapping[Endpoint, int] | None = None,
         underlay_mtu: int = 1500,
+        tun_mtu: int = IP_MAX,
     ) -> None:
         self.routes = list(routes)
         self.own_addresses = frozenset(own_addresses)
@@ -106,6 +109,7 @@ class ReferenceForwarder:
         self.own_subnets = None if own_subnets is None else list(own_subnets)
         self.path_mtu = dict(path_mtu or {})
         self.underlay_mtu = underlay_mtu
+        self.tun_mtu = tun_mtu
         self.counts = {direction: Counts() for direction in DIRECTIONS}
         self.drops: Counter[tuple[str, str]] = Counter()
 
@@ -165,16 +169,21 @@ class ReferenceForwarder:
             self._admit_peer(outer_source)
             self._admit_source(outer_source, packet)
             self._admit_destination(packet)
-            result.packet = decrement_hop_limit(packet)
-            if self._may_send_unfinished(outer_source):
-                result.packet = finish_checksum(result.packet)
+            packet = decrement_hop_limit(packet)
+            if not self._may_send_unfinished(outer_source):
+                result.packets = [packet]
+            elif is_unfinished(packet) and len(packet) > self.tun_mtu:
+                result.packets = cut_unfinished(packet)
+            else:
+                result.packets = [finish_checksum(packet)]
         except Dropped as drop:
             self.drops[drop.reason, DECAP] += 1
             result.probe = None
             if drop.reason == "ttl_exceeded":
                 result.icmp = self._icmp_to_peer(packet)
             return result
-        counts.delivered += 1
+        counts.read += len(result.packets) - 1
+        counts.delivered += len(result.packets)
         return result
 
     def _is_for_peer(self, packet: bytes) -> bool:

@@ -188,7 +188,7 @@ def test_from_a_peer():
     forwarder = make()
     packet = ip4(b"x" * 9, UDP, B4, A4)
     result = forwarder.decap(PEER, packet + b"padding")
-    assert (result.packet, result.icmp) == (lowered(packet), [])
+    assert (result.packets, result.icmp) == ([lowered(packet)], [])
     check_invariant(forwarder)
 
 
@@ -230,10 +230,10 @@ def test_who_may_send(outer, inner, strict, peer, off):
         packet = ip6(b"", UDP, inner, A6) if ":" in inner else ip4(b"", UDP, inner, A4)
         result = forwarder.decap(outer, packet)
         if reason is None:
-            assert result.packet == lowered(packet), mode
+            assert result.packets == [lowered(packet)], mode
             assert not forwarder.drops
         else:
-            assert result.packet is None, mode
+            assert result.packets == [], mode
             assert forwarder.drops == {(reason, DECAP): 1}
         check_invariant(forwarder)
 
@@ -256,7 +256,7 @@ def test_what_may_be_reached(inner, admitted):
         forwarder = make(own_subnets=subnets)
         result = forwarder.decap(PEER, packet)
         refused = subnets is not None and not admitted
-        assert result.packet == (None if refused else lowered(packet))
+        assert result.packets == ([] if refused else [lowered(packet)])
         assert not result.icmp
         assert forwarder.drops == ({("destination_not_own", DECAP): 1} if refused else {})
         check_invariant(forwarder)
@@ -274,7 +274,7 @@ def test_what_may_be_reached(inner, admitted):
 )
 def test_malformed_datagrams(datagram, reason):
     forwarder = make(source_check="off")
-    assert forwarder.decap(OUTSIDER, datagram).packet is None
+    assert forwarder.decap(OUTSIDER, datagram).packets == []
     assert forwarder.drops == {(reason, DECAP): 1}
     check_invariant(forwarder)
 
@@ -287,7 +287,7 @@ def test_time_exceeded_is_sent_through_the_tunnel(version, ttl):
     back = Flow(version, src=flow.destination, dst=flow.source, ttl=ttl)
     packet = back.udp(b"x" * 9)
     result = forwarder.decap(PEER, packet)
-    assert result.packet is None
+    assert result.packets == []
     ours = addr("10.244.1.0" if version == 4 else "fd00:1::")
     assert result.icmp == [(PEER, icmp_error(packet, "ttl_exceeded", ours))]
     assert forwarder.drops == {("ttl_exceeded", DECAP): 1}
@@ -313,8 +313,8 @@ def test_two_forwarders_in_a_row():
         flow = Flow(version, ttl=64)
         result = here.encap(flow.tcp_super(DATA, 999, ident=1))
         delivered = [
-            there.decap(Endpoint.parse("192.0.2.1:8285"), datagram).packet
-            for _, datagram in result.datagrams
+            packet for _, datagram in result.datagrams
+            for packet in there.decap(Endpoint.parse("192.0.2.1:8285"), datagram).packets
         ]
         assert delivered == [
             lowered(flow.tcp(DATA[at : at + 999], seq=1000 + at, ident=1 + at // 999), 2)
@@ -342,7 +342,7 @@ def test_who_is_answered(sender, reason, source_check):
     forwarder = make(source_check=source_check)
     for probe in (REQUEST, REPLY):
         result = forwarder.decap(sender, build_probe(probe))
-        assert result.packet is None
+        assert result.packets == []
         assert result.probe == (None if reason else probe)
         answered = probe is REQUEST and reason is None
         assert result.replies == (
@@ -385,7 +385,7 @@ def test_every_packet_is_counted(frames, datagrams, source_check, underlay_mtu):
             assert len(datagram) + overhead <= underlay_mtu
     for source, datagram in datagrams:
         result = forwarder.decap(source, datagram)
-        out[DECAP] += result.packet is not None
+        out[DECAP] += len(result.packets)
         out[ENCAP] += len(result.icmp) + len(result.replies)
     for direction in DIRECTIONS:
         assert forwarder.counts[direction].delivered == out[direction]

@@ -422,6 +422,7 @@ class Forwarder:
             None if config.admit == "any" else [
                 (net.network_address.packed, net.prefixlen) for net in config.subnets],
         )
+        core.set_tun_mtu(self.mtu)
         core.set_own_addresses(a.packed for a in local_addresses())
         self._captures = Captures(core, self.tun_name, self.mtu)
         return core, notify_fd
