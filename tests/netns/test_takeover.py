@@ -37,24 +37,31 @@ class Stream:
         self.receiver = target.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
         self.receiver.bind((str(address), 0))
-        self.receiver.settimeout(5)
+        self.receiver.settimeout(30)
         self.address = self.receiver.getsockname()
         self.sent = 0
         self.numbers = []  # of the datagrams that have arrived, in their order
         self.stop = threading.Event()
+        self.complete = threading.Event()  # ``sent`` does not change any more
         self.threads = [threading.Thread(target=run) for run in (self._send, self._receive)]
 
     def _send(self):
         begin = time.monotonic()
         while not self.stop.is_set():
             while self.sent < RATE * (time.monotonic() - begin):
-                self.sender.sendto(self.sent.to_bytes(8, "big"), self.address)
-                self.sent += 1
+                self._send_one()
             time.sleep(0.0005)
+        self._send_one(last=True)  # ends the wait of the receiver
+
+    def _send_one(self, last=False):
+        number, self.sent = self.sent, self.sent + 1
+        if last:
+            self.complete.set()
+        self.sender.sendto(number.to_bytes(8, "big"), self.address)
 
     def _receive(self):
         with contextlib.suppress(TimeoutError):
-            while not self.stop.is_set() or len(self.numbers) < self.sent:
+            while not self.complete.is_set() or len(self.numbers) < self.sent:
                 self.numbers.append(int.from_bytes(self.receiver.recv(64), "big"))
 
     def __enter__(self):
