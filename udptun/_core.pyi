@@ -55,7 +55,6 @@ class PreparedSnapshot:
     def generation(self) -> int: ...
     def express_entries(self) -> tuple[bytes, bytes]: ...
 
-
 class Core:
     def __new__(
         cls, source_check: str, workers_n: int, link_mtus: tuple[int, int],

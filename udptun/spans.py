@@ -4,6 +4,7 @@ from __future__ import annotations
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
+
 def span(seconds: float) -> str:
     """Return the length in the largest unit of which it has at least two, such as ``90 s``."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

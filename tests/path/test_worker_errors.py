@@ -246,6 +246,7 @@ def test_after_a_flood_errors_are_kept_again():
         endpoint = rig.outside[PEERS[0]].getsockname()
         kept = peer_at(rig, endpoint).errors_n
         assert kept <= 64
+
         def hears():
             raw.sendto(message, target)
             rig.worker.look()
@@ -459,6 +460,7 @@ def own_packets():
     """(packet, whether it is one of our datagrams): from us and from others, to the endpoint
     10.250.0.2:8285 and to others."""
     ours, pod = str(TUN4), "10.244.1.77"
+
     def udp(dport, payload=b"x" * 40):
         return (8285).to_bytes(2, "big") + dport.to_bytes(2, "big") + bytes(4) + payload
 

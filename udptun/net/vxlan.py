@@ -403,7 +403,6 @@ class Vxlan:
 
         return await self._netlink.work("looking for VXLAN devices", search)
 
-
     async def _find(self, name: str) -> _Found | None:
         async def get(ipr: Any) -> _Found:
             (message,) = await ipr.link("get", ifname=name)
