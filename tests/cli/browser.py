@@ -83,15 +83,15 @@ class Page:
             await self._loaded.wait()
 
     async def value(self, expression: str) -> Any:
-        found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Return the value of an expression; of a promise, the value that it resolves to."""
+        found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True,
+                                awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     async def until(self, expression: str) -> None:
         """Wait until an expression is true."""
-        async with asyncio.timeout(SECONDS):
-            while not await self.value(f"Boolean({expression})"):
-                await asyncio.sleep(0.05)
+        await until(lambda: self.value(f"Boolean({expression})"), expression, SECONDS)
 
     async def press(self, key: str, code: int, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
