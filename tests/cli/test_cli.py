@@ -246,7 +246,7 @@ def test_an_event_is_shown_without_its_empty_fields() -> None:
     event["source"] = "node"
     assert event_line(event) == (
         "T  node       peer_reachable    endpoint 192.0.2.2:8285 largest_size 0 "
-                             "probe yes full_size_passes no")
+        "probe yes full_size_passes no")
 
 
 def test_an_event_cannot_control_the_terminal():
@@ -344,7 +344,7 @@ def test_overall_help_lists_every_command_in_order_of_use(tmp_path: Path) -> Non
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536, "1.50 KiB"),
      (5 * 1024**2, "5.00 MiB"), (1024**4, "1.00 TiB"), (5000 * 1024**4, "5000.00 TiB")],
 )
-def testsize(count: int, text: str) -> None:
+def test_size(count: int, text: str) -> None:
     assert size(count) == text
 
 
@@ -353,7 +353,7 @@ def testsize(count: int, text: str) -> None:
     [(0.4, "0 seconds"), (1.9, "1 second"), (61, "1 minute, 1 second"), (3600, "1 hour"),
      (90061, "1 day, 1 hour"), (86400 * 3 + 5, "3 days, 5 seconds")],
 )
-def testduration(seconds: float, text: str) -> None:
+def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 

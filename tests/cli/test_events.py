@@ -39,9 +39,6 @@ class ServedNode:
     def event(self, kind: str, **fields: Any) -> None:
         self.thread.call(lambda: self.report.event(kind, **fields))
 
-    def readers_n(self) -> int:
-        return self.report.events.readers_n
-
 
 @pytest.fixture
 def node(thread: LoopThread, served: Served) -> Iterator[ServedNode]:
