@@ -59,6 +59,7 @@ def test_endpoint_text_round_trip(address: object, port: int) -> None:
 )
 def test_endpoint(text: str, address: str, port: int) -> None:
     assert Endpoint.parse(text) == Endpoint(ip_address(address), port)
+    assert Endpoint.parse(text, default_port=8286).port == (8286 if port == 8285 else port)
 
 
 @pytest.mark.parametrize(

@@ -158,10 +158,12 @@ class Endpoint:
     port: int = DEFAULT_PORT
 
     @classmethod
-    def parse(cls, text: str, field: str = "endpoint") -> Endpoint:
+    def parse(
+        cls, text: str, field: str = "endpoint", default_port: int = DEFAULT_PORT
+    ) -> Endpoint:
         if not isinstance(text, str):
             raise FieldError(field, text, "ADDRESS, ADDRESS:PORT or [IPV6]:PORT")
-        host, port = text, str(DEFAULT_PORT)
+        host, port = text, str(default_port)
         if text.startswith("["):
             host, bracket, rest = text[1:].partition("]")
             if not bracket or (rest and not rest.startswith(":")):

@@ -21,18 +21,14 @@ from ..options import Parsed, connection, control_path
 if TYPE_CHECKING:
     from ...model import Endpoint
 
-DEFAULT_LISTEN = "127.0.0.1:8286"
 DEFAULT_PORT = 8286
+DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
 
 
 def _listen(text: str) -> Endpoint:
-    from dataclasses import replace
-
     from ...model import Endpoint
 
-    endpoint = Endpoint.parse(text, "--listen")
-    has_port = "]:" in text or text.count(":") == 1
-    return endpoint if has_port else replace(endpoint, port=DEFAULT_PORT)
+    return Endpoint.parse(text, "--listen", DEFAULT_PORT)
 
 
 @click.command()
