@@ -84,15 +84,15 @@ RULES = {
         "node.process.launch",
     },
     "cli": LEAVES | {
-        "cli", "cni", "control.client", "control.listen", "control.protocol", "device.offload",
-        "device.tun", "doctor", "forwarder", "lab", "leases", "net.echo", "net.kernel_path", "node",
-        "takeover.kept", "takeover.standby",
+        "cli", "cni", "control.client", "control.listen", "control.protocol", "control.served",
+        "device.offload", "device.tun", "doctor", "forwarder", "lab", "leases", "net.echo",
+        "net.kernel_path", "node", "takeover.kept", "takeover.standby",
     },
     "__main__": {"cli"},
     "": LEAVES | {"control.client", "forwarder"},  # udptun/__init__.py: the public API
 }
 THIRD_PARTY = {
-    "aiohttp": {"cli.web.server", "control.server", "leases.kube"},
+    "aiohttp": {"cli.web.server", "control.served", "control.server", "leases.kube"},
     "click": {"cli"},
     "google": {"leases.etcd"},  # protobuf
     "grpc": {"leases.etcd"},

@@ -22,23 +22,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 
-from ..connections import Connections
 from ..errors import ControlError, DeviceError, FieldError, UdptunError
 from ..model import Endpoint, Route, parse_address, parse_destination
 from ..wait import FILE_CHECK_SECONDS, until_removed
 from . import protocol
 from .capture import counts_record, end_record, parse_filter
 from .events import Event, EventHub, Reader
+from .served import Connection, Manager
 from .sockets import UnixListener, listen_unix, peer_ids
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from ..model import RouteDiff
+    from .served import Handler
     from .surface import Captured, Controlled
-
-    Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger(__name__)
 
@@ -351,36 +350,24 @@ class _Running:
         self.server = server
 
 
-class _Manager(web.Server):
-    """Makes a connection object for each client. The base class closes these at the end."""
-
+class _Manager(Manager):
     def __init__(self, handler: Handler, listener: UnixListener) -> None:
-        super().__init__(handler)
+        super().__init__(handler, CONNECTIONS_MAX, REQUEST_SECONDS)
         self.listener = listener
-        self.open = Connections[_Connection](
-            CONNECTIONS_MAX, _Connection.abort, _Connection.abort)
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self)
 
 
-class _Connection(web.RequestHandler):
+class _Connection(Connection):
     """One client connection. Checks the client's permission, answers errors as JSON, and calls a
     callback when the connection is lost."""
 
-    __slots__ = ("_listener", "_open", "allowed", "on_lost", "uid")
+    __slots__ = ("_listener", "allowed", "on_lost", "uid")
 
     def __init__(self, manager: _Manager) -> None:
-        super().__init__(
-            manager,
-            loop=asyncio.get_running_loop(),
-            logger=log,
-            access_log=cast(logging.Logger, None),  # no access log; aiohttp's type omits None
-            tcp_keepalive=False,
-            auto_decompress=False,
-        )
+        super().__init__(manager)
         self._listener = manager.listener
-        self._open = manager.open
         self.allowed = False
         self.uid = -1  # of the client's process
         self.on_lost: Callable[[], None] | None = None
@@ -390,29 +377,20 @@ class _Connection(web.RequestHandler):
         self.allowed = self._listener.may_connect(peer)
         self.uid, _ = peer_ids(peer)
         super().connection_made(transport)
-        self._open.add(self)
-        loop = asyncio.get_running_loop()
-        loop.call_later(REQUEST_SECONDS, self._open.close_if_silent, self)
-
-    def abort(self) -> None:
-        """Close this connection at once, even if the client does not read its answer."""
-        if self.transport is not None:
-            self.transport.abort()
 
     @contextmanager
     def busy(self) -> Iterator[None]:
         """Return the context in which a request is answered."""
-        self._open.request_begins(self)
+        self.open.request_begins(self)
         try:
             yield
         finally:
-            self._open.request_ends(self)
+            self.open.request_ends(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._open.remove(self)
+        super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
-        super().connection_lost(exc)
 
     def handle_error(
         self,

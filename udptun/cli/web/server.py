@@ -13,14 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
-from ...connections import Connections
+from ...control.served import Connection, Manager
 from ...errors import FieldError
 from .page import Choice, page
 from .watch import Watch
@@ -70,7 +69,7 @@ class WebServer:
         await self.start_at(str(listen.address), listen.port)
 
     async def start_at(self, address: str, port: int) -> None:
-        self._manager = _Manager(self._handle)
+        self._manager = _Manager(self._handle, CONNECTIONS_MAX, REQUEST_SECONDS)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self._manager, address, port)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -157,44 +156,13 @@ def _text(text: str, status: int) -> web.Response:
     return web.Response(text=f"{text}\n", status=status)
 
 
-class _Manager(web.Server):
-    """Makes a connection object for each client. The base class closes these at the end."""
-
-    def __init__(self, handler: object) -> None:
-        super().__init__(handler)  # type: ignore[arg-type]
-        self.open = Connections[_Connection](
-            CONNECTIONS_MAX, _Connection.abort, _Connection.abort)
-
+class _Manager(Manager):
     def __call__(self) -> web.RequestHandler:
         return _Connection(self)
 
 
-class _Connection(web.RequestHandler):
-    """One client connection, counted in ``open``."""
-
-    __slots__ = ("open",)
-
-    def __init__(self, manager: _Manager) -> None:
-        super().__init__(
-            manager, loop=asyncio.get_running_loop(), logger=log,
-            access_log=cast(logging.Logger, None),  # no access log; aiohttp's type omits None
-            auto_decompress=False)
-        self.open = manager.open
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.open.add(self)
-        asyncio.get_running_loop().call_later(REQUEST_SECONDS, self.open.close_if_silent, self)
-
-    def abort(self) -> None:
-        """Close this connection at once, even if the client does not read its answer."""
-        if self.transport is not None:
-            with suppress(AttributeError):
-                self.transport.abort()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self.open.remove(self)
-        super().connection_lost(exc)
+class _Connection(Connection):
+    __slots__ = ()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
