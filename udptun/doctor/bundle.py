@@ -144,7 +144,6 @@ def _make(name: str, make: Callable[[], str], seconds: float) -> Part:
 
 
 def _parts(facts: Facts, doctor: Callable[[], Any]) -> dict[str, Callable[[], str]]:
-    log = facts.state_dir / "forwarder.log"
     return {
         "versions.txt": _versions,
         "node.json": lambda: _answer(facts.node.answer, facts.node.error),
@@ -164,7 +163,7 @@ def _parts(facts: Facts, doctor: Callable[[], Any]) -> dict[str, Callable[[], st
         "udp-sockets.txt": lambda: "".join(
             f"{one.address} port {one.port} drops {one.drops}\n" for one in udp_sockets()),
         "snmp.txt": lambda: (NET / "snmp").read_text() + (NET / "netstat").read_text(),
-        "forwarder.log": lambda: _tail(log),
+        "forwarder.log": lambda: _tail(facts.forwarder_log),
         **{name: partial(_command, argv) for name, argv in COMMANDS.items()},
         "iptables-legacy.txt": partial(_legacy, 4, "iptables-legacy-save"),
         "ip6tables-legacy.txt": partial(_legacy, 6, "ip6tables-legacy-save"),

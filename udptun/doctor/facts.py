@@ -26,12 +26,12 @@ from .processes import Process, processes, sockets_of, thread_seconds
 from .sockets import UdpSocket, udp_sockets
 
 if TYPE_CHECKING:
+    from ..cni.node import Overlay
     from ..leases.cache import LastKnown
     from ..model import Endpoint, IPAddress, IPNetwork
     from ..node.process.launch import ForwarderSpec
 
 ANSWER_SECONDS = 5.0  # a daemon or forwarder answers within milliseconds
-CACHE_FILE = "leases.json"  # of node.store, which takes long to import
 
 Answer = dict[str, Any]
 Row = dict[str, Any]  # of ``udptun status``: a peer by name
@@ -164,17 +164,32 @@ class Facts:
     @cached_property
     def known(self) -> LastKnown | None:
         """The leases that the daemon has saved; None: see ``known_error``."""
-        from ..leases.cache import read_known
+        from ..leases.cache import CACHE_FILE, read_known
 
+        path = self.state_dir / CACHE_FILE
         try:
-            return read_known(self.state_dir / CACHE_FILE)
+            return read_known(path)
         except FileNotFoundError:
-            self.known_error = f"{self.state_dir / CACHE_FILE} does not exist"
+            self.known_error = f"{path} does not exist"
         except OSError as exc:
-            self.known_error = f"{self.state_dir / CACHE_FILE} cannot be read: {exc.strerror}"
+            self.known_error = f"{path} cannot be read: {exc.strerror}"
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
-            self.known_error = f"{self.state_dir / CACHE_FILE} is not valid: {exc!r}"
+            self.known_error = f"{path} is not valid: {exc!r}"
         return None
+
+    @cached_property
+    def forwarder_log(self) -> Path:
+        """The log of a forwarder that a daemon has started."""
+        from ..node.process.launch import LOG_FILE
+
+        return self.state_dir / LOG_FILE
+
+    @cached_property
+    def subnet_env(self) -> Overlay:
+        """The content of subnet.env. Raises OSError, FieldError."""
+        from ..cni.node import parse
+
+        return parse(self.subnet_file.read_bytes().decode(errors="replace"), str(self.subnet_file))
 
     def _file(self, name: str) -> str | None:
         answer = self.node.answer

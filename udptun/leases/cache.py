@@ -29,6 +29,7 @@ from .netconf import NetConfig
 log = logging.getLogger(__name__)
 
 VERSION = 1
+CACHE_FILE = "leases.json"  # in the state directory
 MAX_INTERVAL_SECONDS = 1.0
 # The interval between two writes, as a multiple of the duration of the last write. So a small file
 # is written more often than a large one.

@@ -13,14 +13,13 @@ from collections.abc import Iterator
 
 from ..errors import UdptunError
 from ..leases.base import SourceHealth
-from ..leases.cache import LeaseCache
+from ..leases.cache import CACHE_FILE, LeaseCache
 from ..net.netlink import Netlink
 from .backends.active import ActiveBackends
 from .config import NodeConfig
 from .host.firewall.keeper import Firewall
 from .host.firewall.rules import FirewallRules
 from .status.report import NodeReport
-from .store import CACHE_FILE
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from ..leases.base import (
     StoreRefused,
     Subnets,
 )
-from ..leases.cache import LastKnown, LeaseCache
+from ..leases.cache import CACHE_FILE, LastKnown, LeaseCache
 from ..leases.netconf import NetConfig
 from ..model import IPAddress
 from .config import NodeConfig
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 2.0  # at the start, wait so long for the store before a cached answer is used
-CACHE_FILE = "leases.json"  # in the state directory
 
 FAILURES = (StoreDown, StoreRefused, FieldError, TimeoutError)
 

@@ -22,11 +22,11 @@ from udptun.control.client import ControlClient
 from udptun.errors import ControlError
 from udptun.instance import Instance
 from udptun.leases.base import SourceHealth
+from udptun.leases.cache import CACHE_FILE
 from udptun.node.process.launch import FORWARD_FILE, ForwarderSpec
 from udptun.node.status import socket as module
 from udptun.node.status.report import NodeReport, PairReport, iso_time
 from udptun.node.status.socket import NodeSocket
-from udptun.node.store import CACHE_FILE
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "node.md"
 

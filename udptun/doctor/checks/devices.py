@@ -17,6 +17,7 @@ from ..facts import Facts
 TUN_FILE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)
 OLDEST = (5, 10)  # the oldest kernel that udptun supports
+BRIDGE_FILTER = "bridge/bridge-nf-call-iptables"
 UNKNOWN_DEVICES = "it is not known which devices this host should have"
 
 
@@ -204,12 +205,13 @@ def rp_filter(facts: Facts) -> Iterator[Finding]:
     if not facts.devices:
         raise Skip(UNKNOWN_DEVICES)
     for name in facts.devices:
-        own, all_ = (value_of(f"ipv4/conf/{one}/rp_filter") for one in (name, "all"))
+        settings = [f"ipv4/conf/{one}/rp_filter" for one in (name, "all")]
+        own, all_ = map(value_of, settings)
         if own and max(int(own), int(all_ or "0")) == 1:
+            key, key_of_all = map(sysctl, settings)
             yield failed(
                 f"the kernel drops packets from {name} if it routes their source to another device",
-                f"net.ipv4.conf.{name}.rp_filter is {own}, net.ipv4.conf.all.rp_filter is {all_}",
-                f"run: sysctl -w net.ipv4.conf.{name}.rp_filter=2")
+                f"{key} is {own}, {key_of_all} is {all_}", f"run: sysctl -w {key}=2")
 
 
 @check("bridge-filter", "net.bridge.bridge-nf-call-iptables, on a Kubernetes node",
@@ -217,13 +219,12 @@ def rp_filter(facts: Facts) -> Iterator[Finding]:
 def bridge_filter(facts: Facts) -> Iterator[Finding]:
     from .kubernetes import kubelet_is_here
 
-    value = value_of("bridge/bridge-nf-call-iptables")
+    value, key = value_of(BRIDGE_FILTER), sysctl(BRIDGE_FILTER)
     if not kubelet_is_here():
         raise Skip("no kubelet runs here")
     if value == "0":
         yield warning("services do not work between pods of this node: iptables does not see"
-                      " packets on the bridge", "net.bridge.bridge-nf-call-iptables is 0",
-                      "run: sysctl -w net.bridge.bridge-nf-call-iptables=1")
+                      " packets on the bridge", f"{key} is 0", f"run: sysctl -w {key}=1")
     elif not value:
         yield warning("the module br_netfilter is not loaded: services do not work between pods of"
                       " this node", remedy="run: modprobe br_netfilter")
@@ -259,10 +260,11 @@ def ipv6(facts: Facts) -> Iterator[Finding]:
     if not any(network.version == 6 for network in facts.networks):
         raise Skip("the overlay has no IPv6, or its networks are not known")
     for name in facts.devices:
-        if value_of(f"ipv6/conf/{name}/disable_ipv6") == "1" and name in facts.links and not (
+        setting = f"ipv6/conf/{name}/disable_ipv6"
+        if value_of(setting) == "1" and name in facts.links and not (
                 name.startswith(("flannel.", f"{facts.instance.name}."))):
             yield failed(f"IPv6 is disabled on {name}",
-                         remedy=f"run: sysctl -w net.ipv6.conf.{name}.disable_ipv6=0")
+                         remedy=f"run: sysctl -w {sysctl(setting)}=0")
 
 
 CHECKS = (tun_device, kernel, offloads, vxlan, device_names, forwarding, rp_filter, bridge_filter,

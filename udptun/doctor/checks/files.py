@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...errors import FieldError
 from ...spans import span
@@ -19,7 +18,6 @@ ANCIENT = 1_700_000_000  # Unix time of the first version; a clock before it was
 @check("subnet-env", "subnet.env, which the CNI plugin reads: it exists and has our subnet",
        "node.md#host-configuration")
 def subnet_env(facts: Facts) -> Iterator[Finding]:
-    from ...cni.node import parse
     from .daemon import reported
 
     if not facts.expects_node:
@@ -28,7 +26,7 @@ def subnet_env(facts: Facts) -> Iterator[Finding]:
     yield from (one for one in told if one.result != "ok")
     path, remedy = facts.subnet_file, "restart the node daemon: it writes the file"
     try:
-        found = parse(path.read_bytes().decode(errors="replace"), str(path))
+        found = facts.subnet_env
     except FieldError as exc:
         yield failed(f"{path} is not valid: {exc}", remedy=remedy)
         return
@@ -107,14 +105,13 @@ def clock(facts: Facts) -> Iterator[Finding]:
 
 @check("forwarder-log", "errors at the end of the forwarder's log", "operations.md#logs-and-events")
 def forwarder_log(facts: Facts) -> Iterator[Finding]:
-    from ...node.process.launch import LOG_FILE, log_tail
+    from ...node.process.launch import log_tail
 
     if facts.forwarder.answer is not None:
         raise Skip("the forwarder answers")
     if not facts.expects_forwarder or facts.spec is None:
         raise Skip("no forwarder was started by a daemon")
-    path = Path(facts.state_dir, LOG_FILE)
-    tail = log_tail(path)
+    path, tail = facts.forwarder_log, log_tail(facts.forwarder_log)
     if "error" in tail.lower():
         yield warning(f"the log of the forwarder ends with an error: {tail}", str(path),
                       f"run: tail {path}")

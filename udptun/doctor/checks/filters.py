@@ -44,10 +44,8 @@ def drops(facts: Facts) -> Iterator[Finding]:
 
 def _own_rules(facts: Facts) -> Iterator[Finding]:
     """subnet.env tells whether the daemon masquerades: then its rules must be there."""
-    from ...cni.node import parse
-
     try:
-        env = parse(facts.subnet_file.read_bytes().decode(errors="replace"), "")
+        env = facts.subnet_env
     except (FieldError, OSError):
         return
     if not env.ip_masq:

@@ -55,5 +55,5 @@ def value_of(name: str) -> str:
 
 
 def sysctl(name: str) -> str:
-    """Return the name that sysctl(8) uses."""
-    return "net." + name.replace("/", ".")
+    """Return the name that sysctl(8) uses. The name of a device can contain a dot."""
+    return "net." + name.translate(str.maketrans("/.", "./"))
