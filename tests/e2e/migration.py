@@ -60,7 +60,6 @@ def flannel(cluster: Cluster) -> str:
 @step(needs="flannel")
 def from_flannel(cluster: Cluster) -> str:
     """each node changes from flannel to udptun of the Helm chart; its pods stay"""
-    before = pods_of(cluster)
     plane = cluster.plane
     plane.kubectl("label", "nodes", "--all", f"{_LABEL}=flannel")
     plane.kubectl("-n", _FLANNEL, "patch", "daemonset", _DAEMONSET, "--type=merge", "-p",
@@ -79,8 +78,6 @@ def from_flannel(cluster: Cluster) -> str:
         cluster.wait(lambda: _runs_on(cluster, NAMESPACE, worker), f"udptun on {worker.name}")
 
     outage = _node_by_node(cluster, moved)
-    now = pods_of(cluster)
-    check(now == before, f"the pods are not the same: {before}, then {now}")
     _new_pods(cluster)
     return outage
 
@@ -88,8 +85,6 @@ def from_flannel(cluster: Cluster) -> str:
 @step(needs="from-flannel")
 def to_flannel(cluster: Cluster) -> str:
     """each node changes back from udptun to flannel; its pods stay"""
-    before = pods_of(cluster)
-
     def moved(worker: Worker) -> None:
         cluster.plane.kubectl("label", "node", worker.name, f"{_LABEL}=flannel", "--overwrite")
         cluster.wait(lambda: _runs_on(cluster, _FLANNEL, worker), f"flannel on {worker.name}")
@@ -100,8 +95,6 @@ def to_flannel(cluster: Cluster) -> str:
         worker.run_image(cluster.image_name, ["udptun", "cni", "uninstall"])
 
     outage = _node_by_node(cluster, moved)
-    now = pods_of(cluster)
-    check(now == before, f"the pods are not the same: {before}, then {now}")
     cluster.helm("uninstall", "udptun", "--namespace", NAMESPACE)
     cluster.plane.kubectl("delete", "namespace", NAMESPACE, seconds=120)
     left = left_over(cluster.workers, "udptun")
@@ -130,8 +123,8 @@ def _runs_on(cluster: Cluster, namespace: str, worker: Worker) -> bool:
 
 
 def _node_by_node(cluster: Cluster, move: Callable[[Worker], None]) -> str:
-    """Move each node while pods of all nodes ping each other. Return the measured outage."""
-    a, b, c = pods_of(cluster)
+    """Move each node while pods of all nodes ping each other. The pods stay. Return the outage."""
+    a, b, c = before = pods_of(cluster)
     pings = {f"{one.node} to {other.node}, IPv{version}": Steady(cluster, one, address)
              for one, other in ((a, b), (b, c), (c, a))
              for version, address in ((4, other.v4), (6, other.v6)) if address}
@@ -139,6 +132,8 @@ def _node_by_node(cluster: Cluster, move: Callable[[Worker], None]) -> str:
         move(worker)
     cluster.all_reach(pods_of(cluster))
     results = {name: ping.stop() for name, ping in pings.items()}
+    now = pods_of(cluster)
+    check(now == before, f"the pods are not the same: {before}, then {now}")
     worst = max(results, key=lambda name: results[name].longest)
     sent = sum(one.sent for one in results.values())
     missing = sum(one.lost for one in results.values())

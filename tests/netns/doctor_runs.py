@@ -3,14 +3,17 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from udptun.lab import Host, wait_for
+from udptun.lab import Host, LabError, wait_for
 from udptun.lab.cluster import Member
 
 # Results of these checks depend on the load of the machine that runs the tests, and on its disk.
 OF_THE_MACHINE = {"cpu"}
+HEALTHY_SECONDS = 60.0
+FINDING_SECONDS = 40.0  # a peer counts as unreachable within 15 s
 
 
 @dataclass
@@ -51,15 +54,28 @@ def ask(host: Host, control: Path, *words: str, prefix: tuple[str, ...] = ()) ->
     return Report(done.returncode, found["findings"])
 
 
-def await_healthy(member: Member, seconds: float = 60.0) -> None:
+def await_healthy(member: Member) -> None:
     """Wait until doctor finds nothing on the node."""
+    _await(member, lambda report: not report.problems,
+           f"doctor to find nothing on {member.host.name}", HEALTHY_SECONDS)
+
+
+def await_finding(member: Member, check: str, pattern: str) -> None:
+    """Wait until the check has a finding with this text."""
+    _await(member, lambda report: report.says(check, pattern), f"{check} to find /{pattern}/",
+           FINDING_SECONDS)
+
+
+def _await(
+    member: Member, is_right: Callable[[Report], bool], what: str, seconds: float
+) -> None:
     last: list[Report] = []
 
-    def healthy() -> bool:
+    def look() -> bool:
         last[:] = [doctor(member)]
-        return not last[0].problems
+        return is_right(last[0])
 
     try:
-        wait_for(healthy, f"doctor to find nothing on {member.host.name}", seconds)
-    except Exception as exc:
+        wait_for(look, what, seconds)
+    except LabError as exc:
         raise AssertionError(f"{exc}: {last[0].problems}") from None

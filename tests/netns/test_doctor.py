@@ -16,18 +16,18 @@ from random import Random
 import pytest
 
 from tests.chaos.acts import ACTS
+from tests.chaos.acts.processes import send_signal
 from tests.chaos.world import ClusterKind, World
-from tests.netns.doctor_runs import ask, await_healthy, doctor
+from tests.netns.doctor_runs import ask, await_finding, await_healthy, doctor
 from tests.netns.hosts_file import two_nodes
 from tests.netns.test_tunnel_probes import probing
 from udptun.doctor.checks import CHECKS
-from udptun.lab import Lab, LabError, wait_for
+from udptun.lab import Lab, wait_for
 from udptun.lab.cluster import Cluster, etcd_obstacle, start_all
 from udptun.lab.tunnels import control_request
 
 LONG = pytest.mark.timeout(1800)  # each act takes 10 to 30 s
 needs_etcd = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
-SECONDS = 40.0  # until a fault is found; a peer counts as unreachable within 15 s
 
 # Acts that last, by the mode of the cluster: the check that must find the act, and what its finding
 # must contain.
@@ -109,26 +109,6 @@ def world_of(lab: Lab, mode: str):
         world.close()
 
 
-def await_finding(member, check, pattern):
-    """Wait until the check has a finding with this text."""
-    last = []
-
-    def found():
-        last[:] = [doctor(member)]
-        return last[0].says(check, pattern)
-
-    try:
-        wait_for(found, f"{check} to find /{pattern}/", SECONDS)
-    except LabError as exc:
-        raise AssertionError(f"{exc}: {last[0].problems}") from None
-
-
-def signal_all(pids, number):
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
 @needs_etcd
 @pytest.mark.slow
 @LONG
@@ -166,7 +146,7 @@ def test_each_act_on_an_unattended_node_is_found_by_name(lab):
     with world_of(lab, "udp") as world:
         for name, (check, pattern) in UNATTENDED.items():
             pids = world.pids(*world.members)
-            signal_all(pids, signal.SIGSTOP)
+            send_signal(pids, signal.SIGSTOP)
             undo = None
             try:
                 scene = ACTS[name].do(world, Random(f"doctor {name}"))
@@ -178,7 +158,7 @@ def test_each_act_on_an_unattended_node_is_found_by_name(lab):
             finally:
                 if undo is not None:
                     undo()
-                signal_all(pids, signal.SIGCONT)
+                send_signal(pids, signal.SIGCONT)
             for one in world.members:
                 await_healthy(one)
     assert missed == []
@@ -193,7 +173,7 @@ def test_other_faults_are_found_by_name(lab, mode):
         member = world.members[0]
         for name, (check, pattern) in OTHERS[mode].items():
             pids = world.pids(member)
-            signal_all(pids, signal.SIGSTOP)
+            send_signal(pids, signal.SIGSTOP)
             try:
                 fault(member, name)
                 report = doctor(member)
@@ -201,7 +181,7 @@ def test_other_faults_are_found_by_name(lab, mode):
             finally:
                 for device in ("vx9", "far0"):
                     member.host.run(["ip", "link", "del", device], check=False)
-                signal_all(pids, signal.SIGCONT)
+                send_signal(pids, signal.SIGCONT)
             await_healthy(member)
 
 
@@ -313,14 +293,14 @@ def test_a_pair_of_hosts_and_its_stopped_programs(lab):
 
     node.subnet_file.rename(node.subnet_file.with_suffix(".gone"))
     pids = [node.daemon.pid, node.forwarder_pid()]
-    signal_all(pids, signal.SIGSTOP)
+    send_signal(pids, signal.SIGSTOP)
     try:
         node.subnet_file.unlink(missing_ok=True)
         began = time.monotonic()
         report = doctor(node)
         assert time.monotonic() < began + 60  # although both sockets hang
     finally:
-        signal_all(pids, signal.SIGCONT)
+        send_signal(pids, signal.SIGCONT)
     assert f"process {pids[0]} has the state T" in report.of("node-daemon")[0]
     assert f"process {pids[1]} has the state T" in report.of("forwarder")[0]
     assert report.of("subnet-env")

@@ -11,7 +11,7 @@ from .act import Act, Scene, isolates, pick
 SLEEP_SECONDS = 20.0
 
 
-def _send_signal(pids: Iterable[int], number: int) -> None:
+def send_signal(pids: Iterable[int], number: int) -> None:
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -28,21 +28,21 @@ def _kill_daemon(world: World, rng: Random) -> Scene:
 def _kill_forwarder(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     pids = world.forwarder_pids(member)
-    _send_signal(pids, signal.SIGKILL)
+    send_signal(pids, signal.SIGKILL)
     return Scene(f"{member.host.name}: kill -9 of the forwarder", [member], must_log=bool(pids))
 
 
 def _kill_both(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
-    _send_signal(world.pids(member), signal.SIGKILL)
+    send_signal(world.pids(member), signal.SIGKILL)
     member.daemon.kill()
     return Scene(f"{member.host.name}: kill -9 of daemon and forwarder", [member], must_log=True)
 
 
 def _stop(pids: list[int]):
     """Stop the processes. Return a function that continues them."""
-    _send_signal(pids, signal.SIGSTOP)
-    return lambda: _send_signal(pids, signal.SIGCONT)
+    send_signal(pids, signal.SIGSTOP)
+    return lambda: send_signal(pids, signal.SIGCONT)
 
 
 def _stop_daemon(world: World, rng: Random) -> Scene:
@@ -83,7 +83,7 @@ def _suspend(world: World, rng: Random) -> Scene:
 def _hang_up(world: World, rng: Random) -> Scene:
     member = pick(world, rng)
     member.daemon.signal(signal.SIGHUP)
-    _send_signal(world.forwarder_pids(member), signal.SIGHUP)
+    send_signal(world.forwarder_pids(member), signal.SIGHUP)
     return Scene(f"{member.host.name}: SIGHUP to daemon and forwarder", [member], must_log=True)
 
 
@@ -91,7 +91,7 @@ def _upgrade(world: World, rng: Random) -> Scene:
     """A package is upgraded in place: the service manager restarts both processes."""
     member = pick(world, rng)
     member.daemon.signal(signal.SIGTERM)
-    _send_signal(world.forwarder_pids(member), signal.SIGTERM)
+    send_signal(world.forwarder_pids(member), signal.SIGTERM)
     return Scene(f"{member.host.name}: daemon and forwarder are restarted by the package manager",
                  [member], must_log=True)
 
