@@ -72,12 +72,12 @@ e2e: image $(VENV)/test.stamp ## run a whole Kubernetes cluster with our image; 
 	@scripts/need $(E2E_TOOLS)
 	@$(PY) -m tests.e2e $(ARGS)
 
-SANITIZE_TESTS = tests/wire tests/table tests/path
-THREAD_TESTS = tests/path/test_worker_threads.py
 express: ## compile the programs of the express path; the result is committed
 	@scripts/need clang:clang
 	@scripts/express udptun/forwarder/express.bpf.o
 
+SANITIZE_TESTS = tests/wire tests/table tests/path
+THREAD_TESTS = tests/path/test_worker_threads.py
 sanitize: build $(VENV)/test.stamp ## run the core's tests under AddressSanitizer, UBSan and TSan
 	@scripts/sanitize address $(PY) $(SANITIZE_TESTS) $(ARGS)
 	@scripts/sanitize thread $(PY) $(THREAD_TESTS)
