@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from ..errors import UdptunError
 
 PACKET, COUNTS, END = 1, 2, 3
-OUT = 2
-DIRECTIONS = {1: "in", OUT: "out"}
+DIRECTIONS = {1: "in", 2: "out"}
 GENERATED = 1
 SIZE_MAX = 1 << 20
 _RECORD = struct.Struct("<IIQQIIHHBBBBBB6x16s")

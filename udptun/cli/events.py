@@ -19,6 +19,8 @@ import click
 
 from ..errors import ControlError, NoForwarder, UdptunError
 from ..text import printable
+from .answers import ask_node
+from .mesh import mesh
 from .options import client, connection, node_client, output
 
 if TYPE_CHECKING:
@@ -152,17 +154,11 @@ class Names:
         from ..control.client import ControlClient
 
         self._asked = time.monotonic()
-        try:
-            # A client of its own: the other one may be reading a stream.
-            with ControlClient(self._node.path, NAMES_SECONDS) as node:
-                peers = node.node()["peers"]
-        except NoForwarder:
-            return
-        for peer in peers:
-            self._known[peer["subnet"]] = peer["key"]
-            for path in peer["paths"].values():
-                if path.get("endpoint"):
-                    self._known[path["endpoint"]] = peer["key"]
+        # A client of its own: the other one may be reading a stream.
+        with ControlClient(self._node.path, NAMES_SECONDS) as node:
+            rows = mesh(ask_node(node), [])
+        for row in rows:
+            self._known |= dict.fromkeys([*row["subnets"], *row["endpoints"]], row["name"])
 
 
 def event_line(event: Event) -> str:

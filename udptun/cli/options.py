@@ -29,12 +29,12 @@ else:
     _ParamType = click.ParamType  # not generic before click 8.2
 
 __all__ = ["INSTANCE", "LISTEN", "METRICS", "Parsed", "client", "connection", "control_path",
-           "cut", "echo_fitting", "echo_json", "echo_table", "instance", "instance_of",
-           "named_socket", "no_headers",
-           "node_client", "output", "remember", "socket", "terminal_width", "wrap"]
+           "echo_fitting", "echo_json", "echo_table", "instance", "instance_of",
+           "named_socket", "no_headers", "node_client", "output", "remember", "socket",
+           "terminal_width", "wrap"]
 
-# Files of the node daemon: those of node.process.launch and node.store (tested), which take long to
-# import.
+# Files of the node daemon: those of node.process.launch and leases.cache (tested), which take long
+# to import.
 FORWARD_FILE, CACHE_FILE = "forward.json", "leases.json"
 LEAST_TEXT = 24  # of a column of text that is cut, in characters
 NODE_SECONDS = 5.0  # the longest time to wait for the answer of the node daemon
@@ -228,7 +228,6 @@ def echo_table(
         click.echo("  ".join(cells).rstrip())
 
 
-
 def terminal_width() -> int | None:
     """Return the number of columns of the terminal; None: the output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -255,7 +254,7 @@ def echo_fitting(
     if room is not None and cut_last and shown[-1] == len(headers) - 1:
         left = max(room - sum(widths[i] + 2 for i in shown[:-1]), LEAST_TEXT)
         for row in body:
-            row[-1] = cut(str(row[-1]), left)
+            row[-1] = _cut(str(row[-1]), left)
     echo_table([headers[i] for i in shown], [[row[i] for i in shown] for row in body], hide_headers)
 
 
@@ -267,7 +266,7 @@ def wrap(text: str, width: int, indent: str) -> str:
                                    break_on_hyphens=False))
 
 
-def cut(text: str, width: int) -> str:
-    from ..text import cut as cut_words
+def _cut(text: str, width: int) -> str:
+    from ..text import cut
 
-    return text if len(text) <= width else f"{cut_words(text, width - 3)}..."
+    return text if len(text) <= width else f"{cut(text, width - 3)}..."

@@ -213,8 +213,7 @@ class History:
         self.change = None if sample is None else Change(self.sample, sample)
         self.sample = sample
         rates = {} if self.change is None else self.change.peers
-        names = self.peers.keys() | {row["name"] for row in ([] if sample is None else sample.rows)}
-        for name in names:
+        for name in self.peers.keys() | rates.keys():
             kept = self.peers.setdefault(name, deque(maxlen=self.length))
             kept.append(rates.get(name, UNKNOWN))
             if all(pair == UNKNOWN for pair in kept):

@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ControlError, NoForwarder
@@ -189,7 +190,7 @@ class ControlClient:
                 if not piece:
                     raise NoForwarder(f"the forwarder on {self.path} closed the connection")
                 head, newline, rest = (head + piece).partition(b"\n")
-            yield json.loads(head), _chained(rest, pieces)
+            yield json.loads(head), chain([rest] if rest else [], pieces)
         finally:
             self.close()
 
@@ -393,12 +394,6 @@ class _UnixConnection(http.client.HTTPConnection):
         response.begin()
         self.close()  # the request is incomplete: no other request can follow
         return response
-
-
-def _chained(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    if first:
-        yield first
-    yield from pieces
 
 
 @contextmanager

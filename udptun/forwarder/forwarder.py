@@ -509,17 +509,15 @@ class Forwarder:
         self, taking: Taking, core: _core.Core, workers: Workers
     ) -> CountersDocument:
         """Stop the workers of the other forwarder, and continue its counters. Return these."""
-        counted = await taking.go()
-        core.inherit(
-            packets_of(counted, core.packets()), drops_of(counted), counted.peer_errors
-        )
-        core.inherit_peers(map(peer_from_json, counted.peers))
-        core.inherit_gone(gone_of(counted))
-        workers.inherit(counted.workers)
-        self._probes.inherit(counted.probes, counted.probe_counts)
-        for event in counted.events:
+        counts = await taking.go()
+        core.inherit(packets_of(counts, core.packets()), drops_of(counts), counts.peer_errors)
+        core.inherit_peers(map(peer_from_json, counts.peers))
+        core.inherit_gone(gone_of(counts))
+        workers.inherit(counts.workers)
+        self._probes.inherit(counts.probes, counts.probe_counts)
+        for event in counts.events:
             self.events.publish(event)
-        return counted
+        return counts
 
     async def _finish_taking(self, taking: Taking, sockets: list[UdpSocket]) -> None:
         await taking.done()

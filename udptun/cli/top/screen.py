@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
 from ...spans import milliseconds, span
-from ...text import printable
+from ...text import counted, printable
 from ..mesh import STATES, Row, why, words
 from ..node_status import age, problems
 from ..samples import UNKNOWN, History, Pair, host_name
@@ -217,15 +217,14 @@ class Screen:
 
     def _scroll(self, rows: list[Row]) -> int:
         """Move the window so that it contains the selected row. Return the index of this row."""
-        names = [row["name"] for row in rows]
-        if self._selected is None or self._selected not in names:
-            at = 0 if self._selected is None else min(self._first, max(len(rows) - 1, 0))
-        else:
-            at = names.index(self._selected)
         if self._selected is None:
             self._first = 0
-        else:
-            self._first = max(min(self._first, at, len(rows) - self._page), at - self._page + 1, 0)
+            return 0
+        names = [row["name"] for row in rows]
+        # A peer that is gone: the row at the top of the window takes its place.
+        at = names.index(self._selected) if self._selected in names else \
+            min(self._first, max(len(rows) - 1, 0))
+        self._first = max(min(self._first, at, len(rows) - self._page), at - self._page + 1, 0)
         return at
 
     def _head(self, columns: int) -> Iterator[str]:
@@ -306,20 +305,20 @@ class Screen:
     def _cells(self, row: Row, layout: Iterable[Column]) -> Iterator[str]:
         out, into = self._rates(row)
         sent, received = (row[side] and amount(row[side]["bytes"]) for side in ("sent", "received"))
-        values: Mapping[str, Callable[[], object]] = {
-            "PEER": lambda: row["name"], "STATE": lambda: row["state"],
-            "FOR": lambda: row["since"] and age(row["since"]), "PATH": lambda: row["path"],
-            "RTT": lambda: None if row["rtt_us"] is None else milliseconds(row["rtt_us"]),
-            "LOSS": lambda: None if row["loss"] is None else f"{row['loss']:.0%}",
-            "OUT/S": lambda: amount(out), "IN/S": lambda: amount(into),
-            "SENT": lambda: sent, "RECEIVED": lambda: received, "REASON": lambda: why(row),
+        values = {
+            "PEER": row["name"], "STATE": row["state"], "FOR": row["since"] and age(row["since"]),
+            "PATH": row["path"],
+            "RTT": None if row["rtt_us"] is None else milliseconds(row["rtt_us"]),
+            "LOSS": None if row["loss"] is None else f"{row['loss']:.0%}",
+            "OUT/S": amount(out), "IN/S": amount(into), "SENT": sent, "RECEIVED": received,
+            "REASON": why(row),
         }
         for column in layout:
             if column.title == "LAST MINUTE":
                 yield bars(self._minute(row), self._live.length, column.cells,
                            BARS if self.utf8 else ASCII_BARS)
             else:
-                yield fit(values[column.title](), column.cells, column.right)
+                yield fit(values[column.title], column.cells, column.right)
 
     def _minute(self, row: Row) -> list[float | None]:
         kept = self._shown.peers.get(row["name"], ())
@@ -389,7 +388,7 @@ def _ends(left: str, right: str, columns: int) -> str:
 def _states(rows: list[Row]) -> str:
     found = [(state, sum(row["state"] == state for row in rows)) for state in STATES]
     listed = ", ".join(f"{n} {state}" for state, n in found if n)
-    return f"{len(rows)} peer{'s' * (len(rows) != 1)}" + (f": {listed}" if listed else "")
+    return counted(len(rows), "peer") + (f": {listed}" if listed else "")
 
 
 def _workers(cpu: list[float | None], batch: Pair) -> str:
@@ -397,8 +396,9 @@ def _workers(cpu: list[float | None], batch: Pair) -> str:
     shares = " ".join("-" if share is None else f"{share:.0%}" for share in cpu) or "-"
     if len(cpu) > 4 and known:
         shares = f"mean {sum(known) / len(known):.0%}, largest {max(known):.0%}"
+    workers = counted(len(cpu), "worker") if cpu else "the workers"
     send, receive = ("-" if n is None else f"{n:.1f}" for n in batch)
-    return f"CPU of {len(cpu) or 'the'} worker{'s' * (len(cpu) != 1)} {shares}   packets per " \
+    return f"CPU of {workers} {shares}   packets per " \
         f"call: sent {send}, received {receive}"
 
 

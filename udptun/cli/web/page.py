@@ -15,6 +15,7 @@ from ..._version import __version__
 from ...drops import DROP_REASONS
 from ...errors import FieldError
 from ...spans import milliseconds, size, span
+from ...text import counted
 from ..mesh import STATES, Row, why, words
 from ..node_status import age
 from ..samples import UNKNOWN, Pair, host_name, total
@@ -196,15 +197,15 @@ def _peers(choice: Choice, rows: list[Row], rates: Mapping[str, Pair]) -> Elemen
             E("option", state, value=state, selected=state == choice.state)
             for state in STATES), name="state", id="state")),
         E("button", "Show"), id="choice", method="get", action="/")
-    counted = f"{len(kept)} of {len(rows)} peers" if len(kept) != len(rows) else \
-        f"{len(rows)} peer{'s' * (len(rows) != 1)}"
+    number = f"{len(kept)} of {len(rows)} peers" if len(kept) != len(rows) else \
+        counted(len(rows), "peer")
     if len(kept) > ROWS_MAX:
-        counted += f"; the first {ROWS_MAX} are shown"
+        number += f"; the first {ROWS_MAX} are shown"
     table = E(
         "table", E("thead", E("tr", *(_heading(choice, *column) for column in COLUMNS)), id="heads",
           data_live=True),
         E("tbody", *(_row(row, rates) for row in kept[:ROWS_MAX]), id="rows", data_live=True))
-    return E("section", E("h2", "Peers"), form, E("p", counted, id="counted", data_live=True),
+    return E("section", E("h2", "Peers"), form, E("p", number, id="counted", data_live=True),
              E("p", "Rates count UDP payload, without packets that VXLAN carries. - is a value "
                     "that was not measured.", class_="quiet"),
              E("div", table, class_="scroll", tabindex="0", role="region",

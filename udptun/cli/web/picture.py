@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from ...spans import milliseconds
-from ...text import printable
+from ...text import counted, printable
 from ..mesh import STATES, Row, natural
 from ..samples import UNKNOWN, Pair
 from .markup import Element, element
@@ -26,7 +26,9 @@ STAR = (960, 460)
 RADIUS = (230, 185)
 TREE_WIDTH, TREE_STEP = 340, 46
 SIZE = 11  # half the height of a shape
-BAD = ("no path", "refused", "unreachable")
+KINDS = {"no path": "bad", "refused": "bad", "unreachable": "bad", "limited": "limited",
+         "reachable": "good"}  # all others: unknown
+SHAPE_OF = {"bad": "square", "limited": "triangle", "good": "circle", "unknown": "diamond"}
 SHAPES = {  # the outline of each state, around (0, 0), for a size of 1
     "square": "M-1,-1H1V1H-1Z M-.5,-.5L.5,.5 M-.5,.5L.5,-.5",
     "triangle": "M0,-1.1L1.1,.9H-1.1Z",
@@ -55,13 +57,11 @@ def anchor(name: str) -> str:
 
 
 def kind_of(state: str) -> str:
-    return "bad" if state in BAD else state if state == "limited" else \
-        "good" if state == "reachable" else "unknown"
+    return KINDS.get(state, "unknown")
 
 
 def shape_of(state: str) -> str:
-    return {"bad": "square", "limited": "triangle", "good": "circle"}.get(
-        kind_of(state), "diamond")
+    return SHAPE_OF[kind_of(state)]
 
 
 def spots(rows: Sequence[Row], rates: Mapping[str, Pair]) -> list[Spot]:
@@ -98,7 +98,7 @@ def _group(state: str, path: str | None, members: Sequence[Row]) -> Spot:
     facts = [state, *filter(None, [path])]
     if times:
         facts.append(f"{milliseconds(min(times))} to {milliseconds(max(times))}")
-    more = f"{len(members)} more peer{'s' * (len(members) > 1)}"
+    more = counted(len(members), "more peer")
     return Spot(more, ", ".join(facts), "group", kind_of(state), path or "several", None)
 
 
