@@ -16,6 +16,7 @@ from libc.string cimport memcpy, memset
 
 from limits cimport MIN_MTU6
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
+from path.own_socket cimport close_spare
 from path.probe cimport add_token, count_sent, send_with_spare
 from path.capture cimport CAPTURES_N, capture_free, capture_t, switch_capture
 from path.turn cimport capture_is_unused, oldest_generation
@@ -414,6 +415,39 @@ cdef class Core:
                 poke64(&peer.path_mtu_ns, 0)
             elif peek64(&peer.path_mtu_ns) == 0:
                 poke64(&peer.path_mtu_ns, now_ns())
+
+    def set_link_mtus(self, uint32_t mtu4, uint32_t mtu6):
+        """Set the largest outer packet of the underlay, as in the constructor. A path MTU that was
+        limited by the link only follows it. Return whether anything has changed.
+
+        No table may be prepared at the same time.
+        """
+        cdef snapshot_t* s = self.shared.snapshot
+        cdef uint32_t slot = 0, mtu, former
+        cdef peer_t* peer = next_peer(s, &slot, NULL)
+        if (mtu4, mtu6) == (self.link_mtu4, self.link_mtu6):
+            return False
+        if self.preparing:
+            raise RuntimeError("a table is being prepared")
+        self.link_mtu4, self.link_mtu6 = mtu4, mtu6
+        while peer != NULL:
+            mtu = mtu4 if peer.addr_len == 4 else mtu6
+            former, peer.link_mtu = peer.link_mtu, mtu
+            if peek32(&peer.df_mtu) == former or peek32(&peer.path_mtu) > mtu:
+                poke32(&peer.path_mtu, mtu)
+                poke32(&peer.df_mtu, mtu)
+            if peek32(&peer.df_mtu) == mtu:
+                poke64(&peer.path_mtu_ns, 0)
+            elif peek64(&peer.path_mtu_ns) == 0:
+                poke64(&peer.path_mtu_ns, now_ns())
+            peer = next_peer(s, &slot, peer)
+        return True
+
+    def rebound(self):
+        """Close the sockets that have the address of the workers' former sockets. Call this after
+        ``Worker.rebind``."""
+        close_spare(&self.spare4)
+        close_spare(&self.spare6)
 
     def path_mtu_changes(self):
         """Return [(packed address, port, path MTU)] of the peers whose path MTU has changed since

@@ -19,11 +19,11 @@ from path.probe cimport ring_take
 from path.refused_senders cimport (
     REFUSED_SENDERS, copy_refused_senders, refused_sender_t, refused_senders_t,
 )
-from path.turn cimport drain, drain_send_queue, epoll_register, run
+from path.turn cimport drain, drain_send_queue, epoll_register, epoll_unregister, run
 from path.worker cimport (
     EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_PROBE, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
-    EVENT_UDP_MERGE, ON_WAKE, RX_SLOTS, direction_t, free_buffers, init_worker, probe_record_t,
-    worker_t,
+    EVENT_UDP_MERGE, ON_UDP4, ON_UDP6, ON_WAKE, RX_SLOTS, direction_t, free_buffers, init_worker,
+    probe_record_t, worker_t,
 )
 from sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close,
@@ -78,10 +78,7 @@ cdef class Worker:
             raise MemoryError
         if not init_worker(w, tun_fd, udp_fd4, udp_fd6):
             raise MemoryError
-        if udp_fd4 >= 0:
-            fd = open_sender(udp_fd4)
-            if fd >= 0:
-                w.sender4 = fd
+        self.set_sender()
         w.vnet_len = VNET_LEN if "tun-gso" in features else 0
         w.udp_gso = "udp-gso" in features
         w.batch = "batch" in features
@@ -99,6 +96,13 @@ cdef class Worker:
         if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) < 0 or not epoll_register(w):
             raise OSError(errno, "cannot add the worker's descriptors to its epoll set")
         core.add_worker(self, w)
+
+    cdef set_sender(self):
+        cdef int fd
+        if self.w.udp_fd4 >= 0:
+            fd = open_sender(self.w.udp_fd4)
+            if fd >= 0:
+                self.w.sender4 = fd
 
     def __dealloc__(self):
         if self.w == NULL:
@@ -140,6 +144,22 @@ cdef class Worker:
         """
         self.w.successor_fd = successor_fd
         self.wake()
+
+    def rebind(self, int udp_fd4, int udp_fd6):
+        """Use these UDP sockets from now on. They have the same families as the former ones.
+
+        Call this only between ``drain_send_queue`` and ``resume``. Raise OSError if the new sockets
+        cannot be watched; then the worker receives nothing until it is resumed.
+        """
+        cdef worker_t* w = self.w
+        epoll_unregister(w)
+        close_senders(w)
+        w.udp_fd4, w.udp_fd6 = udp_fd4, udp_fd6
+        w.sender4, w.sender6 = udp_fd4, udp_fd6
+        w.polled[ON_UDP4].fd, w.polled[ON_UDP6].fd = udp_fd4, udp_fd6
+        self.set_sender()
+        if not epoll_register(w):
+            raise OSError(errno, "cannot add the worker's descriptors to its epoll set")
 
     def resume(self):
         """Let ``run`` work again after ``wake`` or ``hand_over``."""

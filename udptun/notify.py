@@ -12,7 +12,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 from typing import Self
 
 from .model import parse_number
@@ -35,6 +35,7 @@ class Notifier:
         self.watchdog_s = watchdog_s if address else None
         self._address = address
         self._failed = False
+        self._kept: Set[str] = frozenset()  # names of descriptors
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str] = os.environ) -> Self:
@@ -72,10 +73,12 @@ class Notifier:
         self._send(f"MAINPID={pid}")
 
     def keep(self, named: Mapping[str, int]) -> None:
-        """Let the service manager keep copies of these descriptors, in place of earlier ones with
-        the same names. A later start of the service inherits them (sd_listen_fds(3))."""
-        for name, fd in named.items():
+        """Let the service manager keep copies of these descriptors, in place of those of an earlier
+        call. A later start of the service inherits them (sd_listen_fds(3))."""
+        for name in sorted(self._kept | named.keys()):
             self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._kept = frozenset(named)
+        for name, fd in named.items():
             self._send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=(fd,))
 
     def forget(self, names: Iterable[str]) -> None:

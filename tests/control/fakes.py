@@ -7,6 +7,7 @@ each directory with such tests imports the fixtures at the end.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import threading
@@ -24,7 +25,7 @@ from udptun.build import build_id
 from udptun.control.events import EventHub
 from udptun.control.metrics import Metrics
 from udptun.drops import DROP_REASONS
-from udptun.errors import FieldError, GenerationMismatch, RouteExists
+from udptun.errors import DeviceError, FieldError, GenerationMismatch, RouteExists
 from udptun.forwarder.express import TOTALS as EXPRESS_TOTALS
 from udptun.model import CaptureFilter, Endpoint, IPAddress, IPNetwork, Route, RouteDiff
 
@@ -76,6 +77,7 @@ class FakeForwarder:
         self.stopped = asyncio.Event()
         self.fail_with: Exception | None = None
         self.standby: dict[str, bool] = {}
+        self.device: dict[str, Any] = {}
         self.more_peers: list[dict[str, Any]] = []
         self.other_status: dict[str, Any] = {}
         self.bodies: list[bytes] = []
@@ -170,6 +172,14 @@ class FakeForwarder:
     def set_standby(self, endpoints: Iterable[Endpoint], standby: bool) -> None:
         for endpoint in endpoints:
             self.standby[str(endpoint)] = standby
+
+    async def change_device(
+        self, mtu: int | None = None, listen: Iterable[Endpoint] | None = None
+    ) -> dict[str, Any]:
+        if mtu == 1300:
+            raise DeviceError(errno.EADDRNOTAVAIL, "opening the UDP socket")
+        self.device = {"mtu": mtu, "listen": None if listen is None else [*map(str, listen)]}
+        return self.device
 
     async def probe(
         self, endpoint: Endpoint, size: int | None = None, timeout: float | None = None

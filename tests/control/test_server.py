@@ -91,6 +91,32 @@ def test_status(http_: Http) -> None:
     assert response.headers["Server"] == "udptun"
 
 
+def test_the_device_is_changed(http_: Http, served: Served) -> None:
+    body = {"mtu": 1400, "listen": ["192.0.2.1", "[2001:db8::1]:9"]}
+    want = {"mtu": 1400, "listen": ["192.0.2.1:8285", "[2001:db8::1]:9"]}
+    assert http_.ask("PUT", "/v1/device", body)[:2] == (200, want)
+    assert served.forwarder.device == want
+    http_.ask("PUT", "/v1/device", {"mtu": 1500})
+    assert served.forwarder.device == {"mtu": 1500, "listen": None}
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({}, "an object with mtu, listen or both"),
+        ({"mtu": 1400, "tun": "x"}, "an object with mtu, listen or both"),
+        ({"mtu": "a"}, "mtu"), ({"mtu": True}, "mtu"), ({"mtu": 5}, "mtu"), ({"mtu": None}, "mtu"),
+        ({"listen": "192.0.2.1"}, "a list of ADDRESS:PORT"),
+        ({"listen": [5]}, "a list of ADDRESS:PORT"), ({"listen": ["x"]}, "listen"),
+        ({"mtu": 1300}, "opening the UDP socket"),
+    ],
+)
+def test_a_wrong_change_of_the_device_is_refused(http_: Http, body: Any, text: str) -> None:
+    code, answer, _ = http_.ask("PUT", "/v1/device", body)
+    assert (code, answer["error"]["code"]) == (400, "bad_request")
+    assert text in answer["error"]["message"]
+
+
 def test_peers(http_: Http) -> None:
     code, body, _ = http_.ask("GET", "/v1/peers")
     assert code == 200

@@ -107,6 +107,8 @@ def test_the_answers_of_a_forwarder(lab: Lab) -> None:
         ("/v1/probe", "POST", "/v1/probe", {"endpoint": peer}, {}),
         ("/v1/probe", "POST", "/v1/probe", {"endpoint": "192.0.2.77:1"}, {}),
         ("/v1/standby", "POST", "/v1/standby", {"endpoints": [peer], "standby": False}, {}),
+        ("/v1/device", "PUT", "/v1/device", {"mtu": 1400}, {}),
+        ("/v1/device", "PUT", "/v1/device", {"mtu": 1}, {}),
         ("/v1/drops", "GET", "/v1/drops", None, {}),
         ("/v1/trace", "GET", f"/v1/trace?address={b.v4}", None, {}),
         ("/v1/trace", "GET", "/v1/trace?address=10.244.77.1", None, {}),

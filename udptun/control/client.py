@@ -169,6 +169,18 @@ class ControlClient:
             self._read(self._request("POST", protocol.STANDBY, body, {
                 "Content-Type": protocol.JSON_TYPE}))
 
+    def change_device(
+        self, mtu: int | None = None, listen: Iterable[Endpoint | str] | None = None
+    ) -> None:
+        """Change the MTU of the TUN, or the endpoints. None: as now."""
+        wanted: dict[str, Any] = {}
+        if mtu is not None:
+            wanted["mtu"] = mtu
+        if listen is not None:
+            wanted["listen"] = [str(endpoint) for endpoint in listen]
+        self._read(self._request("PUT", protocol.DEVICE, protocol.dump(wanted), {
+            "Content-Type": protocol.JSON_TYPE}))
+
     @contextmanager
     def capture(
         self, wanted: dict[str, Any]

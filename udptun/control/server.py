@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any, cast
 from aiohttp import web
 
 from ..errors import ControlError, DeviceError, FieldError, UdptunError
-from ..model import Endpoint, Route, parse_address, parse_destination
+from ..model import (
+    MAX_MTU,
+    MIN_TUN_MTU,
+    Endpoint,
+    Route,
+    as_endpoint,
+    parse_address,
+    parse_destination,
+    parse_number,
+)
 from ..wait import FILE_CHECK_SECONDS, until_removed
 from . import protocol
 from .capture import counts_record, end_record, parse_filter
@@ -66,6 +75,7 @@ class ControlServer:
             protocol.PEERS: {"GET": self._get_peers},
             protocol.PROBE: {"POST": self._post_probe},
             protocol.STANDBY: {"POST": self._post_standby},
+            protocol.DEVICE: {"PUT": self._put_device},
             protocol.DROPS: {"GET": self._get_drops},
             protocol.CAPTURE: {"POST": self._post_capture},
             protocol.ROUTES: {"GET": self._get_routes, "PUT": self._put_routes},
@@ -314,6 +324,22 @@ class ControlServer:
         except FieldError as exc:
             raise ControlError("bad_request", str(exc)) from None
         return _answer({"standby": standby})
+
+    async def _put_device(self, request: web.BaseRequest) -> web.StreamResponse:
+        values = _loads(await _body(request, protocol.MAX_BODY))
+        if not isinstance(values, dict) or not values or values.keys() - {"mtu", "listen"}:
+            raise ControlError("bad_request", "expected an object with mtu, listen or both")
+        mtu, listen = values.get("mtu"), values.get("listen")
+        try:
+            if "mtu" in values:
+                mtu = parse_number("mtu", mtu, MIN_TUN_MTU, MAX_MTU)
+            if "listen" in values:
+                if not isinstance(listen, list) or not all(isinstance(one, str) for one in listen):
+                    raise FieldError("listen", listen, "a list of ADDRESS:PORT")
+                listen = [as_endpoint(one, field="listen") for one in listen]
+            return _answer(await self._forwarder.change_device(mtu, listen))
+        except (FieldError, DeviceError) as exc:
+            raise ControlError("bad_request", str(exc)) from None
 
     async def _post_stop(self, request: web.BaseRequest) -> web.StreamResponse:
         response = _answer({"stopping": True}, status=202)

@@ -18,10 +18,13 @@ REASONS = [reason.name for reason in DROP_REASONS]
 
 
 class Captures:
-    """Starts captures. device: the name of the TUN."""
+    """Starts captures.
+
+    device, mtu  the name and the MTU of the TUN
+    """
 
     def __init__(self, core: _core.Core, device: str, mtu: int) -> None:
-        self._core, self._device, self._mtu = core, device, mtu
+        self._core, self._device, self.mtu = core, device, mtu
 
     def start(self, wanted: CaptureFilter) -> Captured:
         """Raises ControlError if too many captures run already."""
@@ -29,7 +32,7 @@ class Captures:
         if capture is None:
             raise ControlError("too_many", "too many captures run already: end one of them first")
         return Captured(capture, {
-            "version": __version__, "device": self._device, "mtu": self._mtu,
+            "version": __version__, "device": self._device, "mtu": self.mtu,
             "clock_offset_ns": time.time_ns() - time.monotonic_ns(),
             "reasons": REASONS, "snaplen": wanted.snaplen, "sample": wanted.sample,
         })

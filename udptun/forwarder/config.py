@@ -1,4 +1,4 @@
-"""The configuration of a forwarder. Frozen.
+"""The configuration of a forwarder. Frozen, except for the options that ``adopt`` names.
 
 Values that contradict each other raise a FieldError here, with the name of the field.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
@@ -175,6 +175,26 @@ class ForwarderConfig:
         check_peers("metrics-peers", self.metrics_peers)
         if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
             raise FieldError("workers", self.workers, f"auto, or from 1 to {MAX_WORKERS}")
+
+    def change(self, mtu: int | None, listen: tuple[Endpoint, ...] | None) -> ForwarderConfig:
+        """Return these options with another MTU or other endpoints; None: as now.
+
+        Raises FieldError. ``adopt`` applies the result.
+        """
+        wanted = replace(
+            self, mtu=self.mtu if mtu is None else mtu,
+            listen=self.listen if listen is None else listen)
+        now, then = ([one.address.version for one in config.listen] for config in (self, wanted))
+        if sorted(now) != sorted(then):
+            raise FieldError("listen", " ".join(map(str, wanted.listen)),
+                             "the IP versions of the present endpoints")
+        return wanted
+
+    def adopt(self, wanted: ForwarderConfig) -> None:
+        """Take over the two options that can change while the forwarder runs. All parts have this
+        object, and read the options when they need them."""
+        for name in ("mtu", "listen"):
+            object.__setattr__(self, name, getattr(wanted, name))
 
     def agreed_options(self) -> dict[str, Any]:
         """Return the options in which two forwarders agree if one takes over from the other."""

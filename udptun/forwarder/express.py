@@ -107,7 +107,6 @@ class Express:
         self._config = config
         self._tun = tun
         self._core = core
-        self._listen = {one.address.version: one for one in config.listen}
         self._maps: dict[str, bpf.Map] = {}
         self._programs: dict[str, int] = {}
         self._active: Table | None = None
@@ -344,7 +343,8 @@ class Express:
             self._peers[key] = value
 
     def _write_settings(self, facts: Facts) -> None:
-        four, six = self._listen.get(4), self._listen.get(6)
+        listen = {one.address.version: one for one in self._config.listen}
+        four, six = listen.get(4), listen.get(6)
         works = not facts.error
         self._maps["settings"][ZERO] = SETTINGS.pack(
             facts.tun, 0 if self._config.mark is None else self._config.mark.value,
@@ -399,7 +399,8 @@ class Express:
         return facts
 
     def _own(self, peer: IPAddress) -> IPAddress:
-        return self._listen[peer.version].address
+        return next(one.address for one in self._config.listen
+                    if one.address.version == peer.version)
 
     def _attach(self, kernel: RouteSocket, facts: Facts) -> None:
         wanted: dict[tuple[int, Hook], str] = {}

@@ -42,8 +42,9 @@ from ..model import (
     parse_address,
     parse_destination,
 )
+from ..net.changes import Change
 from ..net.local import local_addresses, underlay_mtu
-from ..net.netlink import Netlink
+from ..net.netlink import ADDRESS_KINDS, Netlink
 from ..net.udp import UdpSocket, open_udp
 from ..takeover.document import (
     CountersDocument,
@@ -73,7 +74,7 @@ from .kept import Kept
 from .loops import Loops
 from .path_mtus import PathMtus
 from .probes import Probes
-from .routes import Routes
+from .routes import HandedOver, Routes
 from .taking import Taking
 from .tun_setup import TunSetup
 from .view import View
@@ -127,6 +128,7 @@ class Forwarder:
         self._scrape: Scrape | None = None
         self._metrics: Metrics | None = None
         self._giver: Giver | None = None
+        self._sockets: list[UdpSocket] = []  # in the order of the workers
         self._closing = AsyncExitStack()
         self._stop = asyncio.Event()
         self._failure: UdptunError | None = None
@@ -197,7 +199,7 @@ class Forwarder:
         core, notify_fd = self._make_core()
         express = self._open_express(tun, core, sockets)
         self._routes.open(
-            core, Loops(netlink, tun.name, self.config.listen, self.config.mark), express)
+            core, Loops(netlink, tun.name, self.config), express)
         self._closing.push_async_callback(self._routes.close)
         self._probes = Probes(core, self._routes, self.mtu, self.events, express.read)
         path_mtus = PathMtus(core, self._probes, self.events, self._trust_icmp6(sockets))
@@ -235,7 +237,7 @@ class Forwarder:
         await self._start_control(taking)
         self._parts = Parts(
             self.config, tun, sockets, core, self._routes, workers, self._probes, self._view,
-            self.capabilities, self.mtu, self.events, self._files, self._other_descriptors,
+            self.capabilities, self.events, self._files, self._other_descriptors,
             self.request_stop, express.read,
         )
         giver = self._make_giver(self._parts, taking)
@@ -244,6 +246,7 @@ class Forwarder:
         if giver is not None:
             await self._offer(giver)
         self._run_express(express, netlink)
+        self._watch_underlay(netlink)
 
     async def close(self) -> None:
         """Send the queued packets, then close everything that ``start`` opened."""
@@ -344,9 +347,12 @@ class Forwarder:
             attach_steering(tun.fds[0])  # a flow stays on its queue, so its packets stay in order
         if taking is not None:
             sockets = taking.sockets(config.listen)
-        for opened in sockets or ():
-            self._closing.callback(opened.close)
-        return tun, self._open_sockets() if sockets is None else sockets
+        self._closing.callback(self._close_sockets)
+        if sockets is None:
+            self._open_sockets(config, self._sockets)
+        else:
+            self._sockets.extend(sockets)
+        return tun, self._sockets
 
     def _open_express(self, tun: Tun, core: _core.Core, sockets: list[UdpSocket]) -> Express:
         self._express = express = Express(self.config, tun.name, core)
@@ -369,23 +375,26 @@ class Forwarder:
         if len(tun.fds) > 1:
             attach_steering(tun.fds[0])
         workers.continue_on_new_tun()
-        if self._giver is not None:
-            self._giver.renew_copies()
-        if self._keep_device is not None:
-            self._keep_device(self._parts.kept_descriptors())
+        self._renew_copies()
 
-    def _open_sockets(self) -> list[UdpSocket]:
-        config = self.config
-        sockets: list[UdpSocket] = []
+    def _open_sockets(self, config: ForwarderConfig, opened: list[UdpSocket]) -> None:
+        """Append to ``opened`` a socket for each worker and endpoint of ``config``, ordered by
+        worker. A socket that is open already is used again. Raises DeviceError."""
+        per_worker = len(config.listen)
+        present = {(at // per_worker, one.endpoint): one for at, one in enumerate(self._sockets)}
         for index in range(config.workers_n):
             for endpoint in config.listen:
-                opened = open_udp(
-                    endpoint, config.offload, reuse_port=index > 0, mark=config.mark)
-                self._closing.callback(opened.close)
-                if index == 0:
-                    opened.let_join()  # for the other workers, and for own sockets of slow peers
-                sockets.append(opened)
-        return sockets
+                one = present.get((index, endpoint))
+                if one is None:
+                    one = open_udp(
+                        endpoint, config.offload, reuse_port=index > 0, mark=config.mark)
+                    if index == 0:
+                        one.let_join()  # the other workers, and own sockets of slow peers
+                opened.append(one)
+
+    def _close_sockets(self) -> None:
+        for opened in self._sockets:
+            opened.close()
 
     def _by_worker(self, sockets: list[UdpSocket]) -> list[dict[int, int]]:
         """Return, for each worker, the descriptors of its sockets by IP version."""
@@ -406,14 +415,8 @@ class Forwarder:
     def _make_core(self) -> tuple[_core.Core, int]:
         """Create the core, and the eventfd that its workers signal when they have an event."""
         config = self.config
-        link_mtus = {4: 0, 6: 0}
-        for endpoint in config.listen:
-            _, link_mtu = underlay_mtu(endpoint.address)
-            link_mtus[endpoint.address.version] = link_mtu
-        carried = min(mtu - OVERHEAD[version] for version, mtu in link_mtus.items() if mtu)
-        # IPv6 needs 1280 bytes (RFC 8200 5): on a smaller underlay the core lets its datagrams be
-        # fragmented, and IPv4 senders get ICMP errors.
-        self.mtu = config.mtu or (max(carried, MIN_MTU6) if config.has_ipv6 else carried)
+        link_mtus = self._link_mtus()
+        self.mtu = self._mtu_for(link_mtus)
         notify_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing.callback(os.close, notify_fd)
         core = _core.Core(
@@ -426,6 +429,25 @@ class Forwarder:
         core.set_own_addresses(a.packed for a in local_addresses())
         self._captures = Captures(core, self.tun_name, self.mtu)
         return core, notify_fd
+
+    def _link_mtus(self) -> dict[int, int]:
+        """Return the MTU of the underlay by IP version; 0: there is no endpoint of the IP version.
+
+        Raises DeviceError if no interface has the address of an endpoint.
+        """
+        link_mtus = {4: 0, 6: 0}
+        for endpoint in self.config.listen:
+            _, link_mtu = underlay_mtu(endpoint.address)
+            link_mtus[endpoint.address.version] = link_mtu
+        return link_mtus
+
+    def _mtu_for(self, link_mtus: Mapping[int, int]) -> int:
+        """Return the MTU of the TUN."""
+        config = self.config
+        carried = min(mtu - OVERHEAD[version] for version, mtu in link_mtus.items() if mtu)
+        # IPv6 needs 1280 bytes (RFC 8200 5): on a smaller underlay the core lets its datagrams be
+        # fragmented, and IPv4 senders get ICMP errors.
+        return config.mtu or (max(carried, MIN_MTU6) if config.has_ipv6 else carried)
 
     def _watch_own_addresses(self, netlink: Netlink) -> None:
         loop = asyncio.get_running_loop()
@@ -440,6 +462,100 @@ class Forwarder:
                 await self._routes.set_own_addresses(await changes.get())
 
         netlink.watch_addresses(on_change)
+        self._run_until_close(follow())
+
+    # -- changes while packets pass ---------------------------------------------------------------
+
+    async def change_device(
+        self, mtu: int | None = None, listen: Iterable[Endpoint] | None = None
+    ) -> dict[str, Any]:
+        """Change the MTU of the TUN, or the endpoints, for example because the address of the
+        underlay has changed. Return both. None: as now.
+
+        Packets that arrive at a former endpoint are lost from then on. Raises FieldError,
+        DeviceError (a socket cannot be opened); nothing is changed then.
+        """
+        async def change(core: _core.Core) -> None:
+            wanted = self.config.change(mtu, None if listen is None else tuple(listen))
+            if wanted.listen != self.config.listen:
+                await self._rebind(wanted)
+            self.config.adopt(wanted)
+            self._use_underlay(core)
+            if listen is not None:
+                self._renew_copies()
+
+        await self._routes.alone(change)
+        return {"mtu": self.mtu, "listen": [str(endpoint) for endpoint in self.config.listen]}
+
+    async def _rebind(self, wanted: ForwarderConfig) -> None:
+        """Replace the sockets by those of other endpoints."""
+        opened: list[UdpSocket] = []
+        former = self._sockets.copy()
+        try:
+            self._open_sockets(wanted, opened)
+            for one in opened:
+                one.accept_no_checksum()
+        except (DeviceError, OSError):
+            for one in opened:
+                if one not in former:
+                    one.close()
+            raise
+        self._sockets[:] = opened
+        self.config.adopt(wanted)
+        await self._parts.workers.rebind(self._by_worker(opened))
+        self._view.path_mtus.sockets_changed()
+        for one in former:
+            if one not in opened:
+                one.close()
+        log.info("the forwarder listens on %s now", ", ".join(map(str, wanted.listen)))
+
+    def _renew_copies(self) -> None:
+        """Let the processes that keep copies of the descriptors have the present ones."""
+        if self._giver is not None:
+            self._giver.renew_copies()
+        if self._keep_device is not None:
+            self._keep_device(self._parts.kept_descriptors())
+
+    def _use_underlay(self, core: _core.Core) -> None:
+        """Use the present MTU of the underlay, if the address of each endpoint is on this host."""
+        try:
+            link_mtus = self._link_mtus()
+        except DeviceError as error:
+            log.info("the MTU of the underlay is unknown, so it stays: %s", error)
+            return
+        changed = core.set_link_mtus(link_mtus[4], link_mtus[6])
+        mtu = self._mtu_for(link_mtus)
+        if not changed and mtu == self.mtu:
+            return
+        log.info("the MTU of the underlay is %s; the MTU of %s is %d",
+                 " and ".join(str(one) for one in link_mtus.values() if one), self.tun_name, mtu)
+        self.mtu = self._captures.mtu = self._view.mtu = mtu
+        assert self._setup is not None
+        self._setup.set_mtu(mtu)
+        self._probes.set_mtu(mtu)
+        self._express.check()
+
+    def _watch_underlay(self, netlink: Netlink) -> None:
+        """Follow the MTU of the underlay."""
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+
+        def on_changes(changes: frozenset[Change]) -> None:  # in the netlink thread
+            if any(change.kind in ADDRESS_KINDS for change in changes):
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(changed.set)
+
+        async def look(core: _core.Core) -> None:
+            self._use_underlay(core)
+
+        async def follow() -> None:
+            while True:
+                await changed.wait()
+                changed.clear()
+                with contextlib.suppress(HandedOver):
+                    await self._routes.alone(look)
+
+        netlink.watch_changes(on_changes)
         self._run_until_close(follow())
 
     def _run_until_close(self, work: Coroutine[Any, Any, None]) -> None:

@@ -86,7 +86,6 @@ class Parts:
     probes: Probes
     view: View
     capabilities: Capabilities
-    mtu: int
     events: EventHub
     files: Callable[[], Mapping[str, WithFile]]
     others: Callable[[], Mapping[str, int]]
@@ -253,7 +252,7 @@ class Giver:
         lost = {name: cause for name, cause in parts.capabilities.off.items()
                 if name in parts.capabilities.found}
         return StateDocument(
-            generation=parts.routes.generation, mtu=parts.mtu, off=lost,
+            generation=parts.routes.generation, mtu=parts.view.mtu, off=lost,
             device=asdict(Device(
                 name=tun.name, vnet_hdr=tun.vnet_hdr, features=sorted(tun.features), off=tun.off)),
             sockets=[

@@ -10,9 +10,10 @@ import asyncio
 from collections.abc import AsyncIterator, Collection
 
 from .. import _core
-from ..model import Endpoint, Mark, Route
+from ..model import IPAddress, Route
 from ..net.loops import routed_into
 from ..net.netlink import Netlink
+from .config import ForwarderConfig
 
 SLICE = 500  # routes processed at a time: well under a millisecond of the GIL
 
@@ -21,17 +22,17 @@ class Loops:
     """Asks the kernel of this host.
 
     device  the name of the TUN
-    listen  the endpoints from which the forwarder sends
-    mark    the mark of its datagrams
     """
 
-    def __init__(
-        self, netlink: Netlink, device: str, listen: Collection[Endpoint], mark: Mark | None
-    ) -> None:
+    def __init__(self, netlink: Netlink, device: str, config: ForwarderConfig) -> None:
         self.device = device
         self._netlink = netlink
-        self._sources = [endpoint.address for endpoint in listen]
-        self._mark = mark
+        self._config = config
+
+    @property
+    def _sources(self) -> list[IPAddress]:
+        """The addresses from which the forwarder sends."""
+        return [endpoint.address for endpoint in self._config.listen]
 
     @property
     def versions(self) -> frozenset[int]:
@@ -41,7 +42,7 @@ class Loops:
     async def among(self, addresses: Collection[bytes]) -> set[bytes]:
         """Return the packed addresses that the host routes into the TUN. Raises DeviceError."""
         return await routed_into(
-            self._netlink, self.device, addresses, self._sources, self._mark)
+            self._netlink, self.device, addresses, self._sources, self._config.mark)
 
     async def find(self, table: _core.RouteTable) -> AsyncIterator[Route]:
         """Yield the routes whose endpoint the host routes into the TUN. Raises DeviceError."""

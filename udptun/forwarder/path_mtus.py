@@ -96,6 +96,10 @@ class PathMtus:
             self._trusts_icmp6 = trust
             self._trust_icmp6(trust)
 
+    def sockets_changed(self) -> None:
+        """Other sockets receive now. They have the initial setting."""
+        self._trusts_icmp6 = None
+
     def report(self, address: bytes, port: int) -> dict[str, Any]:
         """Return where the path MTU of a peer comes from. docs/control.md describes the fields."""
         reported = self._reported.get((address, port))

@@ -117,6 +117,14 @@ class Probes:
         path = self._prober.get(key)
         return path is not None and path.state == REACHABLE
 
+    def set_mtu(self, mtu: int) -> None:
+        """The MTU of the TUN or of the underlay has changed."""
+        self._mtu = mtu
+        self._generation = -1  # so that the sizes of all peers are set again
+        self._follow_table()
+        if self._timer is not None:
+            self._arm()
+
     def hint(self, key: Key, size: int) -> None:
         """Test the present size, because of a report that only packets up to ``size`` pass."""
         self._prober.hint(key, size)

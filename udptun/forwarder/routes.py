@@ -258,6 +258,13 @@ class Routes:
 
         await self._change(change)
 
+    async def alone(self, work: Callable[[_core.Core], Coroutine[Any, Any, T]]) -> T:
+        """Run other work on the core while no route changes and no process takes over.
+
+        Raises HandedOver.
+        """
+        return await self._change(work)
+
     async def _change(self, change: Callable[[_core.Core], Coroutine[Any, Any, T]]) -> T:
         """Run one change at a time. A change runs to its end even if its caller is cancelled, so
         that a prepared snapshot is either activated or freed under the lock."""

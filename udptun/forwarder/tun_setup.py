@@ -57,6 +57,7 @@ class TunSetup:
         self._prefixes = {(net.network_address.packed, net.prefixlen) for net in self._networks}
         self._reopen, self._report, self._fail = reopen, report, fail
         self._changed = asyncio.Event()
+        self._new_mtu = False  # the device does not have ``mtu`` yet
         self._repairs = Repairs(repaired)
         self._failed_n = 0  # repairs without effect since the state was last right
         self._error = ""  # the last reported error; an equal error is not reported again
@@ -80,6 +81,12 @@ class TunSetup:
             raise DeviceError(
                 errno.EBUSY, f"{self._name} has {state.queues} queues instead of {self._queues}: "
                              "another process has added a queue, and could read and send packets")
+
+    def set_mtu(self, mtu: int) -> None:
+        """Want another MTU. ``keep`` sets it."""
+        self._mtu = mtu
+        self._new_mtu = True
+        self.check()
 
     def check(self) -> None:
         """Compare the device with the desired state soon."""
@@ -116,6 +123,11 @@ class TunSetup:
 
     async def _check(self) -> None:
         wrong = await self._differences()
+        if self._new_mtu:  # not a repair
+            self._new_mtu = False
+            if wrong:
+                await self._repair()
+                wrong = await self._differences()
         if not wrong:
             self._failed_n = 0
             return

@@ -38,7 +38,7 @@ PEERS_SLICE = 64  # peers formatted at a time
 LAST_N = 16  # dropped packets shown for each reason and direction
 
 
-@dataclass(frozen=True)
+@dataclass
 class View:
     """Builds the answers.
 

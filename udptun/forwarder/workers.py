@@ -92,7 +92,10 @@ class Workers:
             thread.worker.drain(DRAIN_SECONDS)
 
     def hand_over(self, batons: Sequence[int]) -> None:
-        """Let each worker stop after its present turn, and then write to its baton, an eventfd."""
+        """Let each worker stop after its present turn, and then write to its baton, an eventfd.
+
+        A baton of -1 is not written to.
+        """
         for thread, baton in zip(self._threads, batons, strict=True):
             thread.hand_over(baton)
 
@@ -110,6 +113,19 @@ class Workers:
         """Let the workers work again after ``hand_over``."""
         for thread in self._threads:
             thread.go_on()
+
+    async def rebind(self, udp_fds: Sequence[Mapping[int, int]]) -> None:
+        """Let each worker stop after its present turn, send what is queued, and go on with these
+        sockets. The worker no longer uses the former ones. ``udp_fds`` as in ``start``.
+        """
+        self.hand_over([-1] * len(self._threads))
+        try:
+            await asyncio.shield(asyncio.to_thread(self.finish_hand_over))
+            for thread, fds in zip(self._threads, udp_fds, strict=True):
+                thread.worker.rebind(fds.get(4, -1), fds.get(6, -1))
+        finally:
+            self.go_on()
+        self._core.rebound()
 
     def inherit(self, counters: Sequence[Mapping[str, Any]]) -> None:
         """Continue the counters of the workers of an earlier process."""

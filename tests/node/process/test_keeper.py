@@ -240,7 +240,7 @@ async def test_a_failed_change_is_tried_again_as_a_whole(
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("listen", ("192.0.2.9:8285",), "it listens on"), ("mtu", 1400, "MTU"),
+        ("listen", ("192.0.2.9:8285",), "it listens on"), ("mtu", 1300, "MTU"),
         ("addresses", ("10.244.9.0",), "addresses"), ("tun", "udptun9", "device"),
         ("networks", ("10.0.0.0/8",), "networks"),
     ],
@@ -249,10 +249,37 @@ async def test_a_forwarder_with_other_options_is_stopped_and_the_reason_logged(
     thread, control, keeper, spec, caplog, field, value, said
 ):
     with Served(thread, control) as served:
+        # As a forwarder of an earlier version, which cannot change while it runs.
+        del served.server._handlers["/v1/device"]
         keeper.want(replace(spec, **{field: value}))
         await until(served.forwarder.stopped.is_set, "it to be stopped")
         assert any("because its options are wrong" in text and said in text
                    for text in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mtu": 1400}, {"listen": ("192.0.2.9:8285",)},
+                {"mtu": 1400, "listen": ("192.0.2.9:8285",)}])
+async def test_a_running_forwarder_gets_another_mtu_or_address(
+    thread, control, keeper, spec, changes
+):
+    with Served(thread, control) as served:
+        keeper.replace(table(route(2)))
+        keeper.want(replace(spec, **changes))
+        await keeper.wait_synced()
+        listen = changes.get("listen")
+        assert served.forwarder.device == {
+            "mtu": changes.get("mtu"), "listen": None if listen is None else [*listen]}
+        assert served.forwarder.table == table(route(2))
+        assert not served.forwarder.stopped.is_set()
+
+
+async def test_what_a_running_forwarder_refuses_to_change_stops_it(
+    thread, control, keeper, spec
+):
+    with Served(thread, control) as served:
+        keeper.want(replace(spec, mtu=1300))
+        await until(served.forwarder.stopped.is_set, "it to be stopped")
 
 
 async def test_new_options_stop_the_forwarder_and_keep_the_routes(
@@ -262,7 +289,7 @@ async def test_new_options_stop_the_forwarder_and_keep_the_routes(
         keeper.want(spec)
         keeper.replace(table(route(2)))
         await keeper.wait_synced()
-        keeper.want(replace(spec, mtu=1400))
+        keeper.want(replace(spec, tun="udptun9"))
         await until(served.forwarder.stopped.is_set, "it to be stopped")
     keeper.want(spec)
     with Served(thread, control) as second:

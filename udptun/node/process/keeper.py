@@ -232,9 +232,14 @@ class ForwarderKeeper:
         Return or raise when the forwarder has ended, or when its options are not the wanted ones.
         """
         status = await self._call(lambda: self._client.status(peers=False))
-        if self._spec is None:  # read after the call: ``want`` and ``dismiss`` may come during it
+        spec = self._spec  # read after the call: ``want`` and ``dismiss`` may come during it
+        if spec is None:
             return
-        why = self._spec.mismatch(status)
+        why = spec.mismatch(status)
+        if why and await self._change_running(spec, status, why):
+            if self._spec is not spec:
+                return
+            why = ""
         if why:
             # The forwarder was just started, or it has not stopped yet.
             if time.monotonic() < self._not_before:
@@ -263,6 +268,21 @@ class ForwarderKeeper:
                 await self._check()
         if gone.done():
             raise NoForwarder(f"the forwarder on {self._control} has ended")
+
+    async def _change_running(
+        self, spec: ForwarderSpec, status: Mapping[str, Any], why: str
+    ) -> bool:
+        """Give the running forwarder the wanted options. Return False if it must be replaced."""
+        changes = spec.changes(status)
+        if not changes:
+            return False
+        try:
+            await self._call(lambda: self._client.change_device(**changes))
+        except ControlError as exc:  # also a forwarder of an earlier version
+            log.warning("the running forwarder cannot change its options: %s", exc)
+            return False
+        log.info("the running forwarder has other options now; it had the wrong ones: %s", why)
+        return True
 
     async def _absent(self, spec: ForwarderSpec) -> None:
         """Start a forwarder, or wait until another program starts it."""

@@ -108,6 +108,19 @@ class ForwarderSpec:
         text = json.dumps(self.to_json(), indent=2).encode()
         replace_file(path, [text, b"\n"], FORWARD_FILE_MODE)
 
+    def changes(self, status: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what has to change in a running forwarder, as arguments of ``change_device``.
+
+        Return nothing if the forwarder has the wanted options, or if others differ too.
+        """
+        device, found = status["device"], dict[str, Any]()
+        if self.mtu is not None and self.mtu != device["mtu"]:
+            found["mtu"] = self.mtu
+        if self.listen != tuple(device["listen"]):
+            found["listen"] = self.listen
+        as_changed = {**status, "device": {**device, **found}}
+        return {} if self.mismatch(as_changed) else found
+
     def mismatch(self, status: Mapping[str, Any]) -> str:
         """Compare a running forwarder's status with these options.
 
