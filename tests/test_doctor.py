@@ -13,14 +13,16 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+from tests.control.fakes import Served, served, thread  # noqa: F401
 from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
-from udptun.doctor.checks import CHECKS, kubernetes, load, peers, underlay
+from udptun.doctor.checks import CHECKS, kubernetes, load, peers, programs, underlay
 from udptun.doctor.checks.daemon import _problems, _split
 from udptun.doctor.facts import Facts, Sample
 from udptun.doctor.page import page
 from udptun.doctor.sockets import _address
+from udptun.errors import ControlError
 from udptun.instance import Instance
 from udptun.leases.advert import Advert, embed
 from udptun.leases.base import Attributes, Lease, Subnets
@@ -100,6 +102,22 @@ def test_a_host_without_udptun(facts: Facts) -> None:
     found = runner.run(facts, CHECKS)
     assert {one.check.name for one in found} == {check.name for check in CHECKS}
     assert not [one for one in found if "itself failed" in one.finding.text]
+
+
+@pytest.mark.parametrize(("status", "wanted"), [
+    ({"error": {"code": "internal", "message": "it broke"}}, "answers with an error: it broke"),
+    ({"error": {"code": "forbidden", "message": "only root"}}, "may not be used by this user"),
+])
+def test_a_forwarder_that_answers_with_an_error(
+    served: Served, tmp_path: Path, status: dict[str, dict[str, str]], wanted: str  # noqa: F811
+) -> None:
+    """It may still pass packets."""
+    served.forwarder.fail_with = ControlError(**status["error"])
+    facts = Facts(Instance(), served.path, lambda node, peers: [], tmp_path)
+    facts.gather()
+    facts.client.close()
+    (found,) = runner.run(facts, [programs.CHECKS[1]])
+    assert wanted in found.finding.text and "No packet" not in found.finding.text
 
 
 @pytest.mark.parametrize(("texts", "good", "problems"), [

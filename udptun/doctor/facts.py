@@ -41,14 +41,16 @@ Row = dict[str, Any]  # of ``udptun status``: a peer by name
 class Asked:
     """What a program answered on its socket.
 
-    answer  None: it did not answer
+    answer  None: it gave no answer that can be used
     error   why not
     denied  this user may not ask
+    failed  it answered, but with an error or with invalid JSON
     """
 
     answer: Answer | None = None
     error: str = "not asked yet"
     denied: bool = False
+    failed: bool = False
 
 
 def _stolen() -> tuple[int, int]:
@@ -206,7 +208,7 @@ class Facts:
     def expects_node(self) -> bool:
         """Whether a node daemon runs here, or has run here."""
         return self.node.answer is not None or self.known is not None or bool(
-            self.running("node")) or self.node.denied
+            self.running("node")) or self.node.denied or self.node.failed
 
     @property
     def expects_forwarder(self) -> bool:
@@ -214,7 +216,7 @@ class Facts:
         if self.node.answer is not None and self.node.answer["backend"]:
             return bool(self.node.answer["backend"] != "vxlan")
         return self.forwarder.answer is not None or self.forwarder.denied or \
-            self.spec is not None or bool(self.running("forward"))
+            self.forwarder.failed or self.spec is not None or bool(self.running("forward"))
 
     @property
     def backend(self) -> str:
@@ -313,6 +315,8 @@ def _ask(asked: Asked, question: Callable[[], Answer]) -> None:
         asked.answer, asked.error = question(), ""
     except (NoForwarder, ControlError) as exc:
         asked.error = str(exc).partition(": start one with")[0]
-        asked.denied = isinstance(exc.__cause__, PermissionError)
+        forbidden = isinstance(exc, ControlError) and exc.code == "forbidden"
+        asked.denied = forbidden or isinstance(exc.__cause__, PermissionError)
+        asked.failed = isinstance(exc, ControlError) and not forbidden
     except (json.JSONDecodeError, KeyError, TypeError) as exc:
-        asked.error = f"its answer is not valid: {exc!r}"
+        asked.error, asked.failed = f"its answer is not valid: {exc!r}", True

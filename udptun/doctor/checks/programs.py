@@ -65,10 +65,12 @@ def _silent(
                           f"process {one.pid} has the state {one.state}",
                           f"run: kill -CONT {one.pid}")
     restart = f"run: systemctl restart {UNITS[unit]}"
+    state = f"process {running[0].pid} has the state {running[0].state}" if running else ""
+    if asked.failed:
+        return failed(f"the {what} runs, but answers with an error: {asked.error}", state,
+                      f"see its log; {restart}")
     if running:
-        return failed(f"the {what} runs but does not answer. {effect}",
-                      f"process {running[0].pid} has the state {running[0].state}; {asked.error}",
-                      restart)
+        return failed(f"the {what} runs but does not answer", f"{state}; {asked.error}", restart)
     return failed(f"the {what} does not run. {effect}", asked.error, restart)
 
 
