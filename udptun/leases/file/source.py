@@ -179,7 +179,7 @@ class FileSource(LeaseSource):
         if self._hosts is not None and hosts.network != self._hosts.network:
             log.warning("%s: the network section of the file has changed; the change takes effect "
                         "when the daemon reloads (SIGHUP) or restarts", self._path)
-        if self._error is not None:
+        if self._error is not None and self._hosts is not None:
             log.info("%s is valid again, number of nodes: %d; the error was: %s", self._path,
                      len(hosts.leases), self._error)
         self._hosts, self._error = hosts, None
@@ -189,8 +189,8 @@ class FileSource(LeaseSource):
 
     def _fail(self, error: StoreDown | FieldError) -> None:
         if str(error) != self.health.error:
-            kept = "" if self._hosts is None else "; the previous list of nodes stays in use"
-            log.error("%s%s", error, kept)
+            if self._hosts is not None:  # else ``_current`` raises the error
+                log.error("%s; the previous list of nodes stays in use", error)
             self.health.errors_n += 1
         self._error = error
         self.health.connected, self.health.error = False, str(error)
