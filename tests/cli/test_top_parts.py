@@ -1,6 +1,6 @@
 """The parts of ``udptun top`` and its rates: cells, keys, samples."""
 
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from udptun.cli.samples import UNKNOWN, Change, History, Sample, vxlan_bytes
 from udptun.cli.top.cells import ASCII_BARS, amount, bars, count, fit, width
 from udptun.cli.top.screen import HELP, Screen
 from udptun.cli.top.terminal import keys
-from udptun.instance import Instance
+from udptun.node.status.report import DeviceCount
 
 
 @given(st.text(), st.integers(0, 40), st.booleans())
@@ -66,21 +66,18 @@ def test_keys(text: str, wanted: list[str]) -> None:
     assert [*keys(text)] == wanted
 
 
-def test_vxlan_devices_are_those_of_the_instance(tmp_path: Path) -> None:
-    table = tmp_path / "dev"
-    names = [Instance().vxlan_device(1, 4), Instance().vxlan_device(4096, 6), "flannel0", "eth0.1",
-             Instance("net2").vxlan_device(1, 4)]
-    table.write_text("Inter-|   Receive\n face |bytes\n" + "".join(
-        f"{name}: {i}1 2 0 0 0 0 0 0 {i}9 10 0 0 0 0 0 0\n" for i, name in enumerate(names, 1)))
-    assert vxlan_bytes("udptun", table) == {"flannel.1": (19, 11), "flannel-v6.4096": (29, 21)}
-    assert vxlan_bytes("net2", table) == {"net2.1": (59, 51)}
-    assert vxlan_bytes("udptun", tmp_path / "absent") == {}
+def test_vxlan_devices_are_those_that_the_daemon_has_counted() -> None:
+    counts = [DeviceCount(path, device, direction, 1, size, 0, 0) for path, device, direction, size
+              in (("vxlan", "flannel.1", "encap", 9), ("vxlan", "flannel.1", "decap", 1),
+                  ("udp", "udptun0", "encap", 7), ("udp", "udptun0", "decap", 7))]
+    assert vxlan_bytes({"devices": [asdict(count) for count in counts]}) == {"flannel.1": (9, 1)}
+    assert vxlan_bytes({}) == vxlan_bytes(None) == {}
 
 
 def sample(at: float, **changed: Any) -> Sample:
     status = status_of(1, 0) | changed
-    taken = Sample(Answers(None, status), FakeForwarder().drops(), {"flannel.1": (100, 200)})
-    taken.at = at
+    taken = Sample(Answers(None, status), FakeForwarder().drops())
+    taken.at, taken.vxlan = at, {"flannel.1": (100, 200)}
     return taken
 
 

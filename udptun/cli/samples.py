@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from copy import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NoForwarder
@@ -22,7 +21,6 @@ from .mesh import Row
 if TYPE_CHECKING:
     from ..control.client import ControlClient
 
-NET_DEV = Path("/proc/net/dev")  # of the network namespace of this process
 HISTORY_SECONDS = 60.0
 
 Pair = tuple[float | None, float | None]  # sent and received, per second
@@ -33,17 +31,14 @@ class Sample:
     """Everything that is shown, at one time.
 
     drops   the drop counts of the forwarder
-    vxlan   bytes sent and received by each VXLAN device of this instance
+    vxlan   bytes sent and received by each VXLAN device
     at      monotonic time
     wall    wall clock time
     """
 
-    def __init__(
-        self, answers: Answers, drops: list[dict[str, Any]],
-        vxlan: Mapping[str, tuple[int, int]],
-    ) -> None:
+    def __init__(self, answers: Answers, drops: list[dict[str, Any]]) -> None:
         self.node, self.forwarder, self.rows = answers.node, answers.forwarder, answers.rows
-        self.drops, self.vxlan = drops, vxlan
+        self.drops, self.vxlan = drops, vxlan_bytes(answers.node)
         self.at, self.wall = time.monotonic(), time.time()
 
     @property
@@ -67,27 +62,16 @@ def take(node: ControlClient, forwarder: ControlClient) -> Sample:
             drops = [*forwarder.drops()]
         except NoForwarder:  # it has ended since
             answers = Answers(answers.node, None)
-    return Sample(answers, drops, vxlan_bytes(Path(forwarder.path).stem))
+    return Sample(answers, drops)
 
 
-def vxlan_bytes(instance: str, table: Path = NET_DEV) -> dict[str, tuple[int, int]]:
-    """Return the bytes sent and received by each VXLAN device of the instance with this name.
-
-    The names of the devices are those of ``Instance.vxlan_device`` (tested).
-    """
-    prefix = "flannel" if instance == "udptun" else instance
-    found = {}
-    try:
-        lines = table.read_text().splitlines()
-    except OSError:
-        return {}
-    for line in lines:
-        name, colon, rest = line.strip().partition(":")
-        kind, dot, vni = name.rpartition(".")
-        if colon and dot and vni.isdigit() and kind in (prefix, f"{prefix}-v6"):
-            columns = rest.split()  # linux/net/core/net-procfs.c: received bytes, ..., sent bytes
-            found[name] = int(columns[8]), int(columns[0])
-    return found
+def vxlan_bytes(node: Mapping[str, Any] | None) -> dict[str, tuple[int, int]]:
+    """Return the bytes sent and received by each VXLAN device, as the node daemon reports them."""
+    found: dict[str, dict[str, int]] = {}
+    for count in () if node is None else node.get("devices", ()):
+        if count["path"] == "vxlan":
+            found.setdefault(count["device"], {})[count["direction"]] = count["bytes"]
+    return {device: (sides["encap"], sides["decap"]) for device, sides in found.items()}
 
 
 class Change:
