@@ -17,6 +17,7 @@ from tests.processes import DEFAULT_SIGNALS
 from udptun.cli import COMMANDS, cli
 from udptun.cli.events import event_line
 from udptun.cli.options import echo_fitting, echo_table
+from udptun.cli.ping import _summary
 from udptun.control import protocol
 from udptun.control.client import _UnixConnection
 from udptun.instance import Instance
@@ -174,8 +175,8 @@ device: udptun0
   workers: 1
   offloads: tun-gso, udp-gso, batch
   off: udp-merge (asked)
-  packets encap: 10 read, 1 generated, 8 delivered, 0 consumed, 2 dropped, 1 queued
-  packets decap: 20 read, 1 generated, 18 delivered, 0 consumed, 2 dropped, 1 queued
+  packets encap: 10 read, 1 generated, 8 delivered, 2 dropped, 1 queued
+  packets decap: 20 read, 1 generated, 18 delivered, 2 dropped, 1 queued
 
 PEER                STATE       FOR  PATH  RTT      LOSS  SENT      RECEIVED   MTU  SEEN  \
 SUBNETS        LAST ERROR
@@ -228,6 +229,31 @@ def test_drops_explained_without_a_forwarder(tmp_path: Path) -> None:
     assert "ICMP net unreachable" in udptun("drops --explain").stdout
     first = udptun.json("drops --explain")["reasons"][0]
     assert set(first) == {"reason", "direction", "meaning"}
+
+
+def test_no_block_of_status_is_wider_than_the_terminal(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("udptun.cli.status.terminal_width", lambda: 60)
+    wide = status_of(1, 0)["packets"] | {"encap": dict.fromkeys(
+        ("read", "generated", "delivered", "consumed", "dropped", "queued"), 10**12)}
+    served.forwarder.other_status = {"packets": wide}
+    block = Udptun(served.path)("status").stdout.split("\n\n")[0]
+    assert max(map(len, block.splitlines())) <= 60
+    assert "0000000 dropped, 1000000000000 queued\n" in block
+
+
+def test_a_ping_without_an_answer_names_the_next_step() -> None:
+    found = {"rtt_ms": [None], "sent": 1, "answered": 0, "loss": 1.0, "largest_size": None,
+             "full_size": 1472, "method": "echo", "directions": {"from_peer": None},
+             "node": None, "address": "10.244.2.7"}
+    *_, last = _summary(found, "10.244.2.7")
+    assert last == \
+        "next: `udptun trace 10.244.2.7` shows its path; `udptun doctor` looks for the cause"
+    *_, last = _summary(found | {"node": "n2"}, "n2")
+    assert "`udptun status n2`" in last
+    *_, last = _summary(found | {"answered": 1, "rtt_ms": [0.5], "loss": 0.0}, "n2")
+    assert last == "directions: both work"
 
 
 def test_recent_events(udptun: Udptun) -> None:

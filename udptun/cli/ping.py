@@ -300,6 +300,10 @@ def _summary(found: dict[str, Any], name: str) -> Iterator[str]:
             ", the MTU of this path" if largest >= full else
             f"; the MTU of this path is {full}, so larger packets are lost")
     yield from _directions(found, name)
+    if not found["answered"]:
+        more = f"`udptun status {name}`" if found["node"] else \
+            f"`udptun trace {found['address']}`"
+        yield f"next: {more} shows its path; `udptun doctor` looks for the cause"
 
 
 def _directions(found: dict[str, Any], name: str) -> Iterator[str]:

@@ -209,7 +209,8 @@ def _listed(values: list[str]) -> str:
 
 
 def _packets(side: dict[str, int]) -> str:
+    """The order is that of read + generated = delivered + consumed + dropped + queued."""
     names = ("read", "generated", "delivered", "consumed", "dropped", "queued")
-    return ", ".join(f"{side[name]} {name}" for name in names)
+    return ", ".join(f"{side[name]} {name}" for name in names if side[name]) or "none"
 
 

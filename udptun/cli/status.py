@@ -29,6 +29,7 @@ from .options import (
     node_client,
     node_stopped,
     terminal_width,
+    wrap,
 )
 from .samples import UNKNOWN, Pair, peer_rates
 from .show import device_block, peer_block
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 2.0
 GOOD = ("reachable", "unknown", "not probed")  # --check fails for all other states
+INDENT = 4  # of the rest of a long line
 CLEAR = "\x1b[H\x1b[2J"  # of a terminal: to the top left, and erase
 # The columns of the table, and those that a narrow terminal does not show, the first one first.
 COLUMNS = ("PEER", "STATE", "FOR", "PATH", "RTT", "LOSS", "OUT/S", "IN/S", "SENT", "RECEIVED",
@@ -144,10 +146,10 @@ def _show(ctx: click.Context, now: Sample, output: str, wanted: str | None) -> N
                 f"\t{_cell(row[side] and row[side][unit])}" for side in ("sent", "received")
                 for unit in ("packets", "bytes")))
     elif wanted is not None:
-        click.echo("\n\n".join(_details(now)))
+        click.echo("\n\n".join(map(_fitting, _details(now))))
     else:
         for block in _host(ctx, now):
-            click.echo(f"{block}\n")
+            click.echo(f"{_fitting(block)}\n")
         _echo_peers(now)
 
 
@@ -160,6 +162,20 @@ def _host(ctx: click.Context, now: Sample) -> Iterator[str]:
         yield node_block(now.node)
     if now.found is not None:
         yield device_block(now.found)
+
+
+def _fitting(block: str) -> str:
+    """Continue the lines that are longer than the terminal is wide below their beginning."""
+    room = terminal_width()
+    if room is None:
+        return block
+    return "\n".join(
+        line if len(line) <= room else wrap(line, room, " " * (_indent(line) + INDENT))
+        for line in block.splitlines())
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _details(now: Sample) -> Iterator[str]:
