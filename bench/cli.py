@@ -32,6 +32,7 @@ from . import (
     report,
     system,
     takeover,
+    timeline,
 )
 from .contenders.external import installed_names
 from .metrics import gap, isolation, lookup, memory, pps, rtt, scale, start, tcp
@@ -156,6 +157,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rate", type=int, default=0, metavar="PPS",
                          help="datagrams per second  [default: the highest without loss]")
     command.set_defaults(run=_takeover)
+    text = "where a request waits: the time between two devices, idle and beside bulk"
+    command = commands.add_parser("timeline", help=text, description=text, epilog=_PROFILES_HELP,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--contender", action="append", metavar="SPEC",
+                         help="may be repeated  [default: vxlan, udptun]")
+    command.add_argument("--profile", default="P1", choices=profiles.NAMES)
+    command.add_argument("--seconds", type=_positive(int), default=5, metavar="N")
+    command.set_defaults(run=_timeline)
     text = "packets that are lost in a flood of forged ICMP errors"
     command = commands.add_parser("floods", help=text, description=text)
     command.add_argument("--rate", type=_positive(int), default=60_000, metavar="PPS",
@@ -403,6 +412,11 @@ def _takeover(arguments: argparse.Namespace) -> int:
 
 def _floods(arguments: argparse.Namespace) -> int:
     return _print_lines(floods.run(arguments.rate, arguments.seconds))
+
+
+def _timeline(arguments: argparse.Namespace) -> int:
+    return _print_lines(timeline.run(
+        arguments.contender or ("vxlan", "udptun"), arguments.profile, arguments.seconds))
 
 
 def _print_lines(lines: Iterator[str]) -> int:

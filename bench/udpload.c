@@ -2,10 +2,12 @@
  *
  *   udpload echo ADDRESS PORT
  *       Returns every UDP datagram, and every byte of TCP connections to the same port.
- *   udpload ping ADDRESS PORT --seconds S [--size N] [--interval-us U] [--tcp]
+ *   udpload ping ADDRESS PORT --seconds S [--size N] [--interval-us U] [--tcp] [--record FILE]
  *       Measures round trips to "udpload echo". Without --interval-us, each request is sent when
  *       the previous reply has arrived. With --interval-us, requests are sent at fixed times. A
  *       request does not wait for earlier replies, so a slow reply does not delay the next request.
+ *       For each reply, it writes three 64-bit numbers in host byte order to FILE: sequence number,
+ *       time sent, time received. Times are CLOCK_MONOTONIC in ns.
  *   udpload receive ADDRESS PORT --run ID [--record FILE] [--seconds S]
  *       Counts the datagrams of one run by their sequence numbers. For each datagram, it writes
  *       three 64-bit numbers in host byte order to FILE: sequence number, time sent, time arrived.
@@ -69,6 +71,7 @@ static struct {
 	bool tcp;
 } opt = {.seconds = 1, .size = 64, .spread = 1};
 
+static FILE *record;
 static volatile sig_atomic_t stopping;
 
 static void on_signal(int number) {
@@ -118,6 +121,16 @@ static int open_socket(int type, bool big) {
 static void bind_to(int fd, const struct sockaddr_in *at) {
 	if (bind(fd, (const struct sockaddr *)at, sizeof *at) < 0)
 		die("bind");
+}
+
+static void open_record(void) {
+	if (opt.record && !(record = fopen(opt.record, "w")))
+		die(opt.record);
+}
+
+static void close_record(void) {
+	if (record && fclose(record))
+		die(opt.record);
 }
 
 static void ready(void) {
@@ -210,8 +223,12 @@ static bool read_reply(int fd, uint8_t *buf, size_t *have) {
 	if (opt.tcp && *have < (size_t)opt.size)
 		return true;
 	memcpy(&mark, buf, sizeof mark);
-	if (*have == (size_t)opt.size && mark.run == opt.run)
-		keep(now_ns() - mark.sent_ns);
+	if (*have == (size_t)opt.size && mark.run == opt.run) {
+		int64_t row[] = {mark.seq, mark.sent_ns, now_ns()};
+		keep(row[2] - row[1]);
+		if (record)
+			fwrite(row, sizeof row, 1, record);
+	}
 	*have = 0;
 	return true;
 }
@@ -231,6 +248,7 @@ static void run_ping(const struct sockaddr_in *to) {
 		set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	if (fcntl(fd, F_SETFL, O_NONBLOCK) < 0)
 		die("fcntl");
+	open_record();
 	begin = next_send = now_ns();
 	end = begin + (int64_t)(opt.seconds * 1e9);
 	for (;;) {
@@ -261,6 +279,7 @@ static void run_ping(const struct sockaddr_in *to) {
 			while (read_reply(fd, in, &have))
 				;
 	}
+	close_record();
 	qsort(times, times_n, sizeof *times, by_value);
 	printf("{\"sent\":%llu,\"received\":%zu,\"seconds\":%.6f,\"p50_ns\":%lld,\"p99_ns\":%lld,"
 	       "\"p999_ns\":%lld,\"min_ns\":%lld,\"max_ns\":%lld}\n",
@@ -313,11 +332,9 @@ static void run_receive(const struct sockaddr_in *at) {
 	socklen_t info_len = sizeof info;
 	int64_t give_up = now_ns() + (int64_t)(opt.seconds * 1e9);
 	struct timeval slice = {.tv_usec = 100000};
-	FILE *record = NULL;
 	bool ended = false;
 
-	if (opt.record && !(record = fopen(opt.record, "w")))
-		die(opt.record);
+	open_record();
 	if (record)
 		set_int(fd, SOL_SOCKET, SO_TIMESTAMPNS, 1);
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &slice, sizeof slice);
@@ -361,8 +378,7 @@ static void run_receive(const struct sockaddr_in *at) {
 		}
 	}
 	getsockopt(fd, SOL_SOCKET, SO_MEMINFO, info, &info_len);
-	if (record && fclose(record))
-		die(opt.record);
+	close_record();
 	printf("{\"received\":%llu,\"bytes\":%llu,\"repeated\":%llu,\"late\":%llu,"
 	       "\"dropped_at_receiver\":%u,\"ended\":%s}\n",
 	       (unsigned long long)received, (unsigned long long)bytes, (unsigned long long)repeated,

@@ -185,7 +185,7 @@ cdef class Core:
         """Register a new worker: give it its index and the shared state."""
         if <uint32_t>len(self.objects) == self.shared.workers_n:
             raise ValueError("the core was made for fewer workers")
-        w.index = <uint32_t>len(self.objects)
+        w.index = w.queue.worker = <uint32_t>len(self.objects)
         w.shared = &self.shared
         self.workers[w.index] = w
         self.objects.append(worker)

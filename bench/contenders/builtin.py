@@ -37,7 +37,7 @@ def _direct(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
 def _vxlan(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
     mtu = _LINK_MTU - 50  # IPv4, UDP, VXLAN, Ethernet
     at_a, at_b = vxlan(a, b, mtu)
-    return PathUnderTest("vxlan", a, b, link, at_a, at_b, "udp dport 4789", mtu)
+    return PathUnderTest("vxlan", a, b, link, at_a, at_b, "udp dport 4789", mtu, "vxlan0")
 
 
 def udptun(spec: str, checkout: str, options: list[str]) -> Contender:

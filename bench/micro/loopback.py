@@ -25,23 +25,30 @@ _FEATURES = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge
 class LoopbackWorker:
     """A worker with the TUN end and the UDP peer that the benchmark uses.
 
+    peers  number of peers; with more than one (at most 250), peer k has the packets to 10.64.k.0/24
     To measure TUN to UDP, call ``send_frame``, ``work``, ``received(peer)``.
     To measure UDP to TUN, call ``send_run``, ``work``, ``received(tun)``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peers: int = 1) -> None:
         self._closing = contextlib.ExitStack()
         self.tun, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self.tun, worker_end):
             self._closing.enter_context(end)
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
-        self._udp, self.peer = self._bound("127.0.0.1"), self._bound("127.0.0.2")
+        self._udp = self._bound("127.0.0.1")
+        # With several peers, this socket receives the datagrams to all of them.
+        self.peer = self._bound("127.0.0.2" if peers == 1 else "0.0.0.0")
         notify = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing.callback(os.close, notify)
         self.core = core = _core.Core("off", 1, (1500, 0), [bytes((10, 99, 1, 0))], notify)
         port = self.peer.getsockname()[1]
-        core.publish(_core.RouteTable.parse_text(b"10.0.0.0/8 via 127.0.0.2 port %d" % port))
+        routes = ["10.0.0.0/8 via 127.0.0.2"] + [
+            f"10.64.{k}.0/24 via 127.1.0.{k + 1}" for k in range(peers) if peers > 1
+        ]
+        core.publish(_core.RouteTable.parse_text(
+            "\n".join(f"{route} port {port}" for route in routes).encode()))
         self._worker = _core.Worker(
             core, worker_end.fileno(), self._udp.fileno(), -1, _FEATURES, 64
         )

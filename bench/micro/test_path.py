@@ -12,6 +12,7 @@ import pytest
 from bench.micro import packets
 from bench.micro.loopback import LoopbackWorker
 from tests import reference
+from tests.wire.craft import Flow, addr
 from udptun.model import CaptureFilter
 
 SHAPES = {"tcp 44 x 1420": ("tcp", 44, 1420), "udp 44 x 1420": ("udp", 44, 1420)}
@@ -21,6 +22,8 @@ CAPTURES = {
     "96 bytes each": CaptureFilter(snaplen=96), "whole packets": CaptureFilter(),
 }
 SINGLE = 200  # packets per round
+MANY = 1000  # packets per round, to many peers
+SCATTER = 2654435761  # a prime
 FRAMES = 4  # frames per round; their data is the working set of a busy tunnel
 
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)
@@ -65,6 +68,25 @@ def test_in(benchmark, ns_each, path, shape):
     # The worker merges the packets again: all of the payload arrives, but fewer headers arrive.
     assert all(payload < n < FRAMES * sum(map(len, run)) for n in arrived[1:])
     ns_each(FRAMES * len(run))
+
+
+@pytest.mark.parametrize("peers", [1, 100])
+def test_out_to_many_peers(benchmark, ns_each, peers):
+    """Small packets, one to each peer in turn, in a scattered order."""
+    benchmark.group = "TUN to UDP, udp 1000 x 64, to many peers"
+    with LoopbackWorker(peers) as path:
+        each = [bytes(10) + Flow(dst=addr(f"10.64.{k}.5")).udp(bytes(64)) for k in range(peers)]
+        frames = [each[i * SCATTER % peers] for i in range(MANY)]
+        arrived = []
+
+        def offer():
+            arrived.append(path.received(path.peer))
+            for frame in frames:
+                path.send_frame(frame)
+
+        benchmark.pedantic(path.work, setup=offer, rounds=100, warmup_rounds=5)
+    assert set(arrived[1:]) == {MANY * (len(each[0]) - 10)}
+    ns_each(MANY)
 
 
 @pytest.fixture

@@ -41,7 +41,11 @@ from wire.packet cimport (
 
 
 cdef enum:
-    TURN_FRAMES = 256           # a turn ends after this number of frames
+    # A turn ends after this number of frames, or, if they go to more than FEW_PEERS peers, after
+    # LONG_TURN_FRAMES: otherwise the runs to each peer would be short.
+    TURN_FRAMES = 256
+    FEW_PEERS = 16
+    LONG_TURN_FRAMES = 1024
     TURN_BYTES = 262144         # a turn ends after this number of bytes
 
 
@@ -323,13 +327,17 @@ cdef inline void encap_frame(worker_t* w, uint8_t* frame, size_t n) noexcept nog
     queue_frame(w, &f)
 
 
+cdef inline uint32_t turn_frames(const worker_t* w) noexcept nogil:
+    return TURN_FRAMES if w.queue.peers_n <= FEW_PEERS else LONG_TURN_FRAMES
+
+
 cdef inline bint drain_tun(worker_t* w) noexcept nogil:
     """Read frames until the TUN is empty, a socket's buffer is full, or the turn's limit is
     reached. Return whether the TUN may hold more frames."""
     cdef uint32_t frames = 0
     cdef size_t bytes_ = 0
     cdef ssize_t n
-    while frames < TURN_FRAMES and bytes_ < TURN_BYTES:
+    while frames < turn_frames(w) and bytes_ < TURN_BYTES:
         if queue_is_full(&w.queue, QUEUE_FRAME_DATAGRAMS) and not flush(w):
             return False
         w.syscalls_read += 1

@@ -348,18 +348,19 @@ cdef inline void refuse_for_a_time(
         peer.counters[w.index].refuse_until_ns = now + REFUSE_NS
 
 
-cdef inline bint in_queue(const queue_t* q, const peer_t* peer) noexcept nogil:
+cdef inline bint is_waiting(const queue_t* q, const peer_t* peer) noexcept nogil:
+    """Return whether a datagram waits for the peer that its own socket can send."""
     cdef uint32_t i
     for i in range(q.peers_n):
-        if q.peers[i].peer == peer:
-            return True
+        if q.peers[i].peer == peer and not q.peers[i].fragments:
+            return q.peers[i].first >= 0
     return False
 
 
 cdef inline own_socket_t* choose_slot(worker_t* w, uint64_t now) noexcept nogil:
     """Return a slot without a socket. If there is none, close the oldest socket that is empty; if
     no socket is empty, close the oldest one. The sockets that the current flush needs stay open:
-    at most QUEUE_PEERS, which is less than the number of slots."""
+    if these are all, return NULL."""
     cdef own_socket_t* own
     cdef own_socket_t* best = NULL
     cdef bint empty, best_empty = False
@@ -368,13 +369,15 @@ cdef inline own_socket_t* choose_slot(worker_t* w, uint64_t now) noexcept nogil:
         own = &w.own_sockets[i]
         if own.fd < 0:
             return own
-        if in_queue(&w.queue, own.peer):
+        if is_waiting(&w.queue, own.peer):
             continue
         empty = held_bytes(own.fd) == 0
         if best == NULL or (empty and not best_empty) \
                 or (empty == best_empty and own.given_ns < best.given_ns):
             best = own
             best_empty = empty
+    if best == NULL:
+        return NULL
     if not best_empty:
         refuse_for_a_time(w, best, now)
     close_own(w, best)
@@ -383,13 +386,17 @@ cdef inline own_socket_t* choose_slot(worker_t* w, uint64_t now) noexcept nogil:
 
 cdef inline bint give_own_socket(worker_t* w, peer_t* peer) noexcept nogil:
     """Give the peer an own socket, which sends as the shared one does. Return False if the peer may
-    have none now, or the kernel refuses."""
+    have none now, or the kernel refuses. If ``own_sockets_wanted`` is set afterwards, call this
+    again when the datagrams of the peers with an own socket are sent."""
     cdef int receiver = w.udp_fd4 if peer.addr_len == 4 else w.udp_fd6
     cdef uint64_t now = now_ns()
     cdef own_socket_t* own
     if now < peer.counters[w.index].refuse_until_ns or now < w.own_retry_ns:
         return False
     own = choose_slot(w, now)
+    if own == NULL:
+        w.own_sockets_wanted = True
+        return False
     own.fd = open_socket(receiver, AF_INET if peer.addr_len == 4 else AF_INET6)
     if own.fd < 0:
         w.own_error = -own.fd

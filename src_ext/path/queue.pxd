@@ -19,10 +19,10 @@ from wire.headers cimport VNET_LEN
 
 
 cdef enum:
-    QUEUE_DATAGRAMS = 1024      # maximum number of datagrams in the queue
+    QUEUE_DATAGRAMS = 1536      # maximum number of datagrams in the queue
     QUEUE_FRAME_DATAGRAMS = 512  # slots kept free for the next frame; also the TUN's gso_max_segs
     QUEUE_FRAME_BYTES = VNET_LEN + 65536
-    QUEUE_PEERS = 32            # maximum number of peers with datagrams in the queue
+    QUEUE_PEERS = 256           # maximum number of peers with datagrams in the queue
     QUEUE_FULL_BYTES = 262144   # flush above this size, so that the queue stays in the CPU cache
     QUEUE_BYTES = QUEUE_FULL_BYTES + QUEUE_FRAME_BYTES + QUEUE_DATAGRAMS * SEG_HDR_ROOM
 
@@ -45,6 +45,7 @@ cdef struct queue_t:
     uint32_t used               # bytes of memory that hold datagrams
     uint32_t n                  # datagrams in memory: waiting, or sent by an incomplete flush
     uint32_t peers_n
+    uint32_t worker             # index of the queue's worker in ``peer_t.counters``
     uint64_t waiting_n          # datagrams not yet sent or dropped
     datagram_t datagrams[QUEUE_DATAGRAMS]
     peer_queue_t peers[QUEUE_PEERS]
@@ -76,13 +77,11 @@ cdef inline void queue_append(
     fragments  whether the datagram may be fragmented
     """
     cdef datagram_t* datagram = &q.datagrams[q.n]
-    cdef peer_queue_t* waiting = NULL
-    cdef uint32_t i
-    for i in range(q.peers_n):
-        if q.peers[i].peer == peer and q.peers[i].fragments == fragments:
-            waiting = &q.peers[i]
-            break
-    if waiting == NULL:
+    cdef uint32_t* place = &peer.counters[q.worker].queue_places[fragments]
+    cdef peer_queue_t* waiting = &q.peers[place[0]]
+    # The place is that of an earlier queue, unless the queue has the peer there.
+    if place[0] >= q.peers_n or waiting.peer != peer or waiting.fragments != fragments:
+        place[0] = q.peers_n
         waiting = &q.peers[q.peers_n]
         q.peers_n += 1
         waiting.peer = peer

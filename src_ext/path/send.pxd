@@ -447,12 +447,17 @@ cdef inline void drop_waiting(worker_t* w, peer_queue_t* waiting) noexcept nogil
 cdef inline bint handle_full_socket(
     worker_t* w, int fd, peer_queue_t* waiting
 ) noexcept nogil:
-    """Handle a full socket buffer. Return False if the flush has to wait for the socket. Otherwise
-    the peer now has an own socket, or its datagrams are dropped."""
+    """Handle a full socket buffer. Return False if the flush has to wait for the socket, or for own
+    sockets (own_sockets_wanted). Otherwise the peer now has an own socket, or its datagrams are
+    dropped."""
     cdef bint shared = fd == w.sender4 or fd == w.sender6
     cdef bint wait = may_wait(w)
-    if shared and (w.draining or not wait) and give_own_socket(w, waiting.peer):
-        return True
+    if shared and (w.draining or not wait):
+        w.own_sockets_wanted = False
+        if give_own_socket(w, waiting.peer):
+            return True
+        if w.own_sockets_wanted:
+            return False
     if wait:
         w.full_fd = fd
         return False
@@ -463,8 +468,8 @@ cdef inline bint handle_full_socket(
 
 
 cdef inline void flush_socket(worker_t* w, int fd) noexcept nogil:
-    """Send the queued datagrams for the peers of one socket. If full_fd is set afterwards, the
-    socket is full, and the rest stays in the queue."""
+    """Send the queued datagrams for the peers of one socket. If full_fd or own_sockets_wanted is
+    set afterwards, the socket is full, and the rest stays in the queue."""
     cdef uint32_t n, i, run_max, peer_i = 0
     cdef int sent, error
     cdef refusal_t refusal
@@ -506,6 +511,20 @@ cdef inline void flush_own_sockets(worker_t* w) noexcept nogil:
                 flush_socket(w, own.fd)
 
 
+cdef inline void flush_shared(worker_t* w) noexcept nogil:
+    """Send the queued datagrams from the shared senders and the own sockets. If more peers need an
+    own socket than there are, empty the own sockets' part of the queue first, and then continue."""
+    w.own_sockets_wanted = True
+    while w.own_sockets_wanted and w.full_fd < 0:
+        w.own_sockets_wanted = False
+        if w.sender4 >= 0:
+            flush_socket(w, w.sender4)
+        if w.sender6 >= 0 and not w.own_sockets_wanted:
+            flush_socket(w, w.sender6)
+        if w.own_sockets_n != 0:
+            flush_own_sockets(w)
+
+
 cdef inline void note_peers(worker_t* w) noexcept nogil:
     """Store the time if the queue has datagrams for another peer than the last flush had (see
     may_wait)."""
@@ -522,12 +541,7 @@ cdef inline bint flush(worker_t* w) noexcept nogil:
     w.full_fd = -1
     if not queue_is_empty(&w.queue):
         note_peers(w)
-        if w.sender4 >= 0:
-            flush_socket(w, w.sender4)
-        if w.sender6 >= 0:
-            flush_socket(w, w.sender6)
-        if w.own_sockets_n != 0:
-            flush_own_sockets(w)
+        flush_shared(w)
         if w.fragmenting4.fd >= 0:
             flush_socket(w, w.fragmenting4.fd)
         if w.fragmenting6.fd >= 0:

@@ -205,6 +205,7 @@ cdef struct worker_t:
     spare_t fragmenting6
     own_socket_t own_sockets[OWN_SOCKETS]
     uint32_t own_sockets_n      # open now
+    bint own_sockets_wanted     # the flush needs more of them than there are
     uint64_t own_sockets_given  # counter
     uint64_t own_look_ns        # time of the next look
     uint64_t own_retry_ns       # until this time, no own socket is opened

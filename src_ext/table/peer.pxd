@@ -36,6 +36,9 @@ cdef struct peer_counters_t:
     uint64_t decap_bytes
     # time of the last accepted packet, probe or keepalive from the peer, monotonic; 0 = none yet
     uint64_t last_seen_ns
+    # path/queue.pxd: the peer's place in the send queue; the second: of datagrams that may be
+    # fragmented
+    uint32_t queue_places[2]
     # path/own_socket.pxd:
     uint64_t refuse_until_ns    # until this time, the peer gets no own socket
     uint32_t own_socket         # index of the peer's own socket, if it has one

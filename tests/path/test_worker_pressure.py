@@ -45,7 +45,17 @@ def slow_addresses(network, rate="100kbit"):
        f"tc filter add dev lo parent 1: protocol ip u32 match ip dst {network} flowid 1:20")
 
 
-class FullRig(Rig):
+class PeersRig(Rig):
+    def add_peers(self, network, n):
+        """Add peers to the table, one address of the network each. Return their inner addresses."""
+        self.outer = [f"{network}.{1 + k}" for k in range(n)]
+        more = [Route.make(f"10.245.{k}.0/24", a, 9, None) for k, a in enumerate(self.outer)]
+        text = "\n".join(map(str, [*self.routes, *more]))
+        self.core.publish(_core.RouteTable.parse_text(text.encode()))
+        return [f"10.245.{k}.5" for k in range(n)]
+
+
+class FullRig(PeersRig):
     """A rig whose IPv4 socket is full after about thirty datagrams."""
 
     def __init__(self, sockopts=(), **options):
@@ -56,14 +66,6 @@ class FullRig(Rig):
         flow = Flow(dst=addr(dst))
         for _ in range(n):
             self.write(bytes(10) + flow.udp(bytes(size)))
-
-    def add_peers(self, network, n):
-        """Add peers to the table, one address of the network each. Return their inner addresses."""
-        self.outer = [f"{network}.{1 + k}" for k in range(n)]
-        more = [Route.make(f"10.245.{k}.0/24", a, 9, None) for k, a in enumerate(self.outer)]
-        text = "\n".join(map(str, [*self.routes, *more]))
-        self.core.publish(_core.RouteTable.parse_text(text.encode()))
-        return [f"10.245.{k}.5" for k in range(n)]
 
     def own_sockets(self):
         return self.worker.counters()["own_sockets"]
@@ -419,4 +421,43 @@ def test_without_an_own_socket_the_worker_drops_and_reports_the_cause():
         assert rig.own_sockets() == 0
         assert rig.encap()["queued"] == 0
         assert rig.drops().keys() == {("slow_peer", ENCAP)}
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_more_peers_than_own_sockets_wait_in_one_queue():
+    """The own sockets are emptied and given to the next peers before the flush ends."""
+    slow_addresses(f"{PEERS[0]}/32")
+    with FullRig() as rig:
+        rig.fill(n=200)
+        rig.work()
+        assert rig.own_sockets() == 1  # the shared sender is full
+        peers = rig.add_peers("127.9.0", 3 * OWN_SOCKETS)
+        outside = []
+        with contextlib.ExitStack() as closing:
+            for address in rig.outer:
+                sock = closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                sock.setblocking(False)
+                sock.bind((address, 9))
+                outside.append(sock)
+            for peer in peers:
+                rig.fill(n=1, dst=peer)
+            rig.work()
+            assert [len(sock.recv(2000)) for sock in outside] == [1228] * len(peers)
+        assert rig.own_sockets() == OWN_SOCKETS
+        assert rig.drops().keys() <= {("slow_peer", ENCAP)}
+        rig.check_invariant()
+
+
+@in_own_netns
+def test_the_datagrams_to_many_peers_leave_in_runs():
+    """Four frames each to 50 peers, in turn, are 50 messages: one sendmmsg."""
+    with PeersRig() as rig:
+        peers = rig.add_peers("127.9.0", 50)
+        before = rig.worker.counters()["syscalls"]["send"]
+        for n in range(200):
+            rig.write(bytes(10) + Flow(dst=addr(peers[n % 50])).udp(b"x"))
+        rig.work()
+        assert rig.worker.counters()["syscalls"]["send"] - before == 1
+        assert rig.core.packets()[ENCAP]["delivered"] == 200
         rig.check_invariant()
