@@ -23,6 +23,17 @@ def test_a_script_names_its_interpreter(tmp_path: Path, monkeypatch: pytest.Monk
     assert _installed_program() == [str(command), "forward", "--tun", "t0"]
 
 
+@pytest.mark.parametrize("option", [["--standby", "42"], ["--standby=42"]])
+def test_a_former_standby_process_does_not_start_another_one(
+    monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    """Its descriptor is not open any more, and a new forwarder must not wait at it."""
+    monkeypatch.setattr(sys, "orig_argv", [
+        "python3", "-m", "udptun", "forward", "--instance", "x", *option, "--wait-for", "f"])
+    assert _installed_program() == [
+        sys.executable, "-m", "udptun", "forward", "--instance", "x", "--wait-for", "f"]
+
+
 def test_a_module_is_started_by_the_same_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "udptun", "forward"])
     assert _installed_program() == [sys.executable, "-m", "udptun", "forward"]

@@ -16,7 +16,7 @@ from udptun.device.offload import OffloadRequest
 from udptun.errors import DeviceError
 from udptun.model import Endpoint, Mark
 from udptun.net import udp as module
-from udptun.net.udp import open_udp
+from udptun.net.udp import UdpSocket, open_udp
 
 AUTO = OffloadRequest()
 LOCAL = {4: Endpoint(ip_address("127.0.0.1"), 0), 6: Endpoint(ip_address("::1"), 0)}
@@ -134,6 +134,14 @@ def test_only_sockets_with_reuse_port_share_an_endpoint():
         assert first.fd != second.fd
         with refused(errno.EADDRINUSE):
             open_udp(bound(first), AUTO, False)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_socket_of_a_process_that_has_died_is_used_again(version):
+    with opened(LOCAL[version]) as udp, contextlib.closing(
+            UdpSocket.reuse(os.dup(udp.fd), bound(udp), AUTO)) as again:
+        assert again.features == udp.features
+        assert again.socket.getsockname() == udp.socket.getsockname()
 
 
 def test_address_of_no_interface_is_refused():

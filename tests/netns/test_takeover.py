@@ -236,15 +236,16 @@ async def copies_of(side):
         return await client.channel.receive_descriptors()
 
 
-def test_kept_descriptors_outlive_a_killed_forwarder(lab):
+@pytest.mark.parametrize("outer", [4, pytest.param(6, marks=pytest.mark.slow)])
+def test_kept_descriptors_outlive_a_killed_forwarder(lab, outer):
     """The next forwarder continues with the same device and sockets, also with what they hold."""
-    tunnel = pair(lab, workers=2)
+    tunnel = pair(lab, outer=outer, workers=2)
     a, b = tunnel.sides
     assert ping(a.pod, b.pod_v4).received == 3
     index = a.host.run(["cat", "/sys/class/net/udptun0/ifindex"]).stdout
     kept = asyncio.run(copies_of(a))
     assert sorted(name.partition(".")[0] for name in kept) == [
-        "tun-0", "tun-1", "udp-0-4", "udp-1-4"]
+        "tun-0", "tun-1", f"udp-0-{outer}", f"udp-1-{outer}"]
     try:
         a.forwarder.process.kill()
         sender = a.pod.socket(socket.AF_INET, socket.SOCK_DGRAM)

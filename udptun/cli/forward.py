@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,7 @@ def runtime_directory() -> Path | None:
     return Path(directory) if directory else None
 
 
-TAKE_OVER = "--take-over"
+TAKE_OVER, STANDBY = "--take-over", "--standby"
 LINGER_SECONDS = 2.0  # between two checks whether the forwarder that has taken over has ended
 GENTLY = 15  # added to the nice value
 # Variables that are valid for one process only.
@@ -172,7 +172,7 @@ FIELDS = {
               callback=take_options,
               help="Wait until FILE exists and read from it the options that are not given here: "
                    "a JSON object with the names of these options as keys.")
-@click.option("--standby", type=click.IntRange(min=0), metavar="N", is_eager=True,
+@click.option(STANDBY, type=click.IntRange(min=0), metavar="N", is_eager=True,
               callback=wait_until_needed, expose_value=False,
               help="Load the program, and wait for a message at the inherited descriptor N. Give "
                    "it before --wait-for. `udptun node` starts such a process.")
@@ -398,12 +398,23 @@ class _Signals:
 def _installed_program() -> list[str]:
     """Return the command line of this process, which starts the version that is installed now.
 
-    A script names its interpreter. The installed version of the script may name another one.
+    A script names its interpreter. The installed version of the script may name another one. If
+    this process was a standby process, the descriptor at which it waited is closed.
     """
-    program, *arguments = sys.orig_argv[1:]
+    program, *arguments = _without_standby(sys.orig_argv[1:])
     if Path(program).is_file() and os.access(program, os.X_OK):
         return [program, *arguments]
     return [sys.executable, program, *arguments]
+
+
+def _without_standby(arguments: Sequence[str]) -> list[str]:
+    kept, left = [], iter(arguments)
+    for argument in left:
+        if argument == STANDBY:
+            next(left, None)  # its value
+        elif not argument.startswith(f"{STANDBY}="):
+            kept.append(argument)
+    return kept
 
 
 def _reap(child: subprocess.Popen[bytes]) -> None:

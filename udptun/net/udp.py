@@ -153,6 +153,8 @@ def open_udp(
         hint = "this host has no IPv6" if error.errno == errno.EAFNOSUPPORT else ""
         raise device_error(error.errno or 0, doing, hint) from None
     try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # not after the bind
         _set_path_options(sock)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -183,7 +185,6 @@ def open_udp(
 def _set_path_options(sock: socket.socket) -> None:
     """Set DF on every datagram, and let ICMP errors arrive in the error queue."""
     if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)
     else:
