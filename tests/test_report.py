@@ -167,6 +167,16 @@ def test_a_process_of_another_user_names_no_files(tmp_path: Path, monkeypatch, p
     assert not any("only root" in text for text in found.values())
 
 
+def test_the_log_is_not_read_through_a_link(planted: Facts, tmp_path: Path) -> None:
+    log, secret = planted.state_dir / "forwarder.log", tmp_path / "secret"
+    log.unlink()
+    secret.write_text("only root may read this\n")
+    log.symlink_to(secret)
+    found = texts(collect(planted, dict, False))
+    assert "is a symbolic link" in found["forwarder.log"]
+    assert not any("only root" in text for text in found.values())
+
+
 def test_a_process_of_the_owner_of_the_socket_counts(tmp_path: Path) -> None:
     """A forwarder can run as a user of its own."""
     control = tmp_path / "udptun.sock"

@@ -130,6 +130,45 @@ def open_log(path: Path) -> int:
     return handle
 
 
+def open_new(path: Path, mode: int) -> int:
+    """Open a file to write it from the beginning. Return its descriptor.
+
+    mode  mode of a new file
+
+    In a directory that other users can write, such as /tmp, they can put a link or a file of their
+    own at the path. There, links and files of other users are refused with UntrustedFile. Raises
+    OSError.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+    if not path.parent.stat().st_mode & 0o022:
+        return os.open(path, flags | os.O_TRUNC, mode)
+    handle = _open_own(path, flags, mode)
+    try:
+        _refuse_foreign(path, found := os.fstat(handle))
+        if found.st_nlink > 1:
+            raise UntrustedFile(path, "has several names", "a file with one name")
+        os.ftruncate(handle, 0)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def read_tail(path: Path, most: int) -> bytes:
+    """Return at most the last ``most`` bytes of a regular file. Do not follow a symbolic link.
+
+    Raises UntrustedFile, OSError.
+    """
+    handle = _open_own(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise UntrustedFile(path, "is not a regular file", "a regular file")
+        return os.pread(handle, most, max(found.st_size - most, 0))
+    finally:
+        os.close(handle)
+
+
 def read_own_file(path: Path) -> bytes:
     """Return the content of a file that only this user and root can have written.
 

@@ -1,5 +1,6 @@
 """``udptun capture``: its output, and the programs that read it. The forwarder is a fake one."""
 
+import os
 import shutil
 import struct
 import subprocess
@@ -55,6 +56,40 @@ def test_a_file_is_complete_and_private(udptun: Udptun, tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, ""), result.output
     assert path.stat().st_mode & 0o777 == 0o600
     assert [kind for kind, _ in blocks(path)] == [0x0A0D0D0A, 1, 6, 6, 5]
+
+
+@pytest.mark.parametrize("plant", ["link", "name", "fifo", "file"])
+def test_what_others_put_into_a_shared_directory_is_not_written(
+    udptun: Udptun, tmp_path: Path, plant: str
+) -> None:
+    """Root captures into /tmp, and another user was there first."""
+    if plant == "file" and os.geteuid() != 0:
+        pytest.skip("only root can make a file of another user")
+    shared, precious = tmp_path / "shared", tmp_path / "precious"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    precious.write_text("precious")
+    path = shared / "x.pcapng"
+    if plant == "link":
+        path.symlink_to(precious)
+    elif plant == "name":
+        path.hardlink_to(precious)
+    elif plant == "fifo":
+        os.mkfifo(path)
+    else:
+        path.touch(0o666)
+        os.chown(path, 65534, 65534)
+    result = udptun(f"capture -w {path} --count 2")
+    assert result.exit_code == 1, result.output
+    assert f"cannot write {path}" in result.stderr
+    assert precious.read_text() == "precious"
+    assert plant != "file" or path.read_bytes() == b""
+    own = shared / "y.pcapng"
+    for _ in range(2):  # our own file is replaced
+        assert udptun(f"capture -w {own} --count 2").exit_code == 0
+    link = tmp_path / "z.pcapng"  # nobody else can have made this link
+    link.symlink_to(own)
+    assert udptun(f"capture -w {link} --count 2").exit_code == 0
 
 
 def test_options_become_the_filter(udptun: Udptun, served: Served) -> None:

@@ -23,6 +23,7 @@ import click
 
 from .._version import __version__
 from ..errors import ControlError, NoForwarder
+from ..files import open_new
 from ..flows import flow, flow_text
 from ..text import counted
 from .captured import Counts, End, Packet, records
@@ -293,7 +294,7 @@ class File:
     def _create(self, number: int) -> int:
         name = self._name(number)
         try:
-            return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+            return open_new(Path(name), FILE_MODE)
         except OSError as exc:
             raise Failure(f"cannot write {name}: {exc.strerror}") from exc
 

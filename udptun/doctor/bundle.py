@@ -27,6 +27,7 @@ from .._version import __version__
 from ..build import build_id
 from ..control.client import ControlClient
 from ..errors import UdptunError
+from ..files import read_tail
 from ..text import counted, printable
 from .facts import ANSWER_SECONDS, Facts
 from .processes import PROC
@@ -265,9 +266,7 @@ def _sysctls() -> str:
 
 
 def _tail(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - PART_BYTES, 0))
-        return file.read(PART_BYTES).decode(errors="replace")
+    return read_tail(path, PART_BYTES).decode(errors="replace")
 
 
 def _command(argv: tuple[str, ...]) -> str:

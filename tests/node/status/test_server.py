@@ -402,6 +402,23 @@ async def test_other_requests(server: HealthServer, method: str, path: str, stat
         assert body == ""
 
 
+@pytest.mark.parametrize(("host", "status"), [
+    ("127.0.0.1:80", 200), ("[::1]:80", 200), ("localhost", 200), ("LocalHost.:80", 200), ("", 421),
+    (None, 200), ("rebinds.example:80", 421), ("localhost.example", 421), ("[", 421),
+])
+async def test_a_page_of_another_name_cannot_read_it(
+    server: HealthServer, host: str | None, status: int
+) -> None:
+    """DNS rebinding: the browser of a user of this host sends the name of the page."""
+    line = "" if host is None else f"Host: {host}\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(f"GET /metrics HTTP/1.0\r\n{line}\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    assert int(answer.split()[1]) == status
+    assert (b"udptun_" in answer) == (status == 200)
+
+
 async def test_a_port_that_is_in_use(server: HealthServer) -> None:
     second = HealthServer(ready(), LOOPBACK, server.port, server._render)
     with pytest.raises(DeviceError, match=f"127.0.0.1 port {server.port}: "):
