@@ -411,3 +411,21 @@ def test_the_counters_of_a_peer_go_on_when_its_route_changes(lab):
         assert ping(a.pod, b.pod_v4).received == 3
     assert a.forwarder.status()["peers"][0]["encap"]["packets"] == 11
     assert kernel_packets(a)["sent"] == 8
+
+
+def test_what_a_leaving_peer_got_since_the_last_read_is_counted(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    assert kernel_packets(a)["sent"] == 0  # this reads the counters
+    assert ping(a.pod, b.pod_v4, count=5).received == 5
+    for subnet in (b.node.subnet, b.node.subnet6):
+        a.forwarder.udptun("route", "del", str(subnet))
+    wait_for(lambda: sum_of_bytes(a) == 5 * 84, f"5 packets in the sums, {sum_of_bytes(a)}")
+
+
+def sum_of_bytes(side):
+    text = side.host.run(["curl", "-s", "--unix-socket", str(side.forwarder.control),
+                          "http://x/metrics"]).stdout
+    (line,) = (one for one in text.splitlines()
+               if one.startswith('udptun_bytes_total{direction="encap"}'))
+    return float(line.split()[-1])

@@ -17,13 +17,14 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import _core
 from ..device import bpf
+from ..drops import DECAP, ENCAP
 from ..errors import DeviceError, UdptunError
 from ..model import OVERHEAD, IPAddress
 from ..net import ethtool, hooks, xfrm
@@ -65,6 +66,9 @@ SUPER_PACKETS = frozenset(
 CONCERN_US = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.RULE, Kind.ANY)
 
 Key = tuple[bytes, int]  # packed address and port of a peer
+# sent packets and bytes, received packets and bytes, time of the last received packet
+Counted = tuple[int, int, int, int, int]
+NOTHING: Counted = (0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,7 @@ class Express:
         self._netlink: Netlink | None = None
         self._changed = asyncio.Event()
         self._counted: set[Key] = set()  # peers that have counters
+        self._given: dict[Key, Counted] = {}  # the last counts that the core has got
         self._said = ""
         self.off = "" if config.accelerate == "auto" else "--accelerate off"
         if not self.off:
@@ -305,11 +310,6 @@ class Express:
         if self.off:
             return
         facts, limits = self._facts, self._core.express_peers()
-        for key in self._counted - limits.keys():
-            if self._core.has_peer(*key):  # its counters go on if it gets `express` again
-                continue
-            del self._maps["counters"][_endpoint(key)]
-            self._counted.discard(key)
         wanted = {}
         if not facts.error:
             for key, path_limit in limits.items():
@@ -323,6 +323,29 @@ class Express:
                     continue
                 wanted[key] = PEER.pack(way.device, limit, way.device in facts.slow_bulk)
         self._set_peers(wanted)
+        self._forget_peers(limits.keys())
+
+    def _forget_peers(self, keep: Collection[Key]) -> None:
+        """Delete the counters of the peers that have left. What was counted after the last read
+        goes to the sums of such peers."""
+        for key in self._counted.difference(keep):
+            if self._core.has_peer(*key):  # its counters go on if it gets `express` again
+                continue
+            counted = self._count(key)
+            read = self._given.pop(key, NOTHING)
+            sent, sent_bytes, received, received_bytes = (
+                now - before for now, before in zip(counted[:4], read[:4], strict=True))
+            self._core.inherit_gone({
+                ENCAP: {"packets": sent, "bytes": sent_bytes},
+                DECAP: {"packets": received, "bytes": received_bytes}})
+            del self._maps["counters"][_endpoint(key)]
+            self._counted.discard(key)
+
+    def _count(self, key: Key) -> Counted:
+        """Read the counters of a peer, summed over the CPUs."""
+        *counted, seen = self._maps["counters"].per_cpu(_endpoint(key))
+        sent, sent_bytes, received, received_bytes = map(sum, counted)
+        return sent, sent_bytes, received, received_bytes, max(seen)
 
     def _set_peers(self, wanted: Mapping[Key, bytes]) -> None:
         peers, counters = self._maps["peers"], self._maps["counters"]
@@ -430,11 +453,9 @@ class Express:
         """Give the core what the programs have counted so far."""
         if self.off:
             return
-        counters = self._maps["counters"]
-        peers = {}
-        for key in self._counted:
-            *counted, seen = counters.per_cpu(_endpoint(key))
-            peers[key] = (*map(sum, counted), max(seen))
+        peers: dict[Key, tuple[int, ...]] = {
+            key: self._count(key) for key in self._counted if self._core.has_peer(*key)}
+        self._given |= peers
         totals = self._totals()
         self._core.set_express(peers, (
             totals["sent"], totals["received"], totals["send_dropped"], totals["receive_dropped"]))
