@@ -61,8 +61,9 @@ test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp $(VENV)
 	@MAKE=$(MAKE) PYTHON=$(PYTHON) scripts/test-all
 
 SOAK_SECONDS ?= 600
-soak: build $(VENV)/test.stamp ## run SOAK_SECONDS, 600, of full load, a route change every 10 ms; root
-	@UDPTUN_SOAK_SECONDS=$(SOAK_SECONDS) $(PY) -m pytest tests/netns/test_tunnel_life.py -k under_load -s $(ARGS)
+soak: build $(VENV)/test.stamp ## load, take-overs, kills, outages, floods at once, for SOAK_SECONDS, 600; root
+	@scripts/need $(DEMO_TOOLS) etcd:etcd-server
+	@$(PY) -m tests.soak --seconds $(SOAK_SECONDS) $(ARGS)
 
 chaos: build ## disturb a cluster of five nodes for ten minutes, at random; root
 	@scripts/need $(DEMO_TOOLS) etcd:etcd-server iptables:iptables

@@ -74,23 +74,23 @@ class EtcdStore(Store):
 
     def __init__(self, host: Host, members: Sequence[Host], config: dict[str, Any]) -> None:
         super().__init__(host)
-        self._etcd = Etcd(host)
-        self._etcd.put(f"{PREFIX}/config", json.dumps(config))
+        self.etcd = Etcd(host)
+        self.etcd.put(f"{PREFIX}/config", json.dumps(config))
 
     def options(self, member: Host) -> list[str]:
-        return [f"--etcd-endpoints={self._etcd.url}"]
+        return [f"--etcd-endpoints={self.etcd.url}"]
 
     def stop(self) -> None:
-        self._etcd.stop()
+        self.etcd.stop()
 
     def start(self) -> None:
-        self._etcd.start()
+        self.etcd.start()
 
     def close(self) -> None:
         return
 
     def compact(self) -> None:
-        self._etcd.compact()
+        self.etcd.compact()
 
     def key(self, member: Member) -> str:
         found = str(member.subnet).replace("/", "-")
@@ -98,18 +98,18 @@ class EtcdStore(Store):
         return found if six is None else f"{found}&{six}".replace("/", "-")
 
     def delete_lease(self, member: Member) -> None:
-        self._etcd.delete(f"{PREFIX}/subnets/{self.key(member)}")
+        self.etcd.delete(f"{PREFIX}/subnets/{self.key(member)}")
 
     def publish_clone(self, member: Member, address: str) -> None:
         key = self.key(member)
-        lease = self._etcd.leases()[key] | {"PublicIP": address}
-        self._etcd.put(f"{PREFIX}/subnets/{key}", json.dumps(lease))
+        lease = self.etcd.leases()[key] | {"PublicIP": address}
+        self.etcd.put(f"{PREFIX}/subnets/{key}", json.dumps(lease))
 
     def add_garbage(self) -> None:
-        self._etcd.put(f"{PREFIX}/subnets/{self.stray}", "{not json")
+        self.etcd.put(f"{PREFIX}/subnets/{self.stray}", "{not json")
 
     def delete_garbage(self) -> None:
-        self._etcd.delete(f"{PREFIX}/subnets/{self.stray}")
+        self.etcd.delete(f"{PREFIX}/subnets/{self.stray}")
 
 
 class KubeStore(Store):
