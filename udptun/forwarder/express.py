@@ -67,7 +67,7 @@ CONCERN_US = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.RULE, Kind.ANY)
 
 Key = tuple[bytes, int]  # packed address and port of a peer
 # sent packets and bytes, received packets and bytes, time of the last received packet
-Counted = tuple[int, int, int, int, int]
+Counted = tuple[int, ...]
 NOTHING: Counted = (0, 0, 0, 0, 0)
 
 
@@ -453,8 +453,7 @@ class Express:
         """Give the core what the programs have counted so far."""
         if self.off:
             return
-        peers: dict[Key, tuple[int, ...]] = {
-            key: self._count(key) for key in self._counted if self._core.has_peer(*key)}
+        peers = {key: self._count(key) for key in self._counted if self._core.has_peer(*key)}
         self._given |= peers
         totals = self._totals()
         self._core.set_express(peers, (
