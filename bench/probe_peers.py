@@ -18,6 +18,7 @@ import struct
 import time
 from dataclasses import dataclass
 
+from udptun.probe import state
 from udptun.probe.message import (
     NEVER_HEARD,
     REPLY,
@@ -32,7 +33,7 @@ from udptun.probe.prober import Prober
 
 UDP_PORT, VXLAN_PORT = 8285, 8472
 FULL_SIZE = 1422  # an inner packet of 1450 bytes
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.01
 _IP_PKTINFO = 8  # linux/in.h
 _PKTINFO = struct.Struct("=i4s4s")  # interface, local address, address of the header
 _VXLAN = struct.Struct(">8s6s6sH")  # VXLAN header, Ethernet: destination, source, type
@@ -124,6 +125,8 @@ def frame_back(headers: bytes, message: bytes) -> bytes:
 
 
 def serve() -> None:
+    # Each real node has its own clock, so the batches of different peers do not come together.
+    state.IDLE_BATCHES_PER_SECOND = round(1 / TICK_SECONDS)
     udp = Side(UDP_PATH, UDP_PORT)
     sides = udp, Side(VXLAN_PATH, VXLAN_PORT, standby=udp)
     selector = selectors.DefaultSelector()

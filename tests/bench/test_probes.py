@@ -32,7 +32,7 @@ def test_a_frame_is_returned_to_its_sender():
 
 def test_the_table_has_the_difference():
     with_ = replace(COST, daemon_cpu=0.03, forwarder_bytes=57_000_000)
-    lines = {line[:28].strip(): line[28:].split() for line in probes.table(COST, with_)}
+    lines = {line[:32].strip(): line[32:].split() for line in probes.table(COST, with_)}
     assert lines["both, % of a core"] == ["1.50", "3.50", "2.00"]
     assert lines["both, MB"] == ["110.0", "117.0", "7.0"]
 
