@@ -630,19 +630,39 @@ async def test_ages_are_read_only_if_other_programs_have_sent():
         mac = bytes.fromhex(MACS[0].replace(":", ""))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"before", ("10.5.1.7", 9))
-            assert mac in await vxlan.ages(device, own_n=0)
+            assert mac in await vxlan.ages(device, own_n=lambda: 0)
             sender.sendto(b"own", ("10.5.1.7", 9))
             sender.sendto(b"own", ("10.5.2.7", 9))
-            assert await vxlan.ages(device, own_n=2) == {}
+            assert await vxlan.ages(device, own_n=lambda: 2) == {}
             sender.sendto(b"own", ("10.5.1.7", 9))
             sender.sendto(b"of another program", ("10.5.1.7", 9))
-            assert mac in await vxlan.ages(device, own_n=3)
-            assert await vxlan.ages(device, own_n=3) == {}
+            assert mac in await vxlan.ages(device, own_n=lambda: 3)
+            assert await vxlan.ages(device, own_n=lambda: 3) == {}
             # The device counts what it could not send too.
             sh("ip link set utEa down")
             with contextlib.suppress(OSError):
                 sender.sendto(b"of another program", ("10.5.1.7", 9))
-            assert mac in await vxlan.ages(device, own_n=3)
+            assert mac in await vxlan.ages(device, own_n=lambda: 3)
+
+
+@in_own_netns
+async def test_a_packet_of_the_caller_between_two_reads_is_not_of_another_program():
+    underlay()
+    async with opened() as (vxlan, device):
+        assert await vxlan.sync(device, [peer(1)]) == ()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sent = []
+
+            def own_n():
+                """Another thread has sent a packet in the meantime, and has counted it or not."""
+                if len(sent) < 6:
+                    sender.sendto(b"own", ("10.5.1.7", 9))
+                    sent.append(1)
+                    return None if len(sent) % 3 == 0 else len(sent) - 1
+                return len(sent)
+
+            await vxlan.ages(device, own_n=lambda: 0)
+            assert await vxlan.ages(device, own_n=own_n) == {}
 
 
 async def aged(vxlan, device, macs):

@@ -8,7 +8,7 @@ import pytest
 from tests.probe.simulation import FULL, Simulation, Two
 from udptun.probe.prober import HINTS_PER_SECOND, IDLE_PER_SECOND, URGENT_PER_SECOND
 from udptun.probe.sizes import RETRY_SECONDS, STEP
-from udptun.probe.state import REACHABLE, UNKNOWN, UNREACHABLE
+from udptun.probe.state import IDLE_BATCHES_PER_SECOND, REACHABLE, UNKNOWN, UNREACHABLE
 
 SEEDS = range(5)
 
@@ -215,6 +215,15 @@ def test_idle_peers_are_probed_at_different_times():
                   for s in range(10)]
     assert max(per_second) <= 100
     assert min(per_second) >= 20
+
+
+def test_the_probes_to_idle_peers_are_sent_in_few_batches():
+    net = started(range(500))
+    since = net.now
+    net.run(10)
+    rows = net.sent_since(since)
+    assert len(rows) >= 300
+    assert len({at for at, *_ in rows}) <= 10 * IDLE_BATCHES_PER_SECOND + 1
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -547,13 +556,13 @@ def test_forged_reports_about_others_do_not_delay_a_true_one(busy):
     """Forged reports about other peers use up the budget, before and after the true report."""
     net = started(range(200), traffic=busy)
     forged = busy[1:] or range(1, 200)
-    net.passes = lambda key, size, now: key != 0 or size <= 1000
     since = net.now
     for turn in range(100):
         for key in forged:
             net.prober.hint(key, 524)
         if turn == 30:
             since = net.now
+            net.passes = lambda key, size, now: key != 0 or size <= 1000
             net.prober.hint(0, 1000)  # only once: then the sender of the data waits for an answer
         net.run(0.1)
         if net.prober[0].sizes.limit:

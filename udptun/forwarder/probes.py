@@ -243,7 +243,7 @@ class Probes:
         """
         self._ticked_at, self._timer = time.monotonic(), None
         try:
-            if self._ticked_at >= self._look_at:
+            if self._ticked_at >= self._look_at - BATCH_SECONDS:
                 self._look_at = self._ticked_at + LOOK_SECONDS
                 self._follow_table()
                 self._follow_traffic()

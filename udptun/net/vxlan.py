@@ -38,7 +38,7 @@ from .netlink import (
     Netlink,
 )
 from .tun_state import tun_state
-from .vxlan_ages import output_n, read_ages
+from .vxlan_ages import others_n, read_ages
 from .vxlan_entries import RTPROT_UDPTUN, Entries, EntrySocket
 from .vxlan_peers import EntryUpdate, PeerFailure, VxlanPeer, parse_mac, take, unrouted
 
@@ -330,21 +330,21 @@ class Vxlan:
             lambda entries: unrouted(entries.read(), asked))
 
     async def ages(
-        self, device: VxlanDevice, within: float = math.inf, own_n: int | None = None
+        self, device: VxlanDevice, within: float = math.inf,
+        own_n: Callable[[], int | None] | None = None,
     ) -> dict[bytes, float]:
         """Return {MAC: seconds since the last packet to it}, up to ``within``. Raises DeviceError.
 
-        own_n  packets that the caller itself has sent through this device. If only these were sent
-               since the last call, the result is empty: to read the FDB takes long. None: the
-               result has these packets too
+        own_n  returns how many packets the caller itself has sent through this device, or None
+               while it sends; another thread calls it. If only these were sent since the last call,
+               the result is empty: to read the FDB takes long
         """
         async def job(_: Any) -> dict[bytes, float]:
             with RouteSocket() as netlink:
-                if own_n is not None:
-                    others_n = output_n(netlink, device.index) - own_n
-                    if self._others_n.get(device.index) == others_n:
+                if own_n and (n := others_n(netlink, device.index, own_n)) is not None:
+                    if self._others_n.get(device.index) == n:
                         return {}
-                    self._others_n[device.index] = others_n
+                    self._others_n[device.index] = n
                 return read_ages(netlink, device.index, within)
 
         return await self._netlink.work(f"reading the use of {device.name}", job)

@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import struct
+from collections.abc import Callable
 
 from .batch import ATTRIBUTE, Refusal, RouteSocket, attributes
 from .local import IFINFOMSG, RTM_GETLINK
@@ -32,6 +33,7 @@ TICKS = os.sysconf("SC_CLK_TCK")  # the unit of these times
 IFLA_STATS64 = 23  # linux/if_link.h
 # The start of struct rtnl_link_stats64: packets sent, errors and drops of the device's output.
 OUTPUT = struct.Struct("=8xQ24xQ8xQ")
+TRIES = 10  # to read the counters at a moment when the caller does not send
 
 
 def output_n(netlink: RouteSocket, index: int) -> int:
@@ -42,6 +44,22 @@ def output_n(netlink: RouteSocket, index: int) -> int:
         raise OSError(link.number, str(link))
     counters: tuple[int, ...] = OUTPUT.unpack_from(attributes(link, IFINFOMSG.size)[IFLA_STATS64])
     return sum(counters)
+
+
+def others_n(netlink: RouteSocket, index: int, own_n: Callable[[], int | None]) -> int | None:
+    """Return how many packets other programs have sent through the device; None: not known. Raises
+    OSError.
+
+    own_n  returns how many packets the caller has sent, or None while it sends. Both counters must
+           be from the same moment: a packet between two reads would look like that of another
+           program
+    """
+    for _ in range(TRIES):
+        own = own_n()
+        output = output_n(netlink, index)
+        if own is not None and own_n() == own:
+            return output - own
+    return None
 
 
 def read_ages(

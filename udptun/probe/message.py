@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 import random
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .. import model
 
@@ -45,8 +45,7 @@ _HEADER = struct.Struct(">IBBxxQIHxx")
 HEADER_SIZE = _HEADER.size  # 24
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(NamedTuple):
     kind: int
     path: int
     token: int

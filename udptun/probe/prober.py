@@ -17,12 +17,11 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from .message import KernelRandom, new_token
 from .schedule import Budget, Schedule
-from .state import IDLE_JITTER, IDLE_SECONDS, PathState
+from .state import IDLE_JITTER, IDLE_SECONDS, PathState, next_batch
 
 K = TypeVar("K", bound=Hashable)
 
@@ -39,8 +38,7 @@ STANDBY_PER_SECOND = 25.0  # probes to N idle standby paths
 RETRY_SECONDS = 0.02  # shortest wait for the budget: probes are sent in small batches
 
 
-@dataclass(frozen=True, slots=True)
-class Request(Generic[K]):
+class Request(NamedTuple, Generic[K]):
     """A probe to send now. It is recorded as sent."""
 
     key: K
@@ -63,6 +61,7 @@ class Prober(Generic[K]):
         self._paths: dict[K, PathState] = {}
         self._max_interval: dict[K, float] = {}
         self._standby: set[K] = set()
+        self._idle_seconds = self._standby_seconds = IDLE_SECONDS  # the intervals
         self._schedule: Schedule[K] = Schedule()
         # The paths that wait for the budget, by urgency, in order.
         self._waiting: dict[bool, OrderedDict[K, None]] = {
@@ -116,10 +115,12 @@ class Prober(Generic[K]):
             path.resize(full_size)
             return
         self._paths[key] = PathState(self._clock(), full_size, data_proves)
+        self._set_intervals()
         self._schedule.set(key, self._clock())
 
     def remove(self, key: K) -> None:
         self._paths.pop(key, None)
+        self._set_intervals()
         self._max_interval.pop(key, None)
         self._standby.discard(key)
         self._schedule.remove(key)
@@ -243,14 +244,22 @@ class Prober(Generic[K]):
         now = self._clock()
         for urgent, waiting in self._waiting.items():
             if waiting:
-                times.append(max(self._budget[urgent].ready_at(now), now + RETRY_SECONDS))
+                at = max(self._budget[urgent].ready_at(now), now + RETRY_SECONDS)
+                times.append(at if urgent else next_batch(at))
         if self._hint_order:
             times.append(max(self._hints.ready_at(now), now + RETRY_SECONDS))
         return min((at for at in times if at is not None), default=None)
 
+    def has_nothing_before(self, at: float) -> bool:
+        """Return whether ``next_at`` is certainly not before this time, if it was not when ``run``
+        ended. This is faster than ``next_at``."""
+        return not self._hint_order and self._schedule.is_empty_before(at)
+
     def take_changes(self) -> dict[K, str]:
         """Return the paths whose state or whose result for the sizes has changed since the last
         call, and the state that each had before."""
+        if not self._changed:
+            return {}
         changed, self._changed = self._changed, {}
         return changed
 
@@ -263,10 +272,14 @@ class Prober(Generic[K]):
 
     # -- inside -----------------------------------------------------------------------------------
 
+    def _set_intervals(self) -> None:
+        n = len(self._paths)
+        self._idle_seconds = max(IDLE_SECONDS, n / IDLE_PER_SECOND)
+        self._standby_seconds = max(IDLE_SECONDS, n / STANDBY_PER_SECOND)
+
     def _interval(self, key: K) -> float:
         """Return the interval at which this path is probed while it is idle."""
-        per_second = STANDBY_PER_SECOND if key in self._standby else IDLE_PER_SECOND
-        interval = max(IDLE_SECONDS, len(self._paths) / per_second)
+        interval = self._standby_seconds if key in self._standby else self._idle_seconds
         if self._max_interval and (limit := self._max_interval.get(key)) is not None:
             return min(interval, limit)
         return interval
@@ -284,9 +297,10 @@ class Prober(Generic[K]):
         if path is None:
             return  # removed while it waited for the budget
         now = self._clock()
-        before = _verdict(path)
-        path.expire(now)
-        self._note(key, path, before)
+        if now >= path.next_expiry():
+            before = _verdict(path)
+            path.expire(now)
+            self._note(key, path, before)
         if now < path.next_due(self._interval(key)):
             self._plan(key, path)
             return
@@ -305,7 +319,7 @@ class Prober(Generic[K]):
         now = self._clock()
         spread = ACTIVE_FACTORS if path.active else IDLE_FACTORS
         token = new_token(self._rng, path.peer_half)
-        path.sent(now, token, size, decisive, self._jitter.choice(spread))
+        path.sent(now, token, size, decisive, spread[int(self._jitter.random() * len(spread))])
         return Request(key, token, size, path.last_probe)
 
 

@@ -1,68 +1,100 @@
 """The schedule of the paths, and the limit of probes per second.
 
-Owns a heap of times, and token buckets. A change of a time pushes a new entry. The old entry stays
-in the heap, and is skipped when its time has come. So no operation scans all paths. Times are
+Owns the lists of the keys that are due together, and token buckets. A time is rounded up to 1/64 s,
+and all keys with the same time share one list. A change of a time adds the key to another list. The
+old entry stays, and is skipped when its time has come. So no operation scans all paths. Times are
 seconds of the monotonic clock. Threading: one thread.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
-STALE_MIN = 64  # the heap is rebuilt when it has this many more entries than twice the keys
+PER_SECOND = 64  # a power of two, so that multiplying and dividing times is exact
+STALE_MIN = 64  # old entries are removed if there are this many more entries than twice the keys
 
 
 class Schedule(Generic[K]):
     """Keys with a time each."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, K]] = []
-        self._entry: dict[K, tuple[float, int, K]] = {}  # the valid entry of each key
-        self._order = 0  # keys with equal times keep the order of ``set``
+        self._due: dict[int, list[K]] = {}  # by time, in units of 1/PER_SECOND
+        self._times: list[int] = []  # a heap: the keys of _due
+        self._of: dict[K, list[K]] = {}  # the list with the valid entry of each key
+        self._entries_n = 0
 
     def __len__(self) -> int:
-        return len(self._entry)
+        return len(self._of)
 
     def set(self, key: K, at: float) -> None:
         """Set the time of a key. Replaces its former time."""
-        former = self._entry.get(key)
-        if former is not None and former[0] == at:
+        time = math.ceil(at * PER_SECOND)
+        due = self._due.get(time)
+        if due is None:
+            due = self._due[time] = []
+            heapq.heappush(self._times, time)
+        elif self._of.get(key) is due:
             return
-        self._order += 1
-        entry = self._entry[key] = at, self._order, key
-        heapq.heappush(self._heap, entry)
-        if len(self._heap) > 2 * len(self._entry) + STALE_MIN:
-            self._heap = list(self._entry.values())
-            heapq.heapify(self._heap)
+        due.append(key)
+        self._of[key] = due
+        self._entries_n += 1
+        if self._entries_n > 2 * len(self._of) + STALE_MIN:
+            self._remove_stale()
 
     def remove(self, key: K) -> None:
-        self._entry.pop(key, None)
+        self._of.pop(key, None)
 
     def take(self, now: float) -> Iterator[K]:
-        """Yield the keys whose time has come, earliest first. A yielded key has no time any more.
+        """Yield the keys whose time has come, those of the earliest time first. A yielded key has
+        no time any more.
 
-        A time that is set while this runs is not yielded before the next call, unless it is earlier
-        than ``now``.
+        A time that is set while this runs is not yielded before the next call, unless it is not
+        later than ``now``. If the caller stops early, the next call continues.
         """
-        while self._heap and self._heap[0][0] <= now:
-            entry = heapq.heappop(self._heap)
-            key = entry[2]
-            if self._entry.get(key) is entry:
-                del self._entry[key]
+        while self._times and self._times[0] <= now * PER_SECOND:
+            due = self._due[self._times[0]]
+            if not due:
+                self._drop_first()
+                continue
+            key = due.pop()
+            self._entries_n -= 1
+            if self._of.get(key) is due:
+                del self._of[key]
                 yield key
 
     def next_at(self) -> float | None:
         """Return the earliest time; None if there is no key."""
-        while self._heap:
-            entry = self._heap[0]
-            if self._entry.get(entry[2]) is entry:
-                return entry[0]
-            heapq.heappop(self._heap)
+        while self._times:
+            due = self._due[self._times[0]]
+            while due:
+                if self._of.get(due[-1]) is due:
+                    return self._times[0] / PER_SECOND
+                due.pop()
+                self._entries_n -= 1
+            self._drop_first()
         return None
+
+    def is_empty_before(self, at: float) -> bool:
+        """Return whether no key has an earlier time. False also if only old entries are earlier."""
+        return not self._times or self._times[0] >= at * PER_SECOND
+
+    def _drop_first(self) -> None:
+        del self._due[heapq.heappop(self._times)]
+
+    def _remove_stale(self) -> None:
+        for time, due in [*self._due.items()]:
+            left = [key for key in dict.fromkeys(due) if self._of.get(key) is due]
+            due[:] = left
+            if not left:
+                del self._due[time]
+        self._times = [*self._due]
+        heapq.heapify(self._times)
+        self._entries_n = len(self._of)
 
 
 class Budget:

@@ -35,6 +35,9 @@ ACTIVE_LINGER_SECONDS = 3.0  # a pair counts as active for this time after its l
 # Time between probes of an idle pair. With 20 % jitter, and 2.1 s to the verdict, the loss of a
 # peer is detected within 15 s.
 IDLE_SECONDS = 10.0
+# The probes of idle pairs are sent in batches, this many per second: with many peers, each wake-up
+# costs more than the probes.
+IDLE_BATCHES_PER_SECOND = 5
 ROUND_SECONDS = 0.1  # time between two rounds of probes that search for the largest size
 LARGE_EVERY_ACTIVE = 2  # on a pair with traffic, every second probe is large
 # On an idle pair, every fourth probe is large: large probes cost bandwidth, and an idle pair sends
@@ -295,15 +298,17 @@ class PathState:
         if self._soon:
             return self._sent_at
         if self.state == UNREACHABLE:
-            backoff = ACTIVE_SECONDS * 2.0 ** min(self._backoff_n, 10)
-            wait = min(backoff, idle_seconds) if self.active else idle_seconds
-        elif self.sizes.urgent and not self._pending:
-            return self._sent_at + ROUND_SECONDS
-        elif self.suspect:
+            wait = idle_seconds
+            if self.active:
+                wait = min(ACTIVE_SECONDS * 2.0 ** min(self._backoff_n, 10), idle_seconds)
+        elif self._awaited_n or self._missed_n or self.sizes.urgent:  # as ``suspect``
+            if self.sizes.urgent and not self._pending:
+                return self._sent_at + ROUND_SECONDS
             return self._sent_at + max(SUSPECT_SECONDS, 2 * (self.rtt or 0.0))
         else:
             wait = ACTIVE_SECONDS if self.active else idle_seconds
-        return self._sent_at + wait * self._jitter
+        due = self._sent_at + wait * self._jitter
+        return due if wait < idle_seconds else next_batch(due)
 
     def next_expiry(self) -> float:
         """Return when ``expire`` is due; infinite if no answer is awaited."""
@@ -416,6 +421,11 @@ class PathState:
             self.state, self.since = UNREACHABLE, now
             self._backoff_n = 0
             self.sizes.path_lost()
+
+
+def next_batch(at: float) -> float:
+    """Return when the first batch of probes to idle pairs is sent that is not before this time."""
+    return math.ceil(at * IDLE_BATCHES_PER_SECOND) / IDLE_BATCHES_PER_SECOND
 
 
 def _take(probes: tuple[_Sent, ...], token: int) -> tuple[_Sent | None, tuple[_Sent, ...]]:

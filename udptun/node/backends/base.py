@@ -252,13 +252,14 @@ class Backend(ABC, Generic[P]):
         return None
 
     async def send_ages(
-        self, within: float, probes_n: Mapping[int, int]
+        self, within: float, probes_n: Mapping[int, Callable[[], int | None]]
     ) -> Mapping[IPNetwork, float]:
         """Return how many seconds ago the last packet was sent to a subnet, probes included. Return
         nothing if only probes were sent since the last call.
 
         within    leave out the subnets to which none was sent in so many seconds
-        probes_n  by IP version: the number of probes that were sent through the ``probe_device``
+        probes_n  by IP version: a function that returns how many probes were sent through the
+                  ``probe_device``, or None while one is being sent. Any thread may call it
         Only for paths with a ``probe_device``. Raises DeviceError.
         """
         return {}

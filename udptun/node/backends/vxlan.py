@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
@@ -293,11 +293,11 @@ class VxlanBackend(Backend[VxlanPeer]):
         return ProbeDevice(device.name, device.index, base, VXLAN_PATH)
 
     async def send_ages(
-        self, within: float, probes_n: Mapping[int, int]
+        self, within: float, probes_n: Mapping[int, Callable[[], int | None]]
     ) -> Mapping[IPNetwork, float]:
         recent: dict[int, dict[str, float]] = {}  # by IP version: by MAC address
         for version, device in [*self._devices.items()]:
-            ages = await self._vxlan.ages(device, within, probes_n.get(version, 0))
+            ages = await self._vxlan.ages(device, within, probes_n.get(version, lambda: 0))
             if ages:
                 recent[version] = {mac.hex(":"): age for mac, age in ages.items()}
         if not recent:

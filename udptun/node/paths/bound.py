@@ -162,7 +162,7 @@ class BoundMeter(Meter):
                                      device.address)
                 self._raw.setblocking(False)
                 asyncio.get_running_loop().add_reader(self._raw, self._receive_echo, self._raw)
-            self._raw.sendto(self._echoes.request(request.token, request.size), (key, 0))
+            self._transmit(self._raw, self._echoes.request(request.token, request.size), (key, 0))
 
     def _receive_echo(self, opened: socket.socket) -> None:
         try:

@@ -26,6 +26,7 @@ from ...text import os_reason
 RECEIVE_LEN = 65536  # the largest message
 BATCH_SECONDS = 0.05  # between two sends: probes, and so their answers, come in small batches
 RECEIVE_N = 64  # messages per wake-up, so that other work of the loop is not delayed
+READ_AFTER = 4  # probes of a batch: then their answers are read, to measure the round trips well
 BUFFER_LEN = 1 << 20  # of the socket: the answers of some hundred full-size probes
 
 # The socket is of no use any more: its device or its address is gone, or no privilege.
@@ -54,7 +55,8 @@ class Meter(ABC):
         self._subnets: dict[str, IPNetwork] = {}
         self.able = False  # no probe is sent before the first ``check``
         self.error = "not opened yet"
-        self.sent_n = 0  # messages that the kernel has accepted
+        self._sent_n = 0  # messages that the kernel has accepted
+        self._sending = False
         self._changed = changed
         self._socket: socket.socket | None = None
         self._errno = errno.ENODEV  # of each probe while there is no socket
@@ -74,6 +76,11 @@ class Meter(ABC):
         """Return when we last sent to the peer, a request or a reply; 0: it is not probed."""
         state = self.prober.get(_key(subnet))
         return 0.0 if state is None else state.last_sent
+
+    def sent_n(self) -> int | None:
+        """Return how many messages the kernel has accepted; None while one is being sent. Any
+        thread."""
+        return None if self._sending else self._sent_n
 
     def remove(self, subnet: IPNetwork) -> None:
         key = _key(subnet)
@@ -159,6 +166,8 @@ class Meter(ABC):
         return key
 
     def _schedule(self) -> None:
+        if self._timer is not None and self.prober.has_nothing_before(self._timer_at):
+            return
         due = self.prober.next_at() if self.able else None
         at = None if due is None else max(due, self._ran_at + BATCH_SECONDS)
         if self._timer is not None:
@@ -173,11 +182,13 @@ class Meter(ABC):
 
     def _run(self) -> None:
         self._timer, self._ran_at = None, time.monotonic()
-        for request in self.prober.run():
+        for n, request in enumerate(self.prober.run(), 1):
             if (number := self.send(*self._message(request))):
                 self.prober.send_failed(request, number)
             else:
                 self._sent(request)
+            if n % READ_AFTER == 0 and self._socket is not None:
+                self._read(self._socket)
         self._report()
         self._schedule()
 
@@ -186,20 +197,33 @@ class Meter(ABC):
         if self._socket is None:
             return self._errno
         try:
-            self._socket.sendto(message, target)
+            self._transmit(self._socket, message, target)
         except OSError as exc:
             number = exc.errno or errno.EIO
             if number in _BROKEN:
                 self._break(exc)
             return number
-        self.sent_n += 1
         return 0
+
+    def _transmit(self, opened: socket.socket, message: bytes, target: Any) -> None:
+        """Send and count a message. Raises OSError."""
+        self._sending = True
+        try:
+            opened.sendto(message, target)
+            self._sent_n += 1
+        finally:
+            self._sending = False
 
     def _break(self, exc: OSError) -> None:
         self.close()
         self.error, self._errno = os_reason(exc), exc.errno or self._errno
 
     def _receive(self, opened: socket.socket) -> None:
+        self._read(opened)
+        self._report()
+        self._schedule()
+
+    def _read(self, opened: socket.socket) -> None:
         for _ in range(RECEIVE_N):
             try:
                 message, source = opened.recvfrom(RECEIVE_LEN)
@@ -212,8 +236,6 @@ class Meter(ABC):
             self._received(message, source)
             if self._socket is not opened:
                 break
-        self._report()
-        self._schedule()
 
     def _report(self) -> None:
         if changed := self.prober.take_changes():

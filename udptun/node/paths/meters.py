@@ -297,9 +297,9 @@ class Meters:
                     (carrying if at == pair.choice.at else standby).add(endpoint)
         await self._forwarder.set_standby(frozenset(standby - carrying))
 
-    def follow_left(self, pairs: Iterable[Pair]) -> None:
-        """Probe the preferred paths that do not carry the packets, but answer again."""
-        left = [pair for pair in pairs if pair.choice.at != pair.preferred]
+    def follow_left(self, left: Sequence[Pair]) -> None:
+        """Probe the preferred paths of these pairs, which do not carry the packets, if they answer
+        again."""
         self._turn = self._turn + LEFT_N if self._turn + LEFT_N < len(left) else 0
         for pair in left[self._turn : self._turn + LEFT_N]:
             meter, measured = pair.meters[pair.preferred], pair.measured[pair.preferred]

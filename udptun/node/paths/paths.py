@@ -17,6 +17,7 @@ Only a node with several backends chooses between paths.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
@@ -48,6 +49,11 @@ FORMER = "chosen before the start of this daemon"  # why a path is not the prefe
 
 Carriers = Mapping[IPNetwork, str | None]
 
+# With thousands of pairs, most of these objects are equal, because their pairs changed together. So
+# the pairs share them, which saves memory.
+_measured = functools.lru_cache(maxsize=16)(Measured)
+_first_choice = functools.lru_cache(maxsize=16)(Choice)
+
 
 class Paths:
     """Measures the paths of the plan that ``update`` receives, from ``run`` on.
@@ -65,6 +71,7 @@ class Paths:
         self._backends: tuple[Backend[Any], ...] = ()
         self._mtu = 0
         self._pairs: dict[IPNetwork, Pair] = {}
+        self._left: dict[IPNetwork, Pair] = {}  # those that do not use their preferred path
         self._meters = Meters(control, self._look_at)
         self._recorder = Recorder(report)
         self._wanted: dict[IPNetwork, str | None] = {}  # choices that are not applied yet
@@ -95,14 +102,15 @@ class Paths:
             self._backends = backends
         if subnets is None:
             subnets = {*self._pairs, *(found.subnet for found in plan)}
+        now = time.monotonic()
         for subnet in subnets:
             found = plan.get(subnet)
             if found is None:
                 self._remove(subnet)
             else:
-                self._set(found, plan.carriers.get(subnet))
+                self._set(found, plan.carriers.get(subnet), now)
 
-    def _set(self, found: SubnetPaths, carrier: str | None) -> None:
+    def _set(self, found: SubnetPaths, carrier: str | None, now: float) -> None:
         """Measure the paths to this subnet. carrier: the backend that carries its packets now, if
         it is not the preferred one."""
         former = self._pairs.get(found.subnet)
@@ -110,13 +118,12 @@ class Paths:
         if former is not None and \
                 (former.found, former.meters, former.endpoints) == (found, meters, endpoints):
             return
-        now = time.monotonic()
-        measured = [None if path is None else Measured(None, now) for path in found.paths]
+        measured = [None if path is None else _measured(None, now) for path in found.paths]
         if former is None:
             usable = [at for at, path in enumerate(found.paths) if path is not None]
             at = next((at for at in usable if self._backends[at].name == carrier), usable[-1])
             why = FORMER if at != usable[-1] else ""
-            choice = Choice(at, now, why)
+            choice = _first_choice(at, now, why)
             report = PairReport(found.key, found.subnet, self._backends[at].name, why)
         else:  # the peer has changed, so the measurements belong to its former paths
             choice, report = former.choice, former.report
@@ -125,8 +132,15 @@ class Paths:
         pair = Pair(found, self._mtu_of(found), self._mtu, meters, endpoints, measured, choice,
                     report, self._meters.errors_of(found, self._backends))
         self._pairs[found.subnet] = self._report_on(pair)
+        self._note_left(pair)
         self._meters.probe(pair)
-        self._look(pair)
+        self._look(pair, now)
+
+    def _note_left(self, pair: Pair) -> None:
+        if pair.choice.at != pair.preferred:
+            self._left[pair.subnet] = pair
+        else:
+            self._left.pop(pair.subnet, None)
 
     def _report_on(self, pair: Pair) -> Pair:
         self._report.pairs[pair.subnet] = pair.report
@@ -138,6 +152,7 @@ class Paths:
 
     def _remove(self, subnet: IPNetwork) -> None:
         pair = self._pairs.pop(subnet, None)
+        self._left.pop(subnet, None)
         if pair is not None:
             self._forget(pair)
             self._recorder.forget(pair)
@@ -153,13 +168,13 @@ class Paths:
     # -- what was measured ------------------------------------------------------------------------
 
     def _look_at(self, subnets: Iterable[IPNetwork]) -> None:
+        now = time.monotonic()
         for subnet in subnets:
             if (pair := self._pairs.get(subnet)) is not None:
-                self._look(pair)
+                self._look(pair, now)
 
-    def _look(self, pair: Pair) -> None:
+    def _look(self, pair: Pair, now: float) -> None:
         """Read the health of each path again, and act on it."""
-        now = time.monotonic()
         got_worse = False
         for at, old in enumerate(pair.measured):
             if old is None:
@@ -168,7 +183,7 @@ class Paths:
             if why and pair.found.shares_address:
                 why += HAIRPIN
             if health is not old.health:
-                pair.measured[at] = Measured(health, now, why)
+                pair.measured[at] = _measured(health, now, why)
                 got_worse |= at == pair.choice.at and health is not None and health < Health.GOOD
             elif why != old.why:
                 pair.measured[at] = Measured(health, old.since, why)
@@ -255,6 +270,7 @@ class Paths:
             preferred = pair.choice.at == pair.preferred
             self._want(pair.subnet, None if preferred else self._backends[pair.choice.at].name)
             self._meters.probe(pair)
+            self._note_left(pair)
         self._report_return(pair, now)
 
     def _report_return(self, pair: Pair, now: float) -> None:
@@ -311,7 +327,7 @@ class Paths:
     async def _keep_meters(self) -> None:
         while True:
             self._meters.check(self._pairs, self._backends)
-            self._meters.follow_left(self._pairs.values())
+            self._meters.follow_left([*self._left.values()])
             await self._meters.follow_standby(self._pairs.values())
             self._report.measure_errors = self._meters.errors()
             await asyncio.sleep(TICK_SECONDS)
