@@ -294,3 +294,16 @@ async def test_own_probes_do_not_count_as_traffic_if_the_kernel_answers_late(mon
     busy.clear()
     await meters.follow_traffic(pairs, 0, Backend())
     assert busy == []  # each packet is found once
+
+
+@in_own_netns
+async def test_a_meter_that_cannot_measure_any_more_sends_no_probe():
+    with bound(A[4]) as (meter, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind((str(A[4]), PORT + 1))
+        meter.add(B[4], 9000, MTU)
+        meter.move(device(A[4]), PORT + 1)
+        meter.traffic([B[4]])  # a probe is due: without a socket, it fails
+        assert meter._timer is not None
+        meter.check()
+        assert "Address already in use" in meter.error
+        assert meter._timer is None

@@ -166,7 +166,8 @@ class Meter(ABC):
         return key
 
     def _schedule(self) -> None:
-        if self._timer is not None and self.prober.has_nothing_before(self._timer_at):
+        if self.able and self._timer is not None and \
+                self.prober.has_nothing_before(self._timer_at):
             return
         due = self.prober.next_at() if self.able else None
         at = None if due is None else max(due, self._ran_at + BATCH_SECONDS)
