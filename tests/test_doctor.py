@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from datetime import UTC, datetime
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
 from udptun.doctor.checks import CHECKS, kubernetes, load, peers, programs, underlay
-from udptun.doctor.checks.daemon import _problems, _split
+from udptun.doctor.checks.daemon import reported
 from udptun.doctor.facts import Facts, Sample
 from udptun.doctor.page import page
 from udptun.doctor.sockets import _address
@@ -120,23 +121,31 @@ def test_a_forwarder_that_answers_with_an_error(
     assert wanted in found.finding.text and "No packet" not in found.finding.text
 
 
-@pytest.mark.parametrize(("texts", "good", "problems"), [
-    (["one problem"], "", ["one problem"]),
-    (["etcd answers; leases: 3", "1 cannot be used:", "k: bad"], "etcd answers; leases: 3",
-     ["1 cannot be used: k: bad"]),
-    (["our rules are active, but rules of other programs drop packets of the overlay:", "a", "b"],
-     "", ["a", "b"]),
-    (["etcd: down", "the active leases are from the cache"],
-     "the active leases are from the cache", ["etcd: down"]),
-])
-def test_the_lines_of_the_daemon(texts: list[str], good: str, problems: list[str]) -> None:
-    assert _problems(texts) == (good, problems)
+def test_the_problems_of_the_daemon(facts: Facts) -> None:
+    """Each one is in one check of doctor, with what was measured and what to do."""
+    def problem(check: str, text: str, **more: str | None) -> dict[str, str | None]:
+        return {"check": check, "text": text, "remedy": "", "since": None, "peer": "",
+                "setting": "", **more}
 
-
-def test_the_remedy_of_the_daemon() -> None:
-    assert _split("x drops; a rule of this chain has to accept UDP port 1") == (
-        "x drops", "", "a rule of this chain has to accept UDP port 1")
-    assert _split("a; b") == ("a; b", "", "")
+    began = datetime.fromtimestamp(time.time() - 300, UTC).isoformat()
+    facts.node.answer = {
+        "checks": [{"name": name, "state": state, "text": ["a; b"]} for name, state in (
+            ("host", "degraded"), ("lease", "failed"), ("store", "ok"))],
+        "problems": [
+            problem("host", "udptun0 is down", since=began, remedy="see its log"),
+            problem("host", "a blackhole; a rule", peer="n2"),
+            problem("host", "forwarding is 0", setting="net.ipv4.ip_forward"),
+            problem("lease", "10.5.1.0/24: expired")]}
+    found = {check.name: [*check.look(facts)] for check in CHECKS
+             if check.name in ("host", "routes", "lease", "store")}
+    assert found == {
+        "host": [warning("udptun0 is down", "for 5 min", "see its log")],
+        "routes": [warning("a blackhole; a rule")],
+        "lease": [failed("10.5.1.0/24: expired")], "store": [ok("a; b")]}
+    del facts.node.answer["problems"]
+    assert reported(facts, "lease") == [failed("a; b")]  # of an earlier version
+    with pytest.raises(Skip, match="has no check mtu"):
+        reported(facts, "mtu")
 
 
 def test_addresses_of_proc() -> None:

@@ -73,7 +73,7 @@ RULES = {
     "node.status": LEAVES | {
         "control.client", "control.events", "control.families", "control.http",
         "control.peer_series", "control.protocol", "control.scrape", "control.sockets", "leases",
-        "node.backends", "node.host.interface", "node.status",
+        "node.backends", "node.host.conntrack", "node.host.interface", "node.status",
     },
     "node": LEAVES | {
         "control.client", "control.listen", "control.scrape", "leases", "net", "node", "probe",

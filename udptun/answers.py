@@ -223,6 +223,17 @@ class Check(Answer):
     text: list[str]
 
 
+class Problem(Answer):
+    """One thing that is wrong. The check that has found it has the state."""
+
+    check: str
+    text: str
+    remedy: str
+    since: str | None
+    peer: str
+    setting: str
+
+
 class DeviceCount(Answer):
     """What the kernel has counted for a device of the overlay, in one direction."""
 
@@ -268,9 +279,11 @@ class Node(Answer):
     unavailable: dict[str, str]
     mtu: int
     checks: list[Check]
+    problems: list[Problem]
     no_path: dict[str, str]
     refused: dict[str, str]
     events: list[dict[str, Any]]
     devices: list[DeviceCount]
     peers: list[NodePeer]
-    _types: ClassVar = {"checks": Check, "devices": DeviceCount, "peers": NodePeer}
+    _types: ClassVar = {"checks": Check, "problems": Problem, "devices": DeviceCount,
+                        "peers": NodePeer}

@@ -5,9 +5,9 @@ Formats the JSON that the daemon's socket returns (docs/node.md). Opens no conne
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..spans import size, span
 
@@ -25,11 +25,9 @@ def node_block(node: dict[str, Any]) -> str:
     ]
     text = [f"node: {' and '.join(node['subnets']) or 'no lease'}"]
     text += [f"  {label}: {value}" for label, value in lines]
-    for check in node["checks"]:
-        if check["state"] != "ok":
-            first, *more = check["text"]
-            text.append(f"  [{MARKS[check['state']]}]{check['name']}: {first}")
-            text += [f"      {line}" for line in more]
+    for one in trouble(node):
+        text.append(f"  [{MARKS[one.state]}]{one.check}: {one.text}")
+        text += [f"      {one.remedy}"] if one.remedy else []
     text += [f"  {line}" for line in _devices(node.get("devices", ()))]
     text += [f"  event: {_event(event)}" for event in node["events"][-EVENTS_N:]]
     return "\n".join(text)
@@ -53,13 +51,35 @@ def _event(event: dict[str, Any]) -> str:
     return f"{age(event['time'])} ago, {event['type']}" + (f", {text}" if text else "")
 
 
+class Trouble(NamedTuple):
+    """A problem of the node: the state and the name of its check, what is wrong, what to do."""
+
+    state: str
+    check: str
+    text: str
+    remedy: str
+
+
+def trouble(node: Mapping[str, Any]) -> Iterator[Trouble]:
+    """Yield the problems of the node. A daemon of an earlier version names only the checks."""
+    states = {check["name"]: check["state"] for check in node["checks"]}
+    if "problems" not in node:
+        for check in node["checks"]:
+            if check["state"] != "ok":
+                yield Trouble(check["state"], check["name"], " ".join(check["text"]), "")
+    for one in node.get("problems", ()):
+        lasting = f" (for {age(one['since'])})" if one["since"] else ""
+        yield Trouble(states[one["check"]], one["check"], one["text"] + lasting, one["remedy"])
+
+
 def problems(node: dict[str, Any], omitted: Container[str] = ()) -> Iterator[str]:
     """Yield a line for each thing that is wrong with the node. omitted: names of checks."""
     if not node["ready"]:
         yield f"the node is {_not_ready(node['waiting'])}"
-    for check in node["checks"]:
-        if check["state"] != "ok" and check["name"] not in omitted:
-            yield f"{check['state']}: {check['name']}: {' '.join(check['text'])}"
+    for one in trouble(node):
+        if one.check not in omitted:
+            what = "; ".join(filter(None, (one.text, one.remedy)))
+            yield f"{one.state}: {one.check}: {what}"
 
 
 def event_text(event: dict[str, Any]) -> str:

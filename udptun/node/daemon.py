@@ -292,7 +292,7 @@ class Daemon:
     def _check_conntrack(self) -> None:
         before, self.report.conntrack = self.report.conntrack, conntrack.shortage()
         if self.report.conntrack and not before:
-            log.warning("%s", self.report.conntrack)
+            log.warning("%s; %s", self.report.conntrack, conntrack.REMEDY)
         elif before and not self.report.conntrack:
             log.info("the kernel's conntrack table has room again")
 

@@ -134,14 +134,14 @@ class HostCheck:
             wrong = await self._backends.verify()
         except (UdptunError, OSError) as exc:
             wrong = [str(exc)]
-        repairs, impaired = self._host.keep_forwarding(self._site.network)
+        repairs, off = self._host.keep_forwarding(self._site.network)
         if self._looked:
             self._record(repairs)
         else:  # to turn on a setting that was off before our start is not a repair
             for text in repairs:
                 log.info("%s", text)
         self._looked = True
-        self._report.host.set(wrong, impaired)
+        self._report.host.set(wrong, off)
 
     async def _look_at_routes(self, *, everyone: bool) -> None:
         assert self._site is not None and self._lease is not None

@@ -26,6 +26,7 @@ from udptun.node.status.readiness import (
     CHANGE_SECONDS,
     CHECKS,
     MAX_NAMED,
+    Problem,
     State,
     is_ready,
     judge,
@@ -34,6 +35,8 @@ from udptun.node.status.report import FirewallDrop, NodeReport, PairReport
 from udptun.node.status.scrape import NodeScrape
 from udptun.node.status.server import HealthServer
 
+FORWARD = "net.ipv6.conf.all.forwarding"
+OFF = f"{FORWARD} is 0: pods on this host reach no other node over IPv6"
 LOOPBACK = parse_address("address", "127.0.0.1")
 
 
@@ -150,6 +153,10 @@ def set_contested(report: NodeReport) -> None:
     report.source.contested = "another machine writes it"
 
 
+def set_off(report: NodeReport) -> None:
+    report.host.set([], {FORWARD: OFF})
+
+
 def set_no_firewall(report: NodeReport) -> None:
     report.firewall_error = "nft is not there"
 
@@ -262,6 +269,56 @@ def test_each_problem_has_its_own_check(
     assert states(report) == found
     assert is_ready(judge(report)) == (State.FAILED not in found.values())
     assert says in text_of(report, next(iter(found)))
+
+
+@pytest.mark.parametrize("spoil", [
+    set_waiting, set_store_down, set_stale, set_never_reported, set_skipped, set_lost, set_expired,
+    set_no_lease, set_contested, set_too_small_for_ipv6, set_no_forwarder, set_out_of_step,
+    set_no_subnet_env, set_silent, set_limited, set_all_silent, set_not_measured, set_no_firewall,
+    partial(set_drop, cuts=True), set_conntrack_full, set_unreachable, set_refused, set_off,
+])
+def test_each_problem_has_fields_that_stay_the_same(
+    spoil: Callable[[NodeReport], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each failed check, and no other, has problems. Nothing in a text depends on the time."""
+    def problems() -> list[Problem]:
+        return [one for check in judge(report) for one in check.problems]
+
+    report = ready()
+    spoil(report)
+    before = problems()
+    assert {one.check for one in before} == states(report).keys() != set()
+    now, monotonic = time.time(), time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: now + 1000)
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic + 1000)
+    assert [replace(one, since=None) for one in problems()] == [
+        replace(one, since=None) for one in before]
+    for one, again in zip(before, problems(), strict=True):
+        assert again.since is one.since is None or abs(again.since - one.since) < 1
+
+
+def test_what_a_problem_is_about() -> None:
+    report = ready()
+    set_off(report)
+    set_drop(report, cuts=True)
+    set_silent(report)
+    report.host.set_misrouted({"10.5.9.0-24": "it is a blackhole"})
+    found = {one.text: one for check in judge(report) for one in check.problems}
+    off = found[OFF]
+    assert (off.setting, off.remedy) == (FORWARD, f"run: sysctl -w {FORWARD}=1")
+    assert found["it is a blackhole"].peer == "10.5.9.0-24"
+    assert found["packets are dropped by X"].remedy == "ask X"
+    silent = found["10.5.21.0-24 does not answer: VXLAN: it is unreachable"]
+    assert silent.peer == "10.5.21.0-24" and silent.since == report.pairs[
+        IPv4Network("10.5.21.0/24")].changed
+
+
+def test_few_of_many_problems_are_listed() -> None:
+    report = ready()
+    set_pairs(report, *["unreachable"] * 30)
+    (peers,) = (check for check in judge(report) if check.name == "peers")
+    assert len(peers.problems) == MAX_NAMED + 1
+    assert peers.problems[-1].text == "10 more: not answering"
 
 
 def test_a_peer_on_another_path_than_the_preferred_one_is_named() -> None:

@@ -17,7 +17,7 @@ from ...errors import FieldError
 from ...spans import milliseconds, size, span
 from ...text import counted
 from ..mesh import STATES, Row, why, words
-from ..node_status import age
+from ..node_status import age, trouble
 from ..samples import UNKNOWN, Pair, host_name, total
 from ..top.cells import amount, count
 from .markup import Element, element, html
@@ -150,16 +150,13 @@ def _problems(view: View) -> Iterator[Element]:
             yield E("li", "the node is not ready" + (
                 f": {node['waiting']}" if node["waiting"] else ""))
         for check in node["checks"]:
-            if check["state"] == "ok":
-                continue
-            first, *more = check["text"]
-            text = f"{check['state']}: {check['name']}: {first}"
-            if check["name"] == "peers":
-                yield E("li", f"{text}; see ", E("a", "the table of peers", href="#peers"))
-            elif more:
-                yield E("li", text, E("ul", *(E("li", line) for line in more)))
-            else:
-                yield E("li", text)
+            if check["name"] == "peers" and check["state"] != "ok":
+                yield E("li", f"{check['state']}: peers: {check['text'][0]}; see ",
+                        E("a", "the table of peers", href="#peers"))
+        for one in trouble(node):
+            if one.check != "peers":
+                yield E("li", f"{one.state}: {one.check}: {one.text}",
+                        *([E("ul", E("li", one.remedy))] if one.remedy else []))
     if view.sample.forwarder is None:
         yield E("li", "no forwarder answers: nothing is known about UDP")
 

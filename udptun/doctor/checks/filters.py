@@ -61,12 +61,11 @@ def _own_rules(facts: Facts) -> Iterator[Finding]:
 
 @check("conntrack", "whether the kernel's table of connections is nearly full", "node.md#health")
 def conntrack(facts: Facts) -> Iterator[Finding]:
-    from ...node.host.conntrack import LIMIT, shortage
+    from ...node.host.conntrack import LIMIT, REMEDY, shortage
 
     why = shortage()
     if why:
-        text, _, remedy = why.rpartition("; raise ")
-        yield failed(text, remedy=f"raise {remedy}")
+        yield failed(why, remedy=REMEDY)
         return
     if not LIMIT.exists():
         raise Skip("this kernel tracks no connections")

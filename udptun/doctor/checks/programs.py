@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...privileges import Capability
-from ..check import Finding, Skip, check, failed, ok, warning
+from ..check import Finding, Result, Skip, check, failed, ok, warning
 from ..facts import Asked, Facts
 from ..processes import Process, capabilities, named, open_files
-from .daemon import reported_lines
+from .daemon import reported
 
 FILES_SHARE = 0.8
 UNITS = {"node": "udptun-node", "forward": "udptun-forwarder"}
@@ -37,11 +37,13 @@ def node_daemon(facts: Facts) -> Iterator[Finding]:
        "node.md#the-forwarder")
 def forwarder(facts: Facts) -> Iterator[Finding]:
     if facts.forwarder.answer is not None:
-        answer, lines = facts.forwarder.answer, reported_lines(facts, "forwarder")
-        if lines is not None and lines[0] != "ok":
-            yield failed(f"the forwarder does not have what the daemon wants: {lines[1][0]}",
+        answer, wrong = facts.forwarder.answer, [
+            one for one in reported(facts, "forwarder") or () if one.result is not Result.OK]
+        for one in wrong:
+            yield failed(f"the forwarder does not have what the daemon wants: {one.text}",
                          f"routes: {answer['route_count']}",
                          "see the logs of the daemon and of the forwarder")
+        if wrong:
             return
         yield ok(f"version {answer['version']} answers; routes: {answer['route_count']}")
         return

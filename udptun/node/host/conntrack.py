@@ -12,6 +12,7 @@ from pathlib import Path
 
 COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 LIMIT = Path("/proc/sys/net/netfilter/nf_conntrack_max")
+REMEDY = "raise net.netfilter.nf_conntrack_max"
 NEARLY_FULL = 0.95  # the number changes all the time, and a full table briefly has fewer entries
 
 
@@ -27,4 +28,4 @@ def shortage(count_file: Path = COUNT, limit_file: Path = LIMIT) -> str:
     if not limit or count < NEARLY_FULL * limit:  # limit 0: no limit
         return ""
     return (f"the kernel's conntrack table has {count} of {limit} entries: if it is full, the "
-            "first packet of each new flow is dropped; raise net.netfilter.nf_conntrack_max")
+            "first packet of each new flow is dropped")

@@ -20,15 +20,15 @@ FORWARD4, FORWARD6 = "ipv4/ip_forward", "ipv6/conf/all/forwarding"
 
 def keep_forwarding(
     versions: Collection[int], devices: Iterable[str]
-) -> tuple[list[str], list[str]]:
-    """Turn forwarding on where it is ours. Return a sentence for each repair, and one for each
-    setting that is still off.
+) -> tuple[list[str], dict[str, str]]:
+    """Turn forwarding on where it is ours. Return a sentence for each repair, and by sysctl a
+    sentence for each setting that is still off.
 
     versions  the IP versions of the overlay
     devices   the overlay's devices; some may not exist
     """
     repairs: list[str] = []
-    off: list[str] = []
+    off: dict[str, str] = {}
     if 4 in versions:
         settings = {FORWARD4: "pods on this host reach no other node over IPv4"} | {
             f"ipv4/conf/{device}/forwarding": f"packets that arrive on {device} do not reach pods"
@@ -40,9 +40,11 @@ def keep_forwarding(
                 (ROOT / name).write_text("1")
                 repairs.append(f"{sysctl(name)} is repaired: it was 0")
             except OSError as exc:
-                off.append(f"{sysctl(name)} is 0: {effect} (setting it: {os_reason(exc)})")
+                off[sysctl(name)] = \
+                    f"{sysctl(name)} is 0: {effect} (setting it: {os_reason(exc)})"
     if 6 in versions and value_of(FORWARD6) == "0":
-        off.append(f"{sysctl(FORWARD6)} is 0: pods on this host reach no other node over IPv6")
+        off[sysctl(FORWARD6)] = \
+            f"{sysctl(FORWARD6)} is 0: pods on this host reach no other node over IPv6"
     return repairs, off
 
 

@@ -90,11 +90,11 @@ class Host:
         self._env = SubnetEnv(network.network, subnets.v4, network.network6, subnets.v6, mtu,
                               self._config.ip_masq)
 
-    def keep_forwarding(self, network: NetConfig) -> tuple[list[str], list[str]]:
-        """Turn forwarding on. Return a sentence for each repair, and one for each setting that is
-        still off."""
+    def keep_forwarding(self, network: NetConfig) -> tuple[list[str], dict[str, str]]:
+        """Turn forwarding on. Return a sentence for each repair, and by sysctl a sentence for each
+        setting that is still off."""
         if not self._config.iptables_forward_rules:
-            return [], []
+            return [], {}
         versions = {one.version for one in network.networks}
         return keep_forwarding(versions, self._devices(network))
 

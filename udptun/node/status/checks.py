@@ -23,7 +23,7 @@ class CheckEvents:
         for name, check in CHECKS.items():
             if name == PEERS:
                 continue
-            state, text = check(self._report)
+            state, text, _ = check(self._report)
             if state is not self._last.get(name, State.OK):
                 self._report.event(KINDS[state], check=name,
                                    reason="" if state is State.OK else "; ".join(text))

@@ -164,30 +164,35 @@ class PathMeasurement:
 
 @dataclass(slots=True)
 class HostReport:
-    """What the kernel has, compared with what this node needs. Each key is a sentence, its value is
-    time.time() of the first look that found it.
+    """What the kernel has, compared with what this node needs. Each text has time.time() of the
+    first look that found it.
 
-    wrong      this node's pods cannot use the overlay
-    impaired   some packets may be lost
+    wrong      why this node's pods cannot use the overlay
+    off        by sysctl: a setting that is off, so some packets may be lost
     misrouted  by lease key: why the kernel does not route the peer's packets through the overlay
     """
 
     wrong: Mapping[str, float] = field(default_factory=lambda: {"not looked at yet": time.time()})
-    impaired: Mapping[str, float] = field(default_factory=dict)
+    off: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     misrouted: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
-    def set(self, wrong: Iterable[str], impaired: Iterable[str]) -> None:
+    def set(self, wrong: Iterable[str], off: Mapping[str, str]) -> None:
         """Record the result of a look."""
         now = time.time()
         self.wrong = {text: self.wrong.get(text, now) for text in wrong}
-        self.impaired = {text: self.impaired.get(text, now) for text in impaired}
+        self.off = _lasting(self.off, off)
 
     def set_misrouted(self, found: Mapping[str, str]) -> None:
-        now = time.time()
-        former = self.misrouted
-        self.misrouted = {
-            key: former[key] if former.get(key, ("",))[0] == why else (why, now)
-            for key, why in found.items()}
+        self.misrouted = _lasting(self.misrouted, found)
+
+
+def _lasting(
+    former: Mapping[str, tuple[str, float]], found: Mapping[str, str]
+) -> dict[str, tuple[str, float]]:
+    """Return each text with the time since when it applies."""
+    now = time.time()
+    return {key: former[key] if former.get(key, ("",))[0] == text else (text, now)
+            for key, text in found.items()}
 
 
 async def _nothing() -> None:

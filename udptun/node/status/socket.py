@@ -36,7 +36,7 @@ from ...control.protocol import (
 from ...control.sockets import UnixListener, listen_unix, peer_ids
 from ...errors import DeviceError
 from ...wait import FILE_CHECK_SECONDS, until_removed
-from .readiness import State, is_ready, judge
+from .readiness import Problem, State, is_ready, judge
 from .report import DeviceCount, NodeReport, PairReport, iso_time
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ async def node_json(
         "checks": [
             {"name": check.name, "state": _CHECK_STATES[check.state], "text": list(check.text)}
             for check in checks],
+        "problems": [_problem(one) for check in checks for one in check.problems],
         "no_path": dict(report.peers.unreachable),
         "refused": dict(report.peers.refused),
         "events": list(report.events.recent),
@@ -85,6 +86,12 @@ async def node_json(
         if at % PEERS_SLICE == PEERS_SLICE - 1:
             await asyncio.sleep(0)
     yield b"]}\n"
+
+
+def _problem(found: Problem) -> dict[str, Any]:
+    since = None if found.since is None else iso_time(found.since)
+    return {"check": found.check, "text": found.text, "remedy": found.remedy, "since": since,
+            "peer": found.peer, "setting": found.setting}
 
 
 def _peer(report: NodeReport, pair: PairReport) -> dict[str, Any]:
