@@ -65,7 +65,7 @@ LASTING = {
     },
     "auto": {
         "block-vxlan": ("preferred-path", "reached by UDP only: VXLAN"),
-        "block-udp": ("other-path", "not be reachable by UDP"),
+        "block-udp": ("other-path", "UDP, the second path to .* does not work"),
     },
 }
 # Acts that a running node repairs: so its programs are stopped or killed first.

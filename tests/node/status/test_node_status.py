@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from tests.control.fakes import LoopThread, Served, thread  # noqa: F401
 from tests.node.node_reports import ready
 from udptun.cli import cli, options
+from udptun.cli.node_status import node_block, problems
 from udptun.control.client import ControlClient
 from udptun.errors import ControlError
 from udptun.instance import Instance
@@ -26,7 +27,7 @@ from udptun.leases.cache import CACHE_FILE
 from udptun.node.process.launch import FORWARD_FILE, ForwarderSpec
 from udptun.node.status import socket as module
 from udptun.node.status.report import NodeReport, PairReport, iso_time
-from udptun.node.status.socket import NodeSocket
+from udptun.node.status.socket import NodeSocket, node_json
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "node.md"
 
@@ -64,17 +65,36 @@ def test_the_socket_is_the_instances(served_node):
     assert stat.S_IMODE(served_node.stat().st_mode) == 0o660
 
 
+def example_in_the_document():
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if '"path_since"' in block]
+    return json.loads(block)
+
+
 def test_the_example_in_the_document_has_the_keys_of_a_real_answer(served_node):
     with ControlClient(str(served_node)) as client:
         found = client.node()
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    (block,) = [block for block in blocks if '"path_since"' in block]
-    example = json.loads(block)
+    example = example_in_the_document()
     assert [*example] == [*found]
     assert [*example["peers"][0]] == [*found["peers"][0]]
     assert [*example["events"][0]] == [*found["events"][0]]
     assert [*example["checks"][0]] == [*found["checks"][0]]
     assert found["peers"][0]["paths"]["vxlan"]["state"] == "unreachable"
+
+
+async def test_problems_in_fields_and_as_text():
+    report = measured()
+    report.conntrack = "the table is full"
+    report.host.set([], {"net.ipv4.ip_forward": "it is 0"})
+    found = json.loads(b"".join([piece async for piece in node_json(report)]))
+    assert [*found["problems"][0]] == [*example_in_the_document()["problems"][0]]
+    shown = re.sub(r"for \d+ s", "for N s", node_block(found))
+    assert "\n  [!]host: it is 0 (for N s)\n      run: sysctl -w net.ipv4.ip_forward=1\n" in shown
+    remedy = "raise net.netfilter.nf_conntrack_max"
+    assert f"\n  [!]conntrack: the table is full\n      {remedy}\n" in shown
+    assert "degraded: conntrack: the table is full; " + remedy in [*problems(found)]
+    del found["problems"]  # of an earlier version
+    assert f"\n  [!]conntrack: the table is full; {remedy}\n" in node_block(found)
 
 
 def test_many_peers_and_many_requests(served_node):
