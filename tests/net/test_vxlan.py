@@ -491,11 +491,14 @@ async def test_direct_routes(version):
             default = routes(version).pop("default")
             assert routes(version) == {**straight, **through, "default": default}
             assert list(forwarding()) == [far.mac]
+            assert [vxlan.encapsulates(one) for one in (near, far)] == [False, True]
         sh(f"ip -{version} route del default")
         assert await vxlan.change(device, [replace(near, direct=False)], [far.subnet]) == ()
         assert_active(replace(near, direct=False), version=version)
+        assert vxlan.encapsulates(replace(near, direct=False))
         assert await vxlan.change(device, [near]) == ()
         assert (routes(version), neighbours(version), forwarding()) == (straight, {}, {})
+        assert not vxlan.encapsulates(near)
     # A new process removes the routes of the former process.
     with Netlink() as netlink:
         assert await Vxlan(netlink).sync(device, []) == ()

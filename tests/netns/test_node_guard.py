@@ -21,6 +21,7 @@ from tests.netns.hosts_file import two_nodes
 from tests.netns.test_tunnel_sources import inner_packet
 from udptun.instance import Instance
 from udptun.lab import wait_for
+from udptun.lab.cluster import PREFIX, Cluster, etcd_obstacle
 from udptun.model import Endpoint, Mark
 from udptun.node.host.firewall.guard import GuardRules
 from udptun.node.host.firewall.keeper import Firewall
@@ -308,3 +309,43 @@ def test_the_names_contain_the_instance():
     assert Instance("blue").guard_table == "blue-guard"
     assert Instance("blue").guard_chain("out") == "BLUE-GUARD-OUT"
     assert len(Instance("abcdefgh").guard_chain("out")) < 29  # XT_EXTENSION_MAXNAMELEN
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+def test_only_nodes_on_the_link_send_without_encapsulation(lab):
+    """With DirectRouting, a node behind a router still encapsulates. So nobody may send plain
+    packets with a source in its subnet."""
+    cluster = Cluster(lab, 2, config={
+        "Network": "10.244.0.0/16", "Backend": {"Type": "vxlan", "DirectRouting": True}},
+        options=["--backend=vxlan", "--ip-masq"])
+    a, b = cluster.members
+    stranger = cluster.etcd.host
+    for member in cluster.members:
+        member.host.ip(f"route add default via {stranger.v4}")
+        member.host.sysctl("net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.eth0.rp_filter=0")
+    cluster.start()
+    all_reach_all(cluster.members)
+    lease = cluster.etcd.leases()[str(b.subnet).replace("/", "-")]
+    far, near = ip_network("10.244.250.0/24"), ip_network("10.244.251.0/24")
+    for number, (subnet, at) in enumerate((
+            (far, "203.0.113.9"), (near, a.host.interfaces[0].v4.network[99]))):
+        lease |= {"PublicIP": str(at)}
+        lease["BackendData"]["VtepMAC"] = f"02:00:00:00:00:0{number}"
+        cluster.etcd.put(f"{PREFIX}/subnets/{subnet.network_address}-24", json.dumps(lease))
+
+    def direct() -> str:
+        return a.host.run(["nft", "list", "set", "ip", "udptun-guard", "direct"],
+                          check=False).stdout
+
+    wait_for(lambda: str(near) in direct() and str(far) not in direct(), "the rules")
+    a.pod.sysctl("net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.eth0.rp_filter=0")
+    stranger.ip(f"route add {a.subnet} via {a.host.v4}")
+    with a.pod.socket(socket.AF_INET, socket.SOCK_DGRAM) as got, stranger.socket(
+            socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as out:
+        got.bind((str(a.pod_v4), 4242))
+        got.settimeout(10)
+        for source in (far[2], b.pod_v4):
+            out.sendto(inner_packet(source, ip_address(a.pod_v4), str(source).encode()),
+                       (str(a.pod_v4), 0))
+        assert got.recv(100) == str(b.pod_v4).encode()  # the first one is dropped

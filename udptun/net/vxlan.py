@@ -130,6 +130,7 @@ class Vxlan:
         self._kept: dict[str, _Kept] = {}  # by device name: what the last ``ensure`` set up
         self._repairs: list[str] = []
         self._repaired: set[int] = set()  # interface numbers: repaired since the last ``sync``
+        self._encapsulated: set[IPNetwork] = set()  # see ``encapsulates``
         self._others_n: dict[int, int] = {}  # by interface number: output that is not the caller's
 
     # -- the device -------------------------------------------------------------------------------
@@ -315,6 +316,14 @@ class Vxlan:
 
         return await self._entries(f"changing the peers of {device.name}", device, work)
 
+    def encapsulates(self, peer: VxlanPeer) -> bool:
+        """Return whether packets to this peer are known to pass the device.
+
+        A peer with ``direct`` is reached without encapsulation if it is on the link. The kernel
+        decides this when the route is added.
+        """
+        return not peer.direct or peer.subnet in self._encapsulated
+
     async def unrouted(
         self, device: VxlanDevice, peers: Iterable[VxlanPeer]
     ) -> list[IPNetwork]:
@@ -355,6 +364,13 @@ class Vxlan:
         update.put(peers, device.name, device.version)
         for message in update.clear():
             log.warning("%s: %s", device.name, message)
+        for peer in peers:
+            prefix = peer.subnet.network_address.packed, peer.subnet.prefixlen
+            hop = update.now.routes.get(prefix)
+            if peer.direct and hop not in (None, peer.endpoint.packed):
+                self._encapsulated.add(peer.subnet)
+            else:
+                self._encapsulated.discard(peer.subnet)
         # If the update fails, this line is not reached. The next call then reads the entries from
         # the kernel.
         self._known[device.index] = update.now

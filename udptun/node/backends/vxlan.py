@@ -310,7 +310,7 @@ class VxlanBackend(Backend[VxlanPeer]):
     def arrival_devices(self, path: VxlanPeer) -> tuple[str, ...]:
         device = self._devices.get(path.subnet.version)
         # Packets of a peer on our own link arrive without encapsulation if routing is direct.
-        link = (self._prepared.underlay.name,) if path.direct else ()
+        link = () if self._vxlan.encapsulates(path) else (self._prepared.underlay.name,)
         return link if device is None else (device.name, *link)
 
     @property
