@@ -101,6 +101,8 @@ cdef class Core:
     own_subnets    None: deliver packets to any inner destination. Otherwise a list of at most
                    OWN_NETS prefixes, each (packed address, prefix length): deliver only packets to
                    these prefixes and to ``tun_addresses``
+    dscp           of the datagrams, 0..63: the sockets must have it; None: that of the packet, and
+                   the sockets have 0
     """
     cdef shared_t shared
     cdef worker_t** workers     # owned array of borrowed pointers: one per Worker in objects
@@ -123,7 +125,7 @@ cdef class Core:
     cdef uint64_t ended[CAPTURES_N]  # captures_t.word when the capture ended; 0 = it has not
 
     def __cinit__(self, str source_check, uint32_t workers_n, tuple link_mtus, tun_addresses,
-                  int notify_fd, own_subnets=None):
+                  int notify_fd, own_subnets=None, dscp=0):
         cdef bytes packed
         self.spare4.fd = self.spare6.fd = -1
         self.workers = <worker_t**>calloc(workers_n, sizeof(void*))
@@ -133,6 +135,8 @@ cdef class Core:
         self.shared.source_check = SOURCE_CHECKS[source_check]
         self.shared.notify_fd = notify_fd
         self.shared.tun_mtu = IP_MAX
+        self.shared.class_set = 0 if dscp is None else dscp << 2
+        self.shared.class_copied = 0xFC if dscp is None else 0
         self.link_mtu4, self.link_mtu6 = link_mtus
         self.objects = []
         self.inherited = {}

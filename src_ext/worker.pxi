@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free
 
 from drops cimport DROP_REASONS_N
 from path.dropped cimport DROPPED_N, copy_dropped, dropped_packet_t, dropped_t
-from path.own_socket cimport close_senders, open_sender
+from path.own_socket cimport close_senders, copy_options, open_sender
 from path.queue cimport QUEUE_FRAME_DATAGRAMS
 from path.probe cimport ring_take
 from path.refused_senders cimport (
@@ -26,7 +26,7 @@ from path.worker cimport (
     probe_record_t, worker_t,
 )
 from sys cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close,
+    AF_INET, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, close,
     epoll_create1, epoll_ctl, epoll_event, eventfd, now_ns, store_flag, take_bits, write,
 )
 from wire.headers cimport VNET_LEN
@@ -114,6 +114,12 @@ cdef class Worker:
             close(self.w.wake_fd)
         free_buffers(self.w)
         free(self.w)
+
+    def renew_options(self):
+        """Give the shared sender the mark, DSCP and other options that the IPv4 socket has now."""
+        if self.w.sender4 != self.w.udp_fd4 \
+                and copy_options(self.w.udp_fd4, self.w.sender4, AF_INET) < 0:
+            raise OSError(errno, "cannot set the options of the shared sender")
 
     def fileno(self):
         """Return the descriptor of the epoll set, for the event loop's add_reader.
@@ -224,7 +230,8 @@ cdef class Worker:
         }
 
     def counters(self):
-        """Return the counters of system calls, turns and ICMP errors, and the queued datagrams."""
+        """Return the counters of system calls, turns, ICMP errors and congestion marks, and the
+        queued datagrams."""
         cdef worker_t* w = self.w
         cdef dict before = self.inherited
         cdef dict calls = before.get("syscalls", {})
@@ -232,6 +239,7 @@ cdef class Worker:
             "turns": w.turns, "loop_returns": w.loop_returns, "icmp_sent": w.icmp_sent,
             "icmp_suppressed": w.icmp_suppressed, "probes_lost": w.probes.lost,
             "own_sockets_given": w.own_sockets_given, "icmp_floods": w.deaf_n,
+            "ecn_marked": w.ecn.marked, "ecn_unexpected": w.ecn.unexpected,
         }
         syscalls = {
             "read": w.syscalls_read, "write": w.syscalls_write, "send": w.syscalls_send,

@@ -79,7 +79,7 @@ def test_route_defaults() -> None:
     words = ["10.0.0.1", "via", "192.0.2.2", "mtu", "1400", "port", "9"]
     host = Route(ip_network("10.0.0.1/32"), ip_address("192.0.2.2"), 9, 1400)
     assert Route.from_words(words) == host
-    for flag in ("probe", "express"):
+    for flag in ("probe", "express", "ecn"):
         for words_with_flag in ([*words, flag], [*words[:3], flag, *words[3:]]):
             flagged = Route.from_words(words_with_flag)
             assert flagged == replace(host, **{flag: True})
@@ -100,6 +100,7 @@ def test_route_defaults() -> None:
         ("10.0.0.0/8 via 192.0.2.1 probe probe", "route", "probe"),
         ("10.0.0.0/8 via 192.0.2.1 probe yes", "route", "yes"),
         ("10.0.0.0/8 via 192.0.2.1 express express", "route", "express"),
+        ("10.0.0.0/8 via 192.0.2.1 ecn ecn", "route", "ecn"),
         ("10.0.0.0/8 via 192.0.2.1 port 0", "port", 0),
         ("10.0.0.0/8 via 192.0.2.1 port 70000", "port", 70000),
         ("10.0.0.0/8 via 192.0.2.1 port -1", "port", "-1"),
@@ -154,6 +155,7 @@ def test_invalid_route_text_is_refused(text: str, field: str, value: object) -> 
         ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "probe": 1}, "probe"),
         ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "probe": "true"}, "probe"),
         ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "express": 1}, "express"),
+        ({"dst": "10.0.0.0/8", "via": "192.0.2.1", "ecn": "true"}, "ecn"),
     ],
 )
 def test_invalid_route_json_is_refused(value: object, field: str) -> None:

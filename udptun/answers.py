@@ -70,6 +70,8 @@ class Worker(Answer):
     own_sockets_given: int
     probes_lost: int
     icmp_floods: int
+    ecn_marked: int
+    ecn_unexpected: int
     cpu_seconds: float | None
     syscalls: dict[str, int]
 
@@ -147,6 +149,7 @@ class Status(Answer):
     source_check: Literal["strict", "peer", "off"]
     admit: Literal["any", "own"]
     mark: str | None
+    dscp: str
     accelerate: Accelerate
     device: Device
     capabilities: Capabilities

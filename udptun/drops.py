@@ -58,6 +58,9 @@ DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("destination_not_own", (DECAP,),
                "The inner destination address is not an address of the TUN and not in a subnet of "
                "this node (--admit own)."),
+    DropReason("congestion", (DECAP,),
+               "The path has marked the datagram (ECN: CE), but the sender of the inner packet "
+               "does not use ECN. That sender notices congestion only by a loss (RFC 6040)."),
     DropReason("truncated", (DECAP,), "The datagram is longer than the receive buffer."),
     DropReason("tun_write", (DECAP,), "The TUN refused the packet."),
     DropReason("closed", (ENCAP,), "The packet was still queued when the forwarder stopped."),

@@ -21,6 +21,9 @@ MIN_MTU = 68  # RFC 791: every IPv4 router forwards 68 octets without fragmentat
 MIN_MTU6 = 1280  # RFC 8200 section 5: the MTU of an IPv6 link is at least this
 MAX_MTU = 65535
 MAX_MARK = 0xFFFFFFFF
+MAX_DSCP = 63
+INHERIT = "inherit"  # as a DSCP: that of the packet
+DEFAULT_DSCP = "0"  # as text
 MAX_SNAPLEN = 65536
 MAX_SAMPLE = 1_000_000
 MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
@@ -31,7 +34,8 @@ ACCELERATES = ("off", "auto")  # the default first
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
 PROBE_REQUEST, PROBE_REPLY = 1, 2  # ProbeRecord.kind
 NEVER_HEARD = 0xFFFFFFFF
-ROUTE_WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe] [express]"
+ROUTE_FLAGS = ("probe", "express", "ecn")  # each is a field of Route
+ROUTE_WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe] [express] [ecn]"
 ANY_PORT = (1, MAX_PORT)  # as Route.source_port
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -101,6 +105,20 @@ def parse_number(field: str, value: object, low: int, high: int, where: str = ""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise FieldError(field, value, f"a whole number from {low} to {high}", where)
     return value
+
+
+def parse_dscp(value: object, field: str = "dscp") -> int | None:
+    """Parse ``inherit``, which is None, or a DSCP. None is accepted too."""
+    if value is None or value == INHERIT:
+        return None
+    try:
+        return parse_number(field, value, 0, MAX_DSCP)
+    except FieldError:
+        raise FieldError(field, value, f"{INHERIT}, or a DSCP from 0 to {MAX_DSCP}") from None
+
+
+def dscp_text(dscp: int | None) -> str:
+    return INHERIT if dscp is None else str(dscp)
 
 
 def parse_source_port(value: object, where: str = "") -> tuple[int, int]:
@@ -187,6 +205,7 @@ class Route:
     source_port  first and last of the further ports from which the peer may send under
                  the source check strict; None: no other port
     express  the peer can receive in the kernel, and may send from there
+    ecn  the peer copies the congestion marks of the path to the packets (RFC 6040)
     """
 
     dst: IPNetwork
@@ -196,12 +215,13 @@ class Route:
     probe: bool = False
     source_port: tuple[int, int] | None = None
     express: bool = False
+    ecn: bool = False
 
     @classmethod
     def make(
         cls, dst: object, via: object, port: object = DEFAULT_PORT, mtu: object = None,
-        probe: object = False, source_port: object = None, express: object = False, *,
-        where: str = "",
+        probe: object = False, source_port: object = None, express: object = False,
+        ecn: object = False, *, where: str = "",
     ) -> Route:
         """Build a route from untrusted values. Raises FieldError, which names the field."""
         prefix = parse_destination("dst", dst, where)
@@ -209,12 +229,13 @@ class Route:
         port_number = parse_number("port", port, 1, MAX_PORT, where)
         low = MIN_MTU if prefix.version == 4 else MIN_MTU6
         limit = None if mtu is None else parse_number("mtu", mtu, low, MAX_MTU, where)
-        if not isinstance(probe, bool):
-            raise FieldError("probe", probe, "true or false", where)
-        if not isinstance(express, bool):
-            raise FieldError("express", express, "true or false", where)
+        flags = {"probe": probe, "express": express, "ecn": ecn}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise FieldError(name, value, "true or false", where)
         sources = None if source_port is None else parse_source_port(source_port, where)
-        return cls(prefix, next_hop, port_number, limit, probe, sources, express)
+        return cls(
+            prefix, next_hop, port_number, limit, bool(probe), sources, bool(express), bool(ecn))
 
     @classmethod
     def parse(cls, text: str, where: str = "") -> Route:
@@ -232,10 +253,10 @@ class Route:
         rest = iter(words[3:])
         for name in rest:
             key = name.replace("-", "_")
-            if name not in ("port", "mtu", "source-port", "probe", "express") or key in values:
-                expected = "port P, mtu M, source-port P, probe or express, each once"
+            if name not in ("port", "mtu", "source-port", *ROUTE_FLAGS) or key in values:
+                expected = "port P, mtu M, source-port P, probe, express or ecn, each once"
                 raise FieldError("route", name, expected, where)
-            value = True if name in ("probe", "express") else next(rest, None)
+            value = True if name in ROUTE_FLAGS else next(rest, None)
             if value is None:
                 raise FieldError(name, "", f"a value after the word {name}", where)
             values[key] = value
@@ -243,13 +264,13 @@ class Route:
 
     @classmethod
     def from_json(cls, value: object, where: str = "") -> Route:
-        """Parse ``{"dst", "via", "port"?, "mtu"?, "source_port"?, "probe"?, "express"?}``.
-        ``mtu`` and ``source_port`` may be null."""
+        """Parse ``{"dst", "via", "port"?, "mtu"?, "source_port"?, "probe"?, "express"?,
+        "ecn"?}``. ``mtu`` and ``source_port`` may be null."""
         if not isinstance(value, Mapping):
             raise FieldError("route", value, "an object with dst and via", where)
         for name in value:
-            if name not in ("dst", "via", "port", "mtu", "source_port", "probe", "express"):
-                expected = "only dst, via, port, mtu, source_port, probe and express"
+            if name not in ("dst", "via", "port", "mtu", "source_port", *ROUTE_FLAGS):
+                expected = "only dst, via, port, mtu, source_port, probe, express and ecn"
                 raise FieldError("route", name, expected, where)
         for name in ("dst", "via"):
             if name not in value:
@@ -257,21 +278,25 @@ class Route:
         return cls.make(**value, where=where)
 
     def to_json(self) -> dict[str, object]:
-        """Return the JSON object. It has ``source_port`` only if it is set, ``probe`` and
-        ``express`` only if they are true."""
+        """Return the JSON object. It has ``source_port`` only if it is set, and those of
+        ``ROUTE_FLAGS`` that are true."""
         values: dict[str, object] = {
             "dst": str(self.dst), "via": str(self.via), "port": self.port, "mtu": self.mtu,
         }
         if self.source_port is not None:
             values["source_port"] = source_port_json(self.source_port)
-        values |= {"probe": True} if self.probe else {}
-        return values | {"express": True} if self.express else values
+        return values | dict.fromkeys(self.flags, True)
+
+    @property
+    def flags(self) -> list[str]:
+        """The words of ``ROUTE_FLAGS`` that the route has."""
+        return [name for name in ROUTE_FLAGS if getattr(self, name)]
 
     def __str__(self) -> str:
         mtu = "" if self.mtu is None else f" mtu {self.mtu}"
         ports = self.source_port
         source = "" if ports is None else f" source-port {source_port_json(ports)}"
-        flags = " probe" * self.probe + " express" * self.express
+        flags = "".join(f" {name}" for name in self.flags)
         return f"{self.dst} via {self.via} port {self.port}{mtu}{source}{flags}"
 
 

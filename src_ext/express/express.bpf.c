@@ -93,6 +93,7 @@ SECTION("tc/send") int send(struct __sk_buff *skb)
 	struct packet inner;
 	struct entry *route;
 	struct peer *peer;
+	__u8 copied;
 	int outer;
 
 	if (!own || !trie || !own->sending)
@@ -122,7 +123,9 @@ SECTION("tc/send") int send(struct __sk_buff *skb)
 		return leave(SEND_FLOW);
 
 	size = skb->len;
-	if (encapsulate(skb, own, &route->peer, &inner, size) < 0)
+	copied = own->class_copied | (route->flags & ROUTE_ECN ? ECN : 0);
+	if (encapsulate(skb, own, &route->peer, &inner, size,
+			own->class_set | (inner.traffic_class & copied)) < 0)
 		return leave(SEND_REFUSED);
 	if (change_head(skb, ETHERNET, 0) < 0) {
 		count(SEND_DROPPED, n);
@@ -147,11 +150,12 @@ SECTION("tc/receive") int receive(struct __sk_buff *skb)
 	struct packet inner;
 	struct entry *route;
 	struct peer *peer;
-	int outer;
+	__u8 ecn = 0, inner_ecn;
+	int outer, marked;
 
 	if (!own || !trie || !own->receiving)
 		return NEXT;
-	outer = parse_outer(skb, own, &sender, &size);
+	outer = parse_outer(skb, own, &sender, &size, &ecn);
 	if (outer == 0)
 		return NEXT;
 	if (parse_received(skb, outer, size, &inner))
@@ -173,6 +177,11 @@ SECTION("tc/receive") int receive(struct __sk_buff *skb)
 		return leave(RECEIVE_DESTINATION);
 	if (inner.hops < 2)
 		return leave(RECEIVE_HOP_LIMIT);
+	/* RFC 6040. The unusual combinations are left to user space, which counts them. */
+	inner_ecn = inner.traffic_class & ECN;
+	marked = ecn == CE && inner_ecn != CE;
+	if (marked ? inner_ecn == 0 : ecn && ecn != inner_ecn && !(inner_ecn == CE && ecn == ECT0))
+		return leave(RECEIVE_ECN);
 
 	n = packets_of(skb, size, inner.header);
 	switch (decapsulate(skb, outer, &inner)) {
@@ -183,6 +192,13 @@ SECTION("tc/receive") int receive(struct __sk_buff *skb)
 	default:
 		count(RECEIVE_DROPPED, n);
 		return DROP;
+	}
+	if (marked) {
+		if (mark(skb, &inner) < 0) {
+			count(RECEIVE_DROPPED, n);
+			return DROP;
+		}
+		count(RECEIVE_MARKED, n);
 	}
 	counted->received_packets += n;
 	counted->received_bytes += size + (__u64)(n - 1) * inner.header;

@@ -22,6 +22,9 @@ struct settings {
 	__u32 admit_own;	/* 1: deliver only to the prefixes of kind ADMIT */
 	__u32 sending;		/* 1: the send program may send */
 	__u32 receiving;	/* 1: the receive program may take datagrams */
+	/* The traffic class of a datagram: these bits, and these bits of that of its packet. */
+	__u32 class_set;
+	__u32 class_copied;
 };
 
 /* "table", array of 1 map: a trie (longest prefix match) of all addresses that the programs look
@@ -53,6 +56,7 @@ struct endpoint {
 enum route_flags {
 	ROUTE_EXPRESS = 1,	/* the peer receives in the kernel */
 	ROUTE_ENDPOINT = 2,	/* the endpoint of a peer is routed here */
+	ROUTE_ECN = 4,		/* the peer applies congestion marks */
 };
 
 struct entry {			/* value of "table"; only routes use it */
@@ -95,6 +99,8 @@ enum total {
 	RECEIVE_DESTINATION,	/* --admit own */
 	RECEIVE_HOP_LIMIT,
 	RECEIVE_REFUSED,
+	RECEIVE_ECN,		/* the mark drops the packet, or its ECN field is unexpected */
+	RECEIVE_MARKED,		/* not left: received packets that got a congestion mark */
 	TOTALS
 };
 

@@ -11,6 +11,7 @@
 #include "maps.h"
 
 enum { ETHERNET = 14, UDP = 8, OUTER4 = 20 + UDP, OUTER6 = 40 + UDP };
+enum { ECN = 3, ECT0 = 2, CE = 3 };	/* the ECN field of a traffic class, and its values */
 enum { ICMP = 1, TCP = 6, UDP_PROTOCOL = 17, ICMP6 = 58 };
 enum { PACKET_HOST = 0 };		/* linux/if_packet.h */
 enum { UNCHANGED = 1, CHANGED = 2 };	/* results of encapsulate and decapsulate */
@@ -51,6 +52,8 @@ struct packet {
 	__u32 length;			/* that the IP header declares */
 	__u32 header;			/* IP header, and the transport header of a sent packet */
 	__u8 hops;
+	__u8 traffic_class;
+	__u8 second;			/* second byte of the IP header: it has the ECN field */
 };
 
 INLINE void copy_address(__u32 *to, const __u32 *from)
@@ -77,6 +80,22 @@ INLINE void set_addresses6(struct addresses *to, const struct ip6 *ip)
 	to->version = 6;
 	copy_address(to->source, ip->source);
 	copy_address(to->destination, ip->destination);
+}
+
+INLINE void set_class4(struct packet *to, const struct ip4 *ip)
+{
+	to->second = to->traffic_class = ip->tos;
+}
+
+INLINE __u8 class6(const struct ip6 *ip)
+{
+	return ip->version_class << 4 | ip->class_label[0] >> 4;
+}
+
+INLINE void set_class6(struct packet *to, const struct ip6 *ip)
+{
+	to->second = ip->class_label[0];
+	to->traffic_class = class6(ip);
 }
 
 /* Return whether an IPv4 header has no options, belongs to no fragment, and declares this length to
@@ -168,6 +187,7 @@ INLINE int parse_sent(struct __sk_buff *skb, struct packet *to)
 			return -1;
 		}
 		set_addresses4(&to->addrs, ip);
+		set_class4(to, ip);
 		to->hops = ip->hops;
 		to->header = 20 + header;
 		l4 = AT(data, 20);
@@ -198,6 +218,7 @@ INLINE int parse_sent(struct __sk_buff *skb, struct packet *to)
 			return -1;
 		}
 		set_addresses6(&to->addrs, ip);
+		set_class6(to, ip);
 		to->hops = ip->hops;
 		to->header = 40 + header;
 		l4 = AT(data, 40);
@@ -209,11 +230,11 @@ INLINE int parse_sent(struct __sk_buff *skb, struct packet *to)
 	return to->header > skb->len ? -1 : 0;
 }
 
-/* Parse the outer headers at the ingress of the underlay. Return their length and set the sender
- * and the length of the UDP payload, if this is a datagram for us that the kernel of a peer has
- * sent; else 0. */
+/* Parse the outer headers at the ingress of the underlay. Return their length and set the sender,
+ * the length of the UDP payload and the ECN field, if this is a datagram for us that the kernel of a
+ * peer has sent; else 0. */
 INLINE int parse_outer(struct __sk_buff *skb, const struct settings *own, struct endpoint *sender,
-		       __u32 *payload)
+		       __u32 *payload, __u8 *ecn)
 {
 	struct udp *udp;
 	__u8 *data;
@@ -251,6 +272,7 @@ INLINE int parse_outer(struct __sk_buff *skb, const struct settings *own, struct
 		sender->addr[0] = ip->source;
 		sender->port = BE16(udp->source);
 		*payload = length - OUTER4;
+		*ecn = ip->tos & ECN;
 		return OUTER4;
 	}
 	if (skb->protocol == ETHERTYPE6) {
@@ -275,6 +297,7 @@ INLINE int parse_outer(struct __sk_buff *skb, const struct settings *own, struct
 		copy_address(sender->addr, ip->source);
 		sender->port = BE16(udp->source);
 		*payload = length - OUTER6;
+		*ecn = class6(ip) & ECN;
 		return OUTER6;
 	}
 	return 0;
@@ -296,6 +319,7 @@ INLINE int name(struct __sk_buff *skb, __u32 length, struct packet *to) \
 	if (!is_plain4(ip, length)) \
 		return -1; \
 	set_addresses4(&to->addrs, ip); \
+	set_class4(to, ip); \
 	to->hops = ip->hops; \
 	to->header = 20; \
 	if (skb->gso_size == 0) \
@@ -325,6 +349,7 @@ INLINE int name(struct __sk_buff *skb, __u32 length, struct packet *to) \
 	if (!is_plain6(ip, length)) \
 		return -1; \
 	set_addresses6(&to->addrs, ip); \
+	set_class6(to, ip); \
 	to->hops = ip->hops; \
 	to->header = 40; \
 	if (skb->gso_size == 0) \
@@ -399,10 +424,30 @@ INLINE int decrement6(struct __sk_buff *skb, __u32 at, __u8 hops)
 			   BPF_F_RECOMPUTE_CSUM);
 }
 
+/* Set the ECN field of a received packet, which is not 0, to CE. The change of the IPv4 checksum
+ * makes up for it, as above. */
+INLINE int mark(struct __sk_buff *skb, const struct packet *inner)
+{
+	__u8 *data = data_of(skb), second = inner->second | CE << 4;
+	struct ip4 *ip;
+	__u32 sum;
+
+	if (inner->addrs.version == 6)
+		return store_bytes(skb, ETHERNET + 1, &second, 1, BPF_F_RECOMPUTE_CSUM);
+	if (AT(data, ETHERNET + sizeof(*ip)) > end_of(skb))
+		return -1;
+	ip = AT(data, ETHERNET);
+	sum = ip->checksum + 0xFFFFU - BE16(CE - (inner->second & ECN));
+	ip->checksum = sum + (sum >= 0xFFFF);
+	ip->tos |= CE;
+	return 0;
+}
+
 /* Put the outer headers before the packet. Return 0, or -1 if the packet is unchanged. The inner
  * checksum may stay unfinished: the device, or the peer's receive program, expects that. */
 INLINE int encapsulate(struct __sk_buff *skb, const struct settings *own,
-		       const struct endpoint *peer, const struct packet *inner, __u32 length)
+		       const struct endpoint *peer, const struct packet *inner, __u32 length,
+		       __u8 traffic_class)
 {
 	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L4_UDP;
 
@@ -415,6 +460,7 @@ INLINE int encapsulate(struct __sk_buff *skb, const struct settings *own,
 		if (adjust_room(skb, OUTER4, BPF_ADJ_ROOM_MAC, flags) < 0)
 			return -1;
 		outer.ip.version_length = 0x45;
+		outer.ip.tos = traffic_class;
 		outer.ip.total_length = BE16(length + OUTER4);
 		outer.ip.fragment = BE16(DONT_FRAGMENT);
 		outer.ip.hops = HOP_LIMIT;
@@ -439,7 +485,8 @@ INLINE int encapsulate(struct __sk_buff *skb, const struct settings *own,
 		flags |= BPF_F_ADJ_ROOM_ENCAP_L3_IPV6;
 		if (adjust_room(skb, OUTER6, BPF_ADJ_ROOM_MAC, flags) < 0)
 			return -1;
-		outer.ip.version_class = 0x60;
+		outer.ip.version_class = 0x60 | traffic_class >> 4;
+		outer.ip.class_label[0] = traffic_class << 4;
 		outer.ip.payload_length = BE16(length + UDP);
 		outer.ip.next_header = UDP_PROTOCOL;
 		outer.ip.hops = HOP_LIMIT;

@@ -24,12 +24,14 @@ from path.worker cimport (
     capture_from_udp, drop_from_udp, is_capturing, raise_event, worker_t,
 )
 from sys cimport (
-    AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IPPROTO_UDP, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO,
-    cmsghdr, mmsghdr, msghdr, peek32, recvmmsg, sockaddr_in, sockaddr_in6, write,
+    AF_INET, CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP,
+    IPV6_TCLASS, MSG_DONTWAIT, MSG_TRUNC, UDP_GRO, cmsghdr, mmsghdr, msghdr, peek32, recvmmsg,
+    sockaddr_in, sockaddr_in6, write,
 )
 from table.peer cimport peer_counters_t, peer_t
 from table.snapshot cimport find_hop, find_peer, hop_admits, hop_t, is_own, may_send_from
 from wire.cut cimport MAX_SEG_HDR, cut_segment, cut_start, cut_t, plan_cut
+from wire.ecn cimport ECN_BITS, ECN_NOT_ECT, take_ecn
 from wire.finish cimport finish_checksum
 from wire.headers cimport (
     GSO_TCPV4, GSO_TCPV6, PROTO_TCP, VNET_GSO_SIZE, VNET_GSO_TYPE, VNET_LEN, load_be16, store_u16,
@@ -60,6 +62,7 @@ cdef struct sender_t:           # the sender of one datagram; caches the last re
     mmsghdr* message            # the datagram
     drop_t refusal              # PASS, or why nothing from this sender is accepted
     uint16_t port               # host order
+    uint8_t ecn                 # the ECN field of the outer header
     bint express                # the peer's kernel may have sent the packet
     bint heard                  # the datagram has an accepted packet or probe, or is a keepalive
     uint32_t probes_n           # probes in the message
@@ -244,10 +247,12 @@ cdef inline void decap_packet(
         verdict = check_total_len(&ip, n)
     if verdict == PASS:
         verdict = admit(w, sender, ip_src(p, &ip), ip.addr_len)
+    if verdict == PASS and sender.ecn != ECN_NOT_ECT:
+        verdict = take_ecn(p, ip.version, sender.ecn, &w.ecn)
     if verdict == PASS:
         verdict = decrement_hop_limit(p, ip.version)
-    if verdict == DROP_TTL_EXCEEDED:
-        reply_to_peer(w, p, ip.total_len, &ip)
+        if verdict == DROP_TTL_EXCEEDED:
+            reply_to_peer(w, p, ip.total_len, &ip)
     if verdict != PASS:
         drop_from_udp(w, verdict, p, n, sender.addr, sender.addr_len, sender.port)
         return
@@ -263,17 +268,27 @@ cdef inline void decap_packet(
 # Each datagram
 
 
-cdef inline uint32_t gro_size(msghdr* msg) noexcept nogil:
-    """Return the size of the datagrams that UDP_GRO joined into this message. 0: the message is
-    one datagram. The control message is an int (linux net/ipv4/udp.c, udp_cmsg_recv)."""
+cdef inline uint8_t read_control(msghdr* msg, uint32_t* gro_size) noexcept nogil:
+    """Read the control messages of a message. Return the ECN field of its datagrams.
+
+    gro_size  output: the size of the datagrams that UDP_GRO joined; 0: it is one datagram. The
+              control message is an int (linux net/ipv4/udp.c, udp_cmsg_recv)
+
+    UDP_GRO joins only datagrams with the same ECN field (docs/datapath.md). IP_TOS has one byte,
+    IPV6_TCLASS is an int.
+    """
     cdef cmsghdr* c = CMSG_FIRSTHDR(msg)
+    cdef uint8_t ecn = ECN_NOT_ECT
     cdef int size = 0
     while c != NULL:
         if c.cmsg_level == IPPROTO_UDP and c.cmsg_type == UDP_GRO:
             memcpy(&size, CMSG_DATA(c), sizeof(size))
-            return size if size > 0 else 0
+        elif (c.cmsg_level == IPPROTO_IP and c.cmsg_type == IP_TOS) \
+                or (c.cmsg_level == IPPROTO_IPV6 and c.cmsg_type == IPV6_TCLASS):
+            ecn = CMSG_DATA(c)[0] & ECN_BITS
         c = CMSG_NXTHDR(msg, c)
-    return 0
+    gro_size[0] = size if size > 0 else 0
+    return ecn
 
 
 cdef inline drop_t check_sender(const worker_t* w, const sender_t* sender) noexcept nogil:
@@ -318,13 +333,14 @@ cdef inline void find_sender(
 cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept nogil:
     """Pass on the packets of one received datagram, or of a run that UDP_GRO joined."""
     cdef size_t n = m.msg_len
-    cdef uint32_t size = gro_size(&m.msg_hdr)
+    cdef uint32_t size
     cdef uint64_t read_before = w.decap.read
     cdef uint64_t refused_before, refused
     cdef size_t piece
     cdef sender_t sender
     cdef peer_counters_t* counters
     find_sender(w, &sender, m)
+    sender.ecn = read_control(&m.msg_hdr, &size)
     if m.msg_hdr.msg_flags & MSG_TRUNC:
         w.decap.read += 1
         drop_from_udp(

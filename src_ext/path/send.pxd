@@ -32,14 +32,15 @@ from path.worker cimport (
 )
 from sys cimport (
     AF_INET, AF_INET6, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CMSG_NXTHDR, CMSG_SPACE, IP_RECVERR,
-    IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, MSG_DONTWAIT, MSG_ERRQUEUE,
-    MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL, UDP_SEGMENT,
-    cmsghdr, iovec, msghdr, now_ns, peek32, peek64, poke32, poke64, recvmsg, sendmmsg,
+    IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_UDP, IPV6_RECVERR, IPV6_TCLASS, MSG_DONTWAIT,
+    MSG_ERRQUEUE, MSG_NOSIGNAL, SO_EE_ORIGIN_ICMP, SO_EE_ORIGIN_ICMP6, SO_EE_ORIGIN_LOCAL,
+    UDP_SEGMENT, cmsghdr, iovec, msghdr, now_ns, peek32, peek64, poke32, poke64, recvmsg, sendmmsg,
     sock_extended_err, sockaddr_in, sockaddr_in6, store_flag,
 )
 from table.peer cimport HINT_DEVICE, HINT_ICMP, peer_counters_t, peer_t
 from table.peer_errors cimport peer_error_t, record_error, record_refusal
 from table.snapshot cimport find_hop, first_peer_at, hop_t, next_at_address
+from wire.ecn cimport ECN_BITS, traffic_class
 from wire.headers cimport IP4_DST, IP4_MIN, IP6_DST, IP6_LEN, swap16
 
 
@@ -268,19 +269,35 @@ cdef inline void keep_refusal(worker_t* w, peer_t* peer, int error) noexcept nog
 # Messages
 
 
+cdef inline void add_control(
+    msghdr* msg, uint8_t* room, int level, int kind, const void* value, size_t n
+) noexcept nogil:
+    """Add a control message to those in ``room``, of which the first is at its start."""
+    cdef cmsghdr* c = <cmsghdr*>(room + msg.msg_controllen)
+    c.cmsg_level = level
+    c.cmsg_type = kind
+    c.cmsg_len = CMSG_LEN(n)
+    memcpy(CMSG_DATA(c), value, n)
+    msg.msg_control = room
+    msg.msg_controllen += CMSG_SPACE(n)
+
+
 cdef inline iovec* build_message(
     worker_t* w, uint32_t message, iovec* iov, peer_t* peer, int32_t datagram_i, uint32_t run_max
 ) noexcept nogil:
     """Build one message from a run that starts with datagram datagram_i and has at most run_max
-    datagrams. Return the first unused gather entry (iovec)."""
+    datagrams. Return the first unused gather entry (iovec). All datagrams of a run have the same
+    traffic class."""
     cdef const queue_t* q = &w.queue
     cdef msghdr* msg = &w.tx_msgs[message].msg_hdr
     cdef const datagram_t* datagram
-    cdef cmsghdr* c
     cdef uint8_t* end = NULL        # end of the memory of the last gather entry
     cdef uint32_t n = 0, total = 0
     cdef uint32_t size = q.datagrams[datagram_i].len
     cdef uint16_t gso_size = <uint16_t>size
+    cdef uint8_t copied = w.shared.class_copied | (ECN_BITS if peek32(&peer.ecn) else 0)
+    cdef uint8_t inner = traffic_class(q.datagrams[datagram_i].data) & copied
+    cdef int outer = w.shared.class_set | inner
     msg.msg_name = &peer.sa
     msg.msg_namelen = peer.sa_len
     msg.msg_iov = iov
@@ -289,8 +306,11 @@ cdef inline iovec* build_message(
     msg.msg_flags = 0
     while datagram_i >= 0 and n < run_max:
         datagram = &q.datagrams[datagram_i]
-        if n != 0 and (datagram.len > size or total + datagram.len > MAX_UDP_PAYLOAD):
-            break
+        if n != 0:
+            if datagram.len > size or total + datagram.len > MAX_UDP_PAYLOAD:
+                break
+            if copied != 0 and traffic_class(datagram.data) & copied != inner:
+                break
         if datagram.data == end:
             (iov - 1).iov_len += datagram.len
         else:
@@ -305,13 +325,13 @@ cdef inline iovec* build_message(
             break
     msg.msg_iovlen = iov - msg.msg_iov
     if n > 1:
-        msg.msg_control = &w.tx_cmsg[message][0]
-        msg.msg_controllen = CMSG_SPACE(sizeof(gso_size))
-        c = CMSG_FIRSTHDR(msg)
-        c.cmsg_level = IPPROTO_UDP
-        c.cmsg_type = UDP_SEGMENT
-        c.cmsg_len = CMSG_LEN(sizeof(gso_size))
-        memcpy(CMSG_DATA(c), &gso_size, sizeof(gso_size))
+        add_control(
+            msg, w.tx_cmsg[message], IPPROTO_UDP, UDP_SEGMENT, &gso_size, sizeof(gso_size))
+    if inner != 0:  # else the class of the socket applies
+        if peer.addr_len == 4:
+            add_control(msg, w.tx_cmsg[message], IPPROTO_IP, IP_TOS, &outer, sizeof(outer))
+        else:
+            add_control(msg, w.tx_cmsg[message], IPPROTO_IPV6, IPV6_TCLASS, &outer, sizeof(outer))
     w.tx_runs[message].n = n
     w.tx_runs[message].bytes_ = total
     w.tx_runs[message].next = datagram_i

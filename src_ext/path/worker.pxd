@@ -22,6 +22,7 @@ from path.refused_senders cimport refused_senders_t
 from sys cimport POLLIN, POLLOUT, iovec, mmsghdr, pollfd, set_bits, sockaddr_in6, write
 from table.peer cimport peer_t
 from table.snapshot cimport snapshot_t
+from wire.ecn cimport ecn_counts_t
 from wire.headers cimport VNET_LEN
 from wire.icmp cimport ICMP_KINDS_N, ICMP_MAX, icmp_bucket_t
 from wire.merge cimport merge_reset, merge_t
@@ -40,7 +41,7 @@ cdef enum:
     # the longest write to the TUN: the payload of one datagram; a merged frame is not longer
     WR_FRAME = VNET_LEN + RX_SLOT
 
-    CMSG_ROOM = 64
+    CMSG_ROOM = 64              # space for two control messages
 
     OWN_SOCKETS = 64            # maximum number of peers with an own socket (own_socket.pxd)
 
@@ -124,6 +125,9 @@ cdef struct shared_t:
     bint admit_own              # deliver only to inner destinations in own_nets
     uint32_t own_nets_n
     net_t own_nets[OWN_NETS]  # see Core, own_subnets
+    # The traffic class of a datagram: that of the sockets, and these bits of that of its packet.
+    uint8_t class_set
+    uint8_t class_copied
     uint8_t tun_addr4[4]
     uint8_t tun_addr6[16]
     bint has_addr4
@@ -178,6 +182,7 @@ cdef struct worker_t:
     # counters
     direction_t encap
     direction_t decap
+    ecn_counts_t ecn
     uint64_t icmp_sent
     uint64_t icmp_suppressed
     uint64_t icmp_received      # ICMP errors of the underlay, kept for their peers

@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from table.peer cimport peer_t
-from table.route cimport ROUTE_EXPRESS, route_t, route_vec_t
+from table.route cimport ROUTE_ECN, ROUTE_EXPRESS, route_t, route_vec_t
 from table.snapshot cimport hop_t
 
 
@@ -19,6 +19,7 @@ cdef enum:
     KIND_BITS = 32
     ENTRY_EXPRESS = 1           # bits of entry_t.flags
     ENTRY_ENDPOINT = 2
+    ENTRY_ECN = 4
 
 
 cdef struct prefix_t:
@@ -76,5 +77,7 @@ cdef inline void route_entries(
         entry.mtu = route.mtu
         if route.flags & ROUTE_EXPRESS:
             entry.flags |= ENTRY_EXPRESS
+        if route.flags & ROUTE_ECN:
+            entry.flags |= ENTRY_ECN
         if hops[i].has_endpoint:
             entry.flags |= ENTRY_ENDPOINT

@@ -18,7 +18,7 @@ from table.address cimport (
     write_addr, write_bytes, write_number, write_prefix, write_source_port,
 )
 from table.parser cimport PARSE_BODY, PARSE_OK, PARSE_ROUTE, add_route, parser_t
-from table.route cimport ROUTE_EXPRESS, ROUTE_PROBE, route_t, route_valid
+from table.route cimport ROUTE_ECN, ROUTE_EXPRESS, ROUTE_PROBE, route_t, route_valid
 
 
 cdef enum:
@@ -261,8 +261,8 @@ cdef inline bint json_source_port(
 
 
 cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
-    """Accept an object with dst, via, and optionally port, mtu, source_port, probe and
-    express, each once.
+    """Accept an object with dst, via, and optionally port, mtu, source_port, probe, express
+    and ecn, each once.
 
     False means a wrong route or text that is not JSON. The caller finds out with json_skip which of
     the two it is.
@@ -290,6 +290,8 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             key = 32
         elif same_word(string.chars, string.n, b"express", 7):
             key = 64
+        elif same_word(string.chars, string.n, b"ecn", 3):
+            key = 128
         else:
             return False
         if seen & key or not json_byte(p, c':'):
@@ -302,9 +304,10 @@ cdef inline bint json_route(parser_t* p, route_t* route) noexcept nogil:
             if not json_word(p, b"null", 4) and not json_uint16(
                     p, &string, MIN_MTU, MAX_MTU, &route.mtu):
                 return False
-        elif key == 16 or key == 64:
+        elif key == 16 or key == 64 or key == 128:
             if json_word(p, b"true", 4):
-                route.flags |= ROUTE_PROBE if key == 16 else ROUTE_EXPRESS
+                route.flags |= (
+                    ROUTE_PROBE if key == 16 else ROUTE_EXPRESS if key == 64 else ROUTE_ECN)
             elif not json_word(p, b"false", 5):
                 return False
         elif key == 32:
@@ -433,5 +436,7 @@ cdef inline size_t write_route_json(uint8_t* out, const route_t* route) noexcept
         n += write_bytes(out + n, b',"probe":true', 13)
     if route.flags & ROUTE_EXPRESS:
         n += write_bytes(out + n, b',"express":true', 15)
+    if route.flags & ROUTE_ECN:
+        n += write_bytes(out + n, b',"ecn":true', 11)
     out[n] = c'}'
     return n + 1

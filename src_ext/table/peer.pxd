@@ -63,6 +63,8 @@ cdef struct peer_t:
     bint new_probe              # control side: ``probe`` in the snapshot that is being built
     uint32_t express            # 1: a route to the peer has ROUTE_EXPRESS; else 0
     bint new_express            # control side: as new_probe
+    uint32_t ecn                # 1: a route to the peer has ROUTE_ECN; else 0
+    bint new_ecn                # control side: as new_probe
     uint32_t reported_mtu       # control side: the path MTU last returned by path_mtu_changes
     uint64_t generation         # control side: generation of the last snapshot with this peer
     uint32_t ordinal            # control side: index among the peers of that snapshot

@@ -20,7 +20,7 @@ from table.addr_map cimport (
 )
 from table.lpm cimport lpm_build
 from table.peer cimport add_counters, peer_counters_t, peer_free, peer_new, peer_t
-from table.route cimport ROUTE_EXPRESS, ROUTE_PROBE, route_t
+from table.route cimport ROUTE_ECN, ROUTE_EXPRESS, ROUTE_PROBE, route_t
 from table.snapshot cimport (
     find_hop, first_peer_at, hop_t, next_peer, snapshot_free, snapshot_t,
 )
@@ -99,6 +99,7 @@ cdef inline peer_t* peer_of_route(
     peer.generation = new.generation
     peer.new_probe = False
     peer.new_express = False
+    peer.new_ecn = False
     new.peers_n += 1
     return peer
 
@@ -174,6 +175,8 @@ cdef inline snapshot_t* build_snapshot(
             peer.new_probe = True
         if route.flags & ROUTE_EXPRESS:
             peer.new_express = True
+        if route.flags & ROUTE_ECN:
+            peer.new_ecn = True
         new.hops[i].peer = peer
         new.hops[i].mtu = route.mtu
         set_source_ports(new, &new.hops[i], route)
@@ -225,6 +228,7 @@ cdef inline retired_t* activate_snapshot(
             ordinal += 1
             poke32(&peer.probe, peer.new_probe)
             poke32(&peer.express, peer.new_express)
+            poke32(&peer.ecn, peer.new_ecn)
             store_ptr(<void**>&peer.same_addr, peer.new_same_addr)
             peer = peer.new_same_addr
     store_ptr_ordered(<void**>active, new)

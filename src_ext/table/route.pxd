@@ -27,7 +27,7 @@ ctypedef struct route_t:
     uint8_t dst_family      # 4 or 6
     uint8_t dst_len         # prefix length in bits
     uint8_t via_family      # 4 or 6
-    uint8_t flags           # ROUTE_PROBE, ROUTE_EXPRESS
+    uint8_t flags           # ROUTE_PROBE, ROUTE_EXPRESS, ROUTE_ECN
     uint16_t port           # host order
     uint16_t mtu            # bytes; 0 = none
     uint16_t source_first   # the peer may send from its port and from these ports; both are 0:
@@ -43,6 +43,7 @@ ctypedef struct route_vec_t:
 cdef enum:                  # bits of route_t.flags
     ROUTE_PROBE = 1         # the peer answers probes
     ROUTE_EXPRESS = 2       # the peer can receive in the kernel, and may send from there
+    ROUTE_ECN = 4           # the peer copies the congestion marks of the path to the packets
 
 
 cdef enum route_change_t:

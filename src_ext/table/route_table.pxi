@@ -22,10 +22,9 @@ from table.parser cimport (
     PARSE_BODY, PARSE_NO_MEMORY, PARSE_REPEAT, ROUTE_TEXT_MAX, find_repeat, parse_routes, parser_t,
 )
 from table.route cimport (
-    ROUTE_ADDED, ROUTE_CHANGED, ROUTE_EXPRESS, ROUTE_PROBE, route_diff_t, route_edit_t, route_same,
-    route_t,
-    route_valid, route_vec_t, routes_append, routes_copy, routes_diff, routes_find,
-    routes_first_repeat, routes_free, routes_insert, routes_remove, routes_sort,
+    ROUTE_ADDED, ROUTE_CHANGED, ROUTE_ECN, ROUTE_EXPRESS, ROUTE_PROBE, route_diff_t, route_edit_t,
+    route_same, route_t, route_valid, route_vec_t, routes_append, routes_copy, routes_diff,
+    routes_find, routes_first_repeat, routes_free, routes_insert, routes_remove, routes_sort,
 )
 from table.text cimport parse_text, write_route_text
 
@@ -33,7 +32,7 @@ from udptun.errors import FieldError, RouteExists
 from udptun.model import Route
 
 JSON_BODY = 'JSON {"routes": [{"dst", "via", "port"?, "mtu"?, "source_port"?, "probe"?, ' \
-            '"express"?}, ...]}'
+            '"express"?, "ecn"?}, ...]}'
 LONGEST_ROUTE = 65536  # bytes; if a wrong route is longer, the error does not name the field
 
 
@@ -106,12 +105,14 @@ cdef object pack_route(route_t* route, object given):
         route.port = given.port
         route.mtu = given.mtu or 0
         route.source_first, route.source_last = first, last
-        route.flags = (ROUTE_PROBE if given.probe else 0) | (ROUTE_EXPRESS if given.express else 0)
+        route.flags = (
+            (ROUTE_PROBE if given.probe else 0) | (ROUTE_EXPRESS if given.express else 0)
+            | (ROUTE_ECN if given.ecn else 0))
         if route_valid(route) and (route.via_family == 4 or given.via.scope_id is None):
             return
     # Route.make raises the error that names the field.
     Route.make(str(given.dst), str(given.via), given.port, given.mtu, given.probe,
-               given.source_port and f"{first}-{last}", given.express)
+               given.source_port and f"{first}-{last}", given.express, given.ecn)
     raise FieldError("route", given, "a valid route")
 
 
@@ -128,17 +129,18 @@ cdef object unpack_route(const route_t* route):
     return Route(
         network((dst, route.dst_len)), address(via), route.port, route.mtu or None,
         route.flags & ROUTE_PROBE != 0, source_port(route), route.flags & ROUTE_EXPRESS != 0,
+        route.flags & ROUTE_ECN != 0,
     )
 
 
 cdef tuple route_row(const route_t* route):
-    """Return (dst, via, port, mtu, probe, source_port, express) for display. dst and via are text;
-    mtu and source_port are None if not set."""
+    """Return (dst, via, port, mtu, probe, source_port, express, ecn) for display. dst and via are
+    text; mtu and source_port are None if not set."""
     cdef uint8_t text[ROUTE_TEXT_MAX]
     dst = text[:write_prefix(text, route)].decode()
     via = text[:write_addr(text, route.via_family, route.via)].decode()
     return (dst, via, route.port, route.mtu or None, route.flags & ROUTE_PROBE != 0,
-            source_port(route), route.flags & ROUTE_EXPRESS != 0)
+            source_port(route), route.flags & ROUTE_EXPRESS != 0, route.flags & ROUTE_ECN != 0)
 
 
 cdef class RouteTable:
@@ -303,8 +305,8 @@ cdef class RouteTable:
     def changes_from(self, RouteTable old not None, size_t limit):
         """Return the first ``limit`` changes since ``old``, for display.
 
-        Each change is ``(kind, dst, via, port, mtu, probe, source_port, express)``, dst and via
-        as text.
+        Each change is ``(kind, dst, via, port, mtu, probe, source_port, express, ecn)``, dst and
+        via as text.
         kind is "added", "changed" (the other fields are those of the new route) or "removed" (of
         the old route).
         """

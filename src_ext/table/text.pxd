@@ -1,5 +1,5 @@
 """Parse and write the route file, one route per line:
-``DST via IP [port P] [mtu M] [source-port P] [probe] [express]``.
+``DST via IP [port P] [mtu M] [source-port P] [probe] [express] [ecn]``.
 
 The source port is a port, ``P-Q`` or ``any``. A ``#`` starts a comment; blank lines are ignored.
 ``udptun.model.Route.from_words`` accepts the same lines; the tests compare the two.
@@ -16,7 +16,7 @@ from table.address cimport (
     write_number, write_prefix, write_source_port,
 )
 from table.parser cimport PARSE_ROUTE, add_route, parser_t
-from table.route cimport ROUTE_EXPRESS, ROUTE_PROBE, route_t, route_valid
+from table.route cimport ROUTE_ECN, ROUTE_EXPRESS, ROUTE_PROBE, route_t, route_valid
 
 
 # Parse
@@ -62,6 +62,9 @@ cdef inline int parse_line(const uint8_t* text, size_t n, route_t* route) noexce
             continue
         if same_word(word, word_n, b"express", 7) and not route.flags & ROUTE_EXPRESS:
             route.flags |= ROUTE_EXPRESS
+            continue
+        if same_word(word, word_n, b"ecn", 3) and not route.flags & ROUTE_ECN:
+            route.flags |= ROUTE_ECN
             continue
         next_word(text, n, &at, &value, &value_n)
         if same_word(word, word_n, b"port", 4) and not route.port:
@@ -125,5 +128,7 @@ cdef inline size_t write_route_text(uint8_t* out, const route_t* route) noexcept
         n += write_bytes(out + n, b" probe", 6)
     if route.flags & ROUTE_EXPRESS:
         n += write_bytes(out + n, b" express", 8)
+    if route.flags & ROUTE_ECN:
+        n += write_bytes(out + n, b" ecn", 4)
     out[n] = c'\n'
     return n + 1

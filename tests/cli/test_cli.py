@@ -101,7 +101,7 @@ def test_list_of_an_empty_table(udptun: Udptun) -> None:
         ("route add 10.0.0.1/8 via 192.0.2.2", "dst: '10.0.0.1/8' is not valid: expected a prefix"),
         ("route add 10.0.0.0/8 via peer", "via: 'peer' is not valid: expected an IPv4"),
         ("route add 10.0.0.0/8",
-         "expected DST via IP [port P] [mtu M] [source-port P] [probe] [express]"),
+         "expected DST via IP [port P] [mtu M] [source-port P] [probe] [express] [ecn]"),
         ("route replace 10.0.0.0/8 via 192.0.2.2 port 0", "port: 0 is not valid"),
         ("route add", "Missing argument"),
         ("route del nonsense", "DST: 'nonsense' is not valid"),

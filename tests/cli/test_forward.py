@@ -267,6 +267,7 @@ def test_options_become_the_config() -> None:
                --network 10.244.0.0/16 --network fd00::/48 --control /c --routes /r --state /s
                --mtu 1400 --workers 2 --offload auto,-udp-merge --source-check peer
                --admit own --subnet 10.244.1.0/24 --subnet fd00::/64 --mark 0x1000/0xf000
+               --dscp inherit
                --flannel-control /f --flannel-control-fd 7 --metrics 9100 --metrics-peers 3"""
     with forwarding(*words.split(), how="config") as process:
         config = json.loads(line(process))
@@ -282,6 +283,7 @@ def test_options_become_the_config() -> None:
         "takeover": "/c.takeover.sock", "take_over": "False", "accelerate": "off",
         "metrics": "127.0.0.1:9100", "metrics_peers": "3",
         "admit": "own", "subnets": "(10.244.1.0/24, fd00::/64)", "mark": "0x1000/0xf000",
+        "dscp": "None",
     }
 
 
@@ -293,7 +295,7 @@ def test_defaults_and_environment(tmp_path: Path) -> None:
     with forwarding(how="config", RUNTIME_DIRECTORY=f"{tmp_path}/a:{tmp_path}/b") as process:
         assert json.loads(line(process))["control"] == f"{tmp_path}/a/udptun.sock"
     assert config["addresses"] == "(IPv4Address('10.244.1.0'), IPv6Address('fd00::1'))"
-    assert (config["mtu"], config["workers"]) == ("None", "None")
+    assert (config["mtu"], config["workers"], config["dscp"]) == ("None", "None", "0")
     assert (config["tun"], config["offload"], config["source_check"]) == (
         "udptun0", "auto", "strict",
     )

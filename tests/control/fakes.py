@@ -33,6 +33,7 @@ VERSION = "0.1.0"
 WORKER = {
     "index": 0, "turns": 8, "loop_returns": 9, "queued": 1, "icmp_sent": 3, "icmp_suppressed": 4,
     "own_sockets": 2, "own_sockets_given": 3, "probes_lost": 0, "icmp_floods": 0,
+    "ecn_marked": 5, "ecn_unexpected": 6,
     "cpu_seconds": 1.25,
     "syscalls": {"read": 5, "write": 6, "send": 7, "receive": 8, "wait": 9},
 }
@@ -222,7 +223,8 @@ class FakeForwarder:
             "send_errors": {"EPERM": 4, "ENOBUFS": 2},
             "packets": status_of(1, 0)["packets"], "drops": self.drops(), "peers_n": 1,
             "routes_n": len(self.table), "generation": self.generation,
-            "icmp": {"sent": 3, "suppressed": 4}, "peer_errors": {"icmp": 5, "send": 6},
+            "icmp": {"sent": 3, "suppressed": 4},
+            "ecn": {"marked": 5, "unexpected": 6}, "peer_errors": {"icmp": 5, "send": 6},
             "syscalls": WORKER["syscalls"],
             "workers": [WORKER],
             "probes": {
@@ -258,7 +260,7 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
         "version": VERSION, "build": build_id(), "pid": os.getpid(),
         "uptime_seconds": 3723.5,
         "generation": generation, "route_count": route_count, "source_check": "strict",
-        "admit": "any", "mark": None,
+        "admit": "any", "mark": None, "dscp": "0",
         "accelerate": {
             "mode": "off", "active": False, "reason": "--accelerate off", "generation": 3,
             "kernel_generation": None, "devices": [],

@@ -580,6 +580,8 @@ def test_metrics(http_: Http, served: Served) -> None:
         ("udptun_probes_total", ("answered",)): 7,
         ("udptun_icmp_total", ("sent",)): 3,
         ("udptun_icmp_total", ("suppressed",)): 4,
+        ("udptun_ecn_total", ("marked",)): 5,
+        ("udptun_ecn_total", ("unexpected",)): 6,
         ("udptun_syscalls_total", ("read",)): 5,
         ("udptun_worker_turns_total", ("0",)): 8,
         ("udptun_worker_loop_returns_total", ("0",)): 9,

@@ -45,7 +45,7 @@ NATIVE = (
     Bug("decap", "wire/probe.pxd", "if {{n < PROBE_LEN}}:", False),
     Bug("merge", "wire/merge.pxd", "and {{c.payload_len <= out.gso_size}} and", True),
     Bug("merge", "wire/merge.pxd", "and {{out.total_len + c.payload_len <= IP_MAX}}\n", True),
-    Bug("flush", "path/send.pxd", "or {{total + datagram.len > MAX_UDP_PAYLOAD}}):", False),
+    Bug("flush", "path/send.pxd", "or {{total + datagram.len > MAX_UDP_PAYLOAD}}:", False),
     Bug("errors", "path/send.pxd", "or {{c.cmsg_len < CMSG_LEN(sizeof(err))}}:", False),
     Bug("publish", "table/publish.pxd", "if {{item.generation > oldest}}:", False),
     Bug("text", "table/text.pxd", "while {{i < n}} and (text[i] == c' '", True),

@@ -155,6 +155,7 @@ def test_the_lowest_mtu_depends_on_the_family():
         ('"10.42.0.0/16"', '"10.42.0.0/16"\nmtus = 1400', "mtus", 2),
         ('"10.42.0.0/16"', '"10.42.0.0/16"\nprobe = 1', "probe", 2),
         ('"10.42.0.0/16"', '"10.42.0.0/16"\nexpress = 1', "express", 2),
+        ('"10.42.0.0/16"', '"10.42.0.0/16"\necn = 1', "ecn", 2),
         ('name = "n2"', "", "name", 8),
         ('name = "n2"', "name = 2", "name", 9),
         ('name = "n2"', 'name = "n 2"', "name", 9),

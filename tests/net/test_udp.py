@@ -16,7 +16,7 @@ from udptun.device.offload import OffloadRequest
 from udptun.errors import DeviceError
 from udptun.model import Endpoint, Mark
 from udptun.net import udp as module
-from udptun.net.udp import UdpSocket, open_udp
+from udptun.net.udp import UdpSocket, keeps_marks, open_udp
 
 AUTO = OffloadRequest()
 LOCAL = {4: Endpoint(ip_address("127.0.0.1"), 0), 6: Endpoint(ip_address("::1"), 0)}
@@ -50,6 +50,30 @@ def test_the_mark_is_set_and_removed():
         assert mark() == 7
         udp.set_mark(None)
         assert mark() == 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_dscp_is_set_and_the_class_of_datagrams_is_received(version):
+    level = socket.IPPROTO_IP if version == 4 else socket.IPPROTO_IPV6
+    name = socket.IP_TOS if version == 4 else socket.IPV6_TCLASS
+    with contextlib.closing(open_udp(LOCAL[version], AUTO, False, dscp=46)) as udp:
+        for dscp, expected in ((46, 46 << 2), (None, 0), (7, 7 << 2)):
+            udp.set_dscp(dscp)
+            assert udp.socket.getsockopt(level, name) == expected
+            udp.socket.sendto(b"x", udp.socket.getsockname())
+            _, control, _, _ = udp.socket.recvmsg(64, 64)
+            assert [(kind, value[0]) for _, kind, value in control] == [(name, expected)]
+
+
+@pytest.mark.parametrize(("release", "keeps"), [
+    ("6.9.0", True), ("6.9.0-rc7", True), ("6.18.5-cloud", True), ("7.0", True), ("10.1.2", True),
+    ("6.8.10", True), ("6.8.9", False), ("6.7.99", False), ("6.6.31", True), ("6.6.30", False),
+    ("6.1.0-21-amd64", False), ("6.1.91", True), ("5.15.159", True), ("5.15.0-105-generic", False),
+    ("5.14.0-427.el9.x86_64", False), ("5.10.217", True), ("5.10", False), ("5.4.300", False),
+    ("", False), ("linux", False), ("6", False),
+])
+def test_which_kernels_report_each_mark(release, keeps):
+    assert keeps_marks(release) is keeps
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
@@ -21,7 +22,7 @@ from tests.node.daemon_host import OURS, Node, peer, routes_to, table
 from tests.own_netns import in_own_netns, sh
 from tests.wait import until
 from udptun.errors import FieldError
-from udptun.leases.advert import EXPRESS, FEATURES, Advert, embed
+from udptun.leases.advert import ECN, PROBE, Advert, embed
 from udptun.leases.base import (
     Attributes,
     Change,
@@ -33,6 +34,7 @@ from udptun.leases.base import (
 )
 from udptun.leases.netconf import NetConfig
 from udptun.net.netlink import Netlink
+from udptun.net.udp import keeps_marks
 from udptun.node import peers as peers_module
 from udptun.node import store as store_module
 from udptun.node.backends import BACKENDS
@@ -63,9 +65,10 @@ async def test_leases_of_the_store_are_applied(served, node_of):
         await node.ready(daemon)
         assert table(served) == routes_to(peer(2), peer(3))
         (published,) = node.store.published
+        features = {PROBE, ECN} if keeps_marks(os.uname().release) else {PROBE}
         assert published == Attributes(
             IPv4Address("192.0.2.1"), None, "",
-            embed(None, Advert(8285, 1472, FEATURES - {EXPRESS})))
+            embed(None, Advert(8285, 1472, frozenset(features))))
         assert node.config.subnet_file.read_text() == (
             "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\n"
             "FLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n")

@@ -26,11 +26,13 @@ from udptun.errors import FieldError, NoForwarder
 from udptun.instance import Instance
 from udptun.lab import Host, Lab, missing_tools, ping, wait_for
 from udptun.model import Route
+from udptun.net.udp import keeps_marks
 from udptun.node.extension import Extension, advertisement, peer_route
 from udptun.node.process.launch import ForwarderSpec, spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.244.0.0/16"
+FEATURES = ["ecn", "probe"] if keeps_marks(os.uname().release) else ["probe"]
 COMMANDS = ("PreStartupCommand", "PostStartupCommand", "SubnetAddCommand", "SubnetRemoveCommand")
 
 needs_root = pytest.mark.skipif(
@@ -272,7 +274,7 @@ def test_the_options_of_one_node_come_from_its_environment(pair) -> None:
     node, host = pair[0], pair[0].host
     node.env |= {"UDPTUN_EXT_PORT": "8286", "UDPTUN_EXT_MTU": "1400"}
     assert json.loads(node.pre()) == {
-        "udptun": {"port": 8286, "mtu": 1400, "v": 1, "features": ["probe"]}}
+        "udptun": {"port": 8286, "mtu": 1400, "v": 1, "features": FEATURES}}
     assert node.post(SUBNETS[0], host.v4) == QUIET
     device = node.status()["device"]
     assert (device["listen"], device["mtu"]) == ([f"{host.v4}:8286"], 1400)
@@ -333,7 +335,7 @@ def test_the_documented_commands_need_no_shell() -> None:
 
 def test_only_the_advertisement_is_printed(tmp_path: Path, path: str) -> None:
     flanneld = Flanneld(tmp_path / "node", path)
-    advert = {"port": 8285, "v": 1, "features": ["probe"]}
+    advert = {"port": 8285, "v": 1, "features": FEATURES}
     assert json.loads(flanneld.pre()) == {"udptun": advert}
     assert len(flanneld.pre().splitlines()) == 1
 
@@ -354,7 +356,7 @@ def test_the_advertisement_of_a_peer(
 ) -> None:
     env = {"SUBNET": "10.244.2.0/24", "PUBLIC_IP": "192.0.2.2"}
     assert peer_route(env, advertised) == Route.make(
-        "10.244.2.0/24", "192.0.2.2", port, mtu, probe)
+        "10.244.2.0/24", "192.0.2.2", port, mtu, probe, ecn='"ecn"' in advertised)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +429,7 @@ def test_a_forwarder_is_started_with_the_instance(
 
 def test_the_options_survive_the_file(tmp_path: Path) -> None:
     file = tmp_path / "made" / "forward.json"
-    for spec in (SPEC, dataclasses.replace(SPEC, mtu=1400)):
+    for spec in (SPEC, dataclasses.replace(SPEC, mtu=1400, dscp="inherit")):
         spec.write(file)
         assert ForwarderSpec.read(file) == spec
     assert [entry.name for entry in file.parent.iterdir()] == ["forward.json"]
@@ -451,6 +453,13 @@ def test_which_running_forwarder_matches(change: dict[str, Any], why: str) -> No
     found = SPEC.mismatch({"device": DEVICE | change})
     assert found.startswith(why)
     assert bool(found) is bool(why)
+
+
+def test_another_dscp_does_not_match() -> None:
+    asked = dataclasses.replace(SPEC, dscp="46")
+    assert asked.mismatch({"device": DEVICE}) == "its option dscp: 0 instead of 46"
+    assert asked.mismatch({"device": DEVICE, "dscp": "46"}) == ""
+    assert SPEC.mismatch({"device": DEVICE, "dscp": "inherit"}).startswith("its option dscp")
 
 
 def test_an_mtu_matters_only_if_it_is_configured() -> None:

@@ -46,7 +46,7 @@ class Rig:
 
     def __init__(
         self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64, udp6=False,
-        sockopts=(), own_subnets=None,
+        sockopts=(), own_subnets=None, ecn=False, dscp=0,
     ):
         self.features = features
         self.closing = contextlib.ExitStack()
@@ -67,7 +67,7 @@ class Rig:
         admitted = self.ports[0].getsockname()[1]
         ports = {a: self.outside[a].getsockname()[1] for a in PEERS}
         self.routes = [
-            Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu, express=True),
+            Route.make("10.244.2.0/24", PEERS[0], ports[PEERS[0]], mtu, express=True, ecn=ecn),
             Route.make("10.244.3.0/24", PEERS[1], ports[PEERS[1]], mtu),
             Route.make("10.244.3.128/25", PEERS[0], ports[PEERS[0]], mtu, True),
             Route.make("10.244.4.0/24", PEERS[0], ports[PEERS[0]], mtu, False, admitted),
@@ -86,14 +86,14 @@ class Rig:
         link_mtus = (1500, 1500 if udp6 else 0)
         self.core = _core.Core(source_check, 1, link_mtus, [TUN4.packed, TUN6.packed], self.notify,
                                own_subnets and [(net.network_address.packed, net.prefixlen)
-                                                for net in own_subnets])
+                                                for net in own_subnets], dscp)
         self.core.publish(_core.RouteTable.parse_text("\n".join(map(str, self.routes)).encode()))
         self.worker = _core.Worker(
             self.core, worker_end.fileno(), self.udp.fileno(), fd6, features, gso_max_segs
         )
         self.reference = reference.ReferenceForwarder(
             self.routes, own_addresses=[TUN4, TUN6], tun_addresses=[TUN4, TUN6],
-            source_check=source_check, own_subnets=own_subnets, tun_mtu=TUN_MTU,
+            source_check=source_check, own_subnets=own_subnets, tun_mtu=TUN_MTU, dscp=dscp,
         )
         self.core.set_tun_mtu(TUN_MTU)
 

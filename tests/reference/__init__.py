@@ -8,12 +8,13 @@ package, even if the compiled core is missing.
 Threading: the functions are pure; a ``ReferenceForwarder`` belongs to one thread.
 
 Read the modules in the order in which a packet passes them: packet, checksum, cut, lpm, fragment,
-icmp, finish, merge, probe, capture, forwarder.
+icmp, ecn, finish, merge, probe, capture, forwarder.
 """
 
 from .capture import Record, build_record, parse_records, wants
 from .checksum import checksum
 from .cut import cut
+from .ecn import Taken, take_ecn, traffic_class
 from .finish import finish_checksum
 from .forwarder import Decapsulated, Encapsulated, ReferenceForwarder
 from .fragment import fragment
@@ -31,6 +32,7 @@ __all__ = [
     "Probe",
     "Record",
     "ReferenceForwarder",
+    "Taken",
     "build_probe",
     "build_record",
     "check_packet",
@@ -43,5 +45,7 @@ __all__ = [
     "merge",
     "parse_probe",
     "parse_records",
+    "take_ecn",
+    "traffic_class",
     "wants",
 ]

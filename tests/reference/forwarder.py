@@ -13,6 +13,7 @@ from udptun.drops import DECAP, DIRECTIONS, ENCAP
 from udptun.model import Endpoint, IPAddress, IPNetwork, Route
 
 from .cut import cut, cut_unfinished
+from .ecn import take_ecn, traffic_class
 from .finish import finish_checksum, is_unfinished
 from .fragment import fragment
 from .icmp import icmp_error
@@ -81,6 +82,7 @@ class ReferenceForwarder:
     path_mtu          the largest outer packet in bytes, for the endpoints whose path MTU is known
     underlay_mtu      the largest outer packet in bytes for all other endpoints
     tun_mtu           MTU of the TUN. A longer TCP packet from a peer's kernel is a super-packet
+    dscp              of the datagrams; None: that of the packet
 
     ``counts[direction]`` and ``drops[reason, direction]`` are updated immediately. A frame counts
     as its segments, or as 1 if the frame cannot be cut. Fragments after the first count as
@@ -99,6 +101,7 @@ class ReferenceForwarder:
         path_mtu: Mapping[Endpoint, int] | None = None,
         underlay_mtu: int = 1500,
         tun_mtu: int = IP_MAX,
+        dscp: int | None = 0,
     ) -> None:
         self.routes = list(routes)
         self.own_addresses = frozenset(own_addresses)
@@ -110,6 +113,8 @@ class ReferenceForwarder:
         self.path_mtu = dict(path_mtu or {})
         self.underlay_mtu = underlay_mtu
         self.tun_mtu = tun_mtu
+        self.dscp = dscp
+        self.marked = self.unexpected = 0  # see Taken
         self.counts = {direction: Counts() for direction in DIRECTIONS}
         self.drops: Counter[tuple[str, str]] = Counter()
 
@@ -150,10 +155,20 @@ class ReferenceForwarder:
             result.datagrams += [(Endpoint(route.via, route.port), piece) for piece in pieces]
         return result
 
-    def decap(self, outer_source: Endpoint, datagram: bytes) -> Decapsulated:
-        """UDP to TUN: parse, check the sender and the inner source, decrement the hop limit.
+    def outer_class(self, to: Endpoint, packet: bytes) -> int:
+        """Return the traffic class of the datagram that carries this packet."""
+        inner = traffic_class(packet)
+        ecn = any(route.ecn for route in self.routes if (route.via, route.port) == (
+            to.address, to.port))
+        dscp = inner >> 2 if self.dscp is None else self.dscp
+        return dscp << 2 | (inner & 3 if ecn else 0)
+
+    def decap(self, outer_source: Endpoint, datagram: bytes, ecn: int = 0) -> Decapsulated:
+        """UDP to TUN: parse, check the sender and the inner source, copy the congestion
+        mark, decrement the hop limit.
 
         datagram  the UDP payload: an IP packet or a probe. An empty payload is a keepalive
+        ecn       the ECN field of the outer header
         """
         result = Decapsulated()
         counts = self.counts[DECAP]
@@ -169,6 +184,10 @@ class ReferenceForwarder:
             self._admit_peer(outer_source)
             self._admit_source(outer_source, packet)
             self._admit_destination(packet)
+            taken = take_ecn(packet, ecn)
+            self.marked += taken.marked
+            self.unexpected += taken.unexpected
+            packet = taken.packet
             packet = decrement_hop_limit(packet)
             if not self._may_send_unfinished(outer_source):
                 result.packets = [packet]

@@ -18,6 +18,7 @@ from ._steps import (
     icmp_error,
     merge,
     parse_probe,
+    take_ecn,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "icmp_error",
     "merge",
     "parse_probe",
+    "take_ecn",
 ]

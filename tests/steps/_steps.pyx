@@ -13,6 +13,8 @@ from wire.cut cimport (
     SEG_HDR_ROOM, complete_checksum, cut_segment, cut_start, cut_t, is_super, plan_cut,
 )
 from drops cimport PASS, drop_t
+from wire.ecn cimport ECN_NOT_ECT, ecn_counts_t
+from wire.ecn cimport take_ecn as take
 from wire.finish cimport finish_checksum as finish
 from wire.merge cimport (
     MERGE_FRAME, MERGE_PACKETS, merge_add, merge_frame, merge_reset, merge_t, output_t,
@@ -26,7 +28,7 @@ from wire.probe cimport parse_probe as parse
 from wire.probe cimport probe_t
 
 from udptun.drops import DROP_REASONS
-from tests.reference import Dropped, Probe
+from tests.reference import Dropped, Probe, Taken
 
 # Initial values for variables. They avoid gcc warnings: gcc does not see that check() raises before
 # an unset field is used.
@@ -151,6 +153,20 @@ def merge(list packets, bint tcp=True, bint udp=True):
         free(copies)
         free(frame)
         free(m)
+
+
+def take_ecn(bytes packet, uint8_t outer):
+    cdef uint8_t* p
+    cdef ecn_counts_t counts = [0, 0]
+    check_packet(packet)
+    p = exact_copy(packet)
+    try:
+        if outer != ECN_NOT_ECT:
+            check(take(p, p[0] >> 4, outer, &counts))
+        return Taken(PyBytes_FromStringAndSize(<char*>p, len(packet)),
+                     counts.marked != 0, counts.unexpected != 0)
+    finally:
+        free(p)
 
 
 def finish_checksum(bytes packet):

@@ -193,7 +193,7 @@ def test_slices_are_parsed_back(some, start, count):
 
 
 WORDS = st.one_of(
-    st.sampled_from(("via", "port", "mtu", "via", "port", "mtu", "probe", "express",
+    st.sampled_from(("via", "port", "mtu", "via", "port", "mtu", "probe", "express", "ecn",
                      "source-port", "source_port", "any", "8000-8015",
                      "10.0.0.0/8", "192.0.2.1", "::",
                      "0", "1", "67", "68", "65535", "65536", "008285", "1234567890", "1e3", "-1",
@@ -214,6 +214,9 @@ WORDS = st.one_of(
 @example(["10.0.0.0/8", "via", "::2", "express"])
 @example(["10.0.0.0/8", "via", "::2", "express", "probe", "port", "1"])
 @example(["10.0.0.0/8", "via", "::2", "express", "express"])
+@example(["10.0.0.0/8", "via", "::2", "ecn"])
+@example(["10.0.0.0/8", "via", "::2", "ecn", "mtu", "1400", "express", "probe"])
+@example(["10.0.0.0/8", "via", "::2", "ecn", "ecn"])
 @example(["10.0.0.0/8", "via", "::2", "probe", "1"])
 @example(["10.0.0.0/8", "via", "::2", "port", "probe"])
 @example(["10.0.0.0/8", "via", "::2", "source-port", "any", "probe"])
@@ -237,7 +240,8 @@ VALUES = st.one_of(
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
 KEYS = st.sampled_from(
-    ("dst", "via", "port", "mtu", "source_port", "probe", "express") * 2 + ("ttl", "", "dstx"))
+    ("dst", "via", "port", "mtu", "source_port", "probe", "express", "ecn") * 2
+    + ("ttl", "", "dstx"))
 OBJECTS = st.one_of(
     VALUES, st.dictionaries(KEYS, VALUES, max_size=5),
     st.builds(lambda r, extra: {**r.to_json(), **extra}, routes,
@@ -275,7 +279,7 @@ def test_any_json_value_is_skipped(value, ascii_only):
 
 JSON_SOUP = st.lists(st.sampled_from([
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'"routes"', b'"generation"', b'"dst"',
-    b'"via"', b'"port"', b'"mtu"', b'"probe"', b'"express"',
+    b'"via"', b'"port"', b'"mtu"', b'"probe"', b'"express"', b'"ecn"',
     b'"source_port"', b'"any"', b'"1-9"',
     b'"10.0.0.0/8"', b'"::1"', b"null", b"true", b"1", b"-", b"0",
     b".5", b"e1", b" ", b"\n", b"\\u0064", b"\xff", b"\xc3\xa9", b"\x00", b"NaN",
@@ -468,7 +472,7 @@ def test_a_table_from_routes_has_each_prefix_once(some, data):
 
 def row(route):
     return (str(route.dst), str(route.via), route.port, route.mtu, route.probe, route.source_port,
-            route.express)
+            route.express, route.ecn)
 
 
 @given(st.lists(SMALL, unique_by=lambda r: r.dst), st.lists(SMALL, unique_by=lambda r: r.dst),

@@ -53,6 +53,11 @@ def test_decrement_hop_limit(compiled, packet):
     same(compiled, "decrement_hop_limit", packet)
 
 
+@given(any_packet, st.integers(0, 3))
+def test_take_ecn(compiled, packet, outer):
+    same(compiled, "take_ecn", packet, outer)
+
+
 @given(any_packet, st.booleans())
 def test_finish_checksum(compiled, packet, from_a_kernel):
     if from_a_kernel:

@@ -71,6 +71,12 @@ def _mark(text: str) -> Mark:
     return Mark.parse(text)
 
 
+def _dscp(text: str) -> int | None:
+    from ..model import parse_dscp
+
+    return parse_dscp(text, "")
+
+
 def _auto_or_number(text: str) -> int | None:
     """Return None for auto, else a number of at most MAX_MTU. ForwarderConfig checks the range."""
     from ..model import MAX_MTU, parse_number
@@ -153,6 +159,8 @@ FIELDS = {
 @click.option("--mark", type=Parsed("value/mask", _mark),
               help="Set this mark (SO_MARK) on all datagrams, so that firewall rules can tell them "
                    "from those of other programs.  [default: no mark]")
+@click.option("--dscp", type=Parsed("inherit|n", _dscp), default="0", show_default=True,
+              help="DSCP of the datagrams: a number from 0 to 63, or inherit: that of the packet.")
 @click.option("--accelerate", type=click.Choice(ACCELERATES), default=ACCELERATES[0],
               show_default=True,
               help="auto: let the kernel carry packets to and from the peers whose routes have "

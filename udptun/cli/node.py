@@ -29,7 +29,9 @@ from ..model import (
     Endpoint,
     IPAddress,
     Mark,
+    dscp_text,
     parse_address,
+    parse_dscp,
     parse_source_port,
 )
 from ..node.backends import AUTO, MODES
@@ -203,6 +205,10 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
       metavar="VALUE/MASK|off",
       help="Mark of the forwarder's datagrams. Firewall rules drop datagrams without this mark to "
            "the forwarders of other nodes.")
+@flag("--dscp", type=Parsed("inherit|n", lambda text: parse_dscp(text, "")),
+      default=dscp_text(STOCK.dscp), show_default=True,
+      help="DSCP of the forwarder's datagrams: a number from 0 to 63, or inherit: that of the "
+           "packet.")
 @flag("--accelerate", type=click.Choice(ACCELERATES), default=STOCK.accelerate, show_default=True,
       help="auto: let the kernel carry packets to and from the nodes that have this option too, if "
            "it can; off: the forwarder carries all packets.")
@@ -288,7 +294,7 @@ def node(ctx: click.Context, /, verbose: int, log_format: str, **values: Any) ->
 def _config(ctx: click.Context, values: dict[str, Any], log_format: str) -> NodeConfig:
     unchanged = ("instance", "address_grace", "backend", "ip_masq", "iptables_forward_rules",
                  "firewall", "keep_flannel", "iptables_resync", "source_port", "admit", "mark",
-                 "accelerate",
+                 "dscp", "accelerate",
                  "forwarder", "forwarder_standby", "forward_file", "state_dir", "healthz_port",
                  "metrics", "metrics_peers", "take_over", "cleanup")
     given: dict[str, Any] = {  # NodeConfig takes all other names from the instance

@@ -16,7 +16,7 @@ from .options import client, connection, echo_json, echo_table, no_headers, outp
 if TYPE_CHECKING:
     from ..model import Route
 
-WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe] [express]"
+WORDS = "DST via IP [port P] [mtu M] [source-port P] [probe] [express] [ecn]"
 ROUTE_LINE = re.compile(rb"^[^\S\n]*[^\s#]", re.MULTILINE)  # a line with more than a comment
 
 
@@ -100,9 +100,9 @@ def delete(ctx: click.Context, dst: str) -> None:
 def sync(ctx: click.Context, file: str, allow_empty: bool, output: str) -> None:
     """Replace all routes by those in FILE (- for standard input), in one step.
 
-    FILE has one route per line: DST via IP [port P] [mtu M] [source-port P] [probe] [express]. A #
-    starts a comment. If a line is invalid, nothing changes. If there is no route in FILE, nothing
-    changes either, because the program that should write the routes may have failed.
+    FILE has one route per line: DST via IP [port P] [mtu M] [source-port P] [probe] [express]
+    [ecn]. A # starts a comment. If a line is invalid, nothing changes. If there is no route in
+    FILE, nothing changes either, because the program that should write the routes may have failed.
     """
     name = "standard input" if file == "-" else file
     try:

@@ -98,6 +98,16 @@ class CounterCollector(Collector):
             icmp.add_metric((state,), count)
         yield icmp
 
+        ecn = CounterMetricFamily(
+            "udptun_ecn",
+            "Received packets whose ECN field got the congestion mark of the path (marked), or "
+            "differs from that of the datagram in a way that is not in use (unexpected).",
+            labels=("state",),
+        )
+        for state, count in counters["ecn"].items():
+            ecn.add_metric((state,), count)
+        yield ecn
+
         errors = CounterMetricFamily(
             "udptun_peer_errors",
             "Errors about datagrams to peers: ICMP errors, and sends that the kernel refused.",

@@ -31,6 +31,7 @@ from ..model import (
     Mark,
     as_endpoint,
     parse_address,
+    parse_dscp,
     parse_prefix,
 )
 
@@ -56,12 +57,13 @@ class ForwarderConfig:
     admit         "any": deliver packets to any inner destination; "own": only to ``addresses`` and
                   ``subnets``
     mark          mark of all datagrams that the forwarder sends; None: no mark
+    dscp          DSCP of the datagrams, 0 to 63; None or "inherit": that of the packet
     mtu           MTU of the TUN in bytes; None: the underlay's MTU minus the outer headers, with
                   IPv6 inside at least 1280
     workers       number of worker threads; None: chosen from the number of cores
     control       Unix socket of the control API; None: no control API
     routes_file   file that is read at start and on ``reload``. Each line is a route:
-                  ``DST via IP [port P] [mtu M] [source-port P] [probe] [express]``
+                  ``DST via IP [port P] [mtu M] [source-port P] [probe] [express] [ecn]``
     state_file    copy of the active table. At start, a valid state_file is loaded instead of
                   routes_file
     accelerate    "auto": packets to and from the peers whose routes have ``express`` may pass in
@@ -87,6 +89,7 @@ class ForwarderConfig:
     subnets: tuple[IPNetwork, ...] = ()
     admit: str = ADMITS[0]
     mark: Mark | None = None
+    dscp: int | None = 0
     accelerate: str = ACCELERATES[0]
     takeover: Path | None = None
     take_over: bool = False
@@ -108,8 +111,8 @@ class ForwarderConfig:
             routes_file: Path | str | None = ..., state_file: Path | str | None = ...,
             mtu: int | None = ..., workers: int | None = ..., offload: OffloadRequest | str = ...,
             source_check: str = ..., subnets: _Some[IPNetwork] = ..., admit: str = ...,
-            mark: Mark | str | None = ..., accelerate: str = ...,
-            takeover: Path | str | None = ..., take_over: bool = ...,
+            mark: Mark | str | None = ..., dscp: int | str | None = ...,
+            accelerate: str = ..., takeover: Path | str | None = ..., take_over: bool = ...,
             metrics: Endpoint | None = ..., metrics_peers: int = ...,
             flannel_control: Path | str | None = ..., flannel_control_fd: int | None = ...,
         ) -> None: ...
@@ -119,6 +122,7 @@ class ForwarderConfig:
         converted: dict[str, object] = {
             "listen": _each(self.listen, partial(as_endpoint, field="listen")),
             "addresses": _each(self.addresses, partial(parse_address, "addresses")),
+            "dscp": parse_dscp(self.dscp),
         }
         for name in ("networks", "subnets"):
             converted[name] = _each(getattr(self, name), partial(parse_prefix, name))

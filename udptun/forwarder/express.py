@@ -45,7 +45,7 @@ LOOK_SECONDS = 10.0
 PAUSE_SECONDS = 0.05  # between two looks at the host
 
 # The layouts of src_ext/express/maps.h
-SETTINGS = struct.Struct("=II4s16sHHIII")
+SETTINGS = struct.Struct("=II4s16sHHIIIII")
 ENDPOINT = struct.Struct("=16sHBx")
 PEER = struct.Struct("=IHH")
 KEY_BYTES, ENTRY_BYTES = 24, 24
@@ -57,6 +57,7 @@ TOTALS = (
     "sent", "received", "send_dropped", "receive_dropped", "send_other", "send_no_route",
     "send_hop_limit", "send_size", "send_peer", "send_flow", "send_refused", "receive_other",
     "receive_source", "receive_destination", "receive_hop_limit", "receive_refused",
+    "receive_ecn", "receive_marked",
 )
 
 # Drivers of links between guests of one host. These links pass super-packets to the peer whole.
@@ -374,7 +375,8 @@ class Express:
             b"" if four is None else four.address.packed,
             b"" if six is None else six.address.packed,
             0 if four is None else four.port, 0 if six is None else six.port,
-            self._config.admit == "own", works, works)
+            self._config.admit == "own", works, works,
+            (self._config.dscp or 0) << 2, 0xFC if self._config.dscp is None else 0)
 
     # -- in the netlink thread --------------------------------------------------------------------
 

@@ -242,7 +242,7 @@ class Forwarder:
         )
         giver = self._make_giver(self._parts, taking)
         if taking is not None:
-            await self._finish_taking(taking, sockets)
+            await self._finish_taking(taking, sockets, workers)
         if giver is not None:
             await self._offer(giver)
         self._run_express(express, netlink)
@@ -339,6 +339,9 @@ class Forwarder:
             tun, sockets = taking.tun(), None
         elif (kept := self._kept.device(config)) is not None:
             tun, sockets = kept
+            for opened in sockets:
+                opened.set_mark(config.mark)
+                opened.set_dscp(config.dscp)
         else:
             tun, sockets = Tun.open(config.tun, config.workers_n, config.offload), None
         self._closing.callback(tun.close)
@@ -387,7 +390,8 @@ class Forwarder:
                 one = present.get((index, endpoint))
                 if one is None:
                     one = open_udp(
-                        endpoint, config.offload, reuse_port=index > 0, mark=config.mark)
+                        endpoint, config.offload, reuse_port=index > 0, mark=config.mark,
+                        dscp=config.dscp)
                     if index == 0:
                         one.let_join()  # the other workers, and own sockets of slow peers
                 opened.append(one)
@@ -424,6 +428,7 @@ class Forwarder:
             [address.packed for address in config.addresses], notify_fd,
             None if config.admit == "any" else [
                 (net.network_address.packed, net.prefixlen) for net in config.subnets],
+            config.dscp,
         )
         core.set_tun_mtu(self.mtu)
         core.set_own_addresses(a.packed for a in local_addresses())
@@ -635,10 +640,14 @@ class Forwarder:
             self.events.publish(event)
         return counts
 
-    async def _finish_taking(self, taking: Taking, sockets: list[UdpSocket]) -> None:
+    async def _finish_taking(
+        self, taking: Taking, sockets: list[UdpSocket], workers: Workers
+    ) -> None:
         await taking.done()
         for opened in sockets:  # not earlier: until now, the other forwarder might continue
             opened.set_mark(self.config.mark)
+            opened.set_dscp(self.config.dscp)
+        workers.renew_options()
         log.info("took over from process %d, udptun %s (build %s)", taking.state.pid,
                  taking.state.program, taking.state.build or "unknown")
         taking.close()

@@ -343,13 +343,12 @@ class Routes:
         if self.state is not None:
             self.state.save_soon(table)
         if added + changed + removed <= EVENTS_MAX:
-            for kind, dst, via, port, mtu, probe, ports, express in table.changes_from(
+            for kind, dst, via, port, mtu, probe, ports, express, ecn in table.changes_from(
                     old, EVENTS_MAX):
-                more: dict[str, Any] = {"probe": True} if probe else {}
+                flags = {"probe": probe, "express": express, "ecn": ecn}
+                more: dict[str, Any] = {name: True for name, is_on in flags.items() if is_on}
                 if ports is not None:
                     more["source_port"] = source_port_json(ports)
-                if express:
-                    more["express"] = True
                 self._events.emit(f"route_{kind}", dst=dst, via=via, port=port, mtu=mtu, **more)
         self._events.emit("routes_replaced", **diff.to_json())
         return diff

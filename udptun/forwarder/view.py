@@ -21,7 +21,7 @@ from .. import _core
 from .._version import __version__
 from ..build import build_id
 from ..device.offload import Capabilities
-from ..model import Endpoint, IPAddress
+from ..model import Endpoint, IPAddress, dscp_text
 from ..takeover.document import CountersDocument
 from ..text import counted
 from . import dropped, peer_errors
@@ -76,6 +76,7 @@ class View:
             "source_check": self.config.source_check,
             "admit": self.config.admit,
             "mark": None if self.config.mark is None else str(self.config.mark),
+            "dscp": dscp_text(self.config.dscp),
             "accelerate": self.express.report(),
             "device": {
                 "name": self.tun_name,
@@ -175,6 +176,10 @@ class View:
             "icmp": {
                 "sent": sum(worker["icmp_sent"] for worker in workers),
                 "suppressed": sum(worker["icmp_suppressed"] for worker in workers),
+            },
+            "ecn": {
+                "marked": sum(worker["ecn_marked"] for worker in workers),
+                "unexpected": sum(worker["ecn_unexpected"] for worker in workers),
             },
             "peer_errors": self.core.peer_errors(),
             "send_errors": self.send_errors(),

@@ -127,6 +127,11 @@ class Workers:
             self.go_on()
         self._core.rebound()
 
+    def renew_options(self) -> None:
+        """Let all datagrams have the mark and the DSCP that the sockets have now."""
+        for thread in self._threads:
+            thread.worker.renew_options()
+
     def inherit(self, counters: Sequence[Mapping[str, Any]]) -> None:
         """Continue the counters of the workers of an earlier process."""
         for thread, had in zip(self._threads, counters, strict=False):

@@ -5,7 +5,7 @@ The advert is one key in the lease's BackendData, next to the fields of flannel'
 nodes ignore this key. Example:
 
     {"VNI": 1, "VtepMAC": "aa:bb:cc:dd:ee:ff",
-     "udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["express", "probe"],
+     "udptun": {"port": 8285, "mtu": 1450, "v": 1, "features": ["ecn", "express", "probe"],
                 "source_ports": [9000, 9015]}}
 
 A reader ignores unknown keys and unknown features. An older udptun node publishes neither "v" nor
@@ -27,7 +27,8 @@ KEY = "udptun"
 VERSION = 1  # of the advert's format; written with features, and not checked by readers
 PROBE = "probe"  # the node answers probes on each path, and sends probes
 EXPRESS = "express"  # the node can receive in the kernel, and may send from there
-FEATURES = frozenset({PROBE, EXPRESS})  # the features that this version of udptun knows
+ECN = "ecn"  # the node copies the congestion marks of the path to the packets (RFC 6040)
+FEATURES = frozenset({PROBE, EXPRESS, ECN})  # the features that this version of udptun knows
 
 
 @dataclass(frozen=True, slots=True)

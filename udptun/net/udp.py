@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import socket
 from dataclasses import dataclass, field
 
@@ -18,11 +19,11 @@ from ..model import Endpoint, Mark
 log = logging.getLogger(__name__)
 
 # linux/in.h
-IP_MTU_DISCOVER, IP_RECVERR = 10, 11
+IP_MTU_DISCOVER, IP_RECVERR, IP_RECVTOS = 10, 11, 13
 PMTUDISC_PROBE = 3  # set DF, ignore the kernel's path MTU; the core keeps a path MTU per peer
 PMTUDISC_INTERFACE = 4  # also ignore ICMP errors about the path MTU
 # linux/in6.h
-IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG = 23, 25, 62
+IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_DONTFRAG, IPV6_RECVTCLASS = 23, 25, 62, 66
 # asm-generic/socket.h
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 # linux/udp.h
@@ -75,6 +76,7 @@ class UdpSocket:
             sock.detach()
             raise device_error(errno.EADDRNOTAVAIL, doing, f"it is bound to {bound}")
         _queue_errors(sock)  # the other process may have turned this off during a flood
+        _report_class(sock)  # an older version has not set this
         return cls(
             sock, endpoint, features, off,
             rcvbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
@@ -125,6 +127,14 @@ class UdpSocket:
                 "--mark needs CAP_NET_ADMIN",
             ) from None
 
+    def set_dscp(self, dscp: int | None) -> None:
+        """Set the DSCP of the datagrams. None: the core sets that of each datagram."""
+        value = (dscp or 0) << 2
+        if self.family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, value)
+        else:
+            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, value)
+
     def accept_no_checksum(self) -> None:
         """Receive also the datagrams without a UDP checksum over IPv6 (RFC 6935). Over IPv4 they
         always arrive."""
@@ -136,12 +146,14 @@ class UdpSocket:
 
 
 def open_udp(
-    listen: Endpoint, request: OffloadRequest, reuse_port: bool, mark: Mark | None = None
+    listen: Endpoint, request: OffloadRequest, reuse_port: bool, mark: Mark | None = None,
+    dscp: int | None = 0,
 ) -> UdpSocket:
     """Open and bind a socket. Raises DeviceError, which names the endpoint.
 
     reuse_port  share the endpoint with a socket that is already bound to it (see ``let_join``)
     mark        mark of all datagrams; needs CAP_NET_ADMIN
+    dscp        see ``UdpSocket.set_dscp``
     """
     doing = f"opening the UDP socket {listen}"
     family = socket.AF_INET6 if listen.address.version == 6 else socket.AF_INET
@@ -164,6 +176,7 @@ def open_udp(
             sndbuf=_enlarge(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, SNDBUF),
         )
         udp.set_mark(mark)
+        udp.set_dscp(dscp)
         _probe(udp, request)
         # Bind last: datagrams arrive after it, and the options above must apply to them.
         sock.bind((str(listen.address), listen.port))
@@ -182,6 +195,27 @@ def open_udp(
     return udp
 
 
+# The first release of each stable series, and the first series, in which UDP_GRO does not join
+# datagrams with different traffic classes (linux 5babae777c61).
+GRO_FIXED = {(5, 10): 217, (5, 15): 159, (6, 1): 91, (6, 6): 31, (6, 8): 10}
+GRO_FIXED_SINCE = (6, 9)
+
+
+def keeps_marks(release: str) -> bool:
+    """Return whether a kernel of this release reports the congestion mark of each datagram.
+
+    An older kernel joins marked and other datagrams, and reports the mark of the first one for all
+    of them. A kernel of a distribution that has the change under an older number is not known to
+    have it.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    if numbers is None:
+        return False
+    major, minor, patch = (int(number or 0) for number in numbers.groups())
+    series = major, minor
+    return series >= GRO_FIXED_SINCE or (series in GRO_FIXED and patch >= GRO_FIXED[series])
+
+
 def _set_path_options(sock: socket.socket) -> None:
     """Set DF on every datagram, and let ICMP errors arrive in the error queue."""
     if sock.family == socket.AF_INET6:
@@ -190,6 +224,15 @@ def _set_path_options(sock: socket.socket) -> None:
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
     _queue_errors(sock)
+    _report_class(sock)
+
+
+def _report_class(sock: socket.socket) -> None:
+    """Let the core receive the traffic class of each datagram, which has the congestion mark."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVTCLASS, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)
 
 
 def _queue_errors(sock: socket.socket) -> None:

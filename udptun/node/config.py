@@ -110,6 +110,7 @@ class NodeConfig:
                       does not have, else none
     admit             which inner destinations the forwarder accepts: one of ADMITS
     mark              the mark of the forwarder's datagrams; None: no mark
+    dscp              the DSCP of the forwarder's datagrams; None: that of the packet
     accelerate        whether packets may pass in the kernel: one of ACCELERATES
     tun               the name of the forwarder's device
     control           the forwarder's control socket
@@ -143,6 +144,7 @@ class NodeConfig:
     source_port: tuple[int, int] | tuple[()] | None = None
     admit: str = ADMITS[0]
     mark: Mark | None = DEFAULT_MARK
+    dscp: int | None = 0
     accelerate: str = ACCELERATES[0]
     tun: str = _FROM_INSTANCE
     control: Path = _FROM_INSTANCE

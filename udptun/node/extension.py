@@ -16,8 +16,9 @@ from pathlib import Path
 from ..control.client import ControlClient
 from ..errors import FieldError, NoForwarder
 from ..instance import Instance
-from ..leases.advert import PROBE, Advert, embed, read
+from ..leases.advert import ECN, PROBE, Advert, embed, read
 from ..model import DEFAULT_PORT, Endpoint, IPNetwork, Route, parse_next_hop, parse_prefix
+from ..net.udp import keeps_marks
 from .process.launch import (
     FORWARD_FILE,
     LOG_FILE,
@@ -35,7 +36,9 @@ Environment = Mapping[str, str]
 
 def advertisement(port: int, mtu: int | None) -> str:
     """Return one line for the lease, which the peers' ``udptun ext add`` reads."""
-    return json.dumps(embed(None, Advert(port, mtu, frozenset({PROBE}))), separators=(",", ":"))
+    features = {PROBE, ECN} if keeps_marks(os.uname().release) else {PROBE}
+    advert = Advert(port, mtu, frozenset(features))
+    return json.dumps(embed(None, advert), separators=(",", ":"))
 
 
 def peer_route(env: Environment, advertised: str) -> Route:
@@ -48,7 +51,7 @@ def peer_route(env: Environment, advertised: str) -> Route:
     advert = read(advertised) or Advert(DEFAULT_PORT)
     via = parse_next_hop("PUBLIC_IP", _value(env, "PUBLIC_IP"))
     return Route(peer_subnet(env), via, advert.port, advert.mtu, PROBE in advert.features,
-                 advert.source_ports)
+                 advert.source_ports, ecn=ECN in advert.features)
 
 
 def peer_subnet(env: Environment) -> IPNetwork:

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
-from udptun.leases.advert import EXPRESS, PROBE, Advert, embed
+from udptun.leases.advert import ECN, EXPRESS, PROBE, Advert, embed
 from udptun.leases.base import Attributes, Change, Lease, Subnets
 from udptun.model import Route
 from udptun.net.vxlan import VxlanPeer
@@ -277,6 +277,14 @@ def test_the_express_path_needs_both_ends(ours, theirs):
     route = route_of(only(local, lease(data=embed(None, advert))))
     assert route.express is (ours and theirs)
     assert route.probe
+
+
+@pytest.mark.parametrize("advert", [
+    None, Advert(9285), Advert(9285, 1400, frozenset({PROBE})),
+    Advert(9285, 1400, frozenset({PROBE, ECN}))])
+def test_only_a_peer_that_advertises_ecn_gets_ecn_fields(advert):
+    found = only(UDP_ONLY, lease(data=embed(None, advert) if advert else None))
+    assert route_of(found).ecn is (advert is not None and ECN in advert.features)
 
 
 def test_a_subnet_claimed_twice_belongs_to_the_older_peer_until_it_leaves():

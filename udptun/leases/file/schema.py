@@ -34,7 +34,7 @@ from ...model import (
     parse_prefix,
     parse_source_port,
 )
-from ..advert import EXPRESS, PROBE, Advert, embed, read
+from ..advert import ECN, EXPRESS, PROBE, Advert, embed, read
 from ..base import Attributes, Lease, Subnets
 from ..netconf import NetConfig, refuse_reserved
 from .positions import Positions
@@ -43,8 +43,8 @@ Item = TypeVar("Item", IPAddress, IPNetwork)
 Wanted = TypeVar("Wanted")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
-_FILE_KEYS = ("network", "port", "mtu", "probe", "express", "nodes")
-_NODE_KEYS = ("name", "public", "subnets", "port", "mtu", "probe", "express",
+_FILE_KEYS = ("network", "port", "mtu", "probe", "express", "ecn", "nodes")
+_NODE_KEYS = ("name", "public", "subnets", "port", "mtu", "probe", "express", "ecn",
               "source_port")
 # As in flannel: a subnet with a longer prefix has too few addresses for a tunnel device and a
 # bridge.
@@ -141,7 +141,7 @@ def _hosts(content: Mapping[str, Any]) -> HostsFile:
     nodes = _required(content, "nodes", "")
     if not isinstance(nodes, list) or not nodes:
         raise FieldError("nodes", nodes, "a list of at least one node", "nodes")
-    defaults = {key: content[key] for key in ("port", "mtu", "probe", "express") if key in content}
+    defaults = {key: content[key] for key in ("port", "mtu", PROBE, EXPRESS, ECN) if key in content}
     _features(content, "")
     if "mtu" in content:
         parse_number("mtu", content["mtu"], MIN_MTU, MAX_MTU, "mtu")
@@ -195,9 +195,9 @@ def _node(node: Any, defaults: Mapping[str, Any], networks: Sequence[IPNetwork],
 
 def _features(options: Mapping[str, Any], path: str) -> frozenset[str]:
     """The nodes of a hosts file run udptun, unless the file says otherwise. The file also says
-    whether they have --accelerate auto."""
+    whether they have --accelerate auto, and whether they copy congestion marks."""
     found = set()
-    for feature, default in ((PROBE, True), (EXPRESS, False)):
+    for feature, default in ((PROBE, True), (EXPRESS, False), (ECN, False)):
         value = options.get(feature, default)
         if not isinstance(value, bool):
             raise FieldError(feature, value, "true or false", f"{path}{feature}")

@@ -8,21 +8,23 @@ forwarder's process is started and kept running (``process``). Runs on the daemo
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import ClassVar
 
-from ...leases.advert import EXPRESS, PROBE, Advert, embed
+from ...leases.advert import ECN, EXPRESS, PROBE, Advert, embed
 from ...leases.advert import read as read_advert
 from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
-from ...model import ANY_PORT, MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route
+from ...model import ANY_PORT, MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, dscp_text
 from ...net.lookup import device_index
 from ...net.loops import routed_into
 from ...net.netlink import Netlink
 from ...net.tun_state import tun_state
+from ...net.udp import keeps_marks
 from ..config import NodeConfig
 from ..host.interface import OuterFlow, Underlay
 from ..process.keeper import ForwarderKeeper, stop_forwarder
@@ -53,11 +55,12 @@ class UdpReach(Reach[Route]):
 
     def path(self, peer: PeerNode, subnet: IPNetwork) -> Route | str:
         advert = read_advert(peer.attributes.backend_data)
-        port, mtu, probe, ports, express = self.port, None, False, None, False
+        port, mtu, probe, ports, express, ecn = self.port, None, False, None, False, False
         if advert is not None:
             port, mtu, probe = advert.port, advert.mtu, PROBE in advert.features
             ports = advert.source_ports
             express = self.express and EXPRESS in advert.features
+            ecn = ECN in advert.features
         elif peer.attributes.backend_type not in FLANNEL_TYPES:
             return "the peer does not advertise UDP"
         elif subnet.version == 6:  # flannel's own udp backend would corrupt IPv6 packets
@@ -69,7 +72,8 @@ class UdpReach(Reach[Route]):
         # packet; the second choice is the other IP version.
         for version in (subnet.version, 10 - subnet.version):
             if version in self.outer and version in peer.public:
-                return Route(subnet, peer.public[version], port, mtu, probe, ports, express)
+                return Route(
+                    subnet, peer.public[version], port, mtu, probe, ports, express, ecn)
         return "the peer has no underlay address of an IP version that this node's underlay has"
 
 
@@ -104,6 +108,8 @@ class UdpBackend(Backend[Route]):
         if not self._config.advertise:
             return LeaseData()
         features = {PROBE, EXPRESS} if self._accelerates else {PROBE}
+        if keeps_marks(os.uname().release):
+            features.add(ECN)
         advert = Advert(
             self._prepared.udp_port, mtu, frozenset(features), self._source_ports())
         return LeaseData(data={4: embed(None, advert)})
@@ -140,6 +146,7 @@ class UdpBackend(Backend[Route]):
             state=str(config.state_dir / STATE_FILE),
             mtu=mtu,
             mark=None if config.mark is None else str(config.mark),
+            dscp=dscp_text(config.dscp),
             accelerate=config.accelerate,
             admit=config.admit,
             subnets=() if config.admit == "any" else tuple(map(str, lease.subnets)),

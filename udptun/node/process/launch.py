@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ...errors import FieldError, NoForwarder, UdptunError
 from ...files import make_directory, open_log, read_own_file, replace_file
 from ...instance import Instance
-from ...model import ACCELERATES, ADMITS
+from ...model import ACCELERATES, ADMITS, DEFAULT_DSCP
 from ...takeover.kept import variable
 from ...text import cut
 
@@ -65,6 +65,7 @@ class ForwarderSpec:
     state: str
     mtu: int | None = None
     mark: str | None = None
+    dscp: str = DEFAULT_DSCP
     accelerate: str = ACCELERATES[0]
     admit: str = ADMITS[0]
     subnets: tuple[str, ...] = ()
@@ -79,6 +80,8 @@ class ForwarderSpec:
             options["mtu"] = self.mtu
         if self.mark is not None:
             options["mark"] = self.mark
+        if self.dscp != DEFAULT_DSCP:
+            options["dscp"] = self.dscp
         if self.accelerate != ACCELERATES[0]:
             options["accelerate"] = self.accelerate
         if self.admit != ADMITS[0]:
@@ -94,7 +97,8 @@ class ForwarderSpec:
                 control=options["control"], listen=tuple(options["listen"]),
                 addresses=tuple(options["address"]), networks=tuple(options["network"]),
                 tun=options["tun"], state=options["state"], mtu=options.get("mtu"),
-                mark=options.get("mark"), accelerate=options.get("accelerate", ACCELERATES[0]),
+                mark=options.get("mark"), dscp=options.get("dscp", DEFAULT_DSCP),
+                accelerate=options.get("accelerate", ACCELERATES[0]),
                 admit=options.get("admit", ADMITS[0]),
                 subnets=tuple(options.get("subnet", ())),
             )
@@ -133,6 +137,7 @@ class ForwarderSpec:
             ("its networks", self.networks, tuple(device["networks"])),
             ("it listens on", self.listen, tuple(device["listen"])),
             ("its mark", self.mark, status.get("mark")),  # older forwarders have no mark
+            ("its option dscp", self.dscp, status.get("dscp", DEFAULT_DSCP)),
             ("its option accelerate", self.accelerate,
              status.get("accelerate", {}).get("mode", ACCELERATES[0])),
             ("its option admit", self.admit, status.get("admit", ADMITS[0])),
