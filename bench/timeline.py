@@ -48,7 +48,7 @@ _ROOM = 1 << 28
 _AFTER = (0, 52)  # bytes after the request or reply: none, or a TCP ACK with time stamps
 _RECORD = struct.Struct("=qqq")
 _MARK = struct.Struct("=IIq")
-_REQUEST, _REPLY = 2, 0  # where the UDP header has the port of the echo server
+REQUEST, REPLY = 2, 0  # where the UDP header has the port of the echo server
 
 # linux/filter.h, asm-generic/socket.h, linux/if_packet.h
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE, _SO_TIMESTAMPNS, _ETH_P_ALL = 26, 33, 35, 3
@@ -71,6 +71,13 @@ def tail_filter(port_at: int) -> bytes:
     return b"".join(struct.pack("=HBBI", *step) for step in [*steps, (_RET, 0, 0, 0)])
 
 
+def attach_filter(sock: socket.socket, code: bytes) -> None:
+    """Attach a classic BPF program (linux/filter.h, struct sock_fprog)."""
+    steps = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
 class Tap:
     """A packet socket on one device of a host that receives requests or replies.
 
@@ -84,9 +91,7 @@ class Tap:
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-        code = ctypes.create_string_buffer(tail_filter(_REQUEST if request else _REPLY))
-        program = struct.pack("HP", len(code) // 8, ctypes.addressof(code))
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+        attach_filter(self._socket, tail_filter(REQUEST if request else REPLY))
         with host.inside():
             self._socket.bind((device, _ETH_P_ALL))
 
@@ -110,11 +115,14 @@ class Tap:
 class Timeline:
     """The times in ns of each stage, of all requests that were seen everywhere.
 
-    sent  the number of requests
+    sent     the number of requests
+    workers  two shares of the time, for the worker of a and for that of b: it ran, and it waited
+             for a core; empty without workers
     """
 
     stages: Sequence[Sequence[int]]
     sent: int
+    workers: Sequence[tuple[float, float]]
 
     def rows(self) -> Iterator[tuple[str, Sequence[int]]]:
         """Yield (stage, times), at last the whole round trip."""
@@ -153,6 +161,7 @@ def measure(path: PathUnderTest, seconds: float) -> Timeline:
             taps.append(Tap(*ends[place], request))
             made.callback(taps[-1].close)
         record = Path(folder) / "replies"
+        begun, before = time.monotonic_ns(), _scheduled(path)
         process = udpload(
             path.a, "ping", path.at_b, "--seconds", seconds, "--size", _SIZE, "--interval-us",
             _INTERVAL_US, "--record", record,
@@ -160,6 +169,7 @@ def measure(path: PathUnderTest, seconds: float) -> Timeline:
         while process.alive:
             time.sleep(_POLL_SECONDS)
             _read(taps, process)
+        spent, after = time.monotonic_ns() - begun, _scheduled(path)
         _read(taps, process)
         sent = json_result(process, 10)["sent"]
         offset = time.time_ns() - time.monotonic_ns()  # udpload has monotonic times
@@ -167,7 +177,32 @@ def measure(path: PathUnderTest, seconds: float) -> Timeline:
             seq: (begin + offset, end + offset)
             for seq, begin, end in _RECORD.iter_unpack(record.read_bytes())
         }
-    return Timeline(stages_of([tap.times for tap in taps], replies), sent)
+    workers = [_busiest(*times, spent) for times in zip(before, after, strict=True)]
+    return Timeline(stages_of([tap.times for tap in taps], replies), sent, workers)
+
+
+def _scheduled(path: PathUnderTest) -> list[dict[str, tuple[int, int]]]:
+    """Return, for each forwarder, how many ns each thread has run and has waited for a core.
+
+    Source: linux Documentation/scheduler/sched-stats.rst.
+    """
+    found: list[dict[str, tuple[int, int]]] = []
+    for forwarder in path.forwarders:
+        found.append({})
+        for task in Path(f"/proc/{forwarder.process.pid}/task").iterdir():
+            ran, waited, _ = (task / "schedstat").read_text().split()
+            found[-1][task.name] = int(ran), int(waited)
+    return found
+
+
+def _busiest(
+    before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], spent: int
+) -> tuple[float, float]:
+    """Return the shares of the time that the busiest thread, the worker, ran and waited."""
+    return max(
+        ((ran - before[task][0]) / spent, (waited - before[task][1]) / spent)
+        for task, (ran, waited) in after.items() if task in before
+    )
 
 
 def _read(taps: Sequence[Tap], process: Process) -> None:
@@ -209,4 +244,6 @@ def run(contenders: Sequence[str], profile: str, seconds: float) -> Iterator[str
         yield ""
         for state, found in (("idle", idle), ("beside bulk", loaded)):
             yield f"{state}: {len(found.stages[0]):,} of {found.sent:,} requests followed"
+            for host, (ran, waits) in zip("ab", found.workers, strict=False):
+                yield f"  worker of {host}: runs {ran:.0%}, waits for a core {waits:.0%}"
         yield ""
