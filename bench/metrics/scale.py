@@ -2,9 +2,9 @@
 
 Consecutive packets go to different addresses, one address per route. Variant "N routes": all routes
 have host b as next hop. Variant "N peers": the routes have N addresses of host b as next hops. Host
-b has one tunnel; an nft rule on b (destination NAT) sends the datagrams of all N addresses to it.
-The rule also exists for N = 1, so that all variants have the same cost. Needs a contender whose
-routes can be set: udptun or onepacket.
+b has one tunnel; an nft rule on b sends the datagrams of all N addresses to it. The rule also
+exists for N = 1, so that all variants have the same cost. Needs a contender whose routes can be
+set: udptun or onepacket.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ def peers(path: PathUnderTest, n: int) -> Iterator[list[str]]:
     underlay = path.b.interfaces[0]
     net = underlay.v4.network
     addresses = [str(net[_FIRST_PEER + i]) for i in range(n)]
-    rule = f"ip daddr {net} udp dport {PORT} dnat to {underlay.v4.ip}"
-    chain = f"chain c {{\n type nat hook prerouting priority dstnat;\n {rule}\n }}"
+    # Not by NAT: it would change the source ports, to tell the connections apart. Then udptun would
+    # drop the datagrams.
+    rule = f"ip daddr {net} udp dport {PORT} ip daddr set {underlay.v4.ip}"
+    chain = f"chain c {{\n type filter hook prerouting priority raw;\n {rule}\n }}"
     with contextlib.ExitStack() as made:
         for address in addresses:
             path.b.ip(f"address add {address}/{net.prefixlen} dev {underlay.name}")
