@@ -353,7 +353,7 @@ def later_version(tmp_path):
         ("takeover/document.py", "    probe_counts: dict[str, int] = field(default_factory=dict)\n",
          ""),
         ("forwarder/giving.py", ', probe_counts=parts.probes.counters()["probes"]', ""),
-        ("forwarder/forwarder.py", "counted.probe_counts", "{}"),
+        ("forwarder/forwarder.py", "counts.probe_counts", "{}"),
         ("_version.py", "__version__ =", "__version__ = '99' ; was ="),
     ):
         path = tmp_path / "udptun" / name
