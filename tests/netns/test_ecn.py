@@ -7,11 +7,12 @@ import struct
 
 import pytest
 
-from tests.netns.netns_traffic import assert_invariant, transfer_tcp
+from tests.netns.netns_traffic import assert_invariant, settled_packets, transfer_tcp
 from tests.netns.test_takeover import take_over
 from udptun.device import bpf
 from udptun.lab import Forwarder, OnePacket, node, pair, ping, wait_for
 from udptun.lab.pair import Pair
+from udptun.net.udp import keeps_marks
 
 MIDDLE = 1500
 EXPRESS = ("--accelerate", "auto")
@@ -30,6 +31,7 @@ table inet congestion {{
     counter ip2 {{ }}
     counter ip3 {{ }}
     counter dscp {{ }}
+    counter marked {{ }}
     chain forward {{
         type filter hook forward priority 0;
         udp dport != 8285 accept
@@ -38,7 +40,7 @@ table inet congestion {{
         {ip} ecn ect1 counter name ip1
         {ip} ecn ect0 counter name ip2
         {ip} ecn ce counter name ip3
-        {match} numgen inc mod {n} 0 {ip} ecn set ce
+        {match} numgen inc mod {n} 0 {ip} ecn set ce counter name marked
     }}
 }}
 """
@@ -125,6 +127,28 @@ def test_marks_of_the_path_reach_tcp(lab, outer, path):
         assert ("decap", "congestion") not in side.forwarder.drops()
         assert sum(w["ecn_unexpected"] for w in side.forwarder.status()["workers"]) == 0
         assert_invariant(side.forwarder)
+
+
+@pytest.mark.parametrize("outer", [4, slow(6)])
+def test_no_mark_is_lost_by_udp_gro(lab, outer):
+    """The router marks single datagrams. The receiver's kernel joins the others, and not these."""
+    if not keeps_marks(os.uname().release):
+        pytest.skip("UDP_GRO of this kernel joins datagrams with different marks")
+    tunnel = ecn_pair(lab, outer=outer)
+    tunnel.link.profile("P2")
+    for end in tunnel.link.wires[1:-1]:
+        end.offloads({"gro": "off"})
+    mark(tunnel, outer, 10)
+    transfer_tcp(tunnel.a.pod, tunnel.b.pod, tunnel.b.pod_v4)
+    for side in tunnel.sides:
+        settled_packets(side.forwarder)
+    marks = counted(tunnel)["marked"]
+    assert marks > 100
+    assert sum(marked(side) for side in tunnel.sides) == marks
+    received = sum(side.forwarder.status()["packets"]["decap"]["read"] for side in tunnel.sides)
+    calls = sum(worker["syscalls"]["write"] for side in tunnel.sides
+                for worker in side.forwarder.status()["workers"])
+    assert calls < received  # packets were joined
 
 
 @pytest.mark.parametrize("outer", [4, slow(6)])
