@@ -17,6 +17,7 @@ from typing import Self
 from udptun import _core
 
 UDP_SEGMENT, UDP_GRO = 103, 104  # linux/udp.h
+IP_RECVTOS = 13  # linux/in.h; the forwarder sets it, too
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 _ROOM = 8 << 20
 _FEATURES = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "tcp-merge", "udp-merge", "batch")
@@ -69,6 +70,7 @@ class LoopbackWorker:
         with contextlib.suppress(PermissionError):
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _ROOM)
         sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+        sock.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)
         sock.bind((address, 0))
         return sock
 
