@@ -43,7 +43,8 @@ class SlotResult:
     """The result of one slot.
 
     values    the measured values by name; ``units`` lists the names
-    received  payload bytes received at b and at a; the counters on the wire must confirm them
+    received  payload bytes received at host b (from a), then at host a (from b); the counters on
+              the wire must confirm them
     facts     further details for the record
     """
 

@@ -40,7 +40,7 @@ def run(flood_rate: int, seconds: float) -> Iterator[str]:
             ], name="icmpflood")
             sent, received = _stream(source, target, rate, seconds)
             if flood.wait(seconds + 60) != 0:
-                raise LabError(f"the flood ended: {flood.text().strip()}")
+                raise LabError(f"icmpflood failed: {flood.text().strip()}")
             errors = int(flood.text().split()[-1])
             (worker,) = a.forwarder.status()["workers"]
             yield (
@@ -59,7 +59,7 @@ def _highest_rate(source: Side, target: Side, seconds: float) -> int:
                 break
         else:
             return rate
-    raise LabError(f"even {RATES[-1]} datagrams a second are lost without a flood")
+    raise LabError(f"even at {RATES[-1]} datagrams a second, some are lost without a flood")
 
 
 def _stream(source: Side, target: Side, rate: int, seconds: float) -> tuple[int, int]:

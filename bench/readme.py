@@ -50,7 +50,7 @@ def comparison(run: Run) -> str:
     return "\n".join([
         *table(header, rows), "",
         f"Medians with 95 % intervals, measured {day} with udptun {machine.get('revision', '')} on "
-        f"{machine.get('processor', '')} (number of CPU cores x processor), kernel "
+        f"{_cores(str(machine.get('processor', '')))}, kernel "
         f"{machine.get('kernel', '')}. Both hosts, the tunnel and the load share these cores. TCP: "
         "one stream. CPU: seconds of the whole system per gigabyte. `make bench` measures your "
         "machine.", "",
@@ -58,6 +58,12 @@ def comparison(run: Run) -> str:
         "the kernel handles as one packet) on the wire between the hosts:", "",
         *(f"- {name}: {PROFILES[name].text}." for name in used),
     ])
+
+
+def _cores(processor: str) -> str:
+    """Return "a machine with 2 CPU cores (AMD EPYC)" for "2 x AMD EPYC"."""
+    number, _, name = processor.partition(" x ")
+    return f"a machine with {number} CPU cores ({name})"
 
 
 def rewritten(text: str, block: str) -> str:

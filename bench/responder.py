@@ -1,4 +1,4 @@
-"""Answers the probes to all addresses of its namespace: the peers of ``bench nodes``.
+"""Plays the peers in ``bench nodes``: answers the probes to every address of its namespace.
 
 Owns: one UDP socket on the forwarder's port, and one on VXLAN's port. Each reply is sent from the
 address to which the request was sent, so one process can act as any number of peers. The reply to a
@@ -61,7 +61,8 @@ def _receive(sock: socket.socket, port: int, inner: int) -> None:
     reply = answer(data, inner)
     if reply is None:
         return
-    # in_pktinfo: interface (0: the routing table's), source address, address of the header
+    # in_pktinfo: interface (0: the routing table chooses it), source address, destination address
+    # (not used when sending)
     info = bytes(4) + control[0][2][8:12] + bytes(4)
     # VXLAN is sent from any port, and received at its own.
     to = (sender[0], port) if inner else sender

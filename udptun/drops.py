@@ -24,7 +24,9 @@ _BOTH = DIRECTIONS
 DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("short_packet", _BOTH,
                "The packet is shorter than an IP header. Empty datagrams (keepalives) count here."),
-    DropReason("bad_version", _BOTH, "The IP version is neither 4 nor 6."),
+    DropReason("bad_version", _BOTH,
+               "The IP version is neither 4 nor 6; or the peer sends probes, but its route here "
+               "has no probe (decap)."),
     DropReason("bad_header_len", _BOTH,
                "The IPv4 header length is less than 20 bytes or exceeds the packet."),
     DropReason("bad_total_len", _BOTH, "The IP length field exceeds the received bytes."),
@@ -33,7 +35,7 @@ DROP_REASONS: tuple[DropReason, ...] = (
     DropReason("bad_l4_header", (ENCAP,), "The TCP or UDP header of a super-packet is invalid."),
     DropReason("no_route", (ENCAP,), "No route covers the destination (ICMP net unreachable)."),
     DropReason("recursion", (ENCAP,),
-               "The host routed a forwarder's own datagram into the TUN, because a route through "
+               "The host routed the forwarder's own datagram into the TUN, because a route through "
                "the TUN covers the endpoint of the peer."),
     DropReason("ttl_exceeded", _BOTH, "The TTL or hop limit reached 0 here (ICMP time exceeded)."),
     DropReason("too_big", (ENCAP,),

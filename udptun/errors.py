@@ -27,7 +27,7 @@ class FieldError(UdptunError, ValueError):
 
 
 class RouteExists(UdptunError):
-    """The table has a route to the same prefix with another next hop."""
+    """The table has a different route to the same prefix."""
 
 
 class RouteLoops(FieldError):

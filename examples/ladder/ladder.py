@@ -41,7 +41,7 @@ class Exercise:
 EXERCISES = (
     Exercise(
         "A missing route",
-        "On n1, ping 10.244.2.0 answers at once: Destination Host Unreachable.",
+        "On n1, ping 10.244.2.0 reports at once: Destination Net Unreachable.",
         "Ask the forwarder of n1 what it does with such a packet: udptun trace 10.244.2.0",
         (("n1", "udptun route del 10.244.2.0/24"),),
         (("n1", "udptun route add 10.244.2.0/24 via 192.0.2.2 probe"),),

@@ -142,7 +142,7 @@ def test_the_forwarder_restarts_and_ends(tmp_path: Path) -> None:
         tty.until("UDP out")
         running.forwarder.pid = 2000
         running.forwarder.peers[0]["encap"]["bytes"] = 0
-        tty.until(lambda: re.search(r"another process since [\d:]+: 1000 -> 2000", tty.text))
+        tty.until(lambda: re.search(r"another process at [\d:]+: 1000 -> 2000", tty.text))
         tty.until(lambda: re.search(r"UDP out \d.*iB/s", tty.text))
         running.close()
         tty.until("the forwarder does not answer; trying again")

@@ -103,8 +103,8 @@ def test_the_device_is_changed(http_: Http, served: Served) -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({}, "an object with mtu, listen or both"),
-        ({"mtu": 1400, "tun": "x"}, "an object with mtu, listen or both"),
+        ({}, "an object with the key mtu, listen, or both"),
+        ({"mtu": 1400, "tun": "x"}, "an object with the key mtu, listen, or both"),
         ({"mtu": "a"}, "mtu"), ({"mtu": True}, "mtu"), ({"mtu": 5}, "mtu"), ({"mtu": None}, "mtu"),
         ({"listen": "192.0.2.1"}, "a list of ADDRESS:PORT"),
         ({"listen": [5]}, "a list of ADDRESS:PORT"), ({"listen": ["x"]}, "listen"),
@@ -135,7 +135,7 @@ def test_standby(http_: Http, served: Served) -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"endpoints": []}, "expected an object with endpoints and standby"),
+        ({"endpoints": []}, "expected an object with the keys endpoints and standby"),
         ({"endpoints": "192.0.2.2", "standby": True}, "a list of at most 500 strings"),
         ({"endpoints": ["192.0.2.2"] * 501, "standby": True}, "a list of at most 500 strings"),
         ({"endpoints": [5], "standby": True}, "a list of at most 500 strings"),
@@ -252,7 +252,7 @@ def test_if_none_match_only_adds(http_: Http) -> None:
         ("10.244.2.0/24", b"{", "bad_json", "not JSON"),
         ("10.244.2.0/24", b"[" * 60000, "bad_json", "not JSON"),
         ("10.244.2.0/24", b"\xff", "bad_json", "not JSON"),
-        ("10.244.2.0/24", b"[]", "bad_route", "an object with via"),
+        ("10.244.2.0/24", b"[]", "bad_route", "an object with the key via"),
         ("10.244.2.0/24", b"{}", "bad_route", "via"),
         ("10.244.2.0/24", b'{"via":"x"}', "bad_route", "via: 'x'"),
         ("10.244.2.0/24", b'{"via":"192.0.2.2","prot":1}', "bad_route", "'prot'"),

@@ -49,6 +49,12 @@ def test_the_page_lists_the_exercises() -> None:
 
 
 @pytest.mark.unprivileged
+def test_the_page_quotes_the_first_exercise() -> None:
+    page = (ROOT / "docs" / "ladder.md").read_text()
+    assert f"\n{ladder.EXERCISES[0].title}\n\n{ladder.EXERCISES[0].task}\n" in page
+
+
+@pytest.mark.unprivileged
 def test_a_wrong_number_lists_the_exercises() -> None:
     done = subprocess.run([sys.executable, str(LADDER), "9"], capture_output=True, text=True,
                           check=False)

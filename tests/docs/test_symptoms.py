@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ async def test_the_network_is_routed_elsewhere() -> None:
     sh(f"ip address add {HERE}/32 dev lo", "ip route add 10.244.0.0/16 dev lo")
     message = await refusal(networks=(parse_prefix("network", "10.244.0.0/16"),))
     assert is_a_title(message)
+
+
+@in_own_netns
+async def test_the_port_is_in_use() -> None:
+    sh(f"ip address add {HERE}/32 dev lo")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind((HERE, 8285))
+        assert is_a_title(await refusal())
 
 
 def test_a_client_without_a_forwarder(tmp_path: Path) -> None:

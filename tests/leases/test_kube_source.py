@@ -729,7 +729,8 @@ async def test_a_clone_that_publishes_our_node_is_reported_and_overwritten_once(
         await small.annotate("n1", public_ip="192.0.2.66")
         await until(ours, "our address")
         assert source.health.contested == (
-            "another machine publishes our node n1 with the address 192.0.2.66, we with 192.0.2.1")
+            "another machine publishes its address 192.0.2.66 in the annotations of our Node "
+            "object n1; ours is 192.0.2.1")
         await small.annotate("n1", public_ip="192.0.2.66")
         await until(lambda: source._contest.delay > 0, "the second write to be seen")
         assert not await ours()

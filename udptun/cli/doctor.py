@@ -143,7 +143,7 @@ def _show(found: list[Found], checks_n: int, verbose: bool) -> None:
 
 
 def _lines(one: Found, width: int | None) -> list[str]:
-    """Return one line, or in a terminal of ``width`` columns a block."""
+    """Return the finding as lines of at most ``width`` columns. None (no terminal): as one line."""
     finding = one.finding
     head = f"{finding.result.upper():<8}  {one.check.name}: {finding.text}"
     more = [

@@ -131,7 +131,8 @@ FIELDS = {
                    "--instance NAME, in $RUNTIME_DIRECTORY or /run/NAME]")
 @click.option(TAKE_OVER, is_flag=True,
               help="Take over from the running forwarder of this instance, without losing a "
-                   "packet. It must have the same options. If there is none, start as usual.")
+                   "packet. --tun, --listen, --address, --network, --workers and --offload must be "
+                   "the same as its own. If none runs, start as usual.")
 @click.option("--linger", is_flag=True,
               help="After another forwarder has taken over, stay as an idle process until that one "
                    "has ended, or until SIGTERM. Use it in a container: if the old process ended, "
@@ -238,7 +239,7 @@ def _load_gently() -> None:
     try:
         _load()
     finally:
-        os.setpriority(os.PRIO_PROCESS, 0, former)  # nice() is limited to 19, so it cannot undo
+        os.setpriority(os.PRIO_PROCESS, 0, former)  # the value above may have been cut to 19
 
 
 def _load() -> None:
@@ -404,10 +405,11 @@ class _Signals:
 
 
 def _installed_program() -> list[str]:
-    """Return the command line of this process, which starts the version that is installed now.
+    """Return the command that starts the version that is installed now, with our arguments.
 
-    A script names its interpreter. The installed version of the script may name another one. If
-    this process was a standby process, the descriptor at which it waited is closed.
+    If the program is an executable script, the script is run directly: its installed version may
+    name another interpreter than the one of this process. If this process was a standby process,
+    the descriptor at which it waited is closed.
     """
     program, *arguments = _without_standby(sys.orig_argv[1:])
     if Path(program).is_file() and os.access(program, os.X_OK):

@@ -100,7 +100,8 @@ class _BoundedFile(RotatingFileHandler):
 def _is_journal() -> bool:
     """Return whether stderr is the connection to the journal that systemd has made.
 
-    The variable alone does not show this: a process with another stderr may have inherited it.
+    That JOURNAL_STREAM is set does not show this: a process with another stderr may have
+    inherited the variable.
     """
     found = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
@@ -112,7 +113,7 @@ def is_json() -> bool:
 
 
 def start(verbose: int = 0, form: str = "text", file: Path | None = None) -> None:
-    """Start the log. A second call changes only the level, and moves the log if it has a file.
+    """Start the log. A second call changes the level. With ``file``, it also moves the log there.
 
     verbose  1 or more: also log udptun's DEBUG lines
     file     log to this file instead of stderr. Raises OSError.

@@ -33,10 +33,10 @@ __all__ = ["INSTANCE", "LISTEN", "METRICS", "Parsed", "client", "connection", "c
            "named_socket", "no_headers", "node_client", "output", "remember", "socket",
            "terminal_width", "wrap"]
 
-# Files of the node daemon: those of node.process.launch and leases.cache (tested), which take long
-# to import.
+# Names of files of the node daemon. They equal those in node.process.launch and leases.cache (a
+# test checks this). These modules take long to import.
 FORWARD_FILE, CACHE_FILE = "forward.json", "leases.json"
-LEAST_TEXT = 24  # of a column of text that is cut, in characters
+LEAST_TEXT = 24  # smallest width, in characters, to which a column of text is cut
 NODE_SECONDS = 5.0  # the longest time to wait for the answer of the node daemon
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
@@ -188,8 +188,8 @@ def node_client(ctx: click.Context) -> ControlClient:
 def node_stopped(ctx: click.Context) -> str:
     """Return a sentence if a node daemon has set up the forwarder, but does not answer; else "".
 
-    The files with the forwarder's options and with the leases stay when the daemon ends. flanneld's
-    extension has only the first.
+    The files with the forwarder's options and with the leases stay when the daemon ends. With
+    flanneld's extension there is only the file with the options.
     """
     control = Path(control_path(ctx))
     try:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ..net.kernel_path import KernelPath
 
 ANSWER_SECONDS = 1.0
-# A search for the largest size waits for so many round trips, within these bounds.
+# During the search for the largest size, the wait for an answer is this number of round trips, but
+# at least SEARCH_MIN_SECONDS and at most ANSWER_SECONDS.
 SEARCH_ROUND_TRIPS, SEARCH_MIN_SECONDS = 5, 0.3
 SEARCH_TRIES = 2  # a size fails after this number of unanswered packets
 PROBE_MIN = 24  # the smallest packet
@@ -77,7 +78,7 @@ def ping(
     found: dict[str, Any] = {"target": target, "node": None if row is None else name}
     if _by_probe(row, address, wanted):
         assert row is not None
-        assert answers.forwarder is not None  # a row without its answer is not ``probed``
+        assert answers.forwarder is not None  # without it, no row is ``probed``
         endpoint = endpoint_of(row, target)
         assert endpoint is not None
         found |= {"method": "probe", "path": "udp", "address": None, "endpoint": endpoint}
@@ -244,7 +245,8 @@ def _run(
 
 
 def _series(pinger: Pinger, count: int, interval: float, size: int) -> Iterator[Answer]:
-    """Yield the answer to each packet. Ctrl-C ends the series after the first one."""
+    """Yield the answer to each packet. Ctrl-C ends the series; during the
+    first packet, it ends the command."""
     try:
         for number in range(count):
             began = time.monotonic()

@@ -55,8 +55,8 @@ def list_(ctx: click.Context, output: str, no_headers: bool) -> None:
 def add(ctx: click.Context, words: tuple[str, ...]) -> None:
     """Add a route.
 
-    Succeeds if the same route exists already. If the prefix has a route with another next hop,
-    nothing changes and the exit code is 1.
+    Succeeds if the same route exists already. If there is a different route to the prefix, nothing
+    changes and the exit code is 1.
     """
     try:
         client(ctx).add(_parse(words))

@@ -209,7 +209,7 @@ class ControlClient:
     # Changing. ``Forwarder`` has methods of the same names.
 
     def add_route(self, route: Route | str) -> RouteDiff:
-        """Add a route. If its prefix has another next hop: ControlError ``route_exists``."""
+        """Add a route. ControlError ``route_exists``: there is a different route to its prefix."""
         return self._put(route, {"If-None-Match": "*"})
 
     def put_route(self, route: Route | str) -> RouteDiff:

@@ -26,8 +26,9 @@ STOP: Final = "/v1/stop"
 HEALTHZ: Final = "/v1/healthz"
 METRICS: Final = "/metrics"
 
-# The node daemon's socket is in the directory of the forwarder's control socket. It serves two
-# URL paths. The list of peers can be long; the CNI plugin does not need it.
+# The node daemon's socket is in the directory of the forwarder's control socket. It serves
+# NODE, HAND_OVER and EVENTS. The CNI plugin asks NODE_WITHOUT_PEERS, because the list of peers can
+# be long.
 NODE_SOCKET: Final = "node.sock"
 NODE: Final = "/v1/node"
 NODE_WITHOUT_PEERS: Final = f"{NODE}?peers=0"

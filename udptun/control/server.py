@@ -282,7 +282,7 @@ class ControlServer:
         dst = _destination(request)
         values = _loads(await _body(request, protocol.MAX_BODY))
         if not isinstance(values, dict):
-            raise FieldError("route", values, "an object with via")
+            raise FieldError("route", values, "an object with the key via")
         route = Route.from_json({"dst": dst, **values})
         if route.dst != parse_destination("dst", dst):
             raise FieldError("dst", values["dst"], f"the prefix in the path ({dst}), or none")
@@ -297,7 +297,8 @@ class ControlServer:
     async def _post_probe(self, request: web.BaseRequest) -> web.StreamResponse:
         values = _loads(await _body(request, protocol.MAX_BODY))
         if not isinstance(values, dict) or not isinstance(values.get("endpoint"), str):
-            raise ControlError("bad_request", "the body is not an object with endpoint")
+            raise ControlError("bad_request", "the body: expected an object with the key "
+                               "endpoint, a string such as 192.0.2.2:8285")
         unknown = values.keys() - {"endpoint", "size", "timeout"}
         if unknown:
             raise ControlError("bad_request", f"{min(unknown)}: there is no such field")
@@ -311,7 +312,8 @@ class ControlServer:
     async def _post_standby(self, request: web.BaseRequest) -> web.StreamResponse:
         values = _loads(await _body(request, protocol.MAX_BODY))
         if not isinstance(values, dict) or values.keys() != {"endpoints", "standby"}:
-            raise ControlError("bad_request", "expected an object with endpoints and standby")
+            raise ControlError("bad_request", "the body: expected an object with the keys "
+                               "endpoints and standby")
         texts, standby = values["endpoints"], values["standby"]
         if not isinstance(texts, list) or len(texts) > protocol.MAX_STANDBY or \
                 not all(isinstance(one, str) for one in texts):
@@ -328,7 +330,8 @@ class ControlServer:
     async def _put_device(self, request: web.BaseRequest) -> web.StreamResponse:
         values = _loads(await _body(request, protocol.MAX_BODY))
         if not isinstance(values, dict) or not values or values.keys() - {"mtu", "listen"}:
-            raise ControlError("bad_request", "expected an object with mtu, listen or both")
+            raise ControlError("bad_request", "the body: expected an object with the key "
+                               "mtu, listen, or both")
         mtu, listen = values.get("mtu"), values.get("listen")
         try:
             if "mtu" in values:

@@ -121,8 +121,9 @@ class Facts:
 
     @cached_property
     def users(self) -> set[int]:
-        """The users whose processes count: root, this user, and the owner of the socket. The
-        options of a process name files, which root can read and another user cannot."""
+        """The users whose processes count: root, this user, and the owner of the socket. Another
+        user could start a process whose options name any file, and a doctor that runs as root
+        would read this file."""
         try:
             return {0, os.geteuid(), self.control.stat().st_uid}
         except OSError:

@@ -67,7 +67,7 @@ def processes(users: Container[int]) -> list[Process]:
 
 
 def named(*names: str) -> list[tuple[int, str]]:
-    """Return the number and the name of each process of this network namespace with one of these
+    """Return the PID and the name of each process of this network namespace with one of these
     names."""
     found, here = [], _namespace(PROC / "thread-self")
     for folder in _folders():
@@ -81,8 +81,8 @@ def named(*names: str) -> list[tuple[int, str]]:
 
 
 def owners_of_socket(inode: int) -> dict[int, str]:
-    """Return the names of the processes that have this socket, by number. Those of other users are
-    not visible without root."""
+    """Return {PID: name} of the processes that have this socket open. Those of other users are not
+    visible without root."""
     wanted, found = f"socket:[{inode}]", {}
     for folder in _folders():
         try:
@@ -188,7 +188,8 @@ def _users(folder: Path) -> list[int]:
 
 
 def _namespace(folder: Path) -> int | None:
-    """Return None if the process is another user's, or has ended."""
+    """Return the inode of the network namespace of a process. None: the process is another user's,
+    or has ended."""
     try:
         return (folder / "ns/net").stat().st_ino
     except OSError:

@@ -14,7 +14,7 @@ NET = Path("/proc/thread-self/net")
 
 @dataclass(frozen=True, slots=True)
 class UdpSocket:
-    """inode  0: the kernel's own socket, for example of VXLAN"""
+    """A UDP socket. ``inode`` is 0 for a socket of the kernel itself, for example of VXLAN."""
 
     address: IPAddress
     port: int

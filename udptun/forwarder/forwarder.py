@@ -697,7 +697,7 @@ class Forwarder:
         return len(self._routes)
 
     async def add_route(self, route: Route | str) -> RouteDiff:
-        """Add a route. If its prefix has another next hop: RouteExists."""
+        """Add a route. If there is a different route to its prefix: RouteExists."""
         return await self._routes.add(as_route(route))
 
     async def put_route(self, route: Route | str) -> RouteDiff:

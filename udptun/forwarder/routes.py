@@ -204,8 +204,8 @@ class Routes:
     async def add(self, route: Route) -> RouteDiff:
         """Add a route. If the table has the same route already, nothing changes.
 
-        Raises RouteExists if the table has a route to the prefix with another next hop. Like the
-        other changes, raises RouteLoops if the host routes an endpoint into the TUN.
+        Raises RouteExists if the table has a different route to the prefix. Like the other changes,
+        raises RouteLoops if the host routes an endpoint into the TUN.
         """
         return await self._change(lambda core: self._set(core, route, replace=False))
 

@@ -53,7 +53,7 @@ class Taking:
     """A take-over in progress. If ``close`` ends it before ``done``, the other forwarder continues.
 
     state   the message ``state`` of the other forwarder
-    having  its document
+    having  the document that came with this message: what the other forwarder has
     """
 
     def __init__(

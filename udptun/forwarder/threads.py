@@ -31,7 +31,7 @@ SLICE_NS = 100_000  # the shortest slice that Linux accepts
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
 
-THREAD_CLOCK = 6  # the kind of a clock: scheduled time of one thread
+THREAD_CLOCK = 6  # low bits of a clock ID: the CPU time (2) of one thread (4)
 
 PR_SET_TIMERSLACK = 29  # linux/prctl.h
 TIMER_SLACK_NS = 1000
@@ -89,9 +89,9 @@ class WorkerThread:
     def cpu_seconds(self) -> float | None:
         """Return the CPU time that the thread has used. None: the thread has ended.
 
-        Not time.pthread_getcpuclockid: it reads freed memory if the thread has ended. The kernel's
-        clock of a thread ID only fails then. Source: CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED,
-        linux/include/linux/posix-timers.h.
+        Not time.pthread_getcpuclockid: it reads freed memory if the thread has ended. With the
+        clock ID of the thread, clock_gettime then fails with an error. Source:
+        CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED, linux/include/linux/posix-timers.h.
         """
         tid = self._thread.native_id
         try:
@@ -167,7 +167,8 @@ class WorkerThread:
         asyncio.get_running_loop().add_reader(self.worker.fileno(), self.worker.run, LINGER_MS)
 
     def _unwatch(self) -> None:
-        """After ``hand_over``. If the worker was idle, it has not noticed this yet."""
+        """Stop calling the worker, after ``hand_over``. An idle worker has not seen the wake-up
+        yet, so run it once."""
         self.worker.run(0)
         asyncio.get_running_loop().remove_reader(self.worker.fileno())
         self.active = False

@@ -202,12 +202,12 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def number(value: memoryview | None) -> int:
-    """Return the number of an attribute in the byte order of the host; 0 without the attribute."""
+    """Return the value of an attribute as a number (host byte order); 0 if it is absent."""
     return int.from_bytes(value or b"", sys.byteorder)
 
 
 def text(value: memoryview | None) -> str:
-    """Return the name of an attribute; "" without the attribute."""
+    """Return the value of an attribute as text; "" if it is absent."""
     return os.fsdecode(bytes(value or b"").rstrip(b"\0"))
 
 

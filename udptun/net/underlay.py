@@ -168,8 +168,9 @@ def _rank(address: IPAddress, flags: int, is_vip: bool) -> int:
     tentative (duplicate address detection is not complete); temporary (RFC 8981) or secondary;
     virtual (it moves between hosts); deprecated; link-local.
 
-    is_vip  keepalived has added the address, or the address has no subnet. (DHCPv6 addresses have
-            no subnet either.) keepalived adds IPv6 addresses without duplicate address detection
+    is_vip  keepalived has added the address (the kernel reports this); or it is an IPv4 /32; or it
+            is an IPv6 /128 without duplicate address detection, as older kernels report an address
+            of keepalived. (A /128 alone is not enough: DHCPv6 addresses are /128 too.)
     """
     # One flag has two meanings: temporary in IPv6, secondary in IPv4.
     return (16 * bool(address.is_link_local) + 8 * bool(flags & IFA_F_DEPRECATED) + 4 * is_vip

@@ -131,7 +131,8 @@ class Vxlan:
         self._repairs: list[str] = []
         self._repaired: set[int] = set()  # interface numbers: repaired since the last ``sync``
         self._encapsulated: set[IPNetwork] = set()  # see ``encapsulates``
-        self._others_n: dict[int, int] = {}  # by interface number: output that is not the caller's
+        # By interface number: packets sent through the device, without the caller's own (``ages``).
+        self._others_n: dict[int, int] = {}
 
     # -- the device -------------------------------------------------------------------------------
 
@@ -327,7 +328,7 @@ class Vxlan:
     async def unrouted(
         self, device: VxlanDevice, peers: Iterable[VxlanPeer]
     ) -> list[IPNetwork]:
-        """Return the subnets of those peers that have their entries, but no route.
+        """Return the subnets of those peers that have a neighbour and an FDB entry, but no route.
 
         Raises DeviceError.
         """

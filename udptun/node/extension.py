@@ -131,9 +131,9 @@ class Extension:
         child = None
         if self.spawned:
             if "INVOCATION_ID" in os.environ:
-                self.warn("started by a systemd unit, the forwarder ends with that unit unless it "
-                          "has KillMode=process: better give it a unit of its own, "
-                          "see --forwarder external")
+                self.warn("flanneld runs in a systemd unit. The forwarder ends with this unit, "
+                          "unless the unit has KillMode=process. Better run the forwarder in a "
+                          "unit of its own, and set UDPTUN_EXT_FORWARDER=external for flanneld")
             child = spawn(self.forward_file, self.log, self.instance)
         wait_ready(client, spec, child, self.log)
 

@@ -11,7 +11,8 @@ its size:
             Upper 32 bits of a request's token: a new random number.
             Lower 32 bits: the upper 32 bits of the last request that came from the peer; random if
             none came
-   16  u32  heard: milliseconds since the sender last received a probe of the receiver on this path;
+   16  u32  heard: milliseconds since the sender of this message last received a probe from the
+            other side on this path;
             0xFFFFFFFF: never. Over UDP, it is 0 in a reply and is not used
    20  u16  size of the message in bytes; a reply has the request's size
    22  u16  zero
@@ -118,8 +119,9 @@ def new_token(rng: random.Random, peer_half: int) -> int:
 
 
 def proves(token: int, own_half: int) -> bool:
-    """Return whether the sender of a request with this token has received our last request.
+    """Return whether the sender of a request with this token has received our last
+    answered request.
 
-    own_half  ``half`` of the token of our last request; 0: there was none
+    own_half  ``half`` of the token of our last request that was answered; 0: none was
     """
     return own_half != 0 and token & (1 << HALF_BITS) - 1 == own_half

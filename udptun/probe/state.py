@@ -177,7 +177,7 @@ class PathState:
         ``heard_seconds`` ago (None: never). ``idle_seconds``: the interval of an idle path.
 
         The sender of a request can be forged. So the claim counts only if the token proves that the
-        sender has received our last request. Then it has one of two effects:
+        sender has received our last answered request. Then it has one of two effects:
         - Our answer to the peer's previous request has not arrived: the path is probed at once.
         - The peer has heard us within an interval: the request proves both directions, and the next
           probe of an idle path is postponed. Some probes are sent nevertheless, for the round trip,

@@ -21,11 +21,11 @@ from .cells import ASCII_BARS, BARS, amount, bars, count, fit, width
 
 SORT = ("name", "state", "out", "in", "rtt", "loss")
 DIRECTIONS = ("both", "out", "in")
-NOTICE_SECONDS = 60.0  # how long a new process of the forwarder is shown
+NOTICE_SECONDS = 60.0  # how long the notice about another forwarder process is shown
 LEAST_SPARK, MOST_SPARK = 10, 60
 LEAST_NAME, LEAST_REASON = 8, 24
 GAP = 1
-NAME_SHARE = 4  # the names have at least 1/4 of the columns, if they are so long
+NAME_SHARE = 4  # names may use 1/4 of the width before other columns are chosen
 HEAD_SHARE = 3  # the part above the table has at most 1/3 of the lines
 RESET, BOLD, DIM, REVERSE = "\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[7m"
 HEADING = "\x1b[1;4m"  # bold, underlined
@@ -51,7 +51,7 @@ HELP = (
 
 
 class Column:
-    """A column of the table of peers. title, cells, whether it is aligned to the right."""
+    """A column of the table of peers: its title, its width in terminal cells, its alignment."""
 
     def __init__(self, title: str, cells: int, right: bool = False) -> None:
         self.title, self.cells, self.right = title, cells, right
@@ -99,13 +99,13 @@ class Screen:
     # What has happened
 
     def updated(self, trouble: str = "") -> None:
-        """A sample was added to the history. trouble: why there is none."""
+        """Use the new sample of the history. ``trouble``: the reason why there is no new one."""
         self.trouble = trouble
         sample = self._live.sample
         pid = None if sample is None else sample.pid
         if pid is not None and self._pid is not None and pid != self._pid:
-            self._notice = f"the forwarder is another process since {_clock(time.time())}: " \
-                f"{self._pid} -> {pid}"
+            self._notice = f"the forwarder was replaced by another process at " \
+                f"{_clock(time.time())}: {self._pid} -> {pid}"
             self._notice_at = time.monotonic()
         if pid is None and self._pid is not None and not trouble and sample is not None:
             self.trouble = "the forwarder does not answer; trying again"
@@ -171,7 +171,7 @@ class Screen:
     # The picture
 
     def rows(self) -> list[Row]:
-        """Return the peers in the chosen order. Those of the sample are sorted by name."""
+        """Return the peers in the chosen order. The sample has them sorted by name already."""
         sample = self._shown.sample
         wanted = self.filter.lower()
         rows = [row for row in ([] if sample is None else sample.rows) if wanted in words(row)]
@@ -204,7 +204,7 @@ class Screen:
         return self._filled([*head, *table], columns, lines, self._detail(rows, at, columns))
 
     def all_lines(self, columns: int) -> Iterator[str]:
-        """Yield the lines of a snapshot with all peers, without what belongs to keys."""
+        """Yield the lines for ``--once``: all peers, without the selection and the bar of keys."""
         yield from (line.rstrip() for line in self._head(columns))
         yield from (line.rstrip() for line in self._table(self.rows(), columns, -1))
 

@@ -100,7 +100,7 @@ def host(facts: Facts) -> Iterator[Finding]:
     yield from differences(facts)
 
 
-@check("routes", "routes and policy rules of other programs that divert packets to a peer",
+@check("routes", "other programs' routes and policy rules that send packets for a peer elsewhere",
        "node.md#health")
 def routes(facts: Facts) -> Iterator[Finding]:
     found = reported(facts, "host", lambda one: bool(one["peer"]),

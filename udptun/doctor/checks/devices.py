@@ -22,7 +22,7 @@ UNKNOWN_DEVICES = "it is not known which devices this host should have"
 
 
 @check("tun-device", "/dev/net/tun: it exists and may be opened (device cgroup, seccomp, AppArmor)",
-       "operations.md#troubleshooting")
+       "troubleshoot.md#opening-devnettun-no-such-file-or-directory")
 def tun_device(facts: Facts) -> Iterator[Finding]:
     if not facts.expects_forwarder and facts.expects_node:
         raise Skip("this node does not need a TUN")
@@ -185,7 +185,7 @@ def _tun_differences(facts: Facts) -> Iterator[Finding]:
 
 
 @check("forwarding", "net.ipv4.ip_forward and net.ipv6.conf.all.forwarding",
-       "operations.md#troubleshooting")
+       "troubleshoot.md#the-packet-arrives-at-the-host-but-not-at-the-pod")
 def forwarding(facts: Facts) -> Iterator[Finding]:
     if not facts.networks:
         raise Skip("the overlay's networks are not known")
@@ -200,7 +200,7 @@ def forwarding(facts: Facts) -> Iterator[Finding]:
 
 
 @check("rp-filter", "strict reverse path filtering on the overlay's devices",
-       "operations.md#troubleshooting")
+       "troubleshoot.md#the-packet-arrives-at-the-host-but-not-at-the-pod")
 def rp_filter(facts: Facts) -> Iterator[Finding]:
     if not facts.devices:
         raise Skip(UNKNOWN_DEVICES)

@@ -166,7 +166,7 @@ def _name(row: Row) -> str:
 
 
 def _by(row: Row) -> str:
-    return f"on the path by {_path(row)}" if row["path"] in ("udp", "vxlan") else ""
+    return f"probes on the path by {_path(row)}" if row["path"] in ("udp", "vxlan") else ""
 
 
 def _path(row: Row) -> str:

@@ -33,7 +33,7 @@ def underlay(facts: Facts) -> Iterator[Finding]:
 
 @check("underlay-address",
        "whether this host, and no other, has the addresses that the tunnel uses",
-       "operations.md#troubleshooting")
+       "troubleshoot.md#no-interface-has-this-address")
 def address(facts: Facts) -> Iterator[Finding]:
     wanted = facts.underlay_addresses
     if not wanted:
@@ -54,7 +54,7 @@ def address(facts: Facts) -> Iterator[Finding]:
                           "it is tentative")
         elif macs := _other_owners(facts, link, one):
             yield failed(f"another host has the address {one} of {link.name}, too",
-                         f"it answers ARP requests from {', '.join(sorted(macs))}",
+                         f"ARP replies for the address come from {', '.join(sorted(macs))}",
                          "change one of the addresses")
         else:
             yield ok(f"{link.name} has {one}")
@@ -62,7 +62,7 @@ def address(facts: Facts) -> Iterator[Finding]:
 
 def _other_owners(facts: Facts, link: Link, address: IPAddress) -> set[str]:
     if address.version == 6 or not facts.is_root or not (link.up and link.carrier):
-        return set()  # for IPv6, the kernel looks itself
+        return set()  # for IPv6, the kernel itself detects duplicate addresses
     # A host answers on each of its interfaces for all of its addresses.
     return other_owners(link.name, address) - {one.mac for one in facts.links.values()}
 
@@ -90,7 +90,7 @@ def duplicate_peers(facts: Facts) -> Iterator[Finding]:
 
 
 @check("port", "whether the forwarder, and no other program, listens on the UDP port",
-       "operations.md#troubleshooting")
+       "troubleshoot.md#another-process-listens-there")
 def port(facts: Facts) -> Iterator[Finding]:
     if not facts.listen:
         raise Skip("this host does not listen on UDP, or its port is not known")

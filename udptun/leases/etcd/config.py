@@ -80,7 +80,8 @@ class EtcdConfig:
 
     @property
     def store_id(self) -> str:
-        """Contains the prefix but not the endpoints: the members of a cluster change over time."""
+        """The store whose leases are cached. It has the prefix but not the endpoints, because the
+        members of a cluster change over time."""
         return f"etcd {self.root}"
 
     @property

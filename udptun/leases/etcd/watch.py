@@ -190,8 +190,8 @@ class LeaseWatcher:
         if known and (
             listing.cluster_id != self._cluster_id or listing.revision < self._highest
         ) and (missing := known.keys() - listed.keys()):
-            log.warning("etcd has lost %s, for example %s: active for %g s more, or until the "
-                        "nodes are back", counted(len(missing), "lease"), min(missing),
+            log.warning("etcd has lost %s, for example %s: these leases stay active for %g s, or "
+                        "until their nodes are back", counted(len(missing), "lease"), min(missing),
                         self._lost_ttl)
             for key in missing:
                 self._lost.setdefault(key, now + self._lost_ttl)

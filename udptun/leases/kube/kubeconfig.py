@@ -130,7 +130,8 @@ def _access(cluster: _Fields, user: _Fields, folder: Path, server: str) -> Acces
     certificate, key = (user.pem(f"client-{kind}", folder) for kind in ("certificate", "key"))
     if (certificate is None) != (key is None):
         missing = "client-key" if key is None else "client-certificate"
-        raise user.error(missing, None, "a file, because the other half is given")
+        raise user.error(missing, None,
+                         "a file, because a client needs both a certificate and its key")
     token, password = user.text("token", secret=True), user.text("password", secret=True)
     token_file, username = user.text("tokenFile"), user.text("username")
     plugin = _plugin(user, folder, {

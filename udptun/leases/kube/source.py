@@ -251,8 +251,8 @@ class KubeSource(LeaseSource):
             self._contest.end_if_quiet()
             return True
         ours = " and ".join(map(str, _addresses(published)))
-        text = f"another machine publishes our node {lease.key} with the address {others[0]}, we" \
-            f" with {ours}"
+        text = f"another machine publishes its address {others[0]} in the annotations of our Node" \
+            f" object {lease.key}; ours is {ours}"
         if not self.health.contested:
             log.error("%s", text)
         return self._contest.may_write((self._publishes_n, *others), text)
@@ -377,7 +377,7 @@ class KubeSource(LeaseSource):
         if isinstance(error, Forbidden):
             self._remind(reason)
         elif health.error != reason:
-            log.warning("the known leases stay active: %s", reason)
+            log.warning("the API server: %s; the known leases stay active", reason)
         health.connected, health.error = False, reason
         health.errors_n += 1
 

@@ -254,10 +254,10 @@ class Backend(ABC, Generic[P]):
     async def send_ages(
         self, within: float, probes_n: Mapping[int, Callable[[], int | None]]
     ) -> Mapping[IPNetwork, float]:
-        """Return how many seconds ago the last packet was sent to a subnet, probes included. Return
-        nothing if only probes were sent since the last call.
+        """Return, for each subnet, how many seconds ago the last packet or probe was sent to it.
+        Return {} if only probes were sent through the device since the last call.
 
-        within    leave out the subnets to which none was sent in so many seconds
+        within    leave out subnets to which no packet was sent for more than this number of seconds
         probes_n  by IP version: a function that returns how many probes were sent through the
                   ``probe_device``, or None while one is being sent. Any thread may call it
         Only for paths with a ``probe_device``. Raises DeviceError.

@@ -1,10 +1,10 @@
 """Keep this host forwarding packets between pods and the overlay's devices.
 
 Owns: which sysctls udptun sets, and their values. If ``--iptables-forward-rules`` is on, udptun
-sets ``net.ipv4.ip_forward``, as CNI's bridge plugin does, and the setting of its own devices. It
-does not set ``net.ipv6.conf.all.forwarding``: with the value 1 the kernel ignores router
-advertisements, and the host may lose its default route. The files in /proc are read and written
-directly. Any thread.
+sets ``net.ipv4.ip_forward``, as CNI's bridge plugin does, and ``net.ipv4.conf.DEVICE.forwarding``
+of its own devices. It does not set ``net.ipv6.conf.all.forwarding``: with the value 1 the kernel
+ignores router advertisements, and the host may lose its default route. The files in /proc are
+read and written directly. Any thread.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ FORWARD4, FORWARD6 = "ipv4/ip_forward", "ipv6/conf/all/forwarding"
 def keep_forwarding(
     versions: Collection[int], devices: Iterable[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Turn forwarding on where it is ours. Return a sentence for each repair, and by sysctl a
-    sentence for each setting that is still off.
+    """Turn on the forwarding settings that udptun owns (see above). Return a sentence for each
+    repair, and by sysctl a sentence for each setting that is still off.
 
     versions  the IP versions of the overlay
     devices   the overlay's devices; some may not exist

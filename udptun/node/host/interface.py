@@ -42,7 +42,8 @@ class OuterFlow:
     """The datagrams of a backend, as a firewall sees them.
 
     port       the UDP port to which all nodes send them
-    same_port  they have this source port too, so connection tracking knows the connection
+    same_port  True: their source port is ``port`` too. Then the datagrams of both directions are
+               one connection for connection tracking
     """
 
     port: int
@@ -104,7 +105,7 @@ async def choose(
     want_v4, want_v6  the wanted IP versions; at least one must be True
     own               the names of the overlay's own devices
     former            the addresses of the former choice. The interface that has the first of them
-                      is chosen again, unless the options exclude it; so are the addresses.
+                      is chosen again, with these addresses, unless the options exclude it.
     Raises NoInterface. Raises DeviceError if the interfaces or routes cannot be read.
     """
     existing = tuple(one for one in await interfaces(netlink) if one.name not in own)
@@ -207,7 +208,7 @@ class _Choice:
         return ""
 
     async def egress(self) -> Interface:
-        """Return the interface through which packets leave that have a loopback's address."""
+        """Return the interface that carries packets whose source is an address of the loopback."""
         try:
             interface, _ = await self._by_default_route()
         except NoInterface:
@@ -292,7 +293,7 @@ class _Choice:
             if one.index == route.index:
                 return one, selected
         raise self.no_interface(
-            f"{looked_for}: none matches, because its route is the overlay's own")
+            f"{looked_for}: the route to {address} goes through a device of the overlay itself")
 
     def _by_public_ip(self) -> _Found | None:
         public = self.options.public_ip if self.want_v4 else self.options.public_ipv6

@@ -29,7 +29,8 @@ RECEIVE_N = 64  # messages per wake-up, so that other work of the loop is not de
 READ_AFTER = 4  # probes of a batch: then their answers are read, to measure the round trips well
 BUFFER_LEN = 1 << 20  # of the socket: the answers of some hundred full-size probes
 
-# The socket is of no use any more: its device or its address is gone, or no privilege.
+# The socket is of no use any more: its device or its address is gone, or this process lacks
+# a privilege.
 _BROKEN = frozenset({
     errno.ENODEV, errno.ENXIO, errno.EADDRNOTAVAIL, errno.EBADF, errno.EPERM, errno.EACCES})
 
@@ -40,10 +41,11 @@ _GONE = frozenset({errno.ENODEV, errno.ENXIO, errno.EADDRNOTAVAIL})
 class Meter(ABC):
     """Probes peers, given by subnet, and reports the subnets whose state has changed.
 
-    follows_route  the probes take the path that carries the packets, not a certain one
+    follows_route  True: the probes take whichever path carries the packets; False: always one path
     able           False: nothing can be measured, or ``check`` was not called yet
     error          why there is no socket; "" if there is one
-    changed        is called with the subnets whose verdict has changed; with all if ``able`` has
+    changed        is called with the subnets whose state has changed, and with all subnets if
+                   ``able`` has changed
     """
 
     follows_route: ClassVar[bool] = False

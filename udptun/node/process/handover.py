@@ -2,8 +2,8 @@
 
 The new daemon asks the old one at its socket. The old one ends its work, as after SIGTERM: the
 forwarder, the routes and the lease stay. It releases its locks, and stays as an idle process until
-the new one has ended. If a container runtime then starts it again, the node has a daemon in any
-case. Owns the request and the waiting. One asyncio loop.
+the new one has ended. If the old process ended earlier, a container runtime would start its
+container again beside the new daemon. Owns the request and the waiting. One asyncio loop.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class NoHandOver(UdptunError):
 
 
 async def take_over(instance: Instance, control: Path) -> None:
-    """Let the daemon of this instance that runs hand over, and wait until it has. Return at once
-    if none runs. Raises NoHandOver."""
+    """Let the running daemon of this instance hand over the node, and wait until it has done so.
+    Return at once if none is running. Raises NoHandOver."""
     lock = instance.lock("node")
     if lock.is_free():
         return

@@ -42,7 +42,8 @@ class ReportCollector(Collector):
     """The metrics of one daemon.
 
     peers_n  how many peers get metrics of their own
-    devices, measured, transferred  what was asked for this scrape; ``transferred``: by subnet
+    devices, measured, transferred  the data that was read from the kernel and the forwarder for
+                                    this scrape; ``transferred``: by subnet
     """
 
     def __init__(self, report: NodeReport, peers_n: int = 0) -> None:
@@ -104,8 +105,8 @@ class ReportCollector(Collector):
 
     def _routes(self) -> Iterator[Metric]:
         report, forwarder, peers = self._report, self._report.forwarder, self._report.peers
-        yield _gauge("watch_lag_seconds", "Seconds from the last update in the store until the "
-                     "paths from it were active.", report.lag)
+        yield _gauge("watch_lag_seconds", "Seconds from the last change in the store until the "
+                     "paths that follow from it were active.", report.lag)
         if report.applied is not None:
             yield _gauge("applied_age_seconds", "Seconds since paths were last applied.",
                          time.monotonic() - report.applied)
@@ -151,11 +152,11 @@ class ReportCollector(Collector):
                        "replaced.", forwarder.replaces_n)
 
     def _traffic(self) -> Iterator[Metric]:
-        """The counters of the kernel. It has none for each peer of a VXLAN device."""
+        """The kernel's counters. The kernel does not count by peer on a VXLAN device."""
         for name, text, of in (
             ("bytes", "Bytes of inner packets through the devices of the overlay.", "bytes"),
-            ("packets", "The same in packets. The kernel counts a super-packet as one packet.",
-             "packets"),
+            ("packets", "Inner packets through the devices of the overlay. The kernel counts a "
+             "super-packet as one packet.", "packets"),
             ("errors", "Packets that a device could not send or receive.", "errors"),
             ("drops", "Packets that the kernel dropped at a device.", "dropped"),
         ):
