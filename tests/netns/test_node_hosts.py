@@ -87,6 +87,14 @@ def test_a_daemons_end_does_not_disturb_packets(overlay):
     assert steady.lost() == 0
 
 
+def forwarder_of(member: Member) -> int | None:
+    """Return the process of the forwarder; None: no forwarder answers."""
+    try:
+        return member.forwarder_pid()
+    except (OSError, LabError):
+        return None
+
+
 def standby_of(member: Member) -> int:
     """Return the process that waits to become the node's forwarder; 0: there is none."""
     for task in Path(f"/proc/{member.daemon.pid}/task").iterdir():
@@ -154,13 +162,8 @@ def test_a_forwarder_that_is_killed_comes_back_with_its_routes(overlay):
     standby = wait_for(lambda: standby_of(a), "a standby process")
     os.kill(killed, signal.SIGKILL)
 
-    def back() -> bool:
-        try:
-            return a.forwarder_pid() != killed and a.routes() == routes
-        except (OSError, LabError):
-            return False
-
-    wait_for(back, "another forwarder with the routes")
+    wait_for(lambda: forwarder_of(a) not in (None, killed) and a.routes() == routes,
+             "another forwarder with the routes")
     assert (a.forwarder_pid(), tun_of(a)) == (standby, tun)
     all_reach_all(overlay.members)
     another = wait_for(lambda: standby_of(a), "another standby process")
@@ -168,6 +171,25 @@ def test_a_forwarder_that_is_killed_comes_back_with_its_routes(overlay):
     assert a.daemon.wait() == 0
     wait_for(lambda: not alive(another), "the end of the standby process")
     assert alive(standby)
+
+
+def test_a_standby_process_stands_in_until_an_external_forwarder_takes_over(lab):
+    """As in a DaemonSet: kubelet needs seconds to restart a container."""
+    overlay = Overlay(lab, "--forwarder-standby", external=True)
+    a, *_ = overlay.members
+    a.start_forwarder("--take-over", "--linger")
+    overlay.start()
+    tun = tun_of(a)
+    standby = wait_for(lambda: standby_of(a), "a standby process")
+    a.forwarder.kill()
+    wait_for(lambda: forwarder_of(a) == standby and a.ready()[0], "the standby process")
+    all_reach_all(overlay.members)
+    a.start_forwarder("--take-over", "--linger")
+    wait_for(lambda: forwarder_of(a) == a.forwarder.pid and a.ready()[0], "the forwarder")
+    wait_for(lambda: not alive(standby), "the end of the standby process")
+    assert tun_of(a) == tun
+    all_reach_all(overlay.members)
+    assert wait_for(lambda: standby_of(a), "another standby process") != standby
 
 
 def test_a_forwarder_that_is_gone_with_its_daemon_is_started_by_the_next(overlay):

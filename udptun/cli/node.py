@@ -219,9 +219,10 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @flag("--forwarder", type=click.Choice(FORWARDERS), default=STOCK.forwarder,
       show_default=True,
       help="spawn: start a forwarder if none answers; external: another program starts it.")
-@boolean("--forwarder-standby", STOCK.forwarder_standby,
-         "With --forwarder spawn: keep a loaded process, which forwards at once if the forwarder "
-         "dies. It needs 20 MiB.")
+@flag("--forwarder-standby", type=Bool(), metavar="[=true|false]",
+      help="Keep a loaded process, which forwards at once if the forwarder dies. It needs 20 MiB. "
+           "With --forwarder external, it forwards until another forwarder takes over.  "
+           "[default: true with --forwarder spawn, else false]")
 @flag("--forward-file", type=OPTIONAL_PATH, metavar="FILE",
       help="File for the forwarder's options, for its --wait-for.  [default: forward.json in the "
            "directory of the control socket]")

@@ -116,7 +116,9 @@ class NodeConfig:
     control           the forwarder's control socket
     forwarder         "spawn": start a forwarder if no forwarder answers; "external": another
                       program starts the forwarder
-    forwarder_standby  with "spawn": keep a standby process for the case that the forwarder dies
+    forwarder_standby  keep a standby process for the case that the forwarder dies; with "external",
+                      it forwards until a forwarder of the other program takes over. None: only with
+                      "spawn"
     forward_file      the file with the forwarder's options, which the forwarder reads because of
                       its option --wait-for; default: in the directory of ``control``
     state_dir         the directory of files that must survive a restart: the cached leases and the
@@ -149,7 +151,7 @@ class NodeConfig:
     tun: str = _FROM_INSTANCE
     control: Path = _FROM_INSTANCE
     forwarder: str = "spawn"
-    forwarder_standby: bool = True
+    forwarder_standby: bool | None = None
     forward_file: Path = _FROM_INSTANCE
     state_dir: Path = _FROM_INSTANCE
     healthz_ip: IPAddress = LOOPBACK  # not flannel's 0.0.0.0: the answers name peers and errors
@@ -189,6 +191,12 @@ class NodeConfig:
                 object.__setattr__(self, name, default)
         if self.forward_file is None:
             object.__setattr__(self, "forward_file", self.control.with_name(FORWARD_FILE))
+
+    @property
+    def wants_standby(self) -> bool:
+        if self.forwarder_standby is None:
+            return self.forwarder == "spawn"
+        return self.forwarder_standby
 
     @property
     def leaves_to_flannel(self) -> bool:

@@ -72,7 +72,7 @@ async def running(control, tmp_path, spawned=False):
 
     made = ForwarderKeeper(
         control, tmp_path / "forward.json", tmp_path / "forwarder.log",
-        Instance() if spawned else None, report, "udp", looping, lambda: told.append(made.refused))
+        Instance(), not spawned, report, "udp", looping, lambda: told.append(made.refused))
     made.report, made.loops, made.told = report, loops, told
     task = asyncio.create_task(made.run())
     try:

@@ -89,8 +89,8 @@ class UdpBackend(Backend[Route]):
         self._report = report
         self._keeper = ForwarderKeeper(
             config.control, config.forward_file, config.state_dir / LOG_FILE,
-            config.instance if config.forwarder == "spawn" else None, report, self.name,
-            self._looping, self._refused_changed, config.forwarder_standby, config.log_format,
+            config.instance, config.forwarder == "external", report, self.name,
+            self._looping, self._refused_changed, config.wants_standby, config.log_format,
         )
         self._site: Site | None = None  # of the last ``prepare``
 

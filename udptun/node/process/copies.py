@@ -30,6 +30,10 @@ class Copies:
         self._stop()
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
+    @property
+    def held(self) -> bool:
+        return bool(self._named)
+
     def take(self) -> dict[str, int]:
         """Return the copies, which the caller owns from now on."""
         self._stop()

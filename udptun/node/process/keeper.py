@@ -53,35 +53,36 @@ class ForwarderKeeper:
 
     ``want``, ``replace`` and ``change`` can be called at any time, also while no forwarder runs.
 
-    spawn_as  the instance for which we start a forwarder; None: another program starts the
-              forwarder
+    instance  of this forwarder
+    external  another program starts the forwarder
     backend   the backend whose changed routes are counted in the report
     looping   returns which of these packed addresses the host routes into the forwarder's TUN.
               Raises DeviceError
     on_refused  called when ``refused`` has changed
-    standby   keep a standby process for the case that the forwarder dies
+    standby   keep a standby process for the case that the forwarder dies. If ``external``, this
+              process stands in until a forwarder of the other program takes over
     log_format  of the forwarders that we start
     """
 
     def __init__(
-        self, control: Path, forward_file: Path, log_file: Path, spawn_as: Instance | None,
-        report: NodeReport, backend: str,
+        self, control: Path, forward_file: Path, log_file: Path, instance: Instance,
+        external: bool, report: NodeReport, backend: str,
         looping: Callable[[Collection[bytes]], Awaitable[Collection[bytes]]],
         on_refused: Callable[[], None], standby: bool = False, log_format: str = "text",
     ) -> None:
         self._log_format = log_format
         self._control, self._forward_file, self._log_file = control, forward_file, log_file
-        self._spawn_as = spawn_as
+        self._instance, self._external = instance, external
         self._report = report
         self._backend = backend
         self._looping, self._on_refused = looping, on_refused
         self._client = ControlClient(str(control), CALL_SECONDS)
         self._thread = ThreadPoolExecutor(1, "forwarder-control")
         self._child: subprocess.Popen[bytes] | None = None
-        self._copies = Copies((spawn_as or Instance()).takeover_socket(control))
+        self._copies = Copies(instance.takeover_socket(control))
         self._build = build_id()  # now, because an update replaces the files
         self._renewed = False
-        self._wants_standby = standby and spawn_as is not None
+        self._wants_standby = standby
         self._standby: Standby | None = None
         self._backoff, self._not_before = 0.0, 0.0
 
@@ -253,11 +254,7 @@ class ForwarderKeeper:
             if self._child is not None and self._child.poll() is not None:
                 self._child = None  # the end was requested, so it is not an error
             return
-        if not self._report.forwarder.starts_n:
-            log.info("adopting the forwarder on %s", self._control)
-        if self._spawn_as is not None:
-            self._copies.follow()
-            self._renew(status["version"], status.get("build", ""), self._spawn_as)
+        self._adopt(status)
         self._backoff, self._matches, self._replace_all = 0.0, True, True
         self._report.forwarder.connected, self._report.forwarder.error = True, ""
         while self._matches and not gone.done():
@@ -268,6 +265,18 @@ class ForwarderKeeper:
                 await self._check()
         if gone.done():
             raise NoForwarder(f"the forwarder on {self._control} has ended")
+
+    def _adopt(self, status: Mapping[str, Any]) -> None:
+        """Prepare for the death of a running forwarder with the wanted options, or replace it by
+        one of our build."""
+        if not self._report.forwarder.starts_n:
+            log.info("adopting the forwarder on %s", self._control)
+        if self._child is not None and self._child.poll() is not None:
+            self._child = None  # the forwarder that answers has taken over from it
+        if self._wants_standby or not self._external:
+            self._copies.follow()
+        if not self._external:
+            self._renew(status["version"], status.get("build", ""))
 
     async def _change_running(
         self, spec: ForwarderSpec, status: Mapping[str, Any], why: str
@@ -290,16 +299,17 @@ class ForwarderKeeper:
         if child is not None and child.poll() is not None:
             self._child = None
             self._fail(how_ended(child.returncode, self._log_file))
-        if self._spawn_as is None:
+        if self._external and not (self._standby and self._copies.held):
             self._fail(f"no forwarder answers on {self._control}: start one with "
                        f"--wait-for {self._forward_file}")
             await asyncio.sleep(IDLE_POLL_SECONDS)
         elif self._child is None and time.monotonic() >= self._not_before:
-            self._start(spec, self._spawn_as)
+            self._start(spec)
         await asyncio.sleep(POLL_SECONDS)
 
-    def _start(self, spec: ForwarderSpec, instance: Instance) -> None:
-        if "INVOCATION_ID" in os.environ and not self._report.forwarder.starts_n:
+    def _start(self, spec: ForwarderSpec) -> None:
+        in_unit = "INVOCATION_ID" in os.environ
+        if in_unit and not self._external and not self._report.forwarder.starts_n:
             log.warning("starting a forwarder within this systemd unit: unless the unit has "
                         "KillMode=process, stopping it stops forwarding too. Better give the "
                         "forwarder a unit of its own, and --forwarder external here")
@@ -309,7 +319,7 @@ class ForwarderKeeper:
             kept = self._copies.take()
             try:
                 self._child = self._standby_goes(kept) or \
-                    spawn(self._forward_file, self._log_file, instance, kept,
+                    spawn(self._forward_file, self._log_file, self._instance, kept,
                           log_format=self._log_format)
             finally:
                 close_all(kept)
@@ -317,9 +327,10 @@ class ForwarderKeeper:
             self._fail(f"no forwarder can be started: {exc}")
             return
         self._report.forwarder.starts_n += 1
-        log.info("started a forwarder, process %d; it logs to %s", self._child.pid, self._log_file)
+        log.info("started a forwarder, process %d; it logs to %s%s", self._child.pid,
+                 self._log_file, "; another one may take over from it" if self._external else "")
 
-    def _renew(self, version: str, build: str, instance: Instance) -> None:
+    def _renew(self, version: str, build: str) -> None:
         """If the running forwarder is of another build, start one of our build, which takes over.
         Try this once. If it fails, the running forwarder goes on."""
         if (version, build) == (__version__, self._build) or self._renewed:
@@ -327,13 +338,13 @@ class ForwarderKeeper:
         self._renewed = True
         what = (f"the forwarder is udptun {version} (build {build or 'unknown'}), this daemon "
                 f"{__version__} (build {self._build})")
-        if not instance.takeover_socket(self._control).exists():
+        if not self._instance.takeover_socket(self._control).exists():
             log.warning("%s; it is too old to be replaced without an outage, so it stays", what)
             return
         log.info("%s: a new forwarder takes over", what)
         try:
-            self._child = spawn(self._forward_file, self._log_file, instance, take_over=True,
-                                log_format=self._log_format)
+            self._child = spawn(self._forward_file, self._log_file, self._instance,
+                                take_over=True, log_format=self._log_format)
         except OSError as exc:
             log.error("no forwarder can be started: %s", exc)
             return
@@ -346,10 +357,9 @@ class ForwarderKeeper:
         so that the load of the start does not add to that of the forwarder's start."""
         if not self._wants_standby or self._standby is not None:
             return
-        assert self._spawn_as is not None
         try:
             self._standby = Standby.start(
-                self._forward_file, self._log_file, self._spawn_as, self._log_format)
+                self._forward_file, self._log_file, self._instance, self._log_format)
         except OSError as exc:
             log.warning("no standby process for the forwarder can be started: %s", exc)
 
