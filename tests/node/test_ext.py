@@ -190,7 +190,8 @@ def test_a_peers_new_address_replaces_its_route(pair) -> None:
         ("192.0.2.2", 8285, None), ("192.0.2.9", 8285, None), ("192.0.2.9", 8286, 1400),
     ):
         assert node.add(SUBNETS[1], address, advertisement(port, mtu)) == QUIET
-        assert node.routes() == [Route.make(SUBNETS[1], address, port, mtu, True)]
+        assert node.routes() == [
+            Route.make(SUBNETS[1], address, port, mtu, True, ecn="ecn" in FEATURES)]
 
 
 @needs_root
