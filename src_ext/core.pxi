@@ -618,6 +618,11 @@ cdef class Core:
         super-packets: the workers cut them. Until the first call, no packet is longer."""
         poke32(&self.shared.tun_mtu, mtu)
 
+    def expect_unfinished(self):
+        """Accept unfinished checksums and super-packets of all senders, not only of the peers that
+        can receive in the kernel. Call it before a worker runs."""
+        self.shared.all_express = True
+
     def has_peer(self, bytes address, uint16_t port):
         """Return whether a route has this endpoint. address: packed"""
         return self.find(address, port) != NULL

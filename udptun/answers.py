@@ -49,6 +49,7 @@ class Accelerate(Answer):
     reason: str | None
     generation: int
     kernel_generation: int | None
+    receives: bool | None
     devices: list[str]
     packets: dict[str, int]
 

@@ -325,7 +325,8 @@ cdef inline void find_sender(
         sender.port = load_be16(<const uint8_t*>&sa.sin6_port)
     sender.peer = find_peer(w.snapshot, sender.addr, sender.addr_len, sender.port)
     sender.refusal = check_sender(w, sender)
-    sender.express = sender.peer != NULL and peek32(&sender.peer.express) != 0
+    sender.express = w.shared.all_express or (
+        sender.peer != NULL and peek32(&sender.peer.express) != 0)
     sender.heard = m.msg_len == 0  # an empty datagram is a keepalive
     sender.inner_len = 0
 

@@ -133,6 +133,7 @@ cdef struct shared_t:
     bint has_addr4
     bint has_addr6
     uint32_t tun_mtu            # written by the control side
+    bint all_express            # the kernel of every peer may have sent a packet
     int notify_fd               # eventfd of the control side
     uint64_t wake_on_probe      # written by the control side: 1 = raise EVENT_PROBE for each probe
     tokens_t tokens             # written by the control side; workers clear those that they find

@@ -262,7 +262,8 @@ def status_of(generation: int, route_count: int) -> dict[str, Any]:
         "generation": generation, "route_count": route_count, "source_check": "strict",
         "admit": "any", "mark": None, "dscp": "0",
         "accelerate": {
-            "mode": "off", "active": False, "reason": "--accelerate off", "generation": 3,
+            "mode": "off", "active": False, "reason": "--accelerate off", "receives": False,
+            "generation": 3,
             "kernel_generation": None, "devices": [],
             "packets": dict.fromkeys(EXPRESS_TOTALS, 0),
         },

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import random
+import shutil
 import socket
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from tests.netns.netns_traffic import (
 from tests.netns.test_takeover import Stream, copies_of, take_over
 from tests.wire.craft import ICMP, TCP, Flow, ip4, ip6, unfinished
 from udptun.lab import node, pair, ping, wait_for
+from udptun.lab.cluster import Cluster, etcd_obstacle
 from udptun.lab.tunnels import PORT, Forwarder
 from udptun.model import Endpoint, Route
 from udptun.takeover.channel import close_all
@@ -128,7 +130,9 @@ def test_nothing_is_sent_from_the_kernel_to_a_peer_without_express(lab):
     transfer_tcp(a.pod, b.pod, b.pod_v4, size=1 << 18)
     for side in tunnel.sides:
         assert not accelerate(side)["active"]
-        assert filters(side.host) == []
+        assert accelerate(side)["reason"] == "no peer can receive in the kernel"
+        assert accelerate(side)["receives"]
+        assert sorted(filters(side.host)) == ["udptun-receive-udptun0", "udptun-send-udptun0"]
         assert side.forwarder.status()["peers"][0]["express"]["reason"]
     a.forwarder.udptun("route", "replace", str(b.node.subnet), "via", str(b.outer), "express")
     wait_for(lambda: accelerate(a)["active"], "the express path")
@@ -236,6 +240,22 @@ def test_the_kernel_admits_no_packet_that_user_space_refuses(lab, outer, source_
     assert_invariant(a.forwarder)
 
 
+@pytest.mark.parametrize("outer", [4, 6])
+def test_a_receiver_finishes_checksums_before_it_knows_that_the_peer_sends_so(lab, outer):
+    """The peer has seen that we receive in the kernel; its own lease is not here yet."""
+    tunnel = pair(lab, outer=outer, start=False)
+    a, b = tunnel.sides
+    a.start(extra=ON, routes=[f"{route} express" for route in a.routes_to(b)])
+    b.start(extra=ON)
+    wait_for(lambda: accelerate(a)["active"], "the express path")
+    for address in (b.pod_v4, b.pod_v6):
+        transfer_tcp(a.pod, b.pod, address, size=1 << 18)
+    exchange_udp(a.pod, b.pod, b.pod_v4, 1400)
+    assert kernel_packets(a)["sent"] > 50
+    assert kernel_packets(b)["received"] == 0
+    assert kernel_packets(b)["receive_source"] > 50
+
+
 def test_other_programs_stay_and_turn_it_off(lab):
     tunnel = express_pair(lab)
     a, b = tunnel.sides
@@ -245,7 +265,9 @@ def test_other_programs_stay_and_turn_it_off(lab):
     wait_for(lambda: not accelerate(a)["active"], "the express path to end")
     reason = a.forwarder.status()["peers"][0]["express"]["reason"]
     assert reason == f"a u32 filter is at the ingress of {device}"
-    assert filters(a.host) == []
+    assert accelerate(a)["reason"] == reason
+    assert accelerate(a)["receives"] is False
+    wait_for(lambda: filters(a.host) == [], "the programs to be removed")
     before = kernel_packets(a)
     assert ping(a.pod, b.pod_v4).received == 3
     assert kernel_packets(a)["sent"] == before["sent"]
@@ -429,3 +451,60 @@ def sum_of_bytes(side):
     (line,) = (one for one in text.splitlines()
                if one.startswith('udptun_bytes_total{direction="encap"}'))
     return float(line.split()[-1])
+
+
+@pytest.mark.skipif(not shutil.which("tcpdump"), reason="tcpdump is missing")
+def test_capture_says_how_to_see_packets_that_pass_in_the_kernel(lab):
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    done = a.forwarder.udptun("capture", "--text", "--seconds", "1")
+    said, command, captured = done.stderr.splitlines()
+    assert "not captured" in said
+    assert captured == "0 packets captured"
+    tcpdump = a.host.start([*command.split(), "-l", "-c", "6"], name="tcpdump")
+    wait_for(lambda: "listening on" in tcpdump.text(), "tcpdump")
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert tcpdump.wait() == 0
+    assert kernel_packets(a)["sent"] == 3
+
+
+@pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+def test_a_node_advertises_what_its_kernel_does(lab):
+    """Nothing is lost while the lease and the programs disagree."""
+    cluster = Cluster(lab, 2, options=["--backend=udp", "--accelerate=auto"])
+    cluster.start()
+    one, other = cluster.members
+
+    def advertises(member):
+        lease = cluster.etcd.leases()[str(member.subnet).replace("/", "-")]
+        return "express" in lease["BackendData"]["udptun"]["features"]
+
+    def state(member):
+        return member.ask("/v1/status")["accelerate"]
+
+    for member in cluster.members:
+        wait_for(lambda member=member: advertises(member), "the feature in the lease")
+        wait_for(lambda member=member: state(member)["active"], "the express path")
+    device = one.host.interfaces[0].name
+    foreign = ["dev", device, "ingress", "pref", "7", "protocol", "ip"]
+    with Stream(other.pod, one.pod, one.pod_v4) as stream:
+        wait_for(lambda: stream.sent > 100, "the stream")
+        one.host.run(["tc", "filter", "add", *foreign, "u32", "match", "ip", "protocol", "99",
+                      "0xff", "flowid", "1:1"])
+        wait_for(lambda: not state(one)["receives"], "the programs to be removed")
+        sent = state(other)["packets"]["sent"]
+        transfer_tcp(other.pod, one.pod, one.pod_v4, size=1 << 18)
+        assert state(other)["packets"]["sent"] > sent  # it does not know it yet
+        wait_for(lambda: not advertises(one), "the lease to follow")
+        wait_for(lambda: not state(other)["active"], "the routes of the peer to follow")
+        one.stop()
+        one.start()
+        one.wait_ready()
+        wait_for(lambda: not advertises(one), "the forwarder's answer")
+        one.host.run(["tc", "filter", "del", *foreign])
+        wait_for(lambda: advertises(one) and state(other)["active"], "the express path")
+    assert set(range(stream.sent)) == set(stream.numbers)
+    one.stop()
+    one.start()  # it advertises what its last lease says, until the forwarder has answered
+    one.wait_ready()
+    wait_for(lambda: advertises(one) and state(other)["active"], "the express path")

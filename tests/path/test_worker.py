@@ -46,7 +46,7 @@ class Rig:
 
     def __init__(
         self, features=ALL, source_check="strict", mtu=None, gso_max_segs=64, udp6=False,
-        sockopts=(), own_subnets=None, ecn=False, dscp=0,
+        sockopts=(), own_subnets=None, ecn=False, dscp=0, all_express=False,
     ):
         self.features = features
         self.closing = contextlib.ExitStack()
@@ -94,8 +94,11 @@ class Rig:
         self.reference = reference.ReferenceForwarder(
             self.routes, own_addresses=[TUN4, TUN6], tun_addresses=[TUN4, TUN6],
             source_check=source_check, own_subnets=own_subnets, tun_mtu=TUN_MTU, dscp=dscp,
+            all_express=all_express,
         )
         self.core.set_tun_mtu(TUN_MTU)
+        if all_express:
+            self.core.expect_unfinished()
 
     def __enter__(self):
         return self
@@ -277,7 +280,8 @@ def test_decap_equals_reference(without, source_check):
     features = NO_VNET if without == "tun-gso" else [f for f in ALL if f != without]
     for seed in range(30):
         rng = random.Random(f"{seed}-{without}-{source_check}")
-        with Rig(features, source_check, own_subnets=rng.choice((None, OWN_SUBNETS))) as rig:
+        with Rig(features, source_check, own_subnets=rng.choice((None, OWN_SUBNETS)),
+                 all_express=rng.random() < 0.3) as rig:
             packets, icmp, probes = [], [], []
             seq = 1000
             for number in range(40):

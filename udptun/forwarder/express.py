@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 OBJECT = Path(__file__).parent / "express.bpf.o"
 PROGRAMS = {"send": "tc/send", "receive": "tc/receive"}
+STARTING = "starting"
 LOOK_SECONDS = 10.0
 PAUSE_SECONDS = 0.05  # between two looks at the host
 
@@ -64,6 +65,7 @@ TOTALS = (
 PASSING_DRIVERS = frozenset({"veth", "virtio_net"})
 SUPER_PACKETS = frozenset(
     {"tx-generic-segmentation", "tx-tcp-segmentation", "tx-udp_tnl-segmentation"})
+FAR = {4: "192.0.2.1", 6: "2001:db8::1"}  # documentation addresses: only a default route covers them
 CONCERN_US = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.RULE, Kind.ANY)
 
 Key = tuple[bytes, int]  # packed address and port of a peer
@@ -86,7 +88,8 @@ class Facts:
 
     ways      the kernel's route to each peer
     reasons   why a peer cannot use the express path
-    devices   underlay devices of the peers that can use it
+    devices   underlay devices on which packets can be received
+    arrivals  underlay devices that have our addresses: most packets arrive there
     mtus      MTU of each underlay device
     slow_bulk  devices on which the workers send bulk faster
     error     why no packet can be taken; "" if packets can be taken
@@ -95,6 +98,7 @@ class Facts:
     ways: dict[Key, Way] = field(default_factory=dict)
     reasons: dict[Key, str] = field(default_factory=dict)
     devices: set[int] = field(default_factory=set)
+    arrivals: set[int] = field(default_factory=set)
     mtus: dict[int, int] = field(default_factory=dict)
     slow_bulk: set[int] = field(default_factory=set)
     tun: int = 0
@@ -116,14 +120,19 @@ class Express:
         self._programs: dict[str, int] = {}
         self._active: Table | None = None
         self._peers: dict[Key, bytes] = {}  # as in the map
-        self._facts = Facts(error="starting")
+        self._facts = Facts(error=STARTING)
+        self._attached_to: set[int] = set()  # devices with our receive program, says the kernel
+        self._used: set[int] = set()  # devices that have had a program
         self._netlink: Netlink | None = None
         self._changed = asyncio.Event()
         self._counted: set[Key] = set()  # peers that have counters
         self._given: dict[Key, Counted] = {}  # the last counts that the core has got
+        self._known: set[Key] = set()  # peers that can receive in the kernel
         self._said = ""
         self.off = "" if config.accelerate == "auto" else "--accelerate off"
         if not self.off:
+            # A peer may learn earlier that we receive in the kernel than we learn of its routes.
+            core.expect_unfinished()
             try:
                 self._open()
             except OSError as error:
@@ -197,6 +206,8 @@ class Express:
                 try:
                     await self._refresh(netlink)
                 except (UdptunError, OSError) as error:
+                    if self._facts.error == STARTING:
+                        self._facts.error = str(error)
                     self._say(str(error))
                 await asyncio.sleep(PAUSE_SECONDS)
                 await wait_at_most(self._changed, LOOK_SECONDS)
@@ -219,8 +230,12 @@ class Express:
     async def _remove(self, netlink: Netlink) -> None:
         async def remove(_: Any) -> None:
             with RouteSocket() as kernel:
+                devices = set(self._used)
                 for device, hook, one in self._attached(kernel):
                     hooks.detach(kernel, device, hook, one.name)
+                    devices.add(device)
+                for device in devices:
+                    hooks.remove_empty(kernel, device)
 
         await netlink.work("removing the programs of the express path", remove)
 
@@ -295,22 +310,44 @@ class Express:
         facts = await netlink.work("looking at the underlay for the express path", look)
         if self.off:
             return
-        self._write_settings(facts)
-        self._facts = facts
-        self.update()
+        self._use(facts)
 
-        async def attach(_: Any) -> None:
+        async def attach(_: Any) -> set[int]:
             with RouteSocket() as kernel:
-                self._attach(kernel, facts)
+                return self._attach(kernel, facts)
 
-        await netlink.work("attaching the programs of the express path", attach)
-        self._say(facts.error if limits else "")
+        try:
+            self._attached_to = await netlink.work(
+                "attaching the programs of the express path", attach)
+        except (UdptunError, OSError) as error:
+            # A program that is still attached must not take packets that the other does not expect.
+            self._attached_to = set()
+            self._use(replace(facts, error=str(error)))
+            raise
+        self._say(facts.error)
+
+    def _use(self, facts: Facts) -> None:
+        self._facts = facts
+        if not self.off:
+            self._write_settings(facts)
+            self.update()
+
+    @property
+    def receives(self) -> bool | None:
+        """Whether the kernel has the programs that receive what peers send to us. None: we have not
+        asked it yet."""
+        facts = self._facts
+        if not self.off and facts.error == STARTING:
+            return None
+        return not (self.off or facts.error) and bool(facts.arrivals) and \
+            facts.arrivals <= self._attached_to
 
     def update(self) -> None:
         """Set the peers that use the express path, with their present path MTUs."""
         if self.off:
             return
         facts, limits = self._facts, self._core.express_peers()
+        self._known = set(limits)
         wanted = {}
         if not facts.error:
             for key, path_limit in limits.items():
@@ -382,9 +419,6 @@ class Express:
 
     def _look(self, kernel: RouteSocket, limits: Mapping[Key, int]) -> Facts:
         facts = Facts()
-        if not limits:
-            facts.error = "no peer can receive in the kernel"
-            return facts
         try:
             facts.tun = socket.if_nametoindex(self._tun)
         except OSError:
@@ -403,12 +437,15 @@ class Express:
             index: _device_reason(kernel, index)
             for index in {way.device for way in ways if way.device}}
         gone = {}
-        for endpoint in self._config.listen:  # what arrives at our address
+        for address in (endpoint.address for endpoint in self._config.listen):
+            towards = {way.device for peer, way in zip(peers, ways, strict=True)
+                       if way.device and peer.version == address.version}
             try:
-                index = socket.if_nametoindex(underlay_mtu(endpoint.address)[0])
-                devices.setdefault(index, _device_reason(kernel, index))
+                facts.arrivals |= _arrivals(kernel, address, towards, mark)
             except (DeviceError, OSError):
-                gone[endpoint.address.version] = f"no interface has {endpoint.address}"
+                gone[address.version] = f"no interface has {address}"
+        devices |= {index: _device_reason(kernel, index)
+                    for index in facts.arrivals if index not in devices}
         for key, peer, way in zip(keys, peers, ways, strict=True):
             facts.ways[key] = way
             reason = gone.get(peer.version) or way.error or devices.get(
@@ -417,8 +454,10 @@ class Express:
                 reason = "an IPsec policy applies"
             if reason:
                 facts.reasons[key] = reason
-        if len(facts.reasons) < len(keys):
-            facts.devices = {index for index, reason in devices.items() if not reason}
+        facts.devices = {index for index, reason in devices.items() if not reason}
+        if not facts.arrivals & facts.devices:
+            facts.error = next(
+                iter([*gone.values(), *(devices[one] for one in facts.arrivals)]), "")
         facts.mtus = {index: hooks.ethernet_mtu(kernel, index) for index in facts.devices}
         facts.slow_bulk = {index for index in facts.devices if _bulk_is_slow(index)}
         return facts
@@ -427,11 +466,16 @@ class Express:
         return next(one.address for one in self._config.listen
                     if one.address.version == peer.version)
 
-    def _attach(self, kernel: RouteSocket, facts: Facts) -> None:
+    def _attach(self, kernel: RouteSocket, facts: Facts) -> set[int]:
+        """Attach what is missing, and detach the rest. Return the devices on which the kernel then
+        has our receive program."""
         wanted: dict[tuple[int, Hook], str] = {}
-        if facts.devices and not facts.error:
+        if not facts.error:
+            # Also if no peer uses them. If a clsact qdisc is added or removed, the kernel drops what
+            # the device sends at this moment. So this happens only at the start and at the end.
             wanted[facts.tun, Hook.EGRESS] = "send"
             wanted |= {(index, Hook.INGRESS): "receive" for index in facts.devices}
+        self._used |= {device for device, _ in wanted}
         for device, hook, one in self._attached(kernel):
             program = wanted.get((device, hook))
             if program is None or one.name != self._name(program):
@@ -440,6 +484,8 @@ class Express:
                 del wanted[device, hook]
         for (device, hook), program in wanted.items():
             hooks.attach(kernel, device, hook, self._name(program), self._programs[program])
+        return {device for device, hook, one in self._attached(kernel) if hook is Hook.INGRESS
+                and one.program == bpf.program_id(self._programs["receive"])}
 
     def _attached(self, kernel: RouteSocket) -> list[tuple[int, Hook, hooks.Filter]]:
         """Return the programs of this forwarder, and those that a killed forwarder has left: their
@@ -471,9 +517,12 @@ class Express:
     def report(self) -> dict[str, Any]:
         """Return the state of the express path. docs/control.md describes it."""
         error = self.off or self._facts.error
+        if not error and not self._peers:
+            error = next(iter(self._facts.reasons.values()), "no peer can receive in the kernel")
         return {
             "mode": self._config.accelerate,
-            "active": not error and bool(self._peers),
+            "active": not error,
+            "receives": self.receives,
             "reason": error or None,
             "generation": self._core.snapshot_generation,
             "kernel_generation": self._kernel_generation(),
@@ -493,7 +542,7 @@ class Express:
         if key in self._peers and not self.off:
             return {"active": True, "reason": None}
         reason = self.off or self._facts.reasons.get(key) or self._facts.error
-        if not reason or (not self.off and key not in self._facts.ways):
+        if not self.off and (not reason or key not in self._known):
             reason = "its route has no `express`"
         return {"active": False, "reason": reason}
 
@@ -505,6 +554,23 @@ def _tun_is_gone(name: str) -> bool:
         if name.startswith(prefix):
             return not device_index(name.removeprefix(prefix))
     return False
+
+
+def _arrivals(
+    kernel: RouteSocket, address: IPAddress, towards: set[int], mark: int
+) -> set[int]:
+    """Return the interfaces on which packets to our address arrive. Raises DeviceError, OSError.
+
+    towards  those through which this host reaches the peers
+    """
+    name, _ = underlay_mtu(address)
+    if name != "lo":
+        return {socket.if_nametoindex(name)}
+    if not towards:
+        (way,) = ask_ways(kernel, [
+            Question(ipaddress.ip_address(FAR[address.version]), address, mark)])
+        towards = {way.device} - {0}
+    return towards
 
 
 def _endpoint(key: Key) -> bytes:

@@ -99,17 +99,18 @@ def attach(kernel: RouteSocket, device: int, hook: Hook, name: str, program: int
 
 
 def detach(kernel: RouteSocket, device: int, hook: Hook, name: str) -> None:
-    """Remove our filter with this name. Remove the clsact qdisc if no filter is left. Raises
-    OSError."""
+    """Remove our filter with this name; the clsact qdisc stays. Raises OSError."""
     for one in filters(kernel, device, hook):
         if one.name == name:
             request = Request(RTM_DELTFILTER, 0, _filter(device, hook, one.handle))
             _send(kernel, request, errno.ENOENT, errno.ENODEV)
-    remove_empty(kernel, device)
 
 
 def remove_empty(kernel: RouteSocket, device: int) -> None:
-    """Remove the clsact qdisc of a device if it has no filter. Raises OSError."""
+    """Remove the clsact qdisc of a device if it has no filter. Raises OSError.
+
+    The kernel drops the packets that the device sends at this moment, as when the qdisc is added.
+    """
     if not any(filters(kernel, device, hook) for hook in Hook):
         request = Request(
             RTM_DELQDISC, 0, TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0))

@@ -142,12 +142,12 @@ class Daemon:
         self._scrape = NodeScrape(self.report, config.control, config.metrics_peers)
         self._errors = LogOnce(log)
         self._store = Store(config, source, self.report, self._errors)
-        self._backends = ActiveBackends(config, netlink, self.report)
+        self._settle_again = asyncio.Event()
+        self._backends = ActiveBackends(config, netlink, self.report, self._settle_again.set)
         self._underlay = UnderlayChoice(netlink, config.address_grace)
         self._host = Host(config, self.report, self._guarded)
         self._leftovers = Leftovers(netlink)
         self._taken = Taken(netlink)
-        self._settle_again = asyncio.Event()
         self._host_check = HostCheck(
             netlink, self._backends, self._host, self.report, self._settle_again.set,
             lambda: self._peers.leases)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.control.fakes import VERSION, LoopThread, Served
+from tests.control.fakes import VERSION, LoopThread, Served, status_of
 from tests.node.daemon_host import use_folder
 from tests.wait import until
 from udptun.control import server
@@ -65,15 +65,16 @@ async def keeper(control, tmp_path):
 @contextlib.asynccontextmanager
 async def running(control, tmp_path, spawned=False):
     report = NodeReport("file", SourceHealth())
-    loops, told = set(), []
+    loops, told, said = set(), [], []
 
     async def looping(addresses):
         return {one for one in addresses if str(ipaddress.ip_address(one)) in loops}
 
     made = ForwarderKeeper(
         control, tmp_path / "forward.json", tmp_path / "forwarder.log",
-        Instance(), not spawned, report, "udp", looping, lambda: told.append(made.refused))
-    made.report, made.loops, made.told = report, loops, told
+        Instance(), not spawned, report, "udp", looping, lambda: told.append(made.refused),
+        lambda: said.append(made.receives))
+    made.report, made.loops, made.told, made.said = report, loops, told, said
     task = asyncio.create_task(made.run())
     try:
         yield made
@@ -117,6 +118,27 @@ async def test_the_forwarders_routes_stay_until_ours_are_known(
         await until(lambda: keeper.report.forwarder.connected, "the forwarder to be adopted")
         await asyncio.sleep(0.1)  # the keeper checks several times in this time
         assert served.forwarder.table == table(route(2))
+
+
+async def test_what_the_kernel_receives_is_asked_again(
+    thread, control, keeper, spec, monkeypatch
+):
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.01)
+    with Served(thread, control) as served:
+        def receives(value):
+            state = status_of(1, 0)["accelerate"] | {"mode": "auto", "receives": value}
+            served.forwarder.other_status = {"accelerate": state}
+
+        receives(None)
+        keeper.want(replace(spec, accelerate="auto"))
+        await until(lambda: keeper.report.forwarder.connected, "the forwarder to be adopted")
+        assert keeper.receives is None
+        for value in (True, False, True):
+            receives(value)
+            await until(lambda value=value: keeper.receives is value, "the new state")
+        assert keeper.said == [True, False, True]
+    await until(lambda: not keeper.report.forwarder.connected, "the end of the forwarder")
+    assert keeper.receives  # its programs go on
 
 
 async def test_a_few_changes_are_put_one_by_one_and_many_at_once(thread, control, keeper, spec):

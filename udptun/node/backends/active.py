@@ -78,9 +78,15 @@ def create(
 
 
 class ActiveBackends:
-    """Holds all backends in the list, and the list of the active ones."""
+    """Holds all backends in the list, and the list of the active ones.
 
-    def __init__(self, config: NodeConfig, netlink: Netlink, report: NodeReport) -> None:
+    on_lease_data  called when the data of our lease have changed: call ``prepare`` again
+    """
+
+    def __init__(
+        self, config: NodeConfig, netlink: Netlink, report: NodeReport,
+        on_lease_data: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config = config
         self._report = report
         self._all = {name: create(name, config, netlink, report) for name in BACKENDS}
@@ -88,6 +94,7 @@ class ActiveBackends:
         self._plan: Plan | None = None  # the last one
         for backend in self._all.values():
             backend.on_refused = self._record_refused
+            backend.on_lease_data = on_lease_data
         self._applied = False  # a whole plan was applied since our start
         self._network: NetConfig | None = None  # of the last ``prepare``
         report.count_devices = self._count_devices

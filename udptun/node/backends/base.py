@@ -135,6 +135,8 @@ class Backend(ABC, Generic[P]):
     through_tun      the host routes the whole network into the TUN, not only the subnets of peers
     on_refused       set by the daemon; a backend that applies paths in the background calls it when
                      ``refused`` has changed
+    on_lease_data    set by the daemon; a backend calls it when ``lease_data`` has changed without a
+                     call of ``prepare``
     """
 
     name: ClassVar[str]
@@ -143,6 +145,7 @@ class Backend(ABC, Generic[P]):
     fragments: ClassVar[bool] = False
     through_tun: ClassVar[bool] = False
     on_refused: Callable[[], None] = staticmethod(lambda: None)
+    on_lease_data: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
     def device_names(self, network: NetConfig) -> Collection[str]:

@@ -90,7 +90,8 @@ class UdpBackend(Backend[Route]):
         self._keeper = ForwarderKeeper(
             config.control, config.forward_file, config.state_dir / LOG_FILE,
             config.instance, config.forwarder == "external", report, self.name,
-            self._looping, self._refused_changed, config.wants_standby, config.log_format,
+            self._looping, self._refused_changed, self._receives_changed,
+            config.wants_standby, config.log_format,
         )
         self._site: Site | None = None  # of the last ``prepare``
 
@@ -107,7 +108,7 @@ class UdpBackend(Backend[Route]):
     def lease_data(self, mtu: int) -> LeaseData:
         if not self._config.advertise:
             return LeaseData()
-        features = {PROBE, EXPRESS} if self._accelerates else {PROBE}
+        features = {PROBE, EXPRESS} if self._receives_in_kernel else {PROBE}
         if keeps_marks(os.uname().release):
             features.add(ECN)
         advert = Advert(
@@ -126,13 +127,19 @@ class UdpBackend(Backend[Route]):
     def reach(self) -> UdpReach:
         site = self._prepared
         return UdpReach(site.udp_port, tuple(one.version for one in _outer(site.underlay)),
-                        self._accelerates)
+                        self._config.accelerate == "auto")
 
     @property
-    def _accelerates(self) -> bool:
-        """Whether peers may send to us from their kernel. It does not matter if our kernel refuses
-        the programs: the workers accept these packets too."""
-        return self._config.accelerate == "auto"
+    def _receives_in_kernel(self) -> bool:
+        """Whether peers may send to us from their kernel. Until the forwarder has said it, our last
+        lease counts. So a restart of the daemon does not change the lease."""
+        if self._config.accelerate == "off" or self._keeper.receives is False:
+            return False
+        if self._keeper.receives is None:
+            former = self._prepared.former
+            advert = None if former is None else read_advert(former.backend_data)
+            return advert is not None and EXPRESS in advert.features
+        return True
 
     async def settle(self, lease: Lease, mtu: int) -> None:
         site, config = self._prepared, self._config
@@ -190,6 +197,10 @@ class UdpBackend(Backend[Route]):
 
     def _refused_changed(self) -> None:
         self.on_refused()  # read now: it is set after this object was made
+
+    def _receives_changed(self) -> None:
+        if self._config.accelerate == "auto":
+            self.on_lease_data()
 
     async def _looping(self, addresses: Collection[bytes]) -> Collection[bytes]:
         config = self._config

@@ -59,6 +59,7 @@ class ForwarderKeeper:
     looping   returns which of these packed addresses the host routes into the forwarder's TUN.
               Raises DeviceError
     on_refused  called when ``refused`` has changed
+    on_receives  called when ``receives`` has changed
     standby   keep a standby process for the case that the forwarder dies. If ``external``, this
               process stands in until a forwarder of the other program takes over
     log_format  of the forwarders that we start
@@ -68,14 +69,15 @@ class ForwarderKeeper:
         self, control: Path, forward_file: Path, log_file: Path, instance: Instance,
         external: bool, report: NodeReport, backend: str,
         looping: Callable[[Collection[bytes]], Awaitable[Collection[bytes]]],
-        on_refused: Callable[[], None], standby: bool = False, log_format: str = "text",
+        on_refused: Callable[[], None], on_receives: Callable[[], None], standby: bool = False,
+        log_format: str = "text",
     ) -> None:
         self._log_format = log_format
         self._control, self._forward_file, self._log_file = control, forward_file, log_file
         self._instance, self._external = instance, external
         self._report = report
         self._backend = backend
-        self._looping, self._on_refused = looping, on_refused
+        self._looping, self._on_refused, self._on_receives = looping, on_refused, on_receives
         self._client = ControlClient(str(control), CALL_SECONDS)
         self._thread = ThreadPoolExecutor(1, "forwarder-control")
         self._child: subprocess.Popen[bytes] | None = None
@@ -88,6 +90,7 @@ class ForwarderKeeper:
 
         self._spec: ForwarderSpec | None = None
         self._matches = False  # the running forwarder matches ``_spec``
+        self._receives: bool | None = None
         self._routes: dict[IPNetwork, Route] | None = None
         self._pending: dict[IPNetwork, Route | None] = {}
         self._refused: dict[IPNetwork, Route] = {}
@@ -108,6 +111,14 @@ class ForwarderKeeper:
     def matches(self) -> bool:
         """Whether the running forwarder is known to have the wanted options."""
         return self._matches
+
+    @property
+    def receives(self) -> bool | None:
+        """Whether the forwarder's programs receive in the kernel; None: not known since our start.
+
+        Without a forwarder it is what the last one has said, because its programs go on.
+        """
+        return self._receives
 
     @property
     def refused(self) -> dict[IPNetwork, str]:
@@ -257,11 +268,13 @@ class ForwarderKeeper:
         self._adopt(status)
         self._backoff, self._matches, self._replace_all = 0.0, True, True
         self._report.forwarder.connected, self._report.forwarder.error = True, ""
+        self._take_receives(status)
         while self._matches and not gone.done():
             if self._routes is not None and (self._replace_all or self._pending):
                 await self._send_routes()
             if not await self._woken(gone):
-                self._prepare_standby()
+                if self._receives is not None:
+                    self._prepare_standby()
                 await self._check()
         if gone.done():
             raise NoForwarder(f"the forwarder on {self._control} has ended")
@@ -480,6 +493,8 @@ class ForwarderKeeper:
     async def _check(self) -> None:
         """Restore the forwarder's routes if another program has changed them. Send a refused route
         if the forwarder would accept it now."""
+        if self._spec is not None and self._spec.accelerate == "auto":
+            self._take_receives(await self._call(lambda: self._client.status(peers=False)))
         events = await self._call(lambda: list(self._client.events(follow=False)))
         if self._routes is not None and not self._replace_all and \
                 events[0]["generation"] != self._generation:
@@ -489,19 +504,30 @@ class ForwarderKeeper:
             if refused != {*await self._looping(refused)}:
                 self._request_replacement()
 
+    def _take_receives(self, status: Mapping[str, Any]) -> None:
+        receives = status.get("accelerate", {}).get("receives", False)  # older ones do not say it
+        if receives is not None and receives != self._receives:
+            self._receives = receives
+            self._on_receives()
+
     # -- waiting ----------------------------------------------------------------------------------
 
     async def _woken(self, gone: asyncio.Future[bytes] | None) -> bool:
         """Wait for work, or for the end of the forwarder, and return True.
 
         gone  done when the forwarder has ended; None: there is no forwarder
-        Return False after CHECK_SECONDS. Without a forwarder there is no such limit.
+        Return False after CHECK_SECONDS, or sooner if the forwarder could not say yet whether it
+        receives in the kernel. Without a forwarder there is no such limit.
         """
+        seconds = CHECK_SECONDS
+        if self._receives is None:
+            seconds = min(seconds, IDLE_POLL_SECONDS)
+
         wake = asyncio.ensure_future(self._wake.wait())
         waiting: set[asyncio.Future[Any]] = {wake} if gone is None else {wake, gone}
         try:
             done, _ = await asyncio.wait(
-                waiting, timeout=None if gone is None else CHECK_SECONDS,
+                waiting, timeout=None if gone is None else seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
