@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cli.test_cli import Udptun, fails, udptun
-from tests.control.fakes import CAPTURED, PING, Served
+from tests.control.fakes import CAPTURED, PING, Served, status_of
 from tests.reference import build_record
 from tests.reference.capture import parse_records
 from udptun.cli.capture import Lines, _by_endpoint, _endpoints, describe
@@ -48,6 +48,18 @@ def test_lines(udptun: Udptun) -> None:
     ]
     assert result.stderr == "2 packets captured, 3 not captured: they came faster than they were " \
         "written\n"
+
+
+def test_packets_that_pass_in_the_kernel_are_mentioned(udptun: Udptun, served: Served) -> None:
+    state = status_of(1, 0)["accelerate"] | {"active": True, "devices": ["eth0"]}
+    served.forwarder.other_status = {"accelerate": state}
+    result = udptun("capture --text --seconds 1")
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 2
+    assert result.stderr.splitlines()[:2] == [
+        "packets that pass in the kernel (--accelerate auto) are not captured. To see them within "
+        "their datagrams:",
+        "  tcpdump -ni eth0 udp port 8285"]
 
 
 def test_a_file_is_complete_and_private(udptun: Udptun, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -114,6 +114,7 @@ def capture(
     else:
         output = File(path or "-", names, (file_size or 0) * MEGABYTE, files)
     running, connected = _Running(), client(ctx)
+    _tell_of_express_path(connected.status(peers=False))
     running.on_stop = connected.interrupt
     with running, _named_options(wanted), connected.capture(wanted) as (head, pieces):
         try:
@@ -127,6 +128,18 @@ def capture(
         except BrokenPipeError:
             _forget_stdout()
     running.report(sample)
+
+
+def _tell_of_express_path(status: Mapping[str, Any]) -> None:
+    """Say that packets are missing in the capture if the kernel carries some."""
+    state, device = status.get("accelerate", {}), status["device"]
+    if state.get("active"):
+        ports = sorted({one.rpartition(":")[2] for one in device["listen"]})
+        filtered = " or ".join(f"udp port {port}" for port in ports)
+        click.echo("packets that pass in the kernel (--accelerate auto) are not captured. To see "
+                   "them within their datagrams:", err=True)
+        for name in state["devices"]:
+            click.echo(f"  tcpdump -ni {name} {filtered}", err=True)
 
 
 def _copy(found: Iterable[list[Record]], output: Lines | File, count: int | None,
