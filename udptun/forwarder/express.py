@@ -65,7 +65,8 @@ TOTALS = (
 PASSING_DRIVERS = frozenset({"veth", "virtio_net"})
 SUPER_PACKETS = frozenset(
     {"tx-generic-segmentation", "tx-tcp-segmentation", "tx-udp_tnl-segmentation"})
-FAR = {4: "192.0.2.1", 6: "2001:db8::1"}  # documentation addresses: only a default route covers them
+# addresses for documentation: only a default route covers them
+FAR = {4: "192.0.2.1", 6: "2001:db8::1"}
 CONCERN_US = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.RULE, Kind.ANY)
 
 Key = tuple[bytes, int]  # packed address and port of a peer
@@ -471,8 +472,8 @@ class Express:
         has our receive program."""
         wanted: dict[tuple[int, Hook], str] = {}
         if not facts.error:
-            # Also if no peer uses them. If a clsact qdisc is added or removed, the kernel drops what
-            # the device sends at this moment. So this happens only at the start and at the end.
+            # Also if no peer uses them. If a clsact qdisc is added or removed, the kernel drops
+            # what the device sends at this moment. So it happens only at the start and at the end.
             wanted[facts.tun, Hook.EGRESS] = "send"
             wanted |= {(index, Hook.INGRESS): "receive" for index in facts.devices}
         self._used |= {device for device, _ in wanted}
