@@ -57,10 +57,11 @@ cdef dict packets_of(const direction_t* d, uint64_t queued):
 
 
 cdef class Worker:
-    """One data worker: a TUN queue, at most one UDP socket per family, and the state of one thread.
+    """One data worker: a TUN queue, its UDP sockets, and the state of one thread.
 
-    All descriptors are borrowed and must be non-blocking. Exception: the worker itself opens and
-    closes its own sockets (path/own_socket.pxd). ``features`` are the offloads to use:
+    All descriptors are borrowed and must be non-blocking: the TUN queue, and at most one UDP socket
+    per family. The worker itself opens and closes its IPv4 sender and the own sockets of slow peers
+    (path/own_socket.pxd). ``features`` are the offloads to use:
     "tun-gso" (frames carry a vnet header), "udp-gso", "tcp-merge", "udp-merge", "batch".
     """
     cdef worker_t* w
@@ -184,7 +185,7 @@ cdef class Worker:
         """Make an idle worker close the own sockets that are no longer needed, and read errors
         again after a flood.
 
-        Call this at regular intervals. Do nothing if the worker has nothing of this to do.
+        Call this at regular intervals. If the worker has none of this to do, the call does nothing.
         """
         if self.w.own_sockets_n != 0 or self.w.deaf_until_ns != 0:
             self.ask()
@@ -192,7 +193,7 @@ cdef class Worker:
     def drain(self, double seconds):
         """Forward the packets in the queues for at most ``seconds``. Count the rest as dropped.
 
-        Call this only after the last ``run``. Close the sockets that the worker has opened.
+        Call this only after the last ``run``. It also closes the sockets that the worker opened.
         """
         cdef worker_t* w = self.w
         cdef uint64_t end = now_ns() + <uint64_t>(seconds * 1e9)

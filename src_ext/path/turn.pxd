@@ -58,8 +58,9 @@ cdef inline void borrow(worker_t* w) noexcept nogil:
 
 
 cdef inline void look_for_captures(worker_t* w) noexcept nogil:
-    """Use the captures that are on. A turn without this call can only flush what was queued before,
-    while the worker was busy all the time: so the captures that it uses still exist."""
+    """Use the captures that are on. A turn without this call only flushes datagrams that were
+    queued earlier. ``busy`` has been 1 since then, so the captures that the worker uses still
+    exist."""
     store_flag(&w.capturing, load_flag_ordered(&w.shared.captures.word))
 
 
@@ -70,8 +71,8 @@ cdef inline void release(worker_t* w) noexcept nogil:
 
 
 cdef inline uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept nogil:
-    """Return the oldest generation that a busy worker has borrowed; 2**64 - 1 if none is busy. The
-    control side."""
+    """Return the oldest generation that a busy worker has borrowed; 2**64 - 1 if none is busy.
+    Called by the control side."""
     cdef uint64_t oldest = <uint64_t>-1, seen
     cdef uint32_t i
     for i in range(n):
@@ -83,7 +84,7 @@ cdef inline uint64_t oldest_generation(worker_t** workers, uint32_t n) noexcept 
 
 
 cdef inline bint capture_is_unused(worker_t** workers, uint32_t n, uint64_t word) noexcept nogil:
-    """Return whether no worker can use a capture that was turned off. The control side.
+    """Return whether no worker can use a capture that was turned off. Called by the control side.
 
     word  captures_t.word after the capture was turned off
     """

@@ -34,8 +34,8 @@ cdef struct frag_t:             # one fragment: hdr_len bytes of out_hdr, then d
 cdef inline int fragment_n(
     size_t ip_hdr_len, size_t lead_len, size_t data_len, size_t mtu
 ) noexcept nogil:
-    """Return the number of fragments of at most mtu bytes. 1: the packet fits. 0: the MTU is too
-    small for the header, the lead and 8 bytes of payload."""
+    """Return the number of fragments of at most mtu bytes. 1: the packet fits. 0: after the IP
+    header, the MTU has no space for 8 bytes, or (rounded down to 8) not for the lead."""
     cdef size_t payload = lead_len + data_len
     cdef size_t room, step
     if mtu < ip_hdr_len:
@@ -52,7 +52,7 @@ cdef inline int fragment_n(
 cdef inline size_t fragment_options(
     const uint8_t* hdr, size_t ip_hdr_len, uint8_t* out
 ) noexcept nogil:
-    """Copy the options that every fragment carries to out (40 bytes). Pad the options with
+    """Copy to out (40 bytes) the options that every fragment carries. Pad the options with
     end-of-list to a multiple of 4 bytes. Stop at an option that exceeds the header. Return the
     number of bytes written."""
     cdef size_t off = IP4_MIN

@@ -1,9 +1,9 @@
 """Offsets of header fields, and functions that load and store the fields.
 
-Owns no state. The caller of ``load_*`` and ``store_*`` has checked the bounds. The address may be
-unaligned. ``be`` in a name means network order. Each offset counts from the start of its header.
-IP6_LEN, UDP_LEN, VNET_LEN and the ``_MIN`` names are header lengths. All other ``_LEN`` names are
-offsets of length fields.
+Owns no state. The caller of ``load_*`` and ``store_*`` has checked the bounds. The pointer need
+not be aligned. ``be`` in a name means network order. Each offset counts from the start of its
+header. IP6_LEN, UDP_LEN, VNET_LEN and the ``_MIN`` names are header lengths. All other ``_LEN``
+names are offsets of length fields.
 Source: RFC 791, RFC 8200, RFC 9293, RFC 768, linux/virtio_net.h.
 """
 

@@ -4,11 +4,12 @@ Owns merge_t: the packets since the last ``merge_reset`` in arrival order, group
 output is one packet, or consecutive segments of one flow. Payloads stay where they were received
 until ``merge_frame`` copies them into one frame.
 
-The outputs are written in the arrival order of their first packets. This preserves the order within
-a flow. A packet that cannot join closes its flow's output: later packets of the flow start a new
-output. A pure ACK closes no output. A packet whose ports are hidden (a fragment) closes the outputs
-of all flows. A merged frame declares to the kernel that the checksums are valid, so only verified
-packets are merged. The first packet of an output is verified only when a second packet can join.
+The outputs are written in the arrival order of their first packets. This preserves the order of a
+flow's data. A packet that cannot join closes its flow's output: later packets of the flow start a
+new output. A pure ACK closes no output, so data that arrives after it can be written before it. A
+packet whose ports are hidden (a fragment) closes the outputs of all flows. A merged frame declares
+to the kernel that the checksums are valid, so only verified packets are merged. The first packet
+of an output is verified only when a second packet can join.
 
 Source: the rules of Linux's tcp_gro_receive and udp_gro_receive (net/ipv4/tcp_offload.c,
 udp_offload.c), RFC 9293, RFC 768, RFC 6864 (IPv4 ids without DF).
