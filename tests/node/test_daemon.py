@@ -303,7 +303,8 @@ async def test_another_address_is_published_and_listened_at(served, node_of):
         await until(lambda: len(node.store.published) == 2, "the new address to be published")
         assert node.store.published[-1].public_ip == IPv4Address("192.0.2.7")
         assert node.forward_file["listen"] == ["192.0.2.7:8285"]
-        await until(served.forwarder.stopped.is_set, "the old forwarder to be stopped")
+        await until(lambda: served.forwarder.device, "the forwarder to move")
+        assert served.forwarder.device["listen"] == ["192.0.2.7:8285"]
         assert daemon.report.interface_error == ""
 
 

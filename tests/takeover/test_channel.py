@@ -70,7 +70,7 @@ async def test_a_refused_message_leaves_no_descriptor(message):
         send(theirs, message, 3)
         with pytest.raises(TakeOverError):
             await ours.receive(Hello)
-        assert open_n() == before
+        assert open_n() <= before  # threads of other tests may close theirs meanwhile
 
 
 async def test_an_unknown_message_leaves_no_descriptor():
@@ -79,7 +79,7 @@ async def test_an_unknown_message_leaves_no_descriptor():
         send(theirs, b'{"type": "of a later version"}', 3)
         send(theirs, Hello())
         await ours.receive(Hello)
-        assert open_n() == before
+        assert open_n() <= before  # threads of other tests may close theirs meanwhile
 
 
 @pytest.mark.parametrize("message", [State(), Stopped()])
@@ -98,4 +98,4 @@ async def test_descriptors_without_a_name_of_their_own_are_refused(names, fds_n)
         send(theirs, Descriptors(names), fds_n)
         with pytest.raises(TakeOverError):
             await ours.receive_descriptors()
-        assert open_n() == before
+        assert open_n() <= before  # threads of other tests may close theirs meanwhile

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.control import fakes
 from tests.control.fakes import VERSION, LoopThread, Served, status_of
 from tests.node.daemon_host import use_folder
 from tests.wait import until
@@ -105,6 +106,22 @@ async def test_a_matching_forwarder_is_adopted_with_its_routes(
         assert served.forwarder.generation == 2  # nothing changed
         assert keeper.report.forwarder.connected
         assert not served.forwarder.stopped.is_set()
+
+
+async def test_a_forwarder_of_an_earlier_version_gets_no_route_with_ecn(
+    thread, control, keeper, spec, monkeypatch
+):
+    """It would refuse the whole table."""
+    now = fakes.status_of
+    monkeypatch.setattr(fakes, "status_of", lambda *args: {
+        name: value for name, value in now(*args).items() if name != "dscp"})
+    assert keeper.copies_marks
+    with Served(thread, control) as served:
+        keeper.want(spec)
+        keeper.replace(table(replace(route(2), ecn=True)))
+        await keeper.wait_synced()
+        assert served.forwarder.table == table(route(2))
+        assert not keeper.copies_marks
 
 
 async def test_the_forwarders_routes_stay_until_ours_are_known(

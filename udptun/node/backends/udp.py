@@ -90,10 +90,11 @@ class UdpBackend(Backend[Route]):
         self._keeper = ForwarderKeeper(
             config.control, config.forward_file, config.state_dir / LOG_FILE,
             config.instance, config.forwarder == "external", report, self.name,
-            self._looping, self._refused_changed, self._receives_changed,
+            self._looping, self._refused_changed, self._features_changed,
             config.wants_standby, config.log_format,
         )
         self._site: Site | None = None  # of the last ``prepare``
+        self._advertised: frozenset[str] = frozenset()
 
     def device_names(self, network: NetConfig) -> tuple[str, ...]:
         return (self._config.tun,)
@@ -108,12 +109,18 @@ class UdpBackend(Backend[Route]):
     def lease_data(self, mtu: int) -> LeaseData:
         if not self._config.advertise:
             return LeaseData()
-        features = {PROBE, EXPRESS} if self._receives_in_kernel else {PROBE}
-        if keeps_marks(os.uname().release):
-            features.add(ECN)
-        advert = Advert(
-            self._prepared.udp_port, mtu, frozenset(features), self._source_ports())
+        self._advertised = self._features
+        advert = Advert(self._prepared.udp_port, mtu, self._advertised, self._source_ports())
         return LeaseData(data={4: embed(None, advert)})
+
+    @property
+    def _features(self) -> frozenset[str]:
+        features = {PROBE}
+        if self._receives_in_kernel:
+            features.add(EXPRESS)
+        if keeps_marks(os.uname().release) and self._keeper.copies_marks:
+            features.add(ECN)
+        return frozenset(features)
 
     def _source_ports(self) -> tuple[int, int] | None:
         """Return the further ports from which our datagrams arrive at other nodes. A NAT,
@@ -198,8 +205,8 @@ class UdpBackend(Backend[Route]):
     def _refused_changed(self) -> None:
         self.on_refused()  # read now: it is set after this object was made
 
-    def _receives_changed(self) -> None:
-        if self._config.accelerate == "auto":
+    def _features_changed(self) -> None:
+        if self._features != self._advertised:
             self.on_lease_data()
 
     async def _looping(self, addresses: Collection[bytes]) -> Collection[bytes]:

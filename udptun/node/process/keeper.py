@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,9 +60,10 @@ class ForwarderKeeper:
     looping   returns which of these packed addresses the host routes into the forwarder's TUN.
               Raises DeviceError
     on_refused  called when ``refused`` has changed
-    on_receives  called when ``receives`` has changed
+    on_features  called when ``receives`` or ``copies_marks`` has changed
     standby   keep a standby process for the case that the forwarder dies. If ``external``, this
-              process stands in until a forwarder of the other program takes over
+              process stands in until a forwarder of the other program takes over; but not
+              within a systemd unit, which keeps descriptors itself and ends with its processes
     log_format  of the forwarders that we start
     """
 
@@ -69,7 +71,7 @@ class ForwarderKeeper:
         self, control: Path, forward_file: Path, log_file: Path, instance: Instance,
         external: bool, report: NodeReport, backend: str,
         looping: Callable[[Collection[bytes]], Awaitable[Collection[bytes]]],
-        on_refused: Callable[[], None], on_receives: Callable[[], None], standby: bool = False,
+        on_refused: Callable[[], None], on_features: Callable[[], None], standby: bool = False,
         log_format: str = "text",
     ) -> None:
         self._log_format = log_format
@@ -77,20 +79,21 @@ class ForwarderKeeper:
         self._instance, self._external = instance, external
         self._report = report
         self._backend = backend
-        self._looping, self._on_refused, self._on_receives = looping, on_refused, on_receives
+        self._looping, self._on_refused, self._on_features = looping, on_refused, on_features
         self._client = ControlClient(str(control), CALL_SECONDS)
         self._thread = ThreadPoolExecutor(1, "forwarder-control")
         self._child: subprocess.Popen[bytes] | None = None
         self._copies = Copies(instance.takeover_socket(control))
         self._build = build_id()  # now, because an update replaces the files
         self._renewed = False
-        self._wants_standby = standby
+        self._wants_standby = standby and not (external and "INVOCATION_ID" in os.environ)
         self._standby: Standby | None = None
         self._backoff, self._not_before = 0.0, 0.0
 
         self._spec: ForwarderSpec | None = None
         self._matches = False  # the running forwarder matches ``_spec``
         self._receives: bool | None = None
+        self._copies_marks = True
         self._routes: dict[IPNetwork, Route] | None = None
         self._pending: dict[IPNetwork, Route | None] = {}
         self._refused: dict[IPNetwork, Route] = {}
@@ -119,6 +122,12 @@ class ForwarderKeeper:
         Without a forwarder it is what the last one has said, because its programs go on.
         """
         return self._receives
+
+    @property
+    def copies_marks(self) -> bool:
+        """Whether the forwarder copies congestion marks. One of an earlier version does not, and
+        refuses the word ``ecn`` in a route. True until a forwarder has answered."""
+        return self._copies_marks
 
     @property
     def refused(self) -> dict[IPNetwork, str]:
@@ -268,7 +277,7 @@ class ForwarderKeeper:
         self._adopt(status)
         self._backoff, self._matches, self._replace_all = 0.0, True, True
         self._report.forwarder.connected, self._report.forwarder.error = True, ""
-        self._take_receives(status)
+        self._take_features(status)
         while self._matches and not gone.done():
             if self._routes is not None and (self._replace_all or self._pending):
                 await self._send_routes()
@@ -284,8 +293,6 @@ class ForwarderKeeper:
         one of our build."""
         if not self._report.forwarder.starts_n:
             log.info("adopting the forwarder on %s", self._control)
-        if self._child is not None and self._child.poll() is not None:
-            self._child = None  # the forwarder that answers has taken over from it
         if self._wants_standby or not self._external:
             self._copies.follow()
         if not self._external:
@@ -311,7 +318,8 @@ class ForwarderKeeper:
         child = self._child
         if child is not None and child.poll() is not None:
             self._child = None
-            self._fail(how_ended(child.returncode, self._log_file))
+            if not (self._external and child.returncode == 0):  # else another one has taken over
+                self._fail(how_ended(child.returncode, self._log_file))
         if self._external and not (self._standby and self._copies.held):
             self._fail(f"no forwarder answers on {self._control}: start one with "
                        f"--wait-for {self._forward_file}")
@@ -422,7 +430,7 @@ class ForwarderKeeper:
                 await self._refuse_loops(routes, whole=True)
                 # As text, because JSON has three times the size and takes three times as long to
                 # create.
-                table = "".join([f"{route}\n" for subnet, route in routes.items()
+                table = "".join([f"{self._known(route)}\n" for subnet, route in routes.items()
                                  if subnet not in self._refused]).encode()
                 diff = await self._call(lambda: self._client.replace_text(table))
                 if self._count(diff):
@@ -477,7 +485,12 @@ class ForwarderKeeper:
     def _one(self, subnet: IPNetwork, route: Route | None) -> Callable[[], RouteDiff]:
         if route is None:
             return lambda: self._client.delete(subnet)
-        return lambda: self._client.put(route)
+        known = self._known(route)
+        return lambda: self._client.put(known)
+
+    def _known(self, route: Route) -> Route:
+        """Return the route without the word that the forwarder does not know."""
+        return replace(route, ecn=False) if route.ecn and not self._copies_marks else route
 
     def _count(self, diff: RouteDiff) -> int:
         self._generation = diff.generation
@@ -494,7 +507,7 @@ class ForwarderKeeper:
         """Restore the forwarder's routes if another program has changed them. Send a refused route
         if the forwarder would accept it now."""
         if self._spec is not None and self._spec.accelerate == "auto":
-            self._take_receives(await self._call(lambda: self._client.status(peers=False)))
+            self._take_features(await self._call(lambda: self._client.status(peers=False)))
         events = await self._call(lambda: list(self._client.events(follow=False)))
         if self._routes is not None and not self._replace_all and \
                 events[0]["generation"] != self._generation:
@@ -504,11 +517,16 @@ class ForwarderKeeper:
             if refused != {*await self._looping(refused)}:
                 self._request_replacement()
 
-    def _take_receives(self, status: Mapping[str, Any]) -> None:
+    def _take_features(self, status: Mapping[str, Any]) -> None:
         receives = status.get("accelerate", {}).get("receives", False)  # older ones do not say it
-        if receives is not None and receives != self._receives:
+        marks = "dscp" in status
+        changed = (receives is not None and receives != self._receives) or \
+            marks != self._copies_marks
+        self._copies_marks = marks
+        if receives is not None:
             self._receives = receives
-            self._on_receives()
+        if changed:
+            self._on_features()
 
     # -- waiting ----------------------------------------------------------------------------------
 
