@@ -69,8 +69,9 @@ chaos: build ## disturb a cluster of five nodes for ten minutes, at random; root
 	@scripts/need $(DEMO_TOOLS) etcd:etcd-server iptables:iptables
 	@$(PY) -m tests.chaos $(ARGS)
 
-e2e: image $(VENV)/test.stamp ## run a whole Kubernetes cluster with our image; root; slow the first time
+e2e: $(VENV)/test.stamp ## run a whole Kubernetes cluster with our image; root; slow the first time
 	@scripts/need $(E2E_TOOLS)
+	@$(MAKE) --no-print-directory image ARGS=
 	@$(PY) -m tests.e2e $(ARGS)
 
 express: ## compile the programs of the express path; the result is committed
