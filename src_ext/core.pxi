@@ -447,9 +447,9 @@ cdef class Core:
             peer = next_peer(s, &slot, peer)
         return True
 
-    def rebound(self):
-        """Close the sockets that have the address of the workers' former sockets. Call this after
-        ``Worker.rebind``."""
+    def close_spares(self):
+        """Close the sockets that copy the address and the options of the workers' sockets. Call
+        this after a change of either. They are opened again when they are needed."""
         close_spare(&self.spare4)
         close_spare(&self.spare6)
 

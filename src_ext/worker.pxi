@@ -19,6 +19,7 @@ from path.probe cimport ring_take
 from path.refused_senders cimport (
     REFUSED_SENDERS, copy_refused_senders, refused_sender_t, refused_senders_t,
 )
+from path.send cimport queue_errors
 from path.turn cimport drain, drain_send_queue, epoll_register, epoll_unregister, run
 from path.worker cimport (
     EVENT_OWN_SOCKET, EVENT_PATH_MTU, EVENT_PROBE, EVENT_TCP_MERGE, EVENT_TUN_GONE, EVENT_UDP_GSO,
@@ -117,7 +118,10 @@ cdef class Worker:
         free(self.w)
 
     def renew_options(self):
-        """Give the shared sender the mark, DSCP and other options that the IPv4 socket has now."""
+        """Let all sockets that send have the mark, DSCP and other options that the sockets given by
+        the caller have now."""
+        store_flag(&self.w.renew_requested, 1)
+        self.ask()
         if self.w.sender4 != self.w.udp_fd4 \
                 and copy_options(self.w.udp_fd4, self.w.sender4, AF_INET) < 0:
             raise OSError(errno, "cannot set the options of the shared sender")
@@ -156,17 +160,23 @@ cdef class Worker:
         """Use these UDP sockets from now on. They have the same families as the former ones.
 
         Call this only between ``drain_send_queue`` and ``resume``. Raise OSError if the new sockets
-        cannot be watched; then the worker receives nothing until it is resumed.
+        cannot be watched; the worker then polls them.
         """
         cdef worker_t* w = self.w
+        cdef int error = 0
         epoll_unregister(w)
         close_senders(w)
         w.udp_fd4, w.udp_fd6 = udp_fd4, udp_fd6
         w.sender4, w.sender6 = udp_fd4, udp_fd6
         w.polled[ON_UDP4].fd, w.polled[ON_UDP6].fd = udp_fd4, udp_fd6
         self.set_sender()
+        if w.deaf_until_ns != 0:  # a flood of ICMP errors was at the former sockets
+            w.deaf_until_ns = w.errors_n = 0
+            queue_errors(w, 1)
         if not epoll_register(w):
-            raise OSError(errno, "cannot add the worker's descriptors to its epoll set")
+            error = errno
+            self.ask()  # the event loop then runs the worker, which tries again
+            raise OSError(error, "cannot add the worker's descriptors to its epoll set")
 
     def resume(self):
         """Let ``run`` work again after ``wake`` or ``hand_over``."""

@@ -67,6 +67,7 @@ cdef struct sender_t:           # the sender of one datagram; caches the last re
     bint heard                  # the datagram has an accepted packet or probe, or is a keepalive
     uint32_t probes_n           # probes in the message
     uint32_t probes_bytes       # bytes of these probes
+    uint64_t cut_bytes          # bytes of the headers that cuts of super-packets have added
     uint8_t inner_len           # bytes of one inner address; 0: no result is cached yet
     uint8_t inner[32]           # inner source and destination of the cached result
     drop_t verdict
@@ -127,7 +128,9 @@ cdef inline void write_outputs(worker_t* w) noexcept nogil:
     merge_reset(&w.merge)
 
 
-cdef inline bint write_cut(worker_t* w, uint8_t* p, const ip_t* ip) noexcept nogil:
+cdef inline bint write_cut(
+    worker_t* w, sender_t* sender, uint8_t* p, const ip_t* ip
+) noexcept nogil:
     """Cut the super-packet p[0:ip.total_len] and write its segments. Return False, and write
     nothing, if it is not TCP or its headers do not parse. Count the other segments as read.
 
@@ -147,6 +150,7 @@ cdef inline bint write_cut(worker_t* w, uint8_t* p, const ip_t* ip) noexcept nog
     cut_start(&cut, p)
     write_outputs(w)  # the packets that arrived earlier come first
     w.decap.read += cut.n - 1
+    sender.cut_bytes += (cut.n - 1) * cut.hdr_len
     memset(w.wr_frame, 0, w.vnet_len)
     for i in range(cut.n):
         n = cut_segment(&cut, p, i, w.wr_frame + w.vnet_len)
@@ -260,7 +264,7 @@ cdef inline void decap_packet(
     unfinished = sender.express and finish_checksum(p, &ip)
     if is_capturing(w):
         capture_from_udp(w, p, ip.total_len, sender.addr, sender.addr_len, sender.port, False)
-    if unfinished and ip.total_len > peek32(&w.shared.tun_mtu) and write_cut(w, p, &ip):
+    if unfinished and ip.total_len > peek32(&w.shared.tun_mtu) and write_cut(w, sender, p, &ip):
         return
     merge_add(&w.merge, p, ip.total_len, &ip)
 
@@ -315,6 +319,7 @@ cdef inline void find_sender(
     cdef sockaddr_in* sa4 = <sockaddr_in*>sa
     sender.message = m
     sender.probes_n = sender.probes_bytes = 0
+    sender.cut_bytes = 0
     if sa.sin6_family == AF_INET:
         sender.addr = <const uint8_t*>&sa4.sin_addr
         sender.addr_len = 4
@@ -371,7 +376,7 @@ cdef inline void decap_datagram(worker_t* w, mmsghdr* m, uint8_t* p) noexcept no
     elif sender.peer != NULL:
         counters = &sender.peer.counters[w.index]
         counters.decap_packets += w.decap.read - read_before - sender.probes_n
-        counters.decap_bytes += m.msg_len - sender.probes_bytes
+        counters.decap_bytes += m.msg_len - sender.probes_bytes + sender.cut_bytes
         if sender.heard:
             counters.last_seen_ns = w.now
 

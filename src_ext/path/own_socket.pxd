@@ -439,9 +439,9 @@ cdef inline void close_spare(spare_t* spare) noexcept nogil:
     spare.fd = -1
 
 
-cdef inline void close_senders(worker_t* w) noexcept nogil:
-    """Close all sockets of this file, so that the port is free when the receiving socket is closed.
-    """
+cdef inline void close_copies(worker_t* w) noexcept nogil:
+    """Close all sockets of this file except the shared sender. When they are opened again, they get
+    the options that the receiving socket has then."""
     cdef uint32_t i
     for i in range(OWN_SOCKETS):
         close_own(w, &w.own_sockets[i])
@@ -449,6 +449,12 @@ cdef inline void close_senders(worker_t* w) noexcept nogil:
     close_spare(&w.spare6)
     close_spare(&w.fragmenting4)
     close_spare(&w.fragmenting6)
+
+
+cdef inline void close_senders(worker_t* w) noexcept nogil:
+    """Close all sockets of this file, so that the port is free when the receiving socket is closed.
+    """
+    close_copies(w)
     if w.sender4 != w.udp_fd4:
         close(w.sender4)
     w.sender4 = w.udp_fd4

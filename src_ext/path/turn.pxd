@@ -21,7 +21,7 @@ from path.affinity cimport adjust_affinity, unpin
 from path.capture cimport CAPTURE_BITS
 from path.decap cimport receive
 from path.encap cimport drain_tun
-from path.own_socket cimport look_at_own_sockets
+from path.own_socket cimport close_copies, look_at_own_sockets
 from path.queue cimport queue_clear, queue_is_empty
 from path.send cimport flush, listen_again, read_errors
 from path.worker cimport (
@@ -253,6 +253,9 @@ cdef inline void run(worker_t* w, int linger_ms) noexcept nogil:
             look_at_own_sockets(w)
         if w.deaf_until_ns != 0:
             listen_again(w)
+        if load_flag(&w.renew_requested) and queue_is_empty(&w.queue):
+            store_flag(&w.renew_requested, 0)  # first: the options may change again from now on
+            close_copies(w)
         adjust_affinity(&w.affinity, w.now, w.encap.delivered, w.decap.delivered)
         more = turn(w)
     release(w)

@@ -4,8 +4,8 @@ Owns the memory layout and the batch sizes. The steps that use this state are in
 own_socket.pxd, send.pxd, probe.pxd, encap.pxd, decap.pxd and turn.pxd. The send queue is in
 queue.pxd.
 Threading: the worker's thread writes a ``worker_t``. The control side reads the counters,
-reads and clears ``events``, takes records from ``probes``, and writes ``wake_requested`` and the
-snapshot pointer of ``shared_t``.
+reads and clears ``events``, takes records from ``probes``, and writes ``wake_requested``,
+``renew_requested`` and the snapshot pointer of ``shared_t``.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -147,6 +147,7 @@ cdef struct worker_t:
     uint64_t seen               # generation of the borrowed snapshot
     uint64_t capturing          # captures_t.word of this turn
     uint64_t wake_requested     # written by the control side: 1 = return to the event loop
+    uint64_t renew_requested    # set by the control side: 1 = close what own_socket.pxd has opened
     uint64_t events             # EVENT_*: set by the worker, cleared by the control side
     uint64_t now                # monotonic ns, read once per turn
     affinity_t affinity

@@ -7,6 +7,7 @@ import functools
 import os
 import random
 import shutil
+import socket
 import threading
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from tests.own_netns import in_own_mount_namespace, in_own_netns, ip_json, sh
 from tests.wait import until
 from udptun import Endpoint, Forwarder, ForwarderConfig, Route
 from udptun.errors import DeviceError, FieldError, UdptunError
+from udptun.forwarder import forwarder as module
+from udptun.forwarder.routes import HandedOver
 from udptun.model import parse_address, parse_prefix
+from udptun.net.changes import ANYTHING, Change, Kind
 
 HERE = "192.0.2.1"
 
@@ -240,3 +244,101 @@ async def test_the_worker_thread_is_scheduled_as_batch():
         tasks = {int(task.name) for task in Path("/proc/self/task").iterdir()}
         batch = [task for task in tasks if os.sched_getscheduler(task) == os.SCHED_BATCH]
     assert len(batch) == 1
+
+
+# Changes while packets pass
+
+
+def sockets_n():
+    """Return how many descriptors of this process are sockets."""
+    found = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found += str(entry.readlink()).startswith("socket:")
+    return found
+
+
+@in_own_netns
+async def test_a_move_that_the_kernel_refuses_changes_nothing(monkeypatch):
+    """The second worker cannot watch its new socket: the kernel refuses the descriptor."""
+    sh("ip addr add 192.0.2.7/32 dev lo")
+    new = Endpoint.parse("192.0.2.7")
+    open_udp = module.open_udp
+
+    def unwatchable(*arguments, reuse_port, **options):
+        opened = open_udp(*arguments, reuse_port=reuse_port, **options)
+        if reuse_port:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, opened.fd)
+            os.close(null)
+        return opened
+
+    async with Forwarder(config(workers=2)) as forwarder:
+        await forwarder.change_device(mtu=1300)
+        before = sockets_n()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "open_udp", unwatchable)
+            for _ in range(2):
+                with pytest.raises(DeviceError, match=r"192\.0\.2\.7:8285.*EPERM") as caught:
+                    await forwarder.change_device(listen=[new])
+                assert caught.value.errno == errno.EPERM
+        assert (await forwarder.status())["device"]["listen"] == [f"{HERE}:8285"]
+        assert sockets_n() == before
+        await all_workers_receive(forwarder, HERE)
+        assert (await forwarder.change_device(listen=[new]))["listen"] == ["192.0.2.7:8285"]
+        await all_workers_receive(forwarder, "192.0.2.7")
+
+
+async def all_workers_receive(forwarder, address):
+    """Send from many ports. The kernel spreads them over the workers."""
+    def received():
+        return forwarder.counters()["packets"]["decap"]["read"]
+
+    before = received()
+    for _ in range(64):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"\x45", (address, 8285))
+    await until(lambda: received() == before + 64, "the datagrams")
+
+
+@in_own_netns
+async def test_the_mtu_follows_the_address_and_the_interface(monkeypatch):
+    """The kernel is asked in another thread, because many interfaces take long."""
+    threads = set()
+    underlay_mtu = module.underlay_mtu
+
+    def watched(address):
+        threads.add(threading.current_thread())
+        return underlay_mtu(address)
+
+    sh("ip link add other type veth peer name far", "ip link set far up",
+       "ip link set other up mtu 1400")
+    async with Forwarder(config()) as forwarder:
+        monkeypatch.setattr(module, "underlay_mtu", watched)
+        sh(f"ip addr del {HERE}/32 dev lo", f"ip addr add {HERE}/32 dev other")
+        await until(lambda: forwarder.mtu == 1372, "the MTU of the interface with the address")
+        sh("ip link set other mtu 1300")
+        await until(lambda: forwarder.mtu == 1272, "the new MTU")
+    assert threads and threading.current_thread() not in threads
+
+
+@in_own_netns
+async def test_changes_of_other_interfaces_do_not_concern_the_underlay():
+    async with Forwarder(config()) as forwarder:
+        lo = socket.if_nametoindex("lo")
+        here, elsewhere = (socket.inet_aton(one) for one in (HERE, "10.244.1.1"))
+        for change, concerns in (
+            (Change(Kind.LINK, lo), True), (Change(Kind.LINK, lo + 7), False),
+            (Change(Kind.ADDRESS, lo + 7, address=here), True),
+            (Change(Kind.ADDRESS, lo, address=elsewhere), False),
+            (Change(Kind.ROUTE, lo), False), (ANYTHING, True),
+        ):
+            assert forwarder._concerns_underlay(change) is concerns, change
+
+
+@in_own_netns
+async def test_a_forwarder_that_has_handed_over_says_so():
+    async with Forwarder(config()) as forwarder:
+        forwarder._routes.hand_over()
+        with pytest.raises(HandedOver):
+            await forwarder.add_route(Route.make("10.244.2.0/24", "192.0.2.9"))

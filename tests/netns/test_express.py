@@ -5,6 +5,7 @@ import ipaddress
 import json
 import random
 import shutil
+import signal
 import socket
 from dataclasses import replace
 
@@ -122,6 +123,57 @@ def test_a_peer_without_programs_finishes_the_checksums(lab, profile, outer):
     assert accelerate(b)["reason"] == "--accelerate off"
     for side in tunnel.sides:
         assert_invariant(side.forwarder)
+
+
+def mtu_of(host):
+    return int(host.run(["cat", "/sys/class/net/udptun0/mtu"]).stdout)
+
+
+def set_mtu(tunnel, link_mtu):
+    for end in (tunnel.link.a, tunnel.link.b):
+        end.set_mtu(link_mtu)
+    for side in tunnel.sides:
+        wait_for(lambda host=side.host: mtu_of(host) == link_mtu - 28, "the MTU")
+
+
+def test_super_packets_are_cut_for_the_present_mtu(lab):
+    """The receiver has no programs, and the MTU has become smaller since it was started."""
+    tunnel = express_pair(lab, extra=(ON, ()))
+    a, b = tunnel.sides
+    set_mtu(tunnel, 9000)
+    b.forwarder.stop()
+    b.start()
+    set_mtu(tunnel, 1500)
+    transfer_tcp(a.pod, b.pod, b.pod_v4, size=1 << 18)
+    assert kernel_packets(a)["sent"] > 0
+    assert too_big(b.host) == 0
+    for side in tunnel.sides:
+        assert_invariant(side.forwarder)
+
+
+def test_the_kernel_sends_from_the_new_address_after_a_move(lab):
+    """The host has both addresses. No packet may leave from the former one after the answer."""
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    end = tunnel.link.a
+    old, new = end.v4.ip, end.v4.network[7]
+    a.host.ip(f"address add {new}/{end.v4.network.prefixlen} dev {end.name}")
+    wait_for(lambda: ping(a.pod, b.pod_v4).received == 3, "answers")
+    for route in b.routes_to(a):
+        b.forwarder.udptun("route", "replace", route.split()[0], "via", str(new), "express")
+    wait_for(lambda: accelerate(b)["active"], "the routes to the new address")
+    body = json.dumps({"listen": [f"{new}:{PORT}"]}).encode()
+    status, answer = a.forwarder.request("PUT", "/v1/device", body)
+    assert status == 200, answer
+    for address in (b.pod_v4, b.pod_v6):
+        assert ping(a.pod, address).received == 3
+    assert ("decap", "unknown_peer") not in b.forwarder.drops()
+    wait_for(lambda: accelerate(a)["active"] and accelerate(a)["receives"], "the express path")
+    before = kernel_packets(a)
+    assert ping(a.pod, b.pod_v4).received == 3
+    after = kernel_packets(a)
+    assert after["sent"] - before["sent"] == after["received"] - before["received"] == 3
+    assert str(old) not in json.dumps(a.forwarder.status()["device"])
 
 
 def test_nothing_is_sent_from_the_kernel_to_a_peer_without_express(lab):
@@ -378,6 +430,22 @@ def test_a_forwarder_with_another_tun_removes_what_a_killed_one_left(lab, extra)
     assert filters(a.host) == []
 
 
+def test_a_forwarder_on_another_interface_removes_what_a_killed_one_left(lab):
+    tunnel = express_pair(lab)
+    a = tunnel.a
+    a.forwarder.process.kill()
+    a.host.ip("link add other type veth peer name far", "address add 198.18.9.1/24 dev other",
+              "link set far up", "link set other up")
+    a.start(tun="udptun1", listen=["198.18.9.1"], routes=["10.244.2.0/24 via 198.18.9.2 express"],
+            extra=ON)
+    wait_for(lambda: accelerate(a)["active"], "the express path")
+    wait_for(lambda: sorted(filters(a.host)) == ["udptun-receive-udptun1", "udptun-send-udptun1"],
+             "the filters of udptun1")
+    assert a.forwarder.stop() == 0
+    assert filters(a.host) == []
+    assert "clsact" not in a.host.run(["tc", "qdisc", "show"]).stdout
+
+
 def test_the_programs_of_another_forwarder_stay(lab):
     tunnel = express_pair(lab)
     a, b = tunnel.sides
@@ -489,12 +557,14 @@ def test_a_node_advertises_what_its_kernel_does(lab):
     foreign = ["dev", device, "ingress", "pref", "7", "protocol", "ip"]
     with Stream(other.pod, one.pod, one.pod_v4) as stream:
         wait_for(lambda: stream.sent > 100, "the stream")
+        one.daemon.signal(signal.SIGSTOP)  # so that it does not ask its forwarder yet
         one.host.run(["tc", "filter", "add", *foreign, "u32", "match", "ip", "protocol", "99",
                       "0xff", "flowid", "1:1"])
         wait_for(lambda: not state(one)["receives"], "the programs to be removed")
         sent = state(other)["packets"]["sent"]
         transfer_tcp(other.pod, one.pod, one.pod_v4, size=1 << 18)
         assert state(other)["packets"]["sent"] > sent  # it does not know it yet
+        one.daemon.signal(signal.SIGCONT)
         wait_for(lambda: not advertises(one), "the lease to follow")
         wait_for(lambda: not state(other)["active"], "the routes of the peer to follow")
         one.stop()

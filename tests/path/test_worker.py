@@ -510,6 +510,24 @@ def test_an_affinity_that_is_set_while_pinned_is_kept():
         assert os.sched_getaffinity(tid) == {other}
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_bytes_of_a_super_packet_are_those_of_its_segments(version):
+    """The kernel of the peer has counted the headers of each segment."""
+    src, dst = ("10.244.2.5", "10.244.1.9") if version == 4 else ("fd00:2::5", "fd00:1::9")
+    flow = Flow(version, src=ipaddress.ip_address(src).packed,
+                dst=ipaddress.ip_address(dst).packed)
+    with Rig() as rig:
+        rig.send(PEERS[0], unfinished(flow.tcp(bytes(20000))))
+        rig.send(PEERS[0], flow.udp(b"x"))
+        rig.work()
+        packets = rig.from_tun()
+        assert len(packets) > 10
+        [row] = [row for row in rig.core.peers()
+                 if row.address == ipaddress.ip_address(PEERS[0]).packed and row.decap_packets]
+        assert row.decap_packets == len(packets)
+        assert row.decap_bytes == sum(map(len, packets))
+
+
 def test_packets_of_a_refused_merge_are_written_one_by_one():
     with Rig() as rig:
         # this buffer is too small for a merged frame, and large enough for each packet

@@ -12,6 +12,7 @@ import struct
 import pytest
 
 from tests import reference
+from tests.own_netns import in_own_netns, sh
 from tests.path.test_worker import ALL, NO_VNET, PEERS, TUN4, Rig, by_flow, without_id
 from tests.wire.craft import Flow
 from udptun.drops import DECAP
@@ -171,6 +172,24 @@ def test_probes_have_no_congestion_mark():
         rig.send(PEERS[0], reference.build_probe(reference.Probe(1, 7, 0, 60)))
         rig.work()
         assert [tos for tos, _ in classes_at(peer)] == [46 << 2]
+
+
+@in_own_netns
+def test_the_socket_for_fragments_follows_the_options_of_the_socket():
+    """It is open when the options change."""
+    with Rig(dscp=46) as rig:
+        sh("ip link set lo mtu 1000")
+        peer = rig.outside[PEERS[0]]
+        peer.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)
+        rig.core.set_path_mtu(address(PEERS[0]), peer.getsockname()[1], 1000, 0)
+        flow = Flow(version=6, src=address("fd00:1::9"), dst=address("fd00:2::5"))
+        for tos in (0, 46 << 2, 10 << 2):
+            rig.udp.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos)
+            rig.worker.renew_options()
+            rig.work()
+            rig.write(bytes(10) + flow.udp(bytes(1280 - 48)))
+            rig.work()
+            assert [got for got, _ in classes_at(peer)] == [tos]
 
 
 def test_the_sender_follows_the_options_of_the_socket():

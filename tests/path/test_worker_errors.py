@@ -256,6 +256,25 @@ def test_after_a_flood_errors_are_kept_again():
 
 
 @in_own_netns
+def test_a_flood_ends_when_the_worker_gets_other_sockets():
+    """The new sockets report errors, and a flood there is stopped, too."""
+    with Rig6() as rig:
+        raw, message, target = forge(rig, 4, 3, 3, 0)
+        for floods in (1, 2):
+            for _ in range(200):
+                raw.sendto(message, target)
+            work_until(rig, lambda n=floods: rig.worker.counters()["icmp_floods"] == n)
+            assert rig.udp.getsockopt(socket.IPPROTO_IP, 11) == 0
+            rig.worker.hand_over(-1)
+            rig.work()
+            rig.worker.drain_send_queue(1)
+            rig.worker.rebind(rig.udp.fileno(), rig.udp6.fileno())
+            rig.worker.resume()
+            assert rig.udp.getsockopt(socket.IPPROTO_IP, 11) == 1
+            assert rig.udp6.getsockopt(socket.IPPROTO_IPV6, 25) == 1
+
+
+@in_own_netns
 def test_a_forged_path_mtu_is_only_a_hint():
     with Rig6() as rig:
         endpoint = rig.outside[PEERS[0]].getsockname()

@@ -123,13 +123,15 @@ class Express:
         self._peers: dict[Key, bytes] = {}  # as in the map
         self._facts = Facts(error=STARTING)
         self._attached_to: set[int] = set()  # devices with our receive program, says the kernel
-        self._used: set[int] = set()  # devices that have had a program
+        self._used: set[int] = set()  # devices that have had a program, ours or of a killed one
         self._netlink: Netlink | None = None
         self._changed = asyncio.Event()
         self._counted: set[Key] = set()  # peers that have counters
         self._given: dict[Key, Counted] = {}  # the last counts that the core has got
         self._known: set[Key] = set()  # peers that can receive in the kernel
         self._said = ""
+        self._paused = False
+        self._pauses = 0
         self.off = "" if config.accelerate == "auto" else "--accelerate off"
         if not self.off:
             # A peer may learn earlier that we receive in the kernel than we learn of its routes.
@@ -300,8 +302,21 @@ class Express:
         """Look at the host and the peers again soon."""
         self._changed.set()
 
+    def pause(self) -> None:
+        """Leave all packets to the workers until ``go_on``. Call it before the endpoints change."""
+        self._paused = True
+        self._pauses += 1
+        if not self.off:
+            self._write_settings(self._facts)
+
+    def go_on(self) -> None:
+        """Let the programs take packets again, after a look at the host with the new endpoints."""
+        self._paused = False
+        self._changed.set()
+
     async def _refresh(self, netlink: Netlink) -> None:
         """Compare the hooks and the peers with what they should be, and change what differs."""
+        pauses = self._pauses
         limits = self._core.express_peers()
 
         async def look(_: Any) -> Facts:
@@ -310,6 +325,9 @@ class Express:
 
         facts = await netlink.work("looking at the underlay for the express path", look)
         if self.off:
+            return
+        if self._paused or pauses != self._pauses:  # the look may be at the former endpoints
+            self._changed.set()
             return
         self._use(facts)
 
@@ -407,7 +425,7 @@ class Express:
     def _write_settings(self, facts: Facts) -> None:
         listen = {one.address.version: one for one in self._config.listen}
         four, six = listen.get(4), listen.get(6)
-        works = not facts.error
+        works = not facts.error and not self._paused
         self._maps["settings"][ZERO] = SETTINGS.pack(
             facts.tun, 0 if self._config.mark is None else self._config.mark.value,
             b"" if four is None else four.address.packed,
@@ -476,8 +494,9 @@ class Express:
             # what the device sends at this moment. So it happens only at the start and at the end.
             wanted[facts.tun, Hook.EGRESS] = "send"
             wanted |= {(index, Hook.INGRESS): "receive" for index in facts.devices}
-        self._used |= {device for device, _ in wanted}
-        for device, hook, one in self._attached(kernel):
+        attached = self._attached(kernel)
+        self._used |= {device for device, _ in wanted} | {device for device, _, _ in attached}
+        for device, hook, one in attached:
             program = wanted.get((device, hook))
             if program is None or one.name != self._name(program):
                 hooks.detach(kernel, device, hook, one.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from .. import _core
 from ..answers import Drop, Peer, ProbeAnswer, Status, Trace
 from ..control.events import EventHub, Reader
 from ..control.sockets import UnixListener, refuse_occupied
+from ..device.fault import device_error
 from ..device.offload import Capabilities
 from ..device.steering import attach_steering
 from ..device.tun import Tun
@@ -42,9 +44,10 @@ from ..model import (
     parse_address,
     parse_destination,
 )
-from ..net.changes import Change
+from ..net.changes import Change, Kind
 from ..net.local import local_addresses, underlay_mtu
-from ..net.netlink import ADDRESS_KINDS, Netlink
+from ..net.lookup import device_index
+from ..net.netlink import Netlink
 from ..net.udp import UdpSocket, open_udp
 from ..takeover.document import (
     CountersDocument,
@@ -111,6 +114,8 @@ class Forwarder:
         self._kept = Kept(kept or {}, forget)
         self.tun_name = config.tun
         self.mtu = 0
+        self._netlink: Netlink
+        self._underlay: frozenset[int] = frozenset()  # the indexes of the interfaces
         self.capabilities = Capabilities()
         self.events = EventHub()
         self._routes = Routes(
@@ -184,7 +189,7 @@ class Forwarder:
         self._hold_lock(taking)
         # The thread imports pyroute2 during the next steps, because they need it to set up the TUN.
         # But if the TUN works already, packets wait, and the import would slow down these steps.
-        netlink = Netlink(begin=taking is None and not self._kept)
+        self._netlink = netlink = Netlink(begin=taking is None and not self._kept)
         self._closing.callback(netlink.close)
         self._closing.callback(self._routes.unlock)
         if taking is None:
@@ -441,9 +446,12 @@ class Forwarder:
         Raises DeviceError if no interface has the address of an endpoint.
         """
         link_mtus = {4: 0, 6: 0}
+        devices = set()
         for endpoint in self.config.listen:
-            _, link_mtu = underlay_mtu(endpoint.address)
+            name, link_mtu = underlay_mtu(endpoint.address)
             link_mtus[endpoint.address.version] = link_mtu
+            devices.add(device_index(name))
+        self._underlay = frozenset(devices)
         return link_mtus
 
     def _mtu_for(self, link_mtus: Mapping[int, int]) -> int:
@@ -464,7 +472,8 @@ class Forwarder:
 
         async def follow() -> None:
             while True:
-                await self._routes.set_own_addresses(await changes.get())
+                with contextlib.suppress(HandedOver):
+                    await self._routes.set_own_addresses(await changes.get())
 
         netlink.watch_addresses(on_change)
         self._run_until_close(follow())
@@ -485,7 +494,7 @@ class Forwarder:
             if wanted.listen != self.config.listen:
                 await self._rebind(wanted)
             self.config.adopt(wanted)
-            self._use_underlay(core)
+            await self._use_underlay(core)
             if listen is not None:
                 self._renew_copies()
 
@@ -493,26 +502,30 @@ class Forwarder:
         return {"mtu": self.mtu, "listen": [str(endpoint) for endpoint in self.config.listen]}
 
     async def _rebind(self, wanted: ForwarderConfig) -> None:
-        """Replace the sockets by those of other endpoints."""
+        """Replace the sockets by those of other endpoints. Raises DeviceError; nothing is changed
+        then."""
         opened: list[UdpSocket] = []
         former = self._sockets.copy()
+        self._express.pause()
         try:
             self._open_sockets(wanted, opened)
             for one in opened:
                 one.accept_no_checksum()
-        except (DeviceError, OSError):
-            for one in opened:
-                if one not in former:
-                    one.close()
+            await self._parts.workers.rebind(self._by_worker(opened), self._by_worker(former))
+            self._sockets[:] = opened
+            self.config.adopt(wanted)
+        except DeviceError:
             raise
-        self._sockets[:] = opened
-        self.config.adopt(wanted)
-        await self._parts.workers.rebind(self._by_worker(opened))
+        except OSError as error:
+            raise device_error(
+                error.errno or errno.EIO, f"listening on {_named(wanted.listen)}") from error
+        finally:
+            for one in (*opened, *former):
+                if one not in self._sockets:
+                    one.close()
+            self._express.go_on()
         self._view.path_mtus.sockets_changed()
-        for one in former:
-            if one not in opened:
-                one.close()
-        log.info("the forwarder listens on %s now", ", ".join(map(str, wanted.listen)))
+        log.info("the forwarder listens on %s now", _named(wanted.listen))
 
     def _renew_copies(self) -> None:
         """Let the processes that keep copies of the descriptors have the present ones."""
@@ -521,10 +534,13 @@ class Forwarder:
         if self._keep_device is not None:
             self._keep_device(self._parts.kept_descriptors())
 
-    def _use_underlay(self, core: _core.Core) -> None:
+    async def _use_underlay(self, core: _core.Core) -> None:
         """Use the present MTU of the underlay, if the address of each endpoint is on this host."""
+        async def read(_: Any) -> dict[int, int]:
+            return self._link_mtus()
+
         try:
-            link_mtus = self._link_mtus()
+            link_mtus = await self._netlink.work("reading the MTU of the underlay", read)
         except DeviceError as error:
             log.info("the MTU of the underlay is unknown, so it stays: %s", error)
             return
@@ -535,6 +551,7 @@ class Forwarder:
         log.info("the MTU of the underlay is %s; the MTU of %s is %d",
                  " and ".join(str(one) for one in link_mtus.values() if one), self.tun_name, mtu)
         self.mtu = self._captures.mtu = self._view.mtu = mtu
+        core.set_tun_mtu(mtu)
         assert self._setup is not None
         self._setup.set_mtu(mtu)
         self._probes.set_mtu(mtu)
@@ -546,22 +563,27 @@ class Forwarder:
         changed = asyncio.Event()
 
         def on_changes(changes: frozenset[Change]) -> None:  # in the netlink thread
-            if any(change.kind in ADDRESS_KINDS for change in changes):
+            if any(map(self._concerns_underlay, changes)):
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(changed.set)
-
-        async def look(core: _core.Core) -> None:
-            self._use_underlay(core)
 
         async def follow() -> None:
             while True:
                 await changed.wait()
                 changed.clear()
                 with contextlib.suppress(HandedOver):
-                    await self._routes.alone(look)
+                    await self._routes.alone(self._use_underlay)
 
         netlink.watch_changes(on_changes)
         self._run_until_close(follow())
+
+    def _concerns_underlay(self, change: Change) -> bool:
+        """Return whether the MTU of the underlay may be another one after the change."""
+        if change.kind is Kind.LINK:
+            return change.device in self._underlay
+        if change.kind is Kind.ADDRESS:
+            return any(one.address.packed == change.address for one in self.config.listen)
+        return change.kind is Kind.ANY
 
     def _run_until_close(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -792,6 +814,10 @@ class Forwarder:
 
     def log_state(self) -> None:
         self._view.log_state()
+
+
+def _named(endpoints: Iterable[Endpoint]) -> str:
+    return ", ".join(map(str, endpoints))
 
 
 def _load_metrics() -> type[Metrics]:

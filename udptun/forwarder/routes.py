@@ -268,20 +268,24 @@ class Routes:
     async def _change(self, change: Callable[[_core.Core], Coroutine[Any, Any, T]]) -> T:
         """Run one change at a time. A change runs to its end even if its caller is cancelled, so
         that a prepared snapshot is either activated or freed under the lock."""
+        self._refuse_handed_over()
         core = self._core
         if core is None:
             raise UdptunError("the forwarder is not running")
 
         async def run() -> T:
             async with self._lock:
-                if self._handed_over:
-                    raise HandedOver("another forwarder has taken over: repeat the request")
+                self._refuse_handed_over()
                 return await change(core)
 
         task = asyncio.get_running_loop().create_task(run())
         self._changes.add(task)
         task.add_done_callback(self._finished)
         return await asyncio.shield(task)
+
+    def _refuse_handed_over(self) -> None:
+        if self._handed_over:
+            raise HandedOver("another forwarder has taken over: repeat the request")
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._changes.discard(task)

@@ -94,8 +94,10 @@ class WorkerThread:
         CPUCLOCK_PERTHREAD_MASK and CPUCLOCK_SCHED, linux/include/linux/posix-timers.h.
         """
         tid = self._thread.native_id
+        if tid is None or not self._thread.is_alive():  # the kernel's thread can end a bit later
+            return None
         try:
-            return None if tid is None else time.clock_gettime(~tid << 3 | THREAD_CLOCK)
+            return time.clock_gettime(~tid << 3 | THREAD_CLOCK)
         except OSError:
             return None
 

@@ -114,23 +114,42 @@ class Workers:
         for thread in self._threads:
             thread.go_on()
 
-    async def rebind(self, udp_fds: Sequence[Mapping[int, int]]) -> None:
+    async def rebind(
+        self, udp_fds: Sequence[Mapping[int, int]], former: Sequence[Mapping[int, int]]
+    ) -> None:
         """Let each worker stop after its present turn, send what is queued, and go on with these
-        sockets. The worker no longer uses the former ones. ``udp_fds`` as in ``start``.
+        sockets. The worker no longer uses the former ones. Both arguments as ``udp_fds`` of
+        ``start``. Raises OSError; then all workers use the former sockets.
         """
         self.hand_over([-1] * len(self._threads))
         try:
             await asyncio.shield(asyncio.to_thread(self.finish_hand_over))
-            for thread, fds in zip(self._threads, udp_fds, strict=True):
-                thread.worker.rebind(fds.get(4, -1), fds.get(6, -1))
+            try:
+                self._use_sockets(udp_fds)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._use_sockets(former)
+                raise
         finally:
             self.go_on()
-        self._core.rebound()
+        self._core.close_spares()
+
+    def _use_sockets(self, udp_fds: Sequence[Mapping[int, int]]) -> None:
+        """Raises the first OSError, after all workers have got their sockets."""
+        errors = []
+        for thread, fds in zip(self._threads, udp_fds, strict=True):
+            try:
+                thread.worker.rebind(fds.get(4, -1), fds.get(6, -1))
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def renew_options(self) -> None:
         """Let all datagrams have the mark and the DSCP that the sockets have now."""
         for thread in self._threads:
             thread.worker.renew_options()
+        self._core.close_spares()
 
     def inherit(self, counters: Sequence[Mapping[str, Any]]) -> None:
         """Continue the counters of the workers of an earlier process."""

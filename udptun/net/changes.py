@@ -12,6 +12,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from .batch import HEADER, attributes
+from .local import IFA_ADDRESS, IFA_LOCAL
 
 # linux/rtnetlink.h: bits of the groups of notifications
 RTMGRP_LINK, RTMGRP_NEIGH = 0x1, 0x4
@@ -54,11 +55,13 @@ class Change(NamedTuple):
 
     device  the index of the interface; 0: none, or several
     prefix  ROUTE: the destination (address bytes, length in bits)
+    address  ADDRESS: its bytes
     """
 
     kind: Kind
     device: int = 0
     prefix: tuple[bytes, int] | None = None
+    address: bytes | None = None
 
 
 ANYTHING = Change(Kind.ANY)
@@ -93,6 +96,12 @@ def _change(kind: Kind, body: memoryview) -> Change | None:
     if kind is Kind.SETTING:
         index = _number(attributes(body, NETCONF_LEN).get(NETCONFA_IFINDEX))
         return Change(kind, max(index, 0))  # a negative number: the settings of all interfaces
+    if kind is Kind.ADDRESS:
+        found = attributes(body, INDEX.size)
+        # On a point-to-point link IFA_ADDRESS is the other end.
+        address = found.get(IFA_LOCAL, found.get(IFA_ADDRESS))
+        return Change(kind, INDEX.unpack_from(body)[0],
+                      address=None if address is None else bytes(address))
     return Change(kind, INDEX.unpack_from(body)[0])
 
 
