@@ -135,12 +135,13 @@ def open_new(path: Path, mode: int) -> int:
 
     mode  mode of a new file
 
-    In a directory that other users can write, such as /tmp, they can put a link or a file of their
-    own at the path. There, links and files of other users are refused with UntrustedFile. Raises
-    OSError.
+    In a directory that other users own or can write, such as /tmp, they can put a link or a file of
+    their own at the path. There, links and files of other users are refused with UntrustedFile.
+    Raises OSError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-    if not path.parent.stat().st_mode & 0o022:
+    directory = path.parent.stat()
+    if directory.st_uid in (0, os.geteuid()) and not directory.st_mode & 0o022:
         return os.open(path, flags | os.O_TRUNC, mode)
     handle = _open_own(path, flags, mode)
     try:

@@ -70,16 +70,19 @@ def test_a_file_is_complete_and_private(udptun: Udptun, tmp_path: Path) -> None:
     assert [kind for kind, _ in blocks(path)] == [0x0A0D0D0A, 1, 6, 6, 5]
 
 
+@pytest.mark.parametrize("mode", [0o1777, 0o755], ids=["shared", "of another user"])
 @pytest.mark.parametrize("plant", ["link", "name", "fifo", "file"])
-def test_what_others_put_into_a_shared_directory_is_not_written(
-    udptun: Udptun, tmp_path: Path, plant: str
+def test_what_others_put_into_their_directory_is_not_written(
+    udptun: Udptun, tmp_path: Path, plant: str, mode: int
 ) -> None:
-    """Root captures into /tmp, and another user was there first."""
-    if plant == "file" and os.geteuid() != 0:
+    """Root captures into /tmp, or into a user's directory, and the user was there first."""
+    if (plant == "file" or mode == 0o755) and os.geteuid() != 0:
         pytest.skip("only root can make a file of another user")
     shared, precious = tmp_path / "shared", tmp_path / "precious"
     shared.mkdir()
-    shared.chmod(0o1777)
+    shared.chmod(mode)
+    if mode == 0o755:
+        os.chown(shared, 65534, 65534)
     precious.write_text("precious")
     path = shared / "x.pcapng"
     if plant == "link":
