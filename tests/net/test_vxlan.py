@@ -492,6 +492,12 @@ async def test_direct_routes(version):
             assert routes(version) == {**straight, **through, "default": default}
             assert list(forwarding()) == [far.mac]
             assert [vxlan.encapsulates(one) for one in (near, far)] == [False, True]
+        # The answer stays while a peer has no route. An unknown peer is not known to be direct.
+        for one, answer in ((near, False), (far, True), (peer(3, version, direct=True), True)):
+            await vxlan.change(device, [replace(one, routed=False)])
+            assert vxlan.encapsulates(one) is answer
+        await vxlan.change(device, [], [near.subnet, subnet(3, version)])
+        assert vxlan.encapsulates(near)
         sh(f"ip -{version} route del default")
         assert await vxlan.change(device, [replace(near, direct=False)], [far.subnet]) == ()
         assert_active(replace(near, direct=False), version=version)

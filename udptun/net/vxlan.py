@@ -130,7 +130,7 @@ class Vxlan:
         self._kept: dict[str, _Kept] = {}  # by device name: what the last ``ensure`` set up
         self._repairs: list[str] = []
         self._repaired: set[int] = set()  # interface numbers: repaired since the last ``sync``
-        self._encapsulated: set[IPNetwork] = set()  # see ``encapsulates``
+        self._on_link: set[IPNetwork] = set()  # see ``encapsulates``
         # By interface number: packets sent through the device, without the caller's own (``ages``).
         self._others_n: dict[int, int] = {}
 
@@ -283,9 +283,12 @@ class Vxlan:
         if the whole update failed. In this case possibly no peer is active.
         """
         put = tuple(peers)
+        subnets = {peer.subnet for peer in put}
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
             self._known.pop(device.index, None)
+            self._on_link = {net for net in self._on_link
+                             if net in subnets or net.version != device.version}
             there = entries.read()
             before = there.copy()
             update = EntryUpdate(entries, Entries(), there, skip_unchanged=True)
@@ -306,10 +309,11 @@ class Vxlan:
         Like ``sync``, with two differences. The present entries are those of the last call; they
         are not read from the kernel. Each peer in ``put`` is sent even if it is unchanged.
         """
-        peers = tuple(put)
-        touched = {*remove, *(peer.subnet for peer in peers)}
+        peers, removed = tuple(put), frozenset(remove)
+        touched = {*removed, *(peer.subnet for peer in peers)}
 
         def work(entries: EntrySocket) -> tuple[PeerFailure, ...]:
+            self._on_link -= removed
             now = self._known.pop(device.index, None) or entries.read()
             former = take(now, touched)
             update = EntryUpdate(entries, now, former, skip_unchanged=False)
@@ -318,12 +322,13 @@ class Vxlan:
         return await self._entries(f"changing the peers of {device.name}", device, work)
 
     def encapsulates(self, peer: VxlanPeer) -> bool:
-        """Return whether packets to this peer are known to pass the device.
+        """Return False if packets to this peer are known not to pass the device.
 
         A peer with ``direct`` is reached without encapsulation if it is on the link. The kernel
-        decides this when the route is added.
+        decides this when the route is added. The answer for a peer that has lost its route is the
+        last one.
         """
-        return not peer.direct or peer.subnet in self._encapsulated
+        return not peer.direct or peer.subnet not in self._on_link
 
     async def unrouted(
         self, device: VxlanDevice, peers: Iterable[VxlanPeer]
@@ -367,11 +372,10 @@ class Vxlan:
             log.warning("%s: %s", device.name, message)
         for peer in peers:
             prefix = peer.subnet.network_address.packed, peer.subnet.prefixlen
-            hop = update.now.routes.get(prefix)
-            if peer.direct and hop not in (None, peer.endpoint.packed):
-                self._encapsulated.add(peer.subnet)
-            else:
-                self._encapsulated.discard(peer.subnet)
+            if peer.direct and update.now.routes.get(prefix) == peer.endpoint.packed:
+                self._on_link.add(peer.subnet)
+            elif peer.routed or not peer.direct:
+                self._on_link.discard(peer.subnet)
         # If the update fails, this line is not reached. The next call then reads the entries from
         # the kernel.
         self._known[device.index] = update.now

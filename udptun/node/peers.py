@@ -53,7 +53,9 @@ class Peers:
         self._plan: Plan | None = None
         self._lock = asyncio.Lock()  # held during each change of ``_leases`` or ``_plan``
         self._reapply = False
-        # The last result of ``guarded`` and its interface; None after a change of the plan
+        self._applied = False  # a whole plan was applied since our start
+        # The last result of ``guarded`` and its interface; None after a change of the paths. It
+        # depends on what the kernel has answered, so it is reset after a change is applied.
         self._guarded: tuple[
             str, tuple[frozenset[Endpoint], frozenset[IPNetwork]]] | None = None
 
@@ -65,9 +67,9 @@ class Peers:
     def guarded(
         self, interface: str
     ) -> tuple[frozenset[Endpoint], frozenset[IPNetwork]] | None:
-        """Return what ``ActiveBackends.guarded`` returns. Return None if it is not known: there are
-        no leases yet, or our forwarder does not answer or does not have its mark yet."""
-        if not self.known.is_set() or self._plan is None or not self._backends.marked:
+        """Return what ``ActiveBackends.guarded`` returns. Return None if it is not known: no leases
+        are applied yet, or our forwarder does not answer or does not have its mark yet."""
+        if not self._applied or self._plan is None or not self._backends.marked:
             return None
         if self._guarded is None or self._guarded[0] != interface:
             self._guarded = interface, self._backends.guarded(self._plan, interface)
@@ -88,7 +90,11 @@ class Peers:
             elif self._plan is None or self._plan.local != local or self._reapply:
                 await self._apply_all(local, time.monotonic())
             else:
-                await self._backends.resync(self._plan)
+                try:
+                    await self._backends.resync(self._plan)
+                finally:
+                    self._guarded = None  # another peer may be on the link now
+                self._planned(self._plan, ())
         if self.known.is_set():
             self._store.save(self._leases.values())
 
@@ -133,12 +139,12 @@ class Peers:
                 if change.key == self._store.lease.key:
                     self._check_own(change.new)
             delta = self._plan.change(changes)
-            self._guarded = None
             try:
                 await self._backends.apply(self._plan, delta, since)
             except DeviceError as exc:  # ``replan`` resyncs, which applies the failed changes
                 log.error("%s", exc)
                 self._settle_again()
+            self._guarded = None
             self._planned(self._plan, delta.subnets)
 
     def _check_own(self, own: Lease | None) -> None:
@@ -150,13 +156,14 @@ class Peers:
         carriers = {}
         if self._plan is not None and _names(self._plan.local) == _names(local):
             carriers = self._plan.carriers
-        self._plan, self._guarded = Plan(local, self._leases.values(), carriers), None
+        self._plan = Plan(local, self._leases.values(), carriers)
         try:
             await self._backends.apply_all(self._plan, since)
             self._reapply = False
         except DeviceError as exc:
             log.error("%s", exc)
             self._settle_again()
+        self._applied, self._guarded = True, None
         self._planned(self._plan, None)
 
     async def carry(self, carriers: Mapping[IPNetwork, str | None]) -> None:
@@ -166,7 +173,10 @@ class Peers:
         """
         async with self._lock:
             assert self._plan is not None
-            await self._backends.carry(self._plan, carriers)
+            try:
+                await self._backends.carry(self._plan, carriers)
+            finally:
+                self._guarded = None
 
     # -- from the cache ---------------------------------------------------------------------------
 
