@@ -133,14 +133,17 @@ def test_the_problems_of_the_daemon(facts: Facts) -> None:
             ("host", "degraded"), ("lease", "failed"), ("store", "ok"))],
         "problems": [
             problem("host", "udptun0 is down", since=began, remedy="see its log"),
-            problem("host", "a blackhole; a rule", peer="n2"),
+            problem("host", "n2: a blackhole; a rule", peer="n2"),
+            problem("host", "980 more: misrouted"),
             problem("host", "forwarding is 0", setting="net.ipv4.ip_forward"),
+            problem("host", "udptun0 is 0", setting="net.ipv4.conf.udptun0.forwarding"),
             problem("lease", "10.5.1.0/24: expired")]}
     found = {check.name: [*check.look(facts)] for check in CHECKS
              if check.name in ("host", "routes", "lease", "store")}
     assert found == {
-        "host": [warning("udptun0 is down", "for 5 min", "see its log")],
-        "routes": [warning("a blackhole; a rule")],
+        "host": [warning("udptun0 is down", "for 5 min", "see its log"),
+                 warning("udptun0 is 0")],
+        "routes": [warning("n2: a blackhole; a rule"), warning("980 more: misrouted")],
         "lease": [failed("10.5.1.0/24: expired")], "store": [ok("a; b")]}
     del facts.node.answer["problems"]
     assert reported(facts, "lease") == [failed("a; b")]  # of an earlier version

@@ -24,6 +24,7 @@ from udptun.errors import ControlError
 from udptun.instance import Instance
 from udptun.leases.base import SourceHealth
 from udptun.leases.cache import CACHE_FILE
+from udptun.node.host import conntrack
 from udptun.node.process.launch import FORWARD_FILE, ForwarderSpec
 from udptun.node.status import socket as module
 from udptun.node.status.report import NodeReport, PairReport, iso_time
@@ -91,8 +92,8 @@ async def test_problems_in_fields_and_as_text():
     shown = re.sub(r"for \d+ s", "for N s", node_block(found))
     assert "\n  [!]host: it is 0 (for N s)\n      run: sysctl -w net.ipv4.ip_forward=1\n" in shown
     remedy = "raise net.netfilter.nf_conntrack_max"
-    assert f"\n  [!]conntrack: the table is full\n      {remedy}\n" in shown
-    assert "degraded: conntrack: the table is full; " + remedy in [*problems(found)]
+    assert f"\n  [!]conntrack: {conntrack.PROBLEM}\n      {remedy}\n" in shown
+    assert f"degraded: conntrack: {conntrack.PROBLEM}; {remedy}" in [*problems(found)]
     del found["problems"]  # of an earlier version
     assert f"\n  [!]conntrack: the table is full; {remedy}\n" in node_block(found)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from ...node.host.forwarding import FORWARD4, FORWARD6, sysctl
 from ...spans import span
 from ..check import Check, Finding, Result, Skip, check, failed, ok, warning
 from ..facts import Facts
@@ -89,8 +90,10 @@ def lease(facts: Facts) -> Iterator[Finding]:
 @check("host", "the overlay's devices: state, MTU, addresses, routes, sysctls",
        "node.md#health")
 def host(facts: Facts) -> Iterator[Finding]:
-    # The check ``forwarding`` reports settings itself, ``routes`` what concerns one peer.
-    found = reported(facts, "host", lambda one: not one["setting"] and not one["peer"],
+    # The check ``forwarding`` reports these two itself, ``routes`` what concerns peers.
+    elsewhere = {sysctl(FORWARD4), sysctl(FORWARD6)}
+    found = reported(facts, "host",
+                     lambda one: one["setting"] not in elsewhere and not _of_peers(one),
                      "devices, addresses, routes and sysctls are as they should be")
     if found is not None:
         yield from found
@@ -100,10 +103,15 @@ def host(facts: Facts) -> Iterator[Finding]:
     yield from differences(facts)
 
 
+def _of_peers(problem: Problem) -> bool:
+    # The number of further peers is a problem without a single peer.
+    return bool(problem["peer"]) or problem["text"].endswith(" more: misrouted")
+
+
 @check("routes", "other programs' routes and policy rules that send packets for a peer elsewhere",
        "node.md#health")
 def routes(facts: Facts) -> Iterator[Finding]:
-    found = reported(facts, "host", lambda one: bool(one["peer"]),
+    found = reported(facts, "host", _of_peers,
                      "the kernel routes each peer through the overlay")
     if found is not None:
         yield from found

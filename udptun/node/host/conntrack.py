@@ -12,6 +12,9 @@ from pathlib import Path
 
 COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 LIMIT = Path("/proc/sys/net/netfilter/nf_conntrack_max")
+# Without the numbers, which change all the time.
+PROBLEM = ("the kernel's conntrack table is nearly full: if it is full, the first packet of each "
+           "new flow is dropped")
 REMEDY = "raise net.netfilter.nf_conntrack_max"
 NEARLY_FULL = 0.95  # the number changes all the time, and a full table briefly has fewer entries
 

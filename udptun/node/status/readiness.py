@@ -9,7 +9,7 @@ one peer is unreachable. The functions have no side effects.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -215,9 +215,9 @@ def _host(report: NodeReport) -> _Result:
         *(Problem(text, f"run: sysctl -w {name}=1", since, setting=name)
           for name, (text, since) in host.off.items())]
     texts = [_lasting(one) for one in problems]
-    misrouted = [Problem(why, ROUTE_REMEDY, since, peer=key)
+    misrouted = [Problem(f"{key}: {why}", ROUTE_REMEDY, since, peer=key)
                  for key, (why, since) in sorted(host.misrouted.items())]
-    texts += _named("misrouted", {one.peer: _lasting(one) for one in misrouted})
+    texts += _listed("misrouted", [_lasting(one) for one in misrouted])
     problems += _limited("misrouted", misrouted)
     if not problems:
         return _result(State.OK, "devices, addresses, routes and sysctls are as they should be")
@@ -246,7 +246,7 @@ def _firewall(report: NodeReport) -> _Result:
 def _conntrack(report: NodeReport) -> _Result:
     if report.conntrack:
         return _result(State.DEGRADED, f"{report.conntrack}; {conntrack.REMEDY}",
-                       problems=[Problem(report.conntrack, conntrack.REMEDY)])
+                       problems=[Problem(conntrack.PROBLEM, conntrack.REMEDY)])
     return _result(State.OK, "the table has room")
 
 
@@ -328,8 +328,11 @@ def _limited(what: str, problems: list[Problem]) -> list[Problem]:
 
 def _named(what: str, entries: Mapping[str, str]) -> tuple[str, ...]:
     """Return a line with the number of entries, and lines for the first MAX_NAMED entries."""
-    if not entries:
+    return _listed(what, [f"{key}: {why}" for key, why in sorted(entries.items())])
+
+
+def _listed(what: str, lines: Sequence[str]) -> tuple[str, ...]:
+    if not lines:
         return ()
-    first = [f"{key}: {why}" for key, why in sorted(entries.items())[:MAX_NAMED]]
-    more = [f"and {len(entries) - MAX_NAMED} more"] if len(entries) > MAX_NAMED else []
-    return f"{len(entries)} {what}:", *first, *more
+    more = [f"and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
+    return f"{len(lines)} {what}:", *lines[:MAX_NAMED], *more
