@@ -171,15 +171,17 @@ class ControlClient:
 
     def change_device(
         self, mtu: int | None = None, listen: Iterable[Endpoint | str] | None = None
-    ) -> None:
-        """Change the MTU of the TUN, or the endpoints. None: as now."""
+    ) -> dict[str, Any]:
+        """Change the MTU of the TUN, or the endpoints. None: as now. Return both."""
         wanted: dict[str, Any] = {}
         if mtu is not None:
             wanted["mtu"] = mtu
         if listen is not None:
             wanted["listen"] = [str(endpoint) for endpoint in listen]
-        self._read(self._request("PUT", protocol.DEVICE, protocol.dump(wanted), {
-            "Content-Type": protocol.JSON_TYPE}))
+        answer: dict[str, Any] = json.loads(self._read(self._request(
+            "PUT", protocol.DEVICE, protocol.dump(wanted),
+            {"Content-Type": protocol.JSON_TYPE})))
+        return answer
 
     @contextmanager
     def capture(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import json
 import subprocess
 import time
@@ -141,6 +142,7 @@ async def test_what_the_kernel_receives_is_asked_again(
     thread, control, keeper, spec, monkeypatch
 ):
     monkeypatch.setattr(module, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(module, "DEAF_SECONDS", 0.0)
     with Served(thread, control) as served:
         def receives(value):
             state = status_of(1, 0)["accelerate"] | {"mode": "auto", "receives": value}
@@ -156,6 +158,79 @@ async def test_what_the_kernel_receives_is_asked_again(
         assert keeper.said == [True, False, True]
     await until(lambda: not keeper.report.forwarder.connected, "the end of the forwarder")
     assert keeper.receives  # its programs go on
+
+
+async def test_a_short_failure_of_the_kernels_programs_changes_no_lease(
+    thread, control, keeper, spec, monkeypatch
+):
+    """Each change is a write to the store, and a changed route on all nodes."""
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.01)
+    looks = []
+    with Served(thread, control) as served:
+        def receives(value):
+            state = status_of(1, 0)["accelerate"] | {"mode": "auto", "receives": value}
+            served.forwarder.other_status = {"accelerate": state}
+
+        take = keeper._take_features
+        monkeypatch.setattr(keeper, "_take_features", lambda status: (
+            take(status), looks.append(status["accelerate"]["receives"])))
+        receives(True)
+        keeper.want(replace(spec, accelerate="auto"))
+        for value in (True, False, True):
+            receives(value)
+            await until(lambda value=value: looks and looks[-1] is value, "a look")
+        assert keeper.said == [True]
+
+
+async def test_the_forwarder_is_checked_while_routes_change_all_the_time(
+    thread, control, keeper, spec, monkeypatch
+):
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.2)
+    checks, check = [], keeper._check
+
+    async def counted():
+        checks.append(None)
+        await check()
+
+    monkeypatch.setattr(keeper, "_check", counted)
+    with Served(thread, control):
+        keeper.want(spec)
+        keeper.replace(table(route(2)))
+        await keeper.wait_synced()
+
+        async def change():
+            for number in itertools.count():
+                keeper.change(table(route(2, 2 + number % 2)))
+                await asyncio.sleep(0.01)
+
+        changing = asyncio.create_task(change())
+        try:
+            checks.clear()
+            await until(lambda: len(checks) > 2, "a third check")
+        finally:
+            changing.cancel()
+
+
+async def test_a_change_that_the_forwarder_cannot_make_yet_is_asked_for_again(
+    thread, control, keeper, spec, monkeypatch
+):
+    """It keeps its MTU while its address is on no interface."""
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.01)
+    asked, device = [], status_of(1, 0)["device"]
+    with Served(thread, control) as served:
+        async def change_device(mtu=None, listen=None):
+            asked.append(mtu)
+            if len(asked) > 2:
+                served.forwarder.other_status = {"device": {**device, "mtu": mtu}}
+            return {"mtu": mtu if len(asked) > 2 else device["mtu"], "listen": device["listen"]}
+
+        monkeypatch.setattr(served.forwarder, "change_device", change_device)
+        keeper.want(replace(spec, mtu=1400))
+        await until(lambda: len(asked) > 2, "the third request")
+        keeper.replace(table(route(2)))
+        await keeper.wait_synced()
+        assert {*asked} == {1400}
+        assert not served.forwarder.stopped.is_set()
 
 
 async def test_a_few_changes_are_put_one_by_one_and_many_at_once(thread, control, keeper, spec):

@@ -43,7 +43,8 @@ CALL_SECONDS = 5.0  # timeout of a call; a forwarder that works answers within m
 POLL_SECONDS = 0.02  # between two attempts to reach a forwarder that we have just started
 OPENING_SECONDS = 10.0  # a forwarder that opens has answered by then
 IDLE_POLL_SECONDS = 0.1  # between two attempts to reach a forwarder of another program
-CHECK_SECONDS = 5.0  # between two checks whether the forwarder's table still has our routes
+CHECK_SECONDS = 5.0  # between two checks of the forwarder's options and routes
+DEAF_SECONDS = 60.0  # for so long, a failure of the kernel's programs does not change the lease
 FEW_ROUTES = 32  # if more routes change, replacing the whole table is less work
 MAX_LOGGED = 10  # limit of routes that are logged one by one when they are refused
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 5.0  # delay before a forwarder that ended early is started again
@@ -92,8 +93,10 @@ class ForwarderKeeper:
 
         self._spec: ForwarderSpec | None = None
         self._matches = False  # the running forwarder matches ``_spec``
+        self._check_at = 0.0  # time.monotonic() of the next check
         self._receives: bool | None = None
         self._copies_marks = True
+        self._deaf_since: float | None = None  # the forwarder says that it does not receive
         self._routes: dict[IPNetwork, Route] | None = None
         self._pending: dict[IPNetwork, Route | None] = {}
         self._refused: dict[IPNetwork, Route] = {}
@@ -278,13 +281,17 @@ class ForwarderKeeper:
         self._backoff, self._matches, self._replace_all = 0.0, True, True
         self._report.forwarder.connected, self._report.forwarder.error = True, ""
         self._take_features(status)
+        self._check_at = time.monotonic() + self._check_pause()
         while self._matches and not gone.done():
             if self._routes is not None and (self._replace_all or self._pending):
                 await self._send_routes()
-            if not await self._woken(gone):
+            await self._woken(gone)
+            if not gone.done() and time.monotonic() >= self._check_at:
+                # Also while routes change all the time.
                 if self._receives is not None:
                     self._prepare_standby()
                 await self._check()
+                self._check_at = time.monotonic() + self._check_pause()
         if gone.done():
             raise NoForwarder(f"the forwarder on {self._control} has ended")
 
@@ -306,11 +313,15 @@ class ForwarderKeeper:
         if not changes:
             return False
         try:
-            await self._call(lambda: self._client.change_device(**changes))
+            answer = await self._call(lambda: self._client.change_device(**changes))
         except ControlError as exc:  # also a forwarder of an earlier version
             log.warning("the running forwarder cannot change its options: %s", exc)
             return False
-        log.info("the running forwarder has other options now; it had the wrong ones: %s", why)
+        if any(answer.get(name) != _plain(value) for name, value in changes.items()):
+            # Its MTU stays while its address is on no interface. ``_check`` asks again.
+            log.debug("the running forwarder cannot have all its options yet: %s", why)
+        else:
+            log.info("the running forwarder has other options now; it had the wrong ones: %s", why)
         return True
 
     async def _absent(self, spec: ForwarderSpec) -> None:
@@ -504,10 +515,15 @@ class ForwarderKeeper:
         self._request_replacement()
 
     async def _check(self) -> None:
-        """Restore the forwarder's routes if another program has changed them. Send a refused route
-        if the forwarder would accept it now."""
-        if self._spec is not None and self._spec.accelerate == "auto":
-            self._take_features(await self._call(lambda: self._client.status(peers=False)))
+        """Look at the forwarder: its options and routes may have been changed by another program.
+        Send a refused route if the forwarder would accept it now."""
+        status = await self._call(lambda: self._client.status(peers=False))
+        if self._spec is not None:
+            if self._spec.accelerate == "auto":
+                self._take_features(status)
+            why = self._spec.mismatch(status)
+            if why and not await self._change_running(self._spec, status, why):
+                self._matches = False
         events = await self._call(lambda: list(self._client.events(follow=False)))
         if self._routes is not None and not self._replace_all and \
                 events[0]["generation"] != self._generation:
@@ -519,6 +535,8 @@ class ForwarderKeeper:
 
     def _take_features(self, status: Mapping[str, Any]) -> None:
         receives = status.get("accelerate", {}).get("receives", False)  # older ones do not say it
+        if receives is not None:
+            receives = self._damped(receives)
         marks = "dscp" in status
         changed = (receives is not None and receives != self._receives) or \
             marks != self._copies_marks
@@ -528,33 +546,48 @@ class ForwarderKeeper:
         if changed:
             self._on_features()
 
+    def _damped(self, receives: bool) -> bool:
+        """Return True also for a while after the forwarder no longer receives in the kernel. Its
+        workers take these packets, so a short failure need not change the lease."""
+        now = time.monotonic()
+        if receives:
+            self._deaf_since = None
+            return True
+        if self._deaf_since is None:
+            self._deaf_since = now
+        return bool(self._receives) and now < self._deaf_since + DEAF_SECONDS
+
     # -- waiting ----------------------------------------------------------------------------------
 
-    async def _woken(self, gone: asyncio.Future[bytes] | None) -> bool:
-        """Wait for work, or for the end of the forwarder, and return True.
+    def _check_pause(self) -> float:
+        """Return the time to the next check: a short one if the forwarder could not say yet whether
+        it receives in the kernel."""
+        return CHECK_SECONDS if self._receives is not None else min(
+            CHECK_SECONDS, IDLE_POLL_SECONDS)
 
-        gone  done when the forwarder has ended; None: there is no forwarder
-        Return False after CHECK_SECONDS, or sooner if the forwarder could not say yet whether it
-        receives in the kernel. Without a forwarder there is no such limit.
+    async def _woken(self, gone: asyncio.Future[bytes] | None) -> None:
+        """Wait for work, for the end of the forwarder, or for the time of the next check.
+
+        gone  done when the forwarder has ended; None: there is no forwarder, and no check
         """
-        seconds = CHECK_SECONDS
-        if self._receives is None:
-            seconds = min(seconds, IDLE_POLL_SECONDS)
-
         wake = asyncio.ensure_future(self._wake.wait())
         waiting: set[asyncio.Future[Any]] = {wake} if gone is None else {wake, gone}
         try:
-            done, _ = await asyncio.wait(
-                waiting, timeout=None if gone is None else seconds,
+            await asyncio.wait(
+                waiting, timeout=None if gone is None else max(
+                    0.0, self._check_at - time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
             wake.cancel()
         self._wake.clear()
-        return bool(done)
 
     async def _call(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+def _plain(value: object) -> object:
+    return [*value] if isinstance(value, tuple) else value
 
 
 def _why(route: Route) -> str:
