@@ -492,6 +492,13 @@ async def test_direct_routes(version):
             assert routes(version) == {**straight, **through, "default": default}
             assert list(forwarding()) == [far.mac]
             assert [vxlan.encapsulates(one) for one in (near, far)] == [False, True]
+        # The host gets a route to the peer's address.
+        sh(f"ip -{version} route add {far.endpoint} dev utEa")
+        assert await vxlan.sync(device, [near, far]) == ()
+        assert not vxlan.encapsulates(far)
+        sh(f"ip -{version} route del {far.endpoint} dev utEa")
+        assert await vxlan.change(device, [far]) == ()
+        assert vxlan.encapsulates(far)
         # The answer stays while a peer has no route. An unknown peer is not known to be direct.
         for one, answer in ((near, False), (far, True), (peer(3, version, direct=True), True)):
             await vxlan.change(device, [replace(one, routed=False)])
