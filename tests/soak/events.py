@@ -50,6 +50,8 @@ class Events:
 
     def __init__(self, world: World, rng: Random, tell: Callable[[str], object]) -> None:
         self.world, self._rng, self._tell = world, rng, tell
+        # of its own, because the number of ticks depends on the machine
+        self._churn_rng = Random(rng.random())
         self.n1, self.n2, _, self.n4 = world.members
         self.counts: Counter[str] = Counter()
         self.intervals: list[Interval] = []
@@ -113,7 +115,7 @@ class Events:
 
     def _churn(self) -> None:
         """One lease of another node appears or disappears."""
-        number = self._rng.randrange(STRANGERS)
+        number = self._churn_rng.randrange(STRANGERS)
         end = self.world.store.host.interfaces[0]
         key = f"10.244.{200 + number}.0-24&fd00:10:244:{0xC8 + number:x}::-64"
         if self._strangers.pop(key, None):
