@@ -47,7 +47,10 @@ def express_pair(lab, *, outer=4, profile="P1", extra=(ON, ON), **options):
         side.start(extra=more)
     for side, more in zip(tunnel.sides, extra, strict=True):
         if more:
-            wait_for(lambda s=side: accelerate(s)["active"], "the express path")
+            # Both: a peer is active before the kernel has the programs. The kernel drops packets
+            # while they are attached.
+            wait_for(lambda s=side: (now := accelerate(s))["active"] and now["receives"],
+                     "the express path")
     return tunnel
 
 
