@@ -359,7 +359,8 @@ def test_watch_changes():
         packed = ip_address("192.0.2.0").packed, 24
         for command, change in (
             ("ip link set utEa txqueuelen 99", Change(Kind.LINK, index)),
-            ("ip address add 198.51.100.1/32 dev utEa", Change(Kind.ADDRESS, index)),
+            ("ip address add 198.51.100.1/32 dev utEa",
+             Change(Kind.ADDRESS, index, address=ip_address("198.51.100.1").packed)),
             ("ip route add 192.0.2.0/24 dev utEa", Change(Kind.ROUTE, index, packed)),
             ("ip neighbour add 192.0.2.7 lladdr 02:00:00:00:00:01 dev utEa",
              Change(Kind.NEIGHBOUR, index)),

@@ -427,6 +427,8 @@ def test_a_forwarder_with_another_tun_removes_what_a_killed_one_left(lab, extra)
     wait_for(lambda: len(filters(a.host)) == 2 * bool(extra) and
              not any("udptun0" in name for name in filters(a.host)), "the filters of udptun1")
     for address in (b.pod_v4, b.pod_v6):
+        # The kernel drops packets while the hook is added to a device.
+        wait_for(lambda to=address: ping(a.pod, to, count=1).received, "an answer")
         assert ping(a.pod, address).received == 3
     transfer_tcp(b.pod, a.pod, a.pod_v4, size=1 << 16)
     assert a.forwarder.stop() == 0
