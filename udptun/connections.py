@@ -1,15 +1,20 @@
-"""The open connections of one server, and the choice of the connection to close at the limit.
+"""The clients of one server: which connection to close at the limit, and which Host to accept.
 
 Owns the rule: clients that send nothing or read nothing must not block other clients. So at the
 limit, a new connection replaces the connection that has been idle for the longest time. If no
 connection is idle, it replaces the one with the oldest request. Does not depend on the kind of the
 connections. Any thread.
+
+A web page of another site can let its own name resolve to our address (DNS rebinding). For a
+browser, our answers are then of the same origin, so the page can read them. It cannot do this with
+an IP address or with a name that it does not control.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from ipaddress import ip_address
 from typing import Generic, TypeVar
 
 C = TypeVar("C")
@@ -86,3 +91,28 @@ class Connections(Generic[C]):
                 del self._idle[connection]
         if silent:
             self._close(connection)
+
+
+# The Host header
+
+LOCALHOST = frozenset({"localhost"})
+
+
+def host_name(host: str) -> str:
+    """Return the name in a Host header, without port and brackets, in lower case."""
+    name, colon, port = host.rpartition(":")
+    if not colon or not port.isdigit():
+        name = host
+    return name.removeprefix("[").removesuffix("]").lower().removesuffix(".")
+
+
+def is_accepted(host: str, names: Collection[str] = LOCALHOST) -> bool:
+    """Return whether a Host header has an IP address or one of these names (lower case)."""
+    name = host_name(host)
+    if name in names:
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True

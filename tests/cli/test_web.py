@@ -17,8 +17,9 @@ from tests.cli.scene import HOSTILE, Scene, scene
 from tests.cli.tty import UDPTUN
 from udptun.cli import cli
 from udptun.cli.web import server as module
-from udptun.cli.web.server import WebServer, host_name
+from udptun.cli.web.server import WebServer
 from udptun.cli.web.watch import Watch
+from udptun.connections import host_name
 
 
 @pytest.fixture(scope="module")

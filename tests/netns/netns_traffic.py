@@ -193,6 +193,12 @@ def snmp(host: Host, protocol: str) -> dict[str, int]:
     return dict(zip(names, map(int, values), strict=True))
 
 
+def snmp6(host: Host) -> dict[str, int]:
+    """Return the host's counters of IPv6, from /proc/net/snmp6."""
+    lines = host.run(["cat", "/proc/net/snmp6"]).stdout.splitlines()
+    return {name: int(value) for name, value in map(str.split, lines)}
+
+
 def device_counters(host: Host, device: str) -> dict[str, int]:
     text = host.run(["ip", "-j", "-s", "link", "show", "dev", device]).stdout
     stats = json.loads(text)[0]["stats64"]

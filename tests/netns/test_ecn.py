@@ -3,13 +3,18 @@
 import json
 import os
 import socket
-import struct
 
 import pytest
 
-from tests.netns.netns_traffic import assert_invariant, settled_packets, transfer_tcp
+from tests.netns.netns_traffic import (
+    assert_invariant,
+    settled_packets,
+    skip_without_programs,
+    snmp,
+    snmp6,
+    transfer_tcp,
+)
 from tests.netns.test_takeover import take_over
-from udptun.device import bpf
 from udptun.lab import Forwarder, OnePacket, node, pair, ping, wait_for
 from udptun.lab.pair import Pair
 from udptun.net.udp import keeps_marks
@@ -63,9 +68,7 @@ def udp_messages(host, outer):
     """Return how many UDP messages the programs of a host have received."""
     if outer == 6:
         return netstat(host, "Udp6InDatagrams")
-    names, values = (line.split() for line in
-                     host.run(["grep", "^Udp:", "/proc/net/snmp"]).stdout.splitlines())
-    return int(dict(zip(names, values, strict=True))["InDatagrams"])
+    return snmp(host, "Udp")["InDatagrams"]
 
 
 def netstat(host, name):
@@ -74,23 +77,12 @@ def netstat(host, name):
     found = {}
     for names, values in zip(lines[::2], lines[1::2], strict=True):
         found |= dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
-    for line in host.run(["cat", "/proc/net/snmp6"]).stdout.splitlines():
-        key, value = line.split()
-        found[key] = int(value)
-    return found[name]
-
-
-def need_programs():
-    try:
-        exit_at_once = struct.pack("=BBhi", 0xB7, 0, 0, 0) + b"\x95" + bytes(7)
-        os.close(bpf.load_program(bpf.SCHED_CLS, exit_at_once))
-    except OSError as error:
-        pytest.skip(f"no eBPF programs here: {error.strerror}")
+    return (found | snmp6(host))[name]
 
 
 def ecn_pair(lab, *, outer=4, words=("ecn", "ecn"), extra=(), **options):
     if extra[:2] == EXPRESS:
-        need_programs()
+        skip_without_programs()
     tunnel = pair(lab, outer=outer, middle_mtu=MIDDLE, start=False, **options)
     for side, other, word in zip(tunnel.sides, tunnel.sides[::-1], words, strict=True):
         side.options["routes"] = [f"{route} {word}" for route in side.routes_to(other)]

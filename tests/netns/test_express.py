@@ -17,6 +17,8 @@ from tests.netns.netns_traffic import (
     exchange_udp,
     settled,
     skip_without_programs,
+    snmp,
+    snmp6,
     transfer_tcp,
 )
 from tests.netns.test_takeover import Stream, copies_of, take_over
@@ -64,11 +66,7 @@ def kernel_packets(side):
 
 def too_big(host):
     """Return how many packets the host has not forwarded because they were too big."""
-    names, values = (line.split() for line in
-                     host.run(["grep", "^Ip:", "/proc/net/snmp"]).stdout.splitlines())
-    lines = host.run(["cat", "/proc/net/snmp6"]).stdout.splitlines()
-    return (int(dict(zip(names, values, strict=True))["FragFails"])
-            + int(dict(map(str.split, lines))["Ip6InTooBigErrors"]))
+    return snmp(host, "Ip")["FragFails"] + snmp6(host)["Ip6InTooBigErrors"]
 
 
 def filters(host):

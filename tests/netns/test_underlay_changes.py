@@ -21,6 +21,15 @@ def mtu_of(host, device: str = "udptun0") -> int:
     return int(host.run(["cat", f"/sys/class/net/{device}/mtu"]).stdout)
 
 
+def change_path_mtu(tunnel, mtu: int) -> None:
+    """Change the MTU of both ends of the underlay, and wait until both forwarders know it."""
+    for end in (tunnel.link.a, tunnel.link.b):
+        end.set_mtu(mtu)
+    for side in tunnel.sides:
+        wait_for(lambda side=side: side.forwarder.status()["peers"][0]["path_mtu"] == mtu,
+                 f"the path MTU {mtu}")
+
+
 BOTH = pytest.mark.parametrize("outer", [4, pytest.param(6, marks=pytest.mark.slow)])
 
 
@@ -52,11 +61,7 @@ def test_a_fixed_mtu_of_the_tun_stays(lab):
     tunnel = pair(lab, mtu=1300)
     a, b = tunnel.sides
     for link_mtu in (1290, 1500):
-        for end in (tunnel.link.a, tunnel.link.b):
-            end.set_mtu(link_mtu)
-        for side in tunnel.sides:
-            wait_for(lambda side=side, link_mtu=link_mtu: side.forwarder.status()["peers"][0][
-                "path_mtu"] == link_mtu, f"the path MTU {link_mtu}")
+        change_path_mtu(tunnel, link_mtu)
         assert ping(a.host, b.v4, size=min(1300, link_mtu - 28) - 28, df=True).received == 3
     assert [mtu_of(side.host) for side in tunnel.sides] == [1300, 1300]
 
@@ -68,11 +73,7 @@ def test_probed_peers_follow_the_mtu_of_the_underlay(lab):
     for side, other in ((a, b), (b, a)):
         side.start(routes=[f"{route} probe" for route in side.routes_to(other)])
     for link_mtu in (1400, 1500):
-        for end in (tunnel.link.a, tunnel.link.b):
-            end.set_mtu(link_mtu)
-        for side in tunnel.sides:
-            wait_for(lambda side=side, link_mtu=link_mtu: side.forwarder.status()["peers"][0][
-                "path_mtu"] == link_mtu, f"the path MTU {link_mtu}")
+        change_path_mtu(tunnel, link_mtu)
         wait_for(lambda link_mtu=link_mtu: ping(
             a.host, b.v4, size=link_mtu - 56, df=True).received == 3, "large packets to pass")
 

@@ -17,11 +17,9 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
-from ..connections import Connections
+from ..connections import Connections, is_accepted
 from ..errors import DeviceError
 from ..model import IPAddress
 from ..text import os_reason
@@ -101,11 +99,10 @@ class HttpServer:
     def is_foreign(self, hosts: list[str]) -> bool:
         """Return whether a Host header has a name that does not belong to this server.
 
-        A web page can let its own name resolve to the loopback address (DNS rebinding), and then
-        read the answers of a server there with the browser of a user of this host. Only a server on
-        the loopback address is checked: others are scraped by names that they cannot know.
+        Only a server on the loopback address is checked: others are scraped by names that they
+        cannot know.
         """
-        return self.address.is_loopback and not all(map(_is_of_loopback, hosts))
+        return self.address.is_loopback and not all(map(is_accepted, hosts))
 
     async def refuse(self) -> Answer:
         return text_answer("Host: use an IP address or localhost\n", 421)
@@ -114,20 +111,6 @@ class HttpServer:
         if method not in ("GET", "HEAD"):
             return text_answer("only GET and HEAD are supported\n", 405, Allow="GET, HEAD")
         return await self._answer(method, target)
-
-
-def _is_of_loopback(host: str) -> bool:
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
-    if name.removesuffix(".") == "localhost":
-        return True
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 class _Http(ThreadingHTTPServer):

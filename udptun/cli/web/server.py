@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
+from ...connections import LOCALHOST, is_accepted
 from ...control.served import Connection, Manager
 from ...errors import FieldError
 from .page import Choice, page
@@ -58,7 +58,7 @@ class WebServer:
 
     def __init__(self, watch: Watch, names: Sequence[str] = ()) -> None:
         self._watch = watch
-        self._names = {"localhost", *(name.lower() for name in names)}
+        self._names = {*LOCALHOST, *(name.lower() for name in names)}
         self._files = {path: (STATIC / path[1:]).read_bytes() for path in FILES}
         self._manager: _Manager | None = None
         self._server: asyncio.Server | None = None
@@ -116,15 +116,10 @@ class WebServer:
         """Return why the request is not for this page; "": it is."""
         if len(hosts) != 1:
             return "the request does not have exactly one Host header"
-        name = host_name(hosts[0])
-        if name in self._names:
+        if is_accepted(hosts[0], self._names):
             return ""
-        try:
-            ip_address(name)
-        except ValueError:
-            return f"Host: {hosts[0][:100]!r} is not a name of this page: use its address or " \
-                "localhost, or start `udptun web` with --host NAME"
-        return ""
+        return f"Host: {hosts[0][:100]!r} is not a name of this page: use its address or " \
+            "localhost, or start `udptun web` with --host NAME"
 
     async def _file(self, request: web.BaseRequest) -> web.Response:
         path = request.rel_url.raw_path
@@ -142,14 +137,6 @@ class WebServer:
         response = web.Response(body=page(view, choice), content_type="text/html", charset="utf-8")
         response.enable_compression()
         return response
-
-
-def host_name(host: str) -> str:
-    """Return the name in a Host header, without port and brackets, in lower case."""
-    name, colon, port = host.rpartition(":")
-    if not colon or not port.isdigit():
-        name = host
-    return name.removeprefix("[").removesuffix("]").lower().removesuffix(".")
 
 
 def _text(text: str, status: int) -> web.Response:

@@ -518,9 +518,8 @@ class ForwarderKeeper:
         """Look at the forwarder: its options and routes may have been changed by another program.
         Send a refused route if the forwarder would accept it now."""
         status = await self._call(lambda: self._client.status(peers=False))
+        self._take_features(status)
         if self._spec is not None:
-            if self._spec.accelerate == "auto":
-                self._take_features(status)
             why = self._spec.mismatch(status)
             if why and not await self._change_running(self._spec, status, why):
                 self._matches = False
