@@ -1,9 +1,8 @@
 """The descriptors that arrive with the messages of a take-over: none stays open unused."""
 
-import gc
 import os
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,18 +33,27 @@ def channel():
         theirs.close()
 
 
+MARK = "udptun-test-channel"  # names the files that are sent, so that they are known by it
+
+
 def send(sock, message, fds_n=0):
     """Send a message with descriptors, which stay open only at the receiver."""
-    fds = [os.eventfd(0) for _ in range(fds_n)]
+    fds = [os.memfd_create(MARK) for _ in range(fds_n)]
     data = message if isinstance(message, bytes) else encode(message)
     socket.send_fds(sock, [data], fds)
     for fd in fds:
         os.close(fd)
 
 
-def open_n():
-    gc.collect()  # what other tests have left is not closed between two counts
-    return len([*Path("/proc/self/fd").iterdir()])
+def received_n():
+    """Count the open descriptors that were sent. Other threads open and close theirs meanwhile."""
+    return sum(MARK in target for target in links())
+
+
+def links():
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            yield str(entry.readlink())
 
 
 @pytest.mark.parametrize(("message", "expected"), [
@@ -53,12 +61,12 @@ def open_n():
     (Descriptors(["a", "b", "c"]), 3)], ids=lambda one: getattr(one, "kind", None))
 async def test_only_the_expected_descriptors_are_received(message, expected):
     with channel() as (ours, theirs):
-        before = open_n()
         send(theirs, message, 3)
         received, fds = await ours.receive(type(message))
         assert (received, len(fds)) == (message, expected)
-        assert open_n() == before + expected
+        assert received_n() == expected
         close_all({str(fd): fd for fd in fds})
+        assert received_n() == 0
 
 
 @pytest.mark.parametrize("message", [
@@ -66,20 +74,18 @@ async def test_only_the_expected_descriptors_are_received(message, expected):
     ids=["refused", "another message", "no type", "a wrong value", "too deep"])
 async def test_a_refused_message_leaves_no_descriptor(message):
     with channel() as (ours, theirs):
-        before = open_n()
         send(theirs, message, 3)
         with pytest.raises(TakeOverError):
             await ours.receive(Hello)
-        assert open_n() <= before  # threads of other tests may close theirs meanwhile
+        assert received_n() == 0
 
 
 async def test_an_unknown_message_leaves_no_descriptor():
     with channel() as (ours, theirs):
-        before = open_n()
         send(theirs, b'{"type": "of a later version"}', 3)
         send(theirs, Hello())
         await ours.receive(Hello)
-        assert open_n() <= before  # threads of other tests may close theirs meanwhile
+        assert received_n() == 0
 
 
 @pytest.mark.parametrize("message", [State(), Stopped()])
@@ -93,9 +99,8 @@ async def test_a_message_without_its_descriptor_is_refused(message):
 @pytest.mark.parametrize(("names", "fds_n"), [(["a"], 3), (["a", "b"], 1), (["a", "a"], 2)])
 async def test_descriptors_without_a_name_of_their_own_are_refused(names, fds_n):
     with channel() as (ours, theirs):
-        before = open_n()
         send(theirs, Descriptors(["a", "b"], more=True), 2)
         send(theirs, Descriptors(names), fds_n)
         with pytest.raises(TakeOverError):
             await ours.receive_descriptors()
-        assert open_n() <= before  # threads of other tests may close theirs meanwhile
+        assert received_n() == 0
