@@ -43,7 +43,7 @@ class Traffic(FakeForwarder):
         self.pid = 1000
         self.peers = [_peer(i) for i in range(peers_n)]
 
-    async def status_chunks(self) -> AsyncGenerator[bytes, None]:
+    async def status_chunks(self, with_peers: bool = True) -> AsyncGenerator[bytes, None]:
         self.answers += 1
         for i, peer in enumerate(self.peers):
             for side, share in (("encap", 1), ("decap", 2)):

@@ -159,11 +159,11 @@ class FakeForwarder:
                 raise self.fail_with
         yield b"]}"
 
-    async def status_chunks(self) -> AsyncGenerator[bytes, None]:
+    async def status_chunks(self, with_peers: bool = True) -> AsyncGenerator[bytes, None]:
         if self.fail_with is not None:
             raise self.fail_with
-        text = json.dumps(
-            status_of(self.generation, len(self.table)) | self.other_status).encode()
+        status = status_of(self.generation, len(self.table)) | self.other_status
+        text = json.dumps(status if with_peers else status | {"peers": []}).encode()
         for start in range(0, len(text), 100):
             yield text[start : start + 100]
 

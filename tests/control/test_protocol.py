@@ -61,10 +61,10 @@ def test_parse_if_none_match() -> None:
         protocol.parse_if_none_match('"7"')
 
 
-def test_parse_follow() -> None:
-    assert [protocol.parse_follow(v) for v in (None, "1", "0")] == [True, True, False]
-    with pytest.raises(ControlError, match="follow: 'yes'"):
-        protocol.parse_follow("yes")
+def test_parse_flag() -> None:
+    assert [protocol.parse_flag("peers", v) for v in (None, "1", "0")] == [True, True, False]
+    with pytest.raises(ControlError, match="peers: 'yes' is not valid: expected 0 or 1"):
+        protocol.parse_flag("peers", "yes")
 
 
 def test_errors_of_a_request_have_a_code_and_a_status() -> None:

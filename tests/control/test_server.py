@@ -91,6 +91,15 @@ def test_status(http_: Http) -> None:
     assert response.headers["Server"] == "udptun"
 
 
+def test_status_without_peers(http_: Http) -> None:
+    _, whole, _ = http_.ask("GET", "/v1/status")
+    assert whole["peers"]
+    assert http_.ask("GET", "/v1/status?peers=1")[1] == whole
+    assert http_.ask("GET", "/v1/status?peers=0")[1] == whole | {"peers": []}
+    code, body, _ = http_.ask("GET", "/v1/status?peers=no")
+    assert (code, body["error"]["code"]) == (400, "bad_request")
+
+
 def test_the_device_is_changed(http_: Http, served: Served) -> None:
     body = {"mtu": 1400, "listen": ["192.0.2.1", "[2001:db8::1]:9"]}
     want = {"mtu": 1400, "listen": ["192.0.2.1:8285", "[2001:db8::1]:9"]}

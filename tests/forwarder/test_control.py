@@ -109,6 +109,9 @@ def test_the_fake_forwarder_answers_like_the_real_one() -> None:
         assert not client.probe("192.0.2.2")["answered"]
         real, faked = client.status(), fakes.status_of(1, 1)
         client.put(ROUTE)
+        assert client.status(peers=False).keys() == real.keys()
+        assert client.status(peers=False)["peers"] == []
+        assert client.status(peers=False)["route_count"] == 1
         # Some values of an answered probe are null in the real one.
         assert set(real["peers"][0]["probe"]) == set(faked["peers"][0]["probe"])
         real["peers"][0]["probe"] = faked["peers"][0]["probe"]

@@ -9,6 +9,7 @@ parsed again.
 Owns no state. Does not depend on the fuzzer (tests/fuzz/guided.py).
 """
 
+import functools
 import ipaddress
 import json
 from collections.abc import Callable
@@ -184,7 +185,8 @@ def control(data: bytes) -> None:
     text = data.decode("latin-1")
     protocol.parse_route_path(f"{protocol.ROUTES}/{text}")
     protocol.parse_error(500, data)
-    for parse in (protocol.parse_if_match, protocol.parse_if_none_match, protocol.parse_follow):
+    for parse in (protocol.parse_if_match, protocol.parse_if_none_match,
+                  functools.partial(protocol.parse_flag, "follow")):
         try:
             parse(text)
         except protocol.ControlError as error:

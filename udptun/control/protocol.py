@@ -13,6 +13,7 @@ from ..errors import ControlError, FieldError, GenerationMismatch, RouteExists, 
 DEFAULT_SOCKET: Final = "/run/udptun/udptun.sock"  # equals Instance().control_socket() (tested)
 
 STATUS: Final = "/v1/status"
+STATUS_WITHOUT_PEERS: Final = f"{STATUS}?peers=0"  # the list of peers can be long
 PEERS: Final = "/v1/peers"
 PROBE: Final = "/v1/probe"
 STANDBY: Final = "/v1/standby"
@@ -135,9 +136,10 @@ def parse_if_none_match(value: str | None) -> bool:
     return True
 
 
-def parse_follow(value: str | None) -> bool:
+def parse_flag(name: str, value: str | None) -> bool:
+    """Return the value of a parameter that is 1 if it is missing."""
     if value not in (None, "0", "1"):
-        raise ControlError("bad_request", f"follow: {value!r} is not valid: expected 0 or 1")
+        raise ControlError("bad_request", f"{name}: {value!r} is not valid: expected 0 or 1")
     return value != "0"
 
 

@@ -180,7 +180,8 @@ class ControlServer:
     # Reading
 
     async def _get_status(self, request: web.BaseRequest) -> web.StreamResponse:
-        return await _stream(request, self._forwarder.status_chunks())
+        with_peers = protocol.parse_flag("peers", request.query.get("peers"))
+        return await _stream(request, self._forwarder.status_chunks(with_peers))
 
     async def _get_peers(self, request: web.BaseRequest) -> web.StreamResponse:
         return await _stream(request, self._forwarder.peer_chunks())
@@ -206,7 +207,7 @@ class ControlServer:
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _get_events(self, request: web.BaseRequest) -> web.StreamResponse:
-        follow = protocol.parse_follow(request.query.get("follow"))
+        follow = protocol.parse_flag("follow", request.query.get("follow"))
         response = _stream_response(protocol.NDJSON_TYPE)
         response.headers["Cache-Control"] = "no-store"
         await response.prepare(request)

@@ -768,8 +768,8 @@ class Forwarder:
         text = b"".join([chunk async for chunk in self.peer_chunks()])
         return [Peer(peer) for peer in json.loads(text)["peers"]]
 
-    def status_chunks(self) -> AsyncGenerator[bytes, None]:
-        return self._view.status_chunks()
+    def status_chunks(self, with_peers: bool = True) -> AsyncGenerator[bytes, None]:
+        return self._view.status_chunks(with_peers)
 
     def peer_chunks(self) -> AsyncGenerator[bytes, None]:
         return self._view.peer_chunks()

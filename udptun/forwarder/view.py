@@ -62,10 +62,13 @@ class View:
     started_at: float = field(default_factory=time.time)
     clock: dropped.Clock = field(default_factory=dropped.Clock)
 
-    async def status_chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the status as JSON text, in pieces."""
+    async def status_chunks(self, with_peers: bool) -> AsyncGenerator[bytes, None]:
+        """Yield the status as JSON text, in pieces. If not ``with_peers``, its ``peers`` is []."""
         self.express.read()
-        generation, route_count, peers = await self.routes.peers(self.core)
+        peers: list[PeerRoutes] = []
+        generation, route_count = self.routes.generation, len(self.routes)
+        if with_peers:
+            generation, route_count, peers = await self.routes.peers(self.core)
         head = {
             "version": __version__,
             "build": self.build,
