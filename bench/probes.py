@@ -7,8 +7,9 @@ probes to all peers, and probes the node as that many peers do. The node runs tw
 leases: the first time the daemon does not measure (bench/unmeasured.py) and no peer answers probes,
 the second time it runs as usual. The difference is the cost.
 
-CPU time is that of all threads (/proc/PID/stat). It includes the kernel's time for sending, which
-on a veth includes the delivery. It does not include softirqs, unless they interrupt a thread.
+CPU time is that of all threads (/proc/PID/stat). It includes the kernel's time for sending, but not
+that for the delivery to the other host: a thread of the kernel does that. It does not include
+softirqs, unless they interrupt a thread.
 Memory is VmRSS at the end.
 
 At first each path is probed twice (a small and a large probe), as fast as the budget allows. Later
