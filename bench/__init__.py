@@ -18,8 +18,13 @@ The modules, in the order in which a result passes through them:
     goals         the required value and the target of some figures
     report        Markdown and terminal output. It uses units, plots and readme (README.md's table)
 
-The other modules:
+Some other modules:
 
+    nodes         the cost of a node daemon with many nodes (scale); probes, probe_peers and
+                  responder: the cost of many probes
+    takeover      the gap of a take-over, and of a kill
+    timeline      where a single request spends its time
+    floods        floods of ICMP errors
     micro/        times single steps of the core
     instructions  counts the instructions of single steps of the core
     tables        the route tables that micro/, instructions and the look-up metric use

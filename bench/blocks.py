@@ -9,12 +9,13 @@ second time in reverse order: direct, vxlan, udptun, udptun, vxlan, direct. A st
 machine then affects all contenders equally. The difference between the two slots of one contender
 shows the noise of a measurement.
 
-A block is rejected in two cases:
+A block is rejected in three cases:
 
+- No slot has a figure.
 - The hypervisor took CPU time from this machine (steal time).
 - The two slots of the block's first contender differ too much.
 
-Neither rule uses the ratios between contenders. A rejected block stays in the record, and another
+No rule uses the ratios between contenders. A rejected block stays in the record, and another
 block replaces it if there is time left.
 """
 

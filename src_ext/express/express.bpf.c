@@ -17,8 +17,8 @@
  * this hook run, and then the kernel goes on as without programs. */
 enum { NEXT = -1, DROP = 2 };
 
-/* A flow that has sent nothing for this time belongs to no path. Until then no packet of it can
- * wait in user space, so a change of the path does not reorder packets. */
+/* A flow that has sent nothing for this time belongs to no path: by then, none of its packets waits
+ * in user space any more, so a change of the path does not reorder packets. */
 #define FLOW_IDLE_NS 1000000000ULL
 /* More packets per RATE_NS than this: user space sends them faster, in batches. */
 #define RATE_NS 10000000ULL
@@ -59,7 +59,7 @@ INLINE struct entry *look_up(void *trie, __u8 kind, const __u32 *address)
 INLINE int in_user_space(const struct flow *key, const struct peer *peer, __u32 n, int data)
 {
 	struct flow_state *state = map_lookup(&flows, key), new = {};
-	/* The kernel may not segment UDP super-packets inside a tunnel. */
+	/* Some kernels cannot segment UDP super-packets in a tunnel: these go to user space. */
 	int bulk = n > 1 && (peer->slow_bulk || (__u8)key->ports != TCP);
 	__u64 now = now_ns(), idle;
 
@@ -135,8 +135,8 @@ SECTION("tc/send") int send(struct __sk_buff *skb)
 	counted->sent_bytes += size + (__u64)(n - 1) * header;
 	count(SENT, n);
 	skb->mark = own->mark;
-	/* Without a next hop: the kernel looks up the route, and replaces that of the inner packet. It
-	 * would otherwise send packets that wait for a link address by the route of the inner packet. */
+	/* No next hop is passed, so the kernel looks up and stores the route of the outer packet. Else a
+	 * packet that waits for ARP or NDP would later leave by the stored route of the inner packet. */
 	return redirect_neigh(peer->ifindex, 0, 0, 0);
 }
 

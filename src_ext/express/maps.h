@@ -22,7 +22,7 @@ struct settings {
 	__u32 admit_own;	/* 1: deliver only to the prefixes of kind ADMIT */
 	__u32 sending;		/* 1: the send program may send */
 	__u32 receiving;	/* 1: the receive program may take datagrams */
-	/* The traffic class of a datagram: these bits, and these bits of that of its packet. */
+	/* The traffic class of a datagram is class_set | (class of its packet & class_copied). */
 	__u32 class_set;
 	__u32 class_copied;
 };
@@ -55,7 +55,7 @@ struct endpoint {
 
 enum route_flags {
 	ROUTE_EXPRESS = 1,	/* the peer receives in the kernel */
-	ROUTE_ENDPOINT = 2,	/* the endpoint of a peer is routed here */
+	ROUTE_ENDPOINT = 2,	/* contains the endpoint of a peer: user space decides */
 	ROUTE_ECN = 4,		/* the peer applies congestion marks */
 };
 

@@ -304,9 +304,9 @@ INLINE int parse_outer(struct __sk_buff *skb, const struct settings *own, struct
 }
 
 /* Parse the inner packet of a received datagram, whose payload has this length. The packet must
- * have the same length: if the kernel has joined several datagrams, it has not. Return 0 if there is
- * nothing unusual. Only a TCP packet may be a super-packet. The four functions differ in the offsets,
- * which must be constants. */
+ * have the same length: if the kernel has joined several datagrams, it is shorter. Return 0 if there
+ * is nothing unusual. Only a TCP packet may be a super-packet. The four functions differ in the
+ * offsets, which must be constants. */
 #define PARSE_RECEIVED4(name, outer) \
 INLINE int name(struct __sk_buff *skb, __u32 length, struct packet *to) \
 { \
@@ -395,8 +395,8 @@ INLINE int same_endpoint(const struct endpoint *a, const struct endpoint *b)
 }
 
 /* Decrement the hop limit of the packet at this offset of the data. The change of the IPv4 checksum
- * (RFC 1624) makes up for the change of the hop limit, so the sum of all bytes, which the device may
- * have stored, stays right. */
+ * (RFC 1624) makes up for the change of the hop limit. So the sum over all bytes stays the same, and
+ * a sum that the device has stored in the skb (CHECKSUM_COMPLETE) stays valid. */
 #define DECREMENT4(name, at) \
 INLINE int name(struct __sk_buff *skb) \
 { \

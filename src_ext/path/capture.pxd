@@ -146,7 +146,7 @@ cdef inline bint find_transport(
     const uint8_t* p, size_t n, uint8_t* proto, size_t* off
 ) noexcept nogil:
     """Find the transport protocol of an IPv6 packet, n >= 40, behind its extension headers. Return
-    whether its header begins at ``off``, inside the packet: it does not in a later fragment."""
+    whether the packet has its header, at ``off``. Only the first fragment has it."""
     cdef int _i
     for _i in range(EXT_MAX_N):
         if not is_extension(proto[0]) or proto[0] == EXT_ESP:

@@ -47,7 +47,7 @@ from wire.probe cimport is_probe
 cdef enum:
     CHECK_OFF = 0               # no source check, as in flannel
     CHECK_PEER = 1              # the outer source address must belong to a peer
-    # also, the outer source port must be one of the peer, and the inner source must be routed to it
+    # also, the outer source port must be the peer's, and the inner source must be routed to it
     CHECK_STRICT = 2
     RX_SLOTS_MIN = 4
     # The batching delay (turn.pxd) can follow a batch only if both conditions are true:
@@ -132,7 +132,8 @@ cdef inline bint write_cut(
     worker_t* w, sender_t* sender, uint8_t* p, const ip_t* ip
 ) noexcept nogil:
     """Cut the super-packet p[0:ip.total_len] and write its segments. Return False, and write
-    nothing, if it is not TCP or its headers do not parse. Count the other segments as read.
+    nothing, if it is not TCP or its headers do not parse. Count the segments as read, except one,
+    which the caller has counted.
 
     The sender's size of the segments is not known. Each segment here is short enough for all links
     that carry IPv6 (RFC 8200 5).

@@ -33,9 +33,9 @@ of the socket that receives. Each message names its destination. They receive no
   datagram, and for an ICMP error about one, the kernel prefers the IPv4 socket.
 - The other sockets are connected to a random port of this host, so the kernel delivers datagrams
   from all other sources to the socket that receives. A forged ICMP error about such a socket would
-  have to name this port. If another program has the port at another address of this host, the other
-  sockets of IPv4 are like the shared sender, and those of IPv6 are bound to the address first
-  (``join_beside``).
+  have to name this port. The kernel refuses this if another program has bound the port at another
+  address of this host. Then the IPv4 ones are bound to the IPv4-mapped address, as the shared
+  sender is, and the IPv6 ones are bound to their address before the connect (``join_beside``).
 
 ``open_socket`` also opens the spare sockets of probe.pxd, which send a probe if the shared sender
 refuses it.
@@ -119,8 +119,8 @@ cdef inline int copy_option(int receiver, int fd, int level, int name) noexcept 
 
 
 cdef inline int copy_options(int receiver, int fd, int family) noexcept nogil:
-    """Set the options of a socket that sends. Let the kernel report only to this socket what it
-    refuses to send from it. Return 0, or a negative number with errno.
+    """Set the options of a socket that sends. If the kernel refuses to send a datagram from this
+    socket, only this socket gets the error. Return 0, or a negative number with errno.
 
     family  of the addresses to which the socket sends
     """
@@ -349,7 +349,7 @@ cdef inline void refuse_for_a_time(
 
 
 cdef inline bint is_waiting(const queue_t* q, const peer_t* peer) noexcept nogil:
-    """Return whether a datagram waits for the peer that its own socket can send."""
+    """Return whether a datagram waits for this peer that may leave by the peer's own socket."""
     cdef uint32_t i
     for i in range(q.peers_n):
         if q.peers[i].peer == peer and not q.peers[i].fragments:

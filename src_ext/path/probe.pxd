@@ -83,7 +83,7 @@ cdef inline void add_token(tokens_t* tokens, uint64_t token) noexcept nogil:
 
 
 cdef inline bint take_token(tokens_t* tokens, uint64_t token) noexcept nogil:
-    """Return whether a reply with this token is accepted, and accept no other one. Any worker."""
+    """Return whether a reply with this token is accepted. A second one is not. Any worker."""
     cdef uint64_t* row = tokens.sets[token % TOKEN_SETS]
     cdef int i
     if token == 0:

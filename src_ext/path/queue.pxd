@@ -79,7 +79,7 @@ cdef inline void queue_append(
     cdef datagram_t* datagram = &q.datagrams[q.n]
     cdef uint32_t* place = &peer.counters[q.worker].queue_places[fragments]
     cdef peer_queue_t* waiting = &q.peers[place[0]]
-    # The place is that of an earlier queue, unless the queue has the peer there.
+    # The place is left from an earlier queue, unless the entry at this place is the peer's.
     if place[0] >= q.peers_n or waiting.peer != peer or waiting.fragments != fragments:
         place[0] = q.peers_n
         waiting = &q.peers[q.peers_n]

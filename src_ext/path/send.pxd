@@ -366,7 +366,7 @@ cdef inline uint32_t build_messages(
 cdef struct refusal_t:          # state of a flush after the kernel refused a message
     bint one_by_one             # send single datagrams until one is accepted
     bint gso_suspected          # a run was refused; the cause may be UDP_SEGMENT, not the size
-    bint retried                # the last try had no ICMP error as its cause
+    bint retried                # refused once already, and no ICMP error was the cause
 
 
 cdef inline void account(
@@ -414,8 +414,8 @@ cdef inline void handle_refusal(
         refusal.retried = False
         return
     elif not refusal.retried:
-        # The error can still be that of an ICMP error that was read, or removed from the queue,
-        # just before the kernel stored it for the next send.
+        # An ICMP error can still be the cause: the kernel first queues it, then stores its number
+        # for the next send. A worker may have read or removed it between the two.
         refusal.retried = True
         return
     else:

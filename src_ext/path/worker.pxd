@@ -125,7 +125,7 @@ cdef struct shared_t:
     bint admit_own              # deliver only to inner destinations in own_nets
     uint32_t own_nets_n
     net_t own_nets[OWN_NETS]  # see Core, own_subnets
-    # The traffic class of a datagram: that of the sockets, and these bits of that of its packet.
+    # The traffic class of a datagram is class_set | (class of its packet & class_copied).
     uint8_t class_set
     uint8_t class_copied
     uint8_t tun_addr4[4]

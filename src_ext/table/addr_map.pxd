@@ -16,8 +16,8 @@ from wire.headers cimport load_u32, load_u64
 cdef struct addr_slot_t:
     uint8_t addr[16]
     uint8_t addr_len            # 4 or 16; 0 = empty
-    # Not in a set: the peers at this address may also send from these ports, which are those of all
-    # routes to the address, with the ports between them; none if first > last
+    # The peers at this address may also send from these ports: from the lowest to the highest port
+    # that the routes to the address name; none if first > last. Unused in a set
     uint16_t source_first
     uint16_t source_last
     peer_t* peer                # NULL in a set

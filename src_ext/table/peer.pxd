@@ -7,10 +7,11 @@ The control side decides the path MTU. A report that it is smaller can be forged
 stores it as a *hint*. Exception: what this host's kernel reports about its own device is true, so a
 worker applies it at once.
 
-Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu`` and
-``df_mtu``. If both write at the same time, either value is valid. A worker stores ``hint``, and the
-control side takes it. Each worker writes its own ``peer_counters_t``. The control side writes the
-last two: what an earlier process and what the express path have counted.
+Threading: the control side creates, changes and frees peers. Both sides write ``path_mtu``,
+``path_mtu_ns`` and ``df_mtu``. If both write at the same time, either value is valid. A worker
+stores ``hint``, and the control side takes it. ``counters`` has one record per worker, which this
+worker writes, and two more, which the control side writes: the counts of an earlier process, and
+those of the express path.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -36,8 +37,8 @@ cdef struct peer_counters_t:
     uint64_t decap_bytes
     # time of the last accepted packet, probe or keepalive from the peer, monotonic; 0 = none yet
     uint64_t last_seen_ns
-    # path/queue.pxd: the peer's place in the send queue; the second: of datagrams that may be
-    # fragmented
+    # path/queue.pxd: the peer's places in the send queue: [0] for datagrams with DF, [1] for
+    # datagrams that may be fragmented
     uint32_t queue_places[2]
     # path/own_socket.pxd:
     uint64_t refuse_until_ns    # until this time, the peer gets no own socket

@@ -30,8 +30,8 @@ ctypedef struct route_t:
     uint8_t flags           # ROUTE_PROBE, ROUTE_EXPRESS, ROUTE_ECN
     uint16_t port           # host order
     uint16_t mtu            # bytes; 0 = none
-    uint16_t source_first   # the peer may send from its port and from these ports; both are 0:
-    uint16_t source_last    # from no other port; 1 and 65535: from any port
+    uint16_t source_first   # the peer may also send from this port to source_last; 0: from none
+    uint16_t source_last    # 1 and 65535: any port; 0 and 0: none
 
 
 ctypedef struct route_vec_t:

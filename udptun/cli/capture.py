@@ -374,5 +374,5 @@ def _shown_filter() -> str:
 
 
 def _forget_stdout() -> None:
-    """Prevent an error of Python at its end if standard output is closed."""
+    """If standard output is closed, keep Python from reporting this when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -119,7 +119,8 @@ def _read(
     arrived: queue.SimpleQueue[tuple[str, Event | UdptunError | None]],
 ) -> None:
     """Pass on the events of one process. Open the stream again whenever it ends, and pass on its
-    error, or None. The client is made here: no other thread could close it during a read."""
+    error, or None. The client is made in this thread, so that no other thread closes it during a
+    read."""
     from ..control.client import ControlClient
 
     client = ControlClient(path)

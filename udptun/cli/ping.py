@@ -300,7 +300,7 @@ def _summary(found: dict[str, Any], name: str) -> Iterator[str]:
     if largest is not None:
         yield f"largest packet: {largest} bytes" + (
             ", the MTU of this path" if largest >= full else
-            f"; the MTU of this path is {full}, so larger packets are lost")
+            f", less than the MTU of this path, {full}: larger packets are lost")
     yield from _directions(found, name)
     if not found["answered"]:
         more = f"`udptun status {name}`" if found["node"] else \

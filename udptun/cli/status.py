@@ -165,7 +165,7 @@ def _host(ctx: click.Context, now: Sample) -> Iterator[str]:
 
 
 def _fitting(block: str) -> str:
-    """Continue the lines that are longer than the terminal is wide below their beginning."""
+    """Wrap the lines that are wider than the terminal, and indent their continuations."""
     room = terminal_width()
     if room is None:
         return block

@@ -244,9 +244,9 @@ class ControlClient:
     def stop(self, exit_seconds: float = EXIT_SECONDS) -> None:
         """Stop the forwarder. Return when its process has ended.
 
-        In two cases the method returns when the connection ends:
-        - The process does not end, because it does more than run the forwarder.
-        - The process is not visible, for example because it is in another PID namespace.
+        If the process does not end, because it does more than run the forwarder, return
+        ``exit_seconds`` after the end of the connection. If the process is not visible, for example
+        because it is in another PID namespace, return at the end of the connection.
         """
         self.close()  # the end of a new connection shows that the forwarder has stopped
         with self._connection.handle() as sock:

@@ -42,8 +42,8 @@ class CounterCollector(Collector):
         yield GaugeMetricFamily("udptun_start_time_seconds",
                                 "When the process started, in Unix time.", counters["started"])
         yield CounterMetricFamily(
-            "udptun_takeovers", "Take-overs since the last start of a forwarder without a "
-            "take-over.", counters["takeovers_n"])
+            "udptun_takeovers", "Take-overs since a forwarder was last started in the usual way.",
+            counters["takeovers_n"])
 
         yield from self._traffic(counters)
         yield from self._failures(counters)
@@ -100,8 +100,8 @@ class CounterCollector(Collector):
 
         ecn = CounterMetricFamily(
             "udptun_ecn",
-            "Received packets whose ECN field got the congestion mark of the path (marked), or "
-            "differs from that of the datagram in a way that is not in use (unexpected).",
+            "Received packets that got the congestion mark of their datagram (marked), or whose "
+            "ECN field does not fit the ECN field of their datagram (unexpected).",
             labels=("state",),
         )
         for state, count in counters["ecn"].items():

@@ -134,7 +134,7 @@ class Express:
         self._pauses = 0
         self.off = "" if config.accelerate == "auto" else "--accelerate off"
         if not self.off:
-            # A peer may learn earlier that we receive in the kernel than we learn of its routes.
+            # A peer may send in its kernel before we have its route: with unfinished checksums.
             core.expect_unfinished()
             try:
                 self._open()

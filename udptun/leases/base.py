@@ -37,7 +37,7 @@ LOG_SECONDS = 5.0  # the shortest time between two log lines about invalid entri
 
 
 class _StoreError(UdptunError):
-    """The text of a server may be in the text of the error."""
+    """An error of a store. Its text may contain a server's text, so it is cut and escaped."""
 
     def __init__(self, text: str) -> None:
         super().__init__(printable(text, MAX_ERROR))
@@ -55,7 +55,7 @@ class StoreRefused(_StoreError):
 
 
 class StoreNotReady(StoreRefused):
-    """The store refuses the request until somebody changes the store: the daemon waits for that.
+    """The store refuses the request until it is changed there: the daemon waits for this.
 
     Examples: missing permissions, a node without podCIDR.
     """

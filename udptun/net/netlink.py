@@ -67,7 +67,7 @@ def load() -> None:
 class Netlink:
     """One netlink thread, joined by ``close``. Can be used as a context manager.
 
-    begin  start the thread now; else ``begin`` starts it, and calls wait for this
+    begin  True: start the thread now. False: the method ``begin`` starts it; calls wait until then
     """
 
     def __init__(self, begin: bool = True) -> None:
@@ -185,7 +185,7 @@ class Netlink:
             if not self._closing:
                 self._closing = True
                 self._loop.call_soon_threadsafe(self._stop.set)
-        self.begin()  # it also ends pending calls, and closes the loop
+        self.begin()  # if no thread runs yet: the thread ends pending calls, and closes the loop
         self._thread.join()
 
     # -- the thread -------------------------------------------------------------------------------

@@ -191,12 +191,12 @@ def open_udp(
         raise device_error(error.errno or 0, doing, hint) from None
     if udp.rcvbuf < 2 * RCVBUF:
         log.info("%s: receive buffer %d KiB instead of %d KiB: without CAP_NET_ADMIN the limit is "
-                 "net.core.rmem_max", listen, udp.rcvbuf >> 10, 2 * RCVBUF >> 10)
+                 "net.core.rmem_max", listen, udp.rcvbuf >> 11, RCVBUF >> 10)  # without overhead
     return udp
 
 
-# The first release of each stable series, and the first series, in which UDP_GRO does not join
-# datagrams with different traffic classes (linux 5babae777c61).
+# UDP_GRO does not join datagrams with different traffic classes (linux 5babae777c61): in these
+# series from this release on, and in all series from GRO_FIXED_SINCE on.
 GRO_FIXED = {(5, 10): 217, (5, 15): 159, (6, 1): 91, (6, 6): 31, (6, 8): 10}
 GRO_FIXED_SINCE = (6, 9)
 

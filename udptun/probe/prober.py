@@ -251,7 +251,7 @@ class Prober(Generic[K]):
         return min((at for at in times if at is not None), default=None)
 
     def has_nothing_before(self, at: float) -> bool:
-        """Return whether ``next_at`` is certainly not before this time, if it was not when ``run``
+        """Return whether ``next_at`` is certainly still ``at`` or later, if it was so when ``run``
         ended. This is faster than ``next_at``."""
         return not self._hint_order and self._schedule.is_empty_before(at)
 

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 PER_SECOND = 64  # a power of two, so that multiplying and dividing times is exact
-STALE_MIN = 64  # old entries are removed if there are this many more entries than twice the keys
+STALE_MIN = 64  # old entries are removed if the entries exceed twice the keys by this number
 
 
 class Schedule(Generic[K]):
@@ -53,8 +53,8 @@ class Schedule(Generic[K]):
         """Yield the keys whose time has come, those of the earliest time first. A yielded key has
         no time any more.
 
-        A time that is set while this runs is not yielded before the next call, unless it is not
-        later than ``now``. If the caller stops early, the next call continues.
+        If a time is set while this runs, this call yields its key only if the time is not after
+        ``now``. If the caller stops early, the next call continues.
         """
         while self._times and self._times[0] <= now * PER_SECOND:
             due = self._due[self._times[0]]

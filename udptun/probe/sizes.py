@@ -58,7 +58,7 @@ class SizeSearch:
         self._testing = False  # a hint arrived, and the present size has not been judged since
         self._misses_n = 0
         self._missed_at = self._last_missed_at = 0.0  # when the first and the last one were sent
-        self._smaller_at = -1.0  # when the last smaller message that was answered was sent
+        self._smaller_at = -1.0  # send time of the last smaller message that was answered
         self._smaller = SMALL_SIZE  # the largest smaller size that passed since the first miss
 
     @property
@@ -180,9 +180,9 @@ class SizeSearch:
         return common[len(common) // 2] if common else (low + ceiling) // 2
 
     def _judge(self) -> None:
-        """Record a size as failed if its probes were unanswered several times, although a probe of
-        a smaller size was answered that was sent after the last of them. Else the path may be down
-        since then."""
+        """Record a size as failed if several of its probes were not answered, but a smaller probe,
+        sent after the last of them, was answered. Without this answer, the whole path may be
+        down."""
         enough = SEARCH_MISSES if self.searching else MISSES
         if self._misses_n >= enough and self._smaller_at >= self._last_missed_at:
             self._fail(self._judged_size(), self._smaller_at)

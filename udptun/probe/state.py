@@ -340,7 +340,7 @@ class PathState:
         return max(self.last_probe or 0.0, self.last_data or 0.0) or None
 
     def heard_since_missed(self) -> bool:
-        """Return whether something of the peer has arrived since probes are not answered."""
+        """Return whether anything from the peer arrived after the first of the missed probes."""
         return (self.last_heard or 0.0) >= self._missed_at + SUSPECT_SECONDS
 
     def directions(self) -> tuple[bool, bool | None]:
@@ -424,7 +424,7 @@ class PathState:
 
 
 def next_batch(at: float) -> float:
-    """Return when the first batch of probes to idle pairs is sent that is not before this time."""
+    """Return the time of the next batch of probes to idle pairs, at ``at`` or later."""
     return math.ceil(at * IDLE_BATCHES_PER_SECOND) / IDLE_BATCHES_PER_SECOND
 
 

@@ -41,7 +41,7 @@ class Ended(TakeOverError):
 
 
 class Channel:
-    """One connection. ``close`` also closes the received descriptors that were not returned."""
+    """One connection. After ``close``, the kernel closes the descriptors that were not read."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)

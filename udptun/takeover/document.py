@@ -195,7 +195,7 @@ def gone_of(counted: CountersDocument) -> dict[str, dict[str, int]]:
 def gone(
     transferred: dict[str, dict[str, int]], peers: Iterable[Peer]
 ) -> dict[str, dict[str, int]]:
-    """Return what remains of the sums of all peers without the present ones."""
+    """Subtract the counts of these peers from the sums: the rest is from peers that have left."""
     found = {direction: dict(counts) for direction, counts in transferred.items()}
     for peer in peers:
         found[ENCAP]["packets"] -= peer.encap_packets

@@ -37,7 +37,7 @@ def begin(sock: socket.socket, kept: Mapping[str, int]) -> None:
 def wait(sock: socket.socket) -> dict[str, int] | None:
     """Wait for ``begin``. Return the kept descriptors by name; None: this process is not needed."""
     try:
-        # No message: the other end can close its socket after ``begin`` without reading anything.
+        # This shows that we wait. A message would have to be read before the other end may close.
         sock.shutdown(socket.SHUT_WR)
         names, fds, _, _ = socket.recv_fds(sock, NAMES_MAX, KEPT_MAX)
     except OSError:

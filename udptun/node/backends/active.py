@@ -174,8 +174,8 @@ class ActiveBackends:
     def _fitting(self, site: Site, active: Collection[Backend[Any]]) -> tuple[Site, int]:
         """Return the site, and the largest inner packet.
 
-        If this packet is too small for IPv6, return the site without IPv6. Then the kernel would
-        refuse IPv6 on every device of the overlay. Raises BackendUnavailable if no IP version is
+        If this packet is too small for IPv6, return the site without IPv6, because the kernel
+        refuses IPv6 on devices with such an MTU. Raises BackendUnavailable if no IP version is
         left.
         """
         mtu, why = _inner_mtu(site, active), ""

@@ -205,8 +205,8 @@ class Plan:
 
     unreachable  by lease key: the reason why the peer, or one of its subnets, has no path
     carried_n    by active backend: the number of peers to which the backend carries the packets
-    carriers     by subnet: the backend that carries the packets, if it is not the last one in the
-                 list that has a path. A subnet without such a path is ignored
+    carriers     by subnet: the backend that carries the packets. Without an entry, or without a
+                 path by this backend, the last active backend that has a path carries them
     """
 
     def __init__(
@@ -278,8 +278,8 @@ class Plan:
         return delta
 
     def _connected(self, wanted: Mapping[str, Lease | None]) -> dict[str, Lease]:
-        """Return the leases that claim an address of one of the leases, or of a lease found so, by
-        key."""
+        """Return, by key, all other leases that overlap these leases, directly or through further
+        leases that overlap."""
         found: dict[str, Lease] = {}
         old = (self._lease_of(key) for key in wanted)
         left = [lease for lease in (*wanted.values(), *old) if lease is not None]

@@ -63,8 +63,9 @@ class ForwarderKeeper:
     on_refused  called when ``refused`` has changed
     on_features  called when ``receives`` or ``copies_marks`` has changed
     standby   keep a standby process for the case that the forwarder dies. If ``external``, this
-              process stands in until a forwarder of the other program takes over; but not
-              within a systemd unit, which keeps descriptors itself and ends with its processes
+              process forwards until a forwarder of the other program takes over. Has no
+              effect in a systemd unit: systemd keeps the descriptors itself, and ends all
+              processes of the unit together
     log_format  of the forwarders that we start
     """
 
@@ -321,7 +322,7 @@ class ForwarderKeeper:
             # Its MTU stays while its address is on no interface. ``_check`` asks again.
             log.debug("the running forwarder cannot have all its options yet: %s", why)
         else:
-            log.info("the running forwarder has other options now; it had the wrong ones: %s", why)
+            log.info("changed the options of the running forwarder, which were wrong: %s", why)
         return True
 
     async def _absent(self, spec: ForwarderSpec) -> None:

@@ -115,7 +115,8 @@ class ForwarderSpec:
     def changes(self, status: Mapping[str, Any]) -> dict[str, Any]:
         """Return what has to change in a running forwarder, as arguments of ``change_device``.
 
-        Return nothing if the forwarder has the wanted options, or if others differ too.
+        Return nothing if the forwarder has the wanted options, or if an option that cannot change
+        at run time differs too.
         """
         device, found = status["device"], dict[str, Any]()
         if self.mtu is not None and self.mtu != device["mtu"]:
@@ -168,9 +169,9 @@ def spawn(
     standby    a descriptor; the process waits at it until it is needed (``standby``)
     log_format the format of the log: "text" or "json"
 
-    Otherwise, the process inherits no terminal and no file descriptor. So a program that runs this
-    command and reads its output until the pipe is closed (flanneld does) does not wait for the
-    forwarder. The forwarder's output goes to ``log``, which the forwarder keeps below a limit.
+    The process inherits no terminal, and no other file descriptors than these. So a program that
+    runs this command and reads its output until the pipe is closed (flanneld does) does not wait
+    for the forwarder. The forwarder's output goes to ``log``, which the forwarder keeps below a limit.
     """
     import subprocess
 
