@@ -64,6 +64,7 @@ def write_limits() -> None:
         "DEFAULT_PORT": model.DEFAULT_PORT, "MAX_PORT": model.MAX_PORT,
         "MIN_MTU": model.MIN_MTU, "MIN_MTU6": model.MIN_MTU6, "MAX_MTU": model.MAX_MTU,
         "OVERHEAD4": model.OVERHEAD[4], "OVERHEAD6": model.OVERHEAD[6],
+        "MAX_UDP_PAYLOAD": model.MAX_UDP_PAYLOAD,
     }
     lines = [f"    {name} = {value}" for name, value in limits.items()]
     write_pxd("limits.pxd", "model.py", ["cdef enum:", *lines])

@@ -14,7 +14,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from limits cimport MIN_MTU6
+from limits cimport MAX_UDP_PAYLOAD, MIN_MTU6
 from path.decap cimport CHECK_OFF, CHECK_PEER, CHECK_STRICT
 from path.own_socket cimport close_spare
 from path.probe cimport add_token, count_sent, send_with_spare
@@ -42,7 +42,7 @@ from table.snapshot cimport (
 
 from wire.headers cimport IP_MAX
 from wire.net cimport set_net
-from wire.probe cimport PROBE_LEN, PROBE_MAX, PROBE_REQUEST, build_probe, probe_t
+from wire.probe cimport PROBE_LEN, PROBE_REQUEST, build_probe, probe_t
 
 from udptun.drops import DECAP, DROP_REASONS, ENCAP
 from udptun.errors import FieldError
@@ -476,7 +476,7 @@ cdef class Core:
         the kernel refused it. ``take_probes`` returns the reply when it has arrived.
 
         token     any number but 0
-        size      bytes of the message, PROBE_LEN..PROBE_MAX
+        size      bytes of the message, PROBE_LEN..MAX_UDP_PAYLOAD
         heard_ms  milliseconds since the last probe from this peer arrived; 2**32 - 1 = none yet
         """
         cdef probe_t probe
@@ -488,8 +488,9 @@ cdef class Core:
         cdef spare_t* spare
         if len(address) not in (4, 16):
             raise ValueError(f"an address of {len(address)} bytes")
-        if not PROBE_LEN <= size <= PROBE_MAX:
-            raise ValueError(f"a probe of {size} bytes: expected {PROBE_LEN} to {PROBE_MAX}")
+        if not PROBE_LEN <= size <= MAX_UDP_PAYLOAD:
+            raise ValueError(
+                f"a probe of {size} bytes: expected {PROBE_LEN} to {MAX_UDP_PAYLOAD}")
         if self.objects:
             w = self.workers[0]
             sender = w.sender4 if len(address) == 4 else w.sender6

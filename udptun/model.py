@@ -20,6 +20,7 @@ MAX_PORT = 65535
 MIN_MTU = 68  # RFC 791: every IPv4 router forwards 68 octets without fragmentation
 MIN_MTU6 = 1280  # RFC 8200 section 5: the MTU of an IPv6 link is at least this
 MAX_MTU = 65535
+MAX_UDP_PAYLOAD = 65507  # over IPv4 (RFC 791, RFC 768)
 MAX_MARK = 0xFFFFFFFF
 MAX_DSCP = 63
 INHERIT = "inherit"  # as a DSCP: that of the packet

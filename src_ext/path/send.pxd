@@ -22,6 +22,7 @@ from libc.string cimport memcpy, memset
 from drops cimport (
     DROP_NO_BUFFER, DROP_SEND_ERROR, DROP_SLOW_PEER, DROP_TOO_BIG, PASS, drop_t,
 )
+from limits cimport MAX_UDP_PAYLOAD
 from path.own_socket cimport give_own_socket, own_socket_of, set_option
 from path.queue cimport (
     QUEUE_DATAGRAMS, datagram_t, peer_queue_t, queue_clear, queue_is_empty, queue_t,
@@ -45,7 +46,6 @@ from wire.headers cimport IP4_DST, IP4_MIN, IP6_DST, IP6_LEN, swap16
 
 
 cdef enum:
-    MAX_UDP_PAYLOAD = 65507     # maximum bytes of one message: the sum of its datagrams
     MAX_ERRORS = 1024           # maximum number of errors that one read_errors reads
     ERRORS_MAX = 64             # maximum number of ICMP errors that a worker reads in ERRORS_NS
     ERRORS_NS = 100000000

@@ -19,7 +19,6 @@ from wire.headers cimport (
 
 cdef enum:
     PROBE_LEN = 24              # the shortest probe; longer ones are padded with zeros
-    PROBE_MAX = 65507           # the longest UDP payload over IPv4
     PROBE_MAGIC = 0x75747031    # "utp1"
     PROBE_MAGIC_LEN = 4
 
@@ -70,7 +69,7 @@ cdef inline drop_t parse_probe(const uint8_t* p, size_t n, probe_t* probe) noexc
 
 
 cdef inline void build_probe(uint8_t* out, const probe_t* probe) noexcept nogil:
-    """Write a probe of probe.size bytes, PROBE_LEN..PROBE_MAX."""
+    """Write a probe of probe.size bytes, PROBE_LEN..MAX_UDP_PAYLOAD."""
     memset(out, 0, probe.size)
     store_be32(out, PROBE_MAGIC)
     out[PROBE_KIND] = probe.kind

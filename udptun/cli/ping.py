@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from ..errors import ControlError, FieldError, UdptunError
+from ..model import MAX_UDP_PAYLOAD
 from ..net.echo import Answer, EchoPinger
 from .answers import ask
 from .mesh import Row, endpoint_of, find
@@ -48,7 +49,7 @@ class Pinger(Protocol):
               help="Number of packets.")
 @click.option("-i", "--interval", type=click.FloatRange(0.05), default=1.0, show_default=True,
               help="Seconds between two packets.")
-@click.option("-s", "--size", type=click.IntRange(1, 65507),
+@click.option("-s", "--size", type=click.IntRange(1, MAX_UDP_PAYLOAD),
               help="Bytes of a packet, with its IP header.  [default: the smallest]")
 @click.option("--sweep/--no-sweep", default=True, show_default=True,
               help="Afterwards, search for the largest packet that passes.")

@@ -21,14 +21,14 @@ from typing import Any
 
 from .. import _core
 from ..control.events import EventHub
-from ..model import MIN_MTU, OVERHEAD, Endpoint, Peer
+from ..model import MIN_MTU, MIN_MTU6, OVERHEAD, Endpoint, Peer
 from .probes import LINK_MTU, Key, Probes
 
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 60.0
-FLOOR = 1280  # all common links carry this
-UNKNOWN_MTU = {4: 576, 6: 1280}  # if the router reports none (RFC 1191 5, RFC 8201)
+FLOOR = MIN_MTU6  # all common links carry this
+UNKNOWN_MTU = {4: 576, 6: MIN_MTU6}  # if the router reports none (RFC 1191 5, RFC 8201)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,15 @@ from typing import Any
 from .. import _core
 from ..control.events import EventHub
 from ..errors import FieldError
-from ..model import MIN_MTU, OVERHEAD, Endpoint, PeerError, ProbeRecord, parse_number
+from ..model import (
+    MAX_UDP_PAYLOAD,
+    MIN_MTU,
+    OVERHEAD,
+    Endpoint,
+    PeerError,
+    ProbeRecord,
+    parse_number,
+)
 from ..probe.message import HEADER_SIZE, NEVER_HEARD, REPLY, heard_field
 from ..probe.prober import Prober, Request
 from ..probe.state import REACHABLE, UNKNOWN, UNREACHABLE, PathState
@@ -38,7 +46,6 @@ ANSWER_SECONDS = 1.0  # time for which ``probe`` waits for an answer, if the cal
 TIMEOUT_MAX = 10.0
 # The longest time between two probes of a peer behind a NAT. A NAT deletes its entry after 30 s.
 NAT_SECONDS = 20.0
-MAX_PROBE = 65507  # largest UDP payload over IPv4
 LINK_MTU = 0xFFFF  # the core uses the MTU of the link if that is smaller
 STATES = (REACHABLE, UNREACHABLE, UNKNOWN)
 
@@ -157,7 +164,8 @@ class Probes:
         key = endpoint.address.packed, endpoint.port
         if key not in self._prober:
             raise FieldError("endpoint", str(endpoint), "a peer that has a route with `probe`")
-        size = parse_number("size", HEADER_SIZE if size is None else size, HEADER_SIZE, MAX_PROBE)
+        size = parse_number("size", HEADER_SIZE if size is None else size, HEADER_SIZE,
+                            MAX_UDP_PAYLOAD)
         seconds = _timeout(timeout)
         request = self._prober.request(key, size)
         answer: dict[str, Any] = {"answered": False, "rtt_us": None, "size": size}
@@ -274,7 +282,7 @@ class Probes:
         if self._generation == self._routes.generation:
             return
         self._generation = self._routes.generation
-        limits = self._core.probe_peers(min(self._mtu, MAX_PROBE))
+        limits = self._core.probe_peers(min(self._mtu, MAX_UDP_PAYLOAD))
         for key in [key for key in self._prober if key not in limits]:
             self._prober.remove(key)
             self._core.set_path_mtu(*key, LINK_MTU, 0)

@@ -171,7 +171,8 @@ def spawn(
 
     The process inherits no terminal, and no other file descriptors than these. So a program that
     runs this command and reads its output until the pipe is closed (flanneld does) does not wait
-    for the forwarder. The forwarder's output goes to ``log``, which the forwarder keeps below a limit.
+    for the forwarder. The forwarder's output goes to ``log``, which the forwarder keeps below a
+    limit.
     """
     import subprocess
 
