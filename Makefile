@@ -126,7 +126,7 @@ bench: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## compar
 	@scripts/need $(DEMO_TOOLS)
 	@$(PY) -m bench quick $(ARGS)
 
-bench-full: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## run all comparisons; 60 minutes, root
+bench-full: build $(VENV)/steps.stamp $(VENV)/bench.stamp $(BENCH_PROGRAMS) ## run all comparisons; about an hour, at most 88 minutes, root
 	@scripts/need $(DEMO_TOOLS)
 	@$(PY) -m bench full $(ARGS)
 

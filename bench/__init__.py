@@ -1,8 +1,9 @@
 """The benchmarks: compare udptun with other tunnels, and report the results.
 
     python -m bench quick      TCP and round trips, at most 8 minutes (make bench)
-    python -m bench full       all metrics, at most 60 minutes (make bench-full)
+    python -m bench full       all metrics, about an hour, at most 88 minutes (make bench-full)
     python -m bench tcp        a single metric; --help lists them
+    python -m bench resume F   the rest of an interrupted run, whose folder is F
 
 The modules, in the order in which a result passes through them:
 

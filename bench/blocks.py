@@ -1,8 +1,8 @@
 """Runs the measurements in interleaved blocks: contenders are measured at almost the same time.
 
 Owns: the order of the slots, the counters read before and after each slot, the rules that reject a
-block, and the number of blocks. ``metrics`` has the measurements. Main thread only, like
-udptun.lab.
+block, the number of blocks, and the expected duration. ``metrics`` has the measurements. Main
+thread only, like udptun.lab.
 
 A slot is one measurement of one contender. A block usually measures every contender twice, the
 second time in reverse order: direct, vxlan, udptun, udptun, vxlan, direct. A steady drift of the
@@ -17,26 +17,30 @@ A block is rejected in three cases:
 
 No rule uses the ratios between contenders. A rejected block stays in the record, and another
 block replaces it if there is time left.
+
+A run that continues an earlier one measures only the blocks that are not in the record yet.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from udptun.lab import LabError
 
 from . import stats, system
-from .contenders import PathUnderTest
+from .contenders import PathUnderTest, find
 from .proof import refusal_reason
+from .record import Line
 from .session import OutOfTime, Session
 
 MAX_STOLEN = 0.02
 MAX_DRIFT = 0.30
 # The time of a slot in addition to its measurement, to start processes and to read counters.
-_SLOT_OVERHEAD_SECONDS = 0.4
+_SLOT_OVERHEAD_SECONDS = 0.15
+_SET_UP_SECONDS = 2.0  # of one contender
 
 
 @dataclass
@@ -90,57 +94,120 @@ def slot_order(names: Sequence[str], mirrored: bool, block: int) -> list[str]:
     return forward if block % 2 == 0 else forward[::-1]
 
 
-def run_blocks(
-    s: Session, series: Series, contenders: Sequence[str], measure: Measure, *, blocks: int,
-    slot_seconds: float, mirrored: bool = True,
-) -> None:
-    """Measure until ``blocks`` blocks are accepted. Measure at most 1.5 times ``blocks`` blocks."""
-    names = [c.name for c in s.set_up_available(contenders, series.profile)]
-    if not names:
-        return
-    s.set_profile(series.profile)
-    accepted = 0
-    for block in range(blocks + math.ceil(blocks / 2)):
-        slots = slot_order(names, mirrored, block)
-        if s.left() < len(slots) * (slot_seconds + _SLOT_OVERHEAD_SECONDS):
-            s.recorder.note(f"{series}: {accepted} of {blocks} blocks, out of time")
-            raise OutOfTime
-        lines = [
-            _slot(s, series, block, name, measure, f"block {accepted + 1} of {blocks}")
-            for name in slots
-        ]
-        rejected = rejection_reason(lines, names[0], series.drift_value)
-        s.recorder.write("block", **_key(series), block=block, rejected=rejected)
-        if rejected:
-            s.progress.step(f"{series}: block rejected: {rejected}")
-            continue
-        accepted += 1
-        if accepted == blocks:
-            break
-    if accepted < blocks:
-        s.recorder.note(f"{series}: {accepted} of {blocks} blocks, too many were rejected")
-    s.progress.step(f"{series}: {accepted} of {blocks} blocks")
+@dataclass(frozen=True)
+class Job:
+    """The blocks of one series that a run measures.
 
-
-def run_local_blocks(
-    s: Session, series: Series, measure: Callable[[], SlotResult], *, blocks: int
-) -> None:
-    """Run blocks of one slot each; a slot measures a step of udptun in this process, without hosts.
+    blocks        the number of accepted blocks to reach; at most 1.5 times as many are measured
+    slot_seconds  the expected duration of one slot
+    mirrored      as in ``slot_order``
     """
-    for block in range(blocks):
-        s.progress.now(f"{series}, block {block + 1} of {blocks}")
-        cpu_before, refused, result = system.cpu_time(), None, SlotResult({})
-        try:
-            result = measure()
-        except Refused as e:
-            refused = str(e)
-        cpu = system.cpu_time() - cpu_before
-        s.recorder.write(
-            "slot", **_key(series), block=block, contender="udptun", values=result.values,
-            refused=refused, stolen=round(cpu.stolen / cpu.total, 4), **result.facts,
-        )
-        s.recorder.write("block", **_key(series), block=block, rejected=None)
-    s.progress.step(f"{series}: {blocks} blocks")
+
+    series: Series
+    contenders: tuple[str, ...]
+    measure: Measure
+    blocks: int
+    slot_seconds: float
+    mirrored: bool = True
+
+    def seconds(self, lines: Sequence[Line] = ()) -> float:
+        """Return the expected duration, if no block is rejected; ``lines`` has earlier blocks."""
+        names = [n for n in self.contenders if self.series.profile in find(n).profiles]
+        left = max(0, self.blocks - progress(lines, self.series, names)[0])
+        return left * len(slot_order(names, self.mirrored, 0)) * self._slot_seconds
+
+    @property
+    def _slot_seconds(self) -> float:
+        return self.slot_seconds + _SLOT_OVERHEAD_SECONDS
+
+    def run(self, s: Session) -> None:
+        names = [c.name for c in s.set_up_available(self.contenders, self.series.profile)]
+        if not names:
+            return
+        s.set_profile(self.series.profile)
+        accepted, number = progress(s.recorder.lines, self.series, names)
+        before = accepted
+        for block in range(number, number + self.blocks + math.ceil(self.blocks / 2) - accepted):
+            if accepted >= self.blocks:
+                break
+            slots = slot_order(names, self.mirrored, block)
+            if s.left() < len(slots) * self._slot_seconds:
+                s.recorder.note(
+                    f"{self.series}: {accepted} of {self.blocks} blocks, out of time")
+                raise OutOfTime
+            where = f"block {accepted + 1} of {self.blocks}"
+            lines = [_slot(s, self.series, block, n, self.measure, where) for n in slots]
+            rejected = rejection_reason(lines, names[0], self.series.drift_value)
+            s.recorder.write("block", **_key(self.series), block=block, rejected=rejected)
+            if rejected:
+                s.progress.step(f"{self.series}: block rejected: {rejected}")
+            else:
+                accepted += 1
+        if accepted < self.blocks:
+            s.recorder.note(
+                f"{self.series}: {accepted} of {self.blocks} blocks, too many were rejected")
+        earlier = f", {before} of them in an earlier part" if before else ""
+        s.progress.step(f"{self.series}: {accepted} of {self.blocks} blocks{earlier}")
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """Blocks of one slot each. A slot measures a step of udptun in this process, without hosts."""
+
+    series: Series
+    measure: Callable[[], SlotResult]
+    blocks: int
+    slot_seconds: float
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        return ()
+
+    def seconds(self, lines: Sequence[Line] = ()) -> float:
+        return max(0, self.blocks - progress(lines, self.series, ["udptun"])[0]) * self.slot_seconds
+
+    def run(self, s: Session) -> None:
+        accepted, number = progress(s.recorder.lines, self.series, ["udptun"])
+        for block in range(number, number + self.blocks - accepted):
+            s.progress.now(f"{self.series}, block {block + 1} of {self.blocks}")
+            cpu_before, refused, result = system.cpu_time(), None, SlotResult({})
+            try:
+                result = self.measure()
+            except Refused as e:
+                refused = str(e)
+            cpu = system.cpu_time() - cpu_before
+            s.recorder.write(
+                "slot", **_key(self.series), block=block, contender="udptun",
+                values=result.values, refused=refused,
+                stolen=cpu.share(cpu.stolen), **result.facts,
+            )
+            s.recorder.write("block", **_key(self.series), block=block, rejected=None)
+        s.progress.step(f"{self.series}: {self.blocks} blocks")
+
+
+def duration(jobs: Iterable[Job | LocalJob], lines: Sequence[Line] = ()) -> float:
+    """Return the expected seconds of a run, if no block is rejected; ``lines`` as in ``Job``."""
+    jobs = tuple(jobs)
+    names = {name for job in jobs for name in job.contenders}
+    return sum(job.seconds(lines) for job in jobs) + _SET_UP_SECONDS * len(names)
+
+
+def progress(lines: Iterable[Line], series: Series, names: Sequence[str]) -> tuple[int, int]:
+    """Return the number of accepted blocks with these contenders, and the first unused number.
+
+    An interrupted block has slots, but no end. Its number is not used again.
+    """
+    key, accepted, number = _key(series), 0, 0
+    contenders: dict[int, set[str]] = {}
+    for line in lines:
+        if line["kind"] not in ("slot", "block") or key != {name: line[name] for name in key}:
+            continue
+        number = max(number, line["block"] + 1)
+        if line["kind"] == "slot":
+            contenders.setdefault(line["block"], set()).add(line["contender"])
+        elif not line["rejected"] and contenders.get(line["block"]) == set(names):
+            accepted += 1
+    return accepted, number
 
 
 def _key(series: Series) -> dict[str, str]:
@@ -153,6 +220,7 @@ def _slot(
     s.progress.now(f"{series}, {where}: {name}")
     path, counters = s.path(name), s.counters(name)
     result, refused, counted = SlotResult({}), None, None
+    sent = path.in_kernel() if path.in_kernel else (0, 0)
     before, cpu_before = counters.read(), system.cpu_time()
     try:
         result = measure(path)
@@ -169,14 +237,23 @@ def _slot(
         # A metric sets "cpu_seconds" to request the CPU time. This function measures the CPU time.
         del result.values["cpu_seconds"]
         result.values["cpu_seconds_per_gb"] = cpu.busy / (received / 1e9)
+    if path.in_kernel and not refused:
+        result.facts["in_kernel"] = _share(sent, path.in_kernel())
     if refused:
         s.progress.step(f"{series}: {name} refused: {refused.splitlines()[0]}")
     return s.recorder.write(
         "slot", **_key(series), block=block, contender=name,
         values={} if refused else result.values, refused=refused, received=result.received,
-        busy=round(cpu.busy / cpu.total, 4), stolen=round(cpu.stolen / cpu.total, 4),
+        busy=cpu.share(cpu.busy), stolen=cpu.share(cpu.stolen),
         wire=counted and [vars(count) for count in counted], **result.facts,
     )
+
+
+def _share(before: tuple[int, int], after: tuple[int, int]) -> float | None:
+    """Return the share of the packets that the express path has sent; None: the counters began
+    again, because the slot has restarted the forwarder."""
+    express, total = (new - old for new, old in zip(after, before, strict=True))
+    return round(express / total, 4) if 0 <= express <= total > 0 else None
 
 
 def rejection_reason(

@@ -34,9 +34,10 @@ from . import (
     takeover,
     timeline,
 )
+from .blocks import Job, LocalJob, duration
 from .contenders.external import installed_names
-from .metrics import gap, isolation, lookup, memory, pps, rtt, scale, start, tcp
-from .metrics.metric import COMPARED, NO_PROFILE, Metric, Plan
+from .metrics import gap, isolation, kill, lookup, memory, pps, rtt, scale, start, tcp
+from .metrics.metric import ACCELERATED, COMPARED, NO_PROFILE, Metric, Plan
 from .session import OutOfTime, Session
 from .summary import load
 from .tools import ROOT
@@ -47,14 +48,16 @@ _MINUTE = 60.0
 Step = tuple[Metric, Plan]
 
 _WITH_LIMIT = (*COMPARED, "copylimit")
-_FEW = ("direct", "vxlan", "udptun", "onepacket")
-_TUNNELS = ("vxlan", "udptun", "udptun --offload off", "onepacket")
+_GOALS = ("vxlan", "udptun", ACCELERATED)  # what the goals compare
+_FEW = ("direct", *_GOALS, "onepacket")
+_BOTH = ("udptun", ACCELERATED)
+_FULL_MINUTES = 88
 
 # (the steps of the command, the seconds that the command may take)
 QUICK: tuple[tuple[Step, ...], float] = (
     (
-        (tcp.METRIC, Plan(4, 2, variants=("1 there",))),
-        (rtt.METRIC, Plan(3, 1, ("P1",), variants=("udp idle", "udp bulk", "tcp idle"))),
+        (tcp.METRIC, Plan(3, 2, variants=("1 there",))),
+        (rtt.METRIC, Plan(3, 1, ("P1",), variants=("udp idle", "udp bulk", "ping bulk"))),
     ),
     7.5 * _MINUTE,
 )
@@ -67,7 +70,8 @@ SINGLE = {
     "isolation": (isolation.METRIC, Plan(5, 4, ("P1",), ("udptun",))),
     "memory": (memory.METRIC, Plan(3, 3, ("P1",), ("udptun",))),
     "start": (start.METRIC, Plan(10, 1, ("P1",), ("udptun",))),
-    "scale": (scale.METRIC, Plan(3, 1, ("P1",), ("udptun", "onepacket"))),
+    "kill": (kill.METRIC, Plan(3, 2, ("P1",), (ACCELERATED,))),
+    "scale": (scale.METRIC, Plan(3, 1, ("P1",), (*_BOTH, "onepacket"))),
     "lookup": (lookup.METRIC, Plan(5, 1, (NO_PROFILE,), ("udptun",))),
 }
 
@@ -75,22 +79,33 @@ SINGLE = {
 def full() -> tuple[tuple[Step, ...], float]:
     """Return the steps of ``full``.
 
-    The steps that the goals need come first, because the time may end before the last step.
+    The steps that the goals need come first, because the time may end before the last step. A
+    contender that no goal needs is measured in fewer blocks.
     """
-    installed = installed_names()
+    slow = ("udptun --offload off", *installed_names())
     return (
         (
-            (tcp.METRIC, Plan(12, 2, contenders=(*_WITH_LIMIT, *installed),
-                              variants=("1 there",))),
-            (rtt.METRIC, Plan(8, 2, ("P1",), (*_FEW, *installed), ("udp idle", "udp bulk"))),
-            (pps.METRIC, Plan(6, 1, ("P1",), variants=("64 bytes",))),
-            SINGLE["gap"], SINGLE["memory"], SINGLE["start"], SINGLE["lookup"], SINGLE["scale"],
-            (pps.METRIC, Plan(2, 1, ("P1",), _TUNNELS, ("256 bytes", "512 bytes", "1400 bytes"))),
+            (tcp.METRIC, Plan(8, 2, ("P1",), (*_FEW, "copylimit"), ("1 there",))),
+            (tcp.METRIC, Plan(8, 2, ("P2", "P3", "P4"), _FEW, ("1 there",))),
+            (rtt.METRIC, Plan(8, 2, ("P1",), _FEW, ("udp idle", "udp bulk"))),
+            (rtt.METRIC, Plan(6, 2, ("P1",), ("direct", *_GOALS), ("ping idle",))),
+            (rtt.METRIC, Plan(6, 2, ("P1", "P2"), ("direct", *_GOALS), ("ping bulk",))),
+            (rtt.METRIC, Plan(6, 2, ("P2",), ("direct", *_GOALS), ("udp bulk",))),
+            (tcp.METRIC, Plan(6, 2, profiles.NAMES, ("direct", *_GOALS), ("4 there",))),
+            (tcp.METRIC, Plan(6, 2, contenders=_GOALS, variants=("1 both", "1 there busy"))),
+            (pps.METRIC, Plan(6, 1, ("P1",), _FEW, ("64 bytes",))),
+            (scale.METRIC, Plan(5, 1, ("P1",), _BOTH, ("1 peers", "100 peers"))),
+            SINGLE["kill"], SINGLE["gap"], SINGLE["memory"], SINGLE["start"], SINGLE["lookup"],
+            (tcp.METRIC, Plan(3, 2, contenders=("vxlan", "udptun", *slow), variants=("1 there",))),
+            (rtt.METRIC, Plan(3, 2, ("P1",), ("vxlan", "udptun", *slow), ("udp idle", "udp bulk"))),
+            (pps.METRIC, Plan(2, 1, ("P1",), ("vxlan", "udptun", *slow), ("64 bytes",))),
+            (scale.METRIC, Plan(3, 1, ("P1",), ("udptun", "onepacket"),
+                                ("1 routes", "10000 routes", "100000 routes"))),
+            (pps.METRIC, Plan(2, 1, ("P1",), (*_GOALS, "onepacket"), ("512 bytes", "1400 bytes"))),
             (rtt.METRIC, Plan(3, 1, ("P1",), _FEW, ("tcp idle", "tcp bulk"))),
-            (tcp.METRIC, Plan(3, 2, contenders=_FEW,
-                              variants=("4 there", "16 there", "1 back", "1 both"))),
+            (tcp.METRIC, Plan(3, 2, contenders=_GOALS, variants=("16 there", "1 back"))),
         ),
-        58 * _MINUTE,
+        _FULL_MINUTES * _MINUTE,
     )
 
 
@@ -107,7 +122,7 @@ _PROFILES_HELP = f"""\
 profiles: what the wire between the two hosts does with super-packets (TSO, USO):
 {profiles.legend()}
 
-P1, P2 and P3 are the usual ones; P4 is measured only with --profile P4.
+P1, P2 and P3 are measured by default; P4 by "full", and with --profile P4.
 """
 
 
@@ -119,19 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     summaries = {
         "quick": "TCP ratios and round trips, at most 8 minutes",
-        "full": "all metrics, at most 60 minutes",
+        "full": f"all metrics, at most {_FULL_MINUTES} minutes",
         **{name: metric.summary for name, (metric, _) in SINGLE.items()},
         "cpu": "CPU time of the whole system per gigabyte, and TCP throughput",
     }
     for name, summary in summaries.items():
         _add_measuring_command(commands, name, summary)
-    command = commands.add_parser("report", help="write the report of a recorded run again")
-    command.add_argument("folder", type=Path, help="folder of the run")
-    command.set_defaults(run=_report_again)
-    command = commands.add_parser("readme", help="write a run's comparison into README.md")
-    command.add_argument("lines", type=Path, help="folder of the run, or its lines.jsonl")
-    command.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    command.set_defaults(run=lambda a: readme.rewrite(a.readme, load(record.read(a.lines))))
+    _add_commands_for_recorded_runs(commands)
     text = "flame graph of one TCP stream through a contender (perf)"
     command = commands.add_parser(
         "flame", help=text, description=text, epilog=_PROFILES_HELP,
@@ -181,6 +190,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_commands_for_recorded_runs(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> None:
+    text = "continue an interrupted run: measure what its record does not have yet"
+    command = commands.add_parser("resume", help=text, description=text)
+    command.add_argument("folder", type=Path, help="folder of the run")
+    command.set_defaults(run=_resume)
+    command = commands.add_parser("report", help="write the report of a recorded run again")
+    command.add_argument("folder", type=Path, help="folder of the run")
+    command.set_defaults(run=_report_again)
+    command = commands.add_parser("readme", help="write a run's comparison into README.md")
+    command.add_argument("lines", type=Path, help="folder of the run, or its lines.jsonl")
+    command.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    command.set_defaults(run=lambda a: readme.rewrite(a.readme, load(record.read(a.lines))))
+
+
 def _add_nodes_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "cost of one node in a cluster of N nodes (etcd)"
     command = commands.add_parser("nodes", help=text, description=text)
@@ -219,7 +244,7 @@ def _add_measuring_command(
         name, help=text, description=f"Measure: {text}.", epilog=_PROFILES_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=_measure, what=name)
+    command.set_defaults(run=_measure, what=name, resume=False)
     command.add_argument("--blocks", type=_positive(int), metavar="N",
                          help="number of blocks to accept per series")
     command.add_argument("--seconds", type=_positive(int), metavar="N",
@@ -339,8 +364,26 @@ def _possible(
     return [tuple(found) for found in possible]
 
 
+def _resume(arguments: argparse.Namespace) -> int:
+    """Continue the run with its own command. ValueError if it is not a run of this machine."""
+    lines = record.read(arguments.folder)
+    first: record.Line = next((line for line in lines if line["kind"] == "run"), {"command": ""})
+    words = shlex.split(first["command"])
+    if words[:3] != ["python", "-m", "bench"]:
+        raise ValueError(f"{arguments.folder}: expected the record of a run")
+    before, now = first["machine"], system.facts()
+    if other := [f"{key}: {before.get(key)}, now {now.get(key)}"
+                 for key in before | now if before.get(key) != now.get(key)]:
+        raise ValueError(f"{arguments.folder}: the new figures would not compare with the old ones "
+                         f"({'; '.join(other)}); begin a new run")
+    recorded = _parser().parse_args(words[3:])
+    recorded.out, recorded.resume = arguments.folder, True
+    return int(recorded.run(recorded))
+
+
 def _measure(arguments: argparse.Namespace) -> int:
     steps, budget = _steps(arguments)
+    jobs = [job for metric, plan in steps for job in metric.jobs(plan)]
     if missing := _missing_requirement():
         print(f"bench: {missing}", file=sys.stderr)
         return 1
@@ -348,16 +391,20 @@ def _measure(arguments: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lab, removed = Lab(), ""
     code = 0
-    with record.Recorder(folder) as recorder:
-        recorder.write("run", command=_command(), machine=system.facts())
+    with record.Recorder(folder, arguments.resume) as recorder:
+        if arguments.resume:
+            recorder.write("resume", machine=system.facts())
+        else:
+            recorder.write("run", command=_command(), machine=system.facts())
+        print(_announcement(jobs, budget, recorder), file=sys.stderr, flush=True)
         how = "failed"
         try:
             with lab:
                 try:
-                    how = _run(steps, Session(lab, recorder, budget))
+                    how = _run(jobs, Session(lab, recorder, budget))
                 finally:
                     removed = lab.close()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C; the lab's handler of SIGTERM
             how, code = "interrupted", 130
         except LabError as e:
             print(f"bench: {e}", file=sys.stderr)
@@ -366,16 +413,26 @@ def _measure(arguments: argparse.Namespace) -> int:
             recorder.write("end", how=how)
         print(f"{how}; removed {removed or 'nothing'}", file=sys.stderr)
         print(finish(folder, recorder.lines))
+        if how != "complete":
+            print(f"bench: to measure the rest: python -m bench resume {folder}", file=sys.stderr)
         if code == 0 and not load(recorder.lines).figures:
             print("bench: nothing was measured", file=sys.stderr)
             code = 1
     return code
 
 
-def _run(steps: Sequence[Step], session: Session) -> str:
+def _announcement(jobs: Sequence[Job | LocalJob], budget: float, recorder: record.Recorder) -> str:
+    """Say how long the run takes, before it starts."""
+    expected = duration(jobs, recorder.lines)
+    text = (f"{len(jobs)} series, about {max(1, round(expected / _MINUTE))} min, at most "
+            f"{budget / _MINUTE:g} min; Ctrl-C keeps what was measured, in {recorder.folder}")
+    return text if expected <= budget else f"{text}; the last series will be left out"
+
+
+def _run(jobs: Sequence[Job | LocalJob], session: Session) -> str:
     try:
-        for metric, plan in steps:
-            metric.measure(session, plan)
+        for job in jobs:
+            job.run(session)
     except OutOfTime:
         return "out of time"
     finally:

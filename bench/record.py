@@ -4,6 +4,7 @@ Owns: bench/out/<time>-<command>/lines.jsonl and its format. Independent of the 
 values. Main thread only. Each line has a ``kind``:
 
     run        the command and the machine
+    resume     the run goes on: the machine
     contender  one contender that was set up: inner MTU, nft expression, details
     offloads   the offloads of the wire on one profile, as ethtool reports them
     slot       one measurement of one contender: values and facts. If the measurement was refused,
@@ -13,7 +14,7 @@ values. Main thread only. Each line has a ``kind``:
     end        the way the run ended: "complete", "out of time", "interrupted" or "failed"
 
 An interrupted run keeps all lines that were written before the interruption. A report can be
-written from these lines.
+written from these lines, and the run can go on (``python -m bench resume``).
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ def new_folder(label: str) -> Path:
 
 
 class Recorder:
-    """Writes the lines of one run. Each line is flushed, so that Ctrl-C loses no line."""
+    """Writes the lines of one run. Each line is flushed, so that Ctrl-C loses no line.
 
-    def __init__(self, folder: Path) -> None:
+    resume  keep the lines that the folder has, and write behind them
+    """
+
+    def __init__(self, folder: Path, resume: bool = False) -> None:
         self.folder = folder
-        self.lines: list[Line] = []
-        self._out: TextIO = (folder / LINES).open("w")
+        self.lines: list[Line] = read(folder) if resume else []
+        self._out: TextIO = (folder / LINES).open("a" if resume else "w")
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-from . import blocks, proof
+from . import blocks, proof, stats
 from .goals import Verdict, verdicts
 from .profiles import PROFILES
 from .stats import Estimate
@@ -21,10 +21,12 @@ REFERENCES = ("vxlan", "onepacket", "copylimit")
 # For each metric: the measured quantity, and the meaning of the variants.
 _METRICS = {
     "tcp": "iperf3 between hosts a and b. *N there*: N streams from a to b; *N back*: from b to a; "
-    "*N both*: N streams in each direction at the same time.",
-    "rtt": "64-byte requests from a, answered by b. *udp* or *tcp*: the protocol. *idle*: each "
-    "request is sent when the previous reply has arrived. *bulk*: 2000 requests per second while "
-    "one TCP stream runs from a to b.",
+    "*N both*: N streams in each direction at the same time. *busy*: with an endless loop on each "
+    "CPU core.",
+    "rtt": "64-byte requests from a, answered by b. *udp* or *tcp*: the protocol of two programs; "
+    "*ping*: ICMP, which the kernel of b answers. *idle*: each request is sent when the previous "
+    "reply has arrived. *bulk*: 2000 requests per second while one TCP stream runs from a to b. "
+    "The TCP throughput is the one of this stream. Pings are sent every 2 ms.",
     "pps": "UDP datagrams from a to b, each sent as its own packet. *N bytes*: UDP payload.",
     "gap": "20,000 datagrams per second from a to b while all routes of host a's forwarder are "
     "replaced. *N routes*: number of routes replaced.",
@@ -37,6 +39,8 @@ _METRICS = {
     "packet.",
     "lookup": "Route look-up in the core, without forwarding. *v4, v6*: address family; *random*: "
     "random addresses; *hit*: only addresses with a route; *N*: number of routes.",
+    "kill": "Packets that are lost after the forwarder of host a is killed. 10,000 datagrams per "
+    "second from a to b; no other forwarder starts.",
     "scale": "64-byte UDP datagrams from a to b, consecutive ones to different addresses. *N "
     "routes*: N routes with one next hop. *N peers*: N routes with N next hops.",
 }
@@ -47,13 +51,14 @@ pair of MTU 1500. All contenders are set up at the same time; all except the mea
 The inner MTU is the largest that fits. A slot is one measurement of one contender. Slots are
 interleaved in blocks, usually with two slots per contender and the second half in reverse order:
 direct, vxlan, udptun, udptun, vxlan, direct. Ratios are computed within a block. Each figure is the
-median over the blocks with its 95 % bootstrap interval. "Noise" is the median difference between
+median over the blocks with its 95 % bootstrap interval. Contenders that no goal needs are in fewer
+blocks, which their row says. "Noise" is the median difference between
 two slots of one contender in a block; a smaller difference between contenders is not significant.
 A block is rejected if the hypervisor took more than {blocks.MAX_STOLEN:.0%} of the CPU time, or if
 the two slots of its first contender differ by more than {blocks.MAX_DRIFT:.0%}; a rejected block
 stays in the record. CPU time is that of the whole system (/proc/stat), including iperf3. If the
 machine is less than 95 % busy, wake-up latency limits the rate more than CPU time. Load generators:
-iperf3 for TCP, bench/udpload.c for round trips, packet rates and gaps."""
+iperf3 for TCP, bench/udpload.c for round trips, packet rates and gaps, ping(8) for pings."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -65,9 +70,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def markdown(run: Run, plots: Sequence[str] = ()) -> str:
     """Return the report."""
     day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.began))
+    parts = f" in {run.parts} parts" if run.parts > 1 else ""
     lines = [
         "# Benchmarks of udptun", "",
-        f"`{run.command}`, {day}, {run.seconds / 60:.0f} minutes, {run.ended}.", "",
+        f"`{run.command}`, {day}, {run.seconds / 60:.0f} minutes{parts}, "
+        f"{run.ended}.", "",
     ]
     lines += ["## Profiles", "", *_profiles(run), ""]
     lines += goals_table(verdicts(run))
@@ -106,13 +113,26 @@ def goals_table(found: Sequence[Verdict]) -> list[str]:
         goal = verdict.goal
         sign = ">=" if goal.at_least else "<="
         rows.append((
-            goal.row, _with_unit(verdict.measured, goal.unit),
+            goal.row, goal.subject, goal.compared, _with_unit(verdict.measured, goal.unit),
             f"{sign} {number(goal.required)}", f"{sign} {number(goal.target)}",
             texts[verdict.meets_required], texts[verdict.meets_target],
         ))
-    header = ("udptun", "measured (95 % interval)", "required", "target", "required value met",
-              "target met")
-    return ["## Goals", "", *table(header, rows), ""]
+    header = ("figure", "contender", "ratio to", "measured (95 % interval)", "required", "target",
+              "required value met", "target met")
+    return ["## Goals", "", _count(found), "", *table(header, rows), ""]
+
+
+def _count(found: Sequence[Verdict]) -> str:
+    """Return how many goals are met, missed and not measured."""
+    parts = []
+    for what, answers in (
+        ("required values", [one.meets_required for one in found]),
+        ("targets", [one.meets_target for one in found]),
+    ):
+        yes, no, unknown = (answers.count(answer) for answer in (True, False, None))
+        parts.append(
+            f"Of {len(found)} {what}, {yes} are met, {no} are missed, {unknown} are not measured.")
+    return " ".join(parts)
 
 
 def _with_unit(estimate: Estimate | None, unit: str) -> str:
@@ -136,23 +156,32 @@ def _figures(run: Run, figures: Figures) -> list[str]:
     _, profile, variant = figures.key
     unit, names = UNITS[figures.value], figures.names()
     references = [name for name in REFERENCES if name in names]
+    busy, in_kernel = run.busy.get(figures.key, {}), run.in_kernel.get(figures.key, {})
     rows = []
     for name in names:
-        busy = run.busy.get(figures.key, {}).get(name)
         rows.append((
             name, spread(figures.level(name), unit.factor),
             *("1" if name == other else spread(figures.ratio(name, other)) for other in references),
-            "-" if busy is None else f"{busy:.0%}",
+            _percent(busy.get(name)), *([_percent(in_kernel.get(name))] if in_kernel else []),
         ))
     noise = figures.noise()
     if profile in PROFILES:
         profile = f"{profile} ({PROFILES[profile].title})"
     title = ", ".join(part for part in (profile.strip("-"), variant) if part)
-    caption = f"{len(figures.blocks)} blocks"
+    blocks_of = {name: len(stats.levels(figures.blocks, name)) for name in names}
+    most = max(blocks_of.values())
+    caption = f"{most} blocks"
+    if fewer := [f"{n} of {name}" for name, n in blocks_of.items() if n < most]:
+        caption += f" ({', '.join(fewer)})"
     if noise:
         caption += f", noise {noise.median:.1%}"
-    header = ("contender", unit.unit, *(f"vs {name}" for name in references), "machine busy")
+    header = ("contender", unit.unit, *(f"vs {name}" for name in references), "machine busy",
+              *(["sent by the express path"] if in_kernel else []))
     return [f"**{title}**: {caption}", "", *table(header, rows), ""]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _contenders(run: Run) -> list[str]:
@@ -214,10 +243,10 @@ def terminal(run: Run) -> str:
     shown = [v for v in verdicts(run) if v.measured]
     if shown:
         texts = {True: "met", False: "MISSED", None: "-"}
-        lines += ["", *_columns(("goal", "measured", "required", ""), [
-            (v.goal.row, _with_unit(v.measured, v.goal.unit), number(v.goal.required),
-             texts[v.meets_required]) for v in shown
-        ], merged=0)]
+        lines += ["", *_columns(("goal", "contender", "ratio to", "measured", "required", ""), [
+            (v.goal.row, v.goal.subject, v.goal.compared, _with_unit(v.measured, v.goal.unit),
+             number(v.goal.required), texts[v.meets_required]) for v in shown
+        ], merged=1)]
     if run.rejected or run.refused:
         lines += ["", f"left out: {len(run.rejected)} blocks rejected, "
                       f"{len(run.refused)} figures refused; the report gives the reasons"]

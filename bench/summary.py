@@ -15,6 +15,7 @@ from . import stats
 from .record import Line
 
 Key = tuple[str, str, str]  # metric, profile, variant
+Quantiles = list[list[float]]  # pairs of a quantile, 0..1, and its value
 
 
 @dataclass
@@ -40,7 +41,13 @@ class Figures:
 
 @dataclass
 class Run:
-    """One run: its figures, the slots and blocks that were left out, the machine and contenders."""
+    """One run: its figures, the slots and blocks that were left out, the machine and contenders.
+
+    seconds    the duration of all parts together
+    parts      how often the run was begun or continued
+    in_kernel  the share of packets that the express path has sent, by series and contender
+    quantiles  the distributions of round trips, one for each slot, by series and contender
+    """
 
     figures: dict[tuple[Key, str], Figures] = field(default_factory=dict)
     rejected: list[tuple[Key, int, str]] = field(default_factory=list)
@@ -55,6 +62,9 @@ class Run:
     ended: str = "interrupted"
     began: float = 0.0
     seconds: float = 0.0
+    parts: int = 1
+    in_kernel: dict[Key, dict[str, float]] = field(default_factory=dict)
+    quantiles: dict[Key, dict[str, list[Quantiles]]] = field(default_factory=dict)
 
     def get(self, metric: str, profile: str, variant: str, value: str) -> Figures | None:
         return self.figures.get(((metric, profile, variant), value))
@@ -66,13 +76,16 @@ class Run:
 
 def load(lines: Iterable[Line]) -> Run:
     """Build the summary of a run from its lines."""
-    run = Run()
+    run, before, began = Run(), 0.0, 0.0
     slots: dict[tuple[Key, int], list[Line]] = {}
     for line in lines:
         match line["kind"]:
             case "run":
                 run.machine, run.command = line["machine"], line["command"]
-                run.began = line["at"]
+                run.began = began = line["at"]
+            case "resume":
+                before, began = run.seconds, line["at"]
+                run.parts += 1
             case "note":
                 run.notes.append(line["text"])
             case "contender":
@@ -85,7 +98,7 @@ def load(lines: Iterable[Line]) -> Run:
                 _close(run, line, slots.pop((_key(line), line["block"]), []))
             case "end":
                 run.ended = line["how"]
-        run.seconds = max(run.seconds, line.get("at", 0.0) - run.began)
+        run.seconds = max(run.seconds, before + line.get("at", 0.0) - began)
     # The slots of an unfinished block remain in ``slots`` and are not used, because an unfinished
     # block cannot be compared.
     return run
@@ -112,6 +125,10 @@ def _close(run: Run, end: Line, slots: list[Line]) -> None:
                 measured.setdefault(s["contender"], []).append(s["values"][name])
         figures.blocks.append(measured)
     for contender in dict.fromkeys(s["contender"] for s in slots):
-        busy = [s["busy"] for s in slots if s["contender"] == contender and "busy" in s]
-        if busy:
+        own = [s for s in slots if s["contender"] == contender]
+        if busy := [s["busy"] for s in own if "busy" in s]:
             run.busy.setdefault(key, {})[contender] = fmean(busy)
+        if shares := [s["in_kernel"] for s in own if s.get("in_kernel") is not None]:
+            run.in_kernel.setdefault(key, {})[contender] = fmean(shares)
+        run.quantiles.setdefault(key, {}).setdefault(contender, []).extend(
+            s["quantiles_ns"] for s in own if s.get("quantiles_ns") and not s["refused"])

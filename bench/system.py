@@ -31,6 +31,10 @@ class CpuTime:
     def total(self) -> float:
         return self.busy + self.idle + self.stolen
 
+    def share(self, part: float) -> float:
+        """Return this part of the time; 0 for less time than the clock shows."""
+        return round(part / self.total, 4) if self.total else 0.0
+
     def __sub__(self, before: CpuTime) -> CpuTime:
         return CpuTime(
             self.busy - before.busy, self.idle - before.idle, self.stolen - before.stolen

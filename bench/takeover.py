@@ -203,7 +203,7 @@ def _kill(side: Side) -> Callable[[], None]:
     standby.wait_loaded(ours)
     if not new.process.alive:
         raise LabError(f"the standby process has ended: {new.process.text()}")
-    kept = asyncio.run(_copies(side))
+    kept = asyncio.run(copies(side.forwarder))
 
     def event() -> None:
         side.forwarder.process.kill()
@@ -217,7 +217,7 @@ def _kill(side: Side) -> Callable[[], None]:
 
 
 def _kill_without_standby(side: Side) -> Callable[[], None]:
-    kept = asyncio.run(_copies(side))
+    kept = asyncio.run(copies(side.forwarder))
 
     def event() -> None:
         side.forwarder.process.kill()
@@ -227,10 +227,11 @@ def _kill_without_standby(side: Side) -> Callable[[], None]:
     return event
 
 
-async def _copies(side: Side) -> dict[str, int]:
-    control: Path = side.forwarder.control
+async def copies(forwarder: Forwarder) -> dict[str, int]:
+    """Return copies of a forwarder's descriptors, as the node daemon has them."""
+    control: Path = forwarder.control
     channel = await Channel.connect(control.with_name(f"{control.stem}.takeover.sock"))
-    namespace = (NETNS_DIR / side.host.namespace).stat().st_ino
+    namespace = (NETNS_DIR / forwarder.host.namespace).stat().st_ino
     try:
         await channel.send(Hello(DESCRIPTORS, namespace=namespace))
         return await channel.receive_descriptors()

@@ -211,6 +211,18 @@ static int64_t quantile(double q) {
 	return times_n ? times[(size_t)(q * (double)(times_n - 1) + 0.5)] : -1;
 }
 
+/* Prints the distribution of the sorted times: pairs of a quantile and its time. */
+static void print_quantiles(void) {
+	static const double shown[] = {
+		0, .01, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .98, .99, .995, .999, 1,
+	};
+
+	printf("\"quantiles_ns\":[");
+	for (size_t i = 0; times_n && i < sizeof shown / sizeof *shown; i++)
+		printf("%s[%g,%lld]", i ? "," : "", shown[i], (long long)quantile(shown[i]));
+	printf("]");
+}
+
 /* Reads one reply and records its round-trip time. Returns false if there is no reply to read. */
 static bool read_reply(int fd, uint8_t *buf, size_t *have) {
 	size_t want = opt.tcp ? (size_t)opt.size - *have : ROOM;
@@ -282,10 +294,12 @@ static void run_ping(const struct sockaddr_in *to) {
 	close_record();
 	qsort(times, times_n, sizeof *times, by_value);
 	printf("{\"sent\":%llu,\"received\":%zu,\"seconds\":%.6f,\"p50_ns\":%lld,\"p99_ns\":%lld,"
-	       "\"p999_ns\":%lld,\"min_ns\":%lld,\"max_ns\":%lld}\n",
+	       "\"p999_ns\":%lld,\"min_ns\":%lld,\"max_ns\":%lld,",
 	       (unsigned long long)sent, times_n, (double)(now_ns() - begin) / 1e9,
 	       (long long)quantile(.5), (long long)quantile(.99), (long long)quantile(.999),
 	       (long long)quantile(0), (long long)quantile(1));
+	print_quantiles();
+	puts("}");
 }
 
 /* Counting. */

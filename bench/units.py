@@ -37,7 +37,7 @@ UNITS = {
     "delay_max_ns": Unit("longest one-way delay", "ms", 1e-6, False),
     "quiet_delay_p99_ns": Unit("one-way delay while quiet, p99", "us", 1e-3, False),
     "quiet_delay_max_ns": Unit("longest one-way delay while quiet", "ms", 1e-6, False),
-    "lost_packets": Unit("lost packets", "", 1, False),
+    "lost_packets": Unit("lost packets", "packets", 1, False),
     "rss_bytes": Unit("resident memory", "MB", 1e-6, False),
     "start_ns": Unit("start to first forwarded packet", "ms", 1e-6, False),
     "lookup_ns": Unit("look-up", "ns", 1, False),

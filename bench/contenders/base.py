@@ -7,7 +7,7 @@ Main thread only, like udptun.lab.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from udptun.lab import Forwarder, Host, Lab, Link, ping, wait_for
@@ -19,6 +19,7 @@ _WARM_UP_INTERVAL_SECONDS = 0.05
 _PING_OVERHEAD = 28  # IPv4 and ICMP header
 
 ExtraRoute = tuple[str, str]  # (prefix, next hop)
+NOTHING: Mapping[str, int] = {}
 
 
 @dataclass(eq=False)
@@ -30,7 +31,10 @@ class PathUnderTest:
     inner_mtu       the largest inner packet, in bytes
     device          the name of the tunnel device on both hosts; "" if there is no device
     forwarders      udptun's forwarders of hosts a and b; empty for other contenders
-    restart         starts udptun's forwarder on host a again, and does not wait until it is ready
+    restart         starts udptun's forwarder on host a again, and does not wait until it is ready;
+                    the argument has descriptors that the ended forwarder has left, or is NOTHING
+    in_kernel       returns the numbers of packets that host a has sent: those of the express path,
+                    and all; None if the contender has no express path
     set_routes      replaces the extra routes of host a
     warm_up_seconds the contender needs traffic for this time before it reaches its full rate
     redirected      tc redirects the contender's packets, so that they skip netfilter's egress hook
@@ -47,10 +51,11 @@ class PathUnderTest:
     inner_mtu: int
     device: str = ""
     forwarders: tuple[Forwarder, ...] = ()
-    restart: Callable[[], Forwarder] | None = None
+    restart: Callable[[Mapping[str, int]], Forwarder] | None = None
     set_routes: Callable[[Sequence[ExtraRoute]], None] | None = None
     warm_up_seconds: float = 0
     redirected: bool = False
+    in_kernel: Callable[[], tuple[int, int]] | None = None
     facts: dict[str, object] = field(default_factory=dict)
 
     def wait_ready(self) -> None:
@@ -64,6 +69,14 @@ class PathUnderTest:
                 self.a, self.at_b, count=int(self.warm_up_seconds / _WARM_UP_INTERVAL_SECONDS),
                 interval=_WARM_UP_INTERVAL_SECONDS, size=self.inner_mtu - _PING_OVERHEAD,
             )
+
+    def wait_forwarding(self) -> None:
+        """Wait until udptun's forwarders answer, and forward as at the beginning."""
+        for forwarder in self.forwarders:
+            forwarder.wait_ready()
+        if self.redirected:
+            wait_for(lambda: all(one.status()["accelerate"]["active"] for one in self.forwarders),
+                     "the express path")
 
     def discard_ended_processes(self) -> None:
         """Remove ended processes from the hosts' lists, so that the lab does not end them again.

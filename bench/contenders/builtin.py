@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,21 @@ import click
 from udptun.cli import cli
 from udptun.cli.forward import forward
 from udptun.device.tun import VNET_LEN
-from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan, wait_for
+from udptun.lab import Forwarder, Host, Lab, LabError, Link, Node, OnePacket, node, vxlan
 from udptun.lab.tunnels import NETWORK, NETWORK6, PORT
 from udptun.model import OVERHEAD
+from udptun.takeover.kept import variable
 
 from ..tools import program
-from .base import Contender, ExtraRoute, PathUnderTest
+from .base import NOTHING, Contender, ExtraRoute, PathUnderTest
 
 _LINK_MTU = 1500
 _IP_UDP = OVERHEAD[4]
 
 
 def _direct(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
-    return PathUnderTest("direct", a, b, link, a.v4, b.v4, "meta l4proto { tcp, udp }", _LINK_MTU)
+    return PathUnderTest("direct", a, b, link, a.v4, b.v4, "meta l4proto { icmp, tcp, udp }",
+                         _LINK_MTU)
 
 
 def _vxlan(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
@@ -60,11 +62,15 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
 
     express = " express" if "auto" in _values(options, "--accelerate") else ""
 
-    def start(host: Host, plan: Node, peer: Host, other: Node) -> Forwarder:
+    def start(
+        host: Host, plan: Node, peer: Host, other: Node, kept: Mapping[str, int] = NOTHING,
+    ) -> Forwarder:
+        """``kept``: the descriptors that an ended forwarder has left."""
         return Forwarder.start(
             host, addresses=[plan.v4, plan.v6], networks=[NETWORK, NETWORK6],
             routes=[f"{subnet} via {peer.v4}{express}" for subnet in (other.subnet, other.subnet6)],
-            extra=options, env=env, wait=False,
+            extra=options, pass_fds=tuple(kept.values()), wait=False,
+            env={**(env or {}), **(variable(dict(kept)) if kept else {})},
         )
 
     def build(lab: Lab, a: Host, b: Host, link: Link) -> PathUnderTest:
@@ -76,18 +82,23 @@ def udptun(spec: str, checkout: str, options: list[str]) -> Contender:
         path = PathUnderTest(
             spec, a, b, link, plans[0].v4, plans[1].v4, f"udp dport {PORT}",
             status["device"]["mtu"], "udptun0", forwarders,
-            restart=lambda: start(a, plans[0], b, plans[1]), redirected=bool(express),
+            restart=lambda kept: start(a, plans[0], b, plans[1], kept),
+            redirected=bool(express),
         )
-        if express:
-            wait_for(lambda: all(one.status()["accelerate"]["active"] for one in forwarders),
-                     "the express path")
+        path.wait_forwarding()
         own = forwarders[0].routes_file.read_text()
 
         def set_routes(routes: Sequence[ExtraRoute]) -> None:
-            text = own + "".join(f"{prefix} via {via}\n" for prefix, via in routes)
+            text = own + "".join(f"{prefix} via {via}{express}\n" for prefix, via in routes)
             replace_routes(path.forwarders[0], text.encode(), "text/plain")
 
+        def in_kernel() -> tuple[int, int]:
+            status = path.forwarders[0].status()
+            return status["accelerate"]["packets"]["sent"], status["packets"]["encap"]["delivered"]
+
         path.set_routes = set_routes
+        if express:
+            path.in_kernel = in_kernel
         path.facts = {
             "version": status["version"], "in_use": status["capabilities"]["in_use"],
             "off": status["capabilities"]["off"], "workers": len(status["workers"]),

@@ -20,17 +20,16 @@ import itertools
 import json
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from udptun.lab import LabError
 
-from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..blocks import Job, Refused, Series, SlotResult
 from ..contenders import PathUnderTest
 from ..contenders.builtin import replace_routes
 from ..load import json_result, start_receiver, start_sender
-from ..session import Session
 from ..tables import consecutive
 from .metric import Metric, Plan
 
@@ -126,17 +125,17 @@ class Replace:
         return SlotResult(values, (received["bytes"], 0), facts)
 
 
-def measure(s: Session, plan: Plan) -> None:
+def jobs(plan: Plan) -> Iterator[Job]:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
-            run_blocks(
-                s, Series("gap", profile, variant), plan.contenders,
+            yield Job(
+                Series("gap", profile, variant), plan.contenders,
                 Replace(int(variant.split()[0]), plan.seconds), blocks=plan.blocks,
-                slot_seconds=plan.seconds + 2, mirrored=False,
+                slot_seconds=plan.seconds + 0.6, mirrored=False,
             )
 
 
 METRIC = Metric(
-    "gap", "longest gap in forwarding while the routes are replaced", measure, VARIANTS,
+    "gap", "longest gap in forwarding while the routes are replaced", jobs, VARIANTS,
     "N routes (N: 1..1000000)", r"(?P<n>\d+) routes", {"": (1, 1_000_000)}, programs=("udptun",),
 )

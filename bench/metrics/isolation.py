@@ -21,10 +21,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..blocks import Job, Refused, Series, SlotResult
 from ..contenders import PathUnderTest
 from ..load import json_result, start_receiver, start_sender
-from ..session import Session
 from ..tables import consecutive
 from .gap import Arrival, arrivals
 from .metric import Metric, Plan
@@ -134,19 +133,19 @@ def _flood(path: PathUnderTest, prefixes: Sequence[str], seconds: float) -> None
             time.sleep(_STEP_SECONDS)
 
 
-def measure(s: Session, plan: Plan) -> None:
+def jobs(plan: Plan) -> Iterator[Job]:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
             n, kind = variant.split()
-            run_blocks(
-                s, Series("isolation", profile, variant), plan.contenders,
+            yield Job(
+                Series("isolation", profile, variant), plan.contenders,
                 Isolation(int(n), kind == "dead", plan.seconds), blocks=plan.blocks,
                 slot_seconds=2 * plan.seconds + 2, mirrored=False,
             )
 
 
 METRIC = Metric(
-    "isolation", "delay and loss of one flow while other peers are slow or dead", measure, VARIANTS,
+    "isolation", "delay and loss of one flow while other peers are slow or dead", jobs, VARIANTS,
     "N dead (N: 1..150) or N Mbit/s (N: 1..10000)", r"(?P<n>\d+) (?P<unit>dead|Mbit/s)",
     {"dead": (1, 150), "Mbit/s": (1, 10000)}, programs=("udptun",),
 )

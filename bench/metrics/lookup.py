@@ -9,6 +9,7 @@ hosts and no wire.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,9 +17,8 @@ from typing import TYPE_CHECKING
 from udptun.lab import LabError
 
 from .. import tables
-from ..blocks import Refused, Series, SlotResult, run_local_blocks
-from ..session import Session
-from .metric import Metric, Plan
+from ..blocks import LocalJob, Refused, Series, SlotResult
+from .metric import NO_PROFILE, Metric, Plan
 
 if TYPE_CHECKING:
     from tests.steps import Lpm
@@ -64,15 +64,16 @@ class LookUps:
         return SlotResult({"lookup_ns": best}, facts={"table_bytes": table.sizeof()})
 
 
-def measure(s: Session, plan: Plan) -> None:
+def jobs(plan: Plan) -> Iterator[LocalJob]:
     for variant in plan.variants or VARIANTS:
-        run_local_blocks(
-            s, Series("lookup", "-", variant), LookUps(variant, plan.seconds), blocks=plan.blocks
+        yield LocalJob(
+            Series("lookup", NO_PROFILE, variant), LookUps(variant, plan.seconds), plan.blocks,
+            plan.seconds,
         )
 
 
 METRIC = Metric(
-    "lookup", "time of one route look-up in the core", measure, VARIANTS,
+    "lookup", "time of one route look-up in the core", jobs, VARIANTS,
     "v4 or v6, then hit, miss or random, then 1..1000000 routes (v4 random 100000)",
     r"v[46] (hit|miss|random) (?P<n>\d+)", {"": (1, 1_000_000)}, programs=("udptun",),
 )

@@ -8,13 +8,13 @@ forwarded the stream.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..blocks import Job, Refused, Series, SlotResult
 from ..contenders import PathUnderTest
 from ..contenders.builtin import replace_routes
 from ..load import bulk
-from ..session import Session
 from ..tables import consecutive
 from .metric import Metric, Plan
 
@@ -63,17 +63,17 @@ class Resident:
         return SlotResult({"rss_bytes": most * 1024.0}, facts={"packets": after - before})
 
 
-def measure(s: Session, plan: Plan) -> None:
+def jobs(plan: Plan) -> Iterator[Job]:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
-            run_blocks(
-                s, Series("memory", profile, variant), plan.contenders,
+            yield Job(
+                Series("memory", profile, variant), plan.contenders,
                 Resident(int(variant.split()[0]), plan.seconds), blocks=plan.blocks,
-                slot_seconds=plan.seconds + 3, mirrored=False,
+                slot_seconds=plan.seconds + 0.6, mirrored=False,
             )
 
 
 METRIC = Metric(
-    "memory", "peak resident memory of a forwarder under load", measure, VARIANTS,
+    "memory", "peak resident memory of a forwarder under load", jobs, VARIANTS,
     "N routes (N: 1..1000000)", r"(?P<n>\d+) routes", {"": (1, 1_000_000)}, programs=("udptun",),
 )

@@ -6,14 +6,15 @@ Owns: the two types, and the checks of a user's options. Any thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .. import profiles
+from ..blocks import Job, LocalJob
 from ..contenders import find, program
-from ..session import Session
 
-COMPARED = ("direct", "vxlan", "udptun", "udptun --offload off", "onepacket")
+ACCELERATED = "udptun --accelerate auto"
+COMPARED = ("direct", "vxlan", "udptun", ACCELERATED, "udptun --offload off", "onepacket")
 NO_PROFILE = "-"  # the profile of a metric that uses no wire
 
 
@@ -40,7 +41,7 @@ class Metric:
     """One metric.
 
     summary   one line for the help text
-    measure   measures a plan in a session
+    jobs      the series that a plan measures, in order
     variants  the variants that are measured by default
     form      a description of the possible variants, for help and error messages
     pattern   a regular expression that matches the possible variants; "" if the metric has no
@@ -52,7 +53,7 @@ class Metric:
 
     name: str
     summary: str
-    measure: Callable[[Session, Plan], None]
+    jobs: Callable[[Plan], Iterable[Job | LocalJob]]
     variants: tuple[str, ...] = ("",)
     form: str = "none"
     pattern: str = ""

@@ -10,20 +10,20 @@ every contender.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..blocks import Job, Refused, Series, SlotResult
 from ..contenders import PathUnderTest
 from ..load import stream
-from ..session import Session
 from .metric import Metric, Plan
 
 VARIANTS = ("64 bytes", "256 bytes", "512 bytes", "1400 bytes")
 THRESHOLDS = {"pps_without_loss": 0.0, "pps_at_half_percent": 0.005}
 MIN_PPS = 1000.0
 _PRECISION = 1.05  # the search ends when the bounds of the rate differ by at most 5 %
+_TRIALS = 10  # the expected number of trials of one slot
 _TRIAL_SHARE = 0.5  # the duration of a trial, relative to the plan's seconds
 
 
@@ -127,17 +127,17 @@ class Rate:
         return SlotResult(values, (streams.received_bytes, 0), {"trials": trials})
 
 
-def measure(s: Session, plan: Plan) -> None:
+def jobs(plan: Plan) -> Iterator[Job]:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
             size, trial = int(variant.split()[0]), plan.seconds * _TRIAL_SHARE
-            run_blocks(
-                s, Series("pps", profile, variant), plan.contenders, Rate(size, trial),
-                blocks=plan.blocks, slot_seconds=20 * trial, mirrored=False,
+            yield Job(
+                Series("pps", profile, variant), plan.contenders, Rate(size, trial),
+                blocks=plan.blocks, slot_seconds=_TRIALS * trial, mirrored=False,
             )
 
 
 METRIC = Metric(
-    "pps", "small packets: rate without loss, at 0.5 % loss, and delivered at full rate", measure,
+    "pps", "small packets: rate without loss, at 0.5 % loss, and delivered at full rate", jobs,
     VARIANTS, "N bytes (N: 16..1400 bytes of UDP payload)", r"(?P<n>\d+) bytes", {"": (16, 1400)},
 )

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 from udptun.lab.tunnels import PORT
 
-from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..blocks import Job, Refused, Series, SlotResult
 from ..contenders import PathUnderTest
-from ..session import Session
 from ..tables import consecutive
 from .metric import Metric, Plan
 from .pps import THRESHOLDS, Search, Streams
@@ -31,6 +30,7 @@ _TEST_PREFIX = ipaddress.IPv4Network("10.64.0.0/10")
 _FIRST_PEER = 101
 _SIZE = 64
 _TRIAL_SHARE = 0.5
+_TRIALS = 13  # the expected number of trials of one slot
 
 
 @contextlib.contextmanager
@@ -96,20 +96,20 @@ class Spread:
         return SlotResult({"pps_at_half_percent": value}, (streams.received_bytes, 0))
 
 
-def measure(s: Session, plan: Plan) -> None:
+def jobs(plan: Plan) -> Iterator[Job]:
     for variant in plan.variants or VARIANTS:
         for profile in plan.profiles:
             n, kind = variant.split()
             trial = plan.seconds * _TRIAL_SHARE
-            run_blocks(
-                s, Series("scale", profile, variant), plan.contenders,
-                Spread(int(n), kind, trial), blocks=plan.blocks, slot_seconds=14 * trial,
+            yield Job(
+                Series("scale", profile, variant), plan.contenders,
+                Spread(int(n), kind, trial), blocks=plan.blocks, slot_seconds=_TRIALS * trial,
                 mirrored=False,
             )
 
 
 METRIC = Metric(
-    "scale", "small packets with many routes or many peers", measure, VARIANTS,
+    "scale", "small packets with many routes or many peers", jobs, VARIANTS,
     "N routes (N: 1..1000000) or N peers (N: 1..100)", r"(?P<n>\d+) (?P<unit>routes|peers)",
     {"routes": (1, 1_000_000), "peers": (1, 100)}, programs=("udptun", "onepacket"),
 )

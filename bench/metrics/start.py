@@ -9,13 +9,14 @@ Needs udptun on both hosts.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..blocks import Refused, Series, SlotResult, run_blocks
+from ..blocks import Job, Refused, Series, SlotResult
 from ..contenders import PathUnderTest
+from ..contenders.base import NOTHING
 from ..load import json_result, start_receiver, start_sender
-from ..session import Session
 from .gap import arrivals
 from .metric import Metric, Plan
 
@@ -39,13 +40,13 @@ class Start:
             sender = start_sender(path, run, seconds=self.seconds + 1, rate=_RATE_PPS)
             time.sleep(_SEND_AHEAD_SECONDS)
             begin = time.time_ns()
-            forwarder = path.restart()
+            forwarder = path.restart(NOTHING)
             path.forwarders = (forwarder, *path.forwarders[1:])
             sent = json_result(sender, self.seconds + 20)
             received = json_result(receiver, 20)
         finally:
             receiver.kill()
-        forwarder.wait_ready()
+        path.wait_forwarding()
         recorded = arrivals(record.read_bytes())
         send_errors = sent["refused"]  # failed sends; expected, because there is no route yet
         if not send_errors:
@@ -58,15 +59,15 @@ class Start:
         return SlotResult({"start_ns": float(first)}, (received["bytes"], 0), {"sent": sent})
 
 
-def measure(s: Session, plan: Plan) -> None:
+def jobs(plan: Plan) -> Iterator[Job]:
     for profile in plan.profiles:
-        run_blocks(
-            s, Series("start", profile, ""), plan.contenders, Start(plan.seconds),
-            blocks=plan.blocks, slot_seconds=plan.seconds + 1.5, mirrored=False,
+        yield Job(
+            Series("start", profile, ""), plan.contenders, Start(plan.seconds),
+            blocks=plan.blocks, slot_seconds=plan.seconds + 1.2, mirrored=False,
         )
 
 
 METRIC = Metric(
-    "start", "time from the start of udptun forward to the first forwarded packet", measure,
+    "start", "time from the start of udptun forward to the first forwarded packet", jobs,
     programs=("udptun",),
 )

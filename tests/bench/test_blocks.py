@@ -2,7 +2,17 @@
 
 import pytest
 
-from bench.blocks import MAX_DRIFT, MAX_STOLEN, rejection_reason, slot_order
+from bench.blocks import (
+    MAX_DRIFT,
+    MAX_STOLEN,
+    Job,
+    Series,
+    SlotResult,
+    duration,
+    progress,
+    rejection_reason,
+    slot_order,
+)
 
 
 def slot(name, value, stolen=0.0):
@@ -43,3 +53,42 @@ def test_a_block_without_any_figure_is_rejected():
 
 def test_a_refused_slot_does_not_reject_the_block():
     assert rejection_reason([slot("d", 10.0), slot("d", None)], "d", "bits_per_second") is None
+
+
+SERIES = Series("tcp", "P1", "1 there")
+
+
+def recorded(block, *contenders, rejected=None, ended=True, variant="1 there"):
+    key = {"metric": "tcp", "profile": "P1", "variant": variant, "block": block}
+    lines = [{"kind": "slot", "contender": name, **key} for name in contenders]
+    return lines + [{"kind": "block", "rejected": rejected, **key}] * ended
+
+
+@pytest.mark.parametrize(
+    ("lines", "accepted", "number"),
+    [
+        ([], 0, 0),
+        ([{"kind": "note", "text": "x"}, *recorded(0, "d", "u"), *recorded(1, "d", "u")], 2, 2),
+        (recorded(0, "d", "u", rejected="2 % stolen"), 0, 1),
+        (recorded(4, "d", ended=False), 0, 5),
+        (recorded(0, "d", "u", "slow"), 0, 1),
+        (recorded(0, "d", "u", variant="4 there"), 0, 0),
+    ],
+    ids=["nothing", "two", "rejected", "interrupted", "other contenders", "other series"],
+)
+def test_what_a_record_has_is_not_measured_again(lines, accepted, number):
+    """The number of an interrupted block is not used again: its slots stay in the record."""
+    assert progress(lines, SERIES, ["d", "u"]) == (accepted, number)
+
+
+def test_the_expected_duration():
+    """Of each profile, only the contenders that it has."""
+    def nothing(_path):
+        return SlotResult({})
+
+    one = Job(SERIES, ("direct", "copylimit"), nothing, 5, 2.0)
+    other = Job(Series("tcp", "P2", "1 there"), ("direct", "copylimit"), nothing, 5, 2.0, False)
+    assert one.seconds() == pytest.approx(5 * 4 * 2, rel=0.2)
+    assert other.seconds() == pytest.approx(5 * 1 * 2, rel=0.2)
+    assert one.seconds(recorded(0, "direct", "copylimit")) == pytest.approx(one.seconds() * 4 / 5)
+    assert duration([one, other]) == pytest.approx(one.seconds() + other.seconds(), rel=0.2)
