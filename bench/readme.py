@@ -62,8 +62,8 @@ def comparison(run: Run) -> str:
         *table(header, rows), "",
         f"Medians with 95 % intervals, {_when_and_where(run)}. Both hosts, the tunnel and the load "
         "share these cores. TCP: one stream. CPU: seconds of the whole system per gigabyte. Round "
-        "trip: the median time of a 64-byte request and its reply over UDP, on idle hosts or beside "
-        f"one TCP stream at full rate.{absent} `make bench` measures your machine.", "",
+        "trip: the median time of a 64-byte request and its reply over UDP, on idle hosts or "
+        f"beside one TCP stream at full rate.{absent} `make bench` measures your machine.", "",
         "The profiles differ in what happens to super-packets (TCP or UDP data of up to 64 KB that "
         "the kernel handles as one packet) on the wire between the hosts:", "",
         *(f"- {name}: {PROFILES[name].text}." for name in used),
@@ -89,9 +89,9 @@ def costs(run: Run) -> str:
     lines = table(("ratio to the kernel's VXLAN", "better", "udptun", "`--accelerate auto`"), rows)
     memory = run.get("memory", "P1", "10000 routes", "rss_bytes")
     if memory and (level := memory.level(WORKERS)):
-        scaled = level.scaled(UNITS["rss_bytes"].factor)
-        lines += ["", f"Memory: {number(scaled.median)} {UNITS['rss_bytes'].unit} for the forwarder "
-                      "process with 10,000 routes, while it forwards a TCP stream."]
+        unit = UNITS["rss_bytes"]
+        lines += ["", f"Memory: {number(level.scaled(unit.factor).median)} {unit.unit} for the "
+                      "forwarder process with 10,000 routes, while it forwards a TCP stream."]
     return "\n".join([*lines, "", f"Medians, {_when_and_where(run)}."])
 
 

@@ -388,56 +388,6 @@ def test_the_table_of_events_is_complete() -> None:
     assert {name for cell in cells for name in SPAN.findall(cell)} == emitted
 
 
-# README.md's figures
-
-
-def generated_table() -> dict[str, list[float]]:
-    """Return the figures of README.md's generated table, by contender."""
-    text = (ROOT / "README.md").read_text()
-    block = text.partition("<!-- bench:begin -->")[2].partition("<!-- bench:end -->")[0]
-    figures = {}
-    for line in block.splitlines():
-        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        if cells and re.match(r"[\d.]+", cells[0]):
-            figures[name] = [float(m[0]) if (m := re.match(r"[\d.]+", c)) else 0 for c in cells]
-    return figures
-
-
-@pytest.mark.parametrize(
-    ("claim", "column", "unit"),
-    [
-        (r"about (\d+) % of VXLAN's on P1", 0, 0.01),
-        (r"about (\d+) % on P2", 1, 0.01),
-        (r"about (\d+) % on P3", 2, 0.01),
-        (r"about ([\d.]+) times VXLAN's packet rate", 3, 1),
-        (r"about ([\d.]+) times VXLAN's CPU time", 4, 1),
-    ],
-)
-def test_the_ratios_in_the_readme_follow_from_its_table(
-    claim: str, column: int, unit: float
-) -> None:
-    text = " ".join((ROOT / "README.md").read_text().split())
-    (value,) = re.findall(claim, text)
-    table = generated_table()
-    ratio = table["**udptun**"][column] / table["kernel VXLAN"][column]
-    assert float(value) * unit == pytest.approx(ratio, rel=0.05)
-
-
-def test_the_figures_in_the_readme_follow_from_the_report() -> None:
-    text = " ".join((ROOT / "README.md").read_text().split())
-    report = (ROOT / "docs" / "bench" / "report.md").read_text()
-    throughput = report.partition("### TCP throughput")[2].partition("\n### ")[0]
-    four = re.findall(r"^\*\*(P\d)[^*]*, 4 there\*\*.*?^\| udptun \| [^|]* \| ([\d.]+)",
-                      throughput, re.MULTILINE | re.DOTALL)
-    claims = dict(re.findall(r"(?:four streams, udptun reaches|,|and) (\d+) % \((P\d)\)", text))
-    assert {profile: int(value) for value, profile in claims.items()} == {
-        profile: round(100 * float(ratio)) for profile, ratio in four
-    }
-    (megabytes,) = re.findall(r"about (\d+) MB for the forwarder", text)
-    (measured,) = re.findall(r"^\| memory, [^|]* \| ([\d.]+)", report, re.MULTILINE)
-    assert int(megabytes) == round(float(measured))
-
-
 # The compiled core's reading order
 
 
