@@ -1,9 +1,12 @@
 """The manifests for Kubernetes: chart and kustomization make the same objects; startup probes."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,6 @@ import yaml
 from tests.scripts import script
 from udptun._version import __version__
 from udptun.control.listen import parse_listen
-from udptun.instance import Instance
 from udptun.model import Endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,29 +87,55 @@ def test_the_values_reach_the_objects() -> None:
     assert made["ConfigMap", "udptun"]["data"]["net-conf.json"]["EnableIPv6"] is True
 
 
-def starts(container: str, pid: int) -> bool:
-    """Run the startup probe of a container, as if ``pid`` were the container's first process."""
-    manifest = yaml.safe_load((KUSTOMIZATION / "daemonset.yaml").read_text())
-    probe = next(one["startupProbe"] for one in manifest["spec"]["template"]["spec"]["containers"]
-                 if one["name"] == container)
-    shell, option, command = probe["exec"]["command"]
-    assert "/proc/1/" in command
-    return not subprocess.call([shell, option, command.replace("/proc/1/", f"/proc/{pid}/")])
+class Container:
+    """A process with mounts of its own, and the PIDs of the host: as in a pod with `hostPID`."""
+
+    def __init__(self, code: str = "") -> None:
+        self._process = subprocess.Popen(
+            ["unshare", "--mount", sys.executable, "-c", f"{code}\nprint(flush=True)\ninput()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self) -> Container:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"\n"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(b"\n")
+
+    def starts(self, name: str) -> bool:
+        """Run the startup probe of a container of the pod in this one."""
+        manifest = yaml.safe_load((KUSTOMIZATION / "daemonset.yaml").read_text())
+        probe = next(one["startupProbe"]
+                     for one in manifest["spec"]["template"]["spec"]["containers"]
+                     if one["name"] == name)
+        return not subprocess.call(["nsenter", f"--mount=/proc/{self._process.pid}/ns/mnt", "--",
+                                    *probe["exec"]["command"]])
 
 
+root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount namespace")
+
+
+@root
 @pytest.mark.skipif(not os.access("/dev/net/tun", os.R_OK | os.W_OK), reason="no /dev/net/tun")
 def test_the_forwarder_has_started_when_it_has_the_tun() -> None:
-    """The pod that it replaces must not make the probe succeed: the TUN is in our process only."""
-    assert not starts("forwarder", os.getpid())
-    with Path("/dev/net/tun").open("rb+", buffering=0):
-        assert starts("forwarder", os.getpid())
+    """The pod that it replaces must not make the probe succeed, also with the host's PIDs."""
+    with Container() as new, Container("tun = open('/dev/net/tun', 'rb+', buffering=0)") as old:
+        assert old.starts("forwarder")
+        assert not new.starts("forwarder")
 
 
+@root
 def test_the_daemon_has_started_when_it_has_its_lock() -> None:
-    assert not starts("node", os.getpid())
-    lock = Instance().lock("node").path()
-    assert f"{lock.parent}/udptun.node" in (KUSTOMIZATION / "daemonset.yaml").read_text()
-    assert lock.name.startswith("udptun.node.")
+    with Container() as new, Container("""
+import subprocess
+from udptun.instance import Instance
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+lock = Instance().lock("node")
+lock.acquire()
+""") as old:
+        assert old.starts("node")
+        assert not new.starts("node")
 
 
 @rendered

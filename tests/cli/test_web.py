@@ -16,10 +16,22 @@ from click.testing import CliRunner
 from tests.cli.scene import HOSTILE, Scene, scene
 from tests.cli.tty import UDPTUN
 from udptun.cli import cli
+from udptun.cli.web import DEFAULT_PORT
 from udptun.cli.web import server as module
 from udptun.cli.web.server import WebServer
 from udptun.cli.web.watch import Watch
 from udptun.connections import host_name
+
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+
+
+def test_the_default_port_is_free_where_udptun_is_deployed() -> None:
+    """The manifests put the health checks on a port of the host's network."""
+    assert "healthz-port" in (DEPLOY / "kubernetes" / "daemonset.yaml").read_text()
+    users = [str(path) for path in DEPLOY.rglob("*")
+             if path.is_file() and re.search(rf"\b{DEFAULT_PORT}\b", path.read_text())]
+    assert not users
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from ..options import Parsed, connection, control_path
 if TYPE_CHECKING:
     from ...model import Endpoint
 
-DEFAULT_PORT = 8286
+DEFAULT_PORT = 8287  # not that of the health checks in deploy/
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
 
 
