@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from tests.control.fakes import Served, served, thread  # noqa: F401
 from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
-from udptun.doctor.checks import CHECKS, kubernetes, load, peers, programs, underlay
+from udptun.doctor.checks import CHECKS, devices, kubernetes, load, peers, programs, underlay
 from udptun.doctor.checks.daemon import reported
 from udptun.doctor.facts import Facts, Sample
 from udptun.doctor.page import page
@@ -178,6 +179,31 @@ def test_cni_on_a_host_with_a_kubelet(
         (tmp_path / "bin" / name).touch()
     problems = [one.text for one in kubernetes.cni.look(facts) if one.result != Result.OK]
     assert problems == [] if not found else found in problems[0]
+
+
+REFUSED = "kernel refuses TUNSETOFFLOAD USO: EINVAL"
+
+
+@pytest.mark.parametrize(("release", "off", "found"), [
+    ("6.1.0-28-amd64", {"tun-uso": REFUSED, "udp-merge": "needs tun-uso"},
+     [ok("off: tun-uso, udp-merge. Linux 6.1.0-28-amd64 does not have tun-uso; Linux 6.2 does")]),
+    ("6.2.0", {"tun-uso": REFUSED, "udp-merge": "needs tun-uso"},
+     [warning("off, so throughput is lower: tun-uso, udp-merge", REFUSED,
+              "a newer kernel may have this offload")]),
+    ("5.10.0", {"tun-gso": "refused", "tun-uso": "needs tun-gso", "udp-gso": "asked",
+                "tcp-merge": "needs tun-gso", "udp-merge": "needs tun-uso"},
+     [warning("off, so throughput is lower: tun-gso, tun-uso, tcp-merge, udp-merge", "refused",
+              "a newer kernel may have this offload")]),
+    ("6.18.0", {"tun-uso": "asked", "udp-merge": "needs tun-uso"}, []),
+    ("6.1.0", {}, [ok("in use: batch")]),
+])
+def test_an_offload_that_this_kernel_cannot_have_is_not_a_problem(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, release: str, off: dict[str, str],
+    found: list[Finding],
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    facts.forwarder.answer = {"capabilities": {"in_use": ["batch"], "off": off}}
+    assert [*devices.offloads.look(facts)] == found
 
 
 def test_an_unknown_check_is_a_usage_error() -> None:

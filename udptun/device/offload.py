@@ -23,6 +23,7 @@ MEANINGS: dict[str, str] = {
 }
 FEATURES: tuple[str, ...] = tuple(MEANINGS)
 NEEDS: dict[str, str] = {"tun-uso": "tun-gso", "tcp-merge": "tun-gso", "udp-merge": "tun-uso"}
+FIRST_KERNEL: dict[str, tuple[int, int]] = {"tun-uso": (6, 2)}  # newer than the oldest we support
 KERNEL_FEATURES = frozenset({"tun-gso", "tun-uso", "udp-gso", "udp-gro"})
 
 ASKED = "asked"  # the cause if the operator turned the feature off

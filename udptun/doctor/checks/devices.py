@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...device.offload import ASKED, FIRST_KERNEL, NEEDS
 from ...model import MIN_MTU6, OVERHEAD
 from ...node.host.forwarding import FORWARD4, FORWARD6, sysctl, value_of
 from ..check import Finding, Skip, check, failed, ok, warning
@@ -68,24 +69,39 @@ def _confinement() -> str:
        "datapath.md#offloads")
 def kernel(facts: Facts) -> Iterator[Finding]:
     release = os.uname().release
-    version = tuple(int(word) for word in release.split("-")[0].split(".")[:2] if word.isdigit())
-    if version < OLDEST:
+    if _version(release) < OLDEST:
         yield warning(f"the kernel {release} is older than {OLDEST[0]}.{OLDEST[1]}",
                       remedy="update the kernel")
     else:
         yield ok(f"Linux {release}")
 
 
-@check("offloads", "offloads that the kernel has refused", "datapath.md#offloads")
+def _version(release: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in release.split("-")[0].split(".")[:2] if word.isdigit())
+
+
+@check("offloads", "offloads that the kernel has refused, though its version has them", "datapath.md#offloads")
 def offloads(facts: Facts) -> Iterator[Finding]:
     if facts.forwarder.answer is None:
         raise Skip("no forwarder answers")
     found = facts.forwarder.answer["capabilities"]
-    for name, cause in found["off"].items():
-        if cause != "asked":
-            yield warning(f"the offload {name} is off, so throughput is lower: {cause}",
-                          remedy="a newer kernel may have this offload")
-    if not found["off"]:
+    off, release = found["off"], os.uname().release
+    for name, cause in off.items():
+        if cause == ASKED or NEEDS.get(name) in off:
+            continue
+        lost = [name]
+        for other in off:  # a feature comes after those that it needs
+            if NEEDS.get(other) in lost:
+                lost.append(other)
+        names = ", ".join(lost)
+        first = FIRST_KERNEL.get(name)
+        if first is not None and _version(release) < first:
+            yield ok(f"off: {names}. Linux {release} does not have {name};"
+                     f" Linux {first[0]}.{first[1]} does")
+        else:
+            yield warning(f"off, so throughput is lower: {names}", cause,
+                          "a newer kernel may have this offload")
+    if not off:
         yield ok(f"in use: {', '.join(found['in_use'])}")
 
 
