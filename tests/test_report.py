@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.cli.tty import UDPTUN, Tty
 from udptun.cli import cli
 from udptun.doctor import bundle
 from udptun.doctor.bundle import archive, collect
@@ -204,6 +205,24 @@ def test_the_command_writes_a_private_file(tmp_path: Path, monkeypatch) -> None:
         "--socket", str(tmp_path / "none.sock"), "report", "-o", str(tmp_path / "no" / "r")])
     assert done.exit_code == 1
     assert "cannot be written" in done.output
+
+
+def test_the_command_writes_to_a_pipe(tmp_path: Path) -> None:
+    """As in a pod, whose file system is read-only."""
+    done = subprocess.run(
+        [*UDPTUN, "--socket", str(tmp_path / "none.sock"), "report", "-o", "-"], cwd=tmp_path,
+        capture_output=True, check=True)
+    assert [*tmp_path.iterdir()] == []
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        assert any(name.endswith("/doctor.json") for name in tar.getnames())
+    assert b"doctor.json" in done.stderr
+    assert b"--redact" in done.stderr
+
+
+def test_the_command_writes_no_archive_to_a_terminal() -> None:
+    with Tty([*UDPTUN, "report", "-o", "-"]) as terminal:
+        terminal.until("needs a pipe or a file")
+        assert terminal.ended() == 2
 
 
 @pytest.mark.parametrize(("text", "clean"), [
