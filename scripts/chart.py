@@ -42,6 +42,31 @@ CHANGES = {  # pattern -> replacement, and how often it occurs in all files
         r"\n              valueFrom:\n                fieldRef:"
         r"\n                  fieldPath: status.podIP\n          {{- end }}", 1,
     ),
+    r"^    rollingUpdate:\n(?:      .*\n)+": (
+        "    {{- toYaml .Values.updateStrategy | nindent 4 }}\n", 1,
+    ),
+    r"^      serviceAccountName: udptun$": (
+        r"\g<0>\n      {{- with .Values.imagePullSecrets }}\n      imagePullSecrets:"
+        r"\n        {{- toYaml . | nindent 8 }}\n      {{- end }}", 1,
+    ),
+    r"^      hostNetwork: true$": (
+        r"\g<0>\n      {{- if .Values.hostPID }}\n      hostPID: true\n      {{- end }}", 1,
+    ),
+    r"^      labels:\n        app\.kubernetes\.io/name: udptun\n    spec:$": (
+        r"      {{- with .Values.podAnnotations }}\n      annotations:"
+        r"\n        {{- toYaml . | nindent 8 }}\n      {{- end }}\n\g<0>", 1,
+    ),
+    r"^            requests:\n              cpu: 100m\n.*\n": (
+        "            {{- toYaml .Values.resources.forwarder | nindent 12 }}\n", 1,
+    ),
+    r"^            requests:\n              cpu: 50m\n.*\n": (
+        "            {{- toYaml .Values.resources.node | nindent 12 }}\n", 1,
+    ),
+    r"^( +)- name: NODE_NAME$": (
+        r"\1{{- with .Values.env }}\n\1{{- toYaml . | nindent 12 }}\n\1{{- end }}\n\g<0>", 1,
+    ),
+    r"^            path: /opt/cni/bin$": ("            path: {{ .Values.cni.binDir }}", 1),
+    r"^            path: /etc/cni/net\.d$": ("            path: {{ .Values.cni.confDir }}", 1),
     r"\b9586\b": ("{{ .Values.metrics.port }}", 2),
     r"(?s)\A(.*^kind: PodMonitor$.*)\Z": (
         "{{- if and .Values.metrics.port .Values.metrics.podMonitor }}\n\\1{{- end }}\n", 1,

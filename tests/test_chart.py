@@ -87,6 +87,53 @@ def test_the_values_reach_the_objects() -> None:
     assert made["ConfigMap", "udptun"]["data"]["net-conf.json"]["EnableIPv6"] is True
 
 
+@rendered
+def test_the_other_values_change_only_what_they_name(tmp_path: Path) -> None:
+    variable = {"name": "KUBERNETES_SERVICE_HOST", "value": "192.0.2.1"}
+    update = {"maxSurge": 0, "maxUnavailable": 1}
+    limits = {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"memory": "1Gi"}}
+    values = tmp_path / "values.yaml"
+    values.write_text(json.dumps({
+        "cni": {"binDir": "/usr/lib/cni", "confDir": "/etc/cni/other.d"},
+        "imagePullSecrets": [{"name": "key"}], "updateStrategy": {"rollingUpdate": update},
+        "hostPID": True, "env": [variable], "podAnnotations": {"a/b": "c"},
+        "resources": {"forwarder": limits, "node": {"requests": {"cpu": "1"}}}}))
+    want = chart()
+    daemonset = want["DaemonSet", "udptun"]["spec"]
+    pod = daemonset["template"]["spec"]
+    forwarder, node = pod["containers"]
+    paths = {one["name"]: one["hostPath"] for one in pod["volumes"] if "hostPath" in one}
+    paths["cni-bin"]["path"], paths["cni-conf"]["path"] = "/usr/lib/cni", "/etc/cni/other.d"
+    daemonset["updateStrategy"]["rollingUpdate"] = update
+    daemonset["template"]["metadata"]["annotations"] = {"a/b": "c"}
+    pod |= {"imagePullSecrets": [{"name": "key"}], "hostPID": True}
+    node["env"].insert(0, variable)
+    forwarder["resources"] = limits
+    node["resources"]["requests"]["cpu"] = "1"
+    assert chart("--values", str(values)) == want
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is missing")
+def test_a_component_changes_the_directories_of_the_plugins(tmp_path: Path) -> None:
+    """On the nodes only: the containers have them at the same paths."""
+    want = objects(["kubectl", "kustomize", str(KUSTOMIZATION)])
+    for one in want["DaemonSet", "udptun"]["spec"]["template"]["spec"]["volumes"]:
+        if one["name"] == "cni-bin":
+            one["hostPath"]["path"] = "/usr/lib/cni"
+    made = with_component(tmp_path, "cni-directories")
+    for found in (made, want):  # the order of the volumes has no meaning
+        found["DaemonSet", "udptun"]["spec"]["template"]["spec"]["volumes"].sort(
+            key=lambda one: str(one["name"]))
+    assert made == want
+    copy = tmp_path / "kubernetes" / "cleanup"
+    file = copy / "kustomization.yaml"
+    file.write_text(file.read_text().replace("# components:\n#", "components:\n "))
+    made = objects(["kubectl", "kustomize", str(copy)])
+    pod = made["DaemonSet", "udptun-cleanup"]["spec"]["template"]["spec"]
+    assert {"name": "cni-bin", "hostPath": {
+        "path": "/usr/lib/cni", "type": "DirectoryOrCreate"}} in pod["volumes"]
+
+
 class Container:
     """A process with mounts of its own, and the PIDs of the host: as in a pod with `hostPID`."""
 

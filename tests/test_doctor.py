@@ -173,12 +173,57 @@ def test_cni_on_a_host_with_a_kubelet(
         folder.mkdir()
         monkeypatch.setattr(kubernetes, name, folder)
     monkeypatch.setattr(kubernetes, "kubelet_is_here", lambda: True)
+    monkeypatch.setattr(kubernetes, "runtime_configs", list)
     for name, kind in files.items():
         (tmp_path / "net.d" / name).write_text(json.dumps({"plugins": [{"type": kind}]}))
     for name in plugins:
         (tmp_path / "bin" / name).touch()
     problems = [one.text for one in kubernetes.cni.look(facts) if one.result != Result.OK]
     assert problems == [] if not found else found in problems[0]
+
+
+DEBIAN = """version = 2
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+"""
+K3S = """version = 3
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+bin_dirs = ["/var/lib/rancher/k3s/data/cni"]
+conf_dir = "/var/lib/rancher/k3s/agent/etc/cni/net.d"
+"""
+K3S_DIRECTORIES = ("/var/lib/rancher/k3s/agent/etc/cni/net.d", "/var/lib/rancher/k3s/data/cni")
+DEFAULT = ("/etc/cni/net.d", "/opt/cni/bin")
+
+
+@pytest.mark.parametrize(("configs", "found"), [
+    ([], DEFAULT),
+    ([""], DEFAULT),
+    (["not TOML"], DEFAULT),
+    ([DEBIAN], ("/etc/cni/net.d", "/usr/lib/cni")),
+    ([K3S], K3S_DIRECTORIES),
+    (['disabled_plugins = ["cri"]', K3S], K3S_DIRECTORIES),
+    (['disabled_plugins = ["io.containerd.grpc.v1.cri"]', DEBIAN],
+     ("/etc/cni/net.d", "/usr/lib/cni")),
+    (['imports = ["conf.d/*.toml"]'], K3S_DIRECTORIES),
+])
+def test_the_directories_of_the_container_runtime(
+    tmp_path: Path, configs: list[str], found: tuple[str, str]
+) -> None:
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "k3s.toml").write_text(K3S)
+    paths = [tmp_path / f"{i}.toml" for i in range(len(configs))]
+    for path, text in zip(paths, configs, strict=True):
+        path.write_text(text)
+    assert kubernetes.directories([*paths, tmp_path / "none.toml"]) == tuple(map(Path, found))
+
+
+def test_the_configurations_of_the_containerds_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {1: ("containerd",), 2: ("containerd", "-c", "/k3s/config.toml"),
+             3: ("/usr/bin/containerd", "--config=/k0s.toml")}
+    monkeypatch.setattr(kubernetes, "named", lambda name: [(pid, name) for pid in lines])
+    monkeypatch.setattr(kubernetes, "command_line", lines.__getitem__)
+    assert kubernetes.runtime_configs() == [
+        Path("/etc/containerd/config.toml"), Path("/k3s/config.toml"), Path("/k0s.toml")]
 
 
 REFUSED = "kernel refuses TUNSETOFFLOAD USO: EINVAL"

@@ -22,7 +22,6 @@ from udptun.cli.web.server import WebServer
 from udptun.cli.web.watch import Watch
 from udptun.connections import host_name
 
-
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 

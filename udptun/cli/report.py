@@ -17,7 +17,6 @@ from ..files import replace_file
 from .doctor import Progress, facts_of, files_of_node, path_option, to_json
 from .options import connection
 
-
 STDOUT = Path("-")
 
 

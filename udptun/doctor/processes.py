@@ -40,7 +40,7 @@ class Process:
 
     def option(self, name: str) -> str | None:
         """Return the value of a long option of the command line; None: it is not there."""
-        return _option(self.argv, name)
+        return option_of(self.argv, name)
 
 
 def processes(users: Container[int]) -> list[Process]:
@@ -61,7 +61,7 @@ def processes(users: Container[int]) -> list[Process]:
         except OSError:  # it has ended
             continue
         found.append(Process(
-            int(folder.name), role, _option(argv, "instance") or DEFAULT_INSTANCE, state,
+            int(folder.name), role, option_of(argv, "instance") or DEFAULT_INSTANCE, state,
             "--standby" in argv, argv))
     return found
 
@@ -78,6 +78,14 @@ def named(*names: str) -> list[tuple[int, str]]:
         if name in names and _namespace(folder) in (here, None):
             found.append((int(folder.name), name))
     return found
+
+
+def command_line(pid: int) -> tuple[str, ...]:
+    """Return the arguments of a process; none if it has ended."""
+    try:
+        return _argv(PROC / str(pid))
+    except OSError:
+        return ()
 
 
 def owners_of_socket(inode: int) -> dict[int, str]:
@@ -152,7 +160,7 @@ def _argv(folder: Path) -> tuple[str, ...]:
     return tuple(map(os.fsdecode, (folder / "cmdline").read_bytes().split(b"\0")[:-1]))
 
 
-def _option(argv: tuple[str, ...], name: str) -> str | None:
+def option_of(argv: tuple[str, ...], name: str) -> str | None:
     """Return the value of ``--name``. Go's flags may have one hyphen."""
     for at, word in enumerate(argv):
         option, equals, value = word.partition("=")

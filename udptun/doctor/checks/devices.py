@@ -77,10 +77,12 @@ def kernel(facts: Facts) -> Iterator[Finding]:
 
 
 def _version(release: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in release.split("-")[0].split(".")[:2] if word.isdigit())
+    return tuple(int(word) for word in release.partition("-")[0].split(".")[:2]
+                 if word.isdigit())
 
 
-@check("offloads", "offloads that the kernel has refused, though its version has them", "datapath.md#offloads")
+@check("offloads", "offloads that the kernel has refused, though its version has them",
+       "datapath.md#offloads")
 def offloads(facts: Facts) -> Iterator[Finding]:
     if facts.forwarder.answer is None:
         raise Skip("no forwarder answers")

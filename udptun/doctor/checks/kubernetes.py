@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import tomllib
+from collections.abc import Iterable, Iterator
+from glob import glob
 from pathlib import Path
+from typing import Any
 
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
-from ..processes import named
+from ..processes import command_line, named, option_of
 
-CONFIG_DIR = Path("/etc/cni/net.d")
+log = logging.getLogger(__name__)
+
+RUNTIME_CONFIG = Path("/etc/containerd/config.toml")
+CONFIG_DIR = Path("/etc/cni/net.d")  # if the runtime has no other setting
 PLUGIN_DIR = Path("/opt/cni/bin")
 PLUGINS = ("flannel", "udptun")
 NEEDED = ("bridge", "host-local", "loopback")
@@ -20,28 +27,77 @@ def kubelet_is_here() -> bool:
     return bool(named("kubelet", "k3s-agent", "k3s-server", "k0s", "rke2"))
 
 
+def runtime_configs() -> list[Path]:
+    """Return the configuration files of the containerds that run here."""
+    found = []
+    for pid, _ in named("containerd"):
+        argv = command_line(pid)
+        given = option_of(argv, "config") or option_of(argv, "c")
+        found.append(RUNTIME_CONFIG if given is None else Path(given))
+    return found
+
+
+def directories(configs: Iterable[Path]) -> tuple[Path, Path]:
+    """Return the directories of CNI configurations and of CNI plugins, of the first containerd that
+    can serve a kubelet."""
+    for path in configs:
+        tables = _tables(path)
+        if any("cri" in str(table.get("disabled_plugins", "")) for table in tables):
+            continue  # the one of Docker
+        settings: dict[str, Any] = {}
+        for table in tables:
+            for plugin in table.get("plugins", {}).values():
+                settings |= plugin.get("cni", {})
+        plugins = [*settings.get("bin_dirs", ()), settings.get("bin_dir"), PLUGIN_DIR]
+        return (Path(settings.get("conf_dir") or CONFIG_DIR),
+                Path(next(one for one in plugins if one)))
+    return CONFIG_DIR, PLUGIN_DIR
+
+
+def _tables(path: Path) -> list[dict[str, Any]]:
+    """Return the content of a configuration file of containerd, and of the files that it names."""
+    try:
+        main = tomllib.loads(path.read_text())
+        files = [Path(file) for name in main.get("imports", ())
+                 for file in sorted(glob(name, root_dir=path.parent))]  # noqa: PTH207 - it may be absolute
+        return [main, *(tomllib.loads((path.parent / file).read_text()) for file in files)]
+    except (OSError, ValueError) as error:
+        log.debug("%s cannot be read: %s", path, error)
+        return []
+
+
+def _install(config_dir: Path, plugin_dir: Path) -> str:
+    """Return the command that installs the plugin in these directories."""
+    command = "run: udptun cni install"
+    if plugin_dir != PLUGIN_DIR:
+        command += f" --bin-dir {plugin_dir}"
+    return command if config_dir == CONFIG_DIR else f"{command} --conf-dir {config_dir}"
+
+
 @check("cni", "the CNI configuration and plugins, on a host with a kubelet", "cni.md")
 def cni(facts: Facts) -> Iterator[Finding]:
     if not kubelet_is_here():
         raise Skip("no kubelet runs here")
-    if not CONFIG_DIR.is_dir() and not PLUGIN_DIR.is_dir():
-        raise Skip(f"{CONFIG_DIR} and {PLUGIN_DIR} are not visible here")
-    configs = sorted(path for path in CONFIG_DIR.glob("*") if path.suffix in (
+    config_dir, plugin_dir = directories(runtime_configs())
+    if not config_dir.is_dir() and not plugin_dir.is_dir():
+        raise Skip(f"{config_dir} and {plugin_dir} are not visible here")
+    configs = sorted(path for path in config_dir.glob("*") if path.suffix in (
         ".conf", ".conflist", ".json"))
     if not configs:
-        yield failed(f"{CONFIG_DIR} has no configuration: no pod can be attached",
-                     remedy="run: udptun cni install --conflist FILE")
+        yield failed(f"{config_dir} has no configuration: no pod can be attached",
+                     remedy=f"{_install(config_dir, plugin_dir)} --conflist FILE")
         return
     used = _types(configs[0])
     if not set(used) & set(PLUGINS):
         yield warning(f"the container runtime uses {configs[0]}, which does not use udptun",
                       f"its plugins: {', '.join(used) or 'none'}",
-                      f"remove the file, or give it a name after that of udptun in {CONFIG_DIR}")
+                      f"remove the file, or give it a name after that of udptun in {config_dir}")
         return
     for name in (*used, *NEEDED):
-        if not (PLUGIN_DIR / name).exists():
+        if not (plugin_dir / name).exists():
             yield failed(f"the CNI plugin {name} is missing: no pod can be attached",
-                         f"{PLUGIN_DIR / name} does not exist", "run: udptun cni install")
+                         f"{plugin_dir / name} does not exist",
+                         _install(config_dir, plugin_dir))
     yield ok(f"{configs[0]} uses {', '.join(used)}")
 
 
