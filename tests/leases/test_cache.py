@@ -35,7 +35,8 @@ ODD = [
 
 def known(*leases, store=ETCD, lease=OWN):
     return LastKnown(store, NETWORK, lease, leases or (OWN, *ODD),
-                     overrides=(IPv4Address("192.0.2.9"), IPv6Address("2001:db8::9")))
+                     overrides=(IPv4Address("192.0.2.9"), IPv6Address("2001:db8::9")),
+                     memory={"of": "the source"})
 
 
 async def write(path, what):

@@ -156,6 +156,37 @@ async def test_the_last_valid_annotation_of_our_node_stays(cluster):
     assert (await source.acquire(ME, Subnets())).attributes == ME
 
 
+async def test_the_last_valid_annotation_stays_after_a_restart(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24", annotations=flannel(
+        node_public_ip="198.51.100.8", public_ip_overwrite="198.51.100.7",
+        public_ipv6_overwrite="2001:db8::7")))
+    before = cluster.source()
+    await before.identity()
+    await before.acquire(ME6, Subnets())
+    await cluster.annotate("n1", node_public_ip="here", public_ip_overwrite="there",
+                           public_ipv6_overwrite="")
+    source = cluster.source()
+    source.recall(before.memory())
+    assert (await source.identity()).public_ip == IPv4Address("198.51.100.8")
+    lease = await source.acquire(ME6, Subnets())
+    assert lease.attributes.public_ip == IPv4Address("198.51.100.7")
+    assert lease.attributes.public_ipv6 == ME6.public_ipv6  # empty is valid: there is no overwrite
+    await cluster.annotate("n1", node_public_ip=None, public_ip_overwrite=None)
+    assert (await source.identity()).public_ip is None
+    assert (await source.acquire(ME, Subnets())).attributes == ME
+    assert source.memory() == {}
+
+
+async def test_a_wrong_memory_is_ignored(cluster):
+    await cluster.create(node("n1", "10.244.1.0/24", annotations=flannel(node_public_ip="here")))
+    source = cluster.source()
+    prefix = "flannel.alpha.coreos.com/"
+    source.recall({f"{prefix}node-public-ip": "2001:db8::1", f"{prefix}public-ip-overwrite": "x",
+                   "other": "192.0.2.1"})
+    assert (await source.identity()).public_ip is None
+    assert source.memory() == {}
+
+
 async def test_another_prefix_of_annotations(cluster):
     await cluster.create(node("n1", "10.244.1.0/24"))
     source = cluster.source(annotation_prefix="example.org/net")

@@ -447,6 +447,24 @@ async def test_an_address_that_the_store_sets_is_kept_while_it_is_down(served, n
 
 
 @in_own_netns
+async def test_an_address_that_the_store_sets_is_kept_if_it_becomes_invalid(
+    served, node_of, tmp_path
+):
+    """Also after a restart, for example by an update of the DaemonSet."""
+    node = node_of()
+    async with open_cluster("small", tmp_path) as cluster:
+        await cluster.create(kube_node("n1", "10.244.1.0/24", annotations=flannel(
+            node_public_ip="198.51.100.9", public_ip_overwrite="198.51.100.8")))
+        for _ in range(3):
+            node.store = cluster.source()
+            async with node.running() as daemon:
+                await node.ready(daemon)
+                assert str(daemon.report.underlay.public) == "198.51.100.9"
+                assert (await cluster.annotations("n1"))["public-ip"] == "198.51.100.8"
+            await cluster.annotate("n1", node_public_ip="typo", public_ip_overwrite="typo")
+
+
+@in_own_netns
 async def test_reload_asks_the_store_again_and_puts_routes_back(served, node_of):
     node = node_of()
     async with node.running() as daemon:

@@ -296,6 +296,14 @@ class LeaseSource(ABC):
         """
         return Identity()
 
+    def memory(self) -> Mapping[str, str]:
+        """Return what the source has to know after a restart of the daemon."""
+        return {}
+
+    def recall(self, memory: Mapping[str, str]) -> None:
+        """Take the ``memory`` of the daemon's last run, before any request."""
+        return
+
     @abstractmethod
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
         """Get a lease for this node, and publish ``attributes`` in the lease.

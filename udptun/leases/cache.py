@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import is_
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ class LastKnown:
                has written the file
     overrides  the public addresses that the store sets for this node, and that take precedence
                over the options; empty also if an older version has written the file
+    memory     LeaseSource.memory; empty also if an older version has written the file
     """
 
     store: str
@@ -59,6 +60,7 @@ class LastKnown:
     leases: tuple[Lease, ...]
     addresses: tuple[IPAddress, ...] = ()
     overrides: tuple[IPAddress, ...] = ()
+    memory: Mapping[str, str] = field(default_factory=dict)
 
 
 class LeaseCache:
@@ -177,8 +179,8 @@ def read_known(path: Path) -> LastKnown:
 def _is_same(one: LastKnown, other: LastKnown) -> bool:
     """Return whether both have the same objects. To compare the data of the leases would take long,
     and fails if they are nested too deeply."""
-    return (one.store, one.network, one.addresses, one.overrides) == \
-        (other.store, other.network, other.addresses, other.overrides) and \
+    return (one.store, one.network, one.addresses, one.overrides, one.memory) == \
+        (other.store, other.network, other.addresses, other.overrides, other.memory) and \
         one.lease is other.lease and len(one.leases) == len(other.leases) and \
         all(map(is_, one.leases, other.leases))
 
@@ -198,6 +200,7 @@ def _encode(known: LastKnown) -> bytes:
         "lease": known.lease and _lease_to_json(known.lease),
         "addresses": [str(address) for address in known.addresses],
         "overrides": [str(address) for address in known.overrides],
+        "memory": {**known.memory},
     })
     lines = []
     for lease in known.leases:
@@ -218,6 +221,7 @@ def _decode(data: bytes) -> LastKnown:
         tuple(map(_lease_from_json, content["leases"])),
         tuple(map(ipaddress.ip_address, content.get("addresses", ()))),
         tuple(map(ipaddress.ip_address, content.get("overrides", ()))),
+        {str(name): str(value) for name, value in content.get("memory", {}).items()},
     )
 
 

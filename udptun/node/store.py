@@ -291,6 +291,7 @@ class Store:
             self._network, self._lease = known.network, known.lease
             self.addresses = known.addresses
             self._overrides = _overriding(known.overrides)
+            self._source.recall(known.memory)
             self._report.lease = known.lease
 
     def save(self, leases: Iterable[Lease]) -> None:
@@ -298,7 +299,7 @@ class Store:
         assert self._network is not None
         self._cache.keep(LastKnown(
             self._config.source.store_id, self._network, self._lease, tuple(leases),
-            self.addresses, _overrides(self._identity)))
+            self.addresses, _overrides(self._identity), self._source.memory()))
 
 
 def _overrides(identity: Identity | None) -> tuple[IPAddress, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
@@ -144,6 +144,17 @@ class Annotations:
         """
         return (_last_valid(_v4, node, self.node_public_ip, known, faults),
                 _last_valid(_v6, node, self.node_public_ipv6, known, faults))
+
+    def last_valid(self, memory: Mapping[str, str]) -> dict[str, Any]:
+        """Return a ``known`` for ``published`` and ``node_public``.
+
+        memory  its values as text, by name; those that are not valid are ignored
+        """
+        node, known = Node(Metadata(annotations={**memory})), dict[str, Any]()
+        for name, parse in ((self.public_ip_overwrite, _v4), (self.public_ipv6_overwrite, _v6),
+                            (self.node_public_ip, _v4), (self.node_public_ipv6, _v6)):
+            _last_valid(parse, node, name, known, [])
+        return known
 
     def patch(self, node: Node, published: Attributes) -> Patch | None:
         """Return the strategic-merge patch that publishes these attributes.

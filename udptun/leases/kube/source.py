@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from ...errors import FieldError
@@ -93,6 +93,14 @@ class KubeSource(LeaseSource):
         public_ip, public_ipv6 = self._annotations.node_public(node, self._set_by_others, faults)
         self._report_faults(node, faults)
         return Identity(public_ip, public_ipv6, overrides_options=True)
+
+    def memory(self) -> Mapping[str, str]:
+        """Return the last valid values of the annotations that set an address."""
+        return {name: str(address) for name, address in self._set_by_others.items()
+                if address is not None}
+
+    def recall(self, memory: Mapping[str, str]) -> None:
+        self._set_by_others = self._annotations.last_valid(memory)
 
     async def acquire(self, attributes: Attributes, former: Subnets) -> Lease:
         """Publish our lease and return it.
