@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
@@ -19,10 +20,11 @@ from tests.control.fakes import Served, served, thread  # noqa: F401
 from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
-from udptun.doctor.checks import CHECKS, devices, kubernetes, load, peers, programs, underlay
+from udptun.doctor.checks import CHECKS, devices, files, kubernetes, load, peers, programs, underlay
 from udptun.doctor.checks.daemon import reported
 from udptun.doctor.facts import Facts, Sample
 from udptun.doctor.page import page
+from udptun.doctor.processes import Process
 from udptun.doctor.sockets import _address
 from udptun.errors import ControlError
 from udptun.instance import Instance
@@ -180,6 +182,50 @@ def test_cni_on_a_host_with_a_kubelet(
         (tmp_path / "bin" / name).touch()
     problems = [one.text for one in kubernetes.cni.look(facts) if one.result != Result.OK]
     assert problems == [] if not found else found in problems[0]
+
+
+def test_a_tun_in_another_container_is_not_missing(
+    facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Kubernetes, only the container of the forwarder has /dev/net/tun."""
+    tun = tmp_path / "tun"
+    monkeypatch.setattr(devices, "TUN_FILE", tun)
+    ours = Process(os.getpid(), "forward", "udptun", "S", False, ())
+    facts.processes, facts.forwarder.answer = [], {}
+    with pytest.raises(Skip, match="in the container of the forwarder"):
+        [*devices.tun_device.look(facts)]
+    facts.processes = [replace(ours, standby=True)]  # the one of the daemon
+    with pytest.raises(Skip, match="in the container of the forwarder"):
+        [*devices.tun_device.look(facts)]
+    facts.processes = [ours]  # a forwarder with the same files
+    assert [*devices.tun_device.look(facts)] == [
+        failed(f"{tun} does not exist", remedy="run: modprobe tun")]
+    facts.processes, facts.forwarder.answer = [], None
+    facts.node.answer = {"backend": "udp"}
+    assert [*devices.tun_device.look(facts)] == [
+        failed(f"{tun} does not exist", remedy="run: modprobe tun")]
+
+
+@pytest.mark.parametrize(("state", "folder", "found"), [
+    ("ok", False, "in the container of the daemon"),
+    ("ok", True, ""),
+    ("failed", False, ""),
+])
+def test_a_subnet_file_in_another_container_is_not_missing(
+    tmp_path: Path, state: str, folder: bool, found: str
+) -> None:
+    file = tmp_path / "flannel" / "subnet.env"
+    if folder:
+        file.parent.mkdir()
+    facts = Facts(Instance(), tmp_path / "udptun.sock", lambda node, peers: [], tmp_path, file)
+    facts.node.answer = {"checks": [{"name": "subnet-env", "state": state, "text": ["so"]}],
+                         "backend": "udp"}
+    if found:
+        with pytest.raises(Skip, match=found):
+            [*files.subnet_env.look(facts)]
+    else:
+        *_, last = files.subnet_env.look(facts)
+        assert "does not exist: no pod" in last.text
 
 
 DEBIAN = """version = 2

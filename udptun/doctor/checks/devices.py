@@ -14,6 +14,7 @@ from ...model import MIN_MTU6, OVERHEAD
 from ...node.host.forwarding import FORWARD4, FORWARD6, sysctl, value_of
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
+from ..processes import PROC
 
 TUN_FILE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)
@@ -30,6 +31,8 @@ def tun_device(facts: Facts) -> Iterator[Finding]:
     try:
         found = TUN_FILE.stat()
     except FileNotFoundError:
+        if _another_container_has_it(facts):
+            raise Skip(f"{TUN_FILE} is in the container of the forwarder only") from None
         yield failed(f"{TUN_FILE} does not exist", remedy="run: modprobe tun")
         return
     number = os.major(found.st_rdev), os.minor(found.st_rdev)
@@ -48,6 +51,14 @@ def tun_device(facts: Facts) -> Iterator[Finding]:
         yield failed(f"{TUN_FILE} cannot be opened: {exc.strerror}", _confinement(), remedy)
         return
     yield ok(f"{TUN_FILE} can be opened")
+
+
+def _another_container_has_it(facts: Facts) -> bool:
+    """Return whether a forwarder works that does not run in this container."""
+    if facts.forwarder.answer is None:
+        return False
+    here = [one.pid for one in facts.running("forward") if not one.standby]
+    return not here or any((PROC / f"{pid}/root{TUN_FILE}").exists() for pid in here)
 
 
 def _confinement() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...errors import FieldError
 from ...spans import span
-from ..check import Finding, Skip, check, failed, ok, warning
+from ..check import Finding, Result, Skip, check, failed, ok, warning
 from ..facts import Facts
 
 FREE_BYTES = 1 << 20
@@ -23,7 +23,7 @@ def subnet_env(facts: Facts) -> Iterator[Finding]:
     if not facts.expects_node:
         raise Skip("no node daemon has run here")
     told = reported(facts, "subnet-env") or []
-    yield from (one for one in told if one.result != "ok")
+    yield from (one for one in told if one.result is not Result.OK)
     path, remedy = facts.subnet_file, "restart the node daemon: it writes the file"
     try:
         found = facts.subnet_env
@@ -31,6 +31,8 @@ def subnet_env(facts: Facts) -> Iterator[Finding]:
         yield failed(f"{path} is not valid: {exc}", remedy=remedy)
         return
     except FileNotFoundError:
+        if told and all(one.result is Result.OK for one in told) and not path.parent.exists():
+            raise Skip(f"{path.parent} is in the container of the daemon only") from None
         yield failed(f"{path} does not exist: no pod can be attached", remedy=remedy)
         return
     wanted = _subnets(facts)
