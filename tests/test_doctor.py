@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from click.shell_completion import ShellComplete
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from tests.control.fakes import Served, served, thread  # noqa: F401
 from udptun.cli import cli
 from udptun.doctor import run as runner
-from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, warning
+from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, skipped, warning
 from udptun.doctor.checks import CHECKS, devices, files, kubernetes, load, peers, programs, underlay
 from udptun.doctor.checks.daemon import reported
 from udptun.doctor.facts import Facts, Sample
@@ -86,7 +87,8 @@ def test_the_worst_comes_first_and_no_check_is_lost(facts: Facts) -> None:
     assert [one.finding.result.value for one in found] == [
         "failed", "warning", "skipped", "skipped", "skipped", "ok"]
     assert "a bug" in found[3].finding.text
-    assert "run as root" in found[4].finding.text
+    assert ("a capability is missing here" if os.geteuid() == 0 else "run as root") in \
+        found[4].finding.text
 
 
 def test_the_whole_run_is_bounded(facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +228,22 @@ def test_a_subnet_file_in_another_container_is_not_missing(
     else:
         *_, last = files.subnet_env.look(facts)
         assert "does not exist: no pod" in last.text
+
+
+def test_loss_that_cannot_be_measured_again_is_not_a_problem(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probes of the first seconds are lost if the peer starts later."""
+    row = {"state": "reachable", "loss": 0.2, "path": "vxlan", "probed": True, "name": "n2",
+           "subnets": ["10.244.2.0/24"], "endpoint": "192.0.2.2:8285"}
+    facts.node.answer, facts.rows = {}, [row]
+    denied = PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(peers, "_answers", Mock(side_effect=denied))
+    assert [*peers.loss.look(facts)] == [skipped(
+        "20% of the last 32 probes of n2 (10.244.2.0/24, 192.0.2.2:8285) were lost, and this"
+        " process cannot measure again: Operation not permitted")]
+    monkeypatch.setattr(peers, "_answers", lambda facts, row: [True, False])
+    assert [one.result for one in peers.loss.look(facts)] == [Result.WARNING, Result.OK]
 
 
 DEBIAN = """version = 2

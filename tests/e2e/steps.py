@@ -62,6 +62,26 @@ def pods(cluster: Cluster) -> str:
 
 
 @step()
+def diagnosis(cluster: Cluster) -> str:
+    """status, doctor and report in the containers of a healthy node: doctor finds nothing"""
+    for worker in cluster.workers:
+        pod = udptun_pod(cluster, worker.name)
+
+        def run(container: str, command: str, pod: str = pod) -> str:
+            return cluster.plane.kubectl("exec", "-n", NAMESPACE, pod, "-c", container, "--", "sh",
+                                         "-c", command)
+
+        shown = run("node", "udptun status")
+        for other in cluster.workers:
+            check(other is worker or other.name in shown, f"{other.name} is not in {shown}")
+        for container in ("node", "forwarder"):
+            run(container, "udptun doctor")  # an exit code other than 0 is an error
+        parts = run("node", "udptun report -o - 2>/dev/null | tar -tz").splitlines()
+        check(any(part.endswith("/doctor.json") for part in parts), f"the report has {parts}")
+    return f"nothing found on {len(cluster.workers)} nodes"
+
+
+@step()
 def no_python(cluster: Cluster) -> str:
     """a node without Python: the CNI plugin has attached a pod there"""
     worker = next(worker for worker in cluster.workers if not worker.python)

@@ -59,7 +59,8 @@ def _collect(facts: Facts, check: Check, findings: list[Finding]) -> None:
     except Skip as exc:
         findings[:] = [skipped(str(exc))]
     except PermissionError as exc:
-        findings[:] = [skipped(f"{exc}: run as root")]
+        lacks = "a capability is missing here" if facts.is_root else "run as root"
+        findings[:] = [skipped(f"{exc}: {lacks}")]
     except (UdptunError, OSError) as exc:
         findings[:] = [skipped(f"cannot run: {exc}")]
     except Exception as exc:  # one check must not end the others

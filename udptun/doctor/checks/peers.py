@@ -18,7 +18,7 @@ from ...errors import ControlError, NoForwarder, UdptunError
 from ...model import Endpoint, IPAddress, parse_address
 from ...net.echo import EchoPinger
 from ...net.kernel_path import kernel_path
-from ..check import Finding, Skip, check, failed, ok, warning
+from ..check import Finding, Skip, check, failed, ok, skipped, warning
 from ..facts import Facts, Row
 
 NAMED = 8  # peers that are looked at one by one
@@ -91,20 +91,32 @@ def loss(facts: Facts) -> Iterator[Finding]:
     suspects = [row for row in _rows(facts) if row["state"] in ("reachable", "limited") and
                 row["loss"] is not None and row["loss"] >= LOSS]
     now = _together([partial(_loss_now, facts, row) for row in suspects[:NAMED]])
+    measured_n = 0
     for row, lost in zip(suspects, now, strict=False):
+        if isinstance(lost, PermissionError):
+            yield skipped(f"{row['loss']:.0%} of the last 32 probes of {_name(row)} were lost, and"
+                          f" this process cannot measure again: {lost.strerror}")
+            continue
+        measured_n += 1
         if lost is None or lost >= LOSS:
             share, evidence = (row["loss"], "of the last 32 probes") if lost is None else \
                 (lost, f"of {LOSS_N} packets now; of the last 32 probes: {row['loss']:.0%}")
             yield warning(f"{share:.0%} of the packets to {_name(row)} and back are lost",
                           "; ".join(filter(None, (evidence, _by(row)))),
                           "look for errors and drops of the network cards and switches on the path")
-    if suspects:
-        yield ok(f"peers with lost probes, which were measured again: {len(suspects)}")
+    if measured_n:
+        yield ok(f"peers with lost probes, which were measured again: {measured_n}")
 
 
-def _loss_now(facts: Facts, row: Row) -> float | None:
-    """Return the share of LOSS_N packets that are not answered; None: cannot be measured."""
-    answers = [*_answers(facts, row)]
+def _loss_now(facts: Facts, row: Row) -> float | PermissionError | None:
+    """Return the share of LOSS_N packets that are not answered; None: no packet was answered.
+
+    Return the error if this process may not send them.
+    """
+    try:
+        answers = [*_answers(facts, row)]
+    except PermissionError as exc:
+        return exc
     return None if not any(answers) else 1 - sum(answers) / len(answers)
 
 
