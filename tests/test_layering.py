@@ -80,8 +80,8 @@ RULES = {
     },
     "lab": LEAVES | {"lab"},
     "doctor": LEAVES | {
-        "cni.node", "control.client", "control.protocol", "doctor", "leases", "net", "node.host",
-        "node.process.launch",
+        "cni.node", "control.client", "control.protocol", "device.offload", "doctor", "leases",
+        "net", "node.host", "node.process.launch",
     },
     "cli": LEAVES | {
         "cli", "cni", "control.client", "control.listen", "control.protocol", "control.served",
