@@ -45,12 +45,15 @@ SYSTEM = {
     "deploy/*.conf": "share/udptun",
     "deploy/sysctl.d/*.conf": "share/udptun/sysctl.d",
     "scripts/cni_tree.py": "share/udptun/cni",
-    "LICENSE": "share/doc/udptun",
-    "README.md": "share/doc/udptun",
-    "CHANGELOG.md": "share/doc/udptun",
-    "docs/*.md": "share/doc/udptun/docs",
-    "deploy/README.md": "share/doc/udptun/deploy",
 }
+# The pages, and the files that they link to: each has the same path below DOC as in the repository.
+DOC = "share/doc/udptun"
+DOCUMENTS = (
+    "LICENSE", "*.md", "docs/*.md", "docs/*.toml", "docs/*.yaml", "docs/bench/*", "bench/README.md",
+    "src_ext/README.md", "examples/*.py",
+    "deploy/README.md", "deploy/Dockerfile", "deploy/*.service", "deploy/*.env", "deploy/*.conf",
+    "deploy/kubernetes/**/*", "deploy/helm/**/*", "deploy/monitoring/*",
+)
 
 
 def is_packed(name: str) -> bool:
@@ -98,12 +101,21 @@ def cni_launcher(cpu: str, scratch: Path) -> bytes:
     return out.read_bytes()
 
 
+def documents() -> list[str]:
+    """Return the paths of the DOCUMENTS in the repository."""
+    return sorted({
+        str(path.relative_to(ROOT))
+        for pattern in DOCUMENTS for path in ROOT.glob(pattern) if path.is_file()
+    })
+
+
 def system_files(cpu: str, scratch: Path) -> dict[str, bytes]:
     """Return path in the archive -> content."""
     files = {
         f"system/{folder}/{path.name}": path.read_bytes()
         for pattern, folder in SYSTEM.items() for path in sorted(ROOT.glob(pattern))
     }
+    files |= {f"system/{DOC}/{name}": (ROOT / name).read_bytes() for name in documents()}
     files["system/share/udptun/cni/launcher"] = cni_launcher(cpu, scratch)
     return files | {
         f"system/share/{name}": content for name, content in share_files.files().items()

@@ -160,7 +160,7 @@ def activate(place: Place) -> None:
 
 
 def deactivate(place: Place) -> None:
-    """Remove the files that ``activate`` wrote, unless somebody has changed them."""
+    """Remove the files that ``activate`` wrote, unless they have changed since."""
     for path in system_files(place):
         target = place.at(place.system, str(path))
         if target.is_file() and filecmp.cmp(target, place.share / path, shallow=False):

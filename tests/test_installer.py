@@ -4,7 +4,9 @@ The bundles are small, with wheels that the test makes. They are installed below
 """
 
 import io
+import os
 import platform
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,6 +18,7 @@ from tests.scripts import SCRIPTS, script
 
 bundle, lock, release = script("bundle"), script("lock"), script("release")
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = platform.machine()
 TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 UNIT = "lib/systemd/system/udptun.service"
@@ -50,6 +53,18 @@ def make_bundle(folder: Path, version: str, more: dict[str, bytes] | None = None
         **(more or {}),
     })
     return target
+
+
+def test_the_links_of_the_documents_lead_to_files_of_the_bundle() -> None:
+    files = set(bundle.documents())
+    missing = {
+        (name, target)
+        for name in files if name.endswith(".md")
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", (ROOT / name).read_text())
+        for found in [os.path.normpath(Path(name).parent / target)]
+        if found not in files and not any(one.startswith(f"{found}/") for one in files)
+    }
+    assert sorted(missing) == []
 
 
 def run(program: Path, *arguments: str, root: Path) -> str:

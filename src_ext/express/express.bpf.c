@@ -6,8 +6,8 @@
  *
  * A datagram from "send" has the outer UDP checksum 0; user space always sends a checksum. The
  * inner checksum of such a datagram may be unfinished (CHECKSUM_PARTIAL): if the link is a veth or
- * virtio, nobody finishes it. So "receive" takes all datagrams with the checksum 0 that it can, and
- * user space finishes the inner checksum of the others.
+ * virtio, no device finishes it. So "receive" takes all datagrams with the checksum 0 that it can,
+ * and user space finishes the inner checksum of the others.
  *
  * Compiled at development time (make express). Only UAPI headers are needed, and no BTF.
  */

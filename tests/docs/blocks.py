@@ -6,6 +6,7 @@ A block of commands has the language ``sh``. The comment above the block says wh
     <!-- run: WORLD, on HOST, background -->   the same; the commands run until the test ends
     <!-- run by: PATH::TEST -->                another test
     <!-- run by: make e2e, step NAME -->       a step of the whole cluster
+    <!-- checked by: PATH::TEST -->            nothing; the test does what the commands do
     <!-- not run: REASON -->                   nothing
 
 Blocks of one page and world run in the order of the page.
@@ -25,10 +26,11 @@ PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "depl
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL)
-MARKER = re.compile(r"<!-- (run|run by|not run): (.+?) -->\s*\Z")
+MARKER = re.compile(r"<!-- (run|run by|checked by|not run): (.+?) -->\s*\Z")
+# A block without a language has commands if it begins with one, or with a comment of a shell.
 COMMAND = re.compile(
-    r"(?:\.venv/bin/|/opt/\S*/)?(?:udptun|make|curl|systemctl|kubectl|helm|apt-get|python3?|sh|ip|"
-    r"install|pip|setpriv) ")
+    r"# |for \w+ in |[A-Z_]+=\S+ |(?:\.venv/bin/|/opt/\S*/)?(?:udptun|make|curl|systemctl|kubectl|"
+    r"helm|apt-get|python3?|sh|ip|install|pip|setpriv|ctr|git|nft|iptables|sysctl|docker|cd) ")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Block:
     line: int
     language: str
     text: str
-    kind: str  # run, run by, not run; "" without a marker
+    kind: str  # run, run by, checked by, not run; "" without a marker
     marker: str
 
     @property

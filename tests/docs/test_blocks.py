@@ -149,9 +149,23 @@ def test_the_marker_names_something_that_exists(block: Block) -> None:
         assert block.host in ADDRESSES
     elif block.kind == "run by" and block.marker.startswith("make e2e, step "):
         assert block.marker.removeprefix("make e2e, step ") in STEPS
-    elif block.kind == "run by":
+    elif block.kind in ("run by", "checked by"):
         path, _, name = block.marker.partition("::")
         assert name in functions_of(ROOT / path)
+
+
+IN_CLUSTER = [block for block in BLOCKS if block.marker.startswith("make e2e")]
+CLUSTER = "\n".join(path.read_text() for path in sorted((ROOT / "tests" / "e2e").glob("*.py")))
+OF_THE_SHELL = {"for", "command", "in", "do", "done"}
+
+
+@pytest.mark.unprivileged
+@pytest.mark.parametrize("block", IN_CLUSTER, ids=str)
+def test_the_whole_cluster_has_the_words_of_a_block(block: Block) -> None:
+    """This finds a command that no step runs. It does not find that another step runs it."""
+    text = re.sub(r" # .*|docker\.io/\S+", "", block.text)
+    words = {word.rstrip("-") for word in re.findall(r"[a-z][\w-]+", text)} - OF_THE_SHELL
+    assert [word for word in sorted(words) if word not in CLUSTER] == []
 
 
 @pytest.mark.unprivileged

@@ -11,8 +11,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
+from tests.e2e import programs
+from tests.scripts import script
 from tests.test_docs import slug
 from udptun import ForwarderConfig, Route
 from udptun.cli import cli
@@ -22,6 +25,8 @@ from udptun.doctor.check import Check
 from udptun.doctor.checks import CHECKS
 from udptun.doctor.checks.devices import OLDEST
 from udptun.forwarder import forwarder
+from udptun.leases.advert import FEATURES
+from udptun.leases.etcd import client
 from udptun.net.udp import RCVBUF
 from udptun.node import daemon
 from udptun.probe import prober, state
@@ -30,6 +35,7 @@ from udptun.probe.sizes import RETRY_SECONDS
 pytestmark = pytest.mark.unprivileged
 
 ROOT = Path(__file__).resolve().parents[2]
+installer = script("installer")
 
 
 def page(name: str) -> str:
@@ -72,6 +78,8 @@ def test_the_directions_that_ping_shows_are_those_of_the_troubleshooting_page(
      [prober.IDLE_PER_SECOND, prober.URGENT_PER_SECOND]),
     ("control", r"every N/(\d+) s, but not more often than every (\d+) s",
      [prober.STANDBY_PER_SECOND, state.IDLE_SECONDS]),
+    ("control", r"the interval is N/(\d+) s, also at least (\d+) s",
+     [prober.IDLE_PER_SECOND, state.IDLE_SECONDS]),
     ("control", r"how many of the last (\d+) probes were not answered in time",
      [state.LOSS_WINDOW]),
     ("control", r"has (\d+) seconds to send its first request, (\d+) seconds to send a body, and "
@@ -149,6 +157,48 @@ def test_the_oldest_kernel() -> None:
     version = ".".join(map(str, OLDEST))
     for name in ("docs/operations.md", "docs/index.md"):
         assert f"Linux {version} or newer" in page(name)
+
+
+def test_the_supported_versions_of_kubernetes_and_etcd() -> None:
+    chart = yaml.safe_load((ROOT / "deploy" / "helm" / "udptun" / "Chart.yaml").read_text())
+    oldest = re.fullmatch(r">=(\d+\.\d+)\.0-0", chart["kubeVersion"])
+    assert oldest
+    tested = programs.KUBERNETES.rpartition(".")[0]
+    assert f"Kubernetes {oldest[1]} or newer. `make e2e` tests with {tested}" in \
+        page("docs/kubernetes.md")
+    (etcd,) = re.findall(r"Needs etcd ([\d.]+) or newer", " ".join((client.__doc__ or "").split()))
+    assert f"needs etcd {etcd} or newer, or [Kubernetes {oldest[1]}]" in page("docs/node.md")
+
+
+def test_the_directories_below_opt_are_those_of_an_installation() -> None:
+    """``VERSION``: of the bundle. ``clone``: that of deploy/README.md."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "deploy").rglob("*.md")),
+                 *sorted((ROOT / "docs").glob("*.md"))]:
+        found = set(re.findall(rf"{installer.BASE}/(\w+)", path.read_text()))
+        assert found <= {"VERSION", "clone"}, path
+
+
+def test_the_exit_code_of_an_interrupt() -> None:
+    """Commands that exit with 130 after Ctrl-C, except those of which this is the usual end."""
+    commands = {path.parent.name if path.stem == "__init__" else path.stem
+                for path in (ROOT / "udptun" / "cli").rglob("*.py")
+                if "sys.exit(130)" in path.read_text()}
+    (row,) = re.findall(r"^\| 130 \|.*$", (ROOT / "docs" / "operations.md").read_text(), re.M)
+    assert {name.split()[0] for name in re.findall(r"`([\w -]+)`", row)} == {
+        {"dropped": "drops"}.get(name, name) for name in commands}
+
+
+def test_the_limits_of_a_turn() -> None:
+    code = (ROOT / "src_ext" / "path" / "encap.pxd").read_text()
+    of = {name: int(value) for name, value in re.findall(r"^    (\w+) = (\d+)\b", code, re.M)}
+    assert (f"{of['TURN_BYTES'] >> 10} KiB, or {of['TURN_FRAMES']} frames "
+            f"({of['LONG_TURN_FRAMES']} frames if they go to more than {of['FEW_PEERS']} peers)"
+            ) in page("docs/datapath.md")
+
+
+def test_each_feature_of_a_node_is_explained() -> None:
+    found = re.findall(r"[Tt]he feature `(\w+)` means", page("docs/flannel.md"))
+    assert sorted(found) == sorted(FEATURES)
 
 
 def test_the_size_of_the_receive_buffer() -> None:

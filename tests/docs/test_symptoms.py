@@ -1,4 +1,4 @@
-"""docs/troubleshoot.md: each entry names a test that reproduces it, and the test exists."""
+"""docs/troubleshoot.md: each entry names a test that reproduces it, or says why none does."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ HERE = "192.0.2.1"
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=[title for title, _ in ENTRIES])
 def test_each_entry_names_a_test_that_exists(entry: tuple[str, str]) -> None:
+    if re.search(r"^<!-- not reproduced: .+ -->$", entry[1], re.MULTILINE):
+        return
     found = re.findall(r"^<!-- test: ([\w/.]+)::(\w+) -->$", entry[1], re.MULTILINE)
     assert len(found) == 1
     [(file, name)] = found

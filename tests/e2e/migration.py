@@ -76,6 +76,7 @@ def from_flannel(cluster: Cluster) -> str:
     def moved(worker: Worker) -> None:
         plane.kubectl("label", "node", worker.name, f"{_LABEL}=udptun", "--overwrite")
         cluster.wait(lambda: _runs_on(cluster, NAMESPACE, worker), f"udptun on {worker.name}")
+        plane.kubectl("-n", NAMESPACE, "get", "pods", "-o", "wide")
 
     outage = _node_by_node(cluster, moved)
     _new_pods(cluster)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.netns.netns_traffic import assert_invariant, exchange_udp, transfer_tcp
 from udptun.device.offload import FEATURES, OffloadRequest
-from udptun.lab import pair
+from udptun.lab import LabError, pair
 
 # Single features are turned off on the path that exercises them most.
 CASES = [
@@ -58,6 +58,27 @@ def test_each_end_has_its_own_offloads(lab):
     tunnel.a.start(offload="off")
     tunnel.b.start()
     move_everything(tunnel, "P2")
+
+
+def test_the_status_names_the_offloads_that_are_off(lab):
+    forwarder = pair(lab, offload="auto,-udp-merge").a.forwarder
+    shown = forwarder.udptun("status").stdout
+    assert "udp-merge (asked)" in shown
+    assert "udp-merge" not in forwarder.status()["capabilities"]["in_use"]
+
+
+def test_a_tunnel_inside_the_tunnel(lab):
+    """A VXLAN between two addresses of the overlay, with the advice of docs/troubleshoot.md."""
+    a, b = pair(lab, offload="auto,-udp-merge").sides
+    for n, (side, other) in enumerate(((a, b), (b, a)), 1):
+        try:
+            side.host.ip(f"link add inner0 mtu 1400 type vxlan id 7 dstport 4790 local {side.v4} "
+                         f"remote {other.v4}")
+        except LabError as exc:
+            pytest.skip(f"this kernel cannot make VXLAN devices: {exc}")
+        side.host.ip(f"address add 10.9.0.{n}/24 dev inner0", "link set inner0 up")
+    transfer_tcp(a.host, b.host, "10.9.0.2")
+    transfer_tcp(b.host, a.host, "10.9.0.1")
 
 
 def move_everything(tunnel, profile, mtu=1472):

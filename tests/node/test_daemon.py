@@ -161,7 +161,7 @@ async def test_the_cache_is_used_if_the_store_does_not_answer(served, node_of, m
 
     node.store.network = never
     async with node.running() as daemon:
-        await until(lambda: daemon.report.stale, "what is known to be in force")
+        await until(lambda: daemon.report.stale, "what is known to be active")
         assert table(served) == routes_to(peer(2))
 
 

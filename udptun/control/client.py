@@ -173,7 +173,7 @@ class ControlClient:
     def change_device(
         self, mtu: int | None = None, listen: Iterable[Endpoint | str] | None = None
     ) -> dict[str, Any]:
-        """Change the MTU of the TUN, or the endpoints. None: as now. Return both."""
+        """Change the MTU of the TUN, or the listen addresses. None: as now. Return both."""
         wanted: dict[str, Any] = {}
         if mtu is not None:
             wanted["mtu"] = mtu

@@ -483,10 +483,10 @@ class Forwarder:
     async def change_device(
         self, mtu: int | None = None, listen: Iterable[Endpoint] | None = None
     ) -> dict[str, Any]:
-        """Change the MTU of the TUN, or the endpoints, for example because the address of the
-        underlay has changed. Return both. None: as now.
+        """Change the MTU of the TUN, or the listen addresses, for example because the address of
+        the underlay has changed. Return both. None: as now.
 
-        Packets that arrive at a former endpoint are lost from then on. Raises FieldError,
+        Packets that arrive at a former address are lost from then on. Raises FieldError,
         DeviceError (a socket cannot be opened); nothing is changed then.
         """
         async def change(core: _core.Core) -> None:
@@ -502,7 +502,7 @@ class Forwarder:
         return {"mtu": self.mtu, "listen": [str(endpoint) for endpoint in self.config.listen]}
 
     async def _rebind(self, wanted: ForwarderConfig) -> None:
-        """Replace the sockets by those of other endpoints. Raises DeviceError; nothing is changed
+        """Replace the sockets by those of other addresses. Raises DeviceError; nothing is changed
         then."""
         opened: list[UdpSocket] = []
         former = self._sockets.copy()
