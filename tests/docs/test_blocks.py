@@ -163,7 +163,7 @@ OF_THE_SHELL = {"for", "command", "in", "do", "done"}
 @pytest.mark.parametrize("block", IN_CLUSTER, ids=str)
 def test_the_whole_cluster_has_the_words_of_a_block(block: Block) -> None:
     """This finds a command that no step runs. It does not find that another step runs it."""
-    text = re.sub(r" # .*|docker\.io/\S+", "", block.text)
+    text = re.sub(r" # .*|> \S+|docker\.io/\S+", "", block.text)
     words = {word.rstrip("-") for word in re.findall(r"[a-z][\w-]+", text)} - OF_THE_SHELL
     assert [word for word in sorted(words) if word not in CLUSTER] == []
 
