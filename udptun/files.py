@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Self
 
 DIRECTORY_MODE = 0o750
+# The disk is full, read-only or broken. An operator can repair it while udptun runs.
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
 _RANDOM_BYTES = 8  # in the name of a file that is being written
 
 
@@ -242,8 +244,7 @@ class FileLock:
     @classmethod
     def _take(cls, path: Path, how: int) -> Self | None:
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-                             | os.O_NONBLOCK, 0o600)
+            handle = _open_lock(path)
             try:
                 found = os.fstat(handle)
                 _refuse_foreign(path, found)
@@ -277,6 +278,19 @@ class FileLock:
             with suppress(OSError):
                 self.path.unlink()  # before the lock is released: see ``take``
         os.close(self.fd)
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        try:
+            return os.open(path, flags | os.O_RDONLY)  # enough to lock a file that exists
+        except FileNotFoundError:
+            raise error from None
 
 
 def remove_free_locks(directory: Path, pattern: str) -> None:

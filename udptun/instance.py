@@ -161,7 +161,8 @@ class Instance:
                 f"{self.name} another {option}"
             )
         try:
-            lock.set_text(f"{self.name}\n")
+            with suppress(OSError):  # the disk is full or read-only; the text is only for messages
+                lock.set_text(f"{self.name}\n")
             yield
         finally:
             lock.release()

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 from udptun.cli import cli
 
 NEEDED = ["--listen", "192.0.2.1"]
@@ -415,6 +416,37 @@ def test_a_log_file_that_cannot_be_written() -> None:
         code, _, err = end(process)
     assert (code, err) == (1, "udptun: error: --log-file /nonexistent/log: No such file or "
                               "directory (ENOENT)\n")
+
+
+@in_own_netns
+def test_a_log_file_on_a_readonly_disk_is_used_later(tmp_path: Path) -> None:
+    """Also if the disk has no room for a new file after the former one was renamed."""
+    in_own_mount_namespace()
+    program = """
+import subprocess, sys
+from pathlib import Path
+from udptun.cli import logs
+file = Path(sys.argv[1])
+def remount(how):
+    subprocess.run(["mount", "-o", f"remount,{how}", file.parent], check=True)
+logs.FILE_MAX = 4000
+logs.start(file=file)
+logs.log.info("to stderr")
+remount("rw")
+logs.log.info("to the file")
+for n in range(200):
+    logs.log.info("line %d", n)
+remount("nr_inodes=9")
+logs.log.info("the last line")
+"""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    sh(f"mount -t tmpfs -o ro,nr_inodes=2 none {disk}")
+    file = disk / "forwarder.log"
+    result = subprocess.run([sys.executable, "-c", program, str(file)],
+                            capture_output=True, text=True, check=True)
+    assert result.stderr.endswith("to stderr\n") and result.stderr.count("\n") == 1
+    assert file.read_text().endswith("the last line\n")
 
 
 def test_a_log_file_that_is_a_link_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.own_netns import in_own_mount_namespace, in_own_netns, ip_json, sh
 from tests.wait import until
-from udptun import Endpoint, Forwarder, ForwarderConfig, Route
+from udptun import ControlClient, Endpoint, Forwarder, ForwarderConfig, Route
 from udptun.errors import DeviceError, FieldError, UdptunError
 from udptun.forwarder import forwarder as module
 from udptun.forwarder.routes import HandedOver
@@ -178,6 +178,21 @@ async def test_a_full_or_readonly_disk_does_not_stop_the_network(tmp_path, monke
             assert f"cannot write the route table to {kept}: " in caplog.text
             repair()
             await until(functools.partial(has_route, kept))
+
+
+@in_own_netns
+async def test_a_readonly_run_directory_does_not_stop_the_network(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("udptun.forwarder.forwarder.CONTROL_SECONDS", 0.1)
+    in_own_mount_namespace()
+    control = tmp_path / "control.sock"
+    sh(f"mount --bind {tmp_path} {tmp_path}", f"mount -o remount,bind,ro {tmp_path}")
+    async with Forwarder(config(control=control)):
+        assert "nobody can control this forwarder yet" in caplog.text
+        sh(f"mount -o remount,bind,rw {tmp_path}")
+        await until(control.exists)
+        with ControlClient(str(control)) as client:
+            assert await asyncio.to_thread(client.status)
+    assert not control.exists()
 
 
 @in_own_netns

@@ -18,6 +18,7 @@ from udptun.net.netlink import Netlink
 from udptun.node import daemon as module
 from udptun.node.config import InterfaceOptions, NodeConfig
 from udptun.node.daemon import Daemon
+from udptun.node.locks import Locks
 from udptun.node.process.launch import ForwarderSpec
 
 NETWORK = NetConfig.parse('{"Network": "10.244.0.0/16"}')
@@ -120,9 +121,9 @@ class Node:
 
     @contextlib.asynccontextmanager
     async def running(self):
-        with Netlink() as netlink:
+        with Locks(self.config) as locks, Netlink() as netlink:
             self.serve_store()
-            daemon = Daemon(self.config, netlink)
+            daemon = Daemon(self.config, netlink, locks)
             task = asyncio.create_task(daemon.run())
             device = asyncio.create_task(make_device(self.config.forward_file, netlink))
             try:

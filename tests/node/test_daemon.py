@@ -19,7 +19,7 @@ from tests.control.fakes import LoopThread, Served
 from tests.leases.kube_api import node as kube_node
 from tests.leases.kube_cluster import flannel, open_cluster
 from tests.node.daemon_host import OURS, Node, peer, routes_to, table
-from tests.own_netns import in_own_netns, sh
+from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 from tests.wait import until
 from udptun.errors import FieldError
 from udptun.leases.advert import ECN, PROBE, Advert, embed
@@ -40,6 +40,7 @@ from udptun.node import store as store_module
 from udptun.node.backends import BACKENDS
 from udptun.node.config import InterfaceOptions
 from udptun.node.daemon import Daemon, run
+from udptun.node.status.readiness import judge
 
 
 @pytest.fixture
@@ -279,6 +280,82 @@ async def test_a_lease_that_is_routed_into_our_tun_does_not_affect_other_leases(
         daemon.reload()
         await until(lambda: table(served) == routes_to(peer(2), inside), "the usable lease")
         await until(lambda: daemon.report.peers.refused.keys() == {"10.244.4.0-24"}, "the report")
+
+
+@in_own_netns
+@pytest.mark.parametrize("problem", ["readonly", "full", "no inode"])
+async def test_a_full_or_readonly_disk_does_not_stop_the_node(
+    served, node_of, monkeypatch, problem
+):
+    """The state directory cannot be written. Later it can."""
+    monkeypatch.setattr("udptun.leases.cache.RETRY_SECONDS", 0.2)
+    in_own_mount_namespace()
+    node = node_of()
+    state = node.config.state_dir
+    state.mkdir()
+    options, repair = {
+        "readonly": ("ro", "rw"), "full": ("size=4k", "size=1m"),
+        "no inode": ("nr_inodes=1", "nr_inodes=100"),
+    }[problem]
+    sh(f"mount -t tmpfs -o {options} none {state}")
+    if problem == "full":
+        (state / "filler").write_bytes(bytes(4096))
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2))
+        await node.ready(daemon)
+        assert table(served) == routes_to(peer(2))
+        await until(lambda: "leases" in daemon.report.troubles, "the report")
+        assert ("lock" in shown(daemon)) == (problem != "full")
+        assert f"the leases are not saved to {state}" in shown(daemon)
+        sh(f"mount -o remount,{repair} {state}")
+        await until(lambda: shown(daemon) == "", "the disk to be used")
+        assert (state / "leases.json").exists()
+        assert (state / "lock").exists()
+
+
+@in_own_netns
+async def test_a_readonly_run_directory_does_not_stop_the_node(served, node_of):
+    """The files of an earlier daemon are there, and the forwarder runs."""
+    in_own_mount_namespace()
+    node = node_of()
+    run_dir = node.config.control.parent
+    sh(f"mount --bind {run_dir} {run_dir}", f"mount -o remount,bind,ro {run_dir}")
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        for text in ("the control socket", "forward.json is not written", "no status for"):
+            await until(lambda text=text: text in shown(daemon), text)
+        sh(f"mount -o remount,bind,rw {run_dir}")
+        node.store.send(peer(2))
+        await node.ready(daemon)
+        assert table(served) == routes_to(peer(2))
+        await until(lambda: shown(daemon) == "", "the directory to be used")
+        assert (run_dir / "node.sock").exists()
+
+
+@in_own_netns
+async def test_a_taken_health_port_does_not_stop_the_node(served, node_of, monkeypatch):
+    """Any user of the host can listen there first."""
+    monkeypatch.setattr("udptun.control.http.RETRY_SECONDS", 0.1)
+    node = node_of()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        node.config = replace(node.config, healthz_port=port)
+        async with node.running() as daemon:
+            await until(lambda: node.store.published, "the lease")
+            node.store.send(peer(2))
+            await node.ready(daemon)
+            assert table(served) == routes_to(peer(2))
+            assert f"health checks on 127.0.0.1 port {port}: Address already" in shown(daemon)
+            other.close()
+            await until(lambda: shown(daemon) == "", "the port")
+            assert sh(f"ss -Hltn sport = {port}")
+
+
+def shown(daemon):
+    """Return the problems of the check ``daemon``."""
+    (found,) = (check for check in judge(daemon.report) if check.name == "daemon")
+    return "\n".join(one.text for one in found.problems)
 
 
 @in_own_netns

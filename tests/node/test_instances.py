@@ -20,7 +20,8 @@ from udptun.net.netlink import Netlink
 from udptun.node.backends.active import ActiveBackends
 from udptun.node.backends.base import InstanceConflict
 from udptun.node.config import InterfaceOptions, NodeConfig
-from udptun.node.daemon import Daemon, claimed, run
+from udptun.node.daemon import Daemon, run
+from udptun.node.locks import Locks
 from udptun.node.status.report import NodeReport
 
 
@@ -93,16 +94,16 @@ def test_a_file_of_another_instance_is_refused(tmp_path, monkeypatch, field):
     red = InstanceNode("red", 244, 1, monkeypatch).config
     blue = InstanceNode("blue", 245, 2, monkeypatch).config
     path = getattr(red, field)
-    with claimed(red), claimed(blue):
+    with Locks(red), Locks(blue):
         pass
-    with claimed(red), pytest.raises(InstanceRunning) as caught, \
-            claimed(replace(blue, **{field: path})):
+    with Locks(red), pytest.raises(InstanceRunning) as caught, \
+            Locks(replace(blue, **{field: path})):
         pass
     option = f"--{field.replace('_', '-')}"
     assert str(path) in str(caught.value)
     assert f"in use by the instance red: give the instance blue another {option}" in \
         str(caught.value)
-    with claimed(replace(blue, **{field: path})):  # red has ended
+    with Locks(replace(blue, **{field: path})):  # red has ended
         pass
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

@@ -19,7 +19,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from ..files import make_directory, open_log
+from ..files import DISK_ERRORS, make_directory, open_log
 from ..text import printable
 
 log = logging.getLogger("udptun")
@@ -70,7 +70,13 @@ class _BoundedFile(RotatingFileHandler):
         self._take_output()
 
     def _open(self) -> TextIOWrapper:
-        return os.fdopen(open_log(Path(self.baseFilename)), "a", encoding=self.encoding)
+        try:
+            handle = open_log(Path(self.baseFilename))
+        except OSError as exc:
+            if exc.errno not in DISK_ERRORS:
+                raise
+            handle = os.dup(2)  # the former file, or stderr; each line tries the new file again
+        return os.fdopen(handle, "a", encoding=self.encoding)
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # then the line goes to the old file
@@ -78,14 +84,20 @@ class _BoundedFile(RotatingFileHandler):
         super().emit(record)
 
     def _follow_path(self) -> None:
-        assert self.stream is not None
         path = Path(self.baseFilename)
+        if self.stream is None:  # the renaming of a full file has failed
+            self.stream = self._open()
         if path.exists() and path.stat().st_ino == os.fstat(self.stream.fileno()).st_ino:
             return
         make_directory(path.parent)
         former, self.stream = self.stream, self._open()
         former.close()
         self._take_output()
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        # A pipe has no size: the log goes to stderr because the file could not be opened.
+        return (self.stream is None or self.stream.seekable()) and \
+            bool(super().shouldRollover(record))
 
     def doRollover(self) -> None:
         super().doRollover()

@@ -30,6 +30,7 @@ TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_SECONDS = 10.0  # limit for a client to send its request, and again to read the response
 ANSWER_SECONDS = 10.0  # limit for the loop to create the response
+RETRY_SECONDS = 5.0  # between two tries to listen
 ACCEPT_PAUSE = 0.5  # seconds to wait after a failed accept
 CONNECTIONS_MAX = 64  # limit of connections; each has a thread
 
@@ -89,6 +90,31 @@ class HttpServer:
         self.port = http.server_address[1]
         http.watch()
         log.info("listening for %s on %s port %d", self._what, self.address, self.port)
+
+    async def serve(
+        self, failed: Callable[[str], object], listening: socket.socket | None = None
+    ) -> None:
+        """Listen and answer until cancelled. While the address cannot be used, try again.
+
+        failed     called after each try: with the reason, or with "" when the server listens
+        listening  use this socket first, which listens already
+        """
+        logged = ""
+        try:
+            while True:
+                try:
+                    await self.start(listening)
+                    break
+                except DeviceError as exc:
+                    failed(str(exc))
+                    if logged != (logged := str(exc)):
+                        log.error("%s; trying again every %g s", exc, RETRY_SECONDS)
+                listening = None
+                await asyncio.sleep(RETRY_SECONDS)
+            failed("")
+            await asyncio.Event().wait()
+        finally:
+            await self.aclose()
 
     async def aclose(self) -> None:
         if self._http is not None:

@@ -1,36 +1,34 @@
 """``--metrics``: serve /metrics over TCP, for a Prometheus that scrapes without a sidecar.
 
-Owns the address and the tries to listen there. Forwarding does not depend on it: if the address
-cannot be used, this is logged once, and tried again. Does not depend on what the metrics are.
+Owns the address. Forwarding does not depend on it: if the address cannot be used, the server logs
+this once, and tries again. Does not depend on what the metrics are.
 Threading: on the loop.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import socket
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
-from ..errors import DeviceError
 from ..model import Endpoint
 from .http import Answer, HttpServer, metrics_answer, text_answer
 from .protocol import METRICS
-
-log = logging.getLogger(__name__)
-
-RETRY_SECONDS = 5.0  # between two tries to listen
 
 
 class Scrape:
     """Serves /metrics during ``run``.
 
     render  returns the metrics as Prometheus's text
+    failed  called with the reason why the address cannot be used, and with "" when it is used
     """
 
-    def __init__(self, listen: Endpoint, render: Callable[[], Awaitable[bytes]]) -> None:
+    def __init__(
+        self, listen: Endpoint, render: Callable[[], Awaitable[bytes]],
+        failed: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self._listen = listen
+        self._failed = failed
         self._render = render
         self._server = HttpServer("scrapes", listen.address, listen.port, self._answer)
         self._inherited: socket.socket | None = None
@@ -50,23 +48,8 @@ class Scrape:
 
     async def run(self) -> None:
         """Listen and answer until cancelled."""
-        said = ""
-        try:
-            while True:
-                listening, self._inherited = self._inherited, None
-                try:
-                    await self._server.start(listening)
-                    break
-                except DeviceError as exc:
-                    if said != (said := str(exc)):
-                        log.error("no metrics are served: %s; trying again every %g s", exc,
-                                  RETRY_SECONDS)
-                await asyncio.sleep(RETRY_SECONDS)
-            await asyncio.Event().wait()
-        finally:
-            await self._server.aclose()
-            if self._inherited is not None:
-                self._inherited.close()
+        listening, self._inherited = self._inherited, None
+        await self._server.serve(self._failed, listening)
 
     async def _answer(self, method: str, target: str) -> Answer:
         if urlsplit(target).path.rstrip("/") != METRICS:

@@ -29,6 +29,7 @@ from ..device.offload import Capabilities
 from ..device.steering import attach_steering
 from ..device.tun import Tun
 from ..errors import DeviceError, UdptunError
+from ..files import DISK_ERRORS
 from ..instance import InstanceLock
 from ..model import (
     MIN_MTU6,
@@ -90,6 +91,8 @@ if TYPE_CHECKING:
     from ..control.server import ControlServer
 
 log = logging.getLogger(__name__)
+
+CONTROL_SECONDS = 5.0  # between two tries to make the control socket
 
 
 class Forwarder:
@@ -623,8 +626,14 @@ class Forwarder:
             from ..control.server import ControlServer  # not at the top: aiohttp loads slowly
 
             self._server = ControlServer(self, config.control)
-            await self._server.start(inherited(CONTROL, config.control))
             self._closing.push_async_callback(self._server.close)
+            try:
+                await self._server.start(inherited(CONTROL, config.control))
+            except DeviceError as error:
+                if error.errno not in DISK_ERRORS:
+                    raise
+                self._report(f"nobody can control this forwarder yet: {error}")
+                self._run_until_close(_start_later(self._server))
         if config.metrics is not None:
             self._start_scrape(config.metrics, taking)
 
@@ -825,6 +834,16 @@ def _load_metrics() -> type[Metrics]:
     from ..control.metrics import Metrics
 
     return Metrics
+
+
+async def _start_later(server: ControlServer) -> None:
+    """Try to listen at the control socket until the disk allows it."""
+    while True:
+        await asyncio.sleep(CONTROL_SECONDS)
+        with contextlib.suppress(DeviceError):
+            await server.start()
+            log.info("the control socket %s is there now", server.path)
+            return
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -68,10 +68,15 @@ class LeaseCache:
 
     interval_s  seconds between two writes; None: INTERVAL_WRITES times the duration of the last
                 write, at most MAX_INTERVAL_SECONDS
+    failed      called with the reason why the leases are not saved, and with "" when they are
     """
 
-    def __init__(self, path: Path, *, interval_s: float | None = None) -> None:
+    def __init__(
+        self, path: Path, *, interval_s: float | None = None,
+        failed: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self.path = path
+        self._failed = failed
         self._interval_s = interval_s
         self._not_before = 0.0  # the earliest time of the next write, in the loop's clock
         self._next: LastKnown | None = None
@@ -139,12 +144,15 @@ class LeaseCache:
             try:
                 await asyncio.to_thread(self._write, known)
             except OSError as exc:
+                why = f"the leases are not saved to {self.path}: {os_reason(exc)}"
                 if not logged:
-                    log.error("the leases are not saved to %s: %s", self.path, os_reason(exc))
+                    log.error("%s", why)
+                self._failed(why)
                 if self._closing.is_set():
                     return
                 self._not_before, logged = clock() + RETRY_SECONDS, True
                 continue
+            self._failed("")
             self._last = known
             if self._next is known:
                 self._next = None

@@ -21,12 +21,12 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from .._version import __version__
 from ..errors import DeviceError, FieldError, UdptunError
-from ..files import make_directory
+from ..files import DISK_ERRORS
 from ..instance import Instance
 from ..leases.base import Identity, Lease, StoreDown, StoreNotReady
 from ..leases.sources import make_source
@@ -37,28 +37,30 @@ from ..wait import wait_at_most
 from .backends.active import ActiveBackends, Prepared
 from .backends.base import Site
 from .backends.plan import Plan
-from .cleanup import LOCK_FILE, clean_up, remove_empty_directories
+from .cleanup import clean_up, remove_empty_directories
 from .config import InterfaceOptions, NodeConfig
-from .host import conntrack, subnet_env
+from .host import conntrack
 from .host.host import Host
 from .host.interface import Needed, NoInterface, Underlay
 from .host.leftovers import Leftovers
 from .host.sticky import UnderlayChoice
 from .host.taken import Taken, refuse_taken
 from .host_check import HostCheck
+from .locks import Locks
 from .malloc import return_free_memory, use_one_arena
 from .paths.paths import Carriers, Paths
 from .peers import Peers
 from .process import handover
 from .status.checks import CheckEvents
 from .status.log import LogOnce
-from .status.report import NodeReport
+from .status.report import DISK_REMEDY, NodeReport
 from .status.scrape import NodeScrape
 from .status.socket import NodeSocket
 from .store import Store
 
 log = logging.getLogger(__name__)
 
+LISTEN_REMEDY = "end the program that uses the address, or choose another; the daemon tries again"
 RETRY_SECONDS = 1.0  # from a failure of ``_settle`` to the next attempt
 BETWEEN_SECONDS = 0.2  # the shortest time between two calls of ``_settle``; one call takes longer
 LOOK_SECONDS = 30.0  # without a notification of the kernel, compare the host at this interval
@@ -82,11 +84,11 @@ async def run(config: NodeConfig) -> None:
 
 async def _run(config: NodeConfig) -> bool:
     """Return whether the daemon has handed over to another one."""
-    with claimed(config), Netlink() as netlink:
+    with Locks(config) as locks, Netlink() as netlink:
         if config.cleanup:
             await clean_up(config, netlink)
         else:
-            daemon = Daemon(config, netlink)
+            daemon = Daemon(config, netlink, locks)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, daemon.stop, signal.Signals(number).name)
@@ -110,34 +112,15 @@ async def _stay(instance: Instance) -> None:
         await waiting
 
 
-@contextlib.contextmanager
-def claimed(config: NodeConfig) -> Iterator[None]:
-    """Lock the instance, and the files that an option can give to two instances.
-
-    Raises InstanceRunning, OSError.
-    """
-    instance, control, subnets = config.instance, config.control, config.subnet_file
-    make_directory(config.state_dir)
-    make_directory(control.parent)
-    make_directory(subnets.parent, subnet_env.DIRECTORY_MODE)
-    with (
-        instance.locked("node"),
-        instance.claimed(f"the state directory {config.state_dir}",
-                         config.state_dir / LOCK_FILE, "--state-dir"),
-        instance.claimed(f"the control socket {control}",
-                         control.with_name(f".{control.name}.node.lock"), "--control"),
-        instance.claimed(f"the subnet file {subnets}",
-                         subnets.with_name(f".{subnets.name}.lock"), "--subnet-file"),
-    ):
-        yield
-
-
 class Daemon:
-    def __init__(self, config: NodeConfig, netlink: Netlink) -> None:
+    """locks  those of the daemon; None: it needs none"""
+
+    def __init__(self, config: NodeConfig, netlink: Netlink, locks: Locks | None = None) -> None:
         source = make_source(config.source, netlink.local_addresses)
         self.report = NodeReport(config.source.kind, source.health, files=_files(config))
         self._config = config
         self._netlink = netlink
+        self._locks = locks
         self._changes = CheckEvents(self.report)
         self._scrape = NodeScrape(self.report, config.control, config.metrics_peers)
         self._errors = LogOnce(log)
@@ -216,13 +199,15 @@ class Daemon:
     async def _start(self, tasks: asyncio.TaskGroup) -> None:
         self._tasks = tasks
         self.report.event("started", message=f"udptun {__version__}, process {os.getpid()}")
+        self._check_locks()
         self._store.load_own()
         if self._config.healthz_port:
             tasks.create_task(self._serve_health())
         if self._config.metrics is not None:
             from ..control.scrape import Scrape
 
-            tasks.create_task(Scrape(self._config.metrics, self._scrape.render).run())
+            tasks.create_task(Scrape(
+                self._config.metrics, self._scrape.render, self._listening("metrics")).run())
         tasks.create_task(self._serve_status())
         tasks.create_task(self._notifier.feed(_alive))
         tasks.create_task(self._backends.run())
@@ -246,11 +231,11 @@ class Daemon:
         config = self._config
         server = HealthServer(
             self.report, config.healthz_ip, config.healthz_port, self._scrape.render)
-        await server.start()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await server.aclose()
+        await server.serve(self._listening("health checks"))
+
+    def _listening(self, what: str) -> Callable[[str], None]:
+        """Return the function that reports why the server for ``what`` does not listen."""
+        return lambda why: self.report.set_trouble(what, why, LISTEN_REMEDY)
 
     async def _serve_status(self) -> None:
         await NodeSocket(self.report, self._config.control, self._hand_over).serve()
@@ -282,12 +267,21 @@ class Daemon:
             self.report.firewall_error = self._host.firewall_error
             self.report.firewall_drops = self._host.firewall_drops
             self._check_conntrack()
+            self._check_locks()
             self._changes.look()
             if not self.report.waiting and status != (status := self.report.summary()):
                 self._notifier.status(status)
             if lease_error != (lease_error := self._store.lease_error) and lease_error:
                 log.error("our lease: %s", lease_error)
             await asyncio.sleep(STATUS_SECONDS)
+
+    def _check_locks(self) -> None:
+        if self._locks is None:
+            return
+        if self._locks.missing:
+            self._locks.retry()
+        for name in self._locks.names:
+            self.report.set_trouble(name, self._locks.missing.get(name, ""), DISK_REMEDY)
 
     def _check_conntrack(self) -> None:
         before, self.report.conntrack = self.report.conntrack, conntrack.shortage()
@@ -306,8 +300,8 @@ class Daemon:
         while True:
             try:
                 return await self._settle()
-            except (StoreDown, StoreNotReady, NoInterface, DeviceError) as exc:
-                if isinstance(exc, DeviceError) and exc.errno in (errno.EPERM, errno.EACCES):
+            except (StoreDown, StoreNotReady, NoInterface, OSError) as exc:
+                if not _may_pass(exc):
                     raise
                 self._errors.error(str(exc))
                 self.report.waiting = str(exc)
@@ -437,6 +431,13 @@ class Daemon:
         report.underlay, report.interface_error = underlay, ""
         report.interface_note = underlay.note
         return underlay
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt of ``_settle`` may succeed."""
+    if isinstance(error, DeviceError):
+        return error.errno not in (errno.EPERM, errno.EACCES)
+    return not isinstance(error, OSError) or error.errno in DISK_ERRORS
 
 
 def _files(config: NodeConfig) -> dict[str, str]:

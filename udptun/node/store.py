@@ -32,7 +32,7 @@ from ..model import IPAddress
 from .config import NodeConfig
 from .host.subnet_env import former_subnets
 from .status.log import LogOnce
-from .status.report import NodeReport
+from .status.report import DISK_REMEDY, NodeReport
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,7 +59,9 @@ class Store:
         self._source = source
         self._report = report
         self._errors = errors
-        self._cache = LeaseCache(config.state_dir / CACHE_FILE)
+        self._cache = LeaseCache(
+            config.state_dir / CACHE_FILE,
+            failed=lambda why: report.set_trouble("leases", why, DISK_REMEDY))
         self._network: NetConfig | None = None
         self._refused: tuple[NetConfig, FieldError] | None = None
         self._identity: Identity | None = None

@@ -66,7 +66,7 @@ def test_a_healthy_node_passes_every_check() -> None:
 
 
 def test_a_starting_node_fails_its_checks() -> None:
-    assert set(states(starting())) == set(CHECKS) - {"conntrack", "peers"}
+    assert set(states(starting())) == set(CHECKS) - {"conntrack", "daemon", "peers"}
     assert set(states(starting()).values()) == {State.FAILED}
 
 

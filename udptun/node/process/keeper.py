@@ -24,11 +24,12 @@ from ...build import build_id
 from ...control.client import ControlClient
 from ...control.protocol import HEALTHZ
 from ...errors import ControlError, DeviceError, FieldError, NoForwarder
+from ...files import DISK_ERRORS
 from ...instance import Instance
 from ...model import IPNetwork, Route, RouteDiff
 from ...takeover.channel import close_all
-from ...text import counted
-from ..status.report import NodeReport
+from ...text import counted, os_reason
+from ..status.report import DISK_REMEDY, NodeReport
 from .copies import Copies
 from .launch import ForwarderSpec, how_ended, spawn
 from .standby import Standby
@@ -93,6 +94,7 @@ class ForwarderKeeper:
         self._backoff, self._not_before = 0.0, 0.0
 
         self._spec: ForwarderSpec | None = None
+        self._unwritten = False  # the file has other options
         self._matches = False  # the running forwarder matches ``_spec``
         self._check_at = 0.0  # time.monotonic() of the next check
         self._receives: bool | None = None
@@ -144,7 +146,8 @@ class ForwarderKeeper:
     def want(self, spec: ForwarderSpec) -> None:
         """Set the options that the forwarder must have, and write them to the file.
 
-        Raises OSError if the file cannot be written.
+        If the disk is full or read-only, ``run`` writes them later. Raises OSError if the file
+        cannot be written for another reason.
         """
         self._report.forwarder.needed = True
         if spec == self._spec:
@@ -153,10 +156,26 @@ class ForwarderKeeper:
             written = ForwarderSpec.read(self._forward_file)
         except (FileNotFoundError, FieldError):
             written = None
-        if written != spec:
-            spec.write(self._forward_file)
+        self._unwritten = written != spec
+        self._write(spec)
         self._spec, self._matches = spec, False
         self._request_work()
+
+    def _write(self, spec: ForwarderSpec) -> None:
+        if not self._unwritten:
+            return
+        try:
+            spec.write(self._forward_file)
+        except OSError as exc:
+            if exc.errno not in DISK_ERRORS:
+                raise
+            why = f"{self._forward_file} is not written: {os_reason(exc)}"
+            if not self._report.troubles.get("options"):
+                log.error("%s", why)
+            self._report.set_trouble("options", why, DISK_REMEDY)
+            return
+        self._unwritten = False
+        self._report.set_trouble("options", "")
 
     async def dismiss(self) -> None:
         """Stop our forwarder, and do not start another one.
@@ -228,6 +247,7 @@ class ForwarderKeeper:
         if self._spec is None:
             await self._woken(None)
             return
+        self._write(self._spec)
         try:
             # When the forwarder ends, the kernel closes this connection, so we notice the end at
             # once, also if the forwarder's process is in another PID namespace. We send one request
@@ -521,6 +541,7 @@ class ForwarderKeeper:
         status = await self._call(lambda: self._client.status(peers=False))
         self._take_features(status)
         if self._spec is not None:
+            self._write(self._spec)
             why = self._spec.mismatch(status)
             if why and not await self._change_running(self._spec, status, why):
                 self._matches = False

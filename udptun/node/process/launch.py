@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import FieldError, NoForwarder, UdptunError
-from ...files import make_directory, open_log, read_own_file, replace_file
+from ...files import DISK_ERRORS, make_directory, open_log, read_own_file, replace_file
 from ...instance import Instance
 from ...model import ACCELERATES, ADMITS, DEFAULT_DSCP
 from ...takeover.kept import variable
@@ -172,11 +172,10 @@ def spawn(
     The process inherits no terminal, and no other file descriptors than these. So a program that
     runs this command and reads its output until the pipe is closed (flanneld does) does not wait
     for the forwarder. The forwarder's output goes to ``log``, which the forwarder keeps below a
-    limit.
+    limit, or to our own stderr while the disk is full or read-only.
     """
     import subprocess
 
-    make_directory(log.parent)
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     env |= variable(kept or {})
     argv = [sys.executable, "-m", "udptun", "forward", "--instance", instance.name]
@@ -184,15 +183,27 @@ def spawn(
     if standby is not None:
         argv += ["--standby", str(standby)]  # before --wait-for: the file can still change
         fds.append(standby)
-    argv += ["--wait-for", str(forward_file), "--log-file", str(log), "--log-format", log_format]
+    argv += ["--wait-for", str(forward_file), "--log-format", log_format]
     if take_over:
         argv.append("--take-over")
-    with os.fdopen(open_log(log), "ab") as out:
+    with os.fdopen(_open_output(log), "ab") as out:
+        if log.parent.exists():
+            argv += ["--log-file", str(log)]  # used as soon as the disk allows it
         return subprocess.Popen(
             argv, pass_fds=fds,
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/",
             env=env,
         )
+
+
+def _open_output(log: Path) -> int:
+    try:
+        make_directory(log.parent)
+        return open_log(log)
+    except OSError as exc:
+        if exc.errno not in DISK_ERRORS:
+            raise
+        return os.dup(2)
 
 
 def wait_ready(

@@ -250,6 +250,14 @@ def _conntrack(report: NodeReport) -> _Result:
     return _result(State.OK, "the table has room")
 
 
+def _daemon(report: NodeReport) -> _Result:
+    """The daemon's own files and sockets. Packets pass without them."""
+    if not report.troubles:
+        return _result(State.OK, "its files are written, and its sockets listen")
+    problems = [Problem(one.text, one.remedy, one.since) for one in report.troubles.values()]
+    return _result(State.DEGRADED, *map(_lasting, problems), problems=problems)
+
+
 def _peers(report: NodeReport) -> _Result:
     peers = report.peers
     paths = peers.by_path()
@@ -306,7 +314,7 @@ def _name(pair: PairReport) -> str:
 CHECKS: Mapping[str, Callable[[NodeReport], _Result]] = {
     "start": _start, "store": _store, "lease": _lease, "interface": _interface, "mtu": _mtu,
     "forwarder": _forwarder, "host": _host, "subnet-env": _subnet_env, "firewall": _firewall,
-    "conntrack": _conntrack, "peers": _peers,
+    "conntrack": _conntrack, "daemon": _daemon, "peers": _peers,
 }
 
 

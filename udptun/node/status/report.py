@@ -20,6 +20,7 @@ from ...text import counted
 from ..backends import BACKENDS
 from ..host.interface import Underlay
 
+DISK_REMEDY = "free space on this disk, or make it writable; the daemon tries again"
 STATES = ("reachable", "limited", "unreachable", "unknown")  # values of ``PairReport.state``
 
 
@@ -195,6 +196,20 @@ def _lasting(
             for key, text in found.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something that the daemon itself cannot do now, and tries again. Packets still pass.
+
+    text    a sentence
+    remedy  what an operator can do, as a sentence
+    since   time.time() of the first try
+    """
+
+    text: str
+    remedy: str
+    since: float
+
+
 async def _nothing() -> None:
     return
 
@@ -229,6 +244,7 @@ class NodeReport:
                       wanted
     firewall_drops    packets of the overlay that other programs' rules drop
     conntrack         the reason why the kernel drops new flows, or soon will
+    troubles          by name: what the daemon itself cannot do now; see ``set_trouble``
     leases_n          the number of known leases, including our own lease
     pairs             by subnet: what was measured
     measure_errors    the reasons why some peers cannot be measured
@@ -263,6 +279,7 @@ class NodeReport:
     firewall_drops: tuple[FirewallDrop, ...] = ()
     host: HostReport = field(default_factory=HostReport)
     conntrack: str = ""
+    troubles: dict[str, Trouble] = field(default_factory=dict)
     forwarder: ForwarderReport = field(default_factory=ForwarderReport)
     peers: PeersReport = field(default_factory=PeersReport)
     leases_n: int = 0
@@ -293,6 +310,15 @@ class NodeReport:
         """
         self.applied = time.monotonic()
         self.lag = self.applied - since
+
+    def set_trouble(self, name: str, text: str, remedy: str = "") -> None:
+        """Record what the daemon itself cannot do now; "": it can. ``name`` says what it is."""
+        former = self.troubles.get(name)
+        if not text:
+            self.troubles.pop(name, None)
+        elif former is None or former.text != text:
+            self.troubles[name] = Trouble(
+                text, remedy, time.time() if former is None else former.since)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event of the type ``kind`` with the present time."""

@@ -143,8 +143,11 @@ class NodeSocket:
                 except DeviceError as exc:
                     if refused != (refused := str(exc)):
                         log.error("no status for `udptun status`: %s", exc)
+                    self._report.set_trouble("status", f"no status for `udptun status`: {exc}")
                     await asyncio.sleep(FILE_CHECK_SECONDS)
                     continue
+                refused = ""
+                self._report.set_trouble("status", "")
                 await until_removed(self._path)
                 log.warning("the socket %s was removed; making it again", self._path)
                 await self.aclose()
