@@ -30,6 +30,9 @@ ACTS = {
     "endpoint in the overlay": (
         "ip route add {endpoint}/32 dev DEV", "ip route del {endpoint}/32 dev DEV",
         "{endpoint} enter DEV and so the overlay itself, by the route {endpoint}/32 dev DEV"),
+    "endpoint through another interface": (
+        "ip route add {endpoint}/32 dev other", "ip route del {endpoint}/32 dev other",
+        "{endpoint} leave through other instead of UNDERLAY, by the route {endpoint}/32 dev other"),
 }
 
 
@@ -55,17 +58,17 @@ def test_a_misrouted_peer_is_named(cluster, name):
             ["ip", "route", "show", str(other.subnet)]).stdout, "our route")
         return
     do, undo, named = (
-        text.replace("DEV", cluster.device).format(
+        text.replace("DEV", cluster.device).replace("UNDERLAY", node.host.interfaces[0].name).format(
             subnet=other.subnet, pod=other.pod_v4, own=node.subnet, endpoint=other.host.v4)
         for text in ACTS[name])
     node.host.run(["sh", "-c", do])
     try:
-        wait_for(lambda: named in node.ready()[1], f"{named!r} in the checks", 15)
+        wait_for(lambda: named in node.ready()[1], f"{named!r} in the checks", 60)
         assert "[!]host" in node.ready()[1]
         assert named in node.daemon.text()
     finally:
         node.host.run(["sh", "-c", undo])
-    wait_for(lambda: "[+]host" in node.ready()[1], "the check to pass again", 15)
+    wait_for(lambda: "[+]host" in node.ready()[1], "the check to pass again", 60)
 
 
 def test_rules_that_drop_the_tunnels_datagrams_are_named(cluster):

@@ -352,6 +352,24 @@ async def test_a_taken_health_port_does_not_stop_the_node(served, node_of, monke
             assert sh(f"ss -Hltn sport = {port}")
 
 
+@in_own_netns
+async def test_routes_are_looked_at_while_another_fault_stays(served, node_of, monkeypatch):
+    """The device is up, but nobody restores its address: the forwarder of the test does not."""
+    monkeypatch.setattr("udptun.node.host_check.ROUTES_SECONDS", 0.1)
+    node = node_of()
+    async with node.running() as daemon:
+        await until(lambda: node.store.published, "the lease")
+        node.store.send(peer(2))
+        await node.ready(daemon)
+        sh("ip addr del 10.244.1.0/32 dev udptun0")
+        await until(lambda: daemon.report.host.wrong, "the lasting fault")
+        sh("ip link set wire up", "ip route add 10.244.2.0/24 dev wire")
+        await until(lambda: daemon.report.host.misrouted, "the misrouted peer")
+        assert daemon.report.host.wrong
+        sh("ip link set udptun0 down")  # now the answers would say nothing of their own
+        assert not daemon._host_check._may_look_at_routes()
+
+
 def shown(daemon):
     """Return the problems of the check ``daemon``."""
     (found,) = (check for check in judge(daemon.report) if check.name == "daemon")

@@ -7,9 +7,11 @@ any asyncio loop; the work runs in the thread of the given ``Netlink``.
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import socket
+import struct
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from .netlink import Netlink
 RTM_GETROUTE = 26
 RTA_SRC, RTA_GATEWAY, RTA_TABLE, RTA_MARK = 2, 5, 15, 16
 RT_TABLE_MAIN = 254
+IFF_UP = 0x1  # linux/if.h
+SIOCGIFFLAGS, IFREQ = 0x8913, struct.Struct("16sH22x")  # linux/sockios.h, linux/if.h
 # Routes that drop packets. ip(8) has the same names.
 ROUTE_KINDS = {6: "blackhole ", 7: "unreachable ", 8: "prohibit "}
 RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x1000, 0x2000
@@ -200,6 +204,17 @@ def device_index(name: str) -> int:
         return socket.if_nametoindex(name)
     except OSError:
         return 0
+
+
+def is_up(name: str) -> bool:
+    """Return whether there is a device with this name, and the administrator has set it up."""
+    # sysfs shows the namespace in which it was mounted.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            answer = fcntl.ioctl(sock, SIOCGIFFLAGS, IFREQ.pack(name.encode(), 0))
+        except OSError:
+            return False
+    return bool(IFREQ.unpack(answer)[1] & IFF_UP)
 
 
 def device_name(index: int) -> str:

@@ -133,7 +133,7 @@ class Daemon:
         self._taken = Taken(netlink)
         self._host_check = HostCheck(
             netlink, self._backends, self._host, self.report, self._settle_again.set,
-            lambda: self._peers.leases)
+            lambda: self._peers.leases, config.mark)
         self._paths = Paths(self._backends, self.report, config.control, self._carry)
         self._peers = Peers(self._store, self._backends, self.report, self._settle_again.set,
                             self._plan_changed)

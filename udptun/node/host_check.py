@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection
 
 from ..errors import UdptunError
 from ..leases.base import Lease
-from ..net.lookup import device_index
+from ..model import Mark
+from ..net.lookup import device_index, is_up
 from ..net.netlink import Netlink
 from ..repairs import Repairs
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends
 from .backends.base import Site
-from .host.host import Host
-from .host.misrouted import Misrouted
+from .host.host import LOOPBACK, Host
+from .host.misrouted import Misrouted, Outer
 from .host.watch import HostWatch
 from .status.report import NodeReport
 
@@ -45,13 +47,16 @@ class HostCheck:
     repairs       limits how often the daemon repairs the host
     settle_again  is called if the host may differ from its desired state
     leases        returns the leases of all nodes
+    mark          of the forwarder's datagrams
     """
 
     def __init__(
         self, netlink: Netlink, backends: ActiveBackends, host: Host, report: NodeReport,
         settle_again: Callable[[], None], leases: Callable[[], Collection[Lease]],
+        mark: Mark | None,
     ) -> None:
         self._netlink = netlink
+        self._mark = mark
         self._leases = leases
         self._misrouted = Misrouted(netlink)
         self._lease: Lease | None = None  # ours, of the last ``settled``
@@ -104,13 +109,21 @@ class HostCheck:
         while True:
             await wait_at_most(self._routing_changed, ROUTES_SECONDS)
             pause = TICK_SECONDS
-            if not self._report.host.wrong:  # else the answers would only show what is wrong
+            if self._may_look_at_routes():
                 changed = self._routing_changed.is_set()
                 self._routing_changed.clear()
                 await self._look_at_routes(everyone=changed)
                 if changed:
                     pause = max(pause, len(self._leases()) / ROUTES_PEERS)
             await asyncio.sleep(pause)
+
+    def _may_look_at_routes(self) -> bool:
+        """Return False if the answers would only show what is wrong with the overlay's devices."""
+        assert self._site is not None
+        devices = self._backends.active_devices(self._site.network)
+        since = min(self._report.host.wrong.values(), default=0.0)
+        # If a repair does not succeed, the other faults of the host are reported nevertheless.
+        return all(map(is_up, devices)) and since < time.time() - ROUTES_SECONDS
 
     async def _publish(self) -> bool:
         await self._look()
@@ -152,7 +165,7 @@ class HostCheck:
         try:
             await self._misrouted.look(
                 peers, tuple(own.subnets), devices, network.networks,
-                direct=network.direct_routing, everyone=everyone)
+                direct=network.direct_routing, everyone=everyone, outer=self._outer())
         except (UdptunError, OSError) as exc:
             log.warning("the routes to peers are not known: %s", exc)
             return
@@ -160,6 +173,15 @@ class HostCheck:
             if before.get(key) != why:
                 log.warning("%s: %s", key, why)
         self._report.host.set_misrouted(self._misrouted.found)
+
+    def _outer(self) -> Outer:
+        assert self._site is not None
+        underlay, mark = self._site.underlay, self._mark
+        return Outer(
+            0 if underlay.name == LOOPBACK else underlay.index,
+            {address.version: address for address in underlay.bound},
+            mark.value if mark is not None and self._backends.through_tun else 0,
+            {pair.key for pair in self._report.in_state("unreachable")})
 
     def _record(self, repairs: list[str]) -> None:
         if repairs:

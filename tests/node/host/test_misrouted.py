@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from dataclasses import replace
 
 import pytest
 
 from tests.own_netns import in_own_netns, sh
 from udptun.leases.base import Attributes, Lease, Subnets
 from udptun.net.netlink import Netlink
-from udptun.node.host.misrouted import PEERS_N, Misrouted
+from udptun.node.host.misrouted import PEERS_N, Misrouted, Outer
 from udptun.node.host.watch import HostWatch
 
 NETWORK = ipaddress.ip_network("10.0.0.0/8")
@@ -58,6 +59,39 @@ async def test_a_check_of_all_peers_finds_every_wrong_route():
             assert misrouted.found.items() <= before.items()
         while misrouted.found:
             await misrouted.look(peers, [OWN], devices, [NETWORK], direct=False, everyone=False)
+
+
+@in_own_netns
+@pytest.mark.parametrize("cause", ["route", "rule for our source", "rule for our mark"])
+async def test_a_silent_peer_whose_datagrams_leave_elsewhere_is_named(cause):
+    make_devices()
+    peers = leases(PEERS_N + 2)
+    to = peers[-1].attributes.public_ip
+    commands = {
+        "route": [f"ip route add {to}/32 dev wg9"],
+        "rule for our source": ["ip rule add from 198.18.0.1 lookup 79"],
+        "rule for our mark": ["ip rule add fwmark 0x42 lookup 79"],
+    }[cause]
+    sh("ip link add wg9 type veth peer name far", "ip link set wg9 up", "ip link set far up",
+       f"ip route add {to}/32 dev wg9 table 79", *commands)
+    outer = Outer(socket.if_nametoindex("underlay0"),
+                  {4: ipaddress.ip_address("198.18.0.1")}, 0x42, {peers[-1].key})
+    table = "" if cause == "route" else " table 79"
+    with Netlink() as netlink:
+        misrouted = Misrouted(netlink)
+
+        async def look(outer):
+            await misrouted.look(peers, [OWN], {socket.if_nametoindex("overlay0")}, [NETWORK],
+                                 direct=False, everyone=False, outer=outer)
+            return misrouted.found
+
+        assert await look(outer) == {
+            peers[-1].key: f"it does not answer, and packets to its address {to} leave through "
+                           f"wg9 instead of underlay0, by the route {to}/32 dev wg9{table}"}
+        assert await look(replace(outer, silent=())) == {}  # it answers: several uplinks
+        assert await look(replace(outer, device=0)) == {}
+        sh("ip addr del 198.18.0.1/15 dev underlay0")  # the check of the interface reports this
+        assert not any("Invalid" in text for text in (await look(outer)).values())
 
 
 @in_own_netns

@@ -3,21 +3,53 @@
 Owns: what is wrong with a route, and the sentence about it. For each peer, the kernel must route
 the peer's subnets to a device of the overlay, and the peer's own address to the underlay. Causes of
 a wrong route are a more specific route of another program, a policy rule, or a peer's address
-within the overlay. Does not see rules that depend on the incoming interface or on a mark. Changes
-nothing on the host. Runs on the daemon's loop.
+within the overlay. A peer's address may have a route through another interface, for example on a
+host with several uplinks; so this is reported only while the peer does not answer. Does not see
+rules for pods that depend on the incoming interface or on a mark. Changes nothing on the host. Runs
+on the daemon's loop.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...leases.base import Lease
 from ...model import IPAddress, IPNetwork
-from ...net.lookup import Question, Way, device_name, look_up, matched_routes, routes_within
+from ...net.lookup import (
+    Question,
+    Way,
+    device_index,
+    device_name,
+    look_up,
+    matched_routes,
+    routes_within,
+)
 from ...net.netlink import Netlink
 
+NOT_OURS = os.strerror(errno.EINVAL)  # the source of the question is no address of this host
 PEERS_N = 500  # peers per call of the kernel, and per look at a part of the peers
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """The datagrams of this node, and what was measured of them.
+
+    device   index of the underlay's interface; 0: they may use any
+    sources  their source address, by IP version
+    mark     their mark; 0: none
+    silent   the keys of the peers that do not answer
+    """
+
+    device: int = 0
+    sources: Mapping[int, IPAddress] = field(default_factory=dict)
+    mark: int = 0
+    silent: Collection[str] = ()
+
+
+UNKNOWN = Outer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +77,7 @@ class Misrouted:
 
     async def look(
         self, peers: Sequence[Lease], own: Collection[IPNetwork], devices: Collection[int],
-        networks: Collection[IPNetwork], *, direct: bool, everyone: bool,
+        networks: Collection[IPNetwork], *, direct: bool, everyone: bool, outer: Outer = UNKNOWN,
     ) -> None:
         """Ask the kernel about the peers. Raises DeviceError.
 
@@ -53,7 +85,8 @@ class Misrouted:
         devices   the interface indexes of the overlay's devices
         networks  the overlay's networks
         direct    a route whose gateway is the peer itself is right: DirectRouting is on
-        everyone  ask about all peers; else about the next PEERS_N
+        everyone  ask about all peers; else about the next PEERS_N, and about those that are silent
+                  or were found before
         """
         foreign = [
             (prefix, way.gateway, text)
@@ -69,7 +102,11 @@ class Misrouted:
                 self._next = 0
             part = peers[self._next : self._next + PEERS_N]
             self._next += PEERS_N
-            wrong = await self._look_at(part, sources, devices, networks, foreign, direct)
+            if not everyone:
+                asked = {lease.key for lease in part}
+                again = {*outer.silent, *self.found} - asked
+                part = [*part, *[lease for lease in peers if lease.key in again][:PEERS_N]]
+            wrong = await self._look_at(part, sources, devices, networks, foreign, direct, outer)
             looked = {lease.key for lease in part}
             self.found = {
                 key: why for key, why in self.found.items() if key not in looked} | wrong
@@ -77,16 +114,18 @@ class Misrouted:
     async def _look_at(
         self, peers: Sequence[Lease], sources: Mapping[int, IPAddress], devices: Collection[int],
         networks: Collection[IPNetwork],
-        foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]], direct: bool,
+        foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]], direct: bool, outer: Outer,
     ) -> dict[str, str]:
         """Return the misrouted ones among these peers."""
-        asked = [(lease, *item) for lease in peers for item in _questions(lease, sources, networks)]
+        asked = [(lease, *item) for lease in peers
+                 for item in _questions(lease, sources, networks, outer)]
         ways = await look_up(self._netlink, [question for _, question, _ in asked])
         wrong: dict[str, _Wrong] = {}
         for (lease, question, subnet), way in zip(asked, ways, strict=True):
             if lease.key not in wrong and \
                     (fault := _fault(
-                        lease, question, subnet, way, devices, foreign, direct)) is not None:
+                        lease, question, subnet, way, devices, foreign, direct,
+                        outer)) is not None:
                 wrong[lease.key] = fault
         questions = [one.question for one in wrong.values() if one.question is not None]
         routes = iter(await matched_routes(self._netlink, questions))
@@ -97,16 +136,11 @@ class Misrouted:
 def _fault(
     lease: Lease, question: Question, subnet: IPNetwork | None, way: Way,
     devices: Collection[int], foreign: Sequence[tuple[IPNetwork, IPAddress | None, str]],
-    direct: bool,
+    direct: bool, outer: Outer,
 ) -> _Wrong | None:
     """Return what is wrong with the kernel's answer ``way``; None: nothing."""
     if subnet is None:  # the question is about the peer's own address
-        if way.device in devices:
-            return _Wrong(
-                f"packets to its address {question.to} enter {device_name(way.device)}"
-                " and so the overlay itself, by the route", question)
-        return _Wrong(f"there is no route to its address {question.to}: {way.error}") \
-            if way.error else None
+        return _outer_fault(lease, question, way, devices, outer)
     public = _public(lease) if direct else ()
     for prefix, gateway, text in foreign:
         if prefix.prefixlen >= subnet.prefixlen and gateway not in public and \
@@ -120,15 +154,34 @@ def _fault(
         _Wrong(f"{text} they take the route", question)
 
 
+def _outer_fault(
+    lease: Lease, question: Question, way: Way, devices: Collection[int], outer: Outer
+) -> _Wrong | None:
+    to = f"its address {question.to}"
+    if way.device in devices:
+        return _Wrong(f"packets to {to} enter {device_name(way.device)} and so the overlay itself,"
+                      " by the route", question)
+    if way.error == NOT_OURS and question.source is not None:
+        return None  # the host has lost this address; the check of the interface says so
+    if way.error:
+        return _Wrong(f"there is no route to {to}: {way.error}")
+    here = (0, outer.device, device_index("lo"))
+    if not outer.device or way.device in here or lease.key not in outer.silent:
+        return None
+    return _Wrong(f"it does not answer, and packets to {to} leave through"
+                  f" {device_name(way.device)} instead of {device_name(outer.device)},"
+                  " by the route", question)
+
+
 def _questions(
-    lease: Lease, sources: Mapping[int, IPAddress], networks: Collection[IPNetwork]
+    lease: Lease, sources: Mapping[int, IPAddress], networks: Collection[IPNetwork], outer: Outer
 ) -> Iterator[tuple[Question, IPNetwork | None]]:
     """Yield the questions about one peer. Each has the subnet, or None for the peer's address."""
     for subnet in lease.subnets:
         if any(net.version == subnet.version for net in networks) and subnet.num_addresses > 1:
             yield Question(subnet[1], sources.get(subnet.version)), subnet
     for address in _public(lease):
-        yield Question(address), None
+        yield Question(address, outer.sources.get(address.version), outer.mark), None
 
 
 def _public(lease: Lease) -> list[IPAddress]:
