@@ -57,8 +57,9 @@ def test_a_misrouted_peer_is_named(cluster, name):
         wait_for(lambda: "flannel.1" in node.host.run(
             ["ip", "route", "show", str(other.subnet)]).stdout, "our route")
         return
+    underlay = node.host.interfaces[0].name
     do, undo, named = (
-        text.replace("DEV", cluster.device).replace("UNDERLAY", node.host.interfaces[0].name).format(
+        text.replace("DEV", cluster.device).replace("UNDERLAY", underlay).format(
             subnet=other.subnet, pod=other.pod_v4, own=node.subnet, endpoint=other.host.v4)
         for text in ACTS[name])
     node.host.run(["sh", "-c", do])
