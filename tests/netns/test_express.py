@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import json
+import os
 import random
 import shutil
 import signal
@@ -73,9 +74,11 @@ def filters(host):
     """Return the names of the BPF filters on all devices."""
     names = []
     for device in json.loads(host.run(["ip", "-j", "link"]).stdout):
+        of_device = set()  # with an ingress qdisc, tc shows a filter at both hooks
         for hook in ("ingress", "egress"):
             text = host.run(["tc", "filter", "show", "dev", device["ifname"], hook], check=False)
-            names += [word for word in text.stdout.split() if word.startswith("udptun-")]
+            of_device |= {word for word in text.stdout.split() if word.startswith("udptun-")}
+        names += sorted(of_device)
     return names
 
 
@@ -447,6 +450,66 @@ def test_a_forwarder_on_another_interface_removes_what_a_killed_one_left(lab):
     assert a.forwarder.stop() == 0
     assert filters(a.host) == []
     assert "clsact" not in a.host.run(["tc", "qdisc", "show"]).stdout
+
+
+def qdiscs(host, device):
+    found = json.loads(host.run(["tc", "-j", "qdisc", "show", "dev", device]).stdout)
+    return [one["kind"] for one in found if one["kind"] in ("clsact", "ingress")]
+
+
+@pytest.mark.parametrize("kind", ["clsact", "ingress"])
+def test_a_qdisc_that_is_not_ours_stays(lab, kind):
+    """With an ingress qdisc, the device has the one hook that the path needs there."""
+    tunnel = pair(lab, start=False)
+    a, b = tunnel.sides
+    device = a.host.interfaces[0].name
+    a.host.run(["tc", "qdisc", "add", "dev", device, kind])
+    for side, other in ((a, b), (b, a)):
+        side.start(extra=ON, routes=[f"{route} express" for route in side.routes_to(other)])
+    for side in tunnel.sides:
+        wait_for(lambda s=side: (now := accelerate(s))["active"] and now["receives"], "the path")
+    assert ping(a.pod, b.pod_v4).received == 3
+    assert kernel_packets(a)["received"] == 3
+    assert a.forwarder.stop() == 0
+    assert (filters(a.host), qdiscs(a.host, device)) == ([], [kind])
+    for extra in (ON, ()):  # the second forwarder removes what the first one leaves
+        a.start(extra=extra)
+        wait_for(lambda n=len(extra): len(filters(a.host)) == n, "the filters")
+        a.forwarder.process.kill()
+        a.forwarder.process.wait()
+    assert qdiscs(a.host, device) == [kind]
+
+
+def test_an_ingress_qdisc_of_the_tun_turns_it_off(lab):
+    """It has no hook for what leaves through the TUN. The kernel would put the program that sends
+    at the other hook."""
+    tunnel = express_pair(lab)
+    a = tunnel.a
+    batch = "qdisc del dev udptun0 clsact\nqdisc add dev udptun0 ingress\n"
+    # The forwarder may add its qdisc again in between.
+    wait_for(lambda: a.host.run(["tc", "-batch", "-"], text=batch, check=False).returncode == 0,
+             "the other qdisc")
+    wait_for(lambda: not accelerate(a)["active"], "the express path to end")
+    assert "an ingress qdisc, which has no hook for sent packets" in accelerate(a)["reason"]
+    assert a.forwarder.stop() == 0
+    assert filters(a.host) == []
+
+
+@pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
+def test_cleanup_removes_what_a_killed_forwarder_left(lab):
+    """Also the programs of a forwarder whose TUN had another name."""
+    cluster = Cluster(lab, 2, options=["--backend=udp", "--accelerate=auto"])
+    cluster.start()
+    a, _ = cluster.members
+    device = a.host.interfaces[0].name
+    wait_for(lambda: len(filters(a.host)) == 2, "the programs")
+    a.daemon.signal(signal.SIGKILL)
+    os.kill(a.forwarder_pid(), signal.SIGKILL)
+    assert filters(a.host) == ["udptun-receive-udptun0"]
+    assert qdiscs(a.host, device) == ["clsact"]
+    a.clean_up()
+    assert filters(a.host) == []
+    assert qdiscs(a.host, device) == []
 
 
 def test_the_programs_of_another_forwarder_stay(lab):

@@ -32,7 +32,7 @@ from ..net.batch import RouteSocket
 from ..net.changes import Change, Kind
 from ..net.hooks import Hook
 from ..net.local import underlay_mtu
-from ..net.lookup import Question, Way, ask_ways, device_index, device_name
+from ..net.lookup import Question, Way, ask_ways, device_name
 from ..net.netlink import Netlink
 from ..wait import wait_at_most
 from .config import ForwarderConfig
@@ -40,7 +40,7 @@ from .config import ForwarderConfig
 log = logging.getLogger(__name__)
 
 OBJECT = Path(__file__).parent / "express.bpf.o"
-PROGRAMS = {"send": "tc/send", "receive": "tc/receive"}
+PROGRAMS = {name: f"tc/{name}" for name in hooks.PROGRAMS}  # their sections
 STARTING = "starting"
 LOOK_SECONDS = 10.0
 PAUSE_SECONDS = 0.05  # between two looks at the host
@@ -123,7 +123,7 @@ class Express:
         self._peers: dict[Key, bytes] = {}  # as in the map
         self._facts = Facts(error=STARTING)
         self._attached_to: set[int] = set()  # devices with our receive program, says the kernel
-        self._used: set[int] = set()  # devices that have had a program, ours or of a killed one
+        self._emptied: set[int] = set()  # devices that have our qdisc, and no filter of ours
         self._netlink: Netlink | None = None
         self._changed = asyncio.Event()
         self._counted: set[Key] = set()  # peers that have counters
@@ -233,17 +233,9 @@ class Express:
     async def _remove(self, netlink: Netlink) -> None:
         async def remove(_: Any) -> None:
             with RouteSocket() as kernel:
-                devices = set(self._used)
-                for device, hook, one in self._attached(kernel):
-                    hooks.detach(kernel, device, hook, one.name)
-                    devices.add(device)
-                for device in devices:
-                    hooks.remove_empty(kernel, device)
+                hooks.remove(kernel, self._tun, self._emptied)
 
         await netlink.work("removing the programs of the express path", remove)
-
-    def _name(self, program: str) -> str:
-        return f"{hooks.NAME_PREFIX}{program}-{self._tun}"
 
     def _say(self, problem: str) -> None:
         if problem != self._said:
@@ -494,26 +486,19 @@ class Express:
             # what the device sends at this moment. So it happens only at the start and at the end.
             wanted[facts.tun, Hook.EGRESS] = "send"
             wanted |= {(index, Hook.INGRESS): "receive" for index in facts.devices}
-        attached = self._attached(kernel)
-        self._used |= {device for device, _ in wanted} | {device for device, _, _ in attached}
-        for device, hook, one in attached:
+        for device, hook, one in hooks.attached(kernel, self._tun):
             program = wanted.get((device, hook))
-            if program is None or one.name != self._name(program):
-                hooks.detach(kernel, device, hook, one.name)
+            if program is None or one.name != hooks.filter_name(program, self._tun):
+                if hooks.detach(kernel, device, hook, one.name):
+                    self._emptied.add(device)
             elif one.program == bpf.program_id(self._programs[program]):
                 del wanted[device, hook]
         for (device, hook), program in wanted.items():
-            hooks.attach(kernel, device, hook, self._name(program), self._programs[program])
-        return {device for device, hook, one in self._attached(kernel) if hook is Hook.INGRESS
+            hooks.attach(kernel, device, hook, hooks.filter_name(program, self._tun),
+                         self._programs[program])
+        return {device for device, hook, one in hooks.attached(kernel, self._tun)
+                if hook is Hook.INGRESS
                 and one.program == bpf.program_id(self._programs["receive"])}
-
-    def _attached(self, kernel: RouteSocket) -> list[tuple[int, Hook, hooks.Filter]]:
-        """Return the programs of this forwarder, and those that a killed forwarder has left: their
-        TUN is gone, so they would drop what they take."""
-        return [(device, hook, one) for device in hooks.with_clsact(kernel) for hook in Hook
-                for one in hooks.filters(kernel, device, hook)
-                if any(one.name == self._name(program) for program in PROGRAMS)
-                or _tun_is_gone(one.name)]
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -565,15 +550,6 @@ class Express:
         if not self.off and (not reason or key not in self._known):
             reason = "its route has no `express`"
         return {"active": False, "reason": reason}
-
-
-def _tun_is_gone(name: str) -> bool:
-    """Return whether a filter has the name of one of our programs, and its TUN does not exist."""
-    for program in PROGRAMS:
-        prefix = f"{hooks.NAME_PREFIX}{program}-"
-        if name.startswith(prefix):
-            return not device_index(name.removeprefix(prefix))
-    return False
 
 
 def _arrivals(

@@ -2,8 +2,8 @@
 
 Owns the requests for the clsact qdisc and its filters. A filter stays attached when this process
 ends: the kernel holds the program and its maps. So packets flow without a process, and no
-file in /sys/fs/bpf is needed. Our filters have names that begin with NAME_PREFIX; filters of other
-programs are never changed. Does not depend on what a program does. Threading: any thread, in the
+file in /sys/fs/bpf is needed. Our filters have the names that ``filter_name`` gives; filters of
+other programs are never changed. Does not depend on what a program does. Threading: any thread, in the
 network namespace of that thread; a call takes well under a millisecond.
 """
 
@@ -13,13 +13,14 @@ import errno
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from ..device.bpf import TCX_EGRESS, TCX_INGRESS, attached_n
 from .batch import Refusal, Request, RouteSocket, attribute, attributes
 from .local import IFINFOMSG, IFLA_MTU, RTM_GETLINK
+from .lookup import device_index
 
 # linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
@@ -33,6 +34,10 @@ CLSACT_HANDLE, CLSACT_PARENT = 0xFFFF0000, 0xFFFFFFF1
 PRIORITY = 8285  # of our filters; filters of other programs usually have smaller or larger numbers
 ALL_PROTOCOLS = socket.htons(3)  # ETH_P_ALL
 NAME_PREFIX = "udptun-"
+PROGRAMS = ("send", "receive")
+# A bit of the handles of our filters: we have added the qdisc. A later process can read it.
+OUR_QDISC = 1
+QDISCS = ("clsact", "ingress")  # those that have hooks; "ingress" has only one
 ARPHRD_ETHER = 1
 RTMGRP_TC = 0x8
 
@@ -82,15 +87,25 @@ def _filters(answers: list[memoryview]) -> Iterator[Filter]:
             int.from_bytes(options.get(TCA_BPF_ID, b""), sys.byteorder))
 
 
+def filter_name(program: str, tun: str) -> str:
+    """Return the name of our filter with a program, for the forwarder with this TUN."""
+    return f"{NAME_PREFIX}{program}-{tun}"
+
+
 def attach(kernel: RouteSocket, device: int, hook: Hook, name: str, program: int) -> None:
     """Attach a program under this name, or replace the program of our filter with this name.
 
-    name  begins with NAME_PREFIX. Raises OSError
+    Adds the clsact qdisc if the device has no qdisc with this hook. Raises OSError
     """
     clsact = TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0) + attribute(
         TCA_KIND, b"clsact\0")
-    _send(kernel, Request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, clsact), errno.EEXIST)
-    handle = next((one.handle for one in filters(kernel, device, hook) if one.name == name), 0)
+    refusal = _send(kernel, Request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, clsact), errno.EEXIST)
+    present = filters(kernel, device, hook)
+    handle = next((one.handle for one in present if one.name == name), 0)
+    if not handle:
+        ours = refusal is None or _has_our_qdisc(kernel, device)
+        used = {one.handle for one in present if one.priority == PRIORITY}
+        handle = next(n for n in range(OUR_QDISC if ours else 2, 1 << 16, 2) if n not in used)
     options = (attribute(TCA_BPF_FD, struct.pack("=I", program))
                + attribute(TCA_BPF_NAME, name.encode() + b"\0")
                + attribute(TCA_BPF_FLAGS, struct.pack("=I", DIRECT_ACTION)))
@@ -98,37 +113,87 @@ def attach(kernel: RouteSocket, device: int, hook: Hook, name: str, program: int
     _send(kernel, Request(RTM_NEWTFILTER, NLM_F_CREATE, body))
 
 
-def detach(kernel: RouteSocket, device: int, hook: Hook, name: str) -> None:
-    """Remove our filter with this name; the clsact qdisc stays. Raises OSError."""
+def detach(kernel: RouteSocket, device: int, hook: Hook, name: str) -> bool:
+    """Remove our filter with this name. The qdisc stays. Raises OSError.
+
+    Returns whether the filter says that we have added the qdisc.
+    """
+    ours = False
     for one in filters(kernel, device, hook):
         if one.name == name:
             request = Request(RTM_DELTFILTER, 0, _filter(device, hook, one.handle))
             _send(kernel, request, errno.ENOENT, errno.ENODEV)
+            ours = ours or bool(one.handle & OUR_QDISC)
+    return ours
 
 
 def remove_empty(kernel: RouteSocket, device: int) -> None:
     """Remove the clsact qdisc of a device if it has no filter. Raises OSError.
 
-    The kernel drops the packets that the device sends at this moment, as when the qdisc is added.
+    Call it only if we have added the qdisc. The kernel drops the packets that the device sends at
+    this moment, as when the qdisc is added.
     """
-    if not any(filters(kernel, device, hook) for hook in Hook):
+    if with_hooks(kernel).get(device) == "clsact" and \
+            not any(filters(kernel, device, hook) for hook in Hook):
         request = Request(
             RTM_DELQDISC, 0, TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0))
         _send(kernel, request, errno.ENOENT, errno.ENODEV, errno.EINVAL)
 
 
-def with_clsact(kernel: RouteSocket) -> list[int]:
-    """Return the indexes of the devices that have a clsact qdisc. Raises OSError."""
-    found = []
+def attached(kernel: RouteSocket, tun: str) -> list[tuple[int, Hook, Filter]]:
+    """Return the filters of the forwarder with this TUN, and those that a killed forwarder has
+    left: their TUN is gone, so they would drop what they take. Raises OSError."""
+    own = {filter_name(program, tun) for program in PROGRAMS}
+    return [(device, hook, one) for device, kind in with_hooks(kernel).items() for hook in Hook
+            if hook is Hook.INGRESS or kind == "clsact"
+            for one in filters(kernel, device, hook)
+            if one.name in own or _tun_is_gone(one.name)]
+
+
+def remove(kernel: RouteSocket, tun: str, emptied: Iterable[int] = ()) -> list[str]:
+    """Remove what ``attached`` returns, and each qdisc that we have added, if it is empty then.
+
+    emptied  devices whose qdisc we have added, and whose filter is gone already
+    Needs CAP_NET_ADMIN. Returns the names of the filters. Raises OSError.
+    """
+    found, devices = attached(kernel, tun), set(emptied)
+    for device, hook, one in found:
+        if detach(kernel, device, hook, one.name):
+            devices.add(device)
+    for device in devices:
+        remove_empty(kernel, device)
+    return [one.name for _, _, one in found]
+
+
+def _tun_is_gone(name: str) -> bool:
+    """Return whether a filter has the name of one of ours, and its TUN does not exist."""
+    for program in PROGRAMS:
+        prefix = filter_name(program, "")
+        if name.startswith(prefix):
+            return not device_index(name.removeprefix(prefix))
+    return False
+
+
+def _has_our_qdisc(kernel: RouteSocket, device: int) -> bool:
+    return any(one.handle & OUR_QDISC and one.name.startswith(NAME_PREFIX)
+               for hook in Hook for one in filters(kernel, device, hook))
+
+
+def with_hooks(kernel: RouteSocket) -> dict[int, str]:
+    """Return the devices that have one of QDISCS, with the kind of the qdisc. Raises OSError."""
+    found = {}
     for answer in kernel.dump(RTM_GETQDISC, TCMSG.pack(0, 0, 0, 0, 0)):
         _, device, _, _, _ = TCMSG.unpack_from(answer)
-        if _text(attributes(answer, TCMSG.size).get(TCA_KIND)) == "clsact":
-            found.append(device)
+        kind = _text(attributes(answer, TCMSG.size).get(TCA_KIND))
+        if kind in QDISCS:
+            found[device] = kind
     return found
 
 
 def others(kernel: RouteSocket, device: int, hook: Hook) -> str:
-    """Return what other programs have attached to a hook, as text; "": nothing. Raises OSError."""
+    """Return what other programs have at a hook, as text; "": nothing. Raises OSError."""
+    if hook is Hook.EGRESS and with_hooks(kernel).get(device) == "ingress":
+        return "an ingress qdisc, which has no hook for sent packets,"
     foreign = [one for one in filters(kernel, device, hook)
                if not one.name.startswith(NAME_PREFIX)]
     if foreign:
@@ -160,11 +225,12 @@ def _filter(device: int, hook: Hook, handle: int) -> bytes:
     return TCMSG.pack(0, device, handle, hook.value, info) + attribute(TCA_KIND, b"bpf\0")
 
 
-def _send(kernel: RouteSocket, request: Request, *accepted: int) -> None:
-    """Raise OSError if the kernel refuses the request with another errno."""
+def _send(kernel: RouteSocket, request: Request, *accepted: int) -> Refusal | None:
+    """Return the kernel's refusal. Raise OSError if its errno is another one than these."""
     refusal = kernel.send([request]).get(0)
     if refusal is not None and refusal.number not in accepted:
         raise OSError(refusal.number, str(refusal))
+    return refusal
 
 
 def _text(value: memoryview | None) -> str:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...leases.advert import ECN, EXPRESS, PROBE, Advert, embed
 from ...leases.advert import read as read_advert
@@ -20,6 +20,8 @@ from ...leases.base import Attributes, Lease
 from ...leases.cache import LastKnown
 from ...leases.netconf import NetConfig
 from ...model import ANY_PORT, MIN_MTU6, OVERHEAD, Endpoint, IPAddress, IPNetwork, Route, dscp_text
+from ...net import hooks
+from ...net.batch import RouteSocket
 from ...net.lookup import device_index
 from ...net.loops import routed_into
 from ...net.netlink import Netlink
@@ -244,11 +246,22 @@ class UdpBackend(Backend[Route]):
             else:  # a forwarder that was killed has left its sockets
                 config.control.unlink(missing_ok=True)
                 config.instance.takeover_socket(config.control).unlink(missing_ok=True)
+        with attempt():
+            await self._remove_programs()
         for name in (
             STATE_FILE, f"{STATE_FILE}.new", f".{STATE_FILE}.lock", LOG_FILE, f"{LOG_FILE}.1",
         ):
             with attempt():
                 (config.state_dir / name).unlink(missing_ok=True)
+
+    async def _remove_programs(self) -> None:
+        """Remove the programs that a killed forwarder has left. They would drop what they take."""
+        async def remove(_: Any) -> list[str]:
+            with RouteSocket() as kernel:
+                return hooks.remove(kernel, self._config.tun)
+
+        for name in await self._netlink.work("removing programs of the express path", remove):
+            log.info("removed the program %s", name)
 
     @property
     def _prepared(self) -> Site:
