@@ -38,6 +38,10 @@ PANELS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
         ("Inner packets of the forwarders", "pps", {
             'sum by (instance, direction) (rate(udptun_packets_total{state="delivered"}[5m]))':
                 "{{instance}} {{direction}}"}),
+        ("Share of the packets that pass in the kernel", "percentunit", {
+            'sum by (instance) (rate(udptun_express_packets_total{state="passed"}[5m])) / '
+            'sum by (instance) (rate(udptun_packets_total{state="delivered"}[5m]))':
+                "{{instance}}"}),
         ("CPU time of the workers", "percentunit", {
             "rate(udptun_worker_cpu_seconds_total{}[5m])": "{{instance}} worker {{worker}}"}),
         ("Packets that wait to be sent", "short", {

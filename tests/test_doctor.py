@@ -31,7 +31,7 @@ from udptun.errors import ControlError
 from udptun.instance import Instance
 from udptun.leases.advert import Advert, embed
 from udptun.leases.base import Attributes, Lease, Subnets
-from udptun.model import parse_address
+from udptun.model import NO_EXPRESS_PEER, NO_EXPRESS_WORD, parse_address
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,6 +154,32 @@ def test_the_problems_of_the_daemon(facts: Facts) -> None:
     assert reported(facts, "lease") == [failed("a; b")]  # of an earlier version
     with pytest.raises(Skip, match="has no check mtu"):
         reported(facts, "mtu")
+
+
+def test_an_express_path_that_was_asked_for_and_is_off(facts: Facts) -> None:
+    (check,) = (one for one in CHECKS if one.name == "express-path")
+
+    def look(reason: str | None, *reasons: str | None, mode: str = "auto") -> list[Finding]:
+        facts.forwarder.answer = {
+            "accelerate": {"mode": mode, "active": reason is None, "reason": reason},
+            "peers": [{"endpoint": f"192.0.2.{i}:8285",
+                       "express": {"active": one is None, "reason": one}}
+                      for i, one in enumerate(reasons, 1)]}
+        return [*check.look(facts)]
+
+    assert look("--accelerate off", mode="off") == [ok("not asked for: --accelerate off")]
+    no_right = "this process may not load programs: it needs CAP_BPF"
+    (found,) = look(no_right)
+    assert found.result is Result.WARNING and found.evidence == no_right
+    assert "deploy/README.md" in found.remedy
+    assert look(NO_EXPRESS_PEER, NO_EXPRESS_WORD) == look(None, NO_EXPRESS_WORD) == [
+        ok("0 of 1 peer can use it; the others do not have it")]
+    (found,) = look(None, None, "an IPsec policy applies", NO_EXPRESS_WORD)
+    assert found.text == "the workers carry all packets to and from 192.0.2.2:8285"
+    assert found.evidence == "an IPsec policy applies"
+    facts.forwarder.answer = {}
+    with pytest.raises(Skip, match="another version"):
+        [*check.look(facts)]
 
 
 def test_addresses_of_proc() -> None:

@@ -32,6 +32,9 @@ MIN_TUN_MTU = 576  # RFC 791: every host accepts datagrams of 576 octets
 SOURCE_CHECKS = ("strict", "peer", "off")  # the default first
 ADMITS = ("any", "own")  # the default first
 ACCELERATES = ("off", "auto")  # the default first
+# Why no packet passes in the kernel although nothing is wrong: the peers do not have the path.
+NO_EXPRESS_PEER = "no peer can receive in the kernel"
+NO_EXPRESS_WORD = "its route has no `express`"
 OVERHEAD = {4: 28, 6: 48}  # bytes of the outer IP and UDP headers, by IP version
 PROBE_REQUEST, PROBE_REPLY = 1, 2  # ProbeRecord.kind
 NEVER_HEARD = 0xFFFFFFFF

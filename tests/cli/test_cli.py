@@ -177,6 +177,7 @@ device: udptun0
   off: udp-merge (asked)
   packets encap: 10 read, 1 generated, 8 delivered, 2 dropped, 1 queued
   packets decap: 20 read, 1 generated, 18 delivered, 2 dropped, 1 queued
+  express path: off: --accelerate off
 
 PEER                STATE       FOR  PATH  RTT      LOSS  SENT      RECEIVED   MTU  SEEN  \
 SUBNETS        LAST ERROR
@@ -192,6 +193,7 @@ peer: 192.0.2.2:8285
   transfer: 999 B received, 1.50 KiB sent
   packets: 3 received, 12 sent
   path mtu: 1500 (measured)
+  express path: off: --accelerate off
   last error: connection refused: nothing listens on 192.0.2.2:8285 \
 (ICMP port unreachable from 192.0.2.2), 1 minute, 1 second ago
   state: reachable since 2026-11-23T13:05:24Z

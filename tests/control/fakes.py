@@ -224,6 +224,11 @@ class FakeForwarder:
             "packets": status_of(1, 0)["packets"], "drops": self.drops(), "peers_n": 1,
             "routes_n": len(self.table), "generation": self.generation,
             "icmp": {"sent": 3, "suppressed": 4},
+            "express": {
+                "active": True, "receives": True, "peers_n": 1, "marked": 0,
+                "packets": {"encap": {"passed": 3, "dropped": 1},
+                            "decap": {"passed": 4, "dropped": 0}},
+                "left": {"encap": {"flow": 5}, "decap": {"source": 6}}},
             "ecn": {"marked": 5, "unexpected": 6}, "peer_errors": {"icmp": 5, "send": 6},
             "syscalls": WORKER["syscalls"],
             "workers": [WORKER],

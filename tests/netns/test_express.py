@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -103,6 +104,14 @@ def test_packets_pass_in_the_kernel(lab, outer):
         assert counted["sent"] > 4 * (4 << 20) / 1500 * 0.9
         assert packets["encap"]["delivered"] >= counted["sent"]
         assert accelerate(side)["generation"] == accelerate(side)["kernel_generation"]
+        passed = 'udptun_express_packets_total{direction="encap",state="passed"}'
+        assert metric(side, passed) == counted["sent"]
+        assert metric(side, "udptun_express_active") == metric(side, "udptun_express_peers") == 1
+        shown = side.forwarder.udptun("status").stdout
+        device = side.host.interfaces[0].name
+        assert f"express path: active on {device}\n" in shown
+        assert re.search(r"in the kernel: \d+ of \d+ sent packets \(\d+%\), \d+ of \d+ received",
+                         shown)
     (sent,), (received,) = (side.forwarder.status()["peers"] for side in tunnel.sides)
     assert sent["encap"] == received["decap"]
     assert received["last_seen_seconds"] is not None
@@ -190,6 +199,16 @@ def test_nothing_is_sent_from_the_kernel_to_a_peer_without_express(lab):
         assert accelerate(side)["receives"]
         assert sorted(filters(side.host)) == ["udptun-receive-udptun0", "udptun-send-udptun0"]
         assert side.forwarder.status()["peers"][0]["express"]["reason"]
+        shown = side.forwarder.udptun("status").stdout
+        assert "express path: off: no peer can receive in the kernel\n" in shown
+        assert re.search(r"left to workers: .*\d+ send_no_route", shown)
+        assert metric(side, "udptun_express_active") == 0
+        assert metric(side, "udptun_express_receives") == 1
+        left = metric(side, 'udptun_express_left_total{direction="encap",reason="no_route"}')
+        assert left == kernel_packets(side)["send_no_route"] > 0
+        (peer,) = side.forwarder.status()["peers"]
+        assert "express path: off: its route has no `express`\n" in side.forwarder.udptun(
+            "status", peer["endpoint"]).stdout
     a.forwarder.udptun("route", "replace", str(b.node.subnet), "via", str(b.outer), "express")
     wait_for(lambda: accelerate(a)["active"], "the express path")
     assert ping(a.pod, b.pod_v4).received == 3
@@ -579,12 +598,15 @@ def test_what_a_leaving_peer_got_since_the_last_read_is_counted(lab):
     wait_for(lambda: sum_of_bytes(a) == 5 * 84, f"5 packets in the sums, {sum_of_bytes(a)}")
 
 
-def sum_of_bytes(side):
+def metric(side, name):
     text = side.host.run(["curl", "-s", "--unix-socket", str(side.forwarder.control),
                           "http://x/metrics"]).stdout
-    (line,) = (one for one in text.splitlines()
-               if one.startswith('udptun_bytes_total{direction="encap"}'))
+    (line,) = (one for one in text.splitlines() if one.startswith(f"{name} "))
     return float(line.split()[-1])
+
+
+def sum_of_bytes(side):
+    return metric(side, 'udptun_bytes_total{direction="encap"}')
 
 
 @pytest.mark.skipif(not shutil.which("tcpdump"), reason="tcpdump is missing")

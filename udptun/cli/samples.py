@@ -81,6 +81,7 @@ class Change:
     total       the same for all peers together
     vxlan       bytes per second of each VXLAN device
     packets     packets per second, sent and received by the forwarder
+    kernel      those of them that passed in the kernel
     batch       packets of the workers for each system call that sends, and for each that receives
     cpu         the share of a CPU that each worker used
     drops       packets per second, by reason and direction
@@ -90,6 +91,7 @@ class Change:
         self.peers: dict[str, Pair] = {}
         self.total: Pair = UNKNOWN
         self.packets: Pair = UNKNOWN
+        self.kernel: Pair = UNKNOWN
         self.batch: Pair = UNKNOWN
         self.vxlan: dict[str, Pair] = dict.fromkeys(now.vxlan, UNKNOWN)
         self.cpu: list[float | None] = []
@@ -111,6 +113,7 @@ class Change:
     ) -> None:
         self.packets = _pair(_packets(before), _packets(now), seconds)
         calls = _pair(_calls(before), _calls(now), seconds)
+        self.kernel = _pair(_in_kernel(before), _in_kernel(now), seconds)
         passed = _pair(_by_workers(before), _by_workers(now), seconds)
         self.batch = _share(passed[0], calls[0]), _share(passed[1], calls[1])
         same = before["pid"] == now["pid"]  # another process begins again at 0
@@ -169,9 +172,13 @@ def _packets(status: Mapping[str, Any]) -> tuple[int, int]:
 
 def _by_workers(status: Mapping[str, Any]) -> tuple[int, int]:
     """Return the packets that passed the workers. The others passed in the kernel."""
-    sent, received = _packets(status)
+    (sent, received), kernel = _packets(status), _in_kernel(status)
+    return sent - kernel[0], received - kernel[1]
+
+
+def _in_kernel(status: Mapping[str, Any]) -> tuple[int, int]:
     kernel = status.get("accelerate", {}).get("packets", {})
-    return sent - kernel.get("sent", 0), received - kernel.get("received", 0)
+    return kernel.get("sent", 0), kernel.get("received", 0)
 
 
 def _calls(status: Mapping[str, Any]) -> tuple[int, int]:

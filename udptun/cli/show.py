@@ -9,6 +9,7 @@ import click
 
 from ..spans import duration, size
 from ..text import counted
+from . import express
 from .answers import ask_node
 from .options import (
     client,
@@ -122,6 +123,7 @@ def device_block(found: dict[str, Any]) -> str:
         lines.append(("off", _listed(off)))
     for direction in ("encap", "decap"):
         lines.append((f"packets {direction}", _packets(found["packets"][direction])))
+    lines += express.lines(found)
     return _block("device", device["name"], lines)
 
 
@@ -134,6 +136,7 @@ def peer_block(peer: dict[str, Any]) -> str:
         ("transfer", f"{size(decap['bytes'])} received, {size(encap['bytes'])} sent"),
         ("packets", f"{decap['packets']} received, {encap['packets']} sent"),
         ("path mtu", _path_mtu(peer)),
+        (express.LABEL, express.of_peer(peer)),
         *_last_error(peer),
     ]
     if probe is not None:

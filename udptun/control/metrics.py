@@ -48,6 +48,7 @@ class CounterCollector(Collector):
         yield from self._traffic(counters)
         yield from self._failures(counters)
         yield from self._workers(counters)
+        yield from self._express(counters["express"])
         yield from self._probes(counters["probes"])
         if self._series is not None:
             yield from self._of_peers(self._series)
@@ -158,6 +159,30 @@ class CounterCollector(Collector):
         yield returns
         yield own_sockets
         yield cpu
+
+    def _express(self, counters: Mapping[str, Any]) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "udptun_express_active", "1 if packets may pass in the kernel, to or from any peer.",
+            counters["active"])
+        yield GaugeMetricFamily(
+            "udptun_express_receives", "1 if the kernel has the programs for received packets.",
+            counters["receives"])
+        yield GaugeMetricFamily(
+            "udptun_express_peers", "Peers to and from which packets may pass in the kernel.",
+            counters["peers_n"])
+        packets = CounterMetricFamily(
+            "udptun_express_packets", "Inner packets that passed in the kernel, or were dropped "
+            "there. udptun_packets_total contains them.", labels=("direction", "state"))
+        left = CounterMetricFamily(
+            "udptun_express_left", "Inner packets that the programs in the kernel left to the "
+            "workers.", labels=("direction", "reason"))
+        for direction, states in counters["packets"].items():
+            for state, count in states.items():
+                packets.add_metric((direction, state), count)
+            for reason, count in counters["left"][direction].items():
+                left.add_metric((direction, reason), count)
+        yield packets
+        yield left
 
     def _probes(self, counters: Mapping[str, Any]) -> Iterator[Metric]:
         probed = GaugeMetricFamily(

@@ -26,7 +26,7 @@ from .. import _core
 from ..device import bpf
 from ..drops import DECAP, ENCAP
 from ..errors import DeviceError, UdptunError
-from ..model import OVERHEAD, IPAddress
+from ..model import NO_EXPRESS_PEER, NO_EXPRESS_WORD, OVERHEAD, IPAddress
 from ..net import ethtool, hooks, xfrm
 from ..net.batch import RouteSocket
 from ..net.changes import Change, Kind
@@ -523,7 +523,7 @@ class Express:
         """Return the state of the express path. docs/control.md describes it."""
         error = self.off or self._facts.error
         if not error and not self._peers:
-            error = next(iter(self._facts.reasons.values()), "no peer can receive in the kernel")
+            error = next(iter(self._facts.reasons.values()), NO_EXPRESS_PEER)
         return {
             "mode": self._config.accelerate,
             "active": not error,
@@ -533,6 +533,24 @@ class Express:
             "kernel_generation": self._kernel_generation(),
             "devices": sorted(map(device_name, self._facts.devices)),
             "packets": self._totals(),
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """Return the counters for /metrics. Packets by direction; those that were left also by
+        reason."""
+        totals = self._totals()
+        return {
+            "active": bool(self._peers) and not (self.off or self._facts.error),
+            "receives": bool(self.receives),
+            "peers_n": len(self._peers),
+            "packets": {
+                ENCAP: {"passed": totals["sent"], "dropped": totals["send_dropped"]},
+                DECAP: {"passed": totals["received"], "dropped": totals["receive_dropped"]}},
+            "left": {direction: {
+                name.removeprefix(prefix): n for name, n in totals.items()
+                if name.startswith(prefix) and not name.endswith(("_dropped", "_marked"))
+            } for direction, prefix in ((ENCAP, "send_"), (DECAP, "receive_"))},
+            "marked": totals["receive_marked"],
         }
 
     def _kernel_generation(self) -> int | None:
@@ -548,7 +566,7 @@ class Express:
             return {"active": True, "reason": None}
         reason = self.off or self._facts.reasons.get(key) or self._facts.error
         if not self.off and (not reason or key not in self._known):
-            reason = "its route has no `express`"
+            reason = NO_EXPRESS_WORD
         return {"active": False, "reason": reason}
 
 

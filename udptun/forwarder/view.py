@@ -161,6 +161,7 @@ class View:
         """Return the counters for /metrics, without the counters of each peer."""
         workers = self.workers.counters()
         self.express.read()
+        express = self.express.counters()
         figures = self.probes.figures().values()
         return {
             "build": self.build,
@@ -181,9 +182,10 @@ class View:
                 "suppressed": sum(worker["icmp_suppressed"] for worker in workers),
             },
             "ecn": {
-                "marked": sum(worker["ecn_marked"] for worker in workers),
+                "marked": express["marked"] + sum(worker["ecn_marked"] for worker in workers),
                 "unexpected": sum(worker["ecn_unexpected"] for worker in workers),
             },
+            "express": express,
             "peer_errors": self.core.peer_errors(),
             "send_errors": self.send_errors(),
             "workers": workers,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...spans import milliseconds, span
 from ...text import counted, printable
+from .. import express
 from ..mesh import STATES, Row, why, words
 from ..node_status import age, problems
 from ..samples import UNKNOWN, History, Pair, host_name
@@ -256,6 +257,9 @@ class Screen:
                       f"in {amount(into)}/s {count(packets[1])} packets/s", columns)
             yield fit(_drops(sample.drops, change.drops), columns)
             yield fit(_workers(change.cpu, change.batch), columns)
+            if express.is_wanted(sample.forwarder):
+                yield fit(f"{express.LABEL} " + express.rates(
+                    sample.forwarder, change.kernel, packets), columns)
         for device, (out, into) in ({} if change is None else change.vxlan).items():
             yield fit(f"VXLAN {device} out {amount(out)}/s, in {amount(into)}/s, all peers "
                       "together", columns)

@@ -16,6 +16,7 @@ from ...drops import DROP_REASONS
 from ...errors import FieldError
 from ...spans import milliseconds, size, span
 from ...text import counted
+from .. import express
 from ..mesh import STATES, Row, why, words
 from ..node_status import age, trouble
 from ..samples import UNKNOWN, Pair, host_name, total
@@ -176,6 +177,7 @@ def _facts(view: View) -> Iterator[tuple[str, str]]:
             "-" if share is None else f"{share:.0%}" for share in change.cpu) or "-"
         yield "Packets per call", "sent {}, received {}".format(*(
             "-" if n is None else f"{n:.1f}" for n in change.batch))
+        yield "Express path", express.rates(sample.forwarder, change.kernel, packets)
         yield "Drops", f"{count(total(change.drops.values()))}/s"
     for device, (out, into) in change.vxlan.items():
         yield f"VXLAN {device}", f"out {amount(out)}/s, in {amount(into)}/s, all peers together"

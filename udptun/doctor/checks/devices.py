@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...device.offload import ASKED, FIRST_KERNEL, NEEDS
-from ...model import MIN_MTU6, OVERHEAD
+from ...model import MIN_MTU6, NO_EXPRESS_PEER, NO_EXPRESS_WORD, OVERHEAD
 from ...node.host.forwarding import FORWARD4, FORWARD6, sysctl, value_of
+from ...text import counted
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
 from ..processes import PROC
 
 TUN_FILE = Path("/dev/net/tun")
 TUN_NUMBER = (10, 200)
+PEERS_SHOWN = 3  # of those that do not use the express path for the same kind of reason
 OLDEST = (5, 10)  # the oldest kernel that udptun supports
 BRIDGE_FILTER = "bridge/bridge-nf-call-iptables"
 UNKNOWN_DEVICES = "it is not known which devices this host should have"
@@ -116,6 +118,39 @@ def offloads(facts: Facts) -> Iterator[Finding]:
                           "a newer kernel may have this offload")
     if not off:
         yield ok(f"in use: {', '.join(found['in_use'])}")
+
+
+@check("express-path", "whether packets can pass in the kernel, if `--accelerate auto` is set",
+       "datapath.md#the-express-path")
+def express_path(facts: Facts) -> Iterator[Finding]:
+    if facts.forwarder.answer is None:
+        raise Skip("no forwarder answers")
+    found = facts.forwarder.answer.get("accelerate")
+    if found is None:
+        raise Skip("the forwarder has another version, which has no express path")
+    if found["mode"] == "off":
+        yield ok("not asked for: --accelerate off")
+        return
+    if not found["active"] and found["reason"] != NO_EXPRESS_PEER:
+        yield warning("--accelerate auto is set, but the workers carry all packets",
+                      found["reason"], _express_remedy(found["reason"]))
+        return
+    reasons = {peer["endpoint"]: peer["express"]["reason"]
+               for peer in facts.forwarder.answer["peers"] if not peer["express"]["active"]}
+    bad = {peer: reason for peer, reason in reasons.items() if reason != NO_EXPRESS_WORD}
+    for peer, reason in list(bad.items())[:PEERS_SHOWN]:
+        yield warning(f"the workers carry all packets to and from {peer}", reason,
+                      _express_remedy(reason))
+    if not bad:
+        peers_n = len(facts.forwarder.answer["peers"])
+        yield ok(f"{peers_n - len(reasons)} of {counted(peers_n, 'peer')} can use it; "
+                 "the others do not have it")
+
+
+def _express_remedy(reason: str) -> str:
+    if "CAP_BPF" in reason:
+        return "give the forwarder CAP_BPF, see deploy/README.md, or set --accelerate off"
+    return "remove the cause, or set --accelerate off"
 
 
 @check("vxlan", "whether this kernel can make VXLAN devices, if the network wants them",
@@ -296,5 +331,5 @@ def ipv6(facts: Facts) -> Iterator[Finding]:
                          remedy=f"run: sysctl -w {sysctl(setting)}=0")
 
 
-CHECKS = (tun_device, kernel, offloads, vxlan, device_names, forwarding, rp_filter, bridge_filter,
+CHECKS = (tun_device, kernel, offloads, express_path, vxlan, device_names, forwarding, rp_filter, bridge_filter,
           mtu, ipv6)
