@@ -3,8 +3,8 @@
 Owns the requests for the clsact qdisc and its filters. A filter stays attached when this process
 ends: the kernel holds the program and its maps. So packets flow without a process, and no
 file in /sys/fs/bpf is needed. Our filters have the names that ``filter_name`` gives; filters of
-other programs are never changed. Does not depend on what a program does. Threading: any thread, in the
-network namespace of that thread; a call takes well under a millisecond.
+other programs are never changed. Does not depend on what a program does. Threading: any thread, in
+the network namespace of that thread; a call takes well under a millisecond.
 """
 
 from __future__ import annotations

@@ -331,5 +331,5 @@ def ipv6(facts: Facts) -> Iterator[Finding]:
                          remedy=f"run: sysctl -w {sysctl(setting)}=0")
 
 
-CHECKS = (tun_device, kernel, offloads, express_path, vxlan, device_names, forwarding, rp_filter, bridge_filter,
-          mtu, ipv6)
+CHECKS = (tun_device, kernel, offloads, express_path, vxlan, device_names, forwarding, rp_filter,
+          bridge_filter, mtu, ipv6)
