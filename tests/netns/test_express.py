@@ -491,9 +491,10 @@ def test_a_qdisc_that_is_not_ours_stays(lab, kind):
     assert kernel_packets(a)["received"] == 3
     assert a.forwarder.stop() == 0
     assert (filters(a.host), qdiscs(a.host, device)) == ([], [kind])
-    for extra in (ON, ()):  # the second forwarder removes what the first one leaves
+    # The second forwarder removes what the first one leaves.
+    for extra, filters_n in ((ON, 2), ((), 0)):
         a.start(extra=extra)
-        wait_for(lambda n=len(extra): len(filters(a.host)) == n, "the filters")
+        wait_for(lambda n=filters_n: len(filters(a.host)) == n, "the filters")
         a.forwarder.process.kill()
         a.forwarder.process.wait()
     assert qdiscs(a.host, device) == [kind]
