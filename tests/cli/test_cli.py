@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -512,12 +513,40 @@ def test_status_of_some_peers(udptun: Udptun) -> None:
 
 def test_status_for_programs(udptun: Udptun) -> None:
     dump = [line.split("\t") for line in udptun("status -o dump").stdout.splitlines()]
-    assert [len(row) for row in dump] == [16, 16]
+    assert [len(row) for row in dump] == [20, 20]
     assert dump[0][:2] == ["192.0.2.2:8285", "reachable"]
-    assert dump[0][-4:] == ["12", "1536", "3", "999"]
+    assert dump[0][12:16] == ["12", "1536", "3", "999"]
+    assert dump[0][16:] == ["10.244.2.0/24", "ECONNREFUSED", "-", "-"]
     text = udptun("status -o yaml").stdout
     assert '"mesh":\n  -\n    "name": "192.0.2.2:8285"\n' in text
     assert '"mark": null\n' in text
+
+
+def test_status_with_rates(
+    served: Served, udptun: Udptun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = status_of(1, 0)["peers"][0] | {"endpoint": "192.0.2.9:8285", "subnets": []}
+    served.forwarder.other_status = {"peers": [peer]}
+
+    def sends(_: float) -> None:
+        """The peer receives 1000 bytes between the two counts."""
+        peer["encap"]["bytes"] += 1000
+
+    monkeypatch.setattr("udptun.cli.status.time", SimpleNamespace(
+        sleep=sends, monotonic=iter((1.0, 1.5) * 9).__next__))
+    row = udptun.json("status 192.0.2.9 --rates")["mesh"][0]
+    assert (row["out_bytes_per_second"], row["in_bytes_per_second"]) == (2000, 0)
+    (line,) = udptun("status 192.0.2.9 --rates -o dump").stdout.splitlines()
+    assert line.endswith("\t2000\t0")
+    assert "1.95 KiB/s" in udptun("status --rates").stdout
+    row = udptun.json("status 192.0.2.9")["mesh"][0]
+    assert (row["out_bytes_per_second"], row["in_bytes_per_second"]) == (None, None)
+
+
+def test_the_address_of_a_pod_names_its_peer(udptun: Udptun) -> None:
+    assert [row["name"] for row in udptun.json("status 10.244.2.9")["mesh"]] == ["192.0.2.2:8285"]
+    assert [row["name"] for row in udptun.json("status 2001:DB8:0::3")["mesh"]] == [
+        "[2001:db8::3]:8285"]
 
 
 def test_status_that_repeats_keeps_one_connection(

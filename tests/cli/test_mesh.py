@@ -1,9 +1,12 @@
 """The peers by name: the rows that the answers of the node daemon and the forwarder make."""
 
+from ipaddress import ip_address
 from typing import Any
 
+import pytest
+
 from tests.control.fakes import status_of
-from udptun.cli.mesh import endpoint_of, find, mesh, natural
+from udptun.cli.mesh import endpoint_of, find, find_behind, mesh, natural, spelled
 
 PEERS: list[dict[str, Any]] = status_of(1, 0)["peers"]
 
@@ -81,6 +84,31 @@ def test_a_node_with_an_address_of_each_family_is_found_by_both() -> None:
         ):
             assert find([row], target) is row, target
             assert endpoint_of(row, target) == endpoint, target
+
+
+@pytest.mark.parametrize(("target", "found"), [
+    ("2001:DB8::2", "2001:db8::2"), ("2001:db8:0::2", "2001:db8::2"),
+    ("[2001:db8::2]", "2001:db8::2"), ("[2001:DB8::2]:8285", "[2001:db8::2]:8285"),
+    ("FD44::/64", "fd44::/64"), ("10.244.2.9/24", "10.244.2.0/24"), ("192.0.2.2", "192.0.2.2"),
+    ("192.0.2.2:8285", "192.0.2.2:8285"), ("2001:db8::2:8285", "2001:db8::2:8285"),
+    ("n2", "n2"), ("n2:8285", "n2:8285"), ("[", "["), ("", ""), ("10.244.2.0-24", "10.244.2.0-24"),
+    ("192.0.2.2:x", "192.0.2.2:x"), ("7", "7"), ("192.0.2.02", "192.0.2.02"),
+])
+def test_the_spelling_of_an_address_does_not_matter(target: str, found: str) -> None:
+    assert spelled(target) == found
+    other = {"udp": {"endpoint": "[2001:db8::2]:8285", "state": "reachable"}}
+    rows = mesh(node(pair("n2", "10.244.2.0/24"), pair("n2", "fd44::/64", paths=other)), [])
+    assert find(rows, target) == find(rows, found)
+    assert endpoint_of(rows[0], target) == endpoint_of(rows[0], found)
+
+
+def test_the_address_of_a_pod_belongs_to_a_peer() -> None:
+    rows = mesh(node(pair("n2", "10.244.2.0/24"), pair("n2", "fd44::/64"),
+                     pair("n3", "10.244.3.0/24")), [])
+    for address, name in (("10.244.2.0", "n2"), ("10.244.3.9", "n3"), ("fd44::9", "n2")):
+        found = find_behind(rows, ip_address(address))
+        assert found is not None and found["name"] == name
+    assert find_behind(rows, ip_address("10.244.9.9")) is None
 
 
 def test_names_are_sorted_as_people_do() -> None:

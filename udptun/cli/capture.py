@@ -29,7 +29,7 @@ from ..text import counted
 from .captured import Counts, End, Packet, records
 from .dropped import named, names_of
 from .lazy import Failure
-from .mesh import find, host_of
+from .mesh import find, host_of, spelled
 from .options import client, connection, terminal_width, wrap
 from .pcapng import PcapngWriter
 
@@ -362,8 +362,9 @@ def _endpoints(text: str, names: list[dict[str, Any]]) -> list[str]:
         return [text]
     if not row["endpoints"]:
         raise Failure(f"{text} has no path through the forwarder, so its packets are not captured")
-    if any(text in (endpoint, host_of(endpoint)) for endpoint in row["endpoints"]):
-        return [text]
+    given = spelled(text)
+    if any(given in (endpoint, host_of(endpoint)) for endpoint in row["endpoints"]):
+        return [given]
     return sorted(set(map(host_of, row["endpoints"])))
 
 

@@ -8,7 +8,11 @@ None. Opens no connection. Pure functions: any thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..model import IPAddress
 
 Row = dict[str, Any]
 
@@ -62,19 +66,54 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 
 
 def find(rows: Iterable[Row], target: str) -> Row | None:
-    """Return the peer with this name, subnet, endpoint or public address; None: there is none."""
+    """Return the peer with this name, subnet, endpoint or public address; None: there is none.
+
+    An address may have any spelling.
+    """
+    names = (target, spelled(target))
     for row in rows:
-        if target == row["name"] or target in row["subnets"] or _endpoint(row, target):
+        if target == row["name"] or any(
+                name in row["subnets"] or _endpoint(row, name) for name in names):
             return row
     return None
+
+
+def find_behind(rows: Iterable[Row], address: IPAddress) -> Row | None:
+    """Return the peer whose subnet contains this address, for example of a pod."""
+    from ipaddress import ip_network
+
+    return next((row for row in rows if any(
+        address in ip_network(subnet) for subnet in row["subnets"])), None)
 
 
 def endpoint_of(row: Row, target: str) -> str | None:
     """Return the endpoint that ``target`` names: by itself, by its address or by a subnet behind
     it. Any other target of ``find`` names the first endpoint. None: the peer has none."""
+    target = spelled(target)
     return _endpoint(row, target) or next(
         (endpoint for endpoint, subnets in row["endpoints"].items() if target in subnets),
         row["endpoint"])
+
+
+def spelled(target: str) -> str:
+    """Return an address, a subnet or an endpoint in its usual spelling: ``2001:DB8::2`` and
+    ``[2001:db8:0::2]`` are ``2001:db8::2``. Other text is returned unchanged."""
+    from ipaddress import ip_address, ip_network
+
+    host, _, port = target.rpartition(":")
+    with suppress(ValueError):
+        return str(ip_address(_bare(target)))
+    with suppress(ValueError):
+        return str(ip_network(target, strict=False))
+    with suppress(ValueError):
+        address = ip_address(_bare(host))
+        if port.isdecimal():
+            return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    return target
+
+
+def _bare(host: str) -> str:
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def _endpoint(row: Row, target: str) -> str | None:

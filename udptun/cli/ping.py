@@ -18,7 +18,7 @@ from ..errors import ControlError, FieldError, UdptunError
 from ..model import MAX_UDP_PAYLOAD
 from ..net.echo import Answer, EchoPinger
 from .answers import ask
-from .mesh import Row, endpoint_of, find
+from .mesh import Row, endpoint_of, find, find_behind, spelled
 from .options import client, connection, echo_json, node_client, output
 
 if TYPE_CHECKING:
@@ -120,21 +120,16 @@ def _resolve(rows: list[Row], target: str) -> tuple[Row | None, IPAddress | None
     row = find(rows, target)
     if row is not None:
         return row, None
-    from ipaddress import ip_network
-
     from ..model import parse_address
 
     try:
-        address = parse_address("address", target)
+        address = parse_address("address", spelled(target))
     except FieldError:
         names = ", ".join(row["name"] for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
         raise click.BadParameter(
             f"{target!r} is neither an address nor a known node; the nodes are: {names or 'none'}",
             param_hint="NODE|ADDRESS") from None
-    for row in rows:
-        if any(address in ip_network(subnet) for subnet in row["subnets"]):
-            return row, address
-    return None, address
+    return find_behind(rows, address), address
 
 
 def _by_probe(row: Row | None, address: IPAddress | None, wanted: str) -> bool:

@@ -18,7 +18,7 @@ import click
 
 from ..spans import size, span
 from .answers import ask
-from .mesh import STATES, Row, find, natural, why
+from .mesh import STATES, Row, find, find_behind, natural, spelled, why
 from .node_status import age, node_block, problems
 from .node_status import peer_block as node_peer_block
 from .options import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..control.client import ControlClient
 
 WATCH_SECONDS = 2.0
+RATE_SECONDS = 0.5
 GOOD = ("reachable", "unknown", "not probed")  # --check fails for all other states
 INDENT = 4  # of the rest of a long line
 CLEAR = "\x1b[H\x1b[2J"  # of a terminal: to the top left, and erase
@@ -49,6 +50,8 @@ SORT = ("name", "state", "rtt", "loss", "sent", "received", "seen")
 DUMP = ("name", "state", "since", "path", "rtt_us", "loss", "largest_size", "path_mtu",
         "last_seen_seconds", "endpoint", "errors", "reason")
 
+RATES = ("out_bytes_per_second", "in_bytes_per_second")  # of a peer, in JSON
+
 
 @click.command()
 @click.argument("wanted", metavar="[NODE]", required=False)
@@ -56,6 +59,8 @@ DUMP = ("name", "state", "since", "path", "rtt_us", "loss", "largest_size", "pat
               help="Order of the peers. state: the worst first. Numbers: the largest first.")
 @click.option("--state", "states", type=click.Choice(STATES), multiple=True,
               help="Show only the peers in this state; may be repeated.")
+@click.option("--rates", is_flag=True,
+              help="Count for half a second first, and show the bytes per second.")
 @click.option("-w", "--watch", is_flag=True, help="Repeat every 2 seconds, until Ctrl-C.")
 @click.option("--check", is_flag=True,
               help="Show only what is wrong; the exit code is 1 if there is something.")
@@ -65,19 +70,22 @@ DUMP = ("name", "state", "since", "path", "rtt_us", "loss", "largest_size", "pat
 @connection
 @click.pass_context
 def status(
-    ctx: click.Context, wanted: str | None, sort: str, states: tuple[str, ...], watch: bool,
-    check: bool, output: str,
+    ctx: click.Context, wanted: str | None, sort: str, states: tuple[str, ...], rates: bool,
+    watch: bool, check: bool, output: str,
 ) -> None:
     """Show the node, the device, the peers and the packet counts.
 
     The command asks the node daemon and the forwarder, and shows the answers that it gets. NODE
-    is the name, the subnet or the public address of a peer. With NODE, the command shows only this
-    peer, with all details. SENT and RECEIVED count UDP payload. They do not count packets that
-    VXLAN carries.
+    is the name, the subnet or the public address of a peer, or the address of a pod there. With
+    NODE, the command shows only this peer, with all details. SENT, RECEIVED and the rates count UDP
+    payload. They do not count packets that VXLAN carries.
     """
     before: Sample | None = None
     node, forwarder = node_client(ctx), client(ctx)
     try:
+        if rates:
+            before = Sample(node, forwarder, wanted, sort, states, None)
+            time.sleep(RATE_SECONDS)
         while True:
             now = Sample(node, forwarder, wanted, sort, states, before)
             if watch and output == "table" and sys.stdout.isatty():
@@ -110,7 +118,7 @@ class Sample:
         self.at = time.monotonic()
         self.rows = self.all = answers.rows
         if wanted is not None:
-            row = find(self.rows, wanted)
+            row = find(self.rows, wanted) or _behind(self.rows, wanted)
             if row is None:
                 raise click.BadParameter(f"{wanted!r} is not a peer: see `udptun status`",
                                          param_hint="NODE")
@@ -119,6 +127,16 @@ class Sample:
                            key=lambda row: _sort_key(row, sort))
         self.rates = {} if before is None else peer_rates(
             before.all, self.rows, self.at - before.at)
+
+
+def _behind(rows: list[Row], wanted: str) -> Row | None:
+    """Return the peer that has this address of a pod; None: there is none, or it is no address."""
+    from ipaddress import ip_address
+
+    try:
+        return find_behind(rows, ip_address(spelled(wanted)))
+    except ValueError:
+        return None
 
 
 def _sort_key(row: Row, sort: str) -> tuple[Any, ...]:
@@ -135,22 +153,36 @@ def _sort_key(row: Row, sort: str) -> tuple[Any, ...]:
 def _show(ctx: click.Context, now: Sample, output: str, wanted: str | None) -> None:
     if output in ("json", "yaml"):
         value = (now.found or {}) | ({} if now.node is None else {"node": now.node})
-        value |= {"mesh": now.rows}
+        value |= {"mesh": [row | dict(zip(RATES, _rounded(now, row), strict=True))
+                           for row in now.rows]}
         if output == "json":
             echo_json(value)
         else:
             click.echo("\n".join(_yaml(value)))
     elif output == "dump":
         for row in now.rows:
-            click.echo("\t".join(_cell(row[name]) for name in DUMP) + "".join(
-                f"\t{_cell(row[side] and row[side][unit])}" for side in ("sent", "received")
-                for unit in ("packets", "bytes")))
+            click.echo("\t".join(map(_cell, _dumped(now, row))))
     elif wanted is not None:
         click.echo("\n\n".join(map(_fitting, _details(now))))
     else:
         for block in _host(ctx, now):
             click.echo(f"{_fitting(block)}\n")
         _echo_peers(now)
+
+
+def _dumped(now: Sample, row: Row) -> Iterator[object]:
+    """Yield the values of a line of ``dump``. New ones are added at the end."""
+    yield from (row[name] for name in DUMP)
+    for side in ("sent", "received"):
+        yield from (row[side] and row[side][unit] for unit in ("packets", "bytes"))
+    yield ",".join(row["subnets"])
+    yield row["last_error"] and row["last_error"]["errno"]
+    yield from _rounded(now, row)
+
+
+def _rounded(now: Sample, row: Row) -> list[int | None]:
+    """Return the bytes per second to and from the peer."""
+    return [None if rate is None else round(rate) for rate in now.rates.get(row["name"], UNKNOWN)]
 
 
 def _host(ctx: click.Context, now: Sample) -> Iterator[str]:
