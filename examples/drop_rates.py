@@ -15,8 +15,9 @@ def main(seconds: int) -> None:
                 new = row.packets - before[row.reason, row.direction]
                 if new:
                     last = row.last[-1] if row.last else None
+                    count = "1 packet" if new == 1 else f"{new} packets"
                     packet = f", last to {last.dst}" if last else ""
-                    print(f"{row.reason} ({row.direction}): {new} packets{packet}", flush=True)
+                    print(f"{row.reason} ({row.direction}): {count}{packet}", flush=True)
                 before[row.reason, row.direction] = row.packets
 
 

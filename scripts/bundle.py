@@ -49,7 +49,8 @@ SYSTEM = {
 # The pages, and the files that they link to: each has the same path below DOC as in the repository.
 DOC = "share/doc/udptun"
 DOCUMENTS = (
-    "LICENSE", "*.md", "docs/*.md", "docs/*.toml", "docs/*.yaml", "docs/bench/*", "bench/README.md",
+    "LICENSE", "NOTICE", "*.md", "docs/*.md", "docs/*.toml", "docs/*.yaml", "docs/bench/*",
+    "bench/README.md",
     "src_ext/README.md", "examples/*.py",
     "deploy/README.md", "deploy/Dockerfile", "deploy/*.service", "deploy/*.env", "deploy/*.conf",
     "deploy/kubernetes/**/*", "deploy/helm/**/*", "deploy/monitoring/*",

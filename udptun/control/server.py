@@ -33,6 +33,7 @@ from ..model import (
     parse_destination,
     parse_number,
 )
+from ..text import counted
 from ..wait import FILE_CHECK_SECONDS, until_removed
 from . import protocol
 from .capture import counts_record, end_record, parse_filter
@@ -616,7 +617,8 @@ async def _table_body(request: web.BaseRequest) -> bytes | mmap:
             at += len(part)
             os.sched_yield()
     if at != length:
-        raise ControlError("bad_request", f"the body has {at} bytes, not {length} (Content-Length)")
+        raise ControlError("bad_request",
+                           f"the body has {counted(at, 'byte')}, not {length} (Content-Length)")
     return body
 
 

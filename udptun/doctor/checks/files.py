@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ...errors import FieldError
 from ...spans import span
+from ...text import counted
 from ..check import Finding, Result, Skip, check, failed, ok, warning
 from ..facts import Facts
 
@@ -76,7 +77,7 @@ def state_files(facts: Facts) -> Iterator[Finding]:
         elif found.f_bavail * found.f_frsize < FREE_BYTES:
             free = found.f_bavail * found.f_frsize
             yield failed(f"the file system of {path} is full: the state is not saved",
-                         f"{free} bytes are free", f"run: df {path}")
+                         f"{counted(free, 'byte')} free", f"run: df {path}")
         elif found.f_files and not found.f_favail:
             yield failed(f"the file system of {path} has no free inodes: the state is not saved",
                          remedy=f"run: df -i {path}")
