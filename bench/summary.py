@@ -130,5 +130,5 @@ def _close(run: Run, end: Line, slots: list[Line]) -> None:
             run.busy.setdefault(key, {})[contender] = fmean(busy)
         if shares := [s["in_kernel"] for s in own if s.get("in_kernel") is not None]:
             run.in_kernel.setdefault(key, {})[contender] = fmean(shares)
-        run.quantiles.setdefault(key, {}).setdefault(contender, []).extend(
-            s["quantiles_ns"] for s in own if s.get("quantiles_ns") and not s["refused"])
+        if found := [s["quantiles_ns"] for s in own if s.get("quantiles_ns") and not s["refused"]]:
+            run.quantiles.setdefault(key, {}).setdefault(contender, []).extend(found)

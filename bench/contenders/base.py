@@ -75,8 +75,7 @@ class PathUnderTest:
         for forwarder in self.forwarders:
             forwarder.wait_ready()
         if self.redirected:
-            wait_for(lambda: all(one.status()["accelerate"]["active"] for one in self.forwarders),
-                     "the express path")
+            wait_for(lambda: all(map(_has_express, self.forwarders)), "the express path")
 
     def discard_ended_processes(self) -> None:
         """Remove ended processes from the hosts' lists, so that the lab does not end them again.
@@ -85,6 +84,11 @@ class PathUnderTest:
         """
         for host in (self.a, self.b):
             host.processes[:] = [p for p in host.processes if p.alive]
+
+
+def _has_express(forwarder: Forwarder) -> bool:
+    report = forwarder.status()["accelerate"]
+    return bool(report["active"] and report["receives"])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from udptun.lab.cluster import etcd_obstacle
 from .acts import ACTS
 from .run import Chaos
 from .stores import STORES
-from .world import MODES, ClusterKind
+from .world import ACCELERATED, MODES, ClusterKind
 
 
 def main() -> int:
@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--mode", choices=MODES, default="mixed")
     parser.add_argument("--store", choices=STORES, default="etcd")
     parser.add_argument("--ipv6", action="store_true", help="the overlay has IPv6 too")
+    parser.add_argument("--accelerate", choices=ACCELERATED, default="off",
+                        help="the nodes with the express path; mixed: n2 and n3")
     parser.add_argument("--seed", default=str(random.randrange(10**6)),
                         metavar="TEXT")
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -37,7 +39,7 @@ def main() -> int:
     if options.store == "etcd" and (obstacle := etcd_obstacle()):
         print(f"chaos: {obstacle}", file=sys.stderr)
         return 2
-    cluster = ClusterKind(options.mode, options.store, options.ipv6)
+    cluster = ClusterKind(options.mode, options.store, options.ipv6, options.accelerate)
     chosen = None
     if options.act:
         chosen = [ACTS[name] for name in options.act]

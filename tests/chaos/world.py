@@ -36,6 +36,9 @@ MODES = {
     "udp": ("udp", "udp"),
     "vxlan": ("vxlan", "vxlan"),
 }
+# The nodes that have --accelerate auto, by their numbers. Two of the same kind use the express path
+# to each other; to the others they send as without it.
+ACCELERATED = {"off": (), "mixed": (2, 3), "all": tuple(range(1, NODES + 1))}
 
 
 def build_preload(folder: Path, source: Path) -> str:
@@ -52,18 +55,22 @@ class ClusterKind:
     mode   one of ``MODES``
     store  one of ``STORES``
     ipv6   the overlay has IPv4 and IPv6; else only IPv4
+    accelerate  one of ``ACCELERATED``
     """
 
     mode: str
     store: str = "etcd"
     ipv6: bool = False
+    accelerate: str = "off"
 
     def __str__(self) -> str:
-        return f"mode {self.mode}, store {self.store}, {'IPv4 and IPv6' if self.ipv6 else 'IPv4'}"
+        return (f"mode {self.mode}, store {self.store}, "
+                f"{'IPv4 and IPv6' if self.ipv6 else 'IPv4'}, accelerate {self.accelerate}")
 
     def options(self) -> str:
         """Return the options of the command line that select this kind."""
-        return f"--mode {self.mode} --store {self.store}{' --ipv6' if self.ipv6 else ''}"
+        return (f"--mode {self.mode} --store {self.store}{' --ipv6' if self.ipv6 else ''} "
+                f"--accelerate {self.accelerate}")
 
 
 class World:
@@ -82,7 +89,12 @@ class World:
         self.switch = next(host for host in lab.hosts if host.name.startswith("bridge"))
         self.store = STORES[store](store_host, hosts, config)
         options = f"--backend={backend}", "--ip-masq"
-        self.members = [Member(host, self.store.options(host), options) for host in hosts]
+        express = ACCELERATED[kind.accelerate]
+        self.members = [
+            Member(host, self.store.options(host),
+                   (*options, "--accelerate=auto") if number in express else options)
+            for number, host in enumerate(hosts, start=1)
+        ]
         self.mesh = Mesh()
         self._died: dict[tuple[Member, str], float] = {}
         self._filters: list[str] = []

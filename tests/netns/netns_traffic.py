@@ -19,8 +19,11 @@ import pytest
 
 from udptun.device import bpf
 from udptun.lab import Forwarder, Host, wait_for
+from udptun.lab.tunnels import ACCELERATE
 
 UDP_SEGMENT = 103
+# The lab gives the express path to every forwarder: one part of `make test-all`.
+ACCELERATED = bool(os.environ.get(ACCELERATE))
 SO_RCVBUFFORCE = 33
 _ROOM = 1 << 25
 
@@ -33,6 +36,18 @@ def skip_without_programs() -> None:
     except OSError as error:
         pytest.skip(f"no eBPF programs here: {error.strerror}")
     os.close(fd)
+
+
+def wait_for_express(*forwarders: Forwarder) -> None:
+    """If every forwarder has the express path, wait until these use it."""
+    if not ACCELERATED:
+        return
+    skip_without_programs()
+    for forwarder in forwarders:
+        wait_for(
+            lambda f=forwarder: (now := f.status()["accelerate"])["active"] and now["receives"],
+            "the express path",
+        )
 
 
 def family(address: object) -> int:

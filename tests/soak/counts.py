@@ -22,6 +22,7 @@ WARM_UP = 0.2  # this share of the samples is not judged
 # and the libraries keep some memory that they have used once.
 GROWTH_KIB, GROWTH_KIB_PER_HOUR = 3 * 1024, 8 * 1024
 MORE_FDS = 3
+MIN_SAMPLES = 12  # with fewer, a third of them is one or two: connections to etcd come and go
 # Drops that explain a lost datagram: a queue was full. Other reasons would be faults.
 CONGESTION = ("no_buffer", "slow_peer")
 
@@ -55,7 +56,7 @@ def growth(values: Sequence[float]) -> float:
 
 def grown(name: str, series: Series) -> list[str]:
     """Return what has grown beyond its bound."""
-    if len(series.at) < 6:
+    if len(series.at) < MIN_SAMPLES:
         return []
     hours = (series.at[-1] - series.at[0]) / 3600
     bound = GROWTH_KIB + GROWTH_KIB_PER_HOUR * hours
@@ -63,7 +64,9 @@ def grown(name: str, series: Series) -> list[str]:
     if (more := growth(series.rss)) > bound:
         wrong.append(f"{name}: its memory has grown by {more:.0f} KiB, the bound is {bound:.0f}")
     if (more := growth(series.fds)) > MORE_FDS:
-        wrong.append(f"{name}: it has {more:g} more descriptors, the bound is {MORE_FDS}")
+        samples = " ".join(f"{n:g}" for n in series.fds)
+        wrong.append(f"{name}: it has {more:g} more descriptors, the bound is {MORE_FDS}; "
+                     f"the samples: {samples}")
     return wrong
 
 
@@ -111,10 +114,16 @@ def unexplained(
 
 
 class NodeCounts:
-    """What is read of one node."""
+    """What is read of one node.
 
-    def __init__(self, member: Member) -> None:
-        self.member = member
+    express  whether the node should have the express path
+    """
+
+    def __init__(self, member: Member, express: bool = False) -> None:
+        self.member, self.express = member, express
+        self.kernel: Counter[str] = Counter()  # packets of the express path, over all forwarders
+        self.active = self.idle = 0  # samples with and without the express path
+        self._kernel_before: dict[str, int] = {}
         self.name = member.host.name
         self.daemon, self.forwarder = Series(), Series()
         self.drops: Counter[str] = Counter()  # since the start, over all forwarders
@@ -130,6 +139,7 @@ class NodeCounts:
             time.sleep(0.05)
         with suppress(OSError, LabError):
             self.forwarder.add(self.member.forwarder_pid())
+            self._look_at_express(self.member.ask("/v1/status")["accelerate"])
         return [f"{self.name}: {text}" for text in wrong]
 
     def _look(self) -> list[str]:
@@ -159,6 +169,18 @@ class NodeCounts:
                 self.drops[reason] += n - self._before.get(reason, 0)
         self._before = total
 
+    def _look_at_express(self, report: Mapping) -> None:
+        if report["active"]:
+            self.active += 1
+        else:
+            self.idle += 1
+        total = report["packets"]
+        if any(total[name] < n for name, n in self._kernel_before.items()):
+            self._kernel_before = {}  # a new forwarder counts from 0
+        for name, n in total.items():
+            self.kernel[name] += n - self._kernel_before.get(name, 0)
+        self._kernel_before = total
+
     def kernel_drops(self) -> Counter[str]:
         """Return what the kernel has dropped on this node, by place."""
         found: Counter[str] = Counter()
@@ -178,3 +200,13 @@ def device_drops(host: Host) -> int:
             fields = line.partition(":")[2].split()
             total += int(fields[3]) + int(fields[11])
     return total
+
+
+def unaccelerated(node: NodeCounts) -> list[str]:
+    """Return what is wrong with the express path of a node, at the end of the run."""
+    moved = node.kernel["sent"], node.kernel["received"]
+    if not node.express:
+        return [f"{node.name}: the express path is off, but moved {moved}"] if any(moved) else []
+    if node.daemon.rss and not all(moved):
+        return [f"{node.name}: the express path sent {moved[0]} packets and received {moved[1]}"]
+    return []

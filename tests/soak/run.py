@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from tests.chaos.world import ClusterKind, World
+from tests.chaos.world import ACCELERATED, ClusterKind, World
 from udptun.lab import Lab
 
-from .counts import CONGESTION, NodeCounts, grown, growth, unexplained
+from .counts import CONGESTION, NodeCounts, grown, growth, unaccelerated, unexplained
 from .events import Events
 from .traffic import Traffic
 
@@ -22,13 +22,15 @@ TICK_SECONDS = 0.2
 
 class Soak:
     """tell    gets each line of the output
+    accelerate  one of ACCELERATED: the nodes that have the express path
     folder  gets the logs of all nodes if something was wrong; None: they are not saved
     """
 
     def __init__(
-        self, seed: str, seconds: float, tell: Callable[[str], object], folder: Path | None = None
+        self, seed: str, seconds: float, tell: Callable[[str], object], folder: Path | None = None,
+        accelerate: str = "mixed",
     ) -> None:
-        self._folder = folder
+        self._folder, self._accelerate = folder, accelerate
         self._rng, self._seconds, self._tell = Random(seed), seconds, tell
         self._over = threading.Event()
         self._samples_n = 0
@@ -37,7 +39,7 @@ class Soak:
     def run(self) -> list[str]:
         """Return what was wrong."""
         with Lab() as lab:
-            world = World(lab, ClusterKind("udp", ipv6=True), nodes=4)
+            world = World(lab, ClusterKind("udp", ipv6=True, accelerate=self._accelerate), nodes=4)
             try:
                 world.start()
                 world.mesh.stop()
@@ -47,7 +49,8 @@ class Soak:
         return self.wrong
 
     def _soak(self, world: World) -> None:
-        self._nodes = [NodeCounts(member) for member in world.members]
+        self._nodes = [NodeCounts(member, number in ACCELERATED[self._accelerate])
+                       for number, member in enumerate(world.members, start=1)]
         stay = world.members[:3]
         self._traffic = traffic = Traffic(
             (member.host.name, member.pod, (member.pod_v4, member.pod_v6)) for member in stay)
@@ -118,6 +121,7 @@ class Soak:
         if repeated := sum(flow.repeated() for flow in self._traffic.udp):
             self.wrong.append(f"{repeated} datagrams arrived twice")
         for node in self._nodes:
+            self.wrong += unaccelerated(node)
             self.wrong += grown(f"{node.name} daemon", node.daemon)
             self.wrong += grown(f"{node.name} forwarder", node.forwarder)
         self.wrong += self._events.wrong
@@ -152,6 +156,11 @@ class Soak:
                  f"{sum(one.end - one.begin for one in self._events.intervals):.0f} s")
         tell(f"lost otherwise        {rest}; dropped by full queues: {dict(congestion)}")
         tell(f"bytes by TCP          {sum(flow.received for flow in traffic.tcp)}")
+        for node in self._nodes:
+            if node.express:
+                tell(f"express path of {node.name}    {node.kernel['sent']} packets sent, "
+                     f"{node.kernel['received']} received; at the samples {node.active} times "
+                     f"active, {node.idle} times not")
         for what, n in self._events.counts.items():
             tell(f"{what:21} {n}")
         tell("\nprocess          MiB at the end  growth, KiB  descriptors  growth")

@@ -1,10 +1,21 @@
 """The soak itself: each condition finds its fault. `make soak` runs the soak."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from .counts import GROWTH_KIB, Interval, Series, grown, growth, unbalanced, unexplained
+from .counts import (
+    GROWTH_KIB,
+    Interval,
+    NodeCounts,
+    Series,
+    grown,
+    growth,
+    unaccelerated,
+    unbalanced,
+    unexplained,
+)
 
 pytestmark = pytest.mark.unprivileged
 
@@ -46,3 +57,20 @@ def test_a_loss_outside_of_all_intervals_is_found():
     by_reason, rest = unexplained(lost, [kill])
     assert by_reason == {"kill -9": 2}
     assert rest == lost[2:]
+
+
+@pytest.mark.parametrize(
+    ("express", "sent", "received", "wrong"),
+    [(True, 9, 9, 0), (True, 0, 9, 1), (True, 9, 0, 1), (False, 0, 0, 0), (False, 1, 0, 1)],
+)
+def test_an_express_path_that_moves_nothing_is_found(express, sent, received, wrong):
+    node = NodeCounts(SimpleNamespace(host=SimpleNamespace(name="n2")), express)
+    node.daemon.rss.append(9.0)
+    first = {"active": True, "packets": {"sent": sent // 2, "received": received // 2}}
+    for report in (first, {"active": False, "packets": {"sent": sent, "received": received}}):
+        node._look_at_express(report)
+    assert (node.active, node.idle) == (1, 1)
+    assert (node.kernel["sent"], node.kernel["received"]) == (sent, received)
+    node._look_at_express(first)  # of a new forwarder, which counts from 0
+    assert node.kernel["sent"] == sent + sent // 2
+    assert len(unaccelerated(node)) == wrong

@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -24,6 +25,9 @@ from .hosts import DEADLINE_SECONDS, Host, LabError, Process, Unavailable, wait_
 PORT = 8285
 NETWORK = ipaddress.IPv4Network("10.244.0.0/16")
 NETWORK6 = ipaddress.IPv6Network("fd44::/32")
+
+
+ACCELERATE = "UDPTUN_LAB_ACCELERATE"  # the environment variable that Forwarder.start reads
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ def node(n: int) -> Node:
     subnet6 = ipaddress.IPv6Network(f"fd44:0:{n:x}::/64")
     subnet = ipaddress.IPv4Network(f"10.244.{n}.0/24")
     return Node(subnet[0], subnet6[15], subnet, subnet6)
+
+
+def _with_express(route: str) -> str:
+    return route if "express" in route.split() else f"{route} express"
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -95,10 +103,17 @@ class Forwarder:
     ) -> Forwarder:
         """Start a forwarder on a host.
 
+        If the environment variable UDPTUN_LAB_ACCELERATE is set, it is the value of --accelerate,
+        and all routes have ``express``, unless ``extra`` has the option.
+
         listen  the addresses to listen on, without port; empty: the host's first IPv4 address
         routes  the lines of the route file; None: no route file
         wait    True: return when the control socket answers. False: return at once
         """
+        everywhere = os.environ.get(ACCELERATE)
+        if everywhere and "--accelerate" not in extra:
+            extra = *extra, "--accelerate", everywhere
+            routes = None if routes is None else map(_with_express, routes)
         folder = host.lab.folder
         control, routes_file = folder / f"{host.name}.sock", folder / f"{host.name}.routes"
         argv = ["forward", "--tun", tun, "--control", str(control)]
