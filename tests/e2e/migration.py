@@ -2,7 +2,7 @@
 
 flannel is installed from its own manifests, udptun from the Helm chart. The commands are those of
 the section "Move from kube-flannel" in docs/flannel.md. Runs after the cluster of ``steps.py`` was
-removed.
+removed. The container runtime has other directories than there, those of Debian.
 """
 
 import json
@@ -16,7 +16,7 @@ from . import programs, steps  # noqa: F401 - the steps of ``steps`` come first 
 from .cluster import CHART, NAMESPACE, Cluster, Steady
 from .plane import POD_V4, POD_V6
 from .step import check, left_over, pods_of, reach_again, start_pods, step
-from .worker import Worker
+from .worker import OTHER_PLUGIN_DIR, PLUGIN_DIR, Worker
 
 _FLANNEL = "kube-flannel"
 _DAEMONSET = "kube-flannel-ds"
@@ -36,6 +36,9 @@ def _manifests(text: str) -> list[Any]:
             one["data"]["cni-conf.json"] = config.replace('"1.0.0"', '"0.3.1"')
         if one["kind"] == "DaemonSet":
             pod = one["spec"]["template"]["spec"]
+            for volume in pod["volumes"]:
+                if volume.get("hostPath", {}).get("path") == PLUGIN_DIR:
+                    volume["hostPath"]["path"] = OTHER_PLUGIN_DIR
             for container in pod["initContainers"] + pod["containers"]:
                 container.update(image="localhost/flannel:1", imagePullPolicy="Never")
     return found
@@ -48,6 +51,7 @@ def flannel(cluster: Cluster) -> str:
     image = programs.flannel_image(programs.CACHE, folder)
     for worker in cluster.workers:
         worker.load(image)
+        worker.use_other_plugin_dir()
     began = time.monotonic()
     cluster.plane.apply(*_manifests((folder / "kube-flannel.yml").read_text()))
     cluster.wait(lambda: cluster.complete(_DAEMONSET, _FLANNEL), "flannel on all nodes")
@@ -69,7 +73,8 @@ def from_flannel(cluster: Cluster) -> str:
                   "--timeout=240s", seconds=250)
     cluster.helm("install", "udptun", str(CHART), "--namespace", NAMESPACE, "--create-namespace",
                  "--set", f"image.tag={cluster.image_name.rpartition(':')[2]}",
-                 "--set", f"nodeSelector.{_LABEL}=udptun", "--set-json",
+                 "--set", f"nodeSelector.{_LABEL}=udptun",
+                 "--set", f"cni.binDir={OTHER_PLUGIN_DIR}", "--set-json",
                  f"netConf={json.dumps(_NET_CONF)}")
     plane.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=privileged")
 
@@ -93,7 +98,8 @@ def to_flannel(cluster: Cluster) -> str:
         worker.run_image(cluster.image_name, [
             "udptun", "node", "--kube-subnet-mgr", f"--node-name={worker.name}", "--cleanup",
             "--keep-flannel"])
-        worker.run_image(cluster.image_name, ["udptun", "cni", "uninstall"])
+        worker.run_image(cluster.image_name, [
+            "udptun", "cni", "uninstall", f"--bin-dir={OTHER_PLUGIN_DIR}"])
 
     outage = _node_by_node(cluster, moved)
     cluster.helm("uninstall", "udptun", "--namespace", NAMESPACE)

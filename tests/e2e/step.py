@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from udptun.lab import LabError
 
 from .cluster import NAMESPACE, Cluster, Pod
-from .worker import Worker
+from .worker import OTHER_PLUGIN_DIR, PLUGIN_DIR, Worker
 
 Step = Callable[[Cluster], str]
 STEPS: dict[str, Step] = {}
@@ -23,7 +23,7 @@ _WEB = "mkdir -p /www; dd if=/dev/zero of=/www/mega bs=1M count=4 2>/dev/null; "
 # The directories themselves are mounts of the worker.
 _LISTING = "ip -o link; ip route; ip -6 route; nft list ruleset; "\
            "find /run/udptun /run/flannel /run/blue /var/lib/udptun /var/lib/blue; "\
-           "find /etc/cni/net.d /opt/cni/bin -mindepth 1"
+           f"find /etc/cni/net.d {PLUGIN_DIR} {OTHER_PLUGIN_DIR} -mindepth 1"
 
 
 def step(needs: str = "install") -> Callable[[Step], Step]:

@@ -2,8 +2,8 @@
 
 Owns what makes a network namespace of the lab a whole machine for Kubernetes: its own processes
 (a PID namespace, so that the end of its first process ends the node, with all containers), its own
-mounts (/run, /var/lib, /etc/cni, /opt/cni) and the programs that run there. Does not depend on
-udptun. Main thread only, like the lab.
+mounts (/run, /var/lib, /etc/cni and the directories of CNI plugins) and the programs that run
+there. Does not depend on udptun. Main thread only, like the lab.
 
     worker.run([...])      a command on the node: its network, mounts and processes
     worker.power_off()     everything on the node ends at once, as when the machine loses power
@@ -25,8 +25,11 @@ from .plane import POD_CIDRS, Plane
 from .programs import CNI_PLUGINS
 
 _CGROUPS = Path("/sys/fs/cgroup")
+PLUGIN_DIR = "/opt/cni/bin"
+OTHER_PLUGIN_DIR = "/usr/lib/cni"  # of containerd in Debian
 # The node's own directories; each is empty at the start.
-_OWN = ("etc/cni/net.d", "opt/cni/bin", "var/lib", "var/log/pods", "var/log/containers")
+_OWN = ("etc/cni/net.d", "opt/cni/bin", "usr/lib/cni", "var/lib", "var/log/pods",
+        "var/log/containers")
 # The first process of the node. It mounts the directories, and waits for its children's ends.
 _FIRST = """
 set -e
@@ -46,7 +49,7 @@ version = 2
   restrict_oom_score_adj = true
   tolerate_missing_hugetlb_controller = true
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/opt/cni/bin"
+    bin_dir = "{plugins}"
     conf_dir = "/etc/cni/net.d"
 [plugins."io.containerd.internal.v1.opt"]
   path = "/var/lib/containerd/opt"
@@ -77,7 +80,10 @@ syncFrequency: 5s
 
 
 class Worker:
-    """A node. ``python``: whether programs on the node can run the machine's Python."""
+    """A node.
+
+    python  False: the node has neither Python nor CNI plugins, as some distributions
+    """
 
     def __init__(
         self, host: Host, plane: Plane, images: Sequence[Path], python: bool = True
@@ -87,12 +93,24 @@ class Worker:
         self.root = host.lab.folder / f"root-{self.name}"
         for name in _OWN:
             (self.root / name).mkdir(parents=True)
-        # Debian's plugins. A distribution or another DaemonSet usually brings them.
-        for plugin in ("bridge", "host-local", "loopback", "portmap"):
-            shutil.copy(CNI_PLUGINS / plugin, self.root / "opt/cni/bin")
+        self._plugin_dir = PLUGIN_DIR
+        if python:
+            self._copy_plugins(PLUGIN_DIR)
         self._first: Process | None = None
         self.containerd: Process
         self.kubelet: Process
+
+    def _copy_plugins(self, folder: str) -> None:
+        """Copy Debian's plugins. A distribution or another DaemonSet usually brings them."""
+        for plugin in ("bridge", "host-local", "loopback", "portmap"):
+            shutil.copy(CNI_PLUGINS / plugin, f"{self.root}{folder}")
+
+    def use_other_plugin_dir(self) -> None:
+        """Start containerd with the other directory of CNI plugins, in which are Debian's."""
+        self._copy_plugins(OTHER_PLUGIN_DIR)
+        self._plugin_dir = OTHER_PLUGIN_DIR
+        self.containerd.stop()
+        self._start_containerd()
 
     def start(self) -> None:
         """Start the node's first process, containerd, kubelet and kube-proxy."""
@@ -161,7 +179,7 @@ class Worker:
         self, image: str, name: str, argv: Sequence[str], more: Sequence[str]
     ) -> list[str]:
         options = ["--rm", "--privileged", "--net-host"]
-        for folder in ("/run", "/var/lib", "/etc/cni/net.d", "/opt/cni/bin", *more):
+        for folder in ("/run", "/var/lib", "/etc/cni/net.d", PLUGIN_DIR, OTHER_PLUGIN_DIR, *more):
             options += ["--mount", f"type=bind,src={folder},dst={folder},options=rbind:rw"]
         return ["ctr", "-n", "k8s.io", "run", *options, image, name, *argv]
 
@@ -174,7 +192,7 @@ class Worker:
 
     def _start_containerd(self) -> None:
         config = self.root / "containerd.toml"
-        config.write_text(_CONTAINERD)
+        config.write_text(_CONTAINERD.replace("{plugins}", self._plugin_dir))
         self.containerd = self.host.start(
             self._enter(["containerd", "--config", str(config)]), name="containerd")
         wait_for(lambda: self.run(["ctr", "version"], check=False).returncode == 0,
