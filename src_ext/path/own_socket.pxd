@@ -31,11 +31,11 @@ of the socket that receives. Each message names its destination. They receive no
 
 - The shared sender is an IPv6 socket that is bound to the IPv4-mapped address. For an IPv4
   datagram, and for an ICMP error about one, the kernel prefers the IPv4 socket.
-- The other sockets are connected to a random port of this host, so the kernel delivers datagrams
-  from all other sources to the socket that receives. A forged ICMP error about such a socket would
-  have to name this port. The kernel refuses this if another program has bound the port at another
-  address of this host. Then the IPv4 ones are bound to the IPv4-mapped address, as the shared
-  sender is, and the IPv6 ones are bound to their address before the connect (``join_beside``).
+- The other sockets are bound to the port without an address, and connected to a random port of
+  this host. So the kernel delivers datagrams from all other sources to the socket that receives. A
+  forged ICMP error about such a socket would have to name the random port. The kernel refuses the
+  bind if another program has the same port at another address of this host. Then the IPv4 ones are
+  bound as the shared sender is, and the IPv6 ones to the address (``join_beside``).
 
 ``open_socket`` also opens the spare sockets of probe.pxd, which send a probe if the shared sender
 refuses it.

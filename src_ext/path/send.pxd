@@ -533,7 +533,7 @@ cdef inline void flush_own_sockets(worker_t* w) noexcept nogil:
 
 cdef inline void flush_shared(worker_t* w) noexcept nogil:
     """Send the queued datagrams from the shared senders and the own sockets. If more peers need an
-    own socket than there are, empty the own sockets' part of the queue first, and then continue."""
+    own socket than sockets are free, first empty the own sockets' part of the queue."""
     w.own_sockets_wanted = True
     while w.own_sockets_wanted and w.full_fd < 0:
         w.own_sockets_wanted = False

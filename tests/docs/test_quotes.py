@@ -201,5 +201,14 @@ def test_each_feature_of_a_node_is_explained() -> None:
     assert sorted(found) == sorted(FEATURES)
 
 
+def test_by_how_much_a_take_over_misses_its_goal() -> None:
+    text = section("performance.md", "take-over-and-kill")
+    gaps = [[float(value) for value in re.findall(r"([\d.]+) ms", row)]
+            for row in re.findall(r"^\| 15 take-overs.*$", text, re.M)]
+    more, more_under_tcp = (f"{gap - control:.1f} ms" for _, gap, _, control in gaps)
+    assert f"It was {more} longer, and {more_under_tcp} longer under bulk TCP" in \
+        " ".join(text.split())
+
+
 def test_the_size_of_the_receive_buffer() -> None:
     assert f"{RCVBUF >> 20} MiB" in section("operations.md", "the-receive-buffer")

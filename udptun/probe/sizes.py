@@ -24,7 +24,7 @@ MISSES = 3  # a size fails after this number of unanswered probes; a lossy path 
 SEARCH_MISSES = 2  # the same, during a search: a wrong step is corrected by the next retry
 RETRY_SECONDS = 4.0  # time between two tries of larger sizes: a repair is found in this time
 PUBLISH_SECONDS = 2.0  # a search that takes longer sets a limit before its end
-HINT_SECONDS = 1.0  # a hint sooner after the last one is ignored
+HINT_SECONDS = 1.0  # shortest time between two hints; others are ignored
 # How much smaller than the full size the limit often is: PPPoE, IP in IP, VXLAN, WireGuard, a link
 # of 1400, 1280 or 1200 bytes, a link of 1500 bytes after one of 9000.
 COMMON = (8, 20, 28, 50, 80, 100, 150, 220, 300, 7500)
@@ -79,7 +79,7 @@ class SizeSearch:
 
     @property
     def suspect(self) -> bool:
-        """Whether the size of the present data packets may not pass any more."""
+        """Whether the present data packets may have become too large."""
         return not self.searching and (self._testing or self._misses_n > 0)
 
     @property

@@ -64,9 +64,9 @@ class ForwarderKeeper:
     on_refused  called when ``refused`` has changed
     on_features  called when ``receives`` or ``copies_marks`` has changed
     standby   keep a standby process for the case that the forwarder dies. If ``external``, this
-              process forwards until a forwarder of the other program takes over. Has no
-              effect in a systemd unit: systemd keeps the descriptors itself, and ends all
-              processes of the unit together
+              process forwards until a forwarder of the other program takes over. With
+              ``external``, a systemd unit has no standby process: systemd keeps the descriptors
+              itself, and ends all processes of the unit together
     log_format  of the forwarders that we start
     """
 
