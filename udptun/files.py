@@ -87,6 +87,13 @@ def replace_file(path: Path, parts: Iterable[bytes], mode: int | None = None) ->
         os.close(directory)
 
 
+def remove_replaced(path: Path) -> None:
+    """Remove a file that ``replace_file`` writes, and what a killed writer of it has left."""
+    path.unlink(missing_ok=True)
+    if path.parent.exists():
+        _remove_leftovers(path)
+
+
 def _create(path: Path, mode: int) -> tuple[Path, int]:
     """Create and lock the file that will replace ``path``. The lock shows that its writer lives."""
     while True:

@@ -64,6 +64,16 @@ def is_unicast(address: IPAddress) -> bool:
     return not (address.is_unspecified or address.is_multicast or address.ipv4_mapped)
 
 
+# Packets to these addresses must not be routed into the overlay.
+RESERVED: tuple[tuple[IPNetwork, str], ...] = tuple(
+    (ipaddress.ip_network(prefix), name) for prefix, name in (
+        ("0.0.0.0/8", "this host"), ("127.0.0.0/8", "loopback"), ("169.254.0.0/16", "link-local"),
+        ("224.0.0.0/4", "multicast"), ("255.255.255.255/32", "broadcast"),
+        ("::/96", "unspecified and loopback"), ("::ffff:0:0/96", "IPv4-mapped"),
+        ("fe80::/10", "link-local"), ("ff00::/8", "multicast"),
+    ))
+
+
 def parse_next_hop(field: str, value: object, where: str = "") -> IPAddress:
     """Parse a unicast address to which a datagram can be sent."""
     address = parse_address(field, value, where)
@@ -85,7 +95,10 @@ def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
 
 
 def parse_destination(field: str, value: object, where: str = "") -> IPNetwork:
-    """Parse the destination of a route: a prefix, or one address. Host bits must be 0."""
+    """Parse the destination of a route: a prefix, or one address. Host bits must be 0.
+
+    An address that ends with 0 needs a length, because it is usually a prefix without one.
+    """
     if isinstance(value, IPNetwork):
         return value
     try:
@@ -100,6 +113,10 @@ def parse_destination(field: str, value: object, where: str = "") -> IPNetwork:
     if interface.ip != interface.network.network_address:
         expected = f"a prefix without host bits ({interface.network})"
         raise FieldError(field, value, expected, where)
+    if not slash and value.endswith((".0", "::")):
+        usual, whole = (24, 32) if interface.version == 4 else (64, 128)
+        raise FieldError(field, value, f"a prefix with its length, such as {value}/{usual}, or"
+                         f" {value}/{whole} for one address", where)
     return interface.network
 
 

@@ -174,6 +174,20 @@ def test_underlay_mtu():
 
 
 @in_own_netns
+def test_the_mtu_of_the_loopback_device_is_not_that_of_the_underlay():
+    """Routers announce the address."""
+    sh("ip link add utEa type veth peer name utEb", "ip link set utEa mtu 1450 up",
+       "ip link set utEb up", "ip address add 203.0.113.1/24 dev utEa",
+       "ip address add 198.51.100.7/32 dev lo", "ip address add 2001:db8::7/128 dev lo nodad")
+    assert underlay_mtu(ip_address("198.51.100.7")) == ("lo", 65536)  # no packet can leave
+    sh("ip route add default via 203.0.113.2", "ip -6 route add default dev utEa")
+    assert underlay_mtu(ip_address("198.51.100.7")) == ("utEa", 1450)
+    assert underlay_mtu(ip_address("2001:db8::7")) == ("utEa", 1450)
+    assert underlay_mtu(ip_address("127.0.0.1")) == ("lo", 65536)
+    assert underlay_mtu(ip_address("203.0.113.1")) == ("utEa", 1450)
+
+
+@in_own_netns
 async def test_concurrent_calls_from_asyncio_and_uvloop():
     sh("ip address add 192.0.2.1/24 dev lo", "ip address add 2001:db8::1/128 dev lo nodad")
     expected = {ip_address(text) for text in ("127.0.0.1", "::1", "192.0.2.1", "2001:db8::1")}

@@ -24,7 +24,7 @@ from udptun.lab.hosts import NETNS_DIR
 from udptun.takeover import document
 from udptun.takeover.channel import Channel, close_all, read_document
 from udptun.takeover.kept import variable
-from udptun.takeover.message import DESCRIPTORS, Hello, Ready, State, Stopped, TakeOverError
+from udptun.takeover.message import DESCRIPTORS, Done, Hello, Ready, State, Stopped, TakeOverError
 
 RATE = 2000  # datagrams a second; low, so that a slow machine loses nothing
 
@@ -191,6 +191,28 @@ def test_a_take_over_that_breaks_off_has_no_effect(lab):
     take_over(a)
     assert ping(a.pod, b.pod_v4).received == 3
     assert a.forwarder.status()["route_count"] == 6
+
+
+def test_a_take_over_that_hangs_has_no_effect(lab):
+    """The other process hangs when only it could forward, and keeps the connection."""
+    tunnel = pair(lab)
+    a, b = tunnel.sides
+
+    async def hang():
+        async with Client(a) as client:
+            await client.hello()
+            await client.state()
+            [baton] = await client.ready()
+            await client.channel.receive(Stopped)
+            os.close(baton)
+            await client.channel.receive(Done)
+
+    assert ping(a.pod, b.pod_v4).received == 3
+    with pytest.raises(TakeOverError, match="no confirmation within"):
+        asyncio.run(hang())
+    assert ping(a.pod, b.pod_v4).received == 3
+    take_over(a)
+    assert ping(a.pod, b.pod_v4).received == 3
 
 
 REFUSED = [

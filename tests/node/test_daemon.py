@@ -603,7 +603,9 @@ async def test_cleanup_removes_everything_and_can_be_repeated(served, node_of):
     node.config = replace(node.config, ip_masq=True)
     await node.fill_cache(peer(2))
     assert "udptun-ipv4" in sh("nft list ruleset")
-    (node.folder / "state" / "routes").write_text("")
+    for name in ("routes", "routes.bad", "leases.json.bad", ".leases.json.0123456789abcdef",
+                 ".routes.0123456789abcdef"):  # the last two: of killed writers
+        (node.folder / "state" / name).write_text("")
     for _ in range(2):
         await run(replace(node.config, cleanup=True))
         assert served.forwarder.stopped.is_set()

@@ -24,6 +24,7 @@ from ..model import (
     MAX_MTU,
     MIN_MTU6,
     MIN_TUN_MTU,
+    RESERVED,
     SOURCE_CHECKS,
     Endpoint,
     IPAddress,
@@ -160,12 +161,11 @@ class ForwarderConfig:
         for address in self.addresses:
             if address.is_unspecified or address.is_multicast or address.is_loopback:
                 raise FieldError("address", str(address), "an address of the overlay")
-        for name, value, words in (
-            ("source-check", self.source_check, SOURCE_CHECKS), ("admit", self.admit, ADMITS),
-            ("accelerate", self.accelerate, ACCELERATES),
-        ):
-            if value not in words:
-                raise FieldError(name, value, _one_of(words))
+        for network in self.networks:
+            _refuse_network(network)
+        _check_word("source-check", self.source_check, SOURCE_CHECKS)
+        _check_word("admit", self.admit, ADMITS)
+        _check_word("accelerate", self.accelerate, ACCELERATES)
         if len(self.subnets) > MAX_SUBNETS:
             raise FieldError("subnet", len(self.subnets), f"at most {MAX_SUBNETS} prefixes")
         if self.mtu is not None and not MIN_TUN_MTU <= self.mtu <= MAX_MTU:
@@ -225,6 +225,19 @@ class ForwarderConfig:
         return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
 
 
+def _refuse_network(network: IPNetwork) -> None:
+    """Raise FieldError if the route to the network would cut off this host."""
+    if network.prefixlen == 0:
+        raise FieldError(
+            "network", str(network),
+            "a network that does not replace the default route of this host; give the two halves, "
+            "such as 0.0.0.0/1 and 128.0.0.0/1, if the peers have routes of their own")
+    for reserved, name in RESERVED:
+        if network.version == reserved.version and network.prefixlen >= reserved.prefixlen and \
+                network.network_address in reserved:
+            raise FieldError("network", str(network), f"a network outside {reserved} ({name})")
+
+
 def _each(values: object, convert: Callable[[Any], object]) -> tuple[object, ...]:
     """Convert one value, or each of several."""
     if isinstance(values, Iterable) and not isinstance(values, str | IPNetwork):
@@ -232,8 +245,9 @@ def _each(values: object, convert: Callable[[Any], object]) -> tuple[object, ...
     return (convert(values),)
 
 
-def _one_of(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
+def _check_word(name: str, value: str, words: Sequence[str]) -> None:
+    if value not in words:
+        raise FieldError(name, value, f"{', '.join(words[:-1])} or {words[-1]}")
 
 
 def _one_per_family(name: str, addresses: Iterable[IPAddress]) -> None:

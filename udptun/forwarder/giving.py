@@ -59,6 +59,7 @@ SCRAPES = "metrics"
 
 WithFile = UnixListener | FileLock  # each has fd, path and owns_file
 HELLO_SECONDS = 5.0  # limit for the first message of a client
+DONE_SECONDS = 10.0  # limit for its confirmation; until then, only the new forwarder forwards
 READY_SECONDS = 30.0  # limit for the new forwarder to get ready; routes cannot change until then
 
 
@@ -238,9 +239,14 @@ class Giver:
             parts.probes.close()
             text = document.dump(self._counted())
             await _send_document(channel, Stopped(size=len(text)), text)
-            # No time limit: while the connection is open, the new forwarder runs and forwards.
-            done, _ = await channel.receive(Done)
+            # The new forwarder may hang, for example if its container was frozen.
+            async with asyncio.timeout(DONE_SECONDS):
+                done, _ = await channel.receive(Done)
             return done
+        except TimeoutError:
+            parts.workers.go_on()
+            parts.probes.start()
+            raise TakeOverError(f"no confirmation within {DONE_SECONDS:g} s") from None
         except BaseException:
             parts.workers.go_on()
             parts.probes.start()

@@ -35,6 +35,7 @@ from ..takeover.message import (
     Done,
     Hello,
     Ready,
+    Refused,
     State,
     Stopped,
     TakeOverError,
@@ -196,8 +197,18 @@ class Taking:
         return document.load(CountersDocument, read_document(fds[0], stopped.size))
 
     async def done(self) -> None:
-        """Confirm the take-over. Then the other forwarder ends."""
+        """Confirm the take-over. Then the other forwarder ends.
+
+        Raises TakeOverError if the other forwarder did not wait for this, and forwards again.
+        """
+        with suppress(Ended):  # it has ended already, or has not waited
+            await self._channel.send(Done(taken=list(self._files)))
+        for _ in range(2):  # the error of a broken connection comes before a waiting message
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    refused, _ = await self._channel.receive(Refused)
+            except (Ended, TimeoutError):
+                continue
+            raise TakeOverError(f"the running forwarder continues: {refused.reason}")
         for each in self._files.values():
             each.owns_file = True
-        with suppress(Ended):  # it has ended already
-            await self._channel.send(Done(taken=list(self._files)))

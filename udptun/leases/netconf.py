@@ -19,7 +19,16 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..errors import FieldError
-from ..model import DEFAULT_PORT, MAX_MTU, MAX_PORT, MIN_MTU, IPAddress, IPNetwork, parse_number
+from ..model import (
+    DEFAULT_PORT,
+    MAX_MTU,
+    MAX_PORT,
+    MIN_MTU,
+    RESERVED,
+    IPAddress,
+    IPNetwork,
+    parse_number,
+)
 
 MAX_VNI = (1 << 24) - 1
 
@@ -178,18 +187,9 @@ _UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")  # none of them is on the inter
 _UNIQUE_LOCAL_LEN = 8  # shortest prefix of a network within them
 
 
-# Packets to these addresses must not be routed into the overlay.
-_RESERVED = tuple((ipaddress.ip_network(prefix), name) for prefix, name in (
-    ("0.0.0.0/8", "this host"), ("127.0.0.0/8", "loopback"), ("169.254.0.0/16", "link-local"),
-    ("224.0.0.0/4", "multicast"), ("255.255.255.255/32", "broadcast"),
-    ("::/96", "unspecified and loopback"), ("::ffff:0:0/96", "IPv4-mapped"),
-    ("fe80::/10", "link-local"), ("ff00::/8", "multicast"),
-))
-
-
 def refuse_reserved(field: str, network: IPNetwork, where: str = "") -> None:
     """Raise FieldError if the network has addresses that an overlay cannot have."""
-    for reserved, name in _RESERVED:
+    for reserved, name in RESERVED:
         if network.version == reserved.version and network.overlaps(reserved):
             raise FieldError(field, str(network),
                              f"a network without addresses of {reserved} ({name})", where)

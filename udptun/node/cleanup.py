@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 
 from ..errors import UdptunError
+from ..files import remove_replaced
 from ..leases.base import SourceHealth
 from ..leases.cache import CACHE_FILE, LeaseCache
 from ..net.netlink import Netlink
@@ -53,7 +54,9 @@ async def clean_up(config: NodeConfig, netlink: Netlink) -> None:
     if not config.leaves_to_flannel:
         with attempt():
             config.subnet_file.unlink(missing_ok=True)
-    for name in (CACHE_FILE, f"{CACHE_FILE}.new", LOCK_FILE):
+    with attempt():
+        remove_replaced(config.state_dir / CACHE_FILE)
+    for name in (f"{CACHE_FILE}.bad", LOCK_FILE):
         with attempt():
             (config.state_dir / name).unlink(missing_ok=True)
     if failed:

@@ -25,7 +25,8 @@ from ..repairs import Repairs
 from ..wait import wait_at_most
 from .backends.active import ActiveBackends
 from .backends.base import Site
-from .host.host import LOOPBACK, Host
+from .host.host import Host
+from .host.interface import LOOPBACK
 from .host.misrouted import Misrouted, Outer
 from .host.watch import HostWatch
 from .status.report import NodeReport

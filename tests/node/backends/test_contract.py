@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from tests.own_netns import in_own_netns, ip_json
 from udptun.leases.advert import Advert
 from udptun.leases.base import Lease, Subnets
 from udptun.leases.cache import LastKnown
+from udptun.leases.file.config import FileConfig
 from udptun.leases.netconf import CHECKED_TYPES
-from udptun.model import Route
+from udptun.model import Endpoint, Route
 from udptun.net.netlink import Netlink
 from udptun.node.backends import AUTO, BACKENDS, MODES
 from udptun.node.backends.active import combine, create
@@ -61,6 +63,19 @@ async def test_a_lease_cannot_make_the_firewall_block_another_service(node_of):
                      for port in (53, 8472, 8285, 9285, 51820)]
             found = {backend.guarded_endpoint(path) for path in paths} - {None}
             assert {one.port for one in found} == guarded
+
+
+@in_own_netns
+async def test_all_nodes_of_a_hosts_file_are_guarded(node_of):
+    """Only root can write the file. Nodes behind one NAT have ports of their own."""
+    node = node_of()
+    config = replace(node.config, source=FileConfig(Path("hosts.toml")))
+    with Netlink() as netlink:
+        backend = create("udp", config, netlink, NodeReport("file", node.store.health))
+        underlay = await choose(netlink, config.interface, True, False)
+        await backend.prepare(Site(NETWORK, underlay), 1400)
+        path = Route(PEER, IPv4Address("192.0.2.53"), 9286)
+        assert backend.guarded_endpoint(path) == Endpoint(path.via, 9286)
 
 
 @every

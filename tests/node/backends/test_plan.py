@@ -128,7 +128,7 @@ def test_a_node_with_our_public_address_and_another_port_is_another_node():
         (BOTH, lease(backend="vxlan"), "do not match this node's"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("192.0.2.1")), "old lease of this node"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("192.0.2.1"),
-                         data=embed(None, Advert(8285, 1400))), "needs a UDP port of its own"),
+                         data=embed(None, Advert(8285, 1400))), "such nodes need a hosts file"),
         (VXLAN_ONLY, lease(n=2, public=IPv4Address("192.0.2.1"), backend="vxlan",
                            data=embed(VXLAN, ADVERT)), "cannot tell apart nodes"),
         (UDP_ONLY, lease(n=2, public=IPv4Address("224.0.0.1")), "not a unicast address"),

@@ -71,6 +71,26 @@ def test_a_network_captures_addresses_without_longer_prefixes(network, stores, t
     check()
 
 
+@pytest.mark.parametrize(("network", "taken"), [
+    ("10.0.0.0/8", True), ("10.128.0.0/9", True), ("10.244.0.0/16", False), ("10.128.0.1/32", True),
+])
+def test_an_address_without_a_link(network, taken):
+    """Some clouds give such an address, and a gateway that is reached on the link."""
+    @in_own_netns
+    async def check():
+        sh("ip link add under0 type veth peer name wire", "ip link set wire up",
+           "ip addr add 10.128.0.2/32 dev under0", "ip link set under0 up",
+           "ip route add 10.128.0.1/32 dev under0", "ip route add default via 10.128.0.1")
+        address = ip_address("10.128.0.2")
+        underlay = Underlay(
+            "under0", socket.if_nametoindex("under0"), 1500, address, None, address, None)
+        with Netlink() as netlink:
+            needed = await Taken(netlink).needed(underlay, (), ())
+        assert any(one.is_in(ip_network(network)) for one in needed) == taken
+
+    check()
+
+
 @in_own_netns
 async def test_an_address_that_the_overlay_already_captures():
     sh("ip link add tun9 type veth peer name far", "ip link set far up", "ip link set tun9 up",

@@ -131,7 +131,8 @@ def _check_addresses(
         if address in local.public and (advert is None or advert.port == local.port):
             raise _Unusable(
                 f"its public address {address} is ours: this is an old lease of this node, or"
-                " another node behind the same address, which then needs a UDP port of its own"
+                " another node behind the same address; such nodes need a hosts file, in which each"
+                " of them has a port of its own"
             )
         if not is_unicast(address) or address in local.broadcasts:
             raise _Unusable(f"its public address {address} is not a unicast address")

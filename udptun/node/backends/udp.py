@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any, ClassVar
 
+from ...files import remove_replaced
 from ...leases.advert import ECN, EXPRESS, PROBE, Advert, embed
 from ...leases.advert import read as read_advert
 from ...leases.base import Attributes, Lease
@@ -222,9 +223,10 @@ class UdpBackend(Backend[Route]):
     def guarded_endpoint(self, path: Route) -> Endpoint | None:
         # The peer chooses the address and the port. If every port was guarded, a lease could block
         # other traffic of all nodes, for example with the address of a name server and port 53, or
-        # with the address of another node and the port of VXLAN.
+        # with the address of another node and the port of VXLAN. Only root can write a hosts file.
         site = self._prepared
-        if path.port not in (site.udp_port, site.network.udp_port):
+        usual = path.port in (site.udp_port, site.network.udp_port)
+        if not usual and self._config.source.kind != "file":
             return None
         return Endpoint(path.via, path.port)
 
@@ -248,9 +250,9 @@ class UdpBackend(Backend[Route]):
                 config.instance.takeover_socket(config.control).unlink(missing_ok=True)
         with attempt():
             await self._remove_programs()
-        for name in (
-            STATE_FILE, f"{STATE_FILE}.new", f".{STATE_FILE}.lock", LOG_FILE, f"{LOG_FILE}.1",
-        ):
+        with attempt():
+            remove_replaced(config.state_dir / STATE_FILE)
+        for name in (f"{STATE_FILE}.bad", f".{STATE_FILE}.lock", LOG_FILE, f"{LOG_FILE}.1"):
             with attempt():
                 (config.state_dir / name).unlink(missing_ok=True)
 

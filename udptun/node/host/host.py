@@ -22,12 +22,10 @@ from .firewall.keeper import Firewall
 from .firewall.rules import FirewallError, FirewallRules
 from .firewall.verdict import Flow, datagrams
 from .forwarding import keep_forwarding
-from .interface import OuterFlow, Underlay
+from .interface import LOOPBACK, OuterFlow, Underlay
 from .subnet_env import SubnetEnv
 
 log = logging.getLogger(__name__)
-
-LOOPBACK = "lo"  # an address of this device can be published
 
 
 class Host:

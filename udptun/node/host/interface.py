@@ -29,6 +29,8 @@ from ..config import InterfaceOptions, interface_pattern
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "lo"  # an address of this device can be published
+
 
 class NoInterface(UdptunError):
     """No interface matches. The text names the options and the existing interfaces.

@@ -21,13 +21,12 @@ from ipaddress import ip_address
 
 from ...errors import FieldError
 from ...model import IPAddress, IPNetwork
+from ...net.local import INTERNET
 from ...net.lookup import RT_TABLE_MAIN, device_index, matches
 from ...net.netlink import Netlink
 from ...net.underlay import links_of
-from .interface import Needed, Underlay
+from .interface import LOOPBACK, Needed, Underlay
 
-# The route to an address of the internet shows the gateway. No packet is sent.
-INTERNET: tuple[IPAddress, ...] = (ip_address("1.1.1.1"), ip_address("2606:4700:4700::1111"))
 RESOLVE_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
@@ -61,8 +60,9 @@ class Taken:
             for address in underlay.bound for link in links
             if address in link and link.prefixlen < link.max_prefixlen
         ]
+        found += await self._without_link(underlay, links)
         own = {device_index(name) for name in own_devices} - {0}
-        routes = await matches(self._netlink, INTERNET)
+        routes = await matches(self._netlink, [*INTERNET.values()])
         wanted = {route.gateway: "the gateway of this host" for route in routes
                   if route is not None and route.gateway is not None and route.device not in own}
         for host in store_hosts:
@@ -75,6 +75,27 @@ class Taken:
             if route is not None and route.table == RT_TABLE_MAIN
         ]
         return tuple(found)
+
+    async def _without_link(
+        self, underlay: Underlay, links: Iterable[IPNetwork]
+    ) -> list[Needed]:
+        """Return the underlay's addresses that are alone on their link, such as 10.128.0.2/32.
+
+        Clouds give such addresses. The hosts around it, often the other nodes, are behind the
+        gateway. So the length is that of the route to them.
+        """
+        if underlay.name == LOOPBACK:  # routers announce it, and have routes to the other nodes
+            return []
+        alone = [address for address in underlay.bound
+                 if not any(address in link and link.prefixlen < link.max_prefixlen
+                            for link in links)]
+        # A neighbour: the question about our own address would show the table "local".
+        around = [ip_address(int(address) ^ 1) if address.version == 4 else
+                  ip_address((int(address) ^ 1).to_bytes(16)) for address in alone]
+        routes = await matches(self._netlink, around)
+        return [Needed(address, f"the underlay's address on {underlay.name}", route.length)
+                for address, route in zip(alone, routes, strict=True)
+                if route is not None and route.table == RT_TABLE_MAIN]
 
     async def _resolve(self, host: str) -> tuple[IPAddress, ...]:
         """Return the addresses of a host; none if its name cannot be resolved now."""
