@@ -44,6 +44,8 @@ SYSTEM = {
     "deploy/*.env": "share/udptun",
     "deploy/*.conf": "share/udptun",
     "deploy/sysctl.d/*.conf": "share/udptun/sysctl.d",
+    "deploy/networkd/*": "share/udptun/networkd",
+    "deploy/NetworkManager/*": "share/udptun/NetworkManager",
     "scripts/cni_tree.py": "share/udptun/cni",
 }
 # The pages, and the files that they link to: each has the same path below DOC as in the repository.
@@ -53,7 +55,8 @@ DOCUMENTS = (
     "bench/README.md",
     "src_ext/README.md", "examples/*.py",
     "deploy/README.md", "deploy/Dockerfile", "deploy/*.service", "deploy/*.env", "deploy/*.conf",
-    "deploy/kubernetes/**/*", "deploy/helm/**/*", "deploy/monitoring/*",
+    "deploy/kubernetes/**/*", "deploy/helm/**/*", "deploy/monitoring/*", "deploy/networkd/*",
+    "deploy/NetworkManager/*",
 )
 
 

@@ -266,6 +266,7 @@ class Daemon:
         while True:
             self.report.firewall_error = self._host.firewall_error
             self.report.firewall_drops = self._host.firewall_drops
+            self.report.set_leftovers(self._leftovers.found)
             self._check_conntrack()
             self._check_locks()
             self._changes.look()

@@ -10,7 +10,9 @@ from ipaddress import ip_network
 
 import pytest
 
+from tests.node.daemon_host import NETWORK as CONFIG
 from tests.own_netns import in_own_netns, sh
+from udptun.net.netlink import Netlink
 from udptun.node.host import leftovers
 
 ASK = "from udptun.node.host.leftovers import why_keep; print(why_keep())"
@@ -75,6 +77,30 @@ def test_without_the_privilege_the_command_line_decides(tmp_path):
 def test_if_the_host_is_not_visible_no_leftover_is_removed():
     assert ask("unshare", "--pid", "--fork", "--mount-proc") == \
         "the host's processes are not visible here"
+
+
+@in_own_netns
+@pytest.mark.parametrize(("why", "reported"), [
+    (leftovers.HIDDEN, True), ("flanneld runs here", False), ("", False)])
+async def test_a_leftover_that_stays_is_reported(monkeypatch, why, reported):
+    """In a container. If a flannel runs, it is none."""
+    monkeypatch.setattr(leftovers, "why_keep", lambda: why)
+    sh("nft add table ip flannel-ipv4", "nft add chain ip flannel-ipv4 postrtg")
+    with Netlink() as netlink:
+        left = leftovers.Leftovers(netlink)
+        await left.remove(CONFIG, ())
+        assert [*left.found] == (["flannel-ipv4"] if reported else [])
+        sh("nft delete table ip flannel-ipv4")
+        await left._attempt(left._remove_rules)
+        assert left.found == {}
+
+
+@in_own_netns
+async def test_a_host_without_flannel_is_not_said_to_have_its_rules(monkeypatch, caplog):
+    monkeypatch.setattr(leftovers, "why_keep", lambda: leftovers.HIDDEN)
+    with Netlink() as netlink:
+        await leftovers.Leftovers(netlink).remove(CONFIG, ())
+    assert "flannel" not in caplog.text
 
 
 # -- the rules of iptables ------------------------------------------------------------------------

@@ -86,6 +86,10 @@ def set_store_down(report: NodeReport) -> None:
     report.source.connected, report.source.error = False, "no answer for 5 s"
 
 
+def set_leftover(report: NodeReport) -> None:
+    report.leftovers = {"FLANNEL-FWD": ("the chain stays", time.time() - 120)}
+
+
 def set_stale(report: NodeReport) -> None:
     set_store_down(report)
     report.stale, report.source.lease = True, "none"
@@ -254,6 +258,8 @@ def set_waiting(report: NodeReport) -> None:
         (partial(set_drop, cuts=True), {"firewall": State.FAILED},
          "packets are dropped by X, for "),
         (partial(set_drop, cuts=False), {"firewall": State.DEGRADED}, "[!]firewall: our rules"),
+        (set_leftover, {"firewall": State.DEGRADED},
+         "[!]firewall: the chain stays, for 2 min; remove it if no flannel runs here"),
         (set_conntrack_full, {"conntrack": State.DEGRADED},
          "[!]conntrack: the table has 8 of 8 entries"),
         (set_unreachable, {"peers": State.DEGRADED},

@@ -9,7 +9,6 @@ from ...errors import FieldError
 from ...model import IPNetwork
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
-from .routing import chain_names
 
 
 def drops(facts: Facts) -> Iterator[Finding]:
@@ -50,6 +49,8 @@ def _own_rules(facts: Facts) -> Iterator[Finding]:
         return
     if not env.ip_masq:
         return
+    from ...node.host.leftovers import chain_names
+
     names, instance = asyncio.run(chain_names()), facts.instance
     for version in sorted({subnet.version for subnet in env.subnets}):
         table, chain = instance.nft_table(version), instance.iptables_chain("POSTROUTING")

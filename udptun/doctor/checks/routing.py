@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Iterator
-from itertools import pairwise
 
 from ..check import Finding, Skip, check, failed, ok, warning
 from ..facts import Facts
@@ -60,7 +58,7 @@ def _looped(facts: Facts) -> Iterator[Finding]:
 @check("leftovers", "devices and rules that a former flannel has left",
        "node.md#leftovers-of-flannel", seconds=15)
 def leftovers(facts: Facts) -> Iterator[Finding]:
-    from ...node.host.leftovers import CHAINS, NFT_TABLES, why_keep
+    from ...node.host.leftovers import names_there, why_keep
 
     if not facts.expects_node:
         raise Skip("no node daemon has run here")
@@ -73,30 +71,10 @@ def leftovers(facts: Facts) -> Iterator[Finding]:
                           why, f"run: ip link delete {link.name}")
     if not facts.is_root:
         raise Skip("the rules of the firewall can only be read by root")
-    found = asyncio.run(chain_names())
-    names = {name for _, name in CHAINS.values()} | {name for _, name in NFT_TABLES.values()}
-    for name in sorted(names & found):
+    for name in sorted(asyncio.run(names_there())):
         yield warning(f"the firewall chain or table {name} of a former flannel is still there: it"
                       " may masquerade packets between pods", why_keep(),
                       "restart the node daemon without --keep-flannel, or remove it")
-
-
-async def chain_names() -> set[str]:
-    """Return the names of all chains and tables, of both variants of iptables and of nftables."""
-    from ...node.host.firewall import iptables
-    from ...node.host.firewall.rules import run_tool
-
-    found: set[str] = set()
-    for version in (4, 6):
-        for table in iptables.legacy_tables(version):
-            if (tables := await iptables.find(version, "legacy")) is not None:
-                found |= (await tables.read(table)).rules.keys()
-    if shutil.which("nft"):
-        text = await run_tool(("nft", "list", "chains"), "nftables")
-        words = text.replace("{", " ").split()
-        found |= {after for before, after in pairwise(words)
-                  if before in ("chain", "ip", "ip6", "inet")}
-    return found
 
 
 CHECKS = (leftovers,)

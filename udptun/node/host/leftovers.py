@@ -57,11 +57,16 @@ RULES = {
     "filter": frozenset(("-s P -j ACCEPT", "-d P -j ACCEPT")),
 }
 PREFIX_OPTIONS = ("-s", "-d")  # of iptables-save
+HIDDEN = "the host's processes are not visible here"
+REMEDY = "remove it if no flannel runs here, or give the daemon's pod hostPID"
 RULES_SECONDS = 10.0  # between two looks at the rules
 
 
 class Leftovers:
+    """found  by name: why a leftover stays, as a sentence"""
+
     def __init__(self, netlink: Netlink) -> None:
+        self.found: dict[str, str] = {}
         self._vxlan = Vxlan(netlink)
         self._network: NetConfig | None = None  # of the last ``remove``
         self._said = ""
@@ -101,13 +106,20 @@ class Leftovers:
 
     async def _remove_rules(self) -> None:
         assert self._network is not None
-        if not await _are_there() or not self._may_remove():
+        names, why = sorted(await names_there()), why_keep()
+        if not names or why:
+            # If a flannel runs, these are its rules, and no leftovers.
+            self.found = {name: f"{name} of a former flannel may masquerade packets between pods;"
+                                f" it stays, because {why}" for name in names if why == HIDDEN}
+            if names:
+                self._say(f"{why}: flannel's devices and rules stay")
             return
         stay = []
         for network in self._network.networks:
             for variant in iptables.VARIANTS:
                 stay += await _remove_chains(network, variant)
             await _remove_nft_table(network)
+        self.found = {text: text for text in stay}
         if stay:
             self._say("; ".join(stay))
 
@@ -125,12 +137,11 @@ class Leftovers:
 
 def why_keep() -> str:
     """Say why flannel may run in this network namespace; "": it does not run here."""
-    hidden = "the host's processes are not visible here"
     try:
         if os.getpid() == 1 or _comm(Path("/proc/1")) in CONTAINER_INITS:
-            return hidden
+            return HIDDEN
     except OSError:  # the mount option hidepid
-        return hidden
+        return HIDDEN
     here = Path("/proc/thread-self/ns/net").stat().st_ino
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -171,15 +182,25 @@ def _device(vni: int, version: int) -> str:
         return ""
 
 
-async def _are_there() -> bool:
-    """Return whether a table or a chain has one of flannel's names. Cheap: at most one process."""
-    if any(iptables.legacy_tables(version) for version in (4, 6)):
-        return True  # the names in legacy tables are not in the list
-    if shutil.which("nft") is None:
-        return False
-    chains = await run_tool(("nft", "list", "chains"), "nftables")
+async def names_there() -> set[str]:
+    """Return those of flannel's names that a chain or a table has, in nftables or in iptables."""
     names = {chain for _, chain in CHAINS.values()} | {table for _, table in NFT_TABLES.values()}
-    return any(name in chains for name in names)
+    return names & await chain_names()
+
+
+async def chain_names() -> set[str]:
+    """Return the names of all chains and tables, of both variants of iptables and of nftables."""
+    found: set[str] = set()
+    for version in (4, 6):
+        for table in iptables.legacy_tables(version):
+            if (tables := await iptables.find(version, "legacy")) is not None:
+                found |= (await tables.read(table)).rules.keys()
+    if shutil.which("nft"):
+        text = await run_tool(("nft", "list", "chains"), "nftables")
+        words = text.replace("{", " ").split()
+        found |= {after for before, after in pairwise(words)
+                  if before in ("chain", "ip", "ip6", "inet")}
+    return found
 
 
 async def _remove_chains(network: IPNetwork, variant: str) -> list[str]:

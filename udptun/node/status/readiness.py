@@ -16,7 +16,7 @@ from enum import Enum
 from ...spans import span
 from ...text import printable
 from ..backends import BACKENDS
-from ..host import conntrack
+from ..host import conntrack, leftovers
 from .report import NodeReport, PairReport
 
 # For this time, the forwarder's routes may differ from the leases. They differ for a moment after
@@ -233,14 +233,16 @@ def _subnet_env(report: NodeReport) -> _Result:
 def _firewall(report: NodeReport) -> _Result:
     if report.firewall_error:
         return _result(State.FAILED, report.firewall_error)
-    if not report.firewall_drops:
+    left = [Problem(text, leftovers.REMEDY, since) for text, since in report.leftovers.values()]
+    problems = [Problem(drop.text, drop.remedy, drop.since) for drop in report.firewall_drops]
+    if not problems and not left:
         return _result(State.OK, "rules are active")
     cuts = any(drop.cuts for drop in report.firewall_drops)
-    problems = [Problem(drop.text, drop.remedy, drop.since) for drop in report.firewall_drops]
+    drops = "our rules are active, but rules of other programs drop packets of the overlay:"
+    lines = [f"{_lasting(one)}; {one.remedy}" for one in problems]
     return _result(
-        State.FAILED if cuts else State.DEGRADED,
-        "our rules are active, but rules of other programs drop packets of the overlay:",
-        *(f"{_lasting(one)}; {one.remedy}" for one in problems), problems=problems)
+        State.FAILED if cuts else State.DEGRADED, *((drops, *lines) if problems else ()),
+        *(f"{_lasting(one)}; {one.remedy}" for one in left), problems=[*problems, *left])
 
 
 def _conntrack(report: NodeReport) -> _Result:

@@ -243,6 +243,7 @@ class NodeReport:
     firewall_error    the reason why the firewall rules are not active; "" also if no rules are
                       wanted
     firewall_drops    packets of the overlay that other programs' rules drop
+    leftovers         by name: why a leftover of flannel stays; see ``set_leftovers``
     conntrack         the reason why the kernel drops new flows, or soon will
     troubles          by name: what the daemon itself cannot do now; see ``set_trouble``
     leases_n          the number of known leases, including our own lease
@@ -278,6 +279,7 @@ class NodeReport:
     firewall_error: str = "not set yet"
     firewall_drops: tuple[FirewallDrop, ...] = ()
     host: HostReport = field(default_factory=HostReport)
+    leftovers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     conntrack: str = ""
     troubles: dict[str, Trouble] = field(default_factory=dict)
     forwarder: ForwarderReport = field(default_factory=ForwarderReport)
@@ -310,6 +312,9 @@ class NodeReport:
         """
         self.applied = time.monotonic()
         self.lag = self.applied - since
+
+    def set_leftovers(self, found: Mapping[str, str]) -> None:
+        self.leftovers = _lasting(self.leftovers, found)
 
     def set_trouble(self, name: str, text: str, remedy: str = "") -> None:
         """Record what the daemon itself cannot do now; "": it can. ``name`` says what it is."""
