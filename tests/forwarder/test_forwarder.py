@@ -77,6 +77,23 @@ async def test_a_route_to_our_own_subnet_is_reported_once(caplog):
 
 
 @in_own_netns
+async def test_a_route_to_a_part_of_our_own_subnet_is_reported(caplog):
+    own = (parse_prefix("subnet", "10.244.1.0/24"), parse_prefix("subnet", "fd00:1::/64"))
+    others = [Route.make(dst, "192.0.2.9") for dst in (
+        "10.244.0.0/16", "10.244.0.128/25", "10.244.2.0/24", "fd00:0:ffff::/48", "fd00:2::/64")]
+    wrong = [Route.make(dst, "192.0.2.9") for dst in (
+        "10.244.1.0/25", "10.244.1.7/32", "10.244.1.255/32", "fd00:1::7/128")]
+    async with Forwarder(config(subnets=own)) as forwarder:
+        await forwarder.replace_routes(others)
+        assert "own subnet" not in caplog.text
+        await forwarder.replace_routes([*others, *wrong])
+        await forwarder.add_route(Route.make("10.244.9.0/24", "192.0.2.9"))
+    for route in wrong:
+        assert caplog.text.count(f"the route {route} is to this host's own subnet") == 1
+    assert caplog.text.count("own subnet") == len(wrong)
+
+
+@in_own_netns
 async def test_reload_of_an_emptied_route_file_keeps_the_routes(tmp_path):
     file = tmp_path / "routes"
     file.write_text("10.244.2.0/24 via 192.0.2.9\n")

@@ -156,7 +156,8 @@ FIELDS = {
               help="Which inner destinations to accept. any: all that this host accepts or "
                    "forwards; own: only --address and --subnet.")
 @click.option("--subnet", type=Parsed("prefix", _subnet), multiple=True,
-              help="Own subnet of this host in the overlay, for --admit own. Repeatable.")
+              help="Own subnet of this host in the overlay, for --admit own, and to report routes "
+                   "to it. Repeatable.")
 @click.option("--mark", type=Parsed("value/mask", _mark),
               help="Set this mark (SO_MARK) on all datagrams, so that firewall rules can tell them "
                    "from those of other programs.  [default: no mark]")

@@ -54,7 +54,7 @@ class ForwarderConfig:
     listen        endpoints on the underlay: at least one, at most one per family
     addresses     addresses of the TUN, at most one per family; each is set as a /32 or /128
     networks      overlay prefixes that are routed through the TUN
-    subnets       this node's own prefixes of the overlay, for ``admit``
+    subnets       this node's own prefixes of the overlay, for ``admit``, and to report routes there
     admit         "any": deliver packets to any inner destination; "own": only to ``addresses`` and
                   ``subnets``
     mark          mark of all datagrams that the forwarder sends; None: no mark
@@ -230,8 +230,7 @@ def _refuse_network(network: IPNetwork) -> None:
     if network.prefixlen == 0:
         raise FieldError(
             "network", str(network),
-            "a network that does not replace the default route of this host; give the two halves, "
-            "such as 0.0.0.0/1 and 128.0.0.0/1, if the peers have routes of their own")
+            "a prefix length of at least 1: this would replace the host's default route")
     for reserved, name in RESERVED:
         if network.version == reserved.version and network.prefixlen >= reserved.prefixlen and \
                 network.network_address in reserved:

@@ -122,7 +122,8 @@ class Forwarder:
         self.capabilities = Capabilities()
         self.events = EventHub()
         self._routes = Routes(
-            config.routes_file, config.state_file, self.events, self._report, config.addresses
+            config.routes_file, config.state_file, self.events, self._report, config.addresses,
+            config.subnets,
         )
         self._keep_device: Callable[[Mapping[str, int]], None] | None = None
         self._captures: Captures

@@ -239,14 +239,7 @@ class Giver:
             parts.probes.close()
             text = document.dump(self._counted())
             await _send_document(channel, Stopped(size=len(text)), text)
-            # The new forwarder may hang, for example if its container was frozen.
-            async with asyncio.timeout(DONE_SECONDS):
-                done, _ = await channel.receive(Done)
-            return done
-        except TimeoutError:
-            parts.workers.go_on()
-            parts.probes.start()
-            raise TakeOverError(f"no confirmation within {DONE_SECONDS:g} s") from None
+            return await _confirmation(channel)
         except BaseException:
             parts.workers.go_on()
             parts.probes.start()
@@ -299,6 +292,16 @@ def _check_agreement(parts: Parts, hello: Hello) -> None:
                 f"--{name}: {hello.options[name]}: the running forwarder has {own[name]}; to change"
                 " this option, restart the forwarder"
             )
+
+
+async def _confirmation(channel: Channel) -> Done:
+    """Raises TakeOverError if the new forwarder hangs, for example in a frozen container."""
+    try:
+        async with asyncio.timeout(DONE_SECONDS):
+            done, _ = await channel.receive(Done)
+    except TimeoutError:
+        raise TakeOverError(f"no confirmation within {DONE_SECONDS:g} s") from None
+    return done
 
 
 async def _send_document(channel: Channel, message: State | Stopped, text: bytes) -> None:

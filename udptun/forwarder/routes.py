@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from mmap import mmap
@@ -32,6 +33,7 @@ T = TypeVar("T")
 LARGE_TABLE = 2000  # routes; a change of a larger table is computed in a helper thread
 LARGE_BODY = 64 * LARGE_TABLE  # bytes of a table that is not parsed yet
 MAX_NAMED = 10  # routes that one message names
+OWN_ROUTES_MAX = 20  # routes to one of our own subnets that are reported
 EVENTS_MAX = 1000  # a change of more routes emits one event for all of them
 
 
@@ -58,15 +60,17 @@ class Routes:
     state_file   copy of the active table. At start, a valid state_file is loaded instead of
                  routes_file
     addresses    our addresses on the TUN
+    subnets      our own subnets, as far as they are known
     """
 
     def __init__(
         self, routes_file: Path | None, state_file: Path | None, events: EventHub,
         report: Callable[[str], None], addresses: Iterable[IPAddress] = (),
+        subnets: Iterable[IPNetwork] = (),
     ) -> None:
         self.generation = 0
         self._report = report
-        self._addresses = tuple(addresses)
+        self._addresses, self._subnets = tuple(addresses), tuple(subnets)
         self._own_routes: set[Route] = set()  # the routes to our own subnet that were reported
         self._routes_file = routes_file
         self.state = None if state_file is None else StateFile(state_file, report)
@@ -363,20 +367,21 @@ class Routes:
             raise RouteLoops(str(route.dst), str(route.via), self._loops.device)
 
     def _report_own_routes(self, core: _core.Core) -> None:
-        """Report a route to our own subnet: it sends packets for our own pods to another host.
+        """Report a route to our own subnet or to a part of it: it sends packets for our own pods to
+        another host.
 
-        Such a route begins at the address of the TUN, which is the base address of our subnet. A
-        route with a shorter prefix, for example the route to a gateway for the whole overlay,
-        usually begins at another address. It is not reported.
+        If our subnet is not known, such a route begins at the address of the TUN, which is the base
+        address of our subnet. A route with a shorter prefix, for example the route to a gateway for
+        the whole overlay, usually begins at another address. It is not reported.
         """
-        found = set()
+        found = {route for subnet in self._subnets for route in _within(self._table, subnet)}
         for address in self._addresses:
             traced = core.trace(address.packed)
             if traced is not None and traced[0].dst.network_address == address:
                 found.add(traced[0])
         for route in found - self._own_routes:
-            self._report(f"the route {route} is to this host's own subnet, which begins at the "
-                         f"address of the TUN")
+            self._report(f"the route {route} is to this host's own subnet, so packets for pods on "
+                         f"this host may leave it")
         self._own_routes = found
 
     async def _activate(self, core: _core.Core, table: _core.RouteTable, size: int) -> None:
@@ -440,3 +445,16 @@ def _parse_file(path: Path) -> _core.RouteTable:
         raise FieldError(error.field, error.value, error.expected, where) from None
     except OSError as error:
         raise DeviceError(error.errno, f"reading {path}: {os_reason(error)}") from None
+
+
+def _within(table: _core.RouteTable, subnet: IPNetwork) -> Iterator[Route]:
+    """Yield the first routes to the subnet or to parts of it."""
+    def key(prefix: IPNetwork) -> tuple[int, int, int]:
+        return prefix.version, int(prefix.network_address), prefix.prefixlen
+
+    at = bisect_left(range(len(table)), key(subnet), key=lambda i: key(table.route_at(i).dst))
+    for i in range(at, min(at + OWN_ROUTES_MAX, len(table))):
+        route = table.route_at(i)
+        if route.dst.version != subnet.version or route.dst.network_address not in subnet:
+            return
+        yield route

@@ -197,9 +197,9 @@ class Taking:
         return document.load(CountersDocument, read_document(fds[0], stopped.size))
 
     async def done(self) -> None:
-        """Confirm the take-over. Then the other forwarder ends.
+        """Confirm the take-over, and wait until the other forwarder closes the connection.
 
-        Raises TakeOverError if the other forwarder did not wait for this, and forwards again.
+        Raises TakeOverError if it did not wait for the confirmation, and forwards again.
         """
         with suppress(Ended):  # it has ended already, or has not waited
             await self._channel.send(Done(taken=list(self._files)))
@@ -207,8 +207,10 @@ class Taking:
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     refused, _ = await self._channel.receive(Refused)
-            except (Ended, TimeoutError):
+            except Ended:
                 continue
+            except TimeoutError:  # it hangs
+                break
             raise TakeOverError(f"the running forwarder continues: {refused.reason}")
         for each in self._files.values():
             each.owns_file = True

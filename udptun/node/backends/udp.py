@@ -166,7 +166,7 @@ class UdpBackend(Backend[Route]):
             dscp=dscp_text(config.dscp),
             accelerate=config.accelerate,
             admit=config.admit,
-            subnets=() if config.admit == "any" else tuple(map(str, lease.subnets)),
+            subnets=tuple(map(str, lease.subnets)),
         ))
 
     async def verify(self) -> list[str]:

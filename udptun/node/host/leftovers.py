@@ -58,7 +58,6 @@ RULES = {
 }
 PREFIX_OPTIONS = ("-s", "-d")  # of iptables-save
 HIDDEN = "the host's processes are not visible here"
-REMEDY = "remove it if no flannel runs here, or give the daemon's pod hostPID"
 RULES_SECONDS = 10.0  # between two looks at the rules
 
 
@@ -106,7 +105,8 @@ class Leftovers:
 
     async def _remove_rules(self) -> None:
         assert self._network is not None
-        names, why = sorted(await names_there()), why_keep()
+        names = sorted(await names_there())
+        why = why_keep() if names else ""
         if not names or why:
             # If a flannel runs, these are its rules, and no leftovers.
             self.found = {name: f"{name} of a former flannel may masquerade packets between pods;"
@@ -185,14 +185,19 @@ def _device(vni: int, version: int) -> str:
 async def names_there() -> set[str]:
     """Return those of flannel's names that a chain or a table has, in nftables or in iptables."""
     names = {chain for _, chain in CHAINS.values()} | {table for _, table in NFT_TABLES.values()}
-    return names & await chain_names()
+    return names & await chain_names(CHAINS)
 
 
-async def chain_names() -> set[str]:
-    """Return the names of all chains and tables, of both variants of iptables and of nftables."""
+async def chain_names(only: Collection[str] | None = None) -> set[str]:
+    """Return the names of all chains and tables, of both variants of iptables and of nftables.
+
+    only  the legacy tables to look at, because each needs a process; None: all
+    """
     found: set[str] = set()
     for version in (4, 6):
         for table in iptables.legacy_tables(version):
+            if only is not None and table not in only:
+                continue
             if (tables := await iptables.find(version, "legacy")) is not None:
                 found |= (await tables.read(table)).rules.keys()
     if shutil.which("nft"):

@@ -54,7 +54,8 @@ class ForwarderSpec:
     state  the file in which the forwarder saves its routes
     mark   the mark of its datagrams; None: no mark
     accelerate  "auto": packets may pass in the kernel
-    admit, subnets  the inner destinations that it accepts: "any", or "own" with these prefixes
+    admit    the inner destinations that it accepts: "any", or "own": those of ``subnets``
+    subnets  this node's own prefixes of the overlay
     """
 
     control: str
@@ -85,7 +86,9 @@ class ForwarderSpec:
         if self.accelerate != ACCELERATES[0]:
             options["accelerate"] = self.accelerate
         if self.admit != ADMITS[0]:
-            options |= {"admit": self.admit, "subnet": list(self.subnets)}
+            options["admit"] = self.admit
+        if self.subnets:
+            options["subnet"] = list(self.subnets)
         return options
 
     @classmethod
@@ -132,6 +135,8 @@ class ForwarderSpec:
         Return a text that describes the first difference, or "" if there is none.
         """
         device = status["device"]
+        # For other values of admit, a forwarder needs them only to report wrong routes.
+        needs_subnets = self.admit == "own"
         for label, wanted, actual in (
             ("its device", self.tun, device["name"]),
             ("its addresses", self.addresses, tuple(device["addresses"])),
@@ -142,7 +147,8 @@ class ForwarderSpec:
             ("its option accelerate", self.accelerate,
              status.get("accelerate", {}).get("mode", ACCELERATES[0])),
             ("its option admit", self.admit, status.get("admit", ADMITS[0])),
-            ("its subnets", self.subnets, tuple(device.get("subnets", ()))),
+            ("its subnets", self.subnets if needs_subnets else (),
+             tuple(device.get("subnets", ())) if needs_subnets else ()),
             ("its MTU", device["mtu"] if self.mtu is None else self.mtu, device["mtu"]),
         ):
             if wanted != actual:

@@ -16,7 +16,7 @@ from enum import Enum
 from ...spans import span
 from ...text import printable
 from ..backends import BACKENDS
-from ..host import conntrack, leftovers
+from ..host import conntrack
 from .report import NodeReport, PairReport
 
 # For this time, the forwarder's routes may differ from the leases. They differ for a moment after
@@ -24,6 +24,7 @@ from .report import NodeReport, PairReport
 CHANGE_SECONDS = 5.0
 CONTESTED_REMEDY = "look for a second machine with this name or address, and check the clocks"
 INTERFACE_REMEDY = "give the node --iface, or restore the interface"
+LEFTOVER_REMEDY = "remove it if no flannel runs here, or give the daemon's pod hostPID"
 PEER_REMEDY = "run `udptun doctor` here and on the peer"
 REPAIR_REMEDY = "the daemon tries to repair it; see its log"
 ROUTE_REMEDY = "remove this route or rule, or change its prefix"
@@ -233,7 +234,7 @@ def _subnet_env(report: NodeReport) -> _Result:
 def _firewall(report: NodeReport) -> _Result:
     if report.firewall_error:
         return _result(State.FAILED, report.firewall_error)
-    left = [Problem(text, leftovers.REMEDY, since) for text, since in report.leftovers.values()]
+    left = [Problem(text, LEFTOVER_REMEDY, since) for text, since in report.leftovers.values()]
     problems = [Problem(drop.text, drop.remedy, drop.since) for drop in report.firewall_drops]
     if not problems and not left:
         return _result(State.OK, "rules are active")
