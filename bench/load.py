@@ -82,7 +82,7 @@ def pings(path: PathUnderTest, *, seconds: float, interval_us: int, size: int) -
     """
     process = path.a.start([
         *("ping", "-n", "-i", f"{interval_us / 1e6:g}", "-c", f"{seconds * 1e6 / interval_us:.0f}"),
-        *("-W", "1", "-s", str(size), str(path.at_b)),
+        *("-w", f"{seconds + 1:.0f}", "-W", "1", "-s", str(size), str(path.at_b)),
     ])
     process.wait(seconds + 30)
     return ping_result(process.text())
