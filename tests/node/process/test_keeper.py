@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import itertools
 import json
@@ -591,6 +592,25 @@ async def test_a_forwarder_that_closes_silent_connections_is_not_lost(
         writer.close()
         assert keeper.report.forwarder.connected
         assert "has ended" not in caplog.text
+
+
+async def test_a_forwarder_is_not_stopped_while_its_new_options_cannot_be_written(
+    thread, control, keeper, spec, monkeypatch
+):
+    """The next one would read the former options, and would be stopped too."""
+    def refuse(self, path):
+        raise OSError(refusals.append(path) or errno.EACCES, "no")
+
+    refusals, write = [], ForwarderSpec.write
+    with Served(thread, control) as served:
+        monkeypatch.setattr(ForwarderSpec, "write", refuse)
+        keeper.want(replace(spec, mark="0x9/0x9"))
+        await until(lambda: "options are wrong" in keeper.report.forwarder.error, "a look")
+        assert "is not written: no" in keeper.report.troubles["options"].text
+        assert len(refusals) > 1 and not served.forwarder.stopped.is_set()
+        monkeypatch.setattr(ForwarderSpec, "write", write)
+        await until(served.forwarder.stopped.is_set, "the end")
+        assert not keeper.report.troubles
 
 
 @pytest.mark.parametrize("late", [True, False])

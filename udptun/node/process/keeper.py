@@ -24,7 +24,6 @@ from ...build import build_id
 from ...control.client import ControlClient
 from ...control.protocol import HEALTHZ
 from ...errors import ControlError, DeviceError, FieldError, NoForwarder
-from ...files import DISK_ERRORS
 from ...instance import Instance
 from ...model import IPNetwork, Route, RouteDiff
 from ...takeover.channel import close_all
@@ -146,8 +145,8 @@ class ForwarderKeeper:
     def want(self, spec: ForwarderSpec) -> None:
         """Set the options that the forwarder must have, and write them to the file.
 
-        If the disk is full or read-only, ``run`` writes them later. Raises OSError if the file
-        cannot be written for another reason.
+        If the file cannot be written, for example because the disk is full, this is reported, and
+        ``run`` writes it later.
         """
         self._report.forwarder.needed = True
         if spec == self._spec:
@@ -167,8 +166,6 @@ class ForwarderKeeper:
         try:
             spec.write(self._forward_file)
         except OSError as exc:
-            if exc.errno not in DISK_ERRORS:
-                raise
             why = f"{self._forward_file} is not written: {os_reason(exc)}"
             if not self._report.troubles.get("options"):
                 log.error("%s", why)
@@ -287,7 +284,8 @@ class ForwarderKeeper:
             why = ""
         if why:
             # The forwarder was just started, or it has not stopped yet.
-            if time.monotonic() < self._not_before:
+            # Another forwarder would read the former options, if the file cannot be written.
+            if time.monotonic() < self._not_before or self._unwritten:
                 self._fail(f"the forwarder's options are wrong: {why}")
                 await asyncio.sleep(IDLE_POLL_SECONDS)
                 return
