@@ -37,7 +37,7 @@ TEST_TOOLS := $(DEMO_TOOLS) tcpdump:tcpdump traceroute:traceroute etcd:etcd-serv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-etcd test test-all soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions express sanitize fuzz fuzz-planted lint docs clean FORCE
+.PHONY: help build demo demo-etcd test test-all test-kernels soak chaos e2e package wheels bundle deb image lock bench bench-full bench-micro bench-instructions express sanitize fuzz fuzz-planted lint docs clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ test: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp $(VENV)/doc
 test-all: build $(VENV)/steps.stamp $(VENV)/test.stamp $(VENV)/dev.stamp $(VENV)/docs.stamp ## run every test: all Pythons, slow tests, sanitizers, soak
 	@scripts/need --optional chromium:chromium
 	@MAKE=$(MAKE) PYTHON=$(PYTHON) scripts/test-all
+
+KERNEL_TOOLS := $(DEMO_TOOLS) qemu-system-x86_64:qemu-system-x86 busybox:busybox-static \
+  depmod:kmod dpkg-deb:dpkg
+test-kernels: build $(VENV)/steps.stamp $(VENV)/test.stamp bench/onepacket ## run tests on other kernels, in QEMU; root
+	@scripts/need $(KERNEL_TOOLS)
+	@$(PY) -m tests.kernels $(ARGS)
 
 SOAK_SECONDS ?= 600
 soak: build $(VENV)/test.stamp ## load, take-overs, kills, outages, floods at once, for SOAK_SECONDS, 600; root

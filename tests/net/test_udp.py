@@ -16,7 +16,7 @@ from udptun.device.offload import OffloadRequest
 from udptun.errors import DeviceError
 from udptun.model import Endpoint, Mark
 from udptun.net import udp as module
-from udptun.net.udp import UdpSocket, keeps_marks, open_udp
+from udptun.net.udp import UdpSocket, keeps_marks, kernel_release, open_udp
 
 AUTO = OffloadRequest()
 LOCAL = {4: Endpoint(ip_address("127.0.0.1"), 0), 6: Endpoint(ip_address("::1"), 0)}
@@ -74,6 +74,25 @@ def test_the_dscp_is_set_and_the_class_of_datagrams_is_received(version):
 ])
 def test_which_kernels_report_each_mark(release, keeps):
     assert keeps_marks(release) is keeps
+
+
+@pytest.mark.parametrize(("release", "version", "signature", "expected"), [
+    ("6.1.0-56-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)", None, "6.1.192"),
+    ("6.12.117+deb12-amd64", "#1 SMP Debian 6.12.117-1~deb12u1 (2026-11-14)", None, "6.12.117"),
+    ("5.15.0-105-generic", "#115-Ubuntu SMP", "Ubuntu 5.15.0-105.115-generic 5.15.148\n",
+     "5.15.148"),
+    ("5.15.0-105-generic", "#115-Ubuntu SMP", "", "5.15.0-105-generic"),
+    ("6.18.44", "#1 SMP PREEMPT_DYNAMIC @0", None, "6.18.44"),
+])
+def test_the_release_on_which_a_distribution_bases_its_kernel(
+        monkeypatch, tmp_path, release, version, signature, expected):
+    system = os.uname_result(("Linux", "host", release, version, "x86_64"))
+    file = tmp_path / "version_signature"
+    if signature is not None:
+        file.write_text(signature)
+    monkeypatch.setattr(os, "uname", lambda: system)
+    monkeypatch.setattr(module, "VERSION_SIGNATURE", file)
+    assert kernel_release() == expected
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -5,7 +5,6 @@ entries, and a lease. ``no_vxlan.c`` makes the kernel refuse vxlan to one proces
 """
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tests.netns.cluster_traffic import all_reach_all
 from tests.netns.netns_traffic import transfer_tcp
 from udptun.lab import ping, wait_for
 from udptun.lab.cluster import PREFIX, Cluster, Member, etcd_obstacle
-from udptun.net.udp import keeps_marks
+from udptun.net.udp import keeps_marks, kernel_release
 
 pytestmark = pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
 
@@ -72,7 +71,7 @@ def test_one_node_without_vxlan(lab, no_vxlan):
     lease = lease_of(cluster, a)
     assert lease["BackendType"] == "vxlan"
     assert lease["BackendData"]["VNI"] == 1
-    features = ["ecn", "probe"] if keeps_marks(os.uname().release) else ["probe"]
+    features = ["ecn", "probe"] if keeps_marks(kernel_release()) else ["probe"]
     advert = {"port": 8285, "v": 1, "features": features}
     assert lease["BackendData"]["udptun"] == {**advert, "mtu": mtu}
     lease = lease_of(cluster, without)

@@ -1,7 +1,6 @@
 """Congestion marks and DSCP between two forwarders. A router on the path sets the marks."""
 
 import json
-import os
 import socket
 
 import pytest
@@ -17,7 +16,7 @@ from tests.netns.netns_traffic import (
 from tests.netns.test_takeover import take_over
 from udptun.lab import Forwarder, OnePacket, node, pair, ping, wait_for
 from udptun.lab.pair import Pair
-from udptun.net.udp import keeps_marks
+from udptun.net.udp import keeps_marks, kernel_release
 
 MIDDLE = 1500
 EXPRESS = ("--accelerate", "auto")
@@ -133,7 +132,7 @@ def test_marks_of_the_path_reach_tcp(lab, outer, path):
 @pytest.mark.parametrize("outer", [4, slow(6)])
 def test_no_mark_is_lost_by_udp_gro(lab, outer):
     """The router marks single datagrams. The receiver's kernel joins the others, and not these."""
-    if not keeps_marks(os.uname().release):
+    if not keeps_marks(kernel_release()):
         pytest.skip("UDP_GRO of this kernel joins datagrams with different marks")
     tunnel = ecn_pair(lab, outer=outer)
     tunnel.link.profile("P2")

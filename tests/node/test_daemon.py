@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
@@ -34,7 +33,7 @@ from udptun.leases.base import (
 )
 from udptun.leases.netconf import NetConfig
 from udptun.net.netlink import Netlink
-from udptun.net.udp import keeps_marks
+from udptun.net.udp import keeps_marks, kernel_release
 from udptun.node import peers as peers_module
 from udptun.node import store as store_module
 from udptun.node.backends import BACKENDS
@@ -66,7 +65,7 @@ async def test_leases_of_the_store_are_applied(served, node_of):
         await node.ready(daemon)
         assert table(served) == routes_to(peer(2), peer(3))
         (published,) = node.store.published
-        features = {PROBE, ECN} if keeps_marks(os.uname().release) else {PROBE}
+        features = {PROBE, ECN} if keeps_marks(kernel_release()) else {PROBE}
         assert published == Attributes(
             IPv4Address("192.0.2.1"), None, "",
             embed(None, Advert(8285, 1472, frozenset(features))))

@@ -26,13 +26,13 @@ from udptun.errors import FieldError, NoForwarder
 from udptun.instance import Instance
 from udptun.lab import Host, Lab, missing_tools, ping, wait_for
 from udptun.model import Route
-from udptun.net.udp import keeps_marks
+from udptun.net.udp import keeps_marks, kernel_release
 from udptun.node.extension import Extension, advertisement, peer_route
 from udptun.node.process.launch import ForwarderSpec, spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.244.0.0/16"
-FEATURES = ["ecn", "probe"] if keeps_marks(os.uname().release) else ["probe"]
+FEATURES = ["ecn", "probe"] if keeps_marks(kernel_release()) else ["probe"]
 COMMANDS = ("PreStartupCommand", "PostStartupCommand", "SubnetAddCommand", "SubnetRemoveCommand")
 
 needs_root = pytest.mark.skipif(

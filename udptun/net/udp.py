@@ -6,11 +6,14 @@ queue. Threading: any thread; no shared state.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
 import re
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..device.fault import device_error
 from ..device.offload import ASKED, OffloadRequest
@@ -199,14 +202,30 @@ def open_udp(
 # series from this release on, and in all series from GRO_FIXED_SINCE on.
 GRO_FIXED = {(5, 10): 217, (5, 15): 159, (6, 1): 91, (6, 6): 31, (6, 8): 10}
 GRO_FIXED_SINCE = (6, 9)
+VERSION_SIGNATURE = Path("/proc/version_signature")
+
+
+def kernel_release() -> str:
+    """Return the release of kernel.org on which the running kernel is based.
+
+    The names of the kernels of Debian and Ubuntu do not contain the last number, for example
+    ``6.1.0-56-amd64``. Debian has it in the kernel's version, Ubuntu in a file.
+    """
+    system = os.uname()
+    if debian := re.search(r"\bDebian (\d+\.\d+\.\d+)", system.version):
+        return debian[1]
+    with contextlib.suppress(OSError):
+        words = VERSION_SIGNATURE.read_text().split()  # Ubuntu 5.15.0-105.115-generic 5.15.148
+        if len(words) == 3 and words[0] == "Ubuntu":
+            return words[2]
+    return system.release
 
 
 def keeps_marks(release: str) -> bool:
     """Return whether a kernel of this release reports the congestion mark of each datagram.
 
     An older kernel joins marked and other datagrams, and reports the mark of the first one for all
-    of them. A kernel of a distribution that has the change under an older number is not known to
-    have it.
+    of them. ``release`` is that of ``kernel_release``.
     """
     numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
     if numbers is None:

@@ -18,7 +18,7 @@ from ..errors import FieldError, NoForwarder
 from ..instance import Instance
 from ..leases.advert import ECN, PROBE, Advert, embed, read
 from ..model import DEFAULT_PORT, Endpoint, IPNetwork, Route, parse_next_hop, parse_prefix
-from ..net.udp import keeps_marks
+from ..net.udp import keeps_marks, kernel_release
 from .process.launch import (
     FORWARD_FILE,
     LOG_FILE,
@@ -36,7 +36,7 @@ Environment = Mapping[str, str]
 
 def advertisement(port: int, mtu: int | None) -> str:
     """Return one line for the lease, which the peers' ``udptun ext add`` reads."""
-    features = {PROBE, ECN} if keeps_marks(os.uname().release) else {PROBE}
+    features = {PROBE, ECN} if keeps_marks(kernel_release()) else {PROBE}
     advert = Advert(port, mtu, frozenset(features))
     return json.dumps(embed(None, advert), separators=(",", ":"))
 

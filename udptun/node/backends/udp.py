@@ -8,7 +8,6 @@ forwarder's process is started and kept running (``process``). Runs on the daemo
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
@@ -27,7 +26,7 @@ from ...net.lookup import device_index
 from ...net.loops import routed_into
 from ...net.netlink import Netlink
 from ...net.tun_state import tun_state
-from ...net.udp import keeps_marks
+from ...net.udp import keeps_marks, kernel_release
 from ..config import NodeConfig
 from ..host.interface import OuterFlow, Underlay
 from ..process.keeper import ForwarderKeeper, stop_forwarder
@@ -121,7 +120,7 @@ class UdpBackend(Backend[Route]):
         features = {PROBE}
         if self._receives_in_kernel:
             features.add(EXPRESS)
-        if keeps_marks(os.uname().release) and self._keeper.copies_marks:
+        if keeps_marks(kernel_release()) and self._keeper.copies_marks:
             features.add(ECN)
         return frozenset(features)
 
