@@ -1,16 +1,19 @@
 """Give up the capabilities that a process does not need, for itself and for its children.
 
-Owns: the system calls that change capabilities, and the check whether the files of a process can be
-used without the two capabilities that override file modes. A leaf: the callers know what they need.
-Capabilities belong to a thread. So call ``keep_only`` before the first other thread is started;
-later threads inherit them. Source: capabilities(7), prctl(2), linux/capability.h.
+Owns: the system calls that change capabilities and the limit of locked memory, and the check
+whether the files of a process can be used without the two capabilities that override file modes. A
+leaf: the callers know what they need. Capabilities belong to a thread. So call ``keep_only`` before
+the first other thread is started; later threads inherit them. Source: capabilities(7), prctl(2),
+linux/capability.h.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
+import resource
 import struct
 import sys
 from collections.abc import Iterable
@@ -53,6 +56,19 @@ class Needs:
     children: frozenset[Capability] = frozenset()
     read: tuple[Path, ...] = ()
     write: tuple[Path, ...] = ()
+
+
+def lift_memory_limit() -> None:
+    """Raise the limit of locked memory. Before Linux 5.11, eBPF programs and maps count to it.
+
+    Without CAP_SYS_RESOURCE, only up to the hard limit; so call it before ``keep_only``. Children
+    inherit the new limit.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    for limit in (resource.RLIM_INFINITY, hard):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+            return
 
 
 def keep_only(needs: Needs) -> None:

@@ -49,8 +49,8 @@ def main() -> int:
                         help="run no test; write what each kernel offers to docs/kernels.md")
     parser.add_argument("--minutes", type=float,
                         help="the limit for one kernel; default: 30 with KVM, 90 without")
-    parser.add_argument("--out", type=Path, help="where to keep the logs of the machines; default: "
-                        "a folder in /tmp, which is kept if a run fails")
+    parser.add_argument("--out", type=Path, help="a folder for the logs of the machines; default: "
+                        "a new one in /tmp")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest: tests, -k EXPRESSION")
     options, more = parser.parse_known_args()
     if options.list:

@@ -26,7 +26,7 @@ class Kernel:
     package: str = "linux-image-amd64"
 
 
-# The flavours "cloud" and "rt" are left out: "cloud" lacks modules that the tests use.
+# The packages of the flavours "cloud" and "rt" have other names.
 KERNELS = {kernel.name: kernel for kernel in (
     Kernel("5.10", "bullseye"),
     Kernel("6.1", "bookworm"),

@@ -25,6 +25,7 @@ from udptun.lab.pair import Pair
 from udptun.lab.tunnels import vxlan
 from udptun.model import Endpoint
 from udptun.net.udp import keeps_marks, kernel_release, open_udp
+from udptun.privileges import lift_memory_limit
 
 YES = "yes"
 OFFLOADS = ("tun-gso", "tun-uso", "udp-gso", "udp-gro", "udp-merge")
@@ -68,6 +69,7 @@ def main(target: Path) -> int:
 
 def _accepted(host: Host) -> dict[str, str]:
     """What the kernel accepts from a process in the present namespace."""
+    lift_memory_limit()
     request = OffloadRequest.parse("auto")
     udp = open_udp(Endpoint(ip_address(str(host.v4)), 8285), request, False)
     tun = Tun.open("tun0", 2, request)

@@ -277,8 +277,9 @@ def _run(
     import uvloop
 
     from ..forwarder.needs import needs_of
-    from ..privileges import keep_only
+    from ..privileges import keep_only, lift_memory_limit
 
+    lift_memory_limit()  # while this process has all its capabilities
     keep_only(needs_of(config, log_file))  # before another thread exists
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if runner.run(_serve(config, lock)) and linger:

@@ -395,7 +395,8 @@ def _run(config: NodeConfig) -> None:
 
     from ..node.daemon import run
     from ..node.needs import needs_of
-    from ..privileges import keep_only
+    from ..privileges import keep_only, lift_memory_limit
 
+    lift_memory_limit()  # for the forwarder, while this process has all its capabilities
     keep_only(needs_of(config))  # before another thread exists
     asyncio.run(run(config))
