@@ -27,7 +27,8 @@ from sys cimport (
 )
 from table.addr_map cimport addr_map_init, addr_map_put
 from table.express cimport (
-    KIND_ADMIT, KIND_OWN, any_express, entry_t, prefix_t, route_entries, set_prefix,
+    KIND_ADMIT, KIND_OWN, any_express, endpoint_t, entry_t, express_counters_t, prefix_t,
+    route_entries, set_prefix, summed,
 )
 from table.peer cimport (
     HINT_DEVICE, HINT_MTU, add_counters, peer_counters_t, peer_free, peer_t, set_sockaddr,
@@ -628,23 +629,37 @@ cdef class Core:
         """Return whether a route has this endpoint. address: packed"""
         return self.find(address, port) != NULL
 
-    def set_express(self, dict peers, tuple packets):
+    def set_express(self, bytes keys, bytes values, uint32_t cpus_n, tuple packets):
         """Set what the express path has counted so far.
 
-        peers    {(packed address, port): (sent packets, sent bytes, received packets, received
-                 bytes, monotonic time of the last received packet)}
+        keys     the endpoints of peers, as in the map "counters" (src_ext/express/maps.h)
+        values   of each of them its counters on each CPU, as there
         packets  (sent, received, dropped while sending, dropped while receiving)
+
+        Returns the places in ``keys`` of the endpoints that no route has.
         """
-        cdef peer_t* peer
+        cdef const endpoint_t* key = <const endpoint_t*><const uint8_t*>keys
+        cdef const express_counters_t* value = \
+            <const express_counters_t*><const uint8_t*>values
+        cdef Py_ssize_t i, n = len(keys) // <Py_ssize_t>sizeof(endpoint_t)
+        cdef express_counters_t total
         cdef peer_counters_t* c
-        for (address, port), counted in peers.items():
-            peer = self.find(address, port)
-            if peer != NULL:
-                c = &peer.counters[self.shared.workers_n + 1]
-                c.encap_packets, c.encap_bytes = counted[0], counted[1]
-                c.decap_packets, c.decap_bytes = counted[2], counted[3]
-                c.last_seen_ns = counted[4]
+        cdef peer_t* peer
+        if len(values) != n * cpus_n * <Py_ssize_t>sizeof(express_counters_t):
+            raise ValueError("values: not the counters of these endpoints")
+        absent = []
+        for i in range(n):
+            peer = self.find_at(key[i].addr, 4 if key[i].family == 4 else 16, key[i].port)
+            if peer == NULL:
+                absent.append(i)
+                continue
+            total = summed(&value[i * cpus_n], cpus_n)
+            c = &peer.counters[self.shared.workers_n + 1]
+            c.encap_packets, c.encap_bytes = total.sent_packets, total.sent_bytes
+            c.decap_packets, c.decap_bytes = total.received_packets, total.received_bytes
+            c.last_seen_ns = total.last_seen_ns
         self.express_packets = packets
+        return absent
 
     # Counters
 
@@ -684,9 +699,10 @@ cdef class Core:
 
     cdef peer_t* find(self, bytes address, uint16_t port):
         """Return the peer with exactly this endpoint, or NULL."""
-        cdef peer_t* peer = first_peer_at(
-            self.shared.snapshot, <const uint8_t*>address, len(address)
-        )
+        return self.find_at(<const uint8_t*>address, len(address), port)
+
+    cdef peer_t* find_at(self, const uint8_t* address, size_t length, uint16_t port):
+        cdef peer_t* peer = first_peer_at(self.shared.snapshot, address, length)
         while peer != NULL and peer.port != port:
             peer = peer.same_addr
         return peer

@@ -11,9 +11,8 @@
 
 #include <linux/types.h>
 
-/* "settings", array of 1: what is fixed as long as the forwarder runs. */
+/* "settings", array of 1: the device, the addresses and the options of the forwarder. */
 struct settings {
-	__u32 tun;		/* interface index of the TUN */
 	__u32 mark;		/* mark of sent datagrams; 0: none */
 	__u32 listen4;		/* our address on the underlay; all zero: none */
 	__u32 listen6[4];
@@ -25,7 +24,10 @@ struct settings {
 	/* The traffic class of a datagram is class_set | (class of its packet & class_copied). */
 	__u32 class_set;
 	__u32 class_copied;
+	__u64 beat_ns;		/* monotonic time when the forwarder has last shown that it runs */
 };
+
+/* "tun", array of 1 device: the index of the TUN. The kernel empties it when the TUN is gone. */
 
 /* "table", array of 1 map: a trie (longest prefix match) of all addresses that the programs look
  * up. A change of the routes puts a new trie into the array, so all entries change at once. */
@@ -80,7 +82,7 @@ struct counters {
 	__u64 last_seen_ns;	/* monotonic time of the last received packet */
 };
 
-/* "totals", array per CPU: packets, by direction and fate. */
+/* "totals", array of 1 per CPU: packets, by direction and fate. */
 enum total {
 	SENT, RECEIVED,
 	/* Dropped: the packet was changed already when the kernel refused a step. */
@@ -104,6 +106,10 @@ enum total {
 	TOTALS
 };
 
+struct totals {
+	__u64 n[TOTALS];
+};
+
 /* "flows", hash table that forgets the least recently used: flows of the send program. */
 struct flow {
 	__u64 addresses, ports;
@@ -111,9 +117,11 @@ struct flow {
 
 struct flow_state {
 	__u64 last_ns;		/* of the last packet */
-	__u64 since_ns;		/* when packets were first counted */
-	__u32 packets;
+	__u64 since_ns;		/* when packets and bytes were first counted */
+	__u32 packets;		/* single packets with data */
+	__u32 bytes;		/* in super-packets */
 	__u32 in_user_space;	/* 1: user space has this flow until it is idle */
+	__u32 zero;
 };
 
 #endif

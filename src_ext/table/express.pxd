@@ -4,7 +4,7 @@ Owns the layout of the entries in the compiled core; src_ext/express/maps.h desc
 depend on bpf(2). Threading: as route.pxd.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from table.peer cimport peer_t
@@ -37,6 +37,38 @@ cdef struct entry_t:
     uint16_t mtu
     uint8_t flags
     uint8_t zero2
+
+
+cdef struct endpoint_t:
+    uint8_t addr[16]
+    uint16_t port
+    uint8_t family
+    uint8_t zero
+
+
+cdef struct express_counters_t:
+    uint64_t sent_packets
+    uint64_t sent_bytes
+    uint64_t received_packets
+    uint64_t received_bytes
+    uint64_t last_seen_ns
+
+
+cdef inline express_counters_t summed(
+    const express_counters_t* counted, uint32_t cpus_n
+) noexcept nogil:
+    """Return the counters of one peer, summed over the CPUs."""
+    cdef express_counters_t total
+    cdef uint32_t i
+    memset(&total, 0, sizeof(total))
+    for i in range(cpus_n):
+        total.sent_packets += counted[i].sent_packets
+        total.sent_bytes += counted[i].sent_bytes
+        total.received_packets += counted[i].received_packets
+        total.received_bytes += counted[i].received_bytes
+        if counted[i].last_seen_ns > total.last_seen_ns:
+            total.last_seen_ns = counted[i].last_seen_ns
+    return total
 
 
 cdef inline void set_prefix(

@@ -5,12 +5,14 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.own_netns import in_own_netns
 from udptun.device import bpf
 from udptun.forwarder import express
+from udptun.model import NO_EXPRESS_PEER
 
 ROOT = Path(__file__).parents[2]
 COMPILER = "clang version 14.0.6"  # with which the committed file was compiled
@@ -33,7 +35,7 @@ def test_each_program_uses_only_maps_that_exist():
     assert set(programs) == set(express.PROGRAMS.values())
     for program in programs.values():
         maps = set(program.maps.values())
-        assert maps <= {"settings", "table", "peers", "counters", "totals", "flows"}
+        assert maps <= {"settings", "tun", "table", "peers", "counters", "totals", "flows"}
         linked = program.linked(dict.fromkeys(maps, 77))
         for at in program.maps:
             assert linked[at] == 0x18 and linked[at + 1] >> 4 == bpf.PSEUDO_MAP_FD
@@ -48,7 +50,7 @@ def test_another_file_is_refused(tmp_path):
 
 
 @in_own_netns
-def test_maps_hold_what_was_set():
+def test_maps_hold_what_was_set(monkeypatch):
     try:
         found = bpf.Map("test", bpf.PERCPU_HASH, 4, 16, 8)
     except PermissionError:
@@ -64,6 +66,18 @@ def test_maps_hold_what_was_set():
     assert sum(first) == sum(range(0, 2 * bpf.cpus_n(), 2))
     assert max(second) == 2 * bpf.cpus_n() - 1
     del found[key], found[key]
+    assert found.items() == (b"", b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(bpf, "BATCH_BYTES", 1)  # several calls
+        many = bpf.Map("many", bpf.PERCPU_HASH, 4, 16, 1000)
+        wanted = {struct.pack("=I", n): struct.pack("=QQ", n, 2 * n) for n in range(1000)}
+        for one, value in wanted.items():
+            many.add(one, value)
+        keys, values = many.items()
+    size = len(values) // 1000
+    assert size >= 16 * bpf.cpus_n()
+    assert {keys[4 * n :][:4]: values[size * n :][:16] for n in range(1000)} == wanted
+    many.close()
     with pytest.raises(KeyError):
         found[key]
     trie = bpf.Map("trie", bpf.LPM_TRIE, 24, 24, 4)
@@ -73,3 +87,22 @@ def test_maps_hold_what_was_set():
     os.fstat(trie.fd)
     trie.close()
     found.close()
+
+
+@in_own_netns
+def test_without_memory_for_a_table_it_is_off_until_the_next_table():
+    core = SimpleNamespace(
+        expect_unfinished=lambda: None, express_peers=dict, snapshot_generation=2)
+    config = SimpleNamespace(accelerate="auto", listen=(), mark=None, admit="any", dscp=None)
+    path = express.Express(config, "lo", core)
+    if path.off:
+        pytest.skip(path.off)
+    path._facts = express.Facts()  # as after a look at the host
+    path.activate(None)
+    assert path.report()["reason"] == "there is no memory for the table of the programs"
+    assert path.receives is False
+    table = bpf.Map("table", bpf.LPM_TRIE, express.KEY_BYTES, express.ENTRY_BYTES, 1)
+    path.activate(express.Table(table, 2))
+    assert path.report()["reason"] == NO_EXPRESS_PEER
+    assert path.report()["kernel_generation"] == 2
+    path.release()

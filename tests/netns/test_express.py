@@ -1,7 +1,9 @@
 """The express path: what passes in the kernel, what does not, and what it leaves behind."""
 
 import asyncio
+import contextlib
 import ipaddress
+import itertools
 import json
 import os
 import random
@@ -9,11 +11,14 @@ import re
 import shutil
 import signal
 import socket
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from tests import reference
+from tests.netns.cluster_traffic import SteadyPing
 from tests.netns.netns_traffic import (
     assert_invariant,
     exchange_udp,
@@ -23,7 +28,8 @@ from tests.netns.netns_traffic import (
     snmp6,
     transfer_tcp,
 )
-from tests.netns.test_takeover import Stream, copies_of, take_over
+from tests.netns.test_node_hosts import Overlay, forwarder_of, standby_of
+from tests.netns.test_takeover import SO_RCVBUFFORCE, Stream, copies_of, take_over
 from tests.wire.craft import ICMP, TCP, Flow, ip4, ip6, unfinished
 from udptun.lab import node, pair, ping, wait_for
 from udptun.lab.cluster import Cluster, etcd_obstacle
@@ -209,6 +215,7 @@ def test_nothing_is_sent_from_the_kernel_to_a_peer_without_express(lab):
         (peer,) = side.forwarder.status()["peers"]
         assert "express path: off: its route has no `express`\n" in side.forwarder.udptun(
             "status", peer["endpoint"]).stdout
+    assert kernel_packets(a)["send_no_route"] > (1 << 18) / 1472  # packets, not super-packets
     a.forwarder.udptun("route", "replace", str(b.node.subnet), "via", str(b.outer), "express")
     wait_for(lambda: accelerate(a)["active"], "the express path")
     assert ping(a.pod, b.pod_v4).received == 3
@@ -216,6 +223,159 @@ def test_nothing_is_sent_from_the_kernel_to_a_peer_without_express(lab):
     a.forwarder.udptun("route", "del", str(b.node.subnet))  # at once, also in the kernel
     assert ping(a.pod, b.pod_v4, count=1, wait=0.2).received == 0
     assert kernel_packets(a)["sent"] == 3
+
+
+def answers_over_tcp(tunnel, size, n):
+    """Ask n times over one connection for an answer of this size."""
+    a, b = tunnel.sides
+    with b.pod.socket(socket.AF_INET, socket.SOCK_STREAM) as listener, \
+            a.pod.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+        listener.bind((str(b.pod_v4), 0))
+        listener.listen(1)
+        client.connect(listener.getsockname())
+        server, _ = listener.accept()
+        with server:
+            for end in (client, server):
+                end.settimeout(30)
+            for _ in range(n):
+                client.send(b"?")
+                assert server.recv(1) == b"?"
+                server.sendall(bytes(size))
+                assert len(client.recv(size, socket.MSG_WAITALL)) == size
+
+
+def test_answers_of_a_few_segments_stay_in_the_kernel(lab):
+    """On a link that segments, only bulk moves to the workers."""
+    tunnel = express_pair(lab, profile="P2")
+    a, b = tunnel.sides
+    answers_over_tcp(tunnel, 4096, 20)
+    counted = kernel_packets(b)
+    assert counted["send_flow"] == 0
+    assert counted["sent"] >= 20 * 3
+    transfer_tcp(b.pod, a.pod, a.pod_v4)
+    assert kernel_packets(b)["send_flow"] > 1000  # packets, not super-packets
+
+
+def test_a_flow_that_changes_its_path_keeps_its_order(lab):
+    """A flood moves to the workers. When the flow has been idle, it passes in the kernel again."""
+    tunnel = express_pair(lab, profile="P2")
+    a, b = tunnel.sides
+    numbers, ended = [], threading.Event()
+    with b.pod.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver, \
+            a.pod.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+        receiver.bind((str(b.pod_v4), 0))
+        receiver.settimeout(0.2)
+        sender.connect(receiver.getsockname())
+        count = itertools.count()
+
+        def receive():
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    numbers.append(int.from_bytes(receiver.recv(64), "big"))
+
+        def send(n, pause=0.0):
+            for _ in range(n):
+                sender.send(next(count).to_bytes(8, "big"))
+                time.sleep(pause)
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        try:
+            for _ in range(3):
+                before = kernel_packets(a)
+                send(100, 0.001)
+                now = kernel_packets(a)
+                assert now["sent"] - before["sent"] >= 100
+                assert now["send_flow"] == before["send_flow"]
+
+                def flood(start=now["send_flow"]):
+                    for _ in range(2000):
+                        sender.send(next(count).to_bytes(8, "big"))
+                    return kernel_packets(a)["send_flow"] > start + 5000
+
+                wait_for(flood, "the flow to move to the workers")
+                before = kernel_packets(a)
+                send(100, 0.001)
+                assert kernel_packets(a)["send_flow"] - before["send_flow"] == 100
+                time.sleep(1.1)  # so long must it be idle
+        finally:
+            ended.set()
+            thread.join()
+    assert len(numbers) > 300
+    assert numbers == sorted(set(numbers))
+
+
+def test_a_flow_stays_with_the_workers_when_its_peer_becomes_active(lab):
+    """What waits at a worker would arrive after what the kernel sends."""
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    policy = ["src", str(a.outer), "dst", str(b.outer), "proto", "udp", "dir", "out"]
+    a.host.run(["ip", "xfrm", "policy", "add", *policy, "action", "allow"])
+    wait_for(lambda: not accelerate(a)["active"], "the express path to end")
+    with Stream(a.pod, b.pod, b.pod_v4) as stream:
+        wait_for(lambda: kernel_packets(a)["send_peer"] > 100, "the stream")
+        sent = kernel_packets(a)["sent"]
+        a.host.run(["ip", "xfrm", "policy", "flush"])
+        wait_for(lambda: accelerate(a)["active"], "the express path")
+        flow = kernel_packets(a)["send_flow"]
+        wait_for(lambda: kernel_packets(a)["send_flow"] > flow + 100, "the stream")
+        assert kernel_packets(a)["sent"] == sent
+    stream.assert_complete()
+
+
+def test_flows_of_the_workers_pass_in_the_kernel_if_the_forwarder_stands_still(lab):
+    """Nobody reads the TUN, as after a kill while another process holds the TUN."""
+    tunnel = express_pair(lab, profile="P2")
+    a, b = tunnel.sides
+    transfer_tcp(a.pod, b.pod, b.pod_v4)
+    before = kernel_packets(a)
+    assert before["send_flow"] > 0
+    a.forwarder.process.signal(signal.SIGSTOP)
+    try:
+        answers_over_tcp(tunnel, 4096, 10)
+        transfer_one_way(a.pod, b.pod, b.pod_v4, 4 << 20)
+    finally:
+        a.forwarder.process.signal(signal.SIGCONT)
+    wait_for(lambda: kernel_packets(a)["sent"] - before["sent"] > 2000, "the counters")
+    transfer_tcp(a.pod, b.pod, b.pod_v4)
+    assert_invariant(a.forwarder)
+
+
+def transfer_one_way(client, server, address, size):
+    with server.socket(socket.AF_INET, socket.SOCK_STREAM) as listener, \
+            client.socket(socket.AF_INET, socket.SOCK_STREAM) as calling:
+        listener.bind((str(address), 0))
+        listener.listen(1)
+        calling.settimeout(60)
+        calling.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.settimeout(60)
+            thread = threading.Thread(target=calling.sendall, args=(bytes(size),))
+            thread.start()
+            left = size
+            while left:
+                left -= len(accepted.recv(1 << 16))
+            thread.join()
+
+
+def test_without_the_tun_datagrams_reach_another_program(lab):
+    """A killed forwarder has left its program. A flanneld that listens now gets the datagrams."""
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    assert ping(b.pod, a.pod_v4).received == 3
+    a.forwarder.process.kill()
+    wait_for(lambda: not json.loads(a.host.run(
+        ["ip", "-j", "link", "show", "udptun0"], check=False).stdout or "[]"), "no TUN")
+    assert filters(a.host) == ["udptun-receive-udptun0"]
+    with a.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as flanneld:
+        flanneld.bind((str(a.outer), PORT))
+        flanneld.settimeout(30)
+        sent = kernel_packets(b)["sent"]
+        assert ping(b.pod, a.pod_v4, count=1, wait=0.1).received == 0
+        assert kernel_packets(b)["sent"] == sent + 1
+        assert flanneld.recv(2000)[16:20] == a.pod_v4.packed
 
 
 def own_addresses(host):
@@ -438,7 +598,7 @@ def test_a_smaller_mtu_of_the_underlay_applies(lab):
 
 @pytest.mark.parametrize("extra", [ON, ()])
 def test_a_forwarder_with_another_tun_removes_what_a_killed_one_left(lab, extra):
-    """A program that is left would take the datagrams, and drop them: its TUN is gone."""
+    """The TUN of a program that is left is gone."""
     tunnel = express_pair(lab)
     a, b = tunnel.sides
     assert ping(a.pod, b.pod_v4).received == 3
@@ -667,3 +827,37 @@ def test_a_node_advertises_what_its_kernel_does(lab):
     one.start()  # it advertises what its last lease says, until the forwarder has answered
     one.wait_ready()
     wait_for(lambda: advertises(one) and state(other)["active"], "the express path")
+
+
+def test_a_forwarder_that_stands_in_lets_the_programs_carry_known_routes(lab):
+    """As in a DaemonSet: the daemon may load no programs, and neither may the process that stands
+    in for a killed forwarder."""
+    overlay = Overlay(lab, "--forwarder-standby", "--accelerate=auto", external=True)
+    overlay.write("express = true")
+    a, b, c = overlay.members
+    for member in overlay.members:
+        member.start_forwarder("--take-over", "--linger")
+    overlay.start()
+
+    def state(member):
+        return member.ask("/v1/status")["accelerate"]
+
+    for member in overlay.members:
+        wait_for(lambda one=member: state(one)["active"], "the express path")
+    standby = wait_for(lambda: standby_of(a), "a standby process")
+    device = a.host.interfaces[0].name
+    steady = SteadyPing(a.pod, b.pod_v4)
+    a.forwarder.kill()
+    wait_for(lambda: forwarder_of(a) == standby and a.ready()[0], "the standby process")
+    assert "CAP_BPF" in state(a)["reason"]
+    assert len(filters(a.host)) == 2
+    transfer_tcp(a.pod, b.pod, b.pod_v4)
+    assert steady.lost() == 0
+    overlay.write("express = true", n3=f'public = "{c.host.v4}"\nsubnets = "10.244.9.0/24"')
+    wait_for(lambda: filters(a.host) == [], "the programs to be removed with their old table")
+    assert qdiscs(a.host, device) == []
+    transfer_tcp(a.pod, b.pod, b.pod_v4)
+    a.start_forwarder("--take-over", "--linger")
+    wait_for(lambda: forwarder_of(a) == a.forwarder.pid and state(a)["active"], "the forwarder")
+    assert len(filters(a.host)) == 2
+    transfer_tcp(a.pod, b.pod, b.pod_v4)

@@ -20,17 +20,26 @@ from pathlib import Path
 
 BPF_SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 
+NUMBER = BPF_SYSCALL.get(os.uname().machine)
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.syscall.restype = ctypes.c_long
+LIBC.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_char_p, ctypes.c_long]
+
 # enum bpf_cmd
 MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, PROG_LOAD = 0, 1, 2, 3, 5
-OBJ_GET_INFO, PROG_QUERY, MAP_UPDATE_BATCH = 15, 16, 26
+OBJ_GET_INFO, PROG_QUERY, MAP_LOOKUP_BATCH, MAP_UPDATE_BATCH = 15, 16, 24, 26
 # enum bpf_prog_type
 SOCKET_FILTER, SCHED_CLS = 1, 3
 # enum bpf_map_type
 HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LRU_HASH, LPM_TRIE, ARRAY_OF_MAPS = 1, 2, 5, 6, 9, 11, 12
+DEVMAP = 14
 NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
 NO_EXIST = 1  # BPF_NOEXIST
 ENOTSUPP = 524  # an errno of the kernel only
 TCX_INGRESS, TCX_EGRESS = 46, 47  # enum bpf_attach_type; Linux 6.6
+
+BATCH_BYTES = 1 << 18  # of the keys and values that one call reads
+BATCH_MIN_N = 64  # entries; the kernel refuses a call that has no room for all of one bucket
 
 LICENSE = b"Apache-2.0"
 LOG_BYTES = 1 << 20  # for the verifier's reasons
@@ -196,6 +205,35 @@ class Map:
                 self[keys[at * self._key_size :][: self._key_size]] = \
                     values[at * self._value_size :][: self._value_size]
 
+    def items(self) -> tuple[bytes, bytes]:
+        """Return the keys and the values of all entries, one after the other; of a map per CPU, the
+        values of all CPUs. Raises OSError: EINVAL or ENOTSUPP if the kernel does not have this.
+
+        A call of bpf(2) reads many entries. An entry that another thread adds or deletes at the
+        same time may be missing, or be there twice.
+        """
+        n = max(BATCH_BYTES // (self._key_size + self._read_size), BATCH_MIN_N)
+        places = [ctypes.create_string_buffer(4), ctypes.create_string_buffer(4)]
+        keys = ctypes.create_string_buffer(n * self._key_size)
+        values = ctypes.create_string_buffer(n * self._read_size)
+        found: list[tuple[bytes, bytes]] = []
+        start = 0
+        while True:
+            attributes = ctypes.create_string_buffer(struct.pack(
+                "=QQQQIIQQ", start, ctypes.addressof(places[1]), ctypes.addressof(keys),
+                ctypes.addressof(values), n, self.fd, 0, 0), ATTRIBUTES_BYTES)
+            last = False
+            try:
+                _call(MAP_LOOKUP_BATCH, attributes)
+            except FileNotFoundError:  # these were the last ones
+                last = True
+            (got,) = struct.unpack_from("=I", attributes, 32)
+            found.append((keys.raw[: got * self._key_size], values.raw[: got * self._read_size]))
+            if last:
+                return b"".join(key for key, _ in found), b"".join(value for _, value in found)
+            places.reverse()
+            start = ctypes.addressof(places[0])
+
     def per_cpu(self, key: bytes) -> list[tuple[int, ...]]:
         """Return each 64-bit word of a value per CPU, as a tuple of its values on the CPUs.
 
@@ -270,15 +308,9 @@ def bpf(command: int, attributes: bytes) -> int:
 
 
 def _call(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
-    number = BPF_SYSCALL.get(os.uname().machine)
-    if number is None:
+    if NUMBER is None:
         raise OSError(errno.ENOSYS, "bpf(2) has no known number on this machine")
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    result = int(libc.syscall(
-        ctypes.c_long(number), ctypes.c_long(command), attributes,
-        ctypes.c_long(len(attributes)),
-    ))
+    result: int = LIBC.syscall(NUMBER, command, attributes, len(attributes))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

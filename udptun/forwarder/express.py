@@ -17,8 +17,10 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +44,18 @@ log = logging.getLogger(__name__)
 OBJECT = Path(__file__).parent / "express.bpf.o"
 PROGRAMS = {name: f"tc/{name}" for name in hooks.PROGRAMS}  # their sections
 STARTING = "starting"
+NO_RIGHT = "this process may not load programs: it needs CAP_BPF and the system call bpf (EPERM)"
 LOOK_SECONDS = 10.0
+BEAT_SECONDS = 1.0  # time between two signs of life. src_ext/express/express.bpf.c has DEAD_NS
 PAUSE_SECONDS = 0.05  # between two looks at the host
 
 # The layouts of src_ext/express/maps.h
-SETTINGS = struct.Struct("=II4s16sHHIIIII")
+SETTINGS = struct.Struct("=I4s16sHHIIIIIQ")
 ENDPOINT = struct.Struct("=16sHBx")
 PEER = struct.Struct("=IHH")
+COUNTERS = struct.Struct("=5Q")
 KEY_BYTES, ENTRY_BYTES = 24, 24
-FLOW_BYTES, FLOW_STATE_BYTES, COUNTERS_BYTES = 16, 24, 40
+FLOW_BYTES, FLOW_STATE_BYTES = 16, 32
 PEERS_MAX, FLOWS_MAX = 16384, 65536
 ZERO = struct.pack("=I", 0)
 # enum total
@@ -70,9 +75,8 @@ FAR = {4: "192.0.2.1", 6: "2001:db8::1"}
 CONCERN_US = (Kind.LINK, Kind.ADDRESS, Kind.ROUTE, Kind.RULE, Kind.ANY)
 
 Key = tuple[bytes, int]  # packed address and port of a peer
-# sent packets and bytes, received packets and bytes, time of the last received packet
-Counted = tuple[int, ...]
-NOTHING: Counted = (0, 0, 0, 0, 0)
+Counted = tuple[int, ...]  # sent packets and bytes, received packets and bytes
+NOTHING: Counted = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,27 @@ class Table:
 
     map: bpf.Map
     generation: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the map "counters" had: the endpoints, and the values of each on all CPUs."""
+
+    keys: bytes = b""
+    values: bytes = b""
+
+    @cached_property
+    def _places(self) -> dict[bytes, int]:
+        size = ENDPOINT.size
+        return {self.keys[at : at + size]: at // size for at in range(0, len(self.keys), size)}
+
+    def of(self, endpoint: bytes) -> Counted:
+        """Return the counters of an endpoint, summed over the CPUs."""
+        place = self._places.get(endpoint)
+        if place is None:
+            return NOTHING
+        size = len(self.values) // len(self._places)
+        return _summed(self.values[place * size :][:size])
 
 
 @dataclass(slots=True)
@@ -127,7 +152,11 @@ class Express:
         self._netlink: Netlink | None = None
         self._changed = asyncio.Event()
         self._counted: set[Key] = set()  # peers that have counters
-        self._given: dict[Key, Counted] = {}  # the last counts that the core has got
+        self._cpus_n = bpf.cpus_n()
+        self._read = Counts()  # the last counts that the core has got
+        # Of peers that have left the core meanwhile: the last counts that the core has got.
+        self._left: dict[bytes, Counted] = {}
+        self._stale = ""  # why the programs' table is not that of the snapshot
         self._known: set[Key] = set()  # peers that can receive in the kernel
         self._said = ""
         self._paused = False
@@ -141,9 +170,9 @@ class Express:
             except OSError as error:
                 reason = f"{error.strerror or error}"
                 if error.errno == errno.EPERM:
-                    reason = ("this process may not load programs: it needs CAP_BPF and the system "
-                              "call bpf")
-                self._turn_off(reason, error.errno)
+                    self._turn_off(NO_RIGHT)
+                else:
+                    self._turn_off(reason, error.errno)
 
     # -- start and stop ---------------------------------------------------------------------------
 
@@ -154,11 +183,12 @@ class Express:
         self._active = Table(empty, 0)
         self._maps = {
             "settings": bpf.Map("udptun_settings", bpf.ARRAY, 4, SETTINGS.size, 1),
+            "tun": bpf.Map("udptun_tun", bpf.DEVMAP, 4, 4, 1),
             "table": bpf.Map("udptun_tables", bpf.ARRAY_OF_MAPS, 4, 4, 1, inner=empty),
             "peers": bpf.Map("udptun_peers", bpf.HASH, ENDPOINT.size, PEER.size, PEERS_MAX),
             "counters": bpf.Map(
-                "udptun_counters", bpf.PERCPU_HASH, ENDPOINT.size, COUNTERS_BYTES, PEERS_MAX),
-            "totals": bpf.Map("udptun_totals", bpf.PERCPU_ARRAY, 4, 8, len(TOTALS)),
+                "udptun_counters", bpf.PERCPU_HASH, ENDPOINT.size, COUNTERS.size, PEERS_MAX),
+            "totals": bpf.Map("udptun_totals", bpf.PERCPU_ARRAY, 4, 8 * len(TOTALS), 1),
             "flows": bpf.Map(
                 "udptun_flows", bpf.LRU_HASH, FLOW_BYTES, FLOW_STATE_BYTES, FLOWS_MAX),
         }
@@ -188,7 +218,7 @@ class Express:
         """Attach the programs, and keep them and the peers as they should be, until cancelled."""
         self._netlink = netlink
         if self.off:  # an earlier forwarder may have left programs
-            await self._remove(netlink)
+            await self._stand_in(netlink)
             return
         loop = asyncio.get_running_loop()
 
@@ -204,6 +234,8 @@ class Express:
                     watching.enter_context(watch)
                     loop.add_reader(watch, self._on_change, watch)
                     watching.callback(loop.remove_reader, watch)
+            beat = loop.create_task(self._beat())
+            watching.callback(beat.cancel)
             while not self.off:
                 self._changed.clear()
                 try:
@@ -214,6 +246,33 @@ class Express:
                     self._say(str(error))
                 await asyncio.sleep(PAUSE_SECONDS)
                 await wait_at_most(self._changed, LOOK_SECONDS)
+
+    async def _beat(self) -> None:
+        """Show the programs that this process runs, until cancelled."""
+        while not self.off:
+            with contextlib.suppress(OSError):
+                self._write_settings(self._facts)
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _stand_in(self, netlink: Netlink) -> None:
+        """Remove the programs that an earlier forwarder has left.
+
+        If this process may load none, and has taken over the TUN of a killed forwarder, they carry
+        the packets of the routes until something changes: their table is that of the dead one.
+        """
+        async def remove_gone(_: Any) -> bool:
+            with RouteSocket() as kernel:
+                hooks.remove(kernel, "")
+                return any(hook is Hook.EGRESS for _, hook, _ in hooks.attached(kernel, self._tun))
+
+        self._changed.clear()
+        if self.off == NO_RIGHT and await netlink.work(
+                "looking for programs of the express path", remove_gone):
+            self.off += ". The programs of the dead forwarder carry packets until a route changes"
+            log.info("the express path: %s", self.off)
+            await self._changed.wait()
+            self.off = NO_RIGHT
+        await self._remove(netlink)
 
     def _on_change(self, watch: socket.socket) -> None:
         with contextlib.suppress(OSError):  # none left, or messages were lost
@@ -270,23 +329,23 @@ class Express:
 
         table  None: there is none. The programs then leave all packets to the workers.
         """
+        self._changed.set()
         if self.off:
             return
         try:
             if table is None:
-                raise OSError(errno.ENOMEM, "there is no table")
+                raise OSError(errno.ENOMEM, "there is no memory for the table of the programs")
             self._maps["table"][ZERO] = struct.pack("=I", table.map.fd)
-        except OSError as error:  # the old table would disagree with the snapshot
+        except OSError as error:  # the old table disagrees with the snapshot, until the next one
             if table is not None:
                 table.map.close()
+            self._stale = error.strerror or str(error)
             self._set_peers({})
-            self._turn_off(str(error), error.errno)
-            self._changed.set()
             return
+        self._stale = ""
         former, self._active = self._active, table
         if former is not None:
             former.map.close()
-        self._changed.set()
 
     # -- the peers --------------------------------------------------------------------------------
 
@@ -298,7 +357,9 @@ class Express:
         """Leave all packets to the workers until ``go_on``. Call it before the endpoints change."""
         self._paused = True
         self._pauses += 1
-        if not self.off:
+        if self.off:
+            self._changed.set()
+        else:
             self._write_settings(self._facts)
 
     def go_on(self) -> None:
@@ -340,8 +401,14 @@ class Express:
     def _use(self, facts: Facts) -> None:
         self._facts = facts
         if not self.off:
+            self._maps["tun"][ZERO] = struct.pack("=I", facts.tun)
             self._write_settings(facts)
             self.update()
+
+    @property
+    def _error(self) -> str:
+        """Why no packet can pass in the kernel; "": packets can."""
+        return self.off or self._stale or self._facts.error
 
     @property
     def receives(self) -> bool | None:
@@ -350,7 +417,7 @@ class Express:
         facts = self._facts
         if not self.off and facts.error == STARTING:
             return None
-        return not (self.off or facts.error) and bool(facts.arrivals) and \
+        return not self._error and bool(facts.arrivals) and \
             facts.arrivals <= self._attached_to
 
     def update(self) -> None:
@@ -360,7 +427,7 @@ class Express:
         facts, limits = self._facts, self._core.express_peers()
         self._known = set(limits)
         wanted = {}
-        if not facts.error:
+        if not self._error:
             for key, path_limit in limits.items():
                 way = facts.ways.get(key)
                 if way is None or key in facts.reasons:
@@ -380,21 +447,17 @@ class Express:
         for key in self._counted.difference(keep):
             if self._core.has_peer(*key):  # its counters go on if it gets `express` again
                 continue
-            counted = self._count(key)
-            read = self._given.pop(key, NOTHING)
+            endpoint = _endpoint(key)
+            counted = _summed(self._maps["counters"][endpoint])
+            read = self._left.get(endpoint) or self._read.of(endpoint)
             sent, sent_bytes, received, received_bytes = (
-                now - before for now, before in zip(counted[:4], read[:4], strict=True))
+                now - before for now, before in zip(counted, read, strict=True))
             self._core.inherit_gone({
                 ENCAP: {"packets": sent, "bytes": sent_bytes},
                 DECAP: {"packets": received, "bytes": received_bytes}})
-            del self._maps["counters"][_endpoint(key)]
+            del self._maps["counters"][endpoint]
             self._counted.discard(key)
-
-    def _count(self, key: Key) -> Counted:
-        """Read the counters of a peer, summed over the CPUs."""
-        *counted, seen = self._maps["counters"].per_cpu(_endpoint(key))
-        sent, sent_bytes, received, received_bytes = map(sum, counted)
-        return sent, sent_bytes, received, received_bytes, max(seen)
+            self._left[endpoint] = NOTHING  # if it comes back, its counters begin at zero
 
     def _set_peers(self, wanted: Mapping[Key, bytes]) -> None:
         peers, counters = self._maps["peers"], self._maps["counters"]
@@ -406,7 +469,7 @@ class Express:
                 continue
             try:
                 if key not in self._counted:
-                    counters.add(_endpoint(key), bytes(COUNTERS_BYTES))
+                    counters.add(_endpoint(key), bytes(COUNTERS.size))
                     self._counted.add(key)
                 peers[_endpoint(key)] = value
             except OSError as error:
@@ -419,12 +482,13 @@ class Express:
         four, six = listen.get(4), listen.get(6)
         works = not facts.error and not self._paused
         self._maps["settings"][ZERO] = SETTINGS.pack(
-            facts.tun, 0 if self._config.mark is None else self._config.mark.value,
+            0 if self._config.mark is None else self._config.mark.value,
             b"" if four is None else four.address.packed,
             b"" if six is None else six.address.packed,
             0 if four is None else four.port, 0 if six is None else six.port,
             self._config.admit == "own", works, works,
-            (self._config.dscp or 0) << 2, 0xFC if self._config.dscp is None else 0)
+            (self._config.dscp or 0) << 2, 0xFC if self._config.dscp is None else 0,
+            time.monotonic_ns())
 
     # -- in the netlink thread --------------------------------------------------------------------
 
@@ -506,22 +570,35 @@ class Express:
         """Give the core what the programs have counted so far."""
         if self.off:
             return
-        peers = {key: self._count(key) for key in self._counted if self._core.has_peer(*key)}
-        self._given |= peers
-        totals = self._totals()
-        self._core.set_express(peers, (
+        counts, totals = self._counts(), self._totals()
+        absent = self._core.set_express(counts.keys, counts.values, self._cpus_n, (
             totals["sent"], totals["received"], totals["send_dropped"], totals["receive_dropped"]))
+        endpoints = [counts.keys[at * ENDPOINT.size :][: ENDPOINT.size] for at in absent]
+        self._left = {
+            one: self._left.get(one) or self._read.of(one) for one in endpoints}
+        self._read = counts
+
+    def _counts(self) -> Counts:
+        """Read the counters of all peers, if possible with one call of bpf(2) for many."""
+        if not self._counted:
+            return Counts()
+        counters = self._maps["counters"]
+        try:
+            return Counts(*counters.items())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, bpf.ENOTSUPP):  # before Linux 5.6
+                raise
+        keys = [*map(_endpoint, self._counted)]
+        return Counts(b"".join(keys), b"".join(counters[key] for key in keys))
 
     def _totals(self) -> dict[str, int]:
         if self.off:
             return dict.fromkeys(TOTALS, 0)
-        totals = self._maps["totals"]
-        return {name: sum(totals.per_cpu(struct.pack("=I", index))[0])
-                for index, name in enumerate(TOTALS)}
+        return dict(zip(TOTALS, map(sum, self._maps["totals"].per_cpu(ZERO)), strict=True))
 
     def report(self) -> dict[str, Any]:
         """Return the state of the express path. docs/control.md describes it."""
-        error = self.off or self._facts.error
+        error = self._error
         if not error and not self._peers:
             error = next(iter(self._facts.reasons.values()), NO_EXPRESS_PEER)
         return {
@@ -540,7 +617,7 @@ class Express:
         reason."""
         totals = self._totals()
         return {
-            "active": bool(self._peers) and not (self.off or self._facts.error),
+            "active": bool(self._peers) and not self._error,
             "receives": bool(self.receives),
             "peers_n": len(self._peers),
             "packets": {
@@ -564,7 +641,7 @@ class Express:
         """Return whether a peer uses the express path, and why not."""
         if key in self._peers and not self.off:
             return {"active": True, "reason": None}
-        reason = self.off or self._facts.reasons.get(key) or self._facts.error
+        reason = self.off or self._stale or self._facts.reasons.get(key) or self._facts.error
         if not self.off and (not reason or key not in self._known):
             reason = NO_EXPRESS_WORD
         return {"active": False, "reason": reason}
@@ -585,6 +662,11 @@ def _arrivals(
             Question(ipaddress.ip_address(FAR[address.version]), address, mark)])
         towards = {way.device} - {0}
     return towards
+
+
+def _summed(value: bytes) -> Counted:
+    """Return the counters of a value of the map "counters", summed over the CPUs."""
+    return tuple(map(sum, list(zip(*COUNTERS.iter_unpack(value), strict=True))[:4]))
 
 
 def _endpoint(key: Key) -> bytes:

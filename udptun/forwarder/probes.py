@@ -73,6 +73,7 @@ class Probes:
         self._generation = 0  # generation of the table at the last look
         self._look_at = self._ticked_at = 0.0
         self._looked_at = time.monotonic()
+        self._looks_at_traffic = True
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._counts = dict.fromkeys(("sent", "refused", "answered", "received"), 0)
@@ -297,8 +298,13 @@ class Probes:
         """Report the traffic since the last look. The packets may have arrived right after it. A
         later time could make packets from before a failure look like packets after it."""
         since, self._looked_at = self._looked_at, self._ticked_at
+        looked, self._looks_at_traffic = self._looks_at_traffic, len(self._prober) > 0
+        if not self._looks_at_traffic:  # nobody needs it
+            return
         self._read_express()
         for address, port, received in self._core.take_traffic():
+            if not looked:  # it may be older than the last look
+                continue
             key = address, port
             self._prober.traffic(key)
             if received:

@@ -142,7 +142,7 @@ def remove_empty(kernel: RouteSocket, device: int) -> None:
 
 def attached(kernel: RouteSocket, tun: str) -> list[tuple[int, Hook, Filter]]:
     """Return the filters of the forwarder with this TUN, and those that a killed forwarder has
-    left: their TUN is gone, so they would drop what they take. Raises OSError."""
+    left, and whose TUN is gone. Raises OSError."""
     own = {filter_name(program, tun) for program in PROGRAMS}
     return [(device, hook, one) for device, kind in with_hooks(kernel).items() for hook in Hook
             if hook is Hook.INGRESS or kind == "clsact"

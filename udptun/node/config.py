@@ -196,10 +196,7 @@ class NodeConfig:
     def wants_standby(self) -> bool:
         if self.forwarder_standby is None:
             return self.forwarder == "spawn"
-        # With the express path, the programs of a dead forwarder carry the packets of known routes.
-        # A process that stands in would remove them, because it may load none.
-        express = self.forwarder == "external" and self.accelerate == "auto"
-        return self.forwarder_standby and not express
+        return self.forwarder_standby
 
     @property
     def leaves_to_flannel(self) -> bool:

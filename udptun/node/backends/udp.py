@@ -256,7 +256,7 @@ class UdpBackend(Backend[Route]):
                 (config.state_dir / name).unlink(missing_ok=True)
 
     async def _remove_programs(self) -> None:
-        """Remove the programs that a killed forwarder has left. They would drop what they take."""
+        """Remove the programs that a killed forwarder has left."""
         async def remove(_: Any) -> list[str]:
             with RouteSocket() as kernel:
                 return hooks.remove(kernel, self._config.tun)
