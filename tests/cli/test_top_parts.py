@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.cli.scene import HOSTILE
 from tests.control.fakes import FakeForwarder, status_of
+from udptun.cli import express
 from udptun.cli.answers import Answers
 from udptun.cli.samples import UNKNOWN, Change, History, Sample, vxlan_bytes
 from udptun.cli.top.cells import ASCII_BARS, amount, bars, count, fit, width
@@ -109,6 +110,26 @@ def test_packets_that_pass_in_the_kernel_are_in_no_batch() -> None:
             "send": worker["syscalls"]["send"] + 10}}])
     change = Change(before, now)
     assert change.packets == (1100.0, 0.0) and change.batch == (10.0, None)
+    assert change.kernel == (1000.0, 0.0)
+
+
+def test_the_express_path_as_text() -> None:
+    path = status_of(1, 0)["accelerate"]
+    status = status_of(1, 0) | {"accelerate": path | {
+        "mode": "auto", "active": True, "reason": None, "devices": ["eth0"],
+        "packets": path["packets"] | {"sent": 6, "receive_dropped": 1, "receive_source": 2}}}
+    assert [*express.lines(status)] == [
+        ("express path", "active on eth0"),
+        ("in the kernel", "6 of 8 sent packets (75%), 0 of 20 received packets (0%), "
+                          "1 receive_dropped"),
+        ("left to workers", "2 receive_source"),
+    ]
+    assert express.rates(status, (50.0, None), (100.0, 0.0)) == \
+        "carries 50% of the sent packets, - of the received"
+    status["accelerate"] |= {"active": False, "reason": "there is no device udptun0"}
+    assert express.rates(status, (0.0, 0.0), (1.0, 1.0)) == "off: there is no device udptun0"
+    assert express.is_wanted(status) and not express.is_wanted(status_of(1, 0))
+    assert express.state({}) == express.of_peer({}) == "unknown to this version of the forwarder"
 
 
 def test_a_counter_that_begins_again_has_no_rate() -> None:

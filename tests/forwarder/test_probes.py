@@ -65,6 +65,26 @@ async def test_a_peer_behind_a_nat_answers_from_another_port():
 
 
 @in_own_netns
+async def test_the_counters_of_the_express_path_are_read_only_for_probed_peers():
+    async with forwarder() as running:
+        reads = 0
+
+        def read():
+            nonlocal reads
+            reads += 1
+
+        probes = running._probes
+        probes._read_express = read
+        probes._follow_traffic()
+        assert reads == 0
+        with peer(), running.subscribe() as events:
+            await running.put_route(ROUTE)
+            await until(events, "peer_reachable")
+            probes._follow_traffic()
+            assert reads > 0
+
+
+@in_own_netns
 async def test_a_forged_probe_from_another_port_does_not_mean_a_nat():
     async with forwarder() as running:
         with peer(), running.subscribe() as events:
