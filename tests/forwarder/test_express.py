@@ -90,6 +90,34 @@ def test_maps_hold_what_was_set(monkeypatch):
 
 
 @in_own_netns
+def test_a_peer_that_leaves_twice_is_counted_once():
+    gone = []
+    core = SimpleNamespace(
+        expect_unfinished=lambda: None, has_peer=lambda *key: False, inherit_gone=gone.append,
+        set_express=lambda keys, values, cpus_n, packets: [])
+    path = express.Express(SimpleNamespace(accelerate="auto"), "lo", core)
+    if path.off:
+        pytest.skip(path.off)
+    key = bytes((192, 0, 2, 1)), 8285
+    counters = path._maps["counters"]
+
+    def count(packets):
+        counters[express._endpoint(key)] = struct.pack("=5Q", packets, 0, 0, 0, 0) + bytes(
+            express.COUNTERS.size * (bpf.cpus_n() - 1))
+
+    for before, now in ((7, 10), (None, 2)):
+        path._set_peers({key: express.PEER.pack(1, 1400, 0)})
+        if before is not None:
+            count(before)
+            path.read()
+        count(now)
+        path._set_peers({})
+        path._forget_peers([])
+    assert [one["encap"]["packets"] for one in gone] == [3, 2]
+    path.release()
+
+
+@in_own_netns
 def test_without_memory_for_a_table_it_is_off_until_the_next_table():
     core = SimpleNamespace(
         expect_unfinished=lambda: None, express_peers=dict, snapshot_generation=2)
