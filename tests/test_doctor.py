@@ -17,7 +17,8 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from tests.control.fakes import Served, served, thread  # noqa: F401
+from tests.control.fakes import Served, served, status_of, thread  # noqa: F401
+from udptun._version import __version__
 from udptun.cli import cli
 from udptun.doctor import run as runner
 from udptun.doctor.check import Check, Finding, Result, Skip, failed, ok, skipped, warning
@@ -32,6 +33,7 @@ from udptun.instance import Instance
 from udptun.leases.advert import Advert, embed
 from udptun.leases.base import Attributes, Lease, Subnets
 from udptun.model import NO_EXPRESS_PEER, NO_EXPRESS_WORD, parse_address
+from udptun.node.status import readiness
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,6 +156,24 @@ def test_the_problems_of_the_daemon(facts: Facts) -> None:
     assert reported(facts, "lease") == [failed("a; b")]  # of an earlier version
     with pytest.raises(Skip, match="has no check mtu"):
         reported(facts, "mtu")
+
+
+def test_each_check_of_the_daemon_is_in_a_check_of_doctor(facts: Facts) -> None:
+    itself = {"conntrack", "peers"}  # doctor measures what these two measure
+    facts.forwarder.answer = status_of(0, 0)
+    facts.node.answer = {
+        "version": __version__, "backend": "udp", "mtu": 1472, "interface": "", "unavailable": {},
+        "subnets": [], "peers": [], "no_path": {}, "refused": {},
+        "checks": [{"name": name, "state": "degraded", "text": [f"({name})"]}
+                   for name in readiness.CHECKS],
+        "problems": [{"check": name, "text": f"({name})", "remedy": "", "since": None, "peer": "",
+                      "setting": ""} for name in readiness.CHECKS]}
+    asking = [one for one in CHECKS if one not in (*peers.CHECKS, *load.CHECKS)]
+    texts = [one.finding.text for one in runner.run(facts, asking)
+             if one.finding.result in (Result.FAILED, Result.WARNING)]
+    assert {name for name in readiness.CHECKS if any(f"({name})" in text for text in texts)} == \
+        readiness.CHECKS.keys() - itself
+    assert itself < {check.name for check in CHECKS}
 
 
 def test_an_express_path_that_was_asked_for_and_is_off(facts: Facts) -> None:
@@ -304,16 +324,65 @@ def test_the_directories_of_the_container_runtime(
     paths = [tmp_path / f"{i}.toml" for i in range(len(configs))]
     for path, text in zip(paths, configs, strict=True):
         path.write_text(text)
-    assert kubernetes.directories([*paths, tmp_path / "none.toml"]) == tuple(map(Path, found))
+    assert [*kubernetes.directories(paths)] == [tuple(map(Path, found))]
 
 
-def test_the_configurations_of_the_containerds_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = {1: ("containerd",), 2: ("containerd", "-c", "/k3s/config.toml"),
-             3: ("/usr/bin/containerd", "--config=/k0s.toml")}
-    monkeypatch.setattr(kubernetes, "named", lambda name: [(pid, name) for pid in lines])
-    monkeypatch.setattr(kubernetes, "command_line", lines.__getitem__)
-    assert kubernetes.runtime_configs() == [
-        Path("/etc/containerd/config.toml"), Path("/k3s/config.toml"), Path("/k0s.toml")]
+def test_the_directories_of_several_container_runtimes(tmp_path: Path) -> None:
+    for name, text in (("debian", DEBIAN), ("k3s", K3S), ("other", DEBIAN)):
+        (tmp_path / name).write_text(text)
+    found = kubernetes.directories(tmp_path / name for name in ("debian", "k3s", "other"))
+    assert found == {(Path("/etc/cni/net.d"), Path("/usr/lib/cni")): tmp_path / "debian",
+                     tuple(map(Path, K3S_DIRECTORIES)): tmp_path / "k3s"}
+
+
+SYSTEM, OWN = ("containerd",), ("containerd", "-c", "/k3s/config.toml")
+K0S = ("/usr/bin/containerd", "--config=/k0s.toml")
+NAMED = ("containerd", "--config", "/etc/containerd/config.toml")
+
+
+@pytest.mark.parametrize(("kubelet", "lines", "found"), [
+    ("kubelet", [SYSTEM, OWN], ["/etc/containerd/config.toml", "/k3s/config.toml"]),
+    ("k3s-server", [SYSTEM, OWN], ["/k3s/config.toml"]),
+    ("k3s-agent", [NAMED, OWN], ["/k3s/config.toml"]),
+    ("k0s", [K0S, SYSTEM], ["/k0s.toml"]),
+    ("k3s-agent", [SYSTEM], ["/etc/containerd/config.toml"]),  # k3s agent --docker, or an endpoint
+    ("kubelet", [K0S], ["/k0s.toml"]),
+    ("rke2", [], []),
+])
+def test_the_configurations_of_the_containerds_that_run(
+    monkeypatch: pytest.MonkeyPatch, kubelet: str, lines: list[tuple[str, ...]], found: list[str]
+) -> None:
+    """k3s, rke2 and k0s do not use the containerd of the distribution, which may run too."""
+    running = [(pid, line) for pid, line in enumerate(lines, 1)]
+    monkeypatch.setattr(kubernetes, "named", lambda *names: (
+        [(pid, "containerd") for pid, _ in running] if "containerd" in names else
+        [(9, kubelet)] if kubelet in names else []))
+    monkeypatch.setattr(kubernetes, "command_line", dict(running).__getitem__)
+    assert kubernetes.runtime_configs() == [*map(Path, found)]
+
+
+def test_the_runtime_of_the_kubelet_is_not_known(
+    facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """udptun is installed for one of two. It can be the right one, so nothing is failed."""
+    configs = []
+    for name in ("one", "other"):
+        for folder in ("net.d", "bin"):
+            (tmp_path / name / folder).mkdir(parents=True)
+        configs.append(tmp_path / name / "config.toml")
+        configs[-1].write_text(f'[plugins.x.cni]\nbin_dir = "{tmp_path / name / "bin"}"\n'
+                               f'conf_dir = "{tmp_path / name / "net.d"}"\n')
+    monkeypatch.setattr(kubernetes, "kubelet_is_here", lambda: True)
+    monkeypatch.setattr(kubernetes, "runtime_configs", lambda: configs)
+    for plugin in ("udptun", "bridge", "host-local", "loopback"):
+        (tmp_path / "other" / "bin" / plugin).touch()
+    (tmp_path / "other" / "net.d" / "10-udptun.conflist").write_text('{"type": "udptun"}')
+    wrong, fine = kubernetes.cni.look(facts)
+    assert (wrong.result, fine.result) == (Result.WARNING, Result.OK)
+    assert wrong.text == (
+        f"if the kubelet uses the containerd of {configs[0]}: {tmp_path}/one/net.d has no"
+        " configuration: no pod can be attached")
+    assert wrong.remedy.startswith("if it does, run: udptun cni install --bin-dir")
 
 
 REFUSED = "kernel refuses TUNSETOFFLOAD USO: EINVAL"

@@ -111,6 +111,17 @@ def test_the_address_of_a_pod_belongs_to_a_peer() -> None:
     assert find_behind(rows, ip_address("10.244.9.9")) is None
 
 
+def test_an_address_belongs_to_the_longest_of_several_prefixes() -> None:
+    """As in the forwarder, which may have such routes without a node daemon."""
+    wide, narrow = (PEERS[0] | {"endpoint": f"192.0.2.{i}:8285", "subnets": [subnet]}
+                    for i, subnet in ((2, "10.0.0.0/8"), (3, "10.1.0.0/16")))
+    rows = mesh(None, [wide, narrow])
+    for address, endpoint in (("10.1.2.3", "192.0.2.3:8285"), ("10.2.2.3", "192.0.2.2:8285")):
+        for order in (rows, rows[::-1]):
+            found = find_behind(order, ip_address(address))
+            assert found is not None and found["name"] == endpoint
+
+
 def test_names_are_sorted_as_people_do() -> None:
     names = ["n10", "n2", "a", "10.5.9.0-24", "10.5.10.0-24", "n2b", "n", "n\u0661"]
     assert sorted(names, key=natural) == [

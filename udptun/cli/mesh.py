@@ -79,11 +79,15 @@ def find(rows: Iterable[Row], target: str) -> Row | None:
 
 
 def find_behind(rows: Iterable[Row], address: IPAddress) -> Row | None:
-    """Return the peer whose subnet contains this address, for example of a pod."""
+    """Return the peer whose subnet contains this address, for example of a pod.
+
+    If there are several such subnets, the one with the longest prefix counts.
+    """
     from ipaddress import ip_network
 
-    return next((row for row in rows if any(
-        address in ip_network(subnet) for subnet in row["subnets"])), None)
+    found = [(subnet.prefixlen, row) for row in rows
+             for subnet in map(ip_network, row["subnets"]) if address in subnet]
+    return max(found, key=lambda one: one[0])[1] if found else None
 
 
 def endpoint_of(row: Row, target: str) -> str | None:

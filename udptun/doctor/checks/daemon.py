@@ -71,6 +71,11 @@ interface = _from_daemon(
     "node.md#which-interface-and-address-other-nodes-use")
 
 
+files = _from_daemon(
+    "daemon", "whether the node daemon has written its files and opened its sockets",
+    "node.md#health")
+
+
 @check("lease", "this node's lease: held, not expired, not published by another machine",
        "node.md#which-interface-and-address-other-nodes-use")
 def lease(facts: Facts) -> Iterator[Finding]:
@@ -133,4 +138,4 @@ def firewall(facts: Facts) -> Iterator[Finding]:
     yield from drops(facts)
 
 
-CHECKS = (start, store, lease, interface, host, routes, firewall)
+CHECKS = (start, files, store, lease, interface, host, routes, firewall)

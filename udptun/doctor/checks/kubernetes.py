@@ -10,7 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ..check import Finding, Skip, check, failed, ok, warning
+from ..check import Finding, Result, Skip, check, failed, ok, warning
 from ..facts import Facts
 from ..processes import command_line, named, option_of
 
@@ -21,25 +21,34 @@ CONFIG_DIR = Path("/etc/cni/net.d")  # if the runtime has no other setting
 PLUGIN_DIR = Path("/opt/cni/bin")
 PLUGINS = ("flannel", "udptun")
 NEEDED = ("bridge", "host-local", "loopback")
+# They start a containerd of their own, with a configuration file of their own.
+WITH_CONTAINERD = ("k3s-agent", "k3s-server", "k0s", "rke2")
+
+Directories = tuple[Path, Path]  # of CNI configurations, and of CNI plugins
 
 
 def kubelet_is_here() -> bool:
-    return bool(named("kubelet", "k3s-agent", "k3s-server", "k0s", "rke2"))
+    return bool(named("kubelet", *WITH_CONTAINERD))
 
 
 def runtime_configs() -> list[Path]:
-    """Return the configuration files of the containerds that run here."""
+    """Return the configuration files of the containerds that run here and can serve a kubelet."""
     found = []
     for pid, _ in named("containerd"):
         argv = command_line(pid)
         given = option_of(argv, "config") or option_of(argv, "c")
         found.append(RUNTIME_CONFIG if given is None else Path(given))
-    return found
+    others = [path for path in found if path != RUNTIME_CONFIG]
+    return others if others and named(*WITH_CONTAINERD) else found
 
 
-def directories(configs: Iterable[Path]) -> tuple[Path, Path]:
-    """Return the directories of CNI configurations and of CNI plugins, of the first containerd that
-    can serve a kubelet."""
+def directories(configs: Iterable[Path]) -> dict[Directories, Path]:
+    """Return the directories of the containerds with these configurations, each with the first
+    configuration that names it. A containerd that does not serve a kubelet has none.
+
+    The default directories are returned if there is no containerd.
+    """
+    found: dict[Directories, Path] = {}
     for path in configs:
         tables = _tables(path)
         if any("cri" in str(table.get("disabled_plugins", "")) for table in tables):
@@ -49,9 +58,9 @@ def directories(configs: Iterable[Path]) -> tuple[Path, Path]:
             for plugin in table.get("plugins", {}).values():
                 settings |= plugin.get("cni", {})
         plugins = [*settings.get("bin_dirs", ()), settings.get("bin_dir"), PLUGIN_DIR]
-        return (Path(settings.get("conf_dir") or CONFIG_DIR),
-                Path(next(one for one in plugins if one)))
-    return CONFIG_DIR, PLUGIN_DIR
+        found.setdefault((Path(settings.get("conf_dir") or CONFIG_DIR),
+                          Path(next(one for one in plugins if one))), path)
+    return found or {(CONFIG_DIR, PLUGIN_DIR): RUNTIME_CONFIG}
 
 
 def _tables(path: Path) -> list[dict[str, Any]]:
@@ -78,9 +87,24 @@ def _install(config_dir: Path, plugin_dir: Path) -> str:
 def cni(facts: Facts) -> Iterator[Finding]:
     if not kubelet_is_here():
         raise Skip("no kubelet runs here")
-    config_dir, plugin_dir = directories(runtime_configs())
-    if not config_dir.is_dir() and not plugin_dir.is_dir():
-        raise Skip(f"{config_dir} and {plugin_dir} are not visible here")
+    runtimes = directories(runtime_configs())
+    if not any(path.is_dir() for pair in runtimes for path in pair):
+        raise Skip(" and ".join(str(path) for pair in runtimes for path in pair)
+                   + " are not visible here")
+    for (config_dir, plugin_dir), file in runtimes.items():
+        for found in _look(config_dir, plugin_dir):
+            yield found if len(runtimes) == 1 else _unless_unused(found, file)
+
+
+def _unless_unused(found: Finding, file: Path) -> Finding:
+    """Return what a finding means while it is not known which containerd the kubelet uses."""
+    if found.result is Result.OK:
+        return found
+    return warning(f"if the kubelet uses the containerd of {file}: {found.text}", found.evidence,
+                   f"if it does, {found.remedy}")
+
+
+def _look(config_dir: Path, plugin_dir: Path) -> Iterator[Finding]:
     configs = sorted(path for path in config_dir.glob("*") if path.suffix in (
         ".conf", ".conflist", ".json"))
     if not configs:
