@@ -129,6 +129,17 @@ def test_make_targets_exist(page: Path) -> None:
     assert set(used_targets(page.read_text())) <= make_targets()
 
 
+def test_the_install_table_names_files_where_make_puts_them() -> None:
+    """Its commands run in the root of a clone."""
+    section = (ROOT / "README.md").read_text().partition("\n## Install\n")[2].partition("\n## ")[0]
+    rows = [row.split("|") for row in section.splitlines() if row.startswith("| ")]
+    built = [word for _, made, *columns in (row[:-1] for row in rows) if "make" in made
+             for command in re.findall("`([^`]+)`", "".join(columns))
+             for word in command.split() if re.search(r"WHEEL\[|\.run$|\.deb$", word)]
+    assert len(built) == 3
+    assert [word for word in built if not re.match("'?(\\./)?dist/", word)] == []
+
+
 def test_contributing_lists_every_target() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
     have = {m[1] for m in re.finditer(r"^\| `make ([\w/-]+)` \|", page, re.MULTILINE)}

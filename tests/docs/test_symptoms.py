@@ -24,11 +24,15 @@ ENTRIES = [
     (part.partition("\n") for part in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:])
 ]
 HERE = "192.0.2.1"
+# They need a kind of network card, and a container runtime.
+NOT_REPRODUCED = {"Data is corrupt on one kind of network card",
+                  'failed to find plugin "udptun" in path'}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=[title for title, _ in ENTRIES])
 def test_each_entry_names_a_test_that_exists(entry: tuple[str, str]) -> None:
     if re.search(r"^<!-- not reproduced: .+ -->$", entry[1], re.MULTILINE):
+        assert entry[0] in NOT_REPRODUCED
         return
     found = re.findall(r"^<!-- test: ([\w/.]+)::(\w+) -->$", entry[1], re.MULTILINE)
     assert len(found) == 1

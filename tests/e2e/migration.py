@@ -98,8 +98,7 @@ def to_flannel(cluster: Cluster) -> str:
         worker.run_image(cluster.image_name, [
             "udptun", "node", "--kube-subnet-mgr", f"--node-name={worker.name}", "--cleanup",
             "--keep-flannel"])
-        worker.run_image(cluster.image_name, [
-            "udptun", "cni", "uninstall", f"--bin-dir={OTHER_PLUGIN_DIR}"])
+        worker.run_image(cluster.image_name, ["udptun", "cni", "uninstall"], OTHER_PLUGIN_DIR)
 
     outage = _node_by_node(cluster, moved)
     cluster.helm("uninstall", "udptun", "--namespace", NAMESPACE)

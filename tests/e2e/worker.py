@@ -166,9 +166,12 @@ class Worker:
         return self.host.start(self._enter(["nsenter", f"--net=/proc/{pid}/ns/net", *argv]),
                                name=f"{argv[0]}-{pod}")
 
-    def run_image(self, image: str, argv: Sequence[str]) -> None:
-        """Run a command of an image with the host's network and directories, as the README says."""
-        self.run(self._in_image(image, "clean", argv, ()))
+    def run_image(self, image: str, argv: Sequence[str], plugin_dir: str = PLUGIN_DIR) -> None:
+        """Run a command of an image with the host's network and directories, as the README says.
+
+        plugin_dir  the host's directory that the command has as PLUGIN_DIR
+        """
+        self.run(self._in_image(image, "clean", argv, (), plugin_dir))
 
     def start_image(self, image: str, name: str, argv: Sequence[str], folder: Path) -> Process:
         """Start a command of an image in the same way. ``folder`` is one more directory."""
@@ -176,11 +179,13 @@ class Worker:
                                name=name)
 
     def _in_image(
-        self, image: str, name: str, argv: Sequence[str], more: Sequence[str]
+        self, image: str, name: str, argv: Sequence[str], more: Sequence[str],
+        plugin_dir: str = PLUGIN_DIR,
     ) -> list[str]:
         options = ["--rm", "--privileged", "--net-host"]
-        for folder in ("/run", "/var/lib", "/etc/cni/net.d", PLUGIN_DIR, OTHER_PLUGIN_DIR, *more):
-            options += ["--mount", f"type=bind,src={folder},dst={folder},options=rbind:rw"]
+        mounts = {folder: folder for folder in ("/run", "/var/lib", "/etc/cni/net.d", *more)}
+        for there, source in (mounts | {PLUGIN_DIR: plugin_dir}).items():
+            options += ["--mount", f"type=bind,src={source},dst={there},options=rbind:rw"]
         return ["ctr", "-n", "k8s.io", "run", *options, image, name, *argv]
 
     def kill(self, pid: int) -> None:
