@@ -18,7 +18,7 @@ def test_a_forwarder_starts_without_its_log_file(tmp_path, capfd, options):
     disk.mkdir()
     control = tmp_path / "control.sock"
     file.write_text(f'{{"listen": ["192.0.2.77"], "tun": "launch0", "control": "{control}"}}')
-    sh(f"mount -t tmpfs -o {options} none {disk}")
+    sh(f"mount -t tmpfs -o {options} none {disk}", "mount -t tmpfs none /run")  # for its lock
     child = spawn(file, disk / "made" / "forwarder.log", Instance("launch"))
     assert child.wait(60) == 1
     assert "192.0.2.77" in capfd.readouterr().err
