@@ -7,8 +7,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
-from udptun.lab import wait_for
+from udptun.lab import LabError, wait_for
 
 from .cluster import NAMESPACE, Cluster, Steady, lost
 from .step import (
@@ -77,13 +78,25 @@ def diagnosis(cluster: Cluster) -> str:
         for other in cluster.workers:
             check(other is worker or other.name in shown, f"{other.name} is not in {shown}")
         for container in ("node", "forwarder"):
-            # An exit code other than 0 is an error. While the machine is loaded, doctor may find
-            # late answers; then it looks again.
-            cluster.wait(lambda container=container, run=run: run(container, "udptun doctor"),
-                         f"doctor to find nothing in {container} on {worker.name}")
+            _finds_nothing(cluster, partial(run, container, "udptun doctor || true"))
         parts = run("node", "udptun report -o - 2>/dev/null | tar -tz").splitlines()
         check(any(part.endswith("/doctor.json") for part in parts), f"the report has {parts}")
     return f"nothing found on {len(cluster.workers)} nodes"
+
+
+def _finds_nothing(cluster: Cluster, doctor: Callable[[], str]) -> None:
+    """Wait until doctor finds nothing: on a loaded machine, it may find late answers."""
+    found = ""
+
+    def healthy() -> bool:
+        nonlocal found
+        found = doctor()
+        return "nothing found" in found
+
+    try:
+        cluster.wait(healthy, "doctor to find nothing")
+    except LabError as error:
+        raise LabError(f"{error}: {found}") from None
 
 
 @step()
