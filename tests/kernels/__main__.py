@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from . import debs, table
+from .features import FEATURES, YES
 from .machine import CHECKOUT, SHARE, Ended, Machine
+from .table import NOT_TRIED
 
 # What depends on the kernel: devices, sockets, netlink, whole tunnels. Without KVM a test takes ten
 # to thirty times as long, so only the first of these run then. The core's tests on bytes
@@ -145,8 +147,9 @@ def _summary(results: list[Result], out: Path) -> int:
     for result in results:
         print(f"{result.kernel.name:7} {result.version:24} {result.verdict:7} "
               f"{result.seconds:5.0f} s  {result.last}")
-        missing = [name for name, why in result.found.items() if why != "yes"]
-        print(f"{'':8}does not have: {', '.join(missing) or 'nothing of docs/kernels.md'}")
+        for name in FEATURES:
+            if (why := result.found.get(name, NOT_TRIED)) != YES:
+                print(f"{'':8}{name}: {why}")
     failed = not all(result.passed for result in results)
     print(f"the logs of the machines: {out}")
     return 1 if failed else 0

@@ -9,6 +9,8 @@ from typing import Any
 
 from .features import FEATURES, YES
 
+NOT_TRIED = "not tried"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,8 +50,8 @@ def page(rows: Sequence[Row]) -> str:
     for feature, meaning in FEATURES.items():
         cells = []
         for row in rows:
-            why = row.found.get(feature, "not tried")
-            cells.append(why if why in (YES, "not tried")
+            why = row.found.get(feature, NOT_TRIED)
+            cells.append(why if why in (YES, NOT_TRIED)
                          else f"no ({notes.setdefault(why, len(notes) + 1)})")
         lines.append(f"| {feature} | {meaning} | " + " | ".join(cells) + " |")
     text = HEAD + "\n".join(lines) + "\n"
