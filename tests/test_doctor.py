@@ -311,9 +311,6 @@ DEFAULT = ("/etc/cni/net.d", "/opt/cni/bin")
     (["not TOML"], DEFAULT),
     ([DEBIAN], ("/etc/cni/net.d", "/usr/lib/cni")),
     ([K3S], K3S_DIRECTORIES),
-    (['disabled_plugins = ["cri"]', K3S], K3S_DIRECTORIES),
-    (['disabled_plugins = ["io.containerd.grpc.v1.cri"]', DEBIAN],
-     ("/etc/cni/net.d", "/usr/lib/cni")),
     (['imports = ["conf.d/*.toml"]'], K3S_DIRECTORIES),
 ])
 def test_the_directories_of_the_container_runtime(
@@ -337,15 +334,15 @@ def test_the_directories_of_several_container_runtimes(tmp_path: Path) -> None:
 
 SYSTEM, OWN = ("containerd",), ("containerd", "-c", "/k3s/config.toml")
 K0S = ("/usr/bin/containerd", "--config=/k0s.toml")
-NAMED = ("containerd", "--config", "/etc/containerd/config.toml")
+NAMED = ("containerd", "--config", "/none/config.toml")
 
 
 @pytest.mark.parametrize(("kubelet", "lines", "found"), [
-    ("kubelet", [SYSTEM, OWN], ["/etc/containerd/config.toml", "/k3s/config.toml"]),
+    ("kubelet", [SYSTEM, OWN], ["/none/config.toml", "/k3s/config.toml"]),
     ("k3s-server", [SYSTEM, OWN], ["/k3s/config.toml"]),
     ("k3s-agent", [NAMED, OWN], ["/k3s/config.toml"]),
     ("k0s", [K0S, SYSTEM], ["/k0s.toml"]),
-    ("k3s-agent", [SYSTEM], ["/etc/containerd/config.toml"]),  # k3s agent --docker, or an endpoint
+    ("k3s-agent", [SYSTEM], ["/none/config.toml"]),  # k3s agent --docker, or an endpoint
     ("kubelet", [K0S], ["/k0s.toml"]),
     ("rke2", [], []),
 ])
@@ -358,7 +355,24 @@ def test_the_configurations_of_the_containerds_that_run(
         [(pid, "containerd") for pid, _ in running] if "containerd" in names else
         [(9, kubelet)] if kubelet in names else []))
     monkeypatch.setattr(kubernetes, "command_line", dict(running).__getitem__)
+    monkeypatch.setattr(kubernetes, "RUNTIME_CONFIG", Path("/none/config.toml"))
     assert kubernetes.runtime_configs() == [*map(Path, found)]
+
+
+@pytest.mark.parametrize("kubelet", ["kubelet", "k3s-server"])  # k3s may use the distribution's
+def test_the_containerd_of_docker_serves_no_kubelet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kubelet: str
+) -> None:
+    lines = {1: ("containerd",)}
+    for pid, name in enumerate(("cri", "io.containerd.grpc.v1.cri"), 2):
+        (tmp_path / name).write_text(f'disabled_plugins = ["{name}"]')
+        lines[pid] = ("containerd", "--config", str(tmp_path / name))
+    monkeypatch.setattr(kubernetes, "named", lambda *names: (
+        [(pid, "containerd") for pid in lines] if "containerd" in names else
+        [(9, kubelet)] if kubelet in names else []))
+    monkeypatch.setattr(kubernetes, "command_line", lines.__getitem__)
+    monkeypatch.setattr(kubernetes, "RUNTIME_CONFIG", Path("/none/config.toml"))
+    assert kubernetes.runtime_configs() == [Path("/none/config.toml")]
 
 
 def test_the_runtime_of_the_kubelet_is_not_known(

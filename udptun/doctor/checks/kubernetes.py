@@ -37,24 +37,21 @@ def runtime_configs() -> list[Path]:
     for pid, _ in named("containerd"):
         argv = command_line(pid)
         given = option_of(argv, "config") or option_of(argv, "c")
-        found.append(RUNTIME_CONFIG if given is None else Path(given))
+        path = RUNTIME_CONFIG if given is None else Path(given)
+        if not any("cri" in str(table.get("disabled_plugins", "")) for table in _tables(path)):
+            found.append(path)  # else it is the one of Docker
+    # k3s, rke2 and k0s use the containerd that they start, not that of the distribution.
     others = [path for path in found if path != RUNTIME_CONFIG]
     return others if others and named(*WITH_CONTAINERD) else found
 
 
 def directories(configs: Iterable[Path]) -> dict[Directories, Path]:
     """Return the directories of the containerds with these configurations, each with the first
-    configuration that names it. A containerd that does not serve a kubelet has none.
-
-    The default directories are returned if there is no containerd.
-    """
+    configuration that names it. Without a containerd, these are the default directories."""
     found: dict[Directories, Path] = {}
     for path in configs:
-        tables = _tables(path)
-        if any("cri" in str(table.get("disabled_plugins", "")) for table in tables):
-            continue  # the one of Docker
         settings: dict[str, Any] = {}
-        for table in tables:
+        for table in _tables(path):
             for plugin in table.get("plugins", {}).values():
                 settings |= plugin.get("cni", {})
         plugins = [*settings.get("bin_dirs", ()), settings.get("bin_dir"), PLUGIN_DIR]
