@@ -20,6 +20,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 from udptun.cli import cli
 from udptun.control.client import ControlClient
 from udptun.errors import FieldError, NoForwarder
@@ -425,7 +426,22 @@ def test_a_forwarder_is_started_with_the_instance(
     spawn(tmp_path / "forward.json", tmp_path / "log", Instance("blue"))
     assert seen[0][1:] == ["-m", "udptun", "forward", "--instance", "blue",
                            "--wait-for", str(tmp_path / "forward.json"),
-                           "--log-file", str(tmp_path / "log"), "--log-format", "text"]
+                           "--log-format", "text", "--log-file", str(tmp_path / "log")]
+
+
+@in_own_netns
+def test_flanneld_does_not_wait_for_a_forwarder_without_a_log(tmp_path: Path, path: str) -> None:
+    """The disk of the log is read-only. flanneld waits until no process holds the pipe open."""
+    in_own_mount_namespace()
+    flanneld = Flanneld(tmp_path / "flannel", path)
+    flanneld.state.mkdir()
+    sh(f"mount -t tmpfs -o ro none {flanneld.state}", "ip addr add 192.0.2.1/32 dev lo")
+    try:
+        code, said = flanneld.post("10.244.1.0/24", "192.0.2.1")
+        assert code == 0, said
+    finally:
+        with ControlClient(str(flanneld.control)) as client:
+            client.stop()
 
 
 def test_the_options_survive_the_file(tmp_path: Path) -> None:

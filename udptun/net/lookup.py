@@ -157,6 +157,29 @@ async def routes_within(
     return await netlink.work("reading the routes within the overlay", read)
 
 
+async def has_route(netlink: Netlink, device: int) -> bool:
+    """Return whether the main table has a route through this device to other hosts.
+
+    Routes to one address do not count: the kernel adds one for an IPv6 address of the device. Nor
+    do link-local ones. Raises DeviceError.
+    """
+    async def read(_: Any) -> bool:
+        with RouteSocket() as kernel:
+            return any(_is_through(body, device) for version in (4, 6) for body in kernel.dump(
+                RTM_GETROUTE, RTMSG.pack(_family(version), 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)))
+
+    return await netlink.work("reading the routes of a device", read)
+
+
+def _is_through(body: memoryview, device: int) -> bool:
+    family, length, _, _, table, *_ = RTMSG.unpack_from(body)
+    about = attributes(body, RTMSG.size)
+    size = 4 if family == socket.AF_INET else 16
+    to = ipaddress.ip_address(bytes(about.get(RTA_DST, bytes(size))))
+    return table == RT_TABLE_MAIN and number(about.get(RTA_OIF)) == device and \
+        length < size * 8 and not to.is_link_local
+
+
 def _request(question: Question, flags: int) -> bytes:
     bits = question.to.max_prefixlen
     source = question.source

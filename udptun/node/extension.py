@@ -134,7 +134,7 @@ class Extension:
                 self.warn("flanneld runs in a systemd unit. The forwarder ends with this unit, "
                           "unless the unit has KillMode=process. Better run the forwarder in a "
                           "unit of its own, and set UDPTUN_EXT_FORWARDER=external for flanneld")
-            child = spawn(self.forward_file, self.log, self.instance)
+            child = spawn(self.forward_file, self.log, self.instance, to_stderr=False)
         wait_ready(client, spec, child, self.log)
 
     def add(self, route: Route) -> None:

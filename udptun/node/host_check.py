@@ -178,11 +178,14 @@ class HostCheck:
     def _outer(self) -> Outer:
         assert self._site is not None
         underlay, mark = self._site.underlay, self._mark
+        silent = {pair.key for pair in self._report.in_state("unreachable")}
         return Outer(
             0 if underlay.name == LOOPBACK else underlay.index,
             {address.version: address for address in underlay.bound},
             mark.value if mark is not None and self._backends.through_tun else 0,
-            {pair.key for pair in self._report.in_state("unreachable")})
+            silent=silent,
+            answering={pair.key for state in ("reachable", "limited")
+                       for pair in self._report.in_state(state)} - silent)
 
     def _record(self, repairs: list[str]) -> None:
         if repairs:

@@ -90,8 +90,82 @@ async def test_a_silent_peer_whose_datagrams_leave_elsewhere_is_named(cause):
                            f"wg9 instead of underlay0, by the route {to}/32 dev wg9{table}"}
         assert await look(replace(outer, silent=())) == {}  # it answers: several uplinks
         assert await look(replace(outer, device=0)) == {}
-        sh("ip addr del 198.18.0.1/15 dev underlay0")  # the check of the interface reports this
-        assert not any("Invalid" in text for text in (await look(outer)).values())
+
+
+@in_own_netns
+@pytest.mark.parametrize("used", ["wg9", "underlay0", "overlay0"])
+async def test_a_silent_peer_behind_an_interface_with_answering_peers_is_not_misrouted(used):
+    """Several uplinks, or the node's address is on a device that sends no packets."""
+    make_devices()
+    peers = leases(3)
+    sh("ip link add wg9 type veth peer name far", "ip link set wg9 up", "ip link set far up")
+    sh(*(f"ip route add {peer.attributes.public_ip}/32 dev wg9" for peer in peers[1:]),
+       f"ip route add {peers[0].attributes.public_ip}/32 dev {used}")
+    outer = Outer(socket.if_nametoindex("underlay0"), {}, 0, {peers[-1].key}, {peers[0].key})
+    with Netlink() as netlink:
+        misrouted = Misrouted(netlink)
+        await misrouted.look(peers, [OWN], set(), [], direct=False, everyone=True, outer=outer)
+    assert [*misrouted.found] == ([] if used == "wg9" else [peers[-1].key])
+
+
+@in_own_netns
+@pytest.mark.parametrize("route", [None, "default dev dummy0 metric 9", "198.51.100.0/24"])
+async def test_a_device_without_routes_is_not_expected_to_send(route):
+    """The host announces its address to routers, and sends through another interface."""
+    make_devices()
+    sh("ip link add dummy0 type veth peer name dummy1",  # not all kernels have dummy devices
+       "sysctl -qw net.ipv6.conf.dummy0.disable_ipv6=0", "ip link set dummy1 up",
+       "ip link set dummy0 up", "ip addr add 192.0.2.1/32 dev dummy0",
+       "ip addr add 2001:db8::1/128 dev dummy0 nodad", *(
+           [] if route is None else [f"ip route add {route} dev dummy0".replace(
+               "dev dummy0 metric 9 dev dummy0", "dev dummy0 metric 9")]))
+    (peer,) = leases(1)
+    outer = Outer(socket.if_nametoindex("dummy0"), {4: ipaddress.ip_address("192.0.2.1")}, 0,
+                  {peer.key})
+    with Netlink() as netlink:
+        misrouted = Misrouted(netlink)
+        await misrouted.look([peer], [OWN], set(), [], direct=False, everyone=True, outer=outer)
+    assert bool(misrouted.found) == (route is not None)
+
+
+@in_own_netns
+@pytest.mark.parametrize(("version", "source"), [(4, "198.18.0.1"), (6, "fd00:9::1")])
+async def test_an_address_that_the_host_has_lost_is_not_a_fault_of_the_routes(version, source):
+    """The check of the interface reports it. A route that drops packets is a fault."""
+    make_devices()
+    public = {4: "203.0.113.1", 6: "2001:db8::2"}[version]
+    via6 = "ip -6 route add default dev underlay0"
+    sh("sysctl -qw net.ipv6.conf.underlay0.disable_ipv6=0",
+       "ip addr add fd00:9::1/64 dev underlay0 nodad", "ip route add default dev underlay0", via6)
+    address = ipaddress.ip_address(public)
+    peer = Lease("n2", Subnets(leases(1)[0].subnets.v4), Attributes(
+        address if version == 4 else None, address if version == 6 else None))
+    outer = Outer(socket.if_nametoindex("underlay0"),
+                  {version: ipaddress.ip_address(source)}, 0, {peer.key})
+
+    with Netlink() as netlink:
+        misrouted = Misrouted(netlink)
+
+        async def look():
+            await misrouted.look([peer], [OWN], set(), [], direct=False, everyone=True, outer=outer)
+            return misrouted.found
+
+        assert await look() == {}
+        flag = "-6" if version == 6 else "-4"
+        for drop, undo in (
+            (f"route add blackhole {public}", f"route del blackhole {public}"),
+            (f"rule add from {source} blackhole", f"rule del from {source} blackhole"),
+        ):
+            sh(f"ip {flag} {drop}")
+            assert f"there is no route to its address {public}: " in (await look())["n2"]
+            sh(f"ip {flag} {undo}")
+            assert await look() == {}
+        sh(f"ip addr del {source}/{15 if version == 4 else 64} dev underlay0")
+        assert await look() == {}  # IPv4: the kernel has removed the default route too
+        outer = replace(outer, sources={})
+        if version == 6:
+            sh("ip -6 route del default dev underlay0")
+        assert f"there is no route to its address {public}: " in (await look())["n2"]
 
 
 @in_own_netns

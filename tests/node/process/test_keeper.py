@@ -17,6 +17,7 @@ import pytest
 from tests.control import fakes
 from tests.control.fakes import VERSION, LoopThread, Served, status_of
 from tests.node.daemon_host import use_folder
+from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 from tests.wait import until
 from udptun.control import server
 from udptun.control.client import ControlClient
@@ -66,7 +67,7 @@ async def keeper(control, tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def running(control, tmp_path, spawned=False):
+async def running(control, tmp_path, spawned=False, folder=None):
     report = NodeReport("file", SourceHealth())
     loops, told, said = set(), [], []
 
@@ -74,7 +75,7 @@ async def running(control, tmp_path, spawned=False):
         return {one for one in addresses if str(ipaddress.ip_address(one)) in loops}
 
     made = ForwarderKeeper(
-        control, tmp_path / "forward.json", tmp_path / "forwarder.log",
+        control, (folder or tmp_path) / "forward.json", tmp_path / "forwarder.log",
         Instance(), not spawned, report, "udp", looping, lambda: told.append(made.refused),
         lambda: said.append(made.receives))
     made.report, made.loops, made.told, made.said = report, loops, told, said
@@ -544,6 +545,106 @@ async def test_a_forwarder_that_was_killed_is_reported_with_the_signal(
     async with running(control, tmp_path, spawned=True) as keeper:
         keeper.want(spec)
         await until(lambda: "SIGKILL" in keeper.report.forwarder.error, "the signal to be reported")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The directory of the options file. In a mount namespace, a test can make it read-only."""
+    folder = tmp_path / "options"
+    folder.mkdir()
+    return folder
+
+
+def readonly(folder):
+    in_own_mount_namespace()
+    sh(f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}")
+
+
+def writable(folder):
+    sh(f"mount -o remount,bind,rw {folder}")
+
+
+@in_own_netns
+@pytest.mark.parametrize("spawned", [True, False])
+async def test_a_forwarder_that_could_not_be_replaced_goes_on(
+    thread, control, tmp_path, spec, folder, monkeypatch, spawned
+):
+    """The disk is full or read-only, so a new forwarder would get the old options, or none."""
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(module, "spawn", lambda *args, **options: Child())  # after the end
+    spec.write(folder / "forward.json")
+    readonly(folder)
+    with Served(thread, control) as served:
+        async with running(control, tmp_path, spawned, folder) as keeper:
+            keeper.replace(table(route(2)))
+            keeper.want(replace(spec, networks=("10.0.0.0/8",)))
+            await until(lambda: served.forwarder.table == table(route(2)), "the routes")
+            keeper.change(table(route(3)))
+            await until(lambda: served.forwarder.table == table(route(2), route(3)), "a change")
+            checks = keeper._check_at
+            await until(lambda: keeper._check_at > checks, "a check")
+            assert not served.forwarder.stopped.is_set()
+            # The state is told as it is.
+            report = keeper.report
+            assert "its networks: 10.244.0.0/16 instead of 10.0.0.0/8" in report.forwarder.error
+            assert not report.forwarder.connected and not report.forwarder.synced
+            assert not keeper.matches
+            assert "Read-only" in report.troubles["options"].text
+            writable(folder)
+            await until(served.forwarder.stopped.is_set, "it to be replaced")
+            assert "options" not in report.troubles
+
+
+@in_own_netns
+@pytest.mark.parametrize("wanted", ["the same", "others"])
+async def test_a_forwarder_is_started_though_the_disk_is_readonly(
+    thread, control, tmp_path, spec, folder, monkeypatch, wanted
+):
+    served = Served(thread, control)
+
+    def spawn(*args, **options):
+        served.__enter__()
+        return Child()
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    spec.write(folder / "forward.json")
+    readonly(folder)
+    async with running(control, tmp_path, True, folder) as keeper:
+        keeper.replace(table(route(2)))
+        keeper.want(spec if wanted == "the same" else replace(spec, dscp="copy"))
+        await until(lambda: served.forwarder.table == table(route(2)), "the routes")
+        assert keeper.matches == (wanted == "the same")
+        assert ("options" in keeper.report.troubles) == (wanted != "the same")
+    served.close()
+
+
+@in_own_netns
+async def test_without_a_file_no_forwarder_is_started(control, tmp_path, spec, folder, monkeypatch):
+    """It would wait for the file."""
+    readonly(folder)
+    async with running(control, tmp_path, True, folder) as keeper:
+        keeper.want(spec)
+        await until(lambda: "forward.json is not written" in keeper.report.forwarder.error, "it")
+        assert keeper.report.forwarder.starts_n == 0
+
+
+@in_own_netns
+@pytest.mark.parametrize("end", ["the former options", "dismiss"])
+async def test_options_that_need_not_be_written_are_no_trouble(
+    thread, control, tmp_path, spec, folder, end
+):
+    spec.write(folder / "forward.json")
+    readonly(folder)
+    with Served(thread, control):
+        async with running(control, tmp_path, False, folder) as keeper:
+            keeper.want(replace(spec, mtu=1400))
+            assert "options" in keeper.report.troubles
+            if end == "dismiss":
+                with contextlib.suppress(OSError):  # the file cannot be removed
+                    await keeper.dismiss()
+            else:
+                keeper.want(spec)
+            assert "options" not in keeper.report.troubles
 
 
 async def test_dismiss_removes_the_file_before_it_stops_the_forwarder(

@@ -4,17 +4,15 @@ Owns: what is wrong with a route, and the sentence about it. For each peer, the 
 the peer's subnets to a device of the overlay, and the peer's own address to the underlay. Causes of
 a wrong route are a more specific route of another program, a policy rule, or a peer's address
 within the overlay. A peer's address may have a route through another interface, for example on a
-host with several uplinks; so this is reported only while the peer does not answer. Does not see
-rules for pods that depend on the incoming interface or on a mark. Changes nothing on the host. Runs
-on the daemon's loop.
+host with several uplinks; so this is reported only while the peer does not answer, and no other
+peer answers through this interface. Does not see rules for pods that depend on the incoming
+interface or on a mark. Changes nothing on the host. Runs on the daemon's loop.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...leases.base import Lease
 from ...model import IPAddress, IPNetwork
@@ -23,13 +21,13 @@ from ...net.lookup import (
     Way,
     device_index,
     device_name,
+    has_route,
     look_up,
     matched_routes,
     routes_within,
 )
 from ...net.netlink import Netlink
 
-NOT_OURS = os.strerror(errno.EINVAL)  # the source of the question is no address of this host
 PEERS_N = 500  # peers per call of the kernel, and per look at a part of the peers
 
 
@@ -41,12 +39,21 @@ class Outer:
     sources  their source address, by IP version
     mark     their mark; 0: none
     silent   the keys of the peers that do not answer
+    answering  the keys of the peers that answer
+
+    ``Misrouted`` sets the others:
+
+    lost     the IP versions whose source address the host does not have
+    used     the interfaces through which answering peers are reached
     """
 
     device: int = 0
     sources: Mapping[int, IPAddress] = field(default_factory=dict)
     mark: int = 0
     silent: Collection[str] = ()
+    answering: Collection[str] = ()
+    lost: Collection[int] = ()
+    used: Collection[int] = ()
 
 
 UNKNOWN = Outer()
@@ -88,6 +95,7 @@ class Misrouted:
         everyone  ask about all peers; else about the next PEERS_N, and about those that are silent
                   or were found before
         """
+        outer = await self._present(outer)
         foreign = [
             (prefix, way.gateway, text)
             for prefix, way, text in await routes_within(self._netlink, networks, devices)
@@ -111,6 +119,17 @@ class Misrouted:
             self.found = {
                 key: why for key, why in self.found.items() if key not in looked} | wrong
 
+    async def _present(self, outer: Outer) -> Outer:
+        """Return ``outer`` without the addresses that the host has lost, and without a device that
+        has no route, such as a dummy device with the node's address."""
+        local = await self._netlink.local_addresses() if outer.sources else frozenset()
+        device = outer.device
+        if device and outer.silent and not await has_route(self._netlink, device):
+            device = 0
+        sources = {version: one for version, one in outer.sources.items() if one in local}
+        return replace(outer, device=device, sources=sources,
+                       lost=outer.sources.keys() - sources.keys())
+
     async def _look_at(
         self, peers: Sequence[Lease], sources: Mapping[int, IPAddress], devices: Collection[int],
         networks: Collection[IPNetwork],
@@ -120,6 +139,9 @@ class Misrouted:
         asked = [(lease, *item) for lease in peers
                  for item in _questions(lease, sources, networks, outer)]
         ways = await look_up(self._netlink, [question for _, question, _ in asked])
+        outer = replace(outer, used={
+            way.device for (lease, _, subnet), way in zip(asked, ways, strict=True)
+            if subnet is None and lease.key in outer.answering})
         wrong: dict[str, _Wrong] = {}
         for (lease, question, subnet), way in zip(asked, ways, strict=True):
             if lease.key not in wrong and \
@@ -161,11 +183,11 @@ def _outer_fault(
     if way.device in devices:
         return _Wrong(f"packets to {to} enter {device_name(way.device)} and so the overlay itself,"
                       " by the route", question)
-    if way.error == NOT_OURS and question.source is not None:
-        return None  # the host has lost this address; the check of the interface says so
+    if way.error and question.to.version in outer.lost:
+        return None  # the kernel may have removed its routes too; the check of the interface tells
     if way.error:
         return _Wrong(f"there is no route to {to}: {way.error}")
-    here = (0, outer.device, device_index("lo"))
+    here = (0, outer.device, device_index("lo"), *outer.used)
     if not outer.device or way.device in here or lease.key not in outer.silent:
         return None
     return _Wrong(f"it does not answer, and packets to {to} leave through"

@@ -94,7 +94,8 @@ class ForwarderKeeper:
 
         self._spec: ForwarderSpec | None = None
         self._unwritten = False  # the file has other options
-        self._matches = False  # the running forwarder matches ``_spec``
+        self._serving = False  # the running forwarder gets our routes
+        self._matches = False  # it also matches ``_spec``
         self._check_at = 0.0  # time.monotonic() of the next check
         self._receives: bool | None = None
         self._copies_marks = True
@@ -146,32 +147,39 @@ class ForwarderKeeper:
         """Set the options that the forwarder must have, and write them to the file.
 
         If the file cannot be written, for example because the disk is full, this is reported, and
-        ``run`` writes it later.
+        ``run`` writes it later. Until then the running forwarder keeps its options, because another
+        one would read the former ones.
         """
         self._report.forwarder.needed = True
         if spec == self._spec:
             return
-        try:
-            written = ForwarderSpec.read(self._forward_file)
-        except (FileNotFoundError, FieldError):
-            written = None
-        self._unwritten = written != spec
-        self._write(spec)
-        self._spec, self._matches = spec, False
+        self._write_if_changed(spec)
+        self._spec, self._serving, self._matches = spec, False, False
         self._request_work()
 
-    def _write(self, spec: ForwarderSpec) -> None:
-        if not self._unwritten:
-            return
+    def _written(self) -> ForwarderSpec | None:
+        """Return the options that the file has; None: it cannot be read."""
         try:
-            spec.write(self._forward_file)
-        except OSError as exc:
-            why = f"{self._forward_file} is not written: {os_reason(exc)}"
-            if not self._report.troubles.get("options"):
-                log.error("%s", why)
-            self._report.set_trouble("options", why, DISK_REMEDY)
-            return
-        self._unwritten = False
+            return ForwarderSpec.read(self._forward_file)
+        except (OSError, FieldError):
+            return None
+
+    def _write_if_changed(self, spec: ForwarderSpec) -> None:
+        self._unwritten = self._written() != spec
+        self._write(spec)
+
+    def _write(self, spec: ForwarderSpec) -> None:
+        """Write the options if the file is known to have others."""
+        if self._unwritten:
+            try:
+                spec.write(self._forward_file)
+            except OSError as exc:
+                why = f"{self._forward_file} is not written: {os_reason(exc)}"
+                if not self._report.troubles.get("options"):
+                    log.error("%s", why)
+                self._report.set_trouble("options", why, DISK_REMEDY)
+                return
+            self._unwritten = False
         self._report.set_trouble("options", "")
 
     async def dismiss(self) -> None:
@@ -180,7 +188,9 @@ class ForwarderKeeper:
         A forwarder that does not use our options file keeps running.
         """
         self._report.forwarder.needed = False
-        self._spec, self._routes, self._matches = None, None, False
+        self._report.set_trouble("options", "")
+        self._spec, self._routes = None, None
+        self._unwritten = self._serving = self._matches = False
         self._copies.close()
         self._close_standby()
         self._wake.set()
@@ -266,12 +276,13 @@ class ForwarderKeeper:
             await asyncio.wait({gone})  # unlike ``await gone``, wait() raises no exception of gone
             if not gone.cancelled():
                 gone.exception()
-            self._report.forwarder.connected = self._matches = False
+            self._report.forwarder.connected = self._serving = self._matches = False
 
     async def _serve(self, gone: asyncio.Future[bytes]) -> None:
         """Keep the routes of a running forwarder up to date.
 
         Return or raise when the forwarder has ended, or when its options are not the wanted ones.
+        But while the wanted options cannot be written, it keeps the options that it has.
         """
         status = await self._call(lambda: self._client.status(peers=False))
         spec = self._spec  # read after the call: ``want`` and ``dismiss`` may come during it
@@ -279,29 +290,25 @@ class ForwarderKeeper:
             return
         why = spec.mismatch(status)
         if why and await self._change_running(spec, status, why):
-            if self._spec is not spec:
-                return
             why = ""
-        if why:
-            # The forwarder was just started, or it has not stopped yet.
-            # Another forwarder would read the former options, if the file cannot be written.
-            if time.monotonic() < self._not_before or self._unwritten:
-                self._fail(f"the forwarder's options are wrong: {why}")
-                await asyncio.sleep(IDLE_POLL_SECONDS)
-                return
-            log.warning("stopping the forwarder, because its options are wrong: %s", why)
-            self._back_off()
-            self._copies.close()
-            await self._call(self._client.stop)
-            if self._child is not None and self._child.poll() is not None:
-                self._child = None  # the end was requested, so it is not an error
+        if self._spec is not spec:
             return
+        if why:
+            self._write_if_changed(spec)  # without the file, no other forwarder can be started
+        if why and not self._unwritten:
+            await self._stop_wrong(why)
+            return
+        if why:
+            self._fail("the forwarder's options are wrong, and it keeps them, because the right"
+                       f" ones cannot be written: {why}")
+        else:
+            self._report.forwarder.connected, self._report.forwarder.error = True, ""
+        self._backoff, self._serving, self._matches = 0.0, True, not why
+        self._replace_all = True
         self._adopt(status)
-        self._backoff, self._matches, self._replace_all = 0.0, True, True
-        self._report.forwarder.connected, self._report.forwarder.error = True, ""
         self._take_features(status)
         self._check_at = time.monotonic() + self._check_pause()
-        while self._matches and not gone.done():
+        while self._serving and not gone.done():
             if self._routes is not None and (self._replace_all or self._pending):
                 await self._send_routes()
             await self._woken(gone)
@@ -314,14 +321,26 @@ class ForwarderKeeper:
         if gone.done():
             raise NoForwarder(f"the forwarder on {self._control} has ended")
 
+    async def _stop_wrong(self, why: str) -> None:
+        """Stop the running forwarder, because its options are wrong."""
+        if time.monotonic() < self._not_before:  # just started, or it has not stopped yet
+            self._fail(f"the forwarder's options are wrong: {why}")
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+            return
+        log.warning("stopping the forwarder, because its options are wrong: %s", why)
+        self._back_off()
+        self._copies.close()
+        await self._call(self._client.stop)
+        if self._child is not None and self._child.poll() is not None:
+            self._child = None  # the end was requested, so it is not an error
+
     def _adopt(self, status: Mapping[str, Any]) -> None:
-        """Prepare for the death of a running forwarder with the wanted options, or replace it by
-        one of our build."""
+        """Prepare for the death of a running forwarder, or replace it by one of our build."""
         if not self._report.forwarder.starts_n:
             log.info("adopting the forwarder on %s", self._control)
         if self._wants_standby or not self._external:
             self._copies.follow()
-        if not self._external:
+        if not self._external and not self._unwritten:
             self._renew(status["version"], status.get("build", ""))
 
     async def _change_running(
@@ -366,7 +385,12 @@ class ForwarderKeeper:
                         "forwarder a unit of its own, and --forwarder external here")
         self._back_off()
         try:
-            spec.write(self._forward_file)  # the file may have been removed
+            # The file may have been removed. If the disk does not accept the new options, a
+            # forwarder with the old ones is better than none.
+            self._write_if_changed(spec)
+            if self._written() is None:
+                self._fail(f"no forwarder can be started: {self._forward_file} is not written")
+                return
             kept = self._copies.take()
             try:
                 self._child = self._standby_goes(kept) or \
@@ -482,7 +506,7 @@ class ForwarderKeeper:
         report.forwarder.routes_n = len(self._routes.keys() - self._refused.keys())
         if since is not None:
             report.paths_applied(since)
-        if not (self._replace_all or self._pending):
+        if self._matches and not (self._replace_all or self._pending):
             report.forwarder.mark_synced(True)
             self._synced.set()
 
@@ -541,8 +565,9 @@ class ForwarderKeeper:
         if self._spec is not None:
             self._write(self._spec)
             why = self._spec.mismatch(status)
-            if why and not await self._change_running(self._spec, status, why):
-                self._matches = False
+            right = not why or await self._change_running(self._spec, status, why)
+            if right != self._matches or not (right or self._unwritten):
+                self._serving = False
         events = await self._call(lambda: list(self._client.events(follow=False)))
         if self._routes is not None and not self._replace_all and \
                 events[0]["generation"] != self._generation:

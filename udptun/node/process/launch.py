@@ -167,6 +167,7 @@ class NotStarted(UdptunError):
 def spawn(
     forward_file: Path, log: Path, instance: Instance, kept: Mapping[str, int] | None = None,
     take_over: bool = False, standby: int | None = None, log_format: str = "text",
+    to_stderr: bool = True,
 ) -> subprocess.Popen[bytes]:
     """Start ``udptun forward`` with the options in the file, in its own session and process group.
 
@@ -174,11 +175,12 @@ def spawn(
     take_over  take over from the forwarder that runs
     standby    a descriptor; the process waits at it until it is needed (``standby``)
     log_format the format of the log: "text" or "json"
+    to_stderr  while the disk of ``log`` is full or read-only, the log goes to our own stderr; if
+               False, it is lost. Use False if our caller reads our output until all processes have
+               closed the pipe, as flanneld does: it would wait until the forwarder ends
 
-    The process inherits no terminal, and no other file descriptors than these. So a program that
-    runs this command and reads its output until the pipe is closed (flanneld does) does not wait
-    for the forwarder. The forwarder's output goes to ``log``, which the forwarder keeps below a
-    limit, or to our own stderr while the disk is full or read-only.
+    The process inherits no terminal, and no other file descriptors than these. The forwarder keeps
+    ``log`` below a limit.
     """
     import subprocess
 
@@ -192,7 +194,7 @@ def spawn(
     argv += ["--wait-for", str(forward_file), "--log-format", log_format]
     if take_over:
         argv.append("--take-over")
-    with os.fdopen(_open_output(log), "ab") as out:
+    with os.fdopen(_open_output(log, to_stderr), "ab") as out:
         if log.parent.exists():
             argv += ["--log-file", str(log)]  # used as soon as the disk allows it
         return subprocess.Popen(
@@ -202,14 +204,14 @@ def spawn(
         )
 
 
-def _open_output(log: Path) -> int:
+def _open_output(log: Path, to_stderr: bool) -> int:
     try:
         make_directory(log.parent)
         return open_log(log)
     except OSError as exc:
         if exc.errno not in DISK_ERRORS:
             raise
-        return os.dup(2)
+        return os.dup(2) if to_stderr else os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def wait_ready(
