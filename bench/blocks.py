@@ -23,12 +23,14 @@ A run that continues an earlier one measures only the blocks that are not in the
 
 from __future__ import annotations
 
+import http.client
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from udptun.lab import LabError
+from udptun.errors import UdptunError
+from udptun.lab import Forwarder, LabError
 
 from . import stats, system
 from .contenders import PathUnderTest, find
@@ -41,6 +43,8 @@ MAX_DRIFT = 0.30
 # The time of a slot in addition to its measurement, to start processes and to read counters.
 _SLOT_OVERHEAD_SECONDS = 0.15
 _SET_UP_SECONDS = 2.0  # of one contender
+
+Sent = tuple[Forwarder, tuple[int, int]]  # see _sent_in_kernel
 
 
 @dataclass
@@ -220,11 +224,11 @@ def _slot(
     s.progress.now(f"{series}, {where}: {name}")
     path, counters = s.path(name), s.counters(name)
     result, refused, counted = SlotResult({}), None, None
-    sent = path.in_kernel() if path.in_kernel else (0, 0)
+    sent = _sent_in_kernel(path)
     before, cpu_before = counters.read(), system.cpu_time()
     try:
         result = measure(path)
-    except (Refused, LabError) as e:
+    except (Refused, LabError, UdptunError, OSError) as e:  # a forwarder may not answer
         refused = str(e)
     cpu = system.cpu_time() - cpu_before
     after = counters.read()
@@ -238,7 +242,7 @@ def _slot(
         del result.values["cpu_seconds"]
         result.values["cpu_seconds_per_gb"] = cpu.busy / (received / 1e9)
     if path.in_kernel and not refused:
-        result.facts["in_kernel"] = _share(sent, path.in_kernel())
+        result.facts["in_kernel"] = _share(sent, _sent_in_kernel(path))
     if refused:
         s.progress.step(f"{series}: {name} refused: {refused.splitlines()[0]}")
     return s.recorder.write(
@@ -249,10 +253,22 @@ def _slot(
     )
 
 
-def _share(before: tuple[int, int], after: tuple[int, int]) -> float | None:
-    """Return the share of the packets that the express path has sent; None: the counters began
-    again, because the slot has restarted the forwarder."""
-    express, total = (new - old for new, old in zip(after, before, strict=True))
+def _sent_in_kernel(path: PathUnderTest) -> Sent | None:
+    """Return the forwarder of host a, and its answer to ``in_kernel``; None: there is none."""
+    if path.in_kernel is None:
+        return None
+    try:
+        return path.forwarders[0], path.in_kernel()
+    except (LabError, OSError, http.client.HTTPException):
+        return None
+
+
+def _share(before: Sent | None, after: Sent | None) -> float | None:
+    """Return the share of the packets that the express path has sent. None: it is unknown, because
+    the forwarder did not answer, or the slot has restarted it, or its counters began again."""
+    if before is None or after is None or before[0] is not after[0]:
+        return None
+    express, total = (new - old for new, old in zip(after[1], before[1], strict=True))
     return round(express / total, 4) if 0 <= express <= total > 0 else None
 
 

@@ -34,21 +34,23 @@ class Kill:
     def __call__(self, path: PathUnderTest) -> SlotResult:
         if path.restart is None:
             raise Refused(f"{path.name} cannot be restarted; this metric needs udptun")
-        kept = asyncio.run(copies(path.forwarders[0]))
+        killed = path.forwarders[0]
+        kept = asyncio.run(copies(killed))
         try:
             receiver, run = start_receiver(path, self.seconds + 30)
             try:
                 sender = start_sender(path, run, seconds=self.seconds, rate=_RATE_PPS)
                 time.sleep(self.seconds / 2)
-                path.forwarders[0].process.kill()
+                killed.process.kill()
                 if not sender.alive:
                     raise Refused("the sender ended before the forwarder was killed")
                 sent = json_result(sender, self.seconds + 20)
                 received = json_result(receiver, 30)
             finally:
                 receiver.kill()
-            path.forwarders = (path.restart(kept), *path.forwarders[1:])
-            path.wait_forwarding()
+                if not killed.process.alive:  # also after an error: the next slot needs the path
+                    path.forwarders = (path.restart(kept), *path.forwarders[1:])
+                    path.wait_forwarding()
         finally:
             close_all(kept)
         lost = float(sent["sent"] - received["received"])
