@@ -54,7 +54,10 @@ def node(n: int) -> Node:
 
 
 def _with_express(route: str) -> str:
-    return route if "express" in route.split() else f"{route} express"
+    text, *comment = route.partition("#")
+    if not text.strip() or "express" in text.split():
+        return route
+    return "".join((text.rstrip(), " express ", *comment)).rstrip()
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -111,7 +114,7 @@ class Forwarder:
         wait    True: return when the control socket answers. False: return at once
         """
         everywhere = os.environ.get(ACCELERATE)
-        if everywhere and "--accelerate" not in extra:
+        if everywhere and not any(one.partition("=")[0] == "--accelerate" for one in extra):
             extra = *extra, "--accelerate", everywhere
             routes = None if routes is None else map(_with_express, routes)
         folder = host.lab.folder
