@@ -21,6 +21,8 @@ from udptun.forwarder import forwarder as module
 from udptun.forwarder.routes import HandedOver
 from udptun.model import parse_address, parse_prefix
 from udptun.net.changes import ANYTHING, Change, Kind
+from udptun.takeover.channel import Channel, close_all
+from udptun.takeover.message import DESCRIPTORS, Hello
 
 HERE = "192.0.2.1"
 
@@ -199,17 +201,30 @@ async def test_a_full_or_readonly_disk_does_not_stop_the_network(tmp_path, monke
 
 @in_own_netns
 async def test_a_readonly_run_directory_does_not_stop_the_network(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("udptun.forwarder.forwarder.CONTROL_SECONDS", 0.1)
+    monkeypatch.setattr("udptun.forwarder.forwarder.SOCKET_SECONDS", 0.1)
     in_own_mount_namespace()
-    control = tmp_path / "control.sock"
+    control, takeover, flannel = (tmp_path / name for name in ("control", "takeover", "flannel"))
+    sockets = control, takeover, flannel
     sh(f"mount --bind {tmp_path} {tmp_path}", f"mount -o remount,bind,ro {tmp_path}")
-    async with Forwarder(config(control=control)):
-        assert "nobody can control this forwarder yet" in caplog.text
+    async with Forwarder(
+        config(control=control, takeover=takeover, flannel_control=flannel)
+    ) as forwarder:
+        for missing in ("nobody can control this forwarder yet", "flannel cannot set routes yet",
+                        "no other forwarder can take over from this one yet"):
+            assert missing in caplog.text
         sh(f"mount -o remount,bind,rw {tmp_path}")
         await until(control.exists)
+        assert takeover.exists() and flannel.exists()  # a node daemon connects to them now
+        await until(lambda: f"the socket {control} is there now" in caplog.text)
+        events = [*forwarder.events.recent]
+        assert [event["type"] for event in events] == ["error"] * 3 + ["repaired"] * 3
         with ControlClient(str(control)) as client:
             assert await asyncio.to_thread(client.status)
-    assert not control.exists()
+        channel = await Channel.connect(takeover)
+        await channel.send(Hello(want=DESCRIPTORS))
+        close_all(await channel.receive_descriptors())
+        channel.close()
+    assert not any(path.exists() for path in sockets)
 
 
 @in_own_netns

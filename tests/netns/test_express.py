@@ -636,6 +636,23 @@ def qdiscs(host, device):
     return [one["kind"] for one in found if one["kind"] in ("clsact", "ingress")]
 
 
+def test_our_qdisc_is_known_after_our_filter_was_away(lab):
+    """The address of the underlay goes and returns. Then the forwarder is killed."""
+    tunnel = express_pair(lab)
+    a, b = tunnel.sides
+    device, address = a.host.interfaces[0].name, f"{a.outer}/24"
+    a.host.ip(f"address del {address} dev {device}")
+    wait_for(lambda: filters(a.host) == [], "no filter")
+    assert qdiscs(a.host, device) == ["clsact"]
+    a.host.ip(f"address add {address} dev {device}")
+    wait_for(lambda: len(filters(a.host)) == 2, "the filters")
+    assert ping(a.pod, b.pod_v4).received
+    a.forwarder.process.kill()
+    a.forwarder.process.wait()
+    a.start()  # without the express path
+    wait_for(lambda: qdiscs(a.host, device) == [], "no qdisc")
+
+
 @pytest.mark.parametrize("kind", ["clsact", "ingress"])
 def test_a_qdisc_that_is_not_ours_stays(lab, kind):
     """With an ingress qdisc, the device has the one hook that the path needs there."""
@@ -677,7 +694,7 @@ def test_an_ingress_qdisc_of_the_tun_turns_it_off(lab):
 
 @pytest.mark.skipif(etcd_obstacle() is not None, reason=str(etcd_obstacle()))
 def test_cleanup_removes_what_a_killed_forwarder_left(lab):
-    """Also the programs of a forwarder whose TUN had another name."""
+    """Also if the TUN has another name now."""
     cluster = Cluster(lab, 2, options=["--backend=udp", "--accelerate=auto"])
     cluster.start()
     a, _ = cluster.members
@@ -685,11 +702,12 @@ def test_cleanup_removes_what_a_killed_forwarder_left(lab):
     wait_for(lambda: len(filters(a.host)) == 2, "the programs")
     a.daemon.signal(signal.SIGKILL)
     os.kill(a.forwarder_pid(), signal.SIGKILL)
-    assert filters(a.host) == ["udptun-receive-udptun0"]
+    wait_for(lambda: filters(a.host) == ["udptun-receive-udptun0"], "the end of the TUN")
     assert qdiscs(a.host, device) == ["clsact"]
-    a.clean_up()
+    a.host.run(a.argv("--cleanup", "--tun=udptun9"))
     assert filters(a.host) == []
     assert qdiscs(a.host, device) == []
+    a.clean_up()
 
 
 def test_the_programs_of_another_forwarder_stay(lab):

@@ -559,7 +559,8 @@ class Express:
                 del wanted[device, hook]
         for (device, hook), program in wanted.items():
             hooks.attach(kernel, device, hook, hooks.filter_name(program, self._tun),
-                         self._programs[program])
+                         self._programs[program], ours=device in self._emptied)
+            self._emptied.discard(device)
         return {device for device, hook, one in hooks.attached(kernel, self._tun)
                 if hook is Hook.INGRESS
                 and one.program == bpf.program_id(self._programs["receive"])}

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack
 from mmap import mmap
 from pathlib import Path
@@ -92,7 +92,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONTROL_SECONDS = 5.0  # between two tries to make the control socket
+SOCKET_SECONDS = 5.0  # between two tries to make a Unix socket
 
 
 class Forwarder:
@@ -137,6 +137,7 @@ class Forwarder:
         self._scrape: Scrape | None = None
         self._metrics: Metrics | None = None
         self._giver: Giver | None = None
+        self._refused: list[tuple[Path, Callable[[], Awaitable[None]]]] = []  # see _listen
         self._sockets: list[UdpSocket] = []  # in the order of the workers
         self._closing = AsyncExitStack()
         self._stop = asyncio.Event()
@@ -254,6 +255,7 @@ class Forwarder:
             await self._finish_taking(taking, sockets, workers)
         if giver is not None:
             await self._offer(giver)
+        self._run_until_close(self._listen_later())
         self._run_express(express, netlink)
         self._watch_underlay(netlink)
 
@@ -619,24 +621,53 @@ class Forwarder:
             self._closing.push_async_callback(flannel.close)
             if config.flannel_control is not None:
                 path = config.flannel_control
-                await flannel.listen(path, inherited(FLANNEL, path))
+                if (listener := inherited(FLANNEL, path)) is not None:
+                    await flannel.listen(path, listener)
+                else:
+                    await self._listen(
+                        path, lambda: flannel.listen(path), "flannel cannot set routes yet")
             if config.flannel_control_fd is not None:
                 had = None if taking is None else taking.descriptor(FLANNEL_FD)
                 flannel.adopt(config.flannel_control_fd if had is None else had)
         if config.control is not None:
             from ..control.server import ControlServer  # not at the top: aiohttp loads slowly
 
-            self._server = ControlServer(self, config.control)
-            self._closing.push_async_callback(self._server.close)
-            try:
-                await self._server.start(inherited(CONTROL, config.control))
-            except DeviceError as error:
-                if error.errno not in DISK_ERRORS:
-                    raise
-                self._report(f"nobody can control this forwarder yet: {error}")
-                self._run_until_close(_start_later(self._server))
+            self._server = server = ControlServer(self, config.control)
+            self._closing.push_async_callback(server.close)
+            if (listener := inherited(CONTROL, config.control)) is not None:
+                await server.start(listener)
+            else:
+                await self._listen(
+                    config.control, server.start, "nobody can control this forwarder yet")
         if config.metrics is not None:
             self._start_scrape(config.metrics, taking)
+
+    async def _listen(
+        self, path: Path, listen: Callable[[], Awaitable[None]], missing: str
+    ) -> None:
+        """Listen at a path with ``listen``. If the disk refuses the file, report ``missing``, and
+        remember to try again. Raises DeviceError."""
+        try:
+            await listen()
+        except DeviceError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            self._report(f"{missing}: {error}")
+            self._refused.append((path, listen))
+
+    async def _listen_later(self) -> None:
+        """Try to listen at the paths that the disk has refused, until it allows them.
+
+        The control socket comes last: a node daemon that finds it connects to the others.
+        """
+        self._refused.sort(key=lambda one: one[0] == self.config.control)
+        while self._refused:
+            await asyncio.sleep(SOCKET_SECONDS)
+            for path, listen in list(self._refused):
+                with contextlib.suppress(UdptunError, OSError):
+                    await listen()
+                    self._refused.remove((path, listen))
+                    self._report_repair(f"the socket {path} is there now")
 
     def _start_scrape(self, listen: Endpoint, taking: Taking | None) -> None:
         from ..control.scrape import Scrape  # not at the top, because it is seldom needed
@@ -710,13 +741,16 @@ class Forwarder:
 
     async def _offer(self, giver: Giver) -> None:
         """Let other processes take over. If the socket cannot be opened, they cannot."""
-        try:
+        async def offer() -> None:
             await giver.start()
+            self._giver = giver
+
+        self._closing.push_async_callback(giver.close)
+        try:
+            await self._listen(
+                giver.path, offer, "no other forwarder can take over from this one yet")
         except DeviceError as error:
             log.warning("no other forwarder can take over from this one: %s", error)
-            return
-        self._giver = giver
-        self._closing.push_async_callback(giver.close)
 
     # -- the Python API; the control API calls it as well (control/surface.py) --------------------
 
@@ -835,16 +869,6 @@ def _load_metrics() -> type[Metrics]:
     from ..control.metrics import Metrics
 
     return Metrics
-
-
-async def _start_later(server: ControlServer) -> None:
-    """Try to listen at the control socket until the disk allows it."""
-    while True:
-        await asyncio.sleep(CONTROL_SECONDS)
-        with contextlib.suppress(DeviceError):
-            await server.start()
-            log.info("the control socket %s is there now", server.path)
-            return
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -19,8 +19,7 @@ from enum import Enum
 
 from ..device.bpf import TCX_EGRESS, TCX_INGRESS, attached_n
 from .batch import Refusal, Request, RouteSocket, attribute, attributes
-from .local import IFINFOMSG, IFLA_MTU, RTM_GETLINK
-from .lookup import device_index
+from .local import IFINFOMSG, IFLA_IFNAME, IFLA_MTU, RTM_GETLINK
 
 # linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
@@ -38,6 +37,7 @@ PROGRAMS = ("send", "receive")
 # A bit of the handles of our filters: we have added the qdisc. A later process can read it.
 OUR_QDISC = 1
 QDISCS = ("clsact", "ingress")  # those that have hooks; "ingress" has only one
+HANDLE_TRIES = 5
 ARPHRD_ETHER = 1
 RTMGRP_TC = 0x8
 
@@ -92,25 +92,34 @@ def filter_name(program: str, tun: str) -> str:
     return f"{NAME_PREFIX}{program}-{tun}"
 
 
-def attach(kernel: RouteSocket, device: int, hook: Hook, name: str, program: int) -> None:
+def attach(
+    kernel: RouteSocket, device: int, hook: Hook, name: str, program: int, ours: bool = False
+) -> None:
     """Attach a program under this name, or replace the program of our filter with this name.
 
-    Adds the clsact qdisc if the device has no qdisc with this hook. Raises OSError
+    Adds the clsact qdisc if the device has no qdisc with this hook. Raises OSError.
+
+    ours  we have added the qdisc before
     """
     clsact = TCMSG.pack(0, device, CLSACT_HANDLE, CLSACT_PARENT, 0) + attribute(
         TCA_KIND, b"clsact\0")
     refusal = _send(kernel, Request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, clsact), errno.EEXIST)
-    present = filters(kernel, device, hook)
-    handle = next((one.handle for one in present if one.name == name), 0)
-    if not handle:
-        ours = refusal is None or _has_our_qdisc(kernel, device)
-        used = {one.handle for one in present if one.priority == PRIORITY}
-        handle = next(n for n in range(OUR_QDISC if ours else 2, 1 << 16, 2) if n not in used)
-    options = (attribute(TCA_BPF_FD, struct.pack("=I", program))
-               + attribute(TCA_BPF_NAME, name.encode() + b"\0")
-               + attribute(TCA_BPF_FLAGS, struct.pack("=I", DIRECT_ACTION)))
-    body = _filter(device, hook, handle) + attribute(TCA_OPTIONS, options)
-    _send(kernel, Request(RTM_NEWTFILTER, NLM_F_CREATE, body))
+    ours = ours or refusal is None or _has_our_qdisc(kernel, device)
+    options = attribute(TCA_OPTIONS, attribute(TCA_BPF_FD, struct.pack("=I", program))
+                        + attribute(TCA_BPF_NAME, name.encode() + b"\0")
+                        + attribute(TCA_BPF_FLAGS, struct.pack("=I", DIRECT_ACTION)))
+    for _ in range(HANDLE_TRIES):
+        present = filters(kernel, device, hook)
+        handle, flags = next((one.handle for one in present if one.name == name), 0), 0
+        if not handle:
+            used = {one.handle for one in present if one.priority == PRIORITY}
+            handle = next(n for n in range(OUR_QDISC if ours else 2, 1 << 16, 2) if n not in used)
+            flags = NLM_F_EXCL  # another forwarder may take the same handle now
+        body = _filter(device, hook, handle) + options
+        refusal = _send(kernel, Request(RTM_NEWTFILTER, NLM_F_CREATE | flags, body), errno.EEXIST)
+        if refusal is None:
+            return
+    raise OSError(errno.EEXIST, f"no free handle for the filter {name}")
 
 
 def detach(kernel: RouteSocket, device: int, hook: Hook, name: str) -> bool:
@@ -143,11 +152,13 @@ def remove_empty(kernel: RouteSocket, device: int) -> None:
 def attached(kernel: RouteSocket, tun: str) -> list[tuple[int, Hook, Filter]]:
     """Return the filters of the forwarder with this TUN, and those that a killed forwarder has
     left, and whose TUN is gone. Raises OSError."""
-    own = {filter_name(program, tun) for program in PROGRAMS}
-    return [(device, hook, one) for device, kind in with_hooks(kernel).items() for hook in Hook
-            if hook is Hook.INGRESS or kind == "clsact"
-            for one in filters(kernel, device, hook)
-            if one.name in own or _tun_is_gone(one.name)]
+    found = [(device, hook, one) for device, kind in with_hooks(kernel).items() for hook in Hook
+             if hook is Hook.INGRESS or kind == "clsact"
+             for one in filters(kernel, device, hook) if _tun_of(one.name)]
+    # Afterwards: a forwarder that starts makes its TUN before its filters.
+    present = _device_names(kernel) if any(_tun_of(one.name) != tun for *_, one in found) else set()
+    return [(device, hook, one) for device, hook, one in found
+            if _tun_of(one.name) == tun or _tun_of(one.name) not in present]
 
 
 def remove(kernel: RouteSocket, tun: str, emptied: Iterable[int] = ()) -> list[str]:
@@ -165,13 +176,18 @@ def remove(kernel: RouteSocket, tun: str, emptied: Iterable[int] = ()) -> list[s
     return [one.name for _, _, one in found]
 
 
-def _tun_is_gone(name: str) -> bool:
-    """Return whether a filter has the name of one of ours, and its TUN does not exist."""
+def _tun_of(name: str) -> str:
+    """Return the TUN in the name of a filter; "": the filter is not one of ours."""
     for program in PROGRAMS:
         prefix = filter_name(program, "")
         if name.startswith(prefix):
-            return not device_index(name.removeprefix(prefix))
-    return False
+            return name.removeprefix(prefix)
+    return ""
+
+
+def _device_names(kernel: RouteSocket) -> set[str]:
+    return {_text(attributes(answer, IFINFOMSG.size).get(IFLA_IFNAME))
+            for answer in kernel.dump(RTM_GETLINK, IFINFOMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0))}
 
 
 def _has_our_qdisc(kernel: RouteSocket, device: int) -> bool:
