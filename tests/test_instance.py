@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 from udptun.errors import FieldError
 from udptun.instance import Instance, InstanceRunning
 
@@ -80,6 +81,24 @@ def test_whether_a_lock_is_free(tmp_path: Path):
     assert other.is_free()
     lock.acquire()  # the question has not taken it
     lock.release()
+
+
+@in_own_netns
+@pytest.mark.parametrize("problem", ["bind,ro", "nr_inodes=2", "nr_inodes=3"])
+def test_whether_a_lock_is_free_on_a_readonly_or_full_disk(tmp_path: Path, problem: str):
+    """With two inodes, the disk has only the lock file and its directory."""
+    in_own_mount_namespace()
+    disk, view = tmp_path / "disk", tmp_path / "view"
+    disk.mkdir()
+    view.mkdir()
+    sh(f"mount -t tmpfs -o mode=700 none {disk}", f"mount --bind {disk} {view}")
+    lock, other = (Instance("blue").lock("node", path) for path in (disk, view))
+    lock.acquire()
+    sh(f"mount -o remount,{problem} {view}")
+    assert not other.is_free()
+    lock.release()
+    assert other.is_free()
+    assert Instance("blue").lock("node", view / "a" / "b").is_free()
 
 
 def test_a_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FieldError, UdptunError
-from .files import FileLock, make_directory, remove_free_locks
+from .files import DISK_ERRORS, FileLock, is_unlocked, make_directory, remove_free_locks
 
 log = logging.getLogger(__name__)
 
@@ -215,10 +215,16 @@ class InstanceLock:
                      " be refused: %s", self._name, error)
 
     def is_free(self) -> bool:
-        """Return whether no process holds the lock. Raises OSError."""
-        make_directory(self._directory)
+        """Return whether no process holds the lock. The disk may be full or read-only. Raises
+        OSError."""
         path = self.path()
-        others = self._alone()  # else a process that starts now could find the lock held by us
+        try:
+            make_directory(self._directory)
+            others = self._alone()  # else a process that starts now could find the lock held by us
+        except OSError as exc:
+            if exc.errno not in DISK_ERRORS:
+                raise
+            return is_unlocked(path)
         try:
             if not path.exists():
                 return True

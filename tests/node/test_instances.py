@@ -9,7 +9,7 @@ from ipaddress import IPv4Network
 import pytest
 
 from tests.node.daemon_host import Node, Store, underlay, use_folder
-from tests.own_netns import in_own_netns, sh
+from tests.own_netns import in_own_mount_namespace, in_own_netns, sh
 from tests.wait import until
 from udptun.errors import FieldError
 from udptun.instance import Instance, InstanceRunning
@@ -22,6 +22,7 @@ from udptun.node.backends.base import InstanceConflict
 from udptun.node.config import InterfaceOptions, NodeConfig
 from udptun.node.daemon import Daemon, run
 from udptun.node.locks import Locks
+from udptun.node.process import handover
 from udptun.node.status.report import NodeReport
 
 
@@ -86,6 +87,35 @@ async def test_the_same_instance_twice_is_refused(tmp_path, monkeypatch):
     elsewhere = replace(red.config, state_dir=tmp_path / "other")
     with red.config.instance.locked("node"), pytest.raises(InstanceRunning, match="red"):
         await run(elsewhere)
+
+
+def readonly(folder):
+    in_own_mount_namespace()
+    folder.mkdir(parents=True)
+    sh(f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}")
+
+
+@in_own_netns
+async def test_a_daemon_without_its_lock_ends_if_another_one_has_taken_it(tmp_path, monkeypatch):
+    use_folder(tmp_path, monkeypatch)
+    underlay()
+    red = InstanceNode("red", 244, 1, monkeypatch)
+    run_dir = red.config.instance.run_dir
+    readonly(run_dir)
+    with pytest.raises(InstanceRunning, match="red"):
+        async with red.running() as daemon:
+            await until(lambda: "the instance red" in daemon.report.troubles, "the report")
+            sh(f"mount -o remount,bind,rw {run_dir}")
+            with red.config.instance.locked("node"):
+                await until(lambda: red.store.closed, "the end of the daemon")
+
+
+@in_own_netns
+async def test_a_take_over_on_a_readonly_disk_finds_that_no_daemon_runs(tmp_path, monkeypatch):
+    use_folder(tmp_path, monkeypatch)
+    red = Instance("red")
+    readonly(red.run_dir)
+    await handover.take_over(red, red.control_socket())
 
 
 @pytest.mark.parametrize("field", ["subnet_file", "state_dir", "control"])

@@ -1,7 +1,8 @@
 """The locks of a daemon: of its instance, and of files that an option can give to two instances.
 
 Owns the list of the locks. If a disk is full or read-only, the daemon runs without the lock that it
-cannot get, and tries again, because a node without packets is worse than two daemons.
+cannot get, and tries again, because a node without packets is worse than two daemons. If another
+daemon has got the lock first, this one ends.
 Threading: one loop.
 """
 
@@ -14,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..errors import UdptunError
 from ..files import DISK_ERRORS, make_directory
 from ..text import os_reason
 from .cleanup import LOCK_FILE
@@ -61,11 +61,12 @@ class Locks:
         self._held.close()
 
     def retry(self) -> None:
-        """Try again to get the missing locks."""
+        """Try again to get the missing locks. Raises InstanceRunning if another daemon has taken
+        one of them meanwhile."""
         for name in [*self.missing]:
             try:
                 self._take(name, self._locks[name])
-            except (UdptunError, OSError) as exc:  # also: another daemon has it meanwhile
+            except OSError as exc:
                 self.missing[name] = f"{name} is not locked: {exc}"
 
     def _take(self, name: str, lock: Lock) -> None:
