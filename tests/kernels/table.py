@@ -25,8 +25,9 @@ HEAD = """\
 # Kernels
 
 udptun needs Linux 5.10 or newer. It tries each feature when it starts, and does without those that
-the kernel refuses. This table has what Debian's kernels offer. This command tries the features on
-each kernel, and writes this page, see [CONTRIBUTING.md](../CONTRIBUTING.md#test-on-other-kernels):
+the kernel refuses. This table has the results of those kernels of Debian that were tried.
+This command tries the features on each kernel, and writes this page, see
+[CONTRIBUTING.md](../CONTRIBUTING.md#test-on-other-kernels):
 
 <!-- not run: it downloads kernels, and takes long without KVM -->
 
@@ -43,7 +44,7 @@ def rows(names: Iterable[str], saved: Mapping[str, Mapping[str, Any]]) -> list[R
 
 
 def page(rows: Sequence[Row]) -> str:
-    names = [" ".join(filter(None, (row.name, row.version))) for row in rows]
+    names = [f"{row.name} (package {row.version})" if row.version else row.name for row in rows]
     lines = ["| feature | meaning | " + " | ".join(names) + " |",
              "|---" * (len(rows) + 2) + "|"]
     notes: dict[str, int] = {}

@@ -54,7 +54,8 @@ class ForwarderConfig:
     listen        endpoints on the underlay: at least one, at most one per family
     addresses     addresses of the TUN, at most one per family; each is set as a /32 or /128
     networks      overlay prefixes that are routed through the TUN
-    subnets       this node's own prefixes of the overlay, for ``admit``, and to report routes there
+    subnets       this node's own prefixes of the overlay, for ``admit``. A route to one of them, or
+                  to a part of one, is reported as an error
     admit         "any": deliver packets to any inner destination; "own": only to ``addresses`` and
                   ``subnets``
     mark          mark of all datagrams that the forwarder sends; None: no mark
@@ -230,7 +231,8 @@ def _refuse_network(network: IPNetwork) -> None:
     if network.prefixlen == 0:
         raise FieldError(
             "network", str(network),
-            "a prefix length of at least 1: this would replace the host's default route")
+            "a prefix length of at least 1, because a route with the length 0 would replace the"
+            " host's default route")
     for reserved, name in RESERVED:
         if network.version == reserved.version and network.prefixlen >= reserved.prefixlen and \
                 network.network_address in reserved:

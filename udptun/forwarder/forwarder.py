@@ -683,7 +683,8 @@ class Forwarder:
     # -- handing over -----------------------------------------------------------------------------
 
     def _inherit_state(self, taking: Taking, path_mtus: PathMtus) -> list[int]:
-        """Continue the state of the other forwarder. Return the batons of the workers."""
+        """Continue the state of the other forwarder. Return the batons: for each of our workers
+        an eventfd, to which a worker of the other forwarder writes after its last turn."""
         path_mtus.inherit(taking.path_mtus())
         for name, cause in taking.having.off.items():
             self.capabilities.lose(name, cause)

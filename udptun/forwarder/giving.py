@@ -75,7 +75,8 @@ class Parts:
     files      the listening sockets and locks by name
     others     further descriptors by name
     read_express  gives the core what the express path has counted
-    handed_over  called when another process has taken over. This process owns the files it uses
+    handed_over  called when another process has taken over. The other process then owns the files
+                 that it uses
     """
 
     config: ForwarderConfig
@@ -213,6 +214,7 @@ class Giver:
                 size=len(text))
             await _send_document(channel, state, text)
             async with asyncio.timeout(READY_SECONDS):
+                # Batons: one eventfd for each worker, to which it writes after its last turn.
                 _, batons = await channel.receive(Ready)
             try:
                 done = await self._stop(channel, batons)

@@ -169,8 +169,8 @@ class Prober(Generic[K]):
                 self._plan(key, path)
 
     def hint(self, key: K, size: int) -> None:
-        """Record a report that only packets up to this size pass. Anybody can forge one, so at most
-        HINTS_PER_SECOND paths are probed because of it.
+        """Record a report that only packets up to this size pass. Anybody can forge reports, so
+        at most HINTS_PER_SECOND paths per second are probed because of them.
 
         If there are more reports, paths with traffic are first, and of these the path whose last
         report was used longest ago. So forged reports about some peers do not delay a true one
@@ -251,8 +251,8 @@ class Prober(Generic[K]):
         return min((at for at in times if at is not None), default=None)
 
     def has_nothing_before(self, at: float) -> bool:
-        """Return whether ``next_at`` is certainly still ``at`` or later, if it was so when ``run``
-        ended. This is faster than ``next_at``."""
+        """Return whether ``next_at()`` certainly returns no time before ``at``. The result is valid
+        only if that was true when ``run`` ended. This is faster than ``next_at``."""
         return not self._hint_order and self._schedule.is_empty_before(at)
 
     def take_changes(self) -> dict[K, str]:

@@ -112,7 +112,8 @@ class PathState:
         self._sent_at = now
         self._jitter = 1.0
         self._missed_at = now  # when the first of the _missed_n probes was sent
-        self._soon = True  # the next probe is large, and is sent at once
+        # The next probe is sent at once. It is large, unless the path is unreachable.
+        self._soon = True
         self._active_until = now
         self._replied_at = 0.0  # when the last request of the peer was answered
         self.peer_heard: float | None = None
@@ -177,11 +178,12 @@ class PathState:
         ``heard_seconds`` ago (None: never). ``idle_seconds``: the interval of an idle path.
 
         The sender of a request can be forged. So the claim counts only if the token proves that the
-        sender has received our last answered request. Then it has one of two effects:
-        - Our answer to the peer's previous request has not arrived: the path is probed at once.
-        - The peer has heard us within an interval: the request proves both directions, and the next
-          probe of an idle path is postponed. Some probes are sent nevertheless, for the round trip,
-          the loss and the sizes.
+        sender has received our last answered request. Then the claim has one of two effects:
+        - If it shows that our answer to the peer's previous request has not arrived, the path is
+          probed at once.
+        - If it shows that the peer has heard us within an interval, both directions work, and the
+          next probe of an idle path is postponed. Some probes are sent nevertheless, for the round
+          trip, the loss and the sizes.
 
         A request that proves nothing has one effect: an unreachable path is probed, at most once
         per second, because the peer may be back.

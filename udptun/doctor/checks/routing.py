@@ -72,8 +72,8 @@ def leftovers(facts: Facts) -> Iterator[Finding]:
     if not facts.is_root:
         raise Skip("the rules of the firewall can only be read by root")
     for name in sorted(asyncio.run(names_there())):
-        yield warning(f"the firewall chain or table {name} of a former flannel is still there: it"
-                      " may masquerade packets between pods", why_keep(),
+        yield warning(f"the firewall chain or table {name} of a former flannel is still there:"
+                      " flannel's rules can masquerade packets between pods", why_keep(),
                       "restart the node daemon without --keep-flannel, or remove it")
 
 

@@ -39,9 +39,10 @@ from .firewall.rules import MULTICAST, FirewallError, run_tool
 
 log = logging.getLogger(__name__)
 
-# These contain flannel. k3s starts its own file by the two other names.
+# These contain flannel. k3s runs its own file again under the names k3s-server and k3s-agent.
 PROGRAMS = ("flanneld", "k3s", "k3s-server", "k3s-agent", "rke2")
-# First processes of a container that is not the whole host. ("pause" is that of a pod.)
+# If process 1 is one of these, this is a container without the PID namespace of the host. ("pause"
+# is process 1 of a pod.)
 CONTAINER_INITS = ("pause", "tini", "docker-init", "dumb-init", "catatonit")
 DELETED = " (deleted)"  # the kernel appends this to the name of a running file that was removed
 CHAINS = {"nat": ("POSTROUTING", "FLANNEL-POSTRTG"), "filter": ("FORWARD", "FLANNEL-FWD")}
@@ -84,8 +85,8 @@ class Leftovers:
                 await self._attempt(partial(self._remove_device, name, one))
 
     async def keep(self) -> None:
-        """Remove rules that appear later, until cancelled. Of the changes of rules, the kernel
-        sends us no notification."""
+        """Remove rules that appear later, until cancelled. The kernel does not notify us when
+        rules change, so this looks at them regularly."""
         while True:
             await asyncio.sleep(RULES_SECONDS)
             if self._network is not None:
@@ -109,8 +110,9 @@ class Leftovers:
         why = why_keep() if names else ""
         if not names or why:
             # If a flannel runs, these are its rules, and no leftovers.
-            self.found = {name: f"{name} of a former flannel may masquerade packets between pods;"
-                                f" it stays, because {why}" for name in names if why == HIDDEN}
+            self.found = {name: f"{name} may be a leftover of a former flannel, whose rules can"
+                                f" masquerade packets between pods; it stays, because {why}"
+                          for name in names if why == HIDDEN}
             if names:
                 self._say(f"{why}: flannel's devices and rules stay")
             return

@@ -84,7 +84,9 @@ class Taken:
         Clouds give such addresses. The hosts around it, often the other nodes, are behind the
         gateway. So the length is that of the route to them.
         """
-        if underlay.name == LOOPBACK:  # routers announce it, and have routes to the other nodes
+        # A routing protocol announces an address of the loopback, and has the routes to the other
+        # nodes.
+        if underlay.name == LOOPBACK:
             return []
         alone = [address for address in underlay.bound
                  if not any(address in link and link.prefixlen < link.max_prefixlen

@@ -58,8 +58,8 @@ class BoundMeter(Meter):
         self._other_ports: dict[str, int] = {}  # of the peers that do not use DEFAULT_PORT
         self._echoes = Echoes(device.address.version)
         self._raw: socket.socket | None = None  # for the echoes; None: not needed until now
-        # By peer: echoes that were answered, since a probe was. The peers that answer probes are
-        # missing.
+        # By peer: the number of echoes that were answered after the last answered probe. A peer
+        # that answers probes has no entry.
         self._echoed: dict[str, int] = {}
 
     def add(

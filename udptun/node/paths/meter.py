@@ -26,7 +26,8 @@ from ...text import os_reason
 RECEIVE_LEN = 65536  # the largest message
 BATCH_SECONDS = 0.05  # between two sends: probes, and so their answers, come in small batches
 RECEIVE_N = 64  # messages per wake-up, so that other work of the loop is not delayed
-READ_AFTER = 4  # probes of a batch: then their answers are read, to measure the round trips well
+# After this many probes of a batch, the answers are read, to measure the round trips well.
+READ_AFTER = 4
 BUFFER_LEN = 1 << 20  # of the socket: the answers of some hundred full-size probes
 
 # The socket is of no use any more: its device or its address is gone, or this process lacks

@@ -38,12 +38,13 @@ LEFT_SECONDS = 5.0
 LEFT_N = 100  # pairs per tick for which this is done; more take turns
 SEND_AGES_PEERS = 1000  # the times of the last packets are read every (peers / this) seconds
 AGE_SLACK_SECONDS = 0.1  # rounding of these times, and the time of the call
-# Between two looks after the forwarder: (peers / this) seconds, but at least REFRESH_SECONDS.
+# Between two turns of ``keep_forwarder``: (peers / REFRESH_PEERS) seconds, but at least
+# REFRESH_SECONDS.
 REFRESH_SECONDS = 15.0
 REFRESH_PEERS = 20
-# Between two reads of the forwarder's whole state: (peers / this) seconds. Verdicts come at once,
-# as events. A read is for the round trips, losses and times in the status. So it also takes place
-# when the status is asked for, if the last one is older than FRESH_SECONDS.
+# Between two reads of the forwarder's whole state: (peers / READ_PEERS) seconds. Verdicts come at
+# once, as events. A read is for the round trips, losses and times in the status. So it also takes
+# place when the status is asked for, if the last one is older than FRESH_SECONDS.
 READ_PEERS = 5
 FRESH_SECONDS = 5.0
 READ_WAIT_SECONDS = 2.0  # the status does not wait longer for the forwarder
@@ -142,7 +143,7 @@ class Meters:
                 self._by_endpoint[endpoint] = (*subnets, pair.subnet)
 
     def forget(self, pair: Pair) -> None:
-        """Stop to measure the paths of this pair."""
+        """Stop measuring the paths of this pair."""
         for meter in (*pair.meters, self._echo.get(pair.subnet.version)):
             if meter is not None:
                 meter.remove(pair.subnet)
@@ -298,8 +299,8 @@ class Meters:
         await self._forwarder.set_standby(frozenset(standby - carrying))
 
     def follow_left(self, left: Sequence[Pair]) -> None:
-        """Probe the preferred paths of these pairs, which do not carry the packets, if they answer
-        again."""
+        """Probe the preferred path of each of these pairs as often as a path with traffic, if it
+        answers again. The pairs do not use their preferred paths at present."""
         self._turn = self._turn + LEFT_N if self._turn + LEFT_N < len(left) else 0
         for pair in left[self._turn : self._turn + LEFT_N]:
             meter, measured = pair.meters[pair.preferred], pair.measured[pair.preferred]
@@ -325,8 +326,9 @@ class Meters:
         for subnet, age in ages.items():
             pair = pairs.get(subnet)
             meter = None if pair is None or at >= len(pair.meters) else pair.meters[at]
-            # Our own probes count for the kernel too. The kernel read its clock after ``began``, so
-            # a slow read does not make a probe look like a later packet.
+            # The last packet may be our own probe, so its time is compared with that of our last
+            # probe. The kernel read its clock after ``began``. So ``began - age`` is never too
+            # late, also if the read is slow.
             if meter is not None and \
                     began - age > meter.sent_at(subnet) + AGE_SLACK_SECONDS:
                 busy.setdefault(meter, []).append(subnet)

@@ -34,7 +34,8 @@ class Pair:
     meters      per path: the meter of this daemon that measures it; None: the forwarder does, or
                 there is no such path
     endpoints   per path: the endpoint under which the forwarder reports it; None: it does not
-    errors_of   the endpoint whose errors say why there are no echoes; None: there is none
+    errors_of   the endpoint whose errors may say why echoes are not answered; None: there is
+                no such endpoint
     measured    per path: the health; None: there is no such path
     choice      the path to carry the packets; ``report`` has the one that carries them now
     asking      the forwarder probes its path now, and the choice waits for the result
