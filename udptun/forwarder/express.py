@@ -392,7 +392,8 @@ class Express:
             self._attached_to = await netlink.work(
                 "attaching the programs of the express path", attach)
         except (UdptunError, OSError) as error:
-            # A program that is still attached must not take packets that the other does not expect.
+            # Some of the programs may still be attached. Without the others, they must not take
+            # packets, so the settings turn all of them off.
             self._attached_to = set()
             self._use(replace(facts, error=str(error)))
             raise
@@ -546,8 +547,9 @@ class Express:
         has our receive program."""
         wanted: dict[tuple[int, Hook], str] = {}
         if not facts.error:
-            # Also if no peer uses them. If a clsact qdisc is added or removed, the kernel drops
-            # what the device sends at this moment. So it happens only at the start and at the end.
+            # The programs are attached also while no peer uses them: when a clsact qdisc is added
+            # or removed, the kernel drops what the device sends at this moment. So the qdisc does
+            # not come and go with the peers.
             wanted[facts.tun, Hook.EGRESS] = "send"
             wanted |= {(index, Hook.INGRESS): "receive" for index in facts.devices}
         for device, hook, one in hooks.attached(kernel, self._tun):
