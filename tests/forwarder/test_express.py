@@ -13,6 +13,15 @@ from tests.own_netns import in_own_netns
 from udptun.device import bpf
 from udptun.forwarder import express
 from udptun.model import NO_EXPRESS_PEER
+from udptun.takeover.document import (
+    CountersDocument,
+    dump,
+    express_peers_of,
+    load,
+    peer_from_json,
+    peer_to_json,
+)
+from udptun.takeover.message import TakeOverError
 
 ROOT = Path(__file__).parents[2]
 COMPILER = "clang version 14.0.6"  # with which the committed file was compiled
@@ -134,3 +143,73 @@ def test_without_memory_for_a_table_it_is_off_until_the_next_table():
     assert path.report()["reason"] == NO_EXPRESS_PEER
     assert path.report()["kernel_generation"] == 2
     path.release()
+
+
+def counting_core():
+    """A core that keeps what it gets from the express path."""
+    core = SimpleNamespace(
+        expect_unfinished=lambda: None, has_peer=lambda *key: True, take_traffic=list,
+        snapshot_generation=1, inherit_peers=lambda peers: setattr(core, "peers", [*peers]))
+
+    def set_express(keys, values, cpus_n, packets):
+        core.packets = packets
+        return []
+
+    core.set_express = set_express
+    return core
+
+
+@in_own_netns
+@pytest.mark.parametrize("layout", ["same", "other", "none"])
+def test_the_counters_go_on_after_a_take_over(layout):
+    """The programs of the former forwarder count until ours replace them. If the maps have another
+    layout, what they count meanwhile is lost."""
+    config, core = SimpleNamespace(accelerate="auto"), counting_core()
+    former = express.Express(config, "lo", core)
+    if former.off:
+        pytest.skip(former.off)
+    rest = bytes(8 * len(express.TOTALS) * (bpf.cpus_n() - 1))
+
+    def count(packets):
+        former._maps["totals"][express.ZERO] = struct.pack(
+            f"={len(express.TOTALS)}Q", *[packets] * len(express.TOTALS)) + rest
+
+    key = bytes((192, 0, 2, 1)), 8285
+    former._set_peers({key: express.PEER.pack(1, 1400, 0)})
+    former._maps["counters"][express._endpoint(key)] = struct.pack("=5Q", 7, 70, 6, 60, 0) + bytes(
+        express.COUNTERS.size * (bpf.cpus_n() - 1))
+    count(7)
+    former.read()
+    count(8)  # belongs to the next read
+    peer = peer_to_json(peer_from_json({
+        "address": "c0000201", "port": 8285, "encap_packets": 10, "encap_bytes": 100,
+        "decap_packets": 9, "decap_bytes": 90}))
+    text = dump(CountersDocument(peers=[peer], **former.counted()))
+    maps = {name: os.dup(fd) for name, fd in former.descriptors().items()}
+    if layout == "other":
+        os.dup2(former._maps["settings"].fd, maps["express-totals"])
+    next_core = counting_core()
+    following = express.Express(config, "lo", next_core, {} if layout == "none" else maps)
+    following.inherit(load(CountersDocument, text))
+    count(10)
+    following.read()
+    same = layout == "same"
+    assert next_core.packets == ((3,) * 4 if same else (0,) * 4)
+    assert set(following.report()["packets"].values()) == {10 if same else 7}
+    [peer] = next_core.peers
+    assert peer[3:7] == ((3, 30, 3, 30) if same else (10, 100, 9, 90)), peer
+    again = counting_core()
+    last = express.Express(SimpleNamespace(accelerate="off"), "lo", again)
+    last.inherit(load(CountersDocument, dump(CountersDocument(**following.counted()))))
+    assert set(last.report()["packets"].values()) == {10 if same else 7}
+    for one in (former, following, last):
+        one.release()
+    if layout == "none":
+        for fd in maps.values():
+            os.close(fd)
+
+
+def test_wrong_counters_of_peers_are_refused():
+    for endpoint, numbers in (("00", [1, 2, 3, 4]), ("x", [1, 2, 3, 4]), ("00" * 20, [1])):
+        with pytest.raises(TakeOverError, match="express_peers"):
+            express_peers_of(CountersDocument(express_peers={endpoint: numbers}))

@@ -571,11 +571,18 @@ def test_a_take_over_loses_no_packet(lab):
         wait_for(lambda: accelerate(a)["active"], "the express path")
         take_over(b, extra=[*ON, "--take-over"])
         wait_for(lambda: accelerate(b)["active"], "the express path")
+        before = kernel_packets(a)["sent"]
+        take_over(a, extra=[*ON, "--take-over"])
+        wait_for(lambda: accelerate(a)["active"], "the express path")
     stream.assert_complete()
+    sent, received = settled(a.forwarder)[0], settled(b.forwarder)[0]
+    assert sent["encap"]["delivered"] == received["decap"]["read"]
+    assert 0 < before <= kernel_packets(a)["sent"] <= sent["encap"]["delivered"]
+    [peer], [other] = (side.forwarder.status()["peers"] for side in tunnel.sides)
+    assert peer["encap"] == other["decap"]
     for side in tunnel.sides:
         assert len(filters(side.host)) == 2
         assert_invariant(side.forwarder)
-    assert kernel_packets(a)["sent"] > 0
 
 
 def test_a_smaller_mtu_of_the_underlay_applies(lab):

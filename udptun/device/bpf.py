@@ -150,7 +150,28 @@ class Map:
         self.fd: int = bpf(MAP_CREATE, struct.pack(
             "=IIIIIII16s", kind, key_size, value_size, capacity, flags,
             0 if inner is None else inner.fd, 0, name.encode()[:15]))
-        self._key_size, self._value_size, self._capacity = key_size, value_size, capacity
+        self._set_layout(kind, key_size, value_size)
+
+    @classmethod
+    def adopt(cls, fd: int, kind: int, key_size: int, value_size: int, capacity: int) -> Map:
+        """Use a map that another process has made. Closes ``fd`` and raises OSError if this is not
+        a map of this kind and layout."""
+        try:
+            info = ctypes.create_string_buffer(256)  # struct bpf_map_info
+            bpf(OBJ_GET_INFO, struct.pack("=IIQ", fd, 80, ctypes.addressof(info)))
+            found_kind, _, *found = struct.unpack_from("=5I", info)
+            if [found_kind, *found] != [kind, key_size, value_size, capacity]:
+                raise OSError(errno.EINVAL, "the map has another layout")
+        except BaseException:
+            os.close(fd)
+            raise
+        adopted = cls.__new__(cls)
+        adopted.fd = fd
+        adopted._set_layout(kind, key_size, value_size)
+        return adopted
+
+    def _set_layout(self, kind: int, key_size: int, value_size: int) -> None:
+        self._key_size, self._value_size = key_size, value_size
         self._read_size = value_size
         if kind in (PERCPU_HASH, PERCPU_ARRAY):
             self._read_size = (value_size + 7 & ~7) * cpus_n()

@@ -28,7 +28,7 @@ from .. import _core
 from ..device import bpf
 from ..drops import DECAP, ENCAP
 from ..errors import DeviceError, UdptunError
-from ..model import NO_EXPRESS_PEER, NO_EXPRESS_WORD, OVERHEAD, IPAddress
+from ..model import NO_EXPRESS_PEER, NO_EXPRESS_WORD, OVERHEAD, IPAddress, Peer
 from ..net import ethtool, hooks, xfrm
 from ..net.batch import RouteSocket
 from ..net.changes import Change, Kind
@@ -36,6 +36,7 @@ from ..net.hooks import Hook
 from ..net.local import underlay_mtu
 from ..net.lookup import Question, Way, ask_ways, device_name
 from ..net.netlink import Netlink
+from ..takeover.document import CountersDocument, express_peers_of, peer_from_json
 from ..wait import wait_at_most
 from .config import ForwarderConfig
 
@@ -66,6 +67,12 @@ TOTALS = (
     "receive_ecn", "receive_marked",
 )
 
+# The maps with the counters, by the name that their descriptor has in a take-over. A newer version
+# may only append to the values: so a map of another version has another size, and is not used.
+MAPS = {
+    "express-counters": (bpf.PERCPU_HASH, ENDPOINT.size, COUNTERS.size, PEERS_MAX),
+    "express-totals": (bpf.PERCPU_ARRAY, 4, 8 * len(TOTALS), 1),
+}
 # Drivers of links between guests of one host. These links pass super-packets to the peer whole.
 PASSING_DRIVERS = frozenset({"veth", "virtio_net"})
 SUPER_PACKETS = frozenset(
@@ -134,11 +141,16 @@ class Facts:
 class Express:
     """The express path of one forwarder.
 
-    tun  name of the TUN
+    tun   name of the TUN
+    maps  descriptors of the maps of the forwarder from which this one takes over, by the names in
+          MAPS. This object owns them
     Call ``close`` at the end, also if the path is off.
     """
 
-    def __init__(self, config: ForwarderConfig, tun: str, core: _core.Core) -> None:
+    def __init__(
+        self, config: ForwarderConfig, tun: str, core: _core.Core,
+        maps: Mapping[str, int] | None = None,
+    ) -> None:
         self._config = config
         self._tun = tun
         self._core = core
@@ -154,15 +166,22 @@ class Express:
         self._counted: set[Key] = set()  # peers that have counters
         self._cpus_n = bpf.cpus_n()
         self._read = Counts()  # the last counts that the core has got
+        self._read_totals = dict.fromkeys(TOTALS, 0)  # of the same moment
         # Of peers that have left the core meanwhile: the last counts that the core has got.
         self._left: dict[bytes, Counted] = {}
+        # Totals of earlier forwarders: those in the maps that this one continues, and all others.
+        self._given = dict.fromkeys(TOTALS, 0)
+        self._before = dict.fromkeys(TOTALS, 0)
         self._stale = ""  # why the programs' table is not that of the snapshot
         self._known: set[Key] = set()  # peers that can receive in the kernel
         self._said = ""
         self._paused = False
         self._pauses = 0
         self.off = "" if config.accelerate == "auto" else "--accelerate off"
-        if not self.off:
+        self._shared = _adopt(maps or {})
+        if self.off:
+            self.release()
+        else:
             # A peer may send in its kernel before we have its route: with unfinished checksums.
             core.expect_unfinished()
             try:
@@ -186,9 +205,10 @@ class Express:
             "tun": bpf.Map("udptun_tun", bpf.DEVMAP, 4, 4, 1),
             "table": bpf.Map("udptun_tables", bpf.ARRAY_OF_MAPS, 4, 4, 1, inner=empty),
             "peers": bpf.Map("udptun_peers", bpf.HASH, ENDPOINT.size, PEER.size, PEERS_MAX),
-            "counters": bpf.Map(
-                "udptun_counters", bpf.PERCPU_HASH, ENDPOINT.size, COUNTERS.size, PEERS_MAX),
-            "totals": bpf.Map("udptun_totals", bpf.PERCPU_ARRAY, 4, 8 * len(TOTALS), 1),
+            "counters": self._shared.get("express-counters") or bpf.Map(
+                "udptun_counters", *MAPS["express-counters"]),
+            "totals": self._shared.get("express-totals") or bpf.Map(
+                "udptun_totals", *MAPS["express-totals"]),
             "flows": bpf.Map(
                 "udptun_flows", bpf.LRU_HASH, FLOW_BYTES, FLOW_STATE_BYTES, FLOWS_MAX),
         }
@@ -208,11 +228,11 @@ class Express:
         """Close all descriptors. Programs at hooks stay there. Can be called again."""
         for fd in self._programs.values():
             os.close(fd)
-        for each in self._maps.values():
+        for each in (*self._maps.values(), *self._shared.values()):
             each.close()
         if self._active is not None:
             self._active.map.close()
-        self._programs, self._maps, self._active = {}, {}, None
+        self._programs, self._maps, self._shared, self._active = {}, {}, {}, None
 
     async def follow(self, netlink: Netlink) -> None:
         """Attach the programs, and keep them and the peers as they should be, until cancelled."""
@@ -470,7 +490,8 @@ class Express:
                 continue
             try:
                 if key not in self._counted:
-                    counters.add(_endpoint(key), bytes(COUNTERS.size))
+                    with contextlib.suppress(FileExistsError):  # its counters are inherited
+                        counters.add(_endpoint(key), bytes(COUNTERS.size))
                     self._counted.add(key)
                 peers[_endpoint(key)] = value
             except OSError as error:
@@ -574,12 +595,13 @@ class Express:
         if self.off:
             return
         counts, totals = self._counts(), self._totals()
+        own = {name: n - self._given[name] for name, n in totals.items()}
         absent = self._core.set_express(counts.keys, counts.values, self._cpus_n, (
-            totals["sent"], totals["received"], totals["send_dropped"], totals["receive_dropped"]))
+            own["sent"], own["received"], own["send_dropped"], own["receive_dropped"]))
         endpoints = [counts.keys[at * ENDPOINT.size :][: ENDPOINT.size] for at in absent]
         self._left = {
             one: self._left.get(one) or self._read.of(one) for one in endpoints}
-        self._read = counts
+        self._read, self._read_totals = counts, totals
 
     def _counts(self) -> Counts:
         """Read the counters of all peers, if possible with one call of bpf(2) for many."""
@@ -595,9 +617,54 @@ class Express:
         return Counts(b"".join(keys), b"".join(counters[key] for key in keys))
 
     def _totals(self) -> dict[str, int]:
+        """Return what the map has."""
         if self.off:
             return dict.fromkeys(TOTALS, 0)
         return dict(zip(TOTALS, map(sum, self._maps["totals"].per_cpu(ZERO)), strict=True))
+
+    def _sums(self) -> dict[str, int]:
+        """Return the totals, with those of all forwarders from which this one has taken over."""
+        return {name: n + self._before[name] for name, n in self._totals().items()}
+
+    # -- a take-over ------------------------------------------------------------------------------
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the descriptors of the maps with the counters, by the names in MAPS."""
+        return {} if self.off else {name: self._maps[name.partition("-")[2]].fd for name in MAPS}
+
+    def counted(self) -> dict[str, Any]:
+        """Return the fields of CountersDocument for ``inherit``: what the core has got."""
+        return {
+            "express": self._read_totals, "express_before": self._before,
+            "express_peers": {
+                one.hex(): self._left.get(one) or self._read.of(one)
+                for one in map(_endpoint, self._counted)},
+        }
+
+    def inherit(self, earlier: CountersDocument) -> None:
+        """Continue the counters of the other forwarder, also those of the peers in the core.
+
+        Its programs run on, and count in the maps until ours replace them. So the core must have
+        only what the other forwarder has counted elsewhere: its last values of the maps are
+        subtracted. Raises TakeOverError.
+        """
+        shared = bool(self._shared)
+        totals = {name: earlier.express.get(name, 0) for name in TOTALS}
+        self._given = totals if shared else self._given
+        self._before = {
+            name: earlier.express_before.get(name, 0) + (0 if shared else totals[name])
+            for name in TOTALS}
+        counted = express_peers_of(earlier) if shared else {}
+        self._counted = {*map(_key, counted)}
+        peers = []
+        for peer in map(peer_from_json, earlier.peers):
+            values = counted.pop(_endpoint((peer.address, peer.port)), NOTHING)
+            peers.append(_without(peer, values))
+        self._left = counted
+        self._core.inherit_peers(peers)
+        if shared:
+            self.read()
+            self._core.take_traffic()  # what is inherited is no new traffic
 
     def report(self) -> dict[str, Any]:
         """Return the state of the express path. docs/control.md describes it."""
@@ -612,13 +679,13 @@ class Express:
             "generation": self._core.snapshot_generation,
             "kernel_generation": self._kernel_generation(),
             "devices": sorted(map(device_name, self._facts.devices)),
-            "packets": self._totals(),
+            "packets": self._sums(),
         }
 
     def counters(self) -> dict[str, Any]:
         """Return the counters for /metrics. Packets by direction; those that were left also by
         reason."""
-        totals = self._totals()
+        totals = self._sums()
         return {
             "active": bool(self._peers) and not self._error,
             "receives": bool(self.receives),
@@ -672,8 +739,38 @@ def _summed(value: bytes) -> Counted:
     return tuple(map(sum, list(zip(*COUNTERS.iter_unpack(value), strict=True))[:4]))
 
 
+def _adopt(maps: Mapping[str, int]) -> dict[str, bpf.Map]:
+    """Return the maps of another forwarder; {} if one is missing or has another layout."""
+    found: dict[str, bpf.Map] = {}
+    for name, fd in maps.items():
+        try:
+            found[name] = bpf.Map.adopt(fd, *MAPS[name])
+        except OSError as error:
+            log.info("the map %s of the express path is not continued: %s", name, error)
+    if found.keys() == MAPS.keys():
+        return found
+    for each in found.values():
+        each.close()
+    return {}
+
+
+def _without(peer: Peer, counted: Counted) -> Peer:
+    """Return a peer without what the programs have counted of it."""
+    sent, sent_bytes, received, received_bytes = counted
+    return peer._replace(
+        encap_packets=max(0, peer.encap_packets - sent),
+        encap_bytes=max(0, peer.encap_bytes - sent_bytes),
+        decap_packets=max(0, peer.decap_packets - received),
+        decap_bytes=max(0, peer.decap_bytes - received_bytes))
+
+
 def _endpoint(key: Key) -> bytes:
     return ENDPOINT.pack(key[0], key[1], 4 if len(key[0]) == 4 else 6)
+
+
+def _key(endpoint: bytes) -> Key:
+    address, port, version = ENDPOINT.unpack(endpoint)
+    return address[:4] if version == 4 else address, port
 
 
 def _device_reason(kernel: RouteSocket, index: int) -> str:

@@ -55,13 +55,12 @@ from ..takeover.document import (
     drops_of,
     gone_of,
     packets_of,
-    peer_from_json,
 )
 from ..text import counted
 from . import preload
 from .captures import Captured, Captures
 from .config import ForwarderConfig
-from .express import Express
+from .express import MAPS, Express
 from .giving import (
     CONTROL,
     FLANNEL,
@@ -207,7 +206,7 @@ class Forwarder:
         tun, sockets = self._open_device(taking)
         self.capabilities = Capabilities.combine(self.config.offload, [tun, *sockets])
         core, notify_fd = self._make_core()
-        express = self._open_express(tun, core, sockets)
+        express = self._open_express(tun, core, sockets, taking)
         self._routes.open(
             core, Loops(netlink, tun.name, self.config), express)
         self._closing.push_async_callback(self._routes.close)
@@ -248,7 +247,7 @@ class Forwarder:
         self._parts = Parts(
             self.config, tun, sockets, core, self._routes, workers, self._probes, self._view,
             self.capabilities, self.events, self._files, self._other_descriptors,
-            self.request_stop, express.read,
+            self.request_stop, express,
         )
         giver = self._make_giver(self._parts, taking)
         if taking is not None:
@@ -368,8 +367,12 @@ class Forwarder:
             self._sockets.extend(sockets)
         return tun, self._sockets
 
-    def _open_express(self, tun: Tun, core: _core.Core, sockets: list[UdpSocket]) -> Express:
-        self._express = express = Express(self.config, tun.name, core)
+    def _open_express(
+        self, tun: Tun, core: _core.Core, sockets: list[UdpSocket], taking: Taking | None
+    ) -> Express:
+        maps = {name: None if taking is None else taking.descriptor(name) for name in MAPS}
+        self._express = express = Express(self.config, tun.name, core, {
+            name: fd for name, fd in maps.items() if fd is not None})
         self._closing.callback(express.release)
         for opened in sockets:  # also if it is off: peers may not know that yet
             opened.accept_no_checksum()
@@ -696,7 +699,7 @@ class Forwarder:
         """Stop the workers of the other forwarder, and continue its counters. Return these."""
         counts = await taking.go()
         core.inherit(packets_of(counts, core.packets()), drops_of(counts), counts.peer_errors)
-        core.inherit_peers(map(peer_from_json, counts.peers))
+        self._express.inherit(counts)
         core.inherit_gone(gone_of(counts))
         workers.inherit(counts.workers)
         self._probes.inherit(counts.probes, counts.probe_counts)
@@ -732,7 +735,8 @@ class Forwarder:
     def _other_descriptors(self) -> dict[str, int]:
         scrape = None if self._scrape is None else self._scrape.fd
         found = {FLANNEL_FD: self.config.flannel_control_fd, SCRAPES: scrape}
-        return {name: fd for name, fd in found.items() if fd is not None}
+        return self._express.descriptors() | {
+            name: fd for name, fd in found.items() if fd is not None}
 
     def _make_giver(self, parts: Parts, taking: Taking | None) -> Giver | None:
         path = self.config.takeover

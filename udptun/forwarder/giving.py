@@ -44,6 +44,7 @@ from ..takeover.message import (
     agree,
 )
 from .config import ForwarderConfig
+from .express import Express
 from .probes import Probes
 from .routes import Routes
 from .view import View
@@ -74,7 +75,7 @@ class Parts:
     sockets    in the order of the workers, and for each worker in the order of ``config.listen``
     files      the listening sockets and locks by name
     others     further descriptors by name
-    read_express  gives the core what the express path has counted
+    express    its counters stay in maps, which are handed over
     handed_over  called when another process has taken over. The other process then owns the files
                  that it uses
     """
@@ -92,7 +93,7 @@ class Parts:
     files: Callable[[], Mapping[str, WithFile]]
     others: Callable[[], Mapping[str, int]]
     handed_over: Callable[[], None]
-    read_express: Callable[[], None]
+    express: Express
 
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors, by name."""
@@ -268,7 +269,7 @@ class Giver:
 
     def _counted(self) -> CountersDocument:
         parts = self._parts
-        parts.read_express()
+        parts.express.read()
         peers = parts.core.peers()
         return CountersDocument(
             packets=parts.core.packets(), drops=[list(row) for row in parts.core.drops() if row[2]],
@@ -279,6 +280,7 @@ class Giver:
             events=list(parts.events.recent),
             gone=document.gone(parts.core.transferred(), peers),
             send_errors=parts.view.send_errors(), takeovers_n=parts.view.takeovers_n,
+            **parts.express.counted(),
         )
 
 

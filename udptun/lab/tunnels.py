@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model import NO_EXPRESS_PEER
 from .hosts import DEADLINE_SECONDS, Host, LabError, Process, Unavailable, wait_for
 
 PORT = 8285
@@ -58,6 +59,12 @@ def _with_express(route: str) -> str:
     if not text.strip() or "express" in text.split():
         return route
     return "".join((text.rstrip(), " express ", *comment)).rstrip()
+
+
+def _has_decided(report: dict[str, Any]) -> bool:
+    """Return whether a forwarder has attached its programs, or will not do so."""
+    reason = report["reason"] or NO_EXPRESS_PEER
+    return bool(report["receives"] or reason not in ("starting", NO_EXPRESS_PEER))
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -139,6 +146,8 @@ class Forwarder:
         forwarder = cls(process, control, routes_file)
         if wait:
             forwarder.wait_ready()
+            if everywhere == "auto":  # the kernel drops packets while the programs are attached
+                wait_for(lambda: _has_decided(forwarder.status()["accelerate"]), "the express path")
         return forwarder
 
     @property

@@ -17,6 +17,7 @@ from ..model import Peer, PeerError
 from .message import NUMBER_MAX, TakeOverError, from_json, has_type, read_object
 
 _32_BITS = 0xFFFF_FFFF
+ENDPOINT_BYTES = 20  # in the maps of the express path
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,11 @@ class CountersDocument:
     gone     by direction: packets and bytes of the peers that have left
     send_errors  refused sends by the name of the errno
     takeovers_n  number of take-overs so far
+    express      what the express path has counted in the maps that are handed over, by total.
+                 ``packets`` and ``drops`` contain it
+    express_before  the same in the maps of earlier forwarders
+    express_peers   sent packets and bytes, received packets and bytes in the map that is handed
+                 over, by endpoint as there. ``peers`` and ``gone`` contain them
     """
 
     packets: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -86,6 +92,9 @@ class CountersDocument:
     gone: dict[str, dict[str, int]] = field(default_factory=dict)
     send_errors: dict[str, int] = field(default_factory=dict)
     takeovers_n: int = 0
+    express: dict[str, int] = field(default_factory=dict)
+    express_before: dict[str, int] = field(default_factory=dict)
+    express_peers: dict[str, list[int]] = field(default_factory=dict)
 
 
 D = TypeVar("D", StateDocument, CountersDocument)
@@ -169,6 +178,20 @@ def drops_of(counted: CountersDocument) -> list[tuple[str, str, int]]:
         if len(row) < 3 or not has_type(row[:2], list[str]) or not has_type(row[2], int):
             raise _wrong("drops", row, "rows of a reason, a direction and a number")
     return [(row[0], row[1], row[2]) for row in counted.drops]
+
+
+def express_peers_of(counted: CountersDocument) -> dict[bytes, tuple[int, ...]]:
+    """Return ``express_peers`` by endpoint. Raises TakeOverError."""
+    found = {}
+    for endpoint, numbers in counted.express_peers.items():
+        try:
+            key = bytes.fromhex(endpoint)
+        except ValueError:
+            key = b""
+        if len(key) != ENDPOINT_BYTES or len(numbers) != 4:
+            raise _wrong("express_peers", endpoint, "endpoints, each with 4 numbers")
+        found[key] = tuple(numbers)
+    return found
 
 
 def packets_of(
