@@ -95,10 +95,7 @@ def parse_prefix(field: str, value: object, where: str = "") -> IPNetwork:
 
 
 def parse_destination(field: str, value: object, where: str = "") -> IPNetwork:
-    """Parse the destination of a route: a prefix, or one address. Host bits must be 0.
-
-    An address that ends with 0 needs a length, because it is usually a prefix without one.
-    """
+    """Parse the destination of a route: a prefix, or one address. Host bits must be 0."""
     if isinstance(value, IPNetwork):
         return value
     try:
@@ -113,10 +110,6 @@ def parse_destination(field: str, value: object, where: str = "") -> IPNetwork:
     if interface.ip != interface.network.network_address:
         expected = f"a prefix without host bits ({interface.network})"
         raise FieldError(field, value, expected, where)
-    if not slash and value.endswith((".0", "::")):
-        usual, whole = (24, 32) if interface.version == 4 else (64, 128)
-        raise FieldError(field, value, f"a prefix with its length, such as {value}/{usual}, or"
-                         f" {value}/{whole} for one address", where)
     return interface.network
 
 

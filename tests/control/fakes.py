@@ -228,7 +228,10 @@ class FakeForwarder:
                 "active": True, "receives": True, "peers_n": 1, "marked": 0,
                 "packets": {"encap": {"passed": 3, "dropped": 1},
                             "decap": {"passed": 4, "dropped": 0}},
-                "left": {"encap": {"flow": 5}, "decap": {"source": 6}}},
+                "left": {direction: {
+                    name.removeprefix(prefix): 5 * (name == "send_flow") for name in EXPRESS_TOTALS
+                    if name.startswith(prefix) and not name.endswith(("_dropped", "_marked"))
+                } for direction, prefix in (("encap", "send_"), ("decap", "receive_"))}},
             "ecn": {"marked": 5, "unexpected": 6}, "peer_errors": {"icmp": 5, "send": 6},
             "syscalls": WORKER["syscalls"],
             "workers": [WORKER],

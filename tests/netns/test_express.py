@@ -596,6 +596,7 @@ def test_a_smaller_mtu_of_the_underlay_applies(lab):
                    ping(a.pod, b.pod_v4, count=1, size=1400, df=True, wait=0.3).errors)
 
     wait_for(refused, "an ICMP error with the new MTU")
+    time.sleep(1.1)  # so long must the flow be idle if the programs have refused one of its packets
     before = kernel_packets(a)["sent"]
     assert ping(a.pod, b.pod_v4, size=1372 - 28, df=True).received == 3
     assert kernel_packets(a)["sent"] - before == 3

@@ -85,6 +85,7 @@ def delete(ctx: click.Context, dst: str) -> None:
     from ..model import parse_destination
 
     try:
+        _check_length(dst)
         prefix = parse_destination("DST", dst)
     except FieldError as exc:
         raise click.UsageError(str(exc)) from exc
@@ -129,6 +130,15 @@ def _parse(words: tuple[str, ...]) -> Route:
     from ..model import Route
 
     try:
+        _check_length(words[0])
         return Route.from_words(words)
     except FieldError as exc:
         raise click.UsageError(str(exc)) from exc
+
+
+def _check_length(dst: str) -> None:
+    """Refuse an address that ends with 0: a person who types it usually means a prefix."""
+    if "/" not in dst and dst.endswith((".0", "::")):
+        usual, whole = (64, 128) if ":" in dst else (24, 32)
+        raise FieldError("DST", dst, f"a prefix with its length, such as {dst}/{usual}, or"
+                         f" {dst}/{whole} for one address")
