@@ -61,6 +61,9 @@ def express_pair(lab, *, outer=4, profile="P1", extra=(ON, ON), **options):
             # while they are attached.
             wait_for(lambda s=side: (now := accelerate(s))["active"] and now["receives"],
                      "the express path")
+    # The kernel drops packets while programs are attached; these packets are not counted.
+    first, second = tunnel.sides
+    wait_for(lambda: ping(first.host, second.outer, count=10).received == 10, "the underlay")
     return tunnel
 
 
